@@ -1,0 +1,43 @@
+"""convlens: train, test and look inside convolutional image classifiers.
+
+The names below are loaded when they are first used, so that importing the package (and
+`convlens --help`) doesn't import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from convlens.version import __version__
+
+if TYPE_CHECKING:
+    from convlens.api import Run as Run
+    from convlens.api import data as data_report
+    from convlens.api import evaluate as evaluate
+    from convlens.api import predict as predict
+    from convlens.api import recipes as recipes
+    from convlens.api import train as train
+    from convlens.estimator import ImageClassifier as ImageClassifier
+
+_HOMES = {
+    "Run": "api",
+    "train": "api",
+    "evaluate": "api",
+    "predict": "api",
+    "recipes": "api",
+    "ImageClassifier": "estimator",
+    "ConvlensError": "errors",
+}
+
+__all__ = ["ConvlensError", "ImageClassifier", "Run", "__version__", "evaluate", "predict", "recipes", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'convlens' has no attribute {name!r}")
+    return getattr(import_module(f"convlens.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

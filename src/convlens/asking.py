@@ -1,0 +1,92 @@
+"""From what was typed or passed to a checked recipe: one reading for command line and Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convlens import recipe as recipes
+from convlens.errors import UsageError
+from convlens.names import near
+from convlens.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A recipe, and whether it is as published (then its run takes the bare name)."""
+
+    recipe: Recipe
+    plain: bool
+
+
+def read(
+    what: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    data: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Asked:
+    """The recipe meant by a recipe's name, a YAML file, or a data set.
+
+    A recipe's name wins; a data set alone (built-in name, folder, CSV, or the name of a folder
+    under `data/` or `$CONVLENS_DATA`) means the recipe `folder` on it.
+
+    Raises:
+        UsageError: neither a recipe nor a data set, with near misses; wrong keys or values.
+    """
+    if isinstance(what, Recipe):
+        what = what.model_dump(mode="json")
+    if isinstance(what, Mapping):
+        named = recipes.load(what, [*_data_override(data), *overrides])
+        return Asked(named, plain=not overrides)
+    text = os.fspath(what)
+    if text in recipes.names() or recipes.is_file(text):
+        named = recipes.load(text, [*_data_override(data), *overrides])
+        if data is None:
+            return Asked(named, plain=not overrides)
+        called = f"{named.name}-{_called(str(data))}"
+        return Asked(named.model_copy(update={"name": called}), plain=not overrides)
+    _check_data_name(text)
+    if data is not None:
+        raise UsageError(
+            f"{text!r} is no recipe, and --data names the data already",
+            fix=f"recipes: {', '.join(recipes.names())}",
+        )
+    folder = recipes.load("folder", [*_data_override(text), *overrides])
+    return Asked(folder.model_copy(update={"name": _called(text)}), plain=not overrides)
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """Python values as `key=value` texts, e.g. `{"optim.lr": 0.1}`."""
+    import json
+
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _data_override(data: str | Path | None) -> list[str]:
+    import json
+
+    return [] if data is None else [f"data.name={json.dumps(os.fspath(data))}"]
+
+
+def _called(data: str) -> str:
+    path = Path(data)
+    return path.stem if path.suffix.lower() == ".csv" else path.resolve().name
+
+
+def _check_data_name(text: str) -> None:
+    """Refuses a word that is neither a recipe nor data, naming near misses of both."""
+    from convlens.data.sources import known
+
+    sets = known(text)
+    if text in sets:
+        return
+    close = near(text, _unique([*recipes.names(), *sets]))
+    fix = f"did you mean {' or '.join(close)}?" if close else "`convlens recipes` lists the recipes"
+    raise UsageError(f"{text!r} is neither a recipe nor a data set", fix=fix)
+
+
+def _unique(items: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(items))

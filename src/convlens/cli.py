@@ -1,0 +1,227 @@
+"""The command line: one thin sub-command for each name of the API.
+
+Nothing that needs torch is imported before a command needs it. Results go to stdout, everything
+else to stderr, so that `--json` prints one object and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.markup import escape
+
+from convlens.console import console, say
+from convlens.errors import ConvlensError
+from convlens.version import __version__
+
+app = typer.Typer(
+    name="convlens",
+    help="Train, test and look inside convolutional image classifiers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is by default.")
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, folder or model file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. optim.lr=0.1")
+]
+DataSet = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="Built-in name, folder, CSV, or a folder under data/."),
+]
+
+
+@app.command()
+def train(
+    what: Annotated[
+        str, typer.Argument(metavar="RECIPE|FILE.yaml|DATA", help="What to train, on what.")
+    ],
+    overrides: Overrides = None,
+    data: DataSet = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Train with that many seeds.")] = 1,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew in a new folder.")] = False,
+    no_test: Annotated[bool, typer.Option("--no-test", help="Leave the test split sealed.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")
+    ] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe, or the default one on your own images, and test it once.
+
+    [dim]convlens train mnist · convlens train photos/ data.image_size=96 · convlens train digits
+    --seeds 5[/]
+    """
+    from convlens import asking, seeds as several, training
+    from convlens.showing import finished, seed_table
+
+    changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
+    asked = asking.read(what, data=data, overrides=changes)
+    options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
+    if seeds > 1:
+        table = several.train_seeds(asked, seeds, **options)
+        seed_table(table)
+        _print_json(as_json, table.to_dict())
+        return
+    place = training.train(asked.recipe, plain=asked.plain, **options)
+    finished(place)
+    results = place.results()
+    _print_json(as_json, {"run": place.name, "path": str(place.path), **_last(results)})
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    data: DataSet = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a trained model on one of its splits, or on another data set."""
+    from convlens import evaluation, run as runs
+    from convlens.showing import evaluated
+
+    place = runs.find(run)
+    result = evaluation.evaluate(place, split, data=data, on=device)
+    if not as_json:
+        evaluated(result, place)
+    _print_json(as_json, result.to_dict())
+
+
+@app.command()
+def predict(
+    run: RunName,
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="PATH...", help="Files, folders, globs; - = stdin.")
+    ] = None,
+    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Classes to name.")] = 1,
+    output: Annotated[str, typer.Option("--format", "-f", help="table, csv or json.")] = "table",
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+) -> None:
+    """Classify image files: a table, CSV or JSON of filename, label and probability."""
+    from convlens import prediction, run as runs
+    from convlens.errors import DataError
+    from convlens.names import pick
+    from convlens.showing import WRITERS
+
+    write = pick(WRITERS, "json" if as_json else output, "format")
+    loaded = runs.load_model(runs.find(run).model_path)
+    asked = paths or ["-"]
+    listed = [line.strip() for line in sys.stdin if line.strip()] if "-" in asked else []
+    files = prediction.expand([*(path for path in asked if path != "-"), *listed])
+    answers = prediction.predict(loaded, files, top_k=top, on=device)
+    failed = write(answers, top)
+    if failed:
+        raise DataError(
+            f"{failed} of {len(files)} files could not be read; the others are done",
+            fix="the reasons stand beside their names",
+        )
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(metavar="NAME_OR_FOLDER", help="What to look at.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Look at a data set before training: counts, sizes, bad files, duplicates, a contact sheet."""
+    from convlens import asking, auditing
+    from convlens.showing import audited
+
+    asked = asking.read(name, overrides=overrides or [])
+    report, sheet = auditing.audit(asked.recipe)
+    if not as_json:
+        audited(report, sheet)
+    _print_json(as_json, report.to_dict())
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes, or print one as a file that trains as it stands."""
+    from convlens import recipe as store
+    from convlens.showing import recipe_table
+
+    if name is not None:
+        text = store.text(name)
+        if as_json:
+            _print_json(True, store.load(name).model_dump(mode="json"))
+        else:
+            sys.stdout.write(text)
+        return
+    every = {each: store.load(each) for each in store.names()}
+    if as_json:
+        _print_json(True, {each: recipe.about for each, recipe in every.items()})
+    else:
+        recipe_table(every)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"convlens {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Train, test and look inside convolutional image classifiers."""
+    if debug:
+        os.environ["CONVLENS_DEBUG"] = "1"
+
+
+def _print_json(wanted: bool, content: Any) -> None:
+    if wanted:
+        sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def _last(results: list[dict[str, Any]]) -> dict[str, Any]:
+    return results[-1] if results else {}
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line and ends the process with the documented exit code.
+
+    typer itself ends with 2 for a wrong option and with 130 for Ctrl-C.
+    """
+    try:
+        app(args=arguments)
+    except ConvlensError as error:
+        if os.environ.get("CONVLENS_DEBUG"):
+            raise
+        _show(error)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def _show(error: ConvlensError) -> None:
+    label = "stopped" if error.exit_code == 75 else "error"
+    say(f"[bold red]{label}:[/] {escape(error.what)}")
+    if error.where:
+        say(f"  where: {escape(error.where)}")
+    if error.fix:
+        say(f"  do:    {escape(error.fix)}")
+    console().file.flush()
+
+
+if __name__ == "__main__":
+    main()

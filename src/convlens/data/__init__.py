@@ -1,0 +1,309 @@
+"""Data: from a name to three sealed splits of uint8 images. `load` is the one way in."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from convlens.console import say
+from convlens.data import cache
+from convlens.data.decode import UnreadableImage, probe
+from convlens.data.parts import Images, Part, Source
+from convlens.data.rows import ArrayRows, Conversion, ConvertedRows, Rows, as_index, in_memory
+from convlens.data.sources import find
+from convlens.data.splits import hold_out, take_per_class
+from convlens.errors import DataError
+
+if TYPE_CHECKING:
+    from convlens.recipe import DataConfig
+
+__all__ = ["Data", "Split", "channel_stats", "load", "load_foreign"]
+
+SIZES = (16, 28, 32, 48, 64, 96, 128)  # what the automatic image size snaps down to
+PROBED = 200
+Index = npt.NDArray[np.int64]
+
+
+@dataclass
+class Split:
+    """Images with labels: rows uint8 `[N, C, H, W]`, labels int64 `[N]`, an id for each."""
+
+    rows: Rows
+    labels: Tensor
+    ids: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A set ready for training. The test split stays sealed until `unseal_test`."""
+
+    name: str
+    classes: tuple[str, ...]
+    image_size: int
+    channels: int
+    fit: str
+    train: Split
+    val: Split
+    fingerprint: str  # SHA-256 over classes, ids, labels, contents and conversion of all splits
+    how: dict[str, str]  # one sentence a split: where it came from
+    held_out: dict[str, list[str]]  # ids of what we took out of the source's train split
+    skipped: list[str]  # ids of unreadable images, left out because of data.on_bad=skip
+    notes: tuple[str, ...]  # what else a reader should know about the source
+    _test: Callable[[], Split] = field(repr=False)
+
+    def unseal_test(self) -> Split:
+        """The test split. Only `evaluation` may ask for it."""
+        return self._test()
+
+
+def load(config: DataConfig, *, memory_budget: int) -> Data:
+    """The data of a recipe: found, decoded, checked, and split in three.
+
+    What the source lacks (val, test) is held out of its train split, stratified and seeded.
+    Sets of at most `memory_budget` bytes are in memory, larger ones are read when asked for.
+
+    Raises:
+        DataError: images that can't be read (all of them at once, unless data.on_bad=skip),
+            classes too small to split, a source that is missing or malformed.
+        UsageError: no such name, or keys that do not apply to this source.
+    """
+    asked_size = None if config.image_size == "auto" else int(config.image_size)
+    source = find(config.name, count=config.count, image_size=asked_size, group=config.group)
+    for note in source.notes:
+        say(f"{source.name}: {note}")
+    conversion = _conversion(config, source.parts["train"])
+    opened = {s: _open(part, conversion, memory_budget) for s, part in source.parts.items()}
+    if config.on_bad == "stop":
+        _refuse_unreadable(opened, config.name)
+    skipped = _skipped(opened, source)
+    pool = opened["train"]
+    keep, out, how = _split(config, source, opened)
+    views = {"train": (pool, keep)}
+    for split in ("val", "test"):
+        views[split] = (pool, out[split]) if split in out else (opened[split], opened[split].all())
+    size = sum(len(index) for _, index in views.values()) * conversion.image_bytes
+    resident = size <= memory_budget
+    return Data(
+        name=source.name,
+        classes=source.classes,
+        image_size=conversion.size,
+        channels=conversion.channels,
+        fit=conversion.fit,
+        train=pool.split(keep, resident=resident),
+        val=views["val"][0].split(views["val"][1], resident=resident),
+        fingerprint=_fingerprint(source.classes, conversion, views),
+        how=how,
+        held_out={split: pool.ids_of(index) for split, index in out.items()},
+        skipped=skipped,
+        notes=source.notes,
+        _test=lambda: views["test"][0].split(views["test"][1], resident=resident),
+    )
+
+
+def load_foreign(
+    name: str, split: str, *, image_size: int, channels: int, fit: str, memory_budget: int
+) -> tuple[Split, tuple[str, ...], str, str]:
+    """Another set as a trained model sees images: `(split, its classes, its name, fingerprint)`.
+
+    The part called `split` of a set that has several, else all of it; nothing is held out.
+
+    Raises:
+        DataError: no such part; images that can't be read; as `load`.
+    """
+    source = find(name, image_size=image_size)
+    part = source.parts["train"] if len(source.parts) == 1 else source.parts.get(split)
+    if part is None:
+        fix = f"it has: {', '.join(source.parts)}"
+        raise DataError(f"{source.name!r} has no {split} images", where=name, fix=fix)
+    conversion = Conversion(image_size, channels, fit)
+    opened = _open(part, conversion, memory_budget)
+    _refuse_unreadable({split: opened}, name)
+    fingerprint = _fingerprint(source.classes, conversion, {split: (opened, opened.all())})
+    resident = opened.rows.shape[0] * conversion.image_bytes <= memory_budget
+    return opened.split(opened.all(), resident=resident), source.classes, source.name, fingerprint
+
+
+def channel_stats(split: Split) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over all pixels, in units of 0..1.
+
+    Exact up to 50,000 images, from that many evenly spaced ones beyond. A deviation is at
+    least 1/255, so that images of one colour can still be divided by it.
+    """
+    n, channels, height, width = split.rows.shape
+    chosen = np.unique(np.linspace(0, n - 1, min(n, 50_000)).round().astype(np.int64))
+    counts = np.zeros((channels, 256), np.int64)
+    step = max(1, (1 << 22) // (height * width * channels))
+    for start in range(0, len(chosen), step):
+        images = split.rows.gather(as_index(chosen[start : start + step])).numpy()
+        for c in range(channels):
+            # A histogram of bytes is exact, and needs no float copy of the images.
+            counts[c] += np.bincount(images[:, c].reshape(-1), minlength=256)
+    values = np.arange(256) / 255
+    mean = counts @ values / counts.sum(axis=1)
+    variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / counts.sum(axis=1)
+    return mean.tolist(), np.maximum(np.sqrt(variance), 1 / 255).tolist()
+
+
+@dataclass
+class _Opened:
+    """One part of a source with its rows; `good` are the readable images."""
+
+    part: Part
+    rows: Rows
+    content: str
+    bad: dict[int, str]
+
+    def __post_init__(self) -> None:
+        good = np.delete(np.arange(len(self.part.labels), dtype=np.int64), list(self.bad))
+        self.good: Index = good
+        self.labels: Index = self.part.labels[good]
+
+    def all(self) -> Index:
+        return np.arange(len(self.good), dtype=np.int64)
+
+    def ids_of(self, index: Index) -> list[str]:
+        return [self.part.ids[i] for i in self.good[index].tolist()]
+
+    def groups(self) -> list[str] | None:
+        groups = self.part.groups
+        return None if groups is None else [groups[i] for i in self.good.tolist()]
+
+    def split(self, index: Index, *, resident: bool) -> Split:
+        taken = self.good[index]
+        whole = len(taken) == self.rows.shape[0]
+        rows = self.rows if whole else self.rows.take(as_index(taken))
+        if resident and not isinstance(rows, ArrayRows):
+            rows = in_memory(rows)
+        return Split(rows, as_index(self.labels[index]), self.ids_of(index))
+
+
+def _open(part: Part, conversion: Conversion, memory_budget: int) -> _Opened:
+    if isinstance(part.images, list):
+        found = cache.decoded(part.images, conversion, memory_budget=memory_budget)
+        return _Opened(part, found.rows, found.content, found.bad)
+    return _Opened(part, ConvertedRows(part.images, conversion), _content(part.images), {})
+
+
+def _content(images: Images) -> str:
+    digest = hashlib.sha256(repr(images.shape).encode())
+    for start in range(0, images.shape[0], 1024):
+        index = np.arange(start, min(start + 1024, images.shape[0]))
+        digest.update(images[index].data)
+    return digest.hexdigest()
+
+
+def _conversion(config: DataConfig, train: Part) -> Conversion:
+    """The recipe's size and channels, with `auto` replaced by what the images suggest."""
+    if not isinstance(train.images, list):
+        native_channels, native_size = int(train.images.shape[1]), int(train.images.shape[2])
+    else:
+        native_channels, native_size = _suggested(train.images)
+    size = native_size if config.image_size == "auto" else int(config.image_size)
+    channels = native_channels if config.channels == "auto" else int(config.channels)
+    return Conversion(size, channels, config.fit)
+
+
+def _suggested(paths: Sequence[str]) -> tuple[int, int]:
+    """Channels and size for image files, from the headers of up to 200 of them."""
+    facts = []
+    for i in np.unique(np.linspace(0, len(paths) - 1, PROBED).round().astype(int)).tolist():
+        try:
+            facts.append(probe(paths[i]))
+        except UnreadableImage:
+            continue  # decoding lists all unreadable files, with their reasons
+    if not facts:
+        return 3, 32
+    short = statistics.median(min(f.width, f.height) for f in facts)
+    size = max((s for s in SIZES if s <= short), default=SIZES[0])
+    return (1 if all(f.grey for f in facts) else 3), size
+
+
+def _refuse_unreadable(opened: dict[str, _Opened], name: str) -> None:
+    bad = [(o.part.ids[i], reason) for o in opened.values() for i, reason in o.bad.items()]
+    if not bad:
+        return
+    total = sum(len(o.part.labels) for o in opened.values())
+    listed = "; ".join(f"{path}: {reason}" for path, reason in bad[:10])
+    more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+    raise DataError(
+        f"{len(bad)} of {total} images can't be read",
+        where=listed + more,
+        fix=f"`convlens data {name}` lists all; replace them, or set data.on_bad=skip",
+    )
+
+
+def _skipped(opened: dict[str, _Opened], source: Source) -> list[str]:
+    """Ids of the unreadable images, which are left out; each class must keep some."""
+    have = np.bincount(opened["train"].labels, minlength=len(source.classes))
+    lost = [source.classes[c] for c in np.flatnonzero(have == 0)]
+    if lost:
+        raise DataError(f"no readable training image in: {', '.join(lost[:5])}", where=source.name)
+    skipped = [o.part.ids[i] for o in opened.values() for i in o.bad]
+    if skipped:
+        say(f"{source.name}: {len(skipped)} unreadable images are skipped")
+    return skipped
+
+
+def _split(
+    config: DataConfig, source: Source, opened: dict[str, _Opened]
+) -> tuple[Index, dict[str, Index], dict[str, str]]:
+    """Indices into the readable train images that stay, those held out by split, and why."""
+    pool = opened["train"]
+    keep, out = pool.all(), dict[str, Index]()
+    groups = pool.groups()
+    fractions = {"test": config.test_fraction, "val": config.val_fraction}
+    lacking = [split for split in fractions if split not in opened]
+    how = {s: f"{len(o.labels):,} images of the source's own split" for s, o in opened.items()}
+    for n, split in enumerate(lacking):
+        # Shares are of the whole; each class keeps one image for every split still to come.
+        share = min(1.0, fractions[split] * len(pool.labels) / len(keep))
+        mine = None if groups is None else [groups[i] for i in keep.tolist()]
+        stay, held = hold_out(
+            pool.labels[keep],
+            share,
+            config.seed,
+            mine,
+            keep=len(lacking) - n,
+            names=source.classes,
+        )
+        out[split], keep = keep[held], keep[stay]
+        kind = f"groups by {config.group!r} kept together" if mine else "stratified"
+        how[split] = (
+            f"{len(held):,} of {len(pool.labels):,} training images held out "
+            f"({fractions[split]:.0%}, {kind}, seed {config.seed})"
+        )
+    if lacking:
+        how["train"] = (
+            f"{len(keep):,} of {len(pool.labels):,} training images: what was not held out"
+        )
+    if config.per_class is not None:
+        chosen = take_per_class(
+            pool.labels[keep], config.per_class, config.seed, names=source.classes
+        )
+        how["train"] = (
+            f"{len(chosen):,} of {len(keep):,} training images: {config.per_class} of each class "
+            f"(seed {config.seed})"
+        )
+        keep = keep[chosen]
+    return keep, out, {split: how[split] for split in ("train", "val", "test")}
+
+
+def _fingerprint(
+    classes: Sequence[str], conversion: Conversion, views: dict[str, tuple[_Opened, Index]]
+) -> str:
+    digest = hashlib.sha256(repr((tuple(classes), conversion)).encode())
+    for split, (opened, index) in views.items():
+        digest.update(f"\0{split}\0{opened.content}\0".encode())
+        digest.update("\0".join(opened.ids_of(index)).encode())
+        digest.update(opened.labels[index].tobytes())
+    return digest.hexdigest()

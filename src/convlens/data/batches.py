@@ -1,0 +1,152 @@
+"""Training batches: order, gathering, augmentation and normalisation, on the device.
+
+A set within the memory budget lives on the device as uint8 and is indexed there. A larger one
+is read from its store, one batch ahead in a background thread, so that memory stays bounded by
+a few batches whatever the size of the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from convlens.device import Plan, seed_of
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Rows(Protocol):
+    """Images by number: in memory, in a store on disk, or decoded when asked for."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+
+    def gather(self, index: Tensor) -> Tensor:
+        """uint8 `[B, C, H, W]` on the CPU for int64 `[B]`."""
+        ...
+
+    def resident(self) -> Tensor | None:
+        """All images as one uint8 tensor if they are in memory, else None."""
+        ...
+
+
+class Labelled(Protocol):
+    """A split: images and their class indices."""
+
+    @property
+    def rows(self) -> Rows: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """Channel means and deviations of the training images, in units of 0..1."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, images: Tensor, plan: Plan) -> Tensor:
+        """float32 images in 0..1 to normalised ones in the plan's memory format."""
+        mean, std = _columns(self.mean, images), _columns(self.std, images)
+        return images.sub(mean).div_(std).contiguous(memory_format=plan.layout)
+
+
+def _columns(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 0..255 to float32 0..1."""
+    return images.to(torch.float32).div_(255)
+
+
+class Batches:
+    """One split as batches of normalised images and labels, shuffled anew each epoch.
+
+    The order is a function of `(seed, epoch)` and each batch's augmentation one of
+    `(seed, epoch, step)`: nothing is carried from step to step, so a run can be taken up
+    anywhere and ends the same. The last batch is smaller; a single left-over image joins the
+    batch before it, since batch norm can't train on one.
+
+    Args:
+        split: images and labels; labels int64 `[N]`.
+        batch_size: images per step.
+        normalise: applied after augmentation.
+        plan: device and memory format.
+        seed: of order and augmentation.
+        augment: `(images float32 0..1, generator) -> images`, or None.
+    """
+
+    def __init__(
+        self,
+        split: Labelled,
+        *,
+        batch_size: int,
+        normalise: Normalise,
+        plan: Plan,
+        seed: int,
+        augment: Augment | None = None,
+    ) -> None:
+        self.rows, self.count = split.rows, int(split.labels.numel())
+        self.plan, self.seed = plan, seed
+        self.augment, self.normalise = augment, normalise
+        self.labels = split.labels.to(plan.device)
+        self.sizes = _sizes(self.count, batch_size)
+        whole = split.rows.resident()
+        self._images = whole.to(plan.device) if whole is not None else None
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's batches from number `start` on.
+
+        Each is float32 `[B, C, H, W]` and int64 `[B]`, both on the device.
+        """
+        # Always drawn on the CPU, so that every device sees the same order.
+        order = torch.randperm(self.count, generator=_generator("cpu", self.seed, epoch))
+        parts = order.split(self.sizes)[start:]
+        # One generator, seeded anew each step: making one costs more than seeding it.
+        generator = _generator(self.plan.device, self.seed, epoch)
+        gathered = zip(parts, self._gathered(parts), strict=True)
+        for step, (part, raw) in enumerate(gathered, start):
+            images = to_unit(raw)
+            if self.augment is not None:
+                generator.manual_seed(seed_of(self.seed, epoch, step))
+                images = self.augment(images, generator)
+            labels = self.labels[part.to(self.labels.device)]
+            yield self.normalise(images, self.plan), labels
+
+    def _gathered(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        if self._images is not None:
+            for part in parts:
+                yield self._images[part.to(self._images.device)]
+            return
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            coming = reader.submit(self.rows.gather, parts[0])
+            for following in [*parts[1:], None]:
+                images = coming.result()
+                if following is not None:
+                    coming = reader.submit(self.rows.gather, following)
+                yield images.to(self.plan.device, non_blocking=True)
+
+
+def _sizes(count: int, batch_size: int) -> list[int]:
+    sizes = [batch_size] * (count // batch_size)
+    rest = count % batch_size
+    if rest == 1 and sizes:
+        sizes[-1] += 1
+    elif rest:
+        sizes.append(rest)
+    return sizes
+
+
+def _generator(device: str, *parts: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed_of(*parts))

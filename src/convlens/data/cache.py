@@ -1,0 +1,218 @@
+"""Decode once: image files become a file of uint8 pixels that the next start only opens.
+
+A store is one file, so that one rename makes it whole or absent:
+pixels `[N, C, H, W]` | SHA-256 of each image file `[N, 32]` | JSON | its length (8 bytes) | magic.
+Its name is a hash over paths, sizes and times of all files and over the conversion.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from convlens import device
+from convlens.console import progress, say
+from convlens.data import decode
+from convlens.data.decode import Pixels, UnreadableImage
+from convlens.data.locks import turn
+from convlens.data.rows import ArrayRows, Conversion, DecodedRows, Rows, Shape, StoredRows
+from convlens.errors import ResourceError
+
+_MAGIC = b"convlns1"
+_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """All images of one part: rows in the order of the paths, black where `bad` has a reason."""
+
+    rows: Rows
+    content: str  # SHA-256 over those of the readable files, in order
+    bad: dict[int, str]
+
+
+def folder() -> Path:
+    """Where stores lie: `$CONVLENS_CACHE`, or the user's cache folder of this system."""
+    if asked := os.environ.get("CONVLENS_CACHE"):
+        return Path(asked)
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "convlens"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "convlens"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home()) / "convlens" / "Cache"
+    return Path.home() / ".cache" / "convlens"
+
+
+def decoded(paths: Sequence[str], conversion: Conversion, *, memory_budget: int) -> Decoded:
+    """The files of `paths` as rows: from their store, or decoded now with a progress bar.
+
+    Two processes that ask for the same files decode them once. Where the cache can't be written
+    or has no room, a notice is given and the images stay in memory, or are decoded again
+    whenever they are needed if they exceed `memory_budget` bytes.
+    """
+    shape: Shape = (len(paths), conversion.channels, conversion.size, conversion.size)
+    store = folder() / f"{_key(paths, conversion)}.pixels"
+    if found := _opened(store, shape):
+        return found
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with turn(store.with_suffix(".lock"), "decoding these images"):
+            found = _opened(store, shape)
+            if found is None:
+                _build(store, paths, conversion, shape)
+                found = _opened(store, shape)
+        if found:
+            return found
+        why = "what was written could not be read back"
+    except OSError as error:
+        why = error.strerror or str(error)
+    return _without_store(paths, conversion, shape, memory_budget, f"{store.parent}: {why}")
+
+
+def _key(paths: Sequence[str], conversion: Conversion) -> str:
+    times = np.zeros((len(paths), 3), np.int64)
+    for i, path in enumerate(paths):
+        try:
+            s = os.stat(path)
+        except OSError:
+            continue  # it stays 0 0 0; decoding will say why
+        # The change time too: it can't be set back, as a copy tool does with the other.
+        times[i] = s.st_size, s.st_mtime_ns, s.st_ctime_ns
+    digest = hashlib.sha256(repr((decode.VERSION, conversion)).encode())
+    digest.update("\0".join(paths).encode("utf-8", "surrogateescape"))
+    digest.update(times.tobytes())
+    return digest.hexdigest()[:40]
+
+
+def _opened(store: Path, shape: Shape) -> Decoded | None:
+    """A whole store of this shape, or None: absent, cut short, of another version."""
+    try:
+        with store.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 16))
+            tail = file.read()
+            length = int.from_bytes(tail[:8], "little")
+            body = int(np.prod(shape)) + 32 * shape[0]
+            if tail[8:] != _MAGIC or body + length + 16 != end:
+                return None
+            file.seek(body)
+            facts = json.loads(file.read(length))
+    except (OSError, ValueError):
+        return None
+    bad = {int(i): str(reason) for i, reason in facts["bad"].items()}
+    return Decoded(StoredRows(store, shape), str(facts["content"]), bad)
+
+
+def _build(store: Path, paths: Sequence[str], conversion: Conversion, shape: Shape) -> None:
+    needed = int(np.prod(shape)) + 32 * shape[0]
+    if shutil.disk_usage(store.parent).free < needed + (64 << 20):
+        raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, the disk has not that much left")
+    handle, temporary = tempfile.mkstemp(prefix=f".{store.name}.", dir=store.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            digests, bad = _decode(paths, conversion, lambda start, pixels: file.write(pixels.data))
+            facts = json.dumps({"content": _combined(digests, bad), "bad": bad}).encode()
+            file.write(digests.data)
+            file.write(facts + len(facts).to_bytes(8, "little") + _MAGIC)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, store)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _without_store(
+    paths: Sequence[str], conversion: Conversion, shape: Shape, memory_budget: int, why: str
+) -> Decoded:
+    fits = int(np.prod(shape)) <= memory_budget
+    then = "kept in memory" if fits else "decoded again whenever they are needed, which is slow"
+    say(f"no cache of decoded images ({why}); they are {then}. $CONVLENS_CACHE names another place")
+    if fits:
+        images = np.zeros(shape, np.uint8)
+
+        def keep(start: int, pixels: Pixels) -> None:
+            images[start : start + len(pixels)] = pixels
+
+        digests, bad = _decode(paths, conversion, keep)
+        return Decoded(ArrayRows(torch.from_numpy(images)), _combined(digests, bad), bad)
+    digests, bad = _decode(paths, conversion, lambda start, pixels: None)
+    rows = DecodedRows(paths, digests, conversion, device.usable_cores())
+    return Decoded(rows, _combined(digests, bad), bad)
+
+
+def _combined(digests: Pixels, bad: dict[int, str]) -> str:
+    readable = np.delete(digests, list(bad), axis=0)
+    return hashlib.sha256(readable.tobytes()).hexdigest()
+
+
+def _decode(
+    paths: Sequence[str], conversion: Conversion, sink: Callable[[int, Pixels], object]
+) -> tuple[Pixels, dict[int, str]]:
+    """Decodes all files, in threads; `sink` gets the pixels in order, a few dozen at a time."""
+    digests, bad = np.zeros((len(paths), 32), np.uint8), dict[int, str]()
+    side = conversion.size
+
+    def some(start: int) -> tuple[int, Pixels]:
+        numbers = range(start, min(start + _CHUNK, len(paths)))
+        pixels = np.zeros((len(numbers), conversion.channels, side, side), np.uint8)
+        for place, number in enumerate(numbers):
+            try:
+                content = decode.read_bytes(paths[number])
+                digests[number] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+                pixels[place] = conversion.file(content, paths[number])
+            except UnreadableImage as error:
+                _refuse_if_ours(error)
+                bad[number] = error.reason
+        return start, pixels
+
+    with progress("decoding images", len(paths)) as bar:
+        for start, pixels in _in_order(some, range(0, len(paths), _CHUNK)):
+            sink(start, pixels)
+            bar.advance(len(pixels))
+    return digests, dict(sorted(bad.items()))
+
+
+def _refuse_if_ours(error: UnreadableImage) -> None:
+    """Being out of files or memory is no fault of the image, and must not be remembered as one."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise ResourceError(
+            f"images can't be read: {cause.strerror}",
+            where=error.path,
+            fix="close other programs, or raise the limit (ulimit -n), and try again",
+        ) from error
+
+
+def _in_order(
+    work: Callable[[int], tuple[int, Pixels]], starts: Sequence[int]
+) -> Iterator[tuple[int, Pixels]]:
+    """Results of `work` in order, with only a few waiting: memory stays bounded."""
+    threads = min(device.usable_cores(), 32)
+    waiting = collections.deque[Future[tuple[int, Pixels]]]()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for start in starts:
+            waiting.append(pool.submit(work, start))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

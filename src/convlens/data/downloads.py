@@ -1,0 +1,300 @@
+"""Files of the built-in sets: found where torchvision would put them, or downloaded and checked.
+
+Nothing here unpickles, and nothing is extracted but members of exactly the expected names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import http.client
+import os
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from convlens.console import progress, say
+from convlens.data.locks import turn
+from convlens.errors import DataError
+from convlens.files import cannot_write, write_atomic
+
+TIMEOUT = 20.0  # seconds without a byte
+_MOST = 4 << 30  # bytes of one download or one member: more is not what we asked for
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One file to download: its name under each mirror, its MD5, and the files it holds."""
+
+    file: str
+    md5: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Set:
+    """A set's folder (below a data folder), mirrors and archives; `also` are other folders."""
+
+    folder: str
+    mirrors: tuple[str, ...]
+    archives: tuple[Archive, ...]
+    also: tuple[str, ...] = ()
+    pickled: str = ""
+
+
+def _idx_files(*md5: str) -> tuple[Archive, ...]:
+    names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    return tuple(
+        Archive(f"{name}-ubyte.gz", check, (f"{name}-ubyte",))
+        for name, check in zip(names, md5, strict=True)
+    )
+
+
+# Mirrors and MD5 sums as published by the sets' authors and torchvision.
+SETS: dict[str, Set] = {
+    "mnist": Set(
+        "MNIST/raw",
+        ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
+        _idx_files(
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "d53e105ee54ea40749a09fcbcd1e9432",
+            "9fb629c4189551a2d022fa330f9573f3",
+            "ec29112dd5afa0611ce80d1b7f02629c",
+        ),
+    ),
+    "fashion-mnist": Set(
+        "FashionMNIST/raw",
+        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+        _idx_files(
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79",
+            "bb300cfdad3c16e7a12a480ee83cd310",
+        ),
+    ),
+    "kmnist": Set(
+        "KMNIST/raw",
+        ("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+        _idx_files(
+            "bdb82020997e1d708af4cf47b453dcf7",
+            "e144d726b3acfaa3e44228e80efcd344",
+            "5c965bf0a639b31b8f53240b1b52f4d7",
+            "7320c461ea6c1c855c0b718fb2a4b134",
+        ),
+    ),
+    "cifar10": Set(
+        "cifar-10-batches-bin",
+        ("https://www.cs.toronto.edu/~kriz/",),
+        (
+            Archive(
+                "cifar-10-binary.tar.gz",
+                "c32a1d4ab5d03f1284b67883e8d87530",
+                (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
+            ),
+        ),
+        pickled="cifar-10-batches-py",
+    ),
+    "cifar100": Set(
+        "cifar-100-binary",
+        ("https://www.cs.toronto.edu/~kriz/",),
+        (
+            Archive(
+                "cifar-100-binary.tar.gz",
+                "03b5dce01913d631647c71ecec9e9cb8",
+                ("train.bin", "test.bin", "fine_label_names.txt"),
+            ),
+        ),
+        pickled="cifar-100-python",
+    ),
+    "svhn": Set(
+        "SVHN",
+        ("http://ufldl.stanford.edu/housenumbers/",),
+        (
+            Archive("train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373", ("train_32x32.mat",)),
+            Archive("test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3", ("test_32x32.mat",)),
+        ),
+        also=("svhn", ""),
+    ),
+    "stl10": Set(
+        "stl10_binary",
+        ("http://ai.stanford.edu/~acoates/stl10/",),
+        (
+            Archive(
+                "stl10_binary.tar.gz",
+                "91f7769df0f17e558f3565bffb0c7dfb",
+                ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin"),
+            ),
+        ),
+    ),
+}
+
+
+def ready(name: str, roots: Sequence[Path]) -> Path:
+    """The folder with all files of the set `name`, downloading what is missing under `roots[0]`.
+
+    Raises:
+        DataError: it can't be had; says which files to put where, and what works without them.
+    """
+    its = SETS[name]
+    for root in roots:
+        for folder in (its.folder, *its.also):
+            if not _missing(root / folder, its):
+                return root / folder
+    # An archive somebody put there is as good as a download; it may lie beside its folder too.
+    for root in roots:
+        for archive in its.archives:
+            for place in (root / archive.file, root / its.folder / archive.file):
+                if place.is_file() and place.name not in archive.members:
+                    _check_md5(place, archive)
+                    _unpack(place, archive, root / its.folder)
+        if not _missing(root / its.folder, its):
+            return root / its.folder
+    return _download(name, its, roots)
+
+
+def _missing(folder: Path, its: Set) -> list[Archive]:
+    return [a for a in its.archives if not all((folder / m).is_file() for m in a.members)]
+
+
+def _download(name: str, its: Set, roots: Sequence[Path]) -> Path:
+    folder = roots[0] / its.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with turn(folder / ".download.lock", f"downloading {name}"):
+            for archive in _missing(folder, its):
+                _get(name, its, archive, folder)
+    except _DownloadError as error:
+        pickled = [r / its.pickled for r in roots if its.pickled and (r / its.pickled).is_dir()]
+        raise DataError(
+            f"{name} can't be downloaded: {error}"
+            + (f" ({pickled[0]} holds pickles, which are never read)" if pickled else ""),
+            where=str(folder.absolute()),
+            fix=_by_hand(name, its, folder),
+        ) from error
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return folder
+
+
+def _by_hand(name: str, its: Set, folder: Path) -> str:
+    files = ", ".join(a.file for a in _missing(folder, its))
+    beside = folder.parent if len(its.archives) == 1 else folder
+    return (
+        f"put {files} into {beside}/, or images into {folder.parents[its.folder.count('/')] / name}"
+        "/{train,test}/<class>/; the set `digits` needs no download"
+    )
+
+
+class _DownloadError(Exception):
+    """A download that failed, in words."""
+
+
+def _get(name: str, its: Set, archive: Archive, folder: Path) -> None:
+    """Tries every mirror; the checked file is unpacked into `folder`."""
+    failures = []
+    for mirror in its.mirrors:
+        try:
+            path = _fetch(mirror + archive.file, archive, folder)
+        except _DownloadError as error:
+            failures.append(f"{mirror}{archive.file}: {error}")
+            continue
+        try:
+            _unpack(path, archive, folder)
+        finally:
+            path.unlink(missing_ok=True)
+        say(f"downloaded and checked {archive.file} for {name}")
+        return
+    raise _DownloadError("; ".join(failures))
+
+
+def _fetch(url: str, archive: Archive, folder: Path) -> Path:
+    """A temporary file with the content of `url`, its MD5 checked."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{archive.file}.", dir=folder)
+    path, digest, head = Path(temporary), hashlib.md5(usedforsecurity=False), b""
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for block in _blocks(url, archive.file):
+                head = head or block[:64]
+                digest.update(block)
+                file.write(block)
+        if digest.hexdigest() != archive.md5:
+            page = head.lstrip()[:1] == b"<"
+            why = "a web page came instead (is there a log-in page?)" if page else "wrong checksum"
+            raise _DownloadError(why)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _blocks(url: str, file: str) -> Iterator[bytes]:
+    """What `url` sends; failures of the network, and only those, are a `_DownloadError`."""
+    request = urllib.request.Request(url, headers={"User-Agent": "convlens"})
+    size = 0
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+            total = int(reply.headers.get("Content-Length") or 0)
+            with progress(f"downloading {file}", total) as bar:
+                while block := reply.read(1 << 18):
+                    size += len(block)
+                    if size > _MOST:
+                        raise _DownloadError(f"more than {_MOST >> 30} GiB came")
+                    yield block
+                    bar.advance(len(block))
+    except urllib.error.HTTPError as error:
+        raise _DownloadError(f"HTTP {error.code} {error.reason}") from error
+    except urllib.error.URLError as error:
+        reason = getattr(error.reason, "strerror", None) or error.reason
+        raise _DownloadError(str(reason)) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _DownloadError(str(error) or type(error).__name__) from error
+    if size < total:
+        raise _DownloadError(f"the connection broke after {size} of {total} bytes")
+
+
+def _check_md5(path: Path, archive: Archive) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != archive.md5:
+        raise DataError(
+            f"this archive has MD5 {found}, not {archive.md5}: half a file, or another version",
+            where=str(path),
+            fix="delete it, and put the right one there or let it be downloaded",
+        )
+
+
+def _unpack(path: Path, archive: Archive, folder: Path) -> None:
+    """Writes the expected members of an archive into `folder`, each whole or not at all."""
+    try:
+        if archive.file.endswith(".tar.gz"):
+            _unpack_tar(path, archive, folder)
+        elif archive.file.endswith(".gz"):
+            with gzip.open(path) as file:
+                write_atomic(folder / archive.members[0], file.read())
+        else:
+            os.chmod(path, 0o644)
+            os.replace(path, folder / archive.members[0])
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"a damaged archive: {error}", where=str(path), fix="delete it") from error
+    missing = [m for m in archive.members if not (folder / m).is_file()]
+    if missing:
+        raise DataError(f"the archive lacks {', '.join(missing)}", where=str(path))
+
+
+def _unpack_tar(path: Path, archive: Archive, folder: Path) -> None:
+    wanted = {f"{folder.name}/{member}": member for member in archive.members}
+    with tarfile.open(path, "r:gz") as tar:
+        for entry in tar:
+            member = wanted.get(entry.name.removeprefix("./"))
+            # Links, devices and odd names are never touched: only regular files asked for.
+            if member is None or not entry.isreg() or entry.size > _MOST:
+                continue
+            content = tar.extractfile(entry)
+            if content is not None:
+                with contextlib.closing(content):
+                    write_atomic(folder / member, content.read())

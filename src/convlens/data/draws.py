@@ -1,0 +1,87 @@
+"""What the augmentations draw with: one number or box per image, from one generator.
+
+Images are float32 `[N, C, H, W]`; everything drawn is `[N]` on the images' device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convlens.errors import UsageError
+
+Range = Sequence[float]
+Colour = float | Sequence[float]
+TRIES = 10  # torchvision gives up on a box that does not fit after as many
+
+
+def numbers(images: Tensor, generator: torch.Generator, rows: int, count: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1), float32 `[rows, N]` (or `[rows, count]`), on the images' device.
+
+    They are drawn on the generator's device, so that a CPU generator also serves images elsewhere.
+    """
+    size = (rows, count or len(images))
+    drawn = torch.rand(size, generator=generator, device=generator.device)
+    return drawn.to(images.device)
+
+
+def between(uniform: Tensor, limits: Range) -> Tensor:
+    """Numbers from [0, 1) stretched to `limits`."""
+    low, high = limits
+    return uniform * (high - low) + low
+
+
+def integer_below(uniform: Tensor, count: Tensor | int) -> Tensor:
+    """Numbers from [0, 1) as whole numbers 0 ... count - 1, still floats."""
+    return (uniform * count).floor()
+
+
+def span(value: float | Range, centre: float = 0.0) -> tuple[float, ...]:
+    """A single number `v` as the range `centre - v ... centre + v`; a sequence as it is."""
+    if isinstance(value, int | float):
+        return (centre - value, centre + value)
+    return tuple(float(v) for v in value)
+
+
+def colour(value: Colour, images: Tensor) -> Tensor:
+    """One number, or one per channel, as `[1, C or 1, 1, 1]`.
+
+    Raises:
+        UsageError: the number of values fits neither one nor the channels; broadcasting would
+            otherwise quietly turn grey images into images of three channels.
+    """
+    values = [float(value)] if isinstance(value, int | float) else [float(v) for v in value]
+    if len(values) not in (1, images.shape[1]):
+        raise UsageError(
+            f"{len(values)} values for images of {images.shape[1]} channel(s)",
+            fix="give one number, or one for each channel",
+        )
+    return torch.tensor(values, device=images.device).view(1, -1, 1, 1)
+
+
+class Boxes(NamedTuple):
+    """One rectangle per image in whole pixels, float32 `[N]` each; height 0 means none."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+
+
+def first_fit(
+    u: Tensor, scale: Range, ratio: Range, area: int, least: int, most: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `TRIES` random boxes per image the first that fits: its two sides, and whether one did.
+
+    `ratio` is first side over second; areas are uniform, ratios uniform in the logarithm.
+    """
+    areas = between(u[:TRIES], scale) * area
+    ratios = between(u[TRIES:], (math.log(ratio[0]), math.log(ratio[1]))).exp()
+    first, second = (areas * ratios).sqrt().round(), (areas / ratios).sqrt().round()
+    fits = (first >= least) & (first <= most[0]) & (second >= least) & (second <= most[1])
+    turn = fits.byte().argmax(0, keepdim=True)  # the first of equals
+    return first.gather(0, turn)[0], second.gather(0, turn)[0], fits.any(0)

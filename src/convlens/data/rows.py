@@ -1,0 +1,259 @@
+"""Images by number: in memory, in a file of pixels on the disk, or decoded when asked for.
+
+Every kind has `shape` (N, C, H, W), `gather` (int64 `[B]` -> uint8 `[B, C, H, W]`, on the CPU,
+from any thread), `resident` and `take`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from convlens.data.decode import Pixels, UnreadableImage, decode, fit_images, read_bytes
+from convlens.data.parts import Images
+from convlens.errors import DataError
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What every image of a set becomes: `[channels, size, size]`, cropped, padded or stretched."""
+
+    size: int
+    channels: int
+    fit: str
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one converted image."""
+        return self.channels * self.size * self.size
+
+    def file(self, content: bytes, path: str) -> Pixels:
+        """The bytes of one image file, converted."""
+        return decode(content, size=self.size, channels=self.channels, fit=self.fit, name=path)
+
+    def array(self, images: Pixels) -> Pixels:
+        """uint8 `[N, C, H, W]`, converted."""
+        return fit_images(images, size=self.size, channels=self.channels, fit=self.fit)
+
+
+class Rows(Protocol):
+    """What a split's images are, wherever they lie."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def gather(self, index: Tensor) -> Tensor:
+        """uint8 `[B, C, H, W]` on the CPU for int64 `[B]`."""
+        ...
+
+    def resident(self) -> Tensor | None:
+        """All images as one tensor where they are in memory already, else None."""
+        ...
+
+    def take(self, index: Tensor) -> Rows:
+        """A view of the images `index`, in that order."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """uint8 `[N, C, H, W]` in memory."""
+
+    images: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        n, c, h, w = self.images.shape
+        return n, c, h, w
+
+    def gather(self, index: Tensor) -> Tensor:
+        return self.images[index]
+
+    def resident(self) -> Tensor | None:
+        return self.images
+
+    def take(self, index: Tensor) -> Rows:
+        # A copy on purpose: where nobody holds the whole any more, its memory is freed.
+        return ArrayRows(self.images[index])
+
+
+@dataclass(frozen=True)
+class TakenRows:
+    """Some rows of others, by number; holds no pixels."""
+
+    base: Rows
+    index: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        return (len(self.index), *self.base.shape[1:])
+
+    def gather(self, index: Tensor) -> Tensor:
+        return self.base.gather(self.index[index])
+
+    def resident(self) -> Tensor | None:
+        return None
+
+    def take(self, index: Tensor) -> Rows:
+        return TakenRows(self.base, self.index[index])
+
+
+class Records:
+    """A file of `count` records of `size` bytes each, after `header` bytes; thread-safe.
+
+    Read with `preadv` and not through a memory map: pages of a map count as ours, so that a set
+    larger than the budget would seem to (and under a memory limit, would) break it.
+    """
+
+    def __init__(self, path: Path, size: int, count: int, header: int = 0) -> None:
+        self.path, self.size, self.count, self.header = path, size, count, header
+        # Opened once: the records stay readable even if someone deletes the file meanwhile.
+        self._file = path.open("rb", buffering=0)
+        self._lock = threading.Lock()
+
+    def read(self, numbers: Sequence[int]) -> Pixels:
+        """uint8 `[B, size]`; neighbours in `numbers` are read in one go."""
+        if numbers and not (min(numbers) >= 0 and max(numbers) < self.count):
+            raise IndexError(f"records {min(numbers)} to {max(numbers)} of {self.count}")
+        out = np.empty((len(numbers), self.size), np.uint8)
+        start = 0
+        while start < len(numbers):
+            end = start + 1
+            while end < len(numbers) and numbers[end] == numbers[end - 1] + 1:
+                end += 1
+            into = out[start:end].reshape(-1).data
+            self._fill(into, self.header + numbers[start] * self.size)
+            start = end
+        return out
+
+    def _fill(self, into: memoryview, offset: int) -> None:
+        while len(into):
+            if hasattr(os, "preadv"):
+                got = os.preadv(self._file.fileno(), [into], offset)
+            else:  # Windows
+                with self._lock:
+                    self._file.seek(offset)
+                    got = self._file.readinto(into) or 0
+            if got == 0:
+                raise DataError(
+                    "a file of images was cut short while in use",
+                    where=str(self.path),
+                    fix="delete it and run the same command again",
+                )
+            into, offset = into[got:], offset + got
+
+
+class StoredRows:
+    """Pixels in a file, row after row; only the rows asked for are read."""
+
+    def __init__(self, path: Path, shape: Shape) -> None:
+        self.shape = shape
+        self._records = Records(path, int(np.prod(shape[1:])), shape[0])
+
+    def gather(self, index: Tensor) -> Tensor:
+        rows = self._records.read(index.tolist())
+        return torch.from_numpy(rows).view(len(index), *self.shape[1:])
+
+    def resident(self) -> Tensor | None:
+        return None
+
+    def take(self, index: Tensor) -> Rows:
+        return TakenRows(self, index)
+
+
+class ConvertedRows:
+    """Images of a source that are read, or drawn, and converted whenever they are asked for."""
+
+    def __init__(self, images: Images, conversion: Conversion) -> None:
+        size, channels = conversion.size, conversion.channels
+        self.shape: Shape = (images.shape[0], channels, size, size)
+        self._images, self._conversion = images, conversion
+
+    def gather(self, index: Tensor) -> Tensor:
+        return torch.from_numpy(self._conversion.array(self._images[index.numpy()]))
+
+    def resident(self) -> Tensor | None:
+        return None
+
+    def take(self, index: Tensor) -> Rows:
+        return TakenRows(self, index)
+
+
+class DecodedRows:
+    """Image files that are decoded whenever they are asked for, by a few threads.
+
+    Args:
+        paths: one file an image.
+        digests: SHA-256 of each file as it was at the start, uint8 `[N, 32]`.
+        conversion: from file to uint8 `[C, H, W]`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        digests: Pixels,
+        conversion: Conversion,
+        threads: int,
+    ) -> None:
+        size, channels = conversion.size, conversion.channels
+        self.shape: Shape = (len(paths), channels, size, size)
+        self._paths, self._digests, self._conversion = paths, digests, conversion
+        self._threads = threads
+
+    def gather(self, index: Tensor) -> Tensor:
+        out = np.empty((len(index), *self.shape[1:]), np.uint8)
+        numbers = index.tolist()
+
+        def one(place: int) -> None:
+            out[place] = self._image(numbers[place])
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            for _ in pool.map(one, range(len(numbers))):
+                pass
+        return torch.from_numpy(out)
+
+    def _image(self, number: int) -> Pixels:
+        path = self._paths[number]
+        fix = "leave the images alone during a run; run the same command again"
+        try:
+            content = read_bytes(path)
+        except UnreadableImage as error:
+            raise DataError(
+                f"an image can't be read any more: {error.reason}", where=path, fix=fix
+            ) from error
+        if hashlib.sha256(content).digest() != self._digests[number].tobytes():
+            raise DataError("an image has changed since the start", where=path, fix=fix)
+        return self._conversion.file(content, path)
+
+    def resident(self) -> Tensor | None:
+        return None
+
+    def take(self, index: Tensor) -> Rows:
+        return TakenRows(self, index)
+
+
+def in_memory(rows: Rows, chunk: int = 1024) -> ArrayRows:
+    """The same rows read into memory once, piece by piece."""
+    images = torch.empty(rows.shape, dtype=torch.uint8)
+    for start in range(0, rows.shape[0], chunk):
+        numbers = torch.arange(start, min(start + chunk, rows.shape[0]))
+        images[start : start + chunk] = rows.gather(numbers)
+    return ArrayRows(images)
+
+
+def as_index(values: npt.NDArray[np.int64]) -> Tensor:
+    """A NumPy index array as the int64 tensor that `gather` and `take` want."""
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))

@@ -1,0 +1,280 @@
+"""Where images come from: a built-in set by its name, or somebody's own folder or CSV.
+
+A new built-in set is a function here and a line in `SOURCES`; one with files to download also
+gets its lines in `downloads.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from convlens.data import downloads
+from convlens.data.decode import Pixels
+from convlens.data.drawn import SHAPES, Drawn
+from convlens.data.folders import printable, read_folder
+from convlens.data.parts import Images, Part, Source
+from convlens.data.rows import Records
+from convlens.data.tables import read_csv
+from convlens.errors import DataError, UsageError
+from convlens.names import near
+
+__all__ = ["SOURCES", "Images", "Part", "Source", "available", "find", "is_path", "roots"]
+
+Labels = npt.NDArray[np.int64]
+_DIGITS = tuple("0123456789")
+_CLASSES = {
+    "mnist": _DIGITS,
+    "fashion-mnist": (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+        "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    ),
+    "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+    "cifar10": (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    ),
+    "svhn": _DIGITS,
+    "stl10": (
+        "airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck",
+    ),
+}  # fmt: skip
+
+
+def find(
+    name: str,
+    *,
+    count: int | None = None,
+    image_size: int | None = None,
+    group: str | None = None,
+) -> Source:
+    """The images called `name`: a built-in set, a path, or a folder under `data/`.
+
+    Args:
+        name: built-in names win, then existing paths, then folders under `data/` and
+            `$CONVLENS_DATA`.
+        count: how many images to draw; only for `shapes`.
+        image_size: the size `shapes` are drawn at.
+        group: CSV column whose equal values stay in one split.
+
+    Raises:
+        DataError: a path that is missing or can't be used, a download that can't be had.
+        UsageError: no such name; an argument that does not apply.
+    """
+    if count is not None and name != "shapes":
+        raise UsageError("data.count is only for the drawn set `shapes`", where=f"data.name={name}")
+    path = None if name in SOURCES else _existing(name)
+    if group is not None and (path is None or path.is_dir()):
+        raise UsageError("data.group names a column of a CSV", where=f"data.name={name}")
+    if name == "shapes":
+        return _shapes(count or 2000, image_size or 32)
+    if name in SOURCES:
+        return SOURCES[name]()
+    if path is None:
+        raise _unknown(name)
+    if path.is_dir():
+        return read_folder(path, name)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return read_csv(path, name, group)
+    fix = "unpack it and name the folder" if path.suffix in (".zip", ".gz", ".tar", ".xz") else ""
+    raise DataError(
+        "this file is no CSV", where=str(path), fix=fix or "name a folder of class folders or a CSV"
+    )
+
+
+def roots() -> list[Path]:
+    """Where sets are looked for: `$CONVLENS_DATA`, then `data/`. Downloads go to the first."""
+    asked = os.environ.get("CONVLENS_DATA")
+    return ([Path(asked)] if asked else []) + [Path("data")]
+
+
+def available() -> list[str]:
+    """Every name `find` knows without a path: built-in sets, then folders under `data/`."""
+    there = {e.name for root in roots() if root.is_dir() for e in os.scandir(root) if e.is_dir()}
+    return [*SOURCES, *sorted(d for d in there if not d.startswith(".") and d not in SOURCES)]
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` is a path, or looks like one: then not finding it is no slip of a name."""
+    looks = "/" in name or os.sep in name or name.lower().endswith((".csv", ".tsv"))
+    return looks or _existing(name) is not None
+
+
+def _existing(name: str) -> Path | None:
+    places = [Path(name).expanduser(), *(root / name for root in roots())] if name.strip() else []
+    return next((place for place in places if place.is_dir() or place.is_file()), None)
+
+
+def _unknown(name: str) -> DataError | UsageError:
+    if is_path(name):
+        return DataError(
+            f"no such file or folder: {name}",
+            where=str(Path(name).expanduser().absolute()),
+            fix="check the spelling; relative paths start at the current folder or at data/",
+        )
+    choices = available()
+    close = near(name, choices)
+    shown = f"did you mean {' or '.join(close)}?" if close else f"choose from: {', '.join(choices)}"
+    return UsageError(f"unknown data {name!r}", fix=f"{shown} (or name a folder or CSV)")
+
+
+def _numbered(split: str, images: Images, labels: npt.NDArray[np.generic]) -> Part:
+    ids = [f"{split}/{i}" for i in range(images.shape[0])]
+    return Part(images, labels.astype(np.int64).reshape(-1), ids)
+
+
+def _digits() -> Source:
+    """scikit-learn's 1,797 scanned digits, 8 x 8, from the package itself."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return Source("digits", _DIGITS, {"train": _numbered("digits", images, labels)})
+
+
+def _shapes(count: int = 2000, size: int = 32) -> Source:
+    if count < 2 * len(SHAPES):
+        raise UsageError(f"data.count={count}: at least {2 * len(SHAPES)} shapes are needed")
+    drawn = Drawn(count, size)
+    return Source("shapes", SHAPES, {"train": _numbered("shapes", drawn, drawn.labels)})
+
+
+class Binary:
+    """Images in files of fixed-size records, `skip` label bytes before each; read on demand."""
+
+    def __init__(
+        self,
+        files: Sequence[Records],
+        image: tuple[int, int, int],
+        *,
+        skip: int = 0,
+        by_column: bool = False,
+    ) -> None:
+        self._files, self._skip, self._by_column = files, skip, by_column
+        self._starts = np.cumsum([0, *(file.count for file in files)])
+        self.shape: tuple[int, ...] = (int(self._starts[-1]), *image)
+
+    def __getitem__(self, index: npt.NDArray[np.int64], /) -> Pixels:
+        out = np.empty((len(index), *self.shape[1:]), np.uint8)
+        of_file = np.searchsorted(self._starts, index, side="right") - 1
+        for number in np.unique(of_file):
+            mine = of_file == number
+            records = self._files[number].read((index[mine] - self._starts[number]).tolist())
+            out[mine] = records[:, self._skip :].reshape(-1, *self.shape[1:])
+        return np.ascontiguousarray(out.swapaxes(2, 3)) if self._by_column else out
+
+
+def _records(path: Path, size: int, header: int = 0) -> Records:
+    content = path.stat().st_size - header
+    if content <= 0 or content % size:
+        raise _damaged(path, f"{content} bytes are no whole number of records of {size} bytes")
+    return Records(path, size, content // size, header)
+
+
+def _damaged(path: Path, why: str) -> DataError:
+    return DataError(
+        f"a damaged file: {why}", where=str(path), fix="delete it; it is then downloaded again"
+    )
+
+
+def _idx(name: str) -> Source:
+    """MNIST's file format: two big-endian headers, then bytes (yann.lecun.com/exdb/mnist)."""
+    raw = downloads.ready(name, roots())
+    parts = {}
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        image_file, label_file = (
+            raw / f"{stem}-images-idx3-ubyte",
+            raw / f"{stem}-labels-idx1-ubyte",
+        )
+        with image_file.open("rb") as file:
+            magic, count, height, width = np.frombuffer(file.read(16).ljust(16), ">u4").tolist()
+        if magic != 2051 or image_file.stat().st_size != 16 + count * height * width:
+            raise _damaged(image_file, "it does not hold what its header says")
+        labels = np.fromfile(label_file, np.uint8)[8:]
+        if len(labels) != count or labels.max(initial=0) > 9:
+            raise _damaged(label_file, f"{len(labels)} labels for {count} images, or not digits")
+        images = Binary([_records(image_file, height * width, 16)], (1, height, width))
+        parts[split] = _numbered(split, images, labels)
+    return Source(name, _CLASSES[name], parts)
+
+
+def _cifar(name: str) -> Source:
+    """CIFAR's binary version: label bytes, then 3,072 bytes by channel (never the pickles)."""
+    folder = downloads.ready(name, roots())
+    if name == "cifar10":
+        names, skip = _CLASSES[name], 1
+        files = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+    else:
+        # Two labels an image, coarse and fine; the fine names are in the archive.
+        names = tuple((folder / "fine_label_names.txt").read_text().split())
+        files, skip = {"train": ["train.bin"], "test": ["test.bin"]}, 2
+    parts = {}
+    for split, its_files in files.items():
+        records = [_records(folder / file, skip + 3072) for file in its_files]
+        labels = [np.memmap(r.path, np.uint8).reshape(-1, r.size)[:, skip - 1] for r in records]
+        parts[split] = _numbered(
+            split, Binary(records, (3, 32, 32), skip=skip), np.concatenate(labels)
+        )
+        if parts[split].labels.max() >= len(names):
+            raise _damaged(folder / its_files[0], "a label is out of range")
+    return Source(name, names, parts)
+
+
+def _svhn() -> Source:
+    from scipy.io import loadmat
+
+    folder = downloads.ready("svhn", roots())
+    parts = {}
+    for split in ("train", "test"):
+        path = folder / f"{split}_32x32.mat"
+        try:
+            content = loadmat(path, variable_names=["X", "y"])
+            images = np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1), dtype=np.uint8)
+            labels = content["y"].astype(np.int64).reshape(-1) % 10  # the file calls zero 10
+        except Exception as error:  # scipy raises many kinds on damaged files
+            raise _damaged(path, str(error) or type(error).__name__) from error
+        parts[split] = _numbered(split, images, labels)
+    return Source("svhn", _CLASSES["svhn"], parts)
+
+
+def _stl10() -> Source:
+    folder = downloads.ready("stl10", roots())
+    parts = {}
+    for split in ("train", "test"):
+        records = _records(folder / f"{split}_X.bin", 3 * 96 * 96)
+        labels = np.fromfile(folder / f"{split}_y.bin", np.uint8).astype(np.int64) - 1
+        if len(labels) != records.count or labels.min() < 0 or labels.max() > 9:
+            raise _damaged(folder / f"{split}_y.bin", f"no labels for {records.count} images")
+        # Stored column by column (cs.stanford.edu/~acoates/stl10).
+        parts[split] = _numbered(split, Binary([records], (3, 96, 96), by_column=True), labels)
+    return Source("stl10", _CLASSES["stl10"], parts)
+
+
+def _or_folder(name: str, read: Callable[[], Source]) -> Callable[[], Source]:
+    """The set from an image folder of its name under a data folder, else from its own format."""
+
+    def find_it() -> Source:
+        for root in roots():
+            if (root / name).is_dir() and any(e.is_dir() for e in os.scandir(root / name)):
+                found = read_folder(root / name, name, _CLASSES.get(name))
+                note = f"read as an image folder: {printable(str(root / name))}"
+                return Source(name, found.classes, found.parts, (*found.notes, note))
+        return read()
+
+    return find_it
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "digits": _digits,
+    "shapes": _shapes,
+    "mnist": _or_folder("mnist", lambda: _idx("mnist")),
+    "fashion-mnist": _or_folder("fashion-mnist", lambda: _idx("fashion-mnist")),
+    "kmnist": _or_folder("kmnist", lambda: _idx("kmnist")),
+    "cifar10": _or_folder("cifar10", lambda: _cifar("cifar10")),
+    "cifar100": _or_folder("cifar100", lambda: _cifar("cifar100")),
+    "svhn": _or_folder("svhn", _svhn),
+    "stl10": _or_folder("stl10", _stl10),
+}

@@ -1,0 +1,238 @@
+"""Hardware: device, precision, memory format, threads, memory, seeds. The one place that knows.
+
+A `Plan` is what was decided for a run; it is written into the run and used again by resume,
+because part of it is chosen by timing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convlens.errors import UsageError
+
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where and how a run computes; `asdict` of it is stored in the run."""
+
+    device: str
+    precision: str
+    memory_format: str
+    deterministic: bool = False
+
+    def place(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Moves `model` to the device in this plan's memory format."""
+        # `Module.to(memory_format=...)` is missing from torch's type stubs for this overload.
+        return model.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload,no-any-return]
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return MEMORY_FORMATS[self.memory_format]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context for forward and loss: bf16 where planned, else nothing."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def choose(asked: str | None = None) -> str:
+    """The device to use: what was asked for, or CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: the device asked for isn't there; never a silent fall-back to the CPU.
+    """
+    if asked is None or asked == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=asked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"device {asked!r} can't be used: {reason}",
+            fix="leave out --device to take the best one there is, or use --device cpu",
+        ) from error
+    return asked
+
+
+def has_fast_bf16(device: str) -> bool:
+    """Whether bf16 is computed in hardware; elsewhere it can be hundreds of times slower."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags()) and device == "cpu"
+
+
+def cpu_flags() -> set[str]:
+    """The CPU's own feature flags (Linux; elsewhere empty)."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def plans(device: str, precision: str, memory_format: str, deterministic: bool) -> list[Plan]:
+    """The plans that fit what the recipe asks for, the safest first.
+
+    `deterministic` leaves nothing to timing: fp32 and contiguous unless stated.
+    """
+    if precision == "bf16" and device == "cpu" and not has_fast_bf16(device):
+        raise UsageError(
+            "train.precision=bf16: this CPU has no bf16 instructions, it would be far slower",
+            fix="use train.precision=auto or fp32",
+        )
+    precisions, formats = [precision], [memory_format]
+    if precision == "auto":
+        precisions = ["fp32", "bf16"] if has_fast_bf16(device) and not deterministic else ["fp32"]
+    if memory_format == "auto":
+        formats = ["contiguous"] if deterministic else ["contiguous", "channels_last"]
+    return [Plan(device, p, f, deterministic) for p in precisions for f in formats]
+
+
+def fastest(
+    candidates: Sequence[Plan], trial: Callable[[Plan], Callable[[], None]], rounds: int = 3
+) -> Plan:
+    """The candidate whose step is fastest by the median of interleaved rounds.
+
+    `trial(plan)` prepares and returns a function that does one training step. Which layout wins
+    depends on the network and the machine (twice slower or twice faster), so it is measured.
+    A later candidate must win by 5%: noise must not choose lower precision.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    steps = [trial(plan) for plan in candidates]
+    times: list[list[float]] = [[] for _ in candidates]
+    for turn in range(rounds + 1):
+        for step, spent in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            synchronise(candidates[0].device)
+            if turn:  # the first round warms up
+                spent.append(time.perf_counter() - start)
+    best = 0
+    medians = [statistics.median(spent) for spent in times]
+    for index, median in enumerate(medians):
+        if median < 0.95 * medians[best]:
+            best = index
+    return candidates[best]
+
+
+def synchronise(device: str) -> None:
+    """Waits for the device's queue; nothing to wait for on the CPU."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def seed_of(*parts: int) -> int:
+    """A 63-bit seed that is a function of `parts` only, e.g. `(seed, epoch, step)`.
+
+    SplitMix64's finaliser (Steele, Lea, Flood 2014): neighbouring parts give unrelated seeds.
+    """
+    mask = (1 << 64) - 1
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+def prepare(deterministic: bool) -> None:
+    """Sets threads to the cores this process may use, and determinism if asked for."""
+    cores = usable_cores()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
+    if deterministic:
+        # cuBLAS reads this once, when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def usable_cores() -> int:
+    """Cores by affinity and by the container's CPU quota, which `os.cpu_count` doesn't see."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdigit() and period.strip().isdigit():
+        cores = min(cores or 1, max(1, int(quota) // int(period)))
+    return cores or 1
+
+
+def memory_budget(device: str) -> int:
+    """Bytes of images that may live on the device: half of its free memory.
+
+    `$CONVLENS_MEMORY` (e.g. `64MB`) overrides it; larger sets stream from the cache.
+    """
+    asked = os.environ.get("CONVLENS_MEMORY", "").strip().upper()
+    if asked:
+        number, unit = asked[:-2].strip(), asked[-2:]
+        if unit not in UNITS or not number.replace(".", "", 1).isdigit():
+            raise UsageError(f"CONVLENS_MEMORY={asked!r} is no size", fix="write e.g. 64MB or 2GB")
+        return int(float(number) * UNITS[unit])
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info()[0]) // 2
+    return available_memory() // 2
+
+
+def available_memory() -> int:
+    """Bytes of main memory this process can still take, by the system's and the container's view."""
+    free = 4 * 2**30  # a laptop's worth, where the system doesn't tell
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable"):
+            free = int(line.split()[1]) * 1024
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    if limit.strip().isdigit() and used.strip().isdigit():
+        free = min(free, max(0, int(limit) - int(used)))
+    return free
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Hardware and versions, for results that say where they were measured."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in _read("/proc/cpuinfo").splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor() or platform.machine(),
+    )
+    facts: dict[str, Any] = {
+        "device": device,
+        "cpu": model,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+    if device.startswith("cuda"):
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,187 @@
+"""The training loop. `step` is the dozen lines everyone comes to read.
+
+`fit` is a generator of `Step` and `Epoch` records: whoever reads it decides to log, validate,
+save or stop (by not asking for the next record), so there are no callbacks. No disk, no
+printing and no recipe in here. What is yielded stays on the device; reading a number off it
+waits for the device, so the reader decides how often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from convlens import optim
+from convlens.device import Plan, seed_of
+from convlens.errors import Stopped
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+Records = Iterator["Step | Epoch"]
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+class EpochBatches(Protocol):
+    """What `fit` trains on: `data.batches.Batches`, or a list-like of batches in a test."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass
+class Position:
+    """Where in a training a network is: what `fit` starts from and keeps up to date.
+
+    `epoch` is the one being trained (from 1), `step` how many of its steps are done; the rest
+    are this epoch's sums so far.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    images: int = 0
+    loss_sum: float | Tensor = 0.0
+    correct: int | Tensor = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step. `loss` (mean over the batch) and `correct` are tensors on the device."""
+
+    epoch: int
+    step: int
+    steps: int
+    images: int
+    loss: Tensor
+    correct: Tensor
+    lr: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training images; `loss` and `accuracy` as seen while training."""
+
+    epoch: int
+    images: int
+    loss: float | Tensor
+    accuracy: float | Tensor
+    lr: float
+
+
+class NonFiniteLoss(Stopped):
+    """The loss became NaN or infinite; raised before the weights were updated with it."""
+
+    def __init__(self, epoch: int, step: int, lr: float) -> None:
+        super().__init__(
+            f"the loss became NaN or infinite in epoch {epoch}, step {step}; training stopped "
+            "before the weights were updated with it",
+            fix=f"lower optim.lr (it was {lr:.3g}) or set optim.clip_norm=1",
+        )
+
+
+def step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    optimiser: torch.optim.Optimizer,
+    plan: Plan,
+    clip: Callable[[], None],
+) -> tuple[Tensor | None, Tensor]:
+    """Forward, backward, update; returns loss and number of right answers, on the device.
+
+    A loss that isn't finite returns None, before anything was updated with it.
+    """
+    with plan.autocast():
+        logits = model(images)
+        loss: Tensor = objective(logits, labels)
+    right = (logits.detach().argmax(1) == labels).sum()
+    if not torch.isfinite(loss):
+        return None, right
+    loss.backward()
+    clip()
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return loss.detach(), right
+
+
+def fit(
+    model: nn.Module,
+    batches: EpochBatches,
+    optimiser: torch.optim.Optimizer,
+    schedule: optim.Schedule,
+    *,
+    epochs: int,
+    objective: Objective,
+    plan: Plan,
+    seed: int,
+    position: Position | None = None,
+    clip_value: float | None = None,
+    clip_norm: float | None = None,
+    averager: optim.Averager | None = None,
+) -> Records:
+    """Trains `model` in place and yields a record after each step and each epoch.
+
+    Args:
+        batches: `len` is steps per epoch; `epoch(n)` gives the n-th epoch's batches.
+        schedule: factor on the learning rate by progress, 0 at the first step.
+        objective: `(logits, labels) -> mean loss`.
+        position: where to go on; it is advanced with every step, so that whoever holds it can
+            save it with the weights and continue as if nothing had happened.
+        clip_value, clip_norm: bound on each gradient, on the norm of all of them.
+
+    Raises:
+        NonFiniteLoss: before the update with it; the weights are the last good ones.
+    """
+    at = position if position is not None else Position()
+    steps = len(batches)
+    clip = _clipper(model, clip_value, clip_norm)
+    statistics = [b for b in model.buffers() if b.is_floating_point()]
+    before = [b.clone() for b in statistics]
+    draws = any(isinstance(module, DROPOUTS) for module in model.modules())
+    while at.epoch <= epochs:
+        model.train()
+        lr = 0.0
+        for index, (images, labels) in enumerate(batches.epoch(at.epoch, at.step), at.step):
+            done = (at.epoch - 1) * steps + index
+            lr = optim.set_lr(optimiser, schedule(done / (epochs * steps)))
+            if draws:  # dropout's masks depend on (seed, epoch, step) only
+                torch.manual_seed(seed_of(seed, at.epoch, index, 1))
+            _copy(before, statistics)
+            loss, correct = step(model, images, labels, objective, optimiser, plan, clip)
+            if loss is None:
+                # The forward pass has already moved the norms' running statistics.
+                _copy(statistics, before)
+                raise NonFiniteLoss(at.epoch, index + 1, lr)
+            if averager is not None:
+                averager.update()
+            at.step, at.images = index + 1, at.images + len(labels)
+            at.loss_sum += loss * len(labels)
+            at.correct += correct
+            yield Step(at.epoch, at.step, steps, len(labels), loss, correct, lr)
+        count = at.images
+        record = Epoch(at.epoch, count, at.loss_sum / count, at.correct / count, lr)
+        at.epoch, at.step, at.images, at.loss_sum, at.correct = at.epoch + 1, 0, 0, 0.0, 0
+        yield record
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _clipper(
+    model: nn.Module, clip_value: float | None, clip_norm: float | None
+) -> Callable[[], None]:
+    parameters: Sequence[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+
+    def clip() -> None:
+        if clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, clip_value)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
+
+    return clip

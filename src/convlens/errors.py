@@ -1,0 +1,60 @@
+"""Every error a user can cause: what went wrong, where, and what to do about it.
+
+Anything that is not a `ConvlensError` is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class ConvlensError(Exception):
+    """An error with a remedy; the command line prints it in at most five lines.
+
+    Args:
+        what: one line saying what is wrong, with the value that was received.
+        where: file, key or index, if there is one.
+        fix: what the user can do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  do:    {self.fix}")
+        return "\n".join(lines)
+
+
+class UsageError(ConvlensError, ValueError):
+    """A name, key or value that can't be used (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(ConvlensError):
+    """Images or labels that can't be used (exit code 3)."""
+
+    exit_code = 3
+
+
+class ModelFileError(ConvlensError):
+    """A model file or run folder that can't be trusted or read (exit code 4)."""
+
+    exit_code = 4
+
+
+class ResourceError(ConvlensError):
+    """Disk, memory, lock or device not to be had (exit code 5)."""
+
+    exit_code = 5
+
+
+class Stopped(ConvlensError):
+    """Training stopped on its own; what is finished is kept (exit code 75)."""
+
+    exit_code = 75

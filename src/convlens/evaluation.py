@@ -1,0 +1,197 @@
+"""Testing a model: the only code that reads the test split.
+
+Each look at a split is logged in the run's `results.json`, so that nobody has to remember how
+often a test set was used.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convlens import device, metrics, picturing, run
+from convlens.console import progress, quieted, say
+from convlens.data import Data, Split, load
+from convlens.errors import DataError, UsageError
+from convlens.inference import split_logits
+from convlens.recipe import Recipe
+from convlens.recipe import load as load_recipe
+from convlens.run import Loaded, RunFolder
+
+SPLITS = ("test", "val", "train")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's numbers on one split; `interval95` is Wilson's, `loss` is in nats."""
+
+    run: str
+    split: str
+    data: str
+    n: int
+    correct: int
+    accuracy: float
+    interval95: tuple[float, float]
+    loss: float
+    ece: float
+    top5: float | None
+    per_class: dict[str, dict[str, Any]]
+    confusion: list[list[int]]
+    classes: list[str]
+    tta: None
+    looks: int
+    images_per_second: float
+    data_fingerprint: str
+    model_sha256: str
+    convlens: str
+    hardware: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    place: RunFolder,
+    split: str = "test",
+    *,
+    data: str | Path | None = None,
+    on: str | None = None,
+    quiet: bool = False,
+) -> Evaluation:
+    """Measures the run's model on one of its own splits, or on another data set.
+
+    Args:
+        split: `test`, `val` or `train`; of another data set, its part of that name if it has
+            parts, else all of it.
+        data: another data set; its classes are matched by name.
+        on: device; the best there is by default.
+
+    Raises:
+        UsageError: no such split; DataError: the images changed since training, or a class that
+            the model doesn't know.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"no split called {split!r}", fix=f"choose from: {', '.join(SPLITS)}")
+    loaded = run.load_model(place.model_path)
+    where = device.choose(on)
+    recipe = load_recipe(loaded.card["recipe"])
+    with quieted(quiet):
+        if data is None:
+            part, classes, name, fingerprint = _own(recipe, loaded, split, where)
+        else:
+            part, classes, name, fingerprint = _foreign(str(data), loaded, split, where)
+        labels = _by_name(part.labels, classes, loaded.classes, name)
+        part = replace(part, labels=labels)
+        return _measure(place, loaded, part, split, name, fingerprint, where)
+
+
+def _own(
+    recipe: Recipe, loaded: Loaded, split: str, where: str
+) -> tuple[Split, Sequence[str], str, str]:
+    data = load(recipe.data, memory_budget=device.memory_budget(where))
+    began = loaded.card["data"]["fingerprint"]
+    if data.fingerprint != began:
+        raise DataError(
+            f"the images of {data.name!r} changed since this model was trained on them: "
+            "its test images may be among those it learned",
+            where=data.name,
+            fix="evaluate with --data to test on them as they are, or train anew with --fresh",
+        )
+    return _part(data, split), data.classes, data.name, data.fingerprint
+
+
+def _part(data: Data, split: str) -> Split:
+    if split == "test":
+        return data.unseal_test()
+    return data.val if split == "val" else data.train
+
+
+def _foreign(
+    name: str, loaded: Loaded, split: str, where: str
+) -> tuple[Split, Sequence[str], str, str]:
+    from convlens.data.foreign import load_foreign
+
+    pre = loaded.preprocessing
+    return load_foreign(
+        name,
+        split,
+        image_size=pre.image_size,
+        channels=pre.channels,
+        fit=pre.fit,
+        memory_budget=device.memory_budget(where),
+    )
+
+
+def _by_name(
+    labels: torch.Tensor, theirs: Sequence[str], ours: Sequence[str], name: str
+) -> torch.Tensor:
+    """Labels in the model's class order; never by position."""
+    unknown = [label for label in theirs if label not in ours]
+    if unknown:
+        raise DataError(
+            f"the model doesn't know {len(unknown)} of the classes: {', '.join(unknown[:8])}",
+            where=name,
+            fix=f"its classes are: {', '.join(ours[:12])}{' ...' if len(ours) > 12 else ''}",
+        )
+    positions = torch.tensor([ours.index(label) for label in theirs], dtype=torch.int64)
+    return positions[labels]
+
+
+def _measure(
+    place: RunFolder,
+    loaded: Loaded,
+    part: Split,
+    split: str,
+    name: str,
+    fingerprint: str,
+    where: str,
+) -> Evaluation:
+    plan = device.Plan(where, "fp32", "contiguous")
+    plan.place(loaded.model)
+    total = int(part.labels.numel())
+    start = time.perf_counter()
+    with progress(f"evaluating {split}", total) as bar:
+        logits, labels = split_logits(
+            loaded.model, part, loaded.preprocessing.normalise, plan, advance=bar.advance
+        )
+        device.synchronise(where)
+    seconds = time.perf_counter() - start
+    scores, truths = logits.cpu().numpy(), labels.cpu().numpy()
+    summary = metrics.summarise(scores, truths, list(loaded.classes))
+    result: dict[str, Any] = {
+        "run": place.name,
+        "split": split,
+        "data": name,
+        **summary,
+        "top5": summary.get("top5"),
+        "classes": list(loaded.classes),
+        "tta": None,
+        "looks": 0,
+        "images_per_second": round(total / seconds, 1),
+        "data_fingerprint": fingerprint,
+        "model_sha256": loaded.card["sha256"],
+        "convlens": loaded.card["convlens"],
+        "hardware": device.describe(where),
+    }
+    own = loaded.card["data"]["fingerprint"] == fingerprint
+    result["looks"] = place.add_result({**result, "own": own})
+    label = split if own else f"{split}-{run.safe(Path(name).name)}"
+    picturing.evaluation_plots(place, label, part, scores, loaded.classes)
+    evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
+    _tell(evaluation)
+    return evaluation
+
+
+def _tell(result: Evaluation) -> None:
+    low, high = result.interval95
+    say(
+        f"{result.split} accuracy [bold]{result.accuracy:.2%}[/] "
+        f"(95% interval {low:.2%} to {high:.2%}, n = {result.n:,}), loss {result.loss:.4f}, "
+        f"calibration error {result.ece:.3f}"
+    )
+

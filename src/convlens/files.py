@@ -1,0 +1,107 @@
+"""Files that are either whole or absent: atomic fsynced writes, hashes, locks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from convlens.errors import ResourceError
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes `path` whole or not at all, and returns only when it is on the disk.
+
+    The temporary file lies beside the target (a rename across disks is a copy), and both the
+    file and its folder are fsynced: without that, a power cut can leave an empty file behind
+    the new name.
+
+    Raises:
+        ResourceError: the folder can't be written or the disk is full; the old file is intact.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path = Path(path)
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a result is an ordinary file.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> ResourceError:
+    """The `ResourceError` that explains why `path` could not be written."""
+    fix = "choose another folder, or change its permissions"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "free some disk space and run the same command again"
+    return ResourceError(f"can't write: {error.strerror or error}", where=str(path), fix=fix)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows can't open a folder; its rename is already durable.
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, what: str) -> Iterator[None]:
+    """Holds `path` as a kernel lock, so that a killed process leaves none behind.
+
+    Raises:
+        ResourceError: another process holds it; names that process and its machine.
+    """
+    from filelock import FileLock, Timeout
+
+    owner = path.with_suffix(".owner")
+    held = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=0)
+    except Timeout as error:
+        by = owner.read_text() if owner.exists() else "another process"
+        raise ResourceError(
+            f"{what} is in use by {by}",
+            where=str(path.parent),
+            fix="wait for it to end, or give this run another name with --name",
+        ) from error
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            owner.unlink()
+        held.release()

@@ -1,0 +1,237 @@
+"""From a model's outputs to numbers: pure functions of numpy arrays, with honest edge cases.
+
+`logits` are finite floats [N, K], `probs` rows of them that sum to one, `labels` and
+`predictions` integers [N] from 0 to K - 1. What can't be known (the recall of a class without
+images, the spread of one seed) is `None`; a mean over nothing is an error, never 0/0.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from convlens.errors import DataError, ModelFileError, UsageError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+class ClassScores(TypedDict):
+    """How one class fares; `n` is its number of images."""
+
+    n: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
+def softmax(logits: npt.ArrayLike) -> Floats:
+    """Probabilities [N, K] in float64; logits of any finite size are safe."""
+    shifted = _shifted(_matrix(logits))
+    np.exp(shifted, out=shifted)
+    shifted /= shifted.sum(axis=1, keepdims=True)
+    return shifted
+
+
+def accuracy(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
+    """The share of predictions that are right, from 0 to 1."""
+    truth, said = _indices(labels), _indices(predictions)
+    _same_length(truth, said)
+    return float(np.mean(truth == said))
+
+
+def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval of a share, (low, high); (0, 1) when n is 0.
+
+    Unlike the normal approximation it stays inside [0, 1] and keeps its coverage near 0 and 1,
+    where good classifiers live. Wilson 1927, J. Am. Stat. Assoc. 22 (158), 209-212.
+    """
+    if not 0 <= correct <= n:
+        raise UsageError(f"{correct} correct of {n} is not a share")
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence must lie between 0 and 1, got {confidence}")
+    if n == 0:
+        return 0.0, 1.0
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    share = correct / n
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # The ends are exact in theory; rounding would leave 0.9999999999999999.
+    low = 0.0 if correct == 0 else (centre - half) / scale
+    high = 1.0 if correct == n else (centre + half) / scale
+    return low, high
+
+
+def cross_entropy(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """The mean of -log p(label), in nats."""
+    matrix, truth = _checked(logits, labels)
+    shifted = _shifted(matrix)
+    own = shifted[np.arange(len(truth)), truth]
+    np.exp(shifted, out=shifted)
+    return float(np.mean(np.log(shifted.sum(axis=1)) - own))
+
+
+def top_k(logits: npt.ArrayLike, labels: npt.ArrayLike, k: int) -> float:
+    """The share of images whose label is among the k highest logits.
+
+    Ties go to the lower class index, as in `argmax`, so that k = 1 is the accuracy and a model
+    that says the same for every class earns nothing by it.
+    """
+    matrix, truth = _checked(logits, labels)
+    if not 1 <= k <= matrix.shape[1]:
+        raise UsageError(f"k must lie between 1 and {matrix.shape[1]} classes, got {k}")
+    own = matrix[np.arange(len(truth)), truth][:, None]
+    earlier = np.arange(matrix.shape[1]) < truth[:, None]
+    ahead = (matrix > own) | ((matrix == own) & earlier)
+    return float(np.mean(ahead.sum(axis=1) < k))
+
+
+def confusion(labels: npt.ArrayLike, predictions: npt.ArrayLike, classes: int) -> Ints:
+    """Counts [K, K]: rows are the truth, columns what was predicted."""
+    truth, said = _indices(labels, classes), _indices(predictions, classes)
+    _same_length(truth, said, empty=True)
+    counts = np.bincount(truth * classes + said, minlength=classes * classes)
+    return counts.astype(np.int64).reshape(classes, classes)
+
+
+def per_class(matrix: npt.ArrayLike) -> list[ClassScores]:
+    """Precision, recall and F1 of every class of a confusion matrix.
+
+    A class without images has no scores at all; one that was never predicted has no precision.
+    """
+    counts = np.asarray(matrix, dtype=np.int64)
+    support, predicted, hits = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
+    scores: list[ClassScores] = []
+    for n, said, hit in zip(support.tolist(), predicted.tolist(), hits.tolist(), strict=True):
+        scores.append(
+            {
+                "n": n,
+                "precision": hit / said if n and said else None,
+                "recall": hit / n if n else None,
+                "f1": 2 * hit / (n + said) if n else None,
+            }
+        )
+    return scores
+
+
+def reliability(
+    probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15
+) -> tuple[Floats, Floats, Ints]:
+    """Mean confidence, accuracy and count in each of `bins` equal steps of confidence.
+
+    Confidence is the highest probability; bin m holds ((m - 1) / bins, m / bins], as in Guo et
+    al. 2017. Empty bins have NaN for confidence and accuracy.
+    """
+    matrix, truth = _checked(probs, labels)
+    if bins < 1:
+        raise UsageError(f"bins must be at least 1, got {bins}")
+    if matrix.min() < 0 or np.abs(matrix.sum(axis=1) - 1).max() > 1e-2:
+        raise UsageError("these are not probabilities", fix="pass softmax(logits)")
+    highest = matrix.max(axis=1)
+    right = matrix.argmax(axis=1) == truth
+    place = np.digitize(highest, np.linspace(0, 1, bins + 1)[1:-1], right=True)
+    count = np.bincount(place, minlength=bins).astype(np.int64)
+    divisor = np.where(count > 0, count, np.nan)
+    confidence = np.bincount(place, weights=highest, minlength=bins) / divisor
+    return confidence, np.bincount(place, weights=right, minlength=bins) / divisor, count
+
+
+def ece(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15) -> float:
+    """The expected calibration error: mean |accuracy - confidence| over bins, by their counts.
+
+    Guo, Pleiss, Sun, Weinberger 2017, On Calibration of Modern Neural Networks, equation 3.
+    """
+    confidence, right, count = reliability(probs, labels, bins)
+    return float(np.nansum(np.abs(right - confidence) * count) / count.sum())
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1); one value has no deviation."""
+    if not values:
+        raise DataError("there are no values to take the mean of")
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def summarise(
+    logits: npt.ArrayLike, labels: npt.ArrayLike, classes: Sequence[str]
+) -> dict[str, Any]:
+    """Everything that one look at a labelled split says, as plain numbers ready for JSON."""
+    matrix, truth = _checked(logits, labels)
+    count = len(classes)
+    if matrix.shape[1] != count:
+        raise UsageError(f"{matrix.shape[1]} outputs for {count} classes")
+    table = confusion(truth, matrix.argmax(axis=1), count)
+    n, correct = len(truth), int(table.trace())
+    summary: dict[str, Any] = {
+        "n": n,
+        "correct": correct,
+        "accuracy": correct / n,
+        "interval95": list(wilson_interval(correct, n)),
+        "loss": cross_entropy(matrix, truth),
+    }
+    if count > 5:
+        summary["top5"] = top_k(matrix, truth, 5)
+    summary["ece"] = ece(softmax(matrix), truth)
+    summary["per_class"] = dict(zip(classes, per_class(table), strict=True))
+    summary["confusion"] = table.tolist()
+    return summary
+
+
+def _shifted(matrix: npt.NDArray[Any]) -> Floats:
+    """A float64 copy whose rows have the maximum 0, so that `exp` can't overflow."""
+    wide = matrix.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    return wide
+
+
+def _matrix(logits: npt.ArrayLike) -> npt.NDArray[Any]:
+    matrix = np.asarray(logits)
+    if matrix.ndim != 2 or matrix.shape[1] == 0:
+        raise UsageError(f"outputs must have the shape [images, classes], got {matrix.shape}")
+    bad = ~np.isfinite(matrix).all(axis=1)
+    if bad.any():
+        # Pixels are uint8, so only the weights (or half precision) can bring these in.
+        raise ModelFileError(
+            f"the model's outputs are not finite for {int(bad.sum())} of {len(bad)} images",
+            where=f"first at index {int(bad.argmax())}",
+            fix="use float32, or a checkpoint from before the training diverged",
+        )
+    return matrix
+
+
+def _indices(values: npt.ArrayLike, classes: int | None = None) -> Ints:
+    array = np.asarray(values)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise UsageError(
+            f"labels must be a list of whole numbers, got {array.dtype} {list(array.shape)}"
+        )
+    wrong = (array < 0) if classes is None else (array < 0) | (array >= classes)
+    if wrong.any():
+        limit = "" if classes is None else f" of {classes} classes"
+        raise UsageError(
+            f"class index {array[wrong][0]} is not one{limit}",
+            where=f"first at index {int(wrong.argmax())}",
+        )
+    return array.astype(np.int64)
+
+
+def _same_length(first: npt.NDArray[Any], second: npt.NDArray[Any], *, empty: bool = False) -> None:
+    if len(first) != len(second):
+        raise UsageError(f"{len(first)} and {len(second)} values don't belong together")
+    if len(first) == 0 and not empty:
+        raise DataError("there are no images to judge", fix="give a split with images in it")
+
+
+def _checked(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[npt.NDArray[Any], Ints]:
+    matrix = _matrix(logits)
+    truth = _indices(labels, matrix.shape[1])
+    _same_length(matrix, truth)
+    return matrix, truth

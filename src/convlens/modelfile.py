@@ -1,0 +1,118 @@
+"""Files of tensors: safetensors with one JSON text in the header and a hash over all of it.
+
+Nothing here unpickles. `read` refuses a file before any tensor is built from it if one byte
+differs from what `write` wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from convlens.errors import ModelFileError, ResourceError
+from convlens.files import write_atomic
+
+KEY = "convlens"
+FORMAT = 1
+NO_HASH = "0" * 64
+MAX_HEADER = 100 * 2**20  # safetensors' own cap
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """Writes tensors and metadata atomically; returns the file's hash (hex SHA-256).
+
+    The hash covers the whole file with its own 64 digits taken as zeros, and stands in the
+    metadata under `sha256`.
+
+    Raises:
+        ResourceError: the disk; ValueError: a tensor holds NaN or infinity.
+    """
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    bad = [n for n, t in plain.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise ValueError(f"not finite, so not saved: {', '.join(bad[:3])}")
+    content = {"format": FORMAT, "sha256": NO_HASH, **metadata}
+    data = to_bytes(plain, {KEY: json.dumps(content, ensure_ascii=False)})
+    digest = hashlib.sha256(data).hexdigest()
+    # Only the first one: the zeros stand before everything the user can name.
+    write_atomic(path, data.replace(NO_HASH.encode(), digest.encode(), 1))
+    return digest
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a file that `write` wrote.
+
+    Raises:
+        ModelFileError: missing, truncated, changed by even one byte, or another format.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ModelFileError(
+            "no such model file", where=str(path), fix="train it first, or check the path"
+        ) from error
+    except OSError as error:
+        raise ResourceError(f"can't read: {error.strerror}", where=str(path)) from error
+    _refuse_foreign(data, path)
+    metadata = _metadata(data, path)
+    stored = str(metadata.get("sha256", ""))
+    zeroed = data.replace(stored.encode(), NO_HASH.encode(), 1) if len(stored) == 64 else data
+    if hashlib.sha256(zeroed).hexdigest() != stored:
+        raise ModelFileError(
+            "the model file was changed or damaged after it was written (its hash differs)",
+            where=str(path),
+            fix="restore it from a copy, or train again with --fresh",
+        )
+    if int(metadata.get("format", 0)) > FORMAT:
+        raise ModelFileError(
+            f"written by a newer convlens (format {metadata['format']}, this one knows {FORMAT})",
+            where=str(path),
+            fix="update convlens",
+        )
+    return from_bytes(data), metadata
+
+
+def _refuse_foreign(data: bytes, path: Path) -> None:
+    if data.startswith(PICKLES):
+        raise ModelFileError(
+            "this is a pickle (.pt/.pth): opening it could run any code, so it is refused",
+            where=str(path),
+            fix="give a convlens model.safetensors or the name of a run",
+        )
+    if len(data) < 8:
+        raise ModelFileError(f"only {len(data)} bytes: no model file", where=str(path))
+
+
+def _metadata(data: bytes, path: Path) -> dict[str, Any]:
+    length = int.from_bytes(data[:8], "little")
+    try:
+        if length > min(MAX_HEADER, len(data) - 8):
+            raise ValueError(f"its header claims {length} bytes, there are {len(data) - 8}")
+        header = json.loads(data[8 : 8 + length])
+        metadata = header["__metadata__"][KEY]
+        content = json.loads(metadata)
+        if not isinstance(content, dict):
+            raise ValueError("its metadata is no object")
+    except KeyError as error:
+        raise ModelFileError(
+            "a safetensors file, but not one of convlens: it doesn't say its classes and network",
+            where=str(path),
+            fix="give a model.safetensors that convlens wrote",
+        ) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelFileError(
+            f"no readable model file (truncated, damaged or another format): {error}"[:200],
+            where=str(path),
+            fix="restore it from a copy, or train again with --fresh",
+        ) from error
+    return content

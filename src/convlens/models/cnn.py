@@ -1,0 +1,142 @@
+"""The plain CNN family: stages of convolutions, a pooling head, one linear classifier."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from convlens.errors import UsageError
+from convlens.names import pick
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "gelu": nn.GELU,
+    "silu": lambda: nn.SiLU(inplace=True),
+}
+POOLINGS: dict[str, Callable[[], nn.Module]] = {
+    "max": lambda: nn.MaxPool2d(2, ceil_mode=True),
+    "avg": lambda: nn.AvgPool2d(2, ceil_mode=True),
+    "stride": nn.Identity,
+    "none": nn.Identity,
+}
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "flatten": nn.Identity,
+    "avg": lambda: nn.AdaptiveAvgPool2d(1),
+    "max": lambda: nn.AdaptiveMaxPool2d(1),
+}
+
+
+class CNN(nn.Module):
+    """Stages of `depth` convolutions, each stage halving the image, then a classifier.
+
+    A stage is `depth` times convolution, batch norm, activation; then pooling and dropout. With
+    `pool: stride` the stage's last convolution halves the image itself; with `pool: none` no
+    stage does. Images `[N, channels, S, S]` give logits `[N, classes]`.
+
+    Args:
+        widths: output channels of each stage.
+        depth: convolutions in each stage, one number or one per stage.
+        kernel: size of the kernels, odd, one number or one per stage; padded to keep the size.
+        pool: how a stage ends: `max`, `avg`, `stride` or `none`.
+        batch_norm: batch norm after each convolution (which then has no bias).
+        activation: `relu`, `gelu` or `silu`.
+        dropout: probability, of whole channels after each stage and of units in the head.
+        hidden: width of one dense layer before the classifier; 0 leaves it out.
+        head: what becomes of the last stage's maps: `flatten`, `avg` or `max` over the picture.
+
+    Raises:
+        UsageError: an option that can't be, or an image too small for this many stages.
+    """
+
+    head = "classifier"
+
+    def __init__(
+        self,
+        classes: int,
+        channels: int,
+        image_size: int,
+        *,
+        widths: Sequence[int] = (32, 64, 128),
+        depth: int | Sequence[int] = 1,
+        kernel: int | Sequence[int] = 3,
+        pool: str = "max",
+        batch_norm: bool = True,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        hidden: int = 0,
+        head: str = "avg",
+    ) -> None:
+        super().__init__()
+        depths = _per_stage(depth, widths, "depth")
+        kernels = _per_stage(kernel, widths, "kernel")
+        _check(widths, depths, kernels, dropout, hidden)
+        pooling = pick(POOLINGS, pool, "model.pool")
+        pick(ACTIVATIONS, activation, "model.activation")
+        if pool != "none" and image_size < 2 ** (len(widths) - 1):
+            raise UsageError(
+                f"images of {image_size} px are too small for {len(widths)} halving stages",
+                fix="use fewer model.widths, pool=none or a larger data.image_size",
+            )
+        self.stages: tuple[str, ...] = tuple(f"stage{i + 1}" for i in range(len(widths)))
+        inputs, size = channels, image_size
+        for name, width, count, k in zip(self.stages, widths, depths, kernels, strict=True):
+            layers: list[nn.Module] = []
+            for index in range(count):
+                stride = 2 if pool == "stride" and index == count - 1 else 1
+                layers.append(
+                    nn.Conv2d(inputs, width, k, stride, padding=k // 2, bias=not batch_norm)
+                )
+                if batch_norm:
+                    layers.append(nn.BatchNorm2d(width))
+                layers.append(ACTIVATIONS[activation]())
+                inputs = width
+            layers.append(pooling())
+            if dropout:
+                layers.append(nn.Dropout2d(dropout))
+            self.add_module(name, nn.Sequential(*layers))
+            size = size if pool == "none" else (size + 1) // 2
+        self.pool = nn.Sequential(pick(HEADS, head, "model.head")(), nn.Flatten())
+        features = inputs * (size**2 if head == "flatten" else 1)
+        dense: OrderedDict[str, nn.Module] = OrderedDict()
+        if hidden:
+            dense["hidden"] = nn.Linear(features, hidden)
+            dense["activation"] = ACTIVATIONS[activation]()
+            features = hidden
+        if dropout:
+            dense["dropout"] = nn.Dropout(dropout)
+        self.dense = nn.Sequential(dense)
+        self.classifier = nn.Linear(features, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        for name in self.stages:
+            images = self.get_submodule(name)(images)
+        logits: torch.Tensor = self.classifier(self.dense(self.pool(images)))
+        return logits
+
+
+def _per_stage(value: int | Sequence[int], widths: Sequence[int], key: str) -> list[int]:
+    values = [value] * len(widths) if isinstance(value, int) else list(value)
+    if len(values) != len(widths):
+        raise UsageError(f"model.{key} has {len(values)} numbers for {len(widths)} model.widths")
+    return values
+
+
+def _check(
+    widths: Sequence[int], depths: list[int], kernels: list[int], dropout: float, hidden: int
+) -> None:
+    problems = []
+    if not widths or min(widths) < 1:
+        problems.append(f"model.widths={list(widths)}: needs one or more positive numbers")
+    if min(depths, default=1) < 1:
+        problems.append(f"model.depth={depths}: each stage needs at least one convolution")
+    if any(k < 1 or k % 2 == 0 for k in kernels):
+        problems.append(f"model.kernel={kernels}: kernels are odd (1, 3, 5, ...)")
+    if not 0 <= dropout < 1:
+        problems.append(f"model.dropout={dropout}: a probability from 0 to below 1")
+    if hidden < 0:
+        problems.append(f"model.hidden={hidden}: a width, or 0 for none")
+    if problems:
+        raise UsageError("; ".join(problems))

@@ -1,0 +1,25 @@
+"""Look-up by name: the only registry code. A table is a plain dict literal."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from convlens.errors import UsageError
+
+T = TypeVar("T")
+
+
+def near(name: str, choices: Iterable[str]) -> list[str]:
+    """Up to three of `choices` that look like `name`, best first."""
+    return difflib.get_close_matches(name, list(choices), n=3, cutoff=0.5)
+
+
+def pick(table: Mapping[str, T], name: str, kind: str) -> T:
+    """The entry called `name`, or a `UsageError` that names the near misses."""
+    if name in table:
+        return table[name]
+    close = near(name, table)
+    fix = f"did you mean {' or '.join(close)}?" if close else f"choose from: {', '.join(table)}"
+    raise UsageError(f"unknown {kind} {name!r}", fix=fix)

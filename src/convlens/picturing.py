@@ -1,0 +1,108 @@
+"""Which plots a run gets, and from what: the step from results to `plots/<run>/*.png`.
+
+matplotlib takes longer to import than some runs take to train, so `plots` is imported by the
+functions that draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from convlens import metrics
+from convlens.data import Split
+from convlens.data.batches import Augment, to_unit
+from convlens.device import seed_of
+from convlens.run import RunFolder
+
+SHOWN = 16  # pictures in a sheet
+Row = Mapping[str, float]
+
+
+def training_plots(
+    place: RunFolder, rows: Sequence[Row], kept: int, train: Split, augment: Augment | None
+) -> None:
+    """Curves with the kept epoch marked, learning rate, and a batch before and after augmenting."""
+    from convlens import plots
+
+    history = columns(rows)
+    _save(place, "curves", plots.curves(history, kept, place.name))
+    rate = plots.learning_rate(history["epoch"], history["lr"], place.name)
+    _save(place, "learning_rate", rate)
+    if augment is None:
+        return
+    before = train.rows.gather(_spread(train.rows.shape[0], SHOWN))
+    generator = torch.Generator().manual_seed(seed_of(0, 0, 0))
+    after = augment(to_unit(before), generator).clamp(0, 1).mul(255).round().to(torch.uint8)
+    _save(place, "augmented", plots.augmented_batch(before.numpy(), after.numpy(), place.name))
+
+
+def evaluation_plots(
+    place: RunFolder, label: str, split: Split, scores: np.ndarray, classes: Sequence[str]
+) -> None:
+    """Confusion, calibration and the worst mistakes of one look at a split.
+
+    Args:
+        label: goes into the file names, e.g. `test`.
+        scores: logits `[N, K]` in the order of `split`, whose labels are in the model's order.
+    """
+    from convlens import plots
+
+    truths = split.labels.numpy()
+    chances = metrics.softmax(scores)
+    guesses = chances.argmax(1)
+    title = f"{place.name}, {label}"
+    table = metrics.confusion(truths, guesses, len(classes))
+    _save(place, f"confusion-{label}", plots.confusion(table, classes, title))
+    bins = metrics.reliability(chances, truths)
+    error = metrics.ece(chances, truths)
+    _save(place, f"reliability-{label}", plots.reliability(*bins, error))
+    worst = worst_of(chances, truths)[:SHOWN]
+    if len(worst):
+        _save(
+            place,
+            f"worst-{label}",
+            plots.worst_mistakes(
+                split.rows.gather(torch.from_numpy(worst)).numpy(),
+                [classes[truths[i]] for i in worst],
+                [classes[guesses[i]] for i in worst],
+                [float(chances[i].max()) for i in worst],
+                f"{title}: the surest mistakes",
+            ),
+        )
+
+
+def seed_plot(folder: Path, runs: Sequence[Sequence[Row]], title: str) -> None:
+    """Curves of several seeds of one recipe, with their band."""
+    from convlens import plots
+
+    figure = plots.seed_curves([columns(rows) for rows in runs], f"{title}, {len(runs)} seeds")
+    plots.save(figure, folder / "curves.png")
+
+
+def worst_of(chances: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    """Positions of the wrong answers, the one least likely to its truth first."""
+    of_truth = chances[np.arange(len(truths)), truths]
+    wrong = np.flatnonzero(chances.argmax(1) != truths)
+    ordered: np.ndarray = wrong[np.argsort(of_truth[wrong], kind="stable")]
+    return ordered
+
+
+def _spread(count: int, wanted: int) -> torch.Tensor:
+    """`wanted` positions evenly over `count`, so that sorted classes are all seen."""
+    return torch.linspace(0, count - 1, min(wanted, count)).long()
+
+
+def columns(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """One list for each column of `metrics.csv`."""
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def _save(place: RunFolder, name: str, figure: Any) -> None:
+    from convlens import plots
+
+    plots.save(figure, place.plots / f"{name}.png")

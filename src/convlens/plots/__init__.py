@@ -1,0 +1,48 @@
+"""From arrays to matplotlib figures: the only package that imports matplotlib.
+
+Every function returns a new `Figure`; `save` writes one as PNG. It knows nothing of models or
+runs. A new plot is a function in `charts` (numbers) or `pictures`, and a line in `PLOTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from matplotlib.figure import Figure
+
+from convlens.plots.charts import (
+    accuracy_bars,
+    confusion,
+    curves,
+    learning_rate,
+    reliability,
+    seed_curves,
+)
+from convlens.plots.pictures import augmented_batch, contact_sheet, worst_mistakes
+from convlens.plots.style import save
+
+PLOTS: dict[str, Callable[..., Figure]] = {
+    "curves": curves,
+    "seed_curves": seed_curves,
+    "learning_rate": learning_rate,
+    "confusion": confusion,
+    "reliability": reliability,
+    "accuracy_bars": accuracy_bars,
+    "contact_sheet": contact_sheet,
+    "augmented_batch": augmented_batch,
+    "worst_mistakes": worst_mistakes,
+}
+
+__all__ = [
+    "PLOTS",
+    "accuracy_bars",
+    "augmented_batch",
+    "confusion",
+    "contact_sheet",
+    "curves",
+    "learning_rate",
+    "reliability",
+    "save",
+    "seed_curves",
+    "worst_mistakes",
+]

@@ -1,0 +1,126 @@
+"""One look for every figure, names that are drawn as they are written, and the PNG file.
+
+The colours are of Okabe and Ito 2008 (Color Universal Design): colour-blind people can tell them
+apart. pyplot is never used: nothing is global, nothing opens a window.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import unicodedata
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib.style
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from convlens.files import write_atomic
+
+P = ParamSpec("P")
+
+DPI = 150
+BLUE, VERMILION, GREY, PALE = "#0072B2", "#D55E00", "#595959", "#E6E6E6"
+STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": PALE,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": "black",
+    "ytick.labelcolor": "black",
+    "legend.frameon": False,
+    "legend.borderaxespad": 0.2,
+    "legend.borderpad": 0.0,
+    "figure.dpi": DPI,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.08,
+}
+# DejaVu Sans comes with matplotlib but lacks these scripts: used where they are installed.
+FALLBACKS = (
+    "Noto Sans CJK SC", "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Noto Sans Arabic",
+    "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Arial Unicode MS",
+)  # fmt: skip
+
+
+@functools.cache
+def _families() -> tuple[str, ...]:
+    installed = set(font_manager.get_font_names())
+    return ("DejaVu Sans", *(name for name in FALLBACKS if name in installed))
+
+
+def _our_style() -> AbstractContextManager[None]:
+    families = list(_families())
+    return matplotlib.style.context(["default", STYLE, {"font.family": families}])
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Makes a drawing function use our style, whatever the user's matplotlibrc says."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with _our_style():
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
+    """Writes a figure as PNG, the same bytes for the same input; missing folders are made.
+
+    Raises:
+        ResourceError: the folder can't be written or the disk is full; an old file is intact.
+    """
+    buffer = io.BytesIO()
+    # matplotlib makes ticks only when it draws, so the style has to hold here as well.
+    with _our_style(), warnings.catch_warnings():
+        # A class name in a script that no font has is drawn as boxes: no reason to complain.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        FigureCanvasAgg(figure)
+        # The version of matplotlib in the file would make equal pictures differ.
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    write_atomic(Path(path), buffer.getvalue())
+
+
+def width(text: str) -> float:
+    """The rough width of a text in units of its font size; errs on the wide side."""
+    return sum(map(_letter, text))
+
+
+def _letter(letter: str) -> float:
+    if unicodedata.east_asian_width(letter) in "WF" or letter in "mwMWQ%@…→":
+        return 1.0
+    if letter in "ijl.,:;'|! ":
+        return 0.33
+    if letter in "frtI()[]-":
+        return 0.42
+    return 0.75 if letter.isupper() else 0.64
+
+
+def fit(name: str, room: float, *, before: str = "", after: str = "") -> str:
+    """`before + name + after` as literal text, the name cut to fit `room` font sizes.
+
+    Names come from users and folders: `$` would start mathematics, and control characters or
+    bytes that are no UTF-8 (lone surrogates) can't be drawn.
+    """
+    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    left = room - width(before) - width(after)
+    if width(name) > left:
+        while name and width(name) + 1 > left:
+            name = name[:-1]
+        name = name.rstrip() + "…"
+    return (before + name + after).replace("$", r"\$")

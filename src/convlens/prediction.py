@@ -1,0 +1,170 @@
+"""Classifying image files and arrays with a trained model, in batches."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from convlens import device
+from convlens.console import progress
+from convlens.data.decode import EXTENSIONS, UnreadableImage, decode, fit_images
+from convlens.errors import DataError, UsageError
+from convlens.inference import batch_logits, probabilities
+from convlens.run import Loaded
+
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image, likeliest class first, or the reason why there is none."""
+
+    filename: str
+    top: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+
+    @property
+    def label(self) -> str | None:
+        return self.top[0][0] if self.top else None
+
+    @property
+    def prob(self) -> float | None:
+        return self.top[0][1] if self.top else None
+
+
+def expand(paths: Iterable[str | Path]) -> list[str]:
+    """Files for files, folders (all images inside, sorted) and glob patterns, in order.
+
+    Raises:
+        DataError: a path or pattern that matches nothing, all of them at once.
+    """
+    found: list[str] = []
+    missing: list[str] = []
+    for path in map(str, paths):
+        if os.path.isdir(path):
+            inside = [
+                os.path.join(folder, file)
+                for folder, folders, files in os.walk(path)
+                for file in files
+                if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
+            ]
+            found += sorted(inside)
+            if not inside:
+                missing.append(f"{path} (a folder without images)")
+        elif os.path.exists(path):
+            found.append(path)
+        else:
+            matches = sorted(glob.glob(path, recursive=True))
+            found += matches
+            if not matches:
+                missing.append(path)
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise DataError(
+            f"not found: {', '.join(missing[:5])}{more}", fix="give image files, folders or globs"
+        )
+    return found
+
+
+def predict(
+    loaded: Loaded,
+    inputs: Sequence[str | Path] | np.ndarray,
+    *,
+    top_k: int = 1,
+    on: str | None = None,
+    quiet: bool = False,
+) -> Iterator[Prediction]:
+    """One `Prediction` for each image, in the order given.
+
+    Args:
+        inputs: paths of image files, or uint8 images `[N, H, W]`, `[N, H, W, C]` or
+            `[N, C, H, W]`; all go through the decoder and the preprocessing of training.
+        top_k: how many classes to name for each image.
+
+    An unreadable file gives a `Prediction` with `error` set; the others are done all the same.
+    """
+    plan = device.Plan(device.choose(on), "fp32", "contiguous")
+    plan.place(loaded.model)
+    k = min(max(top_k, 1), len(loaded.classes))
+    with progress("predicting", len(inputs), shown=not quiet) as bar, _pool() as pool:
+        for start in range(0, len(inputs), BATCH):
+            batch = _read(inputs[start : start + BATCH], loaded, pool)
+            good = [image for _, image, _ in batch if image is not None]
+            probs = iter(_probabilities(good, loaded, plan))
+            for filename, image, error in batch:
+                if image is None:
+                    yield Prediction(filename, error=error)
+                    continue
+                row = next(probs)
+                order = np.argsort(-row, kind="stable")[:k]
+                yield Prediction(
+                    filename, tuple((loaded.classes[i], float(row[i])) for i in order)
+                )
+            bar.advance(len(batch))
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=device.usable_cores())
+
+
+def _read(
+    inputs: Sequence[str | Path] | np.ndarray, loaded: Loaded, pool: ThreadPoolExecutor
+) -> list[tuple[str, np.ndarray | None, str | None]]:
+    pre = loaded.preprocessing
+    if isinstance(inputs, np.ndarray):
+        images = fit_images(
+            channels_first(inputs), size=pre.image_size, channels=pre.channels, fit=pre.fit
+        )
+        return [(str(number), image, None) for number, image in enumerate(images)]
+
+    def one(path: str | Path) -> tuple[str, np.ndarray | None, str | None]:
+        try:
+            image = decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+        except UnreadableImage as error:
+            return str(path), None, error.reason
+        return str(path), image, None
+
+    return list(pool.map(one, inputs))
+
+
+def _probabilities(images: list[np.ndarray], loaded: Loaded, plan: device.Plan) -> np.ndarray:
+    if not images:
+        return np.empty((0, len(loaded.classes)))
+    batch = torch.from_numpy(np.stack(images))
+    return probabilities(batch_logits(loaded.model, batch, loaded.preprocessing.normalise, plan))
+
+
+def channels_first(images: np.ndarray) -> np.ndarray:
+    """uint8 `[N, C, H, W]` from `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`; C is 1 or 3.
+
+    Floats are taken as 0..1 and rounded to 0..255.
+
+    Raises:
+        UsageError: another shape, or values outside the range of their type.
+    """
+    array = np.asarray(images)
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+        array = np.moveaxis(array, 3, 1)
+    if array.ndim != 4 or array.shape[1] not in (1, 3):
+        raise UsageError(
+            f"images of shape {np.shape(images)} can't be used",
+            fix="give [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels",
+        )
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if not np.isfinite(array).all() or array.size and (array.min() < 0 or array.max() > 255):
+        raise UsageError("image values must be finite and within 0..1 (float) or 0..255 (integer)")
+    if np.issubdtype(array.dtype, np.floating):
+        if array.size and array.max() > 1:
+            raise UsageError("float images hold values above 1", fix="scale them to 0..1")
+        array = np.rint(array * 255)
+    return np.ascontiguousarray(array.astype(np.uint8))

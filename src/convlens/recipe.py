@@ -1,0 +1,323 @@
+"""Recipes: five typed sections that say everything a training run depends on.
+
+`load` turns a name, a file or a mapping plus dotted overrides into a `Recipe`; `to_text` turns
+it back into YAML that trains as it stands. All that is wrong is reported at once. No torch in
+here: `convlens --help` and `convlens recipes` must be instant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from convlens.errors import UsageError
+from convlens.names import near, pick
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Operations = list[tuple[str, dict[str, Any]]]
+
+
+class Section(BaseModel):
+    """A section: unknown keys are refused, values can't change after they were checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which images, at which size, split how."""
+
+    name: str = "digits"
+    image_size: Annotated[int, Field(ge=8, le=1024)] | Literal["auto"] = "auto"
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    channels: Literal[1, 3, "auto"] = "auto"
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    group: str | None = None
+    per_class: Positive | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    count: Positive | None = None
+    on_bad: Literal["stop", "skip"] = "stop"
+
+
+class ModelConfig(Section):
+    """Which network. Keys beyond these belong to the family and are checked by it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    name: str = "cnn"
+    weights: Literal["none"] = "none"
+    trainable: Literal["all"] = "all"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The family's own keys."""
+        return dict(self.model_extra or {})
+
+
+class OptimConfig(Section):
+    """The optimiser, its schedule and what regularises the loss."""
+
+    name: str = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_bias_and_norm: bool = True
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    schedule: str = "constant"
+    warmup: Fraction = 0.0
+    step_size: Annotated[float, Field(gt=0, le=1)] = 1 / 3
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    label_smoothing: Fraction = 0.0
+    clip_value: Annotated[float, Field(gt=0)] | None = None
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class TrainConfig(Section):
+    """How long, in which batches, and which weights are kept."""
+
+    epochs: Positive | Literal["auto"] = "auto"
+    batch_size: Positive = 64
+    patience: Positive | None = None
+    monitor: Literal["val_loss", "val_accuracy"] = "val_loss"
+    keep: Literal["best", "last"] = "best"
+    seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    compile: bool = False
+    deterministic: bool = False
+
+
+class Recipe(Section):
+    """One training run, completely described.
+
+    `augment` is a list of operations, `[{"RandomCrop": {"padding": 2}}, ...]`, applied in order
+    to each training batch, or `auto`: chosen when the images are known (recipe `folder`).
+    """
+
+    name: str
+    about: str = ""
+    data: DataConfig = DataConfig()
+    augment: list[dict[str, dict[str, Any]]] | Literal["auto"] = []
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def operations(self) -> Operations:
+        """The augmentations as `(name, arguments)` pairs; empty while still `auto`."""
+        if self.augment == "auto":
+            return []
+        entries = cast(list[dict[str, dict[str, Any]]], self.augment)
+        return [(name, arguments) for entry in entries for name, arguments in entry.items()]
+
+    def digest(self) -> str:
+        """SHA-256 of what changes the result: everything but the name and the description."""
+        content = self.model_dump(mode="json", exclude={"name", "about"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_text(self) -> str:
+        """This recipe as YAML; `load` of a file with this text gives an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with dotted keys changed, e.g. `replace(**{"optim.lr": 0.1})`; checked again."""
+        tree = self.model_dump(mode="json")
+        for key, value in changes.items():
+            _set(tree, key, value)
+        return _check(tree, where=self.name)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+}
+
+
+def names() -> list[str]:
+    """The names of the recipes that come with convlens."""
+    folder = resources.files("convlens") / "recipes"
+    return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def text(name: str) -> str:
+    """A built-in recipe's file as it stands, comments included."""
+    pick(dict.fromkeys(names()), name, "recipe")
+    return (resources.files("convlens") / "recipes" / f"{name}.yaml").read_text("utf-8")
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe called `source` (a built-in name, a YAML file or a mapping) with overrides.
+
+    Args:
+        overrides: `key=value` texts with dotted keys (`optim.lr=0.1`); values are YAML.
+
+    Raises:
+        UsageError: unknown names or keys (with near misses) and impossible values, all at once.
+    """
+    tree, where = _tree(source)
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            problems.append(f"{override!r} is no override: write key=value, e.g. optim.lr=0.1")
+            continue
+        try:
+            _set(tree, key.strip(), _parse(value, where=override))
+        except UsageError as error:
+            problems.append(error.what)
+    return _check(tree, where=where, problems=problems)
+
+
+def _tree(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The merged, unchecked tree of a recipe and of the recipes it is based on."""
+    if isinstance(source, Mapping):
+        tree, where, folder = _copy(source), "recipe", Path()
+        tree.setdefault("name", "custom")
+    elif is_file(str(source)):
+        path = Path(source)
+        try:
+            content = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"can't read the recipe: {error}", where=str(path)) from error
+        tree, where, folder = _parse(content, where=str(path)), str(path), path.parent
+        if not isinstance(tree, dict):
+            raise UsageError("a recipe is a mapping of sections", where=where)
+        tree.setdefault("name", path.stem)
+    else:
+        tree, where, folder = _parse(text(str(source)), where=str(source)), str(source), Path()
+        tree["name"] = str(source)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree, where
+    beneath, _ = _tree(folder / base if is_file(str(folder / base)) else str(base))
+    return _merge(beneath, tree), where
+
+
+def is_file(source: str) -> bool:
+    """Whether a recipe argument means a file rather than a name."""
+    return source.endswith((".yaml", ".yml"))
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _merge(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `beneath`, section by section; lists and values replace."""
+    merged = _copy(beneath)
+    for section, value in above.items():
+        if not (isinstance(value, Mapping) and isinstance(merged.get(section), dict)):
+            merged[section] = value
+            continue
+        for key, inner in value.items():
+            _set(merged, f"{section}.{key}", inner)
+    return merged
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    section, dot, field = key.partition(".")
+    if not dot:
+        if section not in Recipe.model_fields or section in ("name",):
+            raise UsageError(f"unknown key {key!r}{_hint(key, _dotted_keys())}")
+        tree[section] = value
+        return
+    inside = tree.setdefault(section, {})
+    if section not in SECTIONS or not isinstance(inside, dict) or "." in field:
+        raise UsageError(f"unknown key {key!r}{_hint(key, _dotted_keys())}")
+    if key == "model.name" and value != inside.get("name", "cnn"):
+        # Another family: the former one's own keys would be refused by it.
+        tree["model"] = {k: v for k, v in inside.items() if k in ModelConfig.model_fields}
+        inside = tree["model"]
+    inside[field] = value
+
+
+def _check(tree: dict[str, Any], *, where: str, problems: Sequence[str] = ()) -> Recipe:
+    found = list(problems)
+    prepared = {**tree, "augment": _operations(tree.get("augment", []), found)}
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(prepared)
+    except ValidationError as error:
+        found += [_explain(item) for item in error.errors()]
+    if found or recipe is None:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise UsageError(
+            "; ".join(found[:3]) + more,
+            where=where,
+            fix="`convlens recipes NAME` prints every key of a recipe with its value",
+        )
+    return recipe
+
+
+def _operations(value: Any, found: list[str]) -> Any:
+    """`- RandomHorizontalFlip` and `- RandomCrop: {padding: 2}` in one form."""
+    if value == "auto" or value is None:
+        return value or []
+    if not isinstance(value, list):
+        found.append(f"augment is a list of operations, not {value!r}")
+        return []
+    entries = []
+    for entry in value:
+        if isinstance(entry, str):
+            entries.append({entry: {}})
+        elif isinstance(entry, Mapping):
+            entries.append({str(k): ({} if v is None else v) for k, v in entry.items()})
+        else:
+            found.append(f"augment: {entry!r} is no operation; write Name or Name: {{args}}")
+    return entries
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {path!r}{_hint(path, _dotted_keys())}"
+    # A union (int or "auto") reports once per member; the value says enough.
+    key = ".".join(str(part) for part in item["loc"][:2])
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{key}={item['input']!r}: {message}"
+
+
+def _dotted_keys() -> list[str]:
+    inside = [f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields]
+    return ["about", "augment", *inside]
+
+
+def _hint(key: str, choices: Sequence[str]) -> str:
+    last = key.rpartition(".")[2]
+    # The right key in the wrong section is the commonest slip.
+    same = [choice for choice in choices if choice.rpartition(".")[2] == last]
+    close = same or near(key, choices)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys: PyYAML silently keeps the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UsageError(f"key {key!r} stands twice", where=f"line {line}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(content: str, *, where: str) -> Any:
+    try:
+        return yaml.load(content, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise UsageError(f"no valid YAML: {' '.join(str(error).split())}", where=where) from error

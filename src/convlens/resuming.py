@@ -1,0 +1,102 @@
+"""What an unfinished run keeps on disk, and how a run is taken up from it.
+
+Order, augmentation and dropout are functions of (seed, epoch, step), so weights, optimiser
+state, averages and the position are all there is to keep: no generator's state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convlens import engine
+from convlens.preparing import Setup
+from convlens.run import RunFolder
+
+
+@dataclass
+class Best:
+    """The epoch whose weights are kept, by one number on the validation split.
+
+    Equal values don't replace an earlier epoch. `monitor` is `val_loss` (lower is better) or
+    `val_accuracy` (higher).
+    """
+
+    monitor: str
+    epoch: int = 0
+    value: float = math.nan
+    stale: int = 0  # epochs since the best one
+
+    def improved(self, row: dict[str, float]) -> bool:
+        """Takes in an epoch's row; says whether it is the best so far."""
+        value = row[self.monitor]
+        lower = self.monitor == "val_loss"
+        first = self.epoch == 0
+        if first or (value < self.value if lower else value > self.value):
+            self.epoch, self.value, self.stale = int(row["epoch"]), value, 0
+            return True
+        self.stale += 1
+        return False
+
+
+def save(place: RunFolder, setup: Setup, best: Best, rows: list[dict[str, float]]) -> None:
+    """Writes all that `restore` needs; call it between steps only."""
+    tensors: dict[str, Tensor] = {
+        f"model.{name}": tensor for name, tensor in setup.trained.state_dict().items()
+    }
+    for index, values in setup.optimiser.state_dict()["state"].items():
+        tensors |= {f"optim.{index}.{k}": v for k, v in values.items() if v is not None}
+    counters: dict[str, Any] = {
+        # `vars`, since `dataclasses.asdict` deep-copies tensors on the device.
+        "position": {key: float(value) for key, value in vars(setup.position).items()},
+        "best": asdict(best),
+        "rows": rows,
+    }
+    if setup.averager is not None:
+        state = setup.averager.state()
+        counters["ema_steps"] = state["steps"]
+        tensors |= {f"ema.{i}": t for i, t in enumerate(state["average"])}
+    place.save_state(tensors, counters)
+
+
+def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]]:
+    """Brings `setup` and `best` to where the run stopped; returns the epochs' rows so far."""
+    stored = place.state()
+    if stored is None:
+        return []
+    tensors, counters = stored
+    setup.trained.load_state_dict(_under("model", tensors))
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in setup.optimiser.param_groups for p in group["params"]]
+    for name, tensor in _under("optim", tensors).items():
+        index, _, key = name.partition(".")
+        like = parameters[int(index)]
+        if tensor.shape == like.shape:
+            # Fused kernels walk weights and moments side by side in memory: files are
+            # contiguous, weights may be channels_last.
+            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(int(index), {})[key] = tensor
+    groups = setup.optimiser.state_dict()["param_groups"]
+    setup.optimiser.load_state_dict({"state": state, "param_groups": groups})
+    if setup.averager is not None:
+        average = _under("ema", tensors)
+        ordered = [average[str(i)] for i in range(len(average))]
+        setup.averager.load({"steps": counters["ema_steps"], "average": ordered})
+    at, told = setup.position, counters["position"]
+    at.epoch, at.step, at.images = int(told["epoch"]), int(told["step"]), int(told["images"])
+    at.loss_sum, at.correct = told["loss_sum"], int(told["correct"])
+    best.__dict__.update(counters["best"])
+    rows: list[dict[str, float]] = counters["rows"]
+    return rows
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name[len(prefix) + 1 :]: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}.")
+    }

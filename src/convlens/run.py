@@ -1,0 +1,264 @@
+"""The run folder: what a training leaves behind, and the only thing later commands read.
+
+`models/<run>/` holds `model.safetensors` (chosen weights and all that is needed to use them),
+`recipe.yaml` (resolved, trainable as it stands), `run.json` (what was asked, data, hardware,
+status), `split.csv` (what was held out), `metrics.csv` (one row an epoch), `results.json` (each
+look at a split) and, until it is finished, `state/` (to continue). Plots are in `plots/<run>/`.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from convlens import files, modelfile, models
+from convlens.data.batches import Normalise
+from convlens.errors import ModelFileError, UsageError
+from convlens.names import near
+from convlens.recipe import Recipe
+
+MODELS = Path("models")
+PLOTS = Path("plots")
+COLUMNS = (
+    "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds",
+    "images_per_second",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the network's input; stored in the model, used everywhere."""
+
+    image_size: int
+    channels: int
+    fit: str
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def normalise(self) -> Normalise:
+        return Normalise(self.mean, self.std)
+
+
+@dataclass
+class Loaded:
+    """A model file brought to life: network in eval mode, classes in order, preprocessing."""
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    card: dict[str, Any]
+
+
+class RunFolder:
+    """Paths, reading and writing of one run. Knows nothing of training or evaluating."""
+
+    def __init__(self, path: Path, plots: Path | None = None) -> None:
+        self.path = Path(path)
+        self.name = self.path.name
+        self.plots = plots or PLOTS / self.name
+        self.model_path = self.path / "model.safetensors"
+
+    # -- whole run ------------------------------------------------------------------------
+
+    def create(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+        """Makes the folder with the resolved recipe and `run.json`, status `training`."""
+        files.write_atomic(self.path / "recipe.yaml", recipe.to_text())
+        self.note({"created": _now(), "status": "training", **facts})
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Adds facts to `run.json`."""
+        content = {**self.facts(), **facts}
+        files.write_atomic(self.path / "run.json", _json(content))
+
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` says; empty for a folder that is no run yet."""
+        content = _read_json(self.path / "run.json", {})
+        return content if isinstance(content, dict) else {}
+
+    @property
+    def finished(self) -> bool:
+        return self.facts().get("status") == "finished" and self.model_path.exists()
+
+    def lock(self) -> AbstractContextManager[None]:
+        return files.lock(self.path / ".lock", what=f"run {self.name!r}")
+
+    # -- model ----------------------------------------------------------------------------
+
+    def save_model(self, model: nn.Module, card: Mapping[str, Any]) -> str:
+        """Writes the network's weights with its card; returns the file's SHA-256."""
+        return modelfile.write(self.model_path, model.state_dict(), card)
+
+    # -- log ------------------------------------------------------------------------------
+
+    def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({c: _number(row[c]) for c in COLUMNS})
+        files.write_atomic(self.path / "metrics.csv", text.getvalue())
+
+    def metrics(self) -> list[dict[str, float]]:
+        """One mapping an epoch, in order."""
+        path = self.path / "metrics.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+    def write_split(self, held_out: Mapping[str, Sequence[str]]) -> None:
+        """`split.csv`: every image that convlens itself held out of training."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["id", "split"])
+        for split, ids in held_out.items():
+            writer.writerows((identity, split) for identity in ids)
+        files.write_atomic(self.path / "split.csv", text.getvalue())
+
+    def add_result(self, result: Mapping[str, Any]) -> int:
+        """Logs one look at a split; returns how often that split has been looked at."""
+        results = self.results()
+        results.append({"when": _now(), **result})
+        files.write_atomic(self.path / "results.json", _json(results))
+        return sum(entry.get("split") == result.get("split") for entry in results)
+
+    def results(self) -> list[dict[str, Any]]:
+        content = _read_json(self.path / "results.json", [])
+        return content if isinstance(content, list) else []
+
+    # -- state ----------------------------------------------------------------------------
+
+    def save_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """All that is needed to continue after the last finished epoch."""
+        modelfile.write(self.path / "state" / "state.safetensors", tensors, counters)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        path = self.path / "state" / "state.safetensors"
+        return modelfile.read(path) if path.exists() else None
+
+    def drop_state(self) -> None:
+        shutil.rmtree(self.path / "state", ignore_errors=True)
+
+
+def load_model(path: Path) -> Loaded:
+    """The network of a model file, in eval mode, with everything needed to use it.
+
+    Raises:
+        ModelFileError: damaged or foreign file, or weights that don't fit the network named.
+    """
+    tensors, card = modelfile.read(path)
+    try:
+        preprocessing = Preprocessing(**card["preprocessing"])
+        classes = tuple(card["classes"])
+        name, options = card["model"]["name"], card["model"]["options"]
+        model = models.build(
+            name, len(classes), preprocessing.channels, preprocessing.image_size, options
+        )
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError, UsageError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelFileError(
+            f"the model file can't be used by this version: {reason}",
+            where=str(path),
+            fix=f"it was written by convlens {card.get('convlens', '?')}",
+        ) from error
+    return Loaded(model.eval(), classes, preprocessing, card)
+
+
+def find(name: str | Path, models_folder: Path | None = None) -> RunFolder:
+    """The run meant by a name, its folder, or its model file.
+
+    Raises:
+        UsageError: no run of that name, with near misses; ModelFileError: no such path.
+    """
+    path = Path(name)
+    folder = models_folder or MODELS
+    if path.is_file():
+        # A model file on its own is a run without a past; its plots go by its folder's name.
+        found = RunFolder(path.parent if path.name == "model.safetensors" else path.with_suffix(""))
+        found.model_path = path
+        return found
+    for candidate in (folder / path, path):
+        if (candidate / "model.safetensors").is_file() or (candidate / "run.json").is_file():
+            return RunFolder(candidate)
+    text = str(name)
+    if "/" in text or "\\" in text or path.suffix in (".safetensors", ".pt", ".pth"):
+        raise ModelFileError("no such run or model file", where=text, fix="check the path")
+    known = [run.name for run in runs(folder)]
+    close = near(text, known)
+    fix = f"did you mean {' or '.join(close)}?" if close else f"runs here: {_some(known)}"
+    raise UsageError(f"no run called {text!r}", where=f"{folder}/", fix=fix)
+
+
+def runs(models_folder: Path | None = None) -> list[RunFolder]:
+    """All runs in the models folder, by name."""
+    folder = models_folder or MODELS
+    if not folder.is_dir():
+        return []
+    return [RunFolder(p) for p in sorted(folder.iterdir()) if (p / "run.json").is_file()]
+
+
+def place(name: str, digest: str, *, plain: bool, fresh: bool) -> RunFolder:
+    """The folder for a recipe: the run that already has this very recipe, else a new one.
+
+    A recipe as published takes its own name; one with overrides gets six digits of its hash
+    behind it, so that the same command always finds the same run. With `fresh` a new folder is
+    taken in any case; nothing is ever overwritten.
+    """
+    base = safe(name) if plain else f"{safe(name)}-{digest[:6]}"
+    candidates = [base, *([f"{base}-{digest[:6]}"] if plain else [])]
+    candidates += [f"{candidates[-1]}-{number}" for number in range(2, 1000)]
+    taken = [c for c in candidates if (MODELS / c).exists()]
+    if not fresh:
+        for candidate in reversed(taken):  # the newest of several identical ones
+            if digest in RunFolder(MODELS / candidate).facts().get("digests", []):
+                return RunFolder(MODELS / candidate)
+    return RunFolder(MODELS / next(c for c in candidates if c not in taken))
+
+
+def safe(name: str) -> str:
+    """A name that is one folder on every system: letters, digits, `.`, `_`, `-`, other scripts."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+
+
+def _some(items: Iterable[str]) -> str:
+    listed = list(items)
+    if not listed:
+        return "none yet; `convlens train digits` makes one"
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _number(value: float) -> str:
+    """Numbers as text, integers without a point and the rest with enough digits to plot."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.8g}"
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelFileError(
+            f"unreadable: {error}", where=str(path), fix="restore it, or train with --fresh"
+        ) from error

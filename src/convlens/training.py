@@ -1,0 +1,217 @@
+"""A whole training run, from recipe to tested model. The page to read first.
+
+    recipe -> data -> model -> engine -> run folder -> evaluate
+
+`train` finds or makes the run; `_train` is the run itself: it reads the engine's records and
+decides to log, validate, keep the best weights, save and stop.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from convlens import device, engine, evaluation, optim, picturing, run
+from convlens.console import say, watch
+from convlens.data import load
+from convlens.errors import DataError, Stopped
+from convlens.inference import loss_and_accuracy, split_logits
+from convlens.interrupts import Flag, flagged
+from convlens.preparing import Setup, check, prepare
+from convlens.recipe import Recipe
+from convlens.resuming import Best, restore, save
+from convlens.run import RunFolder
+from convlens.version import __version__
+
+SAVE_SECONDS = 120.0  # the most work that a killed process loses within a long epoch
+
+
+def train(
+    recipe: Recipe,
+    *,
+    name: str | None = None,
+    plain: bool = False,
+    fresh: bool = False,
+    test: bool = True,
+    on: str | None = None,
+    quiet: bool = False,
+) -> RunFolder:
+    """Trains `recipe` in its run folder, or finds the finished run of the very same recipe.
+
+    Args:
+        name: the run's name; by default the recipe's (with a hash unless `plain`).
+        plain: the recipe is as published, so the run takes the bare name.
+        fresh: train anew in a new folder, whatever there is.
+        test: evaluate the test split once at the end, with the weights already chosen.
+        on: device, e.g. `cpu`, `cuda:1`; the best there is by default.
+
+    Raises:
+        ConvlensError: what the user can mend; KeyboardInterrupt: after saving.
+    """
+    check(recipe)
+    called = name or recipe.name
+    place = run.place(called, recipe.digest(), plain=plain or name is not None, fresh=fresh)
+    if place.finished:
+        say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
+    else:
+        where = device.choose(on)
+        device.prepare(recipe.train.deterministic)
+        data = load(recipe.data, memory_budget=device.memory_budget(where))
+        _check_continues(place, data.name, data.fingerprint)
+        with place.lock():
+            stored = place.facts().get("plan") or {}
+            plan = device.Plan(**stored) if stored.get("device") == where else None
+            setup = prepare(recipe, data, where, plan)
+            if not place.facts():
+                place.create(setup.recipe, _facts(recipe, setup))
+                place.write_split(data.held_out)
+            _train(setup, place, quiet=quiet)
+    if test:
+        evaluation.evaluate(place, "test", on=on, quiet=quiet)
+    return place
+
+
+def _train(setup: Setup, place: RunFolder, *, quiet: bool) -> None:
+    """Runs the engine to the end of the recipe, or until it stops improving or is interrupted."""
+    options = setup.recipe.train
+    best = Best(options.monitor)
+    rows = restore(place, setup, best)
+    steps = len(setup.batches)
+    done = (setup.position.epoch - 1) * steps + setup.position.step
+    if done:
+        say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
+    with flagged() as flag, watch(setup.epochs, steps, done, shown=not quiet) as bar:
+        began = saved = time.perf_counter()
+        for record in _guarded(setup, place):
+            if isinstance(record, engine.Step):
+                bar.step(record)
+                if not flag.up and time.perf_counter() - saved < SAVE_SECONDS:
+                    continue
+            else:
+                device.synchronise(setup.plan.device)
+                rows.append(_validate(setup, record, seconds=time.perf_counter() - began))
+                place.write_metrics(rows)
+                if best.improved(rows[-1]) or options.keep == "last":
+                    _save_model(setup, place, rows[-1])
+                bar.epoch(rows[-1], best.epoch)
+                began = time.perf_counter()
+                if options.patience and best.stale >= options.patience:
+                    break
+            save(place, setup, best, rows)
+            saved = time.perf_counter()
+            if flag.up:
+                _leave(setup, place, flag)
+    _finish(setup, place, best, rows)
+
+
+def _guarded(setup: Setup, place: RunFolder) -> engine.Records:
+    """The engine's records; a loss that isn't finite first saves what can be saved."""
+    try:
+        yield from setup.fit()
+    except engine.NonFiniteLoss as error:
+        if not place.model_path.exists():
+            try:
+                _save_model(setup, place, None)
+            except ValueError as unusable:  # the weights themselves are not finite
+                error.where = f"{place.path}; no weights were kept: {unusable}"[:200]
+                raise error from unusable
+        error.where = f"{place.path}; its model.safetensors holds the last good weights"
+        raise
+
+
+def _validate(setup: Setup, record: engine.Epoch, *, seconds: float) -> dict[str, float]:
+    """The epoch's row: training numbers as they were seen, validation with the kept weights."""
+    with optim.averaged(setup.averager):
+        logits, labels = split_logits(
+            setup.trained, setup.data.val, setup.preprocessing.normalise, setup.plan
+        )
+    val_loss, val_accuracy = loss_and_accuracy(logits, labels)
+    return {
+        "epoch": record.epoch,
+        "train_loss": float(record.loss),
+        "train_accuracy": float(record.accuracy),
+        "val_loss": val_loss,
+        "val_accuracy": val_accuracy,
+        "lr": record.lr,
+        "seconds": seconds,
+        "images_per_second": record.images / seconds,
+    }
+
+
+def _save_model(setup: Setup, place: RunFolder, row: dict[str, float] | None) -> None:
+    """Writes the model file: the weights as they are now, or their average where there is one."""
+    recipe, data = setup.recipe, setup.data
+    chosen: dict[str, Any] = {"epoch": setup.position.epoch - 1, "validated": row is not None}
+    if row is not None:
+        rule = "last epoch" if recipe.train.keep == "last" else f"best {recipe.train.monitor}"
+        chosen |= {"rule": rule, "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"]}
+    card = {
+        "convlens": __version__,
+        "run": place.name,
+        "model": {"name": recipe.model.name, "options": recipe.model.options},
+        "classes": list(data.classes),
+        "preprocessing": asdict(setup.preprocessing),
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "chosen": chosen,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    with optim.averaged(setup.averager):
+        place.save_model(setup.trained, card)
+
+
+def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
+    """Stops between two steps, everything saved; the same command goes on from here."""
+    if not place.model_path.exists():
+        _save_model(setup, place, None)
+    at = setup.position
+    say(f"stopped in epoch {at.epoch} after {at.step} steps; all of it is kept in {place.path}")
+    say("the same command goes on from here")
+    if flag.interrupted:
+        raise KeyboardInterrupt
+    raise Stopped("asked to stop (SIGTERM)", where=str(place.path), fix="run it again to go on")
+
+
+def _finish(setup: Setup, place: RunFolder, best: Best, rows: list[dict[str, float]]) -> None:
+    kept = int(rows[-1]["epoch"]) if setup.recipe.train.keep == "last" else best.epoch
+    place.note(
+        {
+            "status": "finished",
+            "epochs": int(rows[-1]["epoch"]),
+            "kept_epoch": kept,
+            "training_seconds": round(sum(row["seconds"] for row in rows), 3),
+        }
+    )
+    place.drop_state()
+    picturing.training_plots(place, rows, kept, setup.data.train, setup.batches.augment)
+
+
+def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
+    """What `run.json` says of a run from its beginning."""
+    data = setup.data
+    return {
+        "convlens": __version__,
+        # The recipe as asked for and as resolved: both commands mean this run.
+        "digests": [asked.digest(), setup.recipe.digest()],
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "classes": list(data.classes),
+            "splits": data.how,
+            "skipped": data.skipped,
+        },
+        "plan": setup.plan.to_dict(),
+        "parameters": sum(p.numel() for p in setup.trained.parameters()),
+        "hardware": device.describe(setup.plan.device),
+    }
+
+
+def _check_continues(place: RunFolder, name: str, fingerprint: str) -> None:
+    """Refuses to go on with other images than the run began with."""
+    began = place.facts().get("data", {}).get("fingerprint", fingerprint)
+    if began != fingerprint:
+        raise DataError(
+            f"the images of {name!r} are not those that run {place.name!r} began with",
+            where=str(place.path),
+            fix="--fresh trains anew on the present images; or restore the files",
+        )

@@ -1,0 +1,46 @@
+"""What every test gets: its own folders, no network data, one thread, marks that skip."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two threads that wait for each other are slower than one on a shared machine, and tiny
+# networks have nothing to share.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+REPOSITORY = Path(__file__).parent.parent
+DATA = REPOSITORY / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
+    skips = {
+        "data": None if DATA.is_dir() else "there is no data/ folder",
+        "gpu": None if torch.cuda.is_available() else "there is no CUDA device",
+        "slow": None if config.getoption("--slow") else "run with --slow",
+    }
+    for item in items:
+        for mark, reason in skips.items():
+            if reason and mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def own_folders(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each test works in an empty folder, with its own cache, and finds no data of the user's."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("CONVLENS_CACHE", str(tmp_path / "cache"))
+    data = DATA if "data" in request.keywords else tmp_path / "no-data"
+    monkeypatch.setenv("CONVLENS_DATA", str(data))

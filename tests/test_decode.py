@@ -1,0 +1,285 @@
+"""The one decoder: every mode and format, the three fits, and files that are no images."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convlens.data.decode import MAX_PIXELS, UnreadableImage, decode, fit_images, probe
+from convlens.errors import UsageError
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def plain(content: bytes | Path, channels: int = 3) -> np.ndarray:
+    return decode(content, size=None, channels=channels, fit="crop")
+
+
+def rgb(height: int = 12, width: int = 20, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_rgb_is_kept_and_grey_is_itu_601() -> None:
+    pixels = rgb()
+    content = encoded(Image.fromarray(pixels), "PNG")
+    np.testing.assert_array_equal(plain(content), pixels.transpose(2, 0, 1))
+    exact = pixels @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(plain(content, 1)[0] - exact).max() <= 0.51
+    assert plain(content, 1).flags.c_contiguous
+    assert plain(content, 1).flags.writeable
+
+
+def test_grey_becomes_three_equal_channels() -> None:
+    content = encoded(Image.fromarray(RAMP), "PNG")
+    np.testing.assert_array_equal(plain(content), np.repeat(RAMP[None], 3, 0))
+    np.testing.assert_array_equal(plain(content, 1), RAMP[None])
+
+
+def test_transparency_is_laid_on_white() -> None:
+    pixels = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 51]]], np.uint8)
+    got = plain(encoded(Image.fromarray(pixels, "RGBA"), "PNG"))
+    np.testing.assert_array_equal(got[:, 0].T, [[10, 20, 30], [255, 255, 255], [204, 204, 204]])
+    grey = np.array([[[0, 255], [0, 0]]], np.uint8)
+    content = encoded(Image.fromarray(grey, "LA"), "PNG")
+    np.testing.assert_array_equal(plain(content, 1), [[[0, 255]]])
+
+
+def test_palette_with_and_without_transparency() -> None:
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    np.testing.assert_array_equal(plain(encoded(image, "PNG"))[:, 0].T, np.eye(3) * 255)
+    seen = plain(encoded(image, "PNG", transparency=1))[:, 0].T
+    np.testing.assert_array_equal(seen, [[255, 0, 0], [255, 255, 255], [0, 0, 255]])
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    values = np.array([[0, 257, 32768, 65535, 128, 129]], np.uint16)
+    for kind in ("PNG", "TIFF"):
+        content = encoded(Image.fromarray(values), kind)
+        np.testing.assert_array_equal(plain(content, 1)[0], [[0, 1, 128, 255, 0, 1]])
+    pgm = b"P5 2 1 65535\n" + struct.pack(">HH", 200, 65535)
+    np.testing.assert_array_equal(plain(pgm, 1), [[[1, 255]]])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 200]], np.int32), [0, 200]),
+        (np.array([[0, 65535]], np.int32), [0, 255]),
+        (np.array([[-1000, 0, 1000]], np.int32), [0, 128, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 100.4]], np.float32), [0, 100]),
+        (np.array([[-5.0, 5.0]], np.float32), [0, 255]),
+    ],
+)
+def test_32_bit_images_by_their_range(values: np.ndarray, expected: list[int]) -> None:
+    content = encoded(Image.fromarray(values), "TIFF")
+    np.testing.assert_array_equal(plain(content, 1)[0, 0], expected)
+
+
+def test_not_a_number_is_unreadable() -> None:
+    content = encoded(Image.fromarray(np.array([[0, np.nan]], np.float32)), "TIFF")
+    with pytest.raises(UnreadableImage, match="not finite"):
+        plain(content)
+
+
+def test_cmyk_and_one_bit() -> None:
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    np.testing.assert_allclose(plain(encoded(cyan, "TIFF"))[:, 4, 4], [0, 255, 255], atol=1)
+    np.testing.assert_allclose(plain(encoded(cyan, "JPEG"))[:, 4, 4], [0, 255, 255], atol=2)
+    bits = Image.fromarray(np.array([[True, False]]))
+    np.testing.assert_array_equal(plain(encoded(bits, "PNG"), 1), [[[255, 0]]])
+
+
+def test_animations_give_their_first_frame() -> None:
+    red, blue = Image.new("RGB", (6, 6), "red"), Image.new("RGB", (6, 6), "blue")
+    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
+        content = encoded(red, kind, save_all=True, append_images=[blue], **options)
+        np.testing.assert_array_equal(plain(content)[:, 3, 3], [255, 0, 0])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, kind: str, orientation: int) -> None:
+    upright = Image.fromarray(rgb(16, 24))
+    # What a camera stores: the inverse of what a viewer must do for each orientation.
+    stored = {
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    if kind == "JPEG":
+        options = {"quality": 100, "subsampling": 0}
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(encoded(stored, kind, exif=exif, **options))
+    want = np.asarray(upright).transpose(2, 0, 1).astype(int)
+    assert np.abs(plain(path) - want).max() <= (6 if kind == "JPEG" else 0)
+    assert (probe(path).width, probe(path).height) == (24, 16)
+
+
+def test_damaged_exif_does_not_hide_the_pixels() -> None:
+    content = encoded(Image.fromarray(rgb()), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert plain(content).shape == (3, 12, 20)
+
+
+def test_crop_takes_the_centre() -> None:
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 255
+    content = encoded(Image.fromarray(wide), "PNG")
+    assert (decode(content, size=10, channels=3, fit="crop") == 255).all()
+    assert (decode(content, size=10, channels=3, fit="stretch").mean() - 85) < 1
+
+
+def test_pad_adds_black_on_both_sides() -> None:
+    white = Image.new("L", (20, 10), 255)
+    got = decode(encoded(white, "PNG"), size=20, channels=1, fit="pad")[0]
+    np.testing.assert_array_equal(got[:, 0], [0] * 5 + [255] * 10 + [0] * 5)
+    thin = decode(encoded(Image.new("L", (400, 1), 255), "PNG"), size=8, channels=1, fit="pad")
+    assert thin.shape == (1, 8, 8)
+    assert (thin == 255).sum() == 8
+
+
+def test_resize_is_antialiased() -> None:
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    small = decode(encoded(Image.fromarray(board), "PNG"), size=8, channels=1, fit="crop")
+    assert np.abs(small.astype(int) - 128)[:, 1:-1, 1:-1].max() <= 2
+
+
+def test_big_jpegs_keep_their_look_with_draft() -> None:
+    x = np.linspace(0, 255, 1024)
+    smooth = np.stack([np.tile(x, (768, 1))] * 3, -1).astype(np.uint8)
+    jpeg = decode(encoded(Image.fromarray(smooth), "JPEG", quality=95), size=32, channels=3, fit="crop")
+    png = decode(encoded(Image.fromarray(smooth), "PNG"), size=32, channels=3, fit="crop")
+    assert np.abs(jpeg.astype(int) - png).max() <= 3
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [None, 8, 17, 40])
+def test_arrays_and_files_give_the_same_pixels(fit: str, channels: int, size: int | None) -> None:
+    pixels = rgb(12, 20)
+    grey = pixels[:, :, 0]
+    for array, image in ((pixels.transpose(2, 0, 1)[None], pixels), (grey[None, None], grey)):
+        one = fit_images(array, size=size, channels=channels, fit=fit)[0]
+        content = encoded(Image.fromarray(image), "PNG")
+        np.testing.assert_array_equal(one, decode(content, size=size, channels=channels, fit=fit))
+
+
+def test_path_text_and_bytes_agree_also_in_threads(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(rgb(100, 80)).save(path)
+
+    def one(source: Path | str | bytes) -> bytes:
+        return decode(source, size=16, channels=3, fit="crop").tobytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(one, [path, str(path), path.read_bytes()] * 20))) == 1
+
+
+def reason(path: Path) -> str:
+    with pytest.raises(UnreadableImage) as caught:
+        decode(path, size=8, channels=3, fit="crop")
+    assert caught.value.path == str(path)
+    assert caught.value.exit_code == 3
+    return caught.value.reason
+
+
+def test_unreadable_files_say_why(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    assert "no such file" in reason(path)
+    path.write_bytes(b"")
+    assert "empty (0 bytes)" in reason(path)
+    path.write_text("hello, I am no picture\n")
+    assert "text" in reason(path)
+    path.write_text("<!DOCTYPE html><html>log in</html>")
+    assert "web page" in reason(path)
+    path.write_bytes(bytes(range(256)))
+    assert "known format" in reason(path)
+    whole = encoded(Image.fromarray(rgb(64, 64)), "PNG")
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "cut short" in reason(path)
+    jpeg = tmp_path / "a.jpg"
+    jpeg.write_bytes(encoded(Image.fromarray(rgb(64, 64)), "JPEG")[:-400])
+    assert "cut short" in reason(jpeg)
+    assert "folder" in reason(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "regular" in reason(tmp_path / "pipe.png")
+
+
+def test_no_single_flip_of_a_byte_raises_anything_else() -> None:
+    good = encoded(Image.fromarray(rgb(8, 8)), "PNG")
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        bad = bytearray(good)
+        bad[random.integers(len(bad))] ^= 1 << random.integers(8)
+        try:
+            decode(bytes(bad), size=8, channels=3, fit="crop")
+        except UnreadableImage as error:
+            assert error.reason
+
+
+def bomb(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [10_001, 12_000, 60_000])
+def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, side: int) -> None:
+    assert side * side > MAX_PIXELS
+    path = tmp_path / "bomb.png"
+    path.write_bytes(bomb(side, side))
+    assert "million" in reason(path)
+    with pytest.raises(UnreadableImage, match="million"):
+        probe(path)
+
+
+def test_other_formats_are_not_even_tried() -> None:
+    with pytest.raises(UnreadableImage):
+        plain(encoded(Image.fromarray(rgb()), "TGA"))
+    with pytest.raises(UnreadableImage):
+        plain(encoded(Image.fromarray(rgb()), "EPS"))
+
+
+def test_probe_reads_headers_only(tmp_path: Path) -> None:
+    whole = encoded(Image.fromarray(rgb(50, 70)), "JPEG")
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) - 200])
+    facts = probe(tmp_path / "half.jpg")
+    assert (facts.width, facts.height, facts.mode, facts.grey) == (70, 50, "RGB", False)
+    Image.fromarray(RAMP).save(tmp_path / "grey.png")
+    assert probe(tmp_path / "grey.png").grey
+    Image.fromarray(RAMP).convert("P").save(tmp_path / "grey.gif")
+    assert probe(tmp_path / "grey.gif").grey
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(UnreadableImage, match="0 bytes"):
+        probe(tmp_path / "empty.png")
+
+
+def test_wrong_arguments_are_usage_errors() -> None:
+    for wrong in ({"fit": "squash"}, {"channels": 2}, {"size": 0}):
+        with pytest.raises(UsageError):
+            decode(b"", **{"size": 8, "channels": 3, "fit": "crop", **wrong})  # type: ignore[arg-type]

@@ -1,0 +1,339 @@
+"""Figures hold the facts they were given, and PNG files are exact and repeatable."""
+
+from __future__ import annotations
+
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from convlens import metrics, plots
+from convlens.errors import ResourceError, UsageError
+from convlens.plots.style import fit, width
+
+HOSTILE = [
+    "$x$", "a_{b}^{c} $\\frac{1}{", "\\$5", "line\nbreak", "nul\0", "\udcff", "日本語", "العربية",
+    "\N{SUNFLOWER}", "", " ", "_underscore", "W" * 300, "%s {0}",
+]  # fmt: skip
+
+
+def history(epochs: int) -> dict[str, list[float]]:
+    steps = np.arange(1, epochs + 1)
+    return {
+        "epoch": steps.tolist(),
+        "train_loss": (1 / steps).tolist(),
+        "val_loss": (1 / steps + 0.1).tolist(),
+        "train_accuracy": (1 - 0.5 / steps).tolist(),
+        "val_accuracy": (0.97 - 0.5 / steps).tolist(),
+    }
+
+
+def pictures(n: int, channels: int = 3, size: int = 8, seed: int = 0) -> np.ndarray:
+    # No pixel is white, so that pictures stand out from the paper.
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 255, (n, channels, size, size), dtype=np.uint8)
+
+
+def png(figure: Figure, folder: Path, name: str = "plot.png", **how: int) -> np.ndarray:
+    plots.save(figure, folder / name, **how)
+    with Image.open(folder / name) as image:
+        assert image.format == "PNG"
+        image.load()
+        return np.asarray(image.convert("RGB"))
+
+
+def texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def examples() -> dict[str, Figure]:
+    """One figure for every name in the table."""
+    share = np.array([0.9, 0.5])
+    made = {
+        "curves": plots.curves(history(3), 2, "run"),
+        "seed_curves": plots.seed_curves([history(3), history(2)], "run"),
+        "learning_rate": plots.learning_rate([1, 2], [0.1, 0.01]),
+        "confusion": plots.confusion([[3, 1], [0, 2]], ["cat", "dog"], "test"),
+        "reliability": plots.reliability([math.nan, 0.8], [math.nan, 0.7], [0, 10], 0.1),
+        "accuracy_bars": plots.accuracy_bars(["a", "b"], share, [(0.8, 0.95), (0.4, 0.6)]),
+        "contact_sheet": plots.contact_sheet(pictures(3), ["a", "b", "c"], "sheet"),
+        "augmented_batch": plots.augmented_batch(pictures(3), pictures(3, seed=1)),
+        "worst_mistakes": plots.worst_mistakes(pictures(1), ["cat"], ["dog"], [0.9]),
+    }
+    assert set(made) == set(plots.PLOTS)
+    return made
+
+
+def test_every_plot_is_saved_with_its_size_and_the_same_bytes(tmp_path: Path) -> None:
+    again = examples()
+    for name, figure in examples().items():
+        inches = figure.get_size_inches()
+        pixels = png(figure, tmp_path / "made" / "here", f"{name}.png")
+        assert pixels.shape == (*(int(side * 150) for side in inches[::-1]), 3)
+        assert 0 < (pixels < 128).mean() < 0.9, "something is drawn, on white"
+        plots.save(again[name], tmp_path / "again.png")
+        first = (tmp_path / "made" / "here" / f"{name}.png").read_bytes()
+        assert first == (tmp_path / "again.png").read_bytes()
+        assert b"matplotlib" not in first
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        figure = plots.learning_rate([1, 2], [0.1, 0.01])
+        plots.save(figure, tmp_path / "theirs.png")
+    ours = (tmp_path / "made" / "here" / "learning_rate.png").read_bytes()
+    assert (tmp_path / "theirs.png").read_bytes() == ours, "the user's style changes nothing"
+
+
+def test_dpi_and_folders_that_can_not_be_written(tmp_path: Path) -> None:
+    figure = plots.learning_rate([1, 2], [0.1, 0.01])
+    assert png(figure, tmp_path, dpi=100).shape == (280, 520, 3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError):
+        plots.save(figure, tmp_path / "file" / "plot.png")
+
+
+def test_pyplot_stays_out() -> None:
+    code = (
+        "import sys; from convlens import plots; plots.learning_rate([1], [1]); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 15, 250])
+def test_curves_show_the_history(epochs: int, tmp_path: Path) -> None:
+    given, chosen = history(epochs), (epochs + 1) // 2
+    figure = plots.curves(given, chosen, "a $run$")
+    assert len(figure.axes) == 2
+    for axes, key in zip(figure.axes, ("loss", "accuracy"), strict=True):
+        lines = {line.get_label(): line for line in axes.lines}
+        train, validation = lines["train"], lines["validation"]
+        for part, line in (("train", train), ("val", validation)):
+            np.testing.assert_array_equal(line.get_xdata(), given["epoch"])
+            np.testing.assert_array_equal(line.get_ydata(), given[f"{part}_{key}"])
+        assert train.get_color() != validation.get_color()
+        assert train.get_linestyle() != validation.get_linestyle()
+        assert train.get_marker() != validation.get_marker()
+        marked = [line for line in axes.lines if list(line.get_xdata()) == [chosen, chosen]]
+        assert len(marked) == 1
+        value = given[f"val_{key}"][chosen - 1]
+        shown = f"{value:.2%}" if key == "accuracy" else f"{value:.4g}"
+        assert texts(axes) == [f"epoch {chosen}: {shown}"]
+        assert axes.get_xlabel() == "epoch"
+    png(figure, tmp_path)
+    ticks = [tick for axes in figure.axes for tick in axes.get_xticks()]
+    assert all(tick == round(tick) for tick in ticks)
+
+
+def test_curves_with_gaps(tmp_path: Path) -> None:
+    given = history(5)
+    given["train_accuracy"] = [math.nan] * 5
+    del given["train_loss"]
+    given["val_loss"][2] = math.nan
+    loss, accuracy = plots.curves(given, 3).axes
+    assert [line.get_label() for line in loss.lines[:-1]] == ["validation"]
+    assert [line.get_label() for line in accuracy.lines[:-1]] == ["validation"]
+    assert texts(loss) == ["epoch 3"]
+    png(plots.curves({"epoch": []}, 1), tmp_path)
+    assert all(not axes.texts for axes in plots.curves(given).axes)
+
+
+def test_seed_curves_average_what_all_seeds_reached(tmp_path: Path) -> None:
+    first, second = history(4), history(3)
+    second["val_loss"] = [value + 0.2 for value in second["val_loss"]]
+    figure = plots.seed_curves([first, second], "run")
+    loss = figure.axes[0]
+    mean = next(line for line in loss.lines if line.get_label() == "validation")
+    np.testing.assert_allclose(mean.get_ydata(), np.array(first["val_loss"][:3]) + 0.1)
+    band = loss.collections[1].get_paths()[0].vertices
+    # Two values 0.2 apart: sample sd = 0.2 / sqrt(2), so the band is 0.2 * sqrt(2) high.
+    at_first = band[band[:, 0] == 1][:, 1]
+    assert at_first.max() - at_first.min() == pytest.approx(0.2 * math.sqrt(2))
+    assert len(loss.lines) == 6
+    assert "2 seeds" in loss.get_title(loc="left")
+    png(figure, tmp_path)
+    alone = plots.seed_curves([first]).axes[0]
+    assert not alone.collections
+    with pytest.raises(UsageError):
+        plots.seed_curves([])
+
+
+def test_learning_rate_of_steps() -> None:
+    steps = np.arange(1000)
+    axes = plots.learning_rate(steps, np.cos(steps / 999), unit="step").axes[0]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), np.cos(steps / 999))
+    assert axes.get_xlabel() == "step"
+
+
+def test_small_confusion_has_counts_in_its_cells(tmp_path: Path) -> None:
+    matrix = np.array([[8, 2, 0], [0, 0, 0], [1, 4, 1_234_567]])
+    figure = plots.confusion(matrix, ["cat", "$dog$", "eel"], "test")
+    axes = figure.axes[0]
+    assert texts(axes) == ["8", "2", "0", "0", "0", "0", "1", "4", "1.2M"]
+    shares = axes.images[0].get_array()
+    np.testing.assert_allclose(shares[0], [0.8, 0.2, 0])
+    assert shares.mask.tolist() == [[False] * 3, [True] * 3, [False] * 3], "no images: grey"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", r"\$dog\$", "eel"]
+    png(figure, tmp_path)
+    assert len(plots.confusion(np.eye(20) * 100, list("abcdefghijklmnopqrst")).axes[0].texts) == 400
+    with pytest.raises(UsageError):
+        plots.confusion(matrix, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("classes", [21, 200, 1000])
+def test_large_confusion_lists_the_worst_pairs(classes: int, tmp_path: Path) -> None:
+    matrix = np.eye(classes, dtype=np.int64) * 50
+    matrix[3, 7], matrix[5, 2] = 9, 11
+    figure = plots.confusion(matrix, [f"c{index}" for index in range(classes)], "test")
+    axes, pairs = figure.axes[0], next(a for a in figure.axes if "confused" in a.get_title("left"))
+    assert not axes.texts
+    assert len(axes.get_xticks()) <= 40
+    assert texts(pairs) == ["11 of 61", "c5 → c2", "9 of 59", "c3 → c7"]
+    png(figure, tmp_path)
+    perfect = plots.confusion(np.eye(classes), ["$"] * classes)
+    assert "nothing was confused" in [axes.get_title("left") for axes in perfect.axes]
+
+
+def test_reliability_leaves_empty_bins_out(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    probs = metrics.softmax(generator.normal(size=(500, 10)) * 2)
+    labels = generator.integers(0, 10, 500)
+    confidence, right, count = metrics.reliability(probs, labels)
+    figure = plots.reliability(confidence, right, count, metrics.ece(probs, labels))
+    top, bottom = figure.axes
+    points = top.containers[0].lines[0]
+    np.testing.assert_array_equal(points.get_xdata(), confidence[count > 0])
+    np.testing.assert_array_equal(points.get_ydata(), right[count > 0])
+    assert [bar.get_height() for bar in bottom.patches] == count.tolist()
+    assert "500 images" in top.get_title(loc="left")
+    png(figure, tmp_path)
+    png(plots.reliability([math.nan] * 3, [math.nan] * 3, [0, 0, 0], 0), tmp_path)
+
+
+def test_accuracy_bars_show_intervals(tmp_path: Path) -> None:
+    figure = plots.accuracy_bars(
+        ["a", "b", "none"], [0.5, 1.0, None], [(0.4, 0.6), (0.9, 1.0), (0.0, 1.0)]
+    )
+    axes = figure.axes[0]
+    assert texts(axes) == ["50.00%", "100.00%", "–"]
+    ends = axes.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(ends[0], [[0.4, 0], [0.6, 0]])
+    np.testing.assert_allclose(ends[1], [[0.9, 1], [1.0, 1]])
+    png(figure, tmp_path)
+    many = plots.accuracy_bars([f"c{i}" for i in range(200)], [0.5] * 200, [(0.4, 0.6)] * 200)
+    assert png(many, tmp_path).shape[0] < 6000
+
+
+@pytest.mark.parametrize(("size", "channels", "times"), [(8, 1, 15), (28, 1, 4), (64, 3, 2)])
+def test_small_pictures_are_enlarged_exactly(
+    size: int, channels: int, times: int, tmp_path: Path
+) -> None:
+    given = pictures(5, channels, size)
+    pixels = png(plots.contact_sheet(given, [""] * 5, columns=3), tmp_path)
+    painted = (pixels < 255).all(axis=2)
+    rows, columns = painted.any(axis=1), painted.any(axis=0)
+    assert (rows.sum(), columns.sum()) == (2 * size * times, 3 * size * times)
+    pixels = pixels[rows][:, columns]
+    side = size * times
+    for index, picture in enumerate(given):
+        row, column = divmod(index, 3)
+        tile = pixels[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        expected = np.kron(np.moveaxis(picture, 0, 2), np.ones((times, times, 1), np.uint8))
+        np.testing.assert_array_equal(tile, np.broadcast_to(expected, tile.shape))
+
+
+def test_large_pictures_are_averaged(tmp_path: Path) -> None:
+    given = np.zeros((1, 3, 256, 256), np.uint8)
+    given[:, :, ::2] = 100
+    pixels = png(plots.contact_sheet(given, [""]), tmp_path)
+    painted = (pixels == 50).all(axis=2)
+    assert painted.sum() == 128 * 128
+
+
+def test_sheets_of_any_length(tmp_path: Path) -> None:
+    none = pictures(0)
+    for figure in (
+        plots.contact_sheet(none, [], "sheet"),
+        plots.augmented_batch(none, none),
+        plots.worst_mistakes(none, [], [], [], "no mistakes at all"),
+    ):
+        assert "none" in texts(figure.axes[0])
+        png(figure, tmp_path)
+    for n in (1, 7, 8, 9, 65):
+        figure = plots.contact_sheet(pictures(n), ["name"] * n, columns=8)
+        assert texts(figure.axes[0]) == ["name"] * n
+        png(figure, tmp_path)
+
+
+def test_mistakes_and_augmented_batches_say_what_is_what(tmp_path: Path) -> None:
+    figure = plots.worst_mistakes(pictures(2), ["cat", "a$b"], ["dog", "L" * 99], [0.987, 0.5])
+    said = texts(figure.axes[0])
+    assert said[:3] == ["99% dog", "is cat", said[2]]
+    assert said[2].startswith("50% LL")
+    assert said[2].endswith("…")
+    assert said[3] == r"is a\$b"
+    before, after = pictures(5), pictures(5, seed=1)
+    sheet = plots.augmented_batch(before, after, columns=3)
+    assert texts(sheet.axes[0]) == ["original", "augmented"] * 2
+    canvas = sheet.axes[0].images[0].get_array()
+    found = canvas[(canvas < 255).all(axis=2)]
+    given = np.concatenate([np.moveaxis(part, 1, 3).reshape(-1, 3) for part in (before, after)])
+    assert len(found) == len(given) * 15 * 15
+    assert {tuple(pixel) for pixel in found.tolist()} == {tuple(pixel) for pixel in given.tolist()}
+    with pytest.raises(UsageError):
+        plots.augmented_batch(before, after[:3])
+
+
+def test_pictures_of_the_wrong_kind() -> None:
+    for wrong in (
+        np.zeros((2, 3, 8, 8), np.float32),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        np.zeros((3, 8, 8), np.uint8),
+    ):
+        with pytest.raises(UsageError, match="pictures must be"):
+            plots.contact_sheet(wrong, ["a"] * len(wrong))
+    with pytest.raises(UsageError, match="1 titles for 2"):
+        plots.contact_sheet(pictures(2), ["a"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_hostile_names_are_only_text(tmp_path: Path) -> None:
+    n = len(HOSTILE)
+    table = np.eye(n, dtype=np.int64)
+    many = HOSTILE * 2
+    for figure in (
+        plots.contact_sheet(pictures(n), HOSTILE, HOSTILE[0]),
+        plots.worst_mistakes(pictures(n), HOSTILE, HOSTILE[::-1], [0.5] * n, HOSTILE[1]),
+        plots.confusion(table, HOSTILE, HOSTILE[1]),
+        plots.confusion(np.ones((2 * n, 2 * n)), many, HOSTILE[3]),
+        plots.accuracy_bars(HOSTILE, [0.5] * n, [(0.4, 0.6)] * n, HOSTILE[1]),
+        plots.curves(history(3), 2, HOSTILE[1]),
+        plots.seed_curves([history(3)] * 2, HOSTILE[1]),
+    ):
+        png(figure, tmp_path)
+
+
+def test_names_are_cut_to_their_room() -> None:
+    assert fit("daisy", 10) == "daisy"
+    assert fit("$5", 10) == r"\$5"
+    assert fit("x" * 99, 5, before="98% ", after="!").startswith("98% x")
+    for name in HOSTILE:
+        cut = fit(name, 8)
+        assert width(cut.replace(r"\$", "$")) <= 8
+        assert cut.replace("…", "").isprintable()
+
+
+def test_width_is_not_less_than_drawn() -> None:
+    """The estimate must err on the wide side, or names run into each other."""
+    figure = Figure(dpi=72)
+    for words in ("American_Staffordshire_terrier", "automobile", "WWWW", "0123456789", "Émeu"):
+        text = figure.text(0, 0, words, fontsize=100, family="DejaVu Sans")
+        figure.savefig(io.BytesIO())
+        drawn = text.get_window_extent().width / 100
+        assert drawn * 0.97 <= width(words) <= drawn * 1.25

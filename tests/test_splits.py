@@ -1,0 +1,133 @@
+"""Held-out splits: shares by largest remainder, nothing lost, groups together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from convlens.data.splits import hold_out, take_per_class
+from convlens.errors import DataError
+
+
+def labels_of(*counts: int) -> np.ndarray:
+    return np.repeat(np.arange(len(counts)), counts).astype(np.int64)
+
+
+def shares(labels: np.ndarray, index: np.ndarray) -> list[int]:
+    return np.bincount(labels[index], minlength=labels.max() + 1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("counts", "fraction", "expected"),
+    [
+        ((10, 10), 0.2, [2, 2]),
+        # quotas 1.5 1.05 0.45: floors 1 1 0, one of round(3.0) = 3 is left: to .5
+        ((10, 7, 3), 0.15, [2, 1, 0]),
+        # quotas 0.5 0.5 0.5 0.5: round(2.0) = 2 are left: ties go to the lower classes
+        ((5, 5, 5, 5), 0.1, [1, 1, 0, 0]),
+        # quotas 1.8 1.8: at least one of each class stays
+        ((2, 2), 0.9, [1, 1]),
+        # a share that rounds to nothing still holds out one image
+        ((2, 3), 0.01, [0, 1]),
+        # 0.3 * 10 is 2.9999999999999996 as a float: three, not two
+        ((10, 100), 0.3, [3, 30]),
+    ],
+)
+def test_shares_by_largest_remainder(
+    counts: tuple[int, ...], fraction: float, expected: list[int]
+) -> None:
+    labels = np.random.default_rng(1).permutation(labels_of(*counts))
+    kept, held = hold_out(labels, fraction, seed=0)
+    assert shares(labels, held) == expected
+    assert sorted([*kept, *held]) == list(range(len(labels)))
+    assert (np.diff(kept) > 0).all()
+    assert (np.diff(held) > 0).all()
+    assert kept.dtype == held.dtype == np.int64
+
+
+def test_seed_decides_and_nothing_else() -> None:
+    labels = labels_of(50, 50)
+    np.random.seed(0)
+    first = hold_out(labels, 0.2, 7)[1]
+    np.random.seed(1)
+    np.testing.assert_array_equal(hold_out(labels, 0.2, 7)[1], first)
+    assert not np.array_equal(hold_out(labels, 0.2, 8)[1], first)
+
+
+def test_nothing_to_hold_out() -> None:
+    kept, held = hold_out(labels_of(1, 5), 0.0, 0)
+    assert len(kept) == 6
+    assert len(held) == 0
+
+
+def test_a_single_image_is_refused_by_name_and_count() -> None:
+    with pytest.raises(DataError, match=r"1 of 2 classes .* single image.*cat \(1\)"):
+        hold_out(labels_of(5, 1), 0.2, 0, names=["dog", "cat"])
+
+
+def test_two_rounds_leave_each_class_something() -> None:
+    labels = labels_of(2, 30)
+    kept, held = hold_out(labels, 0.5, 0, keep=2)
+    assert shares(labels, held) == [0, 16]
+    again = hold_out(labels[kept], 0.5, 0)[0]
+    assert shares(labels[kept], again)[0] == 1
+
+
+def test_groups_stay_together_and_shares_are_near() -> None:
+    random = np.random.default_rng(3)
+    group = random.integers(0, 60, 600)
+    labels = random.integers(0, 3, 600)
+    kept, held = hold_out(labels, 0.2, 0, [f"g{g}" for g in group])
+    assert not set(group[kept]) & set(group[held])
+    assert len(kept) + len(held) == 600
+    for c in range(3):
+        share = (labels[held] == c).sum() / (labels == c).sum()
+        assert abs(share - 0.2) < 0.05
+    again = hold_out(labels, 0.2, 0, [f"g{g}" for g in group])[1]
+    np.testing.assert_array_equal(held, again)
+
+
+def test_groups_by_hand() -> None:
+    # Two classes of 4; groups of two, each of one class; a quarter is one group of each class.
+    labels = labels_of(4, 4)
+    kept, held = hold_out(labels, 0.5, 0, list("aabbccdd"))
+    assert shares(labels, held) == [2, 2]
+    assert shares(labels, kept) == [2, 2]
+
+
+def test_groups_larger_than_the_share_still_give_a_split() -> None:
+    labels = np.array([0, 1] * 6)
+    kept, held = hold_out(labels, 0.01, 0, list("aaaabbbbcccc"))
+    assert len(held) == 4
+    assert len(kept) == 8
+
+
+def test_a_class_in_one_group_is_refused() -> None:
+    with pytest.raises(DataError, match="single group"):
+        hold_out(labels_of(3, 4), 0.3, 0, list("aaabbcc"))
+
+
+def test_groups_that_cannot_be_torn_are_refused() -> None:
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    groups = ["a", "b", "b", "c", "c", "a"]
+    with pytest.raises(DataError, match="no group can be held out"):
+        hold_out(labels, 0.3, 0, groups, keep=2)
+
+
+def test_take_per_class() -> None:
+    labels = np.random.default_rng(0).permutation(labels_of(20, 30, 10))
+    some = take_per_class(labels, 5, seed=1)
+    assert shares(labels, some) == [5, 5, 5]
+    assert (np.diff(some) > 0).all()
+    assert set(some) < set(take_per_class(labels, 10, seed=1))
+    assert set(some) != set(take_per_class(labels, 5, seed=2))
+    with pytest.raises(DataError, match=r"per_class=11.* 1 of 3 .*frog \(10\)") as caught:
+        take_per_class(labels, 11, 0, names=["cat", "dog", "frog"])
+    assert "data.per_class=10" in caught.value.fix
+
+
+def test_a_hundred_thousand_images_take_no_time() -> None:
+    labels = np.random.default_rng(0).integers(0, 1000, 100_000)
+    kept, held = hold_out(labels, 0.15, 0)
+    assert len(held) == 15_000
+    assert np.bincount(labels[kept]).min() > 0
