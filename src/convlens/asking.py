@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,6 @@ def _check_data_name(text: str) -> None:
     sets = known(text)
     if text in sets:
         return
-    close = near(text, _unique([*recipes.names(), *sets]))
+    close = near(text, list(dict.fromkeys([*recipes.names(), *sets])))
     fix = f"did you mean {' or '.join(close)}?" if close else "`convlens recipes` lists the recipes"
     raise UsageError(f"{text!r} is neither a recipe nor a data set", fix=fix)
-
-
-def _unique(items: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(items))

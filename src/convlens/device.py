@@ -7,6 +7,8 @@ because part of it is chosen by timing.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import platform
 import statistics
@@ -160,6 +162,7 @@ def seed_of(*parts: int) -> int:
 
 def prepare(deterministic: bool) -> None:
     """Sets threads to the cores this process may use, and determinism if asked for."""
+    keep_freed_memory()
     cores = usable_cores()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
         torch.set_num_threads(cores)
@@ -168,6 +171,22 @@ def prepare(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed memory for the next step instead of giving it back.
+
+    By default every tensor above 128 KB to 32 MB is mapped and unmapped anew, and each of its
+    pages faulted in again, in every step: ten times the page faults, and a third of the time of
+    small networks on a CPU (BENCHMARKS.md). Nothing to do on other C libraries.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    asked = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20))
+    return all(mallopt(option, value) == 1 for option, value in asked)
 
 
 def usable_cores() -> int:

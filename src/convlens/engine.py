@@ -139,22 +139,31 @@ def fit(
     at = position if position is not None else Position()
     steps = len(batches)
     clip = _clipper(model, clip_value, clip_norm)
-    statistics = [b for b in model.buffers() if b.is_floating_point()]
-    before = [b.clone() for b in statistics]
+    # Norms keep statistics (floats) and counters; one list of both would copy one by one.
+    floats = [b for b in model.buffers() if b.is_floating_point()]
+    counters = [b for b in model.buffers() if not b.is_floating_point()]
+    before = [b.clone() for b in floats], [b.clone() for b in counters]
     draws = any(isinstance(module, DROPOUTS) for module in model.modules())
+
+    def set_rate(index: int) -> float:
+        done = (at.epoch - 1) * steps + index
+        return optim.set_lr(optimiser, schedule(done / (epochs * steps)))
+
     while at.epoch <= epochs:
         model.train()
-        lr = 0.0
+        # Taken up after an epoch's last step, there is no other step to take the rate from.
+        lr = set_rate(max(at.step - 1, 0))
         for index, (images, labels) in enumerate(batches.epoch(at.epoch, at.step), at.step):
-            done = (at.epoch - 1) * steps + index
-            lr = optim.set_lr(optimiser, schedule(done / (epochs * steps)))
+            lr = set_rate(index)
             if draws:  # dropout's masks depend on (seed, epoch, step) only
                 torch.manual_seed(seed_of(seed, at.epoch, index, 1))
-            _copy(before, statistics)
+            _copy(before[0], floats)
+            _copy(before[1], counters)
             loss, correct = step(model, images, labels, objective, optimiser, plan, clip)
             if loss is None:
                 # The forward pass has already moved the norms' running statistics.
-                _copy(statistics, before)
+                _copy(floats, before[0])
+                _copy(counters, before[1])
                 raise NonFiniteLoss(at.epoch, index + 1, lr)
             if averager is not None:
                 averager.update()

@@ -16,7 +16,7 @@ import torch
 
 from convlens import device, metrics, picturing, run
 from convlens.console import progress, quieted, say
-from convlens.data import Data, Split, load
+from convlens.data import Data, Split, load, load_foreign
 from convlens.errors import DataError, UsageError
 from convlens.inference import split_logits
 from convlens.recipe import Recipe
@@ -114,8 +114,6 @@ def _part(data: Data, split: str) -> Split:
 def _foreign(
     name: str, loaded: Loaded, split: str, where: str
 ) -> tuple[Split, Sequence[str], str, str]:
-    from convlens.data.foreign import load_foreign
-
     pre = loaded.preprocessing
     return load_foreign(
         name,

@@ -38,11 +38,13 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:  # a second Ctrl-C, too, leaves nothing behind
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        raise cannot_write(path, error) from error
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
 
 
 def cannot_write(path: Path, error: OSError) -> ResourceError:
@@ -89,6 +91,7 @@ def lock(path: Path, *, what: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=0)
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
         by = owner.read_text() if owner.exists() else "another process"
         raise ResourceError(
@@ -97,9 +100,9 @@ def lock(path: Path, *, what: str) -> Iterator[None]:
             fix="wait for it to end, or give this run another name with --name",
         ) from error
     except OSError as error:
+        held.release()
         raise cannot_write(path, error) from error
     try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         with contextlib.suppress(OSError):

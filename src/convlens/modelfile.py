@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from convlens.errors import ModelFileError, ResourceError
+from convlens.errors import ModelFileError, ResourceError, Stopped
 from convlens.files import write_atomic
 
 KEY = "convlens"
@@ -27,6 +29,10 @@ MAX_HEADER = 100 * 2**20  # safetensors' own cap
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
+class NotFiniteError(Stopped, ValueError):
+    """Tensors with NaN or infinity: they are never written."""
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
     """Writes tensors and metadata atomically; returns the file's hash (hex SHA-256).
 
@@ -34,12 +40,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     metadata under `sha256`.
 
     Raises:
-        ResourceError: the disk; ValueError: a tensor holds NaN or infinity.
+        ResourceError: the disk; NotFiniteError: a tensor holds NaN or infinity.
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     bad = [n for n, t in plain.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if bad:
-        raise ValueError(f"not finite, so not saved: {', '.join(bad[:3])}")
+        raise NotFiniteError(
+            f"weights became NaN or infinite, so they were not saved: {', '.join(bad[:3])}",
+            where=str(path),
+            fix="train again with a lower optim.lr, or with optim.clip_norm=1",
+        )
     content = {"format": FORMAT, "sha256": NO_HASH, **metadata}
     data = to_bytes(plain, {KEY: json.dumps(content, ensure_ascii=False)})
     digest = hashlib.sha256(data).hexdigest()
@@ -66,20 +76,25 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     _refuse_foreign(data, path)
     metadata = _metadata(data, path)
     stored = str(metadata.get("sha256", ""))
-    zeroed = data.replace(stored.encode(), NO_HASH.encode(), 1) if len(stored) == 64 else data
+    known = re.fullmatch("[0-9a-f]{64}", stored) is not None
+    zeroed = data.replace(stored.encode(), NO_HASH.encode(), 1) if known else b""
     if hashlib.sha256(zeroed).hexdigest() != stored:
         raise ModelFileError(
             "the model file was changed or damaged after it was written (its hash differs)",
             where=str(path),
             fix="restore it from a copy, or train again with --fresh",
         )
-    if int(metadata.get("format", 0)) > FORMAT:
+    if metadata.get("format") != FORMAT:
         raise ModelFileError(
-            f"written by a newer convlens (format {metadata['format']}, this one knows {FORMAT})",
+            f"written by a newer convlens (format {metadata.get('format')}, "
+            f"this one knows {FORMAT})",
             where=str(path),
             fix="update convlens",
         )
-    return from_bytes(data), metadata
+    try:
+        return from_bytes(data), metadata
+    except (SafetensorError, KeyError) as error:  # a right hash over a wrong table of tensors
+        raise ModelFileError(f"no readable tensors: {error}", where=str(path)) from error
 
 
 def _refuse_foreign(data: bytes, path: Path) -> None:

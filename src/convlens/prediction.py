@@ -141,6 +141,19 @@ def _probabilities(images: list[np.ndarray], loaded: Loaded, plan: device.Plan) 
     return probabilities(batch_logits(loaded.model, batch, loaded.preprocessing.normalise, plan))
 
 
+def all_probabilities(loaded: Loaded, images: np.ndarray, *, on: str | None = None) -> np.ndarray:
+    """Probabilities float64 `[N, classes]` for images as `predict` takes them."""
+    plan = device.Plan(device.choose(on), "fp32", "contiguous")
+    plan.place(loaded.model)
+    pre = loaded.preprocessing
+    parts = [np.empty((0, len(loaded.classes)))]
+    for start in range(0, len(images), BATCH):
+        batch = channels_first(images[start : start + BATCH])
+        ready = fit_images(batch, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+        parts.append(_probabilities(list(ready), loaded, plan))
+    return np.concatenate(parts)
+
+
 def channels_first(images: np.ndarray) -> np.ndarray:
     """uint8 `[N, C, H, W]` from `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`; C is 1 or 3.
 

@@ -72,8 +72,13 @@ def check(recipe: Recipe) -> None:
     """
     size = recipe.data.image_size if recipe.data.image_size != "auto" else 224
     channels = recipe.data.channels if recipe.data.channels != "auto" else 3
+
+    def build_model() -> None:
+        with torch.device("meta"):  # shapes only: nothing is allocated or drawn
+            models.build(recipe.model.name, 2, channels, size, recipe.model.options)
+
     tries: list[Callable[[], object]] = [
-        lambda: models.build(recipe.model.name, 2, channels, size, recipe.model.options),
+        build_model,
         lambda: augment.build(recipe.operations),
         lambda: optim.build(nn.Linear(1, 1), recipe.optim),
         lambda: optim.schedule(recipe.optim),
@@ -102,7 +107,9 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
     recipe = auto.resolve(asked, images=images, image_size=data.image_size, channels=data.channels)
     mean, std = channel_stats(data.train)
     preprocessing = Preprocessing(data.image_size, data.channels, data.fit, mean, std)
-    operations = augment.build(recipe.operations, image_size=data.image_size)
+    operations = augment.build(
+        recipe.operations, image_size=data.image_size, channels=data.channels
+    )
     torch.manual_seed(device.seed_of(recipe.train.seed))
     model = models.build(
         recipe.model.name, len(data.classes), data.channels, data.image_size, recipe.model.options

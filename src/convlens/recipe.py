@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +24,7 @@ from convlens.names import near, pick
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Operations = list[tuple[str, dict[str, Any]]]
+Source = str | Path | Mapping[str, Any]
 
 
 class Section(BaseModel):
@@ -117,8 +119,7 @@ class Recipe(Section):
         """The augmentations as `(name, arguments)` pairs; empty while still `auto`."""
         if self.augment == "auto":
             return []
-        entries = cast(list[dict[str, dict[str, Any]]], self.augment)
-        return [(name, arguments) for entry in entries for name, arguments in entry.items()]
+        return [(name, arguments) for entry in self.augment for name, arguments in entry.items()]
 
     def digest(self) -> str:
         """SHA-256 of what changes the result: everything but the name and the description."""
@@ -127,7 +128,8 @@ class Recipe(Section):
 
     def to_text(self) -> str:
         """This recipe as YAML; `load` of a file with this text gives an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        tree = self.model_dump(mode="json")
+        return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with dotted keys changed, e.g. `replace(**{"optim.lr": 0.1})`; checked again."""
@@ -157,7 +159,7 @@ def text(name: str) -> str:
     return (resources.files("convlens") / "recipes" / f"{name}.yaml").read_text("utf-8")
 
 
-def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def load(source: Source, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe called `source` (a built-in name, a YAML file or a mapping) with overrides.
 
     Args:
@@ -168,7 +170,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     """
     tree, where = _tree(source)
     problems: list[str] = []
-    for override in overrides:
+    # The family first: setting it drops the former one's keys, not those given beside it.
+    for override in sorted(overrides, key=lambda text: not text.startswith("model.name=")):
         key, equals, value = override.partition("=")
         if not equals:
             problems.append(f"{override!r} is no override: write key=value, e.g. optim.lr=0.1")
@@ -180,7 +183,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     return _check(tree, where=where, problems=problems)
 
 
-def _tree(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
     """The merged, unchecked tree of a recipe and of the recipes it is based on."""
     if isinstance(source, Mapping):
         tree, where, folder = _copy(source), "recipe", Path()
@@ -201,7 +204,11 @@ def _tree(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     base = tree.pop("base", None)
     if base is None:
         return tree, where
-    beneath, _ = _tree(folder / base if is_file(str(folder / base)) else str(base))
+    if not isinstance(base, str):
+        raise UsageError(f"base={base!r}: a recipe's name or file", where=where)
+    if where in above:
+        raise UsageError(f"base: {' -> '.join([*above, where])} goes in a circle", where=where)
+    beneath, _ = _tree(folder / base if is_file(base) else base, (*above, where))
     return _merge(beneath, tree), where
 
 
@@ -221,7 +228,7 @@ def _merge(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         if not (isinstance(value, Mapping) and isinstance(merged.get(section), dict)):
             merged[section] = value
             continue
-        for key, inner in value.items():
+        for key, inner in sorted(value.items(), key=lambda item: item[0] != "name"):
             _set(merged, f"{section}.{key}", inner)
     return merged
 
@@ -229,13 +236,13 @@ def _merge(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     section, dot, field = key.partition(".")
     if not dot:
-        if section not in Recipe.model_fields or section in ("name",):
-            raise UsageError(f"unknown key {key!r}{_hint(key, _dotted_keys())}")
+        if section not in Recipe.model_fields or section == "name":
+            raise _unknown(key)
         tree[section] = value
         return
-    inside = tree.setdefault(section, {})
-    if section not in SECTIONS or not isinstance(inside, dict) or "." in field:
-        raise UsageError(f"unknown key {key!r}{_hint(key, _dotted_keys())}")
+    inside = tree.setdefault(section, {}) if section in SECTIONS else None
+    if not isinstance(inside, dict) or "." in field:
+        raise _unknown(key)
     if key == "model.name" and value != inside.get("name", "cnn"):
         # Another family: the former one's own keys would be refused by it.
         tree["model"] = {k: v for k, v in inside.items() if k in ModelConfig.model_fields}
@@ -250,7 +257,10 @@ def _check(tree: dict[str, Any], *, where: str, problems: Sequence[str] = ()) ->
     try:
         recipe = Recipe.model_validate(prepared)
     except ValidationError as error:
-        found += [_explain(item) for item in error.errors()]
+        complaints = dict[str, str]()  # a union (int or "auto") reports once per member
+        for key, complaint in map(_explain, error.errors()):
+            complaints.setdefault(key, complaint)
+        found += complaints.values()
     if found or recipe is None:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise UsageError(
@@ -268,7 +278,7 @@ def _operations(value: Any, found: list[str]) -> Any:
     if not isinstance(value, list):
         found.append(f"augment is a list of operations, not {value!r}")
         return []
-    entries = []
+    entries: list[dict[str, Any]] = []
     for entry in value:
         if isinstance(entry, str):
             entries.append({entry: {}})
@@ -279,36 +289,41 @@ def _operations(value: Any, found: list[str]) -> Any:
     return entries
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any) -> tuple[str, str]:
+    """The key that pydantic complains of, and the complaint."""
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_hint(path, _dotted_keys())}"
-    # A union (int or "auto") reports once per member; the value says enough.
-    key = ".".join(str(part) for part in item["loc"][:2])
+        return path, _unknown(path).what
+    first = str(item["loc"][0])
+    key = ".".join(str(part) for part in item["loc"][: 2 if first in SECTIONS else 1])
     message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{key}={item['input']!r}: {message}"
+    return key, f"{key}={item['input']!r}: {message}"
 
 
-def _dotted_keys() -> list[str]:
+def _unknown(key: str) -> UsageError:
     inside = [f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields]
-    return ["about", "augment", *inside]
-
-
-def _hint(key: str, choices: Sequence[str]) -> str:
-    last = key.rpartition(".")[2]
+    choices = ["about", "augment", *inside]
     # The right key in the wrong section is the commonest slip.
-    same = [choice for choice in choices if choice.rpartition(".")[2] == last]
-    close = same or near(key, choices)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    last = key.rpartition(".")[2]
+    close = [choice for choice in choices if choice.rpartition(".")[2] == last]
+    close = close or near(key, choices)
+    return UsageError(
+        f"unknown key {key!r}" + f" (did you mean {' or '.join(close)}?)" * bool(close)
+    )
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys: PyYAML silently keeps the last one."""
+    """Safe YAML that refuses duplicate keys: PyYAML silently keeps the last one.
+
+    `1e-3` is a number, as in YAML 1.2; PyYAML goes by 1.1, where it is text.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise UsageError(f"{key!r} can't be a key")
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise UsageError(f"key {key!r} stands twice", where=f"line {line}")
@@ -316,8 +331,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: text that looks like `1e-3` is quoted."""
+
+
+_FLOAT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
 def _parse(content: str, *, where: str) -> Any:
     try:
         return yaml.load(content, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except UsageError:
+        raise
+    # Values that look like dates or numbers and are none, and nesting without end, too.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"no valid YAML: {' '.join(str(error).split())}", where=where) from error

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlens import engine
 from convlens.preparing import Setup
 from convlens.run import RunFolder
 
@@ -36,6 +35,8 @@ class Best:
         value = row[self.monitor]
         lower = self.monitor == "val_loss"
         first = self.epoch == 0
+        # Every comparison with NaN is false, so a first value of NaN would never be beaten.
+        first = first or (math.isnan(self.value) and not math.isnan(value))
         if first or (value < self.value if lower else value > self.value):
             self.epoch, self.value, self.stale = int(row["epoch"]), value, 0
             return True
@@ -88,7 +89,9 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
         setup.averager.load({"steps": counters["ema_steps"], "average": ordered})
     at, told = setup.position, counters["position"]
     at.epoch, at.step, at.images = int(told["epoch"]), int(told["step"]), int(told["images"])
-    at.loss_sum, at.correct = told["loss_sum"], int(told["correct"])
+    # Tensors of the kinds they were: a division of Python numbers would round differently.
+    at.loss_sum = torch.tensor(told["loss_sum"], dtype=torch.float32, device=setup.plan.device)
+    at.correct = torch.tensor(int(told["correct"]), device=setup.plan.device)
     best.__dict__.update(counters["best"])
     rows: list[dict[str, float]] = counters["rows"]
     return rows

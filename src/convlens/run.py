@@ -82,6 +82,12 @@ class RunFolder:
         content = {**self.facts(), **facts}
         files.write_atomic(self.path / "run.json", _json(content))
 
+    def finish(self, *, epochs: int, kept: int, seconds: float) -> None:
+        """Marks the run as finished; its state to continue from is not needed any more."""
+        facts = {"epochs": epochs, "kept_epoch": kept, "training_seconds": round(seconds, 3)}
+        self.note({"status": "finished", **facts})
+        shutil.rmtree(self.path / "state", ignore_errors=True)
+
     def facts(self) -> dict[str, Any]:
         """What `run.json` says; empty for a folder that is no run yet."""
         content = _read_json(self.path / "run.json", {})
@@ -147,9 +153,6 @@ class RunFolder:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         path = self.path / "state" / "state.safetensors"
         return modelfile.read(path) if path.exists() else None
-
-    def drop_state(self) -> None:
-        shutil.rmtree(self.path / "state", ignore_errors=True)
 
 
 def load_model(path: Path) -> Loaded:
@@ -220,12 +223,21 @@ def place(name: str, digest: str, *, plain: bool, fresh: bool) -> RunFolder:
     base = safe(name) if plain else f"{safe(name)}-{digest[:6]}"
     candidates = [base, *([f"{base}-{digest[:6]}"] if plain else [])]
     candidates += [f"{candidates[-1]}-{number}" for number in range(2, 1000)]
-    taken = [c for c in candidates if (MODELS / c).exists()]
+    taken = [c for c in candidates if _is_taken(MODELS / c)]
     if not fresh:
         for candidate in reversed(taken):  # the newest of several identical ones
             if digest in RunFolder(MODELS / candidate).facts().get("digests", []):
                 return RunFolder(MODELS / candidate)
     return RunFolder(MODELS / next(c for c in candidates if c not in taken))
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether anything is in it but what a run that never began leaves: a lock, first files."""
+    if not folder.is_dir():
+        return folder.exists()
+    first = ("recipe.yaml", "split.csv")
+    names = [path.name for path in folder.iterdir()]
+    return any(not name.startswith(".") and name not in first for name in names)
 
 
 def safe(name: str) -> str:

@@ -2,7 +2,7 @@
 
     recipe -> data -> model -> engine -> run folder -> evaluate
 
-`train` finds or makes the run; `_train` is the run itself: it reads the engine's records and
+`train` finds or makes the run; `run_to_end` is the run itself: it reads the engine's records and
 decides to log, validate, keep the best weights, save and stop.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 from convlens import device, engine, evaluation, optim, picturing, run
 from convlens.console import say, watch
-from convlens.data import load
-from convlens.errors import DataError, Stopped
+from convlens.data import Data, load
+from convlens.errors import DataError, ResourceError, Stopped
 from convlens.inference import loss_and_accuracy, split_logits
 from convlens.interrupts import Flag, flagged
 from convlens.preparing import Setup, check, prepare
@@ -58,22 +58,35 @@ def train(
         where = device.choose(on)
         device.prepare(recipe.train.deterministic)
         data = load(recipe.data, memory_budget=device.memory_budget(where))
-        _check_continues(place, data.name, data.fingerprint)
         with place.lock():
-            stored = place.facts().get("plan") or {}
-            plan = device.Plan(**stored) if stored.get("device") == where else None
-            setup = prepare(recipe, data, where, plan)
-            if not place.facts():
-                place.create(setup.recipe, _facts(recipe, setup))
-                place.write_split(data.held_out)
-            _train(setup, place, quiet=quiet)
+            if not place.finished:  # by another process, while this one read the images
+                _train_locked(recipe, data, place, where, quiet=quiet)
     if test:
         evaluation.evaluate(place, "test", on=on, quiet=quiet)
     return place
 
 
-def _train(setup: Setup, place: RunFolder, *, quiet: bool) -> None:
-    """Runs the engine to the end of the recipe, or until it stops improving or is interrupted."""
+def _train_locked(
+    recipe: Recipe, data: Data, place: RunFolder, where: str, *, quiet: bool
+) -> None:
+    """Begins the run, or takes it up; the lock on its folder is held."""
+    _check_continues(place, recipe, data)
+    stored = place.facts().get("plan") or {}
+    plan = device.Plan(**stored) if stored.get("device") == where else None
+    setup = prepare(recipe, data, where, plan)
+    if not place.facts():
+        place.write_split(data.held_out)
+        place.create(setup.recipe, _facts(recipe, setup))  # last: from here on it is a run
+    kept = run_to_end(setup, place, quiet=quiet)
+    augment = setup.batches.augment
+    picturing.training_plots(place, place.metrics(), kept, data.train, augment)
+
+
+def run_to_end(setup: Setup, place: RunFolder, *, quiet: bool) -> int:
+    """Trains until the recipe ends, nothing improves any more, or a signal comes.
+
+    Returns the epoch whose weights are in the model file.
+    """
     options = setup.recipe.train
     best = Best(options.monitor)
     rows = restore(place, setup, best)
@@ -102,7 +115,10 @@ def _train(setup: Setup, place: RunFolder, *, quiet: bool) -> None:
             saved = time.perf_counter()
             if flag.up:
                 _leave(setup, place, flag)
-    _finish(setup, place, best, rows)
+    kept = int(rows[-1]["epoch"]) if options.keep == "last" else best.epoch
+    seconds = sum(row["seconds"] for row in rows)
+    place.finish(epochs=len(rows), kept=kept, seconds=seconds)
+    return kept
 
 
 def _guarded(setup: Setup, place: RunFolder) -> engine.Records:
@@ -172,20 +188,6 @@ def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
     raise Stopped("asked to stop (SIGTERM)", where=str(place.path), fix="run it again to go on")
 
 
-def _finish(setup: Setup, place: RunFolder, best: Best, rows: list[dict[str, float]]) -> None:
-    kept = int(rows[-1]["epoch"]) if setup.recipe.train.keep == "last" else best.epoch
-    place.note(
-        {
-            "status": "finished",
-            "epochs": int(rows[-1]["epoch"]),
-            "kept_epoch": kept,
-            "training_seconds": round(sum(row["seconds"] for row in rows), 3),
-        }
-    )
-    place.drop_state()
-    picturing.training_plots(place, rows, kept, setup.data.train, setup.batches.augment)
-
-
 def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
     """What `run.json` says of a run from its beginning."""
     data = setup.data
@@ -206,12 +208,18 @@ def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _check_continues(place: RunFolder, name: str, fingerprint: str) -> None:
-    """Refuses to go on with other images than the run began with."""
-    began = place.facts().get("data", {}).get("fingerprint", fingerprint)
-    if began != fingerprint:
+def _check_continues(place: RunFolder, recipe: Recipe, data: Data) -> None:
+    """Refuses to go on with another recipe or other images than the run began with."""
+    facts = place.facts()
+    if facts and recipe.digest() not in facts.get("digests", []):
+        raise ResourceError(
+            f"another process has just taken the name {place.name!r} for another recipe",
+            where=str(place.path),
+            fix="run the same command again, or give this run another name with --name",
+        )
+    if facts and facts["data"]["fingerprint"] != data.fingerprint:
         raise DataError(
-            f"the images of {name!r} are not those that run {place.name!r} began with",
+            f"the images of {data.name!r} are not those that run {place.name!r} began with",
             where=str(place.path),
             fix="--fresh trains anew on the present images; or restore the files",
         )

@@ -129,6 +129,8 @@ class Batches:
             for part in parts:
                 yield self._images[part.to(self._images.device)]
             return
+        if not parts:  # taken up after the epoch's last step
+            return
         with ThreadPoolExecutor(max_workers=1) as reader:
             coming = reader.submit(self.rows.gather, parts[0])
             for following in [*parts[1:], None]:

@@ -26,17 +26,17 @@ Pixels = npt.NDArray[np.uint8]
 VERSION = 1
 
 # Only these decoders are ever tried, whatever a file calls itself (Pillow knows 40 more).
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 EXTENSIONS = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".dib", ".gif", ".webp",
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".avif",
 })  # fmt: skip
 FITS = ("crop", "pad", "stretch")
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn
 MAX_BYTES = 1 << 29
 
-# Pillow only warns from 89 to 179 megapixels; a bomb must never get as far as its decoder.
+# Up to twice that, Pillow only warns; a bomb must never get as far as its decoder.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 _GREY = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -118,7 +118,7 @@ def decode(
         name: what to call `source` in errors where it is bytes.
 
     Raises:
-        UnreadableImage: it is no image, is damaged, or has more than 100 megapixels.
+        UnreadableImage: it is no image, is damaged, or has more than 89 megapixels.
     """
     _check(size, channels, fit)
     if not isinstance(source, bytes):
@@ -169,7 +169,7 @@ def probe(path: Path | str) -> ImageFacts:
     """Size and kind of an image from its header alone; the pixels are not decoded.
 
     Raises:
-        UnreadableImage: the header is no image's, or promises more than 100 megapixels.
+        UnreadableImage: the header is no image's, or promises more than 89 megapixels.
     """
     name = os.fspath(path)
     try:

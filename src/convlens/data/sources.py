@@ -16,14 +16,14 @@ import numpy.typing as npt
 from convlens.data import downloads
 from convlens.data.decode import Pixels
 from convlens.data.drawn import SHAPES, Drawn
-from convlens.data.folders import printable, read_folder
+from convlens.data.folders import printable, read_folder, split_of
 from convlens.data.parts import Images, Part, Source
 from convlens.data.rows import Records
 from convlens.data.tables import read_csv
 from convlens.errors import DataError, UsageError
 from convlens.names import near
 
-__all__ = ["SOURCES", "Images", "Part", "Source", "available", "find", "is_path", "roots"]
+__all__ = ["SOURCES", "Images", "Part", "Source", "find", "known", "roots"]
 
 Labels = npt.NDArray[np.int64]
 _DIGITS = tuple("0123456789")
@@ -91,14 +91,15 @@ def roots() -> list[Path]:
     return ([Path(asked)] if asked else []) + [Path("data")]
 
 
-def available() -> list[str]:
-    """Every name `find` knows without a path: built-in sets, then folders under `data/`."""
+def known(name: str = "") -> list[str]:
+    """Names `find` takes: built-in sets, folders under `data/`, and `name` if it is a path."""
     there = {e.name for root in roots() if root.is_dir() for e in os.scandir(root) if e.is_dir()}
-    return [*SOURCES, *sorted(d for d in there if not d.startswith(".") and d not in SOURCES)]
+    folders = sorted(d for d in there if not d.startswith(".") and d not in SOURCES)
+    return [*SOURCES, *folders, *([name] if _is_path(name) and name not in folders else [])]
 
 
-def is_path(name: str) -> bool:
-    """Whether `name` is a path, or looks like one: then not finding it is no slip of a name."""
+def _is_path(name: str) -> bool:
+    """Whether it is a path, or looks like one: then not finding it is no slip of a name."""
     looks = "/" in name or os.sep in name or name.lower().endswith((".csv", ".tsv"))
     return looks or _existing(name) is not None
 
@@ -109,13 +110,13 @@ def _existing(name: str) -> Path | None:
 
 
 def _unknown(name: str) -> DataError | UsageError:
-    if is_path(name):
+    if _is_path(name):
         return DataError(
             f"no such file or folder: {name}",
             where=str(Path(name).expanduser().absolute()),
             fix="check the spelling; relative paths start at the current folder or at data/",
         )
-    choices = available()
+    choices = known()
     close = near(name, choices)
     shown = f"did you mean {' or '.join(close)}?" if close else f"choose from: {', '.join(choices)}"
     return UsageError(f"unknown data {name!r}", fix=f"{shown} (or name a folder or CSV)")
@@ -253,12 +254,17 @@ def _stl10() -> Source:
     return Source("stl10", _CLASSES["stl10"], parts)
 
 
+def _is_train(entry: os.DirEntry[str]) -> bool:
+    return split_of(entry.name) == "train" and entry.is_dir()
+
+
 def _or_folder(name: str, read: Callable[[], Source]) -> Callable[[], Source]:
     """The set from an image folder of its name under a data folder, else from its own format."""
 
     def find_it() -> Source:
         for root in roots():
-            if (root / name).is_dir() and any(e.is_dir() for e in os.scandir(root / name)):
+            # Only with a train folder: where names have no case, `mnist` is also `MNIST/raw`.
+            if (root / name).is_dir() and any(map(_is_train, os.scandir(root / name))):
                 found = read_folder(root / name, name, _CLASSES.get(name))
                 note = f"read as an image folder: {printable(str(root / name))}"
                 return Source(name, found.classes, found.parts, (*found.notes, note))

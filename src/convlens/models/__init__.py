@@ -44,8 +44,12 @@ def build(
         raise UsageError("; ".join(hints), fix=fix)
     try:
         return family(classes, channels, image_size, **options)
-    except TypeError as error:  # a text where a number belongs, say
-        raise UsageError(f"model {name}: {error}", fix=f"received {dict(options)}") from error
+    except UsageError:
+        raise
+    # A text where a number belongs, or more weights than there is memory for.
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"model {name}: {reason}", fix=f"received {dict(options)}") from error
 
 
 def options_of(name: str) -> dict[str, Any]:

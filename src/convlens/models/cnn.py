@@ -17,8 +17,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": lambda: nn.SiLU(inplace=True),
 }
 POOLINGS: dict[str, Callable[[], nn.Module]] = {
-    "max": lambda: nn.MaxPool2d(2, ceil_mode=True),
-    "avg": lambda: nn.AvgPool2d(2, ceil_mode=True),
+    "max": lambda: nn.MaxPool2d(2),
+    "avg": lambda: nn.AvgPool2d(2),
     "stride": nn.Identity,
     "none": nn.Identity,
 }
@@ -32,9 +32,10 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
 class CNN(nn.Module):
     """Stages of `depth` convolutions, each stage halving the image, then a classifier.
 
-    A stage is `depth` times convolution, batch norm, activation; then pooling and dropout. With
-    `pool: stride` the stage's last convolution halves the image itself; with `pool: none` no
-    stage does. Images `[N, channels, S, S]` give logits `[N, classes]`.
+    A stage is `depth` times convolution, batch norm, activation; then dropout. The stage halves
+    the image right after its last convolution: norm and activation then have a quarter of the
+    work, and with ReLU and `max` the order makes no difference. With `pool: stride` that
+    convolution halves it itself; with `pool: none` no stage does. Images `[N, channels, S, S]` give logits `[N, classes]`.
 
     Args:
         widths: output channels of each stage.
@@ -48,7 +49,7 @@ class CNN(nn.Module):
         head: what becomes of the last stage's maps: `flatten`, `avg` or `max` over the picture.
 
     Raises:
-        UsageError: an option that can't be, or an image too small for this many stages.
+        UsageError: an option that can't be.
     """
 
     head = "classifier"
@@ -75,29 +76,26 @@ class CNN(nn.Module):
         _check(widths, depths, kernels, dropout, hidden)
         pooling = pick(POOLINGS, pool, "model.pool")
         pick(ACTIVATIONS, activation, "model.activation")
-        if pool != "none" and image_size < 2 ** (len(widths) - 1):
-            raise UsageError(
-                f"images of {image_size} px are too small for {len(widths)} halving stages",
-                fix="use fewer model.widths, pool=none or a larger data.image_size",
-            )
         self.stages: tuple[str, ...] = tuple(f"stage{i + 1}" for i in range(len(widths)))
         inputs, size = channels, image_size
         for name, width, count, k in zip(self.stages, widths, depths, kernels, strict=True):
             layers: list[nn.Module] = []
             for index in range(count):
-                stride = 2 if pool == "stride" and index == count - 1 else 1
+                last = index == count - 1
+                stride = 2 if pool == "stride" and last else 1
                 layers.append(
                     nn.Conv2d(inputs, width, k, stride, padding=k // 2, bias=not batch_norm)
                 )
+                if last and size > 1:  # a single pixel can't be halved
+                    layers.append(pooling())
                 if batch_norm:
                     layers.append(nn.BatchNorm2d(width))
                 layers.append(ACTIVATIONS[activation]())
                 inputs = width
-            layers.append(pooling())
             if dropout:
                 layers.append(nn.Dropout2d(dropout))
             self.add_module(name, nn.Sequential(*layers))
-            size = size if pool == "none" else (size + 1) // 2
+            size = _halved(size, pool)
         self.pool = nn.Sequential(pick(HEADS, head, "model.head")(), nn.Flatten())
         features = inputs * (size**2 if head == "flatten" else 1)
         dense: OrderedDict[str, nn.Module] = OrderedDict()
@@ -115,6 +113,12 @@ class CNN(nn.Module):
             images = self.get_submodule(name)(images)
         logits: torch.Tensor = self.classifier(self.dense(self.pool(images)))
         return logits
+
+
+def _halved(size: int, pool: str) -> int:
+    if pool == "none":
+        return size
+    return (size + 1) // 2 if pool == "stride" else max(size // 2, 1)
 
 
 def _per_stage(value: int | Sequence[int], widths: Sequence[int], key: str) -> list[int]:

@@ -1,0 +1,36 @@
+"""Keeps a measurement with all that is needed to read it later: command, versions, hardware."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from convlens import device
+from convlens.files import write_atomic
+from convlens.version import __version__
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, figures: dict[str, Any], *, command: str | None = None) -> dict[str, Any]:
+    """Writes `results/<name>.json` and returns what it holds."""
+    import torchvision
+
+    script = Path(sys.argv[0]).name
+    content = {
+        "name": name,
+        "command": command or f"python benchmarks/{script} {shlex.join(sys.argv[1:])}".strip(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "convlens": __version__,
+        "torchvision": torchvision.__version__,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "hardware": device.describe("cuda" if device.choose() == "cuda" else "cpu"),
+        **figures,
+    }
+    write_atomic(RESULTS / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    return content

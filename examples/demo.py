@@ -1,0 +1,38 @@
+"""What `make demo` runs: the embedded digits recipe from training to classified images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import convlens
+
+
+def main() -> None:
+    """Trains (or finds the finished run), tests, then classifies a few images as files."""
+    run = convlens.train("digits")
+    result = run.evaluate("test", quiet=True)
+
+    folder = Path("data/demo-digits")
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = load_digits()
+    paths = []
+    for number in range(0, 50, 7):
+        path = folder / f"digit-{digits.target[number]}-{number}.png"
+        Image.fromarray((digits.images[number] * 255 / 16).astype("uint8")).save(path)
+        paths.append(path)
+    print("\nfile                     says  sure")
+    for answer in run.predict(paths):
+        print(f"{Path(answer.filename).name:24s} {answer.label:>4s}  {answer.prob:.1%}")
+
+    low, high = result.interval95
+    print(f"\ntest accuracy {result.accuracy:.2%} (95% interval {low:.2%} to {high:.2%})")
+    print(f"model  {run.path / 'model.safetensors'}")
+    print(f"plots  plots/{run.name}/")
+    print(f"next   .venv/bin/convlens predict {run.name} {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""`ImageClassifier`: training as a scikit-learn estimator on arrays of images."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
+
+from convlens import asking, device, training
+from convlens.console import quieted
+from convlens.data.arrays import from_arrays
+from convlens.data.decode import fit_images
+from convlens.errors import UsageError
+from convlens.prediction import all_probabilities, channels_first
+from convlens.preparing import check, prepare
+from convlens.run import Loaded, RunFolder, load_model
+
+
+class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A convolutional classifier with scikit-learn's `fit`, `predict` and `predict_proba`.
+
+    `X` is an array of images: `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` with 1 or 3
+    channels, uint8, or floats in 0..1; or flattened rows `[N, D]` together with `image_shape`.
+    Part of what `fit` gets is held out (stratified) to choose the best epoch.
+
+    Args:
+        recipe: a recipe's name or file; its data section is not used, its test set never read.
+        overrides: dotted keys, e.g. `{"optim.lr": 0.01}`.
+        epochs: shorthand for `train.epochs`.
+        image_shape: shape of one image when `X` has flattened rows.
+        val_fraction: share of `X` held out for choosing the epoch.
+        random_state: seed of weights, order, augmentation and of the held-out part.
+        device: `cpu`, `cuda`, ...; the best there is by default.
+        verbose: show the progress.
+
+    Example:
+        >>> digits = sklearn.datasets.load_digits()
+        >>> cross_val_score(ImageClassifier(epochs=10), digits.images / 16, digits.target)
+    """
+
+    def __init__(
+        self,
+        recipe: str = "folder",
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        epochs: int | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        val_fraction: float = 0.15,
+        random_state: int = 0,
+        device: str | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.overrides = overrides
+        self.epochs = epochs
+        self.image_shape = image_shape
+        self.val_fraction = val_fraction
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> ImageClassifier:  # noqa: N803
+        """Trains on images `X` with labels `y` (anything that can be sorted); returns self."""
+        images, targets = self._images(X), np.asarray(y)
+        check_classification_targets(targets)
+        if len(images) != len(targets):
+            raise UsageError(f"{len(images)} images for {len(targets)} labels")
+        self.classes_, labels = np.unique(targets, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise UsageError(f"the classifier needs 2 classes, the labels hold {self.classes_}")
+        recipe = asking.read(self.recipe, overrides=self._overrides(images)).recipe
+        check(recipe)
+        side = images.shape[2]
+        if images.shape[3] != side or recipe.data.image_size not in ("auto", side):
+            asked = recipe.data.image_size
+            side = max(images.shape[2:]) if asked == "auto" else int(asked)
+            images = fit_images(
+                images, size=side, channels=images.shape[1], fit=recipe.data.fit
+            )
+        data = from_arrays(
+            images,
+            labels.astype(np.int64),
+            [str(name) for name in self.classes_],
+            val_fraction=self.val_fraction,
+            seed=self.random_state,
+        )
+        with quieted(not self.verbose), tempfile.TemporaryDirectory() as folder:
+            place = RunFolder(Path(folder) / "run", Path(folder) / "plots")
+            setup = prepare(recipe, data, device.choose(self.device))
+            with place.lock():
+                training.run_to_end(setup, place, quiet=not self.verbose)
+            self.model_: Loaded = load_model(place.model_path)
+            self.history_ = place.metrics()
+        self.n_features_in_ = int(np.prod(images.shape[1:]))
+        return self
+
+    def predict_proba(self, X: npt.ArrayLike) -> npt.NDArray[np.float64]:  # noqa: N803
+        """Probabilities `[N, K]`, columns in the order of `classes_`."""
+        check_is_fitted(self, "model_")
+        return all_probabilities(self.model_, self._images(X), on=self.device)
+
+    def predict(self, X: npt.ArrayLike) -> npt.NDArray[Any]:  # noqa: N803
+        """The likeliest label of each image `[N]`, of the type given to `fit`."""
+        chosen: npt.NDArray[Any] = self.classes_[self.predict_proba(X).argmax(1)]
+        return chosen
+
+    def _overrides(self, images: npt.NDArray[np.uint8]) -> list[str]:
+        values = {**(self.overrides or {}), "train.seed": self.random_state}
+        values["data.channels"] = int(images.shape[1])
+        if self.epochs is not None:
+            values["train.epochs"] = self.epochs
+        return asking.as_overrides(values)
+
+    def _images(self, X: npt.ArrayLike) -> npt.NDArray[np.uint8]:  # noqa: N803
+        array = np.asarray(X)
+        if array.ndim == 2:
+            if self.image_shape is None:
+                raise UsageError(
+                    f"X has flattened rows {array.shape}", fix="say image_shape=(height, width)"
+                )
+            array = array.reshape(len(array), *self.image_shape)
+        return channels_first(array)

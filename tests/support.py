@@ -1,0 +1,104 @@
+"""Small rows, splits and recipes that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convlens import device, recipe
+from convlens.data import Data, load
+from convlens.preparing import Setup, prepare
+from convlens.recipe import Recipe
+from convlens.run import RunFolder
+
+PLAN = device.Plan("cpu", "fp32", "contiguous")
+
+
+class Memory:
+    """Rows in memory."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.shape = tuple(images.shape)
+
+    def gather(self, index: Tensor) -> Tensor:
+        return self.images[index]
+
+    def resident(self) -> Tensor | None:
+        return self.images
+
+
+class Streamed(Memory):
+    """The same rows as if they were on a disk; `asked` is what was read, in order."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__(images)
+        self.asked: list[list[int]] = []
+
+    def gather(self, index: Tensor) -> Tensor:
+        self.asked.append(index.tolist())
+        return self.images[index].clone()
+
+    def resident(self) -> Tensor | None:
+        return None
+
+
+@dataclass
+class Split:
+    rows: Any
+    labels: Tensor
+    ids: Sequence[str] = field(default_factory=list)
+
+
+def pictures(count: int, channels: int = 1, size: int = 8, seed: int = 0) -> Tensor:
+    """uint8 images; pixel (0, 0) of channel 0 is the image's number."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, channels, size, size)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(count) % 256
+    return images
+
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"name": "digits", "per_class": 8},
+    "model": {"name": "cnn", "widths": [4, 8]},
+    "optim": {"name": "adamw", "lr": 0.01},
+    "train": {"epochs": 3, "batch_size": 16, "memory_format": "contiguous", "precision": "fp32"},
+}
+
+
+def tiny(*overrides: str) -> Recipe:
+    """80 real digits in 5 steps an epoch, 3 epochs: trains in a fraction of a second."""
+    return recipe.load(TINY, overrides)
+
+
+_loaded: dict[str, Data] = {}
+
+
+def images_of(asked: Recipe) -> Data:
+    key = asked.data.model_dump_json()
+    if key not in _loaded:
+        _loaded[key] = load(asked.data, memory_budget=1 << 30)
+    return _loaded[key]
+
+
+def begin(asked: Recipe, name: str) -> tuple[Setup, RunFolder]:
+    """A run that is ready for `training.run_to_end`, begun or taken up."""
+    setup = prepare(asked, images_of(asked), "cpu")
+    place = RunFolder(Path("models") / name)
+    if not place.facts():
+        place.create(setup.recipe, {"digests": [asked.digest()]})
+    return setup, place
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Asserts that two sets of tensors are equal bit by bit."""
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different

@@ -1,0 +1,378 @@
+"""Recipes: what is read is what was written, and all that is wrong is said at once."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convlens import recipe
+from convlens.errors import UsageError
+from convlens.preparing import check
+from convlens.recipe import SECTIONS, Recipe
+
+
+def refused(*overrides: str, source: Any = "digits") -> str:
+    with pytest.raises(UsageError) as caught:
+        recipe.load(source, overrides)
+    return str(caught.value)
+
+
+def written(text: str, name: str = "mine.yaml") -> Path:
+    path = Path(name)
+    path.write_text(text, "utf-8")
+    return path
+
+
+# Built-in recipes and round trips
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_text_of_a_recipe_gives_an_equal_recipe(name: str) -> None:
+    first = recipe.load(name)
+    again = recipe.load(written(first.to_text()))
+    assert again == first
+    assert again.digest() == first.digest()
+    assert again.name == name
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3", "1E5", "-2e3", "null", "yes", "0x1F", "1_000", "~", "12:30", "ä: ö # ü", "=", " "]
+)
+def test_odd_texts_survive_the_round_trip(text: str) -> None:
+    odd = Recipe(name=text, about=text, data={"name": text})
+    again = recipe.load(written(odd.to_text()))
+    assert (again.name, again.about, again.data.name) == (text, text, text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(about=st.text(max_size=30), lr=st.floats(1e-300, 1e300), decay=st.floats(0, 1e300))
+def test_any_text_and_number_survives_the_round_trip(about: str, lr: float, decay: float) -> None:
+    first = Recipe(name="x", about=about, optim={"lr": lr, "weight_decay": decay})
+    again = recipe.load(written(first.to_text(), "any.yaml"))
+    assert again == first
+    assert again.digest() == first.digest()
+
+
+def test_the_digest_is_of_what_changes_the_result_only() -> None:
+    first = recipe.load("digits")
+    assert first.model_copy(update={"name": "other", "about": "x"}).digest() == first.digest()
+    changed = [recipe.load("digits", [o]) for o in ("optim.lr=0.1", "train.seed=1", "augment=[]")]
+    assert len({r.digest() for r in (first, *changed)}) == 4
+
+
+def test_a_checked_recipe_cannot_be_changed() -> None:
+    asked = recipe.load("digits")
+    with pytest.raises(ValueError, match="frozen"):
+        asked.optim.lr = 1.0  # type: ignore[misc]
+
+
+# Values
+
+
+def test_numbers_as_people_write_them() -> None:
+    asked = recipe.load("digits", ["optim.lr=1e-3", "model.dropout=2e-1", "optim.ema=.5"])
+    assert asked.optim.lr == 0.001
+    assert asked.model.options["dropout"] == 0.2
+    assert asked.optim.ema == 0.5
+    assert recipe.load({"optim": {"lr": "1e-3"}}).optim.lr == 0.001
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("train.epochs=-1", "train.epochs=-1"),
+        ("train.epochs=0", "train.epochs=0"),
+        ("train.epochs=1.5", "train.epochs=1.5"),
+        ("train.epochs=many", "train.epochs='many'"),
+        ("optim.lr=nan", "optim.lr='nan'"),
+        ("optim.lr=.nan", "optim.lr=nan"),
+        ("optim.lr=.inf", "optim.lr=inf"),
+        ("optim.lr=0", "optim.lr=0"),
+        ("optim.lr=fast", "optim.lr='fast'"),
+        ("optim.lr=", "optim.lr=None"),
+        ("optim.betas=[0.9]", "optim.betas"),
+        ("optim.betas=[0.9, 1]", "optim.betas"),
+        ("data.image_size=7", "data.image_size=7"),
+        ("data.image_size=1025", "data.image_size=1025"),
+        ("data.channels=2", "data.channels=2"),
+        ("data.val_fraction=0", "data.val_fraction=0"),
+        ("data.val_fraction=1", "data.val_fraction=1"),
+        ("data.fit=zoom", "data.fit='zoom'"),
+        ("data.name=2024", "data.name=2024"),
+        ("train.batch_size=0", "train.batch_size=0"),
+        ("train.monitor=test_loss", "train.monitor='test_loss'"),
+        ("train.seed=-1", "train.seed=-1"),
+        ("optim.warmup=1", "optim.warmup=1"),
+        ("data=5", "data=5"),
+        ("model.weights=default", "model.weights='default'"),
+    ],
+)
+def test_impossible_values_are_refused_once_with_key_and_value(override: str, key: str) -> None:
+    message = refused(override)
+    assert key in message
+    assert message.count(key) == 1
+    assert "more)" not in message
+
+
+def test_a_published_tuple_and_fraction_are_kept() -> None:
+    asked = recipe.load("digits", ["optim.betas=[0.8, 0.95]"])
+    assert asked.optim.betas == (0.8, 0.95)
+    assert asked.optim.step_size == pytest.approx(1 / 3)
+
+
+# Unknown keys
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("data.nam=x", "data.name"),
+        ("optim.lerning_rate=1", ""),
+        ("optim.wieght_decay=1", "optim.weight_decay"),
+        ("train.lr=1", "optim.lr"),  # right key, wrong section
+        ("lr=1", "optim.lr"),
+        ("model.epochs.x=1", ""),
+        ("optim.epochs=3", "train.epochs"),
+        ("foo.bar=1", ""),
+        ("augment.x=1", ""),
+        ("name=x", "data.name"),
+        ("base=mnist", ""),
+    ],
+)
+def test_unknown_keys_are_named_once_with_near_misses(override: str, hint: str) -> None:
+    message = refused(override)
+    key = override.partition("=")[0]
+    assert message.startswith(f"unknown key {key!r}")
+    assert message.count("unknown key") == 1
+    assert hint in message
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    message = refused("data.nam=x", "optim.lr=nan", "train.epochs=-1")
+    assert "data.nam" in message
+    assert "optim.lr" in message
+    assert "train.epochs=-1" in message
+    more = refused("data.nam=x", "optim.lr=nan", "train.epochs=-1", "foo=1", "optim.ema=2")
+    assert "(and 2 more)" in more
+
+
+def test_an_override_without_equals_is_explained() -> None:
+    assert "write key=value" in refused("optim.lr")
+
+
+def test_unknown_keys_in_a_file_and_a_mapping() -> None:
+    path = written("optim: {lrr: 1}\ntrian: {epochs: 1}\n")
+    message = refused(source=path)
+    assert "'optim.lrr' (did you mean optim.lr" in message
+    assert "'trian'" in message
+    assert str(path) in message
+    assert "'optim.lrr'" in refused(source={"optim": {"lrr": 1}})
+
+
+# YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optim: {lr: 0.1, lr: 0.2}\n", "'lr' stands twice"),
+        ("optim: {lr: 0.1}\noptim: {lr: 0.2}\n", "'optim' stands twice"),
+        ("augment:\n- RandomCrop: {padding: 1, padding: 2}\n", "'padding' stands twice"),
+        ("optim:\n\tlr: 0.1\n", "no valid YAML"),
+        ("optim: {lr: 0.1\n", "no valid YAML"),
+        ("- a\n- b\n", "mapping of sections"),
+        ("", "mapping of sections"),
+        ("just text", "mapping of sections"),
+        ("optim: !!python/object/apply:os.system ['touch hacked']\n", "no valid YAML"),
+        ("about: 2024-99-99\n", "no valid YAML"),
+        ("? [a, b]\n: 1\n", "can't be a key"),
+        ("about: 0b_\n", "no valid YAML"),
+        ("about: " + "[" * 3000 + "\n", "no valid YAML"),
+        ("1: 2\n", "1"),
+        ("optim: {1: 2}\n", "1"),
+        ("name: [1]\n", "name=[1]"),
+        ("--- {}\n--- {}\n", "no valid YAML"),
+        ("optim:\n", "optim=None"),
+    ],
+)
+def test_broken_files_are_usage_errors(text: str, says: str) -> None:
+    assert says in refused(source=written(text))
+    assert not Path("hacked").exists()
+
+
+def test_a_file_that_is_no_text_or_not_there() -> None:
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00\x00\x80")
+    assert "can't read the recipe" in refused(source="binary.yaml")
+    assert "can't read the recipe" in refused(source="absent.yaml")
+    assert "unknown recipe 'digitz'" in refused(source="digitz")
+    assert "did you mean digits" in refused(source="digitz")
+
+
+def test_a_file_is_named_after_itself_unless_it_says_so() -> None:
+    assert recipe.load(written("about: a\n", "one.yaml")).name == "one"
+    assert recipe.load(written("name: other\n", "two.yaml")).name == "other"
+    assert recipe.load({}).name == "custom"
+
+
+# base
+
+
+def test_base_chains_merge_section_by_section() -> None:
+    Path("sub").mkdir()
+    written("base: mnist\noptim: {lr: 0.5}\n", "a.yaml")
+    written("base: ../a.yaml\ntrain: {epochs: 7}\nmodel: {dropout: 0.3}\n", "sub/b.yaml")
+    asked = recipe.load(Path("sub/b.yaml"), ["optim.momentum=0.1"])
+    mnist = recipe.load("mnist")
+    assert asked.name == "b"
+    assert (asked.optim.lr, asked.train.epochs, asked.optim.momentum) == (0.5, 7, 0.1)
+    assert asked.model.options == {**mnist.model.options, "dropout": 0.3}
+    assert (asked.optim.name, asked.train.batch_size) == (mnist.optim.name, mnist.train.batch_size)
+    assert asked.data == mnist.data
+
+
+def test_lists_replace_those_of_the_base() -> None:
+    written("base: digits\naugment: [RandomHorizontalFlip]\nmodel: {widths: [8]}\n", "c.yaml")
+    asked = recipe.load("c.yaml")
+    assert asked.operations == [("RandomHorizontalFlip", {})]
+    assert asked.model.options["widths"] == [8]
+
+
+def test_a_circle_of_bases_is_refused() -> None:
+    written("base: q.yaml\n", "p.yaml")
+    written("base: p.yaml\n", "q.yaml")
+    assert "p.yaml -> q.yaml -> p.yaml goes in a circle" in refused(source="p.yaml")
+    written("base: self.yaml\n", "self.yaml")
+    assert "circle" in refused(source="self.yaml")
+
+
+@pytest.mark.parametrize("base", ["5", "[mnist]", "{a: 1}", "true"])
+def test_a_base_that_is_no_name_is_refused(base: str) -> None:
+    assert "a recipe's name or file" in refused(source=written(f"base: {base}\n"))
+
+
+def test_an_unknown_base_names_near_misses() -> None:
+    assert "did you mean mnist" in refused(source=written("base: mnistt\n"))
+
+
+# The model's family
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_another_family_drops_the_keys_of_the_former(order: int) -> None:
+    overrides = ["model.name=other", "model.blocks=3"]
+    if order:
+        overrides.reverse()
+    asked = recipe.load("digits", overrides)
+    assert asked.model.name == "other"
+    assert asked.model.options == {"blocks": 3}
+
+
+def test_another_family_in_a_file_keeps_the_keys_beside_it() -> None:
+    written("base: digits\nmodel: {blocks: 3, name: other}\n", "d.yaml")
+    assert recipe.load("d.yaml").model.options == {"blocks": 3}
+
+
+def test_the_same_family_named_again_keeps_its_keys() -> None:
+    asked = recipe.load("digits", ["model.name=cnn"])
+    assert asked == recipe.load("digits")
+
+
+# Augmentation
+
+
+def test_the_forms_of_augment_mean_the_same() -> None:
+    long = recipe.load({"augment": [{"RandomHorizontalFlip": {}}, {"RandomCrop": {"padding": 2}}]})
+    text = "name: custom\naugment:\n- RandomHorizontalFlip\n- RandomCrop: {padding: 2}\n"
+    assert recipe.load(written(text)) == long
+    empty = recipe.load(written("name: custom\naugment:\n- RandomHorizontalFlip:\n", "e.yaml"))
+    assert empty.operations == [("RandomHorizontalFlip", {})]
+    assert long.operations == [("RandomHorizontalFlip", {}), ("RandomCrop", {"padding": 2})]
+    assert recipe.load({"augment": None}).augment == []
+    assert recipe.load({"augment": "auto"}).operations == []
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [("5", "a list of operations"), ("{a: 1}", "a list"), ("[5]", "5 is no operation"),
+     ("[[a]]", "is no operation"), ("[{RandomCrop: 4}]", "augment"), ("later", "a list")],
+)  # fmt: skip
+def test_other_forms_of_augment_are_refused(value: str, says: str) -> None:
+    message = refused(f"augment={value}")
+    assert says in message
+    assert "list[dict" not in message
+
+
+# Replacing
+
+
+def test_replace_checks_again() -> None:
+    asked = recipe.load("digits").replace(**{"optim.lr": 0.5, "train.epochs": 2})
+    assert (asked.optim.lr, asked.train.epochs) == (0.5, 2)
+    with pytest.raises(UsageError, match=r"train\.epochs=0"):
+        asked.replace(**{"train.epochs": 0})
+    with pytest.raises(UsageError, match="unknown key"):
+        asked.replace(**{"train.epoch": 1})
+
+
+def test_a_mapping_given_by_the_user_is_not_changed() -> None:
+    mine: dict[str, Any] = {"optim": {"lr": 0.1}}
+    recipe.load(mine, ["optim.lr=0.2", "data.name=shapes"])
+    assert mine == {"optim": {"lr": 0.1}}
+
+
+# Anything at all
+
+KEYS = [f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields]
+KEYS += ["model.widths", "model.kernel", "model.dropout", "model.depth", "model.pool", "model.head"]
+KEYS += ["augment", "about", "name", "model", "optim", "x.y"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), max_size=4))
+def test_no_value_of_any_key_raises_anything_but_a_usage_error(
+    pairs: list[tuple[str, Any]],
+) -> None:
+    import yaml
+
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in pairs]
+    try:
+        asked = recipe.load("digits", overrides)
+        check(asked)
+    except UsageError:
+        return
+    assert math.isfinite(asked.optim.lr)
+    assert recipe.load(written(asked.to_text(), "fuzz.yaml")).digest() == asked.digest()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(max_size=40), max_size=3), st.sampled_from(KEYS), st.text(max_size=20))
+def test_no_text_raises_anything_but_a_usage_error(
+    texts: list[str], key: str, value: str
+) -> None:
+    for overrides in (texts, [f"{key}={value}"]):
+        try:
+            assert recipe.load("digits", overrides).name == "digits"
+        except UsageError as error:
+            assert error.what  # noqa: PT017
+
+
+def test_reading_recipes_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import convlens.recipe as r, sys; r.load('digits').digest(); print('torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
+    )
+    assert run.stdout.strip() == "False"
