@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from recording import record
-
 from convlens import asking, seeds
+from recording import record
 
 
 def main() -> None:

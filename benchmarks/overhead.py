@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from recording import record
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -31,6 +30,7 @@ from convlens.data import Split
 from convlens.data.batches import Batches, Normalise
 from convlens.data.rows import ArrayRows
 from convlens.device import Plan
+from recording import record
 
 MEAN, STD = 0.1307, 0.3081
 

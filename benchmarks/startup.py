@@ -1,6 +1,6 @@
 """Waiting times that are not training: `--help`, and the second start on 100,000 small images.
 
-    python benchmarks/startup.py [--images 100000]
+python benchmarks/startup.py [--images 100000]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
 from recording import record
 
 CLASSES = 10

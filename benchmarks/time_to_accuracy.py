@@ -1,6 +1,6 @@
 """Seconds of training to 99% MNIST test accuracy: `mnist-fast` and, beside it, a peer's script.
 
-    python benchmarks/time_to_accuracy.py [--seeds 5] [--peer path/to/pytorch-examples/mnist/main.py]
+    python benchmarks/time_to_accuracy.py [--seeds 5] [--peer EXAMPLES/mnist/main.py]
 
 Ours: the training time of the run (from the first step to the last, augmentation included;
 loading, validation and testing apart), final weights, tested once. The peer runs unmodified in
@@ -20,9 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from recording import record
-
 from convlens import asking, metrics, seeds
+from recording import record
 
 GOAL = 0.99
 

@@ -84,6 +84,15 @@ def test_same_generator_state_same_result(name: str) -> None:
 
 
 @names
+def test_memory_layout_does_not_matter(name: str) -> None:
+    images = pictures(8, 3, 16, 16)
+    expected = AUGMENTS[name](images, seeded(), **STRONG[name])
+    turned = images.to(memory_format=torch.channels_last)
+    result = AUGMENTS[name](turned, seeded(), **STRONG[name])
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+
+
+@names
 def test_identity_settings_change_nothing(name: str) -> None:
     images = pictures(9, 3, 16, 16)
     result = AUGMENTS[name](images, seeded(), **IDENTITY[name])

@@ -42,7 +42,8 @@ def test_text_of_a_recipe_gives_an_equal_recipe(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e-3", "1E5", "-2e3", "null", "yes", "0x1F", "1_000", "~", "12:30", "ä: ö # ü", "=", " "]
+    "text",
+    ["1e-3", "1E5", "-2e3", "null", "yes", "0x1F", "1_000", "~", "12:30", "ä: ö # ü", "=", " "],
 )
 def test_odd_texts_survive_the_round_trip(text: str) -> None:
     odd = Recipe(name=text, about=text, data={"name": text})
@@ -357,9 +358,7 @@ def test_no_value_of_any_key_raises_anything_but_a_usage_error(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.text(max_size=40), max_size=3), st.sampled_from(KEYS), st.text(max_size=20))
-def test_no_text_raises_anything_but_a_usage_error(
-    texts: list[str], key: str, value: str
-) -> None:
+def test_no_text_raises_anything_but_a_usage_error(texts: list[str], key: str, value: str) -> None:
     for overrides in (texts, [f"{key}={value}"]):
         try:
             assert recipe.load("digits", overrides).name == "digits"
@@ -371,8 +370,14 @@ def test_reading_recipes_needs_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import convlens.recipe as r, sys; r.load('digits').digest(); print('torch' in sys.modules)"
+    code = (
+        "import convlens.recipe as r, sys; r.load('digits').digest(); print('torch' in sys.modules)"
+    )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        check=True,
     )
     assert run.stdout.strip() == "False"

@@ -13,11 +13,11 @@ from convlens.version import __version__
 
 if TYPE_CHECKING:
     from convlens.api import Run as Run
-    from convlens.api import data as data_report
     from convlens.api import evaluate as evaluate
     from convlens.api import predict as predict
     from convlens.api import recipes as recipes
     from convlens.api import train as train
+    from convlens.errors import ConvlensError as ConvlensError
     from convlens.estimator import ImageClassifier as ImageClassifier
 
 _HOMES = {
@@ -30,7 +30,16 @@ _HOMES = {
     "ConvlensError": "errors",
 }
 
-__all__ = ["ConvlensError", "ImageClassifier", "Run", "__version__", "evaluate", "predict", "recipes", "train"]
+__all__ = [
+    "ConvlensError",
+    "ImageClassifier",
+    "Run",
+    "__version__",
+    "evaluate",
+    "predict",
+    "recipes",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

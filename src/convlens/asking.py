@@ -11,7 +11,7 @@ from typing import Any
 from convlens import recipe as recipes
 from convlens.errors import UsageError
 from convlens.names import near
-from convlens.recipe import Recipe
+from convlens.recipe import DataConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ def read(
         )
     folder = recipes.load("folder", [*_data_override(text), *overrides])
     return Asked(folder.model_copy(update={"name": _called(text)}), plain=not overrides)
+
+
+def read_data(name: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """The data section meant by a data set's name or path; `val_fraction=0.2` needs no section."""
+    keys = [key if key.startswith("data.") else f"data.{key}" for key in overrides]
+    _check_data_name(name)
+    return recipes.load("folder", [*_data_override(name), *keys]).data
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:

@@ -52,7 +52,7 @@ def train(
     seeds: Annotated[int, typer.Option(min=1, help="Train with that many seeds.")] = 1,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew in a new folder.")] = False,
-    no_test: Annotated[bool, typer.Option("--no-test", help="Leave the test split sealed.")] = False,
+    no_test: Annotated[bool, typer.Option("--no-test", help="Keep the test split sealed.")] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")
     ] = False,
@@ -64,7 +64,8 @@ def train(
     [dim]convlens train mnist · convlens train photos/ data.image_size=96 · convlens train digits
     --seeds 5[/]
     """
-    from convlens import asking, seeds as several, training
+    from convlens import asking, training
+    from convlens import seeds as several
     from convlens.showing import finished, seed_table
 
     changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
@@ -90,7 +91,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a trained model on one of its splits, or on another data set."""
-    from convlens import evaluation, run as runs
+    from convlens import evaluation
+    from convlens import run as runs
     from convlens.showing import evaluated
 
     place = runs.find(run)
@@ -104,7 +106,8 @@ def evaluate(
 def predict(
     run: RunName,
     paths: Annotated[
-        list[str] | None, typer.Argument(metavar="PATH...", help="Files, folders, globs; - = stdin.")
+        list[str] | None,
+        typer.Argument(metavar="PATH...", help="Files, folders, globs, - (stdin)."),
     ] = None,
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Classes to name.")] = 1,
     output: Annotated[str, typer.Option("--format", "-f", help="table, csv or json.")] = "table",
@@ -112,7 +115,8 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Classify image files: a table, CSV or JSON of filename, label and probability."""
-    from convlens import prediction, run as runs
+    from convlens import prediction
+    from convlens import run as runs
     from convlens.errors import DataError
     from convlens.names import pick
     from convlens.showing import WRITERS
@@ -138,14 +142,15 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Look at a data set before training: counts, sizes, bad files, duplicates, a contact sheet."""
-    from convlens import asking, auditing
+    from convlens import asking, picturing
+    from convlens.data.audit import audit
     from convlens.showing import audited
 
-    asked = asking.read(name, overrides=overrides or [])
-    report, sheet = auditing.audit(asked.recipe)
+    report = audit(asking.read_data(name, overrides or []))
+    sheet = picturing.data_sheet(report)
     if not as_json:
         audited(report, sheet)
-    _print_json(as_json, report.to_dict())
+    _print_json(as_json, {**report.to_dict(), "contact_sheet": str(sheet)})
 
 
 @app.command()

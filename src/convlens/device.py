@@ -79,7 +79,7 @@ def choose(asked: str | None = None) -> str:
 def has_fast_bf16(device: str) -> bool:
     """Whether bf16 is computed in hardware; elsewhere it can be hundreds of times slower."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags()) and device == "cpu"
 
 
@@ -169,7 +169,9 @@ def prepare(deterministic: bool) -> None:
     if deterministic:
         # cuBLAS reads this once, when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    # Even switching it off imports torch's compiler, which takes seconds.
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
 
@@ -206,16 +208,17 @@ def memory_budget(device: str) -> int:
     asked = os.environ.get("CONVLENS_MEMORY", "").strip().upper()
     if asked:
         number, unit = asked[:-2].strip(), asked[-2:]
-        if unit not in UNITS or not number.replace(".", "", 1).isdigit():
+        if unit not in UNITS or not number.replace(".", "", 1).isdecimal():
             raise UsageError(f"CONVLENS_MEMORY={asked!r} is no size", fix="write e.g. 64MB or 2GB")
         return int(float(number) * UNITS[unit])
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info()[0]) // 2
-    return available_memory() // 2
+    budget = available_memory() // 2
+    if device.startswith("cuda"):  # the images pass through main memory on their way
+        return min(budget, int(torch.cuda.mem_get_info()[0]) // 2)
+    return budget
 
 
 def available_memory() -> int:
-    """Bytes of main memory this process can still take, by the system's and the container's view."""
+    """Bytes of main memory this process can still take, as system and container see it."""
     free = 4 * 2**30  # a laptop's worth, where the system doesn't tell
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable"):

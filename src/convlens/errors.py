@@ -54,7 +54,7 @@ class ResourceError(ConvlensError):
     exit_code = 5
 
 
-class Stopped(ConvlensError):
+class Stopped(ConvlensError):  # noqa: N818 - it is no error to be asked to stop
     """Training stopped on its own; what is finished is kept (exit code 75)."""
 
     exit_code = 75

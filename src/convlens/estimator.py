@@ -81,9 +81,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if images.shape[3] != side or recipe.data.image_size not in ("auto", side):
             asked = recipe.data.image_size
             side = max(images.shape[2:]) if asked == "auto" else int(asked)
-            images = fit_images(
-                images, size=side, channels=images.shape[1], fit=recipe.data.fit
-            )
+            images = fit_images(images, size=side, channels=images.shape[1], fit=recipe.data.fit)
         data = from_arrays(
             images,
             labels.astype(np.int64),

@@ -169,7 +169,6 @@ def _measure(
         "top5": summary.get("top5"),
         "classes": list(loaded.classes),
         "tta": None,
-        "looks": 0,
         "images_per_second": round(total / seconds, 1),
         "data_fingerprint": fingerprint,
         "model_sha256": loaded.card["sha256"],
@@ -177,7 +176,7 @@ def _measure(
         "hardware": device.describe(where),
     }
     own = loaded.card["data"]["fingerprint"] == fingerprint
-    result["looks"] = place.add_result({**result, "own": own})
+    result["looks"] = place.add_result({**result, "own": own})["looks"]
     label = split if own else f"{split}-{run.safe(Path(name).name)}"
     picturing.evaluation_plots(place, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
@@ -192,4 +191,3 @@ def _tell(result: Evaluation) -> None:
         f"(95% interval {low:.2%} to {high:.2%}, n = {result.n:,}), loss {result.loss:.4f}, "
         f"calibration error {result.ece:.3f}"
     )
-

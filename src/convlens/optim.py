@@ -46,7 +46,8 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     go into a group without weight decay, as is usual since "Bag of Tricks" (He et al. 2019).
     """
     make = pick(OPTIMISERS, config.name, "optimiser")
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             exempt = parameter.ndim <= 1 and not config.decay_bias_and_norm

@@ -15,9 +15,10 @@ import torch
 
 from convlens import metrics
 from convlens.data import Split
+from convlens.data.audit import Audit
 from convlens.data.batches import Augment, to_unit
 from convlens.device import seed_of
-from convlens.run import RunFolder
+from convlens.run import PLOTS, RunFolder, safe
 
 SHOWN = 16  # pictures in a sheet
 Row = Mapping[str, float]
@@ -74,6 +75,16 @@ def evaluation_plots(
                 f"{title}: the surest mistakes",
             ),
         )
+
+
+def data_sheet(report: Audit) -> Path:
+    """A contact sheet of a data set's training images, class by class; returns its path."""
+    from convlens import plots
+
+    images, titles = report.sheet()
+    path = PLOTS / f"data-{safe(report.name)}.png"
+    plots.save(plots.contact_sheet(images, titles, report.name), path)
+    return path
 
 
 def seed_plot(folder: Path, runs: Sequence[Sequence[Row]], title: str) -> None:

@@ -104,9 +104,7 @@ def predict(
                     continue
                 row = next(probs)
                 order = np.argsort(-row, kind="stable")[:k]
-                yield Prediction(
-                    filename, tuple((loaded.classes[i], float(row[i])) for i in order)
-                )
+                yield Prediction(filename, tuple((loaded.classes[i], float(row[i])) for i in order))
             bar.advance(len(batch))
 
 
@@ -174,7 +172,7 @@ def channels_first(images: np.ndarray) -> np.ndarray:
         )
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
-    if not np.isfinite(array).all() or array.size and (array.min() < 0 or array.max() > 255):
+    if not np.isfinite(array).all() or (array.size and (array.min() < 0 or array.max() > 255)):
         raise UsageError("image values must be finite and within 0..1 (float) or 0..255 (integer)")
     if np.issubdtype(array.dtype, np.floating):
         if array.size and array.max() > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -144,8 +145,7 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
 
 def compiled(model: nn.Module) -> nn.Module:
     """`torch.compile`d: opt-in, since on a CPU it rarely pays within a few minutes."""
-    wrapped: nn.Module = torch.compile(model)
-    return wrapped
+    return cast(nn.Module, torch.compile(model))
 
 
 def _choose_plan(

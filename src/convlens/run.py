@@ -133,12 +133,14 @@ class RunFolder:
             writer.writerows((identity, split) for identity in ids)
         files.write_atomic(self.path / "split.csv", text.getvalue())
 
-    def add_result(self, result: Mapping[str, Any]) -> int:
-        """Logs one look at a split; returns how often that split has been looked at."""
+    def add_result(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Logs one look at a split, with how many there have been; returns what was logged."""
         results = self.results()
-        results.append({"when": _now(), **result})
-        files.write_atomic(self.path / "results.json", _json(results))
-        return sum(entry.get("split") == result.get("split") for entry in results)
+        same = ("split", "data_fingerprint")
+        looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in results)
+        entry = {"when": _now(), "looks": looks, **result}
+        files.write_atomic(self.path / "results.json", _json([*results, entry]))
+        return entry
 
     def results(self) -> list[dict[str, Any]]:
         content = _read_json(self.path / "results.json", [])

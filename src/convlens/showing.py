@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from convlens.console import say
+from convlens.data.audit import Audit
+from convlens.data.similar import Repeats
 from convlens.evaluation import Evaluation
 from convlens.prediction import Prediction
 from convlens.recipe import Recipe
@@ -106,6 +109,58 @@ def recipe_table(recipes: Mapping[str, Recipe]) -> None:
         table.add_row(name, recipe.data.name, escape(recipe.about))
     _out().print(table)
     say("[dim]convlens recipes NAME prints one; convlens train NAME trains it[/]")
+
+
+def audited(report: Audit, sheet: Path) -> None:
+    """Counts, sizes and everything suspicious about a data set."""
+    out = _out()
+    splits = list(report.how)
+    table = _table("class", *splits)
+    for name, counts in list(report.counts.items())[:CLASSES_SHOWN]:
+        table.add_row(escape(name), *(f"{counts.get(split, 0):,}" for split in splits))
+    out.print(table)
+    if len(report.counts) > CLASSES_SHOWN:
+        out.print(f"({CLASSES_SHOWN} of {len(report.counts)} classes; --json has them all)")
+    for split, how in report.how.items():
+        out.print(f"{split:<10} {escape(how)}")
+    width, height = report.width, report.height
+    out.print(f"{'images':<10} {report.images:,} readable, {len(report.unreadable):,} unreadable")
+    out.print(
+        f"{'size':<10} width {width[0]}-{width[2]} (median {width[1]:g}), height "
+        f"{height[0]}-{height[2]} (median {height[1]:g}), {report.sizes:,} different"
+    )
+    modes = ", ".join(f"{mode} {count:,}" for mode, count in report.modes.items())
+    out.print(f"{'modes':<10} {modes}; {report.channels} channel(s)")
+    means = " ".join(f"{mean:.4f}" for mean in report.mean)
+    deviations = " ".join(f"{std:.4f}" for std in report.std)
+    out.print(f"{'channels':<10} mean {means}, deviation {deviations} (training images, 0..1)")
+    for note in report.notes:
+        out.print(f"{'note':<10} {escape(note)}")
+    for problem in report.problems:
+        out.print(f"[red]{'problem':<10}[/] {escape(problem)}")
+    for bad in report.unreadable:
+        out.print(f"[red]{'unreadable':<10}[/] {escape(bad.id)}: {escape(bad.reason)}")
+    _repeats(out, "the same picture", report.duplicates)
+    _repeats(out, "looks the same", report.near_duplicates)
+    out.print(f"contact sheet  {sheet}")
+
+
+def _repeats(out: Console, what: str, repeats: Repeats, shown: int = 8) -> None:
+    if not repeats.groups:
+        return
+    out.print(
+        f"[yellow]warning[/]    {what}: {repeats.groups:,} groups, {repeats.across_splits:,} of "
+        f"them across splits, {repeats.two_labels:,} under two labels"
+    )
+    for group in repeats.listed[:shown]:
+        named = zip(group.ids, group.splits, group.labels, strict=True)
+        out.print(
+            "           " + " = ".join(f"{escape(i)} ({s}, {escape(c)})" for i, s, c in named)
+        )
+    if repeats.groups > shown:
+        out.print(
+            f"           ... and {repeats.groups - shown:,} more (--json lists the worst 100)"
+        )
 
 
 def _write_table(answers: Iterable[Prediction], top: int) -> int:

@@ -66,9 +66,7 @@ def train(
     return place
 
 
-def _train_locked(
-    recipe: Recipe, data: Data, place: RunFolder, where: str, *, quiet: bool
-) -> None:
+def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, quiet: bool) -> None:
     """Begins the run, or takes it up; the lock on its folder is held."""
     _check_continues(place, recipe, data)
     stored = place.facts().get("plan") or {}

@@ -10,16 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 
 from convlens.console import say
-from convlens.data import cache
 from convlens.data.decode import UnreadableImage, probe
-from convlens.data.parts import Images, Part, Source
-from convlens.data.rows import ArrayRows, Conversion, ConvertedRows, Rows, as_index, in_memory
+from convlens.data.opening import Index, Opened, Split, draw, open_part
+from convlens.data.parts import Part, Source
+from convlens.data.rows import Conversion, as_index
 from convlens.data.sources import find
-from convlens.data.splits import hold_out, take_per_class
 from convlens.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,19 +26,6 @@ __all__ = ["Data", "Split", "channel_stats", "load", "load_foreign"]
 
 SIZES = (16, 28, 32, 48, 64, 96, 128)  # what the automatic image size snaps down to
 PROBED = 200
-Index = npt.NDArray[np.int64]
-
-
-@dataclass
-class Split:
-    """Images with labels: rows uint8 `[N, C, H, W]`, labels int64 `[N]`, an id for each."""
-
-    rows: Rows
-    labels: Tensor
-    ids: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -83,12 +67,12 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
     for note in source.notes:
         say(f"{source.name}: {note}")
     conversion = _conversion(config, source.parts["train"])
-    opened = {s: _open(part, conversion, memory_budget) for s, part in source.parts.items()}
+    opened = {s: open_part(part, conversion, memory_budget) for s, part in source.parts.items()}
     if config.on_bad == "stop":
         _refuse_unreadable(opened, config.name)
     skipped = _skipped(opened, source)
     pool = opened["train"]
-    keep, out, how = _split(config, source, opened)
+    keep, out, how = draw(config, source, opened)
     views = {"train": (pool, keep)}
     for split in ("val", "test"):
         views[split] = (pool, out[split]) if split in out else (opened[split], opened[split].all())
@@ -127,7 +111,7 @@ def load_foreign(
         fix = f"it has: {', '.join(source.parts)}"
         raise DataError(f"{source.name!r} has no {split} images", where=name, fix=fix)
     conversion = Conversion(image_size, channels, fit)
-    opened = _open(part, conversion, memory_budget)
+    opened = open_part(part, conversion, memory_budget)
     _refuse_unreadable({split: opened}, name)
     fingerprint = _fingerprint(source.classes, conversion, {split: (opened, opened.all())})
     resident = opened.rows.shape[0] * conversion.image_bytes <= memory_budget
@@ -156,54 +140,6 @@ def channel_stats(split: Split) -> tuple[list[float], list[float]]:
     return mean, [max(math.sqrt(v) / pixels, 1.0) / 255 for v in spread]
 
 
-@dataclass
-class _Opened:
-    """One part of a source with its rows; `good` are the readable images."""
-
-    part: Part
-    rows: Rows
-    content: str
-    bad: dict[int, str]
-
-    def __post_init__(self) -> None:
-        good = np.delete(np.arange(len(self.part.labels), dtype=np.int64), list(self.bad))
-        self.good: Index = good
-        self.labels: Index = self.part.labels[good]
-
-    def all(self) -> Index:
-        return np.arange(len(self.good), dtype=np.int64)
-
-    def ids_of(self, index: Index) -> list[str]:
-        return [self.part.ids[i] for i in self.good[index].tolist()]
-
-    def groups(self) -> list[str] | None:
-        groups = self.part.groups
-        return None if groups is None else [groups[i] for i in self.good.tolist()]
-
-    def split(self, index: Index, *, resident: bool) -> Split:
-        taken = self.good[index]
-        whole = len(taken) == self.rows.shape[0]
-        rows = self.rows if whole else self.rows.take(as_index(taken))
-        if resident and not isinstance(rows, ArrayRows):
-            rows = in_memory(rows)
-        return Split(rows, as_index(self.labels[index]), self.ids_of(index))
-
-
-def _open(part: Part, conversion: Conversion, memory_budget: int) -> _Opened:
-    if isinstance(part.images, list):
-        found = cache.decoded(part.images, conversion, memory_budget=memory_budget)
-        return _Opened(part, found.rows, found.content, found.bad)
-    return _Opened(part, ConvertedRows(part.images, conversion), _content(part.images), {})
-
-
-def _content(images: Images) -> str:
-    digest = hashlib.sha256(repr(images.shape).encode())
-    for start in range(0, images.shape[0], 1024):
-        index = np.arange(start, min(start + 1024, images.shape[0]))
-        digest.update(images[index].data)
-    return digest.hexdigest()
-
-
 def _conversion(config: DataConfig, train: Part) -> Conversion:
     """The recipe's size and channels, with `auto` replaced by what the images suggest."""
     if not isinstance(train.images, list):
@@ -230,7 +166,7 @@ def _suggested(paths: Sequence[str]) -> tuple[int, int]:
     return (1 if all(f.grey for f in facts) else 3), size
 
 
-def _refuse_unreadable(opened: dict[str, _Opened], name: str) -> None:
+def _refuse_unreadable(opened: dict[str, Opened], name: str) -> None:
     bad = [(o.part.ids[i], reason) for o in opened.values() for i, reason in o.bad.items()]
     if not bad:
         return
@@ -244,7 +180,7 @@ def _refuse_unreadable(opened: dict[str, _Opened], name: str) -> None:
     )
 
 
-def _skipped(opened: dict[str, _Opened], source: Source) -> list[str]:
+def _skipped(opened: dict[str, Opened], source: Source) -> list[str]:
     """Ids of the unreadable images, which are left out; each class must keep some."""
     have = np.bincount(opened["train"].labels, minlength=len(source.classes))
     lost = [source.classes[c] for c in np.flatnonzero(have == 0)]
@@ -256,52 +192,8 @@ def _skipped(opened: dict[str, _Opened], source: Source) -> list[str]:
     return skipped
 
 
-def _split(
-    config: DataConfig, source: Source, opened: dict[str, _Opened]
-) -> tuple[Index, dict[str, Index], dict[str, str]]:
-    """Indices into the readable train images that stay, those held out by split, and why."""
-    pool = opened["train"]
-    keep, out = pool.all(), dict[str, Index]()
-    groups = pool.groups()
-    fractions = {"test": config.test_fraction, "val": config.val_fraction}
-    lacking = [split for split in fractions if split not in opened]
-    how = {s: f"{len(o.labels):,} images of the source's own split" for s, o in opened.items()}
-    for n, split in enumerate(lacking):
-        # Shares are of the whole; each class keeps one image for every split still to come.
-        share = min(1.0, fractions[split] * len(pool.labels) / len(keep))
-        mine = None if groups is None else [groups[i] for i in keep.tolist()]
-        stay, held = hold_out(
-            pool.labels[keep],
-            share,
-            config.seed,
-            mine,
-            keep=len(lacking) - n,
-            names=source.classes,
-        )
-        out[split], keep = keep[held], keep[stay]
-        kind = f"groups by {config.group!r} kept together" if mine else "stratified"
-        how[split] = (
-            f"{len(held):,} of {len(pool.labels):,} training images held out "
-            f"({fractions[split]:.0%}, {kind}, seed {config.seed})"
-        )
-    if lacking:
-        how["train"] = (
-            f"{len(keep):,} of {len(pool.labels):,} training images: what was not held out"
-        )
-    if config.per_class is not None:
-        chosen = take_per_class(
-            pool.labels[keep], config.per_class, config.seed, names=source.classes
-        )
-        how["train"] = (
-            f"{len(chosen):,} of {len(keep):,} training images: {config.per_class} of each class "
-            f"(seed {config.seed})"
-        )
-        keep = keep[chosen]
-    return keep, out, {split: how[split] for split in ("train", "val", "test")}
-
-
 def _fingerprint(
-    classes: Sequence[str], conversion: Conversion, views: dict[str, tuple[_Opened, Index]]
+    classes: Sequence[str], conversion: Conversion, views: dict[str, tuple[Opened, Index]]
 ) -> str:
     digest = hashlib.sha256(repr((tuple(classes), conversion)).encode())
     for split, (opened, index) in views.items():

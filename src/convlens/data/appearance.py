@@ -66,7 +66,7 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     )
     share = (hue.unsqueeze(1) - opposite).abs_().mul_(sign).add_(offset).clamp_(0, 1)
     darkest = torch.minimum(middle, low).unsqueeze(1)
-    return share.mul_(chroma.unsqueeze(1)).add_(darkest)
+    return torch.addcmul(darkest, share, chroma.unsqueeze(1))
 
 
 BLENDS = ("brightness", "contrast", "saturation")

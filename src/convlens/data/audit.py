@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens import data as loading
 from convlens.console import progress
 from convlens.data import similar
 from convlens.data.decode import Pixels, decode, fit_images
 from convlens.data.looking import Facts, Index, Look, look
+from convlens.data.opening import Opened, draw
 from convlens.data.parts import Part, Source
 from convlens.data.rows import ArrayRows
 from convlens.data.similar import Repeats
@@ -184,10 +184,10 @@ def _splits(
         return own, as_it_is, [f"no readable training image in: {', '.join(lost)}"]
     try:
         nothing = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
-        opened = {n: loading._Opened(f.part, nothing, "", f.bad) for n, f in looks.items()}
+        opened = {n: Opened(f.part, nothing, "", f.bad) for n, f in looks.items()}
         # Without per_class: what a tiny recipe leaves aside is part of the set all the same.
         whole = config.model_copy(update={"per_class": None})
-        _, held, how = loading._split(whole, source, opened)
+        _, held, how = draw(whole, source, opened)
     except DataError as error:
         return own, as_it_is, [error.what]
     for split, index in held.items():

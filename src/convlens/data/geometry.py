@@ -94,7 +94,7 @@ def crop(
     # Every run of `width` floats in the padded batch, as a view that overlaps itself: one
     # index_select then copies whole rows, several times faster than gathering pixels.
     rows_at, row_length = padded.shape[-2:]
-    runs = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
+    runs = padded.contiguous().view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
     planes = torch.arange(n * channels, device=images.device).view(n, channels, 1) * rows_at
     rows = tops.view(n, 1, 1) + torch.arange(height, device=images.device)
     starts = (planes + rows) * row_length + lefts.view(n, 1, 1)

@@ -1,0 +1,200 @@
+"""Hardware: what is chosen, measured and seeded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+from convlens import device
+from convlens.device import Plan, seed_of
+from convlens.errors import UsageError
+
+# Seeds
+
+
+def test_seeds_of_neighbouring_parts_are_all_different() -> None:
+    triples = {seed_of(a, b, c) for a in range(30) for b in range(30) for c in range(60)}
+    assert len(triples) == 30 * 30 * 60
+    assert all(0 <= seed < 1 << 63 for seed in triples)
+
+
+def test_a_seed_depends_on_order_and_number_of_parts() -> None:
+    parts = [(), (0,), (0, 0), (0, 0, 0), (1,), (1, 0), (0, 1), (1, 2), (2, 1), (1, 2, 0), (-1,)]
+    assert len({seed_of(*each) for each in parts}) == len(parts)
+
+
+def test_seeds_are_those_of_splitmix64() -> None:
+    # Steele, Lea, Flood 2014: the generator's first output for state 0, here without its last bit.
+    assert seed_of(0) == 0xE220A8397B1DCDAF >> 1
+
+
+def test_half_of_the_bits_change_with_one_part() -> None:
+    flips = [bin(seed_of(7, i, 3) ^ seed_of(7, i + 1, 3)).count("1") for i in range(400)]
+    assert 28 < sum(flips) / len(flips) < 35
+
+
+def test_torch_takes_the_largest_parts() -> None:
+    torch.Generator().manual_seed(seed_of(2**64 - 1, 2**70, 10**30))
+
+
+# Devices and plans
+
+
+def test_the_best_device_there_is_or_the_one_asked_for() -> None:
+    assert device.choose("cpu") == "cpu"
+    assert device.choose() == device.choose("auto")
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        assert device.choose() == "cpu"
+
+
+@pytest.mark.parametrize("asked", ["cuda:99", "banana", "", "cpu:x", "cuda:-1"])
+def test_a_device_that_is_not_there_is_refused(asked: str) -> None:
+    with pytest.raises(UsageError, match="can't be used"):
+        device.choose(asked)
+
+
+def fast_bf16(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    monkeypatch.setattr(device, "cpu_flags", lambda: {"amx_bf16"} if there else {"avx2"})
+
+
+def test_plans_list_what_is_open_the_safest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast_bf16(monkeypatch, True)
+    found = device.plans("cpu", "auto", "auto", False)
+    assert [(p.precision, p.memory_format) for p in found] == [
+        ("fp32", "contiguous"), ("fp32", "channels_last"),
+        ("bf16", "contiguous"), ("bf16", "channels_last"),
+    ]  # fmt: skip
+    assert device.plans("cpu", "auto", "auto", True) == [Plan("cpu", "fp32", "contiguous", True)]
+    stated = device.plans("cpu", "bf16", "channels_last", True)
+    assert stated == [Plan("cpu", "bf16", "channels_last", True)]
+    fast_bf16(monkeypatch, False)
+    assert {p.precision for p in device.plans("cpu", "auto", "auto", False)} == {"fp32"}
+    with pytest.raises(UsageError, match="bf16"):
+        device.plans("cpu", "bf16", "auto", False)
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, *seconds: Callable[[int], float]) -> int:
+    """Which of several plans is chosen when the n-th step of each takes so many seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+    plans = [Plan("cpu", "fp32", str(number)) for number in range(len(seconds))]
+
+    def trial(plan: Plan) -> Callable[[], None]:
+        turns = iter(range(100))
+
+        def step() -> None:
+            clock[0] += seconds[int(plan.memory_format)](next(turns))
+
+        return step
+
+    return plans.index(device.fastest(plans, trial))
+
+
+def test_the_fastest_plan_wins_by_its_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, lambda n: 1.0, lambda n: 0.5) == 1
+    assert chosen(monkeypatch, lambda n: 0.5, lambda n: 1.0) == 0
+    assert chosen(monkeypatch, lambda n: 1.0, lambda n: 0.5, lambda n: 0.3) == 2
+    # One slow round, or a slow warm-up, changes nothing.
+    assert chosen(monkeypatch, lambda n: 1.0, lambda n: 9.0 if n == 2 else 0.5) == 1
+    assert chosen(monkeypatch, lambda n: 1.0, lambda n: 9.0 if n == 0 else 0.5) == 1
+
+
+def test_a_later_plan_must_win_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, lambda n: 1.0, lambda n: 0.96) == 0
+    assert chosen(monkeypatch, lambda n: 1.0, lambda n: 0.94) == 1
+
+
+def test_a_single_plan_is_not_tried() -> None:
+    def trial(plan: Plan) -> Callable[[], None]:
+        raise AssertionError("tried")
+
+    only = Plan("cpu", "fp32", "contiguous")
+    assert device.fastest([only], trial) is only
+
+
+def test_a_plan_places_casts_and_is_stored() -> None:
+    plan = Plan("cpu", "bf16", "channels_last", True)
+    assert Plan(**plan.to_dict()) == plan
+    assert asdict(plan) == plan.to_dict()
+    placed = plan.place(nn.Conv2d(3, 4, 3))
+    assert placed.weight.is_contiguous(memory_format=torch.channels_last)
+    with plan.autocast():
+        assert placed(torch.zeros(1, 3, 8, 8)).dtype == torch.bfloat16
+    with Plan("cpu", "fp32", "contiguous").autocast():
+        assert placed(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
+
+
+# The machine
+
+
+def files_say(monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
+    known = {
+        "cpu": "/sys/fs/cgroup/cpu.max",
+        "limit": "/sys/fs/cgroup/memory.max",
+        "used": "/sys/fs/cgroup/memory.current",
+        "meminfo": "/proc/meminfo",
+        "cpuinfo": "/proc/cpuinfo",
+    }
+    table = {known[name]: content for name, content in contents.items()}
+    monkeypatch.setattr(device, "_read", lambda path: table.get(path, ""))
+
+
+def test_cores_are_those_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for content, cores in [
+        ("", 8), ("max 100000\n", 8), ("200000 100000\n", 2), ("50000 100000\n", 1),
+        ("250000 100000\n", 2), ("9900000 100000\n", 8),
+    ]:  # fmt: skip
+        files_say(monkeypatch, cpu=content)
+        assert device.usable_cores() == cores
+
+
+def test_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONVLENS_MEMORY", raising=False)
+    meminfo = "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:   4000 kB\n"
+    files_say(monkeypatch, meminfo=meminfo)
+    assert device.available_memory() == 4000 * 1024
+    assert device.memory_budget("cpu") == 2000 * 1024
+    files_say(monkeypatch, meminfo=meminfo, limit="max\n", used="5\n")
+    assert device.available_memory() == 4000 * 1024
+    files_say(monkeypatch, meminfo=meminfo, limit="2000000\n", used="500000\n")
+    assert device.available_memory() == 1_500_000
+    files_say(monkeypatch, meminfo=meminfo, limit="1000\n", used="5000\n")
+    assert device.available_memory() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64MB", 64 << 20), ("1.5GB", 3 << 29), (" 10 kb ", 10240), ("0MB", 0)],
+)
+def test_a_memory_budget_can_be_set(text: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLENS_MEMORY", text)
+    assert device.memory_budget("cpu") == size
+
+
+@pytest.mark.parametrize("text", ["64", "MB", "x MB", "-1MB", "1.2.3GB", "64TB", "nanMB", "²MB"])
+def test_other_memory_budgets_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLENS_MEMORY", text)
+    with pytest.raises(UsageError, match="is no size"):
+        device.memory_budget("cpu")
+
+
+def test_cpu_flags_are_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    files_say(monkeypatch, cpuinfo="model name\t: X\nflags\t\t: fpu avx512_bf16_not avx2\n")
+    assert device.cpu_flags() == {"fpu", "avx512_bf16_not", "avx2"}
+    assert not device.has_fast_bf16("cpu")
+    assert device.describe("cpu")["cpu"] == "X"
+
+
+def test_determinism_is_switched_on_and_off() -> None:
+    try:
+        device.prepare(True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        device.prepare(False)
+    assert not torch.are_deterministic_algorithms_enabled()

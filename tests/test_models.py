@@ -1,0 +1,149 @@
+"""The plain CNN: shapes, parameters counted by hand, one network computed by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from convlens import models, recipe
+from convlens.errors import UsageError
+from convlens.models.cnn import CNN
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_networks_of_the_recipes_have_the_parameters_counted_by_hand() -> None:
+    mnist = models.build("cnn", 10, 1, 28, recipe.load("mnist").model.options)
+    convolutions = (1 * 9 * 32 + 32) + (32 * 9 * 64 + 64)
+    assert parameters(mnist) == convolutions + (64 * 7 * 7 * 128 + 128) + (128 * 10 + 10)
+    assert parameters(mnist) == 421_642
+    digits = models.build("cnn", 10, 1, 8, recipe.load("digits").model.options)
+    first = (1 * 9 * 32 + 2 * 32) + (32 * 9 * 32 + 2 * 32)  # batch norm instead of a bias
+    second = (32 * 9 * 64 + 2 * 64) + (64 * 9 * 64 + 2 * 64)
+    assert parameters(digits) == first + second + (64 * 2 * 2 * 10 + 10)
+
+
+def test_a_network_computed_by_hand() -> None:
+    torch.manual_seed(0)
+    model = CNN(3, 1, 9, widths=[2, 4], batch_norm=False, hidden=5, activation="relu").eval()
+    weights = model.state_dict()
+    images = torch.randn(6, 1, 9, 9)
+    x = F.relu(F.conv2d(images, weights["stage1.0.weight"], weights["stage1.0.bias"], padding=1))
+    x = F.max_pool2d(x, 2)
+    assert x.shape == (6, 2, 4, 4)
+    x = F.relu(F.conv2d(x, weights["stage2.0.weight"], weights["stage2.0.bias"], padding=1))
+    x = F.max_pool2d(x, 2).mean((2, 3))
+    x = F.relu(F.linear(x, weights["dense.hidden.weight"], weights["dense.hidden.bias"]))
+    x = F.linear(x, weights["classifier.weight"], weights["classifier.bias"])
+    assert torch.allclose(model(images), x, atol=1e-6)
+    assert x.std() > 0
+
+
+@pytest.mark.parametrize("pool", ["max", "avg", "stride", "none"])
+@pytest.mark.parametrize("size", [8, 9, 15, 28])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_the_flat_head_fits_every_size(pool: str, size: int, kernel: int) -> None:
+    model = CNN(4, 3, size, widths=[2, 3, 2], pool=pool, kernel=kernel, head="flatten")
+    assert model(torch.zeros(2, 3, size, size)).shape == (2, 4)
+    side = {"none": size, "stride": -(-size // 8)}.get(pool, size // 8)
+    assert model.classifier.in_features == 2 * side * side
+
+
+@pytest.mark.parametrize(("pool", "sides"), [("max", (5, 2)), ("avg", (5, 2)), ("stride", (6, 3))])
+def test_each_stage_halves_the_image(pool: str, sides: tuple[int, int]) -> None:
+    model = CNN(2, 1, 11, widths=[3, 4], pool=pool)
+    first = model.get_submodule("stage1")(torch.zeros(1, 1, 11, 11))
+    second = model.get_submodule("stage2")(first)
+    assert (first.shape[2:], second.shape[2:]) == ((sides[0],) * 2, (sides[1],) * 2)
+
+
+@pytest.mark.parametrize("pool", ["max", "avg", "stride"])
+@pytest.mark.parametrize("head", ["flatten", "avg"])
+def test_more_stages_than_the_image_can_be_halved(pool: str, head: str) -> None:
+    model = CNN(2, 1, 8, widths=[2] * 6, pool=pool, head=head)
+    assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("head", ["avg", "max"])
+def test_pooling_heads_take_the_whole_picture(head: str) -> None:
+    maps = torch.randn(2, 3, 4, 4)
+    pooled = CNN(2, 1, 8, widths=[3], head=head).pool(maps)
+    expected = maps.mean((2, 3)) if head == "avg" else maps.amax((2, 3))
+    assert torch.allclose(pooled, expected)
+
+
+def test_depth_and_kernel_by_stage() -> None:
+    model = CNN(2, 1, 16, widths=[3, 4], depth=[1, 2], kernel=[5, 3])
+    shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert shapes == [(3, 1, 5, 5), (4, 3, 3, 3), (4, 4, 3, 3)]
+
+
+def test_dropout_drops_channels_and_units() -> None:
+    model = CNN(2, 1, 16, widths=[3, 4], hidden=8, dropout=0.3)
+    kinds = [m for m in model.modules() if isinstance(m, nn.Dropout | nn.Dropout2d)]
+    assert [type(m) for m in kinds] == [nn.Dropout2d, nn.Dropout2d, nn.Dropout]
+    assert {m.p for m in kinds} == {0.3}
+    assert not any("Dropout" in type(m).__name__ for m in CNN(2, 1, 16).modules())
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return models.build("cnn", 2, 1, 8, {"widths": [4]}).get_parameter("stage1.0.weight")
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"width": [4]}, "unknown key 'model.width' (did you mean model.widths?)"),
+        ({"dropuot": 0.1, "x": 1}, "unknown key 'model.x'"),
+        ({"pool": "maxx"}, "unknown model.pool 'maxx'"),
+        ({"head": "mean"}, "unknown model.head 'mean'"),
+        ({"activation": "rilu"}, "unknown model.activation 'rilu'"),
+        ({"widths": []}, "model.widths=[]"),
+        ({"widths": [4, 0]}, "model.widths=[4, 0]"),
+        ({"kernel": 4}, "kernels are odd"),
+        ({"kernel": [3, 3]}, "model.kernel has 2 numbers for 3"),
+        ({"depth": 0}, "at least one convolution"),
+        ({"dropout": 1.0}, "model.dropout=1.0"),
+        ({"dropout": float("nan")}, "model.dropout=nan"),
+        ({"hidden": -1}, "model.hidden=-1"),
+        ({"widths": "abc"}, "model cnn"),
+        ({"widths": 4}, "model cnn"),
+        ({"widths": [2.5]}, "model cnn"),
+        ({"dropout": "much"}, "model cnn"),
+        ({"pool": ["max"]}, "model cnn"),
+        ({"hidden": 10**15}, "model cnn"),
+        ({"widths": [10**30]}, "model cnn"),
+    ],
+)
+def test_impossible_options_are_usage_errors(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        models.build("cnn", 2, 1, 8, options)
+    assert says in str(caught.value)
+
+
+def test_several_impossible_options_are_said_at_once() -> None:
+    options = {"kernel": 2, "dropout": 2, "hidden": -1}
+    with pytest.raises(UsageError, match=r"kernel.*dropout.*hidden"):
+        models.build("cnn", 2, 1, 8, options)
+
+
+def test_an_unknown_family_names_near_misses() -> None:
+    with pytest.raises(UsageError, match="unknown model 'cnnn'"):
+        models.build("cnnn", 2, 1, 8, {})
+
+
+def test_the_options_of_a_family_are_those_of_its_constructor() -> None:
+    options = models.options_of("cnn")
+    assert options["widths"] == (32, 64, 128)
+    assert {"classes", "channels", "image_size", "self"}.isdisjoint(options)
