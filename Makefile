@@ -48,3 +48,6 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,[dev])
 	touch $@ $(VENV)/.demo
+
+BENCHMARKS.md: $(wildcard benchmarks/results/*.json) benchmarks/report.py
+	$(BIN)/python benchmarks/report.py

@@ -334,9 +334,9 @@ KEYS += ["model.widths", "model.kernel", "model.dropout", "model.depth", "model.
 KEYS += ["augment", "about", "name", "model", "optim", "x.y"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150, deadline=None)

@@ -97,7 +97,8 @@ def step(
     """
     with plan.autocast():
         logits = model(images)
-        loss: Tensor = objective(logits, labels)
+    # Half precision is for the network; a loss in it would be rounded to three digits.
+    loss: Tensor = objective(logits.float(), labels)
     right = (logits.detach().argmax(1) == labels).sum()
     if not torch.isfinite(loss):
         return None, right

@@ -1,0 +1,148 @@
+"""Makes `BENCHMARKS.md` from `benchmarks/results/*.json`, and from nothing else.
+
+    python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+TARGET = Path(__file__).parent.parent / "BENCHMARKS.md"
+HEAD = """# Benchmarks
+
+Made by `python benchmarks/report.py` from the raw results in `benchmarks/results/`, each of which
+holds its command, versions and hardware. Accuracies are of the test split, read once with weights
+chosen by validation (or the last ones, where the recipe says so): mean ± sample deviation over
+seeds. Ratios are medians of paired windows in one run; the machines are shared, so look at ratios
+before milliseconds.
+"""
+
+
+def where(result: dict[str, Any]) -> str:
+    """One line of circumstances, for below a table."""
+    h = result["hardware"]
+    return (
+        f"`{result['command']}`, {result['date']}: {h['cpu']} ({h['cpu_capability']}), "
+        f"{h['threads']} threads, Python {h['python']}, torch {h['torch'].split('+')[0]}, "
+        f"torchvision {result['torchvision'].split('+')[0]}, load {result['load_average']:.1f}."
+    )
+
+
+def accuracies(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "## Accuracy",
+        "",
+        "| recipe | overrides | n | seeds | test accuracy | each | epochs | "
+        "training s a seed | weights | computed in |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        spread = "" if r["sd"] is None else f" ± {100 * r['sd']:.2f}"
+        each = ", ".join(f"{100 * accuracy:.2f}" for accuracy in r["accuracies"])
+        changed = " ".join(f"`{key}`" for key in r["overrides"]) or "–"
+        plan = f"{r['plan']['precision']}, {r['plan']['memory_format']}"
+        seconds = statistics.fmean(r["training_seconds"])
+        lines.append(
+            f"| `{r['recipe']}` | {changed} | {r['n']:,} | {len(r['seeds'])} | "
+            f"**{100 * r['mean']:.2f}{spread}%** | {each} | {_span(r['epochs'])} | {seconds:.0f} | "
+            f"{r['parameters']:,} | {plan} |"
+        )
+    lines += ["", *(f"- {where(r)}" for r in results), ""]
+    return "\n".join(lines)
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def time_to_99(r: dict[str, Any]) -> str:
+    each = ", ".join(f"{seconds:.1f}" for seconds in r["training_seconds"])
+    lines = [
+        "## Seconds of training to 99% on MNIST",
+        "",
+        "| what | seconds | test accuracy |",
+        "|---|---|---|",
+        f"| `{r['recipe']}`, mean of {len(r['seeds'])} seeds ({each}) | "
+        f"**{r['seconds_mean']:.1f}** | {100 * r['accuracy_mean']:.2f} ± "
+        f"{100 * r['accuracy_sd']:.2f}% |",
+    ]
+    peer = r.get("peer")
+    if peer:
+        for number, row in enumerate(peer["epochs"], 1):
+            lines.append(
+                f"| pytorch/examples `{peer['command']}`, unmodified, after epoch {number} | "
+                f"{row['seconds']:.0f} | {100 * row['test']:.2f}% |"
+            )
+    return "\n".join([*lines, "", where(r), ""])
+
+
+def overhead(r: dict[str, Any]) -> str:
+    lines = [
+        "## What the loop costs",
+        "",
+        "Times of a training step over those of a bare one (forward, backward and optimiser on one "
+        "resident batch); 1.00 is the least there can be.",
+        "",
+        "| network | bare ms | convlens / bare | quartiles | DataLoader loop / bare |",
+        "|---|---|---|---|---|",
+    ]
+    for name, case in r.items():
+        if not (isinstance(case, dict) and "convlens_over_bare" in case):
+            continue
+        low, _, high = case["convlens_over_bare_quartiles"]
+        usual = case.get("dataloader_over_bare")
+        lines.append(
+            f"| {name.replace('_', ' ')} | {case['bare_ms_a_step']} | "
+            f"**{case['convlens_over_bare']:.3f}** | {low:.3f}-{high:.3f} | "
+            f"{'–' if usual is None else f'{usual:.2f}'} |"
+        )
+    return "\n".join([*lines, "", where(r), ""])
+
+
+def startup(r: dict[str, Any]) -> str:
+    lines = ["## Waiting", "", "| what | seconds |", "|---|---|"]
+    for key, value in r.items():
+        if key.endswith("_seconds"):
+            lines.append(f"| {key.removesuffix('_seconds').replace('_', ' ')} | {value} |")
+    note = f"Starts are of {r['images']:,} 16 px PNGs, on top of imports; the first one decodes."
+    return "\n".join([*lines, "", note, "", where(r), ""])
+
+
+def allocator(r: dict[str, Any]) -> str:
+    lines = [
+        "## Keeping freed memory between steps (`device.keep_freed_memory`)",
+        "",
+        "| network | step time, kept / returned | page faults a step, returned | kept |",
+        "|---|---|---|---|",
+    ]
+    for name, case in r["networks"].items():
+        lines.append(
+            f"| {name} | **{case['ratio']:.2f}** | {case['faults_returned']:,.0f} | "
+            f"{case['faults_kept']:,.0f} |"
+        )
+    return "\n".join([*lines, "", where(r), ""])
+
+
+SECTIONS = {
+    "time-to-99": time_to_99,
+    "overhead": overhead,
+    "allocator": allocator,
+    "startup": startup,
+}
+
+
+def main() -> None:
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    measured = [result for name, result in results.items() if name.startswith("accuracy-")]
+    parts = [HEAD, accuracies(measured)] if measured else [HEAD]
+    parts += [make(results[name]) for name, make in SECTIONS.items() if name in results]
+    TARGET.write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
