@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from convlens import engine, models, optim, recipe
+from convlens import device, engine, models, optim, recipe
 from convlens.data import Split
 from convlens.data.batches import Batches, Normalise
 from convlens.data.rows import ArrayRows
@@ -177,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
+    device.prepare(deterministic=False)
     figures: dict[str, object] = {"rounds": rounds}
     cases = (
         ("mnist_net_batch_64", mnist_net, 64, 1, 28, 15, False),

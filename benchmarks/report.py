@@ -1,6 +1,6 @@
 """Makes `BENCHMARKS.md` from `benchmarks/results/*.json`, and from nothing else.
 
-    python benchmarks/report.py
+python benchmarks/report.py
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convlens.data.batches import Labelled, Normalise, Rows, to_unit
+from convlens.data.batches import Labelled, Normalise, Rows
 from convlens.device import Plan
 
 # Eval mode has no batch statistics, so the size of a batch changes nothing but speed.
@@ -25,7 +25,7 @@ def batch_logits(model: nn.Module, images: Tensor, normalise: Normalise, plan: P
     training = model.training
     model.eval()
     try:
-        logits: Tensor = model(normalise(to_unit(images.to(plan.device)), plan))
+        logits: Tensor = model(normalise(images.to(plan.device), plan))
         return logits.float()
     finally:
         model.train(training)

@@ -1,0 +1,301 @@
+"""A run that is stopped anywhere and taken up ends with the bits of one that never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convlens import engine, modelfile, optim, training
+from convlens import recipe as recipes
+from convlens.errors import DataError, Stopped
+from convlens.recipe import Recipe
+from convlens.resuming import Best
+from convlens.run import RunFolder
+from support import begin, same, tiny
+
+STEPS = 5  # in each of 3 epochs
+EVERYTHING = (
+    'augment=[{"RandomAffine": {"degrees": 20, "translate": [0.1, 0.1]}}, "RandomErasing"]',
+    "model.dropout=0.3",
+    "optim.ema=0.9",
+    "optim.schedule=one-cycle",
+    "optim.label_smoothing=0.1",
+    "optim.clip_norm=1",
+    "train.memory_format=channels_last",
+)
+SGD = ("optim.name=sgd", "optim.momentum=0.9", "optim.nesterov=true", "optim.lr=0.05")
+
+
+class Interrupting:
+    """Sends this process a signal in the middle of the n-th optimiser step from now."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.after, self.number = -1, signal.SIGINT
+        real = engine.step
+
+        def step(*arguments: Any) -> Any:
+            self.after -= 1
+            if self.after == 0:
+                signal.raise_signal(self.number)
+            return real(*arguments)
+
+        monkeypatch.setattr(engine, "step", step)
+
+
+@pytest.fixture
+def interrupting(monkeypatch: pytest.MonkeyPatch) -> Interrupting:
+    return Interrupting(monkeypatch)
+
+
+def finish(asked: Recipe, name: str) -> RunFolder:
+    setup, place = begin(asked, name)
+    training.run_to_end(setup, place, quiet=True)
+    return place
+
+
+def stop(asked: Recipe, name: str, interrupting: Interrupting, after: int) -> RunFolder:
+    interrupting.after = after
+    with pytest.raises(KeyboardInterrupt):
+        finish(asked, name)
+    assert (Path("models") / name / "state" / "state.safetensors").exists()
+    return RunFolder(Path("models") / name)
+
+
+def equal(one: RunFolder, other: RunFolder) -> None:
+    """Bit-identical weights, and the same numbers but for the clock."""
+    tensors, card = modelfile.read(one.model_path)
+    others, its_card = modelfile.read(other.model_path)
+    same(tensors, others)
+    assert card["chosen"] == its_card["chosen"]
+    clock = ("seconds", "images_per_second")
+    rows = [{k: v for k, v in row.items() if k not in clock} for row in one.metrics()]
+    its_rows = [{k: v for k, v in row.items() if k not in clock} for row in other.metrics()]
+    assert rows == its_rows
+    facts, its_facts = one.facts(), other.facts()
+    assert (facts["status"], facts["kept_epoch"]) == ("finished", its_facts["kept_epoch"])
+    assert not (one.path / "state").exists()
+
+
+@pytest.mark.parametrize("after", [1, 3, STEPS, STEPS + 1, 2 * STEPS, 3 * STEPS])
+@pytest.mark.parametrize("options", [(), SGD], ids=["adamw", "sgd"])
+def test_a_run_stopped_at_a_step_ends_as_one_that_was_not(
+    after: int, options: tuple[str, ...], interrupting: Interrupting
+) -> None:
+    asked = tiny(*EVERYTHING, *options)
+    whole = finish(asked, "whole")
+    stopped = stop(asked, "stopped", interrupting, after)
+    assert stopped.facts()["status"] == "training"
+    assert len(stopped.metrics()) == (after - 1) // STEPS
+    equal(finish(asked, "stopped"), whole)
+
+
+def test_a_run_stopped_again_and_again_ends_as_one_that_was_not(
+    interrupting: Interrupting,
+) -> None:
+    asked = tiny(*EVERYTHING, *SGD, "train.keep=last")
+    whole = finish(asked, "whole")
+    for _ in range(STEPS):
+        stop(asked, "stopped", interrupting, 2)
+    equal(finish(asked, "stopped"), whole)
+
+
+def test_a_run_killed_between_two_saves_goes_on_from_the_former(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if by SIGKILL: after the second epoch's model was written, before its state was."""
+    asked = tiny(*EVERYTHING)
+    whole = finish(asked, "whole")
+    real, saves = training.save, []
+
+    def save(*arguments: Any) -> None:
+        saves.append(1)
+        if len(saves) == 2:
+            raise MemoryError
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save", save)
+        with pytest.raises(MemoryError):
+            finish(asked, "killed")
+    assert len(RunFolder(Path("models/killed")).metrics()) == 2
+    equal(finish(asked, "killed"), whole)
+
+
+def test_a_long_epoch_is_saved_in_its_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tiny(*EVERYTHING, "train.epochs=1")
+    whole = finish(asked, "whole")
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    real, saves = training.save, []
+
+    def save(place: RunFolder, setup: Any, *rest: Any) -> None:
+        real(place, setup, *rest)
+        saves.append(setup.position.step)
+        if len(saves) == 3:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save", save)
+        with pytest.raises(MemoryError):
+            finish(asked, "killed")
+    assert saves == [1, 2, 3]
+    equal(finish(asked, "killed"), whole)
+
+
+def test_early_stopping_goes_on_counting(
+    monkeypatch: pytest.MonkeyPatch, interrupting: Interrupting
+) -> None:
+    losses = {1: 0.5, 2: 0.4, 3: 0.9, 4: 0.8, 5: 0.7, 6: 0.1}
+    real = training._validate
+
+    def validate(setup: Any, record: Any, *, seconds: float) -> dict[str, float]:
+        return {**real(setup, record, seconds=seconds), "val_loss": losses[record.epoch]}
+
+    monkeypatch.setattr(training, "_validate", validate)
+    asked = tiny("train.epochs=6", "train.patience=3")
+    whole = finish(asked, "whole")
+    assert len(whole.metrics()) == 5
+    assert whole.facts()["kept_epoch"] == 2
+    stop(asked, "stopped", interrupting, 4 * STEPS - 2)
+    equal(finish(asked, "stopped"), whole)
+
+
+def test_sigterm_is_a_stop_that_can_be_taken_up(interrupting: Interrupting) -> None:
+    asked = tiny(*EVERYTHING)
+    whole = finish(asked, "whole")
+    interrupting.after, interrupting.number = 7, signal.SIGTERM
+    with pytest.raises(Stopped, match="SIGTERM") as caught:
+        finish(asked, "stopped")
+    assert caught.value.exit_code == 75
+    equal(finish(asked, "stopped"), whole)
+
+
+def test_the_handlers_are_given_back(interrupting: Interrupting) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stop(tiny(), "stopped", interrupting, 2)
+    finish(tiny(), "stopped")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_damaged_state_is_refused(interrupting: Interrupting) -> None:
+    from convlens.errors import ModelFileError
+
+    stopped = stop(tiny(), "stopped", interrupting, 7)
+    state = stopped.path / "state" / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-9] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(ModelFileError, match="changed or damaged"):
+        finish(tiny(), "stopped")
+
+
+def test_the_moments_of_a_channels_last_network_lie_as_its_weights(
+    interrupting: Interrupting,
+) -> None:
+    """Fused kernels walk both side by side in memory."""
+    from convlens.resuming import restore
+
+    asked = tiny(*EVERYTHING, "data.channels=3", "augment=[]")
+    stop(asked, "stopped", interrupting, 3)
+    setup, place = begin(asked, "stopped")
+    restore(place, setup, Best("val_loss"))
+    moments = setup.optimiser.state[setup.model.get_parameter("stage1.0.weight")]
+    weight = setup.model.get_parameter("stage1.0.weight")
+    assert weight.stride() != weight.contiguous().stride()
+    assert moments["exp_avg"].stride() == weight.stride()
+    assert moments["exp_avg"].abs().sum() > 0
+
+
+def test_everything_that_is_restored_is_what_was_saved(interrupting: Interrupting) -> None:
+    from convlens.resuming import restore, save
+
+    asked = tiny(*EVERYTHING)
+    stop(asked, "stopped", interrupting, 8)
+    setup, place = begin(asked, "stopped")
+    best = Best("val_loss")
+    rows = restore(place, setup, best)
+    stored = place.state()
+    save(place, setup, best, rows)
+    again = place.state()
+    assert stored is not None
+    assert again is not None
+    same(stored[0], again[0])
+    assert stored[1] == again[1]
+    assert (setup.position.epoch, setup.position.step, len(rows)) == (2, 3, 1)
+    assert any(name.startswith("ema.") for name in stored[0])
+    assert isinstance(setup.averager, optim.Averager)
+    assert setup.averager.steps == 8
+    assert torch.is_tensor(setup.position.loss_sum)
+
+
+# Real processes and real signals
+
+
+def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
+    tree = tiny(*EVERYTHING, "train.epochs=40").to_text()
+    Path("long.yaml").write_text(tree)
+    place = RunFolder(Path("models/tiny"))
+    assert interrupted(place, signal.SIGINT) == 130
+    first = len(place.metrics())
+    assert place.facts()["status"] == "training"
+    assert interrupted(place, signal.SIGTERM) == 75
+    assert place.facts()["status"] == "training"
+    assert len(place.metrics()) > first
+    asked = recipes.load("long.yaml")
+    found = training.train(asked, plain=True, test=False, on="cpu", quiet=True)
+    assert found.path == place.path
+    whole = training.train(asked, plain=True, fresh=True, test=False, on="cpu", quiet=True)
+    assert whole.path != place.path
+    equal(found, whole)
+
+
+def interrupted(place: RunFolder, number: signal.Signals) -> int:
+    """Runs the command, sends it a signal once it has finished an epoch; its exit code."""
+    command = [sys.executable, "-m", "convlens", "train", "long.yaml", "--device", "cpu"]
+    before = len(place.metrics()) if place.path.exists() else 0
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    for _ in range(12_000):
+        if process.poll() is not None or len(place.metrics()) > before:
+            break
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert "Traceback" not in told
+    assert "the same command goes on from here" in told
+    return process.returncode
+
+
+def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupting) -> None:
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for label in "abc":
+        Path("photos", label).mkdir(parents=True)
+        for number in range(12):
+            pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(Path("photos", label, f"{number}.png"))
+    tree = {**tiny().model_dump(mode="json"), "data": {"name": "photos", "image_size": 8}}
+    asked = recipes.load(tree)
+    interrupting.after = 3
+    with pytest.raises(KeyboardInterrupt):
+        training.train(asked, plain=True, test=False, on="cpu", quiet=True)
+    changed = Path("photos/a/0.png")
+    before = changed.read_bytes()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(changed)
+    with pytest.raises(DataError, match="not those that run 'tiny' began with") as caught:
+        training.train(asked, plain=True, test=False, on="cpu", quiet=True)
+    assert "--fresh" in caught.value.fix
+    changed.write_bytes(before)
+    place = training.train(asked, plain=True, on="cpu", quiet=True)
+    assert place.finished
+    changed.unlink()
+    with pytest.raises(DataError, match="changed since this model was trained"):
+        training.train(asked, plain=True, on="cpu", quiet=True)
