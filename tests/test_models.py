@@ -85,10 +85,10 @@ def test_depth_and_kernel_by_stage() -> None:
 
 
 def test_dropout_drops_channels_and_units() -> None:
-    model = CNN(2, 1, 16, widths=[3, 4], hidden=8, dropout=0.3)
+    model = CNN(2, 1, 16, widths=[3, 4], hidden=8, dropout=0.3, stage_dropout=0.2)
     kinds = [m for m in model.modules() if isinstance(m, nn.Dropout | nn.Dropout2d)]
     assert [type(m) for m in kinds] == [nn.Dropout2d, nn.Dropout2d, nn.Dropout]
-    assert {m.p for m in kinds} == {0.3}
+    assert [m.p for m in kinds] == [0.2, 0.2, 0.3]
     assert not any("Dropout" in type(m).__name__ for m in CNN(2, 1, 16).modules())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 from convlens import engine, modelfile, optim, training
 from convlens import recipe as recipes
+from convlens.cli import main
 from convlens.errors import DataError, Stopped
 from convlens.recipe import Recipe
 from convlens.resuming import Best
@@ -237,15 +239,24 @@ def test_everything_that_is_restored_is_what_was_saved(interrupting: Interruptin
 
 # Real processes and real signals
 
+COMMAND = [sys.executable, "-m", "convlens", "train", "long.yaml", "--no-test", "--device", "cpu"]
+PIPED: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
+
 
 def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
     tree = tiny(*EVERYTHING, "train.epochs=40").to_text()
     Path("long.yaml").write_text(tree)
     place = RunFolder(Path("models/tiny"))
-    assert interrupted(place, signal.SIGINT) == 130
+    code, told = interrupted(place, signal.SIGINT, subprocess.Popen(COMMAND, **PIPED))
+    assert code == 130
+    assert "Traceback" not in told
+    assert "the same command goes on from here" in told
     first = len(place.metrics())
     assert place.facts()["status"] == "training"
-    assert interrupted(place, signal.SIGTERM) == 75
+    # A copy of this process, which has imported torch already.
+    copy = multiprocessing.get_context("fork").Process(target=main, args=(COMMAND[3:],))
+    copy.start()
+    assert interrupted(place, signal.SIGTERM, copy)[0] == 75
     assert place.facts()["status"] == "training"
     assert len(place.metrics()) > first
     asked = recipes.load("long.yaml")
@@ -256,20 +267,24 @@ def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
     equal(found, whole)
 
 
-def interrupted(place: RunFolder, number: signal.Signals) -> int:
-    """Runs the command, sends it a signal once it has finished an epoch; its exit code."""
-    command = [sys.executable, "-m", "convlens", "train", "long.yaml", "--device", "cpu"]
-    before = len(place.metrics()) if place.path.exists() else 0
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+def interrupted(
+    place: RunFolder,
+    number: signal.Signals,
+    process: subprocess.Popen[str] | multiprocessing.process.BaseProcess,
+) -> tuple[int | None, str]:
+    """Sends a training a signal once it has finished an epoch; its exit code and stderr."""
+    before, told = len(place.metrics()), ""
     for _ in range(12_000):
-        if process.poll() is not None or len(place.metrics()) > before:
+        if len(place.metrics()) > before:
             break
         time.sleep(0.005)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    assert "Traceback" not in told
-    assert "the same command goes on from here" in told
-    return process.returncode
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    if isinstance(process, subprocess.Popen):
+        _, told = process.communicate(timeout=60)
+        return process.returncode, told
+    process.join(60)
+    return process.exitcode, told
 
 
 def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupting) -> None:

@@ -45,7 +45,8 @@ class CNN(nn.Module):
         pool: how a stage ends: `max`, `avg`, `stride` or `none`.
         batch_norm: batch norm after each convolution (which then has no bias).
         activation: `relu`, `gelu` or `silu`.
-        dropout: probability, of whole channels after each stage and of units in the head.
+        dropout: probability in the head, before the classifier.
+        stage_dropout: probability of dropping a whole channel after each stage.
         hidden: width of one dense layer before the classifier; 0 leaves it out.
         head: what becomes of the last stage's maps: `flatten`, `avg` or `max` over the picture.
 
@@ -68,13 +69,16 @@ class CNN(nn.Module):
         batch_norm: bool = True,
         activation: str = "relu",
         dropout: float = 0.0,
+        stage_dropout: float = 0.0,
         hidden: int = 0,
         head: str = "avg",
     ) -> None:
         super().__init__()
         depths = _per_stage(depth, widths, "depth")
         kernels = _per_stage(kernel, widths, "kernel")
-        _check(widths, depths, kernels, dropout, hidden)
+        _check(
+            widths, depths, kernels, {"dropout": dropout, "stage_dropout": stage_dropout}, hidden
+        )
         pooling = pick(POOLINGS, pool, "model.pool")
         pick(ACTIVATIONS, activation, "model.activation")
         self.stages: tuple[str, ...] = tuple(f"stage{i + 1}" for i in range(len(widths)))
@@ -93,8 +97,8 @@ class CNN(nn.Module):
                     layers.append(nn.BatchNorm2d(width))
                 layers.append(ACTIVATIONS[activation]())
                 inputs = width
-            if dropout:
-                layers.append(nn.Dropout2d(dropout))
+            if stage_dropout:
+                layers.append(nn.Dropout2d(stage_dropout))
             self.add_module(name, nn.Sequential(*layers))
             size = _halved(size, pool)
         self.pool = nn.Sequential(pick(HEADS, head, "model.head")(), nn.Flatten())
@@ -130,7 +134,11 @@ def _per_stage(value: int | Sequence[int], widths: Sequence[int], key: str) -> l
 
 
 def _check(
-    widths: Sequence[int], depths: list[int], kernels: list[int], dropout: float, hidden: int
+    widths: Sequence[int],
+    depths: list[int],
+    kernels: list[int],
+    dropouts: dict[str, float],
+    hidden: int,
 ) -> None:
     problems = []
     if not widths or min(widths) < 1:
@@ -139,8 +147,9 @@ def _check(
         problems.append(f"model.depth={depths}: each stage needs at least one convolution")
     if any(k < 1 or k % 2 == 0 for k in kernels):
         problems.append(f"model.kernel={kernels}: kernels are odd (1, 3, 5, ...)")
-    if not 0 <= dropout < 1:
-        problems.append(f"model.dropout={dropout}: a probability from 0 to below 1")
+    for key, value in dropouts.items():
+        if not 0 <= value < 1:
+            problems.append(f"model.{key}={value}: a probability from 0 to below 1")
     if hidden < 0:
         problems.append(f"model.hidden={hidden}: a width, or 0 for none")
     if problems:

@@ -1,0 +1,198 @@
+"""The command line as tests use it, in this process or in one of its own, and images to feed it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convlens import cli, device, modelfile
+from convlens.run import RunFolder
+
+# Trains in a fraction of a second: 80 digits, two epochs.
+DIGITS = ("digits", "data.per_class=8", "model.widths=[4,8]", "model.depth=1", "train.epochs=2")
+NET = ("model.widths=[4,8]", "train.epochs=1", "augment=[]", "optim.ema=null")
+COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """stdout as one JSON object; fails if there is anything else in it."""
+        return json.loads(self.out)
+
+
+def here(*arguments: str | Path, stdin: str = "") -> Done:
+    """Runs `convlens ARGUMENTS` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main([str(argument) for argument in arguments])
+            except SystemExit as end:
+                code = end.code
+    assert isinstance(code, int)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment for a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+    if env.pop("PYTHONDONTWRITEBYTECODE", ""):
+        # Each start would compile all of torch anew; elsewhere than in the package it may cache.
+        cache = Path(tempfile.gettempdir()) / "convlens-tests-pycache"
+        env.setdefault("PYTHONPYCACHEPREFIX", str(cache))
+    return env
+
+
+def start(*arguments: str | Path, **extra: str) -> subprocess.Popen[str]:
+    """Begins `convlens ARGUMENTS` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "convlens", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**extra),
+    )
+
+
+def command(*arguments: str | Path, **extra: str) -> Done:
+    """Runs `convlens ARGUMENTS` in a process of its own."""
+    process = start(*arguments, **extra)
+    out, err = process.communicate(timeout=240)
+    return Done(process.returncode, out, err)
+
+
+def refused(done: Done, code: int, *said: str) -> None:
+    """Asserts a clear error: exit code, at most five lines, no traceback, all of `said`."""
+    assert done.code == code, done.err
+    assert "Traceback" not in done.err
+    lines = done.err.splitlines()
+    begins = [n for n, line in enumerate(lines) if line.startswith(("error:", "stopped:"))]
+    assert len(begins) == 1, done.err
+    assert len(lines) - begins[0] <= 5, done.err
+    for text in said:
+        assert text in done.err, done.err
+
+
+def picture(path: Path, colour: Sequence[int], *, size: int = 12, seed: int = 0) -> Path:
+    """Writes an image of about that colour; grey where `colour` has one number."""
+    noise = np.random.default_rng(seed).integers(-30, 30, (size, size, len(colour)))
+    pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels[..., 0] if len(colour) == 1 else pixels).save(path)
+    return path
+
+
+def pictures(
+    root: Path,
+    counts: Mapping[str, int],
+    *,
+    colours: Mapping[str, Sequence[int]] = COLOURS,
+    first: int = 0,
+    size: int = 12,
+) -> Path:
+    """Class folders of images, a colour for each class."""
+    for n, (name, count) in enumerate(counts.items()):
+        colour = colours.get(name, (60 * n % 256, 90 * n % 256, 30))
+        for i in range(count):
+            seed = 1000 * n + first + i
+            picture(root / name / f"{first + i:03}.png", colour, size=size, seed=seed)
+    return root
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's model file."""
+    return modelfile.read(run / "model.safetensors")[0]
+
+
+def constant_model(
+    folder: Path, bias: Sequence[float], classes: Sequence[str], size: int = 8
+) -> RunFolder:
+    """A model file whose logits are `bias`, whatever the image: all other weights are zero."""
+    from convlens import models
+
+    options = {"widths": [2], "batch_norm": False}
+    net = models.build("cnn", len(classes), 3, size, options)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net.get_parameter("classifier.bias").copy_(torch.tensor(bias))
+    return _saved(folder, net, options, classes, size)
+
+
+def brightness_model(
+    folder: Path, classes: Sequence[str] = ("dark", "light"), size: int = 8
+) -> RunFolder:
+    """A model file that knows two classes: is the mean of an RGB image below one half or above.
+
+    One 1x1 kernel takes the mean of the channels (in 0..1), the head that of the pixels:
+    logits are `(0, 8 * (mean - 0.5))`.
+    """
+    from convlens import models
+
+    options = {"widths": [1], "kernel": 1, "batch_norm": False, "pool": "none"}
+    net = models.build("cnn", 2, 3, size, options)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net.get_parameter("stage1.0.weight").fill_(1 / 3)
+        net.get_parameter("classifier.weight")[1] = 8.0
+        net.get_parameter("classifier.bias")[1] = -4.0
+    return _saved(folder, net, options, classes, size)
+
+
+def _saved(
+    folder: Path,
+    net: torch.nn.Module,
+    options: dict[str, Any],
+    classes: Sequence[str],
+    size: int,
+) -> RunFolder:
+    from convlens import recipe
+
+    place = RunFolder(folder)
+    asked = recipe.load(
+        {"name": folder.name, "data": {"name": "shapes"}, "model": {"name": "cnn", **options}}
+    )
+    card = {
+        "convlens": "test",
+        "run": folder.name,
+        "model": {"name": "cnn", "options": options},
+        "classes": list(classes),
+        "preprocessing": {
+            "image_size": size,
+            "channels": 3,
+            "fit": "stretch",
+            "mean": [0.0] * 3,
+            "std": [1.0] * 3,
+        },
+        "data": {"name": "shapes", "fingerprint": "none"},
+        "chosen": {},
+        "recipe": asked.model_dump(mode="json"),
+    }
+    device.Plan("cpu", "fp32", "contiguous").place(net)
+    place.save_model(net, card)
+    return place
