@@ -244,7 +244,7 @@ PIPED: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
 
 
 def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
-    tree = tiny(*EVERYTHING, "train.epochs=40").to_text()
+    tree = tiny(*EVERYTHING, "train.epochs=20").to_text()
     Path("long.yaml").write_text(tree)
     place = RunFolder(Path("models/tiny"))
     code, told = interrupted(place, signal.SIGINT, subprocess.Popen(COMMAND, **PIPED))

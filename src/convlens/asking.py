@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,15 +68,27 @@ def read_data(name: str, overrides: Sequence[str] = ()) -> DataConfig:
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
     """Python values as `key=value` texts, e.g. `{"optim.lr": 0.1}`."""
-    import json
+    texts = []
+    for key, value in values.items():
+        try:
+            # Not as \uXXXX: YAML would take the two halves of an emoji for two characters.
+            texts.append(f"{key}={json.dumps(value, default=_plain, ensure_ascii=False)}")
+        except TypeError as error:
+            raise UsageError(f"{key}={value!r} is no setting: {error}") from error
+    return texts
 
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+def _plain(value: Any) -> Any:
+    """Paths as text, and numbers and arrays of NumPy (what a grid search passes) as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no form in a recipe")
 
 
 def _data_override(data: str | Path | None) -> list[str]:
-    import json
-
-    return [] if data is None else [f"data.name={json.dumps(os.fspath(data))}"]
+    return [] if data is None else as_overrides({"data.name": os.fspath(data)})
 
 
 def _called(data: str) -> str:

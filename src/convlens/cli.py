@@ -73,13 +73,15 @@ def train(
     options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
     if seeds > 1:
         table = several.train_seeds(asked, seeds, **options)
-        seed_table(table)
+        if not as_json:
+            seed_table(table)
         _print_json(as_json, table.to_dict())
         return
     place = training.train(asked.recipe, plain=asked.plain, **options)
-    finished(place)
-    results = place.results()
-    _print_json(as_json, {"run": place.name, "path": str(place.path), **_last(results)})
+    if not as_json:
+        finished(place)
+    last = {} if no_test else _last(place.results())
+    _print_json(as_json, {"run": place.name, "path": str(place.path), **last})
 
 
 @app.command()

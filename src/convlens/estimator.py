@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from convlens import asking, device, training
 from convlens.console import quieted
@@ -68,7 +68,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> ImageClassifier:  # noqa: N803
         """Trains on images `X` with labels `y` (anything that can be sorted); returns self."""
-        images, targets = self._images(X), np.asarray(y)
+        images, targets = self._images(X), column_or_1d(y, warn=True)
         check_classification_targets(targets)
         if len(images) != len(targets):
             raise UsageError(f"{len(images)} images for {len(targets)} labels")
@@ -88,10 +88,13 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             [str(name) for name in self.classes_],
             val_fraction=self.val_fraction,
             seed=self.random_state,
+            fit=recipe.data.fit,
         )
         with quieted(not self.verbose), tempfile.TemporaryDirectory() as folder:
             place = RunFolder(Path(folder) / "run", Path(folder) / "plots")
-            setup = prepare(recipe, data, device.choose(self.device))
+            where = device.choose(self.device)
+            device.prepare(recipe.train.deterministic)
+            setup = prepare(recipe, data, where)
             with place.lock():
                 training.run_to_end(setup, place, quiet=not self.verbose)
             self.model_: Loaded = load_model(place.model_path)

@@ -47,7 +47,13 @@ def expand(paths: Iterable[str | Path]) -> list[str]:
     """
     found: list[str] = []
     missing: list[str] = []
-    for path in map(str, paths):
+    for given in paths:
+        if not isinstance(given, str | os.PathLike):
+            raise UsageError(
+                f"a {type(given).__name__} is no path",
+                fix="give paths, or one array of images [N, H, W, C]",
+            )
+        path = os.fspath(given)
         if os.path.isdir(path):
             inside = [
                 os.path.join(folder, file)
@@ -158,10 +164,15 @@ def channels_first(images: np.ndarray) -> np.ndarray:
     Floats are taken as 0..1 and rounded to 0..255.
 
     Raises:
-        UsageError: another shape, or values outside the range of their type.
+        UsageError: another shape, no numbers, or values outside the range of their type.
     """
     array = np.asarray(images)
     if array.ndim == 3:
+        if array.shape[2] in (1, 3):  # no image is that narrow
+            raise UsageError(
+                f"an array {np.shape(images)} looks like one image [H, W, C], not like several",
+                fix="give images[None]",
+            )
         array = array[:, None]
     elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
         array = np.moveaxis(array, 3, 1)
@@ -170,6 +181,10 @@ def channels_first(images: np.ndarray) -> np.ndarray:
             f"images of shape {np.shape(images)} can't be used",
             fix="give [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels",
         )
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    elif array.dtype.kind not in "uif":
+        raise UsageError(f"images must be numbers, not {array.dtype}")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if not np.isfinite(array).all() or (array.size and (array.min() < 0 or array.max() > 255)):

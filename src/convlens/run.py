@@ -66,7 +66,7 @@ class RunFolder:
 
     def __init__(self, path: Path, plots: Path | None = None) -> None:
         self.path = Path(path)
-        self.name = self.path.name
+        self.name = self.path.name or self.path.resolve().name  # of `.`, too
         self.plots = plots or PLOTS / self.name
         self.model_path = self.path / "model.safetensors"
 
@@ -230,6 +230,11 @@ def place(name: str, digest: str, *, plain: bool, fresh: bool) -> RunFolder:
         for candidate in reversed(taken):  # the newest of several identical ones
             if digest in RunFolder(MODELS / candidate).facts().get("digests", []):
                 return RunFolder(MODELS / candidate)
+        # A run's own recipe.yaml has no `auto` left, so its hash isn't the one in the run's name.
+        named = re.compile(re.escape(base) + r"-[0-9a-f]{6}(-[0-9]+)?")
+        for other in reversed(runs()):
+            if named.fullmatch(other.name) and digest in other.facts().get("digests", []):
+                return other
     return RunFolder(MODELS / next(c for c in candidates if c not in taken))
 
 

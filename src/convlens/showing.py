@@ -52,7 +52,7 @@ def finished(place: RunFolder) -> None:
             f"test accuracy [bold]{last['accuracy']:.2%}[/] "
             f"(95% interval {low:.2%} to {high:.2%}, n = {last['n']:,}; {times})"
         )
-    out.print(f"model  {place.model_path}\nplots  {place.plots}")
+    out.print(escape(f"model  {place.model_path}\nplots  {place.plots}"))
     say(f"next: [bold]convlens predict {place.name} IMAGE...[/]")
 
 
@@ -78,7 +78,7 @@ def evaluated(result: Evaluation, place: RunFolder) -> None:
         f"(95% interval {low:.2%} to {high:.2%}), n = {result.n:,}, loss {result.loss:.4f}, "
         f"calibration error {result.ece:.3f}"
     )
-    out.print(f"plots  {place.plots}")
+    out.print(escape(f"plots  {place.plots}"))
 
 
 def _share(value: float | None) -> str:

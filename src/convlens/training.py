@@ -59,6 +59,7 @@ def train(
         device.prepare(recipe.train.deterministic)
         data = load(recipe.data, memory_budget=device.memory_budget(where))
         with place.lock():
+            _check_continues(place, recipe, data)
             if not place.finished:  # by another process, while this one read the images
                 _train_locked(recipe, data, place, where, quiet=quiet)
     if test:
@@ -68,7 +69,6 @@ def train(
 
 def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, quiet: bool) -> None:
     """Begins the run, or takes it up; the lock on its folder is held."""
-    _check_continues(place, recipe, data)
     stored = place.facts().get("plan") or {}
     plan = device.Plan(**stored) if stored.get("device") == where else None
     setup = prepare(recipe, data, where, plan)

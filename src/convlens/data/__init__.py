@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.markup import escape
 
 from convlens.console import say
 from convlens.data.decode import UnreadableImage, probe
@@ -65,7 +66,7 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
     asked_size = None if config.image_size == "auto" else int(config.image_size)
     source = find(config.name, count=config.count, image_size=asked_size, group=config.group)
     for note in source.notes:
-        say(f"{source.name}: {note}")
+        say(escape(f"{source.name}: {note}"))
     conversion = _conversion(config, source.parts["train"])
     opened = {s: open_part(part, conversion, memory_budget) for s, part in source.parts.items()}
     if config.on_bad == "stop":
@@ -188,7 +189,7 @@ def _skipped(opened: dict[str, Opened], source: Source) -> list[str]:
         raise DataError(f"no readable training image in: {', '.join(lost[:5])}", where=source.name)
     skipped = [o.part.ids[i] for o in opened.values() for i in o.bad]
     if skipped:
-        say(f"{source.name}: {len(skipped)} unreadable images are skipped")
+        say(escape(f"{source.name}: {len(skipped)} unreadable images are skipped"))
     return skipped
 
 

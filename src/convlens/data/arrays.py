@@ -21,12 +21,14 @@ def from_arrays(
     *,
     val_fraction: float,
     seed: int,
+    fit: str = "crop",
 ) -> Data:
     """A set in memory: validation held out, stratified; there is no test split in it.
 
     Args:
         images: uint8 `[N, C, S, S]`.
         labels: positions in `classes`, int64 `[N]`.
+        fit: how `images` became square; what is predicted later is made so in the same way.
     """
     keep, held = hold_out(labels, val_fraction, seed, names=classes)
     pixels = torch.from_numpy(images)
@@ -47,7 +49,7 @@ def from_arrays(
         classes=tuple(classes),
         image_size=images.shape[2],
         channels=images.shape[1],
-        fit="stretch",
+        fit=fit,
         train=part(keep),
         val=part(held),
         fingerprint=digest.hexdigest(),

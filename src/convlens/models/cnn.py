@@ -43,6 +43,7 @@ class CNN(nn.Module):
         depth: convolutions in each stage, one number or one per stage.
         kernel: size of the kernels, odd, one number or one per stage; padded to keep the size.
         pool: how a stage ends: `max`, `avg`, `stride` or `none`.
+        pool_last: whether the last stage halves the image, too.
         batch_norm: batch norm after each convolution (which then has no bias).
         activation: `relu`, `gelu` or `silu`.
         dropout: probability in the head, before the classifier.
@@ -66,6 +67,7 @@ class CNN(nn.Module):
         depth: int | Sequence[int] = 1,
         kernel: int | Sequence[int] = 3,
         pool: str = "max",
+        pool_last: bool = True,
         batch_norm: bool = True,
         activation: str = "relu",
         dropout: float = 0.0,
@@ -85,13 +87,15 @@ class CNN(nn.Module):
         inputs, size = channels, image_size
         for name, width, count, k in zip(self.stages, widths, depths, kernels, strict=True):
             layers: list[nn.Module] = []
+            # A single pixel can't be halved.
+            halves = pool != "none" and size > 1 and (pool_last or name != self.stages[-1])
             for index in range(count):
-                last = index == count - 1
-                stride = 2 if pool == "stride" and last else 1
+                halving = halves and index == count - 1
+                stride = 2 if halving and pool == "stride" else 1
                 layers.append(
                     nn.Conv2d(inputs, width, k, stride, padding=k // 2, bias=not batch_norm)
                 )
-                if last and size > 1:  # a single pixel can't be halved
+                if halving:
                     layers.append(pooling())
                 if batch_norm:
                     layers.append(nn.BatchNorm2d(width))
@@ -100,7 +104,8 @@ class CNN(nn.Module):
             if stage_dropout:
                 layers.append(nn.Dropout2d(stage_dropout))
             self.add_module(name, nn.Sequential(*layers))
-            size = _halved(size, pool)
+            if halves:
+                size = (size + 1) // 2 if pool == "stride" else size // 2
         self.pool = nn.Sequential(pick(HEADS, head, "model.head")(), nn.Flatten())
         features = inputs * (size**2 if head == "flatten" else 1)
         dense: OrderedDict[str, nn.Module] = OrderedDict()
@@ -118,12 +123,6 @@ class CNN(nn.Module):
             images = self.get_submodule(name)(images)
         logits: torch.Tensor = self.classifier(self.dense(self.pool(images)))
         return logits
-
-
-def _halved(size: int, pool: str) -> int:
-    if pool == "none":
-        return size
-    return (size + 1) // 2 if pool == "stride" else max(size // 2, 1)
 
 
 def _per_stage(value: int | Sequence[int], widths: Sequence[int], key: str) -> list[int]:

@@ -1,0 +1,287 @@
+"""The shape of the code: levels, sealed doors, quick starts. What no linter knows."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import convlens
+from convlens import cli
+from support import tiny
+
+ROOT = Path(convlens.__file__).parent
+
+# A file imports only from its own level or lower ones. A package counts as one entry.
+LEVELS: dict[int, tuple[str, ...]] = {
+    0: ("errors", "names", "version"),
+    1: ("files", "console", "interrupts", "recipe", "device"),
+    2: ("data", "models", "optim", "metrics", "plots", "auto"),
+    3: ("engine", "inference", "modelfile"),
+    4: ("run",),
+    5: (
+        "preparing", "resuming", "picturing", "evaluation", "prediction", "training", "seeds",
+        "estimator", "asking",
+    ),
+    6: ("api", "showing"),
+    7: ("__init__",),
+    8: ("cli", "__main__"),
+}  # fmt: skip
+LEVEL = {name: level for level, entries in LEVELS.items() for name in entries}
+
+# What a module may do when it is imported, beyond making functions, classes and tables.
+AT_IMPORT = {
+    "recipe": {"_Loader.add_implicit_resolver", "_Dumper.add_implicit_resolver"},
+    "data.decode": {"warnings.filterwarnings"},  # the process-wide filter is the only safe one
+    "__main__": {"main"},
+}
+CALLS_AT_IMPORT = {
+    "frozenset", "tuple", "range", "list", "Path", "TypeVar", "ParamSpec", "Field", "re.compile",
+    "np.dtype", "typer.Typer", "typer.Option", "typer.Argument",
+}  # fmt: skip
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module by its name below `convlens`; a package by its own name."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = path
+    return found
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(modules()[name].read_text("utf-8"))
+
+
+def imported(name: str, nodes: Iterator[ast.AST]) -> set[str]:
+    """The modules of ours that are imported in `nodes`; names of a package count as modules."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            base, _, rest = (node.module or "").partition(".")
+            if base == "convlens":
+                for alias in node.names:
+                    inner = f"{rest}.{alias.name}".strip(".")
+                    found.add(inner if inner in modules() else rest or "__init__")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                assert not alias.name.startswith("convlens"), f"{name}: import {alias.name}"
+    return found - {name}
+
+
+def when_imported(name: str) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported (not those under TYPE_CHECKING)."""
+    waiting: list[ast.AST] = list(tree(name).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        waiting += ast.iter_child_nodes(node)
+
+
+def outside(name: str, nodes: Iterator[ast.AST]) -> set[str]:
+    """The top-level packages of others that are imported in `nodes`."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+every = pytest.mark.parametrize("name", list(modules()))
+
+
+@every
+def test_a_file_imports_only_from_its_own_level_or_lower_ones(name: str) -> None:
+    mine = LEVEL[name.split(".")[0]]
+    theirs = {other: LEVEL[other.split(".")[0]] for other in imported(name, ast.walk(tree(name)))}
+    assert {other for other, level in theirs.items() if level > mine} == set()
+
+
+def test_there_are_no_circles() -> None:
+    graph = {name: imported(name, when_imported(name)) for name in modules()}
+    done: set[str] = set()
+
+    def walk(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name not in done:
+            for other in graph[name]:
+                walk(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+@every
+def test_files_can_be_read_in_one_sitting(name: str) -> None:
+    lines = modules()[name].read_text("utf-8").splitlines()
+    assert len(lines) <= 350
+
+
+@every
+def test_functions_fit_on_a_page(name: str) -> None:
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.FunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno >= 70
+    ]
+    assert long == []
+
+
+@every
+def test_nothing_happens_when_a_module_is_imported(name: str) -> None:
+    own = {n.name for n in tree(name).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    for node in tree(name).body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            assert ast.unparse(node.value.func) in AT_IMPORT.get(name, ()), ast.unparse(node)
+            continue
+        if isinstance(node, ast.If):
+            assert ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
+            continue
+        kinds = (
+            ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign,
+            ast.Expr,
+        )  # fmt: skip
+        assert isinstance(node, kinds), ast.unparse(node)
+    tables = [n for n in tree(name).body if isinstance(n, ast.Assign | ast.AnnAssign)]
+    for call in _calls(tables):
+        known = call in own or call in CALLS_AT_IMPORT or call.endswith(".items")
+        assert known, f"{name} calls {call} when it is imported"
+
+
+def _calls(nodes: list[ast.Assign | ast.AnnAssign]) -> Iterator[str]:
+    waiting: list[ast.AST] = [n.value for n in nodes if n.value is not None]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Lambda):
+            continue
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+        waiting += ast.iter_child_nodes(node)
+
+
+@every
+def test_every_module_says_what_lives_in_it(name: str) -> None:
+    if name not in ("__main__", "version"):
+        assert ast.get_docstring(tree(name))
+
+
+# Doors
+
+
+def test_only_evaluation_opens_the_test_split() -> None:
+    users = {
+        name
+        for name in modules()
+        for node in ast.walk(tree(name))
+        if (isinstance(node, ast.Attribute) and node.attr in ("unseal_test", "_test"))
+        or (isinstance(node, ast.Constant) and node.value == "unseal_test")
+    }
+    assert users == {"data", "evaluation"}
+
+
+def test_matplotlib_is_imported_in_plots_only() -> None:
+    users = {n for n in modules() if "matplotlib" in outside(n, ast.walk(tree(n)))}
+    assert users
+    assert {name.split(".")[0] for name in users} == {"plots"}
+    for name in modules():
+        if name.split(".")[0] != "plots":
+            at_once = imported(name, when_imported(name))
+            assert not {other for other in at_once if other.split(".")[0] == "plots"}, name
+
+
+def test_heavy_packages_are_imported_where_they_are_used() -> None:
+    for name in modules():
+        at_once = outside(name, when_imported(name))
+        assert "torchvision" not in at_once, name
+        assert "scipy" not in at_once, name
+        if name != "estimator":  # its base classes are scikit-learn's
+            assert "sklearn" not in at_once, name
+
+
+def test_nothing_is_unpickled() -> None:
+    for name in modules():
+        assert not {"pickle", "dill", "joblib"} & outside(name, ast.walk(tree(name))), name
+        for node in ast.walk(tree(name)):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in ("torch.load", "eval", "exec", "yaml.unsafe_load"), name
+            if called == "np.load":
+                assert isinstance(node, ast.Call)
+                assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, name
+
+
+# Starting
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "convlens", "--help"],
+        ["-m", "convlens", "--version"],
+        ["-m", "convlens", "train", "--help"],
+        ["-m", "convlens", "recipes"],
+        ["-c", "import convlens; dir(convlens)"],
+        ["-c", "import convlens.recipe; convlens.recipe.load('mnist')"],
+    ],
+    ids=["help", "version", "train-help", "recipes", "import", "recipe"],
+)
+def test_what_needs_no_torch_does_not_import_it(command: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", *command],
+        capture_output=True, text=True, env=dict(os.environ), check=True,
+    )  # fmt: skip
+    lines = [line.rpartition("|")[2].strip() for line in run.stderr.splitlines()]
+    loaded = {line.split(".")[0] for line in lines}
+    assert "convlens" in loaded
+    assert loaded.isdisjoint({"torch", "torchvision", "matplotlib", "sklearn", "scipy", "numpy"})
+
+
+# The way from the command to `loss.backward()`
+
+
+class Reached(Exception):  # noqa: N818
+    """Raised where `loss.backward()` would be."""
+
+
+def test_the_command_reaches_the_step_in_three_hops(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("tiny.yaml").write_text(tiny().to_text())
+
+    def backward(self: torch.Tensor) -> None:
+        raise Reached
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with pytest.raises(Reached) as caught:
+        cli.main(["train", "tiny.yaml", "--no-test", "--device", "cpu"])
+    frames = [
+        f"{Path(frame.filename).stem}.{frame.name}"
+        for frame in traceback.extract_tb(caught.value.__traceback__)
+        if Path(frame.filename).is_relative_to(ROOT)
+    ]
+    path = [name for name in frames if name in ("cli.train", "training.train", "engine.fit")]
+    assert path == ["cli.train", "training.train", "engine.fit"]
+    assert frames[-1] == "engine.step"
+    assert frames[-2] == "engine.fit"
+    # What is between them are helpers in the same files.
+    assert {name.partition(".")[0] for name in frames} == {"cli", "training", "engine"}
+    assert len(frames) <= 9

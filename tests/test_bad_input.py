@@ -1,0 +1,390 @@
+"""Bad input, one by one: a clear error in at most five lines, the right exit code, nothing lost."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import (
+    DIGITS,
+    NET,
+    environment,
+    here,
+    picture,
+    pictures,
+    refused,
+    start,
+    weights,
+)
+from safetensors.torch import save_file
+
+from convlens import Run
+from convlens.run import RunFolder, load_model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert here("train", *DIGITS, "--no-test", "--name", "good").code == 0
+    return folder / "models" / "good"
+
+
+# Recipes, keys, values
+
+
+def test_an_unknown_recipe_names_near_misses() -> None:
+    refused(here("train", "mnist-rge"), 2, "'mnist-rge' is neither", "mnist-reg")
+    refused(here("recipes", "digit"), 2, "unknown recipe 'digit'", "digits")
+
+
+def test_unknown_keys_and_bad_values_at_once() -> None:
+    done = here("train", "digits", "optim.learning_rate=1", "train.epoch=3", "train.batch_size=0")
+    refused(done, 2, "optim.learning_rate", "train.epochs", "train.batch_size=0")
+    done = here("train", "digits", "epochs=3", "data.fit=squeeze", "optim.lr=fast")
+    refused(done, 2, "did you mean train.epochs", "data.fit='squeeze'", "optim.lr='fast'")
+
+
+def test_unknown_names_inside_a_recipe_at_once() -> None:
+    done = here(
+        "train", "digits", "optim.name=adamm", "optim.schedule=cosin", "model.widht=[3]",
+        "augment=[RandomFlip]",
+    )  # fmt: skip
+    refused(done, 2, "adamm", "cosin", "model.widths", "RandomFlip", "RandomHorizontalFlip")
+
+
+def test_what_is_no_override_is_refused() -> None:
+    refused(here("train", "digits", "fast"), 2, "'fast' is no override", "key=value")
+
+
+def test_a_recipe_that_is_no_yaml() -> None:
+    Path("bad.yaml").write_text("data: {name: digits\ntrain: [")
+    refused(here("train", "bad.yaml"), 2, "bad.yaml", "YAML")
+    refused(here("train", "lost.yaml"), 2, "lost.yaml")
+
+
+def test_a_wrong_word_on_the_command_line() -> None:
+    for arguments, said in [(["tran", "digits"], "train"), (["train"], "RECIPE"), (["train", "digits", "--sedes", "2"], "--seeds")]:  # fmt: skip # noqa: E501
+        done = here(*arguments)
+        assert done.code == 2
+        assert said in done.err
+        assert "Traceback" not in done.err
+    assert here("train", "digits", "--seeds", "0").code == 2
+
+
+def test_a_device_that_is_not_there() -> None:
+    refused(here("train", *DIGITS, "--device", "cuda:99"), 2, "device 'cuda:99'", "--device cpu")
+
+
+# Folders of images
+
+
+def test_an_empty_class_folder() -> None:
+    root = pictures(Path("photos"), {"cat": 3, "dog": 3})
+    (root / "emu").mkdir()
+    (root / "owl").mkdir()
+    refused(here("train", root), 3, "class folders without images: emu, owl", "delete")
+
+
+def test_one_class() -> None:
+    refused(here("train", pictures(Path("photos"), {"cat": 9})), 3, "only one class", "cat")
+
+
+def test_one_image_of_a_class() -> None:
+    root = pictures(Path("photos"), {"cat": 1, "dog": 1, "owl": 7})
+    refused(here("train", root), 3, "a single image", "cat", "dog", "at least two")
+
+
+def test_no_class_folders_at_all() -> None:
+    picture(Path("photos/a.png"), (1, 2, 3))
+    refused(here("train", "photos"), 3, "no class folders", "photos")
+
+
+def test_classes_that_train_lacks() -> None:
+    root = Path("photos")
+    for split, classes in [("train", "ab"), ("val", "abx"), ("test", "aBy")]:
+        pictures(root / split, dict.fromkeys(classes, 3))
+    refused(here("train", root), 3, "in val that train lacks: 'x'", "'B' (train has 'b')", "'y'")
+
+
+def bomb(side: int) -> bytes:
+    """A PNG that promises `side` x `side` pixels and holds almost none."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    body = zlib.compress(bytes(64))
+    start = b"\x89PNG\r\n\x1a\n"
+    return start + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def bad_folder() -> Path:
+    root = pictures(Path("photos"), {"cat": 6, "dog": 6})
+    whole = (root / "cat" / "000.png").read_bytes()
+    (root / "cat" / "bomb.png").write_bytes(bomb(60_000))
+    (root / "cat" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (root / "dog" / "nil.png").write_bytes(b"")
+    (root / "dog" / "text.png").write_text("no image, just words")
+    return root
+
+
+def test_images_that_can_not_be_read_are_listed_at_once_with_their_reasons() -> None:
+    done = here("train", bad_folder(), *NET)
+    refused(
+        done, 3, "4 of 16 images can't be read",
+        "cat/bomb.png: 60000 x 60000 pixels", "cat/half.png: the file is cut short",
+        "dog/nil.png: the file is empty", "dog/text.png: it is text", "data.on_bad=skip",
+    )  # fmt: skip
+    assert not Path("models").exists()
+
+
+def test_unreadable_images_are_left_out_if_asked() -> None:
+    done = here("train", bad_folder(), *NET, "data.on_bad=skip", "--json")
+    assert done.code == 0, done.err
+    assert "4 unreadable images are skipped" in done.err
+    facts = Run.load(done.json["run"])._folder.facts()
+    assert facts["data"]["skipped"] == [
+        "cat/bomb.png", "cat/half.png", "dog/nil.png", "dog/text.png",
+    ]  # fmt: skip
+
+
+def test_the_audit_lists_what_training_refuses() -> None:
+    done = here("data", bad_folder(), "--json")
+    assert done.code == 0
+    found = {bad["id"]: bad["reason"] for bad in done.json["unreadable"]}
+    assert set(found) == {"cat/bomb.png", "cat/half.png", "dog/nil.png", "dog/text.png"}
+
+
+def test_grey_and_colour_mixed_is_fine() -> None:
+    root = pictures(Path("photos"), {"red": 6, "green": 6})
+    for n in range(4):
+        picture(root / "red" / f"grey{n}.png", (120,), seed=n)
+        picture(root / "green" / f"grey{n}.png", (60,), seed=n)
+    done = here("train", root, *NET, "--json")
+    assert done.code == 0, done.err
+    assert Run.load(done.json["run"]).recipe.data.channels == 3
+
+
+def test_a_csv_with_wrong_lines_lists_them_at_once() -> None:
+    pictures(Path("photos"), {"cat": 2, "dog": 2})
+    lines = [["path", "label", "split"], ["photos/cat/000.png", "cat", "trian"],
+             ["photos/cat/lost.png", "cat", "train"], ["photos/dog/000.png", "", "train"]]  # fmt: skip
+    with Path("list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    refused(here("train", "list.csv"), 3, "trian", "lost.png", "line 4", "list.csv")
+
+
+def test_too_few_images_for_a_subset() -> None:
+    refused(here("train", "digits", "data.per_class=500"), 3, "data.per_class=500", "at most")
+
+
+# Output
+
+
+def test_an_output_folder_that_can_not_be_written() -> None:
+    Path("models").write_text("a file where a folder belongs")
+    refused(here("train", *DIGITS), 5, "can't write", "models")
+
+
+def test_plots_that_can_not_be_written_lose_no_training() -> None:
+    Path("plots").write_text("a file where a folder belongs")
+    refused(here("train", *DIGITS), 5, "can't write", "plots")
+    Path("plots").unlink()
+    again = here("train", *DIGITS)
+    assert again.code == 0
+    assert "is trained already" in again.err
+
+
+def test_a_full_disk_keeps_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert here("train", *DIGITS, "--name", "kept").code == 0
+    before = {p: p.read_bytes() for p in Path("models/kept").iterdir() if p.is_file()}
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused(here("evaluate", "kept"), 5, "No space left on device", "free some disk space")
+        refused(here("train", *DIGITS, "--name", "other", "--fresh"), 5, "No space left on device")
+    assert {p: p.read_bytes() for p in Path("models/kept").iterdir() if p.is_file()} == before
+    done = here("train", *DIGITS, "--name", "other", "--json")
+    assert done.code == 0, done.err
+    assert done.json["run"] == "other"
+
+
+def test_a_quota_stops_a_training_which_then_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel enforces it: files of at most 16 KiB; the model is larger."""
+    asked = ["train", "digits", "data.per_class=8", "model.widths=[32,32]", "train.epochs=2"]
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", True)  # it, too, would be cut short
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
+        try:
+            limited = here(*asked)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    refused(limited, 5, "can't write: File too large")
+    (run,) = Path("models").iterdir()
+    assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".lock")) == [
+        "metrics.csv", "recipe.yaml", "run.json", "split.csv",
+    ]  # fmt: skip
+    done = here(*asked, "--json")
+    assert done.code == 0, done.err
+    assert done.json["run"] == run.name
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from convlens.files import lock
+with lock(Path(sys.argv[1]), what="it"):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+def test_a_run_in_use_by_another_process(trained: Path) -> None:
+    assert here("train", *DIGITS, "--json").json["run"]
+    (run,) = Path("models").iterdir()
+    facts = (run / "run.json").read_text().replace('"finished"', '"training"')
+    (run / "run.json").write_text(facts)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run / ".lock")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        done = here("train", *DIGITS)
+        refused(done, 5, "is in use by process", str(other.pid), "--name")
+    finally:
+        other.kill()
+        other.communicate()
+    assert here("train", *DIGITS).code == 0  # a killed process leaves no lock behind
+
+
+# Model files
+
+
+def flipped(data: bytes, where: float) -> bytes:
+    at = int(len(data) * where)
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data[:-200], "changed or damaged"),
+        (lambda data: data[: len(data) // 2], "truncated"),
+        (lambda data: b"", "no model file"),
+        (lambda data: flipped(data, 0.99), "changed or damaged"),
+        (lambda data: flipped(data, 0.4), "damaged"),
+        (lambda data: data + b"\0", "changed or damaged"),
+        (lambda data: b"GIF89a" + data, "no readable model file"),
+    ],
+    ids=["short", "half", "empty", "tensor", "header", "longer", "foreign"],
+)
+def test_a_damaged_model_file(trained: Path, damage: Callable[[bytes], bytes], said: str) -> None:
+    run = Path(shutil.copytree(trained, Path("models/good")))
+    path = run / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    picture(Path("a.png"), (1, 2, 3))
+    for arguments in (["evaluate", "good"], ["predict", "good", "a.png"], ["predict", path, "-"]):
+        refused(here(*arguments), 4, said, "model.safetensors")
+
+
+class Trap:
+    """Unpickling it would create a file."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return Path.touch, (Path("sprung"),)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.safetensors"])
+def test_a_pickle_is_refused_and_never_unpickled(name: str) -> None:
+    picture(Path("a.png"), (1, 2, 3))
+    for number, write in enumerate(
+        [
+            lambda p: p.write_bytes(pickle.dumps(Trap())),
+            lambda p: p.write_bytes(pickle.dumps(Trap(), protocol=0)),
+            lambda p: torch.save({"weights": Trap()}, p),
+            lambda p: torch.save(Trap(), p, _use_new_zipfile_serialization=False),
+        ]
+    ):
+        path = Path(f"files{number}") / name
+        path.parent.mkdir()
+        write(path)
+        for command_name in ("evaluate", "predict"):
+            refused(here(command_name, path, *["a.png"] * (command_name == "predict")), 4, name)
+    assert not Path("sprung").exists()
+    pickle.loads(pickle.dumps(Trap()))
+    assert Path("sprung").exists()  # the trap itself works
+
+
+def test_safetensors_of_others_are_refused() -> None:
+    save_file({"weight": torch.zeros(3)}, "other.safetensors")
+    refused(here("evaluate", "other.safetensors"), 4, "not one of convlens")
+
+
+def test_a_run_without_a_model_yet(trained: Path) -> None:
+    run = Path(shutil.copytree(trained, Path("models/good")))
+    (run / "model.safetensors").unlink()
+    refused(here("evaluate", "good"), 4, "no such model file", "train it first")
+    (run / "run.json").write_text("{ torn")
+    refused(here("train", *DIGITS, "--name", "good"), 4, "unreadable", "run.json")
+
+
+# While training
+
+
+def test_a_loss_that_explodes_stops_before_the_update() -> None:
+    hot = ("train", *DIGITS, "optim.lr=1e12", "optim.schedule=constant", "--name", "hot")
+    done = here(*hot, "model.batch_norm=false")
+    refused(done, 75, "NaN or infinite", "lower optim.lr", "models/hot")
+    loaded = load_model(Path("models/hot/model.safetensors"))
+    assert all(bool(t.isfinite().all()) for t in loaded.model.state_dict().values())
+    assert RunFolder(Path("models/hot")).facts()["status"] == "training"
+    refused(here(*hot, "model.batch_norm=false"), 75, "NaN or infinite")
+
+
+def test_ctrl_c_keeps_what_is_trained_and_the_same_command_goes_on() -> None:
+    asked = ["digits", "model.widths=[8,8]", "model.depth=1", "train.epochs=60", "--name"]
+    process = start("train", *asked, "cut")
+    log = Path("models/cut/metrics.csv")
+    until = time.monotonic() + 200
+    while not log.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "the same command goes on from here" in err
+    epochs = len(log.read_text().splitlines()) - 1
+    assert 1 <= epochs < 60
+    load_model(Path("models/cut/model.safetensors"))
+    again = here("train", *asked, "cut")
+    assert again.code == 0, again.err
+    assert "continuing" in again.err
+    assert len(log.read_text().splitlines()) == 61
+    assert here("train", *asked, "whole").code == 0
+    cut, whole = weights(Path("models/cut")), weights(Path("models/whole"))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)

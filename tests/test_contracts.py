@@ -1,0 +1,324 @@
+"""Every name in every table keeps its contract: what is added to a table is tested here."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from convlens import evaluation, modelfile, models, optim, plots, training
+from convlens import recipe as recipes
+from convlens.data import downloads
+from convlens.data.augment import AUGMENTS
+from convlens.data.sources import SOURCES, find
+from convlens.errors import DataError
+from convlens.models import MODELS
+from convlens.optim import OPTIMISERS, SCHEDULES
+from convlens.plots import PLOTS
+from convlens.prediction import Prediction
+from convlens.preparing import check
+from convlens.recipe import OptimConfig
+from convlens.showing import WRITERS
+from support import begin, same
+
+# Networks
+
+families = pytest.mark.parametrize("name", list(MODELS))
+
+
+def build(name: str, channels: int = 3, size: int = 16) -> nn.Module:
+    torch.manual_seed(0)
+    return models.build(name, 5, channels, size, {})
+
+
+@families
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [8, 9, 16, 28, 33])
+def test_a_network_takes_any_image(name: str, channels: int, size: int) -> None:
+    model = build(name, channels, size)
+    for mode in (True, False):
+        logits = model.train(mode)(torch.randn(3, channels, size, size))
+        assert logits.shape == (3, 5)
+        assert logits.dtype == torch.float32
+        assert torch.isfinite(logits).all()
+
+
+@families
+def test_the_stages_of_a_network_are_its_submodules_in_order(name: str) -> None:
+    model = build(name).eval()
+    stages = list(model.stages)
+    assert stages
+    assert len(set(stages)) == len(stages)
+    seen: list[str] = []
+    for stage in stages:
+        model.get_submodule(stage).register_forward_hook(
+            lambda module, inputs, output, stage=stage: seen.append(stage)
+        )
+    model(torch.randn(2, 3, 16, 16))
+    assert seen == stages
+
+
+@families
+def test_the_head_of_a_network_can_be_replaced(name: str) -> None:
+    model = build(name).eval()
+    head = model.get_submodule(model.head)
+    assert isinstance(head, nn.Linear)
+    assert head.out_features == 5
+    model.set_submodule(model.head, nn.Linear(head.in_features, 11))
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 11)
+
+
+@families
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_network_learns(name: str, layout: torch.memory_format) -> None:
+    model = build(name).to(memory_format=layout).train()
+    images = torch.randn(8, 3, 16, 16).contiguous(memory_format=layout)
+    labels = torch.arange(8) % 5
+    optimiser = optim.build(model, OptimConfig(lr=0.01))
+    losses = []
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        for key, parameter in model.named_parameters():
+            assert parameter.grad is not None, key
+            assert torch.isfinite(parameter.grad).all(), key
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@families
+def test_a_network_survives_its_file(name: str, tmp_path: Any) -> None:
+    model = build(name).train()
+    model(torch.randn(4, 3, 16, 16))  # norms have seen something
+    modelfile.write(tmp_path / "m", model.state_dict(), {})
+    again = models.build(name, 5, 3, 16, {})
+    tensors, _ = modelfile.read(tmp_path / "m")
+    again.load_state_dict(tensors)
+    same(dict(again.state_dict()), dict(model.state_dict()))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again.eval()(images), model.eval()(images))
+
+
+@families
+def test_the_options_of_a_network_are_plain_values(name: str) -> None:
+    options = models.options_of(name)
+    assert json.loads(json.dumps(options)) == json.loads(json.dumps(options))
+    plain = json.loads(json.dumps(options))  # tuples become lists, as in a model file
+    torch.manual_seed(0)
+    same(dict(models.build(name, 5, 3, 16, plain).state_dict()), dict(build(name).state_dict()))
+    assert MODELS[name].__doc__
+
+
+# Augmentations
+
+ARGUMENTS = {"degrees": 30, "sharpness_factor": 2, "padding": 2}  # for those that have no default
+
+
+@pytest.mark.parametrize("name", list(AUGMENTS))
+@pytest.mark.parametrize("shape", [(6, 1, 8, 8), (5, 3, 17, 17), (1, 3, 8, 8)])
+def test_an_augmentation_keeps_shape_range_and_its_input(name: str, shape: tuple[int, ...]) -> None:
+    entry = AUGMENTS[name]
+    arguments = {key: ARGUMENTS[key] for key in entry.required}
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    before = images.clone()
+
+    def result(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.cat([entry(images, generator, **arguments) for _ in range(4)])
+
+    found = result(0)
+    assert found.shape == (4 * shape[0], *shape[1:])
+    assert found.dtype == torch.float32
+    assert (found.min() >= 0) & (found.max() <= 1)
+    assert torch.equal(images, before)
+    torch.manual_seed(5)  # nobody's business
+    assert torch.equal(found, result(0))
+    assert torch.equal(images, before)
+
+
+# Optimisers and schedules
+
+
+@pytest.mark.parametrize("name", list(OPTIMISERS))
+def test_an_optimiser_goes_downhill_and_its_state_can_be_saved(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimiser = optim.build(model, OptimConfig(name=name, lr=0.05))
+    inputs, target = torch.randn(32, 4), torch.randn(32, 1)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.mse_loss(model(inputs), target)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    # What `resuming.save` relies on: every value is a tensor, or nothing.
+    for values in optimiser.state_dict()["state"].values():
+        assert all(value is None or torch.is_tensor(value) for value in values.values())
+    assert all(group["initial_lr"] == 0.05 for group in optimiser.param_groups)
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.99])
+def test_a_schedule_is_a_factor_from_0_to_1(name: str, warmup: float) -> None:
+    factor = optim.schedule(OptimConfig(schedule=name, warmup=warmup))
+    values = [factor(i / 1000) for i in range(1001)]
+    assert all(math.isfinite(value) and -1e-12 <= value <= 1 for value in values)
+    assert max(values) > 0.9
+
+
+# Plots
+
+HISTORY = {
+    key: [1.0, 0.5, 0.25]
+    for key in ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr")
+}
+SHEET = np.zeros((3, 3, 8, 8), np.uint8)
+DRAWN: dict[str, Callable[..., Figure]] = {
+    "curves": lambda draw: draw(HISTORY, 2, "x"),
+    "seed_curves": lambda draw: draw([HISTORY, HISTORY], "x"),
+    "learning_rate": lambda draw: draw(HISTORY["epoch"], HISTORY["lr"], "x"),
+    "confusion": lambda draw: draw(np.eye(3, dtype=np.int64), ["a", "b", "c"], "x"),
+    "reliability": lambda draw: draw([0.5, 0.9], [0.4, 1.0], [3, 4], 0.1),
+    "accuracy_bars": lambda draw: draw(["a", "b"], [0.5, 0.6], [(0.4, 0.6), (0.5, 0.7)]),
+    "contact_sheet": lambda draw: draw(SHEET, ["a", "b", "c"], "x"),
+    "augmented_batch": lambda draw: draw(SHEET, SHEET, "x"),
+    "worst_mistakes": lambda draw: draw(SHEET, ["a"] * 3, ["b"] * 3, [0.9] * 3, "x"),
+}
+
+
+@pytest.mark.parametrize("name", list(PLOTS))
+def test_a_plot_is_a_new_figure_that_can_be_saved(name: str, tmp_path: Any) -> None:
+    figure = DRAWN[name](PLOTS[name])
+    assert isinstance(figure, Figure)
+    assert DRAWN[name](PLOTS[name]) is not figure
+    plots.save(figure, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert PLOTS[name].__doc__
+
+
+# Recipes
+
+published = pytest.mark.parametrize("name", recipes.names())
+
+
+@published
+def test_a_recipe_says_what_it_is_and_can_be_used(name: str) -> None:
+    asked = recipes.load(name)
+    assert asked.name == name
+    assert 10 < len(asked.about) < 100
+    check(asked)
+    head = recipes.text(name).splitlines()[:6]
+    assert head[0].startswith("# ")
+    assert any(f"convlens train {name}" in line or name == "folder" for line in head)
+
+
+@published
+def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
+    few = {
+        "folder": ["data.name=shapes", "data.count=80", "data.image_size=16"],
+    }.get(name, ["data.name=digits", "data.per_class=4"])
+    asked = recipes.load(name, [*few, "train.epochs=1", "train.batch_size=24"])
+    setup, place = begin(asked, name)
+    assert len(setup.batches) >= 2
+    before = {k: v.clone() for k, v in setup.trained.state_dict().items()}
+    training.run_to_end(setup, place, quiet=True)
+    assert place.finished
+    assert not torch.equal(before["classifier.weight"], setup.trained.classifier.weight)
+    result = evaluation.evaluate(place, "test", on="cpu", quiet=True)
+    assert result.n == len(setup.data.unseal_test())
+    assert 0 <= result.correct <= result.n
+    assert math.isfinite(result.loss)
+    assert recipes.load(place.path / "recipe.yaml").replace() == setup.recipe
+
+
+# Sources
+
+OFFLINE = ("digits", "shapes")
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_a_source_without_files_loads_anywhere(name: str) -> None:
+    source = find(name)
+    part = source.parts["train"]
+    count, channels, height, width = part.images.shape
+    assert count == len(part.labels) == len(part.ids) == len(set(part.ids))
+    assert channels in (1, 3)
+    assert height == width
+    assert part.labels.dtype == np.int64
+    assert set(part.labels.tolist()) == set(range(len(source.classes)))
+    some = part.images[np.array([count - 1, 0], np.int64)]
+    assert some.shape == (2, channels, height, width)
+    assert some.dtype == np.uint8
+    assert some.std() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in OFFLINE])
+def test_a_source_that_cannot_be_downloaded_says_where_its_files_belong(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    with socket.socket() as closed:  # a port that nobody listens to
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+        its = dataclasses.replace(downloads.SETS[name], mirrors=(url,))
+        monkeypatch.setitem(downloads.SETS, name, its)
+        with pytest.raises(DataError, match=f"{name} can't be downloaded") as caught:
+            find(name)
+    folder = tmp_path / "no-data"
+    assert caught.value.where.startswith(str(folder))
+    assert str(folder) in caught.value.fix
+    assert its.archives[0].file in caught.value.fix
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
+
+
+# Writers
+
+ANSWERS = [
+    Prediction("a,b.png", (("cat", 0.75), ("dog [bold]", 0.25))),
+    Prediction("broken.png", error="cut short"),
+    Prediction("ü.png", (("dog [bold]", 0.5), ("cat", 0.5))),
+]
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_a_writer_writes_every_answer_and_counts_the_failures(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert WRITERS[name](iter(ANSWERS), 2) == 1
+    written = capsys.readouterr()
+    assert written.err == ""
+    for answer in ANSWERS:
+        assert answer.filename in written.out.replace("\\u00fc", "ü")
+    assert "dog [bold]" in written.out
+    assert "cut short" in written.out
+    assert WRITERS[name](iter(ANSWERS[:1]), 1) == 0
+
+
+def test_what_is_written_for_machines_can_be_read_by_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    WRITERS["csv"](iter(ANSWERS), 2)
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["filename"] for row in rows] == [answer.filename for answer in ANSWERS]
+    assert (rows[0]["label"], float(rows[0]["prob"]), rows[0]["label2"]) == (
+        "cat", 0.75, "dog [bold]",
+    )  # fmt: skip
+    assert (rows[1]["label"], rows[1]["error"]) == ("", "cut short")
+    WRITERS["json"](iter(ANSWERS), 2)
+    content = json.loads(capsys.readouterr().out)
+    assert content["predictions"][2]["top"][1] == {"label": "cat", "prob": 0.5}
+    assert content["predictions"][1]["error"] == "cut short"
