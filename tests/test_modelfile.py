@@ -200,7 +200,7 @@ def only_refused(content: bytes) -> None:
     raise AssertionError("accepted")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200), st.booleans())
 def test_random_bytes_are_refused(content: bytes, measured: bool) -> None:
     only_refused(len(content).to_bytes(8, "little") + content if measured else content)
@@ -214,7 +214,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(JSON, st.booleans())
 def test_random_headers_are_refused(header: Any, inside: bool) -> None:
     if inside:

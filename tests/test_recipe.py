@@ -51,7 +51,7 @@ def test_odd_texts_survive_the_round_trip(text: str) -> None:
     assert (again.name, again.about, again.data.name) == (text, text, text)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(about=st.text(max_size=30), lr=st.floats(1e-300, 1e300), decay=st.floats(0, 1e300))
 def test_any_text_and_number_survives_the_round_trip(about: str, lr: float, decay: float) -> None:
     first = Recipe(name="x", about=about, optim={"lr": lr, "weight_decay": decay})
@@ -339,7 +339,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), max_size=4))
 def test_no_value_of_any_key_raises_anything_but_a_usage_error(
     pairs: list[tuple[str, Any]],
@@ -356,7 +356,7 @@ def test_no_value_of_any_key_raises_anything_but_a_usage_error(
     assert recipe.load(written(asked.to_text(), "fuzz.yaml")).digest() == asked.digest()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.text(max_size=40), max_size=3), st.sampled_from(KEYS), st.text(max_size=20))
 def test_no_text_raises_anything_but_a_usage_error(texts: list[str], key: str, value: str) -> None:
     for overrides in (texts, [f"{key}={value}"]):

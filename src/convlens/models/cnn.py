@@ -43,7 +43,6 @@ class CNN(nn.Module):
         depth: convolutions in each stage, one number or one per stage.
         kernel: size of the kernels, odd, one number or one per stage; padded to keep the size.
         pool: how a stage ends: `max`, `avg`, `stride` or `none`.
-        pool_last: whether the last stage halves the image, too.
         batch_norm: batch norm after each convolution (which then has no bias).
         activation: `relu`, `gelu` or `silu`.
         dropout: probability in the head, before the classifier.
@@ -67,7 +66,6 @@ class CNN(nn.Module):
         depth: int | Sequence[int] = 1,
         kernel: int | Sequence[int] = 3,
         pool: str = "max",
-        pool_last: bool = True,
         batch_norm: bool = True,
         activation: str = "relu",
         dropout: float = 0.0,
@@ -88,7 +86,7 @@ class CNN(nn.Module):
         for name, width, count, k in zip(self.stages, widths, depths, kernels, strict=True):
             layers: list[nn.Module] = []
             # A single pixel can't be halved.
-            halves = pool != "none" and size > 1 and (pool_last or name != self.stages[-1])
+            halves = pool != "none" and size > 1
             for index in range(count):
                 halving = halves and index == count - 1
                 stride = 2 if halving and pool == "stride" else 1

@@ -1,0 +1,273 @@
+"""The command line as people use it: train, train again, own images, recipes, what is printed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import COLOURS, DIGITS, NET, Done, command, here, picture, pictures, weights
+
+from convlens import Run, recipe
+from convlens.metrics import wilson_interval
+from convlens.version import __version__
+
+
+def facts(run: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path("models") / run / "run.json").read_text())
+    return found
+
+
+def trained(*arguments: str | Path) -> Any:
+    done = here("train", *arguments, "--json")
+    assert done.code == 0, done.err
+    return done.json
+
+
+def test_version_and_help() -> None:
+    assert here("--version").out == f"convlens {__version__}\n"
+    done = here("--help")
+    assert done.code == 0
+    for name in ("train", "evaluate", "predict", "data", "recipes"):
+        assert name in done.out
+        assert here(name, "-h").code == 0
+
+
+def test_train_evaluate_predict_in_processes_of_their_own() -> None:
+    done = command("train", *DIGITS, "--name", "mine", "--json")
+    assert done.code == 0, done.err
+    assert (done.json["run"], done.json["split"], done.json["looks"]) == ("mine", "test", 1)
+    assert "epoch   2/2" in done.err
+    looked = command("evaluate", "mine", "--json")
+    assert looked.code == 0, looked.err
+    assert looked.json["correct"] == done.json["correct"]
+    low, high = wilson_interval(looked.json["correct"], looked.json["n"])
+    assert looked.json["interval95"] == [low, high]
+    image = picture(Path("seven.png"), (90,))
+    answer = command("predict", "mine", image)
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith("seven.png  ")
+
+
+def test_json_is_all_there_is_on_stdout() -> None:
+    assert set(trained(*DIGITS, "--no-test")) == {"run", "path"}
+    for arguments in (["evaluate", Run.load(trained(*DIGITS)["run"]).path], ["data", "digits"],
+                      ["recipes"], ["recipes", "digits"], ["train", *DIGITS, "--seeds", "2"]):  # fmt: skip
+        done = here(*arguments, "--json")
+        assert done.code == 0, done.err
+        assert isinstance(done.json, dict)
+
+
+def test_results_go_to_stdout_and_the_rest_to_stderr() -> None:
+    done = here("train", *DIGITS, "--name", "mine")
+    assert "test accuracy" in done.out
+    assert "95% interval" in done.out
+    assert "n = 270" in done.out
+    assert "models/mine/model.safetensors" in done.out
+    assert "plots/mine" in done.out
+    assert "epoch" not in done.out.replace("weights of epoch", "")
+    assert "convlens predict mine IMAGE" in done.err
+
+
+# Training again
+
+
+def test_the_same_command_again_does_not_train_but_tests() -> None:
+    first = trained(*DIGITS)
+    model = Path(first["path"]) / "model.safetensors"
+    before, written = facts(first["run"]), model.stat().st_mtime_ns
+    again = here("train", *DIGITS, "--json")
+    assert "is trained already" in again.err
+    assert "epoch" not in again.err
+    second = again.json
+    same = ("run", "path", "n", "correct", "loss", "model_sha256", "data_fingerprint")
+    assert {k: second[k] for k in same} == {k: first[k] for k in same}
+    assert second["looks"] == 2
+    assert (facts(first["run"]), model.stat().st_mtime_ns) == (before, written)
+    assert [p.name for p in Path("models").iterdir()] == [first["run"]]
+
+
+def test_a_changed_recipe_is_a_new_run() -> None:
+    one, two = trained(*DIGITS), trained(*DIGITS, "train.seed=1")
+    assert one["run"] != two["run"]
+    assert one["run"].startswith("digits-")
+    assert two["run"].startswith("digits-")
+
+
+def test_fresh_trains_the_same_anew_in_a_new_folder() -> None:
+    first = trained(*DIGITS)
+    fresh = trained(*DIGITS, "--fresh")
+    assert fresh["run"] == f"{first['run']}-2"
+    old, new = weights(Path(first["path"])), weights(Path(fresh["path"]))
+    assert all(bool((old[name] == new[name]).all()) for name in old)
+    # From now on the command means the newer one.
+    assert trained(*DIGITS)["run"] == fresh["run"]
+
+
+def test_a_name_is_the_runs_name() -> None:
+    assert trained(*DIGITS, "--name", "My run/1")["run"] == "My-run-1"
+    assert trained(*DIGITS, "--name", "My run/1")["looks"] == 2
+    # Another recipe under that name never overwrites it.
+    other = trained(*DIGITS, "train.seed=1", "--name", "My run/1")["run"]
+    assert other != "My-run-1"
+    assert other.startswith("My-run-1-")
+
+
+def test_no_test_leaves_the_test_split_sealed() -> None:
+    done = here("train", *DIGITS, "--no-test", "--name", "sealed")
+    assert done.code == 0
+    assert "test accuracy" not in done.out + done.err
+    assert not Path("models/sealed/results.json").exists()
+    assert not list(Path("plots/sealed").glob("*test*"))
+    assert trained(*DIGITS, "--name", "sealed")["looks"] == 1
+
+
+def test_deterministic_is_part_of_the_recipe() -> None:
+    got = trained(*DIGITS, "--deterministic", "--name", "steady")
+    assert recipe.load(Path(got["path"]) / "recipe.yaml").train.deterministic
+    trained(*DIGITS, "--name", "loose")  # and is switched off again
+
+
+# Recipes
+
+
+def test_every_recipe_is_listed_and_printed() -> None:
+    table = here("recipes").out
+    for name in recipe.names():
+        assert name in table
+        assert here("recipes", name).out == recipe.text(name)
+    assert here("recipes", "digits", "--json").json == recipe.load("digits").model_dump(mode="json")
+
+
+def test_a_printed_recipe_trains_as_it_stands() -> None:
+    Path("mine.yaml").write_text(here("recipes", "digits").out)
+    short = ["train.epochs=1", "data.per_class=8", "model.widths=[4]"]
+    mine, built_in = trained("mine.yaml", *short), trained("digits", *short)
+    assert mine["run"].startswith("mine-")
+    one, two = weights(Path(mine["path"])), weights(Path(built_in["path"]))
+    assert all(bool((one[name] == two[name]).all()) for name in one)
+
+
+def test_a_runs_own_recipe_finds_the_run_and_trains_the_same() -> None:
+    first = trained(*DIGITS)
+    written = Path(first["path"]) / "recipe.yaml"
+    assert "auto" not in {recipe.load(written).train.epochs, recipe.load(written).data.image_size}
+    again = trained(written)
+    assert (again["run"], again["looks"]) == (first["run"], 2)
+    anew = trained(written, "--fresh")
+    assert anew["run"] not in {first["run"]}
+    one, two = weights(Path(first["path"])), weights(Path(anew["path"]))
+    assert all(bool((one[name] == two[name]).all()) for name in one)
+
+
+def test_a_file_may_be_based_on_a_recipe() -> None:
+    Path("quick.yaml").write_text("base: digits\ntrain: {epochs: 1}\nmodel: {widths: [4]}\n")
+    got = trained("quick.yaml", "data.per_class=4")
+    assert recipe.load(Path(got["path"]) / "recipe.yaml").model.options["widths"] == [4]
+
+
+def test_a_recipe_on_other_data() -> None:
+    got = trained("mnist-reg", "--data", "digits", "train.epochs=1", "model.widths=[4]",
+                  "data.val_fraction=0.2", "data.per_class=5", "model.hidden=0")  # fmt: skip
+    assert got["run"].startswith("mnist-reg-digits-")
+    assert got["data"] == "digits"
+
+
+# Own images
+
+
+def own(done: Done) -> Run:
+    assert done.code == 0, done.err
+    return Run.load(done.json["run"])
+
+
+def test_a_folder_of_class_folders_from_end_to_end() -> None:
+    root = pictures(Path("photos"), {"red": 30, "green": 30, "blue": 30}, size=16)
+    asked = ["train", root, "model.widths=[8]", "train.epochs=12", "augment=[]", "optim.ema=null"]
+    run = own(here(*asked, "--json"))
+    assert run.name.startswith("photos-")
+    assert run.classes == ("blue", "green", "red")
+    assert (run.recipe.data.image_size, run.recipe.data.channels) == (16, 3)
+    assert run.results[-1]["accuracy"] == 1.0
+    how = facts(run.name)["data"]["splits"]
+    assert "held out" in how["test"]
+    held = list(csv.DictReader((run.path / "split.csv").open()))
+    assert {row["split"] for row in held} == {"val", "test"}
+    for name, colour in COLOURS.items():
+        image = picture(Path(f"new-{name}.jpg"), colour, size=40, seed=7)
+        answer = here("predict", run.name, image, "--json").json["predictions"][0]
+        assert answer["label"] == name
+
+
+def test_folders_of_splits_in_their_usual_spellings() -> None:
+    root = Path("photos")
+    pictures(root / "Training", {"red": 6, "green": 6})
+    pictures(root / "valid", {"red": 3, "green": 2}, first=100)
+    pictures(root / "test", {"red": 1, "green": 4}, first=200)
+    run = own(here("train", root, *NET, "--json"))
+    counts = {name: score["n"] for name, score in run.results[-1]["per_class"].items()}
+    assert counts == {"green": 4, "red": 1}
+    assert run.evaluate("val").n == 5
+    assert run.evaluate("train").n == 12
+    assert (run.path / "split.csv").read_text() == "id,split\n"
+
+
+def test_a_csv_with_split_and_group() -> None:
+    pictures(Path("all"), {"red": 12, "green": 12})
+    with Path("list.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "split", "owner"])
+        for path in sorted(Path("all").rglob("*.png")):
+            n = int(path.stem)
+            split = "test" if n >= 10 else "train"
+            writer.writerow([path, path.parent.name, split, f"{split}{n // 2}"])
+    run = own(here("train", "list.csv", "data.group=owner", *NET, "--json"))
+    assert run.name.startswith("list-")
+    assert run.results[-1]["n"] == 4
+    held = [row["id"] for row in csv.DictReader((run.path / "split.csv").open())]
+    assert held
+    for other in ("all/red/{:03}.png", "all/green/{:03}.png"):
+        owners = {int(Path(i).stem) // 2 for i in held if i.startswith(other[:8])}
+        assert all({other.format(2 * o), other.format(2 * o + 1)} <= {*held} for o in owners)
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
+    root = pictures(Path("[red]set"), {"[b]x": 6, "y[/]": 6})
+    (root / "[i]note.txt").write_text("")
+    (root / "y[/]" / "notes.txt").write_text("")
+    done = here("train", root, *NET, "--name", "odd")
+    assert done.code == 0, done.err
+    assert "[red]set: 1 files that are no images were ignored" in done.err
+    table = here("evaluate", "odd").out
+    assert "[b]x" in table
+    assert "y[/]" in table
+    assert "[b]x" in here("data", root).out
+
+
+def test_the_audit_of_a_folder() -> None:
+    root = pictures(Path("photos"), {"red": 12, "green": 14})
+    (root / "green" / "copy.png").write_bytes((root / "red" / "000.png").read_bytes())
+    done = here("data", root)
+    assert done.code == 0
+    assert "under two labels" in done.out
+    assert "contact sheet  plots/data-photos.png" in done.out
+    assert Path("plots/data-photos.png").is_file()
+    got = here("data", root, "val_fraction=0.2", "--json").json
+    assert sum(got["counts"]["green"].values()) == 15
+    assert got["duplicates"]["two_labels"] == 1
+    assert os.path.isfile(got["contact_sheet"])
+
+
+@pytest.mark.parametrize("text", ["1", ""])
+def test_debug_shows_tracebacks(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("CONVLENS_DEBUG", text)
+    if text:
+        from convlens.errors import UsageError
+
+        with pytest.raises(UsageError):
+            here("train", "nothing-of-that-name")
+    else:
+        assert here("train", "nothing-of-that-name").code == 2
