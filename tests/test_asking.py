@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import pictures
 
+from commands import pictures
 from convlens import asking, recipe
 from convlens.errors import DataError, UsageError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import COLOURS, DIGITS, Done, constant_model, here, picture, pictures, refused
 
+from commands import COLOURS, DIGITS, Done, constant_model, here, picture, pictures, refused
 from convlens import Run
 from convlens.data import load
 from convlens.errors import DataError, ModelFileError, UsageError

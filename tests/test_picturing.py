@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import DIGITS, constant_model, here, pictures
 from PIL import Image
-from support import Memory, Split
 
+from commands import DIGITS, constant_model, here, pictures
 from convlens import Run, picturing
 from convlens.run import RunFolder
+from support import Memory, Split
 
 
 def opened(folder: Path) -> dict[str, tuple[int, int]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import brightness_model, constant_model, here, picture, pictures, refused
 from PIL import Image
 
+from commands import brightness_model, constant_model, here, picture, pictures, refused
 from convlens import Run
 from convlens.data import load_foreign
 from convlens.data.decode import decode

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
-from commands import DIGITS, here, weights
 
+from commands import DIGITS, here, weights
 from convlens import Run, asking
 from convlens.errors import UsageError
 from convlens.metrics import mean_sd

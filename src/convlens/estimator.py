@@ -109,7 +109,8 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[Any]:  # noqa: N803
         """The likeliest label of each image `[N]`, of the type given to `fit`."""
-        chosen: npt.NDArray[Any] = self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)  # first: it says if nothing was fitted yet
+        chosen: npt.NDArray[Any] = self.classes_[best]
         return chosen
 
     def _overrides(self, images: npt.NDArray[np.uint8]) -> list[str]:
@@ -125,6 +126,11 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if self.image_shape is None:
                 raise UsageError(
                     f"X has flattened rows {array.shape}", fix="say image_shape=(height, width)"
+                )
+            if array.shape[1] != np.prod(self.image_shape):
+                raise UsageError(
+                    f"rows of {array.shape[1]} numbers are no images of "
+                    f"image_shape={self.image_shape}"
                 )
             array = array.reshape(len(array), *self.image_shape)
         return channels_first(array)

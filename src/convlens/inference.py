@@ -22,13 +22,15 @@ BATCH = 256
 @torch.inference_mode()
 def batch_logits(model: nn.Module, images: Tensor, normalise: Normalise, plan: Plan) -> Tensor:
     """Logits float32 `[B, classes]` on the device for uint8 images `[B, C, H, W]`."""
-    training = model.training
+    # Module by module: parts that were frozen in eval mode must stay so.
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         logits: Tensor = model(normalise(images.to(plan.device), plan))
         return logits.float()
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def split_logits(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import cast
 
 import torch
@@ -127,6 +128,8 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
             augment=operations,
         )
 
+    # The first optimiser step would import torch's compiler: seconds that are no training time.
+    import_module("torch._dynamo")
     plan = plan or _choose_plan(recipe, where, model, batches_for, objective)
     plan.place(model)
     return Setup(

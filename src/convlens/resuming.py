@@ -30,6 +30,10 @@ class Best:
     value: float = math.nan
     stale: int = 0  # epochs since the best one
 
+    def stale_for(self, patience: int | None) -> bool:
+        """Whether it is time to stop: `patience` epochs without a better one."""
+        return patience is not None and self.stale >= patience
+
     def improved(self, row: dict[str, float]) -> bool:
         """Takes in an epoch's row; says whether it is the best so far."""
         value = row[self.monitor]
@@ -89,6 +93,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
         setup.averager.load({"steps": counters["ema_steps"], "average": ordered})
     at, told = setup.position, counters["position"]
     at.epoch, at.step, at.images = int(told["epoch"]), int(told["step"]), int(told["images"])
+    at.seconds = told["seconds"]
     # Tensors of the kinds they were: a division of Python numbers would round differently.
     at.loss_sum = torch.tensor(told["loss_sum"], dtype=torch.float32, device=setup.plan.device)
     at.correct = torch.tensor(int(told["correct"]), device=setup.plan.device)

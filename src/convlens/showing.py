@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -15,13 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from convlens.console import say
-from convlens.data.audit import Audit
-from convlens.data.similar import Repeats
-from convlens.evaluation import Evaluation
-from convlens.prediction import Prediction
-from convlens.recipe import Recipe
-from convlens.run import RunFolder
-from convlens.seeds import SeedTable
+
+if TYPE_CHECKING:  # `convlens recipes` must not wait for torch
+    from convlens.data.audit import Audit
+    from convlens.data.similar import Repeats
+    from convlens.evaluation import Evaluation
+    from convlens.prediction import Prediction
+    from convlens.recipe import Recipe
+    from convlens.run import RunFolder
+    from convlens.seeds import SeedTable
 
 CLASSES_SHOWN = 40
 

@@ -75,15 +75,19 @@ def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, q
     if not place.facts():
         place.write_split(data.held_out)
         place.create(setup.recipe, _facts(recipe, setup))  # last: from here on it is a run
-    kept = run_to_end(setup, place, quiet=quiet)
-    augment = setup.batches.augment
-    picturing.training_plots(place, place.metrics(), kept, data.train, augment)
+    rows, kept = run_to_end(setup, place, quiet=quiet)
+    augment = setup.batches.augment if setup.recipe.operations else None
+    picturing.training_plots(place, rows, kept, data.train, augment)
+    # Last: a run that is killed before this takes itself up where it is and draws its plots.
+    place.finish(epochs=len(rows), kept=kept, seconds=sum(row["seconds"] for row in rows))
 
 
-def run_to_end(setup: Setup, place: RunFolder, *, quiet: bool) -> int:
+def run_to_end(
+    setup: Setup, place: RunFolder, *, quiet: bool
+) -> tuple[list[dict[str, float]], int]:
     """Trains until the recipe ends, nothing improves any more, or a signal comes.
 
-    Returns the epoch whose weights are in the model file.
+    Returns the epochs' rows, and the epoch whose weights are in the model file.
     """
     options = setup.recipe.train
     best = Best(options.monitor)
@@ -93,8 +97,9 @@ def run_to_end(setup: Setup, place: RunFolder, *, quiet: bool) -> int:
     if done:
         say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
     with flagged() as flag, watch(setup.epochs, steps, done, shown=not quiet) as bar:
-        began = saved = time.perf_counter()
-        for record in _guarded(setup, place):
+        saved = time.perf_counter()
+        began = saved - setup.position.seconds
+        for record in _guarded(setup, place, over=best.stale_for(options.patience)):
             if isinstance(record, engine.Step):
                 bar.step(record)
                 if not flag.up and time.perf_counter() - saved < SAVE_SECONDS:
@@ -107,20 +112,20 @@ def run_to_end(setup: Setup, place: RunFolder, *, quiet: bool) -> int:
                     _save_model(setup, place, rows[-1])
                 bar.epoch(rows[-1], best.epoch)
                 began = time.perf_counter()
-                if options.patience and best.stale >= options.patience:
-                    break
+            setup.position.seconds = time.perf_counter() - began
             save(place, setup, best, rows)
             saved = time.perf_counter()
+            if best.stale_for(options.patience):
+                break
             if flag.up:
                 _leave(setup, place, flag)
-    kept = int(rows[-1]["epoch"]) if options.keep == "last" else best.epoch
-    seconds = sum(row["seconds"] for row in rows)
-    place.finish(epochs=len(rows), kept=kept, seconds=seconds)
-    return kept
+    return rows, int(rows[-1]["epoch"]) if options.keep == "last" else best.epoch
 
 
-def _guarded(setup: Setup, place: RunFolder) -> engine.Records:
+def _guarded(setup: Setup, place: RunFolder, *, over: bool) -> engine.Records:
     """The engine's records; a loss that isn't finite first saves what can be saved."""
+    if over:  # patience was at its end already when the run was left
+        return
     try:
         yield from setup.fit()
     except engine.NonFiniteLoss as error:

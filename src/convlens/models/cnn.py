@@ -34,7 +34,7 @@ class CNN(nn.Module):
 
     A stage is `depth` times convolution, batch norm, activation; then dropout. The stage halves
     the image right after its last convolution: norm and activation then have a quarter of the
-    work, and with ReLU and `max` the order makes no difference. With `pool: stride` that
+    work (without norm, ReLU and `max` give the same in either order). With `pool: stride` that
     convolution halves it itself; with `pool: none` no stage does. Images `[N, channels, S, S]`
     give logits `[N, classes]`.
 

@@ -1,0 +1,183 @@
+"""`ImageClassifier` as scikit-learn uses it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+from sklearn.base import clone, is_classifier
+from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, MinMaxScaler
+
+from convlens import ImageClassifier
+from convlens.data.decode import fit_images
+from convlens.errors import ConvlensError, UsageError
+
+TINY: dict[str, Any] = {
+    "model.widths": [4, 8], "model.head": "flatten", "train.batch_size": 8, "augment": [],
+    "optim.ema": None,
+}  # fmt: skip
+DIGITS = load_digits()
+CHOSEN = np.concatenate([np.flatnonzero(DIGITS.target == k)[:30] for k in (2, 4, 7)])
+X = DIGITS.images[CHOSEN] / 16
+Y = np.array(["two", "four", "seven"])[np.repeat([0, 1, 2], 30)]
+
+
+def small(**parameters: Any) -> ImageClassifier:
+    return ImageClassifier(**{"overrides": TINY, "epochs": 8, **parameters})
+
+
+@pytest.fixture(scope="module")
+def fitted() -> ImageClassifier:
+    return small(epochs=12).fit(X, Y)
+
+
+def test_it_learns_and_names_classes_as_given(fitted: ImageClassifier) -> None:
+    assert fitted.classes_.tolist() == ["four", "seven", "two"]
+    assert fitted.score(X, Y) > 0.9
+    answers = fitted.predict(X)
+    assert answers.dtype == Y.dtype
+    chances = fitted.predict_proba(X)
+    assert chances.shape == (90, 3)
+    np.testing.assert_allclose(chances.sum(1), 1)
+    np.testing.assert_array_equal(fitted.classes_[chances.argmax(1)], answers)
+    assert len(fitted.history_) == 12
+    assert fitted.n_features_in_ == 64
+
+
+def test_it_leaves_nothing_behind(fitted: ImageClassifier, capfd: Any) -> None:
+    small(epochs=1).fit(X, Y)
+    assert list(Path().iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_parameters_and_clones(fitted: ImageClassifier) -> None:
+    assert is_classifier(fitted)
+    twin = clone(fitted)
+    assert twin.get_params() == fitted.get_params()
+    assert not hasattr(twin, "classes_")
+    assert twin.set_params(epochs=3, device="cpu").epochs == 3
+    with pytest.raises(NotFittedError):
+        twin.predict(X)
+
+
+def test_the_same_random_state_gives_the_same_and_another_another() -> None:
+    first, again, other = (small(epochs=2, random_state=s).fit(X, Y) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first.predict_proba(X), again.predict_proba(X))
+    assert not np.array_equal(first.predict_proba(X), other.predict_proba(X))
+
+
+def test_every_form_of_the_same_images_gives_the_same_model() -> None:
+    whole = np.rint(X * 255).astype(np.uint8)
+    expected = small(epochs=2).fit(whole, Y).predict_proba(whole)
+    flat = X.reshape(90, 64)
+    for images, more in [
+        (whole[..., None], {}),
+        (whole[:, None], {}),
+        (whole / 255, {}),
+        (whole.tolist(), {}),
+        (whole.reshape(90, 64), {"image_shape": (8, 8)}),
+        (whole.reshape(90, 64), {"image_shape": (8, 8, 1)}),
+    ]:
+        got = small(epochs=2, **more).fit(images, Y)
+        np.testing.assert_array_equal(got.predict_proba(images), expected)
+    with pytest.raises(UsageError, match="image_shape"):
+        small().fit(flat, Y)
+
+
+def test_colour_images_and_labels_that_are_numbers() -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat([10, 9, -3], 12)
+    images = random.integers(0, 60, (36, 8, 8, 3), dtype=np.uint8)
+    images[np.arange(36), :, :, np.repeat([0, 1, 2], 12)] += 190
+    got = small(epochs=30).fit(images, labels)
+    assert got.classes_.tolist() == [-3, 9, 10]
+    assert got.predict(images).dtype == labels.dtype
+    assert got.score(images, labels) == 1.0
+    assert got.model_.preprocessing.channels == 3
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_images_that_are_not_square_are_predicted_as_they_were_trained(fit: str) -> None:
+    """Only the middle tells the classes apart: seen in another way, the model would be lost."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (40, 10, 20), dtype=np.uint8)
+    labels = np.tile([0, 1], 20)
+    got = small(epochs=1, overrides={**TINY, "data.fit": fit}).fit(images, labels)
+    assert got.model_.preprocessing.fit == fit
+    side = got.model_.preprocessing.image_size
+    square = fit_images(images[:, None], size=side, channels=1, fit=fit)
+    np.testing.assert_array_equal(got.predict_proba(images), got.predict_proba(square))
+
+
+def test_the_size_asked_for() -> None:
+    got = small(epochs=1, overrides={**TINY, "data.image_size": 12}).fit(X, Y)
+    assert got.model_.preprocessing.image_size == 12
+    assert got.predict(X[:3]).shape == (3,)
+
+
+def test_cross_validation() -> None:
+    scores = cross_val_score(small(), X, Y, cv=2, error_score="raise")
+    assert scores.shape == (2,)
+    assert (scores > 0.6).all()
+
+
+def test_in_a_pipeline() -> None:
+    steps = make_pipeline(MinMaxScaler(clip=True), small(image_shape=(8, 8)))
+    steps.fit(X.reshape(90, 64) * 3 - 1, Y)
+    assert steps.score(X.reshape(90, 64) * 3 - 1, Y) > 0.6
+    scaled = make_pipeline(FunctionTransformer(lambda images: images / 16), small(epochs=1))
+    assert scaled.fit(X * 16, Y).predict_proba(X * 16).shape == (90, 3)
+
+
+def test_a_grid_search_over_numbers_of_numpy() -> None:
+    grid = {"epochs": np.array([1, 2]), "random_state": np.arange(1)}
+    search = GridSearchCV(small(), grid, cv=2, error_score="raise").fit(X, Y)
+    assert search.best_params_["epochs"] in (1, 2)
+    assert search.predict(X).shape == (90,)
+
+
+def test_a_fitted_one_can_be_stored(fitted: ImageClassifier, tmp_path: Path) -> None:
+    joblib.dump(fitted, tmp_path / "model.joblib")
+    for copy in (joblib.load(tmp_path / "model.joblib"), pickle.loads(pickle.dumps(fitted))):
+        np.testing.assert_array_equal(copy.predict_proba(X), fitted.predict_proba(X))
+        assert copy.predict(X).tolist() == fitted.predict(X).tolist()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "parameters", "said"),
+    [
+        (X, Y[:-1], {}, "labels"),
+        (X, np.full(90, "one"), {}, "2 classes"),
+        (X * 16, Y, {}, "above 1"),
+        (np.full_like(X, np.nan), Y, {}, "finite"),
+        (X[..., None].repeat(2, 3), Y, {}, "shape"),
+        (X, np.linspace(0, 1, 90), {}, "continuous|Unknown label"),
+        (X, np.stack([np.repeat([0, 1, 2], 30)] * 2, 1), {}, "1d|shape"),
+        (X, Y, {"recipe": "foldr"}, "foldr"),
+        (X, Y, {"overrides": {"optim.lrr": 1}}, "optim.lrr"),
+        (X, Y, {"epochs": 0}, "train.epochs"),
+        (X.reshape(90, 64), Y, {"image_shape": (7, 8)}, "image_shape"),
+    ],
+)
+def test_errors(images: Any, labels: Any, parameters: dict[str, Any], said: str) -> None:
+    with pytest.raises((ConvlensError, ValueError), match=said):
+        small(**parameters).fit(images, labels)
+
+
+def test_a_class_with_one_image_is_refused() -> None:
+    with pytest.raises(ConvlensError, match="a single image"):
+        small().fit(X, np.array(["once", *Y[1:]]))
+
+
+def test_a_column_of_labels_is_taken_with_a_warning() -> None:
+    with pytest.warns(Warning, match="1d array"):
+        got = small(epochs=1).fit(X, Y[:, None])
+    assert got.predict(X).shape == (90,)
