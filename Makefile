@@ -2,6 +2,7 @@
 # make test   set up, run the test suite (offline; some minutes on two cores)
 # make check  set up, then lint, format, types and tests
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests benchmarks
@@ -12,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(VENV)/.dev lint types test
 
@@ -37,7 +38,7 @@ $(BIN)/python:
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
 define install
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.$(1)' \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.$(1)' \
 	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(1)'
 endef
 

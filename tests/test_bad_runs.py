@@ -111,7 +111,10 @@ def test_a_loss_that_explodes_stops_before_the_update() -> None:
 
 
 def test_ctrl_c_keeps_what_is_trained_and_the_same_command_goes_on() -> None:
-    asked = ["digits", "model.widths=[8,8]", "model.depth=1", "train.epochs=60", "--name"]
+    asked = [
+        "digits", "model.widths=[8,8]", "model.depth=1", "train.epochs=40",
+        "train.memory_format=contiguous", "train.precision=fp32", "--no-test", "--name",
+    ]  # fmt: skip
     process = start("train", *asked, "cut")
     log = Path("models/cut/metrics.csv")
     until = time.monotonic() + 200
@@ -123,12 +126,12 @@ def test_ctrl_c_keeps_what_is_trained_and_the_same_command_goes_on() -> None:
     assert "Traceback" not in err
     assert "the same command goes on from here" in err
     epochs = len(log.read_text().splitlines()) - 1
-    assert 1 <= epochs < 60
+    assert 1 <= epochs < 40
     load_model(Path("models/cut/model.safetensors"))
     again = here("train", *asked, "cut")
     assert again.code == 0, again.err
     assert "continuing" in again.err
-    assert len(log.read_text().splitlines()) == 61
+    assert len(log.read_text().splitlines()) == 41
     assert here("train", *asked, "whole").code == 0
     cut, whole = weights(Path("models/cut")), weights(Path("models/whole"))
     assert all(torch.equal(cut[name], whole[name]) for name in whole)

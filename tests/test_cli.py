@@ -189,7 +189,7 @@ def test_a_folder_of_class_folders_from_end_to_end() -> None:
         "train",
         root,
         "model.widths=[8]",
-        "train.epochs=6",
+        "train.epochs=12",
         "augment=[]",
         "train.batch_size=8",
     ]
@@ -203,7 +203,7 @@ def test_a_folder_of_class_folders_from_end_to_end() -> None:
     held = list(csv.DictReader((run.path / "split.csv").open()))
     assert {row["split"] for row in held} == {"val", "test"}
     for name, colour in COLOURS.items():
-        image = picture(Path(f"new-{name}.jpg"), colour, size=40, seed=7)
+        image = picture(Path(f"new-{name}.bmp"), colour, size=16, seed=7)
         answer = here("predict", run.name, image, "--json").json["predictions"][0]
         assert answer["label"] == name
 

@@ -67,6 +67,7 @@ def choose(asked: str | None = None) -> str:
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=asked)
+        torch.Generator(asked)  # `meta` has memory, but no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(

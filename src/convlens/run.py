@@ -230,8 +230,9 @@ def place(name: str, digest: str, *, plain: bool, fresh: bool) -> RunFolder:
         for candidate in reversed(taken):  # the newest of several identical ones
             if digest in RunFolder(MODELS / candidate).facts().get("digests", []):
                 return RunFolder(MODELS / candidate)
-        # A run's own recipe.yaml has no `auto` left, so its hash isn't the one in the run's name.
-        named = re.compile(re.escape(base) + r"-[0-9a-f]{6}(-[0-9]+)?")
+        # A run's own recipe.yaml has no `auto` left, so its hash isn't the one in the run's name;
+        # and an override may say what the recipe says anyway.
+        named = re.compile(re.escape(safe(name)) + r"(-[0-9a-f]{6})?(-[0-9]+)?")
         for other in reversed(runs()):
             if named.fullmatch(other.name) and digest in other.facts().get("digests", []):
                 return other

@@ -41,7 +41,7 @@ class SeedTable:
             "sd": self.sd,
             "losses": self.losses,
             "training_seconds": self.seconds,
-            "plot": str(PLOTS / f"{self.name}-seeds" / "curves.png"),
+            "plot": str(PLOTS / f"{self.runs[0].name}-seeds" / "curves.png"),
         }
 
 
@@ -77,7 +77,7 @@ def train_seeds(
         )
         results.append(evaluation.evaluate(place, split, on=on, quiet=quiet))
         places.append(place)
-    picturing.seed_plot(PLOTS / f"{run.safe(called)}-seeds", [p.metrics() for p in places], called)
+    picturing.seed_plot(PLOTS / f"{places[0].name}-seeds", [p.metrics() for p in places], called)
     return SeedTable(
         name=run.safe(called),
         split=split,
