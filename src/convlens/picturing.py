@@ -91,7 +91,7 @@ def seed_plot(folder: Path, runs: Sequence[Sequence[Row]], title: str) -> None:
     """Curves of several seeds of one recipe, with their band."""
     from convlens import plots
 
-    figure = plots.seed_curves([columns(rows) for rows in runs], f"{title}, {len(runs)} seeds")
+    figure = plots.seed_curves([columns(rows) for rows in runs], title)
     plots.save(figure, folder / "curves.png")
 
 

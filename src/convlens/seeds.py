@@ -66,9 +66,9 @@ def train_seeds(
     places, results = [], []
     for seed in range(first, first + count):
         recipe = asked.recipe.replace(**{"train.seed": seed})
+        its_name = called if seed == first else f"{called}-seed{seed}"
         place = training.train(
-            recipe,
-            name=called if seed == first else f"{called}-seed{seed}",
+            recipe.model_copy(update={"name": its_name}),
             plain=asked.plain or name is not None,
             fresh=fresh,
             test=False,
