@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convlens import optim
-from convlens.device import Plan, seed_of
+from convlens.device import Plan, seed_generators, seed_of
 from convlens.errors import Stopped
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -158,7 +158,7 @@ def fit(
         for index, (images, labels) in enumerate(batches.epoch(at.epoch, at.step), at.step):
             lr = set_rate(index)
             if draws:  # dropout's masks depend on (seed, epoch, step) only
-                torch.manual_seed(seed_of(seed, at.epoch, index, 1))
+                seed_generators(plan.device, seed_of(seed, at.epoch, index, 1))
             _copy(before[0], floats)
             _copy(before[1], counters)
             loss, correct = step(model, images, labels, objective, optimiser, plan, clip)
