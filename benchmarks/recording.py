@@ -21,10 +21,11 @@ def record(name: str, figures: dict[str, Any], *, command: str | None = None) ->
     """Writes `results/<name>.json` and returns what it holds."""
     import torchvision
 
-    script = Path(sys.argv[0]).name
+    # Files by their names alone: where they lie on this machine is nobody's business.
+    script, *arguments = (Path(a).name if os.sep in a else a for a in sys.argv)
     content = {
         "name": name,
-        "command": command or f"python benchmarks/{script} {shlex.join(sys.argv[1:])}".strip(),
+        "command": command or f"python benchmarks/{script} {shlex.join(arguments)}".strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "convlens": __version__,
         "torchvision": torchvision.__version__,
