@@ -1,10 +1,10 @@
 """What the engine adds to bare forward + backward + optimiser, and what a DataLoader would.
 
-All loops train the same network on the same machine in the same run, window by window in turn,
-and the ratios are medians over the windows. The bare loop repeats one resident, normalised
+All loops train the same network on the same machine in the same run, in turn, in windows of about
+a tenth of a second (a neighbour's load changes more slowly), and ratios are medians over the pairs. The bare loop repeats one resident, normalised
 batch: nothing can be faster. Prints one JSON object.
 
-    python benchmarks/overhead.py [--rounds 15]
+    python benchmarks/overhead.py [--rounds 40]
 """
 
 from __future__ import annotations
@@ -175,14 +175,14 @@ def resnet() -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=40)
     rounds = parser.parse_args().rounds
     device.prepare(deterministic=False)
     figures: dict[str, object] = {"rounds": rounds}
     cases = (
-        ("mnist_net_batch_64", mnist_net, 64, 1, 28, 15, False),
-        ("small_net_batch_64", small_net, 64, 1, 28, 30, True),
-        ("resnet18_batch_128", resnet, 128, 3, 32, 2, False),
+        ("mnist_net_batch_64", mnist_net, 64, 1, 28, 5, False),
+        ("small_net_batch_64", small_net, 64, 1, 28, 20, True),
+        ("resnet18_batch_128", resnet, 128, 3, 32, 1, False),
     )
     for name, net, batch, channels, size, steps, with_usual in cases:
         pixels, labels = images_of(4096, channels, size)
