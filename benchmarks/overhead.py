@@ -1,8 +1,8 @@
 """What the engine adds to bare forward + backward + optimiser, and what a DataLoader would.
 
 All loops train the same network on the same machine in the same run, in turn, in windows of about
-a tenth of a second (a neighbour's load changes more slowly), and ratios are medians over the pairs. The bare loop repeats one resident, normalised
-batch: nothing can be faster. Prints one JSON object.
+a tenth of a second (a neighbour's load changes more slowly); ratios are medians over the pairs.
+The bare loop repeats one resident, normalised batch: nothing can be faster. Prints one JSON object.
 
     python benchmarks/overhead.py [--rounds 40]
 """

@@ -190,8 +190,8 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory for the next step instead of giving it back.
 
     By default every tensor above 128 KB to 32 MB is mapped and unmapped anew, and each of its
-    pages faulted in again, in every step: ten times the page faults, and a third of the time of
-    small networks on a CPU (BENCHMARKS.md). Nothing to do on other C libraries.
+    pages faulted in again, in every step: a hundred times the page faults, and up to a quarter of
+    a small network's time on a CPU (BENCHMARKS.md). Nothing to do on other C libraries.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

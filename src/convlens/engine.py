@@ -8,6 +8,7 @@ waits for the device, so the reader decides how often.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -101,7 +102,7 @@ def step(
     # Half precision is for the network; a loss in it would be rounded to three digits.
     loss: Tensor = objective(logits.float(), labels)
     right = (logits.detach().argmax(1) == labels).sum()
-    if not torch.isfinite(loss):
+    if not math.isfinite(loss.item()):  # a tenth of `torch.isfinite`'s time on the CPU
         return None, right
     loss.backward()
     clip()
