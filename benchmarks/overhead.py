@@ -164,7 +164,11 @@ def mnist_net() -> nn.Module:
     return models.build("cnn", 10, 1, 28, options)
 
 
-def small_net() -> nn.Module:
+def fast_net() -> nn.Module:
+    return models.build("cnn", 10, 1, 28, recipe.load("mnist-fast").model.options)
+
+
+def tiny_net() -> nn.Module:
     options = {"widths": [8, 16, 32], "pool": "stride"}
     return models.build("cnn", 10, 1, 28, options)
 
@@ -181,7 +185,8 @@ def main() -> None:
     figures: dict[str, object] = {"rounds": rounds}
     cases = (
         ("mnist_net_batch_64", mnist_net, 64, 1, 28, 5, False),
-        ("small_net_batch_64", small_net, 64, 1, 28, 20, True),
+        ("mnist_fast_net_batch_64", fast_net, 64, 1, 28, 12, True),
+        ("tiny_net_batch_64", tiny_net, 64, 1, 28, 20, True),
         ("resnet18_batch_128", resnet, 128, 3, 32, 1, False),
     )
     for name, net, batch, channels, size, steps, with_usual in cases:
