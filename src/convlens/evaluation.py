@@ -18,7 +18,7 @@ from convlens import device, metrics, picturing, run
 from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, load_foreign
 from convlens.errors import DataError, UsageError
-from convlens.inference import split_logits
+from convlens.inference import placed, split_logits
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
@@ -149,8 +149,7 @@ def _measure(
     fingerprint: str,
     where: str,
 ) -> Evaluation:
-    plan = device.Plan(where, "fp32", "contiguous")
-    plan.place(loaded.model)
+    plan = placed(loaded.model, where)
     total = int(part.labels.numel())
     start = time.perf_counter()
     with progress(f"evaluating {split}", total) as bar:

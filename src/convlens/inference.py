@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from convlens.data.batches import Labelled, Normalise, Rows
-from convlens.device import Plan
+from convlens.device import Plan, choose
 
 # Eval mode has no batch statistics, so the size of a batch changes nothing but speed.
 BATCH = 256
+
+
+def placed(model: nn.Module, on: str | None) -> Plan:
+    """Moves `model` to the device asked for (by default the best); returns the plan it runs by."""
+    plan = Plan(choose(on), "fp32", "contiguous")
+    plan.place(model)
+    return plan
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from convlens import device
 from convlens.console import progress
 from convlens.data.decode import EXTENSIONS, UnreadableImage, decode, fit_images
 from convlens.errors import DataError, UsageError
-from convlens.inference import batch_logits, probabilities
+from convlens.inference import batch_logits, placed, probabilities
 from convlens.run import Loaded
 
 BATCH = 128
@@ -96,8 +96,7 @@ def predict(
 
     An unreadable file gives a `Prediction` with `error` set; the others are done all the same.
     """
-    plan = device.Plan(device.choose(on), "fp32", "contiguous")
-    plan.place(loaded.model)
+    plan = placed(loaded.model, on)
     k = min(max(top_k, 1), len(loaded.classes))
     with progress("predicting", len(inputs), shown=not quiet) as bar, _pool() as pool:
         for start in range(0, len(inputs), BATCH):
@@ -123,9 +122,7 @@ def _read(
 ) -> list[tuple[str, np.ndarray | None, str | None]]:
     pre = loaded.preprocessing
     if isinstance(inputs, np.ndarray):
-        images = fit_images(
-            channels_first(inputs), size=pre.image_size, channels=pre.channels, fit=pre.fit
-        )
+        images = _fitted(inputs, loaded)
         return [(str(number), image, None) for number, image in enumerate(images)]
 
     def one(path: str | Path) -> tuple[str, np.ndarray | None, str | None]:
@@ -138,6 +135,12 @@ def _read(
     return list(pool.map(one, inputs))
 
 
+def _fitted(images: np.ndarray, loaded: Loaded) -> np.ndarray:
+    pre = loaded.preprocessing
+    ready = channels_first(images)
+    return fit_images(ready, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+
+
 def _probabilities(images: list[np.ndarray], loaded: Loaded, plan: device.Plan) -> np.ndarray:
     if not images:
         return np.empty((0, len(loaded.classes)))
@@ -147,13 +150,10 @@ def _probabilities(images: list[np.ndarray], loaded: Loaded, plan: device.Plan) 
 
 def all_probabilities(loaded: Loaded, images: np.ndarray, *, on: str | None = None) -> np.ndarray:
     """Probabilities float64 `[N, classes]` for images as `predict` takes them."""
-    plan = device.Plan(device.choose(on), "fp32", "contiguous")
-    plan.place(loaded.model)
-    pre = loaded.preprocessing
+    plan = placed(loaded.model, on)
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), BATCH):
-        batch = channels_first(images[start : start + BATCH])
-        ready = fit_images(batch, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+        ready = _fitted(images[start : start + BATCH], loaded)
         parts.append(_probabilities(list(ready), loaded, plan))
     return np.concatenate(parts)
 
