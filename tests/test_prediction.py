@@ -205,6 +205,13 @@ def test_a_list_of_arrays_is_refused_clearly(model: RunFolder) -> None:
         Run(model).predict([np.zeros((8, 8), np.uint8)])  # type: ignore[list-item]
 
 
+def test_images_of_an_array_are_numbered_through(model: RunFolder) -> None:
+    pre = load_model(model.model_path).preprocessing
+    images = np.zeros((300, pre.image_size, pre.image_size), np.uint8)  # three batches
+    answers = list(predict(load_model(model.model_path), images, on="cpu", quiet=True))
+    assert [answer.filename for answer in answers] == [str(i) for i in range(300)]
+
+
 def test_an_empty_array_has_no_answers(model: RunFolder) -> None:
     assert Run(model).predict(np.zeros((0, 8, 8, 3), np.uint8)) == []
     assert all_probabilities(load_model(model.model_path), np.zeros((0, 8, 8, 3))).shape == (0, 2)

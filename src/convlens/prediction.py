@@ -100,7 +100,7 @@ def predict(
     k = min(max(top_k, 1), len(loaded.classes))
     with progress("predicting", len(inputs), shown=not quiet) as bar, _pool() as pool:
         for start in range(0, len(inputs), BATCH):
-            batch = _read(inputs[start : start + BATCH], loaded, pool)
+            batch = _read(inputs[start : start + BATCH], start, loaded, pool)
             good = [image for _, image, _ in batch if image is not None]
             probs = iter(_probabilities(good, loaded, plan))
             for filename, image, error in batch:
@@ -118,12 +118,15 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _read(
-    inputs: Sequence[str | Path] | np.ndarray, loaded: Loaded, pool: ThreadPoolExecutor
+    inputs: Sequence[str | Path] | np.ndarray,
+    first: int,
+    loaded: Loaded,
+    pool: ThreadPoolExecutor,
 ) -> list[tuple[str, np.ndarray | None, str | None]]:
     pre = loaded.preprocessing
     if isinstance(inputs, np.ndarray):
         images = _fitted(inputs, loaded)
-        return [(str(number), image, None) for number, image in enumerate(images)]
+        return [(str(number), image, None) for number, image in enumerate(images, first)]
 
     def one(path: str | Path) -> tuple[str, np.ndarray | None, str | None]:
         try:
