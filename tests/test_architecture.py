@@ -23,7 +23,7 @@ ROOT = Path(convlens.__file__).parent
 # A file imports only from its own level or lower ones. A package counts as one entry.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "names", "version"),
-    1: ("files", "console", "interrupts", "recipe", "device"),
+    1: ("files", "console", "interrupts", "yamltext", "schema", "recipe", "device"),
     2: ("data", "models", "optim", "metrics", "plots", "auto"),
     3: ("engine", "inference", "modelfile"),
     4: ("run",),
@@ -39,7 +39,7 @@ LEVEL = {name: level for level, entries in LEVELS.items() for name in entries}
 
 # What a module may do when it is imported, beyond making functions, classes and tables.
 AT_IMPORT = {
-    "recipe": {"_Loader.add_implicit_resolver", "_Dumper.add_implicit_resolver"},
+    "yamltext": {"_Loader.add_implicit_resolver", "_Dumper.add_implicit_resolver"},
     "data.decode": {"warnings.filterwarnings"},  # the process-wide filter is the only safe one
     "__main__": {"main"},
 }

@@ -13,7 +13,7 @@ from convlens import data
 from convlens.data import similar
 from convlens.data.audit import Audit, audit
 from convlens.errors import DataError
-from convlens.recipe import DataConfig
+from convlens.schema import DataConfig
 
 
 @pytest.fixture

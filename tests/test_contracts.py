@@ -28,7 +28,7 @@ from convlens.optim import OPTIMISERS, SCHEDULES
 from convlens.plots import PLOTS
 from convlens.prediction import Prediction
 from convlens.preparing import check
-from convlens.recipe import OptimConfig
+from convlens.schema import OptimConfig
 from convlens.showing import WRITERS
 from support import begin, same
 

@@ -14,7 +14,7 @@ from PIL import Image
 from convlens.data import Split, channel_stats, load, load_foreign
 from convlens.data.rows import ArrayRows, TakenRows
 from convlens.errors import DataError
-from convlens.recipe import DataConfig
+from convlens.schema import DataConfig
 
 PLENTY = 1 << 30
 

@@ -14,7 +14,7 @@ from convlens.data.batches import Batches, Normalise
 from convlens.device import Plan, seed_of
 from convlens.engine import Epoch, NonFiniteLoss, Position, Step
 from convlens.models.cnn import CNN
-from convlens.recipe import OptimConfig
+from convlens.schema import OptimConfig
 from support import PLAN, Memory, Split, Streamed, pictures, same
 
 EPOCHS, SEED = 3, 11

@@ -12,7 +12,7 @@ from torch import nn
 from convlens import optim
 from convlens.errors import UsageError
 from convlens.optim import OPTIMISERS, SCHEDULES
-from convlens.recipe import OptimConfig
+from convlens.schema import OptimConfig
 from support import same
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from convlens import recipe
 from convlens.errors import UsageError
 from convlens.preparing import check
-from convlens.recipe import SECTIONS, Recipe
+from convlens.recipe import Recipe
+from convlens.schema import SECTIONS
 
 
 def refused(*overrides: str, source: Any = "digits") -> str:

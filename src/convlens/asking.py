@@ -12,7 +12,8 @@ from typing import Any
 from convlens import recipe as recipes
 from convlens.errors import UsageError
 from convlens.names import near
-from convlens.recipe import DataConfig, Recipe
+from convlens.recipe import Recipe
+from convlens.schema import DataConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from convlens.names import pick
-from convlens.recipe import OptimConfig
+from convlens.schema import OptimConfig
 
 Schedule = Callable[[float], float]
 

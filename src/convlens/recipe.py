@@ -9,94 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from convlens import yamltext
 from convlens.errors import UsageError
 from convlens.names import near, pick
+from convlens.schema import (
+    SECTIONS,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Section,
+    TrainConfig,
+)
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 Operations = list[tuple[str, dict[str, Any]]]
 Source = str | Path | Mapping[str, Any]
-
-
-class Section(BaseModel):
-    """A section: unknown keys are refused, values can't change after they were checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DataConfig(Section):
-    """Which images, at which size, split how."""
-
-    name: str = "digits"
-    image_size: Annotated[int, Field(ge=8, le=1024)] | Literal["auto"] = "auto"
-    fit: Literal["crop", "pad", "stretch"] = "crop"
-    channels: Literal[1, 3, "auto"] = "auto"
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    group: str | None = None
-    per_class: Positive | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-    count: Positive | None = None
-    on_bad: Literal["stop", "skip"] = "stop"
-
-
-class ModelConfig(Section):
-    """Which network. Keys beyond these belong to the family and are checked by it."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-    name: str = "cnn"
-    weights: Literal["none"] = "none"
-    trainable: Literal["all"] = "all"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The family's own keys."""
-        return dict(self.model_extra or {})
-
-
-class OptimConfig(Section):
-    """The optimiser, its schedule and what regularises the loss."""
-
-    name: str = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    decay_bias_and_norm: bool = True
-    momentum: Fraction = 0.9
-    nesterov: bool = False
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    schedule: str = "constant"
-    warmup: Fraction = 0.0
-    step_size: Annotated[float, Field(gt=0, le=1)] = 1 / 3
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    label_smoothing: Fraction = 0.0
-    clip_value: Annotated[float, Field(gt=0)] | None = None
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-
-
-class TrainConfig(Section):
-    """How long, in which batches, and which weights are kept."""
-
-    epochs: Positive | Literal["auto"] = "auto"
-    batch_size: Positive = 64
-    patience: Positive | None = None
-    monitor: Literal["val_loss", "val_accuracy"] = "val_loss"
-    keep: Literal["best", "last"] = "best"
-    seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    compile: bool = False
-    deterministic: bool = False
 
 
 class Recipe(Section):
@@ -109,7 +42,7 @@ class Recipe(Section):
     name: str
     about: str = ""
     data: DataConfig = DataConfig()
-    augment: list[dict[str, dict[str, Any]]] | Literal["auto"] = []
+    augment: list[dict[str, dict[str, Any]]] | Literal["auto"] = []  # noqa: RUF012 (pydantic copies it)
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -122,14 +55,16 @@ class Recipe(Section):
         return [(name, arguments) for entry in self.augment for name, arguments in entry.items()]
 
     def digest(self) -> str:
-        """SHA-256 of what changes the result: everything but the name and the description."""
-        content = self.model_dump(mode="json", exclude={"name", "about"})
+        """SHA-256 of what changes the result: everything but the name and the description.
+
+        Defaults are left out, so that a key which a later version adds changes no digest.
+        """
+        content = self.model_dump(mode="json", exclude={"name", "about"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_text(self) -> str:
         """This recipe as YAML; `load` of a file with this text gives an equal recipe."""
-        tree = self.model_dump(mode="json")
-        return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yamltext.dump(self.model_dump(mode="json"))
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with dotted keys changed, e.g. `replace(**{"optim.lr": 0.1})`; checked again."""
@@ -137,14 +72,6 @@ class Recipe(Section):
         for key, value in changes.items():
             _set(tree, key, value)
         return _check(tree, where=self.name)
-
-
-SECTIONS: dict[str, type[Section]] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "optim": OptimConfig,
-    "train": TrainConfig,
-}
 
 
 def names() -> list[str]:
@@ -177,7 +104,7 @@ def load(source: Source, overrides: Sequence[str] = ()) -> Recipe:
             problems.append(f"{override!r} is no override: write key=value, e.g. optim.lr=0.1")
             continue
         try:
-            _set(tree, key.strip(), _parse(value, where=override))
+            _set(tree, key.strip(), yamltext.parse(value, where=override))
         except UsageError as error:
             problems.append(error.what)
     return _check(tree, where=where, problems=problems)
@@ -194,12 +121,16 @@ def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], 
             content = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"can't read the recipe: {error}", where=str(path)) from error
-        tree, where, folder = _parse(content, where=str(path)), str(path), path.parent
+        tree, where, folder = yamltext.parse(content, where=str(path)), str(path), path.parent
         if not isinstance(tree, dict):
             raise UsageError("a recipe is a mapping of sections", where=where)
         tree.setdefault("name", path.stem)
     else:
-        tree, where, folder = _parse(text(str(source)), where=str(source)), str(source), Path()
+        tree, where, folder = (
+            yamltext.parse(text(str(source)), where=str(source)),
+            str(source),
+            Path(),
+        )
         tree["name"] = str(source)
     base = tree.pop("base", None)
     if base is None:
@@ -310,41 +241,3 @@ def _unknown(key: str) -> UsageError:
     return UsageError(
         f"unknown key {key!r}" + f" (did you mean {' or '.join(close)}?)" * bool(close)
     )
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys: PyYAML silently keeps the last one.
-
-    `1e-3` is a number, as in YAML 1.2; PyYAML goes by 1.1, where it is text.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise UsageError(f"{key!r} can't be a key")
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise UsageError(f"key {key!r} stands twice", where=f"line {line}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: text that looks like `1e-3` is quoted."""
-
-
-_FLOAT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-
-
-def _parse(content: str, *, where: str) -> Any:
-    try:
-        return yaml.load(content, Loader=_Loader)  # a SafeLoader
-    except UsageError:
-        raise
-    # Values that look like dates or numbers and are none, and nesting without end, too.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"no valid YAML: {' '.join(str(error).split())}", where=where) from error

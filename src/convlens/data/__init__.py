@@ -21,7 +21,7 @@ from convlens.data.sources import find
 from convlens.errors import DataError
 
 if TYPE_CHECKING:
-    from convlens.recipe import DataConfig
+    from convlens.schema import DataConfig
 
 __all__ = ["Data", "Split", "channel_stats", "load", "load_foreign"]
 

@@ -28,7 +28,7 @@ from convlens.data.sources import find
 from convlens.errors import DataError
 
 if TYPE_CHECKING:
-    from convlens.recipe import DataConfig
+    from convlens.schema import DataConfig
 
 FEW = 10  # images of a class: below this it is worth a note
 SKEWED = 10  # largest class over smallest: from here it is worth a note

@@ -17,7 +17,7 @@ from convlens.data.rows import ArrayRows, Conversion, ConvertedRows, Rows, as_in
 from convlens.data.splits import hold_out, take_per_class
 
 if TYPE_CHECKING:
-    from convlens.recipe import DataConfig
+    from convlens.schema import DataConfig
 
 Index = npt.NDArray[np.int64]
 
