@@ -16,10 +16,14 @@ from torch import nn
 
 from convlens.errors import UsageError
 from convlens.models.cnn import CNN
+from convlens.models.resnet import ResNet18, ResNet34, ResNet50
 from convlens.names import near, pick
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": CNN,
+    "resnet18": ResNet18,
+    "resnet34": ResNet34,
+    "resnet50": ResNet50,
 }
 
 
