@@ -234,7 +234,7 @@ def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
     }.get(name, ["data.name=digits", "data.per_class=4"])
     asked = recipes.load(name, [*few, "train.epochs=1", "train.batch_size=24"])
     setup, place = begin(asked, name)
-    assert len(setup.batches) >= 2
+    assert len(setup.feed.batches) >= 2
     before = {k: v.clone() for k, v in setup.trained.state_dict().items()}
     rows, kept = training.run_to_end(setup, place, quiet=True)
     assert (len(rows), kept) == (1, 1)

@@ -209,8 +209,8 @@ def test_the_moments_of_a_channels_last_network_lie_as_its_weights(
     stop(asked, "stopped", interrupting, 3)
     setup, place = begin(asked, "stopped")
     restore(place, setup, Best("val_loss"))
-    moments = setup.optimiser.state[setup.model.get_parameter("stage1.0.weight")]
-    weight = setup.model.get_parameter("stage1.0.weight")
+    moments = setup.optimiser.state[setup.trained.get_parameter("stage1.0.weight")]
+    weight = setup.trained.get_parameter("stage1.0.weight")
     assert weight.stride() != weight.contiguous().stride()
     assert moments["exp_avg"].stride() == weight.stride()
     assert moments["exp_avg"].abs().sum() > 0

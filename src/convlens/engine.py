@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from convlens import optim
 from convlens.device import Plan, seed_generators, seed_of
 from convlens.errors import Stopped
+from convlens.models.freezing import set_train_mode
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Records = Iterator["Step | Epoch"]
@@ -153,7 +154,7 @@ def fit(
         return optim.set_lr(optimiser, schedule(done / (epochs * steps)))
 
     while at.epoch <= epochs:
-        model.train()
+        set_train_mode(model)
         # Taken up after an epoch's last step, there is no other step to take the rate from.
         lr = set_rate(max(at.step - 1, 0))
         for index, (images, labels) in enumerate(batches.epoch(at.epoch, at.step), at.step):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convlens.data.batches import Labelled, Normalise, Rows
+from convlens.data.batches import Labelled, Prepare, Rows
 from convlens.device import Plan, choose
 
 # Eval mode has no batch statistics, so the size of a batch changes nothing but speed.
@@ -27,7 +27,7 @@ def placed(model: nn.Module, on: str | None) -> Plan:
 
 
 @torch.inference_mode()
-def batch_logits(model: nn.Module, images: Tensor, normalise: Normalise, plan: Plan) -> Tensor:
+def batch_logits(model: nn.Module, images: Tensor, normalise: Prepare, plan: Plan) -> Tensor:
     """Logits float32 `[B, classes]` on the device for uint8 images `[B, C, H, W]`."""
     # Module by module: parts that were frozen in eval mode must stay so.
     modes = [(module, module.training) for module in model.modules()]
@@ -43,7 +43,7 @@ def batch_logits(model: nn.Module, images: Tensor, normalise: Normalise, plan: P
 def split_logits(
     model: nn.Module,
     split: Labelled,
-    normalise: Normalise,
+    normalise: Prepare,
     plan: Plan,
     *,
     advance: Callable[[int], None] = lambda count: None,

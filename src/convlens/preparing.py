@@ -11,10 +11,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from convlens import auto, device, engine, models, optim
+from convlens import auto, device, engine, feeding, models, optim
 from convlens.data import Data, augment, channel_stats
 from convlens.data.batches import Batches
 from convlens.errors import DataError, UsageError
+from convlens.models import freezing
 from convlens.recipe import Recipe
 from convlens.run import Preprocessing
 
@@ -24,13 +25,17 @@ STEPS_WORTH_TIMING = 400
 
 @dataclass
 class Setup:
-    """A run, ready to train: nothing in `recipe` is `auto` any more."""
+    """A run, ready to train: nothing in `recipe` is `auto` any more.
+
+    `trained` is the whole network; `feed` says which part of it the engine trains, and on what.
+    """
 
     recipe: Recipe
     data: Data
     plan: device.Plan
-    model: nn.Module
-    batches: Batches
+    trained: nn.Module
+    feed: feeding.Feed
+    augment: augment.Pipeline | None
     optimiser: torch.optim.Optimizer
     schedule: optim.Schedule
     objective: engine.Objective
@@ -42,17 +47,12 @@ class Setup:
     def epochs(self) -> int:
         return int(self.recipe.train.epochs)
 
-    @property
-    def trained(self) -> nn.Module:
-        """The network without `torch.compile`'s wrapper, whose names must not reach a file."""
-        return getattr(self.model, "_orig_mod", self.model)
-
     def fit(self) -> engine.Records:
         """The engine's records for this run, from `position` on."""
         optim_config = self.recipe.optim
         return engine.fit(
-            self.model,
-            self.batches,
+            compiled(self.feed.model) if self.recipe.train.compile else self.feed.model,
+            self.feed.batches,
             self.optimiser,
             self.schedule,
             epochs=self.epochs,
@@ -77,7 +77,8 @@ def check(recipe: Recipe) -> None:
 
     def build_model() -> None:
         with torch.device("meta"):  # shapes only: nothing is allocated or drawn
-            models.build(recipe.model.name, 2, channels, size, recipe.model.options)
+            model = models.build(recipe.model.name, 2, channels, size, recipe.model.options)
+        freezing.freeze(model, recipe.model.trainable)
 
     tries: list[Callable[[], object]] = [
         build_model,
@@ -116,6 +117,7 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
     model = models.build(
         recipe.model.name, len(data.classes), data.channels, data.image_size, recipe.model.options
     )
+    freezing.freeze(model, recipe.model.trainable)
     objective = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
 
     def batches_for(chosen: device.Plan) -> Batches:
@@ -136,8 +138,9 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
         recipe=recipe,
         data=data,
         plan=plan,
-        model=compiled(model) if recipe.train.compile else model,
-        batches=batches_for(plan),
+        trained=model,
+        feed=feeding.feed(recipe, data, model, batches_for(plan)),
+        augment=operations if recipe.operations else None,
         optimiser=optim.build(model, recipe.optim),
         schedule=optim.schedule(recipe.optim),
         objective=objective,

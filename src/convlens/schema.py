@@ -39,7 +39,7 @@ class ModelConfig(Section):
 
     name: str = "cnn"
     weights: Literal["none"] = "none"
-    trainable: Literal["all"] = "all"
+    trainable: str = "all"  # all, head, stages, last:K, NAME+ or names: models/freezing.py
 
     @property
     def options(self) -> dict[str, Any]:
@@ -79,6 +79,9 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     compile: bool = False
+    # A frozen trunk is computed once for all epochs; with augmentation for `views` fixed draws.
+    cache_trunk: bool = True
+    views: Positive | None = None
     deterministic: bool = False
 
 

@@ -16,7 +16,7 @@ from convlens import device, engine, evaluation, optim, picturing, run
 from convlens.console import say, watch
 from convlens.data import Data, load
 from convlens.errors import DataError, ResourceError, Stopped
-from convlens.inference import loss_and_accuracy, split_logits
+from convlens.inference import loss_and_accuracy
 from convlens.interrupts import Flag, flagged
 from convlens.preparing import Setup, check, prepare
 from convlens.recipe import Recipe
@@ -76,8 +76,7 @@ def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, q
         place.write_split(data.held_out)
         place.create(setup.recipe, _facts(recipe, setup))  # last: from here on it is a run
     rows, kept = run_to_end(setup, place, quiet=quiet)
-    augment = setup.batches.augment if setup.recipe.operations else None
-    picturing.training_plots(place, rows, kept, data.train, augment)
+    picturing.training_plots(place, rows, kept, data.train, setup.augment)
     # Last: a run that is killed before this takes itself up where it is and draws its plots.
     place.finish(epochs=len(rows), kept=kept, seconds=sum(row["seconds"] for row in rows))
 
@@ -92,7 +91,7 @@ def run_to_end(
     options = setup.recipe.train
     best = Best(options.monitor)
     rows = restore(place, setup, best)
-    steps = len(setup.batches)
+    steps = len(setup.feed.batches)
     done = (setup.position.epoch - 1) * steps + setup.position.step
     if done:
         say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
@@ -142,9 +141,7 @@ def _guarded(setup: Setup, place: RunFolder, *, over: bool) -> engine.Records:
 def _validate(setup: Setup, record: engine.Epoch, *, seconds: float) -> dict[str, float]:
     """The epoch's row: training numbers as they were seen, validation with the kept weights."""
     with optim.averaged(setup.averager):
-        logits, labels = split_logits(
-            setup.trained, setup.data.val, setup.preprocessing.normalise, setup.plan
-        )
+        logits, labels = setup.feed.validate()
     val_loss, val_accuracy = loss_and_accuracy(logits, labels)
     return {
         "epoch": record.epoch,

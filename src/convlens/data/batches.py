@@ -19,6 +19,8 @@ from torch import Tensor
 from convlens.device import Plan, seed_of
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+# From what the rows hold to the network's input: `Normalise` for images.
+Prepare = Callable[[Tensor, Plan], Tensor]
 
 
 class Rows(Protocol):
@@ -108,7 +110,7 @@ class Batches:
         split: Labelled,
         *,
         batch_size: int,
-        normalise: Normalise,
+        normalise: Prepare,
         plan: Plan,
         seed: int,
         augment: Augment | None = None,

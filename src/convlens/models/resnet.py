@@ -31,7 +31,7 @@ def stem_for(image_size: int) -> str:
     return "half" if image_size <= 96 else "imagenet"
 
 
-class ResNet(resnet.ResNet):
+class ResNet(resnet.ResNet):  # type: ignore[misc]  # torchvision has no types
     """torchvision's ResNet for images `[N, channels, S, S]`; gives logits `[N, classes]`.
 
     Args:

@@ -1,0 +1,130 @@
+"""What a training reads: augmented images, or the activations of a trunk that doesn't learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from convlens import device, trunk
+from convlens.console import progress, say
+from convlens.data import Data, Split
+from convlens.data.batches import Batches, to_unit
+from convlens.device import Plan, seed_of
+from convlens.engine import EpochBatches
+from convlens.errors import ResourceError, UsageError
+from convlens.inference import split_logits
+from convlens.recipe import Recipe
+
+Logits = Callable[[], tuple[Tensor, Tensor]]
+VIEW = 4  # tells the generators of fixed views from those of order, augmentation and dropout
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The part of the network that the engine trains, what it trains on, and how it is tested.
+
+    Attributes:
+        model: the network, or what is behind its cached trunk; the weights are shared.
+        batches: what `engine.fit` reads.
+        validate: logits float32 `[N, K]` and labels `[N]` of the validation split.
+        cached_bytes: size of the trunk's activations; 0 where images are read.
+    """
+
+    model: nn.Module
+    batches: EpochBatches
+    validate: Logits
+    cached_bytes: int = 0
+
+
+def feed(recipe: Recipe, data: Data, model: nn.Module, images: Batches) -> Feed:
+    """Chooses between images and cached activations, and computes the latter.
+
+    The trunk is cached where it is frozen, the images are the same in every epoch (no
+    augmentation, or `train.views` fixed draws of it) and its activations fit into memory.
+
+    Args:
+        model: on its device, frozen as the recipe says.
+        images: the training split's batches.
+    """
+    options = recipe.train
+    plan, normalise = images.plan, images.normalise
+
+    def validate() -> tuple[Tensor, Tensor]:
+        return split_logits(model, data.val, normalise, plan)
+
+    plain = Feed(model, images, validate)
+    prefix = trunk.frozen_prefix(model)
+    if options.views and not (prefix and recipe.operations):
+        raise UsageError(
+            f"train.views={options.views} is for augmented images before a frozen trunk, and "
+            f"{'there is no augmentation' if prefix else 'the first layer of this network learns'}",
+            fix="leave out train.views, or set model.trainable, e.g. last:2",
+        )
+    fixed = bool(options.views) or not recipe.operations
+    if not (prefix and fixed and options.cache_trunk):
+        return plain
+    sample = data.train.rows.gather(torch.arange(min(8, len(data.train)))).to(plan.device)
+    if not trunk.fits_together(model, prefix, normalise(sample, plan)):
+        return plain
+    return _cached(recipe, data, model, images, prefix) or plain
+
+
+def _cached(
+    recipe: Recipe, data: Data, model: nn.Module, images: Batches, prefix: list[str]
+) -> Feed | None:
+    """Everything computed once; None where it does not fit into memory."""
+    plan, normalise, views = images.plan, images.normalise, recipe.train.views or 1
+    sample = normalise(data.train.rows.gather(torch.arange(1)).to(plan.device), plan)
+    each = trunk.image_bytes(model, prefix, sample, plan)
+    size = each * len(data.train) * views + 2 * each * len(data.val)
+    budget = device.memory_budget(plan.device)
+    if size > budget:
+        told = f"{size / 2**20:,.0f} MiB of activations, and {budget / 2**20:,.0f} MiB are free"
+        if recipe.train.views:
+            raise ResourceError(
+                f"train.views={views} needs {told}", fix="fewer views, or leave out train.views"
+            )
+        say(f"the frozen layers are computed in every epoch: keeping them would take {told}")
+        return None
+    say(f"the frozen layers ({prefix[0]} to {prefix[-1]}) are computed once")
+    exact = Plan(plan.device, "fp32", plan.memory_format)
+    total = views * len(data.train) + len(data.val)
+    with progress("frozen layers", total) as bar:
+        parts = []
+        for view in range(views):
+            read = _images(data.train, images, view if recipe.train.views else None)
+            found = trunk.compute(model, prefix, read, data.train.labels, plan, bar.advance)
+            parts.append(_batches(recipe, found, plan))
+        read = _images(data.val, images, None)
+        val = trunk.compute(model, prefix, read, data.val.labels, exact, bar.advance)
+    rest = trunk.tail(model, prefix)
+
+    def validate() -> tuple[Tensor, Tensor]:
+        return split_logits(rest, val, trunk.as_they_are, plan)
+
+    batches = trunk.ViewBatches(parts) if len(parts) > 1 else parts[0]
+    return Feed(rest, batches, validate, size)
+
+
+def _batches(recipe: Recipe, features: trunk.Features, plan: Plan) -> Batches:
+    return Batches(
+        features,
+        batch_size=recipe.train.batch_size,
+        normalise=trunk.as_they_are,
+        plan=plan,
+        seed=recipe.train.seed,
+    )
+
+
+def _images(split: Split, like: Batches, view: int | None) -> Iterator[Tensor]:
+    """All images of a split in order, normalised; with `view`, that draw of the augmentation."""
+    generator = torch.Generator(like.plan.device)
+    for chunk, index in enumerate(torch.arange(len(split)).split(trunk.CHUNK)):
+        images = split.rows.gather(index).to(like.plan.device)
+        if view is not None and like.augment is not None:
+            generator.manual_seed(seed_of(like.seed, view, chunk, VIEW))
+            images = like.augment(to_unit(images), generator)
+        yield like.normalise(images, like.plan)

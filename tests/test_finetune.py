@@ -1,0 +1,249 @@
+"""Fine-tuning: what is frozen, that it stays so, and that computing it once changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from convlens import feeding, models, preparing, training, trunk
+from convlens import recipe as recipes
+from convlens.data.batches import to_unit
+from convlens.device import Plan, seed_of
+from convlens.errors import ResourceError, UsageError
+from convlens.models.freezing import freeze, set_train_mode
+from support import begin, same
+
+PLAN = Plan("cpu", "fp32", "contiguous")
+RESNET = (
+    "conv1",
+    "bn1",
+    "relu",
+    "maxpool",
+    "layer1",
+    "layer2",
+    "layer3",
+    "layer4",
+    "avgpool",
+    "fc",
+)
+
+
+def resnet(trainable: str = "all") -> nn.Module:
+    torch.manual_seed(0)
+    model = models.build("resnet18", 4, 3, 32, {"stem": "imagenet"})
+    freeze(model, trainable)
+    return model
+
+
+def learning(model: nn.Module) -> list[str]:
+    """Top-level children with a parameter that learns."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
+# Which parameters learn
+
+
+@pytest.mark.parametrize(
+    ("trainable", "children"),
+    [
+        ("all", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]),
+        ("head", ["fc"]),
+        ("stages", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]),
+        ("last:1", ["fc"]),
+        ("last:2", ["fc"]),  # avgpool has nothing to learn
+        ("last:4", ["layer3", "layer4", "fc"]),  # the report's settings
+        ("last:5", ["layer2", "layer3", "layer4", "fc"]),
+        ("last:6", ["layer1", "layer2", "layer3", "layer4", "fc"]),
+        ("last:10", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]),
+        ("layer3+", ["layer3", "layer4", "fc"]),
+        ("avgpool+", ["fc"]),
+        ("layer4,fc", ["layer4", "fc"]),
+        ("layer4, fc", ["layer4", "fc"]),
+        ("bn1", ["bn1"]),
+    ],
+)
+def test_the_words_of_trainable_mean_children(trainable: str, children: list[str]) -> None:
+    assert tuple(name for name, _ in resnet().named_children()) == RESNET
+    assert learning(resnet(trainable)) == children
+
+
+def test_a_block_inside_a_stage_can_be_the_first_that_learns() -> None:
+    model = resnet("layer4.1+")
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names[0] == "layer4.1.conv1.weight"
+    assert names[-1] == "fc.bias"
+    assert not any(name.startswith("layer4.0") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "said"),
+    [
+        ("last:0", "10 children"),
+        ("last:11", "10 children"),
+        ("last:x", "10 children"),
+        ("layer5+", "did you mean"),
+        ("layr4,fc", "did you mean layer4"),
+        ("relu", "leaves nothing to train"),
+        ("", "no module"),
+    ],
+)
+def test_a_trainable_that_cannot_be_is_refused(trainable: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        resnet(trainable)
+    assert "layer4" in caught.value.fix
+
+
+def test_a_wrong_trainable_is_found_before_any_image_is_read() -> None:
+    asked = recipes.load("resnet18", ["model.trainable=layer9+", "data.name=no-such-folder"])
+    with pytest.raises(UsageError, match="layer9"):
+        preparing.check(asked)
+
+
+# What is frozen stays as it is
+
+
+def test_frozen_norms_keep_their_statistics_and_frozen_dropout_drops_nothing() -> None:
+    model = models.build("resnet18", 4, 3, 32, {"stem": "half", "dropout": 0.5})
+    freeze(model, "last:4")
+    set_train_mode(model)
+    before = copy.deepcopy(model.state_dict())
+    seen: dict[str, list[torch.Tensor]] = {"layer2": [], "layer3": []}
+    for name, outputs in seen.items():
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _, inputs, out, kept=outputs: kept.append(out.clone()))
+    for _ in range(2):
+        model(torch.ones(4, 3, 32, 32))
+    assert torch.equal(*seen["layer2"])
+    assert not torch.equal(*seen["layer3"])  # dropout
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed
+    assert {name.partition(".")[0] for name in changed} == {"layer3", "layer4"}
+
+
+# A trunk that is computed once
+
+
+def test_the_frozen_prefix_is_everything_before_the_first_layer_that_learns() -> None:
+    assert trunk.frozen_prefix(resnet("last:4")) == list(RESNET[:6])
+    assert trunk.frozen_prefix(resnet("head")) == list(RESNET[:9])
+    assert trunk.frozen_prefix(resnet("all")) == []
+    assert trunk.frozen_prefix(resnet("bn1+")) == ["conv1"]
+    inside = resnet("layer4.1+")
+    assert trunk.frozen_prefix(inside) == [*RESNET[:7], "layer4.0"]
+
+
+def test_trunk_and_tail_are_the_network_and_share_its_weights() -> None:
+    model = resnet("last:4").eval()
+    images = torch.randn(6, 3, 32, 32)
+    prefix = trunk.frozen_prefix(model)
+    assert trunk.fits_together(model, prefix, images)
+    rest = trunk.tail(model, prefix).eval()
+    found = trunk.compute(model, prefix, images.split(4), torch.arange(6) % 4, PLAN)
+    assert found.values.shape == (6, 128, 4, 4)
+    torch.testing.assert_close(rest(found.values), model(images), rtol=1e-5, atol=1e-5)
+    assert rest.fc.weight is model.fc.weight
+    assert rest.layer4[0].bn1.running_mean is model.layer4[0].bn1.running_mean
+    with torch.no_grad():
+        model.fc.bias += 1
+    torch.testing.assert_close(rest(found.values), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_skips_over_the_boundary_is_found_out() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(images)) + images
+
+    model = Skips()
+    model.first.requires_grad_(False)
+    assert not trunk.fits_together(model, ["first"], torch.randn(2, 3, 4, 4))
+
+
+FROZEN = (
+    "data.name=shapes", "data.count=90", "data.image_size=32", "data.val_fraction=0.2",
+    "model.trainable=layer4+", "train.epochs=3", "train.batch_size=16", "train.precision=fp32",
+    "train.memory_format=contiguous", "optim.lr=0.05", "train.patience=null", "train.keep=last",
+)  # fmt: skip
+
+
+def trained(name: str, *more: str) -> tuple[preparing.Setup, list[dict[str, float]]]:
+    setup, place = begin(recipes.load("resnet18", [*FROZEN, *more]), name)
+    rows, _ = training.run_to_end(setup, place, quiet=True)
+    return setup, rows
+
+
+def test_a_cached_trunk_gives_the_same_training() -> None:
+    cached, cached_rows = trained("cached")
+    plain, plain_rows = trained("plain", "train.cache_trunk=false")
+    assert cached.feed.cached_bytes > 0
+    assert cached.feed.model is not cached.trained
+    assert plain.feed.cached_bytes == 0
+    assert plain.feed.model is plain.trained
+    for name, tensor in cached.trained.state_dict().items():
+        torch.testing.assert_close(tensor, plain.trained.state_dict()[name], rtol=2e-4, atol=2e-5)
+    for mine, theirs in zip(cached_rows, plain_rows, strict=True):
+        for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
+    untouched = [n for n in cached.trained.state_dict() if not n.startswith(("layer4", "fc"))]
+    first = preparing.prepare(cached.recipe, cached.data, "cpu").trained.state_dict()
+    same({n: first[n] for n in untouched}, {n: cached.trained.state_dict()[n] for n in untouched})
+
+
+def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
+    augment = 'augment=[{"RandomCrop": {"padding": 4}}, "RandomHorizontalFlip"]'
+    views, _ = trained("views", augment, "train.views=2")
+    assert isinstance(views.feed.batches, trunk.ViewBatches)
+
+    again = preparing.prepare(views.recipe, views.data, "cpu")
+    model, rows = again.trained, again.data.train.rows
+    count = len(again.data.train)
+    shown = []
+    for view in range(2):
+        parts = []
+        for chunk, index in enumerate(torch.arange(count).split(trunk.CHUNK)):
+            seed = seed_of(0, view, chunk, feeding.VIEW)
+            generator = torch.Generator().manual_seed(seed)
+            parts.append(again.augment(to_unit(rows.gather(index)), generator))
+        shown.append(again.preprocessing.normalise(torch.cat(parts), PLAN))
+    done = 0
+    total = 3 * len(views.feed.batches)
+    for epoch in (1, 2, 3):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(0, epoch)))
+        set_train_mode(model)
+        for part in order.split(16):
+            for group in again.optimiser.param_groups:
+                group["lr"] = 0.05 * again.schedule(done / total)
+            logits = model(shown[(epoch - 1) % 2][part])
+            nn.functional.cross_entropy(logits, again.data.train.labels[part]).backward()
+            nn.utils.clip_grad_value_([p for p in model.parameters() if p.requires_grad], 0.1)
+            again.optimiser.step()
+            again.optimiser.zero_grad()
+            done += 1
+    assert done == total
+    for name, tensor in model.state_dict().items():
+        found = views.trained.state_dict()[name]
+        torch.testing.assert_close(found, tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_views_without_a_frozen_trunk_or_without_augmentation_are_refused() -> None:
+    for more in (["train.views=2"], ["model.trainable=all", "augment=[RandomHorizontalFlip]"]):
+        with pytest.raises(UsageError, match=r"train\.views=2"):
+            begin(recipes.load("resnet18", [*FROZEN, "train.views=2", *more]), "refused")
+
+
+def test_activations_that_do_not_fit_are_computed_anew_each_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = [*FROZEN, "augment=[RandomHorizontalFlip]", "train.views=9"]
+    monkeypatch.setenv("CONVLENS_MEMORY", "1KB")
+    setup, _ = begin(recipes.load("resnet18", FROZEN), "small")
+    assert setup.feed.cached_bytes == 0
+    with pytest.raises(ResourceError, match=r"train\.views=9 needs"):
+        begin(recipes.load("resnet18", few), "views")
