@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convlens import metrics
 from convlens.data.batches import Labelled, Normalise, Rows
 from convlens.device import Plan, choose
 from convlens.views import Views, averaged
@@ -101,6 +102,9 @@ def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def probabilities(logits: Tensor) -> np.ndarray:
-    """Softmax of logits `[N, K]` as float64 numpy, rows adding up to 1."""
-    result: np.ndarray = logits.double().softmax(1).cpu().numpy()
-    return result
+    """Softmax of logits `[N, K]` as float64 numpy, rows adding up to 1.
+
+    Raises:
+        ModelFileError: logits that are not finite, which only the weights can bring about.
+    """
+    return metrics.softmax(logits.cpu().numpy())
