@@ -164,6 +164,25 @@ def brightness_model(
     return _saved(folder, net, options, classes, size)
 
 
+def sided_model(folder: Path, size: int = 8) -> RunFolder:
+    """A model file that tells images by their brighter half: a mirror image is the other class.
+
+    Logits for `left` and `right` are `(8 * left, 9 * right)`, of the halves' mean brightness.
+    """
+    from convlens import models
+
+    options = {"widths": [1], "kernel": 1, "batch_norm": False, "pool": "none", "head": "flatten"}
+    net = models.build("cnn", 2, 3, size, options)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net.get_parameter("stage1.0.weight").fill_(1 / 3)
+        halves = net.get_parameter("classifier.weight").view(2, size, size)
+        halves[0, :, : size // 2] = 8 / (size * size / 2)
+        halves[1, :, size // 2 :] = 9 / (size * size / 2)
+    return _saved(folder, net, options, ("left", "right"), size)
+
+
 def _saved(
     folder: Path,
     net: torch.nn.Module,

@@ -24,7 +24,7 @@ ROOT = Path(convlens.__file__).parent
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "names", "version"),
     1: ("files", "console", "interrupts", "yamltext", "schema", "recipe", "device"),
-    2: ("data", "models", "optim", "metrics", "plots", "auto"),
+    2: ("data", "models", "optim", "metrics", "plots", "auto", "views"),
     3: ("engine", "inference", "modelfile", "trunk"),
     4: ("run",),
     5: (

@@ -173,8 +173,26 @@ def test_a_csv_with_wrong_lines_lists_them_at_once() -> None:
     refused(here("train", "list.csv"), 3, "trian", "lost.png", "line 4", "list.csv")
 
 
-def test_too_few_images_for_a_subset() -> None:
-    refused(here("train", "digits", "data.per_class=500"), 3, "data.per_class=500", "at most")
+def test_more_images_per_class_than_there_are() -> None:
+    """Every class that is short is named with its count; the remedy is the number that works."""
+    for split, counts in {"train": (7, 4, 5), "val": (2, 2, 2), "test": (2, 2, 2)}.items():
+        first = {"train": 0, "val": 50, "test": 80}[split]
+        pictures(Path("photos") / split, dict(zip("abc", counts, strict=True)), first=first)
+    done = here("train", "photos", *NET, "data.per_class=6")
+    refused(
+        done, 3, "data.per_class=6, but 2 of 3 classes have fewer training images: b (4), c (5)",
+        "at most data.per_class=4",
+    )  # fmt: skip
+    assert not Path("models").exists()
+    done = here("train", "photos", *NET, "data.per_class=4", "--json")
+    assert done.code == 0, done.err
+    assert Run.load(done.json["run"]).evaluate("train").n == 12
+    refused(here("train", "digits", "data.per_class=500"), 3, "10 of 10", "and 5 more", "at most")
+
+
+def test_images_per_class_that_are_no_number() -> None:
+    for value in ("0", "-3", "many", "2.5"):
+        refused(here("train", "digits", f"data.per_class={value}"), 2, "data.per_class=", value)
 
 
 # Output

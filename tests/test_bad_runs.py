@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 import shutil
 import signal
@@ -11,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save as safetensors_save
 from safetensors.torch import save_file
 
-from commands import DIGITS, here, picture, refused, start, weights
+from commands import DIGITS, brightness_model, here, picture, pictures, refused, start, weights
+from convlens import modelfile
 from convlens.run import RunFolder, load_model
 
 
@@ -54,6 +58,39 @@ def test_a_damaged_model_file(trained: Path, damage: Callable[[bytes], bytes], s
     picture(Path("a.png"), (1, 2, 3))
     for arguments in (["evaluate", "good"], ["predict", "good", "a.png"], ["predict", path, "-"]):
         refused(here(*arguments), 4, said, "model.safetensors")
+
+
+def rewritten(path: Path, name: str, value: float) -> None:
+    """Fills a tensor of a model file with `value` and signs the file anew, as other hands could."""
+    tensors, card = modelfile.read(path)
+    tensors[name] = torch.full_like(tensors[name], value)
+    text = json.dumps({**card, "sha256": modelfile.NO_HASH})
+    content = safetensors_save(tensors, {modelfile.KEY: text})
+    digest = hashlib.sha256(content).hexdigest().encode()
+    path.write_bytes(content.replace(modelfile.NO_HASH.encode(), digest, 1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(trained: Path, value: float) -> None:
+    run = Path(shutil.copytree(trained, Path("models/good")))
+    rewritten(run / "model.safetensors", "classifier.weight", value)
+    picture(Path("a.png"), (1, 2, 3))
+    for arguments in (["evaluate"], ["predict", "a.png"], ["predict", "a.png", "--json"]):
+        done = here(arguments[0], "good", *arguments[1:])
+        refused(done, 4, "NaN or infinite", "classifier.weight", "model.safetensors", "--fresh")
+        assert done.out == ""
+    assert not (run / "results.json").exists()
+
+
+def test_finite_weights_whose_outputs_are_not() -> None:
+    run = brightness_model(Path("models/bright"))
+    rewritten(run.model_path, "stage1.0.weight", 3e38)  # three channels of it overflow
+    root = pictures(Path("set"), {"dark": 1, "light": 1})
+    for arguments in (["evaluate", "bright", "--data", root], ["predict", "bright", root]):
+        for tta in ([], ["--tta", "flip"]):
+            done = here(*arguments, *tta)
+            refused(done, 4, "outputs are not finite for 2 of 2 images")
+            assert done.out == ""
 
 
 class Trap:

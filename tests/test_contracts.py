@@ -298,27 +298,27 @@ ANSWERS = [
 def test_a_writer_writes_every_answer_and_counts_the_failures(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert WRITERS[name](iter(ANSWERS), 2) == 1
+    assert WRITERS[name](iter(ANSWERS), 2, False) == 1
     written = capsys.readouterr()
     assert written.err == ""
     for answer in ANSWERS:
         assert answer.filename in written.out.replace("\\u00fc", "ü")
     assert "dog [bold]" in written.out
     assert "cut short" in written.out
-    assert WRITERS[name](iter(ANSWERS[:1]), 1) == 0
+    assert WRITERS[name](iter(ANSWERS[:1]), 1, False) == 0
 
 
 def test_what_is_written_for_machines_can_be_read_by_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    WRITERS["csv"](iter(ANSWERS), 2)
+    WRITERS["csv"](iter(ANSWERS), 2, False)
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["filename"] for row in rows] == [answer.filename for answer in ANSWERS]
     assert (rows[0]["label"], float(rows[0]["prob"]), rows[0]["label2"]) == (
         "cat", 0.75, "dog [bold]",
     )  # fmt: skip
     assert (rows[1]["label"], rows[1]["error"]) == ("", "cut short")
-    WRITERS["json"](iter(ANSWERS), 2)
+    WRITERS["json"](iter(ANSWERS), 2, False)
     content = json.loads(capsys.readouterr().out)
     assert content["predictions"][2]["top"][1] == {"label": "cat", "prob": 0.5}
     assert content["predictions"][1]["error"] == "cut short"

@@ -227,6 +227,9 @@ def test_wrong_names_are_refused(small: Path) -> None:
     refused(errors_of("small", "--data", "digts"), 2, "digits")
     refused(errors_of("small", "--data", "no/where"), 3, "no such file or folder")
     refused(errors_of("small", "--device", "cuda:77"), 2, "cuda:77")
+    done = errors_of("small", "--splt", "val")
+    assert (done.code, "--split" in done.err, done.out) == (2, True, "")
+    assert not Run.load("small").results
 
 
 def test_python_raises_the_same(small: Path) -> None:

@@ -179,6 +179,15 @@ def test_weights_that_are_no_numbers_are_not_saved(bad: float) -> None:
     assert PATH.read_bytes() == before
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_that_are_no_numbers_are_not_read(bad: float, dtype: torch.dtype) -> None:
+    card = {"convlens": json.dumps({"format": 1, "sha256": modelfile.NO_HASH})}
+    broken = {**TENSORS, "last": torch.tensor([1.0, bad], dtype=dtype)}
+    said = refused(signed(None, safetensors_save(broken, card)))
+    assert said == "weights are NaN or infinite in 1 of 5 tensors: last"
+
+
 def test_missing_files_and_folders() -> None:
     with pytest.raises(ModelFileError, match="no such model file"):
         modelfile.read(Path("absent"))

@@ -165,6 +165,17 @@ def test_an_unknown_format_names_the_others(model: RunFolder) -> None:
     refused(here("predict", model.path, "x.png", "-f", "jsn"), 2, "unknown format", "json")
 
 
+def test_other_wrong_words(model: RunFolder) -> None:
+    picture(Path("a.png"), DARK)
+    for arguments in (["--tpo", "2"], ["--top", "0"], ["--top", "two"], ["--tta"]):
+        done = here("predict", model.path, "a.png", *arguments)
+        assert done.code == 2, arguments
+        assert "--t" in done.err
+        assert "Traceback" not in done.err
+        assert done.out == ""
+    refused(here("predict", f"{model.path}s", "a.png"), 4, "no such run", "check the path")
+
+
 def test_more_classes_than_there_are_gives_all(model: RunFolder) -> None:
     answer = Run(model).predict(files()[0], top_k=9)[0]
     assert [name for name, _ in answer.top] == ["dark", "light"]

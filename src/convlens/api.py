@@ -71,26 +71,36 @@ class Run:
         split: str = "test",
         *,
         data: str | Path | None = None,
+        tta: str | None = None,
         device: str | None = None,
         quiet: bool = True,
     ) -> Evaluation:
-        """Accuracy with its interval, and everything else, on a split or another data set."""
-        return evaluation.evaluate(self._folder, split, data=data, on=device, quiet=quiet)
+        """Accuracy with its interval, and everything else, on a split or another data set.
+
+        With `tta` (`flip`, `flip+shifts`) `Evaluation.tta` has the numbers of test-time
+        augmentation; the others stay plain.
+        """
+        return evaluation.evaluate(self._folder, split, data=data, tta=tta, on=device, quiet=quiet)
 
     def predict(
         self,
         inputs: str | Path | Iterable[str | Path] | np.ndarray,
         *,
         top_k: int = 1,
+        tta: str | None = None,
         device: str | None = None,
         quiet: bool = True,
     ) -> list[Prediction]:
-        """A `Prediction` for each image: files, folders and globs, or an array of images."""
+        """A `Prediction` for each image: files, folders and globs, or an array of images.
+
+        With `tta` (`flip`, `flip+shifts`) each has `tta_label` and `tta_prob` beside the plain.
+        """
         loaded = run_module.load_model(self._folder.model_path)
         if isinstance(inputs, str | Path):
             inputs = [inputs]
         images = inputs if isinstance(inputs, np.ndarray) else prediction.expand(inputs)
-        return list(prediction.predict(loaded, images, top_k=top_k, on=device, quiet=quiet))
+        answers = prediction.predict(loaded, images, top_k=top_k, tta=tta, on=device, quiet=quiet)
+        return list(answers)
 
 
 def train(

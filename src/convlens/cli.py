@@ -32,6 +32,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is by default.")
 ]
+Tta = Annotated[
+    str | None,
+    typer.Option(
+        metavar="VIEWS",
+        help="Test-time augmentation beside the plain answer: flip or flip+shifts (also moved by "
+        "a pixel for each 32). Mirror images must not change the class.",
+    ),
+]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, folder or model file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. optim.lr=0.1")
@@ -89,6 +97,7 @@ def evaluate(
     run: RunName,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
     data: DataSet = None,
+    tta: Tta = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -98,7 +107,7 @@ def evaluate(
     from convlens.showing import evaluated
 
     place = runs.find(run)
-    result = evaluation.evaluate(place, split, data=data, on=device)
+    result = evaluation.evaluate(place, split, data=data, tta=tta, on=device)
     if not as_json:
         evaluated(result, place)
     _print_json(as_json, result.to_dict())
@@ -113,23 +122,25 @@ def predict(
     ] = None,
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Classes to name.")] = 1,
     output: Annotated[str, typer.Option("--format", "-f", help="table, csv or json.")] = "table",
+    tta: Tta = None,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Classify image files: a table, CSV or JSON of filename, label and probability."""
-    from convlens import prediction
+    from convlens import prediction, views
     from convlens import run as runs
     from convlens.errors import DataError
     from convlens.names import pick
     from convlens.showing import WRITERS
 
     write = pick(WRITERS, "json" if as_json else output, "format")
+    views.chosen(tta)  # a typo is told before anything is read or written
     loaded = runs.load_model(runs.find(run).model_path)
     asked = paths or ["-"]
     listed = [line.strip() for line in sys.stdin if line.strip()] if "-" in asked else []
     files = prediction.expand([*(path for path in asked if path != "-"), *listed])
-    answers = prediction.predict(loaded, files, top_k=top, on=device)
-    failed = write(answers, top)
+    answers = prediction.predict(loaded, files, top_k=top, tta=tta, on=device)
+    failed = write(answers, top, tta is not None)
     if failed:
         raise DataError(
             f"{failed} of {len(files)} files could not be read; the others are done",

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from convlens import device, metrics, picturing, run
+from convlens import device, metrics, picturing, run, views
 from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, load_foreign
 from convlens.errors import DataError, UsageError
-from convlens.inference import placed, split_logits
+from convlens.inference import Answers, placed, split_answers
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
@@ -28,7 +29,12 @@ SPLITS = ("test", "val", "train")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's numbers on one split; `interval95` is Wilson's, `loss` is in nats."""
+    """A model's numbers on one split; `interval95` is Wilson's, `loss` is in nats.
+
+    `tta` is None, or the same numbers with test-time augmentation beside the plain ones:
+    `views` (their name), `accuracy`, `interval95`, `correct`, `loss`, `ece`, and the images that
+    it `gained` and `lost` with McNemar's exact `p`. `images_per_second` counts the whole pass.
+    """
 
     run: str
     split: str
@@ -43,7 +49,7 @@ class Evaluation:
     per_class: dict[str, dict[str, Any]]
     confusion: list[list[int]]
     classes: list[str]
-    tta: None
+    tta: dict[str, Any] | None
     looks: int
     images_per_second: float
     data_fingerprint: str
@@ -54,12 +60,27 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def tta_sentence(self) -> str:
+        """How test-time augmentation compares with the plain accuracy; empty without it."""
+        if self.tta is None:
+            return ""
+        its, (low, high) = self.tta, self.tta["interval95"]
+        p = "p < 0.0001" if its["p"] < 0.0001 else f"p = {its['p']:.4f}"
+        return (
+            f"with test-time augmentation ({its['views']}) {its['accuracy']:.2%}: "
+            f"{100 * (its['accuracy'] - self.accuracy):+.2f} points "
+            f"(95% interval {low:.2%} to {high:.2%}), loss {its['loss']:.4f}, calibration error "
+            f"{its['ece']:.3f}; {its['gained']:,} images gained, {its['lost']:,} lost "
+            f"(McNemar's exact {p})"
+        )
+
 
 def evaluate(
     place: RunFolder,
     split: str = "test",
     *,
     data: str | Path | None = None,
+    tta: str | None = None,
     on: str | None = None,
     quiet: bool = False,
 ) -> Evaluation:
@@ -69,14 +90,17 @@ def evaluate(
         split: `test`, `val` or `train`; of another data set, its part of that name if it has
             parts, else all of it.
         data: another data set; its classes are matched by name.
+        tta: test-time augmentation, `flip` or `flip+shifts`; its numbers come beside the plain
+            ones, which stay what they are. Mirror images must not change the class.
         on: device; the best there is by default.
 
     Raises:
-        UsageError: no such split; DataError: the images changed since training, or a class that
-            the model doesn't know.
+        UsageError: no such split or views; DataError: the images changed since training, or a
+            class that the model doesn't know.
     """
     if split not in SPLITS:
         raise UsageError(f"no split called {split!r}", fix=f"choose from: {', '.join(SPLITS)}")
+    views.chosen(tta)  # a typo must not cost the loading of a data set
     loaded = run.load_model(place.model_path)
     where = device.choose(on)
     recipe = load_recipe(loaded.card["recipe"])
@@ -87,7 +111,7 @@ def evaluate(
             part, classes, name, fingerprint = _foreign(str(data), loaded, split, where)
         labels = _by_name(part.labels, classes, loaded.classes, name)
         part = replace(part, labels=labels)
-        return _measure(place, loaded, part, split, name, fingerprint, where)
+        return _measure(place, loaded, part, split, name, fingerprint, where, tta)
 
 
 def _own(
@@ -148,17 +172,12 @@ def _measure(
     name: str,
     fingerprint: str,
     where: str,
+    tta: str | None,
 ) -> Evaluation:
-    plan = placed(loaded.model, where)
-    total = int(part.labels.numel())
     start = time.perf_counter()
-    with progress(f"evaluating {split}", total) as bar:
-        logits, labels = split_logits(
-            loaded.model, part, loaded.preprocessing.normalise, plan, advance=bar.advance
-        )
-        device.synchronise(where)
+    answers, labels = _answers(loaded, part, split, where, tta)
     seconds = time.perf_counter() - start
-    scores, truths = logits.cpu().numpy(), labels.cpu().numpy()
+    scores, truths = answers.plain.cpu().numpy(), labels.cpu().numpy()
     summary = metrics.summarise(scores, truths, list(loaded.classes))
     result: dict[str, Any] = {
         "run": place.name,
@@ -167,8 +186,8 @@ def _measure(
         **summary,
         "top5": summary.get("top5"),
         "classes": list(loaded.classes),
-        "tta": None,
-        "images_per_second": round(total / seconds, 1),
+        "tta": _augmented(tta, answers, truths, loaded.classes),
+        "images_per_second": round(len(truths) / seconds, 1),
         "data_fingerprint": fingerprint,
         "model_sha256": loaded.card["sha256"],
         "convlens": loaded.card["convlens"],
@@ -183,6 +202,35 @@ def _measure(
     return evaluation
 
 
+def _answers(
+    loaded: Loaded, part: Split, split: str, where: str, tta: str | None
+) -> tuple[Answers, torch.Tensor]:
+    plan, total = placed(loaded.model, where), int(part.labels.numel())
+    normalise = loaded.preprocessing.normalise
+    with progress(f"evaluating {split}", total) as bar:
+        found = split_answers(
+            loaded.model, part, normalise, plan, views.chosen(tta), advance=bar.advance
+        )
+        device.synchronise(where)
+    return found
+
+
+TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")
+
+
+def _augmented(
+    tta: str | None, answers: Answers, truths: np.ndarray, classes: Sequence[str]
+) -> dict[str, Any] | None:
+    """The numbers with test-time augmentation, and the images it changed from the plain answer."""
+    if answers.tta is None:
+        return None
+    plain, mean = answers.plain.cpu().numpy(), answers.tta.cpu().numpy()
+    summary = metrics.summarise(mean, truths, classes)
+    gained, lost, p = metrics.paired(truths, plain.argmax(1), mean.argmax(1))
+    shared = {key: summary[key] for key in TTA_KEYS}
+    return {"views": tta, **shared, "gained": gained, "lost": lost, "p": p}
+
+
 def _tell(result: Evaluation) -> None:
     low, high = result.interval95
     say(
@@ -190,3 +238,5 @@ def _tell(result: Evaluation) -> None:
         f"(95% interval {low:.2%} to {high:.2%}, n = {result.n:,}), loss {result.loss:.4f}, "
         f"calibration error {result.ece:.3f}"
     )
+    if result.tta is not None:
+        say(result.tta_sentence())

@@ -7,13 +7,16 @@ who asked for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convlens import metrics
 from convlens.data.batches import Labelled, Prepare, Rows
 from convlens.device import Plan, choose
+from convlens.views import Views, averaged
 
 # Eval mode has no batch statistics, so the size of a batch changes nothing but speed.
 BATCH = 256
@@ -26,38 +29,63 @@ def placed(model: nn.Module, on: str | None) -> Plan:
     return plan
 
 
-@torch.inference_mode()
+class Answers(NamedTuple):
+    """Logits float32 `[N, classes]` of the images as they are, and their mean over all views."""
+
+    plain: Tensor
+    tta: Tensor | None
+
+
 def batch_logits(model: nn.Module, images: Tensor, normalise: Prepare, plan: Plan) -> Tensor:
     """Logits float32 `[B, classes]` on the device for uint8 images `[B, C, H, W]`."""
+    return batch_answers(model, images, normalise, plan, None).plain
+
+
+@torch.inference_mode()
+def batch_answers(
+    model: nn.Module, images: Tensor, normalise: Prepare, plan: Plan, views: Views | None
+) -> Answers:
+    """As `batch_logits`, with the mean over `views` beside it where there are any."""
     # Module by module: parts that were frozen in eval mode must stay so.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        logits: Tensor = model(normalise(images.to(plan.device), plan))
-        return logits.float()
+        ready = normalise(images.to(plan.device), plan)
+        if views is None:
+            return Answers(model(ready).float(), None)
+        return Answers(*averaged(model, ready, views))
     finally:
         for module, training in modes:
             module.training = training
 
 
 def split_logits(
-    model: nn.Module,
-    split: Labelled,
-    normalise: Prepare,
-    plan: Plan,
-    *,
-    advance: Callable[[int], None] = lambda count: None,
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, split: Labelled, normalise: Prepare, plan: Plan,
+    *, advance: Callable[[int], None] = lambda count: None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Logits float32 `[N, classes]` and labels int64 `[N]` of a split, both on the device.
 
     Each image counts exactly once; nothing is dropped or padded. `advance(n)` is told of
     progress.
     """
-    parts = []
+    answers, labels = split_answers(model, split, normalise, plan, None, advance=advance)
+    return answers.plain, labels
+
+
+def split_answers(
+    model: nn.Module, split: Labelled, normalise: Prepare, plan: Plan, views: Views | None,
+    *, advance: Callable[[int], None] = lambda count: None,
+) -> tuple[Answers, Tensor]:  # fmt: skip
+    """As `split_logits`, with the mean over `views`: one loop, batch by batch, for both."""
+    plain, tta = [], []
     for images in _batches(split.rows):
-        parts.append(batch_logits(model, images, normalise, plan))
+        answers = batch_answers(model, images, normalise, plan, views)
+        plain.append(answers.plain)
+        if answers.tta is not None:
+            tta.append(answers.tta)
         advance(len(images))
-    return torch.cat(parts), split.labels.to(plan.device)
+    mean = torch.cat(tta) if tta else None
+    return Answers(torch.cat(plain), mean), split.labels.to(plan.device)
 
 
 def _batches(rows: Rows) -> Iterator[Tensor]:
@@ -74,6 +102,9 @@ def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def probabilities(logits: Tensor) -> np.ndarray:
-    """Softmax of logits `[N, K]` as float64 numpy, rows adding up to 1."""
-    result: np.ndarray = logits.double().softmax(1).cpu().numpy()
-    return result
+    """Softmax of logits `[N, K]` as float64 numpy, rows adding up to 1.
+
+    Raises:
+        ModelFileError: logits that are not finite, which only the weights can bring about.
+    """
+    return metrics.softmax(logits.cpu().numpy())

@@ -151,6 +151,25 @@ def ece(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15) -> float:
     return float(np.nansum(np.abs(right - confidence) * count) / count.sum())
 
 
+def paired(
+    labels: npt.ArrayLike, before: npt.ArrayLike, after: npt.ArrayLike
+) -> tuple[int, int, float]:
+    """Images that only `after` has right, those that only `before` has, and McNemar's exact p.
+
+    Both are predictions for the same images; p is two-sided, for the null hypothesis that a
+    change goes either way as often. Without changes it is 1. McNemar 1947, Psychometrika 12 (2).
+    """
+    from scipy.stats import binomtest
+
+    truth, first, second = _indices(labels), _indices(before), _indices(after)
+    _same_length(truth, first)
+    _same_length(truth, second)
+    gained = int(np.sum((second == truth) & (first != truth)))
+    lost = int(np.sum((first == truth) & (second != truth)))
+    changed = gained + lost
+    return gained, lost, float(binomtest(gained, changed).pvalue) if changed else 1.0
+
+
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1); one value has no deviation."""
     if not values:

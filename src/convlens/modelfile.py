@@ -43,7 +43,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
         ResourceError: the disk; NotFiniteError: a tensor holds NaN or infinity.
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    bad = [n for n, t in plain.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    bad = _not_finite(plain)
     if bad:
         raise NotFiniteError(
             f"weights became NaN or infinite, so they were not saved: {', '.join(bad[:3])}",
@@ -62,7 +62,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a file that `write` wrote.
 
     Raises:
-        ModelFileError: missing, truncated, changed by even one byte, or another format.
+        ModelFileError: missing, truncated, changed by even one byte, another format, or tensors
+            with NaN or infinity.
     """
     path = Path(path)
     try:
@@ -92,9 +93,23 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             fix="update convlens",
         )
     try:
-        return from_bytes(data), metadata
+        tensors = from_bytes(data)
     except (SafetensorError, KeyError) as error:  # a right hash over a wrong table of tensors
         raise ModelFileError(f"no readable tensors: {error}", where=str(path)) from error
+    bad = _not_finite(tensors)
+    if bad:  # `write` refuses them, but it need not have been `write`
+        raise ModelFileError(
+            f"weights are NaN or infinite in {len(bad)} of {len(tensors)} tensors: "
+            f"{', '.join(bad[:3])}",
+            where=str(path),
+            fix="restore it from a copy, or train again with --fresh",
+        )
+    return tensors, metadata
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    return [name for name, t in floats.items() if not torch.isfinite(t).all()]
 
 
 def _refuse_foreign(data: bytes, path: Path) -> None:

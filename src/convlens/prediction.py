@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from convlens import device
-from convlens.console import progress
+from convlens import device, views
+from convlens.console import progress, quieted, say
 from convlens.data.decode import EXTENSIONS, UnreadableImage, decode, fit_images
 from convlens.errors import DataError, UsageError
-from convlens.inference import batch_logits, placed, probabilities
+from convlens.inference import batch_answers, placed, probabilities
 from convlens.run import Loaded
 
 BATCH = 128
@@ -24,11 +24,16 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image, likeliest class first, or the reason why there is none."""
+    """The answer for one image, likeliest class first, or the reason why there is none.
+
+    `label`, `prob` and `top` are of the image as it is; with test-time augmentation `tta_label`,
+    `tta_prob` and `tta_top` stand beside them.
+    """
 
     filename: str
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
+    tta_top: tuple[tuple[str, float], ...] = ()
 
     @property
     def label(self) -> str | None:
@@ -37,6 +42,14 @@ class Prediction:
     @property
     def prob(self) -> float | None:
         return self.top[0][1] if self.top else None
+
+    @property
+    def tta_label(self) -> str | None:
+        return self.tta_top[0][0] if self.tta_top else None
+
+    @property
+    def tta_prob(self) -> float | None:
+        return self.tta_top[0][1] if self.tta_top else None
 
 
 def expand(paths: Iterable[str | Path]) -> list[str]:
@@ -84,6 +97,7 @@ def predict(
     inputs: Sequence[str | Path] | np.ndarray,
     *,
     top_k: int = 1,
+    tta: str | None = None,
     on: str | None = None,
     quiet: bool = False,
 ) -> Iterator[Prediction]:
@@ -93,24 +107,39 @@ def predict(
         inputs: paths of image files, or uint8 images `[N, H, W]`, `[N, H, W, C]` or
             `[N, C, H, W]`; all go through the decoder and the preprocessing of training.
         top_k: how many classes to name for each image.
+        tta: test-time augmentation, `flip` or `flip+shifts`: its answers come beside the plain
+            ones. Mirror images must not change the class.
+
+    Raises:
+        UsageError: no such views, or an array that is no images.
 
     An unreadable file gives a `Prediction` with `error` set; the others are done all the same.
     """
+    chosen = views.chosen(tta)
     plan = placed(loaded.model, on)
     k = min(max(top_k, 1), len(loaded.classes))
+    if chosen is not None:
+        with quieted(quiet):
+            say(f"tta answers are the mean over the views of {tta!r}; label and prob are plain")
     with progress("predicting", len(inputs), shown=not quiet) as bar, _pool() as pool:
         for start in range(0, len(inputs), BATCH):
             batch = _read(inputs[start : start + BATCH], start, loaded, pool)
             good = [image for _, image, _ in batch if image is not None]
-            probs = iter(_probabilities(good, loaded, plan))
+            plain, mean = _probabilities(good, loaded, plan, chosen)
+            done = 0
             for filename, image, error in batch:
                 if image is None:
                     yield Prediction(filename, error=error)
                     continue
-                row = next(probs)
-                order = np.argsort(-row, kind="stable")[:k]
-                yield Prediction(filename, tuple((loaded.classes[i], float(row[i])) for i in order))
+                beside = () if mean is None else _top(mean[done], k, loaded)
+                yield Prediction(filename, _top(plain[done], k, loaded), tta_top=beside)
+                done += 1
             bar.advance(len(batch))
+
+
+def _top(row: np.ndarray, k: int, loaded: Loaded) -> tuple[tuple[str, float], ...]:
+    order = np.argsort(-row, kind="stable")[:k]
+    return tuple((loaded.classes[i], float(row[i])) for i in order)
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -144,11 +173,17 @@ def _fitted(images: np.ndarray, loaded: Loaded) -> np.ndarray:
     return fit_images(ready, size=pre.image_size, channels=pre.channels, fit=pre.fit)
 
 
-def _probabilities(images: list[np.ndarray], loaded: Loaded, plan: device.Plan) -> np.ndarray:
+def _probabilities(
+    images: list[np.ndarray], loaded: Loaded, plan: device.Plan, chosen: views.Views | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Probabilities `[N, classes]` of the images as they are, and of the views if there are any."""
     if not images:
-        return np.empty((0, len(loaded.classes)))
+        none = np.empty((0, len(loaded.classes)))
+        return none, None if chosen is None else none
     batch = torch.from_numpy(np.stack(images))
-    return probabilities(batch_logits(loaded.model, batch, loaded.preprocessing.normalise, plan))
+    answers = batch_answers(loaded.model, batch, loaded.preprocessing.normalise, plan, chosen)
+    beside = None if answers.tta is None else probabilities(answers.tta)
+    return probabilities(answers.plain), beside
 
 
 def all_probabilities(loaded: Loaded, images: np.ndarray, *, on: str | None = None) -> np.ndarray:
@@ -157,7 +192,7 @@ def all_probabilities(loaded: Loaded, images: np.ndarray, *, on: str | None = No
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), BATCH):
         ready = _fitted(images[start : start + BATCH], loaded)
-        parts.append(_probabilities(list(ready), loaded, plan))
+        parts.append(_probabilities(list(ready), loaded, plan)[0])
     return np.concatenate(parts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,8 @@ def evaluated(result: Evaluation, place: RunFolder) -> None:
         f"(95% interval {low:.2%} to {high:.2%}), n = {result.n:,}, loss {result.loss:.4f}, "
         f"calibration error {result.ece:.3f}"
     )
+    if result.tta is not None:
+        out.print(result.tta_sentence())
     out.print(escape(f"plots  {place.plots}"))
 
 
@@ -165,32 +167,41 @@ def _repeats(out: Console, what: str, repeats: Repeats, shown: int = 8) -> None:
         )
 
 
-def _write_table(answers: Iterable[Prediction], top: int) -> int:
+def _write_table(answers: Iterable[Prediction], top: int, tta: bool) -> int:
     out, failed = _out(), 0
     for answer in answers:
         if answer.error is not None:
             failed += 1
             out.print(f"{escape(answer.filename)}  [red]unreadable: {escape(answer.error)}[/]")
             continue
-        named = "  ".join(f"{escape(label)} {prob:.1%}" for label, prob in answer.top)
-        out.print(f"{escape(answer.filename)}  [bold]{named}[/]")
+        shown = answer.tta_top if tta else answer.top
+        named = "  ".join(f"{escape(label)} {prob:.1%}" for label, prob in shown)
+        differs = tta and answer.tta_label != answer.label
+        plain = f"  (plain: {escape(str(answer.label))} {answer.prob:.1%})" if differs else ""
+        out.print(f"{escape(answer.filename)}  [bold]{named}[/]{plain}")
     return failed
 
 
-def _write_csv(answers: Iterable[Prediction], top: int) -> int:
+def _write_csv(answers: Iterable[Prediction], top: int, tta: bool) -> int:
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    more = [name for k in range(2, top + 1) for name in (f"label{k}", f"prob{k}")]
-    writer.writerow(["filename", "label", "prob", *more, "error"])
+    ranks = ["", *range(2, top + 1)]
+    names = [f"{kind}{rank}" for rank in ranks for kind in ("label", "prob")]
+    beside = [f"tta_{name}" for name in names] if tta else []
+    writer.writerow(["filename", *names, *beside, "error"])
     failed = 0
     for answer in answers:
         failed += answer.error is not None
-        cells = [cell for label, prob in answer.top for cell in (label, f"{prob:.6f}")]
-        cells += [""] * (2 * top - len(cells))
+        cells = _cells(answer.top, top) + (_cells(answer.tta_top, top) if tta else [])
         writer.writerow([answer.filename, *cells, answer.error or ""])
     return failed
 
 
-def _write_json(answers: Iterable[Prediction], top: int) -> int:
+def _cells(named: Sequence[tuple[str, float]], top: int) -> list[str]:
+    cells = [cell for label, prob in named for cell in (label, f"{prob:.6f}")]
+    return cells + [""] * (2 * top - len(cells))
+
+
+def _write_json(answers: Iterable[Prediction], top: int, tta: bool) -> int:
     listed: list[dict[str, Any]] = []
     for answer in answers:
         entry: dict[str, Any] = {"filename": answer.filename}
@@ -199,13 +210,17 @@ def _write_json(answers: Iterable[Prediction], top: int) -> int:
         else:
             entry |= {"label": answer.label, "prob": answer.prob}
             entry["top"] = [{"label": label, "prob": prob} for label, prob in answer.top]
+            if tta:
+                entry |= {"tta_label": answer.tta_label, "tta_prob": answer.tta_prob}
+                entry["tta_top"] = [{"label": name, "prob": prob} for name, prob in answer.tta_top]
         listed.append(entry)
     sys.stdout.write(json.dumps({"predictions": listed}, ensure_ascii=False) + "\n")
     return sum("error" in entry for entry in listed)
 
 
-# How `predict` prints; each takes the answers as they come and returns how many files failed.
-WRITERS: dict[str, Callable[[Iterable[Prediction], int], int]] = {
+# How `predict` prints; each takes the answers as they come, how many classes to name and whether
+# there are answers of test-time augmentation; it returns how many files failed.
+WRITERS: dict[str, Callable[[Iterable[Prediction], int, bool], int]] = {
     "table": _write_table,
     "csv": _write_csv,
     "json": _write_json,
