@@ -110,7 +110,10 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
     mean, std = channel_stats(data.train)
     preprocessing = Preprocessing(data.image_size, data.channels, data.fit, mean, std)
     operations = augment.build(
-        recipe.operations, image_size=data.image_size, channels=data.channels
+        recipe.operations,
+        image_size=data.image_size,
+        channels=data.channels,
+        classes=len(data.classes),
     )
     torch.manual_seed(device.seed_of(recipe.train.seed))
     model = models.build(

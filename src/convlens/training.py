@@ -77,7 +77,7 @@ def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, q
         place.create(setup.recipe, _facts(recipe, setup))  # last: from here on it is a run
     rows, kept = run_to_end(setup, place, quiet=quiet)
     augment = setup.batches.augment if setup.recipe.operations else None
-    picturing.training_plots(place, rows, kept, data.train, augment)
+    picturing.training_plots(place, rows, kept, data, augment)
     # Last: a run that is killed before this takes itself up where it is and draws its plots.
     place.finish(epochs=len(rows), kept=kept, seconds=sum(row["seconds"] for row in rows))
 
