@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from convlens.data import appearance, geometry
+from convlens.data.draws import Place, coins
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -40,6 +41,28 @@ def test_flips(channels: int) -> None:
     for dim, slow in ((-1, reference.horizontal_flip), (-2, reference.vertical_flip)):
         expected = torch.stack([slow(x) if c else x for x, c in zip(images, chosen, strict=True)])
         assert torch.equal(geometry.flip(images, chosen, dim), expected)
+
+
+def test_alternating_flip_by_number_seed_and_epoch_alone() -> None:
+    images, numbers = pictures(200), torch.arange(200)
+    place = Place(numbers, epoch=1, seed=4)
+    first = coins(place)
+    for epoch, chosen in ((1, first), (2, ~first), (3, first), (10, ~first)):
+        result = geometry.alternating_flip(images, seeded(epoch), place._replace(epoch=epoch))
+        slow = [reference.horizontal_flip(x) if c else x for x, c in zip(images, chosen)]  # noqa: B905
+        assert torch.equal(result, torch.stack(slow))
+    order = torch.randperm(200, generator=seeded())  # whatever batch an image is in
+    assert torch.equal(coins(place._replace(numbers=order)), first[order])
+
+
+def test_coins_are_fair_and_independent() -> None:
+    tosses = torch.stack([coins(Place(torch.arange(10_000), 1, seed)) for seed in range(20)])
+    signs = tosses.double() * 2 - 1
+    assert signs.mean(1).abs().max() < 0.045  # 4.5 standard errors
+    for lag in (1, 2, 3, 4, 64, 128, 1000):
+        assert (signs[:, lag:] * signs[:, :-lag]).mean(1).abs().max() < 0.045
+    between = torch.corrcoef(signs) - torch.eye(20)
+    assert between.abs().max() < 0.045
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
@@ -136,6 +159,51 @@ def test_rotation_turns_counter_clockwise_as_torchvision_does() -> None:
             images,
             lambda x, _: reference.rotate(x, degrees, "bilinear", fill=None),  # noqa: B023
         )
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_random_rotation_turns_each_image_by_its_own_angle(mode: str) -> None:
+    images = pictures(24)
+    turned = geometry.random_rotation(images, seeded(3), degrees=[-70, 50], interpolation=mode)
+    angles = geometry.draw_affine(images, seeded(3), degrees=[-70, 50]).angle
+    slow = [
+        reference.rotate(x, float(angle), mode, fill=None)
+        for x, angle in zip(images, angles, strict=True)
+    ]
+    assert ((turned - torch.stack(slow)).abs() < 2e-5).float().mean() > 0.999
+    assert (angles.max() - angles.min()) > 60
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 17])
+def test_cutout(size: int) -> None:
+    """DeVries & Taylor's mask: a square around any pixel, cut off at the border."""
+    images = pictures(40)
+    boxes = appearance.draw_cutout(images, seeded(2), size=size, p=0.7)
+    result = appearance.cutout(images, seeded(2), size=size, p=0.7, value=[0.1, 0.5, 0.9])
+    fill, whole = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1), 0
+    for image, mine, top, left, height in zip(images, result, *boxes[:3], strict=True):
+        expected = image.clone()
+        if height:
+            y, x = int(top) + size // 2, int(left) + size // 2  # the pixel in the middle
+            assert 0 <= y < 17
+            assert 0 <= x < 22
+            top_left = max(0, y - size // 2), max(0, x - size // 2)
+            below, right = y - size // 2 + size, x - size // 2 + size
+            expected[:, top_left[0] : below, top_left[1] : right] = fill
+            whole += int((expected != image).any(0).sum() == size * size)
+        assert torch.equal(mine, expected)
+    touched = int((boxes.height > 0).sum())
+    assert 20 <= touched <= 36
+    assert whole == touched if size == 1 else whole < touched
+
+
+def test_cutout_centres_are_uniform() -> None:
+    images = torch.zeros(12_000, 1, 5, 6)
+    boxes = appearance.draw_cutout(images, seeded(), size=3, p=1)
+    place = ((boxes.top + 1) * 6 + boxes.left + 1).long()
+    counts = torch.bincount(place, minlength=30)
+    assert len(counts) == 30
+    assert (counts - 400).abs().max() < 90
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -243,6 +311,18 @@ def test_grayscale() -> None:
     images = pictures(8)
     result = appearance.random_grayscale(images, seeded(), p=1)
     compare(result, images, lambda x, _: reference.rgb_to_grayscale(x, 3))
+    some = appearance.random_grayscale(images, seeded(), p=0.5)
+    changed = [not torch.equal(mine, x) for mine, x in zip(some, images, strict=True)]
+    assert 0 < sum(changed) < 8
+    compare(some, images, lambda x, i: reference.rgb_to_grayscale(x, 3) if changed[i] else x)
+
+
+def test_random_sharpness_changes_the_chosen_ones_only() -> None:
+    images = pictures(16)
+    some = appearance.random_adjust_sharpness(images, seeded(), sharpness_factor=2.5, p=0.5)
+    changed = [not torch.equal(mine, x) for mine, x in zip(some, images, strict=True)]
+    assert 0 < sum(changed) < 16
+    compare(some, images, lambda x, i: reference.adjust_sharpness(x, 2.5) if changed[i] else x)
 
 
 def test_jitter_orders_are_equally_likely() -> None:
