@@ -138,6 +138,51 @@ def test_rotation_turns_counter_clockwise_as_torchvision_does() -> None:
         )
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_random_rotation_turns_each_image_by_its_own_angle(mode: str) -> None:
+    images = pictures(24)
+    turned = geometry.random_rotation(images, seeded(3), degrees=[-70, 50], interpolation=mode)
+    angles = geometry.draw_affine(images, seeded(3), degrees=[-70, 50]).angle
+    slow = [
+        reference.rotate(x, float(angle), mode, fill=None)
+        for x, angle in zip(images, angles, strict=True)
+    ]
+    assert ((turned - torch.stack(slow)).abs() < 2e-5).float().mean() > 0.999
+    assert (angles.max() - angles.min()) > 60
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 17])
+def test_cutout(size: int) -> None:
+    """DeVries & Taylor's mask: a square around any pixel, cut off at the border."""
+    images = pictures(40)
+    boxes = appearance.draw_cutout(images, seeded(2), size=size, p=0.7)
+    result = appearance.cutout(images, seeded(2), size=size, p=0.7, value=[0.1, 0.5, 0.9])
+    fill, whole = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1), 0
+    for image, mine, top, left, height in zip(images, result, *boxes[:3], strict=True):
+        expected = image.clone()
+        if height:
+            y, x = int(top) + size // 2, int(left) + size // 2  # the pixel in the middle
+            assert 0 <= y < 17
+            assert 0 <= x < 22
+            top_left = max(0, y - size // 2), max(0, x - size // 2)
+            below, right = y - size // 2 + size, x - size // 2 + size
+            expected[:, top_left[0] : below, top_left[1] : right] = fill
+            whole += int((expected != image).any(0).sum() == size * size)
+        assert torch.equal(mine, expected)
+    touched = int((boxes.height > 0).sum())
+    assert 20 <= touched <= 36
+    assert whole == touched if size == 1 else whole < touched
+
+
+def test_cutout_centres_are_uniform() -> None:
+    images = torch.zeros(12_000, 1, 5, 6)
+    boxes = appearance.draw_cutout(images, seeded(), size=3, p=1)
+    place = ((boxes.top + 1) * 6 + boxes.left + 1).long()
+    counts = torch.bincount(place, minlength=30)
+    assert len(counts) == 30
+    assert (counts - 400).abs().max() < 90
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_erase(channels: int) -> None:
     images = pictures(64, channels)
@@ -243,6 +288,18 @@ def test_grayscale() -> None:
     images = pictures(8)
     result = appearance.random_grayscale(images, seeded(), p=1)
     compare(result, images, lambda x, _: reference.rgb_to_grayscale(x, 3))
+    some = appearance.random_grayscale(images, seeded(), p=0.5)
+    changed = [not torch.equal(mine, x) for mine, x in zip(some, images, strict=True)]
+    assert 0 < sum(changed) < 8
+    compare(some, images, lambda x, i: reference.rgb_to_grayscale(x, 3) if changed[i] else x)
+
+
+def test_random_sharpness_changes_the_chosen_ones_only() -> None:
+    images = pictures(16)
+    some = appearance.random_adjust_sharpness(images, seeded(), sharpness_factor=2.5, p=0.5)
+    changed = [not torch.equal(mine, x) for mine, x in zip(some, images, strict=True)]
+    assert 0 < sum(changed) < 16
+    compare(some, images, lambda x, i: reference.adjust_sharpness(x, 2.5) if changed[i] else x)
 
 
 def test_jitter_orders_are_equally_likely() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from convlens.data.augment import build
 from convlens.data.batches import Augment, Batches, Normalise, to_unit
+from convlens.data.draws import Place
 from convlens.data.rows import ArrayRows, StoredRows
 from convlens.device import Plan, seed_of
 from support import PLAN, Memory, Split, Streamed, pictures
@@ -42,8 +45,10 @@ def numbers(made: Batches, epoch: int, start: int = 0) -> list[list[int]]:
     return found
 
 
-def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
-    return images + torch.rand(images.shape, generator=generator)
+def noisy(
+    images: Tensor, labels: Tensor, place: Place, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    return images + torch.rand(images.shape, generator=generator), labels
 
 
 # Order
@@ -133,16 +138,64 @@ def test_each_step_is_augmented_with_its_own_generator() -> None:
     plain, changed = batches(), batches(augment=noisy)
     for epoch in (1, 2):
         pairs = zip(plain.epoch(epoch), changed.epoch(epoch), strict=True)
-        for step, ((before, _), (after, _)) in enumerate(pairs):
+        for step, ((before, labels), (after, _)) in enumerate(pairs):
             generator = torch.Generator().manual_seed(seed_of(3, epoch, step))
-            assert torch.allclose(after, noisy(before, generator), atol=1e-6)
+            expected, _ = noisy(before, labels, Place(labels, epoch, 3), generator)
+            assert torch.allclose(after, expected, atol=1e-6)
+
+
+def test_augmentation_is_told_which_images_and_when() -> None:
+    seen: list[Place] = []
+
+    def watch(images: Tensor, labels: Tensor, place: Place, _: Any) -> tuple[Tensor, Tensor]:
+        seen.append(place)
+        assert torch.equal(place.numbers, labels)
+        return images, labels
+
+    made = batches(augment=watch)
+    for epoch in (1, 2):
+        list(made.epoch(epoch))
+    assert {(place.epoch, place.seed) for place in seen} == {(1, 3), (2, 3)}
+    assert len(seen) == 14
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_a_flip_alternates_from_epoch_to_epoch(start: int) -> None:
+    made = batches(augment=build([("AlternatingFlip", {})]))
+    plain = {
+        n: image
+        for images, labels in batches(augment=build([])).epoch(1)
+        for image, n in zip(images, labels.tolist(), strict=True)
+    }
+    for epoch in (1, 2, 3):
+        sides = {}
+        for images, labels in made.epoch(epoch, start if epoch == 3 else 0):
+            for image, n in zip(images, labels.tolist(), strict=True):
+                sides[n] = torch.equal(image, plain[n].flip(-1))
+                assert sides[n] or torch.equal(image, plain[n])
+        if epoch == 1:
+            first = sides
+            assert 15 < sum(first.values()) < 35
+        else:
+            assert {n: first[n] ^ (epoch == 2) for n in sides} == sides
+
+
+def test_mixed_labels_come_as_probabilities() -> None:
+    pipeline = build([("MixUp", {"p": 0.5})], classes=50)
+    for images, labels in batches(augment=pipeline).epoch(1):
+        assert labels.dtype == torch.float32
+        assert labels.shape == (len(images), 50)
+        torch.testing.assert_close(labels.sum(1), torch.ones(len(images)))
+        # The first pixel of image n is n / 255, so it is mixed as the labels are.
+        expected = labels @ torch.arange(50.0) / 255
+        torch.testing.assert_close(images[:, 0, 0, 0], expected, atol=1e-6, rtol=0)
 
 
 def test_the_stored_images_are_never_changed() -> None:
     images = pictures(20)
 
-    def painted(batch: Tensor, generator: torch.Generator) -> Tensor:
-        return batch.zero_()
+    def painted(batch: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return batch.zero_(), labels
 
     split = Split(Memory(images), torch.zeros(20, dtype=torch.int64))
     made = Batches(split, batch_size=6, normalise=PLAIN, plan=PLAN, seed=0, augment=painted)

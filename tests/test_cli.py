@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from commands import COLOURS, DIGITS, NET, Done, command, here, picture, pictures, weights
+from commands import COLOURS, DIGITS, NET, Done, command, here, picture, pictures, refused, weights
 from convlens import Run, recipe
 from convlens.metrics import wilson_interval
 from convlens.version import __version__
@@ -265,6 +266,33 @@ def test_the_audit_of_a_folder() -> None:
     assert sum(got["counts"]["green"].values()) == 15
     assert got["duplicates"]["two_labels"] == 1
     assert os.path.isfile(got["contact_sheet"])
+
+
+def test_a_batch_as_a_recipe_augments_it() -> None:
+    root = pictures(Path("photos"), {"red": 12, "green": 14})
+    Path("mine.yaml").write_text(
+        "base: folder\naugment: [TrivialAugmentWide, AlternatingFlip, MixUp, CutMix]\n"
+    )
+    for asked, name in (("digits", "digits"), ("folder", "folder"), ("mine.yaml", "mine")):
+        done = here("data", root, "--augment", asked)
+        assert done.code == 0, done.err
+        path = f"plots/augmented-photos-{name}.png"
+        assert done.out == f"augmented batch  {path}\n"
+        with Image.open(path) as image:
+            image.load()
+            assert image.format == "PNG"
+    done = here("data", "digits", "per_class=5", "--augment", "digits", "--json")
+    assert done.json == {
+        "data": "digits", "recipe": "digits",
+        "augmented_batch": "plots/augmented-digits-digits.png",
+    }  # fmt: skip
+    refused(here("data", "digits", "--augment", "digts"), 2, "unknown recipe 'digts'", "digits?")
+    refused(here("data", "digist", "--augment", "digits"), 2, "'digist' is neither", "mean digits")
+    refused(here("data", "digits", "--augment", "mnist"), 2, "'mnist' augments nothing")
+    Path("bad.yaml").write_text("base: folder\naugment: [{Cutout: {size: 0}}]\n")
+    refused(here("data", "digits", "--augment", "bad.yaml"), 2, "size=0 should be", "Cutout takes")
+    Path("big.yaml").write_text("base: folder\naugment: [{Cutout: {size: 9}}]\n")
+    refused(here("data", "digits", "--augment", "big.yaml"), 2, "at most the image size 8")
 
 
 @pytest.mark.parametrize("text", ["1", ""])

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from convlens import evaluation, modelfile, models, optim, plots, training
 from convlens import recipe as recipes
 from convlens.data import downloads
-from convlens.data.augment import AUGMENTS
+from convlens.data.augment import AUGMENTS, MIXES
+from convlens.data.draws import Place
 from convlens.data.sources import SOURCES, find
 from convlens.errors import DataError
 from convlens.models import MODELS
@@ -124,7 +125,8 @@ def test_the_options_of_a_network_are_plain_values(name: str) -> None:
 
 # Augmentations
 
-ARGUMENTS = {"degrees": 30, "sharpness_factor": 2, "padding": 2}  # for those that have no default
+# For those that have no default.
+ARGUMENTS = {"degrees": 30, "sharpness_factor": 2, "padding": 2, "size": 3}
 
 
 @pytest.mark.parametrize("name", list(AUGMENTS))
@@ -134,10 +136,12 @@ def test_an_augmentation_keeps_shape_range_and_its_input(name: str, shape: tuple
     arguments = {key: ARGUMENTS[key] for key in entry.required}
     images = torch.rand(shape, generator=torch.Generator().manual_seed(1))
     before = images.clone()
+    numbers = torch.arange(len(images))
 
     def result(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.cat([entry(images, generator, **arguments) for _ in range(4)])
+        places = [Place(numbers, epoch, seed) for epoch in range(1, 5)]
+        return torch.cat([entry(images, generator, place, **arguments) for place in places])
 
     found = result(0)
     assert found.shape == (4 * shape[0], *shape[1:])
@@ -147,6 +151,40 @@ def test_an_augmentation_keeps_shape_range_and_its_input(name: str, shape: tuple
     torch.manual_seed(5)  # nobody's business
     assert torch.equal(found, result(0))
     assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("name", list(MIXES))
+@pytest.mark.parametrize("shape", [(6, 1, 8, 8), (5, 3, 17, 17), (1, 3, 8, 8)])
+@pytest.mark.parametrize("classes", [1, 4])
+def test_mixing_keeps_shape_range_and_its_input(
+    name: str, shape: tuple[int, ...], classes: int
+) -> None:
+    entry = MIXES[name]
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    labels = torch.eye(classes)[torch.arange(len(images)) % classes]
+    before = images.clone(), labels.clone()
+
+    def result(seed: int) -> tuple[Tensor, Tensor]:
+        arguments = {key: ARGUMENTS[key] for key in entry.required}
+        return entry(images, labels, torch.Generator().manual_seed(seed), **arguments)
+
+    mixed, shares = result(0)
+    assert mixed.shape == shape
+    assert shares.shape == labels.shape
+    assert mixed.dtype == shares.dtype == torch.float32
+    assert (mixed.min() >= 0) & (mixed.max() <= 1)
+    assert shares.min() >= 0
+    torch.testing.assert_close(shares.sum(1), torch.ones(len(images)))
+    torch.manual_seed(5)  # nobody's business
+    again = result(0)
+    assert torch.equal(mixed, again[0])
+    assert torch.equal(shares, again[1])
+    assert len(images) == 1 or not torch.equal(mixed, result(1)[0])
+    assert torch.equal(images, before[0])
+    assert torch.equal(labels, before[1])
+    if len(images) == 1:  # nobody to mix with
+        torch.testing.assert_close(mixed, images)
+        torch.testing.assert_close(shares, labels)
 
 
 # Optimisers and schedules

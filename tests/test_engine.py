@@ -125,7 +125,9 @@ def test_training_equals_a_plain_loop(options: dict[str, Any], augmented: bool) 
         batches = Batches(
             Split(Memory(pictures(33)), torch.arange(33) % 3),
             batch_size=8, normalise=Normalise([0.5], [0.25]), plan=PLAN, seed=SEED,
-            augment=lambda images, generator: images + torch.rand(1, generator=generator),
+            augment=lambda images, labels, _, generator: (
+                images + torch.rand(1, generator=generator), labels,
+            ),
         )  # fmt: skip
     records = list(fit(mine, config, batches))
     losses = plain_loop(theirs, config, batches)

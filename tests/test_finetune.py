@@ -11,6 +11,7 @@ from torch import nn
 from convlens import feeding, models, preparing, training, trunk
 from convlens import recipe as recipes
 from convlens.data.batches import to_unit
+from convlens.data.draws import Place
 from convlens.device import Plan, seed_of
 from convlens.errors import ResourceError, UsageError
 from convlens.models.freezing import freeze, set_train_mode
@@ -210,7 +211,9 @@ def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
         for chunk, index in enumerate(torch.arange(count).split(trunk.CHUNK)):
             seed = seed_of(0, view, chunk, feeding.VIEW)
             generator = torch.Generator().manual_seed(seed)
-            parts.append(again.augment(to_unit(rows.gather(index)), generator))
+            images, labels = to_unit(rows.gather(index)), again.data.train.labels[index]
+            place = Place(index, view + 1, 0)
+            parts.append(again.augment(images, labels, place, generator)[0])
         shown.append(again.preprocessing.normalise(torch.cat(parts), PLAN))
     done = 0
     total = 3 * len(views.feed.batches)
@@ -232,8 +235,12 @@ def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
         torch.testing.assert_close(found, tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_views_without_a_frozen_trunk_or_without_augmentation_are_refused() -> None:
-    for more in (["train.views=2"], ["model.trainable=all", "augment=[RandomHorizontalFlip]"]):
+def test_views_that_cannot_be_are_refused() -> None:
+    for more in (
+        [],
+        ["model.trainable=all", "augment=[RandomHorizontalFlip]"],
+        ["augment=[MixUp]"],
+    ):
         with pytest.raises(UsageError, match=r"train\.views=2"):
             begin(recipes.load("resnet18", [*FROZEN, "train.views=2", *more]), "refused")
 

@@ -52,6 +52,13 @@ def test_without_augmentation_there_is_no_augmented_batch() -> None:
     assert set(opened(Path("plots/bare"))) == {"curves.png", "learning_rate.png"}
 
 
+def test_what_mixes_and_alternates_can_be_drawn() -> None:
+    ops = "augment=[AlternatingFlip, RandAugment, {Cutout: {size: 3}}, MixUp, CutMix]"
+    done = here("train", *DIGITS, ops, "--no-test", "--name", "mixed")
+    assert done.code == 0, done.err
+    assert "augmented.png" in opened(Path("plots/mixed"))
+
+
 @pytest.mark.parametrize("count", [2, 200])
 def test_an_evaluation_of_any_number_of_classes_can_be_drawn(tmp_path: Path, count: int) -> None:
     place = RunFolder(tmp_path / "models" / "x", tmp_path / "plots")

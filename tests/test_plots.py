@@ -290,6 +290,23 @@ def test_mistakes_and_augmented_batches_say_what_is_what(tmp_path: Path) -> None
         plots.augmented_batch(before, after[:3])
 
 
+def test_augmented_batches_name_classes_and_what_was_mixed() -> None:
+    before, after = pictures(3), pictures(3, seed=1)
+    mixed = [[("cat", 1.0)], [("dog", 0.625), ("cat", 0.375)], [("a$b", 0.5), ("dog", 0.5)]]
+    sheet = plots.augmented_batch(
+        before, after, columns=2, labels=["cat", "dog", "a$b"], mixed=mixed
+    )
+    texts_at = {t.get_text(): t.get_position() for t in sheet.axes[0].texts[:5]}
+    assert [t.get_text() for t in sheet.axes[0].texts] == [
+        "cat", "dog", "100% cat", "62% dog", "38% cat",
+        r"a\$b", r"50% a\$b", "50% dog",
+        *["original", "augmented"] * 2,
+    ]  # fmt: skip
+    # The last line of each caption stands on its picture, whatever the number of lines.
+    assert texts_at["100% cat"][1] == texts_at["38% cat"][1] > texts_at["62% dog"][1]
+    assert texts_at["62% dog"][0] == texts_at["dog"][0] > texts_at["cat"][0]
+
+
 def test_pictures_of_the_wrong_kind() -> None:
     for wrong in (
         np.zeros((2, 3, 8, 8), np.float32),

@@ -25,7 +25,8 @@ from support import begin, same, tiny
 
 STEPS = 5  # in each of 3 epochs
 EVERYTHING = (
-    'augment=[{"RandomAffine": {"degrees": 20, "translate": [0.1, 0.1]}}, "RandomErasing"]',
+    'augment=["AlternatingFlip", {"RandomAffine": {"degrees": 20, "translate": [0.1, 0.1]}}, '
+    '"TrivialAugmentWide", "RandomErasing", {"CutMix": {"p": 0.5}}]',
     "model.dropout=0.3",
     "optim.ema=0.9",
     "optim.schedule=one-cycle",

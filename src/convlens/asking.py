@@ -62,9 +62,14 @@ def read(
 
 def read_data(name: str, overrides: Sequence[str] = ()) -> DataConfig:
     """The data section meant by a data set's name or path; `val_fraction=0.2` needs no section."""
+    return read_on("folder", name, overrides).data
+
+
+def read_on(recipe: str, data: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe (by name, or a YAML file) on a data set; overrides as for `read_data`."""
     keys = [key if key.startswith("data.") else f"data.{key}" for key in overrides]
-    _check_data_name(name)
-    return recipes.load("folder", [*_data_override(name), *keys]).data
+    _check_data_name(data)
+    return recipes.load(recipe, [*_data_override(data), *keys])
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:

@@ -152,13 +152,25 @@ def predict(
 def data(
     name: Annotated[str, typer.Argument(metavar="NAME_OR_FOLDER", help="What to look at.")],
     overrides: Overrides = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE|FILE.yaml", help="Only draw a batch as that recipe augments."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Look at a data set before training: counts, sizes, bad files, duplicates, a contact sheet."""
     from convlens import asking, picturing
     from convlens.data.audit import audit
-    from convlens.showing import audited
+    from convlens.showing import audited, drawn
 
+    if augment is not None:
+        asked = asking.read_on(augment, name, overrides or [])
+        batch = picturing.augmented_sheet(asked)
+        if not as_json:
+            drawn(batch)
+        found = {"data": name, "recipe": asked.name, "augmented_batch": str(batch)}
+        _print_json(as_json, found)
+        return
     report = audit(asking.read_data(name, overrides or []))
     sheet = picturing.data_sheet(report)
     if not as_json:

@@ -96,13 +96,15 @@ def step(
 ) -> tuple[Tensor | None, Tensor]:
     """Forward, backward, update; returns loss and number of right answers, on the device.
 
+    Of labels that are probabilities `[B, K]` (mixed images) the likeliest class is the right one.
     A loss that isn't finite returns None, before anything was updated with it.
     """
     with plan.autocast():
         logits = model(images)
     # Half precision is for the network; a loss in it would be rounded to three digits.
     loss: Tensor = objective(logits.float(), labels)
-    right = (logits.detach().argmax(1) == labels).sum()
+    truths = labels.argmax(1) if labels.ndim == 2 else labels
+    right = (logits.detach().argmax(1) == truths).sum()
     if not math.isfinite(loss.item()):  # a tenth of `torch.isfinite`'s time on the CPU
         return None, right
     loss.backward()

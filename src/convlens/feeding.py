@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from convlens import device, trunk
 from convlens.console import progress, say
 from convlens.data import Data, Split
+from convlens.data.augment import MIXES
 from convlens.data.batches import Batches, to_unit
+from convlens.data.draws import Place
 from convlens.device import Plan, seed_of
 from convlens.engine import EpochBatches
 from convlens.errors import ResourceError, UsageError
@@ -57,12 +59,8 @@ def feed(recipe: Recipe, data: Data, model: nn.Module, images: Batches) -> Feed:
 
     plain = Feed(model, images, validate)
     prefix = trunk.frozen_prefix(model)
-    if options.views and not (prefix and recipe.operations):
-        raise UsageError(
-            f"train.views={options.views} is for augmented images before a frozen trunk, and "
-            f"{'there is no augmentation' if prefix else 'the first layer of this network learns'}",
-            fix="leave out train.views, or set model.trainable, e.g. last:2",
-        )
+    if options.views:
+        _check_views(recipe, prefix)
     fixed = bool(options.views) or not recipe.operations
     if not (prefix and fixed and options.cache_trunk):
         return plain
@@ -70,6 +68,19 @@ def feed(recipe: Recipe, data: Data, model: nn.Module, images: Batches) -> Feed:
     if not trunk.fits_together(model, prefix, normalise(sample, plan)):
         return plain
     return _cached(recipe, data, model, images, prefix) or plain
+
+
+def _check_views(recipe: Recipe, prefix: list[str]) -> None:
+    mixes = [name for name, _ in recipe.operations if name in MIXES]
+    reason = "the first layer of this network learns" * (not prefix)
+    reason = reason or "there is no augmentation" * (not recipe.operations)
+    reason = reason or f"{' and '.join(mixes)} mixes labels anew in each batch" * bool(mixes)
+    if reason:
+        raise UsageError(
+            f"train.views={recipe.train.views} is for augmented images before a frozen trunk, "
+            f"and {reason}",
+            fix="leave out train.views, or set model.trainable, e.g. last:2",
+        )
 
 
 def _cached(
@@ -126,5 +137,7 @@ def _images(split: Split, like: Batches, view: int | None) -> Iterator[Tensor]:
         images = split.rows.gather(index).to(like.plan.device)
         if view is not None and like.augment is not None:
             generator.manual_seed(seed_of(like.seed, view, chunk, VIEW))
-            images = like.augment(to_unit(images), generator)
+            place = Place(index.to(like.plan.device), view + 1, like.seed)
+            labels = split.labels[index].to(like.plan.device)
+            images, _ = like.augment(to_unit(images), labels, place, generator)
         yield like.normalise(images, like.plan)

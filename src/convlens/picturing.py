@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from convlens import metrics
-from convlens.data import Split
+from convlens import auto, device, metrics
+from convlens.data import Data, Split, augment, load
 from convlens.data.audit import Audit
 from convlens.data.batches import Augment, to_unit
-from convlens.device import seed_of
+from convlens.data.draws import Place
+from convlens.errors import UsageError
+from convlens.recipe import Recipe
 from convlens.run import PLOTS, RunFolder, safe
 
 SHOWN = 16  # pictures in a sheet
@@ -25,7 +27,7 @@ Row = Mapping[str, float]
 
 
 def training_plots(
-    place: RunFolder, rows: Sequence[Row], kept: int, train: Split, augment: Augment | None
+    place: RunFolder, rows: Sequence[Row], kept: int, data: Data, change: Augment | None
 ) -> None:
     """Curves with the kept epoch marked, learning rate, and a batch before and after augmenting."""
     from convlens import plots
@@ -34,12 +36,8 @@ def training_plots(
     _save(place, "curves", plots.curves(history, kept, place.name))
     rate = plots.learning_rate(history["epoch"], history["lr"], place.name)
     _save(place, "learning_rate", rate)
-    if augment is None:
-        return
-    before = train.rows.gather(_spread(train.rows.shape[0], SHOWN))
-    generator = torch.Generator().manual_seed(seed_of(0, 0, 0))
-    after = augment(to_unit(before), generator).clamp(0, 1).mul(255).round().to(torch.uint8)
-    _save(place, "augmented", plots.augmented_batch(before.numpy(), after.numpy(), place.name))
+    if change is not None:
+        _save(place, "augmented", _augmented(data, change, place.name))
 
 
 def evaluation_plots(
@@ -85,6 +83,56 @@ def data_sheet(report: Audit) -> Path:
     path = PLOTS / f"data-{safe(report.name)}.png"
     plots.save(plots.contact_sheet(images, titles, report.name), path)
     return path
+
+
+def augmented_sheet(asked: Recipe) -> Path:
+    """A batch of a recipe's training images, before and after its augmentation; returns its path.
+
+    Raises:
+        UsageError: the recipe augments nothing, or not with these names and numbers.
+    """
+    from convlens import plots
+
+    augment.build(asked.operations)  # before any image is read
+    if not asked.augment:
+        raise UsageError(
+            f"recipe {asked.name!r} augments nothing",
+            fix="`convlens recipes NAME` shows what a recipe does, under augment",
+        )
+    data = load(asked.data, memory_budget=device.memory_budget("cpu"))
+    size, channels = data.image_size, data.channels
+    count = int(data.train.labels.numel())
+    recipe = auto.resolve(asked, images=count, image_size=size, channels=channels)
+    pipeline = augment.build(
+        recipe.operations, image_size=size, channels=channels, classes=len(data.classes)
+    )
+    path = PLOTS / f"augmented-{safe(data.name)}-{safe(recipe.name)}.png"
+    plots.save(_augmented(data, pipeline, f"{data.name}, augmented as in {recipe.name}"), path)
+    return path
+
+
+def _augmented(data: Data, change: Augment, title: str) -> Any:
+    """Training images of all classes before and after; for mixed ones, what they are made of."""
+    from convlens import plots
+
+    shown = _spread(data.train.rows.shape[0], SHOWN)
+    before, labels = data.train.rows.gather(shown), data.train.labels[shown]
+    generator = torch.Generator().manual_seed(device.seed_of(0, 0, 0))
+    after, mixed = change(to_unit(before), labels, Place(shown, epoch=1, seed=0), generator)
+    after = after.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return plots.augmented_batch(
+        before.numpy(),
+        after.numpy(),
+        title,
+        labels=[data.classes[label] for label in labels.tolist()],
+        mixed=[_largest(row, data.classes) for row in mixed.tolist()] if mixed.ndim == 2 else (),
+    )
+
+
+def _largest(shares: Sequence[float], classes: Sequence[str]) -> list[tuple[str, float]]:
+    """The two greatest shares of a mixed label, those under half a per cent left out."""
+    pairs = sorted(zip(classes, shares, strict=True), key=lambda pair: -pair[1])
+    return [(name, share) for name, share in pairs[:2] if share >= 0.005]
 
 
 def seed_plot(folder: Path, runs: Sequence[Sequence[Row]], title: str) -> None:

@@ -111,7 +111,10 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
     mean, std = channel_stats(data.train)
     preprocessing = Preprocessing(data.image_size, data.channels, data.fit, mean, std)
     operations = augment.build(
-        recipe.operations, image_size=data.image_size, channels=data.channels
+        recipe.operations,
+        image_size=data.image_size,
+        channels=data.channels,
+        classes=len(data.classes),
     )
     torch.manual_seed(device.seed_of(recipe.train.seed))
     model = models.build(
@@ -127,7 +130,7 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
             normalise=preprocessing.normalise,
             plan=chosen,
             seed=recipe.train.seed,
-            augment=operations,
+            augment=operations if recipe.operations else None,
         )
 
     # The first optimiser step would import torch's compiler: seconds that are no training time.

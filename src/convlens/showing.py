@@ -149,6 +149,11 @@ def audited(report: Audit, sheet: Path) -> None:
     out.print(f"contact sheet  {sheet}")
 
 
+def drawn(sheet: Path) -> None:
+    """Where an augmented batch was drawn."""
+    _out().print(f"augmented batch  {sheet}")
+
+
 def _repeats(out: Console, what: str, repeats: Repeats, shown: int = 8) -> None:
     if not repeats.groups:
         return

@@ -76,7 +76,7 @@ def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, q
         place.write_split(data.held_out)
         place.create(setup.recipe, _facts(recipe, setup))  # last: from here on it is a run
     rows, kept = run_to_end(setup, place, quiet=quiet)
-    picturing.training_plots(place, rows, kept, data.train, setup.augment)
+    picturing.training_plots(place, rows, kept, data, setup.augment)
     # Last: a run that is killed before this takes itself up where it is and draws its plots.
     place.finish(epochs=len(rows), kept=kept, seconds=sum(row["seconds"] for row in rows))
 

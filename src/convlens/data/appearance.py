@@ -19,6 +19,7 @@ from convlens.data.draws import (
     Range,
     between,
     colour,
+    constant,
     first_fit,
     integer_below,
     numbers,
@@ -61,9 +62,8 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue -= (hue / 6).floor_().mul_(6)
     # Red is full up to a distance of 1 from hue 0 and gone at 2; green around 2, blue around 4.
     # The distance of red is measured from the opposite side, where the circle does not close.
-    opposite, sign, offset = images.new_tensor([[3, 2, 4], [1, -1, -1], [-1, 2, 2]]).view(
-        3, 1, 3, 1, 1
-    )
+    table = constant((3.0, 2.0, 4.0, 1.0, -1.0, -1.0, -1.0, 2.0, 2.0), images.device)
+    opposite, sign, offset = table.view(3, 1, 3, 1, 1)
     share = (hue.unsqueeze(1) - opposite).abs_().mul_(sign).add_(offset).clamp_(0, 1)
     darkest = torch.minimum(middle, low).unsqueeze(1)
     return torch.addcmul(darkest, share, chroma.unsqueeze(1))
@@ -246,4 +246,25 @@ def random_erasing(
     if isinstance(value, str):
         noise = torch.rand(images.shape, generator=generator, device=generator.device)
         return erase(images, boxes, noise.to(images.device))
+    return erase(images, boxes, colour(value, images))
+
+
+def draw_cutout(images: Tensor, generator: torch.Generator, *, size: int, p: float) -> Boxes:
+    """A square around a random pixel of each image, which may reach over the border."""
+    u = numbers(images, generator, 3)
+    height, width = images.shape[-2:]
+    top, left = integer_below(u[0], height) - size // 2, integer_below(u[1], width) - size // 2
+    return Boxes(top, left, size * (u[2] < p).float(), torch.full_like(top, size))
+
+
+def cutout(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    size: int,
+    p: float = 1.0,
+    value: Colour = 0.0,
+) -> Tensor:
+    """Covers a square of `size` pixels around a random pixel with `value` (arXiv:1708.04552)."""
+    boxes = draw_cutout(images, generator, size=size, p=p)
     return erase(images, boxes, colour(value, images))

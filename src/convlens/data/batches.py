@@ -16,9 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from convlens.data.draws import Place
 from convlens.device import Plan, seed_of
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
+# (images float32 0..1, labels int64 [B], place, generator) -> images, and labels or probabilities
+Augment = Callable[[Tensor, Tensor, Place, torch.Generator], tuple[Tensor, Tensor]]
 # From what the rows hold to the network's input: `Normalise` for images.
 Prepare = Callable[[Tensor, Plan], Tensor]
 
@@ -102,7 +104,7 @@ class Batches:
         normalise: applied after augmentation.
         plan: device and memory format.
         seed: of order and augmentation.
-        augment: `(images float32 0..1, generator) -> images`, or None.
+        augment: `(images float32 0..1, labels, place, generator) -> (images, labels)`, or None.
     """
 
     def __init__(
@@ -129,27 +131,31 @@ class Batches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches from number `start` on.
 
-        Each is float32 `[B, C, H, W]` and int64 `[B]`, both on the device.
+        Each is float32 `[B, C, H, W]` and int64 `[B]`, both on the device; labels are float32
+        `[B, K]`, probabilities, where augmentation mixes images.
         """
         # Always drawn on the CPU, so that every device sees the same order.
         order = torch.randperm(self.count, generator=_generator("cpu", self.seed, epoch))
         parts = order.split(self.sizes)[start:]
+        # Sent there once an epoch: a GPU is waited for whenever something is.
+        indices = order.to(self.plan.device).split(self.sizes)[start:]
         # One generator, seeded anew each step: making one costs more than seeding it.
         generator = _generator(self.plan.device, self.seed, epoch)
-        gathered = zip(parts, self._gathered(parts), strict=True)
-        for step, (part, raw) in enumerate(gathered, start):
-            images = raw
+        gathered = zip(indices, self._gathered(parts, indices), strict=True)
+        for step, (index, raw) in enumerate(gathered, start):
+            images, labels = raw, self.labels[index]
             if self.augment is not None:
                 generator.manual_seed(seed_of(self.seed, epoch, step))
-                images = self.augment(to_unit(raw), generator)
-            labels = self.labels[part.to(self.labels.device)]
+                place = Place(index, epoch, self.seed)
+                images, labels = self.augment(to_unit(raw), labels, place, generator)
             yield self.normalise(images, self.plan), labels
 
-    def _gathered(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    def _gathered(self, parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The raw images of `parts`; `indices` are the same numbers on the device."""
         if self._images is not None:
-            for part in parts:
+            for index in indices:
                 # Ten times as fast as indexing with a tensor, on the CPU.
-                yield self._images.index_select(0, part.to(self._images.device))
+                yield self._images.index_select(0, index)
             return
         if not parts:  # taken up after the epoch's last step
             return

@@ -5,6 +5,7 @@ Images are float32 `[N, C, H, W]`; everything drawn is `[N]` on the images' devi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from convlens.device import seed_of
 from convlens.errors import UsageError
 
 Range = Sequence[float]
@@ -54,13 +56,41 @@ def colour(value: Colour, images: Tensor) -> Tensor:
         UsageError: the number of values fits neither one nor the channels; broadcasting would
             otherwise quietly turn grey images into images of three channels.
     """
-    values = [float(value)] if isinstance(value, int | float) else [float(v) for v in value]
+    values = (float(value),) if isinstance(value, int | float) else tuple(map(float, value))
     if len(values) not in (1, images.shape[1]):
         raise UsageError(
             f"{len(values)} values for images of {images.shape[1]} channel(s)",
             fix="give one number, or one for each channel",
         )
-    return torch.tensor(values, device=images.device).view(1, -1, 1, 1)
+    return constant(values, images.device).view(1, -1, 1, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def constant(values: Sequence[float], device: torch.device) -> Tensor:
+    """The values on the device, sent there once: a GPU is waited for whenever numbers are sent."""
+    with torch.inference_mode(False):  # kept for training, too, whoever asks first
+        return torch.tensor(values, device=device)
+
+
+class Place(NamedTuple):
+    """Which images a batch holds, and when: for operations that go by more than chance."""
+
+    numbers: Tensor  # int64 [N]: of each image in its split, on the images' device
+    epoch: int  # from 1
+    seed: int
+
+
+def coins(place: Place) -> Tensor:
+    """A fair coin for each image, bool `[N]`: a function of its number and the seed alone.
+
+    The 32-bit finaliser of MurmurHash3 (Appleby), in 64-bit numbers because torch has no
+    unsigned product; what overflows is masked away.
+    """
+    mask = 0xFFFFFFFF
+    bits = (place.numbers ^ (seed_of(place.seed) & mask)) & mask
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & mask
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & mask
+    return ((bits ^ (bits >> 16)) & 1).bool()
 
 
 class Boxes(NamedTuple):

@@ -36,16 +36,33 @@ def contact_sheet(
 
 
 @styled
-def augmented_batch(before: Images, after: Images, title: str = "", columns: int = 8) -> Figure:
-    """Pictures uint8 [N, C, H, W] in rows, and below each row the same pictures augmented."""
+def augmented_batch(
+    before: Images,
+    after: Images,
+    title: str = "",
+    columns: int = 8,
+    labels: Sequence[str] = (),
+    mixed: Sequence[Sequence[tuple[str, float]]] = (),
+) -> Figure:
+    """Pictures uint8 [N, C, H, W] in rows, and below each row the same pictures augmented.
+
+    `labels` stand above the originals; `mixed`, above the others, are classes and their shares.
+    """
     if before.shape != after.shape:
         raise UsageError(f"pictures of shape {before.shape} before and {after.shape} after")
+    plain: list[Caption] = [[]] * len(before)
+    titles: list[Caption] = [[("", name, "")] for name in labels] or plain
+    shares: list[Caption] = [[(f"{s:.0%} ", name, "") for name, s in parts] for parts in mixed]
+    shares = shares or plain
     columns = max(1, min(columns, len(before)))
     starts = range(0, len(before), columns)
     order = [part[start : start + columns] for start in starts for part in (before, after)]
     images = np.concatenate(order) if order else before
+    captions: list[Caption] = []
+    for start in starts:
+        captions += titles[start : start + columns] + shares[start : start + columns]
     sides = ["original", "augmented"] * len(starts)
-    return _sheet(images, [[]] * len(images), title, columns, sides, [len(row) for row in order])
+    return _sheet(images, captions, title, columns, sides, [len(row) for row in order])
 
 
 @styled
@@ -99,7 +116,7 @@ def _sheet(
         x, y = left + column * (wide + GAP), top + row * (text + high + GAP) + text
         canvas[y : y + high, x : x + wide] = tiles[index]
         for number, (before, name, after) in enumerate(captions[index]):
-            base = y - text + (number + 0.75) * line
+            base = y - (len(captions[index]) - number - 0.75) * line
             words = fit(name, room, before=before, after=after)
             axes.text(x, base, words, fontsize=POINTS, va="baseline")
     for row, words in enumerate(sides):
