@@ -12,7 +12,7 @@ from torch import nn
 from convlens import optim
 from convlens.errors import UsageError
 from convlens.optim import OPTIMISERS, SCHEDULES
-from convlens.schema import OptimConfig
+from convlens.schema import LookaheadConfig, OptimConfig
 from support import same
 
 
@@ -101,7 +101,8 @@ def test_an_unknown_optimiser_or_schedule_names_near_misses() -> None:
 
 
 def test_setting_the_rate_keeps_what_it_was_at_first() -> None:
-    optimiser = optim.build(network(), OptimConfig(lr=0.2, decay_bias_and_norm=False))
+    config = OptimConfig(lr=0.2, weight_decay=0.1, decay_bias_and_norm=False)
+    optimiser = optim.build(network(), config)
     for factor in (0.5, 0.0, 0.25):
         assert optim.set_lr(optimiser, factor) == pytest.approx(0.2 * factor)
     assert [group["lr"] for group in optimiser.param_groups] == pytest.approx([0.05, 0.05])
@@ -184,8 +185,40 @@ def test_warmup_rises_from_zero_and_the_schedule_runs_over_the_rest(name: str) -
         assert factor(progress) == pytest.approx(plain((progress - 0.2) / 0.8))
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_a_schedule_can_end_above_zero(name: str) -> None:
+    factor = optim.schedule(OptimConfig(schedule=name, final=0.07))
+    # Half way both shapes are in the middle between 1 and their end.
+    assert [factor(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.535, 0.07])
+
+
+def test_the_triangle_of_the_records_is_a_linear_schedule_with_warmup() -> None:
+    """airbench94's rates: from 0.2 at the first step to 1 at 23%, then down to 0.07."""
+    steps, peak = 500, 115
+    theirs = [
+        0.2 + 0.8 * step / peak if step < peak else 1 - 0.93 * (step - peak) / (steps - peak)
+        for step in range(steps)
+    ]
+    config = OptimConfig(schedule="linear", warmup=0.23, warmup_from=0.2, final=0.07)
+    assert of_ours(config, steps) == pytest.approx(theirs, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"schedule": "step", "final": 0.1}, "optim.final=0.1: schedule step"),
+        ({"schedule": "one-cycle", "final": 0.1}, "optim.final=0.1: schedule one-cycle"),
+        ({"schedule": "linear", "warmup_from": 0.2}, "optim.warmup_from=0.2"),
+        ({"schedule": "one-cycle", "warmup": 0.2, "warmup_from": 0.2}, "optim.warmup_from=0.2"),
+    ],
+)
+def test_a_schedule_refuses_keys_that_would_do_nothing(options: Any, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        optim.schedule(OptimConfig(**options))
+
+
 def test_the_tables_are_what_recipes_name() -> None:
-    assert set(OPTIMISERS) == {"adam", "adamw", "sgd"}
+    assert set(OPTIMISERS) == {"adam", "adamw", "muon", "sgd"}
     assert set(SCHEDULES) == {"constant", "cosine", "linear", "one-cycle", "step"}
 
 
@@ -253,3 +286,69 @@ def test_a_restored_average_goes_on_as_the_first_would() -> None:
     for mine, theirs in zip(first.state()["average"], second.state()["average"], strict=True):
         assert torch.equal(mine, theirs)
     assert math.isfinite(float(first.state()["average"][0].sum()))
+
+
+# Lookahead
+
+
+def test_lookahead_is_the_loop_of_its_reference() -> None:
+    """Every third step the weights go back to an average; the last two of 11 are thrown away."""
+    total, every, decay, power = 11, 3, 0.9, 2.0
+    config = OptimConfig(
+        lr=0.05, lookahead=LookaheadConfig(every=every, decay=decay, power=power)
+    )  # fmt: skip
+    mine, slow = network(), network()
+    lookahead = optim.averager(mine, config, total)
+    assert isinstance(lookahead, optim.Lookahead)
+    average = {k: v.clone() for k, v in slow.state_dict().items()}
+    ours, theirs = optim.build(mine, config), optim.build(slow, config)
+    for step in range(1, total + 1):
+        train(mine, ours, steps=1)
+        lookahead.update()
+        train(slow, theirs, steps=1)
+        kept = decay**every * (step / total) ** power if step % every == 0 else None
+        for key, value in slow.state_dict().items():
+            if not value.is_floating_point():
+                continue
+            if kept is not None:
+                average[key] = kept * average[key] + (1 - kept) * value
+            if kept is not None or step == total:
+                value.copy_(average[key])
+        for key, value in mine.state_dict().items():
+            assert torch.allclose(value, slow.state_dict()[key], rtol=1e-4, atol=1e-6), key
+        live = mine.state_dict()["0.weight"].clone()
+        with optim.averaged(lookahead):  # validation and the model file see the average
+            seen = mine.state_dict()["0.weight"]
+            assert torch.allclose(seen, average["0.weight"], rtol=1e-4, atol=1e-6)
+        assert torch.equal(live, mine.state_dict()["0.weight"])
+
+
+def test_the_network_ends_with_its_average() -> None:
+    model = network()
+    lookahead = optim.Lookahead(model, every=4, decay=0.95, power=3, steps=6)
+    optimiser = optim.build(model, OptimConfig(lr=0.05))
+    for step in range(1, 7):
+        train(model, optimiser, steps=1)
+        lookahead.update()
+        same_now = all(
+            torch.equal(mine, average)
+            for mine, average in zip(
+                (t for t in model.state_dict().values() if t.is_floating_point()),
+                _ordered(model, lookahead),
+                strict=True,
+            )
+        )
+        assert same_now == (step in (4, 6))
+
+
+def _ordered(model: nn.Module, average: optim.Average) -> list[torch.Tensor]:
+    """The average in the order of the network's `state_dict`."""
+    with optim.averaged(average):
+        return [t.clone() for t in model.state_dict().values() if t.is_floating_point()]
+
+
+def test_a_recipe_has_one_average_or_none() -> None:
+    assert optim.averager(network(), OptimConfig(), 10) is None
+    assert isinstance(optim.averager(network(), OptimConfig(ema=0.9), 10), optim.Averager)
+    with pytest.raises(UsageError, match=r"optim\.ema and optim\.lookahead"):
+        optim.averager(network(), OptimConfig(ema=0.9, lookahead=LookaheadConfig()), 10)

@@ -34,6 +34,15 @@ EVERYTHING = (
     "optim.clip_norm=1",
     "train.memory_format=channels_last",
 )
+# The head alone for four of 15 steps; one bias stops after six; an average that pulls back.
+WINDOWS = (
+    "optim.head_first=0.25",
+    "optim.layer_decay=0.5",
+    "optim.groups=[{params: stage1.2.bias, lr: 0.05, end: 0.4}, {params: head, weight_decay: 0.1}]",
+    "optim.ema=null",
+    "optim.lookahead={every: 2, decay: 0.9, power: 1}",
+)
+MUON = ("optim.name=muon", "optim.momentum=0.6", "optim.nesterov=true", "optim.lr=0.1")
 SGD = ("optim.name=sgd", "optim.momentum=0.9", "optim.nesterov=true", "optim.lr=0.05")
 
 
@@ -89,7 +98,11 @@ def equal(one: RunFolder, other: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("after", [1, 3, STEPS, STEPS + 1, 2 * STEPS, 3 * STEPS])
-@pytest.mark.parametrize("options", [(), SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "options",
+    [(), SGD, WINDOWS, (*WINDOWS, *MUON)],
+    ids=["adamw", "sgd", "windows", "windows-muon"],
+)
 def test_a_run_stopped_at_a_step_ends_as_one_that_was_not(
     after: int, options: tuple[str, ...], interrupting: Interrupting
 ) -> None:
@@ -108,6 +121,17 @@ def test_a_run_stopped_again_and_again_ends_as_one_that_was_not(
     whole = finish(asked, "whole")
     for _ in range(STEPS):
         stop(asked, "stopped", interrupting, 2)
+    equal(finish(asked, "stopped"), whole)
+
+
+@pytest.mark.parametrize("after", [4, 6, 7, 15])
+def test_windows_go_on_from_where_they_open_and_close(
+    after: int, interrupting: Interrupting
+) -> None:
+    """Stopped right before and after a turn, and right before the network takes its average."""
+    asked = tiny(*EVERYTHING, *WINDOWS, *MUON, "data.channels=3", "train.keep=last")
+    whole = finish(asked, "whole")
+    stop(asked, "stopped", interrupting, after)
     equal(finish(asked, "stopped"), whole)
 
 

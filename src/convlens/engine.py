@@ -127,12 +127,13 @@ def fit(
     position: Position | None = None,
     clip_value: float | None = None,
     clip_norm: float | None = None,
-    averager: optim.Averager | None = None,
+    averager: optim.Average | None = None,
 ) -> Records:
     """Trains `model` in place and yields a record after each step and each epoch.
 
     Args:
         batches: `len` is steps per epoch; `epoch(n)` gives the n-th epoch's batches.
+        optimiser: made by `optim.build`: its groups know their rates, and when they train.
         schedule: factor on the learning rate by progress, 0 at the first step.
         objective: `(logits, labels) -> mean loss`.
         position: where to go on; it is advanced with every step, so that whoever holds it can
@@ -145,31 +146,28 @@ def fit(
     at = position if position is not None else Position()
     steps = len(batches)
     clip = _clipper(model, clip_value, clip_norm)
-    # Norms keep statistics (floats) and counters; one list of both would copy one by one.
-    floats = [b for b in model.buffers() if b.is_floating_point()]
-    counters = [b for b in model.buffers() if not b.is_floating_point()]
-    before = [b.clone() for b in floats], [b.clone() for b in counters]
+    statistics = _Statistics(model)
     draws = any(isinstance(module, DROPOUTS) for module in model.modules())
+    timetable = optim.Timetable(optimiser, schedule, epochs * steps)
 
     def set_rate(index: int) -> float:
         done = (at.epoch - 1) * steps + index
-        return optim.set_lr(optimiser, schedule(done / (epochs * steps)))
+        if timetable.turn(done):  # a group was frozen or unfrozen
+            set_train_mode(model)
+        return timetable.set_rates(done)
 
     while at.epoch <= epochs:
-        set_train_mode(model)
         # Taken up after an epoch's last step, there is no other step to take the rate from.
         lr = set_rate(max(at.step - 1, 0))
+        set_train_mode(model)
         for index, (images, labels) in enumerate(batches.epoch(at.epoch, at.step), at.step):
             lr = set_rate(index)
             if draws:  # dropout's masks depend on (seed, epoch, step) only
                 seed_generators(plan.device, seed_of(seed, at.epoch, index, 1))
-            _copy(before[0], floats)
-            _copy(before[1], counters)
+            statistics.keep()
             loss, correct = step(model, images, labels, objective, optimiser, plan, clip)
             if loss is None:
-                # The forward pass has already moved the norms' running statistics.
-                _copy(floats, before[0])
-                _copy(counters, before[1])
+                statistics.put_back()
                 raise NonFiniteLoss(at.epoch, index + 1, lr)
             if averager is not None:
                 averager.update()
@@ -183,6 +181,24 @@ def fit(
         yield record
 
 
+class _Statistics:
+    """The norms' running statistics: the forward pass of a bad loss has already moved them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # They are floats and counters; one list of both would be copied one by one.
+        self._floats = [b for b in model.buffers() if b.is_floating_point()]
+        self._counters = [b for b in model.buffers() if not b.is_floating_point()]
+        self._kept = [b.clone() for b in self._floats], [b.clone() for b in self._counters]
+
+    def keep(self) -> None:
+        _copy(self._kept[0], self._floats)
+        _copy(self._kept[1], self._counters)
+
+    def put_back(self) -> None:
+        _copy(self._floats, self._kept[0])
+        _copy(self._counters, self._kept[1])
+
+
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)
@@ -191,7 +207,7 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 def _clipper(
     model: nn.Module, clip_value: float | None, clip_norm: float | None
 ) -> Callable[[], None]:
-    parameters: Sequence[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+    parameters: Sequence[nn.Parameter] = list(model.parameters())  # frozen: without a gradient
 
     def clip() -> None:
         if clip_value is not None:

@@ -39,7 +39,7 @@ class Setup:
     optimiser: torch.optim.Optimizer
     schedule: optim.Schedule
     objective: engine.Objective
-    averager: optim.Averager | None
+    averager: optim.Average | None
     preprocessing: Preprocessing
     position: engine.Position = field(default_factory=engine.Position)
 
@@ -75,16 +75,27 @@ def check(recipe: Recipe) -> None:
     size = recipe.data.image_size if recipe.data.image_size != "auto" else 224
     channels = recipe.data.channels if recipe.data.channels != "auto" else 3
 
+    built: list[nn.Module] = []
+
     def build_model() -> None:
         with torch.device("meta"):  # shapes only: nothing is allocated or drawn
             model = models.build(recipe.model.name, 2, channels, size, recipe.model.options)
         freezing.freeze(model, recipe.model.trainable)
+        built.append(model)
+
+    def check_optimiser() -> None:
+        if built:
+            optim.check(built[0], recipe.optim)
+        else:  # what doesn't depend on the network can still be told
+            rest = {"groups": [], "layer_decay": 1.0, "head_first": 0.0}
+            optim.check(nn.Linear(1, 1), recipe.optim.model_copy(update=rest))
 
     tries: list[Callable[[], object]] = [
         build_model,
         lambda: augment.build(recipe.operations),
-        lambda: optim.build(nn.Linear(1, 1), recipe.optim),
+        check_optimiser,
         lambda: optim.schedule(recipe.optim),
+        lambda: optim.averager(nn.Module(), recipe.optim, steps=1),
     ]
     found: list[UsageError] = []
     for attempt in tries:
@@ -137,17 +148,18 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
     import_module("torch._dynamo")
     plan = plan or _choose_plan(recipe, where, model, batches_for, objective)
     plan.place(model)
+    batches = batches_for(plan)
     return Setup(
         recipe=recipe,
         data=data,
         plan=plan,
         trained=model,
-        feed=feeding.feed(recipe, data, model, batches_for(plan)),
+        feed=feeding.feed(recipe, data, model, batches),
         augment=operations if recipe.operations else None,
         optimiser=optim.build(model, recipe.optim),
         schedule=optim.schedule(recipe.optim),
         objective=objective,
-        averager=optim.Averager(model, recipe.optim.ema) if recipe.optim.ema else None,
+        averager=optim.averager(model, recipe.optim, steps=len(batches) * int(recipe.train.epochs)),
         preprocessing=preprocessing,
     )
 

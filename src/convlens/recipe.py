@@ -20,6 +20,7 @@ from convlens import yamltext
 from convlens.errors import UsageError
 from convlens.names import near, pick
 from convlens.schema import (
+    NESTED,
     SECTIONS,
     DataConfig,
     ModelConfig,
@@ -226,7 +227,10 @@ def _explain(item: Any) -> tuple[str, str]:
     if item["type"] == "extra_forbidden":
         return path, _unknown(path).what
     first = str(item["loc"][0])
-    key = ".".join(str(part) for part in item["loc"][: 2 if first in SECTIONS else 1])
+    parts = item["loc"][: 2 if first in SECTIONS else 1]
+    # Further parts are the members of a union (no use to anyone) or a place within a list.
+    parts += tuple(part for part in item["loc"][2:] if isinstance(part, int) or part in NESTED)
+    key = ".".join(map(str, parts))
     message = item["msg"][0].lower() + item["msg"][1:]
     return key, f"{key}={item['input']!r}: {message}"
 

@@ -47,24 +47,59 @@ class ModelConfig(Section):
         return dict(self.model_extra or {})
 
 
+class GroupConfig(Section):
+    """Parameters with a rate, a decay or a time of their own; what isn't set is as in `optim`.
+
+    `params` is a pattern of parameter names (`layer1.*`, `*.norm*.bias`) or one of the words
+    `head`, `norms`, `norms.bias`, `biases`, `filters`. They train from `start` to `end`, fractions
+    of all steps, and are frozen outside. `muon` chooses between the two rules of muon (a matrix
+    that isn't a filter, a filter that is to be left to SGD).
+    """
+
+    params: str
+    lr: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    momentum: Fraction | None = None
+    muon: bool | None = None
+    start: Fraction = 0.0
+    end: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class LookaheadConfig(Section):
+    """Every `every` steps the weights go back to their average, which moves ever less."""
+
+    every: Positive = 5
+    decay: Fraction = 0.95
+    power: Annotated[float, Field(ge=0)] = 3.0
+
+
 class OptimConfig(Section):
     """The optimiser, its schedule and what regularises the loss."""
 
     name: str = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    aux_lr: Annotated[float, Field(gt=0)] | None = None  # muon's rate for all but filters; null: lr
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay_bias_and_norm: bool = True
     momentum: Fraction = 0.9
     nesterov: bool = False
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    muon_iterations: Annotated[int, Field(ge=1, le=10)] = 3
+    muon_normalise: bool = True
+    groups: list[GroupConfig] = []
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # a stage's rate over that of the next
+    head_first: Fraction = 0.0  # share of the steps in which the head trains alone
     schedule: str = "constant"
     warmup: Fraction = 0.0
+    warmup_from: Fraction = 0.0
+    final: Fraction = 0.0  # what linear and cosine end at
     step_size: Annotated[float, Field(gt=0, le=1)] = 1 / 3
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     label_smoothing: Fraction = 0.0
     clip_value: Annotated[float, Field(gt=0)] | None = None
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    lookahead: LookaheadConfig | None = None
 
 
 class TrainConfig(Section):
@@ -91,3 +126,5 @@ SECTIONS: dict[str, type[Section]] = {
     "optim": OptimConfig,
     "train": TrainConfig,
 }
+# Keys of what stands in a section as a mapping or a list of mappings.
+NESTED = frozenset({*GroupConfig.model_fields, *LookaheadConfig.model_fields})
