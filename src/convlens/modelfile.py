@@ -97,8 +97,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ModelFileError(f"no readable tensors: {error}", where=str(path)) from error
 
 
+def is_pickle(data: bytes) -> bool:
+    """Whether a file is one of torch's; the length that safetensors begins with may look alike."""
+    return data.startswith(PICKLES) and data[8:9] != b"{"
+
+
 def _refuse_foreign(data: bytes, path: Path) -> None:
-    if data.startswith(PICKLES):
+    if is_pickle(data):
         raise ModelFileError(
             "this is a pickle (.pt/.pth): opening it could run any code, so it is refused",
             where=str(path),
