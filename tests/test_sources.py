@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens.data import downloads
+from convlens.data import downloads, fetching
 from convlens.data.drawn import SHAPES
 from convlens.data.parts import Part
 from convlens.data.sources import SOURCES, find, known
@@ -32,7 +32,7 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("CONVLENS_DATA", str(root))
-    monkeypatch.setattr(downloads, "TIMEOUT", 2.0)
+    monkeypatch.setattr(fetching, "TIMEOUT", 2.0)
     for name, its in downloads.SETS.items():
         monkeypatch.setitem(downloads.SETS, name, replace(its, mirrors=("http://127.0.0.1:9/",)))
     return root

@@ -8,23 +8,17 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
-import http.client
 import os
 import tarfile
-import tempfile
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convlens.console import progress, say
+from convlens.console import say
+from convlens.data.fetching import MOST, DownloadError, fetch
 from convlens.data.locks import turn
 from convlens.errors import DataError
 from convlens.files import cannot_write, write_atomic
-
-TIMEOUT = 20.0  # seconds without a byte
-_MOST = 4 << 30  # bytes of one download or one member: more is not what we asked for
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,7 @@ def _download(name: str, its: Set, roots: Sequence[Path]) -> Path:
         with turn(folder / ".download.lock", f"downloading {name}"):
             for archive in _missing(folder, its):
                 _get(name, its, archive, folder)
-    except _DownloadError as error:
+    except DownloadError as error:
         pickled = [r / its.pickled for r in roots if its.pickled and (r / its.pickled).is_dir()]
         raise DataError(
             f"{name} can't be downloaded: {error}"
@@ -190,17 +184,13 @@ def _by_hand(name: str, its: Set, folder: Path) -> str:
     )
 
 
-class _DownloadError(Exception):
-    """A download that failed, in words."""
-
-
 def _get(name: str, its: Set, archive: Archive, folder: Path) -> None:
     """Tries every mirror; the checked file is unpacked into `folder`."""
     failures = []
     for mirror in its.mirrors:
         try:
-            path = _fetch(mirror + archive.file, archive, folder)
-        except _DownloadError as error:
+            path = fetch(mirror + archive.file, archive.file, folder, md5=archive.md5)
+        except DownloadError as error:
             failures.append(f"{mirror}{archive.file}: {error}")
             continue
         try:
@@ -209,52 +199,7 @@ def _get(name: str, its: Set, archive: Archive, folder: Path) -> None:
             path.unlink(missing_ok=True)
         say(f"downloaded and checked {archive.file} for {name}")
         return
-    raise _DownloadError("; ".join(failures))
-
-
-def _fetch(url: str, archive: Archive, folder: Path) -> Path:
-    """A temporary file with the content of `url`, its MD5 checked."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{archive.file}.", dir=folder)
-    path, digest, head = Path(temporary), hashlib.md5(usedforsecurity=False), b""
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for block in _blocks(url, archive.file):
-                head = head or block[:64]
-                digest.update(block)
-                file.write(block)
-        if digest.hexdigest() != archive.md5:
-            page = head.lstrip()[:1] == b"<"
-            why = "a web page came instead (is there a log-in page?)" if page else "wrong checksum"
-            raise _DownloadError(why)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _blocks(url: str, file: str) -> Iterator[bytes]:
-    """What `url` sends; failures of the network, and only those, are a `_DownloadError`."""
-    request = urllib.request.Request(url, headers={"User-Agent": "convlens"})
-    size = 0
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-            total = int(reply.headers.get("Content-Length") or 0)
-            with progress(f"downloading {file}", total) as bar:
-                while block := reply.read(1 << 18):
-                    size += len(block)
-                    if size > _MOST:
-                        raise _DownloadError(f"more than {_MOST >> 30} GiB came")
-                    yield block
-                    bar.advance(len(block))
-    except urllib.error.HTTPError as error:
-        raise _DownloadError(f"HTTP {error.code} {error.reason}") from error
-    except urllib.error.URLError as error:
-        reason = getattr(error.reason, "strerror", None) or error.reason
-        raise _DownloadError(str(reason)) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _DownloadError(str(error) or type(error).__name__) from error
-    if size < total:
-        raise _DownloadError(f"the connection broke after {size} of {total} bytes")
+    raise DownloadError("; ".join(failures))
 
 
 def _check_md5(path: Path, archive: Archive) -> None:
@@ -292,7 +237,7 @@ def _unpack_tar(path: Path, archive: Archive, folder: Path) -> None:
         for entry in tar:
             member = wanted.get(entry.name.removeprefix("./"))
             # Links, devices and odd names are never touched: only regular files asked for.
-            if member is None or not entry.isreg() or entry.size > _MOST:
+            if member is None or not entry.isreg() or entry.size > MOST:
                 continue
             content = tar.extractfile(entry)
             if content is not None:
