@@ -112,7 +112,7 @@ def test_numbers_as_people_write_them() -> None:
         ("train.seed=-1", "train.seed=-1"),
         ("optim.warmup=1", "optim.warmup=1"),
         ("data=5", "data=5"),
-        ("model.weights=default", "model.weights='default'"),
+        ("model.weights=", "model.weights=None"),
     ],
 )
 def test_impossible_values_are_refused_once_with_key_and_value(override: str, key: str) -> None:

@@ -112,8 +112,13 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, t in floats.items() if not torch.isfinite(t).all()]
 
 
+def is_pickle(data: bytes) -> bool:
+    """Whether a file is one of torch's; the length that safetensors begins with may look alike."""
+    return data.startswith(PICKLES) and data[8:9] != b"{"
+
+
 def _refuse_foreign(data: bytes, path: Path) -> None:
-    if data.startswith(PICKLES):
+    if is_pickle(data):
         raise ModelFileError(
             "this is a pickle (.pt/.pth): opening it could run any code, so it is refused",
             where=str(path),

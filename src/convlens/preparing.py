@@ -6,12 +6,14 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import nn
+from rich.markup import escape
+from torch import Tensor, nn
 
-from convlens import auto, device, engine, feeding, models, optim
+from convlens import auto, device, engine, feeding, models, optim, weights
+from convlens.console import say
 from convlens.data import Data, augment, channel_stats
 from convlens.data.batches import Batches
 from convlens.errors import DataError, UsageError
@@ -21,6 +23,17 @@ from convlens.run import Preprocessing
 
 # Choosing layout and precision by timing costs some steps; shorter runs can't earn it back.
 STEPS_WORTH_TIMING = 400
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What an unfinished run that began with pretrained weights has instead of their source.
+
+    The network must be whole before anything is computed with it: a frozen trunk's activations are.
+    """
+
+    network: dict[str, Tensor]
+    weights: dict[str, Any]  # as `weights.record` made it
 
 
 @dataclass
@@ -41,6 +54,7 @@ class Setup:
     objective: engine.Objective
     averager: optim.Average | None
     preprocessing: Preprocessing
+    weights: dict[str, Any] | None = None  # what `weights.record` says of those it began with
     position: engine.Position = field(default_factory=engine.Position)
 
     @property
@@ -92,6 +106,7 @@ def check(recipe: Recipe) -> None:
 
     tries: list[Callable[[], object]] = [
         build_model,
+        lambda: weights.check(recipe.model),
         lambda: augment.build(recipe.operations),
         check_optimiser,
         lambda: optim.schedule(recipe.optim),
@@ -108,19 +123,24 @@ def check(recipe: Recipe) -> None:
         raise UsageError("; ".join(error.what for error in found), where=recipe.name, fix=fix)
 
 
-def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = None) -> Setup:
+def prepare(
+    asked: Recipe,
+    data: Data,
+    where: str,
+    plan: device.Plan | None = None,
+    begun: Begun | None = None,
+) -> Setup:
     """Builds the run that `asked` describes on `data`.
 
     Args:
         where: device name.
         plan: the plan of an unfinished run, to be used again; else the fastest is chosen.
+        begun: what an unfinished run has, whose pretrained weights are then not needed again.
     """
     images = int(data.train.labels.numel())
     if images < 2:
         raise DataError(f"{images} training image: at least 2 are needed", where=data.name)
     recipe = auto.resolve(asked, images=images, image_size=data.image_size, channels=data.channels)
-    mean, std = channel_stats(data.train)
-    preprocessing = Preprocessing(data.image_size, data.channels, data.fit, mean, std)
     operations = augment.build(
         recipe.operations,
         image_size=data.image_size,
@@ -132,6 +152,10 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
         recipe.model.name, len(data.classes), data.channels, data.image_size, recipe.model.options
     )
     freezing.freeze(model, recipe.model.trainable)
+    record = _begin(recipe, data, model, begun) if recipe.model.weights != "none" else None
+    told = weights.normalisation(record, data.channels) if record else None
+    mean, std = told or channel_stats(data.train)
+    preprocessing = Preprocessing(data.image_size, data.channels, data.fit, mean, std)
     objective = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
 
     def batches_for(chosen: device.Plan) -> Batches:
@@ -161,7 +185,21 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
         objective=objective,
         averager=optim.averager(model, recipe.optim, steps=len(batches) * int(recipe.train.epochs)),
         preprocessing=preprocessing,
+        weights=record,
     )
+
+
+def _begin(recipe: Recipe, data: Data, model: nn.Module, begun: Begun | None) -> dict[str, Any]:
+    """Fills `model` with the pretrained weights asked for, says how, returns the record."""
+    if begun is not None:
+        model.load_state_dict(begun.network)
+        return begun.weights
+    source = weights.find(recipe.model)
+    fitted = weights.start(source, model, data.classes)
+    say(f"weights of [bold]{escape(source.origin)}[/]")
+    for line in fitted.lines():
+        say(f"  {escape(line)}")
+    return weights.record(source, fitted)
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlens.preparing import Setup
+from convlens.preparing import Begun, Setup
 from convlens.run import RunFolder
 
 
@@ -66,6 +66,12 @@ def save(place: RunFolder, setup: Setup, best: Best, rows: list[dict[str, float]
         counters["ema_steps"] = state["steps"]
         tensors |= {f"ema.{i}": t for i, t in enumerate(state["average"])}
     place.save_state(tensors, counters)
+
+
+def begun_with(place: RunFolder) -> Begun | None:
+    """What `prepare` needs instead of pretrained weights, if the run had any and saved a state."""
+    record, stored = place.facts().get("weights"), place.state()
+    return Begun(_under("model", stored[0]), record) if record and stored else None
 
 
 def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]]:

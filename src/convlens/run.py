@@ -69,6 +69,7 @@ class RunFolder:
         self.name = self.path.name or self.path.resolve().name  # of `.`, too
         self.plots = plots or PLOTS / self.name
         self.model_path = self.path / "model.safetensors"
+        self.state_path = self.path / "state" / "state.safetensors"
 
     # -- whole run ------------------------------------------------------------------------
 
@@ -150,11 +151,10 @@ class RunFolder:
 
     def save_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """All that is needed to continue after the last finished epoch."""
-        modelfile.write(self.path / "state" / "state.safetensors", tensors, counters)
+        modelfile.write(self.state_path, tensors, counters)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        path = self.path / "state" / "state.safetensors"
-        return modelfile.read(path) if path.exists() else None
+        return modelfile.read(self.state_path) if self.state_path.exists() else None
 
 
 def load_model(path: Path) -> Loaded:

@@ -33,12 +33,17 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which network. Keys beyond these belong to the family and are checked by it."""
+    """Which network. Keys beyond these belong to the family and are checked by it.
+
+    `weights` are those it begins with: `none`, `default` or a member of torchvision's weights enum
+    (`IMAGENET1K_V1`), an id of timm's (`hf-hub:...`), a file (.safetensors, .pt, .pth, .bin), or a
+    run. Whatever a finished or continued run began with, it needs no more.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "cnn"
-    weights: Literal["none"] = "none"
+    weights: Annotated[str, Field(min_length=1)] = "none"
     trainable: str = "all"  # all, head, stages, last:K, NAME+ or names: models/freezing.py
 
     @property

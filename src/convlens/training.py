@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from convlens import device, engine, evaluation, optim, picturing, run
+from convlens import device, engine, evaluation, optim, picturing, run, weights
 from convlens.console import say, watch
 from convlens.data import Data, load
 from convlens.errors import DataError, ResourceError, Stopped
@@ -20,7 +20,7 @@ from convlens.inference import loss_and_accuracy
 from convlens.interrupts import Flag, flagged
 from convlens.preparing import Setup, check, prepare
 from convlens.recipe import Recipe
-from convlens.resuming import Best, restore, save
+from convlens.resuming import Best, begun_with, restore, save
 from convlens.run import RunFolder
 from convlens.version import __version__
 
@@ -55,6 +55,8 @@ def train(
     if place.finished:
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
+        if not place.facts():
+            weights.expect(recipe.model)
         where = device.choose(on)
         device.prepare(recipe.train.deterministic)
         data = load(recipe.data, memory_budget=device.memory_budget(where))
@@ -69,12 +71,16 @@ def train(
 
 def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, quiet: bool) -> None:
     """Begins the run, or takes it up; the lock on its folder is held."""
-    stored = place.facts().get("plan") or {}
+    facts = place.facts()
+    stored = facts.get("plan") or {}
     plan = device.Plan(**stored) if stored.get("device") == where else None
-    setup = prepare(recipe, data, where, plan)
-    if not place.facts():
+    begun = begun_with(place)
+    setup = prepare(recipe, data, where, plan, begun)
+    if not facts:
         place.write_split(data.held_out)
         place.create(setup.recipe, _facts(recipe, setup))  # last: from here on it is a run
+    elif begun is None and setup.weights:  # left before its first state was saved, so it begins anew
+        place.note({"weights": setup.weights})
     rows, kept = run_to_end(setup, place, quiet=quiet)
     picturing.training_plots(place, rows, kept, data, setup.augment)
     # Last: a run that is killed before this takes itself up where it is and draws its plots.
@@ -171,6 +177,7 @@ def _save_model(setup: Setup, place: RunFolder, row: dict[str, float] | None) ->
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "chosen": chosen,
         "recipe": recipe.model_dump(mode="json"),
+        "weights": setup.weights,
     }
     with optim.averaged(setup.averager):
         place.save_model(setup.trained, card)
@@ -202,6 +209,7 @@ def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
             "splits": data.how,
             "skipped": data.skipped,
         },
+        "weights": setup.weights,
         "plan": setup.plan.to_dict(),
         "parameters": sum(p.numel() for p in setup.trained.parameters()),
         "hardware": device.describe(setup.plan.device),
