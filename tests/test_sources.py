@@ -7,10 +7,8 @@ import hashlib
 import io
 import os
 import tarfile
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from convlens.data.drawn import SHAPES
 from convlens.data.parts import Part
 from convlens.data.sources import SOURCES, find, known
 from convlens.errors import DataError, UsageError
+from serving import Pages, serving
 
 
 @pytest.fixture(autouse=True)
@@ -218,33 +217,10 @@ def test_a_built_in_set_as_an_image_folder_keeps_its_class_order(data_root: Path
 # ------------------------------------------------------------------ downloads
 
 
-class _Server(BaseHTTPRequestHandler):
-    pages: dict[str, bytes]
-    cut: bool = False
-    asked: list[str]
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        content = self.pages.get(self.path)
-        if content is None:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if self.cut else content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def server() -> Iterator[tuple[str, type[_Server]]]:
-    handler = type("Handler", (_Server,), {"pages": {}, "asked": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}/", handler
-        running.shutdown()
+def server() -> Iterator[tuple[str, type[Pages]]]:
+    with serving() as running:
+        yield running
 
 
 def tar_gz(files: dict[str, bytes], extra: dict[str, bytes] | None = None) -> bytes:
@@ -272,7 +248,7 @@ CIFAR = {f"cifar-10-batches-bin/{name}": content for name, content in cifar10_fi
 
 
 def test_download_takes_only_what_it_expects(
-    data_root: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, type[_Server]]
+    data_root: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, type[Pages]]
 ) -> None:
     url, handler = server
     evil = {"../evil.bin": b"x", "/tmp/convlens-evil.bin": b"x", "cifar-10-batches-bin/odd": b"x"}
@@ -289,7 +265,7 @@ def test_download_takes_only_what_it_expects(
 
 
 def test_the_second_mirror_is_tried(
-    data_root: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, type[_Server]]
+    data_root: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, type[Pages]]
 ) -> None:
     url, handler = server
     write_idx(data_root / "made")
@@ -318,7 +294,7 @@ def test_the_second_mirror_is_tried(
 def test_failed_downloads_say_what_to_put_where(
     data_root: Path,
     monkeypatch: pytest.MonkeyPatch,
-    server: tuple[str, type[_Server]],
+    server: tuple[str, type[Pages]],
     trouble: str,
     message: str,
 ) -> None:

@@ -1,0 +1,204 @@
+"""Files of tensors: what is taken out of them, what is refused, and that no code in them runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from convlens import modelfile, tensorfiles
+from convlens.errors import ModelFileError
+from support import same
+
+TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor(7)}
+PATH = Path("x.pth")
+
+
+def test_a_plain_safetensors() -> None:
+    save_file(TENSORS, "x.safetensors", {"format": "pt"})
+    found = tensorfiles.read(Path("x.safetensors"))
+    same(found.tensors, TENSORS)
+    assert found.sha256 == hashlib.sha256(Path("x.safetensors").read_bytes()).hexdigest()
+    assert found.card == {}
+
+
+def test_a_model_file_of_convlens_comes_with_its_card_and_its_hash_checked() -> None:
+    path = Path("model.safetensors")
+    digest = modelfile.write(path, TENSORS, {"classes": ["x", "y"]})
+    found = tensorfiles.read(path)
+    same(found.tensors, TENSORS)
+    assert found.sha256 == digest
+    assert found.card["classes"] == ["x", "y"]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ModelFileError, match="hash differs"):
+        tensorfiles.read(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+def test_a_state_dict_of_torch_save(zipped: bool, suffix: str) -> None:
+    torch.save(TENSORS, f"x{suffix}", _use_new_zipfile_serialization=zipped)
+    found = tensorfiles.read(Path(f"x{suffix}"))
+    same(found.tensors, TENSORS)
+    assert found.sha256 == hashlib.sha256(Path(f"x{suffix}").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("key", tensorfiles.NESTS)
+def test_a_state_dict_inside_a_checkpoint(key: str) -> None:
+    optimiser = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"epoch": 3, "loss": torch.tensor(0.5), key: TENSORS, "optimizer": optimiser}, PATH)
+    same(tensorfiles.read(PATH).tensors, TENSORS)
+    torch.save({"checkpoint": 1, "model": {key: OrderedDict(TENSORS)}}, PATH)
+    same(tensorfiles.read(PATH).tensors, TENSORS)
+
+
+def test_parameters_become_plain_tensors_and_numbers_beside_them_are_left() -> None:
+    torch.save({"w": nn.Parameter(torch.ones(2)), "version": 3, "_extra_state": None}, PATH)
+    found = tensorfiles.read(PATH).tensors
+    assert list(found) == ["w"]
+    assert type(found["w"]) is Tensor
+    assert not found["w"].requires_grad
+
+
+# Code
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch executed",))
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream, **options)
+    return stream.getvalue()
+
+
+EVIL: dict[str, Callable[[], bytes]] = {
+    "zip": lambda: saved({"state_dict": TENSORS, "more": Evil()}),
+    "legacy": lambda: saved([Evil()], _use_new_zipfile_serialization=False),
+    "pickle": lambda: pickle.dumps(Evil(), 4),
+    "oldest": lambda: pickle.dumps(Evil(), 0),
+}
+
+
+@pytest.mark.parametrize("name", list(EVIL))
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
+def test_code_in_a_file_is_refused_and_not_run(name: str, suffix: str) -> None:
+    path = Path(f"evil{suffix}")
+    path.write_bytes(EVIL[name]())
+    with pytest.raises(ModelFileError) as caught:
+        tensorfiles.read(path)
+    assert not Path("executed").exists()
+    assert caught.value.where == str(path)
+    assert "weights_only" not in str(caught.value)  # torch's advice how to run it all the same
+    assert "safe_globals" not in str(caught.value)
+    if name in ("zip", "legacy"):
+        assert "system, not only tensors" in caught.value.what
+        assert "torch.save(model.state_dict()" in caught.value.fix
+    # The very same bytes, trusted, do run: the test would notice.
+    if name == "pickle":
+        pickle.loads(path.read_bytes())
+        assert Path("executed").exists()
+
+
+def test_a_whole_network_saved_is_refused() -> None:
+    torch.save(nn.Linear(2, 2), PATH)
+    with pytest.raises(ModelFileError, match=r"nn.modules.linear.Linear, not only tensors"):
+        tensorfiles.read(PATH)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_torchscript_program_is_refused() -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), str(PATH))
+    with pytest.raises(ModelFileError, match="TorchScript program, not only tensors"):
+        tensorfiles.read(PATH)
+
+
+# What is no weights
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([torch.ones(2)], "a list"),
+        (torch.ones(2), "a Tensor"),
+        (3, "a int"),
+        ({}, "a dict"),
+        ({"epoch": 3, "optimizer": {"x": torch.ones(2)}}, "'epoch': int, 'optimizer': dict"),
+        ({0: torch.ones(2)}, "0: Tensor"),
+        ({"model": {"state_dict": {"epoch": 1}}}, "'epoch': int"),
+    ],
+)
+def test_what_holds_no_named_tensors(content: Any, said: str) -> None:
+    torch.save(content, PATH)
+    with pytest.raises(ModelFileError, match="no tensors by name") as caught:
+        tensorfiles.read(PATH)
+    assert said in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, device="meta"),
+        torch.ones(2, dtype=torch.complex64),
+    ],
+    ids=["sparse", "meta", "complex"],
+)
+def test_odd_kinds_of_tensors(tensor: Tensor) -> None:
+    torch.save({"fine": torch.ones(2), "odd": tensor}, PATH)
+    with pytest.raises(ModelFileError, match="odd is no plain tensor"):
+        tensorfiles.read(PATH)
+
+
+def test_a_missing_and_an_empty_file() -> None:
+    with pytest.raises(ModelFileError, match="no such file"):
+        tensorfiles.read(Path("lost.pth"))
+    PATH.write_bytes(b"")
+    with pytest.raises(ModelFileError, match="damaged"):
+        tensorfiles.read(PATH)
+
+
+GOOD = {"zip": saved(TENSORS), "legacy": saved(TENSORS, _use_new_zipfile_serialization=False)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(GOOD)), st.data())
+def test_a_damaged_file_raises_nothing_else(name: str, data: st.DataObject) -> None:
+    content = bytearray(GOOD[name])
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = Path("damaged.pth")
+    path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    with contextlib.suppress(ModelFileError):
+        tensorfiles.read(path)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_length_that_begins_like_a_pickle_is_none(length: int) -> None:
+    """safetensors begins with the length of its header: 640 is 0x80 0x02, as a pickle does."""
+    path = Path("model.safetensors")
+    modelfile.write(path, TENSORS, {"about": ""})
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    modelfile.write(path, TENSORS, {"about": "x" * (length - header)})
+    assert path.read_bytes().startswith(modelfile.PICKLES)
+    same(modelfile.read(path)[0], TENSORS)
+    same(tensorfiles.read(path).tensors, TENSORS)
+    assert json.loads(path.read_bytes()[8 : 8 + length])["a.weight"]["dtype"] == "F32"
