@@ -49,7 +49,7 @@ def test_another_number_of_classes_leaves_the_head_as_it_was() -> None:
     for name in after:
         assert torch.equal(after[name], (before if name in fitted.new else theirs)[name]), name
     assert fitted.lines()[0] == (
-        "12 tensors taken over; the head is new (5 classes; the weights' is 7x8 and 7)"
+        "12 tensors taken over; the head is new (5 classes: 5x8; the weights' is 7x8)"
     )
 
 

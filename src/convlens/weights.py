@@ -254,7 +254,9 @@ def _downloaded(url: str) -> Path:
 
 
 def _is_timm(spec: str, name: str) -> bool:
-    return spec.startswith(("hf-hub:", "timm/")) or (spec == "default" and name.startswith("timm/"))
+    return spec.startswith(("hf-hub:", "local-dir:", "timm/")) or (
+        spec == "default" and name.startswith("timm/")
+    )
 
 
 def _timm(spec: str, name: str) -> Source:

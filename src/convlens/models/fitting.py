@@ -190,8 +190,8 @@ def _head(
     if not there:
         return f"the head is new ({classes} classes; the weights have none of its name)"
     if [found[name].shape for name in there] != [own[name].shape for name in its]:
-        theirs = " and ".join(_shape(found[name].shape) for name in there)
-        return f"the head is new ({classes} classes; the weights' is {theirs})"
+        theirs, ours = _shape(found[there[0]].shape), _shape(own[there[0]].shape)
+        return f"the head is new ({classes} classes: {ours}; the weights' is {theirs})"
     if not keep:
         return f"the head is new ({classes} classes; the weights' are others)"
     values.update((name, found[name]) for name in its)
