@@ -111,10 +111,13 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("trainable", ["all", "head"])
 def test_a_stopped_run_goes_on_without_its_source(
-    source: RunFolder, monkeypatch: pytest.MonkeyPatch
+    trainable: str, source: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train("model.weights=source", name="whole")
+    """With a frozen trunk, too, whose activations are computed before the state is restored."""
+    asked = ("model.weights=source", f"model.trainable={trainable}")
+    whole = train(*asked, name="whole")
     real, steps = engine.step, iter(range(1, 100))
 
     def step(*arguments: Any) -> Any:
@@ -125,15 +128,15 @@ def test_a_stopped_run_goes_on_without_its_source(
     with monkeypatch.context() as patch:
         patch.setattr(engine, "step", step)
         with pytest.raises(Stopped):
-            train("model.weights=source", name="parts")
+            train(*asked, name="parts")
     shutil.rmtree(source.path)
-    parts = train("model.weights=source", name="parts")
+    parts = train(*asked, name="parts")
     same(modelfile.read(parts.model_path)[0], modelfile.read(whole.model_path)[0])
     cards = [modelfile.read(place.model_path)[1] for place in (whole, parts)]
     assert cards[0]["preprocessing"] == cards[1]["preprocessing"]
     assert cards[0]["weights"] == cards[1]["weights"]
     # Nor does a finished one need it: to be found, loaded or tested.
-    assert train("model.weights=source", name="parts", test=True).results()[0]["n"] > 0
+    assert train(*asked, name="parts", test=True).results()[0]["n"] > 0
     assert run.load_model(parts.model_path).classes == tuple("0123456789")
 
 

@@ -79,7 +79,8 @@ def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, q
     if not facts:
         place.write_split(data.held_out)
         place.create(setup.recipe, _facts(recipe, setup))  # last: from here on it is a run
-    elif begun is None and setup.weights:  # left before its first state was saved, so it begins anew
+    elif begun is None and setup.weights:
+        # Left before its first state was saved: it begins anew, with the weights as they are now.
         place.note({"weights": setup.weights})
     rows, kept = run_to_end(setup, place, quiet=quiet)
     picturing.training_plots(place, rows, kept, data, setup.augment)
