@@ -111,7 +111,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("trainable", ["all", "head"])
+@pytest.mark.parametrize("trainable", ["all", "stage2+"])
 def test_a_stopped_run_goes_on_without_its_source(
     trainable: str, source: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

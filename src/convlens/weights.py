@@ -186,9 +186,8 @@ def _table(name: str) -> Any:
     """torchvision's weights enum of a network, None if it has none."""
     from torchvision import models
 
-    plain = name.removeprefix("torchvision/")
-    known = plain in models.list_models(module=models)
-    return models.get_model_weights(plain) if known else None
+    known = name in models.list_models(module=models)
+    return models.get_model_weights(name) if known else None
 
 
 def _member(spec: str, name: str) -> Any:
