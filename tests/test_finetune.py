@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import feeding, models, preparing, training, trunk
+from convlens import feeding, models, optim, preparing, training, trunk
 from convlens import recipe as recipes
 from convlens.data.batches import to_unit
 from convlens.data.draws import Place
 from convlens.device import Plan, seed_of
 from convlens.errors import ResourceError, UsageError
-from convlens.models.freezing import freeze, set_train_mode
+from convlens.models.freezing import freeze, frozen_prefix, set_train_mode
+from convlens.schema import OptimConfig
 from support import begin, same
 
 PLAN = Plan("cpu", "fp32", "contiguous")
@@ -129,18 +130,29 @@ def test_frozen_norms_keep_their_statistics_and_frozen_dropout_drops_nothing() -
 
 
 def test_the_frozen_prefix_is_everything_before_the_first_layer_that_learns() -> None:
-    assert trunk.frozen_prefix(resnet("last:4")) == list(RESNET[:6])
-    assert trunk.frozen_prefix(resnet("head")) == list(RESNET[:9])
-    assert trunk.frozen_prefix(resnet("all")) == []
-    assert trunk.frozen_prefix(resnet("bn1+")) == ["conv1"]
+    assert frozen_prefix(resnet("last:4")) == list(RESNET[:6])
+    assert frozen_prefix(resnet("head")) == list(RESNET[:9])
+    assert frozen_prefix(resnet("all")) == []
+    assert frozen_prefix(resnet("bn1+")) == ["conv1"]
     inside = resnet("layer4.1+")
-    assert trunk.frozen_prefix(inside) == [*RESNET[:7], "layer4.0"]
+    assert frozen_prefix(inside) == [*RESNET[:7], "layer4.0"]
+
+
+def test_a_dropout_right_before_the_classifier_stays_the_classifiers() -> None:
+    model = models.build("cnn", 4, 3, 16, {"widths": [4, 8], "dropout": 0.5, "stage_dropout": 0.5})
+    freeze(model, "head")
+    assert frozen_prefix(model) == ["stage1", "stage2", "pool"]
+    set_train_mode(model)
+    modes = {name: module.training for name, module in model.named_children()}
+    assert modes == {
+        "stage1": False, "stage2": False, "pool": False, "dense": True, "classifier": True,
+    }  # fmt: skip
 
 
 def test_trunk_and_tail_are_the_network_and_share_its_weights() -> None:
     model = resnet("last:4").eval()
     images = torch.randn(6, 3, 32, 32)
-    prefix = trunk.frozen_prefix(model)
+    prefix = frozen_prefix(model)
     assert trunk.fits_together(model, prefix, images)
     rest = trunk.tail(model, prefix).eval()
     found = trunk.compute(model, prefix, images.split(4), torch.arange(6) % 4, PLAN)
@@ -254,3 +266,30 @@ def test_activations_that_do_not_fit_are_computed_anew_each_epoch(
     assert setup.feed.cached_bytes == 0
     with pytest.raises(ResourceError, match=r"train\.views=9 needs"):
         begin(recipes.load("resnet18", few), "views")
+
+
+# The table of stages
+
+
+def test_the_table_of_stages_says_what_learns_at_which_rate_and_when() -> None:
+    model = resnet("layer3+")
+    config = OptimConfig(name="sgd", lr=0.1, layer_decay=0.5, head_first=0.25)
+    rows = optim.stage_rows(model, optim.build(model, config))
+    cells = [row.cells() for row in rows]
+    assert cells == [
+        ("maxpool", "9,536", "frozen", "", ""),
+        ("layer1", "147,968", "frozen", "", ""),
+        ("layer2", "525,568", "frozen", "", ""),
+        ("layer3", "2,099,712", "2,099,712", "0.025", "25% to 100%"),
+        ("layer4", "8,393,728", "8,393,728", "0.05", "25% to 100%"),
+        ("fc", "2,052", "2,052", "0.1", "all of it"),
+    ]
+    assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_stage_with_several_rates_shows_the_lowest_and_the_highest() -> None:
+    model = resnet()
+    groups = [{"params": "layer1.0.*", "lr": 0.3}, {"params": "layer1.1.bn1.*", "lr": 0.2}]
+    config = OptimConfig(name="sgd", lr=0.1, groups=groups)
+    row = optim.stage_rows(model, optim.build(model, config))[1]
+    assert row.cells()[3] == "0.1 to 0.3"

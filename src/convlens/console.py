@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, SupportsFloat
 
 if TYPE_CHECKING:
@@ -50,6 +50,20 @@ def console() -> Console:
 def say(message: str) -> None:
     """One line to the user. `message` may hold rich markup; escape user text first."""
     console().print(message)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table among the messages: the first column to the left, the others to the right."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        shown.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    console().print(shown)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from convlens.device import Plan, seed_of
 from convlens.engine import EpochBatches
 from convlens.errors import ResourceError, UsageError
 from convlens.inference import split_logits
+from convlens.models import freezing
 from convlens.recipe import Recipe
 
 Logits = Callable[[], tuple[Tensor, Tensor]]
@@ -58,7 +59,7 @@ def feed(recipe: Recipe, data: Data, model: nn.Module, images: Batches) -> Feed:
         return split_logits(model, data.val, normalise, plan)
 
     plain = Feed(model, images, validate)
-    prefix = trunk.frozen_prefix(model)
+    prefix = freezing.frozen_prefix(model)
     if options.views:
         _check_views(recipe, prefix)
     fixed = bool(options.views) or not recipe.operations

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from convlens import device, engine, evaluation, optim, picturing, run, weights
-from convlens.console import say, watch
+from convlens.console import say, table, watch
 from convlens.data import Data, load
 from convlens.errors import DataError, ResourceError, Stopped
 from convlens.inference import loss_and_accuracy
@@ -82,10 +82,19 @@ def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, q
     elif begun is None and setup.weights:
         # Left before its first state was saved: it begins anew, with the weights as they are now.
         place.note({"weights": setup.weights})
+    _tell_stages(setup)
     rows, kept = run_to_end(setup, place, quiet=quiet)
     picturing.training_plots(place, rows, kept, data, setup.augment)
     # Last: a run that is killed before this takes itself up where it is and draws its plots.
     place.finish(epochs=len(rows), kept=kept, seconds=sum(row["seconds"] for row in rows))
+
+
+def _tell_stages(setup: Setup) -> None:
+    """Says what learns and at which rate, where that isn't everything at the same one."""
+    rows = optim.stage_rows(setup.trained, setup.optimiser)
+    if setup.recipe.model.trainable != "all" or len({row.cells()[3:] for row in rows}) > 1:
+        columns = ("stage", "weights", "that learn", "learning rate", "of the training")
+        table(columns, (row.cells() for row in rows))
 
 
 def run_to_end(

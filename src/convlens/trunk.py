@@ -64,27 +64,6 @@ class ViewBatches:
         return self.views[(epoch - 1) % len(self.views)].epoch(epoch, start)
 
 
-def frozen_prefix(model: nn.Module) -> list[str]:
-    """Dotted names of the modules before the first that learns; empty if there is no weight in it.
-
-    Goes by the order of definition, into a `Sequential` of which a part learns.
-    """
-    prefix = list[str]()
-    parent, path = model, ""
-    while True:
-        for name, child in parent.named_children():
-            if any(p.requires_grad for p in child.parameters()):
-                parent, path = child, f"{path}{name}."
-                break
-            prefix.append(f"{path}{name}")
-        else:
-            break
-        if not isinstance(parent, nn.Sequential):
-            break
-    weights = sum(len(list(model.get_submodule(name).parameters())) for name in prefix)
-    return prefix if weights else []
-
-
 def tail(model: nn.Module, prefix: Sequence[str]) -> nn.Module:
     """The network without its trunk, sharing every weight and statistic with `model`."""
     tensors = itertools.chain(model.parameters(), model.buffers())

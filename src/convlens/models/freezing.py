@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from convlens.errors import UsageError
 from convlens.names import near
@@ -44,17 +45,44 @@ def set_train_mode(model: nn.Module) -> None:
     """Train mode, with everything frozen left in eval mode.
 
     Frozen is a sub-module that has parameters of which none requires a gradient (so a frozen
-    batch norm keeps its statistics), and all that comes before the first child with a trainable
-    parameter: a frozen trunk is then one fixed function, dropout included.
+    batch norm keeps its statistics), and all of `frozen_prefix`: a frozen trunk is then one fixed
+    function, dropout included.
     """
     model.train()
-    for module in model.modules():
-        if module is not model and _is_frozen(module):
+    whole = getattr(model, "_orig_mod", model)  # without torch.compile's wrapper
+    for module in whole.modules():
+        if module is not whole and _is_frozen(module):
             module.eval()
-    for child in getattr(model, "_orig_mod", model).children():  # without torch.compile's wrapper
-        if any(parameter.requires_grad for parameter in child.parameters()):
-            break
-        child.eval()
+    for name in frozen_prefix(whole):
+        whole.get_submodule(name).eval()
+
+
+def frozen_prefix(model: nn.Module) -> list[str]:
+    """Dotted names of the modules before the first that learns: the trunk, if it is frozen.
+
+    Goes by the order of definition, into a `Sequential` of which a part learns. Empty where no
+    weight comes before the first that learns. A dropout right before what learns is no part of
+    the trunk: it belongs to the classifier behind it.
+    """
+    prefix = list[str]()
+    parent, path, descends = model, "", True
+    while descends:
+        descends = False
+        for name, child in parent.named_children():
+            if any(p.requires_grad for p in child.parameters()):
+                descends = isinstance(child, nn.Sequential)
+                parent, path = child, f"{path}{name}."
+                break
+            prefix.append(f"{path}{name}")
+    modules = [model.get_submodule(name) for name in prefix]
+    weighty = [bool(list(module.parameters())) for module in modules]
+    if not any(weighty):
+        return []
+    last = len(weighty) - 1 - weighty[::-1].index(True)
+    for place in range(last + 1, len(prefix)):
+        if any(isinstance(module, _DropoutNd) for module in modules[place].modules()):
+            return prefix[:place]
+    return prefix
 
 
 def _is_frozen(module: nn.Module) -> bool:

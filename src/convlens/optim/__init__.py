@@ -17,6 +17,7 @@ from convlens.optim.averaging import Average, Averager, Lookahead, averaged, ave
 from convlens.optim.groups import Group, split
 from convlens.optim.muon import Muon
 from convlens.optim.schedules import SCHEDULES, Schedule, schedule
+from convlens.optim.stagetable import StageRow, stage_rows
 from convlens.optim.timetable import Timetable, set_lr
 from convlens.schema import OptimConfig
 
@@ -28,6 +29,7 @@ __all__ = [
     "Lookahead",
     "Muon",
     "Schedule",
+    "StageRow",
     "Timetable",
     "averaged",
     "averager",
@@ -35,6 +37,7 @@ __all__ = [
     "check",
     "schedule",
     "set_lr",
+    "stage_rows",
 ]
 
 
