@@ -153,9 +153,7 @@ def prepare(
     )
     freezing.freeze(model, recipe.model.trainable)
     record = _begin(recipe, data, model, begun) if recipe.model.weights != "none" else None
-    told = weights.normalisation(record, data.channels) if record else None
-    mean, std = told or channel_stats(data.train)
-    preprocessing = Preprocessing(data.image_size, data.channels, data.fit, mean, std)
+    preprocessing = _preprocessing(data, record)
     objective = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
 
     def batches_for(chosen: device.Plan) -> Batches:
@@ -200,6 +198,13 @@ def _begin(recipe: Recipe, data: Data, model: nn.Module, begun: Begun | None) ->
     for line in fitted.lines():
         say(f"  {escape(line)}")
     return weights.record(source, fitted)
+
+
+def _preprocessing(data: Data, record: dict[str, Any] | None) -> Preprocessing:
+    """As the pretrained weights were trained, where that is known: a frozen trunk expects it."""
+    told = weights.normalisation(record, data.channels) if record else None
+    mean, std = told or channel_stats(data.train)
+    return Preprocessing(data.image_size, data.channels, data.fit, mean, std)
 
 
 def compiled(model: nn.Module) -> nn.Module:

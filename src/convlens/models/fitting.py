@@ -219,7 +219,7 @@ def _check_architecture(
     if taken >= ENOUGH * total and used >= ENOUGH * theirs:
         return
     lacking = [f"{n} {_shape(own[n].shape)}" for n in trunk if n not in values]
-    spare = [f"{n} {_shape(found[n].shape)}" for n in found if n not in values]
+    spare = [f"{n} {_shape(found[n].shape)}" for n in found if n not in values and not _counter(n)]
     raise ModelFileError(
         f"weights of another architecture: {_percent(taken, total)} of the network is in them, "
         f"{_percent(used, theirs)} of them in the network. Only the network has "
@@ -252,7 +252,8 @@ def describe(tensors: Mapping[str, Tensor]) -> str:
     layers = [n for n in tensors if re.search(r"(^|\.)layer\d+\.\d+\.conv\d+\.weight$", n)]
     if layers:
         return f"a ResNet of {len(layers) + 2} layers ({size})"
-    return f"{size}, such as {_some(list(tensors))}" if tensors else "no tensors"
+    listed = [name for name in tensors if not _counter(name)]
+    return f"{size}, such as {_some(listed)}" if listed else "no tensors"
 
 
 def _counter(name: str) -> bool:
@@ -269,4 +270,4 @@ def _shape(shape: Iterable[int]) -> str:
 
 
 def _percent(part: int, whole: int) -> str:
-    return f"{math.floor(100 * part / whole)}%" if whole else "nothing"
+    return f"{math.floor(100 * part / max(whole, 1))}%"
