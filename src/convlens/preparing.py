@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convlens import auto, device, engine, feeding, models, optim
-from convlens.data import Data, augment, channel_stats
+from convlens.data import Data, Split, augment, channel_stats
 from convlens.data.batches import Batches
 from convlens.errors import DataError, UsageError
 from convlens.models import freezing
@@ -74,14 +75,15 @@ def check(recipe: Recipe) -> None:
     """
     size = recipe.data.image_size if recipe.data.image_size != "auto" else 224
     channels = recipe.data.channels if recipe.data.channels != "auto" else 3
+    net = recipe.model
 
-    def build_model() -> None:
+    def try_model() -> None:
         with torch.device("meta"):  # shapes only: nothing is allocated or drawn
-            model = models.build(recipe.model.name, 2, channels, size, recipe.model.options)
-        freezing.freeze(model, recipe.model.trainable)
+            model = models.build(net.name, 2, channels, size, net.options)
+        freezing.freeze(model, net.trainable)
 
     tries: list[Callable[[], object]] = [
-        build_model,
+        try_model,
         lambda: augment.build(recipe.operations),
         lambda: optim.build(nn.Linear(1, 1), recipe.optim),
         lambda: optim.schedule(recipe.optim),
@@ -113,11 +115,12 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
     operations = augment.build(
         recipe.operations, image_size=data.image_size, channels=data.channels
     )
+    net = recipe.model
     torch.manual_seed(device.seed_of(recipe.train.seed))
-    model = models.build(
-        recipe.model.name, len(data.classes), data.channels, data.image_size, recipe.model.options
-    )
-    freezing.freeze(model, recipe.model.trainable)
+    model = models.build(net.name, len(data.classes), data.channels, data.image_size, net.options)
+    if isinstance(model, models.Initialised):
+        model.initialise(_some_images(data.train, preprocessing))
+    freezing.freeze(model, net.trainable)
     objective = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
 
     def batches_for(chosen: device.Plan) -> Batches:
@@ -147,6 +150,18 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
         averager=optim.Averager(model, recipe.optim.ema) if recipe.optim.ema else None,
         preprocessing=preprocessing,
     )
+
+
+def _some_images(split: Split, preprocessing: Preprocessing) -> Tensor:
+    """Up to 5,000 training images, evenly spaced, without augmentation: normalised float32.
+
+    Of larger images fewer are taken, so that they never need more than 64 MB.
+    """
+    count, *shape = split.rows.shape
+    wanted = max(1, min(count, 5_000, (1 << 24) // math.prod(shape)))
+    chosen = torch.linspace(0, count - 1, wanted, dtype=torch.float64).round().long()
+    plan = device.Plan("cpu", "fp32", "contiguous")
+    return preprocessing.normalise(split.rows.gather(chosen), plan)
 
 
 def compiled(model: nn.Module) -> nn.Module:

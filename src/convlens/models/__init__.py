@@ -16,14 +16,21 @@ from torch import nn
 
 from convlens.errors import UsageError
 from convlens.models.cnn import CNN
+from convlens.models.fastnet import FastNet
+from convlens.models.parts import Initialised, Parts, parts
 from convlens.models.resnet import ResNet18, ResNet34, ResNet50
+from convlens.models.wrn import WRN
 from convlens.names import near, pick
+
+__all__ = ["MODELS", "Initialised", "Parts", "build", "options_of", "parts"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": CNN,
+    "fastnet": FastNet,
     "resnet18": ResNet18,
     "resnet34": ResNet34,
     "resnet50": ResNet50,
+    "wrn": WRN,
 }
 
 
