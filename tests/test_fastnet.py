@@ -257,7 +257,7 @@ def test_a_model_file_brings_its_whitening(tmp_path: Any) -> None:
     model.initialise(correlated(5, 1, 9))
     modelfile.write(tmp_path / "m", model.state_dict(), {})
     again = models.build("fastnet", 3, 1, 9, {"widths": [4]})
-    again.load_state_dict(modelfile.read(tmp_path / "m")[0])
+    models.load(again, modelfile.read(tmp_path / "m")[0])
     same(dict(again.state_dict()), dict(model.state_dict()))
 
 

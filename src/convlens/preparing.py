@@ -78,8 +78,7 @@ def check(recipe: Recipe) -> None:
     net = recipe.model
 
     def try_model() -> None:
-        with torch.device("meta"):  # shapes only: nothing is allocated or drawn
-            model = models.build(net.name, 2, channels, size, net.options)
+        model = models.try_out(net.name, channels, size, net.options, recipe.train.batch_size)
         freezing.freeze(model, net.trainable)
 
     tries: list[Callable[[], object]] = [
@@ -116,6 +115,10 @@ def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = No
         recipe.operations, image_size=data.image_size, channels=data.channels
     )
     net = recipe.model
+    if asked.data.image_size == "auto":  # `check` couldn't know it yet
+        models.try_out(
+            net.name, data.channels, data.image_size, net.options, recipe.train.batch_size
+        )
     torch.manual_seed(device.seed_of(recipe.train.seed))
     model = models.build(net.name, len(data.classes), data.channels, data.image_size, net.options)
     if isinstance(model, models.Initialised):
