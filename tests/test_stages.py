@@ -9,7 +9,7 @@ from torch import nn
 
 from convlens.models.cnn import CNN
 from convlens.models.freezing import set_train_mode
-from convlens.models.stages import stage_of
+from convlens.models.parts import stage_of
 
 
 class Nested(nn.Module):

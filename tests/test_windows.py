@@ -105,8 +105,6 @@ def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
             own = list(module.parameters(recurse=False))
             if own and not any(p.requires_grad for p in own):
                 module.eval()
-        if options is HEAD_FIRST and done < 4:
-            model.dense.eval()
         epoch, step = divmod(done, STEPS)
         torch.manual_seed(seed_of(SEED, epoch + 1, step, 1))
         images, labels = Listed().batches[step]

@@ -9,12 +9,11 @@ from importlib import import_module
 from typing import Any, cast
 
 import torch
-from rich.markup import escape
-from torch import Tensor, nn
+from torch import nn
 
-from convlens import auto, device, engine, feeding, models, optim, weights
-from convlens.console import say
-from convlens.data import Data, augment, channel_stats
+from convlens import auto, beginning, device, engine, feeding, models, optim, weights
+from convlens.beginning import Begun
+from convlens.data import Data, augment
 from convlens.data.batches import Batches
 from convlens.errors import DataError, UsageError
 from convlens.models import freezing
@@ -23,17 +22,6 @@ from convlens.run import Preprocessing
 
 # Choosing layout and precision by timing costs some steps; shorter runs can't earn it back.
 STEPS_WORTH_TIMING = 400
-
-
-@dataclass(frozen=True)
-class Begun:
-    """What an unfinished run that began with pretrained weights has instead of their source.
-
-    The network must be whole before anything is computed with it: a frozen trunk's activations are.
-    """
-
-    network: dict[str, Tensor]
-    weights: dict[str, Any]  # as `weights.record` made it
 
 
 @dataclass
@@ -88,13 +76,13 @@ def check(recipe: Recipe) -> None:
     """
     size = recipe.data.image_size if recipe.data.image_size != "auto" else 224
     channels = recipe.data.channels if recipe.data.channels != "auto" else 3
+    net = recipe.model
 
     built: list[nn.Module] = []
 
-    def build_model() -> None:
-        with torch.device("meta"):  # shapes only: nothing is allocated or drawn
-            model = models.build(recipe.model.name, 2, channels, size, recipe.model.options)
-        freezing.freeze(model, recipe.model.trainable)
+    def try_model() -> None:
+        model = models.try_out(net.name, channels, size, net.options, recipe.train.batch_size)
+        freezing.freeze(model, net.trainable)
         built.append(model)
 
     def check_optimiser() -> None:
@@ -105,8 +93,8 @@ def check(recipe: Recipe) -> None:
             optim.check(nn.Linear(1, 1), recipe.optim.model_copy(update=rest))
 
     tries: list[Callable[[], object]] = [
-        build_model,
-        lambda: weights.check(recipe.model),
+        try_model,
+        lambda: weights.check(net),
         lambda: augment.build(recipe.operations),
         check_optimiser,
         lambda: optim.schedule(recipe.optim),
@@ -147,13 +135,12 @@ def prepare(
         channels=data.channels,
         classes=len(data.classes),
     )
-    torch.manual_seed(device.seed_of(recipe.train.seed))
-    model = models.build(
-        recipe.model.name, len(data.classes), data.channels, data.image_size, recipe.model.options
-    )
-    freezing.freeze(model, recipe.model.trainable)
-    record = _begin(recipe, data, model, begun) if recipe.model.weights != "none" else None
-    preprocessing = _preprocessing(data, record)
+    net = recipe.model
+    if asked.data.image_size == "auto":  # `check` couldn't know it yet
+        models.try_out(
+            net.name, data.channels, data.image_size, net.options, recipe.train.batch_size
+        )
+    model, preprocessing, record = beginning.network(recipe, data, begun)
     objective = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
 
     def batches_for(chosen: device.Plan) -> Batches:
@@ -185,26 +172,6 @@ def prepare(
         preprocessing=preprocessing,
         weights=record,
     )
-
-
-def _begin(recipe: Recipe, data: Data, model: nn.Module, begun: Begun | None) -> dict[str, Any]:
-    """Fills `model` with the pretrained weights asked for, says how, returns the record."""
-    if begun is not None:
-        model.load_state_dict(begun.network)
-        return begun.weights
-    source = weights.find(recipe.model)
-    fitted = weights.start(source, model, data.classes)
-    say(f"weights of [bold]{escape(source.origin)}[/]")
-    for line in fitted.lines():
-        say(f"  {escape(line)}")
-    return weights.record(source, fitted)
-
-
-def _preprocessing(data: Data, record: dict[str, Any] | None) -> Preprocessing:
-    """As the pretrained weights were trained, where that is known: a frozen trunk expects it."""
-    told = weights.normalisation(record, data.channels) if record else None
-    mean, std = told or channel_stats(data.train)
-    return Preprocessing(data.image_size, data.channels, data.fit, mean, std)
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlens.preparing import Begun, Setup
+from convlens import models
+from convlens.beginning import Begun
+from convlens.preparing import Setup
 from convlens.run import RunFolder
 
 
@@ -80,7 +82,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     if stored is None:
         return []
     tensors, counters = stored
-    setup.trained.load_state_dict(_under("model", tensors))
+    models.load(setup.trained, _under("model", tensors))
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [p for group in setup.optimiser.param_groups for p in group["params"]]
     for name, tensor in _under("optim", tensors).items():

@@ -171,7 +171,7 @@ def load_model(path: Path) -> Loaded:
         model = models.build(
             name, len(classes), preprocessing.channels, preprocessing.image_size, options
         )
-        model.load_state_dict(tensors)
+        models.load(model, tensors)
     except (KeyError, TypeError, RuntimeError, UsageError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ModelFileError(

@@ -36,7 +36,7 @@ class Features:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        n, c, h, w = self.values.shape
+        n, c, h, w = (*self.values.shape, 1, 1)[:4]  # behind the last pooling there are no maps
         return n, c, h, w
 
     def gather(self, index: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from convlens.errors import ModelFileError
+from convlens.models.parts import parts
 
 # Names that training code puts in front: DataParallel, torch.compile, Lightning and the like.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.")
@@ -50,9 +51,9 @@ def fit(
 ) -> Fitted:
     """Copies `tensors` into `model` (in place) as far as they belong there.
 
-    The head (the sub-module that `model.head` names) is taken over whole or not at all: only with
-    `keep_head` and if its shape is equal; else it keeps its own initialisation. Counters of batch
-    norms may be missing.
+    The head (`parts(model).head`) is taken over whole or not at all: only with `keep_head` and if
+    its shape is equal; else it keeps its own initialisation. Counters of batch norms may be
+    missing.
 
     Args:
         where: the file, for errors.
@@ -124,7 +125,7 @@ def _overlaps(old: int, new: int) -> Tensor:
 
 
 def _head_prefix(model: nn.Module) -> str:
-    return f"{model.head}."
+    return f"{parts(model).head}."
 
 
 def _stem(model: nn.Module) -> str:

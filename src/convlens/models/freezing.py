@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from convlens.errors import UsageError
+from convlens.models.parts import parts
 from convlens.names import near
 
 FORMS = "all, head, stages, last:K, NAME+ or names with commas (layer3,layer4,fc)"
@@ -98,7 +99,7 @@ def _chosen(model: nn.Module, trainable: str) -> set[str]:
     if trainable == "all":
         return set(every)
     if trainable in ("head", "stages"):
-        head = set(_below(every, [str(model.head)]))
+        head = set(_below(every, [parts(model).head]))
         return head if trainable == "head" else set(every) - head
     if colon and word == "last":
         if not count.isdecimal() or not 1 <= int(count) <= len(children):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from convlens.errors import UsageError
-from convlens.models.stages import is_below, stage_of
+from convlens.models.parts import is_below, parts, stage_of
 from convlens.names import near
 from convlens.schema import GroupConfig, OptimConfig
 
@@ -63,7 +63,7 @@ def split(model: nn.Module, config: OptimConfig) -> list[Group]:
     problems = [problem for group in config.groups for problem in _problems(group, config)]
     chosen, unmatched = _assign(model, named, config.groups)
     depth = _depths(model) if config.layer_decay != 1 else {}
-    head = str(getattr(model, "head", ""))
+    head = parts(model).head
     groups: dict[Settings, Named] = {}
     for name, parameter in named:
         settings = _settings(
@@ -84,7 +84,7 @@ def split(model: nn.Module, config: OptimConfig) -> list[Group]:
 
 def kinds(model: nn.Module) -> dict[str, Callable[[str, nn.Parameter], bool]]:
     """The words that stand for parameters in any family, each with its test."""
-    head = str(getattr(model, "head", ""))
+    head = parts(model).head
     norms = {name for name, module in model.named_modules() if isinstance(module, NORMS)}
 
     def of_norm(name: str, parameter: nn.Parameter) -> bool:
@@ -184,7 +184,7 @@ def _group(settings: Settings, members: Named, config: OptimConfig) -> Group:
 def _depths(model: nn.Module) -> dict[str, int]:
     """How many stages each parameter is away from the head, whose own parameters are at 0."""
     of = stage_of(model)
-    stages = cast(Sequence[str], model.stages)
+    stages = parts(model).stages
     back = {stage: len(stages) - index for index, stage in enumerate(stages)}
     return {name: back.get(stage, 0) for name, stage in of.items()}
 

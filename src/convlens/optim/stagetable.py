@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from convlens.models.stages import stage_of
+from convlens.models.parts import stage_of
 
 
 @dataclass(frozen=True)
