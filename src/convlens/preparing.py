@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from convlens import auto, device, engine, models, optim
-from convlens.data import Data, augment, channel_stats
+from convlens.data import Data, augment, channel_stats, opening
 from convlens.data.batches import Batches
 from convlens.errors import DataError, UsageError
 from convlens.recipe import Recipe
@@ -80,6 +80,8 @@ def check(recipe: Recipe) -> None:
             models.build(recipe.model.name, 2, channels, size, recipe.model.options)
 
     tries: list[Callable[[], object]] = [
+        lambda: opening.check(recipe.data),
+        lambda: _check_choice(recipe),
         build_model,
         lambda: augment.build(recipe.operations),
         lambda: optim.build(nn.Linear(1, 1), recipe.optim),
@@ -94,6 +96,18 @@ def check(recipe: Recipe) -> None:
     if found:
         fix = "; ".join(error.fix for error in found if error.fix)
         raise UsageError("; ".join(error.what for error in found), where=recipe.name, fix=fix)
+
+
+def _check_choice(recipe: Recipe) -> None:
+    """Without a validation split there is nothing to choose an epoch by."""
+    wrong = [f"train.keep={recipe.train.keep}"] if recipe.train.keep != "last" else []
+    if recipe.train.patience is not None:
+        wrong.append(f"train.patience={recipe.train.patience}")
+    if wrong and not recipe.data.validates:
+        raise UsageError(
+            f"data.val_fraction=0 leaves no validation split, but {' and '.join(wrong)} needs one",
+            fix="set train.keep=last train.patience=null, or let --refit find the epochs first",
+        )
 
 
 def prepare(asked: Recipe, data: Data, where: str, plan: device.Plan | None = None) -> Setup:
