@@ -191,6 +191,7 @@ SHEET = np.zeros((3, 3, 8, 8), np.uint8)
 DRAWN: dict[str, Callable[..., Figure]] = {
     "curves": lambda draw: draw(HISTORY, 2, "x"),
     "seed_curves": lambda draw: draw([HISTORY, HISTORY], "x"),
+    "setting_curves": lambda draw: draw({"a": [HISTORY], "b": [HISTORY, HISTORY]}, "x"),
     "learning_rate": lambda draw: draw(HISTORY["epoch"], HISTORY["lr"], "x"),
     "confusion": lambda draw: draw(np.eye(3, dtype=np.int64), ["a", "b", "c"], "x"),
     "reliability": lambda draw: draw([0.5, 0.9], [0.4, 1.0], [3, 4], 0.1),
@@ -225,6 +226,18 @@ def test_a_recipe_says_what_it_is_and_can_be_used(name: str) -> None:
     head = recipes.text(name).splitlines()[:6]
     assert head[0].startswith("# ")
     assert any(f"convlens train {name}" in line or name == "folder" for line in head)
+
+
+@published
+def test_the_settings_of_a_recipe_can_be_used(name: str) -> None:
+    digests = {recipes.load(name).digest()}
+    settings = recipes.settings(name)
+    for setting in settings:
+        asked = recipes.load(name, setting=setting)
+        check(asked)
+        digests.add(asked.digest())
+    assert len(digests) >= max(1, len(settings)), "settings that change nothing or are twice there"
+    assert "settings" not in recipes.load(name).model_dump()
 
 
 @published
