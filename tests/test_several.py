@@ -17,6 +17,7 @@ from convlens.errors import UsageError
 from convlens.metrics import mean_sd, variance_parts, wilson_interval
 from convlens.recipe import load
 from convlens.run import RunFolder
+from convlens.showing import recipe_table
 from convlens.tabling import Outcome, Planned, Summary, added
 from support import TINY, tiny
 
@@ -364,3 +365,13 @@ def test_wrong_recipes_stop_before_the_first_run() -> None:
     with pytest.raises(UsageError, match="adamm"):
         several.train_many({None: asked}, seeds=2)
     assert not Path("models").exists()
+
+
+def test_the_list_of_recipes_says_how_many_settings_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = settings_file()
+    recipe_table({"few": load(path), "digits": load("digits")}, {"few": ["a", "b"], "digits": []})
+    few, digits = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert few.rstrip().endswith("; 2 settings")
+    assert "settings" not in digits
