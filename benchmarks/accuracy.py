@@ -1,47 +1,68 @@
 """Accuracy of a recipe over several seeds, with times: one command per recipe.
 
-    python benchmarks/accuracy.py RECIPE|DATA [key=value ...] [--seeds N] [--as NAME]
+    python benchmarks/accuracy.py RECIPE|DATA [key=value ...] [--settings all] [--seeds N]
+                                  [--splits S] [--refit] [--as NAME]
 
 Trains in `models/` (a run that is finished already is only evaluated), chooses by validation,
-tests once, and keeps the result in `benchmarks/results/accuracy-<name>.json`.
+tests once, and keeps the result in `benchmarks/results/accuracy-<name>.json`; of settings, in a
+file each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
-from convlens import asking, seeds
+from convlens import asking, several
+from convlens.tabling import Summary
 from recording import record
+
+
+def figures_of(summary: Summary) -> dict[str, Any]:
+    """What a setting reached, with what is needed to understand it later."""
+    outcomes = summary.outcomes
+    last = [outcome.history[-1] for outcome in outcomes]
+    facts = outcomes[0].place.facts()
+    return summary.to_dict() | {
+        "split": outcomes[0].looked.split,
+        "epochs": [outcome.epochs[1] for outcome in outcomes],
+        "kept_epochs": [outcome.epochs[0] for outcome in outcomes],
+        "plan": facts["plan"],
+        "train_accuracy_last": [row["train_accuracy"] for row in last],
+        "val_accuracy_last": [row["val_accuracy"] for row in last],
+        "splits": facts["data"]["splits"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what")
     parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--settings", help="all, or names with commas")
+    parser.add_argument("--splits", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--refit", action="store_true")
     parser.add_argument("--as", dest="called", help="name of the result")
     parser.add_argument("--data")
-    arguments = parser.parse_args()
-    asked = asking.read(arguments.what, data=arguments.data, overrides=arguments.overrides)
-    table = seeds.train_seeds(asked, arguments.seeds)
-    figures = table.to_dict()
-    first = table.runs[0]
-    result = [entry for entry in first.results() if entry["split"] == "test"][-1]
-    figures |= {
-        "recipe": arguments.what,
-        "overrides": arguments.overrides,
-        "epochs": [place.facts()["epochs"] for place in table.runs],
-        "kept_epochs": [place.facts()["kept_epoch"] for place in table.runs],
-        "parameters": first.facts()["parameters"],
-        "plan": first.facts()["plan"],
-        "n": result["n"],
-        "train_accuracy_last": [place.metrics()[-1]["train_accuracy"] for place in table.runs],
-        "val_accuracy_last": [place.metrics()[-1]["val_accuracy"] for place in table.runs],
-        "splits": first.facts()["data"]["splits"],
-    }
-    name = arguments.called or table.name
-    print(json.dumps(record(f"accuracy-{name}", figures)))
+    # Intermixed, so that overrides may stand behind an option as well.
+    arguments = parser.parse_intermixed_args()
+    asked = asking.read_settings(
+        arguments.what, arguments.settings, data=arguments.data, overrides=arguments.overrides
+    )
+    table = several.train_many(
+        asked, splits=arguments.splits, seeds=arguments.seeds, refit=arguments.refit
+    )
+    for summary in table.summaries:
+        figures = figures_of(summary) | {
+            "recipe": arguments.what,
+            "overrides": arguments.overrides,
+            "refit": table.refit,
+            "plot": str(table.plot),
+        }
+        setting = [summary.setting] if summary.setting else []
+        name = "-".join([arguments.called or table.name, *setting])
+        print(json.dumps(record(f"accuracy-{name}", figures)))
 
 
 if __name__ == "__main__":

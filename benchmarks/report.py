@@ -17,8 +17,9 @@ HEAD = """# Benchmarks
 Made by `python benchmarks/report.py` from the raw results in `benchmarks/results/`, each of which
 holds its command, versions and hardware. Accuracies are of the test split, read once with weights
 chosen by validation (or the last ones, where the recipe says so): mean ± sample deviation over
-seeds. Ratios are medians of paired windows in one run; the machines are shared, so look at ratios
-before milliseconds.
+seeds (and splits). Ratios are medians of paired windows in one run; the machines are shared, so
+look at ratios before milliseconds, and at CPU seconds (user and system, all threads) before
+seconds.
 """
 
 
@@ -36,23 +37,47 @@ def accuracies(results: list[dict[str, Any]]) -> str:
     lines = [
         "## Accuracy",
         "",
-        "| recipe | overrides | n | seeds | test accuracy | each | epochs | "
-        "training s a seed | weights | computed in |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| recipe | overrides | n | runs | test accuracy | each | epochs | "
+        "training s a run | CPU s | weights | computed in |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         spread = "" if r["sd"] is None else f" ± {100 * r['sd']:.2f}"
         each = ", ".join(f"{100 * accuracy:.2f}" for accuracy in r["accuracies"])
         changed = " ".join(f"`{key}`" for key in r["overrides"]) or "–"
         plan = f"{r['plan']['precision']}, {r['plan']['memory_format']}"
-        seconds = statistics.fmean(r["training_seconds"])
         lines.append(
-            f"| `{r['recipe']}` | {changed} | {r['n']:,} | {len(r['seeds'])} | "
-            f"**{100 * r['mean']:.2f}{spread}%** | {each} | {_span(r['epochs'])} | {seconds:.0f} | "
-            f"{r['parameters']:,} | {plan} |"
+            f"| {_recipe(r)} | {changed} | {r['n']:,} | {_runs(r)} | "
+            f"**{100 * r['mean']:.2f}{spread}%** | {each} | {_span(r['epochs'])} | "
+            f"{_mean(r['training_seconds'])} | {_mean(r.get('cpu_seconds'))} | "
+            f"{_weights(r)} | {plan} |"
         )
     lines += ["", *(f"- {where(r)}" for r in results), ""]
     return "\n".join(lines)
+
+
+def _recipe(r: dict[str, Any]) -> str:
+    setting = f" `{r['setting']}`" if r.get("setting") else ""
+    return f"`{r['recipe']}`{setting}{' (refit)' if r.get('refit') else ''}"
+
+
+def _runs(r: dict[str, Any]) -> str:
+    """`3 seeds`, `2 splits × 3 seeds`."""
+    seeds, splits = len(set(r["seeds"])), len(set(r.get("data_seeds", [0])))
+    words = [f"{n} {what}s" for n, what in ((splits, "split"), (seeds, "seed")) if n > 1]
+    return " × ".join(words) or "1"
+
+
+def _mean(seconds: list[float | None] | None) -> str:
+    known = [value for value in seconds or () if value is not None]
+    return f"{statistics.fmean(known):,.0f}" if known and len(known) == len(seconds or ()) else "–"
+
+
+def _weights(r: dict[str, Any]) -> str:
+    """How many there are, and how many were trained where some were frozen."""
+    trained = r.get("trainable_parameters", r["parameters"])
+    some = f" ({trained:,} trained)" if trained != r["parameters"] else ""
+    return f"{r['parameters']:,}{some}"
 
 
 def _span(values: list[int]) -> str:

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from convlens import asking, metrics, seeds
+from convlens import asking, metrics, several
 from recording import record
 
 GOAL = 0.99
@@ -61,19 +61,22 @@ def main() -> None:
     parser.add_argument("--peer-epochs", type=int, default=4)
     parser.add_argument("--data", type=Path, default=Path("data"))
     arguments = parser.parse_args()
-    table = seeds.train_seeds(asking.read(arguments.recipe), arguments.seeds, fresh=True)
-    mean, sd = metrics.mean_sd(table.seconds)
+    asked = asking.read_settings(arguments.recipe, None)
+    (reached,) = several.train_many(asked, seeds=arguments.seeds, fresh=True).summaries
+    found, facts = reached.to_dict(), reached.outcomes[0].facts
+    mean, sd = metrics.mean_sd(found["training_seconds"])
     figures: dict[str, object] = {
         "recipe": arguments.recipe,
-        "seeds": table.seeds,
-        "accuracies": table.accuracies,
-        "accuracy_mean": table.mean,
-        "accuracy_sd": table.sd,
-        "training_seconds": table.seconds,
+        "seeds": found["seeds"],
+        "accuracies": found["accuracies"],
+        "accuracy_mean": found["mean"],
+        "accuracy_sd": found["sd"],
+        "training_seconds": found["training_seconds"],
+        "cpu_seconds": found["cpu_seconds"],
         "seconds_mean": mean,
         "seconds_sd": sd,
-        "plan": table.runs[0].facts()["plan"],
-        "parameters": table.runs[0].facts()["parameters"],
+        "plan": facts["plan"],
+        "parameters": facts["parameters"],
     }
     if arguments.peer:
         figures["peer"] = peer(arguments.peer, arguments.data, arguments.peer_epochs)

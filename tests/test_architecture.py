@@ -28,10 +28,10 @@ LEVELS: dict[int, tuple[str, ...]] = {
     3: ("engine", "inference", "modelfile", "tensorfiles", "trunk"),
     4: ("run",),
     5: (
-        "preparing", "beginning", "feeding", "weights", "resuming", "picturing", "evaluation",
-        "prediction", "training", "seeds", "estimator", "asking",
+        "checking", "beginning", "feeding", "preparing", "weights", "resuming", "picturing",
+        "evaluation", "prediction", "training", "tabling", "several", "estimator", "asking",
     ),
-    6: ("api", "showing"),
+    6: ("api", "showing", "showing_runs"),
     7: ("__init__",),
     8: ("cli", "__main__"),
 }  # fmt: skip

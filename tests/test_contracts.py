@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from convlens import evaluation, modelfile, models, optim, plots, training
 from convlens import recipe as recipes
+from convlens.checking import check
 from convlens.data import downloads
 from convlens.data.augment import AUGMENTS, MIXES
 from convlens.data.draws import Place
@@ -28,7 +29,6 @@ from convlens.models import MODELS
 from convlens.optim import OPTIMISERS, SCHEDULES
 from convlens.plots import PLOTS
 from convlens.prediction import Prediction
-from convlens.preparing import check
 from convlens.schema import OptimConfig
 from convlens.showing import WRITERS
 from support import begin, same
@@ -254,6 +254,7 @@ SHEET = np.zeros((3, 3, 8, 8), np.uint8)
 DRAWN: dict[str, Callable[..., Figure]] = {
     "curves": lambda draw: draw(HISTORY, 2, "x"),
     "seed_curves": lambda draw: draw([HISTORY, HISTORY], "x"),
+    "setting_curves": lambda draw: draw({"a": [HISTORY], "b": [HISTORY, HISTORY]}, "x"),
     "learning_rate": lambda draw: draw(HISTORY["epoch"], HISTORY["lr"], "x"),
     "confusion": lambda draw: draw(np.eye(3, dtype=np.int64), ["a", "b", "c"], "x"),
     "reliability": lambda draw: draw([0.5, 0.9], [0.4, 1.0], [3, 4], 0.1),
@@ -288,6 +289,18 @@ def test_a_recipe_says_what_it_is_and_can_be_used(name: str) -> None:
     head = recipes.text(name).splitlines()[:6]
     assert head[0].startswith("# ")
     assert any(f"convlens train {name}" in line or name == "folder" for line in head)
+
+
+@published
+def test_the_settings_of_a_recipe_can_be_used(name: str) -> None:
+    digests = {recipes.load(name).digest()}
+    settings = recipes.settings(name)
+    for setting in settings:
+        asked = recipes.load(name, setting=setting)
+        check(asked)
+        digests.add(asked.digest())
+    assert len(digests) >= max(1, len(settings)), "settings that change nothing or are twice there"
+    assert "settings" not in recipes.load(name).model_dump()
 
 
 @published

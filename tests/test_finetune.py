@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import feeding, models, optim, preparing, training, trunk
+from convlens import checking, feeding, models, optim, preparing, training, trunk
 from convlens import recipe as recipes
 from convlens.data.batches import to_unit
 from convlens.data.draws import Place
@@ -102,7 +102,7 @@ def test_a_trainable_that_cannot_be_is_refused(trainable: str, said: str) -> Non
 def test_a_wrong_trainable_is_found_before_any_image_is_read() -> None:
     asked = recipes.load("resnet18", ["model.trainable=layer9+", "data.name=no-such-folder"])
     with pytest.raises(UsageError, match="layer9"):
-        preparing.check(asked)
+        checking.check(asked)
 
 
 # What is frozen stays as it is

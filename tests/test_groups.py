@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from convlens import optim, recipe
+from convlens.checking import check
 from convlens.errors import UsageError
 from convlens.models.cnn import CNN
 from convlens.optim.groups import split
-from convlens.preparing import check
 from convlens.schema import OptimConfig
 
 

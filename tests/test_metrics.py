@@ -200,3 +200,13 @@ def test_wrong_arguments() -> None:
     ):
         with pytest.raises(UsageError):
             call()
+
+
+def test_parts_of_a_variance_by_hand() -> None:
+    # Variances 2 and 2 within; means 2 and 6 of variance 8, of which 2 / 2 is chance within.
+    assert metrics.variance_parts([[1, 3], [5, 7]]) == pytest.approx((math.sqrt(7), math.sqrt(2)))
+    assert metrics.variance_parts([[1, 3], [1, 3]]) == pytest.approx((0, math.sqrt(2)))
+    assert metrics.variance_parts([[4, 4, 4], [6, 6, 6]]) == pytest.approx((math.sqrt(2), 0))
+    for wrong in ([], [[1, 2]], [[1], [2]], [[1, 2], [1, 2, 3]]):
+        with pytest.raises(UsageError):
+            metrics.variance_parts(wrong)

@@ -107,5 +107,7 @@ def test_a_data_sheet_and_a_seed_plot_are_written() -> None:
         "epoch": 1.0, "train_loss": 1.0, "val_loss": 1.1, "train_accuracy": 0.5,
         "val_accuracy": 0.4, "lr": 0.1,
     }  # fmt: skip
-    picturing.seed_plot(Path("plots/two"), [[row, row], [row, row]], "two")
-    assert set(opened(Path("plots/two"))) == {"curves.png"}
+    runs = [[row, row], [row, row]]
+    picturing.several_plot(Path("plots/two/seeds.png"), {"": runs}, "two", "2 seeds")
+    picturing.several_plot(Path("plots/two/all.png"), {"a": runs, "b": runs}, "two", "")
+    assert set(opened(Path("plots/two"))) == {"seeds.png", "all.png"}

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convlens import recipe
+from convlens.checking import check
 from convlens.errors import UsageError
-from convlens.preparing import check
 from convlens.recipe import Recipe
 from convlens.schema import SECTIONS
 
@@ -103,7 +103,10 @@ def test_numbers_as_people_write_them() -> None:
         ("data.image_size=7", "data.image_size=7"),
         ("data.image_size=1025", "data.image_size=1025"),
         ("data.channels=2", "data.channels=2"),
-        ("data.val_fraction=0", "data.val_fraction=0"),
+        ("data.val_fraction=-0.1", "data.val_fraction=-0.1"),
+        ("data.folds=1", "data.folds=1"),
+        ("data.fold=-1", "data.fold=-1"),
+        ("data.total_per_class=0", "data.total_per_class=0"),
         ("data.val_fraction=1", "data.val_fraction=1"),
         ("data.fit=zoom", "data.fit='zoom'"),
         ("data.name=2024", "data.name=2024"),
@@ -260,6 +263,91 @@ def test_a_base_that_is_no_name_is_refused(base: str) -> None:
 
 def test_an_unknown_base_names_near_misses() -> None:
     assert "did you mean mnist" in refused(source=written("base: mnistt\n"))
+
+
+# Settings
+
+VARIED = """
+base: mnist
+optim: {lr: 0.5}
+settings:
+  nested: {optim: {lr: 0.1, weight_decay: 0.2}, augment: [RandomHorizontalFlip]}
+  dotted: {optim.lr: 0.2, train.epochs: 3, about: other}
+  family: {model.blocks: 3, model.name: other}
+"""
+
+
+def test_a_setting_lies_over_the_recipe_and_overrides_over_it() -> None:
+    path = written(VARIED, "varied.yaml")
+    assert recipe.settings(path) == ["nested", "dotted", "family"]
+    plain, nested = recipe.load(path), recipe.load(path, setting="nested")
+    assert (plain.optim.lr, nested.optim.lr, nested.optim.weight_decay) == (0.5, 0.1, 0.2)
+    assert nested.operations == [("RandomHorizontalFlip", {})]
+    assert nested.model == plain.model
+    dotted = recipe.load(path, ["optim.lr=0.3"], "dotted")
+    assert (dotted.optim.lr, dotted.train.epochs, dotted.about) == (0.3, 3, "other")
+    assert recipe.load(path, setting="family").model.options == {"blocks": 3}
+    assert nested.name == plain.name == "varied"
+
+
+def test_settings_reach_neither_the_recipe_nor_its_digest() -> None:
+    with_them = recipe.load(written(VARIED))
+    without = recipe.load(written(VARIED[: VARIED.index("settings")]))
+    assert with_them.digest() == without.digest()
+    assert "settings" not in with_them.to_text()
+    assert "unknown key 'settings'" in refused("settings={}")
+
+
+def test_settings_are_inherited_and_replaced_by_name() -> None:
+    written(VARIED, "varied.yaml")
+    path = written(
+        "base: varied.yaml\ntrain: {epochs: 9}\nsettings: {dotted: {optim.lr: 7}, own: {}}\n"
+    )
+    assert recipe.settings(path) == ["nested", "dotted", "family", "own"]
+    inherited = recipe.load(path, setting="nested")
+    assert (inherited.optim.lr, inherited.train.epochs) == (0.1, 9)
+    replaced = recipe.load(path, setting="dotted")
+    assert (replaced.optim.lr, replaced.train.epochs) == (7, 9)
+    assert recipe.load(path, setting="own").digest() == recipe.load(path).digest()
+
+
+def test_a_mapping_with_settings_and_what_a_file_of_them_holds() -> None:
+    tree = {"optim": {"lr": 0.1}, "settings": {"a": {"optim.lr": 0.2}}}
+    assert recipe.load(tree, setting="a").optim.lr == 0.2
+    assert recipe.variants(tree) == {"settings": {"a": {"optim.lr": 0.2}}}
+    assert recipe.variants("digits") == {}
+    again = {**recipe.load(tree).model_dump(mode="json"), **recipe.variants(tree)}
+    assert recipe.load(again, setting="a") == recipe.load(tree, setting="a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("5", "settings maps names to changes"),
+        ("[a, b]", "settings maps names to changes"),
+        ("{a: 5}", "not a: 5"),
+        ("{a: }", "not a: None"),
+        ("{all: {}}", "can't be called 'all'"),
+        ("{1: {}}", "can't be called 1"),
+        ("{'a/b': {}}", "can't be called 'a/b'"),
+        ("{x: {optim: {lrr: 1}}}", "'optim.lrr' (did you mean optim.lr"),
+        ("{x: {optim.lrr: 1, train.epochs: 0}}", "train.epochs=0"),
+        ("{x: {trian: {epochs: 1}}}", "'trian'"),
+        ("{x: {name: y}}", "a setting has no 'name'"),
+        ("{x: {base: mnist}}", "a setting has no 'base'"),
+        ("{x: {settings: {}}}", "a setting has no 'settings'"),
+        ("{x: {1.5: 2}}", "unknown key '1.5'"),
+        ("{x: {1: 2}}", "1"),
+        ("{x: {optim: 3}}", "optim=3"),
+        ("{xx: {}}", "unknown setting 'x'"),
+        ("{}", "has no settings"),
+    ],
+)
+def test_settings_that_can_not_be(settings: str, says: str) -> None:
+    path = written(f"base: digits\nsettings: {settings}\n")
+    with pytest.raises(UsageError) as caught:
+        recipe.load(path, setting="x")
+    assert says in str(caught.value)
 
 
 # The model's family

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from convlens.data.splits import hold_out, take_per_class
+from convlens.data.splits import fold_numbers, hold_out, take_per_class
 from convlens.errors import DataError
 
 
@@ -124,6 +124,56 @@ def test_take_per_class() -> None:
     with pytest.raises(DataError, match=r"per_class=11.* 1 of 3 .*frog \(10\)") as caught:
         take_per_class(labels, 11, 0, names=["cat", "dog", "frog"])
     assert "data.per_class=10" in caught.value.fix
+
+
+def test_folds_are_dealt_like_cards() -> None:
+    # Class 0 is dealt to folds 0 1 2 0 1 2 0, class 1 goes on with 1 2 0.
+    labels = np.random.default_rng(0).permutation(labels_of(7, 3))
+    dealt = fold_numbers(labels, 3, seed=0)
+    assert [shares(labels, np.flatnonzero(dealt == k)) for k in range(3)] == [
+        [3, 1],
+        [2, 1],
+        [2, 1],
+    ]
+    np.testing.assert_array_equal(dealt, fold_numbers(labels, 3, seed=0))
+    assert not np.array_equal(dealt, fold_numbers(labels, 3, seed=1))
+
+
+@pytest.mark.parametrize("folds", [2, 3, 7])
+def test_folds_differ_by_one_image_at_most(folds: int) -> None:
+    labels = np.random.default_rng(1).integers(0, 5, 203)
+    dealt = fold_numbers(labels, folds, seed=4)
+    table = np.array([np.bincount(labels[dealt == k], minlength=5) for k in range(folds)])
+    assert np.ptp(table, axis=0).max() <= 1
+    assert np.ptp(table.sum(1)) <= 1
+    assert table.sum() == 203
+
+
+def test_folds_keep_groups_together() -> None:
+    random = np.random.default_rng(3)
+    group, labels = random.integers(0, 60, 600), random.integers(0, 3, 600)
+    dealt = fold_numbers(labels, 4, 0, [f"g{g}" for g in group])
+    assert all(len(set(dealt[group == g])) == 1 for g in set(group))
+    table = np.array([np.bincount(labels[dealt == k], minlength=3) for k in range(4)])
+    assert np.abs(table / table.sum(0) - 0.25).max() < 0.05
+    # By hand: groups of two of each class; each fold gets one of each.
+    four = labels_of(4, 4)
+    dealt = fold_numbers(four, 2, 0, list("aabbccdd"))
+    assert [shares(four, np.flatnonzero(dealt == k)) for k in range(2)] == [[2, 2], [2, 2]]
+
+
+def test_folds_that_can_not_be() -> None:
+    with pytest.raises(DataError, match=r"data\.folds=6, but there are only 5 images"):
+        fold_numbers(labels_of(3, 2), 6, 0)
+    with pytest.raises(DataError, match=r"single image.*cat \(1\)"):
+        fold_numbers(labels_of(5, 1), 3, 0, names=["dog", "cat"])
+    with pytest.raises(DataError, match="only 3 groups"):
+        fold_numbers(labels_of(3, 4), 4, 0, list("aaabbcc"))
+    with pytest.raises(DataError, match="single group"):
+        fold_numbers(labels_of(3, 4), 2, 0, list("aaabbcc"))
+    # Each class has two groups of the three, so two folds of them put both of one class together.
+    with pytest.raises(DataError, match=r"class 0 \(2\)|class 1 \(2\)|class 2 \(2\)"):
+        fold_numbers(np.array([0, 0, 1, 1, 2, 2]), 2, 0, ["a", "b", "b", "c", "c", "a"])
 
 
 def test_a_hundred_thousand_images_take_no_time() -> None:

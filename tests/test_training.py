@@ -13,10 +13,11 @@ import torch
 
 from convlens import device, evaluation, modelfile, optim, run, training
 from convlens import recipe as recipes
+from convlens.checking import check
 from convlens.cli import main
 from convlens.errors import ResourceError, Stopped, UsageError
 from convlens.files import sha256
-from convlens.preparing import check, prepare
+from convlens.preparing import prepare
 from convlens.resuming import Best
 from convlens.run import RunFolder
 from support import TINY, begin, images_of, same, tiny

@@ -17,9 +17,10 @@ import torch
 
 from commands import here, picture, pictures, refused
 from convlens import engine, modelfile, models, run, training, weights
+from convlens.checking import check
 from convlens.data import fetching
 from convlens.errors import ModelFileError, Stopped, UsageError
-from convlens.preparing import check, prepare
+from convlens.preparing import prepare
 from convlens.run import RunFolder
 from convlens.schema import ModelConfig
 from serving import Pages, serving

@@ -13,16 +13,20 @@ from convlens.version import __version__
 
 if TYPE_CHECKING:
     from convlens.api import Run as Run
+    from convlens.api import RunTable as RunTable
     from convlens.api import evaluate as evaluate
     from convlens.api import predict as predict
     from convlens.api import recipes as recipes
     from convlens.api import train as train
+    from convlens.api import train_many as train_many
     from convlens.errors import ConvlensError as ConvlensError
     from convlens.estimator import ImageClassifier as ImageClassifier
 
 _HOMES = {
     "Run": "api",
+    "RunTable": "api",
     "train": "api",
+    "train_many": "api",
     "evaluate": "api",
     "predict": "api",
     "recipes": "api",
@@ -34,11 +38,13 @@ __all__ = [
     "ConvlensError",
     "ImageClassifier",
     "Run",
+    "RunTable",
     "__version__",
     "evaluate",
     "predict",
     "recipes",
     "train",
+    "train_many",
 ]
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from convlens import asking, evaluation, prediction, training
+from convlens import asking, evaluation, prediction, several, training
 from convlens import recipe as recipe_module
 from convlens import run as run_module
 from convlens.evaluation import Evaluation
 from convlens.prediction import Prediction
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
+from convlens.tabling import Summary, Table
 
 
 class Run:
@@ -126,8 +127,7 @@ def train(
     Raises:
         ConvlensError: with what, where and what to do.
     """
-    texts = asking.as_overrides(overrides) if isinstance(overrides, Mapping) else overrides
-    asked = asking.read(what, data=data, overrides=texts)
+    asked = asking.read(what, data=data, overrides=_texts(overrides))
     place = training.train(
         asked.recipe,
         name=name,
@@ -138,6 +138,90 @@ def train(
         quiet=quiet,
     )
     return Run(place)
+
+
+class RunTable:
+    """Several runs side by side: what `train_many` returns.
+
+    Example:
+        >>> table = convlens.train_many("digits", seeds=5)
+        >>> table.summaries[0].mean, table.summaries[0].sd
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __repr__(self) -> str:
+        return f"RunTable({self._table.name!r}, {len(self._table.outcomes)} runs)"
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run that was measured, in the order of settings, splits, seeds and folds."""
+        return [Run(outcome.place) for outcome in self._table.outcomes]
+
+    @property
+    def summaries(self) -> list[Summary]:
+        """What each setting reached: `setting`, `accuracies`, `mean`, `sd`, `interval95`, ..."""
+        return self._table.summaries
+
+    @property
+    def plot(self) -> Path:
+        """The picture of their curves."""
+        return self._table.plot
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: what `convlens train --json` prints."""
+        return self._table.to_dict()
+
+
+def train_many(
+    what: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    settings: str | Sequence[str] | None = None,
+    splits: int = 1,
+    seeds: int = 1,
+    folds: int | None = None,
+    refit: bool = False,
+    data: str | Path | None = None,
+    name: str | None = None,
+    fresh: bool = False,
+    test: bool = True,
+    device: str | None = None,
+    quiet: bool = False,
+) -> RunTable:
+    """Trains a recipe several times and puts the runs side by side.
+
+    Args:
+        what, overrides, data, name, fresh, test, device, quiet: as in `train`.
+        settings: `"all"` of the recipe's settings, or some by name; overrides lie over each.
+        splits: so many splits of the data, from `data.seed` on.
+        seeds: so many seeds of everything else, from `train.seed` on.
+        folds: K-fold cross-validation; the test split stays sealed.
+        refit: finds the number of epochs by validation, then trains on training and validation
+            images together for that many, and tests that run.
+
+    Raises:
+        ConvlensError: with what, where and what to do.
+    """
+    asked = asking.read_settings(what, settings, data=data, overrides=_texts(overrides))
+    table = several.train_many(
+        asked,
+        splits=splits,
+        seeds=seeds,
+        folds=folds,
+        refit=refit,
+        name=name,
+        fresh=fresh,
+        test=test,
+        on=device,
+        quiet=quiet,
+    )
+    return RunTable(table)
+
+
+def _texts(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
+    return asking.as_overrides(overrides) if isinstance(overrides, Mapping) else overrides
 
 
 def evaluate(run: str | Path | Run, split: str = "test", **options: Any) -> Evaluation:

@@ -29,11 +29,13 @@ def read(
     *,
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
+    setting: str | None = None,
 ) -> Asked:
     """The recipe meant by a recipe's name, a YAML file, or a data set.
 
     A recipe's name wins; a data set alone (built-in name, folder, CSV, or the name of a folder
-    under `data/` or `$CONVLENS_DATA`) means the recipe `folder` on it.
+    under `data/` or `$CONVLENS_DATA`) means the recipe `folder` on it. `setting` names one of
+    the recipe's settings; `overrides` lie over it.
 
     Raises:
         UsageError: neither a recipe nor a data set, with near misses; wrong keys or values.
@@ -41,11 +43,11 @@ def read(
     if isinstance(what, Recipe):
         what = what.model_dump(mode="json")
     if isinstance(what, Mapping):
-        named = recipes.load(what, [*_data_override(data), *overrides])
+        named = recipes.load(what, [*_data_override(data), *overrides], setting)
         return Asked(named, plain=not overrides)
     text = os.fspath(what)
-    if text in recipes.names() or recipes.is_file(text):
-        named = recipes.load(text, [*_data_override(data), *overrides])
+    if _is_recipe(text):
+        named = recipes.load(text, [*_data_override(data), *overrides], setting)
         if data is None:
             return Asked(named, plain=not overrides)
         called = f"{named.name}-{_called(str(data))}"
@@ -56,8 +58,35 @@ def read(
             f"{text!r} is no recipe, and --data names the data already",
             fix=f"recipes: {', '.join(recipes.names())}",
         )
-    folder = recipes.load("folder", [*_data_override(text), *overrides])
+    folder = recipes.load("folder", [*_data_override(text), *overrides], setting)
     return Asked(folder.model_copy(update={"name": _called(text)}), plain=not overrides)
+
+
+def read_settings(
+    what: str | Path | Mapping[str, Any] | Recipe,
+    wanted: str | Sequence[str] | None,
+    *,
+    data: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str | None, Asked]:
+    """A recipe's settings by name: `all` of them, or those in a list or a text with commas.
+
+    None means the recipe as it stands; it stands under None, too.
+
+    Raises:
+        UsageError: the recipe has no settings, or none of that name, with near misses.
+    """
+    if wanted is None:
+        return {None: read(what, data=data, overrides=overrides)}
+    names = [name.strip() for name in wanted.split(",")] if isinstance(wanted, str) else wanted
+    if list(names) == ["all"] and not isinstance(what, Recipe):
+        given = what if isinstance(what, Mapping) or _is_recipe(os.fspath(what)) else "folder"
+        names = recipes.settings(given) or names  # `read` says that there are none
+    return {n: read(what, data=data, overrides=overrides, setting=n) for n in names}
+
+
+def _is_recipe(text: str) -> bool:
+    return text in recipes.names() or recipes.is_file(text)
 
 
 def read_data(name: str, overrides: Sequence[str] = ()) -> DataConfig:

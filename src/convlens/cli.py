@@ -57,7 +57,17 @@ def train(
     ],
     overrides: Overrides = None,
     data: DataSet = None,
+    settings: Annotated[
+        str | None, typer.Option(metavar="all|NAME,...", help="Train these settings of the recipe.")
+    ] = None,
+    splits: Annotated[int, typer.Option(min=1, help="Train on that many splits of the data.")] = 1,
     seeds: Annotated[int, typer.Option(min=1, help="Train with that many seeds.")] = 1,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Cross-validate in that many folds; no test.")
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Find the epochs, train anew on all images, test that.")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew in a new folder.")] = False,
     no_test: Annotated[bool, typer.Option("--no-test", help="Keep the test split sealed.")] = False,
@@ -70,21 +80,23 @@ def train(
     """Train a recipe, or the default one on your own images, and test it once.
 
     [dim]convlens train mnist · convlens train photos/ data.image_size=96 · convlens train digits
-    --seeds 5[/]
+    --seeds 5 · convlens train digits --folds 5[/]
     """
-    from convlens import asking, training
-    from convlens import seeds as several
-    from convlens.showing import finished, seed_table
+    from convlens import asking, several, training
+    from convlens.showing import finished
+    from convlens.showing_runs import run_table
 
     changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
-    asked = asking.read(what, data=data, overrides=changes)
     options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
-    if seeds > 1:
-        table = several.train_seeds(asked, seeds, **options)
+    if settings is not None or splits > 1 or seeds > 1 or folds is not None or refit:
+        variants = asking.read_settings(what, settings, data=data, overrides=changes)
+        options |= {"splits": splits, "seeds": seeds, "folds": folds, "refit": refit}
+        table = several.train_many(variants, **options)
         if not as_json:
-            seed_table(table)
+            run_table(table)
         _print_json(as_json, table.to_dict())
         return
+    asked = asking.read(what, data=data, overrides=changes)
     place = training.train(asked.recipe, plain=asked.plain, **options)
     if not as_json:
         finished(place)
@@ -190,7 +202,7 @@ def recipes(
     if name is not None:
         text = store.text(name)
         if as_json:
-            _print_json(True, store.load(name).model_dump(mode="json"))
+            _print_json(True, store.load(name).model_dump(mode="json") | store.variants(name))
         else:
             sys.stdout.write(text)
         return
@@ -198,7 +210,7 @@ def recipes(
     if as_json:
         _print_json(True, {each: recipe.about for each, recipe in every.items()})
     else:
-        recipe_table(every)
+        recipe_table(every, {each: store.settings(each) for each in every})
 
 
 def _version(wanted: bool) -> None:

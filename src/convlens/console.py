@@ -7,6 +7,7 @@ this module ever writes to it.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, SupportsFloat
@@ -129,13 +130,17 @@ class Watch:
         """Prints the epoch's line; the best one so far is starred."""
         self._bar.advance(self._pending)
         self._pending = 0
-        self._validated = f"  validation {row['val_accuracy']:.2%}"
+        validated = ""
+        if not math.isnan(row["val_accuracy"]):
+            self._validated = f"  validation {row['val_accuracy']:.2%}"
+            validated = (
+                f"validation loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}  "
+            )
         star = " *" if best == row["epoch"] else ""
         say(
             f"epoch {row['epoch']:>3.0f}/{self._epochs}  "
             f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.2%}  "
-            f"validation loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}  "
-            f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s{star}"
+            f"{validated}{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s{star}"
         )
 
 

@@ -39,7 +39,8 @@ class Position:
     """Where in a training a network is: what `fit` starts from and keeps up to date.
 
     `epoch` is the one being trained (from 1), `step` how many of its steps are done; the rest
-    are this epoch's sums so far. `seconds` is for whoever times the epoch; `fit` doesn't.
+    are this epoch's sums so far. `seconds` and `cpu_seconds` are for whoever times the epoch; `fit`
+    doesn't.
     """
 
     epoch: int = 1
@@ -48,6 +49,7 @@ class Position:
     loss_sum: float | Tensor = 0.0
     correct: int | Tensor = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from convlens import asking, device, training
+from convlens.checking import check
 from convlens.console import quieted
 from convlens.data.arrays import from_arrays
 from convlens.data.decode import fit_images
 from convlens.errors import UsageError
 from convlens.prediction import all_probabilities, channels_first
-from convlens.preparing import check, prepare
+from convlens.preparing import prepare
 from convlens.run import Loaded, RunFolder, load_model
 
 
@@ -35,7 +36,8 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         overrides: dotted keys, e.g. `{"optim.lr": 0.01}`.
         epochs: shorthand for `train.epochs`.
         image_shape: shape of one image when `X` has flattened rows.
-        val_fraction: share of `X` held out for choosing the epoch.
+        val_fraction: share of `X` held out for choosing the epoch; 0 trains on all of it, with
+            `train.keep=last` among the overrides.
         random_state: seed of weights, order, augmentation and of the held-out part.
         device: `cpu`, `cuda`, ...; the best there is by default.
         verbose: show the progress.
@@ -115,7 +117,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _overrides(self, images: npt.NDArray[np.uint8]) -> list[str]:
         values = {**(self.overrides or {}), "train.seed": self.random_state}
-        values["data.channels"] = int(images.shape[1])
+        values |= {"data.channels": int(images.shape[1]), "data.val_fraction": self.val_fraction}
         if self.epochs is not None:
             values["train.epochs"] = self.epochs
         return asking.as_overrides(values)

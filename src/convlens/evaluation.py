@@ -132,6 +132,12 @@ def _own(
 def _part(data: Data, split: str) -> Split:
     if split == "test":
         return data.unseal_test()
+    if split == "val" and not len(data.val):
+        raise DataError(
+            "this run has no validation split: it trained on those images, too",
+            where=data.name,
+            fix="evaluate its test split, or another data set with --data",
+        )
     return data.val if split == "val" else data.train
 
 

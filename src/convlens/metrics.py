@@ -177,6 +177,22 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+def variance_parts(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """What differs between groups and within them: two standard deviations, (between, within).
+
+    The one-way analysis of variance for at least two groups of equally many values, at least two:
+    within^2 is the mean of the groups' variances, between^2 the variance of their means less
+    within^2 / n, which is the part that chance within the groups alone would give (0 where it
+    gives more). Searle, Casella, McCulloch 1992, Variance Components, chapter 3.
+    """
+    n = len(groups[0]) if groups else 0
+    if len(groups) < 2 or n < 2 or any(len(group) != n for group in groups):
+        raise UsageError(f"groups of {[len(group) for group in groups]} values can't be compared")
+    within = statistics.fmean(statistics.variance(group) for group in groups)
+    means = [statistics.fmean(group) for group in groups]
+    return math.sqrt(max(statistics.variance(means) - within / n, 0.0)), math.sqrt(within)
+
+
 def summarise(
     logits: npt.ArrayLike, labels: npt.ArrayLike, classes: Sequence[str]
 ) -> dict[str, Any]:

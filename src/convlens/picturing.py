@@ -33,7 +33,8 @@ def training_plots(
     from convlens import plots
 
     history = columns(rows)
-    _save(place, "curves", plots.curves(history, kept, place.name))
+    chosen = None if np.isnan(history["val_loss"]).all() else kept  # nothing chose the last one
+    _save(place, "curves", plots.curves(history, chosen, place.name))
     rate = plots.learning_rate(history["epoch"], history["lr"], place.name)
     _save(place, "learning_rate", rate)
     if change is not None:
@@ -135,12 +136,23 @@ def _largest(shares: Sequence[float], classes: Sequence[str]) -> list[tuple[str,
     return [(name, share) for name, share in pairs[:2] if share >= 0.005]
 
 
-def seed_plot(folder: Path, runs: Sequence[Sequence[Row]], title: str) -> None:
-    """Curves of several seeds of one recipe, with their band."""
+def several_plot(
+    path: Path, settings: Mapping[str, Sequence[Sequence[Row]]], title: str, what: str
+) -> None:
+    """Curves of several runs: of one recipe with their band, or of its settings overlaid.
+
+    Args:
+        settings: the epochs of each run, by the name of its setting.
+        what: what means are over, e.g. `3 seeds`.
+    """
     from convlens import plots
 
-    figure = plots.seed_curves([columns(rows) for rows in runs], title)
-    plots.save(figure, folder / "curves.png")
+    groups = {name: [columns(rows) for rows in runs] for name, runs in settings.items()}
+    if len(groups) == 1:
+        (runs,) = groups.values()
+        plots.save(plots.seed_curves(runs, title, what), path)
+    else:
+        plots.save(plots.setting_curves(groups, title, what), path)
 
 
 def worst_of(chances: np.ndarray, truths: np.ndarray) -> np.ndarray:

@@ -11,12 +11,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from convlens import auto, beginning, device, engine, feeding, models, optim, weights
+from convlens import auto, beginning, device, engine, feeding, models, optim
 from convlens.beginning import Begun
 from convlens.data import Data, augment
 from convlens.data.batches import Batches
-from convlens.errors import DataError, UsageError
-from convlens.models import freezing
+from convlens.errors import DataError
 from convlens.recipe import Recipe
 from convlens.run import Preprocessing
 
@@ -66,49 +65,6 @@ class Setup:
             clip_norm=optim_config.clip_norm,
             averager=self.averager,
         )
-
-
-def check(recipe: Recipe) -> None:
-    """Tries every name and option of a recipe before any image is read.
-
-    Raises:
-        UsageError: all that is wrong at once.
-    """
-    size = recipe.data.image_size if recipe.data.image_size != "auto" else 224
-    channels = recipe.data.channels if recipe.data.channels != "auto" else 3
-    net = recipe.model
-
-    built: list[nn.Module] = []
-
-    def try_model() -> None:
-        model = models.try_out(net.name, channels, size, net.options, recipe.train.batch_size)
-        freezing.freeze(model, net.trainable)
-        built.append(model)
-
-    def check_optimiser() -> None:
-        if built:
-            optim.check(built[0], recipe.optim)
-        else:  # what doesn't depend on the network can still be told
-            rest = {"groups": [], "layer_decay": 1.0, "head_first": 0.0}
-            optim.check(nn.Linear(1, 1), recipe.optim.model_copy(update=rest))
-
-    tries: list[Callable[[], object]] = [
-        try_model,
-        lambda: weights.check(net),
-        lambda: augment.build(recipe.operations),
-        check_optimiser,
-        lambda: optim.schedule(recipe.optim),
-        lambda: optim.averager(nn.Module(), recipe.optim, steps=1),
-    ]
-    found: list[UsageError] = []
-    for attempt in tries:
-        try:
-            attempt()
-        except UsageError as error:
-            found.append(error)
-    if found:
-        fix = "; ".join(error.fix for error in found if error.fix)
-        raise UsageError("; ".join(error.what for error in found), where=recipe.name, fix=fix)
 
 
 def prepare(

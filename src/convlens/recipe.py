@@ -3,12 +3,17 @@
 `load` turns a name, a file or a mapping plus dotted overrides into a `Recipe`; `to_text` turns
 it back into YAML that trains as it stands. All that is wrong is reported at once. No torch in
 here: `convlens --help` and `convlens recipes` must be instant.
+
+A recipe's file may also hold `settings`: named variants of it, each a few changes laid over the
+rest (`settings: {slow: {optim: {lr: 0.01}}, fast: {optim.lr: 0.1}}`). They belong to the file,
+not to the recipe that trains: `load(..., setting="slow")` is a recipe like any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -87,17 +92,33 @@ def text(name: str) -> str:
     return (resources.files("convlens") / "recipes" / f"{name}.yaml").read_text("utf-8")
 
 
-def load(source: Source, overrides: Sequence[str] = ()) -> Recipe:
+def settings(source: Source) -> list[str]:
+    """The names of a recipe's settings, in the order of its file; of its base's first."""
+    return list(_tree(source)[1])
+
+
+def variants(source: Source) -> dict[str, Any]:
+    """`{"settings": {name: changes}}` as a recipe's file may hold it; empty if it has none."""
+    found = _tree(source)[1]
+    return {"settings": found} if found else {}
+
+
+def load(source: Source, overrides: Sequence[str] = (), setting: str | None = None) -> Recipe:
     """The recipe called `source` (a built-in name, a YAML file or a mapping) with overrides.
 
     Args:
-        overrides: `key=value` texts with dotted keys (`optim.lr=0.1`); values are YAML.
+        overrides: `key=value` texts with dotted keys (`optim.lr=0.1`); values are YAML. They
+            lie over the setting's.
+        setting: one of its settings, laid over it; by default the recipe as it stands.
 
     Raises:
         UsageError: unknown names or keys (with near misses) and impossible values, all at once.
     """
-    tree, where = _tree(source)
+    tree, variants, where = _tree(source)
     problems: list[str] = []
+    if setting is not None:
+        where = f"{where}, setting {setting}"
+        tree = _varied(tree, variants, setting, where, problems)
     # The family first: setting it drops the former one's keys, not those given beside it.
     for override in sorted(overrides, key=lambda text: not text.startswith("model.name=")):
         key, equals, value = override.partition("=")
@@ -111,8 +132,11 @@ def load(source: Source, overrides: Sequence[str] = ()) -> Recipe:
     return _check(tree, where=where, problems=problems)
 
 
-def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
-    """The merged, unchecked tree of a recipe and of the recipes it is based on."""
+Variants = dict[str, dict[str, Any]]
+
+
+def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], Variants, str]:
+    """The merged, unchecked tree of a recipe and of those it is based on; settings; its place."""
     if isinstance(source, Mapping):
         tree, where, folder = _copy(source), "recipe", Path()
         tree.setdefault("name", "custom")
@@ -133,15 +157,53 @@ def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], 
             Path(),
         )
         tree["name"] = str(source)
-    base = tree.pop("base", None)
+    base, variants = tree.pop("base", None), _variants(tree.pop("settings", None), where)
     if base is None:
-        return tree, where
+        return tree, variants, where
     if not isinstance(base, str):
         raise UsageError(f"base={base!r}: a recipe's name or file", where=where)
     if where in above:
         raise UsageError(f"base: {' -> '.join([*above, where])} goes in a circle", where=where)
-    beneath, _ = _tree(folder / base if is_file(base) else base, (*above, where))
-    return _merge(beneath, tree), where
+    beneath, theirs, _ = _tree(folder / base if is_file(base) else base, (*above, where))
+    return _merge(beneath, tree), {**theirs, **variants}, where
+
+
+def _variants(value: Any, where: str) -> Variants:
+    """The settings of a file, checked as far as that goes without laying them over anything."""
+    if value is None:
+        return {}
+    wrong = "settings maps names to changes, e.g. settings: {slow: {optim.lr: 0.01}}"
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{wrong}; not {value!r}", where=where)
+    for name, changes in value.items():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name == "all":
+            fix = "letters, digits, `.`, `_` and `-` make a name; `all` means all of them"
+            raise UsageError(f"a setting can't be called {name!r}", where=where, fix=fix)
+        if not isinstance(changes, Mapping):
+            raise UsageError(f"{wrong}; not {name}: {changes!r}", where=where)
+    return {name: _copy(changes) for name, changes in value.items()}
+
+
+def _varied(
+    tree: dict[str, Any], variants: Variants, name: str, where: str, problems: list[str]
+) -> dict[str, Any]:
+    """`tree` with the setting `name` laid over it; keys it can't have are added to `problems`."""
+    if not variants:
+        fix = f"a file with `base: {tree['name']}` and `settings:` has some"
+        raise UsageError(f"recipe {tree['name']!r} has no settings", where=where, fix=fix)
+    changes = dict(pick(variants, name, "setting"))
+    dotted = {str(key): changes.pop(key) for key in list(changes) if "." in str(key)}
+    for key in [key for key in changes if key in ("name", "base", "settings")]:
+        problems.append(f"a setting has no {key!r}")
+        del changes[key]
+    varied = tree
+    try:
+        varied = _merge(tree, changes)
+        for key in sorted(dotted, key=lambda key: key != "model.name"):
+            _set(varied, key, dotted[key])
+    except UsageError as error:
+        problems.append(error.what)
+    return varied
 
 
 def is_file(source: str) -> bool:

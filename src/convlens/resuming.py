@@ -7,6 +7,7 @@ state, averages and the position are all there is to keep: no generator's state.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +16,30 @@ from torch import Tensor
 
 from convlens import models
 from convlens.beginning import Begun
+from convlens.engine import Position
 from convlens.preparing import Setup
 from convlens.run import RunFolder
+
+
+class Clock:
+    """Seconds of this epoch, on the wall and of all processors; goes on from a stopped epoch's.
+
+    On a shared machine the wall's seconds are the neighbours', too; the processors' (user and
+    system, all threads of this process) are ours alone.
+    """
+
+    def __init__(self, position: Position) -> None:
+        self.start()
+        self._wall -= position.seconds
+        self._cpu -= position.cpu_seconds
+
+    def start(self) -> None:
+        """From 0 again."""
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """Wall and CPU seconds."""
+        return time.perf_counter() - self._wall, time.process_time() - self._cpu
 
 
 @dataclass
@@ -101,13 +124,13 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
         setup.averager.load({"steps": counters["ema_steps"], "average": ordered})
     at, told = setup.position, counters["position"]
     at.epoch, at.step, at.images = int(told["epoch"]), int(told["step"]), int(told["images"])
-    at.seconds = told["seconds"]
+    at.seconds, at.cpu_seconds = told["seconds"], told.get("cpu_seconds", 0.0)
     # Tensors of the kinds they were: a division of Python numbers would round differently.
     at.loss_sum = torch.tensor(told["loss_sum"], dtype=torch.float32, device=setup.plan.device)
     at.correct = torch.tensor(int(told["correct"]), device=setup.plan.device)
     best.__dict__.update(counters["best"])
-    rows: list[dict[str, float]] = counters["rows"]
-    return rows
+    # A run that an earlier version left unfinished didn't count them.
+    return [{**row, "cpu_seconds": row.get("cpu_seconds", math.nan)} for row in counters["rows"]]
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import csv
 import datetime
 import io
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ MODELS = Path("models")
 PLOTS = Path("plots")
 COLUMNS = (
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds",
-    "images_per_second",
+    "cpu_seconds", "images_per_second",
 )  # fmt: skip
 
 
@@ -83,9 +84,16 @@ class RunFolder:
         content = {**self.facts(), **facts}
         files.write_atomic(self.path / "run.json", _json(content))
 
-    def finish(self, *, epochs: int, kept: int, seconds: float) -> None:
+    def finish(
+        self, *, epochs: int, kept: int, seconds: float, cpu_seconds: float = math.nan
+    ) -> None:
         """Marks the run as finished; its state to continue from is not needed any more."""
-        facts = {"epochs": epochs, "kept_epoch": kept, "training_seconds": round(seconds, 3)}
+        facts = {
+            "epochs": epochs,
+            "kept_epoch": kept,
+            "training_seconds": round(seconds, 3),
+            "cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),
+        }
         self.note({"status": "finished", **facts})
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
@@ -118,12 +126,15 @@ class RunFolder:
         files.write_atomic(self.path / "metrics.csv", text.getvalue())
 
     def metrics(self) -> list[dict[str, float]]:
-        """One mapping an epoch, in order."""
+        """One mapping an epoch, in order; NaN where a cell is empty (no validation split)."""
         path = self.path / "metrics.csv"
         if not path.exists():
             return []
         with path.open(newline="") as file:
-            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            return [
+                {k: float(v) if v else math.nan for k, v in row.items()}
+                for row in csv.DictReader(file)
+            ]
 
     def write_split(self, held_out: Mapping[str, Sequence[str]]) -> None:
         """`split.csv`: every image that convlens itself held out of training."""
@@ -266,6 +277,8 @@ def _now() -> str:
 
 def _number(value: float) -> str:
     """Numbers as text, integers without a point and the rest with enough digits to plot."""
+    if math.isnan(value):
+        return ""
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.8g}"
 
 

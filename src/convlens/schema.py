@@ -17,19 +17,35 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which images, at which size, split how."""
+    """Which images, at which size, split how.
+
+    `val_fraction: 0` leaves no validation split: everything but the test split is trained on, the
+    source's own validation images, too; there is no epoch to choose then (`keep: last`).
+    `folds: K, fold: k` makes part k of K (from 0) of these images the validation split.
+    `per_class` is the number of training images of each class; validation is drawn before, from
+    all there are. `total_per_class` counts training and validation together, all that a model
+    learns from or is chosen by: with it `val_fraction` is of these few, and the rest is not used.
+    """
 
     name: str = "digits"
     image_size: Annotated[int, Field(ge=8, le=1024)] | Literal["auto"] = "auto"
     fit: Literal["crop", "pad", "stretch"] = "crop"
     channels: Literal[1, 3, "auto"] = "auto"
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    val_fraction: Fraction = 0.15
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     group: str | None = None
     per_class: Positive | None = None
+    total_per_class: Positive | None = None
+    folds: Annotated[int, Field(ge=2)] | None = None
+    fold: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
     count: Positive | None = None
     on_bad: Literal["stop", "skip"] = "stop"
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation split."""
+        return self.folds is not None or self.val_fraction > 0
 
 
 class ModelConfig(Section):

@@ -23,16 +23,18 @@ if TYPE_CHECKING:  # `convlens recipes` must not wait for torch
     from convlens.prediction import Prediction
     from convlens.recipe import Recipe
     from convlens.run import RunFolder
-    from convlens.seeds import SeedTable
 
 CLASSES_SHOWN = 40
 
 
-def _out() -> Console:
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+def stdout() -> Console:
+    """Where results go: as wide as the terminal, or (in a file) as wide as they need."""
+    shown = sys.stdout.isatty()
+    return Console(highlight=False, soft_wrap=not shown, width=None if shown else 200)
 
 
-def _table(*columns: str, title: str = "") -> Table:
+def table_of(*columns: str, title: str = "") -> Table:
+    """An empty table; the first column is for names."""
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right")
@@ -43,7 +45,7 @@ def finished(place: RunFolder) -> None:
     """What a training left behind, and what to do next."""
     facts = place.facts()
     results = [entry for entry in place.results() if entry["split"] == "test" and entry["own"]]
-    out = _out()
+    out = stdout()
     out.print(f"[bold]{escape(place.name)}[/]: weights of epoch {facts['kept_epoch']}", end="")
     out.print(f" of {facts['epochs']}, {facts['training_seconds']:.1f} s of training")
     if results:
@@ -60,7 +62,7 @@ def finished(place: RunFolder) -> None:
 
 def evaluated(result: Evaluation, place: RunFolder) -> None:
     """Per-class numbers below the accuracy; the worst classes first where there are many."""
-    table = _table("class", "n", "precision", "recall", "F1", title="")
+    table = table_of("class", "n", "precision", "recall", "F1", title="")
     scores = list(result.per_class.items())
     if len(scores) > CLASSES_SHOWN:
         scores.sort(key=lambda item: item[1]["f1"] if item[1]["f1"] is not None else 2.0)
@@ -70,7 +72,7 @@ def evaluated(result: Evaluation, place: RunFolder) -> None:
             f"{score['n']:,}" if score["n"] else "0 samples",
             *(_share(score[key]) for key in ("precision", "recall", "f1")),
         )
-    out = _out()
+    out = stdout()
     out.print(table)
     if len(scores) > CLASSES_SHOWN:
         out.print(f"({CLASSES_SHOWN} worst of {len(scores)} classes; --json has them all)")
@@ -89,37 +91,23 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def seed_table(result: SeedTable) -> None:
-    """A line for each seed, then mean and deviation."""
-    table = _table("run", "seed", f"{result.split} accuracy", "loss", "training s")
-    columns = (result.runs, result.seeds, result.accuracies, result.losses, result.seconds)
-    for place, seed, accuracy, loss, seconds in zip(*columns, strict=True):
-        table.add_row(place.name, str(seed), f"{accuracy:.2%}", f"{loss:.4f}", f"{seconds:.1f}")
-    spread = "" if result.sd is None else f" ± {100 * result.sd:.2f}"
-    out = _out()
-    out.print(table)
-    out.print(
-        f"{result.split} accuracy [bold]{100 * result.mean:.2f}{spread} %[/] "
-        f"(mean ± sd of {len(result.seeds)} seeds)"
-    )
-    out.print(f"plot   {result.to_dict()['plot']}")
-
-
-def recipe_table(recipes: Mapping[str, Recipe]) -> None:
-    """Name and purpose of every recipe."""
-    table = _table("recipe", "data")
+def recipe_table(recipes: Mapping[str, Recipe], settings: Mapping[str, Sequence[str]]) -> None:
+    """Name and purpose of every recipe, and how many settings it has."""
+    table = table_of("recipe", "data")
     table.add_column("what it is", justify="left")
     for name, recipe in recipes.items():
-        table.add_row(name, recipe.data.name, escape(recipe.about))
-    _out().print(table)
+        count = len(settings[name])
+        more = f"; {count} settings" if count else ""
+        table.add_row(name, recipe.data.name, escape(recipe.about + more))
+    stdout().print(table)
     say("[dim]convlens recipes NAME prints one; convlens train NAME trains it[/]")
 
 
 def audited(report: Audit, sheet: Path) -> None:
     """Counts, sizes and everything suspicious about a data set."""
-    out = _out()
+    out = stdout()
     splits = list(report.how)
-    table = _table("class", *splits)
+    table = table_of("class", *splits)
     for name, counts in list(report.counts.items())[:CLASSES_SHOWN]:
         table.add_row(escape(name), *(f"{counts.get(split, 0):,}" for split in splits))
     out.print(table)
@@ -151,7 +139,7 @@ def audited(report: Audit, sheet: Path) -> None:
 
 def drawn(sheet: Path) -> None:
     """Where an augmented batch was drawn."""
-    _out().print(f"augmented batch  {sheet}")
+    stdout().print(f"augmented batch  {sheet}")
 
 
 def _repeats(out: Console, what: str, repeats: Repeats, shown: int = 8) -> None:
@@ -173,7 +161,7 @@ def _repeats(out: Console, what: str, repeats: Repeats, shown: int = 8) -> None:
 
 
 def _write_table(answers: Iterable[Prediction], top: int, tta: bool) -> int:
-    out, failed = _out(), 0
+    out, failed = stdout(), 0
     for answer in answers:
         if answer.error is not None:
             failed += 1

@@ -8,19 +8,21 @@ decides to log, validate, keep the best weights, save and stop.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from typing import Any
 
 from convlens import device, engine, evaluation, optim, picturing, run, weights
+from convlens.checking import check
 from convlens.console import say, table, watch
 from convlens.data import Data, load
 from convlens.errors import DataError, ResourceError, Stopped
 from convlens.inference import loss_and_accuracy
 from convlens.interrupts import Flag, flagged
-from convlens.preparing import Setup, check, prepare
+from convlens.preparing import Setup, prepare
 from convlens.recipe import Recipe
-from convlens.resuming import Best, begun_with, restore, save
+from convlens.resuming import Best, Clock, begun_with, restore, save
 from convlens.run import RunFolder
 from convlens.version import __version__
 
@@ -86,7 +88,12 @@ def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, q
     rows, kept = run_to_end(setup, place, quiet=quiet)
     picturing.training_plots(place, rows, kept, data, setup.augment)
     # Last: a run that is killed before this takes itself up where it is and draws its plots.
-    place.finish(epochs=len(rows), kept=kept, seconds=sum(row["seconds"] for row in rows))
+    place.finish(
+        epochs=len(rows),
+        kept=kept,
+        seconds=sum(row["seconds"] for row in rows),
+        cpu_seconds=sum(row["cpu_seconds"] for row in rows),
+    )
 
 
 def _tell_stages(setup: Setup) -> None:
@@ -112,8 +119,7 @@ def run_to_end(
     if done:
         say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
     with flagged() as flag, watch(setup.epochs, steps, done, shown=not quiet) as bar:
-        saved = time.perf_counter()
-        began = saved - setup.position.seconds
+        saved, clock = time.perf_counter(), Clock(setup.position)
         for record in _guarded(setup, place, over=best.stale_for(options.patience)):
             if isinstance(record, engine.Step):
                 bar.step(record)
@@ -121,13 +127,16 @@ def run_to_end(
                     continue
             else:
                 device.synchronise(setup.plan.device)
-                rows.append(_validate(setup, record, seconds=time.perf_counter() - began))
+                seconds, cpu_seconds = clock.read()
+                row = _validate(setup, record, seconds=seconds)
+                rows.append({**row, "cpu_seconds": cpu_seconds})
                 place.write_metrics(rows)
-                if best.improved(rows[-1]) or options.keep == "last":
+                improved = setup.recipe.data.validates and best.improved(rows[-1])
+                if improved or options.keep == "last":
                     _save_model(setup, place, rows[-1])
                 bar.epoch(rows[-1], best.epoch)
-                began = time.perf_counter()
-            setup.position.seconds = time.perf_counter() - began
+                clock.start()
+            setup.position.seconds, setup.position.cpu_seconds = clock.read()
             save(place, setup, best, rows)
             saved = time.perf_counter()
             if best.stale_for(options.patience):
@@ -155,10 +164,15 @@ def _guarded(setup: Setup, place: RunFolder, *, over: bool) -> engine.Records:
 
 
 def _validate(setup: Setup, record: engine.Epoch, *, seconds: float) -> dict[str, float]:
-    """The epoch's row: training numbers as they were seen, validation with the kept weights."""
-    with optim.averaged(setup.averager):
-        logits, labels = setup.feed.validate()
-    val_loss, val_accuracy = loss_and_accuracy(logits, labels)
+    """The epoch's row: training numbers as they were seen, validation with the kept weights.
+
+    Without a validation split its numbers are NaN.
+    """
+    val_loss = val_accuracy = math.nan
+    if setup.recipe.data.validates:
+        with optim.averaged(setup.averager):
+            logits, labels = setup.feed.validate()
+        val_loss, val_accuracy = loss_and_accuracy(logits, labels)
     return {
         "epoch": record.epoch,
         "train_loss": float(record.loss),
@@ -174,10 +188,13 @@ def _validate(setup: Setup, record: engine.Epoch, *, seconds: float) -> dict[str
 def _save_model(setup: Setup, place: RunFolder, row: dict[str, float] | None) -> None:
     """Writes the model file: the weights as they are now, or their average where there is one."""
     recipe, data = setup.recipe, setup.data
-    chosen: dict[str, Any] = {"epoch": setup.position.epoch - 1, "validated": row is not None}
+    validated = row is not None and recipe.data.validates
+    chosen: dict[str, Any] = {"epoch": setup.position.epoch - 1, "validated": validated}
     if row is not None:
-        rule = "last epoch" if recipe.train.keep == "last" else f"best {recipe.train.monitor}"
-        chosen |= {"rule": rule, "val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"]}
+        keep = recipe.train.keep
+        chosen["rule"] = "last epoch" if keep == "last" else f"best {recipe.train.monitor}"
+        if validated:
+            chosen |= {key: row[key] for key in ("val_loss", "val_accuracy")}
     card = {
         "convlens": __version__,
         "run": place.name,
@@ -222,6 +239,9 @@ def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
         "weights": setup.weights,
         "plan": setup.plan.to_dict(),
         "parameters": sum(p.numel() for p in setup.trained.parameters()),
+        "trainable_parameters": sum(
+            p.numel() for p in setup.trained.parameters() if p.requires_grad
+        ),
         "hardware": device.describe(setup.plan.device),
     }
 

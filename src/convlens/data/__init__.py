@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from convlens.console import say
 from convlens.data.decode import UnreadableImage, probe
-from convlens.data.opening import Index, Opened, Split, draw, open_part
+from convlens.data.opening import Index, Opened, Split, draw, open_part, parts_of
 from convlens.data.parts import Part, Source
 from convlens.data.rows import Conversion, as_index
 from convlens.data.sources import find
@@ -56,6 +56,7 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
     """The data of a recipe: found, decoded, checked, and split in three.
 
     What the source lacks (val, test) is held out of its train split, stratified and seeded.
+    The validation split is empty where `data.val_fraction` is 0.
     Sets of at most `memory_budget` bytes are in memory, larger ones are read when asked for.
 
     Raises:
@@ -68,7 +69,8 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
     for note in source.notes:
         say(escape(f"{source.name}: {note}"))
     conversion = _conversion(config, source.parts["train"])
-    opened = {s: open_part(part, conversion, memory_budget) for s, part in source.parts.items()}
+    parts = parts_of(config, source)
+    opened = {s: open_part(part, conversion, memory_budget) for s, part in parts.items()}
     if config.on_bad == "stop":
         _refuse_unreadable(opened, config.name)
     skipped = _skipped(opened, source)

@@ -185,8 +185,8 @@ def _splits(
     try:
         nothing = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
         opened = {n: Opened(f.part, nothing, "", f.bad) for n, f in looks.items()}
-        # Without per_class: what a tiny recipe leaves aside is part of the set all the same.
-        whole = config.model_copy(update={"per_class": None})
+        # What a tiny recipe leaves aside is part of the set all the same.
+        whole = config.model_copy(update={"per_class": None, "total_per_class": None})
         _, held, how = draw(whole, source, opened)
     except DataError as error:
         return own, as_it_is, [error.what]

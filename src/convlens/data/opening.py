@@ -14,7 +14,8 @@ from torch import Tensor
 from convlens.data import cache
 from convlens.data.parts import Images, Part, Source
 from convlens.data.rows import ArrayRows, Conversion, ConvertedRows, Rows, as_index, in_memory
-from convlens.data.splits import hold_out, take_per_class
+from convlens.data.splits import fold_numbers, hold_out, take_per_class
+from convlens.errors import UsageError
 
 if TYPE_CHECKING:
     from convlens.schema import DataConfig
@@ -83,45 +84,150 @@ def _content(images: Images) -> str:
     return digest.hexdigest()
 
 
+def check(config: DataConfig) -> None:
+    """Refuses keys that contradict each other.
+
+    Raises:
+        UsageError: all that is wrong at once.
+    """
+    found = []
+    if config.folds is None and config.fold:
+        found.append(f"data.fold={config.fold} without data.folds")
+    if config.folds is not None:
+        if config.fold >= config.folds:
+            found.append(f"data.fold={config.fold}: the {config.folds} folds are counted from 0")
+        if config.val_fraction == 0:
+            found.append("data.val_fraction=0 and data.folds: a fold is a validation split")
+    if found:
+        raise UsageError("; ".join(found), fix="set data.folds=K and data.fold=0..K-1, or neither")
+
+
+def parts_of(config: DataConfig, source: Source) -> dict[str, Part]:
+    """The source's parts as the recipe wants them: its own validation images join the training
+    images where validation is drawn by us in any case, or not at all."""
+    draws = config.folds is not None or config.total_per_class is not None
+    if "val" not in source.parts or not (draws or config.val_fraction == 0):
+        return source.parts
+    train, val = source.parts["train"], source.parts["val"]
+    # No built-in set (these are arrays) has a validation split of its own.
+    assert isinstance(train.images, list)
+    assert isinstance(val.images, list)
+    both = Part(
+        [*train.images, *val.images],
+        np.concatenate([train.labels, val.labels]),
+        [*train.ids, *val.ids],
+        None if train.groups is None or val.groups is None else [*train.groups, *val.groups],
+    )
+    return {"train": both, **{s: part for s, part in source.parts.items() if s == "test"}}
+
+
+def is_drawn(config: DataConfig, source: Source) -> bool:
+    """Whether `data.seed` decides anything: not where all splits are the source's own."""
+    some = config.per_class is not None or config.total_per_class is not None
+    holds_out = "val" not in source.parts and config.validates
+    return "test" not in source.parts or holds_out or config.folds is not None or some
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """One recipe's way of holding images out of a source's training images."""
+
+    config: DataConfig
+    classes: Sequence[str]
+    pool: Opened
+
+    @property
+    def kind(self) -> str:
+        grouped = self.pool.part.groups is not None
+        return f"groups by {self.config.group!r} kept together" if grouped else "stratified"
+
+    def groups(self, among: Index) -> list[str] | None:
+        groups = self.pool.groups()
+        return None if groups is None else [groups[i] for i in among.tolist()]
+
+    def hold(self, among: Index, share: float, each: int) -> tuple[Index, Index]:
+        """`share` of the images `among` held out, `each` of every class staying at least."""
+        stay, held = hold_out(
+            self.pool.labels[among],
+            min(1.0, share),
+            self.config.seed,
+            self.groups(among),
+            keep=each,
+            names=self.classes,
+        )
+        return among[stay], among[held]
+
+    def fold(self, among: Index) -> tuple[Index, Index]:
+        """The images outside and inside of the recipe's fold."""
+        labels, folds = self.pool.labels[among], int(self.config.folds or 0)
+        numbers = fold_numbers(
+            labels, folds, self.config.seed, self.groups(among), names=self.classes
+        )
+        return among[numbers != self.config.fold], among[numbers == self.config.fold]
+
+    def some(self, among: Index, n: int, key: str) -> Index:
+        """`n` images of each class."""
+        chosen = take_per_class(
+            self.pool.labels[among], n, self.config.seed, names=self.classes, key=key
+        )
+        return among[chosen]
+
+
 def draw(
     config: DataConfig, source: Source, opened: dict[str, Opened]
 ) -> tuple[Index, dict[str, Index], dict[str, str]]:
-    """Indices into the readable train images that stay, those held out by split, and why."""
-    pool = opened["train"]
-    keep, out = pool.all(), dict[str, Index]()
-    groups = pool.groups()
-    fractions = {"test": config.test_fraction, "val": config.val_fraction}
-    lacking = [split for split in fractions if split not in opened]
+    """Indices into the readable train images that stay, those held out by split, and why.
+
+    `opened` are the parts that `parts_of` gives.
+    """
+    check(config)
+    by = _Drawing(config, source.classes, opened["train"])
+    keep, out = by.pool.all(), dict[str, Index]()
     how = {s: f"{len(o.labels):,} images of the source's own split" for s, o in opened.items()}
-    for n, split in enumerate(lacking):
-        # Shares are of the whole; each class keeps one image for every split still to come.
-        share = min(1.0, fractions[split] * len(pool.labels) / len(keep))
-        mine = None if groups is None else [groups[i] for i in keep.tolist()]
-        stay, held = hold_out(
-            pool.labels[keep],
-            share,
-            config.seed,
-            mine,
-            keep=len(lacking) - n,
-            names=source.classes,
+    joined = "val" in source.parts and "val" not in opened
+    told, whole = f"{len(keep):,} training images", len(keep)
+    if joined:
+        how["train"] = told = f"{told}, the source's own validation images among them"
+    if "test" not in opened:
+        # The same images whatever the recipe does about validation, or a refit would be tested on
+        # what chose its length: from the source's train part, a validation image kept aside.
+        ours = by.pool.good < len(source.parts["train"].labels)
+        each = 1 if "val" in source.parts else 2
+        stay, out["test"] = by.hold(keep[ours], config.test_fraction, each)
+        keep = np.sort(np.concatenate([stay, keep[~ours]]))
+        how["test"] = (
+            f"{len(out['test']):,} of {int(ours.sum()):,} training images held out "
+            f"({config.test_fraction:.0%}, {by.kind}, seed {config.seed})"
         )
-        out[split], keep = keep[held], keep[stay]
-        kind = f"groups by {config.group!r} kept together" if mine else "stratified"
-        how[split] = (
-            f"{len(held):,} of {len(pool.labels):,} training images held out "
-            f"({fractions[split]:.0%}, {kind}, seed {config.seed})"
-        )
-    if lacking:
-        how["train"] = (
-            f"{len(keep):,} of {len(pool.labels):,} training images: what was not held out"
-        )
+    if config.total_per_class is not None:
+        n, before = config.total_per_class, len(keep)
+        keep = by.some(keep, n, "data.total_per_class")
+        told, whole = f"{len(keep):,} images ({n} of each class of {before:,})", len(keep)
+    if "val" not in opened:
+        keep, out["val"], how["val"] = _validation(by, keep, whole, told)
+    if len(keep) < len(by.pool.good):
+        how["train"] = told
+    if len(keep) < whole:
+        how["train"] = f"{len(keep):,} of {told}: what was not held out"
     if config.per_class is not None:
-        chosen = take_per_class(
-            pool.labels[keep], config.per_class, config.seed, names=source.classes
-        )
+        before = len(keep)
+        keep = by.some(keep, config.per_class, "data.per_class")
         how["train"] = (
-            f"{len(chosen):,} of {len(keep):,} training images: {config.per_class} of each class "
+            f"{len(keep):,} of {before:,} training images: {config.per_class} of each class "
             f"(seed {config.seed})"
         )
-        keep = keep[chosen]
     return keep, out, {split: how[split] for split in ("train", "val", "test")}
+
+
+def _validation(by: _Drawing, among: Index, whole: int, told: str) -> tuple[Index, Index, str]:
+    """What stays, the validation split, and how it came about; shares are of the `whole`."""
+    config = by.config
+    if config.folds is not None:
+        stay, held = by.fold(among)
+        said = f"fold {config.fold} of {config.folds}"
+    elif config.val_fraction:
+        stay, held = by.hold(among, config.val_fraction * whole / len(among), 1)
+        said = f"{config.val_fraction:.0%}"
+    else:
+        return among, among[:0], "none (data.val_fraction=0)"
+    return stay, held, (f"{len(held):,} of {told} held out ({said}, {by.kind}, seed {config.seed})")

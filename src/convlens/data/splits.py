@@ -48,8 +48,47 @@ def hold_out(
     return everything[~held], everything[held]
 
 
+def fold_numbers(
+    labels: Index,
+    folds: int,
+    seed: int,
+    groups: Sequence[str] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+) -> Index:
+    """The fold of each image, int64 `[N]` from 0 to `folds` - 1: every image is in exactly one.
+
+    Without groups the folds differ by at most one image, in each class and in all. A group is in
+    one fold whole; large ones are dealt first, each to the fold that has the least of its classes.
+
+    Raises:
+        DataError: a class that would have no image left outside a fold; fewer images (or groups)
+            than folds.
+    """
+    random = np.random.default_rng(seed)
+    unit = "image" if groups is None else "group"
+    units = len(labels if groups is None else set(groups))
+    if units < folds:
+        raise DataError(
+            f"data.folds={folds}, but there are only {units} {unit}s to be dealt",
+            fix=f"at most data.folds={units}",
+        )
+    if groups is not None:
+        return _deal_groups(labels, folds, random, groups, names)
+    _refuse_single(np.bincount(labels), unit, 1 / folds, names)
+    # Dealt like cards, class after class: each class goes on where the one before it ended.
+    dealt = np.empty(len(labels), np.int64)
+    dealt[np.lexsort((random.random(len(labels)), labels))] = np.arange(len(labels)) % folds
+    return dealt
+
+
 def take_per_class(
-    labels: Index, n: int, seed: int, *, names: Sequence[str] | None = None
+    labels: Index,
+    n: int,
+    seed: int,
+    *,
+    names: Sequence[str] | None = None,
+    key: str = "data.per_class",
 ) -> Index:
     """Sorted indices of `n` images of every class; a larger `n` gives a superset.
 
@@ -60,9 +99,9 @@ def take_per_class(
     short = [int(c) for c in np.flatnonzero(counts) if counts[c] < n]
     if short:
         raise DataError(
-            f"data.per_class={n}, but {len(short)} of {np.count_nonzero(counts)} classes have "
+            f"{key}={n}, but {len(short)} of {np.count_nonzero(counts)} classes have "
             f"fewer training images: {_listed(short, counts, names)}",
-            fix=f"at most data.per_class={int(counts[counts > 0].min())}",
+            fix=f"at most {key}={int(counts[counts > 0].min())}",
         )
     ranks = _ranks(labels, np.random.default_rng(seed))
     return np.flatnonzero(ranks < n).astype(np.int64)
@@ -129,23 +168,16 @@ def _hold_groups(
 ) -> npt.NDArray[np.bool_]:
     """Greedy: large groups first, each held out where that brings the class shares closer."""
     n_classes = int(labels.max()) + 1
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
-    # One entry per (group, class) that occurs: a dense table would not fit for many groups.
-    pairs, pair_counts = np.unique(group * n_classes + labels, return_counts=True)
-    pair_group, pair_class = pairs // n_classes, pairs % n_classes
+    group, starts, pair_class, pair_counts = _grouped(labels, groups)
     left = np.bincount(pair_class, minlength=n_classes)  # groups of each class still kept
     _refuse_single(left, "group", fraction, names)
     counts = np.bincount(labels, minlength=n_classes)
     quota = counts * fraction
     weight = 1 / np.maximum(counts, 1)
     held_counts = np.zeros(n_classes)
-    starts = np.searchsorted(pair_group, np.arange(group.max() + 2))
-    sizes = np.bincount(group)
-    shuffled = random.permutation(len(sizes))
-    order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
-    held = np.zeros(len(sizes), np.bool_)
+    held = np.zeros(len(starts) - 1, np.bool_)
     best, best_gain = -1, -np.inf
-    for g in order:
+    for g in _large_first(group, random):
         rows = slice(starts[g], starts[g + 1])
         c, n = pair_class[rows], pair_counts[rows]
         if (left[c] <= keep).any():
@@ -167,3 +199,57 @@ def _hold_groups(
         held[best] = True  # every group is larger than the share: the least bad one
     by_image: npt.NDArray[np.bool_] = held[group]
     return by_image
+
+
+def _deal_groups(
+    labels: Index,
+    folds: int,
+    random: np.random.Generator,
+    groups: Sequence[str],
+    names: Sequence[str] | None,
+) -> Index:
+    n_classes = int(labels.max()) + 1
+    group, starts, pair_class, pair_counts = _grouped(labels, groups)
+    _refuse_single(np.bincount(pair_class, minlength=n_classes), "group", 1 / folds, names)
+    counts = np.bincount(labels, minlength=n_classes)
+    weight = 1 / np.maximum(counts, 1)
+    have = np.zeros((folds, n_classes))
+    fold = np.zeros(len(starts) - 1, np.int64)
+    for g in _large_first(group, random):
+        rows = slice(starts[g], starts[g + 1])
+        c, n = pair_class[rows], pair_counts[rows]
+        # What the sum of squared class shares would grow by, up to a factor and a constant.
+        growth = np.round(have[:, c] @ (weight[c] * n), 9)
+        fold[g] = np.lexsort((have.sum(1), growth))[0]
+        have[fold[g], c] += n
+    torn = np.flatnonzero(((have == counts) & (counts > 0)).any(0))
+    if len(torn) or (have.sum(1) == 0).any():
+        which = f": {_listed(torn.tolist(), counts, names)}" if len(torn) else ""
+        raise DataError(
+            f"the groups can't be dealt to {folds} folds so that every fold leaves images of "
+            f"every class to train on{which}",
+            fix="use finer groups, fewer folds, or drop data.group",
+        )
+    dealt: Index = fold[group]
+    return dealt
+
+
+def _grouped(labels: Index, groups: Sequence[str]) -> tuple[Index, Index, Index, Index]:
+    """Each image's group, and each group's classes with their counts as one flat table.
+
+    Group g has the entries `starts[g]` to `starts[g + 1]` of the last two arrays.
+    """
+    n_classes = int(labels.max()) + 1
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    # One entry per (group, class) that occurs: a dense table would not fit for many groups.
+    pairs, counts = np.unique(group * n_classes + labels, return_counts=True)
+    starts = np.searchsorted(pairs // n_classes, np.arange(group.max() + 2))
+    return group, starts, pairs % n_classes, counts
+
+
+def _large_first(group: Index, random: np.random.Generator) -> Index:
+    """Numbers of groups, by size, in a random order where sizes are equal."""
+    sizes = np.bincount(group)
+    shuffled = random.permutation(len(sizes))
+    ordered: Index = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
+    return ordered

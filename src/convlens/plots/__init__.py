@@ -1,7 +1,8 @@
 """From arrays to matplotlib figures: the only package that imports matplotlib.
 
 Every function returns a new `Figure`; `save` writes one as PNG. It knows nothing of models or
-runs. A new plot is a function in `charts` (numbers) or `pictures`, and a line in `PLOTS`.
+runs. A new plot is a function in `charts` (numbers), `several` (many runs) or `pictures`,
+and a line in `PLOTS`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from convlens.plots.charts import (
     curves,
     learning_rate,
     reliability,
-    seed_curves,
 )
 from convlens.plots.pictures import augmented_batch, contact_sheet, worst_mistakes
+from convlens.plots.several import seed_curves, setting_curves
 from convlens.plots.style import save
 
 PLOTS: dict[str, Callable[..., Figure]] = {
     "curves": curves,
     "seed_curves": seed_curves,
+    "setting_curves": setting_curves,
     "learning_rate": learning_rate,
     "confusion": confusion,
     "reliability": reliability,
@@ -44,5 +46,6 @@ __all__ = [
     "reliability",
     "save",
     "seed_curves",
+    "setting_curves",
     "worst_mistakes",
 ]

@@ -40,49 +40,17 @@ def curves(history: History, chosen_epoch: int | None = None, title: str = "") -
     `history` holds one value an epoch under `epoch`, `train_loss`, `val_loss`, `train_accuracy`
     and `val_accuracy`; NaN leaves a gap, a series that is missing or all NaN is left out.
     """
-    figure, panels = _two_panels(title)
+    figure, panels = two_panels(title)
     epochs = np.asarray(history["epoch"], dtype=np.float64)
     for axes, key in zip(panels, PANELS, strict=True):
         for part, words, look in PARTS:
-            values = _series(history, f"{part}_{key}")
+            values = series(history, f"{part}_{key}")
             if np.isfinite(values).any():
-                axes.plot(epochs, values, label=words, markevery=_sparse(len(epochs)), **look)
+                axes.plot(epochs, values, label=words, markevery=sparse(len(epochs)), **look)
         if chosen_epoch is not None and len(epochs):
-            _mark(axes, epochs, _series(history, f"val_{key}"), chosen_epoch, key)
-        _over_epochs(axes, epochs)
-    _legend(panels)
-    return figure
-
-
-@styled
-def seed_curves(histories: Sequence[History], title: str = "") -> Figure:
-    """Loss and accuracy of several seeds: each a thin line, and mean with +- 1 sd as a band.
-
-    The band (sample sd) covers the epochs that every seed reached: a mean over those that
-    happened to train longer would be of another experiment.
-    """
-    if not histories:
-        raise UsageError("there are no histories to draw")
-    spread = f": mean ± sd of {len(histories)} seeds" if len(histories) > 1 else ""
-    figure, panels = _two_panels(title, spread)
-    epochs = max((np.asarray(h["epoch"], dtype=np.float64) for h in histories), key=len)
-    common = min(len(history["epoch"]) for history in histories)
-    for axes, key in zip(panels, PANELS, strict=True):
-        for part, words, look in PARTS:
-            runs = [_series(history, f"{part}_{key}") for history in histories]
-            if not any(np.isfinite(run).any() for run in runs):
-                continue
-            for run in runs:
-                axes.plot(epochs[: len(run)], run, color=look["color"], linewidth=0.6, alpha=0.5)
-            shared = np.stack([run[:common] for run in runs])
-            mean = shared.mean(axis=0)
-            axes.plot(epochs[:common], mean, label=words, markevery=_sparse(common), **look)
-            if len(runs) > 1:
-                sd = shared.std(axis=0, ddof=1)
-                band = (epochs[:common], mean - sd, mean + sd)
-                axes.fill_between(*band, color=look["color"], alpha=0.2, linewidth=0)
-        _over_epochs(axes, epochs)
-    _legend(panels)
+            _mark(axes, epochs, series(history, f"val_{key}"), chosen_epoch, key)
+        over_epochs(axes, epochs)
+    legend(panels)
     return figure
 
 
@@ -98,7 +66,7 @@ def learning_rate(
     axes.set(xlabel=unit, ylabel="learning rate", title=fit(title, 45))
     axes.ticklabel_format(axis="y", scilimits=(-4, 4))
     axes.set_ylim(bottom=0)
-    _over_epochs(axes, np.asarray(positions, dtype=np.float64), unit)
+    over_epochs(axes, np.asarray(positions, dtype=np.float64), unit)
     return figure
 
 
@@ -214,7 +182,7 @@ def _errors(values: Floats, intervals: Sequence[tuple[float, float]]) -> Floats:
     return np.stack([values - low, high - values]).clip(min=0)
 
 
-def _two_panels(title: str, after: str = "") -> tuple[Figure, tuple[Axes, Axes]]:
+def two_panels(title: str, after: str = "") -> tuple[Figure, tuple[Axes, Axes]]:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     loss.set(ylabel="loss (nats)", title=fit(title, 35, after=after))
@@ -223,17 +191,17 @@ def _two_panels(title: str, after: str = "") -> tuple[Figure, tuple[Axes, Axes]]
     return figure, (loss, accuracy)
 
 
-def _series(history: History, key: str) -> Floats:
+def series(history: History, key: str) -> Floats:
     missing = [math.nan] * len(history["epoch"])
     return np.asarray(history.get(key, missing), dtype=np.float64)
 
 
-def _sparse(count: int) -> int:
+def sparse(count: int) -> int:
     """Every how many points a marker stands: all of few, about a dozen of many."""
     return 1 if count <= 30 else math.ceil(count / 12)
 
 
-def _over_epochs(axes: Axes, epochs: Floats, unit: str = "epoch") -> None:
+def over_epochs(axes: Axes, epochs: Floats, unit: str = "epoch") -> None:
     axes.set_xlabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if len(epochs) == 1:
@@ -264,7 +232,7 @@ def _mark(axes: Axes, epochs: Floats, values: Floats, chosen: int, key: str) -> 
     )
 
 
-def _legend(panels: Sequence[Axes]) -> None:
+def legend(panels: Sequence[Axes]) -> None:
     """Above the right panel, where no curve can run through it."""
     for axes in panels:
         handles, words = axes.get_legend_handles_labels()

@@ -1,0 +1,128 @@
+"""Curves of several runs: seeds, splits or folds of one recipe, and settings side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from convlens.errors import UsageError
+from convlens.plots.charts import (
+    PANELS,
+    PARTS,
+    Floats,
+    History,
+    legend,
+    over_epochs,
+    series,
+    sparse,
+    two_panels,
+)
+from convlens.plots.style import BLUE, VERMILION, fit, styled, width
+
+# Okabe and Ito's without yellow, which is too faint for a line on white.
+COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+MARKERS = "osD^vPX*"
+
+
+@styled
+def seed_curves(histories: Sequence[History], title: str = "", what: str = "") -> Figure:
+    """Loss and accuracy of several seeds: each a thin line, and mean with +- 1 sd as a band.
+
+    The band (sample sd) covers the epochs that every seed reached: a mean over those that
+    happened to train longer would be of another experiment. `what` says what the mean is over,
+    by default so many seeds.
+    """
+    if not histories:
+        raise UsageError("there are no histories to draw")
+    what = what or f"{len(histories)} seeds"
+    figure, panels = two_panels(title, f": mean ± sd of {what}" if len(histories) > 1 else "")
+    epochs = _longest(histories)
+    for axes, key in zip(panels, PANELS, strict=True):
+        for part, words, look in PARTS:
+            runs = [series(history, f"{part}_{key}") for history in histories]
+            if any(np.isfinite(run).any() for run in runs):
+                for run in runs:
+                    axes.plot(epochs[: len(run)], run, color=look["color"], lw=0.6, alpha=0.5)
+                _mean_and_band(axes, epochs, runs, {"label": words, **look})
+        over_epochs(axes, epochs)
+    legend(panels)
+    return figure
+
+
+@styled
+def setting_curves(
+    groups: Mapping[str, Sequence[History]], title: str = "", what: str = ""
+) -> Figure:
+    """Validation loss and accuracy of several settings, each a line of its own look.
+
+    A setting of several runs is their mean, with +- 1 sd (sample) as a band, over the epochs that
+    all of them reached. Settings that were not validated show their training numbers.
+
+    Args:
+        groups: by the name of the setting, one history a run.
+        what: what the means are over, e.g. `3 seeds`; goes into the title.
+    """
+    if not groups or not all(groups.values()):
+        raise UsageError("there are no histories to draw")
+    several = any(len(histories) > 1 for histories in groups.values())
+    after = f": mean ± sd of {what}" if several and what else ""
+    columns = _columns(list(groups))
+    figure, panels = two_panels(title, after)
+    rows = -(-len(groups) // columns)
+    figure.set_size_inches(8, 3.2 + 0.19 * rows)
+    part = "val" if any(_validated(histories) for histories in groups.values()) else "train"
+    for axes, key in zip(panels, PANELS, strict=True):
+        for number, (name, histories) in enumerate(groups.items()):
+            runs = [series(history, f"{part}_{key}") for history in histories]
+            look = {"label": fit(name, 30), **_look(number)}
+            _mean_and_band(axes, _longest(histories), runs, look)
+        over_epochs(axes, _longest([h for histories in groups.values() for h in histories]))
+        words = "validation" if part == "val" else "training"
+        axes.set_ylabel(f"{words} {axes.get_ylabel()}")
+    handles, words_ = panels[0].get_legend_handles_labels()
+    figure.legend(handles, words_, loc="outside lower center", ncols=columns, handlelength=3.2)
+    return figure
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Colour, dashes and marker of the n-th line: no two alike among 28."""
+    again, colour = divmod(number, len(COLOURS))
+    return {
+        "color": COLOURS[colour],
+        "linestyle": DASHES[(colour + again) % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 3.5,
+        "linewidth": 1.3,
+    }
+
+
+def _columns(names: Sequence[str]) -> int:
+    """How many names with their lines fit beside each other below the panels."""
+    each = max(width(fit(name, 30)) for name in names) + 6
+    return max(1, min(len(names), int(64 // each)))  # 8 inches are 64 of 9 points
+
+
+def _longest(histories: Sequence[History]) -> Floats:
+    return max((np.asarray(h["epoch"], dtype=np.float64) for h in histories), key=len)
+
+
+def _validated(histories: Sequence[History]) -> bool:
+    return any(np.isfinite(series(history, "val_loss")).any() for history in histories)
+
+
+def _mean_and_band(
+    axes: Axes, epochs: Floats, runs: Sequence[Floats], look: Mapping[str, Any]
+) -> None:
+    common = min(map(len, runs))
+    shared = np.stack([run[:common] for run in runs])
+    mean = shared.mean(axis=0)
+    axes.plot(epochs[:common], mean, markevery=sparse(common), **look)
+    if len(runs) > 1:
+        sd = shared.std(axis=0, ddof=1)
+        band = (epochs[:common], mean - sd, mean + sd)
+        axes.fill_between(*band, color=look["color"], alpha=0.2, linewidth=0)
