@@ -18,8 +18,8 @@ test: $(VENV)/.dev
 check: $(VENV)/.dev lint types test
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check $(SOURCES) examples
-	$(BIN)/ruff format --check $(SOURCES) examples
+	$(BIN)/ruff check $(SOURCES) examples experiments
+	$(BIN)/ruff format --check $(SOURCES) examples experiments
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from convlens import modelfile, models, recipe
 from convlens.beginning import _some_images
+from convlens.checking import check
 from convlens.data.opening import Split
 from convlens.errors import UsageError
 from convlens.models.fastnet import WHITEN_EPS, FastNet, whitening_filters
-from convlens.preparing import check, prepare
+from convlens.preparing import prepare
 from convlens.run import Preprocessing
 from support import PLAN, Memory, images_of, pictures, same, tiny
 

@@ -181,7 +181,8 @@ def test_a_network_that_skips_over_the_boundary_is_found_out() -> None:
 
 FROZEN = (
     "data.name=shapes", "data.count=90", "data.image_size=32", "data.val_fraction=0.2",
-    "model.trainable=layer4+", "train.epochs=3", "train.batch_size=16", "train.precision=fp32",
+    "augment=[]", "model.trainable=layer4+", "train.epochs=3", "train.batch_size=16",
+    "train.precision=fp32",
     "train.memory_format=contiguous", "optim.lr=0.05", "train.patience=null", "train.keep=last",
 )  # fmt: skip
 

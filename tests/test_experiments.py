@@ -1,0 +1,60 @@
+"""The report's scripts as a user runs them: trained once, inference when run again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands import environment, picture
+
+SCRIPTS = Path(__file__).parent.parent / "experiments"
+FEW = (
+    "data.name=digits", "data.per_class=4", "data.image_size=16", "data.val_fraction=0.1",
+    "train.epochs=1", "train.batch_size=20",
+)  # fmt: skip
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *FEW, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_script_trains_once_and_then_does_inference(tmp_path: Path) -> None:
+    first = run("resnet_tiny.py")
+    assert "the report: 45 to 50%" in first
+    (folder,) = Path("models").iterdir()
+    assert folder.name.startswith("resnet18-tiny-")
+    assert (Path("plots") / folder.name / "curves.png").exists()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    again = run("resnet_tiny.py", picture(tmp_path / "one.png", (200,)))
+    assert "trained already" in again
+    assert "one.png: " in again
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_four_settings_are_one_script() -> None:
+    from convlens import train
+
+    train("pretrain", [*FEW, "model.stem=imagenet"], name="backbone", test=False, quiet=True)
+    said = run("resnet_18_pre.py", "model.weights=backbone")
+    for setting, reported in (("last4-adam", "78.29%"), ("last5-sgd-cosine", "81.6%")):
+        assert any(line.startswith(setting) and reported in line for line in said.splitlines())
+    assert len(list(Path("models").iterdir())) == 5
+
+
+@pytest.mark.parametrize("script", ["mnist.py", "mnist_reg.py", "resnet_18.py"])
+def test_every_script_names_a_recipe_that_exists(script: str) -> None:
+    from convlens import recipe
+
+    text = (SCRIPTS / script).read_text("utf-8")
+    assert any(f'experiment("{name}"' in text for name in recipe.names())
