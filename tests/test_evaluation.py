@@ -223,7 +223,7 @@ def test_wrong_names_are_refused(small: Path) -> None:
     refused(errors_of("smal"), 2, "no run called 'smal'", "did you mean small?")
     refused(errors_of("models/none"), 4, "no such run")
     refused(errors_of("x.safetensors"), 4, "no such run")
-    refused(errors_of("small", "--split", "tset"), 2, "no split called", "test, val, train")
+    refused(errors_of("small", "--split", "tset"), 2, "unknown split 'tset'", "did you mean test?")
     refused(errors_of("small", "--data", "digts"), 2, "digits")
     refused(errors_of("small", "--data", "no/where"), 3, "no such file or folder")
     refused(errors_of("small", "--device", "cuda:77"), 2, "cuda:77")

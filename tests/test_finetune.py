@@ -179,6 +179,21 @@ def test_a_network_that_skips_over_the_boundary_is_found_out() -> None:
     assert not trunk.fits_together(model, ["first"], torch.randn(2, 3, 4, 4))
 
 
+def test_a_network_that_asserts_that_its_input_is_an_image_is_found_out() -> None:
+    class Asserts(nn.Module):  # as torchvision's vision transformers do
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 3, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            torch._assert(images.shape[1] == 3, "three channels")
+            return self.second(self.first(images))
+
+    model = Asserts()
+    model.first.requires_grad_(False)
+    assert not trunk.fits_together(model, ["first"], torch.randn(2, 3, 4, 4))
+
+
 FROZEN = (
     "data.name=shapes", "data.count=90", "data.image_size=32", "data.val_fraction=0.2",
     "augment=[]", "model.trainable=layer4+", "train.epochs=3", "train.batch_size=16",
@@ -253,9 +268,19 @@ def test_views_that_cannot_be_are_refused() -> None:
         [],
         ["model.trainable=all", "augment=[RandomHorizontalFlip]"],
         ["augment=[MixUp]"],
+        ["augment=[RandomHorizontalFlip]", "train.cache_trunk=false"],
     ):
         with pytest.raises(UsageError, match=r"train\.views=2"):
             begin(recipes.load("resnet18", [*FROZEN, "train.views=2", *more]), "refused")
+
+
+def test_views_are_refused_where_later_layers_read_past_the_trunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trunk, "fits_together", lambda *_: False)
+    views = ["augment=[RandomHorizontalFlip]", "train.views=2"]
+    with pytest.raises(UsageError, match="later layers read more than the output of layer3"):
+        begin(recipes.load("resnet18", [*FROZEN, *views]), "refused")
 
 
 def test_activations_that_do_not_fit_are_computed_anew_each_epoch(

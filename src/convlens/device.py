@@ -70,6 +70,11 @@ def choose(asked: str | None = None) -> str:
         torch.Generator(asked)  # `meta` has memory, but no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
+        # Where torch lists its twenty device types, or its build options, at length.
+        if reason.startswith("Expected one of"):
+            reason = "there is no such device; NVIDIA's are cuda, cuda:1 and so on, Apple's is mps"
+        elif isinstance(error, NotImplementedError):
+            reason = "this PyTorch is built without it"
         raise UsageError(
             f"device {asked!r} can't be used: {reason}",
             fix="leave out --device to take the best one there is, or use --device cpu",

@@ -18,8 +18,9 @@ import torch
 from convlens import device, metrics, picturing, run, views
 from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, load_foreign
-from convlens.errors import DataError, UsageError
+from convlens.errors import DataError
 from convlens.inference import Answers, placed, split_answers
+from convlens.names import pick
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
@@ -98,8 +99,7 @@ def evaluate(
         UsageError: no such split or views; DataError: the images changed since training, or a
             class that the model doesn't know.
     """
-    if split not in SPLITS:
-        raise UsageError(f"no split called {split!r}", fix=f"choose from: {', '.join(SPLITS)}")
+    pick(dict.fromkeys(SPLITS), split, "split")
     views.chosen(tta)  # a typo must not cost the loading of a data set
     loaded = run.load_model(place.model_path)
     where = device.choose(on)

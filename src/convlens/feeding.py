@@ -65,10 +65,17 @@ def feed(recipe: Recipe, data: Data, model: nn.Module, images: Batches) -> Feed:
     fixed = bool(options.views) or not recipe.operations
     if not (prefix and fixed and options.cache_trunk):
         return plain
-    sample = data.train.rows.gather(torch.arange(min(8, len(data.train)))).to(plan.device)
-    if not trunk.fits_together(model, prefix, normalise(sample, plan)):
-        return plain
-    return _cached(recipe, data, model, images, prefix) or plain
+    few = data.train.rows.gather(torch.arange(min(8, len(data.train)))).to(plan.device)
+    sample = normalise(few, plan)
+    if trunk.fits_together(model, prefix, sample):
+        return _cached(recipe, data, model, images, prefix, sample) or plain
+    if options.views:
+        raise UsageError(
+            f"train.views={options.views} keeps the activations of frozen layers, but here "
+            f"later layers read more than the output of {prefix[-1]}",
+            fix="leave out train.views, or freeze up to another layer with model.trainable",
+        )
+    return plain
 
 
 def _check_views(recipe: Recipe, prefix: list[str]) -> None:
@@ -76,6 +83,7 @@ def _check_views(recipe: Recipe, prefix: list[str]) -> None:
     reason = "the first layer of this network learns" * (not prefix)
     reason = reason or "there is no augmentation" * (not recipe.operations)
     reason = reason or f"{' and '.join(mixes)} mixes labels anew in each batch" * bool(mixes)
+    reason = reason or "train.cache_trunk=false computes them anew" * (not recipe.train.cache_trunk)
     if reason:
         raise UsageError(
             f"train.views={recipe.train.views} is for augmented images before a frozen trunk, "
@@ -85,11 +93,10 @@ def _check_views(recipe: Recipe, prefix: list[str]) -> None:
 
 
 def _cached(
-    recipe: Recipe, data: Data, model: nn.Module, images: Batches, prefix: list[str]
+    recipe: Recipe, data: Data, model: nn.Module, images: Batches, prefix: list[str], sample: Tensor
 ) -> Feed | None:
     """Everything computed once; None where it does not fit into memory."""
-    plan, normalise, views = images.plan, images.normalise, recipe.train.views or 1
-    sample = normalise(data.train.rows.gather(torch.arange(1)).to(plan.device), plan)
+    plan, views = images.plan, recipe.train.views or 1
     each = trunk.image_bytes(model, prefix, sample, plan)
     size = each * len(data.train) * views + 2 * each * len(data.val)
     budget = device.memory_budget(plan.device)

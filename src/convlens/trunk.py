@@ -78,13 +78,14 @@ def fits_together(model: nn.Module, prefix: Sequence[str], images: Tensor) -> bo
 
     Tried on normalised `images` `[B, C, H, W]` in eval mode.
     """
-    try:
-        with torch.no_grad():
-            whole = model.eval()(images)
-            parts = tail(model, prefix).eval()(_reached(model, prefix[-1], images))
-        return bool(torch.allclose(whole, parts, rtol=1e-3, atol=1e-4))
-    except (RuntimeError, ValueError, AttributeError):  # it looks at its input's shape
-        return False
+    with torch.no_grad():
+        whole = model.eval()(images)
+        reached = _reached(model, prefix[-1], images)
+        try:
+            parts = tail(model, prefix).eval()(reached)
+        except Exception:
+            return False
+    return whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-3, atol=1e-4)
 
 
 def compute(

@@ -60,7 +60,8 @@ def check(config: ModelConfig) -> None:
     if _is_timm(spec, config.name):
         if importlib.util.find_spec("timm") is None:
             raise UsageError(
-                f"model.weights={spec} of {config.name} needs timm", fix="pip install timm"
+                f"model.weights={spec} of {config.name} needs timm, which is not installed",
+                fix='pip install "convlens[timm]" brings it',
             )
     elif spec == "default" or _MEMBER.fullmatch(spec):
         _member(spec, config.name)
