@@ -1,11 +1,11 @@
 """Accuracy of a recipe over several seeds, with times: one command per recipe.
 
     python benchmarks/accuracy.py RECIPE|DATA [key=value ...] [--settings all] [--seeds N]
-                                  [--splits S] [--refit] [--as NAME]
+                                  [--splits S] [--refit] [--no-test] [--as NAME]
 
 Trains in `models/` (a run that is finished already is only evaluated), chooses by validation,
-tests once, and keeps the result in `benchmarks/results/accuracy-<name>.json`; of settings, in a
-file each.
+tests once (or not at all), and keeps the result in `benchmarks/results/accuracy-<name>.json`;
+of settings, in a file each.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def figures_of(summary: Summary) -> dict[str, Any]:
         "epochs": [outcome.epochs[1] for outcome in outcomes],
         "kept_epochs": [outcome.epochs[0] for outcome in outcomes],
         "plan": facts["plan"],
+        "hardware": facts["hardware"],  # that of the training, which may be another one
         "train_accuracy_last": [row["train_accuracy"] for row in last],
         "val_accuracy_last": [row["val_accuracy"] for row in last],
         "splits": facts["data"]["splits"],
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--no-test", action="store_true", help="accuracies are of validation")
     parser.add_argument("--as", dest="called", help="name of the result")
     parser.add_argument("--data")
     # Intermixed, so that overrides may stand behind an option as well.
@@ -51,10 +53,18 @@ def main() -> None:
         arguments.what, arguments.settings, data=arguments.data, overrides=arguments.overrides
     )
     table = several.train_many(
-        asked, splits=arguments.splits, seeds=arguments.seeds, refit=arguments.refit
+        asked,
+        splits=arguments.splits,
+        seeds=arguments.seeds,
+        refit=arguments.refit,
+        test=not arguments.no_test,
     )
-    for summary in table.summaries:
+    compared = zip(table.summaries, table.gains(), strict=True)
+    for number, (summary, (gain, gain_sd)) in enumerate(compared):
         figures = figures_of(summary) | {
+            "place": number,
+            "over_first": gain,
+            "over_first_sd": gain_sd,
             "recipe": arguments.what,
             "overrides": arguments.overrides,
             "refit": table.refit,

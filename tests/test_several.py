@@ -133,6 +133,18 @@ def test_folds_are_pooled_over_their_images() -> None:
     assert two.sd == pytest.approx((6 / 30) / math.sqrt(2))
 
 
+def test_settings_are_compared_within_splits_and_seeds() -> None:
+    # By hand: gains of 2, 4 and 6 points: mean 4, sample deviation 2, whatever the seeds' own.
+    first = summary(*((0, seed, None, Looked(n, 100)) for seed, n in enumerate((50, 70, 60))))
+    other = summary(*((0, seed, None, Looked(n, 100)) for seed, n in enumerate((52, 74, 66))))
+    assert other.over(first) == pytest.approx((0.04, 0.02))
+    assert first.over(other) == pytest.approx((-0.04, 0.02))
+    assert summary((0, 0, None, Looked(9, 10))).over(summary((0, 0, None, Looked(8, 10)))) == (
+        pytest.approx(0.1),
+        None,
+    )
+
+
 def test_a_sum_with_something_unknown_is_unknown() -> None:
     assert added([1.0, 2.5]) == 3.5
     assert added([1.0, None]) is None
@@ -206,6 +218,8 @@ def test_all_settings_in_one_command() -> None:
         assert entry["interval95"] == entry["runs"][0]["interval95"]
         assert "settings" not in (Path(entry["runs"][0]["path"]) / "recipe.yaml").read_text()
     assert slow["parameters"] < wide["parameters"]
+    assert (slow["over_first"], slow["over_first_sd"]) == (0, None)
+    assert wide["over_first"] == pytest.approx(wide["mean"] - slow["mean"])
     assert slow["trainable_parameters"] == slow["parameters"]
     assert Path(done.json["plot"]).is_file()
     assert done.json["plot"].startswith("plots/few-settings-")
@@ -220,6 +234,7 @@ def test_a_table_of_settings_and_a_recipe_alone() -> None:
     assert [name for line in lines for name in line.split()[:1] if name in ("slow", "wide")] == [
         "wide", "slow",
     ]  # fmt: skip
+    assert "over wide" in lines[1] + lines[0]
     assert sorted(p.name for p in Path("models").iterdir()) == ["few-slow", "few-wide"]
     assert done.out.splitlines()[-1] == "plot   plots/few-settings/curves.png"
     # Without --settings the recipe as it stands.

@@ -49,12 +49,15 @@ def _conclusion(result: Table, summary: Summary, over: str) -> str:
 
 def _settings(result: Table) -> list[Row]:
     rows = []
-    for summary in result.summaries:
+    first = result.summaries[0].setting
+    for number, summary in enumerate(result.summaries):
         facts, validated = summary.outcomes[0].facts, summary.val_accuracy
         accuracy = _mean_sd(summary.mean, summary.sd)
         if summary.interval95 is not None:
             accuracy += f" ({_interval(summary.interval95)})"
         row = {"setting": summary.setting or "", f"{WORDS[result.split]} %": accuracy}
+        gain, sd = result.gains()[number]
+        row[f"over {first}"] = _mean_sd(gain, sd, sign="+") if number else "-"
         if result.split == "test":
             row["validation %"] = _mean_sd(*validated) if validated else "-"
         row |= {
@@ -116,8 +119,8 @@ def _interval(ends: tuple[float, float]) -> str:
     return f"{100 * low:.1f}-{100 * high:.1f}"
 
 
-def _mean_sd(mean: float, sd: float | None) -> str:
-    return _percent(mean) + ("" if sd is None else f" ± {_percent(sd)}")
+def _mean_sd(mean: float, sd: float | None, sign: str = "") -> str:
+    return f"{100 * mean:{sign}.2f}" + ("" if sd is None else f" ± {_percent(sd)}")
 
 
 def _epochs(outcomes: Sequence[Outcome]) -> str:

@@ -180,6 +180,15 @@ class Summary:
         known = [value for value in values if value is not None]
         return metrics.mean_sd(known) if len(known) == len(values) else None
 
+    def over(self, other: Summary) -> tuple[float, float | None]:
+        """Mean and sample deviation of how much more accurate this is than `other`.
+
+        Both are differences within a split and seed, which two settings have in common: what a
+        lucky split or seed gives to both falls out.
+        """
+        pairs = zip(self.accuracies, other.accuracies, strict=True)
+        return metrics.mean_sd([mine - its for mine, its in pairs])
+
     def mean_of(self, key: str) -> float | None:
         """Mean over splits and seeds of `training_seconds` or `cpu_seconds`."""
         spent = added([repeat.total(key) for repeat in self.repeats])
@@ -239,6 +248,11 @@ class Table:
         kept = {o.planned.recipe.train.keep for o in self.outcomes}
         return self.split == "val" and "best" in kept
 
+    def gains(self) -> list[tuple[float, float | None]]:
+        """For each setting, how much more accurate it is than the first (`Summary.over`)."""
+        first, *others = self.summaries
+        return [(0.0, None), *(summary.over(first) for summary in others)]
+
     def histories(self) -> dict[str, list[list[Row]]]:
         """The epochs of every run by setting."""
         return {s.setting or "": [o.history for o in s.outcomes] for s in self.summaries}
@@ -258,7 +272,10 @@ class Table:
             "refit": self.refit,
             "flattered": self.flattered,
             "plot": str(self.plot),
-            "settings": [summary.to_dict() for summary in self.summaries],
+            "settings": [
+                summary.to_dict() | {"over_first": gain, "over_first_sd": sd}
+                for summary, (gain, sd) in zip(self.summaries, self.gains(), strict=True)
+            ],
         }
 
 
