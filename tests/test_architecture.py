@@ -30,6 +30,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     5: (
         "checking", "beginning", "feeding", "preparing", "weights", "resuming", "picturing",
         "evaluation", "prediction", "training", "tabling", "several", "estimator", "asking",
+        "inspection",
     ),
     6: ("api", "showing", "showing_runs"),
     7: ("__init__",),

@@ -21,7 +21,6 @@ from convlens.data import Data, Split, load, load_foreign
 from convlens.errors import DataError
 from convlens.inference import Answers, placed, split_answers
 from convlens.names import pick
-from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
 
@@ -103,21 +102,36 @@ def evaluate(
     views.chosen(tta)  # a typo must not cost the loading of a data set
     loaded = run.load_model(place.model_path)
     where = device.choose(on)
-    recipe = load_recipe(loaded.card["recipe"])
     with quieted(quiet):
-        if data is None:
-            part, classes, name, fingerprint = _own(recipe, loaded, split, where)
-        else:
-            part, classes, name, fingerprint = _foreign(str(data), loaded, split, where)
-        labels = _by_name(part.labels, classes, loaded.classes, name)
-        part = replace(part, labels=labels)
+        part, name, fingerprint = judged_by(loaded, split, data=data, on=where)
         return _measure(place, loaded, part, split, name, fingerprint, where, tta)
 
 
-def _own(
-    recipe: Recipe, loaded: Loaded, split: str, where: str
-) -> tuple[Split, Sequence[str], str, str]:
-    data = load(recipe.data, memory_budget=device.memory_budget(where))
+def judged_by(
+    loaded: Loaded, split: str, *, data: str | Path | None = None, on: str
+) -> tuple[Split, str, str]:
+    """A split of the model's own data or of another set, labels in the model's order of classes.
+
+    With the set's name and fingerprint. Errors are those of `evaluate`.
+    """
+    if data is None:
+        own = own_data(loaded, on)
+        found = _part(own, split), own.classes, own.name, own.fingerprint
+    else:
+        found = _foreign(str(data), loaded, split, on)
+    part, classes, name, fingerprint = found
+    labels = _by_name(part.labels, classes, loaded.classes, name)
+    return replace(part, labels=labels), name, fingerprint
+
+
+def own_data(loaded: Loaded, on: str) -> Data:
+    """The data that the model was trained on, with its splits; the test split is still sealed.
+
+    Raises:
+        DataError: the images changed since, or have moved.
+    """
+    recipe = load_recipe(loaded.card["recipe"])
+    data = load(recipe.data, memory_budget=device.memory_budget(on))
     began = loaded.card["data"]["fingerprint"]
     if data.fingerprint != began:
         raise DataError(
@@ -126,7 +140,7 @@ def _own(
             where=data.name,
             fix="evaluate with --data to test on them as they are, or train anew with --fresh",
         )
-    return _part(data, split), data.classes, data.name, data.fingerprint
+    return data
 
 
 def _part(data: Data, split: str) -> Split:
@@ -143,7 +157,7 @@ def _part(data: Data, split: str) -> Split:
 
 def _foreign(
     name: str, loaded: Loaded, split: str, where: str
-) -> tuple[Split, Sequence[str], str, str]:
+) -> tuple[Split, tuple[str, ...], str, str]:
     pre = loaded.preprocessing
     return load_foreign(
         name,

@@ -1,0 +1,83 @@
+"""What is looked at: runs and networks of libraries, and the images they are shown."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import convlens
+from convlens.errors import DataError, UsageError
+from convlens.inspection.subjects import Subject, choose_pictures, open_subject, worst
+from support import TINY
+
+
+@pytest.fixture
+def run() -> Subject:
+    convlens.train(TINY, name="small", quiet=True)
+    return open_subject("small", on="cpu")
+
+
+def test_images_are_found_by_split_class_and_mistake(run: Subject) -> None:
+    test = run.split("test")
+    one, *others = choose_pictures(run, ["test:17", "class:3:2", "worst:4", "train:0"])
+    assert (one.name, one.label) == ("test:17", int(test.labels[17]))
+    assert torch.equal(one.pixels, test.rows.gather(torch.tensor([17]))[0])
+    threes = (test.labels == run.classes.index("3")).nonzero()[:2, 0].tolist()
+    assert [p.name for p in others[:2]] == [f"test:{i}" for i in threes]
+    assert others[-1].name == "train:0"
+    # The surest mistakes, by a loop.
+    with torch.inference_mode():
+        chances = run.model(run.prepared(test.rows.gather(torch.arange(len(test))))).softmax(1)
+    wrong = [
+        (float(row[label]), i)
+        for i, (row, label) in enumerate(zip(chances, test.labels.tolist(), strict=True))
+        if int(row.argmax()) != label
+    ]
+    assert worst(run, test).tolist() == [i for _, i in sorted(wrong)]
+    assert [p.name for p in others[2:-1]] == [f"test:{i}" for _, i in sorted(wrong)[:4]]
+
+
+def test_files_go_through_the_decoder_of_training(run: Subject) -> None:
+    Image.fromarray(np.full((20, 30, 3), 200, dtype=np.uint8)).save("grey.png")
+    (picture,) = choose_pictures(run, ["grey.png"])
+    pre = run.loaded.preprocessing
+    assert picture.pixels.shape == (pre.channels, pre.image_size, pre.image_size)
+    assert (picture.name, picture.label, set(picture.pixels.flatten().tolist())) == (
+        "grey.png", None, {200},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["test:99999"], "test:99999 isn't there"),
+        (["test:x"], "'x' is no number"),
+        (["class:tree:2"], "unknown class 'tree'"),
+        ([], "no images"),
+    ],
+)
+def test_images_that_are_not_there(run: Subject, asked: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        choose_pictures(run, asked)
+
+
+def test_files_that_are_no_images(run: Subject) -> None:
+    with open("broken.png", "wb") as file:
+        file.write(b"nothing")
+    with pytest.raises(DataError, match="can't be read"):
+        choose_pictures(run, ["broken.png"])
+    with pytest.raises(DataError, match="not found"):
+        choose_pictures(run, ["missing.png"])
+
+
+def test_a_network_of_torchvision_is_looked_at_without_a_run() -> None:
+    subject = open_subject("squeezenet1_1:none", on="cpu")
+    assert len(subject.classes) == 1000
+    assert not subject.model.training
+    assert subject.prepared(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape[2] == 224
+    with pytest.raises(UsageError, match="no run of convlens"):
+        subject.split("test")
+    with pytest.raises(UsageError, match="no run called 'squeezenet9'"):
+        open_subject("squeezenet9", on="cpu")
