@@ -19,6 +19,8 @@ from commands import here, picture, pictures, refused
 from convlens import engine, modelfile, models, run, training, weights
 from convlens.checking import check
 from convlens.data import fetching
+from convlens.data.batches import Normalise
+from convlens.device import Plan
 from convlens.errors import ModelFileError, Stopped, UsageError
 from convlens.preparing import prepare
 from convlens.run import RunFolder
@@ -30,6 +32,9 @@ from support import begin, images_of, same, tiny
 def train(*overrides: str, name: str, **options: Any) -> RunFolder:
     settings: dict[str, Any] = {"test": False, "on": "cpu", "quiet": True}
     return training.train(tiny(*overrides), name=name, **{**settings, **options})
+
+
+PLAN = Plan("cpu", "fp32", "contiguous")
 
 
 def asked(spec: str, name: str = "resnet18") -> ModelConfig:
@@ -279,6 +284,33 @@ def test_a_download_is_checked_kept_and_used_again(
     assert first.sha256 == hashlib.sha256(content).hexdigest()
     assert first.mean == [0.485, 0.456, 0.406]
     assert first.classes is None
+
+
+def test_weights_from_tensorflow_see_pixels_as_they_did_there(
+    data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.models import GoogLeNet_Weights, googlenet
+
+    torch.manual_seed(0)
+    theirs = googlenet(num_classes=7, transform_input=True, init_weights=True).eval()
+    stream = io.BytesIO()
+    torch.save(theirs.state_dict(), stream)
+    content = stream.getvalue()
+    file = f"googlenet-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    member = GoogLeNet_Weights.IMAGENET1K_V1
+    monkeypatch.setattr(member.value, "url", f"http://127.0.0.1:9/{file}")
+    (data_root / "weights").mkdir(parents=True)
+    (data_root / "weights" / file).write_bytes(content)
+
+    found = weights.find(asked("default", "googlenet"))
+    ours = models.build("googlenet", 7, 3, 64, {}).eval()
+    weights.start(found, ours, tuple("abcdefg"))
+    images = torch.rand(2, 3, 64, 64)
+    transforms = member.transforms()
+    with torch.no_grad():
+        its = theirs(Normalise(transforms.mean, transforms.std)(images, PLAN))
+        mine = ours(Normalise(found.mean or [], found.std or [])(images, PLAN))
+    torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
 
 
 def test_a_grey_run_from_torchvisions_weights(

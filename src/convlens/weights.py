@@ -32,6 +32,10 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # `IMAGENET1K_V1`, `DEFAULT` or, with its table, `ResNet18_Weights.IMAGENET1K_V1`.
 _MEMBER = re.compile(r"(?:(\w+_Weights)\.)?(IMAGENET\w*|DEFAULT)|(\w+_Weights)\.(\w+)")
 
+# Their weights come from TensorFlow and take pixels as (x - 0.5) / 0.5. torchvision normalises as
+# for ImageNet and undoes it inside (`transform_input`), where we build them without.
+FROM_TENSORFLOW = ("googlenet", "inception_v3")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -94,13 +98,14 @@ def find(config: ModelConfig) -> Source:
         path = _downloaded(member.url)
         contents = tensorfiles.read(path)
         transforms = member.transforms()
+        half = [0.5] * 3 if config.name in FROM_TENSORFLOW else None
         return Source(
             tensors=contents.tensors,
             origin=f"torchvision {type(member).__name__}.{member.name}",
             where=str(path),
             sha256=contents.sha256,
-            mean=getattr(transforms, "mean", None),
-            std=getattr(transforms, "std", None),
+            mean=half or getattr(transforms, "mean", None),
+            std=half or getattr(transforms, "std", None),
         )
     path, origin = _locate(spec, config.name)
     contents = tensorfiles.read(path)
