@@ -87,14 +87,14 @@ def settings(results: list[dict[str, Any]]) -> str:
             f"{first['n']:,}) of the last weights, and what each adds to `{first['setting']}` "
             "within the same seed.",
             "",
-            "| setting | validation | over the first | CPU s a run |",
-            "|---|---|---|---|",
+            "| setting | validation | over the first | its loss, nats | CPU s a run |",
+            "|---|---|---|---|---|",
         ]
         for r in group:
             gain = "–" if r is first else f"{100 * r['over_first']:+.2f}{_sd(r['over_first_sd'])}"
             lines.append(
                 f"| `{r['setting']}` | {100 * r['mean']:.2f}{_sd(r['sd'])}% | {gain} | "
-                f"{_mean(r.get('cpu_seconds'))} |"
+                f"{statistics.fmean(r['losses']):.2f} | {_mean(r.get('cpu_seconds'))} |"
             )
         lines += ["", *_circumstances(group), ""]
     return "\n".join(lines)
