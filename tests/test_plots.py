@@ -54,6 +54,16 @@ def texts(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
+def maps(*shape: int, size: int = 3) -> np.ndarray:
+    generator = np.random.default_rng(1)
+    return generator.normal(size=(*shape, size, size)).astype(np.float32)
+
+
+def panel(count: int = 10, size: int = 3) -> plots.Panel:
+    none = np.zeros(count, dtype=bool)
+    return plots.Panel("layer", "note", np.abs(maps(count, size=size)), (0.0, 2.0), none, none)
+
+
 def examples() -> dict[str, Figure]:
     """One figure for every name in the table."""
     share = np.array([0.9, 0.5])
@@ -68,6 +78,14 @@ def examples() -> dict[str, Figure]:
         "contact_sheet": plots.contact_sheet(pictures(3), ["a", "b", "c"], "sheet"),
         "augmented_batch": plots.augmented_batch(pictures(3), pictures(3, seed=1)),
         "worst_mistakes": plots.worst_mistakes(pictures(1), ["cat"], ["dog"], [0.9]),
+        "activations": plots.activations(pictures(1)[0], [panel()], "run", "cat", "max: 1"),
+        "activations_side_by_side": plots.activations_side_by_side(
+            pictures(1)[0], [plots.Column("a", "cat", [panel()]), plots.Column("b", "dog", [])]
+        ),
+        "colour_filters": plots.colour_filters(maps(5, 3), list("abcde"), 1.0, "conv1", "note"),
+        "kernels": plots.kernels(maps(5, 8), list("abcde"), 1.0, "conv2", "note"),
+        "top_images": plots.top_images([pictures(3)], [[None] * 3], [("#1", "3/3 cat")], "layer"),
+        "made_inputs": plots.made_inputs(pictures(2), [("#1", "peak 3")] * 2, "layer", "note"),
     }
     assert set(made) == set(plots.PLOTS)
     return made
@@ -89,6 +107,22 @@ def test_every_plot_is_saved_with_its_size_and_the_same_bytes(tmp_path: Path) ->
         plots.save(figure, tmp_path / "theirs.png")
     ours = (tmp_path / "made" / "here" / "learning_rate.png").read_bytes()
     assert (tmp_path / "theirs.png").read_bytes() == ours, "the user's style changes nothing"
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_vector_figures_are_the_same_bytes_each_time(
+    kind: str, begins: bytes, tmp_path: Path
+) -> None:
+    for name in ("curves", "activations"):
+        written = []
+        for turn in range(2):
+            plots.save(examples()[name], tmp_path / f"{turn}.{kind}")
+            written.append((tmp_path / f"{turn}.{kind}").read_bytes())
+        assert written[0] == written[1]
+        assert written[0].startswith(begins)
+        assert b"20" + b"26" not in written[0][:400], "no date"
+    with pytest.raises(UsageError, match="no figures of format 'gif'"):
+        plots.save(examples()["curves"], tmp_path / "plot.gif")
 
 
 def test_dpi_and_folders_that_can_not_be_written(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ STEPS = 192
 CHANNELS = 8  # where none are named
 STARTS = 8  # random pictures a channel begins from, of which the best is taken
 RATE = 0.08  # of Adam
-SMOOTH, CALM = 2.0, 4.0  # weights of total variation and of the distance from grey
+SMOOTH, CALM = 1.2, 3.0  # weights of total variation and of the distance from grey
 SHIFT, TURN, ZOOM = 1 / 12, math.radians(8), 0.08  # of the random transformations
 CHUNK = 16  # channels at a time
 # Light, red against green, yellow against blue: nearly independent in natural images, with about
@@ -158,7 +158,9 @@ def _optimised(
         with layers.recording(subject.model, [layer]) as outputs:
             subject.model(pre.normalise(images, subject.plan))
         maps = layers.as_maps(outputs, [layer])[layer].flatten(2).mean(2)
-        return maps.gather(1, columns.repeat_interleave(len(images) // len(channels))[:, None])
+        chosen = columns.repeat_interleave(len(images) // len(channels))
+        found: Tensor = maps.gather(1, chosen[:, None])
+        return found
 
     with torch.no_grad():
         first = answers(_picture(starts.flatten(0, 1), scale)).reshape(len(channels), STARTS)
@@ -173,7 +175,8 @@ def _optimised(
         # The gradient of the logarithm: what it weighs against smoothness doesn't grow with it.
         gain = (given / torch.maximum(given.detach().abs(), size)).sum()
         loss = SMOOTH * _variation(images) + CALM * (images - 0.5).square().mean((1, 2, 3)).sum()
-        (waves.grad,) = torch.autograd.grad(loss - gain, waves)
+        (slope,) = torch.autograd.grad(loss - gain, waves)
+        waves.grad = slope.nan_to_num(0)  # a channel that gives NaN must not spoil its picture
         adam.step()
         advance(1)
     with torch.no_grad():
@@ -184,7 +187,8 @@ def _falling(size: int) -> Tensor:
     """The amplitude of each frequency of a picture of that size: 1 / frequency, as in nature."""
     across, along = torch.fft.rfftfreq(size), torch.fft.fftfreq(size)
     frequency = (along[:, None].square() + across.square()).sqrt()
-    return (1 / frequency.clamp_min(1 / size) / math.sqrt(size))[None, None]
+    found: Tensor = 1 / frequency.clamp_min(1 / size) / math.sqrt(size)
+    return found[None, None]
 
 
 def _picture(waves: Tensor, scale: Tensor) -> Tensor:
@@ -194,7 +198,8 @@ def _picture(waves: Tensor, scale: Tensor) -> Tensor:
     if planes.shape[1] == 3:
         mix = torch.tensor(COLOURS) * torch.tensor(DEVIATIONS)[:, None]
         planes = torch.einsum("kcij,cd->kdij", planes, mix.to(planes) * math.sqrt(3))
-    return planes.sigmoid()
+    found: Tensor = planes.sigmoid()
+    return found
 
 
 def _transformed(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -228,10 +233,10 @@ def figure(made: Made) -> Any:
         lines = [f"#{channel}", reached]
         if made.best is not None:
             best = made.best[number]
-            times = f" = {made.peaks[number] / best:.2g}×" if best > 0 else ""
-            lines = [f"#{channel}", f"{reached}{times}"]
+            times = f"{made.peaks[number] / best:.2g}× best" if best > 0 else f"best {best:.3g}"
+            lines = [f"#{channel}", reached, times]
         captions.append(lines)
-    against = f", and how many times that of the best of {made.split}" if made.split else ""
+    against = f"; times that of the best of {made.split}" if made.split else ""
     note = (
         "Pictures made to raise a channel's mean over all positions: frequencies and decorrelated "
         f"colours, random shifts, turns and scales, {made.steps} steps, seed {made.seed}. Peak: "

@@ -146,7 +146,7 @@ def _drawn(panel: Panel, *, square: bool) -> Pixels:
         side = round(side * high / broad)
     shown = tiles(panel.maps, panel.limits, side)
     for number in np.flatnonzero(panel.blank | panel.broken):
-        shown[number] = crossed(*shown.shape[1:3], bool(panel.broken[number]))
+        shown[number] = crossed(shown.shape[1], shown.shape[2], bool(panel.broken[number]))
     return mosaic(shown, columns)
 
 

@@ -27,7 +27,7 @@ from convlens.plots.style import GREY, styled
 
 WIDTH = 1050  # pixels: 7 inches, a page's width
 FILTER, KERNEL = 60, 18  # pixels of a tile
-PICTURE, MADE = 50, 128
+PICTURE, MADE = 50, 96
 LONG = 20  # rows beside each other beyond that
 
 
