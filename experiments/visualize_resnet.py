@@ -21,11 +21,8 @@ MODELS = {
 
 def trained(recipe: str) -> str | None:
     """The run of a recipe that was trained last: of its own name, or with its hash behind."""
-    ending = "-" + "[0-9a-f]" * 6
-    files = [
-        *Path("models").glob(f"{recipe}/model.safetensors"),
-        *Path("models").glob(f"{recipe}{ending}/model.safetensors"),
-    ]
+    names = [recipe, recipe + "-" + "[0-9a-f]" * 6]
+    files = [path for n in names for path in Path("models").glob(f"{n}/model.safetensors")]
     newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
     return newest.parent.name if newest else None
 

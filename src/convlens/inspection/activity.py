@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from convlens import metrics
 from convlens.errors import UsageError
-from convlens.inference import batch_logits
 from convlens.inspection import layers
 from convlens.inspection.subjects import Picture, Subject
 from convlens.names import pick
@@ -73,10 +73,10 @@ class Activity:
 
 def see(subject: Subject, picture: Picture, names: Sequence[str]) -> Activity:
     """The network's layers `names` for a picture."""
-    pixels = picture.pixels[None]
-    maps = layers.activations(subject.model, subject.prepared(pixels), names)
-    normalise = subject.loaded.preprocessing.normalise
-    logits = batch_logits(subject.model, pixels, normalise, subject.plan)
+    # One pass for both; a subject's network is in eval mode.
+    with torch.inference_mode(), layers.recording(subject.model, names) as outputs:
+        logits = subject.model(subject.prepared(picture.pixels[None])).float()
+    maps = layers.as_maps(outputs, names)
     arrays = {name: value[0].cpu().numpy() for name, value in maps.items()}
     return Activity(subject.name, subject.classes, picture, arrays, logits[0].cpu().numpy())
 
