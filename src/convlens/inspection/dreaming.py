@@ -30,7 +30,7 @@ CHANNELS = 8  # where none are named
 STARTS = 8  # random pictures a channel begins from, of which the best is taken
 RATE = 0.08  # of Adam
 SMOOTH, CALM = 1.2, 3.0  # weights of total variation and of the distance from grey
-SHIFT, TURN, ZOOM = 1 / 12, math.radians(8), 0.08  # of the random transformations
+SHIFT, TURN, ZOOM = 1 / 12, 0.14, 0.08  # of the random transformations; TURN in radians
 CHUNK = 16  # channels at a time
 # Light, red against green, yellow against blue: nearly independent in natural images, with about
 # these deviations (Ruderman, Cronin and Chiao 1998).

@@ -82,7 +82,15 @@ class Subject:
             self.data  # noqa: B018 (a network that is no run has none)
         key = name, None if data is None else str(data)
         if key not in self._splits:
-            found = evaluation.judged_by(self.loaded, name, data=data, on=self.plan.device)
+            try:
+                found = evaluation.judged_by(self.loaded, name, data=data, on=self.plan.device)
+            except UsageError as error:
+                if data is not None:
+                    raise
+                raise DataError(
+                    f"the images of {self.name} can't be found: {error.what}",
+                    fix="put them back where they were in training, or name image files",
+                ) from error
             self._splits[key] = found[0]
         return self._splits[key]
 

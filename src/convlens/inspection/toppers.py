@@ -136,18 +136,23 @@ def strongest(
             bar.advance(len(index))
     assert best is not None
     peaks_, numbers, places_ = (each.numpy() for each in best)
-    mean = sums.numpy() / len(split)
-    spread = np.sqrt(np.maximum(squares.numpy() / len(split) - mean**2, 0))
-    above = peaks_.mean(1) - mean
-    # Rounding leaves a trace of spread in a channel that never changes.
-    alive = spread > 1e-7 * np.maximum(np.abs(mean), 1e-30)
-    selectivity = np.where(alive, above / np.where(alive, spread, 1), 0.0)
-    selectivity = np.where(finite.numpy(), selectivity, np.nan)
+    selectivity = _selectivity(peaks_, sums.numpy(), squares.numpy(), len(split))
+    selectivity[~finite.numpy()] = np.nan
     where = np.stack([places_ // shape[1], places_ % shape[1]], axis=2)
     return TopImages(
         subject.name, layer, name, shape, peaks_, numbers, where, selectivity,
         split.labels.numpy(), subject.classes,
     )  # fmt: skip
+
+
+def _selectivity(peaks: Floats, sums: Floats, squares: Floats, count: int) -> Floats:
+    with np.errstate(invalid="ignore"):  # of channels that are not finite
+        mean = sums / count
+        spread = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        # Rounding leaves a trace of spread in a channel that never changes.
+        alive = spread > 1e-7 * np.maximum(np.abs(mean), 1e-30)
+        above = (peaks.mean(1) - mean) / np.where(alive, spread, 1)
+    return np.where(alive, above, 0.0)
 
 
 def _merged(

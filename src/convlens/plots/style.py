@@ -110,7 +110,7 @@ def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         FigureCanvasAgg(figure)
         # zlib's level 4 takes half the time of 6, and large figures are mostly compressing.
-        options = {"pil_kwargs": {"compress_level": 4}} if kind == "png" else {}
+        options: dict[str, Any] = {"pil_kwargs": {"compress_level": 4}} if kind == "png" else {}
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=FORMATS[kind], **options)
     write_atomic(Path(path), buffer.getvalue())
 
