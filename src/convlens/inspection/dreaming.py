@@ -24,6 +24,7 @@ from convlens.errors import UsageError
 from convlens.inspection import layers
 from convlens.inspection.subjects import Subject
 from convlens.inspection.toppers import TopImages
+from convlens.models import parts as parts_of
 
 STEPS = 192
 CHANNELS = 8  # where none are named
@@ -43,13 +44,15 @@ class Made:
     """Pictures uint8 `[K, C, S, S]` made for `channels` of a layer.
 
     `peaks` and `means` float64 `[K]` are what the picture, rounded to bytes, gives at its
-    strongest position and on average; `best` is the peak of the best image of `split`, None
+    strongest position and on average; `classes` what the channels stand for, if they are the
+    network's outputs; `best` is the peak of the best image of `split`, None
     where there is no data set.
     """
 
     run: str
     layer: str
     channels: list[int]
+    classes: list[str]
     images: npt.NDArray[np.uint8]
     peaks: list[float]
     means: list[float]
@@ -130,8 +133,10 @@ def make(
     maps = torch.cat(given).cpu()[rows, chosen].flatten(1).double()
     best = None if known is None else [float(known.peaks[each, 0]) for each in chosen]
     split = "" if known is None else f"{len(known.labels):,} {known.split} images"
+    outputs = layer == parts_of(subject.model).head and count == len(subject.classes)
+    names = [subject.classes[each] for each in chosen] if outputs else []
     return Made(
-        subject.name, layer, chosen, images.numpy(), maps.amax(1).tolist(), maps.mean(1).tolist(),
+        subject.name, layer, chosen, names, images.numpy(), maps.amax(1).tolist(), maps.mean(1).tolist(),
         best, split, seed, steps,
     )  # fmt: skip
 
@@ -230,11 +235,12 @@ def figure(made: Made) -> Any:
     captions = []
     for number, channel in enumerate(made.channels):
         reached = f"peak {made.peaks[number]:.3g}"
-        lines = [f"#{channel}", reached]
+        name = f" {made.classes[number]}" if made.classes else ""
+        lines = [f"#{channel}{name}", reached]
         if made.best is not None:
             best = made.best[number]
             times = f"{made.peaks[number] / best:.2g}× best" if best > 0 else f"best {best:.3g}"
-            lines = [f"#{channel}", reached, times]
+            lines = [lines[0], reached, times]
         captions.append(lines)
     against = f"; times that of the best of {made.split}" if made.split else ""
     note = (

@@ -187,10 +187,10 @@ def _panel(
     blank, broken = activity.blank(maps), activity.broken(maps)
     channels, high, wide = maps.shape
     amount = f"{len(shown):,} of {channels:,}" if len(shown) < channels else f"all {channels:,}"
+    amount += f", {broken.sum():,} NaN" if broken.any() else ""
     note = f"{high}×{wide}, {blank.sum():,} blank, "
-    note += f"{broken.sum():,} NaN, " if broken.any() else ""
     low, top = limits
-    note += f"±{top:.3g}" if low < 0 else f"0 to {top:.3g}"
+    note += f"±{top:.3g}" if low < 0 else f"0–{top:.3g}"
     return plots.Panel(f"{layer}: {amount}", note, maps[shown], limits, blank[shown], broken[shown])
 
 

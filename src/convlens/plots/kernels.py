@@ -73,10 +73,10 @@ def kernels(
 
     Colours diverge from 0 to plus and minus `limit`.
     """
-    page, label = Page(), 44
+    page, label = Page(), 52
     count, inputs = rows.shape[:2]
     limits = (-limit, limit)
-    strips = [mosaic(tiles(each, limits, KERNEL), inputs, gap=2) for each in rows]
+    strips = [mosaic(tiles(each, limits, KERNEL), inputs, gap=4) for each in rows]
     wide, high = strips[0].shape[1] + label + GAP, strips[0].shape[0] + 4
     columns = max(1, min(-(-count // 4), (WIDTH - GAP) // wide))
     width = max(columns * wide + GAP, 420)

@@ -160,8 +160,9 @@ def scale_bar(
 ) -> int:
     """A bar of the colours with a word at each end; returns the x behind it."""
     bar = coloured(np.linspace(*limits, 110, dtype=np.float32)[None].repeat(9, axis=0), limits)
-    left = x + round(len(ends[0]) * SMALL * DPI / 72 * 0.62)
+    em = SMALL * DPI / 72
+    left = x + round(width(ends[0]) * em) + 2
     page.write(x, y + 8, ends[0], color=GREY)
     page.put(left, y, bar)
     page.write(left + 116, y + 8, ends[1], color=GREY)
-    return left + 116 + round(len(ends[1]) * SMALL * DPI / 72 * 0.62) + 2 * GAP
+    return left + 116 + round(width(ends[1]) * em) + 2 * GAP
