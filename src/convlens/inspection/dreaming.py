@@ -45,8 +45,8 @@ class Made:
 
     `peaks` and `means` float64 `[K]` are what the picture, rounded to bytes, gives at its
     strongest position and on average; `classes` what the channels stand for, if they are the
-    network's outputs; `best` is the peak of the best image of `split`, None
-    where there is no data set.
+    network's outputs; `best` is the peak of the best image of `split`, None where there is no
+    data set.
     """
 
     run: str
@@ -136,8 +136,8 @@ def make(
     outputs = layer == parts_of(subject.model).head and count == len(subject.classes)
     names = [subject.classes[each] for each in chosen] if outputs else []
     return Made(
-        subject.name, layer, chosen, names, images.numpy(), maps.amax(1).tolist(), maps.mean(1).tolist(),
-        best, split, seed, steps,
+        subject.name, layer, chosen, names, images.numpy(), maps.amax(1).tolist(),
+        maps.mean(1).tolist(), best, split, seed, steps,
     )  # fmt: skip
 
 
