@@ -251,6 +251,8 @@ HISTORY = {
     for key in ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr")
 }
 SHEET = np.zeros((3, 3, 8, 8), np.uint8)
+KERNELS = np.ones((2, 3, 5, 5), np.float32)
+PANEL = plots.Panel("x", "y", KERNELS[0], (0.0, 1.0), np.zeros(3, bool), np.zeros(3, bool))
 DRAWN: dict[str, Callable[..., Figure]] = {
     "curves": lambda draw: draw(HISTORY, 2, "x"),
     "seed_curves": lambda draw: draw([HISTORY, HISTORY], "x"),
@@ -262,6 +264,12 @@ DRAWN: dict[str, Callable[..., Figure]] = {
     "contact_sheet": lambda draw: draw(SHEET, ["a", "b", "c"], "x"),
     "augmented_batch": lambda draw: draw(SHEET, SHEET, "x"),
     "worst_mistakes": lambda draw: draw(SHEET, ["a"] * 3, ["b"] * 3, [0.9] * 3, "x"),
+    "activations": lambda draw: draw(SHEET[0], [PANEL], "x", "y", "z"),
+    "activations_side_by_side": lambda draw: draw(SHEET[0], [plots.Column("a", "b", [PANEL])]),
+    "colour_filters": lambda draw: draw(KERNELS, ["1", "2"], 0.5, "x", "y"),
+    "kernels": lambda draw: draw(KERNELS, ["1", "2"], 0.5, "x", "y"),
+    "top_images": lambda draw: draw([SHEET], [[None] * 3], [("1", "a")], "x", "y"),
+    "made_inputs": lambda draw: draw(SHEET, [("1", "peak")] * 3, "x", "y"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from commands import environment, picture
+from support import TINY
 
 SCRIPTS = Path(__file__).parent.parent / "experiments"
 FEW = (
@@ -50,6 +52,31 @@ def test_the_four_settings_are_one_script() -> None:
     for setting, reported in (("last4-adam", "78.29%"), ("last5-sgd-cosine", "81.6%")):
         assert any(line.startswith(setting) and reported in line for line in said.splitlines())
     assert len(list(Path("models").iterdir())) == 5
+
+
+def test_the_sixth_script_shows_three_models_side_by_side() -> None:
+    from convlens import train
+
+    train(TINY, name="resnet18-tiny-0a1b2c", test=False, quiet=True)
+    models = Path("models")
+    shutil.copytree(models / "resnet18-tiny-0a1b2c", models / "resnet18-pretrained-last5-adam")
+
+    def look(*arguments: str) -> subprocess.CompletedProcess[str]:
+        script = [sys.executable, str(SCRIPTS / "visualize_resnet.py"), *arguments]
+        return subprocess.run(
+            script, capture_output=True, text=True, env=environment(), timeout=240
+        )
+
+    early = look()
+    assert early.returncode == 1
+    assert early.stderr == "not trained yet: the raw (resnet_18.py); or name runs that are\n"
+    shutil.copytree(models / "resnet18-tiny-0a1b2c", models / "resnet18")
+    done = look("test:3")
+    assert done.returncode == 0, done.stderr
+    assert "the augmented: resnet18-tiny-0a1b2c" in done.stdout
+    assert "stage2     " in done.stdout
+    (folder,) = Path("plots").glob("look-*")
+    assert (folder / "test-3-activations.png").exists()
 
 
 @pytest.mark.parametrize("script", ["mnist.py", "mnist_reg.py", "resnet_18.py"])

@@ -17,6 +17,7 @@ from PIL import Image
 
 from convlens import metrics, plots
 from convlens.errors import ResourceError, UsageError
+from convlens.plots import page
 from convlens.plots.style import fit, width
 
 HOSTILE = [
@@ -54,6 +55,16 @@ def texts(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
+def maps(*shape: int, size: int = 3) -> np.ndarray:
+    generator = np.random.default_rng(1)
+    return generator.normal(size=(*shape, size, size)).astype(np.float32)
+
+
+def panel(count: int = 10, size: int = 3) -> plots.Panel:
+    none = np.zeros(count, dtype=bool)
+    return plots.Panel("layer", "note", np.abs(maps(count, size=size)), (0.0, 2.0), none, none)
+
+
 def examples() -> dict[str, Figure]:
     """One figure for every name in the table."""
     share = np.array([0.9, 0.5])
@@ -68,6 +79,14 @@ def examples() -> dict[str, Figure]:
         "contact_sheet": plots.contact_sheet(pictures(3), ["a", "b", "c"], "sheet"),
         "augmented_batch": plots.augmented_batch(pictures(3), pictures(3, seed=1)),
         "worst_mistakes": plots.worst_mistakes(pictures(1), ["cat"], ["dog"], [0.9]),
+        "activations": plots.activations(pictures(1)[0], [panel()], "run", "cat", "max: 1"),
+        "activations_side_by_side": plots.activations_side_by_side(
+            pictures(1)[0], [plots.Column("a", "cat", [panel()]), plots.Column("b", "dog", [])]
+        ),
+        "colour_filters": plots.colour_filters(maps(5, 3), list("abcde"), 1.0, "conv1", "note"),
+        "kernels": plots.kernels(maps(5, 8), list("abcde"), 1.0, "conv2", "note"),
+        "top_images": plots.top_images([pictures(3)], [[None] * 3], [("#1", "3/3 cat")], "layer"),
+        "made_inputs": plots.made_inputs(pictures(2), [("#1", "peak 3")] * 2, "layer", "note"),
     }
     assert set(made) == set(plots.PLOTS)
     return made
@@ -89,6 +108,61 @@ def test_every_plot_is_saved_with_its_size_and_the_same_bytes(tmp_path: Path) ->
         plots.save(figure, tmp_path / "theirs.png")
     ours = (tmp_path / "made" / "here" / "learning_rate.png").read_bytes()
     assert (tmp_path / "theirs.png").read_bytes() == ours, "the user's style changes nothing"
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_vector_figures_are_the_same_bytes_each_time(
+    kind: str, begins: bytes, tmp_path: Path
+) -> None:
+    for draw in (
+        lambda: plots.curves(history(3), 2, "run"),
+        lambda: plots.activations(pictures(1)[0], [panel()], "run", "cat", "max: 1"),
+    ):
+        written = []
+        for turn in range(2):
+            plots.save(draw(), tmp_path / f"{turn}.{kind}")
+            written.append((tmp_path / f"{turn}.{kind}").read_bytes())
+        assert written[0] == written[1]
+        assert written[0].startswith(begins)
+        assert b"CreationDate" not in written[0]
+        assert b"<dc:date>" not in written[0]
+    with pytest.raises(UsageError, match="no figures of format 'gif'"):
+        plots.save(plots.curves(history(3)), tmp_path / "plot.gif")
+
+
+def test_a_mosaic_holds_each_channel_as_squares_of_one_colour() -> None:
+    values = np.float32([[[0, 1], [2, 4]], [[4, 0], [0, 0]], [[0, 0], [0, 0]]])
+    drawn = page.tiles(values, (0.0, 4.0), 6)
+    assert drawn.shape == (3, 6, 6, 3)
+    colours = (np.array(matplotlib.colormaps["viridis"]([0, 64, 128, 255]))[:, :3] * 255).round()
+    for number, (y, x) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):
+        block = drawn[0, y : y + 3, x : x + 3].reshape(-1, 3)
+        np.testing.assert_allclose(block, np.broadcast_to(colours[number], block.shape), atol=2)
+    assert (page.tiles(values - 2, (-2.0, 2.0), 2)[0, 1, 0] > 240).all(), "0 is white"
+    whole = page.mosaic(drawn, 2, gap=2)
+    assert whole.shape == (14, 14, 3)
+    assert (whole[6:8] == 255).all()
+    np.testing.assert_array_equal(whole[8:, :6], drawn[2])
+    # Larger maps than tiles are averaged.
+    checks = np.indices((8, 8)).sum(0)[None] % 2
+    grey = page.tiles(checks.astype(np.float32), (0.0, 1.0), 4)
+    half = page.tiles(np.full((1, 4, 4), 0.5, np.float32), (0.0, 1.0), 4)
+    np.testing.assert_array_equal(grey, half)
+
+
+def test_blank_and_broken_channels_are_marked(tmp_path: Path) -> None:
+    marks = [np.arange(4) == place for place in (1, 2)]
+    given = maps(4)
+    given[2] = np.nan
+    shown = plots.Panel("layer", "note", given, (-1.0, 1.0), *marks)
+    figure = plots.activations(pictures(1)[0], [shown], "run", "words", "scale")
+    said = texts(figure.axes[0])
+    assert {"blank channel", "NaN or infinite"} <= set(said)
+    drawn = png(figure, tmp_path).reshape(-1, 3)
+    assert (drawn == page.BROKEN).all(1).sum() > 1000
+    assert (drawn == page.PAPER).all(1).sum() > 1000
+    plain = png(plots.activations(pictures(1)[0], [panel()]), tmp_path).reshape(-1, 3)
+    assert not (plain == page.BROKEN).all(1).any()
 
 
 def test_dpi_and_folders_that_can_not_be_written(tmp_path: Path) -> None:

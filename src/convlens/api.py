@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from convlens import asking, evaluation, prediction, several, training
 from convlens import recipe as recipe_module
 from convlens import run as run_module
+from convlens.console import quieted
+from convlens.errors import UsageError
 from convlens.evaluation import Evaluation
 from convlens.prediction import Prediction
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.tabling import Summary, Table
+
+if TYPE_CHECKING:
+    from convlens.inspection.looking import Look
 
 
 class Run:
@@ -234,6 +239,55 @@ def predict(
 ) -> list[Prediction]:
     """`Run.predict` of a run given by name, folder or model file."""
     return (run if isinstance(run, Run) else Run.load(run)).predict(inputs, **options)
+
+
+def look(
+    runs: str | Path | Run | Sequence[str | Path | Run],
+    images: str | Path | Sequence[str | Path] = (),
+    *,
+    device: str | None = None,
+    quiet: bool = True,
+    **options: Any,
+) -> Look:
+    """Draws what the layers of networks make of images, all networks side by side.
+
+    Args:
+        runs: one or several: runs (name, folder, model file or `Run`), or networks of torchvision
+            or timm (`NAME[:WEIGHTS]`).
+        images: files, folders, globs, `test:17`, `worst:5`, `class:cat:3`; without any, a few
+            test images, unless only filters and the like are asked for.
+        options: as in `inspection.looking.Options`, and on the command line: `layers`, `order`,
+            `channels`, `filters`, `top_images`, `dream`, `split`, `data`, `format`, `seed`.
+
+    Raises:
+        ConvlensError: with what, where and what to do.
+
+    Example:
+        >>> seen = convlens.look(["resnet18", "resnet18-tiny"], ["cat.png", "worst:3"])
+        >>> seen.files, seen.seen[0][1].maps["layer1.0"].shape
+    """
+    from convlens.inspection import choosing, looking
+
+    listed = ("layers", "filters", "top_images", "dream")
+    options |= {k: _several(options[k]) for k in listed if k in options}
+    try:
+        asked = looking.Options(**options)
+    except TypeError as error:
+        known = ", ".join(looking.Options.__dataclass_fields__)
+        raise UsageError(f"look: {error}", fix=f"its options are {known}") from error
+    asked.check()
+    texts = [str(each.path if isinstance(each, Run) else each) for each in _several(runs)]
+    with quieted(quiet):
+        opened = choosing.open_all(
+            [*texts, *map(str, _several(images))],
+            on=device,
+            examples=bool(asked.layers) or not asked.only,
+        )
+        return looking.look(opened, asked)
+
+
+def _several(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str | Path | Run) else list(value)
 
 
 def recipes() -> dict[str, Recipe]:

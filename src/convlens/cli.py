@@ -161,6 +161,66 @@ def predict(
 
 
 @app.command()
+def look(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... [IMAGE]...",
+            help="Runs, or networks of torchvision or timm (NAME[:WEIGHTS]); then files, test:17, "
+            "worst:5, class:cat:3.",
+        ),
+    ],
+    layers: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Layers; the stem and each block.")
+    ] = None,
+    order: Annotated[str, typer.Option(help="Channels: active (most active first) or index.")] = (
+        "active"
+    ),
+    channels: Annotated[
+        int | None, typer.Option(min=1, help="How many to show of a layer.")
+    ] = None,
+    filters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="first|LAYER,...", help="Kernels of the first convolution, or of any."
+        ),
+    ] = None,
+    top_images: Annotated[
+        str | None, typer.Option(metavar="LAYER,...", help="Images that excite its channels most.")
+    ] = None,
+    dream: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYER[:CHANNEL,...]", help="Make inputs that excite its channels."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of --top-images: test, val or train.")] = "test",
+    data: DataSet = None,
+    seed: Annotated[int, typer.Option(help="Of --dream.")] = 0,
+    output: Annotated[str, typer.Option("--format", "-f", help="png, svg or pdf.")] = "png",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """See what the layers of one or several networks make of images.
+
+    [dim]convlens look RUN · convlens look RUN RUN cat.png worst:3 · convlens look RUN --filters
+    first --top-images layer3.1[/]
+    """
+    from convlens.inspection import choosing, looking
+    from convlens.showing_look import looked
+
+    asked = looking.Options(
+        layers=_listed(layers), order=order, channels=channels, filters=_listed(filters),
+        top_images=_listed(top_images), dream=dream or (), split=split, data=data, format=output,
+        seed=seed,
+    )  # fmt: skip
+    asked.check()
+    opened = choosing.open_all(what, on=device, examples=bool(layers) or not asked.only)
+    found = looking.look(opened, asked)
+    if not as_json:
+        looked(found)
+    _print_json(as_json, found.to_dict())
+
+
+@app.command()
 def data(
     name: Annotated[str, typer.Argument(metavar="NAME_OR_FOLDER", help="What to look at.")],
     overrides: Overrides = None,
@@ -211,6 +271,10 @@ def recipes(
         _print_json(True, {each: recipe.about for each, recipe in every.items()})
     else:
         recipe_table(every, {each: store.settings(each) for each in every})
+
+
+def _listed(text: str | None) -> list[str]:
+    return [each.strip() for each in (text or "").split(",") if each.strip()]
 
 
 def _version(wanted: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +52,7 @@ class Subject:
     loaded: Loaded
     plan: Plan
     place: RunFolder | None = None
+    _splits: dict[tuple[str, str | None], Split] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> nn.Module:
@@ -77,9 +78,21 @@ class Subject:
 
     def split(self, name: str, data: str | Path | None = None) -> Split:
         """A split of its own data or of another set, with labels in the model's order."""
-        if data is None:
+        if data is None and self.place is None:
             self.data  # noqa: B018 (a network that is no run has none)
-        return evaluation.judged_by(self.loaded, name, data=data, on=self.plan.device)[0]
+        key = name, None if data is None else str(data)
+        if key not in self._splits:
+            try:
+                found = evaluation.judged_by(self.loaded, name, data=data, on=self.plan.device)
+            except UsageError as error:
+                if data is not None:
+                    raise
+                raise DataError(
+                    f"the images of {self.name} can't be found: {error.what}",
+                    fix="put them back where they were in training, or name image files",
+                ) from error
+            self._splits[key] = found[0]
+        return self._splits[key]
 
     def prepared(self, pixels: Tensor) -> Tensor:
         """uint8 `[N, C, S, S]` normalised, float32 on the device: what the network takes."""
@@ -133,6 +146,11 @@ def _outputs(tensors: dict[str, Tensor]) -> int:
     return [value.shape[0] for value in tensors.values() if value.ndim >= 2][-1]
 
 
+def is_place(text: str) -> bool:
+    """Whether `text` means images of a split (`test:17`, `worst:5`, ...) and no file's name."""
+    return _PLACE.fullmatch(text) is not None and not Path(text).exists()
+
+
 def choose_pictures(subject: Subject, asked: Sequence[str]) -> list[Picture]:
     """The images asked for, in that order.
 
@@ -146,7 +164,7 @@ def choose_pictures(subject: Subject, asked: Sequence[str]) -> list[Picture]:
     """
     found: list[Picture] = []
     for text in asked:
-        place = None if Path(text).exists() else _PLACE.fullmatch(text)
+        place = _PLACE.fullmatch(text) if is_place(text) else None
         found += _from_split(subject, place[1], place[2]) if place else _from_files(subject, text)
     if not found:
         raise UsageError("no images to look at", fix="name files, test:17, worst:5 or class:cat:3")

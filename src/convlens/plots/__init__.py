@@ -1,8 +1,8 @@
 """From arrays to matplotlib figures: the only package that imports matplotlib.
 
-Every function returns a new `Figure`; `save` writes one as PNG. It knows nothing of models or
-runs. A new plot is a function in `charts` (numbers), `several` (many runs) or `pictures`,
-and a line in `PLOTS`.
+Every function returns a new `Figure`; `save` writes one as PNG, SVG or PDF. It knows nothing of
+models or runs. A new plot is a function in `charts` (numbers), `several` (many runs), `pictures`,
+`channels` or `kernels` (what is inside a network, put together on a `page`), and a line in `PLOTS`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from convlens.plots.channels import Column, Panel, activations, activations_side_by_side
 from convlens.plots.charts import (
     accuracy_bars,
     confusion,
@@ -18,9 +19,10 @@ from convlens.plots.charts import (
     learning_rate,
     reliability,
 )
+from convlens.plots.kernels import colour_filters, kernels, made_inputs, top_images
 from convlens.plots.pictures import augmented_batch, contact_sheet, worst_mistakes
 from convlens.plots.several import seed_curves, setting_curves
-from convlens.plots.style import save
+from convlens.plots.style import FORMATS, save
 
 PLOTS: dict[str, Callable[..., Figure]] = {
     "curves": curves,
@@ -33,19 +35,34 @@ PLOTS: dict[str, Callable[..., Figure]] = {
     "contact_sheet": contact_sheet,
     "augmented_batch": augmented_batch,
     "worst_mistakes": worst_mistakes,
+    "activations": activations,
+    "activations_side_by_side": activations_side_by_side,
+    "colour_filters": colour_filters,
+    "kernels": kernels,
+    "top_images": top_images,
+    "made_inputs": made_inputs,
 }
 
 __all__ = [
+    "FORMATS",
     "PLOTS",
+    "Column",
+    "Panel",
     "accuracy_bars",
+    "activations",
+    "activations_side_by_side",
     "augmented_batch",
+    "colour_filters",
     "confusion",
     "contact_sheet",
     "curves",
+    "kernels",
     "learning_rate",
+    "made_inputs",
     "reliability",
     "save",
     "seed_curves",
     "setting_curves",
+    "top_images",
     "worst_mistakes",
 ]

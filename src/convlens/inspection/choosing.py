@@ -1,0 +1,187 @@
+"""What a command is about: its arguments as networks and images, and where its files go."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from convlens import run
+from convlens.console import say
+from convlens.data.decode import EXTENSIONS, fit_images
+from convlens.errors import ModelFileError, UsageError
+from convlens.inference import batch_logits
+from convlens.inspection.subjects import Picture, Subject, choose_pictures, is_place, open_subject
+
+SAMPLE = 512  # test images among which examples are looked for
+EXAMPLES = 3  # classes that give one
+LONGEST = 120  # characters of a folder's name
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Networks, the images they are shown, and the folder for what is made.
+
+    `pictures` holds for each image one `Picture` a network, as its preprocessing has it; `slugs`
+    and `names` are what files and figures call the networks and images.
+    """
+
+    subjects: list[Subject]
+    pictures: list[tuple[Picture, ...]]
+    folder: Path
+    names: list[str]
+    slugs: list[str]
+
+
+def open_all(arguments: Sequence[str], *, on: str | None = None, examples: bool = True) -> Opened:
+    """Opens the networks among the arguments and chooses the images that the others name.
+
+    All that opens as a run or as a network of a library is one. Images out of a split are chosen
+    by the first run, and the others see the same pixels.
+
+    Args:
+        examples: without any image, take some of the test split: one that is classified
+            correctly of each of three classes, and the surest mistake.
+
+    Raises:
+        UsageError, ModelFileError, DataError: what can't be opened or found.
+    """
+    runs = [text for text in arguments if not _is_image(text)]
+    asked = [text for text in arguments if _is_image(text)]
+    if not runs:
+        raise UsageError(
+            f"no run to look into, only images: {', '.join(asked[:3])}" if asked else "no run",
+            fix="name a run first: convlens look RUN IMAGE...",
+        )
+    subjects = []
+    for text in runs:
+        _refuse_empty(text)
+        subjects.append(open_subject(text, on=on))
+    return Opened(
+        subjects,
+        _pictures(subjects, asked, examples),
+        folder_of(subjects),
+        _different([subject.name for subject in subjects]),
+        _different([run.safe(subject.name) for subject in subjects]),
+    )
+
+
+def folder_of(subjects: Sequence[Subject]) -> Path:
+    """`plots/<run>/look` for one network, `plots/look-<run>-<run>` for several."""
+    if len(subjects) == 1:
+        (one,) = subjects
+        return (one.place.plots if one.place else run.PLOTS / run.safe(one.name)) / "look"
+    name = "-".join(["look", *(run.safe(subject.name) for subject in subjects)])
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    return run.PLOTS / name
+
+
+def file_names(pictures: Sequence[tuple[Picture, ...]]) -> list[str]:
+    """A name for the files of each image, no two alike."""
+    return _different([run.safe(Path(each[0].name).stem) for each in pictures])
+
+
+def _different(names: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        number, free = 2, name
+        while free in found:
+            number, free = number + 1, f"{name}-{number}"
+        found.append(free)
+    return found
+
+
+def _is_image(text: str) -> bool:
+    """Whether an argument means images; a run's folder and a model file don't."""
+    path = Path(text)
+    if is_place(text):
+        return True
+    if path.is_file():
+        return path.suffix not in (".safetensors", ".pt", ".pth")
+    if _is_run(run.MODELS / text) or _is_run(path):
+        return False
+    return path.is_dir() or path.suffix.lower() in EXTENSIONS or glob.has_magic(text)
+
+
+def _is_run(folder: Path) -> bool:
+    names = ("model.safetensors", "run.json", "state")
+    return folder.is_dir() and (
+        folder.parent == run.MODELS or any((folder / name).exists() for name in names)
+    )
+
+
+def _refuse_empty(text: str) -> None:
+    for folder in (run.MODELS / text, Path(text)):
+        if _is_run(folder) and not (folder / "model.safetensors").is_file():
+            raise ModelFileError(
+                "this run has no weights yet",
+                where=str(folder),
+                fix="run its training command again: it goes on where it stopped",
+            )
+
+
+def _pictures(
+    subjects: Sequence[Subject], asked: Sequence[str], examples: bool
+) -> list[tuple[Picture, ...]]:
+    # Images of a split come from the first network that has data of its own.
+    home = next((subject for subject in subjects if subject.place), subjects[0])
+    found: list[tuple[Picture, ...]] = []
+    for text in asked:
+        if is_place(text):
+            chosen = choose_pictures(home, [text])
+            found += [tuple(_seen_by(s, each, home) for s in subjects) for each in chosen]
+        else:
+            found += zip(*(choose_pictures(s, [text]) for s in subjects), strict=True)
+    if not asked and examples:
+        chosen = example_pictures(home)
+        found += [tuple(_seen_by(s, each, home) for s in subjects) for each in chosen]
+    return found
+
+
+def example_pictures(subject: Subject) -> list[Picture]:
+    """Test images that need no choosing: three right ones of different classes, a wrong one.
+
+    Among 512 images spread evenly over the test split: of the first three classes that have one
+    the first that is classified correctly; and the mistake that is least likely to its truth.
+    """
+    split = subject.split("test")
+    index = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split))).round().long()
+    pixels, labels = split.rows.gather(index), split.labels[index]
+    normalise = subject.loaded.preprocessing.normalise
+    logits = torch.cat(
+        [batch_logits(subject.model, part, normalise, subject.plan) for part in pixels.split(128)]
+    ).cpu()
+    right = logits.argmax(1) == labels
+    places: list[int] = []
+    for label in range(len(subject.classes)):
+        hits = (right & (labels == label)).nonzero()[:, 0]
+        if len(hits) and len(places) < EXAMPLES:
+            places.append(int(hits[0]))
+    wrong = (~right).nonzero()[:, 0]
+    if len(wrong):
+        chances = logits.double().softmax(1)[wrong, labels[wrong]].nan_to_num(0)
+        places.append(int(wrong[chances.argmin()]))
+    say(
+        f"no images named: of {len(index):,} test images one that {subject.name} gets right of "
+        f"each of {EXAMPLES} classes, and its surest mistake"
+    )
+    return [Picture(f"test:{int(index[i])}", pixels[i], int(labels[i])) for i in places]
+
+
+def _seen_by(subject: Subject, picture: Picture, home: Subject) -> Picture:
+    """The picture as another network takes it: its size and channels, its number of the class."""
+    mine, theirs = subject.loaded.preprocessing, home.loaded.preprocessing
+    name = None if picture.label is None else home.classes[picture.label]
+    label = subject.classes.index(name) if name in subject.classes else None
+    pixels = picture.pixels
+    if (mine.image_size, mine.channels) != (theirs.image_size, theirs.channels):
+        array = fit_images(
+            pixels[None].numpy(), size=mine.image_size, channels=mine.channels, fit=mine.fit
+        )
+        pixels = torch.from_numpy(array)[0]
+    return Picture(picture.name, pixels, label)
