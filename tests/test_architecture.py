@@ -29,10 +29,10 @@ LEVELS: dict[int, tuple[str, ...]] = {
     4: ("run",),
     5: (
         "checking", "beginning", "feeding", "preparing", "weights", "resuming", "picturing",
-        "evaluation", "prediction", "training", "tabling", "several", "estimator", "asking",
+        "answers", "evaluation", "prediction", "training", "tabling", "several", "estimator", "asking",
         "inspection",
     ),
-    6: ("api", "showing", "showing_runs"),
+    6: ("api", "showing", "showing_runs", "reporting"),
     7: ("__init__",),
     8: ("cli", "__main__"),
 }  # fmt: skip

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from convlens.api import evaluate as evaluate
     from convlens.api import predict as predict
     from convlens.api import recipes as recipes
+    from convlens.api import report as report
     from convlens.api import train as train
     from convlens.api import train_many as train_many
     from convlens.errors import ConvlensError as ConvlensError
@@ -30,6 +31,7 @@ _HOMES = {
     "evaluate": "api",
     "predict": "api",
     "recipes": "api",
+    "report": "api",
     "ImageClassifier": "estimator",
     "ConvlensError": "errors",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "evaluate",
     "predict",
     "recipes",
+    "report",
     "train",
     "train_many",
 ]

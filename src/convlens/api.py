@@ -15,6 +15,8 @@ from convlens.evaluation import Evaluation
 from convlens.prediction import Prediction
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
+from convlens.reporting import building
+from convlens.reporting.building import Report
 from convlens.tabling import Summary, Table
 
 
@@ -234,6 +236,23 @@ def predict(
 ) -> list[Prediction]:
     """`Run.predict` of a run given by name, folder or model file."""
     return (run if isinstance(run, Run) else Run.load(run)).predict(inputs, **options)
+
+
+def report(
+    *runs: str | Path | Run,
+    output: str | Path | None = None,
+    audit: bool | None = None,
+    device: str | None = None,
+    quiet: bool = True,
+) -> Report:
+    """Writes one HTML page about a run, or one that compares several; `Report.path` is where.
+
+    Args:
+        output: the file; by default below `plots/`.
+        audit: whether to look at every image of the data set; by default where they are few.
+    """
+    names = [str(run.path if isinstance(run, Run) else run) for run in runs]
+    return building.report(names, output=output, audit=audit, on=device, quiet=quiet)
 
 
 def recipes() -> dict[str, Recipe]:
