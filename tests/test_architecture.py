@@ -29,8 +29,8 @@ LEVELS: dict[int, tuple[str, ...]] = {
     4: ("run",),
     5: (
         "checking", "beginning", "feeding", "preparing", "weights", "resuming", "picturing",
-        "answers", "evaluation", "prediction", "training", "tabling", "several", "estimator", "asking",
-        "inspection",
+        "evaluation", "prediction", "training", "tabling", "several", "estimator", "asking",
+        "answers", "inspection",
     ),
     6: ("api", "showing", "showing_runs", "reporting"),
     7: ("__init__",),

@@ -6,6 +6,9 @@ fill the log of looks with looks at nothing new.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from convlens import metrics, modelfile
+from convlens.data import Split
 from convlens.errors import ModelFileError
 from convlens.run import RunFolder
 
@@ -21,10 +25,15 @@ LARGEST = 1 << 26  # bytes of logits that are kept: 10,000 images of 1,000 class
 
 
 class Answers(NamedTuple):
-    """Logits float32 `[N, K]` and labels int64 `[N]` of a split, in the model's class order."""
+    """Logits float32 `[N, K]` and labels int64 `[N]` of a split, in the model's class order.
+
+    `images` is a hash over the images' ids and classes, in order. Two models whose hashes agree
+    were asked about the same images, at whatever size, and whatever else they learned from.
+    """
 
     logits: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
+    images: str
 
     @property
     def chances(self) -> metrics.Floats:
@@ -40,7 +49,12 @@ def keep(place: RunFolder, split: str, fingerprint: str, model: str, answers: An
     """
     if answers.logits.nbytes > LARGEST:
         return
-    about = {"split": split, "data_fingerprint": fingerprint, "model_sha256": model}
+    about = {
+        "split": split,
+        "images": answers.images,
+        "data_fingerprint": fingerprint,
+        "model_sha256": model,
+    }
     tensors = {
         "logits": torch.from_numpy(np.ascontiguousarray(answers.logits, dtype=np.float32)),
         "labels": torch.from_numpy(np.ascontiguousarray(answers.labels, dtype=np.int64)),
@@ -57,9 +71,17 @@ def kept(place: RunFolder, split: str, fingerprint: str, model: str) -> Answers 
         tensors, about = modelfile.read(path)
         if (about["data_fingerprint"], about["model_sha256"]) != (fingerprint, model):
             return None
-        return Answers(tensors["logits"].numpy(), tensors["labels"].numpy())
+        return Answers(tensors["logits"].numpy(), tensors["labels"].numpy(), about["images"])
     except (ModelFileError, KeyError):  # damaged, or another version's: they can be had again
         return None
+
+
+def identity(split: Split, classes: Sequence[str]) -> str:
+    """The hash that `Answers.images` is; `split` has labels in the order of `classes`."""
+    digest = hashlib.sha256()
+    for name, label in zip(split.ids, split.labels.tolist(), strict=True):
+        digest.update(json.dumps([str(name), classes[label]]).encode())
+    return digest.hexdigest()
 
 
 def _path(place: RunFolder, split: str, fingerprint: str) -> Path:

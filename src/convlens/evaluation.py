@@ -217,7 +217,7 @@ def _measure(
     own = loaded.card["data"]["fingerprint"] == fingerprint
     result["looks"] = place.add_result({**result, "own": own})["looks"]
     if own:
-        said = store.Answers(scores, truths)
+        said = store.Answers(scores, truths, store.identity(part, loaded.classes))
         store.keep(place, split, fingerprint, loaded.card["sha256"], said)
     label = split if own else f"{split}-{run.safe(Path(name).name)}"
     picturing.evaluation_plots(place, label, part, scores, loaded.classes)

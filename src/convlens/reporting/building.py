@@ -57,6 +57,7 @@ def report(
     with quieted(quiet):
         found = [gather(name, audit=audit, on=on, alone=len(names) == 1) for name in names]
     parts: dict[str, Section]
+    content: Contents | comparing.Several
     if len(found) == 1:
         (only,) = found
         title, head, parts, content = only.name, sections.head(only), sections.SECTIONS, only
@@ -76,6 +77,7 @@ def _composed(
     title: str, head: Any, parts: dict[str, Section], content: object, quiet: bool
 ) -> str:
     with quieted(quiet), progress("writing the page", len(parts)) as bar:
+
         def told(section: Section) -> Section:
             def draw(found: Any) -> Any:
                 html = section.draw(found)

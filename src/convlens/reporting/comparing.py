@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 from markupsafe import Markup
 
 from convlens import metrics
 from convlens.reporting import drawing, origin
 from convlens.reporting.contents import Contents
 from convlens.reporting.drawing import Line
-from convlens.reporting.page import Section, render
+from convlens.reporting.page import Section, count, number, render, seconds, share
 from convlens.reporting.verdict import WORDS, calibration
 
 LOOKS = 7  # lines that can be told apart
@@ -81,8 +80,6 @@ def differences(best: Contents, others: Sequence[Contents]) -> list[Difference]:
     for other in others:
         if best.answers is None or other.answers is None:
             continue
-        if not np.array_equal(best.answers.labels, other.answers.labels):
-            continue
         labels = best.answers.labels
         first, second = (each.answers.logits.argmax(axis=1) for each in (best, other))  # type: ignore[union-attr]
         gained, lost, p = metrics.paired(labels, first, second)
@@ -117,8 +114,10 @@ def _accuracy(found: Contents) -> float:
 
 
 def _images(found: Contents) -> tuple[Any, ...]:
-    data = found.card.get("data", {})
-    return found.split, data.get("fingerprint"), found.classes, (found.summary or {}).get("n")
+    """What says which images a run was judged by: the split's own hash, else all data's."""
+    if found.answers is not None:
+        return found.split, found.answers.images, found.classes
+    return found.split, found.card.get("data", {}).get("fingerprint"), found.classes
 
 
 def head(both: Several) -> Markup:
@@ -127,25 +126,38 @@ def head(both: Several) -> Markup:
 
 
 def table(both: Several) -> Markup | None:
-    """One row a run: what it reached, how, and what it cost."""
-    rows = []
-    for found in both.runs:
-        facts, summary = found.facts, found.summary or {}
-        look = next((x for x in reversed(found.looks) if x["split"] == found.split), {})
-        trained = found.trained_accuracy()
-        judged = calibration(found)
-        size = found.place.model_path
-        rows.append({
-            "name": found.name, "best": found is both.best and both.alike,
-            "split": WORDS[found.split], "summary": summary,
-            "trained": None if trained is None else trained[0],
-            "calibration": None if judged is None else judged.words,
-            "epoch": facts.get("kept_epoch"), "epochs": facts.get("epochs"),
-            "parameters": facts.get("parameters"), "seconds": facts.get("training_seconds"),
-            "speed": look.get("images_per_second"),
-            "megabytes": size.stat().st_size / 1e6 if size.exists() else None,
-        })  # fmt: skip
-    return render("compare-table.html", rows=rows, alike=both.alike)
+    """A column for each run: what it reached, how, and what it cost."""
+    columns = [_facts(found) for found in both.runs]
+    rows = [(label, [column[label] for column in columns]) for label in columns[0]]
+    best = both.runs.index(both.best) if both.alike and both.best is not None else -1
+    return render(
+        "compare-table.html", runs=both.runs, rows=rows, alike=both.alike, best=best
+    )  # fmt: skip
+
+
+def _facts(found: Contents) -> dict[str, str]:
+    """What is stated about a run, as text."""
+    facts, s = found.facts, found.summary
+    look: dict[str, Any] = next((x for x in reversed(found.looks) if x["split"] == found.split), {})
+    trained, judged = found.trained_accuracy(), calibration(found)
+    path = found.place.model_path
+    low, high = s["interval95"] if s else (None, None)
+    error = "–" if s is None else number(s["ece"], 3)
+    epoch = f"{facts['kept_epoch']} of {facts['epochs']}" if "epochs" in facts else "–"
+    return {
+        "judged by": "not judged" if s is None else f"{s['n']:,} {WORDS[found.split]} images",
+        "accuracy": "–" if s is None else share(s["accuracy"], 2),
+        "95% interval": "–" if s is None else f"{share(low, 2)} to {share(high, 2)}",
+        "loss": "–" if s is None else number(s["loss"], 3),
+        "calibration error": error + (f" ({judged.words})" if judged else ""),
+        "training accuracy": "–" if trained is None else share(trained[0], 2),
+        "network": "–" if found.recipe is None else found.recipe.model.name,
+        "weights": count(facts.get("parameters")),
+        "epoch kept": epoch,
+        "training time": seconds(facts.get("training_seconds")),
+        "images/s when tested": count(look.get("images_per_second")),
+        "model file": f"{path.stat().st_size / 1e6:,.1f} MB" if path.exists() else "–",
+    }
 
 
 def curves(both: Several) -> Markup | None:
@@ -187,8 +199,8 @@ def classes(both: Several) -> Markup | None:
         scores = [f.summary["per_class"][name] for f in both.runs]  # type: ignore[index]
         recalls = [each["recall"] for each in scores]
         known = [r for r in recalls if r is not None]
-        rows.append({"name": name, "n": scores[0]["n"], "recalls": recalls,
-                     "best": max(known) if known and min(known) < max(known) else None})  # fmt: skip
+        best = max(known) if known and min(known) < max(known) else None
+        rows.append({"name": name, "n": scores[0]["n"], "recalls": recalls, "best": best})
     return render("compare-classes.html", rows=rows, names=both.names)
 
 

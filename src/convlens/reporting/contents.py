@@ -62,7 +62,7 @@ class Contents:
 
     @property
     def finished(self) -> bool:
-        return self.facts.get("status", "finished") == "finished"
+        return bool(self.facts.get("status", "finished") == "finished")
 
     @property
     def kept_epoch(self) -> int | None:

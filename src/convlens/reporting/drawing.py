@@ -65,7 +65,8 @@ def chart(
         parts += _path(across, up, x, line)
     parts.append(_axis_name(along))
     ends = "; ".join(_end(line, percent) for line in lines)
-    return _svg(Markup("").join(parts), f"{label} over {along}s. {ends}")
+    look = "chart fine" if len(x) > 120 else "chart"  # dashes of a jagged line are no dashes
+    return _svg(Markup("").join(parts), f"{label} over {along}s. {ends}", look)
 
 
 def reliability(
@@ -77,8 +78,7 @@ def reliability(
     up = Scale(0, 1, HIGH - BOTTOM, TOP)
     ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
     parts = [_up(up, ticks, True)]
-    for tick in ticks:
-        parts.append(_tick(across(tick), f"{tick:.0%}"))
+    parts += [_tick(across(tick), f"{tick:.0%}") for tick in ticks]
     total = sum(count)
     for number in range(bins):
         if not count[number]:
@@ -126,10 +126,10 @@ def interval(low: float, high: float, at: float, floor: float | None, everything
     ).format(everything, _n(scale(at) - 4), tick, _n(scale(low)), _n(width))
 
 
-def _svg(inside: Markup, said: str) -> Markup:
-    return Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
-    ).format(WIDE, HIGH, said, inside)
+def _svg(inside: Markup, said: str, look: str = "chart") -> Markup:
+    return Markup('<svg class="{}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        look, WIDE, HIGH, said, inside
+    )
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Scale:

@@ -25,7 +25,7 @@ class Calibration(NamedTuple):
     def words(self) -> str:
         """E.g. `overconfident`."""
         if self.good:
-            return "well calibrated"
+            return "within chance"
         if abs(self.surplus) < self.error / 2:  # too sure here, not sure enough there
             return "badly calibrated"
         return "overconfident" if self.surplus > 0 else "underconfident"
@@ -61,7 +61,7 @@ def verdict(found: Contents) -> str:
     if judged is None:
         parts.append(f"calibration error {s['ece']:.3f}" if s["ece"] is not None else "")
     elif judged.good:
-        parts.append("the stated probabilities can be taken at their word")
+        parts.append("its confidence agrees with its accuracy, as far as so many images can tell")
     else:
         parts.append(_unsure(judged))
     return "; ".join(part for part in parts if part) + "."
