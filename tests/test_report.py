@@ -211,7 +211,7 @@ def by_hand(**changes: Any) -> Contents:
 @pytest.mark.parametrize("name", list(sections.SECTIONS), ids="section-{}".format)
 def test_a_section_is_html_or_nothing(name: str) -> None:
     """Of a whole run, of one that has numbers only, of one with nothing at all."""
-    draw = sections.SECTIONS[name].draw
+    draw = sections.SECTIONS[name][1]
     for found in (
         gather("small", audit=True, on="cpu"),
         by_hand(),
@@ -229,7 +229,7 @@ def test_a_section_of_several_runs_is_html_or_nothing(name: str) -> None:
     two = [gather(each, audit=False, on="cpu", alone=False) for each in ("small", "hostile")]
     nothing = [Contents(RunFolder(Path(f"models/{n}"))) for n in range(2)]
     for found in (two, [by_hand(), by_hand()], nothing):
-        html = comparing.SECTIONS[name].draw(comparing.side_by_side(found))
+        html = comparing.SECTIONS[name][1](comparing.side_by_side(found))
         assert html is None or (isinstance(html, page.Markup) and html.strip())
 
 

@@ -175,6 +175,8 @@ def test_axe_finds_nothing(pages: Path, window: Browser, page: str, dark: bool) 
     window.open(pages / page)
     window.do("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     window.do("document.querySelector('[data-cell]')?.click()")
+    # axe leaves contrast open where a gradient lies below: that of what scrolls is taken away.
+    window.do("document.querySelectorAll('.scroll').forEach((d) => { d.style.background = 'none'; })")
     window.do(script)
     found = window.wait("axe.run().then(arguments[arguments.length - 1])")
     told = [
@@ -183,4 +185,5 @@ def test_axe_finds_nothing(pages: Path, window: Browser, page: str, dark: bool) 
         for node in each["nodes"][:3]
     ]
     assert told == []
+    assert "color-contrast" not in {each["id"] for each in found["incomplete"]}
     assert len(found["passes"]) > 20

@@ -79,12 +79,14 @@ def _composed(
     with quieted(quiet), progress("writing the page", len(parts)) as bar:
 
         def told(section: Section) -> Section:
+            heading, inner = section
+
             def draw(found: Any) -> Any:
-                html = section.draw(found)
+                html = inner(found)
                 bar.advance()
                 return html
 
-            return Section(section.title, draw)
+            return heading, draw
 
         return compose(title, head, {name: told(part) for name, part in parts.items()}, content)
 

@@ -220,9 +220,9 @@ def recipes(both: Several) -> Markup | None:
 
 
 SECTIONS: dict[str, Section] = {
-    "runs": Section("Side by side", table),
-    "differences": Section("Differences", paired),
-    "curves": Section("Curves", curves),
-    "classes": Section("Classes", classes),
-    "recipes": Section("What differs in the recipes", recipes),
+    "runs": ("Side by side", table),
+    "differences": ("Differences", paired),
+    "curves": ("Curves", curves),
+    "classes": ("Classes", classes),
+    "recipes": ("What differs in the recipes", recipes),
 }

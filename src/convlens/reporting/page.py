@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -23,18 +23,9 @@ from convlens.version import __version__
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: its heading, and what draws it from what was gathered.
-
-    `draw` returns its HTML, or None where there is nothing to show: then the part is left out.
-    """
-
-    title: str
-    draw: Callable[[Any], Markup | None]
+# A part of the page: its heading, and what draws it from what was gathered. Where there is nothing
+# to show it returns None, and the part is left out.
+Section = tuple[str, Callable[[Any], Markup | None]]
 
 
 @dataclass(frozen=True)
@@ -61,10 +52,10 @@ def compose(
 ) -> str:  # fmt: skip
     """The whole file: the head of the page, then every section that has something to show."""
     parts = []
-    for name, section in sections.items():
-        html = section.draw(found)
+    for name, (heading, draw) in sections.items():
+        html = draw(found)
         if html is not None:
-            parts.append({"id": name, "title": section.title, "html": html})
+            parts.append({"id": name, "title": heading, "html": html})
     return str(render("page.html", title=title, head=head, sections=parts, version=__version__))
 
 

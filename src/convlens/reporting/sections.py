@@ -168,14 +168,14 @@ def data(found: Contents) -> Markup | None:
 
 
 SECTIONS: dict[str, Section] = {
-    "curves": Section("Curves", curves),
-    "confusion": Section("Confusion", confusing.confusion),
-    "classes": Section("Classes", classes),
-    "calibration": Section("Calibration", reliability),
-    "mistakes": Section("Worst mistakes", mistakes),
-    **{name: Section(LOOKS[name][0], looked(name)) for name in LOOKS},
-    "data": Section("Data", data),
-    "recipe": Section("Recipe", origin.recipe),
-    "environment": Section("Environment", origin.environment),
-    "reproduce": Section("How to reproduce", origin.reproduce),
+    "curves": ("Curves", curves),
+    "confusion": ("Confusion", confusing.confusion),
+    "classes": ("Classes", classes),
+    "calibration": ("Calibration", reliability),
+    "mistakes": ("Worst mistakes", mistakes),
+    **{name: (LOOKS[name][0], looked(name)) for name in LOOKS},
+    "data": ("Data", data),
+    "recipe": ("Recipe", origin.recipe),
+    "environment": ("Environment", origin.environment),
+    "reproduce": ("How to reproduce", origin.reproduce),
 }
