@@ -30,9 +30,9 @@ LEVELS: dict[int, tuple[str, ...]] = {
     5: (
         "checking", "beginning", "feeding", "preparing", "weights", "resuming", "picturing",
         "evaluation", "prediction", "training", "tabling", "several", "estimator", "asking",
-        "inspection",
+        "answers", "inspection",
     ),
-    6: ("api", "showing", "showing_runs", "showing_look"),
+    6: ("api", "showing", "showing_runs", "showing_look", "reporting"),
     7: ("__init__",),
     8: ("cli", "__main__"),
 }  # fmt: skip

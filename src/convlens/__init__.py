@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from convlens.api import look as look
     from convlens.api import predict as predict
     from convlens.api import recipes as recipes
+    from convlens.api import report as report
     from convlens.api import train as train
     from convlens.api import train_many as train_many
     from convlens.errors import ConvlensError as ConvlensError
@@ -32,6 +33,7 @@ _HOMES = {
     "look": "api",
     "predict": "api",
     "recipes": "api",
+    "report": "api",
     "ImageClassifier": "estimator",
     "ConvlensError": "errors",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "look",
     "predict",
     "recipes",
+    "report",
     "train",
     "train_many",
 ]

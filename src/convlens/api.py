@@ -17,6 +17,8 @@ from convlens.evaluation import Evaluation
 from convlens.prediction import Prediction
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
+from convlens.reporting import building
+from convlens.reporting.building import Report
 from convlens.tabling import Summary, Table
 
 if TYPE_CHECKING:
@@ -288,6 +290,23 @@ def look(
 
 def _several(value: Any) -> list[Any]:
     return [value] if isinstance(value, str | Path | Run) else list(value)
+
+
+def report(
+    *runs: str | Path | Run,
+    output: str | Path | None = None,
+    audit: bool | None = None,
+    device: str | None = None,
+    quiet: bool = True,
+) -> Report:
+    """Writes one HTML page about a run, or one that compares several; `Report.path` is where.
+
+    Args:
+        output: the file; by default below `plots/`.
+        audit: whether to look at every image of the data set; by default where they are few.
+    """
+    names = [str(run.path if isinstance(run, Run) else run) for run in runs]
+    return building.report(names, output=output, audit=audit, on=device, quiet=quiet)
 
 
 def recipes() -> dict[str, Recipe]:

@@ -220,6 +220,34 @@ def look(
     _print_json(as_json, found.to_dict())
 
 
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Names, folders or model files of runs.")
+    ],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")
+    ] = None,
+    audit: Annotated[
+        bool | None,
+        typer.Option("--audit/--no-audit", help="Look at every image of the data set, too."),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page about a run, or one that compares several.
+
+    [dim]The test split is shown only if it was looked at before; the audit is made by default
+    where there are few images.[/]
+    """
+    from convlens.reporting import building
+    from convlens.showing import reported
+
+    page = building.report(runs, output=output, audit=audit, on=device)
+    if not as_json:
+        reported(page)
+    _print_json(as_json, page.to_dict())
+
+
 @app.command()
 def data(
     name: Annotated[str, typer.Argument(metavar="NAME_OR_FOLDER", help="What to look at.")],

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from convlens import answers as store
 from convlens import device, metrics, picturing, run, views
 from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, load_foreign
@@ -215,6 +216,9 @@ def _measure(
     }
     own = loaded.card["data"]["fingerprint"] == fingerprint
     result["looks"] = place.add_result({**result, "own": own})["looks"]
+    if own:
+        said = store.Answers(scores, truths, store.identity(part, loaded.classes))
+        store.keep(place, split, fingerprint, loaded.card["sha256"], said)
     label = split if own else f"{split}-{run.safe(Path(name).name)}"
     picturing.evaluation_plots(place, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})

@@ -151,6 +151,30 @@ def ece(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15) -> float:
     return float(np.nansum(np.abs(right - confidence) * count) / count.sum())
 
 
+def ece_by_chance(
+    probs: npt.ArrayLike, bins: int = 15, *, draws: int = 200, seed: int = 0
+) -> float:
+    """The calibration error that a perfectly calibrated model would stay under, 95 times of 100.
+
+    Even where each answer is right with just the probability it states, the error of a finite
+    set isn't 0. So the answers' truth is drawn from their confidence, `draws` times, and the
+    error computed: consistency resampling (Broecker and Smith 2007, Weather and Forecasting 22).
+    """
+    matrix = np.asarray(probs)
+    if matrix.ndim != 2 or not len(matrix):
+        raise DataError("there are no images to judge", fix="give a split with images in it")
+    highest = matrix.max(axis=1)
+    place = np.digitize(highest, np.linspace(0, 1, bins + 1)[1:-1], right=True)
+    stated = np.bincount(place, weights=highest, minlength=bins)
+    random = np.random.default_rng(seed)
+    errors = []
+    for _ in range(draws):
+        right = random.random(len(highest)) < highest
+        drawn = np.bincount(place, weights=right, minlength=bins)
+        errors.append(float(np.abs(drawn - stated).sum() / len(highest)))
+    return float(np.quantile(errors, 0.95))
+
+
 def paired(
     labels: npt.ArrayLike, before: npt.ArrayLike, after: npt.ArrayLike
 ) -> tuple[int, int, float]:

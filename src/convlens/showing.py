@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # `convlens recipes` must not wait for torch
     from convlens.evaluation import Evaluation
     from convlens.prediction import Prediction
     from convlens.recipe import Recipe
+    from convlens.reporting.building import Report
     from convlens.run import RunFolder
 
 CLASSES_SHOWN = 40
@@ -140,6 +141,15 @@ def audited(report: Audit, sheet: Path) -> None:
 def drawn(sheet: Path) -> None:
     """Where an augmented batch was drawn."""
     stdout().print(f"augmented batch  {sheet}")
+
+
+def reported(page: Report) -> None:
+    """What the page says first, what it lacks, and where it is."""
+    out = stdout()
+    out.print(escape(page.verdict))
+    for line in page.missing:
+        say(f"[yellow]not on it:[/] {escape(line)}")
+    out.print(f"report  {escape(str(page.path))}  ({page.bytes / 1e6:.1f} MB)")
 
 
 def _repeats(out: Console, what: str, repeats: Repeats, shown: int = 8) -> None:

@@ -1,0 +1,98 @@
+"""The whole job: runs to one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from convlens import files, run
+from convlens.console import progress, quieted
+from convlens.errors import UsageError
+from convlens.reporting import comparing, sections
+from convlens.reporting.contents import Contents, gather
+from convlens.reporting.page import Section, compose
+from convlens.reporting.verdict import verdict
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page that was written: where, how large, of which runs, and its first sentence.
+
+    `missing` are sentences about what the page couldn't show.
+    """
+
+    path: Path
+    bytes: int
+    runs: list[str]
+    split: str
+    verdict: str
+    missing: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
+
+
+def report(
+    names: Sequence[str], *, output: str | Path | None = None, audit: bool | None = None,
+    on: str | None = None, quiet: bool = False,
+) -> Report:  # fmt: skip
+    """Writes the page of a run, or one that compares several.
+
+    Args:
+        names: runs by name, folder or model file.
+        output: the file; by default `plots/<run>/report.html`, or `plots/report-<a>-<b>/...`.
+        audit: whether to look at every image of the data set; by default where they are few.
+        on: device.
+
+    Raises:
+        UsageError: no or unknown runs; ModelFileError: damaged files; ResourceError: the disk.
+    """
+    if not names:
+        raise UsageError("no run to report on", fix="name a run: convlens report RUN")
+    names = list(dict.fromkeys(names))
+    for name in names:  # a typo in the last one must not cost the work on the first
+        run.find(name)
+    with quieted(quiet):
+        found = [gather(name, audit=audit, on=on, alone=len(names) == 1) for name in names]
+    parts: dict[str, Section]
+    content: Contents | comparing.Several
+    if len(found) == 1:
+        (only,) = found
+        title, head, parts, content = only.name, sections.head(only), sections.SECTIONS, only
+        said, split = verdict(only), only.split
+    else:
+        both = comparing.side_by_side(found)
+        title, head, parts = " and ".join(both.names), comparing.head(both), comparing.SECTIONS
+        said, split, content = both.verdict, both.split, both
+    text = _composed(title, head, parts, content, quiet).encode("utf-8")
+    path = Path(output) if output is not None else _place(found)
+    files.write_atomic(path, text)
+    missing = list(dict.fromkeys(line for each in found for line in each.missing))
+    return Report(path, len(text), [each.name for each in found], split, said, missing)
+
+
+def _composed(
+    title: str, head: Any, parts: dict[str, Section], content: object, quiet: bool
+) -> str:
+    with quieted(quiet), progress("writing the page", len(parts)) as bar:
+
+        def told(section: Section) -> Section:
+            heading, inner = section
+
+            def draw(found: Any) -> Any:
+                html = inner(found)
+                bar.advance()
+                return html
+
+            return heading, draw
+
+        return compose(title, head, {name: told(part) for name, part in parts.items()}, content)
+
+
+def _place(found: Sequence[Contents]) -> Path:
+    if len(found) == 1:
+        return found[0].place.plots / "report.html"
+    joined = "-".join(run.safe(each.name) for each in found)
+    return run.PLOTS / f"report-{joined[:120]}" / "report.html"

@@ -1,0 +1,110 @@
+"use strict";
+(function () {
+  // Light and dark: the reader's system decides until the button is pressed.
+  const root = document.documentElement, theme = document.getElementById("theme");
+  const system = window.matchMedia("(prefers-color-scheme: dark)");
+  const dark = () => (root.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
+  const label = () => { theme.textContent = dark() ? "Light" : "Dark"; theme.setAttribute("aria-label", "Use " + (dark() ? "light" : "dark") + " colours"); };
+  theme.hidden = false;
+  label();
+  theme.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; label(); });
+  system.addEventListener("change", label);
+
+  // Which section is being read.
+  const links = new Map([...document.querySelectorAll("nav a")].map((a) => [a.hash.slice(1), a]));
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      for (const a of links.values()) a.removeAttribute("aria-current");
+      links.get(entry.target.id).setAttribute("aria-current", "true");
+    }
+  }, { rootMargin: "-15% 0px -75% 0px" });
+  for (const section of document.querySelectorAll("main > section")) seen.observe(section);
+
+  // Tables that sort; what isn't known comes last either way.
+  for (const table of document.querySelectorAll(".sortable")) {
+    for (const button of table.querySelectorAll("thead button")) {
+      button.addEventListener("click", () => {
+        const head = button.closest("th"), key = button.dataset.sort;
+        const now = head.getAttribute("aria-sort");
+        const up = now ? now === "descending" : key === "order";
+        for (const th of table.querySelectorAll("th[aria-sort]")) th.removeAttribute("aria-sort");
+        head.setAttribute("aria-sort", up ? "ascending" : "descending");
+        const body = table.tBodies[0], value = (row) => row.dataset[key];
+        const rows = [...body.rows].sort((a, b) => {
+          if (value(a) === "" || value(b) === "") return (value(a) === "") - (value(b) === "");
+          return (up ? 1 : -1) * (value(a) - value(b));
+        });
+        body.append(...rows);
+      });
+    }
+  }
+
+  // The images of a cell. Names are only ever set as text, never as HTML.
+  const store = document.getElementById("cells"), shown = document.getElementById("shown");
+  if (!store) return;
+  const content = JSON.parse(store.textContent);
+  const make = (tag, text, name) => {
+    const node = document.createElement(tag);
+    if (text !== undefined) node.textContent = text;
+    if (name) node.className = name;
+    return node;
+  };
+  const buttons = [...document.querySelectorAll("[data-cell]")];
+  const show = (button) => {
+    for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+    const key = button.dataset.cell, cell = content.cells[key];
+    const [truth, said] = key.split("-").map((i) => content.classes[i]);
+    const right = key.split("-")[0] === key.split("-")[1];
+    const title = make("h3");
+    title.append(make("bdi", truth), right ? ", recognised" : ", taken for ");
+    if (!right) title.append(make("bdi", said));
+    const few = cell.images.length < cell.n;
+    const order = right ? "the least sure" : "the surest";
+    const lead = few ? order + " " + cell.images.length + " of " + cell.n.toLocaleString("en") + " images"
+      : cell.n + (cell.n === 1 ? " image" : " images, " + order + " first");
+    const list = make("ol", undefined, "gallery");
+    for (const [source, id, sure] of cell.images) {
+      const item = make("li"), figure = make("figure"), image = make("img"), caption = make("figcaption", (100 * sure).toFixed(0) + "% sure");
+      image.src = source;
+      image.alt = "Image " + id;
+      const name = make("span", undefined, "id");
+      name.title = id;
+      name.append(make("bdi", id));
+      caption.append(name);
+      figure.append(image, caption);
+      item.append(figure);
+      list.append(item);
+    }
+    shown.replaceChildren(title, make("p", lead, "quiet small"), list);
+    smooth(list);
+    const place = shown.getBoundingClientRect();
+    if (place.top > window.innerHeight - 160) shown.scrollIntoView({ block: "nearest" });
+  };
+  for (const button of buttons) button.addEventListener("click", () => show(button));
+
+  // Arrow keys go from cell to cell.
+  const matrix = document.getElementById("matrix");
+  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+  if (matrix) matrix.addEventListener("keydown", (event) => {
+    const step = steps[event.key], cell = event.target.closest("td");
+    if (!step || !cell) return;
+    event.preventDefault();
+    let row = cell.parentNode.rowIndex, column = cell.cellIndex;
+    for (;;) {
+      row += step[0]; column += step[1];
+      const next = matrix.rows[row] && matrix.rows[row].cells[column];
+      if (row < 1 || !next) return;
+      const button = next.querySelector("button");
+      if (button) { button.focus(); return; }
+    }
+  });
+
+  // Small pictures are shown pixel by pixel, larger ones smoothly.
+  function smooth(inside) {
+    for (const image of inside.querySelectorAll("img")) {
+      const look = () => image.classList.toggle("large", image.naturalWidth > 64);
+      if (image.complete) look(); else image.addEventListener("load", look);
+    }
+  }
+})();

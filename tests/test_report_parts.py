@@ -1,0 +1,235 @@
+"""The drawn parts of a report, by numbers: charts, confusion, thumbnails, paired differences."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convlens import recipe
+from convlens.answers import Answers
+from convlens.data import Split
+from convlens.metrics import summarise
+from convlens.reporting import comparing, confusing, drawing, origin, thumbnails
+from convlens.reporting.contents import Contents
+from convlens.reporting.drawing import Line
+from convlens.run import RunFolder
+from support import Memory
+
+
+def judged(name: str, said: list[int], labels: list[int], classes: int = 2) -> Contents:
+    """A run that said these classes, each with the same confidence."""
+    logits = np.zeros((len(said), classes), np.float32)
+    logits[np.arange(len(said)), said] = 1
+    found = Contents(RunFolder(Path("models") / name), split="test")
+    found.facts = {"data": {"classes": [f"class {k}" for k in range(classes)]}}
+    found.answers = Answers(logits, np.array(labels), "same")
+    found.summary = summarise(logits, np.array(labels), found.classes)
+    return found
+
+
+def split_of(pixels: torch.Tensor) -> Split:
+    ids = [f"{i}.png" for i in range(len(pixels))]
+    return Split(Memory(pixels), torch.zeros(len(pixels), dtype=torch.int64), ids)  # type: ignore[arg-type]
+
+
+# Charts
+
+
+def test_a_chart_puts_values_where_they_belong() -> None:
+    svg = drawing.chart([1, 2, 3], [Line("a", "train", [0.0, 1.0, 0.5])], "Loss", mark=2)
+    left, right = drawing.LEFT, drawing.WIDE - drawing.RIGHT
+    top, bottom = drawing.TOP, drawing.HIGH - drawing.BOTTOM
+    middle = (left + right) / 2
+    path = re.search(r'd="([^"]+)"', svg)
+    assert path is not None
+    points = [tuple(map(float, p.split())) for p in re.findall(r"[ML]([\d.]+ [\d.]+)", path[1])]
+    assert points == [(left, bottom), (middle, top), (right, pytest.approx((top + bottom) / 2))]
+    assert f'class="mark" x1="{middle:.0f}"' in svg
+
+
+def test_what_is_no_number_is_a_gap_in_a_chart() -> None:
+    values = [1.0, 2.0, math.nan, 3.0, math.inf, 2.0, 1.0]
+    svg = drawing.chart(list(range(1, 8)), [Line("a", "val", values)], "Loss")
+    path = re.search(r'd="([^"]+)"', svg)
+    assert path is not None
+    assert re.sub("[^ML]", "", path[1]) == "MLML"
+    assert svg.count('class="val dot"') == 1  # the 3 stands alone
+    assert "nan" not in svg
+    assert "inf" not in svg
+    assert drawing.chart([1], [Line("a", "val", [math.nan])], "Loss") == ""
+
+
+@pytest.mark.parametrize("values", [[0.5], [3.0, 3.0], [0.0], [1e-9, 1e9], [-1.0, 2.0]])
+def test_any_range_makes_a_chart(values: list[float]) -> None:
+    svg = drawing.chart(list(range(1, len(values) + 1)), [Line("a", "c0", values)], "x")
+    assert "nan" not in svg
+    heights = [float(y) for y in re.findall(r'class="grid"[^>]*y1="([\d.-]+)"', svg)]
+    assert heights
+    assert all(0 <= y <= drawing.HIGH for y in heights)
+
+
+def test_names_in_a_chart_are_escaped() -> None:
+    svg = drawing.chart([1, 2], [Line('"><script>', "c0", [1, 2])], "x")
+    assert "<script>" not in svg
+
+
+def test_the_bars_of_calibration_are_as_high_as_the_accuracy() -> None:
+    svg = drawing.reliability([0.25, math.nan], [1.0, math.nan], [4, 0])
+    high = drawing.HIGH - drawing.TOP - drawing.BOTTOM
+    assert re.findall(r'class="bar"[^>]*height="([\d.]+)"', svg) == [str(high)]
+    assert "4 of 4 images, on average 25.0% sure: 100.0% right" in svg
+
+
+# Confusion
+
+
+def test_the_most_frequent_confusions_come_first() -> None:
+    table = np.array([[9, 2, 0], [5, 1, 0], [0, 2, 7]])
+    assert confusing.pairs(table) == [(1, 0), (0, 1), (2, 1)]
+    assert confusing.cells(table) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (2, 2)]
+
+
+def test_shades_go_by_the_share_of_the_row() -> None:
+    assert [confusing.shade(n, 100, True) for n in (0, 1, 50, 100)] == [0, 1, 4, 9]
+    assert [confusing.shade(n, 100, False) for n in (0, 1, 25, 100)] == [0, 1, 4, 9]
+
+
+def test_a_hundred_classes_are_a_list_and_one_is_a_table() -> None:
+    labels = [k for k in range(110) for _ in range(2)]
+    said = [(k + 1) % 110 for k in labels]
+    html = confusing.confusion(judged("many", said, labels, 110))
+    assert html is not None
+    assert "110 classes make no readable table" in html
+    assert html.count('scope="row"') == confusing.PAIRS
+    right = confusing.confusion(judged("right", labels, labels, 110))
+    assert right is not None
+    assert "No test image was taken for another class" in right
+    one = confusing.confusion(judged("one", [0, 0], [0, 0], 1))
+    assert one is not None
+    assert one.count("<td") == 2  # the corner and the cell
+
+
+def test_a_cell_holds_its_images_the_surest_mistakes_first() -> None:
+    logits = np.array([[1, 0], [3, 0], [0, 1], [2, 0], [4, 0]], np.float32)
+    labels = np.array([1, 1, 1, 0, 0])
+    found = judged("x", [0, 0, 1, 0, 0], labels.tolist())
+    found.answers = Answers(logits, labels, "")
+    found.images = split_of(torch.zeros(5, 1, 4, 4, dtype=torch.uint8))
+    shown = confusing._images(found, [(1, 0), (0, 0)])
+    assert [image[1] for image in shown["1-0"]["images"]] == ["1.png", "0.png"]
+    assert [image[1] for image in shown["0-0"]["images"]] == ["3.png", "4.png"]  # least sure first
+    assert shown["1-0"]["images"][0][2] == pytest.approx(1 / (1 + math.exp(-3)), abs=1e-4)
+
+
+# Thumbnails
+
+
+def opened(uri: str) -> np.ndarray:
+    content = base64.b64decode(uri.partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_small_pictures_keep_every_pixel(channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (channels, 28, 32), dtype=np.uint8)
+    shown = opened(thumbnails.thumbnail(pixels))
+    assert shown.shape == (28, 32, 3)
+    assert np.array_equal(
+        np.moveaxis(shown, 2, 0), pixels if channels == 3 else pixels.repeat(3, 0)
+    )
+
+
+def test_large_pictures_are_reduced() -> None:
+    shown = opened(thumbnails.thumbnail(np.full((3, 300, 200), 128, np.uint8)))
+    assert shown.shape == (96, 64, 3)
+    assert abs(int(shown.mean()) - 128) <= 2
+
+
+def test_cells_show_fewer_pictures_where_the_page_would_be_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 3, 16, 16), generator=random, dtype=torch.uint8)
+    images, cells = split_of(pixels), {"0-0": list(range(25)), "0-1": [30, 31, 32]}
+    whole = thumbnails.of_cells(images, cells)
+    assert {key: len(found) for key, found in whole.items()} == {"0-0": 20, "0-1": 3}
+    each = len(whole["0-0"][0])
+    monkeypatch.setattr(thumbnails, "BUDGET", each * 15 // 2 * 3 // 4)
+    few = thumbnails.of_cells(images, cells)
+    assert {key: len(found) for key, found in few.items()} == {"0-0": 4, "0-1": 3}
+    monkeypatch.setattr(thumbnails, "BUDGET", 1)
+    least = thumbnails.of_cells(images, cells)
+    assert {key: len(found) for key, found in least.items()} == {"0-0": 1, "0-1": 1}
+
+
+# Several runs
+
+
+def test_differences_are_counted_image_by_image() -> None:
+    labels = [0] * 10
+    best = judged("best", [0] * 9 + [1], labels)
+    other = judged("other", [1] * 3 + [0] * 7, labels)  # loses three, gains one
+    both = comparing.side_by_side([other, best])
+    assert both.best is best
+    (found,) = both.differences
+    assert (found.name, found.gained, found.lost) == ("other", 1, 3)
+    assert found.points == pytest.approx(-0.2)
+    half = 1.96 * math.sqrt(4 - 4 / 10) / 10
+    assert found.interval == pytest.approx((-0.2 - half, -0.2 + half))
+    assert found.p == pytest.approx(2 * (1 + 4) / 2**4)  # of four fair coins, three or more alike
+    assert both.verdict == (
+        "best is best: 90.0% of 10 test images, but not distinguishable from other "
+        "(McNemar's exact test)."
+    )
+
+
+def test_several_comparisons_are_paid_for() -> None:
+    labels = [0] * 20
+    best = judged("best", [0] * 20, labels)
+    others = [judged(f"r{n}", [1] * 6 + [0] * 14, labels) for n in range(2)]
+    both = comparing.side_by_side([best, *others])
+    assert [d.p for d in both.differences] == pytest.approx([2 * 2 / 2**6] * 2)
+    assert both.verdict.endswith("not distinguishable from r0, r1 (McNemar's exact test).")
+    alone = comparing.side_by_side([best, others[0]])
+    assert alone.differences[0].distinguishable
+    assert alone.verdict.endswith("and distinguishable from r0 (McNemar's exact test).")
+
+
+def test_runs_on_other_images_are_not_compared() -> None:
+    first, second = judged("a", [0, 1], [0, 1]), judged("b", [0, 1], [0, 1])
+    assert second.answers is not None
+    second.answers = second.answers._replace(images="other")
+    both = comparing.side_by_side([first, second])
+    assert not both.alike
+    assert both.differences == []
+    assert "can't be compared" in both.verdict
+
+
+# Where it comes from
+
+
+def test_changes_to_a_published_recipe_are_marked() -> None:
+    published = recipe.load("mnist")
+    assert origin.differences(published) == []
+    changed = published.replace(**{"optim.lr": 0.123, "train.epochs": 7})
+    lr, epochs = str(published.optim.lr), str(published.train.epochs)
+    assert origin.differences(changed) == [
+        ("optim.lr", "0.123", lr), ("train.epochs", "7", epochs),
+    ]  # fmt: skip
+    assert origin.differences(changed.model_copy(update={"name": "mine"})) == []
+
+
+def test_a_run_name_in_a_command_is_quoted() -> None:
+    found = judged("it's; rm -rf x", [0], [0])
+    found.recipe = recipe.load("mnist")
+    html = origin.reproduce(found)
+    assert html is not None
+    assert "convlens report &#39;it&#39;&#34;&#39;&#34;&#39;s; rm -rf x&#39;" in html
