@@ -14,6 +14,8 @@ from convlens.version import __version__
 if TYPE_CHECKING:
     from convlens.api import Run as Run
     from convlens.api import RunTable as RunTable
+    from convlens.api import compare as compare
+    from convlens.api import doctor as doctor
     from convlens.api import evaluate as evaluate
     from convlens.api import predict as predict
     from convlens.api import recipes as recipes
@@ -27,6 +29,8 @@ _HOMES = {
     "RunTable": "api",
     "train": "api",
     "train_many": "api",
+    "compare": "api",
+    "doctor": "api",
     "evaluate": "api",
     "predict": "api",
     "recipes": "api",
@@ -40,6 +44,8 @@ __all__ = [
     "Run",
     "RunTable",
     "__version__",
+    "compare",
+    "doctor",
     "evaluate",
     "predict",
     "recipes",

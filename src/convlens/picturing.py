@@ -155,6 +155,29 @@ def several_plot(
         plots.save(plots.setting_curves(groups, title, what), path)
 
 
+def comparison_plots(
+    folder: Path,
+    settings: Mapping[str, Sequence[Sequence[Row]]],
+    gains: Mapping[str, tuple[float, tuple[float, float] | None]],
+    reference: str,
+) -> list[Path]:
+    """Curves of the runs that have any, overlaid, and differences of accuracy from the reference.
+
+    Args:
+        gains: difference and interval by name, as shares.
+    """
+    from convlens import plots
+
+    curves, differences = folder / "curves.png", folder / "differences.png"
+    drawn = {name: [rows for rows in runs if rows] for name, runs in settings.items()}
+    drawn = {name: runs for name, runs in drawn.items() if runs}
+    if drawn:
+        several = max(map(len, drawn.values()))
+        several_plot(curves, drawn, "", f"{several} seeds" if several > 1 else "")
+    plots.save(plots.differences(gains, reference), differences)
+    return [*([curves] if drawn else []), differences]
+
+
 def worst_of(chances: np.ndarray, truths: np.ndarray) -> np.ndarray:
     """Positions of the wrong answers, the one least likely to its truth first."""
     of_truth = chances[np.arange(len(truths)), truths]

@@ -19,13 +19,14 @@ from convlens.plots.charts import (
     reliability,
 )
 from convlens.plots.pictures import augmented_batch, contact_sheet, worst_mistakes
-from convlens.plots.several import seed_curves, setting_curves
+from convlens.plots.several import differences, seed_curves, setting_curves
 from convlens.plots.style import save
 
 PLOTS: dict[str, Callable[..., Figure]] = {
     "curves": curves,
     "seed_curves": seed_curves,
     "setting_curves": setting_curves,
+    "differences": differences,
     "learning_rate": learning_rate,
     "confusion": confusion,
     "reliability": reliability,
@@ -42,6 +43,7 @@ __all__ = [
     "confusion",
     "contact_sheet",
     "curves",
+    "differences",
     "learning_rate",
     "reliability",
     "save",
