@@ -63,13 +63,13 @@ class _Entrant:
     """A run, and the images it is to be judged by."""
 
     place: RunFolder
-    card: Loaded  # without its network: many of them would fill the memory
+    known: Loaded  # without its network: many of them would fill the memory
     judged: Judged
     images: str = ""
 
     @property
     def seedless(self) -> str:
-        return seedless(load_recipe(self.card.card["recipe"]))
+        return seedless(load_recipe(self.known.card["recipe"]))
 
 
 def compare(
@@ -110,7 +110,8 @@ def compare(
     verdicts = judged(groups, same_images=not differing)
     notes = [*_limits(entrants, differing, split), *_readings(measured, groups, verdicts)]
     data_name = " and ".join(dict.fromkeys(entrant.judged.name for entrant in entrants))
-    return Comparison(split, data_name, groups, verdicts, notes, _plots(groups, verdicts))
+    drawn = _plots(data_name, groups, verdicts)
+    return Comparison(split, data_name, groups, verdicts, notes, drawn)
 
 
 def _found(names: Sequence[str | Path | RunFolder]) -> list[RunFolder]:
@@ -168,13 +169,13 @@ def _entrants(
 
 def _sizes(entrants: Sequence[_Entrant]) -> set[str]:
     """How the models see images, e.g. `32 px, 3 channels, crop`."""
-    seen = [entrant.card.preprocessing for entrant in entrants]
+    seen = [entrant.known.preprocessing for entrant in entrants]
     return {f"{pre.image_size} px, {pre.channels} channels, {pre.fit}" for pre in seen}
 
 
 def _fingerprint(entrant: _Entrant, pixels: bool) -> str:
     """SHA-256 over the images' ids and class names and, if all models see them alike, pixels."""
-    part, classes = entrant.judged.part, entrant.card.classes
+    part, classes = entrant.judged.part, entrant.known.classes
     named = [classes[label] for label in part.labels.tolist()]
     digest = hashlib.sha256(json.dumps([list(part.ids), named]).encode())
     if pixels:
@@ -191,7 +192,7 @@ def _differing(entrants: Sequence[_Entrant]) -> str:
     """
     first, *others = entrants
     for other in others:
-        unlike = {*first.card.classes} ^ {*other.card.classes}
+        unlike = {*first.known.classes} ^ {*other.known.classes}
         if unlike:
             return (
                 f"{first.place.name} and {other.place.name} don't know the same classes: "
@@ -255,11 +256,13 @@ def _readings(
 ) -> list[str]:
     """What the verdicts mean and what they don't."""
     notes = []
-    if len({seedless(candidate.recipe) for candidate in measured}) == 1:
+    seeds = {candidate.seeds for candidate in measured}
+    one = len({seedless(candidate.recipe) for candidate in measured}) == 1
+    if one and len(seeds) == len(measured):
         mean, sd = metrics.mean_sd([candidate.evaluation.accuracy for candidate in measured])
         assert sd is not None
         notes.append(
-            f"one recipe with {len(measured)} seeds: accuracy {100 * mean:.2f} ± {100 * sd:.2f} % "
+            f"one recipe with {len(seeds)} seeds: accuracy {100 * mean:.2f} ± {100 * sd:.2f} % "
             "(mean ± sd)"
         )
     elif any(verdict.test == "images" for verdict in verdicts):
@@ -272,7 +275,7 @@ def _readings(
     return notes
 
 
-def _plots(groups: Sequence[Group], verdicts: Sequence[Verdict]) -> list[Path]:
+def _plots(title: str, groups: Sequence[Group], verdicts: Sequence[Verdict]) -> list[Path]:
     names = [member.name for group in groups for member in group.members]
     folder = f"compare-{'-'.join(names[:NAMED])}"
     if len(names) > NAMED:  # a name of its own for each set of runs, of bounded length
@@ -280,7 +283,8 @@ def _plots(groups: Sequence[Group], verdicts: Sequence[Verdict]) -> list[Path]:
         folder = f"compare-{names[0]}-and-{len(names) - 1}-others-{others}"
     return picturing.comparison_plots(
         run.PLOTS / run.safe(folder),
+        title,
         {group.name: [m.epochs for m in group.members if m.epochs] for group in groups},
-        {v.name: (v.difference, v.interval95) for v in verdicts},
+        {v.name: (v.difference, v.interval95, bool(v.differs)) for v in verdicts},
         groups[0].name,
     )

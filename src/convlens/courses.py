@@ -111,11 +111,9 @@ def rate_too_high(case: Case) -> Finding | None:
             evidence |= {"jumps": jumps, "train_loss_lowest": float(loss.min())}
             if jumps >= max(2, 0.1 * len(loss)):
                 signs.append(f"the training loss rose by 10% or more {jumps} times")
-            if ending(loss) >= 1.2 * loss.min() and ending(loss) - loss.min() >= 0.02:
-                signs.append(
-                    f"the training loss ends at {ending(loss):.3g}, above its minimum "
-                    f"{loss.min():.3g}"
-                )
+            end, least = loss[-LAST:].min(), loss.min()
+            if end >= 1.2 * least and end - least >= 0.02:
+                signs.append(f"the training loss ends at {end:.3g}, above its minimum {least:.3g}")
             if loss.min() >= 0.98 * chance and _falling(loss) < 0.8:
                 signs.append(f"the training loss never fell below that of guessing ({chance:.3g})")
     elif case.diverged is None:

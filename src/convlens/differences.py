@@ -56,9 +56,9 @@ def newcombe(
     low1, high1 = wilson_interval(both + first, n, confidence)
     low2, high2 = wilson_interval(both + second, n, confidence)
     product = (both + first) * (second + neither) * (both + second) * (first + neither)
-    agreement = both * neither - first * second
+    agreement = float(both * neither - first * second)
     if agreement > 0:
-        agreement = max(agreement - n / 2, 0)
+        agreement = max(agreement - n / 2, 0.0)
     phi = agreement / math.sqrt(product) if product else 0.0
 
     def span(one: float, other: float) -> float:
@@ -85,9 +85,9 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Gain:
     if min(len(first), len(second)) < 2:
         raise UsageError(f"{len(first)} and {len(second)} values: at least two each are needed")
     shares: list[float] = [statistics.variance(g) / len(g) for g in (first, second)]
-    total = sum(shares)
-    of = [s * s / (len(g) - 1) for s, g in zip(shares, (first, second), strict=True)]
-    freedom = total * total / sum(of) if sum(of) else math.inf
+    total = math.fsum(shares)
+    below = math.fsum(s * s / (len(g) - 1) for s, g in zip(shares, (first, second), strict=True))
+    freedom = total * total / below if below else math.inf
     return _by_t(statistics.fmean(second) - statistics.fmean(first), math.sqrt(total), freedom)
 
 

@@ -92,8 +92,8 @@ class Case:
             )
         values = np.array([row.get(name, math.nan) for row in self.rows])
         if np.isnan(values).all():
-            known = {"val": "it has no validation split", "dat": "its metrics.csv has no"}
-            raise CannotTell(f"{known.get(name[:3], 'metrics.csv has no')} ({name})")
+            lacks = "it has no validation split" if name.startswith("val_") else ""
+            raise CannotTell(lacks or f"its metrics.csv has no {name}")
         return values
 
     def need(self) -> Recipe:

@@ -157,23 +157,25 @@ def several_plot(
 
 def comparison_plots(
     folder: Path,
+    title: str,
     settings: Mapping[str, Sequence[Sequence[Row]]],
-    gains: Mapping[str, tuple[float, tuple[float, float] | None]],
+    gains: Mapping[str, tuple[float, tuple[float, float] | None, bool]],
     reference: str,
 ) -> list[Path]:
     """Curves of the runs that have any, overlaid, and differences of accuracy from the reference.
 
     Args:
-        gains: difference and interval by name, as shares.
+        gains: by name, difference and interval as shares, and whether it can be told from none.
     """
     from convlens import plots
 
     curves, differences = folder / "curves.png", folder / "differences.png"
-    drawn = {name: [rows for rows in runs if rows] for name, runs in settings.items()}
-    drawn = {name: runs for name, runs in drawn.items() if runs}
+    drawn = {name: [columns(rows) for rows in runs if rows] for name, runs in settings.items()}
+    drawn = {name: histories for name, histories in drawn.items() if histories}
     if drawn:
-        several = max(map(len, drawn.values()))
-        several_plot(curves, drawn, "", f"{several} seeds" if several > 1 else "")
+        counts = {len(histories) for histories in drawn.values()}
+        what = f"{max(counts)} seeds" if len(counts) == 1 else "the seeds"
+        plots.save(plots.setting_curves(drawn, title, what), curves)
     plots.save(plots.differences(gains, reference), differences)
     return [*([curves] if drawn else []), differences]
 

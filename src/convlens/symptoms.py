@@ -87,7 +87,8 @@ def dead_channels(case: Case) -> Finding | None:
 def validation_unlike_training(case: Case) -> Finding | None:
     """Validation images look otherwise than training images, or are recognised better."""
     if case.looks is None and (case.trained is None or case.validated is None):
-        raise CannotTell(case.unmeasured)
+        no_split = "it has no validation split"
+        raise CannotTell(case.unmeasured if case.trained is None else no_split)
     signs, evidence = [], dict[str, Any]()
     if case.looks is not None:
         for place, name in enumerate(case.features):
@@ -118,8 +119,8 @@ def validation_unlike_training(case: Case) -> Finding | None:
         "; ".join(signs),
         evidence,
         "mean or deviation of a channel differs by half the deviation between images, or "
-        "validation is 5 points better than training images in eval mode; both beyond chance (4 and 3 "
-        "standard errors)",
+        "validation is 5 points better than training images in eval mode; both beyond chance (4 "
+        "and 3 standard errors)",
         "see with `convlens data` where the splits come from; folds are drawn from both together",
         ["data.folds=5"],
     )

@@ -160,7 +160,9 @@ class Verdict:
         )
 
     def _how(self) -> str:
-        corrected = "" if self.p_holm == self.p else ", p corrected by Holm"
+        corrected = ""
+        if self.p is not None and self.p_holm != self.p:
+            corrected = f"; by itself {_p(self.p)}, corrected by Holm"
         of = self.details
         if self.test == "images":
             return (

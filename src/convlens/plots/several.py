@@ -91,37 +91,33 @@ def setting_curves(
 
 @styled
 def differences(
-    gains: Mapping[str, tuple[float, tuple[float, float] | None]], reference: str
+    gains: Mapping[str, tuple[float, tuple[float, float] | None, bool]], reference: str
 ) -> Figure:
     """Differences of accuracy from a reference with their 95% intervals, one row each.
 
-    An interval that crosses the line at 0 is drawn hollow: the two can't be told apart by it.
-
     Args:
-        gains: by name, the difference as a share, and its interval where it is known.
+        gains: by name, the difference as a share, its interval where it is known, and whether
+            the two can be told apart: such points are filled, the others hollow.
     """
     if not gains:
         raise UsageError("there are no differences to draw")
-    figure = Figure(figsize=(6, 1.1 + 0.3 * len(gains)), layout="constrained")
+    figure = Figure(figsize=(6, 1.3 + 0.3 * len(gains)), layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(0, color=GREY, linewidth=1)
     beside: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "fontsize": 8}
-    beside |= {"textcoords": "offset points", "xytext": (40, 0)}
-    for row, (gain, interval) in enumerate(gains.values()):
+    beside |= {"textcoords": "offset points", "xytext": (36, 0)}
+    for row, (gain, interval, clear) in enumerate(gains.values()):
         low, high = interval or (gain, gain)
-        clear = interval is not None and (low > 0 or high < 0)
-        look: dict[str, Any] = {
-            "color": BLUE,
-            "markerfacecolor": BLUE if clear else "white",
-            "fmt": "o",
-        }
         reach = [[100 * max(gain - low, 0)], [100 * max(high - gain, 0)]]
-        errors: dict[str, Any] = {"xerr": reach, "elinewidth": 1.2, "capsize": 2.5}
-        axes.errorbar([100 * gain], [row], **look, **(errors if interval else {}))
-        axes.annotate(f"{100 * gain:+.2f}", (1, row), ha="right", va="center", **beside)
+        look: dict[str, Any] = {"color": BLUE, "markerfacecolor": BLUE if clear else "white"}
+        look |= {"xerr": reach, "elinewidth": 1.2, "capsize": 2.5} if interval else {}
+        axes.errorbar([100 * gain], [row], fmt="o", **look)
+        words = f"{100 * gain:+.2f}".replace("-", "\N{MINUS SIGN}")
+        axes.annotate(words, (1, row), ha="right", va="center", **beside)
     axes.set_yticks(range(len(gains)), [fit(name, 26) for name in gains], fontsize=8)
     axes.set_ylim(len(gains) - 0.4, -0.6)
-    axes.set_xlabel(fit(reference, 26, before="points of accuracy over ", after=", 95% interval"))
+    axes.set_title(fit(reference, 30, before="accuracy over that of "))
+    axes.set_xlabel("points, 95% interval (filled: distinguishable)")
     axes.grid(False, axis="y")
     return figure
 
