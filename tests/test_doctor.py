@@ -39,6 +39,11 @@ MADE: dict[str, dict[str, Any]] = {
                                "model.batch_norm": False, "optim.clip_norm": 1.0},
     "learning rate too low": {**FEW, "optim.lr": 3e-6},
     "stopped too early": {"optim.lr": 0.0007, "train.epochs": 5},
+    # Next to no network behind a good deal of augmentation.
+    "loader-bound": {"data.name": "shapes", "data.count": 300, "data.image_size": 48,
+                     "model.widths": [1], "model.kernel": 1, "train.epochs": 2,
+                     "augment": [{"RandomAffine": {"degrees": 10}}, {"RandomRotation":
+                     {"degrees": 20}}, {"ColorJitter": {"hue": 0.1, "saturation": 0.2}}]},
 }  # fmt: skip
 
 

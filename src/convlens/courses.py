@@ -178,8 +178,8 @@ def rate_too_low(case: Case) -> Finding | None:
          "train_loss_at_end": float(loss[-1]), "loss_of_guessing": chance,
          "largest_change": largest, "correlation_with_epochs": _trend(loss)},
         "training loss at 75% of that of guessing or more, and either falling (correlation -0.8) "
-        "by less than 2% in every epoch, or within 2% of that of guessing all the time with no dead "
-        "layers",
+        "by less than 2% in every epoch, or moving by less than 2% of that of guessing in all, "
+        "with no dead layers",
         "a higher rate",
         [f"optim.lr={recipe.optim.lr * 10:.3g}"],
     )  # fmt: skip
