@@ -131,8 +131,8 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     at.correct = torch.tensor(int(told["correct"]), device=setup.plan.device)
     best.__dict__.update(counters["best"])
     # A run that an earlier version left unfinished didn't count them.
-    uncounted = {"cpu_seconds": math.nan, "data_seconds": math.nan}
-    return [{**uncounted, **row} for row in counters["rows"]]
+    late = ("cpu_seconds", "data_seconds")
+    return [{**row, **{key: row.get(key, math.nan) for key in late}} for row in counters["rows"]]
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
