@@ -257,6 +257,7 @@ DRAWN: dict[str, Callable[..., Figure]] = {
     "curves": lambda draw: draw(HISTORY, 2, "x"),
     "seed_curves": lambda draw: draw([HISTORY, HISTORY], "x"),
     "setting_curves": lambda draw: draw({"a": [HISTORY], "b": [HISTORY, HISTORY]}, "x"),
+    "differences": lambda draw: draw({"a": (0.01, (-0.01, 0.03), False)}, "x"),
     "learning_rate": lambda draw: draw(HISTORY["epoch"], HISTORY["lr"], "x"),
     "confusion": lambda draw: draw(np.eye(3, dtype=np.int64), ["a", "b", "c"], "x"),
     "reliability": lambda draw: draw([0.5, 0.9], [0.4, 1.0], [3, 4], 0.1),

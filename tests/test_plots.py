@@ -72,6 +72,7 @@ def examples() -> dict[str, Figure]:
         "curves": plots.curves(history(3), 2, "run"),
         "seed_curves": plots.seed_curves([history(3), history(2)], "run"),
         "setting_curves": plots.setting_curves({"a": [history(3)], "b": [history(2)] * 2}, "run"),
+        "differences": plots.differences({"b": (-0.01, (-0.02, 0.0), True)}, "a"),
         "learning_rate": plots.learning_rate([1, 2], [0.1, 0.01]),
         "confusion": plots.confusion([[3, 1], [0, 2]], ["cat", "dog"], "test"),
         "reliability": plots.reliability([math.nan, 0.8], [math.nan, 0.7], [0, 10], 0.1),
@@ -474,3 +475,23 @@ def test_width_is_not_less_than_drawn() -> None:
         figure.savefig(io.BytesIO())
         drawn = text.get_window_extent().width / 100
         assert drawn * 0.97 <= width(words) <= drawn * 1.25
+
+
+def test_differences_stand_in_points_with_their_intervals(tmp_path: Path) -> None:
+    gains = {
+        "worse$": (-0.02, (-0.03, -0.01), True),
+        "like it": (0.005, (-0.01, 0.02), False),
+        "untested": (0.5, None, False),
+    }
+    figure = plots.differences(gains, "the first")
+    axes = figure.axes[0]
+    assert texts(axes) == ["\N{MINUS SIGN}2.00", "+0.50", "+50.00"]
+    reaches = [c.get_segments()[0][:, 0].tolist() for c in axes.collections]
+    assert reaches == [pytest.approx([-3, -1]), pytest.approx([-1, 2])]
+    filled = [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"]
+    assert filled == ["#0072B2", "white", "white"]
+    png(figure, tmp_path)
+    for name in HOSTILE:
+        png(plots.differences({name: (0.0, (-0.1, 0.1), False)}, name), tmp_path)
+    with pytest.raises(UsageError):
+        plots.differences({}, "a")

@@ -88,7 +88,7 @@ def equal(one: RunFolder, other: RunFolder) -> None:
     others, its_card = modelfile.read(other.model_path)
     same(tensors, others)
     assert card["chosen"] == its_card["chosen"]
-    clock = ("seconds", "cpu_seconds", "images_per_second")
+    clock = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
     rows = [{k: v for k, v in row.items() if k not in clock} for row in one.metrics()]
     its_rows = [{k: v for k, v in row.items() if k not in clock} for row in other.metrics()]
     assert rows == its_rows

@@ -14,6 +14,8 @@ from convlens.version import __version__
 if TYPE_CHECKING:
     from convlens.api import Run as Run
     from convlens.api import RunTable as RunTable
+    from convlens.api import compare as compare
+    from convlens.api import doctor as doctor
     from convlens.api import evaluate as evaluate
     from convlens.api import look as look
     from convlens.api import predict as predict
@@ -29,6 +31,8 @@ _HOMES = {
     "RunTable": "api",
     "train": "api",
     "train_many": "api",
+    "compare": "api",
+    "doctor": "api",
     "evaluate": "api",
     "look": "api",
     "predict": "api",
@@ -44,6 +48,8 @@ __all__ = [
     "Run",
     "RunTable",
     "__version__",
+    "compare",
+    "doctor",
     "evaluate",
     "look",
     "predict",

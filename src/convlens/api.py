@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convlens import asking, evaluation, prediction, several, training
+from convlens import asking, comparison, diagnosis, evaluation, prediction, several, training
 from convlens import recipe as recipe_module
 from convlens import run as run_module
+from convlens.comparison import Comparison
 from convlens.console import quieted
+from convlens.diagnosis import Diagnosis
 from convlens.errors import UsageError
 from convlens.evaluation import Evaluation
 from convlens.prediction import Prediction
@@ -234,6 +236,38 @@ def _texts(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
 def evaluate(run: str | Path | Run, split: str = "test", **options: Any) -> Evaluation:
     """`Run.evaluate` of a run given by name, folder or model file."""
     return (run if isinstance(run, Run) else Run.load(run)).evaluate(split, **options)
+
+
+def compare(
+    *runs: str | Path | Run,
+    split: str = "test",
+    data: str | Path | None = None,
+    force: bool = False,
+    device: str | None = None,
+    quiet: bool = True,
+) -> Comparison:
+    """Puts runs side by side, and says which can be told apart from the first.
+
+    Example:
+        >>> result = convlens.compare("resnet18", "resnet18-noaug")
+        >>> result.verdicts[0].sentence
+
+    Args:
+        runs: at least two; those that differ only in their seeds are taken together.
+        split, data, force, device: as on the command line.
+    """
+    names = [run._folder if isinstance(run, Run) else run for run in runs]
+    return comparison.compare(names, split, data=data, force=force, on=device, quiet=quiet)
+
+
+def doctor(run: str | Path | Run, *, device: str | None = None, quiet: bool = True) -> Diagnosis:
+    """Says what is going on in a run, with the evidence and what to do about it.
+
+    Example:
+        >>> [(finding.rule, finding.overrides) for finding in convlens.doctor("mnist").findings]
+    """
+    folder = run._folder if isinstance(run, Run) else run_module.find(run)
+    return diagnosis.diagnose(folder, on=device, quiet=quiet)
 
 
 def predict(

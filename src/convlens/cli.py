@@ -248,6 +248,49 @@ def report(
     _print_json(as_json, page.to_dict())
 
 
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN...", help="Runs, folders or model files.")
+    ],
+    split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    data: DataSet = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with different images or classes, untested.")
+    ] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Put runs side by side and say which can be told apart from the first.
+
+    [dim]Runs that differ only in their seeds are taken together. Each look at the test split is
+    logged, as by evaluate.[/]
+    """
+    from convlens import comparison
+    from convlens.showing_comparison import compared
+
+    result = comparison.compare(runs, split, data=data, force=force, on=device)
+    if not as_json:
+        compared(result)
+    _print_json(as_json, result.to_dict())
+
+
+@app.command()
+def doctor(run: RunName, device: Device = None, as_json: Json = False) -> None:
+    """Say what is going on in a run: over- or underfitting, learning rate, dead layers, data, ...
+
+    [dim]Reads the curves and looks at some training and validation images; the test split stays
+    sealed.[/]
+    """
+    from convlens import diagnosis
+    from convlens import run as runs
+    from convlens.showing_diagnosis import diagnosed
+
+    result = diagnosis.diagnose(runs.find(run), on=device)
+    if not as_json:
+        diagnosed(result)
+    _print_json(as_json, result.to_dict())
+
+
 @app.command()
 def data(
     name: Annotated[str, typer.Argument(metavar="NAME_OR_FOLDER", help="What to look at.")],

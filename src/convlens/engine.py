@@ -39,8 +39,8 @@ class Position:
     """Where in a training a network is: what `fit` starts from and keeps up to date.
 
     `epoch` is the one being trained (from 1), `step` how many of its steps are done; the rest
-    are this epoch's sums so far. `seconds` and `cpu_seconds` are for whoever times the epoch; `fit`
-    doesn't.
+    are this epoch's sums so far. `seconds`, `cpu_seconds` and `data_seconds` (those spent waiting
+    for batches) are for whoever times the epoch; `fit` doesn't.
     """
 
     epoch: int = 1
@@ -50,6 +50,7 @@ class Position:
     correct: int | Tensor = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    data_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class NonFiniteLoss(Stopped):
     """The loss became NaN or infinite; raised before the weights were updated with it."""
 
     def __init__(self, epoch: int, step: int, lr: float) -> None:
+        self.epoch, self.step, self.lr = epoch, step, lr
         super().__init__(
             f"the loss became NaN or infinite in epoch {epoch}, step {step}; training stopped "
             "before the weights were updated with it",

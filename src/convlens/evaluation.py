@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,17 +104,31 @@ def evaluate(
     loaded = run.load_model(place.model_path)
     where = device.choose(on)
     with quieted(quiet):
-        part, name, fingerprint = judged_by(loaded, split, data=data, on=where)
-        return _measure(place, loaded, part, split, name, fingerprint, where, tta)
+        judged = judged_by(loaded, split, data=data, on=where)
+        return look(place, loaded, judged, split, where, tta=tta).evaluation
 
 
-def judged_by(
-    loaded: Loaded, split: str, *, data: str | Path | None = None, on: str
-) -> tuple[Split, str, str]:
-    """A split of the model's own data or of another set, labels in the model's order of classes.
+class Judged(NamedTuple):
+    """A split with labels in a model's order of classes, the set's name and fingerprint."""
 
-    With the set's name and fingerprint. Errors are those of `evaluate`.
+    part: Split
+    name: str
+    fingerprint: str
+
+
+class Look(NamedTuple):
+    """One look at a split: its numbers, and what they rest on.
+
+    `scores` are logits `[N, K]` and `labels` int64 `[N]`, both in the order of the split.
     """
+
+    evaluation: Evaluation
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+def judged_by(loaded: Loaded, split: str, *, data: str | Path | None = None, on: str) -> Judged:
+    """A split of the model's own data or of another set. Errors are those of `evaluate`."""
     if data is None:
         own = own_data(loaded, on)
         found = _part(own, split), own.classes, own.name, own.fingerprint
@@ -122,7 +136,7 @@ def judged_by(
         found = _foreign(str(data), loaded, split, on)
     part, classes, name, fingerprint = found
     labels = _by_name(part.labels, classes, loaded.classes, name)
-    return replace(part, labels=labels), name, fingerprint
+    return Judged(replace(part, labels=labels), name, fingerprint)
 
 
 def own_data(loaded: Loaded, on: str) -> Data:
@@ -185,16 +199,24 @@ def _by_name(
     return positions[labels]
 
 
-def _measure(
+def look(
     place: RunFolder,
     loaded: Loaded,
-    part: Split,
+    judged: Judged,
     split: str,
-    name: str,
-    fingerprint: str,
     where: str,
-    tta: str | None,
-) -> Evaluation:
+    *,
+    tta: str | None = None,
+    draw: bool = True,
+) -> Look:
+    """Answers for all images of a split, logged in `results.json` as one look at it.
+
+    Args:
+        split: its name, `test`, `val` or `train`.
+        where: the device.
+        draw: confusion, calibration and the worst mistakes, too.
+    """
+    part, name, fingerprint = judged
     start = time.perf_counter()
     answers, labels = _answers(loaded, part, split, where, tta)
     seconds = time.perf_counter() - start
@@ -220,10 +242,11 @@ def _measure(
         said = store.Answers(scores, truths, store.identity(part, loaded.classes))
         store.keep(place, split, fingerprint, loaded.card["sha256"], said)
     label = split if own else f"{split}-{run.safe(Path(name).name)}"
-    picturing.evaluation_plots(place, label, part, scores, loaded.classes)
+    if draw:
+        picturing.evaluation_plots(place, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
     _tell(evaluation)
-    return evaluation
+    return Look(evaluation, scores, truths)
 
 
 def _answers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from convlens.data.augment import MIXES
 from convlens.data.batches import Batches, to_unit
 from convlens.data.draws import Place
 from convlens.device import Plan, seed_of
-from convlens.engine import EpochBatches
+from convlens.engine import EpochBatches, Position
 from convlens.errors import ResourceError, UsageError
 from convlens.inference import split_logits
 from convlens.models import freezing
@@ -40,6 +41,30 @@ class Feed:
     batches: EpochBatches
     validate: Logits
     cached_bytes: int = 0
+
+
+class Timed:
+    """Batches that add the time spent waiting for them to the position's `data_seconds`.
+
+    On a CPU that is reading, augmenting and normalising; on a GPU, which is only told what to
+    augment, it is the time in which the host could tell it nothing else.
+    """
+
+    def __init__(self, batches: EpochBatches, position: Position) -> None:
+        self._batches, self._position = batches, position
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = iter(self._batches.epoch(epoch, start))
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self._position.data_seconds += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
 
 
 def feed(recipe: Recipe, data: Data, model: nn.Module, images: Batches) -> Feed:

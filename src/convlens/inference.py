@@ -94,6 +94,25 @@ def _batches(rows: Rows) -> Iterator[Tensor]:
         yield rows.gather(index) if whole is None else whole[index[0] : index[-1] + 1]
 
 
+def flops(model: nn.Module, shape: tuple[int, int, int], device: str) -> int:
+    """Floating-point operations of the forward pass for one image `[C, H, W]`, in eval mode.
+
+    A multiplication with its addition counts as two; only convolutions and matrix products are
+    counted (`torch.utils.flop_counter`): all but a few per cent.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, *shape, device=device))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return int(counter.get_total_flops())
+
+
 @torch.inference_mode()
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Mean cross entropy (nats, without smoothing) and accuracy; what validation goes by."""

@@ -155,6 +155,31 @@ def several_plot(
         plots.save(plots.setting_curves(groups, title, what), path)
 
 
+def comparison_plots(
+    folder: Path,
+    title: str,
+    settings: Mapping[str, Sequence[Sequence[Row]]],
+    gains: Mapping[str, tuple[float, tuple[float, float] | None, bool]],
+    reference: str,
+) -> list[Path]:
+    """Curves of the runs that have any, overlaid, and differences of accuracy from the reference.
+
+    Args:
+        gains: by name, difference and interval as shares, and whether it can be told from none.
+    """
+    from convlens import plots
+
+    curves, differences = folder / "curves.png", folder / "differences.png"
+    drawn = {name: [columns(rows) for rows in runs if rows] for name, runs in settings.items()}
+    drawn = {name: histories for name, histories in drawn.items() if histories}
+    if drawn:
+        counts = {len(histories) for histories in drawn.values()}
+        what = f"{max(counts)} seeds" if len(counts) == 1 else "the seeds"
+        plots.save(plots.setting_curves(drawn, title, what), curves)
+    plots.save(plots.differences(gains, reference), differences)
+    return [*([curves] if drawn else []), differences]
+
+
 def worst_of(chances: np.ndarray, truths: np.ndarray) -> np.ndarray:
     """Positions of the wrong answers, the one least likely to its truth first."""
     of_truth = chances[np.arange(len(truths)), truths]

@@ -53,7 +53,7 @@ class Setup:
         optim_config = self.recipe.optim
         return engine.fit(
             compiled(self.feed.model) if self.recipe.train.compile else self.feed.model,
-            self.feed.batches,
+            feeding.Timed(self.feed.batches, self.position),
             self.optimiser,
             self.schedule,
             epochs=self.epochs,

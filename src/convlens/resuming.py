@@ -125,12 +125,14 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     at, told = setup.position, counters["position"]
     at.epoch, at.step, at.images = int(told["epoch"]), int(told["step"]), int(told["images"])
     at.seconds, at.cpu_seconds = told["seconds"], told.get("cpu_seconds", 0.0)
+    at.data_seconds = told.get("data_seconds", 0.0)
     # Tensors of the kinds they were: a division of Python numbers would round differently.
     at.loss_sum = torch.tensor(told["loss_sum"], dtype=torch.float32, device=setup.plan.device)
     at.correct = torch.tensor(int(told["correct"]), device=setup.plan.device)
     best.__dict__.update(counters["best"])
     # A run that an earlier version left unfinished didn't count them.
-    return [{**row, "cpu_seconds": row.get("cpu_seconds", math.nan)} for row in counters["rows"]]
+    late = ("cpu_seconds", "data_seconds")
+    return [{**row, **{key: row.get(key, math.nan) for key in late}} for row in counters["rows"]]
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

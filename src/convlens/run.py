@@ -33,7 +33,7 @@ MODELS = Path("models")
 PLOTS = Path("plots")
 COLUMNS = (
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds",
-    "cpu_seconds", "images_per_second",
+    "cpu_seconds", "data_seconds", "images_per_second",
 )  # fmt: skip
 
 

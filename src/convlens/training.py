@@ -129,7 +129,8 @@ def run_to_end(
                 device.synchronise(setup.plan.device)
                 seconds, cpu_seconds = clock.read()
                 row = _validate(setup, record, seconds=seconds)
-                rows.append({**row, "cpu_seconds": cpu_seconds})
+                waited, setup.position.data_seconds = setup.position.data_seconds, 0.0
+                rows.append({**row, "cpu_seconds": cpu_seconds, "data_seconds": waited})
                 place.write_metrics(rows)
                 improved = setup.recipe.data.validates and best.improved(rows[-1])
                 if improved or options.keep == "last":
@@ -153,6 +154,7 @@ def _guarded(setup: Setup, place: RunFolder, *, over: bool) -> engine.Records:
     try:
         yield from setup.fit()
     except engine.NonFiniteLoss as error:
+        place.note({"diverged": {"epoch": error.epoch, "step": error.step, "lr": error.lr}})
         if not place.model_path.exists():
             try:
                 _save_model(setup, place, None)

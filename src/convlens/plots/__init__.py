@@ -21,13 +21,14 @@ from convlens.plots.charts import (
 )
 from convlens.plots.kernels import colour_filters, kernels, made_inputs, top_images
 from convlens.plots.pictures import augmented_batch, contact_sheet, worst_mistakes
-from convlens.plots.several import seed_curves, setting_curves
+from convlens.plots.several import differences, seed_curves, setting_curves
 from convlens.plots.style import FORMATS, save
 
 PLOTS: dict[str, Callable[..., Figure]] = {
     "curves": curves,
     "seed_curves": seed_curves,
     "setting_curves": setting_curves,
+    "differences": differences,
     "learning_rate": learning_rate,
     "confusion": confusion,
     "reliability": reliability,
@@ -56,6 +57,7 @@ __all__ = [
     "confusion",
     "contact_sheet",
     "curves",
+    "differences",
     "kernels",
     "learning_rate",
     "made_inputs",

@@ -21,7 +21,7 @@ from convlens.plots.charts import (
     sparse,
     two_panels,
 )
-from convlens.plots.style import BLUE, VERMILION, fit, styled, width
+from convlens.plots.style import BLUE, GREY, VERMILION, fit, styled, width
 
 # Okabe and Ito's without yellow, which is too faint for a line on white.
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -86,6 +86,39 @@ def setting_curves(
         axes.set_ylabel(f"{words} {axes.get_ylabel()}")
     handles, words_ = panels[0].get_legend_handles_labels()
     figure.legend(handles, words_, loc="outside lower center", ncols=columns, handlelength=3.2)
+    return figure
+
+
+@styled
+def differences(
+    gains: Mapping[str, tuple[float, tuple[float, float] | None, bool]], reference: str
+) -> Figure:
+    """Differences of accuracy from a reference with their 95% intervals, one row each.
+
+    Args:
+        gains: by name, the difference as a share, its interval where it is known, and whether
+            the two can be told apart: such points are filled, the others hollow.
+    """
+    if not gains:
+        raise UsageError("there are no differences to draw")
+    figure = Figure(figsize=(6, 1.3 + 0.3 * len(gains)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color=GREY, linewidth=1)
+    beside: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "fontsize": 8}
+    beside |= {"textcoords": "offset points", "xytext": (36, 0)}
+    for row, (gain, interval, clear) in enumerate(gains.values()):
+        low, high = interval or (gain, gain)
+        reach = [[100 * max(gain - low, 0)], [100 * max(high - gain, 0)]]
+        look: dict[str, Any] = {"color": BLUE, "markerfacecolor": BLUE if clear else "white"}
+        look |= {"xerr": reach, "elinewidth": 1.2, "capsize": 2.5} if interval else {}
+        axes.errorbar([100 * gain], [row], fmt="o", **look)
+        words = f"{100 * gain:+.2f}".replace("-", "\N{MINUS SIGN}")
+        axes.annotate(words, (1, row), ha="right", va="center", **beside)
+    axes.set_yticks(range(len(gains)), [fit(name, 26) for name in gains], fontsize=8)
+    axes.set_ylim(len(gains) - 0.4, -0.6)
+    axes.set_title(fit(reference, 30, before="accuracy over that of "))
+    axes.set_xlabel("points, 95% interval (filled: distinguishable)")
+    axes.grid(False, axis="y")
     return figure
 
 

@@ -1,0 +1,49 @@
+"""A diagnosis as people read it: what was found, by which numbers, and what to do."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from rich.markup import escape
+
+from convlens.diagnosis import Diagnosis
+from convlens.findings import Finding
+from convlens.showing import stdout
+
+
+def diagnosed(result: Diagnosis) -> None:
+    """The findings with their evidence; below them what is well, and what can't be told."""
+    out = stdout()
+    out.print(
+        f"[bold]{escape(result.run)}[/]: {result.status}, {result.epochs:,} epochs in metrics.csv"
+    )
+    for finding in result.findings:
+        out.print(f"\n[bold red]{finding.rule}[/]: {escape(finding.what)}")
+        out.print(escape(f"  numbers    {numbers(finding)}"))
+        out.print(escape(f"  threshold  {finding.threshold}"))
+        out.print(escape(f"  do         {finding.do}"))
+        if finding.overrides:
+            out.print(escape(f"  try        {' '.join(map(shlex.quote, finding.overrides))}"))
+    if result.findings:
+        out.print()
+    if result.healthy:
+        none = "no sign of" if result.findings else "nothing found: no sign of"
+        out.print(f"{none} {', '.join(result.healthy)}")
+    for rule, why in result.untold.items():
+        out.print(f"[dim]can't tell: {rule}: {escape(why)}[/]")
+
+
+def numbers(finding: Finding) -> str:
+    """The evidence in one line; of long tables the first entries."""
+    return ", ".join(f"{key} {_text(value)}" for key, value in finding.evidence.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        entries = [f"{key} {_text(inner)}" for key, inner in value.items()]
+        more = f" and {len(entries) - 12} more" if len(entries) > 12 else ""
+        return f"({', '.join(entries[:12])}{more})"
+    return (
+        f"{value:.4g}" if isinstance(value, float) else "unknown" if value is None else f"{value}"
+    )

@@ -1,0 +1,110 @@
+"""Differences of accuracies: published examples, numbers worked out by hand, scipy's tests."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from scipy import stats
+
+from convlens.differences import holm, newcombe, on_images, paired_by_seed, welch
+from convlens.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        # Newcombe 1998, Statistics in Medicine 17, table II: e = 20, f = 12, g = 2, h = 16
+        ((20, 2, 12, 16), 0.0562, 0.3292),
+        # Fagerland, Lydersen, Laake 2014, Statistics in Medicine 33: airways before and after
+        ((1, 7, 1, 12), -0.507, -0.026),
+    ],
+)
+def test_published_intervals(counts: tuple[int, int, int, int], low: float, high: float) -> None:
+    assert newcombe(*counts) == pytest.approx((low, high), abs=5e-4)
+
+
+def test_an_interval_by_hand() -> None:
+    # 10 images; 6 right for the first, 8 for the second, 5 for both.
+    z = 1.959963984540054
+
+    def wilson(p: float) -> tuple[float, float]:
+        half = z * math.sqrt(p * (1 - p) / 10 + z * z / 400)
+        return (p + z * z / 20 - half) / (1 + z * z / 10), (p + z * z / 20 + half) / (
+            1 + z * z / 10
+        )
+
+    (low1, high1), (low2, high2) = wilson(0.6), wilson(0.8)
+    phi = (5 * 1 - 1 * 3 - 5) / math.sqrt(6 * 4 * 8 * 2)  # with its correction below 0: taken as 0
+    assert phi < 0
+    low = 0.2 - math.sqrt((0.8 - low2) ** 2 + (high1 - 0.6) ** 2)
+    high = 0.2 + math.sqrt((high2 - 0.8) ** 2 + (0.6 - low1) ** 2)
+    assert newcombe(5, 1, 3, 1) == pytest.approx((low, high))
+
+
+def test_an_interval_turns_round_with_the_two() -> None:
+    low, high = newcombe(700, 20, 50, 230)
+    assert newcombe(700, 50, 20, 230) == pytest.approx((-high, -low))
+    assert 0 < low < 0.03 < high
+    # The same shares of images that have nothing to do with each other are told apart worse.
+    apart, further = newcombe(540, 180, 210, 70)
+    assert apart < low
+    assert further > high
+
+
+@pytest.mark.parametrize("counts", [(10, 0, 0, 0), (0, 0, 0, 10), (0, 10, 0, 0), (5, 0, 0, 5)])
+def test_intervals_at_the_edges(counts: tuple[int, int, int, int]) -> None:
+    low, high = newcombe(*counts)
+    gain = (counts[2] - counts[1]) / 10
+    assert -1 <= low <= gain <= high <= 1
+
+
+def test_no_images() -> None:
+    with pytest.raises(UsageError, match="no images"):
+        newcombe(0, 0, 0, 0)
+
+
+def test_mcnemar_by_hand() -> None:
+    # 1 against 5: p = 2 * (1 + 6) / 2^6
+    gain = on_images(90, 1, 5, 4)
+    assert (gain.value, gain.p) == (pytest.approx(0.04), pytest.approx(14 / 64))
+    assert gain.interval95 == newcombe(90, 1, 5, 4)
+    assert on_images(7, 0, 0, 3).p == 1.0
+
+
+FIRST, SECOND = [0.81, 0.80, 0.83, 0.79], [0.82, 0.84, 0.85, 0.81]
+
+
+def test_pairs_of_seeds() -> None:
+    gain = paired_by_seed(FIRST, SECOND)
+    # Differences 1, 4, 2, 2 points: mean 2.25, sd sqrt(4.75 / 3), t with 3 degrees of freedom
+    half = 3.182446305 * math.sqrt(4.75 / 3) / 2
+    assert gain.value == pytest.approx(0.0225)
+    assert gain.interval95 == pytest.approx(((2.25 - half) / 100, (2.25 + half) / 100))
+    assert gain.p == pytest.approx(stats.ttest_rel(SECOND, FIRST).pvalue)
+
+
+def test_means_of_seeds() -> None:
+    gain, theirs = (
+        welch(FIRST, [*SECOND, 0.9]),
+        stats.ttest_ind([*SECOND, 0.9], FIRST, equal_var=False),
+    )
+    assert gain.p == pytest.approx(theirs.pvalue)
+    assert gain.interval95 == pytest.approx(tuple(theirs.confidence_interval()))
+
+
+def test_without_spread_there_is_no_test() -> None:
+    assert paired_by_seed([0.5, 0.6], [0.6, 0.7])[1:] == (None, None)
+    assert welch([0.5, 0.5], [0.6, 0.6])[1:] == (None, None)
+    for wrong in ([0.5], [0.5, 0.6, 0.7]):
+        with pytest.raises(UsageError):
+            paired_by_seed(wrong, [0.6] if len(wrong) == 1 else [0.6, 0.7])
+    with pytest.raises(UsageError):
+        welch([0.5], [0.6, 0.7])
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([None, 0.02, 0.01]) == [None, 0.02, 0.02]
+    assert holm([]) == []
