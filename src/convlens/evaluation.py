@@ -108,14 +108,20 @@ def evaluate(
 
 
 def judged_by(
-    loaded: Loaded, split: str, *, data: str | Path | None = None, on: str
+    loaded: Loaded,
+    split: str,
+    *,
+    data: str | Path | None = None,
+    on: str,
+    own: Data | None = None,
 ) -> tuple[Split, str, str]:
     """A split of the model's own data or of another set, labels in the model's order of classes.
 
-    With the set's name and fingerprint. Errors are those of `evaluate`.
+    With the set's name and fingerprint; `own` is `own_data` if it is at hand already. Errors are
+    those of `evaluate`.
     """
     if data is None:
-        own = own_data(loaded, on)
+        own = own or own_data(loaded, on)
         found = _part(own, split), own.classes, own.name, own.fingerprint
     else:
         found = _foreign(str(data), loaded, split, on)

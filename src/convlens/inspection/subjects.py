@@ -77,9 +77,8 @@ class Subject:
 
     def split(self, name: str, data: str | Path | None = None) -> Split:
         """A split of its own data or of another set, with labels in the model's order."""
-        if data is None:
-            self.data  # noqa: B018 (a network that is no run has none)
-        return evaluation.judged_by(self.loaded, name, data=data, on=self.plan.device)[0]
+        own = self.data if data is None else None  # a network that is no run has none
+        return evaluation.judged_by(self.loaded, name, data=data, on=self.plan.device, own=own)[0]
 
     def prepared(self, pixels: Tensor) -> Tensor:
         """uint8 `[N, C, S, S]` normalised, float32 on the device: what the network takes."""

@@ -1,8 +1,8 @@
 """From arrays to matplotlib figures: the only package that imports matplotlib.
 
 Every function returns a new `Figure`; `save` writes one as PNG. It knows nothing of models or
-runs. A new plot is a function in `charts` (numbers), `several` (many runs) or `pictures`,
-and a line in `PLOTS`.
+runs. A new plot is a function in `charts` (numbers), `several` (many runs), `stages` (measurements
+inside networks), `embeddings` or `pictures`, and a line in `PLOTS`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from convlens.plots.charts import (
     learning_rate,
     reliability,
 )
-from convlens.plots.pictures import augmented_batch, contact_sheet, worst_mistakes
+from convlens.plots.embeddings import embedding
+from convlens.plots.pictures import augmented_batch, contact_sheet, neighbours, worst_mistakes
 from convlens.plots.several import seed_curves, setting_curves
+from convlens.plots.stages import StageLine, similarity, stage_measures
 from convlens.plots.style import save
 
 PLOTS: dict[str, Callable[..., Figure]] = {
@@ -33,19 +35,28 @@ PLOTS: dict[str, Callable[..., Figure]] = {
     "contact_sheet": contact_sheet,
     "augmented_batch": augmented_batch,
     "worst_mistakes": worst_mistakes,
+    "neighbours": neighbours,
+    "stage_measures": stage_measures,
+    "similarity": similarity,
+    "embedding": embedding,
 }
 
 __all__ = [
     "PLOTS",
+    "StageLine",
     "accuracy_bars",
     "augmented_batch",
     "confusion",
     "contact_sheet",
     "curves",
+    "embedding",
     "learning_rate",
+    "neighbours",
     "reliability",
     "save",
     "seed_curves",
     "setting_curves",
+    "similarity",
+    "stage_measures",
     "worst_mistakes",
 ]
