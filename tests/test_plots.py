@@ -68,6 +68,13 @@ def examples() -> dict[str, Figure]:
         "contact_sheet": plots.contact_sheet(pictures(3), ["a", "b", "c"], "sheet"),
         "augmented_batch": plots.augmented_batch(pictures(3), pictures(3, seed=1)),
         "worst_mistakes": plots.worst_mistakes(pictures(1), ["cat"], ["dog"], [0.9]),
+        "neighbours": plots.neighbours(pictures(4), [["a"], ["b", "c"], ["d"], []], 2, "near"),
+        "stage_measures": plots.stage_measures(
+            [plots.StageLine("run", ["a", "b"], {"rank": [(3, 2, 4), (5, 4, 6)]})],
+            {"rank": ("effective rank", "log")},
+        ),
+        "similarity": plots.similarity([[1, None], [None, 1]], [("x", "a"), ("y", "a")], "CKA"),
+        "embedding": plots.embedding([[0, 1], [1, 0]], [0, 1], [0, 0], ["cat", "dog"], "map"),
     }
     assert set(made) == set(plots.PLOTS)
     return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from convlens.prediction import Prediction
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.tabling import Summary, Table
+
+if TYPE_CHECKING:
+    from convlens.inspection.measuring import Measurements
 
 
 class Run:
@@ -234,6 +237,43 @@ def predict(
 ) -> list[Prediction]:
     """`Run.predict` of a run given by name, folder or model file."""
     return (run if isinstance(run, Run) else Run.load(run)).predict(inputs, **options)
+
+
+def measure(
+    runs: str | Path | Run | Sequence[str | Path | Run],
+    measures: str | Sequence[str] = (),
+    *,
+    folder: str | Path | None = None,
+    device: str | None = None,
+    quiet: bool = True,
+    **options: Any,
+) -> Measurements:
+    """Measures every stage of one or several networks over images, and draws one figure.
+
+    Args:
+        runs: a run or several, by name, folder or model file; or networks of torchvision or timm.
+        measures: some of `convlens.inspection.measuring.NAMES`; all by default.
+        folder: of the figures; `plots/RUN/look`, of several `plots/look-RUN-RUN`, by default.
+        options: `split`, `data`, `layers`, `images`, `learn_from`, `untrained`, `seed`, as in
+            `convlens.inspection.measuring.measure`.
+
+    Example:
+        >>> found = convlens.measure(["resnet18", "resnet18-noaug"], ["probe", "picture"])
+        >>> found.networks[0].stages["layer4.1"]["probe"].value
+    """
+    from convlens.inspection.measuring import measure as measured
+    from convlens.inspection.subjects import open_subject
+
+    asked = [runs] if isinstance(runs, str | Path | Run) else runs
+    names = [measures] if isinstance(measures, str) else measures
+    texts = [str(each.path) if isinstance(each, Run) else str(each) for each in asked]
+    subjects = [open_subject(text, on=device) for text in texts]
+    named = [run_module.safe(subject.name) for subject in subjects]
+    usual = run_module.PLOTS / (
+        Path(named[0], "look") if len(named) == 1 else "-".join(["look", *named])
+    )
+    place = usual if folder is None else Path(folder)
+    return measured(subjects, names, folder=place, quiet=quiet, **options)
 
 
 def recipes() -> dict[str, Recipe]:

@@ -22,6 +22,7 @@ HEADS = {
     "picture": "picture R² %",
     "rank": "rank",
     "sparsity": "sparsity %",
+    "blank": "blank %",
     "dead": "dead+nearly/channels",
     "fineness": "fineness",
 }

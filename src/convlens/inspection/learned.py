@@ -145,7 +145,8 @@ def _learn(
     """Adds four fifths of a batch to `fit` and one to `tune`, which are made where missing."""
     sizes = (x.shape[1], x.shape[2], y.shape[2], str(x.device))
     fit, tune = fit or Moments(*sizes), tune or Moments(*sizes)
-    tuned = torch.arange(len(x), device=x.device) % TUNED == TUNED - 1
+    number = torch.arange(len(x), device=x.device) + fit.n + tune.n
+    tuned = number % TUNED == TUNED - 1
     fit.add(x[~tuned], y[~tuned])
     tune.add(x[tuned], y[tuned])
     return fit, tune

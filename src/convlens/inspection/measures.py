@@ -7,6 +7,7 @@ and keeps only sums and a few numbers an image. To add one: a class, and a line 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class Dead(Measure):
         self.squares += shifted.square().sum(0)
 
     def value(self) -> Value:
+        if self.n < 2:
+            return Value(None)
         variance = (self.squares / self.n - (self.sum / self.n).square()).clamp(min=0)
         deviation = variance.mean((1, 2)).sqrt()
         moving = deviation[deviation > 0]
@@ -60,16 +63,19 @@ class Dead(Measure):
         return Value(share, None, {**counts, "rectified": rectified})
 
 
-class Silence(Measure):
-    title = "sparsity"
-    about = "share of activations at or below 0; interval: mean over images ± 1.96 standard errors"
+class _Share(Measure):
+    """A share that each image has, and its mean."""
 
     def __init__(self, classes: int) -> None:
         super().__init__(classes)
         self.shares: list[Tensor] = []
 
+    @abstractmethod
+    def of(self, maps: Tensor) -> Tensor:
+        """The share of each image, float64 `[B]`."""
+
     def see(self, batch: Batch) -> None:
-        self.shares.append((batch.maps <= 0).double().mean((1, 2, 3)).cpu())
+        self.shares.append(self.of(batch.maps).cpu())
 
     def value(self) -> Value:
         shares = torch.cat(self.shares)
@@ -78,6 +84,25 @@ class Silence(Measure):
             return Value(mean)
         error = 1.96 * float(shares.std()) / len(shares) ** 0.5
         return Value(mean, (max(0.0, mean - error), min(1.0, mean + error)))
+
+
+class Silence(_Share):
+    title = "sparsity"
+    about = "share of activations at or below 0; interval: mean over images ± 1.96 standard errors"
+
+    def of(self, maps: Tensor) -> Tensor:
+        return (maps <= 0).double().mean((1, 2, 3))
+
+
+class Blank(_Share):
+    title = "channels blank on an image"
+    about = (
+        "share of channels that are nowhere above 0 on an image, mean over images; interval: "
+        "± 1.96 standard errors"
+    )
+
+    def of(self, maps: Tensor) -> Tensor:
+        return (maps.amax((2, 3)) <= 0).double().mean(1)
 
 
 class Rank(Measure):
@@ -148,6 +173,7 @@ MEASURES: dict[str, type[Measure]] = {
     "picture": Picture,
     "rank": Rank,
     "sparsity": Silence,
+    "blank": Blank,
     "dead": Dead,
     "fineness": Fineness,
 }

@@ -16,7 +16,7 @@ from convlens.inspection.measures import MEASURES
 from convlens.inspection.sampling import Sample, sample
 from convlens.inspection.stagebatch import Value
 from convlens.inspection.stagework import Alike, Measured, Work, together
-from convlens.inspection.subjects import Subject
+from convlens.inspection.subjects import Subject, share_data
 from convlens.names import pick
 
 SIMILARITY = "similarity"
@@ -96,6 +96,8 @@ def measure(
     singly = [name for name in wanted if name != SIMILARITY]
     learns = any(MEASURES[name].learns for name in singly)
     with quieted(quiet):
+        if data is None:
+            share_data(subjects)
         works = []
         for subject in subjects:
             held = sample(subject, split, data=data, most=images, seed=seed)

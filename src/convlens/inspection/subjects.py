@@ -106,6 +106,20 @@ def open_subject(text: str, *, on: str | None = None) -> Subject:
     return Subject(place.name, loaded, placed(loaded.model, on), place)
 
 
+def share_data(subjects: Sequence[Subject]) -> None:
+    """Networks that were trained on the same images (by fingerprint) hold them only once.
+
+    Raises:
+        DataError: the images of one of them changed or have moved.
+    """
+    loaded: dict[str, Data] = {}
+    for subject in subjects:
+        if subject.place is not None:
+            mark = subject.loaded.card["data"]["fingerprint"]
+            # A cached property is a plain attribute once it is set.
+            subject.__dict__["data"] = loaded[mark] = loaded.get(mark) or subject.data
+
+
 def _of_library(config: ModelConfig) -> Loaded:
     """A network as its library has it, for as many classes as its weights know."""
     models.options_of(config.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +43,7 @@ def stage_measures(
 
     Args:
         panels: title and scale (`percent`, `number`, `log`) of each measure.
-        note: what was measured on; stands small beside or below.
+        note: what was measured on; goes below, small.
     """
     if not lines or not panels:
         raise UsageError("there are no measurements to draw")
@@ -52,7 +51,10 @@ def stage_measures(
     rows = math.ceil(len(panels) / columns)
     deepest = max((line.stages for line in lines), key=len)
     room = 0.058 * max(map(len, deepest)) if len(deepest) > 1 else 0.2
-    size = (2.7 * columns + 0.3, (1.85 + room) * rows + 0.3)
+    names = [fit(line.name, 40) for line in lines]
+    inches = 2.7 * columns + 0.3
+    beside = max(1, min(len(names), int(inches * 8 // (max(map(width, names)) + 7))))
+    size = (inches, (1.85 + room) * rows + 0.3 + 0.2 * math.ceil(len(names) / beside))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     drawn = 0
@@ -71,23 +73,12 @@ def stage_measures(
         axes.grid(False, axis="x")
         if not axes.lines:
             axes.annotate("nothing to measure", (0.5, 0.5), xycoords="axes fraction", ha="center")
-    spare = list(grid.flat[len(panels) :])
-    for axes in spare:
+    for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    names = [fit(line.name, 34) for line in lines]
     handles = [Line2D([], [], **look) for look in looks]
-    if spare and len(names) <= 8:
-        spare[0].legend(handles, names, loc="upper left", handlelength=3, fontsize=8)
-        room = 40.0 * len(spare)
-    else:
-        beside = max(1, min(len(names), int(size[0] * 8 // (max(map(width, names)) + 7))))
-        figure.legend(handles, names, loc="outside upper left", ncols=beside, handlelength=3)
-        room = size[0] * 10
-    if note and spare and len(names) <= 8:
-        words = "\n".join(textwrap.wrap(fit(note, 400), int(room * 1.3)))
-        spare[0].text(0, 0, words, fontsize=7, color=GREY, transform=spare[0].transAxes)
-    elif note:
-        figure.supxlabel(fit(note, room), fontsize=7, color=GREY)
+    figure.legend(handles, names, loc="outside upper left", ncols=beside, handlelength=3)
+    if note:
+        figure.supxlabel(fit(note, size[0] * 10), fontsize=7, color=GREY)
     return figure
 
 
