@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional as F
 
 from convlens.console import progress, quieted
 from convlens.errors import DataError
@@ -92,7 +93,8 @@ def embed(
     seed: int = 0,
     quiet: bool = False,
 ) -> Embedded:
-    """Draws a map of held-out images by what goes into the network's last layer.
+    """Draws a map of held-out images by what goes into the network's last layer, as directions
+    (features scaled to length 1).
 
     Writes `embedding-METHOD.png` and a CSV of id, x, y, class and prediction into `folder`.
 
@@ -116,7 +118,8 @@ def embed(
                 features.append(seen.features)
                 guesses.append(seen.logits.argmax(1))
                 bar.advance(len(seen.features))
-        points, words = make(torch.cat(features).double().numpy(), seed)
+        # Of length 1: else a few images of large features would make the map theirs.
+        points, words = make(F.normalize(torch.cat(features).double()).numpy(), seed)
     # What the network says, in the order of the set's classes; -1 is a class of its own.
     place = {name: number for number, name in enumerate(chosen.classes)}
     theirs = np.array([place.get(name, -1) for name in subject.classes])

@@ -14,7 +14,9 @@ from convlens.errors import UsageError
 from convlens.plots.several import COLOURS
 from convlens.plots.style import GREY, fit, styled, width
 
-SHAPES = "osD^"
+# With three of Tol's muted colours, so that ten classes need no shapes to be told apart.
+TEN = (*COLOURS, "#999933", "#882255", "#44AA99")
+SHAPES = "os^D"
 TOLD_APART = 20  # classes: beyond, colours and shapes can't be
 NAMED = 40
 
@@ -47,8 +49,8 @@ def embedding(
     if len(present) <= TOLD_APART:
         for number, c in enumerate(present):
             look: dict[str, Any] = {
-                "color": COLOURS[number % 7],
-                "marker": SHAPES[number // 7 % 4],
+                "color": TEN[number % 10],
+                "marker": SHAPES[(number + number // 10) % 4],
                 "alpha": 0.75,
             }
             x, y = places[truth == c].T
@@ -69,10 +71,10 @@ def embedding(
     if not any(axes_named):  # t-SNE's axes mean nothing
         axes.set_xticks([])
         axes.set_yticks([])
+        axes.spines[:].set_visible(False)
     axes.grid(False)
     axes.tick_params(colors=GREY)
     _, names = axes.get_legend_handles_labels()
     columns = max(1, int(50 // (max(map(width, names)) + 3)))
-    legend = figure.legend(loc="outside lower center", ncols=columns, fontsize=8, markerscale=1.5)
-    legend.set_in_layout(True)
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, markerscale=2)
     return figure
