@@ -171,4 +171,6 @@ def _note(networks: Sequence[Measured]) -> str:
     words = "; ".join(f"{n:,} {networks[0].split} images of {data}" for data, n in held)
     learned = sorted({f"{network.learned:,}" for network in networks if network.learned})
     more = f", learned from {' or '.join(learned)} training images" if learned else ""
-    return f"{words}{more}; bars: 95% intervals"
+    several = len({tuple(network.stages) for network in networks}) > 1
+    spread = "; shallower networks' stages are spread evenly" if several else ""
+    return f"{words}{more}; bars: 95% intervals{spread}"

@@ -47,7 +47,7 @@ def stage_measures(
     """
     if not lines or not panels:
         raise UsageError("there are no measurements to draw")
-    columns = min(COLUMNS, len(panels))
+    columns = 2 if len(panels) == 4 else min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     deepest = max((line.stages for line in lines), key=len)
     room = 0.058 * max(map(len, deepest)) if len(deepest) > 1 else 0.2
