@@ -35,7 +35,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     ),
     6: (
         "api", "showing", "showing_runs", "showing_look", "showing_comparison",
-        "showing_diagnosis", "reporting",
+        "showing_diagnosis", "showing_measures", "reporting",
     ),
     7: ("__init__",),
     8: ("cli", "__main__"),

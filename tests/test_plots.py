@@ -88,6 +88,13 @@ def examples() -> dict[str, Figure]:
         "kernels": plots.kernels(maps(5, 8), list("abcde"), 1.0, "conv2", "note"),
         "top_images": plots.top_images([pictures(3)], [[None] * 3], [("#1", "3/3 cat")], "layer"),
         "made_inputs": plots.made_inputs(pictures(2), [("#1", "peak 3")] * 2, "layer", "note"),
+        "neighbours": plots.neighbours(pictures(4), [["a"], ["b", "c"], ["d"], []], 2, "near"),
+        "stage_measures": plots.stage_measures(
+            [plots.StageLine("run", ["a", "b"], {"rank": [(3, 2, 4), (5, 4, 6)]})],
+            {"rank": ("effective rank", "log")},
+        ),
+        "similarity": plots.similarity([[1, None], [None, 1]], [("x", "a"), ("y", "a")], "CKA"),
+        "embedding": plots.embedding([[0, 1], [1, 0]], [0, 1], [0, 0], ["cat", "dog"], "map"),
     }
     assert set(made) == set(plots.PLOTS)
     return made

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from convlens.api import doctor as doctor
     from convlens.api import evaluate as evaluate
     from convlens.api import look as look
+    from convlens.api import measure as measure
     from convlens.api import predict as predict
     from convlens.api import recipes as recipes
     from convlens.api import report as report
@@ -35,6 +36,7 @@ _HOMES = {
     "doctor": "api",
     "evaluate": "api",
     "look": "api",
+    "measure": "api",
     "predict": "api",
     "recipes": "api",
     "report": "api",
@@ -52,6 +54,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "look",
+    "measure",
     "predict",
     "recipes",
     "report",

@@ -25,6 +25,7 @@ from convlens.tabling import Summary, Table
 
 if TYPE_CHECKING:
     from convlens.inspection.looking import Look
+    from convlens.inspection.measuring import Measurements
 
 
 class Run:
@@ -341,6 +342,43 @@ def report(
     """
     names = [str(run.path if isinstance(run, Run) else run) for run in runs]
     return building.report(names, output=output, audit=audit, on=device, quiet=quiet)
+
+
+def measure(
+    runs: str | Path | Run | Sequence[str | Path | Run],
+    measures: str | Sequence[str] = (),
+    *,
+    folder: str | Path | None = None,
+    device: str | None = None,
+    quiet: bool = True,
+    **options: Any,
+) -> Measurements:
+    """Measures every stage of one or several networks over images, and draws one figure.
+
+    Args:
+        runs: a run or several, by name, folder or model file; or networks of torchvision or timm.
+        measures: some of `convlens.inspection.measuring.NAMES`; all by default.
+        folder: of the figures; `plots/RUN/look`, of several `plots/look-RUN-RUN`, by default.
+        options: `split`, `data`, `layers`, `images`, `learn_from`, `untrained`, `seed`, as in
+            `convlens.inspection.measuring.measure`.
+
+    Example:
+        >>> found = convlens.measure(["resnet18", "resnet18-noaug"], ["probe", "picture"])
+        >>> found.networks[0].stages["layer4.1"]["probe"].value
+    """
+    from convlens.inspection.measuring import measure as measured
+    from convlens.inspection.subjects import open_subject
+
+    asked = [runs] if isinstance(runs, str | Path | Run) else runs
+    names = [measures] if isinstance(measures, str) else measures
+    texts = [str(each.path) if isinstance(each, Run) else str(each) for each in asked]
+    subjects = [open_subject(text, on=device) for text in texts]
+    named = [run_module.safe(subject.name) for subject in subjects]
+    usual = run_module.PLOTS / (
+        Path(named[0], "look") if len(named) == 1 else "-".join(["look", *named])
+    )
+    place = usual if folder is None else Path(folder)
+    return measured(subjects, names, folder=place, quiet=quiet, **options)
 
 
 def recipes() -> dict[str, Recipe]:

@@ -127,10 +127,20 @@ class Look(NamedTuple):
     labels: np.ndarray
 
 
-def judged_by(loaded: Loaded, split: str, *, data: str | Path | None = None, on: str) -> Judged:
-    """A split of the model's own data or of another set. Errors are those of `evaluate`."""
+def judged_by(
+    loaded: Loaded,
+    split: str,
+    *,
+    data: str | Path | None = None,
+    on: str,
+    own: Data | None = None,
+) -> Judged:
+    """A split of the model's own data or of another set. Errors are those of `evaluate`.
+
+    `own` is `own_data` if it is at hand already.
+    """
     if data is None:
-        own = own_data(loaded, on)
+        own = own or own_data(loaded, on)
         found = _part(own, split), own.classes, own.name, own.fingerprint
     else:
         found = _foreign(str(data), loaded, split, on)

@@ -74,24 +74,22 @@ class Subject:
                 f"{self.name} is no run of convlens: it has no images of its own",
                 fix="name image files, or a data set with --data",
             )
-        return evaluation.own_data(self.loaded, self.plan.device)
+        try:
+            return evaluation.own_data(self.loaded, self.plan.device)
+        except UsageError as error:
+            raise DataError(
+                f"the images of {self.name} can't be found: {error.what}",
+                fix="put them back where they were in training, or name image files",
+            ) from error
 
     def split(self, name: str, data: str | Path | None = None) -> Split:
         """A split of its own data or of another set, with labels in the model's order."""
-        if data is None and self.place is None:
-            self.data  # noqa: B018 (a network that is no run has none)
         key = name, None if data is None else str(data)
         if key not in self._splits:
-            try:
-                found = evaluation.judged_by(self.loaded, name, data=data, on=self.plan.device)
-            except UsageError as error:
-                if data is not None:
-                    raise
-                raise DataError(
-                    f"the images of {self.name} can't be found: {error.what}",
-                    fix="put them back where they were in training, or name image files",
-                ) from error
-            self._splits[key] = found[0]
+            own = self.data if data is None else None
+            on = self.plan.device
+            found = evaluation.judged_by(self.loaded, name, data=data, on=on, own=own)
+            self._splits[key] = found.part
         return self._splits[key]
 
     def prepared(self, pixels: Tensor) -> Tensor:
@@ -118,6 +116,20 @@ def open_subject(text: str, *, on: str | None = None) -> Subject:
         return Subject(text, loaded, placed(loaded.model, on))
     loaded = run.load_model(place.model_path)
     return Subject(place.name, loaded, placed(loaded.model, on), place)
+
+
+def share_data(subjects: Sequence[Subject]) -> None:
+    """Networks that were trained on the same images (by fingerprint) hold them only once.
+
+    Raises:
+        DataError: the images of one of them changed or have moved.
+    """
+    loaded: dict[str, Data] = {}
+    for subject in subjects:
+        if subject.place is not None:
+            mark = subject.loaded.card["data"]["fingerprint"]
+            # A cached property is a plain attribute once it is set.
+            subject.__dict__["data"] = loaded[mark] = loaded.get(mark) or subject.data
 
 
 def _of_library(config: ModelConfig) -> Loaded:

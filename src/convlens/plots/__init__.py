@@ -2,7 +2,8 @@
 
 Every function returns a new `Figure`; `save` writes one as PNG, SVG or PDF. It knows nothing of
 models or runs. A new plot is a function in `charts` (numbers), `several` (many runs), `pictures`,
-`channels` or `kernels` (what is inside a network, put together on a `page`), and a line in `PLOTS`.
+`channels` or `kernels` (what is inside a network, put together on a `page`), `stages` (measurements
+inside networks) or `embeddings`, and a line in `PLOTS`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from convlens.plots.charts import (
     learning_rate,
     reliability,
 )
+from convlens.plots.embeddings import embedding
 from convlens.plots.kernels import colour_filters, kernels, made_inputs, top_images
-from convlens.plots.pictures import augmented_batch, contact_sheet, worst_mistakes
+from convlens.plots.pictures import augmented_batch, contact_sheet, neighbours, worst_mistakes
 from convlens.plots.several import differences, seed_curves, setting_curves
+from convlens.plots.stages import StageLine, similarity, stage_measures
 from convlens.plots.style import FORMATS, save
 
 PLOTS: dict[str, Callable[..., Figure]] = {
@@ -42,6 +45,10 @@ PLOTS: dict[str, Callable[..., Figure]] = {
     "kernels": kernels,
     "top_images": top_images,
     "made_inputs": made_inputs,
+    "neighbours": neighbours,
+    "stage_measures": stage_measures,
+    "similarity": similarity,
+    "embedding": embedding,
 }
 
 __all__ = [
@@ -49,6 +56,7 @@ __all__ = [
     "PLOTS",
     "Column",
     "Panel",
+    "StageLine",
     "accuracy_bars",
     "activations",
     "activations_side_by_side",
@@ -58,13 +66,17 @@ __all__ = [
     "contact_sheet",
     "curves",
     "differences",
+    "embedding",
     "kernels",
     "learning_rate",
     "made_inputs",
+    "neighbours",
     "reliability",
     "save",
     "seed_curves",
     "setting_curves",
+    "similarity",
+    "stage_measures",
     "top_images",
     "worst_mistakes",
 ]

@@ -80,6 +80,21 @@ def worst_mistakes(
     return _sheet(images, captions, title, columns)
 
 
+@styled
+def neighbours(
+    images: Images,
+    captions: Sequence[Sequence[str]],
+    rows: int,
+    title: str = "",
+) -> Figure:
+    """Pictures uint8 [N, C, H, W] in rows, each with lines of its own above: what is at the left
+    is asked about, what follows in its row is near it.
+    """
+    columns = len(images) // rows if rows else 0
+    lines: list[Caption] = [[("", line, "") for line in caption] for caption in captions]
+    return _sheet(images, lines, title, columns)
+
+
 def _sheet(
     images: Images,
     captions: Sequence[Caption],

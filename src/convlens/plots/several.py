@@ -79,7 +79,7 @@ def setting_curves(
     for axes, key in zip(panels, PANELS, strict=True):
         for number, (name, histories) in enumerate(groups.items()):
             runs = [series(history, f"{part}_{key}") for history in histories]
-            look = {"label": fit(name, 30), **_look(number)}
+            look = {"label": fit(name, 30), **line_look(number)}
             _mean_and_band(axes, _longest(histories), runs, look)
         over_epochs(axes, _longest([h for histories in groups.values() for h in histories]))
         words = "validation" if part == "val" else "training"
@@ -122,7 +122,7 @@ def differences(
     return figure
 
 
-def _look(number: int) -> dict[str, Any]:
+def line_look(number: int) -> dict[str, Any]:
     """Colour, dashes and marker of the n-th line: no two alike among 28."""
     again, colour = divmod(number, len(COLOURS))
     return {

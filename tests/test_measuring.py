@@ -1,0 +1,238 @@
+"""The whole job on runs and networks: one figure, bounded work, honest samples, bad input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import convlens
+from convlens import showing_measures
+from convlens.console import console
+from convlens.errors import ConvlensError, ModelFileError, UsageError
+from convlens.inspection import layers, measuring
+from convlens.inspection.measures import MEASURES
+from convlens.inspection.measuring import Measurements, measure
+from convlens.inspection.sampling import sample
+from convlens.inspection.subjects import Subject, open_subject
+
+RUN = {"data": {"name": "digits"}, "model": {"name": "cnn", "widths": [4, 8], "depth": 1}}
+OUT = Path("plots")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two short trainings on all digits and one on shapes, shared by the tests here."""
+    place = tmp_path_factory.mktemp("trained")
+    train = {"epochs": 2, "batch_size": 64, "memory_format": "contiguous", "precision": "fp32"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for seed in (0, 1):
+            convlens.train(
+                {**RUN, "train": {**train, "seed": seed}}, name=f"run{seed}", quiet=True, test=False
+            )
+        shapes = {**RUN, "data": {"name": "shapes", "count": 300, "image_size": 16}, "train": train}
+        convlens.train(shapes, name="shapes", quiet=True, test=False)
+    return place / "models"
+
+
+def opened(models: Path, *names: str) -> list[Subject]:
+    return [open_subject(str(models / name), on="cpu") for name in names]
+
+
+def test_several_networks_in_one_figure_with_everything(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subjects = opened(models, "run0", "run1")
+    result = measure(subjects, folder=OUT, images=150, learn_from=400, untrained=True, quiet=True)
+    assert [n.name for n in result.networks] == ["run0", "run1", "cnn, untrained"]
+    assert [n.baseline for n in result.networks] == [False, False, True]
+    for network in result.networks:
+        assert list(network.stages) == ["stage1", "stage2"]
+        assert (network.n, network.learned, network.classes) == (150, 400, 10)
+        assert all(list(values) == list(MEASURES) for values in network.stages.values())
+    # What a digit is can be told the better the deeper, what it looks like the worse.
+    first, second = result.networks[0].stages.values()
+    assert second["picture"].value < first["picture"].value  # type: ignore[operator]
+    assert second["probe"].value > 0.5  # type: ignore[operator]
+    untrained = result.networks[2].stages["stage2"]["separability"].value
+    assert second["separability"].value > untrained  # type: ignore[operator]
+    (alike,) = result.similarity
+    assert alike.stages[:3] == (("run0", "stage1"), ("run0", "stage2"), ("run1", "stage1"))
+    matrix = np.array(alike.matrix, dtype=float)
+    np.testing.assert_allclose(matrix, matrix.T)
+    np.testing.assert_allclose(matrix.diagonal(), 1)
+    assert [file.name for file in result.files] == [
+        "measures.png",
+        "similarity.png",
+        "measures.json",
+    ]
+    assert json.loads((OUT / "measures.json").read_text()) == json.loads(
+        json.dumps(result.to_dict())
+    )
+    showing_measures.measured(result)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("run1", "stage2", "picture R²", "linear CKA", "150 val"))
+
+
+def test_the_values_are_those_of_all_images_at_once(models: Path) -> None:
+    """Streamed by the job, and by hand from one forward pass over the same images."""
+    (subject,) = opened(models, "run0")
+    result = measure([subject], ["sparsity", "dead", "rank"], folder=OUT, images=10_000, quiet=True)
+    held = sample(subject, "val", most=10_000)
+    assert len(held) == len(subject.split("val"))
+    pixels = held.split.rows.gather(held.index)
+    maps = layers.activations(subject.model, subject.prepared(pixels), ["stage2"])["stage2"]
+    values = result.networks[0].stages["stage2"]
+    assert values["sparsity"].value == pytest.approx(float((maps <= 0).double().mean()))
+    assert values["dead"].details["dead"] == int((maps.amax((0, 2, 3)) == 0).sum())
+    means = maps.mean((2, 3)).double()
+    singular = torch.linalg.svdvals(means - means.mean(0))
+    shares = singular / singular.sum()
+    entropy = float(-(shares * shares.clamp(min=1e-12).log()).sum())
+    assert values["rank"].value == pytest.approx(np.exp(entropy), rel=1e-3)
+    assert result.similarity == ()
+    assert result.networks[0].learned == 0
+
+
+def test_samples_are_seeded_disjoint_and_the_test_split_waits_to_be_asked(models: Path) -> None:
+    (subject,) = opened(models, "run0")
+    for split in ("val", "test", "train"):
+        held = sample(subject, split, most=100)
+        own = sample(subject, split, most=5000, learning=True)
+        assert not set(held.ids) & set(own.ids)
+        assert held.ids == sample(subject, split, most=100).ids
+        assert held.ids != sample(subject, split, most=100, seed=1).ids
+    trained = set(subject.split("train").ids)
+    assert set(sample(subject, "train", most=99).ids) < trained
+    assert not set(sample(subject, "test", most=99).ids) & trained
+    with pytest.raises(UsageError, match="unknown split 'tset'") as caught:
+        sample(subject, "tset", most=9)
+    assert "test" in caught.value.fix
+
+
+def test_another_set_has_its_own_classes_and_no_image_twice(models: Path) -> None:
+    (subject,) = opened(models, "run0")
+    generator = np.random.default_rng(0)
+    for name in ("left", "right"):
+        Path("other", name).mkdir(parents=True)
+        for i in range(40):
+            pixels = generator.integers(0, 60, (8, 8), dtype=np.uint8)
+            pixels[:, slice(0, 4) if name == "left" else slice(4, 8)] += 150
+            Image.fromarray(pixels).save(Path("other", name, f"{i}.png"))
+    held, own = (sample(subject, "val", data="other", most=999, learning=x) for x in (False, True))
+    assert (len(held), len(own)) == (16, 64)
+    assert not set(held.ids) & set(own.ids)
+    result = measure([subject], ["probe"], folder=OUT, data="other", quiet=True)
+    assert result.networks[0].classes == 2
+    assert result.networks[0].stages["stage1"]["probe"].value == 1
+
+
+def test_networks_of_other_data_are_measured_on_their_own(models: Path) -> None:
+    subjects = opened(models, "run0", "shapes", "run0")
+    names = ["separability", "similarity"]
+    result = measure(subjects, names, folder=OUT, images=60, learn_from=100, quiet=True)
+    assert [n.name for n in result.networks] == ["run0", "shapes", "run0 (2)"]
+    assert [n.data for n in result.networks] == ["digits", "shapes", "digits"]
+    assert [len(a.stages) for a in result.similarity] == [4, 2]
+    assert result.similarity[0].matrix[0][2] == pytest.approx(1), "the same run twice"
+    assert Path(OUT, "similarity-2.png").exists()
+
+
+def test_a_network_of_a_library_needs_a_data_set() -> None:
+    subject = open_subject("squeezenet1_1:none", on="cpu")
+    with pytest.raises(UsageError, match="no images of its own"):
+        measure([subject], folder=OUT, quiet=True)
+    subject.loaded.preprocessing = replace(subject.loaded.preprocessing, image_size=32)
+    names = ["dead", "probe", "rank"]
+    result = measure(
+        [subject], names, folder=OUT, data="digits", images=40, learn_from=60, quiet=True,
+        layers=["features.3", "features.12", "classifier"],
+    )  # fmt: skip
+    (network,) = result.networks
+    assert list(network.stages) == ["features.3", "features.12", "classifier"]
+    assert network.stages["features.12"]["rank"].details["channels"] == 512
+    assert network.classes == 10
+
+
+class Broken(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.nan
+
+
+def test_stages_that_are_nan_are_named_and_left_out(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (subject,) = opened(models, "run0")
+    subject.model.stage2 = nn.Sequential(subject.model.stage2, Broken())
+    result = measure(
+        [subject], folder=OUT, layers=["stage1", "stage2"], images=60, learn_from=100, quiet=True
+    )
+    (network,) = result.networks
+    assert network.broken == ("stage2",)
+    assert all(value.value is None for value in network.stages["stage2"].values())
+    assert network.stages["stage1"]["probe"].value is not None
+    assert result.similarity[0].stages == (("run0", "stage1"),)
+    showing_measures.measured(result)
+    assert "NaN" in capsys.readouterr().out
+    with pytest.raises(ModelFileError, match="run0: all activations are NaN"):
+        measure([subject], ["rank"], folder=OUT, layers=["stage2"], quiet=True)
+
+
+def test_more_features_than_images_and_a_handful_of_images(models: Path) -> None:
+    (subject,) = opened(models, "run0")
+    for images, learn_from in ((3, 8), (1, 1)):
+        result = measure([subject], folder=OUT, images=images, learn_from=learn_from, quiet=True)
+        assert (result.networks[0].n, result.networks[0].learned) == (images, learn_from)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"names": ["prob"]}, UsageError, "unknown measurement 'prob'"),
+        ({"layers": ["stage9"]}, UsageError, "no layer 'stage9'"),
+        ({"images": 0}, UsageError, "can't measure on 0 images"),
+        ({"data": "nowhere"}, ConvlensError, "nowhere"),
+    ],
+)
+def test_what_can_not_be_measured(
+    models: Path, options: dict[str, object], error: type[ConvlensError], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        measure(opened(models, "run0"), folder=OUT, quiet=True, **options)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no networks"):
+        measure([], folder=OUT)
+
+
+def test_a_run_whose_data_has_moved_says_so(models: Path) -> None:
+    for name in ("a", "b"):
+        Path("mine", name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("L", (16, 16), 20 * i + (name == "b")).save(Path("mine", name, f"{i}.png"))
+    convlens.train("mine", {"train.epochs": 1, "model.widths": [4, 8]}, name="mine", quiet=True)
+    subject = open_subject("mine", on="cpu")
+    Path("mine").rename("moved")
+    with pytest.raises(ConvlensError, match="mine"):
+        measure([subject], folder=OUT, quiet=True)
+
+
+def test_nothing_is_printed_when_quiet_and_python_has_it(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = convlens.measure(
+        [models / "run0", convlens.Run.load(models / "run1")], ["sparsity"], images=50
+    )
+    assert isinstance(found, Measurements)
+    assert found.files[0] == Path("plots/look-run0-run1/measures.png")
+    assert convlens.measure(models / "run0", "dead", images=50).files[0].parent.parts == (
+        "plots", "run0", "look",
+    )  # fmt: skip
+    assert capsys.readouterr() == ("", "")
+    assert measuring.NAMES[-1] == "similarity"
+    assert not console().quiet
