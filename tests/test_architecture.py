@@ -24,15 +24,15 @@ ROOT = Path(convlens.__file__).parent
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "names", "version"),
     1: ("files", "console", "interrupts", "yamltext", "schema", "recipe", "device"),
-    2: ("data", "models", "optim", "metrics", "plots", "auto", "views"),
+    2: ("data", "models", "optim", "metrics", "plots", "auto", "views", "confident"),
     3: ("engine", "inference", "modelfile", "tensorfiles", "trunk"),
     4: ("run",),
     5: (
         "checking", "beginning", "feeding", "preparing", "weights", "resuming", "picturing",
         "evaluation", "prediction", "training", "tabling", "several", "estimator", "asking",
-        "inspection",
+        "inspection", "labelling", "reviewing", "suspects",
     ),
-    6: ("api", "showing", "showing_runs"),
+    6: ("api", "showing", "showing_runs", "showing_labels"),
     7: ("__init__",),
     8: ("cli", "__main__"),
 }  # fmt: skip

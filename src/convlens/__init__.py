@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from convlens.api import Run as Run
     from convlens.api import RunTable as RunTable
     from convlens.api import evaluate as evaluate
+    from convlens.api import find_label_errors as find_label_errors
     from convlens.api import predict as predict
     from convlens.api import recipes as recipes
     from convlens.api import train as train
@@ -28,6 +29,7 @@ _HOMES = {
     "train": "api",
     "train_many": "api",
     "evaluate": "api",
+    "find_label_errors": "api",
     "predict": "api",
     "recipes": "api",
     "ImageClassifier": "estimator",
@@ -41,6 +43,7 @@ __all__ = [
     "RunTable",
     "__version__",
     "evaluate",
+    "find_label_errors",
     "predict",
     "recipes",
     "train",

@@ -18,7 +18,12 @@ from convlens.plots.charts import (
     learning_rate,
     reliability,
 )
-from convlens.plots.pictures import augmented_batch, contact_sheet, worst_mistakes
+from convlens.plots.pictures import (
+    augmented_batch,
+    contact_sheet,
+    label_review,
+    worst_mistakes,
+)
 from convlens.plots.several import seed_curves, setting_curves
 from convlens.plots.style import save
 
@@ -32,6 +37,7 @@ PLOTS: dict[str, Callable[..., Figure]] = {
     "accuracy_bars": accuracy_bars,
     "contact_sheet": contact_sheet,
     "augmented_batch": augmented_batch,
+    "label_review": label_review,
     "worst_mistakes": worst_mistakes,
 }
 
@@ -42,6 +48,7 @@ __all__ = [
     "confusion",
     "contact_sheet",
     "curves",
+    "label_review",
     "learning_rate",
     "reliability",
     "save",

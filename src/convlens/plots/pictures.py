@@ -80,6 +80,31 @@ def worst_mistakes(
     return _sheet(images, captions, title, columns)
 
 
+@styled
+def label_review(
+    images: Images,
+    labels: Sequence[str],
+    suggestions: Sequence[str],
+    chances: Sequence[float],
+    title: str = "",
+    columns: int = 8,
+    first: int = 1,
+    copied: Sequence[bool] = (),
+) -> Figure:
+    """Pictures uint8 [N, C, H, W] with the label that was given and the one that is suggested.
+
+    `chances` are the probabilities of the suggestions; the first picture has number `first`.
+    `copied` marks pictures of which there is a copy under another label.
+    """
+    marks = ["  = copy" if mark else "" for mark in copied] or [""] * len(images)
+    judged = zip(labels, suggestions, chances, marks, strict=True)
+    captions = [
+        [(f"{number}  ", label, mark), ("→ ", suggestion, f" {chance:.0%}")]
+        for number, (label, suggestion, chance, mark) in enumerate(judged, first)
+    ]
+    return _sheet(images, captions, title, columns)
+
+
 def _sheet(
     images: Images,
     captions: Sequence[Caption],

@@ -1,0 +1,65 @@
+"""Confident learning: which labels out-of-sample probabilities speak against. Arrays in and out.
+
+Northcutt, Jiang & Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels"
+(JAIR 70, arXiv:1911.00068), as cleanlab computes it. cleanlab takes seconds to import, so it is
+imported by the functions that use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Labels = npt.NDArray[np.int64]  # [N]
+Chances = npt.NDArray[np.float64]  # [N, K], rows add up to 1
+
+# Of cleanlab's rules the one of highest F1 over the planted errors of `benchmarks/labels.py`.
+FILTER = "prune_by_noise_rate"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the probabilities say of N labels.
+
+    `suspected` says which are probably wrong. `scores` rank all: the normalised margin
+    (1 + p(given) - p(best other class)) / 2, where 0 is the worst and below 0.5 another class
+    is likelier than the given one. `joint[a, b]` estimates how many images are labelled a and
+    belong to b; rows add up to the number of images labelled so.
+    """
+
+    suspected: npt.NDArray[np.bool_]
+    scores: npt.NDArray[np.float64]
+    suggested: Labels
+    joint: npt.NDArray[np.float64]
+
+    @property
+    def noise(self) -> float:
+        """The share of all labels that is estimated to be wrong."""
+        return float(1 - np.trace(self.joint) / max(self.joint.sum(), 1))
+
+
+def judge(labels: Labels, chances: Chances, *, rule: str = FILTER) -> Verdict:
+    """Weighs given labels against probabilities of models that did not train on these images.
+
+    Args:
+        labels: the given ones, int64 `[N]`.
+        chances: `[N, K]`, rows adding up to 1.
+        rule: cleanlab's `filter_by`.
+    """
+    from cleanlab.count import compute_confident_joint
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_normalized_margin_for_each_label
+
+    joint = np.asarray(compute_confident_joint(labels, chances, calibrate=True), np.float64)
+    # One process: by default every core gets one, and so a copy of everything.
+    suspected = find_label_issues(labels, chances, filter_by=rule, n_jobs=1)
+    suggested = chances.argmax(1).astype(np.int64)
+    return Verdict(
+        # Rules that go by counts can name an image whose own class is the likeliest.
+        suspected=np.asarray(suspected, np.bool_) & (suggested != labels),
+        scores=np.asarray(get_normalized_margin_for_each_label(labels, chances), np.float64),
+        suggested=suggested,
+        joint=joint,
+    )
