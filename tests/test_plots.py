@@ -67,6 +67,7 @@ def examples() -> dict[str, Figure]:
         "accuracy_bars": plots.accuracy_bars(["a", "b"], share, [(0.8, 0.95), (0.4, 0.6)]),
         "contact_sheet": plots.contact_sheet(pictures(3), ["a", "b", "c"], "sheet"),
         "augmented_batch": plots.augmented_batch(pictures(3), pictures(3, seed=1)),
+        "label_review": plots.label_review(pictures(2), ["cat", "a"], ["dog", "b"], [0.9, 0.6]),
         "worst_mistakes": plots.worst_mistakes(pictures(1), ["cat"], ["dog"], [0.9]),
     }
     assert set(made) == set(plots.PLOTS)

@@ -7,6 +7,7 @@ imported by the functions that use it.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +54,11 @@ def judge(labels: Labels, chances: Chances, *, rule: str = FILTER) -> Verdict:
     from cleanlab.rank import get_normalized_margin_for_each_label
 
     joint = np.asarray(compute_confident_joint(labels, chances, calibrate=True), np.float64)
-    # One process: by default every core gets one, and so a copy of everything.
-    suspected = find_label_issues(labels, chances, filter_by=rule, n_jobs=1)
+    with warnings.catch_warnings():
+        # A class without images (a test split may lack one) has no labels to be judged, either.
+        warnings.filterwarnings("ignore", "May not flag all label issues in class")
+        # One process: by default every core gets one, and so a copy of everything.
+        suspected = find_label_issues(labels, chances, filter_by=rule, n_jobs=1)
     suggested = chances.argmax(1).astype(np.int64)
     return Verdict(
         # Rules that go by counts can name an image whose own class is the likeliest.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def _table(report: LabelReport, source: Source, group: str | None, data: Data) -
             rows.append(row)
     if lost:
         say(f"{lost} files have names that are no text: the CSV lacks them until they are renamed")
-    rows.sort(key=lambda row: row["suspect"] or len(rows) + 1)
+    rows.sort(key=lambda row: row["suspect"] or math.inf)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -138,7 +139,8 @@ def _sheets(report: LabelReport, source: Source, channels: int, folder: Path) ->
     for number, page in enumerate(pages, 1):
         title = f"{report.name}: suspected labels, the surest first"
         if len(pages) > 1:
-            title += f" (page {number} of {len(pages)})"
+            title += f", page {number} of {len(pages)}"
+        title += " (above: given label, below: suggested)"
         figure = plots.label_review(
             _pictures(page, source, channels),
             [suspect.label for suspect in page],

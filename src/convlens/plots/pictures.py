@@ -96,10 +96,11 @@ def label_review(
     `chances` are the probabilities of the suggestions; the first picture has number `first`.
     `copied` marks pictures of which there is a copy under another label.
     """
-    marks = ["  = copy" if mark else "" for mark in copied] or [""] * len(images)
-    judged = zip(labels, suggestions, chances, marks, strict=True)
+    marks = [" (copy)" if mark else "" for mark in copied] or [""] * len(images)
+    sure = [" >99%" if chance > 0.99 else f" {chance:.0%}" for chance in chances]
+    judged = zip(labels, suggestions, sure, marks, strict=True)
     captions = [
-        [(f"{number}  ", label, mark), ("→ ", suggestion, f" {chance:.0%}")]
+        [(f"#{number} ", label, mark), ("→ ", suggestion, chance)]
         for number, (label, suggestion, chance, mark) in enumerate(judged, first)
     ]
     return _sheet(images, captions, title, columns)
