@@ -74,6 +74,15 @@ def examples() -> dict[str, Figure]:
     return made
 
 
+def test_a_label_review_says_which_label_was_given_and_which_is_suggested() -> None:
+    figure = plots.label_review(
+        pictures(2), ["cat", "a$"], ["dog", "b"], [0.9951, 0.6], "sheet", first=49,
+        copied=[False, True],
+    )  # fmt: skip
+    said = texts(figure.axes[0])
+    assert said == ["sheet", "#49 cat", "→ dog >99%", r"#50 a\$ (copy)", "→ b 60%"]
+
+
 def test_every_plot_is_saved_with_its_size_and_the_same_bytes(tmp_path: Path) -> None:
     again = examples()
     for name, figure in examples().items():
