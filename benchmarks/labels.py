@@ -128,10 +128,12 @@ def measured(
         **figures(planted, named),
     }
     if rate:
-        own = report.chances[np.arange(len(planted)), report.labels]
+        own = report.scores
+        rest = report.chances.copy()
+        rest[np.arange(len(own)), report.labels] = -1
         out |= {
-            "average_precision": average_precision(planted, report.scores),
-            "average_precision_self_confidence": average_precision(planted, own),
+            "average_precision": average_precision(planted, own),
+            "average_precision_margin": average_precision(planted, own - rest.max(1)),
         }
     rules = {}
     for rule in RULES:

@@ -232,7 +232,8 @@ def labels(results: list[dict[str, Any]]) -> str:
         "",
         "A share of the labels is wrong: any other class (symmetric) or each class to the next "
         "(asymmetric). Counted are the images outside the test split; a set's own errors count as "
-        "right labels. AP: average precision of the ranking by normalised margin.",
+        "right labels. AP: average precision of the ranking, by the probability of the given "
+        "label / by its margin over the best other class.",
         "",
         "| set | errors | images | planted | out-of-fold accuracy | named | precision | recall "
         "| AP | estimated noise | CPU s |",
@@ -242,8 +243,9 @@ def labels(results: list[dict[str, Any]]) -> str:
         for kind, c in r["cases"].items():
             shares = ("–", "–", "–")
             if c["planted"]:
-                keys = ("precision", "recall", "average_precision")
-                shares = tuple(f"**{c[key]:.2f}**" for key in keys)
+                first, second = c["average_precision"], c["average_precision_margin"]
+                shares = (*(f"**{c[k]:.2f}**" for k in ("precision", "recall")),
+                          f"{first:.2f} / {second:.2f}")  # fmt: skip
             lines.append(
                 f"| {r['data']} | {kind} | {c['images']:,} | {c['planted']} | "
                 f"{100 * c['accuracy']:.1f}% | {c['named']} | {' | '.join(shares)} | "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,7 @@ def test_planted_errors_are_found(planted: Planted) -> None:
     for suspect in found["suspects"]:
         best = suspect["top"][0]
         assert best[0] == suspect["suggested"] != suspect["label"]
-        margin = (1 + suspect["probability"] - best[1]) / 2
-        assert suspect["score"] == pytest.approx(margin, abs=1e-6)
+        assert suspect["score"] < best[1]
 
 
 def test_a_clean_set_gives_few_findings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,6 +140,8 @@ def test_a_clean_set_gives_few_findings(capsys: pytest.CaptureFixture[str]) -> N
     assert [row["split"] for row in rows].count("test") == 270
     assert [row["score"] != "" for row in rows].count(True) == 600
     refused(here("train", str(report.table)), 3, "no column 'path'")
+    suspected(replace(report, accuracy=0.5, suspects=report.suspects * 2))
+    assert ("their own mistakes" in capsys.readouterr().out) == bool(report.suspects)
     suspected(report)
     assert f"{len(report.suspects)} of 600 labels are suspected" in capsys.readouterr().out
 
@@ -369,7 +370,7 @@ def test_bad_input() -> None:
     ("name", "recipe", "precision", "recall"),
     [
         ("mnist", ["mnist-fast", "train.epochs=12", "train.batch_size=64"], 0.75, 0.65),
-        ("cifar10", ["folder", "model.widths=[32,64,128]", "train.epochs=12"], 0.15, 0.4),
+        ("cifar10", ["folder", "model.widths=[32,64,128]", "train.epochs=12"], 0.08, 0.5),
     ],
 )
 def test_planted_errors_in_real_sets(

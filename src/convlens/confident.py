@@ -16,7 +16,9 @@ import numpy.typing as npt
 Labels = npt.NDArray[np.int64]  # [N]
 Chances = npt.NDArray[np.float64]  # [N, K], rows add up to 1
 
-# Of cleanlab's rules the one of highest F1 over the planted errors of `benchmarks/labels.py`.
+# cleanlab's default. Over planted errors on digits and MNIST (`benchmarks/labels.py`) its mean F1 is
+# the highest, 0.90; `both` and `prune_by_class` reach 0.89, `confident_learning` 0.86 (it names
+# fewer, nearly all of them wrong), every disagreement 0.81.
 FILTER = "prune_by_noise_rate"
 
 
@@ -24,21 +26,16 @@ FILTER = "prune_by_noise_rate"
 class Verdict:
     """What the probabilities say of N labels.
 
-    `suspected` says which are probably wrong. `scores` rank all: the normalised margin
-    (1 + p(given) - p(best other class)) / 2, where 0 is the worst and below 0.5 another class
-    is likelier than the given one. `joint[a, b]` estimates how many images are labelled a and
-    belong to b; rows add up to the number of images labelled so.
+    `suspected` says which are probably wrong. `scores` rank all, the lowest first: the probability
+    of the given label, which ranks planted errors as well as its margin over the best other class
+    where models are good, and better where they aren't. `joint[a, b]` estimates how many images
+    are labelled a and belong to b; rows add up to the number of images labelled so.
     """
 
     suspected: npt.NDArray[np.bool_]
     scores: npt.NDArray[np.float64]
     suggested: Labels
     joint: npt.NDArray[np.float64]
-
-    @property
-    def noise(self) -> float:
-        """The share of all labels that is estimated to be wrong."""
-        return float(1 - np.trace(self.joint) / max(self.joint.sum(), 1))
 
 
 def judge(labels: Labels, chances: Chances, *, rule: str = FILTER) -> Verdict:
@@ -51,7 +48,7 @@ def judge(labels: Labels, chances: Chances, *, rule: str = FILTER) -> Verdict:
     """
     from cleanlab.count import compute_confident_joint
     from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_normalized_margin_for_each_label
+    from cleanlab.rank import get_self_confidence_for_each_label
 
     joint = np.asarray(compute_confident_joint(labels, chances, calibrate=True), np.float64)
     with warnings.catch_warnings():
@@ -63,7 +60,7 @@ def judge(labels: Labels, chances: Chances, *, rule: str = FILTER) -> Verdict:
     return Verdict(
         # Rules that go by counts can name an image whose own class is the likeliest.
         suspected=np.asarray(suspected, np.bool_) & (suggested != labels),
-        scores=np.asarray(get_normalized_margin_for_each_label(labels, chances), np.float64),
+        scores=np.asarray(get_self_confidence_for_each_label(labels, chances), np.float64),
         suggested=suggested,
         joint=joint,
     )

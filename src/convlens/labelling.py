@@ -164,7 +164,7 @@ def _report(
         suspects=[
             Suspect(
                 ids[i], splits[i], classes[labels[i]], classes[chances[i].argmax()],
-                float(scores[i]), float(chances[i, labels[i]]),
+                float(scores[i]),
                 [(classes[c], float(chances[i, c])) for c in (-chances[i]).argsort()[:TOP]],
                 [Twin(ids[j], classes[labels[j]], exact) for j, exact in twins.get(i, [])[:TWINS]],
             )

@@ -90,7 +90,7 @@ def _table(report: LabelReport, source: Source, group: str | None, data: Data) -
 
 def _opinion(report: LabelReport, place: int | None, rank: int | None) -> dict[str, Any]:
     """The columns beside path, label and split; empty for images that nobody judged."""
-    empty = dict.fromkeys(("suspect", "suggested", "score", "p_label", "p_suggested", "copies"), "")
+    empty = dict.fromkeys(("suspect", "suggested", "score", "p_suggested", "copies"), "")
     if place is None:
         return empty
     chances = report.chances[place]
@@ -100,7 +100,6 @@ def _opinion(report: LabelReport, place: int | None, rank: int | None) -> dict[s
         "suspect": rank or "",
         "suggested": report.classes[best],
         "score": f"{report.scores[place]:.4f}",
-        "p_label": f"{chances[report.labels[place]]:.4f}",
         "p_suggested": f"{chances[best]:.4f}",
         "copies": "; ".join(f"{twin.label}: {twin.id}" for twin in twins),
     }

@@ -23,8 +23,8 @@ class Twin:
 class Suspect:
     """An image whose label is probably wrong.
 
-    `score` is the normalised margin, from 0 (surely wrong) to 1; `probability` that of the given
-    label, `top` the likeliest classes with theirs. `split` is the one that the image is in.
+    `score` is the probability of the given label, `top` are the likeliest classes with theirs.
+    `split` is the one that the image is in.
     """
 
     id: str
@@ -32,7 +32,6 @@ class Suspect:
     label: str
     suggested: str
     score: float
-    probability: float
     top: list[tuple[str, float]]
     twins: list[Twin]
 
