@@ -16,8 +16,8 @@ import numpy.typing as npt
 Labels = npt.NDArray[np.int64]  # [N]
 Chances = npt.NDArray[np.float64]  # [N, K], rows add up to 1
 
-# cleanlab's default. Over planted errors on digits and MNIST (`benchmarks/labels.py`) its mean F1 is
-# the highest, 0.90; `both` and `prune_by_class` reach 0.89, `confident_learning` 0.86 (it names
+# cleanlab's default. Over planted errors on digits and MNIST (`benchmarks/labels.py`) its mean F1
+# is the highest, 0.90; `both` and `prune_by_class` reach 0.89, `confident_learning` 0.86 (it names
 # fewer, nearly all of them wrong), every disagreement 0.81.
 FILTER = "prune_by_noise_rate"
 

@@ -13,7 +13,7 @@ PAIRS = 8
 POOR = 0.8  # agreement below which most suspicions are the models' own mistakes
 # `benchmarks/labels.py`, symmetric and asymmetric errors.
 PLANTED = (
-    "Where 5% of the labels had been made wrong, 96 of 100 labels named were wrong ones on digits "
+    "Where 5% of the labels had been made wrong, 96 to 97 of 100 named were wrong ones on digits "
     "(models agreed with 94% of the labels), 86 to 94 on MNIST (90%), 13 on CIFAR-10 (50%)."
 )
 
