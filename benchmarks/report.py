@@ -225,6 +225,47 @@ def allocator(r: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(r), ""])
 
 
+def labels(results: list[dict[str, Any]]) -> str:
+    """Planted label errors: what was found, and what cleanlab's other rules find."""
+    lines = [
+        "## Label errors that were planted (`convlens labels`)",
+        "",
+        "A share of the labels is wrong: any other class (symmetric) or each class to the next "
+        "(asymmetric). Counted are the images outside the test split; a set's own errors count as "
+        "right labels. AP: average precision of the ranking, by the probability of the given "
+        "label / by its margin over the best other class.",
+        "",
+        "| set | errors | images | planted | out-of-fold accuracy | named | precision | recall "
+        "| AP | estimated noise | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        for kind, c in r["cases"].items():
+            shares = ("–", "–", "–")
+            if c["planted"]:
+                first, second = c["average_precision"], c["average_precision_margin"]
+                shares = (*(f"**{c[k]:.2f}**" for k in ("precision", "recall")),
+                          f"{first:.2f} / {second:.2f}")  # fmt: skip
+            lines.append(
+                f"| {r['data']} | {kind} | {c['images']:,} | {c['planted']} | "
+                f"{100 * c['accuracy']:.1f}% | {c['named']} | {' | '.join(shares)} | "
+                f"{100 * c['noise']:.1f}% | {c['cpu_seconds']:.0f} |"
+            )
+    lines += [
+        "",
+        "The same probabilities by each rule of cleanlab's (`filter_by`), precision / recall:",
+        "",
+    ]
+    cases = [(r, kind, c) for r in results for kind, c in r["cases"].items() if c["planted"]]
+    lines.append("| rule |" + "".join(f" {r['data']}, {kind} |" for r, kind, _ in cases))
+    lines.append("|---|" + "---|" * len(cases))
+    for rule in results[0]["cases"]["symmetric"]["rules"]:
+        found = [c["rules"][rule] for _, _, c in cases]
+        cells = "".join(f" {f['precision']:.2f} / {f['recall']:.2f} |" for f in found)
+        lines.append(f"| `{rule}` |{cells}")
+    return "\n".join([*lines, "", *_circumstances(results), ""])
+
+
 SECTIONS = {
     "time-to-99": time_to_99,
     "overhead": overhead,
@@ -242,6 +283,8 @@ def main() -> None:
     parts += [accuracies(tested), published(tested)] if tested else []
     parts += [settings(compared)] if compared else []
     parts += [make(results[name]) for name, make in SECTIONS.items() if name in results]
+    planted = [result for name, result in results.items() if name.startswith("labels-")]
+    parts += [labels(planted)] if planted else []
     TARGET.write_text("\n".join(parts))
 
 

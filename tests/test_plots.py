@@ -79,6 +79,7 @@ def examples() -> dict[str, Figure]:
         "accuracy_bars": plots.accuracy_bars(["a", "b"], share, [(0.8, 0.95), (0.4, 0.6)]),
         "contact_sheet": plots.contact_sheet(pictures(3), ["a", "b", "c"], "sheet"),
         "augmented_batch": plots.augmented_batch(pictures(3), pictures(3, seed=1)),
+        "label_review": plots.label_review(pictures(2), ["cat", "a"], ["dog", "b"], [0.9, 0.6]),
         "worst_mistakes": plots.worst_mistakes(pictures(1), ["cat"], ["dog"], [0.9]),
         "activations": plots.activations(pictures(1)[0], [panel()], "run", "cat", "max: 1"),
         "activations_side_by_side": plots.activations_side_by_side(
@@ -98,6 +99,15 @@ def examples() -> dict[str, Figure]:
     }
     assert set(made) == set(plots.PLOTS)
     return made
+
+
+def test_a_label_review_says_which_label_was_given_and_which_is_suggested() -> None:
+    figure = plots.label_review(
+        pictures(2), ["cat", "a$"], ["dog", "b"], [0.9951, 0.6], "sheet", first=49,
+        copied=[False, True],
+    )  # fmt: skip
+    said = texts(figure.axes[0])
+    assert said == ["sheet", "#49 cat", "→ dog >99%", r"#50 a\$ (copy)", "→ b 60%"]
 
 
 def test_every_plot_is_saved_with_its_size_and_the_same_bytes(tmp_path: Path) -> None:

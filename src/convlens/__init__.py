@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from convlens.api import compare as compare
     from convlens.api import doctor as doctor
     from convlens.api import evaluate as evaluate
+    from convlens.api import find_label_errors as find_label_errors
     from convlens.api import look as look
     from convlens.api import measure as measure
     from convlens.api import predict as predict
@@ -37,6 +38,7 @@ _HOMES = {
     "evaluate": "api",
     "look": "api",
     "measure": "api",
+    "find_label_errors": "api",
     "predict": "api",
     "recipes": "api",
     "report": "api",
@@ -53,6 +55,7 @@ __all__ = [
     "compare",
     "doctor",
     "evaluate",
+    "find_label_errors",
     "look",
     "measure",
     "predict",

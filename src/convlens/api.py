@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convlens import asking, comparison, diagnosis, evaluation, prediction, several, training
+from convlens import (
+    asking,
+    comparison,
+    diagnosis,
+    evaluation,
+    labelling,
+    prediction,
+    several,
+    training,
+)
 from convlens import recipe as recipe_module
 from convlens import run as run_module
 from convlens.comparison import Comparison
@@ -21,6 +30,7 @@ from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.reporting import building
 from convlens.reporting.building import Report
+from convlens.suspects import LabelReport
 from convlens.tabling import Summary, Table
 
 if TYPE_CHECKING:
@@ -379,6 +389,49 @@ def measure(
     )
     place = usual if folder is None else Path(folder)
     return measured(subjects, names, folder=place, quiet=quiet, **options)
+
+
+def find_label_errors(
+    what: str | Path | Mapping[str, Any] | Recipe | Run,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    data: str | Path | None = None,
+    folds: int = labelling.FOLDS,
+    test: bool = False,
+    name: str | None = None,
+    fresh: bool = False,
+    device: str | None = None,
+    quiet: bool = False,
+) -> LabelReport:
+    """Names images whose labels are probably wrong, by models that didn't train on them.
+
+    Args:
+        what, overrides, data, name, fresh, device, quiet: as in `train`; `what` may be a run,
+            whose recipe is then taken.
+        folds: so many models are trained, each judges the images of its fold.
+        test: judges the test split as well, by all models; their runs log that look.
+
+    Returns:
+        Suspects with suggestions, the surest first, probabilities and scores of all images, and
+        the paths of a sheet of pictures and of a CSV to correct.
+
+    Raises:
+        ConvlensError: with what, where and what to do.
+    """
+    if isinstance(what, Run):
+        alone = what._folder.model_path
+        what = alone if alone.is_file() else what.path
+    return labelling.find_label_errors(
+        what,
+        overrides,
+        data=data,
+        folds=folds,
+        test=test,
+        name=name,
+        fresh=fresh,
+        on=device,
+        quiet=quiet,
+    )
 
 
 def recipes() -> dict[str, Recipe]:

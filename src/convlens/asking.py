@@ -62,6 +62,49 @@ def read(
     return Asked(folder.model_copy(update={"name": _called(text)}), plain=not overrides)
 
 
+def read_or_run(
+    what: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    data: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Asked:
+    """As `read`, or the recipe of a run, which goes by the run's name.
+
+    The name of a recipe or data set wins over that of a run, the folder of a run is a run.
+
+    Raises:
+        UsageError: none of these, with near misses; ModelFileError: a run that can't be read.
+    """
+    if not isinstance(what, str | os.PathLike):
+        return read(what, data=data, overrides=overrides)
+    text = os.fspath(what)
+    path = Path(text)
+    marks = (path / "run.json", path / "model.safetensors")
+    by_path = path.suffix == ".safetensors" or any(mark.is_file() for mark in marks)
+    if not by_path and (_is_recipe(text) or _is_data(text)):
+        return read(what, data=data, overrides=overrides)
+    from convlens import run  # torch: only where there is a run to read
+
+    try:
+        place = run.find(text)
+    except UsageError:
+        _check_data_name(text, [each.name for each in run.runs()])
+        raise
+    stored = place.path / "recipe.yaml"
+    alone = not stored.is_file()
+    of_run = recipes.load(
+        run.load_model(place.model_path).card["recipe"] if alone else os.fspath(stored)
+    )
+    called = place.name if data is None else f"{place.name}-{_called(str(data))}"
+    return read(of_run.model_copy(update={"name": called}), data=data, overrides=overrides)
+
+
+def _is_data(text: str) -> bool:
+    from convlens.data.sources import known
+
+    return text in known(text)
+
+
 def read_settings(
     what: str | Path | Mapping[str, Any] | Recipe,
     wanted: str | Sequence[str] | None,
@@ -131,13 +174,14 @@ def _called(data: str) -> str:
     return path.stem if path.suffix.lower() == ".csv" else path.resolve().name
 
 
-def _check_data_name(text: str) -> None:
-    """Refuses a word that is neither a recipe nor data, naming near misses of both."""
+def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:
+    """Refuses a word that is neither a recipe nor data, naming near misses of both (and runs)."""
     from convlens.data.sources import known
 
     sets = known(text)
     if text in sets:
         return
-    close = near(text, list(dict.fromkeys([*recipes.names(), *sets])))
+    close = near(text, list(dict.fromkeys([*recipes.names(), *sets, *runs])))
     fix = f"did you mean {' or '.join(close)}?" if close else "`convlens recipes` lists the recipes"
-    raise UsageError(f"{text!r} is neither a recipe nor a data set", fix=fix)
+    what = "neither a recipe, a data set nor a run" if runs else "neither a recipe nor a data set"
+    raise UsageError(f"{text!r} is {what}", fix=fix)

@@ -322,6 +322,39 @@ def data(
 
 
 @app.command()
+def labels(
+    what: Annotated[
+        str, typer.Argument(metavar="DATA|RUN|RECIPE", help="The images, or what trained on them.")
+    ],
+    overrides: Overrides = None,
+    data: DataSet = None,
+    folds: Annotated[int, typer.Option(min=2, help="How many models; each judges a fold.")] = 5,
+    test: Annotated[
+        bool, typer.Option("--test", help="Judge the test split's labels, too: opens it.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the runs.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train the models anew.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find labels that are probably wrong: a ranked sheet of pictures and a CSV to correct.
+
+    Trains as many models as folds, each judges the images it didn't train on.
+
+    [dim]convlens labels photos/ · convlens labels photos/ train.epochs=10 --folds 3[/]
+    """
+    from convlens import labelling
+    from convlens.showing_labels import suspected
+
+    report = labelling.find_label_errors(
+        what, overrides or [], data=data, folds=folds, test=test, name=name, fresh=fresh, on=device
+    )
+    if not as_json:
+        suspected(report)
+    _print_json(as_json, report.to_dict())
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One recipe.")] = None,
     as_json: Json = False,

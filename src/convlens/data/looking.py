@@ -59,7 +59,7 @@ def look(part: Part, bar: Bar) -> Look:
                 else:
                     found.facts[i] = seen
         else:
-            found.facts[index] = _facts(part.images[index])
+            found.facts[index] = facts_of(part.images[index])
         bar.advance(len(index))
     return found
 
@@ -79,13 +79,13 @@ def _of_file(path: str) -> np.void | str:
         header = probe(path)
     except UnreadableImage as error:
         return error.reason
-    facts = _facts(pixels[None])
+    facts = facts_of(pixels[None])
     facts["mode"], facts["grey"] = header.mode, header.grey
     record: np.void = facts[0]
     return record
 
 
-def _facts(images: Pixels) -> Facts:
+def facts_of(images: Pixels) -> Facts:
     """Facts of uint8 `[N, C, H, W]`; grey pictures count as RGB pictures with equal channels."""
     n, channels, height, width = images.shape
     facts = np.zeros(n, FACTS)

@@ -16,6 +16,7 @@ from convlens.names import near
 
 _PATH = ("path", "file", "filename", "filepath", "image")
 _LABEL = ("label", "class", "category", "target")
+_FORMULA = ("=", "+", "-", "@")
 _COLUMNS = "the first line names the columns: path,label[,split][,a group column]"
 
 
@@ -23,7 +24,8 @@ def read_csv(path: Path, name: str, group: str | None = None) -> Source:
     """A CSV (comma, semicolon or tab; with a header) as a source; paths are relative to it.
 
     Args:
-        path: the CSV. Columns `path` and `label`, perhaps `split` (empty means train).
+        path: the CSV. Columns `path` and `label`, perhaps `split` (empty means train). A label
+            may be `guarded`.
         name: what to call the set.
         group: a column whose equal values must stay in one split.
 
@@ -55,7 +57,7 @@ def read_csv(path: Path, name: str, group: str | None = None) -> Source:
     problems.add("files that do not exist", lost)
     wrong = [r[at_path] for _, r in rows if not is_image_name(os.path.basename(r[at_path].strip()))]
     problems.add("files that are no images by their extension", [w for w in wrong if w not in lost])
-    labels = [normal(r[at_label]) for _, r in rows]
+    labels = [normal(unguarded(r[at_label].strip())) for _, r in rows]
     groups = [r[at_group] for _, r in rows] if at_group is not None else None
     _consistent(files, labels, splits, groups, problems)
     names = tuple(sorted({la for la, s in zip(labels, splits, strict=True) if s == "train"}))
@@ -73,6 +75,21 @@ def read_csv(path: Path, name: str, group: str | None = None) -> Source:
                 [groups[i] for i in mine] if groups is not None else None,
             )
     return Source(name, names, parts)
+
+
+def guarded(cell: str) -> str:
+    """`cell` for a CSV that people open in a spreadsheet: no formula, whatever it begins with.
+
+    An apostrophe goes before `=`, `+`, `-` and `@` (owasp.org/www-community/attacks/CSV_Injection),
+    and before a cell that begins with such a one already, so that `unguarded` can take it away.
+    """
+    return f"'{cell}" if cell.lstrip("'").startswith(_FORMULA) else cell
+
+
+def unguarded(cell: str) -> str:
+    """What `guarded` was given."""
+    begins = cell.startswith("'") and cell.lstrip("'").startswith(_FORMULA)
+    return cell[1:] if begins else cell
 
 
 def _rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:

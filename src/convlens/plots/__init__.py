@@ -22,7 +22,13 @@ from convlens.plots.charts import (
 )
 from convlens.plots.embeddings import embedding
 from convlens.plots.kernels import colour_filters, kernels, made_inputs, top_images
-from convlens.plots.pictures import augmented_batch, contact_sheet, neighbours, worst_mistakes
+from convlens.plots.pictures import (
+    augmented_batch,
+    contact_sheet,
+    label_review,
+    neighbours,
+    worst_mistakes,
+)
 from convlens.plots.several import differences, seed_curves, setting_curves
 from convlens.plots.stages import StageLine, similarity, stage_measures
 from convlens.plots.style import FORMATS, save
@@ -38,6 +44,7 @@ PLOTS: dict[str, Callable[..., Figure]] = {
     "accuracy_bars": accuracy_bars,
     "contact_sheet": contact_sheet,
     "augmented_batch": augmented_batch,
+    "label_review": label_review,
     "worst_mistakes": worst_mistakes,
     "activations": activations,
     "activations_side_by_side": activations_side_by_side,
@@ -68,6 +75,7 @@ __all__ = [
     "differences",
     "embedding",
     "kernels",
+    "label_review",
     "learning_rate",
     "made_inputs",
     "neighbours",

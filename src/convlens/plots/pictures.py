@@ -95,6 +95,32 @@ def neighbours(
     return _sheet(images, lines, title, columns)
 
 
+@styled
+def label_review(
+    images: Images,
+    labels: Sequence[str],
+    suggestions: Sequence[str],
+    chances: Sequence[float],
+    title: str = "",
+    columns: int = 8,
+    first: int = 1,
+    copied: Sequence[bool] = (),
+) -> Figure:
+    """Pictures uint8 [N, C, H, W] with the label that was given and the one that is suggested.
+
+    `chances` are the probabilities of the suggestions; the first picture has number `first`.
+    `copied` marks pictures of which there is a copy under another label.
+    """
+    marks = [" (copy)" if mark else "" for mark in copied] or [""] * len(images)
+    sure = [" >99%" if chance > 0.99 else f" {chance:.0%}" for chance in chances]
+    judged = zip(labels, suggestions, sure, marks, strict=True)
+    captions = [
+        [(f"#{number} ", label, mark), ("→ ", suggestion, chance)]
+        for number, (label, suggestion, chance, mark) in enumerate(judged, first)
+    ]
+    return _sheet(images, captions, title, columns)
+
+
 def _sheet(
     images: Images,
     captions: Sequence[Caption],

@@ -1,0 +1,180 @@
+"""Label errors that were planted, and how many of them `convlens labels` finds.
+
+    python benchmarks/labels.py digits|mnist|cifar10 [--images N] [--rate 0.05] [--folds 5]
+                                [--seed 0] [--recipe R] [--keep FOLDER] [key=value ...]
+
+Takes N images of the set's own training images (all of `digits`), the same of each class, gives
+a share of them a wrong label, once symmetrically (any other class) and once asymmetrically (each
+class to the next), writes them as image files with a CSV, and looks for label errors there as a
+user would. Each image's true label is what its set says, so the set's own errors count against
+us. The result is `benchmarks/results/labels-<set>.json`; precision and recall are also given for
+every rule of cleanlab's, from the same probabilities, and for the set as it is, how many it names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from convlens import confident, labelling
+from convlens.data.decode import decode, read_bytes
+from convlens.data.sources import find
+from recording import record
+
+RULES = (
+    "prune_by_noise_rate", "prune_by_class", "both", "confident_learning",
+    "predicted_neq_given", "low_normalized_margin", "low_self_confidence",
+)  # fmt: skip
+DEFAULTS: dict[str, tuple[str, list[str]]] = {
+    "digits": ("digits", ["train.epochs=15"]),
+    # One epoch of 55,000 images is 20 of these few.
+    "mnist": ("mnist-fast", ["train.epochs=12", "train.batch_size=64", "optim.lr=0.005"]),
+    "cifar10": ("folder", ["model.widths=[32,64,128]", "train.epochs=20"]),
+}
+
+
+def flipped(labels: np.ndarray, rate: float, kind: str, seed: int, classes: int) -> np.ndarray:
+    """Labels of which a share of `rate` is wrong: any other class, or the next one."""
+    random = np.random.default_rng(seed)
+    wrong = random.choice(len(labels), round(rate * len(labels)), replace=False)
+    step = random.integers(1, classes, len(wrong)) if kind == "symmetric" else 1
+    out = labels.copy()
+    out[wrong] = (labels[wrong] + step) % classes
+    return out
+
+
+def written(folder: Path, name: str, count: int | None, seed: int) -> tuple[list[Path], np.ndarray]:
+    """Images of a set as PNG files, and their labels: `count` in all, as many of each class."""
+    source = find(name)
+    part = source.parts["train"]
+    chosen = np.arange(len(part.labels))
+    if count is not None:
+        random, each = np.random.default_rng(seed), count // len(source.classes)
+        of_class = [np.flatnonzero(part.labels == c) for c in range(len(source.classes))]
+        chosen = np.sort(np.concatenate([random.permutation(i)[:each] for i in of_class]))
+    paths = []
+    for number in chosen.tolist():
+        if isinstance(part.images, list):
+            pixels = decode(read_bytes(part.images[number]), size=None, channels=3, fit="crop")
+        else:
+            pixels = part.images[np.array([number])][0]
+        path = folder / "images" / f"{number:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(path)
+        paths.append(path)
+    return paths, part.labels[chosen]
+
+
+def average_precision(planted: np.ndarray, scores: np.ndarray) -> float:
+    """Of the ranking by score (the lowest first): mean precision at the place of each error."""
+    order = np.argsort(scores, kind="stable")
+    hits = planted[order]
+    return float((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
+
+
+def figures(planted: np.ndarray, named: np.ndarray) -> dict[str, Any]:
+    found = int((planted & named).sum())
+    return {
+        "named": int(named.sum()),
+        "found": found,
+        "precision": found / max(int(named.sum()), 1),
+        "recall": found / max(int(planted.sum()), 1),
+    }
+
+
+def measured(
+    folder: Path, name: str, kind: str, paths: list[Path], truths: np.ndarray, asked: Any
+) -> dict[str, Any]:
+    """One search: precision, recall and average precision, by our rule and by all of cleanlab's."""
+    recipe, overrides = DEFAULTS[name]
+    classes = int(truths.max()) + 1
+    rate = 0.0 if kind == "clean" else asked.rate
+    given = flipped(truths, rate, kind, asked.seed, classes)
+    table = folder / f"{name}-{kind}.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *zip(paths, given.tolist(), strict=True)])
+    begun = time.process_time()
+    report = labelling.find_label_errors(
+        asked.recipe or recipe,
+        [*overrides, *asked.overrides],
+        data=table,
+        folds=asked.folds,
+    )
+    seconds = time.process_time() - begun
+    wrong = dict(zip(map(str, paths), given != truths, strict=True))
+    planted = np.array([wrong[identity] for identity in report.ids])
+    if asked.keep:
+        np.savez(
+            Path(asked.keep) / f"{name}-{kind}.npz",
+            planted=planted, labels=report.labels, chances=report.chances,
+        )  # fmt: skip
+    suspects = set(report.order[: len(report.suspects)].tolist())
+    named = np.array([i in suspects for i in range(len(planted))])
+    out = {
+        "images": len(planted),
+        "planted": int(planted.sum()),
+        "accuracy": report.accuracy,
+        "noise": report.noise,
+        "cpu_seconds": round(seconds, 1),
+        **figures(planted, named),
+    }
+    if rate:
+        own = report.scores
+        rest = report.chances.copy()
+        rest[np.arange(len(own)), report.labels] = -1
+        out |= {
+            "average_precision": average_precision(planted, own),
+            "average_precision_margin": average_precision(planted, own - rest.max(1)),
+        }
+    rules = {}
+    for rule in RULES:
+        verdict = confident.judge(report.labels, report.chances, rule=rule)
+        rules[rule] = figures(planted, verdict.suspected)
+    return out | {"rules": rules}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=list(DEFAULTS))
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--rate", type=float, default=0.05)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe")
+    parser.add_argument("--keep", help="a folder that gets the probabilities, too")
+    asked = parser.parse_intermixed_args()
+    asked.keep = asked.keep and os.path.abspath(asked.keep)
+    os.environ.setdefault("CONVLENS_DATA", os.path.abspath("data"))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        os.chdir(folder)  # runs and plots of this are nobody's
+        count = None if asked.name == "digits" else asked.images
+        paths, truths = written(folder, asked.name, count, asked.seed)
+        kinds = ("clean", "symmetric", "asymmetric")
+        found = {k: measured(folder, asked.name, k, paths, truths, asked) for k in kinds}
+        os.chdir(Path(__file__).parent)
+    recipe, overrides = DEFAULTS[asked.name]
+    facts = {
+        "data": asked.name,
+        "recipe": asked.recipe or recipe,
+        "overrides": [*overrides, *asked.overrides],
+        "rate": asked.rate,
+        "folds": asked.folds,
+        "seed": asked.seed,
+        "rule": confident.FILTER,
+    }
+    print(json.dumps(record(f"labels-{asked.name}", {**facts, "cases": found})))
+
+
+if __name__ == "__main__":
+    main()
