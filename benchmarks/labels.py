@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from convlens import confident, labelling
 from convlens.data.decode import decode, read_bytes
 from convlens.data.sources import find
+from convlens.labelling import confident
+from convlens.labelling import finding as labelling
 from recording import record
 
 RULES = (

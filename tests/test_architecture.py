@@ -24,23 +24,15 @@ ROOT = Path(convlens.__file__).parent
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "names", "version"),
     1: ("files", "console", "interrupts", "yamltext", "schema", "recipe", "device"),
-    2: (
-        "data", "models", "optim", "metrics", "differences", "plots", "auto", "views",
-        "confident",
-    ),
+    2: ("data", "models", "optim", "metrics", "differences", "plots", "auto", "views"),
     3: ("engine", "inference", "modelfile", "tensorfiles", "trunk"),
     4: ("run",),
     5: (
         "checking", "beginning", "feeding", "preparing", "weights", "resuming", "picturing",
-        "evaluation", "prediction", "training", "tabling", "several", "estimator", "asking",
-        "answers", "inspection", "verdicts", "comparison",
-        "findings", "courses", "symptoms", "diagnosis", "labelling", "reviewing",
-        "suspects",
+        "evaluation", "answers", "prediction", "training", "tabling", "several", "estimator",
+        "asking", "inspection", "comparing", "diagnosing", "labelling",
     ),
-    6: (
-        "api", "showing", "showing_runs", "showing_look", "showing_comparison",
-        "showing_diagnosis", "showing_measures", "showing_labels", "reporting",
-    ),
+    6: ("api", "showing", "reporting"),
     7: ("__init__",),
     8: ("cli", "__main__"),
 }  # fmt: skip

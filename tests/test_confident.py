@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from convlens import confident
+from convlens.labelling import confident
 
 # Given labels and probabilities: 0 twice surely, 0 that looks like 1, 1 thrice surely.
 LABELS = np.array([0, 0, 0, 1, 1, 1])

@@ -30,7 +30,7 @@ from convlens.optim import OPTIMISERS, SCHEDULES
 from convlens.plots import PLOTS
 from convlens.prediction import Prediction
 from convlens.schema import OptimConfig
-from convlens.showing import WRITERS
+from convlens.showing.results import WRITERS
 from support import begin, same
 
 # Networks

@@ -17,11 +17,11 @@ import convlens
 from commands import COLOURS, here, pictures, refused
 from convlens import modelfile
 from convlens import recipe as recipes
-from convlens.diagnosis import Diagnosis, dead_of
+from convlens.diagnosing.diagnosis import Diagnosis, dead_of
+from convlens.diagnosing.findings import CannotTell, Case, Shares
+from convlens.diagnosing.symptoms import RULES
 from convlens.errors import Stopped
-from convlens.findings import CannotTell, Case, Shares
 from convlens.run import RunFolder
-from convlens.symptoms import RULES
 
 PLAIN: dict[str, Any] = {
     "data": {"name": "digits"},

@@ -19,7 +19,7 @@ from convlens import Run, asking
 from convlens.data.sources import find
 from convlens.data.tables import guarded, read_csv, unguarded
 from convlens.run import RunFolder
-from convlens.showing_labels import suspected
+from convlens.showing.labels import suspected
 
 # 600 digits, three models that take a second or two each.
 SMALL = ("model.widths=[16,32]", "model.depth=1", "train.epochs=12", "augment=[]")

@@ -13,12 +13,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 import convlens
-from convlens import showing_measures
 from convlens.errors import DataError, ModelFileError, UsageError
 from convlens.inspection.embedding import EMBEDDINGS, embed, pca
 from convlens.inspection.neighbours import nearest
 from convlens.inspection.penultimate import penultimate
 from convlens.inspection.subjects import Subject, choose_pictures, open_subject
+from convlens.showing import measures as showing_measures
 from support import TINY
 
 OUT = Path("plots")

@@ -17,7 +17,7 @@ from convlens.errors import UsageError
 from convlens.metrics import mean_sd, variance_parts, wilson_interval
 from convlens.recipe import load
 from convlens.run import RunFolder
-from convlens.showing import recipe_table
+from convlens.showing.results import recipe_table
 from convlens.tabling import Outcome, Planned, Summary, added
 from support import TINY, tiny
 

@@ -8,29 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convlens import (
-    asking,
-    comparison,
-    diagnosis,
-    evaluation,
-    labelling,
-    prediction,
-    several,
-    training,
-)
+from convlens import asking, evaluation, prediction, several, training
 from convlens import recipe as recipe_module
 from convlens import run as run_module
-from convlens.comparison import Comparison
+from convlens.comparing import comparison
+from convlens.comparing.comparison import Comparison
 from convlens.console import quieted
-from convlens.diagnosis import Diagnosis
+from convlens.diagnosing import diagnosis
+from convlens.diagnosing.diagnosis import Diagnosis
 from convlens.errors import UsageError
 from convlens.evaluation import Evaluation
+from convlens.labelling import finding as labelling
+from convlens.labelling.suspects import LabelReport
 from convlens.prediction import Prediction
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.reporting import building
 from convlens.reporting.building import Report
-from convlens.suspects import LabelReport
 from convlens.tabling import Summary, Table
 
 if TYPE_CHECKING:

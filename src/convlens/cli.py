@@ -83,8 +83,8 @@ def train(
     --seeds 5 · convlens train digits --folds 5[/]
     """
     from convlens import asking, several, training
-    from convlens.showing import finished
-    from convlens.showing_runs import run_table
+    from convlens.showing.results import finished
+    from convlens.showing.runs import run_table
 
     changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
     options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
@@ -116,7 +116,7 @@ def evaluate(
     """Measure a trained model on one of its splits, or on another data set."""
     from convlens import evaluation
     from convlens import run as runs
-    from convlens.showing import evaluated
+    from convlens.showing.results import evaluated
 
     place = runs.find(run)
     result = evaluation.evaluate(place, split, data=data, tta=tta, on=device)
@@ -143,7 +143,7 @@ def predict(
     from convlens import run as runs
     from convlens.errors import DataError
     from convlens.names import pick
-    from convlens.showing import WRITERS
+    from convlens.showing.results import WRITERS
 
     write = pick(WRITERS, "json" if as_json else output, "format")
     views.chosen(tta)  # a typo is told before anything is read or written
@@ -205,7 +205,7 @@ def look(
     first --top-images layer3.1[/]
     """
     from convlens.inspection import choosing, looking
-    from convlens.showing_look import looked
+    from convlens.showing.looks import looked
 
     asked = looking.Options(
         layers=_listed(layers), order=order, channels=channels, filters=_listed(filters),
@@ -240,7 +240,7 @@ def report(
     where there are few images.[/]
     """
     from convlens.reporting import building
-    from convlens.showing import reported
+    from convlens.showing.results import reported
 
     page = building.report(runs, output=output, audit=audit, on=device)
     if not as_json:
@@ -265,8 +265,8 @@ def compare(
     [dim]Runs that differ only in their seeds are taken together. Each look at the test split is
     logged, as by evaluate.[/]
     """
-    from convlens import comparison
-    from convlens.showing_comparison import compared
+    from convlens.comparing import comparison
+    from convlens.showing.comparison import compared
 
     result = comparison.compare(runs, split, data=data, force=force, on=device)
     if not as_json:
@@ -281,9 +281,9 @@ def doctor(run: RunName, device: Device = None, as_json: Json = False) -> None:
     [dim]Reads the curves and looks at some training and validation images; the test split stays
     sealed.[/]
     """
-    from convlens import diagnosis
     from convlens import run as runs
-    from convlens.showing_diagnosis import diagnosed
+    from convlens.diagnosing import diagnosis
+    from convlens.showing.diagnosis import diagnosed
 
     result = diagnosis.diagnose(runs.find(run), on=device)
     if not as_json:
@@ -304,7 +304,7 @@ def data(
     """Look at a data set before training: counts, sizes, bad files, duplicates, a contact sheet."""
     from convlens import asking, picturing
     from convlens.data.audit import audit
-    from convlens.showing import audited, drawn
+    from convlens.showing.results import audited, drawn
 
     if augment is not None:
         asked = asking.read_on(augment, name, overrides or [])
@@ -343,8 +343,8 @@ def labels(
 
     [dim]convlens labels photos/ · convlens labels photos/ train.epochs=10 --folds 3[/]
     """
-    from convlens import labelling
-    from convlens.showing_labels import suspected
+    from convlens.labelling import finding as labelling
+    from convlens.showing.labels import suspected
 
     report = labelling.find_label_errors(
         what, overrides or [], data=data, folds=folds, test=test, name=name, fresh=fresh, on=device
@@ -361,7 +361,7 @@ def recipes(
 ) -> None:
     """List the recipes, or print one as a file that trains as it stands."""
     from convlens import recipe as store
-    from convlens.showing import recipe_table
+    from convlens.showing.results import recipe_table
 
     if name is not None:
         text = store.text(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convlens.findings import LAST, CannotTell, Case, Finding, Floats, ending
+from convlens.diagnosing.findings import LAST, CannotTell, Case, Finding, Floats, ending
 from convlens.models import options_of
 
 

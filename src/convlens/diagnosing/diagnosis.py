@@ -17,15 +17,15 @@ from torch import Tensor
 from convlens import device, run
 from convlens.console import progress, quieted
 from convlens.data import Split
+from convlens.diagnosing.findings import CannotTell, Case, Finding, Shares
+from convlens.diagnosing.symptoms import RULES
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation import own_data
-from convlens.findings import CannotTell, Case, Finding, Shares
 from convlens.inference import batch_logits, placed
 from convlens.inspection.layers import as_maps, recording, stages
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
-from convlens.symptoms import RULES
 
 LOOKED_AT = 512  # images of each split: enough for the thresholds, a second or two
 BATCH = 64

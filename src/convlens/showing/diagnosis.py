@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from convlens.diagnosis import Diagnosis
-from convlens.findings import Finding
-from convlens.showing import stdout
+from convlens.diagnosing.diagnosis import Diagnosis
+from convlens.diagnosing.findings import Finding
+from convlens.showing.results import stdout
 
 
 def diagnosed(result: Diagnosis) -> None:

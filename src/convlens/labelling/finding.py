@@ -21,15 +21,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens import asking, confident, device, evaluation, reviewing, run, several
+from convlens import asking, device, evaluation, run, several
 from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, looking, similar
 from convlens.errors import DataError, UsageError
 from convlens.inference import placed, probabilities, split_logits
+from convlens.labelling import confident, reviewing
+from convlens.labelling.suspects import LabelReport, Pair, Suspect, Twin
 from convlens.recipe import Recipe
 from convlens.run import Loaded, RunFolder
 from convlens.schema import DataConfig
-from convlens.suspects import LabelReport, Pair, Suspect, Twin
 
 FOLDS = 5
 TOP = 3  # classes named with their probabilities

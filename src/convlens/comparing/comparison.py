@@ -18,13 +18,13 @@ from rich.markup import escape
 from torch import nn
 
 from convlens import device, inference, metrics, picturing, run
+from convlens.comparing.verdicts import Candidate, Group, Verdict, grouped, judged, seedless
 from convlens.console import quieted, say
 from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError
 from convlens.evaluation import SPLITS, Judged, judged_by, look
 from convlens.names import pick
 from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
-from convlens.verdicts import Candidate, Group, Verdict, grouped, judged, seedless
 
 NAMED = 3  # runs in the name of the folder of plots
 

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from convlens.console import say
-from convlens.showing import stdout, table_of
+from convlens.showing.results import stdout, table_of
 from convlens.tabling import Outcome, Summary, Table, trainable
 
 Row = dict[str, str]

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from convlens.courses import (
+from convlens.diagnosing.courses import (
     overfitting,
     rate_too_high,
     rate_too_low,
     stopped_early,
     underfitting,
 )
-from convlens.findings import CannotTell, Case, Finding, Shares
+from convlens.diagnosing.findings import CannotTell, Case, Finding, Shares
 
 
 def imbalance(case: Case) -> Finding | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.markup import escape
 
 from convlens import metrics
-from convlens.comparison import Comparison
+from convlens.comparing.comparison import Comparison
+from convlens.comparing.verdicts import Group
 from convlens.console import say
-from convlens.showing import stdout, table_of
-from convlens.verdicts import Group
+from convlens.showing.results import stdout, table_of
 
 COLUMNS = (
     "run", "accuracy %", "loss", "ECE", "weights", "MFLOPs", "trained s", "images/s", "MB",

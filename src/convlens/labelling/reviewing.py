@@ -24,8 +24,8 @@ from convlens.data.decode import UnreadableImage, decode, fit_images
 from convlens.data.parts import Part, Source
 from convlens.data.sources import find
 from convlens.data.tables import guarded
+from convlens.labelling.suspects import LabelReport, Suspect
 from convlens.schema import DataConfig
-from convlens.suspects import LabelReport, Suspect
 
 PAGE = 48  # pictures on a page of the sheet
 PAGES = 10  # at most; the CSV has all

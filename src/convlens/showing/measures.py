@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from convlens.console import say
-from convlens.showing import stdout, table_of
+from convlens.showing.results import stdout, table_of
 
 if TYPE_CHECKING:
     from convlens.inspection.embedding import Embedded

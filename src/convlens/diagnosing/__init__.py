@@ -1,0 +1,1 @@
+"""What is wrong with a run: rules with stated thresholds on its curves and measurements."""
