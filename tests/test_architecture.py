@@ -32,7 +32,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "evaluation", "prediction", "training", "tabling", "several", "estimator", "asking",
         "inspection",
     ),
-    6: ("api", "showing", "showing_runs"),
+    6: ("api", "showing", "showing_attribution", "showing_runs"),
     7: ("__init__",),
     8: ("cli", "__main__"),
 }  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from convlens.plots.attributions import attribution_grid, attribution_sanity
 from convlens.plots.charts import (
     accuracy_bars,
     confusion,
@@ -33,11 +34,15 @@ PLOTS: dict[str, Callable[..., Figure]] = {
     "contact_sheet": contact_sheet,
     "augmented_batch": augmented_batch,
     "worst_mistakes": worst_mistakes,
+    "attribution_grid": attribution_grid,
+    "attribution_sanity": attribution_sanity,
 }
 
 __all__ = [
     "PLOTS",
     "accuracy_bars",
+    "attribution_grid",
+    "attribution_sanity",
     "augmented_batch",
     "confusion",
     "contact_sheet",
