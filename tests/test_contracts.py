@@ -28,6 +28,7 @@ from convlens.errors import DataError
 from convlens.models import MODELS
 from convlens.optim import OPTIMISERS, SCHEDULES
 from convlens.plots import PLOTS
+from convlens.plots.attributions import Column, Panel
 from convlens.prediction import Prediction
 from convlens.schema import OptimConfig
 from convlens.showing import WRITERS
@@ -262,6 +263,15 @@ DRAWN: dict[str, Callable[..., Figure]] = {
     "contact_sheet": lambda draw: draw(SHEET, ["a", "b", "c"], "x"),
     "augmented_batch": lambda draw: draw(SHEET, SHEET, "x"),
     "worst_mistakes": lambda draw: draw(SHEET, ["a"] * 3, ["b"] * 3, [0.9] * 3, "x"),
+    "attribution_grid": lambda draw: draw(
+        [("x", "a")] * 3,
+        [Panel("m", SHEET, [Column("M", "", np.ones((3, 4, 4)), True)], [("a", 0.9)] * 3)],
+    ),
+    "attribution_sanity": lambda draw: draw(
+        ["head"],
+        {key: {"M": [(0.5, None)]} for key in ("spearman", "ssim")},
+        {key: {"M": np.ones(3), "chance": np.ones(3)} for key in ("deletion", "insertion")},
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from convlens import metrics, plots
 from convlens.errors import ResourceError, UsageError
+from convlens.plots.attributions import Column, Panel
 from convlens.plots.style import fit, width
 
 HOSTILE = [
@@ -54,6 +55,12 @@ def texts(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
+def attributions() -> Panel:
+    maps = np.linspace(-1, 1, 16).reshape(1, 4, 4)
+    columns = [Column("Grad-CAM", "layer", maps.clip(0), False), Column("IG", "", maps, True)]
+    return Panel("model", pictures(1), columns, [("cat", 0.9)])
+
+
 def examples() -> dict[str, Figure]:
     """One figure for every name in the table."""
     share = np.array([0.9, 0.5])
@@ -68,6 +75,12 @@ def examples() -> dict[str, Figure]:
         "contact_sheet": plots.contact_sheet(pictures(3), ["a", "b", "c"], "sheet"),
         "augmented_batch": plots.augmented_batch(pictures(3), pictures(3, seed=1)),
         "worst_mistakes": plots.worst_mistakes(pictures(1), ["cat"], ["dog"], [0.9]),
+        "attribution_grid": plots.attribution_grid([("a", "cat")], [attributions()]),
+        "attribution_sanity": plots.attribution_sanity(
+            ["head"],
+            {key: {"A": [(0.5, (0.4, 0.6))]} for key in ("spearman", "ssim")},
+            {key: {"A": share, "random order": share} for key in ("deletion", "insertion")},
+        ),
     }
     assert set(made) == set(plots.PLOTS)
     return made
