@@ -2,7 +2,8 @@
 
 The pass is that of a training step on the same images (gradients of all weights, no optimiser).
 Passes and methods take turns in one run; ratios are medians over the pairs, and a method's time
-is all of it: batches, hooks, maps on the CPU. Prints one JSON object.
+is all of it: the forward pass that chooses class and layer, batches, maps on the CPU. Prints one
+JSON object.
 
     python benchmarks/attribution.py [--rounds 20]
 """
@@ -22,7 +23,7 @@ import torchvision
 from torch import Tensor, nn
 
 from convlens import device, models
-from convlens.inspection import saliency
+from convlens.inspection import layers, saliency
 from recording import record
 
 CASES = (
@@ -53,7 +54,10 @@ def one_pass(model: nn.Module, images: Tensor, targets: Tensor) -> Callable[[], 
 def by(
     name: str, model: nn.Module, images: Tensor, targets: Tensor, layer: str
 ) -> Callable[[], None]:
+    stages = layers.stages(model)
+
     def step() -> None:
+        saliency.shapes_of(model, images, stages)  # which class, and which layer
         maps = saliency.maps_by(saliency.METHODS[name], model, images, targets, layer)
         saliency.enlarged(maps, images.shape[2])
 
