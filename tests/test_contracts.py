@@ -28,6 +28,7 @@ from convlens.errors import DataError
 from convlens.models import MODELS
 from convlens.optim import OPTIMISERS, SCHEDULES
 from convlens.plots import PLOTS
+from convlens.plots.attributions import Column, Panel
 from convlens.prediction import Prediction
 from convlens.schema import OptimConfig
 from convlens.showing.results import WRITERS
@@ -271,6 +272,15 @@ DRAWN: dict[str, Callable[..., Figure]] = {
     "kernels": lambda draw: draw(KERNELS, ["1", "2"], 0.5, "x", "y"),
     "top_images": lambda draw: draw([SHEET], [[None] * 3], [("1", "a")], "x", "y"),
     "made_inputs": lambda draw: draw(SHEET, [("1", "peak")] * 3, "x", "y"),
+    "attribution_grid": lambda draw: draw(
+        [("x", "a")] * 3,
+        [Panel("m", SHEET, [Column("M", "", np.ones((3, 4, 4)), True)], [("a", 0.9)] * 3)],
+    ),
+    "attribution_sanity": lambda draw: draw(
+        ["head"],
+        {key: {"M": [(0.5, None)]} for key in ("spearman", "ssim")},
+        {key: {"M": np.ones(3), "chance": np.ones(3)} for key in ("deletion", "insertion")},
+    ),
 }
 
 

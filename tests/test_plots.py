@@ -18,6 +18,7 @@ from PIL import Image
 from convlens import metrics, plots
 from convlens.errors import ResourceError, UsageError
 from convlens.plots import page
+from convlens.plots.attributions import Column, Panel
 from convlens.plots.style import fit, width
 
 HOSTILE = [
@@ -65,6 +66,12 @@ def panel(count: int = 10, size: int = 3) -> plots.Panel:
     return plots.Panel("layer", "note", np.abs(maps(count, size=size)), (0.0, 2.0), none, none)
 
 
+def attributions() -> Panel:
+    maps = np.linspace(-1, 1, 16).reshape(1, 4, 4)
+    columns = [Column("Grad-CAM", "layer", maps.clip(0), False), Column("IG", "", maps, True)]
+    return Panel("model", pictures(1), columns, [("cat", 0.9)])
+
+
 def examples() -> dict[str, Figure]:
     """One figure for every name in the table."""
     share = np.array([0.9, 0.5])
@@ -96,6 +103,12 @@ def examples() -> dict[str, Figure]:
         ),
         "similarity": plots.similarity([[1, None], [None, 1]], [("x", "a"), ("y", "a")], "CKA"),
         "embedding": plots.embedding([[0, 1], [1, 0]], [0, 1], [0, 0], ["cat", "dog"], "map"),
+        "attribution_grid": plots.attribution_grid([("a", "cat")], [attributions()]),
+        "attribution_sanity": plots.attribution_sanity(
+            ["head"],
+            {key: {"A": [(0.5, (0.4, 0.6))]} for key in ("spearman", "ssim")},
+            {key: {"A": share, "random order": share} for key in ("deletion", "insertion")},
+        ),
     }
     assert set(made) == set(plots.PLOTS)
     return made

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from convlens.plots.attributions import attribution_grid, attribution_sanity
 from convlens.plots.channels import Column, Panel, activations, activations_side_by_side
 from convlens.plots.charts import (
     accuracy_bars,
@@ -56,6 +57,8 @@ PLOTS: dict[str, Callable[..., Figure]] = {
     "stage_measures": stage_measures,
     "similarity": similarity,
     "embedding": embedding,
+    "attribution_grid": attribution_grid,
+    "attribution_sanity": attribution_sanity,
 }
 
 __all__ = [
@@ -67,6 +70,8 @@ __all__ = [
     "accuracy_bars",
     "activations",
     "activations_side_by_side",
+    "attribution_grid",
+    "attribution_sanity",
     "augmented_batch",
     "colour_filters",
     "confusion",

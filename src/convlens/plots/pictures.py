@@ -132,7 +132,7 @@ def _sheet(
     """`rows` are the pictures in each row (default: full rows), `sides` the words beside them."""
     if len(captions) != len(images):
         raise UsageError(f"{len(captions)} titles for {len(images)} pictures")
-    tiles = _tiles(images)
+    tiles = tiles_of(images)
     columns = max(1, min(columns, len(tiles)))
     rows = rows if rows is not None else [columns] * math.ceil(len(tiles) / columns)
     high, wide = tiles.shape[1:3]
@@ -173,7 +173,7 @@ def _places(rows: Sequence[int], count: int) -> Iterable[tuple[int, int]]:
     return places[:count]
 
 
-def _tiles(images: Images) -> Images:
+def tiles_of(images: Images) -> Images:
     """RGB tiles uint8 [N, h, w, 3]: small pictures in whole multiples, large ones averaged."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise UsageError(
