@@ -14,34 +14,34 @@ from convlens.version import __version__
 if TYPE_CHECKING:
     from convlens.api import Run as Run
     from convlens.api import RunTable as RunTable
-    from convlens.api import compare as compare
-    from convlens.api import doctor as doctor
     from convlens.api import evaluate as evaluate
-    from convlens.api import find_label_errors as find_label_errors
-    from convlens.api import look as look
-    from convlens.api import measure as measure
     from convlens.api import predict as predict
     from convlens.api import recipes as recipes
-    from convlens.api import report as report
     from convlens.api import train as train
     from convlens.api import train_many as train_many
     from convlens.errors import ConvlensError as ConvlensError
     from convlens.estimator import ImageClassifier as ImageClassifier
+    from convlens.insight import compare as compare
+    from convlens.insight import doctor as doctor
+    from convlens.insight import find_label_errors as find_label_errors
+    from convlens.insight import look as look
+    from convlens.insight import measure as measure
+    from convlens.insight import report as report
 
 _HOMES = {
     "Run": "api",
     "RunTable": "api",
     "train": "api",
     "train_many": "api",
-    "compare": "api",
-    "doctor": "api",
+    "compare": "insight",
+    "doctor": "insight",
     "evaluate": "api",
-    "look": "api",
-    "measure": "api",
-    "find_label_errors": "api",
+    "look": "insight",
+    "measure": "insight",
+    "find_label_errors": "insight",
     "predict": "api",
     "recipes": "api",
-    "report": "api",
+    "report": "insight",
     "ImageClassifier": "estimator",
     "ConvlensError": "errors",
 }

@@ -44,7 +44,7 @@ def console() -> Console:
     if _console is None:
         from rich.console import Console as RichConsole
 
-        _console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        _console = RichConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     return _console
 
 

@@ -1,9 +1,8 @@
-"""`convlens look`: what is inside a network, as pictures, raw arrays and a short table."""
+"""`convlens look`: what is inside networks, as pictures, raw arrays and short tables."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,32 @@ import numpy as np
 
 from convlens.console import say
 from convlens.errors import UsageError
-from convlens.files import write_atomic
-from convlens.inspection import activity, dreaming, filters, toppers
+from convlens.inspection import (
+    activity,
+    attribution,
+    dreaming,
+    embedding,
+    filters,
+    measuring,
+    neighbours,
+    saliency,
+    toppers,
+)
 from convlens.inspection.activity import Activity
 from convlens.inspection.choosing import Opened, file_names
+from convlens.inspection.drawing import CHANNELS, draw_activations, pack, save, truth
 from convlens.inspection.subjects import Subject
 from convlens.names import pick
 
-CHANNELS = 64  # shown of a layer
 KERNELS = 48  # channels shown of a deeper layer's kernels: a row each
 ROWS = 16  # channels shown with their strongest images
 FORMATS = ("png", "svg", "pdf")
+ALL = "all"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is looked at, and how it is drawn.
+    """What is looked at, and how it is drawn. Without any of it, the activations of images.
 
     Args:
         layers: names of layers, by default the stem and each block.
@@ -37,10 +46,17 @@ class Options:
         filters: layers whose kernels are shown; `first` is the first convolution.
         top_images: layers whose channels' strongest images are shown.
         dream: `LAYER[:CHANNEL,...]`: a made input for each of these channels.
-        split, data: where strongest images come from: a split of the run's own data, or of
-            another set.
-        format: of figures: `png`, `svg` or `pdf`.
-        seed: of made inputs.
+        attribution: methods (`saliency.METHODS`, or `all`) that say which pixels speak for a class.
+        target: that class, by default the predicted one; `cam_layer`: where Grad-CAM is done;
+            `sanity`: whether maps depend on the weights, and whether their places matter.
+        measure: measurements of every stage (`measuring.NAMES`, or `all`); `untrained` measures
+            fresh weights beside.
+        embedding: `pca`, `tsne`: maps of a split's last features.
+        nearest: how many training images nearest to each image are shown.
+        split, data: where measured and strongest images come from: a split of the run's own
+            data (`val` for measurements, else `test`), or of another set.
+        format: of figures of activations, filters and inputs: `png`, `svg` or `pdf`.
+        seed: of made inputs, measurements and maps.
     """
 
     layers: Sequence[str] = ()
@@ -49,7 +65,15 @@ class Options:
     filters: Sequence[str] = ()
     top_images: Sequence[str] = ()
     dream: Sequence[str] = ()
-    split: str = "test"
+    attribution: Sequence[str] = ()
+    target: str | None = None
+    cam_layer: str | None = None
+    sanity: bool = False
+    measure: Sequence[str] = ()
+    untrained: bool = False
+    embedding: Sequence[str] = ()
+    nearest: int = 0
+    split: str | None = None
     data: str | Path | None = None
     format: str = "png"
     seed: int = 0
@@ -58,24 +82,55 @@ class Options:
         """Refuses what can't be before anything is opened."""
         pick(dict.fromkeys(activity.ORDERS), self.order, "order")
         pick(dict.fromkeys(FORMATS), self.format, "format")
-        pick(dict.fromkeys(("test", "val", "train")), self.split, "split")
+        if self.split is not None:
+            pick(dict.fromkeys(("test", "val", "train")), self.split, "split")
         for text in self.dream:
             dreaming.asked(text)
+        if self.attribution:
+            saliency.chosen(self.attribution)
+        for name in self.embedding:
+            pick(embedding.EMBEDDINGS, name, "embedding")
+        measuring.chosen(self.measures)
         if self.channels is not None and self.channels < 1:
             raise UsageError(f"--channels {self.channels}: show at least one")
+        lone = [
+            name
+            for name, given, needed in (
+                ("--class", self.target, self.attribution),
+                ("--cam-layer", self.cam_layer, self.attribution),
+                ("--sanity", self.sanity, self.attribution),
+                ("--untrained", self.untrained, self.measure),
+            )
+            if given and not needed
+        ]
+        if lone:
+            what = "--measure" if lone == ["--untrained"] else "--attribution METHOD"
+            raise UsageError(f"{', '.join(lone)} is about something else", fix=f"add {what}")
 
     @property
-    def only(self) -> bool:
-        """Whether something is asked for that needs no images."""
-        return bool(self.filters or self.top_images or self.dream)
+    def measures(self) -> Sequence[str]:
+        """The measurements by name; `all` of them is an empty list to `measuring`."""
+        return () if ALL in self.measure else self.measure
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether pictures are shown to the networks even if none were named."""
+        about_data = self.filters or self.top_images or self.dream or self.measure or self.embedding
+        return bool(self.layers or self.attribution or self.nearest) or not about_data
+
+    @property
+    def activations(self) -> bool:
+        """Whether activations are drawn of the pictures that there are."""
+        return bool(self.layers) or not (
+            self.attribution or self.nearest or self.measure or self.embedding
+        )
 
 
 @dataclass
 class Look:
     """What was seen, and the files it was written to.
 
-    `seen` has the activities of each image, one a network; `filters`, `top_images` and `made`
-    what was asked for beyond.
+    `seen` has the activities of each image, one a network; the others what was asked for beyond.
     """
 
     opened: Opened
@@ -83,6 +138,10 @@ class Look:
     filters: list[filters.Filters] = field(default_factory=list)
     top_images: list[toppers.TopImages] = field(default_factory=list)
     made: list[dreaming.Made] = field(default_factory=list)
+    attribution: attribution.Attributions | None = None
+    measures: measuring.Measurements | None = None
+    embeddings: list[embedding.Embedded] = field(default_factory=list)
+    neighbours: list[neighbours.Neighbours] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     rows: int = ROWS
 
@@ -103,6 +162,10 @@ class Look:
             "filters": [each.to_dict() for each in self.filters],
             "top_images": [each.to_dict(self.rows) for each in self.top_images],
             "made": [each.to_dict() for each in self.made],
+            "attribution": self.attribution and self.attribution.to_dict(),
+            "measures": self.measures and self.measures.to_dict(),
+            "embeddings": [each.to_dict() for each in self.embeddings],
+            "neighbours": [each.to_dict() for each in self.neighbours],
             "folder": str(self.opened.folder),
             "files": [str(path) for path in self.files],
         }
@@ -116,108 +179,70 @@ def look(opened: Opened, options: Options) -> Look:
             be had.
     """
     found = Look(opened, rows=options.channels or ROWS)
+    if options.activations:
+        _see(found, options)
+    for number, subject in enumerate(opened.subjects):
+        ending = f"-{opened.slugs[number]}" if len(opened.subjects) > 1 else ""
+        _kernels(found, subject, ending, options)
+        _images(found, subject, ending, options)
+    if options.attribution:
+        found.attribution = attribution.attribute(
+            opened.subjects,
+            list(zip(*opened.pictures, strict=True)),
+            options.attribution,
+            layer=options.cam_layer,
+            target=options.target,
+            sanity=options.sanity,
+            folder=opened.folder,
+        )
+        maps = found.attribution
+        found.files += [maps.figure, maps.arrays, *maps.sanity_figures]
+    if options.measure:
+        found.measures = measuring.measure(
+            opened.subjects,
+            options.measures,
+            folder=opened.folder,
+            layers=options.layers,
+            split=options.split or "val",
+            data=options.data,
+            untrained=options.untrained,
+            seed=options.seed,
+        )
+        found.files += found.measures.files
+    _features(found, options)
+    return found
+
+
+def _see(found: Look, options: Options) -> None:
+    opened = found.opened
     chosen = activity.check_layers(opened.subjects, options.layers)
     for pictures, name in zip(opened.pictures, file_names(opened.pictures), strict=True):
         rows = zip(opened.subjects, pictures, chosen, strict=True)
         seen = tuple(activity.see(subject, each, names) for subject, each, names in rows)
         found.seen.append(seen)
-        found.files += _activations(opened, seen, name, options)
+        found.files += draw_activations(
+            opened, seen, name, options.order, options.channels, options.format
+        )
+
+
+def _features(found: Look, options: Options) -> None:
+    """Maps and neighbours by the last features, in a folder for each of several networks."""
+    opened = found.opened
+    several = len(opened.subjects) > 1
     for number, subject in enumerate(opened.subjects):
-        ending = f"-{opened.slugs[number]}" if len(opened.subjects) > 1 else ""
-        _kernels(found, subject, ending, options)
-        _images(found, subject, ending, options)
-    return found
-
-
-def truth(seen: Sequence[Activity]) -> str | None:
-    """The class of an image by name, as far as any of the networks knows it."""
-    return next((each.truth for each in seen if each.truth is not None), None)
-
-
-def _activations(
-    opened: Opened, seen: Sequence[Activity], name: str, options: Options
-) -> list[Path]:
-    """Figures and arrays of one image: one each a network, and all side by side."""
-    from convlens import plots
-
-    scales = _scales(seen)
-    orders = [{n: activity.order(m, options.order) for n, m in a.maps.items()} for a in seen]
-    count = options.channels or CHANNELS
-    shown = seen[0].picture.name
-    is_ = truth(seen)
-    label = f"truth: {is_}" if is_ else "truth unknown"
-    paths, columns = [], []
-    for number, each in enumerate(seen):
-        panels = [
-            _panel(layer, maps, orders[number][layer], scales[number][place], count)
-            for place, (layer, maps) in enumerate(each.maps.items())
-        ]
-        columns.append(plots.Column(opened.names[number], said(each), panels))
-        ending = f"-{opened.slugs[number]}" if len(seen) > 1 else ""
-        path = opened.folder / f"{name}-activations{ending}"
-        words = f"{label}; answer: {said(each)}"
-        title = f"{opened.names[number]}, {shown}"
-        how = _scale_words(options.order, False)
-        pixels = each.picture.pixels.numpy()
-        figure = plots.activations(pixels, panels, title, words, how)
-        paths += [_draw(figure, path, options.format), _arrays(each, orders[number], path)]
-    if len(seen) > 1:
-        how = _scale_words(options.order, True)
-        pixels = seen[0].picture.pixels.numpy()
-        figure = plots.activations_side_by_side(pixels, columns, shown, label, how)
-        paths.append(_draw(figure, opened.folder / f"{name}-activations", options.format))
-    return paths
-
-
-def _scales(seen: Sequence[Activity]) -> list[list[tuple[float, float]]]:
-    """Limits by network and place of the layer, shared by networks whose layers are the same."""
-    alone = len({tuple(each.maps) for each in seen}) > 1
-    if alone:
-        return [[activity.limits([maps]) for maps in each.maps.values()] for each in seen]
-    shared = [activity.limits([each.maps[name] for each in seen]) for name in seen[0].maps]
-    return [shared] * len(seen)
-
-
-def _panel(
-    layer: str, maps: activity.Maps, order: Any, limits: tuple[float, float], count: int
-) -> Any:
-    from convlens import plots
-
-    shown = order[:count]
-    blank, broken = activity.blank(maps), activity.broken(maps)
-    channels, high, wide = maps.shape
-    amount = f"{len(shown):,} of {channels:,}" if len(shown) < channels else f"all {channels:,}"
-    amount += f", {broken.sum():,} NaN" if broken.any() else ""
-    note = f"{high}×{wide}, {blank.sum():,} blank, "
-    low, top = limits
-    note += f"±{top:.3g}" if low < 0 else f"0–{top:.3g}"
-    return plots.Panel(f"{layer}: {amount}", note, maps[shown], limits, blank[shown], broken[shown])
-
-
-def _scale_words(order: str, several: bool) -> str:
-    first = "most active channels first" if order == "active" else "channels by index"
-    over = ", shared by the networks where their layers are the same" if several else ""
-    return f"max: 99.5th percentile of the layer's values for this image{over}; {first}"
-
-
-def said(seen: Activity) -> str:
-    """A network's answer as words."""
-    label, probability = seen.answer
-    return "none (NaN)" if label is None else f"{label} {probability:.1%}"
-
-
-def _arrays(seen: Activity, orders: Mapping[str, Any], path: Path) -> Path:
-    """The raw values: float32 `[C, h, w]` by layer, and what is needed to read them."""
-    return _pack(
-        path,
-        {
-            **seen.maps,
-            **{f"order:{name}": order for name, order in orders.items()},
-            "image:pixels": seen.picture.pixels.numpy(),
-            "image:logits": seen.logits,
-            "image:classes": np.array(seen.classes),
-        },
-    )
+        folder = opened.folder / opened.slugs[number] if several else opened.folder
+        for method in options.embedding:
+            split, data, seed = options.split or "test", options.data, options.seed
+            points = embedding.embed(
+                subject, method, folder=folder, split=split, data=data, seed=seed
+            )
+            found.embeddings.append(points)
+            found.files += [points.file, points.file.with_suffix(".csv")]
+        if options.nearest:
+            mine = [each[number] for each in opened.pictures]
+            near = neighbours.nearest(subject, mine, options.nearest, folder=folder)
+            found.neighbours.append(near)
+            found.files.append(near.file)
 
 
 def _kernels(found: Look, subject: Subject, ending: str, options: Options) -> None:
@@ -232,7 +257,7 @@ def _kernels(found: Look, subject: Subject, ending: str, options: Options) -> No
             "energy": each.energy,
         }
         found.filters.append(each)
-        found.files += [_draw(figure, path, options.format), _pack(path, arrays)]
+        found.files += [save(figure, path, options.format), pack(path, arrays)]
 
 
 def _images(found: Look, subject: Subject, ending: str, options: Options) -> None:
@@ -241,10 +266,11 @@ def _images(found: Look, subject: Subject, ending: str, options: Options) -> Non
     layers_ = [*options.top_images, *(layer for layer, _ in wanted)]
     activity.check_layers([subject], layers_)
     own = subject.place is not None or options.data is not None
-    split = subject.split(options.split, options.data) if layers_ and (
+    split_name = options.split or "test"
+    split = subject.split(split_name, options.data) if layers_ and (
         own or options.top_images
     ) else None  # fmt: skip
-    name = options.split if options.data is None else Path(str(options.data)).name
+    name = split_name if options.data is None else Path(str(options.data)).name
     known: dict[str, toppers.TopImages] = {}
     for layer in dict.fromkeys(layers_):
         if split is not None:
@@ -258,7 +284,7 @@ def _images(found: Look, subject: Subject, ending: str, options: Options) -> Non
         arrays: dict[str, Any] = {"peaks": each.peaks, "images": each.images, "places": each.places}
         arrays |= {"selectivity": each.selectivity, "labels": each.labels}
         found.top_images.append(each)
-        found.files += [_draw(figure, path, options.format), _pack(path, arrays)]
+        found.files += [save(figure, path, options.format), pack(path, arrays)]
     for layer, channels in wanted:
         made = dreaming.make(subject, layer, channels, known=known.get(layer), seed=options.seed)
         path = folder / f"made-{layer}{ending}"
@@ -266,22 +292,6 @@ def _images(found: Look, subject: Subject, ending: str, options: Options) -> Non
         arrays |= {"peaks": np.array(made.peaks), "means": np.array(made.means)}
         found.made.append(made)
         figure = dreaming.figure(made)
-        found.files += [_draw(figure, path, options.format), _pack(path, arrays)]
+        found.files += [save(figure, path, options.format), pack(path, arrays)]
     if wanted and split is None:
         say(f"{subject.name} has no data of its own: name a set with --data to compare with")
-
-
-def _draw(figure: Any, path: Path, kind: str) -> Path:
-    from convlens import plots
-
-    path = path.parent / f"{path.name}.{kind}"  # a layer's name has points that are no ending
-    plots.save(figure, path)
-    return path
-
-
-def _pack(path: Path, arrays: Mapping[str, Any]) -> Path:
-    path = path.parent / f"{path.name}.npz"
-    content = io.BytesIO()
-    np.savez(content, allow_pickle=False, **arrays)
-    write_atomic(path, content.getvalue())
-    return path

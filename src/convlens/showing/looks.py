@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from convlens.console import say
+from convlens.showing.attribution import attributed
+from convlens.showing.measures import embedded, measured, neighboured
 from convlens.showing.results import stdout, table_of
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 def looked(found: Look) -> None:
     """Per image what each network says; per layer channels, blank ones and mean activity."""
-    from convlens.inspection.looking import said, truth
+    from convlens.inspection.drawing import said, truth
 
     out = stdout()
     names = found.opened.names
@@ -38,6 +40,14 @@ def looked(found: Look) -> None:
                 f"{escape(made.run)} {escape(made.layer)} channel {channel}: made input "
                 f"{made.peaks[place]:.4g}{best}"
             )
+    if found.attribution is not None:
+        attributed(found.attribution)
+    if found.measures is not None:
+        measured(found.measures)
+    for points in found.embeddings:
+        embedded(points)
+    for near in found.neighbours:
+        neighboured(near)
     out.print(escape(f"{len(found.files)} files  {found.opened.folder}"))
 
 

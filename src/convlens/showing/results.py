@@ -31,7 +31,7 @@ CLASSES_SHOWN = 40
 def stdout() -> Console:
     """Where results go: as wide as the terminal, or (in a file) as wide as they need."""
     shown = sys.stdout.isatty()
-    return Console(highlight=False, soft_wrap=not shown, width=None if shown else 200)
+    return Console(highlight=False, emoji=False, soft_wrap=not shown, width=None if shown else 200)
 
 
 def table_of(*columns: str, title: str = "") -> Table:

@@ -1,0 +1,65 @@
+"""The command line: one thin sub-command for each name of the API.
+
+Nothing that needs torch is imported before a command needs it. Results go to stdout, everything
+else to stderr, so that `--json` prints one object and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from rich.markup import escape
+
+from convlens.cli import basics, inside, judging
+from convlens.cli.shared import app
+from convlens.console import console, say
+from convlens.errors import ConvlensError
+from convlens.version import __version__
+
+__all__ = ["app", "basics", "inside", "judging", "main"]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"convlens {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Train, test and look inside convolutional image classifiers."""
+    if debug:
+        os.environ["CONVLENS_DEBUG"] = "1"
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line and ends the process with the documented exit code.
+
+    typer itself ends with 2 for a wrong option and with 130 for Ctrl-C.
+    """
+    try:
+        app(args=arguments)
+    except ConvlensError as error:
+        if os.environ.get("CONVLENS_DEBUG"):
+            raise
+        _show(error)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def _show(error: ConvlensError) -> None:
+    label = "stopped" if error.exit_code == 75 else "error"
+    say(f"[bold red]{label}:[/] {escape(error.what)}")
+    if error.where:
+        say(f"  where: {escape(error.where)}")
+    if error.fix:
+        say(f"  do:    {escape(error.fix)}")
+    console().file.flush()

@@ -1,0 +1,186 @@
+"""Training and using models: `train evaluate predict data recipes`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from convlens.cli.shared import (
+    DataSet,
+    Device,
+    Json,
+    Overrides,
+    RunName,
+    Tta,
+    app,
+    print_json,
+)
+
+
+@app.command()
+def train(
+    what: Annotated[
+        str, typer.Argument(metavar="RECIPE|FILE.yaml|DATA", help="What to train, on what.")
+    ],
+    overrides: Overrides = None,
+    data: DataSet = None,
+    settings: Annotated[
+        str | None, typer.Option(metavar="all|NAME,...", help="Train these settings of the recipe.")
+    ] = None,
+    splits: Annotated[int, typer.Option(min=1, help="Train on that many splits of the data.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Train with that many seeds.")] = 1,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Cross-validate in that many folds; no test.")
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Find the epochs, train anew on all images, test that.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew in a new folder.")] = False,
+    no_test: Annotated[bool, typer.Option("--no-test", help="Keep the test split sealed.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")
+    ] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe, or the default one on your own images, and test it once.
+
+    [dim]convlens train mnist · convlens train photos/ data.image_size=96 · convlens train digits
+    --seeds 5 · convlens train digits --folds 5[/]
+    """
+    from convlens import asking, several, training
+    from convlens.showing.results import finished
+    from convlens.showing.runs import run_table
+
+    changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
+    options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
+    if settings is not None or splits > 1 or seeds > 1 or folds is not None or refit:
+        variants = asking.read_settings(what, settings, data=data, overrides=changes)
+        options |= {"splits": splits, "seeds": seeds, "folds": folds, "refit": refit}
+        table = several.train_many(variants, **options)
+        if not as_json:
+            run_table(table)
+        print_json(as_json, table.to_dict())
+        return
+    asked = asking.read(what, data=data, overrides=changes)
+    place = training.train(asked.recipe, plain=asked.plain, **options)
+    if not as_json:
+        finished(place)
+    last = {} if no_test else _last(place.results())
+    print_json(as_json, {"run": place.name, "path": str(place.path), **last})
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    data: DataSet = None,
+    tta: Tta = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a trained model on one of its splits, or on another data set."""
+    from convlens import evaluation
+    from convlens import run as runs
+    from convlens.showing.results import evaluated
+
+    place = runs.find(run)
+    result = evaluation.evaluate(place, split, data=data, tta=tta, on=device)
+    if not as_json:
+        evaluated(result, place)
+    print_json(as_json, result.to_dict())
+
+
+@app.command()
+def predict(
+    run: RunName,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH...", help="Files, folders, globs, - (stdin)."),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Classes to name.")] = 1,
+    output: Annotated[str, typer.Option("--format", "-f", help="table, csv or json.")] = "table",
+    tta: Tta = None,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+) -> None:
+    """Classify image files: a table, CSV or JSON of filename, label and probability."""
+    from convlens import prediction, views
+    from convlens import run as runs
+    from convlens.errors import DataError
+    from convlens.names import pick
+    from convlens.showing.results import WRITERS
+
+    write = pick(WRITERS, "json" if as_json else output, "format")
+    views.chosen(tta)  # a typo is told before anything is read or written
+    loaded = runs.load_model(runs.find(run).model_path)
+    asked = paths or ["-"]
+    listed = [line.strip() for line in sys.stdin if line.strip()] if "-" in asked else []
+    files = prediction.expand([*(path for path in asked if path != "-"), *listed])
+    answers = prediction.predict(loaded, files, top_k=top, tta=tta, on=device)
+    failed = write(answers, top, tta is not None)
+    if failed:
+        raise DataError(
+            f"{failed} of {len(files)} files could not be read; the others are done",
+            fix="the reasons stand beside their names",
+        )
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(metavar="NAME_OR_FOLDER", help="What to look at.")],
+    overrides: Overrides = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE|FILE.yaml", help="Only draw a batch as that recipe augments."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at a data set before training: counts, sizes, bad files, duplicates, a contact sheet."""
+    from convlens import asking, picturing
+    from convlens.data.audit import audit
+    from convlens.showing.results import audited, drawn
+
+    if augment is not None:
+        asked = asking.read_on(augment, name, overrides or [])
+        batch = picturing.augmented_sheet(asked)
+        if not as_json:
+            drawn(batch)
+        found = {"data": name, "recipe": asked.name, "augmented_batch": str(batch)}
+        print_json(as_json, found)
+        return
+    report = audit(asking.read_data(name, overrides or []))
+    sheet = picturing.data_sheet(report)
+    if not as_json:
+        audited(report, sheet)
+    print_json(as_json, {**report.to_dict(), "contact_sheet": str(sheet)})
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes, or print one as a file that trains as it stands."""
+    from convlens import recipe as store
+    from convlens.showing.results import recipe_table
+
+    if name is not None:
+        text = store.text(name)
+        if as_json:
+            print_json(True, store.load(name).model_dump(mode="json") | store.variants(name))
+        else:
+            sys.stdout.write(text)
+        return
+    every = {each: store.load(each) for each in store.names()}
+    if as_json:
+        print_json(True, {each: recipe.about for each, recipe in every.items()})
+    else:
+        recipe_table(every, {each: store.settings(each) for each in every})
+
+
+def _last(results: list[dict[str, Any]]) -> dict[str, Any]:
+    return results[-1] if results else {}
