@@ -13,7 +13,6 @@ from PIL import Image
 
 import convlens
 from commands import Done, brightness_model, command, here, picture, refused
-from convlens import cli
 from convlens.errors import UsageError
 from convlens.inspection import choosing, layers
 from convlens.inspection.subjects import open_subject
@@ -295,4 +294,3 @@ def test_help_names_the_arguments() -> None:
     done: Done = here("look", "--help")
     assert done.code == 0
     assert "RUN... [IMAGE]..." in done.out
-    assert cli.look.__doc__

@@ -17,7 +17,7 @@ from convlens.errors import ModelFileError, UsageError
 from convlens.inference import batch_logits
 from convlens.inspection.subjects import Picture, Subject, choose_pictures, is_place, open_subject
 
-SAMPLE = 512  # test images among which examples are looked for
+SAMPLE = 512  # held-out images among which examples are looked for
 EXAMPLES = 3  # classes that give one
 LONGEST = 120  # characters of a folder's name
 
@@ -44,7 +44,7 @@ def open_all(arguments: Sequence[str], *, on: str | None = None, examples: bool 
     by the first run, and the others see the same pixels.
 
     Args:
-        examples: without any image, take some of the test split: one that is classified
+        examples: without any image, take some of the validation split: one that is classified
             correctly of each of three classes, and the surest mistake.
 
     Raises:
@@ -144,12 +144,14 @@ def _pictures(
 
 
 def example_pictures(subject: Subject) -> list[Picture]:
-    """Test images that need no choosing: three right ones of different classes, a wrong one.
+    """Images that need no choosing: three right ones of different classes, a wrong one.
 
-    Among 512 images spread evenly over the test split: of the first three classes that have one
-    the first that is classified correctly; and the mistake that is least likely to its truth.
+    Among 512 images spread evenly over the validation split (the test split, where there is
+    none): of the first three classes that have one the first that is classified correctly; and
+    the mistake that is least likely to its truth.
     """
-    split = subject.split("test")
+    held = "val" if len(subject.data.val) else "test"
+    split = subject.split(held)
     index = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split))).round().long()
     pixels, labels = split.rows.gather(index), split.labels[index]
     normalise = subject.loaded.preprocessing.normalise
@@ -167,10 +169,10 @@ def example_pictures(subject: Subject) -> list[Picture]:
         chances = logits.double().softmax(1)[wrong, labels[wrong]].nan_to_num(0)
         places.append(int(wrong[chances.argmin()]))
     say(
-        f"no images named: of {len(index):,} test images one that {subject.name} gets right of "
+        f"no images named: of {len(index):,} {held} images one that {subject.name} gets right of "
         f"each of {EXAMPLES} classes, and its surest mistake"
     )
-    return [Picture(f"test:{int(index[i])}", pixels[i], int(labels[i])) for i in places]
+    return [Picture(f"{held}:{int(index[i])}", pixels[i], int(labels[i])) for i in places]
 
 
 def _seen_by(subject: Subject, picture: Picture, home: Subject) -> Picture:

@@ -59,6 +59,20 @@ def draw_activations(
     return paths
 
 
+def activation_figure(seen: Activity, title: str, *, channels: int = CHANNELS) -> bytes:
+    """One network's activations for one image as a PNG, most active channels first."""
+    from convlens import plots
+
+    panels = [
+        _panel(layer, maps, activity.order(maps, "active"), activity.limits([maps]), channels)
+        for layer, maps in seen.maps.items()
+    ]
+    words = f"truth: {seen.truth or 'unknown'}; answer: {said(seen)}"
+    how = _scale_words("active", False)
+    pixels = seen.picture.pixels.numpy()
+    return plots.encoded(plots.activations(pixels, panels, title, words, how))
+
+
 def _scales(seen: Sequence[Activity]) -> list[list[tuple[float, float]]]:
     """Limits by network and place of the layer, shared by networks whose layers are the same."""
     alone = len({tuple(each.maps) for each in seen}) > 1

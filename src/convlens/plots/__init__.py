@@ -32,7 +32,7 @@ from convlens.plots.pictures import (
 )
 from convlens.plots.several import differences, seed_curves, setting_curves
 from convlens.plots.stages import StageLine, similarity, stage_measures
-from convlens.plots.style import FORMATS, save
+from convlens.plots.style import FORMATS, encoded, save
 
 PLOTS: dict[str, Callable[..., Figure]] = {
     "curves": curves,
@@ -79,6 +79,7 @@ __all__ = [
     "curves",
     "differences",
     "embedding",
+    "encoded",
     "kernels",
     "label_review",
     "learning_rate",

@@ -100,7 +100,11 @@ def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
         UsageError: another ending.
         ResourceError: the folder can't be written or the disk is full; an old file is intact.
     """
-    kind = Path(path).suffix.lower().removeprefix(".")
+    write_atomic(Path(path), encoded(figure, Path(path).suffix.lower().removeprefix("."), dpi))
+
+
+def encoded(figure: Figure, kind: str = "png", dpi: int = DPI) -> bytes:
+    """A figure as the bytes of a PNG, SVG or PDF; the same figure gives the same bytes."""
     if kind not in FORMATS:
         raise UsageError(f"no figures of format {kind!r}", fix=f"one of {', '.join(FORMATS)}")
     buffer = io.BytesIO()
@@ -112,7 +116,7 @@ def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
         # zlib's level 4 takes half the time of 6, and large figures are mostly compressing.
         options: dict[str, Any] = {"pil_kwargs": {"compress_level": 4}} if kind == "png" else {}
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=FORMATS[kind], **options)
-    write_atomic(Path(path), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def width(text: str) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from convlens import files, run
 from convlens.console import progress, quieted
@@ -57,15 +60,18 @@ def report(
     with quieted(quiet):
         found = [gather(name, audit=audit, on=on, alone=len(names) == 1) for name in names]
     parts: dict[str, Section]
+    head: Callable[[], Markup]
     content: Contents | comparing.Several
     if len(found) == 1:
         (only,) = found
-        title, head, parts, content = only.name, sections.head(only), sections.SECTIONS, only
+        title, parts, content = only.name, sections.SECTIONS, only
         said, split = verdict(only), only.split
+        head = functools.partial(sections.head, only)
     else:
         both = comparing.side_by_side(found)
-        title, head, parts = " and ".join(both.names), comparing.head(both), comparing.SECTIONS
-        said, split, content = both.verdict, both.split, both
+        title, parts, content = " and ".join(both.names), comparing.SECTIONS, both
+        said, split = both.verdict, both.split
+        head = functools.partial(comparing.head, both)
     text = _composed(title, head, parts, content, quiet).encode("utf-8")
     path = Path(output) if output is not None else _place(found)
     files.write_atomic(path, text)
@@ -74,7 +80,7 @@ def report(
 
 
 def _composed(
-    title: str, head: Any, parts: dict[str, Section], content: object, quiet: bool
+    title: str, head: Callable[[], Markup], parts: dict[str, Section], content: object, quiet: bool
 ) -> str:
     with quieted(quiet), progress("writing the page", len(parts)) as bar:
 

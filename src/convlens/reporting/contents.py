@@ -43,6 +43,7 @@ class Contents:
     answers: Answers | None = None
     images: Split | None = None
     audit: Audit | None = None
+    device: str | None = None
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -101,7 +102,7 @@ def gather(name: str, *, audit: bool | None, on: str | None, alone: bool = True)
     """
     device.choose(on)  # a device that isn't there is an error, not a gap in the page
     place = run.find(name)
-    found = Contents(place, place.facts(), place.metrics(), place.results())
+    found = Contents(place, place.facts(), place.metrics(), place.results(), device=on)
     if not place.model_path.exists():
         found.missing.append("The run has no weights yet: they are written with its first epoch.")
         found.recipe = _recipe_file(place)

@@ -48,15 +48,18 @@ def figures(pictures: Sequence[Figure], lead: str = "") -> Markup | None:
 
 
 def compose(
-    title: str, head: Markup, sections: Mapping[str, Section], found: object
+    title: str, head: Callable[[], Markup], sections: Mapping[str, Section], found: object
 ) -> str:  # fmt: skip
-    """The whole file: the head of the page, then every section that has something to show."""
+    """The whole file: the head of the page, then every section that has something to show.
+
+    `head` is drawn last: it says, too, what the sections found missing.
+    """
     parts = []
     for name, (heading, draw) in sections.items():
         html = draw(found)
         if html is not None:
             parts.append({"id": name, "title": heading, "html": html})
-    return str(render("page.html", title=title, head=head, sections=parts, version=__version__))
+    return str(render("page.html", title=title, head=head(), sections=parts, version=__version__))
 
 
 def render(template: str, **values: Any) -> Markup:

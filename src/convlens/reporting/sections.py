@@ -10,7 +10,8 @@ import numpy as np
 from markupsafe import Markup
 
 from convlens import metrics, picturing
-from convlens.reporting import confusing, drawing, origin, thumbnails
+from convlens.errors import ConvlensError
+from convlens.reporting import confusing, drawing, insides, origin, thumbnails
 from convlens.reporting.contents import Contents
 from convlens.reporting.drawing import Line
 from convlens.reporting.page import Figure, Section, figures, render, share
@@ -131,26 +132,27 @@ def mistakes(found: Contents) -> Markup | None:
 # Ways of looking inside, by name: each returns finished pictures, or none where there is nothing
 # to show. They become sections of their own.
 Looking = Callable[[Contents], Sequence[Figure]]
-
-
-def nothing(found: Contents) -> Sequence[Figure]:
-    """No pictures: the way of looking isn't there yet."""
-    return ()
-
-
 LOOKS: dict[str, tuple[str, str, Looking]] = {
-    "activations": ("Activations", "What each stage gives for a few images.", nothing),
-    "attributions": ("Attributions", "Where the model looks when it decides.", nothing),
-    "stages": ("What each stage knows", "Measured on held-out images.", nothing),
+    "activations": ("Activations", "What each stage gives for some images.", insides.activations),
+    "attributions": (
+        "Evidence",
+        "Which pixels speak for what the model says.",
+        insides.attributions,
+    ),
+    "stages": ("What each stage knows", "Measured on held-out images.", insides.stages),
 }
 
 
 def looked(name: str) -> Callable[[Contents], Markup | None]:
-    """The section of an entry of `LOOKS`."""
+    """The section of an entry of `LOOKS`; what can't be drawn is said and left out."""
 
     def draw(found: Contents) -> Markup | None:
         _, lead, look = LOOKS[name]
-        return figures(look(found), lead)
+        try:
+            return figures(look(found), lead)
+        except ConvlensError as error:
+            found.missing.append(f"{LOOKS[name][0]}: {error.what}.")
+            return None
 
     return draw
 
