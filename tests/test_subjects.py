@@ -39,6 +39,19 @@ def test_images_are_found_by_split_class_and_mistake(run: Subject) -> None:
     assert [p.name for p in others[2:-1]] == [f"test:{i}" for _, i in sorted(wrong)[:4]]
 
 
+def test_showing_test_images_is_counted_once_a_subject(run: Subject) -> None:
+    def shown() -> int:
+        assert run.place is not None
+        return int(run.place.facts().get("test_images_shown", 0))
+
+    choose_pictures(run, ["val:0", "train:0"])
+    assert shown() == 0
+    choose_pictures(run, ["test:1", "worst:1"])
+    assert shown() == 1
+    choose_pictures(open_subject("small", on="cpu"), ["class:3:1"])
+    assert shown() == 2
+
+
 def test_files_go_through_the_decoder_of_training(run: Subject) -> None:
     Image.fromarray(np.full((20, 30, 3), 200, dtype=np.uint8)).save("grey.png")
     (picture,) = choose_pictures(run, ["grey.png"])

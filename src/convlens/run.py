@@ -84,6 +84,14 @@ class RunFolder:
         content = {**self.facts(), **facts}
         files.write_atomic(self.path / "run.json", _json(content))
 
+    def note_shown(self) -> None:
+        """Counts in `run.json` that somebody looked at single test images: no measurement, but
+        whoever chooses by what was seen there has used them.
+        """
+        facts = self.facts()
+        if facts:  # a model file alone has no past to write into
+            self.note({"test_images_shown": int(facts.get("test_images_shown", 0)) + 1})
+
     def finish(
         self, *, epochs: int, kept: int, seconds: float, cpu_seconds: float = math.nan
     ) -> None:

@@ -90,6 +90,8 @@ class Subject:
             on = self.plan.device
             found = evaluation.judged_by(self.loaded, name, data=data, on=on, own=own)
             self._splits[key] = found.part
+            if own is not None and name == "test" and self.place is not None:
+                self.place.note_shown()
         return self._splits[key]
 
     def prepared(self, pixels: Tensor) -> Tensor:

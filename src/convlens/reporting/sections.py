@@ -39,7 +39,8 @@ def head(found: Contents) -> Markup:
         bar = drawing.interval(low, high, summary["accuracy"], floor, said)
     return render(
         "head.html", found=found, verdict=verdict(found), summary=summary, trained=trained,
-        calibration=calibration(found), looks=looks, floor=floor, bar=bar,
+        calibration=calibration(found), looks=looks,
+        shown=int(found.facts.get("test_images_shown", 0)), floor=floor, bar=bar,
         what=WORDS[found.split],
     )  # fmt: skip
 
