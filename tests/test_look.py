@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -161,12 +162,18 @@ def test_filters_strongest_images_and_made_inputs_without_images() -> None:
 
 @pytest.mark.usefixtures("runs")
 def test_vector_figures_and_the_same_bytes_each_time() -> None:
-    for kind, begins in (("svg", b"<?xml"), ("pdf", b"%PDF")):
-        first = here("look", "small", "test:0", "--format", kind, "--json").json["files"]
-        written = {file: Path(file).read_bytes() for file in first}
-        assert written[f"plots/small/look/test-0-activations.{kind}"].startswith(begins)
-        here("look", "small", "test:0", "--format", kind)
-        assert written == {file: Path(file).read_bytes() for file in first}
+    png = Path("plots/small/look/test-0-activations.png")
+    try:
+        for kind, begins in (("svg", b"<?xml"), ("pdf", b"%PDF")):
+            assert here("--figures", kind, "look", "small", "test:0").code == 0
+            beside = png.with_suffix(f".{kind}")
+            written = {path: path.read_bytes() for path in (png, beside)}
+            assert written[beside].startswith(begins)
+            here("--figures", kind, "look", "small", "test:0")
+            assert written == {path: path.read_bytes() for path in written}
+    finally:
+        os.environ.pop("CONVLENS_FIGURES", None)
+    refused(here("--figures", "gif", "look", "small"), 2, "unknown format of figures")
 
 
 @pytest.mark.usefixtures("runs")
@@ -225,7 +232,6 @@ def test_activations_that_are_not_finite_are_marked_and_said() -> None:
         (["small", "test:9999"], 2, "test:9999 isn't there"),
         (["small", "class:cow:1"], 2, "unknown class 'cow'"),
         (["small", "--order", "size"], 2, "unknown order"),
-        (["small", "--format", "gif"], 2, "unknown format"),
         (["small", "--filters", "classifier"], 2, "classifier of small has no convolution"),
         (["small", "--top-images", "stagge1"], 2, "did you mean stage1"),
         (["small", "--dream", "stage1:99"], 2, "no channel 99"),

@@ -17,6 +17,7 @@ from convlens.cli import basics, inside, judging
 from convlens.cli.shared import app
 from convlens.console import console, say
 from convlens.errors import ConvlensError
+from convlens.names import pick
 from convlens.version import __version__
 
 __all__ = ["app", "basics", "inside", "judging", "main"]
@@ -31,6 +32,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    figures: Annotated[
+        str | None,
+        typer.Option(metavar="svg|pdf", help="Write every figure in that format, too."),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
     ] = False,
@@ -38,6 +43,9 @@ def root(
     """Train, test and look inside convolutional image classifiers."""
     if debug:
         os.environ["CONVLENS_DEBUG"] = "1"
+    if figures is not None:
+        pick(dict.fromkeys(("svg", "pdf")), figures, "format of figures")
+        os.environ["CONVLENS_FIGURES"] = figures
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -138,7 +138,6 @@ def look(
     split: Split = None,
     data: Data = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
-    output: Annotated[str, typer.Option("--format", "-f", help="png, svg or pdf.")] = "png",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -155,7 +154,7 @@ def look(
         top_images=listed(top_images), dream=dream or (), attribution=listed(attribution),
         target=class_, cam_layer=cam_layer, sanity=sanity, measure=listed(measure),
         untrained=untrained, embedding=listed(embedding), nearest=nearest, split=split, data=data,
-        format=output, seed=seed,
+        seed=seed,
     )  # fmt: skip
     asked.check()
     opened = choosing.open_all(what, on=device, examples=asked.needs_images)

@@ -18,7 +18,7 @@ CHANNELS = 64  # shown of a layer
 
 
 def draw_activations(
-    opened: Opened, seen: Sequence[Activity], name: str, order: str, channels: int | None, kind: str
+    opened: Opened, seen: Sequence[Activity], name: str, order: str, channels: int | None
 ) -> list[Path]:
     """One figure and one file of arrays a network, and a figure with all side by side.
 
@@ -26,7 +26,6 @@ def draw_activations(
         seen: what each network makes of the same image.
         name: of the files, without ending.
         order, channels: which channels are shown, as in `looking.Options`.
-        kind: `png`, `svg` or `pdf`.
     """
     from convlens import plots
 
@@ -50,12 +49,12 @@ def draw_activations(
         how = _scale_words(order, False)
         pixels = each.picture.pixels.numpy()
         figure = plots.activations(pixels, panels, title, words, how)
-        paths += [save(figure, path, kind), _arrays(each, orders[number], path)]
+        paths += [save(figure, path), _arrays(each, orders[number], path)]
     if len(seen) > 1:
         how = _scale_words(order, True)
         pixels = seen[0].picture.pixels.numpy()
         figure = plots.activations_side_by_side(pixels, columns, shown, label, how)
-        paths.append(save(figure, opened.folder / f"{name}-activations", kind))
+        paths.append(save(figure, opened.folder / f"{name}-activations"))
     return paths
 
 
@@ -129,11 +128,11 @@ def truth(seen: Sequence[Activity]) -> str | None:
     return next((each.truth for each in seen if each.truth is not None), None)
 
 
-def save(figure: Any, path: Path, kind: str) -> Path:
-    """A figure at that path, its kind appended."""
+def save(figure: Any, path: Path) -> Path:
+    """A figure at that path, with `.png` appended."""
     from convlens import plots
 
-    path = path.parent / f"{path.name}.{kind}"  # a layer's name has points that are no ending
+    path = path.parent / f"{path.name}.png"  # a layer's name has points that are no ending
     plots.save(figure, path)
     return path
 

@@ -30,7 +30,6 @@ from convlens.names import pick
 
 KERNELS = 48  # channels shown of a deeper layer's kernels: a row each
 ROWS = 16  # channels shown with their strongest images
-FORMATS = ("png", "svg", "pdf")
 ALL = "all"
 
 
@@ -55,7 +54,6 @@ class Options:
         nearest: how many training images nearest to each image are shown.
         split, data: where measured and strongest images come from: a split of the run's own
             data (`val` for measurements, else `test`), or of another set.
-        format: of figures of activations, filters and inputs: `png`, `svg` or `pdf`.
         seed: of made inputs, measurements and maps.
     """
 
@@ -75,13 +73,11 @@ class Options:
     nearest: int = 0
     split: str | None = None
     data: str | Path | None = None
-    format: str = "png"
     seed: int = 0
 
     def check(self) -> None:
         """Refuses what can't be before anything is opened."""
         pick(dict.fromkeys(activity.ORDERS), self.order, "order")
-        pick(dict.fromkeys(FORMATS), self.format, "format")
         if self.split is not None:
             pick(dict.fromkeys(("test", "val", "train")), self.split, "split")
         for text in self.dream:
@@ -220,9 +216,7 @@ def _see(found: Look, options: Options) -> None:
         rows = zip(opened.subjects, pictures, chosen, strict=True)
         seen = tuple(activity.see(subject, each, names) for subject, each, names in rows)
         found.seen.append(seen)
-        found.files += draw_activations(
-            opened, seen, name, options.order, options.channels, options.format
-        )
+        found.files += draw_activations(opened, seen, name, options.order, options.channels)
 
 
 def _features(found: Look, options: Options) -> None:
@@ -257,7 +251,7 @@ def _kernels(found: Look, subject: Subject, ending: str, options: Options) -> No
             "energy": each.energy,
         }
         found.filters.append(each)
-        found.files += [save(figure, path, options.format), pack(path, arrays)]
+        found.files += [save(figure, path), pack(path, arrays)]
 
 
 def _images(found: Look, subject: Subject, ending: str, options: Options) -> None:
@@ -284,7 +278,7 @@ def _images(found: Look, subject: Subject, ending: str, options: Options) -> Non
         arrays: dict[str, Any] = {"peaks": each.peaks, "images": each.images, "places": each.places}
         arrays |= {"selectivity": each.selectivity, "labels": each.labels}
         found.top_images.append(each)
-        found.files += [save(figure, path, options.format), pack(path, arrays)]
+        found.files += [save(figure, path), pack(path, arrays)]
     for layer, channels in wanted:
         made = dreaming.make(subject, layer, channels, known=known.get(layer), seed=options.seed)
         path = folder / f"made-{layer}{ending}"
@@ -292,6 +286,6 @@ def _images(found: Look, subject: Subject, ending: str, options: Options) -> Non
         arrays |= {"peaks": np.array(made.peaks), "means": np.array(made.means)}
         found.made.append(made)
         figure = dreaming.figure(made)
-        found.files += [save(figure, path, options.format), pack(path, arrays)]
+        found.files += [save(figure, path), pack(path, arrays)]
     if wanted and split is None:
         say(f"{subject.name} has no data of its own: name a set with --data to compare with")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import unicodedata
 import warnings
 from collections.abc import Callable
@@ -94,13 +95,17 @@ VECTOR: Any = {"svg.hashsalt": "convlens", "pdf.fonttype": 42}
 def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
     """Writes a figure as PNG, SVG or PDF by the name's ending; missing folders are made.
 
-    The same figure gives the same bytes.
+    The same figure gives the same bytes. `$CONVLENS_FIGURES` (`svg` or `pdf`; `--figures` on the
+    command line) asks for every figure in that format beside it, for papers.
 
     Raises:
         UsageError: another ending.
         ResourceError: the folder can't be written or the disk is full; an old file is intact.
     """
-    write_atomic(Path(path), encoded(figure, Path(path).suffix.lower().removeprefix("."), dpi))
+    path = Path(path)
+    asked = os.environ.get("CONVLENS_FIGURES")
+    for target in [path, path.with_suffix(f".{asked}")] if asked else [path]:
+        write_atomic(target, encoded(figure, target.suffix.lower().removeprefix("."), dpi))
 
 
 def encoded(figure: Figure, kind: str = "png", dpi: int = DPI) -> bytes:
