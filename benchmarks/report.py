@@ -266,11 +266,54 @@ def labels(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *_circumstances(results), ""])
 
 
+def looking(r: dict[str, Any]) -> str:
+    lines = [
+        "## Looking inside",
+        "",
+        "All stages of a ResNet-18 for one image, from pixels to the PNG and the arrays on disk, "
+        "after the model is loaded; the forward pass alone below.",
+        "",
+        "| what | seconds | quartiles | CPU s |",
+        "|---|---|---|---|",
+    ]
+    for name, case in r.items():
+        if isinstance(case, dict) and "cpu_seconds" in case:
+            low, _, high = case["quartiles"]
+            lines.append(
+                f"| {name.replace('_', ' ')} | **{case['seconds']:.2f}** | {low:.2f}-{high:.2f} | "
+                f"{case['cpu_seconds']:.2f} |"
+            )
+    return "\n".join([*lines, "", where(r), ""])
+
+
+def attribution(r: dict[str, Any]) -> str:
+    lines = [
+        "## What attribution costs",
+        "",
+        "Time of a method over one forward and backward pass of the same images, paired.",
+        "",
+        "| network and images | method | ms | over a pass | quartiles |",
+        "|---|---|---|---|---|",
+    ]
+    for name, case in r.items():
+        if not (isinstance(case, dict) and "grad-cam" in case):
+            continue
+        for method, figures in case.items():
+            low, _, high = figures["quartiles"]
+            lines.append(
+                f"| {name.replace('_', ' ')} | {method} | {figures['ms']:.0f} | "
+                f"**{figures['ratio']:.2f}** | {low:.2f}-{high:.2f} |"
+            )
+    return "\n".join([*lines, "", where(r), ""])
+
+
 SECTIONS = {
     "time-to-99": time_to_99,
     "overhead": overhead,
     "allocator": allocator,
     "startup": startup,
+    "looking": looking,
+    "attribution": attribution,
 }
 
 
