@@ -3,8 +3,8 @@
     python experiments/visualize_resnet.py [RUN ...] [IMAGE ...]
 
 Shows the pretrained, the augmented and the raw model side by side, or the runs named. Images are
-files, `test:17`, `worst:5`, `class:cat:3`; without any a few validation images are taken. The models
-must be trained: `resnet_18_pre.py`, `resnet_tiny.py` and `resnet_18.py` do that.
+files, `test:17`, `worst:5`, `class:cat:3`; without any a few validation images are taken. The
+models must be trained: `resnet_18_pre.py`, `resnet_tiny.py` and `resnet_18.py` do that.
 """
 
 import sys
