@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     for item in items:
         for mark, reason in skips.items():
-            if reason and mark in item.keywords:
+            if reason and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
@@ -42,5 +42,5 @@ def own_folders(
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("CONVLENS_CACHE", str(tmp_path / "cache"))
-    data = DATA if "data" in request.keywords else tmp_path / "no-data"
+    data = DATA if request.node.get_closest_marker("data") else tmp_path / "no-data"
     monkeypatch.setenv("CONVLENS_DATA", str(data))
