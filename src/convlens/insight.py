@@ -35,7 +35,7 @@ def look(
         runs: one or several: runs (name, folder, model file or `Run`), or networks of torchvision
             or timm (`NAME[:WEIGHTS]`).
         images: files, folders, globs, `test:17`, `worst:5`, `class:cat:3`; without any, a few
-            test images, unless only filters and the like are asked for.
+            validation images, unless only filters and the like are asked for.
         options: as in `inspection.looking.Options`, and on the command line: `layers`, `order`,
             `channels`, `filters`, `top_images`, `dream`, `attribution`, `measure`, `embedding`,
             `nearest` and more.

@@ -146,17 +146,25 @@ class RunFolder:
         files.write_atomic(self.path / "split.csv", text.getvalue())
 
     def add_result(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Logs one look at a split, with how many there have been; returns what was logged."""
-        results = self.results()
+        """Logs one look at a split, with how many there have been; returns what was logged.
+
+        A look that measured nothing (`convlens look RUN test:17`) has no `accuracy`.
+        """
+        log = self.log()
         same = ("split", "data_fingerprint")
-        looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in results)
+        looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)
         entry = {"when": _now(), "looks": looks, **result}
-        files.write_atomic(self.path / "results.json", _json([*results, entry]))
+        files.write_atomic(self.path / "results.json", _json([*log, entry]))
         return entry
 
-    def results(self) -> list[dict[str, Any]]:
+    def log(self) -> list[dict[str, Any]]:
+        """Every look at a split, oldest first."""
         content = _read_json(self.path / "results.json", [])
         return content if isinstance(content, list) else []
+
+    def results(self) -> list[dict[str, Any]]:
+        """The looks that measured something, oldest first."""
+        return [entry for entry in self.log() if "accuracy" in entry]
 
     # -- state ----------------------------------------------------------------------------
 
