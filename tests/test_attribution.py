@@ -172,3 +172,17 @@ def test_a_map_that_is_zero_everywhere_is_drawn_and_said() -> None:
     (model,) = found.to_dict()["models"]
     assert model["images"][0]["ranges"]["grad-cam"] == [0, 0]
     assert "the same everywhere" in model["sanity"]["methods"]["grad-cam"]["verdict"][0]
+
+
+def test_networks_of_the_same_name_keep_files_of_their_own() -> None:
+    convlens.train(TINY, name="small", quiet=True, test=False)
+    run = open_subject("small", on="cpu")
+    shown_ = choose_pictures(run, ["val:3"])
+    found = attribute(
+        [run, run], [shown_, shown_], ["grad-cam"], sanity=True, folder=Path("out"), quiet=True
+    )
+    assert [path.name for path in found.sanity_figures] == [
+        "attribution-sanity-small.png", "attribution-sanity-small-2.png",
+    ]  # fmt: skip
+    with np.load(found.arrays) as arrays:
+        assert {"small/grad-cam", "small-2/grad-cam"} <= {*arrays}

@@ -316,3 +316,9 @@ def test_an_annealed_training_was_not_stopped_early() -> None:
     assert "still falling by 16.7% an epoch" in told(case)["stopped too early"]
     case = Case(classes=10, rows=course(val_loss=falling, lr=[0.1, 0.1, 0.1, 0.05, 0.02, 0.001]))
     assert told(case)["stopped too early"] == "well"
+
+
+def test_a_validation_loss_that_is_not_finite_at_the_end() -> None:
+    falling = [1.0, 0.8, 0.6, 0.5, 0.4, math.nan]
+    case = Case(recipe=recipes.load(PLAIN), classes=10, rows=course(val_loss=falling))
+    assert told(case)["stopped too early"] == "cannot tell"

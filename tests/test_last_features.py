@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import convlens
 from convlens.errors import DataError, ModelFileError, UsageError
 from convlens.inspection.embedding import EMBEDDINGS, embed, pca
 from convlens.inspection.neighbours import nearest
-from convlens.inspection.penultimate import penultimate
+from convlens.inspection.penultimate import Seen, penultimate
 from convlens.inspection.subjects import Subject, choose_pictures, open_subject
 from convlens.showing import measures as showing_measures
 from support import TINY
@@ -153,3 +154,23 @@ def test_more_neighbours_than_training_images_and_none(run: Subject) -> None:
     Image.new("RGB", (64, 64)).save("black.png")
     with pytest.raises(UsageError, match="no run of convlens"):
         nearest(squeeze, choose_pictures(squeeze, ["black.png"]), folder=OUT)
+
+
+def test_features_that_never_change_and_a_single_one(
+    run: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def same(width: int, scale: float) -> None:
+        def seen(subject: Subject, batches: Iterable[torch.Tensor]) -> Iterator[Seen]:
+            for images in batches:
+                noise = torch.randn(len(images), width) * scale
+                yield Seen(noise + 1, torch.zeros(len(images), len(run.classes)))
+
+        monkeypatch.setattr("convlens.inspection.embedding.penultimate", seen)
+
+    for method in EMBEDDINGS:
+        same(5, 0)  # t-SNE of them would end in a segmentation fault
+        with pytest.raises(DataError, match="the same for all"):
+            embed(run, method, folder=OUT, images=40, quiet=True)
+        same(1, 5)
+        points = embed(run, method, folder=OUT, images=40, quiet=True).points
+        assert np.isfinite(points).all()

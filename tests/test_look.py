@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -14,9 +16,11 @@ from PIL import Image
 
 import convlens
 from commands import Done, brightness_model, command, here, picture, refused
+from convlens.cli.shared import print_json
 from convlens.errors import UsageError
 from convlens.inspection import choosing, layers
 from convlens.inspection.subjects import open_subject
+from convlens.run import RunFolder
 from support import TINY
 
 RESNET = {
@@ -300,3 +304,47 @@ def test_help_names_the_arguments() -> None:
     done: Done = here("look", "--help")
     assert done.code == 0
     assert "RUN... [IMAGE]..." in done.out
+
+
+@pytest.mark.usefixtures("runs")
+def test_the_test_split_is_opened_by_who_names_it_and_each_look_is_logged() -> None:
+    log = RunFolder(Path("models/small")).log
+    for asked in (
+        [], ["val:1"], ["--top-images", "stage2"], ["--dream", "stage1:0"], ["--measure", "dead"],
+        ["--embedding", "pca"],
+    ):  # fmt: skip
+        done = here("look", "small", *asked, "--json")
+        assert done.code == 0, done.err
+        assert log() == [], asked
+    for number, asked in enumerate(
+        (["test:1", "worst:1"], ["--embedding", "pca", "--split", "test"])
+    ):
+        done = here("look", "small", *asked, "--json")
+        assert f"look {number + 1} is logged" in " ".join(done.err.split())
+        assert [(e["split"], e["looks"], e["by"]) for e in log()] == [
+            ("test", n + 1, "look") for n in range(number + 1)
+        ]
+    # They are no measurements, but count.
+    assert RunFolder(Path("models/small")).results() == []
+    assert here("evaluate", "small", "--json").json["looks"] == 3
+
+
+def test_without_validation_images_training_images_are_the_examples() -> None:
+    all_of_it = {**TINY, "data": {**TINY["data"], "val_fraction": 0}}
+    all_of_it["train"] = {**TINY["train"], "keep": "last"}
+    convlens.train(all_of_it, name="all", quiet=True, test=False)
+    for asked in ([], ["--top-images", "stage2"], ["--embedding", "pca"]):
+        assert here("look", "all", *asked).code == 0
+    seen = here("look", "all", "--json").json["images"]
+    assert {each["name"].split(":")[0] for each in seen} == {"train"}
+    assert RunFolder(Path("models/all")).log() == []
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    for option in (["--split", "val"], ["--data", "digits"]):
+        refused(here("look", "small", *option), 2, "is about something else")
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json(True, {"a": [math.nan, 1.5, (math.inf, None)], "b": np.float64("nan")})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, [None, None]], "b": None}

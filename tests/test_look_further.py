@@ -77,9 +77,10 @@ def test_a_sealed_test_split_stays_so_until_it_is_asked_for() -> None:
     for arguments in (["one"], ["one", "--measure", "rank"], ["one", "--attribution", "grad-cam"]):
         done = here("look", *arguments, "--json")
         assert done.code == 0, done.err
-        assert "test_images_shown" not in convlens.Run.load("one")._folder.facts()
+        assert convlens.Run.load("one")._folder.log() == []
     assert here("look", "two", "test:0", "--json").code == 0
-    assert convlens.Run.load("two")._folder.facts()["test_images_shown"] == 1
+    (look,) = convlens.Run.load("two")._folder.log()
+    assert (look["split"], look["looks"], look["by"]) == ("test", 1, "look")
 
 
 @pytest.mark.parametrize(

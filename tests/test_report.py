@@ -384,3 +384,11 @@ def test_few_images_are_audited_unasked(made: Path, monkeypatch: pytest.MonkeyPa
     assert gather("hostile", audit=None, on="cpu").audit is not None
     monkeypatch.setattr(contents, "QUICK", 10)
     assert gather("hostile", audit=None, on="cpu").audit is None
+
+
+@pytest.mark.usefixtures("runs")
+def test_what_look_has_written_stays() -> None:
+    convlens.look("small", measure="dead")
+    before = Path("plots/small/look/measures.json").read_bytes()
+    convlens.report("small")
+    assert Path("plots/small/look/measures.json").read_bytes() == before

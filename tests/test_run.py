@@ -157,7 +157,7 @@ def test_every_look_at_a_split_is_counted() -> None:
     splits = ("test", "val", "test", "test")
     looks = [folder.add_result({"split": split})["looks"] for split in splits]
     assert looks == [1, 1, 2, 3]
-    assert [entry["split"] for entry in folder.results()] == ["test", "val", "test", "test"]
+    assert [entry["split"] for entry in folder.log()] == ["test", "val", "test", "test"]
     assert all(entry["when"] for entry in folder.results())
 
 

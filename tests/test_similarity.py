@@ -68,3 +68,10 @@ def test_constants_and_batches_that_are_too_small_have_none() -> None:
     assert cka(noise(3, 5), noise(3, 5)) is None
     # A last batch of three images is left out.
     assert cka(noise(43, 5), 2 * noise(43, 5), 20) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-5, 1e5])
+def test_activations_of_any_size_have_a_similarity(scale: float) -> None:
+    maps = noise(60, 20)
+    assert cka(maps * scale, maps) == pytest.approx(1, abs=1e-5)
+    assert cka(torch.full((60, 5), 0.1 * scale), maps) is None

@@ -39,10 +39,13 @@ def test_images_are_found_by_split_class_and_mistake(run: Subject) -> None:
     assert [p.name for p in others[2:-1]] == [f"test:{i}" for _, i in sorted(wrong)[:4]]
 
 
-def test_showing_test_images_is_counted_once_a_subject(run: Subject) -> None:
+def test_showing_test_images_is_logged_once_a_subject(run: Subject) -> None:
+    assert run.place is not None
+    before = len(run.place.log())
+
     def shown() -> int:
         assert run.place is not None
-        return int(run.place.facts().get("test_images_shown", 0))
+        return len(run.place.log()) - before
 
     choose_pictures(run, ["val:0", "train:0"])
     assert shown() == 0

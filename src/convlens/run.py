@@ -84,14 +84,6 @@ class RunFolder:
         content = {**self.facts(), **facts}
         files.write_atomic(self.path / "run.json", _json(content))
 
-    def note_shown(self) -> None:
-        """Counts in `run.json` that somebody looked at single test images: no measurement, but
-        whoever chooses by what was seen there has used them.
-        """
-        facts = self.facts()
-        if facts:  # a model file alone has no past to write into
-            self.note({"test_images_shown": int(facts.get("test_images_shown", 0)) + 1})
-
     def finish(
         self, *, epochs: int, kept: int, seconds: float, cpu_seconds: float = math.nan
     ) -> None:
@@ -154,17 +146,25 @@ class RunFolder:
         files.write_atomic(self.path / "split.csv", text.getvalue())
 
     def add_result(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Logs one look at a split, with how many there have been; returns what was logged."""
-        results = self.results()
+        """Logs one look at a split, with how many there have been; returns what was logged.
+
+        A look that measured nothing (`convlens look RUN test:17`) has no `accuracy`.
+        """
+        log = self.log()
         same = ("split", "data_fingerprint")
-        looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in results)
+        looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)
         entry = {"when": _now(), "looks": looks, **result}
-        files.write_atomic(self.path / "results.json", _json([*results, entry]))
+        files.write_atomic(self.path / "results.json", _json([*log, entry]))
         return entry
 
-    def results(self) -> list[dict[str, Any]]:
+    def log(self) -> list[dict[str, Any]]:
+        """Every look at a split, oldest first."""
         content = _read_json(self.path / "results.json", [])
         return content if isinstance(content, list) else []
+
+    def results(self) -> list[dict[str, Any]]:
+        """The looks that measured something, oldest first."""
+        return [entry for entry in self.log() if "accuracy" in entry]
 
     # -- state ----------------------------------------------------------------------------
 

@@ -109,7 +109,9 @@ Nearest = Annotated[
 Split = Annotated[
     str | None,
     typer.Option(
-        metavar="test|val|train", help="val for --measure, else test.", rich_help_panel=SETS
+        metavar="test|val|train",
+        help="By default val; test is logged as a look at it.",
+        rich_help_panel=SETS,
     ),
 ]
 Data = Annotated[

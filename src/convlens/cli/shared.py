@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from typing import Annotated, Any
 
@@ -46,6 +47,16 @@ def listed(text: str | None) -> list[str]:
 
 
 def print_json(wanted: bool, content: Any) -> None:
-    """One object on stdout, if it was asked for."""
+    """One object on stdout, if it was asked for; what is no finite number is null."""
     if wanted:
-        sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+        text = json.dumps(_plain(content), ensure_ascii=False, allow_nan=False)
+        sys.stdout.write(text + "\n")
+
+
+def _plain(content: Any) -> Any:
+    """The same without NaN and infinity, which JSON doesn't have."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

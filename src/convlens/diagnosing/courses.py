@@ -189,6 +189,8 @@ def stopped_early(case: Case) -> Finding | None:
     """Validation loss was still falling, at a rate that had not been lowered, when it ended."""
     loss, rates = case.column("val_loss", 4), case.column("lr")
     last = max(LAST, len(loss) // 4)
+    if not np.isfinite(loss[-last:]).all():
+        raise CannotTell("the validation loss is not finite at the end")
     slope = float(np.polyfit(np.arange(last), loss[-last:], 1)[0] / np.mean(loss[-last:]))
     best = int(np.nanargmin(loss))
     if rates[-1] < 0.1 * rates.max() or slope > -0.01 or best < len(loss) - 2:

@@ -19,6 +19,7 @@ from torch import Tensor
 from convlens import console, files, inference
 from convlens.errors import UsageError
 from convlens.inspection import layers, saliency, sanity_checks
+from convlens.inspection.choosing import different
 from convlens.inspection.saliency import METHODS, Method
 from convlens.inspection.sanity_checks import Sanity
 from convlens.inspection.subjects import Picture, Subject
@@ -49,6 +50,7 @@ class ModelMaps:
     maps: dict[str, Tensor]
     rises: dict[str, np.ndarray]
     sanity: Sanity | None = None
+    slug: str = ""  # what files call it: unlike those of the other networks
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -137,6 +139,9 @@ def attribute(
         _begin(subject, shown, table, layer, target)
         for subject, shown in zip(subjects, pictures, strict=True)
     ]
+    slugs = different([safe(subject.name) for subject in subjects])
+    for (found, _), slug in zip(begun, slugs, strict=True):
+        found.slug = slug
     total = sum(
         len(table) + sanity * sanity_checks.steps_of(len(table), _stages(subject), len(shown))
         for subject, shown in zip(subjects, pictures, strict=True)
@@ -276,7 +281,7 @@ def _draw_sanity(model: ModelMaps, folder: Path) -> Path:
     }
     stages = list(methods[0].spearman)
     title = f"{model.name}, {len(model.pictures)} images"
-    path = folder / f"attribution-sanity-{safe(model.name)}.png"
+    path = folder / f"attribution-sanity-{model.slug}.png"
     plots.save(plots.attribution_sanity(stages, left, curves, title), path)
     return path
 
@@ -286,11 +291,11 @@ def _write(models: Sequence[ModelMaps], folder: Path) -> Path:
     arrays: dict[str, np.ndarray] = {}
     for model in models:
         for name, maps in model.maps.items():
-            arrays[f"{safe(model.name)}/{name}"] = maps.numpy()
-        arrays[f"{safe(model.name)}/pixels"] = np.stack([p.pixels.numpy() for p in model.pictures])
-        arrays[f"{safe(model.name)}/images"] = np.array([p.name for p in model.pictures])
+            arrays[f"{model.slug}/{name}"] = maps.numpy()
+        arrays[f"{model.slug}/pixels"] = np.stack([p.pixels.numpy() for p in model.pictures])
+        arrays[f"{model.slug}/images"] = np.array([p.name for p in model.pictures])
         targets = [model.classes[target] for target in model.targets.tolist()]
-        arrays[f"{safe(model.name)}/classes"] = np.array(targets)
+        arrays[f"{model.slug}/classes"] = np.array(targets)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     path = folder / "attribution.npz"

@@ -65,8 +65,8 @@ def open_all(arguments: Sequence[str], *, on: str | None = None, examples: bool 
         subjects,
         _pictures(subjects, asked, examples),
         folder_of(subjects),
-        _different([subject.name for subject in subjects]),
-        _different([run.safe(subject.name) for subject in subjects]),
+        different([subject.name for subject in subjects]),
+        different([run.safe(subject.name) for subject in subjects]),
     )
 
 
@@ -83,10 +83,11 @@ def folder_of(subjects: Sequence[Subject]) -> Path:
 
 def file_names(pictures: Sequence[tuple[Picture, ...]]) -> list[str]:
     """A name for the files of each image, no two alike."""
-    return _different([run.safe(Path(each[0].name).stem) for each in pictures])
+    return different([run.safe(Path(each[0].name).stem) for each in pictures])
 
 
-def _different(names: Sequence[str]) -> list[str]:
+def different(names: Sequence[str]) -> list[str]:
+    """The same names, numbered from 2 where one was there before."""
     found: list[str] = []
     for name in names:
         number, free = 2, name
@@ -146,11 +147,11 @@ def _pictures(
 def example_pictures(subject: Subject) -> list[Picture]:
     """Images that need no choosing: three right ones of different classes, a wrong one.
 
-    Among 512 images spread evenly over the validation split (the test split, where there is
+    Among 512 images spread evenly over the validation split (training images, where there is
     none): of the first three classes that have one the first that is classified correctly; and
     the mistake that is least likely to its truth.
     """
-    held = "val" if len(subject.data.val) else "test"
+    held = subject.held_out()
     split = subject.split(held)
     index = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split))).round().long()
     pixels, labels = split.rows.gather(index), split.labels[index]

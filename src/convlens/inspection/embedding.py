@@ -22,6 +22,7 @@ from convlens.names import pick
 
 Floats = npt.NDArray[np.float64]
 BATCH = 256
+SAME = 1e-6  # between the coordinates of features that are one point but for rounding
 BEFORE_TSNE = 50  # principal components, as van der Maaten and Hinton 2008 take 30
 
 
@@ -119,7 +120,15 @@ def embed(
                 guesses.append(seen.logits.argmax(1))
                 bar.advance(len(seen.features))
         # Of length 1: else a few images of large features would make the map theirs.
-        points, words = make(F.normalize(torch.cat(features).double()).numpy(), seed)
+        directions = F.normalize(torch.cat(features).double()).numpy()
+        if float(np.ptp(directions, axis=0).max()) < SAME:  # t-SNE of them ends the program
+            raise DataError(
+                f"{subject.name}: its last features are the same for all {len(chosen)} images",
+                fix="there is nothing to draw a map of: `convlens doctor` says more of the run",
+            )
+        if directions.shape[1] == 1:  # a map has two dimensions, whatever the features have
+            directions = np.pad(directions, ((0, 0), (0, 1)))
+        points, words = make(directions, seed)
     # What the network says, in the order of the set's classes; -1 is a class of its own.
     place = {name: number for number, name in enumerate(chosen.classes)}
     theirs = np.array([place.get(name, -1) for name in subject.classes])

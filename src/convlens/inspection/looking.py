@@ -53,7 +53,7 @@ class Options:
         embedding: `pca`, `tsne`: maps of a split's last features.
         nearest: how many training images nearest to each image are shown.
         split, data: where measured and strongest images come from: a split of the run's own
-            data (`val` for measurements, else `test`), or of another set.
+            data (by default `val`; `train` where a run held none out), or of another set.
         seed: of made inputs, measurements and maps.
     """
 
@@ -102,6 +102,14 @@ class Options:
         if lone:
             what = "--measure" if lone == ["--untrained"] else "--attribution METHOD"
             raise UsageError(f"{', '.join(lone)} is about something else", fix=f"add {what}")
+        over_data = self.top_images or self.dream or self.measure or self.embedding
+        if (self.split is not None or self.data is not None) and not over_data:
+            name = "--split" if self.split is not None else "--data"
+            raise UsageError(
+                f"{name} is about something else",
+                fix="add --measure, --embedding, --top-images or --dream; of a split's images "
+                "val:17, test:17 or train:17 are one",
+            )
 
     @property
     def measures(self) -> Sequence[str]:
@@ -226,7 +234,8 @@ def _features(found: Look, options: Options) -> None:
     for number, subject in enumerate(opened.subjects):
         folder = opened.folder / opened.slugs[number] if several else opened.folder
         for method in options.embedding:
-            split, data, seed = options.split or "test", options.data, options.seed
+            data, seed = options.data, options.seed
+            split = options.split or subject.held_out(data)
             points = embedding.embed(
                 subject, method, folder=folder, split=split, data=data, seed=seed
             )
@@ -260,7 +269,7 @@ def _images(found: Look, subject: Subject, ending: str, options: Options) -> Non
     layers_ = [*options.top_images, *(layer for layer, _ in wanted)]
     activity.check_layers([subject], layers_)
     own = subject.place is not None or options.data is not None
-    split_name = options.split or "test"
+    split_name = options.split or (subject.held_out(options.data) if layers_ and own else "val")
     split = subject.split(split_name, options.data) if layers_ and (
         own or options.top_images
     ) else None  # fmt: skip

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 LEAST = 4  # images in a batch: below, the unbiased estimator doesn't exist
-NOTHING = 1e-18  # what is left of a constant after rounding
+NOTHING = 1e-6  # of the length: what is left of a constant after rounding in float32
 
 
 def gram(maps: Tensor) -> Tensor:
     """Inner products float64 `[B, B]` of activations `[B, ...]`, less their mean over the batch.
 
-    The estimator doesn't mind the mean, but float32 does.
+    The estimator doesn't mind the mean, but float32 does. Exactly 0 for a constant, at any scale.
     """
-    flat = maps.flatten(1)
-    flat = flat - flat.mean(0)
+    whole = maps.flatten(1)
+    flat = whole - whole.mean(0)
+    if float(flat.norm()) <= NOTHING * float(whole.norm()):
+        return flat.new_zeros(len(flat), len(flat), dtype=torch.float64)
     return (flat @ flat.T).double() / flat.shape[1]
 
 
@@ -68,7 +70,7 @@ class Similarity:
         return [
             [
                 self._sums[one, other] / math.sqrt(own[one] * own[other])
-                if min(own[one], own[other]) > NOTHING
+                if min(own[one], own[other]) > 0
                 else None
                 for other in names
             ]

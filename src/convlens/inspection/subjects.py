@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from rich.markup import escape
 from torch import Tensor, nn
 
 from convlens import evaluation, models, prediction, run, weights
+from convlens.console import say
 from convlens.data import Data, Split
 from convlens.data.decode import UnreadableImage, decode
 from convlens.device import Plan
@@ -83,16 +85,37 @@ class Subject:
             ) from error
 
     def split(self, name: str, data: str | Path | None = None) -> Split:
-        """A split of its own data or of another set, with labels in the model's order."""
+        """A split of its own data or of another set, with labels in the model's order.
+
+        The first time that its test split is opened is logged in its run as a look at it.
+        """
         key = name, None if data is None else str(data)
         if key not in self._splits:
             own = self.data if data is None else None
             on = self.plan.device
             found = evaluation.judged_by(self.loaded, name, data=data, on=on, own=own)
             self._splits[key] = found.part
-            if own is not None and name == "test" and self.place is not None:
-                self.place.note_shown()
+            if own is not None and name == "test":
+                self._log(found)
         return self._splits[key]
+
+    def _log(self, opened: evaluation.Judged) -> None:
+        assert self.place is not None
+        entry = self.place.add_result(
+            {"run": self.place.name, "split": "test", "data": opened.name, "own": True,
+             "n": len(opened.part), "by": "look", "data_fingerprint": opened.fingerprint,
+             "model_sha256": self.loaded.card["sha256"]}
+        )  # fmt: skip
+        say(f"{escape(self.name)}: the test split was opened, look {entry['looks']} is logged")
+
+    def held_out(self, data: str | Path | None = None) -> str:
+        """The split for what nobody named one: validation, so that a sealed test stays sealed.
+
+        Training images where a run held none out. Of another set what is called `test`, or all.
+        """
+        if data is not None:
+            return "test"
+        return "val" if len(self.data.val) else "train"
 
     def prepared(self, pixels: Tensor) -> Tensor:
         """uint8 `[N, C, S, S]` normalised, float32 on the device: what the network takes."""

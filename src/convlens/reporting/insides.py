@@ -19,6 +19,7 @@ METHODS = ("grad-cam", "integrated-gradients")
 MEASURED, LEARNED = 500, 1000
 MEASURES = ("probe", "picture", "rank", "dead")
 CHANNELS = 32  # shown of each layer
+FOLDER = "report"  # not `look`, whose finer measurements and maps of other images are to stay
 
 
 def activations(found: Contents) -> Sequence[Figure]:
@@ -43,7 +44,7 @@ def attributions(found: Contents) -> Sequence[Figure]:
     subject, pictures = _subject(found), _pictures(found)
     if subject is None or not pictures:
         return ()
-    folder = found.place.plots / "look"
+    folder = found.place.plots / FOLDER
     maps = attribution.attribute([subject], [pictures], METHODS, folder=folder, quiet=True)
     layer = maps.models[0].layer
     words = f"Grad-CAM at {layer}, and integrated gradients, for the class that was predicted."
@@ -60,7 +61,7 @@ def stages(found: Contents) -> Sequence[Figure]:
         found.missing.append("The stages were not measured: the run held no validation images out.")
         return ()
     result = measuring.measure(
-        [subject], MEASURES, folder=found.place.plots / "look", images=MEASURED,
+        [subject], MEASURES, folder=found.place.plots / FOLDER, images=MEASURED,
         learn_from=LEARNED, quiet=True,
     )  # fmt: skip
     words = (

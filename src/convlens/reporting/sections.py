@@ -29,7 +29,8 @@ def head(found: Contents) -> Markup:
     looks = 0
     if found.split == "test":
         sha = found.card.get("sha256")
-        same = [x for x in found.looks if x["split"] == "test" and x["model_sha256"] == sha]
+        log = found.place.log()
+        same = [x for x in log if x["split"] == "test" and x["model_sha256"] == sha]
         looks = len([x for x in same if x.get("own")])
     floor = bar = None
     if summary is not None and summary.get("confusion"):
@@ -39,8 +40,7 @@ def head(found: Contents) -> Markup:
         bar = drawing.interval(low, high, summary["accuracy"], floor, said)
     return render(
         "head.html", found=found, verdict=verdict(found), summary=summary, trained=trained,
-        calibration=calibration(found), looks=looks,
-        shown=int(found.facts.get("test_images_shown", 0)), floor=floor, bar=bar,
+        calibration=calibration(found), looks=looks, floor=floor, bar=bar,
         what=WORDS[found.split],
     )  # fmt: skip
 
