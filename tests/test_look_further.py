@@ -83,6 +83,13 @@ def test_a_sealed_test_split_stays_so_until_it_is_asked_for() -> None:
     assert (look["split"], look["looks"], look["by"]) == ("test", 1, "look")
 
 
+def test_what_needs_data_is_refused_before_anything_is_drawn() -> None:
+    for option in (["--nearest", "2"], ["--embedding", "pca"]):
+        done = here("look", "one", "squeezenet1_1:none", "val:0", *option)
+        refused(done, 2, "squeezenet1_1:none is no run of convlens")
+    assert not Path("plots/look-one-squeezenet1_1-none").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

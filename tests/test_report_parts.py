@@ -16,6 +16,7 @@ from PIL import Image
 from convlens import recipe
 from convlens.answers import Answers
 from convlens.data import Split
+from convlens.differences import newcombe
 from convlens.metrics import summarise
 from convlens.reporting import comparing, confusing, drawing, origin, thumbnails
 from convlens.reporting.contents import Contents
@@ -175,32 +176,31 @@ def test_cells_show_fewer_pictures_where_the_page_would_be_too_large(
 
 def test_differences_are_counted_image_by_image() -> None:
     labels = [0] * 10
-    best = judged("best", [0] * 9 + [1], labels)
+    first = judged("first", [0] * 9 + [1], labels)
     other = judged("other", [1] * 3 + [0] * 7, labels)  # loses three, gains one
-    both = comparing.side_by_side([other, best])
-    assert both.best is best
+    both = comparing.side_by_side([first, other])
+    assert both.first is first
     (found,) = both.differences
     assert (found.name, found.gained, found.lost) == ("other", 1, 3)
     assert found.points == pytest.approx(-0.2)
-    half = 1.96 * math.sqrt(4 - 4 / 10) / 10
-    assert found.interval == pytest.approx((-0.2 - half, -0.2 + half))
+    assert found.interval == pytest.approx(newcombe(6, 3, 1, 0))
     assert found.p == pytest.approx(2 * (1 + 4) / 2**4)  # of four fair coins, three or more alike
     assert both.verdict == (
-        "best is best: 90.0% of 10 test images, but not distinguishable from other "
-        "(McNemar's exact test)."
+        "first: 90.0% of 10 test images; not distinguishable from other (McNemar's exact test)."
     )
 
 
 def test_several_comparisons_are_paid_for() -> None:
     labels = [0] * 20
-    best = judged("best", [0] * 20, labels)
+    first = judged("first", [0] * 20, labels)
     others = [judged(f"r{n}", [1] * 6 + [0] * 14, labels) for n in range(2)]
-    both = comparing.side_by_side([best, *others])
+    both = comparing.side_by_side([first, *others])
     assert [d.p for d in both.differences] == pytest.approx([2 * 2 / 2**6] * 2)
-    assert both.verdict.endswith("not distinguishable from r0, r1 (McNemar's exact test).")
-    alone = comparing.side_by_side([best, others[0]])
-    assert alone.differences[0].distinguishable
-    assert alone.verdict.endswith("and distinguishable from r0 (McNemar's exact test).")
+    assert both.verdict.endswith("; not distinguishable from r0 and r1 (McNemar's exact test).")
+    alone = comparing.side_by_side([first, others[0]])
+    assert alone.verdict.endswith("; more accurate than r0 (McNemar's exact test).")
+    turned = comparing.side_by_side([others[0], first])
+    assert turned.verdict.endswith("; less accurate than first (McNemar's exact test).")
 
 
 def test_runs_on_other_images_are_not_compared() -> None:

@@ -175,7 +175,7 @@ def _part(data: Data, split: str) -> Split:
         raise DataError(
             "this run has no validation split: it trained on those images, too",
             where=data.name,
-            fix="evaluate its test split, or another data set with --data",
+            fix="take its test split (--split test), or another data set (--data)",
         )
     return data.val if split == "val" else data.train
 

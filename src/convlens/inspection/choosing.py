@@ -187,4 +187,4 @@ def _seen_by(subject: Subject, picture: Picture, home: Subject) -> Picture:
             pixels[None].numpy(), size=mine.image_size, channels=mine.channels, fit=mine.fit
         )
         pixels = torch.from_numpy(array)[0]
-    return Picture(picture.name, pixels, label)
+    return Picture(picture.name, pixels, label, picture.id)

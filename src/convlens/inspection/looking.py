@@ -183,6 +183,9 @@ def look(opened: Opened, options: Options) -> Look:
             be had.
     """
     found = Look(opened, rows=options.channels or ROWS)
+    if options.nearest or (options.embedding and options.data is None):
+        for subject in opened.subjects:
+            subject.data  # noqa: B018 (a network without data is told before anything is drawn)
     if options.activations:
         _see(found, options)
     for number, subject in enumerate(opened.subjects):

@@ -116,7 +116,9 @@ def _search(
     """Cosines and numbers `[Q, count]` of the nearest, nearest first; -1 where there is none."""
     best = torch.full((len(query), count), -2.0, dtype=torch.float64)
     number = torch.full((len(query), count), -1)
-    own = [int(p.name[6:]) if p.name.startswith("train:") else -1 for p in pictures]
+    # By id and not by number: another run's `train:3` may be another image, or held out here.
+    place = {str(each): at for at, each in enumerate(train.ids)}
+    own = [-1 if p.id is None else place.get(p.id, -1) for p in pictures]
     done = 0
     pieces = (train.rows.gather(some) for some in torch.arange(len(train)).split(BATCH))
     with progress(f"{subject.name}: training images", len(train)) as bar:

@@ -34,13 +34,15 @@ _PLACE = re.compile(r"(train|val|test|worst|class):(.+)")
 class Picture(NamedTuple):
     """One image as the network sees it before normalisation.
 
-    `pixels` are uint8 `[C, S, S]`, `label` its class in the model's order where it is known, and
-    `name` what it was asked for by, e.g. `cat.png` or `test:17`.
+    `pixels` are uint8 `[C, S, S]`, `label` its class in the model's order where it is known,
+    `name` what it was asked for by, e.g. `cat.png` or `test:17`, and `id` that of the image in its
+    data set, if it comes from one.
     """
 
     name: str
     pixels: Tensor
     label: int | None
+    id: str | None = None
 
 
 @dataclass
@@ -243,7 +245,7 @@ def _from_split(subject: Subject, kind: str, rest: str) -> list[Picture]:
     pixels, labels = split.rows.gather(wanted), split.labels[wanted].tolist()
     shown = "test" if kind in ("worst", "class") else kind
     rows = zip(wanted.tolist(), pixels, labels, strict=True)
-    return [Picture(f"{shown}:{index}", image, label) for index, image, label in rows]
+    return [Picture(f"{shown}:{i}", image, label, str(split.ids[i])) for i, image, label in rows]
 
 
 def worst(subject: Subject, split: Split) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from convlens import metrics
+from convlens.differences import holm, on_images
 from convlens.reporting import drawing, origin
 from convlens.reporting.contents import Contents
 from convlens.reporting.drawing import Line
@@ -20,10 +20,10 @@ LOOKS = 7  # lines that can be told apart
 
 
 class Difference(NamedTuple):
-    """Another run against the best one on the same images.
+    """Another run against the first one on the same images, as `convlens compare` has it.
 
-    `points` is the difference of accuracy, other minus best, with its 95% interval (Wald's, for
-    paired shares); `p` is McNemar's exact one times the number of comparisons (Bonferroni).
+    `points` is the difference of accuracy, other minus first, with its 95% interval (Newcombe's);
+    `p` is McNemar's exact one, corrected for the number of comparisons (Holm).
     """
 
     name: str
@@ -34,17 +34,24 @@ class Difference(NamedTuple):
     p: float
 
     @property
-    def distinguishable(self) -> bool:
-        return self.p < 0.05
+    def says(self) -> str:
+        """What the first run is, compared with this one."""
+        if self.p >= 0.05:
+            return "not distinguishable from"
+        return "less accurate than" if self.points > 0 else "more accurate than"
 
 
 @dataclass(frozen=True)
 class Several:
-    """Runs side by side; `alike` says whether all were judged by the same images."""
+    """Runs side by side; `alike` says whether all were judged by the same images.
+
+    `first` is what the others are compared with: the first run named, since choosing the best by
+    the very answers that are tested would make p values too small.
+    """
 
     runs: list[Contents]
     alike: bool
-    best: Contents | None
+    first: Contents | None
     differences: list[Difference]
     verdict: str
 
@@ -58,54 +65,60 @@ class Several:
 
 
 def side_by_side(runs: Sequence[Contents]) -> Several:
-    """Which run is best, and whether the others can be told from it."""
+    """Whether the other runs can be told from the first."""
     judged = [found for found in runs if found.summary is not None]
     alike = len(judged) == len(runs) and len({_images(found) for found in runs}) == 1
     if not judged:
         return Several(list(runs), False, None, [], "None of these runs was judged yet.")
-    best = max(judged, key=_accuracy)
     if not alike:
         said = (
             "These runs were not all judged by the same images, so their accuracies can't be "
             "compared; each stands for itself."
         )
-        return Several(list(runs), False, best, [], said)
-    found = differences(best, [each for each in runs if each is not best])
-    return Several(list(runs), True, best, found, _verdict(best, found, len(runs) - 1))
+        return Several(list(runs), False, None, [], said)
+    first, *others = runs
+    found = compared(first, others)
+    return Several(list(runs), True, first, found, _verdict(first, found, len(others)))
 
 
-def differences(best: Contents, others: Sequence[Contents]) -> list[Difference]:
-    """Each other run against the best, where the answers to single images were kept."""
-    found = []
+def compared(first: Contents, others: Sequence[Contents]) -> list[Difference]:
+    """Each other run against the first, where the answers to single images were kept."""
+    gains = []
     for other in others:
-        if best.answers is None or other.answers is None:
+        if first.answers is None or other.answers is None:
             continue
-        labels = best.answers.labels
-        first, second = (each.answers.logits.argmax(axis=1) for each in (best, other))  # type: ignore[union-attr]
-        gained, lost, p = metrics.paired(labels, first, second)
-        n = len(labels)
-        points = (gained - lost) / n
-        half = 1.96 * math.sqrt(max(gained + lost - (gained - lost) ** 2 / n, 0.0)) / n
-        found.append(
-            Difference(
-                other.name, points, (points - half, points + half), gained, lost,
-                min(1.0, p * len(others)),
-            )
-        )  # fmt: skip
-    return found
+        labels = first.answers.labels
+        its, mine = (
+            each.answers.logits.argmax(axis=1) == labels  # type: ignore[union-attr]
+            for each in (first, other)
+        )
+        lost, gained = int((its & ~mine).sum()), int((mine & ~its).sum())
+        both, neither = int((its & mine).sum()), int((~its & ~mine).sum())
+        gains.append((other.name, gained, lost, on_images(both, lost, gained, neither)))
+    corrected = holm([gain.p for *_, gain in gains])
+    return [
+        Difference(name, gain.value, gain.interval95 or (gain.value,) * 2, gained, lost, p)
+        for (name, gained, lost, gain), p in zip(gains, corrected, strict=True)
+        if p is not None
+    ]
 
 
-def _verdict(best: Contents, found: Sequence[Difference], others: int) -> str:
-    assert best.summary is not None
-    n, what = best.summary["n"], WORDS[best.split]
-    said = f"{best.name} is best: {_accuracy(best):.1%} of {n:,} {what} images"
+def _verdict(first: Contents, found: Sequence[Difference], others: int) -> str:
+    assert first.summary is not None
+    n, what = first.summary["n"], WORDS[first.split]
+    said = f"{first.name}: {_accuracy(first):.1%} of {n:,} {what} images"
     if len(found) < others:
         return f"{said}. Whether the others differ can't be said without their single answers."
-    near = [each.name for each in found if not each.distinguishable]
-    if not near:
-        rest = "the others" if others > 1 else found[0].name
-        return f"{said}, and distinguishable from {rest} (McNemar's exact test)."
-    return f"{said}, but not distinguishable from {', '.join(near)} (McNemar's exact test)."
+    parts = [
+        f"{words} {_listed([each.name for each in found if each.says == words])}"
+        for words in ("less accurate than", "more accurate than", "not distinguishable from")
+        if any(each.says == words for each in found)
+    ]
+    return f"{said}; {', '.join(parts)} (McNemar's exact test)."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if len(names) > 1 else []), names[-1]])
 
 
 def _accuracy(found: Contents) -> float:
@@ -129,10 +142,7 @@ def table(both: Several) -> Markup | None:
     """A column for each run: what it reached, how, and what it cost."""
     columns = [_facts(found) for found in both.runs]
     rows = [(label, [column[label] for column in columns]) for label in columns[0]]
-    best = both.runs.index(both.best) if both.alike and both.best is not None else -1
-    return render(
-        "compare-table.html", runs=both.runs, rows=rows, alike=both.alike, best=best
-    )  # fmt: skip
+    return render("compare-table.html", runs=both.runs, rows=rows, alike=both.alike)
 
 
 def _facts(found: Contents) -> dict[str, str]:
@@ -183,10 +193,10 @@ def curves(both: Several) -> Markup | None:
 
 
 def paired(both: Several) -> Markup | None:
-    """Each run against the best, image by image."""
-    if not both.differences or both.best is None:
+    """Each run against the first, image by image."""
+    if not both.differences or both.first is None:
         return None
-    return render("compare-paired.html", best=both.best.name, rows=both.differences,
+    return render("compare-paired.html", first=both.first.name, rows=both.differences,
                   several=len(both.differences) > 1)  # fmt: skip
 
 
