@@ -65,6 +65,12 @@ def test_measurements_maps_and_neighbours_in_one_command() -> None:
     assert all(file.is_file() for file in files)
 
 
+def test_an_image_that_is_named_twice_is_shown_once() -> None:
+    done = here("look", "one", "val:2", "val:1", "val:2", "--json")
+    assert [each["name"] for each in done.json["images"]] == ["val:2", "val:1"]
+    refused(here("look", "one", "class:3"), 2, "write class:3:3")
+
+
 def test_what_people_read_has_a_part_for_each() -> None:
     done = here("look", "one", "val:1", "--attribution", "grad-cam", "--nearest", "1")
     assert done.code == 0, done.err

@@ -252,6 +252,7 @@ def test_the_verdict_is_the_numbers() -> None:
     row = {"epoch": 1.0, "train_accuracy": 0.99}
     assert verdict(by_hand(rows=[row])) == (
         "75.0% of 4 test images are classified correctly (95% interval 30.1% to 95.4%); "
+        "not distinguishable from always saying 'a' (50.0%); "
         "24.0 points below the 99.0% on training images (overfitting); its confidence agrees "
         "with its accuracy, as far as so many images can tell."
     )

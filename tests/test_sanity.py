@@ -70,10 +70,12 @@ def test_ssim_is_the_mean_over_windows() -> None:
 
 
 def test_means_have_student_s_intervals() -> None:
-    mean = sanity.mean_of([1.0, 2.0, 3.0, math.nan])
-    half = 4.302653 / math.sqrt(3)  # t of 2 degrees of freedom, sd 1
-    assert (mean.value, mean.n) == (2, 3)
-    assert mean.interval95 == pytest.approx((2 - half, 2 + half), abs=1e-5)
+    mean = sanity.mean_of([1.0, 2.0, 3.0, 4.0, 5.0, math.nan])
+    half = 2.776445 * math.sqrt(2.5 / 5)  # t of 4 degrees of freedom, variance 2.5
+    assert (mean.value, mean.n) == (3, 5)
+    assert mean.interval95 == pytest.approx((3 - half, 3 + half), abs=1e-5)
+    few = sanity.mean_of([0.1, 0.9, math.nan])  # whose interval would leave what can be
+    assert (few.value, few.n, few.interval95) == (0.5, 2, None)
     assert sanity.mean_of([0.5]).interval95 is None
     assert str(sanity.mean_of([0.5])) == "0.50"
     assert math.isnan(sanity.mean_of([math.nan]).value)

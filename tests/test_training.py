@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -104,8 +105,19 @@ def test_early_stopping_counts_epochs_without_a_better_one(
 def best_of(*values: float, monitor: str = "val_loss") -> tuple[int, int]:
     best = Best(monitor)
     for epoch, value in enumerate(values, 1):
-        best.improved({"epoch": epoch, monitor: value})
+        best.improved({"epoch": epoch, "val_loss": 1.0, monitor: value})
     return best.epoch, best.stale
+
+
+def test_of_equal_accuracies_the_one_with_the_lower_loss_is_the_best() -> None:
+    best = Best("val_accuracy")
+    rows = [(0.5, 1.0), (0.5, 0.9), (0.5, 0.95), (0.4, 0.1), (0.5, math.nan)]
+    told = [
+        best.improved({"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss})
+        for epoch, (accuracy, loss) in enumerate(rows, 1)
+    ]
+    assert told == [True, True, False, False, False]
+    assert (best.epoch, best.value, best.stale) == (2, 0.5, 3)
 
 
 def test_a_value_that_is_no_number_is_never_the_best_but_the_first() -> None:

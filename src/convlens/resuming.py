@@ -47,12 +47,13 @@ class Best:
     """The epoch whose weights are kept, by one number on the validation split.
 
     Equal values don't replace an earlier epoch. `monitor` is `val_loss` (lower is better) or
-    `val_accuracy` (higher).
+    `val_accuracy` (higher; of equal ones, which few images often give, that with the lower loss).
     """
 
     monitor: str
     epoch: int = 0
     value: float = math.nan
+    loss: float = math.nan
     stale: int = 0  # epochs since the best one
 
     def stale_for(self, patience: int | None) -> bool:
@@ -66,8 +67,11 @@ class Best:
         first = self.epoch == 0
         # Every comparison with NaN is false, so a first value of NaN would never be beaten.
         first = first or (math.isnan(self.value) and not math.isnan(value))
-        if first or (value < self.value if lower else value > self.value):
-            self.epoch, self.value, self.stale = int(row["epoch"]), value, 0
+        better = value < self.value if lower else value > self.value
+        tie = not lower and value == self.value and row["val_loss"] < self.loss
+        if first or better or tie:
+            self.epoch, self.value, self.loss = int(row["epoch"]), value, row["val_loss"]
+            self.stale = 0
             return True
         self.stale += 1
         return False

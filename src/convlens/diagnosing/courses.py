@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -72,6 +73,10 @@ def underfitting(case: Case) -> Finding | None:
         right = ending(case.column("val_accuracy"))
     if seen >= 0.8 or seen - right >= 0.1:
         return None
+    # Kept weights may be of an early epoch, chosen for its validation loss before it overfitted.
+    with contextlib.suppress(CannotTell):
+        if overfitting(case) is not None:
+            return None
     recipe = case.need()
     epochs = len(case.rows) or 10
     overrides = [f"train.epochs={2 * epochs}"]

@@ -138,6 +138,9 @@ def _pictures(
             found += [tuple(_seen_by(s, each, home) for s in subjects) for each in chosen]
         else:
             found += zip(*(choose_pictures(s, [text]) for s in subjects), strict=True)
+    # `worst:3` may name what `test:6` named before.
+    ids = [each[0].id for each in found]
+    found = [each for i, each in enumerate(found) if ids[i] is None or ids[i] not in ids[:i]]
     if not asked and examples:
         chosen = example_pictures(home)
         found += [tuple(_seen_by(s, each, home) for s in subjects) for each in chosen]

@@ -137,8 +137,8 @@ class Look:
     `seen` has the activities of each image, one a network; the others what was asked for beyond.
     """
 
-    opened: Opened
-    seen: list[tuple[Activity, ...]] = field(default_factory=list)
+    opened: Opened = field(repr=False)
+    seen: list[tuple[Activity, ...]] = field(default_factory=list, repr=False)
     filters: list[filters.Filters] = field(default_factory=list)
     top_images: list[toppers.TopImages] = field(default_factory=list)
     made: list[dreaming.Made] = field(default_factory=list)

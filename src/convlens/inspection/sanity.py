@@ -33,7 +33,7 @@ WINDOW = 7  # of the SSIM, pixels
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over images with its 95% interval (Student's t), which a single image hasn't."""
+    """A mean over images with its 95% interval (Student's t), which fewer than five haven't."""
 
     value: float
     interval95: Interval
@@ -49,6 +49,10 @@ class Mean:
         return f"{self.value:.2f} ({self.interval95[0]:.2f} to {self.interval95[1]:.2f})"
 
 
+# With fewer images Student's interval of a share is often wider than what is possible.
+ENOUGH = 5
+
+
 def mean_of(values: Sequence[float] | Floats) -> Mean:
     """The mean of those values that are numbers; NaN where none is."""
     from scipy.stats import t
@@ -56,8 +60,8 @@ def mean_of(values: Sequence[float] | Floats) -> Mean:
     known = np.asarray(values, dtype=np.float64)
     known = known[np.isfinite(known)]
     n = len(known)
-    if n < 2:
-        return Mean(float(known[0]) if n else math.nan, None, n)
+    if n < ENOUGH:
+        return Mean(float(known.mean()) if n else math.nan, None, n)
     half = float(t.ppf(0.975, n - 1) * known.std(ddof=1) / math.sqrt(n))
     return Mean(float(known.mean()), (float(known.mean()) - half, float(known.mean()) + half), n)
 

@@ -225,13 +225,18 @@ def _from_files(subject: Subject, text: str) -> list[Picture]:
 
 
 def _from_split(subject: Subject, kind: str, rest: str) -> list[Picture]:
-    split = subject.split(kind if kind in ("train", "val") else "test")
+    # All that can be wrong is told before a split is opened, for the test split's log.
     label, _, number = rest.rpartition(":") if kind == "class" else ("", "", rest)
+    if kind == "class" and not (label and number.isdecimal()):
+        raise UsageError(f"class:{rest}: how many of them?", fix=f"write class:{rest}:3")
     if not number.isdecimal():
         raise UsageError(
-            f"{kind}:{rest}: {number!r} is no number", fix="write test:17, worst:5 or class:cat:3"
+            f"{kind}:{rest}: {number!r} is no number", fix="write test:17, worst:5 or val:3"
         )
+    if kind == "class":
+        pick(dict.fromkeys(subject.classes), label, "class")
     count = int(number)
+    split = subject.split(kind if kind in ("train", "val") else "test")
     if kind == "worst":
         wanted = worst(subject, split)[:count]
     elif kind == "class":

@@ -15,7 +15,7 @@ from convlens.reporting import confusing, drawing, insides, origin, thumbnails
 from convlens.reporting.contents import Contents
 from convlens.reporting.drawing import Line
 from convlens.reporting.page import Figure, Section, figures, render, share
-from convlens.reporting.verdict import WORDS, calibration, verdict
+from convlens.reporting.verdict import WORDS, calibration, commonest, verdict
 
 SHOWN = 24  # of the worst mistakes
 EPOCHS = 1000  # rows of the table of epochs, at most
@@ -33,8 +33,9 @@ def head(found: Contents) -> Markup:
         same = [x for x in log if x["split"] == "test" and x["model_sha256"] == sha]
         looks = len([x for x in same if x.get("own")])
     floor = bar = None
-    if summary is not None and summary.get("confusion"):
-        floor = float(np.sum(summary["confusion"], axis=1).max() / summary["n"])
+    common = commonest(found)
+    if summary is not None and common is not None:
+        floor = common[1]
         low, high = summary["interval95"]
         said = f"accuracy {share(summary['accuracy'])}, interval {share(low)} to {share(high)}"
         bar = drawing.interval(low, high, summary["accuracy"], floor, said)

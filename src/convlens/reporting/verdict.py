@@ -54,6 +54,9 @@ def verdict(found: Contents) -> str:
         f"{s['accuracy']:.1%} of {s['n']:,} {WORDS[found.split]} images are classified correctly "
         f"(95% interval {low:.1%} to {high:.1%})"
     ]
+    floor = commonest(found)
+    if floor is not None and low <= floor[1]:
+        parts.append(f"not distinguishable from always saying {floor[0]!r} ({floor[1]:.1%})")
     trained = found.trained_accuracy()
     if trained is not None:
         parts.append(_gap(100 * (trained[0] - s["accuracy"]), trained[0], low, high))
@@ -65,6 +68,16 @@ def verdict(found: Contents) -> str:
     else:
         parts.append(_unsure(judged))
     return "; ".join(part for part in parts if part) + "."
+
+
+def commonest(found: Contents) -> tuple[str, float] | None:
+    """The class that most of the judged images have, and their share."""
+    table = (found.summary or {}).get("confusion")
+    if not table:
+        return None
+    counts = [sum(row) for row in table]
+    most = counts.index(max(counts))
+    return found.classes[most], counts[most] / sum(counts)
 
 
 def _gap(points: float, trained: float, low: float, high: float) -> str:

@@ -14,6 +14,8 @@ from convlens.showing.results import stdout, table_of
 if TYPE_CHECKING:
     from convlens.inspection.looking import Look
 
+LISTED = 8  # figures by name; of many images the folder alone
+
 
 def looked(found: Look) -> None:
     """Per image what each network says; per layer channels, blank ones and mean activity."""
@@ -48,7 +50,11 @@ def looked(found: Look) -> None:
         embedded(points)
     for near in found.neighbours:
         neighboured(near)
-    out.print(escape(f"{len(found.files)} files  {found.opened.folder}"))
+    figures = [path for path in found.files if path.suffix == ".png"]
+    for path in figures[:LISTED]:
+        out.print(escape(f"plot   {path}"))
+    count = len(found.files)
+    out.print(escape(f"{count} file{'s' * (count != 1)}  {found.opened.folder}"))
 
 
 def _layers(found: Look, number: int, name: str) -> None:
