@@ -16,11 +16,17 @@ PLANTED = (
     "Where 5% of the labels had been made wrong, 96 to 97 of 100 named were wrong ones on digits "
     "(models agreed with 94% of the labels), 86 to 94 on MNIST (90%), 13 on CIFAR-10 (50%)."
 )
+DOUBT = (
+    "These models agree with so few labels that most suspicions, and most of the estimate, "
+    "will be their own mistakes: go by the first of them, or by a better recipe."
+)
 
 
 def suspected(report: LabelReport) -> None:
     """The first suspects, the commonest mix-ups, and where sheet and CSV are."""
     out, suspects = stdout(), report.suspects
+    if suspects and report.accuracy < POOR:
+        say(f"[yellow]warning[/]  {escape(DOUBT)}")
     if suspects:
         table = table_of("image", "#", "given", "suggested", "p(given)", "p(suggested)")
         for number, suspect in enumerate(suspects[:SHOWN], 1):
@@ -66,10 +72,7 @@ def conclusion(report: LabelReport) -> list[str]:
             "Suspected, not proven: a hard or unusual image looks the same to a model. " + PLANTED
         )
     if k and report.accuracy < POOR:
-        lines.append(
-            "These models agree with so few labels that most suspicions, and most of the estimate, "
-            "will be their own mistakes: go by the first of them, or by a better recipe."
-        )
+        lines.append(DOUBT)
     if report.disputed:
         lines.append(
             f"{report.disputed:,} pairs of copies under two labels aren't among them: "
