@@ -7,6 +7,7 @@ who asked for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -46,14 +47,21 @@ def batch_answers(
     model: nn.Module, images: Tensor, normalise: Prepare, plan: Plan, views: Views | None
 ) -> Answers:
     """As `batch_logits`, with the mean over `views` beside it where there are any."""
-    # Module by module: parts that were frozen in eval mode must stay so.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         ready = normalise(images.to(plan.device), plan)
         if views is None:
             return Answers(model(ready).float(), None)
         return Answers(*averaged(model, ready, views))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and back to what each module was in."""
+    # Module by module: parts that were frozen in eval mode must stay so.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, training in modes:
             module.training = training
@@ -102,14 +110,8 @@ def flops(model: nn.Module, shape: tuple[int, int, int], device: str) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, *shape, device=device))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *shape, device=device))
     return int(counter.get_total_flops())
 
 

@@ -18,6 +18,7 @@ from rich.markup import escape
 from torch import nn
 
 from convlens import device, inference, metrics, picturing, run
+from convlens.answers import identity
 from convlens.comparing.verdicts import Candidate, Group, Verdict, grouped, judged, seedless
 from convlens.console import quieted, say
 from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError
@@ -175,11 +176,10 @@ def _sizes(entrants: Sequence[_Entrant]) -> set[str]:
 
 def _fingerprint(entrant: _Entrant, pixels: bool) -> str:
     """SHA-256 over the images' ids and class names and, if all models see them alike, pixels."""
-    part, classes = entrant.judged.part, entrant.known.classes
-    named = [classes[label] for label in part.labels.tolist()]
-    digest = hashlib.sha256(json.dumps([list(part.ids), named]).encode())
+    part = entrant.judged.part
+    digest = hashlib.sha256(identity(part, entrant.known.classes).encode())
     if pixels:
-        for index in torch.arange(len(named)).split(1024):
+        for index in torch.arange(len(part)).split(1024):
             digest.update(part.rows.gather(index).contiguous().numpy().data)
     return digest.hexdigest()
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from convlens import run
@@ -16,6 +17,7 @@ from convlens.data.decode import EXTENSIONS, fit_images
 from convlens.errors import ModelFileError, UsageError
 from convlens.inference import batch_logits
 from convlens.inspection.subjects import Picture, Subject, choose_pictures, is_place, open_subject
+from convlens.picturing import worst_of
 
 SAMPLE = 512  # held-out images among which examples are looked for
 EXAMPLES = 3  # classes that give one
@@ -162,21 +164,21 @@ def example_pictures(subject: Subject) -> list[Picture]:
     logits = torch.cat(
         [batch_logits(subject.model, part, normalise, subject.plan) for part in pixels.split(128)]
     ).cpu()
-    right = logits.argmax(1) == labels
-    places: list[int] = []
-    for label in range(len(subject.classes)):
-        hits = (right & (labels == label)).nonzero()[:, 0]
-        if len(hits) and len(places) < EXAMPLES:
-            places.append(int(hits[0]))
-    wrong = (~right).nonzero()[:, 0]
-    if len(wrong):
-        chances = logits.double().softmax(1)[wrong, labels[wrong]].nan_to_num(0)
-        places.append(int(wrong[chances.argmin()]))
+    places = telling(logits.double().softmax(1).nan_to_num(0).numpy(), labels.numpy(), EXAMPLES)
     say(
         f"no images named: of {len(index):,} {held} images one that {subject.name} gets right of "
         f"each of {EXAMPLES} classes, and its surest mistake"
     )
     return [Picture(f"{held}:{int(index[i])}", pixels[i], int(labels[i])) for i in places]
+
+
+def telling(chances: np.ndarray, truths: np.ndarray, count: int) -> list[int]:
+    """Places of the first right answer of each of the first `count` classes that have one, then
+    of the surest mistake, by probabilities `[N, K]` and labels `[N]`.
+    """
+    right = np.flatnonzero(chances.argmax(1) == truths)
+    _, first = np.unique(truths[right], return_index=True)  # by class, in their order
+    return [*right[first][:count].tolist(), *worst_of(chances, truths)[:1].tolist()]
 
 
 def _seen_by(subject: Subject, picture: Picture, home: Subject) -> Picture:

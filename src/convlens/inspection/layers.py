@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from convlens.errors import UsageError
+from convlens.inference import evaluating
 from convlens.models import parts
+from convlens.models.parts import has_layers
 from convlens.names import near
 
 Maps = dict[str, Tensor]
@@ -24,15 +26,11 @@ def stages(model: nn.Module) -> tuple[str, ...]:
     for name in parts(model).stages:
         module = model.get_submodule(name)
         blocks = dict(module.named_children()) if isinstance(module, nn.Sequential) else {}
-        if blocks and all(_is_block(block) for block in blocks.values()):
+        if blocks and all(has_layers(block) for block in blocks.values()):
             found += [f"{name}.{block}" for block in blocks]
         else:
             found.append(name)
     return tuple(found)
-
-
-def _is_block(module: nn.Module) -> bool:
-    return any(True for child in module.children() for _ in child.parameters())
 
 
 def find(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
@@ -99,14 +97,8 @@ def activations(model: nn.Module, images: Tensor, layers: Sequence[str]) -> Maps
     Raises:
         UsageError: a layer that takes no part in the forward pass, or gives no activations.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(), recording(model, layers) as outputs:
-            model(images)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.inference_mode(), recording(model, layers) as outputs:
+        model(images)
     return as_maps(outputs, layers)
 
 

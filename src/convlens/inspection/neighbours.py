@@ -18,6 +18,7 @@ from convlens.data.similar import ALIKE, SIDE, correlation, is_plain
 from convlens.errors import UsageError
 from convlens.inspection.penultimate import penultimate
 from convlens.inspection.subjects import Picture, Subject
+from convlens.inspection.toppers import merged
 
 BATCH = 256
 
@@ -126,11 +127,8 @@ def _search(
             cosine = query @ F.normalize(seen.features.double()).T
             numbers = torch.arange(done, done + cosine.shape[1])
             cosine[numbers[None, :] == torch.tensor(own)[:, None]] = -2.0
-            both = torch.cat([best, cosine], 1)
-            their = torch.cat([number, numbers.expand(len(query), -1)], 1)
-            # Stable, so that of equals the first in the set is the first.
-            order = both.argsort(dim=1, descending=True, stable=True)[:, :count]
-            best, number = both.gather(1, order), their.gather(1, order)
+            new = (cosine, numbers.expand(len(query), -1))
+            best, number = merged((best, number), new, count)
             done += cosine.shape[1]
             bar.advance(cosine.shape[1])
     return best, torch.where(best > -2.0, number, -1)

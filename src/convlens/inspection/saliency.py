@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from convlens.errors import ModelFileError, UsageError
+from convlens.inference import evaluating
 from convlens.inspection import layers
 from convlens.names import pick
 
@@ -276,13 +277,11 @@ def at_once(images: Tensor) -> int:
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """Eval mode, and no gradients for weights: nobody asks for them, and they cost a third."""
-    modes = [(module, module.training) for module in model.modules()]
     learning: Mapping[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, needed in learning.items():
             parameter.requires_grad_(needed)

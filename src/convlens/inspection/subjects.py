@@ -23,6 +23,7 @@ from convlens.errors import ConvlensError, DataError, UsageError
 from convlens.inference import placed, split_logits
 from convlens.models import zoo
 from convlens.names import pick
+from convlens.picturing import worst_of
 from convlens.run import Loaded, Preprocessing, RunFolder
 from convlens.schema import ModelConfig
 
@@ -233,14 +234,14 @@ def _from_split(subject: Subject, kind: str, rest: str) -> list[Picture]:
         raise UsageError(
             f"{kind}:{rest}: {number!r} is no number", fix="write test:17, worst:5 or val:3"
         )
-    if kind == "class":
-        pick(dict.fromkeys(subject.classes), label, "class")
+    numbers = {name: place for place, name in enumerate(subject.classes)}
+    wanted_class = pick(numbers, label, "class") if kind == "class" else -1
     count = int(number)
     split = subject.split(kind if kind in ("train", "val") else "test")
     if kind == "worst":
         wanted = worst(subject, split)[:count]
     elif kind == "class":
-        wanted = _of_class(subject, split, label)[:count]
+        wanted = (split.labels == wanted_class).nonzero()[:count, 0]
     elif count >= len(split):
         raise UsageError(
             f"{kind}:{count} isn't there", fix=f"the split has images 0 to {len(split) - 1:,}"
@@ -257,11 +258,5 @@ def worst(subject: Subject, split: Split) -> Tensor:
     """int64 positions of the wrong answers in a split, the one least likely to its truth first."""
     normalise = subject.loaded.preprocessing.normalise
     logits, labels = split_logits(subject.model, split, normalise, subject.plan)
-    chances = logits.double().softmax(1).gather(1, labels[:, None])[:, 0].cpu()
-    wrong = (logits.argmax(1) != labels).cpu().nonzero()[:, 0]
-    return wrong[chances[wrong].argsort(stable=True)]
-
-
-def _of_class(subject: Subject, split: Split, name: str) -> Tensor:
-    table = {each: number for number, each in enumerate(subject.classes)}
-    return (split.labels == pick(table, name, "class")).nonzero()[:, 0]
+    chances = logits.double().softmax(1).cpu().numpy()
+    return torch.from_numpy(worst_of(chances, labels.cpu().numpy()))

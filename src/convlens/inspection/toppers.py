@@ -115,7 +115,7 @@ def strongest(
     (layer,) = layers.find(subject.model, [layer])
     if not len(split):
         raise DataError(f"the {name} split has no images", fix="take another with --split")
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best: tuple[Tensor, ...] | None = None
     sums = squares = torch.zeros(())
     finite = torch.ones((), dtype=torch.bool)
     shape, step, start = (1, 1), 1, 0
@@ -131,7 +131,7 @@ def strongest(
             peaks, places = flat.nan_to_num(nan=-torch.inf, posinf=-torch.inf).max(2)
             values = peaks.T.double().cpu()  # [C, B]
             sums, squares = sums + values.sum(1), squares + values.square().sum(1)
-            best = _merged(best, (values, index.expand(len(values), -1), places.T.cpu()), count)
+            best = merged(best, (values, index.expand(len(values), -1), places.T.cpu()), count)
             start += len(index)
             bar.advance(len(index))
     assert best is not None
@@ -155,14 +155,16 @@ def _selectivity(peaks: Floats, sums: Floats, squares: Floats, count: int) -> Fl
     return np.where(alive, above, 0.0)
 
 
-def _merged(
-    best: tuple[Tensor, Tensor, Tensor] | None, new: tuple[Tensor, Tensor, Tensor], count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The strongest of both, each `[C, at most count]`; stable, so that earlier images win."""
+def merged(
+    best: tuple[Tensor, ...] | None, new: tuple[Tensor, ...], count: int
+) -> tuple[Tensor, ...]:
+    """Of each row the `count` greatest values of both, and what belongs to them.
+
+    All are `[rows, any number]`, the values first; stable, so that of equals the earlier win.
+    """
     joined = new if best is None else tuple(torch.cat(p, 1) for p in zip(best, new, strict=True))
     order = joined[0].argsort(dim=1, descending=True, stable=True)[:, :count]
-    values, numbers, places = (each.gather(1, order) for each in joined)
-    return values, numbers, places
+    return tuple(each.gather(1, order) for each in joined)
 
 
 def figure(found: TopImages, split: Split, channels: int) -> Any:

@@ -105,11 +105,12 @@ def _stages(model: nn.Module, head: str, prefix: str = "") -> Iterator[str]:
             return
         if name in TRUNKS:
             yield from _stages(child, head, f"{full}.")
-        elif isinstance(child, POOLINGS) or _has_layers(child):
+        elif isinstance(child, POOLINGS) or has_layers(child):
             yield full
 
 
-def _has_layers(module: nn.Module) -> bool:
+def has_layers(module: nn.Module) -> bool:
+    """Whether it is made of modules that have weights, and can be called."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict):  # its children are called, it is not
         return False
     return any(True for child in module.children() for _ in child.parameters())

@@ -9,6 +9,7 @@ import torch
 from convlens.device import Plan
 from convlens.inference import placed
 from convlens.inspection import activity, attribution, drawing, measuring
+from convlens.inspection.choosing import telling
 from convlens.inspection.subjects import Picture, Subject
 from convlens.reporting.contents import Contents
 from convlens.reporting.page import Figure
@@ -87,17 +88,8 @@ def _pictures(found: Contents) -> list[Picture]:
     """Images of the judged split: right ones of the first classes, then the surest mistake."""
     if found.answers is None or found.images is None:
         return []
-    chances, labels = found.answers.chances, found.answers.labels
-    guesses = chances.argmax(1)
-    places: list[int] = []
-    for label in range(len(found.classes)):
-        hits = ((guesses == labels) & (labels == label)).nonzero()[0]
-        if len(hits) and len(places) < RIGHT:
-            places.append(int(hits[0]))
-    wrong = (guesses != labels).nonzero()[0]
-    if len(wrong):
-        of_truth = chances[wrong, labels[wrong]]
-        places.append(int(wrong[of_truth.argmin()]))
+    labels = found.answers.labels
+    places = telling(found.answers.chances, labels, RIGHT)
     pixels = found.images.rows.gather(torch.tensor(places, dtype=torch.int64))
     return [
         Picture(f"{found.split}:{place}", image, int(labels[place]))
