@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens import asking, device, evaluation, run, several
+from convlens import answers, asking, device, evaluation, run, several
 from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, looking, similar
 from convlens.errors import DataError, UsageError
@@ -117,6 +117,9 @@ def _whole(config: DataConfig, folds: int, where: str) -> Data:
     return data
 
 
+Trained = tuple[RunFolder, Loaded]
+
+
 @dataclass
 class _Judged:
     """Images with what models say of them that didn't train on them."""
@@ -131,8 +134,8 @@ class _Judged:
 def _report(
     called: str, recipe: Recipe, places: list[RunFolder], folds: int, test: bool, on: str | None
 ) -> LabelReport:
-    models = [run.load_model(place.model_path) for place in places]
-    classes = models[0].classes
+    models = [(place, run.load_model(place.model_path)) for place in places]
+    classes = models[0][1].classes
     found = [_out_of_fold(models, on)]
     if test:
         for place in places:  # this logs the look in each run
@@ -183,13 +186,12 @@ def _report(
     )  # fmt: skip
 
 
-def _out_of_fold(models: Sequence[Loaded], on: str | None) -> _Judged:
+def _out_of_fold(models: Sequence[Trained], on: str | None) -> _Judged:
     """Every image outside the test split by the model whose fold it is in."""
     parts = []
-    for model in models:
-        plan = placed(model.model, on)
-        part = evaluation.judged_by(model, "val", on=plan.device)[0]
-        parts.append(_judged(part, [model], on))
+    for place, model in models:
+        part = evaluation.judged_by(model, "val", on=device.choose(on)).part
+        parts.append(_judged(part, "val", [(place, model)], on))
     return _Judged(
         [identity for part in parts for identity in part.ids],
         "train",
@@ -199,27 +201,33 @@ def _out_of_fold(models: Sequence[Loaded], on: str | None) -> _Judged:
     )
 
 
-def _by_all(models: Sequence[Loaded], on: str | None) -> _Judged:
+def _by_all(models: Sequence[Trained], on: str | None) -> _Judged:
     """The test split by the mean over all models' probabilities."""
-    part = evaluation.judged_by(models[0], "test", on=device.choose(on))[0]
-    found = _judged(part, models, on)
-    found.split = "test"
-    return found
+    part = evaluation.judged_by(models[0][1], "test", on=device.choose(on)).part
+    return _judged(part, "test", models, on)
 
 
-def _judged(part: Split, models: Sequence[Loaded], on: str | None) -> _Judged:
-    chances = []
-    for model in models:
-        plan = placed(model.model, on)
-        logits, labels = split_logits(model.model, part, model.preprocessing.normalise, plan)
-        chances.append(probabilities(logits))
+def _judged(part: Split, split: str, models: Sequence[Trained], on: str | None) -> _Judged:
+    chances = [probabilities(_logits(part, split, *each, on)) for each in models]
     facts = np.zeros(len(part), looking.FACTS)
     with progress("looking for copies", len(part)) as bar:
         for index in torch.arange(len(part)).split(_CHUNK):
             facts[index.numpy()] = looking.facts_of(part.rows.gather(index).numpy())
             bar.advance(len(index))
     mean = np.mean(chances, axis=0)
-    return _Judged(list(part.ids), "", labels.cpu().numpy(), mean, facts)
+    return _Judged(list(part.ids), split, part.labels.numpy(), mean, facts)
+
+
+def _logits(
+    part: Split, split: str, place: RunFolder, model: Loaded, on: str | None
+) -> torch.Tensor:
+    """What the model says to the split: as it was kept when the split was evaluated, or anew."""
+    card = model.card
+    said = answers.kept(place, split, card["data"]["fingerprint"], card["sha256"])
+    if said is not None:
+        return torch.from_numpy(said.logits)
+    plan = placed(model.model, on)
+    return split_logits(model.model, part, model.preprocessing.normalise, plan)[0]
 
 
 def _twins(
