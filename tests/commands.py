@@ -213,5 +213,5 @@ def _saved(
         "recipe": asked.model_dump(mode="json"),
     }
     device.Plan("cpu", "fp32", "contiguous").place(net)
-    place.save_model(net, card)
+    place.save_model(net.state_dict(), card)
     return place

@@ -28,7 +28,8 @@ LEVELS: dict[int, tuple[str, ...]] = {
     3: ("engine", "inference", "modelfile", "tensorfiles", "trunk"),
     4: ("run",),
     5: (
-        "checking", "beginning", "feeding", "preparing", "weights", "resuming", "picturing",
+        "checking", "beginning", "feeding", "planning", "preparing", "weights", "resuming",
+        "keeping", "picturing",
         "evaluation", "answers", "prediction", "training", "tabling", "several", "estimator",
         "asking", "inspection", "comparing", "diagnosing", "labelling",
     ),

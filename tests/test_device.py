@@ -92,7 +92,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, *seconds: Callable[[int], float]) ->
 
         return step
 
-    return plans.index(device.fastest(plans, trial))
+    return plans.index(device.fastest(plans, trial)[0])
 
 
 def test_the_fastest_plan_wins_by_its_median(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,12 +109,15 @@ def test_a_later_plan_must_win_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, lambda n: 1.0, lambda n: 0.94) == 1
 
 
-def test_a_single_plan_is_not_tried() -> None:
-    def trial(plan: Plan) -> Callable[[], None]:
-        raise AssertionError("tried")
+def test_who_is_far_behind_is_timed_twice_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
 
-    only = Plan("cpu", "fp32", "contiguous")
-    assert device.fastest([only], trial) is only
+    def slow(n: int) -> float:
+        done.append(n)
+        return 2.0
+
+    assert chosen(monkeypatch, lambda n: 1.0, slow) == 0
+    assert done == [0, 1, 2]  # the warm-up and two rounds
 
 
 def test_a_plan_places_casts_and_is_stored() -> None:

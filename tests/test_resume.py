@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from convlens import engine, modelfile, optim, training
+from convlens import engine, keeping, modelfile, optim, training
 from convlens import recipe as recipes
 from convlens.cli import main
 from convlens.errors import DataError, Stopped
+from convlens.keeping import Keeper
 from convlens.recipe import Recipe
 from convlens.resuming import Best
 from convlens.run import RunFolder
@@ -135,13 +136,18 @@ def test_windows_go_on_from_where_they_open_and_close(
     equal(finish(asked, "stopped"), whole)
 
 
+def after_an_epoch(keeper: Keeper) -> bool:
+    """Instead of by time: due after each epoch."""
+    return keeper._setup.position.step == 0
+
+
 def test_a_run_killed_between_two_saves_goes_on_from_the_former(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As if by SIGKILL: after the second epoch's model was written, before its state was."""
     asked = tiny(*EVERYTHING)
     whole = finish(asked, "whole")
-    real, saves = training.save, []
+    real, saves = keeping.save, []
 
     def save(*arguments: Any) -> None:
         saves.append(1)
@@ -150,7 +156,8 @@ def test_a_run_killed_between_two_saves_goes_on_from_the_former(
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", save)
+        patch.setattr(Keeper, "due", property(after_an_epoch))
+        patch.setattr(keeping, "save", save)
         with pytest.raises(MemoryError):
             finish(asked, "killed")
     assert len(RunFolder(Path("models/killed")).metrics()) == 2
@@ -160,8 +167,8 @@ def test_a_run_killed_between_two_saves_goes_on_from_the_former(
 def test_a_long_epoch_is_saved_in_its_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = tiny(*EVERYTHING, "train.epochs=1")
     whole = finish(asked, "whole")
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
-    real, saves = training.save, []
+    monkeypatch.setattr(keeping, "SAVE_SECONDS", 0.0)
+    real, saves = keeping.save, []
 
     def save(place: RunFolder, setup: Any, *rest: Any) -> None:
         real(place, setup, *rest)
@@ -170,7 +177,7 @@ def test_a_long_epoch_is_saved_in_its_middle(monkeypatch: pytest.MonkeyPatch) ->
             raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", save)
+        patch.setattr(keeping, "save", save)
         with pytest.raises(MemoryError):
             finish(asked, "killed")
     assert saves == [1, 2, 3]

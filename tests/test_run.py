@@ -196,7 +196,7 @@ def saved(name: str = "x", **changes: Any) -> tuple[RunFolder, torch.nn.Module]:
     torch.manual_seed(0)
     model = models.build("cnn", 3, 1, 8, {"widths": [4]})
     folder = RunFolder(Path("models") / name)
-    folder.save_model(model, card(**changes))
+    folder.save_model(model.state_dict(), card(**changes))
     return folder, model
 
 

@@ -9,32 +9,39 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from convlens.errors import UsageError
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+TOO_SLOW = 1.6  # times the fastest
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where and how a run computes; `asdict` of it is stored in the run."""
+    """Where and how a run computes; `asdict` of it is stored in the run.
+
+    `part` is how many images of a batch are computed at a time; 0 means all of them.
+    """
 
     device: str
     precision: str
     memory_format: str
     deterministic: bool = False
+    part: int = 0
 
     def place(self, model: torch.nn.Module) -> torch.nn.Module:
         """Moves `model` to the device in this plan's memory format."""
@@ -51,8 +58,18 @@ class Plan:
             return contextlib.nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
 
+    def parts(self, images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """The batch `[B, ...]` and its labels, `part` images at a time."""
+        if not 0 < self.part < len(images):
+            return ((images, labels),)
+        return zip(images.split(self.part), labels.split(self.part), strict=True)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def __str__(self) -> str:
+        """E.g. `fp32 channels_last by 32`."""
+        return f"{self.precision} {self.memory_format}" + f" by {self.part}" * bool(self.part)
 
 
 def choose(asked: str | None = None) -> str:
@@ -116,20 +133,21 @@ def plans(device: str, precision: str, memory_format: str, deterministic: bool) 
 
 
 def fastest(
-    candidates: Sequence[Plan], trial: Callable[[Plan], Callable[[], None]], rounds: int = 3
-) -> Plan:
-    """The candidate whose step is fastest by the median of interleaved rounds.
+    candidates: Sequence[Plan], trial: Callable[[Plan], Callable[[], None]], rounds: int = 5
+) -> tuple[Plan, list[float]]:
+    """The candidate whose step is fastest, and each one's seconds a step.
 
-    `trial(plan)` prepares and returns a function that does one training step. Which layout wins
-    depends on the network and the machine (twice slower or twice faster), so it is measured.
-    A later candidate must win by 5%: noise must not choose lower precision.
+    `trial(plan)` prepares and returns a function that does one training step. Medians of
+    interleaved rounds; who is far behind after two takes no part in the others. A later
+    candidate must win by 5%: noise must not choose lower precision.
     """
-    if len(candidates) == 1:
-        return candidates[0]
     steps = [trial(plan) for plan in candidates]
     times: list[list[float]] = [[] for _ in candidates]
     for turn in range(rounds + 1):
+        quickest = min((min(spent) for spent in times if spent), default=math.inf)
         for step, spent in zip(steps, times, strict=True):
+            if len(spent) > 1 and min(spent) > TOO_SLOW * quickest:
+                continue
             start = time.perf_counter()
             step()
             synchronise(candidates[0].device)
@@ -140,7 +158,7 @@ def fastest(
     for index, median in enumerate(medians):
         if median < 0.95 * medians[best]:
             best = index
-    return candidates[best]
+    return candidates[best], medians
 
 
 def synchronise(device: str) -> None:

@@ -101,21 +101,30 @@ def step(
     """Forward, backward, update; returns loss and number of right answers, on the device.
 
     Of labels that are probabilities `[B, K]` (mixed images) the likeliest class is the right one.
-    A loss that isn't finite returns None, before anything was updated with it.
+    A loss that isn't finite returns None, before anything was updated with it. Where the plan
+    computes a batch in parts, their gradients add up to those of the whole.
     """
-    with plan.autocast():
-        logits = model(images)
-    # Half precision is for the network; a loss in it would be rounded to three digits.
-    loss: Tensor = objective(logits.float(), labels)
-    truths = labels.argmax(1) if labels.ndim == 2 else labels
-    right = (logits.detach().argmax(1) == truths).sum()
-    if not math.isfinite(loss.item()):  # a tenth of `torch.isfinite`'s time on the CPU
-        return None, right
-    loss.backward()
+    sums: list[tuple[Tensor, Tensor]] = []
+    for few, answers in plan.parts(images, labels):
+        with plan.autocast():
+            logits = model(few)
+        # Half precision is for the network; a loss in it would be rounded to three digits.
+        loss: Tensor = objective(logits.float(), answers)
+        if len(few) < len(images):
+            loss = loss * (len(few) / len(images))
+        truths = answers.argmax(1) if answers.ndim == 2 else answers
+        sums.append((loss.detach(), (logits.detach().argmax(1) == truths).sum()))
+        if not math.isfinite(loss.item()):  # a tenth of `torch.isfinite`'s time on the CPU
+            optimiser.zero_grad(set_to_none=True)
+            return None, sums[-1][1]
+        loss.backward()
     clip()
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return loss.detach(), right
+    if len(sums) == 1:
+        return sums[0]
+    losses, rights = zip(*sums, strict=True)
+    return torch.stack(losses).sum(), torch.stack(rights).sum()
 
 
 def fit(
@@ -149,7 +158,7 @@ def fit(
     """
     at = position if position is not None else Position()
     steps = len(batches)
-    clip = _clipper(model, clip_value, clip_norm)
+    clip = clipper(model, clip_value, clip_norm)
     statistics = _Statistics(model)
     draws = any(isinstance(module, DROPOUTS) for module in model.modules())
     timetable = optim.Timetable(optimiser, schedule, epochs * steps)
@@ -208,9 +217,10 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def _clipper(
+def clipper(
     model: nn.Module, clip_value: float | None, clip_norm: float | None
 ) -> Callable[[], None]:
+    """Bounds the gradients of `model` after a backward pass; does nothing where neither is set."""
     parameters: Sequence[nn.Parameter] = list(model.parameters())  # frozen: without a gradient
 
     def clip() -> None:

@@ -84,11 +84,10 @@ def feed(recipe: Recipe, data: Data, model: nn.Module, images: Batches) -> Feed:
         return split_logits(model, data.val, normalise, plan)
 
     plain = Feed(model, images, validate)
-    prefix = freezing.frozen_prefix(model)
     if options.views:
-        _check_views(recipe, prefix)
-    fixed = bool(options.views) or not recipe.operations
-    if not (prefix and fixed and options.cache_trunk):
+        _check_views(recipe, freezing.frozen_prefix(model))
+    prefix = trunk_of(recipe, model)
+    if not prefix:
         return plain
     few = data.train.rows.gather(torch.arange(min(8, len(data.train)))).to(plan.device)
     sample = normalise(few, plan)
@@ -101,6 +100,12 @@ def feed(recipe: Recipe, data: Data, model: nn.Module, images: Batches) -> Feed:
             fix="leave out train.views, or freeze up to another layer with model.trainable",
         )
     return plain
+
+
+def trunk_of(recipe: Recipe, model: nn.Module) -> list[str]:
+    """Modules of the trunk that may be computed once; none where it learns or images change."""
+    fixed = bool(recipe.train.views) or not recipe.operations
+    return freezing.frozen_prefix(model) if fixed and recipe.train.cache_trunk else []
 
 
 def _check_views(recipe: Recipe, prefix: list[str]) -> None:

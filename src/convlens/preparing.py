@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, cast
@@ -11,16 +9,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from convlens import auto, beginning, device, engine, feeding, models, optim
+from convlens import auto, beginning, device, engine, feeding, models, optim, planning
 from convlens.beginning import Begun
 from convlens.data import Data, augment
 from convlens.data.batches import Batches
 from convlens.errors import DataError
 from convlens.recipe import Recipe
 from convlens.run import Preprocessing
-
-# Choosing layout and precision by timing costs some steps; shorter runs can't earn it back.
-STEPS_WORTH_TIMING = 400
 
 
 @dataclass
@@ -33,6 +28,7 @@ class Setup:
     recipe: Recipe
     data: Data
     plan: device.Plan
+    timings: dict[str, float]  # of the plans that were candidates, milliseconds a step
     trained: nn.Module
     feed: feeding.Feed
     augment: augment.Pipeline | None
@@ -111,13 +107,15 @@ def prepare(
 
     # The first optimiser step would import torch's compiler: seconds that are no training time.
     import_module("torch._dynamo")
-    plan = plan or _choose_plan(recipe, where, model, batches_for, objective)
-    plan.place(model)
-    batches = batches_for(plan)
+    choice = planning.Choice(plan, {}) if plan else None
+    choice = choice or planning.choose(recipe, where, model, batches_for, objective)
+    choice.plan.place(model)
+    batches = batches_for(choice.plan)
     return Setup(
         recipe=recipe,
         data=data,
-        plan=plan,
+        plan=choice.plan,
+        timings=choice.milliseconds,
         trained=model,
         feed=feeding.feed(recipe, data, model, batches),
         augment=operations if recipe.operations else None,
@@ -133,33 +131,3 @@ def prepare(
 def compiled(model: nn.Module) -> nn.Module:
     """`torch.compile`d: opt-in, since on a CPU it rarely pays within a few minutes."""
     return cast(nn.Module, torch.compile(model))
-
-
-def _choose_plan(
-    recipe: Recipe,
-    where: str,
-    model: nn.Module,
-    batches_for: Callable[[device.Plan], Batches],
-    objective: engine.Objective,
-) -> device.Plan:
-    """The fastest plan that the recipe allows, by timing real steps on copies of the network."""
-    options = recipe.train
-    candidates = device.plans(
-        where, options.precision, options.memory_format, options.deterministic
-    )
-    batches = batches_for(candidates[0])
-    if len(candidates) == 1 or len(batches) * int(options.epochs) < STEPS_WORTH_TIMING:
-        return candidates[0]
-    images, labels = next(batches.epoch(0))
-
-    def trial(plan: device.Plan) -> Callable[[], None]:
-        twin = plan.place(copy.deepcopy(model)).train()
-        optimiser = optim.build(twin, recipe.optim)
-        batch = images.contiguous(memory_format=plan.layout)
-
-        def step() -> None:
-            engine.step(twin, batch, labels, objective, optimiser, plan, lambda: None)
-
-        return step
-
-    return device.fastest(candidates, trial)

@@ -111,9 +111,9 @@ class RunFolder:
 
     # -- model ----------------------------------------------------------------------------
 
-    def save_model(self, model: nn.Module, card: Mapping[str, Any]) -> str:
-        """Writes the network's weights with its card; returns the file's SHA-256."""
-        return modelfile.write(self.model_path, model.state_dict(), card)
+    def save_model(self, weights: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
+        """Writes a network's state dict with its card; returns the file's SHA-256."""
+        return modelfile.write(self.model_path, weights, card)
 
     # -- log ------------------------------------------------------------------------------
 

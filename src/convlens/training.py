@@ -9,8 +9,6 @@ decides to log, validate, keep the best weights, save and stop.
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import asdict
 from typing import Any
 
 from convlens import device, engine, evaluation, optim, picturing, run, weights
@@ -20,13 +18,12 @@ from convlens.data import Data, load
 from convlens.errors import DataError, ResourceError, Stopped
 from convlens.inference import loss_and_accuracy
 from convlens.interrupts import Flag, flagged
+from convlens.keeping import Keeper, snapshot
 from convlens.preparing import Setup, prepare
 from convlens.recipe import Recipe
-from convlens.resuming import Best, Clock, begun_with, restore, save
+from convlens.resuming import Clock, begun_with
 from convlens.run import RunFolder
 from convlens.version import __version__
-
-SAVE_SECONDS = 120.0  # the most work that a killed process loses within a long epoch
 
 
 def train(
@@ -112,52 +109,47 @@ def run_to_end(
     Returns the epochs' rows, and the epoch whose weights are in the model file.
     """
     options = setup.recipe.train
-    best = Best(options.monitor)
-    rows = restore(place, setup, best)
+    keeper = Keeper(setup, place)
     steps = len(setup.feed.batches)
     done = (setup.position.epoch - 1) * steps + setup.position.step
     if done:
         say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
     with flagged() as flag, watch(setup.epochs, steps, done, shown=not quiet) as bar:
-        saved, clock = time.perf_counter(), Clock(setup.position)
-        for record in _guarded(setup, place, over=best.stale_for(options.patience)):
+        clock = Clock(setup.position)
+        for record in _guarded(setup, place, keeper):
             if isinstance(record, engine.Step):
                 bar.step(record)
-                if not flag.up and time.perf_counter() - saved < SAVE_SECONDS:
-                    continue
             else:
                 device.synchronise(setup.plan.device)
                 seconds, cpu_seconds = clock.read()
                 row = _validate(setup, record, seconds=seconds)
                 waited, setup.position.data_seconds = setup.position.data_seconds, 0.0
-                rows.append({**row, "cpu_seconds": cpu_seconds, "data_seconds": waited})
-                place.write_metrics(rows)
-                improved = setup.recipe.data.validates and best.improved(rows[-1])
-                if improved or options.keep == "last":
-                    _save_model(setup, place, rows[-1])
-                bar.epoch(rows[-1], best.epoch)
+                keeper.take({**row, "cpu_seconds": cpu_seconds, "data_seconds": waited})
+                bar.epoch(keeper.rows[-1], keeper.best.epoch)
                 clock.start()
-            setup.position.seconds, setup.position.cpu_seconds = clock.read()
-            save(place, setup, best, rows)
-            saved = time.perf_counter()
-            if best.stale_for(options.patience):
+            if flag.up or keeper.over or keeper.due:
+                setup.position.seconds, setup.position.cpu_seconds = clock.read()
+                keeper.save()
+            if keeper.over:
                 break
             if flag.up:
                 _leave(setup, place, flag)
-    return rows, int(rows[-1]["epoch"]) if options.keep == "last" else best.epoch
+    rows = keeper.rows
+    return rows, int(rows[-1]["epoch"]) if options.keep == "last" else keeper.best.epoch
 
 
-def _guarded(setup: Setup, place: RunFolder, *, over: bool) -> engine.Records:
+def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
     """The engine's records; a loss that isn't finite first saves what can be saved."""
-    if over:  # patience was at its end already when the run was left
+    if keeper.over:  # the run was left behind its last step
         return
     try:
         yield from setup.fit()
     except engine.NonFiniteLoss as error:
         place.note({"diverged": {"epoch": error.epoch, "step": error.step, "lr": error.lr}})
+        keeper.keep_weights()
         if not place.model_path.exists():
             try:
-                _save_model(setup, place, None)
+                place.save_model(*snapshot(setup, place.name, None))
             except ValueError as unusable:  # the weights themselves are not finite
                 error.where = f"{place.path}; no weights were kept: {unusable}"[:200]
                 raise error from unusable
@@ -187,35 +179,10 @@ def _validate(setup: Setup, record: engine.Epoch, *, seconds: float) -> dict[str
     }
 
 
-def _save_model(setup: Setup, place: RunFolder, row: dict[str, float] | None) -> None:
-    """Writes the model file: the weights as they are now, or their average where there is one."""
-    recipe, data = setup.recipe, setup.data
-    validated = row is not None and recipe.data.validates
-    chosen: dict[str, Any] = {"epoch": setup.position.epoch - 1, "validated": validated}
-    if row is not None:
-        keep = recipe.train.keep
-        chosen["rule"] = "last epoch" if keep == "last" else f"best {recipe.train.monitor}"
-        if validated:
-            chosen |= {key: row[key] for key in ("val_loss", "val_accuracy")}
-    card = {
-        "convlens": __version__,
-        "run": place.name,
-        "model": {"name": recipe.model.name, "options": recipe.model.options},
-        "classes": list(data.classes),
-        "preprocessing": asdict(setup.preprocessing),
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
-        "chosen": chosen,
-        "recipe": recipe.model_dump(mode="json"),
-        "weights": setup.weights,
-    }
-    with optim.averaged(setup.averager):
-        place.save_model(setup.trained, card)
-
-
 def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
     """Stops between two steps, everything saved; the same command goes on from here."""
     if not place.model_path.exists():
-        _save_model(setup, place, None)
+        place.save_model(*snapshot(setup, place.name, None))
     at = setup.position
     say(f"stopped in epoch {at.epoch} after {at.step} steps; all of it is kept in {place.path}")
     say("the same command goes on from here")
@@ -240,6 +207,7 @@ def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
         },
         "weights": setup.weights,
         "plan": setup.plan.to_dict(),
+        "timings": setup.timings,
         "parameters": sum(p.numel() for p in setup.trained.parameters()),
         "trainable_parameters": sum(
             p.numel() for p in setup.trained.parameters() if p.requires_grad

@@ -1,0 +1,114 @@
+"""What a training writes and when: by time and at its end, not after every epoch.
+
+An epoch may take a tenth of a second; files that are whole on the disk before anything goes on
+would then cost more than the training. What a killed process loses is computed again, to the
+same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from convlens import optim
+from convlens.preparing import Setup
+from convlens.resuming import Best, restore, save
+from convlens.run import RunFolder
+from convlens.version import __version__
+
+SAVE_SECONDS = 60.0  # the most work that a killed process loses
+LIST_SECONDS = 1.0  # the most that `metrics.csv` is behind
+
+Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+class Keeper:
+    """The epochs' rows, the best epoch, and the weights that are to be kept.
+
+    Attributes:
+        rows: the epochs so far, those of before a stop included.
+        best: by `train.monitor` on the validation split.
+    """
+
+    def __init__(self, setup: Setup, place: RunFolder) -> None:
+        self._setup, self._place = setup, place
+        self.best = Best(setup.recipe.train.monitor)
+        self.rows = restore(place, setup, self.best)
+        self._pending: Snapshot | None = None  # to be kept, not written yet
+        self._saved, self._listed = time.perf_counter(), -math.inf
+
+    def take(self, row: dict[str, float]) -> None:
+        """Takes in an epoch's row, and its weights if they are the ones to keep."""
+        recipe = self._setup.recipe
+        self.rows.append(row)
+        improved = recipe.data.validates and self.best.improved(row)
+        if improved or recipe.train.keep == "last":
+            self._pending = snapshot(self._setup, self._place.name, row)
+        if time.perf_counter() - self._listed >= LIST_SECONDS:
+            self._list()
+
+    @property
+    def over(self) -> bool:
+        """Whether the training is at its end: all epochs done, or patience."""
+        patience = self._setup.recipe.train.patience
+        return self._setup.position.epoch > self._setup.epochs or self.best.stale_for(patience)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.perf_counter() - self._saved >= SAVE_SECONDS
+
+    def save(self) -> None:
+        """Writes all that continuing needs; call it between steps only.
+
+        The state comes last: what the other files are ahead of it is only written again.
+        """
+        self.keep_weights()
+        self._list()
+        save(self._place, self._setup, self.best, self.rows)
+        self._saved = time.perf_counter()
+
+    def keep_weights(self) -> None:
+        """Writes the model file, if there are weights to keep that it doesn't hold yet."""
+        if self._pending is not None:
+            self._place.save_model(*self._pending)
+            self._pending = None
+
+    def _list(self) -> None:
+        self._place.write_metrics(self.rows)
+        self._listed = time.perf_counter()
+
+
+def snapshot(setup: Setup, name: str, row: dict[str, float] | None) -> Snapshot:
+    """A copy of the weights as they are now (or of their average), and their model file's card.
+
+    Args:
+        name: the run's.
+        row: of the epoch they ended; None in the middle of one.
+    """
+    recipe, data = setup.recipe, setup.data
+    validated = row is not None and recipe.data.validates
+    chosen: dict[str, Any] = {"epoch": setup.position.epoch - 1, "validated": validated}
+    if row is not None:
+        keep = recipe.train.keep
+        chosen["rule"] = "last epoch" if keep == "last" else f"best {recipe.train.monitor}"
+        if validated:
+            chosen |= {key: row[key] for key in ("val_loss", "val_accuracy")}
+    card = {
+        "convlens": __version__,
+        "run": name,
+        "model": {"name": recipe.model.name, "options": recipe.model.options},
+        "classes": list(data.classes),
+        "preprocessing": asdict(setup.preprocessing),
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "chosen": chosen,
+        "recipe": recipe.model_dump(mode="json"),
+        "weights": setup.weights,
+    }
+    with optim.averaged(setup.averager):
+        weights = {key: value.clone() for key, value in setup.trained.state_dict().items()}
+    return weights, card
