@@ -30,13 +30,14 @@ class Begun:
 
 
 def network(
-    recipe: Recipe, data: Data, begun: Begun | None
+    recipe: Recipe, data: Data, begun: Begun | None, where: str = "cpu"
 ) -> tuple[nn.Module, Preprocessing, dict[str, Any] | None]:
     """The network, the preprocessing its input needs, and the record of its pretrained weights.
 
     Args:
         recipe: resolved.
         begun: what an unfinished run has, whose pretrained weights are then not needed again.
+        where: the device on which something is computed from the training images, if anything is.
     """
     net = recipe.model
     torch.manual_seed(device.seed_of(recipe.train.seed))
@@ -44,7 +45,7 @@ def network(
     record = _begin(recipe, data, model, begun) if net.weights != "none" else None
     preprocessing = _preprocessing(data, record)
     if record is None and isinstance(model, models.Initialised):
-        model.initialise(_some_images(data.train, preprocessing))
+        model.initialise(_some_images(data.train, preprocessing, where))
     freezing.freeze(model, net.trainable)
     return model, preprocessing, record
 
@@ -69,13 +70,14 @@ def _preprocessing(data: Data, record: dict[str, Any] | None) -> Preprocessing:
     return Preprocessing(data.image_size, data.channels, data.fit, mean, std)
 
 
-def _some_images(split: Split, preprocessing: Preprocessing) -> Tensor:
+def _some_images(split: Split, preprocessing: Preprocessing, where: str = "cpu") -> Tensor:
     """Up to 5,000 training images, evenly spaced, without augmentation: normalised float32.
 
-    Of larger images fewer are taken, so that they never need more than 64 MB.
+    Of larger images fewer are taken, so that they never need more than 64 MB. On `where` if that
+    is a GPU of NVIDIA's, else on the CPU: what is computed from them wants double precision.
     """
     count, *shape = split.rows.shape
     wanted = max(1, min(count, 5_000, (1 << 24) // math.prod(shape)))
     chosen = torch.linspace(0, count - 1, wanted, dtype=torch.float64).round().long()
-    plan = device.Plan("cpu", "fp32", "contiguous")
-    return preprocessing.normalise(split.rows.gather(chosen), plan)
+    plan = device.Plan(where if where.startswith("cuda") else "cpu", "fp32", "contiguous")
+    return preprocessing.normalise(split.rows.gather(chosen).to(plan.device), plan)

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, SupportsFloat
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +22,13 @@ class Bar(Protocol):
     def advance(self, amount: int = 1, text: str | None = None) -> None: ...
 
 
+class Numbers(Protocol):
+    """A step's loss and its number of right answers, on their way here."""
+
+    def ready(self) -> bool: ...
+    def values(self) -> list[float]: ...
+
+
 class Step(Protocol):
     """What is shown of a training step."""
 
@@ -29,10 +36,7 @@ class Step(Protocol):
     def epoch(self) -> int: ...
     @property
     def images(self) -> int: ...
-    @property
-    def loss(self) -> SupportsFloat: ...
-    @property
-    def correct(self) -> SupportsFloat: ...
+    def numbers(self) -> Numbers: ...
 
 
 _console: Console | None = None
@@ -104,27 +108,32 @@ def progress(description: str, total: int, *, shown: bool = True) -> Iterator[Ba
 class Watch:
     """The live view of a training: one bar for the whole of it, one line for each epoch."""
 
-    EVERY = 0.2  # seconds between looks at the numbers: reading one waits for the device
+    EVERY = 0.2  # seconds between looks at the numbers
 
     def __init__(self, bar: Bar, epochs: int) -> None:
         self._bar, self._epochs = bar, epochs
         self._pending, self._images, self._looked = 0, 0, time.perf_counter()
+        self._coming: tuple[Step, Numbers] | None = None
         self._validated = ""
 
     def step(self, record: Step) -> None:
-        """Takes in a step; looks at its numbers only a few times a second."""
+        """Takes in a step; asks for its numbers a few times a second, and never waits for them."""
         self._pending, self._images = self._pending + 1, self._images + record.images
         now = time.perf_counter()
         if now - self._looked < self.EVERY:
             return
+        self._coming = self._coming or (record, record.numbers())
+        asked, numbers = self._coming
+        if not numbers.ready():
+            return
         speed = self._images / (now - self._looked)
-        right = float(record.correct) / record.images
+        loss, right = numbers.values()
         self._bar.advance(
             self._pending,
-            f"epoch {record.epoch}/{self._epochs}  loss {float(record.loss):.3f}  "
-            f"accuracy {right:.1%}{self._validated}  {speed:,.0f} images/s",
+            f"epoch {asked.epoch}/{self._epochs}  loss {loss:.3f}  "
+            f"accuracy {right / asked.images:.1%}{self._validated}  {speed:,.0f} images/s",
         )
-        self._pending, self._images, self._looked = 0, 0, now
+        self._pending, self._images, self._looked, self._coming = 0, 0, now, None
 
     def epoch(self, row: Mapping[str, float], best: int) -> None:
         """Prints the epoch's line; the best one so far is starred."""

@@ -27,6 +27,7 @@ from convlens.errors import UsageError
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TOO_SLOW = 1.6  # times the fastest
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
@@ -34,7 +35,7 @@ UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 class Plan:
     """Where and how a run computes; `asdict` of it is stored in the run.
 
-    `part` is how many images of a batch are computed at a time; 0 means all of them.
+    `part` is how many images of a batch are computed at a time; 0 means all of them. `step` is how steps are taken: `eager`, `compiled` (torch.compile) or `graph` (a CUDA graph).
     """
 
     device: str
@@ -42,6 +43,7 @@ class Plan:
     memory_format: str
     deterministic: bool = False
     part: int = 0
+    step: str = "eager"
 
     def place(self, model: torch.nn.Module) -> torch.nn.Module:
         """Moves `model` to the device in this plan's memory format."""
@@ -53,10 +55,10 @@ class Plan:
         return MEMORY_FORMATS[self.memory_format]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context for forward and loss: bf16 where planned, else nothing."""
+        """The context for the forward pass: half precision where planned, else nothing."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
+        return torch.autocast(torch.device(self.device).type, dtype=HALVES[self.precision])
 
     def parts(self, images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """The batch `[B, ...]` and its labels, `part` images at a time."""
@@ -69,7 +71,8 @@ class Plan:
 
     def __str__(self) -> str:
         """E.g. `fp32 channels_last by 32`."""
-        return f"{self.precision} {self.memory_format}" + f" by {self.part}" * bool(self.part)
+        told = f"{self.precision} {self.memory_format}" + f" by {self.part}" * bool(self.part)
+        return told + f" {self.step}" * (self.step != "eager")
 
 
 def choose(asked: str | None = None) -> str:
@@ -106,6 +109,19 @@ def has_fast_bf16(device: str) -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags()) and device == "cpu"
 
 
+def has_tensor_cores(device: str) -> bool:
+    """Whether a GPU multiplies matrices of half precision in hardware (Volta, 2017, and later)."""
+    where = torch.device(device)
+    return where.type == "cuda" and torch.cuda.get_device_capability(where) >= (7, 0)
+
+
+def half_precision(device: str) -> str | None:
+    """The half precision that is in hardware: bf16 where it is, else fp16 on GPUs, else None."""
+    if has_fast_bf16(device):
+        return "bf16"
+    return "fp16" if device.startswith("cuda") else None
+
+
 def cpu_flags() -> set[str]:
     """The CPU's own feature flags (Linux; elsewhere empty)."""
     for line in _read("/proc/cpuinfo").splitlines():
@@ -115,25 +131,40 @@ def cpu_flags() -> set[str]:
 
 
 def plans(device: str, precision: str, memory_format: str, deterministic: bool) -> list[Plan]:
-    """The plans that fit what the recipe asks for, the safest first.
+    """The plans that fit what the recipe asks for; the first is taken where nothing is timed.
 
-    `deterministic` leaves nothing to timing: fp32 and contiguous unless stated.
+    On a CPU that is the safest one: fp32, contiguous. On a GPU with tensor cores it is the one
+    that they are made for: half precision, channels last. `deterministic` leaves nothing to
+    timing: fp32 and contiguous unless stated.
     """
+    _check_precision(device, precision)
+    half = half_precision(device)
+    precisions, formats = [precision], [memory_format]
+    if precision == "auto":
+        precisions = ["fp32"] if half is None or deterministic else ["fp32", half]
+    if memory_format == "auto":
+        formats = ["contiguous"] if deterministic else ["contiguous", "channels_last"]
+    if has_tensor_cores(device):
+        precisions, formats = precisions[::-1], formats[::-1]
+    return [Plan(device, p, f, deterministic) for p in precisions for f in formats]
+
+
+def _check_precision(device: str, precision: str) -> None:
     if precision == "bf16" and device == "cpu" and not has_fast_bf16(device):
         raise UsageError(
             "train.precision=bf16: this CPU has no bf16 instructions, it would be far slower",
             fix="use train.precision=auto or fp32",
         )
-    precisions, formats = [precision], [memory_format]
-    if precision == "auto":
-        precisions = ["fp32", "bf16"] if has_fast_bf16(device) and not deterministic else ["fp32"]
-    if memory_format == "auto":
-        formats = ["contiguous"] if deterministic else ["contiguous", "channels_last"]
-    return [Plan(device, p, f, deterministic) for p in precisions for f in formats]
+    if precision == "fp16" and not device.startswith("cuda"):
+        raise UsageError(
+            f"train.precision=fp16 is for NVIDIA GPUs; on {device} it would be slower than fp32, "
+            "and needs a loss scale for nothing",
+            fix="use train.precision=auto, which takes the best that this device has",
+        )
 
 
 def fastest(
-    candidates: Sequence[Plan], trial: Callable[[Plan], Callable[[], None]], rounds: int = 5
+    candidates: Sequence[Plan], trial: Callable[[Plan], Callable[[], object]], rounds: int = 5
 ) -> tuple[Plan, list[float]]:
     """The candidate whose step is fastest, and each one's seconds a step.
 

@@ -8,9 +8,9 @@ waits for the device, so the reader decides how often.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from convlens import optim
 from convlens.device import Plan, seed_generators, seed_of
 from convlens.errors import Stopped
+from convlens.graphs import Captured
+from convlens.guarding import Guard, LookBack, Spoilt, Waiting
+from convlens.later import Later
 from convlens.models.freezing import set_train_mode
+from convlens.scaling import LossScale
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Records = Iterator["Step | Epoch"]
+Take = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -65,6 +70,10 @@ class Step:
     correct: Tensor
     lr: float
 
+    def numbers(self) -> Later:
+        """Loss and number of right answers, to be read when they have arrived."""
+        return Later(self.loss, self.correct)
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -96,12 +105,14 @@ def step(
     objective: Objective,
     optimiser: torch.optim.Optimizer,
     plan: Plan,
-    clip: Callable[[], None],
+    clip: Callable[[], None] = lambda: None,
+    lets: Callable[[Tensor], bool] = lambda loss: True,
+    backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> tuple[Tensor | None, Tensor]:
     """Forward, backward, update; returns loss and number of right answers, on the device.
 
     Of labels that are probabilities `[B, K]` (mixed images) the likeliest class is the right one.
-    A loss that isn't finite returns None, before anything was updated with it. Where the plan
+    A loss that `lets` refuses returns None, before anything was updated with it. Where the plan
     computes a batch in parts, their gradients add up to those of the whole.
     """
     sums: list[tuple[Tensor, Tensor]] = []
@@ -114,10 +125,10 @@ def step(
             loss = loss * (len(few) / len(images))
         truths = answers.argmax(1) if answers.ndim == 2 else answers
         sums.append((loss.detach(), (logits.detach().argmax(1) == truths).sum()))
-        if not math.isfinite(loss.item()):  # a tenth of `torch.isfinite`'s time on the CPU
+        if not lets(loss):
             optimiser.zero_grad(set_to_none=True)
             return None, sums[-1][1]
-        loss.backward()
+        backward(loss)
     clip()
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
@@ -141,6 +152,8 @@ def fit(
     clip_value: float | None = None,
     clip_norm: float | None = None,
     averager: optim.Average | None = None,
+    scale: LossScale | None = None,
+    waits: bool | None = None,
 ) -> Records:
     """Trains `model` in place and yields a record after each step and each epoch.
 
@@ -152,69 +165,78 @@ def fit(
         position: where to go on; it is advanced with every step, so that whoever holds it can
             save it with the weights and continue as if nothing had happened.
         clip_value, clip_norm: bound on each gradient, on the norm of all of them.
+        scale: of the loss, where the plan is fp16.
+        waits: whether every loss is read before the update with it. By default on all devices but
+            CUDA; there the host looks back every few steps, and the steps since the loss failed
+            may be told before it raises (`guarding.LookBack`).
 
     Raises:
-        NonFiniteLoss: before the update with it; the weights are the last good ones.
+        NonFiniteLoss: the weights are those from before that step, and so is all else.
     """
     at = position if position is not None else Position()
     steps = len(batches)
     clip = clipper(model, clip_value, clip_norm)
-    statistics = _Statistics(model)
+    backward: Callable[[Tensor], None] = Tensor.backward
     draws = any(isinstance(module, DROPOUTS) for module in model.modules())
     timetable = optim.Timetable(optimiser, schedule, epochs * steps)
+    if scale is not None:
+        backward, clip = scale.backward, partial(scale.unscale, clip)
+    guard: Guard
+    if not plan.device.startswith("cuda") if waits is None else waits:
+        guard = Waiting(model)
+    else:
+        guard = LookBack(model, optimiser, averager, scale)
+
+    def steps_by(guard: Guard) -> Take:
+        take = partial(
+            step, model, objective=objective, optimiser=optimiser, plan=plan, clip=clip,
+            lets=guard.lets, backward=backward,
+        )  # fmt: skip
+        waiting = isinstance(guard, Waiting)  # for a number, which a graph can't
+        return Captured(take, optimiser) if plan.step == "graph" and not waiting else take
 
     def set_rate(index: int) -> float:
         done = (at.epoch - 1) * steps + index
         if timetable.turn(done):  # a group was frozen or unfrozen
             set_train_mode(model)
+            if isinstance(take, Captured):
+                take.forget()
         return timetable.set_rates(done)
 
-    while at.epoch <= epochs:
-        # Taken up after an epoch's last step, there is no other step to take the rate from.
-        lr = set_rate(max(at.step - 1, 0))
+    def one_epoch() -> Records:
         set_train_mode(model)
         for index, (images, labels) in enumerate(batches.epoch(at.epoch, at.step), at.step):
             lr = set_rate(index)
             if draws:  # dropout's masks depend on (seed, epoch, step) only
                 seed_generators(plan.device, seed_of(seed, at.epoch, index, 1))
-            statistics.keep()
-            loss, correct = step(model, images, labels, objective, optimiser, plan, clip)
+            guard.before(at)
+            loss, correct = take(images, labels)
             if loss is None:
-                statistics.put_back()
+                guard.back(at)
                 raise NonFiniteLoss(at.epoch, index + 1, lr)
             if averager is not None:
                 averager.update()
             at.step, at.images = index + 1, at.images + len(labels)
-            at.loss_sum += loss * len(labels)
-            at.correct += correct
+            # New tensors each time: the guard holds on to older ones.
+            at.loss_sum, at.correct = at.loss_sum + loss * len(labels), at.correct + correct
             yield Step(at.epoch, at.step, steps, len(labels), loss, correct, lr)
-        count = at.images
+        guard.end(at)
+
+    take = steps_by(guard)
+    while at.epoch <= epochs:
+        # Taken up after an epoch's last step, there is no other step to take the rate from.
+        set_rate(max(at.step - 1, 0))
+        try:
+            yield from one_epoch()
+        except Spoilt:  # some loss was none: from the last good state on, look at each of them
+            guard.back(at)
+            guard = Waiting(model)
+            take = steps_by(guard)
+            continue
+        count, lr = at.images, set_rate(max(at.step - 1, 0))
         record = Epoch(at.epoch, count, at.loss_sum / count, at.correct / count, lr)
         at.epoch, at.step, at.images, at.loss_sum, at.correct = at.epoch + 1, 0, 0, 0.0, 0
         yield record
-
-
-class _Statistics:
-    """The norms' running statistics: the forward pass of a bad loss has already moved them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        # They are floats and counters; one list of both would be copied one by one.
-        self._floats = [b for b in model.buffers() if b.is_floating_point()]
-        self._counters = [b for b in model.buffers() if not b.is_floating_point()]
-        self._kept = [b.clone() for b in self._floats], [b.clone() for b in self._counters]
-
-    def keep(self) -> None:
-        _copy(self._kept[0], self._floats)
-        _copy(self._kept[1], self._counters)
-
-    def put_back(self) -> None:
-        _copy(self._floats, self._kept[0])
-        _copy(self._counters, self._kept[1])
-
-
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
 
 
 def clipper(

@@ -13,15 +13,16 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from convlens import device, engine, feeding, files, optim, trunk
+from convlens import device, engine, feeding, files, graphs, optim, trunk
 from convlens.data import cache
 from convlens.data.batches import Batches
 from convlens.device import Plan
-from convlens.errors import ResourceError
+from convlens.errors import ResourceError, UsageError
 from convlens.models.freezing import set_train_mode
 from convlens.recipe import Recipe
 
@@ -53,7 +54,40 @@ def choose(
     Args:
         where: device name.
         model: as it begins, frozen as the recipe says; it is copied.
+
+    Raises:
+        UsageError: something is asked for that this device hasn't.
     """
+    asked = recipe.train.compile
+    choice = _format(recipe, where, model, batches_for, objective)
+    if asked != "auto":
+        return replace(choice, plan=_stated(choice.plan, asked))
+    batches = batches_for(choice.plan)
+    steps = len(batches) * int(recipe.train.epochs)
+    if steps < STEPS_WORTH_TIMING or not graphs.possible(choice.plan):
+        return choice
+    trial = _Trial(recipe, model, batches, objective)
+    return replace(choice, plan=graphs.choose(choice.plan, trial.step, steps))
+
+
+def _stated(plan: Plan, asked: bool | str) -> Plan:
+    """The plan with steps taken as `train.compile` states."""
+    if asked == "graph" and not graphs.possible(plan):
+        raise UsageError(
+            f"train.compile=graph: CUDA graphs need an NVIDIA GPU, and the device is {plan.device}",
+            fix="use train.compile=auto or true",
+        )
+    return replace(plan, step="graph" if asked == "graph" else "compiled" if asked else "eager")
+
+
+def _format(
+    recipe: Recipe,
+    where: str,
+    model: nn.Module,
+    batches_for: Callable[[Plan], Batches],
+    objective: engine.Objective,
+) -> Choice:
+    """The choice among precisions, memory formats and parts of a batch."""
     options = recipe.train
     candidates = [
         plan
@@ -113,8 +147,8 @@ class _Trial:
             else:
                 self.prefix = []
 
-    def step(self, plan: Plan) -> Callable[[], None]:
-        """One training step by `plan`, ready to be timed."""
+    def step(self, plan: Plan) -> Callable[[], Tensor]:
+        """One training step by `plan`, ready to be timed; it returns the loss."""
         options = self.recipe.optim
         twin = plan.place(copy.deepcopy(self.model))
         optimiser = optim.build(twin, options)
@@ -122,9 +156,16 @@ class _Trial:
         set_train_mode(part)
         clip = engine.clipper(part, options.clip_value, options.clip_norm)
         images = trunk.as_they_are(self.images, plan)
+        take: engine.Take = partial(
+            engine.step, graphs.compiled(part) if plan.step == "compiled" else part,
+            objective=self.objective, optimiser=optimiser, plan=plan, clip=clip,
+        )  # fmt: skip
+        take = graphs.Captured(take, optimiser) if plan.step == "graph" else take
 
-        def run() -> None:
-            engine.step(part, images, self.labels, self.objective, optimiser, plan, clip)
+        def run() -> Tensor:
+            loss, _ = take(images, self.labels)
+            assert loss is not None
+            return loss
 
         return run
 

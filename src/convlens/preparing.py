@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +14,10 @@ from convlens.beginning import Begun
 from convlens.data import Data, augment
 from convlens.data.batches import Batches
 from convlens.errors import DataError
+from convlens.graphs import compiled
 from convlens.recipe import Recipe
 from convlens.run import Preprocessing
+from convlens.scaling import LossScale
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Setup:
     objective: engine.Objective
     averager: optim.Average | None
     preprocessing: Preprocessing
+    scale: LossScale | None = None  # of the loss, where the plan is fp16
     weights: dict[str, Any] | None = None  # what `weights.record` says of those it began with
     position: engine.Position = field(default_factory=engine.Position)
 
@@ -48,7 +51,7 @@ class Setup:
         """The engine's records for this run, from `position` on."""
         optim_config = self.recipe.optim
         return engine.fit(
-            compiled(self.feed.model) if self.recipe.train.compile else self.feed.model,
+            compiled(self.feed.model) if self.plan.step == "compiled" else self.feed.model,
             feeding.Timed(self.feed.batches, self.position),
             self.optimiser,
             self.schedule,
@@ -60,6 +63,7 @@ class Setup:
             clip_value=optim_config.clip_value,
             clip_norm=optim_config.clip_norm,
             averager=self.averager,
+            scale=self.scale,
         )
 
 
@@ -92,7 +96,7 @@ def prepare(
         models.try_out(
             net.name, data.channels, data.image_size, net.options, recipe.train.batch_size
         )
-    model, preprocessing, record = beginning.network(recipe, data, begun)
+    model, preprocessing, record = beginning.network(recipe, data, begun, where)
     objective = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
 
     def batches_for(chosen: device.Plan) -> Batches:
@@ -109,25 +113,25 @@ def prepare(
     import_module("torch._dynamo")
     choice = planning.Choice(plan, {}) if plan else None
     choice = choice or planning.choose(recipe, where, model, batches_for, objective)
-    choice.plan.place(model)
-    batches = batches_for(choice.plan)
+    plan = choice.plan
+    plan.place(model)
+    batches = batches_for(plan)
+    optimiser = optim.build(model, recipe.optim)
     return Setup(
         recipe=recipe,
         data=data,
-        plan=choice.plan,
+        plan=plan,
         timings=choice.milliseconds,
         trained=model,
         feed=feeding.feed(recipe, data, model, batches),
         augment=operations if recipe.operations else None,
-        optimiser=optim.build(model, recipe.optim),
+        optimiser=optimiser,
         schedule=optim.schedule(recipe.optim),
         objective=objective,
         averager=optim.averager(model, recipe.optim, steps=len(batches) * int(recipe.train.epochs)),
         preprocessing=preprocessing,
+        scale=LossScale(optimiser, plan.device) if plan.precision == "fp16" else None,
         weights=record,
     )
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """`torch.compile`d: opt-in, since on a CPU it rarely pays within a few minutes."""
-    return cast(nn.Module, torch.compile(model))

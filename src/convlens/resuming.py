@@ -79,14 +79,17 @@ class Best:
 
 def save(place: RunFolder, setup: Setup, best: Best, rows: list[dict[str, float]]) -> None:
     """Writes all that `restore` needs; call it between steps only."""
+    # `vars`, since `dataclasses.asdict` deep-copies tensors on the device.
+    position = {key: float(value) for key, value in vars(setup.position).items()}
+    if not math.isfinite(position["loss_sum"]):
+        return  # on a GPU the engine notices some steps later; until then these are no weights
     tensors: dict[str, Tensor] = {
         f"model.{name}": tensor for name, tensor in setup.trained.state_dict().items()
     }
     for index, values in setup.optimiser.state_dict()["state"].items():
         tensors |= {f"optim.{index}.{k}": v for k, v in values.items() if v is not None}
     counters: dict[str, Any] = {
-        # `vars`, since `dataclasses.asdict` deep-copies tensors on the device.
-        "position": {key: float(value) for key, value in vars(setup.position).items()},
+        "position": position,
         "best": asdict(best),
         "rows": rows,
     }
@@ -94,6 +97,8 @@ def save(place: RunFolder, setup: Setup, best: Best, rows: list[dict[str, float]
         state = setup.averager.state()
         counters["ema_steps"] = state["steps"]
         tensors |= {f"ema.{i}": t for i, t in enumerate(state["average"])}
+    if setup.scale is not None:
+        tensors |= {f"scale.{key}": tensor for key, tensor in setup.scale.state().items()}
     place.save_state(tensors, counters)
 
 
@@ -126,6 +131,8 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
         average = _under("ema", tensors)
         ordered = [average[str(i)] for i in range(len(average))]
         setup.averager.load({"steps": counters["ema_steps"], "average": ordered})
+    if setup.scale is not None:
+        setup.scale.load(_under("scale", tensors))
     at, told = setup.position, counters["position"]
     at.epoch, at.step, at.images = int(told["epoch"]), int(told["step"]), int(told["images"])
     at.seconds, at.cpu_seconds = told["seconds"], told.get("cpu_seconds", 0.0)

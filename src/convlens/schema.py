@@ -132,9 +132,10 @@ class TrainConfig(Section):
     monitor: Literal["val_loss", "val_accuracy"] = "val_loss"
     keep: Literal["best", "last"] = "best"
     seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    compile: bool = False
+    # true: torch.compile; graph: a CUDA graph of the step; auto: what pays, on CUDA only
+    compile: bool | Literal["auto", "graph"] = "auto"
     # A frozen trunk is computed once for all epochs; with augmentation for `views` fixed draws.
     cache_trunk: bool = True
     views: Positive | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from convlens.data.draws import Place
 from convlens.device import Plan, seed_of
+from convlens.later import send
 
 # (images float32 0..1, labels int64 [B], place, generator) -> images, and labels or probabilities
 Augment = Callable[[Tensor, Tensor, Place, torch.Generator], tuple[Tensor, Tensor]]
@@ -137,8 +138,7 @@ class Batches:
         # Always drawn on the CPU, so that every device sees the same order.
         order = torch.randperm(self.count, generator=_generator("cpu", self.seed, epoch))
         parts = order.split(self.sizes)[start:]
-        # Sent there once an epoch: a GPU is waited for whenever something is.
-        indices = order.to(self.plan.device).split(self.sizes)[start:]
+        indices = send(order, self.plan.device).split(self.sizes)[start:]
         # One generator, seeded anew each step: making one costs more than seeding it.
         generator = _generator(self.plan.device, self.seed, epoch)
         gathered = zip(indices, self._gathered(parts, indices), strict=True)
@@ -165,7 +165,7 @@ class Batches:
                 images = coming.result()
                 if following is not None:
                     coming = reader.submit(self.rows.gather, following)
-                yield images.to(self.plan.device, non_blocking=True)
+                yield send(images, self.plan.device)
 
 
 def _sizes(count: int, batch_size: int) -> list[int]:

@@ -126,21 +126,23 @@ def whitening_filters(images: Tensor, patch: int, eps: float) -> Tensor:
     """Filters `[2D, C, patch, patch]`, D = C * patch^2, whose outputs are white on `images`.
 
     The first D are `e_i / sqrt(v_i + eps)` for eigenvectors `e_i` and eigenvalues `v_i` of the
-    covariance of all patches, smallest first; the others are their negatives.
+    covariance of all patches, smallest first; the others are their negatives. Computed in double
+    precision on the images' device; the filters are on the CPU.
     """
     count, channels, height, width = images.shape
     size = channels * patch**2
-    total = torch.zeros(size, dtype=torch.float64)
-    squares = torch.zeros(size, size, dtype=torch.float64)
+    total = torch.zeros(size, dtype=torch.float64, device=images.device)
+    squares = torch.zeros(size, size, dtype=torch.float64, device=images.device)
     at_once = max(1, CHUNK // (size * height * width))
     for part in images.split(at_once):
-        patches = nn.functional.unfold(part.double().cpu(), patch)  # [N, D, places]
+        patches = nn.functional.unfold(part.double(), patch)  # [N, D, places]
         flat = patches.transpose(0, 1).reshape(size, -1)
         total += flat.sum(1)
         squares += flat @ flat.T
     places = count * (height - patch + 1) * (width - patch + 1)
     mean = total / places
-    values, vectors = torch.linalg.eigh(squares / places - torch.outer(mean, mean))
+    covariance = squares / places - torch.outer(mean, mean)
+    values, vectors = torch.linalg.eigh(covariance.cpu())  # 12 x 12: no work for a GPU
     # Rounding may leave a value just below 0 where patches don't vary at all.
     filters = (vectors / (values.clamp(min=0) + eps).sqrt()).T
     return torch.cat([filters, -filters]).reshape(-1, channels, patch, patch).float()

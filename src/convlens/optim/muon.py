@@ -34,6 +34,14 @@ def orthogonalised(matrices: Tensor, iterations: int) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
+def _move(parameters: list[Tensor], moves: Tensors, lr: float | Tensor) -> None:
+    """`w <- w - lr * move`; a rate that is a tensor stays on the device (CUDA graphs)."""
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(parameters, torch._foreach_mul(moves, lr))
+    else:
+        torch._foreach_add_(parameters, moves, alpha=-lr)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for the groups with `muon: True`, SGD for the others, in one optimiser.
 
@@ -76,23 +84,44 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of everything that has a gradient; no number is read off the device."""
+        """One update of everything that has a gradient; no number is read off the device.
+
+        Where the attribute `found_inf` (0-d, as fused optimisers have it) is 1, it does nothing.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        skips = None if found_inf is None else found_inf.bool()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                (self._muon if group["muon"] else self._sgd)(parameters, group)
+            if not parameters:
+                continue
+            self._begin_momentum(parameters, group)
+            held = [] if skips is None else self._held(parameters)
+            (self._muon if group["muon"] else self._sgd)(parameters, group)
+            if skips is not None:
+                for tensor, before in held:
+                    tensor.copy_(torch.where(skips, before, tensor))
         return loss
+
+    def _held(self, parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What a step changes, each with a copy."""
+        buffers = [b for p in parameters for b in self.state[p].values()]
+        return [(tensor, tensor.clone()) for tensor in (*parameters, *buffers)]
+
+    def _begin_momentum(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters if group["momentum"] else ():
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def _sgd(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         gradients: Tensors = [p.grad for p in parameters if p.grad is not None]
         if group["weight_decay"]:
             gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
         moves = self._with_momentum(parameters, gradients, group)
-        torch._foreach_add_(parameters, moves, alpha=-group["lr"])
+        _move(parameters, moves, group["lr"])
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -112,7 +141,7 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonalised(matrices, self.iterations).unbind()
             targets = [parameters[i] for i in indices]
             shaped = [u.view(t.shape) for u, t in zip(updates, targets, strict=True)]
-            torch._foreach_add_(targets, shaped, alpha=-group["lr"])
+            _move(targets, shaped, group["lr"])
 
     def _with_momentum(
         self, parameters: list[Tensor], gradients: Tensors, group: dict[str, Any]
@@ -121,9 +150,6 @@ class Muon(torch.optim.Optimizer):
         momentum = group["momentum"]
         if not momentum:
             return gradients
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)

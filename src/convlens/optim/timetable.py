@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from convlens.optim.schedules import Schedule
 
@@ -15,8 +17,16 @@ def set_lr(optimiser: torch.optim.Optimizer, factor: float) -> float:
     Returns the recipe's rate times `factor`; single groups may have rates of their own.
     """
     for group in optimiser.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        put_rate(group, group["initial_lr"] * factor)
     return float(optimiser.defaults["lr"] * factor)
+
+
+def put_rate(group: dict[str, Any], rate: float) -> None:
+    """Sets a group's rate: in place where it is a tensor, which a CUDA graph reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)  # a number within the command: nothing is waited for
+    else:
+        group["lr"] = rate
 
 
 class Timetable:
@@ -67,5 +77,5 @@ class Timetable:
         for group, first, last in self._windows:
             trains = first <= step < last
             factor = self._schedule((step - first) / (last - first)) if trains else 0.0
-            group["lr"] = group["initial_lr"] * factor
+            put_rate(group, group["initial_lr"] * factor)
         return lr
