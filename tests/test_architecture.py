@@ -23,9 +23,11 @@ ROOT = Path(convlens.__file__).parent
 # A file imports only from its own level or lower ones. A package counts as one entry.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "names", "version"),
-    1: ("files", "console", "interrupts", "yamltext", "schema", "recipe", "device"),
+    1: ("files", "console", "interrupts", "yamltext", "schema", "recipe", "device", "later"),
     2: ("data", "models", "optim", "metrics", "differences", "plots", "auto", "views"),
-    3: ("engine", "inference", "modelfile", "tensorfiles", "trunk"),
+    3: (
+        "engine", "guarding", "scaling", "graphs", "inference", "modelfile", "tensorfiles", "trunk",
+    ),
     4: ("run",),
     5: (
         "checking", "beginning", "feeding", "planning", "preparing", "weights", "resuming",

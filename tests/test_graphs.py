@@ -16,7 +16,7 @@ from convlens.errors import UsageError
 from convlens.graphs import Timing, agree, worth_trying
 from convlens.models.cnn import CNN
 from convlens.optim.timetable import put_rate
-from convlens.preparing import _stated_step
+from convlens.planning import _stated
 from convlens.scaling import LossScale
 from convlens.schema import OptimConfig
 from support import begin, same, tiny
@@ -127,9 +127,8 @@ def test_the_recipe_can_state_it() -> None:
     assert asked == {"true": True, "no": False}
     assert recipe.load("digits").train.compile == "auto"
     assert recipe.load("digits", ["train.compile=graph"]).train.compile == "graph"
-    assert _stated_step(CUDA, True).step == "compiled"
-    assert _stated_step(CUDA, "graph").step == "graph"
-    assert [_stated_step(CUDA, asked).step for asked in (False, "auto")] == ["eager"] * 2
+    told = [_stated(CUDA, stated).step for stated in (True, "graph", False)]
+    assert told == ["compiled", "graph", "eager"]
     with pytest.raises(UsageError, match="NVIDIA"):
         begin(tiny("train.compile=graph"), "graph")
     with pytest.raises(UsageError, match=r"train\.compile"):

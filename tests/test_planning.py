@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import device, engine, models, planning, training
+from convlens import device, engine, guarding, models, planning, training
 from convlens.device import Plan
 from convlens.preparing import prepare
 from convlens.recipe import Recipe
@@ -113,9 +113,9 @@ def test_a_frozen_trunk_is_not_part_of_what_is_timed(
     seen: list[tuple[int, ...]] = []
     real = engine.step
 
-    def step(model: nn.Module, images: Tensor, *rest: Any) -> Any:
+    def step(model: nn.Module, images: Tensor, *rest: Any, **more: Any) -> Any:
         seen.append(tuple(images.shape))
-        return real(model, images, *rest)
+        return real(model, images, *rest, **more)
 
     monkeypatch.setattr(engine, "step", step)
     prepared(tiny(*TIMED, "model.trainable=head", "model.head=flatten"))
@@ -182,7 +182,7 @@ def test_a_bad_part_leaves_no_gradient_behind() -> None:
     plan = Plan("cpu", "fp32", "contiguous", part=2)
     loss, _ = engine.step(
         model, images, torch.zeros(4, dtype=torch.int64), nn.CrossEntropyLoss(), optimiser, plan,
-        lambda: None,
+        lets=guarding.Waiting(model).lets,
     )  # fmt: skip
     assert loss is None
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -47,7 +47,8 @@ def step(
     def objective(logits: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, labels) * blow_up
 
-    engine.step(model, *batch(seed), objective, optimiser, plan, backward=backward)
+    clip = scale.unscale if scale is not None else lambda: None
+    engine.step(model, *batch(seed), objective, optimiser, plan, clip, backward=backward)
 
 
 @every
@@ -104,6 +105,7 @@ def test_it_is_the_rule_of_grad_scaler() -> None:
         images, labels = batch(seed)
         loss = nn.functional.cross_entropy(mine(images), labels)
         scale.backward(loss * blow_up)
+        scale.unscale()
         ours.step()
         ours.zero_grad()
         scaler.scale(nn.functional.cross_entropy(theirs(images), labels) * blow_up).backward()
@@ -120,7 +122,9 @@ def test_gradients_are_true_ones_before_they_are_clipped() -> None:
     optimiser = optim.build(model, OptimConfig(name="sgd", lr=0.1))
     scale = LossScale(optimiser, "cpu")
     images, labels = batch(0)
-    scale.backward(nn.functional.cross_entropy(model(images), labels))
+    for half in (slice(0, 4), slice(4, 8)):  # in two parts
+        scale.backward(nn.functional.cross_entropy(model.eval()(images[half]), labels[half]) / 2)
+    scale.unscale()
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     nn.functional.cross_entropy(model(images), labels).backward()
@@ -137,8 +141,9 @@ def test_half_precision_learns_with_it() -> None:
     images, labels = batch(0)
     for _ in range(20):
         loss, _ = engine.step(
-            model, images, labels, nn.CrossEntropyLoss(), optimiser, plan, backward=scale.backward
-        )
+            model, images, labels, nn.CrossEntropyLoss(), optimiser, plan, scale.unscale,
+            backward=scale.backward,
+        )  # fmt: skip
         assert loss is not None
         losses.append(float(loss))
     assert losses[-1] < 0.5 * losses[0]

@@ -35,7 +35,8 @@ UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 class Plan:
     """Where and how a run computes; `asdict` of it is stored in the run.
 
-    `part` is how many images of a batch are computed at a time; 0 means all of them. `step` is how steps are taken: `eager`, `compiled` (torch.compile) or `graph` (a CUDA graph).
+    `part` is how many images of a batch are computed at a time; 0 means all of them. `step` is
+    how steps are taken: `eager`, `compiled` (torch.compile) or `graph` (a CUDA graph).
     """
 
     device: str

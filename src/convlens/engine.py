@@ -176,24 +176,11 @@ def fit(
     at = position if position is not None else Position()
     steps = len(batches)
     clip = clipper(model, clip_value, clip_norm)
-    backward: Callable[[Tensor], None] = Tensor.backward
     draws = any(isinstance(module, DROPOUTS) for module in model.modules())
     timetable = optim.Timetable(optimiser, schedule, epochs * steps)
-    if scale is not None:
-        backward, clip = scale.backward, partial(scale.unscale, clip)
-    guard: Guard
-    if not plan.device.startswith("cuda") if waits is None else waits:
-        guard = Waiting(model)
-    else:
-        guard = LookBack(model, optimiser, averager, scale)
-
-    def steps_by(guard: Guard) -> Take:
-        take = partial(
-            step, model, objective=objective, optimiser=optimiser, plan=plan, clip=clip,
-            lets=guard.lets, backward=backward,
-        )  # fmt: skip
-        waiting = isinstance(guard, Waiting)  # for a number, which a graph can't
-        return Captured(take, optimiser) if plan.step == "graph" and not waiting else take
+    waits = not plan.device.startswith("cuda") if waits is None else waits
+    guard = Waiting(model) if waits else LookBack(model, optimiser, averager, scale)
+    take = _taking(guard, model, objective, optimiser, plan, clip, scale)
 
     def set_rate(index: int) -> float:
         done = (at.epoch - 1) * steps + index
@@ -203,40 +190,52 @@ def fit(
                 take.forget()
         return timetable.set_rates(done)
 
-    def one_epoch() -> Records:
-        set_train_mode(model)
-        for index, (images, labels) in enumerate(batches.epoch(at.epoch, at.step), at.step):
-            lr = set_rate(index)
-            if draws:  # dropout's masks depend on (seed, epoch, step) only
-                seed_generators(plan.device, seed_of(seed, at.epoch, index, 1))
-            guard.before(at)
-            loss, correct = take(images, labels)
-            if loss is None:
-                guard.back(at)
-                raise NonFiniteLoss(at.epoch, index + 1, lr)
-            if averager is not None:
-                averager.update()
-            at.step, at.images = index + 1, at.images + len(labels)
-            # New tensors each time: the guard holds on to older ones.
-            at.loss_sum, at.correct = at.loss_sum + loss * len(labels), at.correct + correct
-            yield Step(at.epoch, at.step, steps, len(labels), loss, correct, lr)
-        guard.end(at)
-
-    take = steps_by(guard)
     while at.epoch <= epochs:
         # Taken up after an epoch's last step, there is no other step to take the rate from.
-        set_rate(max(at.step - 1, 0))
+        lr = set_rate(max(at.step - 1, 0))
+        set_train_mode(model)
         try:
-            yield from one_epoch()
-        except Spoilt:  # some loss was none: from the last good state on, look at each of them
+            for index, (images, labels) in enumerate(batches.epoch(at.epoch, at.step), at.step):
+                lr = set_rate(index)
+                if draws:  # dropout's masks depend on (seed, epoch, step) only
+                    seed_generators(plan.device, seed_of(seed, at.epoch, index, 1))
+                guard.before(at)
+                loss, correct = take(images, labels)
+                if loss is None:
+                    guard.back(at)
+                    raise NonFiniteLoss(at.epoch, index + 1, lr)
+                if averager is not None:
+                    averager.update()
+                at.step, at.images = index + 1, at.images + len(labels)
+                # New tensors each time: the guard holds on to older ones.
+                at.loss_sum, at.correct = at.loss_sum + loss * len(labels), at.correct + correct
+                yield Step(at.epoch, at.step, steps, len(labels), loss, correct, lr)
+            guard.end(at)
+        except Spoilt:  # some loss was none: from the last good state on, wait for each
             guard.back(at)
             guard = Waiting(model)
-            take = steps_by(guard)
+            take = _taking(guard, model, objective, optimiser, plan, clip, scale)
             continue
-        count, lr = at.images, set_rate(max(at.step - 1, 0))
+        count = at.images
         record = Epoch(at.epoch, count, at.loss_sum / count, at.correct / count, lr)
         at.epoch, at.step, at.images, at.loss_sum, at.correct = at.epoch + 1, 0, 0, 0.0, 0
         yield record
+
+
+def _taking(
+    guard: Guard, model: nn.Module, objective: Objective, optimiser: torch.optim.Optimizer,
+    plan: Plan, clip: Callable[[], None], scale: LossScale | None,
+) -> Take:  # fmt: skip
+    """`step` with all but a batch filled in, recorded as a graph if the plan says so."""
+    backward: Callable[[Tensor], None] = Tensor.backward
+    if scale is not None:
+        backward, clip = scale.backward, partial(scale.unscale, clip)
+    take = partial(
+        step, model, objective=objective, optimiser=optimiser, plan=plan, clip=clip,
+        lets=guard.lets, backward=backward,
+    )  # fmt: skip
+    waits = isinstance(guard, Waiting)  # for a number, which a graph can't
+    return Captured(take, optimiser) if plan.step == "graph" and not waits else take
 
 
 def clipper(

@@ -133,5 +133,3 @@ def prepare(
         scale=LossScale(optimiser, plan.device) if plan.precision == "fp16" else None,
         weights=record,
     )
-
-

@@ -44,7 +44,7 @@ class LossScale:
 
     def backward(self, loss: Tensor) -> None:
         """Adds to the gradients those of the scaled loss."""
-        (loss * self.scale).backward()  # type: ignore[no-untyped-call]
+        (loss * self.scale).backward()
 
     @torch.no_grad()
     def unscale(self, clip: Callable[[], None] = lambda: None) -> None:
