@@ -57,6 +57,19 @@ class Position:
     cpu_seconds: float = 0.0
     data_seconds: float = 0.0
 
+    def advance(self, images: int, loss: Tensor, correct: Tensor) -> None:
+        """Takes in a step. New tensors each time: a guard may hold on to older ones."""
+        self.step, self.images = self.step + 1, self.images + images
+        self.loss_sum, self.correct = self.loss_sum + loss * images, self.correct + correct
+
+    def turn(self, lr: float) -> Epoch:
+        """The record of the epoch that is at its end; goes on to the next one's beginning."""
+        loss, accuracy = self.loss_sum / self.images, self.correct / self.images
+        record = Epoch(self.epoch, self.images, loss, accuracy, lr)
+        self.epoch, self.step, self.images = self.epoch + 1, 0, 0
+        self.loss_sum, self.correct = 0.0, 0
+        return record
+
 
 @dataclass(frozen=True)
 class Step:
@@ -166,9 +179,8 @@ def fit(
             save it with the weights and continue as if nothing had happened.
         clip_value, clip_norm: bound on each gradient, on the norm of all of them.
         scale: of the loss, where the plan is fp16.
-        waits: whether every loss is read before the update with it. By default on all devices but
-            CUDA; there the host looks back every few steps, and the steps since the loss failed
-            may be told before it raises (`guarding.LookBack`).
+        waits: whether each loss is read before the update with it: by default unless on CUDA,
+            where a few steps more may be told before it raises (`guarding.LookBack`).
 
     Raises:
         NonFiniteLoss: the weights are those from before that step, and so is all else.
@@ -178,21 +190,18 @@ def fit(
     clip = clipper(model, clip_value, clip_norm)
     draws = any(isinstance(module, DROPOUTS) for module in model.modules())
     timetable = optim.Timetable(optimiser, schedule, epochs * steps)
-    waits = not plan.device.startswith("cuda") if waits is None else waits
-    guard = Waiting(model) if waits else LookBack(model, optimiser, averager, scale)
-    take = _taking(guard, model, objective, optimiser, plan, clip, scale)
+    taking = partial(_taking, model, objective, optimiser, plan, clip, averager, scale)
+    guard, take = taking(not plan.device.startswith("cuda") if waits is None else waits)
 
     def set_rate(index: int) -> float:
         done = (at.epoch - 1) * steps + index
         if timetable.turn(done):  # a group was frozen or unfrozen
             set_train_mode(model)
-            if isinstance(take, Captured):
-                take.forget()
+            take.forget() if isinstance(take, Captured) else None
         return timetable.set_rates(done)
 
     while at.epoch <= epochs:
-        # Taken up after an epoch's last step, there is no other step to take the rate from.
-        lr = set_rate(max(at.step - 1, 0))
+        lr = set_rate(max(at.step - 1, 0))  # should no step of this epoch be left
         set_train_mode(model)
         try:
             for index, (images, labels) in enumerate(batches.epoch(at.epoch, at.step), at.step):
@@ -206,27 +215,21 @@ def fit(
                     raise NonFiniteLoss(at.epoch, index + 1, lr)
                 if averager is not None:
                     averager.update()
-                at.step, at.images = index + 1, at.images + len(labels)
-                # New tensors each time: the guard holds on to older ones.
-                at.loss_sum, at.correct = at.loss_sum + loss * len(labels), at.correct + correct
+                at.advance(len(labels), loss, correct)
                 yield Step(at.epoch, at.step, steps, len(labels), loss, correct, lr)
             guard.end(at)
+            yield at.turn(lr)
         except Spoilt:  # some loss was none: from the last good state on, wait for each
             guard.back(at)
-            guard = Waiting(model)
-            take = _taking(guard, model, objective, optimiser, plan, clip, scale)
-            continue
-        count = at.images
-        record = Epoch(at.epoch, count, at.loss_sum / count, at.correct / count, lr)
-        at.epoch, at.step, at.images, at.loss_sum, at.correct = at.epoch + 1, 0, 0, 0.0, 0
-        yield record
+            guard, take = taking(True)
 
 
 def _taking(
-    guard: Guard, model: nn.Module, objective: Objective, optimiser: torch.optim.Optimizer,
-    plan: Plan, clip: Callable[[], None], scale: LossScale | None,
-) -> Take:  # fmt: skip
-    """`step` with all but a batch filled in, recorded as a graph if the plan says so."""
+    model: nn.Module, objective: Objective, optimiser: torch.optim.Optimizer, plan: Plan,
+    clip: Callable[[], None], averager: optim.Average | None, scale: LossScale | None, waits: bool,
+) -> tuple[Guard, Take]:  # fmt: skip
+    """A guard, and `step` with all but a batch filled in: recorded if the plan says so."""
+    guard = Waiting(model) if waits else LookBack(model, optimiser, averager, scale)
     backward: Callable[[Tensor], None] = Tensor.backward
     if scale is not None:
         backward, clip = scale.backward, partial(scale.unscale, clip)
@@ -234,8 +237,9 @@ def _taking(
         step, model, objective=objective, optimiser=optimiser, plan=plan, clip=clip,
         lets=guard.lets, backward=backward,
     )  # fmt: skip
-    waits = isinstance(guard, Waiting)  # for a number, which a graph can't
-    return Captured(take, optimiser) if plan.step == "graph" and not waits else take
+    if plan.step == "graph" and not waits:  # for a number, which a graph can't
+        return guard, Captured(take, optimiser)
+    return guard, take
 
 
 def clipper(
