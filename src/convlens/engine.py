@@ -20,6 +20,7 @@ from convlens import optim
 from convlens.device import Plan, seed_generators, seed_of
 from convlens.errors import Stopped
 from convlens.models.freezing import set_train_mode
+from convlens.together import Together
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Records = Iterator["Step | Epoch"]
@@ -97,11 +98,13 @@ def step(
     optimiser: torch.optim.Optimizer,
     plan: Plan,
     clip: Callable[[], None],
+    together: Together | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Forward, backward, update; returns loss and number of right answers, on the device.
 
     Of labels that are probabilities `[B, K]` (mixed images) the likeliest class is the right one.
-    A loss that isn't finite returns None, before anything was updated with it.
+    A loss that isn't finite returns None, before anything was updated with it. With other
+    processes (`together`) these are their rows of a batch, and the step is that of the whole.
     """
     with plan.autocast():
         logits = model(images)
@@ -109,9 +112,14 @@ def step(
     loss: Tensor = objective(logits.float(), labels)
     truths = labels.argmax(1) if labels.ndim == 2 else labels
     right = (logits.detach().argmax(1) == truths).sum()
+    if together is None:
+        loss.backward()
+    else:
+        (loss * together.share.weight).backward()
+        loss, right = together.sum(loss, right)
     if not math.isfinite(loss.item()):  # a tenth of `torch.isfinite`'s time on the CPU
+        optimiser.zero_grad(set_to_none=True)
         return None, right
-    loss.backward()
     clip()
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
@@ -132,6 +140,7 @@ def fit(
     clip_value: float | None = None,
     clip_norm: float | None = None,
     averager: optim.Average | None = None,
+    together: Together | None = None,
 ) -> Records:
     """Trains `model` in place and yields a record after each step and each epoch.
 
@@ -143,6 +152,7 @@ def fit(
         position: where to go on; it is advanced with every step, so that whoever holds it can
             save it with the weights and continue as if nothing had happened.
         clip_value, clip_norm: bound on each gradient, on the norm of all of them.
+        together: the other processes, if there are any; `batches` are this one's rows.
 
     Raises:
         NonFiniteLoss: before the update with it; the weights are the last good ones.
@@ -169,16 +179,17 @@ def fit(
             if draws:  # dropout's masks depend on (seed, epoch, step) only
                 seed_generators(plan.device, seed_of(seed, at.epoch, index, 1))
             statistics.keep()
-            loss, correct = step(model, images, labels, objective, optimiser, plan, clip)
+            count = len(labels) if together is None else together.begin(index)
+            loss, correct = step(model, images, labels, objective, optimiser, plan, clip, together)
             if loss is None:
                 statistics.put_back()
                 raise NonFiniteLoss(at.epoch, index + 1, lr)
             if averager is not None:
                 averager.update()
-            at.step, at.images = index + 1, at.images + len(labels)
-            at.loss_sum += loss * len(labels)
+            at.step, at.images = index + 1, at.images + count
+            at.loss_sum += loss * count
             at.correct += correct
-            yield Step(at.epoch, at.step, steps, len(labels), loss, correct, lr)
+            yield Step(at.epoch, at.step, steps, count, loss, correct, lr)
         count = at.images
         record = Epoch(at.epoch, count, at.loss_sum / count, at.correct / count, lr)
         at.epoch, at.step, at.images, at.loss_sum, at.correct = at.epoch + 1, 0, 0, 0.0, 0
