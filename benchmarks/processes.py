@@ -5,7 +5,7 @@ steps alone with all cores, and all take the same steps together with their part
 ratios are medians over the pairs. `sum_ms` is one sum of as many numbers as there are weights.
 Prints one JSON object.
 
-    python benchmarks/processes.py [--processes 2] [--rounds 15]
+    python benchmarks/processes.py [--processes 2] [--rounds 11]
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from recording import record
 
 # Recipe (for its network), batch, channels, size, steps in a window.
 CASES = (
-    ("mnist-fast", 512, 1, 28, 10),
-    ("cifar10-cpu", 256, 3, 32, 2),
+    ("mnist-fast", 256, 1, 28, 10),
+    ("cifar10-cpu", 64, 3, 32, 1),
     ("resnet18", 128, 3, 32, 1),
 )
 
@@ -127,7 +127,7 @@ def compare(world: World, rounds: int, case: tuple[str, int, int, int, int]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
     if ranks.size() == 1:
         line = ["--standalone", "--nproc-per-node", str(options.processes), *sys.argv]

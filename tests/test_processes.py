@@ -109,7 +109,7 @@ def codes(done: Done) -> set[int]:
     return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.err)}
 
 
-LONG = (*PLAIN, "model.dropout=0.3", "optim.ema=0.9", "train.epochs=400", "train.keep=last")
+LONG = (*PLAIN, "model.dropout=0.3", "optim.ema=0.9", "train.epochs=80", "train.keep=last")
 
 
 def a_long_run() -> RunFolder:
