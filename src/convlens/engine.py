@@ -24,6 +24,7 @@ from convlens.guarding import Guard, LookBack, Spoilt, Waiting
 from convlens.later import Later
 from convlens.models.freezing import set_train_mode
 from convlens.scaling import LossScale
+from convlens.together import Together
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Records = Iterator["Step | Epoch"]
@@ -121,34 +122,42 @@ def step(
     clip: Callable[[], None] = lambda: None,
     lets: Callable[[Tensor], bool] = lambda loss: True,
     backward: Callable[[Tensor], None] = Tensor.backward,
+    together: Together | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Forward, backward, update; returns loss and number of right answers, on the device.
 
     Of labels that are probabilities `[B, K]` (mixed images) the likeliest class is the right one.
     A loss that `lets` refuses returns None, before anything was updated with it. Where the plan
-    computes a batch in parts, their gradients add up to those of the whole.
+    computes a batch in parts, or other processes (`together`) have rows of it, too, gradients add
+    up to those of the whole.
     """
-    sums: list[tuple[Tensor, Tensor]] = []
+    weight = 1.0 if together is None else together.share.weight
+    losses, rights = list[Tensor](), list[Tensor]()
     for few, answers in plan.parts(images, labels):
         with plan.autocast():
             logits = model(few)
         # Half precision is for the network; a loss in it would be rounded to three digits.
         loss: Tensor = objective(logits.float(), answers)
-        if len(few) < len(images):
-            loss = loss * (len(few) / len(images))
-        truths = answers.argmax(1) if answers.ndim == 2 else answers
-        sums.append((loss.detach(), (logits.detach().argmax(1) == truths).sum()))
-        if not lets(loss):
-            optimiser.zero_grad(set_to_none=True)
-            return None, sums[-1][1]
+        share = weight * len(few) / len(images)
+        loss = loss if share == 1 else loss * share
         backward(loss)
+        truths = answers.argmax(1) if answers.ndim == 2 else answers
+        losses.append(loss.detach())
+        rights.append((logits.detach().argmax(1) == truths).sum())
+    loss, right = _sum(losses), _sum(rights)
+    if together is not None:
+        loss, right = together.sum(loss, right)
+    if not lets(loss):
+        optimiser.zero_grad(set_to_none=True)
+        return None, right
     clip()
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    if len(sums) == 1:
-        return sums[0]
-    losses, rights = zip(*sums, strict=True)
-    return torch.stack(losses).sum(), torch.stack(rights).sum()
+    return loss, right
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def fit(
@@ -167,6 +176,7 @@ def fit(
     averager: optim.Average | None = None,
     scale: LossScale | None = None,
     waits: bool | None = None,
+    together: Together | None = None,
 ) -> Records:
     """Trains `model` in place and yields a record after each step and each epoch.
 
@@ -181,6 +191,7 @@ def fit(
         scale: of the loss, where the plan is fp16.
         waits: whether each loss is read before the update with it: by default unless on CUDA,
             where a few steps more may be told before it raises (`guarding.LookBack`).
+        together: the other processes, if there are any; `batches` are this one's rows.
 
     Raises:
         NonFiniteLoss: the weights are those from before that step, and so is all else.
@@ -190,7 +201,7 @@ def fit(
     clip = clipper(model, clip_value, clip_norm)
     draws = any(isinstance(module, DROPOUTS) for module in model.modules())
     timetable = optim.Timetable(optimiser, schedule, epochs * steps)
-    taking = partial(_taking, model, objective, optimiser, plan, clip, averager, scale)
+    taking = partial(_taking, model, objective, optimiser, plan, clip, averager, scale, together)
     guard, take = taking(not plan.device.startswith("cuda") if waits is None else waits)
 
     def set_rate(index: int) -> float:
@@ -209,14 +220,15 @@ def fit(
                 if draws:  # dropout's masks depend on (seed, epoch, step) only
                     seed_generators(plan.device, seed_of(seed, at.epoch, index, 1))
                 guard.before(at)
+                count = len(labels) if together is None else together.begin(index)
                 loss, correct = take(images, labels)
                 if loss is None:
                     guard.back(at)
                     raise NonFiniteLoss(at.epoch, index + 1, lr)
                 if averager is not None:
                     averager.update()
-                at.advance(len(labels), loss, correct)
-                yield Step(at.epoch, at.step, steps, len(labels), loss, correct, lr)
+                at.advance(count, loss, correct)
+                yield Step(at.epoch, at.step, steps, count, loss, correct, lr)
             guard.end(at)
             yield at.turn(lr)
         except Spoilt:  # some loss was none: from the last good state on, wait for each
@@ -226,7 +238,8 @@ def fit(
 
 def _taking(
     model: nn.Module, objective: Objective, optimiser: torch.optim.Optimizer, plan: Plan,
-    clip: Callable[[], None], averager: optim.Average | None, scale: LossScale | None, waits: bool,
+    clip: Callable[[], None], averager: optim.Average | None, scale: LossScale | None,
+    together: Together | None, waits: bool,
 ) -> tuple[Guard, Take]:  # fmt: skip
     """A guard, and `step` with all but a batch filled in: recorded if the plan says so."""
     guard = Waiting(model) if waits else LookBack(model, optimiser, averager, scale)
@@ -235,7 +248,7 @@ def _taking(
         backward, clip = scale.backward, partial(scale.unscale, clip)
     take = partial(
         step, model, objective=objective, optimiser=optimiser, plan=plan, clip=clip,
-        lets=guard.lets, backward=backward,
+        lets=guard.lets, backward=backward, together=together,
     )  # fmt: skip
     if plan.step == "graph" and not waits:  # for a number, which a graph can't
         return guard, Captured(take, optimiser)

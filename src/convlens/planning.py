@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from convlens.data.batches import Batches
 from convlens.device import Plan
 from convlens.errors import ResourceError, UsageError
 from convlens.models.freezing import set_train_mode
+from convlens.processes import ALONE, World
 from convlens.recipe import Recipe
 
 # A timing costs some steps for each candidate; shorter runs can't earn it back.
@@ -46,10 +47,12 @@ def choose(
     model: nn.Module,
     batches_for: Callable[[Plan], Batches],
     objective: engine.Objective,
+    world: World = ALONE,
 ) -> Choice:
     """The fastest plan that the recipe allows: as measured earlier, or by timing real steps.
 
-    Short runs that nothing is known of go by the first candidate.
+    Short runs that nothing is known of go by the first candidate. Of several processes the first
+    one chooses, while the others wait.
 
     Args:
         where: device name.
@@ -58,10 +61,29 @@ def choose(
     Raises:
         UsageError: something is asked for that this device hasn't.
     """
+    found = world.told(lambda: asdict(_chosen(recipe, where, model, batches_for, objective, world)))
+    return Choice(Plan(**{**found["plan"], "device": where}), found["milliseconds"])
+
+
+def _chosen(
+    recipe: Recipe,
+    where: str,
+    model: nn.Module,
+    batches_for: Callable[[Plan], Batches],
+    objective: engine.Objective,
+    world: World,
+) -> Choice:
     asked = recipe.train.compile
-    choice = _format(recipe, where, model, batches_for, objective)
+    choice = _format(recipe, where, model, batches_for, objective, several=world.size > 1)
+    if asked == "graph" and world.size > 1:
+        raise UsageError(
+            "train.compile=graph: a recorded step can't hear what other processes say",
+            fix="use train.compile=auto or true, or one process",
+        )
     if asked != "auto":
         return replace(choice, plan=_stated(choice.plan, asked))
+    if world.size > 1:
+        return choice
     batches = batches_for(choice.plan)
     steps = len(batches) * int(recipe.train.epochs)
     if steps < STEPS_WORTH_TIMING or not graphs.possible(choice.plan):
@@ -86,6 +108,8 @@ def _format(
     model: nn.Module,
     batches_for: Callable[[Plan], Batches],
     objective: engine.Objective,
+    *,
+    several: bool,
 ) -> Choice:
     """The choice among precisions, memory formats and parts of a batch."""
     options = recipe.train
@@ -94,7 +118,7 @@ def _format(
         for each in device.plans(
             where, options.precision, options.memory_format, options.deterministic
         )
-        for plan in _in_parts(each, model, options.batch_size)
+        for plan in _in_parts(each, model, options.batch_size, several)
     ]
     batches = batches_for(candidates[0])
     if len(candidates) == 1:
@@ -114,16 +138,17 @@ def _format(
     return Choice(plan, told)
 
 
-def _in_parts(plan: Plan, model: nn.Module, batch_size: int) -> list[Plan]:
+def _in_parts(plan: Plan, model: nn.Module, batch_size: int, several: bool) -> list[Plan]:
     """The plan with the batch as a whole, in halves and in quarters, where that changes nothing.
 
-    It changes the statistics of a batch norm that learns. A GPU only gains by larger parts.
+    It changes the statistics of a batch norm that learns; several processes share a batch
+    already. A GPU only gains by larger parts.
     """
     set_train_mode(model)
     mixes = any(
         m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
     )
-    if plan.device != "cpu" or plan.deterministic or mixes:
+    if plan.device != "cpu" or plan.deterministic or mixes or several:
         return [plan]
     sizes = [0, *(s for s in (batch_size // 2, batch_size // 4) if s >= SMALLEST_PART)]
     return [replace(plan, part=size) for size in sizes]

@@ -136,6 +136,7 @@ class TrainConfig(Section):
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     # true: torch.compile; graph: a CUDA graph of the step; auto: what pays, on CUDA only
     compile: bool | Literal["auto", "graph"] = "auto"
+    sync_batch_norm: bool = False  # of several processes: norms over the whole batch (GPUs only)
     # A frozen trunk is computed once for all epochs; with augmentation for `views` fixed draws.
     cache_trunk: bool = True
     views: Positive | None = None
