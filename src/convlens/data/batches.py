@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from convlens.data.draws import Place
+from convlens.data.order import epoch_order
 from convlens.device import Plan, seed_of
 
 # (images float32 0..1, labels int64 [B], place, generator) -> images, and labels or probabilities
@@ -105,6 +106,7 @@ class Batches:
         plan: device and memory format.
         seed: of order and augmentation.
         augment: `(images float32 0..1, labels, place, generator) -> (images, labels)`, or None.
+        blocks: the shard of each image, where the order goes by them (`order.epoch_order`).
     """
 
     def __init__(
@@ -116,9 +118,10 @@ class Batches:
         plan: Plan,
         seed: int,
         augment: Augment | None = None,
+        blocks: Tensor | None = None,
     ) -> None:
         self.rows, self.count = split.rows, int(split.labels.numel())
-        self.plan, self.seed = plan, seed
+        self.plan, self.seed, self.blocks = plan, seed, blocks
         self.augment, self.normalise = augment, normalise
         self.labels = split.labels.to(plan.device)
         self.sizes = _sizes(self.count, batch_size)
@@ -134,8 +137,7 @@ class Batches:
         Each is float32 `[B, C, H, W]` and int64 `[B]`, both on the device; labels are float32
         `[B, K]`, probabilities, where augmentation mixes images.
         """
-        # Always drawn on the CPU, so that every device sees the same order.
-        order = torch.randperm(self.count, generator=_generator("cpu", self.seed, epoch))
+        order = epoch_order(self.count, self.seed, epoch, self.blocks)
         parts = order.split(self.sizes)[start:]
         # Sent there once an epoch: a GPU is waited for whenever something is.
         indices = order.to(self.plan.device).split(self.sizes)[start:]

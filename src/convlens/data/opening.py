@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from convlens.data import cache
+from convlens.data.encoded import Files
 from convlens.data.parts import Images, Part, Source
 from convlens.data.rows import ArrayRows, Conversion, ConvertedRows, Rows, as_index, in_memory
 from convlens.data.splits import fold_numbers, hold_out, take_per_class
@@ -25,11 +26,15 @@ Index = npt.NDArray[np.int64]
 
 @dataclass
 class Split:
-    """Images with labels: rows uint8 `[N, C, H, W]`, labels int64 `[N]`, an id for each."""
+    """Images with labels: rows uint8 `[N, C, H, W]`, labels int64 `[N]`, an id for each.
+
+    `blocks` int64 `[N]` are the shards they lie in, where the order of training goes by them.
+    """
 
     rows: Rows
     labels: Tensor
     ids: Sequence[str]
+    blocks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,12 +70,14 @@ class Opened:
         rows = self.rows if whole else self.rows.take(as_index(taken))
         if resident and not isinstance(rows, ArrayRows):
             rows = in_memory(rows)
-        return Split(rows, as_index(self.labels[index]), self.ids_of(index))
+        blocks = self.part.images.blocks() if isinstance(self.part.images, Files) else None
+        where = as_index(blocks[taken]) if blocks is not None else None
+        return Split(rows, as_index(self.labels[index]), self.ids_of(index), where)
 
 
 def open_part(part: Part, conversion: Conversion, memory_budget: int) -> Opened:
     """A part's images as rows: files through the cache, arrays converted when asked for."""
-    if isinstance(part.images, list):
+    if isinstance(part.images, Files):
         found = cache.decoded(part.images, conversion, memory_budget=memory_budget)
         return Opened(part, found.rows, found.content, found.bad)
     return Opened(part, ConvertedRows(part.images, conversion), _content(part.images), {})
@@ -110,10 +117,10 @@ def parts_of(config: DataConfig, source: Source) -> dict[str, Part]:
         return source.parts
     train, val = source.parts["train"], source.parts["val"]
     # No built-in set (these are arrays) has a validation split of its own.
-    assert isinstance(train.images, list)
-    assert isinstance(val.images, list)
+    assert isinstance(train.images, Files)
+    assert isinstance(val.images, Files)
     both = Part(
-        [*train.images, *val.images],
+        train.images.plus(val.images),
         np.concatenate([train.labels, val.labels]),
         [*train.ids, *val.ids],
         None if train.groups is None or val.groups is None else [*train.groups, *val.groups],
