@@ -21,7 +21,7 @@ import numpy as np
 from convlens.data.folders import Problems, normal, printable, split_of
 from convlens.data.members import Index, Keys, Members, Numbers, index_of
 from convlens.data.order import WINDOW
-from convlens.data.parts import Part, Source
+from convlens.data.parts import Part, Source, is_image_name
 from convlens.errors import DataError, UsageError
 
 NAMES = ("classes.txt", "class_names.txt", "class_names.tsv")
@@ -36,12 +36,12 @@ SORTED = 0.1
 
 def holds_shards(folder: Path) -> bool:
     """Whether a folder is to be read as shards: tars in it, or in its splits, and no classes."""
-    inside = [e for e in os.scandir(folder) if not e.name.startswith(".")]
+    inside = _listed(folder)
     folders = [e for e in inside if e.is_dir()]
     splits = [e for e in folders if split_of(e.name)]
     if any(map(_is_shard, inside)):
-        return len(splits) == len(folders)
-    return bool(splits) and any(map(_is_shard, itertools.chain(*map(os.scandir, splits))))
+        return not any(is_image_name(e.name) for f in folders for e in os.scandir(f))
+    return any(_is_shard(e) for f in splits for e in os.scandir(f))
 
 
 def is_pattern(name: str) -> bool:
