@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from recording import record
 from torch import nn
 
 import convlens.data as data
@@ -32,11 +31,13 @@ from convlens import device, engine, inference, metrics, models, optim
 from convlens.data import sources
 from convlens.data.batches import Batches, Normalise
 from convlens.data.drawn import Drawn
+from convlens.data.ids import Numbered
 from convlens.data.order import epoch_order
 from convlens.data.parts import Part, Source
 from convlens.recipe import load as load_recipe
 from convlens.run import RunFolder
 from convlens.schema import DataConfig
+from recording import record
 
 IMAGES, CLASSES, SIDES = (1_000, 10_000, 100_000, 1_000_000), (10, 100, 1_000), (32, 64, 128, 224)
 FIRST = 1_000, 10, 32  # images, classes and side where these aren't what changes
@@ -69,7 +70,7 @@ def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dic
         images, labels = Repeated(count, side), np.arange(count) % classes
         names = tuple(f"class {k:04}" for k in range(classes))
         return Source("repeated", names, {
-            "train": Part(images, labels, [f"repeated/{i}" for i in range(count)])
+            "train": Part(images, labels, Numbered("repeated", count))
         })  # fmt: skip
 
     sources.SOURCES["repeated"] = source

@@ -17,7 +17,8 @@ from commands import command, here, refused, weights
 from convlens import data
 from convlens.data import members, tars
 from convlens.data.batches import Batches, Normalise
-from convlens.data.members import Keys, Members
+from convlens.data.ids import Joined, Numbered, Taken
+from convlens.data.members import Members
 from convlens.data.order import epoch_order
 from convlens.data.rows import DecodedRows, StoredRows
 from convlens.data.sharding import write_shards
@@ -398,15 +399,19 @@ def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.Monk
         assert len(images._open) <= 2
 
 
-def test_names_in_one_text() -> None:
+def test_names_in_little_memory() -> None:
     names = ["", "Ölgötze", "a/b", "x" * 300]
-    keys = Keys.of(names)
+    keys = Joined.of(names)
     assert list(keys) == names
+    assert keys == names != keys[:3]
     assert keys[-1] == names[-1]
     assert keys[1:3] == names[1:3]
     with pytest.raises(IndexError):
         keys[4]
-    assert list(Keys.of([])) == []
+    assert list(Joined.of([])) == []
+    taken = Taken(keys, np.array([2, 0, 2]))
+    assert taken == ["a/b", "", "a/b"]
+    assert Taken(Numbered("x", 9), np.array([8, 3])) == ["x/8", "x/3"]
 
 
 # The order

@@ -92,7 +92,7 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
         val=views["val"][0].split(views["val"][1], resident=resident),
         fingerprint=_fingerprint(source.classes, conversion, views),
         how=how,
-        held_out={split: pool.ids_of(index) for split, index in out.items()},
+        held_out={split: list(pool.ids_of(index)) for split, index in out.items()},
         skipped=skipped,
         notes=source.notes,
         _test=lambda: views["test"][0].split(views["test"][1], resident=resident),
@@ -202,6 +202,8 @@ def _fingerprint(
     digest = hashlib.sha256(repr((tuple(classes), conversion)).encode())
     for split, (opened, index) in views.items():
         digest.update(f"\0{split}\0{opened.content}\0".encode())
-        digest.update("\0".join(opened.ids_of(index)).encode())
+        ids = opened.ids_of(index)
+        for start in range(0, len(ids), 1 << 16):  # a joined text of millions would be in memory
+            digest.update(("\0" * (start > 0) + "\0".join(ids[start : start + (1 << 16)])).encode())
         digest.update(opened.labels[index].tobytes())
     return digest.hexdigest()

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from convlens.console import progress, say
 from convlens.data.cache import folder
 from convlens.data.decode import MAX_BYTES, UnreadableImage
 from convlens.data.encoded import Files, times_of
+from convlens.data.ids import Joined, Numbers
 from convlens.data.locks import turn
 from convlens.data.reading import Reader
 from convlens.data.tars import read_samples
 from convlens.errors import DataError, ResourceError
 from convlens.files import write_atomic
 
-Numbers = npt.NDArray[np.int64]
 VERSION = 1  # of the index: raise it when the same tar would give another one
 OPEN = 64  # shards that are kept open
 
@@ -48,33 +48,9 @@ class Index:
     size: Numbers
     label: Numbers
     labels: tuple[int | str, ...]
-    keys: Keys
+    keys: Joined
     ignored: int = 0
     problems: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-
-class Keys(Sequence[str]):
-    """Many names in little memory: one text of all of them, UTF-8, and where each begins."""
-
-    def __init__(self, text: npt.NDArray[np.uint8], starts: Numbers) -> None:
-        self.text, self.starts = text, starts
-
-    @classmethod
-    def of(cls, names: Iterable[str]) -> Keys:
-        encoded = [name.encode() for name in names]
-        starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), starts)
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
-        number %= len(self)
-        return self.text[self.starts[number] : self.starts[number + 1]].tobytes().decode()
 
 
 class Members(Files):
@@ -208,7 +184,7 @@ def _made(paths: Sequence[str]) -> Index:
     arrays = {name: np.array(values, np.int64) for name, values in columns.items()}
     told = tuple((what, tuple(things)) for what, things in problems.items())
     return Index(
-        **arrays, labels=tuple(number_of), keys=Keys.of(keys), ignored=ignored, problems=told
+        **arrays, labels=tuple(number_of), keys=Joined.of(keys), ignored=ignored, problems=told
     )
 
 
@@ -238,7 +214,7 @@ def _kept(place: Path) -> Index | None:
         with safe_open(place, "numpy") as file:
             facts = json.loads(file.metadata()["facts"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        keys = Keys(arrays.pop("text"), arrays.pop("starts"))
+        keys = Joined(arrays.pop("text"), arrays.pop("starts"))
         return Index(**arrays, labels=tuple(facts["labels"]), keys=keys, ignored=facts["ignored"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None

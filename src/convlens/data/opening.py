@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convlens.data import cache
 from convlens.data.encoded import Files
+from convlens.data.ids import Taken
 from convlens.data.parts import Images, Part, Source
 from convlens.data.rows import ArrayRows, Conversion, ConvertedRows, Rows, as_index, in_memory
 from convlens.data.splits import fold_numbers, hold_out, take_per_class
@@ -57,8 +58,8 @@ class Opened:
     def all(self) -> Index:
         return np.arange(len(self.good), dtype=np.int64)
 
-    def ids_of(self, index: Index) -> list[str]:
-        return [self.part.ids[i] for i in self.good[index].tolist()]
+    def ids_of(self, index: Index) -> Sequence[str]:
+        return Taken(self.part.ids, self.good[index])
 
     def groups(self) -> list[str] | None:
         groups = self.part.groups

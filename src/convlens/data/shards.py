@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from convlens.data.folders import Problems, normal, printable, split_of
-from convlens.data.members import Index, Keys, Members, Numbers, index_of
+from convlens.data.ids import Joined, Numbers
+from convlens.data.members import Index, Members, index_of
 from convlens.data.order import WINDOW
 from convlens.data.parts import Part, Source, is_image_name
 from convlens.errors import DataError, UsageError
@@ -176,11 +177,11 @@ def _by_split(files: Sequence[Path], place: Path, problems: Problems) -> dict[st
     return {split: named[split] for split in ("train", "val", "test") if split in named}
 
 
-def _ids(paths: Sequence[str], index: Index, place: Path) -> Keys:
+def _ids(paths: Sequence[str], index: Index, place: Path) -> Joined:
     """`train-000000.tar/0001` for each image, whatever the folder is called."""
     root = place if place.is_dir() else place.parent
     stems = [printable(os.path.relpath(path, root)).replace(os.sep, "/") for path in paths]
-    return Keys.of(f"{stems[s]}/{key}" for s, key in zip(index.shard.tolist(), index.keys,
+    return Joined.of(f"{stems[s]}/{key}" for s, key in zip(index.shard.tolist(), index.keys,
                                                          strict=True))  # fmt: skip
 
 

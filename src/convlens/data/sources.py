@@ -17,6 +17,7 @@ from convlens.data import downloads
 from convlens.data.decode import Pixels
 from convlens.data.drawn import SHAPES, Drawn
 from convlens.data.folders import printable, read_folder, split_of
+from convlens.data.ids import Numbered
 from convlens.data.parts import Images, Part, Source
 from convlens.data.rows import Records
 from convlens.data.shards import holds_shards, is_pattern, read_shards
@@ -128,7 +129,7 @@ def _unknown(name: str) -> DataError | UsageError:
 
 
 def _numbered(split: str, images: Images, labels: npt.NDArray[np.generic]) -> Part:
-    ids = [f"{split}/{i}" for i in range(images.shape[0])]
+    ids = Numbered(split, images.shape[0])
     return Part(images, labels.astype(np.int64).reshape(-1), ids)
 
 
