@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from convlens.data import members, tars
 from convlens.data.batches import Batches, Normalise
 from convlens.data.ids import Joined, Numbered, Taken
 from convlens.data.members import Members
-from convlens.data.order import epoch_order
+from convlens.data.order import Shards, epoch_order
 from convlens.data.rows import DecodedRows, StoredRows
 from convlens.data.sharding import write_shards
 from convlens.data.shards import read_shards
@@ -418,8 +419,8 @@ def test_names_in_little_memory() -> None:
 
 
 def test_a_set_of_one_window_is_shuffled_as_any_other() -> None:
-    blocks = torch.arange(1000) // 100
-    assert torch.equal(epoch_order(1000, 3, 2, blocks), epoch_order(1000, 3, 2))
+    shards = Shards(torch.arange(1000) // 100)
+    assert torch.equal(epoch_order(1000, 3, 2, shards), epoch_order(1000, 3, 2))
     generator = torch.Generator().manual_seed(data.opening.cache.device.seed_of(3, 2))
     assert torch.equal(epoch_order(1000, 3, 2), torch.randperm(1000, generator=generator))
 
@@ -427,16 +428,17 @@ def test_a_set_of_one_window_is_shuffled_as_any_other() -> None:
 def test_windows_of_shards() -> None:
     # 100 shards of 500: as many as begin within 16,384 images are shuffled into each other.
     blocks = torch.arange(50_000) // 500
-    order = epoch_order(50_000, 0, 1, blocks)
+    shards = Shards(blocks)
+    order = epoch_order(50_000, 0, 1, shards)
     assert torch.equal(order.sort().values, torch.arange(50_000))
-    assert torch.equal(order, epoch_order(50_000, 0, 1, blocks))
-    assert not torch.equal(order, epoch_order(50_000, 0, 2, blocks))
-    assert not torch.equal(order, epoch_order(50_000, 1, 1, blocks))
+    assert torch.equal(order, epoch_order(50_000, 0, 1, shards))
+    assert not torch.equal(order, epoch_order(50_000, 0, 2, shards))
+    assert not torch.equal(order, epoch_order(50_000, 1, 1, shards))
     # 33 shards begin before image 16,384, 33 more before 32,768: windows of 16,500 images.
     windows = [set(blocks[part].tolist()) for part in order.split(16_500)]
-    assert [len(shards) for shards in windows] == [33, 33, 33, 1]
+    assert [len(window) for window in windows] == [33, 33, 33, 1]
     assert not any(a & b for a in windows for b in windows if a is not b)
-    assert windows[0] != set(blocks[epoch_order(50_000, 0, 2, blocks)[:16_500]].tolist())
+    assert windows[0] != set(blocks[epoch_order(50_000, 0, 2, shards)[:16_500]].tolist())
     # Within a window the shards are mixed evenly: each fifth of it has a fifth of each shard.
     counts = torch.bincount(blocks[order[:3_300]], minlength=100)
     assert counts[counts > 0].min() > 60
@@ -518,8 +520,8 @@ def test_rows_stream_beyond_the_budget_only(tmp_path: Path) -> None:
     for other in (streamed, again):
         assert torch.equal(whole.train.rows.gather(index), other.train.rows.gather(index))
         assert other.fingerprint == whole.fingerprint
-        assert other.train.blocks is not None
-        assert torch.equal(other.train.blocks, torch.arange(40) // 10)
+        assert other.train.shards is not None
+        assert torch.equal(other.train.shards.of, torch.arange(40) // 10)
     # Decoded for a larger budget already, but the budget is what was asked for.
     assert not isinstance(streamed.train.rows, StoredRows)
 
@@ -533,7 +535,7 @@ def test_batches_go_on_where_they_were_left(
 
     def batches() -> Batches:
         return Batches(train, batch_size=6, normalise=Normalise([0.5] * 3, [0.5] * 3), plan=PLAN,
-                       seed=1, blocks=train.blocks)  # fmt: skip
+                       seed=1, shards=train.shards)  # fmt: skip
 
     whole = list(batches().epoch(2))
     assert len(whole) == 7
@@ -544,9 +546,59 @@ def test_batches_go_on_where_they_were_left(
             assert torch.equal(images, again)
             assert torch.equal(labels, its)
     # The first window: four of the eight shards, 20 images, and no others.
-    order = epoch_order(40, 1, 2, train.blocks)
+    order = epoch_order(40, 1, 2, train.shards)
     assert len(set((order[:20] // 5).tolist())) == 4
     assert not torch.equal(order, epoch_order(40, 1, 2))
+
+
+def test_shards_are_told_of_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convlens.data.order.WINDOW", 16)
+    monkeypatch.setattr("convlens.data.batches.WINDOW", 16)
+    root = shards(tmp_path / "x", {"train": 40, "val": 10, "test": 10}, per=5)
+    train = data.load(DataConfig(name=str(root), image_size=8), memory_budget=1000).train
+    assert train.shards is not None
+    told: list[int] = []
+    spy = Shards(train.shards.of, told.extend)
+    normalise = Normalise([0.5] * 3, [0.5] * 3)
+    batches = Batches(train, batch_size=4, normalise=normalise, plan=PLAN, seed=1, shards=spy)
+    order = epoch_order(40, 1, 1, spy)
+    for step, _ in enumerate(batches.epoch(1)):
+        # Those of the two batches (half a window) behind this one, too.
+        assert set(train.shards.of[order[: 4 * (step + 3)]].tolist()) <= set(told)
+    assert set(told) == set(range(8))
+
+
+def test_expected_shards_are_read_through_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = find(str(shards(tmp_path / "x", {"train": 30}))).parts["train"].images
+    assert isinstance(images, Members)
+    read: list[str] = []
+    fill = members.Reader.fill
+
+    def counted(self: members.Reader, into: memoryview, offset: int) -> None:
+        fill(self, into, offset)
+        read.append(Path(self.path).name)
+
+    monkeypatch.setattr(members.Reader, "fill", counted)
+
+    def expect(*blocks: int) -> None:
+        before = threading.active_count()
+        images.expect(blocks)
+        for thread in threading.enumerate()[before:]:
+            thread.join()
+
+    expect(0, 2)
+    expect(2, 0)
+    assert read == ["train-0.tar", "train-2.tar"]
+    (tmp_path / "x" / "train-1.tar").unlink()
+    expect(1)  # whoever needs it will say so
+    monkeypatch.setattr(members.device, "available_memory", lambda: 1000)
+    images._expected.clear()
+    expect(0)
+    assert read == ["train-0.tar", "train-2.tar"]
 
 
 def test_unreadable_images_in_shards(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def prepare(
             plan=chosen,
             seed=recipe.train.seed,
             augment=operations if recipe.operations else None,
-            blocks=data.train.blocks,
+            shards=data.train.shards,
         )
 
     # The first optimiser step would import torch's compiler: seconds that are no training time.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from convlens.data.draws import Place
-from convlens.data.order import epoch_order
+from convlens.data.order import WINDOW, Shards, epoch_order
 from convlens.device import Plan, seed_of
 
 # (images float32 0..1, labels int64 [B], place, generator) -> images, and labels or probabilities
@@ -106,7 +106,7 @@ class Batches:
         plan: device and memory format.
         seed: of order and augmentation.
         augment: `(images float32 0..1, labels, place, generator) -> (images, labels)`, or None.
-        blocks: the shard of each image, where the order goes by them (`order.epoch_order`).
+        shards: where the images lie, where the order goes by it (`order.epoch_order`).
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class Batches:
         plan: Plan,
         seed: int,
         augment: Augment | None = None,
-        blocks: Tensor | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self.rows, self.count = split.rows, int(split.labels.numel())
-        self.plan, self.seed, self.blocks = plan, seed, blocks
+        self.plan, self.seed, self.shards = plan, seed, shards
         self.augment, self.normalise = augment, normalise
         self.labels = split.labels.to(plan.device)
         self.sizes = _sizes(self.count, batch_size)
@@ -137,7 +137,7 @@ class Batches:
         Each is float32 `[B, C, H, W]` and int64 `[B]`, both on the device; labels are float32
         `[B, K]`, probabilities, where augmentation mixes images.
         """
-        order = epoch_order(self.count, self.seed, epoch, self.blocks)
+        order = epoch_order(self.count, self.seed, epoch, self.shards)
         parts = order.split(self.sizes)[start:]
         # Sent there once an epoch: a GPU is waited for whenever something is.
         indices = order.to(self.plan.device).split(self.sizes)[start:]
@@ -161,9 +161,15 @@ class Batches:
             return
         if not parts:  # taken up after the epoch's last step
             return
+        # Half a window ahead: the next one is on its way before the first of it is needed.
+        ahead = max(1, WINDOW // 2 // len(parts[0]))
+        if self.shards:
+            self.shards.coming(parts[:ahead])
         with ThreadPoolExecutor(max_workers=1) as reader:
             coming = reader.submit(self.rows.gather, parts[0])
-            for following in [*parts[1:], None]:
+            for number, following in enumerate([*parts[1:], None], ahead):
+                if self.shards:
+                    self.shards.coming(parts[number : number + 1])
                 images = coming.result()
                 if following is not None:
                     coming = reader.submit(self.rows.gather, following)

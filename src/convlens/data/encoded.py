@@ -48,6 +48,10 @@ class Files(ABC):
         """Numbers `[N]` of what is best read in one go; None where each image is on its own."""
         return None
 
+    def expect(self, blocks: Sequence[int]) -> None:
+        """Tells that images of these blocks will be asked for soon. Returns at once."""
+        return
+
 
 class Paths(Files, Sequence[str]):
     """One file an image."""

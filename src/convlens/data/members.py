@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from convlens import device
 from convlens.console import progress, say
 from convlens.data.cache import folder
 from convlens.data.decode import MAX_BYTES, UnreadableImage
@@ -72,6 +73,7 @@ class Members(Files):
         self._shard, self._offset, self._size = shard, offset, size
         self.mixed = mixed
         self._open = collections.OrderedDict[int, Reader]()
+        self._expected = collections.OrderedDict[int, None]()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -134,6 +136,31 @@ class Members(Files):
 
     def blocks(self) -> Numbers | None:
         return self._shard if self.mixed else None
+
+    def expect(self, blocks: Sequence[int]) -> None:
+        """Reads these shards from front to back, in a thread, into the system's file cache.
+
+        That memory isn't ours and goes to whoever needs it; where little is free, nothing is done.
+        """
+        new = [shard for shard in blocks if shard not in self._expected]
+        size = int(self._times[new, 0].sum())
+        if not new or 4 * size > device.available_memory():
+            return
+        self._expected.update(dict.fromkeys(new))
+        while len(self._expected) > OPEN:
+            self._expected.popitem(last=False)
+        # A daemon: the end of a training must not wait for what nobody will read.
+        threading.Thread(target=self._read_through, args=(new,), daemon=True).start()
+
+    def _read_through(self, shards: Sequence[int]) -> None:
+        piece = memoryview(bytearray(1 << 20))
+        for shard in shards:
+            try:
+                reader, size = Reader(self._paths[shard]), int(self._times[shard, 0])
+                for start in range(0, size, len(piece)):
+                    reader.fill(piece[: size - start], start)
+            except (OSError, DataError):
+                return  # whoever needs an image of it will say so
 
 
 def index_of(paths: Sequence[str]) -> tuple[Index, Numbers]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from convlens.data import cache
 from convlens.data.encoded import Files
 from convlens.data.ids import Taken
+from convlens.data.order import Shards
 from convlens.data.parts import Images, Part, Source
 from convlens.data.rows import ArrayRows, Conversion, ConvertedRows, Rows, as_index, in_memory
 from convlens.data.splits import fold_numbers, hold_out, take_per_class
@@ -29,13 +30,13 @@ Index = npt.NDArray[np.int64]
 class Split:
     """Images with labels: rows uint8 `[N, C, H, W]`, labels int64 `[N]`, an id for each.
 
-    `blocks` int64 `[N]` are the shards they lie in, where the order of training goes by them.
+    `shards` says where they lie, where the order of training goes by it.
     """
 
     rows: Rows
     labels: Tensor
     ids: Sequence[str]
-    blocks: Tensor | None = None
+    shards: Shards | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,9 +72,14 @@ class Opened:
         rows = self.rows if whole else self.rows.take(as_index(taken))
         if resident and not isinstance(rows, ArrayRows):
             rows = in_memory(rows)
-        blocks = self.part.images.blocks() if isinstance(self.part.images, Files) else None
-        where = as_index(blocks[taken]) if blocks is not None else None
-        return Split(rows, as_index(self.labels[index]), self.ids_of(index), where)
+        return Split(rows, as_index(self.labels[index]), self.ids_of(index), self._shards(taken))
+
+    def _shards(self, taken: Index) -> Shards | None:
+        files = self.part.images
+        blocks = files.blocks() if isinstance(files, Files) else None
+        if blocks is None or not isinstance(files, Files):
+            return None
+        return Shards(as_index(blocks[taken]), files.expect)
 
 
 def open_part(part: Part, conversion: Conversion, memory_budget: int) -> Opened:
