@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from convlens.data.decode import decode, read_bytes
+from convlens.data.encoded import Paths
 from convlens.data.sources import find
 from convlens.labelling import confident
 from convlens.labelling import finding as labelling
@@ -64,7 +65,7 @@ def written(folder: Path, name: str, count: int | None, seed: int) -> tuple[list
         chosen = np.sort(np.concatenate([random.permutation(i)[:each] for i in of_class]))
     paths = []
     for number in chosen.tolist():
-        if isinstance(part.images, list):
+        if isinstance(part.images, Paths):
             pixels = decode(read_bytes(part.images[number]), size=None, channels=3, fit="crop")
         else:
             pixels = part.images[np.array([number])][0]

@@ -307,11 +307,45 @@ def attribution(r: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(r), ""])
 
 
+def scaling(r: dict[str, Any]) -> str:
+    """Cost against work; the ratios are to the first row of the same table."""
+    lines = [
+        "## Cost against work",
+        "",
+        f"CPU time of training and evaluating an image (a pixel, where the side changes), each size "
+        f"in a process of its own, {r['rounds']} times in turn; ratios are medians of those within "
+        f"a round. Images in memory: at most {r['budget'] >> 20} MiB, larger sets stream.",
+        "",
+        "![CPU time against images, classes and pixels](docs/figures/scaling.svg)",
+        "",
+        "| images | classes | side | training µs | ratio | evaluating µs | ratio | opening CPU s "
+        "| peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in r["series"].items():
+        for row in rows:
+            sizes = " | ".join(
+                f"**{row[key]:,}**" if key == name else f"{row[key]:,}"
+                for key in ("images", "classes", "side")
+            )
+            each = row["side"] ** 2 if name == "side" else 1
+            cells = (
+                f"{1e6 * each * row[f'{key}_cpu']:,.0f} | **{row[f'{key}_cpu_ratio']:.2f}**"
+                for key in ("train", "evaluate")
+            )
+            lines.append(
+                f"| {sizes} | {' | '.join(cells)} | {each * row['open_cpu']:.2f} | "
+                f"{row['peak'] / 2**20:,.0f} |"
+            )
+    return "\n".join([*lines, "", where(r), ""])
+
+
 SECTIONS = {
     "time-to-99": time_to_99,
     "overhead": overhead,
     "allocator": allocator,
     "startup": startup,
+    "scaling": scaling,
     "looking": looking,
     "attribution": attribution,
 }

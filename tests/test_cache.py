@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from convlens.data import cache, decode
+from convlens.data import cache, encoded
 from convlens.data.cache import decoded
+from convlens.data.encoded import Paths
 from convlens.data.rows import (
     ArrayRows,
     Conversion,
@@ -35,12 +36,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def files(folder: Path, count: int) -> list[str]:
+def files(folder: Path, count: int) -> Paths:
     """PNGs 8 x 8; every pixel of file i is i."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         Image.new("L", (8, 8), i % 256).save(folder / f"{i:05d}.png")
-    return [str(folder / f"{i:05d}.png") for i in range(count)]
+    return Paths([str(folder / f"{i:05d}.png") for i in range(count)])
 
 
 def index(*numbers: int) -> torch.Tensor:
@@ -50,13 +51,13 @@ def index(*numbers: int) -> torch.Tensor:
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files decoded from now on."""
     seen: list[str] = []
-    real = decode.read_bytes
+    real = encoded.read_bytes
 
     def counted(path: str) -> bytes:
         seen.append(path)
         return real(path)
 
-    monkeypatch.setattr(decode, "read_bytes", counted)
+    monkeypatch.setattr(encoded, "read_bytes", counted)
     return seen
 
 
@@ -65,7 +66,7 @@ def test_second_start_decodes_nothing(
 ) -> None:
     paths, seen = files(tmp_path / "a", 100), decodes(monkeypatch)
     first = decoded(paths, GREY8, memory_budget=PLENTY)
-    assert sorted(seen) == paths
+    assert sorted(seen) == list(paths)
     second = decoded(paths, GREY8, memory_budget=PLENTY)
     assert len(seen) == 100
     assert first.content == second.content
@@ -82,8 +83,8 @@ def test_second_start_decodes_nothing(
 def test_the_key_sees_every_change(tmp_path: Path, store: Path) -> None:
     paths = files(tmp_path / "a", 3)
     keys = {cache._key(paths, GREY8)}
-    keys.add(cache._key(paths[:2], GREY8))
-    keys.add(cache._key(paths[::-1], GREY8))
+    keys.add(cache._key(Paths(paths[:2]), GREY8))
+    keys.add(cache._key(Paths(paths[::-1]), GREY8))
     keys.add(cache._key(paths, Conversion(9, 1, "crop")))
     keys.add(cache._key(paths, Conversion(8, 3, "crop")))
     keys.add(cache._key(paths, Conversion(8, 1, "pad")))
@@ -142,7 +143,7 @@ def test_an_interrupt_leaves_no_file(
     def stop(*_: object) -> bytes:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decode, "read_bytes", stop)
+    monkeypatch.setattr(encoded, "read_bytes", stop)
     with pytest.raises(KeyboardInterrupt):
         decoded(files(tmp_path / "a", 10), GREY8, memory_budget=PLENTY)
     assert [p.suffix for p in store.iterdir()] == [".lock"]
@@ -211,16 +212,16 @@ def test_being_out_of_files_is_no_fault_of_the_image(
         decoded(paths, GREY8, memory_budget=PLENTY)
 
 
-def _start(paths: list[str], gate: object, answers: object) -> None:
+def _start(paths: Paths, gate: object, answers: object) -> None:
     seen = []
-    real = decode.read_bytes
+    real = encoded.read_bytes
 
     def slow(path: str) -> bytes:
         seen.append(path)
         time.sleep(0.005)
         return real(path)
 
-    decode.read_bytes = slow  # type: ignore[assignment]
+    encoded.read_bytes = slow  # type: ignore[assignment]
     gate.wait()  # type: ignore[attr-defined]
     found = decoded(paths, GREY8, memory_budget=PLENTY)
     answers.put((len(seen), found.rows.gather(index(59)).sum().item()))  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from PIL import Image
 import convlens
 from commands import NET, Done, here, picture, pictures, refused
 from convlens import Run, asking
+from convlens.data.encoded import Paths
 from convlens.data.sources import find
 from convlens.data.tables import guarded, read_csv, unguarded
 from convlens.run import RunFolder
@@ -68,7 +69,7 @@ def plant(
     given[wrong] = (given[wrong] + step) % len(classes)
     paths = []
     for number in chosen.tolist():
-        if isinstance(part.images, list):
+        if isinstance(part.images, Paths):
             paths.append(part.images[number])
             continue
         paths.append(str(folder / f"{number:05}.png"))

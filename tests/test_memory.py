@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 from PIL import Image
 
 from commands import environment, weights
+from convlens.data.sharding import write_shards
+from convlens.data.sources import find
 
 BUDGET = 4 << 20
 SIZE = 64
@@ -70,7 +73,10 @@ def folder(root: Path, count: int) -> Path:
     return root
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts as Linux counts")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="counts as Linux counts")
+
+
+@linux
 def test_a_set_ten_times_the_budget_trains_within_it_to_the_same_weights() -> None:
     # 47 and 82 MiB of pixels. Both validate on several full batches of 256: with the second one
     # the buffers of two are alive, whatever the number of images.
@@ -91,3 +97,17 @@ def test_a_set_ten_times_the_budget_trains_within_it_to_the_same_weights() -> No
     assert all(torch.equal(one[name], two[name]) for name in two)
     same = ("loss", "correct", "confusion", "data_fingerprint")
     assert {key: large[key] for key in same} == {key: whole[key] for key in same}
+
+
+@linux
+def test_shards_stream_within_the_budget() -> None:
+    # Nothing decoded is kept: each batch is read from the tars and decoded when it is needed.
+    few, many = 3000, 6000
+    peaks = {}
+    for count in (few, many):
+        write_shards(find(str(folder(Path(f"folder-{count}"), count))), Path(f"tars-{count}"))
+        peaks[count] = measured(Path(f"tars-{count}"), f"of-{count}", "4MB")["peak"]
+    assert many * IMAGE > 10 * BUDGET
+    growth = peaks[many] - peaks[few]
+    assert growth < BUDGET + ROOM + EACH * (many - few), f"{growth / 2**20:.1f} MiB more"
+    assert not list(Path(os.environ["CONVLENS_CACHE"]).glob("*.pixels"))

@@ -17,6 +17,7 @@ from PIL import Image
 
 from convlens.data import downloads, fetching
 from convlens.data.drawn import SHAPES
+from convlens.data.encoded import Files
 from convlens.data.parts import Part
 from convlens.data.sources import SOURCES, find, known
 from convlens.errors import DataError, UsageError
@@ -52,7 +53,7 @@ def tree(root: Path, counts: dict[str, int]) -> Path:
 
 
 def pixels(part: Part) -> np.ndarray:
-    assert not isinstance(part.images, list)
+    assert not isinstance(part.images, Files)
     return part.images[np.arange(part.images.shape[0])]
 
 

@@ -171,7 +171,7 @@ def _data_override(data: str | Path | None) -> list[str]:
 
 def _called(data: str) -> str:
     path = Path(data)
-    return path.stem if path.suffix.lower() == ".csv" else path.resolve().name
+    return path.stem if path.suffix.lower() in (".csv", ".tar") else path.resolve().name
 
 
 def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -19,6 +19,8 @@ from convlens.errors import DataError, ModelFileError, UsageError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+BINS = 15  # of confidence
+_AT_ONCE = 1 << 21  # logits that are turned into float64 together
 
 
 class ClassScores(TypedDict):
@@ -71,10 +73,13 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
 def cross_entropy(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """The mean of -log p(label), in nats."""
     matrix, truth = _checked(logits, labels)
-    shifted = _shifted(matrix)
-    own = shifted[np.arange(len(truth)), truth]
-    np.exp(shifted, out=shifted)
-    return float(np.mean(np.log(shifted.sum(axis=1)) - own))
+    losses = np.empty(len(truth))
+    for rows in _pieces(matrix):
+        shifted = _shifted(matrix[rows])
+        own = shifted[np.arange(len(shifted)), truth[rows]]
+        np.exp(shifted, out=shifted)
+        losses[rows] = np.log(shifted.sum(axis=1)) - own
+    return float(np.mean(losses))
 
 
 def top_k(logits: npt.ArrayLike, labels: npt.ArrayLike, k: int) -> float:
@@ -86,10 +91,13 @@ def top_k(logits: npt.ArrayLike, labels: npt.ArrayLike, k: int) -> float:
     matrix, truth = _checked(logits, labels)
     if not 1 <= k <= matrix.shape[1]:
         raise UsageError(f"k must lie between 1 and {matrix.shape[1]} classes, got {k}")
-    own = matrix[np.arange(len(truth)), truth][:, None]
-    earlier = np.arange(matrix.shape[1]) < truth[:, None]
-    ahead = (matrix > own) | ((matrix == own) & earlier)
-    return float(np.mean(ahead.sum(axis=1) < k))
+    among = np.empty(len(truth), np.bool_)
+    for rows in _pieces(matrix):
+        some, its = matrix[rows], truth[rows][:, None]
+        own = np.take_along_axis(some, its, axis=1)
+        ahead = (some > own) | ((some == own) & (np.arange(matrix.shape[1]) < its))
+        among[rows] = ahead.sum(axis=1) < k
+    return float(np.mean(among))
 
 
 def confusion(labels: npt.ArrayLike, predictions: npt.ArrayLike, classes: int) -> Ints:
@@ -121,7 +129,7 @@ def per_class(matrix: npt.ArrayLike) -> list[ClassScores]:
 
 
 def reliability(
-    probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15
+    probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = BINS
 ) -> tuple[Floats, Floats, Ints]:
     """Mean confidence, accuracy and count in each of `bins` equal steps of confidence.
 
@@ -133,8 +141,12 @@ def reliability(
         raise UsageError(f"bins must be at least 1, got {bins}")
     if matrix.min() < 0 or np.abs(matrix.sum(axis=1) - 1).max() > 1e-2:
         raise UsageError("these are not probabilities", fix="pass softmax(logits)")
-    highest = matrix.max(axis=1)
-    right = matrix.argmax(axis=1) == truth
+    return _binned(matrix.max(axis=1), matrix.argmax(axis=1) == truth, bins)
+
+
+def _binned(
+    highest: npt.NDArray[Any], right: npt.NDArray[np.bool_], bins: int
+) -> tuple[Floats, Floats, Ints]:
     place = np.digitize(highest, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     count = np.bincount(place, minlength=bins).astype(np.int64)
     divisor = np.where(count > 0, count, np.nan)
@@ -142,17 +154,20 @@ def reliability(
     return confidence, np.bincount(place, weights=right, minlength=bins) / divisor, count
 
 
-def ece(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15) -> float:
+def ece(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = BINS) -> float:
     """The expected calibration error: mean |accuracy - confidence| over bins, by their counts.
 
     Guo, Pleiss, Sun, Weinberger 2017, On Calibration of Modern Neural Networks, equation 3.
     """
-    confidence, right, count = reliability(probs, labels, bins)
+    return _calibration_error(*reliability(probs, labels, bins))
+
+
+def _calibration_error(confidence: Floats, right: Floats, count: Ints) -> float:
     return float(np.nansum(np.abs(right - confidence) * count) / count.sum())
 
 
 def ece_by_chance(
-    probs: npt.ArrayLike, bins: int = 15, *, draws: int = 200, seed: int = 0
+    probs: npt.ArrayLike, bins: int = BINS, *, draws: int = 200, seed: int = 0
 ) -> float:
     """The calibration error that a perfectly calibrated model would stay under, 95 times of 100.
 
@@ -236,10 +251,20 @@ def summarise(
     }
     if count > 5:
         summary["top5"] = top_k(matrix, truth, 5)
-    summary["ece"] = ece(softmax(matrix), truth)
+    highest, right = np.empty(n), np.empty(n, np.bool_)
+    for rows in _pieces(matrix):
+        probs = softmax(matrix[rows])
+        highest[rows], right[rows] = probs.max(axis=1), probs.argmax(axis=1) == truth[rows]
+    summary["ece"] = _calibration_error(*_binned(highest, right, BINS))
     summary["per_class"] = dict(zip(classes, per_class(table), strict=True))
     summary["confusion"] = table.tolist()
     return summary
+
+
+def _pieces(matrix: npt.NDArray[Any]) -> Iterator[slice]:
+    """Rows of a matrix, some at a time: 50,000 images of 1,000 classes are 400 MB in float64."""
+    step = max(1, _AT_ONCE // matrix.shape[1])
+    return (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
 def _shifted(matrix: npt.NDArray[Any]) -> Floats:

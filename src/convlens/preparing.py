@@ -120,6 +120,7 @@ def prepare(
             augment=operations if recipe.operations else None,
             mixes=bool(operations.mixes),
             world=world,
+            shards=data.train.shards,
         )
 
     # The first optimiser step would import torch's compiler: seconds that are no training time.

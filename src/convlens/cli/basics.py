@@ -137,13 +137,24 @@ def data(
         str | None,
         typer.Option(metavar="RECIPE|FILE.yaml", help="Only draw a batch as that recipe augments."),
     ] = None,
+    shards: Annotated[
+        str | None, typer.Option(metavar="OUT", help="Only write it as shards (tar) into OUT.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Look at a data set before training: counts, sizes, bad files, duplicates, a contact sheet."""
     from convlens import asking, picturing
     from convlens.data.audit import audit
-    from convlens.showing.results import audited, drawn
+    from convlens.showing.results import audited, drawn, sharded
 
+    if shards is not None:
+        from convlens.data.sharding import to_shards
+
+        written = to_shards(asking.read_data(name, overrides or []), shards)
+        if not as_json:
+            sharded(written)
+        print_json(as_json, written.to_dict())
+        return
     if augment is not None:
         asked = asking.read_on(augment, name, overrides or [])
         batch = picturing.augmented_sheet(asked)

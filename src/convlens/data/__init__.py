@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from convlens.console import say
 from convlens.data.decode import UnreadableImage, probe
+from convlens.data.encoded import Files
 from convlens.data.opening import Index, Opened, Split, draw, open_part, parts_of
 from convlens.data.parts import Part, Source
 from convlens.data.rows import Conversion, as_index
@@ -91,7 +92,7 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
         val=views["val"][0].split(views["val"][1], resident=resident),
         fingerprint=_fingerprint(source.classes, conversion, views),
         how=how,
-        held_out={split: pool.ids_of(index) for split, index in out.items()},
+        held_out={split: list(pool.ids_of(index)) for split, index in out.items()},
         skipped=skipped,
         notes=source.notes,
         _test=lambda: views["test"][0].split(views["test"][1], resident=resident),
@@ -145,7 +146,7 @@ def channel_stats(split: Split) -> tuple[list[float], list[float]]:
 
 def _conversion(config: DataConfig, train: Part) -> Conversion:
     """The recipe's size and channels, with `auto` replaced by what the images suggest."""
-    if not isinstance(train.images, list):
+    if not isinstance(train.images, Files):
         native_channels, native_size = int(train.images.shape[1]), int(train.images.shape[2])
     else:
         native_channels, native_size = _suggested(train.images)
@@ -154,12 +155,12 @@ def _conversion(config: DataConfig, train: Part) -> Conversion:
     return Conversion(size, channels, config.fit)
 
 
-def _suggested(paths: Sequence[str]) -> tuple[int, int]:
+def _suggested(files: Files) -> tuple[int, int]:
     """Channels and size for image files, from the headers of up to 200 of them."""
     facts = []
-    for i in np.unique(np.linspace(0, len(paths) - 1, PROBED).round().astype(int)).tolist():
+    for i in np.unique(np.linspace(0, len(files) - 1, PROBED).round().astype(int)).tolist():
         try:
-            facts.append(probe(paths[i]))
+            facts.append(probe(files.read(i), files.name(i)))
         except UnreadableImage:
             continue  # decoding lists all unreadable files, with their reasons
     if not facts:
@@ -201,6 +202,8 @@ def _fingerprint(
     digest = hashlib.sha256(repr((tuple(classes), conversion)).encode())
     for split, (opened, index) in views.items():
         digest.update(f"\0{split}\0{opened.content}\0".encode())
-        digest.update("\0".join(opened.ids_of(index)).encode())
+        ids = opened.ids_of(index)
+        for start in range(0, len(ids), 1 << 16):  # a joined text of millions would be in memory
+            digest.update(("\0" * (start > 0) + "\0".join(ids[start : start + (1 << 16)])).encode())
         digest.update(opened.labels[index].tobytes())
     return digest.hexdigest()

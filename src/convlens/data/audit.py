@@ -19,6 +19,7 @@ import torch
 from convlens.console import progress
 from convlens.data import similar
 from convlens.data.decode import Pixels, decode, fit_images
+from convlens.data.encoded import Files
 from convlens.data.looking import Facts, Index, Look, look
 from convlens.data.opening import Opened, draw
 from convlens.data.parts import Part, Source
@@ -82,14 +83,15 @@ class Audit:
         names, labels = list(self.counts), self._train.labels
         titles = [names[labels[i]] for i in self._shown]
         images, channels = self._train.images, self.channels
-        if not isinstance(images, list):
+        if not isinstance(images, Files):
             # Small pictures stay as they are: plots enlarge them pixel by pixel.
             size = min(side, max(images.shape[2:]))
             pixels = images[np.array(self._shown, np.int64)]
             return fit_images(pixels, size=size, channels=channels, fit="pad"), titles
         out = np.zeros((len(titles), channels, side, side), np.uint8)
         for place, i in enumerate(self._shown):
-            out[place] = decode(images[i], size=side, channels=channels, fit="pad")
+            content, name = images.read(i), images.name(i)
+            out[place] = decode(content, size=side, channels=channels, fit="pad", name=name)
         return out, titles
 
 

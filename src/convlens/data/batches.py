@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from convlens.data.draws import Place, SharedGenerator
+from convlens.data.order import WINDOW, Shards, epoch_order
 from convlens.device import Plan, seed_of
 from convlens.later import send
 from convlens.processes import ALONE, World
@@ -110,6 +111,7 @@ class Batches:
         mixes: whether it needs the whole batch, because it mixes images.
         world: the processes that share each batch; this one yields its own rows only, augmented
             as in the whole batch.
+        shards: where the images lie, where the order goes by it (`order.epoch_order`).
     """
 
     def __init__(
@@ -123,9 +125,10 @@ class Batches:
         augment: Augment | None = None,
         mixes: bool = False,
         world: World = ALONE,
+        shards: Shards | None = None,
     ) -> None:
         self.rows, self.count = split.rows, int(split.labels.numel())
-        self.plan, self.seed = plan, seed
+        self.plan, self.seed, self.shards = plan, seed, shards
         self.augment, self.normalise, self._mixes = augment, normalise, mixes
         self.world = world
         self.labels = split.labels.to(plan.device)
@@ -142,8 +145,7 @@ class Batches:
         Each is float32 `[B, C, H, W]` and int64 `[B]`, both on the device; labels are float32
         `[B, K]`, probabilities, where augmentation mixes images.
         """
-        # Always drawn on the CPU, so that every device sees the same order.
-        order = torch.randperm(self.count, generator=_generator("cpu", self.seed, epoch))
+        order = epoch_order(self.count, self.seed, epoch, self.shards)
         parts = self._read(order)[start:]
         indices = self._read(send(order, self.plan.device))[start:]
         # One generator, seeded anew each step: making one costs more than seeding it.
@@ -176,9 +178,15 @@ class Batches:
             return
         if not parts:  # taken up after the epoch's last step
             return
+        # Half a window ahead: the next one is on its way before the first of it is needed.
+        ahead = max(1, WINDOW // 2 // len(parts[0]))
+        if self.shards:
+            self.shards.coming(parts[:ahead])
         with ThreadPoolExecutor(max_workers=1) as reader:
             coming = reader.submit(self.rows.gather, parts[0])
-            for following in [*parts[1:], None]:
+            for number, following in enumerate([*parts[1:], None], ahead):
+                if self.shards:
+                    self.shards.coming(parts[number : number + 1])
                 images = coming.result()
                 if following is not None:
                     coming = reader.submit(self.rows.gather, following)

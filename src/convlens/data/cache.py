@@ -2,7 +2,8 @@
 
 A store is one file, so that one rename makes it whole or absent:
 pixels `[N, C, H, W]` | SHA-256 of each image file `[N, 32]` | JSON | its length (8 bytes) | magic.
-Its name is a hash over paths, sizes and times of all files and over the conversion.
+Its name is a hash over paths, sizes and times of all files and over the conversion. Of images
+that stay where they are (shards beyond the memory budget) the store has all but the pixels.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from convlens import device
 from convlens.console import progress, say
 from convlens.data import decode
 from convlens.data.decode import Pixels, UnreadableImage
+from convlens.data.encoded import Files
 from convlens.data.locks import turn
 from convlens.data.rows import ArrayRows, Conversion, DecodedRows, Rows, Shape, StoredRows
 from convlens.errors import ResourceError
@@ -58,74 +61,84 @@ def folder() -> Path:
     return Path.home() / ".cache" / "convlens"
 
 
-def decoded(paths: Sequence[str], conversion: Conversion, *, memory_budget: int) -> Decoded:
-    """The files of `paths` as rows: from their store, or decoded now with a progress bar.
+def decoded(files: Files, conversion: Conversion, *, memory_budget: int) -> Decoded:
+    """Image files as rows: from their store, or decoded now with a progress bar.
 
-    Two processes that ask for the same files decode them once. Where the cache can't be written
-    or has no room, a notice is given and the images stay in memory, or are decoded again
-    whenever they are needed if they exceed `memory_budget` bytes.
+    Two processes that ask for the same files decode them once. Files that stream and exceed
+    `memory_budget` bytes are decoded once to check them, then whenever they are needed. Where the
+    cache can't be written or has no room, a notice is given and the images stay in memory, or are
+    decoded again whenever they are needed if they exceed the budget.
     """
-    shape: Shape = (len(paths), conversion.channels, conversion.size, conversion.size)
-    store = folder() / f"{_key(paths, conversion)}.pixels"
-    if found := _opened(store, shape):
+    shape: Shape = (len(files), conversion.channels, conversion.size, conversion.size)
+    kind = "checked" if files.streams and int(np.prod(shape)) > memory_budget else "pixels"
+    store = folder() / f"{_key(files, conversion)}.{kind}"
+    opened = partial(_opened, store, shape, files, conversion)
+    if found := opened():
         return found
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         with turn(store.with_suffix(".lock"), "decoding these images"):
-            found = _opened(store, shape)
+            found = opened()
             if found is None:
-                _build(store, paths, conversion, shape)
-                found = _opened(store, shape)
+                _build(store, files, conversion, shape)
+                found = opened()
         if found:
             return found
         why = "what was written could not be read back"
     except OSError as error:
         why = error.strerror or str(error)
-    return _without_store(paths, conversion, shape, memory_budget, f"{store.parent}: {why}")
+    return _without_store(files, conversion, shape, memory_budget, f"{store.parent}: {why}")
 
 
-def _key(paths: Sequence[str], conversion: Conversion) -> str:
-    times = np.zeros((len(paths), 3), np.int64)
-    for i, path in enumerate(paths):
-        try:
-            s = os.stat(path)
-        except OSError:
-            continue  # it stays 0 0 0; decoding will say why
-        # The change time too: it can't be set back, as a copy tool does with the other.
-        times[i] = s.st_size, s.st_mtime_ns, s.st_ctime_ns
-    digest = hashlib.sha256(repr((decode.VERSION, conversion)).encode())
-    digest.update("\0".join(paths).encode("utf-8", "surrogateescape"))
-    digest.update(times.tobytes())
-    return digest.hexdigest()[:40]
+def _key(files: Files, conversion: Conversion) -> str:
+    told = repr((decode.VERSION, conversion, files.stamp()))
+    return hashlib.sha256(told.encode()).hexdigest()[:40]
 
 
-def _opened(store: Path, shape: Shape) -> Decoded | None:
+def _opened(store: Path, shape: Shape, files: Files, conversion: Conversion) -> Decoded | None:
     """A whole store of this shape, or None: absent, cut short, of another version."""
+    pixels = _pixel_bytes(store, shape)
     try:
         with store.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 16))
             tail = file.read()
             length = int.from_bytes(tail[:8], "little")
-            body = int(np.prod(shape)) + 32 * shape[0]
+            body = pixels + 32 * shape[0]
             if tail[8:] != _MAGIC or body + length + 16 != end:
                 return None
             file.seek(body)
             facts = json.loads(file.read(length))
+            file.seek(0)
+            digests = b"" if pixels else file.read(body)
     except (OSError, ValueError):
         return None
     bad = {int(i): str(reason) for i, reason in facts["bad"].items()}
-    return Decoded(StoredRows(store, shape), str(facts["content"]), bad)
+    if pixels:
+        return Decoded(StoredRows(store, shape), str(facts["content"]), bad)
+    known = np.frombuffer(digests, np.uint8).reshape(-1, 32)
+    rows = DecodedRows(files, known, conversion, device.usable_cores())
+    return Decoded(rows, str(facts["content"]), bad)
 
 
-def _build(store: Path, paths: Sequence[str], conversion: Conversion, shape: Shape) -> None:
-    needed = int(np.prod(shape)) + 32 * shape[0]
+def _pixel_bytes(store: Path, shape: Shape) -> int:
+    return int(np.prod(shape)) if store.suffix == ".pixels" else 0
+
+
+def _build(store: Path, files: Files, conversion: Conversion, shape: Shape) -> None:
+    pixel_bytes = _pixel_bytes(store, shape)
+    needed = pixel_bytes + 32 * shape[0]
     if shutil.disk_usage(store.parent).free < needed + (64 << 20):
         raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, the disk has not that much left")
     handle, temporary = tempfile.mkstemp(prefix=f".{store.name}.", dir=store.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            digests, bad = _decode(paths, conversion, lambda start, pixels: file.write(pixels.data))
+
+            def keep(start: int, pixels: Pixels) -> None:
+                if pixel_bytes:
+                    file.write(pixels.data)
+
+            digests, bad = _decode(files, conversion, keep)
             facts = json.dumps({"content": _combined(digests, bad), "bad": bad}).encode()
             file.write(digests.data)
             file.write(facts + len(facts).to_bytes(8, "little") + _MAGIC)
@@ -139,7 +152,7 @@ def _build(store: Path, paths: Sequence[str], conversion: Conversion, shape: Sha
 
 
 def _without_store(
-    paths: Sequence[str], conversion: Conversion, shape: Shape, memory_budget: int, why: str
+    files: Files, conversion: Conversion, shape: Shape, memory_budget: int, why: str
 ) -> Decoded:
     fits = int(np.prod(shape)) <= memory_budget
     then = "kept in memory" if fits else "decoded again whenever they are needed, which is slow"
@@ -150,10 +163,10 @@ def _without_store(
         def keep(start: int, pixels: Pixels) -> None:
             images[start : start + len(pixels)] = pixels
 
-        digests, bad = _decode(paths, conversion, keep)
+        digests, bad = _decode(files, conversion, keep)
         return Decoded(ArrayRows(torch.from_numpy(images)), _combined(digests, bad), bad)
-    digests, bad = _decode(paths, conversion, lambda start, pixels: None)
-    rows = DecodedRows(paths, digests, conversion, device.usable_cores())
+    digests, bad = _decode(files, conversion, lambda start, pixels: None)
+    rows = DecodedRows(files, digests, conversion, device.usable_cores())
     return Decoded(rows, _combined(digests, bad), bad)
 
 
@@ -163,27 +176,27 @@ def _combined(digests: Pixels, bad: dict[int, str]) -> str:
 
 
 def _decode(
-    paths: Sequence[str], conversion: Conversion, sink: Callable[[int, Pixels], object]
+    files: Files, conversion: Conversion, sink: Callable[[int, Pixels], object]
 ) -> tuple[Pixels, dict[int, str]]:
     """Decodes all files, in threads; `sink` gets the pixels in order, a few dozen at a time."""
-    digests, bad = np.zeros((len(paths), 32), np.uint8), dict[int, str]()
+    digests, bad = np.zeros((len(files), 32), np.uint8), dict[int, str]()
     side = conversion.size
 
     def some(start: int) -> tuple[int, Pixels]:
-        numbers = range(start, min(start + _CHUNK, len(paths)))
+        numbers = range(start, min(start + _CHUNK, len(files)))
         pixels = np.zeros((len(numbers), conversion.channels, side, side), np.uint8)
         for place, number in enumerate(numbers):
             try:
-                content = decode.read_bytes(paths[number])
+                content = files.read(number)
                 digests[number] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
-                pixels[place] = conversion.file(content, paths[number])
+                pixels[place] = conversion.file(content, files.name(number))
             except UnreadableImage as error:
                 _refuse_if_ours(error)
                 bad[number] = error.reason
         return start, pixels
 
-    with progress("decoding images", len(paths)) as bar:
-        for start, pixels in _in_order(some, range(0, len(paths), _CHUNK)):
+    with progress("decoding images", len(files)) as bar:
+        for start, pixels in _in_order(some, range(0, len(files), _CHUNK)):
             sink(start, pixels)
             bar.advance(len(pixels))
     return digests, dict(sorted(bad.items()))

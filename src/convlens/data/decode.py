@@ -165,17 +165,21 @@ def fit_images(images: Pixels, *, size: int | None, channels: int, fit: str) -> 
     return out
 
 
-def probe(path: Path | str) -> ImageFacts:
+def probe(source: Path | str | bytes, name: str = "") -> ImageFacts:
     """Size and kind of an image from its header alone; the pixels are not decoded.
+
+    Args:
+        source: a path, or the bytes of a file.
+        name: what to call `source` in errors where it is bytes.
 
     Raises:
         UnreadableImage: the header is no image's, or promises more than 89 megapixels.
     """
-    name = os.fspath(path)
+    if not isinstance(source, bytes):
+        name = os.fspath(source)
+        source = read_bytes(source)
     try:
-        if not stat.S_ISREG(os.stat(name).st_mode) or os.stat(name).st_size == 0:
-            read_bytes(name)  # says which of the two it is
-        with open(name, "rb") as file, _open(file, name) as image:
+        with _open(source, name) as image:
             width, height = image.size
             # PNG may keep its EXIF behind the pixels; asking for it would decode them all.
             known = image.format != "PNG" or "exif" in image.info
@@ -185,7 +189,7 @@ def probe(path: Path | str) -> ImageFacts:
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # as in `decode`
-        raise UnreadableImage(name, _why(error)) from error
+        raise UnreadableImage(name or "(bytes)", _why(error, source)) from error
 
 
 def _check(size: int | None, channels: int, fit: str) -> None:
@@ -201,9 +205,8 @@ def _binary() -> int:
     return getattr(os, "O_BINARY", 0)  # Windows would translate line ends
 
 
-def _open(source: bytes | io.BufferedReader, name: str) -> Image.Image:
-    stream = io.BytesIO(source) if isinstance(source, bytes) else source
-    image = Image.open(stream, formats=FORMATS)
+def _open(content: bytes, name: str) -> Image.Image:
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
         reason = f"{width} x {height} pixels; more than {MAX_PIXELS // 10**6} million are refused"

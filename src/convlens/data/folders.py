@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convlens.data.encoded import Paths
 from convlens.data.parts import Part, Source, is_image_name
 from convlens.errors import DataError
 from convlens.names import near
@@ -99,7 +100,8 @@ def read_folder(root: Path, name: str, classes: Sequence[str] | None = None) -> 
         counts = [len(scan.files.get(name, ())) for name in names]
         labels = np.repeat(np.arange(len(number), dtype=np.int64), counts)
         prefix = f"{root}{os.sep}"
-        parts[split] = Part([prefix + i for i in ids], labels, [printable(i) for i in ids])
+        paths = Paths([prefix + i for i in ids])
+        parts[split] = Part(paths, labels, [printable(i) for i in ids])
     ignored = sum(scan.ignored for scan in scans.values())
     loose = sum(scan.loose for scan in scans.values())
     if ignored:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from convlens import device
 from convlens.console import Bar
 from convlens.data import similar
-from convlens.data.decode import Pixels, UnreadableImage, decode, fit_images, probe, read_bytes
+from convlens.data.decode import Pixels, UnreadableImage, decode, fit_images, probe
+from convlens.data.encoded import Files
 from convlens.data.parts import Part
 
 _CHUNK = 512
@@ -52,8 +53,8 @@ def look(part: Part, bar: Bar) -> Look:
     found = Look(part, np.zeros(len(part.labels), FACTS))
     for start in range(0, len(part.labels), _CHUNK):
         index = np.arange(start, min(start + _CHUNK, len(part.labels)))
-        if isinstance(part.images, list):
-            for i, seen in zip(index, _of_files([part.images[i] for i in index]), strict=True):
+        if isinstance(part.images, Files):
+            for i, seen in zip(index, _of_files(part.images, index.tolist()), strict=True):
                 if isinstance(seen, str):
                     found.bad[int(i)] = seen
                 else:
@@ -64,19 +65,20 @@ def look(part: Part, bar: Bar) -> Look:
     return found
 
 
-def _of_files(paths: Sequence[str]) -> Iterator[np.void | str]:
+def _of_files(files: Files, numbers: Sequence[int]) -> Iterator[np.void | str]:
     pool = ThreadPoolExecutor(min(device.usable_cores(), 32))
     try:
-        yield from pool.map(_of_file, paths)
+        yield from pool.map(lambda number: _of_file(files, number), numbers)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _of_file(path: str) -> np.void | str:
+def _of_file(files: Files, number: int) -> np.void | str:
     """Facts of one file, or the reason why there are none."""
     try:
-        pixels = decode(read_bytes(path), size=None, channels=3, fit="crop", name=path)
-        header = probe(path)
+        content, name = files.read(number), files.name(number)
+        pixels = decode(content, size=None, channels=3, fit="crop", name=name)
+        header = probe(content, name)
     except UnreadableImage as error:
         return error.reason
     facts = facts_of(pixels[None])

@@ -12,6 +12,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from convlens.data import cache
+from convlens.data.encoded import Files
+from convlens.data.ids import Taken
+from convlens.data.order import Shards
 from convlens.data.parts import Images, Part, Source
 from convlens.data.rows import ArrayRows, Conversion, ConvertedRows, Rows, as_index, in_memory
 from convlens.data.splits import fold_numbers, hold_out, take_per_class
@@ -25,11 +28,15 @@ Index = npt.NDArray[np.int64]
 
 @dataclass
 class Split:
-    """Images with labels: rows uint8 `[N, C, H, W]`, labels int64 `[N]`, an id for each."""
+    """Images with labels: rows uint8 `[N, C, H, W]`, labels int64 `[N]`, an id for each.
+
+    `shards` says where they lie, where the order of training goes by it.
+    """
 
     rows: Rows
     labels: Tensor
     ids: Sequence[str]
+    shards: Shards | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,8 +59,8 @@ class Opened:
     def all(self) -> Index:
         return np.arange(len(self.good), dtype=np.int64)
 
-    def ids_of(self, index: Index) -> list[str]:
-        return [self.part.ids[i] for i in self.good[index].tolist()]
+    def ids_of(self, index: Index) -> Sequence[str]:
+        return Taken(self.part.ids, self.good[index])
 
     def groups(self) -> list[str] | None:
         groups = self.part.groups
@@ -65,12 +72,19 @@ class Opened:
         rows = self.rows if whole else self.rows.take(as_index(taken))
         if resident and not isinstance(rows, ArrayRows):
             rows = in_memory(rows)
-        return Split(rows, as_index(self.labels[index]), self.ids_of(index))
+        return Split(rows, as_index(self.labels[index]), self.ids_of(index), self._shards(taken))
+
+    def _shards(self, taken: Index) -> Shards | None:
+        files = self.part.images
+        blocks = files.blocks() if isinstance(files, Files) else None
+        if blocks is None or not isinstance(files, Files):
+            return None
+        return Shards(as_index(blocks[taken]), files.expect)
 
 
 def open_part(part: Part, conversion: Conversion, memory_budget: int) -> Opened:
     """A part's images as rows: files through the cache, arrays converted when asked for."""
-    if isinstance(part.images, list):
+    if isinstance(part.images, Files):
         found = cache.decoded(part.images, conversion, memory_budget=memory_budget)
         return Opened(part, found.rows, found.content, found.bad)
     return Opened(part, ConvertedRows(part.images, conversion), _content(part.images), {})
@@ -110,10 +124,10 @@ def parts_of(config: DataConfig, source: Source) -> dict[str, Part]:
         return source.parts
     train, val = source.parts["train"], source.parts["val"]
     # No built-in set (these are arrays) has a validation split of its own.
-    assert isinstance(train.images, list)
-    assert isinstance(val.images, list)
+    assert isinstance(train.images, Files)
+    assert isinstance(val.images, Files)
     both = Part(
-        [*train.images, *val.images],
+        train.images.plus(val.images),
         np.concatenate([train.labels, val.labels]),
         [*train.ids, *val.ids],
         None if train.groups is None or val.groups is None else [*train.groups, *val.groups],

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from convlens.data.decode import EXTENSIONS, Pixels
+from convlens.data.encoded import Files
 
 
 class Images(Protocol):
@@ -24,9 +25,9 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One split as its source gives it: `images` are pixels, or the paths of files."""
+    """One split as its source gives it: `images` are pixels, or files that hold them."""
 
-    images: Images | list[str]
+    images: Images | Files
     labels: npt.NDArray[np.int64]
     ids: Sequence[str]
     groups: list[str] | None = None

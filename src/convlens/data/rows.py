@@ -7,8 +7,6 @@ from any thread), `resident` and `take`.
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from convlens.data.decode import Pixels, UnreadableImage, decode, fit_images, read_bytes
+from convlens.data.decode import Pixels, UnreadableImage, decode, fit_images
+from convlens.data.encoded import Files
 from convlens.data.parts import Images
+from convlens.data.reading import Reader
 from convlens.errors import DataError
 
 Shape = tuple[int, int, int, int]
@@ -112,17 +112,11 @@ class TakenRows:
 
 
 class Records:
-    """A file of `count` records of `size` bytes each, after `header` bytes; thread-safe.
-
-    Read with `preadv` and not through a memory map: pages of a map count as ours, so that a set
-    larger than the budget would seem to (and under a memory limit, would) break it.
-    """
+    """A file of `count` records of `size` bytes each, after `header` bytes; thread-safe."""
 
     def __init__(self, path: Path, size: int, count: int, header: int = 0) -> None:
         self.path, self.size, self.count, self.header = path, size, count, header
-        # Opened once: the records stay readable even if someone deletes the file meanwhile.
-        self._file = path.open("rb", buffering=0)
-        self._lock = threading.Lock()
+        self._reader = Reader(path)
 
     def read(self, numbers: Sequence[int]) -> Pixels:
         """uint8 `[B, size]`; neighbours in `numbers` are read in one go."""
@@ -135,25 +129,9 @@ class Records:
             while end < len(numbers) and numbers[end] == numbers[end - 1] + 1:
                 end += 1
             into = out[start:end].reshape(-1).data
-            self._fill(into, self.header + numbers[start] * self.size)
+            self._reader.fill(into, self.header + numbers[start] * self.size)
             start = end
         return out
-
-    def _fill(self, into: memoryview, offset: int) -> None:
-        while len(into):
-            if hasattr(os, "preadv"):
-                got = os.preadv(self._file.fileno(), [into], offset)
-            else:  # Windows
-                with self._lock:
-                    self._file.seek(offset)
-                    got = self._file.readinto(into) or 0
-            if got == 0:
-                raise DataError(
-                    "a file of images was cut short while in use",
-                    where=str(self.path),
-                    fix="delete it and run the same command again",
-                )
-            into, offset = into[got:], offset + got
 
 
 class StoredRows:
@@ -193,50 +171,53 @@ class ConvertedRows:
 
 
 class DecodedRows:
-    """Image files that are decoded whenever they are asked for, by a few threads.
+    """Encoded images that are decoded whenever they are asked for, by a few threads.
 
     Args:
-        paths: one file an image.
-        digests: SHA-256 of each file as it was at the start, uint8 `[N, 32]`.
+        files: where they are read from.
+        digests: SHA-256 of each as it was at the start, uint8 `[N, 32]`.
         conversion: from file to uint8 `[C, H, W]`.
     """
 
     def __init__(
         self,
-        paths: Sequence[str],
+        files: Files,
         digests: Pixels,
         conversion: Conversion,
         threads: int,
     ) -> None:
         size, channels = conversion.size, conversion.channels
-        self.shape: Shape = (len(paths), channels, size, size)
-        self._paths, self._digests, self._conversion = paths, digests, conversion
+        self.shape: Shape = (len(files), channels, size, size)
+        self._files, self._digests, self._conversion = files, digests, conversion
         self._threads = threads
 
     def gather(self, index: Tensor) -> Tensor:
         out = np.empty((len(index), *self.shape[1:]), np.uint8)
         numbers = index.tolist()
+        # A few images a task: small ones are decoded faster than a task is handed over.
+        step = max(1, min(16, len(numbers) // (4 * self._threads)))
 
-        def one(place: int) -> None:
-            out[place] = self._image(numbers[place])
+        def some(start: int) -> None:
+            for place in range(start, min(start + step, len(numbers))):
+                out[place] = self._image(numbers[place])
 
         with ThreadPoolExecutor(self._threads) as pool:
-            for _ in pool.map(one, range(len(numbers))):
+            for _ in pool.map(some, range(0, len(numbers), step)):
                 pass
         return torch.from_numpy(out)
 
     def _image(self, number: int) -> Pixels:
-        path = self._paths[number]
+        name = self._files.name(number)
         fix = "leave the images alone during a run; run the same command again"
         try:
-            content = read_bytes(path)
+            content = self._files.read(number)
         except UnreadableImage as error:
             raise DataError(
-                f"an image can't be read any more: {error.reason}", where=path, fix=fix
+                f"an image can't be read any more: {error.reason}", where=name, fix=fix
             ) from error
         if hashlib.sha256(content).digest() != self._digests[number].tobytes():
-            raise DataError("an image has changed since the start", where=path, fix=fix)
-        return self._conversion.file(content, path)
+            raise DataError("an image has changed since the start", where=name, fix=fix)
+        return self._conversion.file(content, name)
 
     def resident(self) -> Tensor | None:
         return None

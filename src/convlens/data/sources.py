@@ -1,4 +1,4 @@
-"""Where images come from: a built-in set by its name, or somebody's own folder or CSV.
+"""Where images come from: a built-in set by its name, or somebody's own folder, shards or CSV.
 
 A new built-in set is a function here and a line in `SOURCES`; one with files to download also
 gets its lines in `downloads.py`.
@@ -17,8 +17,10 @@ from convlens.data import downloads
 from convlens.data.decode import Pixels
 from convlens.data.drawn import SHAPES, Drawn
 from convlens.data.folders import printable, read_folder, split_of
+from convlens.data.ids import Numbered
 from convlens.data.parts import Images, Part, Source
 from convlens.data.rows import Records
+from convlens.data.shards import holds_shards, is_pattern, read_shards
 from convlens.data.tables import read_csv
 from convlens.errors import DataError, UsageError
 from convlens.names import near
@@ -73,13 +75,17 @@ def find(
         return _shapes(count or 2000, image_size or 32)
     if name in SOURCES:
         return SOURCES[name]()
+    if path is None and is_pattern(name):
+        return read_shards(Path(name).expanduser(), name)
     if path is None:
         raise _unknown(name)
     if path.is_dir():
-        return read_folder(path, name)
+        return read_shards(path, name) if holds_shards(path) else read_folder(path, name)
     if path.suffix.lower() in (".csv", ".tsv"):
         return read_csv(path, name, group)
-    fix = "unpack it and name the folder" if path.suffix in (".zip", ".gz", ".tar", ".xz") else ""
+    if path.suffix.lower() == ".tar":
+        return read_shards(path, name)
+    fix = "unpack it and name the folder" if path.suffix in (".zip", ".gz", ".tgz", ".xz") else ""
     raise DataError(
         "this file is no CSV", where=str(path), fix=fix or "name a folder of class folders or a CSV"
     )
@@ -100,7 +106,7 @@ def known(name: str = "") -> list[str]:
 
 def _is_path(name: str) -> bool:
     """Whether it is a path, or looks like one: then not finding it is no slip of a name."""
-    looks = "/" in name or os.sep in name or name.lower().endswith((".csv", ".tsv"))
+    looks = "/" in name or os.sep in name or name.lower().endswith((".csv", ".tsv", ".tar"))
     return looks or _existing(name) is not None
 
 
@@ -123,7 +129,7 @@ def _unknown(name: str) -> DataError | UsageError:
 
 
 def _numbered(split: str, images: Images, labels: npt.NDArray[np.generic]) -> Part:
-    ids = [f"{split}/{i}" for i in range(images.shape[0])]
+    ids = Numbered(split, images.shape[0])
     return Part(images, labels.astype(np.int64).reshape(-1), ids)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convlens.data.encoded import Paths
 from convlens.data.folders import Problems, normal, printable, split_of
 from convlens.data.parts import Part, Source, is_image_name
 from convlens.errors import DataError, UsageError
@@ -69,7 +70,7 @@ def read_csv(path: Path, name: str, group: str | None = None) -> Source:
         mine = [i for i, s in enumerate(splits) if s == split]
         if mine:
             parts[split] = Part(
-                [files[i] for i in mine],
+                Paths([files[i] for i in mine]),
                 np.array([number[labels[i]] for i in mine], np.int64),
                 [printable(rows[i][1][at_path].strip()) for i in mine],
                 [groups[i] for i in mine] if groups is not None else None,

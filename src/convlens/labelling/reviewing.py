@@ -21,6 +21,7 @@ from convlens import files
 from convlens.console import say
 from convlens.data import Data
 from convlens.data.decode import UnreadableImage, decode, fit_images
+from convlens.data.encoded import Files, Paths
 from convlens.data.parts import Part, Source
 from convlens.data.sources import find
 from convlens.data.tables import guarded
@@ -44,7 +45,7 @@ def written(report: LabelReport, config: DataConfig, data: Data, folder: Path) -
     """
     size = None if config.image_size == "auto" else int(config.image_size)
     source = find(config.name, count=config.count, image_size=size, group=config.group)
-    trainable = isinstance(source.parts["train"].images, list)
+    trainable = isinstance(source.parts["train"].images, Paths)
     text = _table(report, source, config.group, data)
     path = _unused(folder, text)
     files.write_atomic(path, text)
@@ -65,7 +66,7 @@ def _table(report: LabelReport, source: Source, group: str | None, data: Data) -
         for number, identity in enumerate(part.ids):
             if identity in skipped:
                 continue
-            path = part.images[number] if isinstance(part.images, list) else None
+            path = part.images[number] if isinstance(part.images, Paths) else None
             if path is not None and not _is_text(path):
                 lost += 1
                 continue
@@ -167,9 +168,10 @@ def _pictures(suspects: Sequence[Suspect], source: Source, channels: int) -> np.
 
 
 def _picture(part: Part, number: int, channels: int) -> np.ndarray:
-    if isinstance(part.images, list):
+    if isinstance(part.images, Files):
         try:
-            return decode(part.images[number], size=SIDE, channels=channels, fit="pad")
+            content, name = part.images.read(number), part.images.name(number)
+            return decode(content, size=SIDE, channels=channels, fit="pad", name=name)
         except UnreadableImage:  # gone since it was judged
             return np.full((channels, SIDE, SIDE), 255, np.uint8)
     pixels = part.images[np.array([number])]

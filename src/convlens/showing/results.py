@@ -18,6 +18,7 @@ from convlens.console import say
 
 if TYPE_CHECKING:  # `convlens recipes` must not wait for torch
     from convlens.data.audit import Audit
+    from convlens.data.sharding import Written
     from convlens.data.similar import Repeats
     from convlens.evaluation import Evaluation
     from convlens.prediction import Prediction
@@ -141,6 +142,13 @@ def audited(report: Audit, sheet: Path) -> None:
 def drawn(sheet: Path) -> None:
     """Where an augmented batch was drawn."""
     stdout().print(f"augmented batch  {sheet}")
+
+
+def sharded(written: Written) -> None:
+    """What was written as shards, and how to train on it."""
+    images = ", ".join(f"{count:,} {split}" for split, count in written.images.items())
+    stdout().print(f"{images} images of {escape(written.data)} in {written.shards:,} shards")
+    stdout().print(f"shards  {escape(written.folder)}")
 
 
 def reported(page: Report) -> None:

@@ -1,0 +1,252 @@
+"""Cost against work: images, classes and pixels from small to large, each beside the others.
+
+Time an image (training step, evaluation, opening the set) should not depend on how many there
+are; memory is bounded by the budget for images, whatever the set. Every size is measured in a
+process of its own (peak memory), in turn, several times. The images are 64 drawn shapes again
+and again, so that what is measured is convlens and not the drawing.
+
+python benchmarks/scaling.py [--rounds 3] [--budget 64MB] [--images 1000,10000,...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import convlens.data as data
+from convlens import device, engine, inference, metrics, models, optim
+from convlens.data import sources
+from convlens.data.batches import Batches, Normalise
+from convlens.data.drawn import Drawn
+from convlens.data.ids import Numbered
+from convlens.data.order import epoch_order
+from convlens.data.parts import Part, Source
+from convlens.recipe import load as load_recipe
+from convlens.run import RunFolder
+from convlens.schema import DataConfig
+from recording import record
+
+IMAGES, CLASSES, SIDES = (1_000, 10_000, 100_000, 1_000_000), (10, 100, 1_000), (32, 64, 128, 224)
+FIRST = 1_000, 10, 32  # images, classes and side where these aren't what changes
+OF_CLASSES = 20_000  # images where classes change: each of 1,000 needs some to be split
+BATCH = 64
+PIXELS = 16 * 224 * 224  # of a batch where the side changes: the same working set for each
+NET = {"widths": [32, 64], "depth": 1, "head": "avg"}
+FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "scaling.svg"
+Case = tuple[int, int, int]  # images, classes, side
+
+
+class Repeated:
+    """`count` images, drawn shapes again and again: read in no time, in little memory."""
+
+    def __init__(self, count: int, side: int) -> None:
+        self.shape: tuple[int, ...] = (count, 3, side, side)
+        self._pool = Drawn(64, side)[np.arange(64)]
+
+    def __getitem__(self, index: np.ndarray, /) -> np.ndarray:
+        return self._pool[index % len(self._pool)]
+
+
+# One size, in this process
+
+
+def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dict[str, float]:
+    """CPU and wall seconds an image of training and evaluating, those of a start, peak bytes."""
+
+    def source() -> Source:
+        images, labels = Repeated(count, side), np.arange(count) % classes
+        names = tuple(f"class {k:04}" for k in range(classes))
+        return Source("repeated", names, {
+            "train": Part(images, labels, Numbered("repeated", count))
+        })  # fmt: skip
+
+    sources.SOURCES["repeated"] = source
+    device.prepare(deterministic=False)
+    model = models.build("cnn", classes, 3, side, NET)
+    figures = {}
+    config = DataConfig(name="repeated", image_size=side)
+
+    def opening() -> data.Data:
+        found = data.load(config, memory_budget=budget)
+        data.channel_stats(found.train)
+        epoch_order(len(found.train), 0, 1)
+        RunFolder(Path("run")).write_split(found.held_out)
+        return found
+
+    loaded, figures["open_cpu"], figures["open_wall"] = timed(opening)
+    figures["train_cpu"], figures["train_wall"] = trained(model, loaded, batch)
+    figures["evaluate_cpu"], figures["evaluate_wall"] = evaluated(model, loaded)
+    status = Path("/proc/self/status").read_text()
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status)  # not ru_maxrss: that begins with the parent's
+    figures["peak"] = int(peak[1]) * 1024 if peak else 0
+    return figures
+
+
+def timed(job: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What a job gives, its CPU seconds (all threads) and its seconds."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = job()
+    return result, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def trained(model: nn.Module, loaded: data.Data, batch: int) -> tuple[float, float]:
+    """CPU and wall seconds an image over some batches, gathering and optimiser included."""
+    plan = device.Plan("cpu", "fp32", "contiguous")
+    batches = Batches(loaded.train, batch_size=batch, normalise=Normalise([0.5] * 3, [0.25] * 3),
+                      plan=plan, seed=0)  # fmt: skip
+    config = load_recipe("folder").optim
+    records = engine.fit(
+        model, batches, optim.build(model, config), optim.schedule(config), epochs=10**6,
+        objective=nn.CrossEntropyLoss(), plan=plan, seed=0,
+    )  # fmt: skip
+    steps = (r for r in records if isinstance(r, engine.Step) and r.images == batch)
+    rounds = []
+    few = max(1, 8 * BATCH * 32 * 32 // (batch * loaded.image_size**2))
+    for turn in range(5):
+
+        def some() -> None:
+            for _ in range(few):
+                next(steps)
+
+        _, cpu, wall = timed(some)
+        if turn:  # the first warms up
+            rounds.append((cpu / (few * batch), wall / (few * batch)))
+    return median(rounds)
+
+
+def evaluated(model: nn.Module, loaded: data.Data) -> tuple[float, float]:
+    """CPU and wall seconds an image: answers of the network, then all of their numbers."""
+    plan = device.Plan("cpu", "fp32", "contiguous")
+    # As many from every set, and full batches, whose buffers are a good part of the memory: the
+    # smallest set's are taken several times.
+    count = max(2, 12 * 32 * 32 // loaded.image_size**2) * inference.BATCH
+    index = torch.linspace(0, len(loaded.val) - 1, count, dtype=torch.float64).round().long()
+    part = data.Split(loaded.val.rows.take(index), loaded.val.labels[index], [""] * count)
+
+    def some() -> None:
+        normalise = Normalise([0.5] * 3, [0.25] * 3)
+        logits, labels = inference.split_logits(model, part, normalise, plan)
+        metrics.summarise(logits.numpy(), labels.numpy(), loaded.classes)
+
+    some()
+    rounds = [tuple(seconds / count for seconds in timed(some)[1:]) for _ in range(3)]
+    return median(rounds)
+
+
+def median(rounds: list[Any]) -> tuple[float, float]:
+    cpu, wall = (statistics.median(values) for values in zip(*rounds, strict=True))
+    return cpu, wall
+
+
+# All sizes, each in a process of its own
+
+
+def cases(images: tuple[int, ...], classes: tuple[int, ...], sides: tuple[int, ...]) -> Iterator[
+    tuple[str, Case, int]
+]:  # fmt: skip
+    """What changes, the case, and its batch."""
+    _, few, small = FIRST
+    yield from (("images", (n, few, small), BATCH) for n in images)
+    yield from (("classes", (OF_CLASSES, k, small), BATCH) for k in classes)
+    yield from (("side", (FIRST[0], few, s), PIXELS // s**2) for s in sides)
+
+
+def in_a_process(case: Case, batch: int, budget: int) -> dict[str, float]:
+    arguments = ["--one", *map(str, (*case, batch, budget))]
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
+
+
+def summed_up(rounds: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians over the rounds, and of the ratios to the first case of the same round."""
+    figures: dict[str, Any] = {}
+    for key in rounds[0]:
+        figures[key] = statistics.median(r[key] for r in rounds)
+        ratios = [r[key] / f[key] for r, f in zip(rounds, first, strict=True)]
+        figures[f"{key}_ratio"] = round(statistics.median(ratios), 4)
+        figures[f"{key}_ratios"] = [round(ratio, 3) for ratio in ratios]
+    return figures
+
+
+def plot(series: dict[str, list[dict[str, Any]]]) -> None:
+    from matplotlib.figure import Figure
+
+    from convlens.plots.style import BLUE, GREY, VERMILION, save, styled
+
+    @styled
+    def drawing() -> Figure:
+        figure = Figure(figsize=(8.4, 2.6), layout="constrained")
+        names = {"images": "images", "classes": "classes", "side": "pixels a side"}
+        for axes, (name, rows) in zip(figure.subplots(1, 3), series.items(), strict=True):
+            x = [row[name] for row in rows]
+            for key, colour, label in (
+                ("train_cpu", BLUE, "training"), ("evaluate_cpu", VERMILION, "evaluating"),
+            ):  # fmt: skip
+                ratios = [row[f"{key}_ratio"] for row in rows]
+                axes.plot(x, ratios, "o-", color=colour, label=label)
+            axes.axhspan(0.9, 1.1, color=GREY, alpha=0.12, linewidth=0)
+            axes.set(xscale="log", ylim=(0.5, 1.5), xlabel=names[name], xticks=x,
+                     xticklabels=[f"{v:,}" for v in x])  # fmt: skip
+            axes.minorticks_off()
+            axes.set_title(f"CPU time {'a pixel' if name == 'side' else 'an image'}")
+        axes.legend(loc="lower left")
+        return figure
+
+    save(drawing(), FIGURE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget", default="64MB", help="bytes of images in memory")
+    for name, values in (("images", IMAGES), ("classes", CLASSES), ("sides", SIDES)):
+        parser.add_argument(f"--{name}", default=",".join(map(str, values)))
+    parser.add_argument("--one", nargs=5, type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        print(json.dumps(measure(*asked.one)))
+        return
+    os.environ["CONVLENS_MEMORY"] = asked.budget
+    budget = device.memory_budget("cpu")
+    sizes = [tuple(map(int, getattr(asked, n).split(","))) for n in ("images", "classes", "sides")]
+    every = list(cases(*sizes))
+    found: list[list[dict[str, float]]] = [[] for _ in every]
+    for turn in range(asked.rounds):
+        for number, (name, case, batch) in enumerate(every):
+            figures = in_a_process(case, batch, budget)
+            if name == "side":  # a pixel instead of an image
+                for key in figures:
+                    figures[key] /= 1 if key == "peak" else case[2] ** 2
+            found[number].append(figures)
+            print(turn, name, case, {k: f"{v:.3g}" for k, v in figures.items()}, file=sys.stderr)
+    series: dict[str, list[dict[str, Any]]] = {"images": [], "classes": [], "side": []}
+    for number, (name, (images, classes, side), batch) in enumerate(every):
+        first = next(n for n, (other, _, _) in enumerate(every) if other == name)
+        series[name].append({
+            "images": images, "classes": classes, "side": side, "batch": batch,
+            **summed_up(found[number], found[first]),
+        })  # fmt: skip
+    plot(series)
+    print(json.dumps(record("scaling", {"budget": budget, "rounds": asked.rounds,
+                                        "network": NET, "series": series})))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

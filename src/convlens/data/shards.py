@@ -1,0 +1,284 @@
+"""Own images in shards: tars of samples as WebDataset has them, found by their names.
+
+    FOLDER/train-000000.tar, val-000000.tar ...     FOLDER/{train,val,test}/000000.tar ...
+    set-{000000..000146}.tar                        one.tar
+
+The names of numbered classes stand in `classes.txt` (line by line) or `class_names.tsv` beside
+the shards; without them classes are called by their numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from convlens.data.folders import Problems, normal, printable, split_of
+from convlens.data.ids import Joined, Numbers
+from convlens.data.members import Index, Members, index_of
+from convlens.data.order import WINDOW
+from convlens.data.parts import Part, Source, is_image_name
+from convlens.errors import DataError, UsageError
+
+NAMES = ("classes.txt", "class_names.txt", "class_names.tsv")
+FIX = "write samples as KEY.jpg with KEY.cls (a number), KEY.txt (a name) or KEY.json (`label`)"
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_MOST = 100_000  # shards of a pattern
+_PACKED = (".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".tar.zst")
+# Two images of a shard have the same class more often than two of the set, by this share of how
+# often they could: then the shards are sorted by class.
+SORTED = 0.1
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder is to be read as shards: tars in it, or in its splits, and no classes."""
+    inside = _listed(folder)
+    folders = [e for e in inside if e.is_dir()]
+    splits = [e for e in folders if split_of(e.name)]
+    if any(map(_is_shard, inside)):
+        return not any(is_image_name(e.name) for f in folders for e in os.scandir(f))
+    return any(_is_shard(e) for f in splits for e in os.scandir(f))
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for several shards: `set-{000000..000146}.tar`."""
+    return name.lower().endswith(".tar") and _BRACES.search(name) is not None
+
+
+def read_shards(place: Path, name: str) -> Source:
+    """The shards of a folder, of a pattern with braces or of one file, as a source.
+
+    Raises:
+        DataError: everything that is wrong with them, as far as it could be read.
+    """
+    place = Path(os.path.abspath(place))
+    files, notes = _files(place)
+    problems = Problems(str(place))
+    paths = _by_split(files, place, problems)
+    problems.stop("call the shards {train,val,test}-000000.tar and so on")
+    found = {split: index_of(some) for split, some in paths.items()}
+    for what in dict.fromkeys(what for index, _ in found.values() for what, _ in index.problems):
+        things = [t for index, _ in found.values() for w, some in index.problems if w == what
+                  for t in some]  # fmt: skip
+        problems.add(what, things)
+    _check(found, problems)
+    problems.stop(FIX)
+    names = _Names.beside(place if place.is_dir() else place.parent)
+    classes, labels = _classes({s: index for s, (index, _) in found.items()}, names, problems)
+    problems.stop(FIX)
+    ignored = sum(index.ignored for index, _ in found.values())
+    notes += [f"{ignored} members that are no images or labels were ignored"] * bool(ignored)
+    left = len(names.listed) - len(classes) if names.listed else 0
+    if left:
+        notes.append(f"{left} classes of {names.file} have no training images and are left out")
+    parts, unmixed = {}, False
+    for split, (index, times) in found.items():
+        if not len(index.keys):
+            notes.append(f"{split}: no samples in its shards, so it is not used")
+            continue
+        mixed = not _is_sorted(index.shard, labels[split])
+        unmixed |= not mixed and split == "train" and len(index.keys) > WINDOW
+        images = Members(
+            paths[split], times, index.shard, index.offset, index.size, mixed=mixed
+        )  # fmt: skip
+        parts[split] = Part(images, labels[split], _ids(paths[split], index, place))
+    if unmixed:
+        notes.append(
+            "these shards are sorted by class, so images are drawn from all of them at once, which "
+            "slow disks are slow at; `convlens data NAME --shards OUT` writes mixed ones"
+        )
+    return Source(name, classes, parts, tuple(notes))
+
+
+# Which files
+
+
+def _files(place: Path) -> tuple[list[Path], list[str]]:
+    """The shards, and notes on what was left aside."""
+    if place.is_file():
+        return [place], []
+    if not place.is_dir():
+        return _expanded(place), []
+    found, packed = list[Path](), list[str]()
+    for entry in _listed(place):
+        inside = _listed(entry.path) if entry.is_dir() and split_of(entry.name) else [entry]
+        found += [Path(e.path) for e in inside if _is_shard(e)]
+        packed += [e.name for e in inside if e.name.lower().endswith(_PACKED)]
+    if packed:
+        raise DataError(
+            f"{len(packed)} shards are compressed: {', '.join(packed[:5])}",
+            where=str(place),
+            fix="unpack them to plain .tar files: their images are compressed already",
+        )
+    return found, []
+
+
+def _listed(folder: str | Path) -> list[os.DirEntry[str]]:
+    return sorted(os.scandir(folder), key=lambda entry: entry.name)
+
+
+def _is_shard(entry: os.DirEntry[str]) -> bool:
+    name = entry.name
+    return name.lower().endswith(".tar") and not name.startswith(".") and entry.is_file()
+
+
+def _expanded(pattern: Path) -> list[Path]:
+    """The files that a pattern stands for, in its order; each must be there."""
+    paths = [Path(text) for text in itertools.islice(_braces(str(pattern)), _MOST)]
+    lost = [path.name for path in paths if not path.is_file()]
+    if lost:
+        problems = Problems(str(pattern))
+        problems.add(f"{len(lost)} of {len(paths)} shards do not exist", lost)
+        problems.stop("write {FIRST..LAST} as the files are numbered, with their zeros")
+    return paths
+
+
+def _braces(text: str) -> Iterator[str]:
+    """`a{1..3}b{x,y}` as a shell expands it."""
+    found = _BRACES.search(text)
+    if not found:
+        yield text
+        return
+    span = re.fullmatch(r"([0-9]+)\.\.([0-9]+)", found[1])
+    if span:
+        width = len(span[1]) if span[1].startswith("0") else 0
+        numbers = range(int(span[1]), int(span[2]) + 1)
+        if not 0 < len(numbers) <= _MOST:
+            raise UsageError(f"{found[0]}: from 1 to {_MOST:,} shards can be named", where=text)
+        choices: Sequence[str] = [f"{n:0{width}}" for n in numbers]
+    else:
+        choices = found[1].split(",")
+    for rest in _braces(text[found.end() :]):
+        for choice in choices:
+            yield text[: found.start()] + choice + rest
+
+
+def _by_split(files: Sequence[Path], place: Path, problems: Problems) -> dict[str, list[str]]:
+    """Paths by split; all are for training where no name says otherwise."""
+    named: dict[str, list[str]] = {}
+    for path in files:
+        words = re.split(r"[-_. ]+", path.stem)
+        if path.parent != place:
+            words.insert(0, path.parent.name)
+        splits = [split for split in map(split_of, words) if split]
+        named.setdefault(splits[-1] if splits else "", []).append(str(path))
+    if list(named) == [""] or (len(named) == 1 and not place.is_dir()):
+        named = {"train": list(*named.values())}
+    problems.add("shards of no split beside those of one", list(map(os.path.basename,
+                 named.get("", ()))))  # fmt: skip
+    if "train" not in named and not problems.found:
+        problems.add("no shards for training beside those for", sorted(named))
+    # As they were named: a pattern's order is kept, a folder's is by name already.
+    return {split: named[split] for split in ("train", "val", "test") if split in named}
+
+
+def _ids(paths: Sequence[str], index: Index, place: Path) -> Joined:
+    """`train-000000.tar/0001` for each image, whatever the folder is called."""
+    root = place if place.is_dir() else place.parent
+    stems = [printable(os.path.relpath(path, root)).replace(os.sep, "/") for path in paths]
+    return Joined.of(f"{stems[s]}/{key}" for s, key in zip(index.shard.tolist(), index.keys,
+                                                         strict=True))  # fmt: skip
+
+
+# Which classes
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of classes in the order of their numbers; empty where nobody gave them."""
+
+    listed: tuple[str, ...] = ()
+    file: str = ""
+
+    @classmethod
+    def beside(cls, folder: Path) -> _Names:
+        """From the file of names in a folder of shards, or in the folder above a split's."""
+        folders = [folder, *([folder.parent] if split_of(folder.name) else [])]
+        path = next((f / n for f in folders for n in NAMES if (f / n).is_file()), None)
+        if path is None:
+            return cls()
+        try:
+            lines = path.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"can't read the classes' names: {error}", where=str(path)) from error
+        rows = [[normal(cell) for cell in line.split("\t")] for line in lines if line.strip()]
+        numbered = all(len(row) > 1 and row[0].isdecimal() for row in rows)
+        if numbered:  # number and name; else the name (perhaps with what it means) by line
+            rows = sorted(rows, key=lambda row: int(row[0]))
+        names = tuple(row[1] if numbered else row[0] for row in rows)
+        wrong = numbered and [int(row[0]) for row in rows] != list(range(len(rows)))
+        if wrong or len(set(names)) < len(names) or "" in names:
+            raise DataError(
+                "names of classes that are empty, twice there or not numbered 0, 1, 2 ...",
+                where=str(path),
+                fix="give each class one line, in the order of the numbers in .cls",
+            )
+        return cls(names, path.name)
+
+
+def _check(found: dict[str, tuple[Index, Numbers]], problems: Problems) -> None:
+    kinds = {type(label): label for index, _ in found.values() for label in index.labels}
+    if len(kinds) > 1:
+        both = [repr(label) for label in kinds.values()]
+        problems.add("classes that are numbers in some samples and names in others", both)
+    if not len(found["train"][0].keys) and not problems.found:
+        problems.add("no samples in the shards for training", ["are they archives of folders?"])
+
+
+def _classes(
+    indices: dict[str, Index], names: _Names, problems: Problems
+) -> tuple[tuple[str, ...], dict[str, Numbers]]:
+    """The classes that have training images, in order, and each split's labels among them."""
+    told = {split: _named(index, names, problems) for split, index in indices.items()}
+    problems.stop("mend the labels, or list all classes in classes.txt")
+    train = indices["train"]
+    used = {told["train"][i] for i in np.unique(train.label).tolist()}
+    if names.listed:
+        classes = tuple(name for name in names.listed if name in used)
+    elif isinstance(train.labels[0], int):
+        classes = tuple(sorted(used, key=int))
+    else:
+        classes = tuple(sorted(used))
+    if len(classes) < 2:
+        problems.add("only one class", classes)
+    number = {name: i for i, name in enumerate(classes)}
+    labels = {}
+    for split, index in indices.items():
+        lacking = [name for name in told[split] if name not in number]
+        problems.add(f"classes in {split} that train lacks", sorted(lacking))
+        table = np.array([number.get(name, -1) for name in told[split]] or [0], np.int64)
+        labels[split] = table[index.label]
+    return classes, labels
+
+
+def _named(index: Index, names: _Names, problems: Problems) -> list[str]:
+    """The class of each of the index's labels."""
+    if not names.listed:
+        return [str(label) for label in index.labels]
+    count, listed = len(names.listed), set(names.listed)
+    wrong = [
+        str(label)
+        for label in index.labels
+        if (label >= count if isinstance(label, int) else label not in listed)
+    ]
+    problems.add(f"labels that {names.file} has no name for (its {count} count from 0)", wrong)
+    return [names.listed[la] if isinstance(la, int) and la < count else str(la)
+            for la in index.labels]  # fmt: skip
+
+
+def _is_sorted(shard: Numbers, labels: Numbers) -> bool:
+    """Whether images of a shard are of the same class much more often than any two images."""
+    n, shards = len(labels), int(shard.max(initial=0)) + 1
+    if shards < 2:
+        return False
+    k = int(labels.max()) + 1
+    each = np.unique(shard * k + labels, return_counts=True)[1].astype(np.float64)
+    sizes, counts = (np.bincount(values).astype(np.float64) for values in (shard, labels))
+    within = (each * (each - 1)).sum() / max(1.0, (sizes * (sizes - 1)).sum())
+    overall = (counts * (counts - 1)).sum() / max(1.0, n * (n - 1.0))
+    return bool(within - overall > SORTED * (1 - overall))
