@@ -1,12 +1,13 @@
 """Images a second on the same networks: convlens beside the loops that people would use instead.
 
-    make bench-peers                                    builds the peers' environments first
-    python benchmarks/against_peers.py [--quick] [--rounds 5] [--seconds 2] [--rows strided] [--peers lightning]
+    make bench-peers                      builds the peers' environments first, then runs this
+    python benchmarks/against_peers.py [--quick] [--rows strided mnist] [--peers lightning]
 
-One process for each peer, all alive at once, of which one computes at a time. For each network,
+One process for each peer, all alive at once, of which one computes at a time. For each network
 every variant of each peer is tried once (`peers/`: how images are fed, layout, fused optimiser),
-and its fastest one then takes part in rounds: a window of some seconds for each peer in turn, in
-an order that rotates. Ratios are paired within a round. Validation, saving and bars are off for all.
+and its fastest then takes part in rounds: a window of some seconds for each peer in turn, in an
+order that rotates. Ratios are paired within a round. Warm-up, validation, saving and bars are left
+out for all. `--quick` tries the first variant only, in two short rounds.
 """
 
 from __future__ import annotations
@@ -221,8 +222,8 @@ def measure(
             "convlens_over_interval": [round(end, 3) for end in median_interval(ratios)],
             "tried": tried[name],
         }
-        said = f"{found[name]['images_per_second']:>9,.0f} images/s   {found[name]['convlens_over']:.2f}"
-        print(f"{row.name:12} {name:18} {said}  {chosen[name]}", file=sys.stderr)
+        told = f"{statistics.median(mine):>9,.0f} images/s   {found[name]['convlens_over']:.2f}"
+        print(f"{row.name:12} {name:18} {told}  {chosen[name]}", file=sys.stderr)
     return {
         "title": case.title,
         "batch": row.batch,

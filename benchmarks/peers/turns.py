@@ -53,7 +53,7 @@ class Row:
             raise SystemExit(f"{self.name}: {parameters} trained weights, not {self.parameters}")
 
 
-class Stop(Exception):
+class RowOver(Exception):  # noqa: N818 (no error)
     """Raised out of the peer's loop when its row is over."""
 
 
@@ -72,7 +72,7 @@ class Turns:
         """To be called at the end of each epoch, when all of its work is done.
 
         Raises:
-            Stop: the row is over.
+            RowOver: the peer is to leave its loop.
         """
         spent = time.perf_counter() - self._began
         self._done += self._images
@@ -82,7 +82,7 @@ class Turns:
         self._answer({"images": self._done, "seconds": spent, "cpu_seconds": cpu})
         asked = json.loads(sys.stdin.readline())
         if asked["do"] == "stop":
-            raise Stop("the row is over")
+            raise RowOver("the peer is to leave its loop")
         self._seconds = asked["seconds"]
         self._begin()
 
@@ -118,5 +118,5 @@ def serve(train: Train, variants: Callable[[bool], list[str]], packages: Sequenc
         images, _ = row.load()
         try:
             train(row, asked["variant"], Turns(len(images), answer))
-        except Stop:
+        except RowOver:
             answer({"stopped": True})

@@ -1,4 +1,4 @@
-"""Keras 3: arrays in memory, `compile` and `fit` with their defaults; the backend by $KERAS_BACKEND."""
+"""Keras 3: arrays in memory, `compile` and `fit` as they come; $KERAS_BACKEND is the backend."""
 
 from __future__ import annotations
 
