@@ -77,12 +77,11 @@ class Case:
 
 def cases() -> dict[str, Case]:
     strided = {"widths": [16, 32, 64], "pool": "stride", "head": "flatten"}
-    fast, plain = (recipe.load(name).model.options for name in ("mnist-fast", "mnist"))
-    large = recipe.load("cifar10-cpu").model.options
+    fast, plain, large = (recipe.load(name) for name in ("mnist-fast", "mnist", "cifar10-cpu"))
     return {
         "strided": Case("strided CNN, MNIST", "cnn", strided, "mnist", 64, 100),
-        "mnist-fast": Case("`mnist-fast`'s", "cnn", fast, "mnist", 256, 20),
-        "mnist": Case("`mnist`'s", "cnn", plain, "mnist", 64, 50),
+        "mnist-fast": _recipes(fast, 5120),
+        "mnist": _recipes(plain, 3200),
         "resnet18": Case(
             "ResNet-18, ImageNet stem, CIFAR-10",
             "resnet18",
@@ -91,10 +90,17 @@ def cases() -> dict[str, Case]:
             128,
             5,
         ),
-        "cifar10-cpu": Case(
-            "`cifar10-cpu`'s, flip and crop", "fastnet", large, "cifar10", 125, 4, augment=True
-        ),
+        # Its batches of 1000 would be one step a window.
+        "cifar10-cpu": _recipes(large, 500, batch=125, augment=True),
     }
+
+
+def _recipes(asked: recipe.Recipe, images: int, batch: int = 0, augment: bool = False) -> Case:
+    """A recipe's network, in its own batches unless said otherwise."""
+    batch = batch or asked.train.batch_size
+    title = f"`{asked.name}`'s{', flip and crop' if augment else ''}"
+    net, data = asked.model, asked.data.name
+    return Case(title, net.name, net.options, data, batch, images // batch, augment)
 
 
 class Process:
@@ -126,6 +132,11 @@ class Process:
             raise SystemExit(f"{self.name} stopped:\n{self._log.read()[-3000:]}")
         found: dict[str, Any] = json.loads(line)
         return found
+
+    def variants(self, row: Row) -> list[str]:
+        """How this peer may be run on `row`."""
+        self.tell({"row": dataclasses.asdict(row)})
+        return list(self.answer()["variants"])
 
     def start(self, row: Row, variant: str) -> float:
         """Begins to train; returns the seconds until its first epoch was over."""
@@ -165,6 +176,7 @@ def row_of(name: str, case: Case, folder: Path) -> Row:
         net=case.net,
         options=case.options,
         batch=case.batch,
+        steps=case.steps,
         lr=1e-3,
         augment=case.augment,
         pixels=str(path),
@@ -190,18 +202,12 @@ def best_variant(
 
 
 def measure(
-    case: Case,
-    row: Row,
-    processes: dict[str, Process],
-    hello: dict[str, Any],
-    how: argparse.Namespace,
+    case: Case, row: Row, processes: dict[str, Process], how: argparse.Namespace
 ) -> dict[str, Any]:
     """One row: rates of every peer, and convlens's over each, paired within rounds."""
-    kind = "augment" if case.augment else "plain"
     chosen, tried = dict[str, str](), dict[str, dict[str, float]]()
     for name, process in processes.items():
-        variants = hello[name]["variants"][kind]
-        variants = variants[:1] if how.quick else variants
+        variants = process.variants(row)[: 1 if how.quick else None]
         chosen[name], tried[name] = best_variant(process, row, variants, how.seconds / 2)
     rates: dict[str, list[float]] = {name: [] for name in processes}
     names = list(processes)
@@ -255,9 +261,7 @@ def main() -> None:
         torches = {h["versions"]["torch"] for h in hello.values() if "torch" in h["versions"]}
         if len(torches) != 1:
             raise SystemExit(f"the peers have different torches: {sorted(torches)}")
-        found = {
-            name: measure(case, rows[name], processes, hello, how) for name, case in asked.items()
-        }
+        found = {name: measure(case, rows[name], processes, how) for name, case in asked.items()}
         for process in processes.values():
             process.close()
     figures = {
@@ -270,7 +274,7 @@ def main() -> None:
         "rows": found,
         "minutes": round((time.perf_counter() - began) / 60, 1),
     }
-    print(json.dumps(record("peers-quick" if how.quick else "peers", figures)))
+    print(json.dumps(record("peers", figures)))
 
 
 if __name__ == "__main__":

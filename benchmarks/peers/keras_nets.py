@@ -1,6 +1,6 @@
 """The networks of convlens that are compared, in Keras: the same layers, as many trained weights.
 
-Padding is Keras's `same`, which for stride 2 pads one side only: as many products.
+Keras's padding `same` pads one side only where a stride of 2 asks for no more: as many products.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def build(
 ) -> keras.Model:
     """A network for images of `shape`; `augment` puts a flip and a shift in front of it.
 
-    Keras's layers shift each image by a fraction of a pixel's width, as a crop after padding does
-    by whole pixels; its RandomCrop cuts the whole batch at one place.
+    The shift is RandomTranslation's, up to 2 of 32 pixels with reflected borders; Keras's
+    RandomCrop would cut a whole batch at one place.
     """
     inputs = keras.Input(shape)
     x = inputs
@@ -39,8 +39,20 @@ def _norm(x: Any, **options: Any) -> Any:
     return layers.BatchNormalization(axis=axis, **options)(x)
 
 
-def _conv(x: Any, width: int, kernel: int = 3, stride: int = 1, **options: Any) -> Any:
-    return layers.Conv2D(width, kernel, stride, padding="same", **options)(x)
+def _conv(
+    x: Any,
+    width: int,
+    kernel: int = 3,
+    stride: int = 1,
+    *,
+    padding: str = "same",
+    bias: bool = False,
+) -> Any:
+    return layers.Conv2D(width, kernel, stride, padding=padding, use_bias=bias)(x)
+
+
+def _per_stage(value: Any, widths: Sequence[int]) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] * len(widths)
 
 
 def _cnn(
@@ -48,22 +60,28 @@ def _cnn(
     classes: int,
     *,
     widths: Sequence[int],
-    kernel: int = 3,
-    pool: str = "max",
+    depth: int | Sequence[int] = 1,
+    kernel: int | Sequence[int] = 3,
+    padding: str = "same",
+    pool: str | Sequence[str] = "max",
     batch_norm: bool = True,
+    activation: str = "relu",
     hidden: int = 0,
     head: str = "avg",
     dropout: float = 0.0,
 ) -> Any:
-    if dropout or head not in ("flatten", "avg"):
+    depths, kernels, pools = (_per_stage(v, widths) for v in (depth, kernel, pool))
+    if dropout or head not in ("flatten", "avg") or not {"stride", "max", "none"} >= set(pools):
         raise ValueError("an option that no compared network has")
-    for width in widths:
-        x = _conv(x, width, kernel, 2 if pool == "stride" else 1, use_bias=not batch_norm)
-        if pool == "max":
-            x = layers.MaxPooling2D(2)(x)
-        if batch_norm:
-            x = _norm(x)
-        x = layers.ReLU()(x)
+    for i, width in enumerate(widths):
+        for last in [False] * (depths[i] - 1) + [True]:
+            stride = 2 if last and pools[i] == "stride" else 1
+            x = _conv(x, width, kernels[i], stride, padding=padding, bias=not batch_norm)
+            if last and pools[i] == "max":
+                x = layers.MaxPooling2D(2)(x)
+            if batch_norm:
+                x = _norm(x)
+            x = layers.Activation(activation)(x)
     x = layers.Flatten()(x) if head == "flatten" else layers.GlobalAveragePooling2D()(x)
     if hidden:
         x = layers.Dense(hidden, activation="relu")(x)
@@ -73,16 +91,16 @@ def _cnn(
 def _resnet18(x: Any, classes: int, *, stem: str) -> Any:
     if stem != "imagenet":
         raise ValueError("an option that no compared network has")
-    x = layers.ReLU()(_norm(_conv(x, 64, 7, 2, use_bias=False)))
+    x = layers.ReLU()(_norm(_conv(x, 64, 7, 2)))
     x = layers.MaxPooling2D(3, 2, padding="same")(x)
     for stage, width in enumerate((64, 128, 256, 512)):
         for block in range(2):
             stride = 2 if stage and not block else 1
             across = x
             if stride == 2:
-                across = _norm(_conv(x, width, 1, 2, use_bias=False))
-            x = layers.ReLU()(_norm(_conv(x, width, 3, stride, use_bias=False)))
-            x = _norm(_conv(x, width, use_bias=False))
+                across = _norm(_conv(x, width, 1, 2))
+            x = layers.ReLU()(_norm(_conv(x, width, 3, stride)))
+            x = _norm(_conv(x, width))
             x = layers.ReLU()(layers.Add()([x, across]))
     return layers.Dense(classes)(layers.GlobalAveragePooling2D()(x))
 
@@ -108,8 +126,8 @@ def _fastnet(
     x = layers.Activation("gelu")(x)
     norm = {"scale": False, "momentum": 1 - batch_norm_momentum}
     for width in widths:
-        x = layers.MaxPooling2D(2)(_conv(x, width, use_bias=False))
+        x = layers.MaxPooling2D(2)(_conv(x, width))
         x = layers.Activation("gelu")(_norm(x, **norm))
-        x = layers.Activation("gelu")(_norm(_conv(x, width, use_bias=False), **norm))
+        x = layers.Activation("gelu")(_norm(_conv(x, width), **norm))
     x = layers.Dense(classes, use_bias=False)(layers.GlobalMaxPooling2D()(x))
     return layers.Rescaling(1 / widths[-1])(x)

@@ -23,12 +23,12 @@ from turns import Row
 CROP = {"padding": 2, "padding_mode": "reflect"}
 
 
-def variants(augment: bool) -> list[str]:
+def variants(row: Row) -> list[str]:
     """How the PyTorch peers are tried."""
     loaded = ["pil", "pil, 2 workers", "v2", "v2, 2 workers", "v2, 2 workers, channels_last"]
-    return (
-        loaded if augment else ["tensors", "tensors, channels_last", "v2, 2 workers", *loaded[:2]]
-    )
+    if row.augment:
+        return loaded
+    return ["tensors", "tensors, channels_last", "v2, 2 workers", "pil", "pil, 2 workers"]
 
 
 def workers(variant: str) -> dict[str, Any]:

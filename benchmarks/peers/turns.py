@@ -32,6 +32,7 @@ class Row:
     net: str
     options: dict[str, Any]
     batch: int
+    steps: int  # of an epoch
     lr: float
     augment: bool
     pixels: str
@@ -90,12 +91,12 @@ class Turns:
 Train = Callable[[Row, str, Turns], None]
 
 
-def serve(train: Train, variants: Callable[[bool], list[str]], packages: Sequence[str]) -> None:
+def serve(train: Train, variants: Callable[[Row], list[str]], packages: Sequence[str]) -> None:
     """Answers `against_peers.py` until it hangs up.
 
     Args:
         train: trains a row in one of the peer's variants, for ever.
-        variants: its variants with and without augmentation; the likeliest winner first.
+        variants: how it may be run on a row; the likeliest winner first.
         packages: whose versions are to be told.
     """
     # Whatever libraries print goes to stderr; the answers have the real stdout for themselves.
@@ -106,15 +107,13 @@ def serve(train: Train, variants: Callable[[bool], list[str]], packages: Sequenc
         out.write(json.dumps(content) + "\n")
         out.flush()
 
-    answer(
-        {
-            "versions": {package: version(package) for package in packages},
-            "variants": {"plain": variants(False), "augment": variants(True)},
-        }
-    )
+    answer({"versions": {package: version(package) for package in packages}})
     for line in iter(sys.stdin.readline, ""):
         asked = json.loads(line)
         row = Row(**asked["row"])
+        if "variant" not in asked:
+            answer({"variants": variants(row)})
+            continue
         images, _ = row.load()
         try:
             train(row, asked["variant"], Turns(len(images), answer))

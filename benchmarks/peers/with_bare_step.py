@@ -23,4 +23,4 @@ def train(row: Row, variant: str, turns: Turns) -> None:
 
 
 if __name__ == "__main__":
-    serve(train, lambda augment: ["contiguous", "channels_last"], ["torch"])
+    serve(train, lambda row: ["contiguous", "channels_last"], ["torch"])

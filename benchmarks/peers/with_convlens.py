@@ -64,4 +64,4 @@ def _data(row: Row) -> Data:
 
 
 if __name__ == "__main__":
-    serve(train, lambda augment: ["recipe"], ["torch"])
+    serve(train, lambda row: ["recipe"], ["torch"])

@@ -31,9 +31,9 @@ def train(row: Row, variant: str, turns: Turns) -> None:
         turns.epoch()
 
 
-def variants(augment: bool) -> list[str]:
+def variants(row: Row) -> list[str]:
     if "--tuned" in sys.argv:
-        return [v for v in torchside.variants(augment) if not v.startswith("pil")]
+        return [v for v in torchside.variants(row) if not v.startswith("pil")]
     return ["pil", "pil, 2 workers"]
 
 

@@ -78,8 +78,8 @@ def train(row: Row, variant: str, turns: Turns) -> None:
         learner.fit(10**6)
 
 
-def variants(augment: bool) -> list[str]:
-    if augment:
+def variants(row: Row) -> list[str]:
+    if row.augment:
         return ["pil, 2 workers, fused", "pil, fused", "pil, fused, channels_last", "pil"]
     return ["tensors, fused", "tensors, fused, channels_last", "tensors", "pil", "pil, 2 workers"]
 
