@@ -6,8 +6,9 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests benchmarks
+PEERS ?= benchmarks/peers/environments
 
-.PHONY: demo test check lint types bench-overhead clean
+.PHONY: demo test check lint types bench-overhead bench-peers bench-cpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -24,11 +25,26 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Measurements on a CPU; they want a quiet machine. QUICK=1 takes minutes instead of half an hour,
+# and what it finds goes to build/benchmarks instead of benchmarks/results.
+# PEER=.../examples/mnist/main.py is pytorch/examples' script, to be timed unmodified beside ours.
+bench-overhead bench-peers bench-cpu: export BENCHMARK_RESULTS = $(if $(QUICK),build/benchmarks)
+
 bench-overhead: $(VENV)/.dev
-	@$(BIN)/python benchmarks/overhead.py
+	@$(BIN)/python benchmarks/overhead.py $(if $(QUICK),--rounds 12)
+
+bench-peers: $(VENV)/.dev $(PEERS)/torch/.done $(PEERS)/jax/.done
+	@$(BIN)/python benchmarks/against_peers.py --environments $(PEERS) $(if $(QUICK),--quick)
+
+bench-cpu: bench-overhead bench-peers
+	@$(BIN)/python benchmarks/time_to_accuracy.py $(if $(PEER),--peer $(PEER)) $(if $(QUICK),--seeds 2)
+	-@test ! -f benchmarks/inference.py || $(BIN)/python benchmarks/inference.py
+	-@test ! -f benchmarks/startup.py || $(BIN)/python benchmarks/startup.py
+	-@test ! -f benchmarks/scaling.py || $(BIN)/python benchmarks/scaling.py
+	$(if $(QUICK),,$(BIN)/python benchmarks/report.py)
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) benchmarks/peers/environments build .pytest_cache .mypy_cache .ruff_cache
 
 # The environment. uv installs torch in half a minute where pip takes minutes, so it is tried
 # first; a machine whose registry only pip knows of (pip.conf) falls back to pip.
@@ -49,6 +65,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,[dev])
 	touch $@ $(VENV)/.demo
+
+# What convlens is compared with, in environments of its own: the same torch, but other packages.
+$(PEERS)/%/.done: benchmarks/peers/requirements-%.txt | $(BIN)/python
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(@D)/bin/python -r $< \
+	  || $(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 BENCHMARKS.md: $(wildcard benchmarks/results/*.json) benchmarks/report.py
 	$(BIN)/python benchmarks/report.py

@@ -14,7 +14,8 @@ from convlens import device
 from convlens.files import write_atomic
 from convlens.version import __version__
 
-RESULTS = Path(__file__).parent / "results"
+# $BENCHMARK_RESULTS: for trials that are not to be kept beside measurements.
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def record(name: str, figures: dict[str, Any], *, command: str | None = None) -> dict[str, Any]:

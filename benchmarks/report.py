@@ -11,6 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from peers_table import peers
+
 RESULTS = Path(__file__).parent / "results"
 TARGET = Path(__file__).parent.parent / "BENCHMARKS.md"
 HEAD = """# Benchmarks
@@ -175,6 +177,15 @@ def time_to_99(r: dict[str, Any]) -> str:
                 f"| pytorch/examples `{peer['command']}`, unmodified, after epoch {number} | "
                 f"{row['seconds']:.0f} | {100 * row['test']:.2f}% |"
             )
+    if peer and "ratio" in r:
+        reached = peer["seconds_to_99"] is not None
+        lines += [
+            "",
+            f"The peer takes {'' if reached else 'more than '}**{r['ratio']:.0f} times** as long"
+            f"{'' if reached else ' (it had not reached 99%)'}; its own tests between epochs are "
+            "not counted. Our runs took place before, between and after its epochs, while it was "
+            "held.",
+        ]
     return "\n".join([*lines, "", where(r), ""])
 
 
@@ -183,21 +194,24 @@ def overhead(r: dict[str, Any]) -> str:
         "## What the loop costs",
         "",
         "Times of a training step over those of a bare one (forward, backward and optimiser on one "
-        "resident batch); 1.00 is the least there can be.",
+        "resident batch), with the 95% interval of the median; 1.00 is the least there can be. "
+        "Augmented steps are divided by a bare one that augments its batch, too.",
         "",
-        "| network | bare ms | convlens / bare | quartiles | DataLoader loop / bare |",
-        "|---|---|---|---|---|",
+        "| network | bare ms | convlens / bare | interval | augmented / bare with the same "
+        "operations | interval | DataLoader loop / bare |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, case in r.items():
         if not (isinstance(case, dict) and "convlens_over_bare" in case):
             continue
-        low, _, high = case["convlens_over_bare_quartiles"]
+        cells = [f"{case['bare_ms_a_step']}"]
+        for loop in ("convlens", "augmented"):
+            low, *_, high = case.get(f"{loop}_over_bare_interval", ("", ""))
+            ratio = case.get(f"{loop}_over_bare")
+            cells += ["–", "–"] if not low else [f"**{ratio:.3f}**", f"{low:.3f}-{high:.3f}"]
         usual = case.get("dataloader_over_bare")
-        lines.append(
-            f"| {name.replace('_', ' ')} | {case['bare_ms_a_step']} | "
-            f"**{case['convlens_over_bare']:.3f}** | {low:.3f}-{high:.3f} | "
-            f"{'–' if usual is None else f'{usual:.2f}'} |"
-        )
+        cells.append("–" if usual is None else f"{usual:.2f}")
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", where(r), ""])
 
 
@@ -341,6 +355,7 @@ def scaling(r: dict[str, Any]) -> str:
 
 
 SECTIONS = {
+    "peers": lambda r: peers(r, where(r)),
     "time-to-99": time_to_99,
     "overhead": overhead,
     "allocator": allocator,

@@ -11,7 +11,7 @@ from torch import nn
 
 from convlens import models, recipe
 from convlens.errors import UsageError
-from convlens.models.cnn import CNN
+from convlens.models.cnn import CNN, Flatten
 
 
 def parameters(model: nn.Module) -> int:
@@ -147,3 +147,17 @@ def test_the_options_of_a_family_are_those_of_its_constructor() -> None:
     options = models.options_of("cnn")
     assert options["widths"] == (32, 64, 128)
     assert {"classes", "channels", "image_size", "self"}.isdisjoint(options)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_flat_heads_gradient_comes_back_in_the_layout_of_the_maps(layout: Any) -> None:
+    maps = torch.randn(3, 4, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    seen = list[torch.Tensor]()
+    through = maps * 1.0
+    rows = Flatten()(through)
+    through.register_hook(seen.append)  # after the layer's own
+    assert torch.equal(rows, maps.reshape(3, 100))
+    weights = torch.randn(3, 100)
+    (rows * weights).sum().backward()
+    assert seen[0].is_contiguous(memory_format=layout)
+    assert torch.equal(seen[0], weights.view(3, 4, 5, 5))

@@ -104,7 +104,7 @@ class CNN(nn.Module):
             self.add_module(name, nn.Sequential(*layers))
             if halves:
                 size = (size + 1) // 2 if pool == "stride" else size // 2
-        self.pool = nn.Sequential(pick(HEADS, head, "model.head")(), nn.Flatten())
+        self.pool = nn.Sequential(pick(HEADS, head, "model.head")(), Flatten())
         features = inputs * (size**2 if head == "flatten" else 1)
         dense: OrderedDict[str, nn.Module] = OrderedDict()
         if hidden:
@@ -121,6 +121,24 @@ class CNN(nn.Module):
             images = self.get_submodule(name)(images)
         logits: torch.Tensor = self.classifier(self.dense(self.pool(images)))
         return logits
+
+
+class Flatten(nn.Flatten):
+    """Maps `[N, C, H, W]` to rows `[N, C * H * W]`, whose gradient comes back in the maps' layout.
+
+    It would come back contiguous; behind channels_last maps the backward pass of the last stage
+    then walks through memory in two orders at once, some per cent of a small network's step.
+    """
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        strided = maps.requires_grad and not maps.is_contiguous()
+        if strided and not torch.compiler.is_compiling():  # which lays out gradients itself
+            maps.register_hook(_channels_last)
+        return super().forward(maps)
+
+
+def _channels_last(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def _per_stage(value: int | Sequence[int], widths: Sequence[int], key: str) -> list[int]:

@@ -1,0 +1,26 @@
+"""No peer but the bound: forward, backward, optimiser on one normalised batch, again and again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+import torchside
+from turns import Row, Turns, serve
+
+
+def train(row: Row, variant: str, turns: Turns) -> None:
+    model = torchside.network(row, variant).train()
+    optimiser, objective = torchside.adam(model, row, variant), nn.CrossEntropyLoss()
+    images, labels = torchside.normalised(row)
+    steps = len(images) // row.batch
+    images, labels = images[: row.batch].clone(), labels[: row.batch].clone()
+    while True:
+        for _ in range(steps):
+            optimiser.zero_grad()
+            objective(model(images), labels).backward()
+            optimiser.step()
+        turns.epoch()
+
+
+if __name__ == "__main__":
+    serve(train, lambda row: ["contiguous", "channels_last"], ["torch"])

@@ -1,0 +1,67 @@
+"""convlens: a recipe on these images, prepared as `convlens train` does, and its loop.
+
+What `train` does around the loop is left out as it is for the peers: bar, validation, saving.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from convlens import device, engine, recipe
+from convlens.data import Data, Split
+from convlens.data.rows import ArrayRows
+from convlens.preparing import prepare
+from turns import Row, Turns, serve
+
+EPOCHS = 100_000
+
+
+def train(row: Row, variant: str, turns: Turns) -> None:
+    flips = [
+        {"RandomHorizontalFlip": {}},
+        {"RandomCrop": {"padding": 2, "padding_mode": "reflect"}},
+    ]
+    asked = recipe.load(
+        {
+            "name": "peers",
+            "augment": flips if row.augment else [],
+            "model": {"name": row.net, **row.options},
+            "optim": {"name": "adam", "lr": row.lr},
+            "train": {"epochs": EPOCHS, "batch_size": row.batch, "precision": "fp32"},
+        }
+    )
+    device.prepare(deterministic=False)
+    setup = prepare(asked, _data(row), "cpu")
+    row.check(sum(p.numel() for p in setup.trained.parameters() if p.requires_grad))
+    for record in setup.fit():
+        if isinstance(record, engine.Epoch):
+            float(record.loss)
+            turns.epoch()
+
+
+def _data(row: Row) -> Data:
+    """The row's images as training split; the others are empty."""
+    images, labels = row.load()
+    pixels = torch.from_numpy(images)
+    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    split = Split(ArrayRows(pixels), torch.from_numpy(labels), [str(i) for i in range(len(labels))])
+    nothing = Split(ArrayRows(pixels[:0]), split.labels[:0], [])
+    return Data(
+        name="peers",
+        classes=tuple("0123456789"),
+        image_size=pixels.shape[2],
+        channels=row.channels,
+        fit="crop",
+        train=split,
+        val=nothing,
+        fingerprint="",
+        how={},
+        held_out={},
+        skipped=[],
+        notes=(),
+        _test=lambda: nothing,
+    )
+
+
+if __name__ == "__main__":
+    serve(train, lambda row: ["recipe"], ["torch"])

@@ -1,0 +1,41 @@
+"""The loop of every tutorial: torchvision's transforms, a DataLoader, five lines of PyTorch.
+
+The same program stands for two peers: with `--tuned`, whatever makes it faster is tried, too.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+import torchside
+from turns import Row, Turns, serve
+
+
+def train(row: Row, variant: str, turns: Turns) -> None:
+    loader = DataLoader(
+        torchside.dataset(row, variant),
+        batch_size=row.batch,
+        shuffle=True,
+        **torchside.workers(variant),
+    )
+    model = torchside.network(row, variant).train()
+    optimiser, objective = torchside.adam(model, row, variant), nn.CrossEntropyLoss()
+    while True:
+        for images, labels in loader:
+            optimiser.zero_grad()
+            objective(model(images), labels).backward()
+            optimiser.step()
+        turns.epoch()
+
+
+def variants(row: Row) -> list[str]:
+    if "--tuned" in sys.argv:
+        return [v for v in torchside.variants(row) if not v.startswith("pil")]
+    return ["pil", "pil, 2 workers"]
+
+
+if __name__ == "__main__":
+    serve(train, variants, ["torch", "torchvision"])
