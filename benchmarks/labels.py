@@ -38,8 +38,14 @@ RULES = (
 )  # fmt: skip
 DEFAULTS: dict[str, tuple[str, list[str]]] = {
     "digits": ("digits", ["train.epochs=15"]),
-    # One epoch of 55,000 images is 20 of these few.
-    "mnist": ("mnist-fast", ["train.epochs=12", "train.batch_size=64", "optim.lr=0.005"]),
+    # One epoch of 55,000 images is 20 of these few; the network is that of the first measurement.
+    "mnist": (
+        "mnist-fast",
+        [
+            *("model.widths=[16,32,64]", "model.kernel=3", "model.padding=same", "model.pool=max"),
+            *("train.epochs=12", "train.batch_size=64", "optim.lr=0.005"),
+        ],
+    ),
     "cifar10": ("folder", ["model.widths=[32,64,128]", "train.epochs=20"]),
 }
 

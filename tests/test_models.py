@@ -84,6 +84,37 @@ def test_depth_and_kernel_by_stage() -> None:
     assert shapes == [(3, 1, 5, 5), (4, 3, 3, 3), (4, 4, 3, 3)]
 
 
+@pytest.mark.parametrize(
+    ("size", "pool", "sides"),
+    [
+        # 13: a 5x5 kernel has 9 places, every second of them 5; a 3x3 then 3, pooled to 1.
+        (13, ["stride", "max"], (5, 1)),
+        (14, ["stride", "none"], (5, 3)),
+        (14, ["none", "avg"], (10, 4)),
+        (14, "max", (5, 1)),
+    ],
+)
+@pytest.mark.parametrize("head", ["flatten", "avg"])
+def test_valid_padding_and_pooling_by_stage(
+    size: int, pool: str | list[str], sides: tuple[int, int], head: str
+) -> None:
+    model = CNN(2, 1, size, widths=[3, 4], kernel=[5, 3], padding="valid", pool=pool, head=head)
+    images = torch.randn(3, 1, size, size)
+    first = model.get_submodule("stage1")(images)
+    second = model.get_submodule("stage2")(first)
+    assert (first.shape[2:], second.shape[2:]) == ((sides[0],) * 2, (sides[1],) * 2)
+    assert model(images).shape == (3, 2)
+
+
+def test_valid_convolutions_leave_out_what_same_ones_compute_at_the_border() -> None:
+    same = CNN(2, 1, 12, widths=[3, 4], kernel=[5, 3], pool="none").eval()
+    valid = CNN(2, 1, 12, widths=[3, 4], kernel=[5, 3], pool="none", padding="valid").eval()
+    valid.load_state_dict(same.state_dict())
+    images = torch.randn(2, 1, 12, 12)
+    inner, whole = (m.get_submodule("stage1")(images) for m in (valid, same))
+    assert torch.allclose(inner, whole[:, :, 2:-2, 2:-2], atol=1e-6)
+
+
 def test_dropout_drops_channels_and_units() -> None:
     model = CNN(2, 1, 16, widths=[3, 4], hidden=8, dropout=0.3, stage_dropout=0.2)
     kinds = [m for m in model.modules() if isinstance(m, nn.Dropout | nn.Dropout2d)]
@@ -121,7 +152,11 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         ({"widths": 4}, "model cnn"),
         ({"widths": [2.5]}, "model cnn"),
         ({"dropout": "much"}, "model cnn"),
-        ({"pool": ["max"]}, "model cnn"),
+        ({"pool": ["max"]}, "model.pool has 1 numbers for 3"),
+        ({"pool": ["max", "max", "mx"]}, "unknown model.pool 'mx'"),
+        ({"pool": [1, 2, 3]}, "model cnn"),
+        ({"padding": "full"}, "unknown model.padding 'full'"),
+        ({"padding": "valid", "kernel": 5}, "a 5x5 kernel doesn't fit maps of 2 px"),
         ({"hidden": 10**15}, "model cnn"),
         ({"widths": [10**30]}, "model cnn"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from convlens.errors import UsageError
 from convlens.names import pick
 
+T = TypeVar("T", int, str)
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "gelu": nn.GELU,
@@ -22,6 +24,7 @@ POOLINGS: dict[str, Callable[[], nn.Module]] = {
     "stride": nn.Identity,
     "none": nn.Identity,
 }
+PADDINGS = {"same": True, "valid": False}
 HEADS: dict[str, Callable[[], nn.Module]] = {
     "flatten": nn.Identity,
     "avg": lambda: nn.AdaptiveAvgPool2d(1),
@@ -35,14 +38,17 @@ class CNN(nn.Module):
     A stage is `depth` times convolution, batch norm, activation; then dropout. The stage halves
     the image right after its last convolution: norm and activation then have a quarter of the
     work (without norm, ReLU and `max` give the same in either order). With `pool: stride` that
-    convolution halves it itself; with `pool: none` no stage does. Images `[N, channels, S, S]`
+    convolution halves it itself; with `pool: none` the stage doesn't. Images `[N, channels, S, S]`
     give logits `[N, classes]`.
 
     Args:
         widths: output channels of each stage.
         depth: convolutions in each stage, one number or one per stage.
-        kernel: size of the kernels, odd, one number or one per stage; padded to keep the size.
-        pool: how a stage ends: `max`, `avg`, `stride` or `none`.
+        kernel: size of the kernels, odd, one number or one per stage.
+        padding: `same` pads with zeros to keep the size, `valid` computes only where the whole
+            kernel lies on the image, which loses `kernel - 1` pixels: less work, and no loss
+            where the border of the images is empty.
+        pool: how a stage ends: `max`, `avg`, `stride` or `none`, one for all or one per stage.
         batch_norm: batch norm after each convolution (which then has no bias).
         activation: `relu`, `gelu` or `silu`.
         dropout: probability in the head, before the classifier.
@@ -65,7 +71,8 @@ class CNN(nn.Module):
         widths: Sequence[int] = (32, 64, 128),
         depth: int | Sequence[int] = 1,
         kernel: int | Sequence[int] = 3,
-        pool: str = "max",
+        padding: str = "same",
+        pool: str | Sequence[str] = "max",
         batch_norm: bool = True,
         activation: str = "relu",
         dropout: float = 0.0,
@@ -76,25 +83,27 @@ class CNN(nn.Module):
         super().__init__()
         depths = _per_stage(depth, widths, "depth")
         kernels = _per_stage(kernel, widths, "kernel")
+        pools = _per_stage(pool, widths, "pool")
         _check(
             widths, depths, kernels, {"dropout": dropout, "stage_dropout": stage_dropout}, hidden
         )
-        pooling = pick(POOLINGS, pool, "model.pool")
+        poolings = [pick(POOLINGS, name, "model.pool") for name in pools]
         pick(ACTIVATIONS, activation, "model.activation")
+        pads = pick(PADDINGS, padding, "model.padding")
         self.stages: tuple[str, ...] = tuple(f"stage{i + 1}" for i in range(len(widths)))
         inputs, size = channels, image_size
-        for name, width, count, k in zip(self.stages, widths, depths, kernels, strict=True):
+        for i, name in enumerate(self.stages):
+            width, k, pad = widths[i], kernels[i], kernels[i] // 2 if pads else 0
             layers: list[nn.Module] = []
-            # A single pixel can't be halved.
-            halves = pool != "none" and size > 1
-            for index in range(count):
-                halving = halves and index == count - 1
-                stride = 2 if halving and pool == "stride" else 1
-                layers.append(
-                    nn.Conv2d(inputs, width, k, stride, padding=k // 2, bias=not batch_norm)
-                )
+            for index in range(depths[i]):
+                size = _convolved(size, k, pad, name)
+                # A single pixel can't be halved.
+                halving = pools[i] != "none" and size > 1 and index == depths[i] - 1
+                stride = 2 if halving and pools[i] == "stride" else 1
+                layers.append(nn.Conv2d(inputs, width, k, stride, pad, bias=not batch_norm))
                 if halving:
-                    layers.append(pooling())
+                    layers.append(poolings[i]())
+                    size = (size + 1) // 2 if pools[i] == "stride" else size // 2
                 if batch_norm:
                     layers.append(nn.BatchNorm2d(width))
                 layers.append(ACTIVATIONS[activation]())
@@ -102,8 +111,6 @@ class CNN(nn.Module):
             if stage_dropout:
                 layers.append(nn.Dropout2d(stage_dropout))
             self.add_module(name, nn.Sequential(*layers))
-            if halves:
-                size = (size + 1) // 2 if pool == "stride" else size // 2
         self.pool = nn.Sequential(pick(HEADS, head, "model.head")(), Flatten())
         features = inputs * (size**2 if head == "flatten" else 1)
         dense: OrderedDict[str, nn.Module] = OrderedDict()
@@ -141,11 +148,26 @@ def _channels_last(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.contiguous(memory_format=torch.channels_last)
 
 
-def _per_stage(value: int | Sequence[int], widths: Sequence[int], key: str) -> list[int]:
-    values = [value] * len(widths) if isinstance(value, int) else list(value)
+def _per_stage(value: T | Sequence[T], widths: Sequence[int], key: str) -> list[T]:
+    values: list[T]
+    if isinstance(value, Sequence) and not isinstance(value, str):  # a text is a sequence, too
+        values = list(value)
+    else:
+        values = [value] * len(widths)
     if len(values) != len(widths):
         raise UsageError(f"model.{key} has {len(values)} numbers for {len(widths)} model.widths")
     return values
+
+
+def _convolved(size: int, kernel: int, pad: int, stage: str) -> int:
+    """Side of the maps after a convolution of stride 1; one of stride 2 halves it, rounding up."""
+    left = size + 2 * pad - kernel + 1
+    if left < 1:
+        raise UsageError(
+            f"{stage}: a {kernel}x{kernel} kernel doesn't fit maps of {size} px",
+            fix="use model.padding=same, smaller kernels, fewer stages or larger images",
+        )
+    return left
 
 
 def _check(
