@@ -184,11 +184,10 @@ def fit(
         batches: `len` is steps per epoch; `epoch(n)` gives the n-th epoch's batches.
         optimiser: made by `optim.build`: its groups know their rates, and when they train.
         schedule: factor on the learning rate by progress, 0 at the first step.
-        objective: `(logits, labels) -> mean loss`.
+        objective: `(logits, labels) -> mean loss`; `scale` is of that, where the plan is fp16.
         position: where to go on; it is advanced with every step, so that whoever holds it can
             save it with the weights and continue as if nothing had happened.
         clip_value, clip_norm: bound on each gradient, on the norm of all of them.
-        scale: of the loss, where the plan is fp16.
         waits: whether each loss is read before the update with it: by default unless on CUDA,
             where a few steps more may be told before it raises (`guarding.LookBack`).
         together: the other processes, if there are any; `batches` are this one's rows.

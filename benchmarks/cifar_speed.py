@@ -1,0 +1,251 @@
+"""CIFAR-10 to 94%: `cifar10-fast` beside unmodified airbench94_muon and hiverge's speedrun.
+
+    python benchmarks/cifar_speed.py --airbench CHECKOUT --hiverge CHECKOUT [--seeds 10]
+
+Checkouts of KellerJordan/cifar10-airbench and hiverge/cifar10-speedrun; without them ours runs
+alone. All read the same images on the same torch, in one run, by both rules:
+
+- warm (theirs): training and the final evaluation with test-time augmentation, whitening
+  included, after a warm-up that compiles; loading, upload and initial weights are not counted.
+  Theirs is what their scripts print; ours is taken around the same work.
+- cold (ours): from starting the process to the first test accuracy, everything included, with
+  an empty compiler cache. Decoded images (ours) and `train.pt` (theirs) are there already.
+
+Their scripts run 200 times; they are stopped after as many as were asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SCRIPTS = {"airbench": "airbench94_muon.py", "hiverge": "cifar10_speedrun.py"}
+TTA = "flip+shifts"
+
+
+# Their way
+
+
+def convert(folder: Path, count: int | None = None) -> None:
+    """`cifar10/train.pt` and `test.pt` as both scripts cache them: uint8 `[N, 32, 32, 3]`.
+
+    In a random order: they whiten by the first images, and ours may come sorted by class.
+    """
+    import torch
+
+    from convlens.data import load_foreign
+
+    target = folder / "cifar10"
+    target.mkdir(parents=True)
+    for name in ("train", "test"):
+        part, classes, _, _ = load_foreign(
+            "cifar10", name, image_size=32, channels=3, fit="crop", memory_budget=1 << 31
+        )
+        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:count]
+        images = part.rows.gather(order).permute(0, 2, 3, 1).contiguous()
+        content = {"images": images, "labels": part.labels[order], "classes": list(classes)}
+        torch.save(content, target / f"{name}.pt")
+
+
+def results_in(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The final row of each run in the tables that both scripts print.
+
+    `| run | epoch | train_acc | val_acc | tta_val_acc | time_seconds |`, final where the epoch is
+    `eval`; the run stands in a run's first row only. airbench's final row has the accuracies of
+    its last epoch.
+    """
+    run = ""
+    for line in lines:
+        cells = [cell.strip() for cell in line.replace("\r", "\n").splitlines()[-1].split("|")]
+        if len(cells) != 8 or cells[2] == "epoch":
+            continue
+        run = cells[1] or run
+        if cells[2] == "eval":
+            yield {"run": run, "tta": float(cells[5]), "plain": float(cells[4] or "nan"),
+                   "seconds": float(cells[6])}  # fmt: skip
+
+
+def theirs(script: Path, data: Path, seeds: int) -> dict[str, Any]:
+    """Runs the script in a folder of its own; its own times, and the cold one around it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "cifar10").symlink_to((data / "cifar10").resolve())
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-u", str(script.resolve())], cwd=folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_cold_caches(folder),
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        runs, cold = [], None
+        for result in results_in(iter(process.stdout.readline, "")):
+            print(f"{script.name}: {result}", file=sys.stderr)
+            if result["run"] == "warmup":
+                continue
+            cold = cold or time.perf_counter() - start
+            runs.append(result)
+            if len(runs) == seeds:
+                process.terminate()
+                break
+        failure = process.stderr.read().strip().splitlines()[-1:] if not runs else []
+        process.wait()
+    return {**summary(runs), "cold_seconds": cold, "failed": failure[0] if failure else None}
+
+
+def _cold_caches(folder: str) -> dict[str, str]:
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/tr"}
+    return {**os.environ, **caches}
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample deviation of what the runs have, and the runs."""
+    figures: dict[str, Any] = {"runs": list(runs)}
+    for key in ("seconds", "tta", "plain"):
+        values = [run[key] for run in runs]
+        if values:
+            figures[key] = statistics.fmean(values)
+            figures[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+    return figures
+
+
+# Ours
+
+
+def cold(seed: int, changes: list[str]) -> None:
+    """One whole run as the command does it, in this process; prints its accuracies."""
+    from convlens import evaluation, recipe, training
+
+    asked = recipe.load("cifar10-fast", [f"train.seed={seed}", *changes])
+    place = training.train(asked, test=False, quiet=True)
+    result = evaluation.evaluate(place, "test", tta=TTA, quiet=True)
+    assert result.tta is not None
+    print(json.dumps({"plain": result.accuracy, "tta": result.tta["accuracy"]}), flush=True)
+
+
+def ours_cold(seeds: int, changes: list[str], *, on: str) -> dict[str, Any]:
+    runs = []
+    for seed in range(seeds + 1):  # the first one fills the cache of decoded images
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(HERE / "cifar_speed.py"), "--cold", str(seed), *changes]
+            path = os.pathsep.join(
+                str(Path(p).resolve()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+            )
+            environment = {**_cold_caches(folder), "PYTHONPATH": path}
+            start = time.perf_counter()
+            process = subprocess.run(
+                command, cwd=folder, env=environment, text=True, capture_output=True
+            )
+            seconds = time.perf_counter() - start
+        if process.returncode:
+            return {**summary(runs), "failed": process.stderr.strip().splitlines()[-1]}
+        result = {**json.loads(process.stdout.splitlines()[-1]), "seconds": seconds}
+        print(f"ours, cold{' (fills the cache)' if not seed else ''}: {result}", file=sys.stderr)
+        runs += [result] if seed else []
+    return summary(runs)
+
+
+def ours_warm(seeds: int, changes: list[str], *, step: str, on: str) -> dict[str, Any]:
+    """One network, compiled or recorded once, trained from new weights for each seed."""
+    from dataclasses import replace
+
+    import torch
+
+    from convlens import beginning, device, engine, graphs, inference, optim, recipe, views
+    from convlens.data import load, load_foreign
+    from convlens.preparing import prepare
+
+    device.prepare(deterministic=False)
+    asked = recipe.load("cifar10-fast", ["train.compile=false", *changes])
+    data = load(asked.data, memory_budget=device.memory_budget(on))
+    test, _, _, _ = load_foreign(
+        "cifar10", "test", image_size=32, channels=3, fit="crop", memory_budget=1 << 31
+    )
+    net = part = None
+    runs = []
+    for seed in range(seeds + 1):
+        setup = prepare(asked.replace(**{"train.seed": seed}), data, on)
+        plan = replace(setup.plan, step=step)
+        if net is None:
+            net = setup.trained
+            part = graphs.compiled(net) if step == "compiled" else net
+        else:
+            net.load_state_dict(setup.trained.state_dict())
+            for p, q in zip(net.parameters(), setup.trained.parameters(), strict=True):
+                p.requires_grad_(q.requires_grad)
+        assert part is not None
+        few = beginning._some_images(data.train, setup.preprocessing, on)
+        optimiser = optim.build(net, asked.optim)
+        device.synchronise(on)
+        start = time.perf_counter()
+        net.initialise(few)
+        for _ in engine.fit(
+            part, setup.feed.batches, optimiser, setup.schedule, epochs=setup.epochs,
+            objective=setup.objective, plan=plan, seed=seed,
+        ):  # fmt: skip
+            pass
+        normalise = setup.preprocessing.normalise
+        exact = replace(plan, precision="fp32", step="eager")
+        answers, labels = inference.split_answers(net, test, normalise, exact, views.chosen(TTA))
+        assert answers.tta is not None
+        tta = float((answers.tta.argmax(1) == labels).float().mean())  # waits for all of it
+        seconds = time.perf_counter() - start
+        plain = float((answers.plain.argmax(1) == labels).float().mean())
+        result = {"run": seed, "tta": tta, "plain": plain, "seconds": seconds}
+        print(f"ours, {step}{' (warm-up)' if not seed else ''}: {result}", file=sys.stderr)
+        runs += [result] if seed else []
+    torch._dynamo.reset()
+    return {**summary(runs), "plan": str(plan)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--airbench", type=Path)
+    parser.add_argument("--hiverge", type=Path)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--cold-seeds", type=int, default=3)
+    parser.add_argument("--steps", nargs="*", default=["eager", "graph", "compiled"])
+    parser.add_argument("--change", nargs="*", default=[], help="of the recipe, key=value")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--cold", nargs="+", help=argparse.SUPPRESS)  # seed, changes
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU; keeps nothing")
+    asked = parser.parse_args()
+    if asked.cold:
+        return cold(int(asked.cold[0]), asked.cold[1:])
+    if asked.rehearse:
+        asked.device, asked.seeds, asked.cold_seeds, asked.steps = "cpu", 1, 1, ["eager"]
+        asked.change += ["data.per_class=30", "model.widths=[8,8,8]", "train.batch_size=100"]
+        asked.change += ["train.epochs=1", "optim.groups=[]", "optim.aux_lr=0.1"]
+    from recording import record
+
+    figures: dict[str, Any] = {"seeds": asked.seeds, "changes": asked.change}
+    with tempfile.TemporaryDirectory() as folder:
+        checkouts = {"airbench": asked.airbench, "hiverge": asked.hiverge}
+        given = {name: path for name, path in checkouts.items() if path is not None}
+        if given:
+            convert(Path(folder))
+        for name, path in given.items():
+            figures[name] = theirs(path / SCRIPTS[name], Path(folder), asked.seeds)
+    for step in asked.steps:
+        try:
+            figures[f"warm_{step}"] = ours_warm(
+                asked.seeds, asked.change, step=step, on=asked.device
+            )
+        except Exception as error:  # a way that fails must not cost the others
+            figures[f"warm_{step}"] = {"failed": (str(error).splitlines() or [repr(error)])[0]}
+    figures["cold"] = ours_cold(asked.cold_seeds, asked.change, on=asked.device)
+    print(json.dumps(figures if asked.rehearse else record("cifar-speed", figures)))
+    return None
+
+
+if __name__ == "__main__":
+    main()
