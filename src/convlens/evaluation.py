@@ -84,6 +84,7 @@ def evaluate(
     tta: str | None = None,
     on: str | None = None,
     quiet: bool = False,
+    own: Data | None = None,
 ) -> Evaluation:
     """Measures the run's model on one of its own splits, or on another data set.
 
@@ -94,6 +95,7 @@ def evaluate(
         tta: test-time augmentation, `flip` or `flip+shifts`; its numbers come beside the plain
             ones, which stay what they are. Mirror images must not change the class.
         on: device; the best there is by default.
+        own: the model's own data, where they are loaded already.
 
     Raises:
         UsageError: no such split or views; DataError: the images changed since training, or a
@@ -104,7 +106,7 @@ def evaluate(
     loaded = run.load_model(place.model_path)
     where = device.choose(on)
     with quieted(quiet):
-        judged = judged_by(loaded, split, data=data, on=where)
+        judged = judged_by(loaded, split, data=data, on=where, own=own)
         return look(place, loaded, judged, split, where, tta=tta).evaluation
 
 

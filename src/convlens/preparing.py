@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -105,8 +104,6 @@ def prepare(
             augment=operations if recipe.operations else None,
         )
 
-    # The first optimiser step would import torch's compiler: seconds that are no training time.
-    import_module("torch._dynamo")
     choice = planning.Choice(plan, {}) if plan else None
     choice = choice or planning.choose(recipe, where, model, batches_for, objective)
     choice.plan.place(model)

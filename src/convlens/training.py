@@ -48,12 +48,13 @@ def train(
     Raises:
         ConvlensError: what the user can mend; KeyboardInterrupt: after saving.
     """
-    check(recipe)
     called = name or recipe.name
+    data = None
     place = run.place(called, recipe.digest(), plain=plain or name is not None, fresh=fresh)
     if place.finished:
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
+        check(recipe)
         if not place.facts():
             weights.expect(recipe.model)
         where = device.choose(on)
@@ -64,7 +65,7 @@ def train(
             if not place.finished:  # by another process, while this one read the images
                 _train_locked(recipe, data, place, where, quiet=quiet)
     if test:
-        evaluation.evaluate(place, "test", on=on, quiet=quiet)
+        evaluation.evaluate(place, "test", on=on, quiet=quiet, own=data)
     return place
 
 
