@@ -54,7 +54,7 @@ def test_logits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
     assert whole.shape == (50, 3)
     assert torch.equal(labels, split.labels)
     for size in (1, 7, 50):
-        monkeypatch.setattr(inference, "BATCH", size)
+        monkeypatch.setitem(inference.LARGEST, "cpu", size)
         found, _ = split_logits(model, split, NORMALISE, PLAN)
         assert torch.allclose(found, whole, atol=1e-5)
         assert torch.equal(found.argmax(1), whole.argmax(1))

@@ -265,10 +265,15 @@ def _answers(
     loaded: Loaded, part: Split, split: str, where: str, tta: str | None
 ) -> tuple[Answers, torch.Tensor]:
     plan, total = placed(loaded.model, where), int(part.labels.numel())
-    normalise = loaded.preprocessing.normalise
     with progress(f"evaluating {split}", total) as bar:
         found = split_answers(
-            loaded.model, part, normalise, plan, views.chosen(tta), advance=bar.advance
+            loaded.model,
+            part,
+            loaded.preprocessing.normalise,
+            plan,
+            views.chosen(tta),
+            advance=bar.advance,
+            free=loaded.free,
         )
         device.synchronise(where)
     return found

@@ -1,8 +1,8 @@
 """Optimisers over parameter groups, schedules as functions of progress, and weight averaging.
 
 A recipe's `optim` section becomes: `groups.py` (which parameter trains when, at which rate),
-one of `OPTIMISERS` (`eager.py`: torch's; `muon.py`), `schedules.py`, `timetable.py` (rates and windows, step by step) and
-`averaging.py` (EMA, lookahead).
+one of `OPTIMISERS` (`eager.py`: torch's; `muon.py`), `schedules.py`, `timetable.py` (rates and
+windows, step by step) and `averaging.py` (EMA, lookahead).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """torch's optimisers without what they do for its compiler.
 
-The first call of `add_param_group`, `zero_grad`, `state_dict` or `step` of a torch optimiser imports
-`torch._dynamo`, about as long as torch itself takes, to tell a compiler that isn't there not to look
-inside; and each later call tells it again. We never compile an optimiser, so these classes call what
-stands below the decorators (`functools.wraps` keeps it as `__wrapped__`). Where a version of
-torch decorates nothing, they are torch's own methods.
+The first call of `add_param_group`, `zero_grad`, `state_dict` or `step` of a torch optimiser
+imports `torch._dynamo`, which takes about as long as torch itself, to tell a compiler that isn't
+there not to look inside; and each later call tells it again. We never compile an optimiser, so
+these classes call what stands below the decorators (`functools.wraps` keeps it as `__wrapped__`).
+Where a version of torch decorates nothing, they are torch's own methods.
 """
 
 from __future__ import annotations
