@@ -195,10 +195,7 @@ def seed_generators(device: str, seed: int) -> None:
 
 def prepare(deterministic: bool) -> None:
     """Sets threads to the cores this process may use, and determinism if asked for."""
-    keep_freed_memory()
-    cores = usable_cores()
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
-        torch.set_num_threads(cores)
+    use_cores()
     if deterministic:
         # cuBLAS reads this once, when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -206,6 +203,14 @@ def prepare(deterministic: bool) -> None:
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def use_cores() -> None:
+    """Sets threads to the cores this process may use, and keeps freed memory: for any computing."""
+    keep_freed_memory()
+    cores = usable_cores()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
 
 
 @functools.cache

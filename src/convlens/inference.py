@@ -23,20 +23,23 @@ from torch import Tensor, nn
 from convlens import metrics
 from convlens.console import say
 from convlens.data.batches import Labelled, Prepare, Rows
-from convlens.device import MEMORY_FORMATS, Plan, choose, synchronise
+from convlens.device import MEMORY_FORMATS, Plan, choose, synchronise, use_cores
 from convlens.views import Views, averaged
 
-# The most that the inputs and outputs of a network's largest layer may take for one batch, in
-# bytes, and the most images in one. A few other tensors of that size come and go beside them.
+# The most that input and output of a network's largest layer may take for one batch, in bytes (a
+# few other tensors of that size come and go beside them), and the most images in one. On a CPU no
+# network gained by more than 256, and small ones lost half their speed to page faults beyond, where
+# freed memory isn't kept (`device.keep_freed_memory`).
 ACTIVATIONS = {"cpu": 1 << 27, "cuda": 1 << 30}
-LARGEST = {"cpu": 1024, "cuda": 4096}
+LARGEST = {"cpu": 256, "cuda": 4096}
 FIRST = 16  # images in the first batch, which tells how large the others can be
-TRIALS = 3  # batches that each memory format is timed on
-READ = 1 << 23  # bytes of images that are read at once where they are not in memory
+TRIALS, SHORTEST = 3, 0.002  # batches that each memory format is timed on, and their least seconds
+READ, MOST_READ = 1 << 23, 4096  # bytes and images that are read at once where not in memory
 
 
 def placed(model: nn.Module, on: str | None) -> Plan:
     """Moves `model` to the device asked for (by default the best); returns the plan it runs by."""
+    use_cores()
     plan = Plan(choose(on), "fp32", "contiguous")
     plan.place(model)
     return plan
@@ -101,54 +104,66 @@ class Forward:
     ) -> None:  # fmt: skip
         self._model, self._normalise, self.plan, self._views = model, normalise, plan, views
         self.batch = 0  # images at once; 0: not known yet
-        self._piece = min(64, total // 64)  # images in a timed batch
+        self._piece = min(64, total // 64) if free else 0  # images in a timed batch
         formats = [plan.memory_format, *(f for f in MEMORY_FORMATS if f != plan.memory_format)]
-        # The first batch warms up the first of them.
-        timed = formats[1:] + formats * TRIALS
-        self._coming = timed if free and self._piece >= FIRST else []
         self._seconds: dict[str, list[float]] = {name: [] for name in formats}
+        self._coming: list[str] = []  # memory formats of the batches that are to be timed
 
     def answers(self, images: Tensor) -> Iterator[Answers]:
         """Batch by batch for what the rows hold, `[N, ...]`, in order."""
         start = 0
         while start < len(images):
-            size = min(self._piece, self.batch) if self._coming else self.batch
-            some = images[start : start + (size or FIRST)]
+            step, size = self._plain, self.batch
+            if not self.batch:
+                step, size = self._measured, FIRST
+            elif self._coming:
+                step, size = self._timed, min(self._piece, self.batch)
+            some, found = images[start : start + size], None
             try:
-                found = self._timed(some) if self._coming else self._plain(some)
+                found = step(some)
             except torch.OutOfMemoryError:
                 if len(some) == 1:
                     raise
+            # Outside, since what an exception came through keeps its tensors alive.
+            if found is None:
                 self._halve(len(some))
                 continue
             start += len(some)
             yield found
 
     def _plain(self, images: Tensor) -> Answers:
-        if self.batch:
-            return batch_answers(self._model, images, self._normalise, self.plan, self._views)
+        return batch_answers(self._model, images, self._normalise, self.plan, self._views)
+
+    def _measured(self, images: Tensor) -> Answers:
+        """The first batch: how large the others are, and whether formats are worth timing."""
         with _largest_layer(self._model) as bytes_of:
-            found = batch_answers(self._model, images, self._normalise, self.plan, self._views)
+            found, seconds = self._clocked(images)
         kind = torch.device(self.plan.device).type
         fit = ACTIVATIONS.get(kind, ACTIVATIONS["cpu"]) * len(images) // max(bytes_of)
         most = LARGEST.get(kind, LARGEST["cpu"])
         self.batch = min(most, 1 << max(0, fit.bit_length() - 1))
+        if seconds * self._piece >= SHORTEST:
+            formats = list(self._seconds)  # the first of them is warm by now
+            self._coming = formats[1:] + formats * TRIALS
         return found
 
     def _timed(self, images: Tensor) -> Answers:
-        if not self.batch:
-            return self._plain(images)
         name = self._coming[0]
         self._lay_out(name)
-        synchronise(self.plan.device)
-        begun = time.perf_counter()
-        found = self._plain(images)
-        synchronise(self.plan.device)
-        self._seconds[name].append((time.perf_counter() - begun) / len(images))
+        found, seconds = self._clocked(images)
+        self._seconds[name].append(seconds)
         del self._coming[0]
         if not self._coming:
             self._choose()
         return found
+
+    def _clocked(self, images: Tensor) -> tuple[Answers, float]:
+        """Answers, and the seconds an image."""
+        synchronise(self.plan.device)
+        begun = time.perf_counter()
+        found = self._plain(images)
+        synchronise(self.plan.device)
+        return found, (time.perf_counter() - begun) / len(images)
 
     def _choose(self) -> None:
         medians = {n: statistics.median(times[-TRIALS:]) for n, times in self._seconds.items()}
@@ -225,7 +240,7 @@ def _read(rows: Rows) -> Iterator[Tensor]:
         yield whole
         return
     count, *each = rows.shape
-    fit = max(FIRST, min(LARGEST["cpu"], READ // math.prod(each)))
+    fit = max(FIRST, min(MOST_READ, READ // math.prod(each)))
     size = 1 << (fit.bit_length() - 1)  # a power of two, as the batches are
     parts = torch.arange(count).split(size)
     with ThreadPoolExecutor(max_workers=1) as reader:

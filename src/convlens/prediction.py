@@ -214,7 +214,7 @@ def all_probabilities(loaded: Loaded, images: np.ndarray, *, on: str | None = No
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), BATCH):
         ready = _fitted(images[start : start + BATCH], loaded)
-        parts.append(_probabilities(ready, loaded, forward)[0])
+        parts.append(_probabilities(list(ready), loaded, forward)[0])
     return np.concatenate(parts)
 
 
