@@ -17,7 +17,6 @@ Their scripts run 200 times; they are stopped after as many as were asked for.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from convlens import inference
 from convlens.data.batches import Normalise
+from convlens.device import MEMORY_FORMATS
 from convlens.inference import batch_logits, loss_and_accuracy, probabilities, split_logits
 from convlens.models.cnn import CNN
 from support import PLAN, Memory, Split, Streamed, pictures
@@ -54,7 +56,7 @@ def test_logits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
     assert whole.shape == (50, 3)
     assert torch.equal(labels, split.labels)
     for size in (1, 7, 50):
-        monkeypatch.setattr(inference, "BATCH", size)
+        monkeypatch.setitem(inference.LARGEST, "cpu", size)
         found, _ = split_logits(model, split, NORMALISE, PLAN)
         assert torch.allclose(found, whole, atol=1e-5)
         assert torch.equal(found.argmax(1), whole.argmax(1))
@@ -86,3 +88,101 @@ def test_probabilities_are_float64_and_add_up_even_for_huge_logits() -> None:
     found = probabilities(torch.tensor([[0.0, math.log(3)], [1e30, -1e30], [3e38, 3e38]]))
     assert found.dtype == np.float64
     assert found.tolist() == [pytest.approx([0.25, 0.75]), [1.0, 0.0], [0.5, 0.5]]
+
+
+class Numbers(nn.Module):
+    """Gives each image's first pixel. `seen` is the memory format and size of each batch."""
+
+    def __init__(self, most: int = 10**6, **seconds: float) -> None:
+        super().__init__()
+        # Its layout is the network's: a pixel's channels are neighbours in channels_last.
+        self.weights = nn.Conv2d(2, 2, 2)
+        self.most, self.seconds = most, seconds
+        self.seen: list[tuple[str, int]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("as a GPU says it")
+        name = "channels_last" if self.weights.weight.stride(1) == 1 else "contiguous"
+        assert images.is_contiguous(memory_format=MEMORY_FORMATS[name])
+        self.seen.append((name, len(images)))
+        time.sleep(self.seconds.get(name, 0) * len(images))
+        return images.flatten(1)[:, :1].contiguous()
+
+
+def colour(count: int) -> Split:
+    """Images of two channels whose first pixel is their number."""
+    return Split(Memory(pictures(count, channels=2)), torch.zeros(count, dtype=torch.int64))
+
+
+PLAIN = Normalise([0.0, 0.0], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("quicker", ["contiguous", "channels_last"])
+def test_the_quicker_memory_format_does_the_rest_and_no_image_is_computed_twice(
+    quicker: str,
+) -> None:
+    slower = next(name for name in MEMORY_FORMATS if name != quicker)
+    model = Numbers(**{quicker: 5e-5, slower: 1e-3})
+    logits, _ = split_logits(model, colour(1300), PLAIN, PLAN, free=True)
+    assert (logits[:, 0] * 255).round().tolist() == [n % 256 for n in range(1300)]
+    trials = [("channels_last", 20), *[("contiguous", 20), ("channels_last", 20)] * 3]
+    rest = [(quicker, 256)] * 4 + [(quicker, 1300 - 16 - 7 * 20 - 4 * 256)]
+    assert model.seen == [("contiguous", 16), *trials, *rest]
+
+
+@pytest.mark.parametrize("count", [50, 1300])
+def test_without_leave_or_with_few_images_the_memory_format_stays(count: int) -> None:
+    model = Numbers(channels_last=0, contiguous=1e-4)
+    split_logits(model, colour(count), PLAIN, PLAN, free=count == 50)
+    assert {name for name, _ in model.seen} == {"contiguous"}
+
+
+def test_a_batch_is_as_large_as_the_largest_layer_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 3 x 64 numbers of 4 bytes go into the flattening and as many come out: 1,536 an image.
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Flatten(), nn.Linear(192, 2))
+    split = Split(Memory(pictures(200)), torch.zeros(200, dtype=torch.int64))
+    expected, _ = split_logits(model, split, NORMALISE, PLAN)
+    for limit, batch in ((1536 * 64, 64), (1536 * 64 - 1, 32), (100, 1)):
+        told: list[int] = []
+        monkeypatch.setitem(inference.ACTIVATIONS, "cpu", limit)
+        found, _ = split_logits(model, split, NORMALISE, PLAN, advance=told.append)
+        assert told[0] == 16
+        assert set(told[1:-1]) == {batch}
+        assert sum(told) == 200
+        assert torch.allclose(found, expected, atol=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    model = Numbers(most=5)
+    logits, _ = split_logits(model, colour(50), PLAIN, PLAN)
+    assert (logits[:, 0] * 255).round().tolist() == list(range(50))
+    assert model.seen == [("contiguous", 4)] * 12 + [("contiguous", 2)]
+    told = capfd.readouterr().err
+    assert "out of memory with 16 images at once: going on with 8" in told
+    assert "with 8 images at once: going on with 4" in told
+    with pytest.raises(torch.OutOfMemoryError):
+        split_logits(Numbers(most=0), colour(3), PLAIN, PLAN)
+
+
+def test_what_is_not_in_memory_is_read_while_the_network_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = Streamed(pictures(100, channels=2))
+    monkeypatch.setattr(inference, "READ", 128 * 40)  # 40 images of 128 bytes: pieces of 32
+    asked: list[int] = []
+
+    class Slow(Numbers):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            for _ in range(500):  # the reader is another thread
+                if len(rows.asked) > 1:
+                    break
+                time.sleep(0.01)
+            asked.append(len(rows.asked))
+            return super().forward(images)
+
+    logits, _ = split_logits(Slow(), Split(rows, torch.zeros(100)), PLAIN, PLAN)
+    assert (logits[:, 0] * 255).round().tolist() == list(range(100))
+    assert [len(piece) for piece in rows.asked] == [32, 32, 32, 4]
+    assert asked[0] == 2

@@ -246,12 +246,7 @@ def seed_generators(device: str, seed: int) -> None:
 
 def prepare(deterministic: bool) -> None:
     """Sets threads to the cores this process may use, and determinism if asked for."""
-    keep_freed_memory()
-    cores = max(1, usable_cores() // ranks.local_size())
-    # torchrun itself sets one thread a process.
-    many = torch.get_num_threads() > cores or ranks.local_size() > 1
-    if many and not ranks.threads_chosen():
-        torch.set_num_threads(cores)
+    use_cores()
     if deterministic:
         # cuBLAS reads this once, when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -259,6 +254,16 @@ def prepare(deterministic: bool) -> None:
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def use_cores() -> None:
+    """Sets threads to the cores this process may use, and keeps freed memory: for any computing."""
+    keep_freed_memory()
+    cores = max(1, usable_cores() // ranks.local_size())
+    # torchrun itself sets one thread a process.
+    many = torch.get_num_threads() > cores or ranks.local_size() > 1
+    if many and not ranks.threads_chosen():
+        torch.set_num_threads(cores)
 
 
 @functools.cache

@@ -87,6 +87,7 @@ def evaluate(
     tta: str | None = None,
     on: str | None = None,
     quiet: bool = False,
+    own: Data | None = None,
 ) -> Evaluation:
     """Measures the run's model on one of its own splits, or on another data set.
 
@@ -97,6 +98,7 @@ def evaluate(
         tta: test-time augmentation, `flip` or `flip+shifts`; its numbers come beside the plain
             ones, which stay what they are. Mirror images must not change the class.
         on: device; the best there is by default.
+        own: the model's own data, where they are loaded already.
 
     Raises:
         UsageError: no such split or views; DataError: the images changed since training, or a
@@ -110,7 +112,7 @@ def evaluate(
     where = device.choose(on)
     with quieted(quiet):
         with world.first():
-            judged = judged_by(loaded, split, data=data, on=where)
+            judged = judged_by(loaded, split, data=data, on=where, own=own)
         return look(place, loaded, judged, split, where, tta=tta, world=world).evaluation
 
 
@@ -274,8 +276,10 @@ def _answers(
 
     def ask(share: Labelled) -> Answers:
         model, normalise = loaded.model, loaded.preprocessing.normalise
-        chosen = views.chosen(tta)
-        return split_answers(model, share, normalise, plan, chosen, advance=bar.advance)[0]
+        return split_answers(
+            model, share, normalise, plan, views.chosen(tta), advance=bar.advance,
+            free=loaded.free and world.size == 1,
+        )[0]  # fmt: skip
 
     with progress(f"evaluating {split}", total) as bar:
         plain, mean = answered(world, part, ask)

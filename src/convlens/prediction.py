@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from convlens import device, views
 from convlens.console import progress, quieted, say
 from convlens.data.decode import EXTENSIONS, UnreadableImage, decode, fit_images
 from convlens.errors import DataError, UsageError
-from convlens.inference import batch_answers, placed, probabilities
+from convlens.inference import Forward, placed, probabilities
 from convlens.run import Loaded
 
-BATCH = 128
+TASK = 16  # files that a thread decodes in a row: handing over a task costs as much as a small one
+BATCH, BYTES = 256, 1 << 23  # the most images in a lot, and their bytes; two lots are read ahead
 
 
 @dataclass(frozen=True)
@@ -116,55 +118,74 @@ def predict(
     An unreadable file gives a `Prediction` with `error` set; the others are done all the same.
     """
     chosen = views.chosen(tta)
-    plan = placed(loaded.model, on)
+    forward = Forward(
+        loaded.model, loaded.preprocessing.normalise, placed(loaded.model, on),
+        views=chosen, total=len(inputs), free=loaded.free,
+    )  # fmt: skip
     k = min(max(top_k, 1), len(loaded.classes))
     if chosen is not None:
         with quieted(quiet):
             say(f"tta answers are the mean over the views of {tta!r}; label and prob are plain")
-    with progress("predicting", len(inputs), shown=not quiet) as bar, _pool() as pool:
-        for start in range(0, len(inputs), BATCH):
-            batch = _read(inputs[start : start + BATCH], start, loaded, pool)
+    with progress("predicting", len(inputs), shown=not quiet) as bar:
+        for batch in _read(inputs, loaded):
             good = [image for _, image, _ in batch if image is not None]
-            plain, mean = _probabilities(good, loaded, plan, chosen)
-            done = 0
+            plain, mean = _probabilities(good, loaded, forward)
+            top, beside = _top(plain, k, loaded), iter(_top(mean, k, loaded))
             for filename, image, error in batch:
                 if image is None:
                     yield Prediction(filename, error=error)
-                    continue
-                beside = () if mean is None else _top(mean[done], k, loaded)
-                yield Prediction(filename, _top(plain[done], k, loaded), tta_top=beside)
-                done += 1
+                else:
+                    yield Prediction(filename, next(top), tta_top=next(beside, ()))
             bar.advance(len(batch))
 
 
-def _top(row: np.ndarray, k: int, loaded: Loaded) -> tuple[tuple[str, float], ...]:
-    order = np.argsort(-row, kind="stable")[:k]
-    return tuple((loaded.classes[i], float(row[i])) for i in order)
+def _top(chances: np.ndarray, k: int, loaded: Loaded) -> Iterator[tuple[tuple[str, float], ...]]:
+    """The likeliest `k` classes of each row."""
+    order = np.argsort(-chances, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(chances, order, axis=1)
+    for classes, shares in zip(order.tolist(), best.tolist(), strict=True):
+        yield tuple((loaded.classes[i], share) for i, share in zip(classes, shares, strict=True))
 
 
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=device.usable_cores())
+# Name, image or None, and why there is none.
+Entry = tuple[str, np.ndarray | None, str | None]
 
 
-def _read(
-    inputs: Sequence[str | Path] | np.ndarray,
-    first: int,
-    loaded: Loaded,
-    pool: ThreadPoolExecutor,
-) -> list[tuple[str, np.ndarray | None, str | None]]:
+def _read(inputs: Sequence[str | Path] | np.ndarray, loaded: Loaded) -> Iterator[list[Entry]]:
+    """The images, some at a time; the next files are decoded while these are being looked at."""
     pre = loaded.preprocessing
+    lot = min(BATCH, max(TASK, BYTES // (pre.channels * pre.image_size**2) // TASK * TASK))
+    starts = range(0, len(inputs), lot)
     if isinstance(inputs, np.ndarray):
-        images = _fitted(inputs, loaded)
-        return [(str(number), image, None) for number, image in enumerate(images, first)]
+        for start in starts:
+            images = _fitted(inputs[start : start + lot], loaded)
+            yield [(str(number), image, None) for number, image in enumerate(images, start)]
+        return
+    pool = ThreadPoolExecutor(max_workers=device.usable_cores())
+    waiting: deque[list[Future[list[Entry]]]] = deque()
+    try:
+        for start in starts:
+            some = inputs[start : start + lot]
+            tasks = [some[i : i + TASK] for i in range(0, len(some), TASK)]
+            waiting.append([pool.submit(_decoded, task, loaded) for task in tasks])
+            if len(waiting) > 2:
+                yield [entry for task in waiting.popleft() for entry in task.result()]
+        while waiting:
+            yield [entry for task in waiting.popleft() for entry in task.result()]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    def one(path: str | Path) -> tuple[str, np.ndarray | None, str | None]:
+
+def _decoded(paths: Sequence[str | Path], loaded: Loaded) -> list[Entry]:
+    pre = loaded.preprocessing
+    found: list[Entry] = []
+    for path in paths:
         try:
             image = decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+            found.append((str(path), image, None))
         except UnreadableImage as error:
-            return str(path), None, error.reason
-        return str(path), image, None
-
-    return list(pool.map(one, inputs))
+            found.append((str(path), None, error.reason))
+    return found
 
 
 def _fitted(images: np.ndarray, loaded: Loaded) -> np.ndarray:
@@ -174,25 +195,26 @@ def _fitted(images: np.ndarray, loaded: Loaded) -> np.ndarray:
 
 
 def _probabilities(
-    images: list[np.ndarray], loaded: Loaded, plan: device.Plan, chosen: views.Views | None = None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Probabilities `[N, classes]` of the images as they are, and of the views if there are any."""
-    if not images:
-        none = np.empty((0, len(loaded.classes)))
-        return none, None if chosen is None else none
-    batch = torch.from_numpy(np.stack(images))
-    answers = batch_answers(loaded.model, batch, loaded.preprocessing.normalise, plan, chosen)
-    beside = None if answers.tta is None else probabilities(answers.tta)
-    return probabilities(answers.plain), beside
+    images: Sequence[np.ndarray], loaded: Loaded, forward: Forward
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities `[N, classes]` of the images as they are, and of the views (none: no rows)."""
+    none = np.empty((0, len(loaded.classes)))
+    if not len(images):
+        return none, none
+    found = list(forward.answers(torch.from_numpy(np.stack(images))))
+    plain = probabilities(torch.cat([each.plain for each in found]))
+    beside = [each.tta for each in found if each.tta is not None]
+    return plain, probabilities(torch.cat(beside)) if beside else none
 
 
 def all_probabilities(loaded: Loaded, images: np.ndarray, *, on: str | None = None) -> np.ndarray:
     """Probabilities float64 `[N, classes]` for images as `predict` takes them."""
-    plan = placed(loaded.model, on)
+    plan, normalise = placed(loaded.model, on), loaded.preprocessing.normalise
+    forward = Forward(loaded.model, normalise, plan, total=len(images), free=loaded.free)
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), BATCH):
         ready = _fitted(images[start : start + BATCH], loaded)
-        parts.append(_probabilities(list(ready), loaded, plan)[0])
+        parts.append(_probabilities(list(ready), loaded, forward)[0])
     return np.concatenate(parts)
 
 

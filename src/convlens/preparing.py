@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -123,8 +122,6 @@ def prepare(
             shards=data.train.shards,
         )
 
-    # The first optimiser step would import torch's compiler: seconds that are no training time.
-    import_module("torch._dynamo")
     choice = planning.Choice(plan, {}) if plan else None
     choice = choice or planning.choose(recipe, where, model, batches_for, objective, world)
     plan = choice.plan

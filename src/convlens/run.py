@@ -61,6 +61,12 @@ class Loaded:
     preprocessing: Preprocessing
     card: dict[str, Any]
 
+    @property
+    def free(self) -> bool:
+        """Whether inference may choose a memory format by timing, which changes last digits."""
+        train = self.card.get("recipe", {}).get("train", {})
+        return train.get("memory_format", "auto") == "auto" and not train.get("deterministic")
+
 
 class RunFolder:
     """Paths, reading and writing of one run. Knows nothing of training or evaluating."""

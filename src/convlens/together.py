@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from convlens.data.batches import Labelled
 from convlens.errors import UsageError
-from convlens.inference import BATCH
 from convlens.processes import World
 
+BATCH = 256  # images of a split are dealt out in such pieces
 # What zeroes values or whole channels: the same function with a mask for the whole batch.
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -173,8 +173,8 @@ Asked = Callable[[Labelled], Sequence[Tensor | None]]
 def answered(world: World, split: Labelled, ask: Asked) -> tuple[Tensor | None, ...]:
     """What `ask` gives for the images of a split, each asked about by exactly one process.
 
-    Nothing is padded, and the parts are whole batches of inference, so that each image is computed
-    with the same others as in one process: the answers are the same bits.
+    Nothing is padded; the answers are those of one process but for the last digits, which depend
+    on how many images are computed at once.
 
     Args:
         ask: a split to tensors with a row for each image, or None where there is none.

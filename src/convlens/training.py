@@ -52,8 +52,8 @@ def train(
     Raises:
         ConvlensError: what the user can mend; KeyboardInterrupt: after saving.
     """
-    check(recipe)
     world = processes.join()
+    data = None
     called, plain = name or recipe.name, plain or name is not None
     place = onlooker.placed(
         world, lambda: run.place(called, recipe.digest(), plain=plain, fresh=fresh)
@@ -61,6 +61,7 @@ def train(
     if world.told(lambda: place.finished):
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
+        check(recipe)
         if not world.told(place.facts):
             weights.expect(recipe.model)
         where = device.choose(on)
@@ -75,7 +76,7 @@ def train(
             if not world.told(lambda: place.finished):
                 _train_locked(recipe, data, place, facts, where, world, quiet=quiet)
     if test:
-        evaluation.evaluate(place, "test", on=on, quiet=quiet)
+        evaluation.evaluate(place, "test", on=on, quiet=quiet, own=data)
     return place
 
 

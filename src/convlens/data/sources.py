@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +136,22 @@ def _numbered(split: str, images: Images, labels: npt.NDArray[np.generic]) -> Pa
 
 def _digits() -> Source:
     """scikit-learn's 1,797 scanned digits, 8 x 8, from the package itself."""
+    table = _digits_table()
+    images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return Source("digits", _DIGITS, {"train": _numbered("digits", images, table[:, -1])})
+
+
+def _digits_table() -> npt.NDArray[np.float64]:
+    """64 pixels of 0..16 and the label, a row an image."""
+    # Its file is read directly where it lies as usual: importing sklearn.datasets takes seconds.
+    found = find_spec("sklearn")
+    for folder in (found and found.submodule_search_locations) or ():
+        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            return np.loadtxt(path, delimiter=",")
     from sklearn.datasets import load_digits
 
-    pixels, labels = load_digits(return_X_y=True)
-    images = np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return Source("digits", _DIGITS, {"train": _numbered("digits", images, labels)})
+    return np.column_stack(load_digits(return_X_y=True))
 
 
 def _shapes(count: int = 2000, size: int = 32) -> Source:

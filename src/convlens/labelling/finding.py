@@ -227,7 +227,8 @@ def _logits(
     if said is not None:
         return torch.from_numpy(said.logits)
     plan = placed(model.model, on)
-    return split_logits(model.model, part, model.preprocessing.normalise, plan)[0]
+    normalise = model.preprocessing.normalise
+    return split_logits(model.model, part, normalise, plan, free=model.free)[0]
 
 
 def _twins(

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from convlens.errors import UsageError
 from convlens.models import zoo
@@ -48,6 +50,7 @@ MODELS: dict[str, str] = {
 }
 # Sizes that are tried in turn when an image has the wrong one for a network; 224 suits every one.
 USUAL_SIZES = (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 288, 320, 384)
+MODEST = 30_000_000  # weights of a network that is tried out for real
 FAILURES = (TypeError, ValueError, RuntimeError, OverflowError, AssertionError)
 
 
@@ -121,10 +124,10 @@ def options_of(name: str) -> dict[str, Any]:
 def try_out(
     name: str, channels: int, image_size: int, options: Mapping[str, Any], batch_size: int = 2
 ) -> nn.Module:
-    """Runs a training batch through a network for two classes, on the meta device; returns it.
+    """Runs a training batch through a network for two classes; returns it, on the meta device.
 
-    Only shapes are computed: nothing is allocated or drawn. (A network that can't be had so is
-    built for real and not run.)
+    Of large networks only shapes are computed: nothing is allocated. Nothing is drawn in any case.
+    (A network that can't be had so is built for real and not run.)
 
     Raises:
         UsageError: what `build` says; images too small for the network (with a size that does);
@@ -133,10 +136,12 @@ def try_out(
 
     def attempt(size: int, batch: int) -> nn.Module:
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _Undrawn():
                 model = build(name, 2, channels, size, options)
-                model.train()(torch.empty(batch, channels, size, size))
-                return model
+            if not _takes_zeros(model, (batch, channels, size, size)):
+                with torch.device("meta"):
+                    model.train()(torch.empty(batch, channels, size, size))
+            return model
         except FAILURES as error:
             if re.search(r"\bmeta\b", str(error), re.IGNORECASE):
                 # It reads numbers off tensors, or does what has no shapes-only form.
@@ -174,6 +179,42 @@ def try_out(
                 fix="batch norm needs two values of each channel: train.batch_size=2 or more",
             ) from error
     return model
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves weights on the meta device without initial values, which they don't keep anyway.
+
+    torch goes through every one of these operations in Python there.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in _FILLS:
+            target = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(target, Tensor) and target.is_meta:
+                return target
+        return func(*args, **(kwargs or {}))
+
+
+_FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
+
+
+def _takes_zeros(model: nn.Module, shape: tuple[int, int, int, int]) -> bool:
+    """Whether a network of modest size, all its weights 0, takes a training batch of zeros.
+
+    `model` is on the meta device and stays there. Shapes alone are computed in Python, for which
+    torch imports SymPy and its compiler: two seconds, where a small network takes milliseconds.
+    No is no verdict.
+    """
+    if sum(p.numel() for p in model.parameters()) > MODEST or shape[-1] > 224:
+        return False
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    zeros = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            functional_call(model.train(), zeros, (torch.zeros(shape),))
+    except Exception:  # the meta device says what is wrong, if anything
+        return False
+    return True
 
 
 def _reason(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """Optimisers over parameter groups, schedules as functions of progress, and weight averaging.
 
 A recipe's `optim` section becomes: `groups.py` (which parameter trains when, at which rate),
-one of `OPTIMISERS`, `schedules.py`, `timetable.py` (rates and windows, step by step) and
-`averaging.py` (EMA, lookahead).
+one of `OPTIMISERS` (`eager.py`: torch's; `muon.py`), `schedules.py`, `timetable.py` (rates and
+windows, step by step) and `averaging.py` (EMA, lookahead).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from convlens.names import pick
+from convlens.optim import eager
 from convlens.optim.averaging import Average, Averager, Lookahead, averaged, averager
 from convlens.optim.groups import Group, split
 from convlens.optim.muon import Muon
@@ -43,18 +44,18 @@ __all__ = [
 
 def _adam(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     # Adam's weight decay is L2 in the gradient (Kingma & Ba 2015); adamw decouples it.
-    return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
+    return eager.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def _adamw(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return eager.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def _sgd(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     # Weight decay is L2 in the gradient, so each step shrinks weights by lr * weight_decay; for
     # a decay that doesn't depend on the rate, as in Page's and Jordan's CIFAR-10 records, give
     # the group weight_decay = decay / lr.
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    return eager.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
 
 
 def _muon(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:

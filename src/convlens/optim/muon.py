@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convlens.optim.eager import Eager
+
 # The quintic a x + b x^3 + c x^5 of Jordan et al. 2024: steep at 0, so that small singular values
 # rise fast; it never converges to 1, but stays within about 0.7 to 1.2.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -42,7 +44,7 @@ def _move(parameters: list[Tensor], moves: Tensors, lr: float | Tensor) -> None:
         torch._foreach_add_(parameters, moves, alpha=-lr)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Eager):
     """Muon for the groups with `muon: True`, SGD for the others, in one optimiser.
 
     Both keep one momentum buffer, `m <- momentum * m + g`, and move along `u = m`, or with

@@ -118,9 +118,16 @@ def encoded(figure: Figure, kind: str = "png", dpi: int = DPI) -> bytes:
         # A class name in a script that no font has is drawn as boxes: no reason to complain.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         FigureCanvasAgg(figure)
+        layout = figure.get_layout_engine()
+        if layout is not None and kind == "png":
+            # matplotlib would draw the whole figure once in vain to have this done.
+            layout.execute(figure)
+            figure.set_layout_engine("none")
         # zlib's level 4 takes half the time of 6, and large figures are mostly compressing.
         options: dict[str, Any] = {"pil_kwargs": {"compress_level": 4}} if kind == "png" else {}
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=FORMATS[kind], **options)
+        if layout is not None:
+            figure.set_layout_engine(layout)  # a page of another format is laid out anew
     return buffer.getvalue()
 
 

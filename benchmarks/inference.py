@@ -1,0 +1,240 @@
+"""Inference against what bounds it: `predict` and decoding, `evaluate` and the bare network.
+
+- predict: seconds of `predict` on files over those of the decoder alone, on the same files with as
+  many threads, in turn; and the whole command on all files, start and CSV included.
+- evaluate: a pass over a resident split as `evaluate` makes it over the bare forward pass of one
+  normalised batch that is there already, in the best of several batch sizes and memory formats.
+
+    python benchmarks/inference.py [--files 10000] [--rounds 7] [--data data]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import nn
+
+from convlens import device, inference, models, prediction, recipe
+from convlens.data import Split
+from convlens.data.decode import decode
+from convlens.data.rows import ArrayRows
+from convlens.device import MEMORY_FORMATS, Plan
+from convlens.run import Loaded, Preprocessing, RunFolder
+from recording import record
+
+DIFFERENT = 500  # files that are not copies of others
+CLASSES = tuple("0123456789")
+# Recipe of the network, image size, channels; for evaluate how many images, and batch sizes tried.
+Case = tuple[str, int, int]
+FILES: dict[str, tuple[str, Case]] = {
+    "28 px PNG, mnist": ("png", ("mnist", 28, 1)),
+    "28 px PNG, mnist-fast": ("png", ("mnist-fast", 28, 1)),
+    "224 px JPEG to 64 px, folder": ("jpg", ("folder", 64, 3)),
+}
+PASSES: dict[str, tuple[Case, int, Sequence[int]]] = {
+    "mnist, 28 px": (("mnist", 28, 1), 10_000, (64, 256, 1024)),
+    "mnist-fast, 28 px": (("mnist-fast", 28, 1), 10_000, (64, 256, 1024)),
+    "cifar10-cpu, 32 px": (("cifar10-cpu", 32, 3), 4_000, (64, 256, 1024)),
+    "ResNet-18, 32 px": (("resnet18", 32, 3), 2_000, (32, 128, 256)),
+    "ResNet-18, 224 px": (("resnet18", 224, 3), 256, (8, 16, 32)),
+}
+
+
+def loaded(case: Case) -> Loaded:
+    """A recipe's network as it begins, as if it came from a model file."""
+    name, size, channels = case
+    net = recipe.load(name).model
+    torch.manual_seed(0)
+    model = models.build(net.name, len(CLASSES), channels, size, net.options).eval()
+    pre = Preprocessing(size, channels, "crop", [0.5] * channels, [0.25] * channels)
+    card = {
+        "convlens": "benchmark",
+        "model": {"name": net.name, "options": net.options},
+        "classes": list(CLASSES),
+        "preprocessing": asdict(pre),
+    }
+    return Loaded(model, CLASSES, pre, card)
+
+
+def write_files(folder: Path, kind: str, count: int, photographs: Sequence[Path]) -> list[str]:
+    """PNGs of 28 px with strokes, or JPEGs of photographs with a short side of 224 px."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    contents = []
+    for number in range(min(DIFFERENT, count)):
+        if kind == "png":
+            strokes = np.zeros((28, 28), np.uint8)
+            strokes[6:22, 6:22] = 255 * (random.random((16, 16)) > 0.7)
+            image = Image.fromarray(strokes).filter(ImageFilter.GaussianBlur(0.7))
+        elif photographs:
+            image = Image.open(photographs[number % len(photographs)]).convert("RGB")
+            scale = 224 / min(image.size)
+            image = image.resize([round(scale * side) for side in image.size])
+        else:
+            image = Image.fromarray(random.integers(0, 256, (14, 18, 3), dtype=np.uint8))
+            image = image.resize((288, 224), Image.Resampling.BICUBIC)
+        stream = io.BytesIO()
+        image.save(stream, "PNG" if kind == "png" else "JPEG", quality=88)
+        contents.append(stream.getvalue())
+    paths = [folder / f"{number:05}.{kind}" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(contents[number % len(contents)])
+    return [str(path) for path in paths]
+
+
+def only_decode(paths: Sequence[str], pre: Preprocessing) -> None:
+    """What `predict` can't do without."""
+
+    def some(start: int) -> None:
+        for path in paths[start : start + prediction.TASK]:
+            decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+
+    with ThreadPoolExecutor(device.usable_cores()) as pool:
+        for _ in pool.map(some, range(0, len(paths), prediction.TASK)):
+            pass
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def ratio(ours: Callable[[], object], least: Callable[[], object], rounds: int) -> dict[str, Any]:
+    """Median of the paired ratios `ours / least` with quartiles; who is first changes by turns."""
+    pairs = []
+    for turn in range(rounds + 1):
+        first, second = (ours, least) if turn % 2 else (least, ours)
+        times = {id(work): seconds_of(work) for work in (first, second)}
+        if turn:  # the first round warms up
+            pairs.append((times[id(ours)], times[id(least)]))
+    ratios = [a / b for a, b in pairs]
+    return {
+        "ratio": round(statistics.median(ratios), 4),
+        "quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
+        "seconds": round(statistics.median(a for a, _ in pairs), 4),
+        "least_seconds": round(statistics.median(b for _, b in pairs), 4),
+    }
+
+
+def predict_case(kind: str, case: Case, paths: list[str], rounds: int) -> dict[str, Any]:
+    """`predict` over decoding on a tenth of the files, and the command on all of them."""
+    model, some = loaded(case), paths[: max(100, len(paths) // 10)]
+    found = ratio(
+        lambda: list(prediction.predict(model, some, quiet=True)),
+        lambda: only_decode(some, model.preprocessing),
+        rounds,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        place = RunFolder(Path(folder) / "model")
+        place.save_model(model.model.state_dict(), model.card)
+        program = [sys.executable, "-m", "convlens", "predict", str(place.model_path)]
+        command = [*program, str(Path(paths[0]).parent), "--format", "csv"]
+        spent = seconds_of(lambda: subprocess.run(command, check=True, capture_output=True))
+    whole = seconds_of(lambda: only_decode(paths, model.preprocessing))
+    return {
+        "kind": kind,
+        "files": len(paths),
+        **found,
+        "command_seconds": round(spent, 2),
+        "decode_seconds": round(whole, 2),
+    }
+
+
+def best_bare(
+    model: nn.Module, images: torch.Tensor, model_input: Callable[..., torch.Tensor],
+    sizes: Sequence[int],
+) -> tuple[Callable[[int], None], str]:  # fmt: skip
+    """The forward pass on resident batches, in the best size and format; and which these are."""
+    tried: dict[str, tuple[float, nn.Module, torch.Tensor]] = {}
+    for name in MEMORY_FORMATS:
+        plan = Plan("cpu", "fp32", name)
+        twin = plan.place(copy.deepcopy(model))
+        for size in sizes:
+            batch = model_input(images[:size], plan)
+            times = [seconds_of(lambda t=twin, b=batch: t(b)) / size for _ in range(4)]  # type: ignore[misc]
+            tried[f"{name}, {size} at once"] = statistics.median(times[1:]), twin, batch
+    best = min(tried, key=lambda name: tried[name][0])
+    _, twin, batch = tried[best]
+
+    def run(count: int) -> None:
+        whole, rest = divmod(count, len(batch))
+        for _ in range(whole):
+            twin(batch)
+        if rest:
+            twin(batch[:rest])
+
+    return run, best
+
+
+@torch.inference_mode()
+def evaluate_case(case: Case, count: int, sizes: Sequence[int], rounds: int) -> dict[str, Any]:
+    """A pass over `count` resident images over the bare forward pass of as many."""
+    model = loaded(case)
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, case[2], case[1], case[1])
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    split = Split(ArrayRows(pixels), torch.zeros(count, dtype=torch.int64), [""] * count)
+    normalise = model.preprocessing.normalise
+    bare, best = best_bare(model.model, pixels, normalise, sizes)
+
+    def ours() -> None:
+        # Each time as the first time: the network begins in the format that model files have.
+        plan = inference.placed(model.model, "cpu")
+        inference.split_answers(model.model, split, normalise, plan, None, free=True)
+
+    figures = ratio(ours, lambda: bare(count), rounds)
+    return {"images": count, "bare": best, **figures}
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    wanted = arguments.only or [*FILES, *PASSES]
+    photographs = sorted(Path(arguments.data, "flowers").rglob("*.jpg"))[::7]
+    with tempfile.TemporaryDirectory() as folder:
+        written: dict[str, list[str]] = {}
+        for name, (kind, case) in FILES.items():
+            if name in wanted:
+                if kind not in written:
+                    target = Path(folder) / kind
+                    written[kind] = write_files(target, kind, arguments.files, photographs)
+                found = predict_case(kind, case, written[kind], arguments.rounds)
+                yield "predict", name, {"photographs": bool(photographs), **found}
+    for name, (case, count, sizes) in PASSES.items():
+        if name in wanted:
+            yield "evaluate", name, evaluate_case(case, count, sizes, arguments.rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--data", default=os.environ.get("CONVLENS_DATA", "data"))
+    parser.add_argument("--only", action="append", help="one case by name; nothing is recorded")
+    arguments = parser.parse_args()
+    device.prepare(deterministic=False)
+    figures: dict[str, Any] = {"rounds": arguments.rounds, "predict": {}, "evaluate": {}}
+    for group, name, found in cases(arguments):
+        figures[group][name] = found
+        sys.stderr.write(f"{group} {name}: {json.dumps(found)}\n")
+    print(json.dumps(figures if arguments.only else record("inference", figures)))
+
+
+if __name__ == "__main__":
+    main()
