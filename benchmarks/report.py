@@ -327,8 +327,8 @@ def scaling(r: dict[str, Any]) -> str:
         "## Cost against work",
         "",
         "CPU time of training and evaluating an image (a pixel, where the side changes), each "
-        f"size in a process of its own, {r['rounds']} times in turn; ratios are medians of those in "
-        f"a round. Images in memory: at most {r['budget'] >> 20} MiB, larger sets stream.",
+        f"size in a process of its own, {r['rounds']} times in turn; ratios are medians within "
+        f"one. Images in memory: at most {r['budget'] >> 20} MiB, larger sets stream.",
         "",
         "![CPU time against images, classes and pixels](docs/figures/scaling.svg)",
         "",
