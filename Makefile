@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests benchmarks
 
-.PHONY: demo test check lint types bench-overhead clean
+.PHONY: demo test check lint types bench-overhead bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -26,6 +26,15 @@ types: $(VENV)/.dev
 
 bench-overhead: $(VENV)/.dev
 	@$(BIN)/python benchmarks/overhead.py
+
+# On a machine with a GPU and no environment of ours: only a python3 with torch, torchvision and
+# pydantic is needed. Checkouts of the peers: AIRBENCH=... HIVERGE=... (none: ours alone).
+bench-gpu: export PYTHONPATH := $(CURDIR)/src
+bench-gpu:
+	$(PYTHON) benchmarks/roofline.py
+	$(PYTHON) benchmarks/warm.py mnist-fast
+	$(PYTHON) benchmarks/cifar_speed.py $(if $(AIRBENCH),--airbench $(AIRBENCH)) $(if $(HIVERGE),--hiverge $(HIVERGE))
+	$(PYTHON) benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
