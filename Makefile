@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := src tests benchmarks
 PEERS ?= benchmarks/peers/environments
 
-.PHONY: demo test check lint types bench-overhead bench-peers bench-cpu clean
+.PHONY: demo test check lint types bench-overhead bench-peers bench-cpu bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -42,6 +42,15 @@ bench-cpu: bench-overhead bench-peers
 	-@test ! -f benchmarks/startup.py || $(BIN)/python benchmarks/startup.py
 	-@test ! -f benchmarks/scaling.py || $(BIN)/python benchmarks/scaling.py
 	$(if $(QUICK),,$(BIN)/python benchmarks/report.py)
+
+# On a machine with a GPU and no environment of ours: only a python3 with torch, torchvision and
+# pydantic is needed. Checkouts of the peers: AIRBENCH=... HIVERGE=... (none: ours alone).
+bench-gpu: export PYTHONPATH := $(CURDIR)/src
+bench-gpu:
+	$(PYTHON) benchmarks/roofline.py
+	$(PYTHON) benchmarks/warm.py mnist-fast
+	$(PYTHON) benchmarks/cifar_speed.py $(if $(AIRBENCH),--airbench $(AIRBENCH)) $(if $(HIVERGE),--hiverge $(HIVERGE))
+	$(PYTHON) benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) benchmarks/peers/environments build .pytest_cache .mypy_cache .ruff_cache

@@ -19,14 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from warm import summary
 
 HERE = Path(__file__).parent
 SCRIPTS = {"airbench": "airbench94_muon.py", "hiverge": "cifar10_speedrun.py"}
@@ -106,17 +107,6 @@ def _cold_caches(folder: str) -> dict[str, str]:
     return {**os.environ, **caches}
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample deviation of what the runs have, and the runs."""
-    figures: dict[str, Any] = {"runs": list(runs)}
-    for key in ("seconds", "tta", "plain"):
-        values = [run[key] for run in runs]
-        if values:
-            figures[key] = statistics.fmean(values)
-            figures[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
-    return figures
-
-
 # Ours
 
 
@@ -153,59 +143,6 @@ def ours_cold(seeds: int, changes: list[str], *, on: str) -> dict[str, Any]:
     return summary(runs)
 
 
-def ours_warm(seeds: int, changes: list[str], *, step: str, on: str) -> dict[str, Any]:
-    """One network, compiled or recorded once, trained from new weights for each seed."""
-    from dataclasses import replace
-
-    import torch
-
-    from convlens import beginning, device, engine, graphs, inference, optim, recipe, views
-    from convlens.data import load, load_foreign
-    from convlens.preparing import prepare
-
-    device.prepare(deterministic=False)
-    asked = recipe.load("cifar10-fast", ["train.compile=false", *changes])
-    data = load(asked.data, memory_budget=device.memory_budget(on))
-    test, _, _, _ = load_foreign(
-        "cifar10", "test", image_size=32, channels=3, fit="crop", memory_budget=1 << 31
-    )
-    net = part = None
-    runs = []
-    for seed in range(seeds + 1):
-        setup = prepare(asked.replace(**{"train.seed": seed}), data, on)
-        plan = replace(setup.plan, step=step)
-        if net is None:
-            net = setup.trained
-            part = graphs.compiled(net) if step == "compiled" else net
-        else:
-            net.load_state_dict(setup.trained.state_dict())
-            for p, q in zip(net.parameters(), setup.trained.parameters(), strict=True):
-                p.requires_grad_(q.requires_grad)
-        assert part is not None
-        few = beginning._some_images(data.train, setup.preprocessing, on)
-        optimiser = optim.build(net, asked.optim)
-        device.synchronise(on)
-        start = time.perf_counter()
-        net.initialise(few)
-        for _ in engine.fit(
-            part, setup.feed.batches, optimiser, setup.schedule, epochs=setup.epochs,
-            objective=setup.objective, plan=plan, seed=seed,
-        ):  # fmt: skip
-            pass
-        normalise = setup.preprocessing.normalise
-        exact = replace(plan, precision="fp32", step="eager")
-        answers, labels = inference.split_answers(net, test, normalise, exact, views.chosen(TTA))
-        assert answers.tta is not None
-        tta = float((answers.tta.argmax(1) == labels).float().mean())  # waits for all of it
-        seconds = time.perf_counter() - start
-        plain = float((answers.plain.argmax(1) == labels).float().mean())
-        result = {"run": seed, "tta": tta, "plain": plain, "seconds": seconds}
-        print(f"ours, {step}{' (warm-up)' if not seed else ''}: {result}", file=sys.stderr)
-        runs += [result] if seed else []
-    torch._dynamo.reset()
-    return {**summary(runs), "plan": str(plan)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--airbench", type=Path)
@@ -225,6 +162,7 @@ def main() -> None:
         asked.change += ["data.per_class=30", "model.widths=[8,8,8]", "train.batch_size=100"]
         asked.change += ["train.epochs=1", "optim.groups=[]", "optim.aux_lr=0.1"]
     from recording import record
+    from warm import warm
 
     figures: dict[str, Any] = {"seeds": asked.seeds, "changes": asked.change}
     with tempfile.TemporaryDirectory() as folder:
@@ -236,8 +174,8 @@ def main() -> None:
             figures[name] = theirs(path / SCRIPTS[name], Path(folder), asked.seeds)
     for step in asked.steps:
         try:
-            figures[f"warm_{step}"] = ours_warm(
-                asked.seeds, asked.change, step=step, on=asked.device
+            figures[f"warm_{step}"] = warm(
+                "cifar10-fast", asked.change, seeds=asked.seeds, step=step, on=asked.device, tta=TTA
             )
         except Exception as error:  # a way that fails must not cost the others
             figures[f"warm_{step}"] = {"failed": (str(error).splitlines() or [repr(error)])[0]}

@@ -54,11 +54,11 @@ class Interrupting:
         self.after, self.number = -1, signal.SIGINT
         real = engine.step
 
-        def step(*arguments: Any) -> Any:
+        def step(*arguments: Any, **more: Any) -> Any:
             self.after -= 1
             if self.after == 0:
                 signal.raise_signal(self.number)
-            return real(*arguments)
+            return real(*arguments, **more)
 
         monkeypatch.setattr(engine, "step", step)
 

@@ -126,10 +126,10 @@ def test_a_stopped_run_goes_on_without_its_source(
     whole = train(*asked, name="whole")
     real, steps = engine.step, iter(range(1, 100))
 
-    def step(*arguments: Any) -> Any:
+    def step(*arguments: Any, **more: Any) -> Any:
         if next(steps) == 7:
             signal.raise_signal(signal.SIGTERM)
-        return real(*arguments)
+        return real(*arguments, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "step", step)
