@@ -420,7 +420,7 @@ def test_a_mapping_given_by_the_user_is_not_changed() -> None:
 
 KEYS = [f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields]
 KEYS += ["model.widths", "model.kernel", "model.dropout", "model.depth", "model.pool", "model.head"]
-KEYS += ["augment", "about", "name", "model", "optim", "x.y"]
+KEYS += ["model.padding", "augment", "about", "name", "model", "optim", "x.y"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
