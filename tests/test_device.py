@@ -78,6 +78,30 @@ def test_plans_list_what_is_open_the_safest_first(monkeypatch: pytest.MonkeyPatc
         device.plans("cpu", "bf16", "auto", False)
 
 
+@pytest.mark.parametrize(("bf16", "half"), [(True, "bf16"), (False, "fp16")])
+def test_on_tensor_cores_half_precision_and_channels_last_come_first(
+    bf16: bool, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run too short to be timed takes the first; a T4 (2018) has no bf16."""
+    monkeypatch.setattr(device, "has_fast_bf16", lambda where: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (7, 5))
+    found = device.plans("cuda", "auto", "auto", False)
+    assert [(p.precision, p.memory_format) for p in found] == [
+        (half, "channels_last"), (half, "contiguous"),
+        ("fp32", "channels_last"), ("fp32", "contiguous"),
+    ]  # fmt: skip
+    assert device.plans("cuda", "auto", "auto", True) == [Plan("cuda", "fp32", "contiguous", True)]
+    assert device.plans("cuda", "fp16", "contiguous", False) == [Plan("cuda", "fp16", "contiguous")]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (6, 1))
+    assert device.plans("cuda", "auto", "auto", False)[0] == Plan("cuda", "fp32", "contiguous")
+
+
+def test_fp16_is_refused_where_there_is_no_nvidia_gpu() -> None:
+    for where in ("cpu", "mps"):
+        with pytest.raises(UsageError, match=r"fp16 is for NVIDIA GPUs"):
+            device.plans(where, "fp16", "auto", False)
+
+
 def chosen(monkeypatch: pytest.MonkeyPatch, *seconds: Callable[[int], float]) -> int:
     """Which of several plans is chosen when the n-th step of each takes so many seconds."""
     clock = [0.0]
