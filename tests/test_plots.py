@@ -12,12 +12,13 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from convlens import metrics, plots
 from convlens.errors import ResourceError, UsageError
-from convlens.plots import page
+from convlens.plots import page, style
 from convlens.plots.attributions import Column, Panel
 from convlens.plots.style import fit, width
 
@@ -139,6 +140,21 @@ def test_every_plot_is_saved_with_its_size_and_the_same_bytes(tmp_path: Path) ->
         plots.save(figure, tmp_path / "theirs.png")
     ours = (tmp_path / "made" / "here" / "learning_rate.png").read_bytes()
     assert (tmp_path / "theirs.png").read_bytes() == ours, "the user's style changes nothing"
+
+
+def test_laying_a_figure_out_by_itself_changes_no_byte_and_nothing_about_it() -> None:
+    """Against what matplotlib does by itself: draw all of it once to have it laid out."""
+    one, two = examples(), examples()
+    for name in ("curves", "confusion", "activations"):
+        figure, theirs, buffer = one[name], two[name], io.BytesIO()
+        layout = figure.get_layout_engine()
+        ours = plots.encoded(figure)
+        with style._our_style(), matplotlib.rc_context(style.VECTOR):
+            FigureCanvasAgg(theirs)
+            kept = {"metadata": plots.FORMATS["png"], "pil_kwargs": {"compress_level": 4}}
+            theirs.savefig(buffer, format="png", dpi=150, **kept)
+        assert ours == buffer.getvalue(), name
+        assert figure.get_layout_engine() is layout
 
 
 @pytest.mark.parametrize(("kind", "begins"), [("svg", b"<?xml"), ("pdf", b"%PDF")])

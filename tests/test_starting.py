@@ -1,0 +1,146 @@
+"""What a command makes its user wait for: nothing that it has no use for is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from commands import DIGITS, environment, picture
+from convlens import models, optim, recipe, training
+from convlens.data import sources
+from convlens.errors import UsageError
+from convlens.optim import eager
+from convlens.schema import OptimConfig
+from support import tiny
+
+# Each of these takes from half a second to about as long as torch itself.
+SLOW = ("torch._dynamo", "torch._inductor", "sympy", "sklearn", "scipy", "pandas", "torchvision")
+SCRIPT = """
+import json, sys
+from convlens import cli
+for arguments in json.loads(sys.argv[1]):
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        assert end.code == 0, end.code
+print(json.dumps([name for name in json.loads(sys.argv[2]) if name in sys.modules]))
+"""
+
+
+def test_training_testing_and_predicting_import_nothing_slow_beside_torch() -> None:
+    train = ["train", *DIGITS, "--name", "small"]
+    image = str(picture(Path("a.png"), (90,), size=8))
+    # The second time it is found and tested again.
+    commands = [train, train, ["predict", "small", image]]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(commands), json.dumps(SLOW)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+# Optimisers
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_our_optimisers_are_torchs_to_the_bit(name: str, fused: bool) -> None:
+    options = {"lr": 0.1, "weight_decay": 0.01, "fused": fused}
+    options |= {"momentum": 0.9} if name == "SGD" else {}
+    mine, theirs = network(), network()
+    one = getattr(eager, name)(mine.parameters(), **options)
+    two = getattr(torch.optim, name)(theirs.parameters(), **options)
+    images = torch.randn(6, 1, 4, 4)
+    for turn in range(6):
+        for model, optimiser in ((mine, one), (theirs, two)):
+            optimiser.zero_grad()
+            assert all(p.grad is None for p in model.parameters())
+            model(images).square().mean().backward()
+            optimiser.step()
+        if turn == 2:  # what a run saves, taken up by the other's optimiser
+            saved = one.state_dict()
+            assert saved["param_groups"] == two.state_dict()["param_groups"]
+            one.load_state_dict(two.state_dict())
+            two.load_state_dict(saved)
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.requires_grad
+
+
+def test_every_optimiser_of_a_recipe_is_one_of_them() -> None:
+    for name in optim.OPTIMISERS:
+        assert isinstance(optim.build(network(), OptimConfig(name=name)), eager.Eager), name
+
+
+# Trying a network out
+
+
+@pytest.mark.parametrize("name", ["cnn", "fastnet", "wrn", "resnet18"])
+def test_trying_a_network_draws_nothing_and_keeps_no_memory(name: str) -> None:
+    before = torch.get_rng_state()
+    model = models.try_out(name, 3, 32, {"dropout": 0.5} if name == "cnn" else {})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 2)
+
+
+def test_what_is_wrong_is_told_as_the_meta_device_tells_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def complaints() -> list[str]:
+        told = []
+        for name, size, batch in (("squeezenet1_1", 8, 2), ("mobilenet_v3_small", 32, 1)):
+            with pytest.raises(UsageError) as error:
+                models.try_out(name, 3, size, {}, batch)
+            told.append(error.value.what)
+        return told
+
+    told = complaints()
+    monkeypatch.setattr(models, "MODEST", 0)  # everything on the meta device
+    assert complaints() == told
+
+
+# Digits
+
+
+def test_the_digits_are_the_same_without_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = sources.find("digits").parts["train"].images
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    other = sources.find("digits").parts["train"]
+    index = np.arange(1797)
+    assert not isinstance(images, list)
+    assert not isinstance(other.images, list)
+    np.testing.assert_array_equal(images[index], other.images[index])
+
+
+# Twice the same command
+
+
+def test_a_finished_run_is_found_before_its_recipe_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = tiny("train.epochs=1")
+    place = training.train(asked, plain=True, test=False, quiet=True)
+
+    def check(tried: recipe.Recipe) -> None:
+        raise AssertionError("tried again")
+
+    monkeypatch.setattr(training, "check", check)
+    assert training.train(asked, plain=True, test=False, quiet=True).path == place.path
+    with pytest.raises(AssertionError, match="tried again"):
+        training.train(tiny("train.epochs=2"), plain=True, test=False, quiet=True)
