@@ -216,12 +216,49 @@ def overhead(r: dict[str, Any]) -> str:
 
 
 def startup(r: dict[str, Any]) -> str:
-    lines = ["## Waiting", "", "| what | seconds |", "|---|---|"]
+    lines = ["## Waiting", "", "| what | seconds | CPU s |", "|---|---|---|"]
     for key, value in r.items():
-        if key.endswith("_seconds"):
-            lines.append(f"| {key.removesuffix('_seconds').replace('_', ' ')} | {value} |")
-    note = f"Starts are of {r['images']:,} 16 px PNGs, on top of imports; the first one decodes."
+        if key.endswith("_seconds") and not key.endswith("_cpu_seconds"):
+            name = key.removesuffix("_seconds")
+            cpu = r.get(f"{name}_cpu_seconds", "–")
+            lines.append(f"| {name.replace('_', ' ')} | {value} | {cpu} |")
+    note = "Commands from the shell to their end, with compiled bytecode and warm files."
+    if r["images"]:
+        note += f" Starts are of {r['images']:,} 16 px PNGs, on top of imports; the first decodes."
     return "\n".join([*lines, "", note, "", where(r), ""])
+
+
+def inference(r: dict[str, Any]) -> str:
+    lines = [
+        "## Inference",
+        "",
+        "`predict` over decoding the same files with as many threads, paired on a tenth of the "
+        "files; then all of them, from the shell to the last line of CSV, and decoding alone.",
+        "",
+        "| files, network | predict / decode | quartiles | files | command s | decode s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, case in r["predict"].items():
+        low, _, high = case["quartiles"]
+        lines.append(
+            f"| {name} | **{case['ratio']:.2f}** | {low:.2f}-{high:.2f} | {case['files']:,} | "
+            f"{case['command_seconds']:.1f} | {case['decode_seconds']:.1f} |"
+        )
+    lines += [
+        "",
+        "A pass as `evaluate` makes it, choice of memory format included, over the bare forward "
+        "pass on normalised batches that are there already, in the best size and format tried.",
+        "",
+        "| network | images | evaluate / bare | quartiles | images/s | best bare |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, case in r["evaluate"].items():
+        low, _, high = case["quartiles"]
+        lines.append(
+            f"| {name} | {case['images']:,} | **{case['ratio']:.3f}** | {low:.3f}-{high:.3f} | "
+            f"{case['images'] / case['seconds']:,.0f} | {case['bare']} |"
+        )
+    return "\n".join([*lines, "", where(r), ""])
 
 
 def allocator(r: dict[str, Any]) -> str:
@@ -435,6 +472,7 @@ SECTIONS = {
     "time-to-99": time_to_99,
     "overhead": overhead,
     "allocator": allocator,
+    "inference": inference,
     "startup": startup,
     "scaling": scaling,
     "looking": looking,
