@@ -40,8 +40,9 @@ from convlens.schema import DataConfig
 from recording import record
 
 IMAGES, CLASSES, SIDES = (1_000, 10_000, 100_000, 1_000_000), (10, 100, 1_000), (32, 64, 128, 224)
-FIRST = 1_000, 10, 32  # images, classes and side where these aren't what changes
+FIRST = 10, 32  # classes and side where these aren't what changes
 OF_CLASSES = 20_000  # images where classes change: each of 1,000 needs some to be split
+OF_SIDES = 4_000  # images where the side changes: more than the largest batch
 BATCH = 64
 PIXELS = 16 * 224 * 224  # of a batch where the side changes: the same working set for each
 NET = {"widths": [32, 64], "depth": 1, "head": "avg"}
@@ -112,6 +113,8 @@ def trained(model: nn.Module, loaded: data.Data, batch: int) -> tuple[float, flo
         model, batches, optim.build(model, config), optim.schedule(config), epochs=10**6,
         objective=nn.CrossEntropyLoss(), plan=plan, seed=0,
     )  # fmt: skip
+    if len(loaded.train) < batch:
+        raise SystemExit(f"{len(loaded.train)} images are no batch of {batch}")
     steps = (r for r in records if isinstance(r, engine.Step) and r.images == batch)
     rounds = []
     few = max(1, 8 * BATCH * 32 * 32 // (batch * loaded.image_size**2))
@@ -133,6 +136,7 @@ def evaluated(model: nn.Module, loaded: data.Data) -> tuple[float, float]:
     # As many from every set, and full batches, whose buffers are a good part of the memory: the
     # smallest set's are taken several times.
     count = max(2, 12 * 32 * 32 // loaded.image_size**2) * inference.LARGEST["cpu"]
+    count = 12 * inference.BATCH * 32 * 32 // loaded.image_size**2
     index = torch.linspace(0, len(loaded.val) - 1, count, dtype=torch.float64).round().long()
     part = data.Split(loaded.val.rows.take(index), loaded.val.labels[index], [""] * count)
 
@@ -158,10 +162,10 @@ def cases(images: tuple[int, ...], classes: tuple[int, ...], sides: tuple[int, .
     tuple[str, Case, int]
 ]:  # fmt: skip
     """What changes, the case, and its batch."""
-    _, few, small = FIRST
+    few, small = FIRST
     yield from (("images", (n, few, small), BATCH) for n in images)
     yield from (("classes", (OF_CLASSES, k, small), BATCH) for k in classes)
-    yield from (("side", (FIRST[0], few, s), PIXELS // s**2) for s in sides)
+    yield from (("side", (OF_SIDES, few, s), PIXELS // s**2) for s in sides)
 
 
 def in_a_process(case: Case, batch: int, budget: int) -> dict[str, float]:
