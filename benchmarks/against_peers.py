@@ -138,10 +138,10 @@ class Process:
         self.tell({"row": dataclasses.asdict(row)})
         return list(self.answer()["variants"])
 
-    def start(self, row: Row, variant: str) -> float:
-        """Begins to train; returns the seconds until its first epoch was over."""
+    def start(self, row: Row, variant: str) -> str:
+        """Trains for an epoch, to warm up; returns what the peer chose itself, if it did."""
         self.tell({"row": dataclasses.asdict(row), "variant": variant})
-        return float(self.answer()["seconds"])
+        return str(self.answer()["how"])
 
     def rate(self, seconds: float) -> float:
         """Images a second over whole epochs, for at least so many seconds."""
@@ -197,8 +197,7 @@ def best_variant(
             tried[variant] = round(process.rate(seconds), 1)
             process.stop()
     best = max(tried, key=tried.__getitem__, default=names[0])
-    process.start(row, best)
-    return best, tried
+    return process.start(row, best) or best, tried
 
 
 def measure(

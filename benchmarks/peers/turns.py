@@ -59,10 +59,10 @@ class RowOver(Exception):  # noqa: N818 (no error)
 
 
 class Turns:
-    """The timed windows of one training."""
+    """The timed windows of one training. `how` may say what the peer itself chose."""
 
     def __init__(self, images: int, answer: Callable[[dict[str, Any]], None]) -> None:
-        self._images, self._answer = images, answer
+        self._images, self._answer, self.how = images, answer, ""
         self._seconds = 0.0
         self._begin()
 
@@ -80,7 +80,8 @@ class Turns:
         if spent < self._seconds:
             return
         cpu = time.process_time() - self._cpu
-        self._answer({"images": self._done, "seconds": spent, "cpu_seconds": cpu})
+        window = {"images": self._done, "seconds": spent, "cpu_seconds": cpu, "how": self.how}
+        self._answer(window)
         asked = json.loads(sys.stdin.readline())
         if asked["do"] == "stop":
             raise RowOver("the peer is to leave its loop")

@@ -33,6 +33,7 @@ def train(row: Row, variant: str, turns: Turns) -> None:
     device.prepare(deterministic=False)
     setup = prepare(asked, _data(row), "cpu")
     row.check(sum(p.numel() for p in setup.trained.parameters() if p.requires_grad))
+    turns.how = str(setup.plan)
     for record in setup.fit():
         if isinstance(record, engine.Epoch):
             float(record.loss)
