@@ -363,9 +363,6 @@ def scaling(r: dict[str, Any]) -> str:
     lines = [
         "## Cost against work",
         "",
-        "CPU time of training and evaluating an image (a pixel, where the side changes), each "
-        f"size in a process of its own, {r['rounds']} times in turn; ratios are medians within "
-        f"one. Images in memory: at most {r['budget'] >> 20} MiB, larger sets stream.",
         "CPU time of training and evaluating an image (its pixels, where the side changes), each "
         f"size in a process of its own, {r['rounds']} times in turn; ratios (to the first row, a "
         "pixel's where the side changes) are medians of those within a round. Images in memory: "

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import device
+from convlens import device, planning
 from convlens.device import Plan, seed_of
 from convlens.errors import UsageError
 
@@ -105,7 +105,7 @@ def test_fp16_is_refused_where_there_is_no_nvidia_gpu() -> None:
 def chosen(monkeypatch: pytest.MonkeyPatch, *seconds: Callable[[int], float]) -> int:
     """Which of several plans is chosen when the n-th step of each takes so many seconds."""
     clock = [0.0]
-    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: clock[0])
     plans = [Plan("cpu", "fp32", str(number)) for number in range(len(seconds))]
 
     def trial(plan: Plan) -> Callable[[], None]:
@@ -116,7 +116,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, *seconds: Callable[[int], float]) ->
 
         return step
 
-    return plans.index(device.fastest(plans, trial)[0])
+    return plans.index(planning.fastest(plans, trial)[0])
 
 
 def test_the_fastest_plan_wins_by_its_median(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import device, engine, guarding, models, planning, training
+from convlens import engine, guarding, models, planning, training
 from convlens.device import Plan
 from convlens.preparing import prepare
 from convlens.recipe import Recipe
@@ -38,7 +38,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         asked.append([str(plan) for plan in candidates])
         return candidates[-1], [0.002] * (len(candidates) - 1) + [0.001]
 
-    monkeypatch.setattr(device, "fastest", fastest)
+    monkeypatch.setattr(planning, "fastest", fastest)
     return asked
 
 

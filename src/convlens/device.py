@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import math
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +24,6 @@ from convlens import ranks
 from convlens.errors import UsageError
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-TOO_SLOW = 1.6  # times the fastest
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
@@ -181,35 +177,6 @@ def _check_precision(device: str, precision: str) -> None:
             "and needs a loss scale for nothing",
             fix="use train.precision=auto, which takes the best that this device has",
         )
-
-
-def fastest(
-    candidates: Sequence[Plan], trial: Callable[[Plan], Callable[[], object]], rounds: int = 5
-) -> tuple[Plan, list[float]]:
-    """The candidate whose step is fastest, and each one's seconds a step.
-
-    `trial(plan)` prepares and returns a function that does one training step. Medians of
-    interleaved rounds; who is far behind after two takes no part in the others. A later
-    candidate must win by 5%: noise must not choose lower precision.
-    """
-    steps = [trial(plan) for plan in candidates]
-    times: list[list[float]] = [[] for _ in candidates]
-    for turn in range(rounds + 1):
-        quickest = min((min(spent) for spent in times if spent), default=math.inf)
-        for step, spent in zip(steps, times, strict=True):
-            if len(spent) > 1 and min(spent) > TOO_SLOW * quickest:
-                continue
-            start = time.perf_counter()
-            step()
-            synchronise(candidates[0].device)
-            if turn:  # the first round warms up
-                spent.append(time.perf_counter() - start)
-    best = 0
-    medians = [statistics.median(spent) for spent in times]
-    for index, median in enumerate(medians):
-        if median < 0.95 * medians[best]:
-            best = index
-    return candidates[best], medians
 
 
 def synchronise(device: str) -> None:

@@ -188,15 +188,13 @@ def fit(
         position: where to go on; it is advanced with every step, so that whoever holds it can
             save it with the weights and continue as if nothing had happened.
         clip_value, clip_norm: bound on each gradient, on the norm of all of them.
-        waits: whether each loss is read before the update with it: by default unless on CUDA,
-            where a few steps more may be told before it raises (`guarding.LookBack`).
+        waits: reads each loss before the update with it; by default unless on CUDA (`guarding`).
         together: the other processes, if there are any; `batches` are this one's rows.
 
     Raises:
         NonFiniteLoss: the weights are those from before that step, and so is all else.
     """
-    at = position if position is not None else Position()
-    steps = len(batches)
+    at, steps = position or Position(), len(batches)
     clip = clipper(model, clip_value, clip_norm)
     draws = any(isinstance(module, DROPOUTS) for module in model.modules())
     timetable = optim.Timetable(optimiser, schedule, epochs * steps)
@@ -224,8 +222,7 @@ def fit(
                 if loss is None:
                     guard.back(at)
                     raise NonFiniteLoss(at.epoch, index + 1, lr)
-                if averager is not None:
-                    averager.update()
+                averager.update() if averager is not None else None
                 at.advance(count, loss, correct)
                 yield Step(at.epoch, at.step, steps, count, loss, correct, lr)
             guard.end(at)

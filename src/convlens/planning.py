@@ -11,6 +11,9 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,6 +33,7 @@ from convlens.recipe import Recipe
 # A timing costs some steps for each candidate; shorter runs can't earn it back.
 STEPS_WORTH_TIMING = 400
 REMEMBERED = 500  # networks, the latest ones
+TOO_SLOW = 1.6  # times the fastest
 SMALLEST_PART = 16  # images; below that a CPU's kernels have too little to do
 
 
@@ -132,7 +136,7 @@ def _format(
     if len(batches) * int(options.epochs) < STEPS_WORTH_TIMING:
         return Choice(candidates[0], {})
     trial = _Trial(recipe, model, batches, objective)
-    plan, seconds = device.fastest(candidates, trial.step)
+    plan, seconds = fastest(candidates, trial.step)
     told = {str(each): round(1000 * s, 3) for each, s in zip(candidates, seconds, strict=True)}
     _remember(key, Choice(plan, told))
     return Choice(plan, told)
@@ -193,6 +197,35 @@ class _Trial:
             return loss
 
         return run
+
+
+def fastest(
+    candidates: Sequence[Plan], trial: Callable[[Plan], Callable[[], object]], rounds: int = 5
+) -> tuple[Plan, list[float]]:
+    """The candidate whose step is fastest, and each one's seconds a step.
+
+    `trial(plan)` prepares and returns a function that does one training step. Medians of
+    interleaved rounds; who is far behind after two takes no part in the others. A later
+    candidate must win by 5%: noise must not choose lower precision.
+    """
+    steps = [trial(plan) for plan in candidates]
+    times: list[list[float]] = [[] for _ in candidates]
+    for turn in range(rounds + 1):
+        quickest = min((min(spent) for spent in times if spent), default=math.inf)
+        for step, spent in zip(steps, times, strict=True):
+            if len(spent) > 1 and min(spent) > TOO_SLOW * quickest:
+                continue
+            start = time.perf_counter()
+            step()
+            device.synchronise(candidates[0].device)
+            if turn:  # the first round warms up
+                spent.append(time.perf_counter() - start)
+    best = 0
+    medians = [statistics.median(spent) for spent in times]
+    for index, median in enumerate(medians):
+        if median < 0.95 * medians[best]:
+            best = index
+    return candidates[best], medians
 
 
 def _key(recipe: Recipe, batches: Batches, model: nn.Module, candidates: Sequence[Plan]) -> str:

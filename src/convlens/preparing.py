@@ -89,21 +89,13 @@ def prepare(
         begun: what an unfinished run has, whose pretrained weights are then not needed again.
         world: the processes that train it, all of which call this.
     """
-    images = int(data.train.labels.numel())
-    if images < 2:
-        raise DataError(f"{images} training image: at least 2 are needed", where=data.name)
-    recipe = auto.resolve(asked, images=images, image_size=data.image_size, channels=data.channels)
+    recipe = _resolved(asked, data)
     operations = augment.build(
         recipe.operations,
         image_size=data.image_size,
         channels=data.channels,
         classes=len(data.classes),
     )
-    net = recipe.model
-    if asked.data.image_size == "auto":  # `check` couldn't know it yet
-        models.try_out(
-            net.name, data.channels, data.image_size, net.options, recipe.train.batch_size
-        )
     _check_shares(recipe, world)
     model, preprocessing, record = beginning.network(recipe, data, begun, where)
     world.equalise(list(model.state_dict().values()))
@@ -147,6 +139,20 @@ def prepare(
         weights=record,
         world=world,
     )
+
+
+def _resolved(asked: Recipe, data: Data) -> Recipe:
+    """The recipe with every `auto` replaced; refuses data that it can't be trained on."""
+    images = int(data.train.labels.numel())
+    if images < 2:
+        raise DataError(f"{images} training image: at least 2 are needed", where=data.name)
+    recipe = auto.resolve(asked, images=images, image_size=data.image_size, channels=data.channels)
+    net = recipe.model
+    if asked.data.image_size == "auto":  # `check` couldn't know it yet
+        models.try_out(
+            net.name, data.channels, data.image_size, net.options, recipe.train.batch_size
+        )
+    return recipe
 
 
 def _check_shares(recipe: Recipe, world: World) -> None:
