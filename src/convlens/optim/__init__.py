@@ -14,6 +14,7 @@ from torch import nn
 
 from convlens.names import pick
 from convlens.optim import eager
+from convlens.optim.adam import LeanAdam
 from convlens.optim.averaging import Average, Averager, Lookahead, averaged, averager
 from convlens.optim.groups import Group, split
 from convlens.optim.muon import Muon
@@ -44,11 +45,19 @@ __all__ = [
 
 def _adam(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     # Adam's weight decay is L2 in the gradient (Kingma & Ba 2015); adamw decouples it.
+    if _on_cpu(groups):
+        return LeanAdam(groups, lr=config.lr, betas=config.betas)
     return eager.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def _adamw(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
+    if _on_cpu(groups):
+        return LeanAdam(groups, lr=config.lr, betas=config.betas, decoupled_weight_decay=True)
     return eager.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def _on_cpu(groups: list[Group]) -> bool:
+    return all(p.device.type == "cpu" for group in groups for p in group["params"])
 
 
 def _sgd(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
