@@ -22,11 +22,13 @@ ROOT = Path(convlens.__file__).parent
 
 # A file imports only from its own level or lower ones. A package counts as one entry.
 LEVELS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "names", "version"),
-    1: ("files", "console", "interrupts", "yamltext", "schema", "recipe", "device"),
+    0: ("errors", "names", "version", "ranks"),
+    1: (
+        "files", "console", "interrupts", "yamltext", "schema", "recipe", "device", "processes",
+    ),
     2: ("data", "models", "optim", "metrics", "differences", "plots", "auto", "views"),
-    3: ("engine", "inference", "modelfile", "tensorfiles", "trunk"),
-    4: ("run",),
+    3: ("engine", "inference", "modelfile", "tensorfiles", "together", "trunk"),
+    4: ("run", "onlooker"),
     5: (
         "checking", "beginning", "feeding", "planning", "preparing", "weights", "resuming",
         "keeping", "picturing",

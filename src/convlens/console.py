@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, SupportsFloat
 
+from convlens import ranks
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -45,6 +47,7 @@ def console() -> Console:
         from rich.console import Console as RichConsole
 
         _console = RichConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        _console.quiet = ranks.rank() > 0  # of several processes the first one speaks
     return _console
 
 

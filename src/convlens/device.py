@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convlens import ranks
 from convlens.errors import UsageError
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -75,13 +76,16 @@ class Plan:
 def choose(asked: str | None = None) -> str:
     """The device to use: what was asked for, or CUDA, then MPS, then the CPU.
 
+    Of several processes on a machine each has a GPU of its own, in order.
+
     Raises:
         UsageError: the device asked for isn't there; never a silent fall-back to the CPU.
     """
     if asked is None or asked == "auto":
         if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+            return _own_gpu("cuda")
+        several = ranks.size() > 1  # Apple's one GPU is not for several processes
+        return "mps" if torch.backends.mps.is_available() and not several else "cpu"
     try:
         torch.empty(1, device=asked)
         torch.Generator(asked)  # `meta` has memory, but no numbers
@@ -96,7 +100,22 @@ def choose(asked: str | None = None) -> str:
             f"device {asked!r} can't be used: {reason}",
             fix="leave out --device to take the best one there is, or use --device cpu",
         ) from error
-    return asked
+    return asked if asked == "cpu" else _own_gpu(asked)
+
+
+def _own_gpu(asked: str) -> str:
+    """This process's GPU, where there are several processes."""
+    if ranks.size() == 1:
+        return asked
+    count = torch.cuda.device_count()
+    if asked != "cuda" or ranks.local_size() > count:
+        raise UsageError(
+            f"device {asked!r} is not for {ranks.local_size()} processes on this machine, which "
+            f"has {count} GPUs: each process takes one",
+            fix=f"leave out --device and start {count} processes; or use --device cpu",
+        )
+    torch.cuda.set_device(ranks.local_rank())
+    return f"cuda:{ranks.local_rank()}"
 
 
 def has_fast_bf16(device: str) -> bool:
@@ -196,8 +215,10 @@ def seed_generators(device: str, seed: int) -> None:
 def prepare(deterministic: bool) -> None:
     """Sets threads to the cores this process may use, and determinism if asked for."""
     keep_freed_memory()
-    cores = usable_cores()
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
+    cores = max(1, usable_cores() // ranks.local_size())
+    # torchrun itself sets one thread a process.
+    many = torch.get_num_threads() > cores or ranks.local_size() > 1
+    if many and not ranks.threads_chosen():
         torch.set_num_threads(cores)
     if deterministic:
         # cuBLAS reads this once, when its first handle is made.
@@ -236,15 +257,17 @@ def usable_cores() -> int:
 def memory_budget(device: str) -> int:
     """Bytes of images that may live on the device: half of its free memory.
 
-    `$CONVLENS_MEMORY` (e.g. `64MB`) overrides it; larger sets stream from the cache.
+    `$CONVLENS_MEMORY` (e.g. `64MB`) overrides it; larger sets stream from the cache. The processes
+    of a machine share its memory, or what was asked for, evenly.
     """
+    among = ranks.local_size()
     asked = os.environ.get("CONVLENS_MEMORY", "").strip().upper()
     if asked:
         number, unit = asked[:-2].strip(), asked[-2:]
         if unit not in UNITS or not number.replace(".", "", 1).isdecimal():
             raise UsageError(f"CONVLENS_MEMORY={asked!r} is no size", fix="write e.g. 64MB or 2GB")
-        return int(float(number) * UNITS[unit])
-    budget = available_memory() // 2
+        return int(float(number) * UNITS[unit]) // among
+    budget = available_memory() // 2 // among
     if device.startswith("cuda"):  # the images pass through main memory on their way
         return min(budget, int(torch.cuda.mem_get_info()[0]) // 2)
     return budget

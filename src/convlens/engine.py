@@ -20,6 +20,7 @@ from convlens import optim
 from convlens.device import Plan, seed_generators, seed_of
 from convlens.errors import Stopped
 from convlens.models.freezing import set_train_mode
+from convlens.together import Together
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Records = Iterator["Step | Epoch"]
@@ -97,12 +98,14 @@ def step(
     optimiser: torch.optim.Optimizer,
     plan: Plan,
     clip: Callable[[], None],
+    together: Together | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Forward, backward, update; returns loss and number of right answers, on the device.
 
     Of labels that are probabilities `[B, K]` (mixed images) the likeliest class is the right one.
     A loss that isn't finite returns None, before anything was updated with it. Where the plan
-    computes a batch in parts, their gradients add up to those of the whole.
+    computes a batch in parts, their gradients add up to those of the whole. With other processes
+    (`together`) these are this one's rows of a batch, and the step is that of the whole.
     """
     sums: list[tuple[Tensor, Tensor]] = []
     for few, answers in plan.parts(images, labels):
@@ -114,16 +117,21 @@ def step(
             loss = loss * (len(few) / len(images))
         truths = answers.argmax(1) if answers.ndim == 2 else answers
         sums.append((loss.detach(), (logits.detach().argmax(1) == truths).sum()))
-        if not math.isfinite(loss.item()):  # a tenth of `torch.isfinite`'s time on the CPU
-            optimiser.zero_grad(set_to_none=True)
-            return None, sums[-1][1]
-        loss.backward()
+        (loss if together is None else loss * together.share.weight).backward()
+    loss, right = sums[0] if len(sums) == 1 else _summed(sums)
+    if together is not None:
+        loss, right = together.sum(loss, right)
+    if not math.isfinite(loss.item()):  # a tenth of `torch.isfinite`'s time on the CPU
+        optimiser.zero_grad(set_to_none=True)
+        return None, right
     clip()
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    if len(sums) == 1:
-        return sums[0]
-    losses, rights = zip(*sums, strict=True)
+    return loss, right
+
+
+def _summed(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    losses, rights = zip(*parts, strict=True)
     return torch.stack(losses).sum(), torch.stack(rights).sum()
 
 
@@ -141,6 +149,7 @@ def fit(
     clip_value: float | None = None,
     clip_norm: float | None = None,
     averager: optim.Average | None = None,
+    together: Together | None = None,
 ) -> Records:
     """Trains `model` in place and yields a record after each step and each epoch.
 
@@ -152,6 +161,7 @@ def fit(
         position: where to go on; it is advanced with every step, so that whoever holds it can
             save it with the weights and continue as if nothing had happened.
         clip_value, clip_norm: bound on each gradient, on the norm of all of them.
+        together: the other processes, if there are any; `batches` are this one's rows.
 
     Raises:
         NonFiniteLoss: before the update with it; the weights are the last good ones.
@@ -178,16 +188,17 @@ def fit(
             if draws:  # dropout's masks depend on (seed, epoch, step) only
                 seed_generators(plan.device, seed_of(seed, at.epoch, index, 1))
             statistics.keep()
-            loss, correct = step(model, images, labels, objective, optimiser, plan, clip)
+            count = len(labels) if together is None else together.begin(index)
+            loss, correct = step(model, images, labels, objective, optimiser, plan, clip, together)
             if loss is None:
                 statistics.put_back()
                 raise NonFiniteLoss(at.epoch, index + 1, lr)
             if averager is not None:
                 averager.update()
-            at.step, at.images = index + 1, at.images + len(labels)
-            at.loss_sum += loss * len(labels)
+            at.step, at.images = index + 1, at.images + count
+            at.loss_sum += loss * count
             at.correct += correct
-            yield Step(at.epoch, at.step, steps, len(labels), loss, correct, lr)
+            yield Step(at.epoch, at.step, steps, count, loss, correct, lr)
         count = at.images
         record = Epoch(at.epoch, count, at.loss_sum / count, at.correct / count, lr)
         at.epoch, at.step, at.images, at.loss_sum, at.correct = at.epoch + 1, 0, 0, 0.0, 0

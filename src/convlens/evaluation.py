@@ -16,14 +16,17 @@ import numpy as np
 import torch
 
 from convlens import answers as store
-from convlens import device, metrics, picturing, run, views
+from convlens import device, metrics, onlooker, picturing, processes, run, views
 from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, load_foreign
+from convlens.data.batches import Labelled
 from convlens.errors import DataError
 from convlens.inference import Answers, placed, split_answers
 from convlens.names import pick
+from convlens.processes import ALONE, World
 from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
+from convlens.together import answered
 
 SPLITS = ("test", "val", "train")
 
@@ -101,11 +104,14 @@ def evaluate(
     """
     pick(dict.fromkeys(SPLITS), split, "split")
     views.chosen(tta)  # a typo must not cost the loading of a data set
+    world = processes.join()
+    place = onlooker.placed(world, lambda: place)
     loaded = run.load_model(place.model_path)
     where = device.choose(on)
     with quieted(quiet):
-        judged = judged_by(loaded, split, data=data, on=where)
-        return look(place, loaded, judged, split, where, tta=tta).evaluation
+        with world.first():
+            judged = judged_by(loaded, split, data=data, on=where)
+        return look(place, loaded, judged, split, where, tta=tta, world=world).evaluation
 
 
 class Judged(NamedTuple):
@@ -218,6 +224,7 @@ def look(
     *,
     tta: str | None = None,
     draw: bool = True,
+    world: World = ALONE,
 ) -> Look:
     """Answers for all images of a split, logged in `results.json` as one look at it.
 
@@ -225,10 +232,11 @@ def look(
         split: its name, `test`, `val` or `train`.
         where: the device.
         draw: confusion, calibration and the worst mistakes, too.
+        world: the processes that answer, each for some of the images; the first one logs it.
     """
     part, name, fingerprint = judged
     start = time.perf_counter()
-    answers, labels = _answers(loaded, part, split, where, tta)
+    answers, labels = _answers(loaded, part, split, where, tta, world)
     seconds = time.perf_counter() - start
     scores, truths = answers.plain.cpu().numpy(), labels.cpu().numpy()
     summary = metrics.summarise(scores, truths, list(loaded.classes))
@@ -247,12 +255,12 @@ def look(
         "hardware": device.describe(where),
     }
     own = loaded.card["data"]["fingerprint"] == fingerprint
-    result["looks"] = place.add_result({**result, "own": own})["looks"]
-    if own:
+    result["looks"] = world.told(lambda: place.add_result({**result, "own": own})["looks"])
+    if own and world.leads:
         said = store.Answers(scores, truths, store.identity(part, loaded.classes))
         store.keep(place, split, fingerprint, loaded.card["sha256"], said)
     label = split if own else f"{split}-{run.safe(Path(name).name)}"
-    if draw:
+    if draw and world.leads:
         picturing.evaluation_plots(place, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
     _tell(evaluation)
@@ -260,16 +268,20 @@ def look(
 
 
 def _answers(
-    loaded: Loaded, part: Split, split: str, where: str, tta: str | None
+    loaded: Loaded, part: Split, split: str, where: str, tta: str | None, world: World
 ) -> tuple[Answers, torch.Tensor]:
     plan, total = placed(loaded.model, where), int(part.labels.numel())
-    normalise = loaded.preprocessing.normalise
+
+    def ask(share: Labelled) -> Answers:
+        model, normalise = loaded.model, loaded.preprocessing.normalise
+        chosen = views.chosen(tta)
+        return split_answers(model, share, normalise, plan, chosen, advance=bar.advance)[0]
+
     with progress(f"evaluating {split}", total) as bar:
-        found = split_answers(
-            loaded.model, part, normalise, plan, views.chosen(tta), advance=bar.advance
-        )
+        plain, mean = answered(world, part, ask)
+        assert plain is not None
         device.synchronise(where)
-    return found
+    return Answers(plain, mean), part.labels.to(where)
 
 
 TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")

@@ -13,14 +13,16 @@ from convlens import device, trunk
 from convlens.console import progress, say
 from convlens.data import Data, Split
 from convlens.data.augment import MIXES
-from convlens.data.batches import Batches, to_unit
+from convlens.data.batches import Batches, Labelled, Prepare, to_unit
 from convlens.data.draws import Place
 from convlens.device import Plan, seed_of
 from convlens.engine import EpochBatches, Position
 from convlens.errors import ResourceError, UsageError
 from convlens.inference import split_logits
 from convlens.models import freezing
+from convlens.processes import World
 from convlens.recipe import Recipe
+from convlens.together import answered
 
 Logits = Callable[[], tuple[Tensor, Tensor]]
 VIEW = 4  # tells the generators of fixed views from those of order, augmentation and dropout
@@ -38,7 +40,7 @@ class Feed:
     """
 
     model: nn.Module
-    batches: EpochBatches
+    batches: Batches | trunk.ViewBatches
     validate: Logits
     cached_bytes: int = 0
 
@@ -81,7 +83,7 @@ def feed(recipe: Recipe, data: Data, model: nn.Module, images: Batches) -> Feed:
     plan, normalise = images.plan, images.normalise
 
     def validate() -> tuple[Tensor, Tensor]:
-        return split_logits(model, data.val, normalise, plan)
+        return _logits(images.world, model, data.val, normalise, plan)
 
     plain = Feed(model, images, validate)
     if options.views:
@@ -129,7 +131,7 @@ def _cached(
     plan, views = images.plan, recipe.train.views or 1
     each = trunk.image_bytes(model, prefix, sample, plan)
     size = each * len(data.train) * views + 2 * each * len(data.val)
-    budget = device.memory_budget(plan.device)
+    budget = images.world.least(device.memory_budget(plan.device))
     if size > budget:
         told = f"{size / 2**20:,.0f} MiB of activations, and {budget / 2**20:,.0f} MiB are free"
         if recipe.train.views:
@@ -146,25 +148,39 @@ def _cached(
         for view in range(views):
             read = _images(data.train, images, view if recipe.train.views else None)
             found = trunk.compute(model, prefix, read, data.train.labels, plan, bar.advance)
-            parts.append(_batches(recipe, found, plan))
+            parts.append(_batches(recipe, found, images))
         read = _images(data.val, images, None)
         val = trunk.compute(model, prefix, read, data.val.labels, exact, bar.advance)
     rest = trunk.tail(model, prefix)
 
     def validate() -> tuple[Tensor, Tensor]:
-        return split_logits(rest, val, trunk.as_they_are, plan)
+        return _logits(images.world, rest, val, trunk.as_they_are, plan)
 
     batches = trunk.ViewBatches(parts) if len(parts) > 1 else parts[0]
     return Feed(rest, batches, validate, size)
 
 
-def _batches(recipe: Recipe, features: trunk.Features, plan: Plan) -> Batches:
+def _logits(
+    world: World, model: nn.Module, split: Labelled, prepare: Prepare, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """Logits and labels of a split, of which each process computes its part."""
+
+    def ask(part: Labelled) -> tuple[Tensor]:
+        return (split_logits(model, part, prepare, plan)[0],)
+
+    (logits,) = answered(world, split, ask)
+    assert logits is not None
+    return logits, split.labels.to(plan.device)
+
+
+def _batches(recipe: Recipe, features: trunk.Features, like: Batches) -> Batches:
     return Batches(
         features,
         batch_size=recipe.train.batch_size,
         normalise=trunk.as_they_are,
-        plan=plan,
+        plan=like.plan,
         seed=recipe.train.seed,
+        world=like.world,
     )
 
 

@@ -1,7 +1,9 @@
 """Ctrl-C and SIGTERM as a flag that long work looks at between two steps.
 
 The handler does nothing else: saving inside a signal handler can meet half an update. A second
-signal ends the process at once (files are written atomically, so nothing is corrupted).
+signal ends the process at once (files are written atomically, so nothing is corrupted); of
+several processes not, since `torchrun` sends its own when one of them has ended, and the first
+may still be saving. (It kills what is left after half a minute.)
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+
+from convlens import ranks
 
 
 @dataclass
@@ -33,8 +37,9 @@ def flagged() -> Iterator[Flag]:
 
     def raise_flag(number: int, frame: FrameType | None) -> None:
         flag.up, flag.interrupted = True, number == signal.SIGINT
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
+        if ranks.size() == 1:
+            for caught, handler in before.items():
+                signal.signal(caught, handler)
 
     for number in before:
         signal.signal(number, raise_flag)

@@ -48,7 +48,8 @@ def choose(
 ) -> Choice:
     """The fastest plan that the recipe allows: as measured earlier, or by timing real steps.
 
-    Short runs that nothing is known of go by the first candidate.
+    Short runs that nothing is known of go by the first candidate. Of several processes the first
+    one chooses for all, while the others wait: by its rows of a batch, and never in parts.
 
     Args:
         where: device name.
@@ -63,6 +64,27 @@ def choose(
         for plan in _in_parts(each, model, options.batch_size)
     ]
     batches = batches_for(candidates[0])
+    world = batches.world
+    if world.size > 1:
+        # A mask of dropout is the rows of the whole batch's, not of a part's.
+        candidates = [plan for plan in candidates if not plan.part]
+
+    def found() -> list[dict[str, Any]]:
+        choice = _chosen(recipe, model, batches, objective, candidates)
+        return [choice.plan.to_dict(), choice.milliseconds]
+
+    plan, milliseconds = world.told(found)
+    return Choice(Plan(**{**plan, "device": where}), milliseconds)
+
+
+def _chosen(
+    recipe: Recipe,
+    model: nn.Module,
+    batches: Batches,
+    objective: engine.Objective,
+    candidates: Sequence[Plan],
+) -> Choice:
+    """The candidate that was fastest when it was measured, or is now."""
     if len(candidates) == 1:
         return Choice(candidates[0], {})
     key = _key(recipe, batches, model, candidates)
@@ -71,7 +93,7 @@ def choose(
             plan = Plan(**known["plan"])
             if plan in candidates:
                 return Choice(plan, dict(known["milliseconds"]))
-    if len(batches) * int(options.epochs) < STEPS_WORTH_TIMING:
+    if len(batches) * int(recipe.train.epochs) < STEPS_WORTH_TIMING:
         return Choice(candidates[0], {})
     trial = _Trial(recipe, model, batches, objective)
     plan, seconds = device.fastest(candidates, trial.step)
@@ -136,7 +158,7 @@ def _key(recipe: Recipe, batches: Batches, model: nn.Module, candidates: Sequenc
         device.describe(candidates[0].device), [str(plan) for plan in candidates],
         recipe.model.name, recipe.model.options, shapes, list(batches.rows.shape[1:]),
         recipe.train.batch_size, recipe.optim.name, recipe.optim.clip_norm, recipe.optim.clip_value,
-        feeding.trunk_of(recipe, model),
+        feeding.trunk_of(recipe, model), batches.world.size,
     )  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -13,9 +13,11 @@ from convlens import auto, beginning, device, engine, feeding, models, optim, pl
 from convlens.beginning import Begun
 from convlens.data import Data, augment
 from convlens.data.batches import Batches
-from convlens.errors import DataError
+from convlens.errors import DataError, UsageError
+from convlens.processes import ALONE, World
 from convlens.recipe import Recipe
 from convlens.run import Preprocessing
+from convlens.together import Together, synchronised
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Setup:
     preprocessing: Preprocessing
     weights: dict[str, Any] | None = None  # what `weights.record` says of those it began with
     position: engine.Position = field(default_factory=engine.Position)
+    world: World = ALONE
 
     @property
     def epochs(self) -> int:
@@ -46,10 +49,13 @@ class Setup:
 
     def fit(self) -> engine.Records:
         """The engine's records for this run, from `position` on."""
-        optim_config = self.recipe.optim
+        optim_config, feed = self.recipe.optim, self.feed
+        together = None
+        if self.world.size > 1:
+            together = Together(feed.model, self.world, feed.batches.sizes)
         return engine.fit(
-            compiled(self.feed.model) if self.recipe.train.compile else self.feed.model,
-            feeding.Timed(self.feed.batches, self.position),
+            compiled(feed.model) if self.recipe.train.compile else feed.model,
+            feeding.Timed(feed.batches, self.position),
             self.optimiser,
             self.schedule,
             epochs=self.epochs,
@@ -60,6 +66,7 @@ class Setup:
             clip_value=optim_config.clip_value,
             clip_norm=optim_config.clip_norm,
             averager=self.averager,
+            together=together,
         )
 
 
@@ -69,6 +76,7 @@ def prepare(
     where: str,
     plan: device.Plan | None = None,
     begun: Begun | None = None,
+    world: World = ALONE,
 ) -> Setup:
     """Builds the run that `asked` describes on `data`.
 
@@ -76,6 +84,7 @@ def prepare(
         where: device name.
         plan: the plan of an unfinished run, to be used again; else the fastest is chosen.
         begun: what an unfinished run has, whose pretrained weights are then not needed again.
+        world: the processes that train it, all of which call this.
     """
     images = int(data.train.labels.numel())
     if images < 2:
@@ -92,7 +101,9 @@ def prepare(
         models.try_out(
             net.name, data.channels, data.image_size, net.options, recipe.train.batch_size
         )
+    _check_shares(recipe, world)
     model, preprocessing, record = beginning.network(recipe, data, begun)
+    world.equalise(list(model.state_dict().values()))
     objective = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
 
     def batches_for(chosen: device.Plan) -> Batches:
@@ -103,12 +114,16 @@ def prepare(
             plan=chosen,
             seed=recipe.train.seed,
             augment=operations if recipe.operations else None,
+            mixes=bool(operations.mixes),
+            world=world,
         )
 
     # The first optimiser step would import torch's compiler: seconds that are no training time.
     import_module("torch._dynamo")
     choice = planning.Choice(plan, {}) if plan else None
     choice = choice or planning.choose(recipe, where, model, batches_for, objective)
+    if recipe.train.sync_batch_norm:
+        model = synchronised(model, world, where)
     choice.plan.place(model)
     batches = batches_for(choice.plan)
     return Setup(
@@ -125,7 +140,18 @@ def prepare(
         averager=optim.averager(model, recipe.optim, steps=len(batches) * int(recipe.train.epochs)),
         preprocessing=preprocessing,
         weights=record,
+        world=world,
     )
+
+
+def _check_shares(recipe: Recipe, world: World) -> None:
+    size = recipe.train.batch_size
+    if size < 2 * world.size > 2:
+        raise UsageError(
+            f"train.batch_size={size} is the batch of all {world.size} processes together, and "
+            "leaves less than two images for each",
+            fix=f"train.batch_size={2 * world.size} or more, or fewer processes",
+        )
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from torch import Tensor
 from convlens import models
 from convlens.beginning import Begun
 from convlens.engine import Position
+from convlens.onlooker import agreed
 from convlens.preparing import Setup
 from convlens.run import RunFolder
 
@@ -107,6 +108,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     """Brings `setup` and `best` to where the run stopped; returns the epochs' rows so far."""
     stored = place.state()
     if stored is None:
+        agreed(setup.world, [1, 0], place)
         return []
     tensors, counters = stored
     models.load(setup.trained, _under("model", tensors))
@@ -134,6 +136,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     at.loss_sum = torch.tensor(told["loss_sum"], dtype=torch.float32, device=setup.plan.device)
     at.correct = torch.tensor(int(told["correct"]), device=setup.plan.device)
     best.__dict__.update(counters["best"])
+    agreed(setup.world, [at.epoch, at.step], place)
     # A run that an earlier version left unfinished didn't count them.
     late = ("cpu_seconds", "data_seconds")
     return [{**row, **{key: row.get(key, math.nan) for key in late}} for row in counters["rows"]]

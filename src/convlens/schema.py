@@ -135,6 +135,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     compile: bool = False
+    sync_batch_norm: bool = False  # of several processes: norms over the whole batch (GPUs only)
     # A frozen trunk is computed once for all epochs; with augmentation for `views` fixed draws.
     cache_trunk: bool = True
     views: Positive | None = None

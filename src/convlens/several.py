@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convlens import evaluation, picturing, run, training
+from convlens import evaluation, picturing, processes, run, training
 from convlens import recipe as recipes
 from convlens.asking import Asked
 from convlens.checking import check
@@ -120,7 +120,8 @@ def train_many(
         outcomes=outcomes,
         plot=plot / "curves.png",
     )
-    picturing.several_plot(table.plot, table.histories(), called, table.repeats_in_words())
+    if processes.join().leads:
+        picturing.several_plot(table.plot, table.histories(), called, table.repeats_in_words())
     return table
 
 

@@ -9,9 +9,20 @@ decides to log, validate, keep the best weights, save and stop.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
-from convlens import device, engine, evaluation, optim, picturing, run, weights
+from convlens import (
+    device,
+    engine,
+    evaluation,
+    onlooker,
+    optim,
+    picturing,
+    processes,
+    run,
+    weights,
+)
 from convlens.checking import check
 from convlens.console import say, table, watch
 from convlens.data import Data, load
@@ -20,6 +31,7 @@ from convlens.inference import loss_and_accuracy
 from convlens.interrupts import Flag, flagged
 from convlens.keeping import Keeper, snapshot
 from convlens.preparing import Setup, prepare
+from convlens.processes import World
 from convlens.recipe import Recipe
 from convlens.resuming import Clock, begun_with
 from convlens.run import RunFolder
@@ -45,45 +57,63 @@ def train(
         test: evaluate the test split once at the end, with the weights already chosen.
         on: device, e.g. `cpu`, `cuda:1`; the best there is by default.
 
+    Under `torchrun` all processes call this, and the first one alone writes and speaks.
+
     Raises:
         ConvlensError: what the user can mend; KeyboardInterrupt: after saving.
     """
     check(recipe)
-    called = name or recipe.name
-    place = run.place(called, recipe.digest(), plain=plain or name is not None, fresh=fresh)
-    if place.finished:
+    world = processes.join()
+    called, plain = name or recipe.name, plain or name is not None
+    place = onlooker.placed(
+        world, lambda: run.place(called, recipe.digest(), plain=plain, fresh=fresh)
+    )
+    if world.told(lambda: place.finished):
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
-        if not place.facts():
+        if not world.told(place.facts):
             weights.expect(recipe.model)
         where = device.choose(on)
         device.prepare(recipe.train.deterministic)
-        data = load(recipe.data, memory_budget=device.memory_budget(where))
+        budget = device.memory_budget(where)
+        with world.first():
+            data = load(recipe.data, memory_budget=budget)
         with place.lock():
-            _check_continues(place, recipe, data)
-            if not place.finished:  # by another process, while this one read the images
-                _train_locked(recipe, data, place, where, quiet=quiet)
+            facts = world.told(place.facts)
+            _check_continues(place, facts, recipe, data)
+            # Not if another command finished it while this one read the images.
+            if not world.told(lambda: place.finished):
+                _train_locked(recipe, data, place, facts, where, world, quiet=quiet)
     if test:
         evaluation.evaluate(place, "test", on=on, quiet=quiet)
     return place
 
 
-def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, quiet: bool) -> None:
+def _train_locked(
+    recipe: Recipe,
+    data: Data,
+    place: RunFolder,
+    facts: dict[str, Any],
+    where: str,
+    world: World,
+    *,
+    quiet: bool,
+) -> None:
     """Begins the run, or takes it up; the lock on its folder is held."""
-    facts = place.facts()
-    stored = facts.get("plan") or {}
-    plan = device.Plan(**stored) if stored.get("device") == where else None
     begun = begun_with(place)
-    setup = prepare(recipe, data, where, plan, begun)
+    setup = prepare(recipe, data, where, _stored_plan(facts, where, world), begun, world)
     if not facts:
         place.write_split(data.held_out)
         place.create(setup.recipe, _facts(recipe, setup))  # last: from here on it is a run
     elif begun is None and setup.weights:
         # Left before its first state was saved: it begins anew, with the weights as they are now.
         place.note({"weights": setup.weights})
+    if facts and facts.get("world_size", 1) != world.size:
+        place.note({"world_size": world.size})
     _tell_stages(setup)
     rows, kept = run_to_end(setup, place, quiet=quiet)
-    picturing.training_plots(place, rows, kept, data, setup.augment)
+    if world.leads:
+        picturing.training_plots(place, rows, kept, data, setup.augment)
     # Last: a run that is killed before this takes itself up where it is and draws its plots.
     place.finish(
         epochs=len(rows),
@@ -91,6 +121,16 @@ def _train_locked(recipe: Recipe, data: Data, place: RunFolder, where: str, *, q
         seconds=sum(row["seconds"] for row in rows),
         cpu_seconds=sum(row["cpu_seconds"] for row in rows),
     )
+    world.wait()
+
+
+def _stored_plan(facts: dict[str, Any], where: str, world: World) -> device.Plan | None:
+    """The plan of a run that is taken up on the same kind of device."""
+    stored = facts.get("plan") or {}
+    if str(stored.get("device")).partition(":")[0] != where.partition(":")[0]:
+        return None
+    alone = {} if world.size == 1 else {"part": 0}  # as in `planning.choose`
+    return device.Plan(**{**stored, "device": where, **alone})
 
 
 def _tell_stages(setup: Setup) -> None:
@@ -108,7 +148,7 @@ def run_to_end(
 
     Returns the epochs' rows, and the epoch whose weights are in the model file.
     """
-    options = setup.recipe.train
+    options, world = setup.recipe.train, setup.world
     keeper = Keeper(setup, place)
     steps = len(setup.feed.batches)
     done = (setup.position.epoch - 1) * steps + setup.position.step
@@ -116,23 +156,26 @@ def run_to_end(
         say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
     with flagged() as flag, watch(setup.epochs, steps, done, shown=not quiet) as bar:
         clock = Clock(setup.position)
+        world.asks_to_stop = lambda: flag.up
         for record in _guarded(setup, place, keeper):
+            stop = world.stops(now=isinstance(record, engine.Epoch))
             if isinstance(record, engine.Step):
                 bar.step(record)
             else:
                 device.synchronise(setup.plan.device)
                 seconds, cpu_seconds = clock.read()
                 row = _validate(setup, record, seconds=seconds)
-                waited, setup.position.data_seconds = setup.position.data_seconds, 0.0
-                keeper.take({**row, "cpu_seconds": cpu_seconds, "data_seconds": waited})
+                row["data_seconds"], setup.position.data_seconds = setup.position.data_seconds, 0.0
+                row["cpu_seconds"] = world.total(cpu_seconds)
+                keeper.take(world.told(partial(dict, row)))  # what it decides, all decide alike
                 bar.epoch(keeper.rows[-1], keeper.best.epoch)
                 clock.start()
-            if flag.up or keeper.over or keeper.due:
+            if stop or keeper.over or keeper.due:
                 setup.position.seconds, setup.position.cpu_seconds = clock.read()
                 keeper.save()
             if keeper.over:
                 break
-            if flag.up:
+            if stop:
                 _leave(setup, place, flag)
     rows = keeper.rows
     return rows, int(rows[-1]["epoch"]) if options.keep == "last" else keeper.best.epoch
@@ -186,6 +229,7 @@ def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
     at = setup.position
     say(f"stopped in epoch {at.epoch} after {at.step} steps; all of it is kept in {place.path}")
     say("the same command goes on from here")
+    setup.world.wait()  # torchrun ends the others when the first has ended; all is saved now
     if flag.interrupted:
         raise KeyboardInterrupt
     raise Stopped("asked to stop (SIGTERM)", where=str(place.path), fix="run it again to go on")
@@ -207,6 +251,7 @@ def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
         },
         "weights": setup.weights,
         "plan": setup.plan.to_dict(),
+        "world_size": setup.world.size,
         "timings": setup.timings,
         "parameters": sum(p.numel() for p in setup.trained.parameters()),
         "trainable_parameters": sum(
@@ -216,9 +261,8 @@ def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _check_continues(place: RunFolder, recipe: Recipe, data: Data) -> None:
+def _check_continues(place: RunFolder, facts: dict[str, Any], recipe: Recipe, data: Data) -> None:
     """Refuses to go on with another recipe or other images than the run began with."""
-    facts = place.facts()
     if facts and recipe.digest() not in facts.get("digests", []):
         raise ResourceError(
             f"another process has just taken the name {place.name!r} for another recipe",

@@ -59,6 +59,10 @@ class ViewBatches:
     def __len__(self) -> int:
         return len(self.views[0])
 
+    @property
+    def sizes(self) -> list[int]:
+        return self.views[0].sizes
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches from number `start` on; epochs count from 1."""
         return self.views[(epoch - 1) % len(self.views)].epoch(epoch, start)

@@ -6,21 +6,26 @@ else to stderr, so that `--json` prints one object and nothing else.
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 from rich.markup import escape
 
+from convlens import ranks
 from convlens.cli import basics, inside, judging
 from convlens.cli.shared import app
 from convlens.console import console, say
-from convlens.errors import ConvlensError
+from convlens.errors import ConvlensError, UsageError
 from convlens.names import pick
 from convlens.version import __version__
 
 __all__ = ["app", "basics", "inside", "judging", "main"]
+
+SHARED = ("train", "evaluate")  # what several processes can do together
 
 
 def _version(wanted: bool) -> None:
@@ -31,6 +36,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     figures: Annotated[
         str | None,
@@ -41,6 +47,11 @@ def root(
     ] = False,
 ) -> None:
     """Train, test and look inside convolutional image classifiers."""
+    if ranks.size() > 1 and context.invoked_subcommand not in SHARED:
+        raise UsageError(
+            f"{context.invoked_subcommand} is not for several processes",
+            fix=f"run it without torchrun, which is for {' and '.join(SHARED)}",
+        )
     if debug:
         os.environ["CONVLENS_DEBUG"] = "1"
     if figures is not None:
@@ -53,14 +64,32 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
     typer itself ends with 2 for a wrong option and with 130 for Ctrl-C.
     """
+    if ranks.rank() > 0:  # of several processes the first one speaks
+        sys.stdout = io.StringIO()
     try:
         app(args=arguments)
     except ConvlensError as error:
         if os.environ.get("CONVLENS_DEBUG"):
             raise
+        if ranks.size() > 1:
+            _fail_with_others(error)
         _show(error)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def _fail_with_others(error: ConvlensError) -> NoReturn:
+    """Ends one of several processes: the first that fails tells why, all have its exit code."""
+    from convlens import processes
+
+    # torchrun ends all when it sees that one has ended; that must not change the exit code.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    first, code = processes.first_to_fail(error.exit_code)
+    if first:
+        console().quiet = False
+        _show(error)
+    sys.stderr.flush()
+    os._exit(code)  # nothing is taken leave of: others may wait in the middle of a step
 
 
 def _show(error: ConvlensError) -> None:

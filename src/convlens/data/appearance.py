@@ -22,6 +22,7 @@ from convlens.data.draws import (
     constant,
     first_fit,
     integer_below,
+    noise,
     numbers,
     span,
 )
@@ -244,8 +245,7 @@ def random_erasing(
     """
     boxes = draw_erasing(images, generator, p=p, scale=scale, ratio=ratio)
     if isinstance(value, str):
-        noise = torch.rand(images.shape, generator=generator, device=generator.device)
-        return erase(images, boxes, noise.to(images.device))
+        return erase(images, boxes, noise(images, generator))
     return erase(images, boxes, colour(value, images))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from convlens.data import appearance, geometry, mixing, policies
-from convlens.data.draws import Place
+from convlens.data.draws import Place, on_whole_batch
 from convlens.data.rules import (
     PROBABILITY,
     SAMPLING,
@@ -62,7 +62,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Augmentation(Entry):
-    """An operation on images alone."""
+    """An operation on images alone.
+
+    `deals`: the images of a batch are dealt over what it does, so it must see a whole batch; any
+    other takes each image by itself.
+    """
+
+    deals: bool = False
 
     @functools.cached_property
     def alternates(self) -> bool:
@@ -74,8 +80,12 @@ class Augmentation(Entry):
     ) -> Tensor:
         """`images` float32 `[N, C, H, W]` in [0, 1] -> the same shape and range."""
         where = (place,) if self.alternates else ()
-        result: Tensor = self.apply(images, generator, *where, **arguments)
-        return result
+
+        def apply(pictures: Tensor) -> Tensor:
+            result: Tensor = self.apply(pictures, generator, *where, **arguments)
+            return result
+
+        return on_whole_batch(images, generator, apply) if self.deals else apply(images)
 
 
 @dataclass(frozen=True)
@@ -219,6 +229,7 @@ AUGMENTS: dict[str, Augmentation] = {
             "saturation": optional(factor(math.inf)),
             "hue": optional(factor(0.5, signed=True)),
         },
+        deals=True,
     ),
     "RandomAdjustSharpness": Augmentation(
         appearance.random_adjust_sharpness, {"sharpness_factor": number(0), "p": PROBABILITY}
@@ -227,6 +238,7 @@ AUGMENTS: dict[str, Augmentation] = {
     "TrivialAugmentWide": Augmentation(
         policies.trivial_augment_wide,
         {"num_magnitude_bins": whole(2), "interpolation": SAMPLING, "fill": shade},
+        deals=True,
     ),
     "RandAugment": Augmentation(
         policies.rand_augment,
@@ -237,6 +249,7 @@ AUGMENTS: dict[str, Augmentation] = {
             "interpolation": SAMPLING,
             "fill": shade,
         },
+        deals=True,
     ),
 }
 """Every augmentation of images by torchvision's name; argument names are torchvision's too.
@@ -246,7 +259,8 @@ AUGMENTS: dict[str, Augmentation] = {
 To add one, write it in `geometry.py` or `appearance.py` as three functions: `draw_x` (images and
 generator to numbers per image, by one call of `draws.numbers`), `x` (images and those numbers to
 images) and `random_x(images, generator, *, ...)`, whose keywords are the arguments a recipe may
-give; with a third parameter `place` it is told which images those are and the epoch. Add a line
+give; with a third parameter `place` it is told which images those are and the epoch. One that
+deals the images of a batch over what it does is marked `deals`. Add a line
 here with one rule for each keyword, and to `tests/test_augment.py` a comparison of `x` with a
 slow reference; the contract tests walk this table and need nothing more.
 """

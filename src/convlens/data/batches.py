@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from convlens.data.draws import Place
+from convlens.data.draws import Place, SharedGenerator
 from convlens.device import Plan, seed_of
+from convlens.processes import ALONE, World
 
 # (images float32 0..1, labels int64 [B], place, generator) -> images, and labels or probabilities
 Augment = Callable[[Tensor, Tensor, Place, torch.Generator], tuple[Tensor, Tensor]]
@@ -105,6 +106,9 @@ class Batches:
         plan: device and memory format.
         seed: of order and augmentation.
         augment: `(images float32 0..1, labels, place, generator) -> (images, labels)`, or None.
+        mixes: whether it needs the whole batch, because it mixes images.
+        world: the processes that share each batch; this one yields its own rows only, augmented
+            as in the whole batch.
     """
 
     def __init__(
@@ -116,10 +120,13 @@ class Batches:
         plan: Plan,
         seed: int,
         augment: Augment | None = None,
+        mixes: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.rows, self.count = split.rows, int(split.labels.numel())
         self.plan, self.seed = plan, seed
-        self.augment, self.normalise = augment, normalise
+        self.augment, self.normalise, self._mixes = augment, normalise, mixes
+        self.world = world
         self.labels = split.labels.to(plan.device)
         self.sizes = _sizes(self.count, batch_size)
         whole = split.rows.resident()
@@ -136,9 +143,9 @@ class Batches:
         """
         # Always drawn on the CPU, so that every device sees the same order.
         order = torch.randperm(self.count, generator=_generator("cpu", self.seed, epoch))
-        parts = order.split(self.sizes)[start:]
+        parts = self._read(order)[start:]
         # Sent there once an epoch: a GPU is waited for whenever something is.
-        indices = order.to(self.plan.device).split(self.sizes)[start:]
+        indices = self._read(order.to(self.plan.device))[start:]
         # One generator, seeded anew each step: making one costs more than seeding it.
         generator = _generator(self.plan.device, self.seed, epoch)
         gathered = zip(indices, self._gathered(parts, indices), strict=True)
@@ -146,9 +153,19 @@ class Batches:
             images, labels = raw, self.labels[index]
             if self.augment is not None:
                 generator.manual_seed(seed_of(self.seed, epoch, step))
+                generator.share = self.world.share(self.sizes[step])
                 place = Place(index, epoch, self.seed)
                 images, labels = self.augment(to_unit(raw), labels, place, generator)
+                if self._mixes:
+                    images, labels = images[generator.share.rows], labels[generator.share.rows]
             yield self.normalise(images, self.plan), labels
+
+    def _read(self, order: Tensor) -> Sequence[Tensor]:
+        """The image numbers that are read for each batch: this process's, or all to be mixed."""
+        parts: Sequence[Tensor] = order.split(self.sizes)
+        if self._mixes or self.world.size == 1:
+            return parts
+        return [part[self.world.share(len(part)).rows] for part in parts]
 
     def _gathered(self, parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """The raw images of `parts`; `indices` are the same numbers on the device."""
@@ -178,5 +195,7 @@ def _sizes(count: int, batch_size: int) -> list[int]:
     return sizes
 
 
-def _generator(device: str, *parts: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed_of(*parts))
+def _generator(device: str, *parts: int) -> SharedGenerator:
+    generator = SharedGenerator(device)
+    generator.manual_seed(seed_of(*parts))
+    return generator

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from convlens.device import seed_of
 from convlens.errors import UsageError
+from convlens.processes import Share
 
 Range = Sequence[float]
 Colour = float | Sequence[float]
@@ -25,10 +26,54 @@ def numbers(images: Tensor, generator: torch.Generator, rows: int, count: int = 
     """Uniform numbers in [0, 1), float32 `[rows, N]` (or `[rows, count]`), on the images' device.
 
     They are drawn on the generator's device, so that a CPU generator also serves images elsewhere.
+    For rows of a batch (`SharedGenerator`) they are drawn for all of it.
     """
-    size = (rows, count or len(images))
+    whole = _whole(images, generator)
+    assert not (count and whole), "what is dealt over the batch has `deals` in the table"
+    size = (rows, count or len(images)) if whole is None else (rows, whole.total)
     drawn = torch.rand(size, generator=generator, device=generator.device)
-    return drawn.to(images.device)
+    return (drawn if whole is None else drawn[:, whole.rows]).to(images.device)
+
+
+def noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform numbers in [0, 1) for each value of `images`, drawn as in `numbers`."""
+    whole = _whole(images, generator)
+    size = images.shape if whole is None else (whole.total, *images.shape[1:])
+    drawn = torch.rand(size, generator=generator, device=generator.device)
+    return (drawn if whole is None else drawn[whole.rows]).to(images.device)
+
+
+class SharedGenerator(torch.Generator):
+    """A generator for rows of a batch that several processes share: `share` says which.
+
+    What is drawn from it for images that are just those rows is drawn for the whole batch, and
+    its rows are kept: so an image's numbers don't depend on how many processes there are. Images
+    that are the whole batch get all the numbers, as from any other generator.
+    """
+
+    share: Share | None = None
+
+
+def _whole(images: Tensor, generator: torch.Generator) -> Share | None:
+    """The batch of which `images` are some rows only; None where they are all there is."""
+    share = generator.share if isinstance(generator, SharedGenerator) else None
+    return share if share is not None and len(images) != share.total else None
+
+
+def on_whole_batch(
+    images: Tensor, generator: torch.Generator, change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What `change` makes of `images` if they are all, or rows of a batch: then of all of it.
+
+    For operations that deal a batch out. Other processes' rows are blank; they are not needed to
+    know what becomes of the own ones, only computed in vain.
+    """
+    whole = _whole(images, generator)
+    if whole is None:
+        return change(images)
+    padded = images.new_zeros((whole.total, *images.shape[1:]))
+    padded[whole.rows] = images
+    return change(padded)[whole.rows]
 
 
 def between(uniform: Tensor, limits: Range) -> Tensor:

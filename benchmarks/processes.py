@@ -1,0 +1,150 @@
+"""What a step costs on one process with the whole batch, and on several that share it.
+
+Starts torchrun with processes of itself, on this machine's cores. In turn, the first process takes
+steps alone with all cores, and all take the same steps together with their part of the cores;
+ratios are medians over the pairs. `sum_ms` is one sum of as many numbers as there are weights.
+Prints one JSON object.
+
+    python benchmarks/processes.py [--processes 2] [--rounds 11]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from convlens import device, engine, models, optim, processes, ranks, recipe
+from convlens.data import Split
+from convlens.data.batches import Batches, Normalise
+from convlens.data.rows import ArrayRows
+from convlens.processes import ALONE, World
+from convlens.together import Together
+from recording import record
+
+# Recipe (for its network), batch, channels, size, steps in a window.
+CASES = (
+    ("mnist-fast", 256, 1, 28, 10),
+    ("cifar10-cpu", 64, 3, 32, 1),
+    ("resnet18", 128, 3, 32, 1),
+)
+
+
+def network(name: str, channels: int, size: int) -> nn.Module:
+    torch.manual_seed(0)
+    config = recipe.load(name).model
+    return models.build(config.name, 10, channels, size, config.options)
+
+
+def steps_of(
+    world: World, name: str, batch: int, channels: int, size: int
+) -> Callable[[], engine.Step]:
+    """Training steps without augmentation, as `train` takes them; this process's rows."""
+    model = network(name, channels, size)
+    pixels = torch.randint(0, 256, (4 * batch, channels, size, size), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (4 * batch,))
+    plan = device.Plan("cpu", "fp32", "contiguous")
+    batches = Batches(
+        Split(ArrayRows(pixels), labels, [str(i) for i in range(len(labels))]),
+        batch_size=batch,
+        normalise=Normalise([0.5] * channels, [0.25] * channels),
+        plan=plan,
+        seed=0,
+        world=world,
+    )
+    records = engine.fit(
+        model,
+        batches,
+        optim.build(model, recipe.OptimConfig(name="adam", lr=1e-4)),
+        lambda progress: 1.0,
+        epochs=10**6,
+        objective=nn.CrossEntropyLoss(),
+        plan=plan,
+        seed=0,
+        together=Together(model, world, batches.sizes) if world.size > 1 else None,
+    )
+
+    def step() -> engine.Step:
+        for taken in records:
+            if isinstance(taken, engine.Step):
+                return taken
+        raise AssertionError
+
+    return step
+
+
+def timed(step: Callable[[], object], steps: int, threads: int) -> float:
+    torch.set_num_threads(threads)
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - begun) / steps
+
+
+def compare(world: World, rounds: int, case: tuple[str, int, int, int, int]) -> dict[str, Any]:
+    """Seconds a step alone and together, with the same batch; all processes call this."""
+    name, batch, channels, size, steps = case
+    cores = device.usable_cores()
+    alone = steps_of(ALONE, name, batch, channels, size)
+    together = steps_of(world, name, batch, channels, size)
+    weights = sum(p.numel() for p in network(name, channels, size).parameters())
+    numbers = torch.zeros(weights)
+    spent: dict[str, list[float]] = {"alone": [], "together": [], "sum": []}
+    for turn in range(rounds + 1):
+        world.wait()
+        once = timed(alone, steps, cores) if world.leads else 0.0
+        world.wait()
+        both = timed(together, steps, max(1, cores // world.size))
+        summed = timed(lambda: world.sum_(numbers), 5, 1)
+        if turn:
+            for times, found in zip(spent.values(), (once, both, summed), strict=True):
+                times.append(found)
+    if not world.leads:
+        return {}
+    ratios = [a / b for a, b in zip(spent["alone"], spent["together"], strict=True)]
+    return {
+        "batch": batch,
+        "weights": weights,
+        "alone_ms": round(1000 * statistics.median(spent["alone"]), 2),
+        "together_ms": round(1000 * statistics.median(spent["together"]), 2),
+        "sum_ms": round(1000 * statistics.median(spent["sum"]), 2),
+        "together_images_per_second": round(batch / statistics.median(spent["together"])),
+        "faster_by": round(statistics.median(ratios), 3),
+        "faster_by_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    options = parser.parse_args()
+    if ranks.size() == 1:
+        line = ["--standalone", "--nproc-per-node", str(options.processes), *sys.argv]
+        # What the user chose, since torchrun would set one thread and warn of it.
+        threads = os.environ.get("OMP_NUM_THREADS", "1")
+        env = {**os.environ, "OMP_NUM_THREADS": threads}
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *line], env=env)
+        sys.exit(done.returncode)
+    world = processes.join()
+    device.keep_freed_memory()
+    figures = {case[0]: compare(world, options.rounds, case) for case in CASES}
+    if world.leads:
+        cores = device.usable_cores()
+        about = {"processes": world.size, "cores": cores, "rounds": options.rounds}
+        print(json.dumps(record("processes", about | {"cases": figures})))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()

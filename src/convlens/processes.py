@@ -1,0 +1,259 @@
+"""Several processes that train one network: who takes which rows, and what they tell each other.
+
+`join` makes the `World` that `torchrun` started; alone it is a world of one, in which everything
+here leaves things as they are. Messages go over gloo, tensors on a GPU over NCCL.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import datetime
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from convlens import ranks
+from convlens.errors import Stopped
+
+T = TypeVar("T")
+
+# A process that ends is noticed at once, since its connections close. One that hangs is given up
+# after this long: within a step, and where one works while the others wait (decoding images,
+# choosing by timing, testing, saving).
+STEP = datetime.timedelta(minutes=10)
+PATIENCE = datetime.timedelta(hours=2)
+# On a GPU the host reads what was said so many steps ago, instead of waiting for this one.
+LAG = 4
+
+
+class Lost(Stopped):
+    """Another process of this training ended or doesn't answer (exit code 75)."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "another process of this training ended, or does not answer any more",
+            where=" ".join(reason.split())[:160],
+            fix="look for what it said; the same command goes on from what was saved last",
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a batch of `total` images that one process takes, from `start` to `stop`.
+
+    `weight` is what its mean counts in the mean over the batch. It is 0 for a process that the
+    batch is too small for, which then goes through other rows so that all do the same steps.
+    """
+
+    start: int
+    stop: int
+    total: int
+    weight: float
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+class World:
+    """The processes that train together. A world of one says nothing and waits for nobody.
+
+    Args:
+        rank: this process's number; 0 leads.
+        size: how many there are.
+        control: the group for words, where patience is long; tensors go over torch's default one.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, control: dist.ProcessGroup | None = None
+    ) -> None:
+        self.rank, self.size, self._control = rank, size, control
+        self.asks_to_stop: Callable[[], bool] = lambda: False
+        self._said = collections.deque[tuple[Tensor, torch.cuda.Event | None]]()
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, total: int) -> Share:
+        """This process's rows of a batch: even parts of at least two images, in order.
+
+        (Two, since batch norm can't train on one.)
+        """
+        active = max(1, min(self.size, total // 2))
+        if self.rank >= active:
+            return Share(0, min(2, total), total, 0.0)
+        each, more = divmod(total, active)
+        start = self.rank * each + min(self.rank, more)
+        count = each + (self.rank < more)
+        return Share(start, start + count, total, count / total)
+
+    # -- words ----------------------------------------------------------------------------
+
+    def told(self, make: Callable[[], T]) -> T:
+        """What the first process finds, for all: only there is `make` called.
+
+        It must be what JSON can hold; not a single bit of a number is lost.
+        """
+        if self.size == 1:
+            return make()
+        text = json.dumps(make()).encode() if self.leads else b""
+        length = torch.tensor([len(text)])
+        with _noticing():
+            dist.broadcast(length, 0, group=self._control)
+            data = torch.tensor(list(text) or [0] * int(length), dtype=torch.uint8)
+            dist.broadcast(data, 0, group=self._control)
+        return cast(T, json.loads(bytes(data.tolist())))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.total(0.0)
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """One process of each machine goes first; the others find its work done (a cache)."""
+        if ranks.local_rank() > 0:
+            self.wait()
+        yield
+        if ranks.local_rank() == 0:
+            self.wait()
+
+    def total(self, number: float) -> float:
+        """The sum of the processes' numbers."""
+        return self._reduced(number, dist.ReduceOp.SUM)
+
+    def least(self, number: float) -> float:
+        """The least of the processes' numbers."""
+        return self._reduced(number, dist.ReduceOp.MIN)
+
+    def _reduced(self, number: float, how: dist.ReduceOp.RedOpType) -> float:
+        if self.size == 1:
+            return number
+        value = torch.tensor([number], dtype=torch.float64)
+        with _noticing():
+            dist.all_reduce(value, how, group=self._control)
+        return float(value)
+
+    # -- tensors --------------------------------------------------------------------------
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replaces a contiguous tensor by its sum over the processes, the same bits in all."""
+        with _noticing():
+            dist.all_reduce(tensor)
+
+    def equalise(self, tensors: Sequence[Tensor]) -> None:
+        """Gives all processes the first one's values, in place; tensors on the CPU."""
+        if self.size == 1:
+            return
+        with _noticing(), torch.no_grad():
+            for tensor in tensors:
+                sent = tensor.contiguous()
+                dist.broadcast(sent, 0, group=self._control)
+                tensor.copy_(sent)
+
+    def gathered(self, part: Tensor | None, counts: Sequence[int]) -> Tensor:
+        """All processes' rows in order of rank; `part` has `counts[rank]` rows, None for none."""
+        if self.size == 1 and part is not None:
+            return part
+        shape = self.told(lambda: list(cast(Tensor, part).shape[1:]))
+        whole = torch.zeros(sum(counts), *shape)
+        with _noticing():
+            for rank, rows in enumerate(whole.split(list(counts))):
+                if rank == self.rank and part is not None:
+                    rows.copy_(part)
+                if len(rows):
+                    dist.broadcast(rows, rank, group=self._control)
+        return whole
+
+    # -- stopping -------------------------------------------------------------------------
+
+    def hear(self, asked: Tensor) -> None:
+        """Takes what the processes said in a step: how many of them ask to stop."""
+        if not asked.is_cuda:
+            self._said.append((asked, None))
+            return
+        copy = torch.empty(asked.shape, dtype=asked.dtype, pin_memory=True)
+        copy.copy_(asked, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._said.append((copy, event))
+
+    def stops(self, *, now: bool) -> bool:
+        """Whether to stop at this step: all processes get the same answer.
+
+        Args:
+            now: ask them all; else it goes by what was said in the step (on a GPU, `LAG` before).
+        """
+        if self.size == 1:
+            return self.asks_to_stop()
+        if now:
+            return self.total(float(self.asks_to_stop())) > 0
+        stop = False
+        while self._said and (self._said[0][1] is None or len(self._said) > LAG):
+            asked, event = self._said.popleft()
+            if event is not None:
+                event.synchronize()
+            stop = stop or float(asked) > 0
+        return stop
+
+
+ALONE = World()
+
+
+@functools.cache
+def join() -> World:
+    """The world that this process belongs to; joined at the first call, which all must make."""
+    if ranks.size() == 1:
+        return ALONE
+    with _noticing():
+        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            store=_store(),
+            rank=ranks.rank(),
+            world_size=ranks.size(),
+            timeout=STEP,
+        )
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)
+    return World(ranks.rank(), ranks.size(), cast(dist.ProcessGroup, control))
+
+
+def first_to_fail(code: int) -> tuple[bool, int]:
+    """For a process that is about to end with an error: whether it is the first to do so.
+
+    The first one tells the user, and all end with its exit code. `torchrun`'s store decides, since
+    it outlives every process; without it, the process of rank 0 speaks.
+    """
+    try:
+        store = _store()
+        if store.add("convlens/failed", 1) == 1:
+            store.set("convlens/code", str(code))
+            return True, code
+        return False, int(store.get("convlens/code"))
+    except (RuntimeError, ValueError):
+        return ranks.rank() == 0, code
+
+
+@functools.cache
+def _store() -> Any:
+    store, _, _ = next(rendezvous("env://", timeout=STEP))
+    return store
+
+
+@contextlib.contextmanager
+def _noticing() -> Iterator[None]:
+    """Turns a broken connection or a timeout into `Lost`."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise Lost(str(error).splitlines()[0]) from error

@@ -1,0 +1,256 @@
+"""Real torchrun: two and four processes train as one does, speak once, and don't hang."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from commands import Done, command, weights
+from convlens.run import RunFolder
+from launching import ended, launch, torchrun
+from recipes_together import main
+from support import same, tiny
+
+SCRIPT = Path(__file__).with_name("recipes_together.py")
+PLAIN = ("model.batch_norm=false", "optim.name=sgd", "optim.lr=0.05", "data.seed=4")
+# Each stands for something that could go differently. 81 images in batches of 16 leave one over,
+# which joins the last; in batches of 13 they leave three, of which one process has all.
+KINDS: dict[str, tuple[str, ...]] = {
+    "dropout": (*PLAIN, "model.dropout=0.3", "optim.clip_norm=0.5", "optim.ema=0.9",
+                "optim.label_smoothing=0.1", "train.memory_format=channels_last"),
+    "mixed": (*PLAIN, "train.batch_size=13", "augment=[{TrivialAugmentWide: {}}, {MixUp: {}}]"),
+    "adamw": ("model.batch_norm=false", "optim.lr=0.003", "train.keep=last",
+              "augment=[{RandomAffine: {degrees: 10}}, {RandomCrop: {padding: 1}}]"),
+    "windows": ("model.batch_norm=false", "optim.name=muon", "optim.lr=0.02", "optim.momentum=0.6",
+                "optim.head_first=0.25", "optim.lookahead={every: 2, decay: 0.9, power: 1}"),
+    "trunk": (*PLAIN, "model.trainable=head", "augment=[{RandomCrop: {padding: 1}}]",
+              "train.views=2"),
+    "norms": ("optim.name=sgd", "optim.lr=0.05", "train.epochs=1", "train.batch_size=128"),
+}  # fmt: skip
+
+
+def written(*names: str) -> tuple[str, ...]:
+    for name in names:
+        asked = tiny(*KINDS[name], "data.total_per_class=10", "data.per_class=null")
+        Path(f"{name}.yaml").write_text(asked.to_text())
+    return names
+
+
+def close(name: str, size: int, rtol: float = 2e-4, atol: float = 2e-5) -> None:
+    """Weights and epochs' numbers of one and of `size` processes within float tolerance."""
+    one, other = (Path("models") / f"{name}-{count}" for count in (1, size))
+    tensors, others = weights(one), weights(other)
+    assert tensors.keys() == others.keys()
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(others[key], tensor, rtol=rtol, atol=atol, msg=key)
+    rows, its_rows = RunFolder(one).metrics(), RunFolder(other).metrics()
+    assert len(rows) == 3
+    for row, its in zip(rows, its_rows, strict=True):
+        for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr"):
+            assert its[key] == pytest.approx(row[key], rel=1e-3, abs=1e-4), key
+
+
+def as_one_does(size: int) -> Done:
+    """Trains all kinds by one process and by `size`; what those said."""
+    names = written(*KINDS)
+    done = torchrun(size, SCRIPT, str(size), *names)
+    assert done.code == 0, done.err
+    main("1", *names)
+    for name in names[:-1]:
+        close(name, size)
+    # After one step the first norm has seen the same: the mean over the processes of their means
+    # is the mean over all, but of their variances it isn't.
+    one, other = weights(Path("models/norms-1")), weights(Path(f"models/norms-{size}"))
+    mean, var = (next(key for key in one if key.endswith(end)) for end in ("_mean", "_var"))
+    torch.testing.assert_close(one[mean], other[mean])
+    assert not torch.allclose(one[var], other[var], rtol=1e-3)
+    torch.testing.assert_close(one[var], other[var], rtol=0.1, atol=0)
+    return done
+
+
+def test_two_processes_train_as_one_does() -> None:
+    done = as_one_does(2)
+    one, two = RunFolder(Path("models/dropout-1")), RunFolder(Path("models/dropout-2"))
+    assert (one.facts()["world_size"], two.facts()["world_size"]) == (1, 2)
+    assert one.facts()["kept_epoch"] == two.facts()["kept_epoch"]
+    (result,), (its_result,) = one.results(), two.results()  # one look, whoever looked
+    for key in ("n", "correct", "confusion", "data_fingerprint"):
+        assert its_result[key] == result[key]
+    # The first one alone spoke.
+    assert re.findall(r"^epoch +(\d)/3", done.err, re.M) == ["1", "2", "3"]
+    assert done.out == ""
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does() -> None:
+    as_one_does(4)
+
+
+def test_an_error_of_all_is_told_once() -> None:
+    done = torchrun(2, "-m", "convlens", "train", "digitz")
+    assert done.code != 0
+    assert done.err.count("error:") == 1
+    assert "Traceback (most recent call last)" not in done.err.split("error:")[0]
+    # torchrun ends a process that is still starting when the first one has failed.
+    assert 2 in codes(done) <= {2, -signal.SIGTERM}
+
+
+def codes(done: Done) -> set[int]:
+    """The exit codes of the processes, of which torchrun tells; its own is 1."""
+    return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.err)}
+
+
+LONG = (*PLAIN, "model.dropout=0.3", "optim.ema=0.9", "train.epochs=80", "train.keep=last")
+
+
+def a_long_run() -> RunFolder:
+    Path("long.yaml").write_text(tiny(*LONG).to_text())
+    return RunFolder(Path("models/tiny"))
+
+
+TRAIN = ("-m", "convlens", "train", "long.yaml", "--no-test", "--device", "cpu")
+
+
+def processes_of(agent: subprocess.Popen[str]) -> list[int]:
+    """The processes that a torchrun has started, by rank."""
+    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
+    found = {}
+    for pid in pids:
+        try:
+            told = dict(
+                each.split("=", 1)
+                for each in Path(f"/proc/{pid}/environ").read_text().split("\0")
+                if "=" in each
+            )
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, UnicodeDecodeError):
+            continue
+        if parent == agent.pid and "LOCAL_RANK" in told:
+            found[int(told["RANK"])] = pid
+    return [found[rank] for rank in sorted(found)]
+
+
+def in_epoch(place: RunFolder, agent: subprocess.Popen[str], epoch: int) -> None:
+    """Waits until a run has finished that many epochs."""
+    for _ in range(24_000):
+        if len(place.metrics()) >= epoch:
+            return
+        assert agent.poll() is None, agent.communicate()[1]
+        time.sleep(0.01)
+    raise AssertionError("it does not train")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_and_the_same_command_goes_on() -> None:
+    place = a_long_run()
+    agent = launch(2, *TRAIN)
+    in_epoch(place, agent, 3)
+    os.kill(processes_of(agent)[1], signal.SIGTERM)  # not to the one that leads
+    done = ended(agent)
+    assert codes(done) <= {75, -signal.SIGTERM}, done.err
+    assert 75 in codes(done)
+    assert done.err.count("stopped:") == 1
+    assert done.err.count("the same command goes on from here") == 1
+    first = len(place.metrics())
+    assert place.facts()["status"] == "training"
+
+    agent = launch(2, *TRAIN)  # goes on; now torchrun itself is asked to stop
+    in_epoch(place, agent, first + 3)
+    agent.send_signal(signal.SIGTERM)
+    done = ended(agent)
+    assert "continuing tiny after" in done.err
+    assert place.facts()["status"] == "training"
+
+    # By as many processes the same bits; by one the same but for rounding.
+    shutil.move("models/tiny", "left")
+    for size in (2, 1):
+        shutil.copytree("left", "models/tiny")
+        done = torchrun(size, *TRAIN)
+        assert done.code == 0, done.err
+        shutil.move("models/tiny", f"models/by-{size}")
+    whole = torchrun(2, *TRAIN)
+    assert whole.code == 0, whole.err
+    same(weights(Path("models/by-2")), weights(Path("models/tiny")))
+    for key, tensor in weights(Path("models/tiny")).items():
+        torch.testing.assert_close(
+            weights(Path("models/by-1"))[key], tensor, rtol=0.02, atol=2e-3, msg=key
+        )
+    assert RunFolder(Path("models/by-1")).facts()["world_size"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_none_hangs_when_one_is_killed(rank: int) -> None:
+    place = a_long_run()
+    agent = launch(2, *TRAIN)
+    in_epoch(place, agent, 2)
+    os.kill(processes_of(agent)[rank], signal.SIGKILL)
+    begun = time.monotonic()
+    done = ended(agent, timeout=60)
+    assert time.monotonic() - begun < 45
+    assert done.code != 0
+    assert -signal.SIGKILL in codes(done)
+    assert "Traceback" not in done.err.split("ChildFailedError")[0].rpartition("Traceback")[0]
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_ends_all() -> None:
+    """The one that writes can't: the others are in the middle of a step then."""
+    place = a_long_run()
+    agent = launch(2, *TRAIN)
+    in_epoch(place, agent, 2)
+    shutil.move(place.path, "elsewhere")
+    Path("models/tiny").write_text("a file where the folder was")
+    done = ended(agent, timeout=60)
+    assert done.err.count("error:") == 1, done.err
+    assert "can't write" in done.err
+    assert codes(done) <= {5, -signal.SIGTERM}
+
+
+@pytest.mark.slow
+def test_seeds_and_evaluate_work_together_and_the_rest_is_refused() -> None:
+    Path("long.yaml").write_text(tiny("train.epochs=2").to_text())
+    done = torchrun(2, *TRAIN[:4], "--seeds", "2", "--device", "cpu", "--json")
+    assert done.code == 0, done.err
+    (table,) = done.json["settings"]
+    assert len(table["accuracies"]) == len(table["runs"]) == 2
+    place = RunFolder(Path("models") / table["runs"][0]["run"])
+    split = ("--split", "train", "--device", "cpu", "--json")
+    together = torchrun(2, "-m", "convlens", "evaluate", place.name, *split)
+    alone = command("evaluate", place.name, *split)
+    for key in ("n", "correct", "loss", "ece", "confusion", "model_sha256"):
+        assert together.json[key] == alone.json[key]
+    assert (together.json["looks"], alone.json["looks"]) == (1, 2)
+    refused = torchrun(2, "-m", "convlens", "recipes")
+    assert "recipes is not for several processes" in refused.err
+    assert 2 in codes(refused)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_machines_rehearsed_on_loopback() -> None:
+    """Two torchruns that meet at an address, of two processes each."""
+    written("dropout")
+    how = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
+           "--rdzv-backend", "c10d", "--rdzv-id", "rehearsal",
+           "--rdzv-endpoint", f"127.0.0.1:{free_port()}")  # fmt: skip
+    agents = [launch(2, SCRIPT, "4", "dropout", how=how) for _ in range(2)]
+    for done in [ended(agent) for agent in agents]:
+        assert done.code == 0, done.err
+    main("1", "dropout")
+    close("dropout", 4)
+    assert RunFolder(Path("models/dropout-4")).facts()["world_size"] == 4

@@ -1,0 +1,212 @@
+"""What each of several processes takes of a batch, without any other process there."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convlens import device, ranks
+from convlens.data.augment import AUGMENTS, MIXES, build
+from convlens.data.batches import Batches, Normalise
+from convlens.errors import UsageError
+from convlens.processes import ALONE, World
+from convlens.together import BATCH, Part, Together, _counts
+from support import PLAN, Memory, Split, Streamed, begin, pictures, tiny
+from test_augment import STRONG
+
+ONE_COLOUR = {"Cutout": {"value": 0.3}}  # for grey images, too
+EACH: list[list[tuple[str, dict[str, Any]]]] = [
+    *([(name, {**STRONG[name], **ONE_COLOUR.get(name, {})})] for name in AUGMENTS),
+    *([(name, {})] for name in MIXES),
+    [("RandomErasing", {"p": 0.5, "value": "random"})],
+    # What deals the batch, what doesn't, and what mixes, behind each other.
+    [("TrivialAugmentWide", {}), ("RandomCrop", {"padding": 2}), ("CutMix", {}), ("MixUp", {})],
+    [("RandomCrop", {"padding": 2}), ("ColorJitter", {"hue": 0.3}), ("RandomErasing", {"p": 0.5})],
+]
+
+
+def of_rank(rank: int, size: int, ops: list[Any], channels: int, rows: Any) -> Batches:
+    """44 images in batches of 13, 13, 13 and 5."""
+    pipeline = build(ops, image_size=8, channels=channels, classes=44)
+    return Batches(
+        Split(rows, torch.arange(44)),
+        batch_size=13,
+        normalise=Normalise([0.4] * channels, [0.2] * channels),
+        plan=PLAN,
+        seed=3,
+        augment=pipeline,
+        mixes=bool(pipeline.mixes),
+        world=World(rank, size),
+    )
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 7, 8, 13, 64])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_the_shares_are_the_batch_and_weigh_as_many_as_they_are(size: int, total: int) -> None:
+    shares = [World(rank, size).share(total) for rank in range(size)]
+    working = [share for share in shares if share.weight]
+    rows = list(itertools.chain.from_iterable(range(s.start, s.stop) for s in working))
+    assert rows == list(range(total))
+    assert [s.weight for s in working] == [(s.stop - s.start) / total for s in working]
+    assert sum(s.weight for s in shares) == pytest.approx(1)
+    counts = [s.stop - s.start for s in working]
+    assert max(counts) - min(counts) <= 1
+    assert min(counts) >= min(2, total)  # batch norm can't train on one
+    # Those that there are no rows for keep company, and count for nothing.
+    assert all((s.start, s.stop) == (0, min(2, total)) for s in shares if not s.weight)
+
+
+def test_one_process_takes_all() -> None:
+    share = ALONE.share(7)
+    assert (share.start, share.stop, share.total, share.weight) == (0, 7, 7, 1.0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("ops", EACH, ids=lambda ops: "-".join(name for name, _ in ops))
+def test_several_processes_see_the_samples_that_one_does(
+    ops: list[tuple[str, dict[str, Any]]], channels: int
+) -> None:
+    images = pictures(44, channels)
+    whole = list(of_rank(0, 1, ops, channels, Memory(images)).epoch(2))
+    for size in (2, 3, 4):
+        worlds = [World(rank, size) for rank in range(size)]
+        each = [list(of_rank(w.rank, size, ops, channels, Memory(images)).epoch(2)) for w in worlds]
+        for step, (pixels, labels) in enumerate(whole):
+            for world, parts in zip(worlds, each, strict=True):
+                rows = world.share(len(labels)).rows
+                assert torch.equal(parts[step][0], pixels[rows])
+                assert torch.equal(parts[step][1], labels[rows])
+
+
+def test_an_image_is_read_by_the_process_whose_it_is() -> None:
+    images, ops = pictures(44), [("TrivialAugmentWide", {}), ("RandomCrop", {"padding": 1})]
+    read = []
+    for rank in range(3):
+        rows = Streamed(images)
+        list(of_rank(rank, 3, ops, 1, rows).epoch(1))
+        read.append(rows.asked)
+    # The last batch, of 5, is for two: the third process goes through the first one's rows.
+    assert read[2][3] == read[0][3][:2]
+    once = [*itertools.chain.from_iterable(itertools.chain(*read[:2], read[2][:3]))]
+    assert sorted(once) == list(range(44))
+    mixed = Streamed(images)
+    list(of_rank(1, 3, [("MixUp", {})], 1, mixed).epoch(1))
+    assert [len(asked) for asked in mixed.asked] == [13, 13, 13, 5]  # partners may be anywhere
+
+
+class Echo(World):
+    """A world of which only one process is there: sums are its own."""
+
+    def sum_(self, tensor: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_mask_is_the_rows_of_the_whole_batchs(
+    kind: type[nn.Module], layout: torch.memory_format
+) -> None:
+    ends = {nn.Dropout1d: (5, 6), nn.Dropout3d: (5, 2, 3, 4)}.get(kind, (5, 6, 7))
+    values = torch.randn(9, *ends)
+    if values.ndim == 4:
+        values = values.contiguous(memory_format=layout)
+    torch.manual_seed(8)
+    whole = kind(0.4)(values)
+    assert (whole == 0).any()
+    for rank in range(3):
+        net = nn.Sequential(kind(0.4))
+        world = Echo(rank, 3)
+        together = Together(net, world, [9])
+        assert together.begin(0) == 9
+        torch.manual_seed(8)
+        rows = world.share(9).rows
+        own = values[rows].clone().requires_grad_()
+        kept = net(own)
+        assert torch.equal(kept, whole[rows])
+        (gradient,) = torch.autograd.grad(kept.sum(), own)
+        assert torch.equal(gradient == 0, whole[rows] == 0)
+        assert torch.equal(net.eval()(own), own)
+
+
+@pytest.mark.parametrize("images", [1, 255, 256, 257, 1000, 2048, 2049])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
+def test_parts_of_a_split_are_whole_batches(images: int, size: int) -> None:
+    counts = _counts(images, size)
+    assert sum(counts) == images
+    assert len(counts) == size
+    ends = list(itertools.accumulate(counts))
+    assert all(end % BATCH == 0 or end == images for end in ends)
+    assert counts[0] > 0
+    assert max(counts) - min(counts) <= 2 * BATCH - 1
+
+
+@pytest.mark.parametrize("rows", [Memory, Streamed])
+def test_a_part_is_a_split(rows: Any) -> None:
+    images = pictures(10)
+    part = Part(Split(rows(images), torch.arange(10)), 3, 7)
+    assert part.rows.shape == (4, 1, 8, 8)
+    assert part.labels.tolist() == [3, 4, 5, 6]
+    assert torch.equal(part.gather(torch.tensor([2, 0])), images[[5, 3]])
+    whole = part.resident()
+    assert (whole is None) == (rows is Streamed)
+    assert whole is None or torch.equal(whole, images[3:7])
+
+
+# What torchrun says
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As the third of four processes, the second on its machine."""
+    for name, value in zip(ranks.SET, ("2", "4", "1", "2", "localhost", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_a_process_knows_its_place(launched: pytest.MonkeyPatch) -> None:
+    assert (ranks.rank(), ranks.size()) == (2, 4)
+    assert (ranks.local_rank(), ranks.local_size()) == (1, 2)
+    launched.delenv("MASTER_ADDR")  # a WORLD_SIZE that was left about is none of ours
+    assert (ranks.rank(), ranks.size()) == (0, 1)
+    assert (ranks.local_rank(), ranks.local_size()) == (0, 1)
+
+
+def test_the_memory_of_a_machine_is_shared(launched: pytest.MonkeyPatch) -> None:
+    launched.setenv("CONVLENS_MEMORY", "64MB")
+    assert device.memory_budget("cpu") == 32 * 2**20
+
+
+def test_each_process_has_a_gpu_of_its_own(launched: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    launched.setattr(torch.cuda, "is_available", lambda: True)
+    launched.setattr(torch.cuda, "device_count", lambda: 2)
+    launched.setattr(torch.cuda, "set_device", chosen.append)
+    assert device.choose() == "cuda:1"
+    assert chosen == [1]
+    assert device.choose("cpu") == "cpu"
+    launched.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="2 processes on this machine, which has 1 GPUs"):
+        device.choose()
+
+
+def test_a_batch_too_small_for_the_processes_is_refused() -> None:
+    from convlens.preparing import _check_shares
+
+    _check_shares(tiny("train.batch_size=8"), World(0, 4))
+    _check_shares(tiny("train.batch_size=1"), ALONE)
+    with pytest.raises(UsageError, match="leaves less than two images for each"):
+        _check_shares(tiny("train.batch_size=7"), World(0, 4))
+
+
+def test_norms_over_processes_need_gpus() -> None:
+    from convlens.together import synchronised
+
+    setup, _ = begin(tiny("train.sync_batch_norm=true"), "one")  # nothing to synchronise with
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in setup.trained.modules())
+    with pytest.raises(UsageError, match="SyncBatchNorm needs GPUs"):
+        synchronised(setup.trained, World(0, 2), "cpu")
+    synced = synchronised(setup.trained, World(0, 2), "cuda:0")
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in synced.modules())
