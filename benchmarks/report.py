@@ -417,6 +417,28 @@ def roofline(r: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(r), ""])
 
 
+def processes(r: dict[str, Any]) -> str:
+    """One process with all cores against several that share them and every batch."""
+    lines = [
+        f"## One process and {r['processes']} that share every batch (torchrun, gloo)",
+        "",
+        f"On the same {r['cores']} cores. A sum is of as many numbers as there are weights; it is "
+        "part of each step together.",
+        "",
+        "| network of | batch | weights | ms a step alone | together | a sum | together is faster "
+        "by | quartiles |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, c in r["cases"].items():
+        low, _, high = c["faster_by_quartiles"]
+        lines.append(
+            f"| {name} | {c['batch']} | {c['weights']:,} | {c['alone_ms']:.1f} | "
+            f"{c['together_ms']:.1f} | {c['sum_ms']:.1f} | **{c['faster_by']:.2f}** | "
+            f"{low:.2f}-{high:.2f} |"
+        )
+    return "\n".join([*lines, "", where(r), ""])
+
+
 def _warm_rows(name: str, figures: dict[str, Any], cold: float | None) -> str:
     if "seconds" not in figures:
         return f"| {name} | failed: {figures.get('failed')} | | | |"
@@ -474,6 +496,7 @@ SECTIONS = {
     "overhead": overhead,
     "allocator": allocator,
     "inference": inference,
+    "processes": processes,
     "startup": startup,
     "scaling": scaling,
     "looking": looking,

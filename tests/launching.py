@@ -24,7 +24,7 @@ def launch(count: int, *arguments: str | Path, how: tuple[str, ...] = ()) -> sub
     )
 
 
-def ended(process: subprocess.Popen[str], timeout: float = 300) -> Done:
+def ended(process: subprocess.Popen[str], timeout: float = 600) -> Done:
     """Waits for all of them; a hang fails the test and leaves no process behind."""
     try:
         out, err = process.communicate(timeout=timeout)

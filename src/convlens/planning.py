@@ -235,7 +235,7 @@ def _key(recipe: Recipe, batches: Batches, model: nn.Module, candidates: Sequenc
         device.describe(candidates[0].device), [str(plan) for plan in candidates],
         recipe.model.name, recipe.model.options, shapes, list(batches.rows.shape[1:]),
         recipe.train.batch_size, recipe.optim.name, recipe.optim.clip_norm, recipe.optim.clip_value,
-        feeding.trunk_of(recipe, model),
+        feeding.trunk_of(recipe, model), batches.world.size,
     )  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
