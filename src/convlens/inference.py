@@ -33,7 +33,8 @@ from convlens.views import Views, averaged
 ACTIVATIONS = {"cpu": 1 << 27, "cuda": 1 << 30}
 LARGEST = {"cpu": 256, "cuda": 4096}
 FIRST = 16  # images in the first batch, which tells how large the others can be
-TRIALS, SHORTEST = 3, 0.002  # batches that each memory format is timed on, and their least seconds
+TRIALS, TRIED = 3, 32  # batches that each memory format is timed on, and images in each
+SHORTEST, CLEAR = 0.001, 1.3  # least seconds of such a batch; what ends the timing after two
 READ, MOST_READ = 1 << 23, 4096  # bytes and images that are read at once where not in memory
 
 
@@ -104,7 +105,7 @@ class Forward:
     ) -> None:  # fmt: skip
         self._model, self._normalise, self.plan, self._views = model, normalise, plan, views
         self.batch = 0  # images at once; 0: not known yet
-        self._piece = min(64, total // 64) if free else 0  # images in a timed batch
+        self._piece = min(TRIED, total // 64) if free else 0  # images in a timed batch
         formats = [plan.memory_format, *(f for f in MEMORY_FORMATS if f != plan.memory_format)]
         self._seconds: dict[str, list[float]] = {name: [] for name in formats}
         self._coming: list[str] = []  # memory formats of the batches that are to be timed
@@ -143,18 +144,22 @@ class Forward:
         most = LARGEST.get(kind, LARGEST["cpu"])
         self.batch = min(most, 1 << max(0, fit.bit_length() - 1))
         if seconds * self._piece >= SHORTEST:
-            formats = list(self._seconds)  # the first of them is warm by now
-            self._coming = formats[1:] + formats * TRIALS
+            first, other = self._seconds  # the first of them is warm by now
+            self._coming = [other, *[first, other] * TRIALS]
         return found
 
     def _timed(self, images: Tensor) -> Answers:
-        name = self._coming[0]
-        self._lay_out(name)
+        self._lay_out(self._coming[0])
         found, seconds = self._clocked(images)
-        self._seconds[name].append(seconds)
-        del self._coming[0]
-        if not self._coming:
-            self._choose()
+        warm = len(self._coming) <= 2 * TRIALS
+        name = self._coming.pop(0)
+        if warm:
+            self._seconds[name].append(seconds)
+        one, two = self._seconds.values()
+        if len(one) == len(two) >= 2:
+            apart = min(one) > CLEAR * max(two) or min(two) > CLEAR * max(one)
+            if apart or not self._coming:
+                self._choose()
         return found
 
     def _clocked(self, images: Tensor) -> tuple[Answers, float]:
@@ -166,7 +171,8 @@ class Forward:
         return found, (time.perf_counter() - begun) / len(images)
 
     def _choose(self) -> None:
-        medians = {n: statistics.median(times[-TRIALS:]) for n, times in self._seconds.items()}
+        self._coming = []
+        medians = {name: statistics.median(times) for name, times in self._seconds.items()}
         first, best = next(iter(medians)), min(medians, key=lambda name: medians[name])
         # Not for noise: the same network should give the same digits tomorrow.
         self._lay_out(best if medians[best] < 0.95 * medians[first] else first)
