@@ -53,7 +53,8 @@ AT_IMPORT = {
 }
 CALLS_AT_IMPORT = {
     "frozenset", "tuple", "range", "list", "Path", "TypeVar", "ParamSpec", "Field", "re.compile",
-    "inspect.unwrap", "np.dtype", "datetime.timedelta", "typer.Typer", "typer.Option", "typer.Argument",
+    "inspect.unwrap", "np.dtype", "datetime.timedelta",
+    "typer.Typer", "typer.Option", "typer.Argument",
     # data.rules, for the table of augmentations
     "angles", "below", "factor", "interval", "number", "one_of", "optional", "whole",
 }  # fmt: skip
