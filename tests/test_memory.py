@@ -102,7 +102,7 @@ def test_a_set_ten_times_the_budget_trains_within_it_to_the_same_weights() -> No
 @linux
 def test_shards_stream_within_the_budget() -> None:
     # Nothing decoded is kept: each batch is read from the tars and decoded when it is needed.
-    few, many = 3000, 6000
+    few, many = 4000, 7000  # as above: several full batches of validation
     peaks = {}
     for count in (few, many):
         write_shards(find(str(folder(Path(f"folder-{count}"), count))), Path(f"tars-{count}"))
