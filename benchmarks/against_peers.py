@@ -104,9 +104,13 @@ def _recipes(asked: recipe.Recipe, images: int, batch: int = 0, augment: bool = 
 
 
 class Process:
-    """A peer's program: one line of JSON to it, one back."""
+    """A peer's program: one line of JSON to it, one back.
 
-    def __init__(self, name: str, environments: Path, log: IO[str]) -> None:
+    Args:
+        scratch: an empty folder; what convlens remembers of other runs on this machine stays out.
+    """
+
+    def __init__(self, name: str, environments: Path, scratch: Path, log: IO[str]) -> None:
         self.name, self._log, peer = name, log, PEERS[name]
         folder = environments / peer.environment
         python = str(folder / "bin" / "python") if peer.environment else sys.executable
@@ -116,7 +120,12 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent / "src"), **peer.variables},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(HERE.parent / "src"),
+                "CONVLENS_CACHE": str(scratch),
+                **peer.variables,
+            },
         )
 
     def tell(self, asked: dict[str, Any]) -> None:
@@ -254,7 +263,7 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
         rows = {name: row_of(name, case, Path(scratch)) for name, case in asked.items()}
-        processes = {name: Process(name, how.environments, log) for name in names}
+        processes = {name: Process(name, how.environments, Path(scratch), log) for name in names}
         hello = {name: process.answer() for name, process in processes.items()}
         print(f"started after {time.perf_counter() - began:.0f} s", file=sys.stderr)
         torches = {h["versions"]["torch"] for h in hello.values() if "torch" in h["versions"]}

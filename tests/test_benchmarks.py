@@ -64,19 +64,19 @@ def test_a_peer_trains_when_it_is_its_turn_and_stops_when_told(
     ours = against_peers.Peer(peer.title, peer.command, environment="")  # this very environment
     monkeypatch.setitem(against_peers.PEERS, name, ours)
     with (tmp_path / "log").open("w+") as log:
-        process = against_peers.Process(name, tmp_path, log)
+        process = against_peers.Process(name, tmp_path, tmp_path, log)
         assert "torch" in process.answer()["versions"]
         few = Row(**row(tmp_path))
         variants = process.variants(few)
         best, tried = against_peers.best_variant(process, few, variants[:2], 0.01)
-        assert best in variants
+        assert best in (variants if len(variants) > 1 else ("fp32 contiguous",))  # a plan
         assert set(tried) == (set(variants[:2]) if len(variants) > 1 else set())
         process.tell({"do": "go", "seconds": 0.05})
         window = process.answer()
         assert window["images"] % 24 == 0
         assert window["seconds"] >= 0.05
         process.stop()
-        process.start(few, best)
+        process.start(few, variants[-1])
         process.stop()
         process.close()
 

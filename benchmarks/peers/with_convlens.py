@@ -14,6 +14,7 @@ from convlens.preparing import prepare
 from turns import Row, Turns, serve
 
 EPOCHS = 100_000
+COMPILED = "train.compile=true"
 
 
 def train(row: Row, variant: str, turns: Turns) -> None:
@@ -27,13 +28,18 @@ def train(row: Row, variant: str, turns: Turns) -> None:
             "augment": flips if row.augment else [],
             "model": {"name": row.net, **row.options},
             "optim": {"name": "adam", "lr": row.lr},
-            "train": {"epochs": EPOCHS, "batch_size": row.batch, "precision": "fp32"},
+            "train": {
+                "epochs": EPOCHS,
+                "batch_size": row.batch,
+                "precision": "fp32",
+                "compile": variant == COMPILED,
+            },
         }
     )
     device.prepare(deterministic=False)
     setup = prepare(asked, _data(row), "cpu")
     row.check(sum(p.numel() for p in setup.trained.parameters() if p.requires_grad))
-    turns.how = str(setup.plan)
+    turns.how = f"{setup.plan}{', compiled' if variant == COMPILED else ''}"
     for record in setup.fit():
         if isinstance(record, engine.Epoch):
             float(record.loss)
@@ -64,5 +70,10 @@ def _data(row: Row) -> Data:
     )
 
 
+def variants(row: Row) -> list[str]:
+    # As for Keras with JAX, compiling is not counted; of large networks it would take minutes.
+    return ["recipe", COMPILED] if row.steps >= 16 else ["recipe"]
+
+
 if __name__ == "__main__":
-    serve(train, lambda row: ["recipe"], ["torch"])
+    serve(train, variants, ["torch"])
