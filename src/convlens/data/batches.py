@@ -179,7 +179,7 @@ class Batches:
         if not parts:  # taken up after the epoch's last step
             return
         # Half a window ahead: the next one is on its way before the first of it is needed.
-        ahead = max(1, WINDOW // 2 // len(parts[0]))
+        ahead = max(1, WINDOW // 2 // self.sizes[0])
         if self.shards:
             self.shards.coming(parts[:ahead])
         with ThreadPoolExecutor(max_workers=1) as reader:
