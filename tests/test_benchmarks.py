@@ -53,7 +53,9 @@ def row(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["convlens", "dataloader-tuned"])
+@pytest.mark.parametrize(
+    "name", ["convlens", pytest.param("dataloader-tuned", marks=pytest.mark.slow)]
+)
 def test_a_peer_trains_when_it_is_its_turn_and_stops_when_told(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
