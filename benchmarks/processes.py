@@ -1,8 +1,10 @@
 """What a step costs on one process with the whole batch, and on several that share it.
 
 Starts torchrun with processes of itself, on this machine's cores. In turn, the first process takes
-steps alone with all cores, and all take the same steps together with their part of the cores;
-ratios are medians over the pairs. `sum_ms` is one sum of as many numbers as there are weights.
+steps alone with all cores and alone with one thread, and all take the same steps together with
+their part of the cores; ratios are medians over the pairs. (Where a core is taken away at times,
+threads that wait for each other at every layer lose far more than processes that do so once a
+step: then one thread beats two.) `sum_ms` is one sum of as many numbers as there are weights.
 Prints one JSON object.
 
     python benchmarks/processes.py [--processes 2] [--rounds 11]
@@ -99,27 +101,31 @@ def compare(world: World, rounds: int, case: tuple[str, int, int, int, int]) -> 
     together = steps_of(world, name, batch, channels, size)
     weights = sum(p.numel() for p in network(name, channels, size).parameters())
     numbers = torch.zeros(weights)
-    spent: dict[str, list[float]] = {"alone": [], "together": [], "sum": []}
+    spent: dict[str, list[float]] = {"alone": [], "one_thread": [], "together": [], "sum": []}
     for turn in range(rounds + 1):
         world.wait()
         once = timed(alone, steps, cores) if world.leads else 0.0
+        single = timed(alone, steps, 1) if world.leads else 0.0
         world.wait()
         both = timed(together, steps, max(1, cores // world.size))
         summed = timed(lambda: world.sum_(numbers), 5, 1)
         if turn:
-            for times, found in zip(spent.values(), (once, both, summed), strict=True):
+            for times, found in zip(spent.values(), (once, single, both, summed), strict=True):
                 times.append(found)
     if not world.leads:
         return {}
     ratios = [a / b for a, b in zip(spent["alone"], spent["together"], strict=True)]
+    singles = [a / b for a, b in zip(spent["one_thread"], spent["together"], strict=True)]
     return {
         "batch": batch,
         "weights": weights,
         "alone_ms": round(1000 * statistics.median(spent["alone"]), 2),
+        "one_thread_ms": round(1000 * statistics.median(spent["one_thread"]), 2),
         "together_ms": round(1000 * statistics.median(spent["together"]), 2),
         "sum_ms": round(1000 * statistics.median(spent["sum"]), 2),
         "together_images_per_second": round(batch / statistics.median(spent["together"])),
         "faster_by": round(statistics.median(ratios), 3),
+        "faster_than_one_thread_by": round(statistics.median(singles), 3),
         "faster_by_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
     }
 

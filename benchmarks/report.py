@@ -425,16 +425,17 @@ def processes(r: dict[str, Any]) -> str:
         f"On the same {r['cores']} cores. A sum is of as many numbers as there are weights; it is "
         "part of each step together.",
         "",
-        "| network of | batch | weights | ms a step alone | together | a sum | together is faster "
-        "by | quartiles |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network of | batch | weights | ms a step alone | alone, one thread | together | a sum "
+        "| together is faster by | quartiles | than one thread by |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, c in r["cases"].items():
         low, _, high = c["faster_by_quartiles"]
         lines.append(
             f"| {name} | {c['batch']} | {c['weights']:,} | {c['alone_ms']:.1f} | "
-            f"{c['together_ms']:.1f} | {c['sum_ms']:.1f} | **{c['faster_by']:.2f}** | "
-            f"{low:.2f}-{high:.2f} |"
+            f"{c['one_thread_ms']:.1f} | {c['together_ms']:.1f} | {c['sum_ms']:.1f} | "
+            f"**{c['faster_by']:.2f}** | {low:.2f}-{high:.2f} | "
+            f"{c['faster_than_one_thread_by']:.2f} |"
         )
     return "\n".join([*lines, "", where(r), ""])
 
