@@ -35,7 +35,7 @@ LARGEST = {"cpu": 256, "cuda": 4096}
 FIRST = 16  # images in the first batch, which tells how large the others can be
 TRIALS, TRIED = 3, 32  # batches that each memory format is timed on, and images in each
 SHORTEST, CLEAR = 0.001, 1.3  # least seconds of such a batch; what ends the timing after two
-READ, MOST_READ = 1 << 23, 4096  # bytes and images that are read at once where not in memory
+READ, MOST_READ = 1 << 22, 4096  # bytes and images that are read at once where not in memory
 
 
 def placed(model: nn.Module, on: str | None) -> Plan:
