@@ -12,7 +12,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from commands import DIGITS, command, here, pictures, refused
-from convlens import ImageClassifier, Run, modelfile, recipe, training
+from convlens import ImageClassifier, Run, keeping, modelfile, recipe, training
 from convlens.checking import check
 from convlens.data import Data, load
 from convlens.engine import Position
@@ -198,7 +198,7 @@ def test_a_run_without_validation_goes_on_where_it_stopped(
     asked = tiny(*BARE)
     setup, place = begin(asked, "whole")
     training.run_to_end(setup, place, quiet=True)
-    real, saves = training.save, []
+    real, saves = keeping.save, []
 
     def save(*arguments: Any) -> None:
         real(*arguments)
@@ -207,7 +207,8 @@ def test_a_run_without_validation_goes_on_where_it_stopped(
             raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", save)
+        patch.setattr(keeping, "save", save)
+        patch.setattr(keeping, "SAVE_SECONDS", 0.0)
         with pytest.raises(MemoryError):
             training.run_to_end(*begin(asked, "stopped"), quiet=True)
     setup, other = begin(asked, "stopped")

@@ -27,6 +27,9 @@ BATCH = 64
 # the allocator has not yet given back), and what is kept of each image: path, id, digest, label.
 ROOM = 3 * BATCH * IMAGE
 EACH = 1024
+# What an allocator keeps of freed buffers differs by some MiB from one process to the next: so
+# the sets differ by far more than that.
+NOISE = 8 << 20
 
 # Trains and tests with the arguments given; prints the most memory it ever had, in bytes. Not
 # `ru_maxrss`: that begins at what the parent process had.
@@ -54,7 +57,8 @@ def measured(data: Path, name: str, memory: str) -> dict[str, Any]:
         [sys.executable, "-c", MEASURE, *arguments],
         capture_output=True,
         text=True,
-        env=environment(CONVLENS_MEMORY=memory),
+        # One arena: else each thread that decodes keeps what it freed.
+        env=environment(CONVLENS_MEMORY=memory, MALLOC_ARENA_MAX="1"),
     )
     assert done.returncode == 0, done.stderr
     result, peak = done.stdout.splitlines()
@@ -78,17 +82,17 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="counts as Linux coun
 
 @linux
 def test_a_set_ten_times_the_budget_trains_within_it_to_the_same_weights() -> None:
-    # 47 and 82 MiB of pixels. Both validate on several full batches of 256: with the second one
+    # 47 and 141 MiB of pixels. Both validate on several full batches of 256: with the second one
     # the buffers of two are alive, whatever the number of images.
-    few, many = 4000, 7000
+    few, many = 4000, 12000
     assert many * IMAGE > 10 * BUDGET
     # Both are beyond the budget, so both stream, with the same batches: what the larger one
     # needs more is what grows with the number of images.
     small = measured(folder(Path("small"), few), "small", "4MB")
     large = measured(folder(Path("large"), many), "large", "4MB")
-    assert large["n"] == 1050
+    assert large["n"] == 1800
     growth = large["peak"] - small["peak"]
-    assert growth < BUDGET + ROOM + EACH * (many - few), f"{growth / 2**20:.1f} MiB more"
+    assert growth < BUDGET + ROOM + NOISE + EACH * (many - few), f"{growth / 2**20:.1f} MiB more"
     # With room for all of it, the images are in memory, and that can be seen.
     shutil.move("models/large", "streamed")
     whole = measured(Path("large"), "large", "4GB")
@@ -102,7 +106,6 @@ def test_a_set_ten_times_the_budget_trains_within_it_to_the_same_weights() -> No
 @linux
 def test_shards_stream_within_the_budget() -> None:
     # Nothing decoded is kept: each batch is read from the tars and decoded when it is needed.
-    # Threads that decode make peaks differ by some MiB: so the sets differ by ten times as much.
     few, many = 4000, 12000
     peaks = {}
     for count in (few, many):
@@ -110,5 +113,5 @@ def test_shards_stream_within_the_budget() -> None:
         peaks[count] = measured(Path(f"tars-{count}"), f"of-{count}", "4MB")["peak"]
     assert many * IMAGE > 10 * BUDGET
     growth = peaks[many] - peaks[few]
-    assert growth < BUDGET + ROOM + EACH * (many - few), f"{growth / 2**20:.1f} MiB more"
+    assert growth < BUDGET + ROOM + NOISE + EACH * (many - few), f"{growth / 2**20:.1f} MiB more"
     assert not list(Path(os.environ["CONVLENS_CACHE"]).glob("*.pixels"))
