@@ -186,7 +186,7 @@ class _Trial:
         clip = engine.clipper(part, options.clip_value, options.clip_norm)
         images = trunk.as_they_are(self.images, plan)
         take: engine.Take = partial(
-            engine.step, graphs.compiled(part) if plan.step == "compiled" else part,
+            engine.step, graphs.compiled(part, plan.device) if plan.step == "compiled" else part,
             objective=self.objective, optimiser=optimiser, plan=plan, clip=clip,
         )  # fmt: skip
         take = graphs.Captured(take, optimiser) if plan.step == "graph" else take

@@ -56,7 +56,7 @@ class Setup:
         if self.world.size > 1:
             together = Together(feed.model, self.world, feed.batches.sizes)
         return engine.fit(
-            compiled(feed.model) if self.plan.step == "compiled" else feed.model,
+            compiled(feed.model, self.plan.device) if self.plan.step == "compiled" else feed.model,
             feeding.Timed(feed.batches, self.position),
             self.optimiser,
             self.schedule,
