@@ -111,6 +111,7 @@ def train(
     data: str | Path | None = None,
     name: str | None = None,
     fresh: bool = False,
+    extend: bool = False,
     test: bool = True,
     device: str | None = None,
     quiet: bool = False,
@@ -122,6 +123,7 @@ def train(
             name, a folder of class folders, a CSV.
         overrides: dotted keys, `{"optim.lr": 0.1}` or `["optim.lr=0.1"]`.
         data: trains the recipe on this data set instead of its own.
+        extend: begin where a finished run of this recipe with fewer epochs ended.
         name, fresh, test, device, quiet: as on the command line.
 
     Raises:
@@ -133,6 +135,7 @@ def train(
         name=name,
         plain=asked.plain,
         fresh=fresh,
+        extend=extend,
         test=test,
         on=device,
         quiet=quiet,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 from convlens import ranks
 
@@ -41,6 +42,25 @@ class Step(Protocol):
     def numbers(self) -> Numbers: ...
 
 
+class _Stderr:
+    """sys.stderr as it is at the moment; what it can't take any more is dropped.
+
+    A closed terminal or a full disk under a log must not end a training.
+    """
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            return sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
 _console: Console | None = None
 
 
@@ -50,7 +70,8 @@ def console() -> Console:
     if _console is None:
         from rich.console import Console as RichConsole
 
-        _console = RichConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        err = cast(IO[str], _Stderr())
+        _console = RichConsole(file=err, highlight=False, emoji=False, soft_wrap=True)
         _console.quiet = ranks.rank() > 0  # of several processes the first one speaks
     return _console
 

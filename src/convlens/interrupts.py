@@ -1,9 +1,12 @@
-"""Ctrl-C and SIGTERM as a flag that long work looks at between two steps.
+"""Ctrl-C, SIGTERM and SIGHUP: a flag between two steps of a training, an exception elsewhere.
 
-The handler does nothing else: saving inside a signal handler can meet half an update. A second
-signal ends the process at once (files are written atomically, so nothing is corrupted); of
-several processes not, since `torchrun` sends its own when one of them has ended, and the first
-may still be saving. (It kills what is left after half a minute.)
+A training is asked by a flag that it looks at between two steps: saving inside a signal handler
+can meet half an update. A second signal ends the process at once (files are written atomically,
+so nothing is corrupted); of several processes not, since `torchrun` sends its own when one of
+them has ended, and the first may still be saving. (It kills what is left after half a minute.)
+
+All else (decoding, downloading, testing) has nothing to save, and is left by `Terminated`, as by
+KeyboardInterrupt: temporary files are deleted on the way.
 """
 
 from __future__ import annotations
@@ -14,13 +17,49 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from convlens import ranks
+
+# SIGHUP, which Windows lacks, is a closed terminal.
+STOPPING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP outside the steps of a training; like KeyboardInterrupt no `Exception`."""
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Turns the first SIGTERM or SIGHUP in the main thread into `Terminated`; the next kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _handlers(*STOPPING)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for caught in before:
+            signal.signal(caught, signal.SIG_DFL)
+        raise Terminated(signal.Signals(number).name)
+
+    for number in before:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _handlers(*numbers: signal.Signals) -> dict[signal.Signals, Any]:
+    """The present handlers of signals that aren't ignored: `nohup` is to be heeded."""
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    return {number: held for number, held in handlers.items() if held != signal.SIG_IGN}
 
 
 @dataclass
 class Flag:
-    """`up` once a signal came; `interrupted` if it was Ctrl-C rather than SIGTERM."""
+    """`up` once a signal came; `interrupted` if it was Ctrl-C rather than SIGTERM or SIGHUP."""
 
     up: bool = False
     interrupted: bool = False
@@ -28,12 +67,12 @@ class Flag:
 
 @contextlib.contextmanager
 def flagged() -> Iterator[Flag]:
-    """Catches SIGINT and SIGTERM in the main thread; elsewhere the flag never goes up."""
+    """Catches SIGINT, SIGTERM and SIGHUP in the main thread; elsewhere the flag never goes up."""
     flag = Flag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = _handlers(signal.SIGINT, *STOPPING)
 
     def raise_flag(number: int, frame: FrameType | None) -> None:
         flag.up, flag.interrupted = True, number == signal.SIGINT

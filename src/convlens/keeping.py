@@ -8,6 +8,7 @@ same bits.
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import asdict
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from convlens import optim
+from convlens.errors import UsageError
 from convlens.preparing import Setup
 from convlens.resuming import Best, restore, save
 from convlens.run import RunFolder
 from convlens.version import __version__
 
-SAVE_SECONDS = 60.0  # the most work that a killed process loses
+SAVE_SECONDS = 60.0  # the most work that a killed process loses; $CONVLENS_SAVE_SECONDS
 LIST_SECONDS = 1.0  # the most that `metrics.csv` is behind
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
@@ -40,6 +42,7 @@ class Keeper:
         self.rows = restore(place, setup, self.best)
         self._pending: Snapshot | None = None  # to be kept, not written yet
         self._saved, self._listed = time.perf_counter(), -math.inf
+        self._every = save_seconds()
 
     def take(self, row: dict[str, float]) -> None:
         """Takes in an epoch's row, and its weights if they are the ones to keep."""
@@ -60,7 +63,7 @@ class Keeper:
     @property
     def due(self) -> bool:
         """Whether it is time to save."""
-        return time.perf_counter() - self._saved >= SAVE_SECONDS
+        return time.perf_counter() - self._saved >= self._every
 
     def save(self) -> None:
         """Writes all that continuing needs; call it between steps only.
@@ -81,6 +84,15 @@ class Keeper:
     def _list(self) -> None:
         self._place.write_metrics(self.rows)
         self._listed = time.perf_counter()
+
+
+def save_seconds() -> float:
+    """Seconds between two saves: a minute, or what the environment says."""
+    asked = os.environ.get("CONVLENS_SAVE_SECONDS", "")
+    try:
+        return max(0.0, float(asked)) if asked else SAVE_SECONDS
+    except ValueError as error:
+        raise UsageError(f"CONVLENS_SAVE_SECONDS={asked!r} is no number", fix="e.g. 30") from error
 
 
 def snapshot(setup: Setup, name: str, row: dict[str, float] | None) -> Snapshot:

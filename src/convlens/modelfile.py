@@ -33,6 +33,10 @@ class NotFiniteError(Stopped, ValueError):
     """Tensors with NaN or infinity: they are never written."""
 
 
+class NewerFormatError(ModelFileError):
+    """The file is whole, but of a format that only later versions know."""
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
     """Writes tensors and metadata atomically; returns the file's hash (hex SHA-256).
 
@@ -86,7 +90,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             fix="restore it from a copy, or train again with --fresh",
         )
     if metadata.get("format") != FORMAT:
-        raise ModelFileError(
+        raise NewerFormatError(
             f"written by a newer convlens (format {metadata.get('format')}, "
             f"this one knows {FORMAT})",
             where=str(path),

@@ -12,6 +12,8 @@ import contextlib
 import datetime
 import functools
 import json
+import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -143,6 +145,16 @@ class World:
             dist.all_reduce(value, how, group=self._control)
         return float(value)
 
+    @contextlib.contextmanager
+    def naming(self, where: Callable[[], str]) -> Iterator[None]:
+        """Inside, `Lost` says which process of which machine noticed, and where it was by then."""
+        try:
+            yield
+        except Lost as error:
+            told = f"process {self.rank} of {self.size} on {socket.gethostname()} noticed it"
+            error.where = f"{told} in {where()}: {error.where}"
+            raise
+
     # -- tensors --------------------------------------------------------------------------
 
     def sum_(self, tensor: Tensor) -> None:
@@ -234,12 +246,14 @@ def first_to_fail(code: int) -> tuple[bool, int]:
     The first one tells the user, and all end with its exit code. `torchrun`'s store decides, since
     it outlives every process; without it, the process of rank 0 speaks.
     """
+    # `torchrun --max-restarts` starts all of them anew, with the same store.
+    key = f"convlens/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         store = _store()
-        if store.add("convlens/failed", 1) == 1:
-            store.set("convlens/code", str(code))
+        if store.add(f"{key}/failed", 1) == 1:
+            store.set(f"{key}/code", str(code))
             return True, code
-        return False, int(store.get("convlens/code"))
+        return False, int(store.get(f"{key}/code"))
     except (RuntimeError, ValueError):
         return ranks.rank() == 0, code
 

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from convlens import models
 from convlens.beginning import Begun
+from convlens.console import say
 from convlens.engine import Position
 from convlens.onlooker import agreed
 from convlens.preparing import Setup
@@ -93,6 +95,7 @@ def save(place: RunFolder, setup: Setup, best: Best, rows: list[dict[str, float]
         "position": position,
         "best": asdict(best),
         "rows": rows,
+        "model_epoch": best.epoch if setup.recipe.train.keep == "best" else 0,
     }
     if setup.averager is not None:
         state = setup.averager.state()
@@ -112,6 +115,9 @@ def begun_with(place: RunFolder) -> Begun | None:
 def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]]:
     """Brings `setup` and `best` to where the run stopped; returns the epochs' rows so far."""
     stored = place.state()
+    at = stored[1]["position"] if stored else {"epoch": 1, "step": 0}
+    if place.lost:
+        _tell_lost(place, int(at["epoch"]), int(at["step"]))
     if stored is None:
         agreed(setup.world, [1, 0], place)
         return []
@@ -147,6 +153,14 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     # A run that an earlier version left unfinished didn't count them.
     late = ("cpu_seconds", "data_seconds")
     return [{**row, **{key: row.get(key, math.nan) for key in late}} for row in counters["rows"]]
+
+
+def _tell_lost(place: RunFolder, epoch: int, step: int) -> None:
+    """A damaged state costs time and nothing else: what it held is trained again, to its bits."""
+    for reason in place.lost:
+        say(f"[bold]can't be used[/]: {escape(reason)}")
+    where = f"epoch {epoch}, step {step}" if (epoch, step) != (1, 0) else "the beginning"
+    say(f"going on from {where}; what came after it is trained again")
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

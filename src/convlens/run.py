@@ -3,7 +3,7 @@
 `models/<run>/` holds `model.safetensors` (chosen weights and all that is needed to use them),
 `recipe.yaml` (resolved, trainable as it stands), `run.json` (what was asked, data, hardware,
 status), `split.csv` (what was held out), `metrics.csv` (one row an epoch), `results.json` (each
-look at a split) and, until it is finished, `state/` (to continue). Plots are in `plots/<run>/`.
+look at a split) and `state/` (to continue, or to extend). Plots are in `plots/<run>/`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import io
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from convlens import files, modelfile, models
 from convlens.data.batches import Normalise
 from convlens.errors import ModelFileError, UsageError
+from convlens.generations import Generations
 from convlens.names import near
 from convlens.recipe import Recipe
 
@@ -76,7 +76,7 @@ class RunFolder:
         self.name = self.path.name or self.path.resolve().name  # of `.`, too
         self.plots = plots or PLOTS / self.name
         self.model_path = self.path / "model.safetensors"
-        self.state_path = self.path / "state" / "state.safetensors"
+        self.generations = Generations(self.path / "state")
 
     # -- whole run ------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ class RunFolder:
     def finish(
         self, *, epochs: int, kept: int, seconds: float, cpu_seconds: float = math.nan
     ) -> None:
-        """Marks the run as finished; its state to continue from is not needed any more."""
+        """Marks the run as finished; of its states the last one stays, to be extended."""
         facts = {
             "epochs": epochs,
             "kept_epoch": kept,
@@ -101,7 +101,7 @@ class RunFolder:
             "cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),
         }
         self.note({"status": "finished", **facts})
-        shutil.rmtree(self.path / "state", ignore_errors=True)
+        self.generations.keep_newest()
 
     def facts(self) -> dict[str, Any]:
         """What `run.json` says; empty for a folder that is no run yet."""
@@ -175,11 +175,38 @@ class RunFolder:
     # -- state ----------------------------------------------------------------------------
 
     def save_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """All that is needed to continue after the last finished epoch."""
-        modelfile.write(self.state_path, tensors, counters)
+        """All that is needed to continue from here.
+
+        Args:
+            counters: with `model_epoch`, the epoch whose weights the model file must hold for
+                the state to be of use (0: none).
+        """
+        self.generations.save(tensors, counters)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return modelfile.read(self.state_path) if self.state_path.exists() else None
+        """The newest state that is whole and whose best weights are; `lost` says of the others."""
+        found = self.generations.read(self._lacks_model)
+        return (found.tensors, found.counters) if found else None
+
+    @property
+    def lost(self) -> list[str]:
+        """What is wrong with states that `state` passed over."""
+        return self.generations.lost
+
+    def _lacks_model(self, counters: Mapping[str, Any]) -> str:
+        """Why the model file isn't what a state with these counters needs; empty if it is.
+
+        It is written first, so it may be of a later epoch: that will be trained again, alike.
+        """
+        needed = int(counters.get("model_epoch", 0))
+        if not needed:
+            return ""
+        try:
+            epoch = int(modelfile.read(self.model_path)[1]["chosen"]["epoch"])
+        except (ModelFileError, KeyError, TypeError, ValueError) as error:
+            reason = error.what if isinstance(error, ModelFileError) else "no epoch in it"
+            return f"the weights of epoch {needed}, the best ones, are lost: {reason}"
+        return "" if epoch >= needed else f"the model file is of epoch {epoch}, not {needed}"
 
 
 def load_model(path: Path) -> Loaded:
@@ -276,6 +303,11 @@ def _is_taken(folder: Path) -> bool:
 def safe(name: str) -> str:
     """A name that is one folder on every system: letters, digits, `.`, `_`, `-`, other scripts."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+
+
+def copy(source: Path, target: Path) -> None:
+    """A copy of a run's file, whole or not at all."""
+    files.write_atomic(target, source.read_bytes())
 
 
 def _some(items: Iterable[str]) -> str:

@@ -12,7 +12,18 @@ import math
 from functools import partial
 from typing import Any
 
-from convlens import device, engine, evaluation, onlooker, optim, picturing, processes, run, weights
+from convlens import (
+    device,
+    engine,
+    evaluation,
+    extending,
+    onlooker,
+    optim,
+    picturing,
+    processes,
+    run,
+    weights,
+)  # fmt: skip
 from convlens.checking import check
 from convlens.console import say, table, watch
 from convlens.data import Data, load
@@ -34,6 +45,7 @@ def train(
     name: str | None = None,
     plain: bool = False,
     fresh: bool = False,
+    extend: bool = False,
     test: bool = True,
     on: str | None = None,
     quiet: bool = False,
@@ -44,6 +56,7 @@ def train(
         name: the run's name; by default the recipe's (with a hash unless `plain`).
         plain: the recipe is as published, so the run takes the bare name.
         fresh: train anew in a new folder, whatever there is.
+        extend: begin where a finished run of this recipe with fewer epochs ended (`extending`).
         test: evaluate the test split once at the end, with the weights already chosen.
         on: device, e.g. `cpu`, `cuda:1`; the best there is by default.
 
@@ -58,6 +71,8 @@ def train(
     place = onlooker.placed(
         world, lambda: run.place(called, recipe.digest(), plain=plain, fresh=fresh)
     )
+    if extend:
+        world.told(lambda: extending.extend(place, recipe))
     if world.told(lambda: place.finished):
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
@@ -143,7 +158,12 @@ def run_to_end(
     done = (setup.position.epoch - 1) * steps + setup.position.step
     if done:
         say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
-    with flagged() as flag, watch(setup.epochs, steps, done, shown=not quiet) as bar:
+    at = setup.position
+    with (
+        flagged() as flag,
+        watch(setup.epochs, steps, done, shown=not quiet) as bar,
+        world.naming(lambda: f"epoch {at.epoch}, after step {at.step}"),
+    ):
         clock = Clock(setup.position)
         world.asks_to_stop = lambda: flag.up
         for record in _guarded(setup, place, keeper):

@@ -16,14 +16,15 @@ import typer
 from rich.markup import escape
 
 from convlens import ranks
-from convlens.cli import basics, inside, judging
+from convlens.cli import basics, inside, judging, trusting
 from convlens.cli.shared import app
 from convlens.console import console, say
-from convlens.errors import ConvlensError, UsageError
+from convlens.errors import ConvlensError, Stopped, UsageError
+from convlens.interrupts import Terminated, stoppable
 from convlens.names import pick
 from convlens.version import __version__
 
-__all__ = ["app", "basics", "inside", "judging", "main"]
+__all__ = ["app", "basics", "inside", "judging", "main", "trusting"]
 
 SHARED = ("train", "evaluate")  # what several processes can do together
 
@@ -67,15 +68,23 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if ranks.rank() > 0:  # of several processes the first one speaks
         sys.stdout = io.StringIO()
     try:
-        app(args=arguments)
+        with stoppable():
+            app(args=arguments)
+    except Terminated as signalled:
+        _end(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))
     except ConvlensError as error:
         if os.environ.get("CONVLENS_DEBUG"):
             raise
-        if ranks.size() > 1:
-            _fail_with_others(error)
-        _show(error)
-        sys.exit(error.exit_code)
+        _end(error)
     sys.exit(0)
+
+
+def _end(error: ConvlensError) -> NoReturn:
+    """Says what it is, and ends with its exit code."""
+    if ranks.size() > 1:
+        _fail_with_others(error)
+    _show(error)
+    sys.exit(error.exit_code)
 
 
 def _fail_with_others(error: ConvlensError) -> NoReturn:

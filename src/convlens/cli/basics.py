@@ -39,6 +39,9 @@ def train(
     ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew in a new folder.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go on from a finished run with fewer epochs.")
+    ] = False,
     no_test: Annotated[bool, typer.Option("--no-test", help="Keep the test split sealed.")] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")
@@ -49,15 +52,18 @@ def train(
     """Train a recipe, or the default one on your own images, and test it once.
 
     [dim]convlens train mnist · convlens train photos/ data.image_size=96 · convlens train digits
-    --seeds 5 · convlens train digits --folds 5[/]
+    --seeds 5 · convlens train digits --folds 5 · convlens train digits train.epochs=60 --extend[/]
     """
     from convlens import asking, several, training
+    from convlens.errors import UsageError
     from convlens.showing.results import finished
     from convlens.showing.runs import run_table
 
     changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
     options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
     if settings is not None or splits > 1 or seeds > 1 or folds is not None or refit:
+        if extend:
+            raise UsageError("--extend is for a single run", fix="extend them one by one")
         variants = asking.read_settings(what, settings, data=data, overrides=changes)
         options |= {"splits": splits, "seeds": seeds, "folds": folds, "refit": refit}
         table = several.train_many(variants, **options)
@@ -66,7 +72,7 @@ def train(
         print_json(as_json, table.to_dict())
         return
     asked = asking.read(what, data=data, overrides=changes)
-    place = training.train(asked.recipe, plain=asked.plain, **options)
+    place = training.train(asked.recipe, plain=asked.plain, extend=extend, **options)
     if not as_json:
         finished(place)
     last = {} if no_test else _last(place.results())
