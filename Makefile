@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := src tests benchmarks
 PEERS ?= benchmarks/peers/environments
 
-.PHONY: demo test check lint types bench-overhead bench-peers bench-cpu bench-gpu clean
+.PHONY: demo test check lint types chaos bench-overhead bench-peers bench-cpu bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,12 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# What is too long for the suite: kills at random moments, thousands of damaged files, fuzzing.
+# CHAOS=10 kills fewer trainings.
+chaos: export CONVLENS_CHAOS = $(CHAOS)
+chaos: $(VENV)/.dev
+	$(BIN)/python -m pytest --slow -s tests/test_chaos.py tests/test_generations.py tests/test_signals.py tests/test_processes.py
 
 # Measurements on a CPU; they want a quiet machine. QUICK=1 takes minutes instead of half an hour,
 # and what it finds goes to build/benchmarks instead of benchmarks/results.

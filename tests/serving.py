@@ -31,10 +31,11 @@ class Pages(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[tuple[str, type[Pages]]]:
+def serving(kind: type[Pages] = Pages) -> Iterator[tuple[str, type[Pages]]]:
     """The address of a server that lives as long as the context, and its handler."""
-    handler = type("Handler", (Pages,), {"pages": {}, "asked": []})
+    handler = type("Handler", (kind,), {"pages": {}, "asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        running.daemon_threads, running.block_on_close = True, False
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}/", handler
         running.shutdown()

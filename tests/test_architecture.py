@@ -36,8 +36,8 @@ LEVELS: dict[int, tuple[str, ...]] = {
     5: (
         "checking", "beginning", "feeding", "planning", "preparing", "weights", "resuming",
         "keeping", "picturing",
-        "evaluation", "answers", "prediction", "extending", "training", "tabling", "several", "estimator",
-        "asking", "chaos", "inspection", "comparing", "diagnosing", "labelling",
+        "evaluation", "answers", "prediction", "extending", "training", "tabling", "several",
+        "estimator", "asking", "chaos", "inspection", "comparing", "diagnosing", "labelling",
     ),
     6: ("api", "insight", "showing", "reporting"),
     7: ("__init__",),

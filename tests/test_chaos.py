@@ -1,0 +1,90 @@
+"""Killed trainings end with the same bits: a few here, fifty in `make chaos`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from commands import command
+from convlens import chaos, modelfile
+from convlens.run import RunFolder
+from support import begin, tiny
+from test_resume import finish
+
+
+def test_a_killed_training_ends_with_the_same_bits() -> None:
+    done = command("selftest", "--chaos", "1", "--json")
+    assert done.code == 0, done.err
+    assert done.json["same"] == done.json["kills"] == 1
+    assert "1/1 ended with the same bits" in done.err
+
+
+def count(default: int) -> int:
+    return int(os.environ.get("CONVLENS_CHAOS") or default)
+
+
+@pytest.mark.slow
+def test_fifty_killed_trainings_end_with_the_same_bits() -> None:
+    score = chaos.chaos(count(50))
+    print(json.dumps(score.to_dict(), indent=1))
+    assert score.same == len(score.kills) == count(50)
+
+
+@pytest.mark.slow
+def test_twenty_trainings_of_two_processes_end_with_the_same_bits() -> None:
+    score = chaos.chaos(count(20), processes=2)
+    print(json.dumps(score.to_dict(), indent=1))
+    assert score.same == len(score.kills) == count(20)
+
+
+def test_differences_are_found() -> None:
+    """A comparison that sees nothing would find all equal."""
+    one, other = finish(tiny(), "one"), finish(tiny(), "other")
+    assert chaos.differences(one, other) == []
+    for name, change, said in (
+        ("model.safetensors", _nudged, "the model: 1 of"),
+        (f"state/{_state(other)}", _nudged, "the state: 1 of"),
+        ("metrics.csv", lambda path: path.write_text(path.read_text().replace("0.0", "0.1", 1)),
+         "metrics.csv"),
+        ("run.json", lambda path: path.write_text(path.read_text().replace(
+            '"kept_epoch": ', '"kept_epoch": 1')), "run.json: kept_epoch"),
+        ("recipe.yaml", lambda path: path.write_text(path.read_text() + "\n"), "recipe.yaml"),
+    ):  # fmt: skip
+        copy = RunFolder(Path("copy") / "other")
+        shutil.rmtree("copy", ignore_errors=True)
+        shutil.copytree(other.path, copy.path)
+        change(copy.path / name)
+        (found,) = chaos.differences(one, copy)
+        assert found.startswith(said)
+
+
+def _state(place: RunFolder) -> str:
+    return next((place.path / "state").glob("*.safetensors")).name
+
+
+def _nudged(path: Path) -> None:
+    """The file with the last bit of one weight changed, and a right hash over it."""
+    tensors, card = modelfile.read(path)
+    name = next(n for n, t in tensors.items() if t.ndim > 1 and t.is_floating_point())
+    tensors[name].view(-1)[0] = torch.nextafter(tensors[name].view(-1)[0], torch.tensor(9.0))
+    place = {k: v for k, v in card.items() if k not in ("sha256", "format")}
+    digest = modelfile.write(path, tensors, place)
+    manifest = path.parent / "manifest.json"
+    if manifest.exists():
+        content = json.loads(manifest.read_text())
+        content["generations"][0]["sha256"] = digest
+        manifest.write_text(json.dumps(content))
+
+
+def test_the_recipe_has_everything_on() -> None:
+    setup, _ = begin(chaos.load(chaos.RECIPE), "x")
+    assert setup.averager is not None
+    assert setup.recipe.train.patience
+    assert any(isinstance(m, torch.nn.Dropout) for m in setup.trained.modules())
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in setup.trained.modules())
+    assert any(name == "MixUp" for name, _ in setup.recipe.operations)

@@ -1,0 +1,267 @@
+"""Two states of a run, so that one may be damaged: what is used then, and what is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convlens import files, generations, keeping, modelfile, training
+from convlens.errors import ResourceError
+from convlens.generations import Generations
+from convlens.run import RunFolder
+from support import begin, same, tiny
+from test_resume import EVERYTHING, equal, finish
+
+
+def counters(epoch: int, step: int, **more: Any) -> dict[str, Any]:
+    return {"position": {"epoch": epoch, "step": step}, **more}
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"model.weight": torch.full((3,), value)}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_two_newest_are_kept_and_the_newest_is_read() -> None:
+    states = Generations(Path("state"))
+    assert states.read() is None
+    for step in (1, 2, 3):
+        states.save(tensors(step), counters(1, step))
+    assert names(Path("state")) == [
+        "0001-000002.safetensors",
+        "0001-000003.safetensors",
+        "manifest.json",
+    ]
+    found = Generations(Path("state")).read()
+    assert found is not None
+    same(found.tensors, tensors(3))
+    assert found.counters["position"] == {"epoch": 1, "step": 3}
+
+
+def test_the_same_place_saved_again_takes_no_generation_away() -> None:
+    states = Generations(Path("state"))
+    states.save(tensors(1), counters(1, 1))
+    states.save(tensors(2), counters(1, 2))
+    states.save(tensors(2.5), counters(1, 2))
+    manifest = json.loads(Path("state/manifest.json").read_text())
+    assert [each["step"] for each in manifest["generations"]] == [2, 1]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "deleted", "exchanged"])
+def test_a_damaged_newest_falls_back_and_says_so(damage: str) -> None:
+    states = Generations(Path("state"))
+    states.save(tensors(1), counters(1, 4))
+    states.save(tensors(2), counters(3, 7))
+    newest = Path("state/0003-000007.safetensors")
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped":
+        content[-2] ^= 1
+        newest.write_bytes(content)
+    elif damage == "truncated":
+        newest.write_bytes(content[:-5])
+    elif damage == "emptied":  # a power cut behind a rename that was not synced
+        newest.write_bytes(bytes(len(content)))
+    elif damage == "deleted":
+        newest.unlink()
+    else:  # whole, but of another time
+        modelfile.write(newest, tensors(9), counters(3, 7))
+    states = Generations(Path("state"))
+    found = states.read()
+    assert found is not None
+    assert found.counters["position"] == {"epoch": 1, "step": 4}
+    (told,) = states.lost
+    assert told.startswith("the state of epoch 3, step 7: ")
+    # The next save keeps the good one, not the damaged one.
+    states.save(tensors(3), counters(1, 5))
+    newest = Path("state/0001-000005.safetensors")
+    newest.write_bytes(b"")
+    found = Generations(Path("state")).read()
+    assert found is not None
+    assert found.counters["position"] == {"epoch": 1, "step": 4}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"generations": [{"file": 1}]}'])
+def test_without_a_manifest_the_newest_whole_state_counts(content: bytes | None) -> None:
+    states = Generations(Path("state"))
+    states.save(tensors(1), counters(1, 9))
+    states.save(tensors(2), counters(2, 3))
+    manifest = Path("state/manifest.json")
+    manifest.unlink() if content is None else manifest.write_bytes(content)
+    Path("state/notes.safetensors").write_bytes(b"no state")
+    found = Generations(Path("state")).read()
+    assert found is not None
+    assert found.counters["position"] == {"epoch": 2, "step": 3}
+
+
+def test_a_manifest_does_not_lead_out_of_its_folder() -> None:
+    modelfile.write(Path("elsewhere.safetensors"), tensors(1), counters(1, 1))
+    digest = modelfile.read(Path("elsewhere.safetensors"))[1]["sha256"]
+    entry = {"file": "../elsewhere.safetensors", "sha256": digest, "epoch": 1, "step": 1}
+    files.write_atomic(Path("state/manifest.json"), json.dumps({"generations": [entry]}))
+    assert Generations(Path("state")).read() is None
+
+
+def test_a_state_of_a_later_version_is_no_damaged_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = Generations(Path("state"))
+    states.save(tensors(1), counters(1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(modelfile, "FORMAT", modelfile.FORMAT + 1)
+        states.save(tensors(2), counters(1, 2))
+    with pytest.raises(modelfile.NewerFormatError, match="newer convlens"):
+        Generations(Path("state")).read()
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_whatever_write_fails_a_state_stays(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk at each step of a save: write, fsync, rename, of the state and the manifest."""
+    states = Generations(Path("state"))
+    states.save(tensors(1), counters(1, 1))
+    calls = []
+
+    def failing(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            if len(calls) == at:
+                raise OSError(28, "No space left on device")
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("fsync", "replace", "chmod", "open"):
+        failing(name)
+    refused = None
+    try:
+        states.save(tensors(2), counters(1, 2))
+    except ResourceError as error:
+        refused = error
+    monkeypatch.undo()
+    assert refused is None or "free some disk space" in refused.fix
+    found = Generations(Path("state")).read()
+    assert found is not None
+    step = found.counters["position"]["step"]
+    same(found.tensors, tensors(step))
+    assert step == 2 if refused is None else step in (1, 2)
+    assert not [name for name in names(Path("state")) if name.startswith(".")]
+
+
+def test_files_are_on_the_disk_before_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order that a power cut tests: contents, name, folder; the manifest after its state."""
+    states = Generations(Path("state"))
+    calls = []
+
+    def traced(name: str, says: Any) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(says(*arguments))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    def synced(handle: int) -> str:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        return "folder" if path.is_dir() else f"contents of {kind(path.name)}"
+
+    def kind(name: str) -> str:
+        return "manifest" if "manifest" in name else "state"
+
+    traced("fsync", synced)
+    traced("replace", lambda source, target: f"name of {kind(Path(target).name)}")
+    states.save(tensors(1), counters(1, 1))
+    assert calls == [
+        "contents of state", "name of state", "folder",
+        "contents of manifest", "name of manifest", "folder",
+    ]  # fmt: skip
+
+
+# Whole runs
+
+
+def killed_after(saves: int, name: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    """A run that saves after each step, and dies right after that many saves."""
+    real, done = keeping.save, []
+
+    def save(*arguments: Any) -> None:
+        real(*arguments)
+        done.append(1)
+        if len(done) == saves:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setenv("CONVLENS_SAVE_SECONDS", "0")
+        patch.setattr(keeping, "save", save)
+        with pytest.raises(MemoryError):
+            finish(tiny(*EVERYTHING, *options), name)
+
+
+@pytest.mark.parametrize("saves", [1, 2, 7, 14])
+def test_a_run_with_a_damaged_state_ends_as_if_it_were_whole(
+    saves: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = finish(tiny(*EVERYTHING), "whole")
+    killed_after(saves, "damaged", monkeypatch)
+    folder = Path("models/damaged/state")
+    newest = max(folder.glob("*.safetensors"))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 64
+    newest.write_bytes(content)
+    equal(finish(tiny(*EVERYTHING), "damaged"), whole)
+    told = capsys.readouterr().err
+    assert "can't be used: the state of epoch" in told
+    where = "the beginning" if saves == 1 else "epoch"
+    assert f"going on from {where}" in told
+    assert "what came after it is trained again" in told
+
+
+def test_lost_best_weights_are_trained_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = finish(tiny(*EVERYTHING), "whole")
+    killed_after(9, "damaged", monkeypatch)
+    place = RunFolder(Path("models/damaged"))
+    assert modelfile.read(place.model_path)[1]["chosen"]["epoch"] == 1
+    place.model_path.write_bytes(place.model_path.read_bytes()[:-1])
+    equal(finish(tiny(*EVERYTHING), "damaged"), whole)
+    told = capsys.readouterr().err
+    assert "the weights of epoch 1, the best ones, are lost" in told
+    assert "going on from the beginning" in told
+
+
+def test_the_state_of_an_earlier_version_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had no manifest and one file of a fixed name."""
+    whole = finish(tiny(*EVERYTHING), "whole")
+    killed_after(7, "old", monkeypatch)
+    folder = Path("models/old/state")
+    newest = max(folder.glob("*.safetensors"))
+    shutil.move(newest, "state.safetensors")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    shutil.move("state.safetensors", folder)
+    setup, place = begin(tiny(*EVERYTHING), "old")
+    rows, _ = training.run_to_end(setup, place, quiet=True)
+    assert len(rows) == 3
+    same(modelfile.read(place.model_path)[0], modelfile.read(whole.model_path)[0])
+
+
+def test_how_often_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from convlens.errors import UsageError
+
+    monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "30")
+    assert keeping.save_seconds() == 30
+    monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "often")
+    with pytest.raises(UsageError, match="CONVLENS_SAVE_SECONDS='often' is no number"):
+        keeping.save_seconds()
+    monkeypatch.delenv("CONVLENS_SAVE_SECONDS")
+    assert keeping.save_seconds() == keeping.SAVE_SECONDS == 60
+    assert generations.KEPT == 2
