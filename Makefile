@@ -6,6 +6,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests benchmarks
+LONG := chaos generations signals processes damage hostile fuzz numbers resources export
 PEERS ?= benchmarks/peers/environments
 
 .PHONY: demo test check lint types chaos bench-overhead bench-peers bench-cpu bench-gpu clean
@@ -26,10 +27,9 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 # What is too long for the suite: kills at random moments, thousands of damaged files, fuzzing.
-# CHAOS=10 kills fewer trainings.
-chaos: export CONVLENS_CHAOS = $(CHAOS)
 chaos: $(VENV)/.dev
-	$(BIN)/python -m pytest --slow -s tests/test_chaos.py tests/test_generations.py tests/test_signals.py tests/test_processes.py
+	$(BIN)/python benchmarks/chaos.py $(if $(QUICK),--kills 5 --pairs 2)
+	$(BIN)/python -m pytest --slow -n $(JOBS) $(wildcard $(addprefix tests/test_,$(addsuffix .py,$(LONG))))
 
 # Measurements on a CPU; they want a quiet machine. QUICK=1 takes minutes instead of half an hour,
 # and what it finds goes to build/benchmarks instead of benchmarks/results.

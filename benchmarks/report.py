@@ -487,6 +487,43 @@ def warm_mnist(r: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(r), ""])
 
 
+def saving(r: dict[str, Any]) -> str:
+    lines = [
+        "## What saving costs",
+        "",
+        f"One save of all that continuing needs, and of the model file: fsynced, with hashes, every "
+        f"{r['save_seconds']:.0f} s of training.",
+        "",
+        "| network | weights | state MB | model MB | seconds | CPU s | of the training |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {n['parameters']:,} | {n['state_mb']:.1f} | {n['model_mb']:.1f} | "
+        f"{n['seconds']:.3f} | {n['cpu_seconds']:.3f} | **{n['share_of_interval']:.2%}** |"
+        for name, n in r["networks"].items()
+    ]
+    return "\n".join([*lines, "", where(r), ""])
+
+
+def chaos(r: dict[str, Any]) -> str:
+    lines = [
+        "## Killed and continued",
+        "",
+        "Trainings (augmentation, mixed images, dropout, averaged weights, early stopping) killed by "
+        "SIGKILL at random moments, continued by the same command, and compared with one that was "
+        "left alone: weights, optimiser, averages, metrics, choice of epoch, test.",
+        "",
+        "| processes | killed | the same bits | minutes |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {case['processes']} | {case['kills']} | **{case['same']}/{case['kills']}** | "
+        f"{case['minutes']:.0f} |"
+        for case in (r[key] for key in ("one", "two") if key in r)
+    ]
+    return "\n".join([*lines, "", where(r), ""])
+
+
 SECTIONS = {
     "peers": lambda r: peers(r, where(r)),
     "cifar-speed": cifar_speed,
@@ -500,6 +537,8 @@ SECTIONS = {
     "processes": processes,
     "startup": startup,
     "scaling": scaling,
+    "saving": saving,
+    "chaos": chaos,
     "looking": looking,
     "attribution": attribution,
 }

@@ -1,9 +1,8 @@
-"""Killed trainings end with the same bits: a few here, fifty in `make chaos`."""
+"""Killed trainings end with the same bits: one here, fifty in `make chaos`."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -24,22 +23,10 @@ def test_a_killed_training_ends_with_the_same_bits() -> None:
     assert "1/1 ended with the same bits" in done.err
 
 
-def count(default: int) -> int:
-    return int(os.environ.get("CONVLENS_CHAOS") or default)
-
-
 @pytest.mark.slow
-def test_fifty_killed_trainings_end_with_the_same_bits() -> None:
-    score = chaos.chaos(count(50))
-    print(json.dumps(score.to_dict(), indent=1))
-    assert score.same == len(score.kills) == count(50)
-
-
-@pytest.mark.slow
-def test_twenty_trainings_of_two_processes_end_with_the_same_bits() -> None:
-    score = chaos.chaos(count(20), processes=2)
-    print(json.dumps(score.to_dict(), indent=1))
-    assert score.same == len(score.kills) == count(20)
+def test_of_two_processes_one_is_killed() -> None:
+    score = chaos.chaos(1, processes=2)
+    assert score.same == len(score.kills) == 1, score.to_dict()
 
 
 def test_differences_are_found() -> None:

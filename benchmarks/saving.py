@@ -1,0 +1,85 @@
+"""What saving costs: seconds of one save of all that continuing needs, and its share of a minute.
+
+A training saves once a minute. Each network is trained for a step (so that the optimiser has its
+state), and then saved several times into a folder on this disk, the model file as well, as after
+an epoch that was the best so far.
+
+    python benchmarks/saving.py [--repeats 5] [--folder .]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from convlens import recipe
+from convlens.data import load
+from convlens.keeping import SAVE_SECONDS, Keeper, snapshot
+from convlens.preparing import prepare
+from convlens.run import RunFolder
+from recording import record
+
+DATA = {"name": "digits", "per_class": 10, "image_size": 32, "channels": 3}
+PLAIN = {"memory_format": "contiguous", "precision": "fp32"}
+NETWORKS: dict[str, dict[str, object]] = {
+    "cnn 32-64, adamw": {"model": {"name": "cnn", "widths": [32, 64], "depth": 2}},
+    "wrn16-4, sgd, ema": {"model": {"name": "wrn16-4"}, "optim": {"name": "sgd", "ema": 0.99}},
+    "resnet18, sgd": {"model": {"name": "resnet18"}, "optim": {"name": "sgd"}},
+    "resnet18, adamw": {"model": {"name": "resnet18"}},
+    "resnet50, sgd": {"model": {"name": "resnet50"}, "optim": {"name": "sgd"}},
+}
+ROW = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "cpu_seconds",
+       "data_seconds", "images_per_second")  # fmt: skip
+
+
+def measured(how: dict[str, object], folder: Path, repeats: int) -> dict[str, float]:
+    """Megabytes of a state and a model file, and the median seconds of writing both."""
+    tree = recipe.load({"name": "saving", "data": DATA, "train": PLAIN, **how})
+    setup = prepare(tree, load(tree.data, memory_budget=1 << 30), "cpu")
+    next(iter(setup.fit()))
+    place = RunFolder(folder / "run")
+    place.create(setup.recipe, {"digests": []})
+    keeper = Keeper(setup, place)
+    times, busy = [], []
+    for epoch in range(1, repeats + 2):
+        row = {"epoch": float(epoch), **dict.fromkeys(ROW, 1.0)}
+        keeper._pending = snapshot(setup, place.name, row)
+        setup.position.step = epoch
+        began, cpu = time.perf_counter(), time.process_time()
+        keeper.save()
+        times.append(time.perf_counter() - began)
+        busy.append(time.process_time() - cpu)
+    state = max((place.path / "state").glob("*.safetensors")).stat().st_size
+    seconds = statistics.median(times[1:])
+    return {
+        "parameters": sum(p.numel() for p in setup.trained.parameters()),
+        "state_mb": round(state / 2**20, 2),
+        "model_mb": round(place.model_path.stat().st_size / 2**20, 2),
+        "seconds": round(seconds, 4),
+        "cpu_seconds": round(statistics.median(busy[1:]), 4),
+        "share_of_interval": round(seconds / SAVE_SECONDS, 5),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", default=".", help="on the disk that is to be measured")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = {}
+    for name, how in NETWORKS.items():
+        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+            rows[name] = measured(how, Path(folder), asked.repeats)
+    figures = {"repeats": asked.repeats, "save_seconds": SAVE_SECONDS, "networks": rows}
+    print(json.dumps(record("saving", figures)))
+
+
+if __name__ == "__main__":
+    main()
