@@ -1,4 +1,4 @@
-"""Kills trainings at random moments and compares what they end with: the score, kept with its moments.
+"""Kills trainings at random moments and compares what they end with; keeps the score.
 
 python benchmarks/chaos.py [--kills 50] [--pairs 20]    as many with two processes each
 """

@@ -491,8 +491,8 @@ def saving(r: dict[str, Any]) -> str:
     lines = [
         "## What saving costs",
         "",
-        f"One save of all that continuing needs, and of the model file: fsynced, with hashes, every "
-        f"{r['save_seconds']:.0f} s of training.",
+        "One save of all that continuing needs, and of the model file: fsynced, with hashes, "
+        f"every {r['save_seconds']:.0f} s of training.",
         "",
         "| network | weights | state MB | model MB | seconds | CPU s | of the training |",
         "|---|---|---|---|---|---|---|",
@@ -509,9 +509,9 @@ def chaos(r: dict[str, Any]) -> str:
     lines = [
         "## Killed and continued",
         "",
-        "Trainings (augmentation, mixed images, dropout, averaged weights, early stopping) killed by "
-        "SIGKILL at random moments, continued by the same command, and compared with one that was "
-        "left alone: weights, optimiser, averages, metrics, choice of epoch, test.",
+        "Trainings (augmentation, mixed images, dropout, averaged weights, early stopping) killed "
+        "by SIGKILL at random moments, continued by the same command, and compared with one "
+        "that was left alone: weights, optimiser, averages, metrics, choice of epoch, test.",
         "",
         "| processes | killed | the same bits | minutes |",
         "|---|---|---|---|",
