@@ -232,7 +232,7 @@ def test_bf16_and_channels_last_train() -> None:
     before = model.state_dict()["classifier.weight"].clone()
     records = list(fit(model, OptimConfig(lr=0.02), plan=plan, epochs=2))
     epochs = [r for r in records if isinstance(r, Epoch)]
-    assert epochs[-1].loss.dtype == torch.float32
+    assert isinstance(epochs[-1].loss, float)  # summed from float32 losses, whatever the plan
     assert float(epochs[-1].loss) < float(epochs[0].loss)
     assert model.state_dict()["classifier.weight"].dtype == torch.float32
     assert not torch.equal(before, model.state_dict()["classifier.weight"])

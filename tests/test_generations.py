@@ -127,25 +127,25 @@ def test_whatever_write_fails_a_state_stays(at: int, monkeypatch: pytest.MonkeyP
     states.save(tensors(1), counters(1, 1))
     calls = []
 
-    def failing(name: str) -> None:
+    def failing(name: str) -> Any:
         real = getattr(os, name)
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
             calls.append(name)
             if len(calls) == at:
                 raise OSError(28, "No space left on device")
-            return real(*arguments)
+            return real(*arguments, **more)
 
-        monkeypatch.setattr(os, name, call)
+        return call
 
-    for name in ("fsync", "replace", "chmod", "open"):
-        failing(name)
     refused = None
-    try:
-        states.save(tensors(2), counters(1, 2))
-    except ResourceError as error:
-        refused = error
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace", "chmod", "open"):
+            patch.setattr(os, name, failing(name))
+        try:
+            states.save(tensors(2), counters(1, 2))
+        except ResourceError as error:
+            refused = error
     assert refused is None or "free some disk space" in refused.fix
     found = Generations(Path("state")).read()
     assert found is not None
@@ -160,15 +160,6 @@ def test_files_are_on_the_disk_before_their_names(monkeypatch: pytest.MonkeyPatc
     states = Generations(Path("state"))
     calls = []
 
-    def traced(name: str, says: Any) -> None:
-        real = getattr(os, name)
-
-        def call(*arguments: Any) -> Any:
-            calls.append(says(*arguments))
-            return real(*arguments)
-
-        monkeypatch.setattr(os, name, call)
-
     def synced(handle: int) -> str:
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
         return "folder" if path.is_dir() else f"contents of {kind(path.name)}"
@@ -176,9 +167,22 @@ def test_files_are_on_the_disk_before_their_names(monkeypatch: pytest.MonkeyPatc
     def kind(name: str) -> str:
         return "manifest" if "manifest" in name else "state"
 
-    traced("fsync", synced)
-    traced("replace", lambda source, target: f"name of {kind(Path(target).name)}")
-    states.save(tensors(1), counters(1, 1))
+    def traced(name: str, says: Any) -> Any:
+        real = getattr(os, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(says(*arguments))
+            return real(*arguments)
+
+        return call
+
+    def named(source: str, target: Path) -> str:
+        return f"name of {kind(target.name)}"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", traced("fsync", synced))
+        patch.setattr(os, "replace", traced("replace", named))
+        states.save(tensors(1), counters(1, 1))
     assert calls == [
         "contents of state", "name of state", "folder",
         "contents of manifest", "name of manifest", "folder",

@@ -260,7 +260,7 @@ def test_everything_that_is_restored_is_what_was_saved(interrupting: Interruptin
     assert any(name.startswith("ema.") for name in stored[0])
     assert isinstance(setup.averager, optim.Averager)
     assert setup.averager.steps == 8
-    assert torch.is_tensor(setup.position.loss_sum)
+    assert isinstance(setup.position.loss_sum, float)
 
 
 # Real processes and real signals

@@ -234,7 +234,8 @@ def differences(one: RunFolder, other: RunFolder) -> list[str]:
     if card["chosen"] != its_card["chosen"]:
         found.append(f"the choice of epoch: {its_card['chosen']} for {card['chosen']}")
     for name in ("recipe.yaml", "split.csv"):
-        if (one.path / name).read_bytes() != (other.path / name).read_bytes():
+        contents = [(each.path / name) for each in (one, other)]
+        if len({path.read_bytes() if path.exists() else b"" for path in contents}) > 1:
             found.append(name)
     rows, its_rows = (
         [{k: v for k, v in row.items() if k not in CLOCK} for row in each.metrics()]

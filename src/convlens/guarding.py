@@ -7,7 +7,7 @@ position are those from before the step whose loss was NaN or infinite.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,18 +53,17 @@ class Waiting:
     """Reads every loss before the update with it. On a CPU that costs nothing.
 
     The norms' running statistics are kept before each step: the forward pass has moved them by
-    the time that the loss is known.
+    the time that the loss is known. They are laid side by side in memory for that, so that one
+    copy keeps all of a kind; the tensors stay the same objects.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # They are floats and counters; one list of both would be copied one by one.
-        self._floats = [b for b in model.buffers() if b.is_floating_point()]
-        self._counters = [b for b in model.buffers() if not b.is_floating_point()]
-        self._kept = [b.clone() for b in self._floats], [b.clone() for b in self._counters]
+        self._live = [_side_by_side(list(group)) for group in _by_type(model.buffers())]
+        self._kept = [tensor.clone() for tensor in self._live]
 
     def before(self, at: Place) -> None:
-        _copy(self._kept[0], self._floats)
-        _copy(self._kept[1], self._counters)
+        for kept, live in zip(self._kept, self._live, strict=True):
+            kept.copy_(live)
 
     def lets(self, loss: Tensor) -> bool:
         return math.isfinite(loss.item())  # a tenth of `torch.isfinite`'s time on the CPU
@@ -73,8 +72,24 @@ class Waiting:
         pass
 
     def back(self, at: Place) -> None:
-        _copy(self._floats, self._kept[0])
-        _copy(self._counters, self._kept[1])
+        for kept, live in zip(self._kept, self._live, strict=True):
+            live.copy_(kept)
+
+
+def _by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors by dtype and device, in order."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(kinds.values())
+
+
+def _side_by_side(tensors: list[Tensor]) -> Tensor:
+    """One flat tensor that holds the values of all; from now on they are views of it."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.data = part.view(tensor.shape)
+    return flat
 
 
 class LookBack:

@@ -145,9 +145,11 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     at.epoch, at.step, at.images = int(told["epoch"]), int(told["step"]), int(told["images"])
     at.seconds, at.cpu_seconds = told["seconds"], told.get("cpu_seconds", 0.0)
     at.data_seconds = told.get("data_seconds", 0.0)
-    # Tensors of the kinds they were: a division of Python numbers would round differently.
-    at.loss_sum = torch.tensor(told["loss_sum"], dtype=torch.float32, device=setup.plan.device)
-    at.correct = torch.tensor(int(told["correct"]), device=setup.plan.device)
+    # What they were (`Position.advance`): a division of Python numbers would round differently.
+    at.loss_sum, at.correct = told["loss_sum"], int(told["correct"])
+    if setup.plan.device != "cpu":
+        at.loss_sum = torch.tensor(at.loss_sum, dtype=torch.float32, device=setup.plan.device)
+        at.correct = torch.tensor(at.correct, device=setup.plan.device)
     best.__dict__.update(counters["best"])
     agreed(setup.world, [at.epoch, at.step], place)
     # A run that an earlier version left unfinished didn't count them.

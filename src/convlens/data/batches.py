@@ -28,6 +28,11 @@ Augment = Callable[[Tensor, Tensor, Place, torch.Generator], tuple[Tensor, Tenso
 Prepare = Callable[[Tensor, Plan], Tensor]
 
 
+# Bytes of images that are gathered and normalised at once: of small batches most of the time is the
+# asking, and fetching code and pixels anew after each step (4% of a 7 ms step on a CPU; this 2%).
+BLOCK = 4 << 20
+
+
 class Rows(Protocol):
     """Images by number: in memory, in a store on disk, or decoded when asked for."""
 
@@ -148,18 +153,22 @@ class Batches:
         order = epoch_order(self.count, self.seed, epoch, self.shards)
         parts = self._read(order)[start:]
         indices = self._read(send(order, self.plan.device))[start:]
+        if self.augment is None:
+            plain = self._normalised(parts, indices)
+            for index, images in zip(indices, plain, strict=True):
+                yield images, self.labels.index_select(0, index)
+            return
         # One generator, seeded anew each step: making one costs more than seeding it.
         generator = _generator(self.plan.device, self.seed, epoch)
         gathered = zip(indices, self._gathered(parts, indices), strict=True)
         for step, (index, raw) in enumerate(gathered, start):
-            images, labels = raw, self.labels[index]
-            if self.augment is not None:
-                generator.manual_seed(seed_of(self.seed, epoch, step))
-                generator.share = self.world.share(self.sizes[step])
-                place = Place(index, epoch, self.seed)
-                images, labels = self.augment(to_unit(raw), labels, place, generator)
-                if self._mixes:
-                    images, labels = images[generator.share.rows], labels[generator.share.rows]
+            generator.manual_seed(seed_of(self.seed, epoch, step))
+            generator.share = self.world.share(self.sizes[step])
+            place = Place(index, epoch, self.seed)
+            labels = self.labels.index_select(0, index)
+            images, labels = self.augment(to_unit(raw), labels, place, generator)
+            if self._mixes:
+                images, labels = images[generator.share.rows], labels[generator.share.rows]
             yield self.normalise(images, self.plan), labels
 
     def _read(self, order: Tensor) -> Sequence[Tensor]:
@@ -168,6 +177,21 @@ class Batches:
         if self._mixes or self.world.size == 1:
             return parts
         return [part[self.world.share(len(part)).rows] for part in parts]
+
+    def _normalised(self, parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The images of `parts` as the network takes them, many batches at once if they are small.
+
+        A pixel's value doesn't depend on what else is normalised with it.
+        """
+        if self._images is None:
+            yield from (self.normalise(raw, self.plan) for raw in self._gathered(parts, indices))
+            return
+        each = 4 * self._images[0].numel() * self.sizes[0]
+        together = max(1, BLOCK // each)
+        for first in range(0, len(indices), together):
+            block = indices[first : first + together]
+            raw = self._images.index_select(0, torch.cat(list(block)))
+            yield from self.normalise(raw, self.plan).split([len(index) for index in block])
 
     def _gathered(self, parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """The raw images of `parts`; `indices` are the same numbers on the device."""
