@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from convlens import engine, keeping, modelfile, optim, training
 from convlens import recipe as recipes
