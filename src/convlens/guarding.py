@@ -85,10 +85,18 @@ def _by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _side_by_side(tensors: list[Tensor]) -> Tensor:
-    """One flat tensor that holds the values of all; from now on they are views of it."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.data = part.view(tensor.shape)
+    """One flat tensor that holds the values of all; from now on they are views of it.
+
+    Each begins at a multiple of 64 bytes, as a tensor of its own would: kernels round differently
+    where it doesn't.
+    """
+    step = 64 // tensors[0].element_size()
+    sizes = [-(-tensor.numel() // step) * step for tensor in tensors]
+    flat = torch.zeros(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
+    for tensor, room in zip(tensors, flat.split(sizes), strict=True):
+        part = room[: tensor.numel()].view(tensor.shape)
+        part.copy_(tensor)
+        tensor.data = part
     return flat
 
 

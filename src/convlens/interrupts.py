@@ -21,8 +21,8 @@ from typing import Any
 
 from convlens import ranks
 
-# SIGHUP, which Windows lacks, is a closed terminal.
-STOPPING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+# SIGHUP is a closed terminal.
+STOPPING = ("SIGTERM", "SIGHUP")
 
 
 class Terminated(BaseException):
@@ -51,8 +51,11 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _handlers(*numbers: signal.Signals) -> dict[signal.Signals, Any]:
-    """The present handlers of signals that aren't ignored: `nohup` is to be heeded."""
+def _handlers(*names: str) -> dict[signal.Signals, Any]:
+    """The present handlers of the signals that there are (Windows has fewer) and that aren't
+    ignored: `nohup` is to be heeded.
+    """
+    numbers = [each for each in signal.Signals if each.name in names]
     handlers = {number: signal.getsignal(number) for number in numbers}
     return {number: held for number, held in handlers.items() if held != signal.SIG_IGN}
 
@@ -72,7 +75,7 @@ def flagged() -> Iterator[Flag]:
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = _handlers(signal.SIGINT, *STOPPING)
+    before = _handlers("SIGINT", *STOPPING)
 
     def raise_flag(number: int, frame: FrameType | None) -> None:
         flag.up, flag.interrupted = True, number == signal.SIGINT
