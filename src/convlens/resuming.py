@@ -139,6 +139,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     at.epoch, at.step, at.images = int(told["epoch"]), int(told["step"]), int(told["images"])
     at.seconds, at.cpu_seconds = told["seconds"], told.get("cpu_seconds", 0.0)
     at.data_seconds = told.get("data_seconds", 0.0)
+    at.part = int(told.get("part", 0))
     # Tensors of the kinds they were: a division of Python numbers would round differently.
     at.loss_sum = torch.tensor(told["loss_sum"], dtype=torch.float32, device=setup.plan.device)
     at.correct = torch.tensor(int(told["correct"]), device=setup.plan.device)

@@ -68,14 +68,24 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.stdout = io.StringIO()
     try:
         app(args=arguments)
-    except ConvlensError as error:
-        if os.environ.get("CONVLENS_DEBUG"):
+    except (ConvlensError, MemoryError, RuntimeError) as raised:
+        error = _explained(raised)
+        if error is None or os.environ.get("CONVLENS_DEBUG"):
             raise
         if ranks.size() > 1:
             _fail_with_others(error)
         _show(error)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def _explained(error: Exception) -> ConvlensError | None:
+    """What a user is told; None for a bug of ours, which keeps its traceback."""
+    if isinstance(error, ConvlensError):
+        return error
+    from convlens import memory  # torch; who ran out of memory has imported it
+
+    return memory.explained(error) if memory.ran_out(error) else None
 
 
 def _fail_with_others(error: ConvlensError) -> NoReturn:
