@@ -29,8 +29,8 @@ LEVELS: dict[int, tuple[str, ...]] = {
     ),
     2: ("data", "models", "optim", "metrics", "differences", "plots", "auto", "views"),
     3: (
-        "engine", "guarding", "scaling", "graphs", "inference", "modelfile", "tensorfiles",
-        "together", "trunk",
+        "engine", "guarding", "scaling", "memory", "graphs", "inference", "modelfile",
+        "tensorfiles", "together", "trunk",
     ),
     4: ("generations", "run", "onlooker"),
     5: (

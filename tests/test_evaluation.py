@@ -22,7 +22,7 @@ CLASSES = ("blue", "green", "red")
 KEYS = {
     "run", "split", "data", "n", "correct", "accuracy", "interval95", "loss", "ece", "top5",
     "per_class", "confusion", "classes", "tta", "looks", "images_per_second", "data_fingerprint",
-    "model_sha256", "convlens", "hardware",
+    "model_sha256", "convlens", "hardware", "near_ties",
 }  # fmt: skip
 
 

@@ -171,3 +171,42 @@ with lock(Path("deep/er/.lock"), what="x"):
     holder.wait()
     with files.lock(FOLDER / ".lock", what="x"):
         pass
+
+
+def test_a_dead_holder_is_not_named() -> None:
+    """The next holder has the lock a moment before it writes who it is."""
+    path = FOLDER / ".lock"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with files.lock(path, what="x"):
+        owner = path.with_suffix(".owner")
+        own = owner.read_text()
+        for left_over, named in (
+            (own.replace(str(os.getpid()), str(dead.pid)), "another process"),
+            ("", "another process"),
+            ("process 1 on elsewhere", "process 1 on elsewhere"),  # nobody can tell from here
+            (own, own),
+        ):
+            owner.write_text(left_over)
+            with pytest.raises(ResourceError) as caught, files.lock(path, what="x"):
+                pass
+            assert caught.value.what == f"x is in use by {named}"
+        owner.unlink()
+        with pytest.raises(ResourceError, match="another process"), files.lock(path, what="x"):
+            pass
+
+
+def test_a_lock_can_be_waited_for() -> None:
+    code = """
+import time
+from pathlib import Path
+from convlens.files import lock
+with lock(Path("deep/er/.lock"), what="x"):
+    print("held", flush=True)
+    time.sleep(1)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with files.lock(FOLDER / ".lock", what="x", patience=60):
+        assert holder.wait(10) == 0

@@ -13,6 +13,7 @@ from torch import nn
 from convlens import inference
 from convlens.data.batches import Normalise
 from convlens.device import MEMORY_FORMATS
+from convlens.errors import ResourceError
 from convlens.inference import batch_logits, loss_and_accuracy, probabilities, split_logits
 from convlens.models.cnn import CNN
 from support import PLAN, Memory, Split, Streamed, pictures
@@ -183,7 +184,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(capfd: pytest.CaptureFixture
     told = capfd.readouterr().err
     assert "out of memory with 16 images at once: going on with 8" in told
     assert "with 8 images at once: going on with 4" in told
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(ResourceError, match="not enough memory"):
         split_logits(Numbers(most=0), colour(3), PLAIN, PLAN)
 
 

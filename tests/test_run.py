@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from commands import environment
 from convlens import models, recipe, run
 from convlens.errors import ModelFileError, ResourceError, UsageError
 from convlens.run import RunFolder
@@ -282,3 +285,36 @@ def test_results_are_plain_json() -> None:
     folder.add_result({"split": "test", "accuracy": 0.5, "name": "ö"})
     assert "ö" in (folder.path / "results.json").read_text("utf-8")
     assert json.loads((folder.path / "results.json").read_text("utf-8"))[0]["accuracy"] == 0.5
+
+
+def test_looks_at_the_same_moment_are_all_counted() -> None:
+    """Each reads the log and writes it again: without a lock the last one to write wins."""
+    code = """
+import sys
+from pathlib import Path
+from convlens.run import RunFolder
+print("ready", flush=True)
+sys.stdin.readline()
+place = RunFolder(Path("models/busy"))
+for _ in range(15):
+    place.add_result({"split": "test", "data_fingerprint": "f", "by": sys.argv[1]})
+"""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(n)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), text=True,
+        )
+        for n in range(3)
+    ]  # fmt: skip
+    for writer in writers:  # all of them have their imports behind them
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.close()
+    for writer in writers:
+        assert writer.wait(60) == 0
+    log = RunFolder(Path("models/busy")).log()
+    assert [entry["looks"] for entry in log] == list(range(1, 46))
+    assert {entry["by"] for entry in log} == {"0", "1", "2"}

@@ -59,10 +59,16 @@ class Plan:
         return torch.autocast(torch.device(self.device).type, dtype=HALVES[self.precision])
 
     def parts(self, images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """The batch `[B, ...]` and its labels, `part` images at a time."""
+        """The batch `[B, ...]` and its labels, `part` images at a time.
+
+        A single left-over image joins the part before it: batch norm can't train on one.
+        """
         if not 0 < self.part < len(images):
             return ((images, labels),)
-        return zip(images.split(self.part), labels.split(self.part), strict=True)
+        whole, rest = divmod(len(images), self.part)
+        sizes = [self.part] * whole + [rest] * (rest > 1)
+        sizes[-1] += rest == 1
+        return zip(images.split(sizes), labels.split(sizes), strict=True)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -287,6 +293,16 @@ def available_memory() -> int:
     if limit.strip().isdigit() and used.strip().isdigit():
         free = min(free, max(0, int(limit) - int(used)))
     return free
+
+
+def open_files() -> int:
+    """How many files a process may have open (`ulimit -n`)."""
+    try:
+        import resource
+    except ImportError:  # Windows: the C library's own limit
+        return 512
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
 def describe(device: str) -> dict[str, Any]:

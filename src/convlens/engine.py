@@ -9,7 +9,7 @@ waits for the device, so the reader decides how often.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from convlens import optim
 from convlens.device import Plan, seed_generators, seed_of
-from convlens.errors import Stopped
 from convlens.graphs import Captured
 from convlens.guarding import Guard, LookBack, Spoilt, Waiting
+from convlens.guarding import NonFiniteLoss as NonFiniteLoss  # part of what `fit` promises
 from convlens.later import Later
+from convlens.memory import TooLarge, Trying, smaller
 from convlens.models.freezing import set_train_mode
 from convlens.scaling import LossScale
 from convlens.together import Together
@@ -45,8 +46,9 @@ class Position:
     """Where in a training a network is: what `fit` starts from and keeps up to date.
 
     `epoch` is the one being trained (from 1), `step` how many of its steps are done; the rest
-    are this epoch's sums so far. `seconds`, `cpu_seconds` and `data_seconds` (those spent waiting
-    for batches) are for whoever times the epoch; `fit` doesn't.
+    are this epoch's sums so far. `part` is how many images are computed at once since memory ran
+    out; 0: as planned. `seconds`, `cpu_seconds` and `data_seconds` (those spent waiting for
+    batches) are for whoever times the epoch; `fit` doesn't.
     """
 
     epoch: int = 1
@@ -54,6 +56,7 @@ class Position:
     images: int = 0
     loss_sum: float | Tensor = 0.0
     correct: int | Tensor = 0
+    part: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     data_seconds: float = 0.0
@@ -109,18 +112,6 @@ class Epoch:
     lr: float
 
 
-class NonFiniteLoss(Stopped):
-    """The loss became NaN or infinite; raised before the weights were updated with it."""
-
-    def __init__(self, epoch: int, step: int, lr: float) -> None:
-        self.epoch, self.step, self.lr = epoch, step, lr
-        super().__init__(
-            f"the loss became NaN or infinite in epoch {epoch}, step {step}; training stopped "
-            "before the weights were updated with it",
-            fix=f"lower optim.lr (it was {lr:.3g}) or set optim.clip_norm=1",
-        )
-
-
 def step(
     model: nn.Module,
     images: Tensor,
@@ -139,20 +130,24 @@ def step(
     A loss that `lets` refuses returns None, before anything was updated with it. Where the plan
     computes a batch in parts, or other processes (`together`) have rows of it, too, gradients add
     up to those of the whole.
+
+    Raises:
+        TooLarge: no memory for a part; weights are as they were, gradients and norms aren't.
     """
     weight = 1.0 if together is None else together.share.weight
     losses, rights = list[Tensor](), list[Tensor]()
     for few, answers in plan.parts(images, labels):
-        with plan.autocast():
-            logits = model(few)
-        # Half precision is for the network; a loss in it would be rounded to three digits.
-        loss: Tensor = objective(logits.float(), answers)
-        share = weight * len(few) / len(images)
-        loss = loss if share == 1 else loss * share
-        backward(loss)
-        truths = answers.argmax(1) if answers.ndim == 2 else answers
-        losses.append(loss.detach())
-        rights.append((logits.detach().argmax(1) == truths).sum())
+        with Trying(len(few)):  # or `TooLarge` is raised
+            with plan.autocast():
+                logits = model(few)
+            # Half precision is for the network; a loss in it would be rounded to three digits.
+            loss: Tensor = objective(logits.float(), answers)
+            share = weight * len(few) / len(images)
+            loss = loss if share == 1 else loss * share
+            backward(loss)
+            truths = answers.argmax(1) if answers.ndim == 2 else answers
+            losses.append(loss.detach())
+            rights.append((logits.detach().argmax(1) == truths).sum())
     loss, right = _sum(losses), _sum(rights)
     if together is not None:
         loss, right = together.sum(loss, right)
@@ -170,23 +165,13 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def fit(
-    model: nn.Module,
-    batches: EpochBatches,
-    optimiser: torch.optim.Optimizer,
-    schedule: optim.Schedule,
-    *,
-    epochs: int,
-    objective: Objective,
-    plan: Plan,
-    seed: int,
+    model: nn.Module, batches: EpochBatches, optimiser: torch.optim.Optimizer,
+    schedule: optim.Schedule, *, epochs: int, objective: Objective, plan: Plan, seed: int,
     position: Position | None = None,
-    clip_value: float | None = None,
-    clip_norm: float | None = None,
-    averager: optim.Average | None = None,
-    scale: LossScale | None = None,
-    waits: bool | None = None,
-    together: Together | None = None,
-) -> Records:
+    clip_value: float | None = None, clip_norm: float | None = None,
+    averager: optim.Average | None = None, scale: LossScale | None = None,
+    waits: bool | None = None, together: Together | None = None,
+) -> Records:  # fmt: skip
     """Trains `model` in place and yields a record after each step and each epoch.
 
     Args:
@@ -202,13 +187,15 @@ def fit(
 
     Raises:
         NonFiniteLoss: the weights are those from before that step, and so is all else.
+        ResourceError: there is no memory even for the smallest part of a batch.
     """
     at, steps = position or Position(), len(batches)
     clip = clipper(model, clip_value, clip_norm)
     draws = any(isinstance(module, DROPOUTS) for module in model.modules())
     timetable = optim.Timetable(optimiser, schedule, epochs * steps)
     taking = partial(_taking, model, objective, optimiser, plan, clip, averager, scale, together)
-    guard, take = taking(not plan.device.startswith("cuda") if waits is None else waits)
+    waits = not plan.device.startswith("cuda") if waits is None else waits
+    guard, take = taking(at.part, waits)
 
     def set_rate(index: int) -> float:
         done = (at.epoch - 1) * steps + index
@@ -238,15 +225,22 @@ def fit(
             yield at.turn(lr)
         except Spoilt:  # some loss was none: from the last good state on, wait for each
             guard.back(at)
-            guard, take = taking(True)
+            waits = True
+            guard, take = taking(at.part, waits)
+        except TooLarge as failed:  # from before the step on (or the last good state), in parts
+            optimiser.zero_grad(set_to_none=True)
+            guard.back(at)
+            at.part = smaller(model, failed, at.part or plan.part, several=together is not None)
+            guard, take = taking(at.part, waits)
 
 
 def _taking(
     model: nn.Module, objective: Objective, optimiser: torch.optim.Optimizer, plan: Plan,
     clip: Callable[[], None], averager: optim.Average | None, scale: LossScale | None,
-    together: Together | None, waits: bool,
+    together: Together | None, part: int, waits: bool,
 ) -> tuple[Guard, Take]:  # fmt: skip
     """A guard, and `step` with all but a batch filled in: recorded if the plan says so."""
+    plan = replace(plan, part=part or plan.part)
     guard = Waiting(model) if waits else LookBack(model, optimiser, averager, scale)
     backward: Callable[[Tensor], None] = Tensor.backward
     if scale is not None:

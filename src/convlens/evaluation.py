@@ -35,6 +35,9 @@ SPLITS = ("test", "val", "train")
 class Evaluation:
     """A model's numbers on one split; `interval95` is Wilson's, `loss` is in nats.
 
+    `near_ties` are images whose two likeliest classes are so close that another device, batch size
+    or file format may answer otherwise: by no more than these do `correct` and `confusion` differ.
+
     `tta` is None, or the same numbers with test-time augmentation beside the plain ones:
     `views` (their name), `accuracy`, `interval95`, `correct`, `loss`, `ece`, and the images that
     it `gained` and `lost` with McNemar's exact `p`. `images_per_second` counts the whole pass.
@@ -47,6 +50,7 @@ class Evaluation:
     correct: int
     accuracy: float
     interval95: tuple[float, float]
+    near_ties: int
     loss: float
     ece: float
     top5: float | None

@@ -52,6 +52,8 @@ def cannot_write(path: Path, error: OSError) -> ResourceError:
     fix = "choose another folder, or change its permissions"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "free some disk space and run the same command again"
+    if error.errno == errno.EFBIG:
+        fix = "raise the limit on the size of files (ulimit -f) and run the same command again"
     return ResourceError(f"can't write: {error.strerror or error}", where=str(path), fix=fix)
 
 
@@ -78,8 +80,11 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, what: str) -> Iterator[None]:
+def lock(path: Path, *, what: str, patience: float = 0.0) -> Iterator[None]:
     """Holds `path` as a kernel lock, so that a killed process leaves none behind.
+
+    Args:
+        patience: seconds to wait for another process that holds it.
 
     Raises:
         ResourceError: another process holds it; names that process and its machine.
@@ -90,12 +95,11 @@ def lock(path: Path, *, what: str) -> Iterator[None]:
     held = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held.acquire(timeout=0)
+        held.acquire(timeout=patience, poll_interval=0.01)
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
-        by = owner.read_text() if owner.exists() else "another process"
         raise ResourceError(
-            f"{what} is in use by {by}",
+            f"{what} is in use by {_named(owner)}",
             where=str(path.parent),
             fix="wait for it to end, or give this run another name with --name",
         ) from error
@@ -108,3 +112,29 @@ def lock(path: Path, *, what: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             owner.unlink()
         held.release()
+
+
+def _named(owner: Path) -> str:
+    """Who holds a lock, by the file beside it.
+
+    A killed holder leaves that file behind, and the next one has the lock a moment before it
+    writes its own: until then nobody is named rather than the dead.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        told = owner.read_text()
+        process, _, machine = told.removeprefix("process ").partition(" on ")
+        if process.isdecimal() and (machine != socket.gethostname() or _lives(int(process))):
+            return told
+    return "another process"
+
+
+def _lives(process: int) -> bool:
+    if os.name == "nt":  # there, asking by signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from convlens.console import say
 from convlens.device import Plan, seed_generators, synchronise
+from convlens.memory import TooLarge
 
 Take = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]
 WARM = 3  # steps before the capture: they choose algorithms and make the optimiser's state
@@ -72,10 +73,11 @@ class Captured:
             self._stream = torch.cuda.Stream()
         # Each waits for the other, so that memory which either frees is free for both.
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            result = self._take(images, labels)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return result
+        try:
+            with torch.cuda.stream(self._stream):
+                return self._take(images, labels)
+        finally:  # also if it failed: what it changed is put back on this stream
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     def _capture(self, images: Tensor, labels: Tensor) -> bool:
         """Records a step without doing it; whether that worked."""
@@ -86,7 +88,7 @@ class Captured:
             # Other threads (one that reads images) may do as they like meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._loss, self._right = self._take(self._images, self._labels)
-        except RuntimeError as error:
+        except (RuntimeError, TooLarge) as error:
             self._refused = True
             reason = (str(error).splitlines() or ["?"])[0]
             say(f"the step can't be recorded as a CUDA graph, it goes on without: {reason}")
@@ -172,7 +174,10 @@ def choose(
     """
     if not possible(plan) or plan.deterministic:
         return plan
-    eager = measure(plan, trial, clock)
+    try:
+        eager = measure(plan, trial, clock)
+    except TooLarge:  # the training will find out what there is memory for
+        return plan
     best, total = plan, eager.step * steps
     for step in worth_trying(eager, steps):
         candidate = replace(plan, step=step)

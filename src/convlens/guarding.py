@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from convlens.errors import Stopped
 from convlens.later import Later
 from convlens.optim import Average
 from convlens.scaling import LossScale
@@ -27,6 +28,18 @@ class Place(Protocol):
     images: int
     loss_sum: float | Tensor
     correct: int | Tensor
+
+
+class NonFiniteLoss(Stopped):
+    """The loss became NaN or infinite; raised before the weights were updated with it."""
+
+    def __init__(self, epoch: int, step: int, lr: float) -> None:
+        self.epoch, self.step, self.lr = epoch, step, lr
+        super().__init__(
+            f"the loss became NaN or infinite in epoch {epoch}, step {step}; training stopped "
+            "before the weights were updated with it",
+            fix=f"lower optim.lr (it was {lr:.3g}) or set optim.clip_norm=1",
+        )
 
 
 class Spoilt(Exception):  # noqa: N818 (control flow: the engine goes back and on)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convlens import metrics
+from convlens import memory, metrics
 from convlens.console import say
 from convlens.data.batches import Labelled, Prepare, Rows
 from convlens.device import MEMORY_FORMATS, Plan, choose, synchronise, use_cores
@@ -87,7 +87,7 @@ class Forward:
     """A network's answers to any number of images, in batches that it finds for itself.
 
     The first batch is small and tells how many images (a power of two) keep within `ACTIVATIONS`;
-    a GPU that is out of memory all the same gets half as many from then on. Where `free`, the next
+    if memory runs out all the same, there are half as many from then on. Where `free`, the next
     batches go through the network in each memory format by turns, and the quicker one does the
     rest: on one CPU channels_last is twice as fast as contiguous, on another network or machine
     twice as slow. No image is computed twice for any of that.
@@ -122,9 +122,11 @@ class Forward:
             some, found = images[start : start + size], None
             try:
                 found = step(some)
-            except torch.OutOfMemoryError:
-                if len(some) == 1:
+            except (RuntimeError, MemoryError) as error:
+                if not memory.ran_out(error):
                     raise
+                if len(some) == 1:
+                    raise memory.explained(error) from error
             # Outside, since what an exception came through keeps its tensors alive.
             if found is None:
                 self._halve(len(some))

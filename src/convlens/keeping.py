@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from convlens import optim
+from convlens import memory, optim
+from convlens.console import say
 from convlens.errors import UsageError
 from convlens.preparing import Setup
 from convlens.resuming import Best, restore, save
@@ -43,6 +44,7 @@ class Keeper:
         self._pending: Snapshot | None = None  # to be kept, not written yet
         self._saved, self._listed = time.perf_counter(), -math.inf
         self._every = save_seconds()
+        self._part = setup.position.part  # what `run.json` and the user know of
 
     def take(self, row: dict[str, float]) -> None:
         """Takes in an epoch's row, and its weights if they are the ones to keep."""
@@ -62,8 +64,9 @@ class Keeper:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save."""
-        return time.perf_counter() - self._saved >= self._every
+        """Whether it is time to save: also where steps are done differently from here on."""
+        parted = self._setup.position.part != self._part
+        return parted or time.perf_counter() - self._saved >= self._every
 
     def save(self) -> None:
         """Writes all that continuing needs; call it between steps only.
@@ -74,12 +77,23 @@ class Keeper:
         self._list()
         save(self._place, self._setup, self.best, self.rows)
         self._saved = time.perf_counter()
+        if self._setup.position.part != self._part:
+            self._tell_part()
 
     def keep_weights(self) -> None:
         """Writes the model file, if there are weights to keep that it doesn't hold yet."""
         if self._pending is not None:
             self._place.save_model(*self._pending)
             self._pending = None
+
+    def _tell_part(self) -> None:
+        """Memory ran out: the state has it already, now the user and `run.json` are told."""
+        at, model = self._setup.position, self._setup.feed.model
+        self._part = at.part
+        say(memory.told(model, self._setup.recipe.train.batch_size, at.part))
+        told = {"part": at.part, "epoch": at.epoch, "step": at.step}  # the first one done so
+        told["batch_norm"] = memory.norms_batches(model)
+        self._place.note({"out_of_memory": [*self._place.facts().get("out_of_memory", []), told]})
 
     def _list(self) -> None:
         self._place.write_metrics(self.rows)

@@ -20,6 +20,9 @@ from convlens.errors import DataError, ModelFileError, UsageError
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 BINS = 15  # of confidence
+NEAR = (
+    1e-4  # of two logits; float32 on another device or in batches of another size differs by less
+)
 _AT_ONCE = 1 << 21  # logits that are turned into float64 together
 
 
@@ -98,6 +101,21 @@ def top_k(logits: npt.ArrayLike, labels: npt.ArrayLike, k: int) -> float:
         ahead = (some > own) | ((some == own) & (np.arange(matrix.shape[1]) < its))
         among[rows] = ahead.sum(axis=1) < k
     return float(np.mean(among))
+
+
+def near_ties(logits: npt.ArrayLike, within: float = NEAR) -> int:
+    """Images whose two highest logits are less than `within` apart, equal ones among them.
+
+    Only these may be answered otherwise where the last digits are others.
+    """
+    matrix = _matrix(logits)
+    if matrix.shape[1] < 2:
+        return 0
+    found = 0
+    for rows in _pieces(matrix):
+        second, first = np.partition(matrix[rows], -2, axis=1)[:, -2:].T.astype(np.float64)
+        found += int(np.sum(first - second < within))
+    return found
 
 
 def confusion(labels: npt.ArrayLike, predictions: npt.ArrayLike, classes: int) -> Ints:
@@ -247,6 +265,7 @@ def summarise(
         "correct": correct,
         "accuracy": correct / n,
         "interval95": list(wilson_interval(correct, n)),
+        "near_ties": near_ties(matrix),
         "loss": cross_entropy(matrix, truth),
     }
     if count > 5:

@@ -26,6 +26,7 @@ from convlens.data import cache
 from convlens.data.batches import Batches
 from convlens.device import Plan
 from convlens.errors import ResourceError, UsageError
+from convlens.memory import TooLarge, norms_batches
 from convlens.models.freezing import set_train_mode
 from convlens.processes import ALONE, World
 from convlens.recipe import Recipe
@@ -137,7 +138,8 @@ def _format(
         return Choice(candidates[0], {})
     trial = _Trial(recipe, model, batches, objective)
     plan, seconds = fastest(candidates, trial.step)
-    told = {str(each): round(1000 * s, 3) for each, s in zip(candidates, seconds, strict=True)}
+    timed = zip(candidates, seconds, strict=True)
+    told = {str(each): round(1000 * s, 3) for each, s in timed if math.isfinite(s)}
     _remember(key, Choice(plan, told))
     return Choice(plan, told)
 
@@ -149,10 +151,7 @@ def _in_parts(plan: Plan, model: nn.Module, batch_size: int, several: bool) -> l
     already. A GPU only gains by larger parts.
     """
     set_train_mode(model)
-    mixes = any(
-        m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
-    )
-    if plan.device != "cpu" or plan.deterministic or mixes or several:
+    if plan.device != "cpu" or plan.deterministic or norms_batches(model) or several:
         return [plan]
     sizes = [0, *(s for s in (batch_size // 2, batch_size // 4) if s >= SMALLEST_PART)]
     return [replace(plan, part=size) for size in sizes]
@@ -206,7 +205,8 @@ def fastest(
 
     `trial(plan)` prepares and returns a function that does one training step. Medians of
     interleaved rounds; who is far behind after two takes no part in the others. A later
-    candidate must win by 5%: noise must not choose lower precision.
+    candidate must win by 5%: noise must not choose lower precision. What there is no memory for
+    takes for ever.
     """
     steps = [trial(plan) for plan in candidates]
     times: list[list[float]] = [[] for _ in candidates]
@@ -216,10 +216,13 @@ def fastest(
             if len(spent) > 1 and min(spent) > TOO_SLOW * quickest:
                 continue
             start = time.perf_counter()
-            step()
-            device.synchronise(candidates[0].device)
+            end = math.inf
+            with contextlib.suppress(TooLarge):
+                step()
+                device.synchronise(candidates[0].device)
+                end = time.perf_counter()
             if turn:  # the first round warms up
-                spent.append(time.perf_counter() - start)
+                spent.append(end - start)
     best = 0
     medians = [statistics.median(spent) for spent in times]
     for index, median in enumerate(medians):

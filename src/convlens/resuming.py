@@ -145,6 +145,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     at.epoch, at.step, at.images = int(told["epoch"]), int(told["step"]), int(told["images"])
     at.seconds, at.cpu_seconds = told["seconds"], told.get("cpu_seconds", 0.0)
     at.data_seconds = told.get("data_seconds", 0.0)
+    at.part = int(told.get("part", 0))
     # What they were (`Position.advance`): a division of Python numbers would round differently.
     at.loss_sum, at.correct = told["loss_sum"], int(told["correct"])
     if setup.plan.device != "cpu":

@@ -31,6 +31,7 @@ from convlens.recipe import Recipe
 
 MODELS = Path("models")
 PLOTS = Path("plots")
+PATIENCE = 60.0  # seconds that a look waits for another one to be logged
 COLUMNS = (
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds",
     "cpu_seconds", "data_seconds", "images_per_second",
@@ -154,13 +155,16 @@ class RunFolder:
     def add_result(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Logs one look at a split, with how many there have been; returns what was logged.
 
-        A look that measured nothing (`convlens look RUN test:17`) has no `accuracy`.
+        A look that measured nothing (`convlens look RUN test:17`) has no `accuracy`. Of two at the
+        same moment one waits for the other: none is lost, and both are counted.
         """
-        log = self.log()
-        same = ("split", "data_fingerprint")
-        looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)
-        entry = {"when": _now(), "looks": looks, **result}
-        files.write_atomic(self.path / "results.json", _json([*log, entry]))
+        of = f"results.json of {self.name!r}"
+        with files.lock(self.path / ".results.lock", what=of, patience=PATIENCE):
+            log = self.log()
+            same = ("split", "data_fingerprint")
+            looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)
+            entry = {"when": _now(), "looks": looks, **result}
+            files.write_atomic(self.path / "results.json", _json([*log, entry]))
         return entry
 
     def log(self) -> list[dict[str, Any]]:

@@ -72,8 +72,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             app(args=arguments)
     except Terminated as signalled:
         _end(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))
-    except ConvlensError as error:
-        if os.environ.get("CONVLENS_DEBUG"):
+    except (ConvlensError, MemoryError, RuntimeError) as raised:
+        error = _explained(raised)
+        if error is None or os.environ.get("CONVLENS_DEBUG"):
             raise
         _end(error)
     sys.exit(0)
@@ -85,6 +86,15 @@ def _end(error: ConvlensError) -> NoReturn:
         _fail_with_others(error)
     _show(error)
     sys.exit(error.exit_code)
+
+
+def _explained(error: Exception) -> ConvlensError | None:
+    """What a user is told; None for a bug of ours, which keeps its traceback."""
+    if isinstance(error, ConvlensError):
+        return error
+    from convlens import memory  # torch; who ran out of memory has imported it
+
+    return memory.explained(error) if memory.ran_out(error) else None
 
 
 def _fail_with_others(error: ConvlensError) -> NoReturn:

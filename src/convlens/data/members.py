@@ -32,7 +32,7 @@ from convlens.errors import DataError, ResourceError
 from convlens.files import write_atomic
 
 VERSION = 1  # of the index: raise it when the same tar would give another one
-OPEN = 64  # shards that are kept open
+OPEN = 64  # shards that are kept open, of each part, where the system lets us
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Members(Files):
         self._open = collections.OrderedDict[int, Reader]()
         self._expected = collections.OrderedDict[int, None]()
         self._lock = threading.Lock()
+        # There are three parts, and others need files, too.
+        self._most = min(OPEN, max(1, device.open_files() // 8))
 
     def __len__(self) -> int:
         return len(self._shard)
@@ -100,7 +102,7 @@ class Members(Files):
             if reader is None:
                 reader = self._opened(shard)
             self._open[shard] = reader
-            while len(self._open) > OPEN:
+            while len(self._open) > self._most:
                 self._open.popitem(last=False)
             return reader
 

@@ -1,0 +1,55 @@
+"""Looks at the first 1 to 50 images of a run's test split, and at all: for tests under torchrun.
+
+The images are dealt out in the usual pieces, and in pieces of three, so that few images are many
+pieces, the last one is smaller, and some process has none.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from convlens import console, device, evaluation, onlooker, processes, run, together
+from convlens.data import Split
+from convlens.evaluation import Judged
+from convlens.run import RunFolder
+
+SIZES = range(1, 51)
+
+
+def looks(place: RunFolder, pieces: int) -> list[dict[str, Any]]:
+    """What `evaluate` says of each size; the same in all processes."""
+    world = processes.join()
+    place = onlooker.placed(world, lambda: place)
+    device.prepare(False)
+    loaded = run.load_model(place.model_path)
+    whole, name, fingerprint = evaluation.judged_by(loaded, "test", on="cpu")
+    found = []
+    usual, together.BATCH = together.BATCH, pieces
+    try:
+        with console.quieted():
+            for size in (*SIZES, len(whole)):
+                rows = together.Part(whole, 0, size)
+                part = Split(rows, whole.labels[:size], list(whole.ids)[:size])
+                judged = Judged(part, name, f"{fingerprint}-{size}-{pieces}")
+                seen = evaluation.look(
+                    place, loaded, judged, "test", "cpu", draw=False, world=world
+                ).evaluation
+                keys = ("n", "correct", "confusion", "near_ties", "loss", "ece")
+                found.append({key: getattr(seen, key) for key in keys})
+    finally:
+        together.BATCH = usual
+    assert world.told(lambda: found) == found
+    return found
+
+
+def main(path: str, out: str) -> None:
+    found = {str(pieces): looks(RunFolder(Path(path)), pieces) for pieces in (256, 3)}
+    if processes.join().leads:
+        Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
