@@ -25,17 +25,17 @@ LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "names", "version", "ranks"),
     1: (
         "files", "console", "interrupts", "yamltext", "schema", "recipe", "device", "later",
-        "processes",
+        "processes", "sealing",
     ),
     2: ("data", "models", "optim", "metrics", "differences", "plots", "auto", "views"),
     3: (
         "engine", "guarding", "scaling", "graphs", "inference", "modelfile", "tensorfiles",
-        "together", "trunk",
+        "together", "trunk", "records",
     ),
     4: ("run", "onlooker"),
     5: (
         "checking", "beginning", "feeding", "planning", "preparing", "weights", "resuming",
-        "keeping", "picturing",
+        "keeping", "picturing", "continuing",
         "evaluation", "answers", "prediction", "training", "tabling", "several", "estimator",
         "asking", "inspection", "comparing", "diagnosing", "labelling",
     ),

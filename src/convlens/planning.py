@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convlens import device, engine, feeding, files, graphs, optim, trunk
+from convlens import device, engine, feeding, files, graphs, optim, sealing, trunk
 from convlens.data import cache
 from convlens.data.batches import Batches
 from convlens.device import Plan
@@ -241,11 +241,12 @@ def _key(recipe: Recipe, batches: Batches, model: nn.Module, candidates: Sequenc
 
 
 def _remembered() -> dict[str, Any]:
+    """What was timed on this machine; nothing where it is damaged, and is then timed again."""
     try:
-        content = json.loads((cache.folder() / "plans.json").read_text())
-    except (OSError, ValueError):
+        content = sealing.unseal(json.loads((cache.folder() / "plans.json").read_text("utf-8")))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def _remember(key: str, choice: Choice) -> None:
@@ -254,4 +255,5 @@ def _remember(key: str, choice: Choice) -> None:
     known = {**_remembered(), key: entry}
     latest = dict(list(known.items())[-REMEMBERED:])
     with contextlib.suppress(ResourceError):  # a cache that can't be written is no cache
-        files.write_atomic(cache.folder() / "plans.json", json.dumps(latest, indent=1) + "\n")
+        text = json.dumps(sealing.seal(latest), indent=1) + "\n"
+        files.write_atomic(cache.folder() / "plans.json", text)

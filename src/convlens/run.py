@@ -2,8 +2,8 @@
 
 `models/<run>/` holds `model.safetensors` (chosen weights and all that is needed to use them),
 `recipe.yaml` (resolved, trainable as it stands), `run.json` (what was asked, data, hardware,
-status), `split.csv` (what was held out), `metrics.csv` (one row an epoch), `results.json` (each
-look at a split) and, until it is finished, `state/` (to continue). Plots are in `plots/<run>/`.
+status), `split.csv` (what was held out), `images.csv.gz` (which image files there were),
+`metrics.csv` (one row an epoch), `results.json` (each look at a split) and, until it is finished, `state/` (to continue). Plots are in `plots/<run>/`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-import json
 import math
 import re
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convlens import files, modelfile, models
+from convlens import files, modelfile, models, records, sealing
 from convlens.data.batches import Normalise
 from convlens.errors import ModelFileError, UsageError
 from convlens.names import near
@@ -31,10 +30,6 @@ from convlens.recipe import Recipe
 
 MODELS = Path("models")
 PLOTS = Path("plots")
-COLUMNS = (
-    "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds",
-    "cpu_seconds", "data_seconds", "images_per_second",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,7 @@ class Loaded:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     card: dict[str, Any]
+    folder: Path | None = None  # of its file, where its run's records may be
 
     @property
     def free(self) -> bool:
@@ -76,6 +72,7 @@ class RunFolder:
         self.name = self.path.name or self.path.resolve().name  # of `.`, too
         self.plots = plots or PLOTS / self.name
         self.model_path = self.path / "model.safetensors"
+        self.metrics_path = self.path / "metrics.csv"
         self.state_path = self.path / "state" / "state.safetensors"
 
     # -- whole run ------------------------------------------------------------------------
@@ -88,7 +85,7 @@ class RunFolder:
     def note(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to `run.json`."""
         content = {**self.facts(), **facts}
-        files.write_atomic(self.path / "run.json", _json(content))
+        files.write_atomic(self.path / "run.json", records.json_of(sealing.seal(content)))
 
     def finish(
         self, *, epochs: int, kept: int, seconds: float, cpu_seconds: float = math.nan
@@ -100,13 +97,18 @@ class RunFolder:
             "training_seconds": round(seconds, 3),
             "cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),
         }
+        if self.metrics_path.exists():
+            facts["metrics_sha256"] = files.sha256(self.metrics_path)
         self.note({"status": "finished", **facts})
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
     def facts(self) -> dict[str, Any]:
-        """What `run.json` says; empty for a folder that is no run yet."""
-        content = _read_json(self.path / "run.json", {})
-        return content if isinstance(content, dict) else {}
+        """What `run.json` says; empty for a folder that is no run yet.
+
+        Raises:
+            ModelFileError: it was changed or damaged: a run that goes on must not go by it.
+        """
+        return records.read(self.path / "run.json", {}, sealing.unseal)
 
     @property
     def finished(self) -> bool:
@@ -124,23 +126,29 @@ class RunFolder:
     # -- log ------------------------------------------------------------------------------
 
     def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({c: _number(row[c]) for c in COLUMNS})
-        files.write_atomic(self.path / "metrics.csv", text.getvalue())
+        files.write_atomic(self.metrics_path, records.csv_of(rows))
 
     def metrics(self) -> list[dict[str, float]]:
-        """One mapping an epoch, in order; NaN where a cell is empty (no validation split)."""
-        path = self.path / "metrics.csv"
+        """One mapping an epoch, in order; NaN where a cell is empty (no validation split).
+
+        Raises:
+            ModelFileError: it can't be read, or isn't what a finished run wrote. (Of a run that
+            goes on the state has the same numbers, and writes them anew.)
+        """
+        path, facts = self.metrics_path, self.facts()
         if not path.exists():
             return []
-        with path.open(newline="") as file:
-            return [
-                {k: float(v) if v else math.nan for k, v in row.items()}
-                for row in csv.DictReader(file)
-            ]
+        wrote = facts.get("metrics_sha256") if facts.get("status") == "finished" else None
+        try:
+            if wrote is not None and files.sha256(path) != wrote:
+                raise ValueError("it was changed or damaged after the run had finished")
+            return records.rows_of(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelFileError(
+                f"the log of epochs can't be used: {error}",
+                where=str(path),
+                fix="restore it from a copy, or delete it: weights and results stand without it",
+            ) from error
 
     def write_split(self, held_out: Mapping[str, Sequence[str]]) -> None:
         """`split.csv`: every image that convlens itself held out of training."""
@@ -160,13 +168,17 @@ class RunFolder:
         same = ("split", "data_fingerprint")
         looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)
         entry = {"when": _now(), "looks": looks, **result}
-        files.write_atomic(self.path / "results.json", _json([*log, entry]))
+        sealed = [sealing.seal(each) for each in (*log, entry)]
+        files.write_atomic(self.path / "results.json", records.json_of(sealed))
         return entry
 
     def log(self) -> list[dict[str, Any]]:
-        """Every look at a split, oldest first."""
-        content = _read_json(self.path / "results.json", [])
-        return content if isinstance(content, list) else []
+        """Every look at a split, oldest first.
+
+        Raises:
+            ModelFileError: an entry was changed or damaged.
+        """
+        return records.read(self.path / "results.json", [], records.entries)
 
     def results(self) -> list[dict[str, Any]]:
         """The looks that measured something, oldest first."""
@@ -204,7 +216,7 @@ def load_model(path: Path) -> Loaded:
             where=str(path),
             fix=f"it was written by convlens {card.get('convlens', '?')}",
         ) from error
-    return Loaded(model.eval(), classes, preprocessing, card)
+    return Loaded(model.eval(), classes, preprocessing, card, Path(path).parent)
 
 
 def find(name: str | Path, models_folder: Path | None = None) -> RunFolder:
@@ -268,7 +280,7 @@ def _is_taken(folder: Path) -> bool:
     """Whether anything is in it but what a run that never began leaves: a lock, first files."""
     if not folder.is_dir():
         return folder.exists()
-    first = ("recipe.yaml", "split.csv")
+    first = ("recipe.yaml", "split.csv", "images.csv.gz")
     names = [path.name for path in folder.iterdir()]
     return any(not name.startswith(".") and name not in first for name in names)
 
@@ -287,25 +299,3 @@ def _some(items: Iterable[str]) -> str:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _number(value: float) -> str:
-    """Numbers as text, integers without a point and the rest with enough digits to plot."""
-    if math.isnan(value):
-        return ""
-    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.8g}"
-
-
-def _json(content: Any) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def _read_json(path: Path, default: Any) -> Any:
-    if not path.exists():
-        return default
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelFileError(
-            f"unreadable: {error}", where=str(path), fix="restore it, or train with --fresh"
-        ) from error
