@@ -80,7 +80,7 @@ def read_or_run(
     text = os.fspath(what)
     path = Path(text)
     marks = (path / "run.json", path / "model.safetensors")
-    by_path = path.suffix == ".safetensors" or any(mark.is_file() for mark in marks)
+    by_path = path.suffix == ".safetensors" or any(map(os.path.isfile, marks))
     if not by_path and (_is_recipe(text) or _is_data(text)):
         return read(what, data=data, overrides=overrides)
     from convlens import run  # torch: only where there is a run to read
@@ -171,7 +171,8 @@ def _data_override(data: str | Path | None) -> list[str]:
 
 def _called(data: str) -> str:
     path = Path(data)
-    return path.stem if path.suffix.lower() in (".csv", ".tar") else path.resolve().name
+    by_stem = path.suffix.lower() in (".csv", ".tar")
+    return path.stem if by_stem else os.path.basename(os.path.realpath(data))
 
 
 def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:

@@ -12,6 +12,7 @@ import csv
 import datetime
 import io
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ from convlens.recipe import Recipe
 
 MODELS = Path("models")
 PLOTS = Path("plots")
+LONGEST = 150  # bytes of a run's name; systems take 255, and plots' names are longer
 
 
 @dataclass(frozen=True)
@@ -227,13 +229,13 @@ def find(name: str | Path, models_folder: Path | None = None) -> RunFolder:
     """
     path = Path(name)
     folder = models_folder or MODELS
-    if path.is_file():
+    if os.path.isfile(path):  # (of `Path`, a name too long is an error)
         # A model file on its own is a run without a past; its plots go by its folder's name.
         found = RunFolder(path.parent if path.name == "model.safetensors" else path.with_suffix(""))
         found.model_path = path
         return found
     for candidate in (folder / path, path):
-        if (candidate / "model.safetensors").is_file() or (candidate / "run.json").is_file():
+        if any(os.path.isfile(candidate / each) for each in ("model.safetensors", "run.json")):
             return RunFolder(candidate)
     text = str(name)
     if "/" in text or "\\" in text or path.suffix in (".safetensors", ".pt", ".pth"):
@@ -287,7 +289,8 @@ def _is_taken(folder: Path) -> bool:
 
 def safe(name: str) -> str:
     """A name that is one folder on every system: letters, digits, `.`, `_`, `-`, other scripts."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+    short = name.encode("utf-8", "replace")[:LONGEST].decode("utf-8", "ignore")
+    return re.sub(r"[^\w.-]+", "-", short).strip("-.") or "run"
 
 
 def _some(items: Iterable[str]) -> str:

@@ -24,6 +24,8 @@ from convlens.recipe import Recipe
 from convlens.run import RunFolder
 from convlens.tabling import Outcome, Planned, Table
 
+MOST = 10_000  # runs of one command
+
 
 def expand(
     asked: Mapping[str | None, Asked],
@@ -38,6 +40,9 @@ def expand(
     Splits count from the recipe's `data.seed`, seeds from its `train.seed`. A run's name says
     only what it differs in: `x` for the recipe's own split and seed, `x-seed1`, `x-a-split2`.
     """
+    several = len(asked) * splits * seeds * (folds or 1)
+    if several > MOST:
+        raise UsageError(f"that would be {several:,} runs; {MOST:,} at most go together")
     plans = []
     for setting, each in asked.items():
         data_seed, seed = each.recipe.data.seed, each.recipe.train.seed
