@@ -90,11 +90,9 @@ def read_or_run(
     except UsageError:
         _check_data_name(text, [each.name for each in run.runs()])
         raise
-    stored = place.path / "recipe.yaml"
-    alone = not stored.is_file()
-    of_run = recipes.load(
-        run.load_model(place.model_path).card["recipe"] if alone else os.fspath(stored)
-    )
+    alone = not (place.path / "recipe.yaml").is_file()
+    card = run.load_model(place.model_path).card if alone else {}
+    of_run = recipes.load(card["recipe"]) if alone else place.recipe()
     called = place.name if data is None else f"{place.name}-{_called(str(data))}"
     return read(of_run.model_copy(update={"name": called}), data=data, overrides=overrides)
 

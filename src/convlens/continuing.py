@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.markup import escape
 
-from convlens import recipe as recipes
 from convlens import run
 from convlens.console import say
 from convlens.data import Data
@@ -68,7 +67,7 @@ def tell_new(place: RunFolder, called: str, asked: Recipe) -> None:
     others = [other for other in run.runs() if named.fullmatch(other.name)]
     for other in others[-_LOOKED_AT:]:
         try:
-            theirs = recipes.load(other.path / "recipe.yaml")
+            theirs = other.recipe()
         except ConvlensError:
             continue  # damaged or edited; it isn't this one's business
         differing = list(_differences(theirs, asked))

@@ -3,7 +3,8 @@
 `models/<run>/` holds `model.safetensors` (chosen weights and all that is needed to use them),
 `recipe.yaml` (resolved, trainable as it stands), `run.json` (what was asked, data, hardware,
 status), `split.csv` (what was held out), `images.csv.gz` (which image files there were),
-`metrics.csv` (one row an epoch), `results.json` (each look at a split) and, until it is finished, `state/` (to continue). Plots are in `plots/<run>/`.
+`metrics.csv` (one row an epoch), `results.json` (each look at a split) and, until it is finished,
+`state/` (to continue). Plots are in `plots/<run>/`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from convlens.data.batches import Normalise
 from convlens.errors import ModelFileError, UsageError
 from convlens.names import near
 from convlens.recipe import Recipe
+from convlens.recipe import load as load_recipe
 
 MODELS = Path("models")
 PLOTS = Path("plots")
@@ -118,6 +120,21 @@ class RunFolder:
 
     def lock(self) -> AbstractContextManager[None]:
         return files.lock(self.path / ".lock", what=f"run {self.name!r}")
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe, by which the run trained.
+
+        Raises:
+            UsageError: no recipe; ModelFileError: not the one that the run was trained by.
+        """
+        found = load_recipe(self.path / "recipe.yaml")
+        if found.digest() not in self.facts().get("digests", [found.digest()]):
+            raise ModelFileError(
+                "recipe.yaml was changed after the run had begun: it isn't what it trained by",
+                where=str(self.path / "recipe.yaml"),
+                fix="restore it; `convlens train` with this file trains it as another run",
+            )
+        return found
 
     # -- model ----------------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ def train_many(
 
 def refitted(name: str, chooser: RunFolder) -> Recipe:
     """The recipe of the run that trains on all that `chooser` had, for the epochs it chose."""
-    resolved = recipes.load(chooser.path / "recipe.yaml")
+    resolved = chooser.recipe()
     changed = resolved.replace(
         **{
             "data.val_fraction": 0,

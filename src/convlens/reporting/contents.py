@@ -123,8 +123,8 @@ def gather(name: str, *, audit: bool | None, on: str | None, alone: bool = True)
 def _recipe_file(place: RunFolder) -> Recipe | None:
     path = place.path / "recipe.yaml"
     try:
-        return load_recipe(str(path)) if path.exists() else None
-    except UsageError:
+        return place.recipe() if path.exists() else None
+    except (UsageError, ModelFileError):  # the model file has it, too
         return None
 
 
