@@ -45,6 +45,23 @@ class Choice:
     milliseconds: dict[str, float]
 
 
+def check(recipe: Recipe, where: str, processes: int = 1) -> None:
+    """Refuses what is asked for and this device hasn't; before images are read.
+
+    Raises:
+        UsageError: precision or compilation that can't be had.
+    """
+    options = recipe.train
+    plans = device.plans(where, options.precision, options.memory_format, options.deterministic)
+    if options.compile == "graph" and processes > 1:
+        raise UsageError(
+            "train.compile=graph: a recorded step can't hear what other processes say",
+            fix="use train.compile=auto or true, or one process",
+        )
+    if options.compile != "auto":
+        _stated(plans[0], options.compile)
+
+
 def choose(
     recipe: Recipe,
     where: str,
@@ -78,12 +95,8 @@ def _chosen(
     world: World,
 ) -> Choice:
     asked = recipe.train.compile
+    check(recipe, where, world.size)
     choice = _format(recipe, where, model, batches_for, objective, several=world.size > 1)
-    if asked == "graph" and world.size > 1:
-        raise UsageError(
-            "train.compile=graph: a recorded step can't hear what other processes say",
-            fix="use train.compile=auto or true, or one process",
-        )
     if asked != "auto":
         return replace(choice, plan=_stated(choice.plan, asked))
     if world.size > 1:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from convlens import evaluation, picturing, processes, run, training
-from convlens import recipe as recipes
 from convlens.asking import Asked
 from convlens.checking import check
 from convlens.console import quieted, say

@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from convlens import (
-    continuing, device, engine, evaluation, onlooker, optim, picturing, processes, run, weights,
+    continuing, device, engine, evaluation, onlooker, optim, picturing, planning,
+    processes, run, weights,
 )  # fmt: skip
 from convlens.checking import check
 from convlens.console import say, table, watch
@@ -69,6 +70,7 @@ def train(
         if not world.told(place.facts):
             weights.expect(recipe.model)
         where = device.choose(on)
+        planning.check(recipe, where, world.size)
         device.prepare(recipe.train.deterministic)
         budget = device.memory_budget(where)
         with world.first():

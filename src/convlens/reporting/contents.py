@@ -13,7 +13,7 @@ from convlens.console import say
 from convlens.data import Split
 from convlens.data.audit import Audit
 from convlens.data.audit import audit as look_at
-from convlens.errors import ConvlensError, UsageError
+from convlens.errors import ConvlensError, ModelFileError, UsageError
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
