@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from commands import DIGITS, here, pictures, refused
+from commands import here, pictures, refused
 from convlens import answers, modelfile, planning
 from convlens.data import cache, listing, members
 from convlens.data.encoded import Paths

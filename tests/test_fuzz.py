@@ -41,10 +41,10 @@ def fuzz(strategy: st.SearchStrategy[Any], body: Callable[[Any], None], cases: i
 # What people and programs write where a value belongs
 
 WORDS = st.sampled_from([
-    "", " ", "~", "~nobody/photos", "null", "no", "yes", "1e-3", "1_000", "0x10", "12:30:45", ".inf",
-    ".nan", "-", "--", "...", "---", "*", "&a", "*a", "!!python/object:os.system", "!x", "%", "@",
-    "`", "\t", "a\0b", "\ud800", "\udcff", "ä\u2028", "\ufeff", "x" * 300, "x" * 5000, "/nowhere", "..",
-    "../../etc/passwd", "/dev/zero", "/dev/stdin", "C:\\photos\\", "a/b/c", "head", "all", "last:4",
+    "", " ", "~", "~nobody/photos", "null", "no", "yes", "1e-3", "1_000", "0x10", "12:30:45",
+    ".inf", ".nan", "-", "--", "...", "---", "*", "&a", "*a", "!!python/object:os.system", "!x", "%", "@",
+    "`", "\t", "a\0b", "\ud800", "\udcff", "ä\u2028", "\ufeff", "x" * 300, "x" * 5000, "/nowhere",
+    "..",     "../../etc/passwd", "/dev/zero", "/dev/stdin", "C:\\photos\\", "a/b/c", "head", "all", "last:4",
     "last:99999999999999999999", "layer3+", "auto", "default", "none", "IMAGENET1K_V1", "digits",
     "shapes", "[1", "{a", "'", '"', "a: b", "- a", "# a", "2026-11-27", "2026-11-27T10:00:00Z",
     "{0..99999999999}.tar", "{a,b}.tar", "{", "{}", "hf-hub:x/y", "timm/x", "[bold]x[/nothing]",
@@ -124,8 +124,10 @@ def written(content: str | bytes) -> str:
     return str(path)
 
 
-BITS = st.sampled_from(list("[]{}:,-&*!|>'\"#%@`?\t\n ~=<\\") + ["&a ", "*a", "<<: ", "\n\n", "\0",
-                       "base: mnist\n", "settings: {a: ", "---\n", "...\n", "\xff"])  # fmt: skip
+BITS = st.sampled_from([
+    *"[]{}:,-&*!|>'\"#%@`?\t\n ~=<\\", "&a ", "*a", "<<: ", "\n\n", "\0", "base: mnist\n",
+    "settings: {a: ", "---\n", "...\n", "\xff",
+])  # fmt: skip
 
 
 @st.composite
@@ -198,10 +200,11 @@ def _is_small(name: str) -> bool:
 ROOT = typer.main.get_command(cli.app)
 assert isinstance(ROOT, click.Group)
 COMMANDS = sorted(ROOT.commands)
-POOL = st.sampled_from(["model", "models/model", "models/model/model.safetensors", "a.png", "set",
-                        "digits", "shapes", "fuzz.yaml", "class:red:3", "test:0", "worst:5", "val:1",
-                        "optim.lr=0.1", "data.seed=3", "train.epochs=1", "cpu", "cuda", "meta", "flip",
-                        "json", "csv", "all", "stage1", "stage1:0", "pca"])  # fmt: skip
+POOL = st.sampled_from([
+    "model", "models/model", "models/model/model.safetensors", "a.png", "set", "digits", "shapes",
+    "fuzz.yaml", "class:red:3", "test:0", "worst:5", "val:1", "optim.lr=0.1", "data.seed=3",
+    "train.epochs=1", "cpu", "cuda", "meta", "flip", "json", "csv", "all", "stage1", "stage1:0", "pca",
+])  # fmt: skip
 SMALL = st.integers(-2, 5).map(str) | NUMBERS.map(lambda n: str(n)[:40])
 # As an argument arrives: without zero bytes. And nothing that would be written elsewhere.
 TEXTS = (
@@ -258,10 +261,9 @@ def test_command_lines(cases: int) -> None:
 
 
 def laughs(depth: int, width: int) -> str:
-    lines = [f"a0: &a0 [{', '.join(['x'] * width)}]"]
-    for n in range(1, depth):
-        lines.append(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * width)}]")
-    return "\n".join(lines)
+    """Lists of lists of lists, each a few letters long as an alias."""
+    inside = ["x", *(f"*a{n}" for n in range(depth - 1))]
+    return "\n".join(f"a{n}: &a{n} [{', '.join([each] * width)}]" for n, each in enumerate(inside))
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,16 @@ def test_too_many_runs_at_once() -> None:
 
 def test_names_that_no_folder_can_have() -> None:
     asked = ("digits", "data.per_class=4", "model.widths=[2]", "train.epochs=1", "--no-test")
-    for name in ("x" * 400, "ü" * 300, "../../out", "/", "a/b", "..", "-", "\ud83d\ude00".join("ab")):
+    for name in (
+        "x" * 400,
+        "ü" * 300,
+        "../../out",
+        "/",
+        "a/b",
+        "..",
+        "-",
+        "\ud83d\ude00".join("ab"),
+    ):
         done = here("train", *asked, "--name", name, "--json")
         assert done.code == 0, done.err
         folder = Path(done.json["path"])
@@ -395,4 +406,3 @@ def test_links_in_a_circle_and_homes_of_nobody() -> None:
         refused(here("train", name), 3, "no such file or folder")
         refused(here("train", "digits", "--data", name), 3, "no such file or folder")
         refused(here("evaluate", name), 4, "no such run or model file")
-

@@ -24,7 +24,9 @@ def copied(folder: str) -> RunFolder:
 
 
 def test_every_folder_is_tested_and_small() -> None:
-    assert {path.name for path in FILES.iterdir() if path.is_dir()} - {"__pycache__"} == set(FOLDERS)
+    assert {path.name for path in FILES.iterdir() if path.is_dir()} - {"__pycache__"} == set(
+        FOLDERS
+    )
     assert sum(path.stat().st_size for path in FILES.rglob("*")) < 100_000 * len(FOLDERS)
 
 
@@ -56,7 +58,7 @@ def test_it_tests_to_the_numbers_that_were_stored(folder: str) -> None:
     assert found["loss"] == pytest.approx(stored["loss"], abs=1e-6)
     assert found["looks"] == 2
     first, second = place.log()
-    assert first == stored
+    assert first == {key: value for key, value in stored.items() if key not in ("format", "sha256")}
     assert second["correct"] == stored["correct"]
 
 

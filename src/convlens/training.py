@@ -13,8 +13,17 @@ from functools import partial
 from typing import Any
 
 from convlens import (
-    continuing, device, engine, evaluation, onlooker, optim, picturing, planning,
-    processes, run, weights,
+    continuing,
+    device,
+    engine,
+    evaluation,
+    onlooker,
+    optim,
+    picturing,
+    planning,
+    processes,
+    run,
+    weights,
 )  # fmt: skip
 from convlens.checking import check
 from convlens.console import say, table, watch
