@@ -245,7 +245,7 @@ def test_a_log_of_an_unfinished_run_is_read_strictly(run: RunFolder, text: str) 
 
 
 def test_a_damaged_cache_is_made_anew(run: RunFolder) -> None:
-    """One pixel in it: the image is decoded again, said once, and the next start has a whole one."""
+    """One pixel in it: the image is decoded again, and the next start makes a whole one."""
     path, read, _ = _pixels(run)
     whole, expected = path.read_bytes(), read()
     path.write_bytes(whole[:100] + bytes([whole[100] ^ 4]) + whole[101:])

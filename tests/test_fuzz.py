@@ -42,11 +42,11 @@ def fuzz(strategy: st.SearchStrategy[Any], body: Callable[[Any], None], cases: i
 
 WORDS = st.sampled_from([
     "", " ", "~", "~nobody/photos", "null", "no", "yes", "1e-3", "1_000", "0x10", "12:30:45",
-    ".inf", ".nan", "-", "--", "...", "---", "*", "&a", "*a", "!!python/object:os.system", "!x", "%", "@",
-    "`", "\t", "a\0b", "\ud800", "\udcff", "ä\u2028", "\ufeff", "x" * 300, "x" * 5000, "/nowhere",
-    "..",     "../../etc/passwd", "/dev/zero", "/dev/stdin", "C:\\photos\\", "a/b/c", "head", "all", "last:4",
-    "last:99999999999999999999", "layer3+", "auto", "default", "none", "IMAGENET1K_V1", "digits",
-    "shapes", "[1", "{a", "'", '"', "a: b", "- a", "# a", "2026-11-27", "2026-11-27T10:00:00Z",
+    ".inf", ".nan", "-", "--", "...", "---", "*", "&a", "*a", "!!python/object:os.system", "!x", "%",
+    "@", "`", "\t", "a\0b", "\ud800", "\udcff", "ä\u2028", "\ufeff", "x" * 300, "x" * 5000, "/nowhere",
+    "..", "../../etc/passwd", "/dev/zero", "/dev/stdin", "C:\\photos\\", "a/b/c", "head",
+    "all", "last:4", "last:99999999999999999999", "layer3+", "auto", "default", "none",
+    "IMAGENET1K_V1", "digits", "shapes", "[1", "{a", "'", '"', "a: b", "- a", "# a", "2026-11-27", "2026-11-27T10:00:00Z",
     "{0..99999999999}.tar", "{a,b}.tar", "{", "{}", "hf-hub:x/y", "timm/x", "[bold]x[/nothing]",
     "<script>", "$HOME", "`id`", "x.yaml", "x.safetensors", "x.csv", "x.tar", "x.zip", "models/x",
 ])  # fmt: skip
@@ -203,7 +203,8 @@ COMMANDS = sorted(ROOT.commands)
 POOL = st.sampled_from([
     "model", "models/model", "models/model/model.safetensors", "a.png", "set", "digits", "shapes",
     "fuzz.yaml", "class:red:3", "test:0", "worst:5", "val:1", "optim.lr=0.1", "data.seed=3",
-    "train.epochs=1", "cpu", "cuda", "meta", "flip", "json", "csv", "all", "stage1", "stage1:0", "pca",
+    "train.epochs=1", "cpu", "cuda", "meta", "flip", "json", "csv", "all", "stage1", "stage1:0",
+    "pca",
 ])  # fmt: skip
 SMALL = st.integers(-2, 5).map(str) | NUMBERS.map(lambda n: str(n)[:40])
 # As an argument arrives: without zero bytes. And nothing that would be written elsewhere.

@@ -1,8 +1,8 @@
 """Decode once: image files become a file of uint8 pixels that the next start only opens.
 
 A store is one file, so that one rename makes it whole or absent:
-pixels `[N, C, H, W]` | SHA-256 of each image file `[N, 32]` | CRC-32 of each image's pixels `[N, 4]`
-| JSON | its length (8 bytes) | SHA-256 of all but the pixels | magic.
+pixels `[N, C, H, W]` | SHA-256 of each image file `[N, 32]` | CRC-32 of each image's pixels
+`[N, 4]` | JSON | its length (8 bytes) | SHA-256 of all but the pixels | magic.
 Its name is a hash over paths, sizes and times of all files and over the conversion. Of images
 that stay where they are (shards beyond the memory budget) the store has all but the pixels.
 
