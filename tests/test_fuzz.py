@@ -42,13 +42,14 @@ def fuzz(strategy: st.SearchStrategy[Any], body: Callable[[Any], None], cases: i
 
 WORDS = st.sampled_from([
     "", " ", "~", "~nobody/photos", "null", "no", "yes", "1e-3", "1_000", "0x10", "12:30:45",
-    ".inf", ".nan", "-", "--", "...", "---", "*", "&a", "*a", "!!python/object:os.system", "!x", "%",
-    "@", "`", "\t", "a\0b", "\ud800", "\udcff", "ä\u2028", "\ufeff", "x" * 300, "x" * 5000, "/nowhere",
-    "..", "../../etc/passwd", "/dev/zero", "/dev/stdin", "C:\\photos\\", "a/b/c", "head",
-    "all", "last:4", "last:99999999999999999999", "layer3+", "auto", "default", "none",
-    "IMAGENET1K_V1", "digits", "shapes", "[1", "{a", "'", '"', "a: b", "- a", "# a", "2026-11-27", "2026-11-27T10:00:00Z",
-    "{0..99999999999}.tar", "{a,b}.tar", "{", "{}", "hf-hub:x/y", "timm/x", "[bold]x[/nothing]",
-    "<script>", "$HOME", "`id`", "x.yaml", "x.safetensors", "x.csv", "x.tar", "x.zip", "models/x",
+    ".inf", ".nan", "-", "--", "...", "---", "*", "&a", "*a", "!!python/object:os.system", "!x",
+    "%", "@", "`", "\t", "a\0b", "\ud800", "\udcff", "ä\u2028", "\ufeff", "x" * 300, "x" * 5000,
+    "/nowhere", "..", "../../etc/passwd", "/dev/zero", "/dev/stdin", "C:\\photos\\", "a/b/c",
+    "head", "all", "last:4", "last:99999999999999999999", "layer3+", "auto", "default", "none",
+    "IMAGENET1K_V1", "digits", "shapes", "[1", "{a", "'", '"', "a: b", "- a", "# a", "2026-11-27",
+    "2026-11-27T10:00:00Z", "{0..99999999999}.tar", "{a,b}.tar", "{", "{}", "hf-hub:x/y", "timm/x",
+    "[bold]x[/nothing]", "<script>", "$HOME", "`id`", "x.yaml", "x.safetensors", "x.csv", "x.tar",
+    "x.zip", "models/x",
 ])  # fmt: skip
 NUMBERS = (
     st.integers(-3, 40)
