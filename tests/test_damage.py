@@ -227,7 +227,6 @@ def test_a_recipe_that_was_changed_is_another_one(run: RunFolder) -> None:
     done = here("train", path, "--no-test", "--json")  # a file somebody edited: a run of its own
     assert done.code == 0, done.err
     assert done.json["run"] != "whole"
-    assert "epochs=3, not 1" in done.err
 
 
 @pytest.mark.parametrize(
