@@ -126,9 +126,12 @@ def test_a_folder_of_hostile_files(tmp_path: Path) -> None:
     refused(done, 3, f"{len(bad)} of ", "images can't be read", "data.on_bad=skip")
     done = convlens("train", root, *NET, "data.image_size=8", "data.on_bad=skip", "--json")
     assert done.code == 0, done.err
-    done = convlens("predict", done.json["run"], root, "--format", "csv")
-    assert done.code == 3  # some could not be read, the others are done
-    assert "Traceback" not in done.err
+    strict = {"PYTHONIOENCODING": "utf-8:strict"}  # as where the locale is one of UTF-8
+    for form in ("csv", "json", "table"):
+        told = convlens("predict", done.json["run"], root, "--format", form, **strict)
+        assert told.code == 3  # some could not be read, the others are done
+        assert "Traceback" not in told.err
+        assert "\\udcff" in told.out
     assert "hacked" not in str(list(Path().rglob("*")))
     assert before == world(
         tmp_path / "work" / "photos", tmp_path / "work" / "sound", Path("/tmp/evil")

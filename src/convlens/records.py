@@ -77,7 +77,7 @@ def read(path: Path, default: T, opened: Callable[[Any], T]) -> T:
     """
     try:
         return opened(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return default
     except sealing.Changed as error:
         raise ModelFileError(

@@ -95,7 +95,7 @@ class RunFolder:
         self, *, epochs: int, kept: int, seconds: float, cpu_seconds: float = math.nan
     ) -> None:
         """Marks the run as finished; its state to continue from is not needed any more."""
-        facts = {
+        facts: dict[str, Any] = {
             "epochs": epochs,
             "kept_epoch": kept,
             "training_seconds": round(seconds, 3),

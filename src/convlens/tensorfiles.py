@@ -75,17 +75,17 @@ def _is_ours(path: Path) -> bool:
 
 
 def _refuse_packed(data: bytes, path: Path) -> None:
-    """A file of torch.save is a zip that packs nothing, so it can't hold more than its size."""
+    """A file of torch.save is a zip that packs no tensors: it can't hold much more than its size."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as packed:
             inside = packed.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
         return  # the older kind, or damaged, which the unpickler will say
     names = [each.filename for each in inside]
-    large = sum(each.file_size for each in inside) > len(data)
+    large = sum(each.file_size for each in inside) > 2 * len(data) + (1 << 20)
     if large or len(set(names)) < len(names):
         raise ModelFileError(
-            "this file is a zip that unpacks to more than its size, or has a name twice",
+            "this file is a zip that unpacks to far more than its size, or has a name twice",
             where=str(path),
             fix="save the weights again with torch.save(model.state_dict(), ...)",
         )

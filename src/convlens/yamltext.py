@@ -19,7 +19,7 @@ import yaml
 
 from convlens.errors import UsageError
 
-MOST = 1 << 20  # characters of a text
+MOST = 1 << 17  # characters of a text; ours have a few thousand
 _VALUES = 50_000  # that a text stands for, aliases written out
 _DEEPEST = 40
 
@@ -36,7 +36,9 @@ def read(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UsageError(
-            "the recipe is no UTF-8 text", where=f"{path}, line {line}", fix="save it as UTF-8"
+            "can't read the recipe: it is no UTF-8 text",
+            where=f"{path}, line {line}",
+            fix="save it as UTF-8",
         ) from error
     except UsageError:
         raise
@@ -123,7 +125,7 @@ def odd(value: Any, key: str = "") -> Iterator[str]:
         for item in value:
             yield from odd(item, key)
     elif isinstance(value, str):
-        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
             yield f"{key}={short(value)}: no text that can be written"
     elif isinstance(value, float):
         if not math.isfinite(value):

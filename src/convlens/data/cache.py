@@ -50,7 +50,7 @@ from convlens.errors import ResourceError
 from convlens.sealing import Changed, seal_bytes, unseal_bytes
 
 _MAGIC = b"convlns2"
-_TAIL = 8 + 32 + len(_MAGIC)
+_TAIL = 8 + 32 + 8
 _CHUNK = 32
 
 

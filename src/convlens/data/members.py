@@ -245,6 +245,6 @@ def _kept(place: Path) -> Index | None:
     # Its hash is right, so it is what `_keep` wrote.
     length = int.from_bytes(content[:8], "little")
     facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["facts"])
-    arrays = load(content)
+    arrays: dict[str, Any] = load(content)
     keys = Joined(arrays.pop("text"), arrays.pop("starts"))
     return Index(**arrays, labels=tuple(facts["labels"]), keys=keys, ignored=facts["ignored"])

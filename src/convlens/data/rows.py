@@ -267,8 +267,7 @@ def in_memory(rows: Rows, chunk: int = 1024) -> ArrayRows:
 
 def sums_of(pixels: Pixels) -> Sums:
     """CRC-32 of each image, `[N]`: any change of up to 32 neighbouring bits gives another one."""
-    sums = [zlib.crc32(image.data) for image in pixels.reshape(len(pixels), -1)]
-    return np.array(sums, np.uint32)
+    return np.array([zlib.crc32(image) for image in pixels], np.uint32)
 
 
 def as_index(values: npt.NDArray[np.int64]) -> Tensor:
