@@ -75,7 +75,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _refuse_packed(data: bytes, path: Path) -> None:
-    """A file of torch.save is a zip that packs no tensors: it can't hold much more than its size."""
+    """A file of torch.save is a zip that packs no tensors: it holds little more than its size."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as packed:
             inside = packed.infolist()
