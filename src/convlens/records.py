@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convlens import sealing
+from convlens import files, sealing
 from convlens.errors import ModelFileError
 
 T = TypeVar("T")
@@ -55,6 +55,39 @@ def rows_of(text: str) -> list[dict[str, float]]:
         if rows[-1]["epoch"] != len(rows):
             raise ValueError(f"epoch {len(rows)} is missing")
     return rows
+
+
+def log_of(path: Path, wrote: str | None) -> list[dict[str, float]]:
+    """The rows of a log of epochs; none where there is no file.
+
+    Args:
+        wrote: its SHA-256 when it was written; None if nobody knows.
+
+    Raises:
+        ModelFileError: it can't be read, or is another one now.
+    """
+    try:
+        if wrote is not None and files.sha256(path) != wrote:
+            raise ValueError("it was changed or damaged after the run had finished")
+        return rows_of(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError) as error:
+        raise ModelFileError(
+            f"the log of epochs can't be used: {error}",
+            where=str(path),
+            fix="restore it from a copy, or delete it: weights and results stand without it",
+        ) from error
+
+
+def split_of(held_out: Mapping[str, Sequence[str]]) -> str:
+    """Ids and their splits as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "split"])
+    for split, ids in held_out.items():
+        writer.writerows((identity, split) for identity in ids)
+    return text.getvalue()
 
 
 def json_of(content: Any) -> str:

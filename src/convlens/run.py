@@ -9,9 +9,7 @@ status), `split.csv` (what was held out), `images.csv.gz` (which image files the
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
 import math
 import os
 import re
@@ -154,29 +152,13 @@ class RunFolder:
             ModelFileError: it can't be read, or isn't what a finished run wrote. (Of a run that
             goes on the state has the same numbers, and writes them anew.)
         """
-        path, facts = self.metrics_path, self.facts()
-        if not path.exists():
-            return []
+        facts = self.facts()
         wrote = facts.get("metrics_sha256") if facts.get("status") == "finished" else None
-        try:
-            if wrote is not None and files.sha256(path) != wrote:
-                raise ValueError("it was changed or damaged after the run had finished")
-            return records.rows_of(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelFileError(
-                f"the log of epochs can't be used: {error}",
-                where=str(path),
-                fix="restore it from a copy, or delete it: weights and results stand without it",
-            ) from error
+        return records.log_of(self.metrics_path, wrote)
 
     def write_split(self, held_out: Mapping[str, Sequence[str]]) -> None:
         """`split.csv`: every image that convlens itself held out of training."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["id", "split"])
-        for split, ids in held_out.items():
-            writer.writerows((identity, split) for identity in ids)
-        files.write_atomic(self.path / "split.csv", text.getvalue())
+        files.write_atomic(self.path / "split.csv", records.split_of(held_out))
 
     def add_result(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Logs one look at a split, with how many there have been; returns what was logged.
