@@ -173,7 +173,8 @@ def test_more_than_ten_thousand_damaged_files(
 ) -> None:
     wrong, total = [], 0
     for name, make in FILES.items():
-        found = score(*make(run)[:2], MANY, seed=2, gone=make(run)[2])
+        path, read, gone = make(run)
+        found = score(path, read, MANY, seed=2, gone=gone)
         total += MANY
         wrong += [f"{name}: {each}" for each in found.wrong]
         shutil.rmtree("sharded", ignore_errors=True)

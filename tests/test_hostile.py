@@ -132,7 +132,7 @@ def test_a_folder_of_hostile_files(tmp_path: Path) -> None:
         assert told.code == 3  # some could not be read, the others are done
         assert "Traceback" not in told.err
         assert "\\udcff" in told.out
-    assert "hacked" not in str(list(Path().rglob("*")))
+    assert "hacked" not in {path.name for path in Path().rglob("*")}
     assert before == world(
         tmp_path / "work" / "photos", tmp_path / "work" / "sound", Path("/tmp/evil")
     )
