@@ -25,17 +25,17 @@ LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "names", "version", "ranks"),
     1: (
         "files", "console", "interrupts", "yamltext", "schema", "recipe", "device", "later",
-        "processes",
+        "processes", "sealing",
     ),
     2: ("data", "models", "optim", "metrics", "differences", "plots", "auto", "views"),
     3: (
         "engine", "guarding", "scaling", "memory", "graphs", "inference", "modelfile",
-        "tensorfiles", "together", "trunk",
+        "tensorfiles", "together", "trunk", "records",
     ),
     4: ("generations", "run", "onlooker"),
     5: (
         "checking", "beginning", "feeding", "planning", "preparing", "weights", "resuming",
-        "keeping", "picturing",
+        "keeping", "picturing", "continuing",
         "evaluation", "answers", "prediction", "extending", "training", "tabling", "several",
         "estimator", "asking", "chaos", "inspection", "comparing", "diagnosing", "labelling",
     ),

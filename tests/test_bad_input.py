@@ -23,6 +23,7 @@ from commands import (
     refused,
 )
 from convlens import Run
+from convlens.run import RunFolder
 
 # Recipes, keys, values
 
@@ -264,8 +265,7 @@ with lock(Path(sys.argv[1]), what="it"):
 def test_a_run_in_use_by_another_process() -> None:
     assert here("train", *DIGITS, "--json").json["run"]
     (run,) = Path("models").iterdir()
-    facts = (run / "run.json").read_text().replace('"finished"', '"training"')
-    (run / "run.json").write_text(facts)
+    RunFolder(run).note({"status": "training"})
     other = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run / ".lock")],
         stdout=subprocess.PIPE,

@@ -12,7 +12,7 @@ from torch import Tensor
 from convlens.data.augment import build
 from convlens.data.batches import Augment, Batches, Normalise, to_unit
 from convlens.data.draws import Place
-from convlens.data.rows import ArrayRows, StoredRows
+from convlens.data.rows import ArrayRows, StoredRows, sums_of
 from convlens.device import Plan, seed_of
 from support import PLAN, Memory, Split, Streamed, pictures
 
@@ -208,7 +208,8 @@ def test_the_stored_images_are_never_changed() -> None:
 
 def stored(images: Tensor) -> StoredRows:
     Path("pixels").write_bytes(images.numpy().tobytes())
-    return StoredRows(Path("pixels"), tuple(images.shape))
+    never: Any = None  # nothing is damaged, so nothing is decoded again
+    return StoredRows(Path("pixels"), tuple(images.shape), sums_of(images.numpy()), never)
 
 
 @pytest.mark.parametrize("kind", ["streamed", "stored", "taken", "array"])

@@ -284,9 +284,10 @@ def test_reading_from_a_store_needs_no_memory_of_its_size(tmp_path: Path) -> Non
     with path.open("wb") as file:
         file.truncate(size * count)
     code = (
-        "import resource, torch; from pathlib import Path\n"
+        "import resource, torch, zlib; import numpy as np; from pathlib import Path\n"
         "from convlens.data.rows import StoredRows\n"
-        f"rows = StoredRows(Path({str(path)!r}), ({count}, 3, 64, 64))\n"
+        f"sums = np.full({count}, zlib.crc32(bytes({size})), np.uint32)\n"
+        f"rows = StoredRows(Path({str(path)!r}), ({count}, 3, 64, 64), sums, None)\n"
         "rows.gather(torch.arange(128))\n"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"for i in range(0, {count}, 128): rows.gather(torch.arange(i, i + 128))\n"

@@ -241,6 +241,21 @@ def test_no_single_flip_of_a_byte_raises_anything_else() -> None:
             decode(bytes(bad), size=8, channels=3, fit="crop")
 
 
+def test_a_png_with_another_sum_or_without_its_end_is_damaged() -> None:
+    """Pillow takes both: it looks no further than the last row."""
+    whole = encoded(Image.fromarray(rgb(64, 64)), "PNG")
+    data = whole.index(b"IDAT")
+    length = int.from_bytes(whole[data - 4 : data], "big")
+    for at in (data + 4 + length, data + 4 + length - 1):  # the sum itself, zlib's own
+        bad = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+        with pytest.raises(UnreadableImage, match="damaged"):
+            decode(bad, size=8, channels=3, fit="crop")
+    for cut in (1, 12, 13, 16):
+        with pytest.raises(UnreadableImage, match="cut short"):
+            decode(whole[:-cut], size=8, channels=3, fit="crop")
+    assert decode(whole + b"more", size=8, channels=3, fit="crop").shape == (3, 8, 8)
+
+
 def bomb(width: int, height: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (

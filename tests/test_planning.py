@@ -16,6 +16,7 @@ from convlens.device import Plan
 from convlens.preparing import prepare
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
+from convlens.sealing import unseal
 from support import PLAN, images_of, same, tiny
 
 TIMED = ("train.epochs=100", "train.memory_format=auto")  # 500 steps: worth timing
@@ -83,11 +84,11 @@ def test_a_damaged_memory_is_no_memory(
 ) -> None:
     prepared(tiny(*TIMED))
     memory = tmp_path / "cache" / "plans.json"
-    (key,) = json.loads(memory.read_text())
+    (key,) = unseal(json.loads(memory.read_text()))
     memory.write_text(content.replace("KEY", key))
     prepared(tiny(*TIMED))
     assert len(timings) == 2
-    assert list(json.loads(memory.read_text())) == [key]
+    assert list(unseal(json.loads(memory.read_text()))) == [key]
 
 
 def test_the_memory_has_an_end(
@@ -96,7 +97,7 @@ def test_the_memory_has_an_end(
     monkeypatch.setattr(planning, "REMEMBERED", 2)
     for width in (3, 4, 5):
         prepared(tiny(*TIMED, f"model.widths=[{width}]"))
-    assert len(json.loads((tmp_path / "cache" / "plans.json").read_text())) == 2
+    assert len(unseal(json.loads((tmp_path / "cache" / "plans.json").read_text()))) == 2
 
 
 def test_the_choice_and_its_timings_stand_in_the_run(timings: list[list[str]]) -> None:

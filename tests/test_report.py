@@ -21,6 +21,7 @@ from commands import constant_model, here, pictures, refused
 from convlens import data, reporting
 from convlens.answers import Answers
 from convlens.errors import ModelFileError, UsageError
+from convlens.files import sha256
 from convlens.metrics import summarise
 from convlens.reporting import comparing, contents, page, sections
 from convlens.reporting.contents import Contents, gather
@@ -321,8 +322,7 @@ def test_a_run_whose_images_have_moved_still_has_its_page(made: Path) -> None:
 
 @pytest.mark.usefixtures("runs")
 def test_unfinished_and_empty_runs_have_pages() -> None:
-    facts = json.loads(Path("models/small/run.json").read_text())
-    Path("models/small/run.json").write_text(json.dumps({**facts, "status": "training"}))
+    RunFolder(Path("models/small")).note({"status": "training"})
     report = convlens.report("small")
     assert (
         report.verdict
@@ -352,6 +352,7 @@ def test_losses_that_are_no_numbers_are_gaps() -> None:
     cells = lines[2].split(",")
     lines[2] = ",".join([cells[0], "nan", cells[2], "inf", *cells[4:]])
     path.write_text("\n".join(lines) + "\n")
+    RunFolder(path.parent).note({"metrics_sha256": sha256(path)})
     text = Page(convlens.report("small").path).text
     assert "The training loss was not a number in epoch 2" in text
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commands import environment
-from convlens import models, recipe, run
+from convlens import models, recipe, records, run
 from convlens.errors import ModelFileError, ResourceError, UsageError
 from convlens.run import RunFolder
 from support import same, tiny
@@ -130,7 +130,7 @@ def test_the_recipe_of_a_run_trains_as_it_stands() -> None:
 
 
 def row(epoch: int, **values: float) -> dict[str, float]:
-    return {**dict.fromkeys(run.COLUMNS, 0.5), "epoch": epoch, **values}
+    return {**dict.fromkeys(records.COLUMNS, 0.5), "epoch": epoch, **values}
 
 
 def test_metrics_are_read_back_with_eight_digits() -> None:
@@ -143,7 +143,7 @@ def test_metrics_are_read_back_with_eight_digits() -> None:
     assert second["val_loss"] != second["val_loss"]
     assert second["train_loss"] == float("inf")
     text = (folder.path / "metrics.csv").read_text().splitlines()
-    assert text[0] == ",".join(run.COLUMNS)
+    assert text[0] == ",".join(records.COLUMNS)
     assert text[1].startswith("1,0.33333333,0.5,1e-09,0.5,2,")
 
 

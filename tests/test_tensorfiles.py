@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,35 @@ def test_a_damaged_file_raises_nothing_else(name: str, data: st.DataObject) -> N
     path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
     with contextlib.suppress(ModelFileError):
         tensorfiles.read(path)
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked() -> None:
+    large = zipfile.ZipFile(io.BytesIO(saved({"w": torch.zeros(2_000_000)})))
+    with zipfile.ZipFile("bomb.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for each in large.infolist():
+            packed.writestr(each.filename, large.read(each))
+    assert Path("bomb.pth").stat().st_size < 100_000
+    with pytest.raises(ModelFileError, match="unpacks to far more than its size"):
+        tensorfiles.read(Path("bomb.pth"))
+
+
+def test_a_name_that_stands_twice_in_a_zip_is_refused() -> None:
+    """Which of two `data.pkl` counts differs between readers."""
+    Path("twice.pth").write_bytes(saved(TENSORS))
+    with zipfile.ZipFile("twice.pth", "a") as packed:
+        (name,) = [each for each in packed.namelist() if each.endswith("data.pkl")]
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            packed.writestr(name, b"cos\nsystem\n(S'touch hacked'\ntR.")
+    with pytest.raises(ModelFileError, match="has a name twice"):
+        tensorfiles.read(Path("twice.pth"))
+    assert not Path("hacked").exists()
+
+
+def test_one_number_repeated_without_end_is_refused() -> None:
+    torch.save({"w": torch.zeros(1).expand(1_000_000, 1_000_000)}, "wide.pth")
+    assert Path("wide.pth").stat().st_size < 10_000
+    with pytest.raises(ModelFileError, match="w claims 1,000,000,000,000 numbers"):
+        tensorfiles.read(Path("wide.pth"))
 
 
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408])

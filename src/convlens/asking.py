@@ -80,7 +80,7 @@ def read_or_run(
     text = os.fspath(what)
     path = Path(text)
     marks = (path / "run.json", path / "model.safetensors")
-    by_path = path.suffix == ".safetensors" or any(mark.is_file() for mark in marks)
+    by_path = path.suffix == ".safetensors" or any(map(os.path.isfile, marks))
     if not by_path and (_is_recipe(text) or _is_data(text)):
         return read(what, data=data, overrides=overrides)
     from convlens import run  # torch: only where there is a run to read
@@ -90,11 +90,9 @@ def read_or_run(
     except UsageError:
         _check_data_name(text, [each.name for each in run.runs()])
         raise
-    stored = place.path / "recipe.yaml"
-    alone = not stored.is_file()
-    of_run = recipes.load(
-        run.load_model(place.model_path).card["recipe"] if alone else os.fspath(stored)
-    )
+    alone = not (place.path / "recipe.yaml").is_file()
+    card = run.load_model(place.model_path).card if alone else {}
+    of_run = recipes.load(card["recipe"]) if alone else place.recipe()
     called = place.name if data is None else f"{place.name}-{_called(str(data))}"
     return read(of_run.model_copy(update={"name": called}), data=data, overrides=overrides)
 
@@ -171,7 +169,8 @@ def _data_override(data: str | Path | None) -> list[str]:
 
 def _called(data: str) -> str:
     path = Path(data)
-    return path.stem if path.suffix.lower() in (".csv", ".tar") else path.resolve().name
+    by_stem = path.suffix.lower() in (".csv", ".tar")
+    return path.stem if by_stem else os.path.basename(os.path.realpath(data))
 
 
 def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:

@@ -171,9 +171,11 @@ def own_data(loaded: Loaded, on: str) -> Data:
     data = load(recipe.data, memory_budget=device.memory_budget(on))
     began = loaded.card["data"]["fingerprint"]
     if data.fingerprint != began:
+        changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
         raise DataError(
-            f"the images of {data.name!r} changed since this model was trained on them: "
-            "its test images may be among those it learned",
+            f"the images of {data.name!r} changed since this model was trained on them"
+            + (f" ({changed})" if changed else "")
+            + ": its test images may be among those it learned",
             where=data.name,
             fix="evaluate with --data to test on them as they are, or train anew with --fresh",
         )

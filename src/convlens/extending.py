@@ -14,13 +14,15 @@ from typing import Any
 from rich.markup import escape
 
 from convlens import modelfile, run
-from convlens import recipe as recipes
 from convlens.console import say
 from convlens.errors import ModelFileError, UsageError
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
 
-OF_ITS_END = ("created", "status", "epochs", "kept_epoch", "training_seconds", "cpu_seconds")
+OF_ITS_END = (
+    "created", "status", "epochs", "kept_epoch", "training_seconds", "cpu_seconds",
+    "metrics_sha256", "changed", "format", "sha256",
+)  # fmt: skip
 
 
 def extend(place: RunFolder, asked: Recipe) -> None:
@@ -36,7 +38,7 @@ def extend(place: RunFolder, asked: Recipe) -> None:
         if place.facts():
             return
         source = _shorter(asked)
-        resolved = recipes.load(source.path / "recipe.yaml")
+        resolved = source.recipe()
         stored = source.state()
         if stored is None:
             raise ModelFileError(
@@ -52,9 +54,9 @@ def extend(place: RunFolder, asked: Recipe) -> None:
         exact = _goes_by_no_length(longer) and done == resolved.train.epochs
         place.save_state(tensors, {**_own(counters), "best": {**counters["best"], "stale": 0}})
         place.save_model(model, {**_own(card), "run": place.name})
-        split = source.path / "split.csv"
-        if split.exists():
-            run.copy(split, place.path / "split.csv")
+        for name in ("split.csv", "images.csv.gz"):
+            if (source.path / name).exists():
+                run.copy(source.path / name, place.path / name)
         facts = {k: v for k, v in source.facts().items() if k not in OF_ITS_END}
         told = {"run": source.name, "epochs": done, "exact": exact}
         digests = [asked.digest(), longer.digest()]
@@ -77,7 +79,7 @@ def _shorter(asked: Recipe) -> RunFolder:
     for other in run.runs():
         if not other.finished:
             continue
-        its = int(recipes.load(other.path / "recipe.yaml").train.epochs)
+        its = int(other.recipe().train.epochs)
         kinds = [asked.replace(**{"train.epochs": each}).digest() for each in (its, "auto")]
         same = set(kinds) & set(other.facts().get("digests", []))
         if same and most < its < epochs:

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convlens import device, engine, feeding, files, graphs, optim, trunk
+from convlens import device, engine, feeding, files, graphs, optim, sealing, trunk
 from convlens.data import cache
 from convlens.data.batches import Batches
 from convlens.device import Plan
@@ -44,6 +44,23 @@ class Choice:
 
     plan: Plan
     milliseconds: dict[str, float]
+
+
+def check(recipe: Recipe, where: str, processes: int = 1) -> None:
+    """Refuses what is asked for and this device hasn't; before images are read.
+
+    Raises:
+        UsageError: precision or compilation that can't be had.
+    """
+    options = recipe.train
+    plans = device.plans(where, options.precision, options.memory_format, options.deterministic)
+    if options.compile == "graph" and processes > 1:
+        raise UsageError(
+            "train.compile=graph: a recorded step can't hear what other processes say",
+            fix="use train.compile=auto or true, or one process",
+        )
+    if options.compile != "auto":
+        _stated(plans[0], options.compile)
 
 
 def choose(
@@ -79,12 +96,8 @@ def _chosen(
     world: World,
 ) -> Choice:
     asked = recipe.train.compile
+    check(recipe, where, world.size)
     choice = _format(recipe, where, model, batches_for, objective, several=world.size > 1)
-    if asked == "graph" and world.size > 1:
-        raise UsageError(
-            "train.compile=graph: a recorded step can't hear what other processes say",
-            fix="use train.compile=auto or true, or one process",
-        )
     if asked != "auto":
         return replace(choice, plan=_stated(choice.plan, asked))
     if world.size > 1:
@@ -244,11 +257,12 @@ def _key(recipe: Recipe, batches: Batches, model: nn.Module, candidates: Sequenc
 
 
 def _remembered() -> dict[str, Any]:
+    """What was timed on this machine; nothing where it is damaged, and is then timed again."""
     try:
-        content = json.loads((cache.folder() / "plans.json").read_text())
-    except (OSError, ValueError):
+        content = sealing.unseal(json.loads((cache.folder() / "plans.json").read_text("utf-8")))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def _remember(key: str, choice: Choice) -> None:
@@ -257,4 +271,5 @@ def _remember(key: str, choice: Choice) -> None:
     known = {**_remembered(), key: entry}
     latest = dict(list(known.items())[-REMEMBERED:])
     with contextlib.suppress(ResourceError):  # a cache that can't be written is no cache
-        files.write_atomic(cache.folder() / "plans.json", json.dumps(latest, indent=1) + "\n")
+        text = json.dumps(sealing.seal(latest), indent=1) + "\n"
+        files.write_atomic(cache.folder() / "plans.json", text)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from convlens.schema import (
     Section,
     TrainConfig,
 )
+from convlens.yamltext import short
 
 Operations = list[tuple[str, dict[str, Any]]]
 Source = str | Path | Mapping[str, Any]
@@ -129,7 +130,8 @@ def load(source: Source, overrides: Sequence[str] = (), setting: str | None = No
             _set(tree, key.strip(), yamltext.parse(value, where=override))
         except UsageError as error:
             problems.append(error.what)
-    return _check(tree, where=where, problems=problems)
+    set_here = {text.partition("=")[0].strip() for text in overrides}
+    return _check(tree, where=where, problems=problems, lines=lambda: _lines(source, set_here))
 
 
 Variants = dict[str, dict[str, Any]]
@@ -142,11 +144,8 @@ def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], 
         tree.setdefault("name", "custom")
     elif is_file(str(source)):
         path = Path(source)
-        try:
-            content = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"can't read the recipe: {error}", where=str(path)) from error
-        tree, where, folder = yamltext.parse(content, where=str(path)), str(path), path.parent
+        tree = yamltext.parse(yamltext.read(path), where=str(path))
+        where, folder = str(path), path.parent
         if not isinstance(tree, dict):
             raise UsageError("a recipe is a mapping of sections", where=where)
         tree.setdefault("name", path.stem)
@@ -161,7 +160,7 @@ def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], 
     if base is None:
         return tree, variants, where
     if not isinstance(base, str):
-        raise UsageError(f"base={base!r}: a recipe's name or file", where=where)
+        raise UsageError(f"base={short(base)}: a recipe's name or file", where=where)
     if where in above:
         raise UsageError(f"base: {' -> '.join([*above, where])} goes in a circle", where=where)
     beneath, theirs, _ = _tree(folder / base if is_file(base) else base, (*above, where))
@@ -174,13 +173,13 @@ def _variants(value: Any, where: str) -> Variants:
         return {}
     wrong = "settings maps names to changes, e.g. settings: {slow: {optim.lr: 0.01}}"
     if not isinstance(value, Mapping):
-        raise UsageError(f"{wrong}; not {value!r}", where=where)
+        raise UsageError(f"{wrong}; not {short(value)}", where=where)
     for name, changes in value.items():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name == "all":
             fix = "letters, digits, `.`, `_` and `-` make a name; `all` means all of them"
             raise UsageError(f"a setting can't be called {name!r}", where=where, fix=fix)
         if not isinstance(changes, Mapping):
-            raise UsageError(f"{wrong}; not {name}: {changes!r}", where=where)
+            raise UsageError(f"{wrong}; not {name}: {short(changes)}", where=where)
     return {name: _copy(changes) for name, changes in value.items()}
 
 
@@ -244,16 +243,27 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     inside[field] = value
 
 
-def _check(tree: dict[str, Any], *, where: str, problems: Sequence[str] = ()) -> Recipe:
+def _check(
+    tree: dict[str, Any],
+    *,
+    where: str,
+    problems: Sequence[str] = (),
+    lines: Callable[[], Mapping[str, int]] = dict,
+) -> Recipe:
+    """The recipe of a tree; `lines` says where its keys stand in a file."""
     found = list(problems)
+    odd = list(yamltext.odd(tree))
+    if odd:
+        raise UsageError("; ".join(odd[:3]), where=where)
     prepared = {**tree, "augment": _operations(tree.get("augment", []), found)}
     recipe = None
     try:
         recipe = Recipe.model_validate(prepared)
     except ValidationError as error:
-        complaints = dict[str, str]()  # a union (int or "auto") reports once per member
+        complaints, at = dict[str, str](), lines()
         for key, complaint in map(_explain, error.errors()):
-            complaints.setdefault(key, complaint)
+            line = f" (line {at[key]})" if key in at else ""
+            complaints.setdefault(key, complaint + line)  # a union reports once per member
         found += complaints.values()
     if found or recipe is None:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
@@ -265,12 +275,20 @@ def _check(tree: dict[str, Any], *, where: str, problems: Sequence[str] = ()) ->
     return recipe
 
 
+def _lines(source: Source, but: Collection[str]) -> dict[str, int]:
+    """Where the keys of a recipe's own file stand; not those that are set elsewhere, too."""
+    if isinstance(source, Mapping) or not is_file(str(source)):
+        return {}
+    at = yamltext.lines(yamltext.read(Path(source)))
+    return {key: line for key, line in at.items() if key not in but}
+
+
 def _operations(value: Any, found: list[str]) -> Any:
     """`- RandomHorizontalFlip` and `- RandomCrop: {padding: 2}` in one form."""
     if value == "auto" or value is None:
         return value or []
     if not isinstance(value, list):
-        found.append(f"augment is a list of operations, not {value!r}")
+        found.append(f"augment is a list of operations, not {short(value)}")
         return []
     entries: list[dict[str, Any]] = []
     for entry in value:
@@ -279,7 +297,7 @@ def _operations(value: Any, found: list[str]) -> Any:
         elif isinstance(entry, Mapping):
             entries.append({str(k): ({} if v is None else v) for k, v in entry.items()})
         else:
-            found.append(f"augment: {entry!r} is no operation; write Name or Name: {{args}}")
+            found.append(f"augment: {short(entry)} is no operation; write Name or Name: {{args}}")
     return entries
 
 
@@ -294,7 +312,7 @@ def _explain(item: Any) -> tuple[str, str]:
     parts += tuple(part for part in item["loc"][2:] if isinstance(part, int) or part in NESTED)
     key = ".".join(map(str, parts))
     message = item["msg"][0].lower() + item["msg"][1:]
-    return key, f"{key}={item['input']!r}: {message}"
+    return key, f"{key}={short(item['input'])}: {message}"
 
 
 def _unknown(key: str) -> UsageError:
@@ -305,5 +323,5 @@ def _unknown(key: str) -> UsageError:
     close = [choice for choice in choices if choice.rpartition(".")[2] == last]
     close = close or near(key, choices)
     return UsageError(
-        f"unknown key {key!r}" + f" (did you mean {' or '.join(close)}?)" * bool(close)
+        f"unknown key {short(key)}" + f" (did you mean {' or '.join(close)}?)" * bool(close)
     )

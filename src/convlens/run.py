@@ -2,17 +2,16 @@
 
 `models/<run>/` holds `model.safetensors` (chosen weights and all that is needed to use them),
 `recipe.yaml` (resolved, trainable as it stands), `run.json` (what was asked, data, hardware,
-status), `split.csv` (what was held out), `metrics.csv` (one row an epoch), `results.json` (each
-look at a split) and `state/` (to continue, or to extend). Plots are in `plots/<run>/`.
+status), `split.csv` (what was held out), `images.csv.gz` (which image files there were),
+`metrics.csv` (one row an epoch), `results.json` (each look at a split) and `state/` (to continue,
+or to extend). Plots are in `plots/<run>/`.
 """
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
-import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,20 +21,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convlens import files, modelfile, models
+from convlens import files, modelfile, models, records, sealing
 from convlens.data.batches import Normalise
 from convlens.errors import ModelFileError, UsageError
 from convlens.generations import Generations
 from convlens.names import near
 from convlens.recipe import Recipe
+from convlens.recipe import load as load_recipe
 
 MODELS = Path("models")
 PLOTS = Path("plots")
 PATIENCE = 60.0  # seconds that a look waits for another one to be logged
-COLUMNS = (
-    "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds",
-    "cpu_seconds", "data_seconds", "images_per_second",
-)  # fmt: skip
+LONGEST = 150  # bytes of a run's name; systems take 255, and plots' names are longer
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,7 @@ class Loaded:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     card: dict[str, Any]
+    folder: Path | None = None  # of its file, where its run's records may be
 
     @property
     def free(self) -> bool:
@@ -77,6 +75,7 @@ class RunFolder:
         self.name = self.path.name or self.path.resolve().name  # of `.`, too
         self.plots = plots or PLOTS / self.name
         self.model_path = self.path / "model.safetensors"
+        self.metrics_path = self.path / "metrics.csv"
         self.generations = Generations(self.path / "state")
 
     # -- whole run ------------------------------------------------------------------------
@@ -89,25 +88,30 @@ class RunFolder:
     def note(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to `run.json`."""
         content = {**self.facts(), **facts}
-        files.write_atomic(self.path / "run.json", _json(content))
+        files.write_atomic(self.path / "run.json", records.json_of(sealing.seal(content)))
 
     def finish(
         self, *, epochs: int, kept: int, seconds: float, cpu_seconds: float = math.nan
     ) -> None:
         """Marks the run as finished; of its states the last one stays, to be extended."""
-        facts = {
+        facts: dict[str, Any] = {
             "epochs": epochs,
             "kept_epoch": kept,
             "training_seconds": round(seconds, 3),
             "cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),
         }
+        if self.metrics_path.exists():
+            facts["metrics_sha256"] = files.sha256(self.metrics_path)
         self.note({"status": "finished", **facts})
         self.generations.keep_newest()
 
     def facts(self) -> dict[str, Any]:
-        """What `run.json` says; empty for a folder that is no run yet."""
-        content = _read_json(self.path / "run.json", {})
-        return content if isinstance(content, dict) else {}
+        """What `run.json` says; empty for a folder that is no run yet.
+
+        Raises:
+            ModelFileError: it was changed or damaged: a run that goes on must not go by it.
+        """
+        return records.read(self.path / "run.json", {}, sealing.unseal)
 
     @property
     def finished(self) -> bool:
@@ -115,6 +119,21 @@ class RunFolder:
 
     def lock(self) -> AbstractContextManager[None]:
         return files.lock(self.path / ".lock", what=f"run {self.name!r}")
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe, by which the run trained.
+
+        Raises:
+            UsageError: no recipe; ModelFileError: not the one that the run was trained by.
+        """
+        found = load_recipe(self.path / "recipe.yaml")
+        if found.digest() not in self.facts().get("digests", [found.digest()]):
+            raise ModelFileError(
+                "recipe.yaml was changed after the run had begun: it isn't what it trained by",
+                where=str(self.path / "recipe.yaml"),
+                fix="restore it; `convlens train` with this file trains it as another run",
+            )
+        return found
 
     # -- model ----------------------------------------------------------------------------
 
@@ -125,32 +144,22 @@ class RunFolder:
     # -- log ------------------------------------------------------------------------------
 
     def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({c: _number(row[c]) for c in COLUMNS})
-        files.write_atomic(self.path / "metrics.csv", text.getvalue())
+        files.write_atomic(self.metrics_path, records.csv_of(rows))
 
     def metrics(self) -> list[dict[str, float]]:
-        """One mapping an epoch, in order; NaN where a cell is empty (no validation split)."""
-        path = self.path / "metrics.csv"
-        if not path.exists():
-            return []
-        with path.open(newline="") as file:
-            return [
-                {k: float(v) if v else math.nan for k, v in row.items()}
-                for row in csv.DictReader(file)
-            ]
+        """One mapping an epoch, in order; NaN where a cell is empty (no validation split).
+
+        Raises:
+            ModelFileError: it can't be read, or isn't what a finished run wrote. (Of a run that
+            goes on the state has the same numbers, and writes them anew.)
+        """
+        facts = self.facts()
+        wrote = facts.get("metrics_sha256") if facts.get("status") == "finished" else None
+        return records.log_of(self.metrics_path, wrote)
 
     def write_split(self, held_out: Mapping[str, Sequence[str]]) -> None:
         """`split.csv`: every image that convlens itself held out of training."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["id", "split"])
-        for split, ids in held_out.items():
-            writer.writerows((identity, split) for identity in ids)
-        files.write_atomic(self.path / "split.csv", text.getvalue())
+        files.write_atomic(self.path / "split.csv", records.split_of(held_out))
 
     def add_result(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Logs one look at a split, with how many there have been; returns what was logged.
@@ -164,13 +173,17 @@ class RunFolder:
             same = ("split", "data_fingerprint")
             looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)
             entry = {"when": _now(), "looks": looks, **result}
-            files.write_atomic(self.path / "results.json", _json([*log, entry]))
+            sealed = [sealing.seal(each) for each in (*log, entry)]
+            files.write_atomic(self.path / "results.json", records.json_of(sealed))
         return entry
 
     def log(self) -> list[dict[str, Any]]:
-        """Every look at a split, oldest first."""
-        content = _read_json(self.path / "results.json", [])
-        return content if isinstance(content, list) else []
+        """Every look at a split, oldest first.
+
+        Raises:
+            ModelFileError: an entry was changed or damaged.
+        """
+        return records.read(self.path / "results.json", [], records.entries)
 
     def results(self) -> list[dict[str, Any]]:
         """The looks that measured something, oldest first."""
@@ -235,7 +248,7 @@ def load_model(path: Path) -> Loaded:
             where=str(path),
             fix=f"it was written by convlens {card.get('convlens', '?')}",
         ) from error
-    return Loaded(model.eval(), classes, preprocessing, card)
+    return Loaded(model.eval(), classes, preprocessing, card, Path(path).parent)
 
 
 def find(name: str | Path, models_folder: Path | None = None) -> RunFolder:
@@ -246,13 +259,13 @@ def find(name: str | Path, models_folder: Path | None = None) -> RunFolder:
     """
     path = Path(name)
     folder = models_folder or MODELS
-    if path.is_file():
+    if os.path.isfile(path):  # (of `Path`, a name too long is an error)
         # A model file on its own is a run without a past; its plots go by its folder's name.
         found = RunFolder(path.parent if path.name == "model.safetensors" else path.with_suffix(""))
         found.model_path = path
         return found
     for candidate in (folder / path, path):
-        if (candidate / "model.safetensors").is_file() or (candidate / "run.json").is_file():
+        if any(os.path.isfile(candidate / each) for each in ("model.safetensors", "run.json")):
             return RunFolder(candidate)
     text = str(name)
     if "/" in text or "\\" in text or path.suffix in (".safetensors", ".pt", ".pth"):
@@ -299,14 +312,15 @@ def _is_taken(folder: Path) -> bool:
     """Whether anything is in it but what a run that never began leaves: a lock, first files."""
     if not folder.is_dir():
         return folder.exists()
-    first = ("recipe.yaml", "split.csv")
+    first = ("recipe.yaml", "split.csv", "images.csv.gz")
     names = [path.name for path in folder.iterdir()]
     return any(not name.startswith(".") and name not in first for name in names)
 
 
 def safe(name: str) -> str:
     """A name that is one folder on every system: letters, digits, `.`, `_`, `-`, other scripts."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+    short = name.encode("utf-8", "replace")[:LONGEST].decode("utf-8", "ignore")
+    return re.sub(r"[^\w.-]+", "-", short).strip("-.") or "run"
 
 
 def copy(source: Path, target: Path) -> None:
@@ -323,25 +337,3 @@ def _some(items: Iterable[str]) -> str:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _number(value: float) -> str:
-    """Numbers as text, integers without a point and the rest with enough digits to plot."""
-    if math.isnan(value):
-        return ""
-    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.8g}"
-
-
-def _json(content: Any) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def _read_json(path: Path, default: Any) -> Any:
-    if not path.exists():
-        return default
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelFileError(
-            f"unreadable: {error}", where=str(path), fix="restore it, or train with --fresh"
-        ) from error

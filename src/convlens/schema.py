@@ -36,10 +36,10 @@ class DataConfig(Section):
     group: str | None = None
     per_class: Positive | None = None
     total_per_class: Positive | None = None
-    folds: Annotated[int, Field(ge=2)] | None = None
+    folds: Annotated[int, Field(ge=2, le=1000)] | None = None
     fold: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
-    count: Positive | None = None
+    count: Annotated[int, Field(gt=0, le=10_000_000)] | None = None
     on_bad: Literal["stop", "skip"] = "stop"
 
     @property
@@ -126,8 +126,8 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, in which batches, and which weights are kept."""
 
-    epochs: Positive | Literal["auto"] = "auto"
-    batch_size: Positive = 64
+    epochs: Annotated[int, Field(gt=0, le=1_000_000)] | Literal["auto"] = "auto"
+    batch_size: Annotated[int, Field(gt=0, le=10_000_000)] = 64
     patience: Positive | None = None
     monitor: Literal["val_loss", "val_accuracy"] = "val_loss"
     keep: Literal["best", "last"] = "best"
@@ -139,7 +139,7 @@ class TrainConfig(Section):
     sync_batch_norm: bool = False  # of several processes: norms over the whole batch (GPUs only)
     # A frozen trunk is computed once for all epochs; with augmentation for `views` fixed draws.
     cache_trunk: bool = True
-    views: Positive | None = None
+    views: Annotated[int, Field(gt=0, le=1000)] | None = None
     deterministic: bool = False
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from convlens import evaluation, picturing, processes, run, training
-from convlens import recipe as recipes
 from convlens.asking import Asked
 from convlens.checking import check
 from convlens.console import quieted, say
@@ -23,6 +22,8 @@ from convlens.errors import UsageError
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
 from convlens.tabling import Outcome, Planned, Table
+
+MOST = 10_000  # runs of one command
 
 
 def expand(
@@ -38,6 +39,9 @@ def expand(
     Splits count from the recipe's `data.seed`, seeds from its `train.seed`. A run's name says
     only what it differs in: `x` for the recipe's own split and seed, `x-seed1`, `x-a-split2`.
     """
+    several = len(asked) * splits * seeds * (folds or 1)
+    if several > MOST:
+        raise UsageError(f"that would be {several:,} runs; {MOST:,} at most go together")
     plans = []
     for setting, each in asked.items():
         data_seed, seed = each.recipe.data.seed, each.recipe.train.seed
@@ -127,7 +131,7 @@ def train_many(
 
 def refitted(name: str, chooser: RunFolder) -> Recipe:
     """The recipe of the run that trains on all that `chooser` had, for the epochs it chose."""
-    resolved = recipes.load(chooser.path / "recipe.yaml")
+    resolved = chooser.recipe()
     changed = resolved.replace(
         **{
             "data.val_fraction": 0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,12 +52,13 @@ def read(path: Path) -> Contents:
     except OSError as error:
         raise ResourceError(f"can't read: {error.strerror}", where=str(path)) from error
     if modelfile.is_pickle(data):
-        tensors = _named(_unpickled(data, path), path)
+        _refuse_packed(data, path)
+        tensors = _named(_unpickled(data, path), len(data), path)
         return Contents(tensors, hashlib.sha256(data).hexdigest())
     if _is_ours(path):
         tensors, card = modelfile.read(path)
         return Contents(tensors, card["sha256"], card)
-    tensors = _checked(from_bytes(data), path)
+    tensors = _checked(from_bytes(data), len(data), path)
     return Contents(tensors, hashlib.sha256(data).hexdigest())
 
 
@@ -70,6 +72,23 @@ def _is_ours(path: Path) -> bool:
             where=str(path),
             fix="download or save it again",
         ) from error
+
+
+def _refuse_packed(data: bytes, path: Path) -> None:
+    """A file of torch.save is a zip that packs no tensors: it holds little more than its size."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as packed:
+            inside = packed.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
+        return  # the older kind, or damaged, which the unpickler will say
+    names = [each.filename for each in inside]
+    large = sum(each.file_size for each in inside) > 2 * len(data) + (1 << 20)
+    if large or len(set(names)) < len(names):
+        raise ModelFileError(
+            "this file is a zip that unpacks to far more than its size, or has a name twice",
+            where=str(path),
+            fix="save the weights again with torch.save(model.state_dict(), ...)",
+        )
 
 
 def _unpickled(data: bytes, path: Path) -> Any:
@@ -90,7 +109,7 @@ def _unpickled(data: bytes, path: Path) -> Any:
         ) from error
 
 
-def _named(content: Any, path: Path) -> dict[str, Tensor]:
+def _named(content: Any, size: int, path: Path) -> dict[str, Tensor]:
     """The state dict in what was saved: itself, or under one of the customary keys."""
     kinds = []
     while isinstance(content, Mapping):
@@ -98,7 +117,7 @@ def _named(content: Any, path: Path) -> dict[str, Tensor]:
         if nest is None:
             found = {k: v for k, v in content.items() if isinstance(v, Tensor)}
             if found and all(isinstance(name, str) for name in found):
-                return _checked(found, path)
+                return _checked(found, size, path)
             kinds += [f"{key!r}: {type(value).__name__}" for key, value in content.items()]
             break
         content = content[nest]
@@ -110,8 +129,8 @@ def _named(content: Any, path: Path) -> dict[str, Tensor]:
     )
 
 
-def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Refuses kinds of tensors that are no weights as they stand."""
+def _checked(tensors: dict[str, Tensor], size: int, path: Path) -> dict[str, Tensor]:
+    """Refuses kinds of tensors that are no weights as they stand; the file has `size` bytes."""
     for name, tensor in tensors.items():
         odd = tensor.is_quantized or tensor.is_complex() or tensor.is_nested
         if odd or tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -120,5 +139,11 @@ def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
                 f"{name} is no plain tensor of numbers ({kind}, {tensor.device.type})",
                 where=str(path),
                 fix="save the network's weights before it is quantised or pruned",
+            )
+        if tensor.numel() * tensor.element_size() > size:  # one number, repeated without end
+            raise ModelFileError(
+                f"{name} claims {tensor.numel():,} numbers, more than the file holds",
+                where=str(path),
+                fix="save the network's weights again",
             )
     return {name: tensor.detach() for name, tensor in tensors.items()}

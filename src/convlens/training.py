@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from convlens import (
+    continuing,
     device,
     engine,
     evaluation,
@@ -20,6 +21,7 @@ from convlens import (
     onlooker,
     optim,
     picturing,
+    planning,
     processes,
     run,
     weights,
@@ -27,7 +29,7 @@ from convlens import (
 from convlens.checking import check
 from convlens.console import say, table, watch
 from convlens.data import Data, load
-from convlens.errors import DataError, ResourceError, Stopped
+from convlens.errors import Stopped
 from convlens.inference import loss_and_accuracy
 from convlens.interrupts import Flag, flagged
 from convlens.keeping import Keeper, snapshot
@@ -77,16 +79,19 @@ def train(
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
         check(recipe)
+        if world.leads and not fresh:
+            continuing.tell_new(place, called, recipe)
         if not world.told(place.facts):
             weights.expect(recipe.model)
         where = device.choose(on)
+        planning.check(recipe, where, world.size)
         device.prepare(recipe.train.deterministic)
         budget = device.memory_budget(where)
         with world.first():
             data = load(recipe.data, memory_budget=budget)
         with place.lock():
             facts = world.told(place.facts)
-            _check_continues(place, facts, recipe, data)
+            continuing.check(place, facts, recipe, data)
             # Not if another command finished it while this one read the images.
             if not world.told(lambda: place.finished):
                 _train_locked(recipe, data, place, facts, where, world, quiet=quiet)
@@ -110,12 +115,13 @@ def _train_locked(
     setup = prepare(recipe, data, where, _stored_plan(facts, where), begun, world)
     if not facts:
         place.write_split(data.held_out)
+        if data.listing is not None and world.leads:
+            data.listing.write(place.path)
         place.create(setup.recipe, _facts(recipe, setup))  # last: from here on it is a run
     elif begun is None and setup.weights:
         # Left before its first state was saved: it begins anew, with the weights as they are now.
         place.note({"weights": setup.weights})
-    if facts and facts.get("world_size", 1) != world.size:
-        place.note({"world_size": world.size})
+    continuing.tell_changed(place, facts, _surroundings(setup))
     _tell_stages(setup)
     rows, kept = run_to_end(setup, place, quiet=quiet)
     if world.leads:
@@ -248,7 +254,6 @@ def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
     """What `run.json` says of a run from its beginning."""
     data = setup.data
     return {
-        "convlens": __version__,
         # The recipe as asked for and as resolved: both commands mean this run.
         "digests": [asked.digest(), setup.recipe.digest()],
         "data": {
@@ -261,26 +266,18 @@ def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
         "weights": setup.weights,
         "plan": setup.plan.to_dict(),
         "timings": setup.timings,
-        "world_size": setup.world.size,
         "parameters": sum(p.numel() for p in setup.trained.parameters()),
         "trainable_parameters": sum(
             p.numel() for p in setup.trained.parameters() if p.requires_grad
         ),
-        "hardware": device.describe(setup.plan.device),
+        **_surroundings(setup),
     }
 
 
-def _check_continues(place: RunFolder, facts: dict[str, Any], recipe: Recipe, data: Data) -> None:
-    """Refuses to go on with another recipe or other images than the run began with."""
-    if facts and recipe.digest() not in facts.get("digests", []):
-        raise ResourceError(
-            f"another process has just taken the name {place.name!r} for another recipe",
-            where=str(place.path),
-            fix="run the same command again, or give this run another name with --name",
-        )
-    if facts and facts["data"]["fingerprint"] != data.fingerprint:
-        raise DataError(
-            f"the images of {data.name!r} are not those that run {place.name!r} began with",
-            where=str(place.path),
-            fix="--fresh trains anew on the present images; or restore the files",
-        )
+def _surroundings(setup: Setup) -> dict[str, Any]:
+    """What a run's last digits depend on beside its recipe and its images."""
+    return {
+        "convlens": __version__,
+        "world_size": setup.world.size,
+        "hardware": device.describe(setup.plan.device),
+    }

@@ -164,7 +164,7 @@ def _spread(values: list[float], channels: int) -> list[float]:
 def _locate(spec: str, name: str) -> tuple[Path, str]:
     """The file that a path or a run's name means, and what to call it."""
     path = Path(spec)
-    if path.is_file():
+    if os.path.isfile(path):  # (of `Path`, a name too long is an error)
         return path, f"file {spec}"
     if path.suffix in SUFFIXES:
         raise ModelFileError("no such file of weights", where=spec, fix="check model.weights")

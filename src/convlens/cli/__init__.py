@@ -67,6 +67,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     if ranks.rank() > 0:  # of several processes the first one speaks
         sys.stdout = io.StringIO()
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files need not be text: half characters are written as \udcff, also in JSON.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with stoppable():
             app(args=arguments)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from convlens.console import say
 from convlens.data.decode import UnreadableImage, probe
 from convlens.data.encoded import Files
+from convlens.data.listing import Listing
 from convlens.data.opening import Index, Opened, Split, draw, open_part, parts_of
 from convlens.data.parts import Part, Source
 from convlens.data.rows import Conversion, as_index
@@ -46,6 +47,7 @@ class Data:
     held_out: dict[str, list[str]]  # ids of what we took out of the source's train split
     skipped: list[str]  # ids of unreadable images, left out because of data.on_bad=skip
     notes: tuple[str, ...]  # what else a reader should know about the source
+    listing: Listing | None  # of its image files; built-in sets have none
     _test: Callable[[], Split] = field(repr=False)
 
     def unseal_test(self) -> Split:
@@ -82,6 +84,7 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
         views[split] = (pool, out[split]) if split in out else (opened[split], opened[split].all())
     size = sum(len(index) for _, index in views.values()) * conversion.image_bytes
     resident = size <= memory_budget
+    listing = Listing.of(source.classes, views)
     return Data(
         name=source.name,
         classes=source.classes,
@@ -95,6 +98,7 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
         held_out={split: list(pool.ids_of(index)) for split, index in out.items()},
         skipped=skipped,
         notes=source.notes,
+        listing=listing if listing.of_files else None,
         _test=lambda: views["test"][0].split(views["test"][1], resident=resident),
     )
 

@@ -60,5 +60,6 @@ def from_arrays(
         held_out={"val": [f"array/{i}" for i in held.tolist()]},
         skipped=[],
         notes=(),
+        listing=None,
         _test=no_test,
     )

@@ -237,15 +237,15 @@ AUGMENTS: dict[str, Augmentation] = {
     "RandomGrayscale": Augmentation(appearance.random_grayscale, {"p": PROBABILITY}),
     "TrivialAugmentWide": Augmentation(
         policies.trivial_augment_wide,
-        {"num_magnitude_bins": whole(2), "interpolation": SAMPLING, "fill": shade},
+        {"num_magnitude_bins": whole(2, 1000), "interpolation": SAMPLING, "fill": shade},
         deals=True,
     ),
     "RandAugment": Augmentation(
         policies.rand_augment,
         {
-            "num_ops": whole(1),
+            "num_ops": whole(1, 100),
             "magnitude": below("num_magnitude_bins", 31),
-            "num_magnitude_bins": whole(2),
+            "num_magnitude_bins": whole(2, 1000),
             "interpolation": SAMPLING,
             "fill": shade,
         },

@@ -1,9 +1,14 @@
 """Decode once: image files become a file of uint8 pixels that the next start only opens.
 
 A store is one file, so that one rename makes it whole or absent:
-pixels `[N, C, H, W]` | SHA-256 of each image file `[N, 32]` | JSON | its length (8 bytes) | magic.
+pixels `[N, C, H, W]` | SHA-256 of each image file `[N, 32]` | CRC-32 of each image's pixels
+`[N, 4]` | JSON | its length (8 bytes) | SHA-256 of all but the pixels | magic.
 Its name is a hash over paths, sizes and times of all files and over the conversion. Of images
 that stay where they are (shards beyond the memory budget) the store has all but the pixels.
+
+What is damaged is never trusted: a store whose end has another hash is made anew, and an image
+whose pixels have another sum is decoded from its file again (looking through all pixels at each
+start would read sets larger than memory once more).
 """
 
 from __future__ import annotations
@@ -32,10 +37,20 @@ from convlens.data import decode
 from convlens.data.decode import Pixels, UnreadableImage
 from convlens.data.encoded import Files
 from convlens.data.locks import turn
-from convlens.data.rows import ArrayRows, Conversion, DecodedRows, Rows, Shape, StoredRows
+from convlens.data.rows import (
+    ArrayRows,
+    Conversion,
+    DecodedRows,
+    Rows,
+    Shape,
+    StoredRows,
+    sums_of,
+)
 from convlens.errors import ResourceError
+from convlens.sealing import Changed, seal_bytes, unseal_bytes
 
-_MAGIC = b"convlns1"
+_MAGIC = b"convlns2"
+_TAIL = 8 + 32 + 8
 _CHUNK = 32
 
 
@@ -46,6 +61,7 @@ class Decoded:
     rows: Rows
     content: str  # SHA-256 over those of the readable files, in order
     bad: dict[int, str]
+    digests: Pixels  # SHA-256 of each file, uint8 [N, 32]
 
 
 def folder() -> Path:
@@ -96,29 +112,30 @@ def _key(files: Files, conversion: Conversion) -> str:
 
 
 def _opened(store: Path, shape: Shape, files: Files, conversion: Conversion) -> Decoded | None:
-    """A whole store of this shape, or None: absent, cut short, of another version."""
+    """A whole store of this shape, or None: absent, cut short, damaged, of another version."""
     pixels = _pixel_bytes(store, shape)
     try:
         with store.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 16))
-            tail = file.read()
-            length = int.from_bytes(tail[:8], "little")
-            body = pixels + 32 * shape[0]
-            if tail[8:] != _MAGIC or body + length + 16 != end:
-                return None
-            file.seek(body)
-            facts = json.loads(file.read(length))
-            file.seek(0)
-            digests = b"" if pixels else file.read(body)
-    except (OSError, ValueError):
+            file.seek(pixels)
+            rest = file.read()
+    except OSError:
+        return None
+    length = int.from_bytes(rest[-_TAIL:][:8], "little")
+    body = (32 + 4) * shape[0]
+    if rest[-len(_MAGIC) :] != _MAGIC or body + length + _TAIL != len(rest):
+        return None
+    try:
+        facts = json.loads(unseal_bytes(rest[: -len(_MAGIC)])[body:-8])
+    except Changed:
         return None
     bad = {int(i): str(reason) for i, reason in facts["bad"].items()}
+    digests = np.frombuffer(rest, np.uint8, 32 * shape[0]).reshape(-1, 32)
+    again = DecodedRows(files, digests, conversion, device.usable_cores())
+    rows: Rows = again
     if pixels:
-        return Decoded(StoredRows(store, shape), str(facts["content"]), bad)
-    known = np.frombuffer(digests, np.uint8).reshape(-1, 32)
-    rows = DecodedRows(files, known, conversion, device.usable_cores())
-    return Decoded(rows, str(facts["content"]), bad)
+        sums = np.frombuffer(rest, "<u4", shape[0], offset=32 * shape[0])
+        rows = StoredRows(store, shape, sums, again)
+    return Decoded(rows, str(facts["content"]), bad, digests)
 
 
 def _pixel_bytes(store: Path, shape: Shape) -> int:
@@ -127,21 +144,23 @@ def _pixel_bytes(store: Path, shape: Shape) -> int:
 
 def _build(store: Path, files: Files, conversion: Conversion, shape: Shape) -> None:
     pixel_bytes = _pixel_bytes(store, shape)
-    needed = pixel_bytes + 32 * shape[0]
+    needed = pixel_bytes + (32 + 4) * shape[0]
     if shutil.disk_usage(store.parent).free < needed + (64 << 20):
         raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, the disk has not that much left")
     handle, temporary = tempfile.mkstemp(prefix=f".{store.name}.", dir=store.parent)
     try:
         with os.fdopen(handle, "wb") as file:
+            sums = np.zeros(shape[0], "<u4")
 
             def keep(start: int, pixels: Pixels) -> None:
                 if pixel_bytes:
                     file.write(pixels.data)
+                    sums[start : start + len(pixels)] = sums_of(pixels)
 
             digests, bad = _decode(files, conversion, keep)
             facts = json.dumps({"content": _combined(digests, bad), "bad": bad}).encode()
-            file.write(digests.data)
-            file.write(facts + len(facts).to_bytes(8, "little") + _MAGIC)
+            rest = digests.tobytes() + sums.tobytes() + facts + len(facts).to_bytes(8, "little")
+            file.write(seal_bytes(rest) + _MAGIC)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, store)
@@ -164,10 +183,10 @@ def _without_store(
             images[start : start + len(pixels)] = pixels
 
         digests, bad = _decode(files, conversion, keep)
-        return Decoded(ArrayRows(torch.from_numpy(images)), _combined(digests, bad), bad)
+        return Decoded(ArrayRows(torch.from_numpy(images)), _combined(digests, bad), bad, digests)
     digests, bad = _decode(files, conversion, lambda start, pixels: None)
     rows = DecodedRows(files, digests, conversion, device.usable_cores())
-    return Decoded(rows, _combined(digests, bad), bad)
+    return Decoded(rows, _combined(digests, bad), bad, digests)
 
 
 def _combined(digests: Pixels, bad: dict[int, str]) -> str:

@@ -11,6 +11,7 @@ import io
 import os
 import stat
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,8 @@ def decode(
         source = read_bytes(source)
     try:
         with _open(source, name) as image:
+            if image.format == "PNG":
+                _check_png(source, name)
             if size is not None:
                 # JPEG can be decoded at 1/2, 1/4, 1/8; twice the target keeps the resize honest.
                 width, height = _scaled(image.size, size, fit)
@@ -212,6 +215,21 @@ def _open(content: bytes, name: str) -> Image.Image:
         reason = f"{width} x {height} pixels; more than {MAX_PIXELS // 10**6} million are refused"
         raise UnreadableImage(name or "(bytes)", reason)
     return image
+
+
+def _check_png(content: bytes, name: str) -> None:
+    """Pillow looks at neither the sums of pixel data nor the end, once it has all rows."""
+    view, at, kind = memoryview(content), 8, b""
+    while kind != b"IEND":
+        length = int.from_bytes(view[at : at + 4], "big")
+        body, sum_ = view[at + 4 : at + 8 + length], view[at + 8 + length : at + 12 + length]
+        if len(sum_) < 4:
+            raise UnreadableImage(name or "(bytes)", "the file is cut short")
+        kind = bytes(body[:4])
+        # What is no part of the picture may be damaged: its name begins with a small letter.
+        if kind[:1].isupper() and zlib.crc32(body) != int.from_bytes(sum_, "big"):
+            raise UnreadableImage(name or "(bytes)", "damaged (its checksum differs)")
+        at += 12 + length
 
 
 def _orientation(image: Image.Image) -> int:

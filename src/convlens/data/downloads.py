@@ -10,15 +10,18 @@ import gzip
 import hashlib
 import os
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from convlens.console import say
-from convlens.data.fetching import MOST, DownloadError, fetch
+from convlens.data.fetching import DownloadError, fetch
 from convlens.data.locks import turn
 from convlens.errors import DataError
 from convlens.files import cannot_write, write_atomic
+
+MOST_MEMBER = 1 << 30  # bytes of an unpacked file; the largest of the sets has 221 MB
 
 
 @dataclass(frozen=True)
@@ -220,11 +223,14 @@ def _unpack(path: Path, archive: Archive, folder: Path) -> None:
             _unpack_tar(path, archive, folder)
         elif archive.file.endswith(".gz"):
             with gzip.open(path) as file:
-                write_atomic(folder / archive.members[0], file.read())
+                content = file.read(MOST_MEMBER + 1)
+            if len(content) > MOST_MEMBER:
+                raise tarfile.ReadError(f"it unpacks to more than {MOST_MEMBER >> 20} MiB")
+            write_atomic(folder / archive.members[0], content)
         else:
             os.chmod(path, 0o644)
             os.replace(path, folder / archive.members[0])
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"a damaged archive: {error}", where=str(path), fix="delete it") from error
     missing = [m for m in archive.members if not (folder / m).is_file()]
     if missing:
@@ -237,7 +243,7 @@ def _unpack_tar(path: Path, archive: Archive, folder: Path) -> None:
         for entry in tar:
             member = wanted.get(entry.name.removeprefix("./"))
             # Links, devices and odd names are never touched: only regular files asked for.
-            if member is None or not entry.isreg() or entry.size > MOST:
+            if member is None or not entry.isreg() or entry.size > MOST_MEMBER:
                 continue
             content = tar.extractfile(entry)
             if content is not None:

@@ -1,7 +1,7 @@
 """Images in shards by number, and the index that finds them: made once, kept in the cache.
 
-The index is a safetensors file: where each image begins and ends, its label and its key. Its name
-is a hash over the paths, sizes and times of all shards.
+The index is a safetensors file with its hash behind it: where each image begins and ends, its label
+and its key. Its name is a hash over the paths, sizes and times of all shards.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from convlens.data.reading import Reader
 from convlens.data.tars import read_samples
 from convlens.errors import DataError, ResourceError
 from convlens.files import write_atomic
+from convlens.sealing import Changed, seal_bytes, unseal_bytes
 
-VERSION = 1  # of the index: raise it when the same tar would give another one
+VERSION = 2  # of the index: raise it when the same tar would give another one
 OPEN = 64  # shards that are kept open, of each part, where the system lets us
 
 
@@ -230,20 +231,22 @@ def _keep(index: Index, place: Path) -> None:
     }
     facts = json.dumps({"labels": index.labels, "ignored": index.ignored})
     try:
-        write_atomic(place, save(arrays, {"facts": facts}))
+        write_atomic(place, seal_bytes(save(arrays, {"facts": facts})))
     except ResourceError as error:
         say(f"the index of these shards could not be kept ({error.what})")
 
 
 def _kept(place: Path) -> Index | None:
     """A whole index, or None: absent, damaged, of another version."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors.numpy import load
 
     try:
-        with safe_open(place, "numpy") as file:
-            facts = json.loads(file.metadata()["facts"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        keys = Joined(arrays.pop("text"), arrays.pop("starts"))
-        return Index(**arrays, labels=tuple(facts["labels"]), keys=keys, ignored=facts["ignored"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        content = unseal_bytes(place.read_bytes())
+    except (OSError, Changed):
         return None
+    # Its hash is right, so it is what `_keep` wrote.
+    length = int.from_bytes(content[:8], "little")
+    facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["facts"])
+    arrays: dict[str, Any] = load(content)
+    keys = Joined(arrays.pop("text"), arrays.pop("starts"))
+    return Index(**arrays, labels=tuple(facts["labels"]), keys=keys, ignored=facts["ignored"])

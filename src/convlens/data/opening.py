@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from convlens.data import cache
+from convlens.data.decode import Pixels
 from convlens.data.encoded import Files
 from convlens.data.ids import Taken
 from convlens.data.order import Shards
@@ -44,12 +45,16 @@ class Split:
 
 @dataclass
 class Opened:
-    """One part of a source with its rows; `good` are the readable images."""
+    """One part of a source with its rows; `good` are the readable images.
+
+    `digests` are the SHA-256 of its files, uint8 `[N, 32]`; None where it isn't of files.
+    """
 
     part: Part
     rows: Rows
     content: str
     bad: dict[int, str]
+    digests: Pixels | None = None
 
     def __post_init__(self) -> None:
         good = np.delete(np.arange(len(self.part.labels), dtype=np.int64), list(self.bad))
@@ -86,7 +91,7 @@ def open_part(part: Part, conversion: Conversion, memory_budget: int) -> Opened:
     """A part's images as rows: files through the cache, arrays converted when asked for."""
     if isinstance(part.images, Files):
         found = cache.decoded(part.images, conversion, memory_budget=memory_budget)
-        return Opened(part, found.rows, found.content, found.bad)
+        return Opened(part, found.rows, found.content, found.bad, found.digests)
     return Opened(part, ConvertedRows(part.images, conversion), _content(part.images), {})
 
 

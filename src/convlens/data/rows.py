@@ -6,18 +6,22 @@ from any thread), `resident` and `take`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.markup import escape
 from torch import Tensor
 
+from convlens.console import say
 from convlens.data.decode import Pixels, UnreadableImage, decode, fit_images
 from convlens.data.encoded import Files
 from convlens.data.parts import Images
@@ -25,6 +29,7 @@ from convlens.data.reading import Reader
 from convlens.errors import DataError
 
 Shape = tuple[int, int, int, int]
+Sums = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -134,24 +139,6 @@ class Records:
         return out
 
 
-class StoredRows:
-    """Pixels in a file, row after row; only the rows asked for are read."""
-
-    def __init__(self, path: Path, shape: Shape) -> None:
-        self.shape = shape
-        self._records = Records(path, int(np.prod(shape[1:])), shape[0])
-
-    def gather(self, index: Tensor) -> Tensor:
-        rows = self._records.read(index.tolist())
-        return torch.from_numpy(rows).view(len(index), *self.shape[1:])
-
-    def resident(self) -> Tensor | None:
-        return None
-
-    def take(self, index: Tensor) -> Rows:
-        return TakenRows(self, index)
-
-
 class ConvertedRows:
     """Images of a source that are read, or drawn, and converted whenever they are asked for."""
 
@@ -226,6 +213,49 @@ class DecodedRows:
         return TakenRows(self, index)
 
 
+class StoredRows:
+    """Pixels in a file, row after row; only the rows asked for are read.
+
+    Each is held against its sum. One that was damaged is decoded again, and the file is deleted,
+    so that the next start makes a whole one.
+
+    Args:
+        sums: what `sums_of` said of the pixels when they were written, `[N]`.
+        again: the same images, decoded from their files.
+    """
+
+    def __init__(self, path: Path, shape: Shape, sums: Sums, again: DecodedRows) -> None:
+        self.shape = shape
+        self._records = Records(path, int(np.prod(shape[1:])), shape[0])
+        self._sums, self._again = sums, again
+        self._told = False
+
+    def gather(self, index: Tensor) -> Tensor:
+        numbers = index.numpy()
+        rows = self._records.read(numbers.tolist())
+        damaged = np.flatnonzero(sums_of(rows) != self._sums[numbers])
+        if len(damaged):
+            self._mend(rows, numbers, damaged)
+        return torch.from_numpy(rows).view(len(index), *self.shape[1:])
+
+    def _mend(self, rows: Pixels, numbers: npt.NDArray[np.int64], damaged: Any) -> None:
+        path = self._records.path
+        if not self._told:
+            self._told = True
+            say(f"the cache of decoded images is damaged ({escape(str(path))}): what is damaged "
+                "is decoded again, and the cache made anew at the next start")  # fmt: skip
+            with contextlib.suppress(OSError):
+                path.unlink()
+        wanted = as_index(numbers[damaged])
+        rows[damaged] = self._again.gather(wanted).numpy().reshape(len(damaged), -1)
+
+    def resident(self) -> Tensor | None:
+        return None
+
+    def take(self, index: Tensor) -> Rows:
+        return TakenRows(self, index)
+
+
 def in_memory(rows: Rows, chunk: int = 1024) -> ArrayRows:
     """The same rows read into memory once, piece by piece."""
     images = torch.empty(rows.shape, dtype=torch.uint8)
@@ -233,6 +263,11 @@ def in_memory(rows: Rows, chunk: int = 1024) -> ArrayRows:
         numbers = torch.arange(start, min(start + chunk, rows.shape[0]))
         images[start : start + chunk] = rows.gather(numbers)
     return ArrayRows(images)
+
+
+def sums_of(pixels: Pixels) -> Sums:
+    """CRC-32 of each image, `[N]`: any change of up to 32 neighbouring bits gives another one."""
+    return np.array([zlib.crc32(image) for image in pixels], np.uint32)
 
 
 def as_index(values: npt.NDArray[np.int64]) -> Tensor:

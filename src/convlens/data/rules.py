@@ -47,9 +47,10 @@ def positive(value: Any, _: Context) -> str:
     return "" if _is_number(value) and value > 0 else "a number above 0"
 
 
-def whole(low: int) -> Rule:
-    """A whole number from `low` on."""
-    return lambda value, _: "" if _is_whole(value) and value >= low else f"a whole number >= {low}"
+def whole(low: int, high: int) -> Rule:
+    """A whole number from `low` to `high`."""
+    words = f"a whole number from {low} to {high}"
+    return lambda value, _: "" if _is_whole(value) and low <= value <= high else words
 
 
 def below(other: str, default: int) -> Rule:

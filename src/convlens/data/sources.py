@@ -77,7 +77,7 @@ def find(
     if name in SOURCES:
         return SOURCES[name]()
     if path is None and is_pattern(name):
-        return read_shards(Path(name).expanduser(), name)
+        return read_shards(_home(name), name)
     if path is None:
         raise _unknown(name)
     if path.is_dir():
@@ -112,15 +112,20 @@ def _is_path(name: str) -> bool:
 
 
 def _existing(name: str) -> Path | None:
-    places = [Path(name).expanduser(), *(root / name for root in roots())] if name.strip() else []
-    return next((place for place in places if place.is_dir() or place.is_file()), None)
+    places = [_home(name), *(root / name for root in roots())] if name.strip() else []
+    # `os.path` says no where a name is too long or has a zero byte in it; `Path` fails.
+    return next((p for p in places if os.path.isdir(p) or os.path.isfile(p)), None)
+
+
+def _home(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # leaves `~nobody` as it is, where `Path` fails
 
 
 def _unknown(name: str) -> DataError | UsageError:
     if _is_path(name):
         return DataError(
             f"no such file or folder: {name}",
-            where=str(Path(name).expanduser().absolute()),
+            where=os.path.abspath(_home(name)),
             fix="check the spelling; relative paths start at the current folder or at data/",
         )
     choices = known()

@@ -102,9 +102,8 @@ def _case(place: RunFolder, where: str) -> Case:
 
 
 def _recipe(place: RunFolder) -> Recipe:
-    written = place.path / "recipe.yaml"
-    if written.is_file():
-        return load_recipe(written)
+    if (place.path / "recipe.yaml").is_file():
+        return place.recipe()
     return load_recipe(run.load_model(place.model_path).card["recipe"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,16 +105,16 @@ def _is_image(text: str) -> bool:
     path = Path(text)
     if is_place(text):
         return True
-    if path.is_file():
+    if os.path.isfile(path):
         return path.suffix not in (".safetensors", ".pt", ".pth")
     if _is_run(run.MODELS / text) or _is_run(path):
         return False
-    return path.is_dir() or path.suffix.lower() in EXTENSIONS or glob.has_magic(text)
+    return os.path.isdir(path) or path.suffix.lower() in EXTENSIONS or glob.has_magic(text)
 
 
 def _is_run(folder: Path) -> bool:
     names = ("model.safetensors", "run.json", "state")
-    return folder.is_dir() and (
+    return os.path.isdir(folder) and (
         folder.parent == run.MODELS or any((folder / name).exists() for name in names)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -188,7 +189,7 @@ def _outputs(tensors: dict[str, Tensor]) -> int:
 
 def is_place(text: str) -> bool:
     """Whether `text` means images of a split (`test:17`, `worst:5`, ...) and no file's name."""
-    return _PLACE.fullmatch(text) is not None and not Path(text).exists()
+    return _PLACE.fullmatch(text) is not None and not os.path.exists(text)
 
 
 def choose_pictures(subject: Subject, asked: Sequence[str]) -> list[Picture]:

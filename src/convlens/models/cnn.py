@@ -30,6 +30,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "avg": lambda: nn.AdaptiveAvgPool2d(1),
     "max": lambda: nn.AdaptiveMaxPool2d(1),
 }
+DEEPEST = 1000  # convolutions
 
 
 class CNN(nn.Module):
@@ -182,6 +183,8 @@ def _check(
         problems.append(f"model.widths={list(widths)}: needs one or more positive numbers")
     if min(depths, default=1) < 1:
         problems.append(f"model.depth={depths}: each stage needs at least one convolution")
+    if sum(depths) > DEEPEST:  # it would be built for hours before anything else was said
+        problems.append(f"model.depth: {sum(depths):,} convolutions; at most {DEEPEST:,}")
     if any(k < 1 or k % 2 == 0 for k in kernels):
         problems.append(f"model.kernel={kernels}: kernels are odd (1, 3, 5, ...)")
     for key, value in dropouts.items():

@@ -93,6 +93,8 @@ def _check(depth: int, width: int, dropout: float) -> None:
     problems = []
     if depth < 10 or (depth - 4) % 6:
         problems.append(f"model.depth={depth}: 6 n + 4, that is 10, 16, 22, 28, ...")
+    if depth > 1500:  # it would be built for hours before anything else was said
+        problems.append(f"model.depth={depth}: at most 1500")
     if width < 1:
         problems.append(f"model.width={width}: a positive number")
     if not 0 <= dropout < 1:

@@ -13,7 +13,7 @@ from convlens.console import say
 from convlens.data import Split
 from convlens.data.audit import Audit
 from convlens.data.audit import audit as look_at
-from convlens.errors import ConvlensError, UsageError
+from convlens.errors import ConvlensError, ModelFileError, UsageError
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
@@ -123,8 +123,8 @@ def gather(name: str, *, audit: bool | None, on: str | None, alone: bool = True)
 def _recipe_file(place: RunFolder) -> Recipe | None:
     path = place.path / "recipe.yaml"
     try:
-        return load_recipe(str(path)) if path.exists() else None
-    except UsageError:
+        return place.recipe() if path.exists() else None
+    except (UsageError, ModelFileError):  # the model file has it, too
         return None
 
 

@@ -1,0 +1,326 @@
+"""Every file that convlens writes and reads, damaged at random: told, made anew, or of no effect.
+
+By default some dozens of cases a file; with --slow more than 10,000, whose score is printed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from commands import here, pictures, refused
+from convlens import answers, modelfile, planning
+from convlens.data import cache, listing, members
+from convlens.data.encoded import Paths
+from convlens.data.rows import Conversion
+from convlens.device import Plan
+from convlens.run import RunFolder, load_model
+from convlens.sealing import Changed, seal, seal_bytes, unseal, unseal_bytes
+from damage import score
+from test_shards import shards
+
+FEW, MANY = 25, 1000
+CONVERSION = Conversion(8, 3, "crop")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished and tested run on own images."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("CONVLENS_CACHE", str(folder / "cache"))
+        pictures(Path("photos"), {"red": 12, "green": 12, "blue": 12})
+        asked = ("photos", "model.widths=[4]", "train.epochs=3", "augment=[]", "--name", "whole")
+        done = here("train", *asked)
+        assert done.code == 0, done.err
+        assert here("evaluate", "whole", "--split", "val").code == 0
+    return folder
+
+
+@pytest.fixture
+def run(made: Path) -> RunFolder:
+    shutil.copytree(made / "photos", "photos")
+    return RunFolder(Path(shutil.copytree(made / "models" / "whole", "models/whole")))
+
+
+Case = tuple[Path, Callable[[], Any], Any]
+
+
+def _model(run: RunFolder) -> Case:
+    def read() -> Any:
+        loaded = load_model(run.model_path)
+        tensors = {name: t.numpy().tobytes() for name, t in loaded.model.state_dict().items()}
+        return tensors, loaded.classes, loaded.preprocessing, loaded.card
+
+    return run.model_path, read, None
+
+
+def _run_json(run: RunFolder) -> Case:
+    return run.path / "run.json", run.facts, None
+
+
+def _results(run: RunFolder) -> Case:
+    return run.path / "results.json", run.log, None
+
+
+def _metrics(run: RunFolder) -> Case:
+    return run.metrics_path, lambda: repr(run.metrics()), None
+
+
+def _recipe(run: RunFolder) -> Case:
+    # Name and description decide nothing, and are no part of the digest.
+    return run.path / "recipe.yaml", lambda: run.recipe().digest(), None
+
+
+def _images(run: RunFolder) -> Case:
+    path = run.path / listing.FILE
+    return path, lambda: listing._read(path), None
+
+
+def _answers(run: RunFolder) -> Case:
+    card = modelfile.read(run.model_path)[1]
+    fingerprint, sha = card["data"]["fingerprint"], card["sha256"]
+
+    def read() -> Any:
+        found = answers.kept(run, "test", fingerprint, sha)
+        return found and (found.logits.tobytes(), found.labels.tobytes(), found.images)
+
+    (path,) = (run.path / "answers").glob("test-*")
+    return path, read, None
+
+
+def _pixels(run: RunFolder) -> Case:
+    files = Paths(sorted(map(str, Path("photos").rglob("*.png"))))
+    return _cached(files, ".pixels", 1 << 30)
+
+
+def _checked(run: RunFolder) -> Case:
+    from convlens.data.sources import find
+
+    shards(Path("sharded"), {"train": 20})
+    files = find("sharded").parts["train"].images
+    assert isinstance(files, members.Members)
+    return _cached(files, ".checked", 0)
+
+
+def _cached(files: Any, suffix: str, budget: int) -> Case:
+    def read() -> Any:
+        found = cache.decoded(files, CONVERSION, memory_budget=budget)
+        rows = found.rows.gather(torch.arange(len(files)))
+        return found.content, found.bad, found.digests.tobytes(), rows.numpy().tobytes()
+
+    read()
+    (path,) = cache.folder().glob(f"*{suffix}")
+    return path, read, None
+
+
+def _index(run: RunFolder) -> Case:
+    root = shards(Path("sharded"), {"train": 20})
+    paths = sorted(map(str, Path(root).rglob("*.tar")))
+
+    def read() -> Any:
+        index, times = members.index_of(paths)
+        arrays = (index.shard, index.offset, index.size, index.label, times)
+        told = (index.labels, list(index.keys), index.ignored)
+        return [array.tobytes() for array in arrays], told
+
+    read()
+    (path,) = cache.folder().glob("*.index")
+    return path, read, None
+
+
+def _plans(run: RunFolder) -> Case:
+    cache.folder().mkdir(parents=True, exist_ok=True)
+    for key in ("a" * 64, "b" * 64):
+        plan = Plan("cpu", "fp32", "channels_last", part=32)
+        planning._remember(key, planning.Choice(plan, {"fp32 contiguous": 1.5, str(plan): 1.25}))
+    return cache.folder() / "plans.json", planning._remembered, {}
+
+
+FILES: dict[str, Callable[[RunFolder], Case]] = {
+    "model.safetensors": _model,
+    "run.json": _run_json,
+    "results.json": _results,
+    "metrics.csv": _metrics,
+    "recipe.yaml": _recipe,
+    "images.csv.gz": _images,
+    "answers": _answers,
+    "pixels": _pixels,
+    "checked": _checked,
+    "index": _index,
+    "plans.json": _plans,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_told_repaired_or_of_no_effect(run: RunFolder, name: str) -> None:
+    path, read, gone = FILES[name](run)
+    found = score(path, read, FEW, seed=1, gone=gone)
+    assert found.wrong == []
+    assert sum(found.counts.values()) == FEW
+
+
+@pytest.mark.slow
+def test_more_than_ten_thousand_damaged_files(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, total = [], 0
+    for name, make in FILES.items():
+        path, read, gone = make(run)
+        found = score(path, read, MANY, seed=2, gone=gone)
+        total += MANY
+        wrong += [f"{name}: {each}" for each in found.wrong]
+        shutil.rmtree("sharded", ignore_errors=True)
+        shutil.rmtree(cache.folder(), ignore_errors=True)
+        with capsys.disabled():
+            print(f"\n{name}: {found}; {len(found.wrong)} wrong", end="")
+    with capsys.disabled():
+        print(f"\n{total} damaged files, {len(wrong)} read wrong or with a traceback")
+    assert total >= 10_000
+    assert wrong == []
+
+
+# What a person sees
+
+
+def changed(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_a_finished_run_whose_status_was_damaged_is_not_trained_over(run: RunFolder) -> None:
+    before = run.model_path.read_bytes()
+    changed(run.path / "run.json", '"finished"', '"finishee"')
+    again = ("train", "photos", "model.widths=[4]", "train.epochs=3", "augment=[]", "--name")
+    refused(here(*again, "whole"), 4, "run.json can't be trusted", "its hash differs", "--fresh")
+    assert run.model_path.read_bytes() == before
+
+
+def test_damaged_numbers_are_in_no_report(run: RunFolder) -> None:
+    text = (run.path / "results.json").read_text()
+    changed(run.path / "results.json", '"n": ', '"n": 1')
+    for command in (("report", "whole"), ("compare", "whole", "whole")):
+        done = here(*command)
+        assert done.code in (2, 4), done.err
+        assert "Traceback" not in done.err
+    refused(here("report", "whole"), 4, "results.json can't be trusted")
+    refused(here("evaluate", "whole"), 4, "results.json can't be trusted")
+    (run.path / "results.json").write_text(text)
+    line = run.metrics_path.read_text().splitlines()[2]
+    changed(run.metrics_path, line, line.replace("2,", "2,1", 1))
+    for command in ("report", "doctor"):
+        refused(here(command, "whole"), 4, "log of epochs", "metrics.csv", "had finished")
+    assert here("evaluate", "whole").code == 0  # weights and results stand without it
+
+
+def test_a_recipe_that_was_changed_is_another_one(run: RunFolder) -> None:
+    path = run.path / "recipe.yaml"
+    changed(path, "epochs: 3", "epochs: 1")
+    refused(here("labels", run.path, "--folds", "2"), 4, "changed after the run had begun")
+    done = here("train", path, "--no-test", "--json")  # a file somebody edited: a run of its own
+    assert done.code == 0, done.err
+    assert done.json["run"] != "whole"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "epoch\n", "epoch,loss\n1,2\n", "epoch,lr\n1\n", "epoch,lr\n2,1\n", "epoch,lr\n1,x\n",
+     "epoch,lr\n1,2,3\n", 'epoch,lr\n1,"2', "epoch,lr\n1,0.1\n1,0.1\n"],
+)  # fmt: skip
+def test_a_log_of_an_unfinished_run_is_read_strictly(run: RunFolder, text: str) -> None:
+    run.note({"status": "training"})
+    run.metrics_path.write_text(text)
+    if text == "epoch\n":
+        assert run.metrics() == []
+    else:
+        refused(here("doctor", "whole"), 4, "log of epochs", "metrics.csv")
+
+
+def test_a_damaged_cache_is_made_anew(run: RunFolder) -> None:
+    """One pixel in it: the image is decoded again, and the next start makes a whole one."""
+    path, read, _ = _pixels(run)
+    whole, expected = path.read_bytes(), read()
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 4]) + whole[101:])
+    assert read() == expected
+    assert not path.exists()
+    assert read() == expected
+    assert path.read_bytes() == whole
+
+
+def test_a_damaged_cache_of_an_image_that_is_gone_stops(run: RunFolder) -> None:
+    from convlens.errors import DataError
+
+    files = Paths(sorted(map(str, Path("photos").rglob("*.png"))))
+    found = cache.decoded(files, CONVERSION, memory_budget=1 << 30)
+    (path,) = cache.folder().glob("*.pixels")
+    with path.open("r+b") as file:
+        file.write(b"\x99" * 3)
+    Path(files[0]).unlink()
+    with pytest.raises(DataError, match="can't be read any more"):
+        found.rows.gather(torch.arange(2))
+
+
+# Seals
+
+
+def test_seals_hold_what_json_holds() -> None:
+    content = {"b": 1.5, "a": [1, None, "ö\udcff"], "c": {"2": "x", "10": True}}
+    assert unseal(seal(content)) == content
+    assert list(seal(content))[:2] == ["format", "sha256"]
+    assert unseal(seal(seal(content))) == content
+    assert unseal(content) == content  # of before there was a seal
+    assert seal({"a": (1, 2)})["a"] == [1, 2]
+    assert unseal(seal({})) == {}
+
+
+@pytest.mark.parametrize("change", [
+    {"a": 2}, {"b": 1}, {"sha256": "0" * 64}, {"sha256": None}, {"format": 2}, {"format": "1"},
+])  # fmt: skip
+def test_a_broken_seal(change: dict[str, Any]) -> None:
+    sealed = seal({"a": 1})
+    with pytest.raises(Changed, match="damaged"):
+        unseal({**sealed, **change})
+    for key in ("format", "sha256", "a"):
+        with pytest.raises(Changed):
+            unseal({k: v for k, v in sealed.items() if k != key})
+    for other in ([], "x", None, 3):
+        with pytest.raises(Changed):
+            unseal(other)
+
+
+def test_a_newer_seal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from convlens import sealing
+
+    monkeypatch.setattr(sealing, "FORMAT", 2)
+    newer = {**seal({"a": 1}), "sha256": sealing._digest({"a": 1}, 2)}
+    monkeypatch.undo()
+    with pytest.raises(Changed, match="a newer convlens wrote it"):
+        unseal(newer)
+
+
+def test_sealed_bytes() -> None:
+    for content in (b"", b"x", bytes(100)):
+        assert unseal_bytes(seal_bytes(content)) == content
+        for broken in (seal_bytes(content)[:-1], seal_bytes(content) + b"\0", content, b"x" * 40):
+            with pytest.raises(Changed):
+                unseal_bytes(broken)
+
+
+def test_sums_see_every_flip() -> None:
+    from convlens.data.rows import sums_of
+
+    image = np.random.default_rng(0).integers(0, 256, (1, 1, 8, 8), np.uint8)
+    before = sums_of(image)[0]
+    for at in range(64 * 8):
+        flipped = image.copy()
+        flipped.reshape(-1)[at // 8] ^= 1 << (at % 8)
+        assert sums_of(flipped)[0] != before
+    assert sums_of(np.zeros((0, 1, 8, 8), np.uint8)).tolist() == []

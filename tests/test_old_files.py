@@ -1,0 +1,89 @@
+"""Files of earlier versions are read by this one: `files/README.md` says what is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import convlens
+from commands import here
+from convlens import modelfile, records
+from convlens.run import RunFolder, load_model
+
+FILES = Path(__file__).parent / "files"
+FOLDERS = {"v1": 1}  # and the format of its model file
+
+every = pytest.mark.parametrize("folder", FOLDERS)
+
+
+def copied(folder: str) -> RunFolder:
+    return RunFolder(Path(shutil.copytree(FILES / folder / "run", "models/run")))
+
+
+def test_every_folder_is_tested_and_small() -> None:
+    assert {path.name for path in FILES.iterdir() if path.is_dir()} - {"__pycache__"} == set(
+        FOLDERS
+    )
+    assert sum(path.stat().st_size for path in FILES.rglob("*")) < 100_000 * len(FOLDERS)
+
+
+def test_a_new_format_needs_a_new_folder() -> None:
+    """If this fails, `files/README.md` says what to add."""
+    assert set(range(1, modelfile.FORMAT + 1)) == set(FOLDERS.values())
+
+
+@every
+def test_the_model_is_whole_and_of_its_format(folder: str) -> None:
+    place = copied(folder)
+    tensors, card = modelfile.read(place.model_path)
+    assert card["format"] == FOLDERS[folder]
+    loaded = load_model(place.model_path)
+    assert loaded.classes == tuple("0123456789")
+    assert set(loaded.model.state_dict()) == set(tensors)
+
+
+@every
+def test_it_tests_to_the_numbers_that_were_stored(folder: str) -> None:
+    place = copied(folder)
+    (stored,) = json.loads((place.path / "results.json").read_text())
+    done = here("evaluate", "run", "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    for key in ("n", "correct", "accuracy", "interval95", "confusion", "data_fingerprint"):
+        assert found[key] == stored[key], key
+    assert found["model_sha256"] == stored["model_sha256"]
+    assert found["loss"] == pytest.approx(stored["loss"], abs=1e-6)
+    assert found["looks"] == 2
+    first, second = place.log()
+    assert first == {key: value for key, value in stored.items() if key not in ("format", "sha256")}
+    assert second["correct"] == stored["correct"]
+
+
+@every
+def test_the_same_recipe_finds_it_and_other_commands_read_it(folder: str) -> None:
+    place = copied(folder)
+    before = place.facts()
+    assert len(place.metrics()) == before["epochs"] == 8
+    assert list(place.metrics()[0]) == list(records.COLUMNS)
+    run = convlens.train(convlens.Run.load("run").recipe, name="run", test=False)
+    assert run.path == place.path
+    assert place.facts() == before
+    for command in ("doctor", "report"):
+        done = here(command, "run")
+        assert done.code == 0, done.err
+    done = here("predict", "run", "--help")
+    assert done.code == 0
+
+
+@every
+def test_left_unfinished_it_goes_on(folder: str) -> None:
+    place = copied(folder)
+    place.note({"status": "training"})
+    done = here("train", place.path / "recipe.yaml", "--name", "run", "--no-test")
+    assert done.code == 0, done.err
+    assert place.finished
+    assert len(place.metrics()) == 8
+    assert "sha256" in json.loads((place.path / "run.json").read_text())
