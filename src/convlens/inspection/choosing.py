@@ -105,7 +105,7 @@ def _is_image(text: str) -> bool:
     if is_place(text):
         return True
     if path.is_file():
-        return path.suffix not in (".safetensors", ".pt", ".pth")
+        return path.suffix not in (".safetensors", ".onnx", ".pt", ".pt2", ".pth")
     if _is_run(run.MODELS / text) or _is_run(path):
         return False
     return path.is_dir() or path.suffix.lower() in EXTENSIONS or glob.has_magic(text)
