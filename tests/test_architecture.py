@@ -29,15 +29,16 @@ LEVELS: dict[int, tuple[str, ...]] = {
     ),
     2: ("data", "models", "optim", "metrics", "differences", "plots", "auto", "views"),
     3: (
-        "engine", "guarding", "scaling", "memory", "graphs", "inference", "modelfile",
+        "engine", "guarding", "scaling", "memory", "graphs", "inference", "modelfile", "onnxfile",
         "tensorfiles", "together", "trunk", "records",
     ),
-    4: ("generations", "run", "onlooker"),
+    4: ("generations", "run", "onlooker", "exported"),
     5: (
         "checking", "beginning", "feeding", "planning", "preparing", "weights", "resuming",
         "keeping", "picturing", "continuing",
         "evaluation", "answers", "prediction", "extending", "training", "tabling", "several",
         "estimator", "asking", "chaos", "inspection", "comparing", "diagnosing", "labelling",
+        "exporting",
     ),
     6: ("api", "insight", "showing", "reporting"),
     7: ("__init__",),

@@ -60,7 +60,7 @@ def test_every_combination_is_one_run_with_a_name_of_its_own() -> None:
     ]  # fmt: skip
     for plan in plans:
         assert (plan.recipe.data.seed, plan.recipe.train.seed) == (plan.data_seed, plan.seed)
-        assert plan.recipe.optim.lr == (0.0001 if plan.setting == "slow" else 0.004)
+        assert plan.recipe.optim.lr == (0.0001 if plan.setting == "slow" else 0.012)
     assert len({p.recipe.digest() for p in plans}) == 8
     # The first split and seed are the recipe as it stands: the run of the plain command.
     alone = load("few.yaml", ["data.seed=3"], "slow")
@@ -210,7 +210,7 @@ def test_all_settings_in_one_command() -> None:
     assert done.code == 0, done.err
     slow, wide = done.json["settings"]
     assert (slow["setting"], wide["setting"]) == ("slow", "wide")
-    for entry, lr, widths in ((slow, 0.0001, [4]), (wide, 0.004, [8])):
+    for entry, lr, widths in ((slow, 0.0001, [4]), (wide, 0.012, [8])):
         assert entry["runs"][0]["run"].startswith(f"few-{entry['setting']}-")
         recipe = Run.load(entry["runs"][0]["run"]).recipe
         assert (recipe.optim.lr, recipe.model.options["widths"]) == (lr, widths)

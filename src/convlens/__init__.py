@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from convlens.api import Run as Run
     from convlens.api import RunTable as RunTable
     from convlens.api import evaluate as evaluate
+    from convlens.api import export as export
     from convlens.api import predict as predict
     from convlens.api import recipes as recipes
     from convlens.api import train as train
@@ -36,6 +37,7 @@ _HOMES = {
     "compare": "insight",
     "doctor": "insight",
     "evaluate": "api",
+    "export": "api",
     "look": "insight",
     "measure": "insight",
     "find_label_errors": "insight",
@@ -55,6 +57,7 @@ __all__ = [
     "compare",
     "doctor",
     "evaluate",
+    "export",
     "find_label_errors",
     "look",
     "measure",

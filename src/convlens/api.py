@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from convlens import asking, evaluation, prediction, several, training
+from convlens import asking, evaluation, exported, prediction, several, training
 from convlens import recipe as recipe_module
 from convlens import run as run_module
 from convlens.evaluation import Evaluation
+from convlens.exporting import making
+from convlens.exporting.making import Export
 from convlens.prediction import Prediction
 from convlens.recipe import Recipe
 from convlens.recipe import load as load_recipe
@@ -32,7 +34,7 @@ class Run:
 
     @classmethod
     def load(cls, name: str | Path) -> Run:
-        """The run of that name under `models/`, in that folder, or of that model file."""
+        """The run of that name under `models/`, in that folder, or of that model or ONNX file."""
         return cls(run_module.find(name))
 
     def __repr__(self) -> str:
@@ -50,12 +52,12 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe, which trains the same again."""
-        return load_recipe(run_module.load_model(self._folder.model_path).card["recipe"])
+        return load_recipe(exported.open_model(self._folder.model_path).card["recipe"])
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names in the order of the model's outputs."""
-        return run_module.load_model(self._folder.model_path).classes
+        return exported.open_model(self._folder.model_path).classes
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -96,12 +98,29 @@ class Run:
 
         With `tta` (`flip`, `flip+shifts`) each has `tta_label` and `tta_prob` beside the plain.
         """
-        loaded = run_module.load_model(self._folder.model_path)
+        loaded = exported.open_model(self._folder.model_path)
         if isinstance(inputs, str | Path):
             inputs = [inputs]
         images = inputs if isinstance(inputs, np.ndarray) else prediction.expand(inputs)
         answers = prediction.predict(loaded, images, top_k=top_k, tta=tta, on=device, quiet=quiet)
         return list(answers)
+
+    def export(
+        self,
+        to: str | Sequence[str] = "onnx",
+        *,
+        output: str | Path | None = None,
+        data: str | Path | None = None,
+        quiet: bool = True,
+    ) -> list[Export]:
+        """The model as files for other programs, one for each format: `onnx`, `torch`.
+
+        Each was read back from the disk and gave convlens's answers to the run's validation
+        images (or those of `data`); how exactly is in `Export.proof`. A file that doesn't agree
+        is not kept.
+        """
+        names = [to] if isinstance(to, str) else to
+        return making.export(self._folder, names, output=output, data=data, quiet=quiet)
 
 
 def train(
@@ -237,6 +256,11 @@ def predict(
 ) -> list[Prediction]:
     """`Run.predict` of a run given by name, folder or model file."""
     return (run if isinstance(run, Run) else Run.load(run)).predict(inputs, **options)
+
+
+def export(run: str | Path | Run, to: str | Sequence[str] = "onnx", **options: Any) -> list[Export]:
+    """`Run.export` of a run given by name, folder or model file."""
+    return (run if isinstance(run, Run) else Run.load(run)).export(to, **options)
 
 
 def recipes() -> dict[str, Recipe]:

@@ -21,6 +21,7 @@ from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, load_foreign
 from convlens.data.batches import Labelled
 from convlens.errors import DataError
+from convlens.exported import open_model
 from convlens.inference import Answers, placed, split_answers
 from convlens.names import pick
 from convlens.processes import ALONE, World
@@ -112,8 +113,8 @@ def evaluate(
     views.chosen(tta)  # a typo must not cost the loading of a data set
     world = processes.join()
     place = onlooker.placed(world, lambda: place)
-    loaded = run.load_model(place.model_path)
-    where = device.choose(on)
+    loaded = open_model(place.model_path)
+    where = loaded.where(on)
     with quieted(quiet):
         with world.first():
             judged = judged_by(loaded, split, data=data, on=where, own=own)
@@ -264,7 +265,7 @@ def look(
     }
     own = loaded.card["data"]["fingerprint"] == fingerprint
     result["looks"] = world.told(lambda: place.add_result({**result, "own": own})["looks"])
-    if own and world.leads:
+    if own and world.leads and loaded.original:  # a page asks for the answers of the model file
         said = store.Answers(scores, truths, store.identity(part, loaded.classes))
         store.keep(place, split, fingerprint, loaded.card["sha256"], said)
     label = split if own else f"{split}-{run.safe(Path(name).name)}"

@@ -130,6 +130,12 @@ def is_pickle(data: bytes) -> bool:
 
 
 def _refuse_foreign(data: bytes, path: Path) -> None:
+    if path.suffix.lower() == ".onnx":  # `exported.open_model` takes them
+        raise ModelFileError(
+            "an exported ONNX file only answers: its layers can't be looked into",
+            where=str(path),
+            fix="give it to predict or evaluate, or take the run it was made from",
+        )
     if is_pickle(data):
         raise ModelFileError(
             "this is a pickle (.pt/.pth): opening it could run any code, so it is refused",

@@ -43,8 +43,14 @@ def placed(world: World, find: Callable[[], RunFolder]) -> RunFolder:
     if world.size == 1:
         return find()
     found = find() if world.leads else None
-    paths = world.told(lambda: [str(found.path), str(found.plots)] if found else [])
-    return found or Onlooker(*map(Path, paths))
+    paths = world.told(
+        lambda: [str(found.path), str(found.plots), str(found.model_path)] if found else []
+    )
+    if found:
+        return found
+    other = Onlooker(*map(Path, paths[:2]))
+    other.model_path = Path(paths[2])  # of a model file on its own it has another name
+    return other
 
 
 def agreed(world: World, mine: Sequence[int], place: RunFolder) -> None:

@@ -119,7 +119,7 @@ def predict(
     """
     chosen = views.chosen(tta)
     forward = Forward(
-        loaded.model, loaded.preprocessing.normalise, placed(loaded.model, on),
+        loaded.model, loaded.preprocessing.normalise, placed(loaded.model, loaded.where(on)),
         views=chosen, total=len(inputs), free=loaded.free,
     )  # fmt: skip
     k = min(max(top_k, 1), len(loaded.classes))
@@ -209,7 +209,7 @@ def _probabilities(
 
 def all_probabilities(loaded: Loaded, images: np.ndarray, *, on: str | None = None) -> np.ndarray:
     """Probabilities float64 `[N, classes]` for images as `predict` takes them."""
-    plan, normalise = placed(loaded.model, on), loaded.preprocessing.normalise
+    plan, normalise = placed(loaded.model, loaded.where(on)), loaded.preprocessing.normalise
     forward = Forward(loaded.model, normalise, plan, total=len(images), free=loaded.free)
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), BATCH):

@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convlens import files, modelfile, models, records, sealing
-from convlens.data.batches import Normalise
+from convlens import device, files, modelfile, models, records, sealing
+from convlens.data.batches import Normalise, Prepare
 from convlens.errors import ModelFileError, UsageError
 from convlens.generations import Generations
 from convlens.names import near
@@ -46,7 +46,7 @@ class Preprocessing:
     std: list[float]
 
     @property
-    def normalise(self) -> Normalise:
+    def normalise(self) -> Prepare:
         return Normalise(self.mean, self.std)
 
 
@@ -65,6 +65,15 @@ class Loaded:
         """Whether inference may choose a memory format by timing, which changes last digits."""
         train = self.card.get("recipe", {}).get("train", {})
         return train.get("memory_format", "auto") == "auto" and not train.get("deterministic")
+
+    @property
+    def original(self) -> bool:
+        """Whether this is the model file itself, not what was exported from it."""
+        return True
+
+    def where(self, asked: str | None) -> str:
+        """The device to answer on: what was asked for, or the best that suits this model."""
+        return device.choose(asked)
 
 
 class RunFolder:
@@ -261,14 +270,15 @@ def find(name: str | Path, models_folder: Path | None = None) -> RunFolder:
     folder = models_folder or MODELS
     if os.path.isfile(path):  # (of `Path`, a name too long is an error)
         # A model file on its own is a run without a past; its plots go by its folder's name.
-        found = RunFolder(path.parent if path.name == "model.safetensors" else path.with_suffix(""))
+        own = path.name in ("model.safetensors", "model.onnx")
+        found = RunFolder(path.parent if own else path.with_suffix(""))
         found.model_path = path
         return found
     for candidate in (folder / path, path):
         if any(os.path.isfile(candidate / each) for each in ("model.safetensors", "run.json")):
             return RunFolder(candidate)
     text = str(name)
-    if "/" in text or "\\" in text or path.suffix in (".safetensors", ".pt", ".pth"):
+    if "/" in text or "\\" in text or path.suffix in (".safetensors", ".onnx", ".pt", ".pth"):
         raise ModelFileError("no such run or model file", where=text, fix="check the path")
     known = [run.name for run in runs(folder)]
     close = near(text, known)

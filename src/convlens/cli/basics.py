@@ -1,4 +1,4 @@
-"""Training and using models: `train evaluate predict data recipes`."""
+"""Training and using models: `train evaluate predict export data recipes`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from convlens.cli.shared import (
     RunName,
     Tta,
     app,
+    listed,
     print_json,
 )
 
@@ -114,7 +115,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Classify image files: a table, CSV or JSON of filename, label and probability."""
-    from convlens import prediction, views
+    from convlens import exported, prediction, views
     from convlens import run as runs
     from convlens.errors import DataError
     from convlens.names import pick
@@ -122,10 +123,10 @@ def predict(
 
     write = pick(WRITERS, "json" if as_json else output, "format")
     views.chosen(tta)  # a typo is told before anything is read or written
-    loaded = runs.load_model(runs.find(run).model_path)
+    loaded = exported.open_model(runs.find(run).model_path)
     asked = paths or ["-"]
-    listed = [line.strip() for line in sys.stdin if line.strip()] if "-" in asked else []
-    files = prediction.expand([*(path for path in asked if path != "-"), *listed])
+    named = [line.strip() for line in sys.stdin if line.strip()] if "-" in asked else []
+    files = prediction.expand([*(path for path in asked if path != "-"), *named])
     answers = prediction.predict(loaded, files, top_k=top, tta=tta, on=device)
     failed = write(answers, top, tta is not None)
     if failed:
@@ -133,6 +134,44 @@ def predict(
             f"{failed} of {len(files)} files could not be read; the others are done",
             fix="the reasons stand beside their names",
         )
+
+
+@app.command()
+def export(
+    run: RunName,
+    to: Annotated[
+        list[str] | None, typer.Option(metavar="onnx|torch", help="One or several formats.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Images to compare answers on; by default the run's validation images.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for other programs, and prove on real images that it answers the same.
+
+    The file takes uint8 images, any number at once, normalises them itself and gives logits and
+    probabilities; what doesn't agree with convlens is not kept.
+
+    [dim]convlens export digits · convlens export digits --to onnx,torch · convlens predict
+    models/digits/model.onnx a.png[/]
+    """
+    from convlens import run as runs
+    from convlens.exporting import making
+    from convlens.showing.results import exported
+
+    formats = listed(",".join(to or ["onnx"]))
+    place = runs.find(run)
+    made = making.export(place, formats, output=output, data=data)
+    if not as_json:
+        exported(made)
+    print_json(as_json, {"run": place.name, "exports": [each.to_dict() for each in made]})
 
 
 @app.command()

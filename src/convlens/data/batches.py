@@ -80,14 +80,14 @@ class Normalise:
 def _affine(
     mean: tuple[float, ...], std: tuple[float, ...], unit: float, device: str
 ) -> tuple[Tensor, Tensor]:
-    """`x * scale + shift` is `(x / unit - mean) / std`, per channel."""
     with torch.inference_mode(False):  # kept for training, too, whoever asks first
-        return _scale_and_shift(mean, std, unit, device)
+        return scale_and_shift(mean, std, unit, device)
 
 
-def _scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], unit: float, device: str
+def scale_and_shift(
+    mean: Sequence[float], std: Sequence[float], unit: float, device: str
 ) -> tuple[Tensor, Tensor]:
+    """`x * scale + shift` is `(x / unit - mean) / std`, per channel."""
     middle, spread = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
     scale, shift = 1 / (unit * spread), -middle / spread
     return scale.float().to(device), shift.float().to(device)

@@ -106,7 +106,7 @@ def _is_image(text: str) -> bool:
     if is_place(text):
         return True
     if os.path.isfile(path):
-        return path.suffix not in (".safetensors", ".pt", ".pth")
+        return path.suffix not in (".safetensors", ".onnx", ".pt", ".pt2", ".pth")
     if _is_run(run.MODELS / text) or _is_run(path):
         return False
     return os.path.isdir(path) or path.suffix.lower() in EXTENSIONS or glob.has_magic(text)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # `convlens recipes` must not wait for torch
     from convlens.data.sharding import Written
     from convlens.data.similar import Repeats
     from convlens.evaluation import Evaluation
+    from convlens.exporting.making import Export
     from convlens.prediction import Prediction
     from convlens.recipe import Recipe
     from convlens.reporting.building import Report
@@ -143,6 +144,16 @@ def audited(report: Audit, sheet: Path) -> None:
 def drawn(sheet: Path) -> None:
     """Where an augmented batch was drawn."""
     stdout().print(f"augmented batch  {sheet}")
+
+
+def exported(made: Sequence[Export]) -> None:
+    """Where the files are and how they were proven."""
+    out = stdout()
+    for each in made:
+        mb = each.bytes / 1e6
+        out.print(f"[bold]{each.format}[/]  {escape(each.path)}  ({mb:.1f} MB)", soft_wrap=True)
+        out.print(escape(f"  takes  {each.input}\n  gives  {each.outputs}"))
+        out.print(escape(f"  proof  {each.proof.sentence()}"))
 
 
 def sharded(written: Written) -> None:

@@ -1,0 +1,519 @@
+"""What must not be exported, what must not be opened, and what is told about either."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convlens
+from commands import DIGITS, here, picture, pictures, refused
+from convlens import models, onnxfile
+from convlens.errors import ModelFileError
+from convlens.exported import open_model
+from convlens.exporting import formats, making
+from convlens.exporting.agreement import Pictures, Witness
+from convlens.exporting.formats import FORMATS
+from convlens.run import Loaded, Preprocessing
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on `digits` with its ONNX file."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert here("train", *DIGITS, "--no-test", "--name", "small").code == 0
+        done = here("export", "small")
+        assert done.code == 0, done.err
+    return folder / "models" / "small"
+
+
+@pytest.fixture
+def small(made: Path) -> Path:
+    return Path(shutil.copytree(made, Path("models") / "small"))
+
+
+# Mistakes that an export could make: all are noticed, and nothing is left
+
+
+def network(classes: int = 3) -> Loaded:
+    """A network of random weights for colour images of 8 px, whose norms have seen images."""
+    torch.manual_seed(0)
+    model = models.build("cnn", classes, 3, 8, {"widths": [6]})
+    model.train()
+    for _ in range(20):
+        model(torch.randn(16, 3, 8, 8) * 2)
+    nn.init.normal_(model.get_parameter("classifier.weight"), std=2.0)
+    pre = Preprocessing(8, 3, "crop", [0.3, 0.5, 0.6], [0.2, 0.3, 0.25])
+    card = {"sha256": "0" * 64, "run": "net", "data": {"fingerprint": "none"}, "recipe": {}}
+    return Loaded(model.eval(), tuple("abcdefgh"[:classes]), pre, card)
+
+
+def witness_of(loaded: Loaded) -> Witness:
+    images = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.manual_seed(1))
+    return Witness(loaded, Pictures(images, [f"{i}" for i in range(60)], "random images"))
+
+
+def export_of(mistaken: Loaded, right: Loaded, name: str, **facts: Any) -> None:
+    """Exports one network as another, for which it is taken."""
+    witness, form = witness_of(right), FORMATS[name]
+    told = {**formats.described(right, witness.at_once), **facts}
+    body = form.make(formats.captured(mistaken))
+    making._proven(name, body, Path(f"net{form.suffix}"), told, witness, form.packages)
+
+
+def changed(loaded: Loaded, **preprocessing: Any) -> Loaded:
+    pre = Preprocessing(**{**vars(loaded.preprocessing), **preprocessing})
+    return Loaded(loaded.model, loaded.classes, pre, loaded.card)
+
+
+def without_normalisation(loaded: Loaded) -> Loaded:
+    return changed(loaded, mean=[0.0] * 3, std=[1.0] * 3)
+
+
+def channels_reversed(loaded: Loaded) -> Loaded:
+    pre = loaded.preprocessing
+    return changed(loaded, mean=pre.mean[::-1], std=pre.std[::-1])
+
+
+def scaled_twice(loaded: Loaded) -> Loaded:
+    return changed(loaded, std=[value * 255 for value in loaded.preprocessing.std])
+
+
+def classes_swapped(loaded: Loaded) -> Loaded:
+    model = network().model
+    head = model.get_submodule("classifier")
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.copy_(head.weight[[1, 0, 2]])
+    return Loaded(model, loaded.classes, loaded.preprocessing, loaded.card)
+
+
+def norms_of_the_batch(loaded: Loaded) -> Loaded:
+    """As batch norm in training mode: statistics of the images at hand."""
+    model = network().model
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = module.running_var = None
+    return Loaded(model, loaded.classes, loaded.preprocessing, loaded.card)
+
+
+def another_width(loaded: Loaded) -> Loaded:
+    return Loaded(network(4).model, loaded.classes, loaded.preprocessing, loaded.card)
+
+
+def no_numbers(loaded: Loaded) -> Loaded:
+    model = network().model
+    nn.init.constant_(model.get_parameter("classifier.bias"), float("nan"))
+    return Loaded(model, loaded.classes, loaded.preprocessing, loaded.card)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (without_normalisation, "images get another class"),
+        (channels_reversed, "images get another class"),
+        (scaled_twice, "images get another class"),
+        (classes_swapped, "images get another class"),
+        (norms_of_the_batch, "images get another class"),
+        (another_width, "shape"),
+        (no_numbers, "no finite numbers"),
+    ],
+)
+def test_a_wrong_export_is_refused(mistake: Callable[[Loaded], Loaded], said: str) -> None:
+    Path("net.pt2").write_text("an older export")
+    right = network()
+    export = pytest.raises(ModelFileError)
+    with export as caught:
+        export_of(mistake(right), right, "torch")
+    assert "so it was not kept" in caught.value.what
+    assert said in caught.value.what
+    # What was there before is still there; nothing else is.
+    assert [path.name for path in Path().iterdir()] == ["net.pt2"]
+    assert Path("net.pt2").read_text() == "an older export"
+
+
+@pytest.mark.parametrize("mistake", [without_normalisation, classes_swapped])
+def test_onnx_is_checked_alike(mistake: Callable[[Loaded], Loaded]) -> None:
+    right = network()
+    with pytest.raises(ModelFileError, match=r"so it was not kept: [1-9][0-9]? of 60 images"):
+        export_of(mistake(right), right, "onnx")
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"classes": ["b", "a", "c"]},
+        {"preprocessing": {**vars(network().preprocessing), "fit": "stretch"}},
+    ],
+    ids=["classes", "fit"],
+)
+def test_facts_are_checked_against_the_model(facts: dict[str, Any]) -> None:
+    right = network()
+    (name,) = facts
+    with pytest.raises(ModelFileError, match=f"something else than the model: {name}"):
+        export_of(right, right, "torch", **facts)
+    assert list(Path().iterdir()) == []
+
+
+def test_a_network_in_training_mode_is_exported_in_eval_mode() -> None:
+    right, other = network(), network()
+    other.model.train()
+    export_of(other, right, "torch")
+    assert other.model.training  # and stays as it was
+    assert sorted(path.name for path in Path().iterdir()) == ["net.pt2", "net.pt2.json"]
+
+
+def test_probabilities_must_be_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(formats.Exportable):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            logits = super().forward(images)["logits"]
+            return {"logits": logits, "probabilities": logits.clone()}
+
+    monkeypatch.setattr(formats, "Exportable", Twice)
+    right = network()
+    with pytest.raises(ModelFileError, match=r"not kept: its probabilities are .* off the softmax"):
+        export_of(right, right, "torch")
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_a_program_for_one_number_of_images_is_refused(name: str) -> None:
+    right, form = network(), FORMATS[name]
+    net = formats.Exportable(right.model, right.preprocessing.mean, right.preprocessing.std)
+    images = torch.zeros(7, 3, 8, 8, dtype=torch.uint8)
+    with torch.no_grad():
+        fixed = torch.export.export(net, (images,))
+    witness = witness_of(right)
+    with pytest.raises(ModelFileError):
+        making._proven(
+            name, form.make(fixed), Path(f"net{form.suffix}"),
+            formats.described(right, 64), witness, form.packages,
+        )  # fmt: skip
+    assert list(Path().iterdir()) == []
+
+
+def test_the_command_refuses_and_keeps_what_was_there(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()}
+    wrong = torch.full((1, 1, 1, 1), 1 / 255), torch.zeros(1, 1, 1, 1)
+    monkeypatch.setattr(formats, "scale_and_shift", lambda *_: wrong)
+    refused(here("export", "small", "--to", "torch,onnx"), 4, "doesn't answer as convlens does")
+    assert {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()} == before
+
+
+def test_a_network_that_torch_can_not_capture_is_told() -> None:
+    class Strange(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
+
+    right = network()
+    strange = Loaded(Strange(), right.classes, right.preprocessing, right.card)
+    with pytest.raises(ModelFileError, match=r"torch.export of torch .* can't take this network"):
+        formats.captured(strange)
+
+
+# Near-ties
+
+
+class Pixels(nn.Module):
+    """Logits that are the pixels of an image of one row."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, 0, 0]
+
+
+def judged(change: Tensor, scale: float = 1.0) -> Any:
+    """The verdict on answers that differ from convlens's by `change`; logits are pixels * scale."""
+    images = torch.tensor([[2, 1], [5, 5], [7, 6], [0, 10]], dtype=torch.uint8).view(4, 1, 1, 2)
+    pre = Preprocessing(1, 1, "crop", [0.0], [1 / (255 * scale)])
+    loaded = Loaded(Pixels(), ("left", "right"), pre, {})
+    witness = Witness(loaded, Pictures(images, ["one", "two", "three", "four"], "rows"))
+
+    def ask(some: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.stack(
+            [(images[:, 0, 0] == row).all(1).nonzero()[0, 0] for row in some[:, 0, 0]]
+        )
+        logits = (some[:, 0, 0] * scale + change[rows]).float()
+        return logits, logits.softmax(1)
+
+    return witness.compare(ask, "file")
+
+
+def test_the_largest_difference_is_stated() -> None:
+    found = judged(torch.tensor([[0, 0], [1e-4, 0], [0, 2e-4], [0, 8e-4]]))
+    assert found.max_logit_difference == pytest.approx(8e-4, rel=1e-3)
+    assert (found.largest_logit, found.tolerance) == (10, pytest.approx(1e-3))
+    assert (found.images, found.near_ties) == (4, [])
+    # Eight of one, eight of seven, and at least eight more.
+    assert found.batch_sizes == [1, 7, 8]
+    with pytest.raises(ModelFileError, match=r"0 of 4 images .* up to 0.0011 \(allowed: 0.001\)"):
+        judged(torch.tensor([[0, 0], [0, 0], [0, 0], [0, 11e-4]]))
+
+
+def test_a_tie_within_last_digits_is_listed() -> None:
+    found = judged(torch.tensor([[0, 0], [0, 4e-4], [0, 0], [0, 0]]))
+    (tie,) = found.near_ties
+    assert tie == {"image": "two", "convlens": "left", "exported": "right", "gap": 0.0}
+    assert "the same class for all but 1 near-ties" in found.sentence()
+
+
+def test_a_change_of_class_beyond_last_digits_is_refused() -> None:
+    # Logits (1e-4, 5e-5): a gap of 5e-5, closed by a difference of 3e-5 in both.
+    change = torch.tensor([[-3e-5, 3e-5], [0, 0], [0, 0], [0, 0]])
+    with pytest.raises(ModelFileError, match="1 of 4 images get another class"):
+        judged(change, scale=5e-5)
+    # With a difference of 6e-5 somewhere, it is one of last digits.
+    assert [tie["image"] for tie in judged(change * 2, scale=5e-5).near_ties] == ["one"]
+
+
+# Images to compare on
+
+
+def test_a_model_file_alone_is_compared_on_drawn_images(small: Path) -> None:
+    shutil.copy(small / "model.safetensors", "alone.safetensors")
+    done = here("export", "alone.safetensors", "--to", "torch", "--json")
+    assert "compared on drawn images, not on real ones: a model file on its own" in done.err
+    (only,) = done.json["exports"]
+    assert (only["path"], only["proof"]["source"]) == ("alone.pt2", "drawn images")
+    assert only["proof"]["images"] == 500
+    root = pictures(Path("set"), {"a": 9, "b": 9})
+    done = here("export", "alone.safetensors", "--to", "torch", "--data", root, "--json")
+    (only,) = done.json["exports"]
+    assert (only["proof"]["source"], only["proof"]["images"]) == ("images of 'set'", 18)
+    refused(here("export", "alone.safetensors", "--data", "nowhere/"), 3, "nowhere")
+
+
+def test_a_run_whose_images_are_gone_is_compared_on_drawn_images() -> None:
+    root = pictures(Path("set"), {"a": 20, "b": 20})
+    words = ("model.widths=[2]", "train.epochs=1", "augment=[]", "data.image_size=8")
+    assert here("train", root, *words, "--no-test", "--name", "own").code == 0
+    (only,) = here("export", "own", "--to", "torch", "--json").json["exports"]
+    assert only["proof"]["source"] == "validation images of 'set'"
+    shutil.rmtree(root)
+    done = here("export", "own", "--to", "torch", "--json")
+    assert "compared on drawn images, not on real ones" in done.err
+    assert done.json["exports"][0]["proof"]["source"] == "drawn images"
+
+
+def test_wrong_words(small: Path) -> None:
+    refused(here("export", "small", "--to", "onxx"), 2, "did you mean onnx?")
+    refused(here("export", "small", "--to", ""), 2, "choose from: onnx, torch")
+    refused(here("export", "small", "--to", "onnx", "--to", "torch", "-o", "a.onnx"), 2, "one file")
+    refused(here("export", "small", "-o", "a.pt2"), 2, "onnx files end in .onnx")
+    refused(here("export", "smal"), 2, "did you mean small?")
+    Path("folder.pt2").mkdir()
+    refused(here("export", "small", "--to", "torch", "-o", "folder.pt2"), 5, "can't write")
+    assert sorted(path.name for path in Path().iterdir()) == ["folder.pt2", "models"]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_package_is_told(
+    small: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    told = (f"{package} is not installed", 'pip install "convlens[onnx]"')
+    refused(here("export", "small"), 2, *told)
+    if package != "onnxscript":
+        refused(here("predict", small / "model.onnx", "-"), 2, *told)
+
+
+# Files that others made, or damaged
+
+
+Change = Callable[[Any, dict[str, str]], None]
+
+
+def external(proto: Any, facts: dict[str, str], location: str = "../secret.bin") -> None:
+    outside(proto.graph.initializer[0], location)
+
+
+def outside(tensor: Any, location: str = "../secret.bin") -> None:
+    for field in ("raw_data", "float_data"):
+        tensor.ClearField(field)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+
+
+def external_in_a_node(proto: Any, facts: dict[str, str]) -> None:
+    node = proto.graph.node.add(op_type="Constant", output=["c"])
+    held = node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
+    held.t.dims.append(4)
+    held.t.data_type = onnx.TensorProto.FLOAT
+    outside(held.t)
+
+
+def external_in_a_branch(proto: Any, facts: dict[str, str]) -> None:
+    node = proto.graph.node.add(op_type="If", input=["x"], output=["y"])
+    branch = node.attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH)
+    tensor = branch.g.initializer.add(name="z", data_type=onnx.TensorProto.FLOAT)
+    outside(tensor, "/etc/passwd")
+
+
+def external_sparse(proto: Any, facts: dict[str, str]) -> None:
+    outside(proto.graph.sparse_initializer.add().values)
+
+
+def external_without_mark(proto: Any, facts: dict[str, str]) -> None:
+    proto.graph.initializer[0].external_data.add(key="location", value="a/../../secret.bin")
+
+
+def shape_of(proto: Any) -> Any:
+    return proto.graph.input[0].type.tensor_type.shape.dim
+
+
+def wide(proto: Any, facts: dict[str, str]) -> None:
+    shape_of(proto)[3].dim_value = 9
+
+
+def fixed(proto: Any, facts: dict[str, str]) -> None:
+    shape_of(proto)[0].dim_value = 2
+
+
+def floats(proto: Any, facts: dict[str, str]) -> None:
+    proto.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def renamed(proto: Any, facts: dict[str, str]) -> None:
+    proto.graph.input[0].name = "x"
+
+
+def no_text(proto: Any, facts: dict[str, str]) -> None:
+    proto.ParseFromString(proto.SerializeToString().replace(b"images", b"\xffmages"))
+
+
+def cut_weights(proto: Any, facts: dict[str, str]) -> None:
+    tensor = max(proto.graph.initializer, key=lambda each: len(each.raw_data))
+    tensor.raw_data = tensor.raw_data[:-4]
+
+
+def says(**texts: str) -> Change:
+    return lambda proto, facts: facts.update(texts)
+
+
+OURS = json.dumps({"image_size": 8, "channels": 1, "fit": "zoom", "mean": [0], "std": [1]})
+HOSTILE: dict[str, tuple[Change, str]] = {
+    "external": (external, "weights in another file (../secret.bin)"),
+    "absolute": (lambda p, f: external(p, f, "/etc/passwd"), "weights in another file (/etc"),
+    "in a node": (external_in_a_node, "weights in another file"),
+    "in a branch": (external_in_a_branch, "weights in another file"),
+    "sparse": (external_sparse, "weights in another file"),
+    "unmarked": (external_without_mark, "weights in another file"),
+    "operator": (
+        lambda p, f: p.graph.node.add(op_type="Run", domain="com.evil"),
+        "an operator that is no standard one (com.evil.Run)",
+    ),
+    "function": (lambda p, f: p.functions.add(name="f"), "functions or training steps"),
+    "training": (lambda p, f: p.training_info.add(), "functions or training steps"),
+    "wide": (wide, ""),
+    "fixed": (fixed, ""),
+    "floats": (floats, ""),
+    "renamed": (renamed, ""),
+    "no text": (no_text, "can't run it"),
+    "cut weights": (cut_weights, "can't run it"),
+    "new operators": (lambda p, f: setattr(p.opset_import[0], "version", 9999), "can't run it"),
+    "empty graph": (lambda p, f: p.ClearField("graph"), ""),
+    "two classes": (says(classes='["a", "b"]'), "2 classes"),
+    "same classes": (says(classes=json.dumps(["a"] * 10)), "impossible classes"),
+    "no list": (says(classes='{"a": 1}'), "can't be used"),
+    "no json": (says(classes="["), "can't be used"),
+    "deep json": (says(classes="[" * 100_000), "can't be used"),
+    "fit": (says(preprocessing=OURS), "impossible classes or preprocessing"),
+    "card": (says(card="[]"), "can't be used"),
+    "no data": (says(card='{"recipe": {}, "data": 1}'), "can't be used"),
+    "at once": (says(at_once="many"), "can't be used"),
+    "newer": (says(**{onnxfile.MARK: "2"}), "newer convlens (format 2"),
+}
+
+
+def proto_of(path: Path) -> tuple[Any, dict[str, str]]:
+    proto = onnx.load_model_from_string(path.read_bytes())
+    return proto, {entry.key: entry.value for entry in proto.metadata_props}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    change, said = HOSTILE[case]
+    Path("secret.bin").write_bytes(bytes(4096))  # beside the folder that the file is in
+    picture(Path("a.png"), (9,))
+    path = Path("in/model.onnx")
+    path.parent.mkdir()
+    proto, facts = proto_of(small / "model.onnx")
+    del facts["sha256"]
+    change(proto, facts)
+    path.write_bytes(onnxfile.sealed(proto, facts))  # the hash is right
+    if "another file" in said:  # no runtime may ever see it, whatever that would do
+
+        def reached(*given: Any) -> None:
+            raise AssertionError("a runtime was given the file")
+
+        monkeypatch.setattr(onnxfile, "OnnxNet", reached)
+    for words in (["predict", path, "a.png"], ["evaluate", path]):
+        refused(here(*words), 4, said, "in/model.onnx")
+    with pytest.raises(ModelFileError):
+        convlens.predict(path, ["a.png"])
+
+
+def test_damaged_files_are_refused(small: Path) -> None:
+    data = (small / "model.onnx").read_bytes()
+    chance = random.Random(0)
+    damaged = [data[: len(data) * k // 16] for k in range(16)] + [data[:-1], data + b"\0"]
+    for _ in range(300):
+        at = chance.randrange(len(data))
+        damaged.append(data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :])
+    # A key or a value that is no UTF-8: protobuf gives bytes where texts are promised.
+    for text in (b"sha256", b"classes", onnxfile.MARK.encode()):
+        at = data.rfind(text)
+        damaged.append(data[:at] + b"\xff" + data[at + 1 :])
+    damaged.append(data[:-1] + b"\xff")
+    damaged += [data[:-64] + bytes(64), data[::-1], b"GIF89a" + data, b"[]", b"PK\x03\x04" * 20]
+    damaged.append((small / "model.safetensors").read_bytes())
+    path = Path("model.onnx")
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ModelFileError):
+            open_model(path)
+    refused(here("predict", path, "-"), 4, "model.onnx")
+
+
+def test_files_of_other_programs_are_refused(small: Path) -> None:
+    proto, _ = proto_of(small / "model.onnx")
+    del proto.metadata_props[:]
+    Path("other.onnx").write_bytes(proto.SerializeToString())
+    refused(here("predict", "other.onnx", "-"), 4, "no ONNX file that convlens wrote", "export")
+    proto.metadata_props.add(key=onnxfile.MARK, value="1")
+    Path("other.onnx").write_bytes(proto.SerializeToString())
+    refused(here("predict", "other.onnx", "-"), 4, "hash differs")
+
+
+def test_a_file_beyond_all_limits_is_not_even_read() -> None:
+    with Path("huge.onnx").open("wb") as file:
+        os.truncate(file.fileno(), 1 << 32)
+    refused(here("predict", "huge.onnx", "-"), 4, "larger than 2 GiB")
+
+
+def test_class_names_are_only_text(small: Path) -> None:
+    proto, facts = proto_of(small / "model.onnx")
+    names = [f"[red]{i}[/] <img src=x onerror=alert(1)>" for i in range(10)]
+    facts = {**facts, "classes": json.dumps(names)}
+    del facts["sha256"]
+    Path("named.onnx").write_bytes(onnxfile.sealed(proto, facts))
+    picture(Path("a.png"), (9,))
+    done = here("predict", "named.onnx", "a.png")
+    assert done.code == 0
+    assert "<img src=x onerror=alert(1)>" in done.out
+    assert "[red]" in done.out
