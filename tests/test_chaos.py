@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from commands import command
-from convlens import chaos, modelfile
+from convlens import chaos, files, modelfile
 from convlens.run import RunFolder
 from support import begin, tiny
 from test_resume import finish
@@ -36,10 +36,9 @@ def test_differences_are_found() -> None:
     for name, change, said in (
         ("model.safetensors", _nudged, "the model: 1 of"),
         (f"state/{_state(other)}", _nudged, "the state: 1 of"),
-        ("metrics.csv", lambda path: path.write_text(path.read_text().replace("0.0", "0.1", 1)),
-         "metrics.csv"),
-        ("run.json", lambda path: path.write_text(path.read_text().replace(
-            '"kept_epoch": ', '"kept_epoch": 1')), "run.json: kept_epoch"),
+        ("metrics.csv", _other_metrics, "metrics.csv"),
+        ("run.json", lambda path: RunFolder(path.parent).note({"kept_epoch": 9}),
+         "run.json: kept_epoch"),
         ("recipe.yaml", lambda path: path.write_text(path.read_text() + "\n"), "recipe.yaml"),
     ):  # fmt: skip
         copy = RunFolder(Path("copy") / "other")
@@ -52,6 +51,14 @@ def test_differences_are_found() -> None:
 
 def _state(place: RunFolder) -> str:
     return next((place.path / "state").glob("*.safetensors")).name
+
+
+def _other_metrics(path: Path) -> None:
+    """Another loss in one row, with the hash that a finished run keeps of the file."""
+    place = RunFolder(path.parent)
+    rows = place.metrics()
+    place.write_metrics([{**rows[0], "val_loss": 9.0}, *rows[1:]])
+    place.note({"metrics_sha256": files.sha256(path)})
 
 
 def _nudged(path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 import convlens
 from commands import COLOURS, here, pictures, refused
-from convlens import modelfile
+from convlens import files, modelfile
 from convlens import recipe as recipes
 from convlens.diagnosing.diagnosis import Diagnosis, dead_of
 from convlens.diagnosing.findings import CannotTell, Case, Shares
@@ -191,6 +191,7 @@ def test_training_waits_for_images_are_counted(runs: None) -> None:
     rows = place.metrics()
     assert all(0 < row["data_seconds"] < row["seconds"] for row in rows)
     place.write_metrics([{**row, "data_seconds": 0.4 * row["seconds"]} for row in rows])
+    place.note({"metrics_sha256": files.sha256(place.metrics_path)})
     (finding,) = doctor("healthy").findings
     assert finding.rule == "loader-bound"
     assert finding.evidence["share"] == pytest.approx(0.4)

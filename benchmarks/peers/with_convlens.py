@@ -66,6 +66,7 @@ def _data(row: Row) -> Data:
         held_out={},
         skipped=[],
         notes=(),
+        listing=None,
         _test=lambda: nothing,
     )
 

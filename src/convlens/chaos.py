@@ -263,7 +263,8 @@ def _of_tensors(what: str, one: dict[str, Tensor], other: dict[str, Tensor]) -> 
 
 def _timeless(counters: dict[str, Any]) -> dict[str, Any]:
     """A state's counters without seconds, and without the hash over them."""
-    position = {k: v for k, v in counters["position"].items() if k not in CLOCK}
+    # `part` is how a batch was computed where memory ran out, not what came of it.
+    position = {k: v for k, v in counters["position"].items() if k not in (*CLOCK, "part")}
     rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in counters["rows"]]
     rest = {k: v for k, v in counters.items() if k not in ("sha256", "position", "rows")}
     return {**rest, "position": position, "rows": rows}
