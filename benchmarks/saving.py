@@ -29,7 +29,7 @@ DATA = {"name": "digits", "per_class": 10, "image_size": 32, "channels": 3}
 PLAIN = {"memory_format": "contiguous", "precision": "fp32"}
 NETWORKS: dict[str, dict[str, object]] = {
     "cnn 32-64, adamw": {"model": {"name": "cnn", "widths": [32, 64], "depth": 2}},
-    "wrn16-4, sgd, ema": {"model": {"name": "wrn16-4"}, "optim": {"name": "sgd", "ema": 0.99}},
+    "wrn, sgd, ema": {"model": {"name": "wrn"}, "optim": {"name": "sgd", "ema": 0.99}},
     "resnet18, sgd": {"model": {"name": "resnet18"}, "optim": {"name": "sgd"}},
     "resnet18, adamw": {"model": {"name": "resnet18"}},
     "resnet50, sgd": {"model": {"name": "resnet50"}, "optim": {"name": "sgd"}},
