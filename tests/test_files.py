@@ -152,18 +152,24 @@ def test_a_lock_that_cannot_be_written_is_a_resource_error() -> None:
         pass
 
 
-def test_a_killed_process_leaves_no_lock_behind() -> None:
+def holding(seconds: int) -> subprocess.Popen[str]:
+    """A process that holds the lock by now, for so many seconds."""
     code = """
 import time
 from pathlib import Path
 from convlens.files import lock
 with lock(Path("deep/er/.lock"), what="x"):
     print("held", flush=True)
-    time.sleep(60)
-"""
+    time.sleep(SECONDS)
+""".replace("SECONDS", str(seconds))
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_a_killed_process_leaves_no_lock_behind() -> None:
+    holder = holding(60)
     with pytest.raises(ResourceError, match=f"process {holder.pid}"):  # noqa: SIM117
         with files.lock(FOLDER / ".lock", what="x"):
             pass
@@ -197,16 +203,6 @@ def test_a_dead_holder_is_not_named() -> None:
 
 
 def test_a_lock_can_be_waited_for() -> None:
-    code = """
-import time
-from pathlib import Path
-from convlens.files import lock
-with lock(Path("deep/er/.lock"), what="x"):
-    print("held", flush=True)
-    time.sleep(1)
-"""
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
+    holder = holding(1)
     with files.lock(FOLDER / ".lock", what="x", patience=60):
         assert holder.wait(10) == 0

@@ -134,16 +134,16 @@ class _Training:
             **os.environ, "CONVLENS_SAVE_SECONDS": SAVE_SECONDS, "OMP_NUM_THREADS": "1",
             "CONVLENS_CACHE": str(self.folder / "cache"),
         }  # fmt: skip
-        self.log = (self.folder / "log.txt").open("ab")
-        return subprocess.Popen(
-            [sys.executable, *(launch if self.processes > 1 else []), *command],
-            cwd=self.folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
-            start_new_session=True,
-        )
+        with (self.folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *(launch if self.processes > 1 else []), *command],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def to_its_end(self) -> tuple[float, float]:
         """Seconds until its first file, and until its end."""
@@ -173,8 +173,7 @@ class _Training:
                 return True
             with contextlib.suppress(ProcessLookupError, IndexError):
                 os.kill(draw.choice(_workers(process.pid)), signal.SIGKILL)
-                if process.wait(LONGEST) == 0:  # torchrun has started them anew
-                    return True
+                process.wait(LONGEST)  # torchrun starts them anew
         return True
 
     def _told(self) -> str:

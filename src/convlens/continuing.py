@@ -7,7 +7,6 @@ uninterrupted run would have ended with.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,9 +62,7 @@ def tell_new(place: RunFolder, called: str, asked: Recipe) -> None:
     if place.facts():
         return
     best: tuple[RunFolder, list[str]] | None = None
-    named = re.compile(re.escape(run.safe(called)) + r"(-[0-9a-f]{6})?(-[0-9]+)?")
-    others = [other for other in run.runs() if named.fullmatch(other.name)]
-    for other in others[-_LOOKED_AT:]:
+    for other in run.runs_named(called)[-_LOOKED_AT:]:
         try:
             theirs = other.recipe()
         except ConvlensError:

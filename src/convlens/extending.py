@@ -9,11 +9,9 @@ rate again, though it had been at 0), and patience counts anew.
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.markup import escape
 
-from convlens import modelfile, run
+from convlens import files, modelfile, run
 from convlens.console import say
 from convlens.errors import ModelFileError, UsageError
 from convlens.recipe import Recipe
@@ -52,11 +50,11 @@ def extend(place: RunFolder, asked: Recipe) -> None:
         done = len(counters["rows"])
         longer = resolved.replace(**{"train.epochs": asked.train.epochs})
         exact = _goes_by_no_length(longer) and done == resolved.train.epochs
-        place.save_state(tensors, {**_own(counters), "best": {**counters["best"], "stale": 0}})
-        place.save_model(model, {**_own(card), "run": place.name})
+        place.save_state(tensors, {**counters, "best": {**counters["best"], "stale": 0}})
+        place.save_model(model, {**card, "run": place.name})
         for name in ("split.csv", "images.csv.gz"):
             if (source.path / name).exists():
-                run.copy(source.path / name, place.path / name)
+                files.write_atomic(place.path / name, (source.path / name).read_bytes())
         facts = {k: v for k, v in source.facts().items() if k not in OF_ITS_END}
         told = {"run": source.name, "epochs": done, "exact": exact}
         digests = [asked.digest(), longer.digest()]
@@ -91,11 +89,6 @@ def _shorter(asked: Recipe) -> RunFolder:
             fix="leave out --extend to train all epochs; nothing but train.epochs may differ",
         )
     return best
-
-
-def _own(content: dict[str, Any]) -> dict[str, Any]:
-    """Metadata without what `modelfile.write` itself writes."""
-    return {key: value for key, value in content.items() if key not in ("format", "sha256")}
 
 
 def _goes_by_no_length(recipe: Recipe) -> bool:

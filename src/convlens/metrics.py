@@ -20,9 +20,8 @@ from convlens.errors import DataError, ModelFileError, UsageError
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 BINS = 15  # of confidence
-NEAR = (
-    1e-4  # of two logits; float32 on another device or in batches of another size differs by less
-)
+# Of two logits: float32 on another device or in batches of another size differs by less.
+NEAR = 1e-4
 _AT_ONCE = 1 << 21  # logits that are turned into float64 together
 
 

@@ -54,7 +54,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
             where=str(path),
             fix="train again with a lower optim.lr, or with optim.clip_norm=1",
         )
-    content = {"format": FORMAT, "sha256": NO_HASH, **metadata}
+    own = {"format": FORMAT, "sha256": NO_HASH}  # not those of a file that it was read from
+    content = own | {key: value for key, value in metadata.items() if key not in own}
     data = to_bytes(plain, {KEY: json.dumps(content, ensure_ascii=False)})
     digest = hashlib.sha256(data).hexdigest()
     # Only the first one: the zeros stand before everything the user can name.
@@ -82,7 +83,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata = _metadata(data, path)
     stored = str(metadata.get("sha256", ""))
     known = re.fullmatch("[0-9a-f]{64}", stored) is not None
-    if not known or _digest(data, stored.encode()) != stored:
+    if not known or digest_around(data, data.find(stored.encode())) != stored:
         raise ModelFileError(
             "the model file was changed or damaged after it was written (its hash differs)",
             where=str(path),
@@ -110,12 +111,17 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def _digest(data: bytes, stored: bytes) -> str:
-    """The SHA-256 of a file with zeros in the place of its own; without a copy of the file."""
-    at, view = max(data.find(stored), 0), memoryview(data)
+def digest_around(data: bytes, at: int) -> str:
+    """The SHA-256 of a file with zeros for its own 64 digits at `at`; without a copy of the file.
+
+    Nothing if they are nowhere (`at` is -1).
+    """
+    if at < 0:
+        return ""
+    view = memoryview(data)
     digest = hashlib.sha256(view[:at])
     digest.update(NO_HASH.encode())
-    digest.update(view[at + len(stored) :])
+    digest.update(view[at + len(NO_HASH) :])
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from convlens.device import use_cores
 from convlens.errors import ModelFileError, ResourceError, UsageError
-from convlens.modelfile import NO_HASH
+from convlens.modelfile import NO_HASH, digest_around
 
 INPUT, OUTPUTS = "images", ("logits", "probabilities")
 MARK, FORMAT = "convlens_format", "1"  # the metadata key that says the file is ours
@@ -92,9 +92,8 @@ def read(path: Path) -> tuple[bytes, dict[str, str]]:
             fix="only files made by `convlens export` are opened",
         )
     stored = facts.get("sha256", "")
-    at = data.rfind(stored.encode()) if re.fullmatch("[0-9a-f]{64}", stored) else -1
-    zeroed = data[:at] + NO_HASH.encode() + data[at + 64 :] if at >= 0 else b""
-    if hashlib.sha256(zeroed).hexdigest() != stored:
+    known = re.fullmatch("[0-9a-f]{64}", stored) is not None
+    if not known or digest_around(data, data.rfind(stored.encode())) != stored:
         raise ModelFileError(
             "the file was changed or damaged after it was written (its hash differs)",
             where=str(path),

@@ -108,7 +108,8 @@ def save(place: RunFolder, setup: Setup, best: Best, rows: list[dict[str, float]
 
 def begun_with(place: RunFolder) -> Begun | None:
     """What `prepare` needs instead of pretrained weights, if the run had any and saved a state."""
-    record, stored = place.facts().get("weights"), place.state()
+    record = place.facts().get("weights")
+    stored = place.state() if record else None
     return Begun(_under("model", stored[0]), record) if record and stored else None
 
 

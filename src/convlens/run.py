@@ -294,6 +294,12 @@ def runs(models_folder: Path | None = None) -> list[RunFolder]:
     return [RunFolder(p) for p in sorted(folder.iterdir()) if (p / "run.json").is_file()]
 
 
+def runs_named(name: str) -> list[RunFolder]:
+    """The runs that `place` named after `name`: it, a digest behind it, a number."""
+    named = re.compile(re.escape(safe(name)) + r"(-[0-9a-f]{6})?(-[0-9]+)?")
+    return [each for each in runs() if named.fullmatch(each.name)]
+
+
 def place(name: str, digest: str, *, plain: bool, fresh: bool) -> RunFolder:
     """The folder for a recipe: the run that already has this very recipe, else a new one.
 
@@ -311,9 +317,8 @@ def place(name: str, digest: str, *, plain: bool, fresh: bool) -> RunFolder:
                 return RunFolder(MODELS / candidate)
         # A run's own recipe.yaml has no `auto` left, so its hash isn't the one in the run's name;
         # and an override may say what the recipe says anyway.
-        named = re.compile(re.escape(safe(name)) + r"(-[0-9a-f]{6})?(-[0-9]+)?")
-        for other in reversed(runs()):
-            if named.fullmatch(other.name) and digest in other.facts().get("digests", []):
+        for other in reversed(runs_named(name)):
+            if digest in other.facts().get("digests", []):
                 return other
     return RunFolder(MODELS / next(c for c in candidates if c not in taken))
 
@@ -331,11 +336,6 @@ def safe(name: str) -> str:
     """A name that is one folder on every system: letters, digits, `.`, `_`, `-`, other scripts."""
     short = name.encode("utf-8", "replace")[:LONGEST].decode("utf-8", "ignore")
     return re.sub(r"[^\w.-]+", "-", short).strip("-.") or "run"
-
-
-def copy(source: Path, target: Path) -> None:
-    """A copy of a run's file, whole or not at all."""
-    files.write_atomic(target, source.read_bytes())
 
 
 def _some(items: Iterable[str]) -> str:

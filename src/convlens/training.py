@@ -25,7 +25,7 @@ from convlens import (
     processes,
     run,
     weights,
-)  # fmt: skip
+)
 from convlens.checking import check
 from convlens.console import say, table, watch
 from convlens.data import Data, load
