@@ -17,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,7 +85,8 @@ def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dic
         found = data.load(config, memory_budget=budget)
         data.channel_stats(found.train)
         epoch_order(len(found.train), 0, 1)
-        RunFolder(Path("run")).write_split(found.held_out)
+        with tempfile.TemporaryDirectory() as folder:
+            RunFolder(Path(folder)).write_split(found.held_out)
         return found
 
     loaded, figures["open_cpu"], figures["open_wall"] = timed(opening)

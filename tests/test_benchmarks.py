@@ -85,7 +85,7 @@ def test_a_peer_trains_when_it_is_its_turn_and_stops_when_told(
 
 
 def test_the_table_says_what_was_not_won() -> None:
-    from peers_table import peers
+    from tables.peers import peers
 
     def found(rate: float, over: float, low: float) -> dict[str, Any]:
         return {
@@ -119,4 +119,4 @@ def test_the_table_says_what_was_not_won() -> None:
     assert "| Bare | 1,300 (0.77) |" in text
     assert "**Not won**: Fast on Net (0.80)." in text
     assert "not in every round: Near on Net (1.01)." in text
-    assert sys.modules["peers_table"].__file__ == str(BENCHMARKS / "peers_table.py")
+    assert sys.modules["tables.peers"].__file__ == str(BENCHMARKS / "tables" / "peers.py")

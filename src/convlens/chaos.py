@@ -160,7 +160,11 @@ class _Training:
         return first, time.perf_counter() - begun
 
     def kill(self, after: float, draw: random.Random) -> bool:
-        """Kills one of its processes `after` seconds from its start; False if it has ended."""
+        """Kills one of its processes `after` seconds from its start; False if it has ended.
+
+        Raises:
+            ResourceError: torchrun hangs instead of starting its processes anew.
+        """
         begun = time.perf_counter()
         with _none_left(self.start()) as process:
             while time.perf_counter() - begun < after:
@@ -173,7 +177,10 @@ class _Training:
                 return True
             with contextlib.suppress(ProcessLookupError, IndexError):
                 os.kill(draw.choice(_workers(process.pid)), signal.SIGKILL)
+            try:
                 process.wait(LONGEST)  # torchrun starts them anew
+            except subprocess.TimeoutExpired as error:
+                raise ResourceError("torchrun hangs", where=self._told()) from error
         return True
 
     def _told(self) -> str:
@@ -203,15 +210,15 @@ def _killed(
     """One training that is killed, continued, and compared with the one that wasn't."""
     training = _Training(folder, whole.processes)
     after = draw.uniform(begins, ends)
-    while not training.kill(after, draw):  # it was quicker this time
-        after = draw.uniform(begins, after)
-        training = _Training(folder / "again", whole.processes)
-        folder = training.folder
     saved = "nothing was saved yet"
-    with contextlib.suppress(ConvlensError):
-        found = training.place.generations.read()
-        saved = f"saved: {found.generation.place}" if found else saved
     try:
+        while not training.kill(after, draw):  # it was quicker this time
+            after = draw.uniform(begins, after)
+            training = _Training(folder / "again", whole.processes)
+            folder = training.folder
+        with contextlib.suppress(ConvlensError):
+            found = training.place.generations.read()
+            saved = f"saved: {found.generation.place}" if found else saved
         training.to_its_end()
         return Kill(round(after, 3), saved, differences(whole.place, training.place))
     except ConvlensError as error:

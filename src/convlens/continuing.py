@@ -19,7 +19,7 @@ from convlens.errors import ConvlensError, DataError, ModelFileError, ResourceEr
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
 
-_LOOKED_AT = 30  # runs of the same name, the latest
+_LOOKED_AT = 10  # runs of the same name, the latest
 _SHOWN = 3
 # What decides about last digits, of what `device.describe` says.
 _HARDWARE = ("device", "gpu", "cpu", "cpu_capability", "threads", "torch")

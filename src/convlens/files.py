@@ -14,8 +14,10 @@ from pathlib import Path
 from convlens.errors import ResourceError
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
     """Writes `path` whole or not at all, and returns only when it is on the disk.
+
+    What is large can come in parts, from where it lies in memory.
 
     The temporary file lies beside the target (a rename across disks is a copy), and both the
     file and its folder are fsynced: without that, a power cut can leave an empty file behind
@@ -31,7 +33,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for part in (data, *rest):
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files private; a result is an ordinary file.

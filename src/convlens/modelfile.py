@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from convlens.errors import ModelFileError, ResourceError, Stopped
@@ -26,6 +26,12 @@ KEY = "convlens"
 FORMAT = 1
 NO_HASH = "0" * 64
 MAX_HEADER = 100 * 2**20  # safetensors' own cap
+# What safetensors calls the kinds of numbers (github.com/huggingface/safetensors, README: format).
+KINDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -56,11 +62,39 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
         )
     own = {"format": FORMAT, "sha256": NO_HASH}  # not those of a file that it was read from
     content = own | {key: value for key, value in metadata.items() if key not in own}
-    data = to_bytes(plain, {KEY: json.dumps(content, ensure_ascii=False)})
-    digest = hashlib.sha256(data).hexdigest()
+    # The largest kinds of numbers first, so that all are aligned.
+    names = sorted(plain, key=lambda name: (-plain[name].element_size(), name))
+    header = _header({name: plain[name] for name in names}, json.dumps(content, ensure_ascii=False))
+    bodies = [_bytes(plain[name]) for name in names]
+    hashed = hashlib.sha256(header)
+    for body in bodies:
+        hashed.update(body)
+    digest = hashed.hexdigest()
     # Only the first one: the zeros stand before everything the user can name.
-    write_atomic(path, data.replace(NO_HASH.encode(), digest.encode(), 1))
+    write_atomic(path, header.replace(NO_HASH.encode(), digest.encode(), 1), *bodies)
     return digest
+
+
+def _header(tensors: Mapping[str, Tensor], text: str) -> bytes:
+    """What stands before the tensors' bytes, which follow each other in this order.
+
+    By hand, since safetensors' own writer copies all tensors four times: of a network with 11
+    million weights a state would take 1.5 s instead of a third of that.
+    """
+    table: dict[str, Any] = {"__metadata__": {KEY: text}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        kind, shape = KINDS[tensor.dtype], list(tensor.shape)
+        table[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    content = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory, not a copy of it."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -127,7 +161,9 @@ def digest_around(data: bytes, at: int) -> str:
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    return [name for name, t in floats.items() if not torch.isfinite(t).all()]
+    # A sum is finite only if all numbers are, and costs a quarter; finite ones may overflow in it.
+    odd = [name for name, t in floats.items() if not math.isfinite(t.sum())]
+    return [name for name in odd if not torch.isfinite(floats[name]).all()]
 
 
 def is_pickle(data: bytes) -> bool:

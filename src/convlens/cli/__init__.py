@@ -102,11 +102,14 @@ def _explained(error: Exception) -> ConvlensError | None:
 
 def _fail_with_others(error: ConvlensError) -> NoReturn:
     """Ends one of several processes: the first that fails tells why, all have its exit code."""
-    from convlens import processes
-
     # torchrun ends all when it sees that one has ended; that must not change the exit code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    first, code = processes.first_to_fail(error.exit_code)
+    first, code = ranks.rank() == 0, error.exit_code
+    # A signal may have cut an import of torch short; it can't be imported again.
+    if not isinstance(error, Stopped) or "convlens.processes" in sys.modules:
+        from convlens import processes
+
+        first, code = processes.first_to_fail(error.exit_code)
     if first:
         console().quiet = False
         _show(error)

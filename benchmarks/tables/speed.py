@@ -1,0 +1,181 @@
+"""Training and inference on this machine, and what is paid before, beside and for more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables.words import where
+
+
+def time_to_99(r: dict[str, Any]) -> str:
+    each = ", ".join(f"{seconds:.1f}" for seconds in r["training_seconds"])
+    lines = [
+        "## Seconds of training to 99% on MNIST",
+        "",
+        "| what | seconds | test accuracy |",
+        "|---|---|---|",
+        f"| `{r['recipe']}`, mean of {len(r['seeds'])} seeds ({each}) | "
+        f"**{r['seconds_mean']:.1f}** | {100 * r['accuracy_mean']:.2f} ± "
+        f"{100 * r['accuracy_sd']:.2f}% |",
+    ]
+    peer = r.get("peer")
+    if peer:
+        for number, row in enumerate(peer["epochs"], 1):
+            lines.append(
+                f"| pytorch/examples `{peer['command']}`, unmodified, after epoch {number} | "
+                f"{row['seconds']:.0f} | {100 * row['test']:.2f}% |"
+            )
+    if peer and "ratio" in r:
+        reached = peer["seconds_to_99"] is not None
+        lines += [
+            "",
+            f"The peer takes {'' if reached else 'more than '}**{r['ratio']:.0f} times** as long"
+            f"{'' if reached else ' (it had not reached 99%)'}; its own tests between epochs are "
+            "not counted. Our runs took place before, between and after its epochs, while it was "
+            "held.",
+        ]
+    return "\n".join([*lines, "", where(r), ""])
+
+
+def overhead(r: dict[str, Any]) -> str:
+    lines = [
+        "## What the loop costs",
+        "",
+        "Times of a training step over those of a bare one (forward, backward and optimiser on one "
+        "resident batch), with the 95% interval of the median; 1.00 is the least there can be. "
+        "Augmented steps are divided by a bare one that augments its batch, too.",
+        "",
+        "| network | bare ms | convlens / bare | interval | augmented / bare with the same "
+        "operations | interval | DataLoader loop / bare |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, case in r.items():
+        if not (isinstance(case, dict) and "convlens_over_bare" in case):
+            continue
+        cells = [f"{case['bare_ms_a_step']}"]
+        for loop in ("convlens", "augmented"):
+            low, *_, high = case.get(f"{loop}_over_bare_interval", ("", ""))
+            ratio = case.get(f"{loop}_over_bare")
+            cells += ["–", "–"] if not low else [f"**{ratio:.3f}**", f"{low:.3f}-{high:.3f}"]
+        usual = case.get("dataloader_over_bare")
+        cells.append("–" if usual is None else f"{usual:.2f}")
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", where(r), ""])
+
+
+def startup(r: dict[str, Any]) -> str:
+    lines = ["## Waiting", "", "| what | seconds | CPU s |", "|---|---|---|"]
+    for key, value in r.items():
+        if key.endswith("_seconds") and not key.endswith("_cpu_seconds"):
+            name = key.removesuffix("_seconds")
+            cpu = r.get(f"{name}_cpu_seconds", "–")
+            lines.append(f"| {name.replace('_', ' ')} | {value} | {cpu} |")
+    note = "Commands from the shell to their end, with compiled bytecode and warm files."
+    if r["images"]:
+        note += f" Starts are of {r['images']:,} 16 px PNGs, on top of imports; the first decodes."
+    return "\n".join([*lines, "", note, "", where(r), ""])
+
+
+def inference(r: dict[str, Any]) -> str:
+    lines = [
+        "## Inference",
+        "",
+        "`predict` over decoding the same files with as many threads, paired on a tenth of the "
+        "files; then all of them, from the shell to the last line of CSV, and decoding alone.",
+        "",
+        "| files, network | predict / decode | quartiles | files | command s | decode s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, case in r["predict"].items():
+        low, _, high = case["quartiles"]
+        lines.append(
+            f"| {name} | **{case['ratio']:.2f}** | {low:.2f}-{high:.2f} | {case['files']:,} | "
+            f"{case['command_seconds']:.1f} | {case['decode_seconds']:.1f} |"
+        )
+    lines += [
+        "",
+        "A pass as `evaluate` makes it, choice of memory format included, over the bare forward "
+        "pass on normalised batches that are there already, in the best size and format tried.",
+        "",
+        "| network | images | evaluate / bare | quartiles | images/s | best bare |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, case in r["evaluate"].items():
+        low, _, high = case["quartiles"]
+        lines.append(
+            f"| {name} | {case['images']:,} | **{case['ratio']:.3f}** | {low:.3f}-{high:.3f} | "
+            f"{case['images'] / case['seconds']:,.0f} | {case['bare']} |"
+        )
+    return "\n".join([*lines, "", where(r), ""])
+
+
+def allocator(r: dict[str, Any]) -> str:
+    lines = [
+        "## Keeping freed memory between steps (`device.keep_freed_memory`)",
+        "",
+        "| network | step time, kept / returned | page faults a step, returned | kept |",
+        "|---|---|---|---|",
+    ]
+    for name, case in r["networks"].items():
+        lines.append(
+            f"| {name} | **{case['ratio']:.2f}** | {case['faults_returned']:,.0f} | "
+            f"{case['faults_kept']:,.0f} |"
+        )
+    return "\n".join([*lines, "", where(r), ""])
+
+
+def scaling(r: dict[str, Any]) -> str:
+    """Cost against work; the ratios are to the first row of the same table."""
+    lines = [
+        "## Cost against work",
+        "",
+        "CPU time of training and evaluating an image (its pixels, where the side changes), each "
+        f"size in a process of its own, {r['rounds']} times in turn; ratios (to the first row, a "
+        "pixel's where the side changes) are medians of those within a round. Images in memory: "
+        f"at most {r['budget'] >> 20} MiB, larger sets stream.",
+        "",
+        "![CPU time against images, classes and pixels](docs/figures/scaling.svg)",
+        "",
+        "| images | classes | side | training µs | ratio | evaluating µs | ratio | opening CPU s "
+        "| peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in r["series"].items():
+        for row in rows:
+            sizes = " | ".join(
+                f"**{row[key]:,}**" if key == name else f"{row[key]:,}"
+                for key in ("images", "classes", "side")
+            )
+            each = row["side"] ** 2 if name == "side" else 1
+            cells = (
+                f"{1e6 * each * row[f'{key}_cpu']:,.0f} | **{row[f'{key}_cpu_ratio']:.2f}**"
+                for key in ("train", "evaluate")
+            )
+            lines.append(
+                f"| {sizes} | {' | '.join(cells)} | {each * row['open_cpu']:.2f} | "
+                f"{row['peak'] / 2**20:,.0f} |"
+            )
+    return "\n".join([*lines, "", where(r), ""])
+
+
+def processes(r: dict[str, Any]) -> str:
+    """One process with all cores against several that share them and every batch."""
+    lines = [
+        f"## One process and {r['processes']} that share every batch (torchrun, gloo)",
+        "",
+        f"On the same {r['cores']} cores. A sum is of as many numbers as there are weights; it is "
+        "part of each step together.",
+        "",
+        "| network of | batch | weights | ms a step alone | alone, one thread | together | a sum "
+        "| together is faster by | quartiles | than one thread by |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, c in r["cases"].items():
+        low, _, high = c["faster_by_quartiles"]
+        lines.append(
+            f"| {name} | {c['batch']} | {c['weights']:,} | {c['alone_ms']:.1f} | "
+            f"{c['one_thread_ms']:.1f} | {c['together_ms']:.1f} | {c['sum_ms']:.1f} | "
+            f"**{c['faster_by']:.2f}** | {low:.2f}-{high:.2f} | "
+            f"{c['faster_than_one_thread_by']:.2f} |"
+        )
+    return "\n".join([*lines, "", where(r), ""])
