@@ -1,9 +1,12 @@
 """Inference against what bounds it: `predict` and decoding, `evaluate` and the bare network.
 
-- predict: seconds of `predict` on files over those of the decoder alone, on the same files with as
-  many threads, in turn; and the whole command on all files, start and CSV included.
-- evaluate: a pass over a resident split as `evaluate` makes it over the bare forward pass of one
-  normalised batch that is there already, in the best of several batch sizes and memory formats.
+- predict: seconds of `predict` on files over those of what it can't do without, in turn: decoding
+  the same files with as many threads, and then the bare forward pass for as many images; and the
+  whole command on all files, start and CSV included.
+- evaluate: a pass over a resident split as `evaluate` makes it over the bare forward pass on the
+  same images, normalised and batched beforehand in the best of several batch sizes and memory
+  formats. The pass begins as the first one does, by timing both formats; and beside that, the
+  loop alone where the format is known.
 
     python benchmarks/inference.py [--files 10000] [--rounds 7] [--data data]
 """
@@ -51,9 +54,9 @@ FILES: dict[str, tuple[str, Case]] = {
 PASSES: dict[str, tuple[Case, int, Sequence[int]]] = {
     "mnist, 28 px": (("mnist", 28, 1), 10_000, (64, 256, 1024)),
     "mnist-fast, 28 px": (("mnist-fast", 28, 1), 10_000, (64, 256, 1024)),
-    "cifar10-cpu, 32 px": (("cifar10-cpu", 32, 3), 4_000, (64, 256, 1024)),
-    "ResNet-18, 32 px": (("resnet18", 32, 3), 2_000, (32, 128, 256)),
-    "ResNet-18, 224 px": (("resnet18", 224, 3), 256, (8, 16, 32)),
+    "cifar10-cpu, 32 px": (("cifar10-cpu", 32, 3), 5_000, (64, 256, 1024)),
+    "ResNet-18, 32 px": (("resnet18", 32, 3), 10_000, (32, 128, 256)),
+    "ResNet-18, 224 px": (("resnet18", 224, 3), 320, (8, 16, 32)),
 }
 
 
@@ -135,13 +138,18 @@ def ratio(ours: Callable[[], object], least: Callable[[], object], rounds: int) 
 
 
 def predict_case(kind: str, case: Case, paths: list[str], rounds: int) -> dict[str, Any]:
-    """`predict` over decoding on a tenth of the files, and the command on all of them."""
+    """`predict` over what it needs on a tenth of the files, and the command on all of them."""
     model, some = loaded(case), paths[: max(100, len(paths) // 10)]
-    found = ratio(
-        lambda: list(prediction.predict(model, some, quiet=True)),
-        lambda: only_decode(some, model.preprocessing),
-        rounds,
-    )
+    normalise = model.preprocessing.normalise
+    forward, _ = best_bare(model.model, pixels_of(case, len(some)), normalise, (64, 256))
+    decoding: list[float] = []
+
+    def needed() -> None:
+        decoding.append(seconds_of(lambda: only_decode(some, model.preprocessing)))
+        forward()
+
+    found = ratio(lambda: list(prediction.predict(model, some, quiet=True)), needed, rounds)
+    found["decoding_seconds"] = round(statistics.median(decoding[1:]), 4)
     with tempfile.TemporaryDirectory() as folder:
         place = RunFolder(Path(folder) / "model")
         place.save_model(model.model.state_dict(), model.card)
@@ -158,50 +166,58 @@ def predict_case(kind: str, case: Case, paths: list[str], rounds: int) -> dict[s
     }
 
 
+def pixels_of(case: Case, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, case[2], case[1], case[1])
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+@torch.inference_mode()
 def best_bare(
-    model: nn.Module, images: torch.Tensor, model_input: Callable[..., torch.Tensor],
+    model: nn.Module, images: torch.Tensor, normalise: Callable[[torch.Tensor, Plan], torch.Tensor],
     sizes: Sequence[int],
-) -> tuple[Callable[[int], None], str]:  # fmt: skip
-    """The forward pass on resident batches, in the best size and format; and which these are."""
-    tried: dict[str, tuple[float, nn.Module, torch.Tensor]] = {}
+) -> tuple[Callable[[], None], Plan]:  # fmt: skip
+    """The forward pass on all images, ready in the best batch size and format; and the plan."""
+    tried: list[tuple[float, nn.Module, Plan, int]] = []
     for name in MEMORY_FORMATS:
         plan = Plan("cpu", "fp32", name)
         twin = plan.place(copy.deepcopy(model))
         for size in sizes:
-            batch = model_input(images[:size], plan)
+            batch = normalise(images[:size], plan)
             times = [seconds_of(lambda t=twin, b=batch: t(b)) / size for _ in range(4)]  # type: ignore[misc]
-            tried[f"{name}, {size} at once"] = statistics.median(times[1:]), twin, batch
-    best = min(tried, key=lambda name: tried[name][0])
-    _, twin, batch = tried[best]
+            tried.append((statistics.median(times[1:]), twin, plan, size))
+    _, twin, plan, size = min(tried, key=lambda each: each[0])
+    ready = [normalise(part, plan) for part in images.split(size)]
 
-    def run(count: int) -> None:
-        whole, rest = divmod(count, len(batch))
-        for _ in range(whole):
+    @torch.inference_mode()
+    def run() -> None:
+        for batch in ready:
             twin(batch)
-        if rest:
-            twin(batch[:rest])
 
-    return run, best
+    return run, plan
 
 
 @torch.inference_mode()
 def evaluate_case(case: Case, count: int, sizes: Sequence[int], rounds: int) -> dict[str, Any]:
-    """A pass over `count` resident images over the bare forward pass of as many."""
-    model = loaded(case)
-    generator = torch.Generator().manual_seed(0)
-    shape = (count, case[2], case[1], case[1])
-    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    """A pass over `count` resident images over the bare forward pass of them."""
+    model, pixels = loaded(case), pixels_of(case, count)
     split = Split(ArrayRows(pixels), torch.zeros(count, dtype=torch.int64), [""] * count)
     normalise = model.preprocessing.normalise
-    bare, best = best_bare(model.model, pixels, normalise, sizes)
+    bare, known = best_bare(model.model, pixels, normalise, sizes)
 
-    def ours() -> None:
-        # Each time as the first time: the network begins in the format that model files have.
+    def first() -> None:
+        # The network begins in the format that model files have.
         plan = inference.placed(model.model, "cpu")
         inference.split_answers(model.model, split, normalise, plan, None, free=True)
 
-    figures = ratio(ours, lambda: bare(count), rounds)
-    return {"images": count, "bare": best, **figures}
+    twin = known.place(copy.deepcopy(model.model))
+    loop = ratio(lambda: inference.split_answers(twin, split, normalise, known, None), bare, rounds)
+    return {
+        "images": count,
+        "memory_format": known.memory_format,
+        **ratio(first, bare, rounds),
+        **{f"loop_{key}": loop[key] for key in ("ratio", "quartiles")},
+    }
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]]]:

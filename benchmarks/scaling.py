@@ -137,7 +137,7 @@ def evaluated(model: nn.Module, loaded: data.Data) -> tuple[float, float]:
     plan = device.Plan("cpu", "fp32", "contiguous")
     # As many from every set, and full batches, whose buffers are a good part of the memory: the
     # smallest set's are taken several times.
-    count = 12 * inference.LARGEST["cpu"] * 32 * 32 // loaded.image_size**2
+    count = 3 * inference.LARGEST["cpu"] * 32 * 32 // loaded.image_size**2
     index = torch.linspace(0, len(loaded.val) - 1, count, dtype=torch.float64).round().long()
     part = data.Split(loaded.val.rows.take(index), loaded.val.labels[index], [""] * count)
 

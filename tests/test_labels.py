@@ -327,7 +327,7 @@ def test_a_run_is_as_good_as_its_recipe() -> None:
         assert (recipe.name, recipe.data.name, recipe.train.epochs) == ("one", "set", 1)
     assert asking.read_or_run("one", data="digits").recipe.name == "one-digits"
     assert asking.read_or_run("set").recipe.name == "set"  # as `train` has it
-    assert asking.read_or_run("digits").recipe.train.epochs == 15
+    assert asking.read_or_run("digits").recipe.train.epochs == 12
     report = convlens.find_label_errors(Run.load("one"), folds=2, quiet=True)
     assert report.runs == ["one-fold0", "one-fold1"]
     assert report.chances.shape == (len(report.ids), 2)

@@ -11,15 +11,18 @@ def saving(r: dict[str, Any]) -> str:
     lines = [
         "## What saving costs",
         "",
-        "One save of all that continuing needs, and of the model file: fsynced, with hashes, "
-        f"every {r['save_seconds']:.0f} s of training.",
+        "One save of all that continuing needs, fsynced, with hashes, every "
+        f"{r['save_seconds']:.0f} s of training; and of the model file as well, where an epoch "
+        "since the last save was the best so far.",
         "",
-        "| network | weights | state MB | model MB | seconds | CPU s | of the training |",
-        "|---|---|---|---|---|---|---|",
+        "| network | weights | state MB | model MB | state s | of the training | both s | CPU s "
+        "| of the training |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {name} | {n['parameters']:,} | {n['state_mb']:.1f} | {n['model_mb']:.1f} | "
-        f"{n['seconds']:.3f} | {n['cpu_seconds']:.3f} | **{n['share_of_interval']:.2%}** |"
+        f"{n['state_seconds']:.3f} | **{n['state_share']:.2%}** | {n['seconds']:.3f} | "
+        f"{n['cpu_seconds']:.3f} | **{n['share']:.2%}** |"
         for name, n in r["networks"].items()
     ]
     return "\n".join([*lines, "", where(r), ""])

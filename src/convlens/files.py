@@ -33,7 +33,8 @@ def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            for part in (data, *rest):
+            file.write(data)
+            for part in rest:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())

@@ -78,8 +78,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 def _header(tensors: Mapping[str, Tensor], text: str) -> bytes:
     """What stands before the tensors' bytes, which follow each other in this order.
 
-    By hand, since safetensors' own writer copies all tensors four times: of a network with 11
-    million weights a state would take 1.5 s instead of a third of that.
+    By hand, since safetensors' own writer copies all tensors several times: a network with 11
+    million weights took 1.5 s to save instead of 0.35.
     """
     table: dict[str, Any] = {"__metadata__": {KEY: text}}
     end = 0
@@ -94,7 +94,7 @@ def _header(tensors: Mapping[str, Tensor], text: str) -> bytes:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """A contiguous tensor's memory, not a copy of it."""
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    return memoryview(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ else to stderr, so that `--json` prints one object and nothing else.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -65,6 +66,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
     typer itself ends with 2 for a wrong option and with 130 for Ctrl-C.
     """
+    # Importing torch makes a million objects that stay: searching them for garbage again and again
+    # is a twentieth of the time that it takes.
+    gc.set_threshold(50_000)
     if ranks.rank() > 0:  # of several processes the first one speaks
         sys.stdout = io.StringIO()
     elif isinstance(sys.stdout, io.TextIOWrapper):
