@@ -34,7 +34,7 @@ chaos: $(VENV)/.dev
 # Measurements on a CPU; they want a quiet machine. QUICK=1 takes minutes instead of half an hour,
 # and what it finds goes to build/benchmarks instead of benchmarks/results.
 # PEER=.../examples/mnist/main.py is pytorch/examples' script, to be timed unmodified beside ours.
-bench-overhead bench-peers bench-cpu: export BENCHMARK_RESULTS = $(if $(QUICK),build/benchmarks)
+chaos bench-overhead bench-peers bench-cpu: export BENCHMARK_RESULTS = $(if $(QUICK),build/benchmarks)
 
 bench-overhead: $(VENV)/.dev
 	@$(BIN)/python benchmarks/overhead.py $(if $(QUICK),--rounds 12)
@@ -44,9 +44,10 @@ bench-peers: $(VENV)/.dev $(PEERS)/torch/.done $(PEERS)/jax/.done
 
 bench-cpu: bench-overhead bench-peers
 	@$(BIN)/python benchmarks/time_to_accuracy.py $(if $(PEER),--peer $(PEER)) $(if $(QUICK),--seeds 2)
-	-@test ! -f benchmarks/inference.py || $(BIN)/python benchmarks/inference.py
-	-@test ! -f benchmarks/startup.py || $(BIN)/python benchmarks/startup.py
-	-@test ! -f benchmarks/scaling.py || $(BIN)/python benchmarks/scaling.py
+	@$(BIN)/python benchmarks/startup.py $(if $(QUICK),--images 0 --repeats 2)
+	$(if $(QUICK),,@$(BIN)/python benchmarks/inference.py --rounds 5)
+	$(if $(QUICK),,@$(BIN)/python benchmarks/processes.py)
+	$(if $(QUICK),,@$(BIN)/python benchmarks/scaling.py)
 	$(if $(QUICK),,$(BIN)/python benchmarks/report.py)
 
 # On a machine with a GPU and no environment of ours: only a python3 with torch, torchvision and
@@ -88,5 +89,5 @@ $(PEERS)/%/.done: benchmarks/peers/requirements-%.txt | $(BIN)/python
 	  || $(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-BENCHMARKS.md: $(wildcard benchmarks/results/*.json) benchmarks/report.py
+BENCHMARKS.md: $(wildcard benchmarks/results/*.json benchmarks/tables/*.py) benchmarks/report.py
 	$(BIN)/python benchmarks/report.py

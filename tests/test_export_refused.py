@@ -326,7 +326,7 @@ def test_a_missing_package_is_told(
     small: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    told = (f"{package} is not installed", 'pip install "convlens[onnx]"')
+    told = (f"{package} is not installed", "pip install onnx onnxruntime onnxscript")
     refused(here("export", "small"), 2, *told)
     if package != "onnxscript":
         refused(here("predict", small / "model.onnx", "-"), 2, *told)

@@ -42,7 +42,7 @@ def needed(package: str) -> Any:
             raise
         raise UsageError(
             f"{package} is not installed: ONNX files can neither be written nor read",
-            fix='pip install "convlens[onnx]" brings what they need',
+            fix="pip install onnx onnxruntime onnxscript",
         ) from error
 
 

@@ -270,7 +270,7 @@ def _check(
         raise UsageError(
             "; ".join(found[:3]) + more,
             where=where,
-            fix="`convlens recipes NAME` prints every key of a recipe with its value",
+            fix="`convlens recipes NAME --json` prints every key of a recipe with its value",
         )
     return recipe
 

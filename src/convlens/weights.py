@@ -65,7 +65,7 @@ def check(config: ModelConfig) -> None:
         if importlib.util.find_spec("timm") is None:
             raise UsageError(
                 f"model.weights={spec} of {config.name} needs timm, which is not installed",
-                fix='pip install "convlens[timm]" brings it',
+                fix="pip install timm",
             )
     elif spec == "default" or _MEMBER.fullmatch(spec):
         _member(spec, config.name)

@@ -161,7 +161,7 @@ def _timm() -> ModuleType:
         if error.name != "timm":
             raise
         raise UsageError(
-            "timm is not installed", fix='pip install "convlens[timm]" brings its networks'
+            "timm is not installed", fix="pip install timm"
         ) from error
 
 
