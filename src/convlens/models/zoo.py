@@ -160,9 +160,7 @@ def _timm() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise
-        raise UsageError(
-            "timm is not installed", fix="pip install timm"
-        ) from error
+        raise UsageError("timm is not installed", fix="pip install timm") from error
 
 
 class _NumbersOnCPU(TorchFunctionMode):
