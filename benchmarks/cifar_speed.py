@@ -78,15 +78,15 @@ def results_in(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 def theirs(script: Path, data: Path, seeds: int) -> dict[str, Any]:
     """Runs the script in a folder of its own; its own times, and the cold one around it."""
-    with tempfile.TemporaryDirectory() as folder:
+    # Its errors into a file: a pipe that nobody reads while it runs would fill up and hold it.
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         (Path(folder) / "cifar10").symlink_to((data / "cifar10").resolve())
         start = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-u", str(script.resolve())], cwd=folder, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_cold_caches(folder),
+            stdout=subprocess.PIPE, stderr=errors, env=_cold_caches(folder),
         )  # fmt: skip
         assert process.stdout is not None
-        assert process.stderr is not None
         runs, cold = [], None
         for result in results_in(iter(process.stdout.readline, "")):
             print(f"{script.name}: {result}", file=sys.stderr)
@@ -97,8 +97,9 @@ def theirs(script: Path, data: Path, seeds: int) -> dict[str, Any]:
             if len(runs) == seeds:
                 process.terminate()
                 break
-        failure = process.stderr.read().strip().splitlines()[-1:] if not runs else []
         process.wait()
+        errors.seek(0)
+        failure = errors.read().strip().splitlines()[-1:] if not runs else []
     return {**summary(runs), "cold_seconds": cold, "failed": failure[0] if failure else None}
 
 

@@ -123,7 +123,7 @@ class Case:
             augment=operations if asked.operations else None,
         )  # fmt: skip
         optimiser = optim.build(model, asked.optim)
-        part = graphs.compiled(model) if self.plan.step == "compiled" else model
+        part = graphs.compiled(model, self.plan.device) if self.plan.step == "compiled" else model
         records = engine.fit(
             part, feed, optimiser, lambda progress: 1e-4, epochs=10**6,
             objective=self._objective, plan=self.plan, seed=0,
@@ -146,7 +146,7 @@ class Case:
             clip, backward = partial(scale.unscale, clip), scale.backward
         images, labels = self.images(self.batch)
         ready, answers = self._whole(images), labels.to(self.plan.device)
-        part = graphs.compiled(model) if self.plan.step == "compiled" else model
+        part = graphs.compiled(model, self.plan.device) if self.plan.step == "compiled" else model
         take: engine.Take = partial(
             engine.step, part, objective=self._objective, optimiser=optimiser, plan=self.plan,
             clip=clip, backward=backward,

@@ -212,6 +212,22 @@ def test_dropout_depends_on_seed_epoch_and_step_only() -> None:
     same(dict(first.state_dict()), dict(second.state_dict()))
 
 
+class Dropping(nn.Sequential):
+    """Drops by a function, as networks of other libraries do: no module of torch's to be seen."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        kept: torch.Tensor = super().forward(nn.functional.dropout(images, 0.5, self.training))
+        return kept
+
+
+def test_what_other_networks_draw_depends_on_seed_epoch_and_step_only() -> None:
+    first, second = (Dropping(network(0.0)) for _ in range(2))
+    list(fit(first, OptimConfig(lr=0.02)))
+    for record in fit(second, OptimConfig(lr=0.02)):
+        torch.manual_seed(int(record.epoch) + 77)
+    same(dict(first.state_dict()), dict(second.state_dict()))
+
+
 def test_the_average_is_updated_after_each_step() -> None:
     model = network()
     averager = optim.Averager(model, 0.9)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import device, ranks
+from convlens import device, processes, ranks
 from convlens.data.augment import AUGMENTS, MIXES, build
 from convlens.data.batches import Batches, Normalise
 from convlens.errors import UsageError
-from convlens.processes import ALONE, World
+from convlens.processes import ALONE, Lost, World
 from convlens.together import BATCH, Part, Together, _counts
 from support import PLAN, Memory, Split, Streamed, begin, pictures, tiny
 from test_augment import STRONG
@@ -210,3 +210,23 @@ def test_norms_over_processes_need_gpus() -> None:
         synchronised(setup.trained, World(0, 2), "cpu")
     synced = synchronised(setup.trained, World(0, 2), "cuda:0")
     assert any(isinstance(m, nn.SyncBatchNorm) for m in synced.modules())
+
+
+class Stuck:
+    """What an event is on a GPU that waits for a process that has died."""
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_step_on_a_gpu_that_never_ends_is_given_up_once_asked_to_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "GRACE", 0.05)
+    world = World(1, 2)
+    world.asks_to_stop = lambda: True
+    world._said.extend((torch.zeros(()), Stuck()) for _ in range(processes.LAG + 1))  # type: ignore[misc]
+    with pytest.raises(Lost, match="another process of this training ended") as caught:
+        world.stops(now=False)
+    assert "doesn't end" in caught.value.where
+    assert caught.value.exit_code == 75

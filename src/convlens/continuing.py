@@ -122,4 +122,6 @@ def _bits(facts: Mapping[str, Any]) -> dict[str, Any]:
         named["device"] = str(named["device"]).partition(":")[0]
     if "convlens" in facts:
         named["convlens"] = facts["convlens"]
+    if "trunk_cached" in facts:
+        named["trunk_cached"] = facts["trunk_cached"]
     return named | {"processes": facts.get("world_size", 1)}

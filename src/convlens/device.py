@@ -110,8 +110,13 @@ def choose(asked: str | None = None) -> str:
 
 
 def _own_gpu(asked: str) -> str:
-    """This process's GPU, where there are several processes."""
+    """This process's GPU, which from here on is torch's current one.
+
+    Events, streams and generators are of the current device, whatever the tensors are on.
+    """
     if ranks.size() == 1:
+        if asked.startswith("cuda:"):
+            torch.cuda.set_device(asked)
         return asked
     count = torch.cuda.device_count()
     if asked != "cuda" or ranks.local_size() > count:

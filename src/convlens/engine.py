@@ -31,6 +31,7 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 Records = Iterator["Step | Epoch"]
 Take = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+KNOWN = ("torch.", "convlens.")  # whose modules draw nothing unless they are among `DROPOUTS`
 
 
 class EpochBatches(Protocol):
@@ -191,7 +192,7 @@ def fit(
     """
     at, steps = position or Position(), len(batches)
     clip = clipper(model, clip_value, clip_norm)
-    draws = any(isinstance(module, DROPOUTS) for module in model.modules())
+    draws = any(_may_draw(module) for module in model.modules())
     timetable = optim.Timetable(optimiser, schedule, epochs * steps)
     taking = partial(_taking, model, objective, optimiser, plan, clip, averager, scale, together)
     waits = not plan.device.startswith("cuda") if waits is None else waits
@@ -210,7 +211,7 @@ def fit(
         try:
             for index, (images, labels) in enumerate(batches.epoch(at.epoch, at.step), at.step):
                 lr = set_rate(index)
-                if draws:  # dropout's masks depend on (seed, epoch, step) only
+                if draws:  # what is dropped depends on (seed, epoch, step) only
                     seed_generators(plan.device, seed_of(seed, at.epoch, index, 1))
                 guard.before(at)
                 count = len(labels) if together is None else together.begin(index)
@@ -252,6 +253,11 @@ def _taking(
     if plan.step == "graph" and not waits:  # for a number, which a graph can't
         return guard, Captured(take, optimiser)
     return guard, take
+
+
+def _may_draw(module: nn.Module) -> bool:
+    """Whether its training may depend on chance: other libraries drop layers, or by functions."""
+    return isinstance(module, DROPOUTS) or not type(module).__module__.startswith(KNOWN)
 
 
 def clipper(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from convlens import device, metrics, onlooker, picturing, processes, run, views
 from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, load_foreign
 from convlens.data.batches import Labelled
-from convlens.errors import DataError
+from convlens.errors import DataError, ModelFileError
 from convlens.exported import open_model
 from convlens.inference import Answers, placed, split_answers
 from convlens.names import pick
@@ -245,7 +246,8 @@ def look(
     """
     part, name, fingerprint = judged
     start = time.perf_counter()
-    answers, labels = _answers(loaded, part, split, where, tta, world)
+    plan = _plan(place, loaded, where)
+    answers, labels = _answers(loaded, part, split, plan, tta, world)
     seconds = time.perf_counter() - start
     scores, truths = answers.plain.cpu().numpy(), labels.cpu().numpy()
     summary = metrics.summarise(scores, truths, list(loaded.classes))
@@ -276,23 +278,45 @@ def look(
     return Look(evaluation, scores, truths)
 
 
+class _Chosen(NamedTuple):
+    plan: device.Plan
+    free: bool  # whether its memory format is only where a choice begins
+
+
+def _plan(place: RunFolder, loaded: Loaded, where: str) -> _Chosen:
+    """In which memory format the model answers: its run's, if that was chosen on this hardware.
+
+    So a run is tested as it was validated, and nothing is timed again.
+    """
+    plan, facts = placed(loaded.model, where), dict[str, Any]()
+    if loaded.original:
+        with suppress(ModelFileError):  # a damaged run.json is nothing to the model file
+            facts = place.facts()
+    trained = facts.get("plan") or {}
+    if trained.get("precision") == "fp32" and facts.get("hardware") == device.describe(where):
+        plan = replace(plan, memory_format=trained["memory_format"])
+        plan.place(loaded.model)
+        return _Chosen(plan, free=False)
+    return _Chosen(plan, loaded.free)
+
+
 def _answers(
-    loaded: Loaded, part: Split, split: str, where: str, tta: str | None, world: World
+    loaded: Loaded, part: Split, split: str, chosen: _Chosen, tta: str | None, world: World
 ) -> tuple[Answers, torch.Tensor]:
-    plan, total = placed(loaded.model, where), int(part.labels.numel())
+    plan, total = chosen.plan, int(part.labels.numel())
 
     def ask(share: Labelled) -> Answers:
         model, normalise = loaded.model, loaded.preprocessing.normalise
         return split_answers(
             model, share, normalise, plan, views.chosen(tta), advance=bar.advance,
-            free=loaded.free and world.size == 1,
+            free=chosen.free and world.size == 1,
         )[0]  # fmt: skip
 
     with progress(f"evaluating {split}", total) as bar:
         plain, mean = answered(world, part, ask)
         assert plain is not None
-        device.synchronise(where)
-    return Answers(plain, mean), part.labels.to(where)
+        device.synchronise(plan.device)
+    return Answers(plain, mean), part.labels.to(plan.device)
 
 
 TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")

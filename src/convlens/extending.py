@@ -1,10 +1,10 @@
 """More epochs for a finished run: a new run that begins where the finished one ended.
 
 The rule: the new run is the longer recipe from the finished run's last step on. Where nothing in
-the recipe goes by the length of the run (a constant rate, no windows, not stopped by patience),
+the recipe goes by the length of the run (a constant rate, no windows) and patience didn't end it,
 it ends with the bits of the longer recipe trained from its beginning. Elsewhere it doesn't: a
 schedule goes on from where it would be by then (cosine after 30 of 60 epochs is at half its
-rate again, though it had been at 0), and patience counts anew.
+rate again, though it had been at 0), and patience that ran out counts anew.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from convlens import files, modelfile, run
 from convlens.console import say
-from convlens.errors import ModelFileError, UsageError
+from convlens.errors import ConvlensError, ModelFileError, UsageError
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
 
@@ -49,12 +49,16 @@ def extend(place: RunFolder, asked: Recipe) -> None:
         model, card = modelfile.read(source.model_path)
         done = len(counters["rows"])
         longer = resolved.replace(**{"train.epochs": asked.train.epochs})
-        exact = _goes_by_no_length(longer) and done == resolved.train.epochs
-        place.save_state(tensors, {**counters, "best": {**counters["best"], "stale": 0}})
-        place.save_model(model, {**card, "run": place.name})
+        best, patience = counters["best"], resolved.train.patience
+        impatient = patience is not None and best["stale"] >= patience
+        exact = _goes_by_no_length(longer) and not impatient
+        best = {**best, "stale": 0} if impatient else best
+        place.save_state(tensors, {**counters, "best": best})
         for name in ("split.csv", "images.csv.gz"):
             if (source.path / name).exists():
                 files.write_atomic(place.path / name, (source.path / name).read_bytes())
+        # Behind what can be lost (`run.place`): a model file is somebody's work.
+        place.save_model(model, {**card, "run": place.name})
         facts = {k: v for k, v in source.facts().items() if k not in OF_ITS_END}
         told = {"run": source.name, "epochs": done, "exact": exact}
         digests = [asked.digest(), longer.digest()]
@@ -75,9 +79,12 @@ def _shorter(asked: Recipe) -> RunFolder:
         raise UsageError("--extend needs a number of epochs", fix="e.g. train.epochs=60 --extend")
     best, most = None, 0
     for other in run.runs():
-        if not other.finished:
-            continue
-        its = int(other.recipe().train.epochs)
+        try:
+            if not other.finished:
+                continue
+            its = int(other.recipe().train.epochs)
+        except ConvlensError:
+            continue  # damaged or edited: not the one that is meant
         kinds = [asked.replace(**{"train.epochs": each}).digest() for each in (its, "auto")]
         same = set(kinds) & set(other.facts().get("digests", []))
         if same and most < its < epochs:

@@ -99,6 +99,14 @@ class Generations:
         with contextlib.suppress(ModelFileError):
             self._commit(self._named()[:1])
 
+    def clear(self) -> None:
+        """Deletes all: the folder is of no run."""
+        self._good = None
+        if self._folder.is_dir():
+            for path in self._folder.iterdir():
+                path.unlink()
+            self._folder.rmdir()
+
     def _commit(self, generations: list[Generation]) -> None:
         if not generations:
             return

@@ -161,7 +161,12 @@ Trial = Callable[[Plan], Callable[[], Tensor]]
 
 
 def choose(
-    plan: Plan, trial: Trial, steps: int, *, clock: Callable[[], float] = time.perf_counter
+    plan: Plan,
+    trial: Trial,
+    steps: int,
+    *,
+    shapes: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Plan:
     """`plan` with the way of taking steps that makes `steps` of them soonest, all costs counted.
 
@@ -171,6 +176,7 @@ def choose(
         trial: `trial(plan)` prepares a copy of the network and returns a function that takes one
             step by `plan.step`, always on the same batch, and returns the loss.
         steps: of the whole run.
+        shapes: how many sizes of batches there are: each is compiled.
     """
     if not possible(plan) or plan.deterministic:
         return plan
@@ -188,8 +194,10 @@ def choose(
             continue
         if not agree(eager.losses, found.losses):
             say(f"steps {step} give other losses than steps as they are, so they aren't used")
-        elif found.once + found.step * steps < 0.95 * total:
-            best, total = candidate, found.once + found.step * steps
+            continue
+        costs = found.once * (shapes if step == "compiled" else 1) + found.step * steps
+        if costs < 0.95 * total:
+            best, total = candidate, costs
     return best
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convlens import memory, optim
+from convlens import memory, modelfile, optim
 from convlens.console import say
 from convlens.errors import UsageError
 from convlens.preparing import Setup
@@ -45,6 +45,7 @@ class Keeper:
         self._saved, self._listed = time.perf_counter(), -math.inf
         self._every = save_seconds()
         self._part = setup.position.part  # what `run.json` and the user know of
+        self._kept: int | None = None  # the epoch whose weights this process has written
 
     def take(self, row: dict[str, float]) -> None:
         """Takes in an epoch's row, and its weights if they are the ones to keep."""
@@ -84,7 +85,30 @@ class Keeper:
         """Writes the model file, if there are weights to keep that it doesn't hold yet."""
         if self._pending is not None:
             self._place.save_model(*self._pending)
-            self._pending = None
+            self._kept, self._pending = int(self._pending[1]["chosen"]["epoch"]), None
+
+    def complete(self) -> None:
+        """Of a run that is taken up behind its last step, the files that its state has all of."""
+        if not self._place.model_path.exists():  # keep=last; the best weights no state has
+            self._pending = snapshot(self._setup, self._place.name, self.rows[-1])
+        self.keep_weights()
+        self._list()
+
+    def kept(self) -> int:
+        """The epoch of the weights in the model file: the best one.
+
+        A run that was killed between writing these and its state has those of a later epoch, which
+        it then trains again; where that doesn't end in the same bits, it need not be the best one
+        any more, but is what the file holds.
+        """
+        if self._kept is None:
+            self._kept = int(modelfile.read(self._place.model_path)[1]["chosen"]["epoch"])
+        if self._kept != self.best.epoch:
+            say(
+                f"the weights of epoch {self._kept} are kept: those of {self.best.epoch}, which "
+                "this time was the best, were replaced before the run was killed"
+            )
+        return self._kept
 
     def _tell_part(self) -> None:
         """Memory ran out: the state has it already, now the user and `run.json` are told."""

@@ -107,7 +107,8 @@ def _chosen(
     if steps < STEPS_WORTH_TIMING or not graphs.possible(choice.plan):
         return choice
     trial = _Trial(recipe, model, batches, objective)
-    return replace(choice, plan=graphs.choose(choice.plan, trial.step, steps))
+    shapes = len(set(batches.sizes))
+    return replace(choice, plan=graphs.choose(choice.plan, trial.step, steps, shapes=shapes))
 
 
 def _stated(plan: Plan, asked: bool | str) -> Plan:

@@ -12,8 +12,10 @@ import contextlib
 import datetime
 import functools
 import json
+import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -28,13 +30,15 @@ from convlens.errors import Stopped
 
 T = TypeVar("T")
 
-# A process that ends is noticed at once, since its connections close. One that hangs is given up
-# after this long: within a step, and where one works while the others wait (decoding images,
-# choosing by timing, testing, saving).
+# A process that ends is noticed at once on a CPU, since its connections close; on GPUs by
+# `torchrun`, which asks the others to stop (`World._until`). One that hangs is given up after this
+# long: within a step, and where one works while the others wait (decoding images, choosing by
+# timing, testing, saving).
 STEP = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(hours=2)
 # On a GPU the host reads what was said so many steps ago, instead of waiting for this one.
 LAG = 4
+GRACE = 10.0  # seconds that a step may still take when it was asked to stop
 
 
 class Lost(Stopped):
@@ -213,9 +217,23 @@ class World:
         while self._said and (self._said[0][1] is None or len(self._said) > LAG):
             asked, event = self._said.popleft()
             if event is not None:
-                event.synchronize()
+                self._until(event)
             stop = stop or float(asked) > 0
         return stop
+
+    def _until(self, event: torch.cuda.Event) -> None:
+        """Waits until the GPU is there.
+
+        It waits without end for a process that died. `torchrun` notices that one has, and asks the
+        others to stop; then a step that doesn't end is given up.
+        """
+        asked = math.inf
+        while not event.query():
+            time.sleep(0.0001)
+            if self.asks_to_stop():
+                asked = min(asked, time.monotonic())
+                if time.monotonic() - asked > GRACE:
+                    raise Lost(f"a step doesn't end, {GRACE:.0f} s after it was asked to stop")
 
 
 ALONE = World()

@@ -32,6 +32,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
 
 
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` has started this process in place of one that ended."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def threads_chosen() -> bool:
     """Whether the user set OMP_NUM_THREADS.
 

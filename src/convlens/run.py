@@ -327,7 +327,7 @@ def _is_taken(folder: Path) -> bool:
     """Whether anything is in it but what a run that never began leaves: a lock, first files."""
     if not folder.is_dir():
         return folder.exists()
-    first = ("recipe.yaml", "split.csv", "images.csv.gz")
+    first = ("recipe.yaml", "split.csv", "images.csv.gz", "state")
     names = [path.name for path in folder.iterdir()]
     return any(not name.startswith(".") and name not in first for name in names)
 

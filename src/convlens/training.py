@@ -23,6 +23,7 @@ from convlens import (
     picturing,
     planning,
     processes,
+    ranks,
     run,
     weights,
 )
@@ -70,6 +71,7 @@ def train(
     world = processes.join()
     data = None
     called, plain = name or recipe.name, plain or name is not None
+    fresh = fresh and not ranks.restarted()  # torchrun goes on with what it began
     place = onlooker.placed(
         world, lambda: run.place(called, recipe.digest(), plain=plain, fresh=fresh)
     )
@@ -79,7 +81,9 @@ def train(
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
         check(recipe)
-        if world.leads and not fresh:
+        if fresh:
+            say(f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it")
+        elif world.leads:
             continuing.tell_new(place, called, recipe)
         if not world.told(place.facts):
             weights.expect(recipe.model)
@@ -111,6 +115,8 @@ def _train_locked(
     quiet: bool,
 ) -> None:
     """Begins the run, or takes it up; the lock on its folder is held."""
+    if world.leads:
+        _make_way(place, facts)
     begun = begun_with(place)
     setup = prepare(recipe, data, where, _stored_plan(facts, where), begun, world)
     if not facts:
@@ -134,6 +140,14 @@ def _train_locked(
         cpu_seconds=sum(row["cpu_seconds"] for row in rows),
     )
     world.wait()
+
+
+def _make_way(place: RunFolder, facts: dict[str, Any]) -> None:
+    """Clears up what would be mistaken for a part of the run that begins or is taken up."""
+    if not facts:
+        place.generations.clear()  # of an extension that was killed before it was a run
+    elif facts.get("status") == "finished":
+        place.note({"status": "training"})  # its model file is lost; until it is there again
 
 
 def _stored_plan(facts: dict[str, Any], where: str) -> device.Plan | None:
@@ -160,6 +174,8 @@ def run_to_end(
     """
     options, world = setup.recipe.train, setup.world
     keeper = Keeper(setup, place)
+    if keeper.over:
+        keeper.complete()
     steps = len(setup.feed.batches)
     done = (setup.position.epoch - 1) * steps + setup.position.step
     if done:
@@ -173,9 +189,9 @@ def run_to_end(
         clock = Clock(setup.position)
         world.asks_to_stop = lambda: flag.up
         for record in _guarded(setup, place, keeper):
-            stop = world.stops(now=isinstance(record, engine.Epoch))
             if isinstance(record, engine.Step):
                 bar.step(record)
+                stop = world.stops(now=False)
             else:
                 device.synchronise(setup.plan.device)
                 seconds, cpu_seconds = clock.read()
@@ -185,6 +201,7 @@ def run_to_end(
                 keeper.take(world.told(partial(dict, row)))  # what it decides, all decide alike
                 bar.epoch(keeper.rows[-1], keeper.best.epoch)
                 clock.start()
+                stop = world.stops(now=True)
             if stop or keeper.over or keeper.due:
                 setup.position.seconds, setup.position.cpu_seconds = clock.read()
                 keeper.save()
@@ -192,8 +209,10 @@ def run_to_end(
                 break
             if stop:
                 _leave(setup, place, flag)
+        if world.stops(now=True):  # the run isn't tested then, nor is another one begun
+            _leave(setup, place, flag)
     rows = keeper.rows
-    return rows, int(rows[-1]["epoch"]) if options.keep == "last" else keeper.best.epoch
+    return rows, int(rows[-1]["epoch"]) if options.keep == "last" else keeper.kept()
 
 
 def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
@@ -242,7 +261,9 @@ def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
     if not place.model_path.exists():
         place.save_model(*snapshot(setup, place.name, None))
     at = setup.position
-    say(f"stopped in epoch {at.epoch} after {at.step} steps; all of it is kept in {place.path}")
+    over = at.epoch > setup.epochs
+    where = "after the last epoch" if over else f"in epoch {at.epoch} after {at.step} steps"
+    say(f"stopped {where}; all of it is kept in {place.path}")
     say("the same command goes on from here")
     setup.world.wait()  # torchrun ends the others when the first has ended; all is saved now
     if flag.interrupted:
@@ -279,5 +300,6 @@ def _surroundings(setup: Setup) -> dict[str, Any]:
     return {
         "convlens": __version__,
         "world_size": setup.world.size,
+        "trunk_cached": setup.feed.cached_bytes > 0,
         "hardware": device.describe(setup.plan.device),
     }

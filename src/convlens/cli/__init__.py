@@ -99,6 +99,11 @@ def _explained(error: Exception) -> ConvlensError | None:
     """What a user is told; None for a bug of ours, which keeps its traceback."""
     if isinstance(error, ConvlensError):
         return error
+    if "does not have a deterministic implementation" in str(error):
+        return UsageError(
+            f"--deterministic: {str(error).partition(',')[0]}"[:200],
+            fix="leave out --deterministic, or take another network",
+        )
     from convlens import memory  # torch; who ran out of memory has imported it
 
     return memory.explained(error) if memory.ran_out(error) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convlens.device import has_fast_bf16
 from convlens.optim.eager import Eager
 
 # The quintic a x + b x^3 + c x^5 of Jordan et al. 2024: steep at 0, so that small singular values
@@ -18,15 +20,20 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
+@functools.cache
+def _precision(on_gpu: bool) -> torch.dtype:
+    return torch.bfloat16 if on_gpu and has_fast_bf16("cuda") else torch.float32
+
+
 def orthogonalised(matrices: Tensor, iterations: int) -> Tensor:
     """U f(S) V^T for each matrix U S V^T of `[B, rows, columns]`, with f(S) near 1.
 
     f is `QUINTIC` applied `iterations` times to the singular values, after the matrix was divided
     by its Frobenius norm (so that none is above 1); Newton-Schulz iteration gets there by
-    products alone. In bf16 on CUDA, where products are fast in it; else in float32.
+    products alone. In bf16 on GPUs that have it in hardware; else in float32.
     """
     a, b, c = QUINTIC
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(_precision(matrices.is_cuda))
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the smaller of the two Gram matrices

@@ -1,0 +1,137 @@
+"""The end of a run: signals that come last, lost files, restarts, extensions cut short."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from convlens import continuing, modelfile, run, training
+from convlens.chaos import differences
+from convlens.keeping import Keeper
+from convlens.recipe import Recipe
+from convlens.run import RunFolder
+from support import begin, tiny
+from test_resume import Interrupting, equal, finish, interrupting, stop
+
+__all__ = ["interrupting"]  # a fixture
+
+CONSTANT = ("optim.schedule=constant", "optim.warmup=0")
+
+
+def train(asked: Recipe, name: str, **options: bool) -> RunFolder:
+    return training.train(asked, name=name, test=False, on="cpu", quiet=True, **options)
+
+
+def test_a_finished_run_without_its_weights_is_not_finished(interrupting: Interrupting) -> None:
+    whole, lost = finish(tiny(), "whole"), train(tiny(), "lost")
+    lost.model_path.unlink()
+    interrupting.after = 7  # in the second epoch: by then there are weights again
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), "lost")
+    assert lost.model_path.exists()
+    assert not lost.finished
+    train(tiny(), "lost")
+    assert lost.finished
+    equal(lost, whole)
+
+
+def test_the_last_weights_are_written_again_from_the_state() -> None:
+    asked = tiny("train.keep=last", "optim.ema=0.9")
+    whole, lost = finish(asked, "whole"), train(asked, "lost")
+    lost.model_path.unlink()
+    lost.metrics_path.unlink()
+    train(asked, "lost")
+    equal(lost, whole)
+
+
+def test_a_signal_in_the_last_validation_is_heard() -> None:
+    whole = finish(tiny(), "whole")
+    setup, place = begin(tiny(), "stopped")
+    validate, calls = setup.feed.validate, []
+
+    def signalled():  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == setup.epochs:
+            signal.raise_signal(signal.SIGINT)
+        return validate()
+
+    setup.feed.validate = signalled
+    with pytest.raises(KeyboardInterrupt):
+        training.run_to_end(setup, place, quiet=True)
+    assert place.facts()["status"] == "training"
+    assert len(place.metrics()) == setup.epochs
+    place.metrics_path.write_text("damaged")
+    equal(finish(tiny(), "stopped"), whole)
+
+
+def test_torchrun_goes_on_with_a_fresh_run(
+    monkeypatch: pytest.MonkeyPatch, interrupting: Interrupting
+) -> None:
+    first = train(tiny(), "x")
+    interrupting.after = 3
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), "x", fresh=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    second = train(tiny(), "x", fresh=True)
+    assert second.path != first.path
+    assert len(run.runs()) == 2
+    assert differences(first, second) == []
+
+
+def test_patience_that_has_not_run_out_goes_on_counting() -> None:
+    # Nothing is learned, so no epoch is better than the first one.
+    options = (*CONSTANT, "optim.lr=1e-30", "train.monitor=val_accuracy", "train.patience=4")
+    train(tiny(*options), "short")
+    longer = tiny(*options, "train.epochs=9")
+    extended, whole = train(longer, "extended", extend=True), train(longer, "whole")
+    assert extended.facts()["extends"]["exact"] is True
+    assert len(whole.metrics()) < 9
+    assert differences(whole, extended) == []
+
+
+def test_an_extension_that_was_killed_leaves_its_name_free() -> None:
+    whole, other = train(tiny(), "whole"), train(tiny("optim.lr=0.5"), "other")
+    stray = Path("models/x/state")
+    shutil.copytree(other.path / "state", stray)
+    begun = train(tiny(), "x")
+    assert begun.path == Path("models/x")
+    assert differences(whole, begun) == []
+
+
+def test_another_run_that_is_damaged_is_not_in_the_way_of_an_extension() -> None:
+    train(tiny(*CONSTANT), "short")
+    train(tiny("optim.lr=0.5"), "damaged")
+    with Path("models/damaged/recipe.yaml").open("a") as file:
+        file.write("about: something else\n")
+    Path("models/another").mkdir()
+    Path("models/another/run.json").write_text('{"status": ')
+    extended = train(tiny(*CONSTANT, "train.epochs=4"), "longer", extend=True)
+    assert extended.facts()["extends"]["run"] == "short"
+
+
+def test_the_kept_epoch_is_that_of_the_weights_in_the_file(
+    interrupting: Interrupting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = stop(tiny(), "stopped", interrupting, 12)
+    setup, place = begin(tiny(), "stopped")
+    keeper = Keeper(setup, place)
+    assert keeper.best.epoch in (1, 2)
+    assert keeper.kept() == keeper.best.epoch
+    assert capsys.readouterr().err == ""
+    # Killed behind the model file and before the state, on hardware that repeats no bits.
+    tensors, card = modelfile.read(stopped.model_path)
+    modelfile.write(stopped.model_path, tensors, {**card, "chosen": {**card["chosen"], "epoch": 3}})
+    keeper = Keeper(*begin(tiny(), "stopped"))
+    assert keeper.kept() == 3
+    assert "the weights of epoch 3 are kept" in capsys.readouterr().err
+
+
+def test_a_trunk_that_no_longer_fits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    place = train(tiny(), "x")
+    facts = place.facts()
+    continuing.tell_changed(place, facts, {**facts, "trunk_cached": True})
+    assert "trunk_cached False, now True" in capsys.readouterr().err
+    assert place.facts()["changed"] == [{"trunk_cached": [False, True]}]
