@@ -24,7 +24,6 @@ from convlens.names import pick
 from convlens.onnxfile import needed
 from convlens.run import RunFolder
 
-
 PATIENCE = 60.0  # seconds to wait for another export that puts its files in place
 
 
