@@ -250,17 +250,22 @@ def _end_all_in(folder: Path) -> None:
     """
     place, until = os.path.realpath(folder), time.perf_counter() + 10
     while time.perf_counter() < until:
-        left = []
-        for link in PROC.glob("[0-9]*/cwd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(link) == place:
-                    left.append(int(link.parent.name))
+        left = _all_in(place)
         if not left:
             return
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
+
+
+def _all_in(place: str) -> list[int]:
+    found = []
+    for name in filter(str.isdecimal, os.listdir(PROC) if PROC.is_dir() else ()):
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            if os.readlink(PROC / name / "cwd") == place:
+                found.append(int(name))
+    return found
 
 
 def _killed(

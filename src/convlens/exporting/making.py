@@ -147,7 +147,7 @@ def _proven(
 @contextlib.contextmanager
 def _draft(target: Path) -> Iterator[Path]:
     """A name beside `target` that nobody else has: another export of it may be at work."""
-    files.sweep(target.parent, [target.name], alone=False)
+    files.sweep(target.parent, [target.name, f"{target.name}.json"], alone=False)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}{files.PART}")
     try:
         yield draft
