@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -42,11 +42,11 @@ class Done:
         return json.loads(self.out)
 
 
-def here(*arguments: str | Path, stdin: str = "") -> Done:
+def here(*arguments: str | Path, stdin: str | TextIO = "") -> Done:
     """Runs `convlens ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 cli.main([str(argument) for argument in arguments])

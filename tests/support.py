@@ -17,6 +17,7 @@ from convlens.recipe import Recipe
 from convlens.run import RunFolder
 
 PLAN = device.Plan("cpu", "fp32", "contiguous")
+BAD_DISK = Path("/proc/self/mem")  # reading it from its beginning is a real EIO
 
 
 class Memory:

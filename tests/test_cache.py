@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import time
@@ -15,6 +16,7 @@ from PIL import Image
 from convlens.data import cache, encoded
 from convlens.data.cache import decoded
 from convlens.data.encoded import Paths
+from convlens.data.reading import Reader
 from convlens.data.rows import (
     ArrayRows,
     Conversion,
@@ -25,6 +27,7 @@ from convlens.data.rows import (
     in_memory,
 )
 from convlens.errors import DataError, ResourceError
+from support import BAD_DISK
 
 GREY8 = Conversion(8, 1, "crop")
 PLENTY = 1 << 30
@@ -196,20 +199,93 @@ def test_a_full_disk_is_no_crash(
     assert not list(store.glob("*.pixels"))
 
 
-def test_being_out_of_files_is_no_fault_of_the_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def failing(monkeypatch: pytest.MonkeyPatch, number: int, name: str = ".png") -> None:
+    """From now on the system refuses to open files of that name."""
     real = os.open
 
-    def none_left(path: object, *rest: int) -> int:
-        if str(path).endswith(".png"):
-            raise OSError(24, "Too many open files")
+    def refused(path: object, *rest: int) -> int:
+        if str(path).endswith(name):
+            raise OSError(number, os.strerror(number))
         return real(path, *rest)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(os, "open", refused)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+     errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN],
+)  # fmt: skip
+def test_what_may_pass_is_no_fault_of_the_image(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     paths = files(tmp_path / "a", 3)
-    monkeypatch.setattr(os, "open", none_left)
-    with pytest.raises(ResourceError, match="Too many open files"):
-        decoded(paths, GREY8, memory_budget=PLENTY)
+    with monkeypatch.context() as patch:
+        failing(patch, number, "00001.png")
+        with pytest.raises(ResourceError, match=os.strerror(number)) as caught:
+            decoded(paths, GREY8, memory_budget=PLENTY)
+    assert caught.value.where == paths[1]
+    assert caught.value.fix
+    assert [path.suffix for path in store.iterdir()] == [".lock"]
+    assert decoded(paths, GREY8, memory_budget=PLENTY).bad == {}
+
+
+def test_what_will_not_pass_is_remembered_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = list(files(tmp_path / "a", 6))
+    os.unlink(paths[0])
+    os.unlink(paths[1])
+    os.symlink(paths[1], paths[1])
+    os.unlink(paths[2])
+    os.mkdir(paths[2])
+    paths[3] = str(tmp_path / ("x" * 300 + ".png"))
+    paths[4] = f"{paths[5]}/0.png"
+    with monkeypatch.context() as patch:
+        failing(patch, errno.EACCES, "00005.png")
+        found = decoded(Paths(paths), GREY8, memory_budget=PLENTY)
+    said = ["no such file", "symbolic links", "folder", "name too long", "Not a dir", "permission"]
+    assert [text in found.bad[i] for i, text in enumerate(said)] == [True] * 6, found.bad
+    seen = decodes(monkeypatch)
+    assert decoded(Paths(paths), GREY8, memory_budget=PLENTY).bad == found.bad
+    assert seen == []
+
+
+def test_what_a_killed_decoding_left_goes_with_the_next(tmp_path: Path, store: Path) -> None:
+    paths = files(tmp_path / "a", 3)
+    store.mkdir()
+    key = cache._key(paths, GREY8)
+    other = f".{'0' * 40}.pixels.abcdefgh.part"
+    for name in (f".{key}.pixels.abcdefgh.part", other):
+        (store / name).write_bytes(b"half")
+    decoded(paths, GREY8, memory_budget=PLENTY)
+    names = {path.name for path in store.iterdir()}
+    assert names == {other, f"{key}.lock", f"{key}.pixels"}
+
+
+def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = memoryview(bytearray(4))
+    with pytest.raises(ResourceError, match="Input/output error") as caught:
+        Reader(BAD_DISK).fill(buffer, 0)
+    assert caught.value.where == str(BAD_DISK)
+    paths = files(tmp_path / "a", 4)
+    stored = decoded(paths, GREY8, memory_budget=PLENTY).rows
+    assert isinstance(stored, StoredRows)
+
+    def bad_sector(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", bad_sector)
+        with pytest.raises(ResourceError, match="Input/output error") as caught:
+            stored.gather(index(1, 2))
+    assert caught.value.where.endswith(".pixels")
+    assert "delete it if it can be made anew" in caught.value.fix
+    with monkeypatch.context() as patch:
+        failing(patch, errno.ESTALE)
+        with pytest.raises(ResourceError, match="Stale") as caught:
+            stored._again.gather(index(1))
+    assert caught.value.where == paths[1]
 
 
 def _start(paths: Paths, gate: object, answers: object) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 from commands import command
 from convlens import chaos, files, modelfile
+from convlens.errors import ResourceError, UsageError
 from convlens.run import RunFolder
 from support import begin, tiny
 from test_resume import finish
@@ -27,6 +31,79 @@ def test_a_killed_training_ends_with_the_same_bits() -> None:
 def test_of_two_processes_one_is_killed() -> None:
     score = chaos.chaos(1, processes=2)
     assert score.same == len(score.kills) == 1, score.to_dict()
+
+
+# A stand-in for torchrun: its one worker has a session of its own, as torch's have.
+STAND_IN = """
+import subprocess, sys, time
+def start():
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"],
+                              start_new_session=True)
+    print("worker", worker.pid, flush=True)
+    return worker
+"""
+LATE = "time.sleep(0.5); print('ended with', start().wait(), flush=True)"
+FAILS = "start().wait(); sys.exit('no room for another one')"
+HANGS = "start().wait(); start(); print('hanging', flush=True); time.sleep(30)"
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, program: str) -> chaos._Training:
+    """A training of two processes that is this program."""
+
+    def start(training: chaos._Training) -> subprocess.Popen[bytes]:
+        training.folder.mkdir(parents=True, exist_ok=True)
+        with (training.folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", STAND_IN + program],
+                cwd=training.folder, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    monkeypatch.setattr(chaos._Training, "start", start)
+    return chaos._Training(Path("trial").absolute(), 2)
+
+
+def workers(training: chaos._Training) -> list[int]:
+    words = (training.folder / "log.txt").read_text().split()
+    return [int(words[n + 1]) for n, word in enumerate(words) if word == "worker"]
+
+
+def test_only_a_real_kill_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment may come before there is anybody to kill, or after."""
+    training = launched(monkeypatch, LATE)
+    assert training.kill(0.0, random.Random(0))
+    assert "ended with -9" in (training.folder / "log.txt").read_text()
+    assert not launched(monkeypatch, "sys.exit(0)").kill(0.0, random.Random(0))
+    with pytest.raises(ResourceError, match="torchrun ended with 3"):
+        launched(monkeypatch, "sys.exit(3)").kill(0.0, random.Random(0))
+    with pytest.raises(ResourceError, match="torchrun ended with 3"):
+        launched(monkeypatch, "sys.exit(3)").kill(30.0, random.Random(0))
+
+
+def test_a_torchrun_that_fails_after_the_kill_is_a_difference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = launched(monkeypatch, FAILS)
+    kill = chaos._killed(Path("trial").absolute(), whole, random.Random(0), 0.0, 0.1)
+    (told,) = kill.differences
+    assert told.startswith("torchrun ended with 1\n")
+    assert "no room for another one" in told
+    assert chaos.Score([kill], 2).same == 0
+
+
+def test_a_torchrun_that_hangs_leaves_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos, "LONGEST", 3)
+    training = launched(monkeypatch, HANGS)
+    with pytest.raises(ResourceError, match="torchrun hangs"):
+        training.kill(0.0, random.Random(0))
+    started = workers(training)
+    assert len(started) == 2
+    assert not [pid for pid in started if chaos._lives(str(pid))]
+
+
+def test_several_processes_need_a_list_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos, "PROC", Path("none"))
+    with pytest.raises(UsageError, match="only be seen on Linux"):
+        chaos.chaos(1, processes=2)
 
 
 def test_differences_are_found() -> None:

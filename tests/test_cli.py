@@ -5,16 +5,32 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from commands import COLOURS, DIGITS, NET, Done, command, here, picture, pictures, refused, weights
-from convlens import Run, recipe
+from commands import (
+    COLOURS,
+    DIGITS,
+    NET,
+    Done,
+    command,
+    constant_model,
+    environment,
+    here,
+    picture,
+    pictures,
+    refused,
+    weights,
+)
+from convlens import Run, cli, recipe
 from convlens.metrics import wilson_interval
 from convlens.version import __version__
+from support import BAD_DISK
 
 
 def facts(run: str | Path) -> dict[str, Any]:
@@ -305,3 +321,36 @@ def test_debug_shows_tracebacks(monkeypatch: pytest.MonkeyPatch, text: str) -> N
             here("train", "nothing-of-that-name")
     else:
         assert here("train", "nothing-of-that-name").code == 2
+
+
+def test_what_the_system_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody foresees every disk that fails: no traceback, wherever it is."""
+    monkeypatch.setenv("CONVLENS_DEBUG", "")
+    constant_model(Path("models/m"), [0, 1], ["a", "b"])
+    with BAD_DISK.open() as broken:
+        done = here("predict", "m", "-", stdin=broken)
+    refused(done, 5, "the system refused: Input/output error", "basics.py, line ", "do:", "--debug")
+    with BAD_DISK.open() as broken, pytest.raises(OSError, match="Input/output error"):
+        here("--debug", "predict", "m", "-", stdin=broken)
+
+
+def test_what_the_system_refuses_is_named() -> None:
+    try:
+        Path("gone").read_bytes()
+    except OSError as error:
+        told = cli._explained(error)
+    assert told is not None
+    assert (told.exit_code, told.where) == (5, "gone")
+    assert told.what == "the system refused: No such file or directory"
+
+
+def test_nobody_who_reads_is_no_error_to_tell() -> None:
+    """`convlens recipes | head -1`"""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-u", "-m", "convlens", "recipes"],
+        stdout=write, stderr=subprocess.PIPE, text=True, check=False, env=environment(),
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 import convlens
 from commands import DIGITS, here, picture, pictures, refused
 from convlens import models, onnxfile
-from convlens.errors import ModelFileError
+from convlens.errors import ModelFileError, ResourceError
 from convlens.exported import open_model
 from convlens.exporting import formats, making
 from convlens.exporting.agreement import Pictures, Witness
@@ -214,6 +216,54 @@ def test_the_command_refuses_and_keeps_what_was_there(
     monkeypatch.setattr(formats, "scale_and_shift", lambda *_: wrong)
     refused(here("export", "small", "--to", "torch,onnx"), 4, "doesn't answer as convlens does")
     assert {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()} == before
+
+
+def test_two_exports_at_once_both_succeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has its file proven and not yet read when the other, of the same file, is done."""
+    right, real, calls = network(), making._agreement, []
+
+    def agreement(*arguments: Any) -> Any:
+        proof = real(*arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            export_of(right, right, "torch")
+        return proof
+
+    monkeypatch.setattr(making, "_agreement", agreement)
+    export_of(right, right, "torch")
+    assert len(calls) == 4
+    assert sorted(path.name for path in Path().iterdir()) == ["net.pt2", "net.pt2.json"]
+    told = json.loads(Path("net.pt2.json").read_text())
+    assert hashlib.sha256(Path("net.pt2").read_bytes()).hexdigest() == told["sha256"]
+
+
+def test_two_exports_do_not_mix_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is putting its two files in place the other waits, and says so if it is long."""
+    right, real, said = network(), making._keep, []
+
+    def keep(*arguments: Any) -> None:
+        if not said:
+            said.append("")
+            with pytest.raises(ResourceError) as caught:
+                export_of(right, right, "torch")
+            said.append(str(caught.value))
+        real(*arguments)
+
+    monkeypatch.setattr(making, "_keep", keep)
+    monkeypatch.setattr(making, "PATIENCE", 0.1)
+    export_of(right, right, "torch")
+    assert f"the export to net.pt2 is in use by process {os.getpid()}" in said[1]
+    assert sorted(path.name for path in Path().iterdir()) == ["net.pt2", "net.pt2.json"]
+
+
+def test_what_a_killed_export_left_goes_when_it_is_old() -> None:
+    right = network()
+    for name, age in (("old_draf", 4000), ("youngest", 0)):
+        path = Path(f".net.pt2.{name}.part")
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    export_of(right, right, "torch")
+    assert [path.name for path in Path().glob(".*")] == [".net.pt2.youngest.part"]
 
 
 def test_a_network_that_torch_can_not_capture_is_told() -> None:

@@ -107,7 +107,7 @@ def test_the_command_says_what_it_proved(made: tuple[Path, dict[str, Any], str])
         assert proof["max_probability_difference"] <= 1e-5
         assert each["versions"]["torch"] == torch.__version__
     assert messages.count("the same class for all; logits differ by at most") == 2
-    assert not list(run.glob(".*unproven*"))
+    assert not list(run.glob(".model*"))
 
 
 def test_other_programs_get_the_answers(made: tuple[Path, dict[str, Any], str]) -> None:

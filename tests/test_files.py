@@ -113,6 +113,82 @@ def _wait_for_change(path: Path) -> Path:
     raise TimeoutError(path)
 
 
+LEFT = ".file.abcdefg_.part"
+KILLED = """
+import os, signal
+from pathlib import Path
+from convlens import files
+os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+with files.lock(Path("deep/er/.lock"), what="x"):
+    files.write_atomic(Path("deep/er/file"), b"half of it")
+"""
+
+
+def test_what_a_killed_write_left_goes_with_the_next_lock() -> None:
+    subprocess.run([sys.executable, "-c", KILLED], check=False)
+    names = [name for name in left() if name.endswith(files.PART)]
+    assert len(names) == 1
+    assert (FOLDER / names[0]).read_bytes() == b"half of it"
+    with files.lock(FOLDER / ".lock", what="x", owned=["other"]):
+        assert names[0] in left()
+    with files.lock(FOLDER / ".lock", what="x", owned=["other", "file"]):
+        assert left() == [".lock", ".owner"]
+
+
+def test_only_what_was_left_of_that_very_file_goes() -> None:
+    others = [
+        ".file.json.abcdefgh.part", ".other.abcdefgh.part", ".file.original", ".file.abcdefgh",
+        "file", ".file.part", ".file.abcdefgh.part.zip", ".Xfile.abcdefgh.part", "file.part",
+        ".file.ABCDEFGH.part",
+    ]  # fmt: skip
+    FOLDER.mkdir(parents=True)
+    for name in (LEFT, *others):
+        (FOLDER / name).touch()
+    (FOLDER / ".file.12345678.part").mkdir()  # no file of ours
+    files.sweep(FOLDER, ["file"], alone=True)
+    assert left() == sorted([*others, ".file.12345678.part"])
+    files.sweep(FOLDER / "none", ["file"], alone=True)
+
+
+def test_without_a_lock_only_what_is_old_goes() -> None:
+    FOLDER.mkdir(parents=True)
+    young, old = FOLDER / LEFT, FOLDER / ".file.12345678.part"
+    for path in (young, old):
+        path.touch()
+    os.utime(old, (time.time() - 3700,) * 2)
+    os.utime(young, (time.time() - 3400,) * 2)
+    files.sweep(FOLDER, ["file"], alone=False)
+    assert left() == [LEFT]
+
+
+def test_a_lock_that_is_held_leaves_what_its_holder_writes() -> None:
+    holder = holding(60)
+    (FOLDER / LEFT).touch()
+    with pytest.raises(ResourceError), files.lock(FOLDER / ".lock", what="x", owned=["file"]):
+        pass
+    assert LEFT in left()
+    holder.kill()
+    holder.wait()
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "lost"),
+    [
+        (errno.EIO, "its disk may be failing: restore it from a copy", True),
+        (errno.EUCLEAN, "its disk may be failing", True),
+        (errno.EMFILE, "ulimit -n", False),
+        (errno.EACCES, "change its permissions", False),
+        (errno.ESTALE, "that its disk or network works", False),
+    ],
+)
+def test_what_can_not_be_read_says_what_to_do(number: int, said: str, lost: bool) -> None:
+    error = OSError(number, os.strerror(number))
+    told = files.cannot_read("some/file", error)
+    assert (told.what, told.where) == (f"can't read: {os.strerror(number)}", "some/file")
+    assert said in told.fix
+    assert files.lost(error) == lost
+
+
 def test_sha256_of_a_file() -> None:
     # FIPS 180-2, appendix B.1.
     Path("abc").write_bytes(b"abc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 from convlens import files, generations, keeping, modelfile, training
-from convlens.errors import ResourceError
+from convlens.errors import ModelFileError, ResourceError
 from convlens.generations import Generations
 from convlens.run import RunFolder
-from support import begin, same, tiny
+from support import BAD_DISK, begin, same, tiny
 from test_resume import EVERYTHING, equal, finish
 
 
@@ -56,7 +57,10 @@ def test_the_same_place_saved_again_takes_no_generation_away() -> None:
     assert [each["step"] for each in manifest["generations"]] == [2, 1]
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "deleted", "exchanged"])
+DAMAGES = ["flipped", "truncated", "emptied", "deleted", "exchanged", "unreadable"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_falls_back_and_says_so(damage: str) -> None:
     states = Generations(Path("state"))
     states.save(tensors(1), counters(1, 4))
@@ -72,6 +76,8 @@ def test_a_damaged_newest_falls_back_and_says_so(damage: str) -> None:
         newest.write_bytes(bytes(len(content)))
     elif damage == "deleted":
         newest.unlink()
+    elif damage == "unreadable":
+        unreadable(newest)
     else:  # whole, but of another time
         modelfile.write(newest, tensors(9), counters(3, 7))
     states = Generations(Path("state"))
@@ -87,6 +93,52 @@ def test_a_damaged_newest_falls_back_and_says_so(damage: str) -> None:
     found = Generations(Path("state")).read()
     assert found is not None
     assert found.counters["position"] == {"epoch": 1, "step": 4}
+
+
+def unreadable(path: Path) -> None:
+    """A file that the disk doesn't give back."""
+    path.unlink()
+    path.symlink_to(BAD_DISK)
+    with pytest.raises(OSError, match="Input/output error"):
+        path.read_bytes()
+
+
+def test_without_a_manifest_an_unreadable_state_is_passed_over() -> None:
+    states = Generations(Path("state"))
+    states.save(tensors(1), counters(1, 4))
+    states.save(tensors(2), counters(3, 7))
+    Path("state/manifest.json").unlink()
+    unreadable(Path("state/0003-000007.safetensors"))
+    found = Generations(Path("state")).read()
+    assert found is not None
+    assert found.counters["position"] == {"epoch": 1, "step": 4}
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EACCES, "permissions"), (errno.EMFILE, "ulimit -n")]
+)
+def test_a_state_that_may_be_whole_is_not_passed_over(
+    number: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = Generations(Path("state"))
+    states.save(tensors(1), counters(1, 4))
+    states.save(tensors(2), counters(3, 7))
+    real = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name == "0003-000007.safetensors":
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        with pytest.raises(ResourceError, match=os.strerror(number)) as caught:
+            Generations(Path("state")).read()
+    assert said in caught.value.fix
+    assert caught.value.where.endswith("0003-000007.safetensors")
+    found = Generations(Path("state")).read()
+    assert found is not None
+    assert found.counters["position"] == {"epoch": 3, "step": 7}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"generations": [{"file": 1}]}'])
@@ -228,14 +280,21 @@ def test_a_run_with_a_damaged_state_ends_as_if_it_were_whole(
     assert "what came after it is trained again" in told
 
 
+@pytest.mark.parametrize("damage", ["cut", "unreadable"])
 def test_lost_best_weights_are_trained_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = finish(tiny(*EVERYTHING), "whole")
     killed_after(9, "damaged", monkeypatch)
     place = RunFolder(Path("models/damaged"))
     assert modelfile.read(place.model_path)[1]["chosen"]["epoch"] == 1
-    place.model_path.write_bytes(place.model_path.read_bytes()[:-1])
+    if damage == "cut":
+        place.model_path.write_bytes(place.model_path.read_bytes()[:-1])
+    else:
+        unreadable(place.model_path)
+        with pytest.raises(ModelFileError, match="the disk can't give it back") as caught:
+            modelfile.read(place.model_path)
+        assert caught.value.fix
     equal(finish(tiny(*EVERYTHING), "damaged"), whole)
     told = capsys.readouterr().err
     assert "the weights of epoch 1, the best ones, are lost" in told

@@ -192,8 +192,10 @@ def test_missing_files_and_folders() -> None:
     with pytest.raises(ModelFileError, match="no such model file"):
         modelfile.read(Path("absent"))
     Path("folder").mkdir()
-    with pytest.raises(ResourceError, match="can't read"):
+    with pytest.raises(ResourceError, match="can't read") as caught:
         modelfile.read(Path("folder"))
+    assert caught.value.where == "folder"
+    assert caught.value.fix
 
 
 # Anything at all

@@ -173,6 +173,22 @@ def test_damaged_records_are_model_file_errors(file: str, content: bytes) -> Non
         folder.facts() if file == "run.json" else folder.results()
 
 
+def test_what_killed_processes_left_in_a_run_goes_with_its_locks() -> None:
+    place = RunFolder(Path("models/x"))
+    place.create(tiny(), {"digests": []})
+    place.add_result({"split": "val", "accuracy": 1})
+    names = [*records.LOCKED, "results.json", "model.onnx", "mine.csv"]
+    parts = {name: place.path / f".{name}.abcdefgh.part" for name in names}
+    for path in parts.values():
+        path.touch()
+    with place.lock():
+        there = {name for name, path in parts.items() if path.exists()}
+    assert there == {"results.json", "model.onnx", "mine.csv"}
+    place.add_result({"split": "val", "accuracy": 1})
+    there = {name for name, path in parts.items() if path.exists()}
+    assert there == {"model.onnx", "mine.csv"}
+
+
 def test_a_run_is_locked_by_one_process() -> None:
     folder = RunFolder(Path("models/x"))
     with folder.lock(), pytest.raises(ResourceError, match="run 'x' is in use"):  # noqa: SIM117

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import shutil
 import tarfile
 import threading
@@ -26,9 +28,9 @@ from convlens.data.sharding import write_shards
 from convlens.data.shards import read_shards
 from convlens.data.sources import find
 from convlens.data.tars import read_samples
-from convlens.errors import DataError, UsageError
+from convlens.errors import DataError, ResourceError, UsageError
 from convlens.schema import DataConfig
-from support import PLAN
+from support import BAD_DISK, PLAN
 
 PLENTY = 1 << 30
 Member = tuple[str, bytes]
@@ -200,6 +202,47 @@ def test_compressed_shards_are_refused_by_their_names(tmp_path: Path) -> None:
         find(str(tmp_path))
 
 
+def test_a_disk_that_fails_is_no_damaged_tar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = tar(tmp_path / "set" / "a.tar", samples([0, 1]))
+    bad = tmp_path / "set" / "b.tar"
+    bad.symlink_to(BAD_DISK)
+    with pytest.raises(ResourceError, match="Input/output error") as caught:
+        find(str(tmp_path / "set"))
+    assert caught.value.where == str(bad)
+    bad.unlink()
+
+    def stale(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tars._Bounded, "read", stale)
+        with pytest.raises(ResourceError, match="Stale") as caught:
+            find(str(tmp_path / "set"))
+    assert caught.value.where == str(good)
+    assert find(str(tmp_path / "set")).classes == ("0", "1")
+
+
+def test_a_disk_that_fails_in_a_shard_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards(tmp_path / "set", {"train": 20})
+    (tmp_path / "cache").mkdir()
+    left = tmp_path / "cache" / f".{'0' * 40}.index.abcdefgh.part"
+    left.touch()
+
+    def bad_sector(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", bad_sector)
+        done = here("train", tmp_path / "set", "train.epochs=1", "model.widths=[2]")
+    refused(done, 5, "can't read: Input/output error", "train-0.tar", "restore it from a copy")
+    assert "no cache" not in done.err
+    assert left.exists()  # another's
+
+
 # Which shards, which classes
 
 
@@ -362,8 +405,11 @@ def test_the_index_is_kept_and_notices_changes(
     whole = index.read_bytes()
     for content in (whole[:100], b"", b"x" * 50):
         index.write_bytes(content)
+        left = index.with_name(f".{index.name}.abcdefgh.part")  # of a process that was killed
+        left.touch()
         assert list(find(str(tmp_path / "x")).parts["train"].ids) == list(part.ids)
         assert index.read_bytes() == whole
+        assert not left.exists()
     tar(tmp_path / "x" / "train-1.tar", samples([1, 0], 50))
     changed = find(str(tmp_path / "x")).parts["train"]
     assert list(changed.ids)[10:] == ["train-1.tar/0050", "train-1.tar/0051"]

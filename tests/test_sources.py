@@ -256,6 +256,12 @@ def test_download_takes_only_what_it_expects(
     content = tar_gz(CIFAR, evil)
     handler.pages["/cifar-10-binary.tar.gz"] = content
     offer_cifar10(monkeypatch, url, content)
+    folder = data_root / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    (folder / ".cifar-10-binary.tar.gz.abcdefgh.part").touch()  # of a process that was killed
+    unpacked = folder / ".test_batch.bin.abcdefgh.part"
+    unpacked.touch()
+    os.utime(unpacked, (0, 0))
     check_cifar10()
     check_cifar10()
     assert len(handler.asked) == 1

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens import metrics, modelfile
+from convlens import files, metrics, modelfile
 from convlens.data import Split
 from convlens.errors import ModelFileError
 from convlens.run import RunFolder
@@ -59,7 +59,9 @@ def keep(place: RunFolder, split: str, fingerprint: str, model: str, answers: An
         "logits": torch.from_numpy(np.ascontiguousarray(answers.logits, dtype=np.float32)),
         "labels": torch.from_numpy(np.ascontiguousarray(answers.labels, dtype=np.int64)),
     }
-    modelfile.write(_path(place, split, fingerprint), tensors, about)
+    path = _path(place, split, fingerprint)
+    files.sweep(path.parent, [path.name], alone=False)
+    modelfile.write(path, tensors, about)
 
 
 def kept(place: RunFolder, split: str, fingerprint: str, model: str) -> Answers | None:

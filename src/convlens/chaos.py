@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from convlens import device, modelfile
@@ -49,6 +50,7 @@ RECIPE: dict[str, Any] = {
 }  # fmt: skip
 SAVE_SECONDS = "0.2"  # so that many of the kills meet a save
 LONGEST = 600.0  # seconds; a training that takes longer hangs
+PROC = Path("/proc")  # Linux's list of processes
 CLOCK = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
 
 
@@ -90,6 +92,11 @@ def chaos(kills: int, *, processes: int = 1, seed: int = 0, jobs: int | None = N
     """
     if os.name == "nt":
         raise UsageError("this needs SIGKILL, which Windows hasn't", fix="run it in WSL")
+    if processes > 1 and not _children(os.getpid()).exists():
+        raise UsageError(
+            "which processes torchrun has started can only be seen on Linux, in /proc",
+            fix="leave out --processes",
+        )
     jobs = jobs or max(1, device.usable_cores() // processes)
     with tempfile.TemporaryDirectory(prefix="convlens-chaos-") as root:
         whole = _Training(Path(root) / "whole", processes)
@@ -107,7 +114,7 @@ def chaos(kills: int, *, processes: int = 1, seed: int = 0, jobs: int | None = N
                     kill = done.result()
                     found.append(kill)
                     end = "the same bits" if not kill.differences else "; ".join(kill.differences)
-                    say(f"killed after {kill.after:.2f} s ({kill.saved}): {end}"[:300])
+                    say(escape(f"killed after {kill.after:.2f} s ({kill.saved}): {end}"[:600]))
                     bar.advance()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -148,60 +155,117 @@ class _Training:
     def to_its_end(self) -> tuple[float, float]:
         """Seconds until its first file, and until its end."""
         begun, first = time.perf_counter(), 0.0
-        with _none_left(self.start()) as process:
+        with self._running() as process:
             while process.poll() is None:
                 if time.perf_counter() - begun > LONGEST:
                     raise ResourceError("a training hangs", where=self._told())
                 if not first and self.place.path.exists():
                     first = time.perf_counter() - begun
                 time.sleep(0.01)
-        if process.returncode:
-            raise ResourceError(f"a training ended with {process.returncode}", where=self._told())
+        self._refuse_failed(process)
         return first, time.perf_counter() - begun
 
     def kill(self, after: float, draw: random.Random) -> bool:
-        """Kills one of its processes `after` seconds from its start; False if it has ended.
+        """Kills one of its processes `after` seconds from its start, or as soon as there is one.
+
+        False if it has ended before that.
 
         Raises:
-            ResourceError: torchrun hangs instead of starting its processes anew.
+            ResourceError: it ended with an error of its own; torchrun hangs, or fails, instead of
+                starting its processes anew.
         """
         begun = time.perf_counter()
-        with _none_left(self.start()) as process:
-            while time.perf_counter() - begun < after:
+        with self._running() as process:
+            while time.perf_counter() - begun < after or not self._hit(process, draw):
                 if process.poll() is not None:
+                    self._refuse_failed(process)
                     return False
                 time.sleep(0.002)
-            if self.processes == 1:
-                process.kill()
-                process.wait()
-                return True
-            with contextlib.suppress(ProcessLookupError, IndexError):
-                os.kill(draw.choice(_workers(process.pid)), signal.SIGKILL)
-            try:
-                process.wait(LONGEST)  # torchrun starts them anew
-            except subprocess.TimeoutExpired as error:
-                raise ResourceError("torchrun hangs", where=self._told()) from error
+            if self.processes > 1:
+                try:
+                    process.wait(LONGEST)  # torchrun starts them anew
+                except subprocess.TimeoutExpired as error:
+                    raise ResourceError("torchrun hangs", where=self._told()) from error
+                self._refuse_failed(process)
         return True
+
+    def _hit(self, process: subprocess.Popen[bytes], draw: random.Random) -> bool:
+        """Kills the training, or one of torchrun's processes; False if none of them lives."""
+        if self.processes == 1:
+            process.kill()
+            return process.wait() == -signal.SIGKILL  # and not with a code of its own
+        workers = _workers(process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            if workers:
+                os.kill(draw.choice(workers), signal.SIGKILL)
+                return True
+        return False
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[subprocess.Popen[bytes]]:
+        """The command at work; none of its processes is left behind, whatever happens."""
+        process = self.start()
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            _end_all_in(self.folder)
+
+    def _refuse_failed(self, process: subprocess.Popen[bytes]) -> None:
+        if process.returncode:
+            what = "torchrun" if self.processes > 1 else "a training"
+            raise ResourceError(f"{what} ended with {process.returncode}", where=self._told())
 
     def _told(self) -> str:
         return (self.folder / "log.txt").read_text(errors="replace")[-400:]
 
 
-@contextlib.contextmanager
-def _none_left(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """No process of its session is left behind, whatever happens."""
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _children(process: int) -> Path:
+    return PROC / f"{process}/task/{process}/children"
 
 
 def _workers(agent: int) -> list[int]:
-    """The processes that a torchrun has started (Linux)."""
-    children = Path(f"/proc/{agent}/task/{agent}/children")
-    return [int(pid) for pid in children.read_text().split()]
+    """The processes that a torchrun has started and that live (Linux)."""
+    try:
+        started = _children(agent).read_text().split()
+    except OSError:
+        return []
+    return [int(pid) for pid in started if _lives(pid)]
+
+
+def _lives(pid: str) -> bool:
+    try:
+        state = (PROC / pid / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"  # one that has ended stays until its parent has asked for it
+
+
+def _end_all_in(folder: Path) -> None:
+    """Kills what works in this folder, which is one training's (Linux).
+
+    torchrun gives each of its processes a session of its own: killed itself, it leaves them.
+    """
+    place, until = os.path.realpath(folder), time.perf_counter() + 10
+    while time.perf_counter() < until:
+        left = _all_in(place)
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _all_in(place: str) -> list[int]:
+    found = []
+    for name in filter(str.isdecimal, os.listdir(PROC) if PROC.is_dir() else ()):
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            if os.readlink(PROC / name / "cwd") == place:
+                found.append(int(name))
+    return found
 
 
 def _killed(

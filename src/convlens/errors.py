@@ -1,6 +1,7 @@
 """Every error a user can cause: what went wrong, where, and what to do about it.
 
-Anything that is not a `ConvlensError` is a bug of ours and keeps its traceback.
+Anything that is not a `ConvlensError` is a bug of ours and keeps its traceback; but where memory
+runs out, or the system refuses something, the command line makes it a `ResourceError`.
 """
 
 from __future__ import annotations

@@ -6,12 +6,17 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from convlens.errors import ResourceError
+
+PART = ".part"  # how the name of what isn't whole yet ends
+ABANDONED = 3600.0  # seconds that nobody wrote to it
 
 
 def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
@@ -31,7 +36,7 @@ def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = part_of(path)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             for part in rest:
@@ -49,6 +54,50 @@ def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
         if isinstance(error, OSError):
             raise cannot_write(path, error) from error
         raise
+
+
+def part_of(path: Path) -> tuple[int, str]:
+    """A new file beside `path` for what is to become it, open, and its name.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    return tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
+
+
+def sweep(folder: Path, names: Sequence[str], *, alone: bool) -> None:
+    """Deletes what killed processes had begun to write of the files `names`.
+
+    Args:
+        alone: nobody else can be writing them, since who does holds the lock that the caller has;
+            else only what wasn't written to for an hour is taken for left.
+    """
+    written = "|".join(re.escape(name) for name in names)
+    # Twice: a part may have been written in parts, too.
+    left = re.compile(rf"\.{{1,2}}({written})(\.[a-z0-9_]{{8}}{re.escape(PART)}){{1,2}}")
+    with contextlib.suppress(OSError):
+        for name in filter(left.fullmatch, os.listdir(folder)):
+            with contextlib.suppress(OSError):
+                path = folder / name
+                if alone or time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
+
+
+def lost(error: OSError) -> bool:
+    """Whether the disk can't give back what was written, or its file system is damaged."""
+    return error.errno in (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
+
+
+def cannot_read(path: Path | str, error: OSError) -> ResourceError:
+    """The `ResourceError` that explains why `path` could not be read."""
+    fix = "see that it is a file, that its disk or network works, and run the same command again"
+    if isinstance(error, PermissionError):
+        fix = "change its permissions, and run the same command again"
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        fix = "close other programs, or raise the limit (ulimit -n), and run the same command again"
+    if lost(error):
+        fix = "its disk may be failing: restore it from a copy, or delete it if it can be made anew"
+    return ResourceError(f"can't read: {error.strerror or error}", where=str(path), fix=fix)
 
 
 def cannot_write(path: Path, error: OSError) -> ResourceError:
@@ -84,11 +133,15 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, what: str, patience: float = 0.0) -> Iterator[None]:
+def lock(
+    path: Path, *, what: str, patience: float = 0.0, owned: Sequence[str] = ()
+) -> Iterator[None]:
     """Holds `path` as a kernel lock, so that a killed process leaves none behind.
 
     Args:
         patience: seconds to wait for another process that holds it.
+        owned: names of files beside it that only its holder writes; what a killed one had begun
+            of them is deleted.
 
     Raises:
         ResourceError: another process holds it; names that process and its machine.
@@ -111,6 +164,8 @@ def lock(path: Path, *, what: str, patience: float = 0.0) -> Iterator[None]:
         held.release()
         raise cannot_write(path, error) from error
     try:
+        if owned:
+            sweep(path.parent, owned, alone=True)
         yield
     finally:
         with contextlib.suppress(OSError):

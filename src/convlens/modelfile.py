@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from torch import Tensor
 
-from convlens.errors import ModelFileError, ResourceError, Stopped
-from convlens.files import write_atomic
+from convlens.errors import ModelFileError, Stopped
+from convlens.files import cannot_read, lost, write_atomic
 
 KEY = "convlens"
 FORMAT = 1
@@ -102,7 +102,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         ModelFileError: missing, truncated, changed by even one byte, another format, or tensors
-            with NaN or infinity.
+            with NaN or infinity; a disk that can't give it back. ResourceError: something else
+            stands in the way (rights, too many open files), and the file may be whole.
     """
     path = Path(path)
     try:
@@ -112,7 +113,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "no such model file", where=str(path), fix="train it first, or check the path"
         ) from error
     except OSError as error:
-        raise ResourceError(f"can't read: {error.strerror}", where=str(path)) from error
+        if not lost(error):
+            raise cannot_read(path, error) from error
+        raise ModelFileError(
+            f"the disk can't give it back: {error.strerror}",
+            where=str(path),
+            fix="restore it from a copy, or train again with --fresh",
+        ) from error
     _refuse_foreign(data, path)
     metadata = _metadata(data, path)
     stored = str(metadata.get("sha256", ""))

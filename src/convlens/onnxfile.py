@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from convlens.device import use_cores
-from convlens.errors import ModelFileError, ResourceError, UsageError
+from convlens.errors import ModelFileError, UsageError
+from convlens.files import cannot_read
 from convlens.modelfile import NO_HASH, digest_around
 
 INPUT, OUTPUTS = "images", ("logits", "probabilities")
@@ -124,7 +125,7 @@ def _bytes(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise ModelFileError("no such file", where=str(path), fix="check the path") from error
     except OSError as error:
-        raise ResourceError(f"can't read: {error.strerror}", where=str(path)) from error
+        raise cannot_read(path, error) from error
 
 
 def _strange(proto: Any) -> str:

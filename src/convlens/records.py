@@ -17,6 +17,11 @@ from convlens import files, sealing
 from convlens.errors import ModelFileError
 
 T = TypeVar("T")
+# What only the holder of a run's lock writes into its folder. (`results.json` has its own lock.)
+LOCKED = (
+    "model.safetensors", "recipe.yaml", "run.json", "metrics.csv", "split.csv", "images.csv.gz",
+)  # fmt: skip
+RESULTS = ("results.json",)
 COLUMNS = (
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds",
     "cpu_seconds", "data_seconds", "images_per_second",

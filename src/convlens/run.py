@@ -127,7 +127,7 @@ class RunFolder:
         return self.facts().get("status") == "finished" and self.model_path.exists()
 
     def lock(self) -> AbstractContextManager[None]:
-        return files.lock(self.path / ".lock", what=f"run {self.name!r}")
+        return files.lock(self.path / ".lock", what=f"run {self.name!r}", owned=records.LOCKED)
 
     def recipe(self) -> Recipe:
         """The resolved recipe, by which the run trained.
@@ -176,8 +176,8 @@ class RunFolder:
         A look that measured nothing (`convlens look RUN test:17`) has no `accuracy`. Of two at the
         same moment one waits for the other: none is lost, and both are counted.
         """
-        of = f"results.json of {self.name!r}"
-        with files.lock(self.path / ".results.lock", what=of, patience=PATIENCE):
+        of, owned = f"results.json of {self.name!r}", records.RESULTS
+        with files.lock(self.path / ".results.lock", what=of, patience=PATIENCE, owned=owned):
             log = self.log()
             same = ("split", "data_fingerprint")
             looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)

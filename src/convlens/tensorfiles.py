@@ -22,7 +22,8 @@ from safetensors.torch import load as from_bytes
 from torch import Tensor
 
 from convlens import modelfile
-from convlens.errors import ModelFileError, ResourceError
+from convlens.errors import ModelFileError
+from convlens.files import cannot_read
 
 # Where training scripts keep the weights in what they save; the first that is there is taken.
 NESTS = ("state_dict", "model_state_dict", "model", "net")
@@ -50,7 +51,7 @@ def read(path: Path) -> Contents:
     except FileNotFoundError as error:
         raise ModelFileError("no such file", where=str(path), fix="check the path") from error
     except OSError as error:
-        raise ResourceError(f"can't read: {error.strerror}", where=str(path)) from error
+        raise cannot_read(path, error) from error
     if modelfile.is_pickle(data):
         _refuse_packed(data, path)
         tensors = _named(_unpickled(data, path), len(data), path)

@@ -11,6 +11,8 @@ import io
 import os
 import signal
 import sys
+import traceback
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -20,7 +22,7 @@ from convlens import ranks
 from convlens.cli import basics, inside, judging, trusting
 from convlens.cli.shared import app
 from convlens.console import console, say
-from convlens.errors import ConvlensError, Stopped, UsageError
+from convlens.errors import ConvlensError, ResourceError, Stopped, UsageError
 from convlens.interrupts import Terminated, stoppable
 from convlens.names import pick
 from convlens.version import __version__
@@ -64,7 +66,8 @@ def root(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line and ends the process with the documented exit code.
 
-    typer itself ends with 2 for a wrong option and with 130 for Ctrl-C.
+    typer itself ends with 2 for a wrong option, with 130 for Ctrl-C, and with 1 where nobody reads
+    what is printed any more.
     """
     # Importing torch makes a million objects that stay: searching them for garbage again and again
     # is a twentieth of the time that it takes.
@@ -79,7 +82,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             app(args=arguments)
     except Terminated as signalled:
         _end(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))
-    except (ConvlensError, MemoryError, RuntimeError) as raised:
+    except (ConvlensError, MemoryError, RuntimeError, OSError) as raised:
         error = _explained(raised)
         if error is None or os.environ.get("CONVLENS_DEBUG"):
             raise
@@ -104,9 +107,22 @@ def _explained(error: Exception) -> ConvlensError | None:
             f"--deterministic: {str(error).partition(',')[0]}"[:200],
             fix="leave out --deterministic, or take another network",
         )
+    if isinstance(error, OSError):
+        return _of_the_system(error)
     from convlens import memory  # torch; who ran out of memory has imported it
 
     return memory.explained(error) if memory.ran_out(error) else None
+
+
+def _of_the_system(error: OSError) -> ResourceError:
+    """What the system refused where nobody had foreseen it: a disk or a network that fails."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(at.filename).name}, line {at.lineno}"
+    return ResourceError(
+        f"the system refused: {error.strerror or error}",
+        where=place if error.filename is None else str(error.filename),
+        fix="see that this file and its disk are in order, and run it again; or convlens --debug",
+    )
 
 
 def _fail_with_others(error: ConvlensError) -> NoReturn:

@@ -21,7 +21,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from convlens import device
 from convlens.console import progress, say
 from convlens.data import decode
 from convlens.data.decode import Pixels, UnreadableImage
-from convlens.data.encoded import Files
+from convlens.data.encoded import Files, refuse_passing
 from convlens.data.locks import turn
 from convlens.data.rows import (
     ArrayRows,
@@ -46,7 +45,7 @@ from convlens.data.rows import (
     StoredRows,
     sums_of,
 )
-from convlens.errors import ResourceError
+from convlens.files import part_of, sweep
 from convlens.sealing import Changed, seal_bytes, unseal_bytes
 
 _MAGIC = b"convlns2"
@@ -143,11 +142,13 @@ def _pixel_bytes(store: Path, shape: Shape) -> int:
 
 
 def _build(store: Path, files: Files, conversion: Conversion, shape: Shape) -> None:
+    """Makes the store; its lock is held."""
+    sweep(store.parent, [store.name], alone=True)
     pixel_bytes = _pixel_bytes(store, shape)
     needed = pixel_bytes + (32 + 4) * shape[0]
     if shutil.disk_usage(store.parent).free < needed + (64 << 20):
         raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, the disk has not that much left")
-    handle, temporary = tempfile.mkstemp(prefix=f".{store.name}.", dir=store.parent)
+    handle, temporary = part_of(store)
     try:
         with os.fdopen(handle, "wb") as file:
             sums = np.zeros(shape[0], "<u4")
@@ -210,7 +211,7 @@ def _decode(
                 digests[number] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
                 pixels[place] = conversion.file(content, files.name(number))
             except UnreadableImage as error:
-                _refuse_if_ours(error)
+                refuse_passing(error)
                 bad[number] = error.reason
         return start, pixels
 
@@ -219,17 +220,6 @@ def _decode(
             sink(start, pixels)
             bar.advance(len(pixels))
     return digests, dict(sorted(bad.items()))
-
-
-def _refuse_if_ours(error: UnreadableImage) -> None:
-    """Being out of files or memory is no fault of the image, and must not be remembered as one."""
-    cause = error.__cause__
-    if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        raise ResourceError(
-            f"images can't be read: {cause.strerror}",
-            where=error.path,
-            fix="close other programs, or raise the limit (ulimit -n), and try again",
-        ) from error
 
 
 def _in_order(

@@ -19,7 +19,7 @@ from convlens.console import say
 from convlens.data.fetching import DownloadError, fetch
 from convlens.data.locks import turn
 from convlens.errors import DataError
-from convlens.files import cannot_write, write_atomic
+from convlens.files import cannot_write, sweep, write_atomic
 
 MOST_MEMBER = 1 << 30  # bytes of an unpacked file; the largest of the sets has 221 MB
 
@@ -218,6 +218,7 @@ def _check_md5(path: Path, archive: Archive) -> None:
 
 def _unpack(path: Path, archive: Archive, folder: Path) -> None:
     """Writes the expected members of an archive into `folder`, each whole or not at all."""
+    sweep(folder, archive.members, alone=False)  # one put there by hand is unpacked without a lock
     try:
         if archive.file.endswith(".tar.gz"):
             _unpack_tar(path, archive, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -11,7 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from convlens.data.decode import read_bytes
+from convlens.data.decode import UnreadableImage, read_bytes
+from convlens.files import cannot_read
+
+# What the system says of a file that will be no better the next time: gone, forbidden, no regular
+# file, a name that can't be.
+_ITS_OWN = (
+    errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENXIO, errno.ENODEV,
+)  # fmt: skip
 
 
 class Files(ABC):
@@ -33,7 +42,8 @@ class Files(ABC):
         """The bytes of one image.
 
         Raises:
-            UnreadableImage: it is not there, empty, too large, no regular file.
+            UnreadableImage: it is not there, empty, too large, no regular file; or the system
+                failed (`refuse_passing`).
         """
 
     @abstractmethod
@@ -51,6 +61,17 @@ class Files(ABC):
     def expect(self, blocks: Sequence[int]) -> None:
         """Tells that images of these blocks will be asked for soon. Returns at once."""
         return
+
+
+def refuse_passing(error: UnreadableImage) -> None:
+    """Raises where the system failed: that may pass, and must not be remembered of the image.
+
+    Raises:
+        ResourceError: out of files or memory, a disk or a network that doesn't answer.
+    """
+    cause = error.__cause__  # Pillow's own errors about contents have no number
+    if isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _ITS_OWN:
+        raise cannot_read(error.path, cause) from error
 
 
 class Paths(Files, Sequence[str]):

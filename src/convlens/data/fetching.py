@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 from convlens.console import progress
+from convlens.files import part_of, sweep
 
 TIMEOUT = 20.0  # seconds without a byte
 MOST = 4 << 30  # bytes of one file: more is not what we asked for
@@ -24,6 +24,8 @@ class DownloadError(Exception):
 def fetch(url: str, file: str, folder: Path, *, md5: str = "", sha256: str = "") -> Path:
     """A temporary file in `folder` with the content of `url`, its checksum looked at.
 
+    The caller holds the folder's lock: what a killed download left of `file` is deleted.
+
     Args:
         file: what it is called, for the progress bar and the temporary name.
         md5, sha256: one of them, in hex; the first digits of it are enough.
@@ -33,7 +35,8 @@ def fetch(url: str, file: str, folder: Path, *, md5: str = "", sha256: str = "")
         OSError: the folder can't be written.
     """
     digest = hashlib.md5(usedforsecurity=False) if md5 else hashlib.sha256()
-    handle, temporary = tempfile.mkstemp(prefix=f".{file}.", dir=folder)
+    sweep(folder, [file], alone=True)
+    handle, temporary = part_of(folder / file)
     path, head = Path(temporary), b""
     try:
         with os.fdopen(handle, "wb") as target:

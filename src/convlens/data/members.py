@@ -29,7 +29,7 @@ from convlens.data.locks import turn
 from convlens.data.reading import Reader
 from convlens.data.tars import read_samples
 from convlens.errors import DataError, ResourceError
-from convlens.files import write_atomic
+from convlens.files import sweep, write_atomic
 from convlens.sealing import Changed, seal_bytes, unseal_bytes
 
 VERSION = 2  # of the index: raise it when the same tar would give another one
@@ -162,7 +162,7 @@ class Members(Files):
                 reader, size = Reader(self._paths[shard]), int(self._times[shard, 0])
                 for start in range(0, size, len(piece)):
                     reader.fill(piece[: size - start], start)
-            except (OSError, DataError):
+            except (OSError, DataError, ResourceError):
                 return  # whoever needs an image of it will say so
 
 
@@ -230,6 +230,7 @@ def _keep(index: Index, place: Path) -> None:
         "starts": index.keys.starts,
     }
     facts = json.dumps({"labels": index.labels, "ignored": index.ignored})
+    sweep(place.parent, [place.name], alone=True)  # the lock is held
     try:
         write_atomic(place, seal_bytes(save(arrays, {"facts": facts})))
     except ResourceError as error:

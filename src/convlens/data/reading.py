@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 from convlens.errors import DataError
+from convlens.files import cannot_read
 
 
 class Reader:
@@ -29,15 +30,13 @@ class Reader:
         """Fills `into` with the bytes from `offset` on.
 
         Raises:
-            DataError: the file ends before that.
+            DataError: the file ends before that. ResourceError: the disk or the network fails.
         """
         while len(into):
-            if hasattr(os, "preadv"):
-                got = os.preadv(self._file.fileno(), [into], offset)
-            else:  # Windows
-                with self._lock:
-                    self._file.seek(offset)
-                    got = self._file.readinto(into) or 0
+            try:
+                got = self._some(into, offset)
+            except OSError as error:
+                raise cannot_read(self.path, error) from error
             if got == 0:
                 raise DataError(
                     "a file of images was cut short while in use",
@@ -45,6 +44,13 @@ class Reader:
                     fix="delete it and run the same command again",
                 )
             into, offset = into[got:], offset + got
+
+    def _some(self, into: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [into], offset)
+        with self._lock:  # Windows
+            self._file.seek(offset)
+            return self._file.readinto(into) or 0
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):  # not where opening it failed

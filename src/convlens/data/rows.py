@@ -23,7 +23,7 @@ from torch import Tensor
 
 from convlens.console import say
 from convlens.data.decode import Pixels, UnreadableImage, decode, fit_images
-from convlens.data.encoded import Files
+from convlens.data.encoded import Files, refuse_passing
 from convlens.data.parts import Images
 from convlens.data.reading import Reader
 from convlens.errors import DataError
@@ -199,6 +199,7 @@ class DecodedRows:
         try:
             content = self._files.read(number)
         except UnreadableImage as error:
+            refuse_passing(error)
             raise DataError(
                 f"an image can't be read any more: {error.reason}", where=name, fix=fix
             ) from error

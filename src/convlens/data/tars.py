@@ -6,6 +6,7 @@ A sample is what shares a name up to the first dot of its last part (github.com/
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typing import IO
 from convlens.data.decode import EXTENSIONS
 from convlens.data.folders import normal, printable
 from convlens.errors import DataError
+from convlens.files import cannot_read
 
 LABELS = ("cls", "json", "txt")  # where there are several, the first counts
 MOST_LABEL = 1 << 20  # bytes of a label
@@ -57,7 +59,15 @@ def read_samples(path: Path) -> Samples:
 
     Raises:
         DataError: it is no tar, compressed, cut short or damaged.
+        ResourceError: the disk or the network fails.
     """
+    try:
+        return _read(path)
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def _read(path: Path) -> Samples:
     found, samples = Samples(), dict[str, _Sample]()
     with _opened(path) as file:
         for member in _members(file, path):
@@ -201,6 +211,9 @@ def _members(file: IO[bytes], path: Path) -> Iterator[tarfile.TarInfo]:
                 yield member
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
+        # A header that leads nowhere is an invalid argument; all else is the disk's fault.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise _damaged(path, str(error)) from error
     file.seek(end)
     rest = file.read(1 << 20)

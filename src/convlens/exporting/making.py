@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from convlens.exporting.formats import FORMATS, Body, captured, described, texts
 from convlens.names import pick
 from convlens.onnxfile import needed
 from convlens.run import RunFolder
+
+PATIENCE = 60.0  # seconds to wait for another export that puts its files in place
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def _proven(
             **{package: str(needed(package).__version__) for package in packages},
         },
     )
-    _keep(target, content, made)
+    with _alone(target):
+        _keep(target, content, made)
     say(f"{name}: {escape(proof.sentence())}")
     for tie in proof.near_ties:
         say(escape(f"near-tie: {tie['image']}: {tie['convlens']} or {tie['exported']}"))
@@ -142,12 +146,26 @@ def _proven(
 
 @contextlib.contextmanager
 def _draft(target: Path) -> Iterator[Path]:
-    draft = target.with_name(f".{target.stem}.unproven{target.suffix}")
+    """A name beside `target` that nobody else has: another export of it may be at work."""
+    files.sweep(target.parent, [target.name, f"{target.name}.json"], alone=False)
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}{files.PART}")
     try:
         yield draft
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Only one export at a time: else of two a file could get the other's FILE.json."""
+    lock = target.with_name(f".{target.name}.lock")
+    with files.lock(lock, what=f"the export to {target.name}", patience=PATIENCE):
+        try:
+            yield
+        finally:  # held, so that who waits for it looks for it anew
+            with contextlib.suppress(OSError):
+                lock.unlink()
 
 
 def _agreement(
