@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 # Two threads that wait for each other are slower than one on a shared machine, and tiny
 # networks have nothing to share.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What is started in the background by a shell ignores Ctrl-C, and hands that down.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = REPOSITORY / "data"

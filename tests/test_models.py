@@ -24,9 +24,9 @@ def test_the_networks_of_the_recipes_have_the_parameters_counted_by_hand() -> No
     assert parameters(mnist) == convolutions + (64 * 7 * 7 * 128 + 128) + (128 * 10 + 10)
     assert parameters(mnist) == 421_642
     digits = models.build("cnn", 10, 1, 8, recipe.load("digits").model.options)
-    first = (1 * 9 * 32 + 2 * 32) + (32 * 9 * 32 + 2 * 32)  # batch norm instead of a bias
-    second = (32 * 9 * 64 + 2 * 64) + (64 * 9 * 64 + 2 * 64)
-    assert parameters(digits) == first + second + (64 * 2 * 2 * 10 + 10)
+    first = (1 * 9 * 16 + 2 * 16) + (16 * 9 * 16 + 2 * 16)  # batch norm instead of a bias
+    second = (16 * 9 * 48 + 2 * 48) + (48 * 9 * 48 + 2 * 48)
+    assert parameters(digits) == first + second + (48 * 2 * 2 * 10 + 10)
 
 
 def test_a_network_computed_by_hand() -> None:
