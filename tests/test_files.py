@@ -132,7 +132,7 @@ def test_what_a_killed_write_left_goes_with_the_next_lock() -> None:
     with files.lock(FOLDER / ".lock", what="x", owned=["other"]):
         assert names[0] in left()
     with files.lock(FOLDER / ".lock", what="x", owned=["other", "file"]):
-        assert left() == [".lock", ".owner"]
+        assert left() == [".lock", ".lock.owner"]
 
 
 def test_only_what_was_left_of_that_very_file_goes() -> None:

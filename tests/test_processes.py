@@ -8,13 +8,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from commands import Done, command, weights
+from commands import Done, command, environment, weights
 from convlens.run import RunFolder
 from launching import ended, launch, torchrun
 from recipes_together import main
@@ -201,6 +202,50 @@ def test_none_hangs_when_one_is_killed(rank: int) -> None:
     assert done.code != 0
     assert -signal.SIGKILL in codes(done)
     assert "Traceback" not in done.err.split("ChildFailedError")[0].rpartition("Traceback")[0]
+
+
+JOINED = """
+import os, sys, torch
+from convlens import processes
+print("begun", flush=True)
+total = processes.join().total(1.0)
+print("total", total, flush=True)
+if sys.argv[1] == "killed":
+    os._exit(9)
+"""
+
+
+def test_processes_that_are_started_anew_do_not_ask_for_the_ended() -> None:
+    """torchrun's store outlives them, with addresses that nobody answers at any more."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def begun(rank: int, restarts: int, how: str) -> subprocess.Popen[str]:
+        told = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": store.port,
+            "GROUP_WORLD_SIZE": 1,
+            "TORCHELASTIC_RESTART_COUNT": restarts,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", JOINED, how], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=environment(**{key: str(value) for key, value in told.items()}),
+        )  # fmt: skip
+
+    both = [begun(rank, 0, "killed") for rank in (0, 1)]
+    assert [process.wait(120) for process in both] == [9, 9]
+    first = begun(0, 1, "")
+    assert first.stdout is not None
+    assert first.stdout.readline() == "begun\n"
+    time.sleep(2)  # by then it looks for the other one, which isn't there yet
+    second = begun(1, 1, "")
+    for process in (first, second):
+        assert "total 2.0" in process.communicate(timeout=120)[0]
+        assert process.returncode == 0
 
 
 @pytest.mark.slow

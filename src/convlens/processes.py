@@ -248,7 +248,7 @@ def join() -> World:
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            store=_store(),
+            store=_own_part(_store()),
             rank=ranks.rank(),
             world_size=ranks.size(),
             timeout=STEP,
@@ -274,6 +274,18 @@ def first_to_fail(code: int) -> tuple[bool, int]:
         return False, int(store.get(f"{key}/code"))
     except (RuntimeError, ValueError):
         return ranks.rank() == 0, code
+
+
+def _own_part(store: Any) -> Any:
+    """The part of `torchrun`'s store that no ended processes have written their addresses into.
+
+    `--max-restarts` starts all of them anew with the same store (torch 2.15), and who read the
+    address of one that had ended could not connect. On several machines counts of restarts may
+    differ, so there it is left to torch.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    return dist.PrefixStore(f"convlens/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @functools.cache
