@@ -128,6 +128,7 @@ class _Training:
     def __init__(self, folder: Path, processes: int) -> None:
         self.folder, self.processes = folder, processes
         self.place = RunFolder(folder / "models" / "chaos")
+        self.saved = "nothing was saved yet"  # when it was killed
 
     def start(self) -> subprocess.Popen[bytes]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +182,9 @@ class _Training:
                     self._refuse_failed(process)
                     return False
                 time.sleep(0.002)
+            with contextlib.suppress(ConvlensError):
+                found = self.place.generations.read()
+                self.saved = f"saved: {found.generation.place}" if found else self.saved
             if self.processes > 1:
                 try:
                     process.wait(LONGEST)  # torchrun starts them anew
@@ -274,19 +278,16 @@ def _killed(
     """One training that is killed, continued, and compared with the one that wasn't."""
     training = _Training(folder, whole.processes)
     after = draw.uniform(begins, ends)
-    saved = "nothing was saved yet"
     try:
         while not training.kill(after, draw):  # it was quicker this time
             after = draw.uniform(begins, after)
             training = _Training(folder / "again", whole.processes)
             folder = training.folder
-        with contextlib.suppress(ConvlensError):
-            found = training.place.generations.read()
-            saved = f"saved: {found.generation.place}" if found else saved
         training.to_its_end()
-        return Kill(round(after, 3), saved, differences(whole.place, training.place))
+        found = differences(whole.place, training.place)
     except ConvlensError as error:
-        return Kill(round(after, 3), saved, [str(error)])
+        found = [str(error)]
+    return Kill(round(after, 3), training.saved, found)
 
 
 def differences(one: RunFolder, other: RunFolder) -> list[str]:

@@ -285,7 +285,8 @@ def _own_part(store: Any) -> Any:
     """
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         return store
-    return dist.PrefixStore(f"convlens/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    part = f"convlens/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.PrefixStore(part, store)  # type: ignore[attr-defined]
 
 
 @functools.cache
