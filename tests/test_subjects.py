@@ -39,6 +39,15 @@ def test_images_are_found_by_split_class_and_mistake(run: Subject) -> None:
     assert [p.name for p in others[2:-1]] == [f"test:{i}" for _, i in sorted(wrong)[:4]]
 
 
+def test_where_all_answers_are_right_there_is_no_worst(run: Subject) -> None:
+    test = run.split("test")
+    with torch.inference_mode():
+        answers = run.model(run.prepared(test.rows.gather(torch.arange(len(test))))).argmax(1)
+    test.labels.copy_(answers)
+    with pytest.raises(UsageError, match="no mistake on the test split"):
+        choose_pictures(run, ["worst:2"])
+
+
 def test_showing_test_images_is_logged_once_a_subject(run: Subject) -> None:
     assert run.place is not None
     before = len(run.place.log())

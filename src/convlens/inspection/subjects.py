@@ -208,7 +208,9 @@ def choose_pictures(subject: Subject, asked: Sequence[str]) -> list[Picture]:
         place = _PLACE.fullmatch(text) if is_place(text) else None
         found += _from_split(subject, place[1], place[2]) if place else _from_files(subject, text)
     if not found:
-        raise UsageError("no images to look at", fix="name files, test:17, worst:5 or class:cat:3")
+        right = any(text.startswith("worst:") for text in asked)
+        what = "no mistake on the test split, so no worst one" if right else "no images to look at"
+        raise UsageError(what, fix="name files, test:17, worst:5 or class:cat:3")
     return found
 
 
