@@ -6,10 +6,13 @@ import dataclasses
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from convlens import continuing, modelfile, run, training
+from commands import here, refused
+from convlens import continuing, engine, modelfile, run, training
 from convlens.chaos import differences
 from convlens.keeping import Keeper
 from convlens.recipe import Recipe
@@ -66,6 +69,27 @@ def test_a_signal_in_the_last_validation_is_heard() -> None:
     assert len(place.metrics()) == setup.epochs
     place.metrics_path.write_text("damaged")
     equal(finish(tiny(), "stopped"), whole)
+
+
+def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in: the error that torch raises, in the seventh step."""
+    whole = train(tiny(), "whole")
+    Path("x.yaml").write_text(tiny().to_text())
+    real, calls = engine.step, []
+
+    def step(*arguments: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 7:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with ...")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "0")
+    command = ("train", "x.yaml", "--name", "x", "--no-test", "--device", "cpu")
+    refused(here(*command), 75, "the GPU failed: CUDA error: unspecified launch failure", "goes on")
+    assert here(*command).code == 0
+    assert len(calls) == 7 + 9  # six steps of fifteen were kept
+    assert differences(whole, RunFolder(Path("models/x"))) == []
 
 
 def test_torchrun_goes_on_with_a_fresh_run(

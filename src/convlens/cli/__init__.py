@@ -111,7 +111,15 @@ def _explained(error: Exception) -> ConvlensError | None:
         return _of_the_system(error)
     from convlens import memory  # torch; who ran out of memory has imported it
 
-    return memory.explained(error) if memory.ran_out(error) else None
+    if memory.ran_out(error):
+        return memory.explained(error)
+    # Of a GPU that is lost, or a kernel that failed, nothing in this process can be used any more.
+    if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+        return Stopped(
+            f"the GPU failed: {str(error).splitlines()[0]}"[:200],
+            fix="the same command goes on from what was saved last; convlens --debug says where",
+        )
+    return None
 
 
 def _of_the_system(error: OSError) -> ResourceError:
