@@ -14,6 +14,8 @@ import torch
 from commands import here, refused
 from convlens import continuing, engine, modelfile, run, training
 from convlens.chaos import differences
+from convlens.data.order import epoch_order
+from convlens.errors import Stopped
 from convlens.keeping import Keeper
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
@@ -69,6 +71,17 @@ def test_a_signal_in_the_last_validation_is_heard() -> None:
     assert len(place.metrics()) == setup.epochs
     place.metrics_path.write_text("damaged")
     equal(finish(tiny(), "stopped"), whole)
+
+
+def test_a_loss_that_is_none_names_its_images() -> None:
+    asked = tiny("optim.name=sgd", "optim.lr=1e30")
+    with pytest.raises(Stopped, match="became NaN or infinite") as caught:
+        train(asked, "x")
+    told = RunFolder(Path("models/x")).facts()["diverged"]
+    setup, _ = begin(asked, "again")
+    ids = [setup.data.train.ids[i] for i in epoch_order(80, 0, told["epoch"]).tolist()]
+    assert told["images"] == ids[16 * (told["step"] - 1) : 16 * told["step"]]
+    assert f"images {', '.join(told['images'][:3])} ...: run.json has all" in caught.value.what
 
 
 def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
