@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -29,35 +29,19 @@ class Terminated(BaseException):
     """SIGTERM or SIGHUP outside the steps of a training; like KeyboardInterrupt no `Exception`."""
 
 
+Handlers = dict[signal.Signals, Any]
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Turns the first SIGTERM or SIGHUP in the main thread into `Terminated`; the next kills."""
-    if threading.current_thread() is not threading.main_thread():
+
+    def leave(number: signal.Signals, before: Handlers) -> None:
+        _set(dict.fromkeys(before, signal.SIG_DFL))
+        raise Terminated(number.name)
+
+    with _caught(STOPPING, leave):
         yield
-        return
-    before = _handlers(*STOPPING)
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        for caught in before:
-            signal.signal(caught, signal.SIG_DFL)
-        raise Terminated(signal.Signals(number).name)
-
-    for number in before:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _handlers(*names: str) -> dict[signal.Signals, Any]:
-    """The present handlers of the signals that there are (Windows has fewer) and that aren't
-    ignored: `nohup` is to be heeded.
-    """
-    numbers = [each for each in signal.Signals if each.name in names]
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    return {number: held for number, held in handlers.items() if held != signal.SIG_IGN}
 
 
 @dataclass
@@ -72,21 +56,45 @@ class Flag:
 def flagged() -> Iterator[Flag]:
     """Catches SIGINT, SIGTERM and SIGHUP in the main thread; elsewhere the flag never goes up."""
     flag = Flag()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    before = _handlers("SIGINT", *STOPPING)
 
-    def raise_flag(number: int, frame: FrameType | None) -> None:
+    def raise_flag(number: signal.Signals, before: Handlers) -> None:
         flag.up, flag.interrupted = True, number == signal.SIGINT
         if ranks.size() == 1:
-            for caught, handler in before.items():
-                signal.signal(caught, handler)
+            _set(before)
 
-    for number in before:
-        signal.signal(number, raise_flag)
-    try:
+    with _caught(("SIGINT", *STOPPING), raise_flag):
         yield flag
+
+
+@contextlib.contextmanager
+def _caught(
+    names: Sequence[str], act: Callable[[signal.Signals, Handlers], None]
+) -> Iterator[None]:
+    """Inside, in the main thread, a signal of these names calls `act`, with the handlers before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _handlers(names)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        act(signal.Signals(number), before)
+
+    _set(dict.fromkeys(before, handle))
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _set(before)
+
+
+def _handlers(names: Sequence[str]) -> Handlers:
+    """The present handlers of the signals that there are (Windows has fewer) and that aren't
+    ignored: `nohup` is to be heeded.
+    """
+    numbers = [each for each in signal.Signals if each.name in names]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    return {number: held for number, held in handlers.items() if held != signal.SIG_IGN}
+
+
+def _set(handlers: Handlers) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
