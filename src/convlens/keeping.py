@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convlens import memory, modelfile, optim
+from convlens import memory, optim, records
 from convlens.console import say
 from convlens.errors import UsageError
 from convlens.preparing import Setup
@@ -102,7 +102,7 @@ class Keeper:
         any more, but is what the file holds.
         """
         if self._kept is None:
-            self._kept = int(modelfile.read(self._place.model_path)[1]["chosen"]["epoch"])
+            self._kept = records.epoch_of(self._place.model_path)
         if self._kept != self.best.epoch:
             say(
                 f"the weights of epoch {self._kept} are kept: those of {self.best.epoch}, which "

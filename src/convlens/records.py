@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convlens import files, sealing
+from convlens import files, modelfile, sealing
 from convlens.errors import ModelFileError
 
 T = TypeVar("T")
@@ -127,6 +127,15 @@ def read(path: Path, default: T, opened: Callable[[Any], T]) -> T:
         raise ModelFileError(
             f"unreadable: {error}"[:200], where=str(path), fix="restore it, or train with --fresh"
         ) from error
+
+
+def epoch_of(path: Path) -> int:
+    """The epoch whose weights a run's model file holds.
+
+    Raises:
+        ModelFileError: as `modelfile.read`; KeyError, TypeError, ValueError: no epoch in it.
+    """
+    return int(modelfile.read(path)[1]["chosen"]["epoch"])
 
 
 def _number(value: float) -> str:

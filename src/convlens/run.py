@@ -228,7 +228,7 @@ class RunFolder:
         if not needed:
             return ""
         try:
-            epoch = int(modelfile.read(self.model_path)[1]["chosen"]["epoch"])
+            epoch = records.epoch_of(self.model_path)
         except (ModelFileError, KeyError, TypeError, ValueError) as error:
             reason = error.what if isinstance(error, ModelFileError) else "no epoch in it"
             return f"the weights of epoch {needed}, the best ones, are lost: {reason}"

@@ -30,7 +30,6 @@ from convlens import (
 from convlens.checking import check
 from convlens.console import say, table, watch
 from convlens.data import Data, load
-from convlens.data.order import epoch_order
 from convlens.errors import Stopped
 from convlens.inference import loss_and_accuracy
 from convlens.interrupts import Flag, flagged
@@ -40,7 +39,6 @@ from convlens.processes import World
 from convlens.recipe import Recipe
 from convlens.resuming import Clock, begun_with
 from convlens.run import RunFolder
-from convlens.trunk import ViewBatches
 from convlens.version import __version__
 
 
@@ -224,7 +222,8 @@ def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
     try:
         yield from setup.fit()
     except engine.NonFiniteLoss as error:
-        ids = _images_of(setup, error.epoch, error.step)
+        numbers = setup.feed.batches.numbers(error.epoch, error.step - 1)
+        ids = [setup.data.train.ids[number] for number in numbers]
         told = {"epoch": error.epoch, "step": error.step, "lr": error.lr, "images": ids}
         place.note({"diverged": told})
         error.what += f" (images {', '.join(ids[:3])}{' ...: run.json has all' * (len(ids) > 3)})"
@@ -237,14 +236,6 @@ def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
                 raise error from unusable
         error.where = f"{place.path}; its model.safetensors holds the last good weights"
         raise
-
-
-def _images_of(setup: Setup, epoch: int, step: int) -> list[str]:
-    """The ids of the images that a step of an epoch, from 1, trains on."""
-    feed = setup.feed.batches
-    batches = feed.views[0] if isinstance(feed, ViewBatches) else feed
-    order = epoch_order(batches.count, batches.seed, epoch, batches.shards)
-    return [setup.data.train.ids[i] for i in order.split(batches.sizes)[step - 1].tolist()]
 
 
 def _validate(setup: Setup, record: engine.Epoch, *, seconds: float) -> dict[str, float]:

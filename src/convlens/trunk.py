@@ -67,6 +67,10 @@ class ViewBatches:
         """The epoch's batches from number `start` on; epochs count from 1."""
         return self.views[(epoch - 1) % len(self.views)].epoch(epoch, start)
 
+    def numbers(self, epoch: int, step: int) -> list[int]:
+        """As `Batches.numbers`."""
+        return self.views[0].numbers(epoch, step)
+
 
 def tail(model: nn.Module, prefix: Sequence[str]) -> nn.Module:
     """The network without its trunk, sharing every weight and statistic with `model`."""

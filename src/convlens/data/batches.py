@@ -171,6 +171,11 @@ class Batches:
                 images, labels = images[generator.share.rows], labels[generator.share.rows]
             yield self.normalise(images, self.plan), labels
 
+    def numbers(self, epoch: int, step: int) -> list[int]:
+        """Which images of the split batch number `step` of an epoch holds, in all processes."""
+        order = epoch_order(self.count, self.seed, epoch, self.shards)
+        return [int(number) for number in order.split(self.sizes)[step]]
+
     def _read(self, order: Tensor) -> Sequence[Tensor]:
         """The image numbers that are read for each batch: this process's, or all to be mixed."""
         parts: Sequence[Tensor] = order.split(self.sizes)
