@@ -280,6 +280,41 @@ def test_a_run_with_a_damaged_state_ends_as_if_it_were_whole(
     assert "what came after it is trained again" in told
 
 
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_save_that_fails_is_tried_again(
+    failures: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the second epoch's third step, the ninth save: a disk that is away for a while."""
+    whole = finish(tiny(*EVERYTHING), "whole")
+    monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "0")
+    monkeypatch.setattr(keeping, "PAUSES", (0, 0))
+    real, saves = keeping.save, []
+
+    def save(*arguments: Any) -> None:
+        saves.append(1)
+        if 9 <= len(saves) < 9 + failures:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", away)
+                real(*arguments)
+        else:
+            real(*arguments)
+
+    def away(handle: int) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(keeping, "save", save)
+    if failures == 3:
+        with pytest.raises(ResourceError, match="can't write: Stale file handle"):
+            finish(tiny(*EVERYTHING), "away")
+        found = RunFolder(Path("models/away")).state()
+        assert found is not None
+        at = found[1]["position"]
+        assert (at["epoch"], at["step"]) == (2, 2)  # the step before
+    equal(finish(tiny(*EVERYTHING), "away"), whole)
+    told = capsys.readouterr().err
+    assert told.count("not saved: can't write: Stale file handle") == min(failures, 2)
+
+
 @pytest.mark.parametrize("damage", ["cut", "unreadable"])
 def test_lost_best_weights_are_trained_again(
     damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -119,6 +119,7 @@ def evaluate(
     with quieted(quiet):
         with world.first():
             judged = judged_by(loaded, split, data=data, on=where, own=own)
+        onlooker.same_images(world, judged.name, judged.fingerprint)
         return look(place, loaded, judged, split, where, tta=tta, world=world).evaluation
 
 

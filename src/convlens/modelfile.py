@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from torch import Tensor
 
-from convlens.errors import ModelFileError, Stopped
+from convlens.errors import Diverged, ModelFileError
 from convlens.files import cannot_read, lost, write_atomic
 
 KEY = "convlens"
@@ -35,7 +35,7 @@ KINDS = {
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-class NotFiniteError(Stopped, ValueError):
+class NotFiniteError(Diverged, ValueError):
     """Tensors with NaN or infinity: they are never written."""
 
 

@@ -9,6 +9,7 @@ decides to log, validate, keep the best weights, save and stop.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from convlens import (
 from convlens.checking import check
 from convlens.console import say, table, watch
 from convlens.data import Data, load
-from convlens.errors import Stopped
+from convlens.errors import DataError, ResourceError, Stopped
 from convlens.inference import loss_and_accuracy
 from convlens.interrupts import Flag, flagged
 from convlens.keeping import Keeper, snapshot
@@ -93,6 +94,7 @@ def train(
         budget = device.memory_budget(where)
         with world.first():
             data = load(recipe.data, memory_budget=budget)
+        onlooker.same_images(world, data.name, data.fingerprint)
         with place.lock():
             facts = world.told(place.facts)
             continuing.check(place, facts, recipe, data)
@@ -181,6 +183,7 @@ def run_to_end(
     if done:
         say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
     at = setup.position
+    unended = replace(at)  # the epoch at its last step
     with (
         flagged() as flag,
         watch(setup.epochs, steps, done, shown=not quiet) as bar,
@@ -192,10 +195,17 @@ def run_to_end(
             if isinstance(record, engine.Step):
                 bar.step(record)
                 stop = world.stops(now=False)
+                unended = replace(at) if record.step == record.steps else unended
             else:
                 device.synchronise(setup.plan.device)
                 seconds, cpu_seconds = clock.read()
-                row = _validate(setup, record, seconds=seconds)
+                try:
+                    row = _validate(setup, record, flag, seconds=seconds)
+                except _LeftError:  # who takes the run up validates first
+                    vars(at).update(vars(unended))
+                    at.seconds, at.cpu_seconds = clock.read()
+                    keeper.save()
+                    _leave(setup, place, flag)
                 row["data_seconds"], setup.position.data_seconds = setup.position.data_seconds, 0.0
                 row["cpu_seconds"] = world.total(cpu_seconds)
                 keeper.take(world.told(partial(dict, row)))  # what it decides, all decide alike
@@ -215,13 +225,21 @@ def run_to_end(
     return rows, int(rows[-1]["epoch"]) if options.keep == "last" else keeper.kept()
 
 
+class _LeftError(Exception):
+    """A validation is left in the middle, since a signal came."""
+
+
 def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
-    """The engine's records; a loss that isn't finite first saves what can be saved."""
+    """The engine's records; what ends them first saves what can be saved."""
     if keeper.over:  # the run was left behind its last step
         return
     try:
         yield from setup.fit()
+    except (DataError, ResourceError):  # images that can't be read any more: between two steps
+        keeper.save()
+        raise
     except engine.NonFiniteLoss as error:
+        error.blame(setup.trained, len(setup.feed.batches))
         numbers = setup.feed.batches.numbers(error.epoch, error.step - 1)
         ids = [setup.data.train.ids[number] for number in numbers]
         told = {"epoch": error.epoch, "step": error.step, "lr": error.lr, "images": ids}
@@ -238,15 +256,25 @@ def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
         raise
 
 
-def _validate(setup: Setup, record: engine.Epoch, *, seconds: float) -> dict[str, float]:
+def _validate(
+    setup: Setup, record: engine.Epoch, flag: Flag, *, seconds: float
+) -> dict[str, float]:
     """The epoch's row: training numbers as they were seen, validation with the kept weights.
 
     Without a validation split its numbers are NaN.
+
+    Raises:
+        _LeftError: a signal came; of several processes nobody leaves before all are done.
     """
+
+    def asked(images: int) -> None:
+        if flag.up and setup.world.size == 1:
+            raise _LeftError
+
     val_loss = val_accuracy = math.nan
     if setup.recipe.data.validates:
         with optim.averaged(setup.averager):
-            logits, labels = setup.feed.validate()
+            logits, labels = setup.feed.validate(asked)
         val_loss, val_accuracy = loss_and_accuracy(logits, labels)
     return {
         "epoch": record.epoch,
@@ -272,7 +300,9 @@ def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
     setup.world.wait()  # torchrun ends the others when the first has ended; all is saved now
     if flag.interrupted:
         raise KeyboardInterrupt
-    raise Stopped("asked to stop (SIGTERM)", where=str(place.path), fix="run it again to go on")
+    raise Stopped(
+        f"asked to stop ({flag.name})", where=str(place.path), fix="run it again to go on"
+    )
 
 
 def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:
