@@ -25,7 +25,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "names", "version", "ranks"),
     1: (
         "files", "console", "interrupts", "yamltext", "schema", "recipe", "device", "later",
-        "processes", "sealing",
+        "meeting", "processes", "sealing",
     ),
     2: ("data", "models", "optim", "metrics", "differences", "plots", "auto", "views"),
     3: (

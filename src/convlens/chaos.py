@@ -1,9 +1,9 @@
 """Kills trainings at random moments, continues them, and compares what they end with, bit by bit.
 
 `convlens selftest --chaos N` does it on the user's own machine: real processes, a real SIGKILL.
-One training is left alone; each of the others is killed once, somewhere between the moment when it
-begins to read images and its end, and then the same command is run again. With several processes (`torchrun`) a random
-one is killed, and `torchrun` itself starts them anew.
+One training is left alone; each of the others is killed once, somewhere between shortly before its
+first file and its end, and then the same command is run again. With several processes (`torchrun`)
+a random one is killed, and `torchrun` itself starts them anew.
 """
 
 from __future__ import annotations
