@@ -54,6 +54,16 @@ def test_the_last_weights_are_written_again_from_the_state() -> None:
     assert differences(whole, lost) == []
 
 
+def test_a_signal_while_all_is_made_ready_leaves_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*_: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(training, "prepare", prepare)
+    Path("x.yaml").write_text(tiny().to_text())
+    refused(here("train", "x.yaml", "--device", "cpu"), 75, "asked to stop (SIGUSR1)", "again")
+    assert not RunFolder(Path("models/x")).facts()
+
+
 @pytest.mark.parametrize("last", [1, 3])
 def test_a_validation_is_left_and_made_up_for(last: int) -> None:
     """It may take long; its epoch ends when the run is taken up."""

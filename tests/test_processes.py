@@ -246,6 +246,25 @@ def test_what_one_has_otherwise_is_refused(
     assert not list(Path().glob("models/*/run.json"))
 
 
+BUG = """
+import os
+from convlens import cli, training
+if os.environ["RANK"] == "1":
+    training.load = lambda *_, **__: 1 / 0
+cli.main(["train", "digits", "--device", "cpu"])
+"""
+
+
+@pytest.mark.slow
+def test_a_bug_in_one_hangs_nobody() -> None:
+    Path("bug.py").write_text(BUG)
+    begun = time.monotonic()
+    done = torchrun(2, "bug.py")
+    assert time.monotonic() - begun < 60
+    assert done.code != 0
+    assert "ZeroDivisionError" in done.err
+
+
 @pytest.mark.slow
 def test_what_fails_in_one_ends_all() -> None:
     """The one that writes can't: the others are in the middle of a step then."""

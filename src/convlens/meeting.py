@@ -65,6 +65,12 @@ def first_to_fail(code: int) -> tuple[bool, int]:
         return ranks.local_rank() == 0, code
 
 
+def restarted() -> bool:
+    """Whether others have met here before: known to the first process, once it met these."""
+    return bool(_before)
+
+
+_before: list[str] = []  # the part of the round before
 _met: list[str] = []  # the part of the store where this process met the others
 _missed: list[ResourceError] = []  # why it has no store
 
@@ -125,6 +131,8 @@ def _reach(host: str, port: int) -> None:
 def _gathered(whole: Any, size: int) -> str:
     """What the first process does: tells the names of all who are here, as often as they change."""
     part, told = "", list[str]()
+    if whole.check(["convlens/part"]):
+        _before.append(json.loads(whole.get("convlens/part"))[0])
     waiting = _Waiting("the other processes", "did all machines start theirs?")
     while True:
         missing = [r for r in range(size) if not whole.check([f"convlens/here/{r}"])]

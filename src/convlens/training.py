@@ -19,6 +19,7 @@ from convlens import (
     engine,
     evaluation,
     extending,
+    meeting,
     onlooker,
     optim,
     picturing,
@@ -72,7 +73,8 @@ def train(
     world = processes.join()
     data = None
     called, plain = name or recipe.name, plain or name is not None
-    fresh = fresh and not ranks.restarted()  # torchrun goes on with what it began
+    # What torchrun began anew goes on.
+    fresh = fresh and not (ranks.restarted() or meeting.restarted())
     place = onlooker.placed(
         world, lambda: run.place(called, recipe.digest(), plain=plain, fresh=fresh)
     )
