@@ -72,8 +72,9 @@ def test_a_validation_is_left_and_made_up_for(last: int) -> None:
     validate, calls = setup.feed.validate, []
 
     def signalled(advance):  # type: ignore[no-untyped-def]
+        calls.append(1)
+
         def told(images: int) -> None:
-            calls.append(images)
             if len(calls) == last:
                 signal.raise_signal(signal.SIGTERM)
             advance(images)

@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from commands import environment
-from convlens import meeting
+from convlens import console, meeting
 from convlens.errors import ResourceError
 
 
@@ -21,6 +21,7 @@ from convlens.errors import ResourceError
 def _anew() -> Iterator[None]:
     """What a process knows of its store, it knows for good."""
     yield
+    console._console = None  # that of a process which doesn't lead is silent
     meeting.store.cache_clear()
     meeting._met.clear()
     meeting._before.clear()

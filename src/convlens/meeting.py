@@ -86,7 +86,7 @@ def store() -> Any:
     try:
         if not _serves():
             _reach(host, port)
-        return dist.TCPStore(
+        return dist.TCPStore(  # type: ignore[attr-defined]
             host,
             port,
             is_master=_serves(),
