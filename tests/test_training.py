@@ -39,11 +39,11 @@ class Scripted:
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
         real = training._validate
 
-        def validate(setup: Any, record: Any, *, seconds: float) -> dict[str, float]:
+        def validate(setup: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
             with optim.averaged(setup.averager):
                 state = setup.trained.state_dict()
                 self.weights[record.epoch] = {k: v.clone() for k, v in state.items()}
-            row = real(setup, record, seconds=seconds)
+            row = real(setup, record, flag, seconds=seconds)
             loss = losses[record.epoch - 1]
             return {**row, "val_loss": loss, "val_accuracy": 1 - loss}
 
