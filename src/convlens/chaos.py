@@ -44,7 +44,7 @@ RECIPE: dict[str, Any] = {
     "model": {"name": "cnn", "widths": [8, 16], "depth": 2, "dropout": 0.2},
     "optim": {"name": "adamw", "lr": 0.01, "schedule": "one-cycle", "ema": 0.97, "clip_norm": 5},
     "train": {
-        "epochs": 40, "batch_size": 32, "patience": 12, "monitor": "val_accuracy",
+        "epochs": 40, "batch_size": 32, "patience": 4, "monitor": "val_accuracy",
         "precision": "fp32", "memory_format": "contiguous",
     },
 }  # fmt: skip
