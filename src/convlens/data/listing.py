@@ -64,8 +64,8 @@ class Listing:
         """The used files that are equal byte for byte, as groups."""
         every = [(name, o, o.good[index]) for name, (o, index) in self.views.items()]
         heads = np.concatenate([_heads(o, numbers) for _, o, numbers in every])
-        _, place, counts = np.unique(heads, return_inverse=True, return_counts=True)
-        again = counts[place] > 1
+        ordered = np.sort(heads)  # np.unique takes ten times as long
+        again = np.isin(heads, ordered[1:][ordered[1:] == ordered[:-1]])
         ids, splits, labels, digests, start = list[str](), list[str](), list[str](), [], 0
         for name, opened, numbers in every:
             twins = numbers[again[start : start + len(numbers)]]

@@ -42,8 +42,8 @@ def holds_shards(folder: Path) -> bool:
     folders = [e for e in inside if is_folder(e)]
     splits = [e for e in folders if split_of(e.name)]
     if any(map(_is_shard, inside)):
-        return not any(is_image_name(e.name) for f in folders for e in entries(f))
-    return any(_is_shard(e) for f in splits for e in entries(f))
+        return not any(is_image_name(e.name) for f in folders for e in entries(f.path))
+    return any(_is_shard(e) for f in splits for e in entries(f.path))
 
 
 def is_pattern(name: str) -> bool:
