@@ -14,6 +14,7 @@ from convlens.data import similar
 from convlens.data.audit import Audit, audit
 from convlens.errors import DataError
 from convlens.schema import DataConfig
+from test_sources import cifar10_files
 
 
 @pytest.fixture
@@ -282,6 +283,15 @@ def test_notes_on_case_few_and_grey(root: Path) -> None:
     assert "dog (4)" in notes
     assert "1 of 30 images are grey" in notes
     assert "string order" not in notes
+
+
+def test_known_near_duplicates_of_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLENS_DATA", str(root))
+    (root / "cifar-10-batches-bin").mkdir()
+    for name, content in cifar10_files().items():
+        (root / "cifar-10-batches-bin" / name).write_bytes(content)
+    (note,) = [note for note in audit(DataConfig(name="cifar10")).notes if "near-dup" in note]
+    assert note.startswith("3.3% of the test images have near-duplicates in the training part")
 
 
 def test_no_notes_on_a_sound_set(root: Path) -> None:

@@ -24,7 +24,7 @@ from convlens.data.batches import Labelled
 from convlens.errors import DataError, ModelFileError
 from convlens.exported import open_model
 from convlens.inference import Answers, placed, split_answers
-from convlens.names import pick
+from convlens.names import alike, pick
 from convlens.processes import ALONE, World
 from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
@@ -208,6 +208,8 @@ def _foreign(
         channels=pre.channels,
         fit=pre.fit,
         memory_budget=device.memory_budget(where),
+        tested=True,
+        run=loaded.folder,
     )
 
 
@@ -217,8 +219,10 @@ def _by_name(
     """Labels in the model's class order; never by position."""
     unknown = [label for label in theirs if label not in ours]
     if unknown:
+        near = {label: alike(label, ours) for label in unknown[:8]}
+        shown = (f"{label} (it has {its})" if its else label for label, its in near.items())
         raise DataError(
-            f"the model doesn't know {len(unknown)} of the classes: {', '.join(unknown[:8])}",
+            f"the model doesn't know {len(unknown)} of the classes: {', '.join(shown)}",
             where=name,
             fix=f"its classes are: {', '.join(ours[:12])}{' ...' if len(ours) > 12 else ''}",
         )

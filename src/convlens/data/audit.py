@@ -25,7 +25,7 @@ from convlens.data.opening import Opened, draw
 from convlens.data.parts import Part, Source
 from convlens.data.rows import ArrayRows
 from convlens.data.similar import Repeats
-from convlens.data.sources import find
+from convlens.data.sources import REMARKS, find
 from convlens.errors import DataError
 
 if TYPE_CHECKING:
@@ -138,7 +138,11 @@ def audit(config: DataConfig) -> Audit:
         duplicates=Repeats.of(similar.repeated(facts["digest"]), *columns),
         near_duplicates=Repeats.of(near.tolist(), *columns, complete=complete),
         problems=problems,
-        notes=[*source.notes, *_notes(source.classes, counts, facts)],
+        notes=[
+            *source.notes,
+            *REMARKS.get(source.name, ()),
+            *_notes(source.classes, counts, facts),
+        ],
         _train=source.parts["train"],
         _shown=_samples(every),
     )
