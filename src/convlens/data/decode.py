@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from convlens.data.locks import Room
-from convlens.data.whole import check_pillow, check_png, open_ended
+from convlens.data.whole import check_jpeg, check_pillow, check_png
 from convlens.errors import DataError, UsageError
 
 Pixels = npt.NDArray[np.uint8]
@@ -137,11 +137,11 @@ def decode(
         name = os.fspath(source)
         source = read_bytes(source)
     try:
-        if source.startswith(b"\xff\xd8"):
-            source = open_ended(source)
         with _open(source, name) as image:
             if image.format == "PNG":
                 check_png(source)
+            elif image.format in ("JPEG", "MPO"):
+                check_jpeg(image, source)
             if size is not None:
                 # JPEG can be decoded at 1/2, 1/4, 1/8; twice the target keeps the resize honest.
                 width, height = _scaled(image.size, size, fit)
@@ -220,7 +220,7 @@ def _check(size: int | None, channels: int, fit: str) -> None:
         raise UsageError(f"image size must be at least 1, not {size!r}")
 
 
-def _open(content: bytes, name: str) -> Image.Image:
+def _open(content: bytes, name: str) -> ImageFile.ImageFile:
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:

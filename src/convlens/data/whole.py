@@ -7,21 +7,22 @@ more than there is then asks for it in vain, and says so.
 
 from __future__ import annotations
 
+import re
 import zlib
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ImageFile
 
 from convlens.errors import UsageError
-
-Bytes = npt.NDArray[np.uint8]
 
 # The second bytes of markers (ITU-T T.81, table B.1).
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2  # frames with Huffman codes
 _OTHER = frozenset({0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)})
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # nothing belongs to them
 _NONE, _RESTART, _END, _SCAN, _INTERVAL = 0x00, 0xD0, 0xD9, 0xDA, 0xDD
+
+_UNUSUAL = (b"\xff\xdd\0\4", b"\xff\xc9\0")  # restarts, arithmetic codes
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
 
 _PIECE = 1 << 20  # bytes that are looked through at once: bounds the memory it takes
 _SEGMENTS = 1000  # no camera writes that many; who does is not checked
@@ -57,20 +58,40 @@ def check_png(content: bytes) -> None:
         at += 12 + length
 
 
-def open_ended(content: bytes) -> bytes:
-    """A JPEG without the marker behind its data, for a decoder that must not fill what is missing.
-
-    One whose data come in several scans needs its end: of these, each part of the picture must have
-    had a first scan, so that only fine detail can be missing. Arithmetic codes are not looked at.
+def check_jpeg(image: ImageFile.ImageFile, content: bytes) -> None:
+    """Takes the end from an opened JPEG, whose `content` this is, so that decoding needs all of it.
 
     Raises:
         EOFError: scans are missing. ValueError: what belongs between restart markers is.
     """
-    view, at, interval = np.frombuffer(content, np.uint8), 2, 0
+    stream = image.fp
+    assert stream is not None
+    start, parts = stream.tell(), getattr(image, "layers", 0)
+    # Pillow has read the headers, up to the data. Where these are all there is, as nearly always,
+    # there is no need to do it again: it would take a quarter of the time of a small image.
+    scan = content[max(0, start - 8 - 2 * parts) : start]
+    usual = scan[:2] == b"\xff\xda" and scan[4] == parts and scan[-3:] == b"\0\x3f\0"
+    if usual and not any(content.find(mark, 0, start) >= 0 for mark in _UNUSUAL):
+        end: int | None = _without_zeros(content, _coded(content, start, 0)[0])
+    else:
+        end = _walked(content)
+    if end is not None:
+        stream.seek(end)
+        stream.truncate()
+        stream.write(_AHEAD)
+
+
+def _walked(content: bytes) -> int | None:
+    """Where the data end, by all headers; None where the decoder needs the end.
+
+    It does where the data come in several scans: there the last scan of each part of the picture
+    must have begun, so that only fine detail can be missing. Arithmetic codes are not looked at.
+    """
+    at, interval = 2, 0
     frame, sequential, scanned = b"", False, set[tuple[int, bool]]()
     for _ in range(_SEGMENTS):
         if content[at : at + 1] != b"\xff" or content[at + 1 : at + 2] in (b"", b"\0", b"\xff"):
-            at, _ = _coded(view, at, interval)  # the data of a scan, or junk
+            at, _ = _coded(content, at, interval)  # the data of a scan, or junk
         kind = int.from_bytes(content[at + 1 : at + 2], "big")
         if kind in (_NONE, _END):
             break
@@ -83,49 +104,49 @@ def open_ended(content: bytes) -> bytes:
         if kind in _SEQUENTIAL or kind == _PROGRESSIVE:
             frame, sequential = body, kind in _SEQUENTIAL
         elif kind in _OTHER:
-            return content
+            return None
         elif kind == _INTERVAL:
             interval = int.from_bytes(body[:2], "big")
         elif kind == _SCAN and frame:
             count = body[0]
             if sequential and count == frame[5]:
-                return _one_scan(content, _coded(view, at, interval), frame, interval)
-            first, last = body[1 + 2 * count : 3 + 2 * count]
+                end, restarts = _coded(content, at, interval)
+                if end < len(content) and interval and restarts < (_units(frame) - 1) // interval:
+                    raise ValueError("what belongs between its restart markers is missing")
+                return _without_zeros(content, end)
+            first, last, bits = body[1 + 2 * count : 4 + 2 * count]
             for component in body[1 : 1 + 2 * count : 2]:
-                # The lowest frequency, and all others; there may be more scans of both.
-                scanned |= {(component, True)} if first == 0 else set()
-                scanned |= {(component, False)} if last == 63 else set()
+                # The lowest frequency and all others, each down to the last bit.
+                scanned |= {(component, True)} if first == 0 and not bits & 15 else set()
+                scanned |= {(component, False)} if last == 63 and not bits & 15 else set()
     else:
-        return content
+        return None
     if frame and len(scanned) < 2 * frame[5]:
         raise EOFError
-    return content
+    return None
 
 
-def _one_scan(content: bytes, coded: tuple[int, int], frame: bytes, interval: int) -> bytes:
-    end, restarts = coded
-    if end == len(content):
-        # No marker at all: zeros are not data, but a disk's or a download's that lost the rest.
-        end = len(content.rstrip(b"\0"))
-    elif interval and restarts < (_units(frame) - 1) // interval:
-        raise ValueError("what belongs between its restart markers is missing")
-    return content[:end] + _AHEAD
+def _without_zeros(content: bytes, end: int) -> int:
+    # No marker at all: zeros are not data, but a disk's or a download's that lost the rest.
+    return end if end < len(content) else len(content.rstrip(b"\0"))
 
 
-def _coded(view: Bytes, at: int, interval: int) -> tuple[int, int]:
+def _coded(content: bytes, at: int, interval: int) -> tuple[int, int]:
     """Where coded data that begin at `at` end, and how many restart markers are in them.
 
     They end at the first marker but restart markers in their turn, or with the file.
     """
-    restarts = 0
+    if not interval:
+        found = _MARKER.search(content, at)
+        return found.start() if found else len(content), 0
+    view, restarts = np.frombuffer(content, np.uint8), 0
     for low in range(at, len(view), _PIECE):
         piece = view[low : low + _PIECE + 1]  # a marker may begin with its last byte
         places = np.flatnonzero(piece[:-1] == 0xFF)
         kinds = piece[places + 1]
         real = (kinds != 0) & (kinds != 0xFF)
         places, kinds = places[real], kinds[real]
-        turns = _RESTART + (restarts + np.arange(len(kinds))) % 8 if interval else _NONE
-        ends = np.flatnonzero(kinds != turns)
+        ends = np.flatnonzero(kinds != _RESTART + (restarts + np.arange(len(kinds))) % 8)
         if len(ends):
             return low + int(places[ends[0]]), restarts + int(ends[0])
         restarts += len(kinds)
