@@ -295,7 +295,7 @@ def test_notes_on_what_decoding_changes(root: Path) -> None:
     clear = noise(200).convert("RGBA")
     save(clear, root / "a" / "clear.png")
     save(clear.convert("LA"), root / "b" / "clear.png")
-    noise(201).convert("P").save(root / "b" / "palette.gif", transparency=0)
+    noise(201).convert("P").save(root / "b" / "palette.png", transparency=0)
     more = [noise(seed) for seed in (301, 302)]
     for kind in ("gif", "webp", "tif"):
         noise(300).save(root / "b" / f"several.{kind}", save_all=True, append_images=more)

@@ -176,7 +176,7 @@ def test_fits_files_are_no_images_whatever_they_are_called(tmp_path: Path) -> No
         path = tmp_path / f"{number}.png"
         path.write_bytes(content)
         for read in (partial(probe, path), partial(decode, path, size=8, channels=3, fit="crop")):
-            with pytest.raises(UnreadableImage, match="not an image in a known format"):
+            with pytest.raises(UnreadableImage, match="not an image"):  # or "it is text, ..."
                 read()
 
 

@@ -26,7 +26,7 @@ _MARKER = re.compile(rb"\xff[^\x00\xff]")
 
 _PIECE = 1 << 20  # bytes that are looked through at once: bounds the memory it takes
 _SEGMENTS = 1000  # no camera writes that many; who does is not checked
-_AHEAD = bytes(16)  # a decoder looks ahead by up to 8
+_AHEAD = b"\0" * 16  # a decoder looks ahead by up to 8
 
 
 def check_pillow() -> None:
