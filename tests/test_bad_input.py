@@ -154,13 +154,22 @@ def test_images_that_can_not_be_read_are_listed_at_once_with_their_reasons() -> 
 
 
 def test_unreadable_images_are_left_out_if_asked() -> None:
-    done = here("train", bad_folder(), *NET, "data.on_bad=skip", "--json")
+    root = bad_folder()
+    refused(
+        here("train", root, *NET, "data.on_bad=skip"), 3, "more than 10% can't be read of all of "
+        "train (4 of 16), cat (2 of 8), dog (2 of 8)", "raise data.max_bad",
+    )  # fmt: skip
+    assert not Path("models").exists()
+    done = here("train", root, *NET, "data.on_bad=skip", "data.max_bad=0.25", "--json")
     assert done.code == 0, done.err
     assert "4 unreadable images are skipped" in done.err
     facts = Run.load(done.json["run"])._folder.facts()
-    assert facts["data"]["skipped"] == [
-        "cat/bomb.png", "cat/half.png", "dog/nil.png", "dog/text.png",
-    ]  # fmt: skip
+    assert facts["data"]["skipped"] == {
+        "cat/bomb.png": "more than 89 million pixels are refused",
+        "cat/half.png": "the file is cut short",
+        "dog/nil.png": "the file is empty (0 bytes)",
+        "dog/text.png": "it is text, not an image",
+    }
 
 
 def test_the_audit_lists_what_training_refuses() -> None:

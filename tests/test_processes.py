@@ -222,7 +222,7 @@ cli.main(["train", "pics", "data.image_size=16", "train.epochs=1", "--device", "
     ("other", "code", "said"),
     [
         ("image", 3, "process 1 of 2 has other images of 'pics' than the first one"),
-        ("file", 3, "second/pics/dark/3.png"),
+        ("file", 3, "1 of 16 images can't be read"),
         ("version", 5, "process 1 of 2 has other versions than the first one"),
     ],
 )

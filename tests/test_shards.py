@@ -677,7 +677,7 @@ def test_unreadable_images_in_shards(tmp_path: Path) -> None:
         assert "train-0.tar/0004: it is text" in str(caught.value.where)
         assert "train-0.tar/0005: it is empty" in str(caught.value.where)
         skipped = data.load(config.model_copy(update={"on_bad": "skip"}), memory_budget=budget)
-        assert skipped.skipped == ["train-0.tar/0004", "train-0.tar/0005"]
+        assert list(skipped.skipped) == ["train-0.tar/0004", "train-0.tar/0005"]
 
 
 def test_commands_on_shards(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class Data:
     fingerprint: str  # SHA-256 over classes, ids, labels, contents and conversion of all splits
     how: dict[str, str]  # one sentence a split: where it came from
     held_out: dict[str, list[str]]  # ids of what we took out of the source's train split
-    skipped: list[str]  # ids of unreadable images, left out because of data.on_bad=skip
+    skipped: dict[str, str]  # unreadable images, left out because of data.on_bad=skip: id -> why
     notes: tuple[str, ...]  # what else a reader should know about the source
     listing: Listing | None  # of its image files; built-in sets have none
     _test: Callable[[], Split] = field(repr=False)
@@ -78,7 +78,7 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
     if config.on_bad == "stop":
         lists = f"`convlens data {config.name}` lists all"
         _refuse_unreadable(opened, f"{lists}; replace them, or set data.on_bad=skip")
-    skipped = _skipped(opened, source)
+    skipped = _skipped(opened, source, config)
     pool = opened["train"]
     keep, out, how = draw(config, source, opened)
     views = {"train": (pool, keep)}
@@ -225,13 +225,33 @@ def _refuse_unreadable(opened: dict[str, Opened], fix: str) -> None:
     )
 
 
-def _skipped(opened: dict[str, Opened], source: Source) -> list[str]:
-    """Ids of the unreadable images, which are left out; each class must keep some."""
+def _skipped(opened: dict[str, Opened], source: Source, config: DataConfig) -> dict[str, str]:
+    """Why each unreadable image, by its id, is left out; of each class some must stay.
+
+    Raises:
+        DataError: a split, or a class of it, loses more than `max_bad` of its images (one may go).
+    """
     have = np.bincount(opened["train"].labels, minlength=len(source.classes))
     lost = [source.classes[c] for c in np.flatnonzero(have == 0)]
     if lost:
         raise DataError(f"no readable training image in: {', '.join(lost[:5])}", where=source.name)
-    skipped = [o.part.ids[i] for o in opened.values() for i in o.bad]
+    beyond = []
+    for split, its in opened.items():
+        labels = its.part.labels
+        of = np.bincount(labels, minlength=len(source.classes))
+        bad = np.bincount(labels[list(its.bad)], minlength=len(source.classes))
+        names = (f"all of {split}", *source.classes)
+        for name, n, count in zip(names, [bad.sum(), *bad], [of.sum(), *of], strict=True):
+            if n > max(1, config.max_bad * count):
+                beyond.append(f"{name} ({n:,} of {count:,})")
+    if beyond:
+        more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+        raise DataError(
+            f"more than {config.max_bad:.0%} can't be read of {', '.join(beyond[:5])}{more}",
+            where=source.name,
+            fix=f"`convlens data {config.name}` says why; replace them, or raise data.max_bad",
+        )
+    skipped = {o.part.ids[i]: reason for o in opened.values() for i, reason in o.bad.items()}
     if skipped:
         say(escape(f"{source.name}: {len(skipped)} unreadable images are skipped"))
     return skipped
