@@ -321,6 +321,47 @@ def test_memory_that_runs_out_is_no_fault_of_the_network(
     assert {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()} == before
 
 
+# What onnxruntime 1.32 said with 50 MB left to take.
+NONE_LEFT = (
+    "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Cast node. "
+    "Name:'node__to_copy' Status Message: /onnxruntime_src/onnxruntime/core/framework/"
+    "bfc_arena.cc:360 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::"
+    "Stream*) Failed to allocate memory for requested buffer of size 134217728\n"
+)
+
+
+def test_an_onnx_file_without_memory_is_asked_about_fewer_images(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+    real, most = onnxfile.OnnxNet.answers, [3]
+
+    class Session:
+        def __init__(self, session: Any) -> None:
+            self.session = session
+
+        def run(self, names: list[str], given: dict[str, Any]) -> Any:
+            if len(given["images"]) > most[0]:
+                raise Fail(NONE_LEFT)
+            return self.session.run(names, given)
+
+    def answers(net: onnxfile.OnnxNet, images: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(net.session, Session):
+            net.session = Session(net.session)
+        return real(net, images)
+
+    asked = ("evaluate", small / "model.onnx", "--split", "val", "--json")
+    whole = here(*asked)
+    assert whole.code == 0, whole.err
+    monkeypatch.setattr(onnxfile.OnnxNet, "answers", answers)
+    parts = here(*asked)
+    assert parts.code == 0, parts.err
+    assert parts.json["confusion"] == whole.json["confusion"]
+    most[0] = 0
+    refused(here(*asked), 5, "not enough memory", "Failed to allocate memory for requested buffer")
+
+
 def test_what_a_killed_export_left_goes_when_it_is_old() -> None:
     right = network()
     for name, age in (("old_draf", 4000), ("youngest", 0)):

@@ -228,7 +228,10 @@ def _array(images: Tensor) -> np.ndarray:
 
 def _told(error: Exception, what: str, where: str, fix: str) -> Exception:
     """What to raise for one of onnxruntime's: if memory ran out, no file is at fault."""
-    reason = " ".join(str(error).split())[:160]
-    if isinstance(error, MemoryError) or any(words in reason for words in NO_MEMORY):
-        return MemoryError(reason)
-    return ModelFileError(f"{what}: {reason}", where=where, fix=fix)
+    reason = " ".join(str(error).split())
+    for words in NO_MEMORY:
+        if words in reason:
+            return MemoryError(reason[reason.index(words) :])
+    if isinstance(error, MemoryError):
+        return error
+    return ModelFileError(f"{what}: {reason[:160]}", where=where, fix=fix)
