@@ -25,7 +25,7 @@ from commands import (
     pictures,
     refused,
 )
-from convlens import Run
+from convlens import Run, files, training
 from convlens.run import RunFolder
 
 # Recipes, keys, values
@@ -271,7 +271,18 @@ def test_an_output_folder_that_can_not_be_written() -> None:
     refused(here("train", *DIGITS), 5, "can't write", "models")
 
 
-def test_plots_that_can_not_be_written_lose_no_training() -> None:
+@pytest.mark.parametrize("place", ["plots", "models"])
+def test_what_can_not_be_written_is_known_before_images_are_read(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "load", lambda *_, **__: pytest.fail("it read the images"))
+    Path(place).write_text("a file where a folder belongs")
+    refused(here("train", *DIGITS), 5, "can't write", place)
+    assert [path.name for path in Path().iterdir()] == [place]
+
+
+def test_plots_that_can_not_be_written_lose_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "probe", lambda *folders: None)  # a disk that fails later
     Path("plots").write_text("a file where a folder belongs")
     refused(here("train", *DIGITS), 5, "can't write", "plots")
     Path("plots").unlink()

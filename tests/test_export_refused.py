@@ -451,6 +451,9 @@ def test_a_model_file_alone_is_compared_on_drawn_images(small: Path) -> None:
     done = here("export", "alone.safetensors", "--to", "torch", "--data", root, "--json")
     (only,) = done.json["exports"]
     assert (only["proof"]["source"], only["proof"]["images"]) == ("images of 'set'", 18)
+    shutil.rmtree(root / "b")  # of one class alone answers can be compared, too
+    done = here("export", "alone.safetensors", "--to", "torch", "--data", root, "--json")
+    assert done.json["exports"][0]["proof"]["images"] == 9
     refused(here("export", "alone.safetensors", "--data", "nowhere/"), 3, "nowhere")
 
 

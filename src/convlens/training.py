@@ -19,6 +19,7 @@ from convlens import (
     engine,
     evaluation,
     extending,
+    files,
     meeting,
     onlooker,
     optim,
@@ -42,6 +43,8 @@ from convlens.recipe import Recipe
 from convlens.resuming import Clock, begun_with
 from convlens.run import RunFolder
 from convlens.version import __version__
+
+LEAST_BYTES = 20  # for each weight: in the model file, and with a moment in each of two states
 
 
 def train(
@@ -84,6 +87,8 @@ def train(
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
         check(recipe)
+        if world.leads:
+            files.probe(place.path, place.plots)
         if fresh:
             say(f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it")
         elif world.leads:
@@ -124,6 +129,7 @@ def _train_locked(
     begun = begun_with(place)
     setup = prepare(recipe, data, where, _stored_plan(facts, where), begun, world)
     if not facts:
+        files.expect(place.path, LEAST_BYTES * sum(p.numel() for p in setup.trained.parameters()))
         place.write_split(data.held_out)
         if data.listing is not None and world.leads:
             data.listing.write(place.path)
