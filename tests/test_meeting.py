@@ -103,7 +103,7 @@ if sys.argv[1] == "killed":
 """
 
 
-@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("machines", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_processes_that_are_started_anew_do_not_ask_for_the_ended(machines: int) -> None:
     """torchrun's store outlives them, with addresses that nobody answers at any more."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from convlens import answers as store
-from convlens import device, metrics, onlooker, picturing, processes, run, views
+from convlens import device, metrics, modelfile, onlooker, picturing, processes, run, views
 from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, load_foreign
 from convlens.data.batches import Labelled
@@ -26,7 +26,6 @@ from convlens.exported import open_model
 from convlens.inference import Answers, placed, split_answers
 from convlens.names import alike, pick
 from convlens.processes import ALONE, World
-from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
 from convlens.together import answered
 
@@ -170,7 +169,7 @@ def own_data(loaded: Loaded, on: str) -> Data:
     Raises:
         DataError: the images changed since, or have moved.
     """
-    recipe = load_recipe(loaded.card["recipe"])
+    recipe = modelfile.recipe_of(loaded.card)
     data = load(recipe.data, memory_budget=device.memory_budget(on))
     began = loaded.card["data"]["fingerprint"]
     if data.fingerprint != began:

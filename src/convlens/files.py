@@ -23,7 +23,7 @@ from convlens.errors import ResourceError
 
 PART = ".part"  # how the name of what isn't whole yet ends
 ABANDONED = 3600.0  # seconds that nobody wrote to it
-PROBE = b"\0" * (1 << 16)  # more than a file system keeps in a folder's own blocks
+PROBE = b"\0" * 4096  # of the size of a block
 # Answers of a file system that has no modes, or no fsync of folders (vfat, CIFS, FUSE); none of
 # them means that what was written is lost.
 UNKNOWN = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)

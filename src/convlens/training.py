@@ -197,7 +197,7 @@ def run_to_end(
         watch(setup.epochs, steps, done, shown=not quiet) as bar,
         world.naming(lambda: f"epoch {at.epoch}, after step {at.step}"),
     ):
-        clock = Clock(setup.position)
+        clock = Clock(at)
         world.asks_to_stop = lambda: flag.up
         for record in _guarded(setup, place, keeper):
             if isinstance(record, engine.Step):
@@ -207,21 +207,18 @@ def run_to_end(
             else:
                 device.synchronise(setup.plan.device)
                 seconds, cpu_seconds = clock.read()
-                try:
-                    row = _validate(setup, record, flag, seconds=seconds)
-                except _LeftError:  # who takes the run up validates first
+                row = _validate(setup, record, flag, seconds=seconds)
+                if row is None:  # who takes the run up validates first
                     vars(at).update(vars(unended))
-                    at.seconds, at.cpu_seconds = clock.read()
-                    keeper.save()
-                    _leave(setup, place, flag)
-                row["data_seconds"], setup.position.data_seconds = setup.position.data_seconds, 0.0
-                row["cpu_seconds"] = world.total(cpu_seconds)
-                keeper.take(world.told(partial(dict, row)))  # what it decides, all decide alike
-                bar.epoch(keeper.rows[-1], keeper.best.epoch)
-                clock.start()
+                else:
+                    row["data_seconds"], at.data_seconds = at.data_seconds, 0.0
+                    row["cpu_seconds"] = world.total(cpu_seconds)
+                    keeper.take(world.told(partial(dict, row)))  # what it decides, all decide alike
+                    bar.epoch(keeper.rows[-1], keeper.best.epoch)
+                    clock.start()
                 stop = world.stops(now=True)
             if stop or keeper.over or keeper.due:
-                setup.position.seconds, setup.position.cpu_seconds = clock.read()
+                at.seconds, at.cpu_seconds = clock.read()
                 keeper.save()
             if keeper.over:
                 break
@@ -231,10 +228,6 @@ def run_to_end(
             _leave(setup, place, flag)
     rows = keeper.rows
     return rows, int(rows[-1]["epoch"]) if options.keep == "last" else keeper.kept()
-
-
-class _LeftError(Exception):
-    """A validation is left in the middle, since a signal came."""
 
 
 def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
@@ -264,15 +257,17 @@ def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
         raise
 
 
+class _LeftError(Exception):
+    """A validation is left in the middle."""
+
+
 def _validate(
     setup: Setup, record: engine.Epoch, flag: Flag, *, seconds: float
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """The epoch's row: training numbers as they were seen, validation with the kept weights.
 
-    Without a validation split its numbers are NaN.
-
-    Raises:
-        _LeftError: a signal came; of several processes nobody leaves before all are done.
+    Without a validation split its numbers are NaN. None where a signal came in the middle (of
+    several processes nobody leaves then).
     """
 
     def asked(images: int) -> None:
@@ -281,8 +276,11 @@ def _validate(
 
     val_loss = val_accuracy = math.nan
     if setup.recipe.data.validates:
-        with optim.averaged(setup.averager):
-            logits, labels = setup.feed.validate(asked)
+        try:
+            with optim.averaged(setup.averager):
+                logits, labels = setup.feed.validate(asked)
+        except _LeftError:
+            return None
         val_loss, val_accuracy = loss_and_accuracy(logits, labels)
     return {
         "epoch": record.epoch,
