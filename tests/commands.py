@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -66,8 +67,10 @@ def environment(**extra: str) -> dict[str, str]:
     return env
 
 
-def start(*arguments: str | Path, **extra: str) -> subprocess.Popen[str]:
-    """Begins `convlens ARGUMENTS` in a process of its own."""
+def start(
+    *arguments: str | Path, before: Callable[[], None] | None = None, **extra: str
+) -> subprocess.Popen[str]:
+    """Begins `convlens ARGUMENTS` in a process of its own, in which `before` is called first."""
     return subprocess.Popen(
         [sys.executable, "-m", "convlens", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
@@ -75,12 +78,20 @@ def start(*arguments: str | Path, **extra: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment(**extra),
+        preexec_fn=before,
     )
 
 
-def command(*arguments: str | Path, **extra: str) -> Done:
-    """Runs `convlens ARGUMENTS` in a process of its own."""
-    process = start(*arguments, **extra)
+def by_rights() -> None:
+    """From here on this process reads only what it has the right to, even if it is root's."""
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH: capabilities(7)
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, for what is executed next
+
+
+def command(*arguments: str | Path, before: Callable[[], None] | None = None, **extra: str) -> Done:
+    """Runs `convlens ARGUMENTS` in a process of its own, in which `before` is called first."""
+    process = start(*arguments, before=before, **extra)
     out, err = process.communicate(timeout=240)
     return Done(process.returncode, out, err)
 

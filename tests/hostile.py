@@ -183,9 +183,9 @@ def strange(folder: Path) -> list[str]:
     os.mkfifo(folder / "pipe.png")
     (folder / "zero.png").symlink_to("/dev/zero")
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
-    (folder / "self.png").symlink_to(folder / "self.png")
-    (folder / "loop").symlink_to(folder)
-    (folder / "up").symlink_to(folder.parent)
+    (folder / "self.png").symlink_to("self.png")  # targets are read from where the link is
+    (folder / "loop").symlink_to(".")
+    (folder / "up").symlink_to("..")
     (folder / "folder.png").mkdir()
     with socket.socket(socket.AF_UNIX) as made, _inside(folder):
         made.bind("socket.png")

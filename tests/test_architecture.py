@@ -25,7 +25,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "names", "version", "ranks"),
     1: (
         "files", "console", "interrupts", "yamltext", "schema", "recipe", "device", "later",
-        "processes", "sealing",
+        "meeting", "processes", "sealing",
     ),
     2: ("data", "models", "optim", "metrics", "differences", "plots", "auto", "views"),
     3: (
@@ -55,6 +55,7 @@ AT_IMPORT = {
 CALLS_AT_IMPORT = {
     "frozenset", "tuple", "range", "list", "Path", "TypeVar", "ParamSpec", "Field", "re.compile",
     "inspect.unwrap", "np.dtype", "datetime.timedelta",
+    "Room",  # data.locks: bounds the memory of all threads together
     "typer.Typer", "typer.Option", "typer.Argument",
     # data.rules, for the table of augmentations
     "angles", "below", "factor", "interval", "number", "one_of", "optional", "whole",

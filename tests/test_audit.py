@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from commands import here
 from convlens import data
 from convlens.data import similar
 from convlens.data.audit import Audit, audit
 from convlens.errors import DataError
 from convlens.schema import DataConfig
+from test_sources import cifar10_files
 
 
 @pytest.fixture
@@ -282,6 +284,41 @@ def test_notes_on_case_few_and_grey(root: Path) -> None:
     assert "dog (4)" in notes
     assert "1 of 30 images are grey" in notes
     assert "string order" not in notes
+
+
+def test_known_near_duplicates_of_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLENS_DATA", str(root))
+    (root / "cifar-10-batches-bin").mkdir()
+    for name, content in cifar10_files().items():
+        (root / "cifar-10-batches-bin" / name).write_bytes(content)
+    (note,) = [note for note in audit(DataConfig(name="cifar10")).notes if "near-dup" in note]
+    assert note.startswith("3.3% of the test images have near-duplicates in the training part")
+
+
+def test_notes_on_what_decoding_changes(root: Path) -> None:
+    folder(root, {"a": 12, "b": 12})
+    exif = Image.Exif()
+    for n, turn in enumerate((1, 3, 6, 8)):  # 1 is upright
+        exif[0x0112] = turn
+        for kind in ("jpg", "tif", "png"):
+            noise(100 + n).save(root / "a" / f"turned{n}.{kind}", exif=exif)
+    clear = noise(200).convert("RGBA")
+    save(clear, root / "a" / "clear.png")
+    save(clear.convert("LA"), root / "b" / "clear.png")
+    noise(201).convert("P").save(root / "b" / "palette.png", transparency=0)
+    more = [noise(seed) for seed in (301, 302)]
+    for kind in ("gif", "webp", "tif"):
+        noise(300).save(root / "b" / f"several.{kind}", save_all=True, append_images=more)
+    noise(303).save(root / "b" / "phone.jpg", "MPO", save_all=True, append_images=more)
+    found = look(root)
+    assert (found.turned, found.alpha, found.frames) == (9, 3, 4)
+    notes = "\n".join(found.notes)
+    assert "9 of 43 images are turned upright, as their EXIF says" in notes
+    assert "3 of 43 images have transparency, which becomes white" in notes
+    assert "4 of 43 images have more than one frame: only the first is used" in notes
+    told = here("data", root)
+    assert "only the first is used" in " ".join(told.out.split())
+    assert here("data", root, "--json").json["frames"] == 4
 
 
 def test_no_notes_on_a_sound_set(root: Path) -> None:

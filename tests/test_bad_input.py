@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import pytest
 from commands import (
     DIGITS,
     NET,
+    by_rights,
+    command,
     environment,
     here,
     picture,
     pictures,
     refused,
 )
-from convlens import Run
+from convlens import Run, files, training
 from convlens.run import RunFolder
 
 # Recipes, keys, values
@@ -85,6 +88,21 @@ def test_one_class() -> None:
     refused(here("train", pictures(Path("photos"), {"cat": 9})), 3, "only one class", "cat")
 
 
+def test_class_folders_that_may_not_be_read_are_named() -> None:
+    root = pictures(Path("photos"), {"cat": 3, "dog": 3, "emu": 3, "emu/young": 3})
+    closed = [root / "cat", root / "emu" / "young"]
+    for folder in closed:
+        folder.chmod(0)
+    try:
+        for asked in (("train", root), ("data", root)):
+            done = command(*asked, before=by_rights)
+            refused(done, 3, "can't be read", "photos/cat (Permission denied)",
+                    "photos/emu/young (Permission denied)", "permissions")  # fmt: skip
+    finally:
+        for folder in closed:
+            folder.chmod(0o700)
+
+
 def test_one_image_of_a_class() -> None:
     root = pictures(Path("photos"), {"cat": 1, "dog": 1, "owl": 7})
     refused(here("train", root), 3, "a single image", "cat", "dog", "at least two")
@@ -136,13 +154,22 @@ def test_images_that_can_not_be_read_are_listed_at_once_with_their_reasons() -> 
 
 
 def test_unreadable_images_are_left_out_if_asked() -> None:
-    done = here("train", bad_folder(), *NET, "data.on_bad=skip", "--json")
+    root = bad_folder()
+    refused(
+        here("train", root, *NET, "data.on_bad=skip"), 3, "more than 10% can't be read of all of "
+        "train (4 of 16), cat (2 of 8), dog (2 of 8)", "raise data.max_bad",
+    )  # fmt: skip
+    assert not Path("models").exists()
+    done = here("train", root, *NET, "data.on_bad=skip", "data.max_bad=0.25", "--json")
     assert done.code == 0, done.err
     assert "4 unreadable images are skipped" in done.err
     facts = Run.load(done.json["run"])._folder.facts()
-    assert facts["data"]["skipped"] == [
-        "cat/bomb.png", "cat/half.png", "dog/nil.png", "dog/text.png",
-    ]  # fmt: skip
+    assert facts["data"]["skipped"] == {
+        "cat/bomb.png": "more than 89 million pixels are refused",
+        "cat/half.png": "the file is cut short",
+        "dog/nil.png": "the file is empty (0 bytes)",
+        "dog/text.png": "it is text, not an image",
+    }
 
 
 def test_the_audit_lists_what_training_refuses() -> None:
@@ -150,6 +177,46 @@ def test_the_audit_lists_what_training_refuses() -> None:
     assert done.code == 0
     found = {bad["id"]: bad["reason"] for bad in done.json["unreadable"]}
     assert set(found) == {"cat/bomb.png", "cat/half.png", "dog/nil.png", "dog/text.png"}
+
+
+def leaky_folder() -> Path:
+    """One image in two splits, one under two labels, and one twice where it does no harm."""
+    root = Path("photos")
+    for first, split in enumerate(("train", "val", "test")):
+        pictures(root / split, {"red": 4, "green": 4}, first=10 * first)
+    shutil.copy(root / "train" / "red" / "000.png", root / "test" / "red" / "same.png")
+    shutil.copy(root / "train" / "red" / "001.png", root / "train" / "green" / "same.png")
+    shutil.copy(root / "train" / "red" / "002.png", root / "train" / "red" / "same.png")
+    return root
+
+
+def test_copies_that_do_harm_are_told_when_a_training_begins() -> None:
+    root = leaky_folder()
+    said = "images that are there more than once"
+    done = here("train", root, *NET)
+    assert done.code == 0, done.err
+    assert (
+        f"photos: {said}: 1 in more than one split, 1 under two labels "
+        "(`convlens data photos` lists them)\n"
+    ) in done.err
+    (root / "test" / "red" / "same.png").unlink()
+    (root / "train" / "green" / "same.png").unlink()
+    done = here("train", root, *NET, "--fresh")
+    assert done.code == 0, done.err
+    assert said not in done.err
+
+
+def test_a_strict_look_at_a_set_fails_where_something_is_wrong() -> None:
+    root = leaky_folder()
+    (root / "val" / "red" / "bad.png").write_bytes(b"")
+    assert here("data", root).code == 0
+    done = here("data", root, "--strict", "--json")
+    refused(done, 3, "1 unreadable files, 1 copies across splits, 1 copies under two labels")
+    assert done.json["duplicates"]["groups"] == 3
+    for name in ("test/red/same.png", "train/green/same.png", "val/red/bad.png"):
+        (root / name).unlink()
+    done = here("data", root, "--strict")
+    assert done.code == 0, done.err
 
 
 def test_grey_and_colour_mixed_is_fine() -> None:
@@ -204,7 +271,18 @@ def test_an_output_folder_that_can_not_be_written() -> None:
     refused(here("train", *DIGITS), 5, "can't write", "models")
 
 
-def test_plots_that_can_not_be_written_lose_no_training() -> None:
+@pytest.mark.parametrize("place", ["plots", "models"])
+def test_what_can_not_be_written_is_known_before_images_are_read(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "load", lambda *_, **__: pytest.fail("it read the images"))
+    Path(place).write_text("a file where a folder belongs")
+    refused(here("train", *DIGITS), 5, "can't write", place)
+    assert [path.name for path in Path().iterdir()] == [place]
+
+
+def test_plots_that_can_not_be_written_lose_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "probe", lambda *folders: None)  # a disk that fails later
     Path("plots").write_text("a file where a folder belongs")
     refused(here("train", *DIGITS), 5, "can't write", "plots")
     Path("plots").unlink()

@@ -152,6 +152,13 @@ def _nudged(path: Path) -> None:
         manifest.write_text(json.dumps(content))
 
 
+@pytest.mark.slow
+def test_the_recipe_ends_early() -> None:
+    """Not where it is killed behind its last epoch alone."""
+    place = finish(chaos.load(chaos.RECIPE), "x")
+    assert len(place.metrics()) < chaos.RECIPE["train"]["epochs"]
+
+
 def test_the_recipe_has_everything_on() -> None:
     setup, _ = begin(chaos.load(chaos.RECIPE), "x")
     assert setup.averager is not None

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from commands import here, pictures, refused
-from convlens import answers, modelfile, planning
+from convlens import answers, generations, modelfile, planning
 from convlens.data import cache, listing, members
 from convlens.data.encoded import Paths
 from convlens.data.rows import Conversion
@@ -144,7 +144,33 @@ def _plans(run: RunFolder) -> Case:
     return cache.folder() / "plans.json", planning._remembered, {}
 
 
+def _state(run: RunFolder) -> Case:
+    return _states(run, "0002-000000.safetensors")
+
+
+def _manifest(run: RunFolder) -> Case:
+    return _states(run, generations.MANIFEST)
+
+
+def _states(run: RunFolder, file: str) -> Case:
+    """Two states: damage to the newer one, or to what names both, costs no more than the newer."""
+    folder = run.path / "two-states"
+
+    def read() -> Any:
+        found = generations.Generations(folder).read()
+        return found and (found.counters, {k: t.tolist() for k, t in found.tensors.items()})
+
+    states, seen = generations.Generations(folder), []
+    for epoch in (1, 2):
+        weights = {"model.weight": torch.full((5,), float(epoch)), "model.bias": torch.ones(2)}
+        states.save(weights, {"position": {"epoch": epoch, "step": 0}, "rows": [{"loss": 0.5}]})
+        seen.append(read())
+    return folder / file, read, seen[0]
+
+
 FILES: dict[str, Callable[[RunFolder], Case]] = {
+    "state": _state,
+    "manifest.json": _manifest,
     "model.safetensors": _model,
     "run.json": _run_json,
     "results.json": _results,
@@ -178,6 +204,7 @@ def test_more_than_ten_thousand_damaged_files(
         total += MANY
         wrong += [f"{name}: {each}" for each in found.wrong]
         shutil.rmtree("sharded", ignore_errors=True)
+        shutil.rmtree(run.path / "two-states", ignore_errors=True)
         shutil.rmtree(cache.folder(), ignore_errors=True)
         with capsys.disabled():
             print(f"\n{name}: {found}; {len(found.wrong)} wrong", end="")

@@ -166,14 +166,40 @@ def test_unreadable_files_stop_with_a_list(partly_bad: str) -> None:
 
 
 def test_unreadable_files_can_be_skipped(partly_bad: str) -> None:
-    data = load(DataConfig(name=partly_bad, on_bad="skip"), memory_budget=PLENTY)
+    data = load(DataConfig(name=partly_bad, on_bad="skip", max_bad=0.4), memory_budget=PLENTY)
     assert len(data.skipped) == 13
-    assert data.skipped[0] == os.path.join("a", "0000.png")
+    assert data.skipped[os.path.join("a", "0000.png")] == "the file is empty (0 bytes)"
     ids = {*data.train.ids, *data.val.ids, *data.unseal_test().ids}
     assert len(ids) == 67
-    assert not ids & set(data.skipped)
+    assert not ids & data.skipped.keys()
     test_images = everything(data.train)
     assert test_images[:, 1, 8, 8].tolist() == [int(Path(i).stem) for i in data.train.ids]
+
+
+def test_not_more_than_a_share_is_skipped(tmp_path: Path) -> None:
+    root = Path(folder(tmp_path / "x/train", {"a": 50, "b": 10})).parent
+    folder(root / "test", {"a": 20, "b": 4})
+
+    def spoil(*names: str) -> set[str]:
+        for name in names:
+            (root / name).write_bytes(b"")
+        try:
+            load(DataConfig(name=str(root), on_bad="skip"), memory_budget=PLENTY)
+        except DataError as error:
+            return set(error.what.partition(" of ")[2].split(", "))
+        return set()
+
+    # One may always go, else a tenth at most: of a split, and of each class in it.
+    assert spoil("train/b/0000.png", "test/b/0000.png", "test/a/0000.png") == set()
+    assert spoil(*(f"train/a/{i:04}.png" for i in range(5))) == set()
+    train = {"all of train (7 of 60)", "a (6 of 50)"}
+    assert spoil("train/a/0005.png") == train
+    assert spoil("test/b/0001.png") == train | {"all of test (3 of 24)", "b (2 of 4)"}
+    config = DataConfig(name=str(root), on_bad="skip", max_bad=0.5)
+    assert len(load(config, memory_budget=PLENTY).skipped) == 10
+    with pytest.raises(DataError, match="more than 0% can't be read of ") as caught:
+        load(config.model_copy(update={"max_bad": 0}), memory_budget=PLENTY)
+    assert "raise data.max_bad" in caught.value.fix
 
 
 def test_a_class_without_a_readable_image_stops(tmp_path: Path) -> None:

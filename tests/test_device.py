@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from convlens import device, planning
 from convlens.device import Plan, seed_of
-from convlens.errors import UsageError
+from convlens.errors import ResourceError, UsageError
 
 # Seeds
 
@@ -56,6 +57,51 @@ def test_the_best_device_there_is_or_the_one_asked_for() -> None:
 def test_a_device_that_is_not_there_is_refused(asked: str) -> None:
     with pytest.raises(UsageError, match="can't be used"):
         device.choose(asked)
+
+
+BUSY = "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be"
+OLD = (
+    "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). "
+    "Please update your GPU driver by downloading and installing a new version from the URL"
+)
+
+
+@pytest.mark.parametrize("asked", [None, "auto"])
+def test_a_gpu_that_is_busy_is_told_and_not_left_for_the_cpu(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: object, **__: object) -> None:
+        raise RuntimeError(BUSY)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", busy)
+    with pytest.raises(ResourceError, match="the GPU can't be used: CUDA error: all") as caught:
+        device.choose(asked)
+    assert "\n" not in caught.value.what
+    assert "--device cpu" in caught.value.fix
+    with pytest.raises(
+        UsageError, match="device 'cuda' can't be used: CUDA error: all"
+    ) as asked_for:
+        device.choose("cuda")
+    assert "--device cpu" in asked_for.value.fix
+
+
+def test_a_driver_that_is_too_old_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none() -> bool:
+        warnings.warn(OLD, UserWarning, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", none)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device.choose() == "cpu"
+    told = capsys.readouterr().err
+    assert "no GPU is used, as with --device cpu" in told
+    assert "The NVIDIA driver on your system is too old (found version 11040)\n" in told
+    assert len(told.splitlines()) == 1
+    assert device.choose("cpu") == "cpu"
+    assert capsys.readouterr().err == ""
 
 
 def fast_bf16(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:

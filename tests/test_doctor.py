@@ -20,7 +20,7 @@ from convlens import recipe as recipes
 from convlens.diagnosing.diagnosis import Diagnosis, dead_of
 from convlens.diagnosing.findings import CannotTell, Case, Shares
 from convlens.diagnosing.symptoms import RULES
-from convlens.errors import Stopped
+from convlens.errors import Diverged
 from convlens.run import RunFolder
 
 PLAIN: dict[str, Any] = {
@@ -132,7 +132,7 @@ def test_what_is_said_of_overfitting_is_in_the_curves(runs: None) -> None:
 
 def test_a_loss_that_was_not_finite() -> None:
     changes = {**FEW, "optim.name": "sgd", "optim.lr": 1e18, "model.batch_norm": False}
-    with pytest.raises(Stopped):
+    with pytest.raises(Diverged):
         convlens.train(PLAIN, changes, name="nan", test=False, quiet=True, device="cpu")
     found = doctor("nan")
     assert found.status == "stopped by a loss that was not finite"

@@ -14,8 +14,9 @@ import torch
 from commands import here, refused
 from convlens import continuing, engine, modelfile, run, training
 from convlens.chaos import differences
+from convlens.data.batches import Batches
 from convlens.data.order import epoch_order
-from convlens.errors import Stopped
+from convlens.errors import DataError, Diverged, Stopped
 from convlens.keeping import Keeper
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
@@ -53,16 +54,56 @@ def test_the_last_weights_are_written_again_from_the_state() -> None:
     assert differences(whole, lost) == []
 
 
-def test_a_signal_in_the_last_validation_is_heard() -> None:
+def test_a_signal_while_all_is_made_ready_leaves_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*_: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(training, "prepare", prepare)
+    Path("x.yaml").write_text(tiny().to_text())
+    refused(here("train", "x.yaml", "--device", "cpu"), 75, "asked to stop (SIGUSR1)", "again")
+    assert not RunFolder(Path("models/x")).facts()
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_validation_is_left_and_made_up_for(last: int) -> None:
+    """It may take long; its epoch ends when the run is taken up."""
+    whole = finish(tiny("optim.ema=0.9"), "whole")
+    setup, place = begin(tiny("optim.ema=0.9"), "stopped")
+    validate, calls = setup.feed.validate, []
+
+    def signalled(advance):  # type: ignore[no-untyped-def]
+        calls.append(1)
+
+        def told(images: int) -> None:
+            if len(calls) == last:
+                signal.raise_signal(signal.SIGTERM)
+            advance(images)
+
+        return validate(told)
+
+    setup.feed = dataclasses.replace(setup.feed, validate=signalled)
+    with pytest.raises(Stopped, match=r"asked to stop \(SIGTERM\)"):
+        training.run_to_end(setup, place, quiet=True)
+    assert len(calls) == last
+    assert len(place.metrics()) == last - 1
+    found = place.state()
+    assert found is not None
+    at = found[1]["position"]
+    assert (at["epoch"], at["step"]) == (last, 5)
+    equal(finish(tiny("optim.ema=0.9"), "stopped"), whole)
+
+
+def test_a_signal_behind_the_last_validation_is_heard() -> None:
     whole = finish(tiny(), "whole")
     setup, place = begin(tiny(), "stopped")
     validate, calls = setup.feed.validate, []
 
-    def signalled():  # type: ignore[no-untyped-def]
+    def signalled(advance):  # type: ignore[no-untyped-def]
         calls.append(1)
+        found = validate(advance)
         if len(calls) == setup.epochs:
             signal.raise_signal(signal.SIGINT)
-        return validate()
+        return found
 
     setup.feed = dataclasses.replace(setup.feed, validate=signalled)
     with pytest.raises(KeyboardInterrupt):
@@ -75,13 +116,76 @@ def test_a_signal_in_the_last_validation_is_heard() -> None:
 
 def test_a_loss_that_is_none_names_its_images() -> None:
     asked = tiny("optim.name=sgd", "optim.lr=1e30")
-    with pytest.raises(Stopped, match="became NaN or infinite") as caught:
+    with pytest.raises(Diverged, match="became NaN or infinite") as caught:
         train(asked, "x")
     told = RunFolder(Path("models/x")).facts()["diverged"]
     setup, _ = begin(asked, "again")
     ids = [setup.data.train.ids[i] for i in epoch_order(80, 0, told["epoch"]).tolist()]
     assert told["images"] == ids[16 * (told["step"] - 1) : 16 * told["step"]]
     assert f"images {', '.join(told['images'][:3])} ...: run.json has all" in caught.value.what
+
+
+@pytest.mark.parametrize("calls_before", [6, 10])
+def test_a_gradient_that_is_none_is_blamed_on_its_step(
+    calls_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the step after it is the first that isn't finite."""
+    real, calls = engine.step, []
+
+    def step(model: torch.nn.Module, *arguments: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == calls_before:
+            weights = next(model.parameters())
+            weights.register_hook(lambda gradient: gradient * torch.nan)
+        return real(model, *arguments, **more)
+
+    monkeypatch.setattr(engine, "step", step)
+    with pytest.raises(Diverged, match="its loss was finite, its gradient wasn't") as caught:
+        train(tiny(), "x")
+    epoch, index = divmod(calls_before - 1, 5)
+    assert f"the update of epoch {epoch + 1}, step {index + 1} made" in caught.value.what
+    place = RunFolder(Path("models/x"))
+    told = place.facts()["diverged"]
+    assert (told["epoch"], told["step"]) == (epoch + 1, index + 1)
+    tensors, _ = modelfile.read(place.model_path)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def test_images_that_can_not_be_read_any_more_cost_no_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = train(tiny(), "whole")
+    real, read = Batches.epoch, []
+
+    def epoch(batches: Batches, *arguments: int) -> Any:
+        for batch in real(batches, *arguments):
+            read.append(1)
+            if len(read) == 8:
+                raise DataError("the file has changed since it was read first")
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "epoch", epoch)
+        with pytest.raises(DataError, match="has changed"):
+            train(tiny(), "x")
+    found = RunFolder(Path("models/x")).state()
+    assert found is not None
+    assert (found[1]["position"]["epoch"], found[1]["position"]["step"]) == (2, 2)
+    assert differences(whole, train(tiny(), "x")) == []
+
+
+def test_a_gpu_that_is_taken_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler would start it again and again; a stand-in: torch's error at the first use."""
+
+    def step(*arguments: Any, **more: Any) -> Any:
+        raise torch.AcceleratorError(
+            "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+        )
+
+    monkeypatch.setattr(engine, "step", step)
+    Path("x.yaml").write_text(tiny().to_text())
+    done = here("train", "x.yaml", "--no-test", "--device", "cpu")
+    refused(done, 5, "the GPU is taken", "--device")
 
 
 def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,7 +290,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     assert (position.epoch, position.step) == (1, 2)
     assert "epoch 1, step 3" in caught.value.what
     assert "0.02" in caught.value.fix
-    assert caught.value.exit_code == 75
+    assert caught.value.exit_code == 6
 
 
 def test_the_very_first_loss_can_be_no_number() -> None:

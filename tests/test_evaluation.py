@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import math
 import shutil
@@ -17,6 +19,7 @@ from convlens.errors import DataError, ModelFileError, UsageError
 from convlens.metrics import wilson_interval
 from convlens.recipe import load as load_recipe
 from convlens.run import RunFolder
+from test_shards import tar
 
 CLASSES = ("blue", "green", "red")
 KEYS = {
@@ -103,7 +106,88 @@ def test_a_class_the_model_does_not_know_is_refused(model: RunFolder) -> None:
     root = pictures(Path("more"), {"green": 1, "pink": 1, "red": 1})
     done = here("evaluate", model.path, "--data", root)
     refused(done, 3, "doesn't know 1 of the classes: pink", "blue, green, red")
+    pictures(Path("case"), {"Green": 1, "red": 1})
+    done = here("evaluate", model.path, "--data", "case")
+    refused(done, 3, "doesn't know 1 of the classes: Green (it has green)")
     assert not Run(model).results
+
+
+@pytest.mark.parametrize("form", ["folder", "test", "csv", "shards"])
+def test_one_of_its_classes_is_enough_to_be_tested_on(model: RunFolder, form: str) -> None:
+    root = pictures(Path("one/test" if form == "test" else "one"), {"green": 3})
+    (root / "blue").mkdir()  # and an empty one is one without images
+    data = Path("one")
+    if form == "csv":
+        data = Path("one.csv")
+        data.write_text("path,label\n" + "".join(f"{p},green\n" for p in root.glob("*/*.png")))
+    if form == "shards":
+        data = Path("one.tar")
+        members = [(p.name, p.read_bytes()) for p in sorted(root.glob("*/*.png"))]
+        tar(data, [each for name, content in members
+                   for each in ((name, content), (f"{name[:-4]}.txt", b"green"))])  # fmt: skip
+    got = Run(model).evaluate(data=data)
+    assert (got.n, got.correct, got.accuracy) == (3, 3, 1.0)
+    assert {name: its["n"] for name, its in got.per_class.items()} == {
+        "blue": 0, "green": 3, "red": 0,
+    }  # fmt: skip
+    assert tuple(got.interval95) == wilson_interval(3, 3)
+    done = here("evaluate", model.path, "--data", data)
+    assert done.code == 0, done.err
+    assert "0 samples" in done.out
+    why = {"folder": "class folders without images: blue", "test": "no train folder"}
+    refused(here("train", data), 3, why.get(form, "only one class: green"))
+
+
+def test_class_names_match_in_any_unicode_form(tmp_path: Path) -> None:
+    place = constant_model(tmp_path / "cafe", [1.0, 0.0], ["caf\u00e9", "tea"])
+    root = pictures(Path("set"), {"cafe\u0301": 2, "tea": 1})
+    got = Run(place).evaluate(data=root)
+    assert (got.n, got.correct) == (3, 2)
+
+
+def test_what_to_do_about_images_of_another_set_that_can_not_be_read(model: RunFolder) -> None:
+    for root in (pictures(Path("one"), {"red": 2}), pictures(Path("two"), {"red": 2, "blue": 1})):
+        (root / "red" / "bad.png").write_bytes(b"")
+        done = here("evaluate", model.path, "--data", root)
+        refused(done, 3, "1 of ", "red/bad.png: the file is empty", "move them out of the set")
+        assert "on_bad" not in done.err
+        # What it names can be done.
+        assert ("convlens data" in done.err) == (here("data", root).code == 0)
+        (root / "red" / "bad.png").unlink()
+        assert here("evaluate", model.path, "--data", root).code == 0
+
+
+def test_files_that_were_left_out_are_told(model: RunFolder) -> None:
+    root = pictures(Path("set"), {"red": 2, "green": 2})
+    (root / "red" / "gone.png").symlink_to("/no/such/disk/gone.png")
+    done = here("evaluate", model.path, "--data", root)
+    assert done.code == 0, done.err
+    assert "1 links to nothing, pipes or devices were left out: red/gone.png" in done.err
+
+
+def test_images_that_it_was_trained_on_are_counted() -> None:
+    root = own_run()
+    with gzip.open("models/mine/images.csv.gz", "rt") as file:
+        split_of = {row["id"]: row["split"] for row in csv.DictReader(file)}
+    trained = sum(split == "train" for split in split_of.values())
+    assert 0 < trained < 24
+    said = "images are among those that the model was trained on"
+    done = here("evaluate", "mine", "--data", root)
+    assert f"{root}: {trained} of 24 {said}" in done.err
+    # By content, whatever they are called.
+    pictures(Path("new"), {"red": 5}, first=500)
+    known = next(name for name, split in split_of.items() if split == "train")
+    shutil.copy(root / known, "new/red/renamed.png")
+    held = next(name for name, split in split_of.items() if split == "test")
+    shutil.copy(root / held, "new/red/tested.png")
+    assert f"new: 1 of 7 {said}" in here("evaluate", "mine", "--data", "new").err
+    Path("new/red/renamed.png").unlink()
+    assert said not in here("evaluate", "mine", "--data", "new").err
+    assert said not in here("evaluate", "mine").err
+    for damage in (b"", b"\x1f\x8b", gzip.compress(b"id,class,split,sha256\na,b,train,xyz\n")):
+        Path("models/mine/images.csv.gz").write_bytes(damage)
+        done = here("evaluate", "mine", "--data", root)
+        assert (done.code, said in done.err) == (0, False), done.err
 
 
 def test_a_part_of_another_set_is_taken_by_its_name(model: RunFolder) -> None:

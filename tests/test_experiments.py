@@ -14,7 +14,8 @@ from support import TINY
 
 SCRIPTS = Path(__file__).parent.parent / "experiments"
 FEW = (
-    "data.name=digits", "data.per_class=4", "data.image_size=16", "data.val_fraction=0.1",
+    "data.name=digits", "data.per_class=4", "data.image_size=16", "data.val_fraction=0.05",
+    "data.test_fraction=0.03",
     "train.epochs=1", "train.batch_size=20",
 )  # fmt: skip
 

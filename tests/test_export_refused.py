@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 import convlens
 from commands import DIGITS, here, picture, pictures, refused
-from convlens import models, onnxfile
+from convlens import files, models, onnxfile
 from convlens.errors import ModelFileError, ResourceError
 from convlens.exported import open_model
 from convlens.exporting import formats, making
 from convlens.exporting.agreement import Pictures, Witness
 from convlens.exporting.formats import FORMATS
 from convlens.run import Loaded, Preprocessing
+from killing import deaths
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -256,6 +257,111 @@ def test_two_exports_do_not_mix_their_files(monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(path.name for path in Path().iterdir()) == ["net.pt2", "net.pt2.json"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_killed_export_leaves_no_file_with_the_proof_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept, right = list[Any](), network()
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "_keep", lambda *arguments: kept.append(arguments))
+        export_of(right, right, "torch")
+    ((target, content, made),) = kept
+    proof = target.with_name("net.pt2.json")
+    old = b"an older export"
+
+    def prepare() -> None:
+        for path in Path().iterdir():
+            path.unlink()
+        target.write_bytes(old)
+        proof.write_text(json.dumps({"sha256": hashlib.sha256(old).hexdigest()}))
+
+    seen = set()
+    for where in deaths(lambda: making._keep(target, content, made), prepare):
+        digest = hashlib.sha256(target.read_bytes()).hexdigest()
+        told = json.loads(proof.read_text())["sha256"] if proof.exists() else None
+        assert told in (None, digest), where
+        seen.add((target.read_bytes() == old, told is not None))
+        files.sweep(Path(), ["net.pt2", "net.pt2.json"], alone=True)  # as the next one does
+        assert not list(Path().glob(".*")), where
+    assert seen == {(True, True), (True, False), (False, False), (False, True)}
+    assert json.loads(proof.read_text())["sha256"] == made.sha256
+    assert sorted(path.name for path in Path().iterdir()) == ["net.pt2", "net.pt2.json"]
+
+
+def test_a_full_disk_leaves_the_export_that_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = network()
+    export_of(right, right, "torch")
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+
+    def full(path: Path, *rest: Any) -> None:
+        if path.name == "net.pt2":
+            raise ResourceError("can't write: No space left on device")
+        write(path, *rest)
+
+    write = files.write_atomic
+    monkeypatch.setattr(files, "write_atomic", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        export_of(right, right, "torch")
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+@pytest.mark.parametrize("stage", ["export", "onnx"])
+def test_memory_that_runs_out_is_no_fault_of_the_network(
+    stage: str, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 1 bytes")
+
+    if stage == "export":
+        monkeypatch.setattr(torch.export, "export", none_left)
+    else:
+        monkeypatch.setattr(torch.onnx, "export", none_left)
+    before = {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()}
+    refused(here("export", "small"), 5, "not enough memory", "can't allocate memory")
+    assert {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()} == before
+
+
+# What onnxruntime 1.32 said with 50 MB left to take.
+NONE_LEFT = (
+    "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Cast node. "
+    "Name:'node__to_copy' Status Message: /onnxruntime_src/onnxruntime/core/framework/"
+    "bfc_arena.cc:360 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::"
+    "Stream*) Failed to allocate memory for requested buffer of size 134217728\n"
+)
+
+
+def test_an_onnx_file_without_memory_is_asked_about_fewer_images(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+    real, most = onnxfile.OnnxNet.answers, [3]
+
+    class Session:
+        def __init__(self, session: Any) -> None:
+            self.session = session
+
+        def run(self, names: list[str], given: dict[str, Any]) -> Any:
+            if len(given["images"]) > most[0]:
+                raise Fail(NONE_LEFT)
+            return self.session.run(names, given)
+
+    def answers(net: onnxfile.OnnxNet, images: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(net.session, Session):
+            net.session = Session(net.session)
+        return real(net, images)
+
+    asked = ("evaluate", small / "model.onnx", "--split", "val", "--json")
+    whole = here(*asked)
+    assert whole.code == 0, whole.err
+    monkeypatch.setattr(onnxfile.OnnxNet, "answers", answers)
+    parts = here(*asked)
+    assert parts.code == 0, parts.err
+    assert parts.json["confusion"] == whole.json["confusion"]
+    most[0] = 0
+    refused(here(*asked), 5, "not enough memory", "Failed to allocate memory for requested buffer")
+
+
 def test_what_a_killed_export_left_goes_when_it_is_old() -> None:
     right = network()
     for name, age in (("old_draf", 4000), ("youngest", 0)):
@@ -345,6 +451,9 @@ def test_a_model_file_alone_is_compared_on_drawn_images(small: Path) -> None:
     done = here("export", "alone.safetensors", "--to", "torch", "--data", root, "--json")
     (only,) = done.json["exports"]
     assert (only["proof"]["source"], only["proof"]["images"]) == ("images of 'set'", 18)
+    shutil.rmtree(root / "b")  # of one class alone answers can be compared, too
+    done = here("export", "alone.safetensors", "--to", "torch", "--data", root, "--json")
+    assert done.json["exports"][0]["proof"]["images"] == 9
     refused(here("export", "alone.safetensors", "--data", "nowhere/"), 3, "nowhere")
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +60,140 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     assert "free some disk space" in caught.value.fix
     assert caught.value.where == str(TARGET)
     assert caught.value.exit_code == 5
+
+
+FOLDER_SYNC, MODES = "fsync of folders", "chmod"
+
+
+def answering(call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that refuses a call with this error number."""
+    fsync = os.fsync
+
+    def refused(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def of_folders(handle: int) -> None:
+        refused() if os.path.isdir(f"/proc/self/fd/{handle}") else fsync(handle)
+
+    if call == MODES:
+        monkeypatch.setattr(os, "chmod", refused)
+    else:
+        monkeypatch.setattr(os, "fsync", of_folders if call == FOLDER_SYNC else refused)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells folders from files")
+@pytest.mark.parametrize(
+    ("call", "number", "written"),
+    [
+        (FOLDER_SYNC, errno.EINVAL, True),
+        (FOLDER_SYNC, errno.ENOTSUP, True),
+        (FOLDER_SYNC, errno.EIO, False),
+        (FOLDER_SYNC, errno.ENOSPC, False),
+        ("fsync", errno.EINVAL, False),  # of the contents: nothing is known of them then
+        (MODES, errno.EPERM, True),
+        (MODES, errno.ENOSYS, True),
+        (MODES, errno.EIO, False),
+        (MODES, errno.EROFS, False),
+    ],
+)
+def test_what_a_file_system_does_not_have_is_no_failed_write(
+    call: str, number: int, written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vfat, CIFS and FUSE may have no fsync of folders, or no modes."""
+    FOLDER.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        answering(call, number, patch)
+        if written:
+            files.write_atomic(TARGET, b"new")
+        else:
+            with pytest.raises(ResourceError, match=f"can't write: {os.strerror(number)}"):
+                files.write_atomic(TARGET, b"new")
+    if written:
+        assert TARGET.read_bytes() == b"new"
+        assert left() == ["file"]
+
+
+def test_a_folder_that_may_not_be_listed_can_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    FOLDER.mkdir(parents=True)
+    real = os.open
+
+    def opened(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if Path(path) == FOLDER:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", opened)
+    files.write_atomic(TARGET, b"new")
+    assert TARGET.read_bytes() == b"new"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file it is")
+@pytest.mark.parametrize("by_lock", [False, True])
+def test_new_folders_are_on_the_disk_before_what_is_in_them(
+    by_lock: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's own fsync doesn't save the name of a folder above it (POSIX)."""
+    synced, real, here = list[str](), os.fsync, Path.cwd()
+
+    def fsync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.append(str(path.relative_to(here)) if path.is_dir() else "contents")
+        real(handle)
+
+    Path("models").mkdir()
+    monkeypatch.setattr(os, "fsync", fsync)
+    if by_lock:  # as the folder of a run is made
+        with files.lock(Path("models/run/.lock"), what="x"):
+            assert synced == ["models"]
+        synced.clear()
+    files.write_atomic(Path("models/run/state/file"), b"")
+    new = ["models/run"] if by_lock else ["models/run", "models"]
+    assert synced == [*new, "contents", "models/run/state"]
+    synced.clear()
+    files.write_atomic(Path("models/run/state/file"), b"")
+    assert synced == ["contents", "models/run/state"]
+
+
+def test_a_probe_leaves_nothing_and_makes_no_folder() -> None:
+    files.probe(Path("models/run"), Path("plots/run"))
+    assert list(Path().iterdir()) == []
+    FOLDER.mkdir(parents=True)
+    files.probe(FOLDER)
+    assert left() == []
+
+
+def test_a_place_that_can_not_be_written_is_noticed_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("models").write_text("a file")
+    with pytest.raises(ResourceError, match="can't write") as caught:
+        files.probe(Path("plots/run"), Path("models/run"))
+    assert caught.value.where == "models/run"
+    Path("models").unlink()
+    Path("models").symlink_to("/nowhere/at/all")
+    with pytest.raises(ResourceError, match="can't write"):
+        files.probe(Path("models/run"))
+    Path("models").unlink()
+    answering("fsync", errno.ENOSPC, monkeypatch)
+    with pytest.raises(ResourceError, match="No space left") as caught:
+        files.probe(Path("models/run"))
+    assert (caught.value.where, caught.value.exit_code) == ("models/run", 5)
+    assert list(Path().iterdir()) == []
+
+
+def test_too_little_room_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free = shutil.disk_usage(".").free
+    files.expect(Path("models/run"), min(1000, free))
+    assert capsys.readouterr().err == ""
+    files.expect(Path("models/run"), 1 << 60)
+    told = capsys.readouterr().err
+    assert "MB are free for models/run" in told
+    assert "at least 1,099,511,627,776 MB" in told
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))  # type: ignore[attr-defined]
+    files.expect(Path("models/run"), 1 << 60)  # it doesn't know
+    assert capsys.readouterr().err == ""
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
@@ -125,6 +261,7 @@ with files.lock(Path("deep/er/.lock"), what="x"):
 
 
 def test_what_a_killed_write_left_goes_with_the_next_lock() -> None:
+    FOLDER.mkdir(parents=True)  # else it is killed while it makes the folder
     subprocess.run([sys.executable, "-c", KILLED], check=False)
     names = [name for name in left() if name.endswith(files.PART)]
     assert len(names) == 1
@@ -187,6 +324,26 @@ def test_what_can_not_be_read_says_what_to_do(number: int, said: str, lost: bool
     assert (told.what, told.where) == (f"can't read: {os.strerror(number)}", "some/file")
     assert said in told.fix
     assert files.lost(error) == lost
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EACCES, "change its permissions"),
+        (errno.ENOSPC, "free some disk space"),
+        (errno.EDQUOT, "free some disk space"),
+        (errno.EIO, "its disk may be failing"),
+        (errno.EUCLEAN, "its disk may be failing"),
+        (errno.EROFS, "mounted read-only"),
+        (errno.ESTALE, "that its network disk is still there"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EFBIG, "ulimit -f"),
+    ],
+)
+def test_what_can_not_be_written_says_what_to_do(number: int, said: str) -> None:
+    told = files.cannot_write(Path("some/file"), OSError(number, os.strerror(number)))
+    assert (told.what, told.where) == (f"can't write: {os.strerror(number)}", "some/file")
+    assert said in told.fix
 
 
 def test_sha256_of_a_file() -> None:
@@ -282,3 +439,65 @@ def test_a_lock_can_be_waited_for() -> None:
     holder = holding(1)
     with files.lock(FOLDER / ".lock", what="x", patience=60):
         assert holder.wait(10) == 0
+
+
+# Locks of several machines
+
+
+def test_a_lock_of_another_machine_that_is_to_be_had_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was killed; or the file system's locks don't reach across machines."""
+    path = FOLDER / ".lock"
+    owner = path.with_suffix(".owner")
+    FOLDER.mkdir(parents=True)
+    owner.write_text("process 12 on elsewhere [red]")
+    os.utime(owner, (time.mktime((2026, 3, 5, 14, 7, 0, 0, 0, -1)),) * 2)
+    with files.lock(path, what="run '[x]'"):
+        assert owner.read_text().startswith(f"process {os.getpid()} on ")
+        mine = owner.read_text()
+    told = capsys.readouterr().err
+    assert told.startswith("run '[x]' was in use by process 12 on elsewhere [red] since 2026-03-05")
+    assert "locks don't reach across machines here" in told
+    assert "see that it has ended" in told
+    assert len(told.splitlines()) == 1
+    for silent in (None, "", "process", mine):  # of this machine the kernel knows
+        if silent is not None:
+            owner.write_text(silent)
+        with files.lock(path, what="x"):
+            pass
+        assert capsys.readouterr().err == ""
+
+
+def without(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without kernel locks."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_there_are_no_kernel_locks_a_file_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It outlives its process, if that is killed elsewhere: then a person has to delete it."""
+    without(errno.ENOSYS, monkeypatch)
+    path = FOLDER / ".lock"
+    with files.lock(path, what="run 'x'"), pytest.raises(ResourceError) as caught:  # noqa: SIM117
+        with files.lock(path, what="run 'x'"):
+            raise AssertionError("two holders")
+    assert caught.value.what.startswith(f"run 'x' is in use by process {os.getpid()} on ")
+    assert caught.value.where == str(path)
+    assert "delete this file, if it has ended" in caught.value.fix
+    with files.lock(path, what="run 'x'"):
+        pass
+    assert left() == []
+
+
+def test_a_file_system_that_refuses_locks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(errno.ENOLCK, monkeypatch)
+    with pytest.raises(ResourceError, match="No locks available") as caught:  # noqa: SIM117
+        with files.lock(FOLDER / ".lock", what="x"):
+            raise AssertionError("held")
+    assert "gives no locks" in caught.value.fix

@@ -16,6 +16,7 @@ from convlens import files, generations, keeping, modelfile, training
 from convlens.errors import ModelFileError, ResourceError
 from convlens.generations import Generations
 from convlens.run import RunFolder
+from killing import deaths
 from support import BAD_DISK, begin, same, tiny
 from test_resume import EVERYTHING, equal, finish
 
@@ -172,6 +173,93 @@ def test_a_state_of_a_later_version_is_no_damaged_one(monkeypatch: pytest.Monkey
         Generations(Path("state")).read()
 
 
+def test_a_state_of_a_later_version_is_not_passed_over_without_a_manifest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next save would delete it."""
+    states = Generations(Path("state"))
+    states.save(tensors(1), counters(1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(modelfile, "FORMAT", modelfile.FORMAT + 1)
+        states.save(tensors(2), counters(1, 2))
+    Path("state/manifest.json").unlink()
+    with pytest.raises(modelfile.NewerFormatError, match="newer convlens") as caught:
+        Generations(Path("state")).read()
+    assert caught.value.fix == "update convlens"
+    assert Path("state/0001-000002.safetensors").exists()
+
+
+def test_what_is_no_state_is_swept_and_a_folder_is_left_alone() -> None:
+    states = Generations(Path("state"))
+    states.save(tensors(1), counters(1, 1))
+    Path("state/.0001-000002.safetensors.abcdefgh.part").write_bytes(b"half of it")
+    Path("state/.manifest.json.abcdefgh.part").touch()
+    Path("state/mine").mkdir()
+    Path("state/mine/notes.txt").write_text("somebody's")
+    found = Generations(Path("state")).read()
+    assert found is not None
+    states.save(tensors(2), counters(1, 2))
+    kept = ["0001-000001.safetensors", "0001-000002.safetensors", "manifest.json", "mine"]
+    assert names(Path("state")) == kept
+    states.clear()
+    assert names(Path("state")) == ["mine"]
+    assert Path("state/mine/notes.txt").exists()
+    states.save(tensors(3), counters(1, 3))
+    found = Generations(Path("state")).read()
+    assert found is not None
+    same(found.tensors, tensors(3))
+
+
+def test_a_whole_state_that_the_manifest_does_not_name_does_not_count() -> None:
+    """Its process was killed before it was committed: the best weights may not be its own."""
+    states = Generations(Path("state"))
+    states.save(tensors(1), counters(1, 1))
+    modelfile.write(Path("state/0001-000002.safetensors"), tensors(2), counters(1, 2))
+    states = Generations(Path("state"))
+    found = states.read()
+    assert found is not None
+    same(found.tensors, tensors(1))
+    assert states.lost == []
+    states.save(tensors(3), counters(1, 3))
+    assert "0001-000002.safetensors" not in names(Path("state"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("before", [1, 2])
+def test_killed_at_any_step_of_a_save_a_state_stays(before: int) -> None:
+    """A real SIGKILL right before and after each fsync, rename and deletion."""
+    folder, new = Path("state"), before + 1
+    states = [Generations(folder)]
+
+    def prepare() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        states[0] = Generations(folder)
+        for step in range(1, new):
+            states[0].save(tensors(step), counters(1, step))
+
+    found, left_over = list[tuple[str, int]](), 0
+    for where in deaths(lambda: states[0].save(tensors(new), counters(1, new)), prepare):
+        left_over += any(name.startswith(".") for name in names(folder))
+        after = Generations(folder)
+        state = after.read()
+        assert state is not None, where
+        assert after.lost == []
+        step = state.counters["position"]["step"]
+        same(state.tensors, tensors(step))
+        found.append((where, step))
+        after.save(tensors(9), counters(1, 9))
+        assert len(names(folder)) == 1 + generations.KEPT, where
+        assert names(folder)[-2:] == ["0001-000009.safetensors", "manifest.json"], where
+    save = ["fsync", "replace", "fsync"] * 2 + ["unlink"] * (before == generations.KEPT)
+    assert [where for where, _ in found] == [f"{w} {name}" for name in save for w in MOMENTS]
+    # The rename of the manifest is what commits it.
+    assert [step for _, step in found] == [before] * 9 + [new] * (len(found) - 9)
+    assert left_over == 6  # until each of the two files had its name
+
+
+MOMENTS = ("before", "after")
+
+
 @pytest.mark.parametrize("at", range(1, 12))
 def test_whatever_write_fails_a_state_stays(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk at each step of a save: write, fsync, rename, of the state and the manifest."""
@@ -236,6 +324,7 @@ def test_files_are_on_the_disk_before_their_names(monkeypatch: pytest.MonkeyPatc
         patch.setattr(os, "replace", traced("replace", named))
         states.save(tensors(1), counters(1, 1))
     assert calls == [
+        "folder",  # the one above, which got a new one
         "contents of state", "name of state", "folder",
         "contents of manifest", "name of manifest", "folder",
     ]  # fmt: skip
@@ -261,6 +350,51 @@ def killed_after(saves: int, name: str, monkeypatch: pytest.MonkeyPatch, *option
             finish(tiny(*EVERYTHING, *options), name)
 
 
+def full(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with no room: a real ENOSPC of Linux's /dev/full, or one at the fsync."""
+
+    def opened(handle: int, mode: str) -> Any:
+        os.close(handle)
+        return open("/dev/full", mode)
+
+    def fsync(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if call == "write":
+        monkeypatch.setattr(os, "fdopen", opened)
+    else:
+        monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(("call", "saves"), [("write", 1), ("write", 8), ("fsync", 3)])
+def test_a_disk_that_fills_up_costs_what_was_not_saved(
+    call: str, saves: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = finish(tiny(*EVERYTHING), "whole")
+    real, done = keeping.save, list[tuple[int, int]]()
+
+    def save(*arguments: Any) -> None:
+        if len(done) == saves - 1:
+            full(call, patch)
+        real(*arguments)
+        done.append((arguments[1].position.epoch, arguments[1].position.step))
+
+    with monkeypatch.context() as patch:
+        patch.setenv("CONVLENS_SAVE_SECONDS", "0")
+        patch.setattr(keeping, "save", save)
+        with pytest.raises(ResourceError, match="No space left on device") as caught:
+            finish(tiny(*EVERYTHING), "full")
+    assert "free some disk space" in caught.value.fix
+    assert len(done) == saves - 1
+    place = RunFolder(Path("models/full"))
+    state = place.state()
+    saved = [(state[1]["position"]["epoch"], state[1]["position"]["step"])] if state else []
+    assert saved == done[-1:]  # that of the save before
+    assert not list(place.path.rglob("*.part"))
+    equal(finish(tiny(*EVERYTHING), "full"), whole)
+
+
 @pytest.mark.parametrize("saves", [1, 2, 7, 14])
 def test_a_run_with_a_damaged_state_ends_as_if_it_were_whole(
     saves: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -278,6 +412,41 @@ def test_a_run_with_a_damaged_state_ends_as_if_it_were_whole(
     where = "the beginning" if saves == 1 else "epoch"
     assert f"going on from {where}" in told
     assert "what came after it is trained again" in told
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_save_that_fails_is_tried_again(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second epoch's third step, the ninth save: a disk that is away for a while."""
+    whole = finish(tiny(*EVERYTHING), "whole")
+    monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "0")
+    monkeypatch.setattr(keeping, "PAUSES", (0, 0))
+    real, saves = keeping.save, []
+
+    def save(*arguments: Any) -> None:
+        saves.append(1)
+        if 9 <= len(saves) < 9 + failures:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", away)
+                real(*arguments)
+        else:
+            real(*arguments)
+
+    def away(handle: int) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    told = list[str]()
+    monkeypatch.setattr(keeping, "save", save)
+    monkeypatch.setattr(keeping, "say", told.append)
+    if failures == 3:
+        with pytest.raises(ResourceError, match="can't write: Stale file handle"):
+            finish(tiny(*EVERYTHING), "away")
+        found = RunFolder(Path("models/away")).state()
+        assert found is not None
+        at = found[1]["position"]
+        assert (at["epoch"], at["step"]) == (2, 2)  # the step before
+    equal(finish(tiny(*EVERYTHING), "away"), whole)
+    assert len(told) == min(failures, 2)
+    assert all(each.startswith("not saved: can't write: Stale file handle") for each in told)
 
 
 @pytest.mark.parametrize("damage", ["cut", "unreadable"])

@@ -124,10 +124,11 @@ def test_a_folder_of_hostile_files(tmp_path: Path) -> None:
     assert not any("zero.png" in name or "pipe.png" in name for name in bad)
     done = convlens("train", root, *NET, "data.image_size=8")
     refused(done, 3, f"{len(bad)} of ", "images can't be read", "data.on_bad=skip")
-    done = convlens("train", root, *NET, "data.image_size=8", "data.on_bad=skip", "--json")
+    skipping = ("data.image_size=8", "data.on_bad=skip", "data.max_bad=0.99")
+    done = convlens("train", root, *NET, *skipping, "--json")
     assert done.code == 0, done.err
     strict = {"PYTHONIOENCODING": "utf-8:strict"}  # as where the locale is one of UTF-8
-    for form in ("csv", "json", "table"):
+    for form in ("json", "table"):
         told = convlens("predict", done.json["run"], root, "--format", form, **strict)
         assert told.code == 3  # some could not be read, the others are done
         assert "Traceback" not in told.err
@@ -136,6 +137,47 @@ def test_a_folder_of_hostile_files(tmp_path: Path) -> None:
     assert before == world(
         tmp_path / "work" / "photos", tmp_path / "work" / "sound", Path("/tmp/evil")
     )
+
+
+def card(key: str, value: str) -> bytes:
+    return f"{key:<8}= {value:>20}".encode().ljust(80)
+
+
+def cards(*lines: bytes) -> bytes:
+    """One header of a FITS file."""
+    content = b"".join([*lines, b"END".ljust(80)])
+    return content.ljust(-(-len(content) // 2880) * 2880)
+
+
+def fits(side: int) -> bytes:
+    axes = [card("NAXIS", "2"), card("NAXIS1", str(side)), card("NAXIS2", str(side))]
+    start = [card("SIMPLE", "T"), card("BITPIX", "8")]
+    return cards(*start, *axes) + bytes(side * side)
+
+
+def fits_bomb(side: int) -> bytes:
+    """A compressed image of FITS: a few KB that become `side` x `side` pixels."""
+    axes = [card("NAXIS", "2"), card("NAXIS1", "1"), card("NAXIS2", "1")]
+    real = [card("ZNAXIS", "2"), card("ZNAXIS1", str(side)), card("ZNAXIS2", str(side))]
+    kind = [card("ZIMAGE", "T"), card("ZBITPIX", "8"), b"ZCMPTYPE= 'GZIP_1  '".ljust(80)]
+    first = cards(card("SIMPLE", "T"), card("BITPIX", "8"), card("NAXIS", "0"))
+    table = cards(b"XTENSION= 'BINTABLE'".ljust(80), card("BITPIX", "8"), *axes, *real, *kind)
+    return first + table + bytes(1) + gzip.compress(bytes(4 * side * side)) + bytes(80)
+
+
+def test_fits_files_are_no_images_whatever_they_are_called(tmp_path: Path) -> None:
+    for number, content in enumerate((fits(30), fits_bomb(30), fits_bomb(4000))):
+        with Image.open(io.BytesIO(content)) as image:  # to Pillow they are images
+            assert image.format == "FITS"
+            assert image.size == ((4000, 4000) if number == 2 else (30, 30))
+            if number < 2:
+                image.load()
+        assert len(content) < 80_000
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(content)
+        for read in (partial(probe, path), partial(decode, path, size=8, channels=3, fit="crop")):
+            with pytest.raises(UnreadableImage, match="not an image"):  # or "it is text, ..."
+                read()
 
 
 @pytest.mark.slow
@@ -375,6 +417,12 @@ def test_members_that_unpack_to_more_than_any_set(
     bomb.size = (1 << 20) + 1
     offer.put("cifar10", packed(bomb))
     with pytest.raises(DataError, match="lacks data_batch_1"):
+        find("cifar10")
+    monkeypatch.setattr(downloads, "MOST_MEMBERS", 3 << 20)
+    unwanted = member("anything")
+    unwanted.size = 4 << 20
+    offer.put("cifar10", packed(unwanted))
+    with pytest.raises(DataError, match="unpacks to more than 3 MiB"):
         find("cifar10")
     offer.put("mnist", gzip.compress(bytes((1 << 20) + 1)))
     with pytest.raises(DataError, match="unpacks to more than 1 MiB"):

@@ -231,7 +231,7 @@ def test_activations_that_are_not_finite_are_marked_and_said() -> None:
         (["small", "test:0", "--layers", "stage3,stage2"], 2, "'stage3' (did you mean stage"),
         (["smal", "test:0"], 2, "did you mean small"),
         (["cat.png"], 2, "no run to look into, only images: cat.png"),
-        (["small", "missing.png"], 3, "not found: missing.png"),
+        (["small", "missing.png"], 3, "there is no such file"),
         (["small", "broken.png"], 3, "can't be read"),
         (["small", "test:9999"], 2, "test:9999 isn't there"),
         (["small", "class:cow:1"], 2, "unknown class 'cow'"),

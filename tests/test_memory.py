@@ -104,6 +104,7 @@ def test_a_set_ten_times_the_budget_trains_within_it_to_the_same_weights() -> No
 
 
 @linux
+@pytest.mark.slow
 def test_shards_stream_within_the_budget() -> None:
     # Nothing decoded is kept: each batch is read from the tars and decoded when it is needed.
     few, many = 3600, 8000

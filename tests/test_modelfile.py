@@ -17,8 +17,9 @@ from safetensors.torch import save as safetensors_save
 from safetensors.torch import save_file
 
 from convlens import modelfile
-from convlens.errors import ModelFileError, ResourceError
-from support import same
+from convlens.errors import ModelFileError, ResourceError, UsageError
+from convlens.version import __version__
+from support import same, tiny
 
 PATH = Path("model.safetensors")
 TENSORS = {
@@ -160,12 +161,53 @@ def test_a_future_format_says_so() -> None:
     {"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
     {"w": 5},
     {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}},
+    {"w": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}},
 ])  # fmt: skip
 def test_a_right_hash_over_a_wrong_table_is_refused(table: dict[str, Any]) -> None:
     metadata = {"convlens": json.dumps({"format": 1, "sha256": modelfile.NO_HASH})}
     header = json.dumps({"__metadata__": metadata, **table}).encode()
     content = len(header).to_bytes(8, "little") + header + bytes(8)
     assert "readable" in refused(signed(None, content))
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "C64", "U16"])
+def test_numbers_of_a_kind_that_is_never_written_are_refused(kind: str) -> None:
+    metadata = {"convlens": json.dumps({"format": 1, "sha256": modelfile.NO_HASH})}
+    size = {"C64": 1, "U16": 4}.get(kind, 8)
+    table = {"w": {"dtype": kind, "shape": [size], "data_offsets": [0, 8]}}
+    header = json.dumps({"__metadata__": metadata, **table}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(8)
+    assert refused(signed(None, content)).startswith("w is no plain tensor of numbers (")
+
+
+# Later versions
+
+
+@pytest.mark.parametrize(
+    ("version", "newer"),
+    [
+        ("99.0", True), ("0.1.99", True), ("1.0.0rc1", True), (__version__, False),
+        ("0.0.9", False), ("test", False), (None, False), ("", False), ({}, False),
+    ],
+)  # fmt: skip
+def test_a_later_version_is_known_by_its_number(version: Any, newer: bool) -> None:
+    assert modelfile.is_newer(version) == newer
+
+
+def test_words_of_a_later_version_say_whose_they_are() -> None:
+    recipe = tiny().model_dump(mode="json")
+    assert modelfile.recipe_of({"recipe": recipe}) == tiny()
+    later = {**recipe, "train": {**recipe["train"], "teleport": True}}
+    with pytest.raises(modelfile.NewerFormatError, match=r"convlens 99\.1, which") as caught:
+        modelfile.recipe_of({"convlens": "99.1", "recipe": later})
+    assert "unknown key 'train.teleport'" in caught.value.what
+    assert (caught.value.fix, caught.value.exit_code) == ("update convlens", 4)
+    for version in ("0.0.1", None):  # no later version: somebody's mistake
+        with pytest.raises(UsageError, match=r"unknown key 'train\.teleport'"):
+            modelfile.recipe_of({"convlens": version, "recipe": later})
+    for broken in ({}, {"recipe": None}, {"recipe": [1]}):
+        with pytest.raises(ModelFileError, match="doesn't hold the recipe"):
+            modelfile.recipe_of(broken)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -175,7 +217,7 @@ def test_weights_that_are_no_numbers_are_not_saved(bad: float) -> None:
     broken = {**TENSORS, "last": torch.tensor([1.0, bad])}
     with pytest.raises(modelfile.NotFiniteError, match="last") as caught:
         modelfile.write(PATH, broken, CARD)
-    assert caught.value.exit_code == 75
+    assert caught.value.exit_code == 6
     assert PATH.read_bytes() == before
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import convlens
-from commands import here
+from commands import here, refused
 from convlens import modelfile, records
 from convlens.run import RunFolder, load_model
 
@@ -76,6 +76,27 @@ def test_the_same_recipe_finds_it_and_other_commands_read_it(folder: str) -> Non
         assert done.code == 0, done.err
     done = here("predict", "run", "--help")
     assert done.code == 0
+
+
+def test_a_run_of_a_later_version_says_so() -> None:
+    place = copied("v1")
+    path = place.path / "recipe.yaml"
+    path.write_text(path.read_text().replace("train:", "train:\n  teleport: true", 1))
+    done = here("labels", place.path, "--folds", "2")
+    refused(done, 2, "unknown key 'train.teleport'")  # of its own version: somebody's mistake
+    place.note({"convlens": "99.1"})
+    done = here("labels", place.path, "--folds", "2")
+    refused(done, 4, "written by convlens 99.1, which knows more than this one", "update convlens")
+    tensors, card = modelfile.read(place.model_path)
+    card["recipe"]["train"]["teleport"] = True
+    place.save_model(tensors, {**card, "convlens": "99.1"})
+    path.unlink()
+    refused(here("report", "run"), 4, "written by convlens 99.1", "update convlens")
+    with pytest.raises(modelfile.NewerFormatError, match=r"written by convlens 99\.1"):
+        _ = convlens.Run.load("run").recipe
+    card["preprocessing"]["gamma"] = 2.2
+    place.save_model(tensors, {**card, "convlens": "99.1"})
+    refused(here("report", "run"), 4, "can't be used by this version", "update", "convlens 99.1")
 
 
 @every

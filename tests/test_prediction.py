@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from commands import brightness_model, constant_model, here, picture, pictures, refused
+from commands import (
+    brightness_model,
+    by_rights,
+    command,
+    constant_model,
+    here,
+    picture,
+    pictures,
+    refused,
+)
 from convlens import Run
 from convlens.data import load_foreign
 from convlens.data.decode import decode
@@ -102,13 +112,62 @@ def test_files_folders_and_globs_in_the_order_given() -> None:
     assert expand(["deep/**/*.png"]) == listed
 
 
-def test_everything_that_is_not_there_is_named_at_once(model: RunFolder) -> None:
+def test_junk_in_folders_is_no_input() -> None:
+    root = pictures(Path("deep"), {"a": 1, "a/b": 1})
+    pictures(root, {"a/.ipynb_checkpoints": 1, "__MACOSX/a": 1, ".trash": 1, "b/@eaDir": 1})
+    assert expand(["deep"]) == ["deep/a/000.png", "deep/a/b/000.png"]
+    assert expand(["deep/.trash"]) == ["deep/.trash/000.png"]  # that was asked for
+
+
+def test_patterns_and_folders_without_images_are_named_at_once(model: RunFolder) -> None:
     Path("empty").mkdir()
+    pictures(Path("junk"), {".hidden": 1})
     with pytest.raises(DataError) as error:
-        expand([*files(), "lost.png", "*.jpg", "empty"])
-    for name in ("lost.png", "*.jpg", "empty (a folder without images)"):
-        assert name in error.value.what
-    refused(here("predict", model.path, "lost.png"), 3, "lost.png")
+        expand([*files(), "*.jpg", "empty", "junk"])
+    assert error.value.what == (
+        "not found: *.jpg, empty (a folder without images), junk (a folder without images)"
+    )
+    refused(here("predict", model.path, "*.jpg"), 3, "not found: *.jpg")
+
+
+def test_a_file_that_is_not_there_is_one_without_an_answer(model: RunFolder) -> None:
+    files()
+    done = here("predict", model.path, "0.png", "lost.png", "1.png")
+    refused(done, 3, "1 of 3 files could not be read; the others are done")
+    lines = done.out.splitlines()
+    assert lines[1] == "lost.png  unreadable: there is no such file"
+    assert [line.split()[:2] for line in (lines[0], lines[2])] == [
+        ["0.png", "dark"], ["1.png", "light"],
+    ]  # fmt: skip
+    (answer,) = Run(model).predict("lost.png")
+    assert (answer.label, answer.error) == (None, "there is no such file")
+
+
+def test_what_is_no_file_in_a_folder_has_a_reason(model: RunFolder) -> None:
+    root = pictures(Path("deep"), {"a": 2})
+    (root / "a" / "gone.png").symlink_to("/no/such/disk/gone.png")
+    (root / "a" / "ring.png").symlink_to("ring.png")
+    (root / "a" / "up").symlink_to("..")
+    (root / "disk").symlink_to("/no/such/disk")
+    os.mkfifo(root / "pipe.png")
+    done = here("predict", model.path, root)
+    refused(done, 3, "3 of 5 files could not be read")
+    reasons = {line.split()[0]: line.partition("  ")[2] for line in done.out.splitlines()}
+    assert reasons["deep/a/gone.png"] == "unreadable: there is no such file"
+    assert "symbolic links" in reasons["deep/a/ring.png"]
+    assert reasons["deep/pipe.png"] == "unreadable: it is not a regular file"
+    assert "deep: 1 links to nothing were left out" in done.err
+
+
+def test_a_folder_that_may_not_be_read_is_told(model: RunFolder) -> None:
+    root = pictures(Path("deep"), {"a": 2, "closed": 2})
+    (root / "closed").chmod(0)
+    try:
+        done = command("predict", model.path, root, before=by_rights)
+    finally:
+        (root / "closed").chmod(0o700)
+    refused(done, 3, "1 of 3 files could not be read")
+    assert "deep/closed  unreadable: no permission to read it" in done.out.splitlines()
 
 
 def test_csv_has_a_line_for_each_file(model: RunFolder) -> None:
@@ -143,7 +202,11 @@ def test_a_list_of_files_on_stdin(model: RunFolder) -> None:
     for given in ([], ["-"]):
         answers = here("predict", model.path, *given, "--json", stdin=text).json["predictions"]
         assert [a["filename"] for a in answers] == ["1.png", "0.png"]
-    assert here("predict", model.path, "--json").json == {"predictions": []}
+    for form in ("json", "table"):
+        done = here("predict", model.path, "--format", form, stdin=" \n\n")
+        assert done.code == 0
+        assert done.err == "nothing to predict: no file was named on stdin\n"
+        assert done.out == ('{"predictions": []}\n' if form == "json" else "")
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])

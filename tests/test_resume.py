@@ -194,8 +194,8 @@ def test_early_stopping_goes_on_counting(
     losses = {1: 0.5, 2: 0.4, 3: 0.9, 4: 0.8, 5: 0.7, 6: 0.1}
     real = training._validate
 
-    def validate(setup: Any, record: Any, *, seconds: float) -> dict[str, float]:
-        return {**real(setup, record, seconds=seconds), "val_loss": losses[record.epoch]}
+    def validate(setup: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
+        return {**real(setup, record, flag, seconds=seconds), "val_loss": losses[record.epoch]}
 
     monkeypatch.setattr(training, "_validate", validate)
     asked = tiny("train.epochs=6", "train.patience=3")

@@ -353,6 +353,25 @@ def test_named_classes(tmp_path: Path) -> None:
         find(str(tmp_path))
 
 
+def test_one_class_in_shards(tmp_path: Path) -> None:
+    tar(tmp_path / "x" / "train-0.tar", samples([1, 1, 1]))
+    with pytest.raises(DataError, match="only one class: 1"):
+        find(str(tmp_path / "x"))
+    assert find(str(tmp_path / "x"), tested=True).classes == ("1",)
+    (tmp_path / "x" / "classes.txt").write_text("cat\ndog\nemu\n")
+    found = find(str(tmp_path / "x"), tested=True)
+    assert (found.classes, found.parts["train"].labels.tolist()) == (("dog",), [0, 0, 0])
+    assert found.notes == ("2 classes of classes.txt have no images and are left out",)
+    tar(tmp_path / "x" / "test-0.tar", samples([2, 0]))
+    found = find(str(tmp_path / "x"), tested=True)
+    assert found.classes == ("cat", "dog", "emu")
+    assert found.parts["test"].labels.tolist() == [2, 0]
+    (tmp_path / "x" / "train-0.tar").unlink()
+    with pytest.raises(DataError, match="no shards for training"):
+        find(str(tmp_path / "x"))
+    assert find(str(tmp_path / "x"), tested=True).classes == ("cat", "emu")
+
+
 def test_labels_out_of_range_and_bad_names(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", samples([0, 1, 2]))
     (tmp_path / "classes.txt").write_text("x\ny\n")
@@ -658,7 +677,7 @@ def test_unreadable_images_in_shards(tmp_path: Path) -> None:
         assert "train-0.tar/0004: it is text" in str(caught.value.where)
         assert "train-0.tar/0005: it is empty" in str(caught.value.where)
         skipped = data.load(config.model_copy(update={"on_bad": "skip"}), memory_budget=budget)
-        assert skipped.skipped == ["train-0.tar/0004", "train-0.tar/0005"]
+        assert list(skipped.skipped) == ["train-0.tar/0004", "train-0.tar/0005"]
 
 
 def test_commands_on_shards(tmp_path: Path) -> None:

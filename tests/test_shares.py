@@ -184,6 +184,7 @@ def test_each_process_has_a_gpu_of_its_own(launched: pytest.MonkeyPatch) -> None
     launched.setattr(torch.cuda, "is_available", lambda: True)
     launched.setattr(torch.cuda, "device_count", lambda: 2)
     launched.setattr(torch.cuda, "set_device", chosen.append)
+    launched.setattr(torch, "empty", lambda *_, **__: None)  # the GPUs are free
     assert device.choose() == "cuda:1"
     assert chosen == [1]
     assert device.choose("cpu") == "cpu"

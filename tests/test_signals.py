@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ def many() -> Path:
     return Path("many")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_training_saves_and_ends_with_75(long_run: RunFolder, number: int) -> None:
     process = start(*TRAIN)
     until(lambda: len(long_run.metrics()) > 0, process)
@@ -164,6 +165,29 @@ def test_a_closed_terminal_does_not_end_a_training() -> None:
     os.close(write)
     assert process.wait(120) == 0
     assert RunFolder(Path("models/tiny")).finished
+
+
+def test_a_full_disk_under_the_log_does_not_end_a_training() -> None:
+    Path("short.yaml").write_text(tiny().to_text())
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "convlens", "train", "short.yaml", "--device", "cpu"],
+            stdout=subprocess.DEVNULL,
+            stderr=full,
+            env=environment(),
+        )
+    assert process.wait(120) == 0
+    assert RunFolder(Path("models/tiny")).finished
+
+
+def test_two_trainings_of_one_run_are_one(long_run: RunFolder) -> None:
+    first = start(*TRAIN)
+    until(lambda: len(long_run.metrics()) > 0, first)
+    second = start(*TRAIN)
+    _, told = second.communicate(timeout=60)
+    assert second.returncode == 5
+    assert f"is in use by process {first.pid} on {socket.gethostname()}" in told
+    assert ended(first, signal.SIGTERM)[0] == 75
 
 
 def test_nohup_is_heeded() -> None:

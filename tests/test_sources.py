@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import tarfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens.data import downloads, fetching
+from convlens.data import downloads, fetching, scanning
 from convlens.data.drawn import SHAPES
 from convlens.data.encoded import Files
 from convlens.data.parts import Part
@@ -398,6 +399,10 @@ def test_classes_match_by_name_in_any_unicode_form(tmp_path: Path) -> None:
     assert source.parts["test"].labels.tolist() == [0]
     with pytest.raises(DataError, match="but for Unicode form"):
         find(str(tree(tmp_path / "y", {composed: 1, split_up: 1, "tea": 1})))
+    # Or one would hide the other's images.
+    both = {f"train/{composed}": 1, "train/tea": 1, f"test/{composed}": 1, f"test/{split_up}": 1}
+    with pytest.raises(DataError, match="but for Unicode form"):
+        find(str(tree(tmp_path / "z", both)))
 
 
 @pytest.mark.parametrize(
@@ -429,6 +434,27 @@ def test_bad_folders(tmp_path: Path, counts: dict[str, int], messages: list[str]
     assert caught.value.fix
 
 
+def test_rules_that_are_for_training(tmp_path: Path) -> None:
+    """What is only tested on may have one class, empty ones, and those that `train` lacks."""
+    one = find(str(tree(tmp_path / "one", {"a": 3})), tested=True)
+    assert (one.classes, one.parts["train"].labels.tolist()) == (("a",), [0, 0, 0])
+    some = find(str(tree(tmp_path / "some", {"a": 0, "b": 2})), tested=True)
+    assert (some.classes, some.parts["train"].labels.tolist()) == (("a", "b"), [1, 1])
+    apart = tree(tmp_path / "apart", {"train/a": 2, "val/b": 1, "test/c": 1, "test/a": 0})
+    found = find(str(apart), tested=True)
+    assert found.classes == ("a", "b", "c")
+    assert {s: p.labels.tolist() for s, p in found.parts.items()} == {
+        "train": [0, 0], "val": [1], "test": [2],
+    }  # fmt: skip
+    alone = find(str(tree(tmp_path / "alone", {"test/c": 2})), tested=True)
+    assert (alone.classes, list(alone.parts)) == (("c",), ["test"])
+    for counts in ({"d": 0}, {}, {"test/c": 0, "val/c": 0}):
+        root = tmp_path / f"bad{len(counts)}"
+        root.mkdir()
+        with pytest.raises(DataError, match=r"no class folders|no images in any class"):
+            find(str(tree(root, counts)), tested=True)
+
+
 def test_a_set_one_level_too_high_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         find(str(tree(tmp_path / "x", {"flowers/a": 1, "flowers/b": 1})))
@@ -445,10 +471,85 @@ def test_loops_pipes_and_links(tmp_path: Path) -> None:
     (root / "b" / "one.png").symlink_to(root / "a" / "0.png")
     (root / "b" / "gone.png").symlink_to(root / "nowhere.png")
     os.mkfifo(root / "a" / "pipe.png")
-    part = find(str(root)).parts["train"]
-    assert list(part.ids) == [
+    (root / "a" / "ring.png").symlink_to("ring.png")
+    (root / "b" / "unmounted").symlink_to("/no/such/disk")
+    (root / "notes.txt").symlink_to("/no/such/disk/notes.txt")
+    (root / "c").symlink_to("/no/such/disk/c")
+    source = find(str(root))
+    assert list(source.parts["train"].ids) == [
         "a/0.png", "a/1.png", "b/0.png", "b/more/inner/0.png", "b/one.png",
     ]  # fmt: skip
+    assert source.notes == (
+        "6 links to nothing, pipes or devices were left out: a/pipe.png, a/ring.png, b/gone.png, "
+        "b/unmounted, c and 1 more",
+    )
+
+
+def test_classes_on_a_disk_that_is_away(tmp_path: Path) -> None:
+    disk = tree(tmp_path / "disk", {"a": 2, "b": 2})
+    root = tmp_path / "x"
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            (root / name / f"{i}.png").symlink_to(disk / name / f"{i}.png")
+    assert len(find(str(root)).parts["train"].labels) == 4
+    (disk / "a").rename(tmp_path / "away")
+    with pytest.raises(DataError, match=r"without images: a; links to nothing.*: a/0.png, a/1.png"):
+        find(str(root))
+    tree(root, {"train/a": 1, "train/b": 1})
+    (root / "val").symlink_to("/no/such/disk/val")
+    assert any("left out: " in note and "val" in note for note in find(str(root)).notes)
+
+
+def test_a_link_to_itself_hinders_nothing(data_root: Path) -> None:
+    tree(data_root / "pets", {"a": 1, "b": 1})
+    tree(data_root / "kmnist" / "train", {"a": 1, "b": 1})
+    for place in (data_root, data_root / "kmnist", data_root / "pets", data_root / "pets" / "a"):
+        (place / "train.tar").symlink_to("train.tar")
+    (data_root / "ring").symlink_to("ring")
+    (data_root / "kmnist" / "test").symlink_to("test")
+    assert known() == [*SOURCES, "pets"]
+    assert find("pets").classes == ("a", "b")
+    assert find("kmnist").classes == ("a", "b")
+    with pytest.raises(UsageError, match="unknown data"):
+        find("ring")
+
+
+def test_shards_on_a_disk_that_is_away_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "train-0.tar").write_bytes(b"")
+    (tmp_path / "x" / "train-1.tar").symlink_to("/no/such/disk/train-1.tar")
+    with pytest.raises(DataError, match=r"1 shards are links to nothing.*: train-1.tar"):
+        find(str(tmp_path / "x"))
+
+
+def test_a_long_scan_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tree(tmp_path / "x", {"a": 2, "b": 2})
+    find(str(root))
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(scanning, "PATIENCE", 0.0)
+    find(str(root))
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"{root}: looking for images, {n} files so far" for n in (2, 4)]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = picture(tmp_path / "one.png").read_bytes()
+    root = tmp_path / "x"
+    for name in map(str, range(10)):
+        (root / name).mkdir(parents=True)
+        for i in range(10_000):
+            (root / name / f"{i}.png").write_bytes(content)
+    start = time.perf_counter()
+    part = find(str(root)).parts["train"]
+    seconds = time.perf_counter() - start
+    assert len(part.labels) == 100_000
+    assert seconds < 60
+    with capsys.disabled():
+        print(f"\n100,000 files found in {seconds:.2f} s")
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
@@ -511,6 +612,26 @@ def test_everything_wrong_with_a_csv_is_said_at_once(tmp_path: Path) -> None:
         "classes in test that train lacks: c",
     ):
         assert part in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "classes"),
+    [
+        ("0.png,a,\n1.png,a,\n", "only one class: a", ("a",)),
+        ("0.png,a,\n1.png,b,test\n", "only one class: a; classes in test that train lacks: b",
+         ("a", "b")),
+        ("0.png,a,test\n1.png,b,test\n", "no training images", ("a", "b")),
+    ],
+)  # fmt: skip
+def test_one_class_in_a_csv(
+    tmp_path: Path, text: str, message: str, classes: tuple[str, ...]
+) -> None:
+    picture(tmp_path / "0.png")
+    picture(tmp_path / "1.png")
+    name = csv(tmp_path / "a.csv", f"path,label,split\n{text}")
+    with pytest.raises(DataError, match=message):
+        find(name)
+    assert find(name, tested=True).classes == classes
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_files_that_are_no_images(run: Subject) -> None:
         file.write(b"nothing")
     with pytest.raises(DataError, match="can't be read"):
         choose_pictures(run, ["broken.png"])
-    with pytest.raises(DataError, match="not found"):
+    with pytest.raises(DataError, match="there is no such file"):
         choose_pictures(run, ["missing.png"])
 
 

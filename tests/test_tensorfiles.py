@@ -177,6 +177,55 @@ def test_a_missing_and_an_empty_file() -> None:
         tensorfiles.read(PATH)
 
 
+@pytest.mark.parametrize(
+    ("kind", "count", "said"),
+    [
+        ("F4", 16, "numbers of the kind 'F4'"),
+        ("F6_E2M3", 8, "no readable|numbers of the kind|neither safetensors"),
+        ("F8_E8M0", 8, "numbers of the kind 'F8_E8M0'|no plain tensor"),
+        ("F8_E4M3", 8, "w is no plain tensor of numbers (float8_e4m3fn)"),
+        ("C64", 1, "w is no plain tensor of numbers (complex64)"),
+        ("F99", 8, "neither safetensors nor"),
+    ],
+)
+def test_a_safetensors_of_numbers_that_are_not_computed_with(
+    kind: str, count: int, said: str
+) -> None:
+    """Newer kinds than torch has, or than a CNN is trained in."""
+    header = json.dumps({"w": {"dtype": kind, "shape": [count], "data_offsets": [0, 8]}}).encode()
+    Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ModelFileError) as caught:
+        tensorfiles.read(Path("x.safetensors"))
+    assert any(words in caught.value.what for words in said.split("|")), caught.value.what
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("length", [2**27, 2**40, 2**64 - 1])
+def test_a_header_longer_than_the_file(length: int) -> None:
+    Path("x.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"w": ' + bytes(1000))
+    with pytest.raises(ModelFileError, match="neither safetensors nor") as caught:
+        tensorfiles.read(Path("x.safetensors"))
+    assert caught.value.fix
+
+
+def test_a_zip_in_a_zip_is_not_opened() -> None:
+    """What is inside has no `data.pkl` of its own; the inner one is never unpacked."""
+    Path("inner.zip").write_bytes(EVIL["zip"]())
+    with zipfile.ZipFile("outer.pth", "w") as packed:
+        packed.write("inner.zip", "archive/inner.zip")
+    with pytest.raises(ModelFileError, match="damaged, or holds more than tensors"):
+        tensorfiles.read(Path("outer.pth"))
+    large = io.BytesIO()
+    with zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("zeros", bytes(50_000_000))
+    Path("bomb.pth").write_bytes(saved(TENSORS))
+    with zipfile.ZipFile("bomb.pth", "a") as packed:
+        packed.writestr("x/bomb.zip", large.getvalue())
+    with contextlib.suppress(ModelFileError):  # as torch has it: it looks for its own names only
+        same(tensorfiles.read(Path("bomb.pth")).tensors, TENSORS)
+    assert not Path("executed").exists()
+
+
 GOOD = {"zip": saved(TENSORS), "legacy": saved(TENSORS, _use_new_zipfile_serialization=False)}
 
 

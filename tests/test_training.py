@@ -16,7 +16,7 @@ from convlens import device, evaluation, modelfile, optim, run, training
 from convlens import recipe as recipes
 from convlens.checking import check
 from convlens.cli import main
-from convlens.errors import ResourceError, Stopped, UsageError
+from convlens.errors import Diverged, ResourceError, UsageError
 from convlens.files import sha256
 from convlens.preparing import prepare
 from convlens.resuming import Best
@@ -39,11 +39,11 @@ class Scripted:
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
         real = training._validate
 
-        def validate(setup: Any, record: Any, *, seconds: float) -> dict[str, float]:
+        def validate(setup: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
             with optim.averaged(setup.averager):
                 state = setup.trained.state_dict()
                 self.weights[record.epoch] = {k: v.clone() for k, v in state.items()}
-            row = real(setup, record, seconds=seconds)
+            row = real(setup, record, flag, seconds=seconds)
             loss = losses[record.epoch - 1]
             return {**row, "val_loss": loss, "val_accuracy": 1 - loss}
 
@@ -146,9 +146,9 @@ def test_the_numbers_of_the_kept_epoch_are_those_of_the_file(average: str) -> No
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_weights() -> None:
-    with pytest.raises(Stopped, match="NaN or infinite") as caught:
+    with pytest.raises(Diverged, match="NaN or infinite") as caught:
         train("optim.lr=1e9", "optim.name=sgd", "train.batch_size=8", "model.batch_norm=false")
-    assert caught.value.exit_code == 75
+    assert caught.value.exit_code == 6
     assert "models/tiny" in caught.value.where
     place = RunFolder(Path("models/tiny"))
     assert place.facts()["status"] == "training"
@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_weights() -> None:
 
 def test_weights_that_overflow_in_the_last_step_of_an_epoch_are_not_saved() -> None:
     """The loss was finite, the update was not: no further step would notice."""
-    with pytest.raises(Stopped, match="NaN or infinite, so they were not saved"):
+    with pytest.raises(Diverged, match="NaN or infinite, so they were not saved"):
         train("optim.lr=1e38", "optim.weight_decay=1e6", "optim.name=sgd", "train.batch_size=80")
     place = RunFolder(Path("models/tiny"))
     assert not place.finished

@@ -47,6 +47,45 @@ def source() -> RunFolder:
     return train("train.epochs=1", "train.seed=7", "data.per_class=6", name="source")
 
 
+# What is no file of weights
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_several_processes_is_not_unpickled() -> None:
+    """torch.distributed.checkpoint keeps a folder, and in it `.metadata`, a pickle."""
+    from torch.distributed import checkpoint
+
+    checkpoint.save({"w": torch.ones(2)}, checkpoint_id="ckpt", no_dist=True)
+    assert Path("ckpt/.metadata").is_file()
+    Path("ckpt").rename("ckpt.pt")
+    shutil.copytree("ckpt.pt", "ckpt")
+    for spec in ("ckpt", "ckpt/", "./ckpt", "ckpt.pt"):
+        with pytest.raises(ModelFileError, match="a folder, not a file of weights") as caught:
+            weights.expect(asked(spec))
+        assert "its index is a pickle" in caught.value.what
+        assert caught.value.where == spec
+    refused(here("train", "digits", "model.weights=ckpt.pt", "--no-test"), 4, "torch.save(")
+    with pytest.raises(ModelFileError, match=r"(more than|not only) tensors"):
+        weights.find(asked("ckpt/.metadata"))
+
+
+def test_a_folder_is_no_file_of_weights(source: RunFolder) -> None:
+    Path("mine").mkdir()
+    for spec in ("mine", "mine/"):
+        with pytest.raises(ModelFileError, match="a folder, not a file") as caught:
+            weights.expect(asked(spec))
+        assert caught.value.fix == "give the file in it, or the name of a run"
+    Path("source").mkdir()  # a run's name wins
+    weights.expect(asked("source"))
+
+
+def test_a_safetensors_with_a_huge_header_is_refused() -> None:
+    Path("x.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    done = here("train", "digits", "model.weights=x.safetensors", "--no-test")
+    refused(done, 4, "neither safetensors nor", "x.safetensors")
+    assert run.runs() == []
+
+
 # Another run
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convlens import asking, evaluation, exported, prediction, several, training
+from convlens import asking, evaluation, exported, modelfile, prediction, several, training
 from convlens import recipe as recipe_module
 from convlens import run as run_module
 from convlens.evaluation import Evaluation
@@ -52,7 +52,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe, which trains the same again."""
-        return load_recipe(exported.open_model(self._folder.model_path).card["recipe"])
+        return modelfile.recipe_of(exported.open_model(self._folder.model_path).card)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def read_or_run(
     by_path = path.suffix == ".safetensors" or any(map(os.path.isfile, marks))
     if not by_path and (_is_recipe(text) or _is_data(text)):
         return read(what, data=data, overrides=overrides)
-    from convlens import run  # torch: only where there is a run to read
+    from convlens import modelfile, run  # torch: only where there is a run to read
 
     try:
         place = run.find(text)
@@ -92,7 +92,7 @@ def read_or_run(
         raise
     alone = not (place.path / "recipe.yaml").is_file()
     card = run.load_model(place.model_path).card if alone else {}
-    of_run = recipes.load(card["recipe"]) if alone else place.recipe()
+    of_run = modelfile.recipe_of(card) if alone else place.recipe()
     called = place.name if data is None else f"{place.name}-{_called(str(data))}"
     return read(of_run.model_copy(update={"name": called}), data=data, overrides=overrides)
 

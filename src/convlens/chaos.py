@@ -1,9 +1,9 @@
 """Kills trainings at random moments, continues them, and compares what they end with, bit by bit.
 
 `convlens selftest --chaos N` does it on the user's own machine: real processes, a real SIGKILL.
-One training is left alone; each of the others is killed once, somewhere between its first file
-and its end, and then the same command is run again. With several processes (`torchrun`) a random
-one is killed, and `torchrun` itself starts them anew.
+One training is left alone; each of the others is killed once, somewhere between shortly before its
+first file and its end, and then the same command is run again. With several processes (`torchrun`)
+a random one is killed, and `torchrun` itself starts them anew.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ RECIPE: dict[str, Any] = {
     "model": {"name": "cnn", "widths": [8, 16], "depth": 2, "dropout": 0.2},
     "optim": {"name": "adamw", "lr": 0.01, "schedule": "one-cycle", "ema": 0.97, "clip_norm": 5},
     "train": {
-        "epochs": 40, "batch_size": 32, "patience": 12, "monitor": "val_accuracy",
+        "epochs": 40, "batch_size": 32, "patience": 4, "monitor": "val_accuracy",
         "precision": "fp32", "memory_format": "contiguous",
     },
 }  # fmt: skip
 SAVE_SECONDS = "0.2"  # so that many of the kills meet a save
 LONGEST = 600.0  # seconds; a training that takes longer hangs
+EARLIER = 0.8  # of the time to its first file: what comes before is Python's importing of torch
 PROC = Path("/proc")  # Linux's list of processes
 CLOCK = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
 
@@ -277,10 +278,10 @@ def _killed(
 ) -> Kill:
     """One training that is killed, continued, and compared with the one that wasn't."""
     training = _Training(folder, whole.processes)
-    after = draw.uniform(begins, ends)
+    after = draw.uniform(EARLIER * begins, ends)
     try:
         while not training.kill(after, draw):  # it was quicker this time
-            after = draw.uniform(begins, after)
+            after = draw.uniform(EARLIER * begins, after)
             training = _Training(folder / "again", whole.processes)
             folder = training.folder
         training.to_its_end()

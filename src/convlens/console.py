@@ -106,15 +106,17 @@ def progress(description: str, total: int, *, shown: bool = True) -> Iterator[Ba
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        BarColumn(bar_width=24, table_column=Column(no_wrap=True)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        # Where a terminal is too narrow for all, this alone takes more lines.
+        TextColumn("{task.fields[text]}", table_column=Column(no_wrap=False)),
     )
     disable = not (shown and console().is_terminal)
     with Progress(*columns, console=console(), transient=True, disable=disable) as bars:

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import platform
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from convlens import ranks
-from convlens.errors import UsageError
+from convlens.console import say
+from convlens.errors import ResourceError, UsageError
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,12 +89,24 @@ def choose(asked: str | None = None) -> str:
 
     Raises:
         UsageError: the device asked for isn't there; never a silent fall-back to the CPU.
+        ResourceError: there is a GPU, but it can't be used now.
     """
     if asked is None or asked == "auto":
-        if torch.cuda.is_available():
-            return _own_gpu("cuda")
-        several = ranks.size() > 1  # Apple's one GPU is not for several processes
-        return "mps" if torch.backends.mps.is_available() and not several else "cpu"
+        with warnings.catch_warnings(record=True) as said:
+            there = torch.cuda.is_available()
+        for each in said:  # of a driver that is too old
+            say(escape(f"no GPU is used, as with --device cpu: {each.message}".partition(". ")[0]))
+        if not there:  # (Apple's one GPU is not for several processes.)
+            return "mps" if torch.backends.mps.is_available() and ranks.size() == 1 else "cpu"
+        try:
+            gpu = _own_gpu("cuda")
+            torch.empty(1, device=gpu)
+        except RuntimeError as error:  # another process has it to itself, or it is full
+            raise ResourceError(
+                f"the GPU can't be used: {str(error).splitlines()[0]}"[:200],
+                fix="wait until it is free (nvidia-smi says who has it), or use --device cpu",
+            ) from error
+        return gpu
     try:
         torch.empty(1, device=asked)
         torch.Generator(asked)  # `meta` has memory, but no numbers
@@ -312,17 +327,11 @@ def open_files() -> int:
 
 def describe(device: str) -> dict[str, Any]:
     """Hardware and versions, for results that say where they were measured."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in _read("/proc/cpuinfo").splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor() or platform.machine(),
-    )
+    lines = _read("/proc/cpuinfo").splitlines()
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     facts: dict[str, Any] = {
         "device": device,
-        "cpu": model,
+        "cpu": named[0] if named else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -55,7 +55,13 @@ class ResourceError(ConvlensError):
     exit_code = 5
 
 
+class Diverged(ConvlensError):  # noqa: N818
+    """Training came to NaN or infinity, and would again; what was good is kept (exit code 6)."""
+
+    exit_code = 6
+
+
 class Stopped(ConvlensError):  # noqa: N818 - it is no error to be asked to stop
-    """Training stopped on its own; what is finished is kept (exit code 75)."""
+    """Stopped, and the same command goes on from what is kept (exit code 75)."""
 
     exit_code = 75

@@ -17,16 +17,15 @@ import numpy as np
 import torch
 
 from convlens import answers as store
-from convlens import device, metrics, onlooker, picturing, processes, run, views
+from convlens import device, metrics, modelfile, onlooker, picturing, processes, run, views
 from convlens.console import progress, quieted, say
 from convlens.data import Data, Split, load, load_foreign
 from convlens.data.batches import Labelled
 from convlens.errors import DataError, ModelFileError
 from convlens.exported import open_model
 from convlens.inference import Answers, placed, split_answers
-from convlens.names import pick
+from convlens.names import alike, pick
 from convlens.processes import ALONE, World
-from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
 from convlens.together import answered
 
@@ -119,6 +118,7 @@ def evaluate(
     with quieted(quiet):
         with world.first():
             judged = judged_by(loaded, split, data=data, on=where, own=own)
+        onlooker.same_images(world, judged.name, judged.fingerprint)
         return look(place, loaded, judged, split, where, tta=tta, world=world).evaluation
 
 
@@ -169,7 +169,7 @@ def own_data(loaded: Loaded, on: str) -> Data:
     Raises:
         DataError: the images changed since, or have moved.
     """
-    recipe = load_recipe(loaded.card["recipe"])
+    recipe = modelfile.recipe_of(loaded.card)
     data = load(recipe.data, memory_budget=device.memory_budget(on))
     began = loaded.card["data"]["fingerprint"]
     if data.fingerprint != began:
@@ -207,6 +207,8 @@ def _foreign(
         channels=pre.channels,
         fit=pre.fit,
         memory_budget=device.memory_budget(where),
+        tested=True,
+        run=loaded.folder,
     )
 
 
@@ -216,8 +218,10 @@ def _by_name(
     """Labels in the model's class order; never by position."""
     unknown = [label for label in theirs if label not in ours]
     if unknown:
+        near = {label: alike(label, ours) for label in unknown[:8]}
+        shown = (f"{label} (it has {its})" if its else label for label, its in near.items())
         raise DataError(
-            f"the model doesn't know {len(unknown)} of the classes: {', '.join(unknown[:8])}",
+            f"the model doesn't know {len(unknown)} of the classes: {', '.join(shown)}",
             where=name,
             fix=f"its classes are: {', '.join(ours[:12])}{' ...' if len(ours) > 12 else ''}",
         )

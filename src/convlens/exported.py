@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convlens import onnxfile
+from convlens import modelfile, onnxfile
 from convlens.data.batches import Prepare
 from convlens.data.decode import FITS
 from convlens.device import Plan
@@ -98,8 +98,11 @@ def _described(
         return card, classes, preprocessing, max(1, min(256, int(facts["at_once"])))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+        newer = modelfile.is_newer(facts.get("convlens"))
         raise ModelFileError(
-            f"its facts can't be used: {reason}", where=str(path), fix=onnxfile.AGAIN
+            f"its facts can't be used: {reason}",
+            where=str(path),
+            fix="update convlens: a newer one wrote it" if newer else onnxfile.AGAIN,
         ) from error
 
 

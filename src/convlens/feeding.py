@@ -24,7 +24,7 @@ from convlens.processes import World
 from convlens.recipe import Recipe
 from convlens.together import answered
 
-Logits = Callable[[], tuple[Tensor, Tensor]]
+Logits = Callable[[Callable[[int], None]], tuple[Tensor, Tensor]]
 VIEW = 4  # tells the generators of fixed views from those of order, augmentation and dropout
 
 
@@ -35,7 +35,8 @@ class Feed:
     Attributes:
         model: the network, or what is behind its cached trunk; the weights are shared.
         batches: what `engine.fit` reads.
-        validate: logits float32 `[N, K]` and labels `[N]` of the validation split.
+        validate: logits float32 `[N, K]` and labels `[N]` of the validation split; told of each
+            batch, what it is given may raise.
         cached_bytes: size of the trunk's activations; 0 where images are read.
     """
 
@@ -82,8 +83,8 @@ def feed(recipe: Recipe, data: Data, model: nn.Module, images: Batches) -> Feed:
     options = recipe.train
     plan, normalise = images.plan, images.normalise
 
-    def validate() -> tuple[Tensor, Tensor]:
-        return _logits(images.world, model, data.val, normalise, plan)
+    def validate(advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+        return _logits(images.world, model, data.val, normalise, plan, advance)
 
     plain = Feed(model, images, validate)
     if options.views:
@@ -153,20 +154,21 @@ def _cached(
         val = trunk.compute(model, prefix, read, data.val.labels, exact, bar.advance)
     rest = trunk.tail(model, prefix)
 
-    def validate() -> tuple[Tensor, Tensor]:
-        return _logits(images.world, rest, val, trunk.as_they_are, plan)
+    def validate(advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+        return _logits(images.world, rest, val, trunk.as_they_are, plan, advance)
 
     batches = trunk.ViewBatches(parts) if len(parts) > 1 else parts[0]
     return Feed(rest, batches, validate, size)
 
 
 def _logits(
-    world: World, model: nn.Module, split: Labelled, prepare: Prepare, plan: Plan
-) -> tuple[Tensor, Tensor]:
+    world: World, model: nn.Module, split: Labelled, prepare: Prepare, plan: Plan,
+    advance: Callable[[int], None],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Logits and labels of a split, of which each process computes its part."""
 
     def ask(part: Labelled) -> tuple[Tensor]:
-        return (split_logits(model, part, prepare, plan)[0],)
+        return (split_logits(model, part, prepare, plan, advance=advance)[0],)
 
     (logits,) = answered(world, split, ask)
     assert logits is not None

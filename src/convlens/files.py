@@ -7,16 +7,45 @@ import errno
 import hashlib
 import os
 import re
+import secrets
+import shutil
 import socket
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.markup import escape
+
+from convlens.console import say
 from convlens.errors import ResourceError
 
 PART = ".part"  # how the name of what isn't whole yet ends
 ABANDONED = 3600.0  # seconds that nobody wrote to it
+PROBE = b"\0" * 4096  # of the size of a block
+# Answers of a file system that has no modes, or no fsync of folders (vfat, CIFS, FUSE); none of
+# them means that what was written is lost.
+UNKNOWN = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+# What to do about what a file system answers to a write.
+_ROOM = "free some disk space and run the same command again"
+_MANY = "close other programs, or raise the limit (ulimit -n), and run the same command again"
+_FAR = "see that its network disk is still there, and run the same command again"
+FIXES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EMFILE: _MANY,
+    errno.ENFILE: _MANY,
+    errno.ESTALE: _FAR,
+    errno.ENOTCONN: _FAR,
+    errno.ETIMEDOUT: _FAR,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f) and run the same command again",
+    errno.EROFS: "its disk is mounted read-only (the system does so when one fails): mount it for "
+    "writing, or choose another folder",
+    errno.ENOLCK: "its file system gives no locks (of NFS, a lock service that doesn't run): "
+    "choose another folder",
+}
 
 
 def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
@@ -35,7 +64,7 @@ def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
     path = Path(path)
     temporary = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path.parent)
         handle, temporary = part_of(path)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -44,7 +73,8 @@ def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files private; a result is an ordinary file.
-        os.chmod(temporary, 0o666 & ~_umask())
+        with _unless_unknown():
+            os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:  # a second Ctrl-C, too, leaves nothing behind
@@ -54,6 +84,59 @@ def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
         if isinstance(error, OSError):
             raise cannot_write(path, error) from error
         raise
+
+
+def make(folder: Path) -> None:
+    """Makes a folder and those above it; the names of new ones are on the disk, too.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    if not folder.is_dir():
+        new = [each for each in (folder, *folder.parents) if not each.is_dir()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in new:
+            _sync_folder(each.parent)
+
+
+def probe(*folders: Path) -> None:
+    """Writes a small file where each folder is, or will be, and deletes it again.
+
+    For the beginning of what has its first result after hours.
+
+    Raises:
+        ResourceError: it can't be written there.
+    """
+    for folder in folders:
+        path = _nearest(folder) / f".probe-{secrets.token_hex(4)}"
+        try:
+            write_atomic(path, PROBE)
+            path.unlink()
+        except ResourceError as error:
+            error.where = str(folder)
+            raise
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+
+
+def expect(folder: Path, size: int) -> None:
+    """Says so where the disk obviously has no room for `size` bytes in a folder.
+
+    No error: some network disks don't know what is free, and it may become more.
+    """
+    with contextlib.suppress(OSError):
+        disk = shutil.disk_usage(_nearest(folder))
+        if disk.free < size and disk.total:
+            free, needed = disk.free / 2**20, size / 2**20
+            say(
+                f"[bold]little room[/]: {free:,.0f} MB are free for {escape(str(folder))}, and "
+                f"weights and states will need at least {needed:,.0f} MB"
+            )
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or what there is of those above it."""
+    return next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
 
 
 def part_of(path: Path) -> tuple[int, str]:
@@ -102,11 +185,9 @@ def cannot_read(path: Path | str, error: OSError) -> ResourceError:
 
 def cannot_write(path: Path, error: OSError) -> ResourceError:
     """The `ResourceError` that explains why `path` could not be written."""
-    fix = "choose another folder, or change its permissions"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        fix = "free some disk space and run the same command again"
-    if error.errno == errno.EFBIG:
-        fix = "raise the limit on the size of files (ulimit -f) and run the same command again"
+    fix = FIXES.get(error.errno or 0, "choose another folder, or change its permissions")
+    if lost(error):
+        fix = "its disk may be failing: see the system's log, and choose a folder on another disk"
     return ResourceError(f"can't write: {error.strerror or error}", where=str(path), fix=fix)
 
 
@@ -119,11 +200,25 @@ def _umask() -> int:
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt":  # Windows can't open a folder; its rename is already durable.
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # it may be written to and not read: then it can't be asked
+        return
+    try:
+        with _unless_unknown():
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _unless_unknown() -> Iterator[None]:
+    """Goes on where the file system doesn't know what is asked of it; no other error is hidden."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNKNOWN:
+            raise
 
 
 def sha256(path: Path) -> str:
@@ -146,22 +241,29 @@ def lock(
     Raises:
         ResourceError: another process holds it; names that process and its machine.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock, SoftFileLock, Timeout
 
     owner = path.with_suffix(".owner")
     held = FileLock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        held.acquire(timeout=patience, poll_interval=0.01)
+        make(path.parent)
+        with warnings.catch_warnings():  # of another kind of lock: what it means is told below
+            warnings.simplefilter("ignore")
+            held.acquire(timeout=patience, poll_interval=0.01)
+        _tell_gone(owner, what)
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
+        fix, where = "wait for it to end, or give this run another name with --name", path.parent
+        if isinstance(held, SoftFileLock):  # filelock's own way out
+            fix = "wait for it to end; or delete this file, if it has ended: locks of this file "
+            fix, where = fix + "system outlive their process", path
         raise ResourceError(
-            f"{what} is in use by {_named(owner)}",
-            where=str(path.parent),
-            fix="wait for it to end, or give this run another name with --name",
+            f"{what} is in use by {_named(owner)}", where=str(where), fix=fix
         ) from error
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         held.release()
+        if not isinstance(error, OSError):  # older versions of filelock
+            error = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
         raise cannot_write(path, error) from error
     try:
         if owned:
@@ -173,18 +275,37 @@ def lock(
         held.release()
 
 
+def _tell_gone(owner: Path, what: str) -> None:
+    """Says whom another machine's file of a lock names, though the lock was to be had."""
+    told = _read(owner)
+    _, on, machine = told.rpartition(" on ")
+    with contextlib.suppress(OSError):
+        if on and machine != socket.gethostname():
+            since = time.strftime("%Y-%m-%d %H:%M", time.localtime(owner.stat().st_mtime))
+            say(
+                f"[bold]{escape(what)}[/] was in use by {escape(told)} since {since}: it was "
+                "killed, or locks don't reach across machines here (NFS with nolock, Lustre with "
+                "localflock); see that it has ended: two at once spoil each other's files"
+            )
+
+
 def _named(owner: Path) -> str:
     """Who holds a lock, by the file beside it.
 
     A killed holder leaves that file behind, and the next one has the lock a moment before it
     writes its own: until then nobody is named rather than the dead.
     """
-    with contextlib.suppress(OSError, ValueError):
-        told = owner.read_text()
-        process, _, machine = told.removeprefix("process ").partition(" on ")
-        if process.isdecimal() and (machine != socket.gethostname() or _lives(int(process))):
-            return told
+    told = _read(owner)
+    process, _, machine = told.removeprefix("process ").partition(" on ")
+    if process.isdecimal() and (machine != socket.gethostname() or _lives(int(process))):
+        return told
     return "another process"
+
+
+def _read(owner: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return owner.read_text()[:200]
+    return ""
 
 
 def _lives(process: int) -> bool:

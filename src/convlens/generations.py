@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from convlens.errors import ModelFileError
 KEPT = 2
 MANIFEST = "manifest.json"
 FORMAT = 1
+_NAME = re.compile(r"[\w-]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,14 @@ class Generations:
             self._commit(self._named()[:1])
 
     def clear(self) -> None:
-        """Deletes all: the folder is of no run."""
+        """Deletes all files: the folder is of no run. (A folder in it is none of ours.)"""
         self._good = None
         if self._folder.is_dir():
             for path in self._folder.iterdir():
-                path.unlink()
-            self._folder.rmdir()
+                if not path.is_dir():
+                    path.unlink()
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
 
     def _commit(self, generations: list[Generation]) -> None:
         if not generations:
@@ -127,16 +131,24 @@ class Generations:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return []
         # Names that lead out of the folder are none of ours.
-        return [each for each in found if str(each.file) == Path(str(each.file)).name]
+        return [each for each in found if _NAME.fullmatch(str(each.file))]
 
     def _unnamed(self) -> list[Generation]:
-        """All whole states, newest first: the manifest was lost, or not yet written."""
+        """All whole states, newest first: the manifest was lost, or not yet written.
+
+        Raises:
+            modelfile.NewerFormatError: a later version wrote one; what is passed over is deleted.
+        """
         found = []
         for path in self._folder.glob("*.safetensors"):
-            with contextlib.suppress(ModelFileError, KeyError, TypeError, ValueError):
+            try:
                 counters = modelfile.read(path)[1]
                 epoch, step = (int(counters["position"][key]) for key in ("epoch", "step"))
                 found.append(Generation(path.name, counters["sha256"], epoch, step))
+            except modelfile.NewerFormatError:
+                raise
+            except (ModelFileError, KeyError, TypeError, ValueError):
+                continue
         return sorted(found, key=lambda each: (each.epoch, each.step), reverse=True)
 
     def _whole(

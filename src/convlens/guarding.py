@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from convlens.errors import Stopped
+from convlens.errors import Diverged
 from convlens.later import Later
 from convlens.optim import Average
 from convlens.scaling import LossScale
@@ -30,7 +30,7 @@ class Place(Protocol):
     correct: int | Tensor
 
 
-class NonFiniteLoss(Stopped):
+class NonFiniteLoss(Diverged):
     """The loss became NaN or infinite; raised before the weights were updated with it."""
 
     def __init__(self, epoch: int, step: int, lr: float) -> None:
@@ -39,6 +39,21 @@ class NonFiniteLoss(Stopped):
             f"the loss became NaN or infinite in epoch {epoch}, step {step}; training stopped "
             "before the weights were updated with it",
             fix=f"lower optim.lr (it was {lr:.3g}) or set optim.clip_norm=1",
+        )
+
+    def blame(self, model: nn.Module, steps: int) -> None:
+        """Names the step before, of `steps` an epoch, if the weights were none already.
+
+        Its loss was finite and its gradient wasn't, which nobody looks at: that would cost a pass
+        over all gradients in each step.
+        """
+        if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            return
+        first = self.step == 1
+        self.epoch, self.step = self.epoch - first, steps if first else self.step - 1
+        self.what = (
+            f"the update of epoch {self.epoch}, step {self.step} made weights NaN or infinite: its "
+            "loss was finite, its gradient wasn't; they were not saved"
         )
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: a flag between two steps of a training, an exception elsewhere.
+"""Ctrl-C, SIGTERM and the like: a flag between two steps of a training, an exception elsewhere.
 
 A training is asked by a flag that it looks at between two steps: saving inside a signal handler
 can meet half an update. A second signal ends the process at once (files are written atomically,
@@ -21,12 +21,12 @@ from typing import Any
 
 from convlens import ranks
 
-# SIGHUP is a closed terminal.
-STOPPING = ("SIGTERM", "SIGHUP")
+# SIGHUP is a closed terminal; SIGUSR1 is what schedulers are often told to send first.
+STOPPING = ("SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP outside the steps of a training; like KeyboardInterrupt no `Exception`."""
+    """One of `STOPPING` outside the steps of a training; like KeyboardInterrupt no `Exception`."""
 
 
 Handlers = dict[signal.Signals, Any]
@@ -34,7 +34,7 @@ Handlers = dict[signal.Signals, Any]
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Turns the first SIGTERM or SIGHUP in the main thread into `Terminated`; the next kills."""
+    """Turns the first signal of `STOPPING` in the main thread into `Terminated`; the next kills."""
 
     def leave(number: signal.Signals, before: Handlers) -> None:
         _set(dict.fromkeys(before, signal.SIG_DFL))
@@ -46,19 +46,23 @@ def stoppable() -> Iterator[None]:
 
 @dataclass
 class Flag:
-    """`up` once a signal came; `interrupted` if it was Ctrl-C rather than SIGTERM or SIGHUP."""
+    """`up` once a signal came, `name` says which; `interrupted` if it was Ctrl-C."""
 
     up: bool = False
-    interrupted: bool = False
+    name: str = ""
+
+    @property
+    def interrupted(self) -> bool:
+        return self.name == "SIGINT"
 
 
 @contextlib.contextmanager
 def flagged() -> Iterator[Flag]:
-    """Catches SIGINT, SIGTERM and SIGHUP in the main thread; elsewhere the flag never goes up."""
+    """Catches SIGINT and `STOPPING` in the main thread; elsewhere the flag never goes up."""
     flag = Flag()
 
     def raise_flag(number: signal.Signals, before: Handlers) -> None:
-        flag.up, flag.interrupted = True, number == signal.SIGINT
+        flag.up, flag.name = True, number.name
         if ranks.size() == 1:
             _set(before)
 

@@ -13,11 +13,12 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from rich.markup import escape
 from torch import Tensor
 
 from convlens import memory, optim, records
 from convlens.console import say
-from convlens.errors import UsageError
+from convlens.errors import ResourceError, UsageError
 from convlens.preparing import Setup
 from convlens.resuming import Best, restore, save
 from convlens.run import RunFolder
@@ -25,6 +26,7 @@ from convlens.version import __version__
 
 SAVE_SECONDS = 60.0  # the most work that a killed process loses; $CONVLENS_SAVE_SECONDS
 LIST_SECONDS = 1.0  # the most that `metrics.csv` is behind
+PAUSES = (0.5, 4.0)  # seconds before a save that failed is tried again: network disks come back
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -72,14 +74,27 @@ class Keeper:
     def save(self) -> None:
         """Writes all that continuing needs; call it between steps only.
 
-        The state comes last: what the other files are ahead of it is only written again.
+        Raises:
+            ResourceError: the disk refused it three times; what was saved before is intact.
         """
-        self.keep_weights()
-        self._list()
-        save(self._place, self._setup, self.best, self.rows)
+        for pause in PAUSES:
+            try:
+                self._write()
+                break
+            except ResourceError as error:
+                say(f"not saved: {escape(error.what)} ({escape(error.where)}); tried again soon")
+                time.sleep(pause)
+        else:
+            self._write()
         self._saved = time.perf_counter()
         if self._setup.position.part != self._part:
             self._tell_part()
+
+    def _write(self) -> None:
+        """The state comes last: what the other files are ahead of it is only written again."""
+        self.keep_weights()
+        self._list()
+        save(self._place, self._setup, self.best, self.rows)
 
     def keep_weights(self) -> None:
         """Writes the model file, if there are weights to keep that it doesn't hold yet."""

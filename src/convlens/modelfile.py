@@ -6,11 +6,12 @@ differs from what `write` wrote.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from torch import Tensor
 
-from convlens.errors import ModelFileError, Stopped
+from convlens.errors import Diverged, ModelFileError, UsageError
 from convlens.files import cannot_read, lost, write_atomic
+from convlens.recipe import Recipe
+from convlens.recipe import load as load_recipe
+from convlens.version import __version__
 
 KEY = "convlens"
 FORMAT = 1
@@ -35,12 +39,12 @@ KINDS = {
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-class NotFiniteError(Stopped, ValueError):
+class NotFiniteError(Diverged, ValueError):
     """Tensors with NaN or infinity: they are never written."""
 
 
 class NewerFormatError(ModelFileError):
-    """The file is whole, but of a format that only later versions know."""
+    """The file is whole, but of a format, or with words, that only later versions know."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
@@ -137,10 +141,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             where=str(path),
             fix="update convlens",
         )
-    try:
-        tensors = from_bytes(data)
-    except (SafetensorError, KeyError) as error:  # a right hash over a wrong table of tensors
-        raise ModelFileError(f"no readable tensors: {error}", where=str(path)) from error
+    tensors = unpacked(data, path)  # a right hash may stand over a wrong table of tensors
     bad = _not_finite(tensors)
     if bad:  # `write` refuses them, but it need not have been `write`
         raise ModelFileError(
@@ -150,6 +151,69 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             fix="restore it from a copy, or train again with --fresh",
         )
     return tensors, metadata
+
+
+def unpacked(data: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file's bytes.
+
+    Raises:
+        ModelFileError: a wrong table of them, or numbers of a kind that isn't computed with.
+    """
+    try:
+        tensors = from_bytes(data)
+    except (SafetensorError, KeyError) as error:  # (KeyError: a kind that torch doesn't have)
+        reason = f"numbers of the kind {error}" if isinstance(error, KeyError) else str(error)
+        raise ModelFileError(
+            f"no readable tensors: {reason}"[:200],
+            where=str(path),
+            fix="save its weights as float32, float16 or bfloat16",
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in KINDS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelFileError(
+                f"{name} is no plain tensor of numbers ({kind})",
+                where=str(path),
+                fix="save its weights as float32, float16 or bfloat16",
+            )
+    return tensors
+
+
+def recipe_of(card: Mapping[str, Any]) -> Recipe:
+    """The resolved recipe by which a model was trained, from its file's card.
+
+    Raises:
+        ModelFileError: there is none; NewerFormatError: a later version wrote it, with words that
+            this one doesn't know. UsageError: it can't be used.
+    """
+    with of_version(card.get("convlens")):
+        if not isinstance(card.get("recipe"), Mapping):
+            raise ModelFileError("the model file doesn't hold the recipe it was trained by")
+        return load_recipe(card["recipe"])
+
+
+@contextlib.contextmanager
+def of_version(version: Any, where: str = "") -> Iterator[None]:
+    """Says of words that aren't known that a newer `version` wrote them, where one did."""
+    try:
+        yield
+    except UsageError as error:
+        if not is_newer(version):
+            raise
+        raise NewerFormatError(
+            f"written by convlens {version}, which knows more than this one ({__version__}): "
+            f"{error.what}",
+            where=where or error.where,
+            fix="update convlens",
+        ) from error
+
+
+def is_newer(version: Any) -> bool:
+    """Whether a version that a file names is later than this one."""
+    own, other = (
+        [int(part) for part in re.findall(r"\d+", str(each))[:3]] for each in (__version__, version)
+    )
+    return other > own
 
 
 def digest_around(data: bytes, at: int) -> str:

@@ -16,6 +16,13 @@ def near(name: str, choices: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(name, list(choices), n=3, cutoff=0.5)
 
 
+def alike(name: str, choices: Iterable[str]) -> str:
+    """The one of `choices` that differs in case only, else the one most like it, or nothing."""
+    listed = list(choices)
+    same = [choice for choice in listed if choice.casefold() == name.casefold()]
+    return next(iter(same or near(name, listed)), "")
+
+
 def pick(table: Mapping[str, T], name: str, kind: str) -> T:
     """The entry called `name`, or a `UsageError` that names the near misses."""
     if name in table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convlens.errors import ResourceError
+from convlens.errors import DataError, ResourceError
 from convlens.processes import World
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
@@ -53,16 +54,31 @@ def placed(world: World, find: Callable[[], RunFolder]) -> RunFolder:
     return other
 
 
+def same_images(world: World, name: str, fingerprint: str) -> None:
+    """Checks that all processes have the images of the first one.
+
+    Raises:
+        DataError: not so; they would learn from other images, or take one's label for another's.
+    """
+    other = world.other(fingerprint)
+    if other is not None:
+        raise DataError(
+            f"process {other} of {world.size} has other images of {name!r} than the first one",
+            where=f"{fingerprint[:12]} is what process {world.rank} has on {socket.gethostname()}",
+            fix="give each machine a copy of the same images, or one shared folder",
+        )
+
+
 def agreed(world: World, mine: Sequence[int], place: RunFolder) -> None:
     """Checks that all processes found the same state of a run on their disks.
 
     Raises:
         ResourceError: not so.
     """
-    found = list(mine)
-    if world.told(lambda: found) != found:
+    other = world.other(str(list(mine)))
+    if other is not None:
         raise ResourceError(
-            "the processes don't see the same state of this run",
-            where=f"{place.path}, process {world.rank}",
+            f"process {other} doesn't see the same state of this run as the first one",
+            where=str(place.path),
             fix="all machines must work in one shared folder; see docs/distributed.md",
         )

@@ -27,6 +27,7 @@ INPUT, OUTPUTS = "images", ("logits", "probabilities")
 MARK, FORMAT = "convlens_format", "1"  # the metadata key that says the file is ours
 LARGEST = 2**31 - 1  # protobuf's own limit
 DOMAINS = ("", "ai.onnx")
+NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
 AGAIN = "export it again: convlens export RUN --to onnx"
 
 
@@ -58,6 +59,8 @@ def sealed(proto: Any, facts: Mapping[str, str]) -> bytes:
         proto.metadata_props.add(key=key, value=value)
     try:
         data: bytes = proto.SerializeToString()
+    except MemoryError:
+        raise
     except Exception as error:  # protobuf's EncodeError, or a ValueError, by its version
         raise ModelFileError(f"too large for one ONNX file: {error}"[:200]) from error
     # The last one: the metadata stand behind the graph, and the hash behind the user's words.
@@ -80,6 +83,8 @@ def read(path: Path) -> tuple[bytes, dict[str, str]]:
         facts = {entry.key: entry.value for entry in proto.metadata_props}
         if not all(isinstance(text, str) for pair in facts.items() for text in pair):
             raise ValueError("its metadata are no text")  # protobuf gives bytes instead
+    except MemoryError:
+        raise
     except Exception as error:  # protobuf's DecodeError lies elsewhere in each of its versions
         raise ModelFileError(
             f"no readable ONNX file (truncated, damaged or another format): {error}"[:200],
@@ -165,6 +170,7 @@ class OnnxNet(nn.Module):
 
     Raises:
         ModelFileError: onnxruntime can't run it, or its input or outputs aren't ours.
+        MemoryError: there was none left; also of `answers`.
     """
 
     def __init__(self, data: bytes, where: str, at_once: int) -> None:
@@ -188,11 +194,8 @@ class OnnxNet(nn.Module):
             self.takes: list[list[Any]] = [one.shape for one in given]
             self.gives: list[list[Any]] = [one.shape for one in made]
         except Exception as error:  # onnxruntime has a dozen kinds
-            raise ModelFileError(
-                f"onnxruntime {runtime.__version__} can't run it: {_reason(error)}",
-                where=where,
-                fix="update onnxruntime, or " + AGAIN,
-            ) from error
+            what = f"onnxruntime {runtime.__version__} can't run it"
+            raise _told(error, what, where, "update onnxruntime, or " + AGAIN) from error
         self.where, self.at_once = where, at_once
         if names != ([INPUT], OUTPUTS):
             raise ModelFileError("its input and outputs aren't those of an export", where=where)
@@ -211,9 +214,7 @@ class OnnxNet(nn.Module):
         try:
             logits, chances = self.session.run(list(OUTPUTS), {INPUT: _array(images)})
         except Exception as error:
-            raise ModelFileError(
-                f"onnxruntime failed: {_reason(error)}", where=self.where, fix=AGAIN
-            ) from error
+            raise _told(error, "onnxruntime failed", self.where, AGAIN) from error
         return torch.from_numpy(logits), torch.from_numpy(chances)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -225,5 +226,12 @@ def _array(images: Tensor) -> np.ndarray:
     return np.ascontiguousarray(images.numpy())
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+def _told(error: Exception, what: str, where: str, fix: str) -> Exception:
+    """What to raise for one of onnxruntime's: if memory ran out, no file is at fault."""
+    reason = " ".join(str(error).split())
+    for words in NO_MEMORY:
+        if words in reason:
+            return MemoryError(reason[reason.index(words) :])
+    if isinstance(error, MemoryError):
+        return error
+    return ModelFileError(f"{what}: {reason[:160]}", where=where, fix=fix)

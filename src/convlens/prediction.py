@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.markup import escape
 
 from convlens import device, views
 from convlens.console import progress, quieted, say
-from convlens.data.decode import EXTENSIONS, UnreadableImage, decode, fit_images
+from convlens.data.decode import UnreadableImage, decode, fit_images
+from convlens.data.parts import is_image_name
+from convlens.data.scanning import Scanner, printable
 from convlens.errors import DataError, UsageError
 from convlens.inference import Forward, placed, probabilities
 from convlens.run import Loaded
@@ -57,8 +60,11 @@ class Prediction:
 def expand(paths: Iterable[str | Path]) -> list[str]:
     """Files for files, folders (all images inside, sorted) and glob patterns, in order.
 
+    A file that isn't there stays among the others: reading it says why there is no answer, and so
+    does reading a folder that may not be looked into.
+
     Raises:
-        DataError: a path or pattern that matches nothing, all of them at once.
+        DataError: a pattern that matches nothing, a folder without images; all of them at once.
     """
     found: list[str] = []
     missing: list[str] = []
@@ -70,16 +76,11 @@ def expand(paths: Iterable[str | Path]) -> list[str]:
             )
         path = os.fspath(given)
         if os.path.isdir(path):
-            inside = [
-                os.path.join(folder, file)
-                for folder, folders, files in os.walk(path)
-                for file in files
-                if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
-            ]
-            found += sorted(inside)
+            inside = _inside(path)
+            found += inside
             if not inside:
                 missing.append(f"{path} (a folder without images)")
-        elif os.path.exists(path):
+        elif os.path.exists(path) or not glob.has_magic(path):
             found.append(path)
         else:
             matches = sorted(glob.glob(path, recursive=True))
@@ -92,6 +93,15 @@ def expand(paths: Iterable[str | Path]) -> list[str]:
             f"not found: {', '.join(missing[:5])}{more}", fix="give image files, folders or globs"
         )
     return found
+
+
+def _inside(folder: str) -> list[str]:
+    below = Scanner(folder).below(folder)
+    odd = [path for path in below.odd if is_image_name(os.path.basename(path))]
+    links = len(below.odd) - len(odd)
+    if links:
+        say(escape(f"{printable(folder)}: {links} links to nothing were left out"))
+    return sorted([*below.images, *odd, *below.closed])
 
 
 def predict(

@@ -13,20 +13,19 @@ import datetime
 import functools
 import json
 import math
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
-from convlens import ranks
-from convlens.errors import Stopped
+from convlens import meeting, ranks
+from convlens.errors import ResourceError, Stopped
+from convlens.version import __version__
 
 T = TypeVar("T")
 
@@ -119,6 +118,12 @@ class World:
             data = torch.tensor(list(text) or [0] * int(length), dtype=torch.uint8)
             dist.broadcast(data, 0, group=self._control)
         return cast(T, json.loads(bytes(data.tolist())))
+
+    def other(self, mine: str) -> int | None:
+        """The first process whose text isn't that of the one that leads; the same in all."""
+        differs = self.told(lambda: mine) != mine
+        rank = int(self.least(float(self.rank if differs else self.size)))
+        return rank if rank < self.size else None
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -241,58 +246,38 @@ ALONE = World()
 
 @functools.cache
 def join() -> World:
-    """The world that this process belongs to; joined at the first call, which all must make."""
+    """The world that this process belongs to; joined at the first call, which all must make.
+
+    Raises:
+        ResourceError: the others can't be found (`meeting`), or have other versions.
+    """
     if ranks.size() == 1:
         return ALONE
     with _noticing():
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            store=_own_part(_store()),
+            store=meeting.meet(),
             rank=ranks.rank(),
             world_size=ranks.size(),
             timeout=STEP,
         )
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
-    return World(ranks.rank(), ranks.size(), cast(dist.ProcessGroup, control))
+    world = World(ranks.rank(), ranks.size(), cast(dist.ProcessGroup, control))
+    _same_versions(world)
+    return world
 
 
-def first_to_fail(code: int) -> tuple[bool, int]:
-    """For a process that is about to end with an error: whether it is the first to do so.
-
-    The first one tells the user, and all end with its exit code. `torchrun`'s store decides, since
-    it outlives every process; without it, the process of rank 0 speaks.
-    """
-    # `torchrun --max-restarts` starts all of them anew, with the same store.
-    key = f"convlens/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    try:
-        store = _store()
-        if store.add(f"{key}/failed", 1) == 1:
-            store.set(f"{key}/code", str(code))
-            return True, code
-        return False, int(store.get(f"{key}/code"))
-    except (RuntimeError, ValueError):
-        return ranks.rank() == 0, code
-
-
-def _own_part(store: Any) -> Any:
-    """The part of `torchrun`'s store that no ended processes have written their addresses into.
-
-    `--max-restarts` starts all of them anew with the same store (torch 2.15), and who read the
-    address of one that had ended could not connect. On several machines counts of restarts may
-    differ, so there it is left to torch.
-    """
-    if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return store
-    part = f"convlens/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return dist.PrefixStore(part, store)  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _store() -> Any:
-    store, _, _ = next(rendezvous("env://", timeout=STEP))
-    return store
+def _same_versions(world: World) -> None:
+    mine = f"convlens {__version__}, torch {torch.__version__}"
+    other = world.other(mine)
+    if other is not None:
+        raise ResourceError(
+            f"process {other} of {world.size} has other versions than the first one",
+            where=f"process {world.rank} on {socket.gethostname()} has {mine}",
+            fix="install the same versions on all machines",
+        )
 
 
 @contextlib.contextmanager

@@ -133,10 +133,12 @@ class RunFolder:
         """The resolved recipe, by which the run trained.
 
         Raises:
-            UsageError: no recipe; ModelFileError: not the one that the run was trained by.
+            UsageError: no recipe; ModelFileError: not the one it trained by, or a later version's.
         """
-        found = load_recipe(self.path / "recipe.yaml")
-        if found.digest() not in self.facts().get("digests", [found.digest()]):
+        facts = self.facts()
+        with modelfile.of_version(facts.get("convlens")):
+            found = load_recipe(self.path / "recipe.yaml")
+        if found.digest() not in facts.get("digests", [found.digest()]):
             raise ModelFileError(
                 "recipe.yaml was changed after the run had begun: it isn't what it trained by",
                 where=str(self.path / "recipe.yaml"),
@@ -251,11 +253,11 @@ def load_model(path: Path) -> Loaded:
         )
         models.load(model, tensors)
     except (KeyError, TypeError, RuntimeError, UsageError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason, version = " ".join(str(error).split())[:160], card.get("convlens", "?")
         raise ModelFileError(
             f"the model file can't be used by this version: {reason}",
             where=str(path),
-            fix=f"it was written by convlens {card.get('convlens', '?')}",
+            fix=f"{'update: ' * modelfile.is_newer(version)}it was written by convlens {version}",
         ) from error
     return Loaded(model.eval(), classes, preprocessing, card, Path(path).parent)
 
@@ -328,8 +330,7 @@ def _is_taken(folder: Path) -> bool:
     if not folder.is_dir():
         return folder.exists()
     first = ("recipe.yaml", "split.csv", "images.csv.gz", "state")
-    names = [path.name for path in folder.iterdir()]
-    return any(not name.startswith(".") and name not in first for name in names)
+    return any(path.name[0] != "." and path.name not in first for path in folder.iterdir())
 
 
 def safe(name: str) -> str:

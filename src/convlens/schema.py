@@ -25,6 +25,7 @@ class DataConfig(Section):
     `per_class` is the number of training images of each class; validation is drawn before, from
     all there are. `total_per_class` counts training and validation together, all that a model
     learns from or is chosen by: with it `val_fraction` is of these few, and the rest is not used.
+    `on_bad: skip` leaves out what can't be read, up to `max_bad` of all images and of each class's.
     """
 
     name: str = "digits"
@@ -41,6 +42,7 @@ class DataConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     count: Annotated[int, Field(gt=0, le=10_000_000)] | None = None
     on_bad: Literal["stop", "skip"] = "stop"
+    max_bad: Fraction = 0.1
 
     @property
     def validates(self) -> bool:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as from_bytes
 from torch import Tensor
 
 from convlens import modelfile
@@ -59,7 +58,7 @@ def read(path: Path) -> Contents:
     if _is_ours(path):
         tensors, card = modelfile.read(path)
         return Contents(tensors, card["sha256"], card)
-    tensors = _checked(from_bytes(data), len(data), path)
+    tensors = _checked(modelfile.unpacked(data, path), len(data), path)
     return Contents(tensors, hashlib.sha256(data).hexdigest())
 
 

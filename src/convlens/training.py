@@ -9,6 +9,7 @@ decides to log, validate, keep the best weights, save and stop.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from convlens import (
     engine,
     evaluation,
     extending,
+    files,
+    meeting,
     onlooker,
     optim,
     picturing,
@@ -30,7 +33,7 @@ from convlens import (
 from convlens.checking import check
 from convlens.console import say, table, watch
 from convlens.data import Data, load
-from convlens.errors import Stopped
+from convlens.errors import DataError, ResourceError, Stopped
 from convlens.inference import loss_and_accuracy
 from convlens.interrupts import Flag, flagged
 from convlens.keeping import Keeper, snapshot
@@ -40,6 +43,8 @@ from convlens.recipe import Recipe
 from convlens.resuming import Clock, begun_with
 from convlens.run import RunFolder
 from convlens.version import __version__
+
+LEAST_BYTES = 20  # for each weight: in the model file, and with a moment in each of two states
 
 
 def train(
@@ -71,7 +76,8 @@ def train(
     world = processes.join()
     data = None
     called, plain = name or recipe.name, plain or name is not None
-    fresh = fresh and not ranks.restarted()  # torchrun goes on with what it began
+    # What torchrun began anew goes on.
+    fresh = fresh and not (ranks.restarted() or meeting.restarted())
     place = onlooker.placed(
         world, lambda: run.place(called, recipe.digest(), plain=plain, fresh=fresh)
     )
@@ -81,6 +87,8 @@ def train(
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
         check(recipe)
+        if world.leads:
+            files.probe(place.path, place.plots)
         if fresh:
             say(f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it")
         elif world.leads:
@@ -93,6 +101,7 @@ def train(
         budget = device.memory_budget(where)
         with world.first():
             data = load(recipe.data, memory_budget=budget)
+        onlooker.same_images(world, data.name, data.fingerprint)
         with place.lock():
             facts = world.told(place.facts)
             continuing.check(place, facts, recipe, data)
@@ -120,6 +129,7 @@ def _train_locked(
     begun = begun_with(place)
     setup = prepare(recipe, data, where, _stored_plan(facts, where), begun, world)
     if not facts:
+        files.expect(place.path, LEAST_BYTES * sum(p.numel() for p in setup.trained.parameters()))
         place.write_split(data.held_out)
         if data.listing is not None and world.leads:
             data.listing.write(place.path)
@@ -181,29 +191,34 @@ def run_to_end(
     if done:
         say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
     at = setup.position
+    unended = replace(at)  # the epoch at its last step
     with (
         flagged() as flag,
         watch(setup.epochs, steps, done, shown=not quiet) as bar,
         world.naming(lambda: f"epoch {at.epoch}, after step {at.step}"),
     ):
-        clock = Clock(setup.position)
+        clock = Clock(at)
         world.asks_to_stop = lambda: flag.up
         for record in _guarded(setup, place, keeper):
             if isinstance(record, engine.Step):
                 bar.step(record)
                 stop = world.stops(now=False)
+                unended = replace(at) if record.step == record.steps else unended
             else:
                 device.synchronise(setup.plan.device)
                 seconds, cpu_seconds = clock.read()
-                row = _validate(setup, record, seconds=seconds)
-                row["data_seconds"], setup.position.data_seconds = setup.position.data_seconds, 0.0
-                row["cpu_seconds"] = world.total(cpu_seconds)
-                keeper.take(world.told(partial(dict, row)))  # what it decides, all decide alike
-                bar.epoch(keeper.rows[-1], keeper.best.epoch)
-                clock.start()
+                row = _validate(setup, record, flag, seconds=seconds)
+                if row is None:  # who takes the run up validates first
+                    vars(at).update(vars(unended))
+                else:
+                    row["data_seconds"], at.data_seconds = at.data_seconds, 0.0
+                    row["cpu_seconds"] = world.total(cpu_seconds)
+                    keeper.take(world.told(partial(dict, row)))  # what it decides, all decide alike
+                    bar.epoch(keeper.rows[-1], keeper.best.epoch)
+                    clock.start()
                 stop = world.stops(now=True)
             if stop or keeper.over or keeper.due:
-                setup.position.seconds, setup.position.cpu_seconds = clock.read()
+                at.seconds, at.cpu_seconds = clock.read()
                 keeper.save()
             if keeper.over:
                 break
@@ -216,12 +231,16 @@ def run_to_end(
 
 
 def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
-    """The engine's records; a loss that isn't finite first saves what can be saved."""
+    """The engine's records; what ends them first saves what can be saved."""
     if keeper.over:  # the run was left behind its last step
         return
     try:
         yield from setup.fit()
+    except (DataError, ResourceError):  # images that can't be read any more: between two steps
+        keeper.save()
+        raise
     except engine.NonFiniteLoss as error:
+        error.blame(setup.trained, len(setup.feed.batches))
         numbers = setup.feed.batches.numbers(error.epoch, error.step - 1)
         ids = [setup.data.train.ids[number] for number in numbers]
         told = {"epoch": error.epoch, "step": error.step, "lr": error.lr, "images": ids}
@@ -238,15 +257,30 @@ def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
         raise
 
 
-def _validate(setup: Setup, record: engine.Epoch, *, seconds: float) -> dict[str, float]:
+class _LeftError(Exception):
+    """A validation is left in the middle."""
+
+
+def _validate(
+    setup: Setup, record: engine.Epoch, flag: Flag, *, seconds: float
+) -> dict[str, float] | None:
     """The epoch's row: training numbers as they were seen, validation with the kept weights.
 
-    Without a validation split its numbers are NaN.
+    Without a validation split its numbers are NaN. None where a signal came in the middle (of
+    several processes nobody leaves then).
     """
+
+    def asked(images: int) -> None:
+        if flag.up and setup.world.size == 1:
+            raise _LeftError
+
     val_loss = val_accuracy = math.nan
     if setup.recipe.data.validates:
-        with optim.averaged(setup.averager):
-            logits, labels = setup.feed.validate()
+        try:
+            with optim.averaged(setup.averager):
+                logits, labels = setup.feed.validate(asked)
+        except _LeftError:
+            return None
         val_loss, val_accuracy = loss_and_accuracy(logits, labels)
     return {
         "epoch": record.epoch,
@@ -272,7 +306,9 @@ def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
     setup.world.wait()  # torchrun ends the others when the first has ended; all is saved now
     if flag.interrupted:
         raise KeyboardInterrupt
-    raise Stopped("asked to stop (SIGTERM)", where=str(place.path), fix="run it again to go on")
+    raise Stopped(
+        f"asked to stop ({flag.name})", where=str(place.path), fix="run it again to go on"
+    )
 
 
 def _facts(asked: Recipe, setup: Setup) -> dict[str, Any]:

@@ -166,11 +166,24 @@ def _locate(spec: str, name: str) -> tuple[Path, str]:
     path = Path(spec)
     if os.path.isfile(path):  # (of `Path`, a name too long is an error)
         return path, f"file {spec}"
-    if path.suffix in SUFFIXES:
+    if path.suffix in SUFFIXES and not os.path.isdir(path):
         raise ModelFileError("no such file of weights", where=spec, fix="check model.weights")
     try:
         found = run.find(spec)
-    except UsageError as error:
+    except (UsageError, ModelFileError) as error:
+        if os.path.isdir(path):
+            split = os.path.isfile(path / ".metadata")
+            raise ModelFileError(
+                "this is a folder, not a file of weights"
+                + " (torch.distributed.checkpoint's: its index is a pickle)" * split,
+                where=spec,
+                fix="where it comes from, save them in one file: torch.save(model.state_dict(), "
+                "...)"
+                if split
+                else "give the file in it, or the name of a run",
+            ) from error
+        if isinstance(error, ModelFileError):
+            raise
         words = ["none", "default", *(r.name for r in run.runs())]
         members = _table(name).__members__ if _table(name) else {}
         close = near(spec, words) + near(spec.upper(), members)

@@ -6,6 +6,8 @@ else to stderr, so that `--json` prints one object and nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import gc
 import io
 import os
@@ -22,7 +24,7 @@ from convlens import ranks
 from convlens.cli import basics, inside, judging, trusting
 from convlens.cli.shared import app
 from convlens.console import console, say
-from convlens.errors import ConvlensError, ResourceError, Stopped, UsageError
+from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
 from convlens.interrupts import Terminated, stoppable
 from convlens.names import pick
 from convlens.version import __version__
@@ -77,6 +79,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     elif isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files need not be text: half characters are written as \udcff, also in JSON.
         sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be anything
+        faulthandler.enable()  # a crash in somebody's C code says where it was
     try:
         with stoppable():
             app(args=arguments)
@@ -113,6 +117,11 @@ def _explained(error: Exception) -> ConvlensError | None:
 
     if memory.ran_out(error):
         return memory.explained(error)
+    if "busy or unavailable" in str(error):
+        return ResourceError(
+            f"the GPU is taken: {str(error).splitlines()[0]}"[:200],
+            fix="wait for the program that has it to end, or take another one (--device)",
+        )
     # Of a GPU that is lost, or a kernel that failed, nothing in this process can be used any more.
     if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
         return Stopped(
@@ -139,10 +148,10 @@ def _fail_with_others(error: ConvlensError) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     first, code = ranks.rank() == 0, error.exit_code
     # A signal may have cut an import of torch short; it can't be imported again.
-    if not isinstance(error, Stopped) or "convlens.processes" in sys.modules:
-        from convlens import processes
+    if not isinstance(error, Stopped) or "convlens.meeting" in sys.modules:
+        from convlens import meeting
 
-        first, code = processes.first_to_fail(error.exit_code)
+        first, code = meeting.first_to_fail(error.exit_code)
     if first:
         console().quiet = False
         _show(error)
@@ -151,7 +160,7 @@ def _fail_with_others(error: ConvlensError) -> NoReturn:
 
 
 def _show(error: ConvlensError) -> None:
-    label = "stopped" if error.exit_code == 75 else "error"
+    label = "stopped" if isinstance(error, Stopped | Diverged) else "error"
     say(f"[bold red]{label}:[/] {escape(error.what)}")
     if error.where:
         say(f"  where: {escape(error.where)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,10 @@ from convlens.cli.shared import (
     listed,
     print_json,
 )
+from convlens.console import say
+
+if TYPE_CHECKING:
+    from convlens.data.audit import Audit
 
 
 @app.command()
@@ -127,6 +131,8 @@ def predict(
     asked = paths or ["-"]
     named = [line.strip() for line in sys.stdin if line.strip()] if "-" in asked else []
     files = prediction.expand([*(path for path in asked if path != "-"), *named])
+    if not files:
+        say("nothing to predict: no file was named on stdin")
     answers = prediction.predict(loaded, files, top_k=top, tta=tta, on=device)
     failed = write(answers, top, tta is not None)
     if failed:
@@ -185,6 +191,14 @@ def data(
     shards: Annotated[
         str | None, typer.Option(metavar="OUT", help="Only write it as shards (tar) into OUT.")
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="End with 3 if files are unreadable, copies are in several splits or under two "
+            "labels, or training would refuse the set.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Look at a data set before training: counts, sizes, bad files, duplicates, a contact sheet."""
@@ -213,6 +227,8 @@ def data(
     if not as_json:
         audited(report, sheet)
     print_json(as_json, {**report.to_dict(), "contact_sheet": str(sheet)})
+    if strict:
+        _refuse(report)
 
 
 @app.command()
@@ -236,6 +252,21 @@ def recipes(
         print_json(True, {each: recipe.about for each, recipe in every.items()})
     else:
         recipe_table(every, {each: store.settings(each) for each in every})
+
+
+def _refuse(report: Audit) -> None:
+    """Raises what `--strict` ends with, if there is anything."""
+    from convlens.errors import DataError
+
+    counts = {
+        "unreadable files": len(report.unreadable),
+        "copies across splits": report.duplicates.across_splits,
+        "copies under two labels": report.duplicates.two_labels,
+        "things that training refuses": len(report.problems),
+    }
+    found = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if found:
+        raise DataError(", ".join(found), where=report.name, fix="mend what is listed above")
 
 
 def _last(results: list[dict[str, Any]]) -> dict[str, Any]:

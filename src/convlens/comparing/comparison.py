@@ -17,14 +17,13 @@ import torch
 from rich.markup import escape
 from torch import nn
 
-from convlens import device, inference, metrics, picturing, run
+from convlens import device, inference, metrics, modelfile, picturing, run
 from convlens.answers import identity
 from convlens.comparing.verdicts import Candidate, Group, Verdict, grouped, judged, seedless
 from convlens.console import quieted, say
 from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError
 from convlens.evaluation import SPLITS, Judged, judged_by, look
 from convlens.names import pick
-from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
 
 NAMED = 3  # runs in the name of the folder of plots
@@ -70,7 +69,7 @@ class _Entrant:
 
     @property
     def seedless(self) -> str:
-        return seedless(load_recipe(self.known.card["recipe"]))
+        return seedless(modelfile.recipe_of(self.known.card))
 
 
 def compare(
@@ -155,7 +154,7 @@ def _entrants(
     for place in places:
         loaded = run.load_model(place.model_path)
         card = loaded.card
-        config = load_recipe(card["recipe"]).data.model_dump(mode="json")
+        config = modelfile.recipe_of(card).data.model_dump(mode="json")
         key = json.dumps([config, card["data"], card["classes"], card["preprocessing"]])
         if key not in opened:
             opened[key] = judged_by(loaded, split, data=data, on=where)
@@ -219,7 +218,7 @@ def _measured(entrant: _Entrant, split: str, where: str) -> Candidate:
     shape = (pre.channels, pre.image_size, pre.image_size)
     return Candidate(
         name=place.name,
-        recipe=load_recipe(loaded.card["recipe"]),
+        recipe=modelfile.recipe_of(loaded.card),
         evaluation=result.evaluation,
         images=entrant.images,
         right=result.scores.argmax(1) == result.labels,

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ from rich.markup import escape
 from convlens.console import say
 from convlens.data.decode import UnreadableImage, probe
 from convlens.data.encoded import Files
-from convlens.data.listing import Listing
+from convlens.data.listing import Listing, learned_from
 from convlens.data.opening import Index, Opened, Split, draw, open_part, parts_of
 from convlens.data.parts import Part, Source
 from convlens.data.rows import Conversion, as_index
@@ -45,7 +46,7 @@ class Data:
     fingerprint: str  # SHA-256 over classes, ids, labels, contents and conversion of all splits
     how: dict[str, str]  # one sentence a split: where it came from
     held_out: dict[str, list[str]]  # ids of what we took out of the source's train split
-    skipped: list[str]  # ids of unreadable images, left out because of data.on_bad=skip
+    skipped: dict[str, str]  # unreadable images, left out because of data.on_bad=skip: id -> why
     notes: tuple[str, ...]  # what else a reader should know about the source
     listing: Listing | None  # of its image files; built-in sets have none
     _test: Callable[[], Split] = field(repr=False)
@@ -75,8 +76,9 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
     parts = parts_of(config, source)
     opened = {s: open_part(part, conversion, memory_budget) for s, part in parts.items()}
     if config.on_bad == "stop":
-        _refuse_unreadable(opened, config.name)
-    skipped = _skipped(opened, source)
+        lists = f"`convlens data {config.name}` lists all"
+        _refuse_unreadable(opened, f"{lists}; replace them, or set data.on_bad=skip")
+    skipped = _skipped(opened, source, config)
     pool = opened["train"]
     keep, out, how = draw(config, source, opened)
     views = {"train": (pool, keep)}
@@ -85,6 +87,8 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
     size = sum(len(index) for _, index in views.values()) * conversion.image_bytes
     resident = size <= memory_budget
     listing = Listing.of(source.classes, views)
+    if listing.of_files:
+        _tell_copies(listing, config.name, source.name)
     return Data(
         name=source.name,
         classes=source.classes,
@@ -104,23 +108,46 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
 
 
 def load_foreign(
-    name: str, split: str, *, image_size: int, channels: int, fit: str, memory_budget: int
+    name: str,
+    split: str,
+    *,
+    image_size: int,
+    channels: int,
+    fit: str,
+    memory_budget: int,
+    tested: bool = False,
+    run: Path | None = None,
 ) -> tuple[Split, tuple[str, ...], str, str]:
     """Another set as a trained model sees images: `(split, its classes, its name, fingerprint)`.
 
     The part called `split` of a set that has several, else all of it; nothing is held out.
 
+    Args:
+        tested: as for `sources.find`.
+        run: the folder of the model's run; it is said how many of the images it trained on.
+
     Raises:
         DataError: no such part; images that can't be read; as `load`.
     """
-    source = find(name, image_size=image_size)
-    part = source.parts["train"] if len(source.parts) == 1 else source.parts.get(split)
+    source = find(name, image_size=image_size, tested=tested)
+    for note in source.notes:
+        say(escape(f"{source.name}: {note}"))
+    alone = len(source.parts) == 1
+    part = next(iter(source.parts.values())) if alone else source.parts.get(split)
     if part is None:
         fix = f"it has: {', '.join(source.parts)}"
         raise DataError(f"{source.name!r} has no {split} images", where=name, fix=fix)
     conversion = Conversion(image_size, channels, fit)
     opened = open_part(part, conversion, memory_budget)
-    _refuse_unreadable({split: opened}, name)
+    # The audit is for sets that can be trained on, too.
+    lists = f" (`convlens data {name}` lists all)" if len(source.classes) > 1 else ""
+    _refuse_unreadable({split: opened}, f"replace them, or move them out of the set{lists}")
+    known = learned_from(run, opened) if run is not None else 0
+    if known:
+        say(
+            escape(f"{source.name}: {known:,} of {len(opened.good):,} images are among those ")
+            + "that the model was trained on (the same files): they test what it remembers"
+        )
     fingerprint = _fingerprint(source.classes, conversion, {split: (opened, opened.all())})
     resident = opened.rows.shape[0] * conversion.image_bytes <= memory_budget
     return opened.split(opened.all(), resident=resident), source.classes, source.name, fingerprint
@@ -174,7 +201,17 @@ def _suggested(files: Files) -> tuple[int, int]:
     return (1 if all(f.grey for f in facts) else 3), size
 
 
-def _refuse_unreadable(opened: dict[str, Opened], name: str) -> None:
+def _tell_copies(listing: Listing, asked: str, name: str) -> None:
+    """Says of equal files what makes them do harm."""
+    copies = listing.copies()
+    harm = {"in more than one split": copies.across_splits, "under two labels": copies.two_labels}
+    told = ", ".join(f"{count:,} {what}" for what, count in harm.items() if count)
+    if told:
+        say(escape(f"{name}: images that are there more than once: {told} "
+                   f"(`convlens data {asked}` lists them)"))  # fmt: skip
+
+
+def _refuse_unreadable(opened: dict[str, Opened], fix: str) -> None:
     bad = [(o.part.ids[i], reason) for o in opened.values() for i, reason in o.bad.items()]
     if not bad:
         return
@@ -184,17 +221,37 @@ def _refuse_unreadable(opened: dict[str, Opened], name: str) -> None:
     raise DataError(
         f"{len(bad)} of {total} images can't be read",
         where=listed + more,
-        fix=f"`convlens data {name}` lists all; replace them, or set data.on_bad=skip",
+        fix=fix,
     )
 
 
-def _skipped(opened: dict[str, Opened], source: Source) -> list[str]:
-    """Ids of the unreadable images, which are left out; each class must keep some."""
+def _skipped(opened: dict[str, Opened], source: Source, config: DataConfig) -> dict[str, str]:
+    """Why each unreadable image, by its id, is left out; of each class some must stay.
+
+    Raises:
+        DataError: a split, or a class of it, loses more than `max_bad` of its images (one may go).
+    """
     have = np.bincount(opened["train"].labels, minlength=len(source.classes))
     lost = [source.classes[c] for c in np.flatnonzero(have == 0)]
     if lost:
         raise DataError(f"no readable training image in: {', '.join(lost[:5])}", where=source.name)
-    skipped = [o.part.ids[i] for o in opened.values() for i in o.bad]
+    beyond = []
+    for split, its in opened.items():
+        labels = its.part.labels
+        of = np.bincount(labels, minlength=len(source.classes))
+        bad = np.bincount(labels[list(its.bad)], minlength=len(source.classes))
+        names = (f"all of {split}", *source.classes)
+        for name, n, count in zip(names, [bad.sum(), *bad], [of.sum(), *of], strict=True):
+            if n > max(1, config.max_bad * count):
+                beyond.append(f"{name} ({n:,} of {count:,})")
+    if beyond:
+        more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+        raise DataError(
+            f"more than {config.max_bad:.0%} can't be read of {', '.join(beyond[:5])}{more}",
+            where=source.name,
+            fix=f"`convlens data {config.name}` says why; replace them, or raise data.max_bad",
+        )
+    skipped = {o.part.ids[i]: reason for o in opened.values() for i, reason in o.bad.items()}
     if skipped:
         say(escape(f"{source.name}: {len(skipped)} unreadable images are skipped"))
     return skipped

@@ -58,7 +58,7 @@ def from_arrays(
             "val": f"{len(held):,} of {total:,} images held out (stratified, seed {seed})",
         },
         held_out={"val": [f"array/{i}" for i in held.tolist()]},
-        skipped=[],
+        skipped={},
         notes=(),
         listing=None,
         _test=no_test,

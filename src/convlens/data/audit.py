@@ -25,7 +25,7 @@ from convlens.data.opening import Opened, draw
 from convlens.data.parts import Part, Source
 from convlens.data.rows import ArrayRows
 from convlens.data.similar import Repeats
-from convlens.data.sources import find
+from convlens.data.sources import REMARKS, find
 from convlens.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ FEW = 10  # images of a class: below this it is worth a note
 SKEWED = 10  # largest class over smallest: from here it is worth a note
 SPLITS = ("train", "val", "test")
 _SHEET = 96  # pictures in a contact sheet
+_TOLD = {
+    "turned": "{} are turned upright, as their EXIF says",
+    "alpha": "{} have transparency, which becomes white",
+    "frames": "{} have more than one frame: only the first is used",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,9 @@ class Audit:
     mean: list[float]  # of train, each channel in 0..1, every image counting the same
     std: list[float]
     plain: int  # images of a single colour
+    turned: int  # by their EXIF, as everywhere
+    alpha: int  # with an alpha channel or colour
+    frames: int  # of several frames, the first of which is used
     unreadable: list[Unreadable]
     duplicates: Repeats  # the same pixels
     near_duplicates: Repeats  # pairs that look the same
@@ -130,6 +138,9 @@ def audit(config: DataConfig) -> Audit:
         mean=mean,
         std=std,
         plain=int(similar.is_plain(facts["thumb"]).sum()),
+        turned=int(facts["turned"].sum()),
+        alpha=int(facts["alpha"].sum()),
+        frames=int(facts["frames"].sum()),
         unreadable=[
             Unreadable(found.part.ids[i], source.classes[found.part.labels[i]], reason)
             for found in looks.values()
@@ -138,7 +149,11 @@ def audit(config: DataConfig) -> Audit:
         duplicates=Repeats.of(similar.repeated(facts["digest"]), *columns),
         near_duplicates=Repeats.of(near.tolist(), *columns, complete=complete),
         problems=problems,
-        notes=[*source.notes, *_notes(source.classes, counts, facts)],
+        notes=[
+            *source.notes,
+            *REMARKS.get(source.name, ()),
+            *_notes(source.classes, counts, facts),
+        ],
         _train=source.parts["train"],
         _shown=_samples(every),
     )
@@ -251,6 +266,9 @@ def _notes(classes: Sequence[str], counts: dict[str, dict[str, int]], facts: Fac
     grey = int(facts["grey"].sum())
     if 0 < grey < len(facts):
         notes.append(f"grey and colour mixed: {grey} of {len(facts)} images are grey")
+    for name, told in _TOLD.items():
+        if count := int(facts[name].sum()):
+            notes.append(told.format(f"{count:,} of {len(facts):,} images"))
     return notes
 
 

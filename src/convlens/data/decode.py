@@ -2,7 +2,8 @@
 
 Whatever a file holds becomes uint8 `[C, H, W]` in four steps, always in this order: turn it
 upright (EXIF), bring it to 8-bit grey or RGB, resize it (antialiased, bilinear), crop or pad it.
-Nothing here changes a global setting, so any number of threads may decode at once.
+Nothing here changes a global setting, so any number of threads may decode at once (large images
+wait for each other, so that memory stays bounded).
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ import io
 import os
 import stat
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from convlens.data.locks import Room
+from convlens.data.whole import check_jpeg, check_pillow, check_png
 from convlens.errors import DataError, UsageError
 
 Pixels = npt.NDArray[np.uint8]
 
 # Part of every cache key: raise it whenever the same file would decode to other pixels.
-VERSION = 1
+VERSION = 2
 
 # Only these decoders are ever tried, whatever a file calls itself (Pillow knows 40 more).
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -36,6 +38,8 @@ FITS = ("crop", "pad", "stretch")
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn
 MAX_BYTES = 1 << 29
+# Of all threads together, where images are large: each takes up to 16 bytes a pixel.
+_ROOM = Room(2 * MAX_PIXELS, free=1 << 22)
 
 # Up to twice that, Pillow only warns; a bomb must never get as far as its decoder.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -71,6 +75,9 @@ class ImageFacts:
     height: int
     mode: str
     grey: bool
+    turned: bool  # by EXIF
+    alpha: bool  # a channel or a colour of it; transparent parts become white
+    frames: bool  # more than the first, which is the one that is used
 
 
 def read_bytes(path: Path | str) -> bytes:
@@ -82,7 +89,9 @@ def read_bytes(path: Path | str) -> bytes:
     name = os.fspath(path)
     try:
         # Without O_NONBLOCK, opening a FIFO that nobody writes to would wait for ever.
-        handle = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _binary())
+        # Windows would translate line ends.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        handle = os.open(name, flags)
     except IsADirectoryError:
         raise UnreadableImage(name, "it is a folder") from None
     except (OSError, ValueError) as error:
@@ -120,22 +129,27 @@ def decode(
 
     Raises:
         UnreadableImage: it is no image, is damaged, or has more than 89 megapixels.
+        UsageError: an argument can't be used, or Pillow was told to accept damaged images.
     """
     _check(size, channels, fit)
+    check_pillow()
     if not isinstance(source, bytes):
         name = os.fspath(source)
         source = read_bytes(source)
     try:
         with _open(source, name) as image:
             if image.format == "PNG":
-                _check_png(source, name)
+                check_png(source)
+            elif image.format in ("JPEG", "MPO"):
+                check_jpeg(image, source)
             if size is not None:
                 # JPEG can be decoded at 1/2, 1/4, 1/8; twice the target keeps the resize honest.
                 width, height = _scaled(image.size, size, fit)
                 image.draft(None, (2 * width, 2 * height))
-            image.load()
-            plain = _eight_bit(_upright(image), image.format or "", channels)
-            return _pixels(_fitted(plain, size, fit))
+            with _ROOM.of(image.width * image.height):
+                image.load()
+                plain = _eight_bit(_upright(image), image.format or "", channels)
+                return _pixels(_fitted(plain, size, fit))
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files.
@@ -186,9 +200,11 @@ def probe(source: Path | str | bytes, name: str = "") -> ImageFacts:
             width, height = image.size
             # PNG may keep its EXIF behind the pixels; asking for it would decode them all.
             known = image.format != "PNG" or "exif" in image.info
-            if known and image.format != "TIFF" and _orientation(image) >= 5:
+            turn = _orientation(image) if known else 1
+            if image.format != "TIFF" and turn >= 5:
                 width, height = height, width
-            return ImageFacts(width, height, image.mode, _is_grey(image))
+            about = (image.mode, _is_grey(image), turn in _UPRIGHT, _has_alpha(image))
+            return ImageFacts(width, height, *about, _has_frames(image))
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # as in `decode`
@@ -204,32 +220,13 @@ def _check(size: int | None, channels: int, fit: str) -> None:
         raise UsageError(f"image size must be at least 1, not {size!r}")
 
 
-def _binary() -> int:
-    return getattr(os, "O_BINARY", 0)  # Windows would translate line ends
-
-
-def _open(content: bytes, name: str) -> Image.Image:
+def _open(content: bytes, name: str) -> ImageFile.ImageFile:
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
         reason = f"{width} x {height} pixels; more than {MAX_PIXELS // 10**6} million are refused"
         raise UnreadableImage(name or "(bytes)", reason)
     return image
-
-
-def _check_png(content: bytes, name: str) -> None:
-    """Pillow looks at neither the sums of pixel data nor the end, once it has all rows."""
-    view, at, kind = memoryview(content), 8, b""
-    while kind != b"IEND":
-        length = int.from_bytes(view[at : at + 4], "big")
-        body, sum_ = view[at + 4 : at + 8 + length], view[at + 8 + length : at + 12 + length]
-        if len(sum_) < 4:
-            raise UnreadableImage(name or "(bytes)", "the file is cut short")
-        kind = bytes(body[:4])
-        # What is no part of the picture may be damaged: its name begins with a small letter.
-        if kind[:1].isupper() and zlib.crc32(body) != int.from_bytes(sum_, "big"):
-            raise UnreadableImage(name or "(bytes)", "damaged (its checksum differs)")
-        at += 12 + length
 
 
 def _orientation(image: Image.Image) -> int:
@@ -245,6 +242,17 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in _ALPHA or "transparency" in image.info
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # A damaged second frame is none.
+        return False
+
+
 def _is_grey(image: Image.Image) -> bool:
     if image.mode not in ("P", "PA"):
         return image.mode in _GREY
@@ -257,7 +265,7 @@ def _eight_bit(image: Image.Image, kind: str, channels: int) -> Image.Image:
         image = _scale16(np.asarray(image))
     elif image.mode in ("I", "F"):
         image = _scale32(np.asarray(image), sixteen=kind in ("PPM", "PNG") and image.mode == "I")
-    if image.mode in _ALPHA or "transparency" in image.info:
+    if _has_alpha(image):
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         paper.alpha_composite(image)

@@ -22,6 +22,7 @@ from convlens.errors import DataError
 from convlens.files import cannot_write, sweep, write_atomic
 
 MOST_MEMBER = 1 << 30  # bytes of an unpacked file; the largest of the sets has 221 MB
+MOST_MEMBERS = 4 << 30  # of all in an archive, whether wanted or not; STL-10 has 3.1 GB
 
 
 @dataclass(frozen=True)
@@ -240,8 +241,12 @@ def _unpack(path: Path, archive: Archive, folder: Path) -> None:
 
 def _unpack_tar(path: Path, archive: Archive, folder: Path) -> None:
     wanted = {f"{folder.name}/{member}": member for member in archive.members}
+    size = 0
     with tarfile.open(path, "r:gz") as tar:
         for entry in tar:
+            size += entry.size  # what isn't wanted is unpacked, too, to get behind it
+            if size > MOST_MEMBERS:
+                raise tarfile.ReadError(f"it unpacks to more than {MOST_MEMBERS >> 20} MiB")
             member = wanted.get(entry.name.removeprefix("./"))
             # Links, devices and odd names are never touched: only regular files asked for.
             if member is None or not entry.isreg() or entry.size > MOST_MEMBER:

@@ -17,7 +17,7 @@ from convlens.files import cannot_read
 
 # What the system says of a file that will be no better the next time: gone, forbidden, no regular
 # file, a name that can't be.
-_ITS_OWN = (
+ITS_OWN = (
     errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP,
     errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENXIO, errno.ENODEV,
 )  # fmt: skip
@@ -70,7 +70,7 @@ def refuse_passing(error: UnreadableImage) -> None:
         ResourceError: out of files or memory, a disk or a network that doesn't answer.
     """
     cause = error.__cause__  # Pillow's own errors about contents have no number
-    if isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _ITS_OWN:
+    if isinstance(cause, OSError) and cause.errno is not None and cause.errno not in ITS_OWN:
         raise cannot_read(error.path, cause) from error
 
 

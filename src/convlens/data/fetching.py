@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from convlens.console import progress
 from convlens.files import part_of, sweep
 
 TIMEOUT = 20.0  # seconds without a byte
+PATIENCE = 60.0  # seconds in which `LEAST` bytes must come: a server that trickles is none
+LEAST = 1 << 16
 MOST = 4 << 30  # bytes of one file: more is not what we asked for
 
 
@@ -57,13 +60,19 @@ def fetch(url: str, file: str, folder: Path, *, md5: str = "", sha256: str = "")
 def _blocks(url: str, file: str) -> Iterator[bytes]:
     """What `url` sends; failures of the network, and only those, are a `DownloadError`."""
     request = urllib.request.Request(url, headers={"User-Agent": "convlens"})
-    size = 0
+    size = least = 0
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
             total = int(reply.headers.get("Content-Length") or 0)
+            until = time.monotonic() + PATIENCE
             with progress(f"downloading {file}", total) as bar:
-                while block := reply.read(1 << 18):
+                # `read` would wait for all of it, and `TIMEOUT` begins anew with each byte.
+                while block := reply.read1(1 << 18):
                     size += len(block)
+                    if time.monotonic() > until:
+                        if size < least + LEAST:
+                            raise DownloadError(f"only {size - least} bytes in {PATIENCE:g} s")
+                        until, least = time.monotonic() + PATIENCE, size
                     if size > MOST:
                         raise DownloadError(f"more than {MOST >> 30} GiB came")
                     yield block

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +12,17 @@ import numpy as np
 
 from convlens.data.encoded import Paths
 from convlens.data.parts import Part, Source, is_image_name
+from convlens.data.scanning import (
+    JUNK_FOLDERS,
+    Scanner,
+    entries,
+    is_file,
+    is_folder,
+    is_odd,
+    printable,
+)
 from convlens.errors import DataError
-from convlens.names import near
+from convlens.names import alike
 
 SPELLINGS = {
     "train": ("train", "training"),
@@ -21,9 +30,8 @@ SPELLINGS = {
     "test": ("test", "testing"),
 }
 _SPLIT_OF = {spelling: split for split, all_ in SPELLINGS.items() for spelling in all_}
-_JUNK_FOLDERS = frozenset({"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN"})
-_JUNK_FILES = frozenset({"thumbs.db", "desktop.ini"})
 LAYOUT = "make one folder per class, each with its images: FOLDER/<class>/*.jpg"
+_ODD = "links to nothing, pipes or devices"
 
 
 @dataclass
@@ -36,13 +44,17 @@ class Problems:
     def add(self, what: str, things: Sequence[str]) -> None:
         """Notes `what` if there are any `things`; shows the first few of them and their count."""
         if things:
-            rest = f" and {len(things) - 5} more" if len(things) > 5 else ""
-            self.found.append(f"{what}: {', '.join(things[:5])}{rest}")
+            self.found.append(f"{what}: {_some(things)}")
 
     def stop(self, fix: str = LAYOUT) -> None:
         """Raises a `DataError` with all that was noted, if anything was."""
         if self.found:
             raise DataError("; ".join(self.found), where=self.where, fix=fix)
+
+
+def _some(things: Sequence[str]) -> str:
+    rest = f" and {len(things) - 5} more" if len(things) > 5 else ""
+    return f"{', '.join(things[:5])}{rest}"
 
 
 def split_of(name: str) -> str | None:
@@ -55,80 +67,69 @@ def normal(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
-def printable(text: str) -> str:
-    """`text` without the half characters that stand for undecodable bytes in file names."""
-    if text.isascii():
-        return text
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 @dataclass
 class _Scan:
-    """One folder's class folders: `files[class]` are paths relative to the root."""
+    """One folder's class folders: `files[class]` are paths of images."""
 
     files: dict[str, list[str]] = field(default_factory=dict)
     twice: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
+    closed: dict[str, str] = field(default_factory=dict)
     ignored: int = 0
     loose: int = 0
 
 
-def read_folder(root: Path, name: str, classes: Sequence[str] | None = None) -> Source:
+def read_folder(
+    root: Path, name: str, classes: Sequence[str] | None = None, *, tested: bool = False
+) -> Source:
     """A folder of class folders, directly or below train/val/test, as a source.
 
     Args:
         root: `root/<class>/*` or `root/{train,val,test}/<class>/*`, any depth below a class.
         name: what to call the set.
         classes: their canonical order; used if the folder has exactly these, else sorted.
+        tested: as for `sources.find`.
 
     Raises:
         DataError: everything that is wrong, at once.
     """
     root = Path(os.path.abspath(root))
     problems = Problems(str(root))
-    splits, notes = _split_folders(root, problems)
+    splits, notes = _split_folders(root, problems, tested)
     problems.stop()
-    scans = {split: _scan(folder, root) for split, folder in splits.items()}
-    names = _class_names(scans, classes)
-    _check(scans, names, root, problems)
-    number = {name: i for i, name in enumerate(names)}
+    scanner = Scanner(root)
+    scans = {split: _scan(folder, scanner) for split, folder in splits.items()}
+    found, cut = list(scans.values()), len(os.path.join(root, ""))
+    lost = {e.path for e in entries(root) if is_odd(e)}.union(*(scan.odd for scan in found))
+    odd = sorted(printable(path[cut:]) for path in lost)
+    names = _class_names(found if tested else [scans["train"]], classes)
+    _check(scans, names, root, odd, problems, tested)
     parts = {}
     for split, scan in scans.items():
-        ids = [i for name in names for i in scan.files.get(name, ())]
-        if not ids:
+        paths = [path for name in names for path in scan.files.get(name, ())]
+        if not paths:
             notes.append(f"{split}: no images in class folders, so it is not used")
             continue
         counts = [len(scan.files.get(name, ())) for name in names]
-        labels = np.repeat(np.arange(len(number), dtype=np.int64), counts)
-        prefix = f"{root}{os.sep}"
-        paths = Paths([prefix + i for i in ids])
-        parts[split] = Part(paths, labels, [printable(i) for i in ids])
-    ignored = sum(scan.ignored for scan in scans.values())
-    loose = sum(scan.loose for scan in scans.values())
+        labels = np.repeat(np.arange(len(names), dtype=np.int64), counts)
+        parts[split] = Part(Paths(paths), labels, [printable(path[cut:]) for path in paths])
+    ignored, loose = sum(scan.ignored for scan in found), sum(scan.loose for scan in found)
     if ignored:
         notes.append(f"{ignored} files that are no images were ignored")
     if loose:
         notes.append(f"{loose} images beside the class folders were ignored")
+    if odd:
+        notes.append(f"{len(odd)} {_ODD} were left out: {_some(odd)}")
     return Source(name, names, parts, tuple(notes))
 
 
-def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return [e for e in entries if not e.name.startswith(".")]
-    except OSError as error:
-        raise DataError(
-            f"can't read this folder: {error.strerror}",
-            where=printable(str(folder)),
-            fix="check its permissions",
-        ) from error
-
-
 def _folders(folder: str | Path) -> list[str]:
-    found = (e.name for e in _entries(folder) if e.name not in _JUNK_FOLDERS and e.is_dir())
-    return sorted(found)
+    return sorted(e.name for e in entries(folder) if e.name not in JUNK_FOLDERS and is_folder(e))
 
 
-def _split_folders(root: Path, problems: Problems) -> tuple[dict[str, Path], list[str]]:
+def _split_folders(
+    root: Path, problems: Problems, tested: bool
+) -> tuple[dict[str, Path], list[str]]:
     """Which folder holds which split; `{"train": root}` where the root has the classes itself."""
     folders = _folders(root)
     # A class may well be called "train" or "test": a split has folders of its own inside.
@@ -145,66 +146,63 @@ def _split_folders(root: Path, problems: Problems) -> tuple[dict[str, Path], lis
         if split in splits:
             problems.add(f"two {split} folders", [splits[split].name, folder])
         splits[split] = root / folder
-    if "train" not in splits:
+    if "train" not in splits and not tested:
         problems.add("no train folder beside", named)
     rest = [printable(f) for f in folders if f not in named]
     note = f"folders that are no split, or hold no classes, were ignored: {', '.join(rest)}"
     return splits, [note] if rest else []
 
 
-def _scan(folder: Path, root: Path) -> _Scan:
+def _scan(folder: Path, scanner: Scanner) -> _Scan:
     scan = _Scan()
-    for entry in _entries(folder):
-        if entry.is_dir() and entry.name not in _JUNK_FOLDERS:
+    for entry in entries(folder):
+        if is_folder(entry) and entry.name not in JUNK_FOLDERS:
             key = normal(printable(entry.name))
             if key in scan.files:
                 scan.twice.append(key)
-            files, ignored = _images(entry.path, len(str(root)) + 1)
-            scan.files[key] = files
-            scan.ignored += ignored
-        elif is_image_name(entry.name):
+            below = scanner.below(entry.path)
+            scan.files[key] = below.images
+            scan.odd += below.odd
+            scan.closed |= below.closed
+            scan.ignored += below.ignored
+        elif is_odd(entry):
+            scan.odd.append(entry.path)
+        elif is_file(entry) and is_image_name(entry.name):
             scan.loose += 1
     return scan
 
 
-def _images(top: str, cut: int) -> tuple[list[str], int]:
-    """Images below `top`, sorted, as paths from character `cut` on, and the number of others."""
-    found: list[str] = []
-    ignored, waiting, seen = 0, [top], set[str]()
-    while waiting:
-        for entry in _entries(waiting.pop()):
-            if entry.is_file():  # follows links; pipes and devices are no files
-                if is_image_name(entry.name):
-                    found.append(entry.path[cut:])
-                else:
-                    ignored += entry.name.lower() not in _JUNK_FILES
-            elif entry.name not in _JUNK_FOLDERS and entry.is_dir():
-                if entry.is_symlink():
-                    # A link may lead back up; each real folder behind links is entered once.
-                    real = os.path.realpath(entry.path)
-                    here = os.path.realpath(entry.path[: -len(entry.name)])
-                    if real in seen or os.path.commonpath([real, here]) == real:
-                        continue
-                    seen.add(real)
-                waiting.append(entry.path)
-    return sorted(found), ignored
+def _class_names(scans: Iterable[_Scan], canonical: Sequence[str] | None) -> tuple[str, ...]:
+    names = sorted({name for scan in scans for name in scan.files})
+    return tuple(canonical) if canonical and set(canonical) == set(names) else tuple(names)
 
 
-def _class_names(scans: dict[str, _Scan], canonical: Sequence[str] | None) -> tuple[str, ...]:
-    names = tuple(sorted(scans["train"].files))
-    return tuple(canonical) if canonical and set(canonical) == set(names) else names
-
-
-def _check(scans: dict[str, _Scan], names: Iterable[str], root: Path, problems: Problems) -> None:
-    train = scans["train"]
-    names = list(names)
-    empty = [n for n in names if not train.files[n]]
-    if len(empty) == len(names):
+def _check(
+    scans: Mapping[str, _Scan],
+    names: Sequence[str],
+    root: Path,
+    odd: Sequence[str],
+    problems: Problems,
+    tested: bool,
+) -> None:
+    every = list(scans.values())
+    closed = [f"{printable(p)} ({why})" for scan in every for p, why in scan.closed.items()]
+    problems.add("folders that can't be read", closed)
+    problems.stop("change their permissions, or take them away")
+    filled = {n for scan in (every if tested else [scans["train"]])
+              for n, files in scan.files.items() if files}  # fmt: skip
+    empty = [n for n in names if n not in filled]
+    if not filled:
         problems.add("no images in any class folder", empty)
+        problems.add(_ODD, odd)
         deeper = [n for n in names if any(_folders(root / n))] if (root / names[0]).is_dir() else []
         problems.stop(f"use {root / deeper[0]}" if deeper else LAYOUT)
+    twice = [name for scan in every for name in scan.twice]
+    problems.add("two class folders with the same name but for Unicode form", twice)
+    if tested:
+        problems.stop()
+        return
     problems.add("class folders without images", empty)
-    problems.add("two class folders with the same name but for Unicode form", train.twice)
     if len(names) < 2:
         problems.add("only one class folder", names)
     strange_any = False
@@ -214,6 +212,8 @@ def _check(scans: dict[str, _Scan], names: Iterable[str], root: Path, problems: 
         problems.add(
             f"classes in {split} that train lacks", [_with_near(s, names) for s in strange]
         )
+    if problems.found:
+        problems.add(_ODD, odd)
     one_level = len(names) == 1 and len(_folders(root / names[0])) > 1
     fix = f"or are the classes inside it? then use {root / names[0]}" if one_level else ""
     if strange_any:
@@ -224,5 +224,5 @@ def _check(scans: dict[str, _Scan], names: Iterable[str], root: Path, problems: 
 
 
 def _with_near(name: str, names: Sequence[str]) -> str:
-    same = [n for n in names if n.casefold() == name.casefold()] or near(name, names)
-    return f"{name!r} (train has {same[0]!r})" if same else repr(name)
+    near = alike(name, names)
+    return f"{name!r} (train has {near!r})" if near else repr(name)

@@ -13,11 +13,13 @@ import numpy.typing as npt
 from convlens import device
 from convlens.console import Bar
 from convlens.data import similar
-from convlens.data.decode import Pixels, UnreadableImage, decode, fit_images, probe
+from convlens.data.decode import MAX_PIXELS, Pixels, UnreadableImage, decode, fit_images, probe
 from convlens.data.encoded import Files
+from convlens.data.locks import Room
 from convlens.data.parts import Part
 
 _CHUNK = 512
+_ROOM = Room(2 * MAX_PIXELS, free=1 << 22)  # of images at their own size, for all threads
 Index = npt.NDArray[np.int64]
 
 # What is kept of one image. A structured array: a million images need 1.2 GB, and no objects.
@@ -27,6 +29,9 @@ FACTS = np.dtype(
         ("height", np.int32),
         ("mode", "U12"),
         ("grey", np.bool_),
+        ("turned", np.bool_),  # these three as in `ImageFacts`
+        ("alpha", np.bool_),
+        ("frames", np.bool_),
         ("digest", np.uint8, 32),  # SHA-256 of size and pixels as RGB
         ("thumb", np.uint8, (similar.SIDE, similar.SIDE)),
         ("mean", np.float64, 3),  # of each RGB channel, 0..1
@@ -76,13 +81,15 @@ def _of_files(files: Files, numbers: Sequence[int]) -> Iterator[np.void | str]:
 def _of_file(files: Files, number: int) -> np.void | str:
     """Facts of one file, or the reason why there are none."""
     try:
-        content, name = files.read(number), files.name(number)
-        pixels = decode(content, size=None, channels=3, fit="crop", name=name)
-        header = probe(content, name)
+        content, path = files.read(number), files.name(number)
+        header = probe(content, path)
+        with _ROOM.of(header.width * header.height):  # before that of `decode`, never behind it
+            pixels = decode(content, size=None, channels=3, fit="crop", name=path)
+            facts = facts_of(pixels[None])
     except UnreadableImage as error:
         return error.reason
-    facts = facts_of(pixels[None])
-    facts["mode"], facts["grey"] = header.mode, header.grey
+    for name in ("mode", "grey", "turned", "alpha", "frames"):
+        facts[name] = getattr(header, name)
     record: np.void = facts[0]
     return record
 

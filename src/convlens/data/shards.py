@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from convlens.data.folders import Problems, normal, printable, split_of
+from convlens.data.folders import Problems, normal, split_of
 from convlens.data.ids import Joined, Numbers
 from convlens.data.members import Index, Members, index_of
 from convlens.data.order import WINDOW
 from convlens.data.parts import Part, Source, is_image_name
+from convlens.data.scanning import Entry, entries, is_file, is_folder, printable
 from convlens.errors import DataError, UsageError
 
 NAMES = ("classes.txt", "class_names.txt", "class_names.tsv")
@@ -38,11 +39,11 @@ SORTED = 0.1
 def holds_shards(folder: Path) -> bool:
     """Whether a folder is to be read as shards: tars in it, or in its splits, and no classes."""
     inside = _listed(folder)
-    folders = [e for e in inside if e.is_dir()]
+    folders = [e for e in inside if is_folder(e)]
     splits = [e for e in folders if split_of(e.name)]
     if any(map(_is_shard, inside)):
-        return not any(is_image_name(e.name) for f in folders for e in os.scandir(f))
-    return any(_is_shard(e) for f in splits for e in os.scandir(f))
+        return not any(is_image_name(e.name) for f in folders for e in entries(f.path))
+    return any(_is_shard(e) for f in splits for e in entries(f.path))
 
 
 def is_pattern(name: str) -> bool:
@@ -50,8 +51,10 @@ def is_pattern(name: str) -> bool:
     return name.lower().endswith(".tar") and _BRACES.search(name) is not None
 
 
-def read_shards(place: Path, name: str) -> Source:
+def read_shards(place: Path, name: str, *, tested: bool = False) -> Source:
     """The shards of a folder, of a pattern with braces or of one file, as a source.
+
+    `tested` is that of `sources.find`.
 
     Raises:
         DataError: everything that is wrong with them, as far as it could be read.
@@ -59,23 +62,28 @@ def read_shards(place: Path, name: str) -> Source:
     place = Path(os.path.abspath(place))
     files, notes = _files(place)
     problems = Problems(str(place))
-    paths = _by_split(files, place, problems)
+    paths = _by_split(files, place, problems, tested)
     problems.stop("call the shards {train,val,test}-000000.tar and so on")
     found = {split: index_of(some) for split, some in paths.items()}
     for what in dict.fromkeys(what for index, _ in found.values() for what, _ in index.problems):
         things = [t for index, _ in found.values() for w, some in index.problems if w == what
                   for t in some]  # fmt: skip
         problems.add(what, things)
-    _check(found, problems)
+    judged = tuple(found) if tested else ("train",)
+    _check(found, judged, problems)
     problems.stop(FIX)
     names = _Names.beside(place if place.is_dir() else place.parent)
-    classes, labels = _classes({s: index for s, (index, _) in found.items()}, names, problems)
+    indices = {split: index for split, (index, _) in found.items()}
+    classes, labels = _classes(indices, judged, names, problems)
+    if len(classes) < 2 and not tested:
+        problems.add("only one class", classes)
     problems.stop(FIX)
     ignored = sum(index.ignored for index, _ in found.values())
     notes += [f"{ignored} members that are no images or labels were ignored"] * bool(ignored)
     left = len(names.listed) - len(classes) if names.listed else 0
     if left:
-        notes.append(f"{left} classes of {names.file} have no training images and are left out")
+        none = "no images" if tested else "no training images"
+        notes.append(f"{left} classes of {names.file} have {none} and are left out")
     parts, unmixed = {}, False
     for split, (index, times) in found.items():
         if not len(index.keys):
@@ -104,27 +112,34 @@ def _files(place: Path) -> tuple[list[Path], list[str]]:
         return [place], []
     if not place.is_dir():
         return _expanded(place), []
-    found, packed = list[Path](), list[str]()
+    found, packed, lost = list[Path](), list[str](), list[str]()
     for entry in _listed(place):
-        inside = _listed(entry.path) if entry.is_dir() and split_of(entry.name) else [entry]
+        inside = _listed(entry.path) if split_of(entry.name) and is_folder(entry) else [entry]
         found += [Path(e.path) for e in inside if _is_shard(e)]
         packed += [e.name for e in inside if e.name.lower().endswith(_PACKED)]
+        lost += [e.name for e in inside if _is_named(e) and not is_file(e) and not is_folder(e)]
     if packed:
         raise DataError(
             f"{len(packed)} shards are compressed: {', '.join(packed[:5])}",
             where=str(place),
             fix="unpack them to plain .tar files: their images are compressed already",
         )
+    problems = Problems(str(place))
+    problems.add(f"{len(lost)} shards are links to nothing, pipes or devices", lost)
+    problems.stop("mount their disk, or take them away")
     return found, []
 
 
-def _listed(folder: str | Path) -> list[os.DirEntry[str]]:
-    return sorted(os.scandir(folder), key=lambda entry: entry.name)
+def _listed(folder: str | Path) -> list[Entry]:
+    return sorted(entries(folder), key=lambda entry: entry.name)
 
 
-def _is_shard(entry: os.DirEntry[str]) -> bool:
-    name = entry.name
-    return name.lower().endswith(".tar") and not name.startswith(".") and entry.is_file()
+def _is_named(entry: Entry) -> bool:
+    return entry.name.lower().endswith(".tar")
+
+
+def _is_shard(entry: Entry) -> bool:
+    return _is_named(entry) and is_file(entry)
 
 
 def _expanded(pattern: Path) -> list[Path]:
@@ -158,7 +173,9 @@ def _braces(text: str) -> Iterator[str]:
             yield text[: found.start()] + choice + rest
 
 
-def _by_split(files: Sequence[Path], place: Path, problems: Problems) -> dict[str, list[str]]:
+def _by_split(
+    files: Sequence[Path], place: Path, problems: Problems, tested: bool
+) -> dict[str, list[str]]:
     """Paths by split; all are for training where no name says otherwise."""
     named: dict[str, list[str]] = {}
     for path in files:
@@ -171,7 +188,7 @@ def _by_split(files: Sequence[Path], place: Path, problems: Problems) -> dict[st
         named = {"train": list(*named.values())}
     problems.add("shards of no split beside those of one", list(map(os.path.basename,
                  named.get("", ()))))  # fmt: skip
-    if "train" not in named and not problems.found:
+    if "train" not in named and not problems.found and not tested:
         problems.add("no shards for training beside those for", sorted(named))
     # As they were named: a pattern's order is kept, a folder's is by name already.
     return {split: named[split] for split in ("train", "val", "test") if split in named}
@@ -221,31 +238,30 @@ class _Names:
         return cls(names, path.name)
 
 
-def _check(found: dict[str, tuple[Index, Numbers]], problems: Problems) -> None:
+def _check(
+    found: dict[str, tuple[Index, Numbers]], judged: Sequence[str], problems: Problems
+) -> None:
     kinds = {type(label): label for index, _ in found.values() for label in index.labels}
     if len(kinds) > 1:
         both = [repr(label) for label in kinds.values()]
         problems.add("classes that are numbers in some samples and names in others", both)
-    if not len(found["train"][0].keys) and not problems.found:
+    if not any(len(found[split][0].keys) for split in judged) and not problems.found:
         problems.add("no samples in the shards for training", ["are they archives of folders?"])
 
 
 def _classes(
-    indices: dict[str, Index], names: _Names, problems: Problems
+    indices: dict[str, Index], judged: Sequence[str], names: _Names, problems: Problems
 ) -> tuple[tuple[str, ...], dict[str, Numbers]]:
-    """The classes that have training images, in order, and each split's labels among them."""
+    """The classes that have images in the splits `judged`, in order, and each split's labels."""
     told = {split: _named(index, names, problems) for split, index in indices.items()}
     problems.stop("mend the labels, or list all classes in classes.txt")
-    train = indices["train"]
-    used = {told["train"][i] for i in np.unique(train.label).tolist()}
+    used = {told[split][i] for split in judged for i in np.unique(indices[split].label).tolist()}
     if names.listed:
         classes = tuple(name for name in names.listed if name in used)
-    elif isinstance(train.labels[0], int):
+    elif all(isinstance(label, int) for split in judged for label in indices[split].labels):
         classes = tuple(sorted(used, key=int))
     else:
         classes = tuple(sorted(used))
-    if len(classes) < 2:
-        problems.add("only one class", classes)
     number = {name: i for i, name in enumerate(classes)}
     labels = {}
     for split, index in indices.items():

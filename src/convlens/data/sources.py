@@ -17,10 +17,11 @@ import numpy.typing as npt
 from convlens.data import downloads
 from convlens.data.decode import Pixels
 from convlens.data.drawn import SHAPES, Drawn
-from convlens.data.folders import printable, read_folder, split_of
+from convlens.data.folders import read_folder, split_of
 from convlens.data.ids import Numbered
 from convlens.data.parts import Images, Part, Source
 from convlens.data.rows import Records
+from convlens.data.scanning import is_folder, printable
 from convlens.data.shards import holds_shards, is_pattern, read_shards
 from convlens.data.tables import read_csv
 from convlens.errors import DataError, UsageError
@@ -30,6 +31,11 @@ __all__ = ["SOURCES", "Images", "Part", "Source", "find", "known", "roots"]
 
 Labels = npt.NDArray[np.int64]
 _DIGITS = tuple("0123456789")
+# What is known of a set and can't be seen by looking at it; for `convlens data`.
+_TWINS = (
+    "of the test images have near-duplicates in the training part (Barz & Denzler 2020; ciFAIR)"
+)
+REMARKS = {"cifar10": (f"3.3% {_TWINS}",), "cifar100": (f"10% {_TWINS}",)}
 _CLASSES = {
     "mnist": _DIGITS,
     "fashion-mnist": (
@@ -53,6 +59,7 @@ def find(
     count: int | None = None,
     image_size: int | None = None,
     group: str | None = None,
+    tested: bool = False,
 ) -> Source:
     """The images called `name`: a built-in set, a path, or a folder under `data/`.
 
@@ -62,6 +69,8 @@ def find(
         count: how many images to draw; only for `shapes`.
         image_size: the size `shapes` are drawn at.
         group: CSV column whose equal values stay in one split.
+        tested: a model is only tested on it: a class may be alone, have no images, or none to
+            train on, and `train` may be missing.
 
     Raises:
         DataError: a path that is missing or can't be used, a download that can't be had.
@@ -77,15 +86,17 @@ def find(
     if name in SOURCES:
         return SOURCES[name]()
     if path is None and is_pattern(name):
-        return read_shards(_home(name), name)
+        return read_shards(_home(name), name, tested=tested)
     if path is None:
         raise _unknown(name)
     if path.is_dir():
-        return read_shards(path, name) if holds_shards(path) else read_folder(path, name)
+        if holds_shards(path):
+            return read_shards(path, name, tested=tested)
+        return read_folder(path, name, tested=tested)
     if path.suffix.lower() in (".csv", ".tsv"):
-        return read_csv(path, name, group)
+        return read_csv(path, name, group, tested=tested)
     if path.suffix.lower() == ".tar":
-        return read_shards(path, name)
+        return read_shards(path, name, tested=tested)
     fix = "unpack it and name the folder" if path.suffix in (".zip", ".gz", ".tgz", ".xz") else ""
     raise DataError(
         "this file is no CSV", where=str(path), fix=fix or "name a folder of class folders or a CSV"
@@ -100,7 +111,7 @@ def roots() -> list[Path]:
 
 def known(name: str = "") -> list[str]:
     """Names `find` takes: built-in sets, folders under `data/`, and `name` if it is a path."""
-    there = {e.name for root in roots() if root.is_dir() for e in os.scandir(root) if e.is_dir()}
+    there = {e.name for root in roots() if root.is_dir() for e in os.scandir(root) if is_folder(e)}
     folders = sorted(d for d in there if not d.startswith(".") and d not in SOURCES)
     return [*SOURCES, *folders, *([name] if _is_path(name) and name not in folders else [])]
 
@@ -278,7 +289,7 @@ def _stl10() -> Source:
 
 
 def _is_train(entry: os.DirEntry[str]) -> bool:
-    return split_of(entry.name) == "train" and entry.is_dir()
+    return split_of(entry.name) == "train" and is_folder(entry)
 
 
 def _or_folder(name: str, read: Callable[[], Source]) -> Callable[[], Source]:

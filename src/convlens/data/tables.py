@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from convlens.data.encoded import Paths
-from convlens.data.folders import Problems, normal, printable, split_of
+from convlens.data.folders import Problems, normal, split_of
 from convlens.data.parts import Part, Source, is_image_name
+from convlens.data.scanning import printable
 from convlens.errors import DataError, UsageError
 from convlens.names import near
 
@@ -21,7 +22,7 @@ _FORMULA = ("=", "+", "-", "@")
 _COLUMNS = "the first line names the columns: path,label[,split][,a group column]"
 
 
-def read_csv(path: Path, name: str, group: str | None = None) -> Source:
+def read_csv(path: Path, name: str, group: str | None = None, *, tested: bool = False) -> Source:
     """A CSV (comma, semicolon or tab; with a header) as a source; paths are relative to it.
 
     Args:
@@ -29,6 +30,7 @@ def read_csv(path: Path, name: str, group: str | None = None) -> Source:
             may be `guarded`.
         name: what to call the set.
         group: a column whose equal values must stay in one split.
+        tested: as for `sources.find`.
 
     Raises:
         DataError: everything that is wrong, at once.
@@ -61,8 +63,9 @@ def read_csv(path: Path, name: str, group: str | None = None) -> Source:
     labels = [normal(unguarded(r[at_label].strip())) for _, r in rows]
     groups = [r[at_group] for _, r in rows] if at_group is not None else None
     _consistent(files, labels, splits, groups, problems)
-    names = tuple(sorted({la for la, s in zip(labels, splits, strict=True) if s == "train"}))
-    _classes(labels, splits, names, problems)
+    judged = ("train", "val", "test") if tested else ("train",)
+    names = tuple(sorted({la for la, s in zip(labels, splits, strict=True) if s in judged}))
+    _classes(labels, splits, names, problems, fewest=1 if tested else 2)
     problems.stop("mend these lines and run the same command again")
     number = {n: i for i, n in enumerate(names)}
     parts = {}
@@ -161,11 +164,15 @@ def _consistent(
 
 
 def _classes(
-    labels: Sequence[str], splits: Sequence[str | None], names: Sequence[str], problems: Problems
+    labels: Sequence[str],
+    splits: Sequence[str | None],
+    names: Sequence[str],
+    problems: Problems,
+    fewest: int,
 ) -> None:
     if not names:
         problems.add("no training images; splits", sorted({s or "?" for s in splits}))
-    elif len(names) < 2:
+    elif len(names) < fewest:
         problems.add("only one class", names)
     known = set(names)
     for split in ("val", "test"):

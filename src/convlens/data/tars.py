@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from convlens.data.decode import EXTENSIONS
-from convlens.data.folders import normal, printable
+from convlens.data.folders import normal
+from convlens.data.scanning import printable
 from convlens.errors import DataError
 from convlens.files import cannot_read
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlens import device, run
+from convlens import device, modelfile, run
 from convlens.console import progress, quieted
 from convlens.data import Split
 from convlens.diagnosing.findings import CannotTell, Case, Finding, Shares
@@ -24,7 +24,6 @@ from convlens.evaluation import own_data
 from convlens.inference import batch_logits, placed
 from convlens.inspection.layers import as_maps, recording, stages
 from convlens.recipe import Recipe
-from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
 
 LOOKED_AT = 512  # images of each split: enough for the thresholds, a second or two
@@ -104,7 +103,7 @@ def _case(place: RunFolder, where: str) -> Case:
 def _recipe(place: RunFolder) -> Recipe:
     if (place.path / "recipe.yaml").is_file():
         return place.recipe()
-    return load_recipe(run.load_model(place.model_path).card["recipe"])
+    return modelfile.recipe_of(run.load_model(place.model_path).card)
 
 
 def _measured(place: RunFolder, where: str) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def _drawn(loaded: Loaded, why: str) -> Pictures:
 def _foreign(loaded: Loaded, data: str) -> tuple[Split, str]:
     """A set's validation part; all of it where it has no parts, else its training part."""
     pre = loaded.preprocessing
-    split = "val" if "val" in find(data, image_size=pre.image_size).parts else "train"
+    parts = find(data, image_size=pre.image_size, tested=True).parts
+    split = next(name for name in ("val", "train", *parts) if name in parts)
     part, _, name, _ = load_foreign(
         data,
         split,
@@ -122,6 +123,7 @@ def _foreign(loaded: Loaded, data: str) -> tuple[Split, str]:
         channels=pre.channels,
         fit=pre.fit,
         memory_budget=device.memory_budget("cpu"),
+        tested=True,
     )
     return part, name
 

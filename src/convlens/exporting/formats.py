@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convlens import onnxfile
+from convlens import memory, onnxfile
 from convlens.data.batches import scale_and_shift
 from convlens.errors import ModelFileError
 from convlens.exporting.agreement import Ask
@@ -221,6 +221,8 @@ def _telling(tool: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if memory.ran_out(error):  # of which another network or format is no way out
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines or [type(error).__name__])[0][:160]
         raise ModelFileError(

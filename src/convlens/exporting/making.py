@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -187,9 +188,20 @@ def _agreement(
 
 
 def _keep(target: Path, content: bytes, made: Export) -> None:
-    """The proven bytes under their name, with FILE.json beside; both or none."""
+    """The proven bytes under their name, with FILE.json beside; both or none.
+
+    A kill in between can leave a file without its FILE.json, but none with that of another.
+    """
     beside = target.with_name(target.name + ".json")
-    files.write_atomic(target, content)  # if that fails, what was there before is intact
+    aside = beside.with_name(f".{beside.name}.{secrets.token_hex(4)}{files.PART}")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(beside, aside)
+    try:
+        files.write_atomic(target, content)
+    except BaseException:  # what was there before is intact
+        with contextlib.suppress(OSError):
+            os.replace(aside, beside)
+        raise
     try:
         if files.sha256(target) != made.sha256:
             raise ResourceError("the disk gives back other bytes", where=str(target))
@@ -200,3 +212,6 @@ def _keep(target: Path, content: bytes, made: Export) -> None:
             with contextlib.suppress(OSError):
                 path.unlink()
         raise
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()

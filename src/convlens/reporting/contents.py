@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from convlens import answers, device, evaluation, metrics, run
+from convlens import answers, device, evaluation, metrics, modelfile, run
 from convlens.answers import Answers
 from convlens.console import say
 from convlens.data import Split
@@ -15,7 +15,6 @@ from convlens.data.audit import Audit
 from convlens.data.audit import audit as look_at
 from convlens.errors import ConvlensError, ModelFileError, UsageError
 from convlens.recipe import Recipe
-from convlens.recipe import load as load_recipe
 from convlens.run import Loaded, RunFolder
 
 QUICK = 5000  # images: so many are audited without being asked to
@@ -108,7 +107,7 @@ def gather(name: str, *, audit: bool | None, on: str | None, alone: bool = True)
         found.recipe = _recipe_file(place)
         return found
     found.loaded = run.load_model(place.model_path)
-    found.recipe = load_recipe(found.card["recipe"])
+    found.recipe = modelfile.recipe_of(found.card)
     if not found.finished:
         found.missing.append(
             "The training has not finished: these are its curves so far, and nothing was judged."
