@@ -2,8 +2,8 @@
 
 Time an image (training step, evaluation, opening the set) should not depend on how many there
 are; memory is bounded by the budget for images, whatever the set. Every size is measured in a
-process of its own (peak memory), in turn, several times. The images are 64 drawn shapes again
-and again, so that what is measured is convlens and not the drawing.
+process of its own (peak memory), on one thread, in turn, several times. The images are 64 drawn
+shapes again and again, so that what is measured is convlens and not the drawing.
 
 python benchmarks/scaling.py [--rounds 3] [--budget 64MB] [--images 1000,10000,...]
 """
@@ -171,9 +171,11 @@ def cases(images: tuple[int, ...], classes: tuple[int, ...], sides: tuple[int, .
 
 def in_a_process(case: Case, batch: int, budget: int) -> dict[str, float]:
     arguments = ["--one", *map(str, (*case, batch, budget))]
+    # One thread: what threads use while they wait for each other is CPU time, too, and noise.
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=False
-    )
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout)

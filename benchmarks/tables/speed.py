@@ -137,9 +137,9 @@ def scaling(r: dict[str, Any]) -> str:
         "## Cost against work",
         "",
         "CPU time of training and evaluating an image (its pixels, where the side changes), each "
-        f"size in a process of its own, {r['rounds']} times in turn; ratios (to the first row, a "
-        "pixel's where the side changes) are medians of those within a round. Images in memory: "
-        f"at most {r['budget'] >> 20} MiB, larger sets stream.",
+        f"size in a process of its own, on one thread, {r['rounds']} times in turn; ratios (to the "
+        "first row, a pixel's where the side changes) are medians of those within a round. Images "
+        f"in memory: at most {r['budget'] >> 20} MiB, larger sets stream.",
         "",
         "![CPU time against images, classes and pixels](docs/figures/scaling.svg)",
         "",

@@ -102,21 +102,30 @@ def progress(description: str, total: int, *, shown: bool = True) -> Iterator[Ba
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
     from rich.table import Column
+    from rich.text import Text
 
+    class Cut(ProgressColumn):
+        """The text at the end: where a terminal is too narrow for all, this alone is shortened."""
+
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["text"], no_wrap=True, overflow="ellipsis")
+
+    wide = console().width >= 100
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=24 if wide else 10, table_column=Column(no_wrap=True)),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        *([TimeElapsedColumn(table_column=Column(no_wrap=True))] if wide else []),
         TextColumn("left"),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        # Where a terminal is too narrow for all, this alone takes more lines.
-        TextColumn("{task.fields[text]}", table_column=Column(no_wrap=False)),
+        Cut(),
     )
     disable = not (shown and console().is_terminal)
     with Progress(*columns, console=console(), transient=True, disable=disable) as bars:

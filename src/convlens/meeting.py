@@ -82,8 +82,8 @@ def store() -> Any:
     Raises:
         ResourceError: nobody answers there in time, or another program does.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         if not _serves():
             _reach(host, port)
         return dist.TCPStore(  # type: ignore[attr-defined]
@@ -99,7 +99,7 @@ def store() -> Any:
     except (RuntimeError, ValueError) as error:  # of torch
         told = " ".join(str(error).split())
         busy = "EADDRINUSE" in told or "already in use" in told
-        _missed.append(_busy(port) if busy else _unanswered(told[:160]))
+        _missed.append(_busy() if busy else _unanswered(told[:160]))
         raise _missed[-1] from error
 
 
@@ -195,7 +195,8 @@ def _give_up(whom: str, ask: str) -> NoReturn:
     )
 
 
-def _busy(port: int) -> ResourceError:
+def _busy() -> ResourceError:
+    port = os.environ["MASTER_PORT"]
     return ResourceError(
         f"port {port}, where the processes should meet, is in use on this machine",
         where=f"MASTER_PORT={port}",
