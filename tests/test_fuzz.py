@@ -189,6 +189,14 @@ def test_names_of_data_and_runs(cases: int) -> None:
     fuzz((WORDS | st.text(max_size=30)).filter(_is_small), body, cases)
 
 
+@pytest.mark.parametrize("name", ["~\0", "~\ud800", "~nobody", "\0", "~/\0.csv"])
+def test_names_that_nobody_can_have(name: str) -> None:
+    for read in (find, run.find):
+        with pytest.raises(ConvlensError) as caught:
+            read(name)
+        said(caught.value)
+
+
 def _is_small(name: str) -> bool:
     """Not the whole disk: looking through it takes as long as it takes."""
     try:

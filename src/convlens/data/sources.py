@@ -129,7 +129,10 @@ def _existing(name: str) -> Path | None:
 
 
 def _home(name: str) -> Path:
-    return Path(os.path.expanduser(name))  # leaves `~nobody` as it is, where `Path` fails
+    try:
+        return Path(os.path.expanduser(name))  # leaves `~nobody` as it is, where `Path` fails
+    except ValueError:  # zero bytes and half characters: nobody is called that
+        return Path(name)
 
 
 def _unknown(name: str) -> DataError | UsageError:
