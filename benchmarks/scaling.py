@@ -251,7 +251,7 @@ def main() -> None:
             **summed_up(found[number], found[first]),
         })  # fmt: skip
     plot(series)
-    print(json.dumps(record("scaling", {"budget": budget, "rounds": asked.rounds,
+    print(json.dumps(record("scaling", {"budget": budget, "rounds": asked.rounds, "threads": 1,
                                         "network": NET, "series": series})))  # fmt: skip
 
 

@@ -133,11 +133,12 @@ def allocator(r: dict[str, Any]) -> str:
 
 def scaling(r: dict[str, Any]) -> str:
     """Cost against work; the ratios are to the first row of the same table."""
+    threads = ", on one thread" if r.get("threads") == 1 else ""
     lines = [
         "## Cost against work",
         "",
         "CPU time of training and evaluating an image (its pixels, where the side changes), each "
-        f"size in a process of its own, on one thread, {r['rounds']} times in turn; ratios (to the "
+        f"size in a process of its own{threads}, {r['rounds']} times in turn; ratios (to the "
         "first row, a pixel's where the side changes) are medians of those within a round. Images "
         f"in memory: at most {r['budget'] >> 20} MiB, larger sets stream.",
         "",
