@@ -100,6 +100,12 @@ def test_a_torchrun_that_hangs_leaves_no_worker(monkeypatch: pytest.MonkeyPatch)
     assert not [pid for pid in started if chaos._lives(str(pid))]
 
 
+def test_nobody_starts_processes_without_end() -> None:
+    """torchrun would list them all, and take all memory for it."""
+    with pytest.raises(UsageError, match="--processes 2,147,483,648: at most 64"):
+        chaos.chaos(1, processes=2**31)
+
+
 def test_several_processes_need_a_list_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos, "PROC", Path("none"))
     with pytest.raises(UsageError, match="only be seen on Linux"):

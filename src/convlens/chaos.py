@@ -52,6 +52,7 @@ SAVE_SECONDS = "0.2"  # so that many of the kills meet a save
 LONGEST = 600.0  # seconds; a training that takes longer hangs
 EARLIER = 0.8  # of the time to its first file: what comes before is Python's importing of torch
 PROC = Path("/proc")  # Linux's list of processes
+MOST = 64  # processes of one training: each takes some hundred MB, and torchrun asks for all
 CLOCK = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
 
 
@@ -93,6 +94,8 @@ def chaos(kills: int, *, processes: int = 1, seed: int = 0, jobs: int | None = N
     """
     if os.name == "nt":
         raise UsageError("this needs SIGKILL, which Windows hasn't", fix="run it in WSL")
+    if processes > MOST:
+        raise UsageError(f"--processes {processes:,}: at most {MOST}", fix="2 show what there is")
     if processes > 1 and not _children(os.getpid()).exists():
         raise UsageError(
             "which processes torchrun has started can only be seen on Linux, in /proc",
