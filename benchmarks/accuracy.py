@@ -14,8 +14,9 @@ import argparse
 import json
 from typing import Any
 
-from convlens import asking, several
-from convlens.tabling import Summary
+from convlens.several import runs as several
+from convlens.several.tabling import Summary
+from convlens.starting import asking
 from recording import record
 
 

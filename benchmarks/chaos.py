@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 
-from convlens import chaos
+from convlens.resuming import chaos
 from recording import record
 
 

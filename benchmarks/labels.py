@@ -28,8 +28,7 @@ from PIL import Image
 from convlens.data.decode import decode, read_bytes
 from convlens.data.encoded import Paths
 from convlens.data.sources import find
-from convlens.labelling import confident
-from convlens.labelling import finding as labelling
+from convlens.labelling import confident, finding as labelling
 from recording import record
 
 RULES = (

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from convlens import device, engine, feeding, models, optim, recipe
+from convlens import device, engine, models, optim, recipe
 from convlens.data import Split, augment
 from convlens.data.batches import Augment, Batches, Normalise, to_unit
 from convlens.data.draws import Place
 from convlens.data.rows import ArrayRows
 from convlens.device import Plan
+from convlens.starting import feeding
 from intervals import median_interval
 from recording import record
 

@@ -26,12 +26,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from convlens import device, engine, models, optim, processes, ranks, recipe
+from convlens import device, engine, models, optim, recipe
 from convlens.data import Split
 from convlens.data.batches import Batches, Normalise
 from convlens.data.rows import ArrayRows
-from convlens.processes import ALONE, World
-from convlens.together import Together
+from convlens.distributed import processes
+from convlens.distributed.processes import ALONE, World
+from convlens.stepping.together import Together
+from convlens.system import ranks
 from recording import record
 
 # Recipe (for its network), batch, channels, size, steps in a window.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convlens import device
-from convlens.files import write_atomic
+from convlens.system.files import write_atomic
 from convlens.version import __version__
 
 # $BENCHMARK_RESULTS: for trials that are not to be kept beside measurements.

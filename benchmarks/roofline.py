@@ -27,14 +27,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from convlens import device, engine, graphs, models, optim, recipe
+from convlens import device, engine, models, optim, recipe
 from convlens.data import Split, augment
 from convlens.data.batches import Batches, Normalise
 from convlens.data.rows import ArrayRows
 from convlens.device import Plan
 from convlens.models import freezing
 from convlens.recipe import Recipe
-from convlens.scaling import LossScale
+from convlens.stepping import graphs
+from convlens.stepping.scaling import LossScale
 from recording import record
 
 RECIPES = (

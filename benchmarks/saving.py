@@ -21,9 +21,9 @@ import torch
 
 from convlens import recipe
 from convlens.data import load
-from convlens.keeping import SAVE_SECONDS, Keeper, snapshot
-from convlens.preparing import prepare
+from convlens.resuming.keeping import SAVE_SECONDS, Keeper, snapshot
 from convlens.run import RunFolder
+from convlens.starting.preparing import prepare
 from recording import record
 
 DATA = {"name": "digits", "per_class": 10, "image_size": 32, "channels": 3}

@@ -26,7 +26,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from convlens import asking, metrics, several
+from convlens import metrics
+from convlens.several import runs as several
+from convlens.starting import asking
 from recording import record
 
 GOAL = 0.99

@@ -37,11 +37,12 @@ def warm(
     """`seeds` runs of a recipe after one that isn't counted, steps taken as `step` says."""
     import torch
 
-    from convlens import beginning, device, engine, graphs, inference, models, optim, views
-    from convlens import recipe as recipes
+    from convlens import device, engine, inference, models, optim, recipe as recipes, views
     from convlens.data import load, load_foreign
     from convlens.data.rows import ArrayRows
-    from convlens.preparing import prepare
+    from convlens.starting import beginning
+    from convlens.starting.preparing import prepare
+    from convlens.stepping import graphs
 
     device.prepare(deterministic=False)
     asked = recipes.load(name, ["train.compile=false", *changes])

@@ -20,7 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from convlens import cli, device, modelfile
+from convlens import cli, device
+from convlens.formats import modelfile
 from convlens.run import RunFolder
 
 # Trains in a fraction of a second: 80 digits, two epochs.

@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convlens import console, device, evaluation, onlooker, processes, run, together
+from convlens import device, evaluation, onlooker, run
 from convlens.data import Split
+from convlens.distributed import processes
 from convlens.evaluation import Judged
 from convlens.run import RunFolder
+from convlens.stepping import together
+from convlens.system import console
 
 SIZES = range(1, 51)
 

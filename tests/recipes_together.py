@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from convlens import device, onlooker, processes, recipe, training
+from convlens import device, onlooker, recipe, training
 from convlens.data import load
-from convlens.preparing import prepare
+from convlens.distributed import processes
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
+from convlens.starting.preparing import prepare
 
 
 def train_only(asked: Recipe, name: str) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from convlens import device, recipe
 from convlens.data import Data, load
-from convlens.preparing import Setup, prepare
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
+from convlens.starting.preparing import Setup, prepare
 
 PLAN = device.Plan("cpu", "fp32", "contiguous")
 BAD_DISK = Path("/proc/self/mem")  # reading it from its beginning is a real EIO

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from commands import pictures
-from convlens import asking, recipe
+from convlens import recipe
 from convlens.errors import DataError, UsageError
+from convlens.starting import asking
 
 
 def test_a_recipes_name_wins_over_a_data_set_and_a_folder() -> None:

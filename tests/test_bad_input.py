@@ -25,8 +25,9 @@ from commands import (
     pictures,
     refused,
 )
-from convlens import Run, files, training
+from convlens import Run, training
 from convlens.run import RunFolder
+from convlens.system import files
 
 # Recipes, keys, values
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save as safetensors_save
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_save, save_file
 
 from commands import DIGITS, brightness_model, here, picture, pictures, refused, start, weights
-from convlens import modelfile
+from convlens.formats import modelfile
 from convlens.run import RunFolder, load_model
 
 

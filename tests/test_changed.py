@@ -14,8 +14,8 @@ import pytest
 
 from commands import DIGITS, NET, Done, here, picture, pictures, refused
 from convlens.data import listing
-from convlens.files import sha256
 from convlens.run import RunFolder
+from convlens.system.files import sha256
 from test_shards import shards
 
 PHOTOS = ("photos", *NET, "--no-test", "--name", "mine")

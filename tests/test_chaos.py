@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from commands import command
-from convlens import chaos, files, modelfile
 from convlens.errors import ResourceError, UsageError
+from convlens.formats import modelfile
+from convlens.resuming import chaos
 from convlens.run import RunFolder
+from convlens.system import files
 from support import begin, tiny
 from test_resume import finish
 

@@ -323,6 +323,32 @@ def test_debug_shows_tracebacks(monkeypatch: pytest.MonkeyPatch, text: str) -> N
         assert here("train", "nothing-of-that-name").code == 2
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("train digits --epochs 3", ["no such option: --epochs", "train.epochs=VALUE;"]),
+        ("train digits --batch-size=8", ["train.batch_size=VALUE;"]),
+        ("train digits --seed 3", ["data.seed=VALUE or train.seed=VALUE;"]),
+        ("train digits --nmae x", ["no such option: --nmae (did you mean --name?)", "train -h"]),
+        ("evaluate x --epochs 3", ["no such option: --epochs\n", "evaluate -h` lists the opt"]),
+        ("train digits --seeds many", ["invalid value for '--seeds': ", "train -h"]),
+        ("train digits --name", ["'--name' requires an argument", "COMMAND -h"]),
+        ("train", ["missing argument 'RECIPE|FILE.yaml|DATA'\n"]),
+        ("trian digits", ["no such command 'trian'. Did you mean 'train'?", "-h` lists the comm"]),
+        ("--versoin", ["no such option: --versoin (did you mean --version?)"]),
+    ],
+)
+def test_what_was_typed_wrongly_is_told_as_every_error_is(typed: str, told: list[str]) -> None:
+    done = here(*typed.split())
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err.startswith("error: ")
+    said = " ".join(done.err.split()) + "\n"
+    for part in told:
+        assert " ".join(part.split()) in said, done.err
+    assert len(done.err.splitlines()) <= 5
+
+
 def test_what_the_system_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody foresees every disk that fails: no traceback, wherever it is."""
     monkeypatch.setenv("CONVLENS_DEBUG", "")

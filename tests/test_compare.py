@@ -12,7 +12,7 @@ from torch import nn
 import convlens
 from commands import Done, brightness_model, constant_model, here, pictures, refused
 from convlens import models
-from convlens.differences import newcombe
+from convlens.comparing.differences import newcombe
 from convlens.errors import UsageError
 from convlens.inference import flops
 from convlens.run import RunFolder

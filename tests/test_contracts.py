@@ -17,14 +17,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from convlens import evaluation, modelfile, models, optim, plots, training
-from convlens import recipe as recipes
-from convlens.checking import check
+from convlens import evaluation, models, optim, plots, recipe as recipes, training
 from convlens.data import downloads
 from convlens.data.augment import AUGMENTS, MIXES
 from convlens.data.draws import Place
 from convlens.data.sources import SOURCES, find
 from convlens.errors import DataError
+from convlens.formats import modelfile
 from convlens.models import MODELS
 from convlens.optim import OPTIMISERS, SCHEDULES
 from convlens.plots import PLOTS
@@ -32,6 +31,7 @@ from convlens.plots.attributions import Column, Panel
 from convlens.prediction import Prediction
 from convlens.schema import OptimConfig
 from convlens.showing.results import WRITERS
+from convlens.starting.checking import check
 from support import begin, same
 
 # Networks
@@ -230,7 +230,7 @@ def test_an_optimiser_goes_downhill_and_its_state_can_be_saved(name: str) -> Non
         optimiser.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    # What `resuming.save` relies on: every value is a tensor, or nothing.
+    # What `resuming.states.save` relies on: every value is a tensor, or nothing.
     for values in optimiser.state_dict()["state"].values():
         assert all(value is None or torch.is_tensor(value) for value in values.values())
     assert all(group["initial_lr"] == 0.05 for group in optimiser.param_groups)

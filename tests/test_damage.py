@@ -15,13 +15,15 @@ import pytest
 import torch
 
 from commands import here, pictures, refused
-from convlens import answers, generations, modelfile, planning
+from convlens import answers
 from convlens.data import cache, listing, members
 from convlens.data.encoded import Paths
 from convlens.data.rows import Conversion
 from convlens.device import Plan
+from convlens.formats import generations, modelfile
 from convlens.run import RunFolder, load_model
-from convlens.sealing import Changed, seal, seal_bytes, unseal, unseal_bytes
+from convlens.starting import planning
+from convlens.system.sealing import Changed, seal, seal_bytes, unseal, unseal_bytes
 from damage import score
 from test_shards import shards
 
@@ -324,7 +326,7 @@ def test_a_broken_seal(change: dict[str, Any]) -> None:
 
 
 def test_a_newer_seal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from convlens import sealing
+    from convlens.system import sealing
 
     monkeypatch.setattr(sealing, "FORMAT", 2)
     newer = {**seal({"a": 1}), "sha256": sealing._digest({"a": 1}, 2)}

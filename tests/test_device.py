@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import device, planning
+from convlens import device
 from convlens.device import Plan, seed_of
 from convlens.errors import ResourceError, UsageError
+from convlens.starting import planning
 
 # Seeds
 

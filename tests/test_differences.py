@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy import stats
 
-from convlens.differences import holm, newcombe, on_images, paired_by_seed, welch
+from convlens.comparing.differences import holm, newcombe, on_images, paired_by_seed, welch
 from convlens.errors import UsageError
 
 

@@ -15,13 +15,14 @@ import torch
 
 import convlens
 from commands import COLOURS, here, pictures, refused
-from convlens import files, modelfile
 from convlens import recipe as recipes
 from convlens.diagnosing.diagnosis import Diagnosis, dead_of
 from convlens.diagnosing.findings import CannotTell, Case, Shares
 from convlens.diagnosing.symptoms import RULES
 from convlens.errors import Diverged
+from convlens.formats import modelfile
 from convlens.run import RunFolder
+from convlens.system import files
 
 PLAIN: dict[str, Any] = {
     "data": {"name": "digits"},

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from commands import here, refused
-from convlens import continuing, engine, modelfile, run, training
-from convlens.chaos import differences
+from convlens import engine, run, training
 from convlens.data.batches import Batches
 from convlens.data.order import epoch_order
 from convlens.errors import DataError, Diverged, Stopped
-from convlens.keeping import Keeper
+from convlens.formats import modelfile
 from convlens.recipe import Recipe
+from convlens.resuming import continuing
+from convlens.resuming.chaos import differences
+from convlens.resuming.keeping import Keeper
 from convlens.run import RunFolder
 from support import begin, tiny
 from test_resume import Interrupting, equal, finish, interrupting, stop

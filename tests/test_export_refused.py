@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 import convlens
 from commands import DIGITS, here, picture, pictures, refused
-from convlens import files, models, onnxfile
+from convlens import models
 from convlens.errors import ModelFileError, ResourceError
 from convlens.exported import open_model
 from convlens.exporting import formats, making
 from convlens.exporting.agreement import Pictures, Witness
 from convlens.exporting.formats import FORMATS
+from convlens.formats import onnxfile
 from convlens.run import Loaded, Preprocessing
+from convlens.system import files
 from killing import deaths
 
 onnx = pytest.importorskip("onnx")

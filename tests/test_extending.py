@@ -8,9 +8,9 @@ import pytest
 
 from commands import DIGITS, command, here, refused
 from convlens import training
-from convlens.chaos import differences
 from convlens.errors import ModelFileError, UsageError
 from convlens.recipe import Recipe
+from convlens.resuming.chaos import differences
 from convlens.run import RunFolder
 from support import tiny
 

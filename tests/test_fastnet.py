@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convlens import modelfile, models, recipe
-from convlens.beginning import _some_images
-from convlens.checking import check
+from convlens import models, recipe
 from convlens.data.opening import Split
 from convlens.errors import UsageError
+from convlens.formats import modelfile
 from convlens.models.fastnet import WHITEN_EPS, FastNet, whitening_filters
-from convlens.preparing import prepare
 from convlens.run import Preprocessing
+from convlens.starting.beginning import _some_images
+from convlens.starting.checking import check
+from convlens.starting.preparing import prepare
 from support import PLAN, Memory, images_of, pictures, same, tiny
 
 FAST = ["model.name=fastnet", "model.widths=[4,8]"]

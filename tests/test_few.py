@@ -12,13 +12,15 @@ import pytest
 from sklearn.datasets import load_digits
 
 from commands import DIGITS, command, here, pictures, refused
-from convlens import ImageClassifier, Run, keeping, modelfile, recipe, training
-from convlens.checking import check
+from convlens import ImageClassifier, Run, recipe, training
 from convlens.data import Data, load
 from convlens.engine import Position
 from convlens.errors import DataError, UsageError
-from convlens.resuming import Clock
+from convlens.formats import modelfile
+from convlens.resuming import keeping
+from convlens.resuming.states import Clock
 from convlens.schema import DataConfig
+from convlens.starting.checking import check
 from support import begin, same, tiny
 
 BARE = ("data.val_fraction=0", "train.keep=last")

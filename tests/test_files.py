@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from convlens import files
 from convlens.errors import ResourceError
+from convlens.system import files
 
 FOLDER = Path("deep/er")
 TARGET = FOLDER / "file"

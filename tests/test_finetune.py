@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import checking, feeding, models, optim, preparing, training, trunk
-from convlens import recipe as recipes
+from convlens import models, optim, recipe as recipes, training
 from convlens.data.batches import to_unit
 from convlens.data.draws import Place
 from convlens.device import Plan, seed_of
 from convlens.errors import ResourceError, UsageError
 from convlens.models.freezing import freeze, frozen_prefix, set_train_mode
 from convlens.schema import OptimConfig
+from convlens.starting import checking, feeding, preparing, trunk
 from support import begin, same
 
 PLAN = Plan("cpu", "fp32", "contiguous")

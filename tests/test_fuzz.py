@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from commands import constant_model, here, picture, refused
-from convlens import asking, chaos, cli, evaluation, recipe, run, training, yamltext
-from convlens.checking import check
+from convlens import cli, evaluation, recipe, run, training
 from convlens.data.augment import AUGMENTS, MIXES
 from convlens.data.sources import find
 from convlens.errors import ConvlensError, DataError, ResourceError, UsageError
 from convlens.models import MODELS, options_of
+from convlens.resuming import chaos
 from convlens.schema import NESTED, SECTIONS
+from convlens.starting import asking
+from convlens.starting.checking import check
+from convlens.system import yamltext
 
 slow = pytest.mark.slow
 

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from convlens import files, generations, keeping, modelfile, training
+from convlens import training
 from convlens.errors import ModelFileError, ResourceError
-from convlens.generations import Generations
+from convlens.formats import generations, modelfile
+from convlens.formats.generations import Generations
+from convlens.resuming import keeping
 from convlens.run import RunFolder
+from convlens.system import files
 from killing import deaths
 from support import BAD_DISK, begin, same, tiny
 from test_resume import EVERYTHING, equal, finish

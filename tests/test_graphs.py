@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import engine, graphs, optim, recipe
+from convlens import engine, optim, recipe
 from convlens.device import Plan
 from convlens.errors import UsageError
-from convlens.graphs import Timing, agree, worth_trying
 from convlens.models.cnn import CNN
 from convlens.optim.timetable import put_rate
-from convlens.planning import _stated
-from convlens.scaling import LossScale
 from convlens.schema import OptimConfig
+from convlens.starting.planning import _stated
+from convlens.stepping import graphs
+from convlens.stepping.graphs import Timing, agree, worth_trying
+from convlens.stepping.scaling import LossScale
 from support import begin, same, tiny
 from test_engine import Listed, everything
 

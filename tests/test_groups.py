@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from convlens import optim, recipe
-from convlens.checking import check
 from convlens.errors import UsageError
 from convlens.models.cnn import CNN
 from convlens.optim.groups import split
 from convlens.schema import OptimConfig
+from convlens.starting.checking import check
 
 
 def network() -> CNN:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import engine, guarding, optim
+from convlens import engine, optim
 from convlens.engine import NonFiniteLoss, Position, Step
 from convlens.models.cnn import CNN
-from convlens.scaling import LossScale
 from convlens.schema import OptimConfig
+from convlens.stepping import guarding
+from convlens.stepping.scaling import LossScale
 from support import PLAN, same
 from test_engine import Listed, everything
 

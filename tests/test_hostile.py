@@ -24,8 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands import NET, environment, here, pictures, refused
-from commands import command as convlens
+from commands import NET, command as convlens, environment, here, pictures, refused
 from convlens.data import downloads
 from convlens.data.decode import UnreadableImage, decode, probe
 from convlens.data.sources import find

@@ -15,12 +15,13 @@ from PIL import Image
 
 import convlens
 from commands import NET, Done, here, picture, pictures, refused
-from convlens import Run, asking
+from convlens import Run
 from convlens.data.encoded import Paths
 from convlens.data.sources import find
 from convlens.data.tables import guarded, read_csv, unguarded
 from convlens.run import RunFolder
 from convlens.showing.labels import suspected
+from convlens.starting import asking
 
 # 600 digits, three models that take a second or two each.
 SMALL = ("model.widths=[16,32]", "model.depth=1", "train.epochs=12", "augment=[]")

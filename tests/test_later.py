@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from convlens.console import Watch
-from convlens.later import Later, send
+from convlens.system.console import Watch
+from convlens.system.later import Later, send
 
 
 def test_on_the_cpu_they_are_there_at_once_and_stay_what_they_were() -> None:

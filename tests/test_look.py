@@ -198,7 +198,7 @@ def test_the_command_in_a_process_of_its_own_and_in_python() -> None:
 
 def blow_up(folder: Path) -> None:
     """A model file whose activations overflow: infinity, and NaN behind it."""
-    from convlens import modelfile
+    from convlens.formats import modelfile
 
     tensors, card = modelfile.read(folder / "model.safetensors")
     for name in ("stage1.0.weight", "stage2.0.weight"):

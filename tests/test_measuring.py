@@ -13,7 +13,6 @@ from PIL import Image
 from torch import nn
 
 import convlens
-from convlens.console import console
 from convlens.errors import ConvlensError, ModelFileError, UsageError
 from convlens.inspection import layers, measuring
 from convlens.inspection.measures import MEASURES
@@ -21,6 +20,7 @@ from convlens.inspection.measuring import Measurements, measure
 from convlens.inspection.sampling import sample
 from convlens.inspection.subjects import Subject, open_subject
 from convlens.showing import measures as showing_measures
+from convlens.system.console import console
 
 RUN = {"data": {"name": "digits"}, "model": {"name": "cnn", "widths": [4, 8], "depth": 1}}
 OUT = Path("plots")

@@ -13,8 +13,9 @@ import pytest
 from torch.distributed import TCPStore
 
 from commands import environment
-from convlens import console, meeting
+from convlens.distributed import meeting
 from convlens.errors import ResourceError
+from convlens.system import console
 
 
 @pytest.fixture(autouse=True)

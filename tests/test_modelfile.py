@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save as safetensors_save
-from safetensors.torch import save_file
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import save as safetensors_save, save_file
 
-from convlens import modelfile
 from convlens.errors import ModelFileError, ResourceError, UsageError
+from convlens.formats import modelfile
 from convlens.version import __version__
 from support import same, tiny
 

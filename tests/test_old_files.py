@@ -10,7 +10,7 @@ import pytest
 
 import convlens
 from commands import here, refused
-from convlens import modelfile, records
+from convlens.formats import modelfile, records
 from convlens.run import RunFolder, load_model
 
 FILES = Path(__file__).parent / "files"

@@ -19,16 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from commands import environment, weights
-from convlens import engine, guarding, inference, memory, planning, training
+from convlens import engine, inference, training
 from convlens.data.batches import Normalise
 from convlens.device import Plan
 from convlens.engine import Step
 from convlens.errors import ResourceError
 from convlens.inference import split_logits
-from convlens.memory import TooLarge, ran_out
-from convlens.preparing import prepare
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
+from convlens.starting import planning
+from convlens.starting.preparing import prepare
+from convlens.stepping import guarding, memory
+from convlens.stepping.memory import TooLarge, ran_out
 from launching import torchrun
 from support import PLAN, Memory, Split, begin, images_of, pictures, same, tiny
 from test_guarding import OPTIMISERS, Run, batches

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import engine, guarding, models, planning, training
+from convlens import engine, models, training
 from convlens.device import Plan
-from convlens.preparing import prepare
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
-from convlens.sealing import unseal
+from convlens.starting import planning
+from convlens.starting.preparing import prepare
+from convlens.stepping import guarding
+from convlens.system.sealing import unseal
 from support import PLAN, images_of, same, tiny
 
 TIMED = ("train.epochs=100", "train.memory_format=auto")  # 500 steps: worth timing

@@ -30,12 +30,14 @@ from commands import (
     sided_model,
     weights,
 )
-from convlens import Run, inference, modelfile, together
+from convlens import Run, inference
 from convlens.data import load, load_foreign
 from convlens.data.decode import decode, fit_images
+from convlens.formats import modelfile
 from convlens.inference import split_logits
 from convlens.metrics import cross_entropy
 from convlens.run import load_model
+from convlens.stepping import together
 from support import PLAN, same
 
 ROOT = Path(convlens.__file__).parent

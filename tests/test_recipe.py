@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from convlens import recipe
-from convlens.checking import check
 from convlens.errors import UsageError
 from convlens.recipe import Recipe
 from convlens.schema import SECTIONS
+from convlens.starting.checking import check
 
 
 def refused(*overrides: str, source: Any = "digits") -> str:

@@ -21,12 +21,12 @@ from commands import constant_model, here, pictures, refused
 from convlens import data, reporting
 from convlens.answers import Answers
 from convlens.errors import ModelFileError, UsageError
-from convlens.files import sha256
 from convlens.metrics import summarise
 from convlens.reporting import comparing, contents, page, sections
 from convlens.reporting.contents import Contents, gather
 from convlens.reporting.verdict import calibration, verdict
 from convlens.run import RunFolder
+from convlens.system.files import sha256
 from support import TINY
 
 HOSTILE = (

@@ -15,8 +15,8 @@ from PIL import Image
 
 from convlens import recipe
 from convlens.answers import Answers
+from convlens.comparing.differences import newcombe
 from convlens.data import Split
-from convlens.differences import newcombe
 from convlens.metrics import summarise
 from convlens.reporting import comparing, confusing, drawing, origin, thumbnails
 from convlens.reporting.contents import Contents

@@ -8,8 +8,7 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from convlens import models, optim, training
-from convlens import recipe as recipes
+from convlens import models, optim, recipe as recipes, training
 from convlens.device import Plan, seed_of
 from convlens.errors import UsageError
 from convlens.models.resnet import stem_for

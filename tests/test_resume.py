@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from convlens import engine, keeping, modelfile, optim, training
-from convlens import recipe as recipes
-from convlens.chaos import differences
+from convlens import engine, optim, recipe as recipes, training
 from convlens.cli import main
 from convlens.errors import DataError, Stopped
-from convlens.keeping import Keeper
+from convlens.formats import modelfile
 from convlens.recipe import Recipe
-from convlens.resuming import Best
+from convlens.resuming import keeping
+from convlens.resuming.chaos import differences
+from convlens.resuming.keeping import Keeper
+from convlens.resuming.states import Best
 from convlens.run import RunFolder
 from support import begin, same, tiny
 
@@ -227,7 +228,7 @@ def test_the_moments_of_a_channels_last_network_lie_as_its_weights(
     interrupting: Interrupting,
 ) -> None:
     """Fused kernels walk both side by side in memory."""
-    from convlens.resuming import restore
+    from convlens.resuming.states import restore
 
     asked = tiny(*EVERYTHING, "data.channels=3", "augment=[]")
     stop(asked, "stopped", interrupting, 3)
@@ -241,7 +242,7 @@ def test_the_moments_of_a_channels_last_network_lie_as_its_weights(
 
 
 def test_everything_that_is_restored_is_what_was_saved(interrupting: Interrupting) -> None:
-    from convlens.resuming import restore, save
+    from convlens.resuming.states import restore, save
 
     asked = tiny(*EVERYTHING)
     stop(asked, "stopped", interrupting, 8)

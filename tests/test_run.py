@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from commands import environment
-from convlens import models, recipe, records, run
+from convlens import models, recipe, run
 from convlens.errors import ModelFileError, ResourceError, UsageError
+from convlens.formats import records
 from convlens.run import RunFolder
 from support import same, tiny
 

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from commands import here
-from convlens import Run, inference, metrics, together
+from convlens import Run, inference, metrics
 from convlens.data import Data, load
 from convlens.inference import split_logits
 from convlens.metrics import NEAR, near_ties
 from convlens.prediction import all_probabilities
 from convlens.run import load_model
+from convlens.stepping import together
 from evaluating_together import SIZES, looks
 from launching import torchrun
 from support import PLAN

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import engine, optim, resuming
+from convlens import engine, optim
 from convlens.device import Plan
 from convlens.models.cnn import CNN
-from convlens.resuming import Best, restore
-from convlens.scaling import START, LossScale
+from convlens.resuming import states
+from convlens.resuming.states import Best, restore
 from convlens.schema import OptimConfig
+from convlens.stepping.scaling import START, LossScale
 from support import begin, same, tiny
 from test_engine import everything
 
@@ -160,7 +161,7 @@ def test_a_run_that_is_taken_up_has_its_scale() -> None:
     for _ in range(4):
         next(records)
     first.scale.scale.fill_(32.0)
-    resuming.save(place, first, Best("val_loss"), [])
+    states.save(place, first, Best("val_loss"), [])
     restore(place, again, Best("val_loss"))
     same(first.scale.state(), again.scale.state())
     assert float(again.scale.scale) == 32.0
@@ -175,5 +176,5 @@ def test_nothing_is_saved_once_a_loss_has_failed() -> None:
     setup, place = begin(tiny(), "failed")
     next(setup.fit())
     setup.position.loss_sum = torch.tensor(float("nan"))
-    resuming.save(place, setup, Best("val_loss"), [])
+    states.save(place, setup, Best("val_loss"), [])
     assert place.state() is None

@@ -12,13 +12,15 @@ import pytest
 
 import convlens
 from commands import DIGITS, command, here, pictures, refused, weights
-from convlens import Run, asking, several
+from convlens import Run
 from convlens.errors import UsageError
 from convlens.metrics import mean_sd, variance_parts, wilson_interval
 from convlens.recipe import load
 from convlens.run import RunFolder
+from convlens.several import runs as several
+from convlens.several.tabling import Outcome, Planned, Summary, added
 from convlens.showing.results import recipe_table
-from convlens.tabling import Outcome, Planned, Summary, added
+from convlens.starting import asking
 from support import TINY, tiny
 
 SETTINGS = """

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import device, processes, ranks
+from convlens import device
 from convlens.data.augment import AUGMENTS, MIXES, build
 from convlens.data.batches import Batches, Normalise
+from convlens.distributed import processes
+from convlens.distributed.processes import ALONE, Lost, World
 from convlens.errors import UsageError
-from convlens.processes import ALONE, Lost, World
-from convlens.together import BATCH, Part, Together, _counts
+from convlens.stepping.together import BATCH, Part, Together, _counts
+from convlens.system import ranks
 from support import PLAN, Memory, Split, Streamed, begin, pictures, tiny
 from test_augment import STRONG
 
@@ -194,7 +196,7 @@ def test_each_process_has_a_gpu_of_its_own(launched: pytest.MonkeyPatch) -> None
 
 
 def test_a_batch_too_small_for_the_processes_is_refused() -> None:
-    from convlens.preparing import _check_shares
+    from convlens.starting.preparing import _check_shares
 
     _check_shares(tiny("train.batch_size=8"), World(0, 4))
     _check_shares(tiny("train.batch_size=1"), ALONE)
@@ -203,7 +205,7 @@ def test_a_batch_too_small_for_the_processes_is_refused() -> None:
 
 
 def test_norms_over_processes_need_gpus() -> None:
-    from convlens.together import synchronised
+    from convlens.stepping.together import synchronised
 
     setup, _ = begin(tiny("train.sync_batch_norm=true"), "one")  # nothing to synchronise with
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in setup.trained.modules())

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from commands import brightness_model, command, environment, picture, start
-from convlens.run import RunFolder
-from convlens.run import load_model as load
+from convlens.run import RunFolder, load_model as load
 from serving import Pages, serving
 from support import tiny
 

@@ -18,15 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from convlens import engine, guarding, models, optim, recipe
-from convlens.console import Watch
+from convlens import engine, models, optim, recipe
 from convlens.data import appearance, augment, batches, draws, geometry, mixing, policies
 from convlens.data.batches import Batches, Normalise
 from convlens.data.rows import ArrayRows
 from convlens.device import Plan
 from convlens.models import freezing
 from convlens.recipe import Recipe
-from convlens.scaling import LossScale
+from convlens.stepping import guarding
+from convlens.stepping.scaling import LossScale
+from convlens.system.console import Watch
 from support import Split
 
 RECIPES = recipe.names()

@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from convlens import modelfile, tensorfiles
 from convlens.errors import ModelFileError
+from convlens.formats import modelfile, tensorfiles
 from support import same
 
 TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor(7)}

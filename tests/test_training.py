@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from convlens import device, evaluation, modelfile, optim, run, training
-from convlens import recipe as recipes
-from convlens.checking import check
+from convlens import device, evaluation, optim, recipe as recipes, run, training
 from convlens.cli import main
 from convlens.errors import Diverged, ResourceError, UsageError
-from convlens.files import sha256
-from convlens.preparing import prepare
-from convlens.resuming import Best
+from convlens.formats import modelfile
+from convlens.resuming.states import Best
 from convlens.run import RunFolder
+from convlens.starting.checking import check
+from convlens.starting.preparing import prepare
+from convlens.system.files import sha256
 from support import TINY, begin, images_of, same, tiny
 
 
@@ -303,7 +303,7 @@ def test_normalisation_is_measured_on_the_training_images_only() -> None:
 
 def test_the_plan_of_a_run_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was chosen by timing, so another choice could end with other bits."""
-    from convlens.interrupts import Flag
+    from convlens.system.interrupts import Flag
 
     overrides = ("train.memory_format=auto", "train.epochs=2")
     monkeypatch.setattr(device, "plans", lambda *_: [device.Plan("cpu", "fp32", "channels_last")])

@@ -16,15 +16,17 @@ import pytest
 import torch
 
 from commands import here, picture, pictures, refused
-from convlens import engine, modelfile, models, run, training, weights
-from convlens.checking import check
+from convlens import engine, models, run, training
 from convlens.data import fetching
 from convlens.data.batches import Normalise
 from convlens.device import Plan
 from convlens.errors import ModelFileError, Stopped, UsageError
-from convlens.preparing import prepare
+from convlens.formats import modelfile
 from convlens.run import RunFolder
 from convlens.schema import ModelConfig
+from convlens.starting import weights
+from convlens.starting.checking import check
+from convlens.starting.preparing import prepare
 from serving import Pages, serving
 from support import begin, images_of, same, tiny
 

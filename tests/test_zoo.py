@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import modelfile, models, run, training
-from convlens.checking import check
+from convlens import models, run, training
 from convlens.errors import UsageError
+from convlens.formats import modelfile
 from convlens.models import MODELS, zoo
 from convlens.models.cnn import CNN
 from convlens.models.parts import Parts, name_parts
-from convlens.preparing import prepare
+from convlens.starting.checking import check
+from convlens.starting.preparing import prepare
 from support import images_of, same, tiny
 
 # One network of each of torchvision's files, the cheapest to build.

@@ -10,7 +10,7 @@ import torch
 from convlens import device, engine, recipe
 from convlens.data import Data, Split
 from convlens.data.rows import ArrayRows
-from convlens.preparing import prepare
+from convlens.starting.preparing import prepare
 from turns import Row, Turns, serve
 
 EPOCHS = 100_000

@@ -12,22 +12,26 @@ from typing import TYPE_CHECKING, Any
 from convlens.version import __version__
 
 if TYPE_CHECKING:
-    from convlens.api import Run as Run
-    from convlens.api import RunTable as RunTable
-    from convlens.api import evaluate as evaluate
-    from convlens.api import export as export
-    from convlens.api import predict as predict
-    from convlens.api import recipes as recipes
-    from convlens.api import train as train
-    from convlens.api import train_many as train_many
+    from convlens.api import (
+        Run as Run,
+        RunTable as RunTable,
+        evaluate as evaluate,
+        export as export,
+        predict as predict,
+        recipes as recipes,
+        train as train,
+        train_many as train_many,
+    )
     from convlens.errors import ConvlensError as ConvlensError
     from convlens.estimator import ImageClassifier as ImageClassifier
-    from convlens.insight import compare as compare
-    from convlens.insight import doctor as doctor
-    from convlens.insight import find_label_errors as find_label_errors
-    from convlens.insight import look as look
-    from convlens.insight import measure as measure
-    from convlens.insight import report as report
+    from convlens.insight import (
+        compare as compare,
+        doctor as doctor,
+        find_label_errors as find_label_errors,
+        look as look,
+        measure as measure,
+        report as report,
+    )
 
 _HOMES = {
     "Run": "api",

@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens import files, metrics, modelfile
+from convlens import metrics
 from convlens.data import Split
 from convlens.errors import ModelFileError
+from convlens.formats import modelfile
 from convlens.run import RunFolder
+from convlens.system import files
 
 LARGEST = 1 << 26  # bytes of logits that are kept: 10,000 images of 1,000 classes are 40 MB
 

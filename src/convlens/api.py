@@ -8,16 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from convlens import asking, evaluation, exported, modelfile, prediction, several, training
-from convlens import recipe as recipe_module
-from convlens import run as run_module
+from convlens import (
+    evaluation,
+    exported,
+    prediction,
+    recipe as recipe_module,
+    run as run_module,
+    training,
+)
 from convlens.evaluation import Evaluation
 from convlens.exporting import making
 from convlens.exporting.making import Export
+from convlens.formats import modelfile
 from convlens.prediction import Prediction
-from convlens.recipe import Recipe
-from convlens.recipe import load as load_recipe
-from convlens.tabling import Summary, Table
+from convlens.recipe import Recipe, load as load_recipe
+from convlens.several import runs as several
+from convlens.several.tabling import Summary, Table
+from convlens.starting import asking
 
 
 class Run:

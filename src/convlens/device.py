@@ -22,9 +22,9 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from convlens import ranks
-from convlens.console import say
 from convlens.errors import ResourceError, UsageError
+from convlens.system import ranks
+from convlens.system.console import say
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -18,14 +18,19 @@ from torch import Tensor, nn
 
 from convlens import optim
 from convlens.device import Plan, seed_generators, seed_of
-from convlens.graphs import Captured
-from convlens.guarding import Guard, LookBack, Spoilt, Waiting
-from convlens.guarding import NonFiniteLoss as NonFiniteLoss  # part of what `fit` promises
-from convlens.later import Later
-from convlens.memory import TooLarge, Trying, smaller
 from convlens.models.freezing import set_train_mode
-from convlens.scaling import LossScale
-from convlens.together import Together
+from convlens.stepping.graphs import Captured
+from convlens.stepping.guarding import (
+    Guard,
+    LookBack,
+    NonFiniteLoss as NonFiniteLoss,  # part of what `fit` promises
+    Spoilt,
+    Waiting,
+)
+from convlens.stepping.memory import TooLarge, Trying, smaller
+from convlens.stepping.scaling import LossScale
+from convlens.stepping.together import Together
+from convlens.system.later import Later
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Records = Iterator["Step | Epoch"]

@@ -13,15 +13,16 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
-from convlens import asking, device, training
-from convlens.checking import check
-from convlens.console import quieted
+from convlens import device, training
 from convlens.data.arrays import from_arrays
 from convlens.data.decode import fit_images
 from convlens.errors import UsageError
 from convlens.prediction import all_probabilities, channels_first
-from convlens.preparing import prepare
 from convlens.run import Loaded, RunFolder, load_model
+from convlens.starting import asking
+from convlens.starting.checking import check
+from convlens.starting.preparing import prepare
+from convlens.system.console import quieted
 
 
 class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]

@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from convlens import answers as store
-from convlens import device, metrics, modelfile, onlooker, picturing, processes, run, views
-from convlens.console import progress, quieted, say
+from convlens import answers as store, device, metrics, onlooker, picturing, run, views
 from convlens.data import Data, Split, load, load_foreign
 from convlens.data.batches import Labelled
+from convlens.distributed.processes import ALONE, World, join
 from convlens.errors import DataError, ModelFileError
 from convlens.exported import open_model
+from convlens.formats import modelfile
 from convlens.inference import Answers, placed, split_answers
 from convlens.names import alike, pick
-from convlens.processes import ALONE, World
 from convlens.run import Loaded, RunFolder
-from convlens.together import answered
+from convlens.stepping.together import answered
+from convlens.system.console import progress, quieted, say
 
 SPLITS = ("test", "val", "train")
 
@@ -111,7 +111,7 @@ def evaluate(
     """
     pick(dict.fromkeys(SPLITS), split, "split")
     views.chosen(tta)  # a typo must not cost the loading of a data set
-    world = processes.join()
+    world = join()
     place = onlooker.placed(world, lambda: place)
     loaded = open_model(place.model_path)
     where = loaded.where(on)

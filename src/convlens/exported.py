@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from convlens import modelfile, onnxfile
 from convlens.data.batches import Prepare
 from convlens.data.decode import FITS
 from convlens.device import Plan
 from convlens.errors import ModelFileError, UsageError
+from convlens.formats import modelfile, onnxfile
 from convlens.run import Loaded, Preprocessing, load_model
 
 SUFFIX = ".onnx"

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convlens import memory, metrics
-from convlens.console import say
+from convlens import metrics
 from convlens.data.batches import Labelled, Prepare, Rows
 from convlens.device import MEMORY_FORMATS, Plan, choose, synchronise, use_cores
+from convlens.stepping import memory
+from convlens.system.console import say
 from convlens.views import Views, averaged
 
 # The most that input and output of a network's largest layer may take for one batch, in bytes (a

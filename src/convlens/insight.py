@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convlens.api import Run
-from convlens.console import quieted
 from convlens.errors import UsageError
 from convlens.recipe import Recipe
 from convlens.run import find
+from convlens.system.console import quieted
 
 if TYPE_CHECKING:
     from convlens.comparing.comparison import Comparison

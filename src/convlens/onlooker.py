@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from convlens.distributed.processes import World
 from convlens.errors import DataError, ResourceError
-from convlens.processes import World
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from convlens import auto, device, metrics
+from convlens import device, metrics
 from convlens.data import Data, Split, augment, load
 from convlens.data.audit import Audit
 from convlens.data.batches import Augment, to_unit
@@ -21,6 +21,7 @@ from convlens.data.draws import Place
 from convlens.errors import UsageError
 from convlens.recipe import Recipe
 from convlens.run import PLOTS, RunFolder, safe
+from convlens.starting import auto
 
 SHOWN = 16  # pictures in a sheet
 Row = Mapping[str, float]

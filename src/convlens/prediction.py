@@ -15,13 +15,13 @@ import torch
 from rich.markup import escape
 
 from convlens import device, views
-from convlens.console import progress, quieted, say
 from convlens.data.decode import UnreadableImage, decode, fit_images
 from convlens.data.parts import is_image_name
 from convlens.data.scanning import Scanner, printable
 from convlens.errors import DataError, UsageError
 from convlens.inference import Forward, placed, probabilities
 from convlens.run import Loaded
+from convlens.system.console import progress, quieted, say
 
 TASK = 16  # files that a thread decodes in a row: handing over a task costs as much as a small one
 BATCH, BYTES = 256, 1 << 23  # the most images in a lot, and their bytes; two lots are read ahead

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from convlens import yamltext
 from convlens.errors import UsageError
 from convlens.names import near, pick
 from convlens.schema import (
@@ -33,7 +32,8 @@ from convlens.schema import (
     Section,
     TrainConfig,
 )
-from convlens.yamltext import short
+from convlens.system import yamltext
+from convlens.system.yamltext import short
 
 Operations = list[tuple[str, dict[str, Any]]]
 Source = str | Path | Mapping[str, Any]
@@ -316,12 +316,17 @@ def _explain(item: Any) -> tuple[str, str]:
 
 
 def _unknown(key: str) -> UsageError:
+    close = meant(key)
+    return UsageError(
+        f"unknown key {short(key)}" + f" (did you mean {' or '.join(close)}?)" * bool(close)
+    )
+
+
+def meant(key: str) -> list[str]:
+    """The keys of a recipe that look like `key`, best first."""
     inside = [f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields]
     choices = ["about", "augment", *inside]
     # The right key in the wrong section is the commonest slip.
     last = key.rpartition(".")[2]
     close = [choice for choice in choices if choice.rpartition(".")[2] == last]
-    close = close or near(key, choices)
-    return UsageError(
-        f"unknown key {short(key)}" + f" (did you mean {' or '.join(close)}?)" * bool(close)
-    )
+    return close or near(key, choices)

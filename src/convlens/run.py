@@ -21,13 +21,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convlens import device, files, modelfile, models, records, sealing
+from convlens import device, models
 from convlens.data.batches import Normalise, Prepare
 from convlens.errors import ModelFileError, UsageError
-from convlens.generations import Generations
+from convlens.formats import modelfile, records
+from convlens.formats.generations import Generations
 from convlens.names import near
-from convlens.recipe import Recipe
-from convlens.recipe import load as load_recipe
+from convlens.recipe import Recipe, load as load_recipe
+from convlens.system import files, sealing
 
 MODELS = Path("models")
 PLOTS = Path("plots")
@@ -248,9 +249,8 @@ def load_model(path: Path) -> Loaded:
         preprocessing = Preprocessing(**card["preprocessing"])
         classes = tuple(card["classes"])
         name, options = card["model"]["name"], card["model"]["options"]
-        model = models.build(
-            name, len(classes), preprocessing.channels, preprocessing.image_size, options
-        )
+        shape = preprocessing.channels, preprocessing.image_size
+        model = models.build(name, len(classes), *shape, options)
         models.load(model, tensors)
     except (KeyError, TypeError, RuntimeError, UsageError) as error:
         reason, version = " ".join(str(error).split())[:160], card.get("convlens", "?")

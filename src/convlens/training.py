@@ -13,35 +13,23 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from convlens import (
-    continuing,
-    device,
-    engine,
-    evaluation,
-    extending,
-    files,
-    meeting,
-    onlooker,
-    optim,
-    picturing,
-    planning,
-    processes,
-    ranks,
-    run,
-    weights,
-)
-from convlens.checking import check
-from convlens.console import say, table, watch
+from convlens import device, engine, evaluation, onlooker, optim, picturing, run
 from convlens.data import Data, load
+from convlens.distributed import meeting, processes
+from convlens.distributed.processes import World
 from convlens.errors import DataError, ResourceError, Stopped
 from convlens.inference import loss_and_accuracy
-from convlens.interrupts import Flag, flagged
-from convlens.keeping import Keeper, snapshot
-from convlens.preparing import Setup, prepare
-from convlens.processes import World
 from convlens.recipe import Recipe
-from convlens.resuming import Clock, begun_with
+from convlens.resuming import continuing, extending
+from convlens.resuming.keeping import Keeper, snapshot
+from convlens.resuming.states import Clock, begun_with
 from convlens.run import RunFolder
+from convlens.starting import planning, weights
+from convlens.starting.checking import check
+from convlens.starting.preparing import Setup, prepare
+from convlens.system import files, ranks
+from convlens.system.console import say, table, watch
+from convlens.system.interrupts import Flag, flagged
 from convlens.version import __version__
 
 LEAST_BYTES = 20  # for each weight: in the model file, and with a moment in each of two states

@@ -20,13 +20,13 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from convlens import ranks
 from convlens.cli import basics, inside, judging, trusting
 from convlens.cli.shared import app
-from convlens.console import console, say
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
-from convlens.interrupts import Terminated, stoppable
 from convlens.names import pick
+from convlens.system import ranks
+from convlens.system.console import console, say
+from convlens.system.interrupts import Terminated, stoppable
 from convlens.version import __version__
 
 __all__ = ["app", "basics", "inside", "judging", "main", "trusting"]
@@ -113,7 +113,7 @@ def _explained(error: Exception) -> ConvlensError | None:
         )
     if isinstance(error, OSError):
         return _of_the_system(error)
-    from convlens import memory  # torch; who ran out of memory has imported it
+    from convlens.stepping import memory  # torch; who ran out of memory has imported it
 
     if memory.ran_out(error):
         return memory.explained(error)
@@ -148,8 +148,8 @@ def _fail_with_others(error: ConvlensError) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     first, code = ranks.rank() == 0, error.exit_code
     # A signal may have cut an import of torch short; it can't be imported again.
-    if not isinstance(error, Stopped) or "convlens.meeting" in sys.modules:
-        from convlens import meeting
+    if not isinstance(error, Stopped) or "convlens.distributed.meeting" in sys.modules:
+        from convlens.distributed import meeting
 
         first, code = meeting.first_to_fail(error.exit_code)
     if first:

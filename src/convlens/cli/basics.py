@@ -18,7 +18,7 @@ from convlens.cli.shared import (
     listed,
     print_json,
 )
-from convlens.console import say
+from convlens.system.console import say
 
 if TYPE_CHECKING:
     from convlens.data.audit import Audit
@@ -59,10 +59,12 @@ def train(
     [dim]convlens train mnist · convlens train photos/ data.image_size=96 · convlens train digits
     --seeds 5 · convlens train digits --folds 5 · convlens train digits train.epochs=60 --extend[/]
     """
-    from convlens import asking, several, training
+    from convlens import training
     from convlens.errors import UsageError
+    from convlens.several import runs as several
     from convlens.showing.results import finished
     from convlens.showing.runs import run_table
+    from convlens.starting import asking
 
     changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
     options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
@@ -94,8 +96,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a trained model on one of its splits, or on another data set."""
-    from convlens import evaluation
-    from convlens import run as runs
+    from convlens import evaluation, run as runs
     from convlens.showing.results import evaluated
 
     place = runs.find(run)
@@ -119,8 +120,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Classify image files: a table, CSV or JSON of filename, label and probability."""
-    from convlens import exported, prediction, views
-    from convlens import run as runs
+    from convlens import exported, prediction, run as runs, views
     from convlens.errors import DataError
     from convlens.names import pick
     from convlens.showing.results import WRITERS
@@ -202,9 +202,10 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Look at a data set before training: counts, sizes, bad files, duplicates, a contact sheet."""
-    from convlens import asking, picturing
+    from convlens import picturing
     from convlens.data.audit import audit
     from convlens.showing.results import audited, drawn, sharded
+    from convlens.starting import asking
 
     if shards is not None:
         from convlens.data.sharding import to_shards

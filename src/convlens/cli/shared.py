@@ -2,15 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, cast
 
 import typer
+import typer.core
+
+from convlens.errors import UsageError
+
+
+class Commands(typer.core.TyperGroup):
+    """All commands; what was typed wrongly is told as every other error is."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with in_our_words():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with in_our_words():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def in_our_words() -> Iterator[None]:
+    """A `UsageError` of ours for typer's, with the key of a recipe that an option may mean."""
+    # typer has no public name for the base class of what it raises.
+    typed_wrongly = cast("type[Exception]", typer.BadParameter.__mro__[1])
+    try:
+        yield
+    except typed_wrongly as raised:
+        error: Any = raised
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        command = error.ctx.command_path if error.ctx else "convlens COMMAND"
+        listed = "commands" if error.ctx and not error.ctx.parent else "options"
+        what, fix = error.format_message(), f"`{command} -h` lists the {listed}"
+        if option := getattr(error, "option_name", ""):
+            close = " or ".join(getattr(error, "possibilities", None) or ())
+            keys = _keys(option) if error.ctx and _takes_keys(error.ctx.command) else []
+            if keys:
+                what = f"no such option: {option}; this is a key of the recipe"
+                fix = " or ".join(f"{key}=VALUE" for key in keys) + f"; {fix}"
+            elif type(error).__name__ == "NoSuchOption":
+                what = f"no such option: {option}" + f" (did you mean {close}?)" * bool(close)
+        raise UsageError(what[:1].lower() + what[1:].rstrip("."), fix=fix) from error
+
+
+def _takes_keys(command: Any) -> bool:
+    return any(parameter.name == "overrides" for parameter in command.params)
+
+
+def _keys(option: str) -> list[str]:
+    """The keys of a recipe whose last part is an option's name: `--batch-size`."""
+    from convlens.recipe import meant  # pydantic: only now is it worth its time
+
+    name = option.strip("-").replace("-", "_")
+    return [key for key in meant(name) if key.rpartition(".")[2] == name]
+
 
 app = typer.Typer(
     name="convlens",
+    cls=Commands,
     help="Train, test and look inside convolutional image classifiers.",
     no_args_is_help=True,
     add_completion=False,

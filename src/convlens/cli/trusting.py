@@ -23,9 +23,9 @@ def selftest(
     [dim]Small trainings in a temporary folder, with augmentation, dropout, averaged weights, mixed
     images and early stopping. Each takes some ten seconds.[/]
     """
-    from convlens import chaos as killing
-    from convlens.console import say
     from convlens.errors import ModelFileError
+    from convlens.resuming import chaos as killing
+    from convlens.system.console import say
 
     score = killing.chaos(chaos, processes=processes, seed=seed)
     print_json(as_json, score.to_dict())

@@ -17,14 +17,15 @@ import torch
 from rich.markup import escape
 from torch import nn
 
-from convlens import device, inference, metrics, modelfile, picturing, run
+from convlens import device, inference, metrics, picturing, run
 from convlens.answers import identity
 from convlens.comparing.verdicts import Candidate, Group, Verdict, grouped, judged, seedless
-from convlens.console import quieted, say
 from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError
 from convlens.evaluation import SPLITS, Judged, judged_by, look
+from convlens.formats import modelfile
 from convlens.names import pick
 from convlens.run import Loaded, RunFolder
+from convlens.system.console import quieted, say
 
 NAMED = 3  # runs in the name of the folder of plots
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from convlens import differences, metrics
+from convlens import metrics
+from convlens.comparing import differences
 from convlens.evaluation import Evaluation
 from convlens.recipe import Recipe
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.markup import escape
 
-from convlens.console import say
 from convlens.data.decode import UnreadableImage, probe
 from convlens.data.encoded import Files
 from convlens.data.listing import Listing, learned_from
@@ -22,6 +21,7 @@ from convlens.data.parts import Part, Source
 from convlens.data.rows import Conversion, as_index
 from convlens.data.sources import find
 from convlens.errors import DataError
+from convlens.system.console import say
 
 if TYPE_CHECKING:
     from convlens.schema import DataConfig

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens.console import progress
 from convlens.data import similar
 from convlens.data.decode import Pixels, decode, fit_images
 from convlens.data.encoded import Files
@@ -27,6 +26,7 @@ from convlens.data.rows import ArrayRows
 from convlens.data.similar import Repeats
 from convlens.data.sources import REMARKS, find
 from convlens.errors import DataError
+from convlens.system.console import progress
 
 if TYPE_CHECKING:
     from convlens.schema import DataConfig

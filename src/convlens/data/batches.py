@@ -19,8 +19,8 @@ from torch import Tensor
 from convlens.data.draws import Place, SharedGenerator
 from convlens.data.order import WINDOW, Shards, epoch_order
 from convlens.device import Plan, seed_of
-from convlens.later import send
-from convlens.processes import ALONE, World
+from convlens.distributed.processes import ALONE, World
+from convlens.system.later import send
 
 # (images float32 0..1, labels int64 [B], place, generator) -> images, and labels or probabilities
 Augment = Callable[[Tensor, Tensor, Place, torch.Generator], tuple[Tensor, Tensor]]

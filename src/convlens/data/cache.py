@@ -31,7 +31,6 @@ import numpy as np
 import torch
 
 from convlens import device
-from convlens.console import progress, say
 from convlens.data import decode
 from convlens.data.decode import Pixels, UnreadableImage
 from convlens.data.encoded import Files, refuse_passing
@@ -45,8 +44,9 @@ from convlens.data.rows import (
     StoredRows,
     sums_of,
 )
-from convlens.files import part_of, sweep
-from convlens.sealing import Changed, seal_bytes, unseal_bytes
+from convlens.system.console import progress, say
+from convlens.system.files import part_of, sweep
+from convlens.system.sealing import Changed, seal_bytes, unseal_bytes
 
 _MAGIC = b"convlns2"
 _TAIL = 8 + 32 + 8

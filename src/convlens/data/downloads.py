@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convlens.console import say
 from convlens.data.fetching import DownloadError, fetch
 from convlens.data.locks import turn
 from convlens.errors import DataError
-from convlens.files import cannot_write, sweep, write_atomic
+from convlens.system.console import say
+from convlens.system.files import cannot_write, sweep, write_atomic
 
 MOST_MEMBER = 1 << 30  # bytes of an unpacked file; the largest of the sets has 221 MB
 MOST_MEMBERS = 4 << 30  # of all in an archive, whether wanted or not; STL-10 has 3.1 GB

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from convlens.device import seed_of
+from convlens.distributed.processes import Share
 from convlens.errors import UsageError
-from convlens.processes import Share
 
 Range = Sequence[float]
 Colour = float | Sequence[float]

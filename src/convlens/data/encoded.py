@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from convlens.data.decode import UnreadableImage, read_bytes
-from convlens.files import cannot_read
+from convlens.system.files import cannot_read
 
 # What the system says of a file that will be no better the next time: gone, forbidden, no regular
 # file, a name that can't be.

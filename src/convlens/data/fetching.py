@@ -11,8 +11,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from convlens.console import progress
-from convlens.files import part_of, sweep
+from convlens.system.console import progress
+from convlens.system.files import part_of, sweep
 
 TIMEOUT = 20.0  # seconds without a byte
 PATIENCE = 60.0  # seconds in which `LEAST` bytes must come: a server that trickles is none

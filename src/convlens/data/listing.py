@@ -21,7 +21,7 @@ import numpy.typing as npt
 from convlens.data import similar
 from convlens.data.opening import Index, Opened
 from convlens.data.similar import Repeats
-from convlens.files import write_atomic
+from convlens.system.files import write_atomic
 
 FILE = "images.csv.gz"
 COLUMNS = ("id", "class", "split", "sha256")

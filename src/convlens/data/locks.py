@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from convlens.console import say
 from convlens.errors import ResourceError
+from convlens.system.console import say
 
 
 @contextlib.contextmanager

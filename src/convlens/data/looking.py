@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from convlens import device
-from convlens.console import Bar
 from convlens.data import similar
 from convlens.data.decode import MAX_PIXELS, Pixels, UnreadableImage, decode, fit_images, probe
 from convlens.data.encoded import Files
 from convlens.data.locks import Room
 from convlens.data.parts import Part
+from convlens.system.console import Bar
 
 _CHUNK = 512
 _ROOM = Room(2 * MAX_PIXELS, free=1 << 22)  # of images at their own size, for all threads

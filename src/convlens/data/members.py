@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from convlens import device
-from convlens.console import progress, say
 from convlens.data.cache import folder
 from convlens.data.decode import MAX_BYTES, UnreadableImage
 from convlens.data.encoded import Files, times_of
@@ -29,8 +28,9 @@ from convlens.data.locks import turn
 from convlens.data.reading import Reader
 from convlens.data.tars import read_samples
 from convlens.errors import DataError, ResourceError
-from convlens.files import sweep, write_atomic
-from convlens.sealing import Changed, seal_bytes, unseal_bytes
+from convlens.system.console import progress, say
+from convlens.system.files import sweep, write_atomic
+from convlens.system.sealing import Changed, seal_bytes, unseal_bytes
 
 VERSION = 2  # of the index: raise it when the same tar would give another one
 OPEN = 64  # shards that are kept open, of each part, where the system lets us

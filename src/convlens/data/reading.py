@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from convlens.errors import DataError
-from convlens.files import cannot_read
+from convlens.system.files import cannot_read
 
 
 class Reader:

@@ -21,12 +21,12 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from convlens.console import say
 from convlens.data.decode import Pixels, UnreadableImage, decode, fit_images
 from convlens.data.encoded import Files, refuse_passing
 from convlens.data.parts import Images
 from convlens.data.reading import Reader
 from convlens.errors import DataError
+from convlens.system.console import say
 
 Shape = tuple[int, int, int, int]
 Sums = npt.NDArray[np.uint32]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from convlens.console import say
 from convlens.data.encoded import ITS_OWN
 from convlens.data.parts import is_image_name
 from convlens.errors import DataError
-from convlens.files import cannot_read
+from convlens.system.console import say
+from convlens.system.files import cannot_read
 
 JUNK_FOLDERS = frozenset({"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN"})
 _JUNK_FILES = frozenset({"thumbs.db", "desktop.ini"})

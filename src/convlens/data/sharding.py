@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from convlens.console import progress
 from convlens.data.decode import FORMATS, UnreadableImage
 from convlens.data.encoded import Files
 from convlens.data.parts import Part, Source
 from convlens.data.sources import find
 from convlens.errors import UsageError
-from convlens.files import cannot_write
+from convlens.system.console import progress
+from convlens.system.files import cannot_write
 
 if TYPE_CHECKING:
     from convlens.schema import DataConfig

@@ -20,7 +20,7 @@ from convlens.data.decode import EXTENSIONS
 from convlens.data.folders import normal
 from convlens.data.scanning import printable
 from convlens.errors import DataError
-from convlens.files import cannot_read
+from convlens.system.files import cannot_read
 
 LABELS = ("cls", "json", "txt")  # where there are several, the first counts
 MOST_LABEL = 1 << 20  # bytes of a label

@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlens import device, modelfile, run
-from convlens.console import progress, quieted
+from convlens import device, run
 from convlens.data import Split
 from convlens.diagnosing.findings import CannotTell, Case, Finding, Shares
 from convlens.diagnosing.symptoms import RULES
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation import own_data
+from convlens.formats import modelfile
 from convlens.inference import batch_logits, placed
 from convlens.inspection.layers import as_maps, recording, stages
 from convlens.recipe import Recipe
 from convlens.run import Loaded, RunFolder
+from convlens.system.console import progress, quieted
 
 LOOKED_AT = 512  # images of each split: enough for the thresholds, a second or two
 BATCH = 64

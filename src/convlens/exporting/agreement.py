@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from convlens import device, metrics
-from convlens.console import say
 from convlens.data import Split, load_foreign
 from convlens.data.decode import fit_images
 from convlens.data.drawn import Drawn
@@ -24,6 +23,7 @@ from convlens.errors import DataError, ModelFileError, UsageError
 from convlens.evaluation import own_data
 from convlens.inference import Forward, placed
 from convlens.run import Loaded, RunFolder
+from convlens.system.console import say
 
 IMAGES = 500
 BATCHES = (1, 7)  # eight of each, and the rest in larger ones

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convlens import memory, onnxfile
 from convlens.data.batches import scale_and_shift
 from convlens.errors import ModelFileError
 from convlens.exporting.agreement import Ask
-from convlens.onnxfile import INPUT, OUTPUTS
+from convlens.formats import onnxfile
+from convlens.formats.onnxfile import INPUT, OUTPUTS
 from convlens.run import Loaded, Preprocessing
+from convlens.stepping import memory
 from convlens.version import __version__
 
 FACTS = "convlens.json"  # in an archive of torch.export, among its extra files

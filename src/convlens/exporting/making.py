@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from convlens import files, run
-from convlens.console import quieted, say
+from convlens import run
 from convlens.errors import ModelFileError, ResourceError, UsageError
 from convlens.exporting import agreement
 from convlens.exporting.agreement import Agreement, Witness
 from convlens.exporting.formats import FORMATS, Body, captured, described, texts
+from convlens.formats.onnxfile import needed
 from convlens.names import pick
-from convlens.onnxfile import needed
 from convlens.run import RunFolder
+from convlens.system import files
+from convlens.system.console import quieted, say
 
 PATIENCE = 60.0  # seconds to wait for another export that puts its files in place
 

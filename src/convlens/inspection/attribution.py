@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlens import console, files, inference
+from convlens import inference
 from convlens.errors import UsageError
 from convlens.inspection import layers, saliency, sanity_checks
 from convlens.inspection.choosing import different
@@ -26,6 +26,7 @@ from convlens.inspection.subjects import Picture, Subject
 from convlens.models import parts
 from convlens.names import pick
 from convlens.run import safe
+from convlens.system import console, files
 
 
 @dataclass

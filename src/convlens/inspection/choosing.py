@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from convlens import run
-from convlens.console import say
 from convlens.data.decode import EXTENSIONS, fit_images
 from convlens.errors import ModelFileError, UsageError
 from convlens.inference import batch_logits
 from convlens.inspection.subjects import Picture, Subject, choose_pictures, is_place, open_subject
 from convlens.picturing import worst_of
+from convlens.system.console import say
 
 SAMPLE = 512  # held-out images among which examples are looked for
 EXAMPLES = 3  # classes that give one

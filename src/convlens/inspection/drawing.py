@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from convlens.files import write_atomic
 from convlens.inspection import activity
 from convlens.inspection.activity import Activity
 from convlens.inspection.choosing import Opened
+from convlens.system.files import write_atomic
 
 CHANNELS = 64  # shown of a layer
 

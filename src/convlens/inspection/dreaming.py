@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from convlens import device
-from convlens.console import progress
 from convlens.errors import UsageError
 from convlens.inspection import layers
 from convlens.inspection.subjects import Subject
 from convlens.inspection.toppers import TopImages
 from convlens.models import parts as parts_of
+from convlens.system.console import progress
 
 STEPS = 192
 CHANNELS = 8  # where none are named

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from convlens.console import progress, quieted
 from convlens.errors import DataError
-from convlens.files import write_atomic
 from convlens.inspection.penultimate import penultimate
 from convlens.inspection.sampling import sample
 from convlens.inspection.subjects import Subject
 from convlens.names import pick
+from convlens.system.console import progress, quieted
+from convlens.system.files import write_atomic
 
 Floats = npt.NDArray[np.float64]
 BATCH = 256

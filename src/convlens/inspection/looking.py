@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from convlens.console import say
 from convlens.errors import UsageError
 from convlens.inspection import (
     activity,
@@ -27,6 +26,7 @@ from convlens.inspection.choosing import Opened, file_names
 from convlens.inspection.drawing import CHANNELS, draw_activations, pack, save, truth
 from convlens.inspection.subjects import Subject
 from convlens.names import pick
+from convlens.system.console import say
 
 KERNELS = 48  # channels shown of a deeper layer's kernels: a row each
 ROWS = 16  # channels shown with their strongest images

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convlens.console import quieted
 from convlens.errors import UsageError
-from convlens.files import write_atomic
 from convlens.inspection.measures import MEASURES
 from convlens.inspection.sampling import Sample, sample
 from convlens.inspection.stagebatch import Value
 from convlens.inspection.stagework import Alike, Measured, Work, together
 from convlens.inspection.subjects import Subject, share_data
 from convlens.names import pick
+from convlens.system.console import quieted
+from convlens.system.files import write_atomic
 
 SIMILARITY = "similarity"
 NAMES = (*MEASURES, SIMILARITY)

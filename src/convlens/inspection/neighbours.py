@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convlens.console import progress, quieted
 from convlens.data import Split
 from convlens.data.similar import ALIKE, SIDE, correlation, is_plain
 from convlens.errors import UsageError
 from convlens.inspection.penultimate import penultimate
 from convlens.inspection.subjects import Picture, Subject
 from convlens.inspection.toppers import merged
+from convlens.system.console import progress, quieted
 
 BATCH = 256
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from convlens import models
-from convlens.console import progress
 from convlens.errors import ModelFileError
 from convlens.inspection import layers
 from convlens.inspection.measures import MEASURES
@@ -19,6 +18,7 @@ from convlens.inspection.sampling import Sample
 from convlens.inspection.similarity import Similarity, gram
 from convlens.inspection.stagebatch import Batch, Measure, Value
 from convlens.inspection.subjects import Subject
+from convlens.system.console import progress
 
 PIXELS = 2**18  # of the images in a batch; the widest stages have a hundred times as many numbers
 WHITENED_FROM = 2000  # images, where a network's first filters are computed from some

@@ -15,8 +15,7 @@ import torch
 from rich.markup import escape
 from torch import Tensor, nn
 
-from convlens import evaluation, models, prediction, run, weights
-from convlens.console import say
+from convlens import evaluation, models, prediction, run
 from convlens.data import Data, Split
 from convlens.data.decode import UnreadableImage, decode
 from convlens.device import Plan
@@ -27,6 +26,8 @@ from convlens.names import pick
 from convlens.picturing import worst_of
 from convlens.run import Loaded, Preprocessing, RunFolder
 from convlens.schema import ModelConfig
+from convlens.starting import weights
+from convlens.system.console import say
 
 SIZE = 224  # of images for a network whose weights don't say
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from convlens.console import progress
 from convlens.data import Split
 from convlens.errors import DataError
 from convlens.inspection import layers
 from convlens.inspection.subjects import Subject
+from convlens.system.console import progress
 
 IMAGES = 9  # for each channel
 BATCH, BYTES = 128, 1 << 26  # images at a time, and the most that their maps may take

@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens import answers, asking, device, evaluation, run, several
-from convlens.console import progress, quieted, say
+from convlens import answers, device, evaluation, run
 from convlens.data import Data, Split, load, looking, similar
 from convlens.errors import DataError, UsageError
 from convlens.inference import placed, probabilities, split_logits
@@ -31,6 +30,9 @@ from convlens.labelling.suspects import LabelReport, Pair, Suspect, Twin
 from convlens.recipe import Recipe
 from convlens.run import Loaded, RunFolder
 from convlens.schema import DataConfig
+from convlens.several import runs as several
+from convlens.starting import asking
+from convlens.system.console import progress, quieted, say
 
 FOLDS = 5
 TOP = 3  # classes named with their probabilities

@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from convlens import files
-from convlens.console import say
 from convlens.data import Data
 from convlens.data.decode import UnreadableImage, decode, fit_images
 from convlens.data.encoded import Files, Paths
@@ -27,6 +25,8 @@ from convlens.data.sources import find
 from convlens.data.tables import guarded
 from convlens.labelling.suspects import LabelReport, Suspect
 from convlens.schema import DataConfig
+from convlens.system import files
+from convlens.system.console import say
 
 PAGE = 48  # pictures on a page of the sheet
 PAGES = 10  # at most; the CSV has all

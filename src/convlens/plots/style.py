@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from convlens.errors import UsageError
-from convlens.files import write_atomic
+from convlens.system.files import write_atomic
 
 P = ParamSpec("P")
 

@@ -10,13 +10,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from convlens import files, run
-from convlens.console import progress, quieted
+from convlens import run
 from convlens.errors import UsageError
 from convlens.reporting import comparing, sections
 from convlens.reporting.contents import Contents, gather
 from convlens.reporting.page import Section, compose
 from convlens.reporting.verdict import verdict
+from convlens.system import files
+from convlens.system.console import progress, quieted
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from convlens.differences import holm, on_images
+from convlens.comparing.differences import holm, on_images
 from convlens.reporting import drawing, origin
 from convlens.reporting.contents import Contents
 from convlens.reporting.drawing import Line

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from convlens import answers, device, evaluation, metrics, modelfile, run
+from convlens import answers, device, evaluation, metrics, run
 from convlens.answers import Answers
-from convlens.console import say
 from convlens.data import Split
-from convlens.data.audit import Audit
-from convlens.data.audit import audit as look_at
+from convlens.data.audit import Audit, audit as look_at
 from convlens.errors import ConvlensError, ModelFileError, UsageError
+from convlens.formats import modelfile
 from convlens.recipe import Recipe
 from convlens.run import Loaded, RunFolder
+from convlens.system.console import say
 
 QUICK = 5000  # images: so many are audited without being asked to
 

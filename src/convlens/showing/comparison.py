@@ -7,8 +7,8 @@ from rich.markup import escape
 from convlens import metrics
 from convlens.comparing.comparison import Comparison
 from convlens.comparing.verdicts import Group
-from convlens.console import say
 from convlens.showing.results import stdout, table_of
+from convlens.system.console import say
 
 COLUMNS = (
     "run", "accuracy %", "loss", "ECE", "weights", "MFLOPs", "trained s", "images/s", "MB",

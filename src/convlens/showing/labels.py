@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from convlens.console import say
 from convlens.labelling.suspects import LabelReport, Suspect
 from convlens.showing.results import stdout, table_of
+from convlens.system.console import say
 
 SHOWN = 20  # suspects in the table; the CSV has all
 PAIRS = 8

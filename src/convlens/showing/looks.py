@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from convlens.console import say
 from convlens.showing.attribution import attributed
 from convlens.showing.measures import embedded, measured, neighboured
 from convlens.showing.results import stdout, table_of
+from convlens.system.console import say
 
 if TYPE_CHECKING:
     from convlens.inspection.looking import Look

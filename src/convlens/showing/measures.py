@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from convlens.console import say
 from convlens.showing.results import stdout, table_of
+from convlens.system.console import say
 
 if TYPE_CHECKING:
     from convlens.inspection.embedding import Embedded

@@ -15,7 +15,7 @@ from rich.control import strip_control_codes
 from rich.markup import escape
 from rich.table import Table
 
-from convlens.console import say
+from convlens.system.console import say
 
 if TYPE_CHECKING:  # `convlens recipes` must not wait for torch
     from convlens.data.audit import Audit

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from convlens.console import say
+from convlens.several.tabling import Outcome, Summary, Table, trainable
 from convlens.showing.results import stdout, table_of
-from convlens.tabling import Outcome, Summary, Table, trainable
+from convlens.system.console import say
 
 Row = dict[str, str]
 WORDS = {"test": "test", "val": "validation"}

@@ -1,0 +1,1 @@
+"""What a run keeps so that it can be killed at any moment, and how it goes on."""

@@ -1,0 +1,1 @@
+"""Several runs of one recipe: settings, splits, seeds and folds, and what they reached."""

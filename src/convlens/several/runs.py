@@ -1,0 +1,203 @@
+"""Several runs of one recipe side by side: its settings, splits of the data, seeds, folds.
+
+`expand` says which runs these are, `train_many` trains them (each is a run like any other, found
+again and continued by the same command) and puts them in one table: a number of one run is one
+draw of a lottery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convlens import evaluation, picturing, run, training
+from convlens.data.opening import is_drawn
+from convlens.data.sources import find
+from convlens.distributed import processes
+from convlens.errors import UsageError
+from convlens.recipe import Recipe
+from convlens.run import RunFolder
+from convlens.several.tabling import Outcome, Planned, Table
+from convlens.starting.asking import Asked
+from convlens.starting.checking import check
+from convlens.system.console import quieted, say
+
+MOST = 10_000  # runs of one command
+
+
+def expand(
+    asked: Mapping[str | None, Asked],
+    *,
+    splits: int = 1,
+    seeds: int = 1,
+    folds: int | None = None,
+    name: str | None = None,
+) -> list[Planned]:
+    """Every setting x split x seed x fold as a run with a name of its own.
+
+    Splits count from the recipe's `data.seed`, seeds from its `train.seed`. A run's name says
+    only what it differs in: `x` for the recipe's own split and seed, `x-seed1`, `x-a-split2`.
+    """
+    several = len(asked) * splits * seeds * (folds or 1)
+    if several > MOST:
+        raise UsageError(f"that would be {several:,} runs; {MOST:,} at most go together")
+    plans = []
+    for setting, each in asked.items():
+        data_seed, seed = each.recipe.data.seed, each.recipe.train.seed
+        called = "-".join([name or each.recipe.name, *([setting] if setting else [])])
+        cells = [
+            (data_seed + split, seed + number, fold)
+            for split in range(splits)
+            for number in range(seeds)
+            for fold in (range(folds) if folds else [None])
+        ]
+        for its_split, its_seed, fold in cells:
+            changes: dict[str, Any] = {"data.seed": its_split, "train.seed": its_seed}
+            its_name = called
+            if its_split != data_seed:
+                its_name += f"-split{its_split}"
+            if its_seed != seed:
+                its_name += f"-seed{its_seed}"
+            if fold is not None:
+                changes |= {"data.folds": folds, "data.fold": fold}
+                its_name += f"-fold{fold}"
+            recipe = each.recipe.replace(**changes).model_copy(update={"name": its_name})
+            plain = each.plain or name is not None
+            plans.append(Planned(recipe, plain, setting, its_split, its_seed, fold))
+    return plans
+
+
+def train_many(
+    asked: Mapping[str | None, Asked],
+    *,
+    splits: int = 1,
+    seeds: int = 1,
+    folds: int | None = None,
+    refit: bool = False,
+    name: str | None = None,
+    fresh: bool = False,
+    test: bool = True,
+    on: str | None = None,
+    quiet: bool = False,
+) -> Table:
+    """Trains every setting with every split, seed and fold, and puts them side by side.
+
+    Args:
+        asked: recipes by setting; a recipe without settings stands under None.
+        splits: different splits of the data (`data.seed`, `data.seed` + 1, ...).
+        seeds: different initial weights, order, augmentation and dropout (`train.seed`, ...).
+        folds: K-fold cross-validation on all images but the test split, which stays sealed.
+        refit: each run only finds the number of epochs; then one on training and validation
+            images together trains for that many and is tested.
+        name: stands for the recipe's name in those of the runs.
+        test: the table is about the test split, else about validation.
+        fresh, on, quiet: as in `training.train`.
+
+    Raises:
+        UsageError: before anything is trained, if a recipe or the combination can't be.
+    """
+    plans = expand(asked, splits=splits, seeds=seeds, folds=folds, name=name)
+    _check(plans, splits=splits, folds=folds, refit=refit, test=test)
+    test = test and folds is None
+    outcomes = []
+    with quieted(quiet):
+        for number, planned in enumerate(plans, 1):
+            say(f"[bold]{planned.recipe.name}[/], {number} of {len(plans)}")
+            place = chooser = _train(planned.recipe, planned, fresh, on, quiet)
+            if refit:
+                place = _train(refitted(planned.recipe.name, chooser), planned, fresh, on, quiet)
+            looked = evaluation.evaluate(place, "test" if test else "val", on=on, quiet=quiet)
+            outcomes.append(Outcome(planned, place, chooser, looked))
+    first = next(iter(asked.values()))
+    kinds = {"settings": len(asked) > 1, "splits": splits > 1, "seeds": seeds > 1}
+    kinds |= {"folds": folds is not None, "refit": refit}
+    called = name or first.recipe.name
+    plot = _plot_folder(called, [kind for kind, there in kinds.items() if there], asked, plans)
+    table = Table(
+        name=run.safe(called),
+        split="test" if test else "val",
+        splits=splits,
+        seeds=seeds,
+        folds=folds,
+        refit=refit,
+        outcomes=outcomes,
+        plot=plot / "curves.png",
+    )
+    if processes.join().leads:
+        picturing.several_plot(table.plot, table.histories(), called, table.repeats_in_words())
+    return table
+
+
+def refitted(name: str, chooser: RunFolder) -> Recipe:
+    """The recipe of the run that trains on all that `chooser` had, for the epochs it chose."""
+    resolved = chooser.recipe()
+    changed = resolved.replace(
+        **{
+            "data.val_fraction": 0,
+            "data.folds": None,
+            "data.fold": 0,
+            "train.epochs": int(chooser.facts()["kept_epoch"]),
+            "train.patience": None,
+            "train.keep": "last",
+        }
+    )
+    return changed.model_copy(update={"name": f"{name}-refit"})
+
+
+def _train(recipe: Recipe, planned: Planned, fresh: bool, on: str | None, quiet: bool) -> RunFolder:
+    return training.train(recipe, plain=planned.plain, fresh=fresh, test=False, on=on, quiet=quiet)
+
+
+def _check(
+    plans: list[Planned], *, splits: int, folds: int | None, refit: bool, test: bool
+) -> None:
+    """Refuses what would only turn out after hours of training."""
+    if refit and folds is not None:
+        raise UsageError(
+            "--refit tests a model once, --folds keeps the test split sealed: one of them",
+            fix="choose by --folds first, then --refit what was chosen",
+        )
+    if refit and not test:
+        raise UsageError(
+            "--refit leaves no validation split, so without the test split there is no number",
+            fix="drop --no-test, or drop --refit",
+        )
+    for planned in plans:
+        check(planned.recipe)
+        data = planned.recipe.data
+        if not data.validates and (refit or not test):
+            what = "--refit chooses epochs" if refit else "--no-test measures"
+            raise UsageError(
+                f"{what} by validation, but data.val_fraction=0",
+                where=planned.recipe.name,
+                fix="set data.val_fraction=0.15",
+            )
+        if refit and data.per_class is not None:
+            raise UsageError(
+                f"--refit adds the validation images, but data.per_class={data.per_class} would "
+                "take as many as before",
+                where=planned.recipe.name,
+                fix="data.total_per_class counts training and validation images together",
+            )
+    data = plans[0].recipe.data
+    if splits > 1:
+        size = None if data.image_size == "auto" else int(data.image_size)
+        source = find(data.name, count=data.count, image_size=size, group=data.group)
+        if not is_drawn(data, source):
+            raise UsageError(
+                f"--splits {splits} would be the same one: {data.name!r} brings all its splits",
+                fix="use --seeds, or draw training images with data.total_per_class",
+            )
+
+
+def _plot_folder(
+    called: str, kinds: list[str], asked: Mapping[str | None, Asked], plans: list[Planned]
+) -> Path:
+    """As for runs: a recipe that isn't as published gets six digits of its hash."""
+    named = "-".join([run.safe(called), *kinds])
+    if not plans[0].plain:
+        digests = "".join(each.recipe.digest() for each in asked.values())
+        named += f"-{hashlib.sha256(digests.encode()).hexdigest()[:6]}"
+    return run.PLOTS / named
