@@ -334,7 +334,7 @@ def test_a_quota_stops_a_training_which_then_goes_on(monkeypatch: pytest.MonkeyP
 HOLD = """
 import sys, time
 from pathlib import Path
-from convlens.files import lock
+from convlens.system.files import lock
 with lock(Path(sys.argv[1]), what="it"):
     print("held", flush=True)
     time.sleep(120)

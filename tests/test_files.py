@@ -225,7 +225,7 @@ def test_a_process_killed_while_writing_leaves_a_whole_file() -> None:
     code = """
 import itertools
 from pathlib import Path
-from convlens.files import write_atomic
+from convlens.system.files import write_atomic
 for i in itertools.count():
     write_atomic(Path("big"), bytes([i % 256]) * 3_000_000)
 """
@@ -253,7 +253,7 @@ LEFT = ".file.abcdefg_.part"
 KILLED = """
 import os, signal
 from pathlib import Path
-from convlens import files
+from convlens.system import files
 os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
 with files.lock(Path("deep/er/.lock"), what="x"):
     files.write_atomic(Path("deep/er/file"), b"half of it")
@@ -390,7 +390,7 @@ def holding(seconds: int) -> subprocess.Popen[str]:
     code = """
 import time
 from pathlib import Path
-from convlens.files import lock
+from convlens.system.files import lock
 with lock(Path("deep/er/.lock"), what="x"):
     print("held", flush=True)
     time.sleep(SECONDS)

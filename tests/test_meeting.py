@@ -95,7 +95,7 @@ def test_it_is_said_who_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
 
 JOINED = """
 import os, sys, time
-from convlens import meeting, processes
+from convlens.distributed import meeting, processes
 print("begun", flush=True)
 world = processes.join()
 print("total", world.total(1.0), meeting.restarted(), flush=True)

@@ -254,7 +254,9 @@ def test_one_of_several_processes_does_not_go_on_otherwise() -> None:
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from convlens import cli, preparing, processes
+from convlens import cli
+from convlens.starting import preparing
+from convlens.distributed import processes
 import test_out_of_memory as here
 
 real = preparing.prepare

@@ -210,7 +210,8 @@ APART = """
 import os
 second = os.environ["RANK"] == "1"
 os.environ["CONVLENS_DATA"] = "second" if second else "first"
-from convlens import cli, processes
+from convlens import cli
+from convlens.distributed import processes
 if second and os.environ["OTHER"] == "version":
     processes.__version__ = "9.9"
 cli.main(["train", "pics", "data.image_size=16", "train.epochs=1", "--device", "cpu"])

@@ -242,7 +242,7 @@ def test_a_run_in_use_by_another_process_is_a_resource_error() -> None:
     code = """
 import sys
 from pathlib import Path
-from convlens.files import lock
+from convlens.system.files import lock
 with lock(Path("models/tiny/.lock"), what="x"):
     print("held", flush=True)
     sys.stdin.readline()
