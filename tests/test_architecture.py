@@ -41,7 +41,7 @@ LEVEL = {name: level for level, entries in LEVELS.items() for name in entries}
 AT_IMPORT = {
     "system.yamltext": {"_Loader.add_implicit_resolver", "_Dumper.add_implicit_resolver"},
     "data.decode": {"warnings.filterwarnings"},  # the process-wide filter is the only safe one
-    "__main__": {"main"},
+    "__main__": {"run"},
 }
 CALLS_AT_IMPORT = {
     "frozenset", "tuple", "range", "list", "Path", "TypeVar", "ParamSpec", "Field", "re.compile",

@@ -18,6 +18,7 @@ from convlens.data import sources
 from convlens.errors import UsageError
 from convlens.optim import eager
 from convlens.schema import OptimConfig
+from convlens.version import __version__
 from support import tiny
 
 # Each of these takes from half a second to about as long as torch itself.
@@ -144,3 +145,38 @@ def test_a_finished_run_is_found_before_its_recipe_is_tried(
     assert training.train(asked, plain=True, test=False, quiet=True).path == place.path
     with pytest.raises(AssertionError, match="tried again"):
         training.train(tiny("train.epochs=2"), plain=True, test=False, quiet=True)
+
+
+ENDING = """
+import atexit, os, sys, threading, time
+from convlens import cli
+atexit.register(print, "handler")
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+class Taken:
+    def __del__(self, write=os.write):
+        write(2, b"taken apart")
+kept = Taken()
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(("typed", "code"), [("--version", 0), ("trian", 2)])
+def test_a_command_ends_in_order_and_takes_nothing_apart(typed: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, typed], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    version = [f"convlens {__version__}"] * (code == 0)
+    assert done.stdout.splitlines() == [*version, "thread", "handler"]
+    assert "taken apart" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that Linux has")
+def test_a_stream_that_is_full_is_no_success() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "convlens", "--version"], stdout=full, stderr=subprocess.PIPE,
+            text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode != 0
+    assert "No space left on device" in done.stderr

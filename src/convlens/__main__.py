@@ -1,3 +1,3 @@
-from convlens.cli import main
+from convlens.cli import run
 
-main()
+run()
