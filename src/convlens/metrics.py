@@ -74,14 +74,18 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
 
 def cross_entropy(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """The mean of -log p(label), in nats."""
-    matrix, truth = _checked(logits, labels)
-    losses = np.empty(len(truth))
+    return float(np.mean(_losses(*_checked(logits, labels))[0]))
+
+
+def _losses(matrix: npt.NDArray[Any], truth: Ints) -> tuple[Floats, Floats]:
+    """Of each image -log p(label), in nats, and its highest probability."""
+    losses, highest = np.empty(len(truth)), np.empty(len(truth))
     for rows in _pieces(matrix):
         shifted = _shifted(matrix[rows])
         own = shifted[np.arange(len(shifted)), truth[rows]]
-        np.exp(shifted, out=shifted)
-        losses[rows] = np.log(shifted.sum(axis=1)) - own
-    return float(np.mean(losses))
+        sums = np.exp(shifted, out=shifted).sum(axis=1)
+        losses[rows], highest[rows] = np.log(sums) - own, 1 / sums  # the likeliest has exp(0)
+    return losses, highest
 
 
 def top_k(logits: npt.ArrayLike, labels: npt.ArrayLike, k: int) -> float:
@@ -257,7 +261,9 @@ def summarise(
     count = len(classes)
     if matrix.shape[1] != count:
         raise UsageError(f"{matrix.shape[1]} outputs for {count} classes")
-    table = confusion(truth, matrix.argmax(axis=1), count)
+    said = matrix.argmax(axis=1)
+    table = confusion(truth, said, count)
+    losses, highest = _losses(matrix, truth)
     n, correct = len(truth), int(table.trace())
     summary: dict[str, Any] = {
         "n": n,
@@ -265,15 +271,11 @@ def summarise(
         "accuracy": correct / n,
         "interval95": list(wilson_interval(correct, n)),
         "near_ties": near_ties(matrix),
-        "loss": cross_entropy(matrix, truth),
+        "loss": float(np.mean(losses)),
     }
     if count > 5:
         summary["top5"] = top_k(matrix, truth, 5)
-    highest, right = np.empty(n), np.empty(n, np.bool_)
-    for rows in _pieces(matrix):
-        probs = softmax(matrix[rows])
-        highest[rows], right[rows] = probs.max(axis=1), probs.argmax(axis=1) == truth[rows]
-    summary["ece"] = _calibration_error(*_binned(highest, right, BINS))
+    summary["ece"] = _calibration_error(*_binned(highest, said == truth, BINS))
     summary["per_class"] = dict(zip(classes, per_class(table), strict=True))
     summary["confusion"] = table.tolist()
     return summary
