@@ -11,6 +11,8 @@ import pytest
 # Two threads that wait for each other are slower than one on a shared machine, and tiny
 # networks have nothing to share.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Three quarters of the time of the smallest trainings; tests marked `figures` have them drawn.
+os.environ["CONVLENS_FIGURES"] = "none"
 
 # What is started in the background by a shell ignores Ctrl-C, and hands that down.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,5 +50,9 @@ def own_folders(
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("CONVLENS_CACHE", str(tmp_path / "cache"))
+    if request.node.get_closest_marker("figures"):
+        monkeypatch.delenv("CONVLENS_FIGURES", raising=False)
+    else:
+        monkeypatch.setenv("CONVLENS_FIGURES", "none")
     data = DATA if request.node.get_closest_marker("data") else tmp_path / "no-data"
     monkeypatch.setenv("CONVLENS_DATA", str(data))

@@ -282,6 +282,7 @@ def test_what_can_not_be_written_is_known_before_images_are_read(
     assert [path.name for path in Path().iterdir()] == [place]
 
 
+@pytest.mark.figures
 def test_plots_that_can_not_be_written_lose_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "probe", lambda *folders: None)  # a disk that fails later
     Path("plots").write_text("a file where a folder belongs")

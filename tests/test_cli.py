@@ -32,6 +32,8 @@ from convlens.metrics import wilson_interval
 from convlens.version import __version__
 from support import BAD_DISK
 
+pytestmark = pytest.mark.figures
+
 
 def facts(run: str | Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((Path("models") / run / "run.json").read_text())

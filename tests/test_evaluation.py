@@ -245,6 +245,7 @@ def test_the_test_split_is_what_was_held_out(small: Path) -> None:
     assert got.data_fingerprint == data.fingerprint
 
 
+@pytest.mark.figures
 def test_a_model_file_alone_can_be_tested(small: Path) -> None:
     alone = Path("elsewhere/best.safetensors")
     alone.parent.mkdir()

@@ -12,6 +12,8 @@ import pytest
 from commands import environment, picture
 from support import TINY
 
+pytestmark = pytest.mark.figures
+
 SCRIPTS = Path(__file__).parent.parent / "experiments"
 FEW = (
     "data.name=digits", "data.per_class=4", "data.image_size=16", "data.val_fraction=0.05",

@@ -396,6 +396,7 @@ def test_too_many_runs_at_once() -> None:
     assert here("train", "digits", "--seeds", "9" * 30).code == 2
 
 
+@pytest.mark.figures
 def test_names_that_no_folder_can_have() -> None:
     asked = ("digits", "data.per_class=4", "model.widths=[2]", "train.epochs=1", "--no-test")
     for name in (

@@ -14,6 +14,8 @@ from convlens import Run, picturing
 from convlens.run import RunFolder
 from support import Memory, Split
 
+pytestmark = pytest.mark.figures
+
 
 def opened(folder: Path) -> dict[str, tuple[int, int]]:
     """Names and sizes of a folder's plots, every one decoded."""
@@ -24,6 +26,18 @@ def opened(folder: Path) -> dict[str, tuple[int, int]]:
             image.load()
             sizes[path.name] = image.size
     return sizes
+
+
+def test_with_figures_none_nothing_is_drawn_that_was_not_asked_for() -> None:
+    done = here("--figures", "none", "train", *DIGITS, "--name", "bare")
+    assert done.code == 0, done.err
+    assert "plots" not in done.out
+    table = here("--figures", "none", "train", *DIGITS, "--name", "two", "--seeds", "2")
+    assert table.code == 0, table.err
+    assert "plot " not in table.out
+    assert not list(Path().rglob("*.png"))
+    assert here("--figures", "none", "look", "bare", "test:0").code == 0
+    assert list(Path("plots").rglob("*.png"))
 
 
 def test_a_training_leaves_its_plots() -> None:

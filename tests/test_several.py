@@ -155,6 +155,7 @@ def test_a_sum_with_something_unknown_is_unknown() -> None:
 # Seeds
 
 
+@pytest.mark.figures
 def test_seeds_side_by_side_and_one_more() -> None:
     got = trained(*DIGITS, "--seeds", "2", "--name", "pair")
     assert (got["name"], got["split"], got["seeds"], got["folds"]) == ("pair", "test", 2, None)
@@ -206,6 +207,7 @@ def test_seeds_begin_at_the_recipes_own() -> None:
 # Settings
 
 
+@pytest.mark.figures
 def test_all_settings_in_one_command() -> None:
     settings_file()
     done = here("train", "few.yaml", "train.epochs=1", "--settings", "all", "--json")
@@ -227,6 +229,7 @@ def test_all_settings_in_one_command() -> None:
     assert done.json["plot"].startswith("plots/few-settings-")
 
 
+@pytest.mark.figures
 def test_a_table_of_settings_and_a_recipe_alone() -> None:
     path = settings_file()
     done = here("train", path, "--settings", "wide,slow", "--no-test")
@@ -283,6 +286,7 @@ def test_splits_of_data_that_bring_their_own_are_refused() -> None:
 # Folds
 
 
+@pytest.mark.figures
 def test_each_image_is_judged_out_of_its_fold_once() -> None:
     done = command("train", *DIGITS, "train.epochs=1", "--folds", "2", "--name", "x")
     assert done.code == 0, done.err
@@ -332,6 +336,7 @@ def test_a_refit_trains_on_everything_for_the_epochs_that_were_chosen() -> None:
     ] == ["76 of 90", "90 images"]
 
 
+@pytest.mark.figures
 def test_a_refit_from_python() -> None:
     table = convlens.train_many(
         settings_file(), {"data.per_class": None, "data.total_per_class": 9, "train.epochs": 1},

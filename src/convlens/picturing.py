@@ -6,6 +6,7 @@ functions that draw.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,17 @@ SHOWN = 16  # pictures in a sheet
 Row = Mapping[str, float]
 
 
+def unwanted() -> bool:
+    """Whether the plots that a training and a test leave are to be left out (`--figures none`)."""
+    return os.environ.get("CONVLENS_FIGURES") == "none"
+
+
 def training_plots(
     place: RunFolder, rows: Sequence[Row], kept: int, data: Data, change: Augment | None
 ) -> None:
     """Curves with the kept epoch marked, learning rate, and a batch before and after augmenting."""
+    if unwanted():
+        return
     from convlens import plots
 
     history = columns(rows)
@@ -51,6 +59,8 @@ def evaluation_plots(
         label: goes into the file names, e.g. `test`.
         scores: logits `[N, K]` in the order of `split`, whose labels are in the model's order.
     """
+    if unwanted():
+        return
     from convlens import plots
 
     truths = split.labels.numpy()
@@ -146,6 +156,8 @@ def several_plot(
         settings: the epochs of each run, by the name of its setting.
         what: what means are over, e.g. `3 seeds`.
     """
+    if unwanted():
+        return
     from convlens import plots
 
     groups = {name: [columns(rows) for rows in runs] for name, runs in settings.items()}

@@ -48,7 +48,10 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     figures: Annotated[
         str | None,
-        typer.Option(metavar="svg|pdf", help="Write every figure in that format, too."),
+        typer.Option(
+            metavar="svg|pdf|none",
+            help="Write every figure in that format, too; none: train and evaluate draw nothing.",
+        ),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
@@ -63,7 +66,7 @@ def root(
     if debug:
         os.environ["CONVLENS_DEBUG"] = "1"
     if figures is not None:
-        pick(dict.fromkeys(("svg", "pdf")), figures, "format of figures")
+        pick(dict.fromkeys(("svg", "pdf", "none")), figures, "format of figures")
         os.environ["CONVLENS_FIGURES"] = figures
 
 

@@ -96,15 +96,16 @@ def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
     """Writes a figure as PNG, SVG or PDF by the name's ending; missing folders are made.
 
     The same figure gives the same bytes. `$CONVLENS_FIGURES` (`svg` or `pdf`; `--figures` on the
-    command line) asks for every figure in that format beside it, for papers.
+    command line) asks for every figure in that format beside it, for papers. (`none` is for what
+    isn't the point of a command: `picturing`.)
 
     Raises:
         UsageError: another ending.
         ResourceError: the folder can't be written or the disk is full; an old file is intact.
     """
     path = Path(path)
-    asked = os.environ.get("CONVLENS_FIGURES")
-    for target in [path, path.with_suffix(f".{asked}")] if asked else [path]:
+    asked = os.environ.get("CONVLENS_FIGURES") or "none"
+    for target in [path] if asked == "none" else [path, path.with_suffix(f".{asked}")]:
         write_atomic(target, encoded(figure, target.suffix.lower().removeprefix("."), dpi))
 
 

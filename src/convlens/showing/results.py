@@ -60,7 +60,8 @@ def finished(place: RunFolder) -> None:
             f"test accuracy [bold]{last['accuracy']:.2%}[/] "
             f"(95% interval {low:.2%} to {high:.2%}, n = {last['n']:,}; {times})"
         )
-    out.print(escape(f"model  {place.model_path}\nplots  {place.plots}"))
+    out.print(escape(f"model  {place.model_path}"))
+    _plots(out, place)
     say(f"next: [bold]convlens predict {place.name} IMAGE...[/]")
 
 
@@ -88,7 +89,12 @@ def evaluated(result: Evaluation, place: RunFolder) -> None:
     )
     if result.tta is not None:
         out.print(result.tta_sentence())
-    out.print(escape(f"plots  {place.plots}"))
+    _plots(out, place)
+
+
+def _plots(out: Console, place: RunFolder) -> None:
+    if place.plots.is_dir():  # not with `--figures none`
+        out.print(escape(f"plots  {place.plots}"))
 
 
 def _share(value: float | None) -> str:

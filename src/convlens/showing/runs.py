@@ -33,7 +33,8 @@ def run_table(result: Table) -> None:
             out.print(f"{named}sd {between} points between splits, {within} between seeds")
     if result.flattered:
         say("[dim]the same images chose the epoch: a little flattering (train.keep=last isn't)[/]")
-    out.print(escape(f"plot   {result.plot}"))
+    if result.plot.exists():
+        out.print(escape(f"plot   {result.plot}"))
 
 
 def _conclusion(result: Table, summary: Summary, over: str) -> str:
