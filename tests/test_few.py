@@ -159,6 +159,7 @@ def test_the_audit_shows_folds_and_a_missing_validation_split() -> None:
 # Training without validation
 
 
+@pytest.mark.figures
 def test_a_run_without_validation_from_end_to_end() -> None:
     done = command("train", *DIGITS, *BARE, "--name", "bare")
     assert done.code == 0, done.err
