@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -167,16 +166,13 @@ def test_filters_strongest_images_and_made_inputs_without_images() -> None:
 @pytest.mark.usefixtures("runs")
 def test_vector_figures_and_the_same_bytes_each_time() -> None:
     png = Path("plots/small/look/test-0-activations.png")
-    try:
-        for kind, begins in (("svg", b"<?xml"), ("pdf", b"%PDF")):
-            assert here("--figures", kind, "look", "small", "test:0").code == 0
-            beside = png.with_suffix(f".{kind}")
-            written = {path: path.read_bytes() for path in (png, beside)}
-            assert written[beside].startswith(begins)
-            here("--figures", kind, "look", "small", "test:0")
-            assert written == {path: path.read_bytes() for path in written}
-    finally:
-        os.environ.pop("CONVLENS_FIGURES", None)
+    for kind, begins in (("svg", b"<?xml"), ("pdf", b"%PDF")):
+        assert here("--figures", kind, "look", "small", "test:0").code == 0
+        beside = png.with_suffix(f".{kind}")
+        written = {path: path.read_bytes() for path in (png, beside)}
+        assert written[beside].startswith(begins)
+        here("--figures", kind, "look", "small", "test:0")
+        assert written == {path: path.read_bytes() for path in written}
     refused(here("--figures", "gif", "look", "small"), 2, "unknown format of figures")
 
 

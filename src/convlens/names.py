@@ -23,10 +23,21 @@ def alike(name: str, choices: Iterable[str]) -> str:
     return next(iter(same or near(name, listed)), "")
 
 
+def did_you_mean(close: Iterable[str]) -> str:
+    """The question that goes with near misses; empty where there are none."""
+    listed = " or ".join(close)
+    return f"did you mean {listed}?" if listed else ""
+
+
+def hint(close: Iterable[str]) -> str:
+    """The same question behind what is wrong: ` (did you mean x?)`."""
+    asked = did_you_mean(close)
+    return f" ({asked})" if asked else ""
+
+
 def pick(table: Mapping[str, T], name: str, kind: str) -> T:
     """The entry called `name`, or a `UsageError` that names the near misses."""
     if name in table:
         return table[name]
-    close = near(name, table)
-    fix = f"did you mean {' or '.join(close)}?" if close else f"choose from: {', '.join(table)}"
+    fix = did_you_mean(near(name, table)) or f"choose from: {', '.join(table)}"
     raise UsageError(f"unknown {kind} {name!r}", fix=fix)

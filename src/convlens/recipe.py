@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from convlens.errors import UsageError
-from convlens.names import near, pick
+from convlens.names import hint, near, pick
 from convlens.schema import (
     NESTED,
     SECTIONS,
@@ -316,10 +316,7 @@ def _explain(item: Any) -> tuple[str, str]:
 
 
 def _unknown(key: str) -> UsageError:
-    close = meant(key)
-    return UsageError(
-        f"unknown key {short(key)}" + f" (did you mean {' or '.join(close)}?)" * bool(close)
-    )
+    return UsageError(f"unknown key {short(key)}{hint(meant(key))}")
 
 
 def meant(key: str) -> list[str]:

@@ -26,7 +26,7 @@ from convlens.data.batches import Normalise, Prepare
 from convlens.errors import ModelFileError, UsageError
 from convlens.formats import modelfile, records
 from convlens.formats.generations import Generations
-from convlens.names import near
+from convlens.names import did_you_mean, near
 from convlens.recipe import Recipe, load as load_recipe
 from convlens.system import files, sealing
 
@@ -283,8 +283,7 @@ def find(name: str | Path, models_folder: Path | None = None) -> RunFolder:
     if "/" in text or "\\" in text or path.suffix in (".safetensors", ".onnx", ".pt", ".pth"):
         raise ModelFileError("no such run or model file", where=text, fix="check the path")
     known = [run.name for run in runs(folder)]
-    close = near(text, known)
-    fix = f"did you mean {' or '.join(close)}?" if close else f"runs here: {_some(known)}"
+    fix = did_you_mean(near(text, known)) or f"runs here: {_some(known)}"
     raise UsageError(f"no run called {text!r}", where=f"{folder}/", fix=fix)
 
 

@@ -13,6 +13,7 @@ import typer
 import typer.core
 
 from convlens.errors import UsageError
+from convlens.names import hint
 
 
 class Commands(typer.core.TyperGroup):
@@ -42,13 +43,12 @@ def in_our_words() -> Iterator[None]:
         listed = "commands" if error.ctx and not error.ctx.parent else "options"
         what, fix = error.format_message(), f"`{command} -h` lists the {listed}"
         if option := getattr(error, "option_name", ""):
-            close = " or ".join(getattr(error, "possibilities", None) or ())
             keys = _keys(option) if error.ctx and _takes_keys(error.ctx.command) else []
             if keys:
                 what = f"no such option: {option}; this is a key of the recipe"
                 fix = " or ".join(f"{key}=VALUE" for key in keys) + f"; {fix}"
             elif type(error).__name__ == "NoSuchOption":
-                what = f"no such option: {option}" + f" (did you mean {close}?)" * bool(close)
+                what = f"no such option: {option}{hint(error.possibilities or ())}"
         raise UsageError(what[:1].lower() + what[1:].rstrip("."), fix=fix) from error
 
 

@@ -41,7 +41,7 @@ from convlens.data.rules import (
     whole,
 )
 from convlens.errors import UsageError
-from convlens.names import near, pick
+from convlens.names import hint, near, pick
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,8 @@ def _problems(name: str, entry: Entry, arguments: Mapping[str, Any], context: Co
     found = []
     for argument, value in arguments.items():
         if argument not in entry.rules:
-            close = near(argument, entry.rules)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            found.append(f"{name}: unknown argument {argument!r}{hint}")
+            close = near(argument, entry.rules)[:1]
+            found.append(f"{name}: unknown argument {argument!r}{hint(close)}")
         elif complaint := entry.rules[argument](value, context):
             found.append(f"{name}: {argument}={value!r} should be {complaint}")
     missing = [argument for argument in entry.required if argument not in arguments]

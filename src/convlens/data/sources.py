@@ -25,7 +25,7 @@ from convlens.data.scanning import is_folder, printable
 from convlens.data.shards import holds_shards, is_pattern, read_shards
 from convlens.data.tables import read_csv
 from convlens.errors import DataError, UsageError
-from convlens.names import near
+from convlens.names import did_you_mean, near
 
 __all__ = ["SOURCES", "Images", "Part", "Source", "find", "known", "roots"]
 
@@ -143,8 +143,7 @@ def _unknown(name: str) -> DataError | UsageError:
             fix="check the spelling; relative paths start at the current folder or at data/",
         )
     choices = known()
-    close = near(name, choices)
-    shown = f"did you mean {' or '.join(close)}?" if close else f"choose from: {', '.join(choices)}"
+    shown = did_you_mean(near(name, choices)) or f"choose from: {', '.join(choices)}"
     return UsageError(f"unknown data {name!r}", fix=f"{shown} (or name a folder or CSV)")
 
 

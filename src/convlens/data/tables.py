@@ -14,7 +14,7 @@ from convlens.data.folders import Problems, normal, split_of
 from convlens.data.parts import Part, Source, is_image_name
 from convlens.data.scanning import printable
 from convlens.errors import DataError, UsageError
-from convlens.names import near
+from convlens.names import did_you_mean, near
 
 _PATH = ("path", "file", "filename", "filepath", "image")
 _LABEL = ("label", "class", "category", "target")
@@ -39,8 +39,7 @@ def read_csv(path: Path, name: str, group: str | None = None, *, tested: bool = 
     rows, columns = _rows(path)
     at_path, at_label, at_split = _columns(columns, path)
     if group is not None and group not in columns:
-        close = near(group, columns)
-        fix = f"did you mean {close[0]}?" if close else f"columns: {', '.join(columns)}"
+        fix = did_you_mean(near(group, columns)[:1]) or f"columns: {', '.join(columns)}"
         raise UsageError(f"no column {group!r} for data.group", where=str(path), fix=fix)
     at_group = columns.index(group) if group else None
     base = os.path.dirname(os.path.abspath(path))

@@ -12,7 +12,7 @@ from convlens.errors import UsageError
 from convlens.inference import evaluating
 from convlens.models import parts
 from convlens.models.parts import has_layers
-from convlens.names import near
+from convlens.names import hint, near
 
 Maps = dict[str, Tensor]
 
@@ -44,10 +44,7 @@ def find(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     there = [name for name, _ in model.named_modules() if name]
     wrong = [name for name in names if name not in there]
     if wrong:
-        hints = []
-        for name in wrong:
-            close = near(name, dict.fromkeys(there))
-            hints.append(f"{name!r}" + (f" (did you mean {' or '.join(close)}?)" * bool(close)))
+        hints = [f"{name!r}{hint(near(name, dict.fromkeys(there)))}" for name in wrong]
         raise UsageError(
             f"the network has no layer {', '.join(hints)}",
             fix=f"its stages are: {', '.join(stages(model))}; any name inside them will do",

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from convlens.errors import UsageError
 from convlens.models import zoo
 from convlens.models.parts import Initialised, Parts, parts
-from convlens.names import near
+from convlens.names import hint, near
 
 __all__ = [
     "MODELS",
@@ -67,9 +67,8 @@ def build(
     if unknown:
         hints = []
         for key in unknown:
-            close = near(key, known)
-            hint = f" (did you mean model.{close[0]}?)" if close else ""
-            hints.append(f"unknown key 'model.{key}'{hint}")
+            close = [f"model.{other}" for other in near(key, known)[:1]]
+            hints.append(f"unknown key 'model.{key}'{hint(close)}")
         fix = f"model {name} has: {', '.join(known) or 'no keys of its own'}"
         raise UsageError("; ".join(hints), fix=fix)
     try:

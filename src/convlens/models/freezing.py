@@ -9,7 +9,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from convlens.errors import UsageError
 from convlens.models.parts import parts
-from convlens.names import near
+from convlens.names import hint, near
 
 FORMS = "all, head, stages, last:K, NAME+ or names with commas (layer3,layer4,fc)"
 
@@ -119,10 +119,9 @@ def _known(model: nn.Module, names: list[str], trainable: str) -> list[str]:
     unknown = [name for name in names if name not in modules]
     if unknown:
         close = near(unknown[0], modules)
-        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         children = ", ".join(name for name, _ in model.named_children())
         raise UsageError(
-            f"model.trainable={trainable!r}: no module {unknown[0]!r}{hint}",
+            f"model.trainable={trainable!r}: no module {unknown[0]!r}{hint(close)}",
             fix=f"{FORMS}; children: {children}",
         )
     return names

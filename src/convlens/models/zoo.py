@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from convlens.errors import UsageError
 from convlens.models.parts import last_layer, name_parts
-from convlens.names import near
+from convlens.names import did_you_mean, near
 
 TIMM = "timm/"
 # The plain numbers among a torchvision builder's arguments, by the file it stands in. A builder
@@ -64,16 +64,14 @@ def options_of(name: str, own: Iterable[str]) -> dict[str, Any]:
         timm, called = _timm(), name.removeprefix(TIMM)
         if not timm.is_model(called):
             close = near(called.partition(".")[0], timm.list_models())
-            hint = f"did you mean {' or '.join(TIMM + c for c in close)}?" if close else ""
-            raise UsageError(
-                f"timm has no network {called!r}", fix=hint or "see timm.list_models()"
-            )
+            fix = did_you_mean(TIMM + c for c in close) or "see timm.list_models()"
+            raise UsageError(f"timm has no network {called!r}", fix=fix)
         return dict.fromkeys(TIMM_OPTIONS)
     theirs = names()
     if name not in theirs:
         close = near(name, dict.fromkeys([*own, *theirs]))
         choice = f"choose from: {', '.join(own)}, torchvision's or timm/NAME"
-        fix = f"did you mean {' or '.join(close)}?" if close else choice
+        fix = did_you_mean(close) or choice
         raise UsageError(f"unknown model {name!r}", fix=fix)
     return dict.fromkeys(OPTIONS.get(_file(name), ()))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from convlens.errors import UsageError
 from convlens.models.parts import is_below, parts, stage_of
-from convlens.names import near
+from convlens.names import hint, near
 from convlens.schema import GroupConfig, OptimConfig
 
 Group = dict[str, Any]  # what torch's optimisers take: `params` and their options
@@ -129,8 +129,7 @@ def _assign(
             parts = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
             choices = [*words, *(f"{part}.*" for part in parts), *dict(model.named_parameters())]
             close = near(group.params, choices)
-            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-            problems.append(f"{called} matches no parameter{hint}")
+            problems.append(f"{called} matches no parameter{hint(close)}")
     return chosen, problems
 
 

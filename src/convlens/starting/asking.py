@@ -11,7 +11,7 @@ from typing import Any
 
 from convlens import recipe as recipes
 from convlens.errors import UsageError
-from convlens.names import near
+from convlens.names import did_you_mean, near
 from convlens.recipe import Recipe
 from convlens.schema import DataConfig
 
@@ -182,6 +182,6 @@ def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:
     if text in sets:
         return
     close = near(text, list(dict.fromkeys([*recipes.names(), *sets, *runs])))
-    fix = f"did you mean {' or '.join(close)}?" if close else "`convlens recipes` lists the recipes"
+    fix = did_you_mean(close) or "`convlens recipes` lists the recipes"
     what = "neither a recipe, a data set nor a run" if runs else "neither a recipe nor a data set"
     raise UsageError(f"{text!r} is {what}", fix=fix)

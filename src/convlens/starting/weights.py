@@ -25,7 +25,7 @@ from convlens.data.sources import roots
 from convlens.errors import ModelFileError, UsageError
 from convlens.formats import tensorfiles
 from convlens.models.fitting import Fitted, fit
-from convlens.names import near
+from convlens.names import did_you_mean, near
 from convlens.schema import ModelConfig
 from convlens.system.files import cannot_write, sha256
 
@@ -190,7 +190,7 @@ def _locate(spec: str, name: str) -> tuple[Path, str]:
         close = near(spec, words) + near(spec.upper(), members)
         raise UsageError(
             f"model.weights={spec!r} is no run, file or weights of {name}",
-            fix=f"did you mean {' or '.join(close)}?" if close else error.fix,
+            fix=did_you_mean(close) or error.fix,
         ) from error
     if not found.model_path.is_file():
         raise ModelFileError(
@@ -225,8 +225,7 @@ def _member(spec: str, name: str) -> Any:
         )
     member = member or "DEFAULT"
     if member not in choices:
-        close = near(member, choices)
-        fix = f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(choices)}"
+        fix = did_you_mean(near(member, choices)) or f"one of {', '.join(choices)}"
         raise UsageError(f"model.weights={spec}: {name} has no such weights", fix=fix)
     return table[member]
 
