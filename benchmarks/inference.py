@@ -52,10 +52,10 @@ FILES: dict[str, tuple[str, Case]] = {
     "224 px JPEG to 64 px, folder": ("jpg", ("folder", 64, 3)),
 }
 PASSES: dict[str, tuple[Case, int, Sequence[int]]] = {
-    "mnist, 28 px": (("mnist", 28, 1), 10_000, (64, 256, 1024)),
-    "mnist-fast, 28 px": (("mnist-fast", 28, 1), 10_000, (64, 256, 1024)),
-    "cifar10-cpu, 32 px": (("cifar10-cpu", 32, 3), 5_000, (64, 256, 1024)),
-    "ResNet-18, 32 px": (("resnet18", 32, 3), 10_000, (64, 256, 1024)),
+    "mnist, 28 px": (("mnist", 28, 1), 10_000, (64, 256, 1024, 4096)),
+    "mnist-fast, 28 px": (("mnist-fast", 28, 1), 10_000, (64, 256, 1024, 4096)),
+    "cifar10-cpu, 32 px": (("cifar10-cpu", 32, 3), 5_000, (64, 256, 1024, 4096)),
+    "ResNet-18, 32 px": (("resnet18", 32, 3), 10_000, (64, 256, 1024, 4096)),
     "ResNet-18, 224 px": (("resnet18", 224, 3), 320, (8, 16, 32)),
 }
 

@@ -43,6 +43,7 @@ from recording import record
 IMAGES, CLASSES, SIDES = (1_000, 10_000, 100_000, 1_000_000), (10, 100, 1_000), (32, 64, 128, 224)
 FIRST = 10, 32  # classes and side where these aren't what changes
 OF_CLASSES = 20_000  # images where classes change: each of 1,000 needs some to be split
+EVALUATED = 3 << 10  # images of 32 px that the network answers, as many pixels of another size
 OF_SIDES = 4_000  # images where the side changes: more than the largest batch
 BATCH = 64
 PIXELS = 16 * 224 * 224  # of a batch where the side changes: the same working set for each
@@ -137,7 +138,7 @@ def evaluated(model: nn.Module, loaded: data.Data) -> tuple[float, float]:
     plan = device.Plan("cpu", "fp32", "contiguous")
     # As many from every set, and full batches, whose buffers are a good part of the memory: the
     # smallest set's are taken several times.
-    count = 3 * inference.LARGEST["cpu"] * 32 * 32 // loaded.image_size**2
+    count = EVALUATED * 32 * 32 // loaded.image_size**2
     # Neighbours differ, since equal ones are quicker: what branches a pooling takes is then known.
     step = max(1, len(loaded.val) // count - 1) | 1
     index = torch.arange(count) * step % len(loaded.val)

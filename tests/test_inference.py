@@ -57,7 +57,7 @@ def test_logits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
     assert whole.shape == (50, 3)
     assert torch.equal(labels, split.labels)
     for size in (1, 7, 50):
-        monkeypatch.setitem(inference.LARGEST, "cpu", size)
+        monkeypatch.setattr(inference, "LARGEST", size)
         found, _ = split_logits(model, split, NORMALISE, PLAN)
         assert torch.allclose(found, whole, atol=1e-5)
         assert torch.equal(found.argmax(1), whole.argmax(1))
@@ -131,6 +131,7 @@ def test_the_quicker_memory_format_does_the_rest_and_no_image_is_computed_twice(
     slower = next(name for name in MEMORY_FORMATS if name != quicker)
     model = Numbers(**{quicker: 1e-4, slower: 1.5e-4})
     monkeypatch.setattr(inference, "time", model)
+    monkeypatch.setattr(inference, "LARGEST", 1024)
     logits, _ = split_logits(model, colour(1300), PLAIN, PLAN, free=True)
     assert (logits[:, 0] * 255).round().tolist() == [n % 256 for n in range(1300)]
     trials = [("channels_last", 20), *[("contiguous", 20), ("channels_last", 20)] * 2]

@@ -340,7 +340,7 @@ def test_a_last_batch_that_is_padded_or_dropped(
     test = load(digits.recipe.data, memory_budget=1 << 30).unseal_test()
     whole, labels = split_logits(loaded.model, test, loaded.preprocessing.normalise, PLAN)
     for batch in (1, 7, 256):
-        monkeypatch.setitem(inference.LARGEST, "cpu", batch)
+        monkeypatch.setattr(inference, "LARGEST", batch)
         for count in (*range(1, 51), 255, 256, 257):
             part = together.Part(test, 0, count)
             found, its = split_logits(loaded.model, part, loaded.preprocessing.normalise, PLAN)

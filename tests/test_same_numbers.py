@@ -87,7 +87,7 @@ def test_any_batch_and_any_number_of_images(
     batch: int, small: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits, labels = slowly(small)
-    monkeypatch.setitem(inference.LARGEST, "cpu", batch)
+    monkeypatch.setattr(inference, "LARGEST", batch)
     monkeypatch.setattr(inference, "FIRST", min(16, batch))
     found = looks(small._folder, 256)
     assert [each["n"] for each in found] == [*SIZES, len(labels)]

@@ -150,7 +150,7 @@ def test_one_loop_serves_both_whatever_the_batch(
     split = Split(rows(pictures(50)), torch.arange(50) % 3)
     model = network()
     told: list[int] = []
-    monkeypatch.setitem(inference.LARGEST, "cpu", 16)
+    monkeypatch.setattr(inference, "LARGEST", 16)
     found, labels = split_answers(model, split, NORMALISE, PLAN, VIEWS[name], advance=told.append)
     plain, _ = split_logits(model, split, NORMALISE, PLAN)
     assert torch.equal(found.plain, plain)
@@ -158,7 +158,7 @@ def test_one_loop_serves_both_whatever_the_batch(
     assert told == [16, 16, 16, 2]
     assert found.tta is not None
     for size in (7, 50):
-        monkeypatch.setitem(inference.LARGEST, "cpu", size)
+        monkeypatch.setattr(inference, "LARGEST", size)
         other, _ = split_answers(model, split, NORMALISE, PLAN, VIEWS[name])
         assert other.tta is not None
         assert torch.allclose(other.tta, found.tta, atol=1e-5)

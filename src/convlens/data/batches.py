@@ -72,11 +72,13 @@ class Normalise:
         """
         unit = 255.0 if images.dtype == torch.uint8 else 1.0
         scale, shift = _affine(tuple(self.mean), tuple(self.std), unit, str(images.device))
-        # The product is float32 by promotion. A GPU moves bytes first, which are the cheapest. On a
-        # CPU colours must not be neighbours yet: rows of three numbers take three times as long.
+        # The product is float32 by promotion. A GPU moves bytes first, which are the cheapest.
         if images.device.type != "cpu":
             return images.contiguous(memory_format=plan.layout).mul(scale).add_(shift)
-        return images.mul(scale).add_(shift).contiguous(memory_format=plan.layout)
+        # On a CPU colours must not be neighbours yet: rows of three numbers take three times as
+        # long. And bytes become floats first, to be changed in place: a product is one more copy.
+        product = images.float().mul_(scale) if unit == 255 else images.mul(scale)
+        return product.add_(shift).contiguous(memory_format=plan.layout)
 
 
 @functools.lru_cache(maxsize=16)
