@@ -42,6 +42,7 @@ from convlens.device import MEMORY_FORMATS, Plan
 from convlens.run import Loaded, Preprocessing, RunFolder
 from recording import record
 
+PAIRED = 40.0  # seconds that a ratio of short passes is measured for, at least
 DIFFERENT = 500  # files that are not copies of others
 CLASSES = tuple("0123456789")
 # Recipe of the network, image size, channels; for evaluate how many images, and batch sizes tried.
@@ -121,15 +122,19 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def ratio(ours: Callable[[], object], least: Callable[[], object], rounds: int) -> dict[str, Any]:
-    """Median of the paired ratios `ours / least` with quartiles; who is first changes by turns."""
-    pairs = []
-    for turn in range(rounds + 1):
-        first, second = (ours, least) if turn % 2 else (least, ours)
+    """Median of the paired ratios `ours / least` with quartiles; who is first changes by turns.
+
+    Of passes of a tenth of a second a few rounds say little: there are as many as fill `PAIRED`.
+    """
+    pairs: list[tuple[float, float]] = []
+    seconds_of(least), seconds_of(ours)
+    while len(pairs) < rounds or sum(map(sum, pairs)) < PAIRED:
+        first, second = (ours, least) if len(pairs) % 2 else (least, ours)
         times = {id(work): seconds_of(work) for work in (first, second)}
-        if turn:  # the first round warms up
-            pairs.append((times[id(ours)], times[id(least)]))
+        pairs.append((times[id(ours)], times[id(least)]))
     ratios = [a / b for a, b in pairs]
     return {
+        "pairs": len(pairs),
         "ratio": round(statistics.median(ratios), 4),
         "quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
         "seconds": round(statistics.median(a for a, _ in pairs), 4),

@@ -30,8 +30,9 @@ from convlens.views import Views, averaged
 # The most that input and output of a network's largest layer may take for one batch, in bytes (a
 # few other tensors of that size come and go beside them), and the most images in one. On a CPU
 # small networks are a fifth faster by 4096 than by 256, but lose half their speed to page faults
-# where freed memory isn't kept (`device.keep_freed_memory`).
-ACTIVATIONS = {"cpu": 1 << 27, "cuda": 1 << 30}
+# where freed memory isn't kept (`device.keep_freed_memory`); of larger ones 256 MiB hold enough
+# images for all of their speed.
+ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 30}
 LARGEST = 4096
 FIRST = 16  # images in the first batch, which tells how large the others can be
 TRIALS, TRIED = 3, 32  # batches that each memory format is timed on, and images in each
