@@ -60,7 +60,9 @@ def here(*arguments: str | Path, stdin: str | TextIO = "") -> Done:
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment for a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+    # Few have PYTHONUNBUFFERED, and it hides what stands in a buffer at the end.
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    env |= {"OMP_NUM_THREADS": "1", **extra}
     if env.pop("PYTHONDONTWRITEBYTECODE", ""):
         # Each start would compile all of torch anew; elsewhere than in the package it may cache.
         cache = Path(tempfile.gettempdir()) / "convlens-tests-pycache"

@@ -85,7 +85,9 @@ def run() -> NoReturn:
                 threading._shutdown()  # type: ignore[attr-defined]
                 atexit._run_exitfuncs()
                 sys.stdout.flush()
-                sys.stderr.flush()
+                # Where the terminal is gone nobody reads this; Python would make it code 120.
+                with contextlib.suppress(OSError):
+                    sys.stderr.flush()
                 os._exit(end.code)
         raise
 
@@ -180,7 +182,8 @@ def _fail_with_others(error: ConvlensError) -> NoReturn:
     if first:
         console().quiet = False
         _show(error)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)  # nothing is taken leave of: others may wait in the middle of a step
 
 
