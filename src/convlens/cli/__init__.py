@@ -85,11 +85,16 @@ def run() -> NoReturn:
                 threading._shutdown()  # type: ignore[attr-defined]
                 atexit._run_exitfuncs()
                 sys.stdout.flush()
-                # Where the terminal is gone nobody reads this; Python would make it code 120.
-                with contextlib.suppress(OSError):
-                    sys.stderr.flush()
-                os._exit(end.code)
+                _leave(end.code)
         raise
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process here and now, after what stands in the buffer of stderr."""
+    # Where the terminal is gone nobody reads that; Python would end with 120 because of it.
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -182,9 +187,7 @@ def _fail_with_others(error: ConvlensError) -> NoReturn:
     if first:
         console().quiet = False
         _show(error)
-    with contextlib.suppress(OSError):
-        sys.stderr.flush()
-    os._exit(code)  # nothing is taken leave of: others may wait in the middle of a step
+    _leave(code)  # without waiting for threads: others may wait in the middle of a step
 
 
 def _show(error: ConvlensError) -> None:

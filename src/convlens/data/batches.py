@@ -70,14 +70,15 @@ class Normalise:
 
         One multiplication and one addition a pixel: at 28 px the passes over a batch count.
         """
-        unit = 255.0 if images.dtype == torch.uint8 else 1.0
+        raw = images.dtype == torch.uint8
+        unit = 255.0 if raw else 1.0
         scale, shift = _affine(tuple(self.mean), tuple(self.std), unit, str(images.device))
         # The product is float32 by promotion. A GPU moves bytes first, which are the cheapest.
         if images.device.type != "cpu":
             return images.contiguous(memory_format=plan.layout).mul(scale).add_(shift)
         # On a CPU colours must not be neighbours yet: rows of three numbers take three times as
         # long. And bytes become floats first, to be changed in place: a product is one more copy.
-        product = images.float().mul_(scale) if unit == 255 else images.mul(scale)
+        product = images.float().mul_(scale) if raw else images.mul(scale)
         return product.add_(shift).contiguous(memory_format=plan.layout)
 
 
