@@ -78,19 +78,31 @@ FIRST, SECOND = [0.81, 0.80, 0.83, 0.79], [0.82, 0.84, 0.85, 0.81]
 def test_pairs_of_seeds() -> None:
     gain = paired_by_seed(FIRST, SECOND)
     # Differences 1, 4, 2, 2 points: mean 2.25, sd sqrt(4.75 / 3), t with 3 degrees of freedom
-    half = 3.182446305 * math.sqrt(4.75 / 3) / 2
+    half = 3.182446305284263 * math.sqrt(4.75 / 3) / 2
     assert gain.value == pytest.approx(0.0225)
-    assert gain.interval95 == pytest.approx(((2.25 - half) / 100, (2.25 + half) / 100))
-    assert gain.p == pytest.approx(stats.ttest_rel(SECOND, FIRST).pvalue)
+    assert gain.interval95 == pytest.approx(((2.25 - half) / 100, (2.25 + half) / 100), abs=1e-9)
+    t = 2.25 / (math.sqrt(4.75 / 3) / 2)
+    assert gain.p == pytest.approx(2 * float(stats.t.sf(t, 3)), abs=1e-9)
 
 
 def test_means_of_seeds() -> None:
-    gain, theirs = (
-        welch(FIRST, [*SECOND, 0.9]),
-        stats.ttest_ind([*SECOND, 0.9], FIRST, equal_var=False),
-    )
-    assert gain.p == pytest.approx(theirs.pvalue)
-    assert gain.interval95 == pytest.approx(tuple(theirs.confidence_interval()))
+    gain = welch(FIRST, [*SECOND, 0.9])
+    # Variances 0.000875 / 3 of 4 values and 0.00492 / 4 of 5; the difference is 0.844 - 0.8075.
+    first, second = 0.000875 / 3 / 4, 0.00492 / 4 / 5
+    freedom = (first + second) ** 2 / (first**2 / 3 + second**2 / 4)
+    error = math.sqrt(first + second)
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    assert gain.value == pytest.approx(0.0365, abs=1e-9)
+    assert gain.interval95 == pytest.approx((0.0365 - half, 0.0365 + half), abs=1e-9)
+    assert gain.p == pytest.approx(2 * float(stats.t.sf(0.0365 / error, freedom)), abs=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_group_without_spread_is_tested_without_a_warning() -> None:
+    gain = welch([0.6, 0.6, 0.6], [0.50, 0.52, 0.54])
+    # Only the second group varies: standard error sqrt(0.0004 / 3), 2 degrees of freedom.
+    half = 4.302652729911275 * math.sqrt(0.0004 / 3)
+    assert gain.interval95 == pytest.approx((-0.08 - half, -0.08 + half), abs=1e-9)
 
 
 def test_without_spread_there_is_no_test() -> None:

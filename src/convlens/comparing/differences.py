@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from convlens.errors import UsageError
 from convlens.metrics import wilson_interval
@@ -69,12 +70,16 @@ def newcombe(
 
 
 def paired_by_seed(first: Sequence[float], second: Sequence[float]) -> Gain:
-    """Mean difference of values that belong together, one pair a seed: Student's paired t."""
+    """Mean difference of paired values, one pair per seed, by Student's paired t-test."""
+    from scipy.stats import ttest_rel
+
     if len(first) != len(second) or len(first) < 2:
         raise UsageError(f"{len(first)} and {len(second)} values are no pairs to test")
     gains = [b - a for a, b in zip(first, second, strict=True)]
-    error = statistics.stdev(gains) / math.sqrt(len(gains))
-    return _by_t(statistics.fmean(gains), error, len(gains) - 1)
+    mean = statistics.fmean(gains)
+    if _is_constant(gains):
+        return Gain(mean, None, None)
+    return _gain(mean, ttest_rel(second, first))
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> Gain:
@@ -82,23 +87,28 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Gain:
 
     Welch 1947, Biometrika 34 (1-2), 28-35; degrees of freedom by Satterthwaite.
     """
+    from scipy.stats import ttest_ind
+
     if min(len(first), len(second)) < 2:
         raise UsageError(f"{len(first)} and {len(second)} values: at least two each are needed")
-    shares: list[float] = [statistics.variance(g) / len(g) for g in (first, second)]
-    total = math.fsum(shares)
-    below = math.fsum(s * s / (len(g) - 1) for s, g in zip(shares, (first, second), strict=True))
-    freedom = total * total / below if below else math.inf
-    return _by_t(statistics.fmean(second) - statistics.fmean(first), math.sqrt(total), freedom)
-
-
-def _by_t(gain: float, error: float, freedom: float) -> Gain:
-    """Without any spread there is nothing to measure a difference by."""
-    from scipy.stats import t
-
-    if error < 1e-12:
+    gain = statistics.fmean(second) - statistics.fmean(first)
+    if _is_constant(first) and _is_constant(second):
         return Gain(gain, None, None)
-    half = float(t.ppf(0.975, freedom)) * error
-    return Gain(gain, (gain - half, gain + half), float(2 * t.sf(abs(gain) / error, freedom)))
+    with warnings.catch_warnings():
+        # scipy warns of "catastrophic cancellation" if all values of one group are equal. Runs
+        # that all reach 100% are an ordinary case here, and the test is exact for them.
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
+        return _gain(gain, ttest_ind(second, first, equal_var=False))
+
+
+def _gain(value: float, test: Any) -> Gain:
+    low, high = test.confidence_interval(0.95)
+    return Gain(value, (float(low), float(high)), float(test.pvalue))
+
+
+def _is_constant(values: Sequence[float]) -> bool:
+    """Return whether values are equal up to rounding: without spread there is nothing to test."""
+    return max(values) - min(values) < 1e-12
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
