@@ -79,8 +79,6 @@ def train(
             files.probe(place.path, place.plots)
         if fresh:
             say(f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it")
-        elif world.leads:
-            continuing.tell_new(place, called, recipe)
         if not world.told(place.facts):
             weights.expect(recipe.model)
         where = device.choose(on)

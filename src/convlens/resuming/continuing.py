@@ -7,20 +7,17 @@ uninterrupted run would have ended with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
 
-from convlens import run
 from convlens.data import Data
-from convlens.errors import ConvlensError, DataError, ModelFileError, ResourceError
+from convlens.errors import DataError, ModelFileError, ResourceError
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
 from convlens.system.console import say
 
-_LOOKED_AT = 10  # runs of the same name, the latest
-_SHOWN = 3
 # What decides about last digits, of what `device.describe` says.
 _HARDWARE = ("device", "gpu", "cpu", "cpu_capability", "threads", "torch")
 
@@ -55,42 +52,6 @@ def check(place: RunFolder, facts: Mapping[str, Any], recipe: Recipe, data: Data
             where=str(place.path),
             fix="--fresh trains anew on the present images; or restore the files",
         )
-
-
-def tell_new(place: RunFolder, called: str, asked: Recipe) -> None:
-    """Says of a new run which one of the same name is most like it, and in what it differs."""
-    if place.facts():
-        return
-    best: tuple[RunFolder, list[str]] | None = None
-    for other in run.runs_named(called)[-_LOOKED_AT:]:
-        try:
-            theirs = other.recipe()
-        except ConvlensError:
-            continue  # damaged or edited; it isn't this one's business
-        differing = list(_differences(theirs, asked))
-        if differing and (best is None or len(differing) < len(best[1])):
-            best = other, differing
-    if best is not None:
-        other, differing = best
-        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-        say(
-            f"a new run, [bold]{escape(place.name)}[/]: {escape(other.name)} has another recipe "
-            f"({escape(', '.join(differing[:_SHOWN]))}{more})"
-        )
-
-
-def _differences(theirs: Recipe, asked: Recipe) -> Iterator[str]:
-    """What a run's resolved recipe says otherwise than one that may still have `auto` in it."""
-    before, now = _flat(theirs), _flat(asked)
-    for key in dict.fromkeys([*before, *now]):
-        if now.get(key) != before.get(key) and now.get(key) != "auto":
-            yield f"{key}={before.get(key)}, not {now.get(key)}"
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    tree = recipe.model_dump(mode="json", exclude={"name", "about"})
-    flat = {"augment": tree.pop("augment")}
-    return flat | {f"{section}.{k}": v for section, keys in tree.items() for k, v in keys.items()}
 
 
 def tell_changed(place: RunFolder, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
