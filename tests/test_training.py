@@ -18,10 +18,9 @@ from convlens.errors import Diverged, ResourceError, UsageError
 from convlens.formats import modelfile
 from convlens.resuming.states import Best
 from convlens.run import RunFolder
-from convlens.starting.checking import check
 from convlens.starting.preparing import prepare
 from convlens.system.files import sha256
-from support import TINY, begin, images_of, same, tiny
+from support import begin, images_of, same, tiny
 
 
 def train(*overrides: str, **options: Any) -> RunFolder:
@@ -358,10 +357,6 @@ def test_all_that_is_wrong_with_a_recipe_is_said_before_data_is_read(
     for word in ("model.widht", "'cosin'", "'adan'", "RandomCropp"):
         assert word in caught.value.what
     assert not Path("models").exists()
-
-
-def test_checking_allocates_nothing() -> None:
-    check(recipes.load({**TINY, "model": {"hidden": 10**7, "head": "flatten"}}))
 
 
 def test_a_setup_has_nothing_left_to_choose() -> None:

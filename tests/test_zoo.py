@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convlens import models, run, training
-from convlens.errors import UsageError
+from convlens.errors import ResourceError, UsageError
 from convlens.formats import modelfile
 from convlens.models import MODELS, zoo
 from convlens.models.cnn import CNN
@@ -245,31 +245,17 @@ def test_trying_out_draws_nothing() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
-class Counting(CNN):
-    """Reads a number off a tensor: not to be had on the meta device."""
+def test_more_weights_than_memory_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ResourceError, match="not enough memory for model cnn"):
+        models.build("cnn", 2, 3, 8, {"head": "flatten", "hidden": 10**12})
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, widths=[int(torch.full((1,), 4.0).item())], **options)
+    class Hungry(CNN):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images[:1].expand(10**9, -1, -1, -1).contiguous())
 
-
-class Listing(CNN):
-    """The same in the forward pass, in another way."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images) * images.flatten()[:1].tolist()[0]
-
-
-@pytest.mark.parametrize("made", [Counting, Listing])
-def test_a_network_that_has_no_shapes_only_form_is_built_for_real(
-    made: type[CNN], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert models.try_out("cnn", 1, 8, {}).classifier.weight.device.type == "meta"
-    monkeypatch.setattr(models, "family", lambda name: made)
-    # What reads numbers in its forward pass alone can be tried with zeros, if it is no giant.
-    kind = "meta" if made is Listing else "cpu"
-    assert models.try_out("cnn", 1, 8, {}).classifier.weight.device.type == kind
-    monkeypatch.setattr(models, "MODEST", 0)
-    assert models.try_out("cnn", 1, 8, {}).classifier.weight.device.type == "cpu"
+    monkeypatch.setattr(models, "family", lambda name: Hungry)
+    with pytest.raises(ResourceError, match="not enough memory for model cnn"):
+        models.try_out("cnn", 3, 32, {})
 
 
 def test_a_single_image_is_refused_where_a_norm_would_see_one_pixel() -> None:

@@ -11,7 +11,6 @@ stages and the head of them all.
 from __future__ import annotations
 
 import inspect
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -19,10 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
-from convlens.errors import UsageError
+from convlens.errors import ConvlensError, ResourceError, UsageError
 from convlens.models import zoo
 from convlens.models.parts import Initialised, Parts, parts
 from convlens.names import hint, near
@@ -48,9 +45,8 @@ MODELS: dict[str, str] = {
     "resnet50": "resnet.ResNet50",
     "wrn": "wrn.WRN",
 }
-# Sizes that are tried in turn when an image has the wrong one for a network; 224 suits every one.
+# Image sizes that are tried in turn when a network refuses its own; every network takes 224.
 USUAL_SIZES = (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 288, 320, 384)
-MODEST = 30_000_000  # weights of a network that is tried out for real
 FAILURES = (TypeError, ValueError, RuntimeError, OverflowError, AssertionError)
 
 
@@ -61,6 +57,7 @@ def build(
 
     Raises:
         UsageError: unknown family, unknown option (all at once, with near misses), bad value.
+        ResourceError: not enough memory for the weights.
     """
     known = options_of(name)
     unknown = [key for key in options if key not in known]
@@ -77,11 +74,9 @@ def build(
         return zoo.build(name, classes, channels, image_size, **options)
     except UsageError:
         raise
-    # A text where a number belongs, or more weights than there is memory for.
+    # For example a text where a number belongs, or more weights than fit into memory.
     except FAILURES as error:
-        raise UsageError(
-            f"model {name}: {_reason(error)}", fix=f"received {dict(options)}"
-        ) from error
+        raise _explain(name, error, fix=f"received {dict(options)}") from error
 
 
 def family(name: str) -> Callable[..., nn.Module]:
@@ -123,43 +118,27 @@ def options_of(name: str) -> dict[str, Any]:
 def try_out(
     name: str, channels: int, image_size: int, options: Mapping[str, Any], batch_size: int = 2
 ) -> nn.Module:
-    """Runs a training batch through a network for two classes; returns it, on the meta device.
+    """Build the network for two classes and run it once on zeros; return it.
 
-    Of large networks only shapes are computed: nothing is allocated. Nothing is drawn in any case.
-    (A network that can't be had so is built for real and not run.)
+    Random number generators are left as they were.
 
     Raises:
-        UsageError: what `build` says; images too small for the network (with a size that does);
-            a single image in a batch where a norm would see one value of each channel.
+        UsageError: what `build` raises; images that are too small or otherwise unsuitable (names a
+            size that works); a batch of one image where batch norm would see a single value.
+        ResourceError: not enough memory for the network.
     """
-
-    def attempt(size: int, batch: int) -> nn.Module:
-        try:
-            with torch.device("meta"), _Undrawn():
-                model = build(name, 2, channels, size, options)
-            if not _takes_zeros(model, (batch, channels, size, size)):
-                with torch.device("meta"):
-                    model.train()(torch.empty(batch, channels, size, size))
-            return model
-        except FAILURES as error:
-            if re.search(r"\bmeta\b", str(error), re.IGNORECASE):
-                # It reads numbers off tensors, or does what has no shapes-only form.
-                return build(name, 2, channels, size, options)
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"model {name}: {_reason(error)}") from error
 
     def works(size: int) -> bool:
         try:
-            attempt(size, 2)
+            _forward_zeros(name, channels, size, options)
         except UsageError:
             return False
         return True
 
     try:
-        model = attempt(image_size, 2)
+        model = _forward_zeros(name, channels, image_size, options)
     except UsageError as error:
-        if image_size == 224 or not works(224):  # it isn't the size
+        if image_size == 224 or not works(224):  # the image size is not the reason
             raise
         larger = [size for size in USUAL_SIZES if size > image_size]
         smaller = [size for size in reversed(USUAL_SIZES) if size < image_size]
@@ -171,7 +150,7 @@ def try_out(
         ) from error
     if batch_size == 1:
         try:
-            attempt(image_size, 1)
+            _forward_zeros(name, channels, image_size, options, train_on_one=True)
         except UsageError as error:
             raise UsageError(
                 f"train.batch_size=1: {error.what}",
@@ -180,41 +159,33 @@ def try_out(
     return model
 
 
-class _Undrawn(TorchFunctionMode):
-    """Leaves weights on the meta device without initial values, which they don't keep anyway.
-
-    torch goes through every one of these operations in Python there.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init" or func in _FILLS:
-            target = args[0] if args else (kwargs or {}).get("tensor")
-            if isinstance(target, Tensor) and target.is_meta:
-                return target
-        return func(*args, **(kwargs or {}))
-
-
-_FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
-
-
-def _takes_zeros(model: nn.Module, shape: tuple[int, int, int, int]) -> bool:
-    """Whether a network of modest size, all its weights 0, takes a training batch of zeros.
-
-    `model` is on the meta device and stays there. Shapes alone are computed in Python, for which
-    torch imports SymPy and its compiler: two seconds, where a small network takes milliseconds.
-    No is no verdict.
-    """
-    if sum(p.numel() for p in model.parameters()) > MODEST or shape[-1] > 224:
-        return False
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    zeros = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            functional_call(model.train(), zeros, (torch.zeros(shape),))
-    except Exception:  # the meta device says what is wrong, if anything
-        return False
-    return True
+def _forward_zeros(
+    name: str,
+    channels: int,
+    image_size: int,
+    options: Mapping[str, Any],
+    *,
+    train_on_one: bool = False,
+) -> nn.Module:
+    """Build a network and run two images of zeros through it in eval mode, or one in train mode."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model = build(name, 2, channels, image_size, options)
+        images = torch.zeros(1 if train_on_one else 2, channels, image_size, image_size)
+        try:
+            model.train(train_on_one)(images)
+        except FAILURES as error:
+            raise _explain(name, error) from error
+    return model
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _explain(name: str, error: Exception, fix: str = "") -> ConvlensError:
+    """Return the error to raise for a network that can't be built or run."""
+    reason = " ".join(str(error).split())[:200]
+    # torch has no class of its own for it; the words are those of its allocator for the CPU.
+    if "DefaultCPUAllocator" in reason:
+        return ResourceError(
+            f"not enough memory for model {name}",
+            where=reason,
+            fix="use a smaller network or smaller images (data.image_size)",
+        )
+    return UsageError(f"model {name}: {reason}", fix=fix)
