@@ -33,7 +33,7 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("CONVLENS_DATA", str(root))
-    monkeypatch.setattr(fetching, "TIMEOUT", 2.0)
+    monkeypatch.setattr(fetching, "SOCKET_TIMEOUT_S", 2.0)
     for name, its in downloads.SETS.items():
         monkeypatch.setitem(downloads.SETS, name, replace(its, mirrors=("http://127.0.0.1:9/",)))
     return root
@@ -295,7 +295,7 @@ def test_the_second_mirror_is_tried(
         ("404", "HTTP 404"),
         ("html", "web page"),
         ("wrong", "wrong checksum"),
-        ("half", "connection broke after|IncompleteRead|bytes read"),
+        ("half", "IncompleteRead"),
         ("refused", "refused"),
     ],
 )

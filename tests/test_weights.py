@@ -286,7 +286,7 @@ def test_a_run_or_file_that_is_not_there_is_missed_before_images_are_read(
 def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty data folder, and an empty cache of torch's."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(fetching, "TIMEOUT", 2.0)
+    monkeypatch.setattr(fetching, "SOCKET_TIMEOUT_S", 2.0)
     return tmp_path / "no-data"
 
 
@@ -394,7 +394,7 @@ def test_a_file_put_by_hand_or_by_torch_is_found(
         ("404", "HTTP 404"),
         ("html", "web page"),
         ("wrong", "wrong checksum"),
-        ("half", "connection broke after|IncompleteRead|bytes read"),
+        ("half", "IncompleteRead"),
     ],
 )
 def test_a_download_that_can_not_be_had_says_where_to_put_the_file(

@@ -193,7 +193,9 @@ def _get(name: str, its: Set, archive: Archive, folder: Path) -> None:
     failures = []
     for mirror in its.mirrors:
         try:
-            path = fetch(mirror + archive.file, archive.file, folder, md5=archive.md5)
+            path = fetch(
+                mirror + archive.file, archive.file, folder, known_hash=f"md5:{archive.md5}"
+            )
         except DownloadError as error:
             failures.append(f"{mirror}{archive.file}: {error}")
             continue

@@ -1,88 +1,93 @@
-"""One file from the network, checked: the only code that opens a connection."""
+"""Download one file and verify its checksum: the only code that opens a network connection."""
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import os
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-from convlens.system.console import progress
+from convlens.system.console import Bar, progress
 from convlens.system.files import part_of, sweep
 
-TIMEOUT = 20.0  # seconds without a byte
-PATIENCE = 60.0  # seconds in which `LEAST` bytes must come: a server that trickles is none
-LEAST = 1 << 16
-MOST = 4 << 30  # bytes of one file: more is not what we asked for
+SOCKET_TIMEOUT_S = 20.0  # to connect, and between two packets
+CHUNK_BYTES = 1 << 18
 
 
 class DownloadError(Exception):
-    """A download that failed, in words."""
+    """A download that failed, with the reason in words."""
 
 
-def fetch(url: str, file: str, folder: Path, *, md5: str = "", sha256: str = "") -> Path:
-    """A temporary file in `folder` with the content of `url`, its checksum looked at.
+def fetch(url: str, file: str, folder: Path, *, known_hash: str) -> Path:
+    """Download `url` into a temporary file in `folder` and verify its checksum.
 
-    The caller holds the folder's lock: what a killed download left of `file` is deleted.
+    The caller holds the folder's lock, so temporary files that a killed download of `file` left
+    behind are removed. (`pooch.retrieve` names its temporary files at random and would never remove
+    those; it also accepts only whole hashes, of which torchvision publishes the first 8 digits.)
 
     Args:
-        file: what it is called, for the progress bar and the temporary name.
-        md5, sha256: one of them, in hex; the first digits of it are enough.
+        file: name of the file, for the progress bar and the temporary file.
+        known_hash: as in pooch, `md5:` or `sha256:` and the hex digits, or the first of them.
 
     Raises:
-        DownloadError: nothing came, or not what was expected; no file is left behind.
+        DownloadError: the server can't be reached, refuses, stalls or sends something else. No
+            file is left behind.
         OSError: the folder can't be written.
     """
-    digest = hashlib.md5(usedforsecurity=False) if md5 else hashlib.sha256()
+    import pooch  # imports requests: 0.2 s that only downloads should cost
+    import requests
+
     sweep(folder, [file], alone=True)
     handle, temporary = part_of(folder / file)
-    path, head = Path(temporary), b""
+    path = Path(temporary)
     try:
-        with os.fdopen(handle, "wb") as target:
-            for block in _blocks(url, file):
-                head = head or block[:64]
-                digest.update(block)
-                target.write(block)
-        if not digest.hexdigest().startswith(md5 or sha256):
-            page = head.lstrip()[:1] == b"<"
-            why = "a web page came instead (is there a log-in page?)" if page else "wrong checksum"
-            raise DownloadError(why)
-    except BaseException:
+        with os.fdopen(handle, "wb") as target, ExitStack() as stack:
+            download = pooch.HTTPDownloader(
+                progressbar=_ProgressBar(f"downloading {file}", stack),
+                chunk_size=CHUNK_BYTES,
+                timeout=SOCKET_TIMEOUT_S,
+                # Without compression by the server: the checksum is that of the file as it is.
+                headers={"User-Agent": "convlens", "Accept-Encoding": "identity"},
+            )
+            download(url, target, None)
+        algorithm, _, digits = known_hash.partition(":")
+        if not pooch.file_hash(temporary, alg=algorithm).startswith(digits):
+            with path.open("rb") as content:
+                is_html = content.read(64).lstrip().startswith(b"<")
+            page = "a web page came instead (is there a log-in page?)"
+            raise DownloadError(page if is_html else "wrong checksum")
+    except BaseException as error:
         path.unlink(missing_ok=True)
+        # (A `RequestException` is an `OSError`, too; other ones come from writing the file.)
+        if isinstance(error, requests.HTTPError) and error.response is not None:
+            status = f"HTTP {error.response.status_code} {error.response.reason}"
+            raise DownloadError(status) from error
+        if isinstance(error, requests.RequestException | ValueError):
+            raise DownloadError(_innermost_reason(error)) from error
         raise
     return path
 
 
-def _blocks(url: str, file: str) -> Iterator[bytes]:
-    """What `url` sends; failures of the network, and only those, are a `DownloadError`."""
-    request = urllib.request.Request(url, headers={"User-Agent": "convlens"})
-    size = least = 0
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-            total = int(reply.headers.get("Content-Length") or 0)
-            until = time.monotonic() + PATIENCE
-            with progress(f"downloading {file}", total) as bar:
-                # `read` would wait for all of it, and `TIMEOUT` begins anew with each byte.
-                while block := reply.read1(1 << 18):
-                    size += len(block)
-                    if time.monotonic() > until:
-                        if size < least + LEAST:
-                            raise DownloadError(f"only {size - least} bytes in {PATIENCE:g} s")
-                        until, least = time.monotonic() + PATIENCE, size
-                    if size > MOST:
-                        raise DownloadError(f"more than {MOST >> 30} GiB came")
-                    yield block
-                    bar.advance(len(block))
-    except urllib.error.HTTPError as error:
-        raise DownloadError(f"HTTP {error.code} {error.reason}") from error
-    except urllib.error.URLError as error:
-        reason = getattr(error.reason, "strerror", None) or error.reason
-        raise DownloadError(str(reason)) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise DownloadError(str(error) or type(error).__name__) from error
-    if size < total:
-        raise DownloadError(f"the connection broke after {size} of {total} bytes")
+def _innermost_reason(error: BaseException) -> str:
+    """Return what the system said: requests and urllib3 wrap it in several exceptions."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+class _ProgressBar:
+    """Our progress bar with the part of tqdm's interface that pooch uses."""
+
+    total = 0  # set by pooch when the server has replied
+
+    def __init__(self, description: str, stack: ExitStack) -> None:
+        self._description, self._stack = description, stack
+        self._bar: Bar | None = None
+
+    def update(self, amount: int) -> None:
+        if self._bar is None:
+            self._bar = self._stack.enter_context(progress(self._description, self.total))
+        self._bar.advance(amount)
+
+    def reset(self) -> None: ...
+
+    def close(self) -> None: ...

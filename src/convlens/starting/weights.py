@@ -254,7 +254,7 @@ def _downloaded(url: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with turn(target.parent / ".download.lock", f"downloading {file}"):
             if not target.is_file():  # another process may just have done it
-                temporary = fetch(url, file, target.parent, sha256=wanted)
+                temporary = fetch(url, file, target.parent, known_hash=f"sha256:{wanted}")
                 os.chmod(temporary, 0o644)
                 os.replace(temporary, target)
     except DownloadError as error:
