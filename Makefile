@@ -5,7 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := src tests benchmarks
+SOURCES := src tests benchmarks tools
 LONG := chaos signals processes machines meeting memory damage hostile fuzz same_numbers out_of_memory limits determinism exporting
 PEERS ?= benchmarks/peers/environments
 

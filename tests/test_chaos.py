@@ -1,4 +1,4 @@
-"""Killed trainings end with the same bits: one here, fifty in `make chaos`."""
+"""Killed and resumed trainings end with the same bits: one here, fifty in `make chaos`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import command
+import selftest
+from commands import environment
 from convlens.errors import ResourceError, UsageError
 from convlens.formats import modelfile
-from convlens.resuming import chaos
 from convlens.run import RunFolder
 from convlens.system import files
 from support import begin, tiny
@@ -23,15 +23,17 @@ from test_resume import finish
 
 
 def test_a_killed_training_ends_with_the_same_bits() -> None:
-    done = command("selftest", "--chaos", "1", "--json")
-    assert done.code == 0, done.err
-    assert done.json["same"] == done.json["kills"] == 1
-    assert "1/1 ended with the same bits" in done.err
+    command = [sys.executable, selftest.__file__, "--kills", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    score = json.loads(done.stdout)
+    assert score["same"] == score["kills"] == 1
+    assert "1/1 ended with the same bits" in done.stderr
 
 
 @pytest.mark.slow
 def test_of_two_processes_one_is_killed() -> None:
-    score = chaos.chaos(1, processes=2)
+    score = selftest.kill_and_resume(1, processes=2)
     assert score.same == len(score.kills) == 1, score.to_dict()
 
 
@@ -49,10 +51,10 @@ FAILS = "start().wait(); sys.exit('no room for another one')"
 HANGS = "start().wait(); start(); print('hanging', flush=True); time.sleep(30)"
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, program: str) -> chaos._Training:
+def launched(monkeypatch: pytest.MonkeyPatch, program: str) -> selftest._Training:
     """A training of two processes that is this program."""
 
-    def start(training: chaos._Training) -> subprocess.Popen[bytes]:
+    def start(training: selftest._Training) -> subprocess.Popen[bytes]:
         training.folder.mkdir(parents=True, exist_ok=True)
         with (training.folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
@@ -60,11 +62,11 @@ def launched(monkeypatch: pytest.MonkeyPatch, program: str) -> chaos._Training:
                 cwd=training.folder, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
-    monkeypatch.setattr(chaos._Training, "start", start)
-    return chaos._Training(Path("trial").absolute(), 2)
+    monkeypatch.setattr(selftest._Training, "start", start)
+    return selftest._Training(Path("trial").absolute(), 2)
 
 
-def workers(training: chaos._Training) -> list[int]:
+def workers(training: selftest._Training) -> list[int]:
     words = (training.folder / "log.txt").read_text().split()
     return [int(words[n + 1]) for n, word in enumerate(words) if word == "worker"]
 
@@ -85,39 +87,39 @@ def test_a_torchrun_that_fails_after_the_kill_is_a_difference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = launched(monkeypatch, FAILS)
-    kill = chaos._killed(Path("trial").absolute(), whole, random.Random(0), 0.0, 0.1)
-    (told,) = kill.differences
-    assert told.startswith("torchrun ended with 1\n")
-    assert "no room for another one" in told
-    assert chaos.Score([kill], 2).same == 0
+    kill = selftest._killed(Path("trial").absolute(), whole, random.Random(0), 0.0, 0.1)
+    (difference,) = kill.differences
+    assert difference.startswith("torchrun ended with 1\n")
+    assert "no room for another one" in difference
+    assert selftest.Score([kill], 2).same == 0
 
 
 def test_a_torchrun_that_hangs_leaves_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chaos, "LONGEST", 3)
+    monkeypatch.setattr(selftest, "HANG_TIMEOUT_S", 3)
     training = launched(monkeypatch, HANGS)
     with pytest.raises(ResourceError, match="torchrun hangs"):
         training.kill(0.0, random.Random(0))
     started = workers(training)
     assert len(started) == 2
-    assert not [pid for pid in started if chaos._lives(str(pid))]
+    assert not [pid for pid in started if selftest._lives(str(pid))]
 
 
-def test_nobody_starts_processes_without_end() -> None:
+def test_too_many_processes_are_refused() -> None:
     """torchrun would list them all, and take all memory for it."""
     with pytest.raises(UsageError, match="--processes 2,147,483,648: at most 64"):
-        chaos.chaos(1, processes=2**31)
+        selftest.kill_and_resume(1, processes=2**31)
 
 
 def test_several_processes_need_a_list_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chaos, "PROC", Path("none"))
+    monkeypatch.setattr(selftest, "PROC", Path("none"))
     with pytest.raises(UsageError, match="only be seen on Linux"):
-        chaos.chaos(1, processes=2)
+        selftest.kill_and_resume(1, processes=2)
 
 
 def test_differences_are_found() -> None:
     """A comparison that sees nothing would find all equal."""
     one, other = finish(tiny(), "one"), finish(tiny(), "other")
-    assert chaos.differences(one, other) == []
+    assert selftest.differences(one, other) == []
     for name, change, said in (
         ("model.safetensors", _nudged, "the model: 1 of"),
         (f"state/{_state(other)}", _nudged, "the state: 1 of"),
@@ -130,7 +132,7 @@ def test_differences_are_found() -> None:
         shutil.rmtree("copy", ignore_errors=True)
         shutil.copytree(other.path, copy.path)
         change(copy.path / name)
-        (found,) = chaos.differences(one, copy)
+        (found,) = selftest.differences(one, copy)
         assert found.startswith(said)
 
 
@@ -163,12 +165,12 @@ def _nudged(path: Path) -> None:
 @pytest.mark.slow
 def test_the_recipe_ends_early() -> None:
     """Not where it is killed behind its last epoch alone."""
-    place = finish(chaos.load(chaos.RECIPE), "x")
-    assert len(place.metrics()) < chaos.RECIPE["train"]["epochs"]
+    place = finish(selftest.load(selftest.RECIPE), "x")
+    assert len(place.metrics()) < selftest.RECIPE["train"]["epochs"]
 
 
 def test_the_recipe_has_everything_on() -> None:
-    setup, _ = begin(chaos.load(chaos.RECIPE), "x")
+    setup, _ = begin(selftest.load(selftest.RECIPE), "x")
     assert setup.averager is not None
     assert setup.recipe.train.patience
     assert any(isinstance(m, torch.nn.Dropout) for m in setup.trained.modules())

@@ -19,9 +19,9 @@ from convlens.errors import DataError, Diverged, Stopped
 from convlens.formats import modelfile
 from convlens.recipe import Recipe
 from convlens.resuming import continuing
-from convlens.resuming.chaos import differences
 from convlens.resuming.keeping import Keeper
 from convlens.run import RunFolder
+from selftest import differences
 from support import begin, tiny
 from test_resume import Interrupting, equal, finish, interrupting, stop
 

@@ -10,8 +10,8 @@ from commands import DIGITS, command, here, refused
 from convlens import training
 from convlens.errors import ModelFileError, UsageError
 from convlens.recipe import Recipe
-from convlens.resuming.chaos import differences
 from convlens.run import RunFolder
+from selftest import differences
 from support import tiny
 
 CONSTANT = (

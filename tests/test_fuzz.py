@@ -19,9 +19,8 @@ from commands import constant_model, here, picture, refused
 from convlens import cli, evaluation, recipe, run, training
 from convlens.data.augment import AUGMENTS, MIXES
 from convlens.data.sources import find
-from convlens.errors import ConvlensError, DataError, ResourceError, UsageError
+from convlens.errors import ConvlensError, DataError, UsageError
 from convlens.models import MODELS, options_of
-from convlens.resuming import chaos
 from convlens.schema import NESTED, SECTIONS
 from convlens.starting import asking
 from convlens.starting.checking import check
@@ -267,11 +266,7 @@ def line(arguments: list[str]) -> None:
 
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("cases", [60, pytest.param(2500, marks=slow)])
-def test_command_lines(cases: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unwanted(training: chaos._Training) -> None:
-        raise ResourceError("no training is killed here: that takes minutes")
-
-    monkeypatch.setattr(chaos._Training, "to_its_end", unwanted)
+def test_command_lines(cases: int) -> None:
     fuzz(lines(), line, cases)
 
 

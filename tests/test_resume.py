@@ -19,10 +19,10 @@ from convlens.errors import DataError, Stopped
 from convlens.formats import modelfile
 from convlens.recipe import Recipe
 from convlens.resuming import keeping
-from convlens.resuming.chaos import differences
 from convlens.resuming.keeping import Keeper
 from convlens.resuming.states import Best
 from convlens.run import RunFolder
+from selftest import differences
 from support import begin, same, tiny
 
 STEPS = 5  # in each of 3 epochs

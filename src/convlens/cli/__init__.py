@@ -22,7 +22,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from convlens.cli import basics, inside, judging, trusting
+from convlens.cli import basics, inside, judging
 from convlens.cli.shared import app
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
 from convlens.names import pick
@@ -31,7 +31,7 @@ from convlens.system.console import console, say
 from convlens.system.interrupts import Terminated, stoppable
 from convlens.version import __version__
 
-__all__ = ["app", "basics", "inside", "judging", "main", "run", "trusting"]
+__all__ = ["app", "basics", "inside", "judging", "main", "run"]
 
 SHARED = ("train", "evaluate")  # what several processes can do together
 

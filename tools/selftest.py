@@ -1,0 +1,387 @@
+"""Kill trainings at random moments, resume them, and compare the results bit by bit.
+
+    python tools/selftest.py --kills 5                  about ten seconds each
+    python tools/selftest.py --kills 5 --processes 2    under torchrun (Linux)
+
+Needs convlens installed; everything happens in a temporary folder. Real processes get a real
+SIGKILL. One training runs uninterrupted. Each of the others is killed once, at a moment between
+shortly before it writes its first file and its end, and then the same command is run again. With
+several processes one of them is killed at random, and torchrun restarts them all.
+
+The exit status is 1 if a resumed training ends with other bits than the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from torch import Tensor
+
+from convlens import device
+from convlens.errors import ConvlensError, ResourceError, UsageError
+from convlens.formats import modelfile
+from convlens.recipe import load
+from convlens.run import RunFolder
+from convlens.system.console import progress, say
+
+# Uses everything in a training that is random, averaged, selected or counted.
+RECIPE: dict[str, Any] = {
+    "name": "selftest",
+    "data": {"name": "digits", "per_class": 60},
+    "augment": [
+        {"RandomAffine": {"degrees": 10, "translate": [0.1, 0.1]}},
+        {"RandomErasing": {"p": 0.3}},
+        {"MixUp": {"p": 0.5}},
+    ],
+    "model": {"name": "cnn", "widths": [8, 16], "depth": 2, "dropout": 0.2},
+    "optim": {"name": "adamw", "lr": 0.01, "schedule": "one-cycle", "ema": 0.97, "clip_norm": 5},
+    "train": {
+        "epochs": 40, "batch_size": 32, "patience": 4, "monitor": "val_accuracy",
+        "precision": "fp32", "memory_format": "contiguous",
+    },
+}  # fmt: skip
+SAVE_INTERVAL_S = "0.2"  # so short that many kills interrupt a save
+HANG_TIMEOUT_S = 600.0  # a training that takes longer hangs
+# Kills start at this fraction of the time to the first file: before it, Python imports torch.
+EARLIEST_KILL = 0.8
+PROC = Path("/proc")  # Linux's list of processes
+MAX_PROCESSES = 64  # each takes some hundred MB, and torchrun would start any number
+CLOCK_COLUMNS = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One killed training: when it was killed, what it had saved, and what differs in the end."""
+
+    after: float
+    saved: str
+    differences: list[str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """All kills; `same` of them ended with the same bits as the uninterrupted training."""
+
+    kills: list[Kill]
+    processes: int
+
+    @property
+    def same(self) -> int:
+        return sum(not kill.differences for kill in self.kills)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "same": self.same,
+            "kills": len(self.kills),
+            "processes": self.processes,
+            "each": [asdict(kill) for kill in self.kills],
+        }
+
+
+def kill_and_resume(
+    kills: int, *, processes: int = 1, seed: int = 0, jobs: int | None = None
+) -> Score:
+    """Kill and resume `kills` trainings of `processes` processes each.
+
+    Args:
+        seed: of the moments at which they are killed.
+        jobs: trainings at a time; by default as many as there are cores for.
+
+    Raises:
+        UsageError: this system can't do it.
+        ResourceError: the uninterrupted training fails.
+    """
+    if os.name == "nt":
+        raise UsageError("SIGKILL is needed, which Windows does not have", fix="run it in WSL")
+    if processes > MAX_PROCESSES:
+        raise UsageError(f"--processes {processes:,}: at most {MAX_PROCESSES}")
+    if processes > 1 and not _children(os.getpid()).exists():
+        raise UsageError(
+            "the processes that torchrun starts can only be seen on Linux, in /proc",
+            fix="leave out --processes",
+        )
+    jobs = jobs or max(1, device.usable_cores() // processes)
+    with tempfile.TemporaryDirectory(prefix="convlens-selftest-") as root:
+        whole = _Training(Path(root) / "whole", processes)
+        first_file, end = whole.run_to_end()
+        say(f"uninterrupted run: {end:.1f} s (first file after {first_file:.1f} s)")
+        moments = [random.Random(f"{seed} {n}") for n in range(kills)]
+        found = []
+        with progress("kills", kills) as bar, ThreadPoolExecutor(jobs) as pool:
+            waiting = [
+                pool.submit(_killed, Path(root) / f"{n}", whole, rng, first_file, end)
+                for n, rng in enumerate(moments)
+            ]
+            try:
+                for done in as_completed(waiting):
+                    kill = done.result()
+                    found.append(kill)
+                    result = "; ".join(kill.differences) or "the same bits"
+                    say(escape(f"killed after {kill.after:.2f} s ({kill.saved}): {result}"[:600]))
+                    bar.advance()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return Score(found, processes)
+
+
+class _Training:
+    """One training in a folder of its own, started from the command line."""
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        self.folder, self.processes = folder, processes
+        self.run_dir = RunFolder(folder / "models" / "selftest")
+        self.saved = "nothing saved yet"  # at the moment of the kill
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recipe = self.folder / "selftest.yaml"
+        if not recipe.exists():
+            recipe.write_text(load(RECIPE).to_text())
+        launch = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3",
+                  "--nproc-per-node", str(self.processes)]  # fmt: skip
+        command = ["-m", "convlens", "train", "selftest.yaml", "--device", "cpu"]
+        environment = {
+            **os.environ, "CONVLENS_SAVE_SECONDS": SAVE_INTERVAL_S, "OMP_NUM_THREADS": "1",
+            "CONVLENS_CACHE": str(self.folder / "cache"),
+        }  # fmt: skip
+        with (self.folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *(launch if self.processes > 1 else []), *command],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def run_to_end(self) -> tuple[float, float]:
+        """Return the seconds until the first file, and until the end."""
+        started, first = time.perf_counter(), 0.0
+        with self._running() as process:
+            while process.poll() is None:
+                if time.perf_counter() - started > HANG_TIMEOUT_S:
+                    raise ResourceError("a training hangs", where=self._log_tail())
+                if not first and self.run_dir.path.exists():
+                    first = time.perf_counter() - started
+                time.sleep(0.01)
+        self._refuse_failed(process)
+        return first, time.perf_counter() - started
+
+    def kill(self, after: float, rng: random.Random) -> bool:
+        """Kill a process `after` seconds from the start, or as soon as there is one.
+
+        Returns False if the training ended before that.
+
+        Raises:
+            ResourceError: it ended with an error of its own; or torchrun hangs or fails instead of
+                restarting its processes.
+        """
+        started = time.perf_counter()
+        with self._running() as process:
+            while time.perf_counter() - started < after or not self._hit(process, rng):
+                if process.poll() is not None:
+                    self._refuse_failed(process)
+                    return False
+                time.sleep(0.002)
+            with contextlib.suppress(ConvlensError):
+                found = self.run_dir.generations.read()
+                self.saved = f"saved: {found.generation.place}" if found else self.saved
+            if self.processes > 1:
+                try:
+                    process.wait(HANG_TIMEOUT_S)  # torchrun restarts them
+                except subprocess.TimeoutExpired as error:
+                    raise ResourceError("torchrun hangs", where=self._log_tail()) from error
+                self._refuse_failed(process)
+        return True
+
+    def _hit(self, process: subprocess.Popen[bytes], rng: random.Random) -> bool:
+        """Kill the training or one of torchrun's processes; return False if none is alive."""
+        if self.processes == 1:
+            process.kill()
+            return process.wait() == -signal.SIGKILL  # not with an exit code of its own
+        workers = _workers(process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            if workers:
+                os.kill(rng.choice(workers), signal.SIGKILL)
+                return True
+        return False
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[subprocess.Popen[bytes]]:
+        """Run the command; leave none of its processes behind, whatever happens."""
+        process = self.start()
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            _kill_all_in(self.folder)
+
+    def _refuse_failed(self, process: subprocess.Popen[bytes]) -> None:
+        if process.returncode:
+            what = "torchrun" if self.processes > 1 else "a training"
+            raise ResourceError(f"{what} ended with {process.returncode}", where=self._log_tail())
+
+    def _log_tail(self) -> str:
+        return (self.folder / "log.txt").read_text(errors="replace")[-400:]
+
+
+def _children(process: int) -> Path:
+    return PROC / f"{process}/task/{process}/children"
+
+
+def _workers(agent: int) -> list[int]:
+    """Return the living processes that a torchrun has started (Linux)."""
+    try:
+        started = _children(agent).read_text().split()
+    except OSError:
+        return []
+    return [int(pid) for pid in started if _lives(pid)]
+
+
+def _lives(pid: str) -> bool:
+    try:
+        state = (PROC / pid / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"  # a process that has ended stays until its parent waits for it
+
+
+def _kill_all_in(folder: Path) -> None:
+    """Kill all processes whose working directory is this folder (Linux).
+
+    torchrun gives each of its processes a session of its own, so they survive its death.
+    """
+    path, until = os.path.realpath(folder), time.perf_counter() + 10
+    while time.perf_counter() < until:
+        left = _all_in(path)
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _all_in(path: str) -> list[int]:
+    found = []
+    for name in filter(str.isdecimal, os.listdir(PROC) if PROC.is_dir() else ()):
+        with contextlib.suppress(OSError):  # it has just ended, or belongs to another user
+            if os.readlink(PROC / name / "cwd") == path:
+                found.append(int(name))
+    return found
+
+
+def _killed(
+    folder: Path, whole: _Training, rng: random.Random, first_file: float, end: float
+) -> Kill:
+    """Kill a training, resume it, and compare it with the uninterrupted one."""
+    training = _Training(folder, whole.processes)
+    after = rng.uniform(EARLIEST_KILL * first_file, end)
+    try:
+        while not training.kill(after, rng):  # it ended before the kill
+            after = rng.uniform(EARLIEST_KILL * first_file, after)
+            training = _Training(folder / "again", whole.processes)
+            folder = training.folder
+        training.run_to_end()
+        found = differences(whole.run_dir, training.run_dir)
+    except ConvlensError as error:
+        found = [str(error)]
+    return Kill(round(after, 3), training.saved, found)
+
+
+def differences(one: RunFolder, other: RunFolder) -> list[str]:
+    """List what differs between two finished runs, except for times; empty if no bit does."""
+    found = []
+    (weights, card), (others, its_card) = (modelfile.read(each.model_path) for each in (one, other))
+    found += _of_tensors("the model", weights, others)
+    states = [each.state() for each in (one, other)]
+    if states[0] is None or states[1] is None:
+        found.append("no final state")
+    else:
+        found += _of_tensors("the state", states[0][0], states[1][0])
+        if _timeless(states[0][1]) != _timeless(states[1][1]):
+            found.append("the state's counters")
+    if card["chosen"] != its_card["chosen"]:
+        found.append(f"the chosen epoch: {its_card['chosen']} for {card['chosen']}")
+    for name in ("recipe.yaml", "split.csv"):
+        contents = [(each.path / name) for each in (one, other)]
+        if len({path.read_bytes() if path.exists() else b"" for path in contents}) > 1:
+            found.append(name)
+    rows, its_rows = (
+        [{k: v for k, v in row.items() if k not in CLOCK_COLUMNS} for row in each.metrics()]
+        for each in (one, other)
+    )
+    if rows != its_rows:
+        found.append("metrics.csv")
+    mine, its = one.facts(), other.facts()
+    found += [f"run.json: {k}" for k in ("status", "epochs", "kept_epoch") if mine[k] != its[k]]
+    kept = ("n", "correct", "loss", "confusion")
+    tested, its_tested = (
+        [{k: test[k] for k in kept} for test in each.results()[-1:]] for each in (one, other)
+    )
+    if tested != its_tested:
+        found.append("the test results")
+    return found
+
+
+def _of_tensors(what: str, one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    if one.keys() != other.keys():
+        return [f"{what}: other tensors"]
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    return [f"{what}: {len(different)} of {len(one)} tensors"] if different else []
+
+
+def _timeless(counters: dict[str, Any]) -> dict[str, Any]:
+    """Return a state's counters without times and without the hash over them."""
+    # `part` is the micro-batch size after running out of memory: not a result.
+    position = {k: v for k, v in counters["position"].items() if k not in (*CLOCK_COLUMNS, "part")}
+    rows = [{k: v for k, v in row.items() if k not in CLOCK_COLUMNS} for row in counters["rows"]]
+    rest = {k: v for k, v in counters.items() if k not in ("sha256", "position", "rows")}
+    return {**rest, "position": position, "rows": rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=5, metavar="N", help="trainings to kill (5)")
+    parser.add_argument("--processes", type=int, default=1, help="processes of each training (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (0)")
+    parser.add_argument("--json", action="store_true", help="print the score as JSON on stdout")
+    options = parser.parse_args()
+    if options.kills < 1 or options.processes < 1:
+        parser.error("--kills and --processes must be at least 1")
+    try:
+        score = kill_and_resume(options.kills, processes=options.processes, seed=options.seed)
+    except UsageError as error:
+        parser.error(str(error))
+    except ConvlensError as error:
+        sys.exit(str(error))
+    if options.json:
+        print(json.dumps(score.to_dict()))
+    say(f"[bold]{score.same}/{options.kills}[/] ended with the same bits")
+    return 0 if score.same == options.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
