@@ -147,32 +147,23 @@ def _plans(run: RunFolder) -> Case:
 
 
 def _state(run: RunFolder) -> Case:
-    return _states(run, "0002-000000.safetensors")
-
-
-def _manifest(run: RunFolder) -> Case:
-    return _states(run, generations.MANIFEST)
-
-
-def _states(run: RunFolder, file: str) -> Case:
-    """Two states: damage to the newer one, or to what names both, costs no more than the newer."""
+    """Two checkpoints: damage to the newer one costs no more than the newer."""
     folder = run.path / "two-states"
 
     def read() -> Any:
-        found = generations.Generations(folder).read()
+        found = generations.CheckpointStore(folder).read()
         return found and (found.counters, {k: t.tolist() for k, t in found.tensors.items()})
 
-    states, seen = generations.Generations(folder), []
+    states, seen = generations.CheckpointStore(folder), []
     for epoch in (1, 2):
         weights = {"model.weight": torch.full((5,), float(epoch)), "model.bias": torch.ones(2)}
         states.save(weights, {"position": {"epoch": epoch, "step": 0}, "rows": [{"loss": 0.5}]})
         seen.append(read())
-    return folder / file, read, seen[0]
+    return folder / "0002-000000.safetensors", read, seen[0]
 
 
 FILES: dict[str, Callable[[RunFolder], Case]] = {
     "state": _state,
-    "manifest.json": _manifest,
     "model.safetensors": _model,
     "run.json": _run_json,
     "results.json": _results,

@@ -64,9 +64,9 @@ def test_a_training_saves_and_ends_with_75(long_run: RunFolder, number: int) -> 
     code, told = ended(process, number)
     assert code == 75
     assert "the same command goes on from here" in told
-    found = long_run.generations.read()
+    found = long_run.checkpoints.read()
     assert found is not None
-    assert f"epoch {found.generation.epoch} after {found.generation.step} steps" in told
+    assert f"epoch {found.epoch} after {found.step} steps" in told
 
 
 def test_a_second_signal_ends_it_at_once_and_nothing_is_broken(long_run: RunFolder) -> None:
@@ -74,8 +74,8 @@ def test_a_second_signal_ends_it_at_once_and_nothing_is_broken(long_run: RunFold
     until(lambda: len(long_run.metrics()) > 1, process)
     code, _ = ended(process, signal.SIGTERM, signal.SIGTERM)
     assert code in (75, -signal.SIGTERM)
-    assert long_run.generations.read() is not None
-    assert long_run.generations.lost == []
+    assert long_run.checkpoints.read() is not None
+    assert long_run.checkpoints.corrupt == []
     load(long_run.model_path)
     process = start(*TRAIN)
     until(lambda: len(long_run.metrics()) > 3, process)

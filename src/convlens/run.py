@@ -25,7 +25,7 @@ from convlens import device, models
 from convlens.data.batches import Normalise, Prepare
 from convlens.errors import ModelFileError, UsageError
 from convlens.formats import modelfile, records
-from convlens.formats.generations import Generations
+from convlens.formats.generations import CheckpointStore
 from convlens.names import did_you_mean, near
 from convlens.recipe import Recipe, load as load_recipe
 from convlens.system import files, sealing
@@ -86,7 +86,7 @@ class RunFolder:
         self.plots = plots or PLOTS / self.name
         self.model_path = self.path / "model.safetensors"
         self.metrics_path = self.path / "metrics.csv"
-        self.generations = Generations(self.path / "state")
+        self.checkpoints = CheckpointStore(self.path / "state")
 
     # -- whole run ------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class RunFolder:
         if self.metrics_path.exists():
             facts["metrics_sha256"] = files.sha256(self.metrics_path)
         self.note({"status": "finished", **facts})
-        self.generations.keep_newest()
+        self.checkpoints.keep_newest()
 
     def facts(self) -> dict[str, Any]:
         """What `run.json` says; empty for a folder that is no run yet.
@@ -210,17 +210,20 @@ class RunFolder:
             counters: with `model_epoch`, the epoch whose weights the model file must hold for
                 the state to be of use (0: none).
         """
-        self.generations.save(tensors, counters)
+        self.checkpoints.save(tensors, counters)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest state that is whole and whose best weights are; `lost` says of the others."""
-        found = self.generations.read(self._lacks_model)
+        """The newest intact checkpoint whose best weights are intact, too.
+
+        `corrupt_checkpoints` says why newer ones were skipped.
+        """
+        found = self.checkpoints.read(self._lacks_model)
         return (found.tensors, found.counters) if found else None
 
     @property
-    def lost(self) -> list[str]:
-        """What is wrong with states that `state` passed over."""
-        return self.generations.lost
+    def corrupt_checkpoints(self) -> list[str]:
+        """Why `state` skipped checkpoints, one sentence each."""
+        return self.checkpoints.corrupt
 
     def _lacks_model(self, counters: Mapping[str, Any]) -> str:
         """Why the model file isn't what a state with these counters needs; empty if it is.

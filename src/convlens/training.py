@@ -143,7 +143,7 @@ def _train_locked(
 def _make_way(place: RunFolder, facts: dict[str, Any]) -> None:
     """Clears up what would be mistaken for a part of the run that begins or is taken up."""
     if not facts:
-        place.generations.clear()  # of an extension that was killed before it was a run
+        place.checkpoints.clear()  # of an extension that was killed before it was a run
     elif facts.get("status") == "finished":
         place.note({"status": "training"})  # its model file is lost; until it is there again
 

@@ -188,8 +188,9 @@ class _Training:
                     return False
                 time.sleep(0.002)
             with contextlib.suppress(ConvlensError):
-                found = self.place.generations.read()
-                self.saved = f"saved: {found.generation.place}" if found else self.saved
+                found = self.place.checkpoints.read()
+                if found is not None:
+                    self.saved = f"saved: epoch {found.epoch}, step {found.step}"
             if self.processes > 1:
                 try:
                     process.wait(LONGEST)  # torchrun starts them anew
