@@ -28,7 +28,7 @@ from convlens.formats import modelfile, records
 from convlens.formats.generations import CheckpointStore
 from convlens.names import did_you_mean, near
 from convlens.recipe import Recipe, load as load_recipe
-from convlens.system import files, sealing
+from convlens.system import files
 
 MODELS = Path("models")
 PLOTS = Path("plots")
@@ -98,7 +98,7 @@ class RunFolder:
     def note(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to `run.json`."""
         content = {**self.facts(), **facts}
-        files.write_atomic(self.path / "run.json", records.json_of(sealing.seal(content)))
+        files.write_atomic(self.path / "run.json", records.json_of(content))
 
     def finish(
         self, *, epochs: int, kept: int, seconds: float, cpu_seconds: float = math.nan
@@ -110,8 +110,6 @@ class RunFolder:
             "training_seconds": round(seconds, 3),
             "cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),
         }
-        if self.metrics_path.exists():
-            facts["metrics_sha256"] = files.sha256(self.metrics_path)
         self.note({"status": "finished", **facts})
         self.checkpoints.keep_newest()
 
@@ -119,9 +117,9 @@ class RunFolder:
         """What `run.json` says; empty for a folder that is no run yet.
 
         Raises:
-            ModelFileError: it was changed or damaged: a run that goes on must not go by it.
+            ModelFileError: it can't be read.
         """
-        return records.read(self.path / "run.json", {}, sealing.unseal)
+        return records.read(self.path / "run.json", {}, records.as_object)
 
     @property
     def finished(self) -> bool:
@@ -162,12 +160,10 @@ class RunFolder:
         """One mapping an epoch, in order; NaN where a cell is empty (no validation split).
 
         Raises:
-            ModelFileError: it can't be read, or isn't what a finished run wrote. (Of a run that
-            goes on the state has the same numbers, and writes them anew.)
+            ModelFileError: it can't be read. (The checkpoint of an unfinished run has the same
+            numbers, and writes them again.)
         """
-        facts = self.facts()
-        wrote = facts.get("metrics_sha256") if facts.get("status") == "finished" else None
-        return records.log_of(self.metrics_path, wrote)
+        return records.log_of(self.metrics_path)
 
     def write_split(self, held_out: Mapping[str, Sequence[str]]) -> None:
         """`split.csv`: every image that convlens itself held out of training."""
@@ -185,17 +181,16 @@ class RunFolder:
             same = ("split", "data_fingerprint")
             looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)
             entry = {"when": _now(), "looks": looks, **result}
-            sealed = [sealing.seal(each) for each in (*log, entry)]
-            files.write_atomic(self.path / "results.json", records.json_of(sealed))
+            files.write_atomic(self.path / "results.json", records.json_of([*log, entry]))
         return entry
 
     def log(self) -> list[dict[str, Any]]:
         """Every look at a split, oldest first.
 
         Raises:
-            ModelFileError: an entry was changed or damaged.
+            ModelFileError: it can't be read.
         """
-        return records.read(self.path / "results.json", [], records.entries)
+        return records.read(self.path / "results.json", [], records.as_objects)
 
     def results(self) -> list[dict[str, Any]]:
         """The looks that measured something, oldest first."""

@@ -45,8 +45,7 @@ from convlens.data.rows import (
     sums_of,
 )
 from convlens.system.console import progress, say
-from convlens.system.files import part_of, sweep
-from convlens.system.sealing import Changed, seal_bytes, unseal_bytes
+from convlens.system.files import CorruptError, add_checksum, part_of, sweep, verify_checksum
 
 _MAGIC = b"convlns2"
 _TAIL = 8 + 32 + 8
@@ -124,8 +123,8 @@ def _opened(store: Path, shape: Shape, files: Files, conversion: Conversion) -> 
     if rest[-len(_MAGIC) :] != _MAGIC or body + length + _TAIL != len(rest):
         return None
     try:
-        facts = json.loads(unseal_bytes(rest[: -len(_MAGIC)])[body:-8])
-    except Changed:
+        facts = json.loads(verify_checksum(rest[: -len(_MAGIC)])[body:-8])
+    except CorruptError:
         return None
     bad = {int(i): str(reason) for i, reason in facts["bad"].items()}
     digests = np.frombuffer(rest, np.uint8, 32 * shape[0]).reshape(-1, 32)
@@ -161,7 +160,7 @@ def _build(store: Path, files: Files, conversion: Conversion, shape: Shape) -> N
             digests, bad = _decode(files, conversion, keep)
             facts = json.dumps({"content": _combined(digests, bad), "bad": bad}).encode()
             rest = digests.tobytes() + sums.tobytes() + facts + len(facts).to_bytes(8, "little")
-            file.write(seal_bytes(rest) + _MAGIC)
+            file.write(add_checksum(rest) + _MAGIC)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, store)

@@ -29,8 +29,7 @@ from convlens.data.reading import Reader
 from convlens.data.tars import read_samples
 from convlens.errors import DataError, ResourceError
 from convlens.system.console import progress, say
-from convlens.system.files import sweep, write_atomic
-from convlens.system.sealing import Changed, seal_bytes, unseal_bytes
+from convlens.system.files import CorruptError, add_checksum, sweep, verify_checksum, write_atomic
 
 VERSION = 2  # of the index: raise it when the same tar would give another one
 OPEN = 64  # shards that are kept open, of each part, where the system lets us
@@ -232,7 +231,7 @@ def _keep(index: Index, place: Path) -> None:
     facts = json.dumps({"labels": index.labels, "ignored": index.ignored})
     sweep(place.parent, [place.name], alone=True)  # the lock is held
     try:
-        write_atomic(place, seal_bytes(save(arrays, {"facts": facts})))
+        write_atomic(place, add_checksum(save(arrays, {"facts": facts})))
     except ResourceError as error:
         say(f"the index of these shards could not be kept ({error.what})")
 
@@ -242,8 +241,8 @@ def _kept(place: Path) -> Index | None:
     from safetensors.numpy import load
 
     try:
-        content = unseal_bytes(place.read_bytes())
-    except (OSError, Changed):
+        content = verify_checksum(place.read_bytes())
+    except (OSError, CorruptError):
         return None
     # Its hash is right, so it is what `_keep` wrote.
     length = int.from_bytes(content[:8], "little")

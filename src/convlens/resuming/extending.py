@@ -21,7 +21,7 @@ from convlens.system.console import say
 
 OF_ITS_END = (
     "created", "status", "epochs", "kept_epoch", "training_seconds", "cpu_seconds",
-    "metrics_sha256", "changed", "format", "sha256",
+    "metrics_sha256", "changed",
 )  # fmt: skip
 
 

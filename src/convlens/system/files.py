@@ -23,6 +23,7 @@ from convlens.system.console import say
 
 PART = ".part"  # how the name of what isn't whole yet ends
 ABANDONED = 3600.0  # seconds that nobody wrote to it
+_SHA256_BYTES = 32
 PROBE = b"\0" * 4096  # of the size of a block
 # Answers of a file system that has no modes, or no fsync of folders (vfat, CIFS, FUSE); none of
 # them means that what was written is lost.
@@ -225,6 +226,27 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class CorruptError(ValueError):
+    """Bytes are not those that `add_checksum` returned."""
+
+
+def add_checksum(content: bytes) -> bytes:
+    """Append the SHA-256 of `content`."""
+    return content + hashlib.sha256(content).digest()
+
+
+def verify_checksum(content: bytes) -> bytes:
+    """Return the bytes that `add_checksum` was given.
+
+    Raises:
+        CorruptError: they were truncated or changed.
+    """
+    body, digest = content[:-_SHA256_BYTES], content[-_SHA256_BYTES:]
+    if hashlib.sha256(body).digest() != digest:
+        raise CorruptError("changed or damaged after it was written (its hash differs)")
+    return body
 
 
 @contextlib.contextmanager
