@@ -118,11 +118,9 @@ def unreadable(path: Path) -> None:
         path.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("number", "said"), [(errno.EACCES, "permissions"), (errno.EMFILE, "ulimit -n")]
-)
-def test_a_state_that_may_be_whole_is_not_passed_over(
-    number: int, said: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
+def test_a_checkpoint_that_may_be_intact_is_not_skipped(
+    number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = CheckpointStore(Path("state"))
     states.save(tensors(1), counters(1, 4))
@@ -138,7 +136,6 @@ def test_a_state_that_may_be_whole_is_not_passed_over(
         patch.setattr(Path, "read_bytes", refused)
         with pytest.raises(ResourceError, match=os.strerror(number)) as caught:
             CheckpointStore(Path("state")).read()
-    assert said in caught.value.fix
     assert caught.value.where.endswith("0003-000007.safetensors")
     found = CheckpointStore(Path("state")).read()
     assert found is not None
@@ -295,7 +292,7 @@ def test_whatever_write_fails_a_state_stays(at: int, monkeypatch: pytest.MonkeyP
             states.save(tensors(2), counters(1, 2))
         except ResourceError as error:
             refused = error
-    assert refused is None or "free some disk space" in refused.fix
+    assert refused is None or "free disk space" in refused.fix
     found = CheckpointStore(Path("state")).read()
     assert found is not None
     step = found.counters["position"]["step"]
@@ -385,7 +382,7 @@ def test_a_disk_that_fills_up_costs_what_was_not_saved(
         patch.setattr(keeping, "save", save)
         with pytest.raises(ResourceError, match="No space left on device") as caught:
             finish(tiny(*EVERYTHING), "full")
-    assert "free some disk space" in caught.value.fix
+    assert "free disk space" in caught.value.fix
     assert len(done) == saves - 1
     place = RunFolder(Path("models/full"))
     state = place.state()

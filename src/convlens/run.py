@@ -32,7 +32,7 @@ from convlens.system import files
 
 MODELS = Path("models")
 PLOTS = Path("plots")
-PATIENCE = 60.0  # seconds that a look waits for another one to be logged
+LOCK_TIMEOUT_S = 60.0  # results.json is held for milliseconds
 LONGEST = 150  # bytes of a run's name; systems take 255, and plots' names are longer
 
 
@@ -176,7 +176,8 @@ class RunFolder:
         same moment one waits for the other: none is lost, and both are counted.
         """
         of, owned = f"results.json of {self.name!r}", records.RESULTS
-        with files.lock(self.path / ".results.lock", what=of, patience=PATIENCE, owned=owned):
+        path = self.path / ".results.lock"
+        with files.lock(path, what=of, timeout_s=LOCK_TIMEOUT_S, owned=owned):
             log = self.log()
             same = ("split", "data_fingerprint")
             looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)

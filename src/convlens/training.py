@@ -75,8 +75,6 @@ def train(
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
         check(recipe)
-        if world.leads:
-            files.probe(place.path, place.plots)
         if fresh:
             say(f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it")
         elif world.leads:
@@ -117,7 +115,9 @@ def _train_locked(
     begun = begun_with(place)
     setup = prepare(recipe, data, where, _stored_plan(facts, where), begun, world)
     if not facts:
-        files.expect(place.path, LEAST_BYTES * sum(p.numel() for p in setup.trained.parameters()))
+        files.warn_if_low_disk(
+            place.path, LEAST_BYTES * sum(p.numel() for p in setup.trained.parameters())
+        )
         place.write_split(data.held_out)
         if data.listing is not None and world.leads:
             data.listing.write(place.path)

@@ -34,7 +34,7 @@ from convlens import device
 from convlens.data import decode
 from convlens.data.decode import Pixels, UnreadableImage
 from convlens.data.encoded import Files, refuse_passing
-from convlens.data.locks import turn
+from convlens.data.locks import interprocess_lock
 from convlens.data.rows import (
     ArrayRows,
     Conversion,
@@ -45,7 +45,13 @@ from convlens.data.rows import (
     sums_of,
 )
 from convlens.system.console import progress, say
-from convlens.system.files import CorruptError, add_checksum, part_of, sweep, verify_checksum
+from convlens.system.files import (
+    CorruptError,
+    add_checksum,
+    open_temp,
+    remove_stale_temp_files,
+    verify_checksum,
+)
 
 _MAGIC = b"convlns2"
 _TAIL = 8 + 32 + 8
@@ -91,7 +97,7 @@ def decoded(files: Files, conversion: Conversion, *, memory_budget: int) -> Deco
         return found
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
-        with turn(store.with_suffix(".lock"), "decoding these images"):
+        with interprocess_lock(store.with_suffix(".lock"), "decoding these images"):
             found = opened()
             if found is None:
                 _build(store, files, conversion, shape)
@@ -142,12 +148,12 @@ def _pixel_bytes(store: Path, shape: Shape) -> int:
 
 def _build(store: Path, files: Files, conversion: Conversion, shape: Shape) -> None:
     """Makes the store; its lock is held."""
-    sweep(store.parent, [store.name], alone=True)
+    remove_stale_temp_files(store.parent, [store.name], alone=True)
     pixel_bytes = _pixel_bytes(store, shape)
     needed = pixel_bytes + (32 + 4) * shape[0]
     if shutil.disk_usage(store.parent).free < needed + (64 << 20):
         raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, the disk has not that much left")
-    handle, temporary = part_of(store)
+    handle, temporary = open_temp(store)
     try:
         with os.fdopen(handle, "wb") as file:
             sums = np.zeros(shape[0], "<u4")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from convlens.system.console import progress
-from convlens.system.files import part_of, sweep
+from convlens.system.files import open_temp, remove_stale_temp_files
 
 TIMEOUT = 20.0  # seconds without a byte
 PATIENCE = 60.0  # seconds in which `LEAST` bytes must come: a server that trickles is none
@@ -38,8 +38,8 @@ def fetch(url: str, file: str, folder: Path, *, md5: str = "", sha256: str = "")
         OSError: the folder can't be written.
     """
     digest = hashlib.md5(usedforsecurity=False) if md5 else hashlib.sha256()
-    sweep(folder, [file], alone=True)
-    handle, temporary = part_of(folder / file)
+    remove_stale_temp_files(folder, [file], alone=True)
+    handle, temporary = open_temp(folder / file)
     path, head = Path(temporary), b""
     try:
         with os.fdopen(handle, "wb") as target:

@@ -278,5 +278,5 @@ def _remember(key: str, choice: Choice) -> None:
     latest = dict(list(known.items())[-REMEMBERED:])
     with contextlib.suppress(ResourceError):  # a cache that can't be written is no cache
         text = json.dumps(latest, indent=1) + "\n"
-        files.sweep(cache.folder(), ["plans.json"], alone=False)
+        files.remove_stale_temp_files(cache.folder(), ["plans.json"], alone=False)
         files.write_atomic(cache.folder() / "plans.json", text)
