@@ -82,10 +82,12 @@ def score(
     seed: int,
     *,
     gone: Any = None,
+    has_checksum: bool = True,
 ) -> Score:
     """Damages `path` in `cases` ways and reads it each time; puts it back as it was.
 
     Args:
+        has_checksum: without one, a changed digit is read as another number.
         read: what the program makes of the file, comparable with `==`.
         gone: what `read` gives where it goes on as if there were no file (a cache).
     """
@@ -109,6 +111,8 @@ def score(
                 found.counts["read as it was"] += 1
             elif got == gone:
                 found.counts["left aside"] += 1
+            elif not has_checksum:
+                found.counts["read with the change"] += 1
             else:
                 found.wrong.append(f"{_difference(whole, content)}: read as something else")
     path.write_bytes(whole)

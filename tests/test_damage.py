@@ -1,10 +1,14 @@
-"""Every file that convlens writes and reads, damaged at random: told, made anew, or of no effect.
+"""Every file that convlens writes and reads, damaged at random: reported, rebuilt, or harmless.
+
+Text files that people edit (JSON, CSV) have no checksum: they parse, or the error says so.
+
 
 By default some dozens of cases a file; with --slow more than 10,000, whose score is printed.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +27,7 @@ from convlens.device import Plan
 from convlens.formats import generations, modelfile
 from convlens.run import RunFolder, load_model
 from convlens.starting import planning
-from convlens.system.sealing import Changed, seal, seal_bytes, unseal, unseal_bytes
+from convlens.system.files import CorruptError, add_checksum, verify_checksum
 from damage import score
 from test_shards import shards
 
@@ -147,32 +151,23 @@ def _plans(run: RunFolder) -> Case:
 
 
 def _state(run: RunFolder) -> Case:
-    return _states(run, "0002-000000.safetensors")
-
-
-def _manifest(run: RunFolder) -> Case:
-    return _states(run, generations.MANIFEST)
-
-
-def _states(run: RunFolder, file: str) -> Case:
-    """Two states: damage to the newer one, or to what names both, costs no more than the newer."""
+    """Two checkpoints: damage to the newer one costs no more than the newer."""
     folder = run.path / "two-states"
 
     def read() -> Any:
-        found = generations.Generations(folder).read()
+        found = generations.CheckpointStore(folder).read()
         return found and (found.counters, {k: t.tolist() for k, t in found.tensors.items()})
 
-    states, seen = generations.Generations(folder), []
+    states, seen = generations.CheckpointStore(folder), []
     for epoch in (1, 2):
         weights = {"model.weight": torch.full((5,), float(epoch)), "model.bias": torch.ones(2)}
         states.save(weights, {"position": {"epoch": epoch, "step": 0}, "rows": [{"loss": 0.5}]})
         seen.append(read())
-    return folder / file, read, seen[0]
+    return folder / "0002-000000.safetensors", read, seen[0]
 
 
 FILES: dict[str, Callable[[RunFolder], Case]] = {
     "state": _state,
-    "manifest.json": _manifest,
     "model.safetensors": _model,
     "run.json": _run_json,
     "results.json": _results,
@@ -185,12 +180,14 @@ FILES: dict[str, Callable[[RunFolder], Case]] = {
     "index": _index,
     "plans.json": _plans,
 }
+WITHOUT_CHECKSUM = {"run.json", "results.json", "metrics.csv", "plans.json"}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_told_repaired_or_of_no_effect(run: RunFolder, name: str) -> None:
     path, read, gone = FILES[name](run)
-    found = score(path, read, FEW, seed=1, gone=gone)
+    has_checksum = name not in WITHOUT_CHECKSUM
+    found = score(path, read, FEW, seed=1, gone=gone, has_checksum=has_checksum)
     assert found.wrong == []
     assert sum(found.counts.values()) == FEW
 
@@ -202,7 +199,8 @@ def test_more_than_ten_thousand_damaged_files(
     wrong, total = [], 0
     for name, make in FILES.items():
         path, read, gone = make(run)
-        found = score(path, read, MANY, seed=2, gone=gone)
+        has_checksum = name not in WITHOUT_CHECKSUM
+        found = score(path, read, MANY, seed=2, gone=gone, has_checksum=has_checksum)
         total += MANY
         wrong += [f"{name}: {each}" for each in found.wrong]
         shutil.rmtree("sharded", ignore_errors=True)
@@ -225,29 +223,35 @@ def changed(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-def test_a_finished_run_whose_status_was_damaged_is_not_trained_over(run: RunFolder) -> None:
+@pytest.mark.parametrize("file", ["run.json", "results.json", "metrics.csv"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"3", b"[" * 100_000])
+def test_a_text_file_that_does_not_parse_is_an_error_in_words(
+    run: RunFolder, file: str, content: bytes
+) -> None:
     before = run.model_path.read_bytes()
-    changed(run.path / "run.json", '"finished"', '"finishee"')
-    again = ("train", "photos", "model.widths=[4]", "train.epochs=3", "augment=[]", "--name")
-    refused(here(*again, "whole"), 4, "run.json can't be trusted", "its hash differs", "--fresh")
+    (run.path / file).write_bytes(content)
+    refused(here("report", "whole"), 4, file)
+    if file == "run.json":
+        again = ("train", "photos", "model.widths=[4]", "train.epochs=3", "augment=[]", "--name")
+        refused(here(*again, "whole"), 4, "run.json", "--fresh")
+    if file == "results.json":
+        refused(here("evaluate", "whole"), 4, "results.json")
+    if file == "metrics.csv":
+        assert here("evaluate", "whole").code == 0  # weights and results stand without it
     assert run.model_path.read_bytes() == before
 
 
-def test_damaged_numbers_are_in_no_report(run: RunFolder) -> None:
-    text = (run.path / "results.json").read_text()
-    changed(run.path / "results.json", '"n": ', '"n": 1')
-    for command in (("report", "whole"), ("compare", "whole", "whole")):
-        done = here(*command)
-        assert done.code in (2, 4), done.err
-        assert "Traceback" not in done.err
-    refused(here("report", "whole"), 4, "results.json can't be trusted")
-    refused(here("evaluate", "whole"), 4, "results.json can't be trusted")
-    (run.path / "results.json").write_text(text)
-    line = run.metrics_path.read_text().splitlines()[2]
-    changed(run.metrics_path, line, line.replace("2,", "2,1", 1))
-    for command in ("report", "doctor"):
-        refused(here(command, "whole"), 4, "log of epochs", "metrics.csv", "had finished")
-    assert here("evaluate", "whole").code == 0  # weights and results stand without it
+def test_hashes_that_earlier_versions_wrote_into_json_are_ignored(run: RunFolder) -> None:
+    facts, log = run.facts(), run.log()
+    for name, content in (("run.json", facts), ("results.json", log)):
+        entries = content if isinstance(content, list) else [content]
+        old = [{"format": 1, "sha256": "0" * 64, **entry} for entry in entries]
+        text = json.dumps(old if isinstance(content, list) else old[0])
+        (run.path / name).write_text(text)
+    run.note({"metrics_sha256": "0" * 64})
+    assert run.facts() == {**facts, "metrics_sha256": "0" * 64}
+    assert run.log() == log
+    assert len(run.metrics()) == 3
 
 
 def test_a_recipe_that_was_changed_is_another_one(run: RunFolder) -> None:
@@ -297,50 +301,16 @@ def test_a_damaged_cache_of_an_image_that_is_gone_stops(run: RunFolder) -> None:
         found.rows.gather(torch.arange(2))
 
 
-# Seals
+# Checksums
 
 
-def test_seals_hold_what_json_holds() -> None:
-    content = {"b": 1.5, "a": [1, None, "ö\udcff"], "c": {"2": "x", "10": True}}
-    assert unseal(seal(content)) == content
-    assert list(seal(content))[:2] == ["format", "sha256"]
-    assert unseal(seal(seal(content))) == content
-    assert unseal(content) == content  # of before there was a seal
-    assert seal({"a": (1, 2)})["a"] == [1, 2]
-    assert unseal(seal({})) == {}
-
-
-@pytest.mark.parametrize("change", [
-    {"a": 2}, {"b": 1}, {"sha256": "0" * 64}, {"sha256": None}, {"format": 2}, {"format": "1"},
-])  # fmt: skip
-def test_a_broken_seal(change: dict[str, Any]) -> None:
-    sealed = seal({"a": 1})
-    with pytest.raises(Changed, match="damaged"):
-        unseal({**sealed, **change})
-    for key in ("format", "sha256", "a"):
-        with pytest.raises(Changed):
-            unseal({k: v for k, v in sealed.items() if k != key})
-    for other in ([], "x", None, 3):
-        with pytest.raises(Changed):
-            unseal(other)
-
-
-def test_a_newer_seal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from convlens.system import sealing
-
-    monkeypatch.setattr(sealing, "FORMAT", 2)
-    newer = {**seal({"a": 1}), "sha256": sealing._digest({"a": 1}, 2)}
-    monkeypatch.undo()
-    with pytest.raises(Changed, match="a newer convlens wrote it"):
-        unseal(newer)
-
-
-def test_sealed_bytes() -> None:
+def test_checksums_of_bytes() -> None:
     for content in (b"", b"x", bytes(100)):
-        assert unseal_bytes(seal_bytes(content)) == content
-        for broken in (seal_bytes(content)[:-1], seal_bytes(content) + b"\0", content, b"x" * 40):
-            with pytest.raises(Changed):
-                unseal_bytes(broken)
+        whole = add_checksum(content)
+        assert verify_checksum(whole) == content
+        for broken in (whole[:-1], whole + b"\0", content, b"x" * 40):
+            with pytest.raises(CorruptError):
+                verify_checksum(broken)
 
 
 def test_sums_see_every_flip() -> None:

@@ -22,7 +22,6 @@ from convlens.diagnosing.symptoms import RULES
 from convlens.errors import Diverged
 from convlens.formats import modelfile
 from convlens.run import RunFolder
-from convlens.system import files
 
 PLAIN: dict[str, Any] = {
     "data": {"name": "digits"},
@@ -192,7 +191,6 @@ def test_training_waits_for_images_are_counted(runs: None) -> None:
     rows = place.metrics()
     assert all(0 < row["data_seconds"] < row["seconds"] for row in rows)
     place.write_metrics([{**row, "data_seconds": 0.4 * row["seconds"]} for row in rows])
-    place.note({"metrics_sha256": files.sha256(place.metrics_path)})
     (finding,) = doctor("healthy").findings
     assert finding.rule == "loader-bound"
     assert finding.evidence["share"] == pytest.approx(0.4)

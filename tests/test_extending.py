@@ -79,7 +79,7 @@ def test_what_cannot_be_extended_is_refused() -> None:
         train(tiny("train.epochs=5", "optim.lr=0.02"), "c", extend=True)
     state = next((short.path / "state").glob("*.safetensors"))
     state.write_bytes(state.read_bytes()[:-1])
-    with pytest.raises(ModelFileError, match="can't be extended: the state of epoch 4, step 0"):
+    with pytest.raises(ModelFileError, match="can't be extended: the checkpoint of epoch 4, s"):
         train(tiny("train.epochs=5"), "d", extend=True)
     state.unlink()
     with pytest.raises(ModelFileError, match="can't be extended"):

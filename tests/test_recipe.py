@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from convlens.errors import UsageError
 from convlens.recipe import Recipe
 from convlens.schema import SECTIONS
 from convlens.starting.checking import check
+from convlens.system import yamltext
 
 
 def refused(*overrides: str, source: Any = "digits") -> str:
@@ -185,29 +187,55 @@ def test_unknown_keys_in_a_file_and_a_mapping() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("optim: {lr: 0.1, lr: 0.2}\n", "'lr' stands twice"),
-        ("optim: {lr: 0.1}\noptim: {lr: 0.2}\n", "'optim' stands twice"),
-        ("augment:\n- RandomCrop: {padding: 1, padding: 2}\n", "'padding' stands twice"),
-        ("optim:\n\tlr: 0.1\n", "no valid YAML"),
-        ("optim: {lr: 0.1\n", "no valid YAML"),
+        ("optim: {lr: 0.1, lr: 0.2}\n", 'duplicate key "lr"'),
+        ("optim: {lr: 0.1}\noptim: {lr: 0.2}\n", 'duplicate key "optim"'),
+        ("augment:\n- RandomCrop: {padding: 1, padding: 2}\n", 'duplicate key "padding"'),
+        ("optim:\n\tlr: 0.1\n", "not valid YAML"),
+        ("optim: {lr: 0.1\n", "not valid YAML"),
         ("- a\n- b\n", "mapping of sections"),
         ("", "mapping of sections"),
         ("just text", "mapping of sections"),
-        ("optim: !!python/object/apply:os.system ['touch hacked']\n", "no valid YAML"),
-        ("about: 2024-99-99\n", "no valid YAML"),
-        ("? [a, b]\n: 1\n", "can't be a key"),
-        ("about: 0b_\n", "no valid YAML"),
-        ("about: " + "[" * 3000 + "\n", "no valid YAML"),
+        ("optim: !!python/object/apply:os.system ['touch hacked']\n", "not valid YAML"),
+        ("about: 2024-99-99\n", "not valid YAML"),
+        ("? [a, b]\n: 1\n", "is not a key"),
+        ("about: 0b_\n", "not valid YAML"),
+        ("about: " + "[" * 3000 + "\n", "not valid YAML"),
         ("1: 2\n", "1"),
         ("optim: {1: 2}\n", "1"),
         ("name: [1]\n", "name=[1]"),
-        ("--- {}\n--- {}\n", "no valid YAML"),
+        ("--- {}\n--- {}\n", "not valid YAML"),
         ("optim:\n", "optim=None"),
     ],
 )
 def test_broken_files_are_usage_errors(text: str, says: str) -> None:
     assert says in refused(source=written(text))
     assert not Path("hacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001), ("-2E5", -200000.0), ("1.5e3", 1500.0), (".5", 0.5), ("1_000", 1000),
+        ("0x1f", 31), ("010", 10), ("yes", True), ("On", True), ("no", False), ("OFF", False),
+        ("y", "y"), ("n", "n"), ("'no'", "no"), ("12:30", "12:30"), ("null", None), ("~", None),
+        ("", None), ("[1, {a: b}]", [1, {"a": "b"}]), ("1e-3x", "1e-3x"), ("C:\\x", "C:\\x"),
+    ],
+)  # fmt: skip
+def test_values_of_yaml(text: str, value: Any) -> None:
+    """YAML 1.2, and the booleans of 1.1; what is written is read back as the same value."""
+    found = yamltext.parse(text, where="")
+    assert found == value
+    assert type(found) is type(value)
+    again = yamltext.parse(yamltext.dump({"a": value}), where="")
+    assert again == {"a": value}
+    assert yamltext.parse(yamltext.dump([text]), where="") == [text]
+
+
+def test_errors_of_yaml_name_the_line_and_the_override() -> None:
+    with pytest.raises(UsageError) as caught:
+        recipe.load(written("about: x\noptim:\n  lr: [1\ntrain: {}\n", "broken.yaml"))
+    assert caught.value.where == "broken.yaml, line 4"
+    assert "'optim.lr=[1', line 1: not valid YAML: expected ',' or ']'" in refused("optim.lr=[1")
 
 
 def test_a_file_that_is_no_text_or_not_there() -> None:
@@ -432,9 +460,7 @@ VALUES = st.recursive(
 def test_no_value_of_any_key_raises_anything_but_a_usage_error(
     pairs: list[tuple[str, Any]],
 ) -> None:
-    import yaml
-
-    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in pairs]
+    overrides = [f"{key}={json.dumps(value)}" for key, value in pairs]  # JSON is YAML
     try:
         asked = recipe.load("digits", overrides)
         check(asked)

@@ -191,7 +191,7 @@ def test_what_killed_processes_left_in_a_run_goes_with_its_locks() -> None:
 
 def test_a_run_is_locked_by_one_process() -> None:
     folder = RunFolder(Path("models/x"))
-    with folder.lock(), pytest.raises(ResourceError, match="run 'x' is in use"):  # noqa: SIM117
+    with folder.lock(), pytest.raises(ResourceError, match="another process is using run 'x'"):  # noqa: SIM117
         with folder.lock():
             pass
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -64,9 +63,9 @@ def test_a_training_saves_and_ends_with_75(long_run: RunFolder, number: int) -> 
     code, told = ended(process, number)
     assert code == 75
     assert "the same command goes on from here" in told
-    found = long_run.generations.read()
+    found = long_run.checkpoints.read()
     assert found is not None
-    assert f"epoch {found.generation.epoch} after {found.generation.step} steps" in told
+    assert f"epoch {found.epoch} after {found.step} steps" in told
 
 
 def test_a_second_signal_ends_it_at_once_and_nothing_is_broken(long_run: RunFolder) -> None:
@@ -74,8 +73,8 @@ def test_a_second_signal_ends_it_at_once_and_nothing_is_broken(long_run: RunFold
     until(lambda: len(long_run.metrics()) > 1, process)
     code, _ = ended(process, signal.SIGTERM, signal.SIGTERM)
     assert code in (75, -signal.SIGTERM)
-    assert long_run.generations.read() is not None
-    assert long_run.generations.lost == []
+    assert long_run.checkpoints.read() is not None
+    assert long_run.checkpoints.corrupt == []
     load(long_run.model_path)
     process = start(*TRAIN)
     until(lambda: len(long_run.metrics()) > 3, process)
@@ -185,7 +184,7 @@ def test_two_trainings_of_one_run_are_one(long_run: RunFolder) -> None:
     second = start(*TRAIN)
     _, told = second.communicate(timeout=60)
     assert second.returncode == 5
-    assert f"is in use by process {first.pid} on {socket.gethostname()}" in told
+    assert f"another process is using run {long_run.name!r}" in told
     assert ended(first, signal.SIGTERM)[0] == 75
 
 

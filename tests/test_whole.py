@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from conftest import DATA
 from convlens.data import whole
 from convlens.data.decode import UnreadableImage, decode
-from convlens.data.locks import Room
+from convlens.data.locks import MemorySemaphore
 from convlens.errors import UsageError
 
 END = b"\xff\xd9"
@@ -207,16 +207,16 @@ def test_a_program_that_accepts_half_images_is_told(monkeypatch: pytest.MonkeyPa
         assert caught.value.where == "PIL.ImageFile.LOAD_TRUNCATED_IMAGES"
 
 
-# Room
+# MemorySemaphore
 
 
-def held(room: Room, sizes: list[int], threads: int) -> int:
+def held(room: MemorySemaphore, sizes: list[int], threads: int) -> int:
     """The most that was held at once by `threads` threads."""
     now, most, lock = 0, 0, threading.Lock()
 
     def hold(size: int) -> None:
         nonlocal now, most
-        with room.of(size):
+        with room.acquire(size):
             with lock:
                 now, most = now + size, max(most, now + size)
             time.sleep(0.002)
@@ -230,16 +230,18 @@ def held(room: Room, sizes: list[int], threads: int) -> int:
 
 
 def test_room_is_never_exceeded() -> None:
-    assert held(Room(100, free=10), [60, 40, 30, 90, 100, 20] * 8, 8) <= 100
-    assert held(Room(100, free=100), [60] * 16, 8) > 100  # small ones don't wait
-    assert held(Room(100, free=10), [300] * 3, 3) == 300  # too large for it: alone
+    assert held(MemorySemaphore(100, free=10), [60, 40, 30, 90, 100, 20] * 8, 8) <= 100
+    assert held(MemorySemaphore(100, free=100), [60] * 16, 8) > 100  # small ones don't wait
+    assert held(MemorySemaphore(100, free=10), [300] * 3, 3) == 300  # too large for it: alone
 
 
 def test_large_images_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.BytesIO()
     Image.new("L", (2500, 2000)).save(stream, "PNG")
     content, (now, most) = stream.getvalue(), (0, 0)
-    monkeypatch.setattr("convlens.data.decode._ROOM", Room(11_000_000, free=1 << 22))
+    monkeypatch.setattr(
+        "convlens.data.decode._DECODE_MEMORY", MemorySemaphore(11_000_000, free=1 << 22)
+    )
     load: Callable[[ImageFile.ImageFile], object] = ImageFile.ImageFile.load
     lock = threading.Lock()
 

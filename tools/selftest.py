@@ -202,8 +202,9 @@ class _Training:
                     return False
                 time.sleep(0.002)
             with contextlib.suppress(ConvlensError):
-                found = self.run_dir.generations.read()
-                self.saved = f"saved: {found.generation.place}" if found else self.saved
+                found = self.run_dir.checkpoints.read()
+                if found is not None:
+                    self.saved = f"saved: epoch {found.epoch}, step {found.step}"
             if self.processes > 1:
                 try:
                     process.wait(HANG_TIMEOUT_S)  # torchrun restarts them

@@ -62,7 +62,7 @@ def keep(place: RunFolder, split: str, fingerprint: str, model: str, answers: An
         "labels": torch.from_numpy(np.ascontiguousarray(answers.labels, dtype=np.int64)),
     }
     path = _path(place, split, fingerprint)
-    files.sweep(path.parent, [path.name], alone=False)
+    files.remove_stale_temp_files(path.parent, [path.name], alone=False)
     modelfile.write(path, tensors, about)
 
 

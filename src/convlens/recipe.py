@@ -127,9 +127,9 @@ def load(source: Source, overrides: Sequence[str] = (), setting: str | None = No
             problems.append(f"{override!r} is no override: write key=value, e.g. optim.lr=0.1")
             continue
         try:
-            _set(tree, key.strip(), yamltext.parse(value, where=override))
+            _set(tree, key.strip(), yamltext.parse(value, where=short(override)))
         except UsageError as error:
-            problems.append(error.what)
+            problems.append(f"{error.where}: {error.what}" if error.where else error.what)
     set_here = {text.partition("=")[0].strip() for text in overrides}
     return _check(tree, where=where, problems=problems, lines=lambda: _lines(source, set_here))
 
@@ -252,7 +252,7 @@ def _check(
 ) -> Recipe:
     """The recipe of a tree; `lines` says where its keys stand in a file."""
     found = list(problems)
-    odd = list(yamltext.odd(tree))
+    odd = list(yamltext.find_invalid(tree))
     if odd:
         raise UsageError("; ".join(odd[:3]), where=where)
     prepared = {**tree, "augment": _operations(tree.get("augment", []), found)}
@@ -279,7 +279,7 @@ def _lines(source: Source, but: Collection[str]) -> dict[str, int]:
     """Where the keys of a recipe's own file stand; not those that are set elsewhere, too."""
     if isinstance(source, Mapping) or not is_file(str(source)):
         return {}
-    at = yamltext.lines(yamltext.read(Path(source)))
+    at = yamltext.key_lines(yamltext.read(Path(source)))
     return {key: line for key, line in at.items() if key not in but}
 
 

@@ -25,14 +25,14 @@ from convlens import device, models
 from convlens.data.batches import Normalise, Prepare
 from convlens.errors import ModelFileError, UsageError
 from convlens.formats import modelfile, records
-from convlens.formats.generations import Generations
+from convlens.formats.generations import CheckpointStore
 from convlens.names import did_you_mean, near
 from convlens.recipe import Recipe, load as load_recipe
-from convlens.system import files, sealing
+from convlens.system import files
 
 MODELS = Path("models")
 PLOTS = Path("plots")
-PATIENCE = 60.0  # seconds that a look waits for another one to be logged
+LOCK_TIMEOUT_S = 60.0  # results.json is held for milliseconds
 LONGEST = 150  # bytes of a run's name; systems take 255, and plots' names are longer
 
 
@@ -86,7 +86,7 @@ class RunFolder:
         self.plots = plots or PLOTS / self.name
         self.model_path = self.path / "model.safetensors"
         self.metrics_path = self.path / "metrics.csv"
-        self.generations = Generations(self.path / "state")
+        self.checkpoints = CheckpointStore(self.path / "state")
 
     # -- whole run ------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class RunFolder:
     def note(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to `run.json`."""
         content = {**self.facts(), **facts}
-        files.write_atomic(self.path / "run.json", records.json_of(sealing.seal(content)))
+        files.write_atomic(self.path / "run.json", records.json_of(content))
 
     def finish(
         self, *, epochs: int, kept: int, seconds: float, cpu_seconds: float = math.nan
@@ -110,18 +110,16 @@ class RunFolder:
             "training_seconds": round(seconds, 3),
             "cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),
         }
-        if self.metrics_path.exists():
-            facts["metrics_sha256"] = files.sha256(self.metrics_path)
         self.note({"status": "finished", **facts})
-        self.generations.keep_newest()
+        self.checkpoints.keep_newest()
 
     def facts(self) -> dict[str, Any]:
         """What `run.json` says; empty for a folder that is no run yet.
 
         Raises:
-            ModelFileError: it was changed or damaged: a run that goes on must not go by it.
+            ModelFileError: it can't be read.
         """
-        return records.read(self.path / "run.json", {}, sealing.unseal)
+        return records.read(self.path / "run.json", {}, records.as_object)
 
     @property
     def finished(self) -> bool:
@@ -162,12 +160,10 @@ class RunFolder:
         """One mapping an epoch, in order; NaN where a cell is empty (no validation split).
 
         Raises:
-            ModelFileError: it can't be read, or isn't what a finished run wrote. (Of a run that
-            goes on the state has the same numbers, and writes them anew.)
+            ModelFileError: it can't be read. (The checkpoint of an unfinished run has the same
+            numbers, and writes them again.)
         """
-        facts = self.facts()
-        wrote = facts.get("metrics_sha256") if facts.get("status") == "finished" else None
-        return records.log_of(self.metrics_path, wrote)
+        return records.log_of(self.metrics_path)
 
     def write_split(self, held_out: Mapping[str, Sequence[str]]) -> None:
         """`split.csv`: every image that convlens itself held out of training."""
@@ -180,22 +176,22 @@ class RunFolder:
         same moment one waits for the other: none is lost, and both are counted.
         """
         of, owned = f"results.json of {self.name!r}", records.RESULTS
-        with files.lock(self.path / ".results.lock", what=of, patience=PATIENCE, owned=owned):
+        path = self.path / ".results.lock"
+        with files.lock(path, what=of, timeout_s=LOCK_TIMEOUT_S, owned=owned):
             log = self.log()
             same = ("split", "data_fingerprint")
             looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)
             entry = {"when": _now(), "looks": looks, **result}
-            sealed = [sealing.seal(each) for each in (*log, entry)]
-            files.write_atomic(self.path / "results.json", records.json_of(sealed))
+            files.write_atomic(self.path / "results.json", records.json_of([*log, entry]))
         return entry
 
     def log(self) -> list[dict[str, Any]]:
         """Every look at a split, oldest first.
 
         Raises:
-            ModelFileError: an entry was changed or damaged.
+            ModelFileError: it can't be read.
         """
-        return records.read(self.path / "results.json", [], records.entries)
+        return records.read(self.path / "results.json", [], records.as_objects)
 
     def results(self) -> list[dict[str, Any]]:
         """The looks that measured something, oldest first."""
@@ -210,17 +206,20 @@ class RunFolder:
             counters: with `model_epoch`, the epoch whose weights the model file must hold for
                 the state to be of use (0: none).
         """
-        self.generations.save(tensors, counters)
+        self.checkpoints.save(tensors, counters)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest state that is whole and whose best weights are; `lost` says of the others."""
-        found = self.generations.read(self._lacks_model)
+        """The newest intact checkpoint whose best weights are intact, too.
+
+        `corrupt_checkpoints` says why newer ones were skipped.
+        """
+        found = self.checkpoints.read(self._lacks_model)
         return (found.tensors, found.counters) if found else None
 
     @property
-    def lost(self) -> list[str]:
-        """What is wrong with states that `state` passed over."""
-        return self.generations.lost
+    def corrupt_checkpoints(self) -> list[str]:
+        """Why `state` skipped checkpoints, one sentence each."""
+        return self.checkpoints.corrupt
 
     def _lacks_model(self, counters: Mapping[str, Any]) -> str:
         """Why the model file isn't what a state with these counters needs; empty if it is.

@@ -75,8 +75,6 @@ def train(
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
         check(recipe)
-        if world.leads:
-            files.probe(place.path, place.plots)
         if fresh:
             say(f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it")
         if not world.told(place.facts):
@@ -115,7 +113,9 @@ def _train_locked(
     begun = begun_with(place)
     setup = prepare(recipe, data, where, _stored_plan(facts, where), begun, world)
     if not facts:
-        files.expect(place.path, LEAST_BYTES * sum(p.numel() for p in setup.trained.parameters()))
+        files.warn_if_low_disk(
+            place.path, LEAST_BYTES * sum(p.numel() for p in setup.trained.parameters())
+        )
         place.write_split(data.held_out)
         if data.listing is not None and world.leads:
             data.listing.write(place.path)
@@ -141,7 +141,7 @@ def _train_locked(
 def _make_way(place: RunFolder, facts: dict[str, Any]) -> None:
     """Clears up what would be mistaken for a part of the run that begins or is taken up."""
     if not facts:
-        place.generations.clear()  # of an extension that was killed before it was a run
+        place.checkpoints.clear()  # of an extension that was killed before it was a run
     elif facts.get("status") == "finished":
         place.note({"status": "training"})  # its model file is lost; until it is there again
 

@@ -34,7 +34,7 @@ from convlens import device
 from convlens.data import decode
 from convlens.data.decode import Pixels, UnreadableImage
 from convlens.data.encoded import Files, refuse_passing
-from convlens.data.locks import turn
+from convlens.data.locks import interprocess_lock
 from convlens.data.rows import (
     ArrayRows,
     Conversion,
@@ -45,8 +45,13 @@ from convlens.data.rows import (
     sums_of,
 )
 from convlens.system.console import progress, say
-from convlens.system.files import part_of, sweep
-from convlens.system.sealing import Changed, seal_bytes, unseal_bytes
+from convlens.system.files import (
+    CorruptError,
+    add_checksum,
+    open_temp,
+    remove_stale_temp_files,
+    verify_checksum,
+)
 
 _MAGIC = b"convlns2"
 _TAIL = 8 + 32 + 8
@@ -92,7 +97,7 @@ def decoded(files: Files, conversion: Conversion, *, memory_budget: int) -> Deco
         return found
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
-        with turn(store.with_suffix(".lock"), "decoding these images"):
+        with interprocess_lock(store.with_suffix(".lock"), "decoding these images"):
             found = opened()
             if found is None:
                 _build(store, files, conversion, shape)
@@ -124,8 +129,8 @@ def _opened(store: Path, shape: Shape, files: Files, conversion: Conversion) -> 
     if rest[-len(_MAGIC) :] != _MAGIC or body + length + _TAIL != len(rest):
         return None
     try:
-        facts = json.loads(unseal_bytes(rest[: -len(_MAGIC)])[body:-8])
-    except Changed:
+        facts = json.loads(verify_checksum(rest[: -len(_MAGIC)])[body:-8])
+    except CorruptError:
         return None
     bad = {int(i): str(reason) for i, reason in facts["bad"].items()}
     digests = np.frombuffer(rest, np.uint8, 32 * shape[0]).reshape(-1, 32)
@@ -143,12 +148,12 @@ def _pixel_bytes(store: Path, shape: Shape) -> int:
 
 def _build(store: Path, files: Files, conversion: Conversion, shape: Shape) -> None:
     """Makes the store; its lock is held."""
-    sweep(store.parent, [store.name], alone=True)
+    remove_stale_temp_files(store.parent, [store.name], alone=True)
     pixel_bytes = _pixel_bytes(store, shape)
     needed = pixel_bytes + (32 + 4) * shape[0]
     if shutil.disk_usage(store.parent).free < needed + (64 << 20):
         raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, the disk has not that much left")
-    handle, temporary = part_of(store)
+    handle, temporary = open_temp(store)
     try:
         with os.fdopen(handle, "wb") as file:
             sums = np.zeros(shape[0], "<u4")
@@ -161,7 +166,7 @@ def _build(store: Path, files: Files, conversion: Conversion, shape: Shape) -> N
             digests, bad = _decode(files, conversion, keep)
             facts = json.dumps({"content": _combined(digests, bad), "bad": bad}).encode()
             rest = digests.tobytes() + sums.tobytes() + facts + len(facts).to_bytes(8, "little")
-            file.write(seal_bytes(rest) + _MAGIC)
+            file.write(add_checksum(rest) + _MAGIC)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, store)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from convlens.data.locks import Room
+from convlens.data.locks import MemorySemaphore
 from convlens.data.whole import check_jpeg, check_pillow, check_png
 from convlens.errors import DataError, UsageError
 
@@ -39,7 +39,7 @@ FITS = ("crop", "pad", "stretch")
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn
 MAX_BYTES = 1 << 29
 # Of all threads together, where images are large: each takes up to 16 bytes a pixel.
-_ROOM = Room(2 * MAX_PIXELS, free=1 << 22)
+_DECODE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
 
 # Up to twice that, Pillow only warns; a bomb must never get as far as its decoder.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -146,7 +146,7 @@ def decode(
                 # JPEG can be decoded at 1/2, 1/4, 1/8; twice the target keeps the resize honest.
                 width, height = _scaled(image.size, size, fit)
                 image.draft(None, (2 * width, 2 * height))
-            with _ROOM.of(image.width * image.height):
+            with _DECODE_MEMORY.acquire(image.width * image.height):
                 image.load()
                 plain = _eight_bit(_upright(image), image.format or "", channels)
                 return _pixels(_fitted(plain, size, fit))

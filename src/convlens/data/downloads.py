@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convlens.data.fetching import DownloadError, fetch
-from convlens.data.locks import turn
+from convlens.data.locks import interprocess_lock
 from convlens.errors import DataError
 from convlens.system.console import say
-from convlens.system.files import cannot_write, sweep, write_atomic
+from convlens.system.files import cannot_write, remove_stale_temp_files, write_atomic
 
 MOST_MEMBER = 1 << 30  # bytes of an unpacked file; the largest of the sets has 221 MB
 MOST_MEMBERS = 4 << 30  # of all in an archive, whether wanted or not; STL-10 has 3.1 GB
@@ -163,7 +163,7 @@ def _download(name: str, its: Set, roots: Sequence[Path]) -> Path:
     folder = roots[0] / its.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with turn(folder / ".download.lock", f"downloading {name}"):
+        with interprocess_lock(folder / ".download.lock", f"downloading {name}"):
             for archive in _missing(folder, its):
                 _get(name, its, archive, folder)
     except DownloadError as error:
@@ -221,7 +221,8 @@ def _check_md5(path: Path, archive: Archive) -> None:
 
 def _unpack(path: Path, archive: Archive, folder: Path) -> None:
     """Writes the expected members of an archive into `folder`, each whole or not at all."""
-    sweep(folder, archive.members, alone=False)  # one put there by hand is unpacked without a lock
+    # An archive that was put there by hand is unpacked without a lock.
+    remove_stale_temp_files(folder, archive.members, alone=False)
     try:
         if archive.file.endswith(".tar.gz"):
             _unpack_tar(path, archive, folder)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from convlens.system.console import Bar, progress
-from convlens.system.files import part_of, sweep
+from convlens.system.files import open_temp, remove_stale_temp_files
 
 SOCKET_TIMEOUT_S = 20.0  # to connect, and between two packets
 CHUNK_BYTES = 1 << 18
@@ -36,8 +36,8 @@ def fetch(url: str, file: str, folder: Path, *, known_hash: str) -> Path:
     import pooch  # imports requests: 0.2 s that only downloads should cost
     import requests
 
-    sweep(folder, [file], alone=True)
-    handle, temporary = part_of(folder / file)
+    remove_stale_temp_files(folder, [file], alone=True)
+    handle, temporary = open_temp(folder / file)
     path = Path(temporary)
     try:
         with os.fdopen(handle, "wb") as target, ExitStack() as stack:

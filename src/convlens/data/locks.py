@@ -1,4 +1,4 @@
-"""Waiting for others: a process that is doing the same work, threads that hold memory."""
+"""Waiting for another process that does the same work, and for threads that hold memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from convlens.system.console import say
 
 
 @contextlib.contextmanager
-def turn(path: Path, what: str, *, patience: float = 3600) -> Iterator[None]:
-    """Holds the kernel lock `path`; waits for whoever holds it, since their work is ours too.
+def interprocess_lock(path: Path, what: str, *, timeout_s: float = 3600) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; wait for the process that holds it.
+
+    Args:
+        what: what that process is doing, for the message: "decoding these images".
 
     Raises:
-        OSError: the folder can't be written.
-        ResourceError: still held after `patience` seconds.
+        OSError: the directory can't be written.
+        ResourceError: it is still held after `timeout_s` seconds.
     """
     from filelock import FileLock, Timeout
 
@@ -27,10 +30,10 @@ def turn(path: Path, what: str, *, patience: float = 3600) -> Iterator[None]:
     except Timeout:
         say(f"waiting: another process is {what}")
         try:
-            lock.acquire(timeout=patience)
+            lock.acquire(timeout=timeout_s)
         except Timeout:
             raise ResourceError(
-                f"another process has been {what} for {patience / 60:.0f} minutes",
+                f"another process has been {what} for {timeout_s / 60:.0f} minutes",
                 where=str(path),
                 fix="end that process, then run the same command again",
             ) from None
@@ -40,10 +43,10 @@ def turn(path: Path, what: str, *, patience: float = 3600) -> Iterator[None]:
         lock.release()
 
 
-class Room:
-    """Room for `size` of something, shared by threads: who needs more than is left waits.
+class MemorySemaphore:
+    """Limits the memory that threads use at the same time to `size` (in any unit).
 
-    What needs `free` of it at most is not counted.
+    Requests of at most `free` are not counted; a request above `size` waits until it is alone.
     """
 
     def __init__(self, size: int, *, free: int) -> None:
@@ -51,8 +54,8 @@ class Room:
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def of(self, size: int) -> Iterator[None]:
-        """Takes room, and gives it back at the end."""
+    def acquire(self, size: int) -> Iterator[None]:
+        """Wait until `size` is available, hold it within the `with` block."""
         size = 0 if size <= self._free else min(size, self._size)
         if size == 0:
             yield

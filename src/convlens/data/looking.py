@@ -14,12 +14,13 @@ from convlens import device
 from convlens.data import similar
 from convlens.data.decode import MAX_PIXELS, Pixels, UnreadableImage, decode, fit_images, probe
 from convlens.data.encoded import Files
-from convlens.data.locks import Room
+from convlens.data.locks import MemorySemaphore
 from convlens.data.parts import Part
 from convlens.system.console import Bar
 
 _CHUNK = 512
-_ROOM = Room(2 * MAX_PIXELS, free=1 << 22)  # of images at their own size, for all threads
+# Pixels of images at their own size, for all threads.
+_FULL_SIZE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
 Index = npt.NDArray[np.int64]
 
 # What is kept of one image. A structured array: a million images need 1.2 GB, and no objects.
@@ -83,7 +84,8 @@ def _of_file(files: Files, number: int) -> np.void | str:
     try:
         content, path = files.read(number), files.name(number)
         header = probe(content, path)
-        with _ROOM.of(header.width * header.height):  # before that of `decode`, never behind it
+        # Before the semaphore of `decode`, never after it: the other order could deadlock.
+        with _FULL_SIZE_MEMORY.acquire(header.width * header.height):
             pixels = decode(content, size=None, channels=3, fit="crop", name=path)
             facts = facts_of(pixels[None])
     except UnreadableImage as error:

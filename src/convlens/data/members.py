@@ -24,13 +24,18 @@ from convlens.data.cache import folder
 from convlens.data.decode import MAX_BYTES, UnreadableImage
 from convlens.data.encoded import Files, times_of
 from convlens.data.ids import Joined, Numbers
-from convlens.data.locks import turn
+from convlens.data.locks import interprocess_lock
 from convlens.data.reading import Reader
 from convlens.data.tars import read_samples
 from convlens.errors import DataError, ResourceError
 from convlens.system.console import progress, say
-from convlens.system.files import sweep, write_atomic
-from convlens.system.sealing import Changed, seal_bytes, unseal_bytes
+from convlens.system.files import (
+    CorruptError,
+    add_checksum,
+    remove_stale_temp_files,
+    verify_checksum,
+    write_atomic,
+)
 
 VERSION = 2  # of the index: raise it when the same tar would give another one
 OPEN = 64  # shards that are kept open, of each part, where the system lets us
@@ -180,7 +185,7 @@ def index_of(paths: Sequence[str]) -> tuple[Index, Numbers]:
         return found, times
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with turn(place.with_suffix(".lock"), "reading these shards"):
+        with interprocess_lock(place.with_suffix(".lock"), "reading these shards"):
             if found := _kept(place):
                 return found, times
             index = _made(paths)
@@ -230,9 +235,9 @@ def _keep(index: Index, place: Path) -> None:
         "starts": index.keys.starts,
     }
     facts = json.dumps({"labels": index.labels, "ignored": index.ignored})
-    sweep(place.parent, [place.name], alone=True)  # the lock is held
+    remove_stale_temp_files(place.parent, [place.name], alone=True)  # the lock is held
     try:
-        write_atomic(place, seal_bytes(save(arrays, {"facts": facts})))
+        write_atomic(place, add_checksum(save(arrays, {"facts": facts})))
     except ResourceError as error:
         say(f"the index of these shards could not be kept ({error.what})")
 
@@ -242,8 +247,8 @@ def _kept(place: Path) -> Index | None:
     from safetensors.numpy import load
 
     try:
-        content = unseal_bytes(place.read_bytes())
-    except (OSError, Changed):
+        content = verify_checksum(place.read_bytes())
+    except (OSError, CorruptError):
         return None
     # Its hash is right, so it is what `_keep` wrote.
     length = int.from_bytes(content[:8], "little")

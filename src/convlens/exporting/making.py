@@ -149,7 +149,7 @@ def _proven(
 @contextlib.contextmanager
 def _draft(target: Path) -> Iterator[Path]:
     """A name beside `target` that nobody else has: another export of it may be at work."""
-    files.sweep(target.parent, [target.name, f"{target.name}.json"], alone=False)
+    files.remove_stale_temp_files(target.parent, [target.name, f"{target.name}.json"], alone=False)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}{files.PART}")
     try:
         yield draft
@@ -162,7 +162,7 @@ def _draft(target: Path) -> Iterator[Path]:
 def _alone(target: Path) -> Iterator[None]:
     """Only one export at a time: else of two a file could get the other's FILE.json."""
     lock = target.with_name(f".{target.name}.lock")
-    with files.lock(lock, what=f"the export to {target.name}", patience=PATIENCE):
+    with files.lock(lock, what=f"the export to {target.name}", timeout_s=PATIENCE):
         try:
             yield
         finally:  # held, so that who waits for it looks for it anew

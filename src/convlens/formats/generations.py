@@ -1,20 +1,19 @@
-"""The states of a run: the newest and the one before, each with its hash, so that one can go bad.
+"""Checkpoints of a run: the two newest are kept, in case one is corrupted.
 
-    state/manifest.json                 which states there are, newest first
     state/0003-000017.safetensors       the newest: epoch 3, 17 steps of it done
     state/0003-000001.safetensors       the one before
 
-A state counts once the manifest names it; that is renamed into place last, when the state is on
-the disk. What the manifest doesn't name is deleted by the next save.
+File names carry (epoch, step), and every file carries its SHA-256, so no index is needed: the
+newest file that is intact wins. A file gets its name last, by a rename, when its contents are on
+the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,150 +21,130 @@ from torch import Tensor
 
 from convlens.errors import ModelFileError
 from convlens.formats import modelfile
-from convlens.system import files
 
-KEPT = 2
-MANIFEST = "manifest.json"
-FORMAT = 1
-_NAME = re.compile(r"[\w-]+\.safetensors")
+NUM_KEPT = 2
+_NAME = re.compile(r"(\d{4,})-(\d{6,})\.safetensors")  # epoch, step
 
 
 @dataclass(frozen=True)
-class Generation:
-    """One state as the manifest names it: `epoch` is the one in training, from 1."""
+class Checkpoint:
+    """An intact checkpoint: saved in `epoch` (counted from 1) after `step` steps of it."""
 
-    file: str
-    sha256: str
     epoch: int
     step: int
-
-    @property
-    def place(self) -> str:
-        return f"epoch {self.epoch}, step {self.step}"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A state that is whole."""
-
-    generation: Generation
     tensors: dict[str, Tensor]
     counters: dict[str, Any]
 
 
-class Generations:
-    """The states in a folder."""
+class CheckpointStore:
+    """The checkpoints in one directory.
+
+    Attributes:
+        corrupt: why `read` skipped newer checkpoints, one sentence each.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._good: list[Generation] | None = None  # from the last one that was read on
-        self.lost: list[str] = []
+        self._current: Path | None = None  # the checkpoint that was read or saved last
+        self.corrupt: list[str] = []
 
     def save(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Adds a state and commits it; older ones but one are deleted then.
+        """Write a checkpoint, then delete all but the two newest.
 
         Args:
             counters: with `position`, a mapping with `epoch` and `step`.
 
         Raises:
-            ResourceError: the disk; what was there before is intact and still named.
+            ResourceError: the disk refused it; the checkpoint before is intact.
         """
-        epoch, step = (int(counters["position"][key]) for key in ("epoch", "step"))
-        name = f"{epoch:04}-{step:06}.safetensors"
-        digest = modelfile.write(self._folder / name, tensors, counters)
-        before = self._named() if self._good is None else self._good
-        older = [each for each in before if each.file != name]
-        self._commit([Generation(name, digest, epoch, step), *older][:KEPT])
+        position = epoch, step = _epoch_and_step(counters)
+        path = self._folder / f"{epoch:04}-{step:06}.safetensors"
+        # A checkpoint ahead of this one was corrupt or unusable when the run went back behind it.
+        # It is deleted first: if this process is killed after the rename, the next start must not
+        # find it.
+        _delete(each for each in self._files() if _position(each) > position)
+        modelfile.write(path, tensors, counters)
+        older = [each for each in self._files() if _position(each) < position]
+        if self._current in older:  # others may be corrupt: nobody has read them
+            older = [self._current]
+        self._delete_all_but({path, *older[: NUM_KEPT - 1]})
+        self._current = path
 
-    def read(self, serves: Callable[[dict[str, Any]], str] = lambda counters: "") -> Found | None:
-        """The newest state that is whole; `lost` says what is wrong with newer ones.
+    def read(self, is_usable: Callable[[dict[str, Any]], str] = lambda _: "") -> Checkpoint | None:
+        """Read the newest intact checkpoint; None if there is none.
 
         Args:
-            serves: says of a state's counters why it is of no use, or nothing.
+            is_usable: returns why a checkpoint with these counters can't be used, or "".
 
         Raises:
-            modelfile.NewerFormatError: a later version wrote it.
+            modelfile.NewerFormatError: a later version wrote it; skipping it would mean that the
+                next `save` deletes it.
         """
-        self.lost = []
-        for candidates in (self._named, self._unnamed):
-            named = candidates()
-            for number, generation in enumerate(named):
-                found = self._whole(generation, serves)
-                if found is not None:
-                    self._good = named[number:]
-                    return found
-        self._good = []
+        self.corrupt, self._current = [], None
+        for path in self._files():
+            try:
+                tensors, counters = modelfile.read(path)
+                if not _matches(path, counters):
+                    raise ModelFileError("its content is of another epoch or step than its name")
+                if reason := is_usable(counters):
+                    raise ModelFileError(reason)
+            except modelfile.NewerFormatError:
+                raise
+            except ModelFileError as error:
+                self.corrupt.append(f"the checkpoint of {_as_text(path)}: {error.what}")
+            else:
+                self._current = path
+                return Checkpoint(*_position(path), tensors, counters)
         return None
 
     def keep_newest(self) -> None:
-        """Deletes all but the newest: for a run that is finished, and may be extended."""
-        with contextlib.suppress(ModelFileError):
-            self._commit(self._named()[:1])
+        """Delete all but the newest: a finished run keeps one, so that it can be extended."""
+        newest = self._current or next(iter(self._files()), None)
+        if newest is not None:
+            self._delete_all_but({newest})
 
     def clear(self) -> None:
-        """Deletes all files: the folder is of no run. (A folder in it is none of ours.)"""
-        self._good = None
+        """Delete all checkpoints, and the directory if nothing else is in it."""
+        self._current = None
         if self._folder.is_dir():
-            for path in self._folder.iterdir():
-                if not path.is_dir():
-                    path.unlink()
+            self._delete_all_but(set())
             with contextlib.suppress(OSError):
                 self._folder.rmdir()
 
-    def _commit(self, generations: list[Generation]) -> None:
-        if not generations:
-            return
-        content = {"format": FORMAT, "generations": [asdict(each) for each in generations]}
-        files.write_atomic(self._folder / MANIFEST, json.dumps(content, indent=1) + "\n")
-        self._good = generations
-        kept = {MANIFEST, *(each.file for each in generations)}
-        for path in self._folder.iterdir():
-            if path.name not in kept:  # older states, and halves that a killed process left
-                with contextlib.suppress(OSError):
-                    path.unlink()
-
-    def _named(self) -> list[Generation]:
-        """Those of the manifest; none if there is no manifest, or it is damaged."""
-        try:
-            content = json.loads((self._folder / MANIFEST).read_text("utf-8"))
-            found = [Generation(**each) for each in content["generations"]]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    def _files(self) -> list[Path]:
+        """All files named like a checkpoint, newest first."""
+        if not self._folder.is_dir():
             return []
-        # Names that lead out of the folder are none of ours.
-        return [each for each in found if _NAME.fullmatch(str(each.file))]
+        found = [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_position, reverse=True)
 
-    def _unnamed(self) -> list[Generation]:
-        """All whole states, newest first: the manifest was lost, or not yet written.
+    def _delete_all_but(self, kept: Collection[Path]) -> None:
+        """Delete older checkpoints, and files that killed processes or earlier versions left."""
+        _delete(p for p in self._folder.iterdir() if p not in kept and not p.is_dir())
 
-        Raises:
-            modelfile.NewerFormatError: a later version wrote one; what is passed over is deleted.
-        """
-        found = []
-        for path in self._folder.glob("*.safetensors"):
-            try:
-                counters = modelfile.read(path)[1]
-                epoch, step = (int(counters["position"][key]) for key in ("epoch", "step"))
-                found.append(Generation(path.name, counters["sha256"], epoch, step))
-            except modelfile.NewerFormatError:
-                raise
-            except (ModelFileError, KeyError, TypeError, ValueError):
-                continue
-        return sorted(found, key=lambda each: (each.epoch, each.step), reverse=True)
 
-    def _whole(
-        self, generation: Generation, serves: Callable[[dict[str, Any]], str]
-    ) -> Found | None:
-        try:
-            tensors, counters = modelfile.read(self._folder / generation.file)
-            if counters["sha256"] != generation.sha256:
-                raise ModelFileError("it is not the one that was saved")
-            if reason := serves(counters):
-                raise ModelFileError(reason)
-        except modelfile.NewerFormatError:
-            raise
-        except ModelFileError as error:
-            told = f"the state of {generation.place}: {error.what}"
-            if told not in self.lost:
-                self.lost.append(told)
-            return None
-        return Found(generation, tensors, counters)
+def _delete(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _position(path: Path) -> tuple[int, int]:
+    """(epoch, step) by the file's name."""
+    epoch, step = path.name.removesuffix(".safetensors").split("-")
+    return int(epoch), int(step)
+
+
+def _as_text(path: Path) -> str:
+    return "epoch {}, step {}".format(*_position(path))
+
+
+def _epoch_and_step(counters: Mapping[str, Any]) -> tuple[int, int]:
+    return int(counters["position"]["epoch"]), int(counters["position"]["step"])
+
+
+def _matches(path: Path, counters: Mapping[str, Any]) -> bool:
+    try:
+        return _epoch_and_step(counters) == _position(path)
+    except (KeyError, TypeError, ValueError):
+        return False

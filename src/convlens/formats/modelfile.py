@@ -22,7 +22,7 @@ from torch import Tensor
 
 from convlens.errors import Diverged, ModelFileError, UsageError
 from convlens.recipe import Recipe, load as load_recipe
-from convlens.system.files import cannot_read, lost, write_atomic
+from convlens.system.files import cannot_read, is_io_error, write_atomic
 from convlens.version import __version__
 
 KEY = "convlens"
@@ -116,7 +116,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "no such model file", where=str(path), fix="train it first, or check the path"
         ) from error
     except OSError as error:
-        if not lost(error):
+        if not is_io_error(error):
             raise cannot_read(path, error) from error
         raise ModelFileError(
             f"the disk can't give it back: {error.strerror}",

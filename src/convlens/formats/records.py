@@ -1,6 +1,6 @@
 """The records of a run as text, and back: `metrics.csv`, `results.json`, `run.json`.
 
-Strict in reading: what isn't as `convlens` wrote it is told, and never taken for numbers.
+They hold no hash: people read and edit them. A file that does not parse is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from convlens.errors import ModelFileError
 from convlens.formats import modelfile
-from convlens.system import files, sealing
 
 T = TypeVar("T")
 # What only the holder of a run's lock writes into its folder. (`results.json` has its own lock.)
@@ -23,6 +22,8 @@ LOCKED = (
     "model.safetensors", "recipe.yaml", "run.json", "metrics.csv", "split.csv", "images.csv.gz",
 )  # fmt: skip
 RESULTS = ("results.json",)
+# Each object in `run.json` and `results.json` had these keys up to commit 360f214: a hash of it.
+_RETIRED_KEYS = ("format", "sha256")
 COLUMNS = (
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds",
     "cpu_seconds", "data_seconds", "images_per_second",
@@ -63,18 +64,13 @@ def rows_of(text: str) -> list[dict[str, float]]:
     return rows
 
 
-def log_of(path: Path, wrote: str | None) -> list[dict[str, float]]:
+def log_of(path: Path) -> list[dict[str, float]]:
     """The rows of a log of epochs; none where there is no file.
 
-    Args:
-        wrote: its SHA-256 when it was written; None if nobody knows.
-
     Raises:
-        ModelFileError: it can't be read, or is another one now.
+        ModelFileError: it can't be read.
     """
     try:
-        if wrote is not None and files.sha256(path) != wrote:
-            raise ValueError("it was changed or damaged after the run had finished")
         return rows_of(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -101,29 +97,33 @@ def json_of(content: Any) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def entries(content: Any) -> list[dict[str, Any]]:
-    """What was sealed one by one, for `read`."""
+def as_object(content: Any) -> dict[str, Any]:
+    """A JSON object without the keys of earlier versions, for `read`."""
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return {key: value for key, value in content.items() if key not in _RETIRED_KEYS}
+
+
+def as_objects(content: Any) -> list[dict[str, Any]]:
+    """A JSON list of objects, for `read`."""
     if not isinstance(content, list):
-        raise sealing.Changed("it is no list")
-    return [sealing.unseal(entry) for entry in content]
+        raise ValueError("it is not a JSON list")
+    return [as_object(entry) for entry in content]
 
 
-def read(path: Path, default: T, opened: Callable[[Any], T]) -> T:
-    """What `opened` makes of a JSON file; `default` where there is no file.
+def read(path: Path, default: T, parse: Callable[[Any], T]) -> T:
+    """Read a JSON file; `default` if the file doesn't exist.
+
+    Args:
+        parse: checks the content and returns what is made of it.
 
     Raises:
-        ModelFileError: it is damaged.
+        ModelFileError: it can't be read, is not JSON, or `parse` raised ValueError.
     """
     try:
-        return opened(json.loads(path.read_text("utf-8")))
+        return parse(json.loads(path.read_text("utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return default
-    except sealing.Changed as error:
-        raise ModelFileError(
-            f"{path.name} can't be trusted: {error}",
-            where=str(path),
-            fix="restore it from a copy; or train with --fresh, in a new folder",
-        ) from error
     except (ValueError, OSError, RecursionError) as error:
         raise ModelFileError(
             f"unreadable: {error}"[:200], where=str(path), fix="restore it, or train with --fresh"

@@ -21,7 +21,7 @@ from convlens.system.console import say
 
 OF_ITS_END = (
     "created", "status", "epochs", "kept_epoch", "training_seconds", "cpu_seconds",
-    "metrics_sha256", "changed", "format", "sha256",
+    "metrics_sha256", "changed",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def extend(place: RunFolder, asked: Recipe) -> None:
         if stored is None:
             raise ModelFileError(
                 f"run {source.name!r} can't be extended: "
-                + (source.lost[0] if source.lost else "the state of its end is gone"),
+                + (source.corrupt_checkpoints or ["the checkpoint of its end is gone"])[0],
                 where=str(source.path / "state"),
                 fix="leave out --extend to train all epochs",
             )

@@ -117,7 +117,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     """Brings `setup` and `best` to where the run stopped; returns the epochs' rows so far."""
     stored = place.state()
     at = stored[1]["position"] if stored else {"epoch": 1, "step": 0}
-    if place.lost:
+    if place.corrupt_checkpoints:
         _tell_lost(place, int(at["epoch"]), int(at["step"]))
     if stored is None:
         agreed(setup.world, [1, 0], place)
@@ -161,7 +161,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
 
 def _tell_lost(place: RunFolder, epoch: int, step: int) -> None:
     """A damaged state costs time and nothing else: what it held is trained again, to its bits."""
-    for reason in place.lost:
+    for reason in place.corrupt_checkpoints:
         say(f"[bold]can't be used[/]: {escape(reason)}")
     where = f"epoch {epoch}, step {step}" if (epoch, step) != (1, 0) else "the beginning"
     say(f"going on from {where}; what came after it is trained again")

@@ -32,7 +32,7 @@ from convlens.recipe import Recipe
 from convlens.starting import feeding, trunk
 from convlens.stepping import graphs
 from convlens.stepping.memory import TooLarge, norms_batches
-from convlens.system import files, sealing
+from convlens.system import files
 
 # A timing costs some steps for each candidate; shorter runs can't earn it back.
 STEPS_WORTH_TIMING = 400
@@ -263,10 +263,12 @@ def _key(recipe: Recipe, batches: Batches, model: nn.Module, candidates: Sequenc
 def _remembered() -> dict[str, Any]:
     """What was timed on this machine; nothing where it is damaged, and is then timed again."""
     try:
-        content = sealing.unseal(json.loads((cache.folder() / "plans.json").read_text("utf-8")))
+        content = json.loads((cache.folder() / "plans.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return content
+    if not isinstance(content, dict):
+        return {}
+    return {key: entry for key, entry in content.items() if isinstance(entry, dict)}
 
 
 def _remember(key: str, choice: Choice) -> None:
@@ -275,6 +277,6 @@ def _remember(key: str, choice: Choice) -> None:
     known = {**_remembered(), key: entry}
     latest = dict(list(known.items())[-REMEMBERED:])
     with contextlib.suppress(ResourceError):  # a cache that can't be written is no cache
-        text = json.dumps(sealing.seal(latest), indent=1) + "\n"
-        files.sweep(cache.folder(), ["plans.json"], alone=False)
+        text = json.dumps(latest, indent=1) + "\n"
+        files.remove_stale_temp_files(cache.folder(), ["plans.json"], alone=False)
         files.write_atomic(cache.folder() / "plans.json", text)

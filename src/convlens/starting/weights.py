@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from convlens import run
 from convlens.data.fetching import DownloadError, fetch
-from convlens.data.locks import turn
+from convlens.data.locks import interprocess_lock
 from convlens.data.sources import roots
 from convlens.errors import ModelFileError, UsageError
 from convlens.formats import tensorfiles
@@ -252,7 +252,7 @@ def _downloaded(url: str) -> Path:
     target = folders[0] / file
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with turn(target.parent / ".download.lock", f"downloading {file}"):
+        with interprocess_lock(target.parent / ".download.lock", f"downloading {file}"):
             if not target.is_file():  # another process may just have done it
                 temporary = fetch(url, file, target.parent, known_hash=f"sha256:{wanted}")
                 os.chmod(temporary, 0o644)

@@ -1,27 +1,29 @@
-"""YAML as recipes use it: safe, without duplicate keys, and with `1e-3` as a number.
+"""YAML text of recipes: read and written by ruamel.yaml (YAML 1.2, safe types only).
 
-What is small as text must be small in memory: aliases of aliases are refused where they stand for
-more than any recipe says.
+As in YAML 1.1, `yes`, `no`, `on` and `off` are booleans, too: people write them, and recipes of
+earlier versions hold them.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import os
 import re
 import stat
-from collections.abc import Hashable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from convlens.errors import UsageError
 
-MOST = 1 << 17  # characters of a text; ours have a few thousand
-_VALUES = 50_000  # that a text stands for, aliases written out
-_DEEPEST = 40
+if TYPE_CHECKING:
+    from ruamel.yaml import YAML
+
+MAX_CHARS = 1 << 17  # of a recipe's text; ours have a few thousand
+_BOOL = "tag:yaml.org,2002:bool"
+_BOOL_WORDS = re.compile(r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")
 
 
 def read(path: Path) -> str:
@@ -30,13 +32,13 @@ def read(path: Path) -> str:
         facts = os.stat(path)
         if not stat.S_ISREG(facts.st_mode):  # a pipe would block, a device never end
             raise UsageError("a recipe is a regular file", where=str(path))
-        if facts.st_size > MOST:
+        if facts.st_size > MAX_CHARS:
             raise UsageError(f"{facts.st_size:,} bytes are too many for a recipe", where=str(path))
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UsageError(
-            "can't read the recipe: it is no UTF-8 text",
+            "can't read the recipe: it is not UTF-8 text",
             where=f"{path}, line {line}",
             fix="save it as UTF-8",
         ) from error
@@ -51,90 +53,85 @@ def parse(content: str, *, where: str) -> Any:
     """The value that a YAML text stands for.
 
     Raises:
-        UsageError: no valid YAML, a key that stands twice, or too much of it.
+        UsageError: not valid YAML, or a duplicate key; `where` then names the line.
     """
-    if len(content) > MOST:
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    if len(content) > MAX_CHARS:
         raise UsageError(f"{len(content):,} characters are too many for a recipe", where=where)
     try:
-        loader = _Loader(content)  # a SafeLoader
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _count(node, {})
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except UsageError as error:
-        error.where = f"{where}, {error.where}" if error.where else where
-        raise
-    # Values that look like dates or numbers and are none, and nesting without end, too.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"no valid YAML: {' '.join(str(error).split())}", where=where) from error
+        value = _yaml().load(content)
+        # Refuses circular aliases (`a: &x [*x]`), which nothing that walks a recipe expects.
+        json.dumps(value, default=str, skipkeys=True)
+    except MarkedYAMLError as error:
+        what = error.problem or error.context
+        if isinstance(error, DuplicateKeyError):
+            what = what.removeprefix("found ").partition(" with value ")[0]
+        else:
+            what = f"not valid YAML: {what}"
+        mark = error.problem_mark or error.context_mark
+        at = f"{where}, line {mark.line + 1}" if mark else where
+        raise UsageError(_one_line(what), where=at) from error
+    except RecursionError as error:
+        raise UsageError("not valid YAML: nested too deeply", where=where) from error
+    # ValueError: values that look like dates or numbers and are not, and circular aliases.
+    except (YAMLError, ValueError) as error:
+        raise UsageError(f"not valid YAML: {_one_line(str(error))}", where=where) from error
+    return value
 
 
-def lines(content: str) -> dict[str, int]:
+def key_lines(content: str) -> dict[str, int]:
     """The line of each key and of each key below it (`train.epochs`), counted from 1."""
+    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.nodes import MappingNode
+
     found: dict[str, int] = {}
     try:
-        tree = yaml.compose(content, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        tree = _yaml().compose(content)
+    except (YAMLError, ValueError, RecursionError):
         return found
     waiting = [("", tree)]
     for prefix, node in waiting:
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        for key, value in node.value if isinstance(node, MappingNode) else ():
             found[f"{prefix}{key.value}"] = key.start_mark.line + 1
             if not prefix:
                 waiting.append((f"{key.value}.", value))
     return found
 
 
-def _count(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
-    """How many values a node stands for, once its aliases are written out."""
-    if id(node) in known:
-        if not known[id(node)]:
-            raise UsageError("an alias stands inside of what it stands for")
-        return known[id(node)]
-    if depth > _DEEPEST:
-        raise UsageError(f"more than {_DEEPEST} lists or sections inside each other")
-    known[id(node)], total = 0, 1
-    inside = node.value if isinstance(node, yaml.CollectionNode) else ()
-    for child in chain.from_iterable(inside) if isinstance(node, yaml.MappingNode) else inside:
-        total += _count(child, known, depth + 1)
-    if total > _VALUES:
-        raise UsageError(f"its aliases stand for more than {_VALUES:,} values")
-    known[id(node)] = total
-    return total
-
-
 def dump(tree: Any) -> str:
     """YAML that `parse` reads back as an equal value; keys stay in their order."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    yaml = _yaml()
+    yaml.default_flow_style = False
+    text = io.StringIO()
+    yaml.dump(tree, text)
+    return text.getvalue()
 
 
-def odd(value: Any, key: str = "") -> Iterator[str]:
-    """What no recipe can hold, wherever it stands: it could not be written and read again."""
+def find_invalid(value: Any, key: str = "") -> Iterator[str]:
+    """Describe each value that a recipe can't hold: it could not be written and read again."""
     if isinstance(value, Mapping):
         for inner, item in value.items():
             if not isinstance(inner, str):
-                yield f"{key}: {short(inner)} is no key; keys are words"
+                yield f"{key}: {short(inner)} is not a key; keys are words"
             else:
-                yield from odd(inner, f"{key}: a key")
-                yield from odd(item, f"{key}.{inner}" if key else inner)
+                yield from find_invalid(inner, f"{key}: a key")
+                yield from find_invalid(item, f"{key}.{inner}" if key else inner)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from odd(item, key)
+            yield from find_invalid(item, key)
     elif isinstance(value, str):
         if any("\ud800" <= letter <= "\udfff" for letter in value):
-            yield f"{key}={short(value)}: no text that can be written"
+            yield f"{key}={short(value)}: not a text that can be written"
     elif isinstance(value, float):
         if not math.isfinite(value):
-            yield f"{key}={value}: no finite number"
+            yield f"{key}={value}: not a finite number"
     elif isinstance(value, int):
         if abs(value) >= 2**63:
             yield f"{key}: a whole number of {value.bit_length()} bits"
     elif value is not None:
-        yield f"{key}={short(value)}: a {type(value).__name__} is no value of a recipe"
+        yield f"{key}={short(value)}: a {type(value).__name__} is not a value of a recipe"
 
 
 def short(value: Any) -> str:
@@ -142,33 +139,24 @@ def short(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python doesn't write a number of thousands of digits
-        return "a number without end"
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys: PyYAML silently keeps the last one.
+def _yaml() -> YAML:
+    """A reader and writer of plain Python values that refuses duplicate keys."""
+    from ruamel.yaml import YAML  # takes about 0.1 s, which `convlens --help` doesn't need
 
-    `1e-3` is a number, as in YAML 1.2; PyYAML goes by 1.1, where it is text.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise UsageError(f"{short(key)} can't be a key")
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise UsageError(f"key {short(key)} stands twice", where=f"line {line}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    yaml = YAML(typ="safe", pure=True)  # the C reader knows YAML 1.1 only
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.composer.warn_double_anchors = False
+    # The resolver reads its table for a version when it is first needed; entries that are there
+    # by then would replace the table.
+    resolver = yaml.resolver
+    _ = resolver.versioned_resolver
+    resolver.add_version_implicit_resolver((1, 2), _BOOL, _BOOL_WORDS, list("yYnNoO"))
+    return yaml
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: text that looks like `1e-3` is quoted."""
-
-
-_FLOAT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
