@@ -85,7 +85,7 @@ class ReferenceOutputs:
         self.probs = metrics.softmax(self.logits)
         self.largest = float(np.abs(self.logits).max())
         self.tolerance = LOGIT_TOLERANCE * max(1.0, self.largest)
-        self.at_once = forward.batch  # images that fit into memory at once
+        self.at_once = forward.batch_size or 1  # images that fit into memory at once
         self.batch_size = max(2, min(BATCH_SIZE, self.at_once))
 
     def conditions(self) -> dict[str, Any]:
