@@ -103,7 +103,7 @@ def verify(data: bytes, where: str) -> dict[str, str]:
         proto.ParseFromString(data)
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
         if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
-            raise ValueError("its metadata are not text")  # protobuf returns bytes instead
+            raise ValueError("its metadata are not text")  # protobuf returns invalid UTF-8 as bytes
     except MemoryError:
         raise
     except Exception as error:  # the module of protobuf's DecodeError depends on its version
@@ -222,14 +222,11 @@ class OnnxNet(nn.Module):
 
 def _signature(values: list[Any]) -> list[tuple[str, str, list[Any]]]:
     """Names, types and shapes of a session's inputs or outputs; a dynamic batch size is "N"."""
-    return [
-        (
-            str(value.name),
-            str(value.type),
-            [*(n if isinstance(n, int) else "N" for n in value.shape[:1]), *value.shape[1:]],
-        )
-        for value in values
-    ]
+    found = []
+    for value in values:
+        batch = [size if isinstance(size, int) else "N" for size in value.shape[:1]]
+        found.append((str(value.name), str(value.type), [*batch, *value.shape[1:]]))
+    return found
 
 
 def _translate(error: Exception, what: str, where: str, fix: str) -> Exception:
