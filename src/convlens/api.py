@@ -122,9 +122,8 @@ class Run:
     ) -> list[Export]:
         """The model as files for other programs, one for each format: `onnx`, `torch`.
 
-        Each was read back from the disk and gave convlens's answers to the run's validation
-        images (or those of `data`); how exactly is in `Export.proof`. A file that doesn't agree
-        is not kept.
+        Each is run on the run's validation images (or those of `data`) and written only if it
+        reproduces the outputs of convlens; `Export.proof` holds the largest differences.
         """
         names = [to] if isinstance(to, str) else to
         return making.export(self._folder, names, output=output, data=data, quiet=quiet)

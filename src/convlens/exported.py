@@ -1,4 +1,4 @@
-"""What predict and evaluate open: model files, and ONNX files that were exported from them."""
+"""Load a model for inference, from a native model file or an exported ONNX file."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ SUFFIX = ".onnx"
 
 @dataclass(frozen=True)
 class InGraph(Preprocessing):
-    """Preprocessing whose normalisation is part of the exported graph."""
+    """Preprocessing whose normalization is part of the exported graph."""
 
     @property
     def normalise(self) -> Prepare:
-        return _as_they_are
+        return _to_float
 
 
-def _as_they_are(images: Tensor, plan: Plan) -> Tensor:
-    """Pixels 0..255, as floats: test-time augmentation pads, which torch does to floats only."""
+def _to_float(images: Tensor, plan: Plan) -> Tensor:
+    """Pixels 0..255 as floats: test-time augmentation pads, which torch does to floats only."""
     return images.float()
 
 
 class Exported(Loaded):
-    """An exported file: its graph answers on the CPU, and can't be laid out anew or looked into."""
+    """A model that is run from an exported file, on the CPU; its layers can't be inspected."""
 
     @property
     def free(self) -> bool:
@@ -54,59 +54,52 @@ class Exported(Loaded):
 
 
 def open_model(path: Path) -> Loaded:
-    """The network of a model file, or of an ONNX file that `convlens export` made.
+    """Load a model file, or an ONNX file that `convlens export` made.
 
     Raises:
-        ModelFileError: damaged, foreign, or not what it says; UsageError: onnx or onnxruntime
-            isn't installed.
+        ModelFileError: damaged, another program's, or inconsistent.
+        UsageError: onnx or onnxruntime isn't installed.
     """
-    if Path(path).suffix.lower() != SUFFIX:
+    path = Path(path)
+    if path.suffix.lower() != SUFFIX:
         return load_model(path)
-    data, facts = onnxfile.read(Path(path))
-    card, classes, preprocessing, at_once = _described(facts, path)
-    model = onnxfile.OnnxNet(data, str(path), at_once)
-    size = preprocessing.image_size
-    if not model.fits((preprocessing.channels, size, size), len(classes)):
-        raise ModelFileError(
-            f"its graph takes images {model.takes[0]} and gives {model.gives[0]}; its facts say "
-            f"{preprocessing.channels} channels, {size} px and {len(classes)} classes",
-            where=str(path),
-            fix=onnxfile.AGAIN,
-        )
-    return Exported(model.eval(), classes, preprocessing, card, Path(path).parent)
+    return onnx_model(onnxfile.read_bytes(path), path)
 
 
-def _described(
-    facts: dict[str, str], path: Path
-) -> tuple[dict[str, Any], tuple[str, ...], InGraph, int]:
-    """Card, classes, preprocessing and images at once, as `exporting.formats.described` says."""
+def onnx_model(content: bytes, path: Path) -> Exported:
+    """The model in the content of an exported ONNX file; `path` is where it lies, or will lie."""
+    metadata = onnxfile.verify(content, str(path))
     try:
-        classes = tuple(str(name) for name in _kind(json.loads(facts["classes"]), list))
-        preprocessing = InGraph(**_kind(json.loads(facts["preprocessing"]), dict))
-        right = (
-            isinstance(preprocessing.image_size, int)
-            and preprocessing.image_size > 0
-            and preprocessing.channels in (1, 3)
-            and preprocessing.fit in FITS
+        classes = tuple(str(name) for name in _parsed(metadata, "classes", list))
+        pre = InGraph(**_parsed(metadata, "preprocessing", dict))
+        valid = (
+            isinstance(pre.image_size, int)
+            and pre.image_size > 0
+            and pre.channels in (1, 3)
+            and pre.fit in FITS
         )
-        if not right or not classes or len(set(classes)) != len(classes):
+        if not valid or not classes or len(set(classes)) != len(classes):
             raise ValueError("impossible classes or preprocessing")
-        own = ("convlens", "run", "sha256")
-        card = {**_kind(json.loads(facts["card"]), dict), **{key: facts[key] for key in own}}
-        _kind(card["recipe"], dict)
-        _kind(card["data"]["fingerprint"], str)
-        return card, classes, preprocessing, max(1, min(256, int(facts["at_once"])))
+        card = _parsed(metadata, "card", dict)
+        card |= {key: metadata[key] for key in ("convlens", "run", "sha256")}
+        if not isinstance(card["recipe"], dict) or not isinstance(card["data"]["fingerprint"], str):
+            raise TypeError("recipe or data fingerprint of another type")
+        at_once = max(1, min(256, int(metadata["at_once"])))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-        newer = modelfile.is_newer(facts.get("convlens"))
+        newer = modelfile.is_newer(metadata.get("convlens"))
         raise ModelFileError(
-            f"its facts can't be used: {reason}",
+            f"its metadata can't be used: {reason}",
             where=str(path),
-            fix="update convlens: a newer one wrote it" if newer else onnxfile.AGAIN,
+            fix="update convlens: a newer one wrote it" if newer else onnxfile.EXPORT_AGAIN,
         ) from error
+    image = (pre.channels, pre.image_size, pre.image_size)
+    model = onnxfile.OnnxNet(content, str(path), image, len(classes), at_once)
+    return Exported(model.eval(), classes, pre, card, path.parent)
 
 
-def _kind(value: Any, kind: type) -> Any:
+def _parsed(metadata: dict[str, str], key: str, kind: type) -> Any:
+    value = json.loads(metadata[key])
     if not isinstance(value, kind):
-        raise TypeError(f"a {type(value).__name__} in place of a {kind.__name__}")
+        raise TypeError(f"{key} is a {type(value).__name__}, not a {kind.__name__}")
     return value

@@ -1,8 +1,8 @@
 """The only forward pass of evaluate, predict and every measurement on a trained network.
 
 Always float32 and always in eval mode, whatever the training used: a number must not depend on
-who asked for it. Eval mode has no batch statistics, so how many images are computed at once, and in
-which memory format, changes nothing but speed and the last digits: `Forward` finds both.
+which command computed it. Eval mode has no batch statistics, so batch size and memory format change
+nothing but speed and the last digits: `Forward` chooses both.
 """
 
 from __future__ import annotations
@@ -88,111 +88,135 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Forward:
-    """A network's answers to any number of images, in batches that it finds for itself.
+    """Runs a network on any number of images, in batches whose size and memory format it chooses.
 
-    The first batch is small and tells how many images (a power of two) keep within `ACTIVATIONS`;
-    if memory runs out all the same, there are half as many from then on. Where `free`, the next
-    batches go through the network in each memory format by turns, and the quicker one does the
-    rest: on one CPU channels_last is twice as fast as contiguous, on another network or machine
-    twice as slow. No image is computed twice for any of that.
+    The first batch is small. The size of the largest layer in it gives the batch size: the largest
+    power of two that keeps within `ACTIVATIONS`, halved whenever memory runs out. Where `free`, the
+    next batches are timed in both memory formats by turns, and the faster one does the rest: on
+    one CPU channels_last is twice as fast as contiguous, on another network or machine twice as
+    slow. The timed batches are answered, too, so that no image is computed twice.
 
     Args:
         normalise: from what the rows hold to the network's input.
-        plan: where and how; its memory format is where a free choice begins.
-        total: about how many images there will be; few can't earn back a choice.
+        plan: device and precision; its memory format is the one to start with.
+        total: about how many images there will be; with few, timing formats doesn't pay.
         free: whether `model`'s memory format may be changed. It stays changed.
     """
 
     def __init__(
-        self, model: nn.Module, normalise: Prepare, plan: Plan, *,
-        views: Views | None = None, total: int, free: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        normalise: Prepare,
+        plan: Plan,
+        *,
+        views: Views | None = None,
+        total: int,
+        free: bool = False,
+    ) -> None:
         self._model, self._normalise, self.plan, self._views = model, normalise, plan, views
-        self.batch = 0  # images at once; 0: not known yet
-        self._piece = min(TRIED, total // 64) if free else 0  # images in a timed batch
-        formats = [plan.memory_format, *(f for f in MEMORY_FORMATS if f != plan.memory_format)]
-        self._seconds: dict[str, list[float]] = {name: [] for name in formats}
-        self._coming: list[str] = []  # memory formats of the batches that are to be timed
+        self.batch_size: int | None = None  # None before the first batch
+        self._trial_size = min(TRIED, total // 64) if free else 0  # images in a timed batch
+        self._trial: _FormatTrial | None = None  # while memory formats are being timed
 
     def answers(self, images: Tensor) -> Iterator[Answers]:
         """Batch by batch for what the rows hold, `[N, ...]`, in order."""
-        start = 0
-        while start < len(images):
-            step, size = self._plain, self.batch
-            if not self.batch:
-                step, size = self._measured, FIRST
-            elif self._coming:
-                step, size = self._timed, min(self._piece, self.batch)
-            some, found = images[start : start + size], None
+        while len(images):
+            batch = images[: self._next_batch_size()]
+            found = None
             try:
-                found = step(some)
+                found = self._run(batch)
             except (RuntimeError, MemoryError) as error:
                 if not memory.ran_out(error):
                     raise
-                if len(some) == 1:
+                if len(batch) == 1:
                     raise memory.explained(error) from error
-            # Outside, since what an exception came through keeps its tensors alive.
+            # Outside of `except`: the traceback there keeps the tensors of the failed pass alive.
             if found is None:
-                self._halve(len(some))
+                self._reduce_batch_size(len(batch))
                 continue
-            start += len(some)
+            images = images[len(batch) :]
             yield found
 
-    def _plain(self, images: Tensor) -> Answers:
+    def _next_batch_size(self) -> int:
+        if self.batch_size is None:
+            return FIRST
+        return self.batch_size if self._trial is None else min(self._trial_size, self.batch_size)
+
+    def _run(self, images: Tensor) -> Answers:
+        if self.batch_size is None:
+            return self._run_first(images)
+        if self._trial is not None:
+            return self._run_trial(self._trial, images)
         return batch_answers(self._model, images, self._normalise, self.plan, self._views)
 
-    def _measured(self, images: Tensor) -> Answers:
-        """The first batch: how large the others are, and whether formats are worth timing."""
-        with _largest_layer(self._model) as bytes_of:
-            found, seconds = self._clocked(images)
+    def _run_first(self, images: Tensor) -> Answers:
+        """Run the first batch; choose the batch size, and whether to time memory formats."""
+        with _largest_layer(self._model) as layer_bytes:
+            found, seconds = self._time(images)
         kind = torch.device(self.plan.device).type
-        fit = ACTIVATIONS.get(kind, ACTIVATIONS["cpu"]) * len(images) // max(bytes_of)
-        self.batch = min(LARGEST, 1 << max(0, fit.bit_length() - 1))
-        if seconds * self._piece >= SHORTEST:
-            first, other = self._seconds  # the first of them is warm by now
-            self._coming = [other, *[first, other] * TRIALS]
+        fit = ACTIVATIONS.get(kind, ACTIVATIONS["cpu"]) * len(images) // max(layer_bytes)
+        self.batch_size = min(LARGEST, 1 << max(0, fit.bit_length() - 1))
+        if seconds * self._trial_size >= SHORTEST:
+            self._trial = _FormatTrial(self.plan.memory_format)
         return found
 
-    def _timed(self, images: Tensor) -> Answers:
-        self._lay_out(self._coming[0])
-        found, seconds = self._clocked(images)
-        warm = len(self._coming) <= 2 * TRIALS
-        name = self._coming.pop(0)
-        if warm:
-            self._seconds[name].append(seconds)
-        one, two = self._seconds.values()
-        if len(one) == len(two) >= 2:
-            apart = min(one) > CLEAR * max(two) or min(two) > CLEAR * max(one)
-            if apart or not self._coming:
-                self._choose()
+    def _run_trial(self, trial: _FormatTrial, images: Tensor) -> Answers:
+        self._set_memory_format(trial.coming[0])
+        found, seconds = self._time(images)
+        best = trial.record(seconds)
+        if best is not None:
+            self._set_memory_format(best)
+            self._trial = None
         return found
 
-    def _clocked(self, images: Tensor) -> tuple[Answers, float]:
-        """Answers, and the seconds an image."""
+    def _time(self, images: Tensor) -> tuple[Answers, float]:
+        """Answers, and the seconds per image."""
         synchronise(self.plan.device)
-        begun = time.perf_counter()
-        found = self._plain(images)
+        start = time.perf_counter()
+        found = batch_answers(self._model, images, self._normalise, self.plan, self._views)
         synchronise(self.plan.device)
-        return found, (time.perf_counter() - begun) / len(images)
+        return found, (time.perf_counter() - start) / len(images)
 
-    def _choose(self) -> None:
-        self._coming = []
-        medians = {name: statistics.median(times) for name, times in self._seconds.items()}
-        first, best = next(iter(medians)), min(medians, key=lambda name: medians[name])
-        # Not for noise: the same network should give the same digits tomorrow.
-        self._lay_out(best if medians[best] < 0.95 * medians[first] else first)
-
-    def _lay_out(self, memory_format: str) -> None:
+    def _set_memory_format(self, memory_format: str) -> None:
         if memory_format != self.plan.memory_format:
             self.plan = replace(self.plan, memory_format=memory_format)
             self.plan.place(self._model)
 
-    def _halve(self, failed: int) -> None:
-        """After a batch of `failed` images there was no memory for."""
-        self.batch = failed // 2
+    def _reduce_batch_size(self, failed: int) -> None:
+        """Halve the batch size after `failed` images ran out of memory."""
+        self.batch_size = failed // 2
         if self.plan.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        say(f"out of memory with {failed} images at once: going on with {self.batch}")
+        say(f"out of memory with {failed} images at once: going on with {self.batch_size}")
+
+
+class _FormatTrial:
+    """Times of batches in the current memory format and in the other one, by turns.
+
+    The first batch of the other format warms it up and doesn't count.
+    """
+
+    def __init__(self, current: str) -> None:
+        (other,) = (name for name in MEMORY_FORMATS if name != current)
+        self._current, self._other = current, other
+        self._seconds: dict[str, list[float]] = {current: [], other: []}
+        self.coming = [other, *[current, other] * TRIALS]  # formats of the batches to come
+
+    def record(self, seconds: float) -> str | None:
+        """Record the time of the next batch; return the format to use once it is clear."""
+        name = self.coming.pop(0)
+        if len(self.coming) < 2 * TRIALS:
+            self._seconds[name].append(seconds)
+        current, other = self._seconds[self._current], self._seconds[self._other]
+        if not len(current) == len(other) >= 2:
+            return None
+        clear = min(current) > CLEAR * max(other) or min(other) > CLEAR * max(current)
+        if self.coming and not clear:
+            return None
+        # Not for a few per cent, which may be noise: a network should give the same last digits
+        # every time.
+        faster = statistics.median(other) < 0.95 * statistics.median(current)
+        return self._other if faster else self._current
 
 
 @contextmanager

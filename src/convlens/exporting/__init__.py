@@ -1,4 +1,4 @@
-"""Trained networks as files for other programs, each proven to answer as convlens does.
+"""Export of trained networks for other programs, checked numerically against convlens.
 
-`making` is the job, `formats` what there is to export to, `agreement` the proof.
+`making` is the job, `formats` the table of formats, `agreement` the numerical check.
 """

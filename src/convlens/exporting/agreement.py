@@ -1,17 +1,19 @@
-"""Does an exported file answer as convlens does? The images that are asked about, and the verdict.
+"""Numerical check of an exported model against convlens's own outputs, on real images.
 
-Two programs that compute the same network differ in last digits: they add in different orders. A
-wrong export (other pixels, other class order, batch norm in training mode) differs in the first.
+Two programs that compute the same network differ in the last digits, because they add in another
+order. A wrong export (other pixels, another class order, batch norm in training mode) differs in
+the first digit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.testing import assert_allclose
 from torch import Tensor
 
 from convlens import device, metrics
@@ -25,210 +27,174 @@ from convlens.inference import Forward, placed
 from convlens.run import Loaded, RunFolder
 from convlens.system.console import say
 
-IMAGES = 500
-BATCHES = (1, 7)  # eight of each, and the rest in larger ones
-REST = 64
-# The largest difference of a logit that last digits can make, as a share of the largest logit (or
-# of 1, if that is larger). The planted mistakes of the tests make half of it and more.
-TOLERANCE = 1e-4
-SOFTMAX = 1e-5  # the largest difference of a probability to the softmax of the same file's logits
+MAX_IMAGES = 500
+SINGLE_IMAGES = 8  # these are run in batches of one, too
+BATCH_SIZE = 64
+# Absolute tolerance of the logits, relative to the largest logit (or to 1 if that is larger): the
+# rounding errors of a logit near zero are as large as those of the others. The planted mistakes of
+# the tests make differences of half the largest logit and more.
+LOGIT_TOLERANCE = 1e-4
+SOFTMAX_TOLERANCE = 1e-5  # of the probabilities, against the softmax of the same file's logits
 
-# From uint8 images `[B, C, S, S]` to logits and probabilities `[B, K]`, float32.
-Ask = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Images uint8 `[N, C, S, S]` to compare answers on, their ids, and where they come from."""
-
-    images: Tensor
-    ids: Sequence[str]
-    source: str
+# From uint8 images `[B, C, S, S]` to logits and probabilities, float32 `[B, K]`.
+RunModel = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How an exported file's answers compare with convlens's, both float32 on a CPU.
+class NumericalCheck:
+    """Differences between the outputs of an exported file and of convlens, both float32 on a CPU.
 
-    `near_ties` are images of which the two name different classes that convlens itself holds for
-    equal within `max_logit_difference`; any other difference of classes refuses the export.
+    `tolerance` is absolute; with a larger difference of any logit no file is written.
     """
 
     source: str
     images: int
     batch_sizes: list[int]
     top1_agreement: float
-    near_ties: list[dict[str, Any]]
     max_logit_difference: float
     max_probability_difference: float
     largest_logit: float
     tolerance: float
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def sentence(self) -> str:
-        """What was found, in one line."""
-        sizes = ", ".join(map(str, self.batch_sizes[:-1])) + f" and {self.batch_sizes[-1]}"
-        ties = f" but {len(self.near_ties)} near-ties" if self.near_ties else ""
+        """The result in one line."""
+        sizes = " and ".join(map(str, self.batch_sizes))
+        same = "all" if self.top1_agreement == 1 else f"{self.top1_agreement:.2%}"
         return (
-            f"on {self.images:,} {self.source}, in batches of {sizes}, the same class for all"
-            f"{ties}; logits differ by at most {self.max_logit_difference:.2g} (the largest is "
+            f"on {self.images:,} {self.source}, in batches of {sizes}, the same class for {same}; "
+            f"logits differ by at most {self.max_logit_difference:.2g} (the largest is "
             f"{self.largest_logit:.3g})"
         )
 
 
-def pictures(place: RunFolder, loaded: Loaded, data: str | None) -> Pictures:
-    """Up to 500 images, evenly spaced: the run's validation images, or those of the set `data`.
+class ReferenceOutputs:
+    """Outputs of convlens for some images, against which exported files are checked.
 
-    A run without a validation split gives training images; a model file on its own, or a run
-    whose images are gone, gets drawn ones, and it is said. The test split stays sealed.
+    Args:
+        loaded: the model that is exported.
+        images: uint8 `[N, C, S, S]`.
+        source: what these images are, for the report.
+    """
+
+    def __init__(self, loaded: Loaded, images: Tensor, source: str) -> None:
+        self.images, self.source = images, source
+        plan = placed(loaded.model, "cpu")
+        forward = Forward(loaded.model, loaded.preprocessing.normalise, plan, total=len(images))
+        found = [answers.plain for answers in forward.answers(images)]
+        self.logits = torch.cat(found).numpy().astype(np.float64)
+        self.probs = metrics.softmax(self.logits)
+        self.largest = float(np.abs(self.logits).max())
+        self.tolerance = LOGIT_TOLERANCE * max(1.0, self.largest)
+        self.at_once = forward.batch_size or 1  # images that fit into memory at once
+        self.batch_size = max(2, min(BATCH_SIZE, self.at_once))
+
+    def conditions(self) -> dict[str, Any]:
+        """The conditions of the check, which are known before it; they go into the file."""
+        return {
+            "source": self.source,
+            "images": len(self.images),
+            "batch_sizes": [1, self.batch_size],
+            "tolerance": self.tolerance,
+        }
+
+    def check(self, run_model: RunModel, where: str) -> NumericalCheck:
+        """Run an exported model on all images and compare its outputs.
+
+        Raises:
+            ModelFileError: they differ by more than the tolerance; says by how much.
+        """
+        batches = [*self.images[:SINGLE_IMAGES].split(1), *self.images.split(self.batch_size)]
+        logits, probs = (
+            torch.cat(parts).numpy().astype(np.float64)
+            for parts in zip(*map(run_model, batches), strict=True)
+        )
+        expected, expected_probs = (
+            np.concatenate([values[:SINGLE_IMAGES], values]) for values in (self.logits, self.probs)
+        )
+        try:
+            _assert_close("logits", logits, expected, self.tolerance)
+            _assert_close("probabilities", probs, metrics.softmax(logits), SOFTMAX_TOLERANCE)
+        except AssertionError as error:
+            # Without the list of indices, which numpy indents below a line "First 5 ...".
+            lines = [x for x in str(error).splitlines() if x and not x.startswith((" ", "First"))]
+            raise ModelFileError(
+                "the exported model does not reproduce the outputs of convlens, so no file was "
+                f"written: {', '.join(lines)}"[:400],
+                where=where,
+                fix="export to another format, and report this: it must not happen",
+            ) from error
+        return NumericalCheck(
+            **self.conditions(),
+            top1_agreement=float((logits.argmax(1) == expected.argmax(1)).mean()),
+            max_logit_difference=float(np.abs(logits - expected).max()),
+            max_probability_difference=float(np.abs(probs - expected_probs).max()),
+            largest_logit=self.largest,
+        )
+
+
+def _assert_close(name: str, actual: np.ndarray, expected: np.ndarray, atol: float) -> None:
+    # NaN must not pass for equal, and no shape may be broadcast.
+    assert_allclose(
+        actual,
+        expected,
+        rtol=0,
+        atol=atol,
+        equal_nan=False,
+        strict=True,
+        err_msg=name,
+        verbose=False,
+    )
+
+
+def sample_images(run_dir: RunFolder, loaded: Loaded, data: str | None) -> tuple[Tensor, str]:
+    """Up to 500 evenly spaced validation images of the run, or images of the data set `data`.
+
+    Falls back to training images for a run without a validation split, and to synthetic images
+    for a model file on its own and for a run whose images are gone; the fallback is reported.
+    The test split stays sealed.
+
+    Returns:
+        The images, uint8 `[N, C, S, S]`, and where they come from.
 
     Raises:
         DataError, UsageError: `data` can't be used.
     """
     if data is not None:
-        part, name = _foreign(loaded, data)
-        return _some(part, f"images of {name!r}")
-    if not place.facts():
-        return _drawn(loaded, "a model file on its own has no images")
+        split, name = _load_other(loaded, data)
+        return _evenly_spaced(split), f"images of {name!r}"
     try:
+        if not run_dir.facts():
+            raise DataError("a model file on its own has no images")
         own = own_data(loaded, "cpu")
     except (DataError, UsageError) as error:
-        return _drawn(loaded, error.what)
+        say(f"compared on drawn images, not on real ones: {error.what} (--data takes others)")
+        pre = loaded.preprocessing
+        drawn = Drawn(MAX_IMAGES, pre.image_size)[np.arange(MAX_IMAGES)]
+        fitted = fit_images(drawn, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+        return torch.from_numpy(fitted), "drawn images"
     if len(own.val):
-        return _some(own.val, f"validation images of {own.name!r}")
-    return _some(own.train, f"training images of {own.name!r}, which kept none for validation")
+        return _evenly_spaced(own.val), f"validation images of {own.name!r}"
+    return _evenly_spaced(
+        own.train
+    ), f"training images of {own.name!r} (it has no validation split)"
 
 
-def _drawn(loaded: Loaded, why: str) -> Pictures:
-    say(f"compared on drawn images, not on real ones: {why} (--data takes others)")
-    pre = loaded.preprocessing
-    shapes = Drawn(IMAGES, pre.image_size)[np.arange(IMAGES)]
-    images = fit_images(shapes, size=pre.image_size, channels=pre.channels, fit=pre.fit)
-    return Pictures(
-        torch.from_numpy(images), [f"shapes/{i}" for i in range(IMAGES)], "drawn images"
-    )
-
-
-def _foreign(loaded: Loaded, data: str) -> tuple[Split, str]:
-    """A set's validation part; all of it where it has no parts, else its training part."""
+def _load_other(loaded: Loaded, data: str) -> tuple[Split, str]:
+    """The validation split of a data set, or its training split, or all of it, and its name."""
     pre = loaded.preprocessing
     parts = find(data, image_size=pre.image_size, tested=True).parts
-    split = next(name for name in ("val", "train", *parts) if name in parts)
-    part, _, name, _ = load_foreign(
+    split, _, name, _ = load_foreign(
         data,
-        split,
+        next(name for name in ("val", "train", *parts) if name in parts),
         image_size=pre.image_size,
         channels=pre.channels,
         fit=pre.fit,
         memory_budget=device.memory_budget("cpu"),
         tested=True,
     )
-    return part, name
+    return split, name
 
 
-def _some(part: Split, source: str) -> Pictures:
-    chosen = np.unique(np.linspace(0, len(part) - 1, min(len(part), IMAGES)).round().astype(int))
-    images = part.rows.gather(torch.from_numpy(chosen))
-    return Pictures(images, [part.ids[i] for i in chosen.tolist()], source)
-
-
-class Witness:
-    """convlens's own answers to some images, and the comparison of others' with them.
-
-    `at_once` is how many images convlens computes at once.
-    """
-
-    def __init__(self, loaded: Loaded, seen: Pictures) -> None:
-        self.classes, self.seen = loaded.classes, seen
-        self.preprocessing = asdict(loaded.preprocessing)
-        plan = placed(loaded.model, "cpu")
-        forward = Forward(
-            loaded.model, loaded.preprocessing.normalise, plan, total=len(seen.images)
-        )
-        found = [each.plain for each in forward.answers(seen.images)]
-        self.logits = torch.cat(found).numpy().astype(np.float64)
-        self.at_once = forward.batch
-
-    def sizes(self) -> list[int]:
-        """The batch sizes, one after the other; few images are asked about more than once."""
-        small = [size for size in BATCHES for _ in range(8)]
-        rest = max(REST // 8, len(self.seen.images) - sum(small))
-        large = min(REST, max(8, self.at_once))
-        return [*small, *([large] * (rest // large)), *([rest % large] if rest % large else [])]
-
-    def compare(self, ask: Ask, path: str) -> Agreement:
-        """Asks the exported file about all images.
-
-        Raises:
-            ModelFileError: it doesn't agree; says in what.
-        """
-        sizes = self.sizes()
-        turns = np.arange(sum(sizes)) % len(self.seen.images)
-        parts = [ask(self.seen.images[rows]) for rows in torch.from_numpy(turns).split(sizes)]
-        theirs, chances = (
-            np.concatenate([part[i].numpy() for part in parts]).astype(np.float64) for i in (0, 1)
-        )
-        ours = self.logits[turns]
-        if theirs.shape != ours.shape or chances.shape != ours.shape:
-            raise _refused(f"its answers have the shape {theirs.shape}, not {ours.shape}", path)
-        if not (np.isfinite(theirs).all() and np.isfinite(chances).all()):
-            raise _refused("some of its answers are no finite numbers", path)
-        return self._judged(turns, sizes, ours, theirs, chances, path)
-
-    def _judged(
-        self,
-        turns: np.ndarray,
-        sizes: list[int],
-        ours: np.ndarray,
-        theirs: np.ndarray,
-        chances: np.ndarray,
-        path: str,
-    ) -> Agreement:
-        apart = float(np.abs(theirs - ours).max())
-        unlike = float(np.abs(chances - metrics.softmax(ours)).max())
-        largest = float(np.abs(ours).max())
-        limit = TOLERANCE * max(1.0, largest)
-        rows = np.arange(len(turns))
-        first, other = ours.argmax(1), theirs.argmax(1)
-        gaps = ours[rows, first] - ours[rows, other]
-        wrong = (first != other) & (gaps >= apart)
-        count = len({int(turn) for turn in turns[first != other]})
-        if wrong.any() or apart > limit:
-            raise _refused(
-                f"{count} of {len(self.seen.images)} images get another class; logits differ by "
-                f"up to {apart:.2g} (allowed: {limit:.2g})",
-                path,
-            )
-        off = float(np.abs(chances - metrics.softmax(theirs)).max())
-        if off > SOFTMAX:
-            raise _refused(f"its probabilities are {off:.2g} off the softmax of its logits", path)
-        ties = {
-            self.seen.ids[turns[row]]: {
-                "image": self.seen.ids[turns[row]],
-                "convlens": self.classes[first[row]],
-                "exported": self.classes[other[row]],
-                "gap": float(gaps[row]),
-            }
-            for row in np.flatnonzero(first != other)
-        }
-        return Agreement(
-            source=self.seen.source,
-            images=len(self.seen.images),
-            batch_sizes=sorted(set(sizes)),
-            top1_agreement=1.0,
-            near_ties=list(ties.values()),
-            max_logit_difference=apart,
-            max_probability_difference=unlike,
-            largest_logit=largest,
-            tolerance=limit,
-        )
-
-
-def _refused(why: str, path: str) -> ModelFileError:
-    return ModelFileError(
-        f"the exported file doesn't answer as convlens does, so it was not kept: {why}",
-        where=path,
-        fix="export to another format, or tell us: this must not happen",
-    )
+def _evenly_spaced(split: Split) -> Tensor:
+    count = min(len(split), MAX_IMAGES)
+    return split.rows.gather(torch.linspace(0, len(split) - 1, count).round().long())

@@ -1,7 +1,7 @@
-"""What a network can be exported to. Each format is captured from the same program.
+"""Formats that a network can be exported to, all translated from one captured program.
 
-`torch.export` captures the network once, with the preprocessing that follows decoding in it and
-any number of images; ONNX is translated from that very program.
+`torch.export` captures the network once, with the preprocessing that follows decoding in it and a
+dynamic batch size; ONNX is translated from that very program.
 """
 
 from __future__ import annotations
@@ -22,46 +22,41 @@ from torch import Tensor, nn
 
 from convlens.data.batches import scale_and_shift
 from convlens.errors import ModelFileError
-from convlens.exporting.agreement import Ask
+from convlens.exported import onnx_model
+from convlens.exporting.agreement import ReferenceOutputs, RunModel
 from convlens.formats import onnxfile
 from convlens.formats.onnxfile import INPUT, OUTPUTS
 from convlens.run import Loaded, Preprocessing
 from convlens.stepping import memory
 from convlens.version import __version__
 
-FACTS = "convlens.json"  # in an archive of torch.export, among its extra files
-OPSET = 18  # the one torch translates to itself, without conversion; read by any runtime since 2023
+FACTS = "convlens.json"  # the metadata, among the extra files of a torch.export archive
+OPSET = 18  # torch translates to it without a conversion; runtimes read it since 2023
 FITTING = {
     "crop": "its short side resized to {size} px (antialiased, bilinear), the centre cut out",
     "pad": "its long side resized to {size} px (antialiased, bilinear), black borders around it",
     "stretch": "resized to {size} x {size} px (antialiased, bilinear)",
 }
-COLOURS = {1: "grey (ITU-R 601)", 3: "RGB"}
-
-
-class Body(NamedTuple):
-    """A network in a format: the bytes of its file with given facts, and how to open such a file.
-
-    `opened` takes a file's path and the bytes that must be there; it gives the facts inside, as
-    `texts` has them, and what answers.
-    """
-
-    sealed: Callable[[dict[str, Any]], bytes]
-    opened: Callable[[Path, bytes], tuple[dict[str, str], Ask]]
+COLORS = {1: "grey (ITU-R 601)", 3: "RGB"}
 
 
 class Format(NamedTuple):
-    """A line of `FORMATS`: the file's suffix, packages that are needed, and the translation."""
+    """An entry of `FORMATS`.
+
+    `serialize` makes a file's bytes from a captured program and metadata. `load` makes a callable
+    model from these bytes; the second argument names the file in error messages.
+    """
 
     suffix: str
     packages: tuple[str, ...]
-    make: Callable[[Any], Body]
+    serialize: Callable[[Any, dict[str, Any]], bytes]
+    load: Callable[[bytes, str], RunModel]
 
 
 class Exportable(nn.Module):
-    """A network with what comes before it: pixels as the decoder gives them, any number.
+    """A network with its normalization: uint8 pixels as the decoder gives them, any batch size.
 
-    uint8 `[N, C, S, S]` to logits and probabilities, float32 `[N, K]`.
+    Maps uint8 `[N, C, S, S]` to logits and probabilities, float32 `[N, K]`.
     """
 
     scale: Tensor
@@ -80,8 +75,8 @@ class Exportable(nn.Module):
         return dict(zip(OUTPUTS, (logits, logits.softmax(1)), strict=True))
 
 
-def captured(loaded: Loaded) -> Any:
-    """The network as a program of `torch.export`, in eval mode, for any number of images.
+def capture(loaded: Loaded) -> Any:
+    """Capture the network with `torch.export`, in eval mode, with a dynamic batch size.
 
     Raises:
         ModelFileError: torch can't capture this network.
@@ -90,52 +85,46 @@ def captured(loaded: Loaded) -> Any:
     model = Exportable(loaded.model.cpu(), pre.mean, pre.std)
     images = torch.zeros(2, pre.channels, pre.image_size, pre.image_size, dtype=torch.uint8)
     shapes = {"images": {0: torch.export.Dim("N", min=1)}}
-    with _quiet(), torch.no_grad(), _telling("torch.export"):
+    with _translating("torch.export"):
         program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine, which are nobody's business
+        node.meta.pop("stack_trace", None)  # it holds paths of this machine
     return program
 
 
-def described(loaded: Loaded, at_once: int) -> dict[str, Any]:
-    """The facts that every exported file holds; where only texts can be kept, as `texts`."""
+def describe(loaded: Loaded, reference: ReferenceOutputs) -> dict[str, Any]:
+    """The metadata of an exported file, in any format."""
     pre = loaded.preprocessing
-    shown = f"[N, {pre.channels}, {pre.image_size}, {pre.image_size}]"
+    shape = f"[N, {pre.channels}, {pre.image_size}, {pre.image_size}]"
     return {
         "convlens": __version__,
         "run": str(loaded.card.get("run", "")),
         "source_sha256": loaded.card["sha256"],
         "classes": list(loaded.classes),
-        "input": f"{INPUT}: uint8 {shown}, 0 to 255, any N. {told(pre)} "
+        "input": f"{INPUT}: uint8 {shape}, 0 to 255, any N. {_describe_decoding(pre)} "
         "Nothing else: scaling and normalisation are inside.",
         "outputs": f"{OUTPUTS[0]} and {OUTPUTS[1]} (their softmax): float32 "
         f"[N, {len(loaded.classes)}], in the order of `classes`",
         "preprocessing": asdict(pre),
-        "at_once": at_once,
-        "card": _rest(loaded.card),
+        "at_once": reference.at_once,
+        "proof": reference.conditions(),
+        # What `evaluate` needs besides.
+        "card": {
+            key: loaded.card[key] for key in ("model", "data", "recipe") if key in loaded.card
+        },
     }
 
 
-def texts(facts: dict[str, Any]) -> dict[str, str]:
-    """Facts as texts: all that is none yet is JSON."""
-    return {key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
-
-
-def told(pre: Preprocessing) -> str:
-    """In words, what `convlens.data.decode` makes of an image file before the network sees it."""
+def _describe_decoding(pre: Preprocessing) -> str:
+    """Describe in words how `convlens.data.decode` prepares an image file for the network."""
     return (
-        f"Each image: decoded, turned upright by its EXIF, {COLOURS[pre.channels]}, transparent "
+        f"Each image: decoded, turned upright by its EXIF, {COLORS[pre.channels]}, transparent "
         f"parts white, {FITTING[pre.fit].format(size=pre.image_size)}."
     )
 
 
-def _rest(card: dict[str, Any]) -> dict[str, Any]:
-    """What evaluating needs beside the facts that are told by name."""
-    return {key: card[key] for key in ("model", "data", "recipe") if key in card}
-
-
-def _onnx(program: Any) -> Body:
-    with _quiet(), torch.no_grad(), _telling("torch.onnx"):
+def _serialize_onnx(program: Any, facts: dict[str, Any]) -> bytes:
+    with _translating("torch.onnx"):
         made = torch.onnx.export(
             program,
             input_names=[INPUT],
@@ -150,9 +139,9 @@ def _onnx(program: Any) -> Body:
     for value in (*proto.graph.input, *proto.graph.output):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param == rows and rows:
-                size.dim_param = "N"  # torch calls it s34 or whatever
-    for message in onnxfile.messages(proto):
-        # Stack traces, with paths of this machine, and repetitions of what the graph says.
+                size.dim_param = "N"  # torch names it s34 or the like
+    for message in onnxfile.walk(proto):
+        # Stack traces, with paths of this machine, and repetitions of the graph in words.
         for field in ("metadata_props", "doc_string"):
             if field in message.DESCRIPTOR.fields_by_name:
                 message.ClearField(field)
@@ -160,69 +149,54 @@ def _onnx(program: Any) -> Body:
     used = {node.domain for node in proto.graph.node}
     for entry in [each for each in proto.opset_import if each.domain not in (*used, "")]:
         proto.opset_import.remove(entry)
-
-    def opened(path: Path, written: bytes) -> tuple[dict[str, str], Ask]:
-        data, facts = onnxfile.read(path)
-        _same(data, written, path)
-        net = onnxfile.OnnxNet(data, str(path), 1)
-        shape, classes = json.loads(facts["preprocessing"]), json.loads(facts["classes"])
-        image = (shape["channels"], shape["image_size"], shape["image_size"])
-        if not net.fits(image, len(classes)):
-            raise ModelFileError(
-                f"as ONNX it takes images {net.takes[0]}, not any number of {list(image)}",
-                where=str(path),
-                fix="export to torch, or use another network",
-            )
-        return facts, net.answers
-
-    return Body(lambda facts: onnxfile.sealed(proto, texts(facts)), opened)
+    texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
+    return onnxfile.serialize(proto, texts)
 
 
-def _torch(program: Any) -> Body:
-    def sealed(facts: dict[str, Any]) -> bytes:
-        file = io.BytesIO()
-        with _quiet(), _telling("torch.export"):
-            torch.export.save(program, file, extra_files={FACTS: json.dumps(facts)})
-        return file.getvalue()
-
-    def opened(path: Path, written: bytes) -> tuple[dict[str, str], Ask]:
-        data = path.read_bytes()
-        _same(data, written, path)  # torch unpickles the example inside: nobody else's file
-        extra = {FACTS: ""}
-        with _quiet(), _telling("torch.export"):
-            module = torch.export.load(io.BytesIO(data), extra_files=extra).module()
-
-        def ask(images: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad(), _telling("the program"):
-                found = module(images)
-            return found[OUTPUTS[0]], found[OUTPUTS[1]]
-
-        return texts(json.loads(extra[FACTS])), ask
-
-    return Body(sealed, opened)
+def _load_onnx(content: bytes, where: str) -> RunModel:
+    model = onnx_model(content, Path(where)).model
+    assert isinstance(model, onnxfile.OnnxNet)
+    return model.outputs
 
 
-def _same(data: bytes, written: bytes, path: Path) -> None:
-    if data != written:
-        raise ModelFileError(
-            "the disk gives back other bytes than were written", where=str(path), fix="try again"
-        )
+def _serialize_torch(program: Any, facts: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    with _translating("torch.export"):
+        torch.export.save(program, file, extra_files={FACTS: json.dumps(facts)})
+    return file.getvalue()
 
 
-# To add a format: a function here and a line. `tests/test_exporting.py` then exports every family.
+def _load_torch(content: bytes, where: str) -> RunModel:
+    # torch unpickles the example inputs in it: only for bytes that this process has just made.
+    with _translating("torch.export"):
+        module = torch.export.load(io.BytesIO(content)).module()
+
+    def run_model(images: Tensor) -> tuple[Tensor, Tensor]:
+        with _translating("the exported program"):
+            outputs = module(images)
+        return outputs[OUTPUTS[0]], outputs[OUTPUTS[1]]
+
+    return run_model
+
+
+# To add a format: two functions here and an entry. `tests/test_exporting.py` exports every family.
 FORMATS: dict[str, Format] = {
-    "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _onnx),
-    "torch": Format(".pt2", (), _torch),
+    "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _serialize_onnx, _load_onnx),
+    "torch": Format(".pt2", (), _serialize_torch, _load_torch),
 }
 
 
 @contextlib.contextmanager
-def _telling(tool: str) -> Iterator[None]:
-    """Whatever torch raises about a network that it can't translate, in words."""
+def _translating(tool: str) -> Iterator[None]:
+    """Silence the logs of torch and onnxscript, and turn their errors into ModelFileErrors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
     except Exception as error:
-        if memory.ran_out(error):  # of which another network or format is no way out
+        if memory.ran_out(error):  # neither the network nor the format is at fault
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines or [type(error).__name__])[0][:160]
@@ -230,16 +204,5 @@ def _telling(tool: str) -> Iterator[None]:
             f"{tool} of torch {torch.__version__} can't take this network: {reason}",
             fix="choose the other format (--to), or another network",
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch and onnxscript tell their developers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
     finally:
         logging.disable(before)

@@ -1,8 +1,8 @@
-"""ONNX files of convlens: sealed with facts and a hash, and opened only if they are ours.
+"""ONNX files of convlens: written with metadata and a SHA-256, and only such files are opened.
 
-An ONNX file may name other files to take its weights from, and what runs it has had its share of
-holes; so nothing is handed to a runtime before it is known to be whole (a hash over all of it, as
-in our model files), to hold all of itself, and to have standard operators only.
+An ONNX file may name other files to read its weights from, and runtimes have had security holes.
+So a runtime gets a file only after these checks: the hash matches, all weights are inside, and all
+operators are standard ones.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from convlens.formats.modelfile import NO_HASH, digest_around
 from convlens.system.files import cannot_read
 
 INPUT, OUTPUTS = "images", ("logits", "probabilities")
-MARK, FORMAT = "convlens_format", "1"  # the metadata key that says the file is ours
-LARGEST = 2**31 - 1  # protobuf's own limit
-DOMAINS = ("", "ai.onnx")
-NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
-AGAIN = "export it again: convlens export RUN --to onnx"
+MARK, FORMAT = "convlens_format", "1"  # the metadata key that marks our files
+MAX_BYTES = 2**31 - 1  # limit of protobuf
+STANDARD_DOMAINS = ("", "ai.onnx")
+OOM_MESSAGES = ("bad_alloc", "bad allocation", "Failed to allocate memory")
+EXPORT_AGAIN = "export it again: convlens export RUN --to onnx"
+ONLY_OURS = "only files made by `convlens export` are opened"
 
 
-def needed(package: str) -> Any:
-    """One of the packages that ONNX files need, which not everybody has.
+def require(package: str) -> Any:
+    """Import one of the optional packages that ONNX files need.
 
     Raises:
         UsageError: it isn't installed.
@@ -48,14 +49,16 @@ def needed(package: str) -> Any:
         ) from error
 
 
-def sealed(proto: Any, facts: Mapping[str, str]) -> bytes:
-    """The file of an ONNX `ModelProto`: `facts` as its metadata, last of all a hash over it all.
+def serialize(proto: Any, metadata: Mapping[str, str]) -> bytes:
+    """The file of an ONNX `ModelProto` with `metadata`, whose last entry is the SHA-256.
+
+    It covers the whole file, its own 64 digits taken as zeros (as in model files).
 
     Raises:
-        ModelFileError: larger than such a file can be (2 GiB).
+        ModelFileError: larger than 2 GiB.
     """
     del proto.metadata_props[:]
-    for key, value in {MARK: FORMAT, **facts, "sha256": NO_HASH}.items():
+    for key, value in {MARK: FORMAT, **metadata, "sha256": NO_HASH}.items():
         proto.metadata_props.add(key=key, value=value)
     try:
         data: bytes = proto.SerializeToString()
@@ -63,69 +66,20 @@ def sealed(proto: Any, facts: Mapping[str, str]) -> bytes:
         raise
     except Exception as error:  # protobuf's EncodeError, or a ValueError, by its version
         raise ModelFileError(f"too large for one ONNX file: {error}"[:200]) from error
-    # The last one: the metadata stand behind the graph, and the hash behind the user's words.
+    # The last match: metadata follow the graph, and the hash follows texts of the user.
     at, digest = data.rfind(NO_HASH.encode()), hashlib.sha256(data).hexdigest()
     return data[:at] + digest.encode() + data[at + len(NO_HASH) :]
 
 
-def read(path: Path) -> tuple[bytes, dict[str, str]]:
-    """A file that `sealed` made, with its facts; nothing else is opened for it.
+def read_bytes(path: Path) -> bytes:
+    """The content of an ONNX file, which may be anybody's until `verify` has checked it.
 
     Raises:
-        ModelFileError: missing, damaged, another program's, a newer format, or with what ours
-            never have: weights in other files, operators and functions of its own.
+        ModelFileError: missing or larger than an ONNX file can be.
     """
-    onnx = needed("onnx")
-    data = _bytes(path)
-    proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(data)
-        facts = {entry.key: entry.value for entry in proto.metadata_props}
-        if not all(isinstance(text, str) for pair in facts.items() for text in pair):
-            raise ValueError("its metadata are no text")  # protobuf gives bytes instead
-    except MemoryError:
-        raise
-    except Exception as error:  # protobuf's DecodeError lies elsewhere in each of its versions
-        raise ModelFileError(
-            f"no readable ONNX file (truncated, damaged or another format): {error}"[:200],
-            where=str(path),
-            fix=AGAIN,
-        ) from error
-    if MARK not in facts:
-        raise ModelFileError(
-            "no ONNX file that convlens wrote: it doesn't say its classes and preprocessing",
-            where=str(path),
-            fix="only files made by `convlens export` are opened",
-        )
-    stored = facts.get("sha256", "")
-    known = re.fullmatch("[0-9a-f]{64}", stored) is not None
-    if not known or digest_around(data, data.rfind(stored.encode())) != stored:
-        raise ModelFileError(
-            "the file was changed or damaged after it was written (its hash differs)",
-            where=str(path),
-            fix=AGAIN,
-        )
-    if facts[MARK] != FORMAT:
-        raise ModelFileError(
-            f"written by a newer convlens (format {facts[MARK][:20]}, this one knows {FORMAT})",
-            where=str(path),
-            fix="update convlens",
-        )
-    strange = _strange(proto)
-    if strange:
-        raise ModelFileError(
-            f"it was not written by convlens, whatever it says: {strange}"[:300],
-            where=str(path),
-            fix="only files made by `convlens export` are opened",
-        )
-    return data, facts
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise ModelFileError("no ONNX file is larger than 2 GiB", where=str(path))
+        if path.stat().st_size > MAX_BYTES:
+            raise ModelFileError("an ONNX file is never larger than 2 GiB", where=str(path))
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ModelFileError("no such file", where=str(path), fix="check the path") from error
@@ -133,103 +87,152 @@ def _bytes(path: Path) -> bytes:
         raise cannot_read(path, error) from error
 
 
-def _strange(proto: Any) -> str:
-    """What no file of ours has; empty if there is nothing of the kind."""
+def verify(data: bytes, where: str) -> dict[str, str]:
+    """Check that `serialize` made this file, and return its metadata. No other file is opened.
+
+    Raises:
+        ModelFileError: damaged, another program's, of a newer format, or with something that our
+            files never have: weights in other files, custom operators, functions.
+    """
+
+    def refused(what: str, fix: str = EXPORT_AGAIN) -> ModelFileError:
+        return ModelFileError(what[:300], where=where, fix=fix)
+
+    proto = require("onnx").ModelProto()
+    try:
+        proto.ParseFromString(data)
+        metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+            raise ValueError("its metadata are not text")  # protobuf returns invalid UTF-8 as bytes
+    except MemoryError:
+        raise
+    except Exception as error:  # the module of protobuf's DecodeError depends on its version
+        reason = f"{error}"[:120]
+        raise refused(
+            f"not a readable ONNX file (truncated, damaged or another format): {reason}"
+        ) from error
+    if MARK not in metadata:
+        raise refused("not written by convlens: classes and preprocessing are missing", ONLY_OURS)
+    stored = metadata.get("sha256", "")
+    known = re.fullmatch("[0-9a-f]{64}", stored) is not None
+    if not known or digest_around(data, data.rfind(stored.encode())) != stored:
+        raise refused("the file was changed or damaged after it was written (its hash differs)")
+    if metadata[MARK] != FORMAT:
+        raise refused(
+            f"written by a newer convlens (format {metadata[MARK][:20]}, this one knows {FORMAT})",
+            "update convlens",
+        )
+    foreign = _find_foreign(proto)
+    if foreign:
+        raise refused(f"not written by convlens, although it is marked so: {foreign}", ONLY_OURS)
+    return metadata
+
+
+def _find_foreign(proto: Any) -> str:
+    """Describe the first thing that our files never contain; empty if nothing is found."""
     if len(proto.functions) or len(proto.training_info):
         return "it has functions or training steps of its own"
-    for message in messages(proto):
+    for message in walk(proto):
         kind = type(message).__name__
         if kind == "TensorProto" and (message.data_location or len(message.external_data)):
             entries = message.external_data
-            places = [f"{entry.value}" for entry in entries if entry.key == "location"]
-            return f"weights in another file ({', '.join(places) or 'without a name'})"
-        if kind == "NodeProto" and message.domain not in DOMAINS:
-            return f"an operator that is no standard one ({message.domain}.{message.op_type})"
+            paths = [f"{entry.value}" for entry in entries if entry.key == "location"]
+            return f"weights in another file ({', '.join(paths) or 'without a name'})"
+        if kind == "NodeProto" and message.domain not in STANDARD_DOMAINS:
+            return f"a custom operator ({message.domain}.{message.op_type})"
     return ""
 
 
-def messages(message: Any) -> Iterator[Any]:
-    """A protobuf message and all messages inside, at any depth; tensors aren't looked into."""
+def walk(message: Any) -> Iterator[Any]:
+    """Yield a protobuf message and all messages inside at any depth, except inside tensors."""
     yield message
-    if type(message).__name__ == "TensorProto":  # asking for its fields would copy the weights
+    if type(message).__name__ == "TensorProto":  # listing its fields would copy the weights
         return
     for field, value in message.ListFields():
         if field.message_type is not None:
             for inner in [value] if hasattr(value, "ListFields") else value:
-                yield from messages(inner)
+                yield from walk(inner)
 
 
 class OnnxNet(nn.Module):
-    """A sealed file as a network: pixels 0..255 `[B, C, S, S]` to logits float32 `[B, K]`.
+    """A verified ONNX file as a module: pixels 0..255 `[B, C, S, S]` to logits float32 `[B, K]`.
 
-    Runs on the CPU, in as many threads as torch.
+    Runs on the CPU with as many threads as torch.
 
     Args:
-        data: a file's bytes as `read` gives them; nobody else's.
-        at_once: how many images go through it together.
+        data: the file's bytes, which `verify` has accepted.
+        image: `(C, S, S)`, as the metadata say.
+        classes: the number of classes there.
+        at_once: the batch size in which it runs; a larger batch is split.
 
     Raises:
-        ModelFileError: onnxruntime can't run it, or its input or outputs aren't ours.
-        MemoryError: there was none left; also of `answers`.
+        ModelFileError: onnxruntime can't run it, or its inputs or outputs are others.
+        MemoryError: out of memory; also from `outputs`.
     """
 
-    def __init__(self, data: bytes, where: str, at_once: int) -> None:
+    def __init__(
+        self, data: bytes, where: str, image: tuple[int, int, int], classes: int, at_once: int
+    ) -> None:
         super().__init__()
-        runtime = needed("onnxruntime")
+        self.where, self.at_once = where, at_once
+        runtime = require("onnxruntime")
         runtime.disable_telemetry_events()
         use_cores()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # Threads that wait for the next batch must not keep the decoder's from their cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4  # what fails is raised, not printed
+        options.log_severity_level = 4  # errors are raised, not printed
         try:
-            # Where that fails, the fallback would print it on stdout and try the same again.
+            # On an error, the fallback would print it on stdout and try the same again.
             self.session = runtime.InferenceSession(
                 data, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
-            given, made = self.session.get_inputs(), self.session.get_outputs()
-            names = [one.name for one in given], tuple(one.name for one in made)
-            self.kind = [str(one.type) for one in given]
-            self.takes: list[list[Any]] = [one.shape for one in given]
-            self.gives: list[list[Any]] = [one.shape for one in made]
+            inputs = _signature(self.session.get_inputs())
+            outputs = _signature(self.session.get_outputs())
         except Exception as error:  # onnxruntime has a dozen kinds
             what = f"onnxruntime {runtime.__version__} can't run it"
-            raise _told(error, what, where, "update onnxruntime, or " + AGAIN) from error
-        self.where, self.at_once = where, at_once
-        if names != ([INPUT], OUTPUTS):
-            raise ModelFileError("its input and outputs aren't those of an export", where=where)
+            raise _translate(
+                error, what, where, "update onnxruntime, or " + EXPORT_AGAIN
+            ) from error
+        expected_inputs = [(INPUT, "tensor(uint8)", ["N", *image])]
+        expected_outputs = [(name, "tensor(float)", ["N", classes]) for name in OUTPUTS]
+        if (inputs, outputs) != (expected_inputs, expected_outputs):
+            raise ModelFileError(
+                f"its graph takes {inputs} and gives {outputs}; its metadata say {image[0]} "
+                f"channels, {image[1]} px and {classes} classes",
+                where=where,
+                fix=EXPORT_AGAIN,
+            )
 
-    def fits(self, image: tuple[int, int, int], classes: int) -> bool:
-        """Whether it takes images `[C, S, S]` of bytes, any number, and answers for `classes`."""
-        (taken,) = self.takes
-        rows = [taken[0], *(shape[0] for shape in self.gives)]
-        sizes = taken[1:] == list(image)
-        answers = all(shape[1:] == [classes] for shape in self.gives)
-        any_number = not any(isinstance(row, int) for row in rows)
-        return self.kind == ["tensor(uint8)"] and sizes and answers and any_number
-
-    def answers(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities for uint8 images, all at once."""
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities for uint8 images, in one batch."""
         try:
-            logits, chances = self.session.run(list(OUTPUTS), {INPUT: _array(images)})
+            logits, probs = self.session.run(
+                list(OUTPUTS), {INPUT: np.ascontiguousarray(images.numpy())}
+            )
         except Exception as error:
-            raise _told(error, "onnxruntime failed", self.where, AGAIN) from error
-        return torch.from_numpy(logits), torch.from_numpy(chances)
+            raise _translate(error, "onnxruntime failed", self.where, EXPORT_AGAIN) from error
+        return torch.from_numpy(logits), torch.from_numpy(probs)
 
     def forward(self, images: Tensor) -> Tensor:
         parts = images.to(device="cpu", dtype=torch.uint8).split(self.at_once)
-        return torch.cat([self.answers(part)[0] for part in parts]).to(images.device)
+        return torch.cat([self.outputs(part)[0] for part in parts]).to(images.device)
 
 
-def _array(images: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(images.numpy())
+def _signature(values: list[Any]) -> list[tuple[str, str, list[Any]]]:
+    """Names, types and shapes of a session's inputs or outputs; a dynamic batch size is "N"."""
+    found = []
+    for value in values:
+        batch = [size if isinstance(size, int) else "N" for size in value.shape[:1]]
+        found.append((str(value.name), str(value.type), [*batch, *value.shape[1:]]))
+    return found
 
 
-def _told(error: Exception, what: str, where: str, fix: str) -> Exception:
-    """What to raise for one of onnxruntime's: if memory ran out, no file is at fault."""
+def _translate(error: Exception, what: str, where: str, fix: str) -> Exception:
+    """The exception to raise for one of onnxruntime's; no file is at fault for lack of memory."""
     reason = " ".join(str(error).split())
-    for words in NO_MEMORY:
+    for words in OOM_MESSAGES:
         if words in reason:
             return MemoryError(reason[reason.index(words) :])
     if isinstance(error, MemoryError):
