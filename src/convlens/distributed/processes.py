@@ -292,7 +292,6 @@ class ProcessGroup:
 SINGLE_PROCESS = ProcessGroup()
 
 
-@functools.cache  # like torch's default group, there is one for each process
 def init_process_group() -> ProcessGroup:
     """Return the process group of this process; all processes must make the first call.
 
@@ -300,7 +299,12 @@ def init_process_group() -> ProcessGroup:
         ResourceError: the processes did not find each other in time, or have other versions.
     """
     if ranks.size() == 1:
-        return SINGLE_PROCESS
+        return replace(SINGLE_PROCESS, restarted=ranks.restarted())
+    return _init_torch_distributed()
+
+
+@functools.cache  # like torch's default group, there is one for each process
+def _init_torch_distributed() -> ProcessGroup:
     timeout_s = rendezvous_timeout_s()
     try:
         store, attempt = _rendezvous(datetime.timedelta(seconds=timeout_s))
