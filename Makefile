@@ -6,7 +6,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests benchmarks tools
-LONG := chaos signals processes machines meeting memory damage hostile fuzz same_numbers out_of_memory limits determinism exporting
+LONG := chaos signals processes machines rendezvous memory damage hostile fuzz same_numbers out_of_memory limits determinism exporting
 PEERS ?= benchmarks/peers/environments
 
 .PHONY: demo test check lint types chaos bench-overhead bench-peers bench-cpu bench-gpu clean

@@ -31,7 +31,7 @@ from convlens.data import Split
 from convlens.data.batches import Batches, Normalise
 from convlens.data.rows import ArrayRows
 from convlens.distributed import processes
-from convlens.distributed.processes import ALONE, World
+from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup
 from convlens.stepping.together import Together
 from convlens.system import ranks
 from recording import record
@@ -51,7 +51,7 @@ def network(name: str, channels: int, size: int) -> nn.Module:
 
 
 def steps_of(
-    world: World, name: str, batch: int, channels: int, size: int
+    world: ProcessGroup, name: str, batch: int, channels: int, size: int
 ) -> Callable[[], engine.Step]:
     """Training steps without augmentation, as `train` takes them; this process's rows."""
     model = network(name, channels, size)
@@ -95,26 +95,28 @@ def timed(step: Callable[[], object], steps: int, threads: int) -> float:
     return (time.perf_counter() - begun) / steps
 
 
-def compare(world: World, rounds: int, case: tuple[str, int, int, int, int]) -> dict[str, Any]:
+def compare(
+    world: ProcessGroup, rounds: int, case: tuple[str, int, int, int, int]
+) -> dict[str, Any]:
     """Seconds a step alone and together, with the same batch; all processes call this."""
     name, batch, channels, size, steps = case
     cores = device.usable_cores()
-    alone = steps_of(ALONE, name, batch, channels, size)
+    alone = steps_of(SINGLE_PROCESS, name, batch, channels, size)
     together = steps_of(world, name, batch, channels, size)
     weights = sum(p.numel() for p in network(name, channels, size).parameters())
     numbers = torch.zeros(weights)
     spent: dict[str, list[float]] = {"alone": [], "one_thread": [], "together": [], "sum": []}
     for turn in range(rounds + 1):
-        world.wait()
-        once = timed(alone, steps, cores) if world.leads else 0.0
-        single = timed(alone, steps, 1) if world.leads else 0.0
-        world.wait()
+        world.barrier()
+        once = timed(alone, steps, cores) if world.is_main_process else 0.0
+        single = timed(alone, steps, 1) if world.is_main_process else 0.0
+        world.barrier()
         both = timed(together, steps, max(1, cores // world.size))
-        summed = timed(lambda: world.sum_(numbers), 5, 1)
+        summed = timed(lambda: world.all_reduce_(numbers), 5, 1)
         if turn:
             for times, found in zip(spent.values(), (once, single, both, summed), strict=True):
                 times.append(found)
-    if not world.leads:
+    if not world.is_main_process:
         return {}
     ratios = [a / b for a, b in zip(spent["alone"], spent["together"], strict=True)]
     singles = [a / b for a, b in zip(spent["one_thread"], spent["together"], strict=True)]
@@ -144,10 +146,10 @@ def main() -> None:
         env = {**os.environ, "OMP_NUM_THREADS": threads}
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *line], env=env)
         sys.exit(done.returncode)
-    world = processes.join()
+    world = processes.init_process_group()
     device.keep_freed_memory()
     figures = {case[0]: compare(world, options.rounds, case) for case in CASES}
-    if world.leads:
+    if world.is_main_process:
         cores = device.usable_cores()
         about = {"processes": world.size, "cores": cores, "rounds": options.rounds}
         print(json.dumps(record("processes", about | {"cases": figures})))

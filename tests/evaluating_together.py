@@ -24,8 +24,8 @@ SIZES = range(1, 51)
 
 def looks(place: RunFolder, pieces: int) -> list[dict[str, Any]]:
     """What `evaluate` says of each size; the same in all processes."""
-    world = processes.join()
-    place = onlooker.placed(world, lambda: place)
+    world = processes.init_process_group()
+    place = onlooker.shared_run_dir(world, lambda: place)
     device.prepare(False)
     loaded = run.load_model(place.model_path)
     whole, name, fingerprint = evaluation.judged_by(loaded, "test", on="cpu")
@@ -44,13 +44,13 @@ def looks(place: RunFolder, pieces: int) -> list[dict[str, Any]]:
                 found.append({key: getattr(seen, key) for key in keys})
     finally:
         together.BATCH = usual
-    assert world.told(lambda: found) == found
+    assert world.broadcast(lambda: found) == found
     return found
 
 
 def main(path: str, out: str) -> None:
     found = {str(pieces): looks(RunFolder(Path(path)), pieces) for pieces in (256, 3)}
-    if processes.join().leads:
+    if processes.init_process_group().is_main_process:
         Path(out).write_text(json.dumps(found))
 
 

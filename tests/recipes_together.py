@@ -17,15 +17,15 @@ from convlens.starting.preparing import prepare
 
 
 def train_only(asked: Recipe, name: str) -> None:
-    world = processes.join()
-    place = onlooker.placed(world, lambda: RunFolder(Path("models") / name))
+    world = processes.init_process_group()
+    place = onlooker.shared_run_dir(world, lambda: RunFolder(Path("models") / name))
     device.prepare(asked.train.deterministic)
     setup = prepare(asked, load(asked.data, memory_budget=1 << 30), "cpu", world=world)
     place.create(setup.recipe, {})
     training.run_to_end(setup, place, quiet=True)
     state = setup.trained.state_dict().items()
     found = {name: tensor.double().flatten().tolist() for name, tensor in state}
-    assert world.told(lambda: found) == found  # all processes hold the same bits
+    assert world.broadcast(lambda: found) == found  # all processes hold the same bits
 
 
 def main(suffix: str, first: str, *others: str) -> None:

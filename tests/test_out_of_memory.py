@@ -263,7 +263,7 @@ real = preparing.prepare
 
 def prepared(*arguments, **more):
     setup = real(*arguments, **more)
-    if processes.join().rank == 1:
+    if processes.init_process_group().rank == 1:
         here.greedy(setup.feed.model, 3)
     return setup
 

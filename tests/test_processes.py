@@ -200,7 +200,7 @@ def test_none_hangs_when_one_is_killed(rank: int) -> None:
     assert time.monotonic() - begun < 30
     assert done.code != 0
     assert -signal.SIGKILL in codes(done)
-    other = f"process {1 - rank} of 2 on {socket.gethostname()} noticed it in epoch "
+    other = f"noticed by rank {1 - rank} of 2 on {socket.gethostname()} in epoch "
     assert other in done.err, done.err
     assert "Traceback" not in done.err.split("ChildFailedError")[0].rpartition("Traceback")[0]
 
@@ -222,9 +222,9 @@ cli.main(["train", "pics", "data.image_size=16", "train.epochs=1", "--device", "
 @pytest.mark.parametrize(
     ("other", "code", "said"),
     [
-        ("image", 3, "process 1 of 2 has other images of 'pics' than the first one"),
+        ("image", 3, "process 1 of 2 has other images of 'pics' than process 0"),
         ("file", 3, "1 of 16 images can't be read"),
-        ("version", 5, "process 1 of 2 has other versions than the first one"),
+        ("version", 5, "process 1 of 2 has other versions than process 0"),
     ],
 )
 def test_what_one_has_otherwise_is_refused(

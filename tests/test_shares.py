@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from convlens import device
 from convlens.data.augment import AUGMENTS, MIXES, build
 from convlens.data.batches import Batches, Normalise
 from convlens.distributed import processes
-from convlens.distributed.processes import ALONE, Lost, World
+from convlens.distributed.processes import SINGLE_PROCESS, PeerLostError, ProcessGroup
 from convlens.errors import UsageError
 from convlens.stepping.together import BATCH, Part, Together, _counts
 from convlens.system import ranks
@@ -42,14 +43,14 @@ def of_rank(rank: int, size: int, ops: list[Any], channels: int, rows: Any) -> B
         seed=3,
         augment=pipeline,
         mixes=bool(pipeline.mixes),
-        world=World(rank, size),
+        world=ProcessGroup(rank, size),
     )
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 7, 8, 13, 64])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_the_shares_are_the_batch_and_weigh_as_many_as_they_are(size: int, total: int) -> None:
-    shares = [World(rank, size).share(total) for rank in range(size)]
+    shares = [ProcessGroup(rank, size).share(total) for rank in range(size)]
     working = [share for share in shares if share.weight]
     rows = list(itertools.chain.from_iterable(range(s.start, s.stop) for s in working))
     assert rows == list(range(total))
@@ -63,7 +64,7 @@ def test_the_shares_are_the_batch_and_weigh_as_many_as_they_are(size: int, total
 
 
 def test_one_process_takes_all() -> None:
-    share = ALONE.share(7)
+    share = SINGLE_PROCESS.share(7)
     assert (share.start, share.stop, share.total, share.weight) == (0, 7, 7, 1.0)
 
 
@@ -75,7 +76,7 @@ def test_several_processes_see_the_samples_that_one_does(
     images = pictures(44, channels)
     whole = list(of_rank(0, 1, ops, channels, Memory(images)).epoch(2))
     for size in (2, 3, 4):
-        worlds = [World(rank, size) for rank in range(size)]
+        worlds = [ProcessGroup(rank, size) for rank in range(size)]
         each = [list(of_rank(w.rank, size, ops, channels, Memory(images)).epoch(2)) for w in worlds]
         for step, (pixels, labels) in enumerate(whole):
             for world, parts in zip(worlds, each, strict=True):
@@ -100,7 +101,7 @@ def test_an_image_is_read_by_the_process_whose_it_is() -> None:
     assert [len(asked) for asked in mixed.asked] == [13, 13, 13, 5]  # partners may be anywhere
 
 
-class Echo(World):
+class Echo(ProcessGroup):
     """A world of which only one process is there: sums are its own."""
 
     def sum_(self, tensor: Tensor) -> None: ...
@@ -163,15 +164,17 @@ def test_a_part_is_a_split(rows: Any) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As the third of four processes, the second on its machine."""
-    for name, value in zip(ranks.SET, ("2", "4", "1", "2", "localhost", "1"), strict=True):
+    for name, value in zip(
+        ranks.TORCHRUN_VARIABLES, ("2", "4", "1", "2", "localhost", "1"), strict=True
+    ):
         monkeypatch.setenv(name, value)
     return monkeypatch
 
 
-def test_a_process_knows_its_place(launched: pytest.MonkeyPatch) -> None:
+def test_a_process_knows_its_rank_and_size(launched: pytest.MonkeyPatch) -> None:
     assert (ranks.rank(), ranks.size()) == (2, 4)
     assert (ranks.local_rank(), ranks.local_size()) == (1, 2)
-    launched.delenv("MASTER_ADDR")  # a WORLD_SIZE that was left about is none of ours
+    launched.delenv("MASTER_ADDR")  # a WORLD_SIZE alone does not count
     assert (ranks.rank(), ranks.size()) == (0, 1)
     assert (ranks.local_rank(), ranks.local_size()) == (0, 1)
 
@@ -198,10 +201,10 @@ def test_each_process_has_a_gpu_of_its_own(launched: pytest.MonkeyPatch) -> None
 def test_a_batch_too_small_for_the_processes_is_refused() -> None:
     from convlens.starting.preparing import _check_shares
 
-    _check_shares(tiny("train.batch_size=8"), World(0, 4))
-    _check_shares(tiny("train.batch_size=1"), ALONE)
+    _check_shares(tiny("train.batch_size=8"), ProcessGroup(0, 4))
+    _check_shares(tiny("train.batch_size=1"), SINGLE_PROCESS)
     with pytest.raises(UsageError, match="leaves less than two images for each"):
-        _check_shares(tiny("train.batch_size=7"), World(0, 4))
+        _check_shares(tiny("train.batch_size=7"), ProcessGroup(0, 4))
 
 
 def test_norms_over_processes_need_gpus() -> None:
@@ -210,26 +213,87 @@ def test_norms_over_processes_need_gpus() -> None:
     setup, _ = begin(tiny("train.sync_batch_norm=true"), "one")  # nothing to synchronise with
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in setup.trained.modules())
     with pytest.raises(UsageError, match="SyncBatchNorm needs GPUs"):
-        synchronised(setup.trained, World(0, 2), "cpu")
-    synced = synchronised(setup.trained, World(0, 2), "cuda:0")
+        synchronised(setup.trained, ProcessGroup(0, 2), "cpu")
+    synced = synchronised(setup.trained, ProcessGroup(0, 2), "cuda:0")
     assert any(isinstance(m, nn.SyncBatchNorm) for m in synced.modules())
 
 
-class Stuck:
-    """What an event is on a GPU that waits for a process that has died."""
+class NeverReached:
+    """Stands for a CUDA event behind a kernel that waits for a process that has died."""
 
     def query(self) -> bool:
         return False
 
 
-def test_a_step_on_a_gpu_that_never_ends_is_given_up_once_asked_to_stop(
+def test_a_step_on_a_gpu_that_never_ends_is_given_up_after_a_stop_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(processes, "GRACE", 0.05)
-    world = World(1, 2)
-    world.asks_to_stop = lambda: True
-    world._said.extend((torch.zeros(()), Stuck()) for _ in range(processes.LAG + 1))  # type: ignore[misc]
-    with pytest.raises(Lost, match="another process of this training ended") as caught:
-        world.stops(now=False)
-    assert "doesn't end" in caught.value.where
+    monkeypatch.setattr(processes, "STOP_GRACE_S", 0.05)
+    group = ProcessGroup(1, 2, stop_requested=lambda: True)
+    steps = processes.STOP_VOTE_LAG_STEPS + 1
+    group._votes.extend((torch.zeros(()), NeverReached()) for _ in range(steps))  # type: ignore[misc]
+    with pytest.raises(PeerLostError, match="another process of this training ended") as caught:
+        group.should_stop(now=False)
+    assert "did not finish" in caught.value.where
     assert caught.value.exit_code == 75
+
+
+def test_recorded_votes_stop_all_ranks_once() -> None:
+    group = ProcessGroup(1, 2)
+    group.record_stop_votes(torch.tensor(0.0))
+    assert not group.should_stop(now=False)
+    group.record_stop_votes(torch.tensor(1.0))
+    assert group.should_stop(now=False)
+    assert not group.should_stop(now=False)
+
+
+def test_a_source_of_stop_requests_does_not_change_the_group_of_others() -> None:
+    asked = SINGLE_PROCESS.with_stop_requested(lambda: True)
+    assert asked.should_stop(now=False)
+    assert not SINGLE_PROCESS.should_stop(now=True)
+
+
+def test_collectives_of_a_single_process_change_nothing() -> None:
+    group, tensor = SINGLE_PROCESS, torch.tensor([1.0, 2.0])
+    group.all_reduce_(tensor)
+    group.broadcast_tensors_([tensor])
+    group.barrier()
+    assert tensor.tolist() == [1.0, 2.0]
+    assert (group.all_reduce_sum(3.0), group.all_reduce_min(3.0)) == (3.0, 3.0)
+    assert group.broadcast(lambda: (1, 2)) == (1, 2)
+    assert group.all_gather(tensor, [2]) is tensor
+    assert group.first_rank_that_differs("text") is None
+
+
+def test_only_errors_of_the_communication_become_a_lost_peer() -> None:
+    group = ProcessGroup(1, 2)
+    closed = "[gloo/transport/tcp/pair.cc:545] Connection closed by peer [127.0.0.1]:1"
+    with pytest.raises(PeerLostError) as lost, group.annotate_errors(lambda: "epoch 3"):
+        raise RuntimeError(closed)
+    assert "rank 1 of 2 on" in lost.value.where
+    assert "in epoch 3: [gloo" in lost.value.where
+    with pytest.raises(RuntimeError, match="shape"), group.annotate_errors(lambda: "epoch 3"):
+        raise RuntimeError("shape '[2]' is invalid for input of size 3")
+    with pytest.raises(RuntimeError, match="gloo"), SINGLE_PROCESS.annotate_errors(lambda: ""):
+        raise RuntimeError(closed)
+
+
+def test_the_first_process_of_a_machine_that_fails_decides_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = []
+    for local_rank, code in ((1, 3), (0, 75), (2, 75)):
+        folder = tmp_path / "attempt_0" / str(local_rank)
+        folder.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        codes.append(ranks.first_exit_code(code))
+    assert codes == [None, 3, 3]
+
+
+def test_without_error_files_each_process_that_fails_is_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    assert ranks.first_exit_code(5) is None
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
+    assert ranks.first_exit_code(5) is None

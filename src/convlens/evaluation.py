@@ -19,7 +19,7 @@ import torch
 from convlens import answers as store, device, metrics, onlooker, picturing, run, views
 from convlens.data import Data, Split, load, load_foreign
 from convlens.data.batches import Labelled
-from convlens.distributed.processes import ALONE, World, join
+from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup, init_process_group
 from convlens.errors import DataError, ModelFileError
 from convlens.exported import open_model
 from convlens.formats import modelfile
@@ -111,14 +111,14 @@ def evaluate(
     """
     pick(dict.fromkeys(SPLITS), split, "split")
     views.chosen(tta)  # a typo must not cost the loading of a data set
-    world = join()
-    place = onlooker.placed(world, lambda: place)
+    world = init_process_group()
+    place = onlooker.shared_run_dir(world, lambda: place)
     loaded = open_model(place.model_path)
     where = loaded.where(on)
     with quieted(quiet):
-        with world.first():
+        with world.local_rank_zero_first():
             judged = judged_by(loaded, split, data=data, on=where, own=own)
-        onlooker.same_images(world, judged.name, judged.fingerprint)
+        onlooker.check_same_images(world, judged.name, judged.fingerprint)
         return look(place, loaded, judged, split, where, tta=tta, world=world).evaluation
 
 
@@ -238,7 +238,7 @@ def look(
     *,
     tta: str | None = None,
     draw: bool = True,
-    world: World = ALONE,
+    world: ProcessGroup = SINGLE_PROCESS,
 ) -> Look:
     """Answers for all images of a split, logged in `results.json` as one look at it.
 
@@ -270,12 +270,13 @@ def look(
         "hardware": device.describe(where),
     }
     own = loaded.card["data"]["fingerprint"] == fingerprint
-    result["looks"] = world.told(lambda: place.add_result({**result, "own": own})["looks"])
-    if own and world.leads and loaded.original:  # a page asks for the answers of the model file
+    result["looks"] = world.broadcast(lambda: place.add_result({**result, "own": own})["looks"])
+    # The report needs the answers of the model file.
+    if own and world.is_main_process and loaded.original:
         said = store.Answers(scores, truths, store.identity(part, loaded.classes))
         store.keep(place, split, fingerprint, loaded.card["sha256"], said)
     label = split if own else f"{split}-{run.safe(Path(name).name)}"
-    if draw and world.leads:
+    if draw and world.is_main_process:
         picturing.evaluation_plots(place, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
     _tell(evaluation)
@@ -305,7 +306,7 @@ def _plan(place: RunFolder, loaded: Loaded, where: str) -> _Chosen:
 
 
 def _answers(
-    loaded: Loaded, part: Split, split: str, chosen: _Chosen, tta: str | None, world: World
+    loaded: Loaded, part: Split, split: str, chosen: _Chosen, tta: str | None, world: ProcessGroup
 ) -> tuple[Answers, torch.Tensor]:
     plan, total = chosen.plan, int(part.labels.numel())
 

@@ -1,4 +1,4 @@
-"""The run folder as the processes see it that don't lead: they read, the first one writes."""
+"""Read-only view of the run directory for ranks other than 0, which alone writes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from convlens.distributed.processes import World
+from convlens.distributed.processes import ProcessGroup
 from convlens.errors import DataError, ResourceError
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
 
 
-class Onlooker(RunFolder):
-    """A run folder that is read only: all that would write does nothing."""
+class ReadOnlyRunDir(RunFolder):
+    """Run directory whose writing methods do nothing."""
 
     def create(self, recipe: Recipe, facts: Mapping[str, Any]) -> None: ...
 
@@ -39,46 +39,46 @@ class Onlooker(RunFolder):
     def save_state(self, tensors: Mapping[str, Any], counters: Mapping[str, Any]) -> None: ...
 
 
-def placed(world: World, find: Callable[[], RunFolder]) -> RunFolder:
-    """The folder that the first process finds, for all; the others only look on."""
-    if world.size == 1:
+def shared_run_dir(group: ProcessGroup, find: Callable[[], RunFolder]) -> RunFolder:
+    """Return the run directory that `find` returns on rank 0; read-only on the other ranks."""
+    if group.size == 1:
         return find()
-    found = find() if world.leads else None
-    paths = world.told(
+    found = find() if group.is_main_process else None
+    paths = group.broadcast(
         lambda: [str(found.path), str(found.plots), str(found.model_path)] if found else []
     )
     if found:
         return found
-    other = Onlooker(*map(Path, paths[:2]))
-    other.model_path = Path(paths[2])  # of a model file on its own it has another name
-    return other
+    run_dir = ReadOnlyRunDir(*map(Path, paths[:2]))
+    run_dir.model_path = Path(paths[2])  # a bare model file may have any name
+    return run_dir
 
 
-def same_images(world: World, name: str, fingerprint: str) -> None:
-    """Checks that all processes have the images of the first one.
+def check_same_images(group: ProcessGroup, name: str, fingerprint: str) -> None:
+    """Check that every rank has the images of rank 0, by their fingerprint.
 
     Raises:
-        DataError: not so; they would learn from other images, or take one's label for another's.
+        DataError: a rank has others. It would train on them, or read one image's label for another.
     """
-    other = world.other(fingerprint)
+    other = group.first_rank_that_differs(fingerprint)
     if other is not None:
         raise DataError(
-            f"process {other} of {world.size} has other images of {name!r} than the first one",
-            where=f"{fingerprint[:12]} is what process {world.rank} has on {socket.gethostname()}",
-            fix="give each machine a copy of the same images, or one shared folder",
+            f"process {other} of {group.size} has other images of {name!r} than process 0",
+            where=f"process {group.rank} on {socket.gethostname()} has {fingerprint[:12]}",
+            fix="give each machine a copy of the same images, or use one shared folder",
         )
 
 
-def agreed(world: World, mine: Sequence[int], place: RunFolder) -> None:
-    """Checks that all processes found the same state of a run on their disks.
+def check_same_checkpoint(group: ProcessGroup, progress: Sequence[int], run_dir: RunFolder) -> None:
+    """Check that every rank loaded the checkpoint that rank 0 did, by its epoch and step.
 
     Raises:
-        ResourceError: not so.
+        ResourceError: a rank sees another checkpoint on its disk.
     """
-    other = world.other(str(list(mine)))
+    other = group.first_rank_that_differs(str(list(progress)))
     if other is not None:
         raise ResourceError(
-            f"process {other} doesn't see the same state of this run as the first one",
-            where=str(place.path),
+            f"process {other} does not see the same checkpoint of this run as process 0",
+            where=str(run_dir.path),
             fix="all machines must work in one shared folder; see docs/distributed.md",
         )

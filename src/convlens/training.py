@@ -15,8 +15,8 @@ from typing import Any
 
 from convlens import device, engine, evaluation, onlooker, optim, picturing, run
 from convlens.data import Data, load
-from convlens.distributed import meeting, processes
-from convlens.distributed.processes import World
+from convlens.distributed import processes
+from convlens.distributed.processes import ProcessGroup
 from convlens.errors import DataError, ResourceError, Stopped
 from convlens.inference import loss_and_accuracy
 from convlens.recipe import Recipe
@@ -27,7 +27,7 @@ from convlens.run import RunFolder
 from convlens.starting import planning, weights
 from convlens.starting.checking import check
 from convlens.starting.preparing import Setup, prepare
-from convlens.system import files, ranks
+from convlens.system import files
 from convlens.system.console import say, table, watch
 from convlens.system.interrupts import Flag, flagged
 from convlens.version import __version__
@@ -61,36 +61,35 @@ def train(
     Raises:
         ConvlensError: what the user can mend; KeyboardInterrupt: after saving.
     """
-    world = processes.join()
+    world = processes.init_process_group()
     data = None
     called, plain = name or recipe.name, plain or name is not None
-    # What torchrun began anew goes on.
-    fresh = fresh and not (ranks.restarted() or meeting.restarted())
-    place = onlooker.placed(
+    fresh = fresh and not world.restarted  # a restart by torchrun resumes the run
+    place = onlooker.shared_run_dir(
         world, lambda: run.place(called, recipe.digest(), plain=plain, fresh=fresh)
     )
     if extend:
-        world.told(lambda: extending.extend(place, recipe))
-    if world.told(lambda: place.finished):
+        world.broadcast(lambda: extending.extend(place, recipe))
+    if world.broadcast(lambda: place.finished):
         say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
     else:
         check(recipe)
         if fresh:
             say(f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it")
-        if not world.told(place.facts):
+        if not world.broadcast(place.facts):
             weights.expect(recipe.model)
         where = device.choose(on)
         planning.check(recipe, where, world.size)
         device.prepare(recipe.train.deterministic)
         budget = device.memory_budget(where)
-        with world.first():
+        with world.local_rank_zero_first():
             data = load(recipe.data, memory_budget=budget)
-        onlooker.same_images(world, data.name, data.fingerprint)
+        onlooker.check_same_images(world, data.name, data.fingerprint)
         with place.lock():
-            facts = world.told(place.facts)
+            facts = world.broadcast(place.facts)
             continuing.check(place, facts, recipe, data)
             # Not if another command finished it while this one read the images.
-            if not world.told(lambda: place.finished):
+            if not world.broadcast(lambda: place.finished):
                 _train_locked(recipe, data, place, facts, where, world, quiet=quiet)
     if test:
         evaluation.evaluate(place, "test", on=on, quiet=quiet, own=data)
@@ -103,12 +102,12 @@ def _train_locked(
     place: RunFolder,
     facts: dict[str, Any],
     where: str,
-    world: World,
+    world: ProcessGroup,
     *,
     quiet: bool,
 ) -> None:
     """Begins the run, or takes it up; the lock on its folder is held."""
-    if world.leads:
+    if world.is_main_process:
         _make_way(place, facts)
     begun = begun_with(place)
     setup = prepare(recipe, data, where, _stored_plan(facts, where), begun, world)
@@ -117,7 +116,7 @@ def _train_locked(
             place.path, LEAST_BYTES * sum(p.numel() for p in setup.trained.parameters())
         )
         place.write_split(data.held_out)
-        if data.listing is not None and world.leads:
+        if data.listing is not None and world.is_main_process:
             data.listing.write(place.path)
         place.create(setup.recipe, _facts(recipe, setup))  # last: from here on it is a run
     elif begun is None and setup.weights:
@@ -126,7 +125,7 @@ def _train_locked(
     continuing.tell_changed(place, facts, _surroundings(setup))
     _tell_stages(setup)
     rows, kept = run_to_end(setup, place, quiet=quiet)
-    if world.leads:
+    if world.is_main_process:
         picturing.training_plots(place, rows, kept, data, setup.augment)
     # Last: a run that is killed before this takes itself up where it is and draws its plots.
     place.finish(
@@ -135,7 +134,7 @@ def _train_locked(
         seconds=sum(row["seconds"] for row in rows),
         cpu_seconds=sum(row["cpu_seconds"] for row in rows),
     )
-    world.wait()
+    world.barrier()
 
 
 def _make_way(place: RunFolder, facts: dict[str, Any]) -> None:
@@ -168,7 +167,7 @@ def run_to_end(
 
     Returns the epochs' rows, and the epoch whose weights are in the model file.
     """
-    options, world = setup.recipe.train, setup.world
+    options = setup.recipe.train
     keeper = Keeper(setup, place)
     if keeper.over:
         keeper.complete()
@@ -181,14 +180,14 @@ def run_to_end(
     with (
         flagged() as flag,
         watch(setup.epochs, steps, done, shown=not quiet) as bar,
-        world.naming(lambda: f"epoch {at.epoch}, after step {at.step}"),
+        setup.world.annotate_errors(lambda: f"epoch {at.epoch}, after step {at.step}"),
     ):
         clock = Clock(at)
-        world.asks_to_stop = lambda: flag.up
+        world = setup.world = setup.world.with_stop_requested(lambda: flag.up)
         for record in _guarded(setup, place, keeper):
             if isinstance(record, engine.Step):
                 bar.step(record)
-                stop = world.stops(now=False)
+                stop = world.should_stop(now=False)
                 unended = replace(at) if record.step == record.steps else unended
             else:
                 device.synchronise(setup.plan.device)
@@ -198,11 +197,12 @@ def run_to_end(
                     vars(at).update(vars(unended))
                 else:
                     row["data_seconds"], at.data_seconds = at.data_seconds, 0.0
-                    row["cpu_seconds"] = world.total(cpu_seconds)
-                    keeper.take(world.told(partial(dict, row)))  # what it decides, all decide alike
+                    row["cpu_seconds"] = world.all_reduce_sum(cpu_seconds)
+                    # All ranks decide by the row of rank 0.
+                    keeper.take(world.broadcast(partial(dict, row)))
                     bar.epoch(keeper.rows[-1], keeper.best.epoch)
                     clock.start()
-                stop = world.stops(now=True)
+                stop = world.should_stop(now=True)
             if stop or keeper.over or keeper.due:
                 at.seconds, at.cpu_seconds = clock.read()
                 keeper.save()
@@ -210,7 +210,7 @@ def run_to_end(
                 break
             if stop:
                 _leave(setup, place, flag)
-        if world.stops(now=True):  # the run isn't tested then, nor is another one begun
+        if world.should_stop(now=True):  # the run isn't tested then, nor is another one begun
             _leave(setup, place, flag)
     rows = keeper.rows
     return rows, int(rows[-1]["epoch"]) if options.keep == "last" else keeper.kept()
@@ -289,7 +289,7 @@ def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
     where = "after the last epoch" if over else f"in epoch {at.epoch} after {at.step} steps"
     say(f"stopped {where}; all of it is kept in {place.path}")
     say("the same command goes on from here")
-    setup.world.wait()  # torchrun ends the others when the first has ended; all is saved now
+    setup.world.barrier()  # torchrun ends the others when the first has ended; all is saved now
     if flag.interrupted:
         raise KeyboardInterrupt
     raise Stopped(

@@ -175,18 +175,17 @@ def _of_the_system(error: OSError) -> ResourceError:
 
 
 def _fail_with_others(error: ConvlensError) -> NoReturn:
-    """Ends one of several processes: the first that fails tells why, all have its exit code."""
-    # torchrun ends all when it sees that one has ended; that must not change the exit code.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    first, code = ranks.rank() == 0, error.exit_code
-    # A signal may have cut an import of torch short; it can't be imported again.
-    if not isinstance(error, Stopped) or "convlens.distributed.meeting" in sys.modules:
-        from convlens.distributed import meeting
+    """End one of several processes: on each machine the first that fails prints its error.
 
-        first, code = meeting.first_to_fail(error.exit_code)
-    if first:
+    The others exit with its code.
+    """
+    # torchrun sends SIGTERM to all when one has ended; that must not change the exit code.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    code = ranks.first_exit_code(error.exit_code)
+    if code is None:
         console().quiet = False
         _show(error)
+        code = error.exit_code
     _leave(code)  # without waiting for threads: others may wait in the middle of a step
 
 

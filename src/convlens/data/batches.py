@@ -19,7 +19,7 @@ from torch import Tensor
 from convlens.data.draws import Place, SharedGenerator
 from convlens.data.order import WINDOW, Shards, epoch_order
 from convlens.device import Plan, seed_of
-from convlens.distributed.processes import ALONE, World
+from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup
 from convlens.system.later import send
 
 # (images float32 0..1, labels int64 [B], place, generator) -> images, and labels or probabilities
@@ -135,7 +135,7 @@ class Batches:
         seed: int,
         augment: Augment | None = None,
         mixes: bool = False,
-        world: World = ALONE,
+        world: ProcessGroup = SINGLE_PROCESS,
         shards: Shards | None = None,
     ) -> None:
         self.rows, self.count = split.rows, int(split.labels.numel())

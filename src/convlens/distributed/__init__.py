@@ -1,1 +1,1 @@
-"""Several processes that train one network: how they meet, and what they tell each other."""
+"""Training in several processes: process group helpers on `torch.distributed`."""

@@ -1,7 +1,8 @@
-"""Several processes that train one network: who takes which rows, and what they tell each other.
+"""Process group helpers on `torch.distributed`, for training under `torchrun`.
 
-`join` makes the `World` that `torchrun` started; alone it is a world of one, in which everything
-here leaves things as they are. Messages go over gloo, tensors on a GPU over NCCL.
+`init_process_group` returns the `ProcessGroup` of this process. Without `torchrun` it is
+`SINGLE_PROCESS`, in which every collective is a no-op. Messages and CPU tensors use gloo, CUDA
+tensors NCCL.
 """
 
 from __future__ import annotations
@@ -13,51 +14,59 @@ import datetime
 import functools
 import json
 import math
+import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from convlens.distributed import meeting
-from convlens.errors import ResourceError, Stopped
+from convlens.errors import ResourceError, Stopped, UsageError
 from convlens.system import ranks
 from convlens.version import __version__
 
 T = TypeVar("T")
 
-# A process that ends is noticed at once on a CPU, since its connections close; on GPUs by
-# `torchrun`, which asks the others to stop (`World._until`). One that hangs is given up after this
-# long: within a step, and where one works while the others wait (decoding images, choosing by
-# timing, testing, saving).
-STEP = datetime.timedelta(minutes=10)
-PATIENCE = datetime.timedelta(hours=2)
-# On a GPU the host reads what was said so many steps ago, instead of waiting for this one.
-LAG = 4
-GRACE = 10.0  # seconds that a step may still take when it was asked to stop
+# Machines of one job do not start at the same moment. CONVLENS_RENDEZVOUS_TIMEOUT_S overrides it.
+RENDEZVOUS_TIMEOUT_S = 600.0
+RENDEZVOUS_POLL_S = 0.05
+# A process that exits is noticed at once on a CPU, because its connections close; on a GPU by
+# torchrun, which then sends SIGTERM to the others. These are the limits for a process that hangs:
+# in a training step, and where one process works while the others wait (decoding images, timing
+# plans, testing, saving).
+COLLECTIVE_TIMEOUT_S = 600.0
+CONTROL_TIMEOUT_S = 7200.0
+# On a GPU the stop votes of a step are read this many steps later, so that the host does not wait.
+STOP_VOTE_LAG_STEPS = 4
+STOP_GRACE_S = 10.0  # how long a step on a GPU may still take after a stop was requested
+
+# Parts of the messages of gloo and NCCL; gloo raises a plain RuntimeError.
+COMMUNICATION_ERRORS = ("gloo", "Gloo", "NCCL", "monitoredBarrier", "Connection closed by peer")
 
 
-class Lost(Stopped):
-    """Another process of this training ended or doesn't answer (exit code 75)."""
+class PeerLostError(Stopped):
+    """Another process of this training ended or does not respond (exit code 75)."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            "another process of this training ended, or does not answer any more",
-            where=" ".join(reason.split())[:160],
-            fix="look for what it said; the same command goes on from what was saved last",
+            "another process of this training ended or does not respond",
+            where=" ".join(reason.split())[:240],
+            fix="see its error message; the same command resumes from the last checkpoint",
         )
 
 
 @dataclass(frozen=True)
 class Share:
-    """The rows of a batch of `total` images that one process takes, from `start` to `stop`.
+    """The rows `start` to `stop` of a batch of `total` images: the part of one process.
 
-    `weight` is what its mean counts in the mean over the batch. It is 0 for a process that the
-    batch is too small for, which then goes through other rows so that all do the same steps.
+    `weight` is the fraction of the batch that they are. A process for which the batch has no rows
+    has weight 0; it computes other rows so that all processes take the same steps.
     """
 
     start: int
@@ -70,221 +79,357 @@ class Share:
         return slice(self.start, self.stop)
 
 
-class World:
-    """The processes that train together. A world of one says nothing and waits for nobody.
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes that train together. With a single process every collective is a no-op.
 
     Args:
-        rank: this process's number; 0 leads.
-        size: how many there are.
-        control: the group for words, where patience is long; tensors go over torch's default one.
+        rank: the number of this process, from 0.
+        size: the number of processes.
+        control: a gloo group with a long timeout, for messages between training steps; gradients
+            use the default group.
+        restarted: whether `torchrun --max-restarts` has restarted these processes.
+        stop_requested: returns whether this process was asked to stop.
     """
 
-    def __init__(
-        self, rank: int = 0, size: int = 1, control: dist.ProcessGroup | None = None
-    ) -> None:
-        self.rank, self.size, self._control = rank, size, control
-        self.asks_to_stop: Callable[[], bool] = lambda: False
-        self._said = collections.deque[tuple[Tensor, torch.cuda.Event | None]]()
+    rank: int = 0
+    size: int = 1
+    control: dist.ProcessGroup | None = None
+    restarted: bool = False
+    stop_requested: Callable[[], bool] = lambda: False
+    _votes: collections.deque[tuple[Tensor, torch.cuda.Event | None]] = field(
+        default_factory=collections.deque, init=False, repr=False, compare=False
+    )
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0, which alone writes and prints."""
         return self.rank == 0
 
-    def share(self, total: int) -> Share:
-        """This process's rows of a batch: even parts of at least two images, in order.
+    def with_stop_requested(self, stop_requested: Callable[[], bool]) -> ProcessGroup:
+        """Return the same group with another source of stop requests."""
+        return replace(self, stop_requested=stop_requested)
 
-        (Two, since batch norm can't train on one.)
+    def share(self, total: int) -> Share:
+        """Return this process's rows of a batch: consecutive, equal to within one image.
+
+        Each share has at least two rows, because batch norm cannot train on one; ranks that a
+        small batch has no rows for get weight 0.
         """
         active = max(1, min(self.size, total // 2))
         if self.rank >= active:
             return Share(0, min(2, total), total, 0.0)
-        each, more = divmod(total, active)
-        start = self.rank * each + min(self.rank, more)
-        count = each + (self.rank < more)
+        rows_each, remainder = divmod(total, active)
+        start = self.rank * rows_each + min(self.rank, remainder)
+        count = rows_each + (self.rank < remainder)
         return Share(start, start + count, total, count / total)
 
-    # -- words ----------------------------------------------------------------------------
+    # -- messages -------------------------------------------------------------------------
 
-    def told(self, make: Callable[[], T]) -> T:
-        """What the first process finds, for all: only there is `make` called.
+    def broadcast(self, fn: Callable[[], T]) -> T:
+        """Run `fn` on rank 0 and broadcast its JSON-serializable result to every rank.
 
-        It must be what JSON can hold; not a single bit of a number is lost.
+        It is JSON and not `broadcast_object_list`, because that unpickles what comes from the
+        network, which could execute code. Floats keep all their bits.
         """
         if self.size == 1:
-            return make()
-        text = json.dumps(make()).encode() if self.leads else b""
-        length = torch.tensor([len(text)])
-        with _noticing():
-            dist.broadcast(length, 0, group=self._control)
-            data = torch.tensor(list(text) or [0] * int(length), dtype=torch.uint8)
-            dist.broadcast(data, 0, group=self._control)
-        return cast(T, json.loads(bytes(data.tolist())))
+            return fn()
+        message = json.dumps(fn()).encode() if self.is_main_process else b""
+        length = torch.tensor([len(message)])
+        with _peer_errors():
+            dist.broadcast(length, 0, group=self.control)
+            data = torch.zeros(int(length), dtype=torch.uint8)
+            if self.is_main_process:
+                data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+            dist.broadcast(data, 0, group=self.control)
+        return cast(T, json.loads(data.numpy().tobytes()))
 
-    def other(self, mine: str) -> int | None:
-        """The first process whose text isn't that of the one that leads; the same in all."""
-        differs = self.told(lambda: mine) != mine
-        rank = int(self.least(float(self.rank if differs else self.size)))
+    def first_rank_that_differs(self, text: str) -> int | None:
+        """Return the first rank whose `text` is not that of rank 0, the same on every rank."""
+        differs = self.broadcast(lambda: text) != text
+        rank = int(self.all_reduce_min(float(self.rank if differs else self.size)))
         return rank if rank < self.size else None
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.total(0.0)
+    def barrier(self) -> None:
+        """Wait until all processes are here; on a timeout the error names the missing rank."""
+        if self.size > 1:
+            # Its default timeout is not that of the group.
+            timeout = datetime.timedelta(seconds=CONTROL_TIMEOUT_S)
+            with _peer_errors():
+                dist.monitored_barrier(group=self.control, timeout=timeout)
 
     @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """One process of each machine goes first; the others find its work done (a cache)."""
+    def local_rank_zero_first(self) -> Iterator[None]:
+        """Run the block on one process of each machine first, so that it fills the cache."""
         if ranks.local_rank() > 0:
-            self.wait()
+            self.barrier()
         yield
         if ranks.local_rank() == 0:
-            self.wait()
+            self.barrier()
 
-    def total(self, number: float) -> float:
-        """The sum of the processes' numbers."""
-        return self._reduced(number, dist.ReduceOp.SUM)
+    def all_reduce_sum(self, number: float) -> float:
+        """Return the sum of the processes' numbers."""
+        return self._all_reduce(number, dist.ReduceOp.SUM)
 
-    def least(self, number: float) -> float:
-        """The least of the processes' numbers."""
-        return self._reduced(number, dist.ReduceOp.MIN)
+    def all_reduce_min(self, number: float) -> float:
+        """Return the smallest of the processes' numbers."""
+        return self._all_reduce(number, dist.ReduceOp.MIN)
 
-    def _reduced(self, number: float, how: dist.ReduceOp.RedOpType) -> float:
+    def _all_reduce(self, number: float, op: dist.ReduceOp.RedOpType) -> float:
         if self.size == 1:
             return number
         value = torch.tensor([number], dtype=torch.float64)
-        with _noticing():
-            dist.all_reduce(value, how, group=self._control)
+        with _peer_errors():
+            dist.all_reduce(value, op, group=self.control)
         return float(value)
 
     @contextlib.contextmanager
-    def naming(self, where: Callable[[], str]) -> Iterator[None]:
-        """Inside, `Lost` says which process of which machine noticed, and where it was by then."""
+    def annotate_errors(self, where: Callable[[], str]) -> Iterator[None]:
+        """Add this rank, its machine and `where()` to a `PeerLostError` raised in the block.
+
+        Errors of gloo and NCCL, which `DistributedDataParallel` raises in the backward pass, become
+        a `PeerLostError`.
+        """
         try:
             yield
-        except Lost as error:
-            told = f"process {self.rank} of {self.size} on {socket.gethostname()} noticed it"
-            error.where = f"{told} in {where()}: {error.where}"
+        except (RuntimeError, ValueError, Stopped) as error:
+            lost: BaseException = error
+            if self.size > 1 and is_communication_error(error):
+                lost = PeerLostError(str(error))
+            if isinstance(lost, PeerLostError):
+                process = f"rank {self.rank} of {self.size} on {socket.gethostname()}"
+                lost.where = f"noticed by {process} in {where()}: {lost.where}"
+                raise lost from error
             raise
 
     # -- tensors --------------------------------------------------------------------------
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Replaces a contiguous tensor by its sum over the processes, the same bits in all."""
-        with _noticing():
-            dist.all_reduce(tensor)
+    def all_reduce_(self, tensor: Tensor) -> None:
+        """Replace a contiguous tensor by its sum over the processes, with equal bits on all."""
+        if self.size > 1:
+            with _peer_errors():
+                dist.all_reduce(tensor)
 
-    def equalise(self, tensors: Sequence[Tensor]) -> None:
-        """Gives all processes the first one's values, in place; tensors on the CPU."""
+    def broadcast_tensors_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace CPU tensors by those of rank 0."""
         if self.size == 1:
             return
-        with _noticing(), torch.no_grad():
+        with _peer_errors(), torch.no_grad():
             for tensor in tensors:
                 sent = tensor.contiguous()
-                dist.broadcast(sent, 0, group=self._control)
+                dist.broadcast(sent, 0, group=self.control)
                 tensor.copy_(sent)
 
-    def gathered(self, part: Tensor | None, counts: Sequence[int]) -> Tensor:
-        """All processes' rows in order of rank; `part` has `counts[rank]` rows, None for none."""
+    def all_gather(self, part: Tensor | None, counts: Sequence[int]) -> Tensor:
+        """Return the rows of all processes in order of rank.
+
+        Args:
+            part: this rank's `counts[rank]` rows; None if it has none. Rank 0 always has some.
+            counts: the number of rows of each rank. They need not be equal, which
+                `torch.distributed.all_gather` requires.
+        """
         if self.size == 1 and part is not None:
             return part
-        shape = self.told(lambda: list(cast(Tensor, part).shape[1:]))
+        shape = self.broadcast(lambda: list(cast(Tensor, part).shape[1:]))
         whole = torch.zeros(sum(counts), *shape)
-        with _noticing():
+        with _peer_errors():
             for rank, rows in enumerate(whole.split(list(counts))):
                 if rank == self.rank and part is not None:
                     rows.copy_(part)
                 if len(rows):
-                    dist.broadcast(rows, rank, group=self._control)
+                    dist.broadcast(rows, rank, group=self.control)
         return whole
 
     # -- stopping -------------------------------------------------------------------------
 
-    def hear(self, asked: Tensor) -> None:
-        """Takes what the processes said in a step: how many of them ask to stop."""
-        if not asked.is_cuda:
-            self._said.append((asked, None))
+    def record_stop_votes(self, votes: Tensor) -> None:
+        """Record how many processes asked to stop in a step (already summed over the ranks)."""
+        if not votes.is_cuda:
+            self._votes.append((votes, None))
             return
-        copy = torch.empty(asked.shape, dtype=asked.dtype, pin_memory=True)
-        copy.copy_(asked, non_blocking=True)
+        copy = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=True)
+        copy.copy_(votes, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._said.append((copy, event))
+        self._votes.append((copy, event))
 
-    def stops(self, *, now: bool) -> bool:
-        """Whether to stop at this step: all processes get the same answer.
+    def should_stop(self, *, now: bool) -> bool:
+        """Return whether to stop at this step, the same on every rank.
 
         Args:
-            now: ask them all; else it goes by what was said in the step (on a GPU, `LAG` before).
+            now: ask all ranks; else use the recorded votes (on a GPU those of
+                `STOP_VOTE_LAG_STEPS` steps before).
         """
         if self.size == 1:
-            return self.asks_to_stop()
+            return self.stop_requested()
         if now:
-            return self.total(float(self.asks_to_stop())) > 0
+            return self.all_reduce_sum(float(self.stop_requested())) > 0
         stop = False
-        while self._said and (self._said[0][1] is None or len(self._said) > LAG):
-            asked, event = self._said.popleft()
+        while self._votes and (self._votes[0][1] is None or len(self._votes) > STOP_VOTE_LAG_STEPS):
+            votes, event = self._votes.popleft()
             if event is not None:
-                self._until(event)
-            stop = stop or float(asked) > 0
+                self._wait_for(event)
+            stop = stop or float(votes) > 0
         return stop
 
-    def _until(self, event: torch.cuda.Event) -> None:
-        """Waits until the GPU is there.
+    def _wait_for(self, event: torch.cuda.Event) -> None:
+        """Wait for the GPU, but not for ever.
 
-        It waits without end for a process that died. `torchrun` notices that one has, and asks the
-        others to stop; then a step that doesn't end is given up.
+        A kernel of NCCL never ends if a peer has died. torchrun notices that and asks the other
+        processes to stop; a step that is not finished `STOP_GRACE_S` later is given up.
         """
-        asked = math.inf
+        requested_at = math.inf
         while not event.query():
             time.sleep(0.0001)
-            if self.asks_to_stop():
-                asked = min(asked, time.monotonic())
-                if time.monotonic() - asked > GRACE:
-                    raise Lost(f"a step doesn't end, {GRACE:.0f} s after it was asked to stop")
+            if self.stop_requested():
+                requested_at = min(requested_at, time.monotonic())
+                if time.monotonic() - requested_at > STOP_GRACE_S:
+                    raise PeerLostError(
+                        f"a step did not finish within {STOP_GRACE_S:.0f} s after a stop request"
+                    )
 
 
-ALONE = World()
+SINGLE_PROCESS = ProcessGroup()
 
 
-@functools.cache
-def join() -> World:
-    """The world that this process belongs to; joined at the first call, which all must make.
+def init_process_group() -> ProcessGroup:
+    """Return the process group of this process; all processes must make the first call.
 
     Raises:
-        ResourceError: the others can't be found (`meeting`), or have other versions.
+        ResourceError: the processes did not find each other in time, or have other versions.
     """
     if ranks.size() == 1:
-        return ALONE
-    with _noticing():
-        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        return replace(SINGLE_PROCESS, restarted=ranks.restarted())
+    return _init_torch_distributed()
+
+
+@functools.cache  # like torch's default group, there is one for each process
+def _init_torch_distributed() -> ProcessGroup:
+    timeout_s = rendezvous_timeout_s()
+    try:
+        store, attempt = _rendezvous(datetime.timedelta(seconds=timeout_s))
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            store=meeting.meet(),
+            "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
+            store=store,
             rank=ranks.rank(),
             world_size=ranks.size(),
-            timeout=STEP,
+            timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         )
-        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        control = dist.new_group(
+            backend="gloo", timeout=datetime.timedelta(seconds=CONTROL_TIMEOUT_S)
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ResourceError(
+            f"process {ranks.rank()} of {ranks.size()} could not connect to the others within "
+            f"{timeout_s:g} s: {_first_line(error)}"[:300],
+            where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            fix="start the same command on all machines, with the address of the first one and a "
+            "free port that no firewall blocks (torchrun: --rdzv-endpoint)",
+        ) from error
     atexit.register(dist.destroy_process_group)
-    world = World(ranks.rank(), ranks.size(), cast(dist.ProcessGroup, control))
-    _same_versions(world)
-    return world
+    group = ProcessGroup(
+        ranks.rank(),
+        ranks.size(),
+        cast(dist.ProcessGroup, control),
+        restarted=attempt > 1 or ranks.restarted(),
+    )
+    _check_same_versions(group)
+    restarted = group.all_reduce_sum(float(group.restarted)) > 0  # torchrun counts by machine
+    return replace(group, restarted=restarted)
 
 
-def _same_versions(world: World) -> None:
-    mine = f"convlens {__version__}, torch {torch.__version__}"
-    other = world.other(mine)
+def rendezvous_timeout_s() -> float:
+    """Return how long the processes wait for each other at the start, in seconds.
+
+    Raises:
+        UsageError: CONVLENS_RENDEZVOUS_TIMEOUT_S is not a positive number.
+    """
+    text = os.environ.get("CONVLENS_RENDEZVOUS_TIMEOUT_S", str(RENDEZVOUS_TIMEOUT_S))
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise UsageError(
+        f"CONVLENS_RENDEZVOUS_TIMEOUT_S={text!r} is not a positive number of seconds",
+        fix="unset it, or give seconds, e.g. 600",
+    )
+
+
+def _rendezvous(timeout: datetime.timedelta) -> tuple[Any, int]:
+    """Return a store for these processes only, and the number of the attempt, from 1.
+
+    torchrun 2.15 starts the processes of a restart with the store of those that ended. Their
+    addresses are still in it, and plain `init_method="env://"` waits for them until its timeout
+    ("connection refused"). So each attempt gets a prefix of its own. TORCHELASTIC_RESTART_COUNT
+    can't be that prefix: each machine counts only the failures of its own processes.
+
+    Rank 0 counts the attempts in the store and publishes the newest number. Another rank may read
+    the number of an earlier attempt; therefore it writes a random token under the number, and
+    waits for rank 0 to acknowledge just that token. If the number changes, it tries the new one.
+    """
+    store: Any
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    if rank == 0:
+        attempt = store.add("convlens/attempts", 1)
+        store.set("convlens/attempt", str(attempt))
+        for peer in range(1, size):
+            token = _get(store, f"convlens/{attempt}/joined/{peer}", f"{peer} of {size}")
+            store.set(f"convlens/{attempt}/acknowledged/{peer}", token)
+    else:
+        attempt = _join_attempt(store, rank, size, time.monotonic() + timeout.total_seconds())
+    return dist.PrefixStore(f"convlens/{attempt}", store), attempt  # type: ignore[attr-defined]
+
+
+def _join_attempt(store: Any, rank: int, size: int, deadline: float) -> int:
+    """Return the number of the attempt in which rank 0 acknowledged this process."""
+    token = uuid.uuid4().hex.encode()
+    while time.monotonic() < deadline:
+        attempt = int(_get(store, "convlens/attempt", f"0 of {size}"))
+        store.set(f"convlens/{attempt}/joined/{rank}", token)
+        key = f"convlens/{attempt}/acknowledged/{rank}"
+        if store.check([key]) and store.get(key) == token:
+            return attempt
+        time.sleep(RENDEZVOUS_POLL_S)
+    raise RuntimeError(f"process 0 of {size} did not start")
+
+
+def _get(store: Any, key: str, writer: str) -> bytes:
+    """Wait for a value in the store, up to the store's timeout."""
+    try:
+        value: bytes = store.get(key)
+    except RuntimeError as error:
+        raise RuntimeError(f"process {writer} did not start") from error
+    return value
+
+
+def _check_same_versions(group: ProcessGroup) -> None:
+    versions = f"convlens {__version__}, torch {torch.__version__}"
+    other = group.first_rank_that_differs(versions)
     if other is not None:
         raise ResourceError(
-            f"process {other} of {world.size} has other versions than the first one",
-            where=f"process {world.rank} on {socket.gethostname()} has {mine}",
+            f"process {other} of {group.size} has other versions than process 0",
+            where=f"process {group.rank} on {socket.gethostname()} has {versions}",
             fix="install the same versions on all machines",
         )
 
 
+def is_communication_error(error: BaseException) -> bool:
+    """Return whether gloo or NCCL raised `error`, because a peer ended or does not respond."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in COMMUNICATION_ERRORS
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 @contextlib.contextmanager
-def _noticing() -> Iterator[None]:
-    """Turns a broken connection or a timeout into `Lost`."""
+def _peer_errors() -> Iterator[None]:
+    """Turn a broken connection or a timeout into `PeerLostError`."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        raise Lost(str(error).splitlines()[0]) from error
+        raise PeerLostError(str(error)) from error

@@ -97,7 +97,7 @@ def write_checked(
     content = form.serialize(program, facts)
     # These very bytes are loaded and run, as a user of the file would, and then written.
     proof = reference.check(form.load(content, str(target)), str(target))
-    files.sweep(target.parent, [target.name], alone=False)
+    files.remove_stale_temp_files(target.parent, [target.name], alone=False)
     files.write_atomic(target, content)
     say(f"{name}: {escape(proof.sentence())}")
     shared = ("run", "source_sha256", "classes", "input", "outputs", "preprocessing")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convlens import models
 from convlens.engine import Position
-from convlens.onlooker import agreed
+from convlens.onlooker import check_same_checkpoint
 from convlens.run import RunFolder
 from convlens.starting.beginning import Begun
 from convlens.starting.preparing import Setup
@@ -120,7 +120,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
     if place.corrupt_checkpoints:
         _tell_lost(place, int(at["epoch"]), int(at["step"]))
     if stored is None:
-        agreed(setup.world, [1, 0], place)
+        check_same_checkpoint(setup.world, [1, 0], place)
         return []
     tensors, counters = stored
     models.load(setup.trained, _under("model", tensors))
@@ -153,7 +153,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
         at.loss_sum = torch.tensor(at.loss_sum, dtype=torch.float32, device=setup.plan.device)
         at.correct = torch.tensor(at.correct, device=setup.plan.device)
     best.__dict__.update(counters["best"])
-    agreed(setup.world, [at.epoch, at.step], place)
+    check_same_checkpoint(setup.world, [at.epoch, at.step], place)
     # A run that an earlier version left unfinished didn't count them.
     late = ("cpu_seconds", "data_seconds")
     return [{**row, **{key: row.get(key, math.nan) for key in late}} for row in counters["rows"]]

@@ -125,7 +125,7 @@ def train_many(
         outcomes=outcomes,
         plot=plot / "curves.png",
     )
-    if processes.join().leads:
+    if processes.init_process_group().is_main_process:
         picturing.several_plot(table.plot, table.histories(), called, table.repeats_in_words())
     return table
 

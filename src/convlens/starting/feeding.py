@@ -15,7 +15,7 @@ from convlens.data.augment import MIXES
 from convlens.data.batches import Batches, Labelled, Prepare, to_unit
 from convlens.data.draws import Place
 from convlens.device import Plan, seed_of
-from convlens.distributed.processes import World
+from convlens.distributed.processes import ProcessGroup
 from convlens.engine import EpochBatches, Position
 from convlens.errors import ResourceError, UsageError
 from convlens.inference import split_logits
@@ -133,7 +133,7 @@ def _cached(
     plan, views = images.plan, recipe.train.views or 1
     each = trunk.image_bytes(model, prefix, sample, plan)
     size = each * len(data.train) * views + 2 * each * len(data.val)
-    budget = images.world.least(device.memory_budget(plan.device))
+    budget = images.world.all_reduce_min(device.memory_budget(plan.device))
     if size > budget:
         told = f"{size / 2**20:,.0f} MiB of activations, and {budget / 2**20:,.0f} MiB are free"
         if recipe.train.views:
@@ -163,7 +163,7 @@ def _cached(
 
 
 def _logits(
-    world: World, model: nn.Module, split: Labelled, prepare: Prepare, plan: Plan,
+    world: ProcessGroup, model: nn.Module, split: Labelled, prepare: Prepare, plan: Plan,
     advance: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Logits and labels of a split, of which each process computes its part."""

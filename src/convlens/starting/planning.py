@@ -25,7 +25,7 @@ from convlens import device, engine, optim
 from convlens.data import cache
 from convlens.data.batches import Batches
 from convlens.device import Plan
-from convlens.distributed.processes import ALONE, World
+from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup
 from convlens.errors import ResourceError, UsageError
 from convlens.models.freezing import set_train_mode
 from convlens.recipe import Recipe
@@ -72,7 +72,7 @@ def choose(
     model: nn.Module,
     batches_for: Callable[[Plan], Batches],
     objective: engine.Objective,
-    world: World = ALONE,
+    world: ProcessGroup = SINGLE_PROCESS,
 ) -> Choice:
     """The fastest plan that the recipe allows: as measured earlier, or by timing real steps.
 
@@ -86,7 +86,9 @@ def choose(
     Raises:
         UsageError: something is asked for that this device hasn't.
     """
-    found = world.told(lambda: asdict(_chosen(recipe, where, model, batches_for, objective, world)))
+    found = world.broadcast(
+        lambda: asdict(_chosen(recipe, where, model, batches_for, objective, world))
+    )
     return Choice(Plan(**{**found["plan"], "device": where}), found["milliseconds"])
 
 
@@ -96,7 +98,7 @@ def _chosen(
     model: nn.Module,
     batches_for: Callable[[Plan], Batches],
     objective: engine.Objective,
-    world: World,
+    world: ProcessGroup,
 ) -> Choice:
     asked = recipe.train.compile
     check(recipe, where, world.size)

@@ -11,7 +11,7 @@ from torch import nn
 from convlens import device, engine, models, optim
 from convlens.data import Data, augment
 from convlens.data.batches import Batches
-from convlens.distributed.processes import ALONE, World
+from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup
 from convlens.errors import DataError, UsageError
 from convlens.recipe import Recipe
 from convlens.run import Preprocessing
@@ -44,7 +44,7 @@ class Setup:
     scale: LossScale | None = None  # of the loss, where the plan is fp16
     weights: dict[str, Any] | None = None  # what `weights.record` says of those it began with
     position: engine.Position = field(default_factory=engine.Position)
-    world: World = ALONE
+    world: ProcessGroup = SINGLE_PROCESS
 
     @property
     def epochs(self) -> int:
@@ -80,7 +80,7 @@ def prepare(
     where: str,
     plan: device.Plan | None = None,
     begun: Begun | None = None,
-    world: World = ALONE,
+    world: ProcessGroup = SINGLE_PROCESS,
 ) -> Setup:
     """Builds the run that `asked` describes on `data`.
 
@@ -99,7 +99,7 @@ def prepare(
     )
     _check_shares(recipe, world)
     model, preprocessing, record = beginning.network(recipe, data, begun, where)
-    world.equalise(list(model.state_dict().values()))
+    world.broadcast_tensors_(list(model.state_dict().values()))
     objective = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
 
     def batches_for(chosen: device.Plan) -> Batches:
@@ -156,7 +156,7 @@ def _resolved(asked: Recipe, data: Data) -> Recipe:
     return recipe
 
 
-def _check_shares(recipe: Recipe, world: World) -> None:
+def _check_shares(recipe: Recipe, world: ProcessGroup) -> None:
     size = recipe.train.batch_size
     if size < 2 * world.size > 2:
         raise UsageError(

@@ -1,7 +1,7 @@
 """One training step of several processes, so that it is the step of one with the whole batch.
 
-Each process takes its rows of the batch (`World.share`). Losses are weighted by the rows' share
-of the batch, so that gradients add up to those of the mean over all rows, however it divides.
+Each process takes its rows of the batch (`ProcessGroup.share`). Losses are weighted by the rows'
+share of the batch, so that gradients add up to those of the mean over all rows, however it divides.
 After `sum` every process has the same bits: gradients, running statistics, loss, right answers.
 So whatever is decided, averaged, clipped or saved afterwards needs no more words.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from convlens.data.batches import Labelled
-from convlens.distributed.processes import World
+from convlens.distributed.processes import ProcessGroup
 from convlens.errors import UsageError
 
 BATCH = 256  # images of a split are dealt out in such pieces
@@ -34,7 +34,7 @@ class Together:
         sizes: images in each batch of an epoch, of all processes together.
     """
 
-    def __init__(self, model: nn.Module, world: World, sizes: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, world: ProcessGroup, sizes: Sequence[int]) -> None:
         self._model, self._world, self._sizes = model, world, sizes
         self._flat = torch.empty(0)
         self.share = world.share(max(sizes))
@@ -63,19 +63,19 @@ class Together:
         learning = [p for p in self._model.parameters() if p.grad is not None]
         moving = list(_running_statistics(self._model))
         # Filled, not copied from the host: a GPU would have to be waited for.
-        asks = torch.full_like(loss, float(self._world.asks_to_stop()))
+        asks = torch.full_like(loss, float(self._world.stop_requested()))
         numbers = torch.stack([loss, right * float(weight > 0), asks])
         views = self._views([*learning, *moving, numbers])
         owned = [p.grad for p in learning if p.grad is not None]
         weighted = torch._foreach_mul(moving, weight) if moving else ()
         torch._foreach_copy_(views, [*owned, *weighted, numbers])
-        self._world.sum_(self._flat)
+        self._world.all_reduce_(self._flat)
         for parameter, view in zip(learning, views, strict=False):
             parameter.grad = view
         if moving:
             torch._foreach_copy_(moving, views[len(learning) : -1])
         loss, right, asked = views[-1].clone().unbind()
-        self._world.hear(asked)
+        self._world.record_stop_votes(asked)
         return loss, right.long()
 
     def _views(self, like: Sequence[Tensor]) -> list[Tensor]:
@@ -122,7 +122,7 @@ def _running_statistics(model: nn.Module) -> Iterator[Tensor]:
                     yield tensor
 
 
-def synchronised(model: nn.Module, world: World, device: str) -> nn.Module:
+def synchronised(model: nn.Module, world: ProcessGroup, device: str) -> nn.Module:
     """The network with norms over the whole batch, not over each process's rows.
 
     Raises:
@@ -170,7 +170,7 @@ class Part:
 Asked = Callable[[Labelled], Sequence[Tensor | None]]
 
 
-def answered(world: World, split: Labelled, ask: Asked) -> tuple[Tensor | None, ...]:
+def answered(world: ProcessGroup, split: Labelled, ask: Asked) -> tuple[Tensor | None, ...]:
     """What `ask` gives for the images of a split, each asked about by exactly one process.
 
     Nothing is padded; the answers are those of one process but for the last digits, which depend
@@ -184,11 +184,12 @@ def answered(world: World, split: Labelled, ask: Asked) -> tuple[Tensor | None, 
     counts = _counts(int(split.labels.numel()), world.size)
     start = sum(counts[: world.rank])
     own = list(ask(Part(split, start, start + counts[world.rank]))) if counts[world.rank] else []
-    there = world.told(lambda: [part is not None for part in own])  # the first has images, always
+    # Rank 0 always has images.
+    there = world.broadcast(lambda: [part is not None for part in own])
     device = split.labels.device if not own or own[0] is None else own[0].device
     parts = own or [None] * len(there)
     return tuple(
-        world.gathered(part, counts).to(device) if given else None
+        world.all_gather(part, counts).to(device) if given else None
         for part, given in zip(parts, there, strict=True)
     )
 
