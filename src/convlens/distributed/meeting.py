@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from convlens.errors import ResourceError
 from convlens.system import ranks
-from convlens.system.console import console, say
+from convlens.system.console import console
 
 PATIENCE = 600.0  # seconds for all to come: machines don't start at the same moment
 LOOKUP = 60.0  # seconds for a machine's name to be known: a new one's may take a while
@@ -220,6 +220,4 @@ def _address() -> str:
 def _tell(told: str) -> None:
     """Said by one process of each machine: the first one may be what is waited for."""
     if ranks.local_rank() == 0:
-        held, console().quiet = console().quiet, False
-        say(told)
-        console().quiet = held
+        console().print(told)
