@@ -84,6 +84,7 @@ class Evaluation:
         )
 
 
+@device.preserve_torch_settings()
 def evaluate(
     place: RunFolder,
     split: str = "test",

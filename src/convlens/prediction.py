@@ -128,10 +128,16 @@ def predict(
     An unreadable file gives a `Prediction` with `error` set; the others are done all the same.
     """
     chosen = views.chosen(tta)
+    with device.preserve_torch_settings():
+        plan = placed(loaded.model, loaded.where(on))
     forward = Forward(
-        loaded.model, loaded.preprocessing.normalise, placed(loaded.model, loaded.where(on)),
-        views=chosen, total=len(inputs), free=loaded.free,
-    )  # fmt: skip
+        loaded.model,
+        loaded.preprocessing.normalise,
+        plan,
+        views=chosen,
+        total=len(inputs),
+        free=loaded.free,
+    )
     k = min(max(top_k, 1), len(loaded.classes))
     if chosen is not None:
         with quieted(quiet):
@@ -139,7 +145,9 @@ def predict(
     with progress("predicting", len(inputs), shown=not quiet) as bar:
         for batch in _read(inputs, loaded):
             good = [image for _, image, _ in batch if image is not None]
-            plain, mean = _probabilities(good, loaded, forward)
+            # Not around the loop: the caller computes between two of these answers.
+            with device.preserve_torch_settings(plan.device):
+                plain, mean = _probabilities(good, loaded, forward)
             top, beside = _top(plain, k, loaded), iter(_top(mean, k, loaded))
             for filename, image, error in batch:
                 if image is None:
@@ -217,6 +225,7 @@ def _probabilities(
     return plain, probabilities(torch.cat(beside)) if beside else none
 
 
+@device.preserve_torch_settings()
 def all_probabilities(loaded: Loaded, images: np.ndarray, *, on: str | None = None) -> np.ndarray:
     """Probabilities float64 `[N, classes]` for images as `predict` takes them."""
     plan, normalise = placed(loaded.model, loaded.where(on)), loaded.preprocessing.normalise

@@ -9,7 +9,7 @@ decides to log, validate, keep the best weights, save and stop.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,8 @@ from convlens.version import __version__
 LEAST_BYTES = 20  # for each weight: in the model file, and with a moment in each of two states
 
 
+@device.preserve_torch_settings()
+@device.preserve_rng()
 def train(
     recipe: Recipe,
     *,
@@ -85,7 +87,7 @@ def train(
             weights.expect(recipe.model)
         where = device.choose(on)
         planning.check(recipe, where, world.size)
-        device.prepare(recipe.train.deterministic)
+        device.prepare(recipe.train.deterministic, where)
         budget = device.memory_budget(where)
         with world.first():
             data = load(recipe.data, memory_budget=budget)
@@ -197,7 +199,8 @@ def run_to_end(
                 seconds, cpu_seconds = clock.read()
                 row = _validate(setup, record, flag, seconds=seconds)
                 if row is None:  # who takes the run up validates first
-                    vars(at).update(vars(unended))
+                    for each in fields(at):
+                        setattr(at, each.name, getattr(unended, each.name))
                 else:
                     row["data_seconds"], at.data_seconds = at.data_seconds, 0.0
                     row["cpu_seconds"] = world.total(cpu_seconds)

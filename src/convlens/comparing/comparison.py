@@ -73,6 +73,7 @@ class _Entrant:
         return seedless(modelfile.recipe_of(self.known.card))
 
 
+@device.preserve_torch_settings()
 def compare(
     names: Sequence[str | Path | RunFolder],
     split: str = "test",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from convlens import run
+from convlens import device, run
 from convlens.errors import ModelFileError, ResourceError, UsageError
 from convlens.exporting import agreement
 from convlens.exporting.agreement import Agreement, Witness
@@ -53,6 +53,7 @@ class Export:
         return asdict(self)
 
 
+@device.preserve_torch_settings()
 def export(
     place: RunFolder,
     to: Sequence[str] = ("onnx",),

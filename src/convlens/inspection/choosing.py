@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from convlens import run
+from convlens import device, run
 from convlens.data.decode import EXTENSIONS, fit_images
 from convlens.errors import ModelFileError, UsageError
 from convlens.inference import batch_logits
@@ -40,6 +40,7 @@ class Opened:
     slugs: list[str]
 
 
+@device.preserve_torch_settings()
 def open_all(arguments: Sequence[str], *, on: str | None = None, examples: bool = True) -> Opened:
     """Opens the networks among the arguments and chooses the images that the others name.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from convlens import device
 from convlens.errors import UsageError
 from convlens.inspection import (
     activity,
@@ -175,6 +176,7 @@ class Look:
         }
 
 
+@device.preserve_torch_settings()
 def look(opened: Opened, options: Options) -> Look:
     """Draws everything asked for into the opened folder, with the raw arrays beside.
 

@@ -158,8 +158,7 @@ def share_data(subjects: Sequence[Subject]) -> None:
     for subject in subjects:
         if subject.place is not None:
             mark = subject.loaded.card["data"]["fingerprint"]
-            # A cached property is a plain attribute once it is set.
-            subject.__dict__["data"] = loaded[mark] = loaded.get(mark) or subject.data
+            subject.data = loaded[mark] = loaded.get(mark) or subject.data
 
 
 def _of_library(config: ModelConfig) -> Loaded:
@@ -175,7 +174,8 @@ def _of_library(config: ModelConfig) -> Loaded:
         mean, std = source.mean, source.std
         count = len(source.classes) if source.classes else _outputs(source.tensors)
     classes = source.classes if source and source.classes else tuple(map(str, range(count)))
-    model = models.build(config.name, count, 3, SIZE, options)
+    with torch.random.fork_rng(devices=[]):
+        model = models.build(config.name, count, 3, SIZE, options)
     if source is not None:
         weights.start(source, model, classes)
     preprocessing = Preprocessing(SIZE, 3, "crop", mean or IMAGENET[0], std or IMAGENET[1])

@@ -40,6 +40,7 @@ TWINS = 3  # copies listed for an image
 _CHUNK = 1024
 
 
+@device.preserve_torch_settings()
 def find_label_errors(
     what: str | Path | Mapping[str, Any] | Recipe,
     overrides: Mapping[str, Any] | Sequence[str] = (),
