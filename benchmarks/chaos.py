@@ -9,8 +9,10 @@ import argparse
 import json
 import time
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 from convlens.resuming import chaos
-from recording import record
 
 
 def main() -> None:
