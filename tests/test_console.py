@@ -12,7 +12,7 @@ from contextvars import copy_context
 import pytest
 
 from convlens.system import console
-from convlens.system.console import progress, quieted, say, status_handler, table
+from convlens.system.console import print_status, progress, quieted, status_handler, table
 
 LOGGER = logging.getLogger("convlens")
 
@@ -33,7 +33,7 @@ def log_file() -> Iterator[io.StringIO]:
 
 
 def test_without_logging_messages_are_shown_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    say("[bold]digits[/] takes 5% of \\[the time]")
+    print_status("[bold]digits[/] takes 5% of \\[the time]")
     assert capsys.readouterr() == ("", "digits takes 5% of [the time]\n")
     assert LOGGER.handlers == []
     assert LOGGER.level == logging.NOTSET
@@ -42,7 +42,7 @@ def test_without_logging_messages_are_shown_on_stderr(capsys: pytest.CaptureFixt
 def test_an_application_that_logs_gets_the_messages_as_plain_text(
     log_file: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    say("[bold]digits[/] takes 5% of \\[the time] :warning:")
+    print_status("[bold]digits[/] takes 5% of \\[the time] :warning:")
     table(("stage", "rate"), [("stem", "0.1"), ("[head]", "1.0")])
     first, *rows = log_file.getvalue().splitlines()
     assert first == "convlens INFO test_console.py digits takes 5% of [the time] :warning:"
@@ -56,7 +56,7 @@ def test_an_application_that_logs_warnings_only_does_not_hide_the_messages(
 ) -> None:
     """Its own level says nothing of a call that was not asked to be quiet (notebooks have one)."""
     logging.getLogger().setLevel(logging.WARNING)
-    say("epoch 1")
+    print_status("epoch 1")
     assert log_file.getvalue() == ""
     assert capsys.readouterr().err == "epoch 1\n"
 
@@ -65,7 +65,7 @@ def test_the_command_line_handles_messages_itself_and_leaves_nothing_behind(
     log_file: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with status_handler():
-        say("[bold]epoch[/] 1")
+        print_status("[bold]epoch[/] 1")
         LOGGER.warning("50%% [of] %s", "it")
     assert capsys.readouterr().err == "epoch 1\n50% [of] it\n"
     assert log_file.getvalue() == ""
@@ -77,11 +77,11 @@ def test_quiet_drops_messages_tables_and_records(
 ) -> None:
     with quieted():
         with quieted(False):  # what is inside does not undo it
-            say("a")
+            print_status("a")
         table(("b",), [("c",)])
         with progress("d", 1) as bar:
             bar.advance()
-    say("e")
+    print_status("e")
     assert log_file.getvalue().splitlines() == ["convlens INFO test_console.py e"]
     assert capsys.readouterr().err == ""
 
@@ -93,12 +93,12 @@ def test_quiet_in_one_thread_does_not_silence_another(capsys: pytest.CaptureFixt
         with quieted():
             inside.set()
             assert spoken.wait(10)
-            say("from the quiet thread")
+            print_status("from the quiet thread")
 
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(quiet_thread)
         assert inside.wait(10)
-        say("from the other thread")
+        print_status("from the other thread")
         spoken.set()
         done.result()
     assert capsys.readouterr().err == "from the other thread\n"
@@ -108,8 +108,8 @@ def test_a_thread_with_the_context_of_a_quiet_one_is_quiet(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with quieted(), ThreadPoolExecutor(1) as pool:
-        pool.submit(copy_context().run, say, "quiet").result()
-        pool.submit(say, "not quiet").result()
+        pool.submit(copy_context().run, print_status, "quiet").result()
+        pool.submit(print_status, "not quiet").result()
     assert capsys.readouterr().err == "not quiet\n"
 
 
@@ -118,5 +118,5 @@ def test_only_the_first_rank_shows_messages(
 ) -> None:
     for rank, shown in ((0, "hello\n"), (1, "")):
         monkeypatch.setattr(console.ranks, "rank", lambda rank=rank: rank)
-        say("hello")
+        print_status("hello")
         assert capsys.readouterr().err == shown

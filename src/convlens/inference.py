@@ -25,7 +25,7 @@ from convlens import metrics
 from convlens.data.batches import Labelled, Prepare, Rows
 from convlens.device import MEMORY_FORMATS, Plan, choose, synchronise
 from convlens.stepping import memory
-from convlens.system.console import say
+from convlens.system.console import print_status
 from convlens.views import Views, averaged
 
 # The most that input and output of a network's largest layer may take for one batch, in bytes (a
@@ -192,7 +192,7 @@ class Forward:
         self.batch = failed // 2
         if self.plan.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        say(f"out of memory with {failed} images at once: going on with {self.batch}")
+        print_status(f"out of memory with {failed} images at once: going on with {self.batch}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from convlens.data.scanning import Scanner, printable
 from convlens.errors import DataError, UsageError
 from convlens.inference import Forward, placed, probabilities
 from convlens.run import Loaded
-from convlens.system.console import progress, quieted, say
+from convlens.system.console import print_status, progress, quieted
 
 TASK = 16  # files that a thread decodes in a row: handing over a task costs as much as a small one
 BATCH, BYTES = 256, 1 << 23  # the most images in a lot, and their bytes; two lots are read ahead
@@ -100,7 +100,7 @@ def _inside(folder: str) -> list[str]:
     odd = [path for path in below.odd if is_image_name(os.path.basename(path))]
     links = len(below.odd) - len(odd)
     if links:
-        say(escape(f"{printable(folder)}: {links} links to nothing were left out"))
+        print_status(escape(f"{printable(folder)}: {links} links to nothing were left out"))
     return sorted([*below.images, *odd, *below.closed])
 
 
@@ -141,7 +141,9 @@ def predict(
     k = min(max(top_k, 1), len(loaded.classes))
     if chosen is not None:
         with quieted(quiet):
-            say(f"tta answers are the mean over the views of {tta!r}; label and prob are plain")
+            print_status(
+                f"tta answers are the mean over the views of {tta!r}; label and prob are plain"
+            )
     with progress("predicting", len(inputs), shown=not quiet) as bar:
         for batch in _read(inputs, loaded):
             good = [image for _, image, _ in batch if image is not None]

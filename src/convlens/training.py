@@ -28,7 +28,7 @@ from convlens.starting import planning, weights
 from convlens.starting.checking import check
 from convlens.starting.preparing import Setup, prepare
 from convlens.system import files, ranks
-from convlens.system.console import say, table, watch
+from convlens.system.console import print_status, table, watch
 from convlens.system.interrupts import Flag, flagged
 from convlens.version import __version__
 
@@ -74,13 +74,17 @@ def train(
     if extend:
         world.told(lambda: extending.extend(place, recipe))
     if world.told(lambda: place.finished):
-        say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
+        print_status(
+            f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)"
+        )
     else:
         check(recipe)
         if world.leads:
             files.probe(place.path, place.plots)
         if fresh:
-            say(f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it")
+            print_status(
+                f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it"
+            )
         elif world.leads:
             continuing.tell_new(place, called, recipe)
         if not world.told(place.facts):
@@ -179,7 +183,9 @@ def run_to_end(
     steps = len(setup.feed.batches)
     done = (setup.position.epoch - 1) * steps + setup.position.step
     if done:
-        say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
+        print_status(
+            f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps"
+        )
     at = setup.position
     unended = replace(at)  # the epoch at its last step
     with (
@@ -292,8 +298,8 @@ def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
     at = setup.position
     over = at.epoch > setup.epochs
     where = "after the last epoch" if over else f"in epoch {at.epoch} after {at.step} steps"
-    say(f"stopped {where}; all of it is kept in {place.path}")
-    say("the same command goes on from here")
+    print_status(f"stopped {where}; all of it is kept in {place.path}")
+    print_status("the same command goes on from here")
     setup.world.wait()  # torchrun ends the others when the first has ended; all is saved now
     if flag.interrupted:
         raise KeyboardInterrupt

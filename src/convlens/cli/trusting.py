@@ -25,11 +25,11 @@ def selftest(
     """
     from convlens.errors import ModelFileError
     from convlens.resuming import chaos as killing
-    from convlens.system.console import say
+    from convlens.system.console import print_status
 
     score = killing.chaos(chaos, processes=processes, seed=seed)
     print_json(as_json, score.to_dict())
-    say(f"[bold]{score.same}/{chaos}[/] ended with the same bits")
+    print_status(f"[bold]{score.same}/{chaos}[/] ended with the same bits")
     if score.same < chaos:
         raise ModelFileError(
             f"{chaos - score.same} of {chaos} trainings ended otherwise after they were killed",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from convlens.errors import ResourceError
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def turn(path: Path, what: str, *, patience: float = 3600) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"waiting: another process is {what}")
+        print_status(f"waiting: another process is {what}")
         try:
             lock.acquire(timeout=patience)
         except Timeout:

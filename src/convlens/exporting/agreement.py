@@ -23,7 +23,7 @@ from convlens.errors import DataError, ModelFileError, UsageError
 from convlens.evaluation import own_data
 from convlens.inference import Forward, placed
 from convlens.run import Loaded, RunFolder
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 IMAGES = 500
 BATCHES = (1, 7)  # eight of each, and the rest in larger ones
@@ -102,7 +102,7 @@ def pictures(place: RunFolder, loaded: Loaded, data: str | None) -> Pictures:
 
 
 def _drawn(loaded: Loaded, why: str) -> Pictures:
-    say(f"compared on drawn images, not on real ones: {why} (--data takes others)")
+    print_status(f"compared on drawn images, not on real ones: {why} (--data takes others)")
     pre = loaded.preprocessing
     shapes = Drawn(IMAGES, pre.image_size)[np.arange(IMAGES)]
     images = fit_images(shapes, size=pre.image_size, channels=pre.channels, fit=pre.fit)

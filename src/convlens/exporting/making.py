@@ -24,7 +24,7 @@ from convlens.formats.onnxfile import needed
 from convlens.names import pick
 from convlens.run import RunFolder
 from convlens.system import files
-from convlens.system.console import quieted, say
+from convlens.system.console import print_status, quieted
 
 PATIENCE = 60.0  # seconds to wait for another export that puts its files in place
 
@@ -141,9 +141,9 @@ def _proven(
     )
     with _alone(target):
         _keep(target, content, made)
-    say(f"{name}: {escape(proof.sentence())}")
+    print_status(f"{name}: {escape(proof.sentence())}")
     for tie in proof.near_ties:
-        say(escape(f"near-tie: {tie['image']}: {tie['convlens']} or {tie['exported']}"))
+        print_status(escape(f"near-tie: {tie['image']}: {tie['convlens']} or {tie['exported']}"))
     return made
 
 

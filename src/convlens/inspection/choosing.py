@@ -18,7 +18,7 @@ from convlens.errors import ModelFileError, UsageError
 from convlens.inference import batch_logits
 from convlens.inspection.subjects import Picture, Subject, choose_pictures, is_place, open_subject
 from convlens.picturing import worst_of
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 SAMPLE = 512  # held-out images among which examples are looked for
 EXAMPLES = 3  # classes that give one
@@ -167,7 +167,7 @@ def example_pictures(subject: Subject) -> list[Picture]:
         [batch_logits(subject.model, part, normalise, subject.plan) for part in pixels.split(128)]
     ).cpu()
     places = telling(logits.double().softmax(1).nan_to_num(0).numpy(), labels.numpy(), EXAMPLES)
-    say(
+    print_status(
         f"no images named: of {len(index):,} {held} images one that {subject.name} gets right of "
         f"each of {EXAMPLES} classes, and its surest mistake"
     )

@@ -27,7 +27,7 @@ from convlens.picturing import worst_of
 from convlens.run import Loaded, Preprocessing, RunFolder
 from convlens.schema import ModelConfig
 from convlens.starting import weights
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 SIZE = 224  # of images for a network whose weights don't say
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -111,7 +111,9 @@ class Subject:
              "n": len(opened.part), "by": "look", "data_fingerprint": opened.fingerprint,
              "model_sha256": self.loaded.card["sha256"]}
         )  # fmt: skip
-        say(f"{escape(self.name)}: the test split was opened, look {entry['looks']} is logged")
+        print_status(
+            f"{escape(self.name)}: the test split was opened, look {entry['looks']} is logged"
+        )
 
     def held_out(self, data: str | Path | None = None) -> str:
         """The split for what nobody named one: validation, so that a sealed test stays sealed.

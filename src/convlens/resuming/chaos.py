@@ -31,7 +31,7 @@ from convlens.errors import ConvlensError, ResourceError, UsageError
 from convlens.formats import modelfile
 from convlens.recipe import load
 from convlens.run import RunFolder
-from convlens.system.console import progress, say
+from convlens.system.console import print_status, progress
 
 # All that is drawn, averaged, chosen or counted in a training is on.
 RECIPE: dict[str, Any] = {
@@ -106,7 +106,7 @@ def chaos(kills: int, *, processes: int = 1, seed: int = 0, jobs: int | None = N
     with tempfile.TemporaryDirectory(prefix="convlens-chaos-") as root:
         whole = _Training(Path(root) / "whole", processes)
         begins, ends = whole.to_its_end()
-        say(f"left alone it takes {ends:.1f} s, {begins:.1f} s until its first file")
+        print_status(f"left alone it takes {ends:.1f} s, {begins:.1f} s until its first file")
         moments = [random.Random(f"{seed} {n}") for n in range(kills)]
         found = []
         with progress("kills", kills) as bar, ThreadPoolExecutor(jobs) as pool:
@@ -119,7 +119,9 @@ def chaos(kills: int, *, processes: int = 1, seed: int = 0, jobs: int | None = N
                     kill = done.result()
                     found.append(kill)
                     end = "the same bits" if not kill.differences else "; ".join(kill.differences)
-                    say(escape(f"killed after {kill.after:.2f} s ({kill.saved}): {end}"[:600]))
+                    print_status(
+                        escape(f"killed after {kill.after:.2f} s ({kill.saved}): {end}"[:600])
+                    )
                     bar.advance()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

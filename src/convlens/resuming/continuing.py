@@ -17,7 +17,7 @@ from convlens.data import Data
 from convlens.errors import ConvlensError, DataError, ModelFileError, ResourceError
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 _LOOKED_AT = 10  # runs of the same name, the latest
 _SHOWN = 3
@@ -73,7 +73,7 @@ def tell_new(place: RunFolder, called: str, asked: Recipe) -> None:
     if best is not None:
         other, differing = best
         more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-        say(
+        print_status(
             f"a new run, [bold]{escape(place.name)}[/]: {escape(other.name)} has another recipe "
             f"({escape(', '.join(differing[:_SHOWN]))}{more})"
         )
@@ -107,7 +107,7 @@ def tell_changed(place: RunFolder, facts: Mapping[str, Any], now: Mapping[str, A
     if not changed:
         return
     told = ", ".join(f"{key} {old}, now {new}" for key, (old, new) in changed.items())
-    say(
+    print_status(
         f"[bold]{escape(place.name)}[/] began elsewise ({escape(told)}): it goes on, but will not "
         "end with the bits of an uninterrupted run"
     )

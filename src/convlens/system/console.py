@@ -119,7 +119,7 @@ def status_handler() -> Iterator[None]:
         logger.propagate = propagate
 
 
-def say(message: str) -> None:
+def print_status(message: str) -> None:
     """Log one status message. It may hold rich markup; escape user text first."""
     if is_quiet():
         return
@@ -256,7 +256,7 @@ class Watch:
                 f"validation loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}  "
             )
         star = " *" if best == row["epoch"] else ""
-        say(
+        print_status(
             f"epoch {row['epoch']:>3.0f}/{self._epochs}  "
             f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.2%}  "
             f"{validated}{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s{star}"

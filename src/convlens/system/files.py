@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from convlens.errors import ResourceError
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 PART = ".part"  # how the name of what isn't whole yet ends
 ABANDONED = 3600.0  # seconds that nobody wrote to it
@@ -128,7 +128,7 @@ def expect(folder: Path, size: int) -> None:
         disk = shutil.disk_usage(_nearest(folder))
         if disk.free < size and disk.total:
             free, needed = disk.free / 2**20, size / 2**20
-            say(
+            print_status(
                 f"[bold]little room[/]: {free:,.0f} MB are free for {escape(str(folder))}, and "
                 f"weights and states will need at least {needed:,.0f} MB"
             )
@@ -282,7 +282,7 @@ def _tell_gone(owner: Path, what: str) -> None:
     with contextlib.suppress(OSError):
         if on and machine != socket.gethostname():
             since = time.strftime("%Y-%m-%d %H:%M", time.localtime(owner.stat().st_mtime))
-            say(
+            print_status(
                 f"[bold]{escape(what)}[/] was in use by {escape(told)} since {since}: it was "
                 "killed, or locks don't reach across machines here (NFS with nolock, Lustre with "
                 "localflock); see that it has ended: two at once spoil each other's files"
