@@ -9,6 +9,12 @@ SOURCES := src tests benchmarks tools
 LONG := chaos signals processes machines rendezvous memory damage hostile fuzz same_numbers out_of_memory limits determinism exporting
 PEERS ?= benchmarks/peers/environments
 
+# As the command line sets it: without it tests and benchmarks are several times slower on a machine
+# that is busy with other things (src/convlens/system/process.py has the numbers).
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000
+endif
+
 .PHONY: demo test check lint types chaos bench-overhead bench-peers bench-cpu bench-gpu clean
 
 demo: $(VENV)/.demo

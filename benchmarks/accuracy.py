@@ -14,10 +14,12 @@ import argparse
 import json
 from typing import Any
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 from convlens.several import runs as several
 from convlens.several.tabling import Summary
 from convlens.starting import asking
-from recording import record
 
 
 def figures_of(summary: Summary) -> dict[str, Any]:

@@ -25,13 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 import numpy as np
 import torch
 
 from convlens import device, models, recipe
 from convlens.data import channel_stats, load
 from intervals import median_interval
-from recording import record
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "peers"))

@@ -1,4 +1,4 @@
-"""What `device.keep_freed_memory` changes: step times and page faults with and without it.
+"""What `process.keep_freed_memory` changes: step times and page faults with and without it.
 
 The setting holds for a whole process, so each measurement is a process of its own; they take
 turns, and the ratio is the median over pairs.
@@ -20,9 +20,10 @@ WORK = """
 import json, resource, statistics, sys, time
 import torch, torchvision
 from torch import nn
-from convlens import device, models
+from convlens import models
+from convlens.system import process
 if {keep}:
-    assert device.keep_freed_memory()
+    assert process.keep_freed_memory()
 nets = {{
     "cnn 16-32-64, 256 x 1 x 28 x 28": (
         models.build("cnn", 10, 1, 28, {{"widths": [16, 32, 64]}}), (256, 1, 28, 28)),

@@ -18,13 +18,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from convlens import device, models
 from convlens.inspection import layers, saliency
-from recording import record
+from convlens.system import process
 
 CASES = (
     # name, network, images, size, layer
@@ -88,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
+    process.keep_freed_memory()
     device.prepare(deterministic=False)
     figures: dict[str, object] = {"rounds": rounds, "threads": torch.get_num_threads()}
     for case, name, count, size, layer in CASES:

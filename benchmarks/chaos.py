@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from recording import record
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 
 SELFTEST = Path(__file__).parent.parent / "tools" / "selftest.py"
 

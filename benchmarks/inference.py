@@ -29,6 +29,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
@@ -40,7 +43,7 @@ from convlens.data.decode import decode
 from convlens.data.rows import ArrayRows
 from convlens.device import MEMORY_FORMATS, Plan
 from convlens.run import Loaded, Preprocessing, RunFolder
-from recording import record
+from convlens.system import process
 
 PAIRED = 40.0  # seconds that a ratio of short passes is measured for, at least
 DIFFERENT = 500  # files that are not copies of others
@@ -249,6 +252,7 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("CONVLENS_DATA", "data"))
     parser.add_argument("--only", action="append", help="one case by name; nothing is recorded")
     arguments = parser.parse_args()
+    process.keep_freed_memory()
     device.prepare(deterministic=False)
     figures: dict[str, Any] = {"rounds": arguments.rounds, "predict": {}, "evaluate": {}}
     for group, name, found in cases(arguments):

@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 import numpy as np
 from PIL import Image
 
@@ -29,7 +32,6 @@ from convlens.data.decode import decode, read_bytes
 from convlens.data.encoded import Paths
 from convlens.data.sources import find
 from convlens.labelling import confident, finding as labelling
-from recording import record
 
 RULES = (
     "prune_by_noise_rate", "prune_by_class", "both", "confident_learning",

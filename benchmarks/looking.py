@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 import torch
 
 from convlens import models
@@ -24,7 +27,6 @@ from convlens.inspection import activity, layers, looking
 from convlens.inspection.choosing import Opened
 from convlens.inspection.subjects import Picture, Subject
 from convlens.run import Loaded, Preprocessing
-from recording import record
 
 SIZES = (32, 224)
 

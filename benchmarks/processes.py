@@ -23,6 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 import torch
 from torch import nn
 
@@ -33,8 +36,7 @@ from convlens.data.rows import ArrayRows
 from convlens.distributed import processes
 from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup
 from convlens.stepping.together import Together
-from convlens.system import ranks
-from recording import record
+from convlens.system import process, ranks
 
 # Recipe (for its network), batch, channels, size, steps in a window.
 CASES = (
@@ -147,7 +149,7 @@ def main() -> None:
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *line], env=env)
         sys.exit(done.returncode)
     world = processes.init_process_group()
-    device.keep_freed_memory()
+    process.keep_freed_memory()
     figures = {case[0]: compare(world, options.rounds, case) for case in CASES}
     if world.is_main_process:
         cores = device.usable_cores()

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convlens import device
-from convlens.system.files import write_atomic
+from convlens.system import process
 from convlens.version import __version__
+
+# As on the command line. To be imported before torch; effective in child processes in any case.
+process.set_environment()
 
 # $BENCHMARK_RESULTS: for trials that are not to be kept beside measurements.
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
@@ -22,6 +24,9 @@ def record(name: str, figures: dict[str, Any], *, command: str | None = None) ->
     """Writes `results/<name>.json` and returns what it holds."""
     import torchvision
 
+    from convlens import device
+    from convlens.system.files import write_atomic
+
     # Files by their names alone: where they lie on this machine is nobody's business.
     script, *arguments = (Path(a).name if os.sep in a else a for a in sys.argv)
     content = {
@@ -30,6 +35,7 @@ def record(name: str, figures: dict[str, Any], *, command: str | None = None) ->
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "convlens": __version__,
         "torchvision": torchvision.__version__,
+        "spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "hardware": device.describe("cuda" if device.choose() == "cuda" else "cpu"),
         **figures,

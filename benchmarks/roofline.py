@@ -23,6 +23,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,7 +39,7 @@ from convlens.models import freezing
 from convlens.recipe import Recipe
 from convlens.stepping import graphs
 from convlens.stepping.scaling import LossScale
-from recording import record
+from convlens.system import process
 
 RECIPES = (
     "mnist", "mnist-fast", "mnist-best", "cifar10-fast", "resnet18", "resnet18-best",
@@ -210,6 +213,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="of the matrices")
     asked = parser.parse_args()
     where = device.choose(asked.device)
+    process.keep_freed_memory()
     device.prepare(deterministic=False)
     on_gpu = where.startswith("cuda")
     rate = matmul_rate(where, asked.size or (8192 if on_gpu else 2048), asked.seconds)

@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 import torch
 
 from convlens import recipe
@@ -24,7 +27,6 @@ from convlens.data import load
 from convlens.resuming.keeping import SAVE_SECONDS, Keeper, snapshot
 from convlens.run import RunFolder
 from convlens.starting.preparing import prepare
-from recording import record
 
 DATA = {"name": "digits", "per_class": 10, "image_size": 32, "channels": 3}
 PLAIN = {"memory_format": "contiguous", "precision": "fp32"}

@@ -23,6 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 import numpy as np
 import torch
 from torch import nn
@@ -38,7 +41,7 @@ from convlens.data.parts import Part, Source
 from convlens.recipe import load as load_recipe
 from convlens.run import RunFolder
 from convlens.schema import DataConfig
-from recording import record
+from convlens.system import process
 
 IMAGES, CLASSES, SIDES = (1_000, 10_000, 100_000, 1_000_000), (10, 100, 1_000), (32, 64, 128, 224)
 FIRST = 10, 32  # classes and side where these aren't what changes
@@ -77,6 +80,7 @@ def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dic
         })  # fmt: skip
 
     sources.SOURCES["repeated"] = source
+    process.keep_freed_memory()
     device.prepare(deterministic=False)
     model = models.build("cnn", classes, 3, side, NET)
     figures = {}

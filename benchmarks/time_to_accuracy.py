@@ -26,10 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# First: it sets what libgomp reads when torch is imported.
+from recording import record  # isort: skip
+
 from convlens import metrics
 from convlens.several import runs as several
 from convlens.starting import asking
-from recording import record
 
 GOAL = 0.99
 

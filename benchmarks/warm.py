@@ -43,7 +43,9 @@ def warm(
     from convlens.starting import beginning
     from convlens.starting.preparing import prepare
     from convlens.stepping import graphs
+    from convlens.system import process
 
+    process.keep_freed_memory()
     device.prepare(deterministic=False)
     asked = recipes.load(name, ["train.compile=false", *changes])
     data = load(asked.data, memory_budget=device.memory_budget(on))

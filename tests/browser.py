@@ -20,11 +20,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROME = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 DRIVER = shutil.which("chromedriver")
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+
+
+def check_browser() -> None:
+    """Skip where there is no Chromium with its driver; fail there in continuous integration."""
+    if CHROME and DRIVER:
+        return
+    missing = "there is no chromium with chromedriver"
+    if os.environ.get("CI"):
+        pytest.fail(f"{missing}, and CI is set")
+    pytest.skip(missing)
 
 
 class Browser:

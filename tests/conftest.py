@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from convlens.system import process
+
+# Before torch is imported, as the command line does it.
+process.set_environment()
 # Two threads that wait for each other are slower than one on a shared machine, and tiny
 # networks have nothing to share.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -39,12 +39,12 @@ LEVEL = {name: level for level, entries in LEVELS.items() for name in entries}
 
 # What a module may do when it is imported, beyond making functions, classes and tables.
 AT_IMPORT = {
-    "data.decode": {"warnings.filterwarnings"},  # the process-wide filter is the only safe one
     "__main__": {"run"},
 }
 CALLS_AT_IMPORT = {
     "frozenset", "tuple", "range", "list", "Path", "TypeVar", "ParamSpec", "Field", "re.compile",
     "inspect.unwrap", "np.dtype", "datetime.timedelta",
+    "ContextVar",
     "MemorySemaphore",  # data.locks: bounds the memory of all threads together
     "typer.Typer", "typer.Option", "typer.Argument",
     # data.rules, for the table of augmentations

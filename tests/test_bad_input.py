@@ -165,7 +165,7 @@ def test_unreadable_images_are_left_out_if_asked() -> None:
     assert "4 unreadable images are skipped" in done.err
     facts = Run.load(done.json["run"])._folder.facts()
     assert facts["data"]["skipped"] == {
-        "cat/bomb.png": "more than 89 million pixels are refused",
+        "cat/bomb.png": "more than 89 million pixels are refused (60000 x 60000)",
         "cat/half.png": "the file is cut short",
         "dog/nil.png": "the file is empty (0 bytes)",
         "dog/text.png": "it is text, not an image",

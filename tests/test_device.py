@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import pytest
@@ -87,8 +87,8 @@ def test_a_gpu_that_is_busy_is_told_and_not_left_for_the_cpu(
     assert "--device cpu" in asked_for.value.fix
 
 
-def test_a_driver_that_is_too_old_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_with_a_driver_that_is_too_old_the_cpu_is_used_and_torch_warns(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def none() -> bool:
         warnings.warn(OLD, UserWarning, stacklevel=1)
@@ -96,13 +96,9 @@ def test_a_driver_that_is_too_old_is_told(
 
     monkeypatch.setattr(torch.cuda, "is_available", none)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert device.choose() == "cpu"
-    told = capsys.readouterr().err
-    assert "no GPU is used, as with --device cpu" in told
-    assert "The NVIDIA driver on your system is too old (found version 11040)\n" in told
-    assert len(told.splitlines()) == 1
+    with pytest.warns(UserWarning, match=r"The NVIDIA driver on your system is too old"):
+        assert device.choose() == "cpu"
     assert device.choose("cpu") == "cpu"
-    assert capsys.readouterr().err == ""
 
 
 def fast_bf16(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
@@ -265,10 +261,85 @@ def test_cpu_flags_are_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.describe("cpu")["cpu"] == "X"
 
 
-def test_determinism_is_switched_on_and_off() -> None:
-    try:
-        device.prepare(True)
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
+def settings() -> list[object]:
+    return [
+        torch.get_num_threads(),
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    ]
+
+
+@pytest.fixture
+def own_settings() -> Iterator[list[object]]:
+    """A program that has chosen 3 threads and benchmark mode, in a container of 2 cores."""
+    before = settings()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        patch.setattr(device, "usable_cores", lambda: 2)
+        torch.set_num_threads(3)
+        torch.backends.cudnn.benchmark = True
+        yield settings()
+    torch.set_num_threads(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+    torch.use_deterministic_algorithms(before[2], warn_only=before[3])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_torch_settings_are_those_of_the_caller_again(
+    deterministic: bool, own_settings: list[object]
+) -> None:
+    torch.use_deterministic_algorithms(not deterministic, warn_only=not deterministic)
+    before = settings()
+    with device.preserve_torch_settings():
+        assert settings() == [2, *before[1:]]
+        device.prepare(deterministic)
+        assert settings() == [2, not deterministic, deterministic, False]
+        with device.preserve_torch_settings():
+            assert settings() == [2, not deterministic, deterministic, False]
+        assert settings() == [2, not deterministic, deterministic, False]
+    assert settings() == before
+
+
+def test_settings_are_restored_by_the_last_of_calls_that_overlap(
+    own_settings: list[object],
+) -> None:
+    """Two threads: the one that began first ends first, while the other still computes."""
+    first, second = device.preserve_torch_settings(), device.preserve_torch_settings()
+    first.__enter__()
+    device.prepare(False)
+    torch.backends.cudnn.benchmark = False
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings() == [2, False, False, False]
+    second.__exit__(None, None, None)
+    assert settings() == own_settings
+
+
+def test_random_generators_are_those_of_the_caller_again() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3).tolist()
+    torch.manual_seed(1)
+    with device.preserve_rng():
+        device.seed_generators("cpu", 7)
+        torch.rand(5)
+    assert torch.rand(3).tolist() == expected
+
+
+def test_deterministic_training_on_cuda_needs_the_workspace_of_cublas(
+    monkeypatch: pytest.MonkeyPatch, own_settings: list[object]
+) -> None:
+    for config in (None, ":4096:2"):
+        if config is not None:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
+        else:
+            monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        with pytest.raises(UsageError, match="needs CUBLAS_WORKSPACE_CONFIG") as error:
+            device.prepare(True, "cuda:1")
+        assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in error.value.fix
+        device.prepare(False, "cuda")
+        device.prepare(True, "cpu")
         device.prepare(False)
-    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    device.prepare(True, "cuda")
+    assert torch.are_deterministic_algorithms_enabled()

@@ -433,7 +433,7 @@ def test_a_save_that_fails_is_tried_again(failures: int, monkeypatch: pytest.Mon
 
     told = list[str]()
     monkeypatch.setattr(keeping, "save", save)
-    monkeypatch.setattr(keeping, "say", told.append)
+    monkeypatch.setattr(keeping, "print_status", told.append)
     if failures == 3:
         with pytest.raises(ResourceError, match="can't write: Stale file handle"):
             finish(tiny(*EVERYTHING), "away")

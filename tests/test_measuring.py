@@ -20,7 +20,7 @@ from convlens.inspection.measuring import Measurements, measure
 from convlens.inspection.sampling import sample
 from convlens.inspection.subjects import Subject, open_subject
 from convlens.showing import measures as showing_measures
-from convlens.system.console import console
+from convlens.system.console import is_quiet
 
 RUN = {"data": {"name": "digits"}, "model": {"name": "cnn", "widths": [4, 8], "depth": 1}}
 OUT = Path("plots")
@@ -235,4 +235,4 @@ def test_nothing_is_printed_when_quiet_and_python_has_it(
     )  # fmt: skip
     assert capsys.readouterr() == ("", "")
     assert measuring.NAMES[-1] == "similarity"
-    assert not console().quiet
+    assert not is_quiet()

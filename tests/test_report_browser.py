@@ -1,4 +1,4 @@
-"""The report in a real browser; skipped where there is no Chromium with its driver."""
+"""The report in a real browser; skipped without one, but not in continuous integration."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 import convlens
-from browser import CHROME, DRIVER, Browser, browser
+from browser import Browser, browser, check_browser
 from commands import pictures
 
-pytestmark = pytest.mark.skipif(
-    not (CHROME and DRIVER), reason="there is no chromium with chromedriver"
-)
 NAMES = ("<script>alert(1)<", '"quoted" \'n $x$ &amp;', "قطة", "long " * 30 + "end")
 DESK, PHONE = (1280, 900), (390, 844)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def browser_is_there() -> None:
+    check_browser()
 
 
 @pytest.fixture(scope="module")

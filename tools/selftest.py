@@ -38,7 +38,7 @@ from convlens.errors import ConvlensError, ResourceError, UsageError
 from convlens.formats import modelfile
 from convlens.recipe import load
 from convlens.run import RunFolder
-from convlens.system.console import progress, say
+from convlens.system.console import print_status, progress
 
 # Uses everything in a training that is random, averaged, selected or counted.
 RECIPE: dict[str, Any] = {
@@ -120,7 +120,7 @@ def kill_and_resume(
     with tempfile.TemporaryDirectory(prefix="convlens-selftest-") as root:
         whole = _Training(Path(root) / "whole", processes)
         first_file, end = whole.run_to_end()
-        say(f"uninterrupted run: {end:.1f} s (first file after {first_file:.1f} s)")
+        print_status(f"uninterrupted run: {end:.1f} s (first file after {first_file:.1f} s)")
         moments = [random.Random(f"{seed} {n}") for n in range(kills)]
         found = []
         with progress("kills", kills) as bar, ThreadPoolExecutor(jobs) as pool:
@@ -133,7 +133,9 @@ def kill_and_resume(
                     kill = done.result()
                     found.append(kill)
                     result = "; ".join(kill.differences) or "the same bits"
-                    say(escape(f"killed after {kill.after:.2f} s ({kill.saved}): {result}"[:600]))
+                    print_status(
+                        escape(f"killed after {kill.after:.2f} s ({kill.saved}): {result}"[:600])
+                    )
                     bar.advance()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -380,7 +382,7 @@ def main() -> int:
         sys.exit(str(error))
     if options.json:
         print(json.dumps(score.to_dict()))
-    say(f"[bold]{score.same}/{options.kills}[/] ended with the same bits")
+    print_status(f"[bold]{score.same}/{options.kills}[/] ended with the same bits")
     return 0 if score.same == options.kills else 1
 
 

@@ -11,6 +11,7 @@ from convlens import device, engine, recipe
 from convlens.data import Data, Split
 from convlens.data.rows import ArrayRows
 from convlens.starting.preparing import prepare
+from convlens.system import process
 from turns import Row, Turns, serve
 
 EPOCHS = 100_000
@@ -36,6 +37,7 @@ def train(row: Row, variant: str, turns: Turns) -> None:
             },
         }
     )
+    process.keep_freed_memory()
     device.prepare(deterministic=False)
     setup = prepare(asked, _data(row), "cpu")
     row.check(sum(p.numel() for p in setup.trained.parameters() if p.requires_grad))

@@ -7,27 +7,25 @@ because part of it is chosen by timing.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import os
 import platform
-import warnings
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from torch import Tensor
 
 from convlens.errors import ResourceError, UsageError
 from convlens.system import ranks
-from convlens.system.console import say
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# The two of cuBLAS's workspaces with which it is deterministic, and torch says so.
+CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
@@ -92,11 +90,8 @@ def choose(asked: str | None = None) -> str:
         ResourceError: there is a GPU, but it can't be used now.
     """
     if asked is None or asked == "auto":
-        with warnings.catch_warnings(record=True) as said:
-            there = torch.cuda.is_available()
-        for each in said:  # of a driver that is too old
-            say(escape(f"no GPU is used, as with --device cpu: {each.message}".partition(". ")[0]))
-        if not there:  # (Apple's one GPU is not for several processes.)
+        # (Apple's one GPU is not for several processes.) Of a driver that is too old torch warns.
+        if not torch.cuda.is_available():
             return "mps" if torch.backends.mps.is_available() and ranks.size() == 1 else "cpu"
         try:
             gpu = _own_gpu("cuda")
@@ -237,42 +232,140 @@ def seed_generators(device: str, seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def prepare(deterministic: bool) -> None:
-    """Sets threads to the cores this process may use, and determinism if asked for."""
+def prepare(deterministic: bool, on: str = "cpu") -> None:
+    """Set the number of threads and torch's choice of algorithms for a training on device `on`.
+
+    These are settings of the whole process: call it inside `preserve_torch_settings`.
+
+    Raises:
+        UsageError: deterministic training on CUDA without the environment that cuBLAS needs.
+    """
     use_cores()
-    if deterministic:
-        # cuBLAS reads this once, when its first handle is made.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    config = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if deterministic and on.startswith("cuda") and config not in CUBLAS_DETERMINISTIC:
+        raise UsageError(
+            "deterministic training on CUDA needs CUBLAS_WORKSPACE_CONFIG in the environment "
+            f"(it is {config or 'not set'})",
+            fix="set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts, as the command line "
+            "does; or train without train.deterministic",
+        )
     # Even switching it off imports torch's compiler, which takes seconds.
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def use_cores() -> None:
-    """Sets threads to the cores this process may use, and keeps freed memory: for any computing."""
-    keep_freed_memory()
-    cores = max(1, usable_cores() // ranks.local_size())
-    # torchrun itself sets one thread a process.
-    many = torch.get_num_threads() > cores or ranks.local_size() > 1
-    if many and not ranks.threads_chosen():
-        torch.set_num_threads(cores)
+class _TorchSettings:
+    """Torch's process-wide settings as they were before the first of the calls that compute now.
 
-
-@functools.cache
-def keep_freed_memory() -> bool:
-    """Tells glibc to keep freed memory for the next step instead of giving it back.
-
-    By default every tensor above 128 KB to 32 MB is mapped and unmapped anew, and each of its
-    pages faulted in again, in every step: a hundred times the page faults, and up to a quarter of
-    a small network's time on a CPU (BENCHMARKS.md). Nothing to do on other C libraries.
+    Calls may overlap in several threads without ending in the order in which they began, so that
+    each restoring what it found would leave another one's settings behind.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
-    asked = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20))
-    return all(mallopt(option, value) == 1 for option, value in asked)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._restore: list[Callable[[], None]] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            self._calls += 1
+            if self._calls == 1:
+                self._restore = self._saved()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._calls -= 1
+            if not self._calls:
+                for restore in self._restore:
+                    restore()
+
+    @staticmethod
+    def _saved() -> list[Callable[[], None]]:
+        """Functions that set back what differs by then."""
+        threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+
+        def restore_threads() -> None:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+        def restore_algorithms() -> None:
+            torch.backends.cudnn.benchmark = benchmark
+            if torch.are_deterministic_algorithms_enabled() != deterministic:
+                torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+        def restore_device() -> None:
+            # Under torchrun the process is ours, and NCCL goes by its current device.
+            if ranks.size() == 1 and torch.cuda.is_initialized():
+                torch.cuda.set_device(current)
+
+        return [restore_threads, restore_algorithms, restore_device]
+
+
+_settings = _TorchSettings()
+
+
+@contextlib.contextmanager
+def preserve_torch_settings(on: str | None = None) -> Iterator[None]:
+    """Compute inside with the threads of `num_threads`, and restore the caller's settings after.
+
+    Restored are the number of threads, cuDNN's benchmark mode, deterministic algorithms and the
+    current CUDA device. All of them belong to the process: other threads that compute meanwhile
+    see them changed.
+
+    Args:
+        on: makes this CUDA device the current one inside.
+    """
+    _settings.enter()
+    try:
+        use_cores()
+        if on is not None and on.startswith("cuda:"):
+            torch.cuda.set_device(on)
+        yield
+    finally:
+        _settings.leave()
+
+
+@contextlib.contextmanager
+def preserve_rng() -> Iterator[None]:
+    """Restore the states of torch's global random generators: the CPU's, and of all GPUs.
+
+    Training seeds them in every step, since that is what dropout draws from.
+    """
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        elif torch.cuda.is_initialized():  # meanwhile: with the seed that they would have had
+            torch.cuda.manual_seed_all(torch.initial_seed())
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+def num_threads() -> int:
+    """Threads to compute with: torch's number, but at most the cores that this process may use.
+
+    What the user set by OMP_NUM_THREADS stays. Processes of a machine share its cores evenly.
+    """
+    threads, cores = torch.get_num_threads(), max(1, usable_cores() // ranks.local_size())
+    # torchrun itself sets one thread a process.
+    adapt = threads > cores or ranks.local_size() > 1
+    return cores if adapt and not ranks.threads_chosen() else threads
+
+
+def use_cores() -> None:
+    """Set torch's number of threads, a setting of the whole process, to `num_threads`."""
+    threads = num_threads()
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 def usable_cores() -> int:
@@ -333,7 +426,7 @@ def describe(device: str) -> dict[str, Any]:
         "device": device,
         "cpu": named[0] if named else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "threads": num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.system(),

@@ -69,6 +69,8 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.device = device
         self.verbose = verbose
 
+    @device.preserve_torch_settings()
+    @device.preserve_rng()
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> ImageClassifier:  # noqa: N803
         """Trains on images `X` with labels `y` (anything that can be sorted); returns self."""
         images, targets = self._images(X), column_or_1d(y, warn=True)
@@ -96,7 +98,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         with quieted(not self.verbose), tempfile.TemporaryDirectory() as folder:
             place = RunFolder(Path(folder) / "run", Path(folder) / "plots")
             where = device.choose(self.device)
-            device.prepare(recipe.train.deterministic)
+            device.prepare(recipe.train.deterministic, where)
             setup = prepare(recipe, data, where)
             with place.lock():
                 training.run_to_end(setup, place, quiet=not self.verbose)

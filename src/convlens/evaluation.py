@@ -27,7 +27,7 @@ from convlens.inference import Answers, placed, split_answers
 from convlens.names import alike, pick
 from convlens.run import Loaded, RunFolder
 from convlens.stepping.together import answered
-from convlens.system.console import progress, quieted, say
+from convlens.system.console import print_status, progress, quieted
 
 SPLITS = ("test", "val", "train")
 
@@ -84,6 +84,7 @@ class Evaluation:
         )
 
 
+@device.preserve_torch_settings()
 def evaluate(
     place: RunFolder,
     split: str = "test",
@@ -342,10 +343,10 @@ def _augmented(
 
 def _tell(result: Evaluation) -> None:
     low, high = result.interval95
-    say(
+    print_status(
         f"{result.split} accuracy [bold]{result.accuracy:.2%}[/] "
         f"(95% interval {low:.2%} to {high:.2%}, n = {result.n:,}), loss {result.loss:.4f}, "
         f"calibration error {result.ece:.3f}"
     )
     if result.tta is not None:
-        say(result.tta_sentence())
+        print_status(result.tta_sentence())

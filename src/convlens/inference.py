@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,15 +23,15 @@ from torch import Tensor, nn
 
 from convlens import metrics
 from convlens.data.batches import Labelled, Prepare, Rows
-from convlens.device import MEMORY_FORMATS, Plan, choose, synchronise, use_cores
+from convlens.device import MEMORY_FORMATS, Plan, choose, synchronise
 from convlens.stepping import memory
-from convlens.system.console import say
+from convlens.system.console import print_status
 from convlens.views import Views, averaged
 
 # The most that input and output of a network's largest layer may take for one batch, in bytes (a
 # few other tensors of that size come and go beside them), and the most images in one. On a CPU
 # small networks are a fifth faster by 4096 than by 256, but lose half their speed to page faults
-# where freed memory isn't kept (`device.keep_freed_memory`); of larger ones 256 MiB hold enough
+# where freed memory isn't kept (`process.keep_freed_memory`); of larger ones 256 MiB hold enough
 # images for all of their speed.
 ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 30}
 LARGEST = 4096
@@ -42,7 +43,6 @@ READ, MOST_READ = 1 << 22, 4096  # bytes and images that are read at once where 
 
 def placed(model: nn.Module, on: str | None) -> Plan:
     """Moves `model` to the device asked for (by default the best); returns the plan it runs by."""
-    use_cores()
     plan = Plan(choose(on), "fp32", "contiguous")
     plan.place(model)
     return plan
@@ -187,7 +187,7 @@ class Forward:
         self.batch_size = failed // 2
         if self.plan.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        say(f"out of memory with {failed} images at once: going on with {self.batch_size}")
+        print_status(f"out of memory with {failed} images at once: going on with {self.batch_size}")
 
 
 class _FormatTrial:
@@ -279,11 +279,12 @@ def _read(rows: Rows) -> Iterator[Tensor]:
     size = 1 << (fit.bit_length() - 1)  # a power of two, as the batches are
     parts = torch.arange(count).split(size)
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(rows.gather, parts[0])
+        # With this thread's context: what is quiet here is quiet there.
+        coming = reader.submit(copy_context().run, rows.gather, parts[0])
         for following in [*parts[1:], None]:
             images = coming.result()
             if following is not None:
-                coming = reader.submit(rows.gather, following)
+                coming = reader.submit(copy_context().run, rows.gather, following)
             yield images
 
 

@@ -21,7 +21,7 @@ from convlens.data.scanning import Scanner, printable
 from convlens.errors import DataError, UsageError
 from convlens.inference import Forward, placed, probabilities
 from convlens.run import Loaded
-from convlens.system.console import progress, quieted, say
+from convlens.system.console import print_status, progress, quieted
 
 TASK = 16  # files that a thread decodes in a row: handing over a task costs as much as a small one
 BATCH, BYTES = 256, 1 << 23  # the most images in a lot, and their bytes; two lots are read ahead
@@ -100,7 +100,7 @@ def _inside(folder: str) -> list[str]:
     odd = [path for path in below.odd if is_image_name(os.path.basename(path))]
     links = len(below.odd) - len(odd)
     if links:
-        say(escape(f"{printable(folder)}: {links} links to nothing were left out"))
+        print_status(escape(f"{printable(folder)}: {links} links to nothing were left out"))
     return sorted([*below.images, *odd, *below.closed])
 
 
@@ -128,18 +128,28 @@ def predict(
     An unreadable file gives a `Prediction` with `error` set; the others are done all the same.
     """
     chosen = views.chosen(tta)
+    with device.preserve_torch_settings():
+        plan = placed(loaded.model, loaded.where(on))
     forward = Forward(
-        loaded.model, loaded.preprocessing.normalise, placed(loaded.model, loaded.where(on)),
-        views=chosen, total=len(inputs), free=loaded.free,
-    )  # fmt: skip
+        loaded.model,
+        loaded.preprocessing.normalise,
+        plan,
+        views=chosen,
+        total=len(inputs),
+        free=loaded.free,
+    )
     k = min(max(top_k, 1), len(loaded.classes))
     if chosen is not None:
         with quieted(quiet):
-            say(f"tta answers are the mean over the views of {tta!r}; label and prob are plain")
+            print_status(
+                f"tta answers are the mean over the views of {tta!r}; label and prob are plain"
+            )
     with progress("predicting", len(inputs), shown=not quiet) as bar:
         for batch in _read(inputs, loaded):
             good = [image for _, image, _ in batch if image is not None]
-            plain, mean = _probabilities(good, loaded, forward)
+            # Not around the loop: the caller computes between two of these answers.
+            with device.preserve_torch_settings(plan.device):
+                plain, mean = _probabilities(good, loaded, forward)
             top, beside = _top(plain, k, loaded), iter(_top(mean, k, loaded))
             for filename, image, error in batch:
                 if image is None:
@@ -217,6 +227,7 @@ def _probabilities(
     return plain, probabilities(torch.cat(beside)) if beside else none
 
 
+@device.preserve_torch_settings()
 def all_probabilities(loaded: Loaded, images: np.ndarray, *, on: str | None = None) -> np.ndarray:
     """Probabilities float64 `[N, classes]` for images as `predict` takes them."""
     plan, normalise = placed(loaded.model, loaded.where(on)), loaded.preprocessing.normalise

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from convlens import device, models
@@ -249,7 +250,8 @@ def load_model(path: Path) -> Loaded:
         classes = tuple(card["classes"])
         name, options = card["model"]["name"], card["model"]["options"]
         shape = preprocessing.channels, preprocessing.image_size
-        model = models.build(name, len(classes), *shape, options)
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+            model = models.build(name, len(classes), *shape, options)
         models.load(model, tensors)
     except (KeyError, TypeError, RuntimeError, UsageError) as error:
         reason, version = " ".join(str(error).split())[:160], card.get("convlens", "?")

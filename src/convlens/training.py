@@ -9,7 +9,7 @@ decides to log, validate, keep the best weights, save and stop.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -28,13 +28,15 @@ from convlens.starting import planning, weights
 from convlens.starting.checking import check
 from convlens.starting.preparing import Setup, prepare
 from convlens.system import files
-from convlens.system.console import say, table, watch
+from convlens.system.console import print_status, table, watch
 from convlens.system.interrupts import Flag, flagged
 from convlens.version import __version__
 
 LEAST_BYTES = 20  # for each weight: in the model file, and with a moment in each of two states
 
 
+@device.preserve_torch_settings()
+@device.preserve_rng()
 def train(
     recipe: Recipe,
     *,
@@ -71,16 +73,20 @@ def train(
     if extend:
         world.broadcast(lambda: extending.extend(place, recipe))
     if world.broadcast(lambda: place.finished):
-        say(f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)")
+        print_status(
+            f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)"
+        )
     else:
         check(recipe)
         if fresh:
-            say(f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it")
+            print_status(
+                f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it"
+            )
         if not world.broadcast(place.facts):
             weights.expect(recipe.model)
         where = device.choose(on)
         planning.check(recipe, where, world.size)
-        device.prepare(recipe.train.deterministic)
+        device.prepare(recipe.train.deterministic, where)
         budget = device.memory_budget(where)
         with world.local_rank_zero_first():
             data = load(recipe.data, memory_budget=budget)
@@ -174,7 +180,9 @@ def run_to_end(
     steps = len(setup.feed.batches)
     done = (setup.position.epoch - 1) * steps + setup.position.step
     if done:
-        say(f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps")
+        print_status(
+            f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps"
+        )
     at = setup.position
     unended = replace(at)  # the epoch at its last step
     with (
@@ -194,7 +202,8 @@ def run_to_end(
                 seconds, cpu_seconds = clock.read()
                 row = _validate(setup, record, flag, seconds=seconds)
                 if row is None:  # who takes the run up validates first
-                    vars(at).update(vars(unended))
+                    for each in fields(at):
+                        setattr(at, each.name, getattr(unended, each.name))
                 else:
                     row["data_seconds"], at.data_seconds = at.data_seconds, 0.0
                     row["cpu_seconds"] = world.all_reduce_sum(cpu_seconds)
@@ -287,8 +296,8 @@ def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
     at = setup.position
     over = at.epoch > setup.epochs
     where = "after the last epoch" if over else f"in epoch {at.epoch} after {at.step} steps"
-    say(f"stopped {where}; all of it is kept in {place.path}")
-    say("the same command goes on from here")
+    print_status(f"stopped {where}; all of it is kept in {place.path}")
+    print_status("the same command goes on from here")
     setup.world.barrier()  # torchrun ends the others when the first has ended; all is saved now
     if flag.interrupted:
         raise KeyboardInterrupt

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import faulthandler
-import gc
 import io
 import os
 import signal
@@ -26,8 +24,8 @@ from convlens.cli import basics, inside, judging
 from convlens.cli.shared import app
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
 from convlens.names import pick
-from convlens.system import ranks
-from convlens.system.console import console, say
+from convlens.system import process, ranks
+from convlens.system.console import console, status_handler
 from convlens.system.interrupts import Terminated, stoppable
 from convlens.version import __version__
 
@@ -76,6 +74,7 @@ def run() -> NoReturn:
     Python frees a million objects one by one before it ends, for 0.6 s of each command. What else
     it does then is done here: waiting for threads, exit handlers, emptying the streams.
     """
+    process.set_up()
     try:
         main()
     except SystemExit as end:
@@ -103,18 +102,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     typer itself ends with 2 for a wrong option, with 130 for Ctrl-C, and with 1 where nobody reads
     what is printed any more.
     """
-    # Importing torch makes a million objects that stay: searching them for garbage again and again
-    # is a twentieth of the time that it takes.
-    gc.set_threshold(50_000)
     if ranks.rank() > 0:  # of several processes the first one speaks
         sys.stdout = io.StringIO()
     elif isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files need not be text: half characters are written as \udcff, also in JSON.
         sys.stdout.reconfigure(errors="backslashreplace")
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be anything
-        faulthandler.enable()  # a crash in somebody's C code says where it was
     try:
-        with stoppable():
+        with stoppable(), status_handler():
             app(args=arguments)
     except Terminated as signalled:
         _end(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))
@@ -190,10 +184,12 @@ def _fail_with_others(error: ConvlensError) -> NoReturn:
 
 
 def _show(error: ConvlensError) -> None:
+    """Print the error on stderr, whichever rank this is: the first one that fails calls this."""
     label = "stopped" if isinstance(error, Stopped | Diverged) else "error"
-    say(f"[bold red]{label}:[/] {escape(error.what)}")
+    show = console().print
+    show(f"[bold red]{label}:[/] {escape(error.what)}")
     if error.where:
-        say(f"  where: {escape(error.where)}")
+        show(f"  where: {escape(error.where)}")
     if error.fix:
-        say(f"  do:    {escape(error.fix)}")
+        show(f"  do:    {escape(error.fix)}")
     console().file.flush()

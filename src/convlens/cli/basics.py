@@ -18,7 +18,7 @@ from convlens.cli.shared import (
     listed,
     print_json,
 )
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 if TYPE_CHECKING:
     from convlens.data.audit import Audit
@@ -132,7 +132,7 @@ def predict(
     named = [line.strip() for line in sys.stdin if line.strip()] if "-" in asked else []
     files = prediction.expand([*(path for path in asked if path != "-"), *named])
     if not files:
-        say("nothing to predict: no file was named on stdin")
+        print_status("nothing to predict: no file was named on stdin")
     answers = prediction.predict(loaded, files, top_k=top, tta=tta, on=device)
     failed = write(answers, top, tta is not None)
     if failed:

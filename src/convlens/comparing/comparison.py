@@ -25,7 +25,7 @@ from convlens.evaluation import SPLITS, Judged, judged_by, look
 from convlens.formats import modelfile
 from convlens.names import pick
 from convlens.run import Loaded, RunFolder
-from convlens.system.console import quieted, say
+from convlens.system.console import print_status, quieted
 
 NAMED = 3  # runs in the name of the folder of plots
 
@@ -73,6 +73,7 @@ class _Entrant:
         return seedless(modelfile.recipe_of(self.known.card))
 
 
+@device.preserve_torch_settings()
 def compare(
     names: Sequence[str | Path | RunFolder],
     split: str = "test",
@@ -213,7 +214,7 @@ def _differing(entrants: Sequence[_Entrant]) -> str:
 def _measured(entrant: _Entrant, split: str, where: str) -> Candidate:
     place = entrant.place
     loaded = run.load_model(place.model_path)
-    say(f"[bold]{escape(place.name)}[/]")
+    print_status(f"[bold]{escape(place.name)}[/]")
     result = look(place, loaded, entrant.judged, split, where, draw=False)
     pre = loaded.preprocessing
     shape = (pre.channels, pre.image_size, pre.image_size)

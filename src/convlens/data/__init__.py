@@ -21,7 +21,7 @@ from convlens.data.parts import Part, Source
 from convlens.data.rows import Conversion, as_index
 from convlens.data.sources import find
 from convlens.errors import DataError
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 if TYPE_CHECKING:
     from convlens.schema import DataConfig
@@ -71,7 +71,7 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
     asked_size = None if config.image_size == "auto" else int(config.image_size)
     source = find(config.name, count=config.count, image_size=asked_size, group=config.group)
     for note in source.notes:
-        say(escape(f"{source.name}: {note}"))
+        print_status(escape(f"{source.name}: {note}"))
     conversion = _conversion(config, source.parts["train"])
     parts = parts_of(config, source)
     opened = {s: open_part(part, conversion, memory_budget) for s, part in parts.items()}
@@ -131,7 +131,7 @@ def load_foreign(
     """
     source = find(name, image_size=image_size, tested=tested)
     for note in source.notes:
-        say(escape(f"{source.name}: {note}"))
+        print_status(escape(f"{source.name}: {note}"))
     alone = len(source.parts) == 1
     part = next(iter(source.parts.values())) if alone else source.parts.get(split)
     if part is None:
@@ -144,7 +144,7 @@ def load_foreign(
     _refuse_unreadable({split: opened}, f"replace them, or move them out of the set{lists}")
     known = learned_from(run, opened) if run is not None else 0
     if known:
-        say(
+        print_status(
             escape(f"{source.name}: {known:,} of {len(opened.good):,} images are among those ")
             + "that the model was trained on (the same files): they test what it remembers"
         )
@@ -207,7 +207,7 @@ def _tell_copies(listing: Listing, asked: str, name: str) -> None:
     harm = {"in more than one split": copies.across_splits, "under two labels": copies.two_labels}
     told = ", ".join(f"{count:,} {what}" for what, count in harm.items() if count)
     if told:
-        say(escape(f"{name}: images that are there more than once: {told} "
+        print_status(escape(f"{name}: images that are there more than once: {told} "
                    f"(`convlens data {asked}` lists them)"))  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def _skipped(opened: dict[str, Opened], source: Source, config: DataConfig) -> d
         )
     skipped = {o.part.ids[i]: reason for o in opened.values() for i, reason in o.bad.items()}
     if skipped:
-        say(escape(f"{source.name}: {len(skipped)} unreadable images are skipped"))
+        print_status(escape(f"{source.name}: {len(skipped)} unreadable images are skipped"))
     return skipped
 
 

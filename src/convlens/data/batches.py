@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -218,13 +219,14 @@ class Batches:
         if self.shards:
             self.shards.coming(parts[:ahead])
         with ThreadPoolExecutor(max_workers=1) as reader:
-            coming = reader.submit(self.rows.gather, parts[0])
+            # With this thread's context: what is quiet here is quiet there.
+            coming = reader.submit(copy_context().run, self.rows.gather, parts[0])
             for number, following in enumerate([*parts[1:], None], ahead):
                 if self.shards:
                     self.shards.coming(parts[number : number + 1])
                 images = coming.result()
                 if following is not None:
-                    coming = reader.submit(self.rows.gather, following)
+                    coming = reader.submit(copy_context().run, self.rows.gather, following)
                 yield send(images, self.plan.device)
 
 

@@ -44,7 +44,7 @@ from convlens.data.rows import (
     StoredRows,
     sums_of,
 )
-from convlens.system.console import progress, say
+from convlens.system.console import print_status, progress
 from convlens.system.files import (
     CorruptError,
     add_checksum,
@@ -181,7 +181,9 @@ def _without_store(
 ) -> Decoded:
     fits = int(np.prod(shape)) <= memory_budget
     then = "kept in memory" if fits else "decoded again whenever they are needed, which is slow"
-    say(f"no cache of decoded images ({why}); they are {then}. $CONVLENS_CACHE names another place")
+    print_status(
+        f"no cache of decoded images ({why}); they are {then}. $CONVLENS_CACHE names another place"
+    )
     if fits:
         images = np.zeros(shape, np.uint8)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-import warnings
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +37,10 @@ EXTENSIONS = frozenset({
 FITS = ("crop", "pad", "stretch")
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn
+TOO_LARGE = f"more than {MAX_PIXELS // 10**6} million pixels are refused"
 MAX_BYTES = 1 << 29
 # Of all threads together, where images are large: each takes up to 16 bytes a pixel.
 _DECODE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
-
-# Up to twice that, Pillow only warns; a bomb must never get as far as its decoder.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 _GREY = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
@@ -221,12 +219,33 @@ def _check(size: int | None, channels: int, fit: str) -> None:
 
 
 def _open(content: bytes, name: str) -> ImageFile.ImageFile:
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        reason = f"{width} x {height} pixels; more than {MAX_PIXELS // 10**6} million are refused"
-        raise UnreadableImage(name or "(bytes)", reason)
-    return image
+    """Read the header of an image, as `Image.open` does, but with a limit of our own.
+
+    Pillow's limit is a setting of the whole process. Up to twice that limit it only warns, and a
+    filter that makes an error of the warning would be another one.
+    """
+    file = io.BytesIO(content)
+    Image.preinit()
+    for kind in FORMATS:
+        if kind not in Image.OPEN:
+            Image.init()  # loads the rarer formats, too, which takes a while
+        if kind not in Image.OPEN:  # this build of Pillow doesn't have it
+            continue
+        factory, accept = Image.OPEN[kind]
+        try:
+            accepted = accept is None or accept(content[:16])
+            # A text says why this build of Pillow can't read the format.
+            if not accepted or isinstance(accepted, str):
+                continue
+            file.seek(0)
+            image = factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # it is of another format
+            continue
+        for width, height in (image.size, getattr(image, "_tile_size", image.size)):
+            if width * height > MAX_PIXELS:
+                raise UnreadableImage(name or "(bytes)", f"{TOO_LARGE} ({width} x {height})")
+        return image
+    raise UnidentifiedImageError
 
 
 def _orientation(image: Image.Image) -> int:
@@ -341,8 +360,8 @@ def _why(error: Exception, content: bytes = b"") -> str:
             return "it is a web page or XML, not an image"
         readable = head and all(byte in b"\t\r\n\f" or byte >= 32 for byte in head)
         return "it is text, not an image" if readable else "not an image in a known format"
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"more than {MAX_PIXELS // 10**6} million pixels are refused"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return TOO_LARGE
     if isinstance(error, EOFError) or "truncat" in text.lower():
         return "the file is cut short"
     if isinstance(error, OSError) and error.strerror:

@@ -18,7 +18,7 @@ from pathlib import Path
 from convlens.data.fetching import DownloadError, fetch
 from convlens.data.locks import interprocess_lock
 from convlens.errors import DataError
-from convlens.system.console import say
+from convlens.system.console import print_status
 from convlens.system.files import cannot_write, remove_stale_temp_files, write_atomic
 
 MOST_MEMBER = 1 << 30  # bytes of an unpacked file; the largest of the sets has 221 MB
@@ -203,7 +203,7 @@ def _get(name: str, its: Set, archive: Archive, folder: Path) -> None:
             _unpack(path, archive, folder)
         finally:
             path.unlink(missing_ok=True)
-        say(f"downloaded and checked {archive.file} for {name}")
+        print_status(f"downloaded and checked {archive.file} for {name}")
         return
     raise DownloadError("; ".join(failures))
 

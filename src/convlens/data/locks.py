@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from convlens.errors import ResourceError
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def interprocess_lock(path: Path, what: str, *, timeout_s: float = 3600) -> Iter
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"waiting: another process is {what}")
+        print_status(f"waiting: another process is {what}")
         try:
             lock.acquire(timeout=timeout_s)
         except Timeout:

@@ -28,7 +28,7 @@ from convlens.data.locks import interprocess_lock
 from convlens.data.reading import Reader
 from convlens.data.tars import read_samples
 from convlens.errors import DataError, ResourceError
-from convlens.system.console import progress, say
+from convlens.system.console import print_status, progress
 from convlens.system.files import (
     CorruptError,
     add_checksum,
@@ -193,7 +193,9 @@ def index_of(paths: Sequence[str]) -> tuple[Index, Numbers]:
                 _keep(index, place)
             return index, times
     except OSError as error:
-        say(f"no cache for the index of shards ({place.parent}: {error.strerror or error})")
+        print_status(
+            f"no cache for the index of shards ({place.parent}: {error.strerror or error})"
+        )
         return _made(paths), times
 
 
@@ -239,7 +241,7 @@ def _keep(index: Index, place: Path) -> None:
     try:
         write_atomic(place, add_checksum(save(arrays, {"facts": facts})))
     except ResourceError as error:
-        say(f"the index of these shards could not be kept ({error.what})")
+        print_status(f"the index of these shards could not be kept ({error.what})")
 
 
 def _kept(place: Path) -> Index | None:

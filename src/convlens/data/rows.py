@@ -26,7 +26,7 @@ from convlens.data.encoded import Files, refuse_passing
 from convlens.data.parts import Images
 from convlens.data.reading import Reader
 from convlens.errors import DataError
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 Shape = tuple[int, int, int, int]
 Sums = npt.NDArray[np.uint32]
@@ -243,8 +243,10 @@ class StoredRows:
         path = self._records.path
         if not self._told:
             self._told = True
-            say(f"the cache of decoded images is damaged ({escape(str(path))}): what is damaged "
-                "is decoded again, and the cache made anew at the next start")  # fmt: skip
+            print_status(
+                f"the cache of decoded images is damaged ({escape(str(path))}): what is damaged "
+                "is decoded again, and the cache is rebuilt at the next start"
+            )
             with contextlib.suppress(OSError):
                 path.unlink()
         wanted = as_index(numbers[damaged])

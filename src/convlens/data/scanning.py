@@ -13,7 +13,7 @@ from rich.markup import escape
 from convlens.data.encoded import ITS_OWN
 from convlens.data.parts import is_image_name
 from convlens.errors import DataError
-from convlens.system.console import say
+from convlens.system.console import print_status
 from convlens.system.files import cannot_read
 
 JUNK_FOLDERS = frozenset({"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN"})
@@ -123,7 +123,7 @@ class Scanner:
         self._seen += more
         if time.monotonic() < self._due:
             return
-        say(escape(f"{self._root}: looking for images, {self._seen:,} files so far"))
+        print_status(escape(f"{self._root}: looking for images, {self._seen:,} files so far"))
         self._pause *= 2
         self._due = time.monotonic() + self._pause
 

@@ -49,6 +49,7 @@ class Diagnosis:
         return asdict(self)
 
 
+@device.preserve_torch_settings()
 def diagnose(place: RunFolder, *, on: str | None = None, quiet: bool = False) -> Diagnosis:
     """Puts every rule of `symptoms.RULES` to a run, finished or not.
 

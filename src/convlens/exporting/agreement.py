@@ -25,7 +25,7 @@ from convlens.errors import DataError, ModelFileError, UsageError
 from convlens.evaluation import own_data
 from convlens.inference import Forward, placed
 from convlens.run import Loaded, RunFolder
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 MAX_IMAGES = 500
 SINGLE_IMAGES = 8  # these are run in batches of one, too
@@ -167,7 +167,9 @@ def sample_images(run_dir: RunFolder, loaded: Loaded, data: str | None) -> tuple
             raise DataError("a model file on its own has no images")
         own = own_data(loaded, "cpu")
     except (DataError, UsageError) as error:
-        say(f"compared on drawn images, not on real ones: {error.what} (--data takes others)")
+        print_status(
+            f"compared on drawn images, not on real ones: {error.what} (--data takes others)"
+        )
         pre = loaded.preprocessing
         drawn = Drawn(MAX_IMAGES, pre.image_size)[np.arange(MAX_IMAGES)]
         fitted = fit_images(drawn, size=pre.image_size, channels=pre.channels, fit=pre.fit)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from convlens import run
+from convlens import device, run
 from convlens.errors import UsageError
 from convlens.exporting.agreement import NumericalCheck, ReferenceOutputs, sample_images
 from convlens.exporting.formats import FORMATS, capture, describe
@@ -19,7 +19,7 @@ from convlens.formats.onnxfile import require
 from convlens.names import pick
 from convlens.run import Loaded, RunFolder
 from convlens.system import files
-from convlens.system.console import quieted, say
+from convlens.system.console import print_status, quieted
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Export:
         return asdict(self)
 
 
+@device.preserve_torch_settings()
 def export(
     run_dir: RunFolder,
     to: Sequence[str] = ("onnx",),
@@ -99,7 +100,7 @@ def write_checked(
     proof = reference.check(form.load(content, str(target)), str(target))
     files.remove_stale_temp_files(target.parent, [target.name], alone=False)
     files.write_atomic(target, content)
-    say(f"{name}: {escape(proof.sentence())}")
+    print_status(f"{name}: {escape(proof.sentence())}")
     shared = ("run", "source_sha256", "classes", "input", "outputs", "preprocessing")
     return Export(
         format=name,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convlens.device import use_cores
+from convlens.device import num_threads
 from convlens.errors import ModelFileError, UsageError
 from convlens.formats.modelfile import NO_HASH, digest_around
 from convlens.system.files import cannot_read
@@ -177,9 +177,8 @@ class OnnxNet(nn.Module):
         self.where, self.at_once = where, at_once
         runtime = require("onnxruntime")
         runtime.disable_telemetry_events()
-        use_cores()
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = num_threads()
         # Threads that wait for the next batch must not keep the decoder's from their cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4  # errors are raised, not printed

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from convlens import run
+from convlens import device, run
 from convlens.data.decode import EXTENSIONS, fit_images
 from convlens.errors import ModelFileError, UsageError
 from convlens.inference import batch_logits
 from convlens.inspection.subjects import Picture, Subject, choose_pictures, is_place, open_subject
 from convlens.picturing import worst_of
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 SAMPLE = 512  # held-out images among which examples are looked for
 EXAMPLES = 3  # classes that give one
@@ -40,6 +40,7 @@ class Opened:
     slugs: list[str]
 
 
+@device.preserve_torch_settings()
 def open_all(arguments: Sequence[str], *, on: str | None = None, examples: bool = True) -> Opened:
     """Opens the networks among the arguments and chooses the images that the others name.
 
@@ -166,7 +167,7 @@ def example_pictures(subject: Subject) -> list[Picture]:
         [batch_logits(subject.model, part, normalise, subject.plan) for part in pixels.split(128)]
     ).cpu()
     places = telling(logits.double().softmax(1).nan_to_num(0).numpy(), labels.numpy(), EXAMPLES)
-    say(
+    print_status(
         f"no images named: of {len(index):,} {held} images one that {subject.name} gets right of "
         f"each of {EXAMPLES} classes, and its surest mistake"
     )

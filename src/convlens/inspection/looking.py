@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from convlens import device
 from convlens.errors import UsageError
 from convlens.inspection import (
     activity,
@@ -26,7 +27,7 @@ from convlens.inspection.choosing import Opened, file_names
 from convlens.inspection.drawing import CHANNELS, draw_activations, pack, save, truth
 from convlens.inspection.subjects import Subject
 from convlens.names import pick
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 KERNELS = 48  # channels shown of a deeper layer's kernels: a row each
 ROWS = 16  # channels shown with their strongest images
@@ -175,6 +176,7 @@ class Look:
         }
 
 
+@device.preserve_torch_settings()
 def look(opened: Opened, options: Options) -> Look:
     """Draws everything asked for into the opened folder, with the raw arrays beside.
 
@@ -300,4 +302,6 @@ def _images(found: Look, subject: Subject, ending: str, options: Options) -> Non
         figure = dreaming.figure(made)
         found.files += [save(figure, path), pack(path, arrays)]
     if wanted and split is None:
-        say(f"{subject.name} has no data of its own: name a set with --data to compare with")
+        print_status(
+            f"{subject.name} has no data of its own: name a set with --data to compare with"
+        )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from convlens import device
 from convlens.errors import UsageError
 from convlens.inspection.measures import MEASURES
 from convlens.inspection.sampling import Sample, sample
@@ -57,6 +58,7 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in NAMES if not names or name in names)
 
 
+@device.preserve_torch_settings()
 def measure(
     subjects: Sequence[Subject],
     names: Sequence[str] = (),

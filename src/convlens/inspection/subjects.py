@@ -27,7 +27,7 @@ from convlens.picturing import worst_of
 from convlens.run import Loaded, Preprocessing, RunFolder
 from convlens.schema import ModelConfig
 from convlens.starting import weights
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 SIZE = 224  # of images for a network whose weights don't say
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -111,7 +111,9 @@ class Subject:
              "n": len(opened.part), "by": "look", "data_fingerprint": opened.fingerprint,
              "model_sha256": self.loaded.card["sha256"]}
         )  # fmt: skip
-        say(f"{escape(self.name)}: the test split was opened, look {entry['looks']} is logged")
+        print_status(
+            f"{escape(self.name)}: the test split was opened, look {entry['looks']} is logged"
+        )
 
     def held_out(self, data: str | Path | None = None) -> str:
         """The split for what nobody named one: validation, so that a sealed test stays sealed.
@@ -158,8 +160,7 @@ def share_data(subjects: Sequence[Subject]) -> None:
     for subject in subjects:
         if subject.place is not None:
             mark = subject.loaded.card["data"]["fingerprint"]
-            # A cached property is a plain attribute once it is set.
-            subject.__dict__["data"] = loaded[mark] = loaded.get(mark) or subject.data
+            subject.data = loaded[mark] = loaded.get(mark) or subject.data
 
 
 def _of_library(config: ModelConfig) -> Loaded:
@@ -175,7 +176,8 @@ def _of_library(config: ModelConfig) -> Loaded:
         mean, std = source.mean, source.std
         count = len(source.classes) if source.classes else _outputs(source.tensors)
     classes = source.classes if source and source.classes else tuple(map(str, range(count)))
-    model = models.build(config.name, count, 3, SIZE, options)
+    with torch.random.fork_rng(devices=[]):
+        model = models.build(config.name, count, 3, SIZE, options)
     if source is not None:
         weights.start(source, model, classes)
     preprocessing = Preprocessing(SIZE, 3, "crop", mean or IMAGENET[0], std or IMAGENET[1])

@@ -32,7 +32,7 @@ from convlens.run import Loaded, RunFolder
 from convlens.schema import DataConfig
 from convlens.several import runs as several
 from convlens.starting import asking
-from convlens.system.console import progress, quieted, say
+from convlens.system.console import print_status, progress, quieted
 
 FOLDS = 5
 TOP = 3  # classes named with their probabilities
@@ -40,6 +40,7 @@ TWINS = 3  # copies listed for an image
 _CHUNK = 1024
 
 
+@device.preserve_torch_settings()
 def find_label_errors(
     what: str | Path | Mapping[str, Any] | Recipe,
     overrides: Mapping[str, Any] | Sequence[str] = (),
@@ -77,7 +78,9 @@ def find_label_errors(
     asked = asking.Asked(recipe, asked.plain)
     with quieted(quiet):
         whole = _whole(recipe.data, folds, device.choose(on))
-        say(f"{folds} models of [bold]{name or recipe.name}[/], each without a fold of the images")
+        print_status(
+            f"{folds} models of [bold]{name or recipe.name}[/], each without a fold of the images"
+        )
         table = several.train_many(
             {None: asked}, folds=folds, name=name, fresh=fresh, test=False, on=on, quiet=quiet
         )
@@ -142,7 +145,7 @@ def _report(
     if test:
         for place in places:  # this logs the look in each run
             evaluation.evaluate(place, "test", on=on, quiet=True)
-        say("the test split was opened, and each fold's run has logged it")
+        print_status("the test split was opened, and each fold's run has logged it")
         found.append(_by_all(models, on))
     verdicts = [confident.judge(each.labels, each.chances) for each in found]
     ids = [identity for each in found for identity in each.ids]

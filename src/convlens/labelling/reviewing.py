@@ -26,7 +26,7 @@ from convlens.data.tables import guarded
 from convlens.labelling.suspects import LabelReport, Suspect
 from convlens.schema import DataConfig
 from convlens.system import files
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 PAGE = 48  # pictures on a page of the sheet
 PAGES = 10  # at most; the CSV has all
@@ -79,7 +79,9 @@ def _table(report: LabelReport, source: Source, group: str | None, data: Data) -
                 row.setdefault(group, part.groups[number])
             rows.append(row)
     if lost:
-        say(f"{lost} files have names that are no text: the CSV lacks them until they are renamed")
+        print_status(
+            f"{lost} files have names that are no text: the CSV lacks them until they are renamed"
+        )
     rows.sort(key=lambda row: row["suspect"] or math.inf)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from convlens import run
+from convlens import device, run
 from convlens.errors import UsageError
 from convlens.reporting import comparing, sections
 from convlens.reporting.contents import Contents, gather
@@ -38,6 +38,7 @@ class Report:
         return {**asdict(self), "path": str(self.path)}
 
 
+@device.preserve_torch_settings()
 def report(
     names: Sequence[str], *, output: str | Path | None = None, audit: bool | None = None,
     on: str | None = None, quiet: bool = False,

@@ -15,7 +15,7 @@ from convlens.errors import ConvlensError, ModelFileError, UsageError
 from convlens.formats import modelfile
 from convlens.recipe import Recipe
 from convlens.run import Loaded, RunFolder
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 QUICK = 5000  # images: so many are audited without being asked to
 
@@ -174,7 +174,7 @@ def _open(found: Contents, on: str | None, audit: bool | None) -> None:
             found.audit = look_at(found.recipe.data)
     except ConvlensError as error:
         found.missing.append(_sentence(error))
-        say("[yellow]the images can't be had: the page is made without them[/]")
+        print_status("[yellow]the images can't be had: the page is made without them[/]")
     found.missing = list(dict.fromkeys(found.missing))
 
 

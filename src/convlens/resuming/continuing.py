@@ -16,7 +16,7 @@ from convlens.data import Data
 from convlens.errors import DataError, ModelFileError, ResourceError
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 # What decides about last digits, of what `device.describe` says.
 _HARDWARE = ("device", "gpu", "cpu", "cpu_capability", "threads", "torch")
@@ -68,7 +68,7 @@ def tell_changed(place: RunFolder, facts: Mapping[str, Any], now: Mapping[str, A
     if not changed:
         return
     told = ", ".join(f"{key} {old}, now {new}" for key, (old, new) in changed.items())
-    say(
+    print_status(
         f"[bold]{escape(place.name)}[/] began elsewise ({escape(told)}): it goes on, but will not "
         "end with the bits of an uninterrupted run"
     )

@@ -17,7 +17,7 @@ from convlens.formats import modelfile
 from convlens.recipe import Recipe
 from convlens.run import RunFolder
 from convlens.system import files
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 OF_ITS_END = (
     "created", "status", "epochs", "kept_epoch", "training_seconds", "cpu_seconds",
@@ -71,7 +71,7 @@ def extend(place: RunFolder, asked: Recipe) -> None:
         else f"not the same as {longer.train.epochs} epochs from the beginning: what goes by the "
         "length of the run goes on from where it would be in the longer one"
     )
-    say(f"extending [bold]{escape(source.name)}[/] from {done} epochs: {rule}")
+    print_status(f"extending [bold]{escape(source.name)}[/] from {done} epochs: {rule}")
 
 
 def _shorter(asked: Recipe) -> RunFolder:

@@ -23,7 +23,7 @@ from convlens.resuming.states import Best, restore, save
 from convlens.run import RunFolder
 from convlens.starting.preparing import Setup
 from convlens.stepping import memory
-from convlens.system.console import say
+from convlens.system.console import print_status
 from convlens.version import __version__
 
 SAVE_SECONDS = 60.0  # the most work that a killed process loses; $CONVLENS_SAVE_SECONDS
@@ -84,7 +84,9 @@ class Keeper:
                 self._write()
                 break
             except ResourceError as error:
-                say(f"not saved: {escape(error.what)} ({escape(error.where)}); tried again soon")
+                print_status(
+                    f"not saved: {escape(error.what)} ({escape(error.where)}); tried again soon"
+                )
                 time.sleep(pause)
         else:
             self._write()
@@ -121,7 +123,7 @@ class Keeper:
         if self._kept is None:
             self._kept = records.epoch_of(self._place.model_path)
         if self._kept != self.best.epoch:
-            say(
+            print_status(
                 f"the weights of epoch {self._kept} are kept: those of {self.best.epoch}, which "
                 "this time was the best, were replaced before the run was killed"
             )
@@ -131,7 +133,7 @@ class Keeper:
         """Memory ran out: the state has it already, now the user and `run.json` are told."""
         at, model = self._setup.position, self._setup.feed.model
         self._part = at.part
-        say(memory.told(model, self._setup.recipe.train.batch_size, at.part))
+        print_status(memory.told(model, self._setup.recipe.train.batch_size, at.part))
         told = {"part": at.part, "epoch": at.epoch, "step": at.step}  # the first one done so
         told["batch_norm"] = memory.norms_batches(model)
         self._place.note({"out_of_memory": [*self._place.facts().get("out_of_memory", []), told]})

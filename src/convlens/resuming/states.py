@@ -21,7 +21,7 @@ from convlens.onlooker import check_same_checkpoint
 from convlens.run import RunFolder
 from convlens.starting.beginning import Begun
 from convlens.starting.preparing import Setup
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 
 class Clock:
@@ -162,9 +162,9 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
 def _tell_lost(place: RunFolder, epoch: int, step: int) -> None:
     """A damaged state costs time and nothing else: what it held is trained again, to its bits."""
     for reason in place.corrupt_checkpoints:
-        say(f"[bold]can't be used[/]: {escape(reason)}")
+        print_status(f"[bold]can't be used[/]: {escape(reason)}")
     where = f"epoch {epoch}, step {step}" if (epoch, step) != (1, 0) else "the beginning"
-    say(f"going on from {where}; what came after it is trained again")
+    print_status(f"going on from {where}; what came after it is trained again")
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from convlens.run import RunFolder
 from convlens.several.tabling import Outcome, Planned, Table
 from convlens.starting.asking import Asked
 from convlens.starting.checking import check
-from convlens.system.console import quieted, say
+from convlens.system.console import print_status, quieted
 
 MOST = 10_000  # runs of one command
 
@@ -104,7 +104,7 @@ def train_many(
     outcomes = []
     with quieted(quiet):
         for number, planned in enumerate(plans, 1):
-            say(f"[bold]{planned.recipe.name}[/], {number} of {len(plans)}")
+            print_status(f"[bold]{planned.recipe.name}[/], {number} of {len(plans)}")
             place = chooser = _train(planned.recipe, planned, fresh, on, quiet)
             if refit:
                 place = _train(refitted(planned.recipe.name, chooser), planned, fresh, on, quiet)

@@ -8,7 +8,7 @@ from convlens import metrics
 from convlens.comparing.comparison import Comparison
 from convlens.comparing.verdicts import Group
 from convlens.showing.results import stdout, table_of
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 COLUMNS = (
     "run", "accuracy %", "loss", "ECE", "weights", "MFLOPs", "trained s", "images/s", "MB",
@@ -35,7 +35,7 @@ def compared(result: Comparison) -> None:
         style = "bold" if verdict.differs else "not bold"
         out.print(f"[{style}]{escape(verdict.sentence)}[/]")
     for note in result.notes:
-        say(f"[dim]{escape(note)}[/]")
+        print_status(f"[dim]{escape(note)}[/]")
     for path in result.plots:
         out.print(escape(f"plot   {path}"))
 

@@ -6,7 +6,7 @@ from rich.markup import escape
 
 from convlens.labelling.suspects import LabelReport, Suspect
 from convlens.showing.results import stdout, table_of
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 SHOWN = 20  # suspects in the table; the CSV has all
 PAIRS = 8
@@ -26,7 +26,7 @@ def suspected(report: LabelReport) -> None:
     """The first suspects, the commonest mix-ups, and where sheet and CSV are."""
     out, suspects = stdout(), report.suspects
     if suspects and report.accuracy < POOR:
-        say(f"[yellow]warning[/]  {escape(DOUBT)}")
+        print_status(f"[yellow]warning[/]  {escape(DOUBT)}")
     if suspects:
         table = table_of("image", "#", "given", "suggested", "p(given)", "p(suggested)")
         for number, suspect in enumerate(suspects[:SHOWN], 1):
@@ -53,9 +53,11 @@ def suspected(report: LabelReport) -> None:
         out.print(escape(f"sheet  {path}"))
     out.print(escape(f"CSV    {report.table}"))
     if report.trainable and suspects:
-        say(escape("next: correct `label` in a copy of it, then convlens train COPY.csv"))
+        print_status(escape("next: correct `label` in a copy of it, then convlens train COPY.csv"))
     elif suspects:
-        say("[dim]these images are no files, so the CSV can only be read, not trained on[/]")
+        print_status(
+            "[dim]these images are no files, so the CSV can only be read, not trained on[/]"
+        )
 
 
 def conclusion(report: LabelReport) -> list[str]:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from convlens.showing.attribution import attributed
 from convlens.showing.measures import embedded, measured, neighboured
 from convlens.showing.results import stdout, table_of
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 if TYPE_CHECKING:
     from convlens.inspection.looking import Look
@@ -79,5 +79,7 @@ def _layers(found: Look, number: int, name: str) -> None:
         )
     stdout().print(table)
     if broken:
-        say(f"[yellow]warning[/]  {escape(name)}: channels with NaN or infinite values; they are "
-            "marked in the figures and left out of means and scales")  # fmt: skip
+        print_status(
+            f"[yellow]warning[/]  {escape(name)}: channels with NaN or infinite values; they are "
+            "marked in the figures and left out of means and scales"
+        )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from convlens.showing.results import stdout, table_of
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 if TYPE_CHECKING:
     from convlens.inspection.embedding import Embedded
@@ -47,11 +47,11 @@ def measured(result: Measurements) -> None:
         _similar(alike)
     for name, words in result.to_dict()["measures"].items():
         meaning = f"{HEADS.get(name, name)}: {words['title']}; {words['definition']}"
-        say(f"[dim]{escape(meaning)}[/]")
+        print_status(f"[dim]{escape(meaning)}[/]")
     for network in result.networks:
         if network.broken:
             bad = f"{network.name}: NaN or infinite activations in {', '.join(network.broken)}"
-            say(f"[yellow]{escape(bad)}[/]")
+            print_status(f"[yellow]{escape(bad)}[/]")
     for file in result.files:
         out.print(escape(f"written  {file}"))
 

@@ -15,7 +15,7 @@ from rich.control import strip_control_codes
 from rich.markup import escape
 from rich.table import Table
 
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 if TYPE_CHECKING:  # `convlens recipes` must not wait for torch
     from convlens.data.audit import Audit
@@ -62,7 +62,7 @@ def finished(place: RunFolder) -> None:
         )
     out.print(escape(f"model  {place.model_path}"))
     _plots(out, place)
-    say(f"next: [bold]convlens predict {place.name} IMAGE...[/]")
+    print_status(f"next: [bold]convlens predict {place.name} IMAGE...[/]")
 
 
 def evaluated(result: Evaluation, place: RunFolder) -> None:
@@ -110,7 +110,7 @@ def recipe_table(recipes: Mapping[str, Recipe], settings: Mapping[str, Sequence[
         more = f"; {count} settings" if count else ""
         table.add_row(name, recipe.data.name, escape(recipe.about + more))
     stdout().print(table)
-    say("[dim]convlens recipes NAME prints one; convlens train NAME trains it[/]")
+    print_status("[dim]convlens recipes NAME prints one; convlens train NAME trains it[/]")
 
 
 def audited(report: Audit, sheet: Path) -> None:
@@ -174,7 +174,7 @@ def reported(page: Report) -> None:
     out = stdout()
     out.print(escape(page.verdict))
     for line in page.missing:
-        say(f"[yellow]not on it:[/] {escape(line)}")
+        print_status(f"[yellow]not on it:[/] {escape(line)}")
     out.print(f"report  {escape(str(page.path))}  ({page.bytes / 1e6:.1f} MB)")
 
 

@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 
 from convlens.several.tabling import Outcome, Summary, Table, trainable
 from convlens.showing.results import stdout, table_of
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 Row = dict[str, str]
 WORDS = {"test": "test", "val": "validation"}
@@ -32,7 +32,9 @@ def run_table(result: Table) -> None:
             named = f"{escape(summary.setting)}: " if summary.setting else ""
             out.print(f"{named}sd {between} points between splits, {within} between seeds")
     if result.flattered:
-        say("[dim]the same images chose the epoch: a little flattering (train.keep=last isn't)[/]")
+        print_status(
+            "[dim]the same images chose the epoch: a little flattering (train.keep=last isn't)[/]"
+        )
     if result.plot.exists():
         out.print(escape(f"plot   {result.plot}"))
 

@@ -16,7 +16,7 @@ from convlens.models import freezing
 from convlens.recipe import Recipe
 from convlens.run import Preprocessing
 from convlens.starting import weights
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def _begin(recipe: Recipe, data: Data, model: nn.Module, begun: Begun | None) ->
         return begun.weights
     source = weights.find(recipe.model)
     fitted = weights.start(source, model, data.classes)
-    say(f"weights of [bold]{escape(source.origin)}[/]")
+    print_status(f"weights of [bold]{escape(source.origin)}[/]")
     for line in fitted.lines():
-        say(f"  {escape(line)}")
+        print_status(f"  {escape(line)}")
     return weights.record(source, fitted)
 
 

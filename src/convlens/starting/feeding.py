@@ -23,7 +23,7 @@ from convlens.models import freezing
 from convlens.recipe import Recipe
 from convlens.starting import trunk
 from convlens.stepping.together import answered
-from convlens.system.console import progress, say
+from convlens.system.console import print_status, progress
 
 Logits = Callable[[Callable[[int], None]], tuple[Tensor, Tensor]]
 VIEW = 4  # tells the generators of fixed views from those of order, augmentation and dropout
@@ -140,9 +140,11 @@ def _cached(
             raise ResourceError(
                 f"train.views={views} needs {told}", fix="fewer views, or leave out train.views"
             )
-        say(f"the frozen layers are computed in every epoch: keeping them would take {told}")
+        print_status(
+            f"the frozen layers are computed in every epoch: keeping them would take {told}"
+        )
         return None
-    say(f"the frozen layers ({prefix[0]} to {prefix[-1]}) are computed once")
+    print_status(f"the frozen layers ({prefix[0]} to {prefix[-1]}) are computed once")
     exact = Plan(plan.device, "fp32", plan.memory_format)
     total = views * len(data.train) + len(data.val)
     with progress("frozen layers", total) as bar:

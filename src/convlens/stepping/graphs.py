@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from convlens.device import Plan, seed_generators, synchronise
 from convlens.stepping.memory import TooLarge
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 Take = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]
 WARM = 3  # steps before the capture: they choose algorithms and make the optimiser's state
@@ -91,7 +91,9 @@ class Captured:
         except (RuntimeError, TooLarge) as error:
             self._refused = True
             reason = (str(error).splitlines() or ["?"])[0]
-            say(f"the step can't be recorded as a CUDA graph, it goes on without: {reason}")
+            print_status(
+                f"the step can't be recorded as a CUDA graph, it goes on without: {reason}"
+            )
             self._optimiser.zero_grad(set_to_none=True)
             _free_generators(images.device)
             return False
@@ -190,10 +192,14 @@ def choose(
         try:
             found = measure(candidate, trial, clock)
         except Exception as error:  # a compiler has many ways to fail, none of which matters here
-            say(f"steps can't be {step} here: {(str(error).splitlines() or ['?'])[0][:200]}")
+            print_status(
+                f"steps can't be {step} here: {(str(error).splitlines() or ['?'])[0][:200]}"
+            )
             continue
         if not agree(eager.losses, found.losses):
-            say(f"steps {step} give other losses than steps as they are, so they aren't used")
+            print_status(
+                f"steps {step} give other losses than steps as they are, so they aren't used"
+            )
             continue
         costs = found.once * (shapes if step == "compiled" else 1) + found.step * steps
         if costs < 0.95 * total:

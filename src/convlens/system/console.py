@@ -1,22 +1,41 @@
-"""What people read while they wait: messages, tables and progress bars, all on stderr.
+"""Status messages, tables and progress bars, all on stderr.
 
 Results go to stdout (`--json` must print one object and nothing else there), so nothing in
 this module ever writes to it.
+
+Every message is an INFO record of the logger `convlens`. Who handles it, in this order:
+
+1. the application, if it has configured logging so that INFO records of `convlens` are handled
+   (`logging.basicConfig(level=logging.INFO)`). The command line does so with `StatusHandler`;
+2. otherwise `StatusHandler` as a last resort, as Python's own `logging.lastResort` prints warnings
+   of applications that never configured logging.
+
+So `convlens.train()` in a notebook shows its messages, and nothing is attached to any logger.
+`quieted` drops messages and bars; it is a context variable, so it holds for one thread or task.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
+import logging
 import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 from convlens.system import ranks
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+LOGGER = "convlens"
+
+_quiet: ContextVar[bool] = ContextVar("convlens_quiet", default=False)
 
 
 class Bar(Protocol):
@@ -61,38 +80,94 @@ class _Stderr:
         return getattr(sys.stderr, name)
 
 
-_console: Console | None = None
-
-
+@functools.cache
 def console() -> Console:
     """The one rich console of the process, on stderr."""
-    global _console
-    if _console is None:
-        from rich.console import Console as RichConsole
+    from rich.console import Console as RichConsole
 
-        err = cast(IO[str], _Stderr())
-        _console = RichConsole(file=err, highlight=False, emoji=False, soft_wrap=True)
-        _console.quiet = ranks.rank() > 0  # of several processes the first one speaks
-    return _console
+    err = cast(IO[str], _Stderr())
+    return RichConsole(file=err, highlight=False, emoji=False, soft_wrap=True)
 
 
-def say(message: str) -> None:
-    """One line to the user. `message` may hold rich markup; escape user text first."""
-    console().print(message)
+class StatusHandler(logging.Handler):
+    """Shows records on stderr as rich renders them: messages in bold and colour, tables."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record; markup in messages of other libraries is printed as it stands."""
+        from rich.text import Text
+
+        try:
+            shown = getattr(record, "rich", None)
+            console().print(Text(self.format(record)) if shown is None else shown)
+        except Exception:  # as in logging.StreamHandler: a message must not end a training
+            self.handleError(record)
+
+
+@contextlib.contextmanager
+def status_handler() -> Iterator[None]:
+    """Handle all INFO records of `convlens` on stderr inside: what the command line does."""
+    logger, handler = logging.getLogger(LOGGER), StatusHandler()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def print_status(message: str) -> None:
+    """Log one status message. It may hold rich markup; escape user text first."""
+    if is_quiet():
+        return
+    from rich.text import Text
+
+    _log(Text.from_markup(message, emoji=False).plain, message)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table among the messages: the first column to the left, the others to the right."""
+    """Log a table: the first column aligned left, the others right."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
+    if is_quiet():
+        return
     shown = Table(box=box.SIMPLE_HEAD)
     for column in columns:
         shown.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
         shown.add_row(*map(escape, row))
-    console().print(shown)
+    _log(_plain(shown), shown)
+
+
+def is_quiet() -> bool:
+    """Whether messages and bars are dropped here: in `quieted`, and on all ranks but the first."""
+    return _quiet.get() or ranks.rank() > 0
+
+
+def _log(plain: str, shown: str | Table) -> None:
+    """Hand a record to the application's handlers, or show it if there are none for it.
+
+    Its message is plain text, for log files; `rich` is what `StatusHandler` shows.
+    """
+    logger = logging.getLogger(LOGGER)
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
+        # Not `plain` as the format: a per cent sign in it is not a placeholder.
+        logger.info("%s", plain, extra={"rich": shown}, stacklevel=3)
+    else:
+        console().print(shown)
+
+
+def _plain(shown: Table) -> str:
+    from rich.console import Console as RichConsole
+
+    page = io.StringIO()
+    RichConsole(file=page, width=200).print(shown)
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines()).strip("\n")
 
 
 @contextlib.contextmanager
@@ -127,7 +202,7 @@ def progress(description: str, total: int, *, shown: bool = True) -> Iterator[Ba
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
         Cut(),
     )
-    disable = not (shown and console().is_terminal)
+    disable = not (shown and console().is_terminal) or is_quiet()
     with Progress(*columns, console=console(), transient=True, disable=disable) as bars:
         task = bars.add_task(description, total=total, text="")
 
@@ -181,7 +256,7 @@ class Watch:
                 f"validation loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}  "
             )
         star = " *" if best == row["epoch"] else ""
-        say(
+        print_status(
             f"epoch {row['epoch']:>3.0f}/{self._epochs}  "
             f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.2%}  "
             f"{validated}{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s{star}"
@@ -198,10 +273,13 @@ def watch(epochs: int, steps: int, done: int, *, shown: bool) -> Iterator[Watch]
 
 @contextlib.contextmanager
 def quieted(quiet: bool = True) -> Iterator[None]:
-    """Messages and bars stay away inside, errors don't (they are raised, not said)."""
-    held = console().quiet
-    console().quiet = held or quiet
+    """Drop messages and bars inside, in this thread; errors are raised as always.
+
+    Threads that are started inside begin with a context of their own: give them this one with
+    `contextvars.copy_context().run`.
+    """
+    token = _quiet.set(_quiet.get() or quiet)
     try:
         yield
     finally:
-        console().quiet = held
+        _quiet.reset(token)

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from convlens.errors import ResourceError
-from convlens.system.console import say
+from convlens.system.console import print_status
 
 PART = ".part"  # suffix of temporary files
 ABANDONED_S = 3600.0  # a temporary file that nobody wrote to for so long is a leftover
@@ -116,7 +116,7 @@ def warn_if_low_disk(folder: Path, size: int) -> None:
         disk = shutil.disk_usage(nearest)
         if disk.free < size and disk.total:
             free, needed = disk.free / 2**20, size / 2**20
-            say(
+            print_status(
                 f"[bold]low disk space[/]: {free:,.0f} MB are free for {escape(str(folder))}; "
                 f"weights and checkpoints need at least {needed:,.0f} MB"
             )

@@ -91,12 +91,14 @@ def _caught(
 
 
 def _handlers(names: Sequence[str]) -> Handlers:
-    """The present handlers of the signals that there are (Windows has fewer) and that aren't
-    ignored: `nohup` is to be heeded.
+    """The present handlers of those signals that exist (Windows has fewer) and may be caught.
+
+    Ignored signals stay ignored: that is what `nohup` asks for. A handler that was not installed
+    from Python is None here; it could not be restored.
     """
     numbers = [each for each in signal.Signals if each.name in names]
     handlers = {number: signal.getsignal(number) for number in numbers}
-    return {number: held for number, held in handlers.items() if held != signal.SIG_IGN}
+    return {number: held for number, held in handlers.items() if held not in (None, signal.SIG_IGN)}
 
 
 def _set(handlers: Handlers) -> None:

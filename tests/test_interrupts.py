@@ -1,0 +1,93 @@
+"""Signal handlers: caught for as long as a training runs, and the caller's own again after it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from convlens.system.interrupts import STOPPING, Flag, Terminated, flagged, stoppable
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+NUMBERS = [getattr(signal, name) for name in ("SIGINT", *STOPPING)]
+
+
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in NUMBERS]
+
+
+@pytest.fixture(autouse=True)
+def own_handlers() -> Iterator[list[Any]]:
+    """A program with handlers of its own for all of them."""
+    before = handlers()
+    for number in NUMBERS:
+        signal.signal(number, lambda *_: None)
+    yield handlers()
+    for number, handler in zip(NUMBERS, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+def test_the_flag_catches_a_signal_and_the_callers_handlers_come_back(
+    number: signal.Signals, own_handlers: list[Any]
+) -> None:
+    with flagged() as flag:
+        assert handlers() != own_handlers
+        os.kill(os.getpid(), number)
+        assert (flag.up, flag.name) == (True, number.name)
+    assert handlers() == own_handlers
+    with contextlib.suppress(ZeroDivisionError), flagged():
+        1 / 0  # noqa: B018
+    assert handlers() == own_handlers
+
+
+def test_a_signal_outside_of_training_is_raised_and_the_callers_handlers_come_back(
+    own_handlers: list[Any],
+) -> None:
+    with pytest.raises(Terminated), stoppable():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert handlers() == own_handlers
+
+
+def test_other_threads_than_the_main_one_touch_no_handler(own_handlers: list[Any]) -> None:
+    seen: list[list[Any]] = []
+
+    def train() -> None:
+        with flagged() as flag, stoppable():
+            seen.append(handlers())
+            assert flag == Flag()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert seen == [own_handlers]
+
+
+def test_a_handler_that_python_can_not_restore_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`getsignal` returns None for a handler that the embedding program installed in C."""
+    installed: list[int] = []
+    known = signal.getsignal
+
+    def getsignal(number: int) -> Any:
+        return None if number == signal.SIGUSR1 else known(number)
+
+    monkeypatch.setattr(signal, "getsignal", getsignal)
+    set_handler = signal.signal
+
+    def record(number: int, handler: Any) -> Any:
+        installed.append(number)
+        return set_handler(number, handler)
+
+    monkeypatch.setattr(signal, "signal", record)
+    with flagged():
+        pass
+    assert installed
+    assert signal.SIGUSR1 not in installed

@@ -1,0 +1,81 @@
+"""What the command line sets for its own process, before it imports torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convlens.system import process
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": None}),
+        ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}),
+    ],
+)
+def test_values_of_the_user_win(
+    given: dict[str, str], expected: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    process.set_environment()
+    assert {name: os.environ.get(name) for name in expected} == expected
+
+
+LOADED = """
+import sys, sysconfig
+from convlens import cli
+cli.main = lambda: __import__("torch").ones(1) and sys.exit(0)
+cli.run()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp on Linux")
+@pytest.mark.parametrize(("own", "count"), [(None, "1000"), ("4321", "4321")])
+def test_the_libgomp_of_torch_has_read_the_spin_count(
+    own: str | None, count: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libgomp itself lists what it goes by when it is loaded, on stderr."""
+    torch_folder = Path(__import__("torch").__file__).parent
+    if not [*torch_folder.glob("lib/libgomp*"), *torch_folder.parent.glob("torch.libs/libgomp*")]:
+        pytest.skip("this build of torch has another OpenMP")
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if own is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True
+    )
+    (line,) = {line.strip() for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line}
+    assert line.endswith(f"GOMP_SPINCOUNT = '{count}'")
+
+
+def test_the_command_line_sets_up_its_process_and_the_api_does_not() -> None:
+    program = """
+import gc, os, sys
+from convlens import cli
+from convlens.system import process
+def main():
+    assert "torch" not in sys.modules
+    assert process.keep_freed_memory.cache_info().misses == 1
+    assert gc.get_threshold()[0] == 50_000
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    sys.exit(7)
+cli.main = main
+cli.run()
+"""
+    left_out = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {key: value for key, value in os.environ.items() if key not in left_out}
+    done = subprocess.run([sys.executable, "-c", program], check=False, env=environment)
+    assert done.returncode == 7
