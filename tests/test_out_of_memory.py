@@ -30,7 +30,7 @@ from convlens.run import RunFolder
 from convlens.starting import planning
 from convlens.starting.preparing import prepare
 from convlens.stepping import guarding, memory
-from convlens.stepping.memory import TooLarge, ran_out
+from convlens.stepping.memory import OutOfMemory, is_oom
 from launching import torchrun
 from support import PLAN, Memory, Split, begin, images_of, pictures, same, tiny
 from test_guarding import OPTIMISERS, Run, batches
@@ -94,25 +94,25 @@ def test_what_torch_says_is_understood() -> None:
     for fails in (ask_for_too_much, lambda: bytearray(1 << 60), lambda: torch.ones(1 << 58)):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             fails()
-        assert ran_out(caught.value)
-        assert memory.explained(caught.value).exit_code == 5
+        assert is_oom(caught.value)
+        assert memory.out_of_memory_error(caught.value).exit_code == 5
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2, 3) @ torch.ones(2, 3)
-    assert not ran_out(caught.value)
-    assert not ran_out(OSError("Cannot allocate memory"))
+    assert not is_oom(caught.value)
+    assert not is_oom(OSError("Cannot allocate memory"))
     assert "1152921504606846976 bytes" in _failure().where
 
 
 def _failure() -> ResourceError:
     with pytest.raises(RuntimeError) as caught:
         ask_for_too_much()
-    return memory.explained(caught.value)
+    return memory.out_of_memory_error(caught.value)
 
 
 def test_trying_leaves_other_errors_alone() -> None:
-    with pytest.raises(ZeroDivisionError), memory.Trying(3):
+    with pytest.raises(ZeroDivisionError), memory.catch_oom(3):
         raise ZeroDivisionError
-    with pytest.raises(TooLarge) as caught, memory.Trying(3):
+    with pytest.raises(OutOfMemory) as caught, memory.catch_oom(3):
         ask_for_too_much()
     assert caught.value.images == 3
 
@@ -149,7 +149,7 @@ def test_where_memory_runs_out_the_run_is_that_of_the_smaller_parts(
     assert max(seen[3:]) <= 5
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "out of memory" in line]
     assert f"a batch of {size} is now computed {size // 4} images at a time" in line
-    assert ("batch norm goes by the images of a part" in line) == (PLAIN not in options)
+    assert ("batch norm uses the statistics of a micro-batch" in line) == (PLAIN not in options)
     (noted,) = short.facts()["out_of_memory"]
     assert noted == {"part": size // 4, "epoch": 1, "step": 1, "batch_norm": PLAIN not in options}
     equal(short, finished(asked, "parts", part=size // 4)[0])
@@ -248,7 +248,7 @@ def test_where_nothing_fits_nothing_is_changed(waits: bool) -> None:
 
 def test_one_of_several_processes_does_not_go_on_otherwise() -> None:
     with pytest.raises(ResourceError, match="8 images of a batch that are this process's"):
-        memory.smaller(nn.Linear(1, 1), TooLarge(8), 0, several=True)
+        memory.next_micro_batch_size(nn.Linear(1, 1), OutOfMemory(8), 0, distributed=True)
 
 
 SCRIPT = """
@@ -292,7 +292,7 @@ def test_a_candidate_without_memory_is_no_candidate() -> None:
 
     def trial(plan: Plan) -> Callable[[], None]:
         def step() -> None:
-            with memory.Trying(16):
+            with memory.catch_oom(16):
                 if not plan.part:
                     ask_for_too_much()
 
@@ -311,7 +311,7 @@ def test_timings_of_a_run_hold_no_infinity() -> None:
     real = engine.step
 
     def step(model: nn.Module, images: Tensor, *rest: Any, plan: Plan, **more: Any) -> Any:
-        with memory.Trying(len(images)):
+        with memory.catch_oom(len(images)):
             seen.append(plan.part)
             if not plan.part:
                 ask_for_too_much()

@@ -88,14 +88,14 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     make = batches._generator
     monkeypatch.setattr(batches, "_generator", lambda device, *parts: make("cpu", *parts))
     monkeypatch.setattr(
-        batches, "send", lambda t, device: torch.empty_like(t, device=device)
+        batches, "to_device_async", lambda t, device: torch.empty_like(t, device=device)
     )  # pinned, so without waiting: test_later
     # Autocast asks the driver; the casts themselves are done as on the device.
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(engine, "seed_generators", lambda device, seed: None)
-    monkeypatch.setattr(engine, "Later", NeverHere)
-    monkeypatch.setattr(guarding, "Later", NeverHere)
+    monkeypatch.setattr(engine, "AsyncScalars", NeverHere)
+    monkeypatch.setattr(guarding, "AsyncScalars", NeverHere)
     constants = (draws.constant, batches._affine, policies.magnitudes)
     for cached in constants:
         cached.cache_clear()

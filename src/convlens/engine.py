@@ -27,10 +27,10 @@ from convlens.stepping.guarding import (
     Spoilt,
     Waiting,
 )
-from convlens.stepping.memory import TooLarge, Trying, smaller
+from convlens.stepping.memory import OutOfMemory, catch_oom, next_micro_batch_size
 from convlens.stepping.scaling import LossScale
 from convlens.stepping.together import Together
-from convlens.system.later import Later
+from convlens.system.later import AsyncScalars
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Records = Iterator["Step | Epoch"]
@@ -102,9 +102,9 @@ class Step:
     correct: Tensor
     lr: float
 
-    def numbers(self) -> Later:
+    def numbers(self) -> AsyncScalars:
         """Loss and number of right answers, to be read when they have arrived."""
-        return Later(self.loss, self.correct)
+        return AsyncScalars(self.loss, self.correct)
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ def step(
     up to those of the whole.
 
     Raises:
-        TooLarge: no memory for a part; weights are as they were, gradients and norms aren't.
+        OutOfMemory: no memory for a part; weights are as they were, gradients and norms aren't.
     """
     weight = 1.0 if together is None else together.share.weight
     losses, rights = list[Tensor](), list[Tensor]()
     for few, answers in plan.parts(images, labels):
-        with Trying(len(few)):  # or `TooLarge` is raised
+        with catch_oom(len(few)):  # or `OutOfMemory` is raised
             with plan.autocast():
                 logits = model(few)
             # Half precision is for the network; a loss in it would be rounded to three digits.
@@ -233,10 +233,12 @@ def fit(
             guard.back(at)
             waits = True
             guard, take = taking(at.part, waits)
-        except TooLarge as failed:  # from before the step on (or the last good state), in parts
+        except OutOfMemory as failed:  # from before the step on (or the last good state), in parts
             optimiser.zero_grad(set_to_none=True)
             guard.back(at)
-            at.part = smaller(model, failed, at.part or plan.part, several=together is not None)
+            at.part = next_micro_batch_size(
+                model, failed, at.part or plan.part, distributed=together is not None
+            )
             guard, take = taking(at.part, waits)
 
 

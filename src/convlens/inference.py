@@ -127,10 +127,10 @@ class Forward:
             try:
                 found = step(some)
             except (RuntimeError, MemoryError) as error:
-                if not memory.ran_out(error):
+                if not memory.is_oom(error):
                     raise
                 if len(some) == 1:
-                    raise memory.explained(error) from error
+                    raise memory.out_of_memory_error(error) from error
             # Outside, since what an exception came through keeps its tensors alive.
             if found is None:
                 self._halve(len(some))

@@ -20,7 +20,7 @@ from convlens.data.draws import Place, SharedGenerator
 from convlens.data.order import WINDOW, Shards, epoch_order
 from convlens.device import Plan, seed_of
 from convlens.distributed.processes import ALONE, World
-from convlens.system.later import send
+from convlens.system.later import to_device_async
 
 # (images float32 0..1, labels int64 [B], place, generator) -> images, and labels or probabilities
 Augment = Callable[[Tensor, Tensor, Place, torch.Generator], tuple[Tensor, Tensor]]
@@ -158,7 +158,7 @@ class Batches:
         """
         order = epoch_order(self.count, self.seed, epoch, self.shards)
         parts = self._read(order)[start:]
-        indices = self._read(send(order, self.plan.device))[start:]
+        indices = self._read(to_device_async(order, self.plan.device))[start:]
         if self.augment is None:
             plain = self._normalised(parts, indices)
             for index, images in zip(indices, plain, strict=True):
@@ -225,7 +225,7 @@ class Batches:
                 images = coming.result()
                 if following is not None:
                     coming = reader.submit(self.rows.gather, following)
-                yield send(images, self.plan.device)
+                yield to_device_async(images, self.plan.device)
 
 
 def _sizes(count: int, batch_size: int) -> list[int]:

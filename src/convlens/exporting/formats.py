@@ -222,7 +222,7 @@ def _telling(tool: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if memory.ran_out(error):  # of which another network or format is no way out
+        if memory.is_oom(error):  # of which another network or format is no way out
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines or [type(error).__name__])[0][:160]

@@ -131,9 +131,9 @@ class Keeper:
         """Memory ran out: the state has it already, now the user and `run.json` are told."""
         at, model = self._setup.position, self._setup.feed.model
         self._part = at.part
-        say(memory.told(model, self._setup.recipe.train.batch_size, at.part))
+        say(memory.micro_batching_message(model, self._setup.recipe.train.batch_size, at.part))
         told = {"part": at.part, "epoch": at.epoch, "step": at.step}  # the first one done so
-        told["batch_norm"] = memory.norms_batches(model)
+        told["batch_norm"] = memory.uses_batch_statistics(model)
         self._place.note({"out_of_memory": [*self._place.facts().get("out_of_memory", []), told]})
 
     def _list(self) -> None:

@@ -31,7 +31,7 @@ from convlens.models.freezing import set_train_mode
 from convlens.recipe import Recipe
 from convlens.starting import feeding, trunk
 from convlens.stepping import graphs
-from convlens.stepping.memory import TooLarge, norms_batches
+from convlens.stepping.memory import OutOfMemory, uses_batch_statistics
 from convlens.system import files, sealing
 
 # A timing costs some steps for each candidate; shorter runs can't earn it back.
@@ -168,7 +168,7 @@ def _in_parts(plan: Plan, model: nn.Module, batch_size: int, several: bool) -> l
     already. A GPU only gains by larger parts.
     """
     set_train_mode(model)
-    if plan.device != "cpu" or plan.deterministic or norms_batches(model) or several:
+    if plan.device != "cpu" or plan.deterministic or uses_batch_statistics(model) or several:
         return [plan]
     sizes = [0, *(s for s in (batch_size // 2, batch_size // 4) if s >= SMALLEST_PART)]
     return [replace(plan, part=size) for size in sizes]
@@ -234,7 +234,7 @@ def fastest(
                 continue
             start = time.perf_counter()
             end = math.inf
-            with contextlib.suppress(TooLarge):
+            with contextlib.suppress(OutOfMemory):
                 step()
                 device.synchronise(candidates[0].device)
                 end = time.perf_counter()

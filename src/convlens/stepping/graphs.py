@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from convlens.device import Plan, seed_generators, synchronise
-from convlens.stepping.memory import TooLarge
+from convlens.stepping.memory import OutOfMemory
 from convlens.system.console import say
 
 Take = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]
@@ -88,7 +88,7 @@ class Captured:
             # Other threads (one that reads images) may do as they like meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._loss, self._right = self._take(self._images, self._labels)
-        except (RuntimeError, TooLarge) as error:
+        except (RuntimeError, OutOfMemory) as error:
             self._refused = True
             reason = (str(error).splitlines() or ["?"])[0]
             say(f"the step can't be recorded as a CUDA graph, it goes on without: {reason}")
@@ -182,7 +182,7 @@ def choose(
         return plan
     try:
         eager = measure(plan, trial, clock)
-    except TooLarge:  # the training will find out what there is memory for
+    except OutOfMemory:  # the training will find out what there is memory for
         return plan
     best, total = plan, eager.step * steps
     for step in worth_trying(eager, steps):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from convlens.errors import Diverged
 from convlens.optim import Average
 from convlens.stepping.scaling import LossScale
-from convlens.system.later import Later
+from convlens.system.later import AsyncScalars
 
 
 class Place(Protocol):
@@ -152,7 +152,7 @@ class LookBack:
         self._model, self._optimiser = model, optimiser
         self._averager, self._scale, self._every = averager, scale, every
         self._good: _Copy | None = None
-        self._newest: tuple[_Copy, Later] | None = None
+        self._newest: tuple[_Copy, AsyncScalars] | None = None
         self._spare: _Copy | None = None
         self._since = 0
 
@@ -161,14 +161,14 @@ class LookBack:
             self._good = self._copy(at)
         elif self._since % self._every == 0:
             self._judge()
-            self._newest = self._copy(at), Later(_tensor(at.loss_sum))
+            self._newest = self._copy(at), AsyncScalars(_tensor(at.loss_sum))
         self._since += 1
 
     def lets(self, loss: Tensor) -> bool:
         return True
 
     def end(self, at: Place) -> None:
-        if not math.isfinite(Later(_tensor(at.loss_sum)).values()[0]):
+        if not math.isfinite(AsyncScalars(_tensor(at.loss_sum)).values()[0]):
             self._judge()
             raise Spoilt
         self._spare = self._good if self._newest is None else self._newest[0]
