@@ -44,7 +44,7 @@ def placed(model: nn.Module, on: str | None) -> Plan:
     """Moves `model` to the device asked for (by default the best); returns the plan it runs by."""
     use_cores()
     plan = Plan(choose(on), "fp32", "contiguous")
-    plan.place(model)
+    plan.prepare_model(model)
     return plan
 
 
@@ -185,7 +185,7 @@ class Forward:
     def _lay_out(self, memory_format: str) -> None:
         if memory_format != self.plan.memory_format:
             self.plan = replace(self.plan, memory_format=memory_format)
-            self.plan.place(self._model)
+            self.plan.prepare_model(self._model)
 
     def _halve(self, failed: int) -> None:
         """After a batch of `failed` images there was no memory for."""

@@ -75,11 +75,11 @@ class Normalise:
         scale, shift = _affine(tuple(self.mean), tuple(self.std), unit, str(images.device))
         # The product is float32 by promotion. A GPU moves bytes first, which are the cheapest.
         if images.device.type != "cpu":
-            return images.contiguous(memory_format=plan.layout).mul(scale).add_(shift)
+            return images.contiguous(memory_format=plan.torch_memory_format).mul(scale).add_(shift)
         # On a CPU colours must not be neighbours yet: rows of three numbers take three times as
         # long. And bytes become floats first, to be changed in place: a product is one more copy.
         product = images.float().mul_(scale) if raw else images.mul(scale)
-        return product.add_(shift).contiguous(memory_format=plan.layout)
+        return product.add_(shift).contiguous(memory_format=plan.torch_memory_format)
 
 
 @functools.lru_cache(maxsize=16)
