@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--hiverge", type=Path)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--cold-seeds", type=int, default=3)
-    parser.add_argument("--steps", nargs="*", default=["eager", "graph", "compiled"])
+    parser.add_argument("--steps", nargs="*", default=["eager", "reduce-overhead", "compiled"])
     parser.add_argument("--change", nargs="*", default=[], help="of the recipe, key=value")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cold", nargs="+", help=argparse.SUPPRESS)  # seed, changes

@@ -189,7 +189,7 @@ def best_bare(
     tried: list[tuple[float, nn.Module, Plan, int]] = []
     for name in MEMORY_FORMATS:
         plan = Plan("cpu", "fp32", name)
-        twin = plan.place(copy.deepcopy(model))
+        twin = plan.prepare_model(copy.deepcopy(model))
         for size in sizes:
             batch = normalise(images[:size], plan)
             times = [seconds_of(lambda t=twin, b=batch: t(b)) / size for _ in range(4)]  # type: ignore[misc]
@@ -218,7 +218,7 @@ def evaluate_case(case: Case, count: int, sizes: Sequence[int], rounds: int) -> 
         plan = inference.placed(model.model, "cpu")
         inference.split_answers(model.model, split, normalise, plan, None, free=True)
 
-    twin = known.place(copy.deepcopy(model.model))
+    twin = known.prepare_model(copy.deepcopy(model.model))
     loop = ratio(lambda: inference.split_answers(twin, split, normalise, known, None), bare, rounds)
     return {
         "images": count,

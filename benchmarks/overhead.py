@@ -101,18 +101,10 @@ def ours(
         seed=0,
         augment=operations,
     )
-    position = engine.Position()
-    records = engine.fit(
-        model,
-        feeding.Timed(batches, position),
-        optimiser_of(model),
-        lambda progress: 1.0,
-        epochs=10**6,
-        objective=nn.CrossEntropyLoss(),
-        plan=plan,
-        seed=0,
-        position=position,
-    )
+    state = engine.TrainState()
+    loop = engine.TrainLoop(model, optimiser_of(model), nn.CrossEntropyLoss(), plan)
+    timed_batches = feeding.Timed(batches, state)
+    records = loop.run(timed_batches, lambda progress: 1.0, epochs=10**6, seed=0, state=state)
 
     def step() -> None:
         while not isinstance(next(records), engine.Step):

@@ -35,7 +35,7 @@ from convlens.data.batches import Batches, Normalise
 from convlens.data.rows import ArrayRows
 from convlens.distributed import processes
 from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup
-from convlens.stepping.together import Together
+from convlens.stepping.data_parallel import DataParallel
 from convlens.system import process, ranks
 
 # Recipe (for its network), batch, channels, size, steps in a window.
@@ -68,17 +68,14 @@ def steps_of(
         seed=0,
         world=world,
     )
-    records = engine.fit(
+    loop = engine.TrainLoop(
         model,
-        batches,
         optim.build(model, recipe.OptimConfig(name="adam", lr=1e-4)),
-        lambda progress: 1.0,
-        epochs=10**6,
-        objective=nn.CrossEntropyLoss(),
-        plan=plan,
-        seed=0,
-        together=Together(model, world, batches.sizes) if world.size > 1 else None,
+        nn.CrossEntropyLoss(),
+        plan,
+        data_parallel=DataParallel(world, batches.sizes) if world.size > 1 else None,
     )
+    records = loop.run(batches, lambda progress: 1.0, epochs=10**6, seed=0)
 
     def step() -> engine.Step:
         for taken in records:

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 # First: it sets what libgomp reads when torch is imported.
@@ -37,8 +36,8 @@ from convlens.data.rows import ArrayRows
 from convlens.device import Plan
 from convlens.models import freezing
 from convlens.recipe import Recipe
-from convlens.stepping import graphs
-from convlens.stepping.scaling import LossScale
+from convlens.starting.planning import WARMUP_STEPS
+from convlens.stepping.guarding import make_grad_scaler
 from convlens.system import process
 
 RECIPES = (
@@ -77,7 +76,9 @@ class Case:
         self.batch = batch or self.recipe.train.batch_size
         options = self.recipe.train
         self.plan: Plan = device.plans(where, options.precision, options.memory_format, False)[0]
-        self.plan = replace(self.plan, step=step, memory_format=layout or self.plan.memory_format)
+        self.plan = replace(
+            self.plan, step_mode=step, memory_format=layout or self.plan.memory_format
+        )
 
     @property
     def _grey(self) -> bool:
@@ -88,7 +89,7 @@ class Case:
         net = self.recipe.model
         model = models.build(net.name, 10, self.channels, self.size, net.options)
         freezing.freeze(model, net.trainable)
-        freezing.set_train_mode(self.plan.place(model))
+        freezing.set_train_mode(self.plan.prepare_model(model))
         return model
 
     def images(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,44 +128,41 @@ class Case:
             augment=operations if asked.operations else None,
         )  # fmt: skip
         optimiser = optim.build(model, asked.optim)
-        part = graphs.compiled(model, self.plan.device) if self.plan.step == "compiled" else model
-        records = engine.fit(
-            part, feed, optimiser, lambda progress: 1e-4, epochs=10**6,
-            objective=self._objective, plan=self.plan, seed=0,
-            clip_value=asked.optim.clip_value, clip_norm=asked.optim.clip_norm,
-            averager=optim.averager(model, asked.optim, steps=10**6),
-            scale=self._scale(optimiser),
-        )  # fmt: skip
+        loop = self._train_loop(model, optimiser, optim.averager(model, asked.optim, steps=10**6))
+        records = loop.run(feed, lambda progress: 1e-4, epochs=10**6, seed=0)
         steps = (r for r in records if isinstance(r, engine.Step))
         return lambda: self._take(steps)
 
     def bare(self) -> Callable[[], None]:
-        """The same step on one normalised batch: no order, augmentation, guard or average."""
+        """The same step on one normalised batch: no order, augmentation or average."""
         asked, model = self.recipe, self.model()
         optimiser = optim.build(model, asked.optim)
         for group in optimiser.param_groups:
             group["lr"] *= 1e-4
-        clip = engine.clipper(model, asked.optim.clip_value, asked.optim.clip_norm)
-        scale, backward = self._scale(optimiser), torch.Tensor.backward
-        if scale is not None:
-            clip, backward = partial(scale.unscale, clip), scale.backward
         images, labels = self.images(self.batch)
         ready, answers = self._whole(images), labels.to(self.plan.device)
-        part = graphs.compiled(model, self.plan.device) if self.plan.step == "compiled" else model
-        take: engine.Take = partial(
-            engine.step, part, objective=self._objective, optimiser=optimiser, plan=self.plan,
-            clip=clip, backward=backward,
-        )  # fmt: skip
-        if self.plan.step == "graph":
-            take = graphs.Captured(take, optimiser)
-        return lambda: self._take(iter([take(ready, answers)]))
+        loop = self._train_loop(model, optimiser, None)
+        return lambda: self._take(iter([loop.train_step(ready, answers)]))
+
+    def _train_loop(
+        self, model: nn.Module, optimiser: torch.optim.Optimizer, averager: optim.Average | None
+    ) -> engine.TrainLoop:
+        config = self.recipe.optim
+        scaler = make_grad_scaler(self.plan.device) if self.plan.precision == "fp16" else None
+        return engine.TrainLoop(
+            model,
+            optimiser,
+            self._objective,
+            self.plan,
+            clip_value=config.clip_value,
+            clip_norm=config.clip_norm,
+            averager=averager,
+            scaler=scaler,
+        )
 
     @property
     def _objective(self) -> nn.Module:
         return nn.CrossEntropyLoss(label_smoothing=self.recipe.optim.label_smoothing)
-
-    def _scale(self, optimiser: torch.optim.Optimizer) -> LossScale | None:
-        return LossScale(optimiser, self.plan.device) if self.plan.precision == "fp16" else None
 
     @staticmethod
     def _take(steps: Iterator[object]) -> None:
@@ -175,7 +173,7 @@ def windows(case: Case, seconds: float) -> dict[str, Any]:
     """Images a second of both loops in turn, in windows of about a tenth of the time."""
     loops = {"loop": case.loop(), "bare": case.bare()}
     for step in loops.values():  # algorithms, capture, compiler
-        for _ in range(graphs.WARM + 3):
+        for _ in range(WARMUP_STEPS + 1):
             step()
         device.synchronise(case.plan.device)
     start = time.perf_counter()
@@ -205,7 +203,7 @@ def windows(case: Case, seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
-    parser.add_argument("--steps", nargs="*", default=None, help="eager graph compiled")
+    parser.add_argument("--steps", nargs="*", default=None, help="eager reduce-overhead compiled")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--device", default=None)
     parser.add_argument("--batch", type=int, help="instead of each recipe's own (rehearsals)")
@@ -220,7 +218,8 @@ def main() -> None:
     print(f"{rate['flops_a_second'] / 1e12:.2f} TFLOP/s in {rate['precision']}", file=sys.stderr)
     rows = []
     for name in asked.recipes:
-        for step in asked.steps or (["eager", "graph", "compiled"] if on_gpu else ["eager"]):
+        modes = ["eager", "reduce-overhead", "compiled"] if on_gpu else ["eager"]
+        for step in asked.steps or modes:
             case = Case(name, where, step, asked.batch, asked.layout)
             row: dict[str, Any] = {"recipe": name, "plan": str(case.plan), "batch": case.batch}
             try:

@@ -55,7 +55,7 @@ def measured(how: dict[str, object], folder: Path, repeats: int) -> dict[str, fl
         for better, spent in ((False, state), (True, both)):
             if better:
                 keeper._pending = snapshot(setup, place.name, row)
-            setup.position.step += 1
+            setup.state.step += 1
             spent.add(keeper.save)
     size = max((place.path / "state").glob("*.safetensors")).stat().st_size
     return {

@@ -116,10 +116,8 @@ def trained(model: nn.Module, loaded: data.Data, batch: int) -> tuple[float, flo
     batches = Batches(loaded.train, batch_size=batch, normalise=Normalise([0.5] * 3, [0.25] * 3),
                       plan=plan, seed=0)  # fmt: skip
     config = load_recipe("folder").optim
-    records = engine.fit(
-        model, batches, optim.build(model, config), optim.schedule(config), epochs=10**6,
-        objective=nn.CrossEntropyLoss(), plan=plan, seed=0,
-    )  # fmt: skip
+    loop = engine.TrainLoop(model, optim.build(model, config), nn.CrossEntropyLoss(), plan)
+    records = loop.run(batches, optim.schedule(config), epochs=10**6, seed=0)
     if len(loaded.train) < batch:
         raise SystemExit(f"{len(loaded.train)} images are no batch of {batch}")
     steps = (r for r in records if isinstance(r, engine.Step))

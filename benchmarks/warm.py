@@ -1,6 +1,6 @@
 """Training time by the rule of the CIFAR-10 records: warm, from weights to the last test answer.
 
-    python benchmarks/warm.py mnist-fast [--seeds 10] [--steps eager graph] [--change key=value ...]
+    python benchmarks/warm.py mnist-fast [--seeds 10] [--steps eager] [--change key=value ...]
 
 In one process, after a run that warms everything up (kernels chosen, steps recorded or compiled),
 each seed's new weights are put into the same network and trained; the clock runs from whitening
@@ -42,7 +42,6 @@ def warm(
     from convlens.data.rows import ArrayRows
     from convlens.starting import beginning
     from convlens.starting.preparing import prepare
-    from convlens.stepping import graphs
     from convlens.system import process
 
     process.keep_freed_memory()
@@ -56,14 +55,13 @@ def warm(
     held = test.rows.resident()
     assert held is not None
     test = replace(test, rows=ArrayRows(held.to(on)))  # no upload is counted
-    net = part = None
+    net: torch.nn.Module | None = None
     runs = []
     for seed in range(seeds + 1):
         setup = prepare(asked.replace(**{"train.seed": seed}), data, on)
-        plan = replace(setup.plan, step=step)
-        if net is None or part is None:
+        plan = replace(setup.plan, step_mode=step)
+        if net is None:
             net = setup.trained
-            part = graphs.compiled(net, on) if step == "compiled" else net
         else:
             net.load_state_dict(setup.trained.state_dict())
             for p, q in zip(net.parameters(), setup.trained.parameters(), strict=True):
@@ -74,14 +72,14 @@ def warm(
         start = time.perf_counter()
         if isinstance(net, models.Initialised):
             net.initialise(few)
-        for _ in engine.fit(
-            part, setup.feed.batches, optimiser, setup.schedule, epochs=setup.epochs,
-            objective=setup.objective, plan=plan, seed=seed,
-            averager=optim.averager(net, asked.optim, len(setup.feed.batches) * setup.epochs),
-        ):  # fmt: skip
+        steps = len(setup.feed.batches) * setup.epochs
+        loop = engine.TrainLoop(
+            net, optimiser, setup.criterion, plan, averager=optim.averager(net, asked.optim, steps)
+        )
+        for _ in loop.run(setup.feed.batches, setup.schedule, epochs=setup.epochs, seed=seed):
             pass
         trained = time.perf_counter()  # the last record waited for the device
-        exact = replace(plan, precision="fp32", step="eager")
+        exact = replace(plan, precision="fp32", step_mode="eager")
         normalise = setup.preprocessing.normalise
         answers, labels = inference.split_answers(net, test, normalise, exact, views.chosen(tta))
         found = answers.plain if answers.tta is None else answers.tta
@@ -103,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", nargs="?", default="mnist-fast")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", nargs="*", default=["eager", "graph", "compiled"])
+    parser.add_argument("--steps", nargs="*", default=["eager", "reduce-overhead", "compiled"])
     parser.add_argument("--change", nargs="*", default=[], help="of the recipe, key=value")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dry", action="store_true", help="keeps nothing")

@@ -16,7 +16,7 @@ from convlens.data import Split
 from convlens.distributed import processes
 from convlens.evaluation import Judged
 from convlens.run import RunFolder
-from convlens.stepping import together
+from convlens.stepping import data_parallel
 from convlens.system import console
 
 SIZES = range(1, 51)
@@ -30,11 +30,11 @@ def looks(place: RunFolder, pieces: int) -> list[dict[str, Any]]:
     loaded = run.load_model(place.model_path)
     whole, name, fingerprint = evaluation.judged_by(loaded, "test", on="cpu")
     found = []
-    usual, together.BATCH = together.BATCH, pieces
+    usual, data_parallel.EVAL_CHUNK = data_parallel.EVAL_CHUNK, pieces
     try:
         with console.quieted():
             for size in (*SIZES, len(whole)):
-                rows = together.Part(whole, 0, size)
+                rows = data_parallel.SplitSlice(whole, 0, size)
                 part = Split(rows, whole.labels[:size], list(whole.ids)[:size])
                 judged = Judged(part, name, f"{fingerprint}-{size}-{pieces}")
                 seen = evaluation.look(
@@ -43,7 +43,7 @@ def looks(place: RunFolder, pieces: int) -> list[dict[str, Any]]:
                 keys = ("n", "correct", "confusion", "near_ties", "loss", "ece")
                 found.append({key: getattr(seen, key) for key in keys})
     finally:
-        together.BATCH = usual
+        data_parallel.EVAL_CHUNK = usual
     assert world.broadcast(lambda: found) == found
     return found
 

@@ -191,7 +191,7 @@ def test_a_plan_places_casts_and_is_stored() -> None:
     plan = Plan("cpu", "bf16", "channels_last", True)
     assert Plan(**plan.to_dict()) == plan
     assert asdict(plan) == plan.to_dict()
-    placed = plan.place(nn.Conv2d(3, 4, 3))
+    placed = plan.prepare_model(nn.Conv2d(3, 4, 3))
     assert placed.weight.is_contiguous(memory_format=torch.channels_last)
     with plan.autocast():
         assert placed(torch.zeros(1, 3, 8, 8)).dtype == torch.bfloat16

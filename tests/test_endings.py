@@ -132,16 +132,16 @@ def test_a_gradient_that_is_none_is_blamed_on_its_step(
     calls_before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of the step after it is the first that isn't finite."""
-    real, calls = engine.step, []
+    real, calls = engine.TrainLoop.train_step, []
 
-    def step(model: torch.nn.Module, *arguments: Any, **more: Any) -> Any:
+    def step(loop: engine.TrainLoop, *arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == calls_before:
-            weights = next(model.parameters())
+            weights = next(loop.model.parameters())
             weights.register_hook(lambda gradient: gradient * torch.nan)
-        return real(model, *arguments, **more)
+        return real(loop, *arguments)
 
-    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setattr(engine.TrainLoop, "train_step", step)
     with pytest.raises(Diverged, match="its loss was finite, its gradient wasn't") as caught:
         train(tiny(), "x")
     epoch, index = divmod(calls_before - 1, 5)
@@ -184,7 +184,7 @@ def test_a_gpu_that_is_taken_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPat
             "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
         )
 
-    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setattr(engine.TrainLoop, "train_step", step)
     Path("x.yaml").write_text(tiny().to_text())
     done = here("train", "x.yaml", "--no-test", "--device", "cpu")
     refused(done, 5, "the GPU is taken", "--device")
@@ -194,7 +194,7 @@ def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyP
     """A stand-in: the error that torch raises, in the seventh step."""
     whole = train(tiny(), "whole")
     Path("x.yaml").write_text(tiny().to_text())
-    real, calls = engine.step, []
+    real, calls = engine.TrainLoop.train_step, []
 
     def step(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
@@ -202,7 +202,7 @@ def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyP
             raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with ...")
         return real(*arguments, **more)
 
-    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setattr(engine.TrainLoop, "train_step", step)
     monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "0")
     command = ("train", "x.yaml", "--name", "x", "--no-test", "--device", "cpu")
     refused(here(*command), 75, "the GPU failed: CUDA error: unspecified launch failure", "goes on")

@@ -1,4 +1,4 @@
-"""The training loop equals a plain one bit by bit, and stops before anything is spoilt."""
+"""The training loop equals a plain one bit by bit, and stops before a bad update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from convlens import engine, optim
 from convlens.data.batches import Batches, Normalise
 from convlens.device import Plan, seed_of
-from convlens.engine import Epoch, NonFiniteLoss, Position, Step
+from convlens.engine import Epoch, NonFiniteLoss, Step, TrainState
 from convlens.models.cnn import CNN
 from convlens.schema import OptimConfig
 from support import PLAN, Memory, Split, Streamed, pictures, same
@@ -60,23 +60,27 @@ def fit(
     epochs: int = EPOCHS,
     **more: Any,
 ) -> Iterator[Step | Epoch]:
-    return engine.fit(
+    state = more.pop("state", None)
+    loop = engine.TrainLoop(
         model,
-        batches if batches is not None else data(),
         optimiser or optim.build(model, config),
-        optim.schedule(config),
-        epochs=epochs,
-        objective=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
-        plan=more.pop("plan", PLAN),
-        seed=SEED,
+        nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        more.pop("plan", PLAN),
         clip_value=config.clip_value,
         clip_norm=config.clip_norm,
         **more,
     )
+    return loop.run(
+        batches if batches is not None else data(),
+        optim.schedule(config),
+        epochs=epochs,
+        seed=SEED,
+        state=state,
+    )
 
 
 def plain_loop(model: nn.Module, config: OptimConfig, batches: Any) -> list[float]:
-    """What `fit` should be: an ordinary loop, with torch's own scheduler where it has one."""
+    """What `TrainLoop` should be: an ordinary loop, with torch's own scheduler where it has one."""
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.name]
     own = {"momentum": config.momentum} if config.name == "sgd" else {"betas": config.betas}
     optimiser = kind(
@@ -155,31 +159,31 @@ def test_records_say_what_happened() -> None:
         assert (epoch.epoch, epoch.images, epoch.lr) == (number + 1, 34, its[-1].lr)
         mean = sum(float(s.loss) * s.images for s in its) / 34
         assert float(epoch.loss) == pytest.approx(mean, rel=1e-6)
-        assert float(epoch.accuracy) == pytest.approx(sum(int(s.correct) for s in its) / 34)
+        assert float(epoch.accuracy) == pytest.approx(sum(int(s.num_correct) for s in its) / 34)
     torch.manual_seed(seed_of(SEED, 1, 0, 1))
     right = (reference.train()(batches.batches[0][0]).argmax(1) == batches.batches[0][1]).sum()
-    assert int(steps[0].correct) == int(right)
+    assert int(steps[0].num_correct) == int(right)
 
 
 @pytest.mark.parametrize("stop", range(1, 15))
 def test_a_training_left_anywhere_goes_on_to_the_same_end(stop: int) -> None:
-    """The reader stops asking after `stop` records and starts anew from the position."""
+    """The reader stops asking after `stop` records and starts again from the state."""
     config = OptimConfig(lr=0.02, schedule="one-cycle")
     whole = network()
     expected = list(fit(whole, config))
-    model, position = network(), Position()
+    model, state = network(), TrainState()
     optimiser = optim.build(model, config)
-    first = fit(model, config, optimiser=optimiser, position=position)
+    first = fit(model, config, optimiser=optimiser, state=state)
     seen = [next(first) for _ in range(stop)]
     first.close()
-    again = list(fit(model, config, optimiser=optimiser, position=position))
+    again = list(fit(model, config, optimiser=optimiser, state=state))
     same(dict(model.state_dict()), dict(whole.state_dict()))
     got = [*seen, *again]
     assert [type(r) for r in got] == [type(r) for r in expected]
     assert [(r.epoch, float(r.loss), r.lr) for r in got] == [
         (r.epoch, float(r.loss), r.lr) for r in expected
     ]
-    assert (position.epoch, position.step) == (EPOCHS + 1, 0)
+    assert (state.epoch, state.step) == (EPOCHS + 1, 0)
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
@@ -193,13 +197,13 @@ def test_streamed_rows_go_on_from_anywhere_too(stop: int) -> None:
     config = OptimConfig(lr=0.02)
     whole = network()
     list(fit(whole, config, batches(Memory(pictures(30)))))
-    model, position, streamed = network(), Position(), batches(Streamed(pictures(30)))
+    model, state, streamed = network(), TrainState(), batches(Streamed(pictures(30)))
     optimiser = optim.build(model, config)
-    first = fit(model, config, streamed, optimiser=optimiser, position=position)
+    first = fit(model, config, streamed, optimiser=optimiser, state=state)
     for _ in range(stop):
         next(first)
     first.close()
-    list(fit(model, config, streamed, optimiser=optimiser, position=position))
+    list(fit(model, config, streamed, optimiser=optimiser, state=state))
     same(dict(model.state_dict()), dict(whole.state_dict()))
 
 
@@ -243,7 +247,7 @@ def test_the_average_is_updated_after_each_step() -> None:
 
 
 def test_bf16_and_channels_last_train() -> None:
-    model = Plan("cpu", "bf16", "channels_last").place(network(0.0))
+    model = Plan("cpu", "bf16", "channels_last").prepare_model(network(0.0))
     plan = Plan("cpu", "bf16", "channels_last")
     before = model.state_dict()["classifier.weight"].clone()
     records = list(fit(model, OptimConfig(lr=0.02), plan=plan, epochs=2))
@@ -273,10 +277,10 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     batches = data()
     images, labels = batches.batches[2]
     batches.batches[2] = (images.clone().fill_(value), labels)
-    model, position = network(), Position()
+    model, state = network(), TrainState()
     optimiser = optim.build(model, config)
     averager = optim.Averager(model, 0.9)
-    records = fit(model, config, batches, optimiser=optimiser, position=position, averager=averager)
+    records = fit(model, config, batches, optimiser=optimiser, state=state, averager=averager)
     for _ in range(2):
         next(records)
     before = everything(model, optimiser)
@@ -287,7 +291,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
         next(records)
     same(before, everything(model, optimiser))
     assert averager.steps == 2
-    assert (position.epoch, position.step) == (1, 2)
+    assert (state.epoch, state.step) == (1, 2)
     assert "epoch 1, step 3" in caught.value.what
     assert "0.02" in caught.value.fix
     assert caught.value.exit_code == 6
@@ -315,4 +319,4 @@ def test_evaluating_between_records_changes_nothing() -> None:
 
 def test_a_finished_position_gives_no_records() -> None:
     model = network()
-    assert list(fit(model, OptimConfig(), position=Position(epoch=EPOCHS + 1))) == []
+    assert list(fit(model, OptimConfig(), state=TrainState(epoch=EPOCHS + 1))) == []

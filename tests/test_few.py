@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from commands import DIGITS, command, here, pictures, refused
 from convlens import ImageClassifier, Run, recipe, training
 from convlens.data import Data, load
-from convlens.engine import Position
+from convlens.engine import TrainState
 from convlens.errors import DataError, UsageError
 from convlens.formats import modelfile
 from convlens.resuming import keeping
@@ -235,7 +235,7 @@ def test_an_estimator_may_train_on_all_it_gets() -> None:
 
 
 def test_the_clock_goes_on_from_a_stopped_epoch() -> None:
-    clock = Clock(Position(seconds=100.0, cpu_seconds=50.0))
+    clock = Clock(TrainState(seconds=100.0, cpu_seconds=50.0))
     wall, cpu = clock.read()
     assert 100 <= wall < 160
     assert 50 <= cpu < 110

@@ -366,7 +366,7 @@ def test_contradictions_are_refused_before_images_are_read() -> None:
     Path("empty").mkdir()
     for arguments, what in (
         (["train.precision=fp16"], "fp16 is for NVIDIA GPUs"),
-        (["train.compile=graph"], "CUDA graphs need an NVIDIA GPU"),
+        (["train.compile=graph"], "CUDA graphs are now a part of torch.compile"),
         (["data.fold=1"], "data.fold=1 without data.folds"),
         (["data.val_fraction=0", "train.patience=3"], "no validation split"),
         (["model.name=resnet18", "model.widths=[3]"], "unknown key 'model.widths'"),

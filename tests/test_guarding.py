@@ -1,4 +1,4 @@
-"""Looking back ends where waiting for each loss ends, bit for bit, and promises the same."""
+"""A non-finite loss ends training before its update, read at once or on the device."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from convlens import engine, optim
-from convlens.engine import NonFiniteLoss, Position, Step
+from convlens.engine import NonFiniteLoss, Step, TrainState
 from convlens.models.cnn import CNN
 from convlens.schema import OptimConfig
 from convlens.stepping import guarding
-from convlens.stepping.scaling import LossScale
+from convlens.stepping.guarding import BufferSnapshot, DeferredFiniteCheck
 from support import PLAN, same
 from test_engine import Listed, everything
 
@@ -31,147 +31,160 @@ OPTIMISERS = {
         "groups": [{"params": "classifier.*", "end": 0.4}, {"params": "stage1.*", "start": 0.2}],
     },
 }
+each_optimizer = pytest.mark.parametrize("asked", OPTIMISERS.values(), ids=OPTIMISERS.keys())
 
 
-def batches(steps: int, spoilt: int | None, value: float = float("nan")) -> Listed:
+def batches(steps: int, bad: int | None, value: float = float("nan")) -> Listed:
+    """Batches of 9 and 8 images in turn; those of step `bad`, from 0, are multiplied by `value`."""
     generator = torch.Generator().manual_seed(5)
     found = [
         (torch.randn(9 - step % 2, 1, 8, 8, generator=generator), torch.arange(9 - step % 2) % 3)
         for step in range(steps)
     ]
-    if spoilt is not None:
-        found[spoilt] = (found[spoilt][0] * value, found[spoilt][1])
+    if bad is not None:
+        found[bad] = (found[bad][0] * value, found[bad][1])
     return Listed(found)
 
 
-class Run:
-    """A small training that can look back; `waits` is the slow reference."""
+class BadInSecondEpoch(Listed):
+    """Good batches in the first epoch, and one bad one in the second."""
 
-    def __init__(self, asked: dict[str, Any], steps: int, waits: bool, epochs: int = 2) -> None:
+    def __init__(self, steps: int, bad: int) -> None:
+        super().__init__(batches(steps, None).batches)
+        self.bad = bad
+
+    def epoch(self, epoch: int, start: int = 0) -> Any:
+        found = batches(len(self), self.bad if epoch == 2 else None, float("inf"))
+        yield from found.batches[start:]
+
+
+class Run:
+    """A small training whose losses are read in each step, or later."""
+
+    def __init__(
+        self, asked: dict[str, Any], steps: int, synchronous: bool, epochs: int = 2
+    ) -> None:
         torch.manual_seed(1)
         self.config = OptimConfig(**asked)
         self.model = CNN(3, 1, 8, widths=[4, 6], dropout=0.3)
         self.optimiser = optim.build(self.model, self.config)
         self.averager = optim.averager(self.model, self.config, epochs * steps)
-        self.position = Position()
-        self.waits, self.epochs = waits, epochs
+        self.progress = TrainState()
+        self.synchronous, self.epochs = synchronous, epochs
 
     def fit(self, listed: Listed) -> engine.Records:
-        return engine.fit(
-            self.model, listed, self.optimiser, optim.schedule(self.config), epochs=self.epochs,
-            objective=nn.CrossEntropyLoss(), plan=PLAN, seed=3, position=self.position,
-            clip_norm=self.config.clip_norm, averager=self.averager, waits=self.waits,
-        )  # fmt: skip
+        loop = engine.TrainLoop(
+            self.model,
+            self.optimiser,
+            nn.CrossEntropyLoss(),
+            PLAN,
+            clip_norm=self.config.clip_norm,
+            averager=self.averager,
+            check_loss_synchronously=self.synchronous,
+        )
+        schedule = optim.schedule(self.config)
+        return loop.run(listed, schedule, epochs=self.epochs, seed=3, state=self.progress)
+
+    def learned(self) -> dict[str, Tensor]:
+        """Weights and optimizer state, without buffers."""
+        buffers = {name for name, _ in self.model.named_buffers()}
+        found = everything(self.model, self.optimiser)
+        return {name: tensor for name, tensor in found.items() if name not in buffers}
 
     def state(self) -> dict[str, Tensor]:
         found = everything(self.model, self.optimiser)
         if self.averager is not None:
             found |= {f"average.{i}": t for i, t in enumerate(self.averager.state()["average"])}
             found["average.steps"] = torch.tensor(self.averager.steps)
-        at = self.position
-        numbers = [float(v) for v in (at.epoch, at.step, at.images, at.loss_sum, at.correct)]
-        return {**found, "position": torch.tensor(numbers, dtype=torch.float64)}
+        at = self.progress
+        numbers = [float(v) for v in (at.epoch, at.step, at.images, at.loss_sum, at.num_correct)]
+        return {**found, "progress": torch.tensor(numbers, dtype=torch.float64)}
 
 
 @pytest.fixture(autouse=True)
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look every three steps, so that there are several in these short epochs."""
-
-    def look_back(*arguments: Any) -> guarding.LookBack:
-        return guarding.LookBack(*arguments, every=3)
-
-    monkeypatch.setattr(engine, "LookBack", look_back)
+def short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag is read several times in these short epochs."""
+    monkeypatch.setattr(guarding, "CHECK_INTERVAL_STEPS", 3)
 
 
-@pytest.mark.parametrize("asked", OPTIMISERS.values(), ids=OPTIMISERS.keys())
-def test_looking_back_changes_no_bit_where_all_is_finite(asked: dict[str, Any]) -> None:
-    back, waiting = Run(asked, 8, waits=False), Run(asked, 8, waits=True)
-    told = [(type(r), float(r.loss), r.lr) for r in back.fit(batches(8, None))]
-    assert told == [(type(r), float(r.loss), r.lr) for r in waiting.fit(batches(8, None))]
-    same(back.state(), waiting.state())
+@each_optimizer
+def test_a_deferred_check_changes_no_bit_where_all_losses_are_finite(asked: dict[str, Any]) -> None:
+    deferred, synchronous = Run(asked, 8, False), Run(asked, 8, True)
+    numbers = [(type(r), float(r.loss), r.lr) for r in deferred.fit(batches(8, None))]
+    assert numbers == [(type(r), float(r.loss), r.lr) for r in synchronous.fit(batches(8, None))]
+    same(deferred.state(), synchronous.state())
 
 
-@pytest.mark.parametrize("asked", OPTIMISERS.values(), ids=OPTIMISERS.keys())
-@pytest.mark.parametrize("spoilt", [0, 4, 7])
-def test_what_is_left_is_what_was_before_the_loss_failed(
-    asked: dict[str, Any], spoilt: int
+@each_optimizer
+@pytest.mark.parametrize("bad", [0, 4, 7])
+def test_weights_and_optimizer_state_are_those_before_the_bad_loss(
+    asked: dict[str, Any], bad: int
 ) -> None:
-    back, waiting = Run(asked, 8, waits=False), Run(asked, 8, waits=True)
-    raised = []
-    for run in (back, waiting):
+    runs = Run(asked, 8, True), Run(asked, 8, False)
+    messages = []
+    for run in runs:
         with pytest.raises(NonFiniteLoss) as caught:
-            list(run.fit(batches(8, spoilt)))
-        raised.append(str(caught.value))
-    assert raised[0] == raised[1]
-    assert f"epoch 1, step {spoilt + 1};" in raised[0]
-    same(back.state(), waiting.state())
-    assert all(tensor.isfinite().all() for tensor in back.state().values())
+            list(run.fit(batches(8, bad)))
+        messages.append((str(caught.value), caught.value.lr))
+    assert messages[0] == messages[1]
+    assert f"epoch 1, step {bad + 1};" in messages[0][0]
+    synchronous, deferred = (run.learned() for run in runs)
+    assert all(tensor.isfinite().all() for tensor in runs[0].state().values())
+    if "lookahead" in asked:  # pulls the weights towards its average in the steps until the error
+        return
+    # With momentum, skipped first steps leave zeros where the other has no buffer yet.
+    zeros = {key: tensor for key, tensor in deferred.items() if key not in synchronous}
+    assert all(not tensor.any() for tensor in zeros.values())
+    same({key: deferred[key] for key in synchronous}, synchronous)
 
 
-@pytest.mark.parametrize("spoilt", range(10))
-def test_wherever_it_fails_in_a_later_epoch(spoilt: int) -> None:
-    """Also with steps at which a look has just been taken, or is on its way."""
-
-    class Later(Listed):
-        def epoch(self, epoch: int, start: int = 0) -> Any:
-            good, bad = batches(10, None), batches(10, spoilt, float("inf"))
-            yield from (good if epoch == 1 else bad).batches[start:]
-
-    ends = []
-    for waits in (False, True):
-        run = Run(OPTIMISERS["ema"], 10, waits)
-        with pytest.raises(NonFiniteLoss) as caught:
-            list(run.fit(Later(batches(10, None).batches)))
-        assert (caught.value.epoch, caught.value.step) == (2, spoilt + 1)
-        ends.append(run.state())
-    same(*ends)
+@pytest.mark.parametrize("bad", range(10))
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_the_step_is_named_wherever_the_loss_fails(bad: int, synchronous: bool) -> None:
+    run = Run(OPTIMISERS["sgd"], 10, synchronous)
+    with pytest.raises(NonFiniteLoss) as caught:
+        list(run.fit(BadInSecondEpoch(10, bad)))
+    assert (caught.value.epoch, caught.value.step) == (2, bad + 1)
 
 
-def test_it_looks_three_steps_later_and_tells_those_between() -> None:
-    run, seen = Run(OPTIMISERS["sgd"], 20, waits=False), []
-    with pytest.raises(NonFiniteLoss):
-        seen.extend(run.fit(batches(20, 4)))
-    steps = [record.step for record in seen if isinstance(record, Step)]
-    # The look at step 6 sees that sum at step 9; then from the look at step 3 on again.
-    assert steps == [*range(1, 10), 4]
-
-
-def test_a_loss_that_fails_once_only_stops_nothing() -> None:
-    """Where a device doesn't repeat itself, what is done again may go well: then it goes on."""
-
-    class Once(Listed):
-        asked = 0
-
-        def epoch(self, epoch: int, start: int = 0) -> Any:
-            self.asked += 1
-            yield from (batches(8, 5) if self.asked == 1 else batches(8, None)).batches[start:]
-
-    back, waiting = Run(OPTIMISERS["adam"], 8, waits=False), Run(OPTIMISERS["adam"], 8, waits=True)
-    list(back.fit(Once(batches(8, None).batches)))
-    list(waiting.fit(batches(8, None)))
-    same(back.state(), waiting.state())
-
-
-def test_a_training_taken_up_amid_an_epoch_looks_back_no_further() -> None:
-    whole, parts = Run(OPTIMISERS["ema"], 8, waits=False), Run(OPTIMISERS["ema"], 8, waits=False)
-    list(whole.fit(batches(8, None)))
-    records = parts.fit(batches(8, None))
+def test_the_step_is_named_where_an_epoch_was_resumed() -> None:
+    run = Run(OPTIMISERS["sgd"], 10, False)
+    records = run.fit(batches(10, 8))
     for _ in range(5):
         next(records)
     records.close()
-    list(parts.fit(batches(8, None)))
-    same(parts.state(), whole.state())
+    with pytest.raises(NonFiniteLoss) as caught:
+        list(run.fit(batches(10, 8)))
+    assert (caught.value.epoch, caught.value.step) == (1, 9)
 
 
-def test_the_scale_of_the_loss_is_looked_back_at_too() -> None:
-    run = Run(OPTIMISERS["sgd"], 6, waits=False)
-    scale = LossScale(run.optimiser, "cpu", growth_steps=2)
-    guard = guarding.LookBack(run.model, run.optimiser, None, scale, every=3)
-    guard.before(run.position)
-    scale.scale.fill_(3.0)
-    run.position.loss_sum = torch.tensor(float("nan"))
-    with pytest.raises(guarding.Spoilt):
-        guard.end(run.position)
-    guard.back(run.position)
-    assert float(scale.scale) == 2.0**12
-    assert run.position.loss_sum == 0.0
+def test_the_error_comes_at_the_second_read_after_the_loss() -> None:
+    run, seen = Run(OPTIMISERS["sgd"], 20, False), []
+    with pytest.raises(NonFiniteLoss):
+        seen.extend(run.fit(batches(20, 4)))
+    # The flag that is copied after step 6 is read after step 9.
+    assert [record.step for record in seen if isinstance(record, Step)] == list(range(1, 9))
+
+
+def test_a_deferred_check_counts_by_hand() -> None:
+    check = DeferredFiniteCheck()
+    check.start_epoch(10)
+    flags = [float(check.update(torch.tensor(loss))) for loss in (1.0, 2.0, float("inf"), 3.0)]
+    assert flags == [0, 0, 1, 1]
+    assert check.wait() == 13
+    check.start_epoch(0)
+    assert float(check.update(torch.tensor(1.0))) == 0
+    assert check.wait() is None
+
+
+def test_a_buffer_snapshot_restores_every_buffer() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2))
+    snapshot = BufferSnapshot(model)
+    model(torch.randn(4, 3))
+    snapshot.save()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.randn(4, 3))
+    assert int(model[0].num_batches_tracked) == 2
+    snapshot.restore()
+    same(before, dict(model.named_buffers()))
+    assert int(model[0].num_batches_tracked) == 1

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from convlens.system.console import Watch
-from convlens.system.later import Later, send
+from convlens.system.later import AsyncScalars, to_device_async
 
 
 def test_on_the_cpu_they_are_there_at_once_and_stay_what_they_were() -> None:
     loss, right = torch.tensor(0.5, requires_grad=True), torch.tensor(7)
-    later = Later(loss, right)
+    later = AsyncScalars(loss, right)
     with torch.no_grad():
         loss.add_(1)
     assert later.ready()
@@ -22,7 +22,7 @@ def test_on_the_cpu_they_are_there_at_once_and_stay_what_they_were() -> None:
 
 def test_sending_to_the_cpu_is_no_copy() -> None:
     tensor = torch.arange(3)
-    assert send(tensor, "cpu") is tensor
+    assert to_device_async(tensor, "cpu") is tensor
 
 
 @pytest.mark.gpu
@@ -35,12 +35,12 @@ def test_on_a_gpu_they_come_when_it_gets_there() -> None:
     try:
         for _ in range(50):
             big = (big @ big).clamp_(-1, 1)
-        later = Later(value)
+        later = AsyncScalars(value)
         value.add_(1)
         assert not later.ready()
         assert later.values() == [1.0]
         assert later.ready()
-        sent = send(torch.arange(1000), "cuda")
+        sent = to_device_async(torch.arange(1000), "cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(sent.cpu(), torch.arange(1000))

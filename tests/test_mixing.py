@@ -185,18 +185,17 @@ def test_a_step_counts_the_likeliest_class_and_smooths_shares() -> None:
         model.bias.zero_()
     images = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     labels = torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.0, 0.6]])  # the first is answered rightly
-    objective = nn.CrossEntropyLoss(label_smoothing=0.3)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.3)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     logits = [[2.0, 0.0, 1.0], [0.0, 1.0, 0.5]]
-    loss, right = engine.step(model, images, labels, objective, optimiser, PLAN, lambda: None)
+    result = engine.TrainLoop(model, optimiser, criterion, PLAN).train_step(images, labels)
     expected = 0.0
     for row, shares in zip(logits, labels.tolist(), strict=True):
         whole = math.log(sum(math.exp(v) for v in row))
         smooth = [0.7 * share + 0.3 / 3 for share in shares]
         expected += sum(s * (whole - v) for s, v in zip(smooth, row, strict=True)) / 2
-    assert loss is not None
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert int(right) == 1
+    assert float(result.loss) == pytest.approx(expected, rel=1e-5)
+    assert int(result.num_correct) == 1
 
 
 @names

@@ -29,8 +29,8 @@ from convlens.recipe import Recipe
 from convlens.run import RunFolder
 from convlens.starting import planning
 from convlens.starting.preparing import prepare
-from convlens.stepping import guarding, memory
-from convlens.stepping.memory import TooLarge, ran_out
+from convlens.stepping import memory
+from convlens.stepping.memory import OutOfMemory, is_oom
 from launching import torchrun
 from support import PLAN, Memory, Split, begin, images_of, pictures, same, tiny
 from test_guarding import OPTIMISERS, Run, batches
@@ -94,25 +94,25 @@ def test_what_torch_says_is_understood() -> None:
     for fails in (ask_for_too_much, lambda: bytearray(1 << 60), lambda: torch.ones(1 << 58)):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             fails()
-        assert ran_out(caught.value)
-        assert memory.explained(caught.value).exit_code == 5
+        assert is_oom(caught.value)
+        assert memory.out_of_memory_error(caught.value).exit_code == 5
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2, 3) @ torch.ones(2, 3)
-    assert not ran_out(caught.value)
-    assert not ran_out(OSError("Cannot allocate memory"))
+    assert not is_oom(caught.value)
+    assert not is_oom(OSError("Cannot allocate memory"))
     assert "1152921504606846976 bytes" in _failure().where
 
 
 def _failure() -> ResourceError:
     with pytest.raises(RuntimeError) as caught:
         ask_for_too_much()
-    return memory.explained(caught.value)
+    return memory.out_of_memory_error(caught.value)
 
 
 def test_trying_leaves_other_errors_alone() -> None:
-    with pytest.raises(ZeroDivisionError), memory.Trying(3):
+    with pytest.raises(ZeroDivisionError), memory.catch_oom(3):
         raise ZeroDivisionError
-    with pytest.raises(TooLarge) as caught, memory.Trying(3):
+    with pytest.raises(OutOfMemory) as caught, memory.catch_oom(3):
         ask_for_too_much()
     assert caught.value.images == 3
 
@@ -124,7 +124,7 @@ def finished(asked: Recipe, name: str, part: int = 0, most: int = 0, back: bool 
     """A run to its end: by a plan with that part, or with memory for `most` images."""
     setup, place = begin(asked, name)
     if part:
-        setup = prepare(asked, images_of(asked), "cpu", replace(setup.plan, part=part))
+        setup = prepare(asked, images_of(asked), "cpu", replace(setup.plan, micro_batch_size=part))
     seen = greedy(setup.feed.model, most, back=back) if most else []
     rows, kept = training.run_to_end(setup, place, quiet=False)
     place.finish(epochs=len(rows), kept=kept, seconds=0.0)
@@ -149,42 +149,34 @@ def test_where_memory_runs_out_the_run_is_that_of_the_smaller_parts(
     assert max(seen[3:]) <= 5
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "out of memory" in line]
     assert f"a batch of {size} is now computed {size // 4} images at a time" in line
-    assert ("batch norm goes by the images of a part" in line) == (PLAIN not in options)
+    assert ("batch norm uses the statistics of a micro-batch" in line) == (PLAIN not in options)
     (noted,) = short.facts()["out_of_memory"]
     assert noted == {"part": size // 4, "epoch": 1, "step": 1, "batch_norm": PLAIN not in options}
     equal(short, finished(asked, "parts", part=size // 4)[0])
     assert "out_of_memory" not in RunFolder(Path("models/parts")).facts()
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["waiting", "looking-back"])
+@pytest.mark.parametrize("synchronous", [True, False], ids=["synchronous", "deferred"])
 @pytest.mark.parametrize("asked", OPTIMISERS.values(), ids=OPTIMISERS.keys())
-def test_what_was_done_before_stays(
-    asked: dict[str, Any], waits: bool, monkeypatch: pytest.MonkeyPatch
+def test_training_continues_in_micro_batches_from_the_step_that_failed(
+    asked: dict[str, Any], synchronous: bool
 ) -> None:
-    """In the middle of a run: from that step on, or from the last good state before it."""
-
-    def look_back(*arguments: Any) -> guarding.LookBack:
-        return guarding.LookBack(*arguments, every=3)
-
-    monkeypatch.setattr(engine, "LookBack", look_back)
-    short = Run(asked, 8, waits)
+    short = Run(asked, 8, synchronous)
     greedy(short.model, 5, first=12)  # the fifth step of the second epoch
     steps = [
         (record.epoch - 1) * 8 + record.step
         for record in short.fit(batches(8, None))
         if isinstance(record, Step)
     ]
-    again = steps[12]
-    assert steps == [*range(1, 13), *range(again, 17)]
-    assert again == (13 if waits else 9)
-    assert short.position.part == 4
+    assert steps == list(range(1, 17))
+    assert short.progress.micro_batch_size == 4
 
-    other = Run(asked, 8, waits)
+    other = Run(asked, 8, synchronous)
     records = other.fit(batches(8, None))
-    while (other.position.epoch - 1) * 8 + other.position.step < again - 1:
+    while (other.progress.epoch - 1) * 8 + other.progress.step < 12:
         next(records)
     records.close()
-    other.position.part = 4
+    other.progress.micro_batch_size = 4
     list(other.fit(batches(8, None)))
     same(short.state(), other.state())
 
@@ -201,7 +193,7 @@ def test_a_run_that_is_taken_up_has_the_same_parts(
     class Killed(BaseException):
         pass
 
-    real, calls = engine.step, []
+    real, calls = engine.TrainLoop.train_step, []
 
     def step(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
@@ -209,14 +201,14 @@ def test_a_run_that_is_taken_up_has_the_same_parts(
             raise Killed
         return real(*arguments, **more)
 
-    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setattr(engine.TrainLoop, "train_step", step)
     with pytest.raises(Killed):
         training.run_to_end(setup, place, quiet=True)
-    monkeypatch.setattr(engine, "step", real)
+    monkeypatch.setattr(engine.TrainLoop, "train_step", real)
     setup, place = begin(asked, "stopped")  # nobody is greedy now
     rows, kept = training.run_to_end(setup, place, quiet=True)
     place.finish(epochs=len(rows), kept=kept, seconds=0.0)
-    assert setup.position.part == 4
+    assert setup.state.micro_batch_size == 4
     equal(place, whole)
 
 
@@ -233,9 +225,9 @@ def test_a_batch_norm_never_sees_one_image() -> None:
             list(run.fit(batches(4, None)))
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["waiting", "looking-back"])
-def test_where_nothing_fits_nothing_is_changed(waits: bool) -> None:
-    run = Run({**OPTIMISERS["adamw"], "ema": 0.9}, 6, waits)
+@pytest.mark.parametrize("synchronous", [True, False], ids=["synchronous", "deferred"])
+def test_where_nothing_fits_nothing_is_changed(synchronous: bool) -> None:
+    run = Run({**OPTIMISERS["adamw"], "ema": 0.9}, 6, synchronous)
     before = {name: tensor.clone() for name, tensor in run.state().items()}
     greedy(run.model, 0)
     with pytest.raises(ResourceError) as caught:
@@ -248,7 +240,7 @@ def test_where_nothing_fits_nothing_is_changed(waits: bool) -> None:
 
 def test_one_of_several_processes_does_not_go_on_otherwise() -> None:
     with pytest.raises(ResourceError, match="8 images of a batch that are this process's"):
-        memory.smaller(nn.Linear(1, 1), TooLarge(8), 0, several=True)
+        memory.next_micro_batch_size(nn.Linear(1, 1), OutOfMemory(8), 0, distributed=True)
 
 
 SCRIPT = """
@@ -288,12 +280,12 @@ def test_all_processes_end_where_one_has_no_memory() -> None:
 
 
 def test_a_candidate_without_memory_is_no_candidate() -> None:
-    plans = [Plan("cpu", "fp32", "contiguous", part=part) for part in (0, 8)]
+    plans = [Plan("cpu", "fp32", "contiguous", micro_batch_size=part) for part in (0, 8)]
 
     def trial(plan: Plan) -> Callable[[], None]:
         def step() -> None:
-            with memory.Trying(16):
-                if not plan.part:
+            with memory.catch_oom(16):
+                if not plan.micro_batch_size:
                     ask_for_too_much()
 
         return step
@@ -308,19 +300,19 @@ def test_a_candidate_without_memory_is_no_candidate() -> None:
 def test_timings_of_a_run_hold_no_infinity() -> None:
     asked = tiny(PLAIN, "train.batch_size=64", "train.epochs=300", "train.patience=1")
     seen: list[int] = []
-    real = engine.step
+    real = engine.TrainLoop.train_step
 
-    def step(model: nn.Module, images: Tensor, *rest: Any, plan: Plan, **more: Any) -> Any:
-        with memory.Trying(len(images)):
-            seen.append(plan.part)
-            if not plan.part:
+    def step(loop: engine.TrainLoop, images: Tensor, targets: Tensor) -> Any:
+        with memory.catch_oom(len(images)):
+            seen.append(loop.plan.micro_batch_size)
+            if not loop.plan.micro_batch_size:
                 ask_for_too_much()
-        return real(model, images, *rest, plan=plan, **more)
+        return real(loop, images, targets)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "step", step)
+        patch.setattr(engine.TrainLoop, "train_step", step)
         setup = prepare(asked, images_of(asked), "cpu")
-    assert setup.plan.part in (16, 32)
+    assert setup.plan.micro_batch_size in (16, 32)
     assert set(seen) == {0, 16, 32}
     assert set(setup.timings) == {"fp32 contiguous by 32", "fp32 contiguous by 16"}
     json.dumps(setup.timings, allow_nan=False)

@@ -37,7 +37,7 @@ from convlens.formats import modelfile
 from convlens.inference import split_logits
 from convlens.metrics import cross_entropy
 from convlens.run import load_model
-from convlens.stepping import together
+from convlens.stepping.data_parallel import SplitSlice
 from support import PLAN, same
 
 ROOT = Path(convlens.__file__).parent
@@ -342,7 +342,7 @@ def test_a_last_batch_that_is_padded_or_dropped(
     for batch in (1, 7, 256):
         monkeypatch.setattr(inference, "LARGEST", batch)
         for count in (*range(1, 51), 255, 256, 257):
-            part = together.Part(test, 0, count)
+            part = SplitSlice(test, 0, count)
             found, its = split_logits(loaded.model, part, loaded.preprocessing.normalise, PLAN)
             assert len(found) == len(its) == count
             assert torch.equal(its, labels[:count])

@@ -53,7 +53,7 @@ class Interrupting:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.after, self.number = -1, signal.SIGINT
-        real = engine.step
+        real = engine.TrainLoop.train_step
 
         def step(*arguments: Any, **more: Any) -> Any:
             self.after -= 1
@@ -61,7 +61,7 @@ class Interrupting:
                 signal.raise_signal(self.number)
             return real(*arguments, **more)
 
-        monkeypatch.setattr(engine, "step", step)
+        monkeypatch.setattr(engine.TrainLoop, "train_step", step)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_a_long_epoch_is_saved_in_its_middle(monkeypatch: pytest.MonkeyPatch) ->
 
     def save(place: RunFolder, setup: Any, *rest: Any) -> None:
         real(place, setup, *rest)
-        saves.append(setup.position.step)
+        saves.append(setup.state.step)
         if len(saves) == 3:
             raise MemoryError
 
@@ -253,11 +253,11 @@ def test_everything_that_is_restored_is_what_was_saved(interrupting: Interruptin
     assert again is not None
     same(stored[0], again[0])
     assert stored[1] == again[1]
-    assert (setup.position.epoch, setup.position.step, len(rows)) == (2, 3, 1)
+    assert (setup.state.epoch, setup.state.step, len(rows)) == (2, 3, 1)
     assert any(name.startswith("ema.") for name in stored[0])
     assert isinstance(setup.averager, optim.Averager)
     assert setup.averager.steps == 8
-    assert isinstance(setup.position.loss_sum, float)
+    assert isinstance(setup.state.loss_sum, float)
 
 
 # Real processes and real signals

@@ -20,7 +20,7 @@ from convlens.inference import split_logits
 from convlens.metrics import NEAR, near_ties
 from convlens.prediction import all_probabilities
 from convlens.run import load_model
-from convlens.stepping import together
+from convlens.stepping import data_parallel
 from evaluating_together import SIZES, looks
 from launching import torchrun
 from support import PLAN
@@ -102,17 +102,17 @@ def test_what_processes_are_dealt_is_the_split(
     pieces: int, processes: int, small: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each image by one of them, in order: what each finds out, put together."""
-    monkeypatch.setattr(together, "BATCH", pieces)
+    monkeypatch.setattr(data_parallel, "EVAL_CHUNK", pieces)
     loaded = load_model(small.path / "model.safetensors")
     test = load(small.recipe.data, memory_budget=1 << 30).unseal_test()
     normalise = loaded.preprocessing.normalise
     whole, _ = split_logits(loaded.model, test, normalise, PLAN)
     for size in SIZES:
-        counts = together._counts(size, processes)
+        counts = data_parallel.rows_per_rank(size, processes)
         found = []
         for rank, count in enumerate(counts):
             start = sum(counts[:rank])
-            part = together.Part(test, start, start + count)
+            part = data_parallel.SplitSlice(test, start, start + count)
             found += [split_logits(loaded.model, part, normalise, PLAN)[0]] if count else []
         assert sum(counts) == size
         torch.testing.assert_close(torch.cat(found), whole[:size], rtol=0, atol=1e-5)

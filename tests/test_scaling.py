@@ -1,4 +1,4 @@
-"""The loss scale against torch's GradScaler, and optimisers that leave a step out on the device."""
+"""fp16 loss scaling: torch's GradScaler with our optimizers, clipping and checkpoints."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from convlens.models.cnn import CNN
 from convlens.resuming import states
 from convlens.resuming.states import Best, restore
 from convlens.schema import OptimConfig
-from convlens.stepping.scaling import START, LossScale
-from support import begin, same, tiny
+from convlens.stepping.guarding import INITIAL_LOSS_SCALE, make_grad_scaler
+from support import PLAN, begin, same, tiny
 from test_engine import everything
 
 OPTIMISERS = [
@@ -26,7 +26,16 @@ OPTIMISERS = [
     {"name": "muon", "lr": 0.05, "aux_lr": 0.1, "momentum": 0.6},
 ]
 ids = [f"{o['name']}-{o.get('momentum', '')}" for o in OPTIMISERS]
-every = pytest.mark.parametrize("asked", OPTIMISERS, ids=ids)
+each_optimizer = pytest.mark.parametrize("asked", OPTIMISERS, ids=ids)
+
+
+class Loss(nn.Module):
+    """Cross entropy times a factor, which may make gradients overflow."""
+
+    factor = 1.0
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, targets) * self.factor
 
 
 def network() -> CNN:
@@ -39,142 +48,113 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8) % 3
 
 
-def step(
-    model: nn.Module, optimiser: Any, seed: int, scale: LossScale | None, blow_up: float = 1.0
-) -> None:
-    plan = Plan("cpu", "fp32", "contiguous")
-    backward = Tensor.backward if scale is None else scale.backward
-
-    def objective(logits: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits, labels) * blow_up
-
-    clip = scale.unscale if scale is not None else lambda: None
-    engine.step(model, *batch(seed), objective, optimiser, plan, clip, backward=backward)
+def scaled_loop(asked: dict[str, Any], **options: Any) -> engine.TrainLoop:
+    """A loop on the CPU that scales the loss and, as on a GPU, never reads it."""
+    model = network()
+    optimizer = optim.build(model, OptimConfig(**asked))
+    scaler = torch.amp.GradScaler("cpu", **{"init_scale": INITIAL_LOSS_SCALE, **options})
+    return engine.TrainLoop(
+        model, optimizer, Loss(), PLAN, scaler=scaler, check_loss_synchronously=False
+    )
 
 
-@every
+@each_optimizer
 def test_a_scale_that_fits_changes_no_bit(asked: dict[str, Any]) -> None:
     """It is a power of two, so that scaling and unscaling are exact."""
-    ends = []
-    for scaled in (False, True):
-        model = network()
-        optimiser = optim.build(model, OptimConfig(**asked))
-        scale = LossScale(optimiser, "cpu", growth_steps=3) if scaled else None
-        for seed in range(7):
-            step(model, optimiser, seed, scale)
-        ends.append(everything(model, optimiser))
-        if scale is not None:
-            assert float(scale.scale) == 4 * START  # doubled after steps 3 and 6
-    same(*ends)
+    scaled = scaled_loop(asked, growth_interval=3)
+    plain_model = network()
+    optimizer = optim.build(plain_model, OptimConfig(**asked))
+    plain = engine.TrainLoop(plain_model, optimizer, Loss(), PLAN)
+    for seed in range(7):
+        assert torch.equal(
+            scaled.train_step(*batch(seed)).loss, plain.train_step(*batch(seed)).loss
+        )
+    same(everything(scaled.model, scaled.optimizer), everything(plain_model, optimizer))
+    assert scaled.scaler.get_scale() == 4 * INITIAL_LOSS_SCALE  # doubled after steps 3 and 6
 
 
-@every
-def test_a_step_whose_gradients_overflow_is_left_out(asked: dict[str, Any]) -> None:
-    """The first one, where there is no momentum yet, and a later one; averages don't see it."""
-    ends = []
-    for overflows in (False, True):
-        model = network()
-        optimiser = optim.build(model, OptimConfig(**asked))
-        scale = LossScale(optimiser, "cpu")
-        for seed in range(4):
-            if overflows and seed in (0, 2):
-                kept, statistics = float(scale.scale), [b.clone() for b in model.buffers()]
-                before = everything(model, optimiser)
-                step(model, optimiser, 9, scale, blow_up=1e38)
-                assert float(scale.found_inf) == 1
-                assert float(scale.scale) == kept / 2
-                after = everything(model, optimiser)
-                params = {key for key in before if "running" not in key and "num_" not in key}
-                same({k: before[k] for k in params}, {k: after[k] for k in params & after.keys()})
-                scale.scale.fill_(kept)
-                for buffer, held in zip(model.buffers(), statistics, strict=True):
-                    buffer.copy_(held)
-            step(model, optimiser, seed, scale)
-        ends.append(everything(model, optimiser))
-    same(*ends)
+@each_optimizer
+def test_a_step_whose_gradients_overflow_is_skipped(asked: dict[str, Any]) -> None:
+    """The first one, where there is no momentum yet, and a later one."""
+    loop, reference = scaled_loop(asked), scaled_loop(asked)
+    for seed in range(4):
+        if seed in (0, 2):
+            before = everything(loop.model, loop.optimizer)
+            scale = loop.scaler.get_scale()
+            loop.criterion.factor = 1e38  # type: ignore[attr-defined]
+            loop.train_step(*batch(9))
+            loop.criterion.factor = 1.0  # type: ignore[attr-defined]
+            assert loop.scaler.get_scale() == scale / 2
+            loop._buffers.restore()  # batch norm has seen the images, as it should
+            after = everything(loop.model, loop.optimizer)
+            same(before, {key: after[key] for key in before})
+        loop.train_step(*batch(seed))
+        reference.train_step(*batch(seed))
+    first, second = (everything(each.model, each.optimizer) for each in (loop, reference))
+    same(first, second)
 
 
-def test_it_is_the_rule_of_grad_scaler() -> None:
-    """Scale and weights, step by step, with overflows among them."""
-    mine, theirs = network(), network()
-    ours = torch.optim.SGD(mine.parameters(), lr=0.1, momentum=0.9, fused=True)
-    plain = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
-    scale = LossScale(ours, "cpu", start=64.0, growth_steps=2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
-    for seed in range(12):
-        blow_up = 1e38 if seed in (4, 5, 9) else 1.0
-        images, labels = batch(seed)
-        loss = nn.functional.cross_entropy(mine(images), labels)
-        scale.backward(loss * blow_up)
-        scale.unscale()
-        ours.step()
-        ours.zero_grad()
-        scaler.scale(nn.functional.cross_entropy(theirs(images), labels) * blow_up).backward()
-        scaler.step(plain)
-        scaler.update()
-        plain.zero_grad()
-        assert float(scale.scale) == scaler.get_scale(), seed
-    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
-        assert torch.allclose(p, q, atol=1e-6)
+@each_optimizer
+def test_no_optimizer_reads_the_overflow_on_the_host(asked: dict[str, Any]) -> None:
+    """GradScaler would read it, and wait for a GPU, for optimizers that don't look themselves."""
+    optimizer = optim.build(network(), OptimConfig(**asked))
+    assert optimizer._step_supports_amp_scaling
 
 
-def test_gradients_are_true_ones_before_they_are_clipped() -> None:
-    model = network()
-    optimiser = optim.build(model, OptimConfig(name="sgd", lr=0.1))
-    scale = LossScale(optimiser, "cpu")
-    images, labels = batch(0)
-    for half in (slice(0, 4), slice(4, 8)):  # in two parts
-        scale.backward(nn.functional.cross_entropy(model.eval()(images[half]), labels[half]) / 2)
-    scale.unscale()
-    found = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    nn.functional.cross_entropy(model(images), labels).backward()
-    for mine, p in zip(found, model.parameters(), strict=True):
-        assert torch.allclose(mine, p.grad, rtol=1e-4, atol=1e-7)
+def test_gradients_are_unscaled_before_they_are_clipped() -> None:
+    """A step with clipping is that of plain torch, in two micro-batches."""
+    model = network().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    plan = Plan("cpu", "fp32", "contiguous", micro_batch_size=4)
+    scaler = make_grad_scaler("cpu")
+    loop = engine.TrainLoop(model, optimizer, Loss(), plan, clip_norm=0.01, scaler=scaler)
+    plain = network().eval()
+    nn.functional.cross_entropy(plain(batch(0)[0]), batch(0)[1]).backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+    assert float(norm) > 0.01
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    loop.train_step(*batch(0))
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_half_precision_learns_with_it() -> None:
     """The whole way in fp16 on the CPU, which `device.plans` refuses only because it is slow."""
     plan = Plan("cpu", "fp16", "channels_last")
-    model = plan.place(network())
-    optimiser = optim.build(model, OptimConfig(name="adamw", lr=0.02))
-    scale, losses = LossScale(optimiser, "cpu"), []
-    images, labels = batch(0)
-    for _ in range(20):
-        loss, _ = engine.step(
-            model, images, labels, nn.CrossEntropyLoss(), optimiser, plan, scale.unscale,
-            backward=scale.backward,
-        )  # fmt: skip
-        assert loss is not None
-        losses.append(float(loss))
+    model = plan.prepare_model(network())
+    optimizer = optim.build(model, OptimConfig(name="adamw", lr=0.02))
+    loop = engine.TrainLoop(
+        model, optimizer, nn.CrossEntropyLoss(), plan, scaler=make_grad_scaler("cpu")
+    )
+    losses = [float(loop.train_step(*batch(0)).loss) for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_a_run_that_is_taken_up_has_its_scale() -> None:
+def test_a_resumed_run_has_its_scale() -> None:
     (first, place), (again, _) = begin(tiny(), "scaled"), begin(tiny(), "scaled")
     for setup in (first, again):
-        setup.scale = LossScale(setup.optimiser, "cpu")
-    assert first.scale is not None
-    assert again.scale is not None
+        setup.scaler = make_grad_scaler("cpu")
+    assert first.scaler is not None
+    assert again.scaler is not None
     records = first.fit()
     for _ in range(4):
         next(records)
-    first.scale.scale.fill_(32.0)
+    first.scaler.update(32.0)
     states.save(place, first, Best("val_loss"), [])
     restore(place, again, Best("val_loss"))
-    same(first.scale.state(), again.scale.state())
-    assert float(again.scale.scale) == 32.0
-    assert int(again.scale.state()["good_steps"]) == 4
+    assert first.scaler.state_dict() == again.scaler.state_dict()
+    assert again.scaler.state_dict()["scale"] == 32.0
+    assert again.scaler.state_dict()["_growth_tracker"] == 4
     list(records)
     list(again.fit())
     same(everything(first.trained, first.optimiser), everything(again.trained, again.optimiser))
 
 
 def test_nothing_is_saved_once_a_loss_has_failed() -> None:
-    """On a GPU a state may be due before the engine has noticed."""
+    """On a GPU a checkpoint may be due before the loop has read the loss."""
     setup, place = begin(tiny(), "failed")
     next(setup.fit())
-    setup.position.loss_sum = torch.tensor(float("nan"))
+    setup.state.loss_sum = torch.tensor(float("nan"))
     states.save(place, setup, Best("val_loss"), [])
     assert place.state() is None

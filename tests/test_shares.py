@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convlens import device
 from convlens.data.augment import AUGMENTS, MIXES, build
@@ -16,7 +16,12 @@ from convlens.data.batches import Batches, Normalise
 from convlens.distributed import processes
 from convlens.distributed.processes import SINGLE_PROCESS, PeerLostError, ProcessGroup
 from convlens.errors import UsageError
-from convlens.stepping.together import BATCH, Part, Together, _counts
+from convlens.stepping.data_parallel import (
+    EVAL_CHUNK,
+    SplitSlice,
+    convert_sync_batchnorm,
+    rows_per_rank,
+)
 from convlens.system import ranks
 from support import PLAN, Memory, Split, Streamed, begin, pictures, tiny
 from test_augment import STRONG
@@ -101,55 +106,22 @@ def test_an_image_is_read_by_the_process_whose_it_is() -> None:
     assert [len(asked) for asked in mixed.asked] == [13, 13, 13, 5]  # partners may be anywhere
 
 
-class Echo(ProcessGroup):
-    """A world of which only one process is there: sums are its own."""
-
-    def sum_(self, tensor: Tensor) -> None: ...
-
-
-@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_mask_is_the_rows_of_the_whole_batchs(
-    kind: type[nn.Module], layout: torch.memory_format
-) -> None:
-    ends = {nn.Dropout1d: (5, 6), nn.Dropout3d: (5, 2, 3, 4)}.get(kind, (5, 6, 7))
-    values = torch.randn(9, *ends)
-    if values.ndim == 4:
-        values = values.contiguous(memory_format=layout)
-    torch.manual_seed(8)
-    whole = kind(0.4)(values)
-    assert (whole == 0).any()
-    for rank in range(3):
-        net = nn.Sequential(kind(0.4))
-        world = Echo(rank, 3)
-        together = Together(net, world, [9])
-        assert together.begin(0) == 9
-        torch.manual_seed(8)
-        rows = world.share(9).rows
-        own = values[rows].clone().requires_grad_()
-        kept = net(own)
-        assert torch.equal(kept, whole[rows])
-        (gradient,) = torch.autograd.grad(kept.sum(), own)
-        assert torch.equal(gradient == 0, whole[rows] == 0)
-        assert torch.equal(net.eval()(own), own)
-
-
 @pytest.mark.parametrize("images", [1, 255, 256, 257, 1000, 2048, 2049])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
 def test_parts_of_a_split_are_whole_batches(images: int, size: int) -> None:
-    counts = _counts(images, size)
+    counts = rows_per_rank(images, size)
     assert sum(counts) == images
     assert len(counts) == size
     ends = list(itertools.accumulate(counts))
-    assert all(end % BATCH == 0 or end == images for end in ends)
+    assert all(end % EVAL_CHUNK == 0 or end == images for end in ends)
     assert counts[0] > 0
-    assert max(counts) - min(counts) <= 2 * BATCH - 1
+    assert max(counts) - min(counts) <= 2 * EVAL_CHUNK - 1
 
 
 @pytest.mark.parametrize("rows", [Memory, Streamed])
 def test_a_part_is_a_split(rows: Any) -> None:
     images = pictures(10)
-    part = Part(Split(rows(images), torch.arange(10)), 3, 7)
+    part = SplitSlice(Split(rows(images), torch.arange(10)), 3, 7)
     assert part.rows.shape == (4, 1, 8, 8)
     assert part.labels.tolist() == [3, 4, 5, 6]
     assert torch.equal(part.gather(torch.tensor([2, 0])), images[[5, 3]])
@@ -208,13 +180,11 @@ def test_a_batch_too_small_for_the_processes_is_refused() -> None:
 
 
 def test_norms_over_processes_need_gpus() -> None:
-    from convlens.stepping.together import synchronised
-
     setup, _ = begin(tiny("train.sync_batch_norm=true"), "one")  # nothing to synchronise with
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in setup.trained.modules())
     with pytest.raises(UsageError, match="SyncBatchNorm needs GPUs"):
-        synchronised(setup.trained, ProcessGroup(0, 2), "cpu")
-    synced = synchronised(setup.trained, ProcessGroup(0, 2), "cuda:0")
+        convert_sync_batchnorm(setup.trained, ProcessGroup(0, 2), "cpu")
+    synced = convert_sync_batchnorm(setup.trained, ProcessGroup(0, 2), "cuda:0")
     assert any(isinstance(m, nn.SyncBatchNorm) for m in synced.modules())
 
 

@@ -26,7 +26,7 @@ from convlens.device import Plan
 from convlens.models import freezing
 from convlens.recipe import Recipe
 from convlens.stepping import guarding
-from convlens.stepping.scaling import LossScale
+from convlens.stepping.guarding import make_grad_scaler
 from convlens.system.console import Watch
 from support import Split
 
@@ -68,12 +68,13 @@ class NeverHere:
 
     def __init__(self, *tensors: Tensor) -> None:
         assert all(tensor.is_cuda for tensor in tensors if tensor.numel() != 1 or tensor.ndim)
+        self.count = len(tensors)
 
     def ready(self) -> bool:
         return False
 
     def values(self) -> list[float]:
-        return [0.0]
+        return [1.0] * self.count
 
 
 @contextmanager
@@ -88,14 +89,14 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     make = batches._generator
     monkeypatch.setattr(batches, "_generator", lambda device, *parts: make("cpu", *parts))
     monkeypatch.setattr(
-        batches, "send", lambda t, device: torch.empty_like(t, device=device)
+        batches, "to_device_async", lambda t, device: torch.empty_like(t, device=device)
     )  # pinned, so without waiting: test_later
     # Autocast asks the driver; the casts themselves are done as on the device.
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(engine, "seed_generators", lambda device, seed: None)
-    monkeypatch.setattr(engine, "Later", NeverHere)
-    monkeypatch.setattr(guarding, "Later", NeverHere)
+    monkeypatch.setattr(engine, "AsyncScalars", NeverHere)
+    monkeypatch.setattr(guarding, "AsyncScalars", NeverHere)
     constants = (draws.constant, batches._affine, policies.magnitudes)
     for cached in constants:
         cached.cache_clear()
@@ -140,18 +141,18 @@ def rehearse(asked: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "b
         labels = torch.zeros(count, dtype=torch.int64, device="cuda")
         operations = augment.build(asked.operations, image_size=size, channels=channels, classes=10)
         optimiser = optim.build(model, asked.optim)
-        scale = LossScale(optimiser, "cuda") if precision == "fp16" else None
+        scaler = make_grad_scaler("cuda") if precision == "fp16" else None
         feed = Batches(
             Split(ArrayRows(images), labels), batch_size=16,
             normalise=Normalise([0.5] * channels, [0.25] * channels), plan=plan, seed=0,
             augment=operations if asked.operations else None,
         )  # fmt: skip
-        records = engine.fit(
-            model, feed, optimiser, optim.schedule(asked.optim), epochs=2,
-            objective=nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
-            plan=plan, seed=0, clip_value=asked.optim.clip_value, clip_norm=asked.optim.clip_norm,
-            averager=optim.averager(model, asked.optim, steps=4), scale=scale,
+        loop = engine.TrainLoop(
+            model, optimiser, nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
+            plan, clip_value=asked.optim.clip_value, clip_norm=asked.optim.clip_norm,
+            averager=optim.averager(model, asked.optim, steps=4), scaler=scaler,
         )  # fmt: skip
+        records = loop.run(feed, optim.schedule(asked.optim), epochs=2, seed=0)
         watch, told = Watch(Bar(), 2), []
         watch.EVERY = 0.0
         with Waits() as waits:
@@ -162,7 +163,7 @@ def rehearse(asked: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "b
                 if isinstance(record, engine.Step):
                     watch.step(record)
         assert all(t.device.type == "cuda" for r in told if isinstance(r, engine.Step)
-                   for t in (r.loss, r.correct))  # fmt: skip
+                   for t in (r.loss, r.num_correct))  # fmt: skip
         return len(told)
 
 
@@ -240,7 +241,7 @@ def loop_on_gpu(asked: Recipe, plan: Plan) -> int:
     net = asked.model
     model = models.build(net.name, 10, channels, size, net.options)
     freezing.freeze(model, net.trainable)
-    model = plan.place(model)
+    model = plan.prepare_model(model)
     count = 9 * 16 - 5
     images = torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8)
     operations = augment.build(asked.operations, image_size=size, channels=channels, classes=10)
@@ -250,16 +251,16 @@ def loop_on_gpu(asked: Recipe, plan: Plan) -> int:
         normalise=Normalise([0.5] * channels, [0.25] * channels), plan=plan, seed=0,
         augment=operations if asked.operations else None,
     )  # fmt: skip
-    records = engine.fit(
-        model, feed, optimiser, optim.schedule(asked.optim), epochs=1,
-        objective=nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
-        plan=plan, seed=0, clip_value=asked.optim.clip_value, clip_norm=asked.optim.clip_norm,
+    loop = engine.TrainLoop(
+        model, optimiser, nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
+        plan, clip_value=asked.optim.clip_value, clip_norm=asked.optim.clip_norm,
         averager=optim.averager(model, asked.optim, 9),
-        scale=LossScale(optimiser, "cuda") if plan.precision == "fp16" else None,
+        scaler=make_grad_scaler("cuda") if plan.precision == "fp16" else None,
     )  # fmt: skip
+    records = loop.run(feed, optim.schedule(asked.optim), epochs=1, seed=0)
     watch, taken = Watch(Silent(), 1), 0
     watch.EVERY = 0.0
-    # Constants are sent in the first step, a graph is recorded in the fourth.
+    # Constants are sent in the first step, algorithms are chosen in the first ones.
     for _ in range(5):
         next(records)
     with forbidden():
@@ -277,14 +278,13 @@ class Silent:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("step", ["eager", "graph"])
-def test_no_recipe_waits_for_a_real_device(name: str, step: str) -> None:
+def test_no_recipe_waits_for_a_real_device(name: str) -> None:
     asked = recipe.load(name)
     if asked.augment == "auto":
         asked = asked.replace(augment=[{"RandomHorizontalFlip": {}}])
     # A rate for batches of 2,000 would not stay finite here.
     asked = asked.replace(**{"optim.lr": 1e-4, "optim.groups": []})
-    assert loop_on_gpu(asked, Plan("cuda", "bf16", "channels_last", step=step)) == 5
+    assert loop_on_gpu(asked, Plan("cuda", "bf16", "channels_last")) == 5
 
 
 @pytest.mark.gpu

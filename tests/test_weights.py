@@ -165,7 +165,7 @@ def test_a_stopped_run_goes_on_without_its_source(
     """With a frozen trunk, too, whose activations are computed before the state is restored."""
     asked = ("model.weights=source", f"model.trainable={trainable}")
     whole = train(*asked, name="whole")
-    real, steps = engine.step, iter(range(1, 100))
+    real, steps = engine.TrainLoop.train_step, iter(range(1, 100))
 
     def step(*arguments: Any, **more: Any) -> Any:
         if next(steps) == 7:
@@ -173,7 +173,7 @@ def test_a_stopped_run_goes_on_without_its_source(
         return real(*arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "step", step)
+        patch.setattr(engine.TrainLoop, "train_step", step)
         with pytest.raises(Stopped):
             train(*asked, name="parts")
     shutil.rmtree(source.path)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convlens import engine, optim
 from convlens.device import seed_of
-from convlens.engine import Epoch, Position, Step
+from convlens.engine import Epoch, Step, TrainState
 from convlens.models.cnn import CNN
 from convlens.optim import Timetable
 from convlens.schema import OptimConfig
@@ -54,11 +54,9 @@ def network() -> CNN:
 
 def fit(model: nn.Module, config: OptimConfig, **more: Any) -> Any:
     optimiser = more.pop("optimiser", None) or optim.build(model, config)
-    return engine.fit(
-        model, Listed(), optimiser, optim.schedule(config), epochs=EPOCHS,
-        objective=nn.CrossEntropyLoss(), plan=PLAN, seed=SEED,
-        clip_norm=config.clip_norm, **more,
-    )  # fmt: skip
+    criterion = nn.CrossEntropyLoss()
+    loop = engine.TrainLoop(model, optimiser, criterion, PLAN, clip_norm=config.clip_norm)
+    return loop.run(Listed(), optim.schedule(config), epochs=EPOCHS, seed=SEED, **more)
 
 
 def config_of(options: dict[str, Any]) -> OptimConfig:
@@ -164,9 +162,9 @@ def test_a_training_left_anywhere_goes_on_to_the_same_end(
     config = config_of(options)
     whole = network()
     expected = list(fit(whole, config))
-    first, position = network(), Position()
+    first, progress = network(), TrainState()
     optimiser = optim.build(first, config)
-    records = fit(first, config, optimiser=optimiser, position=position)
+    records = fit(first, config, optimiser=optimiser, state=progress)
     for _ in range(stop):
         next(records)
     records.close()
@@ -174,7 +172,7 @@ def test_a_training_left_anywhere_goes_on_to_the_same_end(
     model.load_state_dict(first.state_dict())
     again = optim.build(model, config)
     again.load_state_dict(optimiser.state_dict())
-    rest = list(fit(model, config, optimiser=again, position=position))
+    rest = list(fit(model, config, optimiser=again, state=progress))
     same(dict(model.state_dict()), dict(whole.state_dict()))
     assert [float(r.loss) for r in rest] == [float(r.loss) for r in expected[stop:]]
 
@@ -183,10 +181,8 @@ def test_a_bad_loss_while_parts_are_frozen_leaves_everything_as_it_was() -> None
     model, config = network(), config_of(HEAD_FIRST)
     batches = Listed()
     batches.batches[2] = (batches.batches[2][0] * float("nan"), batches.batches[2][1])
-    records = engine.fit(
-        model, batches, optim.build(model, config), optim.schedule(config), epochs=1,
-        objective=nn.CrossEntropyLoss(), plan=PLAN, seed=SEED,
-    )  # fmt: skip
+    loop = engine.TrainLoop(model, optim.build(model, config), nn.CrossEntropyLoss(), PLAN)
+    records = loop.run(batches, optim.schedule(config), epochs=1, seed=SEED)
     for _ in range(2):
         assert isinstance(next(records), Step)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

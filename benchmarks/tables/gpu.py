@@ -35,7 +35,8 @@ def warm_mnist(r: dict[str, Any]) -> str:
         "| steps | training and test s | – | test accuracy | runs |",
         "|---|---|---|---|---|",
     ]
-    ways = {key: value for key, value in r.items() if key in ("eager", "graph", "compiled")}
+    modes = ("eager", "graph", "reduce-overhead", "compiled")
+    ways = {key: value for key, value in r.items() if key in modes}
     lines += [_warm_rows(way, figures, None) for way, figures in ways.items()]
     return "\n".join([*lines, "", where(r), ""])
 

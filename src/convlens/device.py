@@ -10,7 +10,7 @@ import contextlib
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,31 +26,36 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # The two of cuBLAS's workspaces with which it is deterministic, and torch says so.
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
+# Fields of `Plan` that are stored by another name.
+STORED_KEYS = {"micro_batch_size": "part", "step_mode": "step"}
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where and how a run computes; `asdict` of it is stored in the run.
+    """Where and how a run computes; `to_dict` of it is stored in the run.
 
-    `part` is how many images of a batch are computed at a time; 0 means all of them. `step` is
-    how steps are taken: `eager`, `compiled` (torch.compile) or `graph` (a CUDA graph).
+    Attributes:
+        memory_format: a key of `MEMORY_FORMATS`.
+        micro_batch_size: images of a batch that are computed at once; 0: all of them.
+        step_mode: `eager`, `compiled` (torch.compile) or `reduce-overhead` (torch.compile with
+            CUDA graphs).
     """
 
     device: str
     precision: str
     memory_format: str
     deterministic: bool = False
-    part: int = 0
-    step: str = "eager"
+    micro_batch_size: int = 0
+    step_mode: str = "eager"
 
-    def place(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Moves `model` to the device in this plan's memory format."""
+    def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Move `model` to the device, in this plan's memory format."""
         # `Module.to(memory_format=...)` is missing from torch's type stubs for this overload.
-        return model.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload,no-any-return]
+        return model.to(device=self.device, memory_format=self.torch_memory_format)  # type: ignore[call-overload,no-any-return]
 
     @property
-    def layout(self) -> torch.memory_format:
+    def torch_memory_format(self) -> torch.memory_format:
         return MEMORY_FORMATS[self.memory_format]
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -59,25 +64,39 @@ class Plan:
             return contextlib.nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=HALVES[self.precision])
 
-    def parts(self, images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """The batch `[B, ...]` and its labels, `part` images at a time.
+    def micro_batches(self, images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Split the batch `[B, ...]` and its labels into micro-batches.
 
-        A single left-over image joins the part before it: batch norm can't train on one.
+        A single left-over image joins the micro-batch before it: batch norm can't train on one.
         """
-        if not 0 < self.part < len(images):
+        if not 0 < self.micro_batch_size < len(images):
             return ((images, labels),)
-        whole, rest = divmod(len(images), self.part)
-        sizes = [self.part] * whole + [rest] * (rest > 1)
+        whole, rest = divmod(len(images), self.micro_batch_size)
+        sizes = [self.micro_batch_size] * whole + [rest] * (rest > 1)
         sizes[-1] += rest == 1
         return zip(images.split(sizes), labels.split(sizes), strict=True)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The plan as it is stored, in the keys that stored runs have always had."""
+        stored = asdict(self)
+        for name, key in STORED_KEYS.items():
+            stored[key] = stored.pop(name)
+        return stored
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` stored, also by an earlier version."""
+        fields = {name: stored[key] for name, key in STORED_KEYS.items() if key in stored}
+        fields |= {k: value for k, value in stored.items() if k not in STORED_KEYS.values()}
+        if fields.get("step_mode") == "graph":  # CUDA graphs of our own, in earlier versions
+            fields["step_mode"] = "reduce-overhead"
+        return cls(**fields)
 
     def __str__(self) -> str:
         """E.g. `fp32 channels_last by 32`."""
-        told = f"{self.precision} {self.memory_format}" + f" by {self.part}" * bool(self.part)
-        return told + f" {self.step}" * (self.step != "eager")
+        size = f" by {self.micro_batch_size}" * bool(self.micro_batch_size)
+        mode = f" {self.step_mode}" * (self.step_mode != "eager")
+        return f"{self.precision} {self.memory_format}{size}{mode}"
 
 
 def choose(asked: str | None = None) -> str:

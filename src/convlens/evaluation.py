@@ -26,7 +26,7 @@ from convlens.formats import modelfile
 from convlens.inference import Answers, placed, split_answers
 from convlens.names import alike, pick
 from convlens.run import Loaded, RunFolder
-from convlens.stepping.together import answered
+from convlens.stepping.data_parallel import distributed_map
 from convlens.system.console import print_status, progress, quieted
 
 SPLITS = ("test", "val", "train")
@@ -301,7 +301,7 @@ def _plan(place: RunFolder, loaded: Loaded, where: str) -> _Chosen:
     trained = facts.get("plan") or {}
     if trained.get("precision") == "fp32" and facts.get("hardware") == device.describe(where):
         plan = replace(plan, memory_format=trained["memory_format"])
-        plan.place(loaded.model)
+        plan.prepare_model(loaded.model)
         return _Chosen(plan, free=False)
     return _Chosen(plan, loaded.free)
 
@@ -319,7 +319,7 @@ def _answers(
         )[0]  # fmt: skip
 
     with progress(f"evaluating {split}", total) as bar:
-        plain, mean = answered(world, part, ask)
+        plain, mean = distributed_map(world, part, ask)
         assert plain is not None
         device.synchronise(plan.device)
     return Answers(plain, mean), part.labels.to(plan.device)

@@ -44,7 +44,7 @@ READ, MOST_READ = 1 << 22, 4096  # bytes and images that are read at once where 
 def placed(model: nn.Module, on: str | None) -> Plan:
     """Moves `model` to the device asked for (by default the best); returns the plan it runs by."""
     plan = Plan(choose(on), "fp32", "contiguous")
-    plan.place(model)
+    plan.prepare_model(model)
     return plan
 
 
@@ -126,10 +126,10 @@ class Forward:
             try:
                 found = self._run(batch)
             except (RuntimeError, MemoryError) as error:
-                if not memory.ran_out(error):
+                if not memory.is_oom(error):
                     raise
                 if len(batch) == 1:
-                    raise memory.explained(error) from error
+                    raise memory.out_of_memory_error(error) from error
             # Outside of `except`: the traceback there keeps the tensors of the failed pass alive.
             if found is None:
                 self._reduce_batch_size(len(batch))
@@ -180,7 +180,7 @@ class Forward:
     def _set_memory_format(self, memory_format: str) -> None:
         if memory_format != self.plan.memory_format:
             self.plan = replace(self.plan, memory_format=memory_format)
-            self.plan.place(self._model)
+            self.plan.prepare_model(self._model)
 
     def _reduce_batch_size(self, failed: int) -> None:
         """Halve the batch size after `failed` images ran out of memory."""

@@ -136,7 +136,8 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    # true: torch.compile; graph: a CUDA graph of the step; auto: what pays, on CUDA only
+    # true: torch.compile; auto: what pays, on CUDA only. (`graph` is read from finished runs of
+    # earlier versions, and refused by `train`.)
     compile: bool | Literal["auto", "graph"] = "auto"
     sync_batch_norm: bool = False  # of several processes: norms over the whole batch (GPUs only)
     # A frozen trunk is computed once for all epochs; with augmentation for `views` fixed draws.

@@ -85,7 +85,7 @@ def train(
         if not world.broadcast(place.facts):
             weights.expect(recipe.model)
         where = device.choose(on)
-        planning.check(recipe, where, world.size)
+        planning.check(recipe, where)
         device.prepare(recipe.train.deterministic, where)
         budget = device.memory_budget(where)
         with world.local_rank_zero_first():
@@ -155,7 +155,7 @@ def _stored_plan(facts: dict[str, Any], where: str) -> device.Plan | None:
     """The plan of a run that is taken up on the same kind of device."""
     stored = facts.get("plan") or {}
     same = str(stored.get("device")).partition(":")[0] == where.partition(":")[0]
-    return device.Plan(**{**stored, "device": where}) if same else None
+    return device.Plan.from_dict({**stored, "device": where}) if same else None
 
 
 def _tell_stages(setup: Setup) -> None:
@@ -178,42 +178,43 @@ def run_to_end(
     if keeper.over:
         keeper.complete()
     steps = len(setup.feed.batches)
-    done = (setup.position.epoch - 1) * steps + setup.position.step
+    done = (setup.state.epoch - 1) * steps + setup.state.step
     if done:
         print_status(
             f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps"
         )
-    at = setup.position
-    unended = replace(at)  # the epoch at its last step
+    state = setup.state
+    unended = replace(state)  # the epoch at its last step
     with (
         flagged() as flag,
         watch(setup.epochs, steps, done, shown=not quiet) as bar,
-        setup.world.annotate_errors(lambda: f"epoch {at.epoch}, after step {at.step}"),
+        setup.world.annotate_errors(lambda: f"epoch {state.epoch}, after step {state.step}"),
     ):
-        clock = Clock(at)
+        clock = Clock(state)
         world = setup.world = setup.world.with_stop_requested(lambda: flag.up)
         for record in _guarded(setup, place, keeper):
             if isinstance(record, engine.Step):
                 bar.step(record)
                 stop = world.should_stop(now=False)
-                unended = replace(at) if record.step == record.steps else unended
+                unended = replace(state) if record.step == record.steps else unended
             else:
                 device.synchronise(setup.plan.device)
                 seconds, cpu_seconds = clock.read()
                 row = _validate(setup, record, flag, seconds=seconds)
                 if row is None:  # who takes the run up validates first
-                    for each in fields(at):
-                        setattr(at, each.name, getattr(unended, each.name))
+                    for each in fields(state):
+                        setattr(state, each.name, getattr(unended, each.name))
                 else:
-                    row["data_seconds"], at.data_seconds = at.data_seconds, 0.0
+                    row["data_seconds"], state.data_seconds = state.data_seconds, 0.0
                     row["cpu_seconds"] = world.all_reduce_sum(cpu_seconds)
-                    # All ranks decide by the row of rank 0.
-                    keeper.take(world.broadcast(partial(dict, row)))
+                    keeper.take(
+                        world.broadcast(partial(dict, row))
+                    )  # what it decides, all decide alike
                     bar.epoch(keeper.rows[-1], keeper.best.epoch)
                     clock.start()
                 stop = world.should_stop(now=True)
             if stop or keeper.over or keeper.due:
-                at.seconds, at.cpu_seconds = clock.read()
+                state.seconds, state.cpu_seconds = clock.read()
                 keeper.save()
             if keeper.over:
                 break
@@ -235,7 +236,7 @@ def _guarded(setup: Setup, place: RunFolder, keeper: Keeper) -> engine.Records:
         keeper.save()
         raise
     except engine.NonFiniteLoss as error:
-        error.blame(setup.trained, len(setup.feed.batches))
+        error.locate_first_nonfinite(setup.trained, len(setup.feed.batches))
         numbers = setup.feed.batches.numbers(error.epoch, error.step - 1)
         ids = [setup.data.train.ids[number] for number in numbers]
         told = {"epoch": error.epoch, "step": error.step, "lr": error.lr, "images": ids}
@@ -293,7 +294,7 @@ def _leave(setup: Setup, place: RunFolder, flag: Flag) -> None:
     """Stops between two steps, everything saved; the same command goes on from here."""
     if not place.model_path.exists():
         place.save_model(*snapshot(setup, place.name, None))
-    at = setup.position
+    at = setup.state
     over = at.epoch > setup.epochs
     where = "after the last epoch" if over else f"in epoch {at.epoch} after {at.step} steps"
     print_status(f"stopped {where}; all of it is kept in {place.path}")

@@ -141,8 +141,8 @@ def _explained(error: Exception) -> ConvlensError | None:
         return _of_the_system(error)
     from convlens.stepping import memory  # torch; who ran out of memory has imported it
 
-    if memory.ran_out(error):
-        return memory.explained(error)
+    if memory.is_oom(error):
+        return memory.out_of_memory_error(error)
     if "busy or unavailable" in str(error):
         return ResourceError(
             f"the GPU is taken: {str(error).splitlines()[0]}"[:200],

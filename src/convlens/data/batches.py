@@ -21,7 +21,7 @@ from convlens.data.draws import Place, SharedGenerator
 from convlens.data.order import WINDOW, Shards, epoch_order
 from convlens.device import Plan, seed_of
 from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup
-from convlens.system.later import send
+from convlens.system.later import to_device_async
 
 # (images float32 0..1, labels int64 [B], place, generator) -> images, and labels or probabilities
 Augment = Callable[[Tensor, Tensor, Place, torch.Generator], tuple[Tensor, Tensor]]
@@ -76,11 +76,11 @@ class Normalise:
         scale, shift = _affine(tuple(self.mean), tuple(self.std), unit, str(images.device))
         # The product is float32 by promotion. A GPU moves bytes first, which are the cheapest.
         if images.device.type != "cpu":
-            return images.contiguous(memory_format=plan.layout).mul(scale).add_(shift)
+            return images.contiguous(memory_format=plan.torch_memory_format).mul(scale).add_(shift)
         # On a CPU colours must not be neighbours yet: rows of three numbers take three times as
         # long. And bytes become floats first, to be changed in place: a product is one more copy.
         product = images.float().mul_(scale) if raw else images.mul(scale)
-        return product.add_(shift).contiguous(memory_format=plan.layout)
+        return product.add_(shift).contiguous(memory_format=plan.torch_memory_format)
 
 
 @functools.lru_cache(maxsize=16)
@@ -159,7 +159,7 @@ class Batches:
         """
         order = epoch_order(self.count, self.seed, epoch, self.shards)
         parts = self._read(order)[start:]
-        indices = self._read(send(order, self.plan.device))[start:]
+        indices = self._read(to_device_async(order, self.plan.device))[start:]
         if self.augment is None:
             plain = self._normalised(parts, indices)
             for index, images in zip(indices, plain, strict=True):
@@ -227,7 +227,7 @@ class Batches:
                 images = coming.result()
                 if following is not None:
                     coming = reader.submit(copy_context().run, self.rows.gather, following)
-                yield send(images, self.plan.device)
+                yield to_device_async(images, self.plan.device)
 
 
 def _sizes(count: int, batch_size: int) -> list[int]:

@@ -196,7 +196,7 @@ def _translating(tool: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        if memory.ran_out(error):  # neither the network nor the format is at fault
+        if memory.is_oom(error):  # neither the network nor the format is at fault
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines or [type(error).__name__])[0][:160]

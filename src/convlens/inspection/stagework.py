@@ -111,7 +111,7 @@ class Work:
             model = models.build(
                 net["name"], len(loaded.classes), pre.channels, pre.image_size, net["options"]
             )
-        model = self.subject.plan.place(model.eval())
+        model = self.subject.plan.prepare_model(model.eval())
         subject = replace(
             self.subject, name=f"{net['name']}, untrained", loaded=replace(loaded, model=model)
         )

@@ -31,6 +31,11 @@ class LeanAdam(eager.Adam):
     several times as long as updating a network of 30,000 weights. Here the lists are kept as
     long as the same parameters have gradients; the first step, and any after a change, is torch's.
     Step hooks are not called, and the profiler sees the kernel only.
+
+    Kept because it counts for small networks. With `torch.optim.AdamW(fused=True)` a whole
+    training step takes 1.020 times as long with the network of `mnist-fast` (16,786 weights) and
+    1.029 times with that of `digits` (32,282). (CPU time of one thread, batches of 128, torch
+    2.15; medians of 244 and 307 paired ratios, interleaved, on a busy machine.)
     """
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:

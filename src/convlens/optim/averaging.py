@@ -19,6 +19,11 @@ class Average(ABC):
 
     `update` is called after each optimiser step; validation and the model file get the second
     set (see `averaged`). `state` and `load` keep it with an unfinished run.
+
+    Not `torch.optim.swa_utils.AveragedModel`, because `Lookahead` shares this class and writes
+    the average back into the network, which that class cannot do. It also holds a copy of the
+    whole module, where validation needs the average inside the network (a cached trunk and its
+    trained part share their weights), and would change the bits and keys of saved runs.
     """
 
     def __init__(self, model: nn.Module) -> None:

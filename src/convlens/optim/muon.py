@@ -43,12 +43,9 @@ def orthogonalised(matrices: Tensor, iterations: int) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _move(parameters: list[Tensor], moves: Tensors, lr: float | Tensor) -> None:
-    """`w <- w - lr * move`; a rate that is a tensor stays on the device (CUDA graphs)."""
-    if isinstance(lr, Tensor):
-        torch._foreach_sub_(parameters, torch._foreach_mul(moves, lr))
-    else:
-        torch._foreach_add_(parameters, moves, alpha=-lr)
+def _move(parameters: list[Tensor], moves: Tensors, lr: float) -> None:
+    """`w <- w - lr * move`."""
+    torch._foreach_add_(parameters, moves, alpha=-lr)
 
 
 class Muon(Eager):
@@ -90,6 +87,8 @@ class Muon(Eager):
             "muon": False,
         }
         super().__init__(groups, defaults)
+        # For `torch.amp.GradScaler`: it sets `found_inf` and leaves skipping to `step`.
+        self._step_supports_amp_scaling = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -112,13 +111,15 @@ class Muon(Eager):
             (self._muon if group["muon"] else self._sgd)(parameters, group)
             if skips is not None:
                 for tensor, before in held:
-                    tensor.copy_(torch.where(skips, before, tensor))
+                    torch.where(skips, before, tensor, out=tensor)
         return loss
 
     def _held(self, parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What a step changes, each with a copy."""
-        buffers = [b for p in parameters for b in self.state[p].values()]
-        return [(tensor, tensor.clone()) for tensor in (*parameters, *buffers)]
+        changed = [*parameters, *(b for p in parameters for b in self.state[p].values())]
+        copies = [torch.empty_like(tensor) for tensor in changed]
+        torch._foreach_copy_(copies, changed)  # one kernel on a GPU
+        return list(zip(changed, copies, strict=True))
 
     def _begin_momentum(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters if group["momentum"] else ():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from convlens.optim.schedules import Schedule
 
@@ -17,16 +15,8 @@ def set_lr(optimiser: torch.optim.Optimizer, factor: float) -> float:
     Returns the recipe's rate times `factor`; single groups may have rates of their own.
     """
     for group in optimiser.param_groups:
-        put_rate(group, group["initial_lr"] * factor)
+        group["lr"] = group["initial_lr"] * factor
     return float(optimiser.defaults["lr"] * factor)
-
-
-def put_rate(group: dict[str, Any], rate: float) -> None:
-    """Sets a group's rate: in place where it is a tensor, which a CUDA graph reads."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)  # a number within the command: nothing is waited for
-    else:
-        group["lr"] = rate
 
 
 class Timetable:
@@ -77,5 +67,9 @@ class Timetable:
         for group, first, last in self._windows:
             trains = first <= step < last
             factor = self._schedule((step - first) / (last - first)) if trains else 0.0
-            put_rate(group, group["initial_lr"] * factor)
+            group["lr"] = group["initial_lr"] * factor
         return lr
+
+    def lr_at(self, step: int) -> float:
+        """The rate that `set_rates` returns for `step`."""
+        return float(self._optimiser.defaults["lr"] * self._schedule(step / self._steps))

@@ -48,7 +48,7 @@ class Keeper:
         self._pending: Snapshot | None = None  # to be kept, not written yet
         self._saved, self._listed = time.perf_counter(), -math.inf
         self._every = save_seconds()
-        self._part = setup.position.part  # what `run.json` and the user know of
+        self._micro_batch_size = setup.state.micro_batch_size  # as `run.json` has it
         self._kept: int | None = None  # the epoch whose weights this process has written
 
     def take(self, row: dict[str, float]) -> None:
@@ -65,13 +65,13 @@ class Keeper:
     def over(self) -> bool:
         """Whether the training is at its end: all epochs done, or patience."""
         patience = self._setup.recipe.train.patience
-        return self._setup.position.epoch > self._setup.epochs or self.best.stale_for(patience)
+        return self._setup.state.epoch > self._setup.epochs or self.best.stale_for(patience)
 
     @property
     def due(self) -> bool:
         """Whether it is time to save: also where steps are done differently from here on."""
-        parted = self._setup.position.part != self._part
-        return parted or time.perf_counter() - self._saved >= self._every
+        changed = self._setup.state.micro_batch_size != self._micro_batch_size
+        return changed or time.perf_counter() - self._saved >= self._every
 
     def save(self) -> None:
         """Writes all that continuing needs; call it between steps only.
@@ -91,8 +91,8 @@ class Keeper:
         else:
             self._write()
         self._saved = time.perf_counter()
-        if self._setup.position.part != self._part:
-            self._tell_part()
+        if self._setup.state.micro_batch_size != self._micro_batch_size:
+            self._tell_micro_batch_size()
 
     def _write(self) -> None:
         """The state comes last: what the other files are ahead of it is only written again."""
@@ -129,13 +129,15 @@ class Keeper:
             )
         return self._kept
 
-    def _tell_part(self) -> None:
+    def _tell_micro_batch_size(self) -> None:
         """Memory ran out: the state has it already, now the user and `run.json` are told."""
-        at, model = self._setup.position, self._setup.feed.model
-        self._part = at.part
-        print_status(memory.told(model, self._setup.recipe.train.batch_size, at.part))
-        told = {"part": at.part, "epoch": at.epoch, "step": at.step}  # the first one done so
-        told["batch_norm"] = memory.norms_batches(model)
+        state, model = self._setup.state, self._setup.feed.model
+        self._micro_batch_size = size = state.micro_batch_size
+        print_status(
+            memory.micro_batching_message(model, self._setup.recipe.train.batch_size, size)
+        )
+        told = {"part": size, "epoch": state.epoch, "step": state.step}  # the first one done so
+        told["batch_norm"] = memory.uses_batch_statistics(model)
         self._place.note({"out_of_memory": [*self._place.facts().get("out_of_memory", []), told]})
 
     def _list(self) -> None:
@@ -161,7 +163,7 @@ def snapshot(setup: Setup, name: str, row: dict[str, float] | None) -> Snapshot:
     """
     recipe, data = setup.recipe, setup.data
     validated = row is not None and recipe.data.validates
-    chosen: dict[str, Any] = {"epoch": setup.position.epoch - 1, "validated": validated}
+    chosen: dict[str, Any] = {"epoch": setup.state.epoch - 1, "validated": validated}
     if row is not None:
         keep = recipe.train.keep
         chosen["rule"] = "last epoch" if keep == "last" else f"best {recipe.train.monitor}"

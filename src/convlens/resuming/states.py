@@ -16,12 +16,15 @@ from rich.markup import escape
 from torch import Tensor
 
 from convlens import models
-from convlens.engine import Position
+from convlens.engine import TrainState
 from convlens.onlooker import check_same_checkpoint
 from convlens.run import RunFolder
 from convlens.starting.beginning import Begun
 from convlens.starting.preparing import Setup
 from convlens.system.console import print_status
+
+# Fields of `TrainState` that are stored by another name.
+STORED_KEYS = {"micro_batch_size": "part", "num_correct": "correct"}
 
 
 class Clock:
@@ -31,10 +34,10 @@ class Clock:
     system, all threads of this process) are ours alone.
     """
 
-    def __init__(self, position: Position) -> None:
+    def __init__(self, state: TrainState) -> None:
         self.start()
-        self._wall -= position.seconds
-        self._cpu -= position.cpu_seconds
+        self._wall -= state.seconds
+        self._cpu -= state.cpu_seconds
 
     def start(self) -> None:
         """From 0 again."""
@@ -83,9 +86,9 @@ class Best:
 def save(place: RunFolder, setup: Setup, best: Best, rows: list[dict[str, float]]) -> None:
     """Writes all that `restore` needs; call it between steps only."""
     # `vars`, since `dataclasses.asdict` deep-copies tensors on the device.
-    position = {key: float(value) for key, value in vars(setup.position).items()}
+    position = {STORED_KEYS.get(k, k): float(value) for k, value in vars(setup.state).items()}
     if not math.isfinite(position["loss_sum"]):
-        return  # on a GPU the engine notices some steps later; until then these are no weights
+        return  # on a GPU the loop raises `NonFiniteLoss` some steps later
     tensors: dict[str, Tensor] = {
         f"model.{name}": tensor for name, tensor in setup.trained.state_dict().items()
     }
@@ -101,8 +104,8 @@ def save(place: RunFolder, setup: Setup, best: Best, rows: list[dict[str, float]
         state = setup.averager.state()
         counters["ema_steps"] = state["steps"]
         tensors |= {f"ema.{i}": t for i, t in enumerate(state["average"])}
-    if setup.scale is not None:
-        tensors |= {f"scale.{key}": tensor for key, tensor in setup.scale.state().items()}
+    if setup.scaler is not None:
+        counters["scaler"] = setup.scaler.state_dict()
     place.save_state(tensors, counters)
 
 
@@ -124,7 +127,7 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
         return []
     tensors, counters = stored
     models.load(setup.trained, _under("model", tensors))
-    state: dict[int, dict[str, Tensor]] = {}
+    optimizer_state: dict[int, dict[str, Tensor]] = {}
     parameters = [p for group in setup.optimiser.param_groups for p in group["params"]]
     for name, tensor in _under("optim", tensors).items():
         index, _, key = name.partition(".")
@@ -133,27 +136,30 @@ def restore(place: RunFolder, setup: Setup, best: Best) -> list[dict[str, float]
             # Fused kernels walk weights and moments side by side in memory: files are
             # contiguous, weights may be channels_last.
             tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(index), {})[key] = tensor
+        optimizer_state.setdefault(int(index), {})[key] = tensor
     groups = setup.optimiser.state_dict()["param_groups"]
-    setup.optimiser.load_state_dict({"state": state, "param_groups": groups})
+    setup.optimiser.load_state_dict({"state": optimizer_state, "param_groups": groups})
     if setup.averager is not None:
         average = _under("ema", tensors)
         ordered = [average[str(i)] for i in range(len(average))]
         setup.averager.load({"steps": counters["ema_steps"], "average": ordered})
-    if setup.scale is not None:
-        setup.scale.load(_under("scale", tensors))
-    at, told = setup.position, counters["position"]
-    at.epoch, at.step, at.images = int(told["epoch"]), int(told["step"]), int(told["images"])
-    at.seconds, at.cpu_seconds = told["seconds"], told.get("cpu_seconds", 0.0)
-    at.data_seconds = told.get("data_seconds", 0.0)
-    at.part = int(told.get("part", 0))
-    # What they were (`Position.advance`): a division of Python numbers would round differently.
-    at.loss_sum, at.correct = told["loss_sum"], int(told["correct"])
+    if setup.scaler is not None and "scaler" in counters:  # else of an earlier version
+        setup.scaler.load_state_dict(counters["scaler"])
+    state, position = setup.state, counters["position"]
+    state.epoch, state.step = int(position["epoch"]), int(position["step"])
+    state.images = int(position["images"])
+    state.seconds, state.cpu_seconds = position["seconds"], position.get("cpu_seconds", 0.0)
+    state.data_seconds = position.get("data_seconds", 0.0)
+    state.micro_batch_size = int(position.get(STORED_KEYS["micro_batch_size"], 0))
+    # Of the same type as before: a division of Python numbers would round differently.
+    state.loss_sum = position["loss_sum"]
+    state.num_correct = int(position[STORED_KEYS["num_correct"]])
     if setup.plan.device != "cpu":
-        at.loss_sum = torch.tensor(at.loss_sum, dtype=torch.float32, device=setup.plan.device)
-        at.correct = torch.tensor(at.correct, device=setup.plan.device)
+        device = setup.plan.device
+        state.loss_sum = torch.tensor(state.loss_sum, dtype=torch.float32, device=device)
+        state.num_correct = torch.tensor(state.num_correct, device=device)
     best.__dict__.update(counters["best"])
-    check_same_checkpoint(setup.world, [at.epoch, at.step], place)
+    check_same_checkpoint(setup.world, [state.epoch, state.step], place)
     # A run that an earlier version left unfinished didn't count them.
     late = ("cpu_seconds", "data_seconds")
     return [{**row, **{key: row.get(key, math.nan) for key in late}} for row in counters["rows"]]

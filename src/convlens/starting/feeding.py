@@ -16,13 +16,13 @@ from convlens.data.batches import Batches, Labelled, Prepare, to_unit
 from convlens.data.draws import Place
 from convlens.device import Plan, seed_of
 from convlens.distributed.processes import ProcessGroup
-from convlens.engine import EpochBatches, Position
+from convlens.engine import EpochBatches, TrainState
 from convlens.errors import ResourceError, UsageError
 from convlens.inference import split_logits
 from convlens.models import freezing
 from convlens.recipe import Recipe
 from convlens.starting import trunk
-from convlens.stepping.together import answered
+from convlens.stepping.data_parallel import distributed_map
 from convlens.system.console import print_status, progress
 
 Logits = Callable[[Callable[[int], None]], tuple[Tensor, Tensor]]
@@ -35,7 +35,7 @@ class Feed:
 
     Attributes:
         model: the network, or what is behind its cached trunk; the weights are shared.
-        batches: what `engine.fit` reads.
+        batches: what `engine.TrainLoop.run` reads.
         validate: logits float32 `[N, K]` and labels `[N]` of the validation split; told of each
             batch, what it is given may raise.
         cached_bytes: size of the trunk's activations; 0 where images are read.
@@ -48,14 +48,14 @@ class Feed:
 
 
 class Timed:
-    """Batches that add the time spent waiting for them to the position's `data_seconds`.
+    """Batches that add the time spent waiting for them to the state's `data_seconds`.
 
     On a CPU that is reading, augmenting and normalising; on a GPU, which is only told what to
     augment, it is the time in which the host could tell it nothing else.
     """
 
-    def __init__(self, batches: EpochBatches, position: Position) -> None:
-        self._batches, self._position = batches, position
+    def __init__(self, batches: EpochBatches, state: TrainState) -> None:
+        self._batches, self._state = batches, state
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -63,9 +63,9 @@ class Timed:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         batches = iter(self._batches.epoch(epoch, start))
         while True:
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             batch = next(batches, None)
-            self._position.data_seconds += time.perf_counter() - begun
+            self._state.data_seconds += time.perf_counter() - start_time
             if batch is None:
                 return
             yield batch
@@ -173,7 +173,7 @@ def _logits(
     def ask(part: Labelled) -> tuple[Tensor]:
         return (split_logits(model, part, prepare, plan, advance=advance)[0],)
 
-    (logits,) = answered(world, split, ask)
+    (logits,) = distributed_map(world, split, ask)
     assert logits is not None
     return logits, split.labels.to(plan.device)
 

@@ -1,8 +1,8 @@
-"""Which way to compute a run is fastest on this machine: measured on its own steps, remembered.
+"""Autotuning: choose the fastest way to compute a run by timing its own training steps.
 
-Which memory format wins depends on network and machine (twice slower or twice faster was seen),
-and so does whether a batch is better computed in parts, so nothing is assumed. What was measured
-is kept per machine and network in the cache folder, for the next run of the kind.
+Which memory format is faster depends on network and machine (factors of two were measured in both
+directions), and so does whether micro-batches are faster than the whole batch. Results are kept
+per machine and network in the cache folder, for later runs of the same kind.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,217 +29,242 @@ from convlens.errors import ResourceError, UsageError
 from convlens.models.freezing import set_train_mode
 from convlens.recipe import Recipe
 from convlens.starting import feeding, trunk
-from convlens.stepping import graphs
-from convlens.stepping.memory import TooLarge, norms_batches
+from convlens.stepping.guarding import make_grad_scaler
+from convlens.stepping.memory import OutOfMemory, uses_batch_statistics
 from convlens.system import files
+from convlens.system.console import print_status
 
-# A timing costs some steps for each candidate; shorter runs can't earn it back.
-STEPS_WORTH_TIMING = 400
-REMEMBERED = 500  # networks, the latest ones
-TOO_SLOW = 1.6  # times the fastest
-SMALLEST_PART = 16  # images; below that a CPU's kernels have too little to do
+# Timing costs some steps of each candidate; shorter runs can't earn them back.
+MIN_STEPS_TO_TUNE = 400
+MAX_REMEMBERED = 500  # networks, the latest ones
+MAX_SLOWDOWN = 1.6  # candidates slower than this many times the fastest are dropped
+SMALLEST_MICRO_BATCH = 16  # images; below that a CPU's kernels have too little to do
+# Whether compiling can pay at all, before it is tried: an upper bound on the share of a step that
+# it saves, against a lower bound on its cost.
+COMPILE_SAVES, COMPILE_SECONDS = 0.35, 30.0
+REDUCE_OVERHEAD_SAVES = 0.5
+WARMUP_STEPS, TIMED_PAIRS = 5, 8
+
+MakeStep = Callable[[Plan], Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A plan, and the milliseconds a step of each candidate that was timed; none: no need to."""
+class TunedPlan:
+    """A plan, and milliseconds per step of each candidate that was timed (none: no need to)."""
 
     plan: Plan
     milliseconds: dict[str, float]
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"plan": self.plan.to_dict(), "milliseconds": self.milliseconds}
 
-def check(recipe: Recipe, where: str, processes: int = 1) -> None:
-    """Refuses what is asked for and this device hasn't; before images are read.
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> TunedPlan:
+        return cls(Plan.from_dict(stored["plan"]), dict(stored["milliseconds"]))
+
+
+def check(recipe: Recipe, device_name: str) -> None:
+    """Refuse precision and compilation that the device does not have, before images are read.
 
     Raises:
-        UsageError: precision or compilation that can't be had.
+        UsageError: what is refused.
     """
     options = recipe.train
-    plans = device.plans(where, options.precision, options.memory_format, options.deterministic)
-    if options.compile == "graph" and processes > 1:
+    device.plans(device_name, options.precision, options.memory_format, options.deterministic)
+    if options.compile == "graph":
         raise UsageError(
-            "train.compile=graph: a recorded step can't hear what other processes say",
-            fix="use train.compile=auto or true, or one process",
-        )
-    if options.compile != "auto":
-        _stated(plans[0], options.compile)
-
-
-def choose(
-    recipe: Recipe,
-    where: str,
-    model: nn.Module,
-    batches_for: Callable[[Plan], Batches],
-    objective: engine.Objective,
-    world: ProcessGroup = SINGLE_PROCESS,
-) -> Choice:
-    """The fastest plan that the recipe allows: as measured earlier, or by timing real steps.
-
-    Short runs that nothing is known of go by the first candidate. Of several processes the first
-    one chooses, while the others wait.
-
-    Args:
-        where: device name.
-        model: as it begins, frozen as the recipe says; it is copied.
-
-    Raises:
-        UsageError: something is asked for that this device hasn't.
-    """
-    found = world.broadcast(
-        lambda: asdict(_chosen(recipe, where, model, batches_for, objective, world))
-    )
-    return Choice(Plan(**{**found["plan"], "device": where}), found["milliseconds"])
-
-
-def _chosen(
-    recipe: Recipe,
-    where: str,
-    model: nn.Module,
-    batches_for: Callable[[Plan], Batches],
-    objective: engine.Objective,
-    world: ProcessGroup,
-) -> Choice:
-    asked = recipe.train.compile
-    check(recipe, where, world.size)
-    choice = _format(recipe, where, model, batches_for, objective, several=world.size > 1)
-    if asked != "auto":
-        return replace(choice, plan=_stated(choice.plan, asked))
-    if world.size > 1:
-        return choice
-    batches = batches_for(choice.plan)
-    steps = len(batches) * int(recipe.train.epochs)
-    if steps < STEPS_WORTH_TIMING or not graphs.possible(choice.plan):
-        return choice
-    trial = _Trial(recipe, model, batches, objective)
-    shapes = len(set(batches.sizes))
-    return replace(choice, plan=graphs.choose(choice.plan, trial.step, steps, shapes=shapes))
-
-
-def _stated(plan: Plan, asked: bool | str) -> Plan:
-    """The plan with steps taken as `train.compile` states."""
-    if asked == "graph" and not graphs.possible(plan):
-        raise UsageError(
-            f"train.compile=graph: CUDA graphs need an NVIDIA GPU, and the device is {plan.device}",
+            "train.compile=graph: CUDA graphs are now a part of torch.compile",
             fix="use train.compile=auto or true",
         )
-    return replace(plan, step="graph" if asked == "graph" else "compiled" if asked else "eager")
 
 
-def _format(
-    recipe: Recipe,
-    where: str,
-    model: nn.Module,
-    batches_for: Callable[[Plan], Batches],
-    objective: engine.Objective,
-    *,
-    several: bool,
-) -> Choice:
-    """The choice among precisions, memory formats and parts of a batch."""
-    options = recipe.train
-    candidates = [
-        plan
-        for each in device.plans(
-            where, options.precision, options.memory_format, options.deterministic
-        )
-        for plan in _in_parts(each, model, options.batch_size, several)
-    ]
-    batches = batches_for(candidates[0])
-    if len(candidates) == 1:
-        return Choice(candidates[0], {})
-    key = _key(recipe, batches, model, candidates)
-    if known := _remembered().get(key):
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            plan = Plan(**known["plan"])
-            if plan in candidates:
-                return Choice(plan, dict(known["milliseconds"]))
-    if len(batches) * int(options.epochs) < STEPS_WORTH_TIMING:
-        return Choice(candidates[0], {})
-    trial = _Trial(recipe, model, batches, objective)
-    plan, seconds = fastest(candidates, trial.step)
-    timed = zip(candidates, seconds, strict=True)
-    told = {str(each): round(1000 * s, 3) for each, s in timed if math.isfinite(s)}
-    _remember(key, Choice(plan, told))
-    return Choice(plan, told)
+class Autotuner:
+    """Choose the fastest plan that a recipe allows.
 
+    Precision, memory format and micro-batches are chosen among `candidates`; on CUDA also whether
+    the model is compiled. Short runs of an unknown kind use the first candidate.
 
-def _in_parts(plan: Plan, model: nn.Module, batch_size: int, several: bool) -> list[Plan]:
-    """The plan with the batch as a whole, in halves and in quarters, where that changes nothing.
-
-    It changes the statistics of a batch norm that learns; several processes share a batch
-    already. A GPU only gains by larger parts.
+    Args:
+        device_name: e.g. `cpu`, `cuda:1`.
+        model: as it starts, frozen as the recipe says. It is copied.
+        batches_for: the training batches for a plan.
+        criterion: `(logits, targets) -> loss`.
+        world: the processes of the training. Rank 0 chooses for all of them.
     """
-    set_train_mode(model)
-    if plan.device != "cpu" or plan.deterministic or norms_batches(model) or several:
-        return [plan]
-    sizes = [0, *(s for s in (batch_size // 2, batch_size // 4) if s >= SMALLEST_PART)]
-    return [replace(plan, part=size) for size in sizes]
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device_name: str,
+        model: nn.Module,
+        batches_for: Callable[[Plan], Batches],
+        criterion: engine.Criterion,
+        world: ProcessGroup = SINGLE_PROCESS,
+    ) -> None:
+        self.recipe, self.device_name, self.world = recipe, device_name, world
+        self._model, self._batches_for, self._criterion = model, batches_for, criterion
+        self._trial: _Trial | None = None
+
+    def best(self) -> TunedPlan:
+        """The plan to train with: as timed in an earlier run of the kind, or timed now.
+
+        Raises:
+            UsageError: the recipe asks for something that the device does not have.
+        """
+        check(self.recipe, self.device_name)
+        found = TunedPlan.from_dict(self.world.broadcast(lambda: self._best().to_dict()))
+        return replace(found, plan=replace(found.plan, device=self.device_name))
+
+    def _best(self) -> TunedPlan:
+        tuned = self._best_candidate()
+        compile_option = self.recipe.train.compile
+        if compile_option != "auto":
+            mode = "compiled" if compile_option else "eager"
+            return replace(tuned, plan=replace(tuned.plan, step_mode=mode))
+        if self.world.size > 1:
+            return tuned
+        batches = self._batches_for(tuned.plan)
+        steps, shapes = len(batches) * int(self.recipe.train.epochs), len(set(batches.sizes))
+        if steps < MIN_STEPS_TO_TUNE or not tuned.plan.device.startswith("cuda"):
+            return tuned
+        return replace(
+            tuned, plan=choose_step_mode(tuned.plan, self.make_step, steps, shapes=shapes)
+        )
+
+    def candidates(self) -> list[Plan]:
+        """Plans that compute the same training; the first is used where nothing is timed."""
+        options = self.recipe.train
+        plans = device.plans(
+            self.device_name, options.precision, options.memory_format, options.deterministic
+        )
+        return [plan for each in plans for plan in self._with_micro_batches(each)]
+
+    def _with_micro_batches(self, plan: Plan) -> list[Plan]:
+        """The plan with the whole batch, halves and quarters, where that changes no result.
+
+        Micro-batches change the statistics of batch norm, and several processes share a batch
+        already. A GPU only gains by larger batches.
+        """
+        set_train_mode(self._model)
+        changes_results = plan.deterministic or uses_batch_statistics(self._model)
+        if plan.device != "cpu" or changes_results or self.world.size > 1:
+            return [plan]
+        batch_size = self.recipe.train.batch_size
+        sizes = [s for s in (batch_size // 2, batch_size // 4) if s >= SMALLEST_MICRO_BATCH]
+        return [replace(plan, micro_batch_size=size) for size in (0, *sizes)]
+
+    def _best_candidate(self) -> TunedPlan:
+        candidates = self.candidates()
+        if len(candidates) == 1:
+            return TunedPlan(candidates[0], {})
+        batches = self._batches_for(candidates[0])
+        key = self._key(batches, candidates)
+        if known := _remembered().get(key):
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                tuned = TunedPlan.from_dict(known)
+                if tuned.plan in candidates:
+                    return tuned
+        if len(batches) * int(self.recipe.train.epochs) < MIN_STEPS_TO_TUNE:
+            return TunedPlan(candidates[0], {})
+        plan, seconds = fastest(candidates, self.make_step)
+        timed = zip(candidates, seconds, strict=True)
+        milliseconds = {str(each): round(1000 * s, 3) for each, s in timed if math.isfinite(s)}
+        tuned = TunedPlan(plan, milliseconds)
+        _remember(key, tuned)
+        return tuned
+
+    def make_step(self, plan: Plan) -> Callable[[], Tensor]:
+        """Return a function that trains a copy of the model for one step and returns the loss."""
+        if self._trial is None:
+            batches = self._batches_for(plan)
+            self._trial = _Trial(self.recipe, self._model, batches, self._criterion)
+        return self._trial.make_step(plan)
+
+    def _key(self, batches: Batches, candidates: Sequence[Plan]) -> str:
+        """A hash of all that the time of a step depends on."""
+        recipe, model = self.recipe, self._model
+        shapes = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+        content = (
+            device.describe(self.device_name),
+            [str(plan) for plan in candidates],
+            recipe.model.name,
+            recipe.model.options,
+            shapes,
+            list(batches.rows.shape[1:]),
+            recipe.train.batch_size,
+            recipe.optim.name,
+            recipe.optim.clip_norm,
+            recipe.optim.clip_value,
+            feeding.trunk_of(recipe, model),
+            batches.world.size,
+        )
+        text = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Trial:
-    """Steps on copies of the network: on images, or on what its frozen trunk makes of them."""
+    """One batch, as images or as the activations of the frozen trunk, to time steps on."""
 
     def __init__(
-        self, recipe: Recipe, model: nn.Module, batches: Batches, objective: engine.Objective
+        self, recipe: Recipe, model: nn.Module, batches: Batches, criterion: engine.Criterion
     ) -> None:
-        self.recipe, self.model, self.objective = recipe, model, objective
+        self.recipe, self.model, self.criterion = recipe, model, criterion
         self.images, self.labels = next(batches.epoch(0))
         self.prefix = feeding.trunk_of(recipe, model)
         if self.prefix:
             plan = batches.plan
-            twin = plan.place(copy.deepcopy(model))
+            twin = plan.prepare_model(copy.deepcopy(model))
             if trunk.fits_together(twin, self.prefix, self.images[:8]):
                 found = trunk.compute(twin, self.prefix, [self.images], self.labels, plan)
                 self.images = found.values
             else:
                 self.prefix = []
 
-    def step(self, plan: Plan) -> Callable[[], Tensor]:
-        """One training step by `plan`, ready to be timed; it returns the loss."""
+    def make_step(self, plan: Plan) -> Callable[[], Tensor]:
         options = self.recipe.optim
-        twin = plan.place(copy.deepcopy(self.model))
-        optimiser = optim.build(twin, options)
-        part = trunk.tail(twin, self.prefix) if self.prefix else twin
-        set_train_mode(part)
-        clip = engine.clipper(part, options.clip_value, options.clip_norm)
+        twin = plan.prepare_model(copy.deepcopy(self.model))
+        optimizer = optim.build(twin, options)
+        trained = trunk.tail(twin, self.prefix) if self.prefix else twin
+        set_train_mode(trained)
         images = trunk.as_they_are(self.images, plan)
-        take: engine.Take = partial(
-            engine.step, graphs.compiled(part, plan.device) if plan.step == "compiled" else part,
-            objective=self.objective, optimiser=optimiser, plan=plan, clip=clip,
-        )  # fmt: skip
-        take = graphs.Captured(take, optimiser) if plan.step == "graph" else take
-
-        def run() -> Tensor:
-            loss, _ = take(images, self.labels)
-            assert loss is not None
-            return loss
-
-        return run
+        loop = engine.TrainLoop(
+            trained,
+            optimizer,
+            self.criterion,
+            plan,
+            clip_value=options.clip_value,
+            clip_norm=options.clip_norm,
+            scaler=make_grad_scaler(plan.device) if plan.precision == "fp16" else None,
+        )
+        return lambda: loop.train_step(images, self.labels).loss
 
 
 def fastest(
-    candidates: Sequence[Plan], trial: Callable[[Plan], Callable[[], object]], rounds: int = 5
+    candidates: Sequence[Plan], make_step: Callable[[Plan], Callable[[], object]], rounds: int = 5
 ) -> tuple[Plan, list[float]]:
-    """The candidate whose step is fastest, and each one's seconds a step.
+    """The candidate with the fastest step, and seconds per step of each.
 
-    `trial(plan)` prepares and returns a function that does one training step. Medians of
-    interleaved rounds; who is far behind after two takes no part in the others. A later
-    candidate must win by 5%: noise must not choose lower precision. What there is no memory for
-    takes for ever.
+    The seconds are medians of interleaved rounds. A candidate that is far behind after two rounds
+    is dropped from the others. A later candidate must win by 5%, so that noise does not choose
+    lower precision. Candidates that run out of memory count as infinitely slow.
+
+    Args:
+        make_step: prepares a plan and returns a function that does one training step.
     """
-    steps = [trial(plan) for plan in candidates]
+    steps = [make_step(plan) for plan in candidates]
     times: list[list[float]] = [[] for _ in candidates]
-    for turn in range(rounds + 1):
+    for round_number in range(rounds + 1):
         quickest = min((min(spent) for spent in times if spent), default=math.inf)
         for step, spent in zip(steps, times, strict=True):
-            if len(spent) > 1 and min(spent) > TOO_SLOW * quickest:
+            if len(spent) > 1 and min(spent) > MAX_SLOWDOWN * quickest:
                 continue
             start = time.perf_counter()
             end = math.inf
-            with contextlib.suppress(TooLarge):
+            with contextlib.suppress(OutOfMemory):
                 step()
                 device.synchronise(candidates[0].device)
                 end = time.perf_counter()
-            if turn:  # the first round warms up
+            if round_number:  # the first round warms up
                 spent.append(end - start)
     best = 0
     medians = [statistics.median(spent) for spent in times]
@@ -250,20 +274,115 @@ def fastest(
     return candidates[best], medians
 
 
-def _key(recipe: Recipe, batches: Batches, model: nn.Module, candidates: Sequence[Plan]) -> str:
-    """All that the time of a step depends on."""
-    shapes = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
-    content = (
-        device.describe(candidates[0].device), [str(plan) for plan in candidates],
-        recipe.model.name, recipe.model.options, shapes, list(batches.rows.shape[1:]),
-        recipe.train.batch_size, recipe.optim.name, recipe.optim.clip_norm, recipe.optim.clip_value,
-        feeding.trunk_of(recipe, model), batches.world.size,
-    )  # fmt: skip
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+# Eager or compiled (CUDA)
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """Seconds per step, once before the first step (`setup`), and of the host in a step."""
+
+    step: float
+    setup: float
+    host: float
+    losses: tuple[float, ...]
+
+
+def choose_step_mode(
+    plan: Plan,
+    make_step: MakeStep,
+    steps: int,
+    *,
+    shapes: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Plan:
+    """`plan` with the step mode that finishes `steps` steps soonest, compilation included.
+
+    Nothing is tried outside of CUDA, for deterministic plans, and where the run is too short to
+    earn back a compilation.
+
+    Args:
+        make_step: prepares a plan and returns a function that does one step, always on the same
+            batch, and returns the loss.
+        steps: of the whole run.
+        shapes: number of different batch sizes; each is compiled.
+    """
+    if not plan.device.startswith("cuda") or plan.deterministic:
+        return plan
+    try:
+        eager = time_steps(plan, make_step, clock)
+    except OutOfMemory:  # the training will choose a micro-batch size
+        return plan
+    best, best_total = plan, eager.step * steps
+    for mode in modes_worth_trying(eager, steps):
+        candidate = replace(plan, step_mode=mode)
+        try:
+            found = time_steps(candidate, make_step, clock)
+        except Exception as error:  # a compiler has many ways to fail; eager steps work
+            reason = (str(error).splitlines() or ["?"])[0][:200]
+            print_status(f"the model can't be compiled here ({mode}): {reason}")
+            continue
+        if not losses_agree(eager.losses, found.losses):
+            print_status(f"the compiled model ({mode}) gives other losses, so it isn't used")
+            continue
+        total = found.setup * shapes + found.step * steps
+        if total < 0.95 * best_total:
+            best, best_total = candidate, total
+    return best
+
+
+def modes_worth_trying(eager: StepTiming, steps: int) -> list[str]:
+    """Compiled modes that could earn back their cost, judged by the time of eager steps.
+
+    CUDA graphs (`reduce-overhead`) save the time to launch kernels one by one, which counts only
+    where the host takes about as long as the device.
+    """
+    modes = []
+    total = eager.step * steps
+    if eager.host > 0.7 * eager.step and REDUCE_OVERHEAD_SAVES * total > 2 * COMPILE_SECONDS:
+        modes.append("reduce-overhead")
+    if COMPILE_SAVES * total > 2 * COMPILE_SECONDS:
+        modes.append("compiled")
+    return modes
+
+
+def time_steps(plan: Plan, make_step: MakeStep, clock: Callable[[], float]) -> StepTiming:
+    """The median step after `WARMUP_STEPS`, in which models are compiled and graphs captured."""
+    step = make_step(plan)
+    device.seed_generators(plan.device, 0)  # the same dropout for all, so that losses compare
+    start = clock()
+    losses = [step() for _ in range(WARMUP_STEPS)]
+    device.synchronise(plan.device)
+    first = clock() - start
+    total, host = [], []
+    for _ in range(TIMED_PAIRS):
+        start = clock()
+        losses += [step(), step()]
+        host.append((clock() - start) / 2)
+        device.synchronise(plan.device)
+        total.append((clock() - start) / 2)
+    seconds = statistics.median(total)
+    setup = max(0.0, first - WARMUP_STEPS * seconds)
+    values = tuple(float(loss) for loss in losses)
+    return StepTiming(seconds, setup, statistics.median(host), values)
+
+
+def losses_agree(eager: tuple[float, ...], compiled: tuple[float, ...]) -> bool:
+    """Whether the losses of the first steps are within a tenth of each other.
+
+    Half precision and other kernels round differently, so that later losses diverge. A mode that
+    computes something else, or does not update the weights, differs at once.
+    """
+    first = slice(0, WARMUP_STEPS + 1)
+    pairs = zip(eager[first], compiled[first], strict=True)
+    # Nothing can be compared where eager steps, always on the same batch, become non-finite.
+    return all(abs(a - b) <= 0.1 * max(abs(a), 0.1) for a, b in pairs if math.isfinite(a))
+
+
+# Timings of earlier runs
 
 
 def _remembered() -> dict[str, Any]:
-    """What was timed on this machine; nothing where it is damaged, and is then timed again."""
+    """What was timed on this machine; empty where the file is damaged, and is timed again."""
     try:
         content = json.loads((cache.folder() / "plans.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -273,12 +392,11 @@ def _remembered() -> dict[str, Any]:
     return {key: entry for key, entry in content.items() if isinstance(entry, dict)}
 
 
-def _remember(key: str, choice: Choice) -> None:
-    """Two processes that do so at once lose one of both entries, which is measured again."""
-    entry = {"plan": choice.plan.to_dict(), "milliseconds": choice.milliseconds}
-    known = {**_remembered(), key: entry}
-    latest = dict(list(known.items())[-REMEMBERED:])
-    with contextlib.suppress(ResourceError):  # a cache that can't be written is no cache
+def _remember(key: str, tuned: TunedPlan) -> None:
+    """Add an entry. Of two processes that write at once, one entry is lost and timed again."""
+    known = {**_remembered(), key: tuned.to_dict()}
+    latest = dict(list(known.items())[-MAX_REMEMBERED:])
+    with contextlib.suppress(ResourceError):  # a cache folder that can't be written is no error
         text = json.dumps(latest, indent=1) + "\n"
         files.remove_stale_temp_files(cache.folder(), ["plans.json"], alone=False)
         files.write_atomic(cache.folder() / "plans.json", text)

@@ -17,9 +17,8 @@ from convlens.recipe import Recipe
 from convlens.run import Preprocessing
 from convlens.starting import auto, beginning, feeding, planning
 from convlens.starting.beginning import Begun
-from convlens.stepping.graphs import compiled
-from convlens.stepping.scaling import LossScale
-from convlens.stepping.together import Together, synchronised
+from convlens.stepping.data_parallel import DataParallel, convert_sync_batchnorm
+from convlens.stepping.guarding import make_grad_scaler
 
 
 @dataclass
@@ -38,12 +37,12 @@ class Setup:
     augment: augment.Pipeline | None
     optimiser: torch.optim.Optimizer
     schedule: optim.Schedule
-    objective: engine.Objective
+    criterion: engine.Criterion
     averager: optim.Average | None
     preprocessing: Preprocessing
-    scale: LossScale | None = None  # of the loss, where the plan is fp16
+    scaler: torch.amp.GradScaler | None = None  # where the plan is fp16
     weights: dict[str, Any] | None = None  # what `weights.record` says of those it began with
-    position: engine.Position = field(default_factory=engine.Position)
+    state: engine.TrainState = field(default_factory=engine.TrainState)
     world: ProcessGroup = SINGLE_PROCESS
 
     @property
@@ -51,26 +50,28 @@ class Setup:
         return int(self.recipe.train.epochs)
 
     def fit(self) -> engine.Records:
-        """The engine's records for this run, from `position` on."""
+        """The engine's records for this run, from `state` on."""
         optim_config, feed = self.recipe.optim, self.feed
-        together = None
+        data_parallel = None
         if self.world.size > 1:
-            together = Together(feed.model, self.world, feed.batches.sizes)
-        return engine.fit(
-            compiled(feed.model, self.plan.device) if self.plan.step == "compiled" else feed.model,
-            feeding.Timed(feed.batches, self.position),
+            data_parallel = DataParallel(self.world, feed.batches.sizes)
+        loop = engine.TrainLoop(
+            feed.model,
             self.optimiser,
-            self.schedule,
-            epochs=self.epochs,
-            objective=self.objective,
-            plan=self.plan,
-            seed=self.recipe.train.seed,
-            position=self.position,
+            self.criterion,
+            self.plan,
             clip_value=optim_config.clip_value,
             clip_norm=optim_config.clip_norm,
             averager=self.averager,
-            scale=self.scale,
-            together=together,
+            scaler=self.scaler,
+            data_parallel=data_parallel,
+        )
+        return loop.run(
+            feeding.Timed(feed.batches, self.state),
+            self.schedule,
+            epochs=self.epochs,
+            seed=self.recipe.train.seed,
+            state=self.state,
         )
 
 
@@ -100,7 +101,7 @@ def prepare(
     _check_shares(recipe, world)
     model, preprocessing, record = beginning.network(recipe, data, begun, where)
     world.broadcast_tensors_(list(model.state_dict().values()))
-    objective = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
+    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
 
     def batches_for(chosen: device.Plan) -> Batches:
         return Batches(
@@ -115,28 +116,29 @@ def prepare(
             shards=data.train.shards,
         )
 
-    choice = planning.Choice(plan, {}) if plan else None
-    choice = choice or planning.choose(recipe, where, model, batches_for, objective, world)
-    plan = choice.plan
+    tuned = planning.TunedPlan(plan, {}) if plan else None
+    if tuned is None:
+        tuned = planning.Autotuner(recipe, where, model, batches_for, criterion, world).best()
+    plan = tuned.plan
     if recipe.train.sync_batch_norm:
-        model = synchronised(model, world, where)
-    plan.place(model)
+        model = convert_sync_batchnorm(model, world, where)
+    plan.prepare_model(model)
     batches = batches_for(plan)
     optimiser = optim.build(model, recipe.optim)
     return Setup(
         recipe=recipe,
         data=data,
         plan=plan,
-        timings=choice.milliseconds,
+        timings=tuned.milliseconds,
         trained=model,
         feed=feeding.feed(recipe, data, model, batches),
         augment=operations if recipe.operations else None,
         optimiser=optimiser,
         schedule=optim.schedule(recipe.optim),
-        objective=objective,
+        criterion=criterion,
         averager=optim.averager(model, recipe.optim, steps=len(batches) * int(recipe.train.epochs)),
         preprocessing=preprocessing,
-        scale=LossScale(optimiser, plan.device) if plan.precision == "fp16" else None,
+        scaler=make_grad_scaler(plan.device) if plan.precision == "fp16" else None,
         weights=record,
         world=world,
     )

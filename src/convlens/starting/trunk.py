@@ -138,7 +138,7 @@ def as_they_are(features: Tensor, plan: Plan) -> Tensor:
     Always a copy: a network may begin with an in-place operation, and these are used again.
     """
     return features.clone(
-        memory_format=plan.layout if features.ndim == 4 else torch.preserve_format
+        memory_format=plan.torch_memory_format if features.ndim == 4 else torch.preserve_format
     )
 
 

@@ -1,1 +1,1 @@
-"""What `engine.step` needs around it: losses that fail, memory that runs out, fp16, CUDA graphs."""
+"""What the training loop needs: out of memory, numerical safety, several processes."""

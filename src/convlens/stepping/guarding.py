@@ -1,33 +1,23 @@
-"""How a loss that isn't finite is kept from spoiling anything: by waiting, or by looking back.
+"""Numerical safety of a training step: non-finite losses, undoing a step, fp16 loss scaling.
 
-The promise is the same: training stops, and weights, optimiser, averages, norm statistics and
-position are those from before the step whose loss was NaN or infinite.
+A loss that is NaN or infinite ends the training with `NonFiniteLoss`. The weights are never
+updated with it. On a CPU the loss is read before each update. On CUDA reading it would make the
+host wait for every step, so `DeferredFiniteCheck` skips the update on the device and the host
+learns of it later.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from convlens.errors import Diverged
-from convlens.optim import Average
-from convlens.stepping.scaling import LossScale
-from convlens.system.later import Later
+from convlens.system.later import AsyncScalars
 
-
-class Place(Protocol):
-    """The part of `engine.Position` that a step moves."""
-
-    epoch: int
-    step: int
-    images: int
-    loss_sum: float | Tensor
-    correct: int | Tensor
+CHECK_INTERVAL_STEPS = 50  # steps between two reads of the device-side flag
+# GradScaler starts at 2^16 and skips steps until the scale fits; a run of 200 steps has none to
+# spare. The gradients of a classifier's mean loss fit into fp16 with this scale from the start.
+INITIAL_LOSS_SCALE = 2.0**12
 
 
 class NonFiniteLoss(Diverged):
@@ -41,11 +31,11 @@ class NonFiniteLoss(Diverged):
             fix=f"lower optim.lr (it was {lr:.3g}) or set optim.clip_norm=1",
         )
 
-    def blame(self, model: nn.Module, steps: int) -> None:
-        """Names the step before, of `steps` an epoch, if the weights were none already.
+    def locate_first_nonfinite(self, model: nn.Module, steps: int) -> None:
+        """Name the step before, of `steps` per epoch, if the weights were not finite already.
 
-        Its loss was finite and its gradient wasn't, which nobody looks at: that would cost a pass
-        over all gradients in each step.
+        The loss of that step was finite and its gradient was not. Gradients are not checked,
+        because that would cost a pass over all of them in each step.
         """
         if all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
             return
@@ -57,198 +47,108 @@ class NonFiniteLoss(Diverged):
         )
 
 
-class Spoilt(Exception):  # noqa: N818 (control flow: the engine goes back and on)
-    """Some loss since the last look was not finite."""
+class BufferSnapshot:
+    """A copy of a model's buffers, to undo a forward pass.
 
-
-class Guard(Protocol):
-    """What the engine asks around each step."""
-
-    def before(self, at: Place) -> None:
-        """Before a step; keeps what it needs to undo it. May raise `Spoilt`."""
-
-    def lets(self, loss: Tensor) -> bool:
-        """Whether the step may update anything with this loss."""
-
-    def end(self, at: Place) -> None:
-        """After an epoch's last step. May raise `Spoilt`."""
-
-    def back(self, at: Place) -> None:
-        """Undoes a step that was not let through, or everything since the last good look."""
-
-
-class Waiting:
-    """Reads every loss before the update with it. On a CPU that costs nothing.
-
-    The norms' running statistics are kept before each step: the forward pass has moved them by
-    the time that the loss is known. They are laid side by side in memory for that, so that one
-    copy keeps all of a kind; the tensors stay the same objects.
+    The forward pass moves the running statistics of batch norm before the loss is known, and
+    before memory may run out.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._live = [_side_by_side(list(group)) for group in _by_type(model.buffers())]
-        self._kept = [tensor.clone() for tensor in self._live]
+        by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for buffer in model.buffers():  # grouped: one kernel copies all tensors of a type on a GPU
+            by_type.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        self._groups = [(live, [t.clone() for t in live]) for live in by_type.values()]
 
-    def before(self, at: Place) -> None:
-        for kept, live in zip(self._kept, self._live, strict=True):
-            kept.copy_(live)
+    @torch.no_grad()
+    def save(self) -> None:
+        """Copy the buffers' current values."""
+        for live, saved in self._groups:
+            torch._foreach_copy_(saved, live)
 
-    def lets(self, loss: Tensor) -> bool:
-        return math.isfinite(loss.item())  # a tenth of `torch.isfinite`'s time on the CPU
-
-    def end(self, at: Place) -> None:
-        pass
-
-    def back(self, at: Place) -> None:
-        for kept, live in zip(self._kept, self._live, strict=True):
-            live.copy_(kept)
-
-
-def _by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors by dtype and device, in order."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return list(kinds.values())
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the buffers to the values of the last `save`."""
+        for live, saved in self._groups:
+            torch._foreach_copy_(live, saved)
 
 
-def _side_by_side(tensors: list[Tensor]) -> Tensor:
-    """One flat tensor that holds the values of all; from now on they are views of it.
+class DeferredFiniteCheck:
+    """Check losses on the device, and let the host read the result without waiting.
 
-    Each begins at a multiple of 64 bytes, as a tensor of its own would: kernels round differently
-    where it doesn't.
-    """
-    step = 64 // tensors[0].element_size()
-    sizes = [-(-tensor.numel() // step) * step for tensor in tensors]
-    flat = torch.zeros(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
-    for tensor, room in zip(tensors, flat.split(sizes), strict=True):
-        part = room[: tensor.numel()].view(tensor.shape)
-        part.copy_(tensor)
-        tensor.data = part
-    return flat
-
-
-class LookBack:
-    """Never waits for a loss: every `every` steps it looks whether those a while ago were finite.
-
-    The epoch's sum of losses is the flag: once it isn't finite, no later loss makes it so again.
-    With each look goes a copy of all that steps change, on the device, which counts as good once
-    its sum has arrived and is finite: one look later, when the device has long passed it. If one
-    isn't, the engine goes back to the last good copy and does the few steps since again with
-    `Waiting`, which ends where the loss first fails: steps depend on (seed, epoch, step) only.
-
-    Memory: twice the trained weights, optimiser state, averages and norm statistics.
+    From the first non-finite loss on, `update` returns 1, and optimizers that are given it as
+    `found_inf` skip their update: the weights stay those of before that loss.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimiser: torch.optim.Optimizer,
-        averager: Average | None = None,
-        scale: LossScale | None = None,
-        *,
-        every: int = 50,
-    ) -> None:
-        self._model, self._optimiser = model, optimiser
-        self._averager, self._scale, self._every = averager, scale, every
-        self._good: _Copy | None = None
-        self._newest: tuple[_Copy, Later] | None = None
-        self._spare: _Copy | None = None
-        self._since = 0
+    def __init__(self) -> None:
+        self._all_finite: Tensor | None = None  # 1.0 until a loss was not finite
+        self._finite_steps: Tensor | None = None  # steps of the epoch up to that loss
+        self._start = self._steps = 0
+        self._pending: AsyncScalars | None = None
 
-    def before(self, at: Place) -> None:
-        if self._good is None:  # an epoch begins here: everything so far is known to be good
-            self._good = self._copy(at)
-        elif self._since % self._every == 0:
-            self._judge()
-            self._newest = self._copy(at), Later(_tensor(at.loss_sum))
-        self._since += 1
+    def start_epoch(self, step: int) -> None:
+        """Start counting after `step` finished steps of an epoch."""
+        self._start, self._steps, self._pending = step, 0, None
+        self._all_finite = self._finite_steps = None
 
-    def lets(self, loss: Tensor) -> bool:
-        return True
+    @torch.no_grad()
+    def update(self, loss: Tensor) -> Tensor:
+        """Take in the loss of a step; return 1.0 if it or an earlier one was not finite, else 0.0.
 
-    def end(self, at: Place) -> None:
-        if not math.isfinite(Later(_tensor(at.loss_sum)).values()[0]):
-            self._judge()
-            raise Spoilt
-        self._spare = self._good if self._newest is None else self._newest[0]
-        self._good, self._newest, self._since = None, None, 0
+        Number and order of the kernels do not depend on the loss: nothing is read by the host.
+        """
+        finite = loss.isfinite().float()
+        if self._all_finite is None or self._finite_steps is None:
+            self._all_finite, self._finite_steps = finite, finite.clone()
+        else:
+            self._all_finite.mul_(finite)
+            self._finite_steps.add_(self._all_finite)
+        self._steps += 1
+        return 1 - self._all_finite
 
-    def back(self, at: Place) -> None:
-        assert self._good is not None
-        self._good.put_back(self._optimiser, self._averager)
-        vars(at).update(self._good.position)
+    def poll(self) -> int | None:
+        """Every `CHECK_INTERVAL_STEPS` steps, read the result of the previous interval.
 
-    def _judge(self) -> None:
-        """Takes the newest copy for good, or raises: then the last good one stays."""
-        if self._newest is None:
-            return
-        copy, loss_sum = self._newest
-        if not math.isfinite(loss_sum.values()[0]):
-            raise Spoilt
-        self._spare, self._good, self._newest = self._good, copy, None
+        Returns:
+            The first step of the epoch, from 1, whose loss was not finite, as far as known.
+        """
+        if self._steps % CHECK_INTERVAL_STEPS:
+            return None
+        failed = None if self._pending is None else self._read(self._pending)
+        self._pending = self._send()
+        return failed
 
-    def _copy(self, at: Place) -> _Copy:
-        spare, self._spare = self._spare, None
-        keys = ("epoch", "step", "images", "loss_sum", "correct")
-        position = {key: getattr(at, key) for key in keys}
-        steps = self._averager.steps if self._averager is not None else 0
-        return _Copy.of(list(self._tensors()), position, steps, spare)
+    def wait(self) -> int | None:
+        """As `poll`, for all steps so far; waits for the device."""
+        pending = self._send()
+        return None if pending is None else self._read(pending)
 
-    def _tensors(self) -> Iterator[Entry]:
-        """All that a step changes, with the parameter and key of what the optimiser holds."""
-        for group in self._optimiser.param_groups:
-            for parameter in group["params"]:
-                yield parameter.data, None, ""
-                for key, value in self._optimiser.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor):
-                        yield value, parameter, key
-        for buffer in self._model.buffers():
-            yield buffer, None, ""
-        if self._averager is not None:
-            yield from ((tensor, None, "") for tensor in self._averager.state()["average"])
-        if self._scale is not None:
-            yield from ((tensor, None, "") for tensor in self._scale.state().values())
+    def _send(self) -> AsyncScalars | None:
+        if self._all_finite is None or self._finite_steps is None:
+            return None
+        return AsyncScalars(self._all_finite, self._finite_steps)
+
+    def _read(self, numbers: AsyncScalars) -> int | None:
+        all_finite, finite_steps = numbers.values()
+        return None if all_finite else self._start + int(finite_steps) + 1
 
 
-Entry = tuple[Tensor, Tensor | None, str]
+def make_grad_scaler(device: str) -> torch.amp.GradScaler:
+    """Loss scaling for fp16 (Micikevicius et al. 2018), whose small gradients would round to 0."""
+    return torch.amp.GradScaler(torch.device(device).type, init_scale=INITIAL_LOSS_SCALE)
 
 
-@dataclass
-class _Copy:
-    entries: list[Entry]
-    copies: list[Tensor]
-    position: dict[str, Any]
-    averager_steps: int
+def init_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give SGD zero momentum buffers before an update that may be skipped.
 
-    @classmethod
-    def of(
-        cls, entries: list[Entry], position: dict[str, Any], steps: int, spare: _Copy | None
-    ) -> _Copy:
-        """A copy of the tensors of `entries`, in the memory of `spare` where that fits."""
-        live = [tensor for tensor, _, _ in entries]
-        if spare is not None and len(spare.copies) == len(live):
-            copies = spare.copies
-            _copy(copies, live)
-        else:  # the first, or the optimiser has more state than it had
-            copies = [tensor.clone() for tensor in live]
-        return cls(entries, copies, position, steps)
-
-    def put_back(self, optimiser: torch.optim.Optimizer, averager: Average | None) -> None:
-        held = {(id(parameter), key) for _, parameter, key in self.entries if parameter is not None}
-        for parameter, values in optimiser.state.items():
-            for key in [key for key in values if (id(parameter), key) not in held]:
-                del values[key]
-        _copy([tensor for tensor, _, _ in self.entries], self.copies)
-        if averager is not None:
-            averager.steps = self.averager_steps
-
-
-def _tensor(value: float | Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value)
-
-
-@torch.no_grad()
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    torch's fused SGD allocates them in the first step without filling them. If `found_inf` skips
+    that step, the next one would continue from uninitialized memory. Zeros lead to the same
+    update as no buffer.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)

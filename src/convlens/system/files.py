@@ -24,7 +24,6 @@ _SHA256_BYTES = 32
 # Answers of file systems without modes, or without fsync of directories (vfat, CIFS, FUSE). None of
 # them means that written data are lost.
 _UNSUPPORTED = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-_IO_ERRORS = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
 
 def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
@@ -124,7 +123,7 @@ def warn_if_low_disk(folder: Path, size: int) -> None:
 
 def is_io_error(error: OSError) -> bool:
     """Whether the disk can't return what was written, or its file system is damaged."""
-    return error.errno in _IO_ERRORS
+    return error.errno in (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
 
 def cannot_read(path: Path | str, error: OSError) -> ResourceError:

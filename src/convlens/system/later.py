@@ -1,8 +1,8 @@
-"""Numbers on their way from the device to the host, which nobody has to stand waiting for.
+"""Copies between host and device that do not wait for the device.
 
-Reading a number off a GPU (`.item()`, `float`) waits for everything the GPU was told before, and
-leaves it without work until the host has told it more. A copy into pinned memory with an event
-behind it is done when that much work is done, whatever was asked for meanwhile.
+Reading a number off a GPU (`.item()`, `float`) waits for all work queued on the GPU, and leaves
+the GPU idle until the host has queued more. A copy into pinned memory, followed by an event, is
+complete as soon as the work queued before it is, whatever was queued after it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-class Later:
-    """The values of some 0-d tensors as they are now, as float32, to be read later.
+class AsyncScalars:
+    """Copy 0-d tensors to the host as float32 without waiting; read the values later.
 
     On devices other than CUDA they are read at once.
     """
@@ -30,19 +30,19 @@ class Later:
         self._event.record()
 
     def ready(self) -> bool:
-        """Whether `values` needn't wait."""
+        """Whether `values` would return without waiting."""
         return self._event is None or bool(self._event.query())
 
     def values(self) -> list[float]:
-        """The numbers; waits for the work up to where they were asked for, and no longer."""
+        """The numbers. Waits for the work queued before the copy, and for nothing after it."""
         if self._event is not None:
             self._event.synchronize()
-        values: list[float] = self._host.tolist()  # of memory of the host: asks no device
+        values: list[float] = self._host.tolist()  # host memory: no device call
         return values
 
 
-def send(tensor: Tensor, device: str) -> Tensor:
-    """`tensor` on the device; a GPU isn't waited for, as it would be for memory that may move."""
+def to_device_async(tensor: Tensor, device: str) -> Tensor:
+    """Move a tensor to the device; through pinned memory for CUDA, so that nothing waits."""
     if not device.startswith("cuda") or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
