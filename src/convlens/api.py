@@ -185,12 +185,12 @@ class RunTable:
 
     @property
     def runs(self) -> list[Run]:
-        """Every run that was measured, in the order of settings, splits, seeds and folds."""
+        """Every run that was measured, in the order of variants, splits, seeds and folds."""
         return [Run(outcome.place) for outcome in self._table.outcomes]
 
     @property
     def summaries(self) -> list[Summary]:
-        """What each setting reached: `setting`, `accuracies`, `mean`, `sd`, `interval95`, ..."""
+        """What each variant reached: `variant`, `accuracies`, `mean`, `sd`, `interval95`, ..."""
         return self._table.summaries
 
     @property
@@ -207,7 +207,7 @@ def train_many(
     what: str | Path | Mapping[str, Any] | Recipe,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
-    settings: str | Sequence[str] | None = None,
+    variants: str | Sequence[str] | None = None,
     splits: int = 1,
     seeds: int = 1,
     folds: int | None = None,
@@ -223,7 +223,7 @@ def train_many(
 
     Args:
         what, overrides, data, name, fresh, test, device, quiet: as in `train`.
-        settings: `"all"` of the recipe's settings, or some by name; overrides lie over each.
+        variants: `"all"` variants of the recipe, or some by name; overrides apply to each.
         splits: so many splits of the data, from `data.seed` on.
         seeds: so many seeds of everything else, from `train.seed` on.
         folds: K-fold cross-validation; the test split stays sealed.
@@ -233,7 +233,7 @@ def train_many(
     Raises:
         ConvlensError: with what, where and what to do.
     """
-    asked = asking.read_settings(what, settings, data=data, overrides=_texts(overrides))
+    asked = asking.read_variants(what, variants, data=data, overrides=_texts(overrides))
     table = several.train_many(
         asked,
         splits=splits,

@@ -31,8 +31,8 @@ def train(
     ],
     overrides: Overrides = None,
     data: DataSet = None,
-    settings: Annotated[
-        str | None, typer.Option(metavar="all|NAME,...", help="Train these settings of the recipe.")
+    variants: Annotated[
+        str | None, typer.Option(metavar="all|NAME,...", help="Train these variants of the recipe.")
     ] = None,
     splits: Annotated[int, typer.Option(min=1, help="Train on that many splits of the data.")] = 1,
     seeds: Annotated[int, typer.Option(min=1, help="Train with that many seeds.")] = 1,
@@ -68,12 +68,12 @@ def train(
 
     changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
     options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
-    if settings is not None or splits > 1 or seeds > 1 or folds is not None or refit:
+    if variants is not None or splits > 1 or seeds > 1 or folds is not None or refit:
         if extend:
             raise UsageError("--extend is for a single run", fix="extend them one by one")
-        variants = asking.read_settings(what, settings, data=data, overrides=changes)
+        resolved = asking.read_variants(what, variants, data=data, overrides=changes)
         options |= {"splits": splits, "seeds": seeds, "folds": folds, "refit": refit}
-        table = several.train_many(variants, **options)
+        table = several.train_many(resolved, **options)
         if not as_json:
             run_table(table)
         print_json(as_json, table.to_dict())
@@ -244,7 +244,9 @@ def recipes(
     if name is not None:
         text = store.text(name)
         if as_json:
-            print_json(True, store.load(name).model_dump(mode="json") | store.variants(name))
+            found = store.variants(name)
+            content = store.load(name).model_dump(mode="json")
+            print_json(True, content | ({"variants": found} if found else {}))
         else:
             sys.stdout.write(text)
         return
@@ -252,7 +254,7 @@ def recipes(
     if as_json:
         print_json(True, {each: recipe.about for each, recipe in every.items()})
     else:
-        recipe_table(every, {each: store.settings(each) for each in every})
+        recipe_table(every, {each: list(store.variants(each)) for each in every})
 
 
 def _refuse(report: Audit) -> None:

@@ -1,4 +1,4 @@
-"""Several runs of one recipe side by side: its settings, splits of the data, seeds, folds.
+"""Several runs of one recipe side by side: its variants, splits of the data, seeds, folds.
 
 `expand` says which runs these are, `train_many` trains them (each is a run like any other, found
 again and continued by the same command) and puts them in one table: a number of one run is one
@@ -35,7 +35,7 @@ def expand(
     folds: int | None = None,
     name: str | None = None,
 ) -> list[Planned]:
-    """Every setting x split x seed x fold as a run with a name of its own.
+    """Every variant x split x seed x fold as a run with a name of its own.
 
     Splits count from the recipe's `data.seed`, seeds from its `train.seed`. A run's name says
     only what it differs in: `x` for the recipe's own split and seed, `x-seed1`, `x-a-split2`.
@@ -44,9 +44,9 @@ def expand(
     if several > MOST:
         raise UsageError(f"that would be {several:,} runs; {MOST:,} at most go together")
     plans = []
-    for setting, each in asked.items():
+    for variant, each in asked.items():
         data_seed, seed = each.recipe.data.seed, each.recipe.train.seed
-        called = "-".join([name or each.recipe.name, *([setting] if setting else [])])
+        called = "-".join([name or each.recipe.name, *([variant] if variant else [])])
         cells = [
             (data_seed + split, seed + number, fold)
             for split in range(splits)
@@ -65,7 +65,7 @@ def expand(
                 its_name += f"-fold{fold}"
             recipe = each.recipe.replace(**changes).model_copy(update={"name": its_name})
             plain = each.plain or name is not None
-            plans.append(Planned(recipe, plain, setting, its_split, its_seed, fold))
+            plans.append(Planned(recipe, plain, variant, its_split, its_seed, fold))
     return plans
 
 
@@ -82,10 +82,10 @@ def train_many(
     on: str | None = None,
     quiet: bool = False,
 ) -> Table:
-    """Trains every setting with every split, seed and fold, and puts them side by side.
+    """Trains every variant with every split, seed and fold, and puts them side by side.
 
     Args:
-        asked: recipes by setting; a recipe without settings stands under None.
+        asked: recipes by variant; a recipe without variants stands under None.
         splits: different splits of the data (`data.seed`, `data.seed` + 1, ...).
         seeds: different initial weights, order, augmentation and dropout (`train.seed`, ...).
         folds: K-fold cross-validation on all images but the test split, which stays sealed.
@@ -111,7 +111,7 @@ def train_many(
             looked = evaluation.evaluate(place, "test" if test else "val", on=on, quiet=quiet)
             outcomes.append(Outcome(planned, place, chooser, looked))
     first = next(iter(asked.values()))
-    kinds = {"settings": len(asked) > 1, "splits": splits > 1, "seeds": seeds > 1}
+    kinds = {"variants": len(asked) > 1, "splits": splits > 1, "seeds": seeds > 1}
     kinds |= {"folds": folds is not None, "refit": refit}
     called = name or first.recipe.name
     plot = _plot_folder(called, [kind for kind, there in kinds.items() if there], asked, plans)

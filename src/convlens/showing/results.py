@@ -101,13 +101,13 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def recipe_table(recipes: Mapping[str, Recipe], settings: Mapping[str, Sequence[str]]) -> None:
-    """Name and purpose of every recipe, and how many settings it has."""
+def recipe_table(recipes: Mapping[str, Recipe], variants: Mapping[str, Sequence[str]]) -> None:
+    """Print the name and purpose of every recipe and its number of variants."""
     table = table_of("recipe", "data")
     table.add_column("what it is", justify="left")
     for name, recipe in recipes.items():
-        count = len(settings[name])
-        more = f"; {count} settings" if count else ""
+        count = len(variants[name])
+        more = f"; {count} variants" if count else ""
         table.add_row(name, recipe.data.name, escape(recipe.about + more))
     stdout().print(table)
     say("[dim]convlens recipes NAME prints one; convlens train NAME trains it[/]")

@@ -17,9 +17,9 @@ SPARE = ("CPU s", "weights", "trained", "95% interval", "s", "epoch")  # least n
 
 
 def run_table(result: Table) -> None:
-    """A line for each run of one setting, or for each of several settings; then what they say."""
+    """A line for each run of one variant, or for each of several variants; then what they say."""
     out, summaries = stdout(), result.summaries
-    rows = _settings(result) if len(summaries) > 1 else _runs(result)
+    rows = _variants(result) if len(summaries) > 1 else _runs(result)
     out.print(_fitted(rows, out.width))
     over = result.repeats_in_words()
     if len(summaries) == 1:
@@ -29,7 +29,7 @@ def run_table(result: Table) -> None:
     for summary in summaries:
         if summary.parts:
             between, within = map(_percent, summary.parts)
-            named = f"{escape(summary.setting)}: " if summary.setting else ""
+            named = f"{escape(summary.variant)}: " if summary.variant else ""
             out.print(f"{named}sd {between} points between splits, {within} between seeds")
     if result.flattered:
         say("[dim]the same images chose the epoch: a little flattering (train.keep=last isn't)[/]")
@@ -48,15 +48,15 @@ def _conclusion(result: Table, summary: Summary, over: str) -> str:
     )
 
 
-def _settings(result: Table) -> list[Row]:
+def _variants(result: Table) -> list[Row]:
     rows = []
-    first = result.summaries[0].setting
+    first = result.summaries[0].variant
     for number, summary in enumerate(result.summaries):
         facts, validated = summary.outcomes[0].facts, summary.val_accuracy
         accuracy = _mean_sd(summary.mean, summary.sd)
         if summary.interval95 is not None:
             accuracy += f" ({_interval(summary.interval95)})"
-        row = {"setting": summary.setting or "", f"{WORDS[result.split]} %": accuracy}
+        row = {"variant": summary.variant or "", f"{WORDS[result.split]} %": accuracy}
         gain, sd = result.gains()[number]
         row[f"over {first}"] = _mean_sd(gain, sd, sign="+") if number else "-"
         if result.split == "test":
