@@ -1,7 +1,7 @@
 """Accuracy of a recipe over several seeds, with times: one command per recipe.
 
     python benchmarks/accuracy.py RECIPE|DATA [key=value ...] [--variants all] [--seeds N]
-                                  [--splits S] [--refit] [--no-test] [--as NAME]
+                                  [--repeat-splits S] [--refit] [--no-test] [--as NAME]
 
 Trains in `models/` (a run that is finished already is only evaluated), chooses by validation,
 tests once (or not at all), and keeps the result in `benchmarks/results/accuracy-<name>.json`;
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("what")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--variants", help="all, or names with commas")
-    parser.add_argument("--splits", type=int, default=1)
+    parser.add_argument("--repeat-splits", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--refit", action="store_true")
     parser.add_argument("--no-test", action="store_true", help="accuracies are of validation")
@@ -55,7 +55,7 @@ def main() -> None:
     )
     table = several.train_many(
         asked,
-        splits=arguments.splits,
+        repeat_splits=arguments.repeat_splits,
         seeds=arguments.seeds,
         refit=arguments.refit,
         test=not arguments.no_test,

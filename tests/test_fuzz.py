@@ -391,7 +391,7 @@ def test_contradictions_are_refused_before_images_are_read() -> None:
 
 
 def test_too_many_runs_at_once() -> None:
-    for option in ("--seeds", "--splits"):
+    for option in ("--seeds", "--repeat-splits"):
         refused(here("train", "digits", option, "99999999"), 2, "99,999,999 runs; 10,000 at most")
     assert here("train", "digits", "--seeds", "9" * 30).code == 2
 

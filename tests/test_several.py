@@ -52,7 +52,7 @@ def trained(*arguments: str | Path) -> Any:
 
 def test_every_combination_is_one_run_with_a_name_of_its_own() -> None:
     asked = asking.read_variants(variants_file(), "all", overrides=["data.seed=3"])
-    plans = several.expand(asked, splits=2, seeds=2, name="x")
+    plans = several.expand(asked, repeat_splits=2, seeds=2, name="x")
     assert [p.recipe.name for p in plans] == [
         "x-slow", "x-slow-seed1", "x-slow-split4", "x-slow-split4-seed1",
         "x-wide", "x-wide-seed1", "x-wide-split4", "x-wide-split4-seed1",
@@ -262,7 +262,7 @@ def test_variants_that_can_not_be() -> None:
 
 
 def test_splits_differ_in_what_is_held_out() -> None:
-    short = [*DIGITS, "train.epochs=1", "--splits", "2", "--seeds", "2", "--no-test"]
+    short = [*DIGITS, "train.epochs=1", "--repeat-splits", "2", "--seeds", "2", "--no-test"]
     done = here("train", *short, "--name", "x")
     assert done.code == 0, done.err
     names = ["x", "x-seed1", "x-split1", "x-split1-seed1"]
@@ -280,7 +280,12 @@ def test_splits_differ_in_what_is_held_out() -> None:
 def test_splits_of_data_that_bring_their_own_are_refused() -> None:
     for split in ("train", "val", "test"):
         pictures(Path("photos") / split, {"red": 3, "green": 3})
-    refused(here("train", "photos", "--splits", "2"), 2, "--splits 2", "brings all its splits")
+    refused(
+        here("train", "photos", "--repeat-splits", "2"),
+        2,
+        "--repeat-splits 2",
+        "comes with all its splits",
+    )
 
 
 # Folds
@@ -378,7 +383,7 @@ def test_combinations_that_can_not_be_are_refused_first(arguments: list[str], sa
 
 
 def test_wrong_numbers_of_runs() -> None:
-    for option in ("--seeds=0", "--splits=0", "--folds=1"):
+    for option in ("--seeds=0", "--repeat-splits=0", "--folds=1"):
         assert here("train", "digits", option).code == 2
 
 

@@ -208,7 +208,7 @@ def train_many(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     variants: str | Sequence[str] | None = None,
-    splits: int = 1,
+    repeat_splits: int = 1,
     seeds: int = 1,
     folds: int | None = None,
     refit: bool = False,
@@ -224,8 +224,8 @@ def train_many(
     Args:
         what, overrides, data, name, fresh, test, device, quiet: as in `train`.
         variants: `"all"` variants of the recipe, or some by name; overrides apply to each.
-        splits: so many splits of the data, from `data.seed` on.
-        seeds: so many seeds of everything else, from `train.seed` on.
+        repeat_splits: number of random splits of the data (`data.seed`, `data.seed` + 1, ...).
+        seeds: number of seeds of everything else (`train.seed`, `train.seed` + 1, ...).
         folds: K-fold cross-validation; the test split stays sealed.
         refit: finds the number of epochs by validation, then trains on training and validation
             images together for that many, and tests that run.
@@ -236,7 +236,7 @@ def train_many(
     asked = asking.read_variants(what, variants, data=data, overrides=_texts(overrides))
     table = several.train_many(
         asked,
-        splits=splits,
+        repeat_splits=repeat_splits,
         seeds=seeds,
         folds=folds,
         refit=refit,

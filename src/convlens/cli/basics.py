@@ -34,7 +34,9 @@ def train(
     variants: Annotated[
         str | None, typer.Option(metavar="all|NAME,...", help="Train these variants of the recipe.")
     ] = None,
-    splits: Annotated[int, typer.Option(min=1, help="Train on that many splits of the data.")] = 1,
+    repeat_splits: Annotated[
+        int, typer.Option(min=1, help="Repeat over N random data splits.")
+    ] = 1,
     seeds: Annotated[int, typer.Option(min=1, help="Train with that many seeds.")] = 1,
     folds: Annotated[
         int | None, typer.Option(min=2, help="Cross-validate in that many folds; no test.")
@@ -68,11 +70,11 @@ def train(
 
     changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
     options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
-    if variants is not None or splits > 1 or seeds > 1 or folds is not None or refit:
+    if variants is not None or repeat_splits > 1 or seeds > 1 or folds is not None or refit:
         if extend:
             raise UsageError("--extend is for a single run", fix="extend them one by one")
         resolved = asking.read_variants(what, variants, data=data, overrides=changes)
-        options |= {"splits": splits, "seeds": seeds, "folds": folds, "refit": refit}
+        options |= {"repeat_splits": repeat_splits, "seeds": seeds, "folds": folds, "refit": refit}
         table = several.train_many(resolved, **options)
         if not as_json:
             run_table(table)

@@ -30,7 +30,7 @@ MOST = 10_000  # runs of one command
 def expand(
     asked: Mapping[str | None, Asked],
     *,
-    splits: int = 1,
+    repeat_splits: int = 1,
     seeds: int = 1,
     folds: int | None = None,
     name: str | None = None,
@@ -40,7 +40,7 @@ def expand(
     Splits count from the recipe's `data.seed`, seeds from its `train.seed`. A run's name says
     only what it differs in: `x` for the recipe's own split and seed, `x-seed1`, `x-a-split2`.
     """
-    several = len(asked) * splits * seeds * (folds or 1)
+    several = len(asked) * repeat_splits * seeds * (folds or 1)
     if several > MOST:
         raise UsageError(f"that would be {several:,} runs; {MOST:,} at most go together")
     plans = []
@@ -49,7 +49,7 @@ def expand(
         called = "-".join([name or each.recipe.name, *([variant] if variant else [])])
         cells = [
             (data_seed + split, seed + number, fold)
-            for split in range(splits)
+            for split in range(repeat_splits)
             for number in range(seeds)
             for fold in (range(folds) if folds else [None])
         ]
@@ -72,7 +72,7 @@ def expand(
 def train_many(
     asked: Mapping[str | None, Asked],
     *,
-    splits: int = 1,
+    repeat_splits: int = 1,
     seeds: int = 1,
     folds: int | None = None,
     refit: bool = False,
@@ -86,7 +86,7 @@ def train_many(
 
     Args:
         asked: recipes by variant; a recipe without variants stands under None.
-        splits: different splits of the data (`data.seed`, `data.seed` + 1, ...).
+        repeat_splits: number of random splits of the data (`data.seed`, `data.seed` + 1, ...).
         seeds: different initial weights, order, augmentation and dropout (`train.seed`, ...).
         folds: K-fold cross-validation on all images but the test split, which stays sealed.
         refit: each run only finds the number of epochs; then one on training and validation
@@ -98,8 +98,8 @@ def train_many(
     Raises:
         UsageError: before anything is trained, if a recipe or the combination can't be.
     """
-    plans = expand(asked, splits=splits, seeds=seeds, folds=folds, name=name)
-    _check(plans, splits=splits, folds=folds, refit=refit, test=test)
+    plans = expand(asked, repeat_splits=repeat_splits, seeds=seeds, folds=folds, name=name)
+    _check(plans, repeat_splits=repeat_splits, folds=folds, refit=refit, test=test)
     test = test and folds is None
     outcomes = []
     with quieted(quiet):
@@ -111,14 +111,14 @@ def train_many(
             looked = evaluation.evaluate(place, "test" if test else "val", on=on, quiet=quiet)
             outcomes.append(Outcome(planned, place, chooser, looked))
     first = next(iter(asked.values()))
-    kinds = {"variants": len(asked) > 1, "splits": splits > 1, "seeds": seeds > 1}
+    kinds = {"variants": len(asked) > 1, "splits": repeat_splits > 1, "seeds": seeds > 1}
     kinds |= {"folds": folds is not None, "refit": refit}
     called = name or first.recipe.name
     plot = _plot_folder(called, [kind for kind, there in kinds.items() if there], asked, plans)
     table = Table(
         name=run.safe(called),
         split="test" if test else "val",
-        splits=splits,
+        repeat_splits=repeat_splits,
         seeds=seeds,
         folds=folds,
         refit=refit,
@@ -151,7 +151,7 @@ def _train(recipe: Recipe, planned: Planned, fresh: bool, on: str | None, quiet:
 
 
 def _check(
-    plans: list[Planned], *, splits: int, folds: int | None, refit: bool, test: bool
+    plans: list[Planned], *, repeat_splits: int, folds: int | None, refit: bool, test: bool
 ) -> None:
     """Refuses what would only turn out after hours of training."""
     if refit and folds is not None:
@@ -182,12 +182,13 @@ def _check(
                 fix="data.total_per_class counts training and validation images together",
             )
     data = plans[0].recipe.data
-    if splits > 1:
+    if repeat_splits > 1:
         size = None if data.image_size == "auto" else int(data.image_size)
         source = find(data.name, count=data.count, image_size=size, group=data.group)
         if not is_drawn(data, source):
             raise UsageError(
-                f"--splits {splits} would be the same one: {data.name!r} brings all its splits",
+                f"--repeat-splits {repeat_splits} would repeat one split: {data.name!r} comes with all "
+                "its splits",
                 fix="use --seeds, or draw training images with data.total_per_class",
             )
 

@@ -227,7 +227,7 @@ class Table:
 
     name: str
     split: str
-    splits: int
+    repeat_splits: int
     seeds: int
     folds: int | None
     refit: bool
@@ -259,14 +259,14 @@ class Table:
 
     def repeats_in_words(self) -> str:
         """What means and deviations are over, e.g. `2 splits x 3 seeds`; empty if nothing."""
-        counts = {"split": self.splits, "seed": self.seeds, "fold": self.folds or 1}
+        counts = {"split": self.repeat_splits, "seed": self.seeds, "fold": self.folds or 1}
         return " × ".join(f"{n} {what}s" for what, n in counts.items() if n > 1)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "split": self.split,
-            "splits": self.splits,
+            "repeat_splits": self.repeat_splits,
             "seeds": self.seeds,
             "folds": self.folds,
             "refit": self.refit,

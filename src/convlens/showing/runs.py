@@ -74,7 +74,11 @@ def _variants(result: Table) -> list[Row]:
 
 def _runs(result: Table) -> list[Row]:
     """Splits, seeds and folds have a column where there are several."""
-    several = {"split": result.splits > 1, "seed": result.seeds > 1, "fold": bool(result.folds)}
+    several = {
+        "split": result.repeat_splits > 1,
+        "seed": result.seeds > 1,
+        "fold": bool(result.folds),
+    }
     rows = []
     for outcome in result.outcomes:
         planned, looked = outcome.planned, outcome.looked
