@@ -50,7 +50,7 @@ def test_version_and_help() -> None:
     assert here("--version").out == f"convlens {__version__}\n"
     done = here("--help")
     assert done.code == 0
-    for name in ("train", "evaluate", "predict", "data", "recipes"):
+    for name in ("train", "evaluate", "predict", "audit", "recipes"):
         assert name in done.out
         assert here(name, "-h").code == 0
 
@@ -73,7 +73,7 @@ def test_train_evaluate_predict_in_processes_of_their_own() -> None:
 
 def test_json_is_all_there_is_on_stdout() -> None:
     assert set(trained(*DIGITS, "--no-test")) == {"run", "path"}
-    for arguments in (["data", "digits"], ["recipes"], ["recipes", "digits"]):
+    for arguments in (["audit", "digits"], ["recipes"], ["recipes", "digits"]):
         done = here(*arguments, "--json")
         assert done.code == 0, done.err
         assert isinstance(done.json, dict)
@@ -269,18 +269,18 @@ def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
     table = here("evaluate", "odd").out
     assert "[b]x" in table
     assert "[i]y" in table
-    assert "[b]x" in here("data", root).out
+    assert "[b]x" in here("audit", root).out
 
 
 def test_the_audit_of_a_folder() -> None:
     root = pictures(Path("photos"), {"red": 12, "green": 14})
     (root / "green" / "copy.png").write_bytes((root / "red" / "000.png").read_bytes())
-    done = here("data", root)
+    done = here("audit", root)
     assert done.code == 0
     assert "under two labels" in done.out
     assert "contact sheet  plots/data-photos.png" in done.out
     assert Path("plots/data-photos.png").is_file()
-    got = here("data", root, "val_fraction=0.2", "--json").json
+    got = here("audit", root, "val_fraction=0.2", "--json").json
     assert sum(got["counts"]["green"].values()) == 15
     assert got["duplicates"]["two_labels"] == 1
     assert os.path.isfile(got["contact_sheet"])
@@ -292,25 +292,25 @@ def test_a_batch_as_a_recipe_augments_it() -> None:
         "base: folder\naugment: [TrivialAugmentWide, AlternatingFlip, MixUp, CutMix]\n"
     )
     for asked, name in (("digits", "digits"), ("folder", "folder"), ("mine.yaml", "mine")):
-        done = here("data", root, "--augment", asked)
+        done = here("augment", asked, root)
         assert done.code == 0, done.err
         path = f"plots/augmented-photos-{name}.png"
         assert done.out == f"augmented batch  {path}\n"
         with Image.open(path) as image:
             image.load()
             assert image.format == "PNG"
-    done = here("data", "digits", "per_class=5", "--augment", "digits", "--json")
+    done = here("augment", "digits", "digits", "per_class=5", "--json")
     assert done.json == {
         "data": "digits", "recipe": "digits",
         "augmented_batch": "plots/augmented-digits-digits.png",
     }  # fmt: skip
-    refused(here("data", "digits", "--augment", "digts"), 2, "unknown recipe 'digts'", "digits?")
-    refused(here("data", "digist", "--augment", "digits"), 2, "'digist' is neither", "mean digits")
-    refused(here("data", "digits", "--augment", "mnist"), 2, "'mnist' augments nothing")
+    refused(here("augment", "digts", "digits"), 2, "unknown recipe 'digts'", "digits?")
+    refused(here("augment", "digits", "digist"), 2, "'digist' is neither", "mean digits")
+    refused(here("augment", "mnist", "digits"), 2, "'mnist' augments nothing")
     Path("bad.yaml").write_text("base: folder\naugment: [{Cutout: {size: 0}}]\n")
-    refused(here("data", "digits", "--augment", "bad.yaml"), 2, "size=0 should be", "Cutout takes")
+    refused(here("augment", "bad.yaml", "digits"), 2, "size=0 should be", "Cutout takes")
     Path("big.yaml").write_text("base: folder\naugment: [{Cutout: {size: 9}}]\n")
-    refused(here("data", "digits", "--augment", "big.yaml"), 2, "at most the image size 8")
+    refused(here("augment", "big.yaml", "digits"), 2, "at most the image size 8")
 
 
 @pytest.mark.parametrize("text", ["1", ""])

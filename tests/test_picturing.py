@@ -115,7 +115,7 @@ def test_columns_of_rows() -> None:
 
 def test_a_data_sheet_and_a_seed_plot_are_written() -> None:
     pictures(Path("photos"), {"red": 4, "green": 4})
-    sheet = Path(here("data", "photos", "--json").json["contact_sheet"])
+    sheet = Path(here("audit", "photos", "--json").json["contact_sheet"])
     assert sheet == Path("plots/data-photos.png")
     row = {
         "epoch": 1.0, "train_loss": 1.0, "val_loss": 1.1, "train_accuracy": 0.5,

@@ -1,4 +1,5 @@
-"""Training and using models: `train evaluate predict export data recipes`."""
+"""Training and using models: `train evaluate predict export audit augment shard
+recipes`."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convlens.cli.shared import (
+    DATA_HELP,
     DataSet,
     Device,
     Json,
@@ -183,55 +185,71 @@ def export(
 
 
 @app.command()
-def data(
-    name: Annotated[str, typer.Argument(metavar="NAME_OR_FOLDER", help="What to look at.")],
+def audit(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
     overrides: Overrides = None,
-    augment: Annotated[
-        str | None,
-        typer.Option(metavar="RECIPE|FILE.yaml", help="Only draw a batch as that recipe augments."),
-    ] = None,
-    shards: Annotated[
-        str | None, typer.Option(metavar="OUT", help="Only write it as shards (tar) into OUT.")
-    ] = None,
     strict: Annotated[
         bool,
         typer.Option(
             "--strict",
-            help="End with 3 if files are unreadable, copies are in several splits or under two "
-            "labels, or training would refuse the set.",
+            help="Exit with code 3 if files are unreadable, if copies are in several splits or "
+            "under two labels, or if training would refuse the data set.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Look at a data set before training: counts, sizes, bad files, duplicates, a contact sheet."""
+    """Check a data set before training: counts, sizes, unreadable files, duplicates."""
     from convlens import picturing
-    from convlens.data.audit import audit
-    from convlens.showing.results import audited, drawn, sharded
+    from convlens.data import audit as auditing
+    from convlens.showing.results import audited
     from convlens.starting import asking
 
-    if shards is not None:
-        from convlens.data.sharding import to_shards
-
-        written = to_shards(asking.read_data(name, overrides or []), shards)
-        if not as_json:
-            sharded(written)
-        print_json(as_json, written.to_dict())
-        return
-    if augment is not None:
-        asked = asking.read_on(augment, name, overrides or [])
-        batch = picturing.augmented_sheet(asked)
-        if not as_json:
-            drawn(batch)
-        found = {"data": name, "recipe": asked.name, "augmented_batch": str(batch)}
-        print_json(as_json, found)
-        return
-    report = audit(asking.read_data(name, overrides or []))
+    report = auditing.audit(asking.read_data(data, overrides or []))
     sheet = picturing.data_sheet(report)
     if not as_json:
         audited(report, sheet)
     print_json(as_json, {**report.to_dict(), "contact_sheet": str(sheet)})
     if strict:
-        _refuse(report)
+        _raise_if_flawed(report)
+
+
+@app.command()
+def augment(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|FILE.yaml", help="Recipe whose augmentation to draw.")
+    ],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a batch of training images before and after a recipe's augmentation."""
+    from convlens import picturing
+    from convlens.showing.results import drawn
+    from convlens.starting import asking
+
+    resolved = asking.read_on(recipe, data, overrides or [])
+    batch = picturing.augmented_sheet(resolved)
+    if not as_json:
+        drawn(batch)
+    print_json(as_json, {"data": data, "recipe": resolved.name, "augmented_batch": str(batch)})
+
+
+@app.command()
+def shard(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the shards.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write a data set as shards (tar files in WebDataset format)."""
+    from convlens.data import sharding
+    from convlens.showing.results import sharded
+    from convlens.starting import asking
+
+    written = sharding.to_shards(asking.read_data(data, overrides or []), out)
+    if not as_json:
+        sharded(written)
+    print_json(as_json, written.to_dict())
 
 
 @app.command()
@@ -259,19 +277,19 @@ def recipes(
         recipe_table(every, {each: list(store.variants(each)) for each in every})
 
 
-def _refuse(report: Audit) -> None:
-    """Raises what `--strict` ends with, if there is anything."""
+def _raise_if_flawed(report: Audit) -> None:
+    """Raise the error with which `--strict` ends, if the audit found problems."""
     from convlens.errors import DataError
 
     counts = {
         "unreadable files": len(report.unreadable),
         "copies across splits": report.duplicates.across_splits,
         "copies under two labels": report.duplicates.two_labels,
-        "things that training refuses": len(report.problems),
+        "problems that training refuses": len(report.problems),
     }
     found = [f"{count:,} {what}" for what, count in counts.items() if count]
     if found:
-        raise DataError(", ".join(found), where=report.name, fix="mend what is listed above")
+        raise DataError(", ".join(found), where=report.name, fix="fix the problems listed above")
 
 
 def _last(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -75,6 +75,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+DATA_HELP = "Built-in name, folder, CSV file, or the name of a folder under data/."
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is by default.")
@@ -93,7 +95,7 @@ Overrides = Annotated[
 ]
 DataSet = Annotated[
     str | None,
-    typer.Option(metavar="DATA", help="Built-in name, folder, CSV, or a folder under data/."),
+    typer.Option(metavar="DATA", help=DATA_HELP),
 ]
 
 

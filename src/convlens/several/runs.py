@@ -187,8 +187,8 @@ def _check(
         source = find(data.name, count=data.count, image_size=size, group=data.group)
         if not is_drawn(data, source):
             raise UsageError(
-                f"--repeat-splits {repeat_splits} would repeat one split: {data.name!r} comes with all "
-                "its splits",
+                f"--repeat-splits {repeat_splits} would repeat one split: {data.name!r} comes "
+                "with all its splits",
                 fix="use --seeds, or draw training images with data.total_per_class",
             )
 

@@ -76,7 +76,7 @@ def conclusion(report: LabelReport) -> list[str]:
     if report.disputed:
         lines.append(
             f"{report.disputed:,} pairs of copies under two labels aren't among them: "
-            "`convlens data` lists copies."
+            "`convlens audit` lists copies."
         )
     return lines
 
