@@ -245,7 +245,7 @@ def test_damaged_numbers_are_in_no_report(run: RunFolder) -> None:
     (run.path / "results.json").write_text(text)
     line = run.metrics_path.read_text().splitlines()[2]
     changed(run.metrics_path, line, line.replace("2,", "2,1", 1))
-    for command in ("report", "doctor"):
+    for command in ("report", "diagnose"):
         refused(here(command, "whole"), 4, "log of epochs", "metrics.csv", "had finished")
     assert here("evaluate", "whole").code == 0  # weights and results stand without it
 
@@ -270,7 +270,7 @@ def test_a_log_of_an_unfinished_run_is_read_strictly(run: RunFolder, text: str) 
     if text == "epoch\n":
         assert run.metrics() == []
     else:
-        refused(here("doctor", "whole"), 4, "log of epochs", "metrics.csv")
+        refused(here("diagnose", "whole"), 4, "log of epochs", "metrics.csv")
 
 
 def test_a_damaged_cache_is_made_anew(run: RunFolder) -> None:

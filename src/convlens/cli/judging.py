@@ -1,4 +1,4 @@
-"""Runs side by side, what is wrong with one, one page about it: `compare doctor labels report`."""
+"""Commands that judge runs: `compare diagnose labels report`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def compare(
 
 
 @app.command()
-def doctor(run: RunName, device: Device = None, as_json: Json = False) -> None:
+def diagnose(run: RunName, device: Device = None, as_json: Json = False) -> None:
     """Say what is going on in a run: over- or underfitting, learning rate, dead layers, data, ...
 
     [dim]Reads the curves and looks at some training and validation images; the test split stays
