@@ -90,6 +90,41 @@ def test_results_go_to_stdout_and_the_rest_to_stderr() -> None:
     assert "convlens predict mine IMAGE" in done.err
 
 
+def test_the_test_set_is_said_to_be_used_once_or_several_times() -> None:
+    assert "; test set used once\n" in here("train", *DIGITS, "--name", "mine").out
+    assert "; test set used 2 times\n" in here("train", *DIGITS, "--name", "mine").out
+    assert "; test set used 3 times\n" in here("evaluate", "mine").out
+    assert "test set used" not in here("evaluate", "mine", "--split", "val").out
+    pictures(Path("own"), {"3": 2, "7": 3})
+    assert "test set used" not in here("evaluate", "mine", "--data", "own").out
+
+
+def test_no_line_is_printed_twice() -> None:
+    """On a terminal stdout and stderr are one text."""
+    common = [*DIGITS[:-1], "train.epochs=1"]
+    for arguments in (
+        ["train", *common, "--name", "one"],
+        ["train", *common, "--name", "one"],
+        ["train", *common, "--name", "two", "--seeds", "2"],
+        ["evaluate", "one"],
+        ["compare", "one", "two"],
+        ["labels", *common, "--folds", "2"],
+        ["diagnose", "one"],
+        ["report", "one"],
+        ["look", "one", "test:3"],
+        ["recipes"],
+    ):
+        done = here(*arguments)
+        assert done.code == 0, done.err
+        lines = [line.strip() for line in (done.out + done.err).splitlines()]
+        sentences = [
+            line for line in lines if len(line.split()) > 3 and any(map(str.isalpha, line))
+        ]
+        assert len(sentences) == len(set(sentences)), arguments
+        accuracies = [line for line in lines if line.startswith("test accuracy")]
+        assert len(accuracies) == len({line[:40] for line in accuracies}), arguments
+
+
 # Training again
 
 

@@ -25,6 +25,7 @@ from convlens.recipe import Recipe, load as load_recipe
 from convlens.several import runs as several
 from convlens.several.tabling import Summary, Table
 from convlens.starting import asking
+from convlens.system.console import say
 
 
 class Run:
@@ -90,7 +91,14 @@ class Run:
         With `tta` (`flip`, `flip+shifts`) `Evaluation.tta` has the numbers of test-time
         augmentation; the others stay plain.
         """
-        return evaluation.evaluate(self._folder, split, data=data, tta=tta, on=device, quiet=quiet)
+        result = evaluation.evaluate(
+            self._folder, split, data=data, tta=tta, on=device, quiet=quiet
+        )
+        if not quiet:
+            say(evaluation.sentence({**result.to_dict(), "own": data is None}))
+            if tta is not None:
+                say(result.tta_sentence())
+        return result
 
     def predict(
         self,
@@ -166,6 +174,8 @@ def train(
         on=device,
         quiet=quiet,
     )
+    if test and not quiet:
+        say(evaluation.sentence(place.results()[-1]))
     return Run(place)
 
 

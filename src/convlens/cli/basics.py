@@ -106,7 +106,7 @@ def evaluate(
     place = runs.find(run)
     result = evaluation.evaluate(place, split, data=data, tta=tta, on=device)
     if not as_json:
-        evaluated(result, place)
+        evaluated(result, place, own=data is None)
     print_json(as_json, result.to_dict())
 
 

@@ -111,7 +111,7 @@ class Subject:
              "n": len(opened.part), "by": "look", "data_fingerprint": opened.fingerprint,
              "model_sha256": self.loaded.card["sha256"]}
         )  # fmt: skip
-        say(f"{escape(self.name)}: the test split was opened, look {entry['looks']} is logged")
+        say(f"{escape(self.name)}: test set used {evaluation.times(entry['looks'])} (logged)")
 
     def held_out(self, data: str | Path | None = None) -> str:
         """The split for what nobody named one: validation, so that a sealed test stays sealed.

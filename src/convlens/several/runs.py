@@ -109,6 +109,8 @@ def train_many(
             if refit:
                 place = _train(refitted(planned.recipe.name, chooser), planned, fresh, on, quiet)
             looked = evaluation.evaluate(place, "test" if test else "val", on=on, quiet=quiet)
+            if len(plans) > 1:  # one run alone has its result in the table's last line
+                say(evaluation.sentence({**looked.to_dict(), "own": True}))
             outcomes.append(Outcome(planned, place, chooser, looked))
     first = next(iter(asked.values()))
     kinds = {"variants": len(asked) > 1, "splits": repeat_splits > 1, "seeds": seeds > 1}

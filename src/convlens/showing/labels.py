@@ -25,8 +25,6 @@ DOUBT = (
 def suspected(report: LabelReport) -> None:
     """The first suspects, the commonest mix-ups, and where sheet and CSV are."""
     out, suspects = stdout(), report.suspects
-    if suspects and report.accuracy < POOR:
-        say(f"[yellow]warning[/]  {escape(DOUBT)}")
     if suspects:
         table = table_of("image", "#", "given", "suggested", "p(given)", "p(suggested)")
         for number, suspect in enumerate(suspects[:SHOWN], 1):
@@ -48,7 +46,8 @@ def suspected(report: LabelReport) -> None:
             pairs.add_row(escape(pair.label), escape(pair.likely), f"{pair.images:,}")
         out.print(pairs)
     for line in conclusion(report):
-        out.print(escape(line))
+        mark = "[yellow]warning[/]  " if line == DOUBT else ""
+        out.print(mark + escape(line))
     for path in report.sheets:
         out.print(escape(f"sheet  {path}"))
     out.print(escape(f"CSV    {report.table}"))

@@ -46,27 +46,29 @@ def table_of(*columns: str, title: str = "") -> Table:
 
 
 def finished(place: RunFolder) -> None:
-    """What a training left behind, and what to do next."""
+    """Print the result of a training, where its files are and what to do next."""
+    from convlens import evaluation  # torch: `convlens recipes` must not wait for it
+
     facts = place.facts()
     results = [entry for entry in place.results() if entry["split"] == "test" and entry["own"]]
     out = stdout()
     out.print(f"[bold]{escape(place.name)}[/]: weights of epoch {facts['kept_epoch']}", end="")
     out.print(f" of {facts['epochs']}, {facts['training_seconds']:.1f} s of training")
     if results:
-        last = results[-1]
-        low, high = last["interval95"]
-        times = f"looked at {last['looks']} time{'s' if last['looks'] > 1 else ''}"
-        out.print(
-            f"test accuracy [bold]{last['accuracy']:.2%}[/] "
-            f"(95% interval {low:.2%} to {high:.2%}, n = {last['n']:,}; {times})"
-        )
+        out.print(evaluation.sentence(results[-1]))
     out.print(escape(f"model  {place.model_path}"))
     _plots(out, place)
     say(f"next: [bold]convlens predict {place.name} IMAGE...[/]")
 
 
-def evaluated(result: Evaluation, place: RunFolder) -> None:
-    """Per-class numbers below the accuracy; the worst classes first where there are many."""
+def evaluated(result: Evaluation, place: RunFolder, *, own: bool) -> None:
+    """Print a table with a row for each class, then the accuracy.
+
+    Many classes are sorted by F1, the worst first. `own` says that the split is the run's own and
+    not one of another data set.
+    """
+    from convlens import evaluation
+
     table = table_of("class", "n", "precision", "recall", "F1", title="")
     scores = list(result.per_class.items())
     if len(scores) > CLASSES_SHOWN:
@@ -80,13 +82,8 @@ def evaluated(result: Evaluation, place: RunFolder) -> None:
     out = stdout()
     out.print(table)
     if len(scores) > CLASSES_SHOWN:
-        out.print(f"({CLASSES_SHOWN} worst of {len(scores)} classes; --json has them all)")
-    low, high = result.interval95
-    out.print(
-        f"{result.split} accuracy [bold]{result.accuracy:.2%}[/] "
-        f"(95% interval {low:.2%} to {high:.2%}), n = {result.n:,}, loss {result.loss:.4f}, "
-        f"calibration error {result.ece:.3f}"
-    )
+        out.print(f"({CLASSES_SHOWN} of {len(scores)} classes, the worst; --json has them all)")
+    out.print(evaluation.sentence({**result.to_dict(), "own": own}))
     if result.tta is not None:
         out.print(result.tta_sentence())
     _plots(out, place)
