@@ -47,7 +47,7 @@ CALLS_AT_IMPORT = {
     "frozenset", "tuple", "range", "list", "Path", "TypeVar", "ParamSpec", "Field", "re.compile",
     "inspect.unwrap", "np.dtype", "datetime.timedelta",
     "Room",  # data.locks: bounds the memory of all threads together
-    "typer.Typer", "typer.Option", "typer.Argument",
+    "ContextVar", "typer.Typer", "typer.Option", "typer.Argument",
     # data.rules, for the table of augmentations
     "angles", "below", "factor", "interval", "number", "one_of", "optional", "whole",
 }  # fmt: skip

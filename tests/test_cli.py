@@ -28,6 +28,7 @@ from commands import (
     weights,
 )
 from convlens import Run, cli, recipe
+from convlens.errors import UsageError
 from convlens.metrics import wilson_interval
 from convlens.version import __version__
 from support import BAD_DISK
@@ -352,12 +353,21 @@ def test_a_batch_as_a_recipe_augments_it() -> None:
 def test_debug_shows_tracebacks(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("CONVLENS_DEBUG", text)
     if text:
-        from convlens.errors import UsageError
-
         with pytest.raises(UsageError):
             here("train", "nothing-of-that-name")
     else:
         assert here("train", "nothing-of-that-name").code == 2
+
+
+def test_debug_holds_for_one_command_and_leaves_the_environment_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CONVLENS_DEBUG", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(UsageError):
+        here("--debug", "train", "nothing-of-that-name")
+    assert dict(os.environ) == before
+    refused(here("train", "nothing-of-that-name"), 2, "neither a recipe nor a data set")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ functions that draw.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from convlens.errors import UsageError
 from convlens.recipe import Recipe
 from convlens.run import PLOTS, RunFolder, safe
 from convlens.starting import auto
+from convlens.system import options
 
 SHOWN = 16  # pictures in a sheet
 Row = Mapping[str, float]
@@ -30,7 +30,7 @@ Row = Mapping[str, float]
 
 def unwanted() -> bool:
     """Whether the plots that a training and a test leave are to be left out (`--figures none`)."""
-    return os.environ.get("CONVLENS_FIGURES") == "none"
+    return options.figures() == "none"
 
 
 def training_plots(

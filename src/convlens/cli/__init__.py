@@ -23,10 +23,9 @@ import typer
 from rich.markup import escape
 
 from convlens.cli import basics, inside, judging, trusting
-from convlens.cli.shared import app
+from convlens.cli.shared import Figures, app
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
-from convlens.names import pick
-from convlens.system import ranks
+from convlens.system import options, ranks
 from convlens.system.console import console, say
 from convlens.system.interrupts import Terminated, stoppable
 from convlens.version import __version__
@@ -46,13 +45,7 @@ def _version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    figures: Annotated[
-        str | None,
-        typer.Option(
-            metavar="svg|pdf|none",
-            help="Write every figure in that format, too; none: train and evaluate draw nothing.",
-        ),
-    ] = None,
+    figures: Figures = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
     ] = False,
@@ -64,10 +57,7 @@ def root(
             fix=f"run it without torchrun, which is for {' and '.join(SHARED)}",
         )
     if debug:
-        os.environ["CONVLENS_DEBUG"] = "1"
-    if figures is not None:
-        pick(dict.fromkeys(("svg", "pdf", "none")), figures, "format of figures")
-        os.environ["CONVLENS_FIGURES"] = figures
+        options.update(debug=True)
 
 
 def run() -> NoReturn:
@@ -113,6 +103,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be anything
         faulthandler.enable()  # a crash in somebody's C code says where it was
+    before = options.update()
     try:
         with stoppable():
             app(args=arguments)
@@ -120,9 +111,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _end(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))
     except (ConvlensError, MemoryError, RuntimeError, OSError) as raised:
         error = _explained(raised)
-        if error is None or os.environ.get("CONVLENS_DEBUG"):
+        if error is None or options.debug():
             raise
         _end(error)
+    finally:
+        options.reset(before)
     sys.exit(0)
 
 

@@ -12,6 +12,7 @@ from convlens.cli.shared import (
     DATA_HELP,
     DataSet,
     Device,
+    Figures,
     Json,
     Overrides,
     RunName,
@@ -56,6 +57,7 @@ def train(
         bool, typer.Option("--deterministic", help="Only operations that repeat bit for bit.")
     ] = False,
     device: Device = None,
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
     """Train a recipe, or the default one on your own images, and test it once.
@@ -97,6 +99,7 @@ def evaluate(
     data: DataSet = None,
     tta: Tta = None,
     device: Device = None,
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
     """Measure a trained model on one of its splits, or on another data set."""
@@ -196,6 +199,7 @@ def audit(
             "under two labels, or if training would refuse the data set.",
         ),
     ] = False,
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
     """Check a data set before training: counts, sizes, unreadable files, duplicates."""
@@ -220,6 +224,7 @@ def augment(
     ],
     data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
     overrides: Overrides = None,
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
     """Draw a batch of training images before and after a recipe's augmentation."""

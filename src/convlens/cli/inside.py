@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.shared import Device, Json, app, listed, print_json
+from convlens.cli.shared import Device, Figures, Json, app, listed, print_json
 
 LAYERS = "Layers"
 EVIDENCE = "Where the evidence is"
@@ -141,6 +141,7 @@ def look(
     data: Data = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
     device: Device = None,
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
     """See inside one or several networks: activations, filters, evidence, measurements.

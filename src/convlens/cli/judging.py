@@ -9,6 +9,7 @@ import typer
 from convlens.cli.shared import (
     DataSet,
     Device,
+    Figures,
     Json,
     Overrides,
     RunName,
@@ -28,6 +29,7 @@ def compare(
         bool, typer.Option("--force", help="Go on with different images or classes, untested.")
     ] = False,
     device: Device = None,
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
     """Put runs side by side and say which can be told apart from the first.
@@ -75,6 +77,7 @@ def labels(
     name: Annotated[str | None, typer.Option(help="Name of the runs.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train the models anew.")] = False,
     device: Device = None,
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
     """Find labels that are probably wrong: a ranked sheet of pictures and a CSV to correct.

@@ -13,7 +13,8 @@ import typer
 import typer.core
 
 from convlens.errors import UsageError
-from convlens.names import hint
+from convlens.names import hint, pick
+from convlens.system import options
 
 
 class Commands(typer.core.TyperGroup):
@@ -96,6 +97,25 @@ Overrides = Annotated[
 DataSet = Annotated[
     str | None,
     typer.Option(metavar="DATA", help=DATA_HELP),
+]
+
+
+def _choose_figures(value: str | None) -> str | None:
+    """Check `--figures` and set it for this command, wherever on the command line it stands."""
+    if value is not None:
+        pick(dict.fromkeys(("svg", "pdf", "none")), value, "format of figures")
+        options.update(figures=value)
+    return value
+
+
+# For every command that draws. Its callback does the work, so the commands ignore the value.
+Figures = Annotated[
+    str | None,
+    typer.Option(
+        metavar="svg|pdf|none",
+        help="Also write every figure as SVG or PDF; none: draw only the figures asked for.",
+        callback=_choose_figures,
+    ),
 ]
 
 
