@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from commands import (
@@ -27,7 +29,8 @@ from commands import (
     refused,
     weights,
 )
-from convlens import Run, cli, recipe
+from convlens import Run, cli, device, recipe
+from convlens.cli import shared
 from convlens.errors import UsageError
 from convlens.metrics import wilson_interval
 from convlens.version import __version__
@@ -54,6 +57,64 @@ def test_version_and_help() -> None:
     for name in ("train", "evaluate", "predict", "audit", "recipes"):
         assert name in done.out
         assert here(name, "-h").code == 0
+
+
+def test_help_lists_the_commands_in_panels_in_this_order() -> None:
+    lines = here("--help").out.splitlines()
+    found: list[str] = []
+    for line in lines:
+        if line.startswith("╭─"):
+            found.append(line.strip("╭╮─ "))
+        elif match := re.match(r"│ (\w+) ", line):
+            found.append(match[1])
+    assert " ".join(found).startswith(
+        "Everyday train predict evaluate report Understand look compare diagnose "
+        "Data audit labels augment shard Hand over export Other recipes info"
+    )
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", [name for names in shared.PANELS.values() for name in names])
+def test_help_has_examples_one_a_line_and_no_type_tags(
+    monkeypatch: pytest.MonkeyPatch, name: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = here(name, "--help")
+    assert done.code == 0
+    lines = [line.rstrip() for line in done.out.splitlines()]
+    assert max(map(len, lines)) <= width
+    examples = [line for line in lines if line.startswith("   convlens ")]
+    assert examples
+    assert all(line.count("convlens ") == 1 for line in examples)
+    assert any(line.startswith(f"   convlens {name}") for line in examples)
+    assert not re.search(r"<(str|int|bool|list|float)|\b(TEXT|INTEGER|BOOLEAN)\b", done.out)
+    assert "[dim]" not in done.out
+
+
+def test_info_says_what_a_training_would_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLENS_MEMORY", "64MB")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    cache = Path(os.environ["CONVLENS_CACHE"])
+    (cache / "a").mkdir(parents=True)
+    (cache / "a" / "store").write_bytes(b"x" * 700)
+    (cache / "other").write_bytes(b"x" * 50)
+    found = here("info", "--json").json
+    assert found["versions"]["convlens"] == __version__
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["device"]["device"] == device.choose()
+    assert found["device"]["cores"] == device.usable_cores()
+    assert found["device"]["half_precision"] == device.half_precision(device.choose())
+    assert found["threads"]["torch"] == torch.get_num_threads()
+    assert found["threads"]["GOMP_SPINCOUNT"] == "1000"
+    assert found["memory"]["budget"] == 64_000_000 or found["memory"]["budget"] == 64 * 2**20
+    assert found["folders"]["cache_size"] == 750
+    assert found["folders"]["models"] == str(Path("models").absolute())
+    assert found["folders"]["data"] == [os.environ["CONVLENS_DATA"], str(Path("data").absolute())]
+    assert set(found["optional packages"]) == {"timm", "onnx", "onnxruntime", "onnxscript"}
+    text = here("info").out
+    assert re.search(r"GOMP_SPINCOUNT +1000\n", text)
+    for name, version in found["optional packages"].items():
+        assert re.search(rf"  {name} +{version or 'not installed'}\n", text)
 
 
 def test_train_evaluate_predict_in_processes_of_their_own() -> None:
@@ -381,7 +442,13 @@ def test_debug_holds_for_one_command_and_leaves_the_environment_alone(
         ("train digits --seeds many", ["invalid value for '--seeds': ", "train -h"]),
         ("train digits --name", ["'--name' requires an argument", "COMMAND -h"]),
         ("train", ["missing argument 'RECIPE|FILE.yaml|DATA'\n"]),
-        ("trian digits", ["no such command 'trian'. Did you mean 'train'?", "-h` lists the comm"]),
+        ("trian digits", ["no such command 'trian' (did you mean train?)", "-h` lists the comm"]),
+        ("data digits", ["no such command 'data' (did you mean audit or augment or shard?)"]),
+        ("doctor mine", ["no such command 'doctor' (did you mean diagnose?)"]),
+        ("train x --settings all", ["no such option: --settings (did you mean --variants?)"]),
+        ("train x --splits 3", ["no such option: --splits (did you mean --repeat-splits?)"]),
+        ("evaluate x --splits 3", ["no such option: --splits (did you mean --split?)"]),
+        ("predcit x", ["no such command 'predcit' (did you mean predict?)"]),
         ("--versoin", ["no such option: --versoin (did you mean --version?)"]),
     ],
 )

@@ -1,7 +1,7 @@
-"""The command line: one thin sub-command for each name of the API.
+"""The command line: one thin command for each function of the API.
 
-Nothing that needs torch is imported before a command needs it. Results go to stdout, everything
-else to stderr, so that `--json` prints one object and nothing else.
+Nothing imports torch before a command needs it. Results go to stdout, everything else to stderr,
+so that `--json` prints one object and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from convlens.cli import basics, inside, judging, trusting
+from convlens.cli import basics, info, inside, judging, trusting
 from convlens.cli.shared import Figures, app
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
 from convlens.system import options, ranks
@@ -30,7 +30,7 @@ from convlens.system.console import console, say
 from convlens.system.interrupts import Terminated, stoppable
 from convlens.version import __version__
 
-__all__ = ["app", "basics", "inside", "judging", "main", "run", "trusting"]
+__all__ = ["app", "basics", "info", "inside", "judging", "main", "run", "trusting"]
 
 SHARED = ("train", "evaluate")  # what several processes can do together
 
@@ -44,13 +44,21 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     figures: Figures = None,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Train, test and look inside convolutional image classifiers."""
+    """Train, test and look inside convolutional image classifiers.
+
+    `convlens COMMAND -h` describes a command.
+
+    Examples:
+        convlens train digits
+        convlens predict digits seven.png
+        convlens report digits
+    """
     if ranks.size() > 1 and context.invoked_subcommand not in SHARED:
         raise UsageError(
             f"{context.invoked_subcommand} is not for several processes",
