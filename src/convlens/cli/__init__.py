@@ -32,7 +32,7 @@ from convlens.version import __version__
 
 __all__ = ["app", "basics", "info", "inside", "judging", "main", "run", "trusting"]
 
-SHARED = ("train", "evaluate")  # what several processes can do together
+SHARED = ("train", "evaluate")  # commands that support torchrun
 
 
 def _version(wanted: bool) -> None:
@@ -62,7 +62,7 @@ def root(
     if ranks.size() > 1 and context.invoked_subcommand not in SHARED:
         raise UsageError(
             f"{context.invoked_subcommand} is not for several processes",
-            fix=f"run it without torchrun, which is for {' and '.join(SHARED)}",
+            fix=f"run it without torchrun; only {' and '.join(SHARED)} support it",
         )
     if debug:
         options.update(debug=True)
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _end(error: ConvlensError) -> NoReturn:
-    """Says what it is, and ends with its exit code."""
+    """Print the error and exit with its code."""
     if ranks.size() > 1:
         _fail_with_others(error)
     _show(error)
@@ -136,13 +136,13 @@ def _end(error: ConvlensError) -> NoReturn:
 
 
 def _explained(error: Exception) -> ConvlensError | None:
-    """What a user is told; None for a bug of ours, which keeps its traceback."""
+    """Return the error to print; None for a bug of convlens, which keeps its traceback."""
     if isinstance(error, ConvlensError):
         return error
     if "does not have a deterministic implementation" in str(error):
         return UsageError(
             f"--deterministic: {str(error).partition(',')[0]}"[:200],
-            fix="leave out --deterministic, or take another network",
+            fix="leave out --deterministic, or use another network",
         )
     if isinstance(error, OSError):
         return _of_the_system(error)
@@ -152,26 +152,26 @@ def _explained(error: Exception) -> ConvlensError | None:
         return memory.explained(error)
     if "busy or unavailable" in str(error):
         return ResourceError(
-            f"the GPU is taken: {str(error).splitlines()[0]}"[:200],
-            fix="wait for the program that has it to end, or take another one (--device)",
+            f"the GPU is busy: {str(error).splitlines()[0]}"[:200],
+            fix="wait for the other program to finish, or choose another GPU (--device)",
         )
-    # Of a GPU that is lost, or a kernel that failed, nothing in this process can be used any more.
+    # After a lost GPU or a failed kernel, nothing on the device can be used in this process.
     if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
         return Stopped(
             f"the GPU failed: {str(error).splitlines()[0]}"[:200],
-            fix="the same command goes on from what was saved last; convlens --debug says where",
+            fix="run the command again to resume from the last checkpoint; --debug shows where",
         )
     return None
 
 
 def _of_the_system(error: OSError) -> ResourceError:
-    """What the system refused where nobody had foreseen it: a disk or a network that fails."""
+    """Turn an unexpected OSError, of a disk or a network, into a ResourceError."""
     at = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(at.filename).name}, line {at.lineno}"
     return ResourceError(
         f"the system refused: {error.strerror or error}",
         where=place if error.filename is None else str(error.filename),
-        fix="see that this file and its disk are in order, and run it again; or convlens --debug",
+        fix="check the file and its disk, and run the command again; --debug shows the traceback",
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line's app, and what its commands share."""
+"""The typer app, its help page, and options that several commands share."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def _takes_keys(command: Any) -> bool:
 
 
 def _keys(option: str) -> list[str]:
-    """The keys of a recipe whose last part is an option's name: `--batch-size`."""
+    """Return the recipe keys whose last part is the name of an option such as `--batch-size`."""
     from convlens.recipe import meant  # pydantic: only now is it worth its time
 
     name = option.strip("-").replace("-", "_")
@@ -251,19 +251,19 @@ Figures = Annotated[
 
 
 def listed(text: str | None) -> list[str]:
-    """Names written with commas."""
+    """Split a comma-separated list of names."""
     return [each.strip() for each in (text or "").split(",") if each.strip()]
 
 
 def print_json(wanted: bool, content: Any) -> None:
-    """One object on stdout, if it was asked for; what is no finite number is null."""
+    """Print one JSON object on stdout if `wanted`; NaN and infinity become null."""
     if wanted:
         text = json.dumps(_plain(content), ensure_ascii=False, allow_nan=False)
         sys.stdout.write(text + "\n")
 
 
 def _plain(content: Any) -> Any:
-    """The same without NaN and infinity, which JSON doesn't have."""
+    """Replace NaN and infinity, which JSON cannot represent, by None."""
     if isinstance(content, dict):
         return {key: _plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

@@ -1,8 +1,7 @@
 """Several runs of one recipe side by side: its variants, splits of the data, seeds, folds.
 
-`expand` says which runs these are, `train_many` trains them (each is a run like any other, found
-again and continued by the same command) and puts them in one table: a number of one run is one
-draw of a lottery.
+`expand` lists the runs and `train_many` trains them and puts them in one table. Each is an ordinary
+run: the same command finds or continues it. A single run is a single sample.
 """
 
 from __future__ import annotations

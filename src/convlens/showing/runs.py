@@ -1,4 +1,4 @@
-"""Several runs as people read them: one table on stdout and what it says, in a line or two."""
+"""Print several runs as one table on stdout, with a line or two below it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPARE = ("CPU s", "weights", "trained", "95% interval", "s", "epoch")  # least n
 
 
 def run_table(result: Table) -> None:
-    """A line for each run of one variant, or for each of several variants; then what they say."""
+    """Print a row for each run of one variant, or for each variant; then the conclusion."""
     out, summaries = stdout(), result.summaries
     rows = _variants(result) if len(summaries) > 1 else _runs(result)
     out.print(_fitted(rows, out.width))
@@ -32,7 +32,10 @@ def run_table(result: Table) -> None:
             named = f"{escape(summary.variant)}: " if summary.variant else ""
             out.print(f"{named}sd {between} points between splits, {within} between seeds")
     if result.flattered:
-        say("[dim]the same images chose the epoch: a little flattering (train.keep=last isn't)[/]")
+        say(
+            "[dim]slightly optimistic: the same images chose the epoch "
+            "(not with train.keep=last)[/]"
+        )
     if result.plot.exists():
         out.print(escape(f"plot   {result.plot}"))
 
@@ -73,7 +76,7 @@ def _variants(result: Table) -> list[Row]:
 
 
 def _runs(result: Table) -> list[Row]:
-    """Splits, seeds and folds have a column where there are several."""
+    """Return a row for each run; splits, seeds and folds have a column if there are several."""
     several = {
         "split": result.repeat_splits > 1,
         "seed": result.seeds > 1,
@@ -100,7 +103,7 @@ def _runs(result: Table) -> list[Row]:
 
 
 def _fitted(rows: list[Row], room: int) -> RichTable:
-    """The rows as a table, in a narrow terminal without the columns that matter least."""
+    """Build the table; in a narrow terminal the least important columns are left out."""
     columns = list(rows[0])
     widths = {c: 3 + max(len(c), *(len(row[c]) for row in rows)) for c in columns}
     for spare in SPARE:
@@ -129,7 +132,7 @@ def _mean_sd(mean: float, sd: float | None, sign: str = "") -> str:
 
 
 def _epochs(outcomes: Sequence[Outcome]) -> str:
-    """Chosen of run, e.g. `12/30`, or their ranges."""
+    """Format the chosen epoch and the number of epochs, e.g. `12/30`, or their ranges."""
     ranges = []
     for values in zip(*(outcome.epochs for outcome in outcomes), strict=True):
         low, high = min(values), max(values)
