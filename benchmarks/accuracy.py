@@ -1,11 +1,11 @@
 """Accuracy of a recipe over several seeds, with times: one command per recipe.
 
-    python benchmarks/accuracy.py RECIPE|DATA [key=value ...] [--settings all] [--seeds N]
-                                  [--splits S] [--refit] [--no-test] [--as NAME]
+    python benchmarks/accuracy.py RECIPE|DATA [key=value ...] [--variants all] [--seeds N]
+                                  [--repeat-splits S] [--refit] [--no-test] [--as NAME]
 
 Trains in `models/` (a run that is finished already is only evaluated), chooses by validation,
 tests once (or not at all), and keeps the result in `benchmarks/results/accuracy-<name>.json`;
-of settings, in a file each.
+of variants, in a file each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from convlens.starting import asking
 
 
 def figures_of(summary: Summary) -> dict[str, Any]:
-    """What a setting reached, with what is needed to understand it later."""
+    """What a variant reached, with what is needed to understand it later."""
     outcomes = summary.outcomes
     last = [outcome.history[-1] for outcome in outcomes]
     facts = outcomes[0].place.facts()
@@ -43,8 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--settings", help="all, or names with commas")
-    parser.add_argument("--splits", type=int, default=1)
+    parser.add_argument("--variants", help="all, or names with commas")
+    parser.add_argument("--repeat-splits", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--refit", action="store_true")
     parser.add_argument("--no-test", action="store_true", help="accuracies are of validation")
@@ -52,12 +52,12 @@ def main() -> None:
     parser.add_argument("--data")
     # Intermixed, so that overrides may stand behind an option as well.
     arguments = parser.parse_intermixed_args()
-    asked = asking.read_settings(
-        arguments.what, arguments.settings, data=arguments.data, overrides=arguments.overrides
+    asked = asking.read_variants(
+        arguments.what, arguments.variants, data=arguments.data, overrides=arguments.overrides
     )
     table = several.train_many(
         asked,
-        splits=arguments.splits,
+        repeat_splits=arguments.repeat_splits,
         seeds=arguments.seeds,
         refit=arguments.refit,
         test=not arguments.no_test,
@@ -73,8 +73,8 @@ def main() -> None:
             "refit": table.refit,
             "plot": str(table.plot),
         }
-        setting = [summary.setting] if summary.setting else []
-        name = "-".join([arguments.called or table.name, *setting])
+        variant = [summary.variant] if summary.variant else []
+        name = "-".join([arguments.called or table.name, *variant])
         print(json.dumps(record(f"accuracy-{name}", figures)))
 
 

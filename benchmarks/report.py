@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tables.accuracy import accuracies, published, settings
+from tables.accuracy import accuracies, published, variants
 from tables.gpu import cifar_speed, roofline, warm_mnist
 from tables.inside import attribution, labels, looking
 from tables.peers import peers
@@ -63,7 +63,7 @@ def main() -> None:
     compared = [result for result in measured if result["split"] == "val"]
     parts = [HEAD]
     parts += [accuracies(tested), published(tested)] if tested else []
-    parts += [settings(compared)] if compared else []
+    parts += [variants(compared)] if compared else []
     parts += [make(results[name]) for name, make in SECTIONS.items() if name in results]
     planted = [result for name, result in results.items() if name.startswith("labels-")]
     parts += [labels(planted)] if planted else []

@@ -68,7 +68,7 @@ def peer_epochs(script: Path, data: Path, arguments: list[str]) -> Iterator[dict
 
 def one_run(recipe: str, seed: int) -> dict[str, Any]:
     """Our run with this seed, tested: what its table says."""
-    asked = asking.read_settings(recipe, None, overrides=[f"train.seed={seed}"])
+    asked = asking.read_variants(recipe, None, overrides=[f"train.seed={seed}"])
     (reached,) = several.train_many(asked, fresh=True, quiet=True).summaries
     found = reached.to_dict()
     return {

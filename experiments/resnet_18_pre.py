@@ -1,4 +1,4 @@
-"""The report's fourth script: ResNet-18 from ImageNet, its last layers trained in four settings.
+"""The report's fourth script: ResNet-18 from ImageNet, its last layers trained in four variants.
 
     python experiments/resnet_18_pre.py [KEY=VALUE ...]
 
@@ -17,7 +17,7 @@ REPORTED = {
     "last5-adam": "88.27%",
 }
 
-table = convlens.train_many("resnet18-pretrained", arguments()[0], settings="all")
+table = convlens.train_many("resnet18-pretrained", arguments()[0], variants="all")
 for row in table.summaries:
-    print(f"{row.setting:<18} test {row.mean:.2%}; the report: {REPORTED[row.setting]}")
+    print(f"{row.variant:<18} test {row.mean:.2%}; the report: {REPORTED[row.variant]}")
 print(f"plot {table.plot}")

@@ -316,9 +316,9 @@ def test_notes_on_what_decoding_changes(root: Path) -> None:
     assert "9 of 43 images are turned upright, as their EXIF says" in notes
     assert "3 of 43 images have transparency, which becomes white" in notes
     assert "4 of 43 images have more than one frame: only the first is used" in notes
-    told = here("data", root)
+    told = here("audit", root)
     assert "only the first is used" in " ".join(told.out.split())
-    assert here("data", root, "--json").json["frames"] == 4
+    assert here("audit", root, "--json").json["frames"] == 4
 
 
 def test_no_notes_on_a_sound_set(root: Path) -> None:

@@ -94,7 +94,7 @@ def test_class_folders_that_may_not_be_read_are_named() -> None:
     for folder in closed:
         folder.chmod(0)
     try:
-        for asked in (("train", root), ("data", root)):
+        for asked in (("train", root), ("audit", root)):
             done = command(*asked, before=by_rights)
             refused(done, 3, "can't be read", "photos/cat (Permission denied)",
                     "photos/emu/young (Permission denied)", "permissions")  # fmt: skip
@@ -173,7 +173,7 @@ def test_unreadable_images_are_left_out_if_asked() -> None:
 
 
 def test_the_audit_lists_what_training_refuses() -> None:
-    done = here("data", bad_folder(), "--json")
+    done = here("audit", bad_folder(), "--json")
     assert done.code == 0
     found = {bad["id"]: bad["reason"] for bad in done.json["unreadable"]}
     assert set(found) == {"cat/bomb.png", "cat/half.png", "dog/nil.png", "dog/text.png"}
@@ -197,7 +197,7 @@ def test_copies_that_do_harm_are_told_when_a_training_begins() -> None:
     assert done.code == 0, done.err
     assert (
         f"photos: {said}: 1 in more than one split, 1 under two labels "
-        "(`convlens data photos` lists them)\n"
+        "(`convlens audit photos` lists them)\n"
     ) in done.err
     (root / "test" / "red" / "same.png").unlink()
     (root / "train" / "green" / "same.png").unlink()
@@ -209,13 +209,13 @@ def test_copies_that_do_harm_are_told_when_a_training_begins() -> None:
 def test_a_strict_look_at_a_set_fails_where_something_is_wrong() -> None:
     root = leaky_folder()
     (root / "val" / "red" / "bad.png").write_bytes(b"")
-    assert here("data", root).code == 0
-    done = here("data", root, "--strict", "--json")
+    assert here("audit", root).code == 0
+    done = here("audit", root, "--strict", "--json")
     refused(done, 3, "1 unreadable files, 1 copies across splits, 1 copies under two labels")
     assert done.json["duplicates"]["groups"] == 3
     for name in ("test/red/same.png", "train/green/same.png", "val/red/bad.png"):
         (root / name).unlink()
-    done = here("data", root, "--strict")
+    done = here("audit", root, "--strict")
     assert done.code == 0, done.err
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from commands import (
@@ -27,7 +29,9 @@ from commands import (
     refused,
     weights,
 )
-from convlens import Run, cli, recipe
+from convlens import Run, cli, device, recipe
+from convlens.cli import shared
+from convlens.errors import UsageError
 from convlens.metrics import wilson_interval
 from convlens.version import __version__
 from support import BAD_DISK
@@ -50,9 +54,67 @@ def test_version_and_help() -> None:
     assert here("--version").out == f"convlens {__version__}\n"
     done = here("--help")
     assert done.code == 0
-    for name in ("train", "evaluate", "predict", "data", "recipes"):
+    for name in ("train", "evaluate", "predict", "audit", "recipes"):
         assert name in done.out
         assert here(name, "-h").code == 0
+
+
+def test_help_lists_the_commands_in_panels_in_this_order() -> None:
+    lines = here("--help").out.splitlines()
+    found: list[str] = []
+    for line in lines:
+        if line.startswith("╭─"):
+            found.append(line.strip("╭╮─ "))
+        elif match := re.match(r"│ (\w+) ", line):
+            found.append(match[1])
+    assert " ".join(found).startswith(
+        "Everyday train predict evaluate report Understand look compare diagnose "
+        "Data audit labels augment shard Hand over export Other recipes info"
+    )
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", [name for names in shared.PANELS.values() for name in names])
+def test_help_has_examples_one_a_line_and_no_type_tags(
+    monkeypatch: pytest.MonkeyPatch, name: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = here(name, "--help")
+    assert done.code == 0
+    lines = [line.rstrip() for line in done.out.splitlines()]
+    assert max(map(len, lines)) <= width
+    examples = [line for line in lines if line.startswith("   convlens ")]
+    assert examples
+    assert all(line.count("convlens ") == 1 for line in examples)
+    assert any(line.startswith(f"   convlens {name}") for line in examples)
+    assert not re.search(r"<(str|int|bool|list|float)|\b(TEXT|INTEGER|BOOLEAN)\b", done.out)
+    assert "[dim]" not in done.out
+
+
+def test_info_says_what_a_training_would_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLENS_MEMORY", "64MB")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    cache = Path(os.environ["CONVLENS_CACHE"])
+    (cache / "a").mkdir(parents=True)
+    (cache / "a" / "store").write_bytes(b"x" * 700)
+    (cache / "other").write_bytes(b"x" * 50)
+    found = here("info", "--json").json
+    assert found["versions"]["convlens"] == __version__
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["device"]["device"] == device.choose()
+    assert found["device"]["cores"] == device.usable_cores()
+    assert found["device"]["half_precision"] == device.half_precision(device.choose())
+    assert found["threads"]["torch"] == torch.get_num_threads()
+    assert found["threads"]["GOMP_SPINCOUNT"] == "1000"
+    assert found["memory"]["budget"] == 64_000_000 or found["memory"]["budget"] == 64 * 2**20
+    assert found["folders"]["cache_size"] == 750
+    assert found["folders"]["models"] == str(Path("models").absolute())
+    assert found["folders"]["data"] == [os.environ["CONVLENS_DATA"], str(Path("data").absolute())]
+    assert set(found["optional packages"]) == {"timm", "onnx", "onnxruntime", "onnxscript"}
+    text = here("info").out
+    assert re.search(r"GOMP_SPINCOUNT +1000\n", text)
+    for name, version in found["optional packages"].items():
+        assert re.search(rf"  {name} +{version or 'not installed'}\n", text)
 
 
 def test_train_evaluate_predict_in_processes_of_their_own() -> None:
@@ -73,7 +135,7 @@ def test_train_evaluate_predict_in_processes_of_their_own() -> None:
 
 def test_json_is_all_there_is_on_stdout() -> None:
     assert set(trained(*DIGITS, "--no-test")) == {"run", "path"}
-    for arguments in (["data", "digits"], ["recipes"], ["recipes", "digits"]):
+    for arguments in (["audit", "digits"], ["recipes"], ["recipes", "digits"]):
         done = here(*arguments, "--json")
         assert done.code == 0, done.err
         assert isinstance(done.json, dict)
@@ -88,6 +150,41 @@ def test_results_go_to_stdout_and_the_rest_to_stderr() -> None:
     assert "plots/mine" in done.out
     assert "epoch" not in done.out.replace("weights of epoch", "")
     assert "convlens predict mine IMAGE" in done.err
+
+
+def test_the_test_set_is_said_to_be_used_once_or_several_times() -> None:
+    assert "; test set used once\n" in here("train", *DIGITS, "--name", "mine").out
+    assert "; test set used 2 times\n" in here("train", *DIGITS, "--name", "mine").out
+    assert "; test set used 3 times\n" in here("evaluate", "mine").out
+    assert "test set used" not in here("evaluate", "mine", "--split", "val").out
+    pictures(Path("own"), {"3": 2, "7": 3})
+    assert "test set used" not in here("evaluate", "mine", "--data", "own").out
+
+
+def test_no_line_is_printed_twice() -> None:
+    """On a terminal stdout and stderr are one text."""
+    common = [*DIGITS[:-1], "train.epochs=1"]
+    for arguments in (
+        ["train", *common, "--name", "one"],
+        ["train", *common, "--name", "one"],
+        ["train", *common, "--name", "two", "--seeds", "2"],
+        ["evaluate", "one"],
+        ["compare", "one", "two"],
+        ["labels", *common, "--folds", "2"],
+        ["diagnose", "one"],
+        ["report", "one"],
+        ["look", "one", "test:3"],
+        ["recipes"],
+    ):
+        done = here(*arguments)
+        assert done.code == 0, done.err
+        lines = [line.strip() for line in (done.out + done.err).splitlines()]
+        sentences = [
+            line for line in lines if len(line.split()) > 3 and any(map(str.isalpha, line))
+        ]
+        assert len(sentences) == len(set(sentences)), arguments
+        accuracies = [line for line in lines if line.startswith("test accuracy")]
+        assert len(accuracies) == len({line[:40] for line in accuracies}), arguments
 
 
 # Training again
@@ -269,18 +366,18 @@ def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
     table = here("evaluate", "odd").out
     assert "[b]x" in table
     assert "[i]y" in table
-    assert "[b]x" in here("data", root).out
+    assert "[b]x" in here("audit", root).out
 
 
 def test_the_audit_of_a_folder() -> None:
     root = pictures(Path("photos"), {"red": 12, "green": 14})
     (root / "green" / "copy.png").write_bytes((root / "red" / "000.png").read_bytes())
-    done = here("data", root)
+    done = here("audit", root)
     assert done.code == 0
     assert "under two labels" in done.out
     assert "contact sheet  plots/data-photos.png" in done.out
     assert Path("plots/data-photos.png").is_file()
-    got = here("data", root, "val_fraction=0.2", "--json").json
+    got = here("audit", root, "val_fraction=0.2", "--json").json
     assert sum(got["counts"]["green"].values()) == 15
     assert got["duplicates"]["two_labels"] == 1
     assert os.path.isfile(got["contact_sheet"])
@@ -292,37 +389,46 @@ def test_a_batch_as_a_recipe_augments_it() -> None:
         "base: folder\naugment: [TrivialAugmentWide, AlternatingFlip, MixUp, CutMix]\n"
     )
     for asked, name in (("digits", "digits"), ("folder", "folder"), ("mine.yaml", "mine")):
-        done = here("data", root, "--augment", asked)
+        done = here("augment", asked, root)
         assert done.code == 0, done.err
         path = f"plots/augmented-photos-{name}.png"
         assert done.out == f"augmented batch  {path}\n"
         with Image.open(path) as image:
             image.load()
             assert image.format == "PNG"
-    done = here("data", "digits", "per_class=5", "--augment", "digits", "--json")
+    done = here("augment", "digits", "digits", "per_class=5", "--json")
     assert done.json == {
         "data": "digits", "recipe": "digits",
         "augmented_batch": "plots/augmented-digits-digits.png",
     }  # fmt: skip
-    refused(here("data", "digits", "--augment", "digts"), 2, "unknown recipe 'digts'", "digits?")
-    refused(here("data", "digist", "--augment", "digits"), 2, "'digist' is neither", "mean digits")
-    refused(here("data", "digits", "--augment", "mnist"), 2, "'mnist' augments nothing")
+    refused(here("augment", "digts", "digits"), 2, "unknown recipe 'digts'", "digits?")
+    refused(here("augment", "digits", "digist"), 2, "'digist' is neither", "mean digits")
+    refused(here("augment", "mnist", "digits"), 2, "'mnist' augments nothing")
     Path("bad.yaml").write_text("base: folder\naugment: [{Cutout: {size: 0}}]\n")
-    refused(here("data", "digits", "--augment", "bad.yaml"), 2, "size=0 should be", "Cutout takes")
+    refused(here("augment", "bad.yaml", "digits"), 2, "size=0 should be", "Cutout takes")
     Path("big.yaml").write_text("base: folder\naugment: [{Cutout: {size: 9}}]\n")
-    refused(here("data", "digits", "--augment", "big.yaml"), 2, "at most the image size 8")
+    refused(here("augment", "big.yaml", "digits"), 2, "at most the image size 8")
 
 
 @pytest.mark.parametrize("text", ["1", ""])
 def test_debug_shows_tracebacks(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("CONVLENS_DEBUG", text)
     if text:
-        from convlens.errors import UsageError
-
         with pytest.raises(UsageError):
             here("train", "nothing-of-that-name")
     else:
         assert here("train", "nothing-of-that-name").code == 2
+
+
+def test_debug_holds_for_one_command_and_leaves_the_environment_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CONVLENS_DEBUG", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(UsageError):
+        here("--debug", "train", "nothing-of-that-name")
+    assert dict(os.environ) == before
+    refused(here("train", "nothing-of-that-name"), 2, "neither a recipe nor a data set")
 
 
 @pytest.mark.parametrize(
@@ -336,7 +442,13 @@ def test_debug_shows_tracebacks(monkeypatch: pytest.MonkeyPatch, text: str) -> N
         ("train digits --seeds many", ["invalid value for '--seeds': ", "train -h"]),
         ("train digits --name", ["'--name' requires an argument", "COMMAND -h"]),
         ("train", ["missing argument 'RECIPE|FILE.yaml|DATA'\n"]),
-        ("trian digits", ["no such command 'trian'. Did you mean 'train'?", "-h` lists the comm"]),
+        ("trian digits", ["no such command 'trian' (did you mean train?)", "-h` lists the comm"]),
+        ("data digits", ["no such command 'data' (did you mean audit or augment or shard?)"]),
+        ("doctor mine", ["no such command 'doctor' (did you mean diagnose?)"]),
+        ("train x --settings all", ["no such option: --settings (did you mean --variants?)"]),
+        ("train x --splits 3", ["no such option: --splits (did you mean --repeat-splits?)"]),
+        ("evaluate x --splits 3", ["no such option: --splits (did you mean --split?)"]),
+        ("predcit x", ["no such command 'predcit' (did you mean predict?)"]),
         ("--versoin", ["no such option: --versoin (did you mean --version?)"]),
     ],
 )

@@ -257,7 +257,7 @@ PANEL = plots.Panel("x", "y", KERNELS[0], (0.0, 1.0), np.zeros(3, bool), np.zero
 DRAWN: dict[str, Callable[..., Figure]] = {
     "curves": lambda draw: draw(HISTORY, 2, "x"),
     "seed_curves": lambda draw: draw([HISTORY, HISTORY], "x"),
-    "setting_curves": lambda draw: draw({"a": [HISTORY], "b": [HISTORY, HISTORY]}, "x"),
+    "variant_curves": lambda draw: draw({"a": [HISTORY], "b": [HISTORY, HISTORY]}, "x"),
     "differences": lambda draw: draw({"a": (0.01, (-0.01, 0.03), False)}, "x"),
     "learning_rate": lambda draw: draw(HISTORY["epoch"], HISTORY["lr"], "x"),
     "confusion": lambda draw: draw(np.eye(3, dtype=np.int64), ["a", "b", "c"], "x"),
@@ -319,15 +319,15 @@ def test_a_recipe_says_what_it_is_and_can_be_used(name: str) -> None:
 
 
 @published
-def test_the_settings_of_a_recipe_can_be_used(name: str) -> None:
+def test_the_variants_of_a_recipe_can_be_used(name: str) -> None:
     digests = {recipes.load(name).digest()}
-    settings = recipes.settings(name)
-    for setting in settings:
-        asked = recipes.load(name, setting=setting)
+    variants = recipes.variants(name)
+    for variant in variants:
+        asked = recipes.load(name, variant=variant)
         check(asked)
         digests.add(asked.digest())
-    assert len(digests) >= max(1, len(settings)), "settings that change nothing or are twice there"
-    assert "settings" not in recipes.load(name).model_dump()
+    assert len(digests) >= max(1, len(variants)), "variants that change nothing or are twice there"
+    assert "variants" not in recipes.load(name).model_dump()
 
 
 @published

@@ -274,7 +274,7 @@ def test_a_log_of_an_unfinished_run_is_read_strictly(run: RunFolder, text: str) 
     if text == "epoch\n":
         assert run.metrics() == []
     else:
-        refused(here("doctor", "whole"), 4, "log of epochs", "metrics.csv")
+        refused(here("diagnose", "whole"), 4, "log of epochs", "metrics.csv")
 
 
 def test_a_damaged_cache_is_made_anew(run: RunFolder) -> None:

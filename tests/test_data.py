@@ -161,7 +161,7 @@ def test_unreadable_files_stop_with_a_list(partly_bad: str) -> None:
         load(DataConfig(name=partly_bad), memory_budget=PLENTY)
     assert caught.value.where.count("empty (0 bytes)") == 10
     assert caught.value.where.endswith("and 3 more")
-    assert f"convlens data {partly_bad}" in caught.value.fix
+    assert f"convlens audit {partly_bad}" in caught.value.fix
     assert "data.on_bad=skip" in caught.value.fix
 
 

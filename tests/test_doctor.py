@@ -1,4 +1,4 @@
-"""`convlens doctor`: runs made to show each fault show it, and a healthy one shows none."""
+"""`convlens diagnose`: runs made to show each fault show it, and a healthy one shows none."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def runs(made: Path) -> None:
     shutil.copytree(made / "models", "models")
 
 
-def doctor(name: str) -> Diagnosis:
-    return convlens.doctor(name.replace(" ", "-"), device="cpu")
+def diagnose(name: str) -> Diagnosis:
+    return convlens.diagnose(name.replace(" ", "-"), device="cpu")
 
 
 def rules(found: Diagnosis) -> list[str]:
@@ -73,13 +73,13 @@ def rules(found: Diagnosis) -> list[str]:
 
 
 def test_a_healthy_run_shows_nothing(runs: None) -> None:
-    found = doctor("healthy")
+    found = diagnose("healthy")
     assert found.findings == []
     assert list(found.healthy) == list(RULES)
     assert (found.untold, found.status, found.epochs) == ({}, "finished", 8)
     # Not even one look at the test split.
     assert not RunFolder(Path("models/healthy")).results()
-    done = here("doctor", "healthy", "--device", "cpu")
+    done = here("diagnose", "healthy", "--device", "cpu")
     assert (done.code, "nothing found: no sign of overfitting, underfitting" in done.out) == (
         0,
         True,
@@ -88,7 +88,7 @@ def test_a_healthy_run_shows_nothing(runs: None) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MADE if name != "healthy"])
 def test_a_run_made_to_show_a_fault_shows_it(name: str, runs: None) -> None:
-    found = doctor(name)
+    found = diagnose(name)
     assert name in rules(found), found
     checked(found)
 
@@ -104,7 +104,7 @@ def checked(found: Diagnosis) -> None:
 
 
 def test_each_fault_is_told_apart(runs: None) -> None:
-    found = {name: rules(doctor(name)) for name in MADE}
+    found = {name: rules(diagnose(name)) for name in MADE}
     assert found["overfitting"] == ["overfitting"]
     assert found["underfitting"] == ["underfitting"]
     assert "learning rate too low" not in found["learning rate too high"]
@@ -113,13 +113,13 @@ def test_each_fault_is_told_apart(runs: None) -> None:
 
 
 def test_what_is_said_of_overfitting_is_in_the_curves(runs: None) -> None:
-    (finding,) = doctor("overfitting").findings
+    (finding,) = diagnose("overfitting").findings
     rows = RunFolder(Path("models/overfitting")).metrics()
     losses = [row["val_loss"] for row in rows]
     assert finding.evidence["best_epoch"] == 1 + int(np.argmin(losses))
     assert finding.evidence["val_loss_lowest"] == min(losses)
     assert finding.evidence["val_loss_at_end"] == pytest.approx(sum(losses[-3:]) / 3)
-    said = here("doctor", "overfitting", "--device", "cpu").out
+    said = here("diagnose", "overfitting", "--device", "cpu").out
     for text in (
         "numbers",
         "threshold",
@@ -134,7 +134,7 @@ def test_a_loss_that_was_not_finite() -> None:
     changes = {**FEW, "optim.name": "sgd", "optim.lr": 1e18, "model.batch_norm": False}
     with pytest.raises(Diverged):
         convlens.train(PLAIN, changes, name="nan", test=False, quiet=True, device="cpu")
-    found = doctor("nan")
+    found = diagnose("nan")
     assert found.status == "stopped by a loss that was not finite"
     assert rules(found)[0] == "learning rate too high"
     assert "became NaN or infinite in epoch 1, step " in found.findings[0].what
@@ -147,7 +147,7 @@ def test_dead_channels(runs: None) -> None:
     # Five of the second stage's sixteen channels never get over zero.
     tensors["stage2.2.weight"][:5], tensors["stage2.2.bias"][:5] = 0, -1
     modelfile.write(path, tensors, {k: v for k, v in card.items() if k not in ("sha256", "format")})
-    found = {finding.rule: finding for finding in doctor("healthy").findings}
+    found = {finding.rule: finding for finding in diagnose("healthy").findings}
     assert found["dead layers"].evidence["dead_share"] == {"stage1": 0.0, "stage2": 5 / 16}
     assert "stage2 5 of 16" in found["dead layers"].what
 
@@ -164,7 +164,7 @@ SMALL = ("model.widths=[8]", "train.epochs=3", "augment=[]", "optim.ema=null", "
 def test_classes_of_unlike_size() -> None:
     pictures(Path("photos"), {"blue": 60, "green": 12, "red": 20})
     assert here("train", "photos", *SMALL, "--name", "rare").code == 0
-    found = {finding.rule: finding for finding in doctor("rare").findings}
+    found = {finding.rule: finding for finding in diagnose("rare").findings}
     finding = found["class imbalance"]
     counts = finding.evidence["counts"]
     assert finding.overrides == [f"data.per_class={min(counts.values())}"]
@@ -180,7 +180,7 @@ def test_validation_images_that_look_otherwise() -> None:
     pictures(Path("photos/val"), dict.fromkeys(COLOURS, 20), colours=colours, first=100)
     pictures(Path("photos/test"), dict.fromkeys(COLOURS, 3), first=200)
     assert here("train", "photos", *SMALL, "--name", "dark").code == 0
-    found = {finding.rule: finding for finding in doctor("dark").findings}
+    found = {finding.rule: finding for finding in diagnose("dark").findings}
     finding = found["validation unlike training"]
     assert finding.evidence["mean green"]["d"] < -0.5
     assert "mean green" in finding.what
@@ -191,7 +191,7 @@ def test_training_waits_for_images_are_counted(runs: None) -> None:
     rows = place.metrics()
     assert all(0 < row["data_seconds"] < row["seconds"] for row in rows)
     place.write_metrics([{**row, "data_seconds": 0.4 * row["seconds"]} for row in rows])
-    (finding,) = doctor("healthy").findings
+    (finding,) = diagnose("healthy").findings
     assert finding.rule == "loader-bound"
     assert finding.evidence["share"] == pytest.approx(0.4)
     assert finding.what.startswith("40% of the training time")
@@ -200,31 +200,31 @@ def test_training_waits_for_images_are_counted(runs: None) -> None:
 def test_a_run_that_was_left_and_an_empty_one(runs: None) -> None:
     place = RunFolder(Path("models/stopped-too-early"))
     place.note({"status": "training"})
-    assert doctor("stopped too early").status == "not finished"
-    assert "stopped too early" in rules(doctor("stopped too early"))
+    assert diagnose("stopped too early").status == "not finished"
+    assert "stopped too early" in rules(diagnose("stopped too early"))
     empty = RunFolder(Path("models/empty"))
     empty.create(recipes.load(PLAIN), {"data": {"classes": ["a", "b"]}})
-    found = doctor("empty")
+    found = diagnose("empty")
     assert (found.status, found.findings) == ("no epoch is finished yet", [])
     assert set(found.untold) == set(RULES)
-    done = here("doctor", "empty", "--json")
+    done = here("diagnose", "empty", "--json")
     assert (done.code, done.json["findings"]) == (0, [])
 
 
 def test_a_model_file_alone_and_images_that_are_gone(runs: None) -> None:
     shutil.copy("models/underfitting/model.safetensors", "alone.safetensors")
-    found = doctor("alone.safetensors")
+    found = diagnose("alone.safetensors")
     assert found.status == "a model file without a past"
     assert rules(found) == ["underfitting"]
     assert "no metrics.csv" in found.untold["overfitting"]
     pictures(Path("photos"), dict.fromkeys(COLOURS, 8))
     assert here("train", "photos", *SMALL, "--name", "mine").code == 0
     shutil.move("photos", "moved")
-    assert "unknown data 'photos'" in doctor("mine").untold["dead layers"]
+    assert "unknown data 'photos'" in diagnose("mine").untold["dead layers"]
 
 
 def test_a_run_that_is_not_there(runs: None) -> None:
-    refused(here("doctor", "helthy"), 2, "no run called 'helthy'", "did you mean healthy?")
+    refused(here("diagnose", "helthy"), 2, "no run called 'helthy'", "did you mean healthy?")
 
 
 # Rules by themselves

@@ -187,7 +187,7 @@ def test_a_gpu_that_is_taken_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(engine.TrainLoop, "train_step", step)
     Path("x.yaml").write_text(tiny().to_text())
     done = here("train", "x.yaml", "--no-test", "--device", "cpu")
-    refused(done, 5, "the GPU is taken", "--device")
+    refused(done, 5, "the GPU is busy", "--device")
 
 
 def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(engine.TrainLoop, "train_step", step)
     monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "0")
     command = ("train", "x.yaml", "--name", "x", "--no-test", "--device", "cpu")
-    refused(here(*command), 75, "the GPU failed: CUDA error: unspecified launch failure", "goes on")
+    refused(here(*command), 75, "the GPU failed: CUDA error: unspecified launch failure", "resume")
     assert here(*command).code == 0
     assert len(calls) == 7 + 9  # six steps of fifteen were kept
     assert differences(whole, RunFolder(Path("models/x"))) == []

@@ -152,7 +152,7 @@ def test_what_to_do_about_images_of_another_set_that_can_not_be_read(model: RunF
         refused(done, 3, "1 of ", "red/bad.png: the file is empty", "move them out of the set")
         assert "on_bad" not in done.err
         # What it names can be done.
-        assert ("convlens data" in done.err) == (here("data", root).code == 0)
+        assert ("convlens audit" in done.err) == (here("audit", root).code == 0)
         (root / "red" / "bad.png").unlink()
         assert here("evaluate", model.path, "--data", root).code == 0
 

@@ -47,13 +47,13 @@ def test_a_script_trains_once_and_then_does_inference(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_the_four_settings_are_one_script() -> None:
+def test_the_four_variants_are_one_script() -> None:
     from convlens import train
 
     train("pretrain", [*FEW, "model.stem=imagenet"], name="backbone", test=False, quiet=True)
     said = run("resnet_18_pre.py", "model.weights=backbone")
-    for setting, reported in (("last4-adam", "78.29%"), ("last5-sgd-cosine", "81.6%")):
-        assert any(line.startswith(setting) and reported in line for line in said.splitlines())
+    for variant, reported in (("last4-adam", "78.29%"), ("last5-sgd-cosine", "81.6%")):
+        assert any(line.startswith(variant) and reported in line for line in said.splitlines())
     assert len(list(Path("models").iterdir())) == 5
 
 

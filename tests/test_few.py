@@ -150,9 +150,9 @@ def test_keys_that_contradict_each_other(overrides: list[str], says: list[str]) 
 
 
 def test_the_audit_shows_folds_and_a_missing_validation_split() -> None:
-    bare = here("data", "digits", "val_fraction=0", "--json").json
+    bare = here("audit", "digits", "val_fraction=0", "--json").json
     assert bare["counts"]["0"].keys() == {"train", "test"}
-    fold = here("data", "digits", "folds=3", "fold=1", "--json").json
+    fold = here("audit", "digits", "folds=3", "fold=1", "--json").json
     assert sum(of["val"] for of in fold["counts"].values()) == 509
 
 

@@ -88,7 +88,7 @@ TREES = st.fixed_dictionaries(
         **{name: section(name, kind) | LEAVES for name, kind in SECTIONS.items()},
         "augment": AUGMENT | ODD,
         "name": ODD, "about": ODD, "base": WORDS | LEAVES,
-        "settings": st.dictionaries(ODD_KEYS, VALUES, max_size=2) | LEAVES,
+        "variants": st.dictionaries(ODD_KEYS, VALUES, max_size=2) | LEAVES,
         "surprise": ODD,
     },
 )  # fmt: skip
@@ -127,7 +127,7 @@ def written(content: str | bytes) -> str:
 
 BITS = st.sampled_from([
     *"[]{}:,-&*!|>'\"#%@`?\t\n ~=<\\", "&a ", "*a", "<<: ", "\n\n", "\0", "base: mnist\n",
-    "settings: {a: ", "---\n", "...\n", "\xff",
+    "variants: {a: ", "---\n", "...\n", "\xff",
 ])  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def _dumped(tree: Any) -> str:
 
 KEYS = [f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields]
 KEYS += [f"model.{key}" for key in MODEL_KEYS]
-KEYS += ["augment", "about", "name", "base", "settings", "model", "optim", "x", "x.y", "a.b.c", ""]
+KEYS += ["augment", "about", "name", "base", "variants", "model", "optim", "x", "x.y", "a.b.c", ""]
 OVERRIDE = st.tuples(
     st.sampled_from(KEYS) | WORDS, st.just("=") | st.sampled_from(["", "==", " = "]),
     st.text(max_size=12) | WORDS | VALUES.map(lambda v: _dumped(v).strip()),
@@ -247,7 +247,7 @@ def workplace(monkeypatch: pytest.MonkeyPatch) -> None:
     constant_model(Path("models/model"), [0.0, 1.0], ["green", "red"])
     picture(Path("a.png"), (1, 2, 3))
     picture(Path("set/red/a.png"), (1, 2, 3))
-    Path("fuzz.yaml").write_text("base: digits\nsettings: {a: {optim.lr: 0.1}}\n")
+    Path("fuzz.yaml").write_text("base: digits\nvariants: {a: {optim.lr: 0.1}}\n")
 
     def stop(*_: object, **__: object) -> Any:
         raise DataError("this far and no further")
@@ -380,7 +380,7 @@ def test_contradictions_are_refused_before_images_are_read() -> None:
 
 
 def test_too_many_runs_at_once() -> None:
-    for option in ("--seeds", "--splits"):
+    for option in ("--seeds", "--repeat-splits"):
         refused(here("train", "digits", option, "99999999"), 2, "99,999,999 runs; 10,000 at most")
     assert here("train", "digits", "--seeds", "9" * 30).code == 2
 

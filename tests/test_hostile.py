@@ -104,13 +104,13 @@ def peak(*arguments: str | Path) -> tuple[int, str, str, int]:
 def test_a_folder_of_hostile_files(tmp_path: Path) -> None:
     """The audit lists them, training refuses them, or leaves them out if asked to."""
     sound = pictures(Path("sound"), {"red": 9, "green": 9})
-    _, _, _, usual = peak("data", sound, "--json")
+    _, _, _, usual = peak("audit", sound, "--json")
     root = pictures(Path("photos"), {"red": 9, "green": 9})
     for name, content in images():
         (root / "red" / name).write_bytes(content)
     strange(root / "green")
     before = world(tmp_path / "work" / "photos", tmp_path / "work" / "sound", Path("/tmp/evil"))
-    code, out, said, most = peak("data", root, "--json")
+    code, out, said, most = peak("audit", root, "--json")
     assert code == 0, said
     assert "Traceback" not in said
     assert most < usual + ROOM, f"{most >> 10} MiB, {usual >> 10} MiB on sound images"

@@ -214,7 +214,7 @@ def test_with_the_test_split_its_runs_are_found_and_a_corrected_csv_stays(there:
     done = here("labels", "digits", "--data", "planted.csv", *SMALL, *FOLDS, "--test")
     assert done.code == 0, done.err
     assert done.err.count("is trained already") == 3
-    assert "the test split was opened" in done.err
+    assert "test set used (logged" in done.err
     assert looks() == [1, 1, 1]
     assert table.read_bytes() == corrected
     table.write_bytes(before)

@@ -91,7 +91,7 @@ def test_few_open_files_one_processor_and_no_shared_memory() -> None:
         ["train", "photos", *NET, "--no-test", "--name", "by-files"],
         ["evaluate", "by-shards", "--split", "val"],
         ["predict", "by-files", "photos/red", "--format", "csv"],
-        ["data", "photos"],
+        ["audit", "photos"],
         CONVLENS_MEMORY="1KB",
     )
     assert shown["codes"] == [0] * 5, said

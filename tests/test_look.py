@@ -316,7 +316,7 @@ def test_the_test_split_is_opened_by_who_names_it_and_each_look_is_logged() -> N
         (["test:1", "worst:1"], ["--embedding", "pca", "--split", "test"])
     ):
         done = here("look", "small", *asked, "--json")
-        assert f"look {number + 1} is logged" in " ".join(done.err.split())
+        assert f"test set used {('once', '2 times')[number]} (logged)" in " ".join(done.err.split())
         assert [(e["split"], e["looks"], e["by"]) for e in log()] == [
             ("test", n + 1, "look") for n in range(number + 1)
         ]

@@ -71,7 +71,7 @@ def test_the_same_recipe_finds_it_and_other_commands_read_it(folder: str) -> Non
     run = convlens.train(convlens.Run.load("run").recipe, name="run", test=False)
     assert run.path == place.path
     assert place.facts() == before
-    for command in ("doctor", "report"):
+    for command in ("diagnose", "report"):
         done = here(command, "run")
         assert done.code == 0, done.err
     done = here("predict", "run", "--help")

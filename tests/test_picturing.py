@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from commands import DIGITS, constant_model, here, pictures
+from commands import DIGITS, constant_model, here, pictures, refused
 from convlens import Run, picturing
 from convlens.run import RunFolder
 from support import Memory, Split
@@ -32,12 +34,32 @@ def test_with_figures_none_nothing_is_drawn_that_was_not_asked_for() -> None:
     done = here("--figures", "none", "train", *DIGITS, "--name", "bare")
     assert done.code == 0, done.err
     assert "plots" not in done.out
-    table = here("--figures", "none", "train", *DIGITS, "--name", "two", "--seeds", "2")
+    table = here("train", *DIGITS, "--name", "two", "--seeds", "2", "--figures", "none")
     assert table.code == 0, table.err
     assert "plot " not in table.out
     assert not list(Path().rglob("*.png"))
     assert here("--figures", "none", "look", "bare", "test:0").code == 0
     assert list(Path("plots").rglob("*.png"))
+
+
+def test_figures_may_stand_before_or_after_the_command() -> None:
+    assert here("train", *DIGITS, "--name", "bare", "--figures", "none").code == 0
+    before = dict(os.environ)
+    for arguments in (
+        ["--figures", "pdf", "evaluate", "bare"],
+        ["evaluate", "bare", "--figures", "svg"],
+        ["--figures", "pdf", "evaluate", "bare", "--figures", "none"],  # the last one counts
+    ):
+        assert here(*arguments).code == 0
+        suffixes = {path.suffix for path in Path("plots").rglob("*.*")}
+        shutil.rmtree("plots", ignore_errors=True)
+        last = arguments[-1] if "--figures" in arguments[1:] else arguments[1]
+        assert suffixes == (set() if last == "none" else {".png", f".{last}"})
+    assert dict(os.environ) == before
+    refused(here("evaluate", "bare", "--figures", "gif"), 2, "unknown format of figures 'gif'")
+    # An option holds for its own command only.
+    Run.load("bare").evaluate("test")
+    assert {path.suffix for path in Path("plots").rglob("*.*")} == {".png"}
 
 
 def test_a_training_leaves_its_plots() -> None:
@@ -115,7 +137,7 @@ def test_columns_of_rows() -> None:
 
 def test_a_data_sheet_and_a_seed_plot_are_written() -> None:
     pictures(Path("photos"), {"red": 4, "green": 4})
-    sheet = Path(here("data", "photos", "--json").json["contact_sheet"])
+    sheet = Path(here("audit", "photos", "--json").json["contact_sheet"])
     assert sheet == Path("plots/data-photos.png")
     row = {
         "epoch": 1.0, "train_loss": 1.0, "val_loss": 1.1, "train_accuracy": 0.5,

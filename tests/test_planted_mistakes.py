@@ -158,10 +158,10 @@ def test_test_images_among_those_of_training() -> None:
     pictures(Path("photos/train"), dict.fromkeys(COLOURS, 12))
     pictures(Path("photos/test"), dict.fromkeys(COLOURS, 4), first=500)
     shutil.copy("photos/test/red/501.png", "photos/train/red/another-name.png")
-    done = here("data", "photos")
+    done = here("audit", "photos")
     assert done.code == 0
     assert "across splits" in done.out + done.err
-    found = here("data", "photos", "--json").json["duplicates"]
+    found = here("audit", "photos", "--json").json["duplicates"]
     assert (found["groups"], found["across_splits"]) == (1, 1)
     assert sorted(found["listed"][0]["splits"]) == ["test", "train"]
     # Moved there after training: the model's own test is refused.

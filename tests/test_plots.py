@@ -79,7 +79,7 @@ def examples() -> dict[str, Figure]:
     made = {
         "curves": plots.curves(history(3), 2, "run"),
         "seed_curves": plots.seed_curves([history(3), history(2)], "run"),
-        "setting_curves": plots.setting_curves({"a": [history(3)], "b": [history(2)] * 2}, "run"),
+        "variant_curves": plots.variant_curves({"a": [history(3)], "b": [history(2)] * 2}, "run"),
         "differences": plots.differences({"b": (-0.01, (-0.02, 0.0), True)}, "a"),
         "learning_rate": plots.learning_rate([1, 2], [0.1, 0.01]),
         "confusion": plots.confusion([[3, 1], [0, 2]], ["cat", "dog"], "test"),
@@ -286,10 +286,10 @@ def test_seed_curves_average_what_all_seeds_reached(tmp_path: Path) -> None:
         plots.seed_curves([])
 
 
-def test_settings_are_overlaid_each_with_a_look_of_its_own(tmp_path: Path) -> None:
+def test_variants_are_overlaid_each_with_a_look_of_its_own(tmp_path: Path) -> None:
     first, second = history(4), history(3)
     second["val_accuracy"] = [value + 0.2 for value in second["val_accuracy"]]
-    figure = plots.setting_curves({"both": [first, second], "one": [history(6)]}, "x", "2 seeds")
+    figure = plots.variant_curves({"both": [first, second], "one": [history(6)]}, "x", "2 seeds")
     loss, accuracy = figure.axes
     assert (loss.get_ylabel(), accuracy.get_ylabel()) == (
         "validation loss (nats)", "validation accuracy",
@@ -305,25 +305,25 @@ def test_settings_are_overlaid_each_with_a_look_of_its_own(tmp_path: Path) -> No
     assert [text.get_text() for text in legend.get_texts()] == ["both", "one"]
     assert "mean ± sd of 2 seeds" in loss.get_title(loc="left")
     png(figure, tmp_path)
-    many = plots.setting_curves({f"setting {n}": [history(2)] for n in range(28)}).axes[0]
+    many = plots.variant_curves({f"variant {n}": [history(2)] for n in range(28)}).axes[0]
     looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in many.lines}
     assert len(looks) == 28
     with pytest.raises(UsageError):
-        plots.setting_curves({})
+        plots.variant_curves({})
     with pytest.raises(UsageError):
-        plots.setting_curves({"a": []})
+        plots.variant_curves({"a": []})
 
 
-def test_settings_without_validation_show_their_training() -> None:
+def test_variants_without_validation_show_their_training() -> None:
     given = {**history(3), "val_loss": [math.nan] * 3, "val_accuracy": [math.nan] * 3}
-    loss = plots.setting_curves({"a": [given], "b": [given]}).axes[0]
+    loss = plots.variant_curves({"a": [given], "b": [given]}).axes[0]
     assert loss.get_ylabel() == "training loss (nats)"
     np.testing.assert_array_equal(loss.lines[0].get_ydata(), given["train_loss"])
 
 
-def test_the_names_of_settings_stay_on_the_paper() -> None:
+def test_the_names_of_variants_stay_on_the_paper() -> None:
     names = [f"RandomAdjustSharpness-{n}" for n in range(9)]
-    figure = plots.setting_curves({name: [history(2)] for name in names})
+    figure = plots.variant_curves({name: [history(2)] for name in names})
     figure.savefig(io.BytesIO())
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0
@@ -498,7 +498,7 @@ def test_hostile_names_are_only_text(tmp_path: Path) -> None:
         plots.accuracy_bars(HOSTILE, [0.5] * n, [(0.4, 0.6)] * n, HOSTILE[1]),
         plots.curves(history(3), 2, HOSTILE[1]),
         plots.seed_curves([history(3)] * 2, HOSTILE[1]),
-        plots.setting_curves({name: [history(3)] for name in HOSTILE}, HOSTILE[1]),
+        plots.variant_curves({name: [history(3)] for name in HOSTILE}, HOSTILE[1]),
     ):
         png(figure, tmp_path)
 

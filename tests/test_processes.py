@@ -293,7 +293,7 @@ def test_seeds_and_evaluate_work_together_and_the_rest_is_refused() -> None:
     Path("long.yaml").write_text(tiny("train.epochs=2").to_text())
     done = torchrun(2, *TRAIN[:4], "--seeds", "2", "--device", "cpu", "--json")
     assert done.code == 0, done.err
-    (table,) = done.json["settings"]
+    (table,) = done.json["variants"]
     assert len(table["accuracies"]) == len(table["runs"]) == 2
     place = RunFolder(Path("models") / table["runs"][0]["run"])
     split = ("--split", "train", "--device", "cpu", "--json")

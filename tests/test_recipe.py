@@ -297,83 +297,89 @@ def test_an_unknown_base_names_near_misses() -> None:
 VARIED = """
 base: mnist
 optim: {lr: 0.5}
-settings:
+variants:
   nested: {optim: {lr: 0.1, weight_decay: 0.2}, augment: [RandomHorizontalFlip]}
   dotted: {optim.lr: 0.2, train.epochs: 3, about: other}
   family: {model.blocks: 3, model.name: other}
 """
 
 
-def test_a_setting_lies_over_the_recipe_and_overrides_over_it() -> None:
+def test_a_variant_changes_the_recipe_and_overrides_change_the_variant() -> None:
     path = written(VARIED, "varied.yaml")
-    assert recipe.settings(path) == ["nested", "dotted", "family"]
-    plain, nested = recipe.load(path), recipe.load(path, setting="nested")
+    assert list(recipe.variants(path)) == ["nested", "dotted", "family"]
+    plain, nested = recipe.load(path), recipe.load(path, variant="nested")
     assert (plain.optim.lr, nested.optim.lr, nested.optim.weight_decay) == (0.5, 0.1, 0.2)
     assert nested.operations == [("RandomHorizontalFlip", {})]
     assert nested.model == plain.model
     dotted = recipe.load(path, ["optim.lr=0.3"], "dotted")
     assert (dotted.optim.lr, dotted.train.epochs, dotted.about) == (0.3, 3, "other")
-    assert recipe.load(path, setting="family").model.options == {"blocks": 3}
+    assert recipe.load(path, variant="family").model.options == {"blocks": 3}
     assert nested.name == plain.name == "varied"
 
 
-def test_settings_reach_neither_the_recipe_nor_its_digest() -> None:
+def test_variants_reach_neither_the_recipe_nor_its_digest() -> None:
     with_them = recipe.load(written(VARIED))
-    without = recipe.load(written(VARIED[: VARIED.index("settings")]))
+    without = recipe.load(written(VARIED[: VARIED.index("variants")]))
     assert with_them.digest() == without.digest()
-    assert "settings" not in with_them.to_text()
-    assert "unknown key 'settings'" in refused("settings={}")
+    assert "variants" not in with_them.to_text()
+    assert "unknown key 'variants'" in refused("variants={}")
 
 
-def test_settings_are_inherited_and_replaced_by_name() -> None:
+def test_the_old_key_settings_is_refused_with_the_new_name() -> None:
+    path = written("base: digits\nsettings: {a: {optim.lr: 0.1}}\n")
+    with pytest.raises(UsageError, match=r"unknown key 'settings' \(did you mean variants\?\)"):
+        recipe.load(path)
+
+
+def test_variants_are_inherited_and_replaced_by_name() -> None:
     written(VARIED, "varied.yaml")
     path = written(
-        "base: varied.yaml\ntrain: {epochs: 9}\nsettings: {dotted: {optim.lr: 7}, own: {}}\n"
+        "base: varied.yaml\ntrain: {epochs: 9}\nvariants: {dotted: {optim.lr: 7}, own: {}}\n"
     )
-    assert recipe.settings(path) == ["nested", "dotted", "family", "own"]
-    inherited = recipe.load(path, setting="nested")
+    assert list(recipe.variants(path)) == ["nested", "dotted", "family", "own"]
+    inherited = recipe.load(path, variant="nested")
     assert (inherited.optim.lr, inherited.train.epochs) == (0.1, 9)
-    replaced = recipe.load(path, setting="dotted")
+    replaced = recipe.load(path, variant="dotted")
     assert (replaced.optim.lr, replaced.train.epochs) == (7, 9)
-    assert recipe.load(path, setting="own").digest() == recipe.load(path).digest()
+    assert recipe.load(path, variant="own").digest() == recipe.load(path).digest()
 
 
-def test_a_mapping_with_settings_and_what_a_file_of_them_holds() -> None:
-    tree = {"optim": {"lr": 0.1}, "settings": {"a": {"optim.lr": 0.2}}}
-    assert recipe.load(tree, setting="a").optim.lr == 0.2
-    assert recipe.variants(tree) == {"settings": {"a": {"optim.lr": 0.2}}}
+def test_a_mapping_with_variants_and_what_a_file_of_them_holds() -> None:
+    tree = {"optim": {"lr": 0.1}, "variants": {"a": {"optim.lr": 0.2}}}
+    assert recipe.load(tree, variant="a").optim.lr == 0.2
+    assert recipe.variants(tree) == {"a": {"optim.lr": 0.2}}
     assert recipe.variants("digits") == {}
-    again = {**recipe.load(tree).model_dump(mode="json"), **recipe.variants(tree)}
-    assert recipe.load(again, setting="a") == recipe.load(tree, setting="a")
+    again = {**recipe.load(tree).model_dump(mode="json"), "variants": recipe.variants(tree)}
+    assert recipe.load(again, variant="a") == recipe.load(tree, variant="a")
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("variants", "says"),
     [
-        ("5", "settings maps names to changes"),
-        ("[a, b]", "settings maps names to changes"),
+        ("5", "variants maps names to changes"),
+        ("[a, b]", "variants maps names to changes"),
         ("{a: 5}", "not a: 5"),
         ("{a: }", "not a: None"),
-        ("{all: {}}", "can't be called 'all'"),
-        ("{1: {}}", "can't be called 1"),
-        ("{'a/b': {}}", "can't be called 'a/b'"),
+        ("{all: {}}", "invalid variant name 'all'"),
+        ("{1: {}}", "invalid variant name 1"),
+        ("{'a/b': {}}", "invalid variant name 'a/b'"),
         ("{x: {optim: {lrr: 1}}}", "'optim.lrr' (did you mean optim.lr"),
         ("{x: {optim.lrr: 1, train.epochs: 0}}", "train.epochs=0"),
         ("{x: {trian: {epochs: 1}}}", "'trian'"),
-        ("{x: {name: y}}", "a setting has no 'name'"),
-        ("{x: {base: mnist}}", "a setting has no 'base'"),
-        ("{x: {settings: {}}}", "a setting has no 'settings'"),
+        ("{x: {name: y}}", "a variant cannot change 'name'"),
+        ("{x: {base: mnist}}", "a variant cannot change 'base'"),
+        ("{x: {variants: {}}}", "a variant cannot change 'variants'"),
         ("{x: {1.5: 2}}", "unknown key '1.5'"),
         ("{x: {1: 2}}", "1"),
         ("{x: {optim: 3}}", "optim=3"),
-        ("{xx: {}}", "unknown setting 'x'"),
-        ("{}", "has no settings"),
+        ("{xx: {}}", "unknown variant 'x'"),
+        ("{}", "has no variants"),
     ],
 )
-def test_settings_that_can_not_be(settings: str, says: str) -> None:
-    path = written(f"base: digits\nsettings: {settings}\n")
+def test_variants_that_can_not_be(variants: str, says: str) -> None:
+    path = written(f"base: digits\nvariants: {variants}\n")
     with pytest.raises(UsageError) as caught:
-        recipe.load(path, setting="x")
+        recipe.load(path, variant="x")
     assert says in str(caught.value)
 
 

@@ -111,7 +111,7 @@ def test_the_page_states_what_evaluate_states() -> None:
         truth, said = map(int, key.split("-"))
         assert cell["n"] == evaluated.confusion[truth][said]
         assert 1 <= len(cell["images"]) <= cell["n"]
-    assert "looked at 2 times" in found.text
+    assert "Test set used 2 times" in found.text
 
 
 @pytest.mark.usefixtures("runs")

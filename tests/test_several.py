@@ -29,13 +29,13 @@ data: {per_class: 8}
 augment: []
 model: {widths: [4], depth: 1}
 train: {epochs: 2, batch_size: 16}
-settings:
+variants:
   slow: {optim: {lr: 0.0001}}
   wide: {model.widths: [8]}
 """
 
 
-def settings_file(name: str = "few.yaml") -> Path:
+def variants_file(name: str = "few.yaml") -> Path:
     path = Path(name)
     path.write_text(SETTINGS)
     return path
@@ -51,18 +51,18 @@ def trained(*arguments: str | Path) -> Any:
 
 
 def test_every_combination_is_one_run_with_a_name_of_its_own() -> None:
-    asked = asking.read_settings(settings_file(), "all", overrides=["data.seed=3"])
-    plans = several.expand(asked, splits=2, seeds=2, name="x")
+    asked = asking.read_variants(variants_file(), "all", overrides=["data.seed=3"])
+    plans = several.expand(asked, repeat_splits=2, seeds=2, name="x")
     assert [p.recipe.name for p in plans] == [
         "x-slow", "x-slow-seed1", "x-slow-split4", "x-slow-split4-seed1",
         "x-wide", "x-wide-seed1", "x-wide-split4", "x-wide-split4-seed1",
     ]  # fmt: skip
-    assert [(p.setting, p.data_seed, p.seed) for p in plans[:4]] == [
+    assert [(p.variant, p.data_seed, p.seed) for p in plans[:4]] == [
         ("slow", 3, 0), ("slow", 3, 1), ("slow", 4, 0), ("slow", 4, 1),
     ]  # fmt: skip
     for plan in plans:
         assert (plan.recipe.data.seed, plan.recipe.train.seed) == (plan.data_seed, plan.seed)
-        assert plan.recipe.optim.lr == (0.0001 if plan.setting == "slow" else 0.012)
+        assert plan.recipe.optim.lr == (0.0001 if plan.variant == "slow" else 0.012)
     assert len({p.recipe.digest() for p in plans}) == 8
     # The first split and seed are the recipe as it stands: the run of the plain command.
     alone = load("few.yaml", ["data.seed=3"], "slow")
@@ -135,7 +135,7 @@ def test_folds_are_pooled_over_their_images() -> None:
     assert two.sd == pytest.approx((6 / 30) / math.sqrt(2))
 
 
-def test_settings_are_compared_within_splits_and_seeds() -> None:
+def test_variants_are_compared_within_splits_and_seeds() -> None:
     # By hand: gains of 2, 4 and 6 points: mean 4, sample deviation 2, whatever the seeds' own.
     first = summary(*((0, seed, None, Looked(n, 100)) for seed, n in enumerate((50, 70, 60))))
     other = summary(*((0, seed, None, Looked(n, 100)) for seed, n in enumerate((52, 74, 66))))
@@ -159,7 +159,7 @@ def test_a_sum_with_something_unknown_is_unknown() -> None:
 def test_seeds_side_by_side_and_one_more() -> None:
     got = trained(*DIGITS, "--seeds", "2", "--name", "pair")
     assert (got["name"], got["split"], got["seeds"], got["folds"]) == ("pair", "test", 2, None)
-    (only,) = got["settings"]
+    (only,) = got["variants"]
     assert [entry["run"] for entry in only["runs"]] == ["pair", "pair-seed1"]
     assert only["seeds"] == [0, 1]
     one, two = only["accuracies"]
@@ -208,53 +208,53 @@ def test_seeds_begin_at_the_recipes_own() -> None:
 
 
 @pytest.mark.figures
-def test_all_settings_in_one_command() -> None:
-    settings_file()
-    done = here("train", "few.yaml", "train.epochs=1", "--settings", "all", "--json")
+def test_all_variants_in_one_command() -> None:
+    variants_file()
+    done = here("train", "few.yaml", "train.epochs=1", "--variants", "all", "--json")
     assert done.code == 0, done.err
-    slow, wide = done.json["settings"]
-    assert (slow["setting"], wide["setting"]) == ("slow", "wide")
+    slow, wide = done.json["variants"]
+    assert (slow["variant"], wide["variant"]) == ("slow", "wide")
     for entry, lr, widths in ((slow, 0.0001, [4]), (wide, 0.012, [8])):
-        assert entry["runs"][0]["run"].startswith(f"few-{entry['setting']}-")
+        assert entry["runs"][0]["run"].startswith(f"few-{entry['variant']}-")
         recipe = Run.load(entry["runs"][0]["run"]).recipe
         assert (recipe.optim.lr, recipe.model.options["widths"]) == (lr, widths)
-        assert recipe.train.epochs == 1  # the command line lies over the setting
+        assert recipe.train.epochs == 1  # the command line lies over the variant
         assert entry["interval95"] == entry["runs"][0]["interval95"]
-        assert "settings" not in (Path(entry["runs"][0]["path"]) / "recipe.yaml").read_text()
+        assert "variants" not in (Path(entry["runs"][0]["path"]) / "recipe.yaml").read_text()
     assert slow["parameters"] < wide["parameters"]
     assert (slow["over_first"], slow["over_first_sd"]) == (0, None)
     assert wide["over_first"] == pytest.approx(wide["mean"] - slow["mean"])
     assert slow["trainable_parameters"] == slow["parameters"]
     assert Path(done.json["plot"]).is_file()
-    assert done.json["plot"].startswith("plots/few-settings-")
+    assert done.json["plot"].startswith("plots/few-variants-")
 
 
 @pytest.mark.figures
-def test_a_table_of_settings_and_a_recipe_alone() -> None:
-    path = settings_file()
-    done = here("train", path, "--settings", "wide,slow", "--no-test")
+def test_a_table_of_variants_and_a_recipe_alone() -> None:
+    path = variants_file()
+    done = here("train", path, "--variants", "wide,slow", "--no-test")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert next(line.split()[0] for line in lines if line.strip()) == "setting"
+    assert next(line.split()[0] for line in lines if line.strip()) == "variant"
     assert [name for line in lines for name in line.split()[:1] if name in ("slow", "wide")] == [
         "wide", "slow",
     ]  # fmt: skip
     assert "over wide" in lines[1] + lines[0]
     assert sorted(p.name for p in Path("models").iterdir()) == ["few-slow", "few-wide"]
-    assert done.out.splitlines()[-1] == "plot   plots/few-settings/curves.png"
-    # Without --settings the recipe as it stands.
+    assert done.out.splitlines()[-1] == "plot   plots/few-variants/curves.png"
+    # Without --variants the recipe as it stands.
     assert trained(path, "--no-test")["run"] == "few"
     assert Run.load("few").recipe.digest() not in {
         Run.load(name).recipe.digest() for name in ("few-slow", "few-wide")
     }
 
 
-def test_settings_that_can_not_be() -> None:
-    path = settings_file()
-    refused(command("train", path, "--settings", "slwo"), 2, "unknown setting 'slwo'", "slow")
-    refused(here("train", "digits", "--settings", "all"), 2, "'digits' has no settings")
-    refused(here("train", "digits", "--data", "shapes", "--settings", "x"), 2, "no settings")
-    refused(here("train", path, "--settings", "all", "optim.name=adamm"), 2, "adamm")
+def test_variants_that_can_not_be() -> None:
+    path = variants_file()
+    refused(command("train", path, "--variants", "slwo"), 2, "unknown variant 'slwo'", "slow")
+    refused(here("train", "digits", "--variants", "all"), 2, "'digits' has no variants")
+    refused(here("train", "digits", "--data", "shapes", "--variants", "x"), 2, "no variants")
+    refused(here("train", path, "--variants", "all", "optim.name=adamm"), 2, "adamm")
     assert not Path("models").exists()
 
 
@@ -262,7 +262,7 @@ def test_settings_that_can_not_be() -> None:
 
 
 def test_splits_differ_in_what_is_held_out() -> None:
-    short = [*DIGITS, "train.epochs=1", "--splits", "2", "--seeds", "2", "--no-test"]
+    short = [*DIGITS, "train.epochs=1", "--repeat-splits", "2", "--seeds", "2", "--no-test"]
     done = here("train", *short, "--name", "x")
     assert done.code == 0, done.err
     names = ["x", "x-seed1", "x-split1", "x-split1-seed1"]
@@ -280,7 +280,12 @@ def test_splits_differ_in_what_is_held_out() -> None:
 def test_splits_of_data_that_bring_their_own_are_refused() -> None:
     for split in ("train", "val", "test"):
         pictures(Path("photos") / split, {"red": 3, "green": 3})
-    refused(here("train", "photos", "--splits", "2"), 2, "--splits 2", "brings all its splits")
+    refused(
+        here("train", "photos", "--repeat-splits", "2"),
+        2,
+        "--repeat-splits 2",
+        "comes with all its splits",
+    )
 
 
 # Folds
@@ -317,7 +322,7 @@ def test_a_refit_trains_on_everything_for_the_epochs_that_were_chosen() -> None:
     few = [*DIGITS, "data.per_class=null", "data.total_per_class=9", "train.epochs=4"]
     done = here("train", *few, "--refit", "--name", "x", "--json")
     assert done.code == 0, done.err
-    (entry,) = done.json["settings"][0]["runs"]
+    (entry,) = done.json["variants"][0]["runs"]
     assert (entry["run"], entry["chosen_by"]) == ("x-refit", "x")
     chooser, refit = Run.load("x"), Run.load("x-refit")
     assert chooser.results == []  # the test split was opened for the refit alone
@@ -339,13 +344,13 @@ def test_a_refit_trains_on_everything_for_the_epochs_that_were_chosen() -> None:
 @pytest.mark.figures
 def test_a_refit_from_python() -> None:
     table = convlens.train_many(
-        settings_file(), {"data.per_class": None, "data.total_per_class": 9, "train.epochs": 1},
-        settings=["wide"], refit=True, quiet=True,
+        variants_file(), {"data.per_class": None, "data.total_per_class": 9, "train.epochs": 1},
+        variants=["wide"], refit=True, quiet=True,
     )  # fmt: skip
     (run,) = table.runs
     assert run.name.startswith("few-wide-refit-")
     assert run.recipe.data.val_fraction == 0
-    assert [s.setting for s in table.summaries] == ["wide"]
+    assert [s.variant for s in table.summaries] == ["wide"]
     assert table.plot.is_file()
     assert repr(table) == "RunTable('few', 1 runs)"
     assert table.to_dict()["refit"] is True
@@ -378,7 +383,7 @@ def test_combinations_that_can_not_be_are_refused_first(arguments: list[str], sa
 
 
 def test_wrong_numbers_of_runs() -> None:
-    for option in ("--seeds=0", "--splits=0", "--folds=1"):
+    for option in ("--seeds=0", "--repeat-splits=0", "--folds=1"):
         assert here("train", "digits", option).code == 2
 
 
@@ -389,11 +394,11 @@ def test_wrong_recipes_stop_before_the_first_run() -> None:
     assert not Path("models").exists()
 
 
-def test_the_list_of_recipes_says_how_many_settings_there_are(
+def test_the_list_of_recipes_says_how_many_variants_there_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = settings_file()
+    path = variants_file()
     recipe_table({"few": load(path), "digits": load("digits")}, {"few": ["a", "b"], "digits": []})
     few, digits = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert few.rstrip().endswith("; 2 settings")
-    assert "settings" not in digits
+    assert few.rstrip().endswith("; 2 variants")
+    assert "variants" not in digits

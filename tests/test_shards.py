@@ -682,7 +682,7 @@ def test_unreadable_images_in_shards(tmp_path: Path) -> None:
 
 def test_commands_on_shards(tmp_path: Path) -> None:
     root = shards(tmp_path / "x", {"train": 60, "val": 10, "test": 10})
-    audit = here("data", root, "--json")
+    audit = here("audit", root, "--json")
     assert audit.code == 0, audit.err
     assert audit.json["counts"]["0"] == {"train": 30, "val": 5, "test": 5}
     assert Path(audit.json["contact_sheet"]).exists()
@@ -730,7 +730,7 @@ def test_files_are_copied_into_shards_byte_by_byte(tmp_path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.open(io.BytesIO(png(i))).save(path, "JPEG")
     out = tmp_path / "shards"
-    done = here("data", tmp_path / "set", "--shards", out, "--json")
+    done = here("shard", tmp_path / "set", out, "--json")
     assert done.json["images"] == {"train": 6, "val": 4}
     assert done.json["shards"] == 2
     source, theirs = find(str(out)), find(str(tmp_path / "set"))
@@ -744,5 +744,5 @@ def test_files_are_copied_into_shards_byte_by_byte(tmp_path: Path) -> None:
     write_shards(source, tmp_path / "twice")
     assert read_shards(tmp_path / "twice", "x").parts["val"].labels.tolist() == [0, 0, 1, 1]
     (tmp_path / "set" / "val" / "a" / "0.jpg").write_text("no image")
-    refused(here("data", tmp_path / "set", "--shards", tmp_path / "bad"), 3, "no image", "0.jpg")
+    refused(here("shard", tmp_path / "set", tmp_path / "bad"), 3, "no image", "0.jpg")
     assert sorted(p.name for p in tmp_path.iterdir() if "bad" in p.name) == []

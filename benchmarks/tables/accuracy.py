@@ -43,8 +43,8 @@ def accuracies(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def settings(results: list[dict[str, Any]]) -> str:
-    """Settings of a recipe that were compared on validation, beside the first of them."""
+def variants(results: list[dict[str, Any]]) -> str:
+    """Compare the variants of a recipe on validation with the first of them."""
     lines = ["## Settings side by side, on validation", ""]
     for command in dict.fromkeys(r["command"] for r in results):
         group = [r for r in results if r["command"] == command]
@@ -55,7 +55,7 @@ def settings(results: list[dict[str, Any]]) -> str:
         )
         lines += [
             f"`{first['recipe']}`{changed}: {_runs(first)}, validation accuracy (n = "
-            f"{first['n']:,}) of the last weights, and what each adds to `{first['setting']}` "
+            f"{first['n']:,}) of the last weights, and what each adds to `{_variant(first)}` "
             "within the same seed.",
             "",
             "| setting | validation | over the first | its loss, nats | CPU s a run |",
@@ -64,7 +64,7 @@ def settings(results: list[dict[str, Any]]) -> str:
         for r in group:
             gain = "–" if r is first else f"{100 * r['over_first']:+.2f}{sd(r['over_first_sd'])}"
             lines.append(
-                f"| `{r['setting']}` | {100 * r['mean']:.2f}{sd(r['sd'])}% | {gain} | "
+                f"| `{_variant(r)}` | {100 * r['mean']:.2f}{sd(r['sd'])}% | {gain} | "
                 f"{statistics.fmean(r['losses']):.2f} | {mean(r.get('cpu_seconds'))} |"
             )
         lines += ["", *circumstances(group), ""]
@@ -96,8 +96,14 @@ def published(results: list[dict[str, Any]]) -> str:
 
 
 def _recipe(r: dict[str, Any]) -> str:
-    setting = f" `{r['setting']}`" if r.get("setting") else ""
-    return f"`{r['recipe']}`{setting}{' (refit)' if r.get('refit') else ''}"
+    variant = f" `{_variant(r)}`" if _variant(r) else ""
+    return f"`{r['recipe']}`{variant}{' (refit)' if r.get('refit') else ''}"
+
+
+def _variant(r: dict[str, Any]) -> str | None:
+    """The variant's name. Results recorded before the rename call it a setting."""
+    name: str | None = r.get("variant", r.get("setting"))
+    return name
 
 
 def _runs(r: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from convlens.estimator import ImageClassifier as ImageClassifier
     from convlens.insight import (
         compare as compare,
-        doctor as doctor,
+        diagnose as diagnose,
         find_label_errors as find_label_errors,
         look as look,
         measure as measure,
@@ -39,7 +39,7 @@ _HOMES = {
     "train": "api",
     "train_many": "api",
     "compare": "insight",
-    "doctor": "insight",
+    "diagnose": "insight",
     "evaluate": "api",
     "export": "api",
     "look": "insight",
@@ -59,7 +59,7 @@ __all__ = [
     "RunTable",
     "__version__",
     "compare",
-    "doctor",
+    "diagnose",
     "evaluate",
     "export",
     "find_label_errors",

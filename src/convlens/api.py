@@ -25,6 +25,7 @@ from convlens.recipe import Recipe, load as load_recipe
 from convlens.several import runs as several
 from convlens.several.tabling import Summary, Table
 from convlens.starting import asking
+from convlens.system.console import print_status
 
 
 class Run:
@@ -90,7 +91,14 @@ class Run:
         With `tta` (`flip`, `flip+shifts`) `Evaluation.tta` has the numbers of test-time
         augmentation; the others stay plain.
         """
-        return evaluation.evaluate(self._folder, split, data=data, tta=tta, on=device, quiet=quiet)
+        result = evaluation.evaluate(
+            self._folder, split, data=data, tta=tta, on=device, quiet=quiet
+        )
+        if not quiet:
+            print_status(evaluation.sentence({**result.to_dict(), "own": data is None}))
+            if tta is not None:
+                print_status(result.tta_sentence())
+        return result
 
     def predict(
         self,
@@ -165,6 +173,8 @@ def train(
         on=device,
         quiet=quiet,
     )
+    if test and not quiet:
+        print_status(evaluation.sentence(place.results()[-1]))
     return Run(place)
 
 
@@ -184,12 +194,12 @@ class RunTable:
 
     @property
     def runs(self) -> list[Run]:
-        """Every run that was measured, in the order of settings, splits, seeds and folds."""
+        """Every run that was measured, in the order of variants, splits, seeds and folds."""
         return [Run(outcome.place) for outcome in self._table.outcomes]
 
     @property
     def summaries(self) -> list[Summary]:
-        """What each setting reached: `setting`, `accuracies`, `mean`, `sd`, `interval95`, ..."""
+        """What each variant reached: `variant`, `accuracies`, `mean`, `sd`, `interval95`, ..."""
         return self._table.summaries
 
     @property
@@ -206,8 +216,8 @@ def train_many(
     what: str | Path | Mapping[str, Any] | Recipe,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
-    settings: str | Sequence[str] | None = None,
-    splits: int = 1,
+    variants: str | Sequence[str] | None = None,
+    repeat_splits: int = 1,
     seeds: int = 1,
     folds: int | None = None,
     refit: bool = False,
@@ -222,9 +232,9 @@ def train_many(
 
     Args:
         what, overrides, data, name, fresh, test, device, quiet: as in `train`.
-        settings: `"all"` of the recipe's settings, or some by name; overrides lie over each.
-        splits: so many splits of the data, from `data.seed` on.
-        seeds: so many seeds of everything else, from `train.seed` on.
+        variants: `"all"` variants of the recipe, or some by name; overrides apply to each.
+        repeat_splits: number of random splits of the data (`data.seed`, `data.seed` + 1, ...).
+        seeds: number of seeds of everything else (`train.seed`, `train.seed` + 1, ...).
         folds: K-fold cross-validation; the test split stays sealed.
         refit: finds the number of epochs by validation, then trains on training and validation
             images together for that many, and tests that run.
@@ -232,10 +242,10 @@ def train_many(
     Raises:
         ConvlensError: with what, where and what to do.
     """
-    asked = asking.read_settings(what, settings, data=data, overrides=_texts(overrides))
+    asked = asking.read_variants(what, variants, data=data, overrides=_texts(overrides))
     table = several.train_many(
         asked,
-        splits=splits,
+        repeat_splits=repeat_splits,
         seeds=seeds,
         folds=folds,
         refit=refit,

@@ -7,7 +7,7 @@ often a test set was used.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from convlens.inference import Answers, placed, split_answers
 from convlens.names import alike, pick
 from convlens.run import Loaded, RunFolder
 from convlens.stepping.data_parallel import distributed_map
-from convlens.system.console import print_status, progress, quieted
+from convlens.system.console import progress, quieted
 
 SPLITS = ("test", "val", "train")
 
@@ -280,8 +280,29 @@ def look(
     if draw and world.is_main_process:
         picturing.evaluation_plots(place, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
-    _tell(evaluation)
     return Look(evaluation, scores, truths)
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """Describe a result, an entry of `results.json` or `Evaluation.to_dict()`, in one line.
+
+    For the run's own test split it says how often it was used. Nothing in this module prints a
+    result: the command line and the Python API do so, once.
+    """
+    low, high = result["interval95"]
+    line = (
+        f"{result['split']} accuracy [bold]{result['accuracy']:.2%}[/] "
+        f"(95% interval {low:.2%} to {high:.2%}, n = {result['n']:,}), "
+        f"loss {result['loss']:.4f}, calibration error {result['ece']:.3f}"
+    )
+    if result["split"] == "test" and result.get("own"):
+        line += f"; test set used {times(result['looks'])}"
+    return line
+
+
+def times(count: int) -> str:
+    """Return `once` or `3 times`."""
+    return "once" if count == 1 else f"{count:,} times"
 
 
 class _Chosen(NamedTuple):
@@ -339,14 +360,3 @@ def _augmented(
     gained, lost, p = metrics.paired(truths, plain.argmax(1), mean.argmax(1))
     shared = {key: summary[key] for key in TTA_KEYS}
     return {"views": tta, **shared, "gained": gained, "lost": lost, "p": p}
-
-
-def _tell(result: Evaluation) -> None:
-    low, high = result.interval95
-    print_status(
-        f"{result.split} accuracy [bold]{result.accuracy:.2%}[/] "
-        f"(95% interval {low:.2%} to {high:.2%}, n = {result.n:,}), loss {result.loss:.4f}, "
-        f"calibration error {result.ece:.3f}"
-    )
-    if result.tta is not None:
-        print_status(result.tta_sentence())

@@ -123,11 +123,11 @@ def compare(
     return comparison.compare(names, split, data=data, force=force, on=device, quiet=quiet)
 
 
-def doctor(run: str | Path | Run, *, device: str | None = None, quiet: bool = True) -> Diagnosis:
-    """Says what is going on in a run, with the evidence and what to do about it.
+def diagnose(run: str | Path | Run, *, device: str | None = None, quiet: bool = True) -> Diagnosis:
+    """Diagnose a run: overfitting, learning rate, dead layers and more, with evidence and remedy.
 
     Example:
-        >>> [(finding.rule, finding.overrides) for finding in convlens.doctor("mnist").findings]
+        >>> [(finding.rule, finding.overrides) for finding in convlens.diagnose("mnist").findings]
     """
     from convlens.diagnosing import diagnosis
 

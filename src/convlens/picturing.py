@@ -6,7 +6,6 @@ functions that draw.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from convlens.errors import UsageError
 from convlens.recipe import Recipe
 from convlens.run import PLOTS, RunFolder, safe
 from convlens.starting import auto
+from convlens.system import options
 
 SHOWN = 16  # pictures in a sheet
 Row = Mapping[str, float]
@@ -30,7 +30,7 @@ Row = Mapping[str, float]
 
 def unwanted() -> bool:
     """Whether the plots that a training and a test leave are to be left out (`--figures none`)."""
-    return os.environ.get("CONVLENS_FIGURES") == "none"
+    return options.figures() == "none"
 
 
 def training_plots(
@@ -148,30 +148,30 @@ def _largest(shares: Sequence[float], classes: Sequence[str]) -> list[tuple[str,
 
 
 def several_plot(
-    path: Path, settings: Mapping[str, Sequence[Sequence[Row]]], title: str, what: str
+    path: Path, variants: Mapping[str, Sequence[Sequence[Row]]], title: str, what: str
 ) -> None:
-    """Curves of several runs: of one recipe with their band, or of its settings overlaid.
+    """Curves of several runs: of one recipe with their band, or of its variants overlaid.
 
     Args:
-        settings: the epochs of each run, by the name of its setting.
+        variants: the epochs of each run, by the name of its variant.
         what: what means are over, e.g. `3 seeds`.
     """
     if unwanted():
         return
     from convlens import plots
 
-    groups = {name: [columns(rows) for rows in runs] for name, runs in settings.items()}
+    groups = {name: [columns(rows) for rows in runs] for name, runs in variants.items()}
     if len(groups) == 1:
         (runs,) = groups.values()
         plots.save(plots.seed_curves(runs, title, what), path)
     else:
-        plots.save(plots.setting_curves(groups, title, what), path)
+        plots.save(plots.variant_curves(groups, title, what), path)
 
 
 def comparison_plots(
     folder: Path,
     title: str,
-    settings: Mapping[str, Sequence[Sequence[Row]]],
+    variants: Mapping[str, Sequence[Sequence[Row]]],
     gains: Mapping[str, tuple[float, tuple[float, float] | None, bool]],
     reference: str,
 ) -> list[Path]:
@@ -183,12 +183,12 @@ def comparison_plots(
     from convlens import plots
 
     curves, differences = folder / "curves.png", folder / "differences.png"
-    drawn = {name: [columns(rows) for rows in runs if rows] for name, runs in settings.items()}
+    drawn = {name: [columns(rows) for rows in runs if rows] for name, runs in variants.items()}
     drawn = {name: histories for name, histories in drawn.items() if histories}
     if drawn:
         counts = {len(histories) for histories in drawn.values()}
         what = f"{max(counts)} seeds" if len(counts) == 1 else "the seeds"
-        plots.save(plots.setting_curves(drawn, title, what), curves)
+        plots.save(plots.variant_curves(drawn, title, what), curves)
     plots.save(plots.differences(gains, reference), differences)
     return [*([curves] if drawn else []), differences]
 

@@ -4,9 +4,9 @@
 it back into YAML that trains as it stands. All that is wrong is reported at once. No torch in
 here: `convlens --help` and `convlens recipes` must be instant.
 
-A recipe's file may also hold `settings`: named variants of it, each a few changes laid over the
-rest (`settings: {slow: {optim: {lr: 0.01}}, fast: {optim.lr: 0.1}}`). They belong to the file,
-not to the recipe that trains: `load(..., setting="slow")` is a recipe like any other.
+A recipe file may also have `variants`: named sets of changes to the rest of the file
+(`variants: {slow: {optim: {lr: 0.01}}, fast: {optim.lr: 0.1}}`). They belong to the file, not to
+the recipe that trains: `load(..., variant="slow")` returns an ordinary recipe.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ from convlens.system.yamltext import short
 
 Operations = list[tuple[str, dict[str, Any]]]
 Source = str | Path | Mapping[str, Any]
+Variants = dict[str, dict[str, Any]]
+
+RENAMED_KEYS = {"settings": "variants"}  # old top-level keys, for the hint in the error
 
 
 class Recipe(Section):
@@ -93,33 +96,27 @@ def text(name: str) -> str:
     return (resources.files("convlens") / "recipes" / f"{name}.yaml").read_text("utf-8")
 
 
-def settings(source: Source) -> list[str]:
-    """The names of a recipe's settings, in the order of its file; of its base's first."""
-    return list(_tree(source)[1])
+def variants(source: Source) -> Variants:
+    """Return a recipe's variants as `{name: changes}`, those of its base first."""
+    return _tree(source)[1]
 
 
-def variants(source: Source) -> dict[str, Any]:
-    """`{"settings": {name: changes}}` as a recipe's file may hold it; empty if it has none."""
-    found = _tree(source)[1]
-    return {"settings": found} if found else {}
-
-
-def load(source: Source, overrides: Sequence[str] = (), setting: str | None = None) -> Recipe:
+def load(source: Source, overrides: Sequence[str] = (), variant: str | None = None) -> Recipe:
     """The recipe called `source` (a built-in name, a YAML file or a mapping) with overrides.
 
     Args:
         overrides: `key=value` texts with dotted keys (`optim.lr=0.1`); values are YAML. They
-            lie over the setting's.
-        setting: one of its settings, laid over it; by default the recipe as it stands.
+            take precedence over the variant's changes.
+        variant: name of a variant to apply; by default the recipe is loaded as it is.
 
     Raises:
         UsageError: unknown names or keys (with near misses) and impossible values, all at once.
     """
     tree, variants, where = _tree(source)
     problems: list[str] = []
-    if setting is not None:
-        where = f"{where}, setting {setting}"
-        tree = _varied(tree, variants, setting, where, problems)
+    if variant is not None:
+        where = f"{where}, variant {variant}"
+        tree = _apply_variant(tree, variants, variant, where, problems)
     # The family first: setting it drops the former one's keys, not those given beside it.
     for override in sorted(overrides, key=lambda text: not text.startswith("model.name=")):
         key, equals, value = override.partition("=")
@@ -134,11 +131,8 @@ def load(source: Source, overrides: Sequence[str] = (), setting: str | None = No
     return _check(tree, where=where, problems=problems, lines=lambda: _lines(source, set_here))
 
 
-Variants = dict[str, dict[str, Any]]
-
-
 def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], Variants, str]:
-    """The merged, unchecked tree of a recipe and of those it is based on; settings; its place."""
+    """The merged, unchecked tree of a recipe and of those it is based on; variants; its place."""
     if isinstance(source, Mapping):
         tree, where, folder = _copy(source), "recipe", Path()
         tree.setdefault("name", "custom")
@@ -156,7 +150,7 @@ def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], 
             Path(),
         )
         tree["name"] = str(source)
-    base, variants = tree.pop("base", None), _variants(tree.pop("settings", None), where)
+    base, variants = tree.pop("base", None), _check_variants(tree.pop("variants", None), where)
     if base is None:
         return tree, variants, where
     if not isinstance(base, str):
@@ -167,33 +161,33 @@ def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], 
     return _merge(beneath, tree), {**theirs, **variants}, where
 
 
-def _variants(value: Any, where: str) -> Variants:
-    """The settings of a file, checked as far as that goes without laying them over anything."""
+def _check_variants(value: Any, where: str) -> Variants:
+    """Check names and types of a file's variants; their keys are checked when one is applied."""
     if value is None:
         return {}
-    wrong = "settings maps names to changes, e.g. settings: {slow: {optim.lr: 0.01}}"
+    wrong = "variants maps names to changes, e.g. variants: {slow: {optim.lr: 0.01}}"
     if not isinstance(value, Mapping):
         raise UsageError(f"{wrong}; not {short(value)}", where=where)
     for name, changes in value.items():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name == "all":
-            fix = "letters, digits, `.`, `_` and `-` make a name; `all` means all of them"
-            raise UsageError(f"a setting can't be called {name!r}", where=where, fix=fix)
+            fix = "use letters, digits, `.`, `_` and `-`; `all` is reserved and means every variant"
+            raise UsageError(f"invalid variant name {name!r}", where=where, fix=fix)
         if not isinstance(changes, Mapping):
             raise UsageError(f"{wrong}; not {name}: {short(changes)}", where=where)
     return {name: _copy(changes) for name, changes in value.items()}
 
 
-def _varied(
+def _apply_variant(
     tree: dict[str, Any], variants: Variants, name: str, where: str, problems: list[str]
 ) -> dict[str, Any]:
-    """`tree` with the setting `name` laid over it; keys it can't have are added to `problems`."""
+    """Return `tree` with the changes of variant `name`; invalid keys are added to `problems`."""
     if not variants:
-        fix = f"a file with `base: {tree['name']}` and `settings:` has some"
-        raise UsageError(f"recipe {tree['name']!r} has no settings", where=where, fix=fix)
-    changes = dict(pick(variants, name, "setting"))
+        fix = f"write a file with `base: {tree['name']}` and `variants:`"
+        raise UsageError(f"recipe {tree['name']!r} has no variants", where=where, fix=fix)
+    changes = dict(pick(variants, name, "variant"))
     dotted = {str(key): changes.pop(key) for key in list(changes) if "." in str(key)}
-    for key in [key for key in changes if key in ("name", "base", "settings")]:
-        problems.append(f"a setting has no {key!r}")
+    for key in [key for key in changes if key in ("name", "base", "variants")]:
+        problems.append(f"a variant cannot change {key!r}")
         del changes[key]
     varied = tree
     try:
@@ -316,7 +310,8 @@ def _explain(item: Any) -> tuple[str, str]:
 
 
 def _unknown(key: str) -> UsageError:
-    return UsageError(f"unknown key {short(key)}{hint(meant(key))}")
+    close = [RENAMED_KEYS[key]] if key in RENAMED_KEYS else meant(key)
+    return UsageError(f"unknown key {short(key)}{hint(close)}")
 
 
 def meant(key: str) -> list[str]:

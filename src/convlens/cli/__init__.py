@@ -1,7 +1,7 @@
-"""The command line: one thin sub-command for each name of the API.
+"""The command line: one thin command for each function of the API.
 
-Nothing that needs torch is imported before a command needs it. Results go to stdout, everything
-else to stderr, so that `--json` prints one object and nothing else.
+Nothing imports torch before a command needs it. Results go to stdout, everything else to stderr,
+so that `--json` prints one object and nothing else.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from convlens.cli import basics, inside, judging
-from convlens.cli.shared import app
+from convlens.cli import basics, info, inside, judging
+from convlens.cli.shared import Figures, app
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
-from convlens.names import pick
-from convlens.system import process, ranks
+from convlens.system import options, process, ranks
 from convlens.system.console import console, status_handler
 from convlens.system.interrupts import Terminated, stoppable
 from convlens.version import __version__
 
-__all__ = ["app", "basics", "inside", "judging", "main", "run"]
+__all__ = ["app", "basics", "info", "inside", "judging", "main", "run"]
 
-SHARED = ("train", "evaluate")  # what several processes can do together
+SHARED = ("train", "evaluate")  # commands that support torchrun
 
 
 def _version(wanted: bool) -> None:
@@ -43,29 +42,28 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    figures: Annotated[
-        str | None,
-        typer.Option(
-            metavar="svg|pdf|none",
-            help="Write every figure in that format, too; none: train and evaluate draw nothing.",
-        ),
-    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    figures: Figures = None,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Train, test and look inside convolutional image classifiers."""
+    """Train, test and look inside convolutional image classifiers.
+
+    `convlens COMMAND -h` describes a command.
+
+    Examples:
+        convlens train digits
+        convlens predict digits seven.png
+        convlens report digits
+    """
     if ranks.size() > 1 and context.invoked_subcommand not in SHARED:
         raise UsageError(
             f"{context.invoked_subcommand} is not for several processes",
-            fix=f"run it without torchrun, which is for {' and '.join(SHARED)}",
+            fix=f"run it without torchrun; only {' and '.join(SHARED)} support it",
         )
     if debug:
-        os.environ["CONVLENS_DEBUG"] = "1"
-    if figures is not None:
-        pick(dict.fromkeys(("svg", "pdf", "none")), figures, "format of figures")
-        os.environ["CONVLENS_FIGURES"] = figures
+        options.update(debug=True)
 
 
 def run() -> NoReturn:
@@ -107,6 +105,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     elif isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files need not be text: half characters are written as \udcff, also in JSON.
         sys.stdout.reconfigure(errors="backslashreplace")
+    before = options.update()
     try:
         with stoppable(), status_handler():
             app(args=arguments)
@@ -114,14 +113,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _end(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))
     except (ConvlensError, MemoryError, RuntimeError, OSError) as raised:
         error = _explained(raised)
-        if error is None or os.environ.get("CONVLENS_DEBUG"):
+        if error is None or options.debug():
             raise
         _end(error)
+    finally:
+        options.reset(before)
     sys.exit(0)
 
 
 def _end(error: ConvlensError) -> NoReturn:
-    """Says what it is, and ends with its exit code."""
+    """Print the error and exit with its code."""
     if ranks.size() > 1:
         _fail_with_others(error)
     _show(error)
@@ -129,13 +130,13 @@ def _end(error: ConvlensError) -> NoReturn:
 
 
 def _explained(error: Exception) -> ConvlensError | None:
-    """What a user is told; None for a bug of ours, which keeps its traceback."""
+    """Return the error to print; None for a bug of convlens, which keeps its traceback."""
     if isinstance(error, ConvlensError):
         return error
     if "does not have a deterministic implementation" in str(error):
         return UsageError(
             f"--deterministic: {str(error).partition(',')[0]}"[:200],
-            fix="leave out --deterministic, or take another network",
+            fix="leave out --deterministic, or use another network",
         )
     if isinstance(error, OSError):
         return _of_the_system(error)
@@ -145,26 +146,26 @@ def _explained(error: Exception) -> ConvlensError | None:
         return memory.out_of_memory_error(error)
     if "busy or unavailable" in str(error):
         return ResourceError(
-            f"the GPU is taken: {str(error).splitlines()[0]}"[:200],
-            fix="wait for the program that has it to end, or take another one (--device)",
+            f"the GPU is busy: {str(error).splitlines()[0]}"[:200],
+            fix="wait for the other program to finish, or choose another GPU (--device)",
         )
-    # Of a GPU that is lost, or a kernel that failed, nothing in this process can be used any more.
+    # After a lost GPU or a failed kernel, nothing on the device can be used in this process.
     if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
         return Stopped(
             f"the GPU failed: {str(error).splitlines()[0]}"[:200],
-            fix="the same command goes on from what was saved last; convlens --debug says where",
+            fix="run the command again to resume from the last checkpoint; --debug shows where",
         )
     return None
 
 
 def _of_the_system(error: OSError) -> ResourceError:
-    """What the system refused where nobody had foreseen it: a disk or a network that fails."""
+    """Turn an unexpected OSError, of a disk or a network, into a ResourceError."""
     at = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(at.filename).name}, line {at.lineno}"
     return ResourceError(
         f"the system refused: {error.strerror or error}",
         where=place if error.filename is None else str(error.filename),
-        fix="see that this file and its disk are in order, and run it again; or convlens --debug",
+        fix="check the file and its disk, and run the command again; --debug shows the traceback",
     )
 
 
@@ -177,7 +178,6 @@ def _fail_with_others(error: ConvlensError) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     code = ranks.first_exit_code(error.exit_code)
     if code is None:
-        console().quiet = False
         _show(error)
         code = error.exit_code
     _leave(code)  # without waiting for threads: others may wait in the middle of a step

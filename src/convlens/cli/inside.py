@@ -1,4 +1,4 @@
-"""Looking inside networks: `look`, whose options are many."""
+"""The command `look`, which shows the inside of networks."""
 
 from __future__ import annotations
 
@@ -6,52 +6,63 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.shared import Device, Json, app, listed, print_json
+from convlens.cli.shared import Command, Device, Figures, Json, app, listed, print_json
 
 LAYERS = "Layers"
-EVIDENCE = "Where the evidence is"
+EVIDENCE = "Attribution"
 SETS = "Over a set of images"
 
 What = Annotated[
     list[str],
     typer.Argument(
         metavar="RUN... [IMAGE]...",
-        help="Runs, or networks of torchvision or timm (NAME[:WEIGHTS]); then files, test:17, "
-        "worst:5, class:NAME:3.",  # :cat: would become an emoji
+        help="Runs, or networks of torchvision or timm (NAME[:WEIGHTS]); then images: files, "
+        "test:17, worst:5, class:NAME:3.",  # :cat: would become an emoji
     ),
 ]
 Layers = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME,...", help="By default the stem and each block.", rich_help_panel=LAYERS
+        metavar="NAME,...",
+        help="Layers to show; by default the stem and each block.",
+        rich_help_panel=LAYERS,
     ),
 ]
 Order = Annotated[
     str,
-    typer.Option(help="Channels: active (most active first) or index.", rich_help_panel=LAYERS),
+    typer.Option(
+        metavar="active|index",
+        help="Order of channels: the most active first, or by index.",
+        rich_help_panel=LAYERS,
+    ),
 ]
 Channels = Annotated[
-    int | None, typer.Option(min=1, help="How many to show of a layer.", rich_help_panel=LAYERS)
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Number of channels to show per layer.", rich_help_panel=LAYERS
+    ),
 ]
 Filters = Annotated[
     str | None,
     typer.Option(
         metavar="first|LAYER,...",
-        help="Kernels of the first convolution, or of any.",
+        help="Show the kernels of the first or any other convolution.",
         rich_help_panel=LAYERS,
     ),
 ]
 TopImages = Annotated[
     str | None,
     typer.Option(
-        metavar="LAYER,...", help="Images that excite its channels most.", rich_help_panel=LAYERS
+        metavar="LAYER,...",
+        help="Show the images that activate each channel most.",
+        rich_help_panel=LAYERS,
     ),
 ]
 Dream = Annotated[
     list[str] | None,
     typer.Option(
         metavar="LAYER[:CHANNEL,...]",
-        help="Make inputs that excite its channels.",
+        help="Optimize inputs that activate the channels (activation maximization).",
         rich_help_panel=LAYERS,
     ),
 ]
@@ -59,7 +70,7 @@ Attribution = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD,...|all",
-        help="What speaks for a class: grad-cam, grad-cam++, integrated-gradients, occlusion.",
+        help="Attribution maps: grad-cam, grad-cam++, integrated-gradients, occlusion.",
         rich_help_panel=EVIDENCE,
     ),
 ]
@@ -68,19 +79,19 @@ Class = Annotated[
     typer.Option(
         "--class",
         metavar="NAME",
-        help="Which class; by default the predicted one.",
+        help="Class to explain; by default the predicted one.",
         rich_help_panel=EVIDENCE,
     ),
 ]
 CamLayer = Annotated[
     str | None,
-    typer.Option(metavar="LAYER", help="Where Grad-CAM is done.", rich_help_panel=EVIDENCE),
+    typer.Option(metavar="LAYER", help="Layer for Grad-CAM.", rich_help_panel=EVIDENCE),
 ]
 Sanity = Annotated[
     bool,
     typer.Option(
         "--sanity",
-        help="Check the maps: do they depend on the weights, do their places matter?",
+        help="Check the maps: randomize the weights; delete and insert the marked pixels.",
         rich_help_panel=EVIDENCE,
     ),
 ]
@@ -94,33 +105,38 @@ Measure = Annotated[
 ]
 Untrained = Annotated[
     bool,
-    typer.Option("--untrained", help="Measure fresh weights beside.", rich_help_panel=SETS),
+    typer.Option("--untrained", help="Also measure an untrained network.", rich_help_panel=SETS),
 ]
 Embedding = Annotated[
     str | None,
-    typer.Option(metavar="pca|tsne", help="A map of the last features.", rich_help_panel=SETS),
+    typer.Option(metavar="pca|tsne", help="Map of the penultimate features.", rich_help_panel=SETS),
 ]
 Nearest = Annotated[
     int,
     typer.Option(
-        min=0, metavar="K", help="The training images nearest to each image.", rich_help_panel=SETS
+        min=0,
+        metavar="K",
+        help="Show the K nearest training images of each image.",
+        rich_help_panel=SETS,
     ),
 ]
 Split = Annotated[
     str | None,
     typer.Option(
         metavar="test|val|train",
-        help="By default val; test is logged as a look at it.",
+        help="Split to read images from; by default val. A use of test is logged.",
         rich_help_panel=SETS,
     ),
 ]
 Data = Annotated[
     str | None,
-    typer.Option(metavar="DATA", help="Another set than the run's own.", rich_help_panel=SETS),
+    typer.Option(
+        metavar="DATA", help="Another data set instead of the run's own.", rich_help_panel=SETS
+    ),
 ]
 
 
-@app.command()
+@app.command(cls=Command)
 def look(
     what: What,
     layers: Layers = None,
@@ -139,14 +155,20 @@ def look(
     nearest: Nearest = 0,
     split: Split = None,
     data: Data = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for random choices.")] = 0,
     device: Device = None,
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
-    """See inside one or several networks: activations, filters, evidence, measurements.
+    """Look inside networks: activations, filters, attribution maps, measurements of stages.
 
-    [dim]convlens look RUN · convlens look RUN RUN cat.png worst:3 · convlens look RUN --filters
-    first · convlens look RUN test:17 --attribution all · convlens look RUN RUN --measure all[/]
+    Examples:
+        convlens look RUN
+        convlens look RUN OTHER cat.png worst:3
+        convlens look resnet18:default cat.png
+        convlens look RUN --filters first
+        convlens look RUN test:17 --attribution all
+        convlens look RUN OTHER --measure all
     """
     from convlens.inspection import choosing, looking
     from convlens.showing.looks import looked

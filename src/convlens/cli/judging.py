@@ -1,4 +1,4 @@
-"""Runs side by side, what is wrong with one, one page about it: `compare doctor labels report`."""
+"""Commands that judge runs: `compare diagnose labels report`."""
 
 from __future__ import annotations
 
@@ -7,33 +7,46 @@ from typing import Annotated
 import typer
 
 from convlens.cli.shared import (
+    Command,
     DataSet,
     Device,
+    Figures,
     Json,
     Overrides,
     RunName,
+    Split,
     app,
     print_json,
 )
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN RUN...", help="Runs, folders or model files.")
+        list[str],
+        typer.Argument(metavar="RUN RUN...", help="Names or folders of runs, or model files."),
     ],
-    split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    split: Split = "test",
     data: DataSet = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Go on with different images or classes, untested.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Compare even if images or classes differ (no significance test).",
+        ),
     ] = False,
     device: Device = None,
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
-    """Put runs side by side and say which can be told apart from the first.
+    """Compare runs with the first one: a table, and a significance test for each.
 
-    [dim]Runs that differ only in their seeds are taken together. Each look at the test split is
-    logged, as by evaluate.[/]
+    Runs that differ only in their seeds form one group. A comparison on the test set is logged as a
+    use of it.
+
+    Examples:
+        convlens compare resnet18 resnet18-noaug
+        convlens compare resnet18 resnet18-noaug --split val
     """
     from convlens.comparing import comparison
     from convlens.showing.comparison import compared
@@ -44,12 +57,15 @@ def compare(
     print_json(as_json, result.to_dict())
 
 
-@app.command()
-def doctor(run: RunName, device: Device = None, as_json: Json = False) -> None:
-    """Say what is going on in a run: over- or underfitting, learning rate, dead layers, data, ...
+@app.command(cls=Command)
+def diagnose(run: RunName, device: Device = None, as_json: Json = False) -> None:
+    """Diagnose a run: overfitting, learning rate, dead layers, slow loading and more.
 
-    [dim]Reads the curves and looks at some training and validation images; the test split stays
-    sealed.[/]
+    Reads the learning curves and evaluates some training and validation images. The test set is not
+    used.
+
+    Examples:
+        convlens diagnose mnist
     """
     from convlens import run as runs
     from convlens.diagnosing import diagnosis
@@ -61,27 +77,35 @@ def doctor(run: RunName, device: Device = None, as_json: Json = False) -> None:
     print_json(as_json, result.to_dict())
 
 
-@app.command()
+@app.command(cls=Command)
 def labels(
     what: Annotated[
-        str, typer.Argument(metavar="DATA|RUN|RECIPE", help="The images, or what trained on them.")
+        str,
+        typer.Argument(
+            metavar="DATA|RUN|RECIPE", help="Data set, or a run or recipe that uses it."
+        ),
     ],
     overrides: Overrides = None,
     data: DataSet = None,
-    folds: Annotated[int, typer.Option(min=2, help="How many models; each judges a fold.")] = 5,
+    folds: Annotated[
+        int, typer.Option(min=2, metavar="K", help="Number of models; each one judges one fold.")
+    ] = 5,
     test: Annotated[
-        bool, typer.Option("--test", help="Judge the test split's labels, too: opens it.")
+        bool, typer.Option("--test", help="Also check the labels of the test set (this uses it).")
     ] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the runs.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train the models anew.")] = False,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the runs.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train the models again.")] = False,
     device: Device = None,
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
-    """Find labels that are probably wrong: a ranked sheet of pictures and a CSV to correct.
+    """Find labels that are probably wrong: a sheet of images and a CSV file to correct.
 
-    Trains as many models as folds, each judges the images it didn't train on.
+    Trains one model for each fold; it judges the images that it was not trained on.
 
-    [dim]convlens labels photos/ · convlens labels photos/ train.epochs=10 --folds 3[/]
+    Examples:
+        convlens labels photos/
+        convlens labels photos/ train.epochs=10 --folds 3
     """
     from convlens.labelling import finding as labelling
     from convlens.showing.labels import suspected
@@ -94,25 +118,32 @@ def labels(
     print_json(as_json, report.to_dict())
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Names, folders or model files of runs.")
+        list[str],
+        typer.Argument(metavar="RUN...", help="Names or folders of runs, or model files."),
     ],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Output file.")
     ] = None,
     audit: Annotated[
         bool | None,
-        typer.Option("--audit/--no-audit", help="Look at every image of the data set, too."),
+        typer.Option(
+            "--audit/--no-audit",
+            help="Include an audit of all images; by default for small data sets.",
+        ),
     ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about a run, or one that compares several.
+    """Write an HTML page about a run, or one that compares several runs.
 
-    [dim]The test split is shown only if it was looked at before; the audit is made by default
-    where there are few images.[/]
+    The page is a single file. It shows the test set only if the run has used it before.
+
+    Examples:
+        convlens report resnet18
+        convlens report resnet18 resnet18-noaug -o comparison.html
     """
     from convlens.reporting import building
     from convlens.showing.results import reported

@@ -214,7 +214,7 @@ def _differing(entrants: Sequence[_Entrant]) -> str:
 def _measured(entrant: _Entrant, split: str, where: str) -> Candidate:
     place = entrant.place
     loaded = run.load_model(place.model_path)
-    print_status(f"[bold]{escape(place.name)}[/]")
+    print_status(f"evaluating [bold]{escape(place.name)}[/]")
     result = look(place, loaded, entrant.judged, split, where, draw=False)
     pre = loaded.preprocessing
     shape = (pre.channels, pre.image_size, pre.image_size)

@@ -76,7 +76,7 @@ def load(config: DataConfig, *, memory_budget: int) -> Data:
     parts = parts_of(config, source)
     opened = {s: open_part(part, conversion, memory_budget) for s, part in parts.items()}
     if config.on_bad == "stop":
-        lists = f"`convlens data {config.name}` lists all"
+        lists = f"`convlens audit {config.name}` lists all"
         _refuse_unreadable(opened, f"{lists}; replace them, or set data.on_bad=skip")
     skipped = _skipped(opened, source, config)
     pool = opened["train"]
@@ -140,7 +140,7 @@ def load_foreign(
     conversion = Conversion(image_size, channels, fit)
     opened = open_part(part, conversion, memory_budget)
     # The audit is for sets that can be trained on, too.
-    lists = f" (`convlens data {name}` lists all)" if len(source.classes) > 1 else ""
+    lists = f" (`convlens audit {name}` lists all)" if len(source.classes) > 1 else ""
     _refuse_unreadable({split: opened}, f"replace them, or move them out of the set{lists}")
     known = learned_from(run, opened) if run is not None else 0
     if known:
@@ -208,7 +208,7 @@ def _tell_copies(listing: Listing, asked: str, name: str) -> None:
     told = ", ".join(f"{count:,} {what}" for what, count in harm.items() if count)
     if told:
         print_status(escape(f"{name}: images that are there more than once: {told} "
-                   f"(`convlens data {asked}` lists them)"))  # fmt: skip
+                   f"(`convlens audit {asked}` lists them)"))  # fmt: skip
 
 
 def _refuse_unreadable(opened: dict[str, Opened], fix: str) -> None:
@@ -249,7 +249,7 @@ def _skipped(opened: dict[str, Opened], source: Source, config: DataConfig) -> d
         raise DataError(
             f"more than {config.max_bad:.0%} can't be read of {', '.join(beyond[:5])}{more}",
             where=source.name,
-            fix=f"`convlens data {config.name}` says why; replace them, or raise data.max_bad",
+            fix=f"`convlens audit {config.name}` says why; replace them, or raise data.max_bad",
         )
     skipped = {o.part.ids[i]: reason for o in opened.values() for i, reason in o.bad.items()}
     if skipped:

@@ -1,4 +1,4 @@
-"""Writes a set as shards that WebDataset and `shards.read_shards` read: `convlens data X --shards`.
+"""Writes a set as shards that WebDataset and `shards.read_shards` read: `convlens shard`.
 
 The training images are shuffled once, so that a few neighbouring shards hold all classes.
 """

@@ -98,7 +98,7 @@ def read_shards(place: Path, name: str, *, tested: bool = False) -> Source:
     if unmixed:
         notes.append(
             "these shards are sorted by class, so images are drawn from all of them at once, which "
-            "slow disks are slow at; `convlens data NAME --shards OUT` writes mixed ones"
+            "slow disks are slow at; `convlens shard DATA OUT` writes mixed ones"
         )
     return Source(name, classes, parts, tuple(notes))
 

@@ -31,7 +31,7 @@ __all__ = ["SOURCES", "Images", "Part", "Source", "find", "known", "roots"]
 
 Labels = npt.NDArray[np.int64]
 _DIGITS = tuple("0123456789")
-# What is known of a set and can't be seen by looking at it; for `convlens data`.
+# What is known of a set and can't be seen by looking at it; for `convlens audit`.
 _TWINS = (
     "of the test images have near-duplicates in the training part (Barz & Denzler 2020; ciFAIR)"
 )

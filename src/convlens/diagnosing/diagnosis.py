@@ -33,7 +33,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` returns: findings, rules that found nothing, and those that can't tell.
+    """What `diagnose` returns: findings, rules that found nothing, and those that can't tell.
 
     `untold` says why for each of the latter.
     """

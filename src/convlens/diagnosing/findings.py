@@ -1,4 +1,4 @@
-"""What `convlens doctor` goes by, and what it finds: evidence of a run, findings from it."""
+"""Evidence of a run and the findings from it, for `convlens diagnose`."""
 
 from __future__ import annotations
 

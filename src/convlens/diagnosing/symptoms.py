@@ -121,7 +121,7 @@ def validation_unlike_training(case: Case) -> Finding | None:
         "mean or deviation of a channel differs by half the deviation between images, or "
         "validation is 5 points better than training images in eval mode; both beyond chance (4 "
         "and 3 standard errors)",
-        "see with `convlens data` where the splits come from; folds are drawn from both together",
+        "see with `convlens audit` where the splits come from; folds are drawn from both together",
         ["data.folds=5"],
     )
 

@@ -124,7 +124,7 @@ def embed(
         if float(np.ptp(directions, axis=0).max()) < SAME:  # t-SNE of them ends the program
             raise DataError(
                 f"{subject.name}: its last features are the same for all {len(chosen)} images",
-                fix="there is nothing to draw a map of: `convlens doctor` says more of the run",
+                fix="`convlens diagnose` says more about the run",
             )
         if directions.shape[1] == 1:  # a map has two dimensions, whatever the features have
             directions = np.pad(directions, ((0, 0), (0, 1)))

@@ -112,7 +112,7 @@ class Subject:
              "model_sha256": self.loaded.card["sha256"]}
         )  # fmt: skip
         print_status(
-            f"{escape(self.name)}: the test split was opened, look {entry['looks']} is logged"
+            f"{escape(self.name)}: test set used {evaluation.times(entry['looks'])} (logged)"
         )
 
     def held_out(self, data: str | Path | None = None) -> str:

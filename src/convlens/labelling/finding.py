@@ -145,7 +145,7 @@ def _report(
     if test:
         for place in places:  # this logs the look in each run
             evaluation.evaluate(place, "test", on=on, quiet=True)
-        print_status("the test split was opened, and each fold's run has logged it")
+        print_status("test set used (logged in the run of each fold)")
         found.append(_by_all(models, on))
     verdicts = [confident.judge(each.labels, each.chances) for each in found]
     ids = [identity for each in found for identity in each.ids]

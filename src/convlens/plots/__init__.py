@@ -30,14 +30,14 @@ from convlens.plots.pictures import (
     neighbours,
     worst_mistakes,
 )
-from convlens.plots.several import differences, seed_curves, setting_curves
+from convlens.plots.several import differences, seed_curves, variant_curves
 from convlens.plots.stages import StageLine, similarity, stage_measures
 from convlens.plots.style import FORMATS, encoded, save
 
 PLOTS: dict[str, Callable[..., Figure]] = {
     "curves": curves,
     "seed_curves": seed_curves,
-    "setting_curves": setting_curves,
+    "variant_curves": variant_curves,
     "differences": differences,
     "learning_rate": learning_rate,
     "confusion": confusion,
@@ -88,9 +88,9 @@ __all__ = [
     "reliability",
     "save",
     "seed_curves",
-    "setting_curves",
     "similarity",
     "stage_measures",
     "top_images",
+    "variant_curves",
     "worst_mistakes",
 ]

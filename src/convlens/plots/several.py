@@ -1,4 +1,4 @@
-"""Curves of several runs: seeds, splits or folds of one recipe, and settings side by side."""
+"""Curves of several runs: seeds, splits or folds of one recipe, and variants side by side."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def seed_curves(histories: Sequence[History], title: str = "", what: str = "") -
 
 
 @styled
-def setting_curves(
+def variant_curves(
     groups: Mapping[str, Sequence[History]], title: str = "", what: str = ""
 ) -> Figure:
-    """Validation loss and accuracy of several settings, each a line of its own look.
+    """Validation loss and accuracy of several variants, each with its own line style.
 
-    A setting of several runs is their mean, with +- 1 sd (sample) as a band, over the epochs that
-    all of them reached. Settings that were not validated show their training numbers.
+    A variant of several runs is their mean, with +- 1 sd (sample) as a band, over the epochs that
+    all of them reached. Variants that were not validated show their training numbers.
 
     Args:
-        groups: by the name of the setting, one history a run.
+        groups: by the name of the variant, one history for each run.
         what: what the means are over, e.g. `3 seeds`; goes into the title.
     """
     if not groups or not all(groups.values()):

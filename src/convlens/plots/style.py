@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 import unicodedata
 import warnings
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from convlens.errors import UsageError
+from convlens.system import options
 from convlens.system.files import write_atomic
 
 P = ParamSpec("P")
@@ -95,17 +95,17 @@ VECTOR: Any = {"svg.hashsalt": "convlens", "pdf.fonttype": 42}
 def save(figure: Figure, path: Path | str, dpi: int = DPI) -> None:
     """Writes a figure as PNG, SVG or PDF by the name's ending; missing folders are made.
 
-    The same figure gives the same bytes. `$CONVLENS_FIGURES` (`svg` or `pdf`; `--figures` on the
-    command line) asks for every figure in that format beside it, for papers. (`none` is for what
-    isn't the point of a command: `picturing`.)
+    The same figure gives the same bytes. `--figures` on the command line or `$CONVLENS_FIGURES`
+    (`svg` or `pdf`) writes every figure in that format as well, for papers. With `none` the figures
+    that were asked for are still written as PNG; `picturing` leaves out the others.
 
     Raises:
         UsageError: another ending.
         ResourceError: the folder can't be written or the disk is full; an old file is intact.
     """
     path = Path(path)
-    asked = os.environ.get("CONVLENS_FIGURES") or "none"
-    for target in [path] if asked == "none" else [path, path.with_suffix(f".{asked}")]:
+    extra = options.figures()
+    for target in [path] if extra in (None, "none") else [path, path.with_suffix(f".{extra}")]:
         write_atomic(target, encoded(figure, target.suffix.lower().removeprefix("."), dpi))
 
 

@@ -1,1 +1,1 @@
-"""Several runs of one recipe: settings, splits, seeds and folds, and what they reached."""
+"""Several runs of one recipe: variants, splits, seeds and folds, and what they reached."""

@@ -1,8 +1,7 @@
-"""Several runs of one recipe side by side: its settings, splits of the data, seeds, folds.
+"""Several runs of one recipe side by side: its variants, splits of the data, seeds, folds.
 
-`expand` says which runs these are, `train_many` trains them (each is a run like any other, found
-again and continued by the same command) and puts them in one table: a number of one run is one
-draw of a lottery.
+`expand` lists the runs and `train_many` trains them and puts them in one table. Each is an ordinary
+run: the same command finds or continues it. A single run is a single sample.
 """
 
 from __future__ import annotations
@@ -30,26 +29,26 @@ MOST = 10_000  # runs of one command
 def expand(
     asked: Mapping[str | None, Asked],
     *,
-    splits: int = 1,
+    repeat_splits: int = 1,
     seeds: int = 1,
     folds: int | None = None,
     name: str | None = None,
 ) -> list[Planned]:
-    """Every setting x split x seed x fold as a run with a name of its own.
+    """Every variant x split x seed x fold as a run with a name of its own.
 
     Splits count from the recipe's `data.seed`, seeds from its `train.seed`. A run's name says
     only what it differs in: `x` for the recipe's own split and seed, `x-seed1`, `x-a-split2`.
     """
-    several = len(asked) * splits * seeds * (folds or 1)
+    several = len(asked) * repeat_splits * seeds * (folds or 1)
     if several > MOST:
         raise UsageError(f"that would be {several:,} runs; {MOST:,} at most go together")
     plans = []
-    for setting, each in asked.items():
+    for variant, each in asked.items():
         data_seed, seed = each.recipe.data.seed, each.recipe.train.seed
-        called = "-".join([name or each.recipe.name, *([setting] if setting else [])])
+        called = "-".join([name or each.recipe.name, *([variant] if variant else [])])
         cells = [
             (data_seed + split, seed + number, fold)
-            for split in range(splits)
+            for split in range(repeat_splits)
             for number in range(seeds)
             for fold in (range(folds) if folds else [None])
         ]
@@ -65,14 +64,14 @@ def expand(
                 its_name += f"-fold{fold}"
             recipe = each.recipe.replace(**changes).model_copy(update={"name": its_name})
             plain = each.plain or name is not None
-            plans.append(Planned(recipe, plain, setting, its_split, its_seed, fold))
+            plans.append(Planned(recipe, plain, variant, its_split, its_seed, fold))
     return plans
 
 
 def train_many(
     asked: Mapping[str | None, Asked],
     *,
-    splits: int = 1,
+    repeat_splits: int = 1,
     seeds: int = 1,
     folds: int | None = None,
     refit: bool = False,
@@ -82,11 +81,11 @@ def train_many(
     on: str | None = None,
     quiet: bool = False,
 ) -> Table:
-    """Trains every setting with every split, seed and fold, and puts them side by side.
+    """Trains every variant with every split, seed and fold, and puts them side by side.
 
     Args:
-        asked: recipes by setting; a recipe without settings stands under None.
-        splits: different splits of the data (`data.seed`, `data.seed` + 1, ...).
+        asked: recipes by variant; a recipe without variants stands under None.
+        repeat_splits: number of random splits of the data (`data.seed`, `data.seed` + 1, ...).
         seeds: different initial weights, order, augmentation and dropout (`train.seed`, ...).
         folds: K-fold cross-validation on all images but the test split, which stays sealed.
         refit: each run only finds the number of epochs; then one on training and validation
@@ -98,8 +97,8 @@ def train_many(
     Raises:
         UsageError: before anything is trained, if a recipe or the combination can't be.
     """
-    plans = expand(asked, splits=splits, seeds=seeds, folds=folds, name=name)
-    _check(plans, splits=splits, folds=folds, refit=refit, test=test)
+    plans = expand(asked, repeat_splits=repeat_splits, seeds=seeds, folds=folds, name=name)
+    _check(plans, repeat_splits=repeat_splits, folds=folds, refit=refit, test=test)
     test = test and folds is None
     outcomes = []
     with quieted(quiet):
@@ -109,16 +108,18 @@ def train_many(
             if refit:
                 place = _train(refitted(planned.recipe.name, chooser), planned, fresh, on, quiet)
             looked = evaluation.evaluate(place, "test" if test else "val", on=on, quiet=quiet)
+            if len(plans) > 1:  # one run alone has its result in the table's last line
+                print_status(evaluation.sentence({**looked.to_dict(), "own": True}))
             outcomes.append(Outcome(planned, place, chooser, looked))
     first = next(iter(asked.values()))
-    kinds = {"settings": len(asked) > 1, "splits": splits > 1, "seeds": seeds > 1}
+    kinds = {"variants": len(asked) > 1, "splits": repeat_splits > 1, "seeds": seeds > 1}
     kinds |= {"folds": folds is not None, "refit": refit}
     called = name or first.recipe.name
     plot = _plot_folder(called, [kind for kind, there in kinds.items() if there], asked, plans)
     table = Table(
         name=run.safe(called),
         split="test" if test else "val",
-        splits=splits,
+        repeat_splits=repeat_splits,
         seeds=seeds,
         folds=folds,
         refit=refit,
@@ -151,7 +152,7 @@ def _train(recipe: Recipe, planned: Planned, fresh: bool, on: str | None, quiet:
 
 
 def _check(
-    plans: list[Planned], *, splits: int, folds: int | None, refit: bool, test: bool
+    plans: list[Planned], *, repeat_splits: int, folds: int | None, refit: bool, test: bool
 ) -> None:
     """Refuses what would only turn out after hours of training."""
     if refit and folds is not None:
@@ -182,12 +183,13 @@ def _check(
                 fix="data.total_per_class counts training and validation images together",
             )
     data = plans[0].recipe.data
-    if splits > 1:
+    if repeat_splits > 1:
         size = None if data.image_size == "auto" else int(data.image_size)
         source = find(data.name, count=data.count, image_size=size, group=data.group)
         if not is_drawn(data, source):
             raise UsageError(
-                f"--splits {splits} would be the same one: {data.name!r} brings all its splits",
+                f"--repeat-splits {repeat_splits} would repeat one split: {data.name!r} comes "
+                "with all its splits",
                 fix="use --seeds, or draw training images with data.total_per_class",
             )
 

@@ -23,7 +23,7 @@ class Planned:
 
     recipe: Recipe
     plain: bool
-    setting: str | None
+    variant: str | None
     data_seed: int
     seed: int
     fold: int | None
@@ -123,12 +123,12 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Summary:
-    """What one setting reached; accuracies are shares from 0 to 1.
+    """What one variant reached; accuracies are shares from 0 to 1.
 
     `sd` is the sample deviation (n - 1) over all splits and seeds.
     """
 
-    setting: str | None
+    variant: str | None
     outcomes: Sequence[Outcome]
 
     @property
@@ -183,7 +183,7 @@ class Summary:
     def over(self, other: Summary) -> tuple[float, float | None]:
         """Mean and sample deviation of how much more accurate this is than `other`.
 
-        Both are differences within a split and seed, which two settings have in common: what a
+        Both are differences within a split and seed, which two variants have in common: what a
         lucky split or seed gives to both falls out.
         """
         pairs = zip(self.accuracies, other.accuracies, strict=True)
@@ -200,7 +200,7 @@ class Summary:
         firsts = [repeat.outcomes[0] for repeat in repeats]
         validated = self.val_accuracy
         return {
-            "setting": self.setting,
+            "variant": self.variant,
             "mean": self.mean,
             "sd": self.sd,
             "sd_between_splits": parts[0] if parts else None,
@@ -227,7 +227,7 @@ class Table:
 
     name: str
     split: str
-    splits: int
+    repeat_splits: int
     seeds: int
     folds: int | None
     refit: bool
@@ -236,10 +236,10 @@ class Table:
 
     @property
     def summaries(self) -> list[Summary]:
-        """One a setting, in their order."""
-        names = dict.fromkeys(o.planned.setting for o in self.outcomes)
+        """One a variant, in their order."""
+        names = dict.fromkeys(o.planned.variant for o in self.outcomes)
         return [
-            Summary(name, [o for o in self.outcomes if o.planned.setting == name]) for name in names
+            Summary(name, [o for o in self.outcomes if o.planned.variant == name]) for name in names
         ]
 
     @property
@@ -249,30 +249,30 @@ class Table:
         return self.split == "val" and "best" in kept
 
     def gains(self) -> list[tuple[float, float | None]]:
-        """For each setting, how much more accurate it is than the first (`Summary.over`)."""
+        """For each variant, how much more accurate it is than the first (`Summary.over`)."""
         first, *others = self.summaries
         return [(0.0, None), *(summary.over(first) for summary in others)]
 
     def histories(self) -> dict[str, list[list[Row]]]:
-        """The epochs of every run by setting."""
-        return {s.setting or "": [o.history for o in s.outcomes] for s in self.summaries}
+        """The epochs of every run by variant."""
+        return {s.variant or "": [o.history for o in s.outcomes] for s in self.summaries}
 
     def repeats_in_words(self) -> str:
         """What means and deviations are over, e.g. `2 splits x 3 seeds`; empty if nothing."""
-        counts = {"split": self.splits, "seed": self.seeds, "fold": self.folds or 1}
+        counts = {"split": self.repeat_splits, "seed": self.seeds, "fold": self.folds or 1}
         return " × ".join(f"{n} {what}s" for what, n in counts.items() if n > 1)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "split": self.split,
-            "splits": self.splits,
+            "repeat_splits": self.repeat_splits,
             "seeds": self.seeds,
             "folds": self.folds,
             "refit": self.refit,
             "flattered": self.flattered,
             "plot": str(self.plot),
-            "settings": [
+            "variants": [
                 summary.to_dict() | {"over_first": gain, "over_first_sd": sd}
                 for summary, (gain, sd) in zip(self.summaries, self.gains(), strict=True)
             ],

@@ -1,1 +1,1 @@
-"""What commands found, as people read it: tables on stdout, remarks on stderr."""
+"""Print the results of commands as text: tables on stdout, remarks on stderr."""

@@ -1,4 +1,4 @@
-"""What `attribute` found, as people read it: tables on stdout."""
+"""Print attribution maps as tables on stdout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def attributed(found: Attributions) -> None:
-    """Each picture's class and chance, what the sanity checks say, and where the files are."""
+    """Print the class and probability of each image, the sanity checks and the files."""
     out = stdout()
     for model in found.models:
         _pictures(model)
@@ -37,7 +37,7 @@ def _pictures(model: ModelMaps) -> None:
 def _sanity(model: ModelMaps) -> None:
     found = model.sanity
     assert found is not None
-    table = table_of("method", "like that of random weights", "deletion", "insertion")
+    table = table_of("method", "correlation with random weights", "deletion", "insertion")
     for each in found.methods.values():
         left = list(each.spearman.values())[-1]
         areas = (str(each.areas[order]) for order in ("deletion", "insertion"))
@@ -47,8 +47,8 @@ def _sanity(model: ModelMaps) -> None:
     out = stdout()
     out.print(table)
     out.print(
-        "rank correlation of maps (0: depends on the weights) · area under the probability's "
-        "curve: deletion low, insertion high is good · 95% intervals over images"
+        "rank correlation of the maps (0: the map depends on the weights) · area under the "
+        "probability curve (good: low for deletion, high for insertion) · 95% intervals over images"
     )
     for each in found.methods.values():
         for sentence in each.sentences():

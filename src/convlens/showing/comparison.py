@@ -1,4 +1,4 @@
-"""A comparison as people read it: one table, then a sentence for each verdict."""
+"""Print a comparison: one table, then a sentence for each verdict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = (
 
 
 def compared(result: Comparison) -> None:
-    """The table, what can be told apart, and what to make of it."""
+    """Print the table, the verdicts, notes and the paths of the plots."""
     out = stdout()
     table = table_of(*COLUMNS)
     for column in table.columns:
@@ -28,8 +28,8 @@ def compared(result: Comparison) -> None:
     n = sorted({member.evaluation.n for group in result.groups for member in group.members})
     counts = " or ".join(f"{count:,}" for count in n)
     out.print(
-        f"{result.split} split of {escape(result.data)}, {counts} images; MFLOPs of one image, a "
-        "multiplication with its addition counted as two; images/s in inference, here and now"
+        f"{result.split} split of {escape(result.data)}, {counts} images; MFLOPs for one image (a "
+        "multiply-add counts as two); images/s for inference on this machine"
     )
     for verdict in result.verdicts:
         style = "bold" if verdict.differs else "not bold"

@@ -1,4 +1,4 @@
-"""A diagnosis as people read it: what was found, by which numbers, and what to do."""
+"""Print a diagnosis: findings, their evidence and what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from convlens.showing.results import stdout
 
 
 def diagnosed(result: Diagnosis) -> None:
-    """The findings with their evidence; below them what is well, and what can't be told."""
+    """Print the findings with their evidence, then the healthy and the undecided rules."""
     out = stdout()
     out.print(
         f"[bold]{escape(result.run)}[/]: {result.status}, {result.epochs:,} epochs in metrics.csv"
@@ -31,11 +31,11 @@ def diagnosed(result: Diagnosis) -> None:
         none = "no sign of" if result.findings else "nothing found: no sign of"
         out.print(f"{none} {', '.join(result.healthy)}")
     for rule, why in result.untold.items():
-        out.print(f"[dim]can't tell: {rule}: {escape(why)}[/]")
+        out.print(f"[dim]cannot tell: {rule}: {escape(why)}[/]")
 
 
 def numbers(finding: Finding) -> str:
-    """The evidence in one line; of long tables the first entries."""
+    """Return the evidence in one line; long tables are cut."""
     return ", ".join(f"{key} {_text(value)}" for key, value in finding.evidence.items())
 
 

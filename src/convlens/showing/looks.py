@@ -1,4 +1,4 @@
-"""What `convlens look` saw, as tables: answers, layers, files."""
+"""Print the results of `convlens look`: predictions, layers, files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LISTED = 8  # figures by name; of many images the folder alone
 
 
 def looked(found: Look) -> None:
-    """Per image what each network says; per layer channels, blank ones and mean activity."""
+    """Print the predictions for each image, the activity of each layer and the files."""
     from convlens.inspection.drawing import said, truth
 
     out = stdout()
@@ -33,7 +33,7 @@ def looked(found: Look) -> None:
             _layers(found, number, name)
     for each_ in found.top_images:
         of = f"{each_.silent:,} of {len(each_.selectivity):,} channels"
-        same = f"give the same for all {len(each_.labels):,} images"
+        same = f"have the same value for all {len(each_.labels):,} images"
         out.print(f"{escape(each_.run)} {escape(each_.layer)}: {of} {same}")
     for made in found.made:
         for place, channel in enumerate(made.channels):
@@ -58,7 +58,7 @@ def looked(found: Look) -> None:
 
 
 def _layers(found: Look, number: int, name: str) -> None:
-    """Means over the images: how many channels stay blank, how active a layer is."""
+    """Print means over the images: the number of blank channels and the activity of a layer."""
     seen = [each[number] for each in found.seen]
     count = len(seen)
     told = "" if count == 1 else f", mean of {count} images"
@@ -79,7 +79,5 @@ def _layers(found: Look, number: int, name: str) -> None:
         )
     stdout().print(table)
     if broken:
-        print_status(
-            f"[yellow]warning[/]  {escape(name)}: channels with NaN or infinite values; they are "
-            "marked in the figures and left out of means and scales"
-        )
+        print_status(f"[yellow]warning[/]  {escape(name)}: channels with NaN or infinite values are "
+            "marked in the figures and excluded from means and scales")  # fmt: skip

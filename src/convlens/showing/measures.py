@@ -1,4 +1,4 @@
-"""Measurements, maps and neighbours as people read them: tables on stdout."""
+"""Print measurements, embeddings and nearest neighbours as tables on stdout."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ HEADS = {
 
 
 def measured(result: Measurements) -> None:
-    """A table a network, a row a stage; what the columns mean is said on stderr."""
+    """Print a table for each network with a row for each stage; definitions go to stderr."""
     out = stdout()
     names = result.measures
     for network in result.networks:
-        learned = f", {network.learned:,} learned from" if network.learned else ""
+        learned = f", fitted on {network.learned:,}" if network.learned else ""
         about = f"{network.n:,} {network.split} images of {network.data}{learned}"
         if names:
             table = table_of("stage", *(HEADS.get(name, name) for name in names))
@@ -57,7 +57,7 @@ def measured(result: Measurements) -> None:
 
 
 def _similar(alike: Alike) -> None:
-    """Linear CKA of each network's stages with those of the same name in the first network."""
+    """Print linear CKA of each stage with the stage of the same name in the first network."""
     place = {both: number for number, both in enumerate(alike.stages)}
     first, *others = dict.fromkeys(network for network, _ in alike.stages)
     stages = [stage for network, stage in alike.stages if network == first]
@@ -75,7 +75,7 @@ def _similar(alike: Alike) -> None:
 
 
 def _cell(name: str, value: Value) -> str:
-    """The number, and how far its interval reaches to the farther side."""
+    """Format a number with its interval."""
     if value.value is None:
         return "-"
     if name == "dead":
@@ -90,7 +90,7 @@ def _cell(name: str, value: Value) -> str:
 
 
 def embedded(result: Embedded) -> None:
-    """How the map was made and where it is."""
+    """Print how the embedding was made and where it is."""
     wrong = int((result.labels != result.guesses).sum())
     out = stdout()
     out.print(
@@ -102,11 +102,11 @@ def embedded(result: Embedded) -> None:
 
 
 def neighboured(result: Neighbours) -> None:
-    """The nearest training images of each image; those that are the same are marked."""
+    """Print the nearest training images of each image; identical ones are marked."""
     out = stdout()
     for one in result.found:
-        known = f", is {one.label}" if one.label is not None else ""
-        out.print(escape(f"{one.image}: says {one.prediction}{known}"))
+        known = f", labeled {one.label}" if one.label is not None else ""
+        out.print(escape(f"{one.image}: predicted {one.prediction}{known}"))
         table = table_of("training image", "class", "cosine distance", "")
         for near in one.neighbours:
             table.add_row(escape(near.id), escape(near.label), f"{near.distance:.4f}", near.same)

@@ -1,4 +1,4 @@
-"""Results as people read them: tables on stdout, advice on stderr."""
+"""Print results as text: tables on stdout, advice on stderr."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ CLASSES_SHOWN = 40
 
 
 def stdout() -> Console:
-    """Where results go: as wide as the terminal, or (in a file) as wide as they need."""
+    """Return the console for results: as wide as the terminal, or 200 columns in a file."""
     shown = sys.stdout.isatty()
     return Console(highlight=False, emoji=False, soft_wrap=not shown, width=None if shown else 200)
 
 
 def table_of(*columns: str, title: str = "") -> Table:
-    """An empty table; the first column is for names."""
+    """Return an empty table; its first column is left-aligned, the others right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right")
@@ -46,27 +46,29 @@ def table_of(*columns: str, title: str = "") -> Table:
 
 
 def finished(place: RunFolder) -> None:
-    """What a training left behind, and what to do next."""
+    """Print the result of a training, where its files are and what to do next."""
+    from convlens import evaluation  # torch: `convlens recipes` must not wait for it
+
     facts = place.facts()
     results = [entry for entry in place.results() if entry["split"] == "test" and entry["own"]]
     out = stdout()
     out.print(f"[bold]{escape(place.name)}[/]: weights of epoch {facts['kept_epoch']}", end="")
     out.print(f" of {facts['epochs']}, {facts['training_seconds']:.1f} s of training")
     if results:
-        last = results[-1]
-        low, high = last["interval95"]
-        times = f"looked at {last['looks']} time{'s' if last['looks'] > 1 else ''}"
-        out.print(
-            f"test accuracy [bold]{last['accuracy']:.2%}[/] "
-            f"(95% interval {low:.2%} to {high:.2%}, n = {last['n']:,}; {times})"
-        )
+        out.print(evaluation.sentence(results[-1]))
     out.print(escape(f"model  {place.model_path}"))
     _plots(out, place)
     print_status(f"next: [bold]convlens predict {place.name} IMAGE...[/]")
 
 
-def evaluated(result: Evaluation, place: RunFolder) -> None:
-    """Per-class numbers below the accuracy; the worst classes first where there are many."""
+def evaluated(result: Evaluation, place: RunFolder, *, own: bool) -> None:
+    """Print a table with a row for each class, then the accuracy.
+
+    Many classes are sorted by F1, the worst first. `own` says that the split is the run's own and
+    not one of another data set.
+    """
+    from convlens import evaluation
+
     table = table_of("class", "n", "precision", "recall", "F1", title="")
     scores = list(result.per_class.items())
     if len(scores) > CLASSES_SHOWN:
@@ -80,13 +82,8 @@ def evaluated(result: Evaluation, place: RunFolder) -> None:
     out = stdout()
     out.print(table)
     if len(scores) > CLASSES_SHOWN:
-        out.print(f"({CLASSES_SHOWN} worst of {len(scores)} classes; --json has them all)")
-    low, high = result.interval95
-    out.print(
-        f"{result.split} accuracy [bold]{result.accuracy:.2%}[/] "
-        f"(95% interval {low:.2%} to {high:.2%}), n = {result.n:,}, loss {result.loss:.4f}, "
-        f"calibration error {result.ece:.3f}"
-    )
+        out.print(f"({CLASSES_SHOWN} of {len(scores)} classes, the worst; --json lists all)")
+    out.print(evaluation.sentence({**result.to_dict(), "own": own}))
     if result.tta is not None:
         out.print(result.tta_sentence())
     _plots(out, place)
@@ -101,20 +98,20 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def recipe_table(recipes: Mapping[str, Recipe], settings: Mapping[str, Sequence[str]]) -> None:
-    """Name and purpose of every recipe, and how many settings it has."""
+def recipe_table(recipes: Mapping[str, Recipe], variants: Mapping[str, Sequence[str]]) -> None:
+    """Print the name and purpose of every recipe and its number of variants."""
     table = table_of("recipe", "data")
     table.add_column("what it is", justify="left")
     for name, recipe in recipes.items():
-        count = len(settings[name])
-        more = f"; {count} settings" if count else ""
+        count = len(variants[name])
+        more = f"; {count} variants" if count else ""
         table.add_row(name, recipe.data.name, escape(recipe.about + more))
     stdout().print(table)
-    print_status("[dim]convlens recipes NAME prints one; convlens train NAME trains it[/]")
+    print_status("[dim]`convlens recipes NAME` prints a recipe, `convlens train NAME` trains it[/]")
 
 
 def audited(report: Audit, sheet: Path) -> None:
-    """Counts, sizes and everything suspicious about a data set."""
+    """Print counts, sizes and everything suspicious about a data set."""
     out = stdout()
     splits = list(report.how)
     table = table_of("class", *splits)
@@ -122,7 +119,7 @@ def audited(report: Audit, sheet: Path) -> None:
         table.add_row(escape(name), *(f"{counts.get(split, 0):,}" for split in splits))
     out.print(table)
     if len(report.counts) > CLASSES_SHOWN:
-        out.print(f"({CLASSES_SHOWN} of {len(report.counts)} classes; --json has them all)")
+        out.print(f"({CLASSES_SHOWN} of {len(report.counts)} classes; --json lists all)")
     for split, how in report.how.items():
         out.print(f"{split:<10} {escape(how)}")
     width, height = report.width, report.height
@@ -148,12 +145,12 @@ def audited(report: Audit, sheet: Path) -> None:
 
 
 def drawn(sheet: Path) -> None:
-    """Where an augmented batch was drawn."""
+    """Print the path of the figure of an augmented batch."""
     stdout().print(f"augmented batch  {sheet}")
 
 
 def exported(made: Sequence[Export]) -> None:
-    """Where the files are and how they were proven."""
+    """Print where the files are and how they were checked."""
     out = stdout()
     for each in made:
         mb = each.bytes / 1e6
@@ -163,18 +160,18 @@ def exported(made: Sequence[Export]) -> None:
 
 
 def sharded(written: Written) -> None:
-    """What was written as shards, and how to train on it."""
+    """Print what was written as shards."""
     images = ", ".join(f"{count:,} {split}" for split, count in written.images.items())
     stdout().print(f"{images} images of {escape(written.data)} in {written.shards:,} shards")
     stdout().print(f"shards  {escape(written.folder)}")
 
 
 def reported(page: Report) -> None:
-    """What the page says first, what it lacks, and where it is."""
+    """Print the verdict of a page, what it lacks and its path."""
     out = stdout()
     out.print(escape(page.verdict))
     for line in page.missing:
-        print_status(f"[yellow]not on it:[/] {escape(line)}")
+        print_status(f"[yellow]not on the page:[/] {escape(line)}")
     out.print(f"report  {escape(str(page.path))}  ({page.bytes / 1e6:.1f} MB)")
 
 
@@ -198,7 +195,7 @@ def _repeats(out: Console, what: str, repeats: Repeats, shown: int = 8) -> None:
 
 def _write_table(answers: Iterable[Prediction], top: int, tta: bool) -> int:
     out, failed = stdout(), 0
-    # rich takes longer for a line than the decoder for a small image; a file has no use for it.
+    # rich takes longer to print a line than it takes to decode a small image.
     fancy = out.is_terminal
     bold, red, end = ("[bold]", "[red]", "[/]") if fancy else ("", "", "")
     text = escape if fancy else strip_control_codes
@@ -259,8 +256,9 @@ def _write_json(answers: Iterable[Prediction], top: int, tta: bool) -> int:
     return sum("error" in entry for entry in listed)
 
 
-# How `predict` prints; each takes the answers as they come, how many classes to name and whether
-# there are answers of test-time augmentation; it returns how many files failed.
+# Output formats of `predict`. Each writer gets an iterator of predictions, the number of classes to
+# show and whether there are predictions with test-time augmentation; it returns the number of files
+# that could not be read.
 WRITERS: dict[str, Callable[[Iterable[Prediction], int, bool], int]] = {
     "table": _write_table,
     "csv": _write_csv,

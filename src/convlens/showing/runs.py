@@ -1,4 +1,4 @@
-"""Several runs as people read them: one table on stdout and what it says, in a line or two."""
+"""Print several runs as one table on stdout, with a line or two below it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SPARE = ("CPU s", "weights", "trained", "95% interval", "s", "epoch")  # least n
 
 
 def run_table(result: Table) -> None:
-    """A line for each run of one setting, or for each of several settings; then what they say."""
+    """Print a row for each run of one variant, or for each variant; then the conclusion."""
     out, summaries = stdout(), result.summaries
-    rows = _settings(result) if len(summaries) > 1 else _runs(result)
+    rows = _variants(result) if len(summaries) > 1 else _runs(result)
     out.print(_fitted(rows, out.width))
     over = result.repeats_in_words()
     if len(summaries) == 1:
@@ -29,11 +29,12 @@ def run_table(result: Table) -> None:
     for summary in summaries:
         if summary.parts:
             between, within = map(_percent, summary.parts)
-            named = f"{escape(summary.setting)}: " if summary.setting else ""
+            named = f"{escape(summary.variant)}: " if summary.variant else ""
             out.print(f"{named}sd {between} points between splits, {within} between seeds")
     if result.flattered:
         print_status(
-            "[dim]the same images chose the epoch: a little flattering (train.keep=last isn't)[/]"
+            "[dim]slightly optimistic: the same images chose the epoch "
+            "(not with train.keep=last)[/]"
         )
     if result.plot.exists():
         out.print(escape(f"plot   {result.plot}"))
@@ -50,15 +51,15 @@ def _conclusion(result: Table, summary: Summary, over: str) -> str:
     )
 
 
-def _settings(result: Table) -> list[Row]:
+def _variants(result: Table) -> list[Row]:
     rows = []
-    first = result.summaries[0].setting
+    first = result.summaries[0].variant
     for number, summary in enumerate(result.summaries):
         facts, validated = summary.outcomes[0].facts, summary.val_accuracy
         accuracy = _mean_sd(summary.mean, summary.sd)
         if summary.interval95 is not None:
             accuracy += f" ({_interval(summary.interval95)})"
-        row = {"setting": summary.setting or "", f"{WORDS[result.split]} %": accuracy}
+        row = {"variant": summary.variant or "", f"{WORDS[result.split]} %": accuracy}
         gain, sd = result.gains()[number]
         row[f"over {first}"] = _mean_sd(gain, sd, sign="+") if number else "-"
         if result.split == "test":
@@ -75,8 +76,12 @@ def _settings(result: Table) -> list[Row]:
 
 
 def _runs(result: Table) -> list[Row]:
-    """Splits, seeds and folds have a column where there are several."""
-    several = {"split": result.splits > 1, "seed": result.seeds > 1, "fold": bool(result.folds)}
+    """Return a row for each run; splits, seeds and folds have a column if there are several."""
+    several = {
+        "split": result.repeat_splits > 1,
+        "seed": result.seeds > 1,
+        "fold": bool(result.folds),
+    }
     rows = []
     for outcome in result.outcomes:
         planned, looked = outcome.planned, outcome.looked
@@ -98,7 +103,7 @@ def _runs(result: Table) -> list[Row]:
 
 
 def _fitted(rows: list[Row], room: int) -> RichTable:
-    """The rows as a table, in a narrow terminal without the columns that matter least."""
+    """Build the table; in a narrow terminal the least important columns are left out."""
     columns = list(rows[0])
     widths = {c: 3 + max(len(c), *(len(row[c]) for row in rows)) for c in columns}
     for spare in SPARE:
@@ -127,7 +132,7 @@ def _mean_sd(mean: float, sd: float | None, sign: str = "") -> str:
 
 
 def _epochs(outcomes: Sequence[Outcome]) -> str:
-    """Chosen of run, e.g. `12/30`, or their ranges."""
+    """Format the chosen epoch and the number of epochs, e.g. `12/30`, or their ranges."""
     ranges = []
     for values in zip(*(outcome.epochs for outcome in outcomes), strict=True):
         low, high = min(values), max(values)

@@ -29,13 +29,13 @@ def read(
     *,
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
-    setting: str | None = None,
+    variant: str | None = None,
 ) -> Asked:
     """The recipe meant by a recipe's name, a YAML file, or a data set.
 
     A recipe's name wins; a data set alone (built-in name, folder, CSV, or the name of a folder
-    under `data/` or `$CONVLENS_DATA`) means the recipe `folder` on it. `setting` names one of
-    the recipe's settings; `overrides` lie over it.
+    under `data/` or `$CONVLENS_DATA`) means the recipe `folder` on it. `variant` is the name of
+    one of the recipe's variants; `overrides` take precedence over it.
 
     Raises:
         UsageError: neither a recipe nor a data set, with near misses; wrong keys or values.
@@ -43,11 +43,11 @@ def read(
     if isinstance(what, Recipe):
         what = what.model_dump(mode="json")
     if isinstance(what, Mapping):
-        named = recipes.load(what, [*_data_override(data), *overrides], setting)
+        named = recipes.load(what, [*_data_override(data), *overrides], variant)
         return Asked(named, plain=not overrides)
     text = os.fspath(what)
     if _is_recipe(text):
-        named = recipes.load(text, [*_data_override(data), *overrides], setting)
+        named = recipes.load(text, [*_data_override(data), *overrides], variant)
         if data is None:
             return Asked(named, plain=not overrides)
         called = f"{named.name}-{_called(str(data))}"
@@ -58,7 +58,7 @@ def read(
             f"{text!r} is no recipe, and --data names the data already",
             fix=f"recipes: {', '.join(recipes.names())}",
         )
-    folder = recipes.load("folder", [*_data_override(text), *overrides], setting)
+    folder = recipes.load("folder", [*_data_override(text), *overrides], variant)
     return Asked(folder.model_copy(update={"name": _called(text)}), plain=not overrides)
 
 
@@ -104,27 +104,27 @@ def _is_data(text: str) -> bool:
     return text in known(text)
 
 
-def read_settings(
+def read_variants(
     what: str | Path | Mapping[str, Any] | Recipe,
     wanted: str | Sequence[str] | None,
     *,
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str | None, Asked]:
-    """A recipe's settings by name: `all` of them, or those in a list or a text with commas.
+    """Read a recipe's variants by name: `all`, a list, or names separated by commas.
 
-    None means the recipe as it stands; it stands under None, too.
+    With None the recipe itself is read; its key is None.
 
     Raises:
-        UsageError: the recipe has no settings, or none of that name, with near misses.
+        UsageError: the recipe has no variants, or none of that name, with near misses.
     """
     if wanted is None:
         return {None: read(what, data=data, overrides=overrides)}
     names = [name.strip() for name in wanted.split(",")] if isinstance(wanted, str) else wanted
     if list(names) == ["all"] and not isinstance(what, Recipe):
         given = what if isinstance(what, Mapping) or _is_recipe(os.fspath(what)) else "folder"
-        names = recipes.settings(given) or names  # `read` says that there are none
-    return {n: read(what, data=data, overrides=overrides, setting=n) for n in names}
+        names = list(recipes.variants(given)) or names  # `read` raises where there are none
+    return {n: read(what, data=data, overrides=overrides, variant=n) for n in names}
 
 
 def _is_recipe(text: str) -> bool:

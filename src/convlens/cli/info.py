@@ -1,0 +1,132 @@
+"""The command `info`: versions, device, threads, memory and folders that convlens uses here."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from convlens.cli.shared import Command, Json, app, print_json
+from convlens.version import __version__
+
+REQUIRED = ("torch", "torchvision", "numpy")
+OPTIONAL = ("timm", "onnx", "onnxruntime", "onnxscript")
+# CPU flags that decide which precision and kernels are used.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+@app.command(cls=Command)
+def info(as_json: Json = False) -> None:
+    """Show versions, device, threads, memory budget and folders.
+
+    Please add this to a bug report.
+
+    Examples:
+        convlens info
+        convlens info --json
+    """
+    from convlens.showing.results import stdout
+
+    found = collect()
+    if as_json:
+        print_json(True, found)
+        return
+    out = stdout()
+    for title, section in found.items():
+        out.print(f"[bold]{escape(title)}[/]")
+        for key, value in section.items():
+            out.print(escape(f"  {key:<16} {_text(key, value)}"))
+
+
+def collect() -> dict[str, dict[str, Any]]:
+    """Return what `convlens info` shows, as plain values by section; sizes are in bytes."""
+    import torch
+
+    from convlens import device, run
+    from convlens.data import cache, sources
+
+    device.use_cores()  # the number of threads is the one that a training would use
+    chosen = device.choose()
+    facts = device.describe(chosen)
+    hardware: dict[str, Any] = {
+        "device": chosen,
+        "cpu": facts["cpu"],
+        "cores": device.usable_cores(),
+        "cpu_capability": facts["cpu_capability"],
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in device.cpu_flags()],
+        "half_precision": device.half_precision(chosen),
+        "gpu": None,
+    }
+    if chosen.startswith("cuda"):
+        gpu = torch.cuda.get_device_properties(chosen)
+        hardware |= {
+            "gpu": gpu.name,
+            "gpu_memory": gpu.total_memory,
+            "gpu_capability": f"{gpu.major}.{gpu.minor}",
+            "gpus": torch.cuda.device_count(),
+        }
+    stores = cache.folder()
+    return {
+        "versions": {
+            "convlens": __version__,
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            **{name: version(name) for name in REQUIRED},
+            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        },
+        "device": hardware,
+        "threads": {
+            "torch": torch.get_num_threads(),
+            **{name: os.environ.get(name) for name in THREAD_VARIABLES},
+        },
+        "memory": {
+            "budget": device.memory_budget(chosen),
+            "available": device.available_memory(),
+            "CONVLENS_MEMORY": os.environ.get("CONVLENS_MEMORY"),
+        },
+        "folders": {
+            "cache": str(stores.absolute()),
+            "cache_size": folder_size(stores),
+            "data": [str(root.absolute()) for root in sources.roots()],
+            "models": str(run.MODELS.absolute()),
+            "plots": str(run.PLOTS.absolute()),
+        },
+        "optional packages": {name: version(name) for name in OPTIONAL},
+    }
+
+
+def version(package: str) -> str | None:
+    """Return a package's installed version, None if it is not installed. Imports nothing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files below a folder; 0 if it does not exist."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(root, name)).st_size
+            except OSError:  # another process has just removed it
+                continue
+    return total
+
+
+def _text(key: str, value: Any) -> str:
+    if key in REQUIRED + OPTIONAL and value is None:
+        return "not installed"
+    if value is None:
+        return "not set" if key.isupper() else "none"
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    if key in ("budget", "available", "cache_size", "gpu_memory"):
+        return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"
+    return str(value)
