@@ -226,6 +226,6 @@ def _saved(
         "chosen": {},
         "recipe": asked.model_dump(mode="json"),
     }
-    device.Plan("cpu", "fp32", "contiguous").place(net)
+    device.Plan("cpu", "fp32", "contiguous").prepare_model(net)
     place.save_model(net.state_dict(), card)
     return place

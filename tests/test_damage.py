@@ -146,7 +146,7 @@ def _plans(run: RunFolder) -> Case:
     cache.folder().mkdir(parents=True, exist_ok=True)
     for key in ("a" * 64, "b" * 64):
         plan = Plan("cpu", "fp32", "channels_last", micro_batch_size=32)
-        planning._remember(key, planning.Choice(plan, {"fp32 contiguous": 1.5, str(plan): 1.25}))
+        planning._remember(key, planning.TunedPlan(plan, {"fp32 contiguous": 1.5, str(plan): 1.25}))
     return cache.folder() / "plans.json", planning._remembered, {}
 
 

@@ -375,7 +375,7 @@ def test_a_disk_that_fills_up_costs_what_was_not_saved(
         if len(done) == saves - 1:
             full(call, patch)
         real(*arguments)
-        done.append((arguments[1].position.epoch, arguments[1].position.step))
+        done.append((arguments[1].state.epoch, arguments[1].state.step))
 
     with monkeypatch.context() as patch:
         patch.setenv("CONVLENS_SAVE_SECONDS", "0")

@@ -18,7 +18,7 @@ from convlens.cli import main
 from convlens.errors import DataError, Stopped
 from convlens.formats import modelfile
 from convlens.recipe import Recipe
-from convlens.resuming import keeping
+from convlens.resuming import keeping, states
 from convlens.resuming.keeping import Keeper
 from convlens.resuming.states import Best
 from convlens.run import RunFolder
@@ -140,7 +140,7 @@ def test_windows_go_on_from_where_they_open_and_close(
 
 def after_an_epoch(keeper: Keeper) -> bool:
     """Instead of by time: due after each epoch."""
-    return keeper._setup.position.step == 0
+    return keeper._setup.state.step == 0
 
 
 def test_a_run_killed_between_two_saves_goes_on_from_the_former(
@@ -337,3 +337,23 @@ def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupt
     changed.unlink()
     with pytest.raises(DataError, match="changed since this model was trained"):
         training.train(asked, plain=True, on="cpu", quiet=True)
+
+
+def test_progress_is_stored_in_the_keys_of_earlier_versions() -> None:
+    """So that a run that an earlier version has saved can be resumed or extended."""
+    setup, place = begin(tiny(), "keys")
+    records = setup.fit()
+    for _ in range(2):
+        next(records)
+    setup.state.micro_batch_size = 8
+    states.save(place, setup, states.Best("val_loss"), [])
+    stored = place.state()
+    assert stored is not None
+    position = stored[1]["position"]
+    assert set(position) == {
+        "epoch", "step", "images", "loss_sum", "correct", "part", "seconds", "cpu_seconds",
+        "data_seconds",
+    }  # fmt: skip
+    again, _ = begin(tiny(), "keys")
+    states.restore(place, again, states.Best("val_loss"))
+    assert again.state == setup.state

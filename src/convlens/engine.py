@@ -248,8 +248,9 @@ class TrainLoop:
 
         Raises:
             NonFiniteLoss: a loss was NaN or infinite. Weights, optimizer and average are those
-                before that step. On CUDA the error is raised some steps later; the average and
-                the statistics of batch norm have moved on by then.
+                before that step. On CUDA the error is raised some steps later: the average and
+                the statistics of batch norm have moved on by then, and in fp16 the weights too,
+                because GradScaler skips only the steps whose own gradients are not finite.
             ResourceError: no memory even for the smallest micro-batch.
         """
         state = TrainState() if state is None else state
