@@ -17,12 +17,11 @@ from typing import Any
 # First: it sets what libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
-from convlens.several import runs as several
-from convlens.several.tabling import Summary
-from convlens.starting import asking
+from convlens.training import resolve
+from convlens.training.repeats import VariantSummary, train_many
 
 
-def figures_of(summary: Summary) -> dict[str, Any]:
+def figures_of(summary: VariantSummary) -> dict[str, Any]:
     """What a variant reached, with what is needed to understand it later."""
     outcomes = summary.outcomes
     last = [outcome.history[-1] for outcome in outcomes]
@@ -52,10 +51,10 @@ def main() -> None:
     parser.add_argument("--data")
     # Intermixed, so that overrides may stand behind an option as well.
     arguments = parser.parse_intermixed_args()
-    asked = asking.read_variants(
+    asked = resolve.resolve_variants(
         arguments.what, arguments.variants, data=arguments.data, overrides=arguments.overrides
     )
-    table = several.train_many(
+    table = train_many(
         asked,
         repeat_splits=arguments.repeat_splits,
         seeds=arguments.seeds,

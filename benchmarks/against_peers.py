@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from convlens import device, models, recipe
-from convlens.data import channel_stats, load
+from convlens.data.dataset import channel_stats, load_data
 from intervals import median_interval
 
 HERE = Path(__file__).parent
@@ -79,7 +79,9 @@ class Case:
 
 def cases() -> dict[str, Case]:
     strided = {"widths": [16, 32, 64], "pool": "stride", "head": "flatten"}
-    fast, plain, large = (recipe.load(name) for name in ("mnist-fast", "mnist", "cifar10-cpu"))
+    fast, plain, large = (
+        recipe.load_recipe(name) for name in ("mnist-fast", "mnist", "cifar10-cpu")
+    )
     return {
         "strided": Case("strided CNN, MNIST", "cnn", strided, "mnist", 64, 100),
         "mnist-fast": _recipes(fast, 5120),
@@ -172,7 +174,7 @@ class Process:
 
 def row_of(name: str, case: Case, folder: Path) -> Row:
     """The first images of the set, written to a file for every peer."""
-    data = load(recipe.DataConfig(name=case.data), memory_budget=device.memory_budget("cpu"))
+    data = load_data(recipe.DataConfig(name=case.data), memory_budget=device.memory_budget("cpu"))
     count = case.batch * case.steps
     images = data.train.rows.gather(torch.arange(count))
     pixels = np.ascontiguousarray(images.numpy().transpose(0, 2, 3, 1))
@@ -181,7 +183,7 @@ def row_of(name: str, case: Case, folder: Path) -> Row:
     path = folder / f"{name}.npz"
     np.savez(path, images=pixels, labels=data.train.labels[:count].numpy())
     mean, std = channel_stats(data.train)
-    net = models.build(case.net, 10, data.channels, data.image_size, case.options)
+    net = models.build_model(case.net, 10, data.channels, data.image_size, case.options)
     return Row(
         name=name,
         net=case.net,

@@ -21,7 +21,7 @@ import json, resource, statistics, sys, time
 import torch, torchvision
 from torch import nn
 from convlens import models
-from convlens.system import process
+from convlens.utils import process
 if {keep}:
     assert process.keep_freed_memory()
 nets = {{

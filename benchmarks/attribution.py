@@ -26,8 +26,8 @@ import torchvision
 from torch import Tensor, nn
 
 from convlens import device, models
-from convlens.inspection import layers, saliency
-from convlens.system import process
+from convlens.interpret import attribution_methods, features
+from convlens.utils import process
 
 CASES = (
     # name, network, images, size, layer
@@ -43,7 +43,7 @@ def network(name: str, size: int) -> nn.Module:
     torch.manual_seed(0)
     if name == "resnet18":
         return torchvision.models.resnet18(num_classes=10).eval()
-    return models.build(name, 10, 3, size, {}).eval()
+    return models.build_model(name, 10, 3, size, {}).eval()
 
 
 def one_pass(model: nn.Module, images: Tensor, targets: Tensor) -> Callable[[], None]:
@@ -57,12 +57,14 @@ def one_pass(model: nn.Module, images: Tensor, targets: Tensor) -> Callable[[], 
 def by(
     name: str, model: nn.Module, images: Tensor, targets: Tensor, layer: str
 ) -> Callable[[], None]:
-    stages = layers.stages(model)
+    stages = features.stage_names(model)
 
     def step() -> None:
-        saliency.shapes_of(model, images, stages)  # which class, and which layer
-        maps = saliency.maps_by(saliency.METHODS[name], model, images, targets, layer)
-        saliency.enlarged(maps, images.shape[2])
+        attribution_methods.shapes_of(model, images, stages)  # which class, and which layer
+        maps = attribution_methods.attribution_maps(
+            attribution_methods.METHODS[name], model, images, targets, layer
+        )
+        attribution_methods.upsample_maps(maps, images.shape[2])
 
     return step
 
@@ -102,7 +104,7 @@ def main() -> None:
         bare = one_pass(model, images, targets)
         figures[case] = {
             method: paired(by(method, model, images, targets, layer), bare, rounds)
-            for method in saliency.METHODS
+            for method in attribution_methods.METHODS
             if method not in SLOW or case == CASES[0][0]
         }
     print(json.dumps(record("attribution", figures)))

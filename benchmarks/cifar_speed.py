@@ -44,12 +44,12 @@ def convert(folder: Path, count: int | None = None) -> None:
     """
     import torch
 
-    from convlens.data import load_foreign
+    from convlens.data.dataset import load_external_data
 
     target = folder / "cifar10"
     target.mkdir(parents=True)
     for name in ("train", "test"):
-        part, classes, _, _ = load_foreign(
+        part, classes, _, _ = load_external_data(
             "cifar10", name, image_size=32, channels=3, fit="crop", memory_budget=1 << 31
         )
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:count]
@@ -72,8 +72,12 @@ def results_in(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             continue
         run = cells[1] or run
         if cells[2] == "eval":
-            yield {"run": run, "tta": float(cells[5]), "plain": float(cells[4] or "nan"),
-                   "seconds": float(cells[6])}  # fmt: skip
+            yield {
+                "run": run,
+                "tta": float(cells[5]),
+                "plain": float(cells[4] or "nan"),
+                "seconds": float(cells[6]),
+            }
 
 
 def theirs(script: Path, data: Path, seeds: int) -> dict[str, Any]:
@@ -83,9 +87,13 @@ def theirs(script: Path, data: Path, seeds: int) -> dict[str, Any]:
         (Path(folder) / "cifar10").symlink_to((data / "cifar10").resolve())
         start = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-u", str(script.resolve())], cwd=folder, text=True,
-            stdout=subprocess.PIPE, stderr=errors, env=_cold_caches(folder),
-        )  # fmt: skip
+            [sys.executable, "-u", str(script.resolve())],
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=_cold_caches(folder),
+        )
         assert process.stdout is not None
         runs, cold = [], None
         for result in results_in(iter(process.stdout.readline, "")):
@@ -113,10 +121,11 @@ def _cold_caches(folder: str) -> dict[str, str]:
 
 def cold(seed: int, changes: list[str]) -> None:
     """One whole run as the command does it, in this process; prints its accuracies."""
-    from convlens import evaluation, recipe, training
+    from convlens import evaluation, recipe
+    from convlens.training import train
 
-    asked = recipe.load("cifar10-fast", [f"train.seed={seed}", *changes])
-    place = training.train(asked, test=False, quiet=True)
+    asked = recipe.load_recipe("cifar10-fast", [f"train.seed={seed}", *changes])
+    place = train.train(asked, test=False, quiet=True)
     result = evaluation.evaluate(place, "test", tta=TTA, quiet=True)
     assert result.tta is not None
     print(json.dumps({"plain": result.accuracy, "tta": result.tta["accuracy"]}), flush=True)

@@ -37,13 +37,14 @@ import torch
 from PIL import Image, ImageFilter
 from torch import nn
 
-from convlens import device, inference, models, prediction, recipe
-from convlens.data import Split
+from convlens import device, models, prediction, recipe
+from convlens.data.cache import ArrayRows
+from convlens.data.dataset import Split
 from convlens.data.decode import decode
-from convlens.data.rows import ArrayRows
 from convlens.device import MEMORY_FORMATS, Plan
-from convlens.run import Loaded, Preprocessing, RunFolder
-from convlens.system import process
+from convlens.engine import inference
+from convlens.run import LoadedModel, Preprocessing, RunDir
+from convlens.utils import process
 
 PAIRED = 40.0  # seconds that a ratio of short passes is measured for, at least
 DIFFERENT = 500  # files that are not copies of others
@@ -64,12 +65,12 @@ PASSES: dict[str, tuple[Case, int, Sequence[int]]] = {
 }
 
 
-def loaded(case: Case) -> Loaded:
+def loaded(case: Case) -> LoadedModel:
     """A recipe's network as it begins, as if it came from a model file."""
     name, size, channels = case
-    net = recipe.load(name).model
+    net = recipe.load_recipe(name).model
     torch.manual_seed(0)
-    model = models.build(net.name, len(CLASSES), channels, size, net.options).eval()
+    model = models.build_model(net.name, len(CLASSES), channels, size, net.options).eval()
     pre = Preprocessing(size, channels, "crop", [0.5] * channels, [0.25] * channels)
     card = {
         "convlens": "benchmark",
@@ -77,7 +78,7 @@ def loaded(case: Case) -> Loaded:
         "classes": list(CLASSES),
         "preprocessing": asdict(pre),
     }
-    return Loaded(model, CLASSES, pre, card)
+    return LoadedModel(model, CLASSES, pre, card)
 
 
 def write_files(folder: Path, kind: str, count: int, photographs: Sequence[Path]) -> list[str]:
@@ -110,11 +111,11 @@ def only_decode(paths: Sequence[str], pre: Preprocessing) -> None:
     """What `predict` can't do without."""
 
     def some(start: int) -> None:
-        for path in paths[start : start + prediction.TASK]:
+        for path in paths[start : start + prediction.IMAGES_PER_TASK]:
             decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
 
     with ThreadPoolExecutor(device.usable_cores()) as pool:
-        for _ in pool.map(some, range(0, len(paths), prediction.TASK)):
+        for _ in pool.map(some, range(0, len(paths), prediction.IMAGES_PER_TASK)):
             pass
 
 
@@ -159,7 +160,7 @@ def predict_case(kind: str, case: Case, paths: list[str], rounds: int) -> dict[s
     found = ratio(lambda: list(prediction.predict(model, some, quiet=True)), needed, rounds)
     found["decoding_seconds"] = round(statistics.median(decoding[1:]), 4)
     with tempfile.TemporaryDirectory() as folder:
-        place = RunFolder(Path(folder) / "model")
+        place = RunDir(Path(folder) / "model")
         place.save_model(model.model.state_dict(), model.card)
         program = [sys.executable, "-m", "convlens", "predict", str(place.model_path)]
         command = [*program, str(Path(paths[0]).parent), "--format", "csv"]
@@ -182,9 +183,11 @@ def pixels_of(case: Case, count: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def best_bare(
-    model: nn.Module, images: torch.Tensor, normalise: Callable[[torch.Tensor, Plan], torch.Tensor],
+    model: nn.Module,
+    images: torch.Tensor,
+    normalise: Callable[[torch.Tensor, Plan], torch.Tensor],
     sizes: Sequence[int],
-) -> tuple[Callable[[], None], Plan]:  # fmt: skip
+) -> tuple[Callable[[], None], Plan]:
     """The forward pass on all images, ready in the best batch size and format; and the plan."""
     tried: list[tuple[float, nn.Module, Plan, int]] = []
     for name in MEMORY_FORMATS:
@@ -215,11 +218,11 @@ def evaluate_case(case: Case, count: int, sizes: Sequence[int], rounds: int) -> 
 
     def first() -> None:
         # The network begins in the format that model files have.
-        plan = inference.placed(model.model, "cpu")
-        inference.split_answers(model.model, split, normalise, plan, None, free=True)
+        plan = inference.place_model(model.model, "cpu")
+        inference.split_outputs(model.model, split, normalise, plan, None, free=True)
 
     twin = known.prepare_model(copy.deepcopy(model.model))
-    loop = ratio(lambda: inference.split_answers(twin, split, normalise, known, None), bare, rounds)
+    loop = ratio(lambda: inference.split_outputs(twin, split, normalise, known, None), bare, rounds)
     return {
         "images": count,
         "memory_format": known.memory_format,

@@ -28,15 +28,20 @@ from recording import record  # isort: skip
 import numpy as np
 from PIL import Image
 
+from convlens.analysis import label_errors
 from convlens.data.decode import decode, read_bytes
-from convlens.data.encoded import Paths
-from convlens.data.sources import find
-from convlens.labelling import confident, finding as labelling
+from convlens.data.sources import find_source
+from convlens.data.types import FilePaths
 
 RULES = (
-    "prune_by_noise_rate", "prune_by_class", "both", "confident_learning",
-    "predicted_neq_given", "low_normalized_margin", "low_self_confidence",
-)  # fmt: skip
+    "prune_by_noise_rate",
+    "prune_by_class",
+    "both",
+    "confident_learning",
+    "predicted_neq_given",
+    "low_normalized_margin",
+    "low_self_confidence",
+)
 DEFAULTS: dict[str, tuple[str, list[str]]] = {
     "digits": ("digits", ["train.epochs=15"]),
     # One epoch of 55,000 images is 20 of these few; the network is that of the first measurement.
@@ -63,7 +68,7 @@ def flipped(labels: np.ndarray, rate: float, kind: str, seed: int, classes: int)
 
 def written(folder: Path, name: str, count: int | None, seed: int) -> tuple[list[Path], np.ndarray]:
     """Images of a set as PNG files, and their labels: `count` in all, as many of each class."""
-    source = find(name)
+    source = find_source(name)
     part = source.parts["train"]
     chosen = np.arange(len(part.labels))
     if count is not None:
@@ -72,7 +77,7 @@ def written(folder: Path, name: str, count: int | None, seed: int) -> tuple[list
         chosen = np.sort(np.concatenate([random.permutation(i)[:each] for i in of_class]))
     paths = []
     for number in chosen.tolist():
-        if isinstance(part.images, Paths):
+        if isinstance(part.images, FilePaths):
             pixels = decode(read_bytes(part.images[number]), size=None, channels=3, fit="crop")
         else:
             pixels = part.images[np.array([number])][0]
@@ -112,7 +117,7 @@ def measured(
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *zip(paths, given.tolist(), strict=True)])
     begun = time.process_time()
-    report = labelling.find_label_errors(
+    report = label_errors.find_label_errors(
         asked.recipe or recipe,
         [*overrides, *asked.overrides],
         data=table,
@@ -124,8 +129,10 @@ def measured(
     if asked.keep:
         np.savez(
             Path(asked.keep) / f"{name}-{kind}.npz",
-            planted=planted, labels=report.labels, chances=report.chances,
-        )  # fmt: skip
+            planted=planted,
+            labels=report.labels,
+            chances=report.chances,
+        )
     suspects = set(report.order[: len(report.suspects)].tolist())
     named = np.array([i in suspects for i in range(len(planted))])
     out = {
@@ -146,7 +153,7 @@ def measured(
         }
     rules = {}
     for rule in RULES:
-        verdict = confident.judge(report.labels, report.chances, rule=rule)
+        verdict = label_errors.find_issues(report.labels, report.chances, rule=rule)
         rules[rule] = figures(planted, verdict.suspected)
     return out | {"rules": rules}
 
@@ -180,7 +187,7 @@ def main() -> None:
         "rate": asked.rate,
         "folds": asked.folds,
         "seed": asked.seed,
-        "rule": confident.FILTER,
+        "rule": label_errors.FILTER_METHOD,
     }
     print(json.dumps(record(f"labels-{asked.name}", {**facts, "cases": found})))
 

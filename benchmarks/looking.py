@@ -23,21 +23,20 @@ import torch
 
 from convlens import models
 from convlens.device import Plan
-from convlens.inspection import activity, layers, looking
-from convlens.inspection.choosing import Opened
-from convlens.inspection.subjects import Picture, Subject
-from convlens.run import Loaded, Preprocessing
+from convlens.interpret import activations, features, look
+from convlens.interpret.inputs import InspectedModel, LookInputs, Picture
+from convlens.run import LoadedModel, Preprocessing
 
 SIZES = (32, 224)
 
 
-def subject(size: int) -> Subject:
+def subject(size: int) -> InspectedModel:
     """A ResNet-18 with random weights and the ImageNet stem: as fast as a trained one."""
     torch.manual_seed(0)
-    model = models.build("resnet18", 10, 3, size, {"stem": "imagenet"}).eval()
+    model = models.build_model("resnet18", 10, 3, size, {"stem": "imagenet"}).eval()
     preprocessing = Preprocessing(size, 3, "crop", [0.5] * 3, [0.25] * 3)
-    loaded = Loaded(model, tuple("0123456789"), preprocessing, {})
-    return Subject("resnet18", loaded, Plan("cpu", "fp32", "contiguous"))
+    loaded = LoadedModel(model, tuple("0123456789"), preprocessing, {})
+    return InspectedModel("resnet18", loaded, Plan("cpu", "fp32", "contiguous"))
 
 
 def seconds(what: Callable[[], object], repeats: int) -> dict[str, object]:
@@ -59,16 +58,16 @@ def stages_to_png(size: int, folder: Path) -> Callable[[], object]:
     one = subject(size)
     pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
     picture = Picture("test:0", pixels, 0)
-    opened = Opened([one], [(picture,)], folder, ["resnet18"], ["resnet18"])
-    return lambda: looking.look(opened, looking.Options())
+    opened = LookInputs([one], [(picture,)], folder, ["resnet18"], ["resnet18"])
+    return lambda: look.look(opened, look.LookOptions())
 
 
 def forward(size: int) -> Callable[[], object]:
     """What is not drawing: the forward pass with the recording of all stages."""
     one = subject(size)
     picture = Picture("test:0", torch.zeros(3, size, size, dtype=torch.uint8), 0)
-    names = layers.stages(one.model)
-    return lambda: activity.see(one, picture, names)
+    names = features.stage_names(one.model)
+    return lambda: activations.compute_activity(one, picture, names)
 
 
 def main() -> None:

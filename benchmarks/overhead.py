@@ -30,14 +30,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from convlens import device, engine, models, optim, recipe
-from convlens.data import Split, augment
-from convlens.data.batches import Augment, Batches, Normalise, to_unit
-from convlens.data.draws import Place
-from convlens.data.rows import ArrayRows
+from convlens import device, models, optim, recipe
+from convlens.data.cache import ArrayRows
+from convlens.data.dataset import Split
+from convlens.data.loader import Augment, Batches, Normalise, to_unit
+from convlens.data.transforms import pipeline
+from convlens.data.transforms.random import SampleInfo
 from convlens.device import Plan
-from convlens.starting import feeding
-from convlens.system import process
+from convlens.engine.loop import Step, TrainLoop, TrainState
+from convlens.training import feature_cache
+from convlens.utils import process
 from intervals import median_interval
 
 MEAN, STD = 0.1307, 0.3081
@@ -52,7 +54,7 @@ def images_of(count: int, channels: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def optimiser_of(model: nn.Module) -> torch.optim.Optimizer:
-    return optim.build(model, recipe.OptimConfig(name="adam", lr=1e-4))
+    return optim.build_optimizer(model, recipe.OptimConfig(name="adam", lr=1e-4))
 
 
 def bare(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -72,7 +74,7 @@ def augmenting(
     step: Callable[[], None], operations: Augment, pixels: Tensor, labels: Tensor
 ) -> Callable[[], None]:
     """`operations` on one batch, then `step`, which doesn't use what they gave."""
-    generator, place = torch.Generator(), Place(torch.arange(len(labels)), 1, 0)
+    generator, place = torch.Generator(), SampleInfo(torch.arange(len(labels)), 1, 0)
 
     def both() -> None:
         generator.manual_seed(0)
@@ -101,13 +103,13 @@ def ours(
         seed=0,
         augment=operations,
     )
-    state = engine.TrainState()
-    loop = engine.TrainLoop(model, optimiser_of(model), nn.CrossEntropyLoss(), plan)
-    timed_batches = feeding.Timed(batches, state)
+    state = TrainState()
+    loop = TrainLoop(model, optimiser_of(model), nn.CrossEntropyLoss(), plan)
+    timed_batches = feature_cache.TimedBatches(batches, state)
     records = loop.run(timed_batches, lambda progress: 1.0, epochs=10**6, seed=0, state=state)
 
     def step() -> None:
-        while not isinstance(next(records), engine.Step):
+        while not isinstance(next(records), Step):
             pass
 
     return step
@@ -187,17 +189,17 @@ def compare(loops: dict[str, Callable[[], None]], steps: int, rounds: int) -> di
 
 
 def mnist_net() -> nn.Module:
-    options = recipe.load("mnist").model.options
-    return models.build("cnn", 10, 1, 28, options)
+    options = recipe.load_recipe("mnist").model.options
+    return models.build_model("cnn", 10, 1, 28, options)
 
 
 def fast_net() -> nn.Module:
-    return models.build("cnn", 10, 1, 28, recipe.load("mnist-fast").model.options)
+    return models.build_model("cnn", 10, 1, 28, recipe.load_recipe("mnist-fast").model.options)
 
 
 def tiny_net() -> nn.Module:
     options = {"widths": [8, 16, 32], "pool": "stride"}
-    return models.build("cnn", 10, 1, 28, options)
+    return models.build_model("cnn", 10, 1, 28, options)
 
 
 def resnet() -> nn.Module:
@@ -225,8 +227,11 @@ def main() -> None:
             "convlens": ours(net(), pixels, labels, batch),
         }
         if augmented:
-            operations = augment.build(
-                recipe.load(augmented).operations, image_size=size, channels=channels, classes=10
+            operations = pipeline.build_pipeline(
+                recipe.load_recipe(augmented).operations,
+                image_size=size,
+                channels=channels,
+                classes=10,
             )
             loops["bare_and_operations"] = augmenting(
                 bare(net(), whole, labels[:batch]), operations, pixels[:batch], labels[:batch]

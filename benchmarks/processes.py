@@ -29,14 +29,14 @@ from recording import record  # isort: skip
 import torch
 from torch import nn
 
-from convlens import device, engine, models, optim, recipe
-from convlens.data import Split
-from convlens.data.batches import Batches, Normalise
-from convlens.data.rows import ArrayRows
-from convlens.distributed import processes
-from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup
-from convlens.stepping.data_parallel import DataParallel
-from convlens.system import process, ranks
+from convlens import device, distributed, models, optim, recipe
+from convlens.data.cache import ArrayRows
+from convlens.data.dataset import Split
+from convlens.data.loader import Batches, Normalise
+from convlens.distributed import SINGLE_PROCESS, ProcessGroup
+from convlens.engine.data_parallel import DataParallel
+from convlens.engine.loop import Step, TrainLoop
+from convlens.utils import process
 
 # Recipe (for its network), batch, channels, size, steps in a window.
 CASES = (
@@ -48,13 +48,13 @@ CASES = (
 
 def network(name: str, channels: int, size: int) -> nn.Module:
     torch.manual_seed(0)
-    config = recipe.load(name).model
-    return models.build(config.name, 10, channels, size, config.options)
+    config = recipe.load_recipe(name).model
+    return models.build_model(config.name, 10, channels, size, config.options)
 
 
 def steps_of(
     world: ProcessGroup, name: str, batch: int, channels: int, size: int
-) -> Callable[[], engine.Step]:
+) -> Callable[[], Step]:
     """Training steps without augmentation, as `train` takes them; this process's rows."""
     model = network(name, channels, size)
     pixels = torch.randint(0, 256, (4 * batch, channels, size, size), dtype=torch.uint8)
@@ -68,18 +68,18 @@ def steps_of(
         seed=0,
         world=world,
     )
-    loop = engine.TrainLoop(
+    loop = TrainLoop(
         model,
-        optim.build(model, recipe.OptimConfig(name="adam", lr=1e-4)),
+        optim.build_optimizer(model, recipe.OptimConfig(name="adam", lr=1e-4)),
         nn.CrossEntropyLoss(),
         plan,
         data_parallel=DataParallel(world, batches.sizes) if world.size > 1 else None,
     )
     records = loop.run(batches, lambda progress: 1.0, epochs=10**6, seed=0)
 
-    def step() -> engine.Step:
+    def step() -> Step:
         for taken in records:
-            if isinstance(taken, engine.Step):
+            if isinstance(taken, Step):
                 return taken
         raise AssertionError
 
@@ -138,14 +138,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
-    if ranks.size() == 1:
+    if process.world_size() == 1:
         line = ["--standalone", "--nproc-per-node", str(options.processes), *sys.argv]
         # What the user chose, since torchrun would set one thread and warn of it.
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         env = {**os.environ, "OMP_NUM_THREADS": threads}
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *line], env=env)
         sys.exit(done.returncode)
-    world = processes.init_process_group()
+    world = distributed.init_process_group()
     process.keep_freed_memory()
     figures = {case[0]: compare(world, options.rounds, case) for case in CASES}
     if world.is_main_process:

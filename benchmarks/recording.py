@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convlens.system import process
+from convlens.utils import process
 from convlens.version import __version__
 
 # As on the command line. To be imported before torch; effective in child processes in any case.
@@ -25,7 +25,7 @@ def record(name: str, figures: dict[str, Any], *, command: str | None = None) ->
     import torchvision
 
     from convlens import device
-    from convlens.system.files import write_atomic
+    from convlens.utils.files import write_atomic
 
     # Files by their names alone: where they lie on this machine is nobody's business.
     script, *arguments = (Path(a).name if os.sep in a else a for a in sys.argv)
@@ -37,7 +37,7 @@ def record(name: str, figures: dict[str, Any], *, command: str | None = None) ->
         "torchvision": torchvision.__version__,
         "spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "hardware": device.describe("cuda" if device.choose() == "cuda" else "cpu"),
+        "hardware": device.describe_hardware("cuda" if device.select_device() == "cuda" else "cpu"),
         **figures,
     }
     write_atomic(RESULTS / f"{name}.json", json.dumps(content, indent=1) + "\n")

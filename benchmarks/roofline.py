@@ -29,38 +29,47 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from convlens import device, engine, models, optim, recipe
-from convlens.data import Split, augment
-from convlens.data.batches import Batches, Normalise
-from convlens.data.rows import ArrayRows
+from convlens import device, models, optim, recipe
+from convlens.data.cache import ArrayRows
+from convlens.data.dataset import Split
+from convlens.data.loader import Batches, Normalise
+from convlens.data.transforms import pipeline
 from convlens.device import Plan
-from convlens.models import freezing
+from convlens.engine.loop import Step, TrainLoop
+from convlens.engine.numerics import make_grad_scaler
+from convlens.models import stages
 from convlens.recipe import Recipe
-from convlens.starting.planning import WARMUP_STEPS
-from convlens.stepping.guarding import make_grad_scaler
-from convlens.system import process
+from convlens.training.autotune import WARMUP_STEPS
+from convlens.utils import process
 
 RECIPES = (
-    "mnist", "mnist-fast", "mnist-best", "cifar10-fast", "resnet18", "resnet18-best",
-    "resnet18-tiny", "pretrain", "tiny-best",
-)  # fmt: skip
+    "mnist",
+    "mnist-fast",
+    "mnist-best",
+    "cifar10-fast",
+    "resnet18",
+    "resnet18-best",
+    "resnet18-tiny",
+    "pretrain",
+    "tiny-best",
+)
 GREY = ("mnist", "digits")
 
 
 def matmul_rate(where: str, size: int, seconds: float) -> dict[str, Any]:
     """FLOP/s of the best of several windows of square products."""
     half = device.half_precision(where) if where.startswith("cuda") else None
-    dtype = device.HALVES[half] if half else torch.float32
+    dtype = device.HALF_DTYPES[half] if half else torch.float32
     a, b = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))
     a @ b
-    device.synchronise(where)
+    device.synchronize(where)
     rates = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         start = time.perf_counter()
         for _ in range(5):
             a @ b
-        device.synchronise(where)
+        device.synchronize(where)
         rates.append(5 * 2 * size**3 / (time.perf_counter() - start))
     return {"size": size, "precision": half or "fp32", "flops_a_second": max(rates)}
 
@@ -69,13 +78,15 @@ class Case:
     """A recipe's network and batches on random images, by the plan that a long run would take."""
 
     def __init__(self, name: str, where: str, step: str, batch: int | None, layout: str) -> None:
-        self.recipe: Recipe = recipe.load(name)
+        self.recipe: Recipe = recipe.load_recipe(name)
         size = self.recipe.data.image_size
         self.size = size if isinstance(size, int) else 28 if self._grey else 32
         self.channels = 1 if self._grey else 3
         self.batch = batch or self.recipe.train.batch_size
         options = self.recipe.train
-        self.plan: Plan = device.plans(where, options.precision, options.memory_format, False)[0]
+        self.plan: Plan = device.candidate_plans(
+            where, options.precision, options.memory_format, False
+        )[0]
         self.plan = replace(
             self.plan, step_mode=step, memory_format=layout or self.plan.memory_format
         )
@@ -87,9 +98,9 @@ class Case:
     def model(self) -> nn.Module:
         torch.manual_seed(0)
         net = self.recipe.model
-        model = models.build(net.name, 10, self.channels, self.size, net.options)
-        freezing.freeze(model, net.trainable)
-        freezing.set_train_mode(self.plan.prepare_model(model))
+        model = models.build_model(net.name, 10, self.channels, self.size, net.options)
+        stages.freeze(model, net.trainable)
+        stages.set_train_mode(self.plan.prepare_model(model))
         return model
 
     def images(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,25 +129,30 @@ class Case:
     def loop(self) -> Callable[[], None]:
         """The engine as `train` runs it; a call is one step of a full batch."""
         asked, model = self.recipe, self.model()
-        operations = augment.build(
+        operations = pipeline.build_pipeline(
             asked.operations, image_size=self.size, channels=self.channels, classes=10
         )
         images, labels = self.images(8 * self.batch)
         feed = Batches(
             Split(ArrayRows(images), labels, [str(i) for i in range(len(labels))]),
-            batch_size=self.batch, normalise=self._normalise, plan=self.plan, seed=0,
+            batch_size=self.batch,
+            normalise=self._normalise,
+            plan=self.plan,
+            seed=0,
             augment=operations if asked.operations else None,
-        )  # fmt: skip
-        optimiser = optim.build(model, asked.optim)
-        loop = self._train_loop(model, optimiser, optim.averager(model, asked.optim, steps=10**6))
+        )
+        optimiser = optim.build_optimizer(model, asked.optim)
+        loop = self._train_loop(
+            model, optimiser, optim.build_averager(model, asked.optim, steps=10**6)
+        )
         records = loop.run(feed, lambda progress: 1e-4, epochs=10**6, seed=0)
-        steps = (r for r in records if isinstance(r, engine.Step))
+        steps = (r for r in records if isinstance(r, Step))
         return lambda: self._take(steps)
 
     def bare(self) -> Callable[[], None]:
         """The same step on one normalised batch: no order, augmentation or average."""
         asked, model = self.recipe, self.model()
-        optimiser = optim.build(model, asked.optim)
+        optimiser = optim.build_optimizer(model, asked.optim)
         for group in optimiser.param_groups:
             group["lr"] *= 1e-4
         images, labels = self.images(self.batch)
@@ -145,11 +161,14 @@ class Case:
         return lambda: self._take(iter([loop.train_step(ready, answers)]))
 
     def _train_loop(
-        self, model: nn.Module, optimiser: torch.optim.Optimizer, averager: optim.Average | None
-    ) -> engine.TrainLoop:
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        averager: optim.WeightAverage | None,
+    ) -> TrainLoop:
         config = self.recipe.optim
         scaler = make_grad_scaler(self.plan.device) if self.plan.precision == "fp16" else None
-        return engine.TrainLoop(
+        return TrainLoop(
             model,
             optimiser,
             self._objective,
@@ -175,10 +194,10 @@ def windows(case: Case, seconds: float) -> dict[str, Any]:
     for step in loops.values():  # algorithms, capture, compiler
         for _ in range(WARMUP_STEPS + 1):
             step()
-        device.synchronise(case.plan.device)
+        device.synchronize(case.plan.device)
     start = time.perf_counter()
     loops["bare"]()
-    device.synchronise(case.plan.device)
+    device.synchronize(case.plan.device)
     count = max(2, round(seconds / 20 / (time.perf_counter() - start)))
     rates: dict[str, list[float]] = {name: [] for name in loops}
     until = time.perf_counter() + seconds
@@ -187,7 +206,7 @@ def windows(case: Case, seconds: float) -> dict[str, Any]:
             start = time.perf_counter()
             for _ in range(count):
                 loops[name]()
-            device.synchronise(case.plan.device)
+            device.synchronize(case.plan.device)
             rates[name].append(count * case.batch / (time.perf_counter() - start))
         if turn >= 2 and time.perf_counter() > until:
             break
@@ -210,7 +229,7 @@ def main() -> None:
     parser.add_argument("--layout", default="", help="instead of the plan's own")
     parser.add_argument("--size", type=int, help="of the matrices")
     asked = parser.parse_args()
-    where = device.choose(asked.device)
+    where = device.select_device(asked.device)
     process.keep_freed_memory()
     device.prepare(deterministic=False)
     on_gpu = where.startswith("cuda")

@@ -23,10 +23,10 @@ from recording import record  # isort: skip
 import torch
 
 from convlens import recipe
-from convlens.data import load
-from convlens.resuming.keeping import SAVE_SECONDS, Keeper, snapshot
-from convlens.run import RunFolder
-from convlens.starting.preparing import prepare
+from convlens.data.dataset import load_data
+from convlens.run import RunDir
+from convlens.training.checkpoint import SAVE_INTERVAL_S, CheckpointManager, model_snapshot
+from convlens.training.setup import build_training_job
 
 DATA = {"name": "digits", "per_class": 10, "image_size": 32, "channels": 3}
 PLAIN = {"memory_format": "contiguous", "precision": "fp32"}
@@ -37,24 +37,33 @@ NETWORKS: dict[str, dict[str, object]] = {
     "resnet18, adamw": {"model": {"name": "resnet18"}},
     "resnet50, sgd": {"model": {"name": "resnet50"}, "optim": {"name": "sgd"}},
 }
-ROW = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "cpu_seconds",
-       "data_seconds", "images_per_second")  # fmt: skip
+ROW = (
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "lr",
+    "seconds",
+    "cpu_seconds",
+    "data_seconds",
+    "images_per_second",
+)
 
 
 def measured(how: dict[str, object], folder: Path, repeats: int) -> dict[str, float]:
     """Megabytes of a state and a model file, and the median seconds of writing one and both."""
-    tree = recipe.load({"name": "saving", "data": DATA, "train": PLAIN, **how})
-    setup = prepare(tree, load(tree.data, memory_budget=1 << 30), "cpu")
+    tree = recipe.load_recipe({"name": "saving", "data": DATA, "train": PLAIN, **how})
+    setup = build_training_job(tree, load_data(tree.data, memory_budget=1 << 30), "cpu")
     next(iter(setup.fit()))
-    place = RunFolder(folder / "run")
+    place = RunDir(folder / "run")
     place.create(setup.recipe, {"digests": []})
-    keeper = Keeper(setup, place)
+    keeper = CheckpointManager(setup, place)
     state, both = Spent(), Spent()
     for epoch in range(1, repeats + 2):
         row = {"epoch": float(epoch), **dict.fromkeys(ROW, 1.0)}
         for better, spent in ((False, state), (True, both)):
             if better:
-                keeper._pending = snapshot(setup, place.name, row)
+                keeper._pending = model_snapshot(setup, place.name, row)
             setup.state.step += 1
             spent.add(keeper.save)
     size = max((place.path / "state").glob("*.safetensors")).stat().st_size
@@ -63,10 +72,10 @@ def measured(how: dict[str, object], folder: Path, repeats: int) -> dict[str, fl
         "state_mb": round(size / 2**20, 2),
         "model_mb": round(place.model_path.stat().st_size / 2**20, 2),
         "state_seconds": state.wall(),
-        "state_share": round(state.wall() / SAVE_SECONDS, 5),
+        "state_share": round(state.wall() / SAVE_INTERVAL_S, 5),
         "seconds": both.wall(),
         "cpu_seconds": both.cpu(),
-        "share": round(both.wall() / SAVE_SECONDS, 5),
+        "share": round(both.wall() / SAVE_INTERVAL_S, 5),
     }
 
 
@@ -98,7 +107,7 @@ def main() -> None:
     for name, how in NETWORKS.items():
         with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
             rows[name] = measured(how, Path(folder), asked.repeats)
-    figures = {"repeats": asked.repeats, "save_seconds": SAVE_SECONDS, "networks": rows}
+    figures = {"repeats": asked.repeats, "save_seconds": SAVE_INTERVAL_S, "networks": rows}
     print(json.dumps(record("saving", figures)))
 
 

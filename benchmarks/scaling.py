@@ -30,18 +30,17 @@ import numpy as np
 import torch
 from torch import nn
 
-import convlens.data as data
-from convlens import device, engine, inference, metrics, models, optim
+import convlens.data.dataset as data
+from convlens import device, metrics, models, optim
 from convlens.data import sources
-from convlens.data.batches import Batches, Normalise
-from convlens.data.drawn import Drawn
-from convlens.data.ids import Numbered
-from convlens.data.order import epoch_order
-from convlens.data.parts import Part, Source
-from convlens.recipe import load as load_recipe
-from convlens.run import RunFolder
-from convlens.schema import DataConfig
-from convlens.system import process
+from convlens.data.loader import Batches, Normalise, epoch_order
+from convlens.data.sources import DrawnShapes
+from convlens.data.types import DataSource, NumberedStrings, Part
+from convlens.engine import inference
+from convlens.engine.loop import Step, TrainLoop
+from convlens.recipe import DataConfig, load_recipe
+from convlens.run import RunDir
+from convlens.utils import process
 
 IMAGES, CLASSES, SIDES = (1_000, 10_000, 100_000, 1_000_000), (10, 100, 1_000), (32, 64, 128, 224)
 FIRST = 10, 32  # classes and side where these aren't what changes
@@ -60,7 +59,7 @@ class Repeated:
 
     def __init__(self, count: int, side: int) -> None:
         self.shape: tuple[int, ...] = (count, 3, side, side)
-        self._pool = Drawn(64, side)[np.arange(64)]
+        self._pool = DrawnShapes(64, side)[np.arange(64)]
 
     def __getitem__(self, index: np.ndarray, /) -> np.ndarray:
         return self._pool[index % len(self._pool)]
@@ -72,17 +71,17 @@ class Repeated:
 def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dict[str, float]:
     """CPU and wall seconds an image of training and evaluating, those of a start, peak bytes."""
 
-    def source() -> Source:
+    def source() -> DataSource:
         images, labels = Repeated(count, side), np.arange(count) % classes
         names = tuple(f"class {k:04}" for k in range(classes))
-        return Source("repeated", names, {
-            "train": Part(images, labels, Numbered("repeated", count))
-        })  # fmt: skip
+        return DataSource(
+            "repeated", names, {"train": Part(images, labels, NumberedStrings("repeated", count))}
+        )
 
     sources.SOURCES["repeated"] = source
     process.keep_freed_memory()
     device.prepare(deterministic=False)
-    model = models.build("cnn", classes, 3, side, NET)
+    model = models.build_model("cnn", classes, 3, side, NET)
     figures = {}
     config = DataConfig(name="repeated", image_size=side)
 
@@ -91,7 +90,7 @@ def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dic
         data.channel_stats(found.train)
         epoch_order(len(found.train), 0, 1)
         with tempfile.TemporaryDirectory() as folder:
-            RunFolder(Path(folder)).write_split(found.held_out)
+            RunDir(Path(folder)).write_split(found.held_out)
         return found
 
     loaded, figures["open_cpu"], figures["open_wall"] = timed(opening)
@@ -113,14 +112,19 @@ def timed(job: Callable[[], Any]) -> tuple[Any, float, float]:
 def trained(model: nn.Module, loaded: data.Data, batch: int) -> tuple[float, float]:
     """CPU and wall seconds an image over some batches, gathering and optimiser included."""
     plan = device.Plan("cpu", "fp32", "contiguous")
-    batches = Batches(loaded.train, batch_size=batch, normalise=Normalise([0.5] * 3, [0.25] * 3),
-                      plan=plan, seed=0)  # fmt: skip
+    batches = Batches(
+        loaded.train,
+        batch_size=batch,
+        normalise=Normalise([0.5] * 3, [0.25] * 3),
+        plan=plan,
+        seed=0,
+    )
     config = load_recipe("folder").optim
-    loop = engine.TrainLoop(model, optim.build(model, config), nn.CrossEntropyLoss(), plan)
-    records = loop.run(batches, optim.schedule(config), epochs=10**6, seed=0)
+    loop = TrainLoop(model, optim.build_optimizer(model, config), nn.CrossEntropyLoss(), plan)
+    records = loop.run(batches, optim.build_schedule(config), epochs=10**6, seed=0)
     if len(loaded.train) < batch:
         raise SystemExit(f"{len(loaded.train)} images are no batch of {batch}")
-    steps = (r for r in records if isinstance(r, engine.Step))
+    steps = (r for r in records if isinstance(r, Step))
     rounds = []
     few = max(1, 8 * BATCH * 32 * 32 // (batch * loaded.image_size**2))
     for turn in range(5):
@@ -149,7 +153,7 @@ def evaluated(model: nn.Module, loaded: data.Data) -> tuple[float, float]:
     def some() -> None:
         normalise = Normalise([0.5] * 3, [0.25] * 3)
         logits, labels = inference.split_logits(model, part, normalise, plan)
-        metrics.summarise(logits.numpy(), labels.numpy(), loaded.classes)
+        metrics.summarize(logits.numpy(), labels.numpy(), loaded.classes)
 
     some()
     rounds = [tuple(seconds / count for seconds in timed(some)[1:]) for _ in range(3)]
@@ -164,9 +168,9 @@ def median(rounds: list[Any]) -> tuple[float, float]:
 # All sizes, each in a process of its own
 
 
-def cases(images: tuple[int, ...], classes: tuple[int, ...], sides: tuple[int, ...]) -> Iterator[
-    tuple[str, Case, int]
-]:  # fmt: skip
+def cases(
+    images: tuple[int, ...], classes: tuple[int, ...], sides: tuple[int, ...]
+) -> Iterator[tuple[str, Case, int]]:
     """What changes, the case, and its batch."""
     few, small = FIRST
     yield from (("images", (n, few, small), BATCH) for n in images)
@@ -178,9 +182,12 @@ def in_a_process(case: Case, batch: int, budget: int) -> dict[str, float]:
     arguments = ["--one", *map(str, (*case, batch, budget))]
     # One thread: what threads use while they wait for each other is CPU time, too, and noise.
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=False,
+        [sys.executable, __file__, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout)
@@ -200,28 +207,34 @@ def summed_up(rounds: list[dict[str, float]], first: list[dict[str, float]]) -> 
 def plot(series: dict[str, list[dict[str, Any]]]) -> None:
     from matplotlib.figure import Figure
 
-    from convlens.plots.style import BLUE, GREY, VERMILION, save, styled
+    from convlens.plots.style import BLUE, GREY, VERMILION, save_figure, use_style
 
-    @styled
+    @use_style
     def drawing() -> Figure:
         figure = Figure(figsize=(8.4, 2.6), layout="constrained")
         names = {"images": "images", "classes": "classes", "side": "pixels a side"}
         for axes, (name, rows) in zip(figure.subplots(1, 3), series.items(), strict=True):
             x = [row[name] for row in rows]
             for key, colour, label in (
-                ("train_cpu", BLUE, "training"), ("evaluate_cpu", VERMILION, "evaluating"),
-            ):  # fmt: skip
+                ("train_cpu", BLUE, "training"),
+                ("evaluate_cpu", VERMILION, "evaluating"),
+            ):
                 ratios = [row[f"{key}_ratio"] for row in rows]
                 axes.plot(x, ratios, "o-", color=colour, label=label)
             axes.axhspan(0.9, 1.1, color=GREY, alpha=0.12, linewidth=0)
-            axes.set(xscale="log", ylim=(0.5, 1.5), xlabel=names[name], xticks=x,
-                     xticklabels=[f"{v:,}" for v in x])  # fmt: skip
+            axes.set(
+                xscale="log",
+                ylim=(0.5, 1.5),
+                xlabel=names[name],
+                xticks=x,
+                xticklabels=[f"{v:,}" for v in x],
+            )
             axes.minorticks_off()
             axes.set_title(f"CPU time {'a pixel' if name == 'side' else 'an image'}")
         axes.legend(loc="lower left")
         return figure
 
-    save(drawing(), FIGURE)
+    save_figure(drawing(), FIGURE)
 
 
 def main() -> None:
@@ -251,13 +264,30 @@ def main() -> None:
     series: dict[str, list[dict[str, Any]]] = {"images": [], "classes": [], "side": []}
     for number, (name, (images, classes, side), batch) in enumerate(every):
         first = next(n for n, (other, _, _) in enumerate(every) if other == name)
-        series[name].append({
-            "images": images, "classes": classes, "side": side, "batch": batch,
-            **summed_up(found[number], found[first]),
-        })  # fmt: skip
+        series[name].append(
+            {
+                "images": images,
+                "classes": classes,
+                "side": side,
+                "batch": batch,
+                **summed_up(found[number], found[first]),
+            }
+        )
     plot(series)
-    print(json.dumps(record("scaling", {"budget": budget, "rounds": asked.rounds, "threads": 1,
-                                        "network": NET, "series": series})))  # fmt: skip
+    print(
+        json.dumps(
+            record(
+                "scaling",
+                {
+                    "budget": budget,
+                    "rounds": asked.rounds,
+                    "threads": 1,
+                    "network": NET,
+                    "series": series,
+                },
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

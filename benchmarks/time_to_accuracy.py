@@ -30,8 +30,8 @@ from typing import Any
 from recording import record  # isort: skip
 
 from convlens import metrics
-from convlens.several import runs as several
-from convlens.starting import asking
+from convlens.training import resolve
+from convlens.training.repeats import train_many
 
 GOAL = 0.99
 
@@ -68,8 +68,8 @@ def peer_epochs(script: Path, data: Path, arguments: list[str]) -> Iterator[dict
 
 def one_run(recipe: str, seed: int) -> dict[str, Any]:
     """Our run with this seed, tested: what its table says."""
-    asked = asking.read_variants(recipe, None, overrides=[f"train.seed={seed}"])
-    (reached,) = several.train_many(asked, fresh=True, quiet=True).summaries
+    asked = resolve.resolve_variants(recipe, None, overrides=[f"train.seed={seed}"])
+    (reached,) = train_many(asked, fresh=True, quiet=True).summaries
     found = reached.to_dict()
     return {
         "seed": seed,

@@ -37,28 +37,34 @@ def warm(
     """`seeds` runs of a recipe after one that isn't counted, steps taken as `step` says."""
     import torch
 
-    from convlens import device, engine, inference, models, optim, recipe as recipes, views
-    from convlens.data import load, load_foreign
-    from convlens.data.rows import ArrayRows
-    from convlens.starting import beginning
-    from convlens.starting.preparing import prepare
-    from convlens.system import process
+    from convlens import device, models, optim
+    from convlens.data.cache import ArrayRows
+    from convlens.data.dataset import load_data, load_external_data
+    from convlens.engine import inference
+    from convlens.engine.loop import TrainLoop
+    from convlens.recipe import load_recipe
+    from convlens.training.setup import _some_images, build_training_job
+    from convlens.utils import process
 
     process.keep_freed_memory()
     device.prepare(deterministic=False)
-    asked = recipes.load(name, ["train.compile=false", *changes])
-    data = load(asked.data, memory_budget=device.memory_budget(on))
-    test, _, _, _ = load_foreign(
-        asked.data.name, "test", image_size=data.image_size, channels=data.channels, fit=data.fit,
+    asked = load_recipe(name, ["train.compile=false", *changes])
+    data = load_data(asked.data, memory_budget=device.memory_budget(on))
+    test, _, _, _ = load_external_data(
+        asked.data.name,
+        "test",
+        image_size=data.image_size,
+        channels=data.channels,
+        fit=data.fit,
         memory_budget=1 << 31,
-    )  # fmt: skip
+    )
     held = test.rows.resident()
     assert held is not None
     test = replace(test, rows=ArrayRows(held.to(on)))  # no upload is counted
     net: torch.nn.Module | None = None
     runs = []
     for seed in range(seeds + 1):
-        setup = prepare(asked.replace(**{"train.seed": seed}), data, on)
+        setup = build_training_job(asked.replace(**{"train.seed": seed}), data, on)
         plan = replace(setup.plan, step_mode=step)
         if net is None:
             net = setup.trained
@@ -66,28 +72,39 @@ def warm(
             net.load_state_dict(setup.trained.state_dict())
             for p, q in zip(net.parameters(), setup.trained.parameters(), strict=True):
                 p.requires_grad_(q.requires_grad)
-        few = beginning._some_images(data.train, setup.preprocessing, on)
-        optimiser = optim.build(net, asked.optim)
-        device.synchronise(on)
+        few = _some_images(data.train, setup.preprocessing, on)
+        optimiser = optim.build_optimizer(net, asked.optim)
+        device.synchronize(on)
         start = time.perf_counter()
-        if isinstance(net, models.Initialised):
+        if isinstance(net, models.DataInitialized):
             net.initialise(few)
         steps = len(setup.feed.batches) * setup.epochs
-        loop = engine.TrainLoop(
-            net, optimiser, setup.criterion, plan, averager=optim.averager(net, asked.optim, steps)
+        loop = TrainLoop(
+            net,
+            optimiser,
+            setup.criterion,
+            plan,
+            averager=optim.build_averager(net, asked.optim, steps),
         )
         for _ in loop.run(setup.feed.batches, setup.schedule, epochs=setup.epochs, seed=seed):
             pass
         trained = time.perf_counter()  # the last record waited for the device
         exact = replace(plan, precision="fp32", step_mode="eager")
         normalise = setup.preprocessing.normalise
-        answers, labels = inference.split_answers(net, test, normalise, exact, views.chosen(tta))
+        answers, labels = inference.split_outputs(
+            net, test, normalise, exact, inference.select_views(tta)
+        )
         found = answers.plain if answers.tta is None else answers.tta
         accuracy = float((found.argmax(1) == labels).float().mean())  # waits for all of it
         seconds = time.perf_counter() - start
         plain = float((answers.plain.argmax(1) == labels).float().mean())
-        result = {"run": seed, "tta": accuracy, "plain": plain, "seconds": seconds,
-                  "training": trained - start}  # fmt: skip
+        result = {
+            "run": seed,
+            "tta": accuracy,
+            "plain": plain,
+            "seconds": seconds,
+            "training": trained - start,
+        }
         print(f"{name}, {step}{' (warm-up)' if not seed else ''}: {result}", file=sys.stderr)
         runs += [result] if seed else []
     torch._dynamo.reset()
@@ -106,7 +123,7 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     parser.add_argument("--dry", action="store_true", help="keeps nothing")
     asked = parser.parse_args()
-    on = device.choose(asked.device)
+    on = device.select_device(asked.device)
     figures: dict[str, Any] = {"recipe": asked.recipe, "changes": asked.change, "on": on}
     for step in asked.steps:
         try:

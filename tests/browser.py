@@ -46,9 +46,15 @@ class Browser:
         self._address = address
         options = {
             "binary": CHROME,
-            "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                     "--disable-dev-shm-usage", "--force-device-scale-factor=1"],
-        }  # fmt: skip
+            "args": [
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+                "--disable-dev-shm-usage",
+                "--force-device-scale-factor=1",
+            ],
+        }
         capabilities = {
             "browserName": "chrome",
             "goog:chromeOptions": options,
@@ -142,8 +148,10 @@ def browser() -> Iterator[Browser]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         driver = subprocess.Popen(
             [str(DRIVER), f"--port={port}"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "HOME": home},
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "HOME": home},
+        )
         try:
             for _ in range(200):
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):

@@ -20,9 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from convlens import cli, device
-from convlens.formats import modelfile
-from convlens.run import RunFolder
+from convlens import cli, device, serialization
+from convlens.run import RunDir
 
 # Trains in a fraction of a second: 80 digits, two epochs.
 DIGITS = ("digits", "data.per_class=8", "model.widths=[4,8]", "model.depth=1", "train.epochs=2")
@@ -139,17 +138,17 @@ def pictures(
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """The tensors of a run's model file."""
-    return modelfile.read(run / "model.safetensors")[0]
+    return serialization.read_model_file(run / "model.safetensors")[0]
 
 
 def constant_model(
     folder: Path, bias: Sequence[float], classes: Sequence[str], size: int = 8
-) -> RunFolder:
+) -> RunDir:
     """A model file whose logits are `bias`, whatever the image: all other weights are zero."""
     from convlens import models
 
     options = {"widths": [2], "batch_norm": False}
-    net = models.build("cnn", len(classes), 3, size, options)
+    net = models.build_model("cnn", len(classes), 3, size, options)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
@@ -159,7 +158,7 @@ def constant_model(
 
 def brightness_model(
     folder: Path, classes: Sequence[str] = ("dark", "light"), size: int = 8
-) -> RunFolder:
+) -> RunDir:
     """A model file that knows two classes: is the mean of an RGB image below one half or above.
 
     One 1x1 kernel takes the mean of the channels (in 0..1), the head that of the pixels:
@@ -168,7 +167,7 @@ def brightness_model(
     from convlens import models
 
     options = {"widths": [1], "kernel": 1, "batch_norm": False, "pool": "none"}
-    net = models.build("cnn", 2, 3, size, options)
+    net = models.build_model("cnn", 2, 3, size, options)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
@@ -178,7 +177,7 @@ def brightness_model(
     return _saved(folder, net, options, classes, size)
 
 
-def sided_model(folder: Path, size: int = 8) -> RunFolder:
+def sided_model(folder: Path, size: int = 8) -> RunDir:
     """A model file that tells images by their brighter half: a mirror image is the other class.
 
     Logits for `left` and `right` are `(8 * left, 9 * right)`, of the halves' mean brightness.
@@ -186,7 +185,7 @@ def sided_model(folder: Path, size: int = 8) -> RunFolder:
     from convlens import models
 
     options = {"widths": [1], "kernel": 1, "batch_norm": False, "pool": "none", "head": "flatten"}
-    net = models.build("cnn", 2, 3, size, options)
+    net = models.build_model("cnn", 2, 3, size, options)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
@@ -203,11 +202,11 @@ def _saved(
     options: dict[str, Any],
     classes: Sequence[str],
     size: int,
-) -> RunFolder:
+) -> RunDir:
     from convlens import recipe
 
-    place = RunFolder(folder)
-    asked = recipe.load(
+    place = RunDir(folder)
+    asked = recipe.load_recipe(
         {"name": folder.name, "data": {"name": "shapes"}, "model": {"name": "cnn", **options}}
     )
     card = {

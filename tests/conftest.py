@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from convlens.system import process
+from convlens.utils import process
 
 # Before torch is imported, as the command line does it.
 process.set_environment()

@@ -60,8 +60,18 @@ def _piece(content: bytes, chance: random.Random) -> bytes:
 
 # Single bytes are the hardest to notice, so they come most often.
 WAYS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
-    _bit, _bit, _bit, _byte, _byte, _digit, _digit, _cut, _zeros, _longer, _piece,
-)  # fmt: skip
+    _bit,
+    _bit,
+    _bit,
+    _byte,
+    _byte,
+    _digit,
+    _digit,
+    _cut,
+    _zeros,
+    _longer,
+    _piece,
+)
 
 
 @dataclass

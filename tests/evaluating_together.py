@@ -11,33 +11,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convlens import device, evaluation, onlooker, run
-from convlens.data import Split
-from convlens.distributed import processes
-from convlens.evaluation import Judged
-from convlens.run import RunFolder
-from convlens.stepping import data_parallel
-from convlens.system import console
+from convlens import device, distributed, evaluation, run
+from convlens.data.dataset import Split
+from convlens.engine import data_parallel
+from convlens.evaluation import EvalSplit
+from convlens.run import RunDir
+from convlens.utils import console
 
 SIZES = range(1, 51)
 
 
-def looks(place: RunFolder, pieces: int) -> list[dict[str, Any]]:
+def looks(place: RunDir, pieces: int) -> list[dict[str, Any]]:
     """What `evaluate` says of each size; the same in all processes."""
-    world = processes.init_process_group()
-    place = onlooker.shared_run_dir(world, lambda: place)
+    world = distributed.init_process_group()
+    place = run.shared_run_dir(world, lambda: place)
     device.prepare(False)
     loaded = run.load_model(place.model_path)
-    whole, name, fingerprint = evaluation.judged_by(loaded, "test", on="cpu")
+    whole, name, fingerprint = evaluation.load_eval_split(loaded, "test", on="cpu")
     found = []
     usual, data_parallel.EVAL_CHUNK = data_parallel.EVAL_CHUNK, pieces
     try:
-        with console.quieted():
+        with console.quiet_mode():
             for size in (*SIZES, len(whole)):
                 rows = data_parallel.SplitSlice(whole, 0, size)
                 part = Split(rows, whole.labels[:size], list(whole.ids)[:size])
-                judged = Judged(part, name, f"{fingerprint}-{size}-{pieces}")
-                seen = evaluation.look(
+                judged = EvalSplit(part, name, f"{fingerprint}-{size}-{pieces}")
+                seen = evaluation.evaluate_split(
                     place, loaded, judged, "test", "cpu", draw=False, world=world
                 ).evaluation
                 keys = ("n", "correct", "confusion", "near_ties", "loss", "ece")
@@ -49,8 +48,8 @@ def looks(place: RunFolder, pieces: int) -> list[dict[str, Any]]:
 
 
 def main(path: str, out: str) -> None:
-    found = {str(pieces): looks(RunFolder(Path(path)), pieces) for pieces in (256, 3)}
-    if processes.init_process_group().is_main_process:
+    found = {str(pieces): looks(RunDir(Path(path)), pieces) for pieces in (256, 3)}
+    if distributed.init_process_group().is_main_process:
         Path(out).write_text(json.dumps(found))
 
 

@@ -18,9 +18,16 @@ import numpy as np
 from PIL import Image, PngImagePlugin, features
 
 KINDS = {
-    "jpg": "JPEG", "png": "PNG", "bmp": "BMP", "gif": "GIF", "webp": "WEBP", "tif": "TIFF",
-    "ppm": "PPM", "jp2": "JPEG2000", "avif": "AVIF",
-}  # fmt: skip
+    "jpg": "JPEG",
+    "png": "PNG",
+    "bmp": "BMP",
+    "gif": "GIF",
+    "webp": "WEBP",
+    "tif": "TIFF",
+    "ppm": "PPM",
+    "jp2": "JPEG2000",
+    "avif": "AVIF",
+}
 
 
 def good(kind: str, size: tuple[int, int] = (40, 30)) -> bytes:
@@ -90,17 +97,31 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "profile.png", png(8, 8, few, chunk(b"iCCP", b"a\0\0" + long))
     yield "more.png", png(8, 8, long)
     yield "chunk.png", b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 2**31 - 1) + b"IHDR" + bytes(99)
-    yield "screen.gif", b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x00\x00\x00" + (
-        b"," + struct.pack("<HHHH", 0, 0, 65535, 65535) + b"\x00\x02\x02\x44\x01\x00;"
-    )  # fmt: skip
-    yield "size.bmp", (
-        b"BM" + struct.pack("<IHHI", 200, 0, 0, 54)
-        + struct.pack("<IiiHHIIiiII", 40, 100_000, 100_000, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(99)
-    )  # fmt: skip
-    yield "negative.bmp", (
-        b"BM" + struct.pack("<IHHI", 200, 0, 0, 54)
-        + struct.pack("<IiiHHIIiiII", 40, -8, -8, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(999)
-    )  # fmt: skip
+    yield (
+        "screen.gif",
+        b"GIF89a"
+        + struct.pack("<HH", 65535, 65535)
+        + b"\x00\x00\x00"
+        + (b"," + struct.pack("<HHHH", 0, 0, 65535, 65535) + b"\x00\x02\x02\x44\x01\x00;"),
+    )
+    yield (
+        "size.bmp",
+        (
+            b"BM"
+            + struct.pack("<IHHI", 200, 0, 0, 54)
+            + struct.pack("<IiiHHIIiiII", 40, 100_000, 100_000, 1, 24, 0, 0, 0, 0, 0, 0)
+            + bytes(99)
+        ),
+    )
+    yield (
+        "negative.bmp",
+        (
+            b"BM"
+            + struct.pack("<IHHI", 200, 0, 0, 54)
+            + struct.pack("<IiiHHIIiiII", 40, -8, -8, 1, 24, 0, 0, 0, 0, 0, 0)
+            + bytes(999)
+        ),
+    )
     yield "size.ppm", b"P6 100000 100000 255\n" + bytes(100)
     yield "digits.ppm", b"P6 " + b"9" * 100_000 + b" 8 255\n" + bytes(100)
     yield "comment.ppm", b"P6 #" + b"x" * 1_000_000 + b"\n8 8 255\n" + bytes(8 * 8 * 3)
@@ -172,11 +193,21 @@ def strange(folder: Path) -> list[str]:
     """What lies in folders and is no plain file with a plain name; returns what was made."""
     sound = good("png")
     named = {
-        "new\nline.png": sound, "<img src=x onerror=alert(1)>.png": sound, "=1+1.png": sound,
-        "-rf.png": sound, "--help.png": sound, "‮gnp.exe.png": sound, "a" * 250 + ".png": sound,
-        "%s%n.png": sound, "$(touch hacked).png": sound, "`touch hacked`.png": sound,
-        "[bold]x.png": sound, "é.png": sound, "x'\"; DROP.png": sound, " .png": sound,
-    }  # fmt: skip
+        "new\nline.png": sound,
+        "<img src=x onerror=alert(1)>.png": sound,
+        "=1+1.png": sound,
+        "-rf.png": sound,
+        "--help.png": sound,
+        "‮gnp.exe.png": sound,
+        "a" * 250 + ".png": sound,
+        "%s%n.png": sound,
+        "$(touch hacked).png": sound,
+        "`touch hacked`.png": sound,
+        "[bold]x.png": sound,
+        "é.png": sound,
+        "x'\"; DROP.png": sound,
+        " .png": sound,
+    }
     for name, content in named.items():
         (folder / name).write_bytes(content)
     (folder / os.fsdecode(b"\xff\xfe.png")).write_bytes(sound)

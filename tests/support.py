@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from convlens import device, recipe
-from convlens.data import Data, load
+from convlens.data.dataset import Data, load_data
 from convlens.recipe import Recipe
-from convlens.run import RunFolder
-from convlens.starting.preparing import Setup, prepare
+from convlens.run import RunDir
+from convlens.training.setup import TrainingJob, build_training_job
 
 PLAN = device.Plan("cpu", "fp32", "contiguous")
 BAD_DISK = Path("/proc/self/mem")  # reading it from its beginning is a real EIO
@@ -76,7 +76,7 @@ TINY: dict[str, Any] = {
 
 def tiny(*overrides: str) -> Recipe:
     """80 real digits in 5 steps an epoch, 3 epochs: trains in a fraction of a second."""
-    return recipe.load(TINY, overrides)
+    return recipe.load_recipe(TINY, overrides)
 
 
 _loaded: dict[str, Data] = {}
@@ -85,14 +85,14 @@ _loaded: dict[str, Data] = {}
 def images_of(asked: Recipe) -> Data:
     key = asked.data.model_dump_json()
     if key not in _loaded:
-        _loaded[key] = load(asked.data, memory_budget=1 << 30)
+        _loaded[key] = load_data(asked.data, memory_budget=1 << 30)
     return _loaded[key]
 
 
-def begin(asked: Recipe, name: str) -> tuple[Setup, RunFolder]:
+def begin(asked: Recipe, name: str) -> tuple[TrainingJob, RunDir]:
     """A run that is ready for `training.run_to_end`, begun or taken up."""
-    setup = prepare(asked, images_of(asked), "cpu")
-    place = RunFolder(Path("models") / name)
+    setup = build_training_job(asked, images_of(asked), "cpu")
+    place = RunDir(Path("models") / name)
     if not place.facts():
         place.create(setup.recipe, {"digests": [asked.digest()]})
     return setup, place

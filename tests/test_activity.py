@@ -11,17 +11,19 @@ import torch
 from torch import nn
 
 from convlens import models
-from convlens.data import Split
+from convlens.data.dataset import Split
 from convlens.errors import UsageError
-from convlens.inspection import activity, filters, toppers
-from convlens.inspection.subjects import Picture, Subject
-from convlens.run import Loaded, Preprocessing
+from convlens.interpret import activations, feature_viz
+from convlens.interpret.inputs import InspectedModel, Picture
+from convlens.run import LoadedModel, Preprocessing
 from support import PLAN, Memory, Streamed
 
 
-def subject(model: nn.Module, size: int = 4, channels: int = 3, classes: str = "ab") -> Subject:
+def subject(
+    model: nn.Module, size: int = 4, channels: int = 3, classes: str = "ab"
+) -> InspectedModel:
     pre = Preprocessing(size, channels, "stretch", [0.0] * channels, [1.0] * channels)
-    return Subject("net", Loaded(model.eval(), tuple(classes), pre, {}), PLAN)
+    return InspectedModel("net", LoadedModel(model.eval(), tuple(classes), pre, {}), PLAN)
 
 
 def conv(weights: Any, bias: Any = None) -> nn.Conv2d:
@@ -60,27 +62,29 @@ def test_blank_broken_order_and_scale_by_hand() -> None:
     maps[2] = [[0, 1], [0, 0]]
     maps[3] = [[-8, 0], [0, 0]]
     maps[4] = [[np.nan, 1], [1, 1]]
-    assert activity.blank(maps).tolist() == [True, True, False, False, False]
-    assert activity.broken(maps).tolist() == [False, False, False, False, True]
-    assert activity.blank(np.float32([[[0]], [[3]]])).tolist() == [True, False]
+    assert activations.blank_channels(maps).tolist() == [True, True, False, False, False]
+    assert activations.broken_channels(maps).tolist() == [False, False, False, False, True]
+    assert activations.blank_channels(np.float32([[[0]], [[3]]])).tolist() == [True, False]
     # By the mean of absolute values 0, 3, 0.25, 2; what is NaN comes first, to be seen.
-    assert activity.order(maps, "active").tolist() == [4, 1, 3, 2, 0]
-    assert activity.order(maps, "index").tolist() == [0, 1, 2, 3, 4]
+    assert activations.channel_order(maps, "active").tolist() == [4, 1, 3, 2, 0]
+    assert activations.channel_order(maps, "index").tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(UsageError, match="unknown order 'actve'"):
-        activity.order(maps, "actve")
+        activations.channel_order(maps, "actve")
     ramp = np.arange(1001, dtype=np.float32).reshape(1, 1, -1)
-    assert activity.limits([ramp]) == (0.0, 995.0)
-    assert activity.limits([-ramp, np.float32([[[np.inf]]])]) == (-995.0, 995.0)
+    assert activations.channel_limits([ramp]) == (0.0, 995.0)
+    assert activations.channel_limits([-ramp, np.float32([[[np.inf]]])]) == (-995.0, 995.0)
     sparse = np.zeros((1, 100, 100), np.float32)
     sparse[0, 0, 0] = 7  # the percentile is 0, so the greatest value stands in for it
-    assert activity.limits([sparse]) == (0.0, 7.0)
-    assert activity.limits([np.full((1, 2, 2), np.nan, np.float32)]) == (0.0, 0.0)
+    assert activations.channel_limits([sparse]) == (0.0, 7.0)
+    assert activations.channel_limits([np.full((1, 2, 2), np.nan, np.float32)]) == (0.0, 0.0)
 
 
 def test_the_numbers_of_a_known_network() -> None:
     # Channels: the mean of the colours; minus that (dead behind the ReLU); a constant.
     weights = torch.stack([torch.full((3, 1, 1), w) for w in (1 / 3, -1 / 3, 0.0)])
-    seen = activity.see(subject(network(conv(weights, [0, 0, 0.5]))), picture(), ("first", "relu"))
+    seen = activations.compute_activity(
+        subject(network(conv(weights, [0, 0, 0.5]))), picture(), ("first", "relu")
+    )
     first, relu = seen.numbers()
     np.testing.assert_allclose(seen.maps["first"][1], -seen.maps["first"][0], atol=1e-6)
     assert (first.channels, first.height, first.width, first.blank) == (3, 4, 4, 1)
@@ -95,7 +99,7 @@ def test_the_numbers_of_a_known_network() -> None:
 
 def test_nan_is_counted_and_left_out() -> None:
     weights = torch.stack([torch.full((3, 1, 1), w) for w in (1 / 3, float("nan"))])
-    seen = activity.see(subject(network(conv(weights))), picture(), ("first",))
+    seen = activations.compute_activity(subject(network(conv(weights))), picture(), ("first",))
     (numbers,) = seen.numbers()
     assert (numbers.broken, numbers.blank) == (1, 0)
     assert numbers.mean == pytest.approx(15 / 16)
@@ -104,36 +108,36 @@ def test_nan_is_counted_and_left_out() -> None:
 
 
 def test_layers_of_several_networks() -> None:
-    res = subject(models.build("resnet18", 2, 3, 32, {}), 32)
-    cnn = subject(models.build("cnn", 2, 3, 32, {"widths": [4]}), 32)
-    assert activity.check_layers([cnn], []) == [("stage1",)]
-    both = activity.check_layers([res, cnn], ["layer1.0", "stage1", "layer1.0"])
+    res = subject(models.build_model("resnet18", 2, 3, 32, {}), 32)
+    cnn = subject(models.build_model("cnn", 2, 3, 32, {"widths": [4]}), 32)
+    assert activations.check_layers([cnn], []) == [("stage1",)]
+    both = activations.check_layers([res, cnn], ["layer1.0", "stage1", "layer1.0"])
     assert both == [("layer1.0",), ("stage1",)]
     with pytest.raises(UsageError, match=r"layr1\.0.*did you mean layer1\.0"):
-        activity.check_layers([res, cnn], ["layr1.0", "stage1"])
+        activations.check_layers([res, cnn], ["layr1.0", "stage1"])
     with pytest.raises(UsageError, match="no layer 'layer1'"):
-        activity.check_layers([res, cnn], ["layer1"])  # the second has none of them
+        activations.check_layers([res, cnn], ["layer1"])  # the second has none of them
 
 
 def test_filters_are_read_in_the_order_of_their_energy() -> None:
     weights = torch.zeros(3, 3, 2, 2)
     weights[0, 0], weights[1, 2], weights[2, 1] = 1.0, -3.0, 2.0
-    found = filters.read(subject(network(conv(weights))))
+    found = feature_viz.read_filters(subject(network(conv(weights))))
     assert (found.layer, found.coloured) == ("first", True)
     assert found.order.tolist() == [1, 2, 0]
     assert found.energy == pytest.approx([2, 6, 4])
     assert found.inputs(1).tolist() == [2, 0, 1]
-    deep = subject(models.build("resnet18", 2, 3, 32, {}), 32)
-    inside = filters.read(deep, "layer2.0")
+    deep = subject(models.build_model("resnet18", 2, 3, 32, {}), 32)
+    inside = feature_viz.read_filters(deep, "layer2.0")
     assert inside.layer == "layer2.0.conv1"
     assert inside.weights.shape == (128, 64, 3, 3)
     with pytest.raises(UsageError, match="did you mean layer2"):
-        filters.read(deep, "layr2")
+        feature_viz.read_filters(deep, "layr2")
     with pytest.raises(UsageError, match="layer fc of net has no convolution"):
-        filters.read(deep, "fc")
+        feature_viz.read_filters(deep, "fc")
     plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     with pytest.raises(UsageError, match="net has no convolution") as caught:
-        filters.read(subject(plain))
+        feature_viz.read_filters(subject(plain))
     assert "there is none" in caught.value.fix
 
 
@@ -146,10 +150,10 @@ def test_strongest_images_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(0)
     one = subject(network(conv(torch.randn(6, 3, 2, 2))))
     pixels = images(100)
-    monkeypatch.setattr(toppers, "BATCH", 7)
+    monkeypatch.setattr(feature_viz, "BATCH", 7)
     rows = Streamed(pixels)
     split = Split(rows, torch.arange(100) % 2, [str(i) for i in range(100)])
-    found = toppers.strongest(one, split, "relu", "test", count=5)
+    found = feature_viz.top_activating(one, split, "relu", "test", count=5)
     with torch.no_grad():
         maps = one.model.relu(one.model.first(one.prepared(pixels)))
     for channel in range(6):
@@ -171,7 +175,9 @@ def test_silent_and_broken_channels_are_not_shown_and_ties_go_to_the_earlier() -
     pixels = torch.zeros(20, 3, 4, 4, dtype=torch.uint8)
     pixels[[3, 11, 12]] = 200
     split = Split(Memory(pixels), torch.zeros(20, dtype=torch.int64), list(map(str, range(20))))
-    found = toppers.strongest(subject(network(conv(weights))), split, "relu", "test", count=4)
+    found = feature_viz.top_activating(
+        subject(network(conv(weights))), split, "relu", "test", count=4
+    )
     assert (found.silent, found.broken, found.shown(9)) == (1, 1, [2])
     assert found.images[2].tolist() == [3, 11, 12, 0]
     assert found.commonest(2) == ("a", 4)
@@ -185,13 +191,13 @@ def test_channels_with_the_same_images_wait_behind_others() -> None:
     weights[0, 0], weights[1, 0], weights[2, 1] = 1.0, 2.0, 1.0  # red, red again, green
     pixels = images(50)
     split = Split(Memory(pixels), torch.zeros(50, dtype=torch.int64), list(map(str, range(50))))
-    found = toppers.strongest(subject(network(conv(weights))), split, "relu", "test")
+    found = feature_viz.top_activating(subject(network(conv(weights))), split, "relu", "test")
     assert set(found.shown(2)) in ({0, 2}, {1, 2})
     assert sorted(found.shown(3)) == [0, 1, 2]
 
 
 def test_in_place_operations_do_not_reach_what_is_seen() -> None:
-    model = models.build("resnet18", 2, 3, 16, {})
+    model = models.build_model("resnet18", 2, 3, 16, {})
     plain = copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, nn.ReLU):
@@ -206,7 +212,7 @@ def test_in_place_operations_do_not_reach_what_is_seen() -> None:
     shown = Picture("x", torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8), None)
     with torch.no_grad():
         logits = plain.eval()(one.prepared(shown.pixels[None]))
-    seen = activity.see(one, shown, names)
+    seen = activations.compute_activity(one, shown, names)
     for name in names:
         np.testing.assert_array_equal(seen.maps[name], kept[name].numpy())
     np.testing.assert_array_equal(seen.logits, logits[0].numpy())

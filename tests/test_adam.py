@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from convlens import optim
-from convlens.optim.adam import LeanAdam
-from convlens.schema import GroupConfig, OptimConfig
+from convlens.optim.optimizers import LeanAdam
+from convlens.recipe import GroupConfig, OptimConfig
 
 STEPS = 7
 
@@ -87,6 +87,6 @@ def test_what_has_no_gradient_stays_as_it_is() -> None:
 def test_recipes_get_it_on_a_cpu() -> None:
     for name in ("adam", "adamw"):
         config = OptimConfig(name=name, groups=[GroupConfig(params="biases", lr=0.1)])
-        built = optim.build(network(), config)
+        built = optim.build_optimizer(network(), config)
         assert isinstance(built, LeanAdam)
         assert built.param_groups[0]["decoupled_weight_decay"] == (name == "adamw")

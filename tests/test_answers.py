@@ -7,25 +7,26 @@ import pytest
 import torch
 
 import convlens
-from convlens import answers, inference, metrics
-from convlens.answers import Answers
+from convlens import evaluation, metrics
+from convlens.engine import inference
 from convlens.errors import DataError
-from convlens.inspection.subjects import open_subject
-from convlens.run import RunFolder
+from convlens.evaluation import CachedPredictions
+from convlens.interpret.inputs import open_inspected_model
+from convlens.run import RunDir
 from support import TINY, Memory, Split
 
-SAID = Answers(np.array([[1.0, 2.0], [3.0, 0.0]], np.float32), np.array([1, 1]), "abc")
+SAID = CachedPredictions(np.array([[1.0, 2.0], [3.0, 0.0]], np.float32), np.array([1, 1]), "abc")
 
 
 @pytest.fixture
-def place() -> RunFolder:
-    folder = RunFolder("models/x")  # type: ignore[arg-type]
-    answers.keep(folder, "test", "data1", "model1", SAID)
+def place() -> RunDir:
+    folder = RunDir("models/x")  # type: ignore[arg-type]
+    evaluation.save_predictions(folder, "test", "data1", "model1", SAID)
     return folder
 
 
-def test_answers_come_back_as_they_were(place: RunFolder) -> None:
-    found = answers.kept(place, "test", "data1", "model1")
+def test_answers_come_back_as_they_were(place: RunDir) -> None:
+    found = evaluation.load_predictions(place, "test", "data1", "model1")
     assert found is not None
     assert np.array_equal(found.logits, SAID.logits)
     assert np.array_equal(found.labels, SAID.labels)
@@ -33,29 +34,29 @@ def test_answers_come_back_as_they_were(place: RunFolder) -> None:
     assert found.chances[1, 0] == pytest.approx(1 / (1 + np.exp(-3.0)))
 
 
-def test_answers_of_another_model_or_to_other_data_are_not_these(place: RunFolder) -> None:
-    assert answers.kept(place, "test", "data1", "model2") is None
-    assert answers.kept(place, "test", "data2", "model1") is None
-    assert answers.kept(place, "val", "data1", "model1") is None
+def test_answers_of_another_model_or_to_other_data_are_not_these(place: RunDir) -> None:
+    assert evaluation.load_predictions(place, "test", "data1", "model2") is None
+    assert evaluation.load_predictions(place, "test", "data2", "model1") is None
+    assert evaluation.load_predictions(place, "val", "data1", "model1") is None
 
 
-def test_damaged_answers_are_none(place: RunFolder) -> None:
+def test_damaged_answers_are_none(place: RunDir) -> None:
     (path,) = (place.path / "answers").iterdir()
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert answers.kept(place, "test", "data1", "model1") is None
+    assert evaluation.load_predictions(place, "test", "data1", "model1") is None
 
 
 def test_very_large_answers_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "LARGEST", SAID.logits.nbytes - 1)
-    folder = RunFolder("models/y")  # type: ignore[arg-type]
-    answers.keep(folder, "test", "data1", "model1", SAID)
+    monkeypatch.setattr(evaluation, "MAX_CACHED_BYTES", SAID.logits.nbytes - 1)
+    folder = RunDir("models/y")  # type: ignore[arg-type]
+    evaluation.save_predictions(folder, "test", "data1", "model1", SAID)
     assert not folder.path.exists()
 
 
 def test_images_are_known_by_id_class_and_order() -> None:
     def of(ids: list[str], labels: list[int], classes: tuple[str, ...] = ("a", "b")) -> str:
         rows = Memory(torch.zeros(len(ids), 1, 2, 2, dtype=torch.uint8))
-        return answers.identity(Split(rows, torch.tensor(labels), ids), classes)  # type: ignore[arg-type]
+        return evaluation.split_hash(Split(rows, torch.tensor(labels), ids), classes)  # type: ignore[arg-type]
 
     same = of(["1", "2"], [0, 1])
     assert same == of(["1", "2"], [1, 0], ("b", "a"))  # the classes' order is the model's affair
@@ -66,9 +67,11 @@ def test_images_are_known_by_id_class_and_order() -> None:
 
 def test_evaluating_keeps_what_the_model_said() -> None:
     run = convlens.train(TINY, name="small", quiet=True)
-    subject = open_subject("small", on="cpu")
+    subject = open_inspected_model("small", on="cpu")
     card = subject.loaded.card
-    kept = answers.kept(RunFolder(run.path), "test", card["data"]["fingerprint"], card["sha256"])
+    kept = evaluation.load_predictions(
+        RunDir(run.path), "test", card["data"]["fingerprint"], card["sha256"]
+    )
     assert kept is not None
     normalise = subject.loaded.preprocessing.normalise
     split = subject.split("test")

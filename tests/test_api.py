@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 import convlens
 from commands import COLOURS, DIGITS, environment, picture, pictures
 from convlens import Run, recipe
-from convlens.data.decode import fit_images
+from convlens.data.decode import fit_arrays
 from convlens.errors import ConvlensError, ModelFileError, UsageError
 from support import TINY
 
@@ -61,7 +61,7 @@ def test_training_says_nothing_if_asked_and_returns_the_run(
 def test_a_mapping_and_a_recipe_train() -> None:
     by_mapping = convlens.train(TINY, {"train.epochs": 1}, quiet=True)
     assert by_mapping.results[-1]["split"] == "test"
-    by_recipe = convlens.train(recipe.load(TINY, ["train.epochs=1"]), quiet=True)
+    by_recipe = convlens.train(recipe.load_recipe(TINY, ["train.epochs=1"]), quiet=True)
     assert by_recipe.name.startswith("tiny")
     assert by_recipe.recipe.digest() == by_mapping.recipe.digest()
 
@@ -81,8 +81,9 @@ def test_functions_and_methods_agree(run: Run) -> None:
 
 def test_predictions_are_right_more_often_than_chance_once_trained() -> None:
     digits = load_digits()
-    trained = convlens.train("digits", {**CHANGES, "train.epochs": 20, "data.per_class": 60},
-                             quiet=True)  # fmt: skip
+    trained = convlens.train(
+        "digits", {**CHANGES, "train.epochs": 20, "data.per_class": 60}, quiet=True
+    )
     result = trained.evaluate("test")
     assert result.accuracy > 0.6
     low, high = result.interval95
@@ -99,8 +100,10 @@ def test_paths_of_every_kind(run: Run) -> None:
     assert single == run.predict("a.png") == run.predict([one]) == run.predict(iter(["a.png"]))
     assert len(run.predict(["a.png", "more", "*.png"], top_k=3)[0].top) == 3
     assert [a.filename for a in run.predict(["a.png", "more"])] == [
-        "a.png", "more/x/000.png", "more/x/001.png",
-    ]  # fmt: skip
+        "a.png",
+        "more/x/000.png",
+        "more/x/001.png",
+    ]
 
 
 def test_an_array_and_a_file_of_the_same_pixels_agree_at_any_size(run: Run) -> None:
@@ -109,7 +112,7 @@ def test_an_array_and_a_file_of_the_same_pixels_agree_at_any_size(run: Run) -> N
     path = picture(Path("big.png"), (80, 120, 90), size=21)
     pixels = np.asarray(Image.open(path))
     assert run.predict(pixels[None])[0].top == run.predict(path)[0].top
-    small = fit_images(pixels.transpose(2, 0, 1)[None], size=8, channels=1, fit="crop")
+    small = fit_arrays(pixels.transpose(2, 0, 1)[None], size=8, channels=1, fit="crop")
     assert run.predict(small)[0].top == run.predict(path)[0].top
 
 
@@ -141,5 +144,5 @@ def test_errors_are_of_one_family() -> None:
 
 
 def test_every_recipe_by_name() -> None:
-    assert list(convlens.recipes()) == recipe.names()
-    assert convlens.recipes()["digits"] == recipe.load("digits")
+    assert list(convlens.recipes()) == recipe.recipe_names()
+    assert convlens.recipes()["digits"] == recipe.load_recipe("digits")

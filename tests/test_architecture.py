@@ -28,13 +28,25 @@ LEVELS: dict[int, tuple[str, ...]] = {
     3: ("engine", "stepping", "inference", "formats"),
     4: ("run", "onlooker", "exported"),
     5: (
-        "starting", "resuming", "training", "evaluation", "answers", "prediction", "picturing",
-        "several", "estimator", "inspection", "comparing", "diagnosing", "labelling", "exporting",
+        "starting",
+        "resuming",
+        "training",
+        "evaluation",
+        "answers",
+        "prediction",
+        "picturing",
+        "several",
+        "estimator",
+        "inspection",
+        "comparing",
+        "diagnosing",
+        "labelling",
+        "exporting",
     ),
     6: ("api", "insight", "showing", "reporting"),
     7: ("__init__",),
     8: ("cli", "__main__"),
-}  # fmt: skip
+}
 LEVEL = {name: level for level, entries in LEVELS.items() for name in entries}
 
 # What a module may do when it is imported, beyond making functions, classes and tables.
@@ -42,14 +54,33 @@ AT_IMPORT = {
     "__main__": {"run"},
 }
 CALLS_AT_IMPORT = {
-    "frozenset", "tuple", "range", "list", "Path", "TypeVar", "ParamSpec", "Field", "re.compile",
-    "inspect.unwrap", "np.dtype", "datetime.timedelta",
+    "frozenset",
+    "tuple",
+    "range",
+    "list",
+    "Path",
+    "TypeVar",
+    "ParamSpec",
+    "Field",
+    "re.compile",
+    "inspect.unwrap",
+    "np.dtype",
+    "datetime.timedelta",
     "ContextVar",
     "MemorySemaphore",  # data.locks: bounds the memory of all threads together
-    "typer.Typer", "typer.Option", "typer.Argument",
+    "typer.Typer",
+    "typer.Option",
+    "typer.Argument",
     # data.rules, for the table of augmentations
-    "angles", "below", "factor", "interval", "number", "one_of", "optional", "whole",
-}  # fmt: skip
+    "angles",
+    "below",
+    "factor",
+    "interval",
+    "number",
+    "one_of",
+    "optional",
+    "whole",
+}
 
 
 @cache
@@ -165,9 +196,14 @@ def test_nothing_happens_when_a_module_is_imported(name: str) -> None:
             assert ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
             continue
         kinds = (
-            ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign,
+            ast.Import,
+            ast.ImportFrom,
+            ast.FunctionDef,
+            ast.ClassDef,
+            ast.Assign,
+            ast.AnnAssign,
             ast.Expr,
-        )  # fmt: skip
+        )
         assert isinstance(node, kinds), ast.unparse(node)
     tables = [n for n in tree(name).body if isinstance(n, ast.Assign | ast.AnnAssign)]
     for call in _calls(tables):
@@ -259,15 +295,18 @@ def test_nothing_is_unpickled() -> None:
         ["-m", "convlens", "train", "--help"],
         ["-m", "convlens", "recipes"],
         ["-c", "import convlens; dir(convlens)"],
-        ["-c", "import convlens.recipe; convlens.recipe.load('mnist')"],
+        ["-c", "import convlens.recipe; convlens.recipe.load_recipe('mnist')"],
     ],
     ids=["help", "version", "train-help", "recipes", "import", "recipe"],
 )
 def test_what_needs_no_torch_does_not_import_it(command: list[str]) -> None:
     run = subprocess.run(
         [sys.executable, "-X", "importtime", *command],
-        capture_output=True, text=True, env=dict(os.environ), check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        check=True,
+    )
     lines = [line.rpartition("|")[2].strip() for line in run.stderr.splitlines()]
     loaded = {line.split(".")[0] for line in lines}
     assert "convlens" in loaded

@@ -10,40 +10,40 @@ import pytest
 from commands import pictures
 from convlens import recipe
 from convlens.errors import DataError, UsageError
-from convlens.starting import asking
+from convlens.training import resolve
 
 
 def test_a_recipes_name_wins_over_a_data_set_and_a_folder() -> None:
     pictures(Path("digits"), {"a": 1, "b": 1})
-    asked = asking.read("digits")
+    asked = resolve.resolve_recipe("digits")
     assert asked.plain
-    assert asked.recipe == recipe.load("digits")
+    assert asked.recipe == recipe.load_recipe("digits")
 
 
 def test_a_data_set_alone_means_the_recipe_folder_on_it() -> None:
-    asked = asking.read("shapes", overrides=["train.epochs=3"])
+    asked = resolve.resolve_recipe("shapes", overrides=["train.epochs=3"])
     assert not asked.plain
     assert (asked.recipe.name, asked.recipe.data.name) == ("shapes", "shapes")
     assert asked.recipe.train.epochs == 3
-    same = recipe.load("folder", ["data.name=shapes", "train.epochs=3"])
+    same = recipe.load_recipe("folder", ["data.name=shapes", "train.epochs=3"])
     assert asked.recipe.digest() == same.digest()
 
 
 @pytest.mark.parametrize("name", ["photos", "photos/", "./photos", "fotos ö 📷", "it's [1] #a: b"])
 def test_a_folder_of_any_name_is_found_and_lends_its_name(name: str) -> None:
     folder = pictures(Path(name), {"a": 1, "b": 1})
-    asked = asking.read(name)
+    asked = resolve.resolve_recipe(name)
     assert asked.plain
     assert asked.recipe.name == folder.name
     assert Path(asked.recipe.data.name) == folder
     again = Path("again.yaml")
     again.write_text(asked.recipe.to_text(), "utf-8")
-    assert recipe.load(again) == asked.recipe
+    assert recipe.load_recipe(again) == asked.recipe
 
 
 def test_a_csv_lends_its_stem() -> None:
     Path("birds.csv").write_text("path,label\n")
-    assert asking.read("birds.csv").recipe.name == "birds"
+    assert resolve.resolve_recipe("birds.csv").recipe.name == "birds"
 
 
 def test_a_folder_below_the_data_folder_is_found_by_name(
@@ -51,58 +51,58 @@ def test_a_folder_below_the_data_folder_is_found_by_name(
 ) -> None:
     monkeypatch.setenv("CONVLENS_DATA", str(tmp_path / "sets"))
     pictures(tmp_path / "sets" / "birds", {"a": 1, "b": 1})
-    assert asking.read("birds").recipe.data.name == "birds"
+    assert resolve.resolve_recipe("birds").recipe.data.name == "birds"
 
 
 def test_a_recipe_on_other_data_says_so_in_its_name() -> None:
-    asked = asking.read("mnist-reg", data="digits")
+    asked = resolve.resolve_recipe("mnist-reg", data="digits")
     assert asked.recipe.name == "mnist-reg-digits"
     assert asked.recipe.data.name == "digits"
     assert asked.plain
 
 
 def test_a_file_a_mapping_and_a_recipe_mean_the_same() -> None:
-    text = recipe.text("digits")
+    text = recipe.recipe_text("digits")
     Path("mine.yaml").write_text(text)
-    read = asking.read("mine.yaml").recipe
+    read = resolve.resolve_recipe("mine.yaml").recipe
     assert read.name == "mine"
-    assert read.digest() == recipe.load("digits").digest()
-    assert asking.read(read).recipe == read
-    assert asking.read(read.model_dump(mode="json")).recipe == read
+    assert read.digest() == recipe.load_recipe("digits").digest()
+    assert resolve.resolve_recipe(read).recipe == read
+    assert resolve.resolve_recipe(read.model_dump(mode="json")).recipe == read
 
 
 def test_a_word_that_is_nothing_names_near_misses_of_recipes_and_sets() -> None:
     with pytest.raises(UsageError, match="'mnits' is neither") as error:
-        asking.read("mnits")
+        resolve.resolve_recipe("mnits")
     assert "mnist" in error.value.fix
     with pytest.raises(UsageError) as error:
-        asking.read("cifr10")
+        resolve.resolve_recipe("cifr10")
     assert "cifar10" in error.value.fix
 
 
 def test_a_missing_path_is_data_that_is_missing() -> None:
-    from convlens.data.sources import find
+    from convlens.data.sources import find_source
 
-    asked = asking.read("no/such/folder")
+    asked = resolve.resolve_recipe("no/such/folder")
     with pytest.raises(DataError, match="no such file or folder"):
-        find(asked.recipe.data.name)
+        find_source(asked.recipe.data.name)
 
 
 def test_a_data_set_twice_is_refused() -> None:
     with pytest.raises(UsageError, match="is no recipe, and --data"):
-        asking.read("shapes", data="digits")
+        resolve.resolve_recipe("shapes", data="digits")
 
 
 def test_all_wrong_keys_and_values_at_once_with_near_misses() -> None:
     wrong = ["optim.lrr=1", "train.epoch=3", "train.batch_size=-4"]
     with pytest.raises(UsageError) as error:
-        asking.read("digits", overrides=wrong)
+        resolve.resolve_recipe("digits", overrides=wrong)
     for text in ("optim.lrr", "optim.lr", "train.epoch", "train.epochs", "train.batch_size=-4"):
         assert text in error.value.what
 
 
 def test_data_overrides_need_no_section() -> None:
-    config = asking.read_data("shapes", ["count=40", "data.image_size=16"])
+    config = resolve.resolve_data_config("shapes", ["count=40", "data.image_size=16"])
     assert (config.name, config.count, config.image_size) == ("shapes", 40, 16)
 
 
@@ -117,7 +117,7 @@ def test_python_values_become_overrides() -> None:
         "optim.clip_norm": None,
         "augment": [{"RandomHorizontalFlip": {}}],
     }
-    got = recipe.load("digits", asking.as_overrides(values))
+    got = recipe.load_recipe("digits", resolve.to_overrides(values))
     assert (got.optim.lr, got.train.epochs, got.train.seed) == (1e-5, 3, 7)
     assert got.model.options["widths"] == [4, 8]
     assert got.data.name == "shapes"
@@ -128,4 +128,4 @@ def test_python_values_become_overrides() -> None:
 
 def test_a_python_value_that_is_no_setting_is_refused() -> None:
     with pytest.raises(UsageError, match=r"optim\.lr"):
-        asking.as_overrides({"optim.lr": object()})
+        resolve.to_overrides({"optim.lr": object()})

@@ -14,26 +14,28 @@ from torch import nn
 import convlens
 from commands import brightness_model
 from convlens import device, models
+from convlens.cli.look import print_attributions
 from convlens.errors import ModelFileError, UsageError
-from convlens.inspection.attribution import Attributions, attribute
-from convlens.inspection.saliency import METHODS
-from convlens.inspection.subjects import Picture, Subject, choose_pictures, open_subject
-from convlens.run import Loaded, Preprocessing
-from convlens.showing.attribution import attributed
+from convlens.interpret.attribution import Attributions, attribute
+from convlens.interpret.attribution_methods import METHODS
+from convlens.interpret.inputs import InspectedModel, Picture, open_inspected_model, select_pictures
+from convlens.run import LoadedModel, Preprocessing
 from support import TINY
 
 CLASSES = ("cat", "dog", "cow")
 
 
-def subject(model: nn.Module, channels: int = 3, size: int = 12, name: str = "net") -> Subject:
+def subject(
+    model: nn.Module, channels: int = 3, size: int = 12, name: str = "net"
+) -> InspectedModel:
     pre = Preprocessing(size, channels, "stretch", [0.5] * channels, [0.25] * channels)
     plan = device.Plan("cpu", "fp32", "contiguous")
-    return Subject(name, Loaded(model.eval(), CLASSES, pre, {}), plan)
+    return InspectedModel(name, LoadedModel(model.eval(), CLASSES, pre, {}), plan)
 
 
 def network(channels: int = 3, size: int = 12) -> nn.Module:
     torch.manual_seed(0)
-    return models.build("cnn", 3, channels, size, {"widths": [4, 8]})
+    return models.build_model("cnn", 3, channels, size, {"widths": [4, 8]})
 
 
 def pictures(count: int = 2, channels: int = 3, size: int = 12) -> list[Picture]:
@@ -46,14 +48,14 @@ def pictures(count: int = 2, channels: int = 3, size: int = 12) -> list[Picture]
 def shown(found: Attributions) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        attributed(found)
+        print_attributions(found)
     return out.getvalue()
 
 
 def test_maps_figure_and_arrays_of_a_run() -> None:
     convlens.train(TINY, name="small", quiet=True)
-    run = open_subject("small", on="cpu")
-    chosen = choose_pictures(run, ["test:3", "class:7:2"])
+    run = open_inspected_model("small", on="cpu")
+    chosen = select_pictures(run, ["test:3", "class:7:2"])
     found = attribute([run], [chosen], ["all"], sanity=True, folder=Path("out"), quiet=True)
     (model,) = found.to_dict()["models"]
     assert (model["model"], model["layer"], model["layer_size"]) == ("small", "stage1", 4)
@@ -89,7 +91,7 @@ def test_maps_figure_and_arrays_of_a_run() -> None:
 def test_a_class_is_shown_that_was_not_predicted() -> None:
     """Logits are (0, 8 (mean - 1/2)): for `light` the sums are those, for `dark` nothing."""
     brightness_model(Path("models/bright"))
-    run = open_subject("bright", on="cpu")
+    run = open_inspected_model("bright", on="cpu")
     bright = [Picture("bright", torch.full((3, 8, 8), 230, dtype=torch.uint8), 1)]
     folder = Path("out")
     sums = {}
@@ -148,9 +150,12 @@ def test_a_network_without_convolution_is_told_what_works() -> None:
         attribute([subject(plain)], [pictures()], ["all"], folder=Path("out"))
     assert "integrated-gradients, occlusion" in caught.value.fix
     found = attribute(
-        [subject(plain)], [pictures()], ["integrated-gradients", "occlusion"],
-        folder=Path("out"), quiet=True,
-    )  # fmt: skip
+        [subject(plain)],
+        [pictures()],
+        ["integrated-gradients", "occlusion"],
+        folder=Path("out"),
+        quiet=True,
+    )
     assert found.to_dict()["models"][0]["layer"] is None
 
 
@@ -176,13 +181,14 @@ def test_a_map_that_is_zero_everywhere_is_drawn_and_said() -> None:
 
 def test_networks_of_the_same_name_keep_files_of_their_own() -> None:
     convlens.train(TINY, name="small", quiet=True, test=False)
-    run = open_subject("small", on="cpu")
-    shown_ = choose_pictures(run, ["val:3"])
+    run = open_inspected_model("small", on="cpu")
+    shown_ = select_pictures(run, ["val:3"])
     found = attribute(
         [run, run], [shown_, shown_], ["grad-cam"], sanity=True, folder=Path("out"), quiet=True
     )
     assert [path.name for path in found.sanity_figures] == [
-        "attribution-sanity-small.png", "attribution-sanity-small-2.png",
-    ]  # fmt: skip
+        "attribution-sanity-small.png",
+        "attribution-sanity-small-2.png",
+    ]
     with np.load(found.arrays) as arrays:
         assert {"small/grad-cam", "small-2/grad-cam"} <= {*arrays}

@@ -12,22 +12,34 @@ from PIL import Image
 
 from convlens import plots
 from convlens.plots import attributions
-from convlens.plots.attributions import Column, Panel, attribution_grid, enlarge, scale
+from convlens.plots.attributions import (
+    AttributionColumn,
+    AttributionPanel,
+    attribution_grid,
+    map_scale,
+    upsample,
+)
 
 HOSTILE = ["$x$", "a_{b}^{c}", "line\nbreak", "\udcff", "日本語", "", "W" * 200]
 
 
-def drawn(panels: list[Panel], names: list[tuple[str, str]]) -> tuple[np.ndarray, list[str]]:
+def drawn(
+    panels: list[AttributionPanel], names: list[tuple[str, str]]
+) -> tuple[np.ndarray, list[str]]:
     figure = attribution_grid(names, panels)
-    plots.save(figure, Path("grid.png"))
+    plots.save_figure(figure, Path("grid.png"))
     with Image.open("grid.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     return pixels, [text.get_text() for text in figure.axes[0].texts]
 
 
-def panel(maps: np.ndarray, signed: bool = False, grey: int = 100, size: int = 40) -> Panel:
+def panel(
+    maps: np.ndarray, signed: bool = False, grey: int = 100, size: int = 40
+) -> AttributionPanel:
     pictures = np.full((len(maps), 3, size, size), grey, dtype=np.uint8)
-    return Panel("net", pictures, [Column("M", "", maps, signed)], [("cat", 0.5)] * len(maps))
+    return AttributionPanel(
+        "net", pictures, [AttributionColumn("M", "", maps, signed)], [("cat", 0.5)] * len(maps)
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 16])
@@ -36,24 +48,26 @@ def test_coarse_maps_are_interpolated_as_torch_does(size: int) -> None:
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(values)[None, None], (120, 112), mode="bilinear"
     )[0, 0]
-    np.testing.assert_allclose(enlarge(values, 120, 112), expected.numpy(), atol=1e-12)
+    np.testing.assert_allclose(upsample(values, 120, 112), expected.numpy(), atol=1e-12)
 
 
 def test_fine_maps_are_repeated_or_averaged() -> None:
     values = np.random.default_rng(0).normal(size=(32, 32))
-    assert (enlarge(values, 128, 128) == values.repeat(4, 0).repeat(4, 1)).all()
+    assert (upsample(values, 128, 128) == values.repeat(4, 0).repeat(4, 1)).all()
     large = values.repeat(7, 0).repeat(7, 1)  # 224
-    np.testing.assert_allclose(enlarge(large, 112, 112), large.reshape(112, 2, 112, 2).mean((1, 3)))
+    np.testing.assert_allclose(
+        upsample(large, 112, 112), large.reshape(112, 2, 112, 2).mean((1, 3))
+    )
 
 
 def test_the_scale_ends_where_few_pixels_are_beyond() -> None:
     values = np.zeros((32, 32))
     values[0, :10] = -3  # a percent
     values[5, 5] = 1000
-    assert scale(values) == 3
+    assert map_scale(values) == 3
     values[0, :10] = 0
-    assert scale(values) == 1000, "a single point is seen, too"
-    assert scale(np.zeros((4, 4))) == 0
+    assert map_scale(values) == 1000, "a single point is seen, too"
+    assert map_scale(np.zeros((4, 4))) == 0
 
 
 @pytest.mark.parametrize(("signed", "name"), [(False, "viridis"), (True, "PuOr_r")])
@@ -77,11 +91,17 @@ def test_blank_maps_hostile_names_and_many_models() -> None:
     rows = [(name, name) for name in HOSTILE]
     blank = np.zeros((len(rows), 4, 4))
     panels = [
-        Panel(name, np.zeros((len(rows), channels, size, size), dtype=np.uint8),
-              [Column(name, name, blank, False), Column("Two words", "", blank, True)],
-              [(each, 1.0) for each in HOSTILE])
+        AttributionPanel(
+            name,
+            np.zeros((len(rows), channels, size, size), dtype=np.uint8),
+            [
+                AttributionColumn(name, name, blank, False),
+                AttributionColumn("Two words", "", blank, True),
+            ],
+            [(each, 1.0) for each in HOSTILE],
+        )
         for name, channels, size in (("$a$", 1, 28), ("W" * 300, 3, 224), ("c", 3, 32))
-    ]  # fmt: skip
+    ]
     pixels, words = drawn(panels, rows)
     assert "0 everywhere" in words
     assert {"Two", "words"} <= set(words)
@@ -103,7 +123,7 @@ def test_what_is_left_of_maps_and_curves_are_drawn_as_given() -> None:
     curve = np.linspace(0.9, 0.1, 33)
     curves = {key: {"A": curve, "random order": curve[::-1]} for key in ("deletion", "insertion")}
     figure = plots.attribution_sanity(["fc", "layer1"], left, curves, "net")
-    plots.save(figure, Path("sanity.png"))
+    plots.save_figure(figure, Path("sanity.png"))
     first, _, deletion, insertion = figure.axes
     lines = [list(each.get_ydata()) for each in first.lines]
     assert [1, 0.5, 0.1] in lines, "the means"

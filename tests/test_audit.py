@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 
 from commands import here
-from convlens import data
-from convlens.data import similar
+from convlens.data import dataset, duplicates
 from convlens.data.audit import Audit, audit
 from convlens.errors import DataError
-from convlens.schema import DataConfig
+from convlens.recipe import DataConfig
 from test_sources import cifar10_files
 
 
@@ -106,7 +105,7 @@ def test_the_splits_are_those_of_training(root: Path) -> None:
     settings = {"on_bad": "skip", "seed": 3, "val_fraction": 0.2}
     found = look(root, **settings)
     config = DataConfig(name=str(root), **settings)  # type: ignore[arg-type]
-    loaded = data.load(config, memory_budget=1 << 30)
+    loaded = dataset.load_data(config, memory_budget=1 << 30)
     for name in "abc":
         for split, ids in {**loaded.held_out, "train": list(loaded.train.ids)}.items():
             expected = sum(i.startswith(name) for i in ids)
@@ -232,20 +231,20 @@ def test_close_pairs_are_exactly_those_of_brute_force() -> None:
         hashes[i + 1] = hashes[i] ^ np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64))
     hashes[300:320] = hashes[300]
     apart = np.bitwise_count(hashes[:, None] ^ hashes[None])
-    expected = np.argwhere(np.triu(apart <= similar.DISTANCE, 1))
-    found, complete = similar.close_pairs(hashes)
+    expected = np.argwhere(np.triu(apart <= duplicates.DISTANCE, 1))
+    found, complete = duplicates.close_pairs(hashes)
     assert complete
     assert np.array_equal(found, expected)
     assert len(expected) > 240
-    some, complete = similar.close_pairs(hashes, most=50)
+    some, complete = duplicates.close_pairs(hashes, most=50)
     assert not complete
     assert len(some) == 50
 
 
 def test_hashes_of_nothing_and_of_one() -> None:
     for n in (0, 1):
-        thumbs = np.zeros((n, similar.SIDE, similar.SIDE), np.uint8)
-        pairs, complete = similar.near_duplicates(thumbs, np.zeros((n, 32), np.uint8))
+        thumbs = np.zeros((n, duplicates.HASH_SIDE, duplicates.HASH_SIDE), np.uint8)
+        pairs, complete = duplicates.near_duplicates(thumbs, np.zeros((n, 32), np.uint8))
         assert pairs.shape == (0, 2)
         assert complete
 
@@ -255,7 +254,7 @@ def test_twenty_thousand_hashes_are_searched_quickly() -> None:
 
     hashes = np.random.default_rng(0).integers(0, 1 << 63, 20_000).astype(np.uint64)
     start = time.perf_counter()
-    pairs, complete = similar.close_pairs(hashes)
+    pairs, complete = duplicates.close_pairs(hashes)
     assert complete
     assert len(pairs) == 0
     assert time.perf_counter() - start < 5  # about 0.1 s; pairs one by one would take minutes

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from convlens.data import appearance, geometry
-from convlens.data.augment import AUGMENTS, MIXES, build
-from convlens.data.draws import Place
-from convlens.data.rules import Context
+from convlens.data.transforms import color, geometry
+from convlens.data.transforms.pipeline import AUGMENTS, MIXES, RuleContext, build_pipeline
+from convlens.data.transforms.random import SampleInfo
 from convlens.errors import UsageError
 
 # A strong setting of every operation; each name of the table must be here.
@@ -59,14 +58,14 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def apply(name: str, images: Tensor, seed: int = 0, **arguments: Any) -> Tensor:
     """One operation; nothing that it draws or goes by depends on anything but `seed`."""
-    place = Place(torch.arange(len(images), device=images.device), epoch=1, seed=seed)
+    place = SampleInfo(torch.arange(len(images), device=images.device), epoch=1, seed=seed)
     return AUGMENTS[name](images, seeded(seed), place, **arguments)
 
 
 def run(pipeline: Any, images: Tensor, seed: int = 0) -> Tensor:
     """The images of a pipeline that leaves the labels alone."""
     labels = torch.arange(len(images))
-    result, same = pipeline(images, labels, Place(labels, epoch=1, seed=seed), seeded(seed))
+    result, same = pipeline(images, labels, SampleInfo(labels, epoch=1, seed=seed), seeded(seed))
     assert torch.equal(same, labels)
     return result
 
@@ -146,7 +145,7 @@ def test_rules_cover_exactly_the_arguments(name: str) -> None:
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     assert [p.name for p in keywords] == list(entry.rules)
     for p in keywords:
-        assert p.default is p.empty or not entry.rules[p.name](p.default, Context())
+        assert p.default is p.empty or not entry.rules[p.name](p.default, RuleContext())
 
 
 @pytest.mark.parametrize("name", [*AUGMENTS, *MIXES])
@@ -185,8 +184,10 @@ def test_affine_ranges() -> None:
         images, seeded(), degrees=[-10, 30], translate=[0.25, 0.3], scale=[0.8, 1.2], shear=15
     )
     for drawn, low, high in (
-        (maps.angle, -10, 30), (maps.scale, 0.8, 1.2), (maps.shear_x, -15, 15),
-    ):  # fmt: skip
+        (maps.angle, -10, 30),
+        (maps.scale, 0.8, 1.2),
+        (maps.shear_x, -15, 15),
+    ):
         assert low <= drawn.min() < low + 0.01 * (high - low)
         assert high >= drawn.max() > high - 0.01 * (high - low)
         assert abs(drawn.mean() - (low + high) / 2) < 0.03 * (high - low)
@@ -209,7 +210,7 @@ def test_crop_corners_are_uniform() -> None:
 
 def test_erased_areas_and_ratios() -> None:
     images = torch.zeros(3000, 1, 100, 100)
-    boxes = appearance.draw_erasing(images, seeded(), p=1, scale=(0.1, 0.2), ratio=(0.5, 2.0))
+    boxes = color.draw_erasing(images, seeded(), p=1, scale=(0.1, 0.2), ratio=(0.5, 2.0))
     area, ratio = boxes.height * boxes.width / 10_000, boxes.height / boxes.width
     assert area.min() > 0.09
     assert area.max() < 0.21
@@ -228,7 +229,7 @@ def test_erasing_that_never_fits_is_left_out() -> None:
 
 def test_erasing_with_noise_fills_the_range() -> None:
     images = torch.full((200, 1, 16, 16), 2.0)  # a value that no noise can have
-    noisy = appearance.random_erasing(images, seeded(), p=1, value="random")
+    noisy = color.random_erasing(images, seeded(), p=1, value="random")
     drawn = noisy[noisy < 2]
     assert drawn.min() >= 0
     assert drawn.max() < 1
@@ -252,9 +253,10 @@ def test_resized_crop_ranges_and_fallback() -> None:
 def test_build_applies_in_order() -> None:
     images = pictures(4, 3, 16, 16)
     ops: list[tuple[str, dict[str, Any]]] = [
-        ("RandomAffine", STRONG["RandomAffine"]), ("RandomHorizontalFlip", {}),
-    ]  # fmt: skip
-    result = run(build(ops, image_size=16, channels=3), images, seed=5)
+        ("RandomAffine", STRONG["RandomAffine"]),
+        ("RandomHorizontalFlip", {}),
+    ]
+    result = run(build_pipeline(ops, image_size=16, channels=3), images, seed=5)
     g = seeded(5)
     expected = geometry.random_affine(images, g, **STRONG["RandomAffine"])
     assert torch.equal(result, geometry.random_horizontal_flip(expected, g))
@@ -262,13 +264,13 @@ def test_build_applies_in_order() -> None:
 
 def test_an_empty_pipeline_is_the_identity() -> None:
     images = pictures(2)
-    assert torch.equal(run(build([]), images), images)
+    assert torch.equal(run(build_pipeline([]), images), images)
 
 
 def test_every_strong_and_identity_setting_builds() -> None:
     assert set(STRONG) == set(AUGMENTS) == set(IDENTITY) | ALWAYS_CHANGING
-    build(list(STRONG.items()), image_size=32, channels=3)
-    build(list(IDENTITY.items()), image_size=32, channels=1)
+    build_pipeline(list(STRONG.items()), image_size=32, channels=3)
+    build_pipeline(list(IDENTITY.items()), image_size=32, channels=1)
 
 
 def test_colours_of_three_channels_on_grey_images_are_refused() -> None:
@@ -281,7 +283,7 @@ def test_colours_of_three_channels_on_grey_images_are_refused() -> None:
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_on_cuda_with_either_generator(name: str, where: str) -> None:
     images = pictures(16, 3, 32, 32)
-    place = Place(torch.arange(16, device="cuda"), epoch=1, seed=0)
+    place = SampleInfo(torch.arange(16, device="cuda"), epoch=1, seed=0)
     generator = torch.Generator(where).manual_seed(0)
     result = AUGMENTS[name](images.cuda(), generator, place, **STRONG[name])
     assert result.is_cuda
@@ -295,13 +297,13 @@ def test_on_cuda_with_either_generator(name: str, where: str) -> None:
 @pytest.mark.gpu
 def test_a_pipeline_never_waits_for_the_device() -> None:
     ops = [*STRONG.items(), *((name, {}) for name in MIXES)]
-    pipeline = build(ops, image_size=32, channels=3, classes=10)
+    pipeline = build_pipeline(ops, image_size=32, channels=3, classes=10)
     images = pictures(40, 3, 32, 32).cuda()
     labels = torch.arange(40, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
-    pipeline(images, labels % 10, Place(labels, 1, 0), generator)  # constants are sent once
+    pipeline(images, labels % 10, SampleInfo(labels, 1, 0), generator)  # constants are sent once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pipeline(images, labels % 10, Place(labels, 2, 0), generator)
+        pipeline(images, labels % 10, SampleInfo(labels, 2, 0), generator)
     finally:
         torch.cuda.set_sync_debug_mode("default")

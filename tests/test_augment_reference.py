@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from convlens.data import appearance, geometry
+from convlens.data.transforms import color, geometry
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -109,10 +109,12 @@ def test_affine_nearest() -> None:
     images = pictures(24)
     maps = geometry.draw_affine(images, seeded(), **MAPS[-1])
     result = geometry.affine(images, maps, interpolation="nearest", fill=0.3)
-    expected = torch.stack([
-        reference.affine(x, **per_image(maps, i), interpolation="nearest", fill=0.3)
-        for i, x in enumerate(images)
-    ])  # fmt: skip
+    expected = torch.stack(
+        [
+            reference.affine(x, **per_image(maps, i), interpolation="nearest", fill=0.3)
+            for i, x in enumerate(images)
+        ]
+    )
     # A pixel centre that falls on the border of two pixels may go either way.
     assert ((result - expected).abs() < 1e-5).float().mean() > 0.999
 
@@ -155,8 +157,8 @@ def test_random_rotation_turns_each_image_by_its_own_angle(mode: str) -> None:
 def test_cutout(size: int) -> None:
     """DeVries & Taylor's mask: a square around any pixel, cut off at the border."""
     images = pictures(40)
-    boxes = appearance.draw_cutout(images, seeded(2), size=size, p=0.7)
-    result = appearance.cutout(images, seeded(2), size=size, p=0.7, value=[0.1, 0.5, 0.9])
+    boxes = color.draw_cutout(images, seeded(2), size=size, p=0.7)
+    result = color.cutout(images, seeded(2), size=size, p=0.7, value=[0.1, 0.5, 0.9])
     fill, whole = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1), 0
     for image, mine, top, left, height in zip(images, result, *boxes[:3], strict=True):
         expected = image.clone()
@@ -176,7 +178,7 @@ def test_cutout(size: int) -> None:
 
 def test_cutout_centres_are_uniform() -> None:
     images = torch.zeros(12_000, 1, 5, 6)
-    boxes = appearance.draw_cutout(images, seeded(), size=3, p=1)
+    boxes = color.draw_cutout(images, seeded(), size=3, p=1)
     place = ((boxes.top + 1) * 6 + boxes.left + 1).long()
     counts = torch.bincount(place, minlength=30)
     assert len(counts) == 30
@@ -186,14 +188,14 @@ def test_cutout_centres_are_uniform() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_erase(channels: int) -> None:
     images = pictures(64, channels)
-    boxes = appearance.draw_erasing(images, seeded(), p=0.7, scale=(0.02, 0.4), ratio=(0.3, 3.3))
+    boxes = color.draw_erasing(images, seeded(), p=0.7, scale=(0.02, 0.4), ratio=(0.3, 3.3))
     assert 0 < int((boxes.height == 0).sum()) < 40
 
     def slow(image: Tensor, i: int) -> Tensor:
         top, left, height, width = (int(v[i]) for v in boxes)
         return reference.erase(image, top, left, height, width, torch.tensor(0.5))
 
-    compare(appearance.erase(images, boxes, torch.tensor(0.5)), images, slow)
+    compare(color.erase(images, boxes, torch.tensor(0.5)), images, slow)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -212,7 +214,7 @@ def test_hue() -> None:
     images = pictures(21)
     turns = torch.linspace(-0.5, 0.5, 21)
     compare(
-        appearance.shift_hue(images, turns),
+        color.shift_hue(images, turns),
         images,
         lambda x, i: reference.adjust_hue(x, float(turns[i])),
     )
@@ -220,7 +222,7 @@ def test_hue() -> None:
 
 def test_hue_of_known_colours() -> None:
     red = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).repeat(3, 1, 1, 1)
-    turned = appearance.shift_hue(red, torch.tensor([0.0, 1 / 3, -1 / 3]))[:, :, 0, 0]
+    turned = color.shift_hue(red, torch.tensor([0.0, 1 / 3, -1 / 3]))[:, :, 0, 0]
     torch.testing.assert_close(turned, torch.eye(3), atol=1e-6, rtol=0)
 
 
@@ -240,7 +242,7 @@ CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def order_of(drawn: appearance.Jitter, i: int) -> list[str]:
+def order_of(drawn: color.Jitter, i: int) -> list[str]:
     """The changes image `i` meets, first to last."""
     order = [drawn.kinds[int(k)] for k in drawn.order[:, i]]
     if len(drawn.hue):
@@ -253,7 +255,7 @@ def order_of(drawn: appearance.Jitter, i: int) -> list[str]:
 @pytest.mark.parametrize("n", [1, 13])
 def test_jitter(settings: dict[str, Any], channels: int, n: int) -> None:
     images = pictures(n, channels)
-    drawn = appearance.draw_jitter(images, seeded(2), **settings)
+    drawn = color.draw_jitter(images, seeded(2), **settings)
 
     def slow(image: Tensor, i: int) -> Tensor:
         for change in order_of(drawn, i):
@@ -261,15 +263,15 @@ def test_jitter(settings: dict[str, Any], channels: int, n: int) -> None:
             image = CHANGES[change](image, float(strength[i]))
         return image
 
-    compare(appearance.jitter(images, drawn), images, slow)
+    compare(color.apply_jitter(images, drawn), images, slow)
 
 
 def test_jitter_leaves_grey_images_grey() -> None:
     grey = pictures(8, 1)
     strong = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.9, "hue": 0.5}
-    as_rgb = appearance.color_jitter(grey.repeat(1, 3, 1, 1), seeded(), **strong)
+    as_rgb = color.color_jitter(grey.repeat(1, 3, 1, 1), seeded(), **strong)
     assert float((as_rgb.amax(1) - as_rgb.amin(1)).max()) < 1e-5
-    only_colour = appearance.color_jitter(grey, seeded(), saturation=0.9, hue=0.5)
+    only_colour = color.color_jitter(grey, seeded(), saturation=0.9, hue=0.5)
     assert torch.equal(only_colour, grey)
 
 
@@ -278,7 +280,7 @@ def test_jitter_leaves_grey_images_grey() -> None:
 def test_sharpness(channels: int, height: int) -> None:
     images, factors = pictures(6, channels, 17)[:, :, :height], torch.arange(6.0) / 2
     compare(
-        appearance.sharpen(images, factors),
+        color.adjust_sharpness(images, factors),
         images,
         lambda x, i: reference.adjust_sharpness(x, float(factors[i])),
     )
@@ -286,9 +288,9 @@ def test_sharpness(channels: int, height: int) -> None:
 
 def test_grayscale() -> None:
     images = pictures(8)
-    result = appearance.random_grayscale(images, seeded(), p=1)
+    result = color.random_grayscale(images, seeded(), p=1)
     compare(result, images, lambda x, _: reference.rgb_to_grayscale(x, 3))
-    some = appearance.random_grayscale(images, seeded(), p=0.5)
+    some = color.random_grayscale(images, seeded(), p=0.5)
     changed = [not torch.equal(mine, x) for mine, x in zip(some, images, strict=True)]
     assert 0 < sum(changed) < 8
     compare(some, images, lambda x, i: reference.rgb_to_grayscale(x, 3) if changed[i] else x)
@@ -296,7 +298,7 @@ def test_grayscale() -> None:
 
 def test_random_sharpness_changes_the_chosen_ones_only() -> None:
     images = pictures(16)
-    some = appearance.random_adjust_sharpness(images, seeded(), sharpness_factor=2.5, p=0.5)
+    some = color.random_adjust_sharpness(images, seeded(), sharpness_factor=2.5, p=0.5)
     changed = [not torch.equal(mine, x) for mine, x in zip(some, images, strict=True)]
     assert 0 < sum(changed) < 16
     compare(some, images, lambda x, i: reference.adjust_sharpness(x, 2.5) if changed[i] else x)
@@ -304,7 +306,7 @@ def test_random_sharpness_changes_the_chosen_ones_only() -> None:
 
 def test_jitter_orders_are_equally_likely() -> None:
     images = torch.zeros(4800, 3, 1, 1)
-    drawn = appearance.draw_jitter(
+    drawn = color.draw_jitter(
         images, seeded(), brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1
     )
     place = torch.empty(4800, dtype=torch.int64)
@@ -319,13 +321,13 @@ def test_jitter_of_one_image_meets_every_order() -> None:
     images = torch.zeros(1, 3, 1, 1)
     g = seeded()
     seen = {
-        tuple(order_of(appearance.draw_jitter(images, g, brightness=1, contrast=1, hue=0.1), 0))
+        tuple(order_of(color.draw_jitter(images, g, brightness=1, contrast=1, hue=0.1), 0))
         for _ in range(200)
     }
     assert len(seen) == 6
 
 
 def test_brightness_is_never_negative() -> None:
-    drawn = appearance.draw_jitter(torch.zeros(500, 1, 2, 2), seeded(), brightness=3.0)
+    drawn = color.draw_jitter(torch.zeros(500, 1, 2, 2), seeded(), brightness=3.0)
     assert drawn.factors.min() >= 0
     assert drawn.factors.max() > 3.9

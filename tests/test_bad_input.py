@@ -26,7 +26,7 @@ from commands import (
     refused,
 )
 from convlens import Run
-from convlens.run import RunFolder
+from convlens.run import RunDir
 
 # Recipes, keys, values
 
@@ -45,9 +45,13 @@ def test_unknown_keys_and_bad_values_at_once() -> None:
 
 def test_unknown_names_inside_a_recipe_at_once() -> None:
     done = here(
-        "train", "digits", "optim.name=adamm", "optim.schedule=cosin", "model.widht=[3]",
+        "train",
+        "digits",
+        "optim.name=adamm",
+        "optim.schedule=cosin",
+        "model.widht=[3]",
         "augment=[RandomFlip]",
-    )  # fmt: skip
+    )
     refused(done, 2, "adamm", "cosin", "model.widths", "RandomFlip", "RandomHorizontalFlip")
 
 
@@ -62,7 +66,11 @@ def test_a_recipe_that_is_no_yaml() -> None:
 
 
 def test_a_wrong_word_on_the_command_line() -> None:
-    for arguments, said in [(["tran", "digits"], "train"), (["train"], "RECIPE"), (["train", "digits", "--sedes", "2"], "--seeds")]:  # fmt: skip # noqa: E501
+    for arguments, said in [
+        (["tran", "digits"], "train"),
+        (["train"], "RECIPE"),
+        (["train", "digits", "--sedes", "2"], "--seeds"),
+    ]:  # noqa: E501
         done = here(*arguments)
         assert done.code == 2
         assert said in done.err
@@ -96,8 +104,14 @@ def test_class_folders_that_may_not_be_read_are_named() -> None:
     try:
         for asked in (("train", root), ("audit", root)):
             done = command(*asked, before=by_rights)
-            refused(done, 3, "can't be read", "photos/cat (Permission denied)",
-                    "photos/emu/young (Permission denied)", "permissions")  # fmt: skip
+            refused(
+                done,
+                3,
+                "can't be read",
+                "photos/cat (Permission denied)",
+                "photos/emu/young (Permission denied)",
+                "permissions",
+            )
     finally:
         for folder in closed:
             folder.chmod(0o700)
@@ -146,19 +160,26 @@ def bad_folder() -> Path:
 def test_images_that_can_not_be_read_are_listed_at_once_with_their_reasons() -> None:
     done = here("train", bad_folder(), *NET)
     refused(
-        done, 3, "4 of 16 images can't be read",
-        "cat/bomb.png: more than 89 million pixels", "cat/half.png: the file is cut short",
-        "dog/nil.png: the file is empty", "dog/text.png: it is text", "data.on_bad=skip",
-    )  # fmt: skip
+        done,
+        3,
+        "4 of 16 images can't be read",
+        "cat/bomb.png: more than 89 million pixels",
+        "cat/half.png: the file is cut short",
+        "dog/nil.png: the file is empty",
+        "dog/text.png: it is text",
+        "data.on_bad=skip",
+    )
     assert not Path("models").exists()
 
 
 def test_unreadable_images_are_left_out_if_asked() -> None:
     root = bad_folder()
     refused(
-        here("train", root, *NET, "data.on_bad=skip"), 3, "more than 10% can't be read of all of "
-        "train (4 of 16), cat (2 of 8), dog (2 of 8)", "raise data.max_bad",
-    )  # fmt: skip
+        here("train", root, *NET, "data.on_bad=skip"),
+        3,
+        "more than 10% can't be read of all of train (4 of 16), cat (2 of 8), dog (2 of 8)",
+        "raise data.max_bad",
+    )
     assert not Path("models").exists()
     done = here("train", root, *NET, "data.on_bad=skip", "data.max_bad=0.25", "--json")
     assert done.code == 0, done.err
@@ -248,9 +269,11 @@ def test_more_images_per_class_than_there_are() -> None:
         pictures(Path("photos") / split, dict(zip("abc", counts, strict=True)), first=first)
     done = here("train", "photos", *NET, "data.per_class=6")
     refused(
-        done, 3, "data.per_class=6, but 2 of 3 classes have fewer training images: b (4), c (5)",
+        done,
+        3,
+        "data.per_class=6, but 2 of 3 classes have fewer training images: b (4), c (5)",
         "at most data.per_class=4",
-    )  # fmt: skip
+    )
     assert not Path("models").exists()
     done = here("train", "photos", *NET, "data.per_class=4", "--json")
     assert done.code == 0, done.err
@@ -313,8 +336,11 @@ def test_a_quota_stops_a_training_which_then_goes_on(monkeypatch: pytest.MonkeyP
     refused(limited, 5, "can't write: File too large")
     (run,) = Path("models").iterdir()
     assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".lock")) == [
-        "metrics.csv", "recipe.yaml", "run.json", "split.csv",
-    ]  # fmt: skip
+        "metrics.csv",
+        "recipe.yaml",
+        "run.json",
+        "split.csv",
+    ]
     done = here(*asked, "--json")
     assert done.code == 0, done.err
     assert done.json["run"] == run.name
@@ -323,7 +349,7 @@ def test_a_quota_stops_a_training_which_then_goes_on(monkeypatch: pytest.MonkeyP
 HOLD = """
 import sys, time
 from pathlib import Path
-from convlens.system.files import lock
+from convlens.utils.files import lock
 with lock(Path(sys.argv[1]), what="it"):
     print("held", flush=True)
     time.sleep(120)
@@ -333,7 +359,7 @@ with lock(Path(sys.argv[1]), what="it"):
 def test_a_run_in_use_by_another_process() -> None:
     assert here("train", *DIGITS, "--json").json["run"]
     (run,) = Path("models").iterdir()
-    RunFolder(run).note({"status": "training"})
+    RunDir(run).note({"status": "training"})
     other = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run / ".lock")],
         stdout=subprocess.PIPE,

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save as safetensors_save, save_file
 
 from commands import DIGITS, brightness_model, here, picture, pictures, refused, start, weights
-from convlens.formats import modelfile
-from convlens.run import RunFolder, load_model
+from convlens import serialization
+from convlens.run import RunDir, load_model
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,12 @@ def test_a_damaged_model_file(trained: Path, damage: Callable[[bytes], bytes], s
 
 def rewritten(path: Path, name: str, value: float) -> None:
     """Fills a tensor of a model file with `value` and signs the file anew, as other hands could."""
-    tensors, card = modelfile.read(path)
+    tensors, card = serialization.read_model_file(path)
     tensors[name] = torch.full_like(tensors[name], value)
-    text = json.dumps({**card, "sha256": modelfile.NO_HASH})
-    content = safetensors_save(tensors, {modelfile.KEY: text})
+    text = json.dumps({**card, "sha256": serialization.NO_HASH})
+    content = safetensors_save(tensors, {serialization.METADATA_KEY: text})
     digest = hashlib.sha256(content).hexdigest().encode()
-    path.write_bytes(content.replace(modelfile.NO_HASH.encode(), digest, 1))
+    path.write_bytes(content.replace(serialization.NO_HASH.encode(), digest, 1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -142,15 +142,21 @@ def test_a_loss_that_explodes_stops_before_the_update() -> None:
     refused(done, 6, "NaN or infinite", "lower optim.lr", "models/hot")
     loaded = load_model(Path("models/hot/model.safetensors"))
     assert all(bool(t.isfinite().all()) for t in loaded.model.state_dict().values())
-    assert RunFolder(Path("models/hot")).facts()["status"] == "training"
+    assert RunDir(Path("models/hot")).facts()["status"] == "training"
     refused(here(*hot, "model.batch_norm=false"), 6, "NaN or infinite")
 
 
 def test_ctrl_c_keeps_what_is_trained_and_the_same_command_goes_on() -> None:
     asked = [
-        "digits", "model.widths=[8,8]", "model.depth=1", "train.epochs=40",
-        "train.memory_format=contiguous", "train.precision=fp32", "--no-test", "--name",
-    ]  # fmt: skip
+        "digits",
+        "model.widths=[8,8]",
+        "model.depth=1",
+        "train.epochs=40",
+        "train.memory_format=contiguous",
+        "train.precision=fp32",
+        "--no-test",
+        "--name",
+    ]
     process = start("train", *asked, "cut")
     log = Path("models/cut/metrics.csv")
     until = time.monotonic() + 200

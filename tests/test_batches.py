@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from convlens.data.augment import build
-from convlens.data.batches import Augment, Batches, Normalise, to_unit
-from convlens.data.draws import Place
-from convlens.data.rows import ArrayRows, StoredRows, sums_of
-from convlens.device import Plan, seed_of
+from convlens.data.cache import ArrayRows, StoredRows, channel_sums
+from convlens.data.loader import Augment, Batches, Normalise, to_unit
+from convlens.data.transforms.pipeline import build_pipeline
+from convlens.data.transforms.random import SampleInfo
+from convlens.device import Plan, derive_seed
 from support import PLAN, Memory, Split, Streamed, pictures
 
 PLAIN = Normalise([0.0], [1.0])
@@ -46,7 +46,7 @@ def numbers(made: Batches, epoch: int, start: int = 0) -> list[list[int]]:
 
 
 def noisy(
-    images: Tensor, labels: Tensor, place: Place, generator: torch.Generator
+    images: Tensor, labels: Tensor, place: SampleInfo, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     return images + torch.rand(images.shape, generator=generator), labels
 
@@ -69,7 +69,7 @@ def test_the_order_depends_on_seed_and_epoch_only() -> None:
     torch.manual_seed(99)
     assert numbers(made, 1) == first
     assert numbers(batches(seed=4), 1) != first
-    expected = torch.randperm(50, generator=torch.Generator().manual_seed(seed_of(3, 1)))
+    expected = torch.randperm(50, generator=torch.Generator().manual_seed(derive_seed(3, 1)))
     assert [n for batch in first for n in batch] == expected.tolist()
 
 
@@ -139,15 +139,15 @@ def test_each_step_is_augmented_with_its_own_generator() -> None:
     for epoch in (1, 2):
         pairs = zip(plain.epoch(epoch), changed.epoch(epoch), strict=True)
         for step, ((before, labels), (after, _)) in enumerate(pairs):
-            generator = torch.Generator().manual_seed(seed_of(3, epoch, step))
-            expected, _ = noisy(before, labels, Place(labels, epoch, 3), generator)
+            generator = torch.Generator().manual_seed(derive_seed(3, epoch, step))
+            expected, _ = noisy(before, labels, SampleInfo(labels, epoch, 3), generator)
             assert torch.allclose(after, expected, atol=1e-6)
 
 
 def test_augmentation_is_told_which_images_and_when() -> None:
-    seen: list[Place] = []
+    seen: list[SampleInfo] = []
 
-    def watch(images: Tensor, labels: Tensor, place: Place, _: Any) -> tuple[Tensor, Tensor]:
+    def watch(images: Tensor, labels: Tensor, place: SampleInfo, _: Any) -> tuple[Tensor, Tensor]:
         seen.append(place)
         assert torch.equal(place.numbers, labels)
         return images, labels
@@ -161,10 +161,10 @@ def test_augmentation_is_told_which_images_and_when() -> None:
 
 @pytest.mark.parametrize("start", [0, 4])
 def test_a_flip_alternates_from_epoch_to_epoch(start: int) -> None:
-    made = batches(augment=build([("AlternatingFlip", {})]))
+    made = batches(augment=build_pipeline([("AlternatingFlip", {})]))
     plain = {
         n: image
-        for images, labels in batches(augment=build([])).epoch(1)
+        for images, labels in batches(augment=build_pipeline([])).epoch(1)
         for image, n in zip(images, labels.tolist(), strict=True)
     }
     for epoch in (1, 2, 3):
@@ -181,7 +181,7 @@ def test_a_flip_alternates_from_epoch_to_epoch(start: int) -> None:
 
 
 def test_mixed_labels_come_as_probabilities() -> None:
-    pipeline = build([("MixUp", {"p": 0.5})], classes=50)
+    pipeline = build_pipeline([("MixUp", {"p": 0.5})], classes=50)
     for images, labels in batches(augment=pipeline).epoch(1):
         assert labels.dtype == torch.float32
         assert labels.shape == (len(images), 50)
@@ -209,7 +209,7 @@ def test_the_stored_images_are_never_changed() -> None:
 def stored(images: Tensor) -> StoredRows:
     Path("pixels").write_bytes(images.numpy().tobytes())
     never: Any = None  # nothing is damaged, so nothing is decoded again
-    return StoredRows(Path("pixels"), tuple(images.shape), sums_of(images.numpy()), never)
+    return StoredRows(Path("pixels"), tuple(images.shape), channel_sums(images.numpy()), never)
 
 
 @pytest.mark.parametrize("kind", ["streamed", "stored", "taken", "array"])

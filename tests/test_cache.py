@@ -13,19 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from convlens.data import cache, encoded
-from convlens.data.cache import decoded
-from convlens.data.encoded import Paths
-from convlens.data.reading import Reader
-from convlens.data.rows import (
+from convlens.data import cache, types
+from convlens.data.cache import (
     ArrayRows,
     Conversion,
     DecodedRows,
-    Records,
+    FixedSizeRecords,
+    Reader,
     StoredRows,
     TakenRows,
+    decode_images,
     in_memory,
 )
+from convlens.data.types import FilePaths
 from convlens.errors import DataError, ResourceError
 from support import BAD_DISK
 
@@ -39,12 +39,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def files(folder: Path, count: int) -> Paths:
+def files(folder: Path, count: int) -> FilePaths:
     """PNGs 8 x 8; every pixel of file i is i."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         Image.new("L", (8, 8), i % 256).save(folder / f"{i:05d}.png")
-    return Paths([str(folder / f"{i:05d}.png") for i in range(count)])
+    return FilePaths([str(folder / f"{i:05d}.png") for i in range(count)])
 
 
 def index(*numbers: int) -> torch.Tensor:
@@ -54,13 +54,13 @@ def index(*numbers: int) -> torch.Tensor:
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files decoded from now on."""
     seen: list[str] = []
-    real = encoded.read_bytes
+    real = types.read_bytes
 
     def counted(path: str) -> bytes:
         seen.append(path)
         return real(path)
 
-    monkeypatch.setattr(encoded, "read_bytes", counted)
+    monkeypatch.setattr(types, "read_bytes", counted)
     return seen
 
 
@@ -68,9 +68,9 @@ def test_second_start_decodes_nothing(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths, seen = files(tmp_path / "a", 100), decodes(monkeypatch)
-    first = decoded(paths, GREY8, memory_budget=PLENTY)
+    first = decode_images(paths, GREY8, memory_budget=PLENTY)
     assert sorted(seen) == list(paths)
-    second = decoded(paths, GREY8, memory_budget=PLENTY)
+    second = decode_images(paths, GREY8, memory_budget=PLENTY)
     assert len(seen) == 100
     assert first.content == second.content
     for found in (first, second):
@@ -86,8 +86,8 @@ def test_second_start_decodes_nothing(
 def test_the_key_sees_every_change(tmp_path: Path, store: Path) -> None:
     paths = files(tmp_path / "a", 3)
     keys = {cache._key(paths, GREY8)}
-    keys.add(cache._key(Paths(paths[:2]), GREY8))
-    keys.add(cache._key(Paths(paths[::-1]), GREY8))
+    keys.add(cache._key(FilePaths(paths[:2]), GREY8))
+    keys.add(cache._key(FilePaths(paths[::-1]), GREY8))
     keys.add(cache._key(paths, Conversion(9, 1, "crop")))
     keys.add(cache._key(paths, Conversion(8, 3, "crop")))
     keys.add(cache._key(paths, Conversion(8, 1, "pad")))
@@ -102,9 +102,9 @@ def test_the_key_sees_every_change(tmp_path: Path, store: Path) -> None:
 
 
 def test_content_is_that_of_the_files_not_of_their_place(tmp_path: Path) -> None:
-    one = decoded(files(tmp_path / "a", 5), GREY8, memory_budget=PLENTY)
-    two = decoded(files(tmp_path / "b", 5), GREY8, memory_budget=PLENTY)
-    three = decoded(files(tmp_path / "c", 6), GREY8, memory_budget=PLENTY)
+    one = decode_images(files(tmp_path / "a", 5), GREY8, memory_budget=PLENTY)
+    two = decode_images(files(tmp_path / "b", 5), GREY8, memory_budget=PLENTY)
+    three = decode_images(files(tmp_path / "c", 6), GREY8, memory_budget=PLENTY)
     assert one.content == two.content != three.content
 
 
@@ -114,7 +114,7 @@ def test_unreadable_files_are_black_and_listed(tmp_path: Path) -> None:
     Path(paths[3]).write_text("no image at all")
     os.unlink(paths[69])
     for _ in range(2):
-        found = decoded(paths, GREY8, memory_budget=PLENTY)
+        found = decode_images(paths, GREY8, memory_budget=PLENTY)
         assert list(found.bad) == [3, 40, 69]
         assert "text" in found.bad[3]
         assert "empty" in found.bad[40]
@@ -129,12 +129,12 @@ def test_a_damaged_store_is_built_again(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     paths = files(tmp_path / "a", 10)
-    decoded(paths, GREY8, memory_budget=PLENTY)
+    decode_images(paths, GREY8, memory_budget=PLENTY)
     (pixels,) = store.glob("*.pixels")
     whole = pixels.read_bytes()
     pixels.write_bytes({"cut": whole[:-20], "garbage": b"x" * 50, "empty": b""}[damage])
     seen = decodes(monkeypatch)
-    found = decoded(paths, GREY8, memory_budget=PLENTY)
+    found = decode_images(paths, GREY8, memory_budget=PLENTY)
     assert len(seen) == 10
     assert found.rows.gather(index(9))[0, 0, 0, 0] == 9
     assert pixels.read_bytes() == whole
@@ -146,9 +146,9 @@ def test_an_interrupt_leaves_no_file(
     def stop(*_: object) -> bytes:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoded, "read_bytes", stop)
+    monkeypatch.setattr(types, "read_bytes", stop)
     with pytest.raises(KeyboardInterrupt):
-        decoded(files(tmp_path / "a", 10), GREY8, memory_budget=PLENTY)
+        decode_images(files(tmp_path / "a", 10), GREY8, memory_budget=PLENTY)
     assert [p.suffix for p in store.iterdir()] == [".lock"]
 
 
@@ -162,7 +162,7 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_cache_small_sets_stay_in_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = decoded(files(tmp_path / "a", 40), GREY8, memory_budget=40 * 64)
+    found = decode_images(files(tmp_path / "a", 40), GREY8, memory_budget=40 * 64)
     assert isinstance(found.rows, ArrayRows)
     assert found.rows.gather(index(39, 1))[:, 0, 0, 0].tolist() == [39, 1]
     said = capsys.readouterr().err
@@ -173,7 +173,7 @@ def test_without_a_cache_small_sets_stay_in_memory(
 @pytest.mark.usefixtures("no_cache")
 def test_without_a_cache_large_sets_are_decoded_again(tmp_path: Path) -> None:
     paths = files(tmp_path / "a", 40)
-    found = decoded(paths, GREY8, memory_budget=100)
+    found = decode_images(paths, GREY8, memory_budget=100)
     assert isinstance(found.rows, DecodedRows)
     assert found.rows.shape == (40, 1, 8, 8)
     assert found.rows.gather(index(39, 1, 39))[:, 0, 0, 0].tolist() == [39, 1, 39]
@@ -193,7 +193,7 @@ def test_a_full_disk_is_no_crash(
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage)
-    found = decoded(files(tmp_path / "a", 4), GREY8, memory_budget=PLENTY)
+    found = decode_images(files(tmp_path / "a", 4), GREY8, memory_budget=PLENTY)
     assert isinstance(found.rows, ArrayRows)
     assert "has not that much left" in capsys.readouterr().err
     assert not list(store.glob("*.pixels"))
@@ -213,9 +213,18 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, name: str = ".png") ->
 
 @pytest.mark.parametrize(
     "number",
-    [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-     errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN],
-)  # fmt: skip
+    [
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.EAGAIN,
+        errno.ENOTCONN,
+        errno.EHOSTDOWN,
+    ],
+)
 def test_what_may_pass_is_no_fault_of_the_image(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -223,11 +232,11 @@ def test_what_may_pass_is_no_fault_of_the_image(
     with monkeypatch.context() as patch:
         failing(patch, number, "00001.png")
         with pytest.raises(ResourceError, match=os.strerror(number)) as caught:
-            decoded(paths, GREY8, memory_budget=PLENTY)
+            decode_images(paths, GREY8, memory_budget=PLENTY)
     assert caught.value.where == paths[1]
     assert caught.value.fix
     assert [path.suffix for path in store.iterdir()] == [".lock"]
-    assert decoded(paths, GREY8, memory_budget=PLENTY).bad == {}
+    assert decode_images(paths, GREY8, memory_budget=PLENTY).bad == {}
 
 
 def test_what_will_not_pass_is_remembered_of_the_image(
@@ -243,11 +252,11 @@ def test_what_will_not_pass_is_remembered_of_the_image(
     paths[4] = f"{paths[5]}/0.png"
     with monkeypatch.context() as patch:
         failing(patch, errno.EACCES, "00005.png")
-        found = decoded(Paths(paths), GREY8, memory_budget=PLENTY)
+        found = decode_images(FilePaths(paths), GREY8, memory_budget=PLENTY)
     said = ["no such file", "symbolic links", "folder", "name too long", "Not a dir", "permission"]
     assert [text in found.bad[i] for i, text in enumerate(said)] == [True] * 6, found.bad
     seen = decodes(monkeypatch)
-    assert decoded(Paths(paths), GREY8, memory_budget=PLENTY).bad == found.bad
+    assert decode_images(FilePaths(paths), GREY8, memory_budget=PLENTY).bad == found.bad
     assert seen == []
 
 
@@ -258,7 +267,7 @@ def test_what_a_killed_decoding_left_goes_with_the_next(tmp_path: Path, store: P
     other = f".{'0' * 40}.pixels.abcdefgh.part"
     for name in (f".{key}.pixels.abcdefgh.part", other):
         (store / name).write_bytes(b"half")
-    decoded(paths, GREY8, memory_budget=PLENTY)
+    decode_images(paths, GREY8, memory_budget=PLENTY)
     names = {path.name for path in store.iterdir()}
     assert names == {other, f"{key}.lock", f"{key}.pixels"}
 
@@ -269,7 +278,7 @@ def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Reader(BAD_DISK).fill(buffer, 0)
     assert caught.value.where == str(BAD_DISK)
     paths = files(tmp_path / "a", 4)
-    stored = decoded(paths, GREY8, memory_budget=PLENTY).rows
+    stored = decode_images(paths, GREY8, memory_budget=PLENTY).rows
     assert isinstance(stored, StoredRows)
 
     def bad_sector(*_: object) -> int:
@@ -288,18 +297,18 @@ def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert caught.value.where == paths[1]
 
 
-def _start(paths: Paths, gate: object, answers: object) -> None:
+def _start(paths: FilePaths, gate: object, answers: object) -> None:
     seen = []
-    real = encoded.read_bytes
+    real = types.read_bytes
 
     def slow(path: str) -> bytes:
         seen.append(path)
         time.sleep(0.005)
         return real(path)
 
-    encoded.read_bytes = slow  # type: ignore[assignment]
+    types.read_bytes = slow  # type: ignore[assignment]
     gate.wait()  # type: ignore[attr-defined]
-    found = decoded(paths, GREY8, memory_budget=PLENTY)
+    found = decode_images(paths, GREY8, memory_budget=PLENTY)
     answers.put((len(seen), found.rows.gather(index(59)).sum().item()))  # type: ignore[attr-defined]
 
 
@@ -320,14 +329,14 @@ def test_two_processes_decode_once(tmp_path: Path) -> None:
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONVLENS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache.folder() == Path("/x/convlens")
+    assert cache.cache_folder() == Path("/x/convlens")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(cache.sys, "platform", "linux")
-    assert cache.folder() == Path.home() / ".cache" / "convlens"
+    assert cache.cache_folder() == Path.home() / ".cache" / "convlens"
 
 
 def test_rows_taken_from_rows(tmp_path: Path) -> None:
-    stored = decoded(files(tmp_path / "a", 20), GREY8, memory_budget=PLENTY).rows
+    stored = decode_images(files(tmp_path / "a", 20), GREY8, memory_budget=PLENTY).rows
     whole = in_memory(stored, chunk=7)
     assert whole.resident() is whole.images
     assert stored.resident() is None
@@ -340,14 +349,14 @@ def test_rows_taken_from_rows(tmp_path: Path) -> None:
 
 
 def test_rows_beyond_the_end_are_an_error(tmp_path: Path) -> None:
-    rows = decoded(files(tmp_path / "a", 4), GREY8, memory_budget=PLENTY).rows
+    rows = decode_images(files(tmp_path / "a", 4), GREY8, memory_budget=PLENTY).rows
     for wrong in (4, -1):
         with pytest.raises(IndexError):
             rows.gather(index(0, wrong))
 
 
 def test_a_store_cut_short_in_use_is_a_clear_error(tmp_path: Path, store: Path) -> None:
-    rows = decoded(files(tmp_path / "a", 50), GREY8, memory_budget=PLENTY).rows
+    rows = decode_images(files(tmp_path / "a", 50), GREY8, memory_budget=PLENTY).rows
     os.truncate(next(store.glob("*.pixels")), 64 * 10)
     assert rows.gather(index(9))[0, 0, 0, 0] == 9
     with pytest.raises(DataError, match="cut short while in use"):
@@ -361,7 +370,7 @@ def test_reading_from_a_store_needs_no_memory_of_its_size(tmp_path: Path) -> Non
         file.truncate(size * count)
     code = (
         "import resource, torch, zlib; import numpy as np; from pathlib import Path\n"
-        "from convlens.data.rows import StoredRows\n"
+        "from convlens.data.cache import StoredRows\n"
         f"sums = np.full({count}, zlib.crc32(bytes({size})), np.uint32)\n"
         f"rows = StoredRows(Path({str(path)!r}), ({count}, 3, 64, 64), sums, None)\n"
         "rows.gather(torch.arange(128))\n"
@@ -382,5 +391,5 @@ def test_records_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr(os, "preadv", raising=False)
     path = tmp_path / "r"
     path.write_bytes(b"head" + bytes(range(30)))
-    records = Records(path, 3, 10, header=4)
+    records = FixedSizeRecords(path, 3, 10, header=4)
     assert records.read([9, 0, 1, 2]).tolist() == [[27, 28, 29], [0, 1, 2], [3, 4, 5], [6, 7, 8]]

@@ -13,25 +13,25 @@ from pathlib import Path
 import pytest
 
 from commands import DIGITS, NET, here, picture, pictures, refused
-from convlens.data import listing
-from convlens.run import RunFolder
-from convlens.system.files import sha256
+from convlens.data import dataset
+from convlens.run import RunDir
+from convlens.utils.files import sha256
 from test_shards import shards
 
 PHOTOS = ("photos", *NET, "--no-test", "--name", "mine")
 
 
-def begun(*asked: str, name: str = "mine") -> RunFolder:
+def begun(*asked: str, name: str = "mine") -> RunDir:
     """A run that isn't finished, as a stop in its first minute leaves it."""
     done = here("train", *asked)
     assert done.code == 0, done.err
-    place = RunFolder(Path("models") / name)
+    place = RunDir(Path("models") / name)
     place.note({"status": "training"})
     return place
 
 
 @pytest.fixture
-def mine() -> RunFolder:
+def mine() -> RunDir:
     pictures(Path("photos"), {"red": 9, "green": 9})
     return begun(*PHOTOS)
 
@@ -43,8 +43,8 @@ def everything(folder: Path) -> dict[str, str]:
 # Images (F12)
 
 
-def test_all_images_are_listed_with_their_split_and_digest(mine: RunFolder) -> None:
-    with gzip.open(mine.path / listing.FILE, "rt", encoding="utf-8", newline="") as file:
+def test_all_images_are_listed_with_their_split_and_digest(mine: RunDir) -> None:
+    with gzip.open(mine.path / dataset.IMAGES_FILE, "rt", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == [
         f"{name}/{i:03}.png" for name in ("green", "red") for i in range(9)
@@ -59,16 +59,17 @@ def test_all_images_are_listed_with_their_split_and_digest(mine: RunFolder) -> N
     assert set(held_out.values()) == {"val", "test"}
 
 
-def test_images_added_removed_and_changed_are_named(mine: RunFolder) -> None:
+def test_images_added_removed_and_changed_are_named(mine: RunDir) -> None:
     picture(Path("photos/red/new.png"), (9, 9, 9))
     Path("photos/green/004.png").unlink()
     Path("photos/green/007.png").unlink()
     picture(Path("photos/red/002.png"), (1, 2, 3), seed=9)
     before = everything(mine.path)
     said = (
-        "1 added: red/new.png", "2 removed: green/004.png, green/007.png",
+        "1 added: red/new.png",
+        "2 removed: green/004.png, green/007.png",
         "1 with other content: red/002.png",
-    )  # fmt: skip
+    )
     refused(here("train", *PHOTOS), 3, "not those that run 'mine' began with", *said, "--fresh")
     refused(here("evaluate", "mine", "--split", "val"), 3, "changed since", *said)
     assert everything(mine.path) == before
@@ -77,7 +78,7 @@ def test_images_added_removed_and_changed_are_named(mine: RunFolder) -> None:
     assert done.json["run"] != "mine"
 
 
-def test_as_they_were_again_the_run_goes_on(mine: RunFolder) -> None:
+def test_as_they_were_again_the_run_goes_on(mine: RunDir) -> None:
     shutil.move("photos/red/000.png", "kept.png")
     refused(here("train", *PHOTOS), 3, "1 removed: red/000.png")
     shutil.move("kept.png", "photos/red/000.png")
@@ -85,13 +86,14 @@ def test_as_they_were_again_the_run_goes_on(mine: RunFolder) -> None:
     assert mine.finished
 
 
-def test_many_changes_are_counted(mine: RunFolder) -> None:
+def test_many_changes_are_counted(mine: RunDir) -> None:
     for number in range(9):
         picture(Path(f"photos/red/{number:03}.png"), (1, 2, 3), seed=50 + number)
     refused(
-        here("train", *PHOTOS), 3,
+        here("train", *PHOTOS),
+        3,
         "9 with other content: red/000.png, red/001.png, red/002.png ...",
-    )  # fmt: skip
+    )
 
 
 def test_an_image_in_another_class_is_named() -> None:
@@ -123,10 +125,8 @@ def test_images_in_shards_are_named_too() -> None:
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "text"])
-def test_without_its_list_a_changed_set_is_refused_all_the_same(
-    mine: RunFolder, damage: str
-) -> None:
-    path = mine.path / listing.FILE
+def test_without_its_list_a_changed_set_is_refused_all_the_same(mine: RunDir, damage: str) -> None:
+    path = mine.path / dataset.IMAGES_FILE
     whole = path.read_bytes()
     if damage == "gone":
         path.unlink()
@@ -139,7 +139,7 @@ def test_without_its_list_a_changed_set_is_refused_all_the_same(
 
 def test_built_in_sets_have_no_list() -> None:
     place = begun(*DIGITS, "--no-test", "--name", "mine")
-    assert not (place.path / listing.FILE).exists()
+    assert not (place.path / dataset.IMAGES_FILE).exists()
     place.note({"data": {**place.facts()["data"], "fingerprint": "another"}})
     refused(here("train", *DIGITS, "--no-test", "--name", "mine"), 3, "not those that run 'mine'")
 
@@ -162,7 +162,7 @@ def test_another_recipe_is_another_run() -> None:
     other = here("train", *DIGITS, "optim.lr=0.02", "--no-test", "--json")
     assert other.code == 0, other.err
     assert other.json["run"] != first.json["run"]
-    assert RunFolder(Path("models") / first.json["run"]).finished
+    assert RunDir(Path("models") / first.json["run"]).finished
 
 
 def test_a_name_that_another_recipe_has_is_not_taken() -> None:
@@ -184,8 +184,13 @@ def test_another_version_and_other_hardware_are_told_and_noted() -> None:
     place.note({"hardware": hardware, "world_size": 2, "convlens": "0.0.1"})
     done = here("train", *asked)
     assert done.code == 0, done.err
-    for text in ("torch 2.0.0, now ", "threads 96, now ", "processes 2, now 1",
-                 "convlens 0.0.1, now ", "not end with the bits"):  # fmt: skip
+    for text in (
+        "torch 2.0.0, now ",
+        "threads 96, now ",
+        "processes 2, now 1",
+        "convlens 0.0.1, now ",
+        "not end with the bits",
+    ):
         assert text in done.err
     facts = place.facts()
     assert facts["status"] == "finished"
@@ -210,8 +215,17 @@ def test_folders_without_images_are_named_whatever_else_is_in_them() -> None:
 def test_numbers_as_classes_keep_their_order_in_the_model() -> None:
     colours = {"10": (220, 30, 30), "2": (30, 200, 30), "1": (30, 30, 220)}
     pictures(Path("photos"), dict.fromkeys(colours, 12), colours=colours)
-    done = here("train", "photos", "model.widths=[8]", "train.epochs=20", "train.batch_size=8",
-                "optim.lr=0.05", "augment=[]", "optim.ema=null", "--json")  # fmt: skip
+    done = here(
+        "train",
+        "photos",
+        "model.widths=[8]",
+        "train.epochs=20",
+        "train.batch_size=8",
+        "optim.lr=0.05",
+        "augment=[]",
+        "optim.ema=null",
+        "--json",
+    )
     assert done.code == 0, done.err
     shutil.copy(Path(done.json["path"]) / "model.safetensors", "alone.safetensors")
     shutil.rmtree("models")
@@ -229,8 +243,10 @@ def test_a_set_that_lacks_a_class_counts_none_of_it() -> None:
     found = here("evaluate", name, "--data", "fewer", "--json").json
     assert found["n"] == 7
     assert {c: its["n"] for c, its in found["per_class"].items()} == {
-        "blue": 3, "green": 0, "red": 4,
-    }  # fmt: skip
+        "blue": 3,
+        "green": 0,
+        "red": 4,
+    }
     pictures(Path("more"), {"red": 4, "pink": 3}, first=60)
     refused(here("evaluate", name, "--data", "more"), 3, "doesn't know 1 of the classes: pink")
 

@@ -14,9 +14,9 @@ import torch
 
 import selftest
 from commands import environment
+from convlens import serialization
 from convlens.errors import ResourceError, UsageError
-from convlens.formats import modelfile
-from convlens.run import RunFolder
+from convlens.run import RunDir
 from support import begin, tiny
 from test_resume import finish
 
@@ -58,8 +58,11 @@ def launched(monkeypatch: pytest.MonkeyPatch, program: str) -> selftest._Trainin
         with (training.folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-c", STAND_IN + program],
-                cwd=training.folder, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                cwd=training.folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     monkeypatch.setattr(selftest._Training, "start", start)
     return selftest._Training(Path("trial").absolute(), 2)
@@ -123,11 +126,14 @@ def test_differences_are_found() -> None:
         ("model.safetensors", _nudged, "the model: 1 of"),
         (f"state/{_state(other)}", _nudged, "the state: 1 of"),
         ("metrics.csv", _other_metrics, "metrics.csv"),
-        ("run.json", lambda path: RunFolder(path.parent).note({"kept_epoch": 9}),
-         "run.json: kept_epoch"),
+        (
+            "run.json",
+            lambda path: RunDir(path.parent).note({"kept_epoch": 9}),
+            "run.json: kept_epoch",
+        ),
         ("recipe.yaml", lambda path: path.write_text(path.read_text() + "\n"), "recipe.yaml"),
-    ):  # fmt: skip
-        copy = RunFolder(Path("copy") / "other")
+    ):
+        copy = RunDir(Path("copy") / "other")
         shutil.rmtree("copy", ignore_errors=True)
         shutil.copytree(other.path, copy.path)
         change(copy.path / name)
@@ -135,24 +141,24 @@ def test_differences_are_found() -> None:
         assert found.startswith(said)
 
 
-def _state(place: RunFolder) -> str:
+def _state(place: RunDir) -> str:
     return next((place.path / "state").glob("*.safetensors")).name
 
 
 def _other_metrics(path: Path) -> None:
     """Another loss in one row."""
-    place = RunFolder(path.parent)
+    place = RunDir(path.parent)
     rows = place.metrics()
     place.write_metrics([{**rows[0], "val_loss": 9.0}, *rows[1:]])
 
 
 def _nudged(path: Path) -> None:
     """The file with the last bit of one weight changed, and a right hash over it."""
-    tensors, card = modelfile.read(path)
+    tensors, card = serialization.read_model_file(path)
     name = next(n for n, t in tensors.items() if t.ndim > 1 and t.is_floating_point())
     tensors[name].view(-1)[0] = torch.nextafter(tensors[name].view(-1)[0], torch.tensor(9.0))
     place = {k: v for k, v in card.items() if k not in ("sha256", "format")}
-    modelfile.write(path, tensors, place)
+    serialization.write_model_file(path, tensors, place)
 
 
 @pytest.mark.slow

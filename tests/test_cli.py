@@ -30,7 +30,7 @@ from commands import (
     weights,
 )
 from convlens import Run, cli, device, recipe
-from convlens.cli import shared
+from convlens.cli.common import PANELS
 from convlens.errors import UsageError
 from convlens.metrics import wilson_interval
 from convlens.version import __version__
@@ -74,7 +74,7 @@ def test_help_lists_the_commands_in_panels_in_this_order() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("name", [name for names in shared.PANELS.values() for name in names])
+@pytest.mark.parametrize("name", [name for names in PANELS.values() for name in names])
 def test_help_has_examples_one_a_line_and_no_type_tags(
     monkeypatch: pytest.MonkeyPatch, name: str, width: int
 ) -> None:
@@ -101,9 +101,9 @@ def test_info_says_what_a_training_would_use(monkeypatch: pytest.MonkeyPatch) ->
     found = here("info", "--json").json
     assert found["versions"]["convlens"] == __version__
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert found["device"]["device"] == device.choose()
+    assert found["device"]["device"] == device.select_device()
     assert found["device"]["cores"] == device.usable_cores()
-    assert found["device"]["half_precision"] == device.half_precision(device.choose())
+    assert found["device"]["half_precision"] == device.half_precision(device.select_device())
     assert found["threads"]["torch"] == torch.get_num_threads()
     assert found["threads"]["GOMP_SPINCOUNT"] == "1000"
     assert found["memory"]["budget"] == 64_000_000 or found["memory"]["budget"] == 64 * 2**20
@@ -242,7 +242,7 @@ def test_no_test_leaves_the_test_split_sealed() -> None:
 
 def test_deterministic_is_part_of_the_recipe() -> None:
     got = trained(*DIGITS, "--deterministic", "--name", "steady")
-    assert recipe.load(Path(got["path"]) / "recipe.yaml").train.deterministic
+    assert recipe.load_recipe(Path(got["path"]) / "recipe.yaml").train.deterministic
     trained(*DIGITS, "--name", "loose")  # and is switched off again
 
 
@@ -251,10 +251,12 @@ def test_deterministic_is_part_of_the_recipe() -> None:
 
 def test_every_recipe_is_listed_and_printed() -> None:
     table = here("recipes").out
-    for name in recipe.names():
+    for name in recipe.recipe_names():
         assert name in table
-        assert here("recipes", name).out == recipe.text(name)
-    assert here("recipes", "digits", "--json").json == recipe.load("digits").model_dump(mode="json")
+        assert here("recipes", name).out == recipe.recipe_text(name)
+    assert here("recipes", "digits", "--json").json == recipe.load_recipe("digits").model_dump(
+        mode="json"
+    )
 
 
 def test_a_printed_recipe_trains_as_it_stands() -> None:
@@ -269,7 +271,10 @@ def test_a_printed_recipe_trains_as_it_stands() -> None:
 def test_a_runs_own_recipe_finds_the_run_and_trains_the_same() -> None:
     first = trained(*DIGITS)
     written = Path(first["path"]) / "recipe.yaml"
-    assert "auto" not in {recipe.load(written).train.epochs, recipe.load(written).data.image_size}
+    assert "auto" not in {
+        recipe.load_recipe(written).train.epochs,
+        recipe.load_recipe(written).data.image_size,
+    }
     again = trained(written)
     assert (again["run"], again["looks"]) == (first["run"], 2)
     anew = trained(written, "--fresh")
@@ -281,12 +286,20 @@ def test_a_runs_own_recipe_finds_the_run_and_trains_the_same() -> None:
 def test_a_file_may_be_based_on_a_recipe() -> None:
     Path("quick.yaml").write_text("base: digits\ntrain: {epochs: 1}\nmodel: {widths: [4]}\n")
     got = trained("quick.yaml", "data.per_class=4")
-    assert recipe.load(Path(got["path"]) / "recipe.yaml").model.options["widths"] == [4]
+    assert recipe.load_recipe(Path(got["path"]) / "recipe.yaml").model.options["widths"] == [4]
 
 
 def test_a_recipe_on_other_data() -> None:
-    got = trained("mnist-reg", "--data", "digits", "train.epochs=1", "model.widths=[4]",
-                  "data.val_fraction=0.2", "data.per_class=5", "model.hidden=0")  # fmt: skip
+    got = trained(
+        "mnist-reg",
+        "--data",
+        "digits",
+        "train.epochs=1",
+        "model.widths=[4]",
+        "data.val_fraction=0.2",
+        "data.per_class=5",
+        "model.hidden=0",
+    )
     assert got["run"].startswith("mnist-reg-digits-")
     assert got["data"] == "digits"
 
@@ -398,9 +411,10 @@ def test_a_batch_as_a_recipe_augments_it() -> None:
             assert image.format == "PNG"
     done = here("augment", "digits", "digits", "per_class=5", "--json")
     assert done.json == {
-        "data": "digits", "recipe": "digits",
+        "data": "digits",
+        "recipe": "digits",
         "augmented_batch": "plots/augmented-digits-digits.png",
-    }  # fmt: skip
+    }
     refused(here("augment", "digts", "digits"), 2, "unknown recipe 'digts'", "digits?")
     refused(here("augment", "digits", "digist"), 2, "'digist' is neither", "mean digits")
     refused(here("augment", "mnist", "digits"), 2, "'mnist' augments nothing")
@@ -490,7 +504,11 @@ def test_nobody_who_reads_is_no_error_to_tell() -> None:
     os.close(read)
     done = subprocess.run(
         [sys.executable, "-u", "-m", "convlens", "recipes"],
-        stdout=write, stderr=subprocess.PIPE, text=True, check=False, env=environment(),
-    )  # fmt: skip
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=environment(),
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")

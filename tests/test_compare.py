@@ -12,10 +12,10 @@ from torch import nn
 import convlens
 from commands import Done, brightness_model, constant_model, here, pictures, refused
 from convlens import models
-from convlens.comparing.differences import newcombe
+from convlens.engine.inference import flops
 from convlens.errors import UsageError
-from convlens.inference import flops
-from convlens.run import RunFolder
+from convlens.metrics import newcombe_interval
+from convlens.run import RunDir
 from support import TINY
 
 CLASSES = ("blue", "green", "red")
@@ -27,13 +27,13 @@ def images() -> Path:
 
 
 @pytest.fixture
-def greens(tmp_path: Path) -> RunFolder:
+def greens(tmp_path: Path) -> RunDir:
     """Says `green` to everything."""
     return constant_model(tmp_path / "models" / "greens", [0.0, 2.0, 1.0], CLASSES)
 
 
 @pytest.fixture
-def reds(tmp_path: Path) -> RunFolder:
+def reds(tmp_path: Path) -> RunDir:
     """Says `red` to everything; its classes are in another order."""
     return constant_model(tmp_path / "models" / "reds", [2.0, 0.0, 1.0], ("red", "blue", "green"))
 
@@ -46,10 +46,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, changes in {
-            "small": {}, "small-1": {"train.seed": 1},
-            "wide": wide, "wide-1": {**wide, "train.seed": 1},
+            "small": {},
+            "small-1": {"train.seed": 1},
+            "wide": wide,
+            "wide-1": {**wide, "train.seed": 1},
             "other": {**wide, "data.seed": 1},
-        }.items():  # fmt: skip
+        }.items():
             changes = {"train.epochs": 2, **changes}
             convlens.train(TINY, changes, name=name, test=False, quiet=True, device="cpu")
     return folder
@@ -64,18 +66,22 @@ def compare(*arguments: str | Path) -> Done:
     return here("compare", *arguments, "--device", "cpu")
 
 
-def test_two_models_by_hand(greens: RunFolder, reds: RunFolder, images: Path) -> None:
+def test_two_models_by_hand(greens: RunDir, reds: RunDir, images: Path) -> None:
     done = compare(greens.path, reds.path, "--data", images, "--json")
     got = done.json
     assert (got["split"], got["data"]) == ("test", "set")
     (verdict,) = got["verdicts"]
     assert verdict["details"] == {
-        "n": 10, "both": 0, "only_this": 5, "only_reference": 3, "neither": 2,
-    }  # fmt: skip
+        "n": 10,
+        "both": 0,
+        "only_this": 5,
+        "only_reference": 3,
+        "neither": 2,
+    }
     # 3 of 8: p = 2 * (1 + 8 + 28 + 56) / 2^8
     assert verdict["p"] == verdict["p_holm"] == pytest.approx(186 / 256)
     assert verdict["difference"] == pytest.approx(0.2)
-    assert verdict["interval95"] == list(newcombe(0, 3, 5, 2))
+    assert verdict["interval95"] == list(newcombe_interval(0, 3, 5, 2))
     assert verdict["differs"] is False
     assert verdict["sentence"].startswith(
         "reds and greens are not distinguishable: +20.00 points for reds (95% interval "
@@ -99,7 +105,7 @@ def test_a_clear_difference_is_said_plainly(tmp_path: Path) -> None:
     (verdict,) = got.verdicts
     # All 24 right against 12: p = 2 / 2^12
     assert verdict.p == pytest.approx(2**-11)
-    low, high = newcombe(12, 12, 0, 0)
+    low, high = newcombe_interval(12, 12, 0, 0)
     assert verdict.sentence == (
         "knows is more accurate than guesses by 50.00 points (95% interval "
         f"{-100 * high:.2f} to {-100 * low:.2f}), p = 0.00049 (McNemar's exact test on 24 images: "
@@ -112,8 +118,9 @@ def test_seeds_are_taken_together(runs: None) -> None:
     got = done.json
     assert [group["name"] for group in got["groups"]] == ["tiny (2 seeds)", "wide (2 seeds)"]
     assert [[r["run"] for r in g["runs"]] for g in got["groups"]] == [
-        ["small", "small-1"], ["wide", "wide-1"],
-    ]  # fmt: skip
+        ["small", "small-1"],
+        ["wide", "wide-1"],
+    ]
     values = [[run["accuracy"] for run in group["runs"]] for group in got["groups"]]
     (verdict,) = got["verdicts"]
     assert (verdict["test"], verdict["details"]) == ("seeds", {"seeds": 2})
@@ -143,7 +150,7 @@ def test_one_recipe_alone_has_its_spread(runs: None) -> None:
 
 
 def test_several_are_corrected_for_their_number(
-    greens: RunFolder, reds: RunFolder, images: Path, tmp_path: Path
+    greens: RunDir, reds: RunDir, images: Path, tmp_path: Path
 ) -> None:
     blues = constant_model(tmp_path / "models" / "blues", [9.0, 0.0, 0.0], CLASSES)
     got = convlens.compare(greens.path, reds.path, blues.path, data=images)
@@ -163,7 +170,7 @@ def test_the_table(runs: None) -> None:
 
 def test_other_test_images_are_refused_before_any_look(runs: None) -> None:
     refused(compare("small", "other"), 3, "not judged by the same images", "--force", "270 images")
-    assert not RunFolder(Path("models/small")).results()
+    assert not RunDir(Path("models/small")).results()
     forced = compare("small", "other", "--force", "--json").json
     (verdict,) = forced["verdicts"]
     assert (verdict["test"], verdict["p"], verdict["differs"]) == ("none", None, None)
@@ -178,7 +185,7 @@ def test_validation_images_flatter(runs: None) -> None:
     assert any("flattering" in note for note in done.json["notes"])
 
 
-def test_other_classes_are_refused(greens: RunFolder, tmp_path: Path, images: Path) -> None:
+def test_other_classes_are_refused(greens: RunDir, tmp_path: Path, images: Path) -> None:
     more = constant_model(tmp_path / "models" / "more", [0.0] * 4, (*CLASSES, "pink"))
     done = compare(greens.path, more.path, "--data", images)
     refused(done, 3, "greens and more don't know the same classes: pink")
@@ -200,8 +207,17 @@ def test_a_run_without_weights_and_one_whose_images_are_gone(runs: None) -> None
     refused(compare("small", "wide"), 4, "run 'small' has no weights yet")
     root = pictures(Path("photos"), {"blue": 8, "green": 8})
     for name in ("a", "b"):
-        done = here("train", root, "model.widths=[4]", "train.epochs=1", "augment=[]", "--no-test",
-                    "--name", name, f"train.seed={int(name == 'b')}")  # fmt: skip
+        done = here(
+            "train",
+            root,
+            "model.widths=[4]",
+            "train.epochs=1",
+            "augment=[]",
+            "--no-test",
+            "--name",
+            name,
+            f"train.seed={int(name == 'b')}",
+        )
         assert done.code == 0, done.err
     shutil.move(root, "moved")
     refused(compare("a", "b"), 2, "unknown data 'photos'")
@@ -225,5 +241,5 @@ def test_flops_by_hand() -> None:
 
 
 def test_flops_of_a_resnet_are_the_known_ones() -> None:
-    model = models.build("resnet18", 1000, 3, 224, {"stem": "imagenet"})
+    model = models.build_model("resnet18", 1000, 3, 224, {"stem": "imagenet"})
     assert flops(model, (3, 224, 224), "cpu") == pytest.approx(2 * 1.814e9, rel=0.001)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from convlens.labelling import confident
+from convlens.analysis import label_errors
 
 # Given labels and probabilities: 0 twice surely, 0 that looks like 1, 1 thrice surely.
 LABELS = np.array([0, 0, 0, 1, 1, 1])
@@ -36,7 +36,7 @@ def noisy(rate: float, sharpness: float, n: int = 1500) -> tuple[np.ndarray, ...
 
 
 def test_by_hand() -> None:
-    verdict = confident.judge(LABELS, CHANCES)
+    verdict = label_errors.find_issues(LABELS, CHANCES)
     assert verdict.suspected.tolist() == [False, False, True, False, False, False]
     assert verdict.suggested.tolist() == [0, 0, 1, 1, 1, 1]
     np.testing.assert_allclose(verdict.scores, CHANCES[np.arange(6), LABELS])
@@ -48,7 +48,7 @@ def test_by_hand() -> None:
 
 def test_the_joint_is_the_papers_with_rows_that_add_up_to_the_labels_given() -> None:
     _, labels, chances = noisy(0.1, 4)
-    verdict = confident.judge(labels, chances)
+    verdict = label_errors.find_issues(labels, chances)
     raw = counted(labels, chances)
     expected = raw / raw.sum(1, keepdims=True) * np.bincount(labels)[:, None]
     np.testing.assert_allclose(verdict.joint, expected, atol=1.5)  # theirs are whole numbers
@@ -58,7 +58,7 @@ def test_the_joint_is_the_papers_with_rows_that_add_up_to_the_labels_given() -> 
 @pytest.mark.parametrize("rate", [0.05, 0.2])
 def test_planted_errors_are_found_and_their_share_is_estimated(rate: float) -> None:
     truths, labels, chances = noisy(rate, 6)
-    verdict = confident.judge(labels, chances)
+    verdict = label_errors.find_issues(labels, chances)
     planted = truths != labels
     found = (planted & verdict.suspected).sum()
     assert found / planted.sum() > 0.9
@@ -73,14 +73,14 @@ def test_planted_errors_are_found_and_their_share_is_estimated(rate: float) -> N
 
 def test_labels_that_are_right_are_left_alone() -> None:
     _, labels, chances = noisy(0, 6)
-    verdict = confident.judge(labels, chances)
+    verdict = label_errors.find_issues(labels, chances)
     assert verdict.suspected.mean() < 0.01
     assert np.trace(verdict.joint) > 0.99 * len(labels)
 
 
 def test_a_class_without_images_and_sure_probabilities_are_no_trouble() -> None:
     chances = np.eye(4)[[0, 0, 0, 1, 1, 3, 3, 3]].astype(float)
-    verdict = confident.judge(np.array([0, 0, 1, 1, 1, 3, 3, 3]), chances)
+    verdict = label_errors.find_issues(np.array([0, 0, 1, 1, 1, 3, 3, 3]), chances)
     assert verdict.suspected.tolist() == [i == 2 for i in range(8)]
     assert verdict.joint.shape == (4, 4)
     assert np.isfinite(verdict.joint).all()

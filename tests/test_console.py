@@ -11,8 +11,14 @@ from contextvars import copy_context
 
 import pytest
 
-from convlens.system import console
-from convlens.system.console import print_status, progress, quieted, status_handler, table
+from convlens.utils import console
+from convlens.utils.console import (
+    print_status,
+    print_table,
+    progress_bar,
+    quiet_mode,
+    status_handler,
+)
 
 LOGGER = logging.getLogger("convlens")
 
@@ -43,7 +49,7 @@ def test_an_application_that_logs_gets_the_messages_as_plain_text(
     log_file: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_status("[bold]digits[/] takes 5% of \\[the time] :warning:")
-    table(("stage", "rate"), [("stem", "0.1"), ("[head]", "1.0")])
+    print_table(("stage", "rate"), [("stem", "0.1"), ("[head]", "1.0")])
     first, *rows = log_file.getvalue().splitlines()
     assert first == "convlens INFO test_console.py digits takes 5% of [the time] :warning:"
     assert rows[0].startswith("convlens INFO test_console.py ")
@@ -75,11 +81,11 @@ def test_the_command_line_handles_messages_itself_and_leaves_nothing_behind(
 def test_quiet_drops_messages_tables_and_records(
     log_file: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with quieted():
-        with quieted(False):  # what is inside does not undo it
+    with quiet_mode():
+        with quiet_mode(False):  # what is inside does not undo it
             print_status("a")
-        table(("b",), [("c",)])
-        with progress("d", 1) as bar:
+        print_table(("b",), [("c",)])
+        with progress_bar("d", 1) as bar:
             bar.advance()
     print_status("e")
     assert log_file.getvalue().splitlines() == ["convlens INFO test_console.py e"]
@@ -90,7 +96,7 @@ def test_quiet_in_one_thread_does_not_silence_another(capsys: pytest.CaptureFixt
     inside, spoken = threading.Event(), threading.Event()
 
     def quiet_thread() -> None:
-        with quieted():
+        with quiet_mode():
             inside.set()
             assert spoken.wait(10)
             print_status("from the quiet thread")
@@ -107,7 +113,7 @@ def test_quiet_in_one_thread_does_not_silence_another(capsys: pytest.CaptureFixt
 def test_a_thread_with_the_context_of_a_quiet_one_is_quiet(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with quieted(), ThreadPoolExecutor(1) as pool:
+    with quiet_mode(), ThreadPoolExecutor(1) as pool:
         pool.submit(copy_context().run, print_status, "quiet").result()
         pool.submit(print_status, "not quiet").result()
     assert capsys.readouterr().err == "not quiet\n"

@@ -17,21 +17,21 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from convlens import evaluation, models, optim, plots, recipe as recipes, training
-from convlens.data import downloads
-from convlens.data.augment import AUGMENTS, MIXES
-from convlens.data.draws import Place
-from convlens.data.sources import SOURCES, find
+from convlens import evaluation, models, optim, plots, recipe as recipes, serialization
+from convlens.cli.results import WRITERS
+from convlens.data import download
+from convlens.data.sources import SOURCES, find_source
+from convlens.data.transforms.pipeline import AUGMENTS, MIXES
+from convlens.data.transforms.random import SampleInfo
 from convlens.errors import DataError
-from convlens.formats import modelfile
 from convlens.models import MODELS
 from convlens.optim import OPTIMISERS, SCHEDULES
 from convlens.plots import PLOTS
-from convlens.plots.attributions import Column, Panel
+from convlens.plots.attributions import AttributionColumn, AttributionPanel
 from convlens.prediction import Prediction
-from convlens.schema import OptimConfig
-from convlens.showing.results import WRITERS
-from convlens.starting.checking import check
+from convlens.recipe import OptimConfig
+from convlens.training import train
+from convlens.training.resolve import validate_recipe
 from support import begin, same
 
 # Networks
@@ -45,7 +45,7 @@ families = pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 
 def build(name: str, channels: int = 3, size: int = 0) -> nn.Module:
     torch.manual_seed(0)
-    return models.build(name, 5, channels, size or size_for(name), SMALL.get(name, {}))
+    return models.build_model(name, 5, channels, size or size_for(name), SMALL.get(name, {}))
 
 
 def size_for(name: str) -> int:
@@ -73,7 +73,7 @@ def test_a_network_takes_any_image(name: str, channels: int, size: int) -> None:
 @families
 def test_the_stages_of_a_network_are_its_submodules_in_order(name: str) -> None:
     model = build(name).eval()
-    stages = list(models.parts(model).stages)
+    stages = list(models.model_parts(model).stages)
     assert stages
     assert len(set(stages)) == len(stages)
     seen: list[str] = []
@@ -88,7 +88,7 @@ def test_the_stages_of_a_network_are_its_submodules_in_order(name: str) -> None:
 @families
 def test_the_head_of_a_network_can_be_replaced(name: str) -> None:
     model = build(name).eval()
-    name_of_head = models.parts(model).head
+    name_of_head = models.model_parts(model).head
     head = model.get_submodule(name_of_head)
     assert isinstance(head, nn.Linear | nn.Conv2d)
     assert head.weight.shape[0] == 5
@@ -107,7 +107,7 @@ def test_a_network_learns(name: str, layout: torch.memory_format) -> None:
     model = build(name).to(memory_format=layout).train()
     images = images_for(name, 8).contiguous(memory_format=layout)
     labels = torch.arange(8) % 5
-    optimiser = optim.build(model, OptimConfig(lr=1e-3))
+    optimiser = optim.build_optimizer(model, OptimConfig(lr=1e-3))
     losses = []
     for _ in range(4):
         loss = nn.functional.cross_entropy(model(images), labels)
@@ -128,10 +128,10 @@ def test_a_network_learns(name: str, layout: torch.memory_format) -> None:
 def test_a_network_survives_its_file(name: str, tmp_path: Any) -> None:
     model = build(name).train()
     model(images_for(name, 4))  # norms have seen something
-    modelfile.write(tmp_path / "m", model.state_dict(), {})
-    again = models.build(name, 5, 3, size_for(name), SMALL.get(name, {}))
-    tensors, _ = modelfile.read(tmp_path / "m")
-    models.load(again, tensors)
+    serialization.write_model_file(tmp_path / "m", model.state_dict(), {})
+    again = models.build_model(name, 5, 3, size_for(name), SMALL.get(name, {}))
+    tensors, _ = serialization.read_model_file(tmp_path / "m")
+    models.load_weights(again, tensors)
     same(dict(again.state_dict()), dict(model.state_dict()))
     images = images_for(name)
     assert torch.equal(again.eval()(images), model.eval()(images))
@@ -139,14 +139,14 @@ def test_a_network_survives_its_file(name: str, tmp_path: Any) -> None:
 
 @families
 def test_the_options_of_a_network_are_plain_values(name: str) -> None:
-    options = {**models.options_of(name), **SMALL.get(name, {})}
+    options = {**models.model_options(name), **SMALL.get(name, {})}
     assert json.loads(json.dumps(options)) == json.loads(json.dumps(options))
     plain = json.loads(json.dumps(options))  # tuples become lists, as in a model file
     torch.manual_seed(0)
-    built = models.build(name, 5, 3, size_for(name), plain)
+    built = models.build_model(name, 5, 3, size_for(name), plain)
     same(dict(built.state_dict()), dict(build(name).state_dict()))
     if name in MODELS:
-        assert models.family(name).__doc__
+        assert models.model_family(name).__doc__
 
 
 # Augmentations
@@ -166,7 +166,7 @@ def test_an_augmentation_keeps_shape_range_and_its_input(name: str, shape: tuple
 
     def result(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        places = [Place(numbers, epoch, seed) for epoch in range(1, 5)]
+        places = [SampleInfo(numbers, epoch, seed) for epoch in range(1, 5)]
         return torch.cat([entry(images, generator, place, **arguments) for place in places])
 
     found = result(0)
@@ -220,7 +220,7 @@ def test_mixing_keeps_shape_range_and_its_input(
 def test_an_optimiser_goes_downhill_and_its_state_can_be_saved(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
-    optimiser = optim.build(model, OptimConfig(name=name, lr=0.05))
+    optimiser = optim.build_optimizer(model, OptimConfig(name=name, lr=0.05))
     inputs, target = torch.randn(32, 4), torch.randn(32, 1)
     losses = []
     for _ in range(20):
@@ -239,7 +239,7 @@ def test_an_optimiser_goes_downhill_and_its_state_can_be_saved(name: str) -> Non
 @pytest.mark.parametrize("name", list(SCHEDULES))
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.99])
 def test_a_schedule_is_a_factor_from_0_to_1(name: str, warmup: float) -> None:
-    factor = optim.schedule(OptimConfig(schedule=name, warmup=warmup))
+    factor = optim.build_schedule(OptimConfig(schedule=name, warmup=warmup))
     values = [factor(i / 1000) for i in range(1001)]
     assert all(math.isfinite(value) and -1e-12 <= value <= 1 for value in values)
     assert max(values) > 0.9
@@ -282,7 +282,11 @@ DRAWN: dict[str, Callable[..., Figure]] = {
     "made_inputs": lambda draw: draw(SHEET, [("1", "peak")] * 3, "x", "y"),
     "attribution_grid": lambda draw: draw(
         [("x", "a")] * 3,
-        [Panel("m", SHEET, [Column("M", "", np.ones((3, 4, 4)), True)], [("a", 0.9)] * 3)],
+        [
+            AttributionPanel(
+                "m", SHEET, [AttributionColumn("M", "", np.ones((3, 4, 4)), True)], [("a", 0.9)] * 3
+            )
+        ],
     ),
     "attribution_sanity": lambda draw: draw(
         ["head"],
@@ -297,37 +301,37 @@ def test_a_plot_is_a_new_figure_that_can_be_saved(name: str, tmp_path: Any) -> N
     figure = DRAWN[name](PLOTS[name])
     assert isinstance(figure, Figure)
     assert DRAWN[name](PLOTS[name]) is not figure
-    plots.save(figure, tmp_path / "plot.png")
+    plots.save_figure(figure, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert PLOTS[name].__doc__
 
 
 # Recipes
 
-published = pytest.mark.parametrize("name", recipes.names())
+published = pytest.mark.parametrize("name", recipes.recipe_names())
 
 
 @published
 def test_a_recipe_says_what_it_is_and_can_be_used(name: str) -> None:
-    asked = recipes.load(name)
+    asked = recipes.load_recipe(name)
     assert asked.name == name
     assert 10 < len(asked.about) < 100
-    check(asked)
-    head = recipes.text(name).splitlines()[:6]
+    validate_recipe(asked)
+    head = recipes.recipe_text(name).splitlines()[:6]
     assert head[0].startswith("# ")
     assert any(f"convlens train {name}" in line or name == "folder" for line in head)
 
 
 @published
 def test_the_variants_of_a_recipe_can_be_used(name: str) -> None:
-    digests = {recipes.load(name).digest()}
+    digests = {recipes.load_recipe(name).digest()}
     variants = recipes.variants(name)
     for variant in variants:
-        asked = recipes.load(name, variant=variant)
-        check(asked)
+        asked = recipes.load_recipe(name, variant=variant)
+        validate_recipe(asked)
         digests.add(asked.digest())
     assert len(digests) >= max(1, len(variants)), "variants that change nothing or are twice there"
-    assert "variants" not in recipes.load(name).model_dump()
+    assert "variants" not in recipes.load_recipe(name).model_dump()
 
 
 @published
@@ -340,22 +344,22 @@ def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
     }.get(name, ["data.name=digits", "data.per_class=4"])
     if "data.name=digits" in few:  # the most time goes into testing
         few = [*few, "data.test_fraction=0.03"]
-        few += ["data.val_fraction=0.03"] if recipes.load(name).data.validates else []
+        few += ["data.val_fraction=0.03"] if recipes.load_recipe(name).data.validates else []
     # Pretrained weights are not there in a test; where they come from has tests of its own.
     few = [*few, "model.weights=none", "train.epochs=1", "train.batch_size=24"]
-    asked = recipes.load(name, few)
+    asked = recipes.load_recipe(name, few)
     setup, place = begin(asked, name)
     assert len(setup.feed.batches) >= 2
     before = {k: v.clone() for k, v in setup.trained.state_dict().items()}
-    rows, kept = training.run_to_end(setup, place, quiet=True)
+    rows, kept = train.fit(setup, place, quiet=True)
     assert (len(rows), kept) == (1, 1)
-    head = f"{models.parts(setup.trained).head}.weight"
+    head = f"{models.model_parts(setup.trained).head}.weight"
     assert not torch.equal(before[head], setup.trained.get_parameter(head))
     result = evaluation.evaluate(place, "test", on="cpu", quiet=True)
     assert result.n == len(setup.data.unseal_test())
     assert 0 <= result.correct <= result.n
     assert math.isfinite(result.loss)
-    assert recipes.load(place.path / "recipe.yaml").replace() == setup.recipe
+    assert recipes.load_recipe(place.path / "recipe.yaml").replace() == setup.recipe
 
 
 # Sources
@@ -365,7 +369,7 @@ OFFLINE = ("digits", "shapes")
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_a_source_without_files_loads_anywhere(name: str) -> None:
-    source = find(name)
+    source = find_source(name)
     part = source.parts["train"]
     count, channels, height, width = part.images.shape
     assert count == len(part.labels) == len(part.ids) == len(set(part.ids))
@@ -386,10 +390,10 @@ def test_a_source_that_cannot_be_downloaded_says_where_its_files_belong(
     with socket.socket() as closed:  # a port that nobody listens to
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
-        its = dataclasses.replace(downloads.SETS[name], mirrors=(url,))
-        monkeypatch.setitem(downloads.SETS, name, its)
+        its = dataclasses.replace(download.DOWNLOADS[name], mirrors=(url,))
+        monkeypatch.setitem(download.DOWNLOADS, name, its)
         with pytest.raises(DataError, match=f"{name} can't be downloaded") as caught:
-            find(name)
+            find_source(name)
     folder = tmp_path / "no-data"
     assert caught.value.where.startswith(str(folder))
     assert str(folder) in caught.value.fix
@@ -427,8 +431,10 @@ def test_what_is_written_for_machines_can_be_read_by_them(
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["filename"] for row in rows] == [answer.filename for answer in ANSWERS]
     assert (rows[0]["label"], float(rows[0]["prob"]), rows[0]["label2"]) == (
-        "cat", 0.75, "dog [bold]",
-    )  # fmt: skip
+        "cat",
+        0.75,
+        "dog [bold]",
+    )
     assert (rows[1]["label"], rows[1]["error"]) == ("", "cut short")
     WRITERS["json"](iter(ANSWERS), 2, False)
     content = json.loads(capsys.readouterr().out)

@@ -19,15 +19,14 @@ import pytest
 import torch
 
 from commands import here, pictures, refused
-from convlens import answers
-from convlens.data import cache, listing, members
-from convlens.data.encoded import Paths
-from convlens.data.rows import Conversion
+from convlens import evaluation, serialization
+from convlens.data import cache, dataset, tar_index
+from convlens.data.cache import Conversion
+from convlens.data.types import FilePaths
 from convlens.device import Plan
-from convlens.formats import generations, modelfile
-from convlens.run import RunFolder, load_model
-from convlens.starting import planning
-from convlens.system.files import CorruptError, add_checksum, verify_checksum
+from convlens.run import RunDir, load_model
+from convlens.training import autotune
+from convlens.utils.files import CorruptError, add_checksum, verify_checksum
 from damage import score
 from test_shards import shards
 
@@ -51,15 +50,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(made: Path) -> RunFolder:
+def run(made: Path) -> RunDir:
     shutil.copytree(made / "photos", "photos")
-    return RunFolder(Path(shutil.copytree(made / "models" / "whole", "models/whole")))
+    return RunDir(Path(shutil.copytree(made / "models" / "whole", "models/whole")))
 
 
 Case = tuple[Path, Callable[[], Any], Any]
 
 
-def _model(run: RunFolder) -> Case:
+def _model(run: RunDir) -> Case:
     def read() -> Any:
         loaded = load_model(run.model_path)
         tensors = {name: t.numpy().tobytes() for name, t in loaded.model.state_dict().items()}
@@ -68,97 +67,99 @@ def _model(run: RunFolder) -> Case:
     return run.model_path, read, None
 
 
-def _run_json(run: RunFolder) -> Case:
+def _run_json(run: RunDir) -> Case:
     return run.path / "run.json", run.facts, None
 
 
-def _results(run: RunFolder) -> Case:
+def _results(run: RunDir) -> Case:
     return run.path / "results.json", run.log, None
 
 
-def _metrics(run: RunFolder) -> Case:
+def _metrics(run: RunDir) -> Case:
     return run.metrics_path, lambda: repr(run.metrics()), None
 
 
-def _recipe(run: RunFolder) -> Case:
+def _recipe(run: RunDir) -> Case:
     # Name and description decide nothing, and are no part of the digest.
     return run.path / "recipe.yaml", lambda: run.recipe().digest(), None
 
 
-def _images(run: RunFolder) -> Case:
-    path = run.path / listing.FILE
-    return path, lambda: listing._read(path), None
+def _images(run: RunDir) -> Case:
+    path = run.path / dataset.IMAGES_FILE
+    return path, lambda: dataset._read_image_list(path), None
 
 
-def _answers(run: RunFolder) -> Case:
-    card = modelfile.read(run.model_path)[1]
+def _answers(run: RunDir) -> Case:
+    card = serialization.read_model_file(run.model_path)[1]
     fingerprint, sha = card["data"]["fingerprint"], card["sha256"]
 
     def read() -> Any:
-        found = answers.kept(run, "test", fingerprint, sha)
+        found = evaluation.load_predictions(run, "test", fingerprint, sha)
         return found and (found.logits.tobytes(), found.labels.tobytes(), found.images)
 
     (path,) = (run.path / "answers").glob("test-*")
     return path, read, None
 
 
-def _pixels(run: RunFolder) -> Case:
-    files = Paths(sorted(map(str, Path("photos").rglob("*.png"))))
+def _pixels(run: RunDir) -> Case:
+    files = FilePaths(sorted(map(str, Path("photos").rglob("*.png"))))
     return _cached(files, ".pixels", 1 << 30)
 
 
-def _checked(run: RunFolder) -> Case:
-    from convlens.data.sources import find
+def _checked(run: RunDir) -> Case:
+    from convlens.data.sources import find_source
 
     shards(Path("sharded"), {"train": 20})
-    files = find("sharded").parts["train"].images
-    assert isinstance(files, members.Members)
+    files = find_source("sharded").parts["train"].images
+    assert isinstance(files, tar_index.TarMembers)
     return _cached(files, ".checked", 0)
 
 
 def _cached(files: Any, suffix: str, budget: int) -> Case:
     def read() -> Any:
-        found = cache.decoded(files, CONVERSION, memory_budget=budget)
+        found = cache.decode_images(files, CONVERSION, memory_budget=budget)
         rows = found.rows.gather(torch.arange(len(files)))
         return found.content, found.bad, found.digests.tobytes(), rows.numpy().tobytes()
 
     read()
-    (path,) = cache.folder().glob(f"*{suffix}")
+    (path,) = cache.cache_folder().glob(f"*{suffix}")
     return path, read, None
 
 
-def _index(run: RunFolder) -> Case:
+def _index(run: RunDir) -> Case:
     root = shards(Path("sharded"), {"train": 20})
     paths = sorted(map(str, Path(root).rglob("*.tar")))
 
     def read() -> Any:
-        index, times = members.index_of(paths)
+        index, times = tar_index.tar_index(paths)
         arrays = (index.shard, index.offset, index.size, index.label, times)
         told = (index.labels, list(index.keys), index.ignored)
         return [array.tobytes() for array in arrays], told
 
     read()
-    (path,) = cache.folder().glob("*.index")
+    (path,) = cache.cache_folder().glob("*.index")
     return path, read, None
 
 
-def _plans(run: RunFolder) -> Case:
-    cache.folder().mkdir(parents=True, exist_ok=True)
+def _plans(run: RunDir) -> Case:
+    cache.cache_folder().mkdir(parents=True, exist_ok=True)
     for key in ("a" * 64, "b" * 64):
         plan = Plan("cpu", "fp32", "channels_last", micro_batch_size=32)
-        planning._remember(key, planning.TunedPlan(plan, {"fp32 contiguous": 1.5, str(plan): 1.25}))
-    return cache.folder() / "plans.json", planning._remembered, {}
+        autotune._store_timings(
+            key, autotune.TunedPlan(plan, {"fp32 contiguous": 1.5, str(plan): 1.25})
+        )
+    return cache.cache_folder() / "plans.json", autotune._load_timings, {}
 
 
-def _state(run: RunFolder) -> Case:
+def _state(run: RunDir) -> Case:
     """Two checkpoints: damage to the newer one costs no more than the newer."""
     folder = run.path / "two-states"
 
     def read() -> Any:
-        found = generations.CheckpointStore(folder).read()
+        found = serialization.CheckpointStore(folder).read()
         return found and (found.counters, {k: t.tolist() for k, t in found.tensors.items()})
 
-    states, seen = generations.CheckpointStore(folder), []
+    states, seen = serialization.CheckpointStore(folder), []
     for epoch in (1, 2):
         weights = {"model.weight": torch.full((5,), float(epoch)), "model.bias": torch.ones(2)}
         states.save(weights, {"position": {"epoch": epoch, "step": 0}, "rows": [{"loss": 0.5}]})
@@ -166,7 +167,7 @@ def _state(run: RunFolder) -> Case:
     return folder / "0002-000000.safetensors", read, seen[0]
 
 
-FILES: dict[str, Callable[[RunFolder], Case]] = {
+FILES: dict[str, Callable[[RunDir], Case]] = {
     "state": _state,
     "model.safetensors": _model,
     "run.json": _run_json,
@@ -184,7 +185,7 @@ WITHOUT_CHECKSUM = {"run.json", "results.json", "metrics.csv", "plans.json"}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damage_is_told_repaired_or_of_no_effect(run: RunFolder, name: str) -> None:
+def test_damage_is_told_repaired_or_of_no_effect(run: RunDir, name: str) -> None:
     path, read, gone = FILES[name](run)
     has_checksum = name not in WITHOUT_CHECKSUM
     found = score(path, read, FEW, seed=1, gone=gone, has_checksum=has_checksum)
@@ -194,7 +195,7 @@ def test_damage_is_told_repaired_or_of_no_effect(run: RunFolder, name: str) -> N
 
 @pytest.mark.slow
 def test_more_than_ten_thousand_damaged_files(
-    run: RunFolder, capsys: pytest.CaptureFixture[str]
+    run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong, total = [], 0
     for name, make in FILES.items():
@@ -205,7 +206,7 @@ def test_more_than_ten_thousand_damaged_files(
         wrong += [f"{name}: {each}" for each in found.wrong]
         shutil.rmtree("sharded", ignore_errors=True)
         shutil.rmtree(run.path / "two-states", ignore_errors=True)
-        shutil.rmtree(cache.folder(), ignore_errors=True)
+        shutil.rmtree(cache.cache_folder(), ignore_errors=True)
         with capsys.disabled():
             print(f"\n{name}: {found}; {len(found.wrong)} wrong", end="")
     with capsys.disabled():
@@ -226,7 +227,7 @@ def changed(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize("file", ["run.json", "results.json", "metrics.csv"])
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"3", b"[" * 100_000])
 def test_a_text_file_that_does_not_parse_is_an_error_in_words(
-    run: RunFolder, file: str, content: bytes
+    run: RunDir, file: str, content: bytes
 ) -> None:
     before = run.model_path.read_bytes()
     (run.path / file).write_bytes(content)
@@ -241,7 +242,7 @@ def test_a_text_file_that_does_not_parse_is_an_error_in_words(
     assert run.model_path.read_bytes() == before
 
 
-def test_hashes_that_earlier_versions_wrote_into_json_are_ignored(run: RunFolder) -> None:
+def test_hashes_that_earlier_versions_wrote_into_json_are_ignored(run: RunDir) -> None:
     facts, log = run.facts(), run.log()
     for name, content in (("run.json", facts), ("results.json", log)):
         entries = content if isinstance(content, list) else [content]
@@ -254,7 +255,7 @@ def test_hashes_that_earlier_versions_wrote_into_json_are_ignored(run: RunFolder
     assert len(run.metrics()) == 3
 
 
-def test_a_recipe_that_was_changed_is_another_one(run: RunFolder) -> None:
+def test_a_recipe_that_was_changed_is_another_one(run: RunDir) -> None:
     path = run.path / "recipe.yaml"
     changed(path, "epochs: 3", "epochs: 1")
     refused(here("labels", run.path, "--folds", "2"), 4, "changed after the run had begun")
@@ -265,10 +266,19 @@ def test_a_recipe_that_was_changed_is_another_one(run: RunFolder) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "epoch\n", "epoch,loss\n1,2\n", "epoch,lr\n1\n", "epoch,lr\n2,1\n", "epoch,lr\n1,x\n",
-     "epoch,lr\n1,2,3\n", 'epoch,lr\n1,"2', "epoch,lr\n1,0.1\n1,0.1\n"],
-)  # fmt: skip
-def test_a_log_of_an_unfinished_run_is_read_strictly(run: RunFolder, text: str) -> None:
+    [
+        "",
+        "epoch\n",
+        "epoch,loss\n1,2\n",
+        "epoch,lr\n1\n",
+        "epoch,lr\n2,1\n",
+        "epoch,lr\n1,x\n",
+        "epoch,lr\n1,2,3\n",
+        'epoch,lr\n1,"2',
+        "epoch,lr\n1,0.1\n1,0.1\n",
+    ],
+)
+def test_a_log_of_an_unfinished_run_is_read_strictly(run: RunDir, text: str) -> None:
     run.note({"status": "training"})
     run.metrics_path.write_text(text)
     if text == "epoch\n":
@@ -277,7 +287,7 @@ def test_a_log_of_an_unfinished_run_is_read_strictly(run: RunFolder, text: str) 
         refused(here("diagnose", "whole"), 4, "log of epochs", "metrics.csv")
 
 
-def test_a_damaged_cache_is_made_anew(run: RunFolder) -> None:
+def test_a_damaged_cache_is_made_anew(run: RunDir) -> None:
     """One pixel in it: the image is decoded again, and the next start makes a whole one."""
     path, read, _ = _pixels(run)
     whole, expected = path.read_bytes(), read()
@@ -288,12 +298,12 @@ def test_a_damaged_cache_is_made_anew(run: RunFolder) -> None:
     assert path.read_bytes() == whole
 
 
-def test_a_damaged_cache_of_an_image_that_is_gone_stops(run: RunFolder) -> None:
+def test_a_damaged_cache_of_an_image_that_is_gone_stops(run: RunDir) -> None:
     from convlens.errors import DataError
 
-    files = Paths(sorted(map(str, Path("photos").rglob("*.png"))))
-    found = cache.decoded(files, CONVERSION, memory_budget=1 << 30)
-    (path,) = cache.folder().glob("*.pixels")
+    files = FilePaths(sorted(map(str, Path("photos").rglob("*.png"))))
+    found = cache.decode_images(files, CONVERSION, memory_budget=1 << 30)
+    (path,) = cache.cache_folder().glob("*.pixels")
     with path.open("r+b") as file:
         file.write(b"\x99" * 3)
     Path(files[0]).unlink()
@@ -314,12 +324,12 @@ def test_checksums_of_bytes() -> None:
 
 
 def test_sums_see_every_flip() -> None:
-    from convlens.data.rows import sums_of
+    from convlens.data.cache import channel_sums
 
     image = np.random.default_rng(0).integers(0, 256, (1, 1, 8, 8), np.uint8)
-    before = sums_of(image)[0]
+    before = channel_sums(image)[0]
     for at in range(64 * 8):
         flipped = image.copy()
         flipped.reshape(-1)[at // 8] ^= 1 << (at % 8)
-        assert sums_of(flipped)[0] != before
-    assert sums_of(np.zeros((0, 1, 8, 8), np.uint8)).tolist() == []
+        assert channel_sums(flipped)[0] != before
+    assert channel_sums(np.zeros((0, 1, 8, 8), np.uint8)).tolist() == []

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from convlens.data import Split, channel_stats, load, load_foreign
-from convlens.data.rows import ArrayRows, TakenRows
+from convlens.data.cache import ArrayRows, TakenRows
+from convlens.data.dataset import Split, channel_stats, load_data, load_external_data
 from convlens.errors import DataError
-from convlens.schema import DataConfig
+from convlens.recipe import DataConfig
 
 PLENTY = 1 << 30
 
@@ -39,7 +39,7 @@ def everything(split: Split) -> torch.Tensor:
 
 
 def test_digits_are_split_in_three_and_test_is_sealed() -> None:
-    data = load(DataConfig(name="digits"), memory_budget=PLENTY)
+    data = load_data(DataConfig(name="digits"), memory_budget=PLENTY)
     test = data.unseal_test()
     sizes = len(data.train.ids), len(data.val.ids), len(test.ids)
     assert sizes == (1257, 270, 270)
@@ -58,7 +58,7 @@ def test_digits_are_split_in_three_and_test_is_sealed() -> None:
 
 def test_the_same_recipe_gives_the_same_data_and_another_seed_another() -> None:
     def one(**values: object) -> str:
-        return load(DataConfig(name="digits", **values), memory_budget=PLENTY).fingerprint  # type: ignore[arg-type]
+        return load_data(DataConfig(name="digits", **values), memory_budget=PLENTY).fingerprint  # type: ignore[arg-type]
 
     assert one() == one()
     changes = [{"seed": 1}, {"image_size": 16}, {"channels": 3}, {"val_fraction": 0.2}]
@@ -67,7 +67,7 @@ def test_the_same_recipe_gives_the_same_data_and_another_seed_another() -> None:
 
 def test_images_and_labels_stay_together(tmp_path: Path) -> None:
     name = folder(tmp_path / "x", {"b": 30, "a": 50, "c": 20})
-    data = load(DataConfig(name=name), memory_budget=PLENTY)
+    data = load_data(DataConfig(name=name), memory_budget=PLENTY)
     red = {"b": 0, "a": 1, "c": 2}
     for split in (data.train, data.val, data.unseal_test()):
         for image, label, its_id in zip(everything(split), split.labels, split.ids, strict=True):
@@ -78,7 +78,7 @@ def test_images_and_labels_stay_together(tmp_path: Path) -> None:
 
 def test_the_sources_own_splits_are_kept(tmp_path: Path) -> None:
     counts = {"train/a": 20, "train/b": 20, "valid/a": 3, "test/b": 4}
-    data = load(DataConfig(name=folder(tmp_path / "x", counts)), memory_budget=PLENTY)
+    data = load_data(DataConfig(name=folder(tmp_path / "x", counts)), memory_budget=PLENTY)
     assert len(data.train.ids) == 40
     assert data.held_out == {}
     assert data.val.labels.tolist() == [0, 0, 0]
@@ -88,7 +88,7 @@ def test_the_sources_own_splits_are_kept(tmp_path: Path) -> None:
 
 def test_only_what_is_missing_is_held_out(tmp_path: Path) -> None:
     counts = {"train/a": 20, "train/b": 20, "test/a": 5, "test/b": 5}
-    data = load(DataConfig(name=folder(tmp_path / "x", counts)), memory_budget=PLENTY)
+    data = load_data(DataConfig(name=folder(tmp_path / "x", counts)), memory_budget=PLENTY)
     assert (len(data.train.ids), len(data.val.ids)) == (34, 6)
     assert list(data.held_out) == ["val"]
     assert len(data.unseal_test().ids) == 10
@@ -96,21 +96,21 @@ def test_only_what_is_missing_is_held_out(tmp_path: Path) -> None:
 
 def test_per_class_is_taken_after_the_split(tmp_path: Path) -> None:
     name = folder(tmp_path / "x", {"a": 40, "b": 20})
-    whole = load(DataConfig(name=name), memory_budget=PLENTY)
-    tiny = load(DataConfig(name=name, per_class=5), memory_budget=PLENTY)
+    whole = load_data(DataConfig(name=name), memory_budget=PLENTY)
+    tiny = load_data(DataConfig(name=name, per_class=5), memory_budget=PLENTY)
     assert np.bincount(tiny.train.labels).tolist() == [5, 5]
     assert tiny.val.ids == whole.val.ids
     assert set(tiny.train.ids) < set(whole.train.ids)
     assert tiny.how["train"].startswith("10 of 42 training images: 5 of each class")
     assert tiny.fingerprint != whole.fingerprint
     with pytest.raises(DataError, match=r"per_class=15.*b \(14\)"):
-        load(DataConfig(name=name, per_class=15), memory_budget=PLENTY)
+        load_data(DataConfig(name=name, per_class=15), memory_budget=PLENTY)
 
 
 def test_classes_too_small_to_split(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"single image.*b \(1\)"):
-        load(DataConfig(name=folder(tmp_path / "x", {"a": 9, "b": 1})), memory_budget=PLENTY)
-    two = load(DataConfig(name=folder(tmp_path / "y", {"a": 9, "b": 2})), memory_budget=PLENTY)
+        load_data(DataConfig(name=folder(tmp_path / "x", {"a": 9, "b": 1})), memory_budget=PLENTY)
+    two = load_data(DataConfig(name=folder(tmp_path / "y", {"a": 9, "b": 2})), memory_budget=PLENTY)
     assert 1 in two.train.labels.tolist()
 
 
@@ -118,7 +118,7 @@ def test_groups_of_a_csv_stay_together(tmp_path: Path) -> None:
     folder(tmp_path / "x", {"a": 40, "b": 40})
     lines = [f"x/{c}/{i:04d}.png,{c},{i // 4}" for c in "ab" for i in range(40)]
     (tmp_path / "l.csv").write_text("path,label,who\n" + "\n".join(lines))
-    data = load(DataConfig(name=str(tmp_path / "l.csv"), group="who"), memory_budget=PLENTY)
+    data = load_data(DataConfig(name=str(tmp_path / "l.csv"), group="who"), memory_budget=PLENTY)
     who = dict(line.split(",")[::2] for line in lines)
     groups = [{who[i] for i in s.ids} for s in (data.train, data.val, data.unseal_test())]
     assert all(groups)
@@ -132,7 +132,7 @@ def test_groups_of_a_csv_stay_together(tmp_path: Path) -> None:
 )
 def test_automatic_size(tmp_path: Path, size: tuple[int, int], expected: int) -> None:
     name = folder(tmp_path / "x", {"a": 8, "b": 8}, size)
-    data = load(DataConfig(name=name), memory_budget=PLENTY)
+    data = load_data(DataConfig(name=name), memory_budget=PLENTY)
     assert (data.image_size, data.channels) == (expected, 3)
     assert data.train.rows.shape[1:] == (3, expected, expected)
 
@@ -141,10 +141,10 @@ def test_automatic_channels(tmp_path: Path) -> None:
     name = folder(tmp_path / "x", {"a": 8, "b": 8})
     for path in Path(name).rglob("*.png"):
         Image.open(path).convert("L").save(path)
-    assert load(DataConfig(name=name), memory_budget=PLENTY).channels == 1
+    assert load_data(DataConfig(name=name), memory_budget=PLENTY).channels == 1
     Image.new("RGB", (20, 20), "red").save(Path(name) / "a" / "0000.png")
-    assert load(DataConfig(name=name), memory_budget=PLENTY).channels == 3
-    assert load(DataConfig(name=name, channels=1), memory_budget=PLENTY).channels == 1
+    assert load_data(DataConfig(name=name), memory_budget=PLENTY).channels == 3
+    assert load_data(DataConfig(name=name, channels=1), memory_budget=PLENTY).channels == 1
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def partly_bad(tmp_path: Path) -> str:
 
 def test_unreadable_files_stop_with_a_list(partly_bad: str) -> None:
     with pytest.raises(DataError, match="13 of 80 images can't be read") as caught:
-        load(DataConfig(name=partly_bad), memory_budget=PLENTY)
+        load_data(DataConfig(name=partly_bad), memory_budget=PLENTY)
     assert caught.value.where.count("empty (0 bytes)") == 10
     assert caught.value.where.endswith("and 3 more")
     assert f"convlens audit {partly_bad}" in caught.value.fix
@@ -166,7 +166,7 @@ def test_unreadable_files_stop_with_a_list(partly_bad: str) -> None:
 
 
 def test_unreadable_files_can_be_skipped(partly_bad: str) -> None:
-    data = load(DataConfig(name=partly_bad, on_bad="skip", max_bad=0.4), memory_budget=PLENTY)
+    data = load_data(DataConfig(name=partly_bad, on_bad="skip", max_bad=0.4), memory_budget=PLENTY)
     assert len(data.skipped) == 13
     assert data.skipped[os.path.join("a", "0000.png")] == "the file is empty (0 bytes)"
     ids = {*data.train.ids, *data.val.ids, *data.unseal_test().ids}
@@ -184,7 +184,7 @@ def test_not_more_than_a_share_is_skipped(tmp_path: Path) -> None:
         for name in names:
             (root / name).write_bytes(b"")
         try:
-            load(DataConfig(name=str(root), on_bad="skip"), memory_budget=PLENTY)
+            load_data(DataConfig(name=str(root), on_bad="skip"), memory_budget=PLENTY)
         except DataError as error:
             return set(error.what.partition(" of ")[2].split(", "))
         return set()
@@ -196,9 +196,9 @@ def test_not_more_than_a_share_is_skipped(tmp_path: Path) -> None:
     assert spoil("train/a/0005.png") == train
     assert spoil("test/b/0001.png") == train | {"all of test (3 of 24)", "b (2 of 4)"}
     config = DataConfig(name=str(root), on_bad="skip", max_bad=0.5)
-    assert len(load(config, memory_budget=PLENTY).skipped) == 10
+    assert len(load_data(config, memory_budget=PLENTY).skipped) == 10
     with pytest.raises(DataError, match="more than 0% can't be read of ") as caught:
-        load(config.model_copy(update={"max_bad": 0}), memory_budget=PLENTY)
+        load_data(config.model_copy(update={"max_bad": 0}), memory_budget=PLENTY)
     assert "raise data.max_bad" in caught.value.fix
 
 
@@ -207,7 +207,7 @@ def test_a_class_without_a_readable_image_stops(tmp_path: Path) -> None:
     for path in (Path(name) / "b").iterdir():
         path.write_bytes(b"")
     with pytest.raises(DataError, match="no readable training image in: b"):
-        load(DataConfig(name=name, on_bad="skip"), memory_budget=PLENTY)
+        load_data(DataConfig(name=name, on_bad="skip"), memory_budget=PLENTY)
 
 
 @pytest.fixture(params=["folder", "shapes", "digits"])
@@ -221,7 +221,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DataConfi
 
 
 def test_beyond_the_budget_the_same_images_are_read_when_asked_for(source: DataConfig) -> None:
-    small, large = load(source, memory_budget=100), load(source, memory_budget=PLENTY)
+    small, large = load_data(source, memory_budget=100), load_data(source, memory_budget=PLENTY)
     assert isinstance(small.train.rows, TakenRows)
     assert isinstance(large.train.rows, ArrayRows)
     assert small.train.rows.resident() is None
@@ -238,10 +238,10 @@ def test_beyond_the_budget_the_same_images_are_read_when_asked_for(source: DataC
 
 def test_the_fingerprint_sees_one_changed_image(tmp_path: Path) -> None:
     config = DataConfig(name=folder(tmp_path / "x", {"a": 9, "b": 9}))
-    before = load(config, memory_budget=PLENTY).fingerprint
-    assert load(config, memory_budget=PLENTY).fingerprint == before
+    before = load_data(config, memory_budget=PLENTY).fingerprint
+    assert load_data(config, memory_budget=PLENTY).fingerprint == before
     Image.new("RGB", (20, 18), (9, 9, 9)).save(tmp_path / "x" / "a" / "0004.png")
-    assert load(config, memory_budget=PLENTY).fingerprint != before
+    assert load_data(config, memory_budget=PLENTY).fingerprint != before
 
 
 def test_channel_stats_are_those_of_all_pixels() -> None:
@@ -269,15 +269,15 @@ def test_another_set_as_a_model_sees_it(tmp_path: Path) -> None:
     counts = {"train/a": 5, "train/b": 5, "test/a": 2, "test/b": 1}
     name = folder(tmp_path / "x", counts)
     how = {"image_size": 12, "channels": 1, "fit": "pad", "memory_budget": PLENTY}
-    split, classes, called, fingerprint = load_foreign(name, "test", **how)  # type: ignore[arg-type]
+    split, classes, called, fingerprint = load_external_data(name, "test", **how)  # type: ignore[arg-type]
     assert split.rows.shape == (3, 1, 12, 12)
     assert classes == ("a", "b")
     assert split.labels.tolist() == [0, 0, 1]
     assert called == name
     assert len(fingerprint) == 64
     with pytest.raises(DataError, match="no val images"):
-        load_foreign(name, "val", **how)  # type: ignore[arg-type]
-    assert len(load_foreign("digits", "test", **how)[0].ids) == 1797  # type: ignore[arg-type]
+        load_external_data(name, "val", **how)  # type: ignore[arg-type]
+    assert len(load_external_data("digits", "test", **how)[0].ids) == 1797  # type: ignore[arg-type]
 
 
 REAL = Path(__file__).parent.parent / "data"
@@ -287,12 +287,12 @@ REAL = Path(__file__).parent.parent / "data"
 @pytest.mark.skipif(not (REAL / "MNIST" / "raw").is_dir(), reason="no MNIST under data/")
 def test_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVLENS_DATA", str(REAL))
-    data = load(DataConfig(name="mnist"), memory_budget=PLENTY)
+    data = load_data(DataConfig(name="mnist"), memory_budget=PLENTY)
     test = data.unseal_test()
     assert data.train.rows.shape == (51_000, 1, 28, 28)
     assert data.val.rows.shape == (9_000, 1, 28, 28)
     assert np.bincount(test.labels)[:3].tolist() == [980, 1135, 1032]
-    whole, _, _, _ = load_foreign(
+    whole, _, _, _ = load_external_data(
         "mnist", "train", image_size=28, channels=1, fit="crop", memory_budget=PLENTY
     )
     mean, std = channel_stats(whole)  # the well-known 0.1307 and 0.3081

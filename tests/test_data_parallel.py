@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup
-from convlens.stepping.data_parallel import DataParallel, _has_unused_parameters
+from convlens.distributed import SINGLE_PROCESS, ProcessGroup
+from convlens.engine.data_parallel import DataParallel, _has_unused_parameters
 from launching import torchrun
 from support import same
 from training_together import Result, WithUnused, network, results, whole_batches
@@ -92,7 +92,7 @@ def test_the_share_is_that_of_the_batch() -> None:
 
 @pytest.mark.gpu
 def test_batch_norm_over_processes_is_torchs() -> None:
-    from convlens.stepping.data_parallel import convert_sync_batchnorm
+    from convlens.engine.data_parallel import convert_sync_batchnorm
 
     model = convert_sync_batchnorm(network("norm").cuda(), ProcessGroup(0, 2), "cuda:0")
     assert isinstance(model[0], nn.SyncBatchNorm)

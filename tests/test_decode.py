@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens.data.decode import MAX_PIXELS, UnreadableImage, decode, fit_images, probe
+from convlens.data.decode import MAX_PIXELS, UnreadableImage, decode, fit_arrays, probe_image
 from convlens.errors import UsageError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -137,7 +137,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, kind: str, orientation: int
     path.write_bytes(encoded(stored, kind, exif=exif, **options))
     want = np.asarray(upright).transpose(2, 0, 1).astype(int)
     assert np.abs(plain(path) - want).max() <= (6 if kind == "JPEG" else 0)
-    assert (probe(path).width, probe(path).height) == (24, 16)
+    assert (probe_image(path).width, probe_image(path).height) == (24, 16)
 
 
 def test_damaged_exif_does_not_hide_the_pixels() -> None:
@@ -185,7 +185,7 @@ def test_arrays_and_files_give_the_same_pixels(fit: str, channels: int, size: in
     pixels = rgb(12, 20)
     grey = pixels[:, :, 0]
     for array, image in ((pixels.transpose(2, 0, 1)[None], pixels), (grey[None, None], grey)):
-        one = fit_images(array, size=size, channels=channels, fit=fit)[0]
+        one = fit_arrays(array, size=size, channels=channels, fit=fit)[0]
         content = encoded(Image.fromarray(image), "PNG")
         np.testing.assert_array_equal(one, decode(content, size=size, channels=channels, fit=fit))
 
@@ -278,7 +278,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, side: int) ->
     path.write_bytes(bomb(side, side))
     assert "million" in reason(path)
     with pytest.raises(UnreadableImage, match="million"):
-        probe(path)
+        probe_image(path)
 
 
 def test_other_formats_are_not_even_tried() -> None:
@@ -291,15 +291,15 @@ def test_other_formats_are_not_even_tried() -> None:
 def test_probe_reads_headers_only(tmp_path: Path) -> None:
     whole = encoded(Image.fromarray(rgb(50, 70)), "JPEG")
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) - 200])
-    facts = probe(tmp_path / "half.jpg")
+    facts = probe_image(tmp_path / "half.jpg")
     assert (facts.width, facts.height, facts.mode, facts.grey) == (70, 50, "RGB", False)
     Image.fromarray(RAMP).save(tmp_path / "grey.png")
-    assert probe(tmp_path / "grey.png").grey
+    assert probe_image(tmp_path / "grey.png").grey
     Image.fromarray(RAMP).convert("P").save(tmp_path / "grey.gif")
-    assert probe(tmp_path / "grey.gif").grey
+    assert probe_image(tmp_path / "grey.gif").grey
     (tmp_path / "empty.png").write_bytes(b"")
     with pytest.raises(UnreadableImage, match="0 bytes"):
-        probe(tmp_path / "empty.png")
+        probe_image(tmp_path / "empty.png")
 
 
 def test_wrong_arguments_are_usage_errors() -> None:

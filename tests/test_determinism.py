@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from commands import command, here, weights
-from convlens.run import RunFolder
+from convlens.run import RunDir
 from test_resume import EVERYTHING
 
 CLOCK = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
@@ -23,7 +23,7 @@ def digest(place: Path) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(weights(place).items()):
         found.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    for row in RunFolder(place).metrics():
+    for row in RunDir(place).metrics():
         found.update(repr([(k, v) for k, v in row.items() if k not in CLOCK]).encode())
     return found.hexdigest()
 
@@ -34,7 +34,7 @@ def test_two_processes_come_to_the_same_bits() -> None:
         done = run(*line, name)
         assert done.code == 0, done.err
     assert digest(Path("models/first")) == digest(Path("models/second"))
-    facts = RunFolder(Path("models/first")).facts()
+    facts = RunDir(Path("models/first")).facts()
     assert facts["timings"] == {}  # nothing was chosen by timing
     assert facts["plan"]["deterministic"] is True
 

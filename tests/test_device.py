@@ -11,52 +11,52 @@ import torch
 from torch import nn
 
 from convlens import device
-from convlens.device import Plan, seed_of
+from convlens.device import Plan, derive_seed
 from convlens.errors import ResourceError, UsageError
-from convlens.starting import planning
+from convlens.training import autotune
 
 # Seeds
 
 
 def test_seeds_of_neighbouring_parts_are_all_different() -> None:
-    triples = {seed_of(a, b, c) for a in range(30) for b in range(30) for c in range(60)}
+    triples = {derive_seed(a, b, c) for a in range(30) for b in range(30) for c in range(60)}
     assert len(triples) == 30 * 30 * 60
     assert all(0 <= seed < 1 << 63 for seed in triples)
 
 
 def test_a_seed_depends_on_order_and_number_of_parts() -> None:
     parts = [(), (0,), (0, 0), (0, 0, 0), (1,), (1, 0), (0, 1), (1, 2), (2, 1), (1, 2, 0), (-1,)]
-    assert len({seed_of(*each) for each in parts}) == len(parts)
+    assert len({derive_seed(*each) for each in parts}) == len(parts)
 
 
 def test_seeds_are_those_of_splitmix64() -> None:
     # Steele, Lea, Flood 2014: the generator's first output for state 0, here without its last bit.
-    assert seed_of(0) == 0xE220A8397B1DCDAF >> 1
+    assert derive_seed(0) == 0xE220A8397B1DCDAF >> 1
 
 
 def test_half_of_the_bits_change_with_one_part() -> None:
-    flips = [bin(seed_of(7, i, 3) ^ seed_of(7, i + 1, 3)).count("1") for i in range(400)]
+    flips = [bin(derive_seed(7, i, 3) ^ derive_seed(7, i + 1, 3)).count("1") for i in range(400)]
     assert 28 < sum(flips) / len(flips) < 35
 
 
 def test_torch_takes_the_largest_parts() -> None:
-    torch.Generator().manual_seed(seed_of(2**64 - 1, 2**70, 10**30))
+    torch.Generator().manual_seed(derive_seed(2**64 - 1, 2**70, 10**30))
 
 
 # Devices and plans
 
 
 def test_the_best_device_there_is_or_the_one_asked_for() -> None:
-    assert device.choose("cpu") == "cpu"
-    assert device.choose() == device.choose("auto")
+    assert device.select_device("cpu") == "cpu"
+    assert device.select_device() == device.select_device("auto")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-        assert device.choose() == "cpu"
+        assert device.select_device() == "cpu"
 
 
 @pytest.mark.parametrize("asked", ["cuda:99", "banana", "", "cpu:x", "cuda:-1"])
 def test_a_device_that_is_not_there_is_refused(asked: str) -> None:
     with pytest.raises(UsageError, match="can't be used"):
-        device.choose(asked)
+        device.select_device(asked)
 
 
 BUSY = "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be"
@@ -76,13 +76,13 @@ def test_a_gpu_that_is_busy_is_told_and_not_left_for_the_cpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", busy)
     with pytest.raises(ResourceError, match="the GPU can't be used: CUDA error: all") as caught:
-        device.choose(asked)
+        device.select_device(asked)
     assert "\n" not in caught.value.what
     assert "--device cpu" in caught.value.fix
     with pytest.raises(
         UsageError, match="device 'cuda' can't be used: CUDA error: all"
     ) as asked_for:
-        device.choose("cuda")
+        device.select_device("cuda")
     assert "--device cpu" in asked_for.value.fix
 
 
@@ -96,8 +96,8 @@ def test_with_a_driver_that_is_too_old_the_cpu_is_used_and_torch_warns(
     monkeypatch.setattr(torch.cuda, "is_available", none)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.warns(UserWarning, match=r"The NVIDIA driver on your system is too old"):
-        assert device.choose() == "cpu"
-    assert device.choose("cpu") == "cpu"
+        assert device.select_device() == "cpu"
+    assert device.select_device("cpu") == "cpu"
 
 
 def fast_bf16(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
@@ -106,18 +106,22 @@ def fast_bf16(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
 
 def test_plans_list_what_is_open_the_safest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     fast_bf16(monkeypatch, True)
-    found = device.plans("cpu", "auto", "auto", False)
+    found = device.candidate_plans("cpu", "auto", "auto", False)
     assert [(p.precision, p.memory_format) for p in found] == [
-        ("fp32", "contiguous"), ("fp32", "channels_last"),
-        ("bf16", "contiguous"), ("bf16", "channels_last"),
-    ]  # fmt: skip
-    assert device.plans("cpu", "auto", "auto", True) == [Plan("cpu", "fp32", "contiguous", True)]
-    stated = device.plans("cpu", "bf16", "channels_last", True)
+        ("fp32", "contiguous"),
+        ("fp32", "channels_last"),
+        ("bf16", "contiguous"),
+        ("bf16", "channels_last"),
+    ]
+    assert device.candidate_plans("cpu", "auto", "auto", True) == [
+        Plan("cpu", "fp32", "contiguous", True)
+    ]
+    stated = device.candidate_plans("cpu", "bf16", "channels_last", True)
     assert stated == [Plan("cpu", "bf16", "channels_last", True)]
     fast_bf16(monkeypatch, False)
-    assert {p.precision for p in device.plans("cpu", "auto", "auto", False)} == {"fp32"}
+    assert {p.precision for p in device.candidate_plans("cpu", "auto", "auto", False)} == {"fp32"}
     with pytest.raises(UsageError, match="bf16"):
-        device.plans("cpu", "bf16", "auto", False)
+        device.candidate_plans("cpu", "bf16", "auto", False)
 
 
 @pytest.mark.parametrize(("bf16", "half"), [(True, "bf16"), (False, "fp16")])
@@ -127,27 +131,35 @@ def test_on_tensor_cores_half_precision_and_channels_last_come_first(
     """A run too short to be timed takes the first; a T4 (2018) has no bf16."""
     monkeypatch.setattr(device, "has_fast_bf16", lambda where: bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (7, 5))
-    found = device.plans("cuda", "auto", "auto", False)
+    found = device.candidate_plans("cuda", "auto", "auto", False)
     assert [(p.precision, p.memory_format) for p in found] == [
-        (half, "channels_last"), (half, "contiguous"),
-        ("fp32", "channels_last"), ("fp32", "contiguous"),
-    ]  # fmt: skip
-    assert device.plans("cuda", "auto", "auto", True) == [Plan("cuda", "fp32", "contiguous", True)]
-    assert device.plans("cuda", "fp16", "contiguous", False) == [Plan("cuda", "fp16", "contiguous")]
+        (half, "channels_last"),
+        (half, "contiguous"),
+        ("fp32", "channels_last"),
+        ("fp32", "contiguous"),
+    ]
+    assert device.candidate_plans("cuda", "auto", "auto", True) == [
+        Plan("cuda", "fp32", "contiguous", True)
+    ]
+    assert device.candidate_plans("cuda", "fp16", "contiguous", False) == [
+        Plan("cuda", "fp16", "contiguous")
+    ]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (6, 1))
-    assert device.plans("cuda", "auto", "auto", False)[0] == Plan("cuda", "fp32", "contiguous")
+    assert device.candidate_plans("cuda", "auto", "auto", False)[0] == Plan(
+        "cuda", "fp32", "contiguous"
+    )
 
 
 def test_fp16_is_refused_where_there_is_no_nvidia_gpu() -> None:
     for where in ("cpu", "mps"):
         with pytest.raises(UsageError, match=r"fp16 is for NVIDIA GPUs"):
-            device.plans(where, "fp16", "auto", False)
+            device.candidate_plans(where, "fp16", "auto", False)
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, *seconds: Callable[[int], float]) -> int:
     """Which of several plans is chosen when the n-th step of each takes so many seconds."""
     clock = [0.0]
-    monkeypatch.setattr(planning.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
     plans = [Plan("cpu", "fp32", str(number)) for number in range(len(seconds))]
 
     def trial(plan: Plan) -> Callable[[], None]:
@@ -158,7 +170,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, *seconds: Callable[[int], float]) ->
 
         return step
 
-    return plans.index(planning.fastest(plans, trial)[0])
+    return plans.index(autotune.fastest(plans, trial)[0])
 
 
 def test_the_fastest_plan_wins_by_its_median(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,15 +221,19 @@ def files_say(monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
         "cpuinfo": "/proc/cpuinfo",
     }
     table = {known[name]: content for name, content in contents.items()}
-    monkeypatch.setattr(device, "_read", lambda path: table.get(path, ""))
+    monkeypatch.setattr(device, "_read_text", lambda path: table.get(path, ""))
 
 
 def test_cores_are_those_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     for content, cores in [
-        ("", 8), ("max 100000\n", 8), ("200000 100000\n", 2), ("50000 100000\n", 1),
-        ("250000 100000\n", 2), ("9900000 100000\n", 8),
-    ]:  # fmt: skip
+        ("", 8),
+        ("max 100000\n", 8),
+        ("200000 100000\n", 2),
+        ("50000 100000\n", 1),
+        ("250000 100000\n", 2),
+        ("9900000 100000\n", 8),
+    ]:
         files_say(monkeypatch, cpu=content)
         assert device.usable_cores() == cores
 
@@ -256,7 +272,7 @@ def test_cpu_flags_are_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
     files_say(monkeypatch, cpuinfo="model name\t: X\nflags\t\t: fpu avx512_bf16_not avx2\n")
     assert device.cpu_flags() == {"fpu", "avx512_bf16_not", "avx2"}
     assert not device.has_fast_bf16("cpu")
-    assert device.describe("cpu")["cpu"] == "X"
+    assert device.describe_hardware("cpu")["cpu"] == "X"
 
 
 def settings() -> list[object]:

@@ -7,8 +7,14 @@ import math
 import pytest
 from scipy import stats
 
-from convlens.comparing.differences import holm, newcombe, on_images, paired_by_seed, welch
 from convlens.errors import UsageError
+from convlens.metrics import (
+    difference_on_images,
+    holm_adjust,
+    newcombe_interval,
+    paired_difference,
+    welch_difference,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,7 +27,7 @@ from convlens.errors import UsageError
     ],
 )
 def test_published_intervals(counts: tuple[int, int, int, int], low: float, high: float) -> None:
-    assert newcombe(*counts) == pytest.approx((low, high), abs=5e-4)
+    assert newcombe_interval(*counts) == pytest.approx((low, high), abs=5e-4)
 
 
 def test_an_interval_by_hand() -> None:
@@ -39,44 +45,44 @@ def test_an_interval_by_hand() -> None:
     assert phi < 0
     low = 0.2 - math.sqrt((0.8 - low2) ** 2 + (high1 - 0.6) ** 2)
     high = 0.2 + math.sqrt((high2 - 0.8) ** 2 + (0.6 - low1) ** 2)
-    assert newcombe(5, 1, 3, 1) == pytest.approx((low, high))
+    assert newcombe_interval(5, 1, 3, 1) == pytest.approx((low, high))
 
 
 def test_an_interval_turns_round_with_the_two() -> None:
-    low, high = newcombe(700, 20, 50, 230)
-    assert newcombe(700, 50, 20, 230) == pytest.approx((-high, -low))
+    low, high = newcombe_interval(700, 20, 50, 230)
+    assert newcombe_interval(700, 50, 20, 230) == pytest.approx((-high, -low))
     assert 0 < low < 0.03 < high
     # The same shares of images that have nothing to do with each other are told apart worse.
-    apart, further = newcombe(540, 180, 210, 70)
+    apart, further = newcombe_interval(540, 180, 210, 70)
     assert apart < low
     assert further > high
 
 
 @pytest.mark.parametrize("counts", [(10, 0, 0, 0), (0, 0, 0, 10), (0, 10, 0, 0), (5, 0, 0, 5)])
 def test_intervals_at_the_edges(counts: tuple[int, int, int, int]) -> None:
-    low, high = newcombe(*counts)
+    low, high = newcombe_interval(*counts)
     gain = (counts[2] - counts[1]) / 10
     assert -1 <= low <= gain <= high <= 1
 
 
 def test_no_images() -> None:
     with pytest.raises(UsageError, match="no images"):
-        newcombe(0, 0, 0, 0)
+        newcombe_interval(0, 0, 0, 0)
 
 
 def test_mcnemar_by_hand() -> None:
     # 1 against 5: p = 2 * (1 + 6) / 2^6
-    gain = on_images(90, 1, 5, 4)
+    gain = difference_on_images(90, 1, 5, 4)
     assert (gain.value, gain.p) == (pytest.approx(0.04), pytest.approx(14 / 64))
-    assert gain.interval95 == newcombe(90, 1, 5, 4)
-    assert on_images(7, 0, 0, 3).p == 1.0
+    assert gain.interval95 == newcombe_interval(90, 1, 5, 4)
+    assert difference_on_images(7, 0, 0, 3).p == 1.0
 
 
 FIRST, SECOND = [0.81, 0.80, 0.83, 0.79], [0.82, 0.84, 0.85, 0.81]
 
 
 def test_pairs_of_seeds() -> None:
-    gain = paired_by_seed(FIRST, SECOND)
+    gain = paired_difference(FIRST, SECOND)
     # Differences 1, 4, 2, 2 points: mean 2.25, sd sqrt(4.75 / 3), t with 3 degrees of freedom
     half = 3.182446305284263 * math.sqrt(4.75 / 3) / 2
     assert gain.value == pytest.approx(0.0225)
@@ -86,7 +92,7 @@ def test_pairs_of_seeds() -> None:
 
 
 def test_means_of_seeds() -> None:
-    gain = welch(FIRST, [*SECOND, 0.9])
+    gain = welch_difference(FIRST, [*SECOND, 0.9])
     # Variances 0.000875 / 3 of 4 values and 0.00492 / 4 of 5; the difference is 0.844 - 0.8075.
     first, second = 0.000875 / 3 / 4, 0.00492 / 4 / 5
     freedom = (first + second) ** 2 / (first**2 / 3 + second**2 / 4)
@@ -99,24 +105,24 @@ def test_means_of_seeds() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_one_group_without_spread_is_tested_without_a_warning() -> None:
-    gain = welch([0.6, 0.6, 0.6], [0.50, 0.52, 0.54])
+    gain = welch_difference([0.6, 0.6, 0.6], [0.50, 0.52, 0.54])
     # Only the second group varies: standard error sqrt(0.0004 / 3), 2 degrees of freedom.
     half = 4.302652729911275 * math.sqrt(0.0004 / 3)
     assert gain.interval95 == pytest.approx((-0.08 - half, -0.08 + half), abs=1e-9)
 
 
 def test_without_spread_there_is_no_test() -> None:
-    assert paired_by_seed([0.5, 0.6], [0.6, 0.7])[1:] == (None, None)
-    assert welch([0.5, 0.5], [0.6, 0.6])[1:] == (None, None)
+    assert paired_difference([0.5, 0.6], [0.6, 0.7])[1:] == (None, None)
+    assert welch_difference([0.5, 0.5], [0.6, 0.6])[1:] == (None, None)
     for wrong in ([0.5], [0.5, 0.6, 0.7]):
         with pytest.raises(UsageError):
-            paired_by_seed(wrong, [0.6] if len(wrong) == 1 else [0.6, 0.7])
+            paired_difference(wrong, [0.6] if len(wrong) == 1 else [0.6, 0.7])
     with pytest.raises(UsageError):
-        welch([0.5], [0.6, 0.7])
+        welch_difference([0.5], [0.6, 0.7])
 
 
 def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.6, 0.5]) == [1.0, 1.0]
-    assert holm([None, 0.02, 0.01]) == [None, 0.02, 0.02]
-    assert holm([]) == []
+    assert holm_adjust([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm_adjust([0.6, 0.5]) == [1.0, 1.0]
+    assert holm_adjust([None, 0.02, 0.01]) == [None, 0.02, 0.02]
+    assert holm_adjust([]) == []

@@ -15,13 +15,18 @@ import torch
 
 import convlens
 from commands import COLOURS, here, pictures, refused
-from convlens import recipe as recipes
-from convlens.diagnosing.diagnosis import Diagnosis, dead_of
-from convlens.diagnosing.findings import CannotTell, Case, Shares
-from convlens.diagnosing.symptoms import RULES
+from convlens import serialization
+from convlens.analysis.diagnosis import (
+    RULES,
+    ClassShares,
+    Diagnosis,
+    InsufficientEvidence,
+    RunEvidence,
+    dead_channel_share,
+)
 from convlens.errors import Diverged
-from convlens.formats import modelfile
-from convlens.run import RunFolder
+from convlens.recipe import load_recipe
+from convlens.run import RunDir
 
 PLAIN: dict[str, Any] = {
     "data": {"name": "digits"},
@@ -32,19 +37,37 @@ PLAIN: dict[str, Any] = {
 FEW = {"data.per_class": 10, "train.batch_size": 20}
 MADE: dict[str, dict[str, Any]] = {
     "healthy": {"optim.schedule": "cosine"},
-    "overfitting": {"data.per_class": 6, "train.batch_size": 16, "train.epochs": 40,
-                    "train.keep": "last"},
+    "overfitting": {
+        "data.per_class": 6,
+        "train.batch_size": 16,
+        "train.epochs": 40,
+        "train.keep": "last",
+    },
     "underfitting": {"model.widths": [1], "optim.schedule": "cosine", "train.epochs": 6},
-    "learning rate too high": {**FEW, "optim.name": "sgd", "optim.lr": 30.0,
-                               "model.batch_norm": False, "optim.clip_norm": 1.0},
+    "learning rate too high": {
+        **FEW,
+        "optim.name": "sgd",
+        "optim.lr": 30.0,
+        "model.batch_norm": False,
+        "optim.clip_norm": 1.0,
+    },
     "learning rate too low": {**FEW, "optim.lr": 3e-6},
     "stopped too early": {"optim.lr": 0.0007, "train.epochs": 5},
     # Next to no network behind a good deal of augmentation.
-    "loader-bound": {"data.name": "shapes", "data.count": 300, "data.image_size": 48,
-                     "model.widths": [1], "model.kernel": 1, "train.epochs": 2,
-                     "augment": [{"RandomAffine": {"degrees": 10}}, {"RandomRotation":
-                     {"degrees": 20}}, {"ColorJitter": {"hue": 0.1, "saturation": 0.2}}]},
-}  # fmt: skip
+    "loader-bound": {
+        "data.name": "shapes",
+        "data.count": 300,
+        "data.image_size": 48,
+        "model.widths": [1],
+        "model.kernel": 1,
+        "train.epochs": 2,
+        "augment": [
+            {"RandomAffine": {"degrees": 10}},
+            {"RandomRotation": {"degrees": 20}},
+            {"ColorJitter": {"hue": 0.1, "saturation": 0.2}},
+        ],
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +101,7 @@ def test_a_healthy_run_shows_nothing(runs: None) -> None:
     assert list(found.healthy) == list(RULES)
     assert (found.untold, found.status, found.epochs) == ({}, "finished", 8)
     # Not even one look at the test split.
-    assert not RunFolder(Path("models/healthy")).results()
+    assert not RunDir(Path("models/healthy")).results()
     done = here("diagnose", "healthy", "--device", "cpu")
     assert (done.code, "nothing found: no sign of overfitting, underfitting" in done.out) == (
         0,
@@ -99,7 +122,7 @@ def checked(found: Diagnosis) -> None:
         assert finding.rule in RULES
         assert all((finding.what, finding.evidence, finding.threshold, finding.do))
         assert finding.overrides
-        recipes.load(PLAIN, finding.overrides)
+        load_recipe(PLAIN, finding.overrides)
     json.dumps(found.to_dict(), allow_nan=False)
 
 
@@ -114,7 +137,7 @@ def test_each_fault_is_told_apart(runs: None) -> None:
 
 def test_what_is_said_of_overfitting_is_in_the_curves(runs: None) -> None:
     (finding,) = diagnose("overfitting").findings
-    rows = RunFolder(Path("models/overfitting")).metrics()
+    rows = RunDir(Path("models/overfitting")).metrics()
     losses = [row["val_loss"] for row in rows]
     assert finding.evidence["best_epoch"] == 1 + int(np.argmin(losses))
     assert finding.evidence["val_loss_lowest"] == min(losses)
@@ -143,10 +166,12 @@ def test_a_loss_that_was_not_finite() -> None:
 
 def test_dead_channels(runs: None) -> None:
     path = Path("models/healthy/model.safetensors")
-    tensors, card = modelfile.read(path)
+    tensors, card = serialization.read_model_file(path)
     # Five of the second stage's sixteen channels never get over zero.
     tensors["stage2.2.weight"][:5], tensors["stage2.2.bias"][:5] = 0, -1
-    modelfile.write(path, tensors, {k: v for k, v in card.items() if k not in ("sha256", "format")})
+    serialization.write_model_file(
+        path, tensors, {k: v for k, v in card.items() if k not in ("sha256", "format")}
+    )
     found = {finding.rule: finding for finding in diagnose("healthy").findings}
     assert found["dead layers"].evidence["dead_share"] == {"stage1": 0.0, "stage2": 5 / 16}
     assert "stage2 5 of 16" in found["dead layers"].what
@@ -154,8 +179,8 @@ def test_dead_channels(runs: None) -> None:
 
 def test_dead_channels_by_hand() -> None:
     low, high = torch.tensor([0.0, -1.0, 2.0, 0.0]), torch.tensor([0.0, 3.0, 2.0, 1e-7])
-    assert dead_of(low, high) == (3, 4)
-    assert dead_of(torch.zeros(3), torch.zeros(3)) == (3, 3)
+    assert dead_channel_share(low, high) == (3, 4)
+    assert dead_channel_share(torch.zeros(3), torch.zeros(3)) == (3, 3)
 
 
 SMALL = ("model.widths=[8]", "train.epochs=3", "augment=[]", "optim.ema=null", "--no-test")
@@ -187,7 +212,7 @@ def test_validation_images_that_look_otherwise() -> None:
 
 
 def test_training_waits_for_images_are_counted(runs: None) -> None:
-    place = RunFolder(Path("models/healthy"))
+    place = RunDir(Path("models/healthy"))
     rows = place.metrics()
     assert all(0 < row["data_seconds"] < row["seconds"] for row in rows)
     place.write_metrics([{**row, "data_seconds": 0.4 * row["seconds"]} for row in rows])
@@ -198,12 +223,12 @@ def test_training_waits_for_images_are_counted(runs: None) -> None:
 
 
 def test_a_run_that_was_left_and_an_empty_one(runs: None) -> None:
-    place = RunFolder(Path("models/stopped-too-early"))
+    place = RunDir(Path("models/stopped-too-early"))
     place.note({"status": "training"})
     assert diagnose("stopped too early").status == "not finished"
     assert "stopped too early" in rules(diagnose("stopped too early"))
-    empty = RunFolder(Path("models/empty"))
-    empty.create(recipes.load(PLAIN), {"data": {"classes": ["a", "b"]}})
+    empty = RunDir(Path("models/empty"))
+    empty.create(load_recipe(PLAIN), {"data": {"classes": ["a", "b"]}})
     found = diagnose("empty")
     assert (found.status, found.findings) == ("no epoch is finished yet", [])
     assert set(found.untold) == set(RULES)
@@ -232,36 +257,45 @@ def test_a_run_that_is_not_there(runs: None) -> None:
 
 def course(**columns: list[float]) -> list[Mapping[str, float]]:
     count = len(next(iter(columns.values())))
-    plain = {"train_loss": 0.1, "train_accuracy": 0.95, "val_loss": 0.2, "val_accuracy": 0.94,
-             "lr": 0.01, "seconds": 1.0, "data_seconds": 0.1}  # fmt: skip
+    plain = {
+        "train_loss": 0.1,
+        "train_accuracy": 0.95,
+        "val_loss": 0.2,
+        "val_accuracy": 0.94,
+        "lr": 0.01,
+        "seconds": 1.0,
+        "data_seconds": 0.1,
+    }
     series = {key: columns.get(key, [value] * count) for key, value in plain.items()}
     return [
         {"epoch": i + 1, **{key: values[i] for key, values in series.items()}} for i in range(count)
     ]
 
 
-def told(case: Case) -> dict[str, str]:
+def told(case: RunEvidence) -> dict[str, str]:
     """What every rule says: `well`, `cannot tell`, or its finding."""
     said = {}
     for name, rule in RULES.items():
         try:
             found = rule(case)
             said[name] = found.what if found else "well"
-        except CannotTell:
+        except InsufficientEvidence:
             said[name] = "cannot tell"
     return said
 
 
 def test_without_evidence_no_rule_says_anything() -> None:
-    assert told(Case()) == dict.fromkeys(RULES, "cannot tell")
+    assert told(RunEvidence()) == dict.fromkeys(RULES, "cannot tell")
 
 
 def test_no_rule_stumbles_over_numbers_that_are_not_finite() -> None:
     nothing = [math.nan] * 6
-    case = Case(recipe=recipes.load(PLAIN), classes=10, rows=course(train_loss=nothing))
+    case = RunEvidence(recipe=load_recipe(PLAIN), classes=10, rows=course(train_loss=nothing))
     assert told(case)["learning rate too high"] == "cannot tell"
     wild = [1.0, math.inf, 1.0, 1.0, 1.0, 1.0]
-    case = Case(recipe=recipes.load(PLAIN), classes=10, rows=course(train_loss=wild, val_loss=wild))
+    case = RunEvidence(
+        recipe=load_recipe(PLAIN), classes=10, rows=course(train_loss=wild, val_loss=wild)
+    )
     assert told(case)["learning rate too high"] == "the training loss is not finite"
 
 
@@ -279,7 +313,7 @@ def test_no_rule_stumbles_over_numbers_that_are_not_finite() -> None:
     ],
 )
 def test_signs_of_a_high_rate(loss: list[float], said: str) -> None:
-    case = Case(recipe=recipes.load(PLAIN), classes=10, rows=course(train_loss=loss))
+    case = RunEvidence(recipe=load_recipe(PLAIN), classes=10, rows=course(train_loss=loss))
     assert said in told(case)["learning rate too high"]
 
 
@@ -295,30 +329,38 @@ def test_signs_of_a_high_rate(loss: list[float], said: str) -> None:
     ],
 )
 def test_signs_of_a_low_rate(loss: list[float], dead: int, said: str) -> None:
-    plain = recipes.load(PLAIN)
-    case = Case(recipe=plain, classes=10, rows=course(train_loss=loss), dead={"stage1": (dead, 8)})
+    plain = load_recipe(PLAIN)
+    case = RunEvidence(
+        recipe=plain, classes=10, rows=course(train_loss=loss), dead={"stage1": (dead, 8)}
+    )
     assert said in told(case)["learning rate too low"]
 
 
 def test_validation_that_is_better_than_training() -> None:
-    case = Case(recipe=recipes.load(PLAIN), trained=Shares(400, 500), validated=Shares(480, 500))
+    case = RunEvidence(
+        recipe=load_recipe(PLAIN), trained=ClassShares(400, 500), validated=ClassShares(480, 500)
+    )
     assert (
         "96.0% of validation images are right and 80.0%" in told(case)["validation unlike training"]
     )
     # The same shares of few images are chance.
-    few = Case(recipe=recipes.load(PLAIN), trained=Shares(8, 10), validated=Shares(10, 10))
+    few = RunEvidence(
+        recipe=load_recipe(PLAIN), trained=ClassShares(8, 10), validated=ClassShares(10, 10)
+    )
     assert told(few)["validation unlike training"] == "well"
 
 
 def test_an_annealed_training_was_not_stopped_early() -> None:
     falling = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
-    case = Case(recipe=recipes.load(PLAIN), classes=10, rows=course(val_loss=falling))
+    case = RunEvidence(recipe=load_recipe(PLAIN), classes=10, rows=course(val_loss=falling))
     assert "still falling by 16.7% an epoch" in told(case)["stopped too early"]
-    case = Case(classes=10, rows=course(val_loss=falling, lr=[0.1, 0.1, 0.1, 0.05, 0.02, 0.001]))
+    case = RunEvidence(
+        classes=10, rows=course(val_loss=falling, lr=[0.1, 0.1, 0.1, 0.05, 0.02, 0.001])
+    )
     assert told(case)["stopped too early"] == "well"
 
 
 def test_a_validation_loss_that_is_not_finite_at_the_end() -> None:
     falling = [1.0, 0.8, 0.6, 0.5, 0.4, math.nan]
-    case = Case(recipe=recipes.load(PLAIN), classes=10, rows=course(val_loss=falling))
+    case = RunEvidence(recipe=load_recipe(PLAIN), classes=10, rows=course(val_loss=falling))
     assert told(case)["stopped too early"] == "cannot tell"

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from commands import environment
-from convlens.data import downloads, fetching
-from convlens.data.fetching import DownloadError, fetch
-from convlens.data.sources import find
+from convlens.data import download
+from convlens.data.download import DownloadError, fetch
+from convlens.data.sources import find_source
 from convlens.errors import DataError
 from serving import Pages, serving
 
@@ -94,7 +94,7 @@ def test_progress_reaches_the_size_of_the_file(
     slow: tuple[str, type[Slow]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, handler = slow
-    content = bytes(fetching.CHUNK_BYTES * 2)
+    content = bytes(download.CHUNK_BYTES * 2)
     handler.length, handler.pages["/file"] = len(content), content
     handler.go.set()
     shown: list[object] = []
@@ -108,10 +108,10 @@ def test_progress_reaches_the_size_of_the_file(
         shown.extend([description, total])
         yield Recorded()
 
-    monkeypatch.setattr(fetching, "progress", progress)
+    monkeypatch.setattr(download, "progress_bar", progress)
     digest = hashlib.md5(content).hexdigest()
     fetch(url + "file", "file", folder, known_hash=f"md5:{digest}").unlink()
-    chunk = fetching.CHUNK_BYTES
+    chunk = download.CHUNK_BYTES
     assert shown[:4] == ["downloading file", 2 * chunk, chunk, chunk]
 
 
@@ -125,7 +125,7 @@ def test_a_disk_that_is_full_is_not_a_failure_of_the_network(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fetching.os, "fdopen", full)
+    monkeypatch.setattr(download.os, "fdopen", full)
     with pytest.raises(OSError, match="No space left"):
         fetch(url + "file", "file", folder, known_hash="sha256:0")
     assert list(folder.iterdir()) == []
@@ -135,7 +135,7 @@ def test_a_server_that_stalls(
     slow: tuple[str, type[Slow]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, handler = slow
-    monkeypatch.setattr(fetching, "SOCKET_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(download, "SOCKET_TIMEOUT_S", 0.3)
     handler.head = b"x" * 100_000
     assert "timed out" in refusal(url + "file", folder)
 
@@ -154,10 +154,10 @@ def test_a_server_that_nobody_knows(
     assert (
         "name" in refusal(url, folder).lower()
     )  # "Name or service not known", "... in name resolution"
-    its = replace(downloads.SETS["mnist"], mirrors=(url, url))
-    monkeypatch.setitem(downloads.SETS, "mnist", its)
+    its = replace(download.DOWNLOADS["mnist"], mirrors=(url, url))
+    monkeypatch.setitem(download.DOWNLOADS, "mnist", its)
     with pytest.raises(DataError, match=r"nowhere\.invalid") as caught:
-        find("mnist")
+        find_source("mnist")
     assert "train-images-idx3-ubyte.gz" in caught.value.fix
 
 
@@ -174,7 +174,7 @@ def archive() -> bytes:
 CHILD = """
 import sys
 from dataclasses import replace
-from convlens.data import downloads
+from convlens.data.dataset import downloads
 from convlens.data.sources import find
 its = downloads.SETS["cifar10"]
 archive = replace(its.archives[0], md5=sys.argv[2])
@@ -191,9 +191,12 @@ def test_two_processes_at_one_download(slow: tuple[str, type[Slow]], tmp_path: P
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", CHILD, url, digest], stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env=environment(),
-        )  # fmt: skip
+            [sys.executable, "-c", CHILD, url, digest],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
 
     first = start()
     until = time.monotonic() + 120

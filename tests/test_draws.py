@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torchvision.transforms.v2 import functional as reference
 
-from convlens.data import geometry
-from convlens.data.draws import Place, coins
+from convlens.data.transforms import geometry
+from convlens.data.transforms.random import SampleInfo, random_coins
 
 
 def test_alternating_flip_by_number_seed_and_epoch_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     images, numbers = torch.rand(200, 3, 4, 5, generator=generator), torch.arange(200)
-    place = Place(numbers, epoch=1, seed=4)
-    first = coins(place)
+    place = SampleInfo(numbers, epoch=1, seed=4)
+    first = random_coins(place)
     for epoch, chosen in ((1, first), (2, ~first), (3, first), (10, ~first)):
         result = geometry.alternating_flip(images, generator, place._replace(epoch=epoch))
         slow = [
@@ -21,11 +21,13 @@ def test_alternating_flip_by_number_seed_and_epoch_alone() -> None:
         ]
         assert torch.equal(result, torch.stack(slow))
     order = torch.randperm(200, generator=generator)  # whatever batch an image is in
-    assert torch.equal(coins(place._replace(numbers=order)), first[order])
+    assert torch.equal(random_coins(place._replace(numbers=order)), first[order])
 
 
 def test_coins_are_fair_and_independent() -> None:
-    tosses = torch.stack([coins(Place(torch.arange(10_000), 1, seed)) for seed in range(20)])
+    tosses = torch.stack(
+        [random_coins(SampleInfo(torch.arange(10_000), 1, seed)) for seed in range(20)]
+    )
     signs = tosses.double() * 2 - 1
     assert signs.mean(1).abs().max() < 0.045  # 4.5 standard errors
     for lag in (1, 2, 3, 4, 64, 128, 1000):

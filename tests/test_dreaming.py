@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from convlens.data import Split
+from convlens.data.dataset import Split
 from convlens.errors import UsageError
-from convlens.inspection import dreaming, toppers
+from convlens.interpret import feature_viz
 from support import Memory
 from test_activity import conv, images, network, subject
 
@@ -25,8 +25,8 @@ def test_the_picture_is_the_one_that_excites_the_channel() -> None:
     pixels = torch.full((4, 3, 16, 16), 128, dtype=torch.uint8)
     pixels[1] = 140
     split = Split(Memory(pixels), torch.zeros(4, dtype=torch.int64), list("abcd"))
-    known = toppers.strongest(one, split, "relu", "val")
-    made = dreaming.make(one, "relu", [0, 1, 2], known=known, steps=60)
+    known = feature_viz.top_activating(one, split, "relu", "val")
+    made = feature_viz.make_inputs(one, "relu", [0, 1, 2], known=known, steps=60)
     assert made.images.shape == (3, 3, 16, 16)
     middle = made.images[:, :, 4:12, 4:12].mean((2, 3))
     assert middle[0].min() > 180
@@ -52,11 +52,13 @@ def test_the_same_each_time_and_whatever_else_is_made() -> None:
     for parameter in one.model.first.parameters():
         parameter.requires_grad_(False)
     before = [each.requires_grad for each in one.model.parameters()]
-    first = dreaming.make(one, "relu", [2, 0], steps=10)
-    again = dreaming.make(one, "relu", [0], steps=10)
+    first = feature_viz.make_inputs(one, "relu", [2, 0], steps=10)
+    again = feature_viz.make_inputs(one, "relu", [0], steps=10)
     assert np.abs(first.images[1].astype(int) - again.images[0].astype(int)).max() <= 1
-    np.testing.assert_array_equal(first.images, dreaming.make(one, "relu", [2, 0], steps=10).images)
-    other = dreaming.make(one, "relu", [0], steps=10, seed=1)
+    np.testing.assert_array_equal(
+        first.images, feature_viz.make_inputs(one, "relu", [2, 0], steps=10).images
+    )
+    other = feature_viz.make_inputs(one, "relu", [0], steps=10, seed=1)
     assert not np.array_equal(again.images, other.images)
     assert [each.requires_grad for each in one.model.parameters()] == before
     assert all(each.grad is None for each in one.model.parameters())
@@ -66,7 +68,7 @@ def test_the_same_each_time_and_whatever_else_is_made() -> None:
 def test_grey_images_and_channels_that_never_answer() -> None:
     weights = torch.tensor([[[[1.0]]], [[[0.0]]]])
     one = subject(network(conv(weights)), size=9, channels=1)
-    made = dreaming.make(one, "relu", steps=20)
+    made = feature_viz.make_inputs(one, "relu", steps=20)
     assert made.channels == [0, 1]
     assert made.images.shape == (2, 1, 9, 9)
     assert made.means[0] > 0.6
@@ -74,26 +76,26 @@ def test_grey_images_and_channels_that_never_answer() -> None:
     assert made.best is None
     assert made.to_dict()["made"][0]["best_image"] is None
     broken = subject(network(conv(weights * float("nan"))), size=9, channels=1)
-    assert np.isnan(dreaming.make(broken, "relu", [0], steps=2).peaks).all()
+    assert np.isnan(feature_viz.make_inputs(broken, "relu", [0], steps=2).peaks).all()
 
 
 def test_what_is_asked_for() -> None:
-    assert dreaming.asked("layer4.1:17, 33") == ("layer4.1", [17, 33])
-    assert dreaming.asked("fc") == ("fc", [])
+    assert feature_viz.parse_dream("layer4.1:17, 33") == ("layer4.1", [17, 33])
+    assert feature_viz.parse_dream("fc") == ("fc", [])
     with pytest.raises(UsageError, match="no channels x"):
-        dreaming.asked("fc:1,x")
+        feature_viz.parse_dream("fc:1,x")
     one = subject(colours(), size=8)
     with pytest.raises(UsageError, match="first has no channel 3, 8") as caught:
-        dreaming.make(one, "first", [0, 3, 8])
+        feature_viz.make_inputs(one, "first", [0, 3, 8])
     assert "0 to 2" in caught.value.fix
     with pytest.raises(UsageError, match="did you mean relu"):
-        dreaming.make(one, "rel")
+        feature_viz.make_inputs(one, "rel")
 
 
 def test_most_selective_channels_are_made_by_default() -> None:
     one = subject(colours(), size=4)
     pixels = images(30)
     split = Split(Memory(pixels), torch.zeros(30, dtype=torch.int64), list(map(str, range(30))))
-    known = toppers.strongest(one, split, "relu", "val")
-    made = dreaming.make(one, "relu", known=known, steps=2)
+    known = feature_viz.top_activating(one, split, "relu", "val")
+    made = feature_viz.make_inputs(one, "relu", known=known, steps=2)
     assert made.channels == known.shown(8)

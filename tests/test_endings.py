@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from commands import here, refused
-from convlens import engine, run, training
-from convlens.data.batches import Batches
-from convlens.data.order import epoch_order
+from convlens import run, serialization
+from convlens.data.loader import Batches, epoch_order
+from convlens.engine.loop import TrainLoop
 from convlens.errors import DataError, Diverged, Stopped
-from convlens.formats import modelfile
 from convlens.recipe import Recipe
-from convlens.resuming import continuing
-from convlens.resuming.keeping import Keeper
-from convlens.run import RunFolder
+from convlens.run import RunDir
+from convlens.training import train as training_train
+from convlens.training.checkpoint import CheckpointManager
+from convlens.training.train import report_setup_changes
 from selftest import differences
 from support import begin, tiny
 from test_resume import Interrupting, equal, finish, interrupting, stop
@@ -30,8 +30,8 @@ __all__ = ["interrupting"]  # a fixture
 CONSTANT = ("optim.schedule=constant", "optim.warmup=0")
 
 
-def train(asked: Recipe, name: str, **options: bool) -> RunFolder:
-    return training.train(asked, name=name, test=False, on="cpu", quiet=True, **options)
+def train(asked: Recipe, name: str, **options: bool) -> RunDir:
+    return training_train.train(asked, name=name, test=False, on="cpu", quiet=True, **options)
 
 
 def test_a_finished_run_without_its_weights_is_not_finished(interrupting: Interrupting) -> None:
@@ -60,10 +60,10 @@ def test_a_signal_while_all_is_made_ready_leaves_no_run(monkeypatch: pytest.Monk
     def prepare(*_: Any) -> None:
         signal.raise_signal(signal.SIGUSR1)
 
-    monkeypatch.setattr(training, "prepare", prepare)
+    monkeypatch.setattr(training_train, "build_training_job", prepare)
     Path("x.yaml").write_text(tiny().to_text())
     refused(here("train", "x.yaml", "--device", "cpu"), 75, "asked to stop (SIGUSR1)", "again")
-    assert not RunFolder(Path("models/x")).facts()
+    assert not RunDir(Path("models/x")).facts()
 
 
 @pytest.mark.parametrize("last", [1, 3])
@@ -85,7 +85,7 @@ def test_a_validation_is_left_and_made_up_for(last: int) -> None:
 
     setup.feed = dataclasses.replace(setup.feed, validate=signalled)
     with pytest.raises(Stopped, match=r"asked to stop \(SIGTERM\)"):
-        training.run_to_end(setup, place, quiet=True)
+        training_train.fit(setup, place, quiet=True)
     assert len(calls) == last
     assert len(place.metrics()) == last - 1
     found = place.state()
@@ -109,7 +109,7 @@ def test_a_signal_behind_the_last_validation_is_heard() -> None:
 
     setup.feed = dataclasses.replace(setup.feed, validate=signalled)
     with pytest.raises(KeyboardInterrupt):
-        training.run_to_end(setup, place, quiet=True)
+        training_train.fit(setup, place, quiet=True)
     assert place.facts()["status"] == "training"
     assert len(place.metrics()) == setup.epochs
     place.metrics_path.write_text("damaged")
@@ -120,7 +120,7 @@ def test_a_loss_that_is_none_names_its_images() -> None:
     asked = tiny("optim.name=sgd", "optim.lr=1e30")
     with pytest.raises(Diverged, match="became NaN or infinite") as caught:
         train(asked, "x")
-    told = RunFolder(Path("models/x")).facts()["diverged"]
+    told = RunDir(Path("models/x")).facts()["diverged"]
     setup, _ = begin(asked, "again")
     ids = [setup.data.train.ids[i] for i in epoch_order(80, 0, told["epoch"]).tolist()]
     assert told["images"] == ids[16 * (told["step"] - 1) : 16 * told["step"]]
@@ -132,24 +132,24 @@ def test_a_gradient_that_is_none_is_blamed_on_its_step(
     calls_before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of the step after it is the first that isn't finite."""
-    real, calls = engine.TrainLoop.train_step, []
+    real, calls = TrainLoop.train_step, []
 
-    def step(loop: engine.TrainLoop, *arguments: Any) -> Any:
+    def step(loop: TrainLoop, *arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == calls_before:
             weights = next(loop.model.parameters())
             weights.register_hook(lambda gradient: gradient * torch.nan)
         return real(loop, *arguments)
 
-    monkeypatch.setattr(engine.TrainLoop, "train_step", step)
+    monkeypatch.setattr(TrainLoop, "train_step", step)
     with pytest.raises(Diverged, match="its loss was finite, its gradient wasn't") as caught:
         train(tiny(), "x")
     epoch, index = divmod(calls_before - 1, 5)
     assert f"the update of epoch {epoch + 1}, step {index + 1} made" in caught.value.what
-    place = RunFolder(Path("models/x"))
+    place = RunDir(Path("models/x"))
     told = place.facts()["diverged"]
     assert (told["epoch"], told["step"]) == (epoch + 1, index + 1)
-    tensors, _ = modelfile.read(place.model_path)
+    tensors, _ = serialization.read_model_file(place.model_path)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
@@ -170,7 +170,7 @@ def test_images_that_can_not_be_read_any_more_cost_no_step(
         patch.setattr(Batches, "epoch", epoch)
         with pytest.raises(DataError, match="has changed"):
             train(tiny(), "x")
-    found = RunFolder(Path("models/x")).state()
+    found = RunDir(Path("models/x")).state()
     assert found is not None
     assert (found[1]["position"]["epoch"], found[1]["position"]["step"]) == (2, 2)
     assert differences(whole, train(tiny(), "x")) == []
@@ -184,7 +184,7 @@ def test_a_gpu_that_is_taken_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPat
             "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
         )
 
-    monkeypatch.setattr(engine.TrainLoop, "train_step", step)
+    monkeypatch.setattr(TrainLoop, "train_step", step)
     Path("x.yaml").write_text(tiny().to_text())
     done = here("train", "x.yaml", "--no-test", "--device", "cpu")
     refused(done, 5, "the GPU is busy", "--device")
@@ -194,7 +194,7 @@ def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyP
     """A stand-in: the error that torch raises, in the seventh step."""
     whole = train(tiny(), "whole")
     Path("x.yaml").write_text(tiny().to_text())
-    real, calls = engine.TrainLoop.train_step, []
+    real, calls = TrainLoop.train_step, []
 
     def step(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
@@ -202,13 +202,13 @@ def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyP
             raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with ...")
         return real(*arguments, **more)
 
-    monkeypatch.setattr(engine.TrainLoop, "train_step", step)
+    monkeypatch.setattr(TrainLoop, "train_step", step)
     monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "0")
     command = ("train", "x.yaml", "--name", "x", "--no-test", "--device", "cpu")
     refused(here(*command), 75, "the GPU failed: CUDA error: unspecified launch failure", "resume")
     assert here(*command).code == 0
     assert len(calls) == 7 + 9  # six steps of fifteen were kept
-    assert differences(whole, RunFolder(Path("models/x"))) == []
+    assert differences(whole, RunDir(Path("models/x"))) == []
 
 
 def test_torchrun_goes_on_with_a_fresh_run(
@@ -221,7 +221,7 @@ def test_torchrun_goes_on_with_a_fresh_run(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     second = train(tiny(), "x", fresh=True)
     assert second.path != first.path
-    assert len(run.runs()) == 2
+    assert len(run.list_runs()) == 2
     assert differences(first, second) == []
 
 
@@ -261,14 +261,16 @@ def test_the_kept_epoch_is_that_of_the_weights_in_the_file(
 ) -> None:
     stopped = stop(tiny(), "stopped", interrupting, 12)
     setup, place = begin(tiny(), "stopped")
-    keeper = Keeper(setup, place)
+    keeper = CheckpointManager(setup, place)
     assert keeper.best.epoch in (1, 2)
     assert keeper.kept() == keeper.best.epoch
     assert capsys.readouterr().err == ""
     # Killed behind the model file and before the state, on hardware that repeats no bits.
-    tensors, card = modelfile.read(stopped.model_path)
-    modelfile.write(stopped.model_path, tensors, {**card, "chosen": {**card["chosen"], "epoch": 3}})
-    keeper = Keeper(*begin(tiny(), "stopped"))
+    tensors, card = serialization.read_model_file(stopped.model_path)
+    serialization.write_model_file(
+        stopped.model_path, tensors, {**card, "chosen": {**card["chosen"], "epoch": 3}}
+    )
+    keeper = CheckpointManager(*begin(tiny(), "stopped"))
     assert keeper.kept() == 3
     assert "the weights of epoch 3 are kept" in capsys.readouterr().err
 
@@ -276,6 +278,6 @@ def test_the_kept_epoch_is_that_of_the_weights_in_the_file(
 def test_a_trunk_that_no_longer_fits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     place = train(tiny(), "x")
     facts = place.facts()
-    continuing.tell_changed(place, facts, {**facts, "trunk_cached": True})
+    report_setup_changes(place, facts, {**facts, "trunk_cached": True})
     assert "trunk_cached False, now True" in capsys.readouterr().err
     assert place.facts()["changed"] == [{"trunk_cached": [False, True]}]

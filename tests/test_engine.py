@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import engine, optim
-from convlens.data.batches import Batches, Normalise
-from convlens.device import Plan, seed_of
-from convlens.engine import Epoch, NonFiniteLoss, Step, TrainState
+from convlens import optim
+from convlens.data.loader import Batches, Normalise
+from convlens.device import Plan, derive_seed
+from convlens.engine.loop import Epoch, NonFiniteLoss, Step, TrainLoop, TrainState
 from convlens.models.cnn import CNN
-from convlens.schema import OptimConfig
+from convlens.recipe import OptimConfig
 from support import PLAN, Memory, Split, Streamed, pictures, same
 
 EPOCHS, SEED = 3, 11
@@ -61,9 +61,9 @@ def fit(
     **more: Any,
 ) -> Iterator[Step | Epoch]:
     state = more.pop("state", None)
-    loop = engine.TrainLoop(
+    loop = TrainLoop(
         model,
-        optimiser or optim.build(model, config),
+        optimiser or optim.build_optimizer(model, config),
         nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
         more.pop("plan", PLAN),
         clip_value=config.clip_value,
@@ -72,7 +72,7 @@ def fit(
     )
     return loop.run(
         batches if batches is not None else data(),
-        optim.schedule(config),
+        optim.build_schedule(config),
         epochs=epochs,
         seed=SEED,
         state=state,
@@ -86,14 +86,14 @@ def plain_loop(model: nn.Module, config: OptimConfig, batches: Any) -> list[floa
     optimiser = kind(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True, **own
     )
-    factor = optim.schedule(config)
+    factor = optim.build_schedule(config)
     losses = []
     for epoch in range(1, EPOCHS + 1):
         model.train()
         for step, (images, labels) in enumerate(batches.epoch(epoch)):
             done = ((epoch - 1) * len(batches) + step) / (EPOCHS * len(batches))
             optimiser.param_groups[0]["lr"] = config.lr * factor(done)
-            torch.manual_seed(seed_of(SEED, epoch, step, 1))
+            torch.manual_seed(derive_seed(SEED, epoch, step, 1))
             loss = nn.functional.cross_entropy(
                 model(images), labels, label_smoothing=config.label_smoothing
             )
@@ -128,11 +128,15 @@ def test_training_equals_a_plain_loop(options: dict[str, Any], augmented: bool) 
     if augmented:
         batches = Batches(
             Split(Memory(pictures(33)), torch.arange(33) % 3),
-            batch_size=8, normalise=Normalise([0.5], [0.25]), plan=PLAN, seed=SEED,
+            batch_size=8,
+            normalise=Normalise([0.5], [0.25]),
+            plan=PLAN,
+            seed=SEED,
             augment=lambda images, labels, _, generator: (
-                images + torch.rand(1, generator=generator), labels,
+                images + torch.rand(1, generator=generator),
+                labels,
             ),
-        )  # fmt: skip
+        )
     records = list(fit(mine, config, batches))
     losses = plain_loop(theirs, config, batches)
     same(dict(mine.state_dict()), dict(theirs.state_dict()))
@@ -151,8 +155,10 @@ def test_records_say_what_happened() -> None:
     assert kinds == (["Step"] * 4 + ["Epoch"]) * EPOCHS
     steps = [r for r in records if isinstance(r, Step)]
     assert [(s.epoch, s.step, s.steps, s.images) for s in steps[3:6]] == [
-        (1, 4, 4, 7), (2, 1, 4, 10), (2, 2, 4, 9),
-    ]  # fmt: skip
+        (1, 4, 4, 7),
+        (2, 1, 4, 10),
+        (2, 2, 4, 9),
+    ]
     assert [s.lr for s in steps] == pytest.approx([0.02 * (1 - i / 12) for i in range(12)])
     for number, epoch in enumerate(r for r in records if isinstance(r, Epoch)):
         its = steps[4 * number : 4 * number + 4]
@@ -160,7 +166,7 @@ def test_records_say_what_happened() -> None:
         mean = sum(float(s.loss) * s.images for s in its) / 34
         assert float(epoch.loss) == pytest.approx(mean, rel=1e-6)
         assert float(epoch.accuracy) == pytest.approx(sum(int(s.num_correct) for s in its) / 34)
-    torch.manual_seed(seed_of(SEED, 1, 0, 1))
+    torch.manual_seed(derive_seed(SEED, 1, 0, 1))
     right = (reference.train()(batches.batches[0][0]).argmax(1) == batches.batches[0][1]).sum()
     assert int(steps[0].num_correct) == int(right)
 
@@ -172,7 +178,7 @@ def test_a_training_left_anywhere_goes_on_to_the_same_end(stop: int) -> None:
     whole = network()
     expected = list(fit(whole, config))
     model, state = network(), TrainState()
-    optimiser = optim.build(model, config)
+    optimiser = optim.build_optimizer(model, config)
     first = fit(model, config, optimiser=optimiser, state=state)
     seen = [next(first) for _ in range(stop)]
     first.close()
@@ -198,7 +204,7 @@ def test_streamed_rows_go_on_from_anywhere_too(stop: int) -> None:
     whole = network()
     list(fit(whole, config, batches(Memory(pictures(30)))))
     model, state, streamed = network(), TrainState(), batches(Streamed(pictures(30)))
-    optimiser = optim.build(model, config)
+    optimiser = optim.build_optimizer(model, config)
     first = fit(model, config, streamed, optimiser=optimiser, state=state)
     for _ in range(stop):
         next(first)
@@ -234,15 +240,15 @@ def test_what_other_networks_draw_depends_on_seed_epoch_and_step_only() -> None:
 
 def test_the_average_is_updated_after_each_step() -> None:
     model = network()
-    averager = optim.Averager(model, 0.9)
+    averager = optim.EMA(model, 0.9)
     list(fit(model, OptimConfig(lr=0.02), averager=averager))
     assert averager.steps == 12
-    reference, slow = network(), optim.Averager(network(), 0.9)
-    slow = optim.Averager(reference, 0.9)
+    reference, slow = network(), optim.EMA(network(), 0.9)
+    slow = optim.EMA(reference, 0.9)
     for record in fit(reference, OptimConfig(lr=0.02)):
         if isinstance(record, Step):
             slow.update()
-    with optim.averaged(averager), optim.averaged(slow):
+    with optim.averaged_weights(averager), optim.averaged_weights(slow):
         same(dict(model.state_dict()), dict(reference.state_dict()))
 
 
@@ -278,8 +284,8 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     images, labels = batches.batches[2]
     batches.batches[2] = (images.clone().fill_(value), labels)
     model, state = network(), TrainState()
-    optimiser = optim.build(model, config)
-    averager = optim.Averager(model, 0.9)
+    optimiser = optim.build_optimizer(model, config)
+    averager = optim.EMA(model, 0.9)
     records = fit(model, config, batches, optimiser=optimiser, state=state, averager=averager)
     for _ in range(2):
         next(records)

@@ -17,13 +17,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler
 
 from convlens import ImageClassifier
-from convlens.data.decode import fit_images
+from convlens.data.decode import fit_arrays
 from convlens.errors import ConvlensError, UsageError
 
 TINY: dict[str, Any] = {
-    "model.widths": [4, 8], "model.head": "flatten", "train.batch_size": 8, "augment": [],
+    "model.widths": [4, 8],
+    "model.head": "flatten",
+    "train.batch_size": 8,
+    "augment": [],
     "optim.ema": None,
-}  # fmt: skip
+}
 DIGITS = load_digits()
 CHOSEN = np.concatenate([np.flatnonzero(DIGITS.target == k)[:30] for k in (2, 4, 7)])
 X = DIGITS.images[CHOSEN] / 16
@@ -113,7 +116,7 @@ def test_images_that_are_not_square_are_predicted_as_they_were_trained(fit: str)
     got = small(epochs=1, overrides={**TINY, "data.fit": fit}).fit(images, labels)
     assert got.model_.preprocessing.fit == fit
     side = got.model_.preprocessing.image_size
-    square = fit_images(images[:, None], size=side, channels=1, fit=fit)
+    square = fit_arrays(images[:, None], size=side, channels=1, fit=fit)
     np.testing.assert_array_equal(got.predict_proba(images), got.predict_proba(square))
 
 

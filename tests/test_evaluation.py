@@ -14,23 +14,41 @@ import pytest
 
 from commands import COLOURS, DIGITS, Done, constant_model, here, picture, pictures, refused
 from convlens import Run
-from convlens.data import load
+from convlens.data.dataset import load_data
 from convlens.errors import DataError, ModelFileError, UsageError
 from convlens.metrics import wilson_interval
-from convlens.recipe import load as load_recipe
-from convlens.run import RunFolder
+from convlens.recipe import load_recipe
+from convlens.run import RunDir
 from test_shards import tar
 
 CLASSES = ("blue", "green", "red")
 KEYS = {
-    "run", "split", "data", "n", "correct", "accuracy", "interval95", "loss", "ece", "top5",
-    "per_class", "confusion", "classes", "tta", "looks", "images_per_second", "data_fingerprint",
-    "model_sha256", "convlens", "hardware", "near_ties",
-}  # fmt: skip
+    "run",
+    "split",
+    "data",
+    "n",
+    "correct",
+    "accuracy",
+    "interval95",
+    "loss",
+    "ece",
+    "top5",
+    "per_class",
+    "confusion",
+    "classes",
+    "tta",
+    "looks",
+    "images_per_second",
+    "data_fingerprint",
+    "model_sha256",
+    "convlens",
+    "hardware",
+    "near_ties",
+}
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> RunFolder:
+def model(tmp_path: Path) -> RunDir:
     """Says `green` to everything, with logits (0, 2, 1)."""
     return constant_model(tmp_path / "models" / "greens", [0.0, 2.0, 1.0], CLASSES)
 
@@ -52,7 +70,7 @@ def small(digits: Path) -> Path:
     return Path(shutil.copytree(digits, Path("models") / "small"))
 
 
-def test_numbers_by_hand(model: RunFolder) -> None:
+def test_numbers_by_hand(model: RunDir) -> None:
     root = pictures(Path("set"), {"blue": 2, "green": 3, "red": 5})
     got = here("evaluate", model.path, "--data", root, "--json").json
     assert set(got) == KEYS
@@ -92,7 +110,7 @@ def test_classes_are_matched_by_name_whatever_their_order(tmp_path: Path) -> Non
     assert got.per_class["red"]["recall"] == 1.0
 
 
-def test_classes_that_a_set_lacks_have_no_scores(model: RunFolder) -> None:
+def test_classes_that_a_set_lacks_have_no_scores(model: RunDir) -> None:
     root = pictures(Path("some"), {"green": 3, "red": 1})
     done = here("evaluate", model.path, "--data", root)
     assert done.code == 0
@@ -102,7 +120,7 @@ def test_classes_that_a_set_lacks_have_no_scores(model: RunFolder) -> None:
     assert (got.correct, got.n) == (3, 4)
 
 
-def test_a_class_the_model_does_not_know_is_refused(model: RunFolder) -> None:
+def test_a_class_the_model_does_not_know_is_refused(model: RunDir) -> None:
     root = pictures(Path("more"), {"green": 1, "pink": 1, "red": 1})
     done = here("evaluate", model.path, "--data", root)
     refused(done, 3, "doesn't know 1 of the classes: pink", "blue, green, red")
@@ -113,7 +131,7 @@ def test_a_class_the_model_does_not_know_is_refused(model: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("form", ["folder", "test", "csv", "shards"])
-def test_one_of_its_classes_is_enough_to_be_tested_on(model: RunFolder, form: str) -> None:
+def test_one_of_its_classes_is_enough_to_be_tested_on(model: RunDir, form: str) -> None:
     root = pictures(Path("one/test" if form == "test" else "one"), {"green": 3})
     (root / "blue").mkdir()  # and an empty one is one without images
     data = Path("one")
@@ -123,13 +141,21 @@ def test_one_of_its_classes_is_enough_to_be_tested_on(model: RunFolder, form: st
     if form == "shards":
         data = Path("one.tar")
         members = [(p.name, p.read_bytes()) for p in sorted(root.glob("*/*.png"))]
-        tar(data, [each for name, content in members
-                   for each in ((name, content), (f"{name[:-4]}.txt", b"green"))])  # fmt: skip
+        tar(
+            data,
+            [
+                each
+                for name, content in members
+                for each in ((name, content), (f"{name[:-4]}.txt", b"green"))
+            ],
+        )
     got = Run(model).evaluate(data=data)
     assert (got.n, got.correct, got.accuracy) == (3, 3, 1.0)
     assert {name: its["n"] for name, its in got.per_class.items()} == {
-        "blue": 0, "green": 3, "red": 0,
-    }  # fmt: skip
+        "blue": 0,
+        "green": 3,
+        "red": 0,
+    }
     assert tuple(got.interval95) == wilson_interval(3, 3)
     done = here("evaluate", model.path, "--data", data)
     assert done.code == 0, done.err
@@ -145,7 +171,7 @@ def test_class_names_match_in_any_unicode_form(tmp_path: Path) -> None:
     assert (got.n, got.correct) == (3, 2)
 
 
-def test_what_to_do_about_images_of_another_set_that_can_not_be_read(model: RunFolder) -> None:
+def test_what_to_do_about_images_of_another_set_that_can_not_be_read(model: RunDir) -> None:
     for root in (pictures(Path("one"), {"red": 2}), pictures(Path("two"), {"red": 2, "blue": 1})):
         (root / "red" / "bad.png").write_bytes(b"")
         done = here("evaluate", model.path, "--data", root)
@@ -157,7 +183,7 @@ def test_what_to_do_about_images_of_another_set_that_can_not_be_read(model: RunF
         assert here("evaluate", model.path, "--data", root).code == 0
 
 
-def test_files_that_were_left_out_are_told(model: RunFolder) -> None:
+def test_files_that_were_left_out_are_told(model: RunDir) -> None:
     root = pictures(Path("set"), {"red": 2, "green": 2})
     (root / "red" / "gone.png").symlink_to("/no/such/disk/gone.png")
     done = here("evaluate", model.path, "--data", root)
@@ -190,7 +216,7 @@ def test_images_that_it_was_trained_on_are_counted() -> None:
         assert (done.code, said in done.err) == (0, False), done.err
 
 
-def test_a_part_of_another_set_is_taken_by_its_name(model: RunFolder) -> None:
+def test_a_part_of_another_set_is_taken_by_its_name(model: RunDir) -> None:
     root = Path("parts")
     pictures(root / "train", {"green": 4, "red": 1})
     pictures(root / "test", {"green": 1, "red": 2}, first=50)
@@ -201,7 +227,7 @@ def test_a_part_of_another_set_is_taken_by_its_name(model: RunFolder) -> None:
         Run(model).evaluate("val", data=root)
 
 
-def test_a_listed_set_in_another_order_gives_the_same(model: RunFolder) -> None:
+def test_a_listed_set_in_another_order_gives_the_same(model: RunDir) -> None:
     pictures(Path("set"), {"green": 2, "red": 3})
     lines = [f"{p},{p.parent.name}" for p in sorted(Path("set").rglob("*.png"), reverse=True)]
     Path("list.csv").write_text("\n".join(["path,label", *lines]))
@@ -216,8 +242,11 @@ def test_every_look_is_counted(small: Path) -> None:
         assert here("evaluate", "small", "--split", split, "--json").json["looks"] == looks
     logged = json.loads((small / "results.json").read_text())
     assert [(r["split"], r["looks"]) for r in logged] == [
-        ("test", 1), ("test", 2), ("val", 1), ("test", 3),
-    ]  # fmt: skip
+        ("test", 1),
+        ("test", 2),
+        ("val", 1),
+        ("test", 3),
+    ]
     assert all(r["own"] for r in logged)
     assert logged == Run.load("small").results
 
@@ -232,7 +261,7 @@ def test_the_validation_numbers_are_those_of_training(small: Path) -> None:
 
 def test_the_test_split_is_what_was_held_out(small: Path) -> None:
     config = load_recipe(small / "recipe.yaml").data
-    data = load(config, memory_budget=1 << 30)
+    data = load_data(config, memory_budget=1 << 30)
     test = data.unseal_test()
     assert not set(test.ids) & ({*data.train.ids} | {*data.val.ids})
     rows = [line.split(",") for line in (small / "split.csv").read_text().splitlines()[1:]]

@@ -16,10 +16,14 @@ pytestmark = pytest.mark.figures
 
 SCRIPTS = Path(__file__).parent.parent / "experiments"
 FEW = (
-    "data.name=digits", "data.per_class=4", "data.image_size=16", "data.val_fraction=0.05",
+    "data.name=digits",
+    "data.per_class=4",
+    "data.image_size=16",
+    "data.val_fraction=0.05",
     "data.test_fraction=0.03",
-    "train.epochs=1", "train.batch_size=20",
-)  # fmt: skip
+    "train.epochs=1",
+    "train.batch_size=20",
+)
 
 
 def run(script: str, *arguments: str | Path) -> str:
@@ -87,4 +91,4 @@ def test_every_script_names_a_recipe_that_exists(script: str) -> None:
     from convlens import recipe
 
     text = (SCRIPTS / script).read_text("utf-8")
-    assert any(f'experiment("{name}"' in text for name in recipe.names())
+    assert any(f'experiment("{name}"' in text for name in recipe.recipe_names())

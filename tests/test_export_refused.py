@@ -18,16 +18,12 @@ from torch import Tensor, nn
 
 import convlens
 from commands import DIGITS, here, picture, pictures, refused
-from convlens import models
+from convlens import model_export, models, onnx_model
 from convlens.errors import ModelFileError, ResourceError
-from convlens.exported import open_model
-from convlens.exporting import formats, making
-from convlens.exporting.agreement import ReferenceOutputs, RunModel
-from convlens.exporting.formats import FORMATS
-from convlens.exporting.making import Export
-from convlens.formats import onnxfile
-from convlens.run import Loaded, Preprocessing
-from convlens.system import files
+from convlens.model_export import FORMATS, Export, ReferenceOutputs, RunModel
+from convlens.onnx_model import load_model_or_onnx
+from convlens.run import LoadedModel, Preprocessing
+from convlens.utils import files
 from killing import deaths
 
 onnx = pytest.importorskip("onnx")
@@ -54,75 +50,75 @@ def small(made: Path) -> Path:
 # Mistakes that an export could make: all are found, and no file is written
 
 
-def network(classes: int = 3) -> Loaded:
+def network(classes: int = 3) -> LoadedModel:
     """A network of random weights for colour images of 8 px, whose norms have seen images."""
     torch.manual_seed(0)
-    model = models.build("cnn", classes, 3, 8, {"widths": [6]})
+    model = models.build_model("cnn", classes, 3, 8, {"widths": [6]})
     model.train()
     for _ in range(20):
         model(torch.randn(16, 3, 8, 8) * 2)
     nn.init.normal_(model.get_parameter("classifier.weight"), std=2.0)
     pre = Preprocessing(8, 3, "crop", [0.3, 0.5, 0.6], [0.2, 0.3, 0.25])
     card = {"sha256": "0" * 64, "run": "net", "data": {"fingerprint": "none"}, "recipe": {}}
-    return Loaded(model.eval(), tuple("abcdefgh"[:classes]), pre, card)
+    return LoadedModel(model.eval(), tuple("abcdefgh"[:classes]), pre, card)
 
 
-def reference_outputs(loaded: Loaded) -> ReferenceOutputs:
+def reference_outputs(loaded: LoadedModel) -> ReferenceOutputs:
     images = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.manual_seed(1))
     return ReferenceOutputs(loaded, images, "random images")
 
 
-def export_as(mistaken: Loaded, right: Loaded, name: str) -> Export:
+def export_as(mistaken: LoadedModel, right: LoadedModel, name: str) -> Export:
     """Export one network, but check it against another."""
     target = Path(f"net{FORMATS[name].suffix}")
-    program = formats.capture(mistaken)
-    return making.write_checked(name, program, target, right, reference_outputs(right))
+    program = model_export.capture(mistaken)
+    return model_export.write_checked(name, program, target, right, reference_outputs(right))
 
 
-def changed(loaded: Loaded, **preprocessing: Any) -> Loaded:
+def changed(loaded: LoadedModel, **preprocessing: Any) -> LoadedModel:
     pre = Preprocessing(**{**vars(loaded.preprocessing), **preprocessing})
-    return Loaded(loaded.model, loaded.classes, pre, loaded.card)
+    return LoadedModel(loaded.model, loaded.classes, pre, loaded.card)
 
 
-def without_normalisation(loaded: Loaded) -> Loaded:
+def without_normalisation(loaded: LoadedModel) -> LoadedModel:
     return changed(loaded, mean=[0.0] * 3, std=[1.0] * 3)
 
 
-def channels_reversed(loaded: Loaded) -> Loaded:
+def channels_reversed(loaded: LoadedModel) -> LoadedModel:
     pre = loaded.preprocessing
     return changed(loaded, mean=pre.mean[::-1], std=pre.std[::-1])
 
 
-def scaled_twice(loaded: Loaded) -> Loaded:
+def scaled_twice(loaded: LoadedModel) -> LoadedModel:
     return changed(loaded, std=[value * 255 for value in loaded.preprocessing.std])
 
 
-def classes_swapped(loaded: Loaded) -> Loaded:
+def classes_swapped(loaded: LoadedModel) -> LoadedModel:
     model = network().model
     head = model.get_submodule("classifier")
     assert isinstance(head, nn.Linear)
     with torch.no_grad():
         head.weight.copy_(head.weight[[1, 0, 2]])
-    return Loaded(model, loaded.classes, loaded.preprocessing, loaded.card)
+    return LoadedModel(model, loaded.classes, loaded.preprocessing, loaded.card)
 
 
-def norms_of_the_batch(loaded: Loaded) -> Loaded:
+def norms_of_the_batch(loaded: LoadedModel) -> LoadedModel:
     """As batch norm in training mode: statistics of the images at hand."""
     model = network().model
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean = module.running_var = None
-    return Loaded(model, loaded.classes, loaded.preprocessing, loaded.card)
+    return LoadedModel(model, loaded.classes, loaded.preprocessing, loaded.card)
 
 
-def another_width(loaded: Loaded) -> Loaded:
-    return Loaded(network(4).model, loaded.classes, loaded.preprocessing, loaded.card)
+def another_width(loaded: LoadedModel) -> LoadedModel:
+    return LoadedModel(network(4).model, loaded.classes, loaded.preprocessing, loaded.card)
 
 
-def no_numbers(loaded: Loaded) -> Loaded:
+def no_numbers(loaded: LoadedModel) -> LoadedModel:
     model = network().model
     nn.init.constant_(model.get_parameter("classifier.bias"), float("nan"))
-    return Loaded(model, loaded.classes, loaded.preprocessing, loaded.card)
+    return LoadedModel(model, loaded.classes, loaded.preprocessing, loaded.card)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +133,9 @@ def no_numbers(loaded: Loaded) -> Loaded:
         (no_numbers, "difference among violations: nan"),
     ],
 )
-def test_a_wrong_export_is_not_written(mistake: Callable[[Loaded], Loaded], said: str) -> None:
+def test_a_wrong_export_is_not_written(
+    mistake: Callable[[LoadedModel], LoadedModel], said: str
+) -> None:
     Path("net.pt2").write_text("an older export")
     right = network()
     with pytest.raises(ModelFileError, match="does not reproduce the outputs") as caught:
@@ -148,7 +146,7 @@ def test_a_wrong_export_is_not_written(mistake: Callable[[Loaded], Loaded], said
 
 
 @pytest.mark.parametrize("mistake", [without_normalisation, classes_swapped])
-def test_a_wrong_onnx_export_is_not_written(mistake: Callable[[Loaded], Loaded]) -> None:
+def test_a_wrong_onnx_export_is_not_written(mistake: Callable[[LoadedModel], LoadedModel]) -> None:
     right = network()
     with pytest.raises(ModelFileError, match=r"no file was written: .* logits, Mismatched"):
         export_as(mistake(right), right, "onnx")
@@ -164,12 +162,12 @@ def test_a_network_in_training_mode_is_exported_in_eval_mode() -> None:
 
 
 def test_probabilities_must_be_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Twice(formats.Exportable):
+    class Twice(model_export.Exportable):
         def forward(self, images: Tensor) -> dict[str, Tensor]:
             logits = super().forward(images)["logits"]
             return {"logits": logits, "probabilities": logits.clone()}
 
-    monkeypatch.setattr(formats, "Exportable", Twice)
+    monkeypatch.setattr(model_export, "Exportable", Twice)
     right = network()
     with pytest.raises(ModelFileError, match=r"atol=1e-05, probabilities, Mismatched elements"):
         export_as(right, right, "torch")
@@ -178,12 +176,12 @@ def test_probabilities_must_be_the_softmax(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_a_program_with_a_fixed_batch_size_is_not_written(name: str) -> None:
     right = network()
-    net = formats.Exportable(right.model, right.preprocessing.mean, right.preprocessing.std)
+    net = model_export.Exportable(right.model, right.preprocessing.mean, right.preprocessing.std)
     with torch.no_grad():
         fixed = torch.export.export(net, (torch.zeros(7, 3, 8, 8, dtype=torch.uint8),))
     target = Path(f"net{FORMATS[name].suffix}")
     with pytest.raises(ModelFileError):
-        making.write_checked(name, fixed, target, right, reference_outputs(right))
+        model_export.write_checked(name, fixed, target, right, reference_outputs(right))
     assert list(Path().iterdir()) == []
 
 
@@ -196,7 +194,7 @@ def test_the_check_by_hand() -> None:
 
     rows = torch.tensor([[2, 1], [50, 50], [70, 60], [0, 100]], dtype=torch.uint8)
     pre = Preprocessing(1, 1, "crop", [0.0], [10 / 255])
-    loaded = Loaded(Pixels(), ("left", "right"), pre, {})
+    loaded = LoadedModel(Pixels(), ("left", "right"), pre, {})
     reference = ReferenceOutputs(loaded, rows.view(4, 1, 1, 2), "rows")
 
     def off_by(change: float) -> RunModel:
@@ -224,7 +222,7 @@ def test_a_refused_export_keeps_the_older_file(
 ) -> None:
     before = {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()}
     wrong = torch.full((1, 1, 1, 1), 1 / 255), torch.zeros(1, 1, 1, 1)
-    monkeypatch.setattr(formats, "scale_and_shift", lambda *_: wrong)
+    monkeypatch.setattr(model_export, "scale_and_shift", lambda *_: wrong)
     refused(here("export", "small", "--to", "torch,onnx"), 4, "does not reproduce the outputs")
     assert {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()} == before
 
@@ -249,7 +247,7 @@ def test_a_killed_export_leaves_the_old_file_or_the_new_one(
 
     seen = set()
     for moment in deaths(
-        lambda: making.write_checked("torch", None, target, right, reference), prepare
+        lambda: model_export.write_checked("torch", None, target, right, reference), prepare
     ):
         assert target.read_bytes() in (old, new), moment
         seen.add(target.read_bytes())
@@ -304,7 +302,7 @@ def test_an_onnx_file_runs_in_smaller_batches_when_memory_runs_out(
 ) -> None:
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-    real, most = onnxfile.OnnxNet.outputs, [3]
+    real, most = onnx_model.OnnxNetwork.outputs, [3]
 
     class Session:
         def __init__(self, session: Any) -> None:
@@ -315,7 +313,7 @@ def test_an_onnx_file_runs_in_smaller_batches_when_memory_runs_out(
                 raise Fail(NONE_LEFT)
             return self.session.run(names, given)
 
-    def outputs(net: onnxfile.OnnxNet, images: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs(net: onnx_model.OnnxNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(net.session, Session):
             net.session = Session(net.session)
         return real(net, images)
@@ -323,7 +321,7 @@ def test_an_onnx_file_runs_in_smaller_batches_when_memory_runs_out(
     asked = ("evaluate", small / "model.onnx", "--split", "val", "--json")
     whole = here(*asked)
     assert whole.code == 0, whole.err
-    monkeypatch.setattr(onnxfile.OnnxNet, "outputs", outputs)
+    monkeypatch.setattr(onnx_model.OnnxNetwork, "outputs", outputs)
     parts = here(*asked)
     assert parts.code == 0, parts.err
     assert parts.json["confusion"] == whole.json["confusion"]
@@ -347,9 +345,9 @@ def test_a_network_that_torch_cannot_capture_is_reported() -> None:
             return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
 
     right = network()
-    strange = Loaded(Strange(), right.classes, right.preprocessing, right.card)
+    strange = LoadedModel(Strange(), right.classes, right.preprocessing, right.card)
     with pytest.raises(ModelFileError, match=r"torch.export of torch .* can't take this network"):
-        formats.capture(strange)
+        model_export.capture(strange)
 
 
 # Images to compare on
@@ -510,7 +508,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "card": (says(card="[]"), "can't be used"),
     "no data": (says(card='{"recipe": {}, "data": 1}'), "can't be used"),
     "at once": (says(at_once="many"), "can't be used"),
-    "newer": (says(**{onnxfile.MARK: "2"}), "newer convlens (format 2"),
+    "newer": (says(**{onnx_model.MARK: "2"}), "newer convlens (format 2"),
 }
 
 
@@ -529,13 +527,13 @@ def test_a_hostile_file_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch,
     proto, facts = proto_of(small / "model.onnx")
     del facts["sha256"]
     change(proto, facts)
-    path.write_bytes(onnxfile.serialize(proto, facts))  # the hash is right
+    path.write_bytes(onnx_model.serialize(proto, facts))  # the hash is right
     if "another file" in said:  # no runtime may ever see it, whatever that would do
 
         def reached(*given: Any) -> None:
             raise AssertionError("a runtime was given the file")
 
-        monkeypatch.setattr(onnxfile, "OnnxNet", reached)
+        monkeypatch.setattr(onnx_model, "OnnxNetwork", reached)
     for words in (["predict", path, "a.png"], ["evaluate", path]):
         refused(here(*words), 4, said, "in/model.onnx")
     with pytest.raises(ModelFileError):
@@ -550,7 +548,7 @@ def test_damaged_files_are_refused(small: Path) -> None:
         at = chance.randrange(len(data))
         damaged.append(data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :])
     # A key or a value that is no UTF-8: protobuf gives bytes where texts are promised.
-    for text in (b"sha256", b"classes", onnxfile.MARK.encode()):
+    for text in (b"sha256", b"classes", onnx_model.MARK.encode()):
         at = data.rfind(text)
         damaged.append(data[:at] + b"\xff" + data[at + 1 :])
     damaged.append(data[:-1] + b"\xff")
@@ -560,7 +558,7 @@ def test_damaged_files_are_refused(small: Path) -> None:
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(ModelFileError):
-            open_model(path)
+            load_model_or_onnx(path)
     refused(here("predict", path, "-"), 4, "model.onnx")
 
 
@@ -569,7 +567,7 @@ def test_files_of_other_programs_are_refused(small: Path) -> None:
     del proto.metadata_props[:]
     Path("other.onnx").write_bytes(proto.SerializeToString())
     refused(here("predict", "other.onnx", "-"), 4, "not written by convlens", "export")
-    proto.metadata_props.add(key=onnxfile.MARK, value="1")
+    proto.metadata_props.add(key=onnx_model.MARK, value="1")
     Path("other.onnx").write_bytes(proto.SerializeToString())
     refused(here("predict", "other.onnx", "-"), 4, "hash differs")
 
@@ -585,7 +583,7 @@ def test_class_names_are_only_text(small: Path) -> None:
     names = [f"[red]{i}[/] <img src=x onerror=alert(1)>" for i in range(10)]
     facts = {**facts, "classes": json.dumps(names)}
     del facts["sha256"]
-    Path("named.onnx").write_bytes(onnxfile.serialize(proto, facts))
+    Path("named.onnx").write_bytes(onnx_model.serialize(proto, facts))
     picture(Path("a.png"), (9,))
     done = here("predict", "named.onnx", "a.png")
     assert done.code == 0

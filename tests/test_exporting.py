@@ -23,15 +23,13 @@ from commands import (
     environment,
     here,
     refused,
-)  # fmt: skip
-from convlens import models
-from convlens.data import load, load_foreign
+)
+from convlens import model_export, models
+from convlens.data.dataset import load_data, load_external_data
 from convlens.data.decode import decode
-from convlens.exporting import formats, making
-from convlens.exporting.agreement import MAX_IMAGES, ReferenceOutputs
-from convlens.exporting.formats import FORMATS
-from convlens.recipe import load as load_recipe
-from convlens.run import Loaded, Preprocessing, load_model
+from convlens.model_export import FORMATS, MAX_IMAGES, ReferenceOutputs
+from convlens.recipe import load_recipe
+from convlens.run import LoadedModel, Preprocessing, load_model
 
 ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -58,7 +56,7 @@ def small(made: tuple[Path, dict[str, Any], str]) -> Path:
 def validation(run: Path) -> Tensor:
     """The run's validation images, uint8."""
     recipe = load_recipe(load_model(run / "model.safetensors").card["recipe"])
-    split = load(recipe.data, memory_budget=1 << 30).val
+    split = load_data(recipe.data, memory_budget=1 << 30).val
     return split.rows.gather(torch.arange(len(split)))
 
 
@@ -105,8 +103,10 @@ def test_command_reports_the_numerical_check(made: tuple[Path, dict[str, Any], s
         assert each["versions"]["torch"] == torch.__version__
     assert messages.count("the same class for all; logits differ by at most") == 2
     assert sorted(path.name for path in run.glob("*model.*")) == [
-        "model.onnx", "model.pt2", "model.safetensors"
-    ]  # fmt: skip
+        "model.onnx",
+        "model.pt2",
+        "model.safetensors",
+    ]
 
 
 def test_onnxruntime_computes_the_outputs_of_the_network(
@@ -142,8 +142,11 @@ print(json.dumps([
 """
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, str(run)],
-        capture_output=True, text=True, check=True, env=environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
     apart, of_torch, of_onnx, ours = json.loads(done.stdout)
     assert apart < 1e-5
     assert ours == []
@@ -284,8 +287,10 @@ def test_evaluate_with_the_onnx_file_equals_evaluate_with_the_run(small: Path) -
     kept = {path: path.read_bytes() for path in (small / "answers").iterdir()}
     theirs = here("evaluate", small / "model.onnx", "--json").json
     own = {"model_sha256", "images_per_second", "looks"}
-    close({k: v for k, v in ours.items() if k not in own},
-          {k: v for k, v in theirs.items() if k not in own})  # fmt: skip
+    close(
+        {k: v for k, v in ours.items() if k not in own},
+        {k: v for k, v in theirs.items() if k not in own},
+    )
     # It is one more look at the run's test images, by another file.
     assert (ours["looks"], theirs["looks"]) == (1, 2)
     assert theirs["model_sha256"] == facts_of(small / "model.onnx")["sha256"]
@@ -334,10 +339,14 @@ def test_ten_thousand_images_get_the_same_classes() -> None:
     assert (ours["correct"], ours["confusion"]) == (theirs["correct"], theirs["confusion"])
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
     pre = load_model(run / "model.safetensors").preprocessing
-    split, *_ = load_foreign(
-        "mnist", "test", image_size=pre.image_size, channels=pre.channels, fit=pre.fit,
+    split, *_ = load_external_data(
+        "mnist",
+        "test",
+        image_size=pre.image_size,
+        channels=pre.channels,
+        fit=pre.fit,
         memory_budget=1 << 30,
-    )  # fmt: skip
+    )
     images = split.rows.gather(torch.arange(10_000))
     expected = by_hand(run, images)
     logits = session(run / "model.onnx").run(["logits"], {"images": images.numpy()})[0]
@@ -366,18 +375,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def loaded_network(name: str, channels: int = 3, fit: str = "pad") -> Loaded:
+def loaded_network(name: str, channels: int = 3, fit: str = "pad") -> LoadedModel:
     """A network whose norms have seen images, with classes, as if it came from a file."""
     torch.manual_seed(0)
     size = SIZES.get(name, 16)
-    model = models.build(name, 5, channels, size, OPTIONS.get(name, {}))
+    model = models.build_model(name, 5, channels, size, OPTIONS.get(name, {}))
     model.train()(torch.randn(8, channels, size, size))
     pre = Preprocessing(size, channels, fit, [0.4, 0.5, 0.3][:channels], [0.2, 0.3, 0.1][:channels])
     card = {"sha256": "0" * 64, "run": "net", "data": {"fingerprint": "none"}, "recipe": {}}
-    return Loaded(model.eval(), tuple("abcde"), pre, card)
+    return LoadedModel(model.eval(), tuple("abcde"), pre, card)
 
 
-def reference_outputs(loaded: Loaded, count: int = 40) -> ReferenceOutputs:
+def reference_outputs(loaded: LoadedModel, count: int = 40) -> ReferenceOutputs:
     pre = loaded.preprocessing
     shape = (count, pre.channels, pre.image_size, pre.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.manual_seed(3))
@@ -394,10 +403,10 @@ def reference_outputs(loaded: Loaded, count: int = 40) -> ReferenceOutputs:
 def test_every_network_can_be_exported(network: str) -> None:
     loaded = loaded_network(network, channels=1 if network == "cnn" else 3)
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    reference, program = reference_outputs(loaded), formats.capture(loaded)
+    reference, program = reference_outputs(loaded), model_export.capture(loaded)
     for name, form in FORMATS.items():
         target = Path(f"net{form.suffix}")
-        done = making.write_checked(name, program, target, loaded, reference)
+        done = model_export.write_checked(name, program, target, loaded, reference)
         assert done.proof.max_logit_difference <= done.proof.tolerance
         assert target.stat().st_size == done.bytes
     # Capturing changed nothing in the network itself.

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from commands import DIGITS, command, here, refused
-from convlens import training
 from convlens.errors import ModelFileError, UsageError
 from convlens.recipe import Recipe
-from convlens.run import RunFolder
+from convlens.run import RunDir
+from convlens.training import train as training_train
 from selftest import differences
 from support import tiny
 
@@ -22,8 +22,8 @@ CONSTANT = (
 )
 
 
-def train(asked: Recipe, name: str, *, extend: bool = False) -> RunFolder:
-    return training.train(asked, name=name, extend=extend, test=False, on="cpu", quiet=True)
+def train(asked: Recipe, name: str, *, extend: bool = False) -> RunDir:
+    return training_train.train(asked, name=name, extend=extend, test=False, on="cpu", quiet=True)
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
@@ -36,7 +36,7 @@ def test_at_a_constant_rate_it_ends_as_the_longer_run(keep: str) -> None:
     assert told == {"run": "short", "epochs": 3, "exact": True}
     whole = train(longer, "whole")
     assert differences(whole, extended) == []
-    assert RunFolder(Path("models/short")).facts()["epochs"] == 3  # left as it was
+    assert RunDir(Path("models/short")).facts()["epochs"] == 3  # left as it was
 
 
 def test_a_schedule_goes_on_at_its_place_in_the_longer_run() -> None:
@@ -95,5 +95,5 @@ def test_the_command() -> None:
     assert "from 2 epochs: the same bits as 3 epochs" not in done.err  # digits: one-cycle
     assert "not the same as 3 epochs from the beginning" in done.err
     assert "continuing" in done.err
-    assert len(RunFolder(Path(done.json["path"])).metrics()) == 3
+    assert len(RunDir(Path(done.json["path"])).metrics()) == 3
     refused(here("train", *longer, "--extend", "--seeds", "2"), 2, "--extend is for a single run")

@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convlens import models, recipe
-from convlens.data.opening import Split
+from convlens import models, recipe, serialization
+from convlens.data.splits import Split
 from convlens.errors import UsageError
-from convlens.formats import modelfile
 from convlens.models.fastnet import WHITEN_EPS, FastNet, whitening_filters
 from convlens.run import Preprocessing
-from convlens.starting.beginning import _some_images
-from convlens.starting.checking import check
-from convlens.starting.preparing import prepare
+from convlens.training.resolve import validate_recipe
+from convlens.training.setup import _some_images, build_training_job
 from support import PLAN, Memory, images_of, pictures, same, tiny
 
 FAST = ["model.name=fastnet", "model.widths=[4,8]"]
@@ -223,7 +221,7 @@ def test_bf16_is_close_to_fp32() -> None:
 )
 def test_impossible_options_are_usage_errors(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as caught:
-        models.build("fastnet", 2, 1, 8, options)
+        models.build_model("fastnet", 2, 1, 8, options)
     assert says in str(caught.value)
 
 
@@ -232,9 +230,9 @@ def test_impossible_options_are_usage_errors(options: dict[str, Any], says: str)
 
 def test_a_run_whitens_by_its_training_images() -> None:
     asked = tiny(*FAST)
-    check(asked)
+    validate_recipe(asked)
     data = images_of(asked)
-    setup = prepare(asked, data, "cpu")
+    setup = build_training_job(asked, data, "cpu")
     images = setup.preprocessing.normalise(
         data.train.rows.gather(torch.arange(len(data.train))), PLAN
     )
@@ -258,9 +256,9 @@ def test_a_run_whitens_by_its_training_images() -> None:
 def test_a_model_file_brings_its_whitening(tmp_path: Any) -> None:
     model = FastNet(3, 1, 9, widths=(4,)).eval()
     model.initialise(correlated(5, 1, 9))
-    modelfile.write(tmp_path / "m", model.state_dict(), {})
-    again = models.build("fastnet", 3, 1, 9, {"widths": [4]})
-    models.load(again, modelfile.read(tmp_path / "m")[0])
+    serialization.write_model_file(tmp_path / "m", model.state_dict(), {})
+    again = models.build_model("fastnet", 3, 1, 9, {"widths": [4]})
+    models.load_weights(again, serialization.read_model_file(tmp_path / "m")[0])
     same(dict(again.state_dict()), dict(model.state_dict()))
 
 
@@ -289,6 +287,6 @@ def test_some_images_are_evenly_spaced_and_bounded(
 
 
 def test_fastnet_is_a_recipe_away() -> None:
-    asked = recipe.load("digits", ["model.name=fastnet", "model.depth=3"])
-    check(asked)
+    asked = recipe.load_recipe("digits", ["model.name=fastnet", "model.depth=3"])
+    validate_recipe(asked)
     assert asked.model.options == {"depth": 3}

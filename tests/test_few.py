@@ -12,26 +12,25 @@ import pytest
 from sklearn.datasets import load_digits
 
 from commands import DIGITS, command, here, pictures, refused
-from convlens import ImageClassifier, Run, recipe, training
-from convlens.data import Data, load
-from convlens.engine import TrainState
+from convlens import ImageClassifier, Run, recipe, serialization
+from convlens.data.dataset import Data, load_data
+from convlens.engine.loop import TrainState
 from convlens.errors import DataError, UsageError
-from convlens.formats import modelfile
-from convlens.resuming import keeping
-from convlens.resuming.states import Clock
-from convlens.schema import DataConfig
-from convlens.starting.checking import check
+from convlens.recipe import DataConfig
+from convlens.training import checkpoint, train
+from convlens.training.checkpoint import EpochClock
+from convlens.training.resolve import validate_recipe
 from support import begin, same, tiny
 
 BARE = ("data.val_fraction=0", "train.keep=last")
 
 
 def digits(**values: Any) -> Data:
-    return load(DataConfig(name="digits", **values), memory_budget=1 << 30)
+    return load_data(DataConfig(name="digits", **values), memory_budget=1 << 30)
 
 
 def own(name: str | Path, **values: Any) -> Data:
-    return load(DataConfig(name=str(name), **values), memory_budget=1 << 30)
+    return load_data(DataConfig(name=str(name), **values), memory_budget=1 << 30)
 
 
 # What is held out
@@ -143,7 +142,7 @@ def test_the_test_split_of_tiny_classes_is_that_of_a_refit() -> None:
 )
 def test_keys_that_contradict_each_other(overrides: list[str], says: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
-        check(recipe.load("digits", overrides))
+        validate_recipe(recipe.load_recipe("digits", overrides))
     assert all(text in str(caught.value) for text in says)
     refused(here("train", "digits", *overrides), 2, *says)
     assert not Path("models").exists()
@@ -171,7 +170,7 @@ def test_a_run_without_validation_from_end_to_end() -> None:
         assert [row["val_loss"] + row["val_accuracy"] for row in csv.DictReader(file)] == ["", ""]
     assert all(math.isnan(row["val_loss"]) for row in run.metrics)
     assert (Path("plots/bare") / "curves.png").is_file()
-    card = modelfile.read(run.path / "model.safetensors")[1]
+    card = serialization.read_model_file(run.path / "model.safetensors")[1]
     assert card["chosen"] == {"epoch": 2, "validated": False, "rule": "last epoch"}
     assert [look["split"] for look in run.results] == ["test"]
     refused(here("evaluate", "bare", "--split", "val"), 3, "no validation split", "--data")
@@ -185,12 +184,15 @@ def test_validation_changes_nothing_about_the_training() -> None:
     """The same images trained on with and without looking at others after each epoch."""
     asked = tiny("train.keep=last", "train.epochs=2")
     setup, place = begin(asked, "with")
-    rows, kept = training.run_to_end(setup, place, quiet=True)
+    rows, kept = train.fit(setup, place, quiet=True)
     bare, other = begin(asked, "without")
     bare.recipe = bare.recipe.replace(**{"data.val_fraction": 0})
-    its_rows, its_kept = training.run_to_end(bare, other, quiet=True)
+    its_rows, its_kept = train.fit(bare, other, quiet=True)
     assert kept == its_kept == 2
-    same(modelfile.read(place.model_path)[0], modelfile.read(other.model_path)[0])
+    same(
+        serialization.read_model_file(place.model_path)[0],
+        serialization.read_model_file(other.model_path)[0],
+    )
     assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in its_rows]
     assert math.isnan(its_rows[-1]["val_accuracy"])
 
@@ -200,8 +202,8 @@ def test_a_run_without_validation_goes_on_where_it_stopped(
 ) -> None:
     asked = tiny(*BARE)
     setup, place = begin(asked, "whole")
-    training.run_to_end(setup, place, quiet=True)
-    real, saves = keeping.save, []
+    train.fit(setup, place, quiet=True)
+    real, saves = checkpoint.save_checkpoint, []
 
     def save(*arguments: Any) -> None:
         real(*arguments)
@@ -210,15 +212,18 @@ def test_a_run_without_validation_goes_on_where_it_stopped(
             raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(keeping, "save", save)
-        patch.setattr(keeping, "SAVE_SECONDS", 0.0)
+        patch.setattr(checkpoint, "save_checkpoint", save)
+        patch.setattr(checkpoint, "SAVE_INTERVAL_S", 0.0)
         with pytest.raises(MemoryError):
-            training.run_to_end(*begin(asked, "stopped"), quiet=True)
+            train.fit(*begin(asked, "stopped"), quiet=True)
     setup, other = begin(asked, "stopped")
-    rows, kept = training.run_to_end(setup, other, quiet=True)
+    rows, kept = train.fit(setup, other, quiet=True)
     assert (len(rows), kept) == (3, 3)
     assert all(row["cpu_seconds"] > 0 for row in rows)
-    same(modelfile.read(place.model_path)[0], modelfile.read(other.model_path)[0])
+    same(
+        serialization.read_model_file(place.model_path)[0],
+        serialization.read_model_file(other.model_path)[0],
+    )
 
 
 def test_an_estimator_may_train_on_all_it_gets() -> None:
@@ -235,7 +240,7 @@ def test_an_estimator_may_train_on_all_it_gets() -> None:
 
 
 def test_the_clock_goes_on_from_a_stopped_epoch() -> None:
-    clock = Clock(TrainState(seconds=100.0, cpu_seconds=50.0))
+    clock = EpochClock(TrainState(seconds=100.0, cpu_seconds=50.0))
     wall, cpu = clock.read()
     assert 100 <= wall < 160
     assert 50 <= cpu < 110

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from convlens.errors import ResourceError
-from convlens.system import files
+from convlens.utils import files
 
 FOLDER = Path("deep/er")
 TARGET = FOLDER / "file"
@@ -198,7 +198,7 @@ def test_a_process_killed_while_writing_leaves_a_whole_file() -> None:
     code = """
 import itertools
 from pathlib import Path
-from convlens.system.files import write_atomic
+from convlens.utils.files import write_atomic
 for i in itertools.count():
     write_atomic(Path("big"), bytes([i % 256]) * 3_000_000)
 """
@@ -226,7 +226,7 @@ LEFT = ".file.abcdefg_.part"
 KILLED = """
 import os, signal
 from pathlib import Path
-from convlens.system import files
+from convlens.utils import files
 os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
 with files.lock(Path("deep/er/.lock"), what="x"):
     files.write_atomic(Path("deep/er/file"), b"half of it")
@@ -247,10 +247,17 @@ def test_what_a_killed_write_left_goes_with_the_next_lock() -> None:
 
 def test_only_what_was_left_of_that_very_file_goes() -> None:
     others = [
-        ".file.json.abcdefgh.part", ".other.abcdefgh.part", ".file.original", ".file.abcdefgh",
-        "file", ".file.part", ".file.abcdefgh.part.zip", ".Xfile.abcdefgh.part", "file.part",
+        ".file.json.abcdefgh.part",
+        ".other.abcdefgh.part",
+        ".file.original",
+        ".file.abcdefgh",
+        "file",
+        ".file.part",
+        ".file.abcdefgh.part.zip",
+        ".Xfile.abcdefgh.part",
+        "file.part",
         ".file.ABCDEFGH.part",
-    ]  # fmt: skip
+    ]
     FOLDER.mkdir(parents=True)
     for name in (LEFT, *others):
         (FOLDER / name).touch()
@@ -344,7 +351,7 @@ def holding(seconds: int) -> subprocess.Popen[str]:
     code = """
 import time
 from pathlib import Path
-from convlens.system.files import lock
+from convlens.utils.files import lock
 with lock(Path("deep/er/.lock"), what="x"):
     print("held", flush=True)
     time.sleep(SECONDS)

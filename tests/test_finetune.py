@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import models, optim, recipe as recipes, training
-from convlens.data.batches import to_unit
-from convlens.data.draws import Place
-from convlens.device import Plan, seed_of
+from convlens import models, optim
+from convlens.data.loader import to_unit
+from convlens.data.transforms.random import SampleInfo
+from convlens.device import Plan, derive_seed
 from convlens.errors import ResourceError, UsageError
-from convlens.models.freezing import freeze, frozen_prefix, set_train_mode
-from convlens.schema import OptimConfig
-from convlens.starting import checking, feeding, preparing, trunk
+from convlens.models.stages import freeze, frozen_prefix, set_train_mode
+from convlens.recipe import OptimConfig, load_recipe
+from convlens.training import feature_cache, resolve, train
+from convlens.training.setup import TrainingJob, build_training_job
 from support import begin, same
 
 PLAN = Plan("cpu", "fp32", "contiguous")
@@ -35,7 +36,7 @@ RESNET = (
 
 def resnet(trainable: str = "all") -> nn.Module:
     torch.manual_seed(0)
-    model = models.build("resnet18", 4, 3, 32, {"stem": "imagenet"})
+    model = models.build_model("resnet18", 4, 3, 32, {"stem": "imagenet"})
     freeze(model, trainable)
     return model
 
@@ -100,16 +101,16 @@ def test_a_trainable_that_cannot_be_is_refused(trainable: str, said: str) -> Non
 
 
 def test_a_wrong_trainable_is_found_before_any_image_is_read() -> None:
-    asked = recipes.load("resnet18", ["model.trainable=layer9+", "data.name=no-such-folder"])
+    asked = load_recipe("resnet18", ["model.trainable=layer9+", "data.name=no-such-folder"])
     with pytest.raises(UsageError, match="layer9"):
-        checking.check(asked)
+        resolve.validate_recipe(asked)
 
 
 # What is frozen stays as it is
 
 
 def test_frozen_norms_keep_their_statistics_and_frozen_dropout_drops_nothing() -> None:
-    model = models.build("resnet18", 4, 3, 32, {"stem": "half", "dropout": 0.5})
+    model = models.build_model("resnet18", 4, 3, 32, {"stem": "half", "dropout": 0.5})
     freeze(model, "last:4")
     set_train_mode(model)
     before = copy.deepcopy(model.state_dict())
@@ -139,23 +140,31 @@ def test_the_frozen_prefix_is_everything_before_the_first_layer_that_learns() ->
 
 
 def test_a_dropout_right_before_the_classifier_stays_the_classifiers() -> None:
-    model = models.build("cnn", 4, 3, 16, {"widths": [4, 8], "dropout": 0.5, "stage_dropout": 0.5})
+    model = models.build_model(
+        "cnn", 4, 3, 16, {"widths": [4, 8], "dropout": 0.5, "stage_dropout": 0.5}
+    )
     freeze(model, "head")
     assert frozen_prefix(model) == ["stage1", "stage2", "pool"]
     set_train_mode(model)
     modes = {name: module.training for name, module in model.named_children()}
     assert modes == {
-        "stage1": False, "stage2": False, "pool": False, "dense": True, "classifier": True,
-    }  # fmt: skip
+        "stage1": False,
+        "stage2": False,
+        "pool": False,
+        "dense": True,
+        "classifier": True,
+    }
 
 
 def test_trunk_and_tail_are_the_network_and_share_its_weights() -> None:
     model = resnet("last:4").eval()
     images = torch.randn(6, 3, 32, 32)
     prefix = frozen_prefix(model)
-    assert trunk.fits_together(model, prefix, images)
-    rest = trunk.tail(model, prefix).eval()
-    found = trunk.compute(model, prefix, images.split(4), torch.arange(6) % 4, PLAN)
+    assert feature_cache.is_sequential_split(model, prefix, images)
+    rest = feature_cache.trainable_head(model, prefix).eval()
+    found = feature_cache.compute_features(
+        model, prefix, images.split(4), torch.arange(6) % 4, PLAN
+    )
     assert found.values.shape == (6, 128, 4, 4)
     torch.testing.assert_close(rest(found.values), model(images), rtol=1e-5, atol=1e-5)
     assert rest.fc.weight is model.fc.weight
@@ -176,7 +185,7 @@ def test_a_network_that_skips_over_the_boundary_is_found_out() -> None:
 
     model = Skips()
     model.first.requires_grad_(False)
-    assert not trunk.fits_together(model, ["first"], torch.randn(2, 3, 4, 4))
+    assert not feature_cache.is_sequential_split(model, ["first"], torch.randn(2, 3, 4, 4))
 
 
 def test_a_network_that_asserts_that_its_input_is_an_image_is_found_out() -> None:
@@ -191,20 +200,29 @@ def test_a_network_that_asserts_that_its_input_is_an_image_is_found_out() -> Non
 
     model = Asserts()
     model.first.requires_grad_(False)
-    assert not trunk.fits_together(model, ["first"], torch.randn(2, 3, 4, 4))
+    assert not feature_cache.is_sequential_split(model, ["first"], torch.randn(2, 3, 4, 4))
 
 
 FROZEN = (
-    "data.name=shapes", "data.count=90", "data.image_size=32", "data.val_fraction=0.2",
-    "augment=[]", "model.trainable=layer4+", "train.epochs=3", "train.batch_size=16",
+    "data.name=shapes",
+    "data.count=90",
+    "data.image_size=32",
+    "data.val_fraction=0.2",
+    "augment=[]",
+    "model.trainable=layer4+",
+    "train.epochs=3",
+    "train.batch_size=16",
     "train.precision=fp32",
-    "train.memory_format=contiguous", "optim.lr=0.05", "train.patience=null", "train.keep=last",
-)  # fmt: skip
+    "train.memory_format=contiguous",
+    "optim.lr=0.05",
+    "train.patience=null",
+    "train.keep=last",
+)
 
 
-def trained(name: str, *more: str) -> tuple[preparing.Setup, list[dict[str, float]]]:
-    setup, place = begin(recipes.load("resnet18", [*FROZEN, *more]), name)
-    rows, _ = training.run_to_end(setup, place, quiet=True)
+def trained(name: str, *more: str) -> tuple[TrainingJob, list[dict[str, float]]]:
+    setup, place = begin(load_recipe("resnet18", [*FROZEN, *more]), name)
+    rows, _ = train.fit(setup, place, quiet=True)
     return setup, rows
 
 
@@ -221,32 +239,34 @@ def test_a_cached_trunk_gives_the_same_training() -> None:
         for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
     untouched = [n for n in cached.trained.state_dict() if not n.startswith(("layer4", "fc"))]
-    first = preparing.prepare(cached.recipe, cached.data, "cpu").trained.state_dict()
+    first = build_training_job(cached.recipe, cached.data, "cpu").trained.state_dict()
     same({n: first[n] for n in untouched}, {n: cached.trained.state_dict()[n] for n in untouched})
 
 
 def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
     augment = 'augment=[{"RandomCrop": {"padding": 4}}, "RandomHorizontalFlip"]'
     views, _ = trained("views", augment, "train.views=2")
-    assert isinstance(views.feed.batches, trunk.ViewBatches)
+    assert isinstance(views.feed.batches, feature_cache.ViewBatches)
 
-    again = preparing.prepare(views.recipe, views.data, "cpu")
+    again = build_training_job(views.recipe, views.data, "cpu")
     model, rows = again.trained, again.data.train.rows
     count = len(again.data.train)
     shown = []
     for view in range(2):
         parts = []
-        for chunk, index in enumerate(torch.arange(count).split(trunk.CHUNK)):
-            seed = seed_of(0, view, chunk, feeding.VIEW)
+        for chunk, index in enumerate(torch.arange(count).split(feature_cache.CHUNK_IMAGES)):
+            seed = derive_seed(0, view, chunk, feature_cache.VIEW_SEED)
             generator = torch.Generator().manual_seed(seed)
             images, labels = to_unit(rows.gather(index)), again.data.train.labels[index]
-            place = Place(index, view + 1, 0)
+            place = SampleInfo(index, view + 1, 0)
             parts.append(again.augment(images, labels, place, generator)[0])
         shown.append(again.preprocessing.normalise(torch.cat(parts), PLAN))
     done = 0
     total = 3 * len(views.feed.batches)
     for epoch in (1, 2, 3):
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(0, epoch)))
+        order = torch.randperm(
+            count, generator=torch.Generator().manual_seed(derive_seed(0, epoch))
+        )
         set_train_mode(model)
         for part in order.split(16):
             for group in again.optimiser.param_groups:
@@ -271,16 +291,16 @@ def test_views_that_cannot_be_are_refused() -> None:
         ["augment=[RandomHorizontalFlip]", "train.cache_trunk=false"],
     ):
         with pytest.raises(UsageError, match=r"train\.views=2"):
-            begin(recipes.load("resnet18", [*FROZEN, "train.views=2", *more]), "refused")
+            begin(load_recipe("resnet18", [*FROZEN, "train.views=2", *more]), "refused")
 
 
 def test_views_are_refused_where_later_layers_read_past_the_trunk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trunk, "fits_together", lambda *_: False)
+    monkeypatch.setattr(feature_cache, "is_sequential_split", lambda *_: False)
     views = ["augment=[RandomHorizontalFlip]", "train.views=2"]
     with pytest.raises(UsageError, match="later layers read more than the output of layer3"):
-        begin(recipes.load("resnet18", [*FROZEN, *views]), "refused")
+        begin(load_recipe("resnet18", [*FROZEN, *views]), "refused")
 
 
 def test_activations_that_do_not_fit_are_computed_anew_each_epoch(
@@ -288,10 +308,10 @@ def test_activations_that_do_not_fit_are_computed_anew_each_epoch(
 ) -> None:
     few = [*FROZEN, "augment=[RandomHorizontalFlip]", "train.views=9"]
     monkeypatch.setenv("CONVLENS_MEMORY", "1KB")
-    setup, _ = begin(recipes.load("resnet18", FROZEN), "small")
+    setup, _ = begin(load_recipe("resnet18", FROZEN), "small")
     assert setup.feed.cached_bytes == 0
     with pytest.raises(ResourceError, match=r"train\.views=9 needs"):
-        begin(recipes.load("resnet18", few), "views")
+        begin(load_recipe("resnet18", few), "views")
 
 
 # The table of stages
@@ -300,7 +320,7 @@ def test_activations_that_do_not_fit_are_computed_anew_each_epoch(
 def test_the_table_of_stages_says_what_learns_at_which_rate_and_when() -> None:
     model = resnet("layer3+")
     config = OptimConfig(name="sgd", lr=0.1, layer_decay=0.5, head_first=0.25)
-    rows = optim.stage_rows(model, optim.build(model, config))
+    rows = optim.stage_table(model, optim.build_optimizer(model, config))
     cells = [row.cells() for row in rows]
     assert cells == [
         ("maxpool", "9,536", "frozen", "", ""),
@@ -317,5 +337,5 @@ def test_a_stage_with_several_rates_shows_the_lowest_and_the_highest() -> None:
     model = resnet()
     groups = [{"params": "layer1.0.*", "lr": 0.3}, {"params": "layer1.1.bn1.*", "lr": 0.2}]
     config = OptimConfig(name="sgd", lr=0.1, groups=groups)
-    row = optim.stage_rows(model, optim.build(model, config))[1]
+    row = optim.stage_table(model, optim.build_optimizer(model, config))[1]
     assert row.cells()[3] == "0.1 to 0.3"

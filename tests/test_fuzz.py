@@ -16,15 +16,15 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from ruamel.yaml.error import YAMLError
 
 from commands import constant_model, here, picture, refused
-from convlens import cli, evaluation, recipe, run, training
-from convlens.data.augment import AUGMENTS, MIXES
-from convlens.data.sources import find
+from convlens import cli, evaluation, recipe, run
+from convlens.data.sources import find_source
+from convlens.data.transforms.pipeline import AUGMENTS, MIXES
 from convlens.errors import ConvlensError, DataError, UsageError
-from convlens.models import MODELS, options_of
-from convlens.schema import NESTED, SECTIONS
-from convlens.starting import asking
-from convlens.starting.checking import check
-from convlens.system import yamltext
+from convlens.models import MODELS, model_options
+from convlens.recipe import NESTED, SECTIONS
+from convlens.training import resolve, train
+from convlens.training.resolve import validate_recipe
+from convlens.utils import yaml
 
 slow = pytest.mark.slow
 
@@ -32,25 +32,98 @@ slow = pytest.mark.slow
 def fuzz(strategy: st.SearchStrategy[Any], body: Callable[[Any], None], cases: int) -> None:
     """Calls `body` with `cases` draws; few are the same each time, many are new ones."""
     setting = settings(
-        max_examples=cases, deadline=None, database=None, derandomize=cases < 1000,
-        suppress_health_check=list(HealthCheck), print_blob=True,
-    )  # fmt: skip
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        derandomize=cases < 1000,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
     setting(given(strategy)(body))()
 
 
 # What people and programs write where a value belongs
 
-WORDS = st.sampled_from([
-    "", " ", "~", "~nobody/photos", "null", "no", "yes", "1e-3", "1_000", "0x10", "12:30:45",
-    ".inf", ".nan", "-", "--", "...", "---", "*", "&a", "*a", "!!python/object:os.system", "!x",
-    "%", "@", "`", "\t", "a\0b", "\ud800", "\udcff", "ä\u2028", "\ufeff", "x" * 300, "x" * 5000,
-    "/nowhere", "..", "../../etc/passwd", "/dev/zero", "/dev/stdin", "C:\\photos\\", "a/b/c",
-    "head", "all", "last:4", "last:99999999999999999999", "layer3+", "auto", "default", "none",
-    "IMAGENET1K_V1", "digits", "shapes", "[1", "{a", "'", '"', "a: b", "- a", "# a", "2026-11-27",
-    "2026-11-27T10:00:00Z", "{0..99999999999}.tar", "{a,b}.tar", "{", "{}", "hf-hub:x/y", "timm/x",
-    "[bold]x[/nothing]", "<script>", "$HOME", "`id`", "x.yaml", "x.safetensors", "x.csv", "x.tar",
-    "x.zip", "models/x",
-])  # fmt: skip
+WORDS = st.sampled_from(
+    [
+        "",
+        " ",
+        "~",
+        "~nobody/photos",
+        "null",
+        "no",
+        "yes",
+        "1e-3",
+        "1_000",
+        "0x10",
+        "12:30:45",
+        ".inf",
+        ".nan",
+        "-",
+        "--",
+        "...",
+        "---",
+        "*",
+        "&a",
+        "*a",
+        "!!python/object:os.system",
+        "!x",
+        "%",
+        "@",
+        "`",
+        "\t",
+        "a\0b",
+        "\ud800",
+        "\udcff",
+        "ä\u2028",
+        "\ufeff",
+        "x" * 300,
+        "x" * 5000,
+        "/nowhere",
+        "..",
+        "../../etc/passwd",
+        "/dev/zero",
+        "/dev/stdin",
+        "C:\\photos\\",
+        "a/b/c",
+        "head",
+        "all",
+        "last:4",
+        "last:99999999999999999999",
+        "layer3+",
+        "auto",
+        "default",
+        "none",
+        "IMAGENET1K_V1",
+        "digits",
+        "shapes",
+        "[1",
+        "{a",
+        "'",
+        '"',
+        "a: b",
+        "- a",
+        "# a",
+        "2026-11-27",
+        "2026-11-27T10:00:00Z",
+        "{0..99999999999}.tar",
+        "{a,b}.tar",
+        "{",
+        "{}",
+        "hf-hub:x/y",
+        "timm/x",
+        "[bold]x[/nothing]",
+        "<script>",
+        "$HOME",
+        "`id`",
+        "x.yaml",
+        "x.safetensors",
+        "x.csv",
+        "x.tar",
+        "x.zip",
+        "models/x",
+    ]
+)
 NUMBERS = (
     st.integers(-3, 40)
     | st.integers()
@@ -65,7 +138,7 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 ODD = VALUES | st.binary(max_size=4) | st.dates() | st.sets(st.integers(), max_size=2)
-MODEL_KEYS = sorted({key for name in MODELS for key in options_of(name)})
+MODEL_KEYS = sorted({key for name in MODELS for key in model_options(name)})
 
 
 def section(name: str, kind: Any) -> st.SearchStrategy[Any]:
@@ -80,18 +153,21 @@ ARGUMENTS = st.dictionaries(
     VALUES,
     max_size=3,
 )
-AUGMENT = st.lists(OPERATIONS | st.dictionaries(OPERATIONS, ARGUMENTS | LEAVES, max_size=2),
-                   max_size=4)  # fmt: skip
+AUGMENT = st.lists(
+    OPERATIONS | st.dictionaries(OPERATIONS, ARGUMENTS | LEAVES, max_size=2), max_size=4
+)
 TREES = st.fixed_dictionaries(
     {},
     optional={
         **{name: section(name, kind) | LEAVES for name, kind in SECTIONS.items()},
         "augment": AUGMENT | ODD,
-        "name": ODD, "about": ODD, "base": WORDS | LEAVES,
+        "name": ODD,
+        "about": ODD,
+        "base": WORDS | LEAVES,
         "variants": st.dictionaries(ODD_KEYS, VALUES, max_size=2) | LEAVES,
         "surprise": ODD,
     },
-)  # fmt: skip
+)
 
 
 def said(error: ConvlensError) -> None:
@@ -104,19 +180,19 @@ def tried(read: Callable[[], recipe.Recipe]) -> None:
     """A recipe that can be written and read again, or words why there is none."""
     try:
         found = read()
-        check(found)
+        validate_recipe(found)
     except ConvlensError as error:
         said(error)
         return
     text = found.to_text()
     text.encode()
-    assert recipe.load(yamltext.parse(text, where="")).digest() == found.digest()
-    assert run.safe(found.name)
+    assert recipe.load_recipe(yaml.parse_yaml(text, where="")).digest() == found.digest()
+    assert run.safe_name(found.name)
 
 
 @pytest.mark.parametrize("cases", [120, pytest.param(6000, marks=slow)])
 def test_mappings(cases: int) -> None:
-    fuzz(TREES, lambda tree: tried(lambda: recipe.load(tree)), cases)
+    fuzz(TREES, lambda tree: tried(lambda: recipe.load_recipe(tree)), cases)
 
 
 def written(content: str | bytes) -> str:
@@ -125,17 +201,28 @@ def written(content: str | bytes) -> str:
     return str(path)
 
 
-BITS = st.sampled_from([
-    *"[]{}:,-&*!|>'\"#%@`?\t\n ~=<\\", "&a ", "*a", "<<: ", "\n\n", "\0", "base: mnist\n",
-    "variants: {a: ", "---\n", "...\n", "\xff",
-])  # fmt: skip
+BITS = st.sampled_from(
+    [
+        *"[]{}:,-&*!|>'\"#%@`?\t\n ~=<\\",
+        "&a ",
+        "*a",
+        "<<: ",
+        "\n\n",
+        "\0",
+        "base: mnist\n",
+        "variants: {a: ",
+        "---\n",
+        "...\n",
+        "\xff",
+    ]
+)
 
 
 @st.composite
 def texts(draw: st.DrawFn) -> str:
     """YAML of a recipe with some pieces put in and taken out."""
     start = draw(st.sampled_from(["digits", "mnist-best", "resnet18-pretrained", "folder"]))
-    text = recipe.text(start)
+    text = recipe.recipe_text(start)
     for _ in range(draw(st.integers(1, 6))):
         at = draw(st.integers(0, len(text)))
         piece = draw(BITS | WORDS | st.text(max_size=5))
@@ -147,14 +234,14 @@ def texts(draw: st.DrawFn) -> str:
 def test_texts(cases: int) -> None:
     fuzz(
         texts() | st.binary(max_size=60) | TREES.map(_dumped),
-        lambda text: tried(lambda: recipe.load(written(text))),
+        lambda text: tried(lambda: recipe.load_recipe(written(text))),
         cases,
     )
 
 
 def _dumped(tree: Any) -> str:
     try:
-        return yamltext.dump(tree)
+        return yaml.dump_yaml(tree)
     except YAMLError:
         return "{}"
 
@@ -163,9 +250,10 @@ KEYS = [f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.m
 KEYS += [f"model.{key}" for key in MODEL_KEYS]
 KEYS += ["augment", "about", "name", "base", "variants", "model", "optim", "x", "x.y", "a.b.c", ""]
 OVERRIDE = st.tuples(
-    st.sampled_from(KEYS) | WORDS, st.just("=") | st.sampled_from(["", "==", " = "]),
+    st.sampled_from(KEYS) | WORDS,
+    st.just("=") | st.sampled_from(["", "==", " = "]),
     st.text(max_size=12) | WORDS | VALUES.map(lambda v: _dumped(v).strip()),
-).map("".join)  # fmt: skip
+).map("".join)
 
 
 @pytest.mark.parametrize("cases", [120, pytest.param(6000, marks=slow)])
@@ -173,7 +261,7 @@ def test_overrides(cases: int) -> None:
     names = st.sampled_from(["digits", "mnist", "resnet18-pretrained", "shapes"]) | WORDS
 
     def body(drawn: tuple[str, list[str]]) -> None:
-        tried(lambda: asking.read(drawn[0], overrides=drawn[1]).recipe)
+        tried(lambda: resolve.resolve_recipe(drawn[0], overrides=drawn[1]).recipe)
 
     fuzz(st.tuples(names, st.lists(OVERRIDE, max_size=4)), body, cases)
 
@@ -181,7 +269,7 @@ def test_overrides(cases: int) -> None:
 @pytest.mark.parametrize("cases", [80, pytest.param(2000, marks=slow)])
 def test_names_of_data_and_runs(cases: int) -> None:
     def body(name: str) -> None:
-        for read in (find, run.find):
+        for read in (find_source, run.find_run):
             try:
                 read(name)
             except ConvlensError as error:
@@ -192,7 +280,7 @@ def test_names_of_data_and_runs(cases: int) -> None:
 
 @pytest.mark.parametrize("name", ["~\0", "~\ud800", "~nobody", "\0", "~/\0.csv"])
 def test_names_that_nobody_can_have(name: str) -> None:
-    for read in (find, run.find):
+    for read in (find_source, run.find_run):
         with pytest.raises(ConvlensError) as caught:
             read(name)
         said(caught.value)
@@ -212,12 +300,35 @@ def _is_small(name: str) -> bool:
 # typer brings a click of its own, which is no one's to import.
 GROUP: dict[str, Any] = vars(typer.main.get_command(cli.app))["commands"]
 COMMANDS = sorted(GROUP)
-POOL = st.sampled_from([
-    "model", "models/model", "models/model/model.safetensors", "a.png", "set", "digits", "shapes",
-    "fuzz.yaml", "class:red:3", "test:0", "worst:5", "val:1", "optim.lr=0.1", "data.seed=3",
-    "train.epochs=1", "cpu", "cuda", "meta", "flip", "json", "csv", "all", "stage1", "stage1:0",
-    "pca",
-])  # fmt: skip
+POOL = st.sampled_from(
+    [
+        "model",
+        "models/model",
+        "models/model/model.safetensors",
+        "a.png",
+        "set",
+        "digits",
+        "shapes",
+        "fuzz.yaml",
+        "class:red:3",
+        "test:0",
+        "worst:5",
+        "val:1",
+        "optim.lr=0.1",
+        "data.seed=3",
+        "train.epochs=1",
+        "cpu",
+        "cuda",
+        "meta",
+        "flip",
+        "json",
+        "csv",
+        "all",
+        "stage1",
+        "stage1:0",
+        "pca",
+    ]
+)
 SMALL = st.integers(-2, 5).map(str) | NUMBERS.map(lambda n: str(n)[:40])
 # As an argument arrives: without zero bytes. And nothing that would be written elsewhere.
 TEXTS = (
@@ -252,7 +363,7 @@ def workplace(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> Any:
         raise DataError("this far and no further")
 
-    for module in (training, evaluation):
+    for module in (train, evaluation):
         monkeypatch.setattr(module, "load", stop)
 
 
@@ -298,7 +409,7 @@ def test_command_lines(cases: int) -> None:
 )
 def test_small_texts_that_mean_too_much(text: str, what: str) -> None:
     with pytest.raises(UsageError) as caught:
-        check(recipe.load(written(text)))
+        validate_recipe(recipe.load_recipe(written(text)))
     assert what in caught.value.what
     assert len(str(caught.value)) < 1000
 
@@ -312,26 +423,31 @@ def test_files_that_are_no_recipe() -> None:
     Path("utf16.yaml").write_text("about: x", encoding="utf-16")
     Path("latin.yaml").write_bytes(b"name: x\nabout: caf\xe9\n")
     for name, what in {
-        "pipe": "a regular file", "zero": "a regular file", "folder": "a regular file",
-        "loop": "can't read the recipe", "large": "too many for a recipe", "utf16": "not UTF-8",
-        "latin": "not UTF-8", "x" * 300: "can't read the recipe",
-    }.items():  # fmt: skip
+        "pipe": "a regular file",
+        "zero": "a regular file",
+        "folder": "a regular file",
+        "loop": "can't read the recipe",
+        "large": "too many for a recipe",
+        "utf16": "not UTF-8",
+        "latin": "not UTF-8",
+        "x" * 300: "can't read the recipe",
+    }.items():
         refused(here("train", f"{name}.yaml"), 2, what)
     assert "line 2" in here("train", "latin.yaml").err
     with pytest.raises(UsageError, match="can't read the recipe"):
-        recipe.load("a\0b.yaml")
+        recipe.load_recipe("a\0b.yaml")
     Path("bom.yaml").write_bytes(b"\xef\xbb\xbfbase: digits\r\ntrain:\r\n  epochs: 3\r\n")
-    assert recipe.load("bom.yaml").train.epochs == 3
+    assert recipe.load_recipe("bom.yaml").train.epochs == 3
 
 
 def test_wrong_keys_of_a_file_are_told_with_their_lines() -> None:
     text = "base: digits\ntrain:\n  epochs: 0\n  batch_size: 16\noptim: {lr: -1}\nmodle: {}\n"
     with pytest.raises(UsageError) as caught:
-        recipe.load(written(text))
+        recipe.load_recipe(written(text))
     for part in ("train.epochs=0", "(line 3)", "optim.lr=-1", "(line 5)", "'modle'", "(line 6)"):
         assert part in caught.value.what
     with pytest.raises(UsageError) as caught:  # what an override says stands in no line
-        recipe.load(written(text), ["train.epochs=-2"])
+        recipe.load_recipe(written(text), ["train.epochs=-2"])
     assert "train.epochs=-2: input should be greater than 0;" in caught.value.what
 
 
@@ -349,14 +465,14 @@ def test_wrong_keys_of_a_file_are_told_with_their_lines() -> None:
 )
 def test_surprises_of_yaml(text: str, what: str, where: str) -> None:
     with pytest.raises(UsageError) as caught:
-        recipe.load(written(text))
+        recipe.load_recipe(written(text))
     assert what in caught.value.what
     assert where in caught.value.where + caught.value.what
 
 
 def test_numbers_and_paths_as_people_write_them() -> None:
     Path("my photos").mkdir()
-    found = recipe.load(written("data: {name: 'C:\\my photos\\x'}\noptim: {lr: 1e-3}\n"))
+    found = recipe.load_recipe(written("data: {name: 'C:\\my photos\\x'}\noptim: {lr: 1e-3}\n"))
     assert (found.data.name, found.optim.lr) == ("C:\\my photos\\x", 0.001)
     refused(here("train", "my photos"), 3, "no class folders", "my photos")
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from convlens import serialization
 from convlens.errors import ModelFileError, ResourceError
-from convlens.formats import generations, modelfile
-from convlens.formats.generations import CheckpointStore
-from convlens.resuming import keeping
-from convlens.run import RunFolder
+from convlens.run import RunDir
+from convlens.serialization import CheckpointStore
+from convlens.training import checkpoint
 from killing import deaths
 from support import BAD_DISK, same, tiny
 from test_resume import EVERYTHING, equal, finish
@@ -91,7 +91,7 @@ def test_a_damaged_newest_falls_back_and_says_so(damage: str) -> None:
     elif damage == "unreadable":
         unreadable(newest)
     else:  # intact, but of another step than its name says
-        modelfile.write(newest, tensors(9), counters(3, 8))
+        serialization.write_model_file(newest, tensors(9), counters(3, 8))
     states = CheckpointStore(Path("state"))
     found = states.read()
     assert found is not None
@@ -146,7 +146,7 @@ def test_files_not_named_like_a_checkpoint_are_ignored() -> None:
     states = CheckpointStore(Path("state"))
     states.save(tensors(1), counters(1, 9))
     for name in ("notes.safetensors", "0002-000003.safetensors.part", "2-3.safetensors"):
-        modelfile.write(Path("state") / name, tensors(2), counters(2, 3))
+        serialization.write_model_file(Path("state") / name, tensors(2), counters(2, 3))
     found = CheckpointStore(Path("state")).read()
     assert found is not None
     assert found.counters["position"] == {"epoch": 1, "step": 9}
@@ -154,7 +154,9 @@ def test_files_not_named_like_a_checkpoint_are_ignored() -> None:
 
 def test_the_directory_of_an_earlier_version_is_read() -> None:
     """It had a manifest; the checkpoints were named as they are now."""
-    modelfile.write(Path("state/0008-000000.safetensors"), tensors(8), counters(8, 0))
+    serialization.write_model_file(
+        Path("state/0008-000000.safetensors"), tensors(8), counters(8, 0)
+    )
     Path("state/manifest.json").write_text('{"format": 1, "generations": []}')
     states = CheckpointStore(Path("state"))
     found = states.read()
@@ -168,9 +170,9 @@ def test_a_checkpoint_of_a_later_version_is_not_skipped(monkeypatch: pytest.Monk
     states = CheckpointStore(Path("state"))
     states.save(tensors(1), counters(1, 1))
     with monkeypatch.context() as patch:
-        patch.setattr(modelfile, "FORMAT", modelfile.FORMAT + 1)
+        patch.setattr(serialization, "MODEL_FORMAT", serialization.MODEL_FORMAT + 1)
         states.save(tensors(2), counters(1, 2))
-    with pytest.raises(modelfile.NewerFormatError, match="newer convlens") as caught:
+    with pytest.raises(serialization.NewerFormatError, match="newer convlens") as caught:
         CheckpointStore(Path("state")).read()  # the next save would delete it
     assert caught.value.fix == "update convlens"
     assert Path("state/0001-000002.safetensors").exists()
@@ -254,9 +256,9 @@ def test_killed_at_any_step_of_a_save_a_state_stays(before: int) -> None:
         same(state.tensors, tensors(step))
         found.append((where, step))
         after.save(tensors(9), counters(1, 9))
-        assert len(names(folder)) == generations.NUM_KEPT, where
+        assert len(names(folder)) == serialization.NUM_KEPT, where
         assert names(folder)[-1] == "0001-000009.safetensors", where
-    save = ["fsync", "replace", "fsync"] + ["unlink"] * (before == generations.NUM_KEPT)
+    save = ["fsync", "replace", "fsync"] + ["unlink"] * (before == serialization.NUM_KEPT)
     assert [where for where, _ in found] == [f"{w} {name}" for name in save for w in MOMENTS]
     # The rename is what commits it.
     assert [step for _, step in found] == [before] * 3 + [new] * (len(found) - 3)
@@ -332,7 +334,7 @@ def test_files_are_on_the_disk_before_their_names(monkeypatch: pytest.MonkeyPatc
 
 def killed_after(saves: int, name: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
     """A run that saves after each step, and dies right after that many saves."""
-    real, done = keeping.save, []
+    real, done = checkpoint.save_checkpoint, []
 
     def save(*arguments: Any) -> None:
         real(*arguments)
@@ -342,7 +344,7 @@ def killed_after(saves: int, name: str, monkeypatch: pytest.MonkeyPatch, *option
 
     with monkeypatch.context() as patch:
         patch.setenv("CONVLENS_SAVE_SECONDS", "0")
-        patch.setattr(keeping, "save", save)
+        patch.setattr(checkpoint, "save_checkpoint", save)
         with pytest.raises(MemoryError):
             finish(tiny(*EVERYTHING, *options), name)
 
@@ -369,7 +371,7 @@ def test_a_disk_that_fills_up_costs_what_was_not_saved(
     call: str, saves: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = finish(tiny(*EVERYTHING), "whole")
-    real, done = keeping.save, list[tuple[int, int]]()
+    real, done = checkpoint.save_checkpoint, list[tuple[int, int]]()
 
     def save(*arguments: Any) -> None:
         if len(done) == saves - 1:
@@ -379,12 +381,12 @@ def test_a_disk_that_fills_up_costs_what_was_not_saved(
 
     with monkeypatch.context() as patch:
         patch.setenv("CONVLENS_SAVE_SECONDS", "0")
-        patch.setattr(keeping, "save", save)
+        patch.setattr(checkpoint, "save_checkpoint", save)
         with pytest.raises(ResourceError, match="No space left on device") as caught:
             finish(tiny(*EVERYTHING), "full")
     assert "free disk space" in caught.value.fix
     assert len(done) == saves - 1
-    place = RunFolder(Path("models/full"))
+    place = RunDir(Path("models/full"))
     state = place.state()
     saved = [(state[1]["position"]["epoch"], state[1]["position"]["step"])] if state else []
     assert saved == done[-1:]  # that of the save before
@@ -416,8 +418,8 @@ def test_a_save_that_fails_is_tried_again(failures: int, monkeypatch: pytest.Mon
     """In the second epoch's third step, the ninth save: a disk that is away for a while."""
     whole = finish(tiny(*EVERYTHING), "whole")
     monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "0")
-    monkeypatch.setattr(keeping, "PAUSES", (0, 0))
-    real, saves = keeping.save, []
+    monkeypatch.setattr(checkpoint, "RETRY_PAUSES_S", (0, 0))
+    real, saves = checkpoint.save_checkpoint, []
 
     def save(*arguments: Any) -> None:
         saves.append(1)
@@ -432,12 +434,12 @@ def test_a_save_that_fails_is_tried_again(failures: int, monkeypatch: pytest.Mon
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     told = list[str]()
-    monkeypatch.setattr(keeping, "save", save)
-    monkeypatch.setattr(keeping, "print_status", told.append)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoint, "print_status", told.append)
     if failures == 3:
         with pytest.raises(ResourceError, match="can't write: Stale file handle"):
             finish(tiny(*EVERYTHING), "away")
-        found = RunFolder(Path("models/away")).state()
+        found = RunDir(Path("models/away")).state()
         assert found is not None
         at = found[1]["position"]
         assert (at["epoch"], at["step"]) == (2, 2)  # the step before
@@ -452,14 +454,14 @@ def test_lost_best_weights_are_trained_again(
 ) -> None:
     whole = finish(tiny(*EVERYTHING), "whole")
     killed_after(9, "damaged", monkeypatch)
-    place = RunFolder(Path("models/damaged"))
-    assert modelfile.read(place.model_path)[1]["chosen"]["epoch"] == 1
+    place = RunDir(Path("models/damaged"))
+    assert serialization.read_model_file(place.model_path)[1]["chosen"]["epoch"] == 1
     if damage == "cut":
         place.model_path.write_bytes(place.model_path.read_bytes()[:-1])
     else:
         unreadable(place.model_path)
         with pytest.raises(ModelFileError, match="the disk can't give it back") as caught:
-            modelfile.read(place.model_path)
+            serialization.read_model_file(place.model_path)
         assert caught.value.fix
     equal(finish(tiny(*EVERYTHING), "damaged"), whole)
     told = capsys.readouterr().err
@@ -471,10 +473,10 @@ def test_how_often_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     from convlens.errors import UsageError
 
     monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "30")
-    assert keeping.save_seconds() == 30
+    assert checkpoint.save_interval_s() == 30
     monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "often")
     with pytest.raises(UsageError, match="CONVLENS_SAVE_SECONDS='often' is no number"):
-        keeping.save_seconds()
+        checkpoint.save_interval_s()
     monkeypatch.delenv("CONVLENS_SAVE_SECONDS")
-    assert keeping.save_seconds() == keeping.SAVE_SECONDS == 60
-    assert generations.NUM_KEPT == 2
+    assert checkpoint.save_interval_s() == checkpoint.SAVE_INTERVAL_S == 60
+    assert serialization.NUM_KEPT == 2

@@ -99,21 +99,41 @@ def test_a_recipes_operations_are_those_of_its_convolutions(benchmark: Any) -> N
 def test_the_report_has_tables_of_both(benchmark: Any) -> None:
     report = benchmark("report")
     shared = {
-        "command": "c", "date": "d", "torchvision": "0.26", "load_average": 1.0,
-        "hardware": {"gpu": "G", "cpu": "C", "cpu_capability": "AVX2", "threads": 1,
-                     "python": "3.12", "torch": "2.11"},
-    }  # fmt: skip
+        "command": "c",
+        "date": "d",
+        "torchvision": "0.26",
+        "load_average": 1.0,
+        "hardware": {
+            "gpu": "G",
+            "cpu": "C",
+            "cpu_capability": "AVX2",
+            "threads": 1,
+            "python": "3.12",
+            "torch": "2.11",
+        },
+    }
     runs = {"runs": [1, 2], "seconds": 1.25, "seconds_sd": 0.01, "tta": 0.94, "tta_sd": 0.001}
     speed = {
-        **shared, "airbench": {**runs, "cold_seconds": 60.0}, "warm_eager": runs,
-        "warm_graph": {"failed": "why"}, "cold": {"seconds": 8.0},
-    }  # fmt: skip
+        **shared,
+        "airbench": {**runs, "cold_seconds": 60.0},
+        "warm_eager": runs,
+        "warm_graph": {"failed": "why"},
+        "cold": {"seconds": 8.0},
+    }
     text = report.cifar_speed(speed)
     assert "| airbench | **1.250 ± 0.010** | 60.0 | 94.00 ± 0.10% | 2 |" in text
     assert "| convlens, eager | **1.250 ± 0.010** | 8.0 |" in text
     assert "failed: why" in text
-    row = {"recipe": "r", "plan": "p", "batch": 8, "flops_an_image": 2e9, "images_a_second": 1000.0,
-           "loop_over_bare": 0.98, "flops_a_second": 2e12, "share": 0.25}  # fmt: skip
+    row = {
+        "recipe": "r",
+        "plan": "p",
+        "batch": 8,
+        "flops_an_image": 2e9,
+        "images_a_second": 1000.0,
+        "loop_over_bare": 0.98,
+        "flops_a_second": 2e12,
+        "share": 0.25,
+    }
     matmul = {"size": 8, "precision": "bf16", "flops_a_second": 8e12}
     text = report.roofline({**shared, "matmul": matmul, "rows": [row]})
     assert "| r | p | 8 | 2.000 | 1,000 | 0.980 | 2.00 | **25.0%** |" in text

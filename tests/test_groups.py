@@ -11,9 +11,9 @@ from torch import nn
 from convlens import optim, recipe
 from convlens.errors import UsageError
 from convlens.models.cnn import CNN
-from convlens.optim.groups import split
-from convlens.schema import OptimConfig
-from convlens.starting.checking import check
+from convlens.optim.param_groups import split_parameters
+from convlens.recipe import OptimConfig
+from convlens.training.resolve import validate_recipe
 
 
 def network() -> CNN:
@@ -23,7 +23,7 @@ def network() -> CNN:
 
 def by_name(model: nn.Module, key: str, **options: Any) -> dict[str, Any]:
     """What each parameter's group says under `key`."""
-    optimiser = optim.build(model, OptimConfig(**options))
+    optimiser = optim.build_optimizer(model, OptimConfig(**options))
     held = {id(p): group[key] for group in optimiser.param_groups for p in group["params"]}
     return {name: held[id(p)] for name, p in model.named_parameters() if id(p) in held}
 
@@ -38,15 +38,17 @@ def those(found: dict[str, Any], value: Any) -> set[str]:
         ("head", {"classifier.weight", "classifier.bias"}),
         ("norms", {f"stage{i}.2.{p}" for i in (1, 2, 3) for p in ("weight", "bias")}),
         ("norms.bias", {f"stage{i}.2.bias" for i in (1, 2, 3)}),
-        ("biases", {*(f"stage{i}.2.bias" for i in (1, 2, 3)), "dense.hidden.bias",
-                    "classifier.bias"}),
+        (
+            "biases",
+            {*(f"stage{i}.2.bias" for i in (1, 2, 3)), "dense.hidden.bias", "classifier.bias"},
+        ),
         ("filters", {f"stage{i}.0.weight" for i in (1, 2, 3)}),
         ("dense.*", {"dense.hidden.weight", "dense.hidden.bias"}),
         ("stage?.0.*", {f"stage{i}.0.weight" for i in (1, 2, 3)}),
         ("stage1.2.bias", {"stage1.2.bias"}),
         ("*", {name for name, _ in network().named_parameters()}),
     ],
-)  # fmt: skip
+)
 def test_words_and_patterns_mean_these_parameters(params: str, names: set[str]) -> None:
     found = by_name(network(), "lr", lr=0.1, groups=[{"params": params, "lr": 0.7}])
     assert those(found, 0.7) == names
@@ -55,14 +57,18 @@ def test_words_and_patterns_mean_these_parameters(params: str, names: set[str]) 
 
 def test_the_first_group_that_matches_counts_and_leaves_the_rest_to_the_recipe() -> None:
     options: dict[str, Any] = {
-        "name": "sgd", "lr": 0.1, "weight_decay": 0.01, "momentum": 0.8, "nesterov": True,
+        "name": "sgd",
+        "lr": 0.1,
+        "weight_decay": 0.01,
+        "momentum": 0.8,
+        "nesterov": True,
         "decay_bias_and_norm": False,
         "groups": [
             {"params": "stage1.2.bias", "lr": 0.2, "momentum": 0.0},
             {"params": "norms.bias", "weight_decay": 0.5},
             {"params": "head", "end": 0.5},
         ],
-    }  # fmt: skip
+    }
     lr = by_name(network(), "lr", **options)
     decay = by_name(network(), "weight_decay", **options)
     momentum = by_name(network(), "momentum", **options)
@@ -74,19 +80,29 @@ def test_the_first_group_that_matches_counts_and_leaves_the_rest_to_the_recipe()
     # A decay that is stated is meant, whatever `decay_bias_and_norm` says of the others.
     assert those(decay, 0.5) == {"stage2.2.bias", "stage3.2.bias"}
     assert those(decay, 0.0) == {
-        "stage1.2.bias", "classifier.bias", "dense.hidden.bias",
+        "stage1.2.bias",
+        "classifier.bias",
+        "dense.hidden.bias",
         *(f"stage{i}.2.weight" for i in (1, 2, 3)),
-    }  # fmt: skip
+    }
     assert {n for n, w in window.items() if w == (0.0, 0.5)} == {
-        "classifier.weight", "classifier.bias",
-    }  # fmt: skip
+        "classifier.weight",
+        "classifier.bias",
+    }
 
 
 def test_parameters_with_equal_settings_share_a_group() -> None:
     """One fused kernel for all of them: `head` with the recipe's own rate is no other group."""
-    groups = split(network(), OptimConfig(lr=0.1, groups=[{"params": "head", "lr": 0.1}]))
+    groups = split_parameters(
+        network(), OptimConfig(lr=0.1, groups=[{"params": "head", "lr": 0.1}])
+    )
     assert [len(group["params"]) for group in groups] == [len(list(network().parameters()))]
-    assert len(split(network(), OptimConfig(lr=0.1, groups=[{"params": "head", "lr": 0.2}]))) == 2
+    assert (
+        len(
+            split_parameters(network(), OptimConfig(lr=0.1, groups=[{"params": "head", "lr": 0.2}]))
+        )
+        == 2
+    )
 
 
 def test_layer_decay_falls_from_the_head_back() -> None:
@@ -94,9 +110,12 @@ def test_layer_decay_falls_from_the_head_back() -> None:
         network(), "lr", lr=0.8, layer_decay=0.5, groups=[{"params": "norms.bias", "lr": 1.6}]
     )
     assert those(found, 0.8) == {
-        "dense.hidden.weight", "dense.hidden.bias", "classifier.weight", "classifier.bias",
+        "dense.hidden.weight",
+        "dense.hidden.bias",
+        "classifier.weight",
+        "classifier.bias",
         "stage3.2.bias",
-    }  # fmt: skip
+    }
     assert those(found, 0.4) == {"stage3.0.weight", "stage3.2.weight", "stage2.2.bias"}
     assert those(found, 0.2) == {"stage2.0.weight", "stage2.2.weight", "stage1.2.bias"}
     assert those(found, 0.1) == {"stage1.0.weight", "stage1.2.weight"}
@@ -160,22 +179,26 @@ def test_a_head_that_is_a_convolution_is_not_for_muon() -> None:
 )
 def test_groups_that_cannot_be_are_refused(groups: list[dict[str, Any]], told: str) -> None:
     with pytest.raises(UsageError, match=told) as caught:
-        optim.build(network(), OptimConfig(groups=groups))
+        optim.build_optimizer(network(), OptimConfig(groups=groups))
     assert "head, norms, norms.bias, biases, filters" in caught.value.fix
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"head_first": 0.5, "groups": [{"params": "stage1.*", "end": 0.4}]},
-         "'stage1.0.weight' trains up to 40%, but optim.head_first=0.5"),
-        ({"name": "muon", "groups": [{"params": "biases", "muon": True}]},
-         "muon=true for 'stage1.2.bias'"),
+        (
+            {"head_first": 0.5, "groups": [{"params": "stage1.*", "end": 0.4}]},
+            "'stage1.0.weight' trains up to 40%, but optim.head_first=0.5",
+        ),
+        (
+            {"name": "muon", "groups": [{"params": "biases", "muon": True}]},
+            "muon=true for 'stage1.2.bias'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_keys_that_exclude_each_other_are_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        optim.build(network(), OptimConfig(**options))
+        optim.build_optimizer(network(), OptimConfig(**options))
 
 
 def test_frozen_parameters_are_in_no_group_and_cannot_be_all_that_is_asked_for() -> None:
@@ -183,23 +206,27 @@ def test_frozen_parameters_are_in_no_group_and_cannot_be_all_that_is_asked_for()
     model.stage1.requires_grad_(False)
     assert not {name for name in by_name(model, "lr") if name.startswith("stage1")}
     with pytest.raises(UsageError, match=r"'stage1\.\*' matches frozen parameters only"):
-        optim.build(model, OptimConfig(groups=[{"params": "stage1.*"}]))
+        optim.build_optimizer(model, OptimConfig(groups=[{"params": "stage1.*"}]))
     with pytest.raises(UsageError, match="no parameter of the network is trainable"):
-        optim.build(model.requires_grad_(False), OptimConfig())
+        optim.build_optimizer(model.requires_grad_(False), OptimConfig())
     half = network()
     half.classifier.requires_grad_(False)
     with pytest.raises(UsageError, match="nothing trains from 0% to 20%"):
-        optim.build(half, OptimConfig(head_first=0.2))
+        optim.build_optimizer(half, OptimConfig(head_first=0.2))
 
 
 def test_a_recipe_is_refused_before_any_image_is_read() -> None:
-    asked = recipe.load(
+    asked = recipe.load_recipe(
         "digits",
-        ["optim.groups=[{params: haed}, {params: head, start: 0.5, end: 0.2}]",
-         "optim.schedule=lineer", "optim.ema=0.9", "optim.lookahead={}"],
-    )  # fmt: skip
+        [
+            "optim.groups=[{params: haed}, {params: head, start: 0.5, end: 0.2}]",
+            "optim.schedule=lineer",
+            "optim.ema=0.9",
+            "optim.lookahead={}",
+        ],
+    )
     with pytest.raises(UsageError) as caught:
-        check(asked)
+        validate_recipe(asked)
     for told in ("did you mean head", "start=0.5", "lineer", "optim.lookahead"):
         assert told in caught.value.what
 
@@ -220,21 +247,21 @@ def test_a_recipe_is_refused_before_any_image_is_read() -> None:
 )
 def test_values_that_cannot_be_are_named_with_their_place(override: str, told: str) -> None:
     with pytest.raises(UsageError, match=None) as caught:
-        recipe.load("digits", [override])
+        recipe.load_recipe("digits", [override])
     assert told in caught.value.what
 
 
 def test_groups_survive_a_recipes_text() -> None:
-    asked = recipe.load(
+    asked = recipe.load_recipe(
         "digits",
         ["optim.groups=[{params: '*.bias', lr: 0.5, end: 0.25}]", "optim.lookahead={every: 7}"],
     )
-    again = recipe.load(asked.model_dump(mode="json"))
+    again = recipe.load_recipe(asked.model_dump(mode="json"))
     assert again == asked
     assert again.optim.groups[0].end == 0.25
     assert again.optim.lookahead is not None
     assert again.optim.lookahead.every == 7
-    assert again.digest() == asked.digest() != recipe.load("digits").digest()
+    assert again.digest() == asked.digest() != recipe.load_recipe("digits").digest()
 
 
 def test_no_gradient_no_step_no_state(tmp_path: Any) -> None:
@@ -242,7 +269,7 @@ def test_no_gradient_no_step_no_state(tmp_path: Any) -> None:
     for name in optim.OPTIMISERS:
         model = network()
         config = OptimConfig(name=name, lr=0.1, weight_decay=0.1)
-        optimiser = optim.build(model, config)
+        optimiser = optim.build_optimizer(model, config)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         model.stage2.requires_grad_(False)
         model(torch.randn(4, 1, 8, 8)).square().mean().backward()

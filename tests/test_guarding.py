@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import engine, optim
-from convlens.engine import NonFiniteLoss, Step, TrainState
+from convlens import optim
+from convlens.engine import numerics
+from convlens.engine.loop import NonFiniteLoss, Records, Step, TrainLoop, TrainState
+from convlens.engine.numerics import BufferSnapshot, DeferredFiniteCheck
 from convlens.models.cnn import CNN
-from convlens.schema import OptimConfig
-from convlens.stepping import guarding
-from convlens.stepping.guarding import BufferSnapshot, DeferredFiniteCheck
+from convlens.recipe import OptimConfig
 from support import PLAN, same
 from test_engine import Listed, everything
 
@@ -67,13 +67,13 @@ class Run:
         torch.manual_seed(1)
         self.config = OptimConfig(**asked)
         self.model = CNN(3, 1, 8, widths=[4, 6], dropout=0.3)
-        self.optimiser = optim.build(self.model, self.config)
-        self.averager = optim.averager(self.model, self.config, epochs * steps)
+        self.optimiser = optim.build_optimizer(self.model, self.config)
+        self.averager = optim.build_averager(self.model, self.config, epochs * steps)
         self.progress = TrainState()
         self.synchronous, self.epochs = synchronous, epochs
 
-    def fit(self, listed: Listed) -> engine.Records:
-        loop = engine.TrainLoop(
+    def fit(self, listed: Listed) -> Records:
+        loop = TrainLoop(
             self.model,
             self.optimiser,
             nn.CrossEntropyLoss(),
@@ -82,7 +82,7 @@ class Run:
             averager=self.averager,
             check_loss_synchronously=self.synchronous,
         )
-        schedule = optim.schedule(self.config)
+        schedule = optim.build_schedule(self.config)
         return loop.run(listed, schedule, epochs=self.epochs, seed=3, state=self.progress)
 
     def learned(self) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class Run:
 @pytest.fixture(autouse=True)
 def short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """The flag is read several times in these short epochs."""
-    monkeypatch.setattr(guarding, "CHECK_INTERVAL_STEPS", 3)
+    monkeypatch.setattr(numerics, "CHECK_INTERVAL_STEPS", 3)
 
 
 @each_optimizer

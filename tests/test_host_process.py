@@ -60,7 +60,7 @@ def state():
                     socket.getdefaulttimeout()],
         "streams": [repr(sys.stdout), repr(sys.stderr), sys.stdout.errors],
         # What the command line does to its own process is in there.
-        "process_module": "convlens.system.process" in sys.modules,
+        "process_module": "convlens.utils.process" in sys.modules,
     }
 
 # A program that has settings of its own, different from the defaults and from ours.

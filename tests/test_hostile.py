@@ -25,9 +25,9 @@ import pytest
 from PIL import Image
 
 from commands import NET, command as convlens, environment, here, pictures, refused
-from convlens.data import downloads
-from convlens.data.decode import UnreadableImage, decode, probe
-from convlens.data.sources import find
+from convlens.data import download
+from convlens.data.decode import UnreadableImage, decode, probe_image
+from convlens.data.sources import find_source
 from convlens.errors import DataError
 from hostile import good, images, strange
 from test_shards import BAD_MEMBERS, damaged, samples, tar
@@ -75,7 +75,7 @@ def test_every_hostile_image_is_pixels_or_unreadable_with_a_reason() -> None:
                 assert isinstance(found, UnreadableImage)
                 assert found.path == name
                 assert found.reason
-        facts = outcome(partial(probe, content, name))
+        facts = outcome(partial(probe_image, content, name))
         assert getattr(facts, "reason", "") or facts.width * facts.height <= 90e6
     assert readable > 20  # some flips do no harm
 
@@ -94,9 +94,14 @@ def peak(*arguments: str | Path) -> tuple[int, str, str, int]:
     """Exit code, output, errors and peak memory (KiB) of `convlens ARGUMENTS`."""
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *map(str, arguments)],
-        capture_output=True, text=True, errors="replace", env=environment(), timeout=300,
-        check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=environment(),
+        timeout=300,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
+    )
     said, _, number = done.stderr.rstrip().rpartition("peak ")
     return done.returncode, done.stdout, said, int(number)
 
@@ -174,7 +179,10 @@ def test_fits_files_are_no_images_whatever_they_are_called(tmp_path: Path) -> No
         assert len(content) < 80_000
         path = tmp_path / f"{number}.png"
         path.write_bytes(content)
-        for read in (partial(probe, path), partial(decode, path, size=8, channels=3, fit="crop")):
+        for read in (
+            partial(probe_image, path),
+            partial(decode, path, size=8, channels=3, fit="crop"),
+        ):
             with pytest.raises(UnreadableImage, match="not an image"):  # or "it is text, ..."
                 read()
 
@@ -218,9 +226,15 @@ def listed_at_once(root: Path, count: int) -> float:
     start = time.perf_counter()
     done = convlens("train", root, *NET)
     seconds = time.perf_counter() - start
-    refused(done, 3, f"4 of {count + 2} images can't be read", "class3/000003.png: the file is "
-            "empty", "class7/half.jpg: the file is cut short", "class8/words.png: it is text",
-            f"class9/{count - 1:06}.png")  # fmt: skip
+    refused(
+        done,
+        3,
+        f"4 of {count + 2} images can't be read",
+        "class3/000003.png: the file is empty",
+        "class7/half.jpg: the file is cut short",
+        "class8/words.png: it is text",
+        f"class9/{count - 1:06}.png",
+    )
     assert not Path("models").exists()
     return seconds
 
@@ -282,7 +296,7 @@ def test_hostile_tars(tmp_path: Path, case: str) -> None:
     Path("set/train-0.tar").write_bytes(whole)
     Path("set/train-1.tar").write_bytes(TARS[case])
     before = world(tmp_path / "work")
-    found = outcome(partial(find, "set"))
+    found = outcome(partial(find_source, "set"))
     if isinstance(found, DataError):
         assert found.what
         assert "set" in found.where
@@ -307,7 +321,7 @@ def test_a_tar_with_any_byte_changed(tmp_path: Path, count: int) -> None:
         for _ in range(chance.randrange(1, 4)):
             bad[chance.randrange(len(bad))] = chance.randrange(256)
         path.write_bytes(bad)
-        found = outcome(partial(find, "set"))
+        found = outcome(partial(find_source, "set"))
         if isinstance(found, DataError):
             assert found.what
             continue
@@ -352,10 +366,10 @@ class Offer:
     patch: pytest.MonkeyPatch
 
     def put(self, name: str, content: bytes) -> None:
-        its = downloads.SETS[name]
+        its = download.DOWNLOADS[name]
         digest = hashlib.md5(content).hexdigest()
         archives = tuple(replace(archive, md5=digest) for archive in its.archives)
-        self.patch.setitem(downloads.SETS, name, replace(its, archives=archives))
+        self.patch.setitem(download.DOWNLOADS, name, replace(its, archives=archives))
         (self.root / archives[0].file).write_bytes(content)
 
 
@@ -381,7 +395,7 @@ def packed(first: tarfile.TarInfo) -> bytes:
 def test_archives_give_regular_files_of_the_expected_names_only(offer: Offer, case: str) -> None:
     offer.put("cifar10", packed(ODD[case]))
     with pytest.raises(DataError, match=r"lacks data_batch_1\.bin"):
-        find("cifar10")
+        find_source("cifar10")
     there = {str(path.relative_to(offer.root)) for path in offer.root.rglob("*")}
     expected = {HEAD[:-1], *(HEAD + name for name in FILES[1:]), "cifar-10-binary.tar.gz"}
     assert there == expected
@@ -397,35 +411,42 @@ def _zip() -> bytes:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"x" * 100, gzip.compress(b"x" * 5000), packed(member("a"))[:400],
-     packed(member("a"))[:-300], _zip(), gzip.compress(packed(member("a")))],
+    [
+        b"",
+        b"x" * 100,
+        gzip.compress(b"x" * 5000),
+        packed(member("a"))[:400],
+        packed(member("a"))[:-300],
+        _zip(),
+        gzip.compress(packed(member("a"))),
+    ],
     ids=["empty", "text", "gzip of text", "cut", "cut late", "zip", "gzip of a gzip"],
-)  # fmt: skip
+)
 def test_files_that_are_no_whole_archive(offer: Offer, content: bytes) -> None:
     offer.put("cifar10", content)
     with pytest.raises(DataError):
-        find("cifar10")
+        find_source("cifar10")
     assert not (offer.root.parent / "escaped.bin").exists()
 
 
 def test_members_that_unpack_to_more_than_any_set(
     offer: Offer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downloads, "MOST_MEMBER", 1 << 20)
+    monkeypatch.setattr(download, "MAX_MEMBER_BYTES", 1 << 20)
     bomb = member(HEAD + FILES[0])
     bomb.size = (1 << 20) + 1
     offer.put("cifar10", packed(bomb))
     with pytest.raises(DataError, match="lacks data_batch_1"):
-        find("cifar10")
-    monkeypatch.setattr(downloads, "MOST_MEMBERS", 3 << 20)
+        find_source("cifar10")
+    monkeypatch.setattr(download, "MAX_MEMBERS", 3 << 20)
     unwanted = member("anything")
     unwanted.size = 4 << 20
     offer.put("cifar10", packed(unwanted))
     with pytest.raises(DataError, match="unpacks to more than 3 MiB"):
-        find("cifar10")
+        find_source("cifar10")
     offer.put("mnist", gzip.compress(bytes((1 << 20) + 1)))
     with pytest.raises(DataError, match="unpacks to more than 1 MiB"):
-        find("mnist")
+        find_source("mnist")
 
 
 @pytest.mark.parametrize("name", ["set.zip", "set.tar.gz", "set.tgz", "set.xz", "set.rar"])

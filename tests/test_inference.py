@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import inference
-from convlens.data.batches import Normalise
+from convlens.data.loader import Normalise
 from convlens.device import MEMORY_FORMATS
+from convlens.engine import inference
+from convlens.engine.inference import batch_logits, loss_and_accuracy, probabilities, split_logits
 from convlens.errors import ResourceError
-from convlens.inference import batch_logits, loss_and_accuracy, probabilities, split_logits
 from convlens.models.cnn import CNN
 from support import PLAN, Memory, Split, Streamed, pictures
 
@@ -57,7 +57,7 @@ def test_logits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
     assert whole.shape == (50, 3)
     assert torch.equal(labels, split.labels)
     for size in (1, 7, 50):
-        monkeypatch.setattr(inference, "LARGEST", size)
+        monkeypatch.setattr(inference, "MAX_BATCH", size)
         found, _ = split_logits(model, split, NORMALISE, PLAN)
         assert torch.allclose(found, whole, atol=1e-5)
         assert torch.equal(found.argmax(1), whole.argmax(1))
@@ -131,7 +131,7 @@ def test_the_quicker_memory_format_does_the_rest_and_no_image_is_computed_twice(
     slower = next(name for name in MEMORY_FORMATS if name != quicker)
     model = Numbers(**{quicker: 1e-4, slower: 1.5e-4})
     monkeypatch.setattr(inference, "time", model)
-    monkeypatch.setattr(inference, "LARGEST", 1024)
+    monkeypatch.setattr(inference, "MAX_BATCH", 1024)
     logits, _ = split_logits(model, colour(1300), PLAIN, PLAN, free=True)
     assert (logits[:, 0] * 255).round().tolist() == [n % 256 for n in range(1300)]
     trials = [("channels_last", 20), *[("contiguous", 20), ("channels_last", 20)] * 2]
@@ -168,7 +168,7 @@ def test_a_batch_is_as_large_as_the_largest_layer_allows(monkeypatch: pytest.Mon
     expected, _ = split_logits(model, split, NORMALISE, PLAN)
     for limit, batch in ((1536 * 64, 64), (1536 * 64 - 1, 32), (100, 1)):
         told: list[int] = []
-        monkeypatch.setitem(inference.ACTIVATIONS, "cpu", limit)
+        monkeypatch.setitem(inference.MAX_ACTIVATION_BYTES, "cpu", limit)
         found, _ = split_logits(model, split, NORMALISE, PLAN, advance=told.append)
         assert told[0] == 16
         assert set(told[1:-1]) == {batch}

@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 
-from convlens.system.interrupts import STOPPING, Flag, Terminated, flagged, stoppable
+from convlens.utils.process import (
+    STOPPING,
+    StopSignal,
+    Terminated,
+    catch_stop_signals,
+    raise_on_signals,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 NUMBERS = [getattr(signal, name) for name in ("SIGINT", *STOPPING)]
@@ -37,12 +43,12 @@ def own_handlers() -> Iterator[list[Any]]:
 def test_the_flag_catches_a_signal_and_the_callers_handlers_come_back(
     number: signal.Signals, own_handlers: list[Any]
 ) -> None:
-    with flagged() as flag:
+    with catch_stop_signals() as flag:
         assert handlers() != own_handlers
         os.kill(os.getpid(), number)
         assert (flag.up, flag.name) == (True, number.name)
     assert handlers() == own_handlers
-    with contextlib.suppress(ZeroDivisionError), flagged():
+    with contextlib.suppress(ZeroDivisionError), catch_stop_signals():
         1 / 0  # noqa: B018
     assert handlers() == own_handlers
 
@@ -50,7 +56,7 @@ def test_the_flag_catches_a_signal_and_the_callers_handlers_come_back(
 def test_a_signal_outside_of_training_is_raised_and_the_callers_handlers_come_back(
     own_handlers: list[Any],
 ) -> None:
-    with pytest.raises(Terminated), stoppable():
+    with pytest.raises(Terminated), raise_on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
     assert handlers() == own_handlers
 
@@ -59,9 +65,9 @@ def test_other_threads_than_the_main_one_touch_no_handler(own_handlers: list[Any
     seen: list[list[Any]] = []
 
     def train() -> None:
-        with flagged() as flag, stoppable():
+        with catch_stop_signals() as flag, raise_on_signals():
             seen.append(handlers())
-            assert flag == Flag()
+            assert flag == StopSignal()
 
     thread = threading.Thread(target=train)
     thread.start()
@@ -87,7 +93,7 @@ def test_a_handler_that_python_can_not_restore_is_left_alone(
         return set_handler(number, handler)
 
     monkeypatch.setattr(signal, "signal", record)
-    with flagged():
+    with catch_stop_signals():
         pass
     assert installed
     assert signal.SIGUSR1 not in installed

@@ -16,12 +16,12 @@ from PIL import Image
 import convlens
 from commands import NET, Done, here, picture, pictures, refused
 from convlens import Run
-from convlens.data.encoded import Paths
-from convlens.data.sources import find
-from convlens.data.tables import guarded, read_csv, unguarded
-from convlens.run import RunFolder
-from convlens.showing.labels import suspected
-from convlens.starting import asking
+from convlens.cli.analyze import print_label_report
+from convlens.data.image_folder import escape_csv_formula, read_csv, unescape_csv_formula
+from convlens.data.sources import find_source
+from convlens.data.types import FilePaths
+from convlens.run import RunDir
+from convlens.training import resolve
 
 # 600 digits, three models that take a second or two each.
 SMALL = ("model.widths=[16,32]", "model.depth=1", "train.epochs=12", "augment=[]")
@@ -59,7 +59,7 @@ def plant(
 
     Also the true labels by path, and the paths that are labelled wrong.
     """
-    source = find(name)
+    source = find_source(name)
     part, classes = source.parts["train"], source.classes
     random = np.random.default_rng(0)
     chosen = random.permutation(len(part.labels))[:count]
@@ -70,7 +70,7 @@ def plant(
     given[wrong] = (given[wrong] + step) % len(classes)
     paths = []
     for number in chosen.tolist():
-        if isinstance(part.images, Paths):
+        if isinstance(part.images, FilePaths):
             paths.append(part.images[number])
             continue
         paths.append(str(folder / f"{number:05}.png"))
@@ -142,9 +142,9 @@ def test_a_clean_set_gives_few_findings(capsys: pytest.CaptureFixture[str]) -> N
     assert [row["split"] for row in rows].count("test") == 270
     assert [row["score"] != "" for row in rows].count(True) == 600
     refused(here("train", str(report.table)), 3, "no column 'path'")
-    suspected(replace(report, accuracy=0.5, suspects=report.suspects * 2))
+    print_label_report(replace(report, accuracy=0.5, suspects=report.suspects * 2))
     assert ("their own mistakes" in capsys.readouterr().out) == bool(report.suspects)
-    suspected(report)
+    print_label_report(report)
     assert f"{len(report.suspects)} of 600 labels are suspected" in capsys.readouterr().out
 
 
@@ -246,9 +246,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", [*HOSTILE, "", "''=1", "plain", "007", "'"])
 def test_a_guarded_cell_is_no_formula_and_comes_back(name: str) -> None:
-    assert not guarded(name).startswith(("=", "+", "-", "@"))
-    assert unguarded(guarded(name)) == name
-    assert (guarded(name) == name) == (not name.lstrip("'").startswith(("=", "+", "-", "@")))
+    assert not escape_csv_formula(name).startswith(("=", "+", "-", "@"))
+    assert unescape_csv_formula(escape_csv_formula(name)) == name
+    assert (escape_csv_formula(name) == name) == (
+        not name.lstrip("'").startswith(("=", "+", "-", "@"))
+    )
 
 
 def test_hostile_names_come_back_from_the_csv() -> None:
@@ -290,7 +292,7 @@ def test_groups_stay_together_and_in_the_csv() -> None:
         (Path(path).name, label, who) for path, label, who in rows[1:]
     }
     for name in report.runs:
-        with (RunFolder(Path("models") / name).path / "split.csv").open() as file:
+        with (RunDir(Path("models") / name).path / "split.csv").open() as file:
             held = {(r["id"], r["split"]) for r in csv.DictReader(file)}
         for split in ("val", "test"):
             groups = {int(Path(i).stem) // 3 for i, s in held if s == split}
@@ -324,11 +326,11 @@ def test_a_run_is_as_good_as_its_recipe() -> None:
     done = here("train", "set", *options, "--no-test", "--name", "one")
     assert done.code == 0, done.err
     for what in ("one", "models/one", "models/one/model.safetensors"):
-        recipe = asking.read_or_run(what).recipe
+        recipe = resolve.resolve_recipe_or_run(what).recipe
         assert (recipe.name, recipe.data.name, recipe.train.epochs) == ("one", "set", 1)
-    assert asking.read_or_run("one", data="digits").recipe.name == "one-digits"
-    assert asking.read_or_run("set").recipe.name == "set"  # as `train` has it
-    assert asking.read_or_run("digits").recipe.train.epochs == 12
+    assert resolve.resolve_recipe_or_run("one", data="digits").recipe.name == "one-digits"
+    assert resolve.resolve_recipe_or_run("set").recipe.name == "set"  # as `train` has it
+    assert resolve.resolve_recipe_or_run("digits").recipe.train.epochs == 12
     report = convlens.find_label_errors(Run.load("one"), folds=2, quiet=True)
     assert report.runs == ["one-fold0", "one-fold1"]
     assert report.chances.shape == (len(report.ids), 2)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from convlens.system.console import Watch
-from convlens.system.later import AsyncScalars, to_device_async
+from convlens.device import AsyncScalars, to_device_async
+from convlens.utils.console import ProgressDisplay
 
 
 def test_on_the_cpu_they_are_there_at_once_and_stay_what_they_were() -> None:
@@ -77,7 +77,7 @@ class Bar:
 
 def test_the_watch_shows_numbers_when_they_have_arrived() -> None:
     bar = Bar()
-    watch = Watch(bar, 3)
+    watch = ProgressDisplay(bar, 3)
     watch.EVERY = 0.0
     first, others = Coming(), [Coming(after=0) for _ in range(3)]
     for record in [first, *others]:

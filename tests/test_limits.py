@@ -23,9 +23,9 @@ from commands import (
     refused,
 )
 from convlens import device
-from convlens.data.sharding import write_shards
-from convlens.data.sources import find
-from convlens.run import RunFolder
+from convlens.data.shard_writer import write_shards
+from convlens.data.sources import find_source
+from convlens.run import RunDir
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
 
@@ -83,7 +83,7 @@ def poor(limits: dict[str, int], *lines: list[str], **extra: str) -> tuple[dict[
 def test_few_open_files_one_processor_and_no_shared_memory() -> None:
     """Images of 90 shards and of a folder, read again and again since nothing fits into memory."""
     pictures(Path("photos"), dict.fromkeys(COLOURS, 60))
-    write_shards(find("photos"), Path("shards"), per_shard=2)
+    write_shards(find_source("photos"), Path("shards"), per_shard=2)
     assert len(list(Path("shards").glob("*.tar"))) == 90
     shown, said = poor(
         {"RLIMIT_NOFILE": 64},
@@ -110,7 +110,7 @@ def test_a_limit_on_the_size_of_files() -> None:
     assert shown["codes"] == [5], said
     assert "can't write: File too large" in said
     assert "Traceback" not in said
-    assert not RunFolder(Path("models/it")).finished
+    assert not RunDir(Path("models/it")).finished
     assert not [path for path in Path("models/it").iterdir() if "model" in path.name]
 
 
@@ -118,7 +118,7 @@ def test_a_limit_on_the_size_of_files() -> None:
 def test_the_limit_on_open_files_is_known() -> None:
     import resource
 
-    assert device.open_files() == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert device.max_open_files() == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 @pytest.mark.parametrize("asked", ["cuda", "cuda:7"])

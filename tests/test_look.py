@@ -15,11 +15,11 @@ from PIL import Image
 
 import convlens
 from commands import Done, brightness_model, command, here, picture, refused
-from convlens.cli.shared import print_json
+from convlens.cli.common import print_json
 from convlens.errors import UsageError
-from convlens.inspection import choosing, layers
-from convlens.inspection.subjects import open_subject
-from convlens.run import RunFolder
+from convlens.interpret import features
+from convlens.interpret.inputs import EXAMPLES, LookInputs, Picture, _is_image, open_inspected_model
+from convlens.run import RunDir
 from support import TINY
 
 RESNET = {
@@ -62,7 +62,7 @@ def test_without_images_some_are_chosen_and_said() -> None:
     assert "stage1" in done.out
     seen = here("look", "small", "--json").json
     right = [each for each in seen["images"] if each["truth"] == each["runs"]["small"]["label"]]
-    assert len({each["truth"] for each in right}) == len(right) <= choosing.EXAMPLES
+    assert len({each["truth"] for each in right}) == len(right) <= EXAMPLES
     assert len(seen["images"]) - len(right) <= 1, "and the surest mistake"
     assert seen["folder"] == "plots/small/look"
     for file in seen["files"]:
@@ -77,7 +77,7 @@ def test_arrays_are_what_a_network_without_in_place_operations_gives() -> None:
         "images"
     ]
     stored = np.load("plots/res/look/test-3-activations.npz")
-    one = open_subject("res", on="cpu")
+    one = open_inspected_model("res", on="cpu")
     kept: dict[str, torch.Tensor] = {}
     for module in one.model.modules():
         if isinstance(module, torch.nn.ReLU):
@@ -115,8 +115,9 @@ def test_several_networks_side_by_side_and_files_of_any_size_and_mode() -> None:
     assert len(files) == len(set(files)) == 3 * 5
     assert {"one-2-activations.png", "test-1-activations-res.npz"} <= set(files)
     # The second network sees the first one's test image, in its own size.
-    small, res = (np.load(f"plots/look-small-res/test-1-activations-{n}.npz")
-                  for n in ("small", "res"))  # fmt: skip
+    small, res = (
+        np.load(f"plots/look-small-res/test-1-activations-{n}.npz") for n in ("small", "res")
+    )
     assert small["image:pixels"].shape == (1, 8, 8)
     assert res["image:pixels"].shape == (1, 16, 16)
     twice = here("look", "small", "small", "test:1", "--json").json
@@ -141,9 +142,20 @@ def test_networks_with_other_classes_say_their_own() -> None:
 @pytest.mark.usefixtures("runs")
 def test_filters_strongest_images_and_made_inputs_without_images() -> None:
     done = here(
-        "look", "small", "--filters", "first,stage2", "--top-images", "stage2", "--dream",
-        "stage1:2", "--split", "train", "--channels", "3", "--json",
-    )  # fmt: skip
+        "look",
+        "small",
+        "--filters",
+        "first,stage2",
+        "--top-images",
+        "stage2",
+        "--dream",
+        "stage1:2",
+        "--split",
+        "train",
+        "--channels",
+        "3",
+        "--json",
+    )
     made = done.json
     assert made["images"] == []
     assert [each["layer"] for each in made["filters"]] == ["stage1.0", "stage2.0"]
@@ -156,9 +168,10 @@ def test_filters_strongest_images_and_made_inputs_without_images() -> None:
     assert dream["made"][0]["best_image"] is not None
     files = {Path(each).name for each in made["files"]}
     assert files == {
-        f"{name}.{kind}" for kind in ("png", "npz")
+        f"{name}.{kind}"
+        for kind in ("png", "npz")
         for name in ("filters-stage1.0", "filters-stage2.0", "top-images-stage2", "made-stage1")
-    }  # fmt: skip
+    }
     told = here("look", "small", "--dream", "stage1:2", "--split", "val")
     assert "stage1 channel 2: made input" in told.out
 
@@ -194,14 +207,14 @@ def test_the_command_in_a_process_of_its_own_and_in_python() -> None:
 
 def blow_up(folder: Path) -> None:
     """A model file whose activations overflow: infinity, and NaN behind it."""
-    from convlens.formats import modelfile
+    from convlens import serialization
 
-    tensors, card = modelfile.read(folder / "model.safetensors")
+    tensors, card = serialization.read_model_file(folder / "model.safetensors")
     for name in ("stage1.0.weight", "stage2.0.weight"):
         tensors[name] = torch.full_like(tensors[name], 3e38)
         tensors[name][1::2] *= -1
     card.pop("sha256")
-    modelfile.write(folder / "model.safetensors", tensors, card)
+    serialization.write_model_file(folder / "model.safetensors", tensors, card)
 
 
 @pytest.mark.usefixtures("runs")
@@ -211,7 +224,7 @@ def test_activations_that_are_not_finite_are_marked_and_said() -> None:
     assert done.code == 0, done.err
     assert "none (NaN)" in done.out
     assert "NaN or infinite" in done.err
-    from convlens.plots.page import BROKEN
+    from convlens.plots.style import BROKEN
 
     drawn = pixels("plots/small/look/test-0-activations.png").reshape(-1, 3)
     assert (drawn == BROKEN).all(1).sum() > 200
@@ -262,26 +275,27 @@ def test_a_run_whose_data_has_moved_still_shows_files(tmp_path: Path) -> None:
 
 
 def test_a_layer_of_4096_channels_and_a_network_without_convolutions() -> None:
-    from convlens.inspection.looking import Options, look
+    from convlens.interpret.look import LookOptions, look
     from test_activity import subject
 
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16, 4096), torch.nn.ReLU(),
-                              torch.nn.Linear(4096, 2))  # fmt: skip
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(3 * 16, 4096), torch.nn.ReLU(), torch.nn.Linear(4096, 2)
+    )
     net.add_module("4", torch.nn.Identity())
     net.stages, net.head = ("2",), "3"  # type: ignore[assignment]
     one = subject(net)
-    shown = choosing.Picture("x", torch.full((3, 4, 4), 99, dtype=torch.uint8), None)
-    opened = choosing.Opened([one], [(shown,)], Path("out"), ["net"], ["net"])
-    assert layers.stages(net) == ("2",)
+    shown = Picture("x", torch.full((3, 4, 4), 99, dtype=torch.uint8), None)
+    opened = LookInputs([one], [(shown,)], Path("out"), ["net"], ["net"])
+    assert features.stage_names(net) == ("2",)
     sizes = []
     for channels in (None, 4096):
-        found = look(opened, Options(channels=channels))
+        found = look(opened, LookOptions(channels=channels))
         assert found.seen[0][0].numbers()[0].channels == 4096
         sizes.append(pixels("out/x-activations.png").shape)
     assert max(sizes[0]) < 700
     assert 700 < max(sizes[1]) < 1700
     with pytest.raises(UsageError, match="net has no convolution"):
-        look(opened, Options(filters=["first"]))
+        look(opened, LookOptions(filters=["first"]))
 
 
 def test_arguments_are_told_apart() -> None:
@@ -291,9 +305,9 @@ def test_arguments_are_told_apart() -> None:
     Path("class:cat").write_text("")
     runs = ["x", "models/x", "resnet18:none", "timm/resnet18", "unknown", "a.safetensors"]
     for text in runs:
-        assert not choosing._is_image(text), text
+        assert not _is_image(text), text
     for text in ("photos", "photos/*.png", "none.png", "test:1", "worst:3", "class:cat:3"):
-        assert choosing._is_image(text), text
+        assert _is_image(text), text
 
 
 def test_help_names_the_arguments() -> None:
@@ -304,11 +318,15 @@ def test_help_names_the_arguments() -> None:
 
 @pytest.mark.usefixtures("runs")
 def test_the_test_split_is_opened_by_who_names_it_and_each_look_is_logged() -> None:
-    log = RunFolder(Path("models/small")).log
+    log = RunDir(Path("models/small")).log
     for asked in (
-        [], ["val:1"], ["--top-images", "stage2"], ["--dream", "stage1:0"], ["--measure", "dead"],
+        [],
+        ["val:1"],
+        ["--top-images", "stage2"],
+        ["--dream", "stage1:0"],
+        ["--measure", "dead"],
         ["--embedding", "pca"],
-    ):  # fmt: skip
+    ):
         done = here("look", "small", *asked, "--json")
         assert done.code == 0, done.err
         assert log() == [], asked
@@ -321,7 +339,7 @@ def test_the_test_split_is_opened_by_who_names_it_and_each_look_is_logged() -> N
             ("test", n + 1, "look") for n in range(number + 1)
         ]
     # They are no measurements, but count.
-    assert RunFolder(Path("models/small")).results() == []
+    assert RunDir(Path("models/small")).results() == []
     assert here("evaluate", "small", "--json").json["looks"] == 3
 
 
@@ -333,7 +351,7 @@ def test_without_validation_images_training_images_are_the_examples() -> None:
         assert here("look", "all", *asked).code == 0
     seen = here("look", "all", "--json").json["images"]
     assert {each["name"].split(":")[0] for each in seen} == {"train"}
-    assert RunFolder(Path("models/all")).log() == []
+    assert RunDir(Path("models/all")).log() == []
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:

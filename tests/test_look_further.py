@@ -50,9 +50,19 @@ def test_evidence_for_a_class_that_was_asked_for() -> None:
 
 def test_measurements_maps_and_neighbours_in_one_command() -> None:
     done = here(
-        "look", "one", "val:1", "--measure", "probe,rank", "--embedding", "pca", "--split", "val",
-        "--nearest", "2", "--json",
-    )  # fmt: skip
+        "look",
+        "one",
+        "val:1",
+        "--measure",
+        "probe,rank",
+        "--embedding",
+        "pca",
+        "--split",
+        "val",
+        "--nearest",
+        "2",
+        "--json",
+    )
     assert done.code == 0, done.err
     (network,) = done.json["measures"]["networks"]
     assert set(network["stages"]) == {"stage1", "stage2"}

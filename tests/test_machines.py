@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from commands import weights
-from convlens.run import RunFolder
+from convlens.run import RunDir
 from launching import ended, launch, torchrun
 from recipes_together import main
 from support import same
@@ -31,9 +31,22 @@ def free_port() -> int:
 def machines(count: int, *arguments: str | Path, restarts: int = 0) -> list[subprocess.Popen[str]]:
     """Two torchruns of `count` processes each, which meet at the first one's address."""
     meeting = f"127.0.0.1:{free_port()}"
-    how = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(count),
-           "--rdzv-backend", "c10d", "--rdzv-id", "rehearsal", "--rdzv-endpoint", meeting,
-           "--max-restarts", str(restarts))  # fmt: skip
+    how = (
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        str(count),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        "rehearsal",
+        "--rdzv-endpoint",
+        meeting,
+        "--max-restarts",
+        str(restarts),
+    )
     return [
         launch(count, *arguments, how=(*how, "--rdzv-conf", f"is_host={host}"))
         for host in ("true", "false")
@@ -46,7 +59,7 @@ def test_two_machines_rehearsed_on_loopback() -> None:
         assert done.code == 0, done.err
     main("1", "dropout")
     close("dropout", 4)
-    assert RunFolder(Path("models/dropout-4")).facts()["world_size"] == 4
+    assert RunDir(Path("models/dropout-4")).facts()["world_size"] == 4
 
 
 def test_when_one_of_two_machines_loses_a_process_all_begin_anew_where_they_were() -> None:

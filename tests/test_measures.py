@@ -12,8 +12,13 @@ from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 from torch.nn import functional as F
 
-from convlens.inspection.measures import MEASURES
-from convlens.inspection.stagebatch import MOST, SIDE, Batch, Value
+from convlens.interpret.stage_metrics import (
+    MAX_FEATURES,
+    MEASURES,
+    PICTURE_SIDE,
+    MetricValue,
+    StageBatch,
+)
 
 CLASSES = 3
 
@@ -32,15 +37,20 @@ def labels(count: int) -> Tensor:
 
 
 def found(
-    name: str, maps: Tensor, images: Tensor | None = None, truth: Tensor | None = None,
-    *, learned: int = 0, size: int = 1000,
-) -> Value:  # fmt: skip
+    name: str,
+    maps: Tensor,
+    images: Tensor | None = None,
+    truth: Tensor | None = None,
+    *,
+    learned: int = 0,
+    size: int = 1000,
+) -> MetricValue:
     """The measure on maps, after learning (if it does) from the first `learned` of them."""
     images = pictures(len(maps)) if images is None else images
     truth = labels(len(maps)) if truth is None else truth
     measure = MEASURES[name](CLASSES)
     parts = zip(maps.split(size), images.split(size), truth.split(size), strict=True)
-    batches = [Batch(*part) for part in parts]
+    batches = [StageBatch(*part) for part in parts]
     seen = 0
     for batch in batches:
         if seen < learned and measure.learns:
@@ -91,15 +101,21 @@ def test_thousands_of_channels_are_measured_in_bounded_size(name: str) -> None:
     value = found(name, draws(40, 4096, 3, 3).relu(), learned=20, size=20)
     assert value.value is not None
     if name == "picture":
-        assert value.details["features"] == MOST
+        assert value.details["features"] == MAX_FEATURES
 
 
 @every
 def test_constant_stages_and_single_images_have_no_false_numbers(name: str) -> None:
     expected = {
-        "dead": 1.0, "sparsity": 0.0, "blank": 0.0, "rank": 1.0, "fineness": None, "picture": 0.0,
-        "probe": 1 / 3, "separability": 1 / 3,
-    }  # fmt: skip
+        "dead": 1.0,
+        "sparsity": 0.0,
+        "blank": 0.0,
+        "rank": 1.0,
+        "fineness": None,
+        "picture": 0.0,
+        "probe": 1 / 3,
+        "separability": 1 / 3,
+    }
     flat = torch.full((90, 4, 4, 4), 0.3)
     # The picture's mean over training and other images differs a little, as it should.
     assert found(name, flat, learned=45, size=45).value == pytest.approx(expected[name], abs=0.05)
@@ -174,7 +190,7 @@ def test_the_probe_is_a_ridge_classifier_with_an_interval() -> None:
     value = found("probe", maps, truth=truth, learned=300, size=100)
     x, y = maps[:, :, 0, 0].double().numpy(), truth.numpy()
     probe = MEASURES["probe"](CLASSES)
-    probe.learn(Batch(maps[:300], pictures(300), truth[:300]))
+    probe.learn(StageBatch(maps[:300], pictures(300), truth[:300]))
     penalty = probe.linear.penalty * ((x[:300] - x[:300].mean(0)) ** 2).sum() / 6  # type: ignore[attr-defined]
     theirs = RidgeClassifier(alpha=penalty).fit(x[:300], y[:300])
     correct = int((theirs.predict(x[300:]) == y[300:]).sum())
@@ -209,8 +225,8 @@ def test_a_class_without_training_images_is_never_said() -> None:
 
 @pytest.mark.parametrize("side", [2, 4, 16])
 def test_a_rotation_keeps_the_whole_picture(side: int) -> None:
-    images = pictures(600, SIDE)
-    patches = F.unfold(images.double() / 255, SIDE // side, stride=SIDE // side)
+    images = pictures(600, PICTURE_SIDE)
+    patches = F.unfold(images.double() / 255, PICTURE_SIDE // side, stride=PICTURE_SIDE // side)
     turn = torch.linalg.qr(draws(patches.shape[1], patches.shape[1], seed=1)).Q.double()
     maps = (turn @ patches).reshape(600, -1, side, side).float()
     value = found("picture", maps, images, learned=400, size=100)
@@ -218,7 +234,7 @@ def test_a_rotation_keeps_the_whole_picture(side: int) -> None:
 
 
 def test_half_of_the_picture_is_half_of_the_variance() -> None:
-    images = pictures(400, SIDE)
+    images = pictures(400, PICTURE_SIDE)
     maps = images.float()[:, :1] / 255  # of three channels that are as varied, one
     value = found("picture", maps, images, learned=200, size=100)
     assert value.value == pytest.approx(1 / 3, abs=0.01)
@@ -227,8 +243,8 @@ def test_half_of_the_picture_is_half_of_the_variance() -> None:
 
 
 def test_noise_and_another_picture_hold_nothing() -> None:
-    images = pictures(400, SIDE)
-    for maps in (draws(400, 8, 4, 4), pictures(400, SIDE, seed=9).float()):
+    images = pictures(400, PICTURE_SIDE)
+    for maps in (draws(400, 8, 4, 4), pictures(400, PICTURE_SIDE, seed=9).float()):
         value = found("picture", maps, images, learned=200, size=200)
         assert value.value == pytest.approx(0, abs=0.01)
 

@@ -13,14 +13,13 @@ from PIL import Image
 from torch import nn
 
 import convlens
+from convlens.cli.look import print_measurements
 from convlens.errors import ConvlensError, ModelFileError, UsageError
-from convlens.inspection import layers, measuring
-from convlens.inspection.measures import MEASURES
-from convlens.inspection.measuring import Measurements, measure
-from convlens.inspection.sampling import sample
-from convlens.inspection.subjects import Subject, open_subject
-from convlens.showing import measures as showing_measures
-from convlens.system.console import is_quiet
+from convlens.interpret import features
+from convlens.interpret.inputs import InspectedModel, draw_sample, open_inspected_model
+from convlens.interpret.measure import NAMES, Measurements, measure
+from convlens.interpret.stage_metrics import MEASURES
+from convlens.utils.console import is_quiet
 
 RUN = {"data": {"name": "digits"}, "model": {"name": "cnn", "widths": [4, 8], "depth": 1}}
 OUT = Path("plots")
@@ -42,8 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "models"
 
 
-def opened(models: Path, *names: str) -> list[Subject]:
-    return [open_subject(str(models / name), on="cpu") for name in names]
+def opened(models: Path, *names: str) -> list[InspectedModel]:
+    return [open_inspected_model(str(models / name), on="cpu") for name in names]
 
 
 def test_several_networks_in_one_figure_with_everything(
@@ -76,7 +75,7 @@ def test_several_networks_in_one_figure_with_everything(
     assert json.loads((OUT / "measures.json").read_text()) == json.loads(
         json.dumps(result.to_dict())
     )
-    showing_measures.measured(result)
+    print_measurements(result)
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("run1", "stage2", "picture R²", "linear CKA", "150 val"))
 
@@ -85,10 +84,10 @@ def test_the_values_are_those_of_all_images_at_once(models: Path) -> None:
     """Streamed by the job, and by hand from one forward pass over the same images."""
     (subject,) = opened(models, "run0")
     result = measure([subject], ["sparsity", "dead", "rank"], folder=OUT, images=10_000, quiet=True)
-    held = sample(subject, "val", most=10_000)
+    held = draw_sample(subject, "val", most=10_000)
     assert len(held) == len(subject.split("val"))
     pixels = held.split.rows.gather(held.index)
-    maps = layers.activations(subject.model, subject.prepared(pixels), ["stage2"])["stage2"]
+    maps = features.layer_activations(subject.model, subject.prepared(pixels), ["stage2"])["stage2"]
     values = result.networks[0].stages["stage2"]
     assert values["sparsity"].value == pytest.approx(float((maps <= 0).double().mean()))
     assert values["dead"].details["dead"] == int((maps.amax((0, 2, 3)) == 0).sum())
@@ -104,16 +103,16 @@ def test_the_values_are_those_of_all_images_at_once(models: Path) -> None:
 def test_samples_are_seeded_disjoint_and_the_test_split_waits_to_be_asked(models: Path) -> None:
     (subject,) = opened(models, "run0")
     for split in ("val", "test", "train"):
-        held = sample(subject, split, most=100)
-        own = sample(subject, split, most=5000, learning=True)
+        held = draw_sample(subject, split, most=100)
+        own = draw_sample(subject, split, most=5000, learning=True)
         assert not set(held.ids) & set(own.ids)
-        assert held.ids == sample(subject, split, most=100).ids
-        assert held.ids != sample(subject, split, most=100, seed=1).ids
+        assert held.ids == draw_sample(subject, split, most=100).ids
+        assert held.ids != draw_sample(subject, split, most=100, seed=1).ids
     trained = set(subject.split("train").ids)
-    assert set(sample(subject, "train", most=99).ids) < trained
-    assert not set(sample(subject, "test", most=99).ids) & trained
+    assert set(draw_sample(subject, "train", most=99).ids) < trained
+    assert not set(draw_sample(subject, "test", most=99).ids) & trained
     with pytest.raises(UsageError, match="unknown split 'tset'") as caught:
-        sample(subject, "tset", most=9)
+        draw_sample(subject, "tset", most=9)
     assert "test" in caught.value.fix
 
 
@@ -126,7 +125,9 @@ def test_another_set_has_its_own_classes_and_no_image_twice(models: Path) -> Non
             pixels = generator.integers(0, 60, (8, 8), dtype=np.uint8)
             pixels[:, slice(0, 4) if name == "left" else slice(4, 8)] += 150
             Image.fromarray(pixels).save(Path("other", name, f"{i}.png"))
-    held, own = (sample(subject, "val", data="other", most=999, learning=x) for x in (False, True))
+    held, own = (
+        draw_sample(subject, "val", data="other", most=999, learning=x) for x in (False, True)
+    )
     assert (len(held), len(own)) == (16, 64)
     assert not set(held.ids) & set(own.ids)
     result = measure([subject], ["probe"], folder=OUT, data="other", quiet=True)
@@ -146,15 +147,21 @@ def test_networks_of_other_data_are_measured_on_their_own(models: Path) -> None:
 
 
 def test_a_network_of_a_library_needs_a_data_set() -> None:
-    subject = open_subject("squeezenet1_1:none", on="cpu")
+    subject = open_inspected_model("squeezenet1_1:none", on="cpu")
     with pytest.raises(UsageError, match="no images of its own"):
         measure([subject], folder=OUT, quiet=True)
     subject.loaded.preprocessing = replace(subject.loaded.preprocessing, image_size=32)
     names = ["dead", "probe", "rank"]
     result = measure(
-        [subject], names, folder=OUT, data="digits", images=40, learn_from=60, quiet=True,
+        [subject],
+        names,
+        folder=OUT,
+        data="digits",
+        images=40,
+        learn_from=60,
+        quiet=True,
         layers=["features.3", "features.12", "classifier"],
-    )  # fmt: skip
+    )
     (network,) = result.networks
     assert list(network.stages) == ["features.3", "features.12", "classifier"]
     assert network.stages["features.12"]["rank"].details["channels"] == 512
@@ -179,7 +186,7 @@ def test_stages_that_are_nan_are_named_and_left_out(
     assert all(value.value is None for value in network.stages["stage2"].values())
     assert network.stages["stage1"]["probe"].value is not None
     assert result.similarity[0].stages == (("run0", "stage1"),)
-    showing_measures.measured(result)
+    print_measurements(result)
     assert "NaN" in capsys.readouterr().out
     with pytest.raises(ModelFileError, match="run0: all activations are NaN"):
         measure([subject], ["rank"], folder=OUT, layers=["stage2"], quiet=True)
@@ -216,7 +223,7 @@ def test_a_run_whose_data_has_moved_says_so(models: Path) -> None:
         for i in range(12):
             Image.new("L", (16, 16), 20 * i + (name == "b")).save(Path("mine", name, f"{i}.png"))
     convlens.train("mine", {"train.epochs": 1, "model.widths": [4, 8]}, name="mine", quiet=True)
-    subject = open_subject("mine", on="cpu")
+    subject = open_inspected_model("mine", on="cpu")
     Path("mine").rename("moved")
     with pytest.raises(ConvlensError, match="mine"):
         measure([subject], folder=OUT, quiet=True)
@@ -231,8 +238,10 @@ def test_nothing_is_printed_when_quiet_and_python_has_it(
     assert isinstance(found, Measurements)
     assert found.files[0] == Path("plots/look-run0-run1/measures.png")
     assert convlens.measure(models / "run0", "dead", images=50).files[0].parent.parts == (
-        "plots", "run0", "look",
-    )  # fmt: skip
+        "plots",
+        "run0",
+        "look",
+    )
     assert capsys.readouterr() == ("", "")
-    assert measuring.NAMES[-1] == "similarity"
+    assert NAMES[-1] == "similarity"
     assert not is_quiet()

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from commands import environment, weights
-from convlens.data.sharding import write_shards
-from convlens.data.sources import find
+from convlens.data.shard_writer import write_shards
+from convlens.data.sources import find_source
 
 BUDGET = 4 << 20
 SIZE = 64
@@ -49,10 +49,19 @@ print(json.dumps({"peak": int(peak[1]) * 1024}))
 def measured(data: Path, name: str, memory: str) -> dict[str, Any]:
     """One epoch over the folder in a process of its own: `peak` bytes and the test's results."""
     arguments = [
-        "train", str(data), "model.widths=[4,8]", "augment=[]", "train.epochs=1", "optim.ema=null",
-        f"train.batch_size={BATCH}", "train.memory_format=contiguous", "train.precision=fp32",
-        f"data.image_size={SIZE}", "--name", name,
-    ]  # fmt: skip
+        "train",
+        str(data),
+        "model.widths=[4,8]",
+        "augment=[]",
+        "train.epochs=1",
+        "optim.ema=null",
+        f"train.batch_size={BATCH}",
+        "train.memory_format=contiguous",
+        "train.precision=fp32",
+        f"data.image_size={SIZE}",
+        "--name",
+        name,
+    ]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments],
         capture_output=True,
@@ -110,7 +119,9 @@ def test_shards_stream_within_the_budget() -> None:
     few, many = 3600, 8000
     peaks = {}
     for count in (few, many):
-        write_shards(find(str(folder(Path(f"folder-{count}"), count))), Path(f"tars-{count}"))
+        write_shards(
+            find_source(str(folder(Path(f"folder-{count}"), count))), Path(f"tars-{count}")
+        )
         peaks[count] = measured(Path(f"tars-{count}"), f"of-{count}", "4MB")["peak"]
     assert many * IMAGE > 10 * BUDGET
     growth = peaks[many] - peaks[few]

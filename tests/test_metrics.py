@@ -29,7 +29,7 @@ def test_equals_scikit_learn(classes: int) -> None:
     assert metrics.accuracy(labels, said) == reference.accuracy_score(labels, said)
     loss = reference.log_loss(labels, probs, labels=every)
     assert metrics.cross_entropy(logits, labels) == pytest.approx(loss, rel=1e-9)
-    table = metrics.confusion(labels, said, classes)
+    table = metrics.confusion_matrix(labels, said, classes)
     assert table.dtype == np.int64
     np.testing.assert_array_equal(table, reference.confusion_matrix(labels, said, labels=every))
     for k in {1, 2, min(5, classes)}:
@@ -102,7 +102,7 @@ def test_ties_go_to_the_first_class() -> None:
 
 def test_calibration_by_hand() -> None:
     probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.0, 1.0]])
-    confidence, right, count = metrics.reliability(probs, [0, 1, 1, 1], bins=5)
+    confidence, right, count = metrics.reliability_bins(probs, [0, 1, 1, 1], bins=5)
     # (0.4, 0.6] holds one image that is right, (0.8, 1.0] three of which two are.
     np.testing.assert_array_equal(count, [0, 0, 1, 0, 3])
     np.testing.assert_allclose(confidence, [np.nan, np.nan, 0.6, np.nan, 2.8 / 3])
@@ -124,7 +124,7 @@ def test_calibration_equals_a_plain_loop() -> None:
 
 def test_what_can_not_be_known_is_none() -> None:
     # Class 1 was never predicted, class 2 has no images.
-    table = metrics.confusion([0, 0, 1], [0, 2, 0], 3)
+    table = metrics.confusion_matrix([0, 0, 1], [0, 2, 0], 3)
     first, never, absent = metrics.per_class(table)
     assert first == {"n": 2, "precision": 0.5, "recall": 0.5, "f1": 0.5}
     assert never == {"n": 1, "precision": None, "recall": 0.0, "f1": 0.0}
@@ -136,7 +136,7 @@ def test_what_can_not_be_known_is_none() -> None:
 def test_summary_is_plain_and_complete() -> None:
     logits, labels = random_outputs(10)
     names = [f"class {index}" for index in range(10)]
-    summary = metrics.summarise(logits, labels, names)
+    summary = metrics.summarize(logits, labels, names)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["n"] == 400
     assert summary["accuracy"] == summary["correct"] / 400
@@ -146,7 +146,7 @@ def test_summary_is_plain_and_complete() -> None:
     assert list(summary["per_class"]) == names
     assert np.sum(summary["confusion"]) == 400
     assert summary["ece"] == metrics.ece(metrics.softmax(logits), labels)
-    small = metrics.summarise(np.eye(3) * 9, [0, 1, 2], ["a", "b", "c"])
+    small = metrics.summarize(np.eye(3) * 9, [0, 1, 2], ["a", "b", "c"])
     assert "top5" not in small
     assert (small["accuracy"], small["interval95"][1]) == (1, 1)
 
@@ -154,13 +154,13 @@ def test_summary_is_plain_and_complete() -> None:
 def test_nothing_to_judge() -> None:
     none = np.zeros((0, 3))
     assert metrics.softmax(none).shape == (0, 3)
-    assert metrics.confusion([], [], 3).sum() == 0
+    assert metrics.confusion_matrix([], [], 3).sum() == 0
     for call in (
         lambda: metrics.accuracy([], []),
         lambda: metrics.cross_entropy(none, []),
         lambda: metrics.top_k(none, [], 1),
         lambda: metrics.ece(none, []),
-        lambda: metrics.summarise(none, [], ["a", "b", "c"]),
+        lambda: metrics.summarize(none, [], ["a", "b", "c"]),
         lambda: metrics.mean_sd([]),
     ):
         with pytest.raises(DataError):
@@ -174,7 +174,7 @@ def test_outputs_that_are_not_finite(bad: float) -> None:
     for call in (
         lambda: metrics.softmax(logits),
         lambda: metrics.cross_entropy(logits, labels),
-        lambda: metrics.summarise(logits, labels, list("abcd")),
+        lambda: metrics.summarize(logits, labels, list("abcd")),
     ):
         with pytest.raises(ModelFileError, match="2 of 10") as caught:
             call()
@@ -193,10 +193,10 @@ def test_wrong_arguments() -> None:
         lambda: metrics.top_k(logits, labels, 0),
         lambda: metrics.ece(logits, labels),
         lambda: metrics.ece(metrics.softmax(logits), labels, bins=0),
-        lambda: metrics.summarise(logits, labels, ["a", "b"]),
+        lambda: metrics.summarize(logits, labels, ["a", "b"]),
         lambda: metrics.wilson_interval(3, 2),
         lambda: metrics.wilson_interval(1, 2, 1.0),
-        lambda: metrics.confusion([0, 1], [0, 7], 2),
+        lambda: metrics.confusion_matrix([0, 1], [0, 7], 2),
     ):
         with pytest.raises(UsageError):
             call()
@@ -204,9 +204,11 @@ def test_wrong_arguments() -> None:
 
 def test_parts_of_a_variance_by_hand() -> None:
     # Variances 2 and 2 within; means 2 and 6 of variance 8, of which 2 / 2 is chance within.
-    assert metrics.variance_parts([[1, 3], [5, 7]]) == pytest.approx((math.sqrt(7), math.sqrt(2)))
-    assert metrics.variance_parts([[1, 3], [1, 3]]) == pytest.approx((0, math.sqrt(2)))
-    assert metrics.variance_parts([[4, 4, 4], [6, 6, 6]]) == pytest.approx((math.sqrt(2), 0))
+    assert metrics.variance_components([[1, 3], [5, 7]]) == pytest.approx(
+        (math.sqrt(7), math.sqrt(2))
+    )
+    assert metrics.variance_components([[1, 3], [1, 3]]) == pytest.approx((0, math.sqrt(2)))
+    assert metrics.variance_components([[4, 4, 4], [6, 6, 6]]) == pytest.approx((math.sqrt(2), 0))
     for wrong in ([], [[1, 2]], [[1], [2]], [[1, 2], [1, 2, 3]]):
         with pytest.raises(UsageError):
-            metrics.variance_parts(wrong)
+            metrics.variance_components(wrong)

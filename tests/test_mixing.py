@@ -12,11 +12,12 @@ from scipy import stats
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from convlens import engine, training
-from convlens.data import mixing
-from convlens.data.augment import MIXES, build
-from convlens.data.draws import Place
-from convlens.data.mixing import Mix
+from convlens.data.transforms import mixup
+from convlens.data.transforms.mixup import MixParameters
+from convlens.data.transforms.pipeline import MIXES, build_pipeline
+from convlens.data.transforms.random import SampleInfo
+from convlens.engine import loop
+from convlens.training import train
 from support import PLAN, begin, tiny
 
 names = pytest.mark.parametrize("name", list(MIXES))
@@ -29,7 +30,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def batch(n: int = 24, height: int = 9, width: int = 12) -> tuple[Tensor, Tensor]:
     """Images, and labels as probabilities of 5 classes."""
     images = torch.rand(n, 3, height, width, generator=seeded(1))
-    return images, mixing.one_hot(torch.arange(n) % 5, 5)
+    return images, mixup.one_hot(torch.arange(n) % 5, 5)
 
 
 # What is drawn
@@ -38,7 +39,7 @@ def batch(n: int = 24, height: int = 9, width: int = 12) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("alpha", [0.02, 0.1, 0.2, 0.5, 1.0, 3.0, 40.0])
 def test_shares_follow_the_beta_distribution(alpha: float) -> None:
     u = torch.rand(4, 40_000, generator=seeded(2))
-    drawn = mixing.beta(u, alpha).double().numpy()
+    drawn = mixup.beta(u, alpha).double().numpy()
     assert np.isfinite(drawn).all()
     assert 0 <= drawn.min() <= drawn.max() <= 1
     # Not nearer to 0 and 1 than this: there float32 can't tell a small alpha's draws apart.
@@ -50,7 +51,7 @@ def test_shares_follow_the_beta_distribution(alpha: float) -> None:
 @pytest.mark.parametrize("alpha", [1e-6, 0.2, 1.0, 1e6])
 def test_no_uniform_number_makes_a_share_that_is_none(alpha: float) -> None:
     ends = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-24])
-    shares = mixing.beta(torch.cartesian_prod(ends, ends, ends, ends).T, alpha)
+    shares = mixup.beta(torch.cartesian_prod(ends, ends, ends, ends).T, alpha)
     assert torch.isfinite(shares).all()
     assert (shares >= 0).all()
     assert (shares <= 1).all()
@@ -58,7 +59,7 @@ def test_no_uniform_number_makes_a_share_that_is_none(alpha: float) -> None:
 
 def test_partners_are_a_permutation_and_everything_is_independent() -> None:
     images = torch.zeros(6000, 1, 20, 30)
-    drawn = mixing.draw_mix(images, seeded(), alpha=1.0, p=1.0)
+    drawn = mixup.draw_mix(images, seeded(), alpha=1.0, p=1.0)
     assert sorted(drawn.partner.tolist()) == list(range(6000))
     assert set(drawn.y.tolist()) == set(range(20))
     assert set(drawn.x.tolist()) == set(range(30))
@@ -81,7 +82,7 @@ def test_probabilities(name: str) -> None:
 # Against torchvision, image by image
 
 
-def pair(images: Tensor, labels: Tensor, drawn: Mix, i: int) -> tuple[Tensor, Tensor]:
+def pair(images: Tensor, labels: Tensor, drawn: MixParameters, i: int) -> tuple[Tensor, Tensor]:
     """Image i with its partner before it, which is whom torchvision mixes it with."""
     two = torch.stack([drawn.partner[i], torch.tensor(i)])
     return images[two], labels[two]
@@ -89,8 +90,8 @@ def pair(images: Tensor, labels: Tensor, drawn: Mix, i: int) -> tuple[Tensor, Te
 
 def test_mix_up() -> None:
     images, labels = batch()
-    drawn = mixing.draw_mix(images, seeded(4), alpha=0.6, p=0.8)
-    mixed, shares = mixing.mix_up(images, labels, drawn)
+    drawn = mixup.draw_mix(images, seeded(4), alpha=0.6, p=0.8)
+    mixed, shares = mixup.apply_mixup(images, labels, drawn)
     theirs = v2.MixUp(alpha=0.6, num_classes=5)
     for i in range(len(images)):
         two, their_labels = pair(images, labels, drawn, i)
@@ -99,19 +100,22 @@ def test_mix_up() -> None:
         torch.testing.assert_close(shares[i], theirs.transform(their_labels, how)[1])
 
 
-def box(drawn: Mix, i: int, height: int, width: int) -> tuple[int, int, int, int]:
+def box(drawn: MixParameters, i: int, height: int, width: int) -> tuple[int, int, int, int]:
     """Torchvision's box for a share and a centre, in its words."""
     r = 0.5 * math.sqrt(1.0 - float(drawn.share[i]))
     x, y, half_w, half_h = int(drawn.x[i]), int(drawn.y[i]), int(r * width), int(r * height)
     return (
-        max(x - half_w, 0), max(y - half_h, 0), min(x + half_w, width), min(y + half_h, height),
-    )  # fmt: skip
+        max(x - half_w, 0),
+        max(y - half_h, 0),
+        min(x + half_w, width),
+        min(y + half_h, height),
+    )
 
 
 def test_cut_mix() -> None:
     images, labels = batch(60)
-    drawn = mixing.draw_mix(images, seeded(4), alpha=1.0, p=0.8)
-    mixed, shares = mixing.cut_mix(images, labels, drawn)
+    drawn = mixup.draw_mix(images, seeded(4), alpha=1.0, p=0.8)
+    mixed, shares = mixup.apply_cutmix(images, labels, drawn)
     theirs = v2.CutMix(alpha=1.0, num_classes=5)
     for i in range(len(images)):
         two, their_labels = pair(images, labels, drawn, i)
@@ -136,16 +140,16 @@ def test_a_label_shares_as_the_pixels_do() -> None:
 
 
 def mixed_twice(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    pipeline = build([("MixUp", {"p": 0.5}), ("CutMix", {"p": 0.5})], classes=classes)
-    return pipeline(images, labels, Place(torch.arange(len(images)), 1, 0), seeded(7))
+    pipeline = build_pipeline([("MixUp", {"p": 0.5}), ("CutMix", {"p": 0.5})], classes=classes)
+    return pipeline(images, labels, SampleInfo(torch.arange(len(images)), 1, 0), seeded(7))
 
 
 def test_mixtures_can_be_mixed() -> None:
     images, labels = batch(40)
     found, shares = mixed_twice(images, labels.argmax(1), 5)
     g = seeded(7)
-    once = mixing.random_mix_up(images, labels, g, p=0.5)
-    expected, their_shares = mixing.random_cut_mix(*once, g, p=0.5)
+    once = mixup.random_mix_up(images, labels, g, p=0.5)
+    expected, their_shares = mixup.random_cut_mix(*once, g, p=0.5)
     assert torch.equal(found, expected)
     assert torch.equal(shares, their_shares)
     torch.testing.assert_close(shares.sum(1), torch.ones(40))
@@ -170,7 +174,7 @@ def test_labels_are_not_mixed_without_the_number_of_classes() -> None:
 @names
 def test_nothing_is_read_from_the_device(name: str) -> None:
     images = torch.empty(20, 3, 16, 16, device="meta")
-    labels = mixing.one_hot(torch.empty(20, dtype=torch.int64, device="meta"), 4)
+    labels = mixup.one_hot(torch.empty(20, dtype=torch.int64, device="meta"), 4)
     mixed, shares = MIXES[name](images, labels, seeded())
     assert (mixed.shape, shares.shape) == (images.shape, (20, 4))
 
@@ -188,7 +192,7 @@ def test_a_step_counts_the_likeliest_class_and_smooths_shares() -> None:
     criterion = nn.CrossEntropyLoss(label_smoothing=0.3)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     logits = [[2.0, 0.0, 1.0], [0.0, 1.0, 0.5]]
-    result = engine.TrainLoop(model, optimiser, criterion, PLAN).train_step(images, labels)
+    result = loop.TrainLoop(model, optimiser, criterion, PLAN).train_step(images, labels)
     expected = 0.0
     for row, shares in zip(logits, labels.tolist(), strict=True):
         whole = math.log(sum(math.exp(v) for v in row))
@@ -201,10 +205,12 @@ def test_a_step_counts_the_likeliest_class_and_smooths_shares() -> None:
 @names
 def test_a_network_learns_from_mixtures(name: str) -> None:
     options: tuple[Any, ...] = (
-        f'augment=[{{"{name}": {{"alpha": 0.4}}}}]', "optim.label_smoothing=0.1", "train.epochs=12",
-    )  # fmt: skip
+        f'augment=[{{"{name}": {{"alpha": 0.4}}}}]',
+        "optim.label_smoothing=0.1",
+        "train.epochs=12",
+    )
     setup, place = begin(tiny(*options), name)
-    rows, _ = training.run_to_end(setup, place, quiet=True)
+    rows, _ = train.fit(setup, place, quiet=True)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert 0.3 < rows[-1]["train_accuracy"] < 1
     assert rows[-1]["val_accuracy"] > 0.5

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save as safetensors_save, save_file
 
+from convlens import serialization
 from convlens.errors import ModelFileError, ResourceError, UsageError
-from convlens.formats import modelfile
 from convlens.version import __version__
 from support import same, tiny
 
@@ -33,19 +33,19 @@ CARD: dict[str, Any] = {"classes": ["ä", "0" * 64, 'quo"te', "\\"], "n": 0.1, "
 def refused(content: bytes) -> str:
     PATH.write_bytes(content)
     with pytest.raises(ModelFileError) as caught:
-        modelfile.read(PATH)
+        serialization.read_model_file(PATH)
     assert caught.value.where == str(PATH)
     return caught.value.what
 
 
 def good() -> bytes:
-    modelfile.write(PATH, TENSORS, CARD)
+    serialization.write_model_file(PATH, TENSORS, CARD)
     return PATH.read_bytes()
 
 
 def test_what_is_read_is_what_was_written() -> None:
-    digest = modelfile.write(PATH, TENSORS, CARD)
-    tensors, metadata = modelfile.read(PATH)
+    digest = serialization.write_model_file(PATH, TENSORS, CARD)
+    tensors, metadata = serialization.read_model_file(PATH)
     same(tensors, TENSORS)
     assert [t.dtype for t in tensors.values()] == [TENSORS[name].dtype for name in tensors]
     assert metadata == {"format": 1, "sha256": digest, **CARD}
@@ -53,10 +53,10 @@ def test_what_is_read_is_what_was_written() -> None:
 
 
 def test_the_hash_is_that_of_the_file_with_zeros_in_its_place() -> None:
-    digest = modelfile.write(PATH, TENSORS, CARD)
+    digest = serialization.write_model_file(PATH, TENSORS, CARD)
     zeroed = PATH.read_bytes().replace(digest.encode(), b"0" * 64)
     assert hashlib.sha256(zeroed).hexdigest() == digest
-    assert modelfile.write(Path("again"), TENSORS, CARD) == digest
+    assert serialization.write_model_file(Path("again"), TENSORS, CARD) == digest
 
 
 def test_other_tools_can_read_it() -> None:
@@ -72,8 +72,8 @@ def test_tensors_in_any_layout_are_written_as_they_read() -> None:
         "transposed": torch.randn(3, 5).t(),
         "parameter": torch.nn.Parameter(torch.randn(3)),
     }
-    modelfile.write(PATH, odd, {})
-    same(modelfile.read(PATH)[0], {k: v.detach() for k, v in odd.items()})
+    serialization.write_model_file(PATH, odd, {})
+    same(serialization.read_model_file(PATH)[0], {k: v.detach() for k, v in odd.items()})
 
 
 def test_one_flipped_bit_anywhere_is_noticed() -> None:
@@ -112,11 +112,11 @@ class Attack:
 def test_pickles_are_refused_and_not_run(legacy: bool) -> None:
     torch.save(Attack(), PATH, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ModelFileError, match="pickle"):
-        modelfile.read(PATH)
+        serialization.read_model_file(PATH)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         PATH.write_bytes(pickle.dumps(Attack(), protocol=protocol))
         with pytest.raises(ModelFileError):
-            modelfile.read(PATH)
+            serialization.read_model_file(PATH)
     assert not Path("hacked").exists()
     pickle.loads(PATH.read_bytes())  # the attack itself works
     assert Path("hacked").exists()
@@ -140,29 +140,32 @@ def signed(metadata: Any, tensors: bytes | None = None) -> bytes:
     text = json.dumps(metadata)
     content = tensors or safetensors_save(TENSORS, {"convlens": text})
     digest = hashlib.sha256(content).hexdigest()
-    return content.replace(modelfile.NO_HASH.encode(), digest.encode(), 1)
+    return content.replace(serialization.NO_HASH.encode(), digest.encode(), 1)
 
 
 def test_a_future_format_says_so() -> None:
-    zeros = modelfile.NO_HASH
+    zeros = serialization.NO_HASH
     assert "newer convlens (format 2" in refused(signed({"format": 2, "sha256": zeros}))
     for other in (None, "x", [1], 0, -1, {"a": 1}):
         assert "format" in refused(signed({"sha256": zeros, "format": other}))
     PATH.write_bytes(signed({"format": 1, "sha256": zeros}))
-    same(modelfile.read(PATH)[0], TENSORS)
+    same(serialization.read_model_file(PATH)[0], TENSORS)
 
 
-@pytest.mark.parametrize("table", [
-    {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 999]}},
-    {"w": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}},
-    {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
-    {"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
-    {"w": 5},
-    {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}},
-    {"w": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 999]}},
+        {"w": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}},
+        {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
+        {"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
+        {"w": 5},
+        {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}},
+        {"w": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}},
+    ],
+)
 def test_a_right_hash_over_a_wrong_table_is_refused(table: dict[str, Any]) -> None:
-    metadata = {"convlens": json.dumps({"format": 1, "sha256": modelfile.NO_HASH})}
+    metadata = {"convlens": json.dumps({"format": 1, "sha256": serialization.NO_HASH})}
     header = json.dumps({"__metadata__": metadata, **table}).encode()
     content = len(header).to_bytes(8, "little") + header + bytes(8)
     assert "readable" in refused(signed(None, content))
@@ -170,7 +173,7 @@ def test_a_right_hash_over_a_wrong_table_is_refused(table: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "C64", "U16"])
 def test_numbers_of_a_kind_that_is_never_written_are_refused(kind: str) -> None:
-    metadata = {"convlens": json.dumps({"format": 1, "sha256": modelfile.NO_HASH})}
+    metadata = {"convlens": json.dumps({"format": 1, "sha256": serialization.NO_HASH})}
     size = {"C64": 1, "U16": 4}.get(kind, 8)
     table = {"w": {"dtype": kind, "shape": [size], "data_offsets": [0, 8]}}
     header = json.dumps({"__metadata__": metadata, **table}).encode()
@@ -184,28 +187,35 @@ def test_numbers_of_a_kind_that_is_never_written_are_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     ("version", "newer"),
     [
-        ("99.0", True), ("0.1.99", True), ("1.0.0rc1", True), (__version__, False),
-        ("0.0.9", False), ("test", False), (None, False), ("", False), ({}, False),
+        ("99.0", True),
+        ("0.1.99", True),
+        ("1.0.0rc1", True),
+        (__version__, False),
+        ("0.0.9", False),
+        ("test", False),
+        (None, False),
+        ("", False),
+        ({}, False),
     ],
-)  # fmt: skip
+)
 def test_a_later_version_is_known_by_its_number(version: Any, newer: bool) -> None:
-    assert modelfile.is_newer(version) == newer
+    assert serialization.is_newer_version(version) == newer
 
 
 def test_words_of_a_later_version_say_whose_they_are() -> None:
     recipe = tiny().model_dump(mode="json")
-    assert modelfile.recipe_of({"recipe": recipe}) == tiny()
+    assert serialization.recipe_from_metadata({"recipe": recipe}) == tiny()
     later = {**recipe, "train": {**recipe["train"], "teleport": True}}
-    with pytest.raises(modelfile.NewerFormatError, match=r"convlens 99\.1, which") as caught:
-        modelfile.recipe_of({"convlens": "99.1", "recipe": later})
+    with pytest.raises(serialization.NewerFormatError, match=r"convlens 99\.1, which") as caught:
+        serialization.recipe_from_metadata({"convlens": "99.1", "recipe": later})
     assert "unknown key 'train.teleport'" in caught.value.what
     assert (caught.value.fix, caught.value.exit_code) == ("update convlens", 4)
     for version in ("0.0.1", None):  # no later version: somebody's mistake
         with pytest.raises(UsageError, match=r"unknown key 'train\.teleport'"):
-            modelfile.recipe_of({"convlens": version, "recipe": later})
+            serialization.recipe_from_metadata({"convlens": version, "recipe": later})
     for broken in ({}, {"recipe": None}, {"recipe": [1]}):
         with pytest.raises(ModelFileError, match="doesn't hold the recipe"):
-            modelfile.recipe_of(broken)
+            serialization.recipe_from_metadata(broken)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -213,8 +223,8 @@ def test_weights_that_are_no_numbers_are_not_saved(bad: float) -> None:
     good()
     before = PATH.read_bytes()
     broken = {**TENSORS, "last": torch.tensor([1.0, bad])}
-    with pytest.raises(modelfile.NotFiniteError, match="last") as caught:
-        modelfile.write(PATH, broken, CARD)
+    with pytest.raises(serialization.NotFiniteError, match="last") as caught:
+        serialization.write_model_file(PATH, broken, CARD)
     assert caught.value.exit_code == 6
     assert PATH.read_bytes() == before
 
@@ -222,7 +232,7 @@ def test_weights_that_are_no_numbers_are_not_saved(bad: float) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_weights_that_are_no_numbers_are_not_read(bad: float, dtype: torch.dtype) -> None:
-    card = {"convlens": json.dumps({"format": 1, "sha256": modelfile.NO_HASH})}
+    card = {"convlens": json.dumps({"format": 1, "sha256": serialization.NO_HASH})}
     broken = {**TENSORS, "last": torch.tensor([1.0, bad], dtype=dtype)}
     said = refused(signed(None, safetensors_save(broken, card)))
     assert said == "weights are NaN or infinite in 1 of 5 tensors: last"
@@ -230,10 +240,10 @@ def test_weights_that_are_no_numbers_are_not_read(bad: float, dtype: torch.dtype
 
 def test_missing_files_and_folders() -> None:
     with pytest.raises(ModelFileError, match="no such model file"):
-        modelfile.read(Path("absent"))
+        serialization.read_model_file(Path("absent"))
     Path("folder").mkdir()
     with pytest.raises(ResourceError, match="can't read") as caught:
-        modelfile.read(Path("folder"))
+        serialization.read_model_file(Path("folder"))
     assert caught.value.where == "folder"
     assert caught.value.fix
 
@@ -245,7 +255,7 @@ def only_refused(content: bytes) -> None:
     path = Path("fuzz")
     path.write_bytes(content)
     try:
-        modelfile.read(path)
+        serialization.read_model_file(path)
     except ModelFileError:
         return
     raise AssertionError("accepted")
@@ -275,8 +285,14 @@ def test_random_headers_are_refused(header: Any, inside: bool) -> None:
 
 
 def test_headers_made_to_break_parsers_are_refused() -> None:
-    for text in ("[" * 100_000, "1" * 10_000, '{"__metadata__": {"convlens": 5}}', "\ufeff{}",
-                 '{"__metadata__": {"convlens": "{\\"sha256\\": \\"' + "\\\\ud800" * 64 + '\\"}"}}',
-                 '{"__metadata__": []}', '{"__metadata__": {"convlens": "[]"}}'):  # fmt: skip
+    for text in (
+        "[" * 100_000,
+        "1" * 10_000,
+        '{"__metadata__": {"convlens": 5}}',
+        "\ufeff{}",
+        '{"__metadata__": {"convlens": "{\\"sha256\\": \\"' + "\\\\ud800" * 64 + '\\"}"}}',
+        '{"__metadata__": []}',
+        '{"__metadata__": {"convlens": "[]"}}',
+    ):
         content = text.encode()
         only_refused(len(content).to_bytes(8, "little") + content)

@@ -19,11 +19,11 @@ def parameters(model: nn.Module) -> int:
 
 
 def test_the_networks_of_the_recipes_have_the_parameters_counted_by_hand() -> None:
-    mnist = models.build("cnn", 10, 1, 28, recipe.load("mnist").model.options)
+    mnist = models.build_model("cnn", 10, 1, 28, recipe.load_recipe("mnist").model.options)
     convolutions = (1 * 9 * 32 + 32) + (32 * 9 * 64 + 64)
     assert parameters(mnist) == convolutions + (64 * 7 * 7 * 128 + 128) + (128 * 10 + 10)
     assert parameters(mnist) == 421_642
-    digits = models.build("cnn", 10, 1, 8, recipe.load("digits").model.options)
+    digits = models.build_model("cnn", 10, 1, 8, recipe.load_recipe("digits").model.options)
     first = (1 * 9 * 16 + 2 * 16) + (16 * 9 * 16 + 2 * 16)  # batch norm instead of a bias
     second = (16 * 9 * 48 + 2 * 48) + (48 * 9 * 48 + 2 * 48)
     assert parameters(digits) == first + second + (48 * 2 * 2 * 10 + 10)
@@ -126,7 +126,7 @@ def test_dropout_drops_channels_and_units() -> None:
 def test_the_same_seed_gives_the_same_weights() -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return models.build("cnn", 2, 1, 8, {"widths": [4]}).get_parameter("stage1.0.weight")
+        return models.build_model("cnn", 2, 1, 8, {"widths": [4]}).get_parameter("stage1.0.weight")
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
@@ -162,23 +162,23 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 )
 def test_impossible_options_are_usage_errors(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as caught:
-        models.build("cnn", 2, 1, 8, options)
+        models.build_model("cnn", 2, 1, 8, options)
     assert says in str(caught.value)
 
 
 def test_several_impossible_options_are_said_at_once() -> None:
     options = {"kernel": 2, "dropout": 2, "hidden": -1}
     with pytest.raises(UsageError, match=r"kernel.*dropout.*hidden"):
-        models.build("cnn", 2, 1, 8, options)
+        models.build_model("cnn", 2, 1, 8, options)
 
 
 def test_an_unknown_family_names_near_misses() -> None:
     with pytest.raises(UsageError, match="unknown model 'cnnn'"):
-        models.build("cnnn", 2, 1, 8, {})
+        models.build_model("cnnn", 2, 1, 8, {})
 
 
 def test_the_options_of_a_family_are_those_of_its_constructor() -> None:
-    options = models.options_of("cnn")
+    options = models.model_options("cnn")
     assert options["widths"] == (32, 64, 128)
     assert {"classes", "channels", "image_size", "self"}.isdisjoint(options)
 

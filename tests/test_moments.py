@@ -10,15 +10,15 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from convlens.inspection.moments import (
+from convlens.interpret.streaming_stats import (
     PENALTIES,
     Covariances,
     Moments,
     effective_rank,
-    projection,
+    random_projection,
     ratio_interval,
-    reduced,
-    ridge,
+    reduce_dimensions,
+    ridge_regression,
 )
 
 
@@ -36,7 +36,7 @@ def sums(x: Tensor, y: Tensor, size: int = 1000) -> Moments:
 
 def test_ridge_is_that_of_scikit_learn_however_the_images_come() -> None:
     x, y = numbers(60, 1, 7) + 5, numbers(60, 1, 3, seed=1)
-    fitted = ridge(sums(x, y, 13), penalty=0.1)
+    fitted = ridge_regression(sums(x, y, 13), penalty=0.1)
     flat = x[:, 0].numpy()
     alpha = 0.1 * ((flat - flat.mean(0)) ** 2).sum() / 7
     theirs = Ridge(alpha=alpha).fit(flat, y[:, 0].numpy())
@@ -48,7 +48,7 @@ def test_positions_share_weights_and_have_means_of_their_own() -> None:
     weights, shift = numbers(4, 2), numbers(1, 9, 2, seed=1) * 10
     x = numbers(50, 9, 4, seed=2) + numbers(1, 9, 4, seed=3) * 10
     y = x @ weights + shift
-    fitted = ridge(sums(x, y, 7), penalty=1e-12)
+    fitted = ridge_regression(sums(x, y, 7), penalty=1e-12)
     torch.testing.assert_close(fitted.weights, weights, rtol=0, atol=1e-8)
     torch.testing.assert_close(fitted(x), y, rtol=0, atol=1e-7)
 
@@ -60,19 +60,20 @@ def test_the_penalty_is_the_one_that_a_loop_over_the_images_finds() -> None:
     noise = 8 * numbers(55, 1, 2, seed=3)
     y, goal = x @ weights + noise[:30], other @ weights + noise[30:]
     errors = {
-        p: float((ridge(sums(x, y), penalty=p)(other) - goal).square().sum()) for p in PENALTIES
+        p: float((ridge_regression(sums(x, y), penalty=p)(other) - goal).square().sum())
+        for p in PENALTIES
     }
     best = min(errors, key=lambda p: errors[p])
     assert best not in (PENALTIES[0], PENALTIES[-1])
-    chosen = ridge(sums(x, y), sums(other, goal))
+    chosen = ridge_regression(sums(x, y), sums(other, goal))
     assert chosen.penalty == best
-    both = ridge(sums(torch.cat([x, other]), torch.cat([y, goal])), penalty=best)
+    both = ridge_regression(sums(torch.cat([x, other]), torch.cat([y, goal])), penalty=best)
     torch.testing.assert_close(chosen.weights, both.weights)
 
 
 def test_constant_features_predict_the_mean() -> None:
     x, y = torch.full((20, 1, 3), 0.1, dtype=torch.float64), numbers(20, 1, 2)
-    fitted = ridge(sums(x, y), sums(x, y))
+    fitted = ridge_regression(sums(x, y), sums(x, y))
     assert fitted.penalty is None
     torch.testing.assert_close(fitted(x), y.mean(0, keepdim=True).expand(20, 1, 2))
 
@@ -133,10 +134,10 @@ def test_the_bootstrap_covers_a_known_ratio() -> None:
 
 def test_a_projection_keeps_distances_and_is_always_the_same() -> None:
     x = numbers(20, 4096)
-    small = reduced(x, 1024)
+    small = reduce_dimensions(x, 1024)
     assert small.shape == (20, 1024)
     ratio = torch.pdist(small) / torch.pdist(x)
     assert 0.85 < float(ratio.min()) <= float(ratio.max()) < 1.15
-    assert torch.equal(projection(50, 8), projection.__wrapped__(50, 8))
-    assert reduced(x[:, :5], 8) is not x
-    assert torch.equal(reduced(x[:, :5], 8), x[:, :5])
+    assert torch.equal(random_projection(50, 8), random_projection.__wrapped__(50, 8))
+    assert reduce_dimensions(x[:, :5], 8) is not x
+    assert torch.equal(reduce_dimensions(x[:, :5], 8), x[:, :5])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from convlens import optim
 from convlens.models.cnn import CNN
-from convlens.optim.muon import QUINTIC, Muon, orthogonalised
-from convlens.schema import OptimConfig
+from convlens.optim.optimizers import QUINTIC, Muon, orthogonalize
+from convlens.recipe import OptimConfig
 
 SHAPES = [(6, 40), (40, 6), (12, 12), (1, 9), (5, 1)]
 
@@ -34,23 +34,23 @@ def test_it_changes_singular_values_only_and_by_the_quintic(
     for _ in range(iterations):
         values = a * values + b * values**3 + c * values**5
     expected = left @ torch.diag_embed(values) @ right
-    found = orthogonalised(x * scale, iterations)
+    found = orthogonalize(x * scale, iterations)
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6), (64, 288)])
 def test_the_singular_values_of_an_update_are_near_one(shape: tuple[int, int]) -> None:
-    values = torch.linalg.svdvals(orthogonalised(matrices(*shape), 5))
+    values = torch.linalg.svdvals(orthogonalize(matrices(*shape), 5))
     assert float(values.min()) > 0.65
     assert float(values.max()) < 1.25
-    three = torch.linalg.svdvals(orthogonalised(matrices(*shape), 3))
+    three = torch.linalg.svdvals(orthogonalize(matrices(*shape), 3))
     assert float(three.max()) < 1.25
     assert 0.9 < float(three.mean() / values.mean()) < 1.1
 
 
 def test_a_gradient_of_zeros_moves_nothing() -> None:
-    assert torch.equal(orthogonalised(torch.zeros(2, 3, 4), 3), torch.zeros(2, 3, 4))
+    assert torch.equal(orthogonalize(torch.zeros(2, 3, 4), 3), torch.zeros(2, 3, 4))
 
 
 def slow_step(
@@ -92,10 +92,13 @@ def test_training_equals_a_slow_loop_filter_by_filter(
     rest = {n: p for n, p in model.named_parameters() if p.ndim != 4}
     twins = {n: nn.Parameter(p.detach().clone()) for n, p in rest.items()}
     sgd = torch.optim.SGD(
-        twins.values(), lr=0.02, momentum=o["momentum"], weight_decay=o["weight_decay"],
+        twins.values(),
+        lr=0.02,
+        momentum=o["momentum"],
+        weight_decay=o["weight_decay"],
         nesterov=o["nesterov"] and o["momentum"] > 0,
-    )  # fmt: skip
-    optimiser = optim.build(model, config)
+    )
+    optimiser = optim.build_optimizer(model, config)
     shapes = [tuple(p.shape) for p in model.parameters() if p.ndim == 4]
     assert shapes.count((6, 6, 3, 3)) == 5
     generator = torch.Generator().manual_seed(1)
@@ -145,21 +148,21 @@ def test_matrices_can_be_trained_by_it_too() -> None:
     model = CNN(3, 1, 8, widths=[4], hidden=6)
     groups = [{"params": "dense.hidden.weight", "muon": True}]
     config = OptimConfig(name="muon", lr=0.1, muon_normalise=False, momentum=0.0, groups=groups)
-    optimiser = optim.build(model, config)
+    optimiser = optim.build_optimizer(model, config)
     before = model.dense.hidden.weight.detach().clone()
     model(torch.randn(4, 1, 8, 8)).square().mean().backward()
     gradient = model.dense.hidden.weight.grad.clone()
     optimiser.step()
-    expected = before - 0.1 * orthogonalised(gradient[None], 3)[0]
+    expected = before - 0.1 * orthogonalize(gradient[None], 3)[0]
     assert torch.allclose(model.dense.hidden.weight, expected, atol=1e-6)
 
 
 @pytest.mark.gpu
 def test_on_cuda_the_products_are_in_half_precision() -> None:
     x = matrices(64, 288).cuda()
-    found = orthogonalised(x, 5)
+    found = orthogonalize(x, 5)
     assert found.dtype == torch.float32
     values = torch.linalg.svdvals(found)
     assert float(values.min()) > 0.6
     assert float(values.max()) < 1.3
-    assert torch.allclose(found.cpu(), orthogonalised(x.cpu(), 5), atol=0.05)
+    assert torch.allclose(found.cpu(), orthogonalize(x.cpu(), 5), atol=0.05)

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from convlens.errors import UsageError
-from convlens.names import near, pick
+from convlens.errors import UsageError, close_matches, lookup
 
 TABLE = {"cosine": 1, "constant": 2, "one-cycle": 3, "": 4}
 
 
 def test_the_entry_of_that_very_name() -> None:
-    assert [pick(TABLE, name, "schedule") for name in TABLE] == [1, 2, 3, 4]
+    assert [lookup(TABLE, name, "schedule") for name in TABLE] == [1, 2, 3, 4]
 
 
 def test_near_misses_best_first() -> None:
-    assert near("cosin", TABLE) == ["cosine"]
-    assert near("constan", TABLE)[0] == "constant"
-    assert near("zzz", TABLE) == []
-    assert len(near("a", ["a1", "a2", "a3", "a4"])) == 3
+    assert close_matches("cosin", TABLE) == ["cosine"]
+    assert close_matches("constan", TABLE)[0] == "constant"
+    assert close_matches("zzz", TABLE) == []
+    assert len(close_matches("a", ["a1", "a2", "a3", "a4"])) == 3
 
 
 def test_a_slip_is_answered_with_the_name_meant() -> None:
     with pytest.raises(UsageError) as caught:
-        pick(TABLE, "Cosine", "schedule")
+        lookup(TABLE, "Cosine", "schedule")
     assert caught.value.what == "unknown schedule 'Cosine'"
     assert caught.value.fix == "did you mean cosine?"
     assert caught.value.exit_code == 2
@@ -31,4 +30,4 @@ def test_a_slip_is_answered_with_the_name_meant() -> None:
 
 def test_without_near_misses_all_names_are_given() -> None:
     with pytest.raises(UsageError, match="choose from: cosine, constant, one-cycle"):
-        pick(TABLE, "zzz", "schedule")
+        lookup(TABLE, "zzz", "schedule")

@@ -10,8 +10,8 @@ import pytest
 
 import convlens
 from commands import here, refused
-from convlens.formats import modelfile, records
-from convlens.run import RunFolder, load_model
+from convlens import serialization
+from convlens.run import METRICS_COLUMNS, RunDir, load_model
 
 FILES = Path(__file__).parent / "files"
 FOLDERS = {"v1": 1}  # and the format of its model file
@@ -19,8 +19,8 @@ FOLDERS = {"v1": 1}  # and the format of its model file
 every = pytest.mark.parametrize("folder", FOLDERS)
 
 
-def copied(folder: str) -> RunFolder:
-    return RunFolder(Path(shutil.copytree(FILES / folder / "run", "models/run")))
+def copied(folder: str) -> RunDir:
+    return RunDir(Path(shutil.copytree(FILES / folder / "run", "models/run")))
 
 
 def test_every_folder_is_tested_and_small() -> None:
@@ -32,13 +32,13 @@ def test_every_folder_is_tested_and_small() -> None:
 
 def test_a_new_format_needs_a_new_folder() -> None:
     """If this fails, `files/README.md` says what to add."""
-    assert set(range(1, modelfile.FORMAT + 1)) == set(FOLDERS.values())
+    assert set(range(1, serialization.MODEL_FORMAT + 1)) == set(FOLDERS.values())
 
 
 @every
 def test_the_model_is_whole_and_of_its_format(folder: str) -> None:
     place = copied(folder)
-    tensors, card = modelfile.read(place.model_path)
+    tensors, card = serialization.read_model_file(place.model_path)
     assert card["format"] == FOLDERS[folder]
     loaded = load_model(place.model_path)
     assert loaded.classes == tuple("0123456789")
@@ -67,7 +67,7 @@ def test_the_same_recipe_finds_it_and_other_commands_read_it(folder: str) -> Non
     place = copied(folder)
     before = place.facts()
     assert len(place.metrics()) == before["epochs"] == 8
-    assert list(place.metrics()[0]) == list(records.COLUMNS)
+    assert list(place.metrics()[0]) == list(METRICS_COLUMNS)
     run = convlens.train(convlens.Run.load("run").recipe, name="run", test=False)
     assert run.path == place.path
     assert place.facts() == before
@@ -87,12 +87,12 @@ def test_a_run_of_a_later_version_says_so() -> None:
     place.note({"convlens": "99.1"})
     done = here("labels", place.path, "--folds", "2")
     refused(done, 4, "written by convlens 99.1, which knows more than this one", "update convlens")
-    tensors, card = modelfile.read(place.model_path)
+    tensors, card = serialization.read_model_file(place.model_path)
     card["recipe"]["train"]["teleport"] = True
     place.save_model(tensors, {**card, "convlens": "99.1"})
     path.unlink()
     refused(here("report", "run"), 4, "written by convlens 99.1", "update convlens")
-    with pytest.raises(modelfile.NewerFormatError, match=r"written by convlens 99\.1"):
+    with pytest.raises(serialization.NewerFormatError, match=r"written by convlens 99\.1"):
         _ = convlens.Run.load("run").recipe
     card["preprocessing"]["gamma"] = 2.2
     place.save_model(tensors, {**card, "convlens": "99.1"})

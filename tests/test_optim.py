@@ -12,7 +12,7 @@ from torch import nn
 from convlens import optim
 from convlens.errors import UsageError
 from convlens.optim import OPTIMISERS, SCHEDULES
-from convlens.schema import LookaheadConfig, OptimConfig
+from convlens.recipe import LookaheadConfig, OptimConfig
 from support import same
 
 
@@ -44,9 +44,14 @@ def train(model: nn.Module, optimiser: torch.optim.Optimizer, steps: int = 6) ->
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "nesterov"])
 def test_the_optimisers_are_torchs_with_the_recipes_numbers(name: str, exempt: bool) -> None:
     config = OptimConfig(
-        name="sgd" if name == "nesterov" else name, lr=0.05, weight_decay=0.3, momentum=0.8,
-        betas=(0.8, 0.95), nesterov=name == "nesterov", decay_bias_and_norm=not exempt,
-    )  # fmt: skip
+        name="sgd" if name == "nesterov" else name,
+        lr=0.05,
+        weight_decay=0.3,
+        momentum=0.8,
+        betas=(0.8, 0.95),
+        nesterov=name == "nesterov",
+        decay_bias_and_norm=not exempt,
+    )
     mine, theirs = network(), network()
     weights = [p for p in theirs.parameters() if p.ndim > 1]
     others = [p for p in theirs.parameters() if p.ndim <= 1]
@@ -62,7 +67,7 @@ def test_the_optimisers_are_torchs_with_the_recipes_numbers(name: str, exempt: b
         reference = torch.optim.AdamW(groups, lr=0.05, betas=(0.8, 0.95))
     else:
         reference = torch.optim.SGD(groups, lr=0.05, momentum=0.8, nesterov=name == "nesterov")
-    train(mine, optim.build(mine, config))
+    train(mine, optim.build_optimizer(mine, config))
     train(theirs, reference)
     for (key, value), expected in zip(
         mine.state_dict().items(), theirs.state_dict().values(), strict=True
@@ -75,7 +80,7 @@ def test_decay_moves_nothing_exempt() -> None:
     model = network()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = OptimConfig(name="adamw", lr=0.1, weight_decay=0.5, decay_bias_and_norm=False)
-    optimiser = optim.build(model, config)
+    optimiser = optim.build_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
@@ -87,7 +92,7 @@ def test_decay_moves_nothing_exempt() -> None:
 def test_frozen_parameters_are_left_out() -> None:
     model = network()
     model[0].requires_grad_(False)
-    optimiser = optim.build(model, OptimConfig(decay_bias_and_norm=False))
+    optimiser = optim.build_optimizer(model, OptimConfig(decay_bias_and_norm=False))
     held = {id(p) for group in optimiser.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(held) == 4
@@ -95,14 +100,14 @@ def test_frozen_parameters_are_left_out() -> None:
 
 def test_an_unknown_optimiser_or_schedule_names_near_misses() -> None:
     with pytest.raises(UsageError, match="unknown optimiser 'adan'"):
-        optim.build(network(), OptimConfig(name="adan"))
+        optim.build_optimizer(network(), OptimConfig(name="adan"))
     with pytest.raises(UsageError, match="did you mean cosine"):
-        optim.schedule(OptimConfig(schedule="cosin"))
+        optim.build_schedule(OptimConfig(schedule="cosin"))
 
 
 def test_setting_the_rate_keeps_what_it_was_at_first() -> None:
     config = OptimConfig(lr=0.2, weight_decay=0.1, decay_bias_and_norm=False)
-    optimiser = optim.build(network(), config)
+    optimiser = optim.build_optimizer(network(), config)
     for factor in (0.5, 0.0, 0.25):
         assert optim.set_lr(optimiser, factor) == pytest.approx(0.2 * factor)
     assert [group["lr"] for group in optimiser.param_groups] == pytest.approx([0.05, 0.05])
@@ -123,7 +128,7 @@ def of_torch(scheduler: Any, optimiser: torch.optim.Optimizer, steps: int = STEP
 
 
 def of_ours(config: OptimConfig, steps: int = STEPS) -> list[float]:
-    factor = optim.schedule(config)
+    factor = optim.build_schedule(config)
     return [factor(step / steps) for step in range(steps)]
 
 
@@ -162,7 +167,7 @@ def test_one_cycle_is_torchs(rise: float) -> None:
     )
     theirs = of_torch(scheduler, optimiser, total - 1)
     config = OptimConfig(schedule="one-cycle", warmup=0.0 if rise == 0.3 else rise)
-    factor = optim.schedule(config)
+    factor = optim.build_schedule(config)
     # torch's top is one step before its share of the steps, and its end is the last step.
     top, end = rise * total - 1, total - 1
     warped = [
@@ -178,8 +183,8 @@ def test_one_cycle_is_torchs(rise: float) -> None:
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "linear", "step"])
 def test_warmup_rises_from_zero_and_the_schedule_runs_over_the_rest(name: str) -> None:
-    plain = optim.schedule(OptimConfig(schedule=name))
-    factor = optim.schedule(OptimConfig(schedule=name, warmup=0.2))
+    plain = optim.build_schedule(OptimConfig(schedule=name))
+    factor = optim.build_schedule(OptimConfig(schedule=name, warmup=0.2))
     assert [factor(p) for p in (0.0, 0.05, 0.1)] == pytest.approx([0, 0.25, 0.5])
     for progress in (0.2, 0.4, 0.7, 1.0):
         assert factor(progress) == pytest.approx(plain((progress - 0.2) / 0.8))
@@ -187,7 +192,7 @@ def test_warmup_rises_from_zero_and_the_schedule_runs_over_the_rest(name: str) -
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 def test_a_schedule_can_end_above_zero(name: str) -> None:
-    factor = optim.schedule(OptimConfig(schedule=name, final=0.07))
+    factor = optim.build_schedule(OptimConfig(schedule=name, final=0.07))
     # Half way both shapes are in the middle between 1 and their end.
     assert [factor(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.535, 0.07])
 
@@ -214,7 +219,7 @@ def test_the_triangle_of_the_records_is_a_linear_schedule_with_warmup() -> None:
 )
 def test_a_schedule_refuses_keys_that_would_do_nothing(options: Any, told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        optim.schedule(OptimConfig(**options))
+        optim.build_schedule(OptimConfig(**options))
 
 
 def test_the_tables_are_what_recipes_name() -> None:
@@ -227,9 +232,9 @@ def test_the_tables_are_what_recipes_name() -> None:
 
 def test_the_average_is_that_of_a_slow_reference() -> None:
     model = network()
-    averager = optim.Averager(model, 0.4)
+    averager = optim.EMA(model, 0.4)
     slow = {k: v.clone().double() for k, v in model.state_dict().items()}
-    optimiser = optim.build(model, OptimConfig(lr=0.05))
+    optimiser = optim.build_optimizer(model, OptimConfig(lr=0.05))
     for t in range(1, 9):
         train(model, optimiser, steps=1)
         averager.update()
@@ -240,7 +245,7 @@ def test_the_average_is_that_of_a_slow_reference() -> None:
             else:
                 slow[key] = value.double()
     live = {k: v.clone() for k, v in model.state_dict().items()}
-    with optim.averaged(averager):
+    with optim.averaged_weights(averager):
         for key, value in model.state_dict().items():
             assert torch.allclose(value.double(), slow[key], rtol=1e-5, atol=1e-7), key
         assert not torch.equal(model.state_dict()["1.running_mean"], live["1.running_mean"])
@@ -251,31 +256,31 @@ def test_a_small_decay_is_used_as_it_is() -> None:
     model = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(0.0)
-        averager = optim.Averager(model, 0.1)
+        averager = optim.EMA(model, 0.1)
         model.weight.fill_(1.0)
         for _ in range(2):
             averager.update()
-    with optim.averaged(averager):
+    with optim.averaged_weights(averager):
         # min(0.1, 2/11) = 0.1, so 1 - 0.1^2.
         assert model.weight.item() == pytest.approx(0.99)
 
 
 def test_the_weights_are_back_after_an_error() -> None:
     model = network()
-    averager = optim.Averager(model, 0.5)
-    train(model, optim.build(model, OptimConfig()), steps=1)
+    averager = optim.EMA(model, 0.5)
+    train(model, optim.build_optimizer(model, OptimConfig()), steps=1)
     live = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ZeroDivisionError), optim.averaged(averager):
+    with pytest.raises(ZeroDivisionError), optim.averaged_weights(averager):
         raise ZeroDivisionError
     same(live, dict(model.state_dict()))
-    with optim.averaged(None):
+    with optim.averaged_weights(None):
         same(live, dict(model.state_dict()))
 
 
 def test_a_restored_average_goes_on_as_the_first_would() -> None:
     model = network()
-    first, second = optim.Averager(model, 0.9), optim.Averager(model, 0.9)
-    optimiser = optim.build(model, OptimConfig())
+    first, second = optim.EMA(model, 0.9), optim.EMA(model, 0.9)
+    optimiser = optim.build_optimizer(model, OptimConfig())
     train(model, optimiser, steps=1)
     first.update()
     state = first.state()
@@ -294,14 +299,12 @@ def test_a_restored_average_goes_on_as_the_first_would() -> None:
 def test_lookahead_is_the_loop_of_its_reference() -> None:
     """Every third step the weights go back to an average; the last two of 11 are thrown away."""
     total, every, decay, power = 11, 3, 0.9, 2.0
-    config = OptimConfig(
-        lr=0.05, lookahead=LookaheadConfig(every=every, decay=decay, power=power)
-    )  # fmt: skip
+    config = OptimConfig(lr=0.05, lookahead=LookaheadConfig(every=every, decay=decay, power=power))
     mine, slow = network(), network()
-    lookahead = optim.averager(mine, config, total)
+    lookahead = optim.build_averager(mine, config, total)
     assert isinstance(lookahead, optim.Lookahead)
     average = {k: v.clone() for k, v in slow.state_dict().items()}
-    ours, theirs = optim.build(mine, config), optim.build(slow, config)
+    ours, theirs = optim.build_optimizer(mine, config), optim.build_optimizer(slow, config)
     for step in range(1, total + 1):
         train(mine, ours, steps=1)
         lookahead.update()
@@ -317,7 +320,7 @@ def test_lookahead_is_the_loop_of_its_reference() -> None:
         for key, value in mine.state_dict().items():
             assert torch.allclose(value, slow.state_dict()[key], rtol=1e-4, atol=1e-6), key
         live = mine.state_dict()["0.weight"].clone()
-        with optim.averaged(lookahead):  # validation and the model file see the average
+        with optim.averaged_weights(lookahead):  # validation and the model file see the average
             seen = mine.state_dict()["0.weight"]
             assert torch.allclose(seen, average["0.weight"], rtol=1e-4, atol=1e-6)
         assert torch.equal(live, mine.state_dict()["0.weight"])
@@ -326,7 +329,7 @@ def test_lookahead_is_the_loop_of_its_reference() -> None:
 def test_the_network_ends_with_its_average() -> None:
     model = network()
     lookahead = optim.Lookahead(model, every=4, decay=0.95, power=3, steps=6)
-    optimiser = optim.build(model, OptimConfig(lr=0.05))
+    optimiser = optim.build_optimizer(model, OptimConfig(lr=0.05))
     for step in range(1, 7):
         train(model, optimiser, steps=1)
         lookahead.update()
@@ -341,14 +344,14 @@ def test_the_network_ends_with_its_average() -> None:
         assert same_now == (step in (4, 6))
 
 
-def _ordered(model: nn.Module, average: optim.Average) -> list[torch.Tensor]:
+def _ordered(model: nn.Module, average: optim.WeightAverage) -> list[torch.Tensor]:
     """The average in the order of the network's `state_dict`."""
-    with optim.averaged(average):
+    with optim.averaged_weights(average):
         return [t.clone() for t in model.state_dict().values() if t.is_floating_point()]
 
 
 def test_a_recipe_has_one_average_or_none() -> None:
-    assert optim.averager(network(), OptimConfig(), 10) is None
-    assert isinstance(optim.averager(network(), OptimConfig(ema=0.9), 10), optim.Averager)
+    assert optim.build_averager(network(), OptimConfig(), 10) is None
+    assert isinstance(optim.build_averager(network(), OptimConfig(ema=0.9), 10), optim.EMA)
     with pytest.raises(UsageError, match=r"optim\.ema and optim\.lookahead"):
-        optim.averager(network(), OptimConfig(ema=0.9, lookahead=LookaheadConfig()), 10)
+        optim.build_averager(network(), OptimConfig(ema=0.9, lookahead=LookaheadConfig()), 10)

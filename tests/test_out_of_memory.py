@@ -19,18 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from commands import environment, weights
-from convlens import engine, inference, training
-from convlens.data.batches import Normalise
+from convlens.data.loader import Normalise
 from convlens.device import Plan
-from convlens.engine import Step
+from convlens.engine import inference, oom
+from convlens.engine.inference import split_logits
+from convlens.engine.loop import Step, TrainLoop
+from convlens.engine.oom import OutOfMemory, is_oom
 from convlens.errors import ResourceError
-from convlens.inference import split_logits
 from convlens.recipe import Recipe
-from convlens.run import RunFolder
-from convlens.starting import planning
-from convlens.starting.preparing import prepare
-from convlens.stepping import memory
-from convlens.stepping.memory import OutOfMemory, is_oom
+from convlens.run import RunDir
+from convlens.training import autotune, train
+from convlens.training.setup import build_training_job
 from launching import torchrun
 from support import PLAN, Memory, Split, begin, images_of, pictures, same, tiny
 from test_guarding import OPTIMISERS, Run, batches
@@ -95,7 +94,7 @@ def test_what_torch_says_is_understood() -> None:
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             fails()
         assert is_oom(caught.value)
-        assert memory.out_of_memory_error(caught.value).exit_code == 5
+        assert oom.out_of_memory_error(caught.value).exit_code == 5
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not is_oom(caught.value)
@@ -106,13 +105,13 @@ def test_what_torch_says_is_understood() -> None:
 def _failure() -> ResourceError:
     with pytest.raises(RuntimeError) as caught:
         ask_for_too_much()
-    return memory.out_of_memory_error(caught.value)
+    return oom.out_of_memory_error(caught.value)
 
 
 def test_trying_leaves_other_errors_alone() -> None:
-    with pytest.raises(ZeroDivisionError), memory.catch_oom(3):
+    with pytest.raises(ZeroDivisionError), oom.catch_oom(3):
         raise ZeroDivisionError
-    with pytest.raises(OutOfMemory) as caught, memory.catch_oom(3):
+    with pytest.raises(OutOfMemory) as caught, oom.catch_oom(3):
         ask_for_too_much()
     assert caught.value.images == 3
 
@@ -124,9 +123,11 @@ def finished(asked: Recipe, name: str, part: int = 0, most: int = 0, back: bool 
     """A run to its end: by a plan with that part, or with memory for `most` images."""
     setup, place = begin(asked, name)
     if part:
-        setup = prepare(asked, images_of(asked), "cpu", replace(setup.plan, micro_batch_size=part))
+        setup = build_training_job(
+            asked, images_of(asked), "cpu", replace(setup.plan, micro_batch_size=part)
+        )
     seen = greedy(setup.feed.model, most, back=back) if most else []
-    rows, kept = training.run_to_end(setup, place, quiet=False)
+    rows, kept = train.fit(setup, place, quiet=False)
     place.finish(epochs=len(rows), kept=kept, seconds=0.0)
     return place, seen
 
@@ -153,7 +154,7 @@ def test_where_memory_runs_out_the_run_is_that_of_the_smaller_parts(
     (noted,) = short.facts()["out_of_memory"]
     assert noted == {"part": size // 4, "epoch": 1, "step": 1, "batch_norm": PLAIN not in options}
     equal(short, finished(asked, "parts", part=size // 4)[0])
-    assert "out_of_memory" not in RunFolder(Path("models/parts")).facts()
+    assert "out_of_memory" not in RunDir(Path("models/parts")).facts()
 
 
 @pytest.mark.parametrize("synchronous", [True, False], ids=["synchronous", "deferred"])
@@ -193,7 +194,7 @@ def test_a_run_that_is_taken_up_has_the_same_parts(
     class Killed(BaseException):
         pass
 
-    real, calls = engine.TrainLoop.train_step, []
+    real, calls = TrainLoop.train_step, []
 
     def step(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
@@ -201,12 +202,12 @@ def test_a_run_that_is_taken_up_has_the_same_parts(
             raise Killed
         return real(*arguments, **more)
 
-    monkeypatch.setattr(engine.TrainLoop, "train_step", step)
+    monkeypatch.setattr(TrainLoop, "train_step", step)
     with pytest.raises(Killed):
-        training.run_to_end(setup, place, quiet=True)
-    monkeypatch.setattr(engine.TrainLoop, "train_step", real)
+        train.fit(setup, place, quiet=True)
+    monkeypatch.setattr(TrainLoop, "train_step", real)
     setup, place = begin(asked, "stopped")  # nobody is greedy now
-    rows, kept = training.run_to_end(setup, place, quiet=True)
+    rows, kept = train.fit(setup, place, quiet=True)
     place.finish(epochs=len(rows), kept=kept, seconds=0.0)
     assert setup.state.micro_batch_size == 4
     equal(place, whole)
@@ -240,14 +241,14 @@ def test_where_nothing_fits_nothing_is_changed(synchronous: bool) -> None:
 
 def test_one_of_several_processes_does_not_go_on_otherwise() -> None:
     with pytest.raises(ResourceError, match="8 images of a batch that are this process's"):
-        memory.next_micro_batch_size(nn.Linear(1, 1), OutOfMemory(8), 0, distributed=True)
+        oom.next_micro_batch_size(nn.Linear(1, 1), OutOfMemory(8), 0, distributed=True)
 
 
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 from convlens import cli
-from convlens.starting import preparing
+from convlens.training import preparing
 from convlens.distributed import processes
 import test_out_of_memory as here
 
@@ -284,34 +285,34 @@ def test_a_candidate_without_memory_is_no_candidate() -> None:
 
     def trial(plan: Plan) -> Callable[[], None]:
         def step() -> None:
-            with memory.catch_oom(16):
+            with oom.catch_oom(16):
                 if not plan.micro_batch_size:
                     ask_for_too_much()
 
         return step
 
-    chosen, seconds = planning.fastest(plans, trial)
+    chosen, seconds = autotune.fastest(plans, trial)
     assert chosen is plans[1]
     assert seconds[0] == float("inf") > seconds[1]
     # If there is none for any, the first one is taken, and the training finds out.
-    assert planning.fastest(plans[:1] * 2, trial)[0] is plans[0]
+    assert autotune.fastest(plans[:1] * 2, trial)[0] is plans[0]
 
 
 def test_timings_of_a_run_hold_no_infinity() -> None:
     asked = tiny(PLAIN, "train.batch_size=64", "train.epochs=300", "train.patience=1")
     seen: list[int] = []
-    real = engine.TrainLoop.train_step
+    real = TrainLoop.train_step
 
-    def step(loop: engine.TrainLoop, images: Tensor, targets: Tensor) -> Any:
-        with memory.catch_oom(len(images)):
+    def step(loop: TrainLoop, images: Tensor, targets: Tensor) -> Any:
+        with oom.catch_oom(len(images)):
             seen.append(loop.plan.micro_batch_size)
             if not loop.plan.micro_batch_size:
                 ask_for_too_much()
         return real(loop, images, targets)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.TrainLoop, "train_step", step)
-        setup = prepare(asked, images_of(asked), "cpu")
+        patch.setattr(TrainLoop, "train_step", step)
+        setup = build_training_job(asked, images_of(asked), "cpu")
     assert setup.plan.micro_batch_size in (16, 32)
     assert set(seen) == {0, 16, 32}
     assert set(setup.timings) == {"fp32 contiguous by 32", "fp32 contiguous by 16"}
@@ -337,7 +338,7 @@ def test_inference_goes_on_with_half_as_many_images() -> None:
     model.register_forward_hook(lambda *_: ask_for_too_much())
     with pytest.raises(ResourceError, match="not enough memory"):
         split_logits(model, split, Normalise([0.5], [0.25]), PLAN)
-    assert inference.FIRST == 16
+    assert inference.FIRST_BATCH == 16
 
 
 # A command that may not have more
@@ -346,7 +347,7 @@ LIMITED = """
 import re, resource, sys
 from pathlib import Path
 from convlens import cli
-import convlens.training, convlens.picturing, convlens.plots.charts
+import convlens.training.train, convlens.run_plots, convlens.plots.charts
 
 def data():
     return int(re.search(r"VmData:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
@@ -372,9 +373,16 @@ def limited(megabytes: int, *arguments: str) -> subprocess.CompletedProcess[str]
 def large(*overrides: str) -> Recipe:
     """One step: some 500 MB for its batch of 300 images, and as much less for fewer."""
     return tiny(
-        PLAIN, "data.per_class=30", "data.image_size=64", "model.widths=[32]", "train.epochs=1",
-        "train.batch_size=300", "optim.lr=0.001", "train.keep=last", *overrides,
-    )  # fmt: skip
+        PLAIN,
+        "data.per_class=30",
+        "data.image_size=64",
+        "model.widths=[32]",
+        "train.epochs=1",
+        "train.batch_size=300",
+        "optim.lr=0.001",
+        "train.keep=last",
+        *overrides,
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux")
@@ -383,7 +391,7 @@ def test_a_process_without_memory_trains_in_parts() -> None:
     Path("large.yaml").write_text(asked.to_text())
     done = limited(200, "train", "large.yaml", "--no-test", "--device", "cpu", "--name", "short")
     assert done.returncode == 0, done.stderr
-    (noted,) = RunFolder(Path("models/short")).facts()["out_of_memory"]
+    (noted,) = RunDir(Path("models/short")).facts()["out_of_memory"]
     part = noted["part"]
     assert 0 < part <= 150
     assert f"a batch of 300 is now computed {part} images at a time" in done.stderr
@@ -412,7 +420,7 @@ def test_a_gpu_without_memory_trains_in_parts() -> None:
         300 * 2**20 / torch.cuda.get_device_properties(0).total_memory
     )
     try:
-        place = training.train(asked, name="short", test=False, on="cuda")
+        place = train.train(asked, name="short", test=False, on="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert 0 < place.facts()["out_of_memory"][-1]["part"] <= 150

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from commands import DIGITS, constant_model, here, pictures, refused
-from convlens import Run, picturing
-from convlens.run import RunFolder
+from convlens import Run, run_plots
+from convlens.run import RunDir
 from support import Memory, Split
 
 pytestmark = pytest.mark.figures
@@ -67,9 +67,13 @@ def test_a_training_leaves_its_plots() -> None:
     assert done.code == 0, done.err
     sizes = opened(Path("plots/mine"))
     assert set(sizes) == {
-        "augmented.png", "confusion-test.png", "curves.png", "learning_rate.png",
-        "reliability-test.png", "worst-test.png",
-    }  # fmt: skip
+        "augmented.png",
+        "confusion-test.png",
+        "curves.png",
+        "learning_rate.png",
+        "reliability-test.png",
+        "worst-test.png",
+    }
     assert all(min(size) >= 300 for size in sizes.values())
     # Other looks have other names; nothing of the first is overwritten.
     before = (Path("plots/mine/confusion-test.png")).read_bytes()
@@ -97,13 +101,13 @@ def test_what_mixes_and_alternates_can_be_drawn() -> None:
 
 @pytest.mark.parametrize("count", [2, 200])
 def test_an_evaluation_of_any_number_of_classes_can_be_drawn(tmp_path: Path, count: int) -> None:
-    place = RunFolder(tmp_path / "models" / "x", tmp_path / "plots")
+    place = RunDir(tmp_path / "models" / "x", tmp_path / "plots")
     random = np.random.default_rng(0)
     scores = random.normal(size=(400, count))
     labels = torch.from_numpy(random.integers(0, count, 400))
     images = torch.from_numpy(random.integers(0, 256, (400, 3, 8, 8), dtype=np.uint8))
     names = [f"a rather long name {n}" for n in range(count)]
-    picturing.evaluation_plots(place, "test", Split(Memory(images), labels), scores, names)
+    run_plots.plot_evaluation(place, "test", Split(Memory(images), labels), scores, names)
     found = opened(tmp_path / "plots")
     assert set(found) == {"confusion-test.png", "reliability-test.png", "worst-test.png"}
 
@@ -115,9 +119,16 @@ def test_a_model_without_mistakes_has_no_worst_ones(tmp_path: Path) -> None:
     lines = [f"{p},cat" for p in sorted(Path("set").rglob("*.png"))]
     other = pictures(Path("dogs"), {"dog": 1})
     (other / "dog" / "000.png").rename("dog.png")
-    Path("list.csv").write_text("\n".join(["path,label,split", "dog.png,dog,train",
-                                           *[f"{line},train" for line in lines[:1]],
-                                           *[f"{line},test" for line in lines[1:]]]))  # fmt: skip
+    Path("list.csv").write_text(
+        "\n".join(
+            [
+                "path,label,split",
+                "dog.png,dog,train",
+                *[f"{line},train" for line in lines[:1]],
+                *[f"{line},test" for line in lines[1:]],
+            ]
+        )
+    )
     got = Run(place).evaluate("test", data="list.csv")
     assert got.accuracy == 1.0
     names = set(opened(Path("plots/sure")))
@@ -127,12 +138,12 @@ def test_a_model_without_mistakes_has_no_worst_ones(tmp_path: Path) -> None:
 def test_worst_mistakes_are_those_least_likely_to_the_truth() -> None:
     chances = np.array([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.05, 0.9, 0.05], [0.4, 0.35, 0.25]])
     truths = np.array([0, 0, 0, 1])
-    assert picturing.worst_of(chances, truths).tolist() == [2, 1, 3]
+    assert run_plots.worst_mistake_images(chances, truths).tolist() == [2, 1, 3]
 
 
 def test_columns_of_rows() -> None:
     rows = [{"epoch": 1.0, "lr": 0.1}, {"epoch": 2.0, "lr": 0.2}]
-    assert picturing.columns(rows) == {"epoch": [1.0, 2.0], "lr": [0.1, 0.2]}
+    assert run_plots.metric_columns(rows) == {"epoch": [1.0, 2.0], "lr": [0.1, 0.2]}
 
 
 def test_a_data_sheet_and_a_seed_plot_are_written() -> None:
@@ -140,10 +151,14 @@ def test_a_data_sheet_and_a_seed_plot_are_written() -> None:
     sheet = Path(here("audit", "photos", "--json").json["contact_sheet"])
     assert sheet == Path("plots/data-photos.png")
     row = {
-        "epoch": 1.0, "train_loss": 1.0, "val_loss": 1.1, "train_accuracy": 0.5,
-        "val_accuracy": 0.4, "lr": 0.1,
-    }  # fmt: skip
+        "epoch": 1.0,
+        "train_loss": 1.0,
+        "val_loss": 1.1,
+        "train_accuracy": 0.5,
+        "val_accuracy": 0.4,
+        "lr": 0.1,
+    }
     runs = [[row, row], [row, row]]
-    picturing.several_plot(Path("plots/two/seeds.png"), {"": runs}, "two", "2 seeds")
-    picturing.several_plot(Path("plots/two/all.png"), {"a": runs, "b": runs}, "two", "")
+    run_plots.plot_several(Path("plots/two/seeds.png"), {"": runs}, "two", "2 seeds")
+    run_plots.plot_several(Path("plots/two/all.png"), {"a": runs, "b": runs}, "two", "")
     assert set(opened(Path("plots/two"))) == {"seeds.png", "all.png"}

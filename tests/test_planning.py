@@ -12,21 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import engine, models, recipe as recipes, training
+from convlens import models
 from convlens.device import Plan
+from convlens.engine.loop import TrainLoop
 from convlens.errors import UsageError
-from convlens.recipe import Recipe
-from convlens.run import RunFolder
-from convlens.starting import planning
-from convlens.starting.planning import StepTiming, losses_agree, modes_worth_trying
-from convlens.starting.preparing import prepare
+from convlens.recipe import Recipe, load_recipe
+from convlens.run import RunDir
+from convlens.training import autotune, train
+from convlens.training.autotune import StepTiming, losses_agree, modes_worth_trying
+from convlens.training.setup import build_training_job
 from support import PLAN, begin, images_of, same, tiny
 
 TIMED = ("train.epochs=100", "train.memory_format=auto")  # 500 steps: worth timing
 
 
 def prepared(asked: Recipe) -> Any:
-    return prepare(asked, images_of(asked), "cpu")
+    return build_training_job(asked, images_of(asked), "cpu")
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         asked.append([str(plan) for plan in candidates])
         return candidates[-1], [0.002] * (len(candidates) - 1) + [0.001]
 
-    monkeypatch.setattr(planning, "fastest", fastest)
+    monkeypatch.setattr(autotune, "fastest", fastest)
     return asked
 
 
@@ -64,10 +65,14 @@ def test_what_was_timed_is_remembered_for_the_next_run_of_the_kind(
 @pytest.mark.parametrize(
     "other",
     [
-        "model.widths=[4, 9]", "train.batch_size=8", "optim.name=sgd", "model.trainable=head",
-        "optim.clip_norm=1", "data.channels=3",
+        "model.widths=[4, 9]",
+        "train.batch_size=8",
+        "optim.name=sgd",
+        "model.trainable=head",
+        "optim.clip_norm=1",
+        "data.channels=3",
     ],
-)  # fmt: skip
+)
 def test_another_kind_of_step_is_timed_anew(other: str, timings: list[list[str]]) -> None:
     prepared(tiny(*TIMED))
     prepared(tiny(*TIMED, other))
@@ -99,7 +104,7 @@ def test_a_damaged_memory_is_no_memory(
 def test_the_memory_has_an_end(
     timings: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(planning, "MAX_REMEMBERED", 2)
+    monkeypatch.setattr(autotune, "MAX_REMEMBERED", 2)
     for width in (3, 4, 5):
         prepared(tiny(*TIMED, f"model.widths=[{width}]"))
     assert len(json.loads((tmp_path / "cache" / "plans.json").read_text())) == 2
@@ -107,8 +112,8 @@ def test_the_memory_has_an_end(
 
 def test_the_choice_and_its_timings_stand_in_the_run(timings: list[list[str]]) -> None:
     asked = tiny(*TIMED, "train.patience=1", "optim.lr=1e-9")
-    place = training.train(asked, test=False, on="cpu", quiet=True)
-    facts = RunFolder(place.path).facts()
+    place = train.train(asked, test=False, on="cpu", quiet=True)
+    facts = RunDir(place.path).facts()
     assert facts["plan"]["memory_format"] == "channels_last"
     assert facts["timings"] == {"fp32 contiguous": 2.0, "fp32 channels_last": 1.0}
 
@@ -117,13 +122,13 @@ def test_a_frozen_trunk_is_not_part_of_what_is_timed(
     timings: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    real = engine.TrainLoop.train_step
+    real = TrainLoop.train_step
 
-    def step(loop: engine.TrainLoop, images: Tensor, targets: Tensor) -> Any:
+    def step(loop: TrainLoop, images: Tensor, targets: Tensor) -> Any:
         seen.append(tuple(images.shape))
         return real(loop, images, targets)
 
-    monkeypatch.setattr(engine.TrainLoop, "train_step", step)
+    monkeypatch.setattr(TrainLoop, "train_step", step)
     prepared(tiny(*TIMED, "model.trainable=head", "model.head=flatten"))
     assert set(seen) == {(16, 32)}  # 8 maps of 2 x 2, flattened, instead of 16 x 1 x 8 x 8
 
@@ -158,14 +163,14 @@ def test_parts_are_the_batch_in_order() -> None:
 def test_a_step_in_parts_is_the_step_of_the_whole(mixed: bool) -> None:
     def stepped(part: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         torch.manual_seed(0)
-        model = models.build("cnn", 5, 1, 8, {"widths": [4], "batch_norm": False}).double()
+        model = models.build_model("cnn", 5, 1, 8, {"widths": [4], "batch_norm": False}).double()
         images = torch.randn(11, 1, 8, 8, dtype=torch.float64)
         labels = torch.arange(11) % 5
         targets = torch.rand(11, 5, dtype=torch.float64).softmax(1) if mixed else labels
         optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
         plan = Plan("cpu", "fp32", "contiguous", micro_batch_size=part)
         criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-        loop = engine.TrainLoop(model, optimiser, criterion, plan, clip_norm=0.1)
+        loop = TrainLoop(model, optimiser, criterion, plan, clip_norm=0.1)
         result = loop.train_step(images, targets)
         return result.loss, result.num_correct, model.state_dict()
 
@@ -186,7 +191,7 @@ def test_a_bad_part_leaves_no_gradient_behind() -> None:
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     plan = Plan("cpu", "fp32", "contiguous", micro_batch_size=2)
-    loop = engine.TrainLoop(model, optimiser, nn.CrossEntropyLoss(), plan)
+    loop = TrainLoop(model, optimiser, nn.CrossEntropyLoss(), plan)
     result = loop.train_step(images, torch.zeros(4, dtype=torch.int64))
     assert not result.is_finite
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -209,8 +214,8 @@ class Machine:
     ) -> None:
         self.now, self.busy_until, self.tried = 0.0, 0.0, list[str]()
         self.modes = {name.replace("_", "-"): seconds for name, seconds in modes.items()}
-        monkeypatch.setattr(planning.device, "synchronise", lambda device: self.wait())
-        monkeypatch.setattr(planning.device, "seed_generators", lambda device, seed: None)
+        monkeypatch.setattr(autotune.device, "synchronise", lambda device: self.wait())
+        monkeypatch.setattr(autotune.device, "seed_generators", lambda device, seed: None)
 
     def wait(self) -> None:
         self.now = max(self.now, self.busy_until)
@@ -230,7 +235,7 @@ class Machine:
         return step
 
     def choose(self, steps: int, plan: Plan = CUDA, shapes: int = 1) -> str:
-        return planning.choose_step_mode(
+        return autotune.choose_step_mode(
             plan, self.make_step, steps, shapes=shapes, clock=lambda: self.now
         ).step_mode
 
@@ -289,7 +294,7 @@ def test_nothing_is_compiled_off_cuda_or_in_deterministic_plans() -> None:
         raise AssertionError("tried")
 
     for plan in (replace(CUDA, device="cpu"), replace(CUDA, deterministic=True)):
-        assert planning.choose_step_mode(plan, make_step, 10**9) == plan
+        assert autotune.choose_step_mode(plan, make_step, 10**9) == plan
 
 
 def test_losses_agree_within_rounding() -> None:
@@ -301,12 +306,12 @@ def test_losses_agree_within_rounding() -> None:
 
 
 def test_the_recipe_can_state_whether_to_compile() -> None:
-    loaded = {c: recipes.load("digits", [f"train.compile={c}"]) for c in ("true", "no", "auto")}
+    loaded = {c: load_recipe("digits", [f"train.compile={c}"]) for c in ("true", "no", "auto")}
     assert [each.train.compile for each in loaded.values()] == [True, False, "auto"]
     modes = [begin(tiny(f"train.compile={c}"), c)[0].plan.step_mode for c in loaded]
     assert modes == ["compiled", "eager", "eager"]
     with pytest.raises(UsageError, match=r"train\.compile"):
-        recipes.load("digits", ["train.compile=sometimes"])
+        load_recipe("digits", ["train.compile=sometimes"])
 
 
 def test_cuda_graphs_of_earlier_versions_are_read_but_not_trained() -> None:
@@ -321,9 +326,13 @@ def test_cuda_graphs_of_earlier_versions_are_read_but_not_trained() -> None:
 def test_a_plan_is_stored_in_the_keys_of_earlier_versions() -> None:
     plan = Plan("cuda:1", "fp16", "channels_last", True, 8, "compiled")
     assert plan.to_dict() == {
-        "device": "cuda:1", "precision": "fp16", "memory_format": "channels_last",
-        "deterministic": True, "part": 8, "step": "compiled",
-    }  # fmt: skip
+        "device": "cuda:1",
+        "precision": "fp16",
+        "memory_format": "channels_last",
+        "deterministic": True,
+        "part": 8,
+        "step": "compiled",
+    }
     assert Plan.from_dict(plan.to_dict()) == plan
     assert Plan.from_dict({**plan.to_dict(), "step": "graph"}).step_mode == "reduce-overhead"
     early = {"device": "cpu", "precision": "fp32", "memory_format": "contiguous"}
@@ -336,10 +345,10 @@ def test_compiled_steps_are_the_eager_steps() -> None:
     ends = []
     for mode in ("eager", "compiled"):
         torch.manual_seed(0)
-        model = models.build("cnn", 3, 1, 8, {"widths": [4]})
+        model = models.build_model("cnn", 3, 1, 8, {"widths": [4]})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
         plan = Plan("cpu", "fp32", "contiguous", step_mode=mode)
-        loop = engine.TrainLoop(model, optimizer, nn.CrossEntropyLoss(), plan)
+        loop = TrainLoop(model, optimizer, nn.CrossEntropyLoss(), plan)
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):
             loop.train_step(torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8) % 3)
@@ -353,26 +362,26 @@ def test_compiled_steps_are_the_eager_steps() -> None:
 def test_steps_with_reduced_overhead_are_the_eager_steps_on_a_gpu(precision: str) -> None:
     """Batches of two sizes, dropout, and a group that is frozen half way."""
     from convlens import optim
-    from convlens.schema import OptimConfig
-    from convlens.stepping.guarding import make_grad_scaler
+    from convlens.engine.numerics import make_grad_scaler
+    from convlens.recipe import OptimConfig
     from test_engine import Listed
 
     losses = []
     for mode in ("eager", "reduce-overhead"):
         torch.manual_seed(0)
         plan = Plan("cuda", precision, "channels_last", step_mode=mode)
-        model = plan.prepare_model(models.build("cnn", 3, 1, 8, {"widths": [4]}))
+        model = plan.prepare_model(models.build_model("cnn", 3, 1, 8, {"widths": [4]}))
         groups = [{"params": "classifier.bias", "end": 0.55}]
         config = OptimConfig(name="sgd", lr=0.02, groups=groups)
         scaler = make_grad_scaler("cuda") if precision == "fp16" else None
-        loop = engine.TrainLoop(
-            model, optim.build(model, config), nn.CrossEntropyLoss(), plan, scaler=scaler
+        loop = TrainLoop(
+            model, optim.build_optimizer(model, config), nn.CrossEntropyLoss(), plan, scaler=scaler
         )
         generator = torch.Generator().manual_seed(1)
         listed = [
             (torch.randn(n, 1, 8, 8, generator=generator).cuda(), torch.arange(n).cuda() % 3)
             for n in (8,) * 9 + (5,)
         ]
-        records = loop.run(Listed(listed), optim.schedule(config), epochs=2, seed=3)
+        records = loop.run(Listed(listed), optim.build_schedule(config), epochs=2, seed=3)
         losses.append(torch.tensor([float(record.loss) for record in records]))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=2e-3)

@@ -30,21 +30,25 @@ from commands import (
     sided_model,
     weights,
 )
-from convlens import Run, inference
-from convlens.data import load, load_foreign
-from convlens.data.decode import decode, fit_images
-from convlens.formats import modelfile
-from convlens.inference import split_logits
+from convlens import Run, serialization
+from convlens.data.dataset import load_data, load_external_data
+from convlens.data.decode import decode, fit_arrays
+from convlens.engine import inference
+from convlens.engine.data_parallel import SplitSlice
+from convlens.engine.inference import split_logits
 from convlens.metrics import cross_entropy
 from convlens.run import load_model
-from convlens.stepping.data_parallel import SplitSlice
 from support import PLAN, same
 
 ROOT = Path(convlens.__file__).parent
 NUMBERS = {"1": (220, 50, 40), "2": (40, 200, 60), "10": (40, 60, 220)}
 SMALL = (
-    "model.widths=[4,8]", "augment=[]", "optim.lr=0.01", "optim.ema=null", "train.batch_size=16",
-)  # fmt: skip
+    "model.widths=[4,8]",
+    "augment=[]",
+    "optim.lr=0.01",
+    "optim.ema=null",
+    "train.batch_size=16",
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +58,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         done = here(
-            "train", "digits", *SMALL, "train.epochs=3", "model.dropout=0.2", "optim.ema=0.95",
-            "optim.label_smoothing=0.3", "--no-test", "--name", "digits",
-        )  # fmt: skip
+            "train",
+            "digits",
+            *SMALL,
+            "train.epochs=3",
+            "model.dropout=0.2",
+            "optim.ema=0.95",
+            "optim.label_smoothing=0.3",
+            "--no-test",
+            "--name",
+            "digits",
+        )
         assert done.code == 0, done.err
     return folder / "models" / "digits"
 
@@ -69,7 +81,7 @@ def digits(trained: Path) -> Run:
 
 def files_of(run: Run, count: int) -> tuple[list[Path], np.ndarray]:
     """The first images of the run's test split as files in class folders, and their pixels."""
-    data = load(run.recipe.data, memory_budget=1 << 30)
+    data = load_data(run.recipe.data, memory_budget=1 << 30)
     test = data.unseal_test()
     pixels = test.rows.gather(torch.arange(count)).numpy()
     labels = [data.classes[label] for label in test.labels[:count].tolist()]
@@ -85,10 +97,10 @@ def files_of(run: Run, count: int) -> tuple[list[Path], np.ndarray]:
 def rewritten(run: Run, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Done:
     """What evaluating says of a model file whose tensors and card were changed, hash included."""
     path = run.path / "model.safetensors"
-    tensors, card = modelfile.read(path)
+    tensors, card = serialization.read_model_file(path)
     del card["sha256"], card["format"]
     change(tensors, card)
-    modelfile.write(path, tensors, card)
+    serialization.write_model_file(path, tensors, card)
     return here("evaluate", "digits")
 
 
@@ -187,7 +199,9 @@ def test_another_normalisation_than_that_of_training(digits: Run) -> None:
     assert calling("Normalise") == {"run.py"}
     content = (digits.path / "model.safetensors").read_bytes()
     mean = load_model(digits.path / "model.safetensors").preprocessing.mean[0]
-    spoilt = content.replace(f'"mean\\": [{mean}'.encode(), f'"mean\\": [{0.5:.{len(str(mean)) - 2}f}'.encode(), 1)  # fmt: skip # noqa: E501
+    spoilt = content.replace(
+        f'"mean\\": [{mean}'.encode(), f'"mean\\": [{0.5:.{len(str(mean)) - 2}f}'.encode(), 1
+    )  # noqa: E501
     assert spoilt != content
     (digits.path / "model.safetensors").write_bytes(spoilt)
     refused(here("evaluate", "digits"), 4, "changed or damaged")
@@ -216,7 +230,7 @@ def test_a_photo_that_lies_on_its_side(tmp_path: Path) -> None:
     assert [answer.label for answer in answers] == ["left", "left", "right"]
     assert answers[0].prob == answers[1].prob
     # What training sees is what testing sees: one decoder, and one place that opens images.
-    split, *_ = load_foreign(
+    split, *_ = load_external_data(
         str(root), "train", image_size=8, channels=3, fit="stretch", memory_budget=1 << 30
     )
     assert torch.equal(*split.rows.gather(torch.arange(2)).unbind())
@@ -265,14 +279,14 @@ def test_red_and_blue_exchanged(tmp_path: Path) -> None:
             path = Path("pure") / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8 + number, 8), colour).save(path)
-    split, classes, *_ = load_foreign(
+    split, classes, *_ = load_external_data(
         "pure", "train", image_size=8, channels=3, fit="stretch", memory_budget=1 << 30
     )
     seen = split.rows.gather(torch.arange(16)).float().mean((2, 3))
     for label, colour in zip(split.labels.tolist(), seen.tolist(), strict=True):
         assert tuple(colour) == pure[classes[label]]
     place = brightness_model(tmp_path / "reddish", classes=("blue", "red"))
-    tensors, card = modelfile.read(place.model_path)
+    tensors, card = serialization.read_model_file(place.model_path)
     kernel = torch.tensor([1.0, 0.0, -1.0])  # red without blue, instead of the mean
     tensors["stage1.0.weight"] = kernel.view_as(tensors["stage1.0.weight"])
     place.save_model(tensors, {k: v for k, v in card.items() if k not in ("sha256", "format")})
@@ -297,12 +311,12 @@ def test_another_resize_than_that_of_training(fit: str) -> None:
         path = Path("set") / name / "0.png"
         path.parent.mkdir(parents=True)
         Image.fromarray(image).save(path)
-    split, *_ = load_foreign(
+    split, *_ = load_external_data(
         "set", "train", image_size=8, channels=1, fit=fit, memory_budget=1 << 30
     )
     trained_on = split.rows.gather(torch.tensor([1]))[0].numpy()
     predicted_on = decode(Path("set/board/0.png"), size=8, channels=1, fit=fit)
-    as_array = fit_images(board[None, None], size=8, channels=1, fit=fit)[0]
+    as_array = fit_arrays(board[None, None], size=8, channels=1, fit=fit)[0]
     np.testing.assert_array_equal(trained_on, predicted_on)
     np.testing.assert_array_equal(trained_on, as_array)
     assert 0 < trained_on[0, 4, 4] < 255
@@ -315,7 +329,7 @@ def test_another_resize_than_that_of_training(fit: str) -> None:
 
 def test_batch_norm_left_in_training_mode(digits: Run) -> None:
     loaded = load_model(digits.path / "model.safetensors")
-    data = load(digits.recipe.data, memory_budget=1 << 30)
+    data = load_data(digits.recipe.data, memory_budget=1 << 30)
     normalise = loaded.preprocessing.normalise
     right, _ = split_logits(loaded.model, data.val, normalise, PLAN)
     held = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
@@ -337,10 +351,10 @@ def test_a_last_batch_that_is_padded_or_dropped(
 ) -> None:
     """Every image counts once for any number of them, whatever the batches."""
     loaded = load_model(digits.path / "model.safetensors")
-    test = load(digits.recipe.data, memory_budget=1 << 30).unseal_test()
+    test = load_data(digits.recipe.data, memory_budget=1 << 30).unseal_test()
     whole, labels = split_logits(loaded.model, test, loaded.preprocessing.normalise, PLAN)
     for batch in (1, 7, 256):
-        monkeypatch.setattr(inference, "LARGEST", batch)
+        monkeypatch.setattr(inference, "MAX_BATCH", batch)
         for count in (*range(1, 51), 255, 256, 257):
             part = SplitSlice(test, 0, count)
             found, its = split_logits(loaded.model, part, loaded.preprocessing.normalise, PLAN)
@@ -375,7 +389,7 @@ def test_choosing_by_the_test_split(digits: Run) -> None:
     """Nothing that training goes by is of the test split, and each look at it is counted."""
     for asked in ("train.monitor=test_accuracy", "train.monitor=test_loss"):
         refused(here("train", "digits", asked), 2, "monitor")
-    data = load(digits.recipe.data, memory_budget=1 << 30)
+    data = load_data(digits.recipe.data, memory_budget=1 << 30)
     assert not {*data.unseal_test().ids} & {*data.train.ids, *data.val.ids}
     assert [digits.evaluate("test").looks for _ in range(3)] == [1, 2, 3]
     # With other test images the same weights are chosen, bit for bit.
@@ -424,7 +438,7 @@ def test_numbers_of_other_weights_or_of_another_loss(digits: Run) -> None:
     assert got.loss == pytest.approx(losses[epoch - 1], abs=1e-6)
     assert all(abs(got.loss - other) > 1e-3 for n, other in enumerate(losses, 1) if n != epoch)
     loaded = load_model(digits.path / "model.safetensors")
-    data = load(digits.recipe.data, memory_budget=1 << 30)
+    data = load_data(digits.recipe.data, memory_budget=1 << 30)
     logits, labels = split_logits(loaded.model, data.val, loaded.preprocessing.normalise, PLAN)
     assert got.loss == pytest.approx(cross_entropy(logits.numpy(), labels.numpy()), abs=1e-6)
     smoothed = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)

@@ -18,14 +18,26 @@ from PIL import Image
 
 from convlens import metrics, plots
 from convlens.errors import ResourceError, UsageError
-from convlens.plots import page, style
-from convlens.plots.attributions import Column, Panel
-from convlens.plots.style import fit, width
+from convlens.plots import style
+from convlens.plots.attributions import AttributionColumn, AttributionPanel
+from convlens.plots.style import fit_text, text_width
 
 HOSTILE = [
-    "$x$", "a_{b}^{c} $\\frac{1}{", "\\$5", "line\nbreak", "nul\0", "\udcff", "日本語", "العربية",
-    "\N{SUNFLOWER}", "", " ", "_underscore", "W" * 300, "%s {0}",
-]  # fmt: skip
+    "$x$",
+    "a_{b}^{c} $\\frac{1}{",
+    "\\$5",
+    "line\nbreak",
+    "nul\0",
+    "\udcff",
+    "日本語",
+    "العربية",
+    "\N{SUNFLOWER}",
+    "",
+    " ",
+    "_underscore",
+    "W" * 300,
+    "%s {0}",
+]
 
 
 def history(epochs: int) -> dict[str, list[float]]:
@@ -46,7 +58,7 @@ def pictures(n: int, channels: int = 3, size: int = 8, seed: int = 0) -> np.ndar
 
 
 def png(figure: Figure, folder: Path, name: str = "plot.png", **how: int) -> np.ndarray:
-    plots.save(figure, folder / name, **how)
+    plots.save_figure(figure, folder / name, **how)
     with Image.open(folder / name) as image:
         assert image.format == "PNG"
         image.load()
@@ -67,10 +79,13 @@ def panel(count: int = 10, size: int = 3) -> plots.Panel:
     return plots.Panel("layer", "note", np.abs(maps(count, size=size)), (0.0, 2.0), none, none)
 
 
-def attributions() -> Panel:
+def attributions() -> AttributionPanel:
     maps = np.linspace(-1, 1, 16).reshape(1, 4, 4)
-    columns = [Column("Grad-CAM", "layer", maps.clip(0), False), Column("IG", "", maps, True)]
-    return Panel("model", pictures(1), columns, [("cat", 0.9)])
+    columns = [
+        AttributionColumn("Grad-CAM", "layer", maps.clip(0), False),
+        AttributionColumn("IG", "", maps, True),
+    ]
+    return AttributionPanel("model", pictures(1), columns, [("cat", 0.9)])
 
 
 def examples() -> dict[str, Figure]:
@@ -97,7 +112,7 @@ def examples() -> dict[str, Figure]:
         "kernels": plots.kernels(maps(5, 8), list("abcde"), 1.0, "conv2", "note"),
         "top_images": plots.top_images([pictures(3)], [[None] * 3], [("#1", "3/3 cat")], "layer"),
         "made_inputs": plots.made_inputs(pictures(2), [("#1", "peak 3")] * 2, "layer", "note"),
-        "neighbours": plots.neighbours(pictures(4), [["a"], ["b", "c"], ["d"], []], 2, "near"),
+        "neighbours": plots.neighbors_sheet(pictures(4), [["a"], ["b", "c"], ["d"], []], 2, "near"),
         "stage_measures": plots.stage_measures(
             [plots.StageLine("run", ["a", "b"], {"rank": [(3, 2, 4), (5, 4, 6)]})],
             {"rank": ("effective rank", "log")},
@@ -117,9 +132,14 @@ def examples() -> dict[str, Figure]:
 
 def test_a_label_review_says_which_label_was_given_and_which_is_suggested() -> None:
     figure = plots.label_review(
-        pictures(2), ["cat", "a$"], ["dog", "b"], [0.9951, 0.6], "sheet", first=49,
+        pictures(2),
+        ["cat", "a$"],
+        ["dog", "b"],
+        [0.9951, 0.6],
+        "sheet",
+        first=49,
         copied=[False, True],
-    )  # fmt: skip
+    )
     said = texts(figure.axes[0])
     assert said == ["sheet", "#49 cat", "→ dog >99%", r"#50 a\$ (copy)", "→ b 60%"]
 
@@ -131,13 +151,13 @@ def test_every_plot_is_saved_with_its_size_and_the_same_bytes(tmp_path: Path) ->
         pixels = png(figure, tmp_path / "made" / "here", f"{name}.png")
         assert pixels.shape == (*(int(side * 150) for side in inches[::-1]), 3)
         assert 0 < (pixels < 128).mean() < 0.9, "something is drawn, on white"
-        plots.save(again[name], tmp_path / "again.png")
+        plots.save_figure(again[name], tmp_path / "again.png")
         first = (tmp_path / "made" / "here" / f"{name}.png").read_bytes()
         assert first == (tmp_path / "again.png").read_bytes()
         assert b"matplotlib" not in first
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
         figure = plots.learning_rate([1, 2], [0.1, 0.01])
-        plots.save(figure, tmp_path / "theirs.png")
+        plots.save_figure(figure, tmp_path / "theirs.png")
     ours = (tmp_path / "made" / "here" / "learning_rate.png").read_bytes()
     assert (tmp_path / "theirs.png").read_bytes() == ours, "the user's style changes nothing"
 
@@ -148,7 +168,7 @@ def test_laying_a_figure_out_by_itself_changes_no_byte_and_nothing_about_it() ->
     for name in ("curves", "confusion", "activations"):
         figure, theirs, buffer = one[name], two[name], io.BytesIO()
         layout = figure.get_layout_engine()
-        ours = plots.encoded(figure)
+        ours = plots.encode_png(figure)
         with style._our_style(), matplotlib.rc_context(style.VECTOR):
             FigureCanvasAgg(theirs)
             kept = {"metadata": plots.FORMATS["png"], "pil_kwargs": {"compress_level": 4}}
@@ -167,33 +187,33 @@ def test_vector_figures_are_the_same_bytes_each_time(
     ):
         written = []
         for turn in range(2):
-            plots.save(draw(), tmp_path / f"{turn}.{kind}")
+            plots.save_figure(draw(), tmp_path / f"{turn}.{kind}")
             written.append((tmp_path / f"{turn}.{kind}").read_bytes())
         assert written[0] == written[1]
         assert written[0].startswith(begins)
         assert b"CreationDate" not in written[0]
         assert b"<dc:date>" not in written[0]
     with pytest.raises(UsageError, match="no figures of format 'gif'"):
-        plots.save(plots.curves(history(3)), tmp_path / "plot.gif")
+        plots.save_figure(plots.curves(history(3)), tmp_path / "plot.gif")
 
 
 def test_a_mosaic_holds_each_channel_as_squares_of_one_colour() -> None:
     values = np.float32([[[0, 1], [2, 4]], [[4, 0], [0, 0]], [[0, 0], [0, 0]]])
-    drawn = page.tiles(values, (0.0, 4.0), 6)
+    drawn = style.tiles(values, (0.0, 4.0), 6)
     assert drawn.shape == (3, 6, 6, 3)
     colours = (np.array(matplotlib.colormaps["viridis"]([0, 64, 128, 255]))[:, :3] * 255).round()
     for number, (y, x) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):
         block = drawn[0, y : y + 3, x : x + 3].reshape(-1, 3)
         np.testing.assert_allclose(block, np.broadcast_to(colours[number], block.shape), atol=2)
-    assert (page.tiles(values - 2, (-2.0, 2.0), 2)[0, 1, 0] > 240).all(), "0 is white"
-    whole = page.mosaic(drawn, 2, gap=2)
+    assert (style.tiles(values - 2, (-2.0, 2.0), 2)[0, 1, 0] > 240).all(), "0 is white"
+    whole = style.mosaic(drawn, 2, gap=2)
     assert whole.shape == (14, 14, 3)
     assert (whole[6:8] == 255).all()
     np.testing.assert_array_equal(whole[8:, :6], drawn[2])
     # Larger maps than tiles are averaged.
     checks = np.indices((8, 8)).sum(0)[None] % 2
-    grey = page.tiles(checks.astype(np.float32), (0.0, 1.0), 4)
-    half = page.tiles(np.full((1, 4, 4), 0.5, np.float32), (0.0, 1.0), 4)
+    grey = style.tiles(checks.astype(np.float32), (0.0, 1.0), 4)
+    half = style.tiles(np.full((1, 4, 4), 0.5, np.float32), (0.0, 1.0), 4)
     np.testing.assert_array_equal(grey, half)
 
 
@@ -206,10 +226,10 @@ def test_blank_and_broken_channels_are_marked(tmp_path: Path) -> None:
     said = texts(figure.axes[0])
     assert {"blank channel", "NaN or infinite"} <= set(said)
     drawn = png(figure, tmp_path).reshape(-1, 3)
-    assert (drawn == page.BROKEN).all(1).sum() > 1000
-    assert (drawn == page.PAPER).all(1).sum() > 1000
+    assert (drawn == style.BROKEN).all(1).sum() > 1000
+    assert (drawn == style.PAPER).all(1).sum() > 1000
     plain = png(plots.activations(pictures(1)[0], [panel()]), tmp_path).reshape(-1, 3)
-    assert not (plain == page.BROKEN).all(1).any()
+    assert not (plain == style.BROKEN).all(1).any()
 
 
 def test_dpi_and_folders_that_can_not_be_written(tmp_path: Path) -> None:
@@ -217,7 +237,7 @@ def test_dpi_and_folders_that_can_not_be_written(tmp_path: Path) -> None:
     assert png(figure, tmp_path, dpi=100).shape == (280, 520, 3)
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError):
-        plots.save(figure, tmp_path / "file" / "plot.png")
+        plots.save_figure(figure, tmp_path / "file" / "plot.png")
 
 
 def test_pyplot_stays_out() -> None:
@@ -292,8 +312,9 @@ def test_variants_are_overlaid_each_with_a_look_of_its_own(tmp_path: Path) -> No
     figure = plots.variant_curves({"both": [first, second], "one": [history(6)]}, "x", "2 seeds")
     loss, accuracy = figure.axes
     assert (loss.get_ylabel(), accuracy.get_ylabel()) == (
-        "validation loss (nats)", "validation accuracy",
-    )  # fmt: skip
+        "validation loss (nats)",
+        "validation accuracy",
+    )
     both, one = accuracy.lines
     np.testing.assert_allclose(both.get_ydata(), np.array(first["val_accuracy"][:3]) + 0.1)
     np.testing.assert_array_equal(one.get_ydata(), history(6)["val_accuracy"])
@@ -370,7 +391,7 @@ def test_reliability_leaves_empty_bins_out(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     probs = metrics.softmax(generator.normal(size=(500, 10)) * 2)
     labels = generator.integers(0, 10, 500)
-    confidence, right, count = metrics.reliability(probs, labels)
+    confidence, right, count = metrics.reliability_bins(probs, labels)
     figure = plots.reliability(confidence, right, count, metrics.ece(probs, labels))
     top, bottom = figure.axes
     points = top.containers[0].lines[0]
@@ -464,10 +485,16 @@ def test_augmented_batches_name_classes_and_what_was_mixed() -> None:
     )
     texts_at = {t.get_text(): t.get_position() for t in sheet.axes[0].texts[:5]}
     assert [t.get_text() for t in sheet.axes[0].texts] == [
-        "cat", "dog", "100% cat", "62% dog", "38% cat",
-        r"a\$b", r"50% a\$b", "50% dog",
+        "cat",
+        "dog",
+        "100% cat",
+        "62% dog",
+        "38% cat",
+        r"a\$b",
+        r"50% a\$b",
+        "50% dog",
         *["original", "augmented"] * 2,
-    ]  # fmt: skip
+    ]
     # The last line of each caption stands on its picture, whatever the number of lines.
     assert texts_at["100% cat"][1] == texts_at["38% cat"][1] > texts_at["62% dog"][1]
     assert texts_at["62% dog"][0] == texts_at["dog"][0] > texts_at["cat"][0]
@@ -504,12 +531,12 @@ def test_hostile_names_are_only_text(tmp_path: Path) -> None:
 
 
 def test_names_are_cut_to_their_room() -> None:
-    assert fit("daisy", 10) == "daisy"
-    assert fit("$5", 10) == r"\$5"
-    assert fit("x" * 99, 5, before="98% ", after="!").startswith("98% x")
+    assert fit_text("daisy", 10) == "daisy"
+    assert fit_text("$5", 10) == r"\$5"
+    assert fit_text("x" * 99, 5, before="98% ", after="!").startswith("98% x")
     for name in HOSTILE:
-        cut = fit(name, 8)
-        assert width(cut.replace(r"\$", "$")) <= 8
+        cut = fit_text(name, 8)
+        assert text_width(cut.replace(r"\$", "$")) <= 8
         assert cut.replace("…", "").isprintable()
 
 
@@ -520,7 +547,7 @@ def test_width_is_not_less_than_drawn() -> None:
         text = figure.text(0, 0, words, fontsize=100, family="DejaVu Sans")
         figure.savefig(io.BytesIO())
         drawn = text.get_window_extent().width / 100
-        assert drawn * 0.97 <= width(words) <= drawn * 1.25
+        assert drawn * 0.97 <= text_width(words) <= drawn * 1.25
 
 
 def test_differences_stand_in_points_with_their_intervals(tmp_path: Path) -> None:

@@ -12,8 +12,15 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
-from convlens.data import policies, tones
-from convlens.data.policies import NARROW, OPERATIONS, SIGNED, WIDE, Deal, Space
+from convlens.data.transforms import auto_augment, color
+from convlens.data.transforms.auto_augment import (
+    NARROW,
+    OPERATIONS,
+    SIGNED,
+    WIDE,
+    OpAssignment,
+    PolicySpace,
+)
 
 SPACES = [(WIDE, v2.TrivialAugmentWide), (NARROW, v2.RandAugment)]
 KINDS = len(OPERATIONS)
@@ -66,7 +73,7 @@ SLOW: dict[str, Callable[[Tensor, float, str], Tensor]] = {
 }
 
 
-def dealt(drawn: Deal, count: int) -> list[tuple[str, float]]:
+def dealt(drawn: OpAssignment, count: int) -> list[tuple[str, float]]:
     """The operation and the magnitude of each image."""
     share = drawn.magnitudes.shape[1]
     seats = {int(image): seat for seat, image in enumerate(drawn.order.tolist())}
@@ -81,9 +88,9 @@ def dealt(drawn: Deal, count: int) -> list[tuple[str, float]]:
 @pytest.mark.parametrize("bins", [2, 5, 10, 31, 33])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (17, 224)])
 def test_operations_and_strengths_are_torchvisions(
-    space: Space, theirs: Any, bins: int, height: int, width: int
+    space: PolicySpace, theirs: Any, bins: int, height: int, width: int
 ) -> None:
-    table = policies.magnitudes(space, bins, height, width, torch.device("cpu"))
+    table = auto_augment.magnitudes(space, bins, height, width, torch.device("cpu"))
     listed = theirs._AUGMENTATION_SPACE
     assert set(listed) == set(OPERATIONS) == set(SLOW)
     for number, (name, mine) in enumerate(zip(OPERATIONS, table, strict=True)):
@@ -97,15 +104,17 @@ def test_operations_and_strengths_are_torchvisions(
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 def test_each_image_gets_what_torchvision_makes_of_it(
-    space: Space, channels: int, mode: str
+    space: PolicySpace, channels: int, mode: str
 ) -> None:
     images = pictures(140, channels)
-    (drawn,) = policies.draw_deals(images, seeded(3), space=space, bins=31)
-    result = policies.apply(images, drawn, interpolation=mode, fill=0.0)
-    expected = torch.stack([
-        SLOW[name](image, magnitude, mode)
-        for image, (name, magnitude) in zip(images, dealt(drawn, 140), strict=True)
-    ])  # fmt: skip
+    (drawn,) = auto_augment.assign_operations(images, seeded(3), space=space, bins=31)
+    result = auto_augment.apply_assignment(images, drawn, interpolation=mode, fill=0.0)
+    expected = torch.stack(
+        [
+            SLOW[name](image, magnitude, mode)
+            for image, (name, magnitude) in zip(images, dealt(drawn, 140), strict=True)
+        ]
+    )
     for i, (name, magnitude) in enumerate(dealt(drawn, 140)):
         close = (result[i] - expected[i]).abs() < 2e-5
         # A pixel centre that falls on the border of two pixels may go either way.
@@ -115,9 +124,9 @@ def test_each_image_gets_what_torchvision_makes_of_it(
 
 def test_the_colour_outside() -> None:
     images = pictures(70, 3, 16, 16)
-    (drawn,) = policies.draw_deals(images, seeded(3), space=WIDE, bins=31)
+    (drawn,) = auto_augment.assign_operations(images, seeded(3), space=WIDE, bins=31)
     fill = [0.25, 0.5, 0.75]
-    result = policies.apply(images, drawn, interpolation="nearest", fill=fill)
+    result = auto_augment.apply_assignment(images, drawn, interpolation="nearest", fill=fill)
     shifts = [(i, int(m)) for i, (name, m) in enumerate(dealt(drawn, 70)) if name == "TranslateX"]
     assert len(shifts) == 5
     for i, shift in shifts:
@@ -130,11 +139,13 @@ def test_rand_augment_is_its_deals_in_a_row(magnitude: int) -> None:
     images = pictures(30)
     how: dict[str, Any] = {"space": NARROW, "bins": 31, "count": 3, "magnitude": magnitude}
     expected = images
-    for drawn in policies.draw_deals(images, seeded(5), **how):
-        expected = policies.apply(expected, drawn, interpolation="bilinear", fill=0.1)
-        strengths = policies.magnitudes(NARROW, 31, 18, 22, torch.device("cpu"))[:, magnitude]
+    for drawn in auto_augment.assign_operations(images, seeded(5), **how):
+        expected = auto_augment.apply_assignment(
+            expected, drawn, interpolation="bilinear", fill=0.1
+        )
+        strengths = auto_augment.magnitudes(NARROW, 31, 18, 22, torch.device("cpu"))[:, magnitude]
         assert torch.equal(drawn.magnitudes.abs(), strengths[:, None].expand(-1, 3))
-    result = policies.rand_augment(
+    result = auto_augment.rand_augment(
         images, seeded(5), num_ops=3, magnitude=magnitude, interpolation="bilinear", fill=0.1
     )
     assert torch.equal(result, expected)
@@ -145,7 +156,7 @@ def test_rand_augment_is_its_deals_in_a_row(magnitude: int) -> None:
 
 def test_operations_are_dealt_in_equal_shares_and_strengths_uniformly() -> None:
     images = torch.zeros(KINDS * 300, 1, 1, 32)
-    (drawn,) = policies.draw_deals(images, seeded(), space=WIDE, bins=11)
+    (drawn,) = auto_augment.assign_operations(images, seeded(), space=WIDE, bins=11)
     names = [name for name, _ in dealt(drawn, len(images))]
     assert {names.count(name) for name in OPERATIONS} == {300}
     assert names[:KINDS] != sorted(names[:KINDS], key=OPERATIONS.index)
@@ -159,7 +170,8 @@ def test_operations_are_dealt_in_equal_shares_and_strengths_uniformly() -> None:
 def test_one_image_meets_every_operation_alike() -> None:
     images, g = torch.zeros(1, 3, 4, 4), seeded()
     seen = [
-        dealt(policies.draw_deals(images, g, space=WIDE, bins=31)[0], 1)[0][0] for _ in range(1400)
+        dealt(auto_augment.assign_operations(images, g, space=WIDE, bins=31)[0], 1)[0][0]
+        for _ in range(1400)
     ]
     counts = [seen.count(name) for name in OPERATIONS]
     assert max(abs(count - 100) for count in counts) < 45
@@ -168,7 +180,7 @@ def test_one_image_meets_every_operation_alike() -> None:
 @pytest.mark.parametrize("n", [1, 2, 13, 14, 15, 29])
 def test_any_number_of_images(n: int) -> None:
     images = pictures(30)[:n]
-    for apply in (policies.trivial_augment_wide, policies.rand_augment):
+    for apply in (auto_augment.trivial_augment_wide, auto_augment.rand_augment):
         assert apply(images, seeded()).shape == images.shape
 
 
@@ -179,14 +191,14 @@ def test_posterize_keeps_upper_bits() -> None:
     image = torch.tensor([0, 1, 100, 200, 255]).view(1, 1, 1, 5) / 255
     kept = {8: [0, 1, 100, 200, 255], 4: [0, 0, 96, 192, 240], 1: [0, 0, 0, 128, 128]}
     for bits, expected in kept.items():
-        found = tones.posterize(image, torch.tensor([float(bits)])) * 255
+        found = color.posterize(image, torch.tensor([float(bits)])) * 255
         torch.testing.assert_close(found.flatten(), torch.tensor(expected).float())
 
 
 def test_equalize_of_two_values_and_of_one() -> None:
     image = torch.full((1, 2, 32, 32), 10 / 255)
     image[:, 0, :, 16:] = 20 / 255
-    found = (tones.equalize(image) * 255).round()
+    found = (color.equalize(image) * 255).round()
     # Half of 1024 pixels lie below 20: (512 + 1) // 2 = 256, cut to 255; none lies below 10.
     assert found[0, 0].unique().tolist() == [0, 255]
     assert (found[0, 1] == 10).all()
@@ -194,16 +206,16 @@ def test_equalize_of_two_values_and_of_one() -> None:
 
 def test_equalize_of_values_between_bytes() -> None:
     images = torch.rand(9, 3, 32, 32, generator=seeded()) ** 3
-    torch.testing.assert_close(tones.equalize(images), reference.equalize(images))
+    torch.testing.assert_close(color.equalize(images), reference.equalize(images))
 
 
 def test_autocontrast_stretches_each_channel() -> None:
     image = torch.tensor([[0.25, 0.5, 0.75], [0.3, 0.3, 0.3]]).view(1, 2, 1, 3)
-    found = tones.autocontrast(image)[0, :, 0]
+    found = color.autocontrast(image)[0, :, 0]
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.5, 1.0], [0.3, 0.3, 0.3]]))
 
 
 def test_solarize_inverts_from_the_threshold_on() -> None:
     image = torch.tensor([0.2, 0.6, 0.8]).view(1, 1, 1, 3).repeat(2, 1, 1, 1)
-    found = tones.solarize(image, torch.tensor([0.6, 1.0]))[:, 0, 0]
+    found = color.solarize(image, torch.tensor([0.6, 1.0]))[:, 0, 0]
     torch.testing.assert_close(found, torch.tensor([[0.2, 0.4, 0.2], [0.2, 0.6, 0.8]]))

@@ -22,19 +22,19 @@ from commands import (
     refused,
 )
 from convlens import Run
-from convlens.data import load_foreign
+from convlens.data.dataset import load_external_data
 from convlens.data.decode import decode
 from convlens.device import Plan
+from convlens.engine.inference import split_logits
 from convlens.errors import DataError, UsageError
-from convlens.inference import split_logits
-from convlens.prediction import all_probabilities, channels_first, expand, predict
-from convlens.run import RunFolder, load_model
+from convlens.prediction import all_probabilities, channels_first, expand_paths, predict
+from convlens.run import RunDir, load_model
 
 DARK, LIGHT = (60, 50, 40), (200, 210, 190)
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> RunFolder:
+def model(tmp_path: Path) -> RunDir:
     return brightness_model(tmp_path / "models" / "bright")
 
 
@@ -47,7 +47,7 @@ def sigmoid(mean: float) -> float:
     return float(1 / (1 + np.exp(-8 * (mean - 0.5))))
 
 
-def test_probabilities_are_those_of_the_formula(model: RunFolder) -> None:
+def test_probabilities_are_those_of_the_formula(model: RunDir) -> None:
     paths = files()
     for path, answer in zip(paths, Run(model).predict(paths, top_k=2), strict=True):
         pixels = decode(path, size=8, channels=3, fit="stretch")
@@ -57,7 +57,7 @@ def test_probabilities_are_those_of_the_formula(model: RunFolder) -> None:
         assert sum(prob for _, prob in answer.top) == pytest.approx(1)
 
 
-def test_files_and_arrays_give_equal_answers(model: RunFolder) -> None:
+def test_files_and_arrays_give_equal_answers(model: RunDir) -> None:
     paths = files()
     by_file = Run(model).predict(paths, top_k=2)
     images = np.stack([np.asarray(Image.open(path)) for path in paths])
@@ -67,10 +67,10 @@ def test_files_and_arrays_give_equal_answers(model: RunFolder) -> None:
     assert [a.filename for a in by_array] == ["0", "1", "2", "3"]
 
 
-def test_prediction_is_evaluation_on_the_same_images(model: RunFolder) -> None:
+def test_prediction_is_evaluation_on_the_same_images(model: RunDir) -> None:
     root = pictures(Path("two"), {"dark": 9, "light": 8}, colours={"dark": DARK, "light": LIGHT})
     loaded = load_model(model.model_path)
-    split, classes, *_ = load_foreign(
+    split, classes, *_ = load_external_data(
         str(root), "test", image_size=8, channels=3, fit="stretch", memory_budget=1 << 30
     )
     plan = Plan("cpu", "fp32", "contiguous")
@@ -87,7 +87,7 @@ def test_prediction_is_evaluation_on_the_same_images(model: RunFolder) -> None:
 
 
 def test_an_answer_does_not_depend_on_the_others_in_the_batch(
-    model: RunFolder, monkeypatch: pytest.MonkeyPatch
+    model: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_model(model.model_path)
     images = np.random.default_rng(0).integers(0, 256, (21, 8, 8, 3), dtype=np.uint8)
@@ -108,42 +108,43 @@ def test_files_folders_and_globs_in_the_order_given() -> None:
     given = ["2.png", "deep", "[x].png", "?.png"]
     two, one = picture(Path("2.png"), DARK), picture(Path("1.png"), DARK)
     listed = ["deep/a/000.png", "deep/a/001.png", "deep/b/000.png"]
-    assert expand(given) == [str(two), *listed, str(odd), str(one), str(two)]
-    assert expand(["deep/**/*.png"]) == listed
+    assert expand_paths(given) == [str(two), *listed, str(odd), str(one), str(two)]
+    assert expand_paths(["deep/**/*.png"]) == listed
 
 
 def test_junk_in_folders_is_no_input() -> None:
     root = pictures(Path("deep"), {"a": 1, "a/b": 1})
     pictures(root, {"a/.ipynb_checkpoints": 1, "__MACOSX/a": 1, ".trash": 1, "b/@eaDir": 1})
-    assert expand(["deep"]) == ["deep/a/000.png", "deep/a/b/000.png"]
-    assert expand(["deep/.trash"]) == ["deep/.trash/000.png"]  # that was asked for
+    assert expand_paths(["deep"]) == ["deep/a/000.png", "deep/a/b/000.png"]
+    assert expand_paths(["deep/.trash"]) == ["deep/.trash/000.png"]  # that was asked for
 
 
-def test_patterns_and_folders_without_images_are_named_at_once(model: RunFolder) -> None:
+def test_patterns_and_folders_without_images_are_named_at_once(model: RunDir) -> None:
     Path("empty").mkdir()
     pictures(Path("junk"), {".hidden": 1})
     with pytest.raises(DataError) as error:
-        expand([*files(), "*.jpg", "empty", "junk"])
+        expand_paths([*files(), "*.jpg", "empty", "junk"])
     assert error.value.what == (
         "not found: *.jpg, empty (a folder without images), junk (a folder without images)"
     )
     refused(here("predict", model.path, "*.jpg"), 3, "not found: *.jpg")
 
 
-def test_a_file_that_is_not_there_is_one_without_an_answer(model: RunFolder) -> None:
+def test_a_file_that_is_not_there_is_one_without_an_answer(model: RunDir) -> None:
     files()
     done = here("predict", model.path, "0.png", "lost.png", "1.png")
     refused(done, 3, "1 of 3 files could not be read; the others are done")
     lines = done.out.splitlines()
     assert lines[1] == "lost.png  unreadable: there is no such file"
     assert [line.split()[:2] for line in (lines[0], lines[2])] == [
-        ["0.png", "dark"], ["1.png", "light"],
-    ]  # fmt: skip
+        ["0.png", "dark"],
+        ["1.png", "light"],
+    ]
     (answer,) = Run(model).predict("lost.png")
     assert (answer.label, answer.error) == (None, "there is no such file")
 
 
-def test_what_is_no_file_in_a_folder_has_a_reason(model: RunFolder) -> None:
+def test_what_is_no_file_in_a_folder_has_a_reason(model: RunDir) -> None:
     root = pictures(Path("deep"), {"a": 2})
     (root / "a" / "gone.png").symlink_to("/no/such/disk/gone.png")
     (root / "a" / "ring.png").symlink_to("ring.png")
@@ -159,7 +160,7 @@ def test_what_is_no_file_in_a_folder_has_a_reason(model: RunFolder) -> None:
     assert "deep: 1 links to nothing were left out" in done.err
 
 
-def test_a_folder_that_may_not_be_read_is_told(model: RunFolder) -> None:
+def test_a_folder_that_may_not_be_read_is_told(model: RunDir) -> None:
     root = pictures(Path("deep"), {"a": 2, "closed": 2})
     (root / "closed").chmod(0)
     try:
@@ -170,7 +171,7 @@ def test_a_folder_that_may_not_be_read_is_told(model: RunFolder) -> None:
     assert "deep/closed  unreadable: no permission to read it" in done.out.splitlines()
 
 
-def test_csv_has_a_line_for_each_file(model: RunFolder) -> None:
+def test_csv_has_a_line_for_each_file(model: RunDir) -> None:
     done = here("predict", model.path, *files(), "--format", "csv", "-k", "2")
     assert done.code == 0
     rows = list(csv.DictReader(io.StringIO(done.out)))
@@ -183,7 +184,7 @@ def test_csv_has_a_line_for_each_file(model: RunFolder) -> None:
         assert float(row["prob"]) + float(row["prob2"]) == pytest.approx(1, abs=2e-6)
 
 
-def test_json_is_one_object(model: RunFolder) -> None:
+def test_json_is_one_object(model: RunDir) -> None:
     answers = here("predict", model.path, *files(), "--json").json["predictions"]
     assert answers == here("predict", model.path, *files(), "-f", "json").json["predictions"]
     assert [a["label"] for a in answers] == ["dark", "light", "dark", "light"]
@@ -196,7 +197,7 @@ def test_the_table_keeps_names_that_look_like_markup(tmp_path: Path) -> None:
     assert done.out.splitlines() == ["[bold].png  [red]cat[/] 73.1%  dog 26.9%"]
 
 
-def test_a_list_of_files_on_stdin(model: RunFolder) -> None:
+def test_a_list_of_files_on_stdin(model: RunDir) -> None:
     files()
     text = "1.png\n\n  0.png  \n"
     for given in ([], ["-"]):
@@ -210,9 +211,7 @@ def test_a_list_of_files_on_stdin(model: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
-def test_what_can_not_be_read_is_reported_and_the_others_are_done(
-    model: RunFolder, form: str
-) -> None:
+def test_what_can_not_be_read_is_reported_and_the_others_are_done(model: RunDir, form: str) -> None:
     Path("note.png").write_text("just a text")
     Path("nil.png").write_bytes(b"")
     whole = picture(Path("whole.png"), LIGHT).read_bytes()
@@ -224,11 +223,11 @@ def test_what_can_not_be_read_is_reported_and_the_others_are_done(
     assert "light" in done.out
 
 
-def test_an_unknown_format_names_the_others(model: RunFolder) -> None:
+def test_an_unknown_format_names_the_others(model: RunDir) -> None:
     refused(here("predict", model.path, "x.png", "-f", "jsn"), 2, "unknown format", "json")
 
 
-def test_other_wrong_words(model: RunFolder) -> None:
+def test_other_wrong_words(model: RunDir) -> None:
     picture(Path("a.png"), DARK)
     for arguments in (["--tpo", "2"], ["--top", "0"], ["--top", "two"], ["--tta"]):
         done = here("predict", model.path, "a.png", *arguments)
@@ -239,7 +238,7 @@ def test_other_wrong_words(model: RunFolder) -> None:
     refused(here("predict", f"{model.path}s", "a.png"), 4, "no such run", "check the path")
 
 
-def test_more_classes_than_there_are_gives_all(model: RunFolder) -> None:
+def test_more_classes_than_there_are_gives_all(model: RunDir) -> None:
     answer = Run(model).predict(files()[0], top_k=9)[0]
     assert [name for name, _ in answer.top] == ["dark", "light"]
 
@@ -259,7 +258,7 @@ def test_more_classes_than_there_are_gives_all(model: RunFolder) -> None:
     ],
     ids=["2d", "channels", "one", "range", "nan", "over", "under", "text", "object"],
 )
-def test_arrays_that_are_no_images_are_refused(model: RunFolder, images: np.ndarray) -> None:
+def test_arrays_that_are_no_images_are_refused(model: RunDir, images: np.ndarray) -> None:
     with pytest.raises(UsageError):
         Run(model).predict(images)
 
@@ -274,24 +273,24 @@ def test_arrays_are_brought_to_one_form() -> None:
     assert channels_first(grey).dtype == np.uint8
 
 
-def test_a_list_of_arrays_is_refused_clearly(model: RunFolder) -> None:
+def test_a_list_of_arrays_is_refused_clearly(model: RunDir) -> None:
     with pytest.raises(UsageError, match="ndarray is no path"):
         Run(model).predict([np.zeros((8, 8), np.uint8)])  # type: ignore[list-item]
 
 
-def test_images_of_an_array_are_numbered_through(model: RunFolder) -> None:
+def test_images_of_an_array_are_numbered_through(model: RunDir) -> None:
     pre = load_model(model.model_path).preprocessing
     images = np.zeros((300, pre.image_size, pre.image_size), np.uint8)  # three batches
     answers = list(predict(load_model(model.model_path), images, on="cpu", quiet=True))
     assert [answer.filename for answer in answers] == [str(i) for i in range(300)]
 
 
-def test_an_empty_array_has_no_answers(model: RunFolder) -> None:
+def test_an_empty_array_has_no_answers(model: RunDir) -> None:
     assert Run(model).predict(np.zeros((0, 8, 8, 3), np.uint8)) == []
     assert all_probabilities(load_model(model.model_path), np.zeros((0, 8, 8, 3))).shape == (0, 2)
 
 
-def test_a_grey_file_is_seen_as_the_colour_model_was_trained(model: RunFolder) -> None:
+def test_a_grey_file_is_seen_as_the_colour_model_was_trained(model: RunDir) -> None:
     path = picture(Path("grey.png"), (200,))
     assert Image.open(path).mode == "L"
     assert Run(model).predict(path)[0].label == "light"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from convlens.system import process
+from convlens.utils import process
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_command_line_sets_up_its_process_and_the_api_does_not() -> None:
     program = """
 import gc, os, sys
 from convlens import cli
-from convlens.system import process
+from convlens.utils import process
 def main():
     assert "torch" not in sys.modules
     assert process.keep_freed_memory.cache_info().misses == 1

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from commands import Done, command, picture, weights
-from convlens.run import RunFolder
+from convlens.run import RunDir
 from launching import ended, launch, torchrun
 from recipes_together import main
 from support import same, tiny
@@ -25,17 +25,36 @@ PLAIN = ("model.batch_norm=false", "optim.name=sgd", "optim.lr=0.05", "data.seed
 # Each stands for something that could go differently. 81 images in batches of 16 leave one over,
 # which joins the last; in batches of 13 they leave three, of which one process has all.
 KINDS: dict[str, tuple[str, ...]] = {
-    "clipped": (*PLAIN, "optim.clip_norm=0.5", "optim.ema=0.9",
-                "optim.label_smoothing=0.1", "train.memory_format=channels_last"),
+    "clipped": (
+        *PLAIN,
+        "optim.clip_norm=0.5",
+        "optim.ema=0.9",
+        "optim.label_smoothing=0.1",
+        "train.memory_format=channels_last",
+    ),
     "mixed": (*PLAIN, "train.batch_size=13", "augment=[{TrivialAugmentWide: {}}, {MixUp: {}}]"),
-    "adamw": ("model.batch_norm=false", "optim.lr=0.003", "train.keep=last",
-              "augment=[{RandomAffine: {degrees: 10}}, {RandomCrop: {padding: 1}}]"),
-    "windows": ("model.batch_norm=false", "optim.name=muon", "optim.lr=0.02", "optim.momentum=0.6",
-                "optim.head_first=0.25", "optim.lookahead={every: 2, decay: 0.9, power: 1}"),
-    "trunk": (*PLAIN, "model.trainable=head", "augment=[{RandomCrop: {padding: 1}}]",
-              "train.views=2"),
+    "adamw": (
+        "model.batch_norm=false",
+        "optim.lr=0.003",
+        "train.keep=last",
+        "augment=[{RandomAffine: {degrees: 10}}, {RandomCrop: {padding: 1}}]",
+    ),
+    "windows": (
+        "model.batch_norm=false",
+        "optim.name=muon",
+        "optim.lr=0.02",
+        "optim.momentum=0.6",
+        "optim.head_first=0.25",
+        "optim.lookahead={every: 2, decay: 0.9, power: 1}",
+    ),
+    "trunk": (
+        *PLAIN,
+        "model.trainable=head",
+        "augment=[{RandomCrop: {padding: 1}}]",
+        "train.views=2",
+    ),
     "norms": ("optim.name=sgd", "optim.lr=0.05", "train.epochs=1", "train.batch_size=128"),
-}  # fmt: skip
+}
 
 
 def written(*names: str) -> tuple[str, ...]:
@@ -52,7 +71,7 @@ def close(name: str, size: int, rtol: float = 2e-4, atol: float = 2e-5) -> None:
     assert tensors.keys() == others.keys()
     for key, tensor in tensors.items():
         torch.testing.assert_close(others[key], tensor, rtol=rtol, atol=atol, msg=key)
-    rows, its_rows = RunFolder(one).metrics(), RunFolder(other).metrics()
+    rows, its_rows = RunDir(one).metrics(), RunDir(other).metrics()
     assert len(rows) == 3
     for row, its in zip(rows, its_rows, strict=True):
         for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr"):
@@ -80,7 +99,7 @@ def as_one_does(size: int) -> Done:
 
 def test_two_processes_train_as_one_does() -> None:
     done = as_one_does(2)
-    one, two = RunFolder(Path("models/clipped-1")), RunFolder(Path("models/clipped-2"))
+    one, two = RunDir(Path("models/clipped-1")), RunDir(Path("models/clipped-2"))
     assert (one.facts()["world_size"], two.facts()["world_size"]) == (1, 2)
     assert one.facts()["kept_epoch"] == two.facts()["kept_epoch"]
     (result,), (its_result,) = one.results(), two.results()  # one look, whoever looked
@@ -113,9 +132,9 @@ def codes(done: Done) -> set[int]:
 LONG = (*PLAIN, "model.dropout=0.3", "optim.ema=0.9", "train.epochs=80", "train.keep=last")
 
 
-def a_long_run() -> RunFolder:
+def a_long_run() -> RunDir:
     Path("long.yaml").write_text(tiny(*LONG).to_text())
-    return RunFolder(Path("models/tiny"))
+    return RunDir(Path("models/tiny"))
 
 
 TRAIN = ("-m", "convlens", "train", "long.yaml", "--no-test", "--device", "cpu")
@@ -140,7 +159,7 @@ def processes_of(agent: subprocess.Popen[str]) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def in_epoch(place: RunFolder, agent: subprocess.Popen[str], epoch: int) -> None:
+def in_epoch(place: RunDir, agent: subprocess.Popen[str], epoch: int) -> None:
     """Waits until a run has finished that many epochs."""
     for _ in range(24_000):
         if len(place.metrics()) >= epoch:
@@ -181,7 +200,7 @@ def test_a_signal_to_one_stops_all_and_the_same_command_goes_on() -> None:
     whole = torchrun(2, *TRAIN)
     assert whole.code == 0, whole.err
     same(weights(Path("models/by-2")), weights(Path("models/tiny")))
-    assert RunFolder(Path("models/by-1")).facts()["world_size"] == 1
+    assert RunDir(Path("models/by-1")).facts()["world_size"] == 1
 
 
 @pytest.mark.slow
@@ -283,7 +302,7 @@ def test_a_loss_that_is_none_stops_all_with_the_last_good_weights() -> None:
     assert done.err.count("stopped:") == 1, done.err
     assert "the loss became NaN or infinite" in done.err
     assert 6 in codes(done) <= {6, -signal.SIGTERM}
-    place = RunFolder(Path("models/tiny"))
+    place = RunDir(Path("models/tiny"))
     assert place.facts()["diverged"]["step"] > 1
     assert all(torch.isfinite(tensor).all() for tensor in weights(place.path).values())
 
@@ -295,7 +314,7 @@ def test_seeds_and_evaluate_work_together_and_the_rest_is_refused() -> None:
     assert done.code == 0, done.err
     (table,) = done.json["variants"]
     assert len(table["accuracies"]) == len(table["runs"]) == 2
-    place = RunFolder(Path("models") / table["runs"][0]["run"])
+    place = RunDir(Path("models") / table["runs"][0]["run"])
     split = ("--split", "train", "--device", "cpu", "--json")
     together = torchrun(2, "-m", "convlens", "evaluate", place.name, *split)
     alone = command("evaluate", place.name, *split)

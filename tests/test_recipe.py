@@ -13,15 +13,14 @@ from hypothesis import given, settings, strategies as st
 
 from convlens import recipe
 from convlens.errors import UsageError
-from convlens.recipe import Recipe
-from convlens.schema import SECTIONS
-from convlens.starting.checking import check
-from convlens.system import yamltext
+from convlens.recipe import SECTIONS, Recipe
+from convlens.training.resolve import validate_recipe
+from convlens.utils import yaml
 
 
 def refused(*overrides: str, source: Any = "digits") -> str:
     with pytest.raises(UsageError) as caught:
-        recipe.load(source, overrides)
+        recipe.load_recipe(source, overrides)
     return str(caught.value)
 
 
@@ -34,10 +33,10 @@ def written(text: str, name: str = "mine.yaml") -> Path:
 # Built-in recipes and round trips
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipe.recipe_names())
 def test_text_of_a_recipe_gives_an_equal_recipe(name: str) -> None:
-    first = recipe.load(name)
-    again = recipe.load(written(first.to_text()))
+    first = recipe.load_recipe(name)
+    again = recipe.load_recipe(written(first.to_text()))
     assert again == first
     assert again.digest() == first.digest()
     assert again.name == name
@@ -49,7 +48,7 @@ def test_text_of_a_recipe_gives_an_equal_recipe(name: str) -> None:
 )
 def test_odd_texts_survive_the_round_trip(text: str) -> None:
     odd = Recipe(name=text, about=text, data={"name": text})
-    again = recipe.load(written(odd.to_text()))
+    again = recipe.load_recipe(written(odd.to_text()))
     assert (again.name, again.about, again.data.name) == (text, text, text)
 
 
@@ -57,20 +56,22 @@ def test_odd_texts_survive_the_round_trip(text: str) -> None:
 @given(about=st.text(max_size=30), lr=st.floats(1e-300, 1e300), decay=st.floats(0, 1e300))
 def test_any_text_and_number_survives_the_round_trip(about: str, lr: float, decay: float) -> None:
     first = Recipe(name="x", about=about, optim={"lr": lr, "weight_decay": decay})
-    again = recipe.load(written(first.to_text(), "any.yaml"))
+    again = recipe.load_recipe(written(first.to_text(), "any.yaml"))
     assert again == first
     assert again.digest() == first.digest()
 
 
 def test_the_digest_is_of_what_changes_the_result_only() -> None:
-    first = recipe.load("digits")
+    first = recipe.load_recipe("digits")
     assert first.model_copy(update={"name": "other", "about": "x"}).digest() == first.digest()
-    changed = [recipe.load("digits", [o]) for o in ("optim.lr=0.1", "train.seed=1", "augment=[]")]
+    changed = [
+        recipe.load_recipe("digits", [o]) for o in ("optim.lr=0.1", "train.seed=1", "augment=[]")
+    ]
     assert len({r.digest() for r in (first, *changed)}) == 4
 
 
 def test_a_checked_recipe_cannot_be_changed() -> None:
-    asked = recipe.load("digits")
+    asked = recipe.load_recipe("digits")
     with pytest.raises(ValueError, match="frozen"):
         asked.optim.lr = 1.0  # type: ignore[misc]
 
@@ -79,11 +80,11 @@ def test_a_checked_recipe_cannot_be_changed() -> None:
 
 
 def test_numbers_as_people_write_them() -> None:
-    asked = recipe.load("digits", ["optim.lr=1e-3", "model.dropout=2e-1", "optim.ema=.5"])
+    asked = recipe.load_recipe("digits", ["optim.lr=1e-3", "model.dropout=2e-1", "optim.ema=.5"])
     assert asked.optim.lr == 0.001
     assert asked.model.options["dropout"] == 0.2
     assert asked.optim.ema == 0.5
-    assert recipe.load({"optim": {"lr": "1e-3"}}).optim.lr == 0.001
+    assert recipe.load_recipe({"optim": {"lr": "1e-3"}}).optim.lr == 0.001
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_impossible_values_are_refused_once_with_key_and_value(override: str, ke
 
 
 def test_a_published_tuple_and_fraction_are_kept() -> None:
-    asked = recipe.load("digits", ["optim.betas=[0.8, 0.95]"])
+    asked = recipe.load_recipe("digits", ["optim.betas=[0.8, 0.95]"])
     assert asked.optim.betas == (0.8, 0.95)
     assert asked.optim.step_size == pytest.approx(1 / 3)
 
@@ -215,25 +216,42 @@ def test_broken_files_are_usage_errors(text: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-3", 0.001), ("-2E5", -200000.0), ("1.5e3", 1500.0), (".5", 0.5), ("1_000", 1000),
-        ("0x1f", 31), ("010", 10), ("yes", True), ("On", True), ("no", False), ("OFF", False),
-        ("y", "y"), ("n", "n"), ("'no'", "no"), ("12:30", "12:30"), ("null", None), ("~", None),
-        ("", None), ("[1, {a: b}]", [1, {"a": "b"}]), ("1e-3x", "1e-3x"), ("C:\\x", "C:\\x"),
+        ("1e-3", 0.001),
+        ("-2E5", -200000.0),
+        ("1.5e3", 1500.0),
+        (".5", 0.5),
+        ("1_000", 1000),
+        ("0x1f", 31),
+        ("010", 10),
+        ("yes", True),
+        ("On", True),
+        ("no", False),
+        ("OFF", False),
+        ("y", "y"),
+        ("n", "n"),
+        ("'no'", "no"),
+        ("12:30", "12:30"),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("[1, {a: b}]", [1, {"a": "b"}]),
+        ("1e-3x", "1e-3x"),
+        ("C:\\x", "C:\\x"),
     ],
-)  # fmt: skip
+)
 def test_values_of_yaml(text: str, value: Any) -> None:
     """YAML 1.2, and the booleans of 1.1; what is written is read back as the same value."""
-    found = yamltext.parse(text, where="")
+    found = yaml.parse_yaml(text, where="")
     assert found == value
     assert type(found) is type(value)
-    again = yamltext.parse(yamltext.dump({"a": value}), where="")
+    again = yaml.parse_yaml(yaml.dump_yaml({"a": value}), where="")
     assert again == {"a": value}
-    assert yamltext.parse(yamltext.dump([text]), where="") == [text]
+    assert yaml.parse_yaml(yaml.dump_yaml([text]), where="") == [text]
 
 
 def test_errors_of_yaml_name_the_line_and_the_override() -> None:
     with pytest.raises(UsageError) as caught:
-        recipe.load(written("about: x\noptim:\n  lr: [1\ntrain: {}\n", "broken.yaml"))
+        recipe.load_recipe(written("about: x\noptim:\n  lr: [1\ntrain: {}\n", "broken.yaml"))
     assert caught.value.where == "broken.yaml, line 4"
     assert "'optim.lr=[1', line 1: not valid YAML: expected ',' or ']'" in refused("optim.lr=[1")
 
@@ -247,9 +265,9 @@ def test_a_file_that_is_no_text_or_not_there() -> None:
 
 
 def test_a_file_is_named_after_itself_unless_it_says_so() -> None:
-    assert recipe.load(written("about: a\n", "one.yaml")).name == "one"
-    assert recipe.load(written("name: other\n", "two.yaml")).name == "other"
-    assert recipe.load({}).name == "custom"
+    assert recipe.load_recipe(written("about: a\n", "one.yaml")).name == "one"
+    assert recipe.load_recipe(written("name: other\n", "two.yaml")).name == "other"
+    assert recipe.load_recipe({}).name == "custom"
 
 
 # base
@@ -259,8 +277,8 @@ def test_base_chains_merge_section_by_section() -> None:
     Path("sub").mkdir()
     written("base: mnist\noptim: {lr: 0.5}\n", "a.yaml")
     written("base: ../a.yaml\ntrain: {epochs: 7}\nmodel: {dropout: 0.3}\n", "sub/b.yaml")
-    asked = recipe.load(Path("sub/b.yaml"), ["optim.momentum=0.1"])
-    mnist = recipe.load("mnist")
+    asked = recipe.load_recipe(Path("sub/b.yaml"), ["optim.momentum=0.1"])
+    mnist = recipe.load_recipe("mnist")
     assert asked.name == "b"
     assert (asked.optim.lr, asked.train.epochs, asked.optim.momentum) == (0.5, 7, 0.1)
     assert asked.model.options == {**mnist.model.options, "dropout": 0.3}
@@ -270,7 +288,7 @@ def test_base_chains_merge_section_by_section() -> None:
 
 def test_lists_replace_those_of_the_base() -> None:
     written("base: digits\naugment: [RandomHorizontalFlip]\nmodel: {widths: [8]}\n", "c.yaml")
-    asked = recipe.load("c.yaml")
+    asked = recipe.load_recipe("c.yaml")
     assert asked.operations == [("RandomHorizontalFlip", {})]
     assert asked.model.options["widths"] == [8]
 
@@ -307,19 +325,19 @@ variants:
 def test_a_variant_changes_the_recipe_and_overrides_change_the_variant() -> None:
     path = written(VARIED, "varied.yaml")
     assert list(recipe.variants(path)) == ["nested", "dotted", "family"]
-    plain, nested = recipe.load(path), recipe.load(path, variant="nested")
+    plain, nested = recipe.load_recipe(path), recipe.load_recipe(path, variant="nested")
     assert (plain.optim.lr, nested.optim.lr, nested.optim.weight_decay) == (0.5, 0.1, 0.2)
     assert nested.operations == [("RandomHorizontalFlip", {})]
     assert nested.model == plain.model
-    dotted = recipe.load(path, ["optim.lr=0.3"], "dotted")
+    dotted = recipe.load_recipe(path, ["optim.lr=0.3"], "dotted")
     assert (dotted.optim.lr, dotted.train.epochs, dotted.about) == (0.3, 3, "other")
-    assert recipe.load(path, variant="family").model.options == {"blocks": 3}
+    assert recipe.load_recipe(path, variant="family").model.options == {"blocks": 3}
     assert nested.name == plain.name == "varied"
 
 
 def test_variants_reach_neither_the_recipe_nor_its_digest() -> None:
-    with_them = recipe.load(written(VARIED))
-    without = recipe.load(written(VARIED[: VARIED.index("variants")]))
+    with_them = recipe.load_recipe(written(VARIED))
+    without = recipe.load_recipe(written(VARIED[: VARIED.index("variants")]))
     assert with_them.digest() == without.digest()
     assert "variants" not in with_them.to_text()
     assert "unknown key 'variants'" in refused("variants={}")
@@ -328,7 +346,7 @@ def test_variants_reach_neither_the_recipe_nor_its_digest() -> None:
 def test_the_old_key_settings_is_refused_with_the_new_name() -> None:
     path = written("base: digits\nsettings: {a: {optim.lr: 0.1}}\n")
     with pytest.raises(UsageError, match=r"unknown key 'settings' \(did you mean variants\?\)"):
-        recipe.load(path)
+        recipe.load_recipe(path)
 
 
 def test_variants_are_inherited_and_replaced_by_name() -> None:
@@ -337,20 +355,20 @@ def test_variants_are_inherited_and_replaced_by_name() -> None:
         "base: varied.yaml\ntrain: {epochs: 9}\nvariants: {dotted: {optim.lr: 7}, own: {}}\n"
     )
     assert list(recipe.variants(path)) == ["nested", "dotted", "family", "own"]
-    inherited = recipe.load(path, variant="nested")
+    inherited = recipe.load_recipe(path, variant="nested")
     assert (inherited.optim.lr, inherited.train.epochs) == (0.1, 9)
-    replaced = recipe.load(path, variant="dotted")
+    replaced = recipe.load_recipe(path, variant="dotted")
     assert (replaced.optim.lr, replaced.train.epochs) == (7, 9)
-    assert recipe.load(path, variant="own").digest() == recipe.load(path).digest()
+    assert recipe.load_recipe(path, variant="own").digest() == recipe.load_recipe(path).digest()
 
 
 def test_a_mapping_with_variants_and_what_a_file_of_them_holds() -> None:
     tree = {"optim": {"lr": 0.1}, "variants": {"a": {"optim.lr": 0.2}}}
-    assert recipe.load(tree, variant="a").optim.lr == 0.2
+    assert recipe.load_recipe(tree, variant="a").optim.lr == 0.2
     assert recipe.variants(tree) == {"a": {"optim.lr": 0.2}}
     assert recipe.variants("digits") == {}
-    again = {**recipe.load(tree).model_dump(mode="json"), "variants": recipe.variants(tree)}
-    assert recipe.load(again, variant="a") == recipe.load(tree, variant="a")
+    again = {**recipe.load_recipe(tree).model_dump(mode="json"), "variants": recipe.variants(tree)}
+    assert recipe.load_recipe(again, variant="a") == recipe.load_recipe(tree, variant="a")
 
 
 @pytest.mark.parametrize(
@@ -379,7 +397,7 @@ def test_a_mapping_with_variants_and_what_a_file_of_them_holds() -> None:
 def test_variants_that_can_not_be(variants: str, says: str) -> None:
     path = written(f"base: digits\nvariants: {variants}\n")
     with pytest.raises(UsageError) as caught:
-        recipe.load(path, variant="x")
+        recipe.load_recipe(path, variant="x")
     assert says in str(caught.value)
 
 
@@ -391,40 +409,50 @@ def test_another_family_drops_the_keys_of_the_former(order: int) -> None:
     overrides = ["model.name=other", "model.blocks=3"]
     if order:
         overrides.reverse()
-    asked = recipe.load("digits", overrides)
+    asked = recipe.load_recipe("digits", overrides)
     assert asked.model.name == "other"
     assert asked.model.options == {"blocks": 3}
 
 
 def test_another_family_in_a_file_keeps_the_keys_beside_it() -> None:
     written("base: digits\nmodel: {blocks: 3, name: other}\n", "d.yaml")
-    assert recipe.load("d.yaml").model.options == {"blocks": 3}
+    assert recipe.load_recipe("d.yaml").model.options == {"blocks": 3}
 
 
 def test_the_same_family_named_again_keeps_its_keys() -> None:
-    asked = recipe.load("digits", ["model.name=cnn"])
-    assert asked == recipe.load("digits")
+    asked = recipe.load_recipe("digits", ["model.name=cnn"])
+    assert asked == recipe.load_recipe("digits")
 
 
 # Augmentation
 
 
 def test_the_forms_of_augment_mean_the_same() -> None:
-    long = recipe.load({"augment": [{"RandomHorizontalFlip": {}}, {"RandomCrop": {"padding": 2}}]})
+    long = recipe.load_recipe(
+        {"augment": [{"RandomHorizontalFlip": {}}, {"RandomCrop": {"padding": 2}}]}
+    )
     text = "name: custom\naugment:\n- RandomHorizontalFlip\n- RandomCrop: {padding: 2}\n"
-    assert recipe.load(written(text)) == long
-    empty = recipe.load(written("name: custom\naugment:\n- RandomHorizontalFlip:\n", "e.yaml"))
+    assert recipe.load_recipe(written(text)) == long
+    empty = recipe.load_recipe(
+        written("name: custom\naugment:\n- RandomHorizontalFlip:\n", "e.yaml")
+    )
     assert empty.operations == [("RandomHorizontalFlip", {})]
     assert long.operations == [("RandomHorizontalFlip", {}), ("RandomCrop", {"padding": 2})]
-    assert recipe.load({"augment": None}).augment == []
-    assert recipe.load({"augment": "auto"}).operations == []
+    assert recipe.load_recipe({"augment": None}).augment == []
+    assert recipe.load_recipe({"augment": "auto"}).operations == []
 
 
 @pytest.mark.parametrize(
     ("value", "says"),
-    [("5", "a list of operations"), ("{a: 1}", "a list"), ("[5]", "5 is no operation"),
-     ("[[a]]", "is no operation"), ("[{RandomCrop: 4}]", "augment"), ("later", "a list")],
-)  # fmt: skip
+    [
+        ("5", "a list of operations"),
+        ("{a: 1}", "a list"),
+        ("[5]", "5 is no operation"),
+        ("[[a]]", "is no operation"),
+        ("[{RandomCrop: 4}]", "augment"),
+        ("later", "a list"),
+    ],
+)
 def test_other_forms_of_augment_are_refused(value: str, says: str) -> None:
     message = refused(f"augment={value}")
     assert says in message
@@ -435,7 +463,7 @@ def test_other_forms_of_augment_are_refused(value: str, says: str) -> None:
 
 
 def test_replace_checks_again() -> None:
-    asked = recipe.load("digits").replace(**{"optim.lr": 0.5, "train.epochs": 2})
+    asked = recipe.load_recipe("digits").replace(**{"optim.lr": 0.5, "train.epochs": 2})
     assert (asked.optim.lr, asked.train.epochs) == (0.5, 2)
     with pytest.raises(UsageError, match=r"train\.epochs=0"):
         asked.replace(**{"train.epochs": 0})
@@ -445,7 +473,7 @@ def test_replace_checks_again() -> None:
 
 def test_a_mapping_given_by_the_user_is_not_changed() -> None:
     mine: dict[str, Any] = {"optim": {"lr": 0.1}}
-    recipe.load(mine, ["optim.lr=0.2", "data.name=shapes"])
+    recipe.load_recipe(mine, ["optim.lr=0.2", "data.name=shapes"])
     assert mine == {"optim": {"lr": 0.1}}
 
 
@@ -468,12 +496,12 @@ def test_no_value_of_any_key_raises_anything_but_a_usage_error(
 ) -> None:
     overrides = [f"{key}={json.dumps(value)}" for key, value in pairs]  # JSON is YAML
     try:
-        asked = recipe.load("digits", overrides)
-        check(asked)
+        asked = recipe.load_recipe("digits", overrides)
+        validate_recipe(asked)
     except UsageError:
         return
     assert math.isfinite(asked.optim.lr)
-    assert recipe.load(written(asked.to_text(), "fuzz.yaml")).digest() == asked.digest()
+    assert recipe.load_recipe(written(asked.to_text(), "fuzz.yaml")).digest() == asked.digest()
 
 
 @settings(max_examples=80, deadline=None)
@@ -481,7 +509,7 @@ def test_no_value_of_any_key_raises_anything_but_a_usage_error(
 def test_no_text_raises_anything_but_a_usage_error(texts: list[str], key: str, value: str) -> None:
     for overrides in (texts, [f"{key}={value}"]):
         try:
-            assert recipe.load("digits", overrides).name == "digits"
+            assert recipe.load_recipe("digits", overrides).name == "digits"
         except UsageError as error:
             assert error.what  # noqa: PT017
 

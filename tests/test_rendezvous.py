@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from commands import environment
-from convlens.distributed.processes import init_process_group, rendezvous_timeout_s
+from convlens.distributed import init_process_group, rendezvous_timeout_s
 from convlens.errors import ResourceError, UsageError
 
 
@@ -95,7 +95,7 @@ def test_the_timeout_is_ten_minutes_by_default(monkeypatch: pytest.MonkeyPatch) 
 JOIN = """
 import os, sys
 print("started", flush=True)
-from convlens.distributed.processes import init_process_group
+from convlens.distributed import init_process_group
 group = init_process_group()
 print("sum", group.all_reduce_sum(1.0), "restarted", group.restarted, flush=True)
 group.barrier()

@@ -18,14 +18,16 @@ import pytest
 
 import convlens
 from commands import constant_model, here, pictures, refused
-from convlens import data, reporting
-from convlens.answers import Answers
+from convlens import reports
+from convlens.data import dataset
 from convlens.errors import ModelFileError, UsageError
-from convlens.metrics import summarise
-from convlens.reporting import comparing, contents, page, sections
-from convlens.reporting.contents import Contents, gather
-from convlens.reporting.verdict import calibration, verdict
-from convlens.run import RunFolder
+from convlens.evaluation import CachedPredictions
+from convlens.metrics import summarize
+from convlens.reports import compare, contents, sections
+from convlens.reports.contents import ReportContents, gather_contents
+from convlens.reports.html import Markup, PageFigure, _environment, embed_image, figures_of
+from convlens.reports.sections import calibration, verdict_section
+from convlens.run import RunDir
 from support import TINY
 
 HOSTILE = (
@@ -101,10 +103,7 @@ def test_the_page_states_what_evaluate_states() -> None:
         assert text in report.verdict
     assert report.verdict in found.text
     assert f"{evaluated.accuracy:.2%}" in found.text
-    counts = [
-        int(match)
-        for match in re.findall(r'data-cell="\d+-\d+"[^>]*>(\d+)<', found.html)
-    ]  # fmt: skip
+    counts = [int(match) for match in re.findall(r'data-cell="\d+-\d+"[^>]*>(\d+)<', found.html)]
     assert sum(counts) == evaluated.n
     shown = json.loads(found.json)
     for key, cell in shown["cells"].items():
@@ -168,24 +167,24 @@ def test_names_of_classes_and_files_stay_names() -> None:
 
 def test_json_in_a_page_can_not_end_its_script() -> None:
     content = {"</script><!--": ["<b>&'\"", "\u2028", "ü"]}
-    text = page.embedded(content)
+    text = embed_image(content)
     assert json.loads(text) == content
     assert not {"<", ">", "&", "'"} & set(text)
     assert text.isascii()
 
 
 def test_every_template_is_shipped_and_found() -> None:
-    folder = resources.files("convlens.reporting") / "templates"
+    folder = resources.files("convlens.reports") / "templates"
     names = [file.name for file in folder.iterdir()]
     assert {"page.html", "page.css", "page.js"} <= set(names)
-    project = Path(str(reporting.__file__)).parents[3] / "pyproject.toml"
+    project = Path(str(reports.__file__)).parents[3] / "pyproject.toml"
     if project.exists():  # not where the package was installed for good
         globs = tomllib.loads(project.read_text())["tool"]["setuptools"]["package-data"]["convlens"]
         shipped = [f"reporting/templates/{name}" for name in names]
         assert all(any(fnmatch(path, glob) for glob in globs) for path in shipped)
     for name in names:
         if name.endswith(".html"):
-            assert page._environment().get_template(name)
+            assert _environment().get_template(name)
             source = (folder / name).read_text("utf-8")
             assert "|safe" not in source.replace(" ", "")
 
@@ -193,14 +192,14 @@ def test_every_template_is_shipped_and_found() -> None:
 # The parts
 
 
-def by_hand(**changes: Any) -> Contents:
+def by_hand(**changes: Any) -> ReportContents:
     """A run that was judged by four images of two classes: three right, one wrong."""
     logits = np.array([[2, 0], [2, 0], [0, 2], [2, 0]], np.float32)
     labels = np.array([0, 0, 1, 1])
-    found = Contents(RunFolder(Path("models/by-hand")), split="test")
+    found = ReportContents(RunDir(Path("models/by-hand")), split="test")
     found.facts = {"data": {"name": "x", "classes": ["a", "b"]}, "kept_epoch": 1, "epochs": 1}
-    found.answers = Answers(logits, labels, "")
-    found.summary = summarise(logits, labels, ["a", "b"])
+    found.answers = CachedPredictions(logits, labels, "")
+    found.summary = summarize(logits, labels, ["a", "b"])
     for key, value in changes.items():
         setattr(found, key, value)
     return found
@@ -213,52 +212,56 @@ def test_a_section_is_html_or_nothing(name: str) -> None:
     """Of a whole run, of one that has numbers only, of one with nothing at all."""
     draw = sections.SECTIONS[name][1]
     for found in (
-        gather("small", audit=True, on="cpu"),
+        gather_contents("small", audit=True, on="cpu"),
         by_hand(),
-        Contents(RunFolder(Path("models/nothing"))),
+        ReportContents(RunDir(Path("models/nothing"))),
     ):
         html = draw(found)
-        assert html is None or (isinstance(html, page.Markup) and html.strip())
-    if name not in sections.LOOKS:
-        assert draw(gather("small", audit=None, on="cpu")) is not None
+        assert html is None or (isinstance(html, Markup) and html.strip())
+    if name not in sections.INSIDE_SECTIONS:
+        assert draw(gather_contents("small", audit=None, on="cpu")) is not None
 
 
 @pytest.mark.usefixtures("runs")
-@pytest.mark.parametrize("name", list(comparing.SECTIONS))
+@pytest.mark.parametrize("name", list(compare.COMPARE_SECTIONS))
 def test_a_section_of_several_runs_is_html_or_nothing(name: str) -> None:
-    two = [gather(each, audit=False, on="cpu", alone=False) for each in ("small", "hostile")]
-    nothing = [Contents(RunFolder(Path(f"models/{n}"))) for n in range(2)]
+    two = [
+        gather_contents(each, audit=False, on="cpu", alone=False) for each in ("small", "hostile")
+    ]
+    nothing = [ReportContents(RunDir(Path(f"models/{n}"))) for n in range(2)]
     for found in (two, [by_hand(), by_hand()], nothing):
-        html = comparing.SECTIONS[name][1](comparing.side_by_side(found))
-        assert html is None or (isinstance(html, page.Markup) and html.strip())
+        html = compare.COMPARE_SECTIONS[name][1](compare.gather_runs(found))
+        assert html is None or (isinstance(html, Markup) and html.strip())
 
 
 def test_finished_pictures_become_a_section() -> None:
     figures = [
-        page.Figure(b"\x89PNG....", "what <it> shows", "below"),
-        page.Figure(b'<svg xmlns="http://www.w3.org/2000/svg"/>', "drawn"),
+        PageFigure(b"\x89PNG....", "what <it> shows", "below"),
+        PageFigure(b'<svg xmlns="http://www.w3.org/2000/svg"/>', "drawn"),
     ]
-    html = page.figures(figures, "lead")
+    html = figures_of(figures, "lead")
     assert html is not None
     assert "data:image/png;base64,iVBORy4uLi4=" in html
     assert "data:image/svg+xml;base64," in html
     assert "what &lt;it&gt; shows" in html
-    assert page.figures([]) is None
+    assert figures_of([]) is None
     with pytest.raises(ValueError, match="PNG"):
-        page.figures([page.Figure(b"GIF89a", "x")])
+        figures_of([PageFigure(b"GIF89a", "x")])
 
 
 def test_the_verdict_is_the_numbers() -> None:
     row = {"epoch": 1.0, "train_accuracy": 0.99}
-    assert verdict(by_hand(rows=[row])) == (
+    assert verdict_section(by_hand(rows=[row])) == (
         "75.0% of 4 test images are classified correctly (95% interval 30.1% to 95.4%); "
         "not distinguishable from always saying 'a' (50.0%); "
         "24.0 points below the 99.0% on training images (overfitting); its confidence agrees "
         "with its accuracy, as far as so many images can tell."
     )
     row["train_accuracy"] = 0.8
-    assert "not distinguishable from the 80.0% on training images" in verdict(by_hand(rows=[row]))
-    assert verdict(by_hand(summary=None)).startswith("Not judged: there are no images")
+    assert "not distinguishable from the 80.0% on training images" in verdict_section(
+        by_hand(rows=[row])
+    )
+    assert verdict_section(by_hand(summary=None)).startswith("Not judged: there are no images")
 
 
 @pytest.mark.parametrize(
@@ -268,8 +271,8 @@ def test_the_verdict_is_the_numbers() -> None:
 def test_calibration_has_a_word(sure: float, right: float, words: str) -> None:
     logits = np.tile(np.log([sure, 1 - sure]), (1000, 1)).astype(np.float32)
     labels = (np.arange(1000) >= 1000 * right).astype(np.int64)
-    summary = summarise(logits, labels, ["a", "b"])
-    found = calibration(by_hand(answers=Answers(logits, labels, ""), summary=summary))
+    summary = summarize(logits, labels, ["a", "b"])
+    found = calibration(by_hand(answers=CachedPredictions(logits, labels, ""), summary=summary))
     assert found is not None
     assert found.words == words
     assert found.surplus == pytest.approx(sure - right, abs=1e-6)
@@ -281,10 +284,10 @@ def test_calibration_has_a_word(sure: float, right: float, words: str) -> None:
 
 @pytest.mark.usefixtures("runs")
 def test_a_sealed_test_split_stays_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def opened(self: data.Data) -> None:
+    def opened(self: dataset.Data) -> None:
         raise AssertionError("the test split was opened")
 
-    monkeypatch.setattr(data.Data, "unseal_test", opened)
+    monkeypatch.setattr(dataset.Data, "unseal_test", opened)
     report = convlens.report("sealed")
     assert report.split == "val"
     text = Page(report.path).text
@@ -321,7 +324,7 @@ def test_a_run_whose_images_have_moved_still_has_its_page(made: Path) -> None:
 
 @pytest.mark.usefixtures("runs")
 def test_unfinished_and_empty_runs_have_pages() -> None:
-    RunFolder(Path("models/small")).note({"status": "training"})
+    RunDir(Path("models/small")).note({"status": "training"})
     report = convlens.report("small")
     assert (
         report.verdict
@@ -381,9 +384,9 @@ def test_the_command_prints_the_path_or_one_object() -> None:
 
 def test_few_images_are_audited_unasked(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(made / "models", "models")
-    assert gather("hostile", audit=None, on="cpu").audit is not None
-    monkeypatch.setattr(contents, "QUICK", 10)
-    assert gather("hostile", audit=None, on="cpu").audit is None
+    assert gather_contents("hostile", audit=None, on="cpu").audit is not None
+    monkeypatch.setattr(contents, "QUICK_AUDIT_IMAGES", 10)
+    assert gather_contents("hostile", audit=None, on="cpu").audit is None
 
 
 @pytest.mark.usefixtures("runs")

@@ -51,8 +51,9 @@ def rgb(window: Browser, selector: str, what: str) -> list[int]:
     """A computed colour as three numbers."""
     text = window.do(
         "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]",
-        selector, what,
-    )  # fmt: skip
+        selector,
+        what,
+    )
     return [int(part) for part in text.removeprefix("rgb(").rstrip(")").split(",")]
 
 

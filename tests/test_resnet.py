@@ -8,10 +8,12 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from convlens import models, optim, recipe as recipes, training
-from convlens.device import Plan, seed_of
+from convlens import models, optim
+from convlens.device import Plan, derive_seed
 from convlens.errors import UsageError
 from convlens.models.resnet import stem_for
+from convlens.recipe import load_recipe
+from convlens.training import train
 from support import begin
 
 PLAN = Plan("cpu", "fp32", "contiguous")
@@ -21,12 +23,12 @@ def build(
     name: str = "resnet18", size: int = 32, channels: int = 3, **options: object
 ) -> nn.Module:
     torch.manual_seed(0)
-    return models.build(name, 10, channels, size, options)
+    return models.build_model(name, 10, channels, size, options)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
 def test_with_the_imagenet_stem_it_is_torchvisions_network(name: str) -> None:
-    ours = models.build(name, 1000, 3, 64, {"stem": "imagenet"}).eval()
+    ours = models.build_model(name, 1000, 3, 64, {"stem": "imagenet"}).eval()
     theirs = torchvision.models.get_model(name).eval()
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
@@ -58,8 +60,14 @@ def test_a_stem_sets_the_size_of_every_stage(stem: str, sizes: list[int]) -> Non
 
 def test_the_automatic_stem_goes_by_the_size() -> None:
     assert [stem_for(size) for size in (28, 32, 48, 49, 96, 97, 224)] == [
-        "cifar", "cifar", "cifar", "half", "half", "imagenet", "imagenet",
-    ]  # fmt: skip
+        "cifar",
+        "cifar",
+        "cifar",
+        "half",
+        "half",
+        "imagenet",
+        "imagenet",
+    ]
     assert isinstance(build(size=32).maxpool, nn.Identity)
     assert build(size=224).conv1.kernel_size == (7, 7)
 
@@ -114,15 +122,21 @@ def test_an_option_that_cannot_be_is_refused(options: dict[str, object], said: s
 def test_the_recipe_trains_as_a_plain_loop_over_torchvisions_network() -> None:
     """The recipe `resnet18` on a few images: each epoch's loss, and the weights at the end."""
     few = [
-        "data.name=shapes", "data.count=90", "data.image_size=32", "data.val_fraction=0.2",
-        "augment=[]", "train.epochs=2", "train.batch_size=24", "train.precision=fp32",
+        "data.name=shapes",
+        "data.count=90",
+        "data.image_size=32",
+        "data.val_fraction=0.2",
+        "augment=[]",
+        "train.epochs=2",
+        "train.batch_size=24",
+        "train.precision=fp32",
         "train.memory_format=contiguous",
-    ]  # fmt: skip
-    setup, place = begin(recipes.load("resnet18", few), "ours")
+    ]
+    setup, place = begin(load_recipe("resnet18", few), "ours")
     classes = len(setup.data.classes)
     plain = torchvision.models.resnet18(num_classes=classes)
     plain.load_state_dict(setup.trained.state_dict())
-    rows, _ = training.run_to_end(setup, place, quiet=True)
+    rows, _ = train.fit(setup, place, quiet=True)
 
     rows_of = setup.data.train.rows
     images = setup.preprocessing.normalise(
@@ -131,9 +145,9 @@ def test_the_recipe_trains_as_a_plain_loop_over_torchvisions_network() -> None:
     labels = setup.data.train.labels
     optimiser = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     steps = len(setup.feed.batches)
-    factor = optim.schedule(setup.recipe.optim)
+    factor = optim.build_schedule(setup.recipe.optim)
     for epoch in (1, 2):
-        generator = torch.Generator().manual_seed(seed_of(0, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(0, epoch))
         losses = []
         for step, part in enumerate(torch.randperm(len(labels), generator=generator).split(24)):
             done = (epoch - 1) * steps + step

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 
-from convlens import engine, optim, recipe as recipes, training
+from convlens import optim, serialization
 from convlens.cli import main
+from convlens.engine import loop
 from convlens.errors import DataError, Stopped
-from convlens.formats import modelfile
-from convlens.recipe import Recipe
-from convlens.resuming import keeping, states
-from convlens.resuming.keeping import Keeper
-from convlens.resuming.states import Best
-from convlens.run import RunFolder
+from convlens.recipe import Recipe, load_recipe
+from convlens.run import RunDir
+from convlens.training import checkpoint, train
+from convlens.training.checkpoint import BestEpoch, CheckpointManager
 from selftest import differences
 from support import begin, same, tiny
 
@@ -53,7 +52,7 @@ class Interrupting:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.after, self.number = -1, signal.SIGINT
-        real = engine.TrainLoop.train_step
+        real = loop.TrainLoop.train_step
 
         def step(*arguments: Any, **more: Any) -> Any:
             self.after -= 1
@@ -61,7 +60,7 @@ class Interrupting:
                 signal.raise_signal(self.number)
             return real(*arguments, **more)
 
-        monkeypatch.setattr(engine.TrainLoop, "train_step", step)
+        monkeypatch.setattr(loop.TrainLoop, "train_step", step)
 
 
 @pytest.fixture
@@ -69,25 +68,25 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> Interrupting:
     return Interrupting(monkeypatch)
 
 
-def finish(asked: Recipe, name: str) -> RunFolder:
+def finish(asked: Recipe, name: str) -> RunDir:
     setup, place = begin(asked, name)
-    rows, kept = training.run_to_end(setup, place, quiet=True)
+    rows, kept = train.fit(setup, place, quiet=True)
     place.finish(epochs=len(rows), kept=kept, seconds=0.0)
     return place
 
 
-def stop(asked: Recipe, name: str, interrupting: Interrupting, after: int) -> RunFolder:
+def stop(asked: Recipe, name: str, interrupting: Interrupting, after: int) -> RunDir:
     interrupting.after = after
     with pytest.raises(KeyboardInterrupt):
         finish(asked, name)
     assert list((Path("models") / name / "state").glob("*.safetensors"))
-    return RunFolder(Path("models") / name)
+    return RunDir(Path("models") / name)
 
 
-def equal(one: RunFolder, other: RunFolder) -> None:
+def equal(one: RunDir, other: RunDir) -> None:
     """Bit-identical weights, and the same numbers but for the clock."""
-    tensors, card = modelfile.read(one.model_path)
-    others, its_card = modelfile.read(other.model_path)
+    tensors, card = serialization.read_model_file(one.model_path)
+    others, its_card = serialization.read_model_file(other.model_path)
     same(tensors, others)
     assert card["chosen"] == its_card["chosen"]
     clock = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
@@ -138,7 +137,7 @@ def test_windows_go_on_from_where_they_open_and_close(
     equal(finish(asked, "stopped"), whole)
 
 
-def after_an_epoch(keeper: Keeper) -> bool:
+def after_an_epoch(keeper: CheckpointManager) -> bool:
     """Instead of by time: due after each epoch."""
     return keeper._setup.state.step == 0
 
@@ -149,7 +148,7 @@ def test_a_run_killed_between_two_saves_goes_on_from_the_former(
     """As if by SIGKILL: after the second epoch's model was written, before its state was."""
     asked = tiny(*EVERYTHING)
     whole = finish(asked, "whole")
-    real, saves = keeping.save, []
+    real, saves = checkpoint.save_checkpoint, []
 
     def save(*arguments: Any) -> None:
         saves.append(1)
@@ -158,28 +157,28 @@ def test_a_run_killed_between_two_saves_goes_on_from_the_former(
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "due", property(after_an_epoch))
-        patch.setattr(keeping, "save", save)
+        patch.setattr(CheckpointManager, "due", property(after_an_epoch))
+        patch.setattr(checkpoint, "save_checkpoint", save)
         with pytest.raises(MemoryError):
             finish(asked, "killed")
-    assert len(RunFolder(Path("models/killed")).metrics()) == 2
+    assert len(RunDir(Path("models/killed")).metrics()) == 2
     equal(finish(asked, "killed"), whole)
 
 
 def test_a_long_epoch_is_saved_in_its_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = tiny(*EVERYTHING, "train.epochs=1")
     whole = finish(asked, "whole")
-    monkeypatch.setattr(keeping, "SAVE_SECONDS", 0.0)
-    real, saves = keeping.save, []
+    monkeypatch.setattr(checkpoint, "SAVE_INTERVAL_S", 0.0)
+    real, saves = checkpoint.save_checkpoint, []
 
-    def save(place: RunFolder, setup: Any, *rest: Any) -> None:
+    def save(place: RunDir, setup: Any, *rest: Any) -> None:
         real(place, setup, *rest)
         saves.append(setup.state.step)
         if len(saves) == 3:
             raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(keeping, "save", save)
+        patch.setattr(checkpoint, "save_checkpoint", save)
         with pytest.raises(MemoryError):
             finish(asked, "killed")
     assert saves == [1, 2, 3]
@@ -190,12 +189,12 @@ def test_early_stopping_goes_on_counting(
     monkeypatch: pytest.MonkeyPatch, interrupting: Interrupting
 ) -> None:
     losses = {1: 0.5, 2: 0.4, 3: 0.9, 4: 0.8, 5: 0.7, 6: 0.1}
-    real = training._validate
+    real = train._validate
 
     def validate(setup: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
         return {**real(setup, record, flag, seconds=seconds), "val_loss": losses[record.epoch]}
 
-    monkeypatch.setattr(training, "_validate", validate)
+    monkeypatch.setattr(train, "_validate", validate)
     asked = tiny("train.epochs=6", "train.patience=3")
     whole = finish(asked, "whole")
     assert len(whole.metrics()) == 5
@@ -225,12 +224,12 @@ def test_the_moments_of_a_channels_last_network_lie_as_its_weights(
     interrupting: Interrupting,
 ) -> None:
     """Fused kernels walk both side by side in memory."""
-    from convlens.resuming.states import restore
+    from convlens.training.checkpoint import restore_checkpoint
 
     asked = tiny(*EVERYTHING, "data.channels=3", "augment=[]")
     stop(asked, "stopped", interrupting, 3)
     setup, place = begin(asked, "stopped")
-    restore(place, setup, Best("val_loss"))
+    restore_checkpoint(place, setup, BestEpoch("val_loss"))
     moments = setup.optimiser.state[setup.trained.get_parameter("stage1.0.weight")]
     weight = setup.trained.get_parameter("stage1.0.weight")
     assert weight.stride() != weight.contiguous().stride()
@@ -239,15 +238,15 @@ def test_the_moments_of_a_channels_last_network_lie_as_its_weights(
 
 
 def test_everything_that_is_restored_is_what_was_saved(interrupting: Interrupting) -> None:
-    from convlens.resuming.states import restore, save
+    from convlens.training.checkpoint import restore_checkpoint, save_checkpoint
 
     asked = tiny(*EVERYTHING)
     stop(asked, "stopped", interrupting, 8)
     setup, place = begin(asked, "stopped")
-    best = Best("val_loss")
-    rows = restore(place, setup, best)
+    best = BestEpoch("val_loss")
+    rows = restore_checkpoint(place, setup, best)
     stored = place.state()
-    save(place, setup, best, rows)
+    save_checkpoint(place, setup, best, rows)
     again = place.state()
     assert stored is not None
     assert again is not None
@@ -255,7 +254,7 @@ def test_everything_that_is_restored_is_what_was_saved(interrupting: Interruptin
     assert stored[1] == again[1]
     assert (setup.state.epoch, setup.state.step, len(rows)) == (2, 3, 1)
     assert any(name.startswith("ema.") for name in stored[0])
-    assert isinstance(setup.averager, optim.Averager)
+    assert isinstance(setup.averager, optim.EMA)
     assert setup.averager.steps == 8
     assert isinstance(setup.state.loss_sum, float)
 
@@ -269,7 +268,7 @@ PIPED: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
 def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
     tree = tiny(*EVERYTHING, "train.epochs=20").to_text()
     Path("long.yaml").write_text(tree)
-    place = RunFolder(Path("models/tiny"))
+    place = RunDir(Path("models/tiny"))
     code, told = interrupted(place, signal.SIGINT, subprocess.Popen(COMMAND, **PIPED))
     assert code == 130
     assert "Traceback" not in told
@@ -282,16 +281,16 @@ def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
     assert interrupted(place, signal.SIGTERM, copy)[0] == 75
     assert place.facts()["status"] == "training"
     assert len(place.metrics()) > first
-    asked = recipes.load("long.yaml")
-    found = training.train(asked, plain=True, test=False, on="cpu", quiet=True)
+    asked = load_recipe("long.yaml")
+    found = train.train(asked, plain=True, test=False, on="cpu", quiet=True)
     assert found.path == place.path
-    whole = training.train(asked, plain=True, fresh=True, test=False, on="cpu", quiet=True)
+    whole = train.train(asked, plain=True, fresh=True, test=False, on="cpu", quiet=True)
     assert whole.path != place.path
     equal(found, whole)
 
 
 def interrupted(
-    place: RunFolder,
+    place: RunDir,
     number: signal.Signals,
     process: subprocess.Popen[str] | multiprocessing.process.BaseProcess,
 ) -> tuple[int | None, str]:
@@ -321,22 +320,22 @@ def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupt
             pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
             Image.fromarray(pixels).save(Path("photos", label, f"{number}.png"))
     tree = {**tiny().model_dump(mode="json"), "data": {"name": "photos", "image_size": 8}}
-    asked = recipes.load(tree)
+    asked = load_recipe(tree)
     interrupting.after = 3
     with pytest.raises(KeyboardInterrupt):
-        training.train(asked, plain=True, test=False, on="cpu", quiet=True)
+        train.train(asked, plain=True, test=False, on="cpu", quiet=True)
     changed = Path("photos/a/0.png")
     before = changed.read_bytes()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(changed)
     with pytest.raises(DataError, match="not those that run 'tiny' began with") as caught:
-        training.train(asked, plain=True, test=False, on="cpu", quiet=True)
+        train.train(asked, plain=True, test=False, on="cpu", quiet=True)
     assert "--fresh" in caught.value.fix
     changed.write_bytes(before)
-    place = training.train(asked, plain=True, on="cpu", quiet=True)
+    place = train.train(asked, plain=True, on="cpu", quiet=True)
     assert place.finished
     changed.unlink()
     with pytest.raises(DataError, match="changed since this model was trained"):
-        training.train(asked, plain=True, on="cpu", quiet=True)
+        train.train(asked, plain=True, on="cpu", quiet=True)
 
 
 def test_progress_is_stored_in_the_keys_of_earlier_versions() -> None:
@@ -346,14 +345,21 @@ def test_progress_is_stored_in_the_keys_of_earlier_versions() -> None:
     for _ in range(2):
         next(records)
     setup.state.micro_batch_size = 8
-    states.save(place, setup, states.Best("val_loss"), [])
+    checkpoint.save_checkpoint(place, setup, checkpoint.BestEpoch("val_loss"), [])
     stored = place.state()
     assert stored is not None
     position = stored[1]["position"]
     assert set(position) == {
-        "epoch", "step", "images", "loss_sum", "correct", "part", "seconds", "cpu_seconds",
+        "epoch",
+        "step",
+        "images",
+        "loss_sum",
+        "correct",
+        "part",
+        "seconds",
+        "cpu_seconds",
         "data_seconds",
-    }  # fmt: skip
+    }
     again, _ = begin(tiny(), "keys")
-    states.restore(place, again, states.Best("val_loss"))
+    checkpoint.restore_checkpoint(place, again, checkpoint.BestEpoch("val_loss"))
     assert again.state == setup.state

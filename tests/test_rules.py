@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from convlens.data.augment import AUGMENTS, MIXES, build
+from convlens.data.transforms.pipeline import AUGMENTS, MIXES, build_pipeline
 from convlens.errors import UsageError
 
 
@@ -67,7 +67,7 @@ from convlens.errors import UsageError
 )
 def test_bad_arguments(name: str, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as caught:
-        build([(name, arguments)], image_size=28, channels=1)
+        build_pipeline([(name, arguments)], image_size=28, channels=1)
     assert says in caught.value.what
     assert caught.value.what.startswith(name)
     takes = ", ".join({**AUGMENTS, **MIXES}[name].rules) or "no arguments"
@@ -81,7 +81,7 @@ def test_all_problems_at_once_in_few_lines() -> None:
         ("RandomErasing", {"p": 2, "scale": [1, 0], "ratio": 3, "value": 7}),
     ]
     with pytest.raises(UsageError) as caught:
-        build(ops)
+        build_pipeline(ops)
     text = str(caught.value)
     assert "did you mean RandomHorizontalFlip" in text
     assert "did you mean fill?" in text
@@ -94,7 +94,7 @@ def test_all_problems_at_once_in_few_lines() -> None:
 @pytest.mark.parametrize("mix", list(MIXES))
 def test_what_mixes_images_comes_last(mix: str) -> None:
     with pytest.raises(UsageError, match=f"{mix} mixes .* it must come last"):
-        build([(mix, {}), ("RandomHorizontalFlip", {})])
-    both = build([("RandomHorizontalFlip", {}), ("CutMix", {}), ("MixUp", {"alpha": 0.2})])
+        build_pipeline([(mix, {}), ("RandomHorizontalFlip", {})])
+    both = build_pipeline([("RandomHorizontalFlip", {}), ("CutMix", {}), ("MixUp", {"alpha": 0.2})])
     assert [name for name, _ in both.steps] == ["RandomHorizontalFlip"]
     assert [name for name, _ in both.mixes] == ["CutMix", "MixUp"]

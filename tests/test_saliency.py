@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from convlens import models
 from convlens.errors import ModelFileError, UsageError
-from convlens.inspection import layers, saliency
-from convlens.inspection.saliency import METHODS, find_layer, maps_by, shapes_of, windows
-from convlens.models.parts import name_parts
+from convlens.interpret import attribution_methods, features
+from convlens.interpret.attribution_methods import (
+    METHODS,
+    attribution_maps,
+    find_layer,
+    shapes_of,
+    windows,
+)
+from convlens.models.stages import name_parts
 
 every = pytest.mark.parametrize("name", list(METHODS))
 SIZE = 32
@@ -55,7 +61,7 @@ def red_patch() -> Tensor:
 
 def network(name: str = "resnet18", **options: object) -> nn.Module:
     torch.manual_seed(0)
-    model = models.build(name, 4, 3, SIZE, options)
+    model = models.build_model(name, 4, 3, SIZE, options)
     with torch.no_grad():  # norms that do something, as after training
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -82,9 +88,9 @@ def without_in_place(model: nn.Module) -> nn.Module:
 @every
 def test_evidence_is_found_where_it_is(name: str) -> None:
     method, model, images = METHODS[name], Reds(), red_patch()
-    (found,) = saliency.enlarged(
-        maps_by(method, model, images, torch.tensor([1]), "stage"), SIZE
-    )  # fmt: skip
+    (found,) = attribution_methods.upsample_maps(
+        attribution_maps(method, model, images, torch.tensor([1]), "stage"), SIZE
+    )
     row, column = divmod(int(found.argmax()), SIZE)
     assert 8 <= row < 14
     assert 20 <= column < 26
@@ -92,7 +98,9 @@ def test_evidence_is_found_where_it_is(name: str) -> None:
     outside = found.sum() - inside.sum()
     assert inside.mean() > 10 * abs(outside) / (SIZE**2 - inside.numel())
     # For the other class it speaks against, or not at all.
-    (other,) = saliency.enlarged(maps_by(method, model, images, torch.tensor([0]), "stage"), SIZE)
+    (other,) = attribution_methods.upsample_maps(
+        attribution_maps(method, model, images, torch.tensor([0]), "stage"), SIZE
+    )
     if method.signed:
         assert abs(divmod(int(other.argmin()), SIZE)[0] - 10.5) <= 5
         assert other[PATCH].mean() < 0
@@ -105,19 +113,19 @@ def test_evidence_is_found_where_it_is(name: str) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_maps_are_finite_and_the_network_is_left_as_it_was(name: str, channels: int) -> None:
     torch.manual_seed(0)
-    model = models.build("cnn", 3, channels, 12, {"widths": [4, 8]}).train()
+    model = models.build_model("cnn", 3, channels, 12, {"widths": [4, 8]}).train()
     model.stage1.eval()
     model.get_parameter("classifier.bias").requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     images, targets = torch.randn(5, channels, 12, 12), torch.tensor([0, 1, 2, 1, 0])
     method = METHODS[name]
-    found = maps_by(method, model, images, targets, "stage2")
+    found = attribution_maps(method, model, images, targets, "stage2")
     assert found.shape == (5, 3, 3) if method.layered else (5, 12, 12)
     assert found.dtype == torch.float32
     assert found.isfinite().all()
     assert method.signed or found.min() >= 0
     if method.complete:
-        with torch.no_grad(), saliency.still(model):
+        with torch.no_grad(), attribution_methods.still(model):
             start = model(torch.zeros_like(images[:1]))
             rises = (model(images) - start).gather(1, targets[:, None])[:, 0]
         torch.testing.assert_close(found.sum((1, 2)), rises, rtol=0.06, atol=1e-3)
@@ -133,11 +141,11 @@ def test_maps_are_finite_and_the_network_is_left_as_it_was(name: str, channels: 
 @every
 def test_the_size_of_batches_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, targets = network("cnn", widths=[4, 8]), images_of(5), torch.arange(5) % 4
-    whole = maps_by(METHODS[name], model, images, targets, "stage2")
+    whole = attribution_maps(METHODS[name], model, images, targets, "stage2")
     seen: list[int] = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    monkeypatch.setattr(saliency, "PIXELS", 2 * SIZE**2)
-    parts = maps_by(METHODS[name], model, images, targets, "stage2")
+    monkeypatch.setattr(attribution_methods, "PIXELS", 2 * SIZE**2)
+    parts = attribution_maps(METHODS[name], model, images, targets, "stage2")
     assert max(seen) <= 2
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
@@ -148,7 +156,9 @@ def test_values_that_are_not_finite_are_refused(name: str) -> None:
     with torch.no_grad():
         model.get_parameter("classifier.weight")[0, 0] = float("nan")
     with pytest.raises(ModelFileError, match="not finite for 3 of 3"):
-        maps_by(METHODS[name], model, images_of(), torch.zeros(3, dtype=torch.int64), "stage2")
+        attribution_maps(
+            METHODS[name], model, images_of(), torch.zeros(3, dtype=torch.int64), "stage2"
+        )
 
 
 # Numbers
@@ -160,7 +170,7 @@ def test_grad_cam_by_hand() -> None:
     with torch.no_grad():
         model[3].weight.copy_(torch.tensor([[2.0, -1.0], [0.0, 4.0]]))
     maps = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[4.0, 0.0], [0.0, 1.0]]]])
-    found = saliency.grad_cam(model, maps, torch.tensor([0]), "0")
+    found = attribution_methods.grad_cam(model, maps, torch.tensor([0]), "0")
     # The gradient of each place is weight / 4, and so is its mean.
     expected = torch.tensor([[[0.0, 1.0], [1.5, 1.75]]])  # (2a - b) / 4, cut off at 0
     torch.testing.assert_close(found, expected)
@@ -185,11 +195,9 @@ def test_in_place_operations_change_no_map(name: str, layer: str) -> None:
         weights = slopes.mean((2, 3), keepdim=True)
     else:
         mass = kept["maps"].clamp(min=0).sum((2, 3), keepdim=True)
-        weights = (slopes.clamp(min=0) / (2 + mass * slopes.clamp(min=0))).sum(
-            (2, 3), keepdim=True
-        )  # fmt: skip
+        weights = (slopes.clamp(min=0) / (2 + mass * slopes.clamp(min=0))).sum((2, 3), keepdim=True)
     expected = (weights * kept["maps"]).sum(1).clamp(min=0).detach()
-    found = maps_by(METHODS[name], model, images, targets, layer)
+    found = attribution_maps(METHODS[name], model, images, targets, layer)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert found.max() > 0
 
@@ -217,7 +225,7 @@ def test_grad_cam_pp_is_its_paper_s_by_third_derivatives() -> None:
                 alpha = second / (2 * second + float(maps[0, k].sum()) * third)
                 weight += alpha * first
         expected += weight * maps[0, k]
-    found = saliency.grad_cam_pp(model, maps, torch.tensor([1]), "0")[0]
+    found = attribution_methods.grad_cam_pp(model, maps, torch.tensor([1]), "0")[0]
     # The factor exp(logit), which ours leaves out.
     torch.testing.assert_close(found * math.exp(score), expected.clamp(min=0))
     assert found.max() > 0
@@ -227,7 +235,7 @@ def test_integrated_gradients_of_a_linear_network_are_weight_times_pixel() -> No
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(2 * 3 * 3, 2))
     images = torch.randn(2, 2, 3, 3)
-    found = saliency.integrated_gradients(model, images, torch.tensor([0, 1]), "")
+    found = attribution_methods.integrated_gradients(model, images, torch.tensor([0, 1]), "")
     weights = model[1].weight.view(2, 2, 3, 3)
     torch.testing.assert_close(found, (weights * images).sum(1).detach())
 
@@ -241,10 +249,10 @@ def test_hard_ways_are_integrated_in_more_steps(monkeypatch: pytest.MonkeyPatch)
             return torch.cat([mean, (mean - 0.97).clamp(min=0) * 100], 1)
 
     images, target = torch.ones(1, 3, 4, 4), torch.tensor([1])
-    monkeypatch.setattr(saliency, "STEPS", (5,))
-    rough = float(saliency.integrated_gradients(Late(), images, target, "").sum())
-    monkeypatch.setattr(saliency, "STEPS", (5, 200))
-    fine = float(saliency.integrated_gradients(Late(), images, target, "").sum())
+    monkeypatch.setattr(attribution_methods, "STEPS", (5,))
+    rough = float(attribution_methods.integrated_gradients(Late(), images, target, "").sum())
+    monkeypatch.setattr(attribution_methods, "STEPS", (5, 200))
+    fine = float(attribution_methods.integrated_gradients(Late(), images, target, "").sum())
     assert abs(rough - 3) > 0.15
     assert abs(fine - 3) < 0.15
 
@@ -253,7 +261,7 @@ def test_occlusion_is_the_mean_over_all_squares_that_cover_a_pixel() -> None:
     model, images = network("cnn", widths=[4]), images_of(2)[..., :13, :13]
     targets, (side, stride) = torch.tensor([2, 0]), windows(13)
     assert (side, stride) == (3, 1)
-    found = saliency.occlusion(model, images, targets, "")
+    found = attribution_methods.occlusion(model, images, targets, "")
     total, count = torch.zeros(2, 13, 13), torch.zeros(13, 13)
     with torch.no_grad():
         start = model(images).gather(1, targets[:, None])[:, 0]
@@ -280,9 +288,9 @@ def test_windows_suit_any_size() -> None:
 
 
 def sides(name: str, size: int = SIZE, **options: object) -> str:
-    model = models.build(name, 4, 3, size, options).eval()
+    model = models.build_model(name, 4, 3, size, options).eval()
     images = torch.zeros(1, 3, size, size)
-    return find_layer(shapes_of(model, images, layers.stages(model))[1])
+    return find_layer(shapes_of(model, images, features.stage_names(model))[1])
 
 
 def test_the_deepest_stage_that_still_knows_places_is_chosen() -> None:
@@ -306,7 +314,7 @@ def test_the_deepest_stage_that_still_knows_places_is_chosen() -> None:
     ],
 )
 def test_layers_without_maps_are_refused_with_what_works(
-    shapes: saliency.Shapes, asked: str | None, said: str
+    shapes: attribution_methods.LayerShapes, asked: str | None, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         find_layer(shapes, asked)
@@ -319,25 +327,25 @@ def test_transformers_have_tokens_and_the_methods_of_pixels_work() -> None:
     model = torchvision.models.VisionTransformer(32, 8, 1, **sizes).eval()
     nn.init.normal_(model.heads.head.weight)
     name_parts(model, "heads.head")
-    shapes = shapes_of(model, images_of(), layers.stages(model))[1]
+    shapes = shapes_of(model, images_of(), features.stage_names(model))[1]
     assert all(len(shape) == 3 for shape in shapes.values())
     with pytest.raises(UsageError, match="no stage with maps"):
         find_layer(shapes)
     assert find_layer({"conv_proj": shapes_of(model, images_of(), ["conv_proj"])[1]["conv_proj"]})
     for name, method in METHODS.items():
-        found = maps_by(method, model, images_of(2), torch.tensor([0, 3]), "conv_proj")
+        found = attribution_maps(method, model, images_of(2), torch.tensor([0, 3]), "conv_proj")
         assert found.isfinite().all(), name
         assert found.abs().max() > 0, name
 
 
 def test_names_of_methods() -> None:
-    assert list(saliency.chosen(["occlusion", "grad-cam", "occlusion"])) == [
+    assert list(attribution_methods.select_methods(["occlusion", "grad-cam", "occlusion"])) == [
         "occlusion",
         "grad-cam",
     ]
-    assert list(saliency.chosen(["all"])) == list(METHODS)
+    assert list(attribution_methods.select_methods(["all"])) == list(METHODS)
     with pytest.raises(UsageError, match="unknown method of attribution 'gradcam'") as caught:
-        saliency.chosen(["gradcam"])
+        attribution_methods.select_methods(["gradcam"])
     assert "grad-cam" in caught.value.fix
     with pytest.raises(UsageError, match="no method"):
-        saliency.chosen([])
+        attribution_methods.select_methods([])

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from commands import here
-from convlens import Run, inference, metrics
-from convlens.data import Data, load
-from convlens.inference import split_logits
-from convlens.metrics import NEAR, near_ties
+from convlens import Run, metrics
+from convlens.data.dataset import Data, load_data
+from convlens.engine import data_parallel, inference
+from convlens.engine.inference import split_logits
+from convlens.metrics import NEAR_TIE, near_ties
 from convlens.prediction import all_probabilities
 from convlens.run import load_model
-from convlens.stepping import data_parallel
 from evaluating_together import SIZES, looks
 from launching import torchrun
 from support import PLAN
@@ -35,9 +35,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         done = here(
-            "train", "digits", "model.widths=[8,16]", "model.dropout=0.2", "train.epochs=2",
-            "--no-test", "--name", "small",
-        )  # fmt: skip
+            "train",
+            "digits",
+            "model.widths=[8,16]",
+            "model.dropout=0.2",
+            "train.epochs=2",
+            "--no-test",
+            "--name",
+            "small",
+        )
         assert done.code == 0, done.err
     return folder / "models" / "small"
 
@@ -50,7 +56,7 @@ def small(digits: Path) -> Run:
 def slowly(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels of the test split by the shortest code there is: float64, one by one."""
     loaded = load_model(run.path / "model.safetensors")
-    test = load(run.recipe.data, memory_budget=1 << 30).unseal_test()
+    test = load_data(run.recipe.data, memory_budget=1 << 30).unseal_test()
     model, pre = loaded.model.double().eval(), loaded.preprocessing
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (pre.mean, pre.std))
     found = []
@@ -87,8 +93,8 @@ def test_any_batch_and_any_number_of_images(
     batch: int, small: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits, labels = slowly(small)
-    monkeypatch.setattr(inference, "LARGEST", batch)
-    monkeypatch.setattr(inference, "FIRST", min(16, batch))
+    monkeypatch.setattr(inference, "MAX_BATCH", batch)
+    monkeypatch.setattr(inference, "FIRST_BATCH", min(16, batch))
     found = looks(small._folder, 256)
     assert [each["n"] for each in found] == [*SIZES, len(labels)]
     for each in found:
@@ -104,7 +110,7 @@ def test_what_processes_are_dealt_is_the_split(
     """Each image by one of them, in order: what each finds out, put together."""
     monkeypatch.setattr(data_parallel, "EVAL_CHUNK", pieces)
     loaded = load_model(small.path / "model.safetensors")
-    test = load(small.recipe.data, memory_budget=1 << 30).unseal_test()
+    test = load_data(small.recipe.data, memory_budget=1 << 30).unseal_test()
     normalise = loaded.preprocessing.normalise
     whole, _ = split_logits(loaded.model, test, normalise, PLAN)
     for size in SIZES:
@@ -170,7 +176,7 @@ def through_every_door(run: Run, data: Data) -> None:
 
     said = {door: its.argmax(1) for door, its in chances.items()}
     ranked = np.sort(np.log(np.maximum(chances["all"], 1e-300)), axis=1)
-    near = ranked[:, -1] - ranked[:, -2] < NEAR
+    near = ranked[:, -1] - ranked[:, -2] < NEAR_TIE
     assert int(near.sum()) == own["near_ties"] == by_files["near_ties"]
     for door, its in chances.items():
         assert not (said[door] != said["all"])[~near].any(), door
@@ -178,7 +184,7 @@ def through_every_door(run: Run, data: Data) -> None:
         loss = -float(np.log(its[np.arange(len(labels)), labels]).mean())
         for looked in (own, by_files, python):
             assert loss == pytest.approx(looked["loss"], abs=1e-6), door
-            table = metrics.confusion(labels, said[door], k)
+            table = metrics.confusion_matrix(labels, said[door], k)
             apart = np.abs(table - np.array(looked["confusion"])).sum()
             assert apart <= 2 * int(near.sum()), door
             assert abs(int(table.trace()) - looked["correct"]) <= int(near.sum()), door
@@ -186,7 +192,7 @@ def through_every_door(run: Run, data: Data) -> None:
 
 
 def test_every_door_gives_the_same_answers(small: Run) -> None:
-    through_every_door(small, load(small.recipe.data, memory_budget=1 << 30))
+    through_every_door(small, load_data(small.recipe.data, memory_budget=1 << 30))
 
 
 @pytest.mark.data
@@ -197,7 +203,7 @@ def test_every_door_gives_the_same_answers_to_ten_thousand_images() -> None:
     )
     assert done.code == 0, done.err
     run = Run.load("mnist")
-    data = load(run.recipe.data, memory_budget=1 << 30)
+    data = load_data(run.recipe.data, memory_budget=1 << 30)
     assert len(data.unseal_test()) == 10_000
     through_every_door(run, data)
 
@@ -208,5 +214,5 @@ def test_near_ties_by_hand() -> None:
     assert near_ties(np.array(logits), 0.01) == 3
     assert near_ties(np.zeros((5, 2))) == 5
     assert near_ties(np.zeros((5, 1))) == 0
-    assert near_ties(np.array([[1e4, 1e4 + NEAR / 2]], np.float32)) == 1
-    assert math.isclose(NEAR, 1e-4)
+    assert near_ties(np.array([[1e4, 1e4 + NEAR_TIE / 2]], np.float32)) == 1
+    assert math.isclose(NEAR_TIE, 1e-4)

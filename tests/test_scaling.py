@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import engine, optim
+from convlens import optim
 from convlens.device import Plan
+from convlens.engine.loop import TrainLoop
+from convlens.engine.numerics import INITIAL_LOSS_SCALE, make_grad_scaler
 from convlens.models.cnn import CNN
-from convlens.resuming import states
-from convlens.resuming.states import Best, restore
-from convlens.schema import OptimConfig
-from convlens.stepping.guarding import INITIAL_LOSS_SCALE, make_grad_scaler
+from convlens.recipe import OptimConfig
+from convlens.training import checkpoint
+from convlens.training.checkpoint import BestEpoch, restore_checkpoint
 from support import PLAN, begin, same, tiny
 from test_engine import everything
 
@@ -48,14 +49,12 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8) % 3
 
 
-def scaled_loop(asked: dict[str, Any], **options: Any) -> engine.TrainLoop:
+def scaled_loop(asked: dict[str, Any], **options: Any) -> TrainLoop:
     """A loop on the CPU that scales the loss and, as on a GPU, never reads it."""
     model = network()
-    optimizer = optim.build(model, OptimConfig(**asked))
+    optimizer = optim.build_optimizer(model, OptimConfig(**asked))
     scaler = torch.amp.GradScaler("cpu", **{"init_scale": INITIAL_LOSS_SCALE, **options})
-    return engine.TrainLoop(
-        model, optimizer, Loss(), PLAN, scaler=scaler, check_loss_synchronously=False
-    )
+    return TrainLoop(model, optimizer, Loss(), PLAN, scaler=scaler, check_loss_synchronously=False)
 
 
 @each_optimizer
@@ -63,8 +62,8 @@ def test_a_scale_that_fits_changes_no_bit(asked: dict[str, Any]) -> None:
     """It is a power of two, so that scaling and unscaling are exact."""
     scaled = scaled_loop(asked, growth_interval=3)
     plain_model = network()
-    optimizer = optim.build(plain_model, OptimConfig(**asked))
-    plain = engine.TrainLoop(plain_model, optimizer, Loss(), PLAN)
+    optimizer = optim.build_optimizer(plain_model, OptimConfig(**asked))
+    plain = TrainLoop(plain_model, optimizer, Loss(), PLAN)
     for seed in range(7):
         assert torch.equal(
             scaled.train_step(*batch(seed)).loss, plain.train_step(*batch(seed)).loss
@@ -97,7 +96,7 @@ def test_a_step_whose_gradients_overflow_is_skipped(asked: dict[str, Any]) -> No
 @each_optimizer
 def test_no_optimizer_reads_the_overflow_on_the_host(asked: dict[str, Any]) -> None:
     """GradScaler would read it, and wait for a GPU, for optimizers that don't look themselves."""
-    optimizer = optim.build(network(), OptimConfig(**asked))
+    optimizer = optim.build_optimizer(network(), OptimConfig(**asked))
     assert optimizer._step_supports_amp_scaling
 
 
@@ -107,7 +106,7 @@ def test_gradients_are_unscaled_before_they_are_clipped() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     plan = Plan("cpu", "fp32", "contiguous", micro_batch_size=4)
     scaler = make_grad_scaler("cpu")
-    loop = engine.TrainLoop(model, optimizer, Loss(), plan, clip_norm=0.01, scaler=scaler)
+    loop = TrainLoop(model, optimizer, Loss(), plan, clip_norm=0.01, scaler=scaler)
     plain = network().eval()
     nn.functional.cross_entropy(plain(batch(0)[0]), batch(0)[1]).backward()
     norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
@@ -122,10 +121,8 @@ def test_half_precision_learns_with_it() -> None:
     """The whole way in fp16 on the CPU, which `device.plans` refuses only because it is slow."""
     plan = Plan("cpu", "fp16", "channels_last")
     model = plan.prepare_model(network())
-    optimizer = optim.build(model, OptimConfig(name="adamw", lr=0.02))
-    loop = engine.TrainLoop(
-        model, optimizer, nn.CrossEntropyLoss(), plan, scaler=make_grad_scaler("cpu")
-    )
+    optimizer = optim.build_optimizer(model, OptimConfig(name="adamw", lr=0.02))
+    loop = TrainLoop(model, optimizer, nn.CrossEntropyLoss(), plan, scaler=make_grad_scaler("cpu"))
     losses = [float(loop.train_step(*batch(0)).loss) for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -141,8 +138,8 @@ def test_a_resumed_run_has_its_scale() -> None:
     for _ in range(4):
         next(records)
     first.scaler.update(32.0)
-    states.save(place, first, Best("val_loss"), [])
-    restore(place, again, Best("val_loss"))
+    checkpoint.save_checkpoint(place, first, BestEpoch("val_loss"), [])
+    restore_checkpoint(place, again, BestEpoch("val_loss"))
     assert first.scaler.state_dict() == again.scaler.state_dict()
     assert again.scaler.state_dict()["scale"] == 32.0
     assert again.scaler.state_dict()["_growth_tracker"] == 4
@@ -156,5 +153,5 @@ def test_nothing_is_saved_once_a_loss_has_failed() -> None:
     setup, place = begin(tiny(), "failed")
     next(setup.fit())
     setup.state.loss_sum = torch.tensor(float("nan"))
-    states.save(place, setup, Best("val_loss"), [])
+    checkpoint.save_checkpoint(place, setup, BestEpoch("val_loss"), [])
     assert place.state() is None

@@ -13,14 +13,20 @@ import pytest
 import convlens
 from commands import DIGITS, command, here, pictures, refused, weights
 from convlens import Run
+from convlens.cli.results import print_recipes
 from convlens.errors import UsageError
-from convlens.metrics import mean_sd, variance_parts, wilson_interval
-from convlens.recipe import load
-from convlens.run import RunFolder
-from convlens.several import runs as several
-from convlens.several.tabling import Outcome, Planned, Summary, added
-from convlens.showing.results import recipe_table
-from convlens.starting import asking
+from convlens.metrics import mean_sd, variance_components, wilson_interval
+from convlens.recipe import load_recipe
+from convlens.run import RunDir
+from convlens.training import resolve
+from convlens.training.repeats import (
+    PlannedRun,
+    RunOutcome,
+    VariantSummary,
+    add_fold_results,
+    expand_runs,
+    train_many,
+)
 from support import TINY, tiny
 
 SETTINGS = """
@@ -51,30 +57,43 @@ def trained(*arguments: str | Path) -> Any:
 
 
 def test_every_combination_is_one_run_with_a_name_of_its_own() -> None:
-    asked = asking.read_variants(variants_file(), "all", overrides=["data.seed=3"])
-    plans = several.expand(asked, repeat_splits=2, seeds=2, name="x")
+    asked = resolve.resolve_variants(variants_file(), "all", overrides=["data.seed=3"])
+    plans = expand_runs(asked, repeat_splits=2, seeds=2, name="x")
     assert [p.recipe.name for p in plans] == [
-        "x-slow", "x-slow-seed1", "x-slow-split4", "x-slow-split4-seed1",
-        "x-wide", "x-wide-seed1", "x-wide-split4", "x-wide-split4-seed1",
-    ]  # fmt: skip
+        "x-slow",
+        "x-slow-seed1",
+        "x-slow-split4",
+        "x-slow-split4-seed1",
+        "x-wide",
+        "x-wide-seed1",
+        "x-wide-split4",
+        "x-wide-split4-seed1",
+    ]
     assert [(p.variant, p.data_seed, p.seed) for p in plans[:4]] == [
-        ("slow", 3, 0), ("slow", 3, 1), ("slow", 4, 0), ("slow", 4, 1),
-    ]  # fmt: skip
+        ("slow", 3, 0),
+        ("slow", 3, 1),
+        ("slow", 4, 0),
+        ("slow", 4, 1),
+    ]
     for plan in plans:
         assert (plan.recipe.data.seed, plan.recipe.train.seed) == (plan.data_seed, plan.seed)
         assert plan.recipe.optim.lr == (0.0001 if plan.variant == "slow" else 0.012)
     assert len({p.recipe.digest() for p in plans}) == 8
     # The first split and seed are the recipe as it stands: the run of the plain command.
-    alone = load("few.yaml", ["data.seed=3"], "slow")
+    alone = load_recipe("few.yaml", ["data.seed=3"], "slow")
     assert plans[0].recipe.digest() == alone.digest()
 
 
 def test_folds_are_runs_of_recipes_that_say_so() -> None:
-    plans = several.expand({None: asking.read(TINY)}, seeds=2, folds=3)
+    plans = expand_runs({None: resolve.resolve_recipe(TINY)}, seeds=2, folds=3)
     assert [p.recipe.name for p in plans] == [
-        "tiny-fold0", "tiny-fold1", "tiny-fold2",
-        "tiny-seed1-fold0", "tiny-seed1-fold1", "tiny-seed1-fold2",
-    ]  # fmt: skip
+        "tiny-fold0",
+        "tiny-fold1",
+        "tiny-fold2",
+        "tiny-seed1-fold0",
+        "tiny-seed1-fold1",
+        "tiny-seed1-fold2",
+    ]
     assert [p.recipe.data.fold for p in plans] == [0, 1, 2, 0, 1, 2]
     assert {p.recipe.data.folds for p in plans} == {3}
 
@@ -89,14 +108,14 @@ class Looked:
         self.correct, self.n, self.accuracy, self.loss = correct, n, correct / n, loss
 
 
-def summary(*cells: tuple[int, int, int | None, Looked]) -> Summary:
+def summary(*cells: tuple[int, int, int | None, Looked]) -> VariantSummary:
     """A summary of runs by split, seed and fold."""
-    place = RunFolder(Path("models/x"))
+    place = RunDir(Path("models/x"))
     outcomes = [
-        Outcome(Planned(tiny(), True, None, split, seed, fold), place, place, looked)  # type: ignore[arg-type]
+        RunOutcome(PlannedRun(tiny(), True, None, split, seed, fold), place, place, looked)  # type: ignore[arg-type]
         for split, seed, fold, looked in cells
     ]
-    return Summary(None, outcomes)
+    return VariantSummary(None, outcomes)
 
 
 def test_one_run_has_an_interval_and_no_deviation() -> None:
@@ -109,9 +128,11 @@ def test_splits_and_seeds_have_a_deviation_each() -> None:
     # By hand: 60 70 | 80 90 %: within each split variance 50, means 65 and 85 of variance 200;
     # between splits 200 - 50 / 2 = 175. All four: mean 75, variance (225 + 25 + 25 + 225) / 3.
     table = summary(
-        (0, 0, None, Looked(60, 100)), (0, 1, None, Looked(70, 100)),
-        (1, 0, None, Looked(80, 100)), (1, 1, None, Looked(90, 100)),
-    )  # fmt: skip
+        (0, 0, None, Looked(60, 100)),
+        (0, 1, None, Looked(70, 100)),
+        (1, 0, None, Looked(80, 100)),
+        (1, 1, None, Looked(90, 100)),
+    )
     assert table.interval95 is None
     assert table.mean == pytest.approx(0.75)
     assert table.sd == pytest.approx(math.sqrt(500 / 3) / 100)
@@ -127,9 +148,11 @@ def test_folds_are_pooled_over_their_images() -> None:
     assert one.repeats[0].loss == pytest.approx((10 * 0.1 + 20 * 0.4) / 30)
     # Two seeds judge the same images twice: that makes no interval of 60 images.
     two = summary(
-        (0, 0, 0, Looked(9, 10)), (0, 0, 1, Looked(10, 20)),
-        (0, 1, 0, Looked(9, 10)), (0, 1, 1, Looked(16, 20)),
-    )  # fmt: skip
+        (0, 0, 0, Looked(9, 10)),
+        (0, 0, 1, Looked(10, 20)),
+        (0, 1, 0, Looked(9, 10)),
+        (0, 1, 1, Looked(16, 20)),
+    )
     assert two.accuracies == [19 / 30, 25 / 30]
     assert two.interval95 is None
     assert two.sd == pytest.approx((6 / 30) / math.sqrt(2))
@@ -148,8 +171,8 @@ def test_variants_are_compared_within_splits_and_seeds() -> None:
 
 
 def test_a_sum_with_something_unknown_is_unknown() -> None:
-    assert added([1.0, 2.5]) == 3.5
-    assert added([1.0, None]) is None
+    assert add_fold_results([1.0, 2.5]) == 3.5
+    assert add_fold_results([1.0, None]) is None
 
 
 # Seeds
@@ -198,8 +221,10 @@ def test_seeds_side_by_side_and_one_more() -> None:
 
 
 def test_seeds_begin_at_the_recipes_own() -> None:
-    asked = asking.read("digits", overrides=[*DIGITS[1:], "train.seed=5", "train.epochs=1"])
-    (only,) = several.train_many({None: asked}, test=False, quiet=True).summaries
+    asked = resolve.resolve_recipe(
+        "digits", overrides=[*DIGITS[1:], "train.seed=5", "train.epochs=1"]
+    )
+    (only,) = train_many({None: asked}, test=False, quiet=True).summaries
     assert [o.planned.seed for o in only.outcomes] == [5]
     assert only.sd is None
 
@@ -237,8 +262,9 @@ def test_a_table_of_variants_and_a_recipe_alone() -> None:
     lines = done.out.splitlines()
     assert next(line.split()[0] for line in lines if line.strip()) == "variant"
     assert [name for line in lines for name in line.split()[:1] if name in ("slow", "wide")] == [
-        "wide", "slow",
-    ]  # fmt: skip
+        "wide",
+        "slow",
+    ]
     assert "over wide" in lines[1] + lines[0]
     assert sorted(p.name for p in Path("models").iterdir()) == ["few-slow", "few-wide"]
     assert done.out.splitlines()[-1] == "plot   plots/few-variants/curves.png"
@@ -270,7 +296,7 @@ def test_splits_differ_in_what_is_held_out() -> None:
     assert texts[0] == texts[1] != texts[2] == texts[3]
     looks = [Run.load(name).results[0]["accuracy"] for name in names]
     mean, sd = mean_sd(looks)
-    between, within = variance_parts([looks[:2], looks[2:]])
+    between, within = variance_components([looks[:2], looks[2:]])
     assert sd is not None
     assert f"{100 * mean:.2f} ± {100 * sd:.2f} % (mean ± sd of 2 splits × 2 seeds)" in done.out
     assert f"sd {100 * between:.2f} points between splits, {100 * within:.2f} between" in done.out
@@ -344,9 +370,12 @@ def test_a_refit_trains_on_everything_for_the_epochs_that_were_chosen() -> None:
 @pytest.mark.figures
 def test_a_refit_from_python() -> None:
     table = convlens.train_many(
-        variants_file(), {"data.per_class": None, "data.total_per_class": 9, "train.epochs": 1},
-        variants=["wide"], refit=True, quiet=True,
-    )  # fmt: skip
+        variants_file(),
+        {"data.per_class": None, "data.total_per_class": 9, "train.epochs": 1},
+        variants=["wide"],
+        refit=True,
+        quiet=True,
+    )
     (run,) = table.runs
     assert run.name.startswith("few-wide-refit-")
     assert run.recipe.data.val_fraction == 0
@@ -388,9 +417,9 @@ def test_wrong_numbers_of_runs() -> None:
 
 
 def test_wrong_recipes_stop_before_the_first_run() -> None:
-    asked = asking.read("digits", overrides=["optim.name=adamm"])
+    asked = resolve.resolve_recipe("digits", overrides=["optim.name=adamm"])
     with pytest.raises(UsageError, match="adamm"):
-        several.train_many({None: asked}, seeds=2)
+        train_many({None: asked}, seeds=2)
     assert not Path("models").exists()
 
 
@@ -398,7 +427,10 @@ def test_the_list_of_recipes_says_how_many_variants_there_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = variants_file()
-    recipe_table({"few": load(path), "digits": load("digits")}, {"few": ["a", "b"], "digits": []})
+    print_recipes(
+        {"few": load_recipe(path), "digits": load_recipe("digits")},
+        {"few": ["a", "b"], "digits": []},
+    )
     few, digits = capsys.readouterr().out.strip().splitlines()[-2:]
     assert few.rstrip().endswith("; 2 variants")
     assert "variants" not in digits

@@ -17,19 +17,16 @@ import torch
 from PIL import Image
 
 from commands import command, here, refused, weights
-from convlens import data
-from convlens.data import members, tars
-from convlens.data.batches import Batches, Normalise
-from convlens.data.ids import Joined, Numbered, Taken
-from convlens.data.members import Members
-from convlens.data.order import Shards, epoch_order
-from convlens.data.rows import DecodedRows, StoredRows
-from convlens.data.sharding import write_shards
-from convlens.data.shards import read_shards
-from convlens.data.sources import find
-from convlens.data.tars import read_samples
+from convlens.data import dataset, tar_index
+from convlens.data.cache import DecodedRows, StoredRows
+from convlens.data.loader import Batches, Normalise, ShardOrder, epoch_order
+from convlens.data.shard_writer import write_shards
+from convlens.data.sources import find_source
+from convlens.data.tar_index import TarMembers, read_samples
+from convlens.data.types import IndexedStrings, NumberedStrings, PackedStrings
+from convlens.data.webdataset import read_shards
 from convlens.errors import DataError, ResourceError, UsageError
-from convlens.schema import DataConfig
+from convlens.recipe import DataConfig
 from support import BAD_DISK, PLAN
 
 PLENTY = 1 << 30
@@ -90,16 +87,31 @@ def test_samples_of_a_tar(tmp_path: Path, style: int) -> None:
     folder = tarfile.TarInfo("dir")
     folder.type = tarfile.DIRTYPE
     content: list[Member | tarfile.TarInfo] = [
-        ("./x/0001.JPG", b"one"), ("./x/0001.Cls", b" 3\r\n"), folder,
-        ("0002.cls", b"7"), ("0002.png", b"two!"),  # the label first
-        ("0003.webp", b"three"), ("0003.txt", "Löwenzahn\n".encode()),
-        ("0004.jpeg", b""), ("0004.json", b'{"label": 12, "caption": "x"}'),
-        ("0005.png", b"five"), ("0005.json", b'{"label": " rose "}'),
-        ("0006.png", b"six"), ("0006.json", b'{"width": 3}'), ("0006.txt", b"tulip"),
-        ("0007.png", b"7"), ("0007.cls", b"1"), ("0007.json", b'{"label": 2}'), ("0007.txt", b"z"),
-        ("0008.seg.png", b"a mask"), ("0008.npy", b"?"), ("README", b"!"), ("._0001.jpg", b"mac"),
-        (f"{long}.png", b"long"), (f"{long}.cls", b"0"),
-    ]  # fmt: skip
+        ("./x/0001.JPG", b"one"),
+        ("./x/0001.Cls", b" 3\r\n"),
+        folder,
+        ("0002.cls", b"7"),
+        ("0002.png", b"two!"),  # the label first
+        ("0003.webp", b"three"),
+        ("0003.txt", "Löwenzahn\n".encode()),
+        ("0004.jpeg", b""),
+        ("0004.json", b'{"label": 12, "caption": "x"}'),
+        ("0005.png", b"five"),
+        ("0005.json", b'{"label": " rose "}'),
+        ("0006.png", b"six"),
+        ("0006.json", b'{"width": 3}'),
+        ("0006.txt", b"tulip"),
+        ("0007.png", b"7"),
+        ("0007.cls", b"1"),
+        ("0007.json", b'{"label": 2}'),
+        ("0007.txt", b"z"),
+        ("0008.seg.png", b"a mask"),
+        ("0008.npy", b"?"),
+        ("README", b"!"),
+        ("._0001.jpg", b"mac"),
+        (f"{long}.png", b"long"),
+        (f"{long}.cls", b"0"),
+    ]
     path = tar(tmp_path / "a.tar", content, style)
     found = read_samples(path)
     assert not found.problems
@@ -108,8 +120,15 @@ def test_samples_of_a_tar(tmp_path: Path, style: int) -> None:
     whole = path.read_bytes()
     places = zip(found.offsets, found.sizes, strict=True)
     assert [whole[o : o + n] for o, n in places] == [
-        b"one", b"two!", b"three", b"", b"five", b"six", b"7", b"long",
-    ]  # fmt: skip
+        b"one",
+        b"two!",
+        b"three",
+        b"",
+        b"five",
+        b"six",
+        b"7",
+        b"long",
+    ]
     assert found.ignored == 4  # the mask, the array, the text file, the mac's
 
 
@@ -132,7 +151,10 @@ BAD_MEMBERS: dict[str, tuple[list[Member | tarfile.TarInfo], str]] = {
     "fraction": ([("z.png", b"1"), ("z.cls", b"1.0")], "'1.0' is no number of a class"),
     "no UTF-8": ([("z.png", b"1"), ("z.txt", b"\xff\xfe")], "labels that can't be read: a.tar: z"),
     "caption": ([("z.png", b"1"), ("z.txt", b"x" * 201)], "no class name"),
-    "huge label": ([("z.png", b"1"), ("z.txt", b" " * (tars.MOST_LABEL + 1))], "too long"),
+    "huge label": (
+        [("z.png", b"1"), ("z.txt", b" " * (tar_index.MAX_LABEL_BYTES + 1))],
+        "too long",
+    ),
     "bad JSON": ([("z.png", b"1"), ("z.json", b"{")], "labels that can't be read"),
     "deep JSON": ([("z.png", b"1"), ("z.json", b"[" * 100_000)], "labels that can't be read"),
     "JSON bool": ([("z.png", b"1"), ("z.json", b'{"label": true}')], "neither a whole number"),
@@ -151,7 +173,7 @@ def test_members_that_are_refused(tmp_path: Path, case: str) -> None:
     good = [] if case == "key twice" else samples([0, 1, 0, 1])
     tar(tmp_path / "set" / "a.tar", [*good, *content])
     with pytest.raises(DataError) as caught:
-        find(str(tmp_path / "set"))
+        find_source(str(tmp_path / "set"))
     assert said in caught.value.what
 
 
@@ -190,7 +212,7 @@ def test_files_that_are_no_whole_tar(tmp_path: Path, case: str) -> None:
     content, said = damaged(whole)[case]
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        find(str(tmp_path / "set"))
+        find_source(str(tmp_path / "set"))
     assert said in caught.value.what
     assert caught.value.where == str(path)
 
@@ -199,7 +221,7 @@ def test_compressed_shards_are_refused_by_their_names(tmp_path: Path) -> None:
     shards(tmp_path, {"train": 10})
     (tmp_path / "train-1.tar.gz").write_bytes(b"?")
     with pytest.raises(DataError, match=r"compressed: train-1.tar.gz"):
-        find(str(tmp_path))
+        find_source(str(tmp_path))
 
 
 def test_a_disk_that_fails_is_no_damaged_tar(
@@ -209,7 +231,7 @@ def test_a_disk_that_fails_is_no_damaged_tar(
     bad = tmp_path / "set" / "b.tar"
     bad.symlink_to(BAD_DISK)
     with pytest.raises(ResourceError, match="Input/output error") as caught:
-        find(str(tmp_path / "set"))
+        find_source(str(tmp_path / "set"))
     assert caught.value.where == str(bad)
     bad.unlink()
 
@@ -217,11 +239,11 @@ def test_a_disk_that_fails_is_no_damaged_tar(
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tars._Bounded, "read", stale)
+        patch.setattr(tar_index._Bounded, "read", stale)
         with pytest.raises(ResourceError, match="Stale") as caught:
-            find(str(tmp_path / "set"))
+            find_source(str(tmp_path / "set"))
     assert caught.value.where == str(good)
-    assert find(str(tmp_path / "set")).classes == ("0", "1")
+    assert find_source(str(tmp_path / "set")).classes == ("0", "1")
 
 
 def test_a_disk_that_fails_in_a_shard_is_told(
@@ -247,7 +269,7 @@ def test_a_disk_that_fails_in_a_shard_is_told(
 
 
 def parts_of(name: Path | str) -> dict[str, list[str]]:
-    return {split: list(part.ids) for split, part in find(str(name)).parts.items()}
+    return {split: list(part.ids) for split, part in find_source(str(name)).parts.items()}
 
 
 def test_splits_go_by_the_names(tmp_path: Path) -> None:
@@ -261,7 +283,7 @@ def test_splits_go_by_the_names(tmp_path: Path) -> None:
         "val": ["validation-000000.TAR/0000", "validation-000000.TAR/0001"],
         "test": ["my-test-set-test_0.tar/0000", "my-test-set-test_0.tar/0001"],
     }
-    assert find(str(flat)).parts["test"].labels.tolist() == [1, 0]
+    assert find_source(str(flat)).parts["test"].labels.tolist() == [1, 0]
     deep = tmp_path / "deep"
     tar(deep / "train" / "000000.tar", one)
     tar(deep / "valid" / "000000.tar", two)
@@ -274,25 +296,27 @@ def test_splits_go_by_the_names(tmp_path: Path) -> None:
     assert list(parts_of(plain)) == ["train"]
     tar(plain / "set-train-000000.tar", one)
     with pytest.raises(DataError, match=r"no split beside those of one: set-000000\.tar"):
-        find(str(plain))
+        find_source(str(plain))
 
 
 def test_a_pattern_or_one_file(tmp_path: Path) -> None:
     shards(tmp_path / "x", {"train": 40})
     pattern = str(tmp_path / "x" / "train-{1..3}.tar")
     assert [i.split("/")[0] for i in parts_of(pattern)["train"][::10]] == [
-        "train-1.tar", "train-2.tar", "train-3.tar",
-    ]  # fmt: skip
+        "train-1.tar",
+        "train-2.tar",
+        "train-3.tar",
+    ]
     assert len(parts_of(tmp_path / "x" / "train-{0,2}.tar")["train"]) == 20
     assert len(parts_of(tmp_path / "x" / "train-2.tar")["train"]) == 10
     tar(tmp_path / "x" / "val-000008.tar", samples([0, 1]))
     assert len(parts_of(tmp_path / "x" / "val-{000008..000008}.tar")["train"]) == 2
     with pytest.raises(DataError, match=r"2 of 5 shards do not exist: train-4.tar, train-5.tar"):
-        find(str(tmp_path / "x" / "train-{1..5}.tar"))
+        find_source(str(tmp_path / "x" / "train-{1..5}.tar"))
     with pytest.raises(UsageError, match="from 1 to 100,000 shards"):
-        find(str(tmp_path / "x" / "train-{5..1}.tar"))
+        find_source(str(tmp_path / "x" / "train-{5..1}.tar"))
     with pytest.raises(UsageError, match="from 1 to 100,000 shards"):
-        find(str(tmp_path / "x" / "train-{0..9999999999}.tar"))
+        find_source(str(tmp_path / "x" / "train-{0..9999999999}.tar"))
 
 
 def test_a_folder_of_classes_with_a_tar_beside_them_is_a_folder(tmp_path: Path) -> None:
@@ -301,13 +325,13 @@ def test_a_folder_of_classes_with_a_tar_beside_them_is_a_folder(tmp_path: Path) 
         (root / name).mkdir(parents=True)
         (root / name / "0.png").write_bytes(png(1))
     tar(root / "everything.tar", samples([0, 1]))
-    assert find(str(root)).classes == ("a", "b")
+    assert find_source(str(root)).classes == ("a", "b")
 
 
 def test_a_tar_of_class_folders_is_no_shard(tmp_path: Path) -> None:
     tar(tmp_path / "flowers.tar", [("rose/1.png", png(1)), ("tulip/1.png", png(2))])
     with pytest.raises(DataError, match="images without a label"):
-        find(str(tmp_path / "flowers.tar"))
+        find_source(str(tmp_path / "flowers.tar"))
 
 
 @pytest.mark.parametrize(
@@ -315,19 +339,25 @@ def test_a_tar_of_class_folders_is_no_shard(tmp_path: Path) -> None:
     [
         (None, "", ("1", "2", "10")),  # by number, and only those there are
         ("classes.txt", "\n".join("abcdefghijk"), ("b", "c", "k")),
-        ("class_names.tsv", "n01\tgoldfish\nn02\tshark\nn03\tray\n" + "".join(
-            f"n{i}\tx\n" for i in range(10, 18)), ("n02", "n03", "n17")),
-        ("class_names.tsv", "".join(f"{i}\tc{i}\n" for i in range(10, -1, -1)),
-         ("c1", "c2", "c10")),
+        (
+            "class_names.tsv",
+            "n01\tgoldfish\nn02\tshark\nn03\tray\n" + "".join(f"n{i}\tx\n" for i in range(10, 18)),
+            ("n02", "n03", "n17"),
+        ),
+        (
+            "class_names.tsv",
+            "".join(f"{i}\tc{i}\n" for i in range(10, -1, -1)),
+            ("c1", "c2", "c10"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_names_of_numbered_classes(
     tmp_path: Path, file: str | None, text: str, expected: tuple[str, ...]
 ) -> None:
     tar(tmp_path / "a.tar", samples([10, 1, 2, 10]))
     if file:
         (tmp_path / file).write_text(text)
-    source = find(str(tmp_path))
+    source = find_source(str(tmp_path))
     assert source.classes == expected
     assert source.parts["train"].labels.tolist() == [2, 0, 1, 2]
     assert bool(source.notes) == bool(file)
@@ -341,58 +371,58 @@ def test_named_classes(tmp_path: Path) -> None:
         return [member for pair in pairs for member in pair]
 
     tar(tmp_path / "train-0.tar", named("rose", "tulip", "aster"))
-    assert find(str(tmp_path)).classes == ("aster", "rose", "tulip")
+    assert find_source(str(tmp_path)).classes == ("aster", "rose", "tulip")
     (tmp_path / "classes.txt").write_text("tulip\nrose\naster\n")
-    assert find(str(tmp_path)).classes == ("tulip", "rose", "aster")
+    assert find_source(str(tmp_path)).classes == ("tulip", "rose", "aster")
     (tmp_path / "classes.txt").write_text("tulip\nrose\n")
     with pytest.raises(DataError, match=r"labels that classes.txt has no name for .*: aster"):
-        find(str(tmp_path))
+        find_source(str(tmp_path))
     (tmp_path / "classes.txt").unlink()
     tar(tmp_path / "val-0.tar", named("rose", "lily"))
     with pytest.raises(DataError, match="classes in val that train lacks: lily"):
-        find(str(tmp_path))
+        find_source(str(tmp_path))
 
 
 def test_one_class_in_shards(tmp_path: Path) -> None:
     tar(tmp_path / "x" / "train-0.tar", samples([1, 1, 1]))
     with pytest.raises(DataError, match="only one class: 1"):
-        find(str(tmp_path / "x"))
-    assert find(str(tmp_path / "x"), tested=True).classes == ("1",)
+        find_source(str(tmp_path / "x"))
+    assert find_source(str(tmp_path / "x"), tested=True).classes == ("1",)
     (tmp_path / "x" / "classes.txt").write_text("cat\ndog\nemu\n")
-    found = find(str(tmp_path / "x"), tested=True)
+    found = find_source(str(tmp_path / "x"), tested=True)
     assert (found.classes, found.parts["train"].labels.tolist()) == (("dog",), [0, 0, 0])
     assert found.notes == ("2 classes of classes.txt have no images and are left out",)
     tar(tmp_path / "x" / "test-0.tar", samples([2, 0]))
-    found = find(str(tmp_path / "x"), tested=True)
+    found = find_source(str(tmp_path / "x"), tested=True)
     assert found.classes == ("cat", "dog", "emu")
     assert found.parts["test"].labels.tolist() == [2, 0]
     (tmp_path / "x" / "train-0.tar").unlink()
     with pytest.raises(DataError, match="no shards for training"):
-        find(str(tmp_path / "x"))
-    assert find(str(tmp_path / "x"), tested=True).classes == ("cat", "emu")
+        find_source(str(tmp_path / "x"))
+    assert find_source(str(tmp_path / "x"), tested=True).classes == ("cat", "emu")
 
 
 def test_labels_out_of_range_and_bad_names(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", samples([0, 1, 2]))
     (tmp_path / "classes.txt").write_text("x\ny\n")
     with pytest.raises(DataError, match=r"no name for \(its 2 count from 0\): 2"):
-        find(str(tmp_path))
+        find_source(str(tmp_path))
     for text in ("x\ny\nx\n", "0\tx\n2\ty\n", "\ta\nx\tb\n"):
         (tmp_path / "classes.txt").write_text(text)
         with pytest.raises(DataError, match="empty, twice there or not numbered"):
-            find(str(tmp_path))
+            find_source(str(tmp_path))
     (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="can't read the classes' names"):
-        find(str(tmp_path))
+        find_source(str(tmp_path))
 
 
 def test_empty_shards_and_splits(tmp_path: Path) -> None:
     tar(tmp_path / "train-0.tar", [])
     with pytest.raises(DataError, match="no samples in the shards for training"):
-        find(str(tmp_path))
+        find_source(str(tmp_path))
     tar(tmp_path / "train-1.tar", samples([0, 1]))
     tar(tmp_path / "test-0.tar", [])
-    source = find(str(tmp_path))
+    source = find_source(str(tmp_path))
     assert len(source.parts["train"].labels) == 2
     assert list(source.parts) == ["train"]
     assert "test: no samples" in source.notes[0]
@@ -407,16 +437,16 @@ def test_the_index_is_kept_and_notices_changes(
     shards(tmp_path / "x", {"train": 20})
     read: list[str] = []
 
-    def counted(path: Path) -> tars.Samples:
+    def counted(path: Path) -> tar_index.TarSamples:
         read.append(path.name)
         return read_samples(path)
 
-    monkeypatch.setattr(members, "read_samples", counted)
-    first, second = find(str(tmp_path / "x")), find(str(tmp_path / "x"))
+    monkeypatch.setattr(tar_index, "read_samples", counted)
+    first, second = find_source(str(tmp_path / "x")), find_source(str(tmp_path / "x"))
     assert read == ["train-0.tar", "train-1.tar"]
     for source in (first, second):
         part = source.parts["train"]
-        assert isinstance(part.images, Members)
+        assert isinstance(part.images, TarMembers)
         assert [part.images.read(i) for i in (0, 19, 7)] == [png(0), png(19), png(7)]
         assert (part.ids[19], part.labels[19]) == ("train-1.tar/0019", 1)
     assert first.parts["train"].images.stamp() == second.parts["train"].images.stamp()
@@ -426,29 +456,29 @@ def test_the_index_is_kept_and_notices_changes(
         index.write_bytes(content)
         left = index.with_name(f".{index.name}.abcdefgh.part")  # of a process that was killed
         left.touch()
-        assert list(find(str(tmp_path / "x")).parts["train"].ids) == list(part.ids)
+        assert list(find_source(str(tmp_path / "x")).parts["train"].ids) == list(part.ids)
         assert index.read_bytes() == whole
         assert not left.exists()
     tar(tmp_path / "x" / "train-1.tar", samples([1, 0], 50))
-    changed = find(str(tmp_path / "x")).parts["train"]
+    changed = find_source(str(tmp_path / "x")).parts["train"]
     assert list(changed.ids)[10:] == ["train-1.tar/0050", "train-1.tar/0051"]
     # What was opened before must not read the new shard as if it were the old one.
     with pytest.raises(DataError, match="a shard has changed since the start"):
-        Members.read(find_again(first), 15)
+        TarMembers.read(find_again(first), 15)
 
 
-def find_again(source: data.sources.Source) -> Members:  # type: ignore[name-defined]
+def find_again(source: dataset.sources.Source) -> TarMembers:  # type: ignore[name-defined]
     """The members of a source with none of their shards open yet."""
     images = source.parts["train"].images
-    assert isinstance(images, Members)
+    assert isinstance(images, TarMembers)
     images._open.clear()
     return images
 
 
 def test_a_shard_that_goes_away_is_read_on_while_it_is_open(tmp_path: Path) -> None:
-    source = find(str(shards(tmp_path / "x", {"train": 20})))
+    source = find_source(str(shards(tmp_path / "x", {"train": 20})))
     images = source.parts["train"].images
-    assert isinstance(images, Members)
+    assert isinstance(images, TarMembers)
     images.read(0)
     shutil.rmtree(tmp_path / "x")
     assert images.read(3) == png(3)
@@ -457,9 +487,9 @@ def test_a_shard_that_goes_away_is_read_on_while_it_is_open(tmp_path: Path) -> N
 
 
 def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(members, "OPEN", 2)
-    images = find(str(shards(tmp_path, {"train": 12}, per=2))).parts["train"].images
-    assert isinstance(images, Members)
+    monkeypatch.setattr(tar_index, "MAX_OPEN_FILES", 2)
+    images = find_source(str(shards(tmp_path, {"train": 12}, per=2))).parts["train"].images
+    assert isinstance(images, TarMembers)
     for i in (0, 11, 5, 1, 8, 0, 10):
         assert images.read(i) == png(i)
         assert len(images._open) <= 2
@@ -467,33 +497,33 @@ def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_names_in_little_memory() -> None:
     names = ["", "Ölgötze", "a/b", "x" * 300]
-    keys = Joined.of(names)
+    keys = PackedStrings.of(names)
     assert list(keys) == names
     assert keys == names != keys[:3]
     assert keys[-1] == names[-1]
     assert keys[1:3] == names[1:3]
     with pytest.raises(IndexError):
         keys[4]
-    assert list(Joined.of([])) == []
-    taken = Taken(keys, np.array([2, 0, 2]))
+    assert list(PackedStrings.of([])) == []
+    taken = IndexedStrings(keys, np.array([2, 0, 2]))
     assert taken == ["a/b", "", "a/b"]
-    assert Taken(Numbered("x", 9), np.array([8, 3])) == ["x/8", "x/3"]
+    assert IndexedStrings(NumberedStrings("x", 9), np.array([8, 3])) == ["x/8", "x/3"]
 
 
 # The order
 
 
 def test_a_set_of_one_window_is_shuffled_as_any_other() -> None:
-    shards = Shards(torch.arange(1000) // 100)
+    shards = ShardOrder(torch.arange(1000) // 100)
     assert torch.equal(epoch_order(1000, 3, 2, shards), epoch_order(1000, 3, 2))
-    generator = torch.Generator().manual_seed(data.opening.cache.device.seed_of(3, 2))
+    generator = torch.Generator().manual_seed(dataset.opening.cache.device.seed_of(3, 2))
     assert torch.equal(epoch_order(1000, 3, 2), torch.randperm(1000, generator=generator))
 
 
 def test_windows_of_shards() -> None:
     # 100 shards of 500: as many as begin within 16,384 images are shuffled into each other.
     blocks = torch.arange(50_000) // 500
-    shards = Shards(blocks)
+    shards = ShardOrder(blocks)
     order = epoch_order(50_000, 0, 1, shards)
     assert torch.equal(order.sort().values, torch.arange(50_000))
     assert torch.equal(order, epoch_order(50_000, 0, 1, shards))
@@ -516,8 +546,8 @@ def test_shards_that_are_sorted_by_class_are_not_read_in_turn(
     for n in range(6):
         tar(tmp_path / "sorted" / f"{n}.tar", samples([n % 3] * 12, 12 * n))
         tar(tmp_path / "mixed" / f"{n}.tar", samples([(n + i) % 3 for i in range(12)], 12 * n))
-    monkeypatch.setattr("convlens.data.shards.WINDOW", 50)
-    sorted_, mixed = find(str(tmp_path / "sorted")), find(str(tmp_path / "mixed"))
+    monkeypatch.setattr("convlens.data.webdataset.WINDOW_IMAGES", 50)
+    sorted_, mixed = find_source(str(tmp_path / "sorted")), find_source(str(tmp_path / "mixed"))
     assert sorted_.parts["train"].images.blocks() is None  # type: ignore[union-attr]
     assert "sorted by class" in sorted_.notes[0]
     assert mixed.parts["train"].images.blocks() is not None  # type: ignore[union-attr]
@@ -541,10 +571,15 @@ def folder_and_shards(root: Path, count: int = 60, per: int = 7) -> tuple[Path, 
 
 
 NET = (
-    "model.widths=[4,8]", "train.epochs=2", "train.batch_size=16", "optim.ema=null",
-    "data.image_size=8", "train.memory_format=contiguous", "train.precision=fp32",
+    "model.widths=[4,8]",
+    "train.epochs=2",
+    "train.batch_size=16",
+    "optim.ema=null",
+    "data.image_size=8",
+    "train.memory_format=contiguous",
+    "train.precision=fp32",
     "augment=[RandomHorizontalFlip]",
-)  # fmt: skip
+)
 
 
 def test_shards_train_to_the_weights_of_the_folder(
@@ -553,8 +588,10 @@ def test_shards_train_to_the_weights_of_the_folder(
     folder, tars_ = folder_and_shards(tmp_path)
     results = {}
     for name, where, memory in (
-        ("folder", folder, "1GB"), ("whole", tars_, "1GB"), ("streamed", tars_, "0.001MB"),
-    ):  # fmt: skip
+        ("folder", folder, "1GB"),
+        ("whole", tars_, "1GB"),
+        ("streamed", tars_, "0.001MB"),
+    ):
         monkeypatch.setenv("CONVLENS_MEMORY", memory)
         done = here("train", where, *NET, "--name", name, "--json")
         assert done.code == 0, done.err
@@ -566,8 +603,10 @@ def test_shards_train_to_the_weights_of_the_folder(
         assert {k: results[name][k] for k in same} == {k: results["folder"][k] for k in same}
     # The same images were held out, by their places.
     held = [Path("models", n, "split.csv").read_text().splitlines() for n in ("folder", "streamed")]
-    ends = [[(line.split(",")[0][-4:], line[-4:]) for line in lines[1:]] for lines in (
-        [line.replace(".png", "") for line in held[0]], held[1])]  # fmt: skip
+    ends = [
+        [(line.split(",")[0][-4:], line[-4:]) for line in lines[1:]]
+        for lines in ([line.replace(".png", "") for line in held[0]], held[1])
+    ]
     assert ends[0] == ends[1]
     kept = [path.suffix for path in (tmp_path / "cache").iterdir()]
     assert sorted(k for k in kept if k != ".lock") == [".checked", ".index", ".pixels", ".pixels"]
@@ -576,11 +615,11 @@ def test_shards_train_to_the_weights_of_the_folder(
 def test_rows_stream_beyond_the_budget_only(tmp_path: Path) -> None:
     root = shards(tmp_path / "x", {"train": 40, "val": 10, "test": 10})
     config = DataConfig(name=str(root), image_size=8)
-    whole = data.load(config, memory_budget=PLENTY)
-    streamed = data.load(config, memory_budget=1000)
+    whole = dataset.load_data(config, memory_budget=PLENTY)
+    streamed = dataset.load_data(config, memory_budget=1000)
     assert whole.train.rows.resident() is not None
     assert isinstance(streamed.train.rows, DecodedRows)
-    again = data.load(config, memory_budget=1000)  # from what was kept
+    again = dataset.load_data(config, memory_budget=1000)  # from what was kept
     index = torch.tensor([39, 0, 7, 7, 12])
     for other in (streamed, again):
         assert torch.equal(whole.train.rows.gather(index), other.train.rows.gather(index))
@@ -594,13 +633,19 @@ def test_rows_stream_beyond_the_budget_only(tmp_path: Path) -> None:
 def test_batches_go_on_where_they_were_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convlens.data.order.WINDOW", 16)
+    monkeypatch.setattr("convlens.data.loader.WINDOW_IMAGES", 16)
     root = shards(tmp_path / "x", {"train": 40, "val": 10, "test": 10}, per=5)
-    train = data.load(DataConfig(name=str(root), image_size=8), memory_budget=1000).train
+    train = dataset.load_data(DataConfig(name=str(root), image_size=8), memory_budget=1000).train
 
     def batches() -> Batches:
-        return Batches(train, batch_size=6, normalise=Normalise([0.5] * 3, [0.5] * 3), plan=PLAN,
-                       seed=1, shards=train.shards)  # fmt: skip
+        return Batches(
+            train,
+            batch_size=6,
+            normalise=Normalise([0.5] * 3, [0.5] * 3),
+            plan=PLAN,
+            seed=1,
+            shards=train.shards,
+        )
 
     whole = list(batches().epoch(2))
     assert len(whole) == 7
@@ -619,13 +664,13 @@ def test_batches_go_on_where_they_were_left(
 def test_shards_are_told_of_before_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convlens.data.order.WINDOW", 16)
-    monkeypatch.setattr("convlens.data.batches.WINDOW", 16)
+    monkeypatch.setattr("convlens.data.loader.WINDOW_IMAGES", 16)
+    monkeypatch.setattr("convlens.data.loader.WINDOW_IMAGES", 16)
     root = shards(tmp_path / "x", {"train": 40, "val": 10, "test": 10}, per=5)
-    train = data.load(DataConfig(name=str(root), image_size=8), memory_budget=1000).train
+    train = dataset.load_data(DataConfig(name=str(root), image_size=8), memory_budget=1000).train
     assert train.shards is not None
     told: list[int] = []
-    spy = Shards(train.shards.of, told.extend)
+    spy = ShardOrder(train.shards.of, told.extend)
     normalise = Normalise([0.5] * 3, [0.5] * 3)
     batches = Batches(train, batch_size=4, normalise=normalise, plan=PLAN, seed=1, shards=spy)
     order = epoch_order(40, 1, 1, spy)
@@ -638,16 +683,16 @@ def test_shards_are_told_of_before_they_are_read(
 def test_expected_shards_are_read_through_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = find(str(shards(tmp_path / "x", {"train": 30}))).parts["train"].images
-    assert isinstance(images, Members)
+    images = find_source(str(shards(tmp_path / "x", {"train": 30}))).parts["train"].images
+    assert isinstance(images, TarMembers)
     read: list[str] = []
-    fill = members.Reader.fill
+    fill = tar_index.Reader.fill
 
-    def counted(self: members.Reader, into: memoryview, offset: int) -> None:
+    def counted(self: tar_index.Reader, into: memoryview, offset: int) -> None:
         fill(self, into, offset)
         read.append(Path(self.path).name)
 
-    monkeypatch.setattr(members.Reader, "fill", counted)
+    monkeypatch.setattr(tar_index.Reader, "fill", counted)
 
     def expect(*blocks: int) -> None:
         before = threading.active_count()
@@ -660,7 +705,7 @@ def test_expected_shards_are_read_through_once(
     assert read == ["train-0.tar", "train-2.tar"]
     (tmp_path / "x" / "train-1.tar").unlink()
     expect(1)  # whoever needs it will say so
-    monkeypatch.setattr(members.device, "available_memory", lambda: 1000)
+    monkeypatch.setattr(tar_index.device, "available_memory", lambda: 1000)
     images._expected.clear()
     expect(0)
     assert read == ["train-0.tar", "train-2.tar"]
@@ -673,10 +718,12 @@ def test_unreadable_images_in_shards(tmp_path: Path) -> None:
     for budget in (1000, PLENTY):
         config = DataConfig(name=str(tmp_path / "x"), image_size=8)
         with pytest.raises(DataError, match="2 of 40 images can't be read") as caught:
-            data.load(config, memory_budget=budget)
+            dataset.load_data(config, memory_budget=budget)
         assert "train-0.tar/0004: it is text" in str(caught.value.where)
         assert "train-0.tar/0005: it is empty" in str(caught.value.where)
-        skipped = data.load(config.model_copy(update={"on_bad": "skip"}), memory_budget=budget)
+        skipped = dataset.load_data(
+            config.model_copy(update={"on_bad": "skip"}), memory_budget=budget
+        )
         assert list(skipped.skipped) == ["train-0.tar/0004", "train-0.tar/0005"]
 
 
@@ -703,16 +750,16 @@ def test_commands_on_shards(tmp_path: Path) -> None:
 
 
 def test_written_shards_hold_the_same_images(tmp_path: Path) -> None:
-    drawn = find("shapes", count=50, image_size=16)
+    drawn = find_source("shapes", count=50, image_size=16)
     out = tmp_path / "out"
     paths = write_shards(drawn, out, per_shard=20)
     assert [p.name for p in paths] == [f"train-00000{n}.tar" for n in range(3)]
-    read = find(str(out))
+    read = find_source(str(out))
     assert read.classes == drawn.classes
     part, theirs = read.parts["train"], drawn.parts["train"]
     order = np.random.default_rng(0).permutation(50)
     assert part.labels.tolist() == theirs.labels[order].tolist()
-    assert isinstance(part.images, Members)
+    assert isinstance(part.images, TarMembers)
     for i in (0, 19, 20, 49):
         pixels = np.asarray(Image.open(io.BytesIO(part.images.read(i)))).transpose(2, 0, 1)
         np.testing.assert_array_equal(pixels, theirs.images[order[[i]]][0])  # type: ignore[index]
@@ -733,11 +780,11 @@ def test_files_are_copied_into_shards_byte_by_byte(tmp_path: Path) -> None:
     done = here("shard", tmp_path / "set", out, "--json")
     assert done.json["images"] == {"train": 6, "val": 4}
     assert done.json["shards"] == 2
-    source, theirs = find(str(out)), find(str(tmp_path / "set"))
+    source, theirs = find_source(str(out)), find_source(str(tmp_path / "set"))
     assert source.classes == ("a", "b")
     for split in ("train", "val"):
         ours = source.parts[split].images
-        assert isinstance(ours, Members)
+        assert isinstance(ours, TarMembers)
         files = {Path(p).read_bytes() for p in theirs.parts[split].images}  # type: ignore[union-attr]
         assert {ours.read(i) for i in range(len(ours))} == files
     # Shards themselves can be written anew, and a damaged image is named, leaving nothing.

@@ -10,19 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import device
-from convlens.data.augment import AUGMENTS, MIXES, build
-from convlens.data.batches import Batches, Normalise
-from convlens.distributed import processes
-from convlens.distributed.processes import SINGLE_PROCESS, PeerLostError, ProcessGroup
-from convlens.errors import UsageError
-from convlens.stepping.data_parallel import (
+from convlens import device, distributed
+from convlens.data.loader import Batches, Normalise
+from convlens.data.transforms.pipeline import AUGMENTS, MIXES, build_pipeline
+from convlens.distributed import SINGLE_PROCESS, PeerLostError, ProcessGroup
+from convlens.engine.data_parallel import (
     EVAL_CHUNK,
     SplitSlice,
     convert_sync_batchnorm,
     rows_per_rank,
 )
-from convlens.system import ranks
+from convlens.errors import UsageError
+from convlens.utils import process
 from support import PLAN, Memory, Split, Streamed, begin, pictures, tiny
 from test_augment import STRONG
 
@@ -39,7 +38,7 @@ EACH: list[list[tuple[str, dict[str, Any]]]] = [
 
 def of_rank(rank: int, size: int, ops: list[Any], channels: int, rows: Any) -> Batches:
     """44 images in batches of 13, 13, 13 and 5."""
-    pipeline = build(ops, image_size=8, channels=channels, classes=44)
+    pipeline = build_pipeline(ops, image_size=8, channels=channels, classes=44)
     return Batches(
         Split(rows, torch.arange(44)),
         batch_size=13,
@@ -137,18 +136,18 @@ def test_a_part_is_a_split(rows: Any) -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As the third of four processes, the second on its machine."""
     for name, value in zip(
-        ranks.TORCHRUN_VARIABLES, ("2", "4", "1", "2", "localhost", "1"), strict=True
+        process.TORCHRUN_VARIABLES, ("2", "4", "1", "2", "localhost", "1"), strict=True
     ):
         monkeypatch.setenv(name, value)
     return monkeypatch
 
 
 def test_a_process_knows_its_rank_and_size(launched: pytest.MonkeyPatch) -> None:
-    assert (ranks.rank(), ranks.size()) == (2, 4)
-    assert (ranks.local_rank(), ranks.local_size()) == (1, 2)
+    assert (process.global_rank(), process.world_size()) == (2, 4)
+    assert (process.local_rank(), process.local_size()) == (1, 2)
     launched.delenv("MASTER_ADDR")  # a WORLD_SIZE alone does not count
-    assert (ranks.rank(), ranks.size()) == (0, 1)
-    assert (ranks.local_rank(), ranks.local_size()) == (0, 1)
+    assert (process.global_rank(), process.world_size()) == (0, 1)
+    assert (process.local_rank(), process.local_size()) == (0, 1)
 
 
 def test_the_memory_of_a_machine_is_shared(launched: pytest.MonkeyPatch) -> None:
@@ -162,21 +161,21 @@ def test_each_process_has_a_gpu_of_its_own(launched: pytest.MonkeyPatch) -> None
     launched.setattr(torch.cuda, "device_count", lambda: 2)
     launched.setattr(torch.cuda, "set_device", chosen.append)
     launched.setattr(torch, "empty", lambda *_, **__: None)  # the GPUs are free
-    assert device.choose() == "cuda:1"
+    assert device.select_device() == "cuda:1"
     assert chosen == [1]
-    assert device.choose("cpu") == "cpu"
+    assert device.select_device("cpu") == "cpu"
     launched.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match="2 processes on this machine, which has 1 GPUs"):
-        device.choose()
+        device.select_device()
 
 
 def test_a_batch_too_small_for_the_processes_is_refused() -> None:
-    from convlens.starting.preparing import _check_shares
+    from convlens.training.setup import _check_batch_size
 
-    _check_shares(tiny("train.batch_size=8"), ProcessGroup(0, 4))
-    _check_shares(tiny("train.batch_size=1"), SINGLE_PROCESS)
+    _check_batch_size(tiny("train.batch_size=8"), ProcessGroup(0, 4))
+    _check_batch_size(tiny("train.batch_size=1"), SINGLE_PROCESS)
     with pytest.raises(UsageError, match="leaves less than two images for each"):
-        _check_shares(tiny("train.batch_size=7"), ProcessGroup(0, 4))
+        _check_batch_size(tiny("train.batch_size=7"), ProcessGroup(0, 4))
 
 
 def test_norms_over_processes_need_gpus() -> None:
@@ -198,9 +197,9 @@ class NeverReached:
 def test_a_step_on_a_gpu_that_never_ends_is_given_up_after_a_stop_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(processes, "STOP_GRACE_S", 0.05)
+    monkeypatch.setattr(distributed, "STOP_GRACE_S", 0.05)
     group = ProcessGroup(1, 2, stop_requested=lambda: True)
-    steps = processes.STOP_VOTE_LAG_STEPS + 1
+    steps = distributed.STOP_VOTE_LAG_STEPS + 1
     group._votes.extend((torch.zeros(()), NeverReached()) for _ in range(steps))  # type: ignore[misc]
     with pytest.raises(PeerLostError, match="another process of this training ended") as caught:
         group.should_stop(now=False)
@@ -256,7 +255,7 @@ def test_the_first_process_of_a_machine_that_fails_decides_the_exit_code(
         folder = tmp_path / "attempt_0" / str(local_rank)
         folder.mkdir(parents=True)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
-        codes.append(ranks.first_exit_code(code))
+        codes.append(process.first_exit_code(code))
     assert codes == [None, 3, 3]
 
 
@@ -264,6 +263,6 @@ def test_without_error_files_each_process_that_fails_is_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    assert ranks.first_exit_code(5) is None
+    assert process.first_exit_code(5) is None
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
-    assert ranks.first_exit_code(5) is None
+    assert process.first_exit_code(5) is None

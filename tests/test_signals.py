@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from commands import brightness_model, command, environment, picture, start
-from convlens.run import RunFolder, load_model as load
+from convlens.run import RunDir, load_model as load
 from serving import Pages, serving
 from support import tiny
 
@@ -40,9 +40,9 @@ def ended(process: subprocess.Popen[str], *signals: int) -> tuple[int, str]:
 
 
 @pytest.fixture
-def long_run() -> RunFolder:
+def long_run() -> RunDir:
     Path("long.yaml").write_text(tiny("train.epochs=400", "optim.ema=0.9").to_text())
-    return RunFolder(Path("models/tiny"))
+    return RunDir(Path("models/tiny"))
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def many() -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_training_saves_and_ends_with_75(long_run: RunFolder, number: int) -> None:
+def test_a_training_saves_and_ends_with_75(long_run: RunDir, number: int) -> None:
     process = start(*TRAIN)
     until(lambda: len(long_run.metrics()) > 0, process)
     code, told = ended(process, number)
@@ -68,7 +68,7 @@ def test_a_training_saves_and_ends_with_75(long_run: RunFolder, number: int) -> 
     assert f"epoch {found.epoch} after {found.step} steps" in told
 
 
-def test_a_second_signal_ends_it_at_once_and_nothing_is_broken(long_run: RunFolder) -> None:
+def test_a_second_signal_ends_it_at_once_and_nothing_is_broken(long_run: RunDir) -> None:
     process = start(*TRAIN, CONVLENS_SAVE_SECONDS="0")  # always in the middle of a save
     until(lambda: len(long_run.metrics()) > 1, process)
     code, _ = ended(process, signal.SIGTERM, signal.SIGTERM)
@@ -115,7 +115,7 @@ DOWNLOADING = """
 import sys
 from dataclasses import replace
 from convlens import cli
-from convlens.data import downloads
+from convlens.data.dataset import downloads
 its = downloads.SETS["mnist"]
 downloads.SETS["mnist"] = replace(its, mirrors=(sys.argv[1],))
 cli.main(["train", "mnist", "--device", "cpu"])
@@ -162,7 +162,7 @@ def test_a_closed_terminal_does_not_end_a_training() -> None:
     )
     os.close(write)
     assert process.wait(120) == 0
-    assert RunFolder(Path("models/tiny")).finished
+    assert RunDir(Path("models/tiny")).finished
 
 
 def test_a_full_disk_under_the_log_does_not_end_a_training() -> None:
@@ -175,10 +175,10 @@ def test_a_full_disk_under_the_log_does_not_end_a_training() -> None:
             env=environment(),
         )
     assert process.wait(120) == 0
-    assert RunFolder(Path("models/tiny")).finished
+    assert RunDir(Path("models/tiny")).finished
 
 
-def test_two_trainings_of_one_run_are_one(long_run: RunFolder) -> None:
+def test_two_trainings_of_one_run_are_one(long_run: RunDir) -> None:
     first = start(*TRAIN)
     until(lambda: len(long_run.metrics()) > 0, first)
     second = start(*TRAIN)
@@ -190,7 +190,7 @@ def test_two_trainings_of_one_run_are_one(long_run: RunFolder) -> None:
 
 def test_nohup_is_heeded() -> None:
     Path("short.yaml").write_text(tiny("train.epochs=30").to_text())
-    place = RunFolder(Path("models/tiny"))
+    place = RunDir(Path("models/tiny"))
     process = subprocess.Popen(
         [sys.executable, "-m", "convlens", "train", "short.yaml", "--no-test", "--device", "cpu"],
         stdout=subprocess.DEVNULL,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convlens.inspection.similarity import Similarity, gram, hsic
+from convlens.interpret.streaming_stats import CKA, gram_matrix, hsic
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -14,9 +14,9 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def cka(one: Tensor, other: Tensor, size: int = 1000) -> float | None:
-    similarity = Similarity()
+    similarity = CKA()
     for a, b in zip(one.split(size), other.split(size), strict=True):
-        similarity.add({"a": gram(a), "b": gram(b)})
+        similarity.add({"a": gram_matrix(a), "b": gram_matrix(b)})
     return similarity.matrix(["a", "b"])[0][1]
 
 
@@ -38,7 +38,7 @@ def test_hsic_is_the_mean_over_all_fours_of_images() -> None:
     """The definition: a U-statistic over i, j, q, r (Song et al. 2012, equation 4)."""
     from itertools import permutations
 
-    k, other = gram(noise(6, 3)), gram(noise(6, 2, seed=1))
+    k, other = gram_matrix(noise(6, 3)), gram_matrix(noise(6, 2, seed=1))
     terms = [
         float(k[i, j] * (other[i, j] + other[q, r] - 2 * other[i, q]))
         for i, j, q, r in permutations(range(6), 4)
@@ -55,7 +55,7 @@ def test_streamed_is_the_mean_of_the_batches_and_near_the_whole() -> None:
     assert 0.2 < whole < 0.9
     assert cka(one, other, 100) == pytest.approx(whole, abs=0.03)
     parts = [
-        hsic(torch.stack([gram(a), gram(b)]))
+        hsic(torch.stack([gram_matrix(a), gram_matrix(b)]))
         for a, b in zip(one.split(100), other.split(100), strict=True)
     ]
     mean = torch.stack(parts).mean(0)

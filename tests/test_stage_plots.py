@@ -26,7 +26,7 @@ def test_each_network_has_a_line_with_its_intervals(tmp_path: Path) -> None:
     panels = {"probe": ("accuracy", "percent"), "rank": ("rank", "log")}
     lines = [line("one", 3), line(HOSTILE, 7), line("one, untrained", 3, dashed=True)]
     figure = plots.stage_measures(lines, panels, "what was measured")
-    plots.save(figure, tmp_path / "x.png")
+    plots.save_figure(figure, tmp_path / "x.png")
     probe, rank = figure.axes
     assert [len(drawn.get_xdata()) for drawn in probe.lines] == [3, 7, 3]
     np.testing.assert_allclose(probe.lines[1].get_ydata(), 0.1 * np.arange(7))
@@ -47,10 +47,12 @@ def test_each_network_has_a_line_with_its_intervals(tmp_path: Path) -> None:
 @pytest.mark.parametrize("networks", [1, 3, 12])
 def test_one_measure_or_many_networks_still_make_a_figure(networks: int, tmp_path: Path) -> None:
     lines = [line(f"network {i}", 1 + i) for i in range(networks)]
-    plots.save(plots.stage_measures(lines, {"probe": ("accuracy", "percent")}), tmp_path / "x.png")
+    plots.save_figure(
+        plots.stage_measures(lines, {"probe": ("accuracy", "percent")}), tmp_path / "x.png"
+    )
     five = {name: (name, "number") for name in "abcde"}
     lines = [each._replace(values=dict.fromkeys(five, each.values["probe"])) for each in lines]
-    plots.save(plots.stage_measures(lines, five, "note"), tmp_path / "y.png")
+    plots.save_figure(plots.stage_measures(lines, five, "note"), tmp_path / "y.png")
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
@@ -59,7 +61,7 @@ def test_similarities_are_shown_cell_by_cell(count: int, tmp_path: Path) -> None
     matrix[0][-1] = None if count > 1 else 1.0
     stages = [("a" if i < 2 else HOSTILE, f"layer{i}") for i in range(count)]
     figure = plots.similarity(matrix, stages, "CKA")
-    plots.save(figure, tmp_path / "x.png")
+    plots.save_figure(figure, tmp_path / "x.png")
     image = figure.axes[0].images[0].get_array()
     assert image is not None
     assert image.shape == (count, count)
@@ -79,7 +81,7 @@ def test_embeddings_show_classes_and_ring_mistakes(classes: int, tmp_path: Path)
     names = [HOSTILE, *(f"class {i}" for i in range(1, classes))]
     points = generator.normal(size=(len(labels), 2))
     figure = plots.embedding(points, labels, guesses, names, "map")
-    plots.save(figure, tmp_path / "x.png")
+    plots.save_figure(figure, tmp_path / "x.png")
     groups = figure.axes[0].collections
     assert len(groups) == (classes + 1 if classes <= 20 else 2)
     wrong = np.asarray(groups[-1].get_offsets())

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from convlens.models.cnn import CNN
-from convlens.models.freezing import set_train_mode
-from convlens.models.parts import stage_of
+from convlens.models.stages import set_train_mode, stage_of
 
 
 class Nested(nn.Module):
@@ -48,27 +47,41 @@ class Stem(nn.Module):
 
 def test_a_stage_is_all_up_to_its_last_module() -> None:
     assert stage_of(Stem()) == {
-        "conv1.weight": "maxpool", "conv1.bias": "maxpool",
-        "bn1.weight": "maxpool", "bn1.bias": "maxpool",
-        "layer1.0.weight": "layer1", "layer1.0.bias": "layer1",
-        "layer1.1.weight": "layer1", "layer1.1.bias": "layer1",
-        "layer2.0.weight": "layer2", "layer2.0.bias": "layer2",
-        "layer2.1.weight": "layer2", "layer2.1.bias": "layer2",
-        "fc.weight": "fc", "fc.bias": "fc",
-    }  # fmt: skip
+        "conv1.weight": "maxpool",
+        "conv1.bias": "maxpool",
+        "bn1.weight": "maxpool",
+        "bn1.bias": "maxpool",
+        "layer1.0.weight": "layer1",
+        "layer1.0.bias": "layer1",
+        "layer1.1.weight": "layer1",
+        "layer1.1.bias": "layer1",
+        "layer2.0.weight": "layer2",
+        "layer2.0.bias": "layer2",
+        "layer2.1.weight": "layer2",
+        "layer2.1.bias": "layer2",
+        "fc.weight": "fc",
+        "fc.bias": "fc",
+    }
 
 
 def test_stages_may_be_inside_other_modules() -> None:
     assert stage_of(Nested()) == {
         "scale": "features.1",
-        "features.0.weight": "features.1", "features.0.bias": "features.1",
-        "features.1.0.weight": "features.1", "features.1.0.bias": "features.1",
-        "features.1.2.weight": "features.1", "features.1.2.bias": "features.1",
-        "features.2.0.weight": "features.2", "features.2.0.bias": "features.2",
-        "features.2.1.weight": "features.2", "features.2.1.bias": "features.2",
-        "features.3.weight": "classifier.1", "features.3.bias": "classifier.1",
-        "classifier.1.weight": "classifier.1", "classifier.1.bias": "classifier.1",
-    }  # fmt: skip
+        "features.0.weight": "features.1",
+        "features.0.bias": "features.1",
+        "features.1.0.weight": "features.1",
+        "features.1.0.bias": "features.1",
+        "features.1.2.weight": "features.1",
+        "features.1.2.bias": "features.1",
+        "features.2.0.weight": "features.2",
+        "features.2.0.bias": "features.2",
+        "features.2.1.weight": "features.2",
+        "features.2.1.bias": "features.2",
+        "features.3.weight": "classifier.1",
+        "features.3.bias": "classifier.1",
+        "classifier.1.weight": "classifier.1",
+        "classifier.1.bias": "classifier.1",
+    }
 
 
 def test_names_that_begin_alike_are_kept_apart() -> None:
@@ -98,8 +111,12 @@ def test_a_frozen_trunk_stays_as_it_is() -> None:
     set_train_mode(model)
     its = modes(model)
     assert [name for name, trains in its.items() if trains] == [
-        "layer2", "layer2.0", "layer2.1", "layer2.2", "fc",
-    ]  # fmt: skip
+        "layer2",
+        "layer2.0",
+        "layer2.1",
+        "layer2.2",
+        "fc",
+    ]
 
 
 def test_a_frozen_part_between_trained_ones_stays_as_it_is() -> None:
@@ -129,8 +146,10 @@ def test_unfreezing_brings_train_mode_back_in_nested_and_compiled_networks() -> 
     compiled = torch.compile(model)
     set_train_mode(compiled)
     assert {name for name, trains in modes(model).items() if trains} == {
-        "classifier", "classifier.0", "classifier.1",
-    }  # fmt: skip
+        "classifier",
+        "classifier.0",
+        "classifier.1",
+    }
     model.features.requires_grad_(True)
     set_train_mode(compiled)
     assert all(modes(model).values())

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from commands import DIGITS, environment, picture
-from convlens import models, optim, recipe, training
+from convlens import models, optim, recipe
 from convlens.data import sources
-from convlens.optim import eager
-from convlens.schema import OptimConfig
+from convlens.optim import optimizers
+from convlens.recipe import OptimConfig
+from convlens.training import train as training_train
 from convlens.version import __version__
 from support import tiny
 
@@ -63,7 +64,7 @@ def test_our_optimisers_are_torchs_to_the_bit(name: str, fused: bool) -> None:
     options = {"lr": 0.1, "weight_decay": 0.01, "fused": fused}
     options |= {"momentum": 0.9} if name == "SGD" else {}
     mine, theirs = network(), network()
-    one = getattr(eager, name)(mine.parameters(), **options)
+    one = getattr(optimizers, name)(mine.parameters(), **options)
     two = getattr(torch.optim, name)(theirs.parameters(), **options)
     images = torch.randn(6, 1, 4, 4)
     for turn in range(6):
@@ -84,7 +85,9 @@ def test_our_optimisers_are_torchs_to_the_bit(name: str, fused: bool) -> None:
 
 def test_every_optimiser_of_a_recipe_is_one_of_them() -> None:
     for name in optim.OPTIMISERS:
-        assert isinstance(optim.build(network(), OptimConfig(name=name)), eager.Eager), name
+        assert isinstance(
+            optim.build_optimizer(network(), OptimConfig(name=name)), optimizers.Eager
+        ), name
 
 
 # Trying a network out
@@ -103,9 +106,9 @@ def test_trying_a_network_runs_it_and_leaves_the_random_state_alone(name: str) -
 
 
 def test_the_digits_are_the_same_without_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = sources.find("digits").parts["train"].images
+    images = sources.find_source("digits").parts["train"].images
     monkeypatch.setattr(sources, "find_spec", lambda name: None)
-    other = sources.find("digits").parts["train"]
+    other = sources.find_source("digits").parts["train"]
     index = np.arange(1797)
     assert not isinstance(images, list)
     assert not isinstance(other.images, list)
@@ -119,15 +122,15 @@ def test_a_finished_run_is_found_before_its_recipe_is_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = tiny("train.epochs=1")
-    place = training.train(asked, plain=True, test=False, quiet=True)
+    place = training_train.train(asked, plain=True, test=False, quiet=True)
 
     def check(tried: recipe.Recipe) -> None:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr(training, "check", check)
-    assert training.train(asked, plain=True, test=False, quiet=True).path == place.path
+    monkeypatch.setattr(training_train, "validate_recipe", check)
+    assert training_train.train(asked, plain=True, test=False, quiet=True).path == place.path
     with pytest.raises(AssertionError, match="tried again"):
-        training.train(tiny("train.epochs=2"), plain=True, test=False, quiet=True)
+        training_train.train(tiny("train.epochs=2"), plain=True, test=False, quiet=True)
 
 
 ENDING = """
@@ -158,8 +161,11 @@ def test_a_command_ends_in_order_and_takes_nothing_apart(typed: str, code: int) 
 def test_a_stream_that_is_full_is_no_success() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "convlens", "--version"], stdout=full, stderr=subprocess.PIPE,
-            text=True, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "convlens", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     assert done.returncode != 0
     assert "No space left on device" in done.stderr

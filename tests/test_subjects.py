@@ -9,19 +9,24 @@ from PIL import Image
 
 import convlens
 from convlens.errors import DataError, UsageError
-from convlens.inspection.subjects import Subject, choose_pictures, open_subject, worst
+from convlens.interpret.inputs import (
+    InspectedModel,
+    open_inspected_model,
+    select_pictures,
+    worst_images,
+)
 from support import TINY
 
 
 @pytest.fixture
-def run() -> Subject:
+def run() -> InspectedModel:
     convlens.train(TINY, name="small", quiet=True)
-    return open_subject("small", on="cpu")
+    return open_inspected_model("small", on="cpu")
 
 
-def test_images_are_found_by_split_class_and_mistake(run: Subject) -> None:
+def test_images_are_found_by_split_class_and_mistake(run: InspectedModel) -> None:
     test = run.split("test")
-    one, *others = choose_pictures(run, ["test:17", "class:3:2", "worst:4", "train:0"])
+    one, *others = select_pictures(run, ["test:17", "class:3:2", "worst:4", "train:0"])
     assert (one.name, one.label) == ("test:17", int(test.labels[17]))
     assert torch.equal(one.pixels, test.rows.gather(torch.tensor([17]))[0])
     threes = (test.labels == run.classes.index("3")).nonzero()[:2, 0].tolist()
@@ -35,20 +40,20 @@ def test_images_are_found_by_split_class_and_mistake(run: Subject) -> None:
         for i, (row, label) in enumerate(zip(chances, test.labels.tolist(), strict=True))
         if int(row.argmax()) != label
     ]
-    assert worst(run, test).tolist() == [i for _, i in sorted(wrong)]
+    assert worst_images(run, test).tolist() == [i for _, i in sorted(wrong)]
     assert [p.name for p in others[2:-1]] == [f"test:{i}" for _, i in sorted(wrong)[:4]]
 
 
-def test_where_all_answers_are_right_there_is_no_worst(run: Subject) -> None:
+def test_where_all_answers_are_right_there_is_no_worst(run: InspectedModel) -> None:
     test = run.split("test")
     with torch.inference_mode():
         answers = run.model(run.prepared(test.rows.gather(torch.arange(len(test))))).argmax(1)
     test.labels.copy_(answers)
     with pytest.raises(UsageError, match="no mistake on the test split"):
-        choose_pictures(run, ["worst:2"])
+        select_pictures(run, ["worst:2"])
 
 
-def test_showing_test_images_is_logged_once_a_subject(run: Subject) -> None:
+def test_showing_test_images_is_logged_once_a_subject(run: InspectedModel) -> None:
     assert run.place is not None
     before = len(run.place.log())
 
@@ -56,22 +61,24 @@ def test_showing_test_images_is_logged_once_a_subject(run: Subject) -> None:
         assert run.place is not None
         return len(run.place.log()) - before
 
-    choose_pictures(run, ["val:0", "train:0"])
+    select_pictures(run, ["val:0", "train:0"])
     assert shown() == 0
-    choose_pictures(run, ["test:1", "worst:1"])
+    select_pictures(run, ["test:1", "worst:1"])
     assert shown() == 1
-    choose_pictures(open_subject("small", on="cpu"), ["class:3:1"])
+    select_pictures(open_inspected_model("small", on="cpu"), ["class:3:1"])
     assert shown() == 2
 
 
-def test_files_go_through_the_decoder_of_training(run: Subject) -> None:
+def test_files_go_through_the_decoder_of_training(run: InspectedModel) -> None:
     Image.fromarray(np.full((20, 30, 3), 200, dtype=np.uint8)).save("grey.png")
-    (picture,) = choose_pictures(run, ["grey.png"])
+    (picture,) = select_pictures(run, ["grey.png"])
     pre = run.loaded.preprocessing
     assert picture.pixels.shape == (pre.channels, pre.image_size, pre.image_size)
     assert (picture.name, picture.label, set(picture.pixels.flatten().tolist())) == (
-        "grey.png", None, {200},
-    )  # fmt: skip
+        "grey.png",
+        None,
+        {200},
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,26 +90,26 @@ def test_files_go_through_the_decoder_of_training(run: Subject) -> None:
         ([], "no images"),
     ],
 )
-def test_images_that_are_not_there(run: Subject, asked: list[str], said: str) -> None:
+def test_images_that_are_not_there(run: InspectedModel, asked: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        choose_pictures(run, asked)
+        select_pictures(run, asked)
 
 
-def test_files_that_are_no_images(run: Subject) -> None:
+def test_files_that_are_no_images(run: InspectedModel) -> None:
     with open("broken.png", "wb") as file:
         file.write(b"nothing")
     with pytest.raises(DataError, match="can't be read"):
-        choose_pictures(run, ["broken.png"])
+        select_pictures(run, ["broken.png"])
     with pytest.raises(DataError, match="there is no such file"):
-        choose_pictures(run, ["missing.png"])
+        select_pictures(run, ["missing.png"])
 
 
 def test_a_network_of_torchvision_is_looked_at_without_a_run() -> None:
-    subject = open_subject("squeezenet1_1:none", on="cpu")
+    subject = open_inspected_model("squeezenet1_1:none", on="cpu")
     assert len(subject.classes) == 1000
     assert not subject.model.training
     assert subject.prepared(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape[2] == 224
     with pytest.raises(UsageError, match="no run of convlens"):
         subject.split("test")
     with pytest.raises(UsageError, match="no run called 'squeezenet9'"):
-        open_subject("squeezenet9", on="cpu")
+        open_inspected_model("squeezenet9", on="cpu")

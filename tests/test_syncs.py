@@ -18,21 +18,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from convlens import engine, models, optim, recipe
-from convlens.data import appearance, augment, batches, draws, geometry, mixing, policies
-from convlens.data.batches import Batches, Normalise
-from convlens.data.rows import ArrayRows
+from convlens import models, optim, recipe
+from convlens.data import loader
+from convlens.data.cache import ArrayRows
+from convlens.data.loader import Batches, Normalise
+from convlens.data.transforms import auto_augment, color, geometry, mixup, pipeline, random
 from convlens.device import Plan
-from convlens.models import freezing
+from convlens.engine import loop as engine_loop, numerics
+from convlens.engine.numerics import make_grad_scaler
+from convlens.models import stages
 from convlens.recipe import Recipe
-from convlens.stepping import guarding
-from convlens.stepping.guarding import make_grad_scaler
-from convlens.system.console import Watch
+from convlens.utils.console import ProgressDisplay
 from support import Split
 
-RECIPES = recipe.names()
+RECIPES = recipe.recipe_names()
 OPTIMISERS = ["sgd", "adam", "adamw", "muon"]
-AUGMENTS = [*augment.AUGMENTS, *augment.MIXES]
+AUGMENTS = [*pipeline.AUGMENTS, *pipeline.MIXES]
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "RandomCrop": {"padding": 2, "fill": [0.1, 0.2, 0.3]},
     "RandomAffine": {"degrees": 9, "translate": [0.1, 0.1], "scale": [0.9, 1.1], "shear": 5},
@@ -84,20 +85,20 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def drawn(images: Tensor, generator: Any, rows: int, count: int = 0) -> Tensor:
         return torch.rand((rows, count or len(images)), device=images.device)
 
-    for module in (appearance, geometry, mixing, policies):
+    for module in (color, geometry, mixup, auto_augment):
         monkeypatch.setattr(module, "numbers", drawn)
-    make = batches._generator
-    monkeypatch.setattr(batches, "_generator", lambda device, *parts: make("cpu", *parts))
+    make = loader._batch_generator
+    monkeypatch.setattr(loader, "_batch_generator", lambda device, *parts: make("cpu", *parts))
     monkeypatch.setattr(
-        batches, "to_device_async", lambda t, device: torch.empty_like(t, device=device)
+        loader, "to_device_async", lambda t, device: torch.empty_like(t, device=device)
     )  # pinned, so without waiting: test_later
     # Autocast asks the driver; the casts themselves are done as on the device.
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(engine, "seed_generators", lambda device, seed: None)
-    monkeypatch.setattr(engine, "AsyncScalars", NeverHere)
-    monkeypatch.setattr(guarding, "AsyncScalars", NeverHere)
-    constants = (draws.constant, batches._affine, policies.magnitudes)
+    monkeypatch.setattr(engine_loop, "seed_generators", lambda device, seed: None)
+    monkeypatch.setattr(engine_loop, "AsyncScalars", NeverHere)
+    monkeypatch.setattr(numerics, "AsyncScalars", NeverHere)
+    constants = (random.constant, loader._affine, auto_augment.magnitudes)
     for cached in constants:
         cached.cache_clear()
     try:
@@ -112,13 +113,13 @@ def network(asked: Recipe, classes: int, channels: int, size: int) -> nn.Module:
     """On the device, channels last. (`Module.to` can't move what holds no numbers.)"""
     net = asked.model
     with torch.device("cuda"):
-        model = models.build(net.name, classes, channels, size, net.options)
+        model = models.build_model(net.name, classes, channels, size, net.options)
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.ndim == 4:
                 last = p.data.contiguous(memory_format=torch.channels_last)
                 module._parameters[name] = nn.Parameter(last, p.requires_grad)
-    freezing.freeze(model, net.trainable)
+    stages.freeze(model, net.trainable)
     return model
 
 
@@ -139,31 +140,45 @@ def rehearse(asked: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "b
         count = 2 * 16 - 5
         images = torch.zeros(count, channels, size, size, dtype=torch.uint8, device="cuda")
         labels = torch.zeros(count, dtype=torch.int64, device="cuda")
-        operations = augment.build(asked.operations, image_size=size, channels=channels, classes=10)
-        optimiser = optim.build(model, asked.optim)
+        operations = pipeline.build_pipeline(
+            asked.operations, image_size=size, channels=channels, classes=10
+        )
+        optimiser = optim.build_optimizer(model, asked.optim)
         scaler = make_grad_scaler("cuda") if precision == "fp16" else None
         feed = Batches(
-            Split(ArrayRows(images), labels), batch_size=16,
-            normalise=Normalise([0.5] * channels, [0.25] * channels), plan=plan, seed=0,
+            Split(ArrayRows(images), labels),
+            batch_size=16,
+            normalise=Normalise([0.5] * channels, [0.25] * channels),
+            plan=plan,
+            seed=0,
             augment=operations if asked.operations else None,
-        )  # fmt: skip
-        loop = engine.TrainLoop(
-            model, optimiser, nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
-            plan, clip_value=asked.optim.clip_value, clip_norm=asked.optim.clip_norm,
-            averager=optim.averager(model, asked.optim, steps=4), scaler=scaler,
-        )  # fmt: skip
-        records = loop.run(feed, optim.schedule(asked.optim), epochs=2, seed=0)
-        watch, told = Watch(Bar(), 2), []
+        )
+        loop = engine_loop.TrainLoop(
+            model,
+            optimiser,
+            nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
+            plan,
+            clip_value=asked.optim.clip_value,
+            clip_norm=asked.optim.clip_norm,
+            averager=optim.build_averager(model, asked.optim, steps=4),
+            scaler=scaler,
+        )
+        records = loop.run(feed, optim.build_schedule(asked.optim), epochs=2, seed=0)
+        watch, told = ProgressDisplay(Bar(), 2), []
         watch.EVERY = 0.0
         with Waits() as waits:
             waits.strict = False
             for record in records:
                 waits.strict = True  # constants are sent in the first step
                 told.append(record)
-                if isinstance(record, engine.Step):
+                if isinstance(record, engine_loop.Step):
                     watch.step(record)
-        assert all(t.device.type == "cuda" for r in told if isinstance(r, engine.Step)
-                   for t in (r.loss, r.num_correct))  # fmt: skip
+        assert all(
+            t.device.type == "cuda"
+            for r in told
+            if isinstance(r, engine_loop.Step)
+            for t in (r.loss, r.num_correct)
+        )
         return len(told)
 
 
@@ -174,7 +189,7 @@ class Bar:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = recipe.load(name)
+    asked = recipe.load_recipe(name)
     if asked.augment == "auto":
         asked = asked.replace(augment=[{"RandomHorizontalFlip": {}}])
     assert rehearse(asked, monkeypatch) == 6
@@ -186,13 +201,13 @@ def test_no_optimiser_waits_for_the_device(
     name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = ["optim.clip_norm=1", "optim.clip_value=0.1", f"optim.name={name}", "optim.ema=0.9"]
-    asked = recipe.load("mnist", [*changes, "optim.lr=0.01", "model.dropout=0.2"])
+    asked = recipe.load_recipe("mnist", [*changes, "optim.lr=0.01", "model.dropout=0.2"])
     assert rehearse(asked, monkeypatch, precision) == 6
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_no_augmentation_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = recipe.load("digits", ["data.name=shapes"])
+    asked = recipe.load_recipe("digits", ["data.name=shapes"])
     asked = asked.replace(augment=[{name: ARGUMENTS.get(name, {})}])
     assert rehearse(asked, monkeypatch) == 6
 
@@ -239,33 +254,42 @@ def loop_on_gpu(asked: Recipe, plan: Plan) -> int:
     size = size if isinstance(size, int) else 32
     channels = 1 if asked.data.name in GREY else 3
     net = asked.model
-    model = models.build(net.name, 10, channels, size, net.options)
-    freezing.freeze(model, net.trainable)
+    model = models.build_model(net.name, 10, channels, size, net.options)
+    stages.freeze(model, net.trainable)
     model = plan.prepare_model(model)
     count = 9 * 16 - 5
     images = torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8)
-    operations = augment.build(asked.operations, image_size=size, channels=channels, classes=10)
-    optimiser = optim.build(model, asked.optim)
+    operations = pipeline.build_pipeline(
+        asked.operations, image_size=size, channels=channels, classes=10
+    )
+    optimiser = optim.build_optimizer(model, asked.optim)
     feed = Batches(
-        Split(ArrayRows(images), torch.arange(count) % 10), batch_size=16,
-        normalise=Normalise([0.5] * channels, [0.25] * channels), plan=plan, seed=0,
+        Split(ArrayRows(images), torch.arange(count) % 10),
+        batch_size=16,
+        normalise=Normalise([0.5] * channels, [0.25] * channels),
+        plan=plan,
+        seed=0,
         augment=operations if asked.operations else None,
-    )  # fmt: skip
-    loop = engine.TrainLoop(
-        model, optimiser, nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
-        plan, clip_value=asked.optim.clip_value, clip_norm=asked.optim.clip_norm,
-        averager=optim.averager(model, asked.optim, 9),
+    )
+    loop = engine_loop.TrainLoop(
+        model,
+        optimiser,
+        nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
+        plan,
+        clip_value=asked.optim.clip_value,
+        clip_norm=asked.optim.clip_norm,
+        averager=optim.build_averager(model, asked.optim, 9),
         scaler=make_grad_scaler("cuda") if plan.precision == "fp16" else None,
-    )  # fmt: skip
-    records = loop.run(feed, optim.schedule(asked.optim), epochs=1, seed=0)
-    watch, taken = Watch(Silent(), 1), 0
+    )
+    records = loop.run(feed, optim.build_schedule(asked.optim), epochs=1, seed=0)
+    watch, taken = ProgressDisplay(Silent(), 1), 0
     watch.EVERY = 0.0
     # Constants are sent in the first step, algorithms are chosen in the first ones.
     for _ in range(5):
         next(records)
     with forbidden():
         for record in records:
-            if isinstance(record, engine.Step):
+            if isinstance(record, engine_loop.Step):
                 watch.step(record)
             taken += 1
     return taken
@@ -279,7 +303,7 @@ class Silent:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_waits_for_a_real_device(name: str) -> None:
-    asked = recipe.load(name)
+    asked = recipe.load_recipe(name)
     if asked.augment == "auto":
         asked = asked.replace(augment=[{"RandomHorizontalFlip": {}}])
     # A rate for batches of 2,000 would not stay finite here.
@@ -292,13 +316,13 @@ def test_no_recipe_waits_for_a_real_device(name: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_no_optimiser_waits_for_a_real_device(name: str, precision: str) -> None:
     changes = [f"optim.name={name}", "optim.clip_norm=1", "optim.clip_value=0.1", "optim.ema=0.9"]
-    asked = recipe.load("mnist", [*changes, "optim.lr=0.001", "model.dropout=0.2"])
+    asked = recipe.load_recipe("mnist", [*changes, "optim.lr=0.001", "model.dropout=0.2"])
     assert loop_on_gpu(asked, Plan("cuda", precision, "channels_last")) == 5
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_no_augmentation_waits_for_a_real_device(name: str) -> None:
-    asked = recipe.load("digits", ["data.name=shapes", "optim.lr=0.001"])
+    asked = recipe.load_recipe("digits", ["data.name=shapes", "optim.lr=0.001"])
     asked = asked.replace(augment=[{name: ARGUMENTS.get(name, {})}])
     assert loop_on_gpu(asked, Plan("cuda", "fp32", "contiguous")) == 5

@@ -20,8 +20,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from convlens import serialization
 from convlens.errors import ModelFileError
-from convlens.formats import modelfile, tensorfiles
 from support import same
 
 TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor(7)}
@@ -30,7 +30,7 @@ PATH = Path("x.pth")
 
 def test_a_plain_safetensors() -> None:
     save_file(TENSORS, "x.safetensors", {"format": "pt"})
-    found = tensorfiles.read(Path("x.safetensors"))
+    found = serialization.read_foreign_weights(Path("x.safetensors"))
     same(found.tensors, TENSORS)
     assert found.sha256 == hashlib.sha256(Path("x.safetensors").read_bytes()).hexdigest()
     assert found.card == {}
@@ -38,37 +38,37 @@ def test_a_plain_safetensors() -> None:
 
 def test_a_model_file_of_convlens_comes_with_its_card_and_its_hash_checked() -> None:
     path = Path("model.safetensors")
-    digest = modelfile.write(path, TENSORS, {"classes": ["x", "y"]})
-    found = tensorfiles.read(path)
+    digest = serialization.write_model_file(path, TENSORS, {"classes": ["x", "y"]})
+    found = serialization.read_foreign_weights(path)
     same(found.tensors, TENSORS)
     assert found.sha256 == digest
     assert found.card["classes"] == ["x", "y"]
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(ModelFileError, match="hash differs"):
-        tensorfiles.read(path)
+        serialization.read_foreign_weights(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
 def test_a_state_dict_of_torch_save(zipped: bool, suffix: str) -> None:
     torch.save(TENSORS, f"x{suffix}", _use_new_zipfile_serialization=zipped)
-    found = tensorfiles.read(Path(f"x{suffix}"))
+    found = serialization.read_foreign_weights(Path(f"x{suffix}"))
     same(found.tensors, TENSORS)
     assert found.sha256 == hashlib.sha256(Path(f"x{suffix}").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("key", tensorfiles.NESTS)
+@pytest.mark.parametrize("key", serialization.STATE_DICT_KEYS)
 def test_a_state_dict_inside_a_checkpoint(key: str) -> None:
     optimiser = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
     torch.save({"epoch": 3, "loss": torch.tensor(0.5), key: TENSORS, "optimizer": optimiser}, PATH)
-    same(tensorfiles.read(PATH).tensors, TENSORS)
+    same(serialization.read_foreign_weights(PATH).tensors, TENSORS)
     torch.save({"checkpoint": 1, "model": {key: OrderedDict(TENSORS)}}, PATH)
-    same(tensorfiles.read(PATH).tensors, TENSORS)
+    same(serialization.read_foreign_weights(PATH).tensors, TENSORS)
 
 
 def test_parameters_become_plain_tensors_and_numbers_beside_them_are_left() -> None:
     torch.save({"w": nn.Parameter(torch.ones(2)), "version": 3, "_extra_state": None}, PATH)
-    found = tensorfiles.read(PATH).tensors
+    found = serialization.read_foreign_weights(PATH).tensors
     assert list(found) == ["w"]
     assert type(found["w"]) is Tensor
     assert not found["w"].requires_grad
@@ -104,7 +104,7 @@ def test_code_in_a_file_is_refused_and_not_run(name: str, suffix: str) -> None:
     path = Path(f"evil{suffix}")
     path.write_bytes(EVIL[name]())
     with pytest.raises(ModelFileError) as caught:
-        tensorfiles.read(path)
+        serialization.read_foreign_weights(path)
     assert not Path("executed").exists()
     assert caught.value.where == str(path)
     assert "weights_only" not in str(caught.value)  # torch's advice how to run it all the same
@@ -121,14 +121,14 @@ def test_code_in_a_file_is_refused_and_not_run(name: str, suffix: str) -> None:
 def test_a_whole_network_saved_is_refused() -> None:
     torch.save(nn.Linear(2, 2), PATH)
     with pytest.raises(ModelFileError, match=r"nn.modules.linear.Linear, not only tensors"):
-        tensorfiles.read(PATH)
+        serialization.read_foreign_weights(PATH)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_torchscript_program_is_refused() -> None:
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), str(PATH))
     with pytest.raises(ModelFileError, match="TorchScript program, not only tensors"):
-        tensorfiles.read(PATH)
+        serialization.read_foreign_weights(PATH)
 
 
 # What is no weights
@@ -149,7 +149,7 @@ def test_a_torchscript_program_is_refused() -> None:
 def test_what_holds_no_named_tensors(content: Any, said: str) -> None:
     torch.save(content, PATH)
     with pytest.raises(ModelFileError, match="no tensors by name") as caught:
-        tensorfiles.read(PATH)
+        serialization.read_foreign_weights(PATH)
     assert said in caught.value.what
 
 
@@ -165,15 +165,15 @@ def test_what_holds_no_named_tensors(content: Any, said: str) -> None:
 def test_odd_kinds_of_tensors(tensor: Tensor) -> None:
     torch.save({"fine": torch.ones(2), "odd": tensor}, PATH)
     with pytest.raises(ModelFileError, match="odd is no plain tensor"):
-        tensorfiles.read(PATH)
+        serialization.read_foreign_weights(PATH)
 
 
 def test_a_missing_and_an_empty_file() -> None:
     with pytest.raises(ModelFileError, match="no such file"):
-        tensorfiles.read(Path("lost.pth"))
+        serialization.read_foreign_weights(Path("lost.pth"))
     PATH.write_bytes(b"")
     with pytest.raises(ModelFileError, match="damaged"):
-        tensorfiles.read(PATH)
+        serialization.read_foreign_weights(PATH)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_safetensors_of_numbers_that_are_not_computed_with(
     header = json.dumps({"w": {"dtype": kind, "shape": [count], "data_offsets": [0, 8]}}).encode()
     Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(ModelFileError) as caught:
-        tensorfiles.read(Path("x.safetensors"))
+        serialization.read_foreign_weights(Path("x.safetensors"))
     assert any(words in caught.value.what for words in said.split("|")), caught.value.what
     assert caught.value.fix
 
@@ -203,7 +203,7 @@ def test_a_safetensors_of_numbers_that_are_not_computed_with(
 def test_a_header_longer_than_the_file(length: int) -> None:
     Path("x.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"w": ' + bytes(1000))
     with pytest.raises(ModelFileError, match="neither safetensors nor") as caught:
-        tensorfiles.read(Path("x.safetensors"))
+        serialization.read_foreign_weights(Path("x.safetensors"))
     assert caught.value.fix
 
 
@@ -213,7 +213,7 @@ def test_a_zip_in_a_zip_is_not_opened() -> None:
     with zipfile.ZipFile("outer.pth", "w") as packed:
         packed.write("inner.zip", "archive/inner.zip")
     with pytest.raises(ModelFileError, match="damaged, or holds more than tensors"):
-        tensorfiles.read(Path("outer.pth"))
+        serialization.read_foreign_weights(Path("outer.pth"))
     large = io.BytesIO()
     with zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("zeros", bytes(50_000_000))
@@ -221,7 +221,7 @@ def test_a_zip_in_a_zip_is_not_opened() -> None:
     with zipfile.ZipFile("bomb.pth", "a") as packed:
         packed.writestr("x/bomb.zip", large.getvalue())
     with contextlib.suppress(ModelFileError):  # as torch has it: it looks for its own names only
-        same(tensorfiles.read(Path("bomb.pth")).tensors, TENSORS)
+        same(serialization.read_foreign_weights(Path("bomb.pth")).tensors, TENSORS)
     assert not Path("executed").exists()
 
 
@@ -237,7 +237,7 @@ def test_a_damaged_file_raises_nothing_else(name: str, data: st.DataObject) -> N
     path = Path("damaged.pth")
     path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
     with contextlib.suppress(ModelFileError):
-        tensorfiles.read(path)
+        serialization.read_foreign_weights(path)
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked() -> None:
@@ -247,7 +247,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked() -> None:
             packed.writestr(each.filename, large.read(each))
     assert Path("bomb.pth").stat().st_size < 100_000
     with pytest.raises(ModelFileError, match="unpacks to far more than its size"):
-        tensorfiles.read(Path("bomb.pth"))
+        serialization.read_foreign_weights(Path("bomb.pth"))
 
 
 def test_a_name_that_stands_twice_in_a_zip_is_refused() -> None:
@@ -258,7 +258,7 @@ def test_a_name_that_stands_twice_in_a_zip_is_refused() -> None:
         with pytest.warns(UserWarning, match="Duplicate name"):
             packed.writestr(name, b"cos\nsystem\n(S'touch hacked'\ntR.")
     with pytest.raises(ModelFileError, match="has a name twice"):
-        tensorfiles.read(Path("twice.pth"))
+        serialization.read_foreign_weights(Path("twice.pth"))
     assert not Path("hacked").exists()
 
 
@@ -266,17 +266,17 @@ def test_one_number_repeated_without_end_is_refused() -> None:
     torch.save({"w": torch.zeros(1).expand(1_000_000, 1_000_000)}, "wide.pth")
     assert Path("wide.pth").stat().st_size < 10_000
     with pytest.raises(ModelFileError, match="w claims 1,000,000,000,000 numbers"):
-        tensorfiles.read(Path("wide.pth"))
+        serialization.read_foreign_weights(Path("wide.pth"))
 
 
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408])
 def test_a_length_that_begins_like_a_pickle_is_none(length: int) -> None:
     """safetensors begins with the length of its header: 640 is 0x80 0x02, as a pickle does."""
     path = Path("model.safetensors")
-    modelfile.write(path, TENSORS, {"about": ""})
+    serialization.write_model_file(path, TENSORS, {"about": ""})
     header = int.from_bytes(path.read_bytes()[:8], "little")
-    modelfile.write(path, TENSORS, {"about": "x" * (length - header)})
-    assert path.read_bytes().startswith(modelfile.PICKLES)
-    same(modelfile.read(path)[0], TENSORS)
-    same(tensorfiles.read(path).tensors, TENSORS)
+    serialization.write_model_file(path, TENSORS, {"about": "x" * (length - header)})
+    assert path.read_bytes().startswith(serialization.PICKLES)
+    same(serialization.read_model_file(path)[0], TENSORS)
+    same(serialization.read_foreign_weights(path).tensors, TENSORS)
     assert json.loads(path.read_bytes()[8 : 8 + length])["a.weight"]["dtype"] == "F32"

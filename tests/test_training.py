@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from convlens import device, evaluation, optim, recipe as recipes, run, training
+from convlens import device, evaluation, optim, run, serialization
 from convlens.cli import main
 from convlens.errors import Diverged, ResourceError, UsageError
-from convlens.formats import modelfile
-from convlens.resuming.states import Best
-from convlens.run import RunFolder
-from convlens.starting.preparing import prepare
-from convlens.system.files import sha256
+from convlens.recipe import load_recipe
+from convlens.run import RunDir
+from convlens.training import train as training_train
+from convlens.training.checkpoint import BestEpoch
+from convlens.training.setup import build_training_job
+from convlens.utils.files import sha256
 from support import begin, images_of, same, tiny
 
 
-def train(*overrides: str, **options: Any) -> RunFolder:
+def train(*overrides: str, **options: Any) -> RunDir:
     settings: dict[str, Any] = {"plain": True, "test": False, "on": "cpu", "quiet": True}
-    return training.train(tiny(*overrides), **{**settings, **options})
+    return training_train.train(tiny(*overrides), **{**settings, **options})
 
 
 # Which weights are kept
@@ -36,22 +37,22 @@ class Scripted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
-        real = training._validate
+        real = training_train._validate
 
         def validate(setup: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
-            with optim.averaged(setup.averager):
+            with optim.averaged_weights(setup.averager):
                 state = setup.trained.state_dict()
                 self.weights[record.epoch] = {k: v.clone() for k, v in state.items()}
             row = real(setup, record, flag, seconds=seconds)
             loss = losses[record.epoch - 1]
             return {**row, "val_loss": loss, "val_accuracy": 1 - loss}
 
-        monkeypatch.setattr(training, "_validate", validate)
+        monkeypatch.setattr(training_train, "_validate", validate)
 
 
-def finish(*overrides: str, epochs: int) -> RunFolder:
+def finish(*overrides: str, epochs: int) -> RunDir:
     setup, place = begin(tiny(f"train.epochs={epochs}", *overrides), "x")
-    rows, kept = training.run_to_end(setup, place, quiet=True)
+    rows, kept = training_train.fit(setup, place, quiet=True)
     place.finish(epochs=len(rows), kept=kept, seconds=0.0)
     return place
 
@@ -63,20 +64,23 @@ def test_the_best_epochs_weights_are_kept(
 ) -> None:
     seen = Scripted(monkeypatch, [0.9, 0.5, 0.3, 0.3, 0.6])
     place = finish(f"train.monitor={monitor}", average, epochs=5)
-    tensors, card = modelfile.read(place.model_path)
+    tensors, card = serialization.read_model_file(place.model_path)
     same(tensors, seen.weights[3])  # equal values don't replace an earlier epoch
     assert not all(torch.equal(tensors[k], seen.weights[5][k]) for k in tensors)
     assert card["chosen"] == {
-        "epoch": 3, "validated": True, "rule": f"best {monitor}", "val_loss": 0.3,
+        "epoch": 3,
+        "validated": True,
+        "rule": f"best {monitor}",
+        "val_loss": 0.3,
         "val_accuracy": 0.7,
-    }  # fmt: skip
+    }
     assert place.facts()["kept_epoch"] == 3
 
 
 def test_keep_last_keeps_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Scripted(monkeypatch, [0.1, 0.5, 0.9])
     place = finish("train.keep=last", epochs=3)
-    tensors, card = modelfile.read(place.model_path)
+    tensors, card = serialization.read_model_file(place.model_path)
     same(tensors, seen.weights[3])
     assert (card["chosen"]["epoch"], card["chosen"]["rule"]) == (3, "last epoch")
     assert place.facts()["kept_epoch"] == 3
@@ -98,18 +102,18 @@ def test_early_stopping_counts_epochs_without_a_better_one(
     place = finish(f"train.patience={patience}", epochs=len(losses))
     assert len(place.metrics()) == place.facts()["epochs"] == epochs
     assert place.facts()["kept_epoch"] == kept
-    same(modelfile.read(place.model_path)[0], seen.weights[kept])
+    same(serialization.read_model_file(place.model_path)[0], seen.weights[kept])
 
 
 def best_of(*values: float, monitor: str = "val_loss") -> tuple[int, int]:
-    best = Best(monitor)
+    best = BestEpoch(monitor)
     for epoch, value in enumerate(values, 1):
         best.improved({"epoch": epoch, "val_loss": 1.0, monitor: value})
     return best.epoch, best.stale
 
 
 def test_of_equal_accuracies_the_one_with_the_lower_loss_is_the_best() -> None:
-    best = Best("val_accuracy")
+    best = BestEpoch("val_accuracy")
     rows = [(0.5, 1.0), (0.5, 0.9), (0.5, 0.95), (0.4, 0.1), (0.5, math.nan)]
     told = [
         best.improved({"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss})
@@ -149,10 +153,10 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_weights() -> None:
         train("optim.lr=1e9", "optim.name=sgd", "train.batch_size=8", "model.batch_norm=false")
     assert caught.value.exit_code == 6
     assert "models/tiny" in caught.value.where
-    place = RunFolder(Path("models/tiny"))
+    place = RunDir(Path("models/tiny"))
     assert place.facts()["status"] == "training"
     if place.model_path.exists():
-        tensors, card = modelfile.read(place.model_path)
+        tensors, card = serialization.read_model_file(place.model_path)
         assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
         assert card["chosen"]["validated"] is False
 
@@ -161,7 +165,7 @@ def test_weights_that_overflow_in_the_last_step_of_an_epoch_are_not_saved() -> N
     """The loss was finite, the update was not: no further step would notice."""
     with pytest.raises(Diverged, match="NaN or infinite, so they were not saved"):
         train("optim.lr=1e38", "optim.weight_decay=1e6", "optim.name=sgd", "train.batch_size=80")
-    place = RunFolder(Path("models/tiny"))
+    place = RunDir(Path("models/tiny"))
     assert not place.finished
     assert not place.model_path.exists()
 
@@ -171,7 +175,7 @@ def test_a_failed_start_does_not_take_the_name(monkeypatch: pytest.MonkeyPatch) 
         raise UsageError("the network can't be built")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "prepare", broken)
+        patch.setattr(training_train, "build_training_job", broken)
         with pytest.raises(UsageError):
             train()
     assert train("train.epochs=1").name == "tiny"
@@ -198,9 +202,12 @@ def test_a_finished_run_is_not_trained_again() -> None:
     assert [entry["split"] for entry in again.results()] == ["test"]
     fresh = train("train.epochs=1", fresh=True)
     assert fresh.path != place.path
-    same(modelfile.read(fresh.model_path)[0], modelfile.read(place.model_path)[0])
-    resolved = recipes.load(place.path / "recipe.yaml")
-    found = training.train(resolved, plain=True, test=False, on="cpu", quiet=True)
+    same(
+        serialization.read_model_file(fresh.model_path)[0],
+        serialization.read_model_file(place.model_path)[0],
+    )
+    resolved = load_recipe(place.path / "recipe.yaml")
+    found = training_train.train(resolved, plain=True, test=False, on="cpu", quiet=True)
     assert found.path in (place.path, fresh.path)
 
 
@@ -208,15 +215,15 @@ def test_a_run_finished_by_another_process_meanwhile_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both begin, one reads its images more slowly: it must not train over the other."""
-    real = training.load
+    real = training_train.load_data
 
     def slow(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(training, "load", real)
+        monkeypatch.setattr(training_train, "load_data", real)
         first.append(sha256(train("train.epochs=1").path / "run.json"))
         return real(*arguments, **options)
 
     first: list[str] = []
-    monkeypatch.setattr(training, "load", slow)
+    monkeypatch.setattr(training_train, "load_data", slow)
     place = train("train.epochs=1")
     assert [sha256(place.path / "run.json")] == first
 
@@ -224,14 +231,14 @@ def test_a_run_finished_by_another_process_meanwhile_is_left_alone(
 def test_a_name_taken_by_another_recipe_meanwhile_is_not_trained_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = training.load
+    real = training_train.load_data
 
     def slow(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(training, "load", real)
+        monkeypatch.setattr(training_train, "load_data", real)
         train("train.epochs=1", "train.seed=5")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(training, "load", slow)
+    monkeypatch.setattr(training_train, "load_data", slow)
     with pytest.raises(ResourceError, match="another recipe"):
         train("train.epochs=1")
     assert train("train.epochs=1").name.startswith("tiny-")
@@ -241,7 +248,7 @@ def test_a_run_in_use_by_another_process_is_a_resource_error() -> None:
     code = """
 import sys
 from pathlib import Path
-from convlens.system.files import lock
+from convlens.utils.files import lock
 with lock(Path("models/tiny/.lock"), what="x"):
     print("held", flush=True)
     sys.stdin.readline()
@@ -266,10 +273,10 @@ def test_the_test_split_is_sealed_until_the_end() -> None:
     unsealed = []
     data = images_of(tiny())
     object.__setattr__(data, "_test", lambda inner=data._test: unsealed.append(1) or inner())
-    setup = prepare(tiny("train.epochs=1"), data, "cpu")
-    place = RunFolder(Path("models/x"))
+    setup = build_training_job(tiny("train.epochs=1"), data, "cpu")
+    place = RunDir(Path("models/x"))
     place.create(setup.recipe, {"digests": []})
-    training.run_to_end(setup, place, quiet=True)
+    training_train.fit(setup, place, quiet=True)
     assert unsealed == []
     assert place.results() == []
 
@@ -278,8 +285,14 @@ def test_two_trainings_with_one_seed_are_equal_and_another_seed_is_not() -> None
     options = ('augment=["RandomErasing"]', "model.dropout=0.2", "train.epochs=2")
     first, second = train(*options, name="a"), train(*options, name="b")
     other = train(*options, "train.seed=1", name="c")
-    same(modelfile.read(first.model_path)[0], modelfile.read(second.model_path)[0])
-    weights = [modelfile.read(place.model_path)[0]["classifier.weight"] for place in (first, other)]
+    same(
+        serialization.read_model_file(first.model_path)[0],
+        serialization.read_model_file(second.model_path)[0],
+    )
+    weights = [
+        serialization.read_model_file(place.model_path)[0]["classifier.weight"]
+        for place in (first, other)
+    ]
     assert not torch.equal(*weights)
 
 
@@ -289,7 +302,10 @@ def test_a_set_larger_than_the_budget_trains_to_the_same_bits(
     first = train("train.epochs=2", name="a")
     monkeypatch.setenv("CONVLENS_MEMORY", "1KB")
     second = train("train.epochs=2", name="b")
-    same(modelfile.read(first.model_path)[0], modelfile.read(second.model_path)[0])
+    same(
+        serialization.read_model_file(first.model_path)[0],
+        serialization.read_model_file(second.model_path)[0],
+    )
 
 
 def test_normalisation_is_measured_on_the_training_images_only() -> None:
@@ -302,25 +318,29 @@ def test_normalisation_is_measured_on_the_training_images_only() -> None:
 
 def test_the_plan_of_a_run_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was chosen by timing, so another choice could end with other bits."""
-    from convlens.system.interrupts import Flag
+    from convlens.utils.process import StopSignal
 
     overrides = ("train.memory_format=auto", "train.epochs=2")
-    monkeypatch.setattr(device, "plans", lambda *_: [device.Plan("cpu", "fp32", "channels_last")])
+    monkeypatch.setattr(
+        device, "candidate_plans", lambda *_: [device.Plan("cpu", "fp32", "channels_last")]
+    )
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_leave", _stop)
-        patch.setattr(training, "flagged", lambda: _Raised(Flag(up=True)))
+        patch.setattr(training_train, "_stop", _stop)
+        patch.setattr(training_train, "catch_stop_signals", lambda: _Raised(StopSignal(up=True)))
         with pytest.raises(KeyboardInterrupt):
             train(*overrides)
-    monkeypatch.setattr(device, "plans", lambda *_: [device.Plan("cpu", "fp32", "contiguous")])
+    monkeypatch.setattr(
+        device, "candidate_plans", lambda *_: [device.Plan("cpu", "fp32", "contiguous")]
+    )
     plans = []
-    real = training.prepare
+    real = training_train.build_training_job
 
     def preparing(*arguments: Any) -> Any:
         setup = real(*arguments)
         plans.append(setup.plan)
         return setup
 
-    monkeypatch.setattr(training, "prepare", preparing)
+    monkeypatch.setattr(training_train, "build_training_job", preparing)
     train(*overrides)
     assert [plan.memory_format for plan in plans] == ["channels_last"]
 
@@ -351,7 +371,7 @@ def test_all_that_is_wrong_with_a_recipe_is_said_before_data_is_read(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("images were read")
 
-    monkeypatch.setattr(training, "load", never)
+    monkeypatch.setattr(training_train, "load_data", never)
     with pytest.raises(UsageError) as caught:
         train("model.widht=3", "optim.schedule=cosin", "optim.name=adan", "augment=[RandomCropp]")
     for word in ("model.widht", "'cosin'", "'adan'", "RandomCropp"):
@@ -360,9 +380,9 @@ def test_all_that_is_wrong_with_a_recipe_is_said_before_data_is_read(
 
 
 def test_a_setup_has_nothing_left_to_choose() -> None:
-    asked = recipes.load("folder", ["data.name=digits", "data.per_class=5"])
-    setup = prepare(asked, images_of(asked), "cpu")
+    asked = load_recipe("folder", ["data.name=digits", "data.per_class=5"])
+    setup = build_training_job(asked, images_of(asked), "cpu")
     assert "auto" not in (setup.recipe.augment, setup.recipe.train.epochs)
     assert (setup.recipe.data.image_size, setup.recipe.data.channels) == (8, 1)
     assert setup.recipe.train.epochs == 60
-    assert run.safe(setup.recipe.name) == "folder"
+    assert run.safe_name(setup.recipe.name) == "folder"

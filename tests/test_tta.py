@@ -16,16 +16,16 @@ from scipy.stats import binomtest
 import convlens
 from commands import DIGITS, command, here, refused, sided_model
 from convlens import Run
+from convlens.engine.inference import VIEWS
 from convlens.errors import UsageError
 from convlens.metrics import wilson_interval
-from convlens.run import RunFolder
-from convlens.views import VIEWS
+from convlens.run import RunDir
 
 every = pytest.mark.parametrize("name", list(VIEWS))
 
 
 @pytest.fixture
-def sided(tmp_path: Path) -> RunFolder:
+def sided(tmp_path: Path) -> RunDir:
     """Its logits are (8 * left, 9 * right); the mean with the mirror image always says `right`."""
     return sided_model(tmp_path / "models" / "sided")
 
@@ -62,8 +62,16 @@ def test_plain_numbers_stay_bit_for_bit(name: str) -> None:
         assert both[key] == plain[key], key
     assert (plain["looks"], both["looks"]) == (1, 2)
     assert set(its) == {
-        "views", "accuracy", "interval95", "correct", "loss", "ece", "gained", "lost", "p",
-    }  # fmt: skip
+        "views",
+        "accuracy",
+        "interval95",
+        "correct",
+        "loss",
+        "ece",
+        "gained",
+        "lost",
+        "p",
+    }
     assert its["views"] == name
     assert its["correct"] == plain["correct"] + its["gained"] - its["lost"]
     assert its["accuracy"] == its["correct"] / plain["n"]
@@ -75,7 +83,7 @@ def test_plain_numbers_stay_bit_for_bit(name: str) -> None:
     assert [entry["tta"] for entry in logged] == [None, its]
 
 
-def test_numbers_by_hand(sided: RunFolder) -> None:
+def test_numbers_by_hand(sided: RunDir) -> None:
     got = Run(sided).evaluate(data=halves(left=3, right=5), tta="flip")
     assert (got.correct, got.n) == (8, 8)
     assert got.tta is not None
@@ -87,7 +95,7 @@ def test_numbers_by_hand(sided: RunFolder) -> None:
     assert got.tta["loss"] == pytest.approx(sum(losses) / 8, abs=1e-6)
 
 
-def test_people_read_both_numbers_and_how_they_differ(sided: RunFolder) -> None:
+def test_people_read_both_numbers_and_how_they_differ(sided: RunDir) -> None:
     done = here("evaluate", sided.path, "--data", halves(left=3, right=5), "--tta", "flip")
     assert done.code == 0, done.err
     plain, its = [line for line in done.out.splitlines() if "95% interval" in line]
@@ -102,7 +110,7 @@ def test_people_read_both_numbers_and_how_they_differ(sided: RunFolder) -> None:
 # Predict
 
 
-def test_answers_by_hand(sided: RunFolder) -> None:
+def test_answers_by_hand(sided: RunDir) -> None:
     paths = [half(Path("l.png"), "left"), half(Path("r.png"), "right")]
     left, right = Run(sided).predict(paths, tta="flip", top_k=2)
     assert (left.label, left.tta_label) == ("left", "right")
@@ -116,7 +124,7 @@ def test_answers_by_hand(sided: RunFolder) -> None:
     assert (plain[0].tta_label, plain[0].tta_prob, plain[0].tta_top) == (None, None, ())
 
 
-def test_csv_has_both(sided: RunFolder) -> None:
+def test_csv_has_both(sided: RunDir) -> None:
     half(Path("l.png"), "left")
     Path("bad.png").write_text("text")
     done = here("predict", sided.path, "bad.png", "l.png", "-f", "csv", "--tta", "flip")
@@ -132,7 +140,7 @@ def test_csv_has_both(sided: RunFolder) -> None:
     )
 
 
-def test_json_has_both(sided: RunFolder) -> None:
+def test_json_has_both(sided: RunDir) -> None:
     half(Path("l.png"), "left")
     (answer,) = here("predict", sided.path, "l.png", "--tta", "flip", "--json").json["predictions"]
     assert (answer["label"], answer["tta_label"]) == ("left", "right")
@@ -141,7 +149,7 @@ def test_json_has_both(sided: RunFolder) -> None:
     assert plain == {key: answer[key] for key in ("filename", "label", "prob", "top")}
 
 
-def test_the_table_shows_both_where_they_differ(sided: RunFolder) -> None:
+def test_the_table_shows_both_where_they_differ(sided: RunDir) -> None:
     half(Path("l.png"), "left")
     half(Path("r.png"), "right")
     done = here("predict", sided.path, "l.png", "r.png", "--tta", "flip")
@@ -154,7 +162,7 @@ def test_the_table_shows_both_where_they_differ(sided: RunFolder) -> None:
 # Both
 
 
-def test_in_processes_of_their_own(sided: RunFolder) -> None:
+def test_in_processes_of_their_own(sided: RunDir) -> None:
     root = halves(left=2, right=2)
     done = command("evaluate", sided.path, "--data", root, "--tta", "flip+shifts", "--json")
     assert done.code == 0, done.err
@@ -165,7 +173,7 @@ def test_in_processes_of_their_own(sided: RunFolder) -> None:
     assert [a["tta_label"] for a in done.json["predictions"]] == ["right"] * 4
 
 
-def test_a_typo_gives_near_misses_before_anything_is_read(sided: RunFolder) -> None:
+def test_a_typo_gives_near_misses_before_anything_is_read(sided: RunDir) -> None:
     half(Path("l.png"), "left")
     for arguments in (["evaluate", sided.path], ["predict", sided.path, "l.png"]):
         done = here(*arguments, "--tta", "flip+shift")

@@ -9,13 +9,23 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import inference
-from convlens.data.batches import Normalise
+from convlens.data.loader import Normalise
 from convlens.device import Plan
+from convlens.engine import inference
+from convlens.engine.inference import (
+    VIEWS,
+    average_views,
+    batch_logits,
+    batch_outputs,
+    flip_shift_views,
+    flip_views,
+    select_views,
+    shift_images,
+    split_logits,
+    split_outputs,
+)
 from convlens.errors import UsageError
-from convlens.inference import batch_answers, batch_logits, split_answers, split_logits
-from convlens.metrics import paired
-from convlens.views import VIEWS, averaged, chosen, flip, flip_shifts, shift
+from convlens.metrics import paired_counts
 from support import PLAN, Memory, Split, Streamed, pictures
 
 NORMALISE = Normalise([0.4], [0.25])
@@ -27,7 +37,7 @@ every = pytest.mark.parametrize("name", list(VIEWS))
 
 def test_the_mirror_image_by_hand() -> None:
     image = torch.tensor([[[[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]]])
-    (half, plain), (other, mirrored) = flip(image)
+    (half, plain), (other, mirrored) = flip_views(image)
     assert (half, other) == (0.5, 0.5)
     assert torch.equal(plain, image)
     assert mirrored[0, 0].tolist() == [[3, 2, 1], [6, 5, 4], [9, 8, 7]]
@@ -35,7 +45,7 @@ def test_the_mirror_image_by_hand() -> None:
 
 def test_translations_by_hand() -> None:
     image = torch.tensor([[[[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]]])
-    found = list(flip_shifts(image))
+    found = list(flip_shift_views(image))
     assert [weight for weight, _ in found] == [0.25, 0.25, 0.125, 0.125, 0.125, 0.125]
     views = [view[0, 0].tolist() for _, view in found]
     assert views[0] == image[0, 0].tolist()
@@ -70,7 +80,7 @@ def slow_views(images: np.ndarray) -> list[tuple[float, np.ndarray]]:
 @pytest.mark.parametrize("size", [8, 16, 32, 48, 70])
 def test_views_equal_a_slow_reference(size: int) -> None:
     images = np.random.default_rng(size).normal(size=(2, 3, size, size)).astype(np.float32)
-    found = list(flip_shifts(torch.from_numpy(images)))
+    found = list(flip_shift_views(torch.from_numpy(images)))
     for (weight, view), (its, slow) in zip(found, slow_views(images), strict=True):
         assert weight == its
         np.testing.assert_array_equal(view.numpy(), slow)
@@ -78,7 +88,7 @@ def test_views_equal_a_slow_reference(size: int) -> None:
 
 def test_the_shift_grows_with_the_image() -> None:
     sizes = [8, 28, 32, 47, 48, 64, 79, 80, 96, 224, 1024]
-    assert [shift(size) for size in sizes] == [1, 1, 1, 1, 2, 2, 2, 3, 3, 7, 32]
+    assert [shift_images(size) for size in sizes] == [1, 1, 1, 1, 2, 2, 2, 3, 3, 7, 32]
 
 
 @every
@@ -100,11 +110,11 @@ def test_a_linear_model_by_hand() -> None:
     def corners(view: torch.Tensor) -> torch.Tensor:
         return view[:, 0, 0, ::2]
 
-    plain, mean = averaged(corners, image, VIEWS["flip"])
+    plain, mean = average_views(corners, image, VIEWS["flip"])
     assert plain.tolist() == [[1, 4]]
     assert mean.tolist() == [[2.5, 2.5]]
     # The first rows of the translated views: 8 16 8 (up-left) and 8 0 8 (down-right).
-    plain, mean = averaged(corners, image, VIEWS["flip+shifts"])
+    plain, mean = average_views(corners, image, VIEWS["flip+shifts"])
     assert plain.tolist() == [[1, 4]]
     expected = 0.25 * 1 + 0.25 * 4 + 4 * 0.125 * 8
     assert mean.tolist() == [[expected, expected]]
@@ -113,7 +123,7 @@ def test_a_linear_model_by_hand() -> None:
 def test_the_mean_of_logits_is_the_geometric_mean_of_probabilities() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     images = torch.randn(4, 1, 8, 8)
-    _, mean = averaged(model, images, flip)
+    _, mean = average_views(model, images, flip_views)
     one, two = model(images).softmax(1), model(images.flip(-1)).softmax(1)
     geometric = (one * two).sqrt()
     expected = geometric / geometric.sum(1, keepdim=True)
@@ -123,15 +133,19 @@ def test_the_mean_of_logits_is_the_geometric_mean_of_probabilities() -> None:
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
         nn.Linear(144, 3),
-    )  # fmt: skip
+    )
 
 
 @every
 def test_a_normalised_batch_of_a_network_in_training_mode(name: str) -> None:
     model, images = network().train(), pictures(5)
-    answers = batch_answers(model, images, NORMALISE, PLAN, VIEWS[name])
+    answers = batch_outputs(model, images, NORMALISE, PLAN, VIEWS[name])
     assert torch.equal(answers.plain, batch_logits(model, images, NORMALISE, PLAN))
     assert model.training
     assert answers.tta is not None
@@ -150,16 +164,16 @@ def test_one_loop_serves_both_whatever_the_batch(
     split = Split(rows(pictures(50)), torch.arange(50) % 3)
     model = network()
     told: list[int] = []
-    monkeypatch.setattr(inference, "LARGEST", 16)
-    found, labels = split_answers(model, split, NORMALISE, PLAN, VIEWS[name], advance=told.append)
+    monkeypatch.setattr(inference, "MAX_BATCH", 16)
+    found, labels = split_outputs(model, split, NORMALISE, PLAN, VIEWS[name], advance=told.append)
     plain, _ = split_logits(model, split, NORMALISE, PLAN)
     assert torch.equal(found.plain, plain)
     assert torch.equal(labels, split.labels)
     assert told == [16, 16, 16, 2]
     assert found.tta is not None
     for size in (7, 50):
-        monkeypatch.setattr(inference, "LARGEST", size)
-        other, _ = split_answers(model, split, NORMALISE, PLAN, VIEWS[name])
+        monkeypatch.setattr(inference, "MAX_BATCH", size)
+        other, _ = split_outputs(model, split, NORMALISE, PLAN, VIEWS[name])
         assert other.tta is not None
         assert torch.allclose(other.tta, found.tta, atol=1e-5)
 
@@ -170,7 +184,7 @@ def test_no_view_costs_a_pass_of_its_own() -> None:
     model.register_forward_hook(lambda module, given, out: passes.append(len(out)))
     for name, count in ((None, 1), ("flip", 2), ("flip+shifts", 6)):
         passes.clear()
-        batch_answers(model, pictures(3), NORMALISE, PLAN, chosen(name))
+        batch_outputs(model, pictures(3), NORMALISE, PLAN, select_views(name))
         assert passes == [3] * count
 
 
@@ -178,9 +192,9 @@ def test_no_view_costs_a_pass_of_its_own() -> None:
 @every
 def test_views_on_a_gpu_are_those_on_a_cpu(name: str) -> None:
     images = pictures(5)
-    cpu = batch_answers(network(), images, NORMALISE, PLAN, VIEWS[name])
+    cpu = batch_outputs(network(), images, NORMALISE, PLAN, VIEWS[name])
     plan = Plan("cuda", "fp32", "contiguous")
-    there = batch_answers(network().cuda(), images, NORMALISE, plan, VIEWS[name])
+    there = batch_outputs(network().cuda(), images, NORMALISE, plan, VIEWS[name])
     assert cpu.tta is not None
     assert there.tta is not None
     assert torch.allclose(there.tta.cpu(), cpu.tta, atol=1e-3)
@@ -191,8 +205,8 @@ def test_the_paired_test_by_hand() -> None:
     before = [0, 1, 1, 1, 1, 1, 0, 2]
     after = [0, 0, 0, 0, 0, 1, 2, 1]
     # Four gained, one lost; 0 -> 2 is wrong both times. P(at most 1 of 5) twice: 2 * 6 / 32.
-    assert paired(truth, before, after) == (4, 1, pytest.approx(12 / 32))
-    assert paired(truth, after, before) == (1, 4, pytest.approx(12 / 32))
-    assert paired(truth, before, before) == (0, 0, 1.0)
+    assert paired_counts(truth, before, after) == (4, 1, pytest.approx(12 / 32))
+    assert paired_counts(truth, after, before) == (1, 4, pytest.approx(12 / 32))
+    assert paired_counts(truth, before, before) == (0, 0, 1.0)
     with pytest.raises(UsageError, match="don't belong together"):
-        paired(truth, before, after[:-1])
+        paired_counts(truth, before, after[:-1])

@@ -16,24 +16,24 @@ import pytest
 import torch
 
 from commands import here, picture, pictures, refused
-from convlens import engine, models, run, training
-from convlens.data import fetching
-from convlens.data.batches import Normalise
+from convlens import models, run, serialization
+from convlens.data import download
+from convlens.data.loader import Normalise
 from convlens.device import Plan
+from convlens.engine import loop
 from convlens.errors import ModelFileError, Stopped, UsageError
-from convlens.formats import modelfile
-from convlens.run import RunFolder
-from convlens.schema import ModelConfig
-from convlens.starting import weights
-from convlens.starting.checking import check
-from convlens.starting.preparing import prepare
+from convlens.recipe import ModelConfig
+from convlens.run import RunDir
+from convlens.training import pretrained, train as training_train
+from convlens.training.resolve import validate_recipe
+from convlens.training.setup import build_training_job
 from serving import Pages, serving
 from support import begin, images_of, same, tiny
 
 
-def train(*overrides: str, name: str, **options: Any) -> RunFolder:
+def train(*overrides: str, name: str, **options: Any) -> RunDir:
     settings: dict[str, Any] = {"test": False, "on": "cpu", "quiet": True}
-    return training.train(tiny(*overrides), name=name, **{**settings, **options})
+    return training_train.train(tiny(*overrides), name=name, **{**settings, **options})
 
 
 PLAN = Plan("cpu", "fp32", "contiguous")
@@ -44,7 +44,7 @@ def asked(spec: str, name: str = "resnet18") -> ModelConfig:
 
 
 @pytest.fixture
-def source() -> RunFolder:
+def source() -> RunDir:
     """A finished run to begin others from, its batch norms and means its own."""
     return train("train.epochs=1", "train.seed=7", "data.per_class=6", name="source")
 
@@ -63,36 +63,36 @@ def test_a_checkpoint_of_several_processes_is_not_unpickled() -> None:
     shutil.copytree("ckpt.pt", "ckpt")
     for spec in ("ckpt", "ckpt/", "./ckpt", "ckpt.pt"):
         with pytest.raises(ModelFileError, match="a folder, not a file of weights") as caught:
-            weights.expect(asked(spec))
+            pretrained.check_weights_available(asked(spec))
         assert "its index is a pickle" in caught.value.what
         assert caught.value.where == spec
     refused(here("train", "digits", "model.weights=ckpt.pt", "--no-test"), 4, "torch.save(")
     with pytest.raises(ModelFileError, match=r"(more than|not only) tensors"):
-        weights.find(asked("ckpt/.metadata"))
+        pretrained.find_weights(asked("ckpt/.metadata"))
 
 
-def test_a_folder_is_no_file_of_weights(source: RunFolder) -> None:
+def test_a_folder_is_no_file_of_weights(source: RunDir) -> None:
     Path("mine").mkdir()
     for spec in ("mine", "mine/"):
         with pytest.raises(ModelFileError, match="a folder, not a file") as caught:
-            weights.expect(asked(spec))
+            pretrained.check_weights_available(asked(spec))
         assert caught.value.fix == "give the file in it, or the name of a run"
     Path("source").mkdir()  # a run's name wins
-    weights.expect(asked("source"))
+    pretrained.check_weights_available(asked("source"))
 
 
 def test_a_safetensors_with_a_huge_header_is_refused() -> None:
     Path("x.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
     done = here("train", "digits", "model.weights=x.safetensors", "--no-test")
     refused(done, 4, "neither safetensors nor", "x.safetensors")
-    assert run.runs() == []
+    assert run.list_runs() == []
 
 
 # Another run
 
 
-def test_a_run_begins_with_the_weights_of_another_bit_by_bit(source: RunFolder) -> None:
-    tensors, card = modelfile.read(source.model_path)
+def test_a_run_begins_with_the_weights_of_another_bit_by_bit(source: RunDir) -> None:
+    tensors, card = serialization.read_model_file(source.model_path)
     for spec in ("source", "models/source", "models/source/model.safetensors"):
         setup, _ = begin(tiny(f"model.weights={spec}"), "next")
         same(dict(setup.trained.state_dict()), tensors)
@@ -104,21 +104,29 @@ def test_a_run_begins_with_the_weights_of_another_bit_by_bit(source: RunFolder) 
     assert plain.preprocessing.mean != card["preprocessing"]["mean"]
 
 
-def test_a_finetuned_run_says_where_it_began(source: RunFolder) -> None:
+def test_a_finetuned_run_says_where_it_began(source: RunDir) -> None:
     done = here(
-        "train", "digits", "data.per_class=8", "model.widths=[4,8]", "model.depth=1",
-        "model.head=avg", "train.epochs=1", "model.weights=source", "--json", "--no-test",
-    )  # fmt: skip
+        "train",
+        "digits",
+        "data.per_class=8",
+        "model.widths=[4,8]",
+        "model.depth=1",
+        "model.head=avg",
+        "train.epochs=1",
+        "model.weights=source",
+        "--json",
+        "--no-test",
+    )
     assert done.code == 0, done.err
     assert "weights of run source" in done.err
     assert "14 tensors taken over; head of 10 classes included" in done.err
-    place = run.find(done.json["run"])
+    place = run.find_run(done.json["run"])
     told = place.facts()["weights"]
-    assert told == modelfile.read(place.model_path)[1]["weights"]
+    assert told == serialization.read_model_file(place.model_path)[1]["weights"]
     assert told["origin"] == "run source"
-    assert told["sha256"] == modelfile.read(source.model_path)[1]["sha256"]
+    assert told["sha256"] == serialization.read_model_file(source.model_path)[1]["sha256"]
     assert (told["matched"], told["left"], told["new"], told["adapted"]) == (14, [], [], {})
-    assert modelfile.read(source.model_path)[1]["weights"] is None
+    assert serialization.read_model_file(source.model_path)[1]["weights"] is None
 
 
 def test_a_head_for_other_classes_is_new_though_there_are_as_many() -> None:
@@ -129,22 +137,25 @@ def test_a_head_for_other_classes_is_new_though_there_are_as_many() -> None:
     done = here("train", "b", *common, "model.weights=first", "--name", "second")
     assert done.code == 0, done.err
     assert "the head is new (2 classes; the weights' are others)" in done.err
-    told = run.find("second").facts()["weights"]
+    told = run.find_run("second").facts()["weights"]
     assert told["new"] == ["classifier.weight", "classifier.bias"]
 
 
 def test_a_grey_run_from_a_colour_one_has_the_averages_of_its_means() -> None:
     told = {"mean": [0.2, 0.4, 0.9], "std": [0.1, 0.2, 0.3]}
-    grey = weights.normalisation(told, 1)
+    grey = pretrained.pretrained_normalization(told, 1)
     assert grey is not None
     assert grey[0] == pytest.approx([0.5])
     assert grey[1] == pytest.approx([0.2])
-    assert weights.normalisation({"mean": [0.5], "std": [0.2]}, 3) == ([0.5] * 3, [0.2] * 3)
-    assert weights.normalisation(told, 3) == (told["mean"], told["std"])
-    assert weights.normalisation({"mean": None, "std": None}, 3) is None
+    assert pretrained.pretrained_normalization({"mean": [0.5], "std": [0.2]}, 3) == (
+        [0.5] * 3,
+        [0.2] * 3,
+    )
+    assert pretrained.pretrained_normalization(told, 3) == (told["mean"], told["std"])
+    assert pretrained.pretrained_normalization({"mean": None, "std": None}, 3) is None
 
 
-def test_a_damaged_run_is_not_begun_from(source: RunFolder) -> None:
+def test_a_damaged_run_is_not_begun_from(source: RunDir) -> None:
     content = source.model_path.read_bytes()
     source.model_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ModelFileError, match="hash differs"):
@@ -160,12 +171,12 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("trainable", ["all", "stage2+"])
 def test_a_stopped_run_goes_on_without_its_source(
-    trainable: str, source: RunFolder, monkeypatch: pytest.MonkeyPatch
+    trainable: str, source: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a frozen trunk, too, whose activations are computed before the state is restored."""
     asked = ("model.weights=source", f"model.trainable={trainable}")
     whole = train(*asked, name="whole")
-    real, steps = engine.TrainLoop.train_step, iter(range(1, 100))
+    real, steps = loop.TrainLoop.train_step, iter(range(1, 100))
 
     def step(*arguments: Any, **more: Any) -> Any:
         if next(steps) == 7:
@@ -173,13 +184,16 @@ def test_a_stopped_run_goes_on_without_its_source(
         return real(*arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.TrainLoop, "train_step", step)
+        patch.setattr(loop.TrainLoop, "train_step", step)
         with pytest.raises(Stopped):
             train(*asked, name="parts")
     shutil.rmtree(source.path)
     parts = train(*asked, name="parts")
-    same(modelfile.read(parts.model_path)[0], modelfile.read(whole.model_path)[0])
-    cards = [modelfile.read(place.model_path)[1] for place in (whole, parts)]
+    same(
+        serialization.read_model_file(parts.model_path)[0],
+        serialization.read_model_file(whole.model_path)[0],
+    )
+    cards = [serialization.read_model_file(place.model_path)[1] for place in (whole, parts)]
     assert cards[0]["preprocessing"] == cards[1]["preprocessing"]
     assert cards[0]["weights"] == cards[1]["weights"]
     # Nor does a finished one need it: to be found, loaded or tested.
@@ -188,23 +202,27 @@ def test_a_stopped_run_goes_on_without_its_source(
 
 
 def test_a_run_that_was_killed_before_it_saved_anything_begins_anew(
-    source: RunFolder, monkeypatch: pytest.MonkeyPatch
+    source: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any, **__: Any) -> Any:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "run_to_end", killed)
+        patch.setattr(training_train, "fit", killed)
         with pytest.raises(Killed):
             train("model.weights=source", name="early")
-    before = RunFolder(Path("models/early")).facts()["weights"]
+    before = RunDir(Path("models/early")).facts()["weights"]
     # Meanwhile the source has become another.
     shutil.rmtree(source.path)
     train("train.epochs=1", "train.seed=8", "data.per_class=6", name="source")
     early = train("model.weights=source", name="early")
     told = early.facts()["weights"]
-    assert told["sha256"] == modelfile.read(source.model_path)[1]["sha256"] != before["sha256"]
-    assert modelfile.read(early.model_path)[1]["weights"] == told
+    assert (
+        told["sha256"]
+        == serialization.read_model_file(source.model_path)[1]["sha256"]
+        != before["sha256"]
+    )
+    assert serialization.read_model_file(early.model_path)[1]["weights"] == told
 
 
 # Files
@@ -212,7 +230,7 @@ def test_a_run_that_was_killed_before_it_saved_anything_begins_anew(
 
 def test_a_state_dict_in_a_file_of_a_wrapped_network() -> None:
     torch.manual_seed(3)
-    net = models.build("cnn", 10, 1, 8, {"widths": [4, 8]})
+    net = models.build_model("cnn", 10, 1, 8, {"widths": [4, 8]})
     wrapped = torch.nn.DataParallel(torch.compile(net))  # type: ignore[arg-type]
     torch.save({"epoch": 4, "state_dict": wrapped.state_dict()}, "mine.pth")
     setup, _ = begin(tiny("model.weights=mine.pth"), "next")
@@ -224,19 +242,23 @@ def test_a_state_dict_in_a_file_of_a_wrapped_network() -> None:
 
 
 def test_nan_and_another_architecture_leave_no_run_behind() -> None:
-    net = models.build("cnn", 10, 1, 8, {"widths": [4, 8]})
+    net = models.build_model("cnn", 10, 1, 8, {"widths": [4, 8]})
     with torch.no_grad():
         net.get_parameter("stage1.0.weight").fill_(float("nan"))
     torch.save(net.state_dict(), "nan.pth")
-    torch.save(models.build("resnet18", 10, 1, 8, {}).state_dict(), "resnet.pth")
+    torch.save(models.build_model("resnet18", 10, 1, 8, {}).state_dict(), "resnet.pth")
     base = ("train", "digits", "model.widths=[4,8]", "model.depth=1")
     refused(
         here(*base, "model.weights=nan.pth"), 4, "NaN or infinity", "stage1.0.weight", "nan.pth"
     )
     refused(
-        here(*base, "model.weights=resnet.pth"), 4, "another architecture", "ResNet of 18 layers",
-        "stage1.0.weight", "resnet.pth",
-    )  # fmt: skip
+        here(*base, "model.weights=resnet.pth"),
+        4,
+        "another architecture",
+        "ResNet of 18 layers",
+        "stage1.0.weight",
+        "resnet.pth",
+    )
     assert not list(Path("models").glob("*/run.json"))
 
 
@@ -256,18 +278,18 @@ def test_nan_and_another_architecture_leave_no_run_behind() -> None:
 )
 def test_weights_that_a_network_has_not(spec: str, name: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        check(tiny(f"model.name={name}", f"model.weights={spec}"))
+        validate_recipe(tiny(f"model.name={name}", f"model.weights={spec}"))
     assert said in str(caught.value)
     assert f"model.weights={spec}" in caught.value.what
 
 
 def test_the_members_of_a_table_are_known() -> None:
     for spec in ("default", "DEFAULT", "IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V1"):
-        check(tiny("model.name=resnet50", f"model.weights={spec}"))
+        validate_recipe(tiny("model.name=resnet50", f"model.weights={spec}"))
 
 
 def test_a_run_or_file_that_is_not_there_is_missed_before_images_are_read(
-    source: RunFolder,
+    source: RunDir,
 ) -> None:
     nowhere = ("train", "digits", "data.name=nowhere", "model.name=resnet18")
     refused(here(*nowhere, "model.weights=sorce"), 2, "'sorce' is no run", "source")
@@ -286,7 +308,7 @@ def test_a_run_or_file_that_is_not_there_is_missed_before_images_are_read(
 def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty data folder, and an empty cache of torch's."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(fetching, "SOCKET_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(download, "SOCKET_TIMEOUT_S", 2.0)
     return tmp_path / "no-data"
 
 
@@ -315,8 +337,8 @@ def test_a_download_is_checked_kept_and_used_again(
     url, handler = server
     file, content = offer(monkeypatch, url)
     handler.pages[f"/{file}"] = content
-    first = weights.find(asked("default"))
-    again = weights.find(asked("ResNet18_Weights.IMAGENET1K_V1"))
+    first = pretrained.find_weights(asked("default"))
+    again = pretrained.find_weights(asked("ResNet18_Weights.IMAGENET1K_V1"))
     assert handler.asked == [f"/{file}"]
     assert (data_root / "weights" / file).read_bytes() == content
     assert {p.name for p in (data_root / "weights").iterdir()} <= {file, ".download.lock"}
@@ -343,9 +365,9 @@ def test_weights_from_tensorflow_see_pixels_as_they_did_there(
     (data_root / "weights").mkdir(parents=True)
     (data_root / "weights" / file).write_bytes(content)
 
-    found = weights.find(asked("default", "googlenet"))
-    ours = models.build("googlenet", 7, 3, 64, {}).eval()
-    weights.start(found, ours, tuple("abcdefg"))
+    found = pretrained.find_weights(asked("default", "googlenet"))
+    ours = models.build_model("googlenet", 7, 3, 64, {}).eval()
+    pretrained.load_pretrained(found, ours, tuple("abcdefg"))
     images = torch.rand(2, 3, 64, 64)
     transforms = member.transforms()
     with torch.no_grad():
@@ -361,7 +383,7 @@ def test_a_grey_run_from_torchvisions_weights(
     (data_root / "weights").mkdir(parents=True)
     (data_root / "weights" / file).write_bytes(content)
     recipe = tiny("model.name=resnet18", "model.weights=default")
-    setup = prepare(recipe, images_of(recipe), "cpu")
+    setup = build_training_job(recipe, images_of(recipe), "cpu")
     assert setup.preprocessing.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
     assert setup.preprocessing.std == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
     told = setup.weights
@@ -380,10 +402,13 @@ def test_a_file_put_by_hand_or_by_torch_is_found(
     path = (data_root.parent if place.startswith("torch") else Path()) / place / file
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
-    assert weights.find(asked("IMAGENET1K_V1")).sha256 == hashlib.sha256(content).hexdigest()
+    assert (
+        pretrained.find_weights(asked("IMAGENET1K_V1")).sha256
+        == hashlib.sha256(content).hexdigest()
+    )
     path.write_bytes(content[:1000])
     with pytest.raises(ModelFileError, match="SHA-256 doesn't begin with") as caught:
-        weights.find(asked("IMAGENET1K_V1"))
+        pretrained.find_weights(asked("IMAGENET1K_V1"))
     assert caught.value.where == str(path.absolute())
 
 
@@ -412,7 +437,7 @@ def test_a_download_that_can_not_be_had_says_where_to_put_the_file(
         handler.pages[f"/{file}"] = bad[trouble]
     handler.cut = trouble == "half"
     with pytest.raises(ModelFileError, match=said) as caught:
-        weights.find(asked("default"))
+        pretrained.find_weights(asked("default"))
     assert f"{url}{file}" in caught.value.what
     assert str(data_root / "weights" / file) in caught.value.fix
     left = {path.name for path in (data_root / "weights").iterdir()}
@@ -432,20 +457,22 @@ def test_weights_through_timm() -> None:
     config = {"num_classes": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     about = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": config}
     Path("m/config.json").write_text(json.dumps(about))
-    found = weights.find(asked("local-dir:m"))
+    found = pretrained.find_weights(asked("local-dir:m"))
     same(found.tensors, dict(net.state_dict()))
     assert (found.mean, found.std) == (config["mean"], config["std"])
-    fitted = weights.start(found, models.build("resnet18", 10, 3, 64, {"stem": "imagenet"}), ())
+    fitted = pretrained.load_pretrained(
+        found, models.build_model("resnet18", 10, 3, 64, {"stem": "imagenet"}), ()
+    )
     assert fitted.left == fitted.new == ["fc.weight", "fc.bias"]
     with pytest.raises(ModelFileError, match="timm can't get the weights"):
-        weights.find(asked("timm/no_such_network"))
+        pretrained.find_weights(asked("timm/no_such_network"))
 
 
 def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     for spec, name in [("hf-hub:timm/resnet18.a1_in1k", "resnet18"), ("default", "timm/resnet18")]:
         with pytest.raises(UsageError, match="needs timm"):
-            weights.check(asked(spec, name))
+            pretrained.check_weights_config(asked(spec, name))
 
 
 # Nothing is opened that wasn't asked for
@@ -456,12 +483,12 @@ def test_a_check_opens_and_downloads_nothing(monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("opened")
 
     for name in ("_downloaded", "_timm", "_locate"):
-        monkeypatch.setattr(weights, name, opened)
+        monkeypatch.setattr(pretrained, name, opened)
     for spec in ("none", "default", "lost.pth", "some-run", "w/lost.safetensors"):
-        check(tiny("model.name=resnet18", f"model.weights={spec}"))
+        validate_recipe(tiny("model.name=resnet18", f"model.weights={spec}"))
 
 
-def test_the_digest_knows_the_recipes_text_only(source: RunFolder) -> None:
+def test_the_digest_knows_the_recipes_text_only(source: RunDir) -> None:
     before = tiny("model.weights=source").digest()
     source.model_path.unlink()
     assert tiny("model.weights=source").digest() == before != tiny().digest()
@@ -487,7 +514,7 @@ def test_colour_weights_begin_a_grey_run_and_the_other_way_round() -> None:
         )
 
 
-def test_a_recipe_of_a_finetuned_run_trains_as_it_stands(source: RunFolder) -> None:
+def test_a_recipe_of_a_finetuned_run_trains_as_it_stands(source: RunDir) -> None:
     place = train("model.weights=source", name="next")
     assert "weights: source" in (place.path / "recipe.yaml").read_text()
     done = here("train", place.path / "recipe.yaml", "--no-test", "--fresh")

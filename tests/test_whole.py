@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, ImageFile
 
 from conftest import DATA
-from convlens.data import whole
+from convlens.data import decode as data_decode
 from convlens.data.decode import UnreadableImage, decode
-from convlens.data.locks import MemorySemaphore
 from convlens.errors import UsageError
+from convlens.utils.files import MemorySemaphore
 
 END = b"\xff\xd9"
 ONE_SCAN: dict[str, dict[str, object]] = {
@@ -97,7 +97,7 @@ def test_headers_are_not_gone_through_again(monkeypatch: pytest.MonkeyPatch) -> 
     def walked(_: bytes) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(whole, "_walked", walked)
+    monkeypatch.setattr(data_decode, "_walk_segments", walked)
     for kind in ("usual", "own tables", "colours halved", "exif"):
         for mode in MODES:
             assert accepted(jpeg(photo(mode), **ONE_SCAN[kind]))
@@ -159,8 +159,11 @@ def test_a_marker_in_the_midst_of_the_data_is_noticed(kind: str) -> None:
 
 def test_restarts_that_are_missing_or_changed_places_are_noticed() -> None:
     content = jpeg(photo(), restart_marker_rows=1)
-    places = [at for at in range(data_of(content), len(content) - 2)
-              if content[at] == 0xFF and 0xD0 <= content[at + 1] <= 0xD7]  # fmt: skip
+    places = [
+        at
+        for at in range(data_of(content), len(content) - 2)
+        if content[at] == 0xFF and 0xD0 <= content[at + 1] <= 0xD7
+    ]
     assert len(places) == 8  # 130 pixels are 9 rows of 16
     for first, second in itertools.pairwise(places):
         assert not accepted(content[:first] + content[second:])

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import engine, optim
-from convlens.device import seed_of
-from convlens.engine import Epoch, Step, TrainState
+from convlens import optim
+from convlens.device import derive_seed
+from convlens.engine.loop import Epoch, NonFiniteLoss, Step, TrainLoop, TrainState
 from convlens.models.cnn import CNN
-from convlens.optim import Timetable
-from convlens.schema import OptimConfig
+from convlens.optim import GroupSchedule
+from convlens.recipe import OptimConfig
 from support import PLAN, same
 
 EPOCHS, STEPS, SEED = 3, 4, 11  # 12 steps
@@ -53,10 +53,10 @@ def network() -> CNN:
 
 
 def fit(model: nn.Module, config: OptimConfig, **more: Any) -> Any:
-    optimiser = more.pop("optimiser", None) or optim.build(model, config)
+    optimiser = more.pop("optimiser", None) or optim.build_optimizer(model, config)
     criterion = nn.CrossEntropyLoss()
-    loop = engine.TrainLoop(model, optimiser, criterion, PLAN, clip_norm=config.clip_norm)
-    return loop.run(Listed(), optim.schedule(config), epochs=EPOCHS, seed=SEED, **more)
+    loop = TrainLoop(model, optimiser, criterion, PLAN, clip_norm=config.clip_norm)
+    return loop.run(Listed(), optim.build_schedule(config), epochs=EPOCHS, seed=SEED, **more)
 
 
 def config_of(options: dict[str, Any]) -> OptimConfig:
@@ -90,8 +90,10 @@ def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
     plan, named = by_hand(options), dict(model.named_parameters())
     optimiser = torch.optim.SGD(
         [{"params": [p], "weight_decay": plan[n][1]} for n, p in named.items()],
-        lr=0.1, momentum=0.9, fused=True,
-    )  # fmt: skip
+        lr=0.1,
+        momentum=0.9,
+        fused=True,
+    )
     for done in range(EPOCHS * STEPS):
         model.train()
         for group, (name, parameter) in zip(optimiser.param_groups, named.items(), strict=True):
@@ -104,7 +106,7 @@ def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
             if own and not any(p.requires_grad for p in own):
                 module.eval()
         epoch, step = divmod(done, STEPS)
-        torch.manual_seed(seed_of(SEED, epoch + 1, step, 1))
+        torch.manual_seed(derive_seed(SEED, epoch + 1, step, 1))
         images, labels = Listed().batches[step]
         nn.functional.cross_entropy(model(images), labels).backward()
         for name, parameter in named.items():
@@ -128,7 +130,7 @@ def test_while_the_head_trains_alone_nothing_else_moves() -> None:
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = config_of({**HEAD_FIRST, "weight_decay": 0.5})
-    optimiser = optim.build(model, config)
+    optimiser = optim.build_optimizer(model, config)
     rates = []
     for record in fit(model, config, optimiser=optimiser):
         if isinstance(record, Epoch):
@@ -163,14 +165,14 @@ def test_a_training_left_anywhere_goes_on_to_the_same_end(
     whole = network()
     expected = list(fit(whole, config))
     first, progress = network(), TrainState()
-    optimiser = optim.build(first, config)
+    optimiser = optim.build_optimizer(first, config)
     records = fit(first, config, optimiser=optimiser, state=progress)
     for _ in range(stop):
         next(records)
     records.close()
     model = network()
     model.load_state_dict(first.state_dict())
-    again = optim.build(model, config)
+    again = optim.build_optimizer(model, config)
     again.load_state_dict(optimiser.state_dict())
     rest = list(fit(model, config, optimiser=again, state=progress))
     same(dict(model.state_dict()), dict(whole.state_dict()))
@@ -181,12 +183,12 @@ def test_a_bad_loss_while_parts_are_frozen_leaves_everything_as_it_was() -> None
     model, config = network(), config_of(HEAD_FIRST)
     batches = Listed()
     batches.batches[2] = (batches.batches[2][0] * float("nan"), batches.batches[2][1])
-    loop = engine.TrainLoop(model, optim.build(model, config), nn.CrossEntropyLoss(), PLAN)
-    records = loop.run(batches, optim.schedule(config), epochs=1, seed=SEED)
+    loop = TrainLoop(model, optim.build_optimizer(model, config), nn.CrossEntropyLoss(), PLAN)
+    records = loop.run(batches, optim.build_schedule(config), epochs=1, seed=SEED)
     for _ in range(2):
         assert isinstance(next(records), Step)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(engine.NonFiniteLoss):
+    with pytest.raises(NonFiniteLoss):
         next(records)
     same(before, dict(model.state_dict()))
 
@@ -201,7 +203,9 @@ def timetable(*windows: tuple[float, float], steps: int, schedule: str = "linear
         for p, w in zip(parameters, windows, strict=True)
     ]
     optimiser = torch.optim.SGD(groups, lr=1.0)
-    return Timetable(optimiser, optim.schedule(OptimConfig(schedule=schedule)), steps), optimiser
+    return GroupSchedule(
+        optimiser, optim.build_schedule(OptimConfig(schedule=schedule)), steps
+    ), optimiser
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 30, 1000])

@@ -11,15 +11,25 @@ from torch import Tensor, nn
 
 from convlens import models
 from convlens.errors import UsageError
-from convlens.models.wrn import WRN
+from convlens.models.resnet import WRN
 
 
 @pytest.mark.parametrize(
     ("depth", "width", "millions"),
     # Zagoruyko & Komodakis 2016, table 4 (CIFAR-10).
-    [(40, 1, 0.6), (40, 2, 2.2), (40, 4, 8.9), (40, 8, 35.7), (28, 10, 36.5), (28, 12, 52.5),
-     (22, 8, 17.2), (22, 10, 26.8), (16, 8, 11.0), (16, 10, 17.1)],
-)  # fmt: skip
+    [
+        (40, 1, 0.6),
+        (40, 2, 2.2),
+        (40, 4, 8.9),
+        (40, 8, 35.7),
+        (28, 10, 36.5),
+        (28, 12, 52.5),
+        (22, 8, 17.2),
+        (22, 10, 26.8),
+        (16, 8, 11.0),
+        (16, 10, 17.1),
+    ],
+)
 def test_it_has_the_papers_number_of_weights(depth: int, width: int, millions: float) -> None:
     with torch.device("meta"):
         model = WRN(10, 3, 32, depth=depth, width=width)
@@ -107,5 +117,5 @@ def test_it_starts_as_the_papers_code_does() -> None:
 )
 def test_impossible_options_are_usage_errors(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as caught:
-        models.build("wrn", 2, 1, 8, options)
+        models.build_model("wrn", 2, 1, 8, options)
     assert says in str(caught.value)

@@ -10,33 +10,47 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens import models, run, training
+from convlens import models, run, serialization
 from convlens.errors import ResourceError, UsageError
-from convlens.formats import modelfile
 from convlens.models import MODELS, zoo
 from convlens.models.cnn import CNN
-from convlens.models.parts import Parts, name_parts
-from convlens.starting.checking import check
-from convlens.starting.preparing import prepare
+from convlens.models.stages import ModelParts, name_parts
+from convlens.training import train
+from convlens.training.resolve import validate_recipe
+from convlens.training.setup import build_training_job
 from support import images_of, same, tiny
 
 # One network of each of torchvision's files, the cheapest to build.
 ONE_EACH = [
-    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3",
-    "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf",
-    "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11",
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11",
     "vit_b_32",
-]  # fmt: skip
+]
 
 
 def theirs() -> list[str]:
-    return [name for name in zoo.names() if name not in MODELS]
+    return [name for name in zoo.zoo_names() if name not in MODELS]
 
 
 def stages_called(model: nn.Module, images: Tensor) -> tuple[list[str], Tensor]:
     """The stages in the order in which a forward pass calls them, and its logits."""
     seen: list[str] = []
-    for stage in models.parts(model).stages:
+    for stage in models.model_parts(model).stages:
         model.get_submodule(stage).register_forward_hook(
             lambda module, inputs, output, stage=stage: seen.append(stage)
         )
@@ -45,10 +59,10 @@ def stages_called(model: nn.Module, images: Tensor) -> tuple[list[str], Tensor]:
 
 def has_its_parts(name: str, channels: int) -> None:
     with torch.device("meta"):
-        model = models.build(name, 7, channels, 224, {})
+        model = models.build_model(name, 7, channels, 224, {})
         seen, logits = stages_called(model.train(), torch.empty(2, channels, 224, 224))
     assert logits.shape == (2, 7)
-    found = models.parts(model)
+    found = models.model_parts(model)
     assert len(found.stages) >= 3
     assert tuple(seen) == found.stages  # each once, in this order
     head = model.get_submodule(found.head)
@@ -74,25 +88,25 @@ def test_every_network_of_torchvision_has_stages_and_a_head() -> None:
 
 
 def test_the_table_of_options_has_every_file_of_torchvision() -> None:
-    assert {zoo._file(name) for name in zoo.names()} == set(zoo.OPTIONS)
+    assert {zoo._file(name) for name in zoo.zoo_names()} == set(zoo.OPTIONS)
     assert {zoo._file(name) for name in ONE_EACH} == set(zoo.OPTIONS)
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_every_option_can_be_given(name: str) -> None:
-    options = models.options_of(name)
+    options = models.model_options(name)
     assert all(value is None for value in options.values())
     given = {key: True if key == "zero_init_residual" else 0.25 for key in options}
     with torch.device("meta"):
-        models.build(name, 2, 3, 224, given)
-        models.build(name, 2, 3, 224, options)
+        models.build_model(name, 2, 3, 224, given)
+        models.build_model(name, 2, 3, 224, options)
 
 
 def test_options_reach_the_network() -> None:
-    dropped = models.build("squeezenet1_1", 2, 3, 32, {"dropout": 0.125})
+    dropped = models.build_model("squeezenet1_1", 2, 3, 32, {"dropout": 0.125})
     assert [m.p for m in dropped.modules() if isinstance(m, nn.Dropout)] == [0.125]
     with torch.device("meta"):
-        model = models.build("vit_b_16", 2, 3, 48, {"attention_dropout": 0.5})
+        model = models.build_model("vit_b_16", 2, 3, 48, {"attention_dropout": 0.5})
     assert model.image_size == 48
     assert model.encoder.layers[0].self_attention.dropout == 0.5
 
@@ -102,7 +116,7 @@ def test_it_is_torchvisions_network_to_the_bit(name: str) -> None:
     from torchvision import models as vision
 
     torch.manual_seed(4)
-    ours = models.build(name, 6, 3, 64, {})
+    ours = models.build_model(name, 6, 3, 64, {})
     torch.manual_seed(4)
     original = vision.get_model(name, num_classes=6)
     same(dict(ours.state_dict()), dict(original.state_dict()))
@@ -112,9 +126,9 @@ def test_it_is_torchvisions_network_to_the_bit(name: str) -> None:
 
 def test_grey_images_get_a_first_convolution_initialised_as_the_networks_own() -> None:
     torch.manual_seed(4)
-    colour = models.build("mobilenet_v3_small", 6, 3, 64, {})
+    colour = models.build_model("mobilenet_v3_small", 6, 3, 64, {})
     torch.manual_seed(4)
-    grey = models.build("mobilenet_v3_small", 6, 1, 64, {})
+    grey = models.build_model("mobilenet_v3_small", 6, 1, 64, {})
     first = grey.features[0][0]
     assert torch.equal(first.weight, colour.features[0][0].weight[:, :1])
     assert (first.stride, first.padding, first.bias) == ((2, 2), (1, 1), None)
@@ -127,9 +141,9 @@ def test_grey_images_get_a_first_convolution_initialised_as_the_networks_own() -
 
 
 def test_our_own_families_come_first() -> None:
-    assert {"resnet18", "resnet34", "resnet50"} <= set(MODELS) & set(zoo.names())
-    assert "stem" in models.options_of("resnet18")
-    assert models.options_of("resnet101") == {"zero_init_residual": None}
+    assert {"resnet18", "resnet34", "resnet50"} <= set(MODELS) & set(zoo.zoo_names())
+    assert "stem" in models.model_options("resnet18")
+    assert models.model_options("resnet101") == {"zero_init_residual": None}
 
 
 @pytest.mark.parametrize(
@@ -137,17 +151,22 @@ def test_our_own_families_come_first() -> None:
 )
 def test_networks_for_other_tasks_are_not_offered(name: str) -> None:
     with pytest.raises(UsageError, match=f"unknown model '{name}'"):
-        models.options_of(name)
+        models.model_options(name)
 
 
 @pytest.mark.parametrize(
     ("name", "close"),
-    [("mobilenet_v3", "mobilenet_v3_small"), ("fastnett", "fastnet"), ("wrn16", "wrn"),
-     ("ResNet18", "resnet18"), ("vit_b16", "vit_b_16")],
-)  # fmt: skip
+    [
+        ("mobilenet_v3", "mobilenet_v3_small"),
+        ("fastnett", "fastnet"),
+        ("wrn16", "wrn"),
+        ("ResNet18", "resnet18"),
+        ("vit_b16", "vit_b_16"),
+    ],
+)
 def test_a_near_miss_is_found_in_both_tables(name: str, close: str) -> None:
     with pytest.raises(UsageError, match=f"unknown model '{name}'") as caught:
-        models.build(name, 2, 3, 32, {})
+        models.build_model(name, 2, 3, 32, {})
     assert close in caught.value.fix
     hints = caught.value.fix.split(" or ")
     assert len(set(hints)) == len(hints)
@@ -155,7 +174,7 @@ def test_a_near_miss_is_found_in_both_tables(name: str, close: str) -> None:
 
 def test_a_name_like_no_other_gets_the_families() -> None:
     with pytest.raises(UsageError) as caught:
-        models.build("zzz", 2, 3, 32, {})
+        models.build_model("zzz", 2, 3, 32, {})
     for word in ("cnn", "fastnet", "wrn", "torchvision", "timm/NAME"):
         assert word in caught.value.fix
 
@@ -172,18 +191,18 @@ def test_a_name_like_no_other_gets_the_families() -> None:
 )
 def test_impossible_options_are_usage_errors(name: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as caught, torch.device("meta"):
-        models.build(name, 2, 1, 30, options)
+        models.build_model(name, 2, 1, 30, options)
     assert says in str(caught.value)
 
 
 def test_parts_of_a_network_that_uses_these_names_itself() -> None:
     with torch.device("meta"):
-        swin = models.build("swin_t", 3, 3, 32, {})
+        swin = models.build_model("swin_t", 3, 3, 32, {})
     assert isinstance(swin.head, nn.Linear)  # torchvision's own sub-module
-    assert models.parts(swin).head == "head"
-    assert swin.stages == models.parts(swin).stages
-    cnn = models.build("cnn", 3, 3, 32, {})
-    assert models.parts(cnn) == Parts(("stage1", "stage2", "stage3"), "classifier")
+    assert models.model_parts(swin).head == "head"
+    assert swin.stages == models.model_parts(swin).stages
+    cnn = models.build_model("cnn", 3, 3, 32, {})
+    assert models.model_parts(cnn) == ModelParts(("stage1", "stage2", "stage3"), "classifier")
 
 
 def test_parts_of_chains_containers_and_lists() -> None:
@@ -197,7 +216,9 @@ def test_parts_of_chains_containers_and_lists() -> None:
     model.classifier = nn.Sequential(nn.Dropout(), nn.Linear(1, 2))
     model.behind = nn.Sequential(layer)
     name_parts(model, "classifier.1")
-    assert models.parts(model) == Parts(("pool", "features.2", "features.3"), "classifier.1")
+    assert models.model_parts(model) == ModelParts(
+        ("pool", "features.2", "features.3"), "classifier.1"
+    )
 
 
 # In a run
@@ -208,16 +229,16 @@ def test_a_torchvision_network_trains_and_is_loaded() -> None:
     asked = tiny(
         "model.name=mnasnet0_5", "data.image_size=16", "data.per_class=3", "train.epochs=1"
     )
-    place = training.train(asked, quiet=True, on="cpu", test=False)
+    place = train.train(asked, quiet=True, on="cpu", test=False)
     loaded = run.load_model(place.model_path)
-    tensors, card = modelfile.read(place.model_path)
+    tensors, card = serialization.read_model_file(place.model_path)
     assert card["model"] == {"name": "mnasnet0_5", "options": {}}
     assert not loaded.model.training
     same(dict(loaded.model.state_dict()), tensors)
-    setup = prepare(asked, images_of(asked), "cpu")
-    models.load(setup.trained, tensors)
+    setup = build_training_job(asked, images_of(asked), "cpu")
+    models.load_weights(setup.trained, tensors)
     with pytest.raises(RuntimeError, match="Missing key"):
-        models.load(setup.trained, {})
+        models.load_weights(setup.trained, {})
 
 
 # Trying out
@@ -225,9 +246,16 @@ def test_a_torchvision_network_trains_and_is_loaded() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "works"),
-    [("alexnet", 32, 64), ("vgg11", 28, 32), ("squeezenet1_1", 8, 24), ("inception_v3", 64, 80),
-     ("vit_b_32", 28, 32), ("vit_b_32", 500, 384), ("maxvit_t", 32, 224)],
-)  # fmt: skip
+    [
+        ("alexnet", 32, 64),
+        ("vgg11", 28, 32),
+        ("squeezenet1_1", 8, 24),
+        ("inception_v3", 64, 80),
+        ("vit_b_32", 28, 32),
+        ("vit_b_32", 500, 384),
+        ("maxvit_t", 32, 224),
+    ],
+)
 def test_images_of_the_wrong_size_are_refused_with_one_that_works(
     name: str, size: int, works: int
 ) -> None:
@@ -247,13 +275,13 @@ def test_trying_out_draws_nothing() -> None:
 
 def test_more_weights_than_memory_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceError, match="not enough memory for model cnn"):
-        models.build("cnn", 2, 3, 8, {"head": "flatten", "hidden": 10**12})
+        models.build_model("cnn", 2, 3, 8, {"head": "flatten", "hidden": 10**12})
 
     class Hungry(CNN):
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images[:1].expand(10**9, -1, -1, -1).contiguous())
 
-    monkeypatch.setattr(models, "family", lambda name: Hungry)
+    monkeypatch.setattr(models, "model_family", lambda name: Hungry)
     with pytest.raises(ResourceError, match="not enough memory for model cnn"):
         models.try_out("cnn", 3, 32, {})
 
@@ -269,18 +297,18 @@ def test_a_single_image_is_refused_where_a_norm_would_see_one_pixel() -> None:
 
 def test_a_recipe_is_checked_before_any_image_is_read() -> None:
     with pytest.raises(UsageError, match=r"alexnet can't take images of 32 px.*unknown optimiser"):
-        check(tiny("model.name=alexnet", "data.image_size=32", "optim.name=nope"))
+        validate_recipe(tiny("model.name=alexnet", "data.image_size=32", "optim.name=nope"))
     fast = tiny("model.name=fastnet", "data.image_size=8", "train.batch_size=1")
     with pytest.raises(UsageError, match=r"train.batch_size=1"):
-        check(fast)
-    check(tiny("model.name=wrn", "data.image_size=8", "train.batch_size=1"))
+        validate_recipe(fast)
+    validate_recipe(tiny("model.name=wrn", "data.image_size=8", "train.batch_size=1"))
 
 
 def test_a_size_that_comes_with_the_images_is_checked_when_it_is_known() -> None:
     asked = tiny("model.name=alexnet")  # digits have 8 px
-    check(asked)
+    validate_recipe(asked)
     with pytest.raises(UsageError, match="alexnet can't take images of 8 px"):
-        prepare(asked, images_of(asked), "cpu")
+        build_training_job(asked, images_of(asked), "cpu")
 
 
 # timm
@@ -289,7 +317,7 @@ def test_a_size_that_comes_with_the_images_is_checked_when_it_is_known() -> None
 def test_without_timm_its_networks_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     with pytest.raises(UsageError, match="timm is not installed") as caught:
-        check(tiny("model.name=timm/resnet26"))
+        validate_recipe(tiny("model.name=timm/resnet26"))
     assert caught.value.fix == "pip install timm"
 
 
@@ -300,19 +328,25 @@ def test_the_extra_that_is_named_exists() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "head"),
-    [("resnet10t", 32, "fc"), ("convnext_atto", 32, "head.fc"), ("resnet18.a1_in1k", 32, "fc"),
-     ("mobilenetv3_small_050", 32, "classifier"), ("vit_tiny_patch16_224", 32, "head"),
-     ("swin_tiny_patch4_window7_224", 56, "head.fc"), ("hrnet_w18_small", 64, "classifier")],
-)  # fmt: skip
+    [
+        ("resnet10t", 32, "fc"),
+        ("convnext_atto", 32, "head.fc"),
+        ("resnet18.a1_in1k", 32, "fc"),
+        ("mobilenetv3_small_050", 32, "classifier"),
+        ("vit_tiny_patch16_224", 32, "head"),
+        ("swin_tiny_patch4_window7_224", 56, "head.fc"),
+        ("hrnet_w18_small", 64, "classifier"),
+    ],
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_network_of_timm_has_stages_and_a_head(
     name: str, size: int, head: str, channels: int
 ) -> None:
     pytest.importorskip("timm")
     with torch.device("meta"):
-        model = models.build(f"timm/{name}", 7, channels, size, {"drop_rate": 0.1})
+        model = models.build_model(f"timm/{name}", 7, channels, size, {"drop_rate": 0.1})
         seen, logits = stages_called(model.train(), torch.empty(2, channels, size, size))
-    found = models.parts(model)
+    found = models.model_parts(model)
     assert logits.shape == (2, 7)
     assert tuple(seen) == found.stages
     assert len(seen) >= 4
@@ -323,12 +357,12 @@ def test_a_network_of_timm_has_stages_and_a_head(
 def test_errors_about_timms_networks() -> None:
     pytest.importorskip("timm")
     with pytest.raises(UsageError, match="timm has no network 'resnt26'") as caught:
-        models.options_of("timm/resnt26")
+        models.model_options("timm/resnt26")
     assert "timm/resnet26" in caught.value.fix
     with pytest.raises(UsageError, match=r"did you mean model\.drop_rate"):
-        models.build("timm/resnet10t", 2, 3, 32, {"drop": 0.1})
+        models.build_model("timm/resnet10t", 2, 3, 32, {"drop": 0.1})
     with torch.device("meta"), pytest.raises(UsageError, match="no single"):
-        models.build("timm/levit_128s", 2, 3, 224, {})
+        models.build_model("timm/levit_128s", 2, 3, 224, {})
 
 
 def test_a_network_of_timm_trains_and_is_loaded() -> None:
@@ -336,6 +370,6 @@ def test_a_network_of_timm_trains_and_is_loaded() -> None:
     asked = tiny(
         "model.name=timm/resnet10t", "data.per_class=3", "train.epochs=1", "data.image_size=32"
     )
-    place = training.train(asked, quiet=True, on="cpu", test=False)
+    place = train.train(asked, quiet=True, on="cpu", test=False)
     loaded = run.load_model(place.model_path)
-    same(dict(loaded.model.state_dict()), modelfile.read(place.model_path)[0])
+    same(dict(loaded.model.state_dict()), serialization.read_model_file(place.model_path)[0])

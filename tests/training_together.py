@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens import engine, optim
-from convlens.distributed import processes
-from convlens.distributed.processes import ProcessGroup
-from convlens.engine import Step, TrainState
+from convlens import distributed, optim
+from convlens.distributed import ProcessGroup
+from convlens.engine.data_parallel import DataParallel
+from convlens.engine.loop import Step, TrainLoop, TrainState
 from convlens.models.cnn import CNN
-from convlens.schema import OptimConfig
-from convlens.stepping.data_parallel import DataParallel
+from convlens.recipe import OptimConfig
 from support import PLAN
 
 SIZES = [13, 12, 5, 3]  # of 4 processes, 2 and 3 have no rows of the last two batches
@@ -83,11 +82,11 @@ def train(
     """Weights and losses after `steps` steps; `stop`: resumed after so many of them."""
     model = network(kind)
     options = OptimConfig(**{"name": "sgd", "lr": 0.1, **config})
-    optimizer, state = optim.build(model, options), TrainState()
+    optimizer, state = optim.build_optimizer(model, options), TrainState()
     plan = replace(PLAN, micro_batch_size=micro_batch_size)
     losses: list[float] = []
     for count in (stop, steps - stop):
-        loop = engine.TrainLoop(
+        loop = TrainLoop(
             model,
             optimizer,
             nn.CrossEntropyLoss(),
@@ -95,7 +94,7 @@ def train(
             clip_norm=options.clip_norm,
             data_parallel=DataParallel(group, SIZES) if group.size > 1 else None,
         )
-        schedule = optim.schedule(options)
+        schedule = optim.build_schedule(options)
         records = loop.run(Shares(group), schedule, epochs=3, seed=3, state=state)
         done = 0
         while done < count:
@@ -122,7 +121,7 @@ def results(group: ProcessGroup) -> dict[str, Result]:
 
 def main(path: str) -> None:
     torch.set_num_threads(1)
-    group = processes.init_process_group()
+    group = distributed.init_process_group()
     found = results(group)
     torch.save(found, f"{path}-{group.rank}")
 

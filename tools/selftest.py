@@ -33,12 +33,11 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from convlens import device
+from convlens import device, serialization
 from convlens.errors import ConvlensError, ResourceError, UsageError
-from convlens.formats import modelfile
-from convlens.recipe import load
-from convlens.run import RunFolder
-from convlens.system.console import print_status, progress
+from convlens.recipe import load_recipe
+from convlens.run import RunDir
+from convlens.utils.console import print_status, progress_bar
 
 # Uses everything in a training that is random, averaged, selected or counted.
 RECIPE: dict[str, Any] = {
@@ -123,7 +122,7 @@ def kill_and_resume(
         print_status(f"uninterrupted run: {end:.1f} s (first file after {first_file:.1f} s)")
         moments = [random.Random(f"{seed} {n}") for n in range(kills)]
         found = []
-        with progress("kills", kills) as bar, ThreadPoolExecutor(jobs) as pool:
+        with progress_bar("kills", kills) as bar, ThreadPoolExecutor(jobs) as pool:
             waiting = [
                 pool.submit(_killed, Path(root) / f"{n}", whole, rng, first_file, end)
                 for n, rng in enumerate(moments)
@@ -148,14 +147,14 @@ class _Training:
 
     def __init__(self, folder: Path, processes: int) -> None:
         self.folder, self.processes = folder, processes
-        self.run_dir = RunFolder(folder / "models" / "selftest")
+        self.run_dir = RunDir(folder / "models" / "selftest")
         self.saved = "nothing saved yet"  # at the moment of the kill
 
     def start(self) -> subprocess.Popen[bytes]:
         self.folder.mkdir(parents=True, exist_ok=True)
         recipe = self.folder / "selftest.yaml"
         if not recipe.exists():
-            recipe.write_text(load(RECIPE).to_text())
+            recipe.write_text(load_recipe(RECIPE).to_text())
         launch = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3",
                   "--nproc-per-node", str(self.processes)]  # fmt: skip
         command = ["-m", "convlens", "train", "selftest.yaml", "--device", "cpu"]
@@ -312,10 +311,12 @@ def _killed(
     return Kill(round(after, 3), training.saved, found)
 
 
-def differences(one: RunFolder, other: RunFolder) -> list[str]:
+def differences(one: RunDir, other: RunDir) -> list[str]:
     """List what differs between two finished runs, except for times; empty if no bit does."""
     found = []
-    (weights, card), (others, its_card) = (modelfile.read(each.model_path) for each in (one, other))
+    (weights, card), (others, its_card) = (
+        serialization.read_model_file(each.model_path) for each in (one, other)
+    )
     found += _of_tensors("the model", weights, others)
     states = [each.state() for each in (one, other)]
     if states[0] is None or states[1] is None:

@@ -38,7 +38,7 @@ def workers(variant: str) -> dict[str, Any]:
 
 def network(row: Row, variant: str) -> nn.Module:
     images, _ = row.load()
-    model = models.build(row.net, 10, row.channels, images.shape[1], row.options)
+    model = models.build_model(row.net, 10, row.channels, images.shape[1], row.options)
     row.check(sum(p.numel() for p in model.parameters() if p.requires_grad))
     if "channels_last" in variant:
         model = model.to(memory_format=torch.channels_last)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from convlens import device, engine, recipe
-from convlens.data import Data, Split
-from convlens.data.rows import ArrayRows
-from convlens.starting.preparing import prepare
-from convlens.system import process
+from convlens import device, recipe
+from convlens.data.cache import ArrayRows
+from convlens.data.dataset import Data, Split
+from convlens.engine import loop
+from convlens.training.setup import build_training_job
+from convlens.utils import process
 from turns import Row, Turns, serve
 
 EPOCHS = 100_000
@@ -23,7 +24,7 @@ def train(row: Row, variant: str, turns: Turns) -> None:
         {"RandomHorizontalFlip": {}},
         {"RandomCrop": {"padding": 2, "padding_mode": "reflect"}},
     ]
-    asked = recipe.load(
+    asked = recipe.load_recipe(
         {
             "name": "peers",
             "augment": flips if row.augment else [],
@@ -39,11 +40,11 @@ def train(row: Row, variant: str, turns: Turns) -> None:
     )
     process.keep_freed_memory()
     device.prepare(deterministic=False)
-    setup = prepare(asked, _data(row), "cpu")
+    setup = build_training_job(asked, _data(row), "cpu")
     row.check(sum(p.numel() for p in setup.trained.parameters() if p.requires_grad))
     turns.how = f"{setup.plan}{', compiled' if variant == COMPILED else ''}"
     for record in setup.fit():
-        if isinstance(record, engine.Epoch):
+        if isinstance(record, loop.Epoch):
             float(record.loss)
             turns.epoch()
 

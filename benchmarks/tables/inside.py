@@ -67,8 +67,10 @@ def labels(results: list[dict[str, Any]]) -> str:
             shares = ("–", "–", "–")
             if c["planted"]:
                 first, second = c["average_precision"], c["average_precision_margin"]
-                shares = (*(f"**{c[k]:.2f}**" for k in ("precision", "recall")),
-                          f"{first:.2f} / {second:.2f}")  # fmt: skip
+                shares = (
+                    *(f"**{c[k]:.2f}**" for k in ("precision", "recall")),
+                    f"{first:.2f} / {second:.2f}",
+                )
             lines.append(
                 f"| {r['data']} | {kind} | {c['images']:,} | {c['planted']} | "
                 f"{100 * c['accuracy']:.1f}% | {c['named']} | {' | '.join(shares)} | "

@@ -15,23 +15,21 @@ if TYPE_CHECKING:
     from convlens.api import (
         Run as Run,
         RunTable as RunTable,
+        compare as compare,
+        diagnose as diagnose,
         evaluate as evaluate,
         export as export,
+        find_label_errors as find_label_errors,
+        look as look,
+        measure as measure,
         predict as predict,
         recipes as recipes,
+        report as report,
         train as train,
         train_many as train_many,
     )
     from convlens.errors import ConvlensError as ConvlensError
     from convlens.estimator import ImageClassifier as ImageClassifier
-    from convlens.insight import (
-        compare as compare,
-        diagnose as diagnose,
-        find_label_errors as find_label_errors,
-        look as look,
-        measure as measure,
-        report as report,
-    )
 
 _HOMES = {
     "Run": "api",

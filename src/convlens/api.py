@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convlens import (
-    evaluation,
-    exported,
-    prediction,
-    recipe as recipe_module,
-    run as run_module,
-    training,
-)
+from convlens import evaluation, model_export, onnx_model, prediction, serialization
+from convlens.errors import UsageError
 from convlens.evaluation import Evaluation
-from convlens.exporting import making
-from convlens.exporting.making import Export
-from convlens.formats import modelfile
+from convlens.model_export import Export
 from convlens.prediction import Prediction
-from convlens.recipe import Recipe, load as load_recipe
-from convlens.several import runs as several
-from convlens.several.tabling import Summary, Table
-from convlens.starting import asking
-from convlens.system.console import print_status
+from convlens.recipe import Recipe, load_recipe, recipe_names
+from convlens.run import RunDir, find_run
+from convlens.training import repeats as several, resolve, train as training_train
+from convlens.training.repeats import RunResults, VariantSummary
+from convlens.utils.console import print_status, quiet_mode
+
+if TYPE_CHECKING:
+    from convlens.analysis.compare import Comparison
+    from convlens.analysis.diagnosis import Diagnosis
+    from convlens.analysis.label_errors import LabelReport
+    from convlens.interpret.look import Look
+    from convlens.interpret.measure import Measurements
+    from convlens.reports.build import Report
 
 
 class Run:
@@ -37,13 +37,13 @@ class Run:
         >>> run.predict(["seven.png"])[0].label
     """
 
-    def __init__(self, folder: run_module.RunFolder) -> None:
+    def __init__(self, folder: RunDir) -> None:
         self._folder = folder
 
     @classmethod
     def load(cls, name: str | Path) -> Run:
         """The run of that name under `models/`, in that folder, or of that model or ONNX file."""
-        return cls(run_module.find(name))
+        return cls(find_run(name))
 
     def __repr__(self) -> str:
         return f"Run({self.name!r}, {self._folder.facts().get('status', 'a model file')})"
@@ -60,12 +60,14 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe, which trains the same again."""
-        return modelfile.recipe_of(exported.open_model(self._folder.model_path).card)
+        return serialization.recipe_from_metadata(
+            onnx_model.load_model_or_onnx(self._folder.model_path).card
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names in the order of the model's outputs."""
-        return exported.open_model(self._folder.model_path).classes
+        return onnx_model.load_model_or_onnx(self._folder.model_path).classes
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -113,10 +115,10 @@ class Run:
 
         With `tta` (`flip`, `flip+shifts`) each has `tta_label` and `tta_prob` beside the plain.
         """
-        loaded = exported.open_model(self._folder.model_path)
+        loaded = onnx_model.load_model_or_onnx(self._folder.model_path)
         if isinstance(inputs, str | Path):
             inputs = [inputs]
-        images = inputs if isinstance(inputs, np.ndarray) else prediction.expand(inputs)
+        images = inputs if isinstance(inputs, np.ndarray) else prediction.expand_paths(inputs)
         answers = prediction.predict(loaded, images, top_k=top_k, tta=tta, on=device, quiet=quiet)
         return list(answers)
 
@@ -134,7 +136,7 @@ class Run:
         reproduces the outputs of convlens; `Export.proof` holds the largest differences.
         """
         names = [to] if isinstance(to, str) else to
-        return making.export(self._folder, names, output=output, data=data, quiet=quiet)
+        return model_export.export(self._folder, names, output=output, data=data, quiet=quiet)
 
 
 def train(
@@ -162,8 +164,8 @@ def train(
     Raises:
         ConvlensError: with what, where and what to do.
     """
-    asked = asking.read(what, data=data, overrides=_texts(overrides))
-    place = training.train(
+    asked = resolve.resolve_recipe(what, data=data, overrides=_texts(overrides))
+    place = training_train.train(
         asked.recipe,
         name=name,
         plain=asked.plain,
@@ -186,7 +188,7 @@ class RunTable:
         >>> table.summaries[0].mean, table.summaries[0].sd
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: RunResults) -> None:
         self._table = table
 
     def __repr__(self) -> str:
@@ -198,7 +200,7 @@ class RunTable:
         return [Run(outcome.place) for outcome in self._table.outcomes]
 
     @property
-    def summaries(self) -> list[Summary]:
+    def summaries(self) -> list[VariantSummary]:
         """What each variant reached: `variant`, `accuracies`, `mean`, `sd`, `interval95`, ..."""
         return self._table.summaries
 
@@ -242,7 +244,7 @@ def train_many(
     Raises:
         ConvlensError: with what, where and what to do.
     """
-    asked = asking.read_variants(what, variants, data=data, overrides=_texts(overrides))
+    asked = resolve.resolve_variants(what, variants, data=data, overrides=_texts(overrides))
     table = several.train_many(
         asked,
         repeat_splits=repeat_splits,
@@ -259,7 +261,7 @@ def train_many(
 
 
 def _texts(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
-    return asking.as_overrides(overrides) if isinstance(overrides, Mapping) else overrides
+    return resolve.to_overrides(overrides) if isinstance(overrides, Mapping) else overrides
 
 
 def evaluate(run: str | Path | Run, split: str = "test", **options: Any) -> Evaluation:
@@ -281,4 +283,193 @@ def export(run: str | Path | Run, to: str | Sequence[str] = "onnx", **options: A
 
 def recipes() -> dict[str, Recipe]:
     """The recipes that come with convlens, by name."""
-    return {name: load_recipe(name) for name in recipe_module.names()}
+    return {name: load_recipe(name) for name in recipe_names()}
+
+
+# ---- insight ----------------------------------------
+# The Python API of looking: inside networks, at runs side by side, at what is wrong.
+
+
+def look(
+    runs: str | Path | Run | Sequence[str | Path | Run],
+    images: str | Path | Sequence[str | Path] = (),
+    *,
+    device: str | None = None,
+    quiet: bool = True,
+    **options: Any,
+) -> Look:
+    """Draws what the layers of networks make of images, all networks side by side.
+
+    Args:
+        runs: one or several: runs (name, folder, model file or `Run`), or networks of torchvision
+            or timm (`NAME[:WEIGHTS]`).
+        images: files, folders, globs, `test:17`, `worst:5`, `class:cat:3`; without any, a few
+            validation images, unless only filters and the like are asked for.
+        options: as in `inspection.looking.Options`, and on the command line: `layers`, `order`,
+            `channels`, `filters`, `top_images`, `dream`, `attribution`, `measure`, `embedding`,
+            `nearest` and more.
+
+    Raises:
+        ConvlensError: with what, where and what to do.
+
+    Example:
+        >>> seen = convlens.look(["resnet18", "resnet18-tiny"], ["cat.png", "worst:3"])
+        >>> seen.files, seen.seen[0][1].maps["layer1.0"].shape
+    """
+    from convlens.interpret import inputs, look as interpret_look
+
+    listed = ("layers", "filters", "top_images", "dream", "attribution", "measure", "embedding")
+    options |= {k: _as_list(options[k]) for k in listed if k in options}
+    try:
+        asked = interpret_look.LookOptions(**options)
+    except TypeError as error:
+        known = ", ".join(interpret_look.LookOptions.__dataclass_fields__)
+        raise UsageError(f"look: {error}", fix=f"its options are {known}") from error
+    asked.check()
+    with quiet_mode(quiet):
+        opened = inputs.open_look_inputs(
+            [*_run_names(runs), *map(str, _as_list(images))],
+            on=device,
+            examples=asked.needs_images,
+        )
+        return interpret_look.look(opened, asked)
+
+
+def measure(
+    runs: str | Path | Run | Sequence[str | Path | Run],
+    measures: str | Sequence[str] = (),
+    *,
+    folder: str | Path | None = None,
+    device: str | None = None,
+    quiet: bool = True,
+    **options: Any,
+) -> Measurements:
+    """Measures every stage of one or several networks over images, and draws one figure.
+
+    Args:
+        runs: a run or several, by name, folder or model file; or networks of torchvision or timm.
+        measures: some of `convlens.interpret.measure.NAMES`; all by default.
+        folder: of the figures; `plots/RUN/look`, of several `plots/look-RUN-RUN`, by default.
+        options: `split`, `data`, `layers`, `images`, `learn_from`, `untrained`, `seed`, as in
+            `convlens.interpret.measure.measure`.
+
+    Example:
+        >>> found = convlens.measure(["resnet18", "resnet18-noaug"], ["probe", "picture"])
+        >>> found.networks[0].stages["layer4.1"]["probe"].value
+    """
+    from convlens.interpret import measure as interpret_measure
+    from convlens.interpret.inputs import figures_folder, open_inspected_model
+
+    names = _as_list(measures)
+    interpret_measure.select_measures(names)
+    subjects = [open_inspected_model(text, on=device) for text in _run_names(runs)]
+    place = figures_folder(subjects) if folder is None else Path(folder)
+    return interpret_measure.measure(subjects, names, folder=place, quiet=quiet, **options)
+
+
+def compare(
+    *runs: str | Path | Run,
+    split: str = "test",
+    data: str | Path | None = None,
+    force: bool = False,
+    device: str | None = None,
+    quiet: bool = True,
+) -> Comparison:
+    """Puts runs side by side, and says which can be told apart from the first.
+
+    Example:
+        >>> result = convlens.compare("resnet18", "resnet18-noaug")
+        >>> result.verdicts[0].sentence
+
+    Args:
+        runs: at least two; those that differ only in their seeds are taken together.
+        split, data, force, device: as on the command line.
+    """
+    from convlens.analysis import compare as analysis_compare
+
+    names = [run._folder if isinstance(run, Run) else run for run in runs]
+    return analysis_compare.compare(names, split, data=data, force=force, on=device, quiet=quiet)
+
+
+def diagnose(run: str | Path | Run, *, device: str | None = None, quiet: bool = True) -> Diagnosis:
+    """Diagnose a run: overfitting, learning rate, dead layers and more, with evidence and remedy.
+
+    Example:
+        >>> [(finding.rule, finding.overrides) for finding in convlens.diagnose("mnist").findings]
+    """
+    from convlens.analysis import diagnosis
+
+    folder = run._folder if isinstance(run, Run) else find_run(run)
+    return diagnosis.diagnose(folder, on=device, quiet=quiet)
+
+
+def report(
+    *runs: str | Path | Run,
+    output: str | Path | None = None,
+    audit: bool | None = None,
+    device: str | None = None,
+    quiet: bool = True,
+) -> Report:
+    """Writes one HTML page about a run, or one that compares several; `Report.path` is where.
+
+    Args:
+        output: the file; by default below `plots/`.
+        audit: whether to look at every image of the data set; by default where they are few.
+    """
+    from convlens.reports import build
+
+    return build.report(_run_names(runs), output=output, audit=audit, on=device, quiet=quiet)
+
+
+def find_label_errors(
+    what: str | Path | Mapping[str, Any] | Recipe | Run,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    data: str | Path | None = None,
+    folds: int = 5,
+    test: bool = False,
+    name: str | None = None,
+    fresh: bool = False,
+    device: str | None = None,
+    quiet: bool = False,
+) -> LabelReport:
+    """Names images whose labels are probably wrong, by models that didn't train on them.
+
+    Args:
+        what, overrides, data, name, fresh, device, quiet: as in `train`; `what` may be a run,
+            whose recipe is then taken.
+        folds: so many models are trained, each judges the images of its fold.
+        test: judges the test split as well, by all models; their runs log that look.
+
+    Returns:
+        Suspects with suggestions, the surest first, probabilities and scores of all images, and
+        the paths of a sheet of pictures and of a CSV to correct.
+
+    Raises:
+        ConvlensError: with what, where and what to do.
+    """
+    from convlens.analysis import label_errors
+
+    if isinstance(what, Run):
+        alone = what._folder.model_path
+        what = alone if alone.is_file() else what.path
+    return label_errors.find_label_errors(
+        what,
+        overrides,
+        data=data,
+        folds=folds,
+        test=test,
+        name=name,
+        fresh=fresh,
+        on=device,
+        quiet=quiet,
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str | Path | Run) else list(value)
+
+
+def _run_names(runs: Any) -> list[str]:
+    """Runs as the command line names them."""
+    return [str(each.path if isinstance(each, Run) else each) for each in _as_list(runs)]

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from convlens.errors import ResourceError, UsageError
-from convlens.system import ranks
+from convlens.utils import process
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # The two of cuBLAS's workspaces with which it is deterministic, and torch says so.
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
 # Fields of `Plan` that are stored by another name.
 STORED_KEYS = {"micro_batch_size": "part", "step_mode": "step"}
-UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
+MEMORY_UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Plan:
         """The context for the forward pass: half precision where planned, else nothing."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=HALVES[self.precision])
+        return torch.autocast(torch.device(self.device).type, dtype=HALF_DTYPES[self.precision])
 
     def micro_batches(self, images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Split the batch `[B, ...]` and its labels into micro-batches.
@@ -99,7 +99,7 @@ class Plan:
         return f"{self.precision} {self.memory_format}{size}{mode}"
 
 
-def choose(asked: str | None = None) -> str:
+def select_device(asked: str | None = None) -> str:
     """The device to use: what was asked for, or CUDA, then MPS, then the CPU.
 
     Of several processes on a machine each has a GPU of its own, in order.
@@ -111,7 +111,9 @@ def choose(asked: str | None = None) -> str:
     if asked is None or asked == "auto":
         # (Apple's one GPU is not for several processes.) Of a driver that is too old torch warns.
         if not torch.cuda.is_available():
-            return "mps" if torch.backends.mps.is_available() and ranks.size() == 1 else "cpu"
+            return (
+                "mps" if torch.backends.mps.is_available() and process.world_size() == 1 else "cpu"
+            )
         try:
             gpu = _own_gpu("cuda")
             torch.empty(1, device=gpu)
@@ -143,19 +145,19 @@ def _own_gpu(asked: str) -> str:
 
     Events, streams and generators are of the current device, whatever the tensors are on.
     """
-    if ranks.size() == 1:
+    if process.world_size() == 1:
         if asked.startswith("cuda:"):
             torch.cuda.set_device(asked)
         return asked
     count = torch.cuda.device_count()
-    if asked != "cuda" or ranks.local_size() > count:
+    if asked != "cuda" or process.local_size() > count:
         raise UsageError(
-            f"device {asked!r} is not for {ranks.local_size()} processes on this machine, which "
+            f"device {asked!r} is not for {process.local_size()} processes on this machine, which "
             f"has {count} GPUs: each process takes one",
             fix=f"leave out --device and start {count} processes; or use --device cpu",
         )
-    torch.cuda.set_device(ranks.local_rank())
-    return f"cuda:{ranks.local_rank()}"
+    torch.cuda.set_device(process.local_rank())
+    return f"cuda:{process.local_rank()}"
 
 
 def has_fast_bf16(device: str) -> bool:
@@ -180,13 +182,15 @@ def half_precision(device: str) -> str | None:
 
 def cpu_flags() -> set[str]:
     """The CPU's own feature flags (Linux; elsewhere empty)."""
-    for line in _read("/proc/cpuinfo").splitlines():
+    for line in _read_text("/proc/cpuinfo").splitlines():
         if line.startswith("flags"):
             return set(line.partition(":")[2].split())
     return set()
 
 
-def plans(device: str, precision: str, memory_format: str, deterministic: bool) -> list[Plan]:
+def candidate_plans(
+    device: str, precision: str, memory_format: str, deterministic: bool
+) -> list[Plan]:
     """The plans that fit what the recipe asks for; the first is taken where nothing is timed.
 
     On a CPU that is the safest one: fp32, contiguous. On a GPU with tensor cores it is the one
@@ -219,7 +223,7 @@ def _check_precision(device: str, precision: str) -> None:
         )
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     """Waits for the device's queue; nothing to wait for on the CPU."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -227,7 +231,7 @@ def synchronise(device: str) -> None:
         torch.mps.synchronize()
 
 
-def seed_of(*parts: int) -> int:
+def derive_seed(*parts: int) -> int:
     """A 63-bit seed that is a function of `parts` only, e.g. `(seed, epoch, step)`.
 
     SplitMix64's finaliser (Steele, Lea, Flood 2014): neighbouring parts give unrelated seeds.
@@ -259,7 +263,7 @@ def prepare(deterministic: bool, on: str = "cpu") -> None:
     Raises:
         UsageError: deterministic training on CUDA without the environment that cuBLAS needs.
     """
-    use_cores()
+    limit_threads()
     config = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     if deterministic and on.startswith("cuda") and config not in CUBLAS_DETERMINISTIC:
         raise UsageError(
@@ -318,7 +322,7 @@ class _TorchSettings:
 
         def restore_device() -> None:
             # Under torchrun the process is ours, and NCCL goes by its current device.
-            if ranks.size() == 1 and torch.cuda.is_initialized():
+            if process.world_size() == 1 and torch.cuda.is_initialized():
                 torch.cuda.set_device(current)
 
         return [restore_threads, restore_algorithms, restore_device]
@@ -340,7 +344,7 @@ def preserve_torch_settings(on: str | None = None) -> Iterator[None]:
     """
     _settings.enter()
     try:
-        use_cores()
+        limit_threads()
         if on is not None and on.startswith("cuda:"):
             torch.cuda.set_device(on)
         yield
@@ -374,13 +378,13 @@ def num_threads() -> int:
 
     What the user set by OMP_NUM_THREADS stays. Processes of a machine share its cores evenly.
     """
-    threads, cores = torch.get_num_threads(), max(1, usable_cores() // ranks.local_size())
+    threads, cores = torch.get_num_threads(), max(1, usable_cores() // process.local_size())
     # torchrun itself sets one thread a process.
-    adapt = threads > cores or ranks.local_size() > 1
-    return cores if adapt and not ranks.threads_chosen() else threads
+    adapt = threads > cores or process.local_size() > 1
+    return cores if adapt and not process.threads_chosen() else threads
 
 
-def use_cores() -> None:
+def limit_threads() -> None:
     """Set torch's number of threads, a setting of the whole process, to `num_threads`."""
     threads = num_threads()
     if threads != torch.get_num_threads():
@@ -390,7 +394,7 @@ def use_cores() -> None:
 def usable_cores() -> int:
     """Cores by affinity and by the container's CPU quota, which `os.cpu_count` doesn't see."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    quota, _, period = _read_text("/sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdigit() and period.strip().isdigit():
         cores = min(cores or 1, max(1, int(quota) // int(period)))
     return cores or 1
@@ -402,13 +406,13 @@ def memory_budget(device: str) -> int:
     `$CONVLENS_MEMORY` (e.g. `64MB`) overrides it; larger sets stream from the cache. The processes
     of a machine share its memory, or what was asked for, evenly.
     """
-    among = ranks.local_size()
+    among = process.local_size()
     asked = os.environ.get("CONVLENS_MEMORY", "").strip().upper()
     if asked:
         number, unit = asked[:-2].strip(), asked[-2:]
-        if unit not in UNITS or not number.replace(".", "", 1).isdecimal():
+        if unit not in MEMORY_UNITS or not number.replace(".", "", 1).isdecimal():
             raise UsageError(f"CONVLENS_MEMORY={asked!r} is no size", fix="write e.g. 64MB or 2GB")
-        return int(float(number) * UNITS[unit]) // among
+        return int(float(number) * MEMORY_UNITS[unit]) // among
     budget = available_memory() // 2 // among
     if device.startswith("cuda"):  # the images pass through main memory on their way
         return min(budget, int(torch.cuda.mem_get_info()[0]) // 2)
@@ -418,16 +422,19 @@ def memory_budget(device: str) -> int:
 def available_memory() -> int:
     """Bytes of main memory this process can still take, as system and container see it."""
     free = 4 * 2**30  # a laptop's worth, where the system doesn't tell
-    for line in _read("/proc/meminfo").splitlines():
+    for line in _read_text("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable"):
             free = int(line.split()[1]) * 1024
-    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    limit, used = (
+        _read_text("/sys/fs/cgroup/memory.max"),
+        _read_text("/sys/fs/cgroup/memory.current"),
+    )
     if limit.strip().isdigit() and used.strip().isdigit():
         free = min(free, max(0, int(limit) - int(used)))
     return free
 
 
-def open_files() -> int:
+def max_open_files() -> int:
     """How many files a process may have open (`ulimit -n`)."""
     try:
         import resource
@@ -437,9 +444,9 @@ def open_files() -> int:
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-def describe(device: str) -> dict[str, Any]:
+def describe_hardware(device: str) -> dict[str, Any]:
     """Hardware and versions, for results that say where they were measured."""
-    lines = _read("/proc/cpuinfo").splitlines()
+    lines = _read_text("/proc/cpuinfo").splitlines()
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     facts: dict[str, Any] = {
         "device": device,
@@ -455,8 +462,53 @@ def describe(device: str) -> dict[str, Any]:
     return facts
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return Path(path).read_text()
     except OSError:
         return ""
+
+
+# ---- later ----------------------------------------
+# Copies between host and device that do not wait for the device.
+#
+# Reading a number off a GPU (`.item()`, `float`) waits for all work queued on the GPU, and leaves
+# the GPU idle until the host has queued more. A copy into pinned memory, followed by an event, is
+# complete as soon as the work queued before it is, whatever was queued after it.
+
+
+class AsyncScalars:
+    """Copy 0-d tensors to the host as float32 without waiting; read the values later.
+
+    On devices other than CUDA they are read at once.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        with torch.no_grad():
+            values = torch.stack([tensor.detach().float() for tensor in tensors])
+        self._event: torch.cuda.Event | None = None
+        if not values.is_cuda:
+            self._host = values.cpu()
+            return
+        self._host = torch.empty(len(tensors), pin_memory=True)
+        self._host.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def ready(self) -> bool:
+        """Whether `values` would return without waiting."""
+        return self._event is None or bool(self._event.query())
+
+    def values(self) -> list[float]:
+        """The numbers. Waits for the work queued before the copy, and for nothing after it."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._host.tolist()  # host memory: no device call
+        return values
+
+
+def to_device_async(tensor: Tensor, device: str) -> Tensor:
+    """Move a tensor to the device; through pinned memory for CUDA, so that nothing waits."""
+    if not device.startswith("cuda") or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

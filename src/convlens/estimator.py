@@ -13,16 +13,16 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
-from convlens import device, training
-from convlens.data.arrays import from_arrays
-from convlens.data.decode import fit_images
+from convlens import device
+from convlens.data.dataset import data_from_arrays
+from convlens.data.decode import fit_arrays
 from convlens.errors import UsageError
 from convlens.prediction import all_probabilities, channels_first
-from convlens.run import Loaded, RunFolder, load_model
-from convlens.starting import asking
-from convlens.starting.checking import check
-from convlens.starting.preparing import prepare
-from convlens.system.console import quieted
+from convlens.run import LoadedModel, RunDir, load_model
+from convlens.training import resolve, train
+from convlens.training.resolve import validate_recipe
+from convlens.training.setup import build_training_job
+from convlens.utils.console import quiet_mode
 
 
 class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -80,14 +80,14 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_, labels = np.unique(targets, return_inverse=True)
         if len(self.classes_) < 2:
             raise UsageError(f"the classifier needs 2 classes, the labels hold {self.classes_}")
-        recipe = asking.read(self.recipe, overrides=self._overrides(images)).recipe
-        check(recipe)
+        recipe = resolve.resolve_recipe(self.recipe, overrides=self._overrides(images)).recipe
+        validate_recipe(recipe)
         side = images.shape[2]
         if images.shape[3] != side or recipe.data.image_size not in ("auto", side):
             asked = recipe.data.image_size
             side = max(images.shape[2:]) if asked == "auto" else int(asked)
-            images = fit_images(images, size=side, channels=images.shape[1], fit=recipe.data.fit)
-        data = from_arrays(
+            images = fit_arrays(images, size=side, channels=images.shape[1], fit=recipe.data.fit)
+        data = data_from_arrays(
             images,
             labels.astype(np.int64),
             [str(name) for name in self.classes_],
@@ -95,14 +95,14 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             seed=self.random_state,
             fit=recipe.data.fit,
         )
-        with quieted(not self.verbose), tempfile.TemporaryDirectory() as folder:
-            place = RunFolder(Path(folder) / "run", Path(folder) / "plots")
-            where = device.choose(self.device)
+        with quiet_mode(not self.verbose), tempfile.TemporaryDirectory() as folder:
+            place = RunDir(Path(folder) / "run", Path(folder) / "plots")
+            where = device.select_device(self.device)
             device.prepare(recipe.train.deterministic, where)
-            setup = prepare(recipe, data, where)
+            setup = build_training_job(recipe, data, where)
             with place.lock():
-                training.run_to_end(setup, place, quiet=not self.verbose)
-            self.model_: Loaded = load_model(place.model_path)
+                train.fit(setup, place, quiet=not self.verbose)
+            self.model_: LoadedModel = load_model(place.model_path)
             self.history_ = place.metrics()
         self.n_features_in_ = int(np.prod(images.shape[1:]))
         return self
@@ -123,7 +123,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         values |= {"data.channels": int(images.shape[1]), "data.val_fraction": self.val_fraction}
         if self.epochs is not None:
             values["train.epochs"] = self.epochs
-        return asking.as_overrides(values)
+        return resolve.to_overrides(values)
 
     def _images(self, X: npt.ArrayLike) -> npt.NDArray[np.uint8]:  # noqa: N803
         array = np.asarray(X)

@@ -6,6 +6,8 @@ often a test set was used.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,22 +16,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from convlens import answers as store, device, metrics, onlooker, picturing, run, views
-from convlens.data import Data, Split, load, load_foreign
-from convlens.data.batches import Labelled
-from convlens.distributed.processes import SINGLE_PROCESS, ProcessGroup, init_process_group
-from convlens.errors import DataError, ModelFileError
-from convlens.exported import open_model
-from convlens.formats import modelfile
-from convlens.inference import Answers, placed, split_answers
-from convlens.names import alike, pick
-from convlens.run import Loaded, RunFolder
-from convlens.stepping.data_parallel import distributed_map
-from convlens.system.console import progress, quieted
+from convlens import metrics, run, run_plots, serialization
+from convlens.data.dataset import Data, Split, load_data, load_external_data
+from convlens.data.loader import Labelled
+from convlens.device import (
+    Plan,
+    describe_hardware,
+    memory_budget,
+    preserve_torch_settings,
+    synchronize,
+)
+from convlens.distributed import SINGLE_PROCESS, ProcessGroup, init_process_group
+from convlens.engine import inference
+from convlens.engine.data_parallel import distributed_map
+from convlens.engine.inference import ModelOutputs, place_model, split_outputs
+from convlens.errors import DataError, ModelFileError, closest_match, lookup
+from convlens.onnx_model import load_model_or_onnx
+from convlens.run import LoadedModel, RunDir
+from convlens.utils import files
+from convlens.utils.console import progress_bar, quiet_mode
 
-SPLITS = ("test", "val", "train")
+SPLIT_NAMES = ("test", "val", "train")
 
 
 @dataclass(frozen=True)
@@ -84,9 +94,9 @@ class Evaluation:
         )
 
 
-@device.preserve_torch_settings()
+@preserve_torch_settings()
 def evaluate(
-    place: RunFolder,
+    place: RunDir,
     split: str = "test",
     *,
     data: str | Path | None = None,
@@ -110,20 +120,20 @@ def evaluate(
         UsageError: no such split or views; DataError: the images changed since training, or a
             class that the model doesn't know.
     """
-    pick(dict.fromkeys(SPLITS), split, "split")
-    views.chosen(tta)  # a typo must not cost the loading of a data set
+    lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
+    inference.select_views(tta)  # a typo must not cost the loading of a data set
     world = init_process_group()
-    place = onlooker.shared_run_dir(world, lambda: place)
-    loaded = open_model(place.model_path)
+    place = run.shared_run_dir(world, lambda: place)
+    loaded = load_model_or_onnx(place.model_path)
     where = loaded.where(on)
-    with quieted(quiet):
+    with quiet_mode(quiet):
         with world.local_rank_zero_first():
-            judged = judged_by(loaded, split, data=data, on=where, own=own)
-        onlooker.check_same_images(world, judged.name, judged.fingerprint)
-        return look(place, loaded, judged, split, where, tta=tta, world=world).evaluation
+            judged = load_eval_split(loaded, split, data=data, on=where, own=own)
+        run.check_same_images(world, judged.name, judged.fingerprint)
+        return evaluate_split(place, loaded, judged, split, where, tta=tta, world=world).evaluation
 
 
-class Judged(NamedTuple):
+class EvalSplit(NamedTuple):
     """A split with labels in a model's order of classes, the set's name and fingerprint."""
 
     part: Split
@@ -131,7 +141,7 @@ class Judged(NamedTuple):
     fingerprint: str
 
 
-class Look(NamedTuple):
+class EvaluationRun(NamedTuple):
     """One look at a split: its numbers, and what they rest on.
 
     `scores` are logits `[N, K]` and `labels` int64 `[N]`, both in the order of the split.
@@ -142,36 +152,36 @@ class Look(NamedTuple):
     labels: np.ndarray
 
 
-def judged_by(
-    loaded: Loaded,
+def load_eval_split(
+    loaded: LoadedModel,
     split: str,
     *,
     data: str | Path | None = None,
     on: str,
     own: Data | None = None,
-) -> Judged:
+) -> EvalSplit:
     """A split of the model's own data or of another set. Errors are those of `evaluate`.
 
     `own` is `own_data` if it is at hand already.
     """
     if data is None:
-        own = own or own_data(loaded, on)
+        own = own or load_own_data(loaded, on)
         found = _part(own, split), own.classes, own.name, own.fingerprint
     else:
-        found = _foreign(str(data), loaded, split, on)
+        found = _load_external(str(data), loaded, split, on)
     part, classes, name, fingerprint = found
-    labels = _by_name(part.labels, classes, loaded.classes, name)
-    return Judged(replace(part, labels=labels), name, fingerprint)
+    labels = _match_classes(part.labels, classes, loaded.classes, name)
+    return EvalSplit(replace(part, labels=labels), name, fingerprint)
 
 
-def own_data(loaded: Loaded, on: str) -> Data:
+def load_own_data(loaded: LoadedModel, on: str) -> Data:
     """The data that the model was trained on, with its splits; the test split is still sealed.
 
     Raises:
         DataError: the images changed since, or have moved.
     """
-    recipe = modelfile.recipe_of(loaded.card)
-    data = load(recipe.data, memory_budget=device.memory_budget(on))
+    recipe = serialization.recipe_from_metadata(loaded.card)
+    data = load_data(recipe.data, memory_budget=memory_budget(on))
     began = loaded.card["data"]["fingerprint"]
     if data.fingerprint != began:
         changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
@@ -197,29 +207,29 @@ def _part(data: Data, split: str) -> Split:
     return data.val if split == "val" else data.train
 
 
-def _foreign(
-    name: str, loaded: Loaded, split: str, where: str
+def _load_external(
+    name: str, loaded: LoadedModel, split: str, where: str
 ) -> tuple[Split, tuple[str, ...], str, str]:
     pre = loaded.preprocessing
-    return load_foreign(
+    return load_external_data(
         name,
         split,
         image_size=pre.image_size,
         channels=pre.channels,
         fit=pre.fit,
-        memory_budget=device.memory_budget(where),
+        memory_budget=memory_budget(where),
         tested=True,
         run=loaded.folder,
     )
 
 
-def _by_name(
+def _match_classes(
     labels: torch.Tensor, theirs: Sequence[str], ours: Sequence[str], name: str
 ) -> torch.Tensor:
     """Labels in the model's class order; never by position."""
     unknown = [label for label in theirs if label not in ours]
     if unknown:
-        near = {label: alike(label, ours) for label in unknown[:8]}
+        near = {label: closest_match(label, ours) for label in unknown[:8]}
         shown = (f"{label} (it has {its})" if its else label for label, its in near.items())
         raise DataError(
             f"the model doesn't know {len(unknown)} of the classes: {', '.join(shown)}",
@@ -230,17 +240,17 @@ def _by_name(
     return positions[labels]
 
 
-def look(
-    place: RunFolder,
-    loaded: Loaded,
-    judged: Judged,
+def evaluate_split(
+    place: RunDir,
+    loaded: LoadedModel,
+    judged: EvalSplit,
     split: str,
     where: str,
     *,
     tta: str | None = None,
     draw: bool = True,
     world: ProcessGroup = SINGLE_PROCESS,
-) -> Look:
+) -> EvaluationRun:
     """Answers for all images of a split, logged in `results.json` as one look at it.
 
     Args:
@@ -252,10 +262,10 @@ def look(
     part, name, fingerprint = judged
     start = time.perf_counter()
     plan = _plan(place, loaded, where)
-    answers, labels = _answers(loaded, part, split, plan, tta, world)
+    answers, labels = _compute_outputs(loaded, part, split, plan, tta, world)
     seconds = time.perf_counter() - start
     scores, truths = answers.plain.cpu().numpy(), labels.cpu().numpy()
-    summary = metrics.summarise(scores, truths, list(loaded.classes))
+    summary = metrics.summarize(scores, truths, list(loaded.classes))
     result: dict[str, Any] = {
         "run": place.name,
         "split": split,
@@ -268,19 +278,19 @@ def look(
         "data_fingerprint": fingerprint,
         "model_sha256": loaded.card["sha256"],
         "convlens": loaded.card["convlens"],
-        "hardware": device.describe(where),
+        "hardware": describe_hardware(where),
     }
     own = loaded.card["data"]["fingerprint"] == fingerprint
     result["looks"] = world.broadcast(lambda: place.add_result({**result, "own": own})["looks"])
     # The report needs the answers of the model file.
     if own and world.is_main_process and loaded.original:
-        said = store.Answers(scores, truths, store.identity(part, loaded.classes))
-        store.keep(place, split, fingerprint, loaded.card["sha256"], said)
-    label = split if own else f"{split}-{run.safe(Path(name).name)}"
+        said = CachedPredictions(scores, truths, split_hash(part, loaded.classes))
+        save_predictions(place, split, fingerprint, loaded.card["sha256"], said)
+    label = split if own else f"{split}-{run.safe_name(Path(name).name)}"
     if draw and world.is_main_process:
-        picturing.evaluation_plots(place, label, part, scores, loaded.classes)
+        run_plots.plot_evaluation(place, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
-    return Look(evaluation, scores, truths)
+    return EvaluationRun(evaluation, scores, truths)
 
 
 def sentence(result: Mapping[str, Any]) -> str:
@@ -305,58 +315,151 @@ def times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
 
 
-class _Chosen(NamedTuple):
-    plan: device.Plan
+class _SelectedPart(NamedTuple):
+    plan: Plan
     free: bool  # whether its memory format is only where a choice begins
 
 
-def _plan(place: RunFolder, loaded: Loaded, where: str) -> _Chosen:
+def _plan(place: RunDir, loaded: LoadedModel, where: str) -> _SelectedPart:
     """In which memory format the model answers: its run's, if that was chosen on this hardware.
 
     So a run is tested as it was validated, and nothing is timed again.
     """
-    plan, facts = placed(loaded.model, where), dict[str, Any]()
+    plan, facts = place_model(loaded.model, where), dict[str, Any]()
     if loaded.original:
         with suppress(ModelFileError):  # a damaged run.json is nothing to the model file
             facts = place.facts()
     trained = facts.get("plan") or {}
-    if trained.get("precision") == "fp32" and facts.get("hardware") == device.describe(where):
+    if trained.get("precision") == "fp32" and facts.get("hardware") == describe_hardware(where):
         plan = replace(plan, memory_format=trained["memory_format"])
         plan.prepare_model(loaded.model)
-        return _Chosen(plan, free=False)
-    return _Chosen(plan, loaded.free)
+        return _SelectedPart(plan, free=False)
+    return _SelectedPart(plan, loaded.free)
 
 
-def _answers(
-    loaded: Loaded, part: Split, split: str, chosen: _Chosen, tta: str | None, world: ProcessGroup
-) -> tuple[Answers, torch.Tensor]:
+def _compute_outputs(
+    loaded: LoadedModel,
+    part: Split,
+    split: str,
+    chosen: _SelectedPart,
+    tta: str | None,
+    world: ProcessGroup,
+) -> tuple[ModelOutputs, torch.Tensor]:
     plan, total = chosen.plan, int(part.labels.numel())
 
-    def ask(share: Labelled) -> Answers:
+    def ask(share: Labelled) -> ModelOutputs:
         model, normalise = loaded.model, loaded.preprocessing.normalise
-        return split_answers(
-            model, share, normalise, plan, views.chosen(tta), advance=bar.advance,
+        return split_outputs(
+            model,
+            share,
+            normalise,
+            plan,
+            inference.select_views(tta),
+            advance=bar.advance,
             free=chosen.free and world.size == 1,
-        )[0]  # fmt: skip
+        )[0]
 
-    with progress(f"evaluating {split}", total) as bar:
+    with progress_bar(f"evaluating {split}", total) as bar:
         plain, mean = distributed_map(world, part, ask)
         assert plain is not None
-        device.synchronise(plan.device)
-    return Answers(plain, mean), part.labels.to(plan.device)
+        synchronize(plan.device)
+    return ModelOutputs(plain, mean), part.labels.to(plan.device)
 
 
 TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")
 
 
 def _augmented(
-    tta: str | None, answers: Answers, truths: np.ndarray, classes: Sequence[str]
+    tta: str | None, answers: ModelOutputs, truths: np.ndarray, classes: Sequence[str]
 ) -> dict[str, Any] | None:
     """The numbers with test-time augmentation, and the images it changed from the plain answer."""
     if answers.tta is None:
         return None
     plain, mean = answers.plain.cpu().numpy(), answers.tta.cpu().numpy()
-    summary = metrics.summarise(mean, truths, classes)
-    gained, lost, p = metrics.paired(truths, plain.argmax(1), mean.argmax(1))
+    summary = metrics.summarize(mean, truths, classes)
+    gained, lost, p = metrics.paired_counts(truths, plain.argmax(1), mean.argmax(1))
     shared = {key: summary[key] for key in TTA_KEYS}
     return {"views": tta, **shared, "gained": gained, "lost": lost, "p": p}
+
+
+# ---- answers ----------------------------------------
+# What a model said to each image of a split, kept in its run: tested once, read many times.
+#
+# A report or a comparison shows single images. Testing anew for each of them would take minutes and
+# fill the log of looks with looks at nothing new.
+
+MAX_CACHED_BYTES = (
+    1 << 26
+)  # bytes of logits that are kept: 10,000 images of 1,000 classes are 40 MB
+
+
+class CachedPredictions(NamedTuple):
+    """Logits float32 `[N, K]` and labels int64 `[N]` of a split, in the model's class order.
+
+    `images` is a hash over the images' ids and classes, in order. Two models whose hashes agree
+    were asked about the same images, at whatever size, and whatever else they learned from.
+    """
+
+    logits: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    images: str
+
+    @property
+    def chances(self) -> metrics.Floats:
+        """Probabilities `[N, K]`."""
+        return metrics.softmax(self.logits)
+
+
+def save_predictions(
+    place: RunDir, split: str, fingerprint: str, model: str, answers: CachedPredictions
+) -> None:
+    """Writes the answers into the run; very large ones are left out.
+
+    Args:
+        fingerprint, model: of the data and of the model file; other answers are not these.
+    """
+    if answers.logits.nbytes > MAX_CACHED_BYTES:
+        return
+    about = {
+        "split": split,
+        "images": answers.images,
+        "data_fingerprint": fingerprint,
+        "model_sha256": model,
+    }
+    tensors = {
+        "logits": torch.from_numpy(np.ascontiguousarray(answers.logits, dtype=np.float32)),
+        "labels": torch.from_numpy(np.ascontiguousarray(answers.labels, dtype=np.int64)),
+    }
+    path = _cache_path(place, split, fingerprint)
+    files.remove_stale_temp_files(path.parent, [path.name], alone=False)
+    serialization.write_model_file(path, tensors, about)
+
+
+def load_predictions(
+    place: RunDir, split: str, fingerprint: str, model: str
+) -> CachedPredictions | None:
+    """The answers that this very model gave to this very data; None where there are none."""
+    path = _cache_path(place, split, fingerprint)
+    if not path.exists():
+        return None
+    try:
+        tensors, about = serialization.read_model_file(path)
+        if (about["data_fingerprint"], about["model_sha256"]) != (fingerprint, model):
+            return None
+        return CachedPredictions(
+            tensors["logits"].numpy(), tensors["labels"].numpy(), about["images"]
+        )
+    except (ModelFileError, KeyError):  # damaged, or another version's: they can be had again
+        return None
+
+
+def split_hash(split: Split, classes: Sequence[str]) -> str:
+    """The hash that `Answers.images` is; `split` has labels in the order of `classes`."""
+    digest = hashlib.sha256()
+    for name, label in zip(split.ids, split.labels.tolist(), strict=True):
+        digest.update(json.dumps([str(name), classes[label]]).encode())
+    return digest.hexdigest()
+
+
+def _cache_path(place: RunDir, split: str, fingerprint: str) -> Path:
+    return place.path / "answers" / f"{split}-{fingerprint[:12]}.safetensors"

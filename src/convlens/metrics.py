@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 BINS = 15  # of confidence
 # Of two logits: float32 on another device or in batches of another size differs by less.
-NEAR = 1e-4
+NEAR_TIE = 1e-4
 _AT_ONCE = 1 << 21  # logits that are turned into float64 together
 
 
@@ -106,7 +107,7 @@ def top_k(logits: npt.ArrayLike, labels: npt.ArrayLike, k: int) -> float:
     return float(np.mean(among))
 
 
-def near_ties(logits: npt.ArrayLike, within: float = NEAR) -> int:
+def near_ties(logits: npt.ArrayLike, within: float = NEAR_TIE) -> int:
     """Images whose two highest logits are less than `within` apart, equal ones among them.
 
     Only these may be answered otherwise where the last digits are others.
@@ -121,7 +122,7 @@ def near_ties(logits: npt.ArrayLike, within: float = NEAR) -> int:
     return found
 
 
-def confusion(labels: npt.ArrayLike, predictions: npt.ArrayLike, classes: int) -> Ints:
+def confusion_matrix(labels: npt.ArrayLike, predictions: npt.ArrayLike, classes: int) -> Ints:
     """Counts [K, K]: rows are the truth, columns what was predicted."""
     truth, said = _indices(labels, classes), _indices(predictions, classes)
     _same_length(truth, said, empty=True)
@@ -149,7 +150,7 @@ def per_class(matrix: npt.ArrayLike) -> list[ClassScores]:
     return scores
 
 
-def reliability(
+def reliability_bins(
     probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = BINS
 ) -> tuple[Floats, Floats, Ints]:
     """Mean confidence, accuracy and count in each of `bins` equal steps of confidence.
@@ -180,7 +181,7 @@ def ece(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = BINS) -> float:
 
     Guo, Pleiss, Sun, Weinberger 2017, On Calibration of Modern Neural Networks, equation 3.
     """
-    return _calibration_error(*reliability(probs, labels, bins))
+    return _calibration_error(*reliability_bins(probs, labels, bins))
 
 
 def _calibration_error(confidence: Floats, right: Floats, count: Ints) -> float:
@@ -211,7 +212,7 @@ def ece_by_chance(
     return float(np.quantile(errors, 0.95))
 
 
-def paired(
+def paired_counts(
     labels: npt.ArrayLike, before: npt.ArrayLike, after: npt.ArrayLike
 ) -> tuple[int, int, float]:
     """Images that only `after` has right, those that only `before` has, and McNemar's exact p.
@@ -237,7 +238,7 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def variance_parts(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+def variance_components(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     """What differs between groups and within them: two standard deviations, (between, within).
 
     The one-way analysis of variance for at least two groups of equally many values, at least two:
@@ -253,7 +254,7 @@ def variance_parts(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     return math.sqrt(max(statistics.variance(means) - within / n, 0.0)), math.sqrt(within)
 
 
-def summarise(
+def summarize(
     logits: npt.ArrayLike, labels: npt.ArrayLike, classes: Sequence[str]
 ) -> dict[str, Any]:
     """Everything that one look at a labelled split says, as plain numbers ready for JSON."""
@@ -262,7 +263,7 @@ def summarise(
     if matrix.shape[1] != count:
         raise UsageError(f"{matrix.shape[1]} outputs for {count} classes")
     said = matrix.argmax(axis=1)
-    table = confusion(truth, said, count)
+    table = confusion_matrix(truth, said, count)
     losses, highest = _losses(matrix, truth)
     n, correct = len(truth), int(table.trace())
     summary: dict[str, Any] = {
@@ -339,3 +340,122 @@ def _checked(logits: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[npt.NDArray[
     truth = _indices(labels, matrix.shape[1])
     _same_length(matrix, truth)
     return matrix, truth
+
+
+# ---- differences ----------------------------------------
+# How two accuracies differ, with intervals and p values: on the same images, and over seeds.
+#
+# Pure functions of counts and numbers. Differences are the second less the first, as shares.
+
+
+class AccuracyDifference(NamedTuple):
+    """A difference with its interval and two-sided p; None where nothing can be said of them."""
+
+    value: float
+    interval95: tuple[float, float] | None
+    p: float | None
+
+
+def difference_on_images(both: int, first: int, second: int, neither: int) -> AccuracyDifference:
+    """The difference of two accuracies on the same images: Newcombe's interval, McNemar's p.
+
+    Args:
+        both, neither: images that both have right, that none has.
+        first, second: images that only the first, only the second has right.
+
+    The p is exact: a binomial test on the images on which they differ. McNemar 1947,
+    Psychometrika 12 (2), 153-157.
+    """
+    from scipy.stats import binomtest
+
+    n, changed = both + first + second + neither, first + second
+    p = float(binomtest(second, changed).pvalue) if changed else 1.0
+    return AccuracyDifference(
+        (second - first) / n, newcombe_interval(both, first, second, neither), p
+    )
+
+
+def newcombe_interval(
+    both: int, first: int, second: int, neither: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """The interval of a difference between paired shares, by Newcombe's method 10.
+
+    Wilson's intervals of the two shares are put together by squaring and adding, less twice
+    their correlation, whose numerator has a continuity correction. It stays inside [-1, 1] and
+    holds for few images and shares near 1. Newcombe 1998, Statistics in Medicine 17 (22),
+    2635-2650.
+    """
+    n = both + first + second + neither
+    if n == 0:
+        raise UsageError("there are no images to compare on")
+    before, after = (both + first) / n, (both + second) / n
+    low1, high1 = wilson_interval(both + first, n, confidence)
+    low2, high2 = wilson_interval(both + second, n, confidence)
+    product = (both + first) * (second + neither) * (both + second) * (first + neither)
+    agreement = float(both * neither - first * second)
+    if agreement > 0:
+        agreement = max(agreement - n / 2, 0.0)
+    phi = agreement / math.sqrt(product) if product else 0.0
+
+    def span(one: float, other: float) -> float:
+        return math.sqrt(max(one * one - 2 * phi * one * other + other * other, 0.0))
+
+    gain = after - before
+    return gain - span(after - low2, high1 - before), gain + span(high2 - after, before - low1)
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> AccuracyDifference:
+    """Mean difference of paired values, one pair per seed, by Student's paired t-test."""
+    from scipy.stats import ttest_rel
+
+    if len(first) != len(second) or len(first) < 2:
+        raise UsageError(f"{len(first)} and {len(second)} values are no pairs to test")
+    gains = [b - a for a, b in zip(first, second, strict=True)]
+    mean = statistics.fmean(gains)
+    if _is_constant(gains):
+        return AccuracyDifference(mean, None, None)
+    return _gain(mean, ttest_rel(second, first))
+
+
+def welch_difference(first: Sequence[float], second: Sequence[float]) -> AccuracyDifference:
+    """Difference of the means of two groups of at least two values, of unequal variance.
+
+    Welch 1947, Biometrika 34 (1-2), 28-35; degrees of freedom by Satterthwaite.
+    """
+    from scipy.stats import ttest_ind
+
+    if min(len(first), len(second)) < 2:
+        raise UsageError(f"{len(first)} and {len(second)} values: at least two each are needed")
+    gain = statistics.fmean(second) - statistics.fmean(first)
+    if _is_constant(first) and _is_constant(second):
+        return AccuracyDifference(gain, None, None)
+    with warnings.catch_warnings():
+        # scipy warns of "catastrophic cancellation" if all values of one group are equal. Runs
+        # that all reach 100% are an ordinary case here, and the test is exact for them.
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
+        return _gain(gain, ttest_ind(second, first, equal_var=False))
+
+
+def _gain(value: float, test: Any) -> AccuracyDifference:
+    low, high = test.confidence_interval(0.95)
+    return AccuracyDifference(value, (float(low), float(high)), float(test.pvalue))
+
+
+def _is_constant(values: Sequence[float]) -> bool:
+    """Return whether values are equal up to rounding: without spread there is nothing to test."""
+    return max(values) - min(values) < 1e-12
+
+
+def holm_adjust(values: Sequence[float | None]) -> list[float | None]:
+    """p values corrected for how many there are, in their order; None is no test.
+
+    The k-th smallest of m is multiplied by m - k + 1, and none falls below one before it.
+    Holm 1979, Scandinavian Journal of Statistics 6 (2), 65-70.
+    """
+    known = sorted((p, place) for place, p in enumerate(values) if p is not None)
+    corrected: list[float | None] = [None] * len(values)
+    least = 0.0
+    for rank, (p, place) in enumerate(known):
+        least = max(least, min(1.0, p * (len(known) - rank)))
+        corrected[place] = least
+    return corrected

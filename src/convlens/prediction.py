@@ -14,16 +14,19 @@ import numpy as np
 import torch
 from rich.markup import escape
 
-from convlens import device, views
-from convlens.data.decode import UnreadableImage, decode, fit_images
-from convlens.data.parts import is_image_name
-from convlens.data.scanning import Scanner, printable
+from convlens.data.decode import UnreadableImage, decode, fit_arrays
+from convlens.data.image_folder import Scanner, printable
+from convlens.data.types import is_image_name
+from convlens.device import preserve_torch_settings, usable_cores
+from convlens.engine import inference
+from convlens.engine.inference import Forward, place_model, probabilities
 from convlens.errors import DataError, UsageError
-from convlens.inference import Forward, placed, probabilities
-from convlens.run import Loaded
-from convlens.system.console import print_status, progress, quieted
+from convlens.run import LoadedModel
+from convlens.utils.console import print_status, progress_bar, quiet_mode
 
-TASK = 16  # files that a thread decodes in a row: handing over a task costs as much as a small one
+IMAGES_PER_TASK = (
+    16  # files that a thread decodes in a row: handing over a task costs as much as a small one
+)
 BATCH, BYTES = 256, 1 << 23  # the most images in a lot, and their bytes; two lots are read ahead
 
 
@@ -57,7 +60,7 @@ class Prediction:
         return self.tta_top[0][1] if self.tta_top else None
 
 
-def expand(paths: Iterable[str | Path]) -> list[str]:
+def expand_paths(paths: Iterable[str | Path]) -> list[str]:
     """Files for files, folders (all images inside, sorted) and glob patterns, in order.
 
     A file that isn't there stays among the others: reading it says why there is no answer, and so
@@ -105,7 +108,7 @@ def _inside(folder: str) -> list[str]:
 
 
 def predict(
-    loaded: Loaded,
+    loaded: LoadedModel,
     inputs: Sequence[str | Path] | np.ndarray,
     *,
     top_k: int = 1,
@@ -127,9 +130,9 @@ def predict(
 
     An unreadable file gives a `Prediction` with `error` set; the others are done all the same.
     """
-    chosen = views.chosen(tta)
-    with device.preserve_torch_settings():
-        plan = placed(loaded.model, loaded.where(on))
+    chosen = inference.select_views(tta)
+    with preserve_torch_settings():
+        plan = place_model(loaded.model, loaded.where(on))
     forward = Forward(
         loaded.model,
         loaded.preprocessing.normalise,
@@ -140,15 +143,15 @@ def predict(
     )
     k = min(max(top_k, 1), len(loaded.classes))
     if chosen is not None:
-        with quieted(quiet):
+        with quiet_mode(quiet):
             print_status(
                 f"tta answers are the mean over the views of {tta!r}; label and prob are plain"
             )
-    with progress("predicting", len(inputs), shown=not quiet) as bar:
-        for batch in _read(inputs, loaded):
+    with progress_bar("predicting", len(inputs), shown=not quiet) as bar:
+        for batch in _read_inputs(inputs, loaded):
             good = [image for _, image, _ in batch if image is not None]
             # Not around the loop: the caller computes between two of these answers.
-            with device.preserve_torch_settings(plan.device):
+            with preserve_torch_settings(plan.device):
                 plain, mean = _probabilities(good, loaded, forward)
             top, beside = _top(plain, k, loaded), iter(_top(mean, k, loaded))
             for filename, image, error in batch:
@@ -159,7 +162,9 @@ def predict(
             bar.advance(len(batch))
 
 
-def _top(chances: np.ndarray, k: int, loaded: Loaded) -> Iterator[tuple[tuple[str, float], ...]]:
+def _top(
+    chances: np.ndarray, k: int, loaded: LoadedModel
+) -> Iterator[tuple[tuple[str, float], ...]]:
     """The likeliest `k` classes of each row."""
     order = np.argsort(-chances, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(chances, order, axis=1)
@@ -168,25 +173,33 @@ def _top(chances: np.ndarray, k: int, loaded: Loaded) -> Iterator[tuple[tuple[st
 
 
 # Name, image or None, and why there is none.
-Entry = tuple[str, np.ndarray | None, str | None]
+InputEntry = tuple[str, np.ndarray | None, str | None]
 
 
-def _read(inputs: Sequence[str | Path] | np.ndarray, loaded: Loaded) -> Iterator[list[Entry]]:
+def _read_inputs(
+    inputs: Sequence[str | Path] | np.ndarray, loaded: LoadedModel
+) -> Iterator[list[InputEntry]]:
     """The images, some at a time; the next files are decoded while these are being looked at."""
     pre = loaded.preprocessing
-    lot = min(BATCH, max(TASK, BYTES // (pre.channels * pre.image_size**2) // TASK * TASK))
+    lot = min(
+        BATCH,
+        max(
+            IMAGES_PER_TASK,
+            BYTES // (pre.channels * pre.image_size**2) // IMAGES_PER_TASK * IMAGES_PER_TASK,
+        ),
+    )
     starts = range(0, len(inputs), lot)
     if isinstance(inputs, np.ndarray):
         for start in starts:
             images = _fitted(inputs[start : start + lot], loaded)
             yield [(str(number), image, None) for number, image in enumerate(images, start)]
         return
-    pool = ThreadPoolExecutor(max_workers=device.usable_cores())
-    waiting: deque[list[Future[list[Entry]]]] = deque()
+    pool = ThreadPoolExecutor(max_workers=usable_cores())
+    waiting: deque[list[Future[list[InputEntry]]]] = deque()
     try:
         for start in starts:
             some = inputs[start : start + lot]
-            tasks = [some[i : i + TASK] for i in range(0, len(some), TASK)]
+            tasks = [some[i : i + IMAGES_PER_TASK] for i in range(0, len(some), IMAGES_PER_TASK)]
             waiting.append([pool.submit(_decoded, task, loaded) for task in tasks])
             if len(waiting) > 2:
                 yield [entry for task in waiting.popleft() for entry in task.result()]
@@ -196,9 +209,9 @@ def _read(inputs: Sequence[str | Path] | np.ndarray, loaded: Loaded) -> Iterator
         pool.shutdown(cancel_futures=True)
 
 
-def _decoded(paths: Sequence[str | Path], loaded: Loaded) -> list[Entry]:
+def _decoded(paths: Sequence[str | Path], loaded: LoadedModel) -> list[InputEntry]:
     pre = loaded.preprocessing
-    found: list[Entry] = []
+    found: list[InputEntry] = []
     for path in paths:
         try:
             image = decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
@@ -208,14 +221,14 @@ def _decoded(paths: Sequence[str | Path], loaded: Loaded) -> list[Entry]:
     return found
 
 
-def _fitted(images: np.ndarray, loaded: Loaded) -> np.ndarray:
+def _fitted(images: np.ndarray, loaded: LoadedModel) -> np.ndarray:
     pre = loaded.preprocessing
     ready = channels_first(images)
-    return fit_images(ready, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+    return fit_arrays(ready, size=pre.image_size, channels=pre.channels, fit=pre.fit)
 
 
 def _probabilities(
-    images: Sequence[np.ndarray], loaded: Loaded, forward: Forward
+    images: Sequence[np.ndarray], loaded: LoadedModel, forward: Forward
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities `[N, classes]` of the images as they are, and of the views (none: no rows)."""
     none = np.empty((0, len(loaded.classes)))
@@ -227,10 +240,12 @@ def _probabilities(
     return plain, probabilities(torch.cat(beside)) if beside else none
 
 
-@device.preserve_torch_settings()
-def all_probabilities(loaded: Loaded, images: np.ndarray, *, on: str | None = None) -> np.ndarray:
+@preserve_torch_settings()
+def all_probabilities(
+    loaded: LoadedModel, images: np.ndarray, *, on: str | None = None
+) -> np.ndarray:
     """Probabilities float64 `[N, classes]` for images as `predict` takes them."""
-    plan, normalise = placed(loaded.model, loaded.where(on)), loaded.preprocessing.normalise
+    plan, normalise = place_model(loaded.model, loaded.where(on)), loaded.preprocessing.normalise
     forward = Forward(loaded.model, normalise, plan, total=len(images), free=loaded.free)
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), BATCH):

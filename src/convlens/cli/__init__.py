@@ -20,12 +20,12 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from convlens.cli import basics, info, inside, judging
-from convlens.cli.shared import Figures, app
+from convlens.cli import analyze, info, look, train
+from convlens.cli.common import Figures, app
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
-from convlens.system import options, process, ranks
-from convlens.system.console import console, status_handler
-from convlens.system.interrupts import Terminated, stoppable
+from convlens.utils import options, process
+from convlens.utils.console import console, status_handler
+from convlens.utils.process import Terminated, raise_on_signals
 from convlens.version import __version__
 
 __all__ = ["app", "basics", "info", "inside", "judging", "main", "run"]
@@ -57,7 +57,7 @@ def root(
         convlens predict digits seven.png
         convlens report digits
     """
-    if ranks.size() > 1 and context.invoked_subcommand not in SHARED:
+    if process.world_size() > 1 and context.invoked_subcommand not in SHARED:
         raise UsageError(
             f"{context.invoked_subcommand} is not for several processes",
             fix=f"run it without torchrun; only {' and '.join(SHARED)} support it",
@@ -100,14 +100,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     typer itself ends with 2 for a wrong option, with 130 for Ctrl-C, and with 1 where nobody reads
     what is printed any more.
     """
-    if ranks.rank() > 0:  # of several processes the first one speaks
+    if process.global_rank() > 0:  # of several processes the first one speaks
         sys.stdout = io.StringIO()
     elif isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files need not be text: half characters are written as \udcff, also in JSON.
         sys.stdout.reconfigure(errors="backslashreplace")
     before = options.update()
     try:
-        with stoppable(), status_handler():
+        with raise_on_signals(), status_handler():
             app(args=arguments)
     except Terminated as signalled:
         _end(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _end(error: ConvlensError) -> NoReturn:
     """Print the error and exit with its code."""
-    if ranks.size() > 1:
+    if process.world_size() > 1:
         _fail_with_others(error)
     _show(error)
     sys.exit(error.exit_code)
@@ -140,10 +140,10 @@ def _explained(error: Exception) -> ConvlensError | None:
         )
     if isinstance(error, OSError):
         return _of_the_system(error)
-    from convlens.stepping import memory  # torch; who ran out of memory has imported it
+    from convlens.engine import oom  # torch; who ran out of memory has imported it
 
-    if memory.is_oom(error):
-        return memory.out_of_memory_error(error)
+    if oom.is_oom(error):
+        return oom.out_of_memory_error(error)
     if "busy or unavailable" in str(error):
         return ResourceError(
             f"the GPU is busy: {str(error).splitlines()[0]}"[:200],
@@ -176,7 +176,7 @@ def _fail_with_others(error: ConvlensError) -> NoReturn:
     """
     # torchrun sends SIGTERM to all when one has ended; that must not change the exit code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    code = ranks.first_exit_code(error.exit_code)
+    code = process.first_exit_code(error.exit_code)
     if code is None:
         _show(error)
         code = error.exit_code

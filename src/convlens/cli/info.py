@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from convlens.cli.shared import Command, Json, app, print_json
+from convlens.cli.common import Command, JsonOption, app, print_json
 from convlens.version import __version__
 
 REQUIRED = ("torch", "torchvision", "numpy")
@@ -21,7 +21,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 @app.command(cls=Command)
-def info(as_json: Json = False) -> None:
+def info(as_json: JsonOption = False) -> None:
     """Show versions, device, threads, memory budget and folders.
 
     Please add this to a bug report.
@@ -30,13 +30,13 @@ def info(as_json: Json = False) -> None:
         convlens info
         convlens info --json
     """
-    from convlens.showing.results import stdout
+    from convlens.cli.results import stdout_console
 
     found = collect()
     if as_json:
         print_json(True, found)
         return
-    out = stdout()
+    out = stdout_console()
     for title, section in found.items():
         out.print(f"[bold]{escape(title)}[/]")
         for key, value in section.items():
@@ -47,19 +47,29 @@ def collect() -> dict[str, dict[str, Any]]:
     """Return what `convlens info` shows, as plain values by section; sizes are in bytes."""
     import torch
 
-    from convlens import device, run
+    from convlens import run
     from convlens.data import cache, sources
+    from convlens.device import (
+        available_memory,
+        cpu_flags,
+        describe_hardware,
+        half_precision,
+        limit_threads,
+        memory_budget,
+        select_device,
+        usable_cores,
+    )
 
-    device.use_cores()  # the number of threads is the one that a training would use
-    chosen = device.choose()
-    facts = device.describe(chosen)
+    limit_threads()  # the number of threads is the one that a training would use
+    chosen = select_device()
+    facts = describe_hardware(chosen)
     hardware: dict[str, Any] = {
         "device": chosen,
         "cpu": facts["cpu"],
-        "cores": device.usable_cores(),
+        "cores": usable_cores(),
         "cpu_capability": facts["cpu_capability"],
-        "cpu_flags": [flag for flag in CPU_FLAGS if flag in device.cpu_flags()],
-        "half_precision": device.half_precision(chosen),
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in cpu_flags()],
+        "half_precision": half_precision(chosen),
         "gpu": None,
     }
     if chosen.startswith("cuda"):
@@ -70,7 +80,7 @@ def collect() -> dict[str, dict[str, Any]]:
             "gpu_capability": f"{gpu.major}.{gpu.minor}",
             "gpus": torch.cuda.device_count(),
         }
-    stores = cache.folder()
+    stores = cache.cache_folder()
     return {
         "versions": {
             "convlens": __version__,
@@ -85,16 +95,16 @@ def collect() -> dict[str, dict[str, Any]]:
             **{name: os.environ.get(name) for name in THREAD_VARIABLES},
         },
         "memory": {
-            "budget": device.memory_budget(chosen),
-            "available": device.available_memory(),
+            "budget": memory_budget(chosen),
+            "available": available_memory(),
             "CONVLENS_MEMORY": os.environ.get("CONVLENS_MEMORY"),
         },
         "folders": {
             "cache": str(stores.absolute()),
             "cache_size": folder_size(stores),
-            "data": [str(root.absolute()) for root in sources.roots()],
-            "models": str(run.MODELS.absolute()),
-            "plots": str(run.PLOTS.absolute()),
+            "data": [str(root.absolute()) for root in sources.data_roots()],
+            "models": str(run.MODELS_DIR.absolute()),
+            "plots": str(run.PLOTS_DIR.absolute()),
         },
         "optional packages": {name: version(name) for name in OPTIONAL},
     }

@@ -6,9 +6,11 @@ split and the like are listed, never raised: the audit is for sets that training
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +18,135 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens.data import similar
-from convlens.data.decode import Pixels, decode, fit_images
-from convlens.data.encoded import Files
-from convlens.data.looking import Facts, Index, Look, look
-from convlens.data.opening import Opened, draw
-from convlens.data.parts import Part, Source
-from convlens.data.rows import ArrayRows
-from convlens.data.similar import Repeats
-from convlens.data.sources import REMARKS, find
+from convlens.data import duplicates
+from convlens.data.cache import ArrayRows
+from convlens.data.decode import (
+    MAX_PIXELS,
+    Pixels,
+    UnreadableImage,
+    decode,
+    fit_arrays,
+    probe_image,
+)
+from convlens.data.duplicates import Duplicates
+from convlens.data.sources import REMARKS, find_source
+from convlens.data.splits import LoadedPart, make_splits
+from convlens.data.types import DataSource, EncodedFiles, Part
+from convlens.device import usable_cores
 from convlens.errors import DataError
-from convlens.system.console import progress
+from convlens.utils.console import ProgressBar, progress_bar
+from convlens.utils.files import MemorySemaphore
 
 if TYPE_CHECKING:
-    from convlens.schema import DataConfig
+    from convlens.recipe import DataConfig
 
-FEW = 10  # images of a class: below this it is worth a note
-SKEWED = 10  # largest class over smallest: from here it is worth a note
-SPLITS = ("train", "val", "test")
+
+# ---- looking ----------------------------------------
+# Reads every image of a part once and keeps a few facts of each, for the audit.
+
+_CHUNK = 512
+# Pixels of images at their own size, for all threads.
+_FULL_SIZE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
+IndexTensor = npt.NDArray[np.int64]
+
+# What is kept of one image. A structured array: a million images need 1.2 GB, and no objects.
+FILE_FACTS = np.dtype(
+    [
+        ("width", np.int32),
+        ("height", np.int32),
+        ("mode", "U12"),
+        ("grey", np.bool_),
+        ("turned", np.bool_),  # these three as in `ImageFacts`
+        ("alpha", np.bool_),
+        ("frames", np.bool_),
+        ("digest", np.uint8, 32),  # SHA-256 of size and pixels as RGB
+        ("thumb", np.uint8, (duplicates.HASH_SIDE, duplicates.HASH_SIDE)),
+        ("mean", np.float64, 3),  # of each RGB channel, 0..1
+        ("square", np.float64, 3),  # mean of squares
+    ]
+)
+FileFacts = npt.NDArray[np.void]
+
+
+@dataclass
+class InspectedImages:
+    """One part of the source: facts of all its images, of which `good` could be read."""
+
+    part: Part
+    facts: FileFacts
+    bad: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def good(self) -> IndexTensor:
+        return np.delete(np.arange(len(self.facts), dtype=np.int64), list(self.bad))
+
+
+def inspect_images(part: Part, bar: ProgressBar) -> InspectedImages:
+    found = InspectedImages(part, np.zeros(len(part.labels), FILE_FACTS))
+    for start in range(0, len(part.labels), _CHUNK):
+        index = np.arange(start, min(start + _CHUNK, len(part.labels)))
+        if isinstance(part.images, EncodedFiles):
+            for i, seen in zip(index, _of_files(part.images, index.tolist()), strict=True):
+                if isinstance(seen, str):
+                    found.bad[int(i)] = seen
+                else:
+                    found.facts[i] = seen
+        else:
+            found.facts[index] = facts_of(part.images[index])
+        bar.advance(len(index))
+    return found
+
+
+def _of_files(files: EncodedFiles, numbers: Sequence[int]) -> Iterator[np.void | str]:
+    pool = ThreadPoolExecutor(min(usable_cores(), 32))
+    try:
+        yield from pool.map(lambda number: _of_file(files, number), numbers)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _of_file(files: EncodedFiles, number: int) -> np.void | str:
+    """Facts of one file, or the reason why there are none."""
+    try:
+        content, path = files.read(number), files.name(number)
+        header = probe_image(content, path)
+        # Before the semaphore of `decode`, never after it: the other order could deadlock.
+        with _FULL_SIZE_MEMORY.acquire(header.width * header.height):
+            pixels = decode(content, size=None, channels=3, fit="crop", name=path)
+            facts = facts_of(pixels[None])
+    except UnreadableImage as error:
+        return error.reason
+    for name in ("mode", "grey", "turned", "alpha", "frames"):
+        facts[name] = getattr(header, name)
+    record: np.void = facts[0]
+    return record
+
+
+def facts_of(images: Pixels) -> FileFacts:
+    """Facts of uint8 `[N, C, H, W]`; grey pictures count as RGB pictures with equal channels."""
+    n, channels, height, width = images.shape
+    facts = np.zeros(n, FILE_FACTS)
+    facts["width"], facts["height"] = width, height
+    facts["mode"], facts["grey"] = ("L", True) if channels == 1 else ("RGB", False)
+    flat = images.reshape(n, channels, -1)
+    facts["mean"] = flat.mean(axis=2) / 255
+    squares = np.einsum("ncp,ncp->nc", flat, flat, dtype=np.float64, casting="unsafe")
+    facts["square"] = squares / (height * width * 255**2)
+    facts["thumb"] = fit_arrays(images, size=duplicates.HASH_SIDE, channels=1, fit="stretch")[:, 0]
+    size = f"{height} x {width}".encode()
+    for row, image in zip(facts, images, strict=True):
+        content = image if channels == 3 else np.repeat(image, 3, axis=0)
+        digest = hashlib.sha256(size)
+        digest.update(np.ascontiguousarray(content).data)
+        row["digest"] = np.frombuffer(digest.digest(), np.uint8)
+    return facts
+
+
+FEW_IMAGES = 10  # images of a class: below this it is worth a note
+SKEWED_RATIO = 10  # largest class over smallest: from here it is worth a note
+SPLIT_NAMES = ("train", "val", "test")
 _SHEET = 96  # pictures in a contact sheet
-_TOLD = {
+_MAX_LISTED = {
     "turned": "{} are turned upright, as their EXIF says",
     "alpha": "{} have transparency, which becomes white",
     "frames": "{} have more than one frame: only the first is used",
@@ -71,8 +182,8 @@ class Audit:
     alpha: int  # with an alpha channel or colour
     frames: int  # of several frames, the first of which is used
     unreadable: list[Unreadable]
-    duplicates: Repeats  # the same pixels
-    near_duplicates: Repeats  # pairs that look the same
+    duplicates: Duplicates  # the same pixels
+    near_duplicates: Duplicates  # pairs that look the same
     problems: list[str]  # what training will refuse
     notes: list[str]  # what is worth knowing
     _train: Part = field(repr=False)
@@ -91,11 +202,11 @@ class Audit:
         names, labels = list(self.counts), self._train.labels
         titles = [names[labels[i]] for i in self._shown]
         images, channels = self._train.images, self.channels
-        if not isinstance(images, Files):
+        if not isinstance(images, EncodedFiles):
             # Small pictures stay as they are: plots enlarge them pixel by pixel.
             size = min(side, max(images.shape[2:]))
             pixels = images[np.array(self._shown, np.int64)]
-            return fit_images(pixels, size=size, channels=channels, fit="pad"), titles
+            return fit_arrays(pixels, size=size, channels=channels, fit="pad"), titles
         out = np.zeros((len(titles), channels, side, side), np.uint8)
         for place, i in enumerate(self._shown):
             content, name = images.read(i), images.name(i)
@@ -114,16 +225,16 @@ def audit(config: DataConfig) -> Audit:
         UsageError: no such name.
     """
     asked = None if config.image_size == "auto" else int(config.image_size)
-    source = find(config.name, count=config.count, image_size=asked, group=config.group)
+    source = find_source(config.name, count=config.count, image_size=asked, group=config.group)
     total = sum(len(part.labels) for part in source.parts.values())
-    with progress("looking at images", total) as bar:
-        looks = {split: look(part, bar) for split, part in source.parts.items()}
+    with progress_bar("looking at images", total) as bar:
+        looks = {split: inspect_images(part, bar) for split, part in source.parts.items()}
     split_of, how, problems = _splits(config, source, looks)
     every = _joined(source, looks, split_of)
     facts = every.facts
     counts = _counts(every)
     mean, std, channels = _channels(every)
-    near, complete = similar.near_duplicates(facts["thumb"], facts["digest"])
+    near, complete = duplicates.near_duplicates(facts["thumb"], facts["digest"])
     columns = (every.ids, every.splits.tolist(), [source.classes[c] for c in every.labels])
     return Audit(
         name=source.name,
@@ -137,7 +248,7 @@ def audit(config: DataConfig) -> Audit:
         channels=channels,
         mean=mean,
         std=std,
-        plain=int(similar.is_plain(facts["thumb"]).sum()),
+        plain=int(duplicates.is_plain(facts["thumb"]).sum()),
         turned=int(facts["turned"].sum()),
         alpha=int(facts["alpha"].sum()),
         frames=int(facts["frames"].sum()),
@@ -146,8 +257,8 @@ def audit(config: DataConfig) -> Audit:
             for found in looks.values()
             for i, reason in found.bad.items()
         ],
-        duplicates=Repeats.of(similar.repeated(facts["digest"]), *columns),
-        near_duplicates=Repeats.of(near.tolist(), *columns, complete=complete),
+        duplicates=Duplicates.of(duplicates.exact_duplicates(facts["digest"]), *columns),
+        near_duplicates=Duplicates.of(near.tolist(), *columns, complete=complete),
         problems=problems,
         notes=[
             *source.notes,
@@ -167,15 +278,15 @@ class _All:
     """Every readable image of every part, in one row."""
 
     classes: tuple[str, ...]
-    facts: Facts
+    facts: FileFacts
     ids: list[str]
-    labels: Index
+    labels: IndexTensor
     splits: npt.NDArray[np.str_]
-    place: Index  # where it is in its part
+    place: IndexTensor  # where it is in its part
 
 
 def _joined(
-    source: Source, looks: dict[str, Look], split_of: dict[str, npt.NDArray[np.str_]]
+    source: DataSource, looks: dict[str, InspectedImages], split_of: dict[str, npt.NDArray[np.str_]]
 ) -> _All:
     good = {name: found.good for name, found in looks.items()}
     return _All(
@@ -189,7 +300,7 @@ def _joined(
 
 
 def _splits(
-    config: DataConfig, source: Source, looks: dict[str, Look]
+    config: DataConfig, source: DataSource, looks: dict[str, InspectedImages]
 ) -> tuple[dict[str, npt.NDArray[np.str_]], dict[str, str], list[str]]:
     """The split of each readable image as training would make it, how, and what stops that."""
     own = {name: np.full(len(found.good), name, "U5") for name, found in looks.items()}
@@ -201,10 +312,10 @@ def _splits(
         return own, as_it_is, [f"no readable training image in: {', '.join(lost)}"]
     try:
         nothing = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
-        opened = {n: Opened(f.part, nothing, "", f.bad) for n, f in looks.items()}
+        opened = {n: LoadedPart(f.part, nothing, "", f.bad) for n, f in looks.items()}
         # What a tiny recipe leaves aside is part of the set all the same.
         whole = config.model_copy(update={"per_class": None, "total_per_class": None})
-        _, held, how = draw(whole, source, opened)
+        _, held, how = make_splits(whole, source, opened)
     except DataError as error:
         return own, as_it_is, [error.what]
     for split, index in held.items():
@@ -217,8 +328,8 @@ def _splits(
 
 def _counts(every: _All) -> dict[str, dict[str, int]]:
     k = len(every.classes)
-    of = {s: np.bincount(every.labels[every.splits == s], minlength=k) for s in SPLITS}
-    present = [s for s in SPLITS if of[s].any()]
+    of = {s: np.bincount(every.labels[every.splits == s], minlength=k) for s in SPLIT_NAMES}
+    present = [s for s in SPLIT_NAMES if of[s].any()]
     return {name: {s: int(of[s][c]) for s in present} for c, name in enumerate(every.classes)}
 
 
@@ -239,7 +350,9 @@ def _spread(values: npt.NDArray[np.int32]) -> tuple[int, float, int]:
     return int(values.min()), float(np.median(values)), int(values.max())
 
 
-def _notes(classes: Sequence[str], counts: dict[str, dict[str, int]], facts: Facts) -> list[str]:
+def _notes(
+    classes: Sequence[str], counts: dict[str, dict[str, int]], facts: FileFacts
+) -> list[str]:
     """What is not wrong, but has surprised people."""
     notes = []
     counted = sorted(classes, key=_by_number)
@@ -254,19 +367,19 @@ def _notes(classes: Sequence[str], counts: dict[str, dict[str, int]], facts: Fac
     if same:
         notes.append(f"class names that differ only in case: {', '.join(same)}")
     train = {name: of.get("train", 0) for name, of in counts.items()}
-    few = [f"{name} ({n})" for name, n in train.items() if n < FEW]
+    few = [f"{name} ({n})" for name, n in train.items() if n < FEW_IMAGES]
     if few:
         more = f" and {len(few) - 5} more" if len(few) > 5 else ""
-        notes.append(f"fewer than {FEW} training images: {', '.join(few[:5])}{more}")
+        notes.append(f"fewer than {FEW_IMAGES} training images: {', '.join(few[:5])}{more}")
     most, least = max(train, key=lambda c: train[c]), min(train, key=lambda c: train[c])
-    if train[least] and train[most] >= SKEWED * train[least]:
+    if train[least] and train[most] >= SKEWED_RATIO * train[least]:
         notes.append(
             f"uneven classes: {most} has {train[most]} training images, {least} {train[least]}"
         )
     grey = int(facts["grey"].sum())
     if 0 < grey < len(facts):
         notes.append(f"grey and colour mixed: {grey} of {len(facts)} images are grey")
-    for name, told in _TOLD.items():
+    for name, told in _MAX_LISTED.items():
         if count := int(facts[name].sum()):
             notes.append(told.format(f"{count:,} of {len(facts):,} images"))
     return notes

@@ -14,20 +14,29 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from convlens.data import downloads
+from convlens.data import download
+from convlens.data.cache import FixedSizeRecords
 from convlens.data.decode import Pixels
-from convlens.data.drawn import SHAPES, Drawn
-from convlens.data.folders import read_folder, split_of
-from convlens.data.ids import Numbered
-from convlens.data.parts import Images, Part, Source
-from convlens.data.rows import Records
-from convlens.data.scanning import is_folder, printable
-from convlens.data.shards import holds_shards, is_pattern, read_shards
-from convlens.data.tables import read_csv
-from convlens.errors import DataError, UsageError
-from convlens.names import did_you_mean, near
+from convlens.data.image_folder import (
+    is_directory,
+    printable,
+    read_csv,
+    read_folder,
+    split_from_name,
+)
+from convlens.data.types import DataSource, ImageSource, NumberedStrings, Part
+from convlens.data.webdataset import holds_shards, is_pattern, read_shards
+from convlens.errors import DataError, UsageError, close_matches, did_you_mean
 
-__all__ = ["SOURCES", "Images", "Part", "Source", "find", "known", "roots"]
+__all__ = [
+    "SOURCES",
+    "ImageSource",
+    "Part",
+    "DataSource",
+    "find_source",
+    "known_names",
+    "data_roots",
+]
 
 Labels = npt.NDArray[np.int64]
 _DIGITS = tuple("0123456789")
@@ -39,28 +48,54 @@ REMARKS = {"cifar10": (f"3.3% {_TWINS}",), "cifar100": (f"10% {_TWINS}",)}
 _CLASSES = {
     "mnist": _DIGITS,
     "fashion-mnist": (
-        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-        "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
     ),
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
     "cifar10": (
-        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
     ),
     "svhn": _DIGITS,
     "stl10": (
-        "airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck",
+        "airplane",
+        "bird",
+        "car",
+        "cat",
+        "deer",
+        "dog",
+        "horse",
+        "monkey",
+        "ship",
+        "truck",
     ),
-}  # fmt: skip
+}
 
 
-def find(
+def find_source(
     name: str,
     *,
     count: int | None = None,
     image_size: int | None = None,
     group: str | None = None,
     tested: bool = False,
-) -> Source:
+) -> DataSource:
     """The images called `name`: a built-in set, a path, or a folder under `data/`.
 
     Args:
@@ -103,15 +138,21 @@ def find(
     )
 
 
-def roots() -> list[Path]:
+def data_roots() -> list[Path]:
     """Where sets are looked for: `$CONVLENS_DATA`, then `data/`. Downloads go to the first."""
     asked = os.environ.get("CONVLENS_DATA")
     return ([Path(asked)] if asked else []) + [Path("data")]
 
 
-def known(name: str = "") -> list[str]:
+def known_names(name: str = "") -> list[str]:
     """Names `find` takes: built-in sets, folders under `data/`, and `name` if it is a path."""
-    there = {e.name for root in roots() if root.is_dir() for e in os.scandir(root) if is_folder(e)}
+    there = {
+        e.name
+        for root in data_roots()
+        if root.is_dir()
+        for e in os.scandir(root)
+        if is_directory(e)
+    }
     folders = sorted(d for d in there if not d.startswith(".") and d not in SOURCES)
     return [*SOURCES, *folders, *([name] if _is_path(name) and name not in folders else [])]
 
@@ -123,7 +164,7 @@ def _is_path(name: str) -> bool:
 
 
 def _existing(name: str) -> Path | None:
-    places = [_home(name), *(root / name for root in roots())] if name.strip() else []
+    places = [_home(name), *(root / name for root in data_roots())] if name.strip() else []
     # `os.path` says no where a name is too long or has a zero byte in it; `Path` fails.
     return next((p for p in places if os.path.isdir(p) or os.path.isfile(p)), None)
 
@@ -142,21 +183,21 @@ def _unknown(name: str) -> DataError | UsageError:
             where=os.path.abspath(_home(name)),
             fix="check the spelling; relative paths start at the current folder or at data/",
         )
-    choices = known()
-    shown = did_you_mean(near(name, choices)) or f"choose from: {', '.join(choices)}"
+    choices = known_names()
+    shown = did_you_mean(close_matches(name, choices)) or f"choose from: {', '.join(choices)}"
     return UsageError(f"unknown data {name!r}", fix=f"{shown} (or name a folder or CSV)")
 
 
-def _numbered(split: str, images: Images, labels: npt.NDArray[np.generic]) -> Part:
-    ids = Numbered(split, images.shape[0])
+def _numbered(split: str, images: ImageSource, labels: npt.NDArray[np.generic]) -> Part:
+    ids = NumberedStrings(split, images.shape[0])
     return Part(images, labels.astype(np.int64).reshape(-1), ids)
 
 
-def _digits() -> Source:
+def _digits() -> DataSource:
     """scikit-learn's 1,797 scanned digits, 8 x 8, from the package itself."""
     table = _digits_table()
     images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return Source("digits", _DIGITS, {"train": _numbered("digits", images, table[:, -1])})
+    return DataSource("digits", _DIGITS, {"train": _numbered("digits", images, table[:, -1])})
 
 
 def _digits_table() -> npt.NDArray[np.float64]:
@@ -172,19 +213,19 @@ def _digits_table() -> npt.NDArray[np.float64]:
     return np.column_stack(load_digits(return_X_y=True))
 
 
-def _shapes(count: int = 2000, size: int = 32) -> Source:
+def _shapes(count: int = 2000, size: int = 32) -> DataSource:
     if count < 2 * len(SHAPES):
         raise UsageError(f"data.count={count}: at least {2 * len(SHAPES)} shapes are needed")
-    drawn = Drawn(count, size)
-    return Source("shapes", SHAPES, {"train": _numbered("shapes", drawn, drawn.labels)})
+    drawn = DrawnShapes(count, size)
+    return DataSource("shapes", SHAPES, {"train": _numbered("shapes", drawn, drawn.labels)})
 
 
-class Binary:
+class BinaryFormat:
     """Images in files of fixed-size records, `skip` label bytes before each; read on demand."""
 
     def __init__(
         self,
-        files: Sequence[Records],
+        files: Sequence[FixedSizeRecords],
         image: tuple[int, int, int],
         *,
         skip: int = 0,
@@ -204,11 +245,11 @@ class Binary:
         return np.ascontiguousarray(out.swapaxes(2, 3)) if self._by_column else out
 
 
-def _records(path: Path, size: int, header: int = 0) -> Records:
+def _records(path: Path, size: int, header: int = 0) -> FixedSizeRecords:
     content = path.stat().st_size - header
     if content <= 0 or content % size:
         raise _damaged(path, f"{content} bytes are no whole number of records of {size} bytes")
-    return Records(path, size, content // size, header)
+    return FixedSizeRecords(path, size, content // size, header)
 
 
 def _damaged(path: Path, why: str) -> DataError:
@@ -217,9 +258,9 @@ def _damaged(path: Path, why: str) -> DataError:
     )
 
 
-def _idx(name: str) -> Source:
+def _idx(name: str) -> DataSource:
     """MNIST's file format: two big-endian headers, then bytes (yann.lecun.com/exdb/mnist)."""
-    raw = downloads.ready(name, roots())
+    raw = download.ensure_downloaded(name, data_roots())
     parts = {}
     for split, stem in (("train", "train"), ("test", "t10k")):
         image_file, label_file = (
@@ -233,14 +274,14 @@ def _idx(name: str) -> Source:
         labels = np.fromfile(label_file, np.uint8)[8:]
         if len(labels) != count or labels.max(initial=0) > 9:
             raise _damaged(label_file, f"{len(labels)} labels for {count} images, or not digits")
-        images = Binary([_records(image_file, height * width, 16)], (1, height, width))
+        images = BinaryFormat([_records(image_file, height * width, 16)], (1, height, width))
         parts[split] = _numbered(split, images, labels)
-    return Source(name, _CLASSES[name], parts)
+    return DataSource(name, _CLASSES[name], parts)
 
 
-def _cifar(name: str) -> Source:
+def _cifar(name: str) -> DataSource:
     """CIFAR's binary version: label bytes, then 3,072 bytes by channel (never the pickles)."""
-    folder = downloads.ready(name, roots())
+    folder = download.ensure_downloaded(name, data_roots())
     if name == "cifar10":
         names, skip = _CLASSES[name], 1
         files = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
@@ -253,17 +294,17 @@ def _cifar(name: str) -> Source:
         records = [_records(folder / file, skip + 3072) for file in its_files]
         labels = [np.memmap(r.path, np.uint8).reshape(-1, r.size)[:, skip - 1] for r in records]
         parts[split] = _numbered(
-            split, Binary(records, (3, 32, 32), skip=skip), np.concatenate(labels)
+            split, BinaryFormat(records, (3, 32, 32), skip=skip), np.concatenate(labels)
         )
         if parts[split].labels.max() >= len(names):
             raise _damaged(folder / its_files[0], "a label is out of range")
-    return Source(name, names, parts)
+    return DataSource(name, names, parts)
 
 
-def _svhn() -> Source:
+def _svhn() -> DataSource:
     from scipy.io import loadmat
 
-    folder = downloads.ready("svhn", roots())
+    folder = download.ensure_downloaded("svhn", data_roots())
     parts = {}
     for split in ("train", "test"):
         path = folder / f"{split}_32x32.mat"
@@ -274,11 +315,11 @@ def _svhn() -> Source:
         except Exception as error:  # scipy raises many kinds on damaged files
             raise _damaged(path, str(error) or type(error).__name__) from error
         parts[split] = _numbered(split, images, labels)
-    return Source("svhn", _CLASSES["svhn"], parts)
+    return DataSource("svhn", _CLASSES["svhn"], parts)
 
 
-def _stl10() -> Source:
-    folder = downloads.ready("stl10", roots())
+def _stl10() -> DataSource:
+    folder = download.ensure_downloaded("stl10", data_roots())
     parts = {}
     for split in ("train", "test"):
         records = _records(folder / f"{split}_X.bin", 3 * 96 * 96)
@@ -286,30 +327,32 @@ def _stl10() -> Source:
         if len(labels) != records.count or labels.min() < 0 or labels.max() > 9:
             raise _damaged(folder / f"{split}_y.bin", f"no labels for {records.count} images")
         # Stored column by column (cs.stanford.edu/~acoates/stl10).
-        parts[split] = _numbered(split, Binary([records], (3, 96, 96), by_column=True), labels)
-    return Source("stl10", _CLASSES["stl10"], parts)
+        parts[split] = _numbered(
+            split, BinaryFormat([records], (3, 96, 96), by_column=True), labels
+        )
+    return DataSource("stl10", _CLASSES["stl10"], parts)
 
 
 def _is_train(entry: os.DirEntry[str]) -> bool:
-    return split_of(entry.name) == "train" and is_folder(entry)
+    return split_from_name(entry.name) == "train" and is_directory(entry)
 
 
-def _or_folder(name: str, read: Callable[[], Source]) -> Callable[[], Source]:
+def _or_folder(name: str, read: Callable[[], DataSource]) -> Callable[[], DataSource]:
     """The set from an image folder of its name under a data folder, else from its own format."""
 
-    def find_it() -> Source:
-        for root in roots():
+    def find_it() -> DataSource:
+        for root in data_roots():
             # Only with a train folder: where names have no case, `mnist` is also `MNIST/raw`.
             if (root / name).is_dir() and any(map(_is_train, os.scandir(root / name))):
                 found = read_folder(root / name, name, _CLASSES.get(name))
                 note = f"read as an image folder: {printable(str(root / name))}"
-                return Source(name, found.classes, found.parts, (*found.notes, note))
+                return DataSource(name, found.classes, found.parts, (*found.notes, note))
         return read()
 
     return find_it
 
 
-SOURCES: dict[str, Callable[..., Source]] = {
+SOURCES: dict[str, Callable[..., DataSource]] = {
     "digits": _digits,
     "shapes": _shapes,
     "mnist": _or_folder("mnist", lambda: _idx("mnist")),
@@ -319,4 +362,137 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "cifar100": _or_folder("cifar100", lambda: _cifar("cifar100")),
     "svhn": _or_folder("svhn", _svhn),
     "stl10": _or_folder("stl10", _stl10),
+}
+
+
+# ---- drawn ----------------------------------------
+# The built-in set `shapes`: ten kinds of shapes in random colours, drawn from their formulas.
+#
+# Image `i` depends on `i` and the size alone, so any part of a set of any length can be drawn at
+# any time, always the same.
+
+SHAPES = (
+    "arrow",
+    "bar",
+    "circle",
+    "crescent",
+    "cross",
+    "heart",
+    "ring",
+    "square",
+    "star",
+    "triangle",
+)
+
+Plane = npt.NDArray[np.float32]
+_BLOCK = 256  # images drawn together
+_SEED = 20240
+
+
+class DrawnShapes:
+    """`count` images uint8 `[3, size, size]`, drawn when asked for; `i` has class `i % 10`."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.shape: tuple[int, ...] = (count, 3, size, size)
+        self.labels: npt.NDArray[np.int64] = np.arange(count, dtype=np.int64) % len(SHAPES)
+
+    def __getitem__(self, index: npt.NDArray[np.int64], /) -> Pixels:
+        out = np.empty((len(index), *self.shape[1:]), np.uint8)
+        for start in range(0, len(index), _BLOCK):
+            out[start : start + _BLOCK] = _draw_shape(index[start : start + _BLOCK], self.shape[2])
+        return out
+
+
+def _draw_shape(index: npt.NDArray[np.int64], size: int) -> Pixels:
+    n = len(index)
+    numbers = np.empty((n, 16), np.float32)
+    noise = np.empty((n, 3, size, size), np.float32)
+    for row, i in enumerate(index.tolist()):
+        random = np.random.default_rng([_SEED, i])
+        numbers[row] = random.random(16, np.float32)
+        noise[row] = random.standard_normal((3, size, size), np.float32)
+    u = numbers.T[:, :, None, None]
+    scale = 0.45 + 0.4 * u[0]  # half the image's side is 1
+    angle = 2 * np.pi * u[1]
+    room = 1 - 0.8 * scale
+    middle_x, middle_y = (2 * u[2] - 1) * room, (2 * u[3] - 1) * room
+    grid = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    dx, dy = grid[None, None, :] - middle_x, grid[None, :, None] - middle_y
+    x = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
+    y = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
+    inside = np.empty((n, size, size), np.float32)
+    for kind in range(len(SHAPES)):
+        mine = index % len(SHAPES) == kind
+        inside[mine] = _FORMULAS[SHAPES[kind]](x[mine], y[mine])
+    # From distance (about, in units of the shape) to cover: one pixel wide soft edges.
+    cover = np.clip(inside * scale * (size / 2) + 0.5, 0, 1)[:, None]
+    paper = numbers[:, 4:7, None, None]
+    ink = numbers[:, 7:10, None, None]
+    # Too alike to tell apart: the ink goes to the far side of each channel.
+    alike = np.abs(ink - paper).max(axis=1, keepdims=True) < 0.35
+    ink = np.where(alike, np.where(paper < 0.5, paper + 0.5, paper - 0.5), ink)
+    slope = (u[10] - 0.5) * grid[None, None, :] + (u[11] - 0.5) * grid[None, :, None]
+    image = paper + 0.5 * slope[:, None] + cover * (ink - paper)
+    image += (0.02 + 0.1 * u[12])[:, None] * noise
+    pixels: Pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return pixels
+
+
+def _box(x: Plane, y: Plane, half_x: float, half_y: float) -> Plane:
+    inside: Plane = np.minimum(half_x - np.abs(x), half_y - np.abs(y))
+    return inside
+
+
+def _disc(x: Plane, y: Plane, radius: float) -> Plane:
+    distance: Plane = np.subtract(np.float32(radius), np.hypot(x, y))
+    return distance
+
+
+def _triangle(x: Plane, y: Plane) -> Plane:
+    # Three half planes at 120 degrees; 0.5 is the inner radius of a triangle in the unit circle.
+    low = 0.5 - y
+    inside: Plane = np.minimum(low, 0.5 + 0.5 * y - np.float32(0.8660254) * np.abs(x))
+    return inside
+
+
+def _star(x: Plane, y: Plane) -> Plane:
+    """Five points: the radius falls linearly from tip to notch in each tenth of the circle."""
+    tenth = np.pi / 5
+    fold = np.abs((np.arctan2(x, y) % (2 * tenth)) - tenth)
+    radius = np.hypot(x, y)
+    # The edge from the tip (1, at fold = tenth) to the notch (0.42, at fold = 0) is a line.
+    px, py = radius * np.cos(fold), radius * np.sin(fold)
+    tip_x, tip_y = np.cos(tenth), np.sin(tenth)
+    normal_x, normal_y = tip_y, 0.42 - tip_x
+    length = np.hypot(normal_x, normal_y)
+    edge: Plane = -((px - 0.42) * normal_x + py * normal_y) / length
+    return edge
+
+
+def _heart(x: Plane, y: Plane) -> Plane:
+    """A square on its corner with two half discs."""
+    half = 0.5
+    a, b = (x + y) * np.float32(0.70710678), (x - y) * np.float32(0.70710678)
+    square = _box(a, b, half, half)
+    left, right = _disc(a + half, b, half), _disc(a, b - half, half)
+    return np.maximum(square, np.maximum(left, right))
+
+
+def _arrow(x: Plane, y: Plane) -> Plane:
+    head = np.minimum(y + 0.1, (0.9 - y) * 0.75 - np.abs(x) * 0.8)
+    inside: Plane = np.maximum(head, _box(x, y + 0.45, 0.2, 0.45))
+    return inside
+
+
+_FORMULAS: dict[str, Callable[[Plane, Plane], Plane]] = {
+    "arrow": _arrow,
+    "bar": lambda x, y: _box(x, y, 0.95, 0.28),
+    "circle": lambda x, y: _disc(x, y, 0.8),
+    "crescent": lambda x, y: np.minimum(_disc(x, y, 0.9), -_disc(x - 0.45, y, 0.75)),
+    "cross": lambda x, y: np.maximum(_box(x, y, 0.9, 0.25), _box(x, y, 0.25, 0.9)),
+    "heart": _heart,
+    "ring": lambda x, y: np.minimum(_disc(x, y, 0.9), -_disc(x, y, 0.55)),
+    "square": lambda x, y: _box(x, y, 0.7, 0.7),
+    "star": _star,
+    "triangle": _triangle,
 }

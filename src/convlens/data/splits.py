@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from convlens.errors import DataError
+from convlens.data import cache
+from convlens.data.cache import ArrayRows, Conversion, ConvertedRows, ImageRows, as_index, in_memory
+from convlens.data.decode import Pixels
+from convlens.data.loader import ShardOrder
+from convlens.data.types import DataSource, EncodedFiles, ImageSource, IndexedStrings, Part
+from convlens.errors import DataError, UsageError
 
-Index = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from convlens.recipe import DataConfig
+
+
+ImageIndex = npt.NDArray[np.int64]
 
 
 def hold_out(
-    labels: Index,
+    labels: ImageIndex,
     fraction: float,
     seed: int,
     groups: Sequence[str] | None = None,
     *,
     keep: int = 1,
     names: Sequence[str] | None = None,
-) -> tuple[Index, Index]:
+) -> tuple[ImageIndex, ImageIndex]:
     """Two sorted, disjoint index arrays: the images kept and the images held out.
 
     Every class gives its share of `fraction`; what rounding leaves goes to the classes of
@@ -49,13 +62,13 @@ def hold_out(
 
 
 def fold_numbers(
-    labels: Index,
+    labels: ImageIndex,
     folds: int,
     seed: int,
     groups: Sequence[str] | None = None,
     *,
     names: Sequence[str] | None = None,
-) -> Index:
+) -> ImageIndex:
     """The fold of each image, int64 `[N]` from 0 to `folds` - 1: every image is in exactly one.
 
     Without groups the folds differ by at most one image, in each class and in all. A group is in
@@ -83,13 +96,13 @@ def fold_numbers(
 
 
 def take_per_class(
-    labels: Index,
+    labels: ImageIndex,
     n: int,
     seed: int,
     *,
     names: Sequence[str] | None = None,
     key: str = "data.per_class",
-) -> Index:
+) -> ImageIndex:
     """Sorted indices of `n` images of every class; a larger `n` gives a superset.
 
     Raises:
@@ -107,13 +120,13 @@ def take_per_class(
     return np.flatnonzero(ranks < n).astype(np.int64)
 
 
-def _listed(classes: Sequence[int], counts: Index, names: Sequence[str] | None) -> str:
+def _listed(classes: Sequence[int], counts: ImageIndex, names: Sequence[str] | None) -> str:
     shown = [f"{names[c] if names else f'class {c}'} ({counts[c]})" for c in classes[:5]]
     rest = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
     return ", ".join(shown) + rest
 
 
-def _ranks(labels: Index, random: np.random.Generator) -> Index:
+def _ranks(labels: ImageIndex, random: np.random.Generator) -> ImageIndex:
     """Each image's place, from 0, in a random order of its own class."""
     order = np.lexsort((random.random(len(labels)), labels))
     ordered = labels[order]
@@ -123,7 +136,9 @@ def _ranks(labels: Index, random: np.random.Generator) -> Index:
     return ranks
 
 
-def _refuse_single(counts: Index, unit: str, fraction: float, names: Sequence[str] | None) -> None:
+def _refuse_single(
+    counts: ImageIndex, unit: str, fraction: float, names: Sequence[str] | None
+) -> None:
     single = [int(c) for c in np.flatnonzero(counts == 1)]
     if single:
         raise DataError(
@@ -134,7 +149,7 @@ def _refuse_single(counts: Index, unit: str, fraction: float, names: Sequence[st
 
 
 def _hold_images(
-    labels: Index,
+    labels: ImageIndex,
     fraction: float,
     random: np.random.Generator,
     keep: int,
@@ -159,7 +174,7 @@ def _hold_images(
 
 
 def _hold_groups(
-    labels: Index,
+    labels: ImageIndex,
     fraction: float,
     random: np.random.Generator,
     groups: Sequence[str],
@@ -202,12 +217,12 @@ def _hold_groups(
 
 
 def _deal_groups(
-    labels: Index,
+    labels: ImageIndex,
     folds: int,
     random: np.random.Generator,
     groups: Sequence[str],
     names: Sequence[str] | None,
-) -> Index:
+) -> ImageIndex:
     n_classes = int(labels.max()) + 1
     group, starts, pair_class, pair_counts = _grouped(labels, groups)
     _refuse_single(np.bincount(pair_class, minlength=n_classes), "group", 1 / folds, names)
@@ -230,11 +245,13 @@ def _deal_groups(
             f"every class to train on{which}",
             fix="use finer groups, fewer folds, or drop data.group",
         )
-    dealt: Index = fold[group]
+    dealt: ImageIndex = fold[group]
     return dealt
 
 
-def _grouped(labels: Index, groups: Sequence[str]) -> tuple[Index, Index, Index, Index]:
+def _grouped(
+    labels: ImageIndex, groups: Sequence[str]
+) -> tuple[ImageIndex, ImageIndex, ImageIndex, ImageIndex]:
     """Each image's group, and each group's classes with their counts as one flat table.
 
     Group g has the entries `starts[g]` to `starts[g + 1]` of the last two arrays.
@@ -247,9 +264,242 @@ def _grouped(labels: Index, groups: Sequence[str]) -> tuple[Index, Index, Index,
     return group, starts, pairs % n_classes, counts
 
 
-def _large_first(group: Index, random: np.random.Generator) -> Index:
+def _large_first(group: ImageIndex, random: np.random.Generator) -> ImageIndex:
     """Numbers of groups, by size, in a random order where sizes are equal."""
     sizes = np.bincount(group)
     shuffled = random.permutation(len(sizes))
-    ordered: Index = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
+    ordered: ImageIndex = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
     return ordered
+
+
+# ---- opening ----------------------------------------
+# From the parts of a source to indices of three splits: what is held out, and how it is told.
+
+IndexTensor = npt.NDArray[np.int64]
+
+
+@dataclass
+class Split:
+    """Images with labels: rows uint8 `[N, C, H, W]`, labels int64 `[N]`, an id for each.
+
+    `shards` says where they lie, where the order of training goes by it.
+    """
+
+    rows: ImageRows
+    labels: Tensor
+    ids: Sequence[str]
+    shards: ShardOrder | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class LoadedPart:
+    """One part of a source with its rows; `good` are the readable images.
+
+    `digests` are the SHA-256 of its files, uint8 `[N, 32]`; None where it isn't of files.
+    """
+
+    part: Part
+    rows: ImageRows
+    content: str
+    bad: dict[int, str]
+    digests: Pixels | None = None
+
+    def __post_init__(self) -> None:
+        good = np.delete(np.arange(len(self.part.labels), dtype=np.int64), list(self.bad))
+        self.good: IndexTensor = good
+        self.labels: IndexTensor = self.part.labels[good]
+
+    def all(self) -> IndexTensor:
+        return np.arange(len(self.good), dtype=np.int64)
+
+    def ids_of(self, index: IndexTensor) -> Sequence[str]:
+        return IndexedStrings(self.part.ids, self.good[index])
+
+    def groups(self) -> list[str] | None:
+        groups = self.part.groups
+        return None if groups is None else [groups[i] for i in self.good.tolist()]
+
+    def split(self, index: IndexTensor, *, resident: bool) -> Split:
+        taken = self.good[index]
+        whole = len(taken) == self.rows.shape[0]
+        rows = self.rows if whole else self.rows.take(as_index(taken))
+        if resident and not isinstance(rows, ArrayRows):
+            rows = in_memory(rows)
+        return Split(rows, as_index(self.labels[index]), self.ids_of(index), self._shards(taken))
+
+    def _shards(self, taken: IndexTensor) -> ShardOrder | None:
+        files = self.part.images
+        blocks = files.blocks() if isinstance(files, EncodedFiles) else None
+        if blocks is None or not isinstance(files, EncodedFiles):
+            return None
+        return ShardOrder(as_index(blocks[taken]), files.expect)
+
+
+def load_part(part: Part, conversion: Conversion, memory_budget: int) -> LoadedPart:
+    """A part's images as rows: files through the cache, arrays converted when asked for."""
+    if isinstance(part.images, EncodedFiles):
+        found = cache.decode_images(part.images, conversion, memory_budget=memory_budget)
+        return LoadedPart(part, found.rows, found.content, found.bad, found.digests)
+    return LoadedPart(part, ConvertedRows(part.images, conversion), _content(part.images), {})
+
+
+def _content(images: ImageSource) -> str:
+    digest = hashlib.sha256(repr(images.shape).encode())
+    for start in range(0, images.shape[0], 1024):
+        index = np.arange(start, min(start + 1024, images.shape[0]))
+        digest.update(images[index].data)
+    return digest.hexdigest()
+
+
+def check_split_config(config: DataConfig) -> None:
+    """Refuses keys that contradict each other.
+
+    Raises:
+        UsageError: all that is wrong at once.
+    """
+    found = []
+    if config.folds is None and config.fold:
+        found.append(f"data.fold={config.fold} without data.folds")
+    if config.folds is not None:
+        if config.fold >= config.folds:
+            found.append(f"data.fold={config.fold}: the {config.folds} folds are counted from 0")
+        if config.val_fraction == 0:
+            found.append("data.val_fraction=0 and data.folds: a fold is a validation split")
+    if found:
+        raise UsageError("; ".join(found), fix="set data.folds=K and data.fold=0..K-1, or neither")
+
+
+def parts_of(config: DataConfig, source: DataSource) -> dict[str, Part]:
+    """The source's parts as the recipe wants them: its own validation images join the training
+    images where validation is drawn by us in any case, or not at all."""
+    draws = config.folds is not None or config.total_per_class is not None
+    if "val" not in source.parts or not (draws or config.val_fraction == 0):
+        return source.parts
+    train, val = source.parts["train"], source.parts["val"]
+    # No built-in set (these are arrays) has a validation split of its own.
+    assert isinstance(train.images, EncodedFiles)
+    assert isinstance(val.images, EncodedFiles)
+    both = Part(
+        train.images.plus(val.images),
+        np.concatenate([train.labels, val.labels]),
+        [*train.ids, *val.ids],
+        None if train.groups is None or val.groups is None else [*train.groups, *val.groups],
+    )
+    return {"train": both, **{s: part for s, part in source.parts.items() if s == "test"}}
+
+
+def is_drawn_split(config: DataConfig, source: DataSource) -> bool:
+    """Whether `data.seed` decides anything: not where all splits are the source's own."""
+    some = config.per_class is not None or config.total_per_class is not None
+    holds_out = "val" not in source.parts and config.validates
+    return "test" not in source.parts or holds_out or config.folds is not None or some
+
+
+@dataclass(frozen=True)
+class _Splitter:
+    """One recipe's way of holding images out of a source's training images."""
+
+    config: DataConfig
+    classes: Sequence[str]
+    pool: LoadedPart
+
+    @property
+    def kind(self) -> str:
+        grouped = self.pool.part.groups is not None
+        return f"groups by {self.config.group!r} kept together" if grouped else "stratified"
+
+    def groups(self, among: IndexTensor) -> list[str] | None:
+        groups = self.pool.groups()
+        return None if groups is None else [groups[i] for i in among.tolist()]
+
+    def hold(self, among: IndexTensor, share: float, each: int) -> tuple[IndexTensor, IndexTensor]:
+        """`share` of the images `among` held out, `each` of every class staying at least."""
+        stay, held = hold_out(
+            self.pool.labels[among],
+            min(1.0, share),
+            self.config.seed,
+            self.groups(among),
+            keep=each,
+            names=self.classes,
+        )
+        return among[stay], among[held]
+
+    def fold(self, among: IndexTensor) -> tuple[IndexTensor, IndexTensor]:
+        """The images outside and inside of the recipe's fold."""
+        labels, folds = self.pool.labels[among], int(self.config.folds or 0)
+        numbers = fold_numbers(
+            labels, folds, self.config.seed, self.groups(among), names=self.classes
+        )
+        return among[numbers != self.config.fold], among[numbers == self.config.fold]
+
+    def some(self, among: IndexTensor, n: int, key: str) -> IndexTensor:
+        """`n` images of each class."""
+        chosen = take_per_class(
+            self.pool.labels[among], n, self.config.seed, names=self.classes, key=key
+        )
+        return among[chosen]
+
+
+def make_splits(
+    config: DataConfig, source: DataSource, opened: dict[str, LoadedPart]
+) -> tuple[IndexTensor, dict[str, IndexTensor], dict[str, str]]:
+    """Indices into the readable train images that stay, those held out by split, and why.
+
+    `opened` are the parts that `parts_of` gives.
+    """
+    check_split_config(config)
+    by = _Splitter(config, source.classes, opened["train"])
+    keep, out = by.pool.all(), dict[str, IndexTensor]()
+    how = {s: f"{len(o.labels):,} images of the source's own split" for s, o in opened.items()}
+    joined = "val" in source.parts and "val" not in opened
+    told, whole = f"{len(keep):,} training images", len(keep)
+    if joined:
+        how["train"] = told = f"{told}, the source's own validation images among them"
+    if "test" not in opened:
+        # The same images whatever the recipe does about validation, or a refit would be tested on
+        # what chose its length: from the source's train part, a validation image kept aside.
+        ours = by.pool.good < len(source.parts["train"].labels)
+        each = 1 if "val" in source.parts else 2
+        stay, out["test"] = by.hold(keep[ours], config.test_fraction, each)
+        keep = np.sort(np.concatenate([stay, keep[~ours]]))
+        how["test"] = (
+            f"{len(out['test']):,} of {int(ours.sum()):,} training images held out "
+            f"({config.test_fraction:.0%}, {by.kind}, seed {config.seed})"
+        )
+    if config.total_per_class is not None:
+        n, before = config.total_per_class, len(keep)
+        keep = by.some(keep, n, "data.total_per_class")
+        told, whole = f"{len(keep):,} images ({n} of each class of {before:,})", len(keep)
+    if "val" not in opened:
+        keep, out["val"], how["val"] = _validation(by, keep, whole, told)
+    if len(keep) < len(by.pool.good):
+        how["train"] = told
+    if len(keep) < whole:
+        how["train"] = f"{len(keep):,} of {told}: what was not held out"
+    if config.per_class is not None:
+        before = len(keep)
+        keep = by.some(keep, config.per_class, "data.per_class")
+        how["train"] = (
+            f"{len(keep):,} of {before:,} training images: {config.per_class} of each class "
+            f"(seed {config.seed})"
+        )
+    return keep, out, {split: how[split] for split in ("train", "val", "test")}
+
+
+def _validation(
+    by: _Splitter, among: IndexTensor, whole: int, told: str
+) -> tuple[IndexTensor, IndexTensor, str]:
+    """What stays, the validation split, and how it came about; shares are of the `whole`."""
+    config = by.config
+    if config.folds is not None:
+        stay, held = by.fold(among)
+        said = f"fold {config.fold} of {config.folds}"
+    elif config.val_fraction:
+        stay, held = by.hold(among, config.val_fraction * whole / len(among), 1)
+        said = f"{config.val_fraction:.0%}"
+    else:
+        return among, among[:0], "none (data.val_fraction=0)"
+    return stay, held, (f"{len(held):,} of {told} held out ({said}, {by.kind}, seed {config.seed})")

@@ -19,20 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.errors import ConvlensError, ResourceError, UsageError
+from convlens.errors import (
+    ConvlensError,
+    ResourceError,
+    UsageError,
+    close_matches,
+    did_you_mean_suffix,
+)
 from convlens.models import zoo
-from convlens.models.parts import Initialised, Parts, parts
-from convlens.names import hint, near
+from convlens.models.stages import DataInitialized, ModelParts, model_parts
 
 __all__ = [
     "MODELS",
-    "Initialised",
-    "Parts",
-    "build",
-    "family",
-    "load",
-    "options_of",
-    "parts",
+    "DataInitialized",
+    "ModelParts",
+    "build_model",
+    "model_family",
+    "load_weights",
+    "model_options",
+    "model_parts",
     "try_out",
 ]
 
@@ -43,14 +48,14 @@ MODELS: dict[str, str] = {
     "resnet18": "resnet.ResNet18",
     "resnet34": "resnet.ResNet34",
     "resnet50": "resnet.ResNet50",
-    "wrn": "wrn.WRN",
+    "wrn": "resnet.WRN",
 }
 # Image sizes that are tried in turn when a network refuses its own; every network takes 224.
 USUAL_SIZES = (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 288, 320, 384)
 FAILURES = (TypeError, ValueError, RuntimeError, OverflowError, AssertionError)
 
 
-def build(
+def build_model(
     name: str, classes: int, channels: int, image_size: int, options: Mapping[str, Any]
 ) -> nn.Module:
     """The network `name` for `classes` classes of `[channels, image_size, image_size]` images.
@@ -59,19 +64,19 @@ def build(
         UsageError: unknown family, unknown option (all at once, with near misses), bad value.
         ResourceError: not enough memory for the weights.
     """
-    known = options_of(name)
+    known = model_options(name)
     unknown = [key for key in options if key not in known]
     if unknown:
         hints = []
         for key in unknown:
-            close = [f"model.{other}" for other in near(key, known)[:1]]
-            hints.append(f"unknown key 'model.{key}'{hint(close)}")
+            close = [f"model.{other}" for other in close_matches(key, known)[:1]]
+            hints.append(f"unknown key 'model.{key}'{did_you_mean_suffix(close)}")
         fix = f"model {name} has: {', '.join(known) or 'no keys of its own'}"
         raise UsageError("; ".join(hints), fix=fix)
     try:
         if name in MODELS:
-            return family(name)(classes, channels, image_size, **options)
-        return zoo.build(name, classes, channels, image_size, **options)
+            return model_family(name)(classes, channels, image_size, **options)
+        return zoo.build_zoo_model(name, classes, channels, image_size, **options)
     except UsageError:
         raise
     # For example a text where a number belongs, or more weights than fit into memory.
@@ -79,14 +84,14 @@ def build(
         raise _explain(name, error, fix=f"received {dict(options)}") from error
 
 
-def family(name: str) -> Callable[..., nn.Module]:
+def model_family(name: str) -> Callable[..., nn.Module]:
     """The class behind a line of `MODELS`."""
     file, _, called = MODELS[name].partition(".")
     found: Callable[..., nn.Module] = getattr(import_module(f"convlens.models.{file}"), called)
     return found
 
 
-def load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Puts a network's complete tensors, as a file has them, into `model`.
 
     Beside its tensors a state dict has version numbers of the modules, which a file of tensors
@@ -101,7 +106,7 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def options_of(name: str) -> dict[str, Any]:
+def model_options(name: str) -> dict[str, Any]:
     """The network's own options with their defaults.
 
     Of our families they are read from the constructor; of others None stands for the default.
@@ -110,8 +115,8 @@ def options_of(name: str) -> dict[str, Any]:
         UsageError: no such network, with near misses.
     """
     if name not in MODELS:
-        return zoo.options_of(name, MODELS)
-    parameters = inspect.signature(family(name)).parameters.values()
+        return zoo.zoo_options(name, MODELS)
+    parameters = inspect.signature(model_family(name)).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
@@ -169,7 +174,7 @@ def _forward_zeros(
 ) -> nn.Module:
     """Build a network and run two images of zeros through it in eval mode, or one in train mode."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model = build(name, 2, channels, image_size, options)
+        model = build_model(name, 2, channels, image_size, options)
         images = torch.zeros(1 if train_on_one else 2, channels, image_size, image_size)
         try:
             model.train(train_on_one)(images)

@@ -9,8 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from convlens.errors import UsageError
-from convlens.names import pick
+from convlens.errors import UsageError, lookup
 
 T = TypeVar("T", int, str)
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -88,9 +87,9 @@ class CNN(nn.Module):
         _check(
             widths, depths, kernels, {"dropout": dropout, "stage_dropout": stage_dropout}, hidden
         )
-        poolings = [pick(POOLINGS, name, "model.pool") for name in pools]
-        pick(ACTIVATIONS, activation, "model.activation")
-        pads = pick(PADDINGS, padding, "model.padding")
+        poolings = [lookup(POOLINGS, name, "model.pool") for name in pools]
+        lookup(ACTIVATIONS, activation, "model.activation")
+        pads = lookup(PADDINGS, padding, "model.padding")
         self.stages: tuple[str, ...] = tuple(f"stage{i + 1}" for i in range(len(widths)))
         inputs, size = channels, image_size
         for i, name in enumerate(self.stages):
@@ -112,7 +111,7 @@ class CNN(nn.Module):
             if stage_dropout:
                 layers.append(nn.Dropout2d(stage_dropout))
             self.add_module(name, nn.Sequential(*layers))
-        self.pool = nn.Sequential(pick(HEADS, head, "model.head")(), Flatten())
+        self.pool = nn.Sequential(lookup(HEADS, head, "model.head")(), Flatten())
         features = inputs * (size**2 if head == "flatten" else 1)
         dense: OrderedDict[str, nn.Module] = OrderedDict()
         if hidden:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from convlens.errors import UsageError
+from convlens.errors import UsageError, lookup
 from convlens.models.cnn import ACTIVATIONS
-from convlens.names import pick
 
 PATCH = 2
 # Added to the eigenvalues (in units of normalised pixels squared): directions in which patches
@@ -64,7 +63,7 @@ class FastNet(nn.Module):
     ) -> None:
         super().__init__()
         _check(widths, depth, batch_norm_momentum, scale)
-        pick(ACTIVATIONS, activation, "model.activation")
+        lookup(ACTIVATIONS, activation, "model.activation")
         filters = 2 * channels * PATCH**2
         self.whiten = nn.Conv2d(channels, filters, PATCH)
         self.whiten.weight.requires_grad_(False)

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from convlens.errors import UsageError
-from convlens.models.parts import last_layer, name_parts
-from convlens.names import did_you_mean, near
+from convlens.errors import UsageError, close_matches, did_you_mean
+from convlens.models.stages import last_layer, name_parts
 
 TIMM = "timm/"
 # The plain numbers among a torchvision builder's arguments, by the file it stands in. A builder
@@ -45,13 +44,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 TIMM_OPTIONS = ("drop_rate", "drop_path_rate")
 
 
-def names() -> list[str]:
+def zoo_names() -> list[str]:
     """torchvision's classification networks (those for detection, video, ... are not here)."""
     vision = import_module("torchvision.models")
     return cast(list[str], vision.list_models(module=vision))
 
 
-def options_of(name: str, own: Iterable[str]) -> dict[str, Any]:
+def zoo_options(name: str, own: Iterable[str]) -> dict[str, Any]:
     """The options of a torchvision or timm network; None stands for the library's own default.
 
     Args:
@@ -63,20 +62,20 @@ def options_of(name: str, own: Iterable[str]) -> dict[str, Any]:
     if name.startswith(TIMM):
         timm, called = _timm(), name.removeprefix(TIMM)
         if not timm.is_model(called):
-            close = near(called.partition(".")[0], timm.list_models())
+            close = close_matches(called.partition(".")[0], timm.list_models())
             fix = did_you_mean(TIMM + c for c in close) or "see timm.list_models()"
             raise UsageError(f"timm has no network {called!r}", fix=fix)
         return dict.fromkeys(TIMM_OPTIONS)
-    theirs = names()
+    theirs = zoo_names()
     if name not in theirs:
-        close = near(name, dict.fromkeys([*own, *theirs]))
+        close = close_matches(name, dict.fromkeys([*own, *theirs]))
         choice = f"choose from: {', '.join(own)}, torchvision's or timm/NAME"
         fix = did_you_mean(close) or choice
         raise UsageError(f"unknown model {name!r}", fix=fix)
     return dict.fromkeys(OPTIONS.get(_file(name), ()))
 
 
-def build(
+def build_zoo_model(
     name: str, classes: int, channels: int, image_size: int, **options: float | None
 ) -> nn.Module:
     """The network `name` (known to `options_of`) without weights of its library."""

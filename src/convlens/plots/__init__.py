@@ -13,26 +13,36 @@ from collections.abc import Callable
 from matplotlib.figure import Figure
 
 from convlens.plots.attributions import attribution_grid, attribution_sanity
-from convlens.plots.channels import Column, Panel, activations, activations_side_by_side
 from convlens.plots.charts import (
+    StageLine,
     accuracy_bars,
     confusion,
     curves,
+    differences,
+    embedding,
     learning_rate,
     reliability,
+    seed_curves,
+    similarity,
+    stage_measures,
+    variant_curves,
 )
-from convlens.plots.embeddings import embedding
-from convlens.plots.kernels import colour_filters, kernels, made_inputs, top_images
-from convlens.plots.pictures import (
+from convlens.plots.images import (
+    Column,
+    Panel,
+    activations,
+    activations_side_by_side,
     augmented_batch,
+    colour_filters,
     contact_sheet,
+    kernels,
     label_review,
-    neighbours,
+    made_inputs,
+    neighbors_sheet,
+    top_images,
     worst_mistakes,
 )
-from convlens.plots.several import differences, seed_curves, variant_curves
-from convlens.plots.stages import StageLine, similarity, stage_measures
-from convlens.plots.style import FORMATS, encoded, save
+from convlens.plots.style import FORMATS, encode_png, save_figure
 
 PLOTS: dict[str, Callable[..., Figure]] = {
     "curves": curves,
@@ -53,7 +63,7 @@ PLOTS: dict[str, Callable[..., Figure]] = {
     "kernels": kernels,
     "top_images": top_images,
     "made_inputs": made_inputs,
-    "neighbours": neighbours,
+    "neighbours": neighbors_sheet,
     "stage_measures": stage_measures,
     "similarity": similarity,
     "embedding": embedding,
@@ -79,14 +89,14 @@ __all__ = [
     "curves",
     "differences",
     "embedding",
-    "encoded",
+    "encode_png",
     "kernels",
     "label_review",
     "learning_rate",
     "made_inputs",
-    "neighbours",
+    "neighbors_sheet",
     "reliability",
-    "save",
+    "save_figure",
     "seed_curves",
     "similarity",
     "stage_measures",

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from convlens.plots.pictures import GAP, Images, tiles_of
-from convlens.plots.several import COLOURS, DASHES, MARKERS
-from convlens.plots.style import DPI, GREY, fit, styled
+from convlens.plots.charts import COLOURS, DASHES, MARKERS
+from convlens.plots.images import SHEET_GAP, Images, tiles_of
+from convlens.plots.style import DPI, GREY, fit_text, use_style
 
 Floats = npt.NDArray[np.floating[Any]]
 Interval = tuple[float, float] | None
@@ -25,12 +25,12 @@ ONE_SIDED, TWO_SIDED = "viridis", "PuOr_r"
 HEAT = 0.6  # share of the colours; the rest is the picture in grey
 FULL = 99.5  # the percentile of |value| that has the full colour: single pixels may stick out
 POINTS, HEAD_POINTS = 7, 8
-APART = 2 * GAP  # between models
+APART = 2 * SHEET_GAP  # between models
 BAR = 120  # width of a colour scale
 ROOM = {False: 175, True: 260}  # for the words beside it
 
 
-class Column(NamedTuple):
+class AttributionColumn(NamedTuple):
     """One method's maps `[N, h, w]`, from as coarse as a layer to as fine as the pictures."""
 
     title: str
@@ -39,17 +39,19 @@ class Column(NamedTuple):
     signed: bool
 
 
-class Panel(NamedTuple):
+class AttributionPanel(NamedTuple):
     """One model: its pictures uint8 `[N, C, S, S]`, methods, and each row's class and chance."""
 
     title: str
     pictures: Images
-    columns: Sequence[Column]
+    columns: Sequence[AttributionColumn]
     rows: Sequence[tuple[str, float]]
 
 
-@styled
-def attribution_grid(names: Sequence[tuple[str, str]], panels: Sequence[Panel]) -> Figure:
+@use_style
+def attribution_grid(
+    names: Sequence[tuple[str, str]], panels: Sequence[AttributionPanel]
+) -> Figure:
     """A row for each picture: itself, and its maps by each method of each model.
 
     Each map has a scale of its own, whose end is written above it: from 0, or from minus to plus
@@ -64,26 +66,28 @@ def attribution_grid(names: Sequence[tuple[str, str]], panels: Sequence[Panel]) 
 class _Grid:
     """The figure in pixels, from its upper left corner."""
 
-    def __init__(self, names: Sequence[tuple[str, str]], panels: Sequence[Panel]) -> None:
+    def __init__(
+        self, names: Sequence[tuple[str, str]], panels: Sequence[AttributionPanel]
+    ) -> None:
         plain = tiles_of(panels[0].pictures)
         self.high, self.wide = plain.shape[1:3]
         self.line = round(POINTS * DPI / 72 * 1.35)
         self.up = round(HEAD_POINTS * DPI / 72 * 1.35)
-        heads = 3 * self.up + GAP
-        step = 2 * self.line + self.high + GAP
-        size_y = GAP + heads + len(names) * step + 3 * GAP + self.line
+        heads = 3 * self.up + SHEET_GAP
+        step = 2 * self.line + self.high + SHEET_GAP
+        size_y = SHEET_GAP + heads + len(names) * step + 3 * SHEET_GAP + self.line
         count = sum(len(panel.columns) for panel in panels)
-        size_x = GAP + (count + 1) * (self.wide + GAP) + len(panels) * APART
+        size_x = SHEET_GAP + (count + 1) * (self.wide + SHEET_GAP) + len(panels) * APART
         self.kinds = sorted({column.signed for panel in panels for column in panel.columns})
-        size_x = max(size_x, GAP + sum(BAR + ROOM[signed] for signed in self.kinds))
+        size_x = max(size_x, SHEET_GAP + sum(BAR + ROOM[signed] for signed in self.kinds))
         self.canvas = np.full((size_y, size_x, 3), 255, dtype=np.uint8)
         # matplotlib cuts the size in pixels to whole ones: 1023.9999 must not become 1023.
         self.figure = Figure(figsize=((size_x + 1e-4) / DPI, (size_y + 1e-4) / DPI), dpi=DPI)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set_axis_off()
-        tops = [GAP + heads + row * step + 2 * self.line for row in range(len(names))]
+        tops = [SHEET_GAP + heads + row * step + 2 * self.line for row in range(len(names))]
         self._first(names, plain, tops)
-        x = 2 * GAP + self.wide + APART
+        x = 2 * SHEET_GAP + self.wide + APART
         for panel in panels:
             x = self._panel(panel, x, tops) + APART
         self._scales()
@@ -92,17 +96,17 @@ class _Grid:
 
     def _first(self, names: Sequence[tuple[str, str]], plain: Images, tops: list[int]) -> None:
         for (name, truth), tile, y in zip(names, plain, tops, strict=True):
-            self._put(tile, GAP, y)
-            self._say(GAP, y - self.line, self._cut(name))
+            self._put(tile, SHEET_GAP, y)
+            self._say(SHEET_GAP, y - self.line, self._cut(name))
             if truth:
-                self._say(GAP, y, self._cut(truth, "is "))
+                self._say(SHEET_GAP, y, self._cut(truth, "is "))
 
-    def _panel(self, panel: Panel, x: int, tops: list[int]) -> int:
+    def _panel(self, panel: AttributionPanel, x: int, tops: list[int]) -> int:
         """Draws one model's columns from `x` on; returns where the next may begin."""
-        up, head = self.up, GAP + 3 * self.up
+        up, head = self.up, SHEET_GAP + 3 * self.up
         greys = tiles_of(panel.pictures).mean(axis=3)
-        room = len(panel.columns) * (self.wide + GAP) * 72 / DPI / HEAD_POINTS
-        self._say(x, head - 2 * up, fit(panel.title, room), HEAD_POINTS, weight="bold")
+        room = len(panel.columns) * (self.wide + SHEET_GAP) * 72 / DPI / HEAD_POINTS
+        self._say(x, head - 2 * up, fit_text(panel.title, room), HEAD_POINTS, weight="bold")
         for number, column in enumerate(panel.columns):
             first, _, rest = column.title.partition(" ")
             if column.below or not rest:
@@ -111,30 +115,30 @@ class _Grid:
             self._say(x, head, self._cut(rest, points=HEAD_POINTS), HEAD_POINTS)
             self._say(x, head, self._cut(column.below), color=GREY)
             for row, y in enumerate(tops):
-                full = scale(column.maps[row])
+                full = map_scale(column.maps[row])
                 self._put(self._over(greys[row], column, row, full), x, y)
                 if number == 0:
                     name, chance = panel.rows[row]
                     self._say(x, y - self.line, self._cut(name, after=f" {chance:.0%}"))
                 sign = "±" if column.signed else "to "
                 self._say(x, y, f"{sign}{full:.2g}" if full else "0 everywhere", color=GREY)
-            x += self.wide + GAP
+            x += self.wide + SHEET_GAP
         return x
 
-    def _over(self, grey: Floats, column: Column, row: int, full: float) -> Images:
+    def _over(self, grey: Floats, column: AttributionColumn, row: int, full: float) -> Images:
         """The picture in grey below the map's colours, as large as a tile."""
-        fine = enlarge(column.maps[row].astype(np.float64), self.high, self.wide)
+        fine = upsample(column.maps[row].astype(np.float64), self.high, self.wide)
         share = fine / full if full else np.zeros_like(fine)
         colours = _colours(share, column.signed)
         if grey.shape != (self.high, self.wide):  # another model's pictures have another size
-            grey = enlarge(grey, self.high, self.wide)
+            grey = upsample(grey, self.high, self.wide)
         mixed = HEAT * colours + (1 - HEAT) * grey[..., None]
         result: Images = mixed.round().astype(np.uint8)
         return result
 
     def _scales(self) -> None:
         """What the colours mean, at the foot of the figure."""
-        x, y = GAP, self.canvas.shape[0] - GAP
+        x, y = SHEET_GAP, self.canvas.shape[0] - SHEET_GAP
         for signed in self.kinds:
             ramp = np.linspace(-1 if signed else 0, 1, BAR)[None].repeat(self.line - 6, axis=0)
             low, high = (
@@ -154,17 +158,17 @@ class _Grid:
         self.axes.text(x, y - 5, words, fontsize=points, va="baseline", **look)
 
     def _cut(self, name: str, before: str = "", after: str = "", points: int = POINTS) -> str:
-        room = (self.wide + GAP / 2) * 72 / DPI / points
-        return fit(name, room, before=before, after=after)
+        room = (self.wide + SHEET_GAP / 2) * 72 / DPI / points
+        return fit_text(name, room, before=before, after=after)
 
 
-def scale(values: Floats) -> float:
+def map_scale(values: Floats) -> float:
     """What the full colour stands for: the 99.5th percentile of |value|, or the largest."""
     size = np.abs(values)
     return float(np.percentile(size, FULL)) or float(size.max())
 
 
-def enlarge(values: Floats, high: int, wide: int) -> Floats:
+def upsample(values: Floats, high: int, wide: int) -> Floats:
     """A map `[h, w]` as `[high, wide]`, interpolated between the centres of its places.
 
     A map with more places than that is averaged, one that divides it is repeated.
@@ -196,7 +200,7 @@ def _colours(share: Floats, signed: bool) -> Floats:
     return result
 
 
-@styled
+@use_style
 def attribution_sanity(
     stages: Sequence[str],
     left: Mapping[str, Mapping[str, Sequence[tuple[float, Interval]]]],
@@ -212,7 +216,7 @@ def attribution_sanity(
             probability, from no cell to all.
     """
     figure = Figure(figsize=(8, 6.2), layout="constrained")
-    figure.suptitle(fit(title, 90), x=0.01, ha="left", fontsize=9)
+    figure.suptitle(fit_text(title, 90), x=0.01, ha="left", fontsize=9)
     panels = figure.subplots(2, 2)
     names = list(curves["deletion"])
     looks = {name: _look(number) for number, name in enumerate(names[:-1])}
@@ -233,7 +237,7 @@ def attribution_sanity(
         axes.set_title(f"{key}: {good} is good")
         axes.set_ylim(0, None)
     handles = [axes.plot([], [], label=name, **looks[name])[0] for name in names]
-    words_ = [fit(name, 40) for name in names]
+    words_ = [fit_text(name, 40) for name in names]
     figure.legend(handles, words_, loc="outside lower center", ncols=len(names), handlelength=3)
     return figure
 
@@ -261,7 +265,7 @@ def _forgetting(
         apart = (number - (len(left) - 1) / 2) * 0.08
         axes.errorbar(places + apart, values, errors, capsize=2, elinewidth=0.8, **looks[name])
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_xticks(places, ["trained", *(fit(stage, 14) for stage in stages)])
+    axes.set_xticks(places, ["trained", *(fit_text(stage, 14) for stage in stages)])
     if len(stages) > 4:
         axes.tick_params("x", rotation=40)
     axes.set_xlabel("weights drawn at random down to")

@@ -1,0 +1,356 @@
+"""Commands that judge runs: `compare diagnose labels report`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from convlens import metrics
+from convlens.analysis.compare import Comparison, Group
+from convlens.analysis.diagnosis import Diagnosis, Finding
+from convlens.analysis.label_errors import LabelReport, Suspect
+from convlens.cli.common import (
+    Command,
+    DataOption,
+    DeviceOption,
+    Figures,
+    JsonOption,
+    OverridesArgument,
+    RunArgument,
+    Split,
+    app,
+    print_json,
+)
+from convlens.cli.results import make_table, stdout_console
+from convlens.utils.console import print_status
+
+
+@app.command(cls=Command)
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN...", help="Names or folders of runs, or model files."),
+    ],
+    split: Split = "test",
+    data: DataOption = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Compare even if images or classes differ (no significance test).",
+        ),
+    ] = False,
+    device: DeviceOption = None,
+    figures: Figures = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare runs with the first one: a table, and a significance test for each.
+
+    Runs that differ only in their seeds form one group. A comparison on the test set is logged as a
+    use of it.
+
+    Examples:
+        convlens compare resnet18 resnet18-noaug
+        convlens compare resnet18 resnet18-noaug --split val
+    """
+    from convlens.analysis import compare as analysis_compare
+
+    pass  # import dropped
+
+    result = analysis_compare.compare(runs, split, data=data, force=force, on=device)
+    if not as_json:
+        print_comparison(result)
+    print_json(as_json, result.to_dict())
+
+
+@app.command(cls=Command)
+def diagnose(run: RunArgument, device: DeviceOption = None, as_json: JsonOption = False) -> None:
+    """Diagnose a run: overfitting, learning rate, dead layers, slow loading and more.
+
+    Reads the learning curves and evaluates some training and validation images. The test set is not
+    used.
+
+    Examples:
+        convlens diagnose mnist
+    """
+    from convlens import run as runs
+    from convlens.analysis import diagnosis
+
+    pass  # import dropped
+
+    result = diagnosis.diagnose(runs.find_run(run), on=device)
+    if not as_json:
+        print_diagnosis(result)
+    print_json(as_json, result.to_dict())
+
+
+@app.command(cls=Command)
+def labels(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA|RUN|RECIPE", help="Data set, or a run or recipe that uses it."
+        ),
+    ],
+    overrides: OverridesArgument = None,
+    data: DataOption = None,
+    folds: Annotated[
+        int, typer.Option(min=2, metavar="K", help="Number of models; each one judges one fold.")
+    ] = 5,
+    test: Annotated[
+        bool, typer.Option("--test", help="Also check the labels of the test set (this uses it).")
+    ] = False,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the runs.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train the models again.")] = False,
+    device: DeviceOption = None,
+    figures: Figures = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find labels that are probably wrong: a sheet of images and a CSV file to correct.
+
+    Trains one model for each fold; it judges the images that it was not trained on.
+
+    Examples:
+        convlens labels photos/
+        convlens labels photos/ train.epochs=10 --folds 3
+    """
+    from convlens.analysis.label_errors import find_label_errors
+
+    pass  # import dropped
+
+    report = find_label_errors(
+        what, overrides or [], data=data, folds=folds, test=test, name=name, fresh=fresh, on=device
+    )
+    if not as_json:
+        print_label_report(report)
+    print_json(as_json, report.to_dict())
+
+
+@app.command(cls=Command)
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Names or folders of runs, or model files."),
+    ],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Output file.")
+    ] = None,
+    audit: Annotated[
+        bool | None,
+        typer.Option(
+            "--audit/--no-audit",
+            help="Include an audit of all images; by default for small data sets.",
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an HTML page about a run, or one that compares several runs.
+
+    The page is a single file. It shows the test set only if the run has used it before.
+
+    Examples:
+        convlens report resnet18
+        convlens report resnet18 resnet18-noaug -o comparison.html
+    """
+    from convlens.cli.results import print_report
+    from convlens.reports import build
+
+    page = build.report(runs, output=output, audit=audit, on=device)
+    if not as_json:
+        print_report(page)
+    print_json(as_json, page.to_dict())
+
+
+# ---- comparison ----------------------------------------
+# Print a comparison: one table, then a sentence for each verdict.
+
+COMPARISON_COLUMNS = (
+    "run",
+    "accuracy %",
+    "loss",
+    "ECE",
+    "weights",
+    "MFLOPs",
+    "trained s",
+    "images/s",
+    "MB",
+)
+
+
+def print_comparison(result: Comparison) -> None:
+    """Print the table, the verdicts, notes and the paths of the plots."""
+    out = stdout_console()
+    table = make_table(*COMPARISON_COLUMNS)
+    for column in table.columns:
+        column.no_wrap = column is not table.columns[0]
+        column.overflow = "fold"
+    for group in result.groups:
+        table.add_row(escape(group.name), *_comparison_cells(group))
+    out.print(table)
+    n = sorted({member.evaluation.n for group in result.groups for member in group.members})
+    counts = " or ".join(f"{count:,}" for count in n)
+    out.print(
+        f"{result.split} split of {escape(result.data)}, {counts} images; MFLOPs for one image (a "
+        "multiply-add counts as two); images/s for inference on this machine"
+    )
+    for verdict in result.verdicts:
+        style = "bold" if verdict.differs else "not bold"
+        out.print(f"[{style}]{escape(verdict.sentence)}[/]")
+    for note in result.notes:
+        print_status(f"[dim]{escape(note)}[/]")
+    for path in result.plots:
+        out.print(escape(f"plot   {path}"))
+
+
+def _comparison_cells(group: Group) -> list[str]:
+    mean, sd = metrics.mean_sd(group.accuracies)
+    accuracy = f"{100 * mean:.2f}"
+    if group.interval95 is not None:
+        low, high = group.interval95
+        accuracy += f" ({100 * low:.1f}-{100 * high:.1f})"
+    elif sd is not None:
+        accuracy += f" ± {100 * sd:.2f}"
+    seconds = group.mean_of("training_seconds")
+    return [
+        accuracy,
+        _format_number(group, "loss", "{:.4f}"),
+        _format_number(group, "ece", "{:.3f}"),
+        _format_number(group, "parameters", "{:,.0f}"),
+        _format_number(group, "flops", "{:,.1f}", 1e6),
+        "-" if seconds is None else f"{seconds:,.1f}",
+        _format_number(group, "images_per_second", "{:,.0f}"),
+        _format_number(group, "file_bytes", "{:,.1f}", 1e6),
+    ]
+
+
+def _format_number(group: Group, key: str, form: str, unit: float = 1.0) -> str:
+    value = group.mean_of(key)
+    return "-" if value is None else form.format(value / unit)
+
+
+# ---- diagnosis ----------------------------------------
+# Print a diagnosis: findings, their evidence and what to do.
+
+
+def print_diagnosis(result: Diagnosis) -> None:
+    """Print the findings with their evidence, then the healthy and the undecided rules."""
+    out = stdout_console()
+    out.print(
+        f"[bold]{escape(result.run)}[/]: {result.status}, {result.epochs:,} epochs in metrics.csv"
+    )
+    for finding in result.findings:
+        out.print(f"\n[bold red]{finding.rule}[/]: {escape(finding.what)}")
+        out.print(escape(f"  numbers    {format_evidence(finding)}"))
+        out.print(escape(f"  threshold  {finding.threshold}"))
+        out.print(escape(f"  do         {finding.do}"))
+        if finding.overrides:
+            out.print(escape(f"  try        {' '.join(map(shlex.quote, finding.overrides))}"))
+    if result.findings:
+        out.print()
+    if result.healthy:
+        none = "no sign of" if result.findings else "nothing found: no sign of"
+        out.print(f"{none} {', '.join(result.healthy)}")
+    for rule, why in result.untold.items():
+        out.print(f"[dim]cannot tell: {rule}: {escape(why)}[/]")
+
+
+def format_evidence(finding: Finding) -> str:
+    """Return the evidence in one line; long tables are cut."""
+    return ", ".join(f"{key} {_finding_text(value)}" for key, value in finding.evidence.items())
+
+
+def _finding_text(value: Any) -> str:
+    if isinstance(value, dict):
+        entries = [f"{key} {_finding_text(inner)}" for key, inner in value.items()]
+        more = f" and {len(entries) - 12} more" if len(entries) > 12 else ""
+        return f"({', '.join(entries[:12])}{more})"
+    return (
+        f"{value:.4g}" if isinstance(value, float) else "unknown" if value is None else f"{value}"
+    )
+
+
+# ---- labels ----------------------------------------
+# Print suspected label errors: the most certain ones and the most common confusions.
+
+SUSPECTS_SHOWN = 20  # suspects in the table; the CSV has all
+PAIRS_SHOWN = 8
+POOR = 0.8  # agreement below which most suspicions are the models' own mistakes
+# `benchmarks/labels.py`, symmetric and asymmetric errors.
+PLANTED = (
+    "With 5% of the labels changed on purpose, 96 to 97 of the first 100 suspects were wrong on "
+    "digits (models agreed with 94% of the labels), 86 to 94 on MNIST (90%), 13 on CIFAR-10 (50%)."
+)
+DOUBT = (
+    "The models agree with so few labels that most suspects are probably mistakes of the models: "
+    "check only the first ones, or use a better recipe."
+)
+
+
+def print_label_report(report: LabelReport) -> None:
+    """Print the first suspects, the most common confusions and the paths of sheet and CSV."""
+    out, suspects = stdout_console(), report.suspects
+    if suspects:
+        table = make_table("image", "#", "given", "suggested", "p(given)", "p(suggested)")
+        for number, suspect in enumerate(suspects[:SUSPECTS_SHOWN], 1):
+            table.add_row(
+                escape(_name_with_probability(suspect)),
+                str(number),
+                escape(suspect.label),
+                escape(suspect.suggested),
+                f"{suspect.score:.1%}",
+                f"{suspect.top[0][1]:.1%}",
+            )
+        table.columns[0].overflow = "fold"
+        out.print(table)
+        if len(suspects) > SUSPECTS_SHOWN:
+            out.print(f"({SUSPECTS_SHOWN} of {len(suspects):,} suspects; the CSV lists all)")
+    if report.pairs:
+        pairs = make_table(
+            "labelled", "probably", "images", title="estimated, by confident learning"
+        )
+        for pair in report.pairs[:PAIRS_SHOWN]:
+            pairs.add_row(escape(pair.label), escape(pair.likely), f"{pair.images:,}")
+        out.print(pairs)
+    for line in label_conclusion(report):
+        mark = "[yellow]warning[/]  " if line == DOUBT else ""
+        out.print(mark + escape(line))
+    for path in report.sheets:
+        out.print(escape(f"sheet  {path}"))
+    out.print(escape(f"CSV    {report.table}"))
+    if report.trainable and suspects:
+        print_status(escape("next: correct `label` in a copy of it, then convlens train COPY.csv"))
+    elif suspects:
+        print_status("[dim]the images are not files, so the CSV cannot be used for training[/]")
+
+
+def label_conclusion(report: LabelReport) -> list[str]:
+    """Return the findings as sentences that claim no more than is known."""
+    n, k = len(report.ids), len(report.suspects)
+    what = "images" + (", the test split among them" if report.tested else "")
+    lines = [
+        f"{k:,} of {n:,} labels are suspected ({k / n:.1%}); {report.noise:.1%} of all are "
+        f"estimated to be wrong. {report.folds} models agree with {report.accuracy:.1%} of the "
+        f"labels of {what} that they were not trained on."
+    ]
+    if k:
+        lines.append(
+            "Suspected, not proven: to a model, a hard or unusual image looks the same. " + PLANTED
+        )
+    if k and report.accuracy < POOR:
+        lines.append(DOUBT)
+    if report.disputed:
+        lines.append(
+            f"{report.disputed:,} pairs of copies under two labels are not included: "
+            "`convlens audit` lists copies."
+        )
+    return lines
+
+
+def _name_with_probability(suspect: Suspect) -> str:
+    mark = " (test)" if suspect.split == "test" else ""
+    copies = "; ".join(f"{'=' if t.exact else '~'} {t.id} ({t.label})" for t in suspect.twins)
+    return suspect.id + mark + (f"  {copies}" if copies else "")

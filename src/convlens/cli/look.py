@@ -1,0 +1,444 @@
+"""The command `look`, which shows the inside of networks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from convlens.cli.common import (
+    Command,
+    DeviceOption,
+    Figures,
+    JsonOption,
+    app,
+    print_json,
+    split_commas,
+)
+from convlens.cli.results import make_table, stdout_console
+from convlens.utils.console import print_status
+
+if TYPE_CHECKING:
+    from convlens.interpret.attribution import Attributions, ModelAttributions
+    from convlens.interpret.embedding import Embedding, NeighborReport
+    from convlens.interpret.look import Look
+    from convlens.interpret.measure import CKAResult, Measurements
+    from convlens.interpret.stage_metrics import MetricValue
+
+
+LAYERS = "Layers"
+EVIDENCE = "Attribution"
+SETS = "Over a set of images"
+
+WhatOption = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN... [IMAGE]...",
+        help="Runs, or networks of torchvision or timm (NAME[:WEIGHTS]); then images: files, "
+        "test:17, worst:5, class:NAME:3.",  # :cat: would become an emoji
+    ),
+]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...",
+        help="Layers to show; by default the stem and each block.",
+        rich_help_panel=LAYERS,
+    ),
+]
+OrderOption = Annotated[
+    str,
+    typer.Option(
+        metavar="active|index",
+        help="Order of channels: the most active first, or by index.",
+        rich_help_panel=LAYERS,
+    ),
+]
+ChannelsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Number of channels to show per layer.", rich_help_panel=LAYERS
+    ),
+]
+FiltersOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="first|LAYER,...",
+        help="Show the kernels of the first or any other convolution.",
+        rich_help_panel=LAYERS,
+    ),
+]
+TopImagesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYER,...",
+        help="Show the images that activate each channel most.",
+        rich_help_panel=LAYERS,
+    ),
+]
+DreamOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LAYER[:CHANNEL,...]",
+        help="Optimize inputs that activate the channels (activation maximization).",
+        rich_help_panel=LAYERS,
+    ),
+]
+AttributionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD,...|all",
+        help="Attribution maps: grad-cam, grad-cam++, integrated-gradients, occlusion.",
+        rich_help_panel=EVIDENCE,
+    ),
+]
+ClassOption = Annotated[
+    str | None,
+    typer.Option(
+        "--class",
+        metavar="NAME",
+        help="Class to explain; by default the predicted one.",
+        rich_help_panel=EVIDENCE,
+    ),
+]
+CamLayerOption = Annotated[
+    str | None,
+    typer.Option(metavar="LAYER", help="Layer for Grad-CAM.", rich_help_panel=EVIDENCE),
+]
+SanityOption = Annotated[
+    bool,
+    typer.Option(
+        "--sanity",
+        help="Check the maps: randomize the weights; delete and insert the marked pixels.",
+        rich_help_panel=EVIDENCE,
+    ),
+]
+MeasureOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...|all",
+        help="Measure every stage: probe, picture, rank, dead, similarity and others.",
+        rich_help_panel=SETS,
+    ),
+]
+UntrainedOption = Annotated[
+    bool,
+    typer.Option("--untrained", help="Also measure an untrained network.", rich_help_panel=SETS),
+]
+EmbeddingOption = Annotated[
+    str | None,
+    typer.Option(metavar="pca|tsne", help="Map of the penultimate features.", rich_help_panel=SETS),
+]
+NearestOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="K",
+        help="Show the K nearest training images of each image.",
+        rich_help_panel=SETS,
+    ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="test|val|train",
+        help="Split to read images from; by default val. A use of test is logged.",
+        rich_help_panel=SETS,
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA", help="Another data set instead of the run's own.", rich_help_panel=SETS
+    ),
+]
+
+
+@app.command(cls=Command)
+def look(
+    what: WhatOption,
+    layers: LayersOption = None,
+    order: OrderOption = "active",
+    channels: ChannelsOption = None,
+    filters: FiltersOption = None,
+    top_images: TopImagesOption = None,
+    dream: DreamOption = None,
+    attribution: AttributionOption = None,
+    class_: ClassOption = None,
+    cam_layer: CamLayerOption = None,
+    sanity: SanityOption = False,
+    measure: MeasureOption = None,
+    untrained: UntrainedOption = False,
+    embedding: EmbeddingOption = None,
+    nearest: NearestOption = 0,
+    split: SplitOption = None,
+    data: DataOption = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for random choices.")] = 0,
+    device: DeviceOption = None,
+    figures: Figures = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look inside networks: activations, filters, attribution maps, measurements of stages.
+
+    Examples:
+        convlens look RUN
+        convlens look RUN OTHER cat.png worst:3
+        convlens look resnet18:default cat.png
+        convlens look RUN --filters first
+        convlens look RUN test:17 --attribution all
+        convlens look RUN OTHER --measure all
+    """
+    from convlens.interpret import inputs, look as interpret_look
+
+    pass  # import dropped
+
+    asked = interpret_look.LookOptions(
+        layers=split_commas(layers),
+        order=order,
+        channels=channels,
+        filters=split_commas(filters),
+        top_images=split_commas(top_images),
+        dream=dream or (),
+        attribution=split_commas(attribution),
+        target=class_,
+        cam_layer=cam_layer,
+        sanity=sanity,
+        measure=split_commas(measure),
+        untrained=untrained,
+        embedding=split_commas(embedding),
+        nearest=nearest,
+        split=split,
+        data=data,
+        seed=seed,
+    )
+    asked.check()
+    opened = inputs.open_look_inputs(what, on=device, examples=asked.needs_images)
+    found = interpret_look.look(opened, asked)
+    if not as_json:
+        print_look(found)
+    print_json(as_json, found.to_dict())
+
+
+# ---- looks ----------------------------------------
+# Print the results of `convlens look`: predictions, layers, files.
+
+FILES_LISTED = 8  # figures by name; of many images the folder alone
+
+
+def print_look(found: Look) -> None:
+    """Print the predictions for each image, the activity of each layer and the files."""
+    from convlens.interpret.activations import describe_prediction, describe_truth
+
+    out = stdout_console()
+    names = found.opened.names
+    if found.seen:
+        table = make_table("image", "truth", *map(escape, names))
+        for each in found.seen:
+            answers = [escape(describe_prediction(one)) for one in each]
+            table.add_row(
+                escape(each[0].picture.name), escape(describe_truth(each) or "?"), *answers
+            )
+        out.print(table)
+        for number, name in enumerate(names):
+            _print_layers(found, number, name)
+    for each_ in found.top_images:
+        of = f"{each_.silent:,} of {len(each_.selectivity):,} channels"
+        same = f"have the same value for all {len(each_.labels):,} images"
+        out.print(f"{escape(each_.run)} {escape(each_.layer)}: {of} {same}")
+    for made in found.made:
+        for place, channel in enumerate(made.channels):
+            best = f", the best image {made.best[place]:.4g}" if made.best else ""
+            out.print(
+                f"{escape(made.run)} {escape(made.layer)} channel {channel}: made input "
+                f"{made.peaks[place]:.4g}{best}"
+            )
+    if found.attribution is not None:
+        print_attributions(found.attribution)
+    if found.measures is not None:
+        print_measurements(found.measures)
+    for points in found.embeddings:
+        print_embeddings(points)
+    for near in found.neighbours:
+        print_neighbors(near)
+    figures = [path for path in found.files if path.suffix == ".png"]
+    for path in figures[:FILES_LISTED]:
+        out.print(escape(f"plot   {path}"))
+    count = len(found.files)
+    out.print(escape(f"{count} file{'s' * (count != 1)}  {found.opened.folder}"))
+
+
+def _print_layers(found: Look, number: int, name: str) -> None:
+    """Print means over the images: the number of blank channels and the activity of a layer."""
+    seen = [each[number] for each in found.seen]
+    count = len(seen)
+    told = "" if count == 1 else f", mean of {count} images"
+    table = make_table("layer", "channels", "map", "blank", "mean", "active", title=name + told)
+    broken = 0
+    for rows in zip(*(each.numbers() for each in seen), strict=True):
+        first = rows[0]
+        broken += sum(row.broken for row in rows)
+        means = [row.mean for row in rows if row.mean is not None]
+        shares = [row.active for row in rows if row.active is not None]
+        table.add_row(
+            escape(first.layer),
+            f"{first.channels:,}",
+            f"{first.height}×{first.width}",
+            f"{sum(row.blank for row in rows) / count:,.4g}",
+            f"{sum(means) / len(means):.4g}" if means else "NaN",
+            f"{sum(shares) / len(shares):.1%}" if shares else "NaN",
+        )
+    stdout_console().print(table)
+    if broken:
+        print_status(
+            f"[yellow]warning[/]  {escape(name)}: channels with NaN or infinite values are "
+            "marked in the figures and excluded from means and scales"
+        )
+
+
+# ---- measures ----------------------------------------
+# Print measurements, embeddings and nearest neighbours as tables on stdout.
+
+HEADS = {
+    "probe": "probe %",
+    "separability": "nearest mean %",
+    "picture": "picture R² %",
+    "rank": "rank",
+    "sparsity": "sparsity %",
+    "blank": "blank %",
+    "dead": "dead+nearly/channels",
+    "fineness": "fineness",
+}
+
+
+def print_measurements(result: Measurements) -> None:
+    """Print a table for each network with a row for each stage; definitions go to stderr."""
+    out = stdout_console()
+    names = result.measures
+    for network in result.networks:
+        learned = f", fitted on {network.learned:,}" if network.learned else ""
+        about = f"{network.n:,} {network.split} images of {network.data}{learned}"
+        if names:
+            table = make_table("stage", *(HEADS.get(name, name) for name in names))
+            for stage, values in network.stages.items():
+                broken = stage in network.broken
+                cells = ["NaN" if broken else _measure_cell(name, values[name]) for name in names]
+                table.add_row(escape(stage), *cells)
+            out.print(f"[bold]{escape(network.name)}[/]: {escape(about)}")
+            out.print(table)
+    for alike in result.similarity:
+        _print_similarity(alike)
+    for name, words in result.to_dict()["measures"].items():
+        meaning = f"{HEADS.get(name, name)}: {words['title']}; {words['definition']}"
+        print_status(f"[dim]{escape(meaning)}[/]")
+    for network in result.networks:
+        if network.broken:
+            bad = f"{network.name}: NaN or infinite activations in {', '.join(network.broken)}"
+            print_status(f"[yellow]{escape(bad)}[/]")
+    for file in result.files:
+        out.print(escape(f"written  {file}"))
+
+
+def _print_similarity(alike: CKAResult) -> None:
+    """Print linear CKA of each stage with the stage of the same name in the first network."""
+    place = {both: number for number, both in enumerate(alike.stages)}
+    first, *others = dict.fromkeys(network for network, _ in alike.stages)
+    stages = [stage for network, stage in alike.stages if network == first]
+    shared = [name for name in others if any((name, stage) in place for stage in stages)]
+    if not shared:
+        return
+    table = make_table("stage", *map(escape, shared))
+    for stage in stages:
+        row = alike.matrix[place[first, stage]]
+        values = [row[place[name, stage]] if (name, stage) in place else None for name in shared]
+        table.add_row(escape(stage), *("-" if v is None else f"{v:.2f}" for v in values))
+    out = stdout_console()
+    out.print(f"linear CKA with the same stage of [bold]{escape(first)}[/], n = {alike.n:,}")
+    out.print(table)
+
+
+def _measure_cell(name: str, value: MetricValue) -> str:
+    """Format a number with its interval."""
+    if value.value is None:
+        return "-"
+    if name == "dead":
+        its = value.details
+        return f"{its['dead']}+{its['nearly_dead']}/{its['channels']}"
+    scale, digits = (1, 1) if name == "rank" else (1, 3) if name == "fineness" else (100, 1)
+    shown = f"{scale * value.value:.{digits}f}"
+    if value.interval95 is not None:
+        low, high = value.interval95
+        shown += f" ({scale * low:.{digits}f}-{scale * high:.{digits}f})"
+    return shown
+
+
+def print_embeddings(result: Embedding) -> None:
+    """Print how the embedding was made and where it is."""
+    wrong = int((result.labels != result.guesses).sum())
+    out = stdout_console()
+    out.print(
+        f"[bold]{escape(result.run)}[/]: {len(result.ids):,} {result.split} images of "
+        f"{escape(result.data)}, {wrong:,} mistakes; {escape(result.words)}"
+    )
+    for file in result.to_dict()["files"]:
+        out.print(escape(f"written  {file}"))
+
+
+def print_neighbors(result: NeighborReport) -> None:
+    """Print the nearest training images of each image; identical ones are marked."""
+    out = stdout_console()
+    for one in result.found:
+        known = f", labeled {one.label}" if one.label is not None else ""
+        out.print(escape(f"{one.image}: predicted {one.prediction}{known}"))
+        table = make_table("training image", "class", "cosine distance", "")
+        for near in one.neighbours:
+            table.add_row(escape(near.id), escape(near.label), f"{near.distance:.4f}", near.same)
+        out.print(table)
+    out.print(escape(f"written  {result.file}"))
+
+
+# ---- attribution ----------------------------------------
+# Print attribution maps as tables on stdout.
+
+
+def print_attributions(found: Attributions) -> None:
+    """Print the class and probability of each image, the sanity checks and the files."""
+    out = stdout_console()
+    for model in found.models:
+        _attribution_rows(model)
+        if model.sanity is not None:
+            _print_sanity(model)
+    out.print(escape(f"maps    {found.figure}\narrays  {found.arrays}"))
+    for path in found.sanity_figures:
+        out.print(escape(f"checks  {path}"))
+
+
+def _attribution_rows(model: ModelAttributions) -> None:
+    where = f"; Grad-CAM in {model.layer}, {model.side}x{model.side}" if model.layer else ""
+    table = make_table("image", "truth", "predicted", "maps of", title=escape(model.name + where))
+    for each in model.to_dict()["images"]:
+        said = f"{each['predicted']} {each['predicted_probability']:.1%}"
+        shown = f"{each['class']} {each['probability']:.1%}"
+        table.add_row(*map(escape, (each["image"], each["truth"] or "", said, shown)))
+    stdout_console().print(table)
+
+
+def _print_sanity(model: ModelAttributions) -> None:
+    found = model.sanity
+    assert found is not None
+    table = make_table("method", "correlation with random weights", "deletion", "insertion")
+    for each in found.methods.values():
+        left = list(each.spearman.values())[-1]
+        areas = (str(each.areas[order]) for order in ("deletion", "insertion"))
+        table.add_row(escape(each.title), str(left), *areas)
+    areas = (str(found.random_areas[order]) for order in ("deletion", "insertion"))
+    table.add_row("random order", "", *areas)
+    out = stdout_console()
+    out.print(table)
+    out.print(
+        "rank correlation of the maps (0: the map depends on the weights) · area under the "
+        "probability curve (good: low for deletion, high for insertion) · 95% intervals over images"
+    )
+    for each in found.methods.values():
+        for sentence in each.sentences():
+            out.print(escape(sentence))

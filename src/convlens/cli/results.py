@@ -1,0 +1,270 @@
+"""Print results as text: tables on stdout, advice on stderr."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.control import strip_control_codes
+from rich.markup import escape
+from rich.table import Table
+
+from convlens.utils.console import print_status
+
+if TYPE_CHECKING:  # `convlens recipes` must not wait for torch
+    from convlens.data.audit import Audit
+    from convlens.data.duplicates import Duplicates
+    from convlens.data.shard_writer import WrittenShards
+    from convlens.evaluation import Evaluation
+    from convlens.model_export import Export
+    from convlens.prediction import Prediction
+    from convlens.recipe import Recipe
+    from convlens.reports.build import Report
+    from convlens.run import RunDir
+
+CLASSES_SHOWN = 40
+
+
+def stdout_console() -> Console:
+    """Return the console for results: as wide as the terminal, or 200 columns in a file."""
+    shown = sys.stdout.isatty()
+    return Console(highlight=False, emoji=False, soft_wrap=not shown, width=None if shown else 200)
+
+
+def make_table(*columns: str, title: str = "") -> Table:
+    """Return an empty table; its first column is left-aligned, the others right-aligned."""
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    return table
+
+
+def print_run_summary(place: RunDir) -> None:
+    """Print the result of a training, where its files are and what to do next."""
+    from convlens import evaluation  # torch: `convlens recipes` must not wait for it
+
+    facts = place.facts()
+    results = [entry for entry in place.results() if entry["split"] == "test" and entry["own"]]
+    out = stdout_console()
+    out.print(f"[bold]{escape(place.name)}[/]: weights of epoch {facts['kept_epoch']}", end="")
+    out.print(f" of {facts['epochs']}, {facts['training_seconds']:.1f} s of training")
+    if results:
+        out.print(evaluation.sentence(results[-1]))
+    out.print(escape(f"model  {place.model_path}"))
+    _plots(out, place)
+    print_status(f"next: [bold]convlens predict {place.name} IMAGE...[/]")
+
+
+def print_evaluation(result: Evaluation, place: RunDir, *, own: bool) -> None:
+    """Print a table with a row for each class, then the accuracy.
+
+    Many classes are sorted by F1, the worst first. `own` says that the split is the run's own and
+    not one of another data set.
+    """
+    from convlens import evaluation
+
+    table = make_table("class", "n", "precision", "recall", "F1", title="")
+    scores = list(result.per_class.items())
+    if len(scores) > CLASSES_SHOWN:
+        scores.sort(key=lambda item: item[1]["f1"] if item[1]["f1"] is not None else 2.0)
+    for name, score in scores[:CLASSES_SHOWN]:
+        table.add_row(
+            escape(name),
+            f"{score['n']:,}" if score["n"] else "0 samples",
+            *(_percent_of(score[key]) for key in ("precision", "recall", "f1")),
+        )
+    out = stdout_console()
+    out.print(table)
+    if len(scores) > CLASSES_SHOWN:
+        out.print(f"({CLASSES_SHOWN} of {len(scores)} classes, the worst; --json lists all)")
+    out.print(evaluation.sentence({**result.to_dict(), "own": own}))
+    if result.tta is not None:
+        out.print(result.tta_sentence())
+    _plots(out, place)
+
+
+def _plots(out: Console, place: RunDir) -> None:
+    if place.plots.is_dir():  # not with `--figures none`
+        out.print(escape(f"plots  {place.plots}"))
+
+
+def _percent_of(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def print_recipes(recipes: Mapping[str, Recipe], variants: Mapping[str, Sequence[str]]) -> None:
+    """Print the name and purpose of every recipe and its number of variants."""
+    table = make_table("recipe", "data")
+    table.add_column("what it is", justify="left")
+    for name, recipe in recipes.items():
+        count = len(variants[name])
+        more = f"; {count} variants" if count else ""
+        table.add_row(name, recipe.data.name, escape(recipe.about + more))
+    stdout_console().print(table)
+    print_status("[dim]`convlens recipes NAME` prints a recipe, `convlens train NAME` trains it[/]")
+
+
+def print_audit(report: Audit, sheet: Path) -> None:
+    """Print counts, sizes and everything suspicious about a data set."""
+    out = stdout_console()
+    splits = list(report.how)
+    table = make_table("class", *splits)
+    for name, counts in list(report.counts.items())[:CLASSES_SHOWN]:
+        table.add_row(escape(name), *(f"{counts.get(split, 0):,}" for split in splits))
+    out.print(table)
+    if len(report.counts) > CLASSES_SHOWN:
+        out.print(f"({CLASSES_SHOWN} of {len(report.counts)} classes; --json lists all)")
+    for split, how in report.how.items():
+        out.print(f"{split:<10} {escape(how)}")
+    width, height = report.width, report.height
+    out.print(f"{'images':<10} {report.images:,} readable, {len(report.unreadable):,} unreadable")
+    out.print(
+        f"{'size':<10} width {width[0]}-{width[2]} (median {width[1]:g}), height "
+        f"{height[0]}-{height[2]} (median {height[1]:g}), {report.sizes:,} different"
+    )
+    modes = ", ".join(f"{mode} {count:,}" for mode, count in report.modes.items())
+    out.print(f"{'modes':<10} {modes}; {report.channels} channel(s)")
+    means = " ".join(f"{mean:.4f}" for mean in report.mean)
+    deviations = " ".join(f"{std:.4f}" for std in report.std)
+    out.print(f"{'channels':<10} mean {means}, deviation {deviations} (training images, 0..1)")
+    for note in report.notes:
+        out.print(f"{'note':<10} {escape(note)}")
+    for problem in report.problems:
+        out.print(f"[red]{'problem':<10}[/] {escape(problem)}")
+    for bad in report.unreadable:
+        out.print(f"[red]{'unreadable':<10}[/] {escape(bad.id)}: {escape(bad.reason)}")
+    _print_duplicates(out, "the same picture", report.duplicates)
+    _print_duplicates(out, "looks the same", report.near_duplicates)
+    out.print(f"contact sheet  {sheet}")
+
+
+def print_augmented_sheet(sheet: Path) -> None:
+    """Print the path of the figure of an augmented batch."""
+    stdout_console().print(f"augmented batch  {sheet}")
+
+
+def print_exports(made: Sequence[Export]) -> None:
+    """Print where the files are and how they were checked."""
+    out = stdout_console()
+    for each in made:
+        mb = each.bytes / 1e6
+        out.print(f"[bold]{each.format}[/]  {escape(each.path)}  ({mb:.1f} MB)", soft_wrap=True)
+        out.print(escape(f"  takes  {each.input}\n  gives  {each.outputs}"))
+        out.print(escape(f"  proof  {each.proof.sentence()}"))
+
+
+def print_shards(written: WrittenShards) -> None:
+    """Print what was written as shards."""
+    images = ", ".join(f"{count:,} {split}" for split, count in written.images.items())
+    stdout_console().print(
+        f"{images} images of {escape(written.data)} in {written.shards:,} shards"
+    )
+    stdout_console().print(f"shards  {escape(written.folder)}")
+
+
+def print_report(page: Report) -> None:
+    """Print the verdict of a page, what it lacks and its path."""
+    out = stdout_console()
+    out.print(escape(page.verdict))
+    for line in page.missing:
+        print_status(f"[yellow]not on the page:[/] {escape(line)}")
+    out.print(f"report  {escape(str(page.path))}  ({page.bytes / 1e6:.1f} MB)")
+
+
+def _print_duplicates(out: Console, what: str, repeats: Duplicates, shown: int = 8) -> None:
+    if not repeats.groups:
+        return
+    out.print(
+        f"[yellow]warning[/]    {what}: {repeats.groups:,} groups, {repeats.across_splits:,} of "
+        f"them across splits, {repeats.two_labels:,} under two labels"
+    )
+    for group in repeats.listed[:shown]:
+        named = zip(group.ids, group.splits, group.labels, strict=True)
+        out.print(
+            "           " + " = ".join(f"{escape(i)} ({s}, {escape(c)})" for i, s, c in named)
+        )
+    if repeats.groups > shown:
+        out.print(
+            f"           ... and {repeats.groups - shown:,} more (--json lists the worst 100)"
+        )
+
+
+def _write_table(answers: Iterable[Prediction], top: int, tta: bool) -> int:
+    out, failed = stdout_console(), 0
+    # rich takes longer to print a line than it takes to decode a small image.
+    fancy = out.is_terminal
+    bold, red, end = ("[bold]", "[red]", "[/]") if fancy else ("", "", "")
+    text = escape if fancy else strip_control_codes
+
+    def write(line: str) -> None:
+        if fancy:
+            out.print(line)
+        else:
+            sys.stdout.write(line + "\n")
+
+    for answer in answers:
+        name = text(answer.filename)
+        if answer.error is not None:
+            failed += 1
+            write(f"{name}  {red}unreadable: {text(answer.error)}{end}")
+            continue
+        shown = answer.tta_top if tta else answer.top
+        named = "  ".join(f"{text(label)} {prob:.1%}" for label, prob in shown)
+        differs = tta and answer.tta_label != answer.label
+        plain = f"  (plain: {text(str(answer.label))} {answer.prob:.1%})" if differs else ""
+        write(f"{name}  {bold}{named}{end}{plain}")
+    return failed
+
+
+def _write_csv(answers: Iterable[Prediction], top: int, tta: bool) -> int:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    ranks = ["", *range(2, top + 1)]
+    names = [f"{kind}{rank}" for rank in ranks for kind in ("label", "prob")]
+    beside = [f"tta_{name}" for name in names] if tta else []
+    writer.writerow(["filename", *names, *beside, "error"])
+    failed = 0
+    for answer in answers:
+        failed += answer.error is not None
+        cells = _prediction_cells(answer.top, top) + (
+            _prediction_cells(answer.tta_top, top) if tta else []
+        )
+        writer.writerow([answer.filename, *cells, answer.error or ""])
+    return failed
+
+
+def _prediction_cells(named: Sequence[tuple[str, float]], top: int) -> list[str]:
+    cells = [cell for label, prob in named for cell in (label, f"{prob:.6f}")]
+    return cells + [""] * (2 * top - len(cells))
+
+
+def _write_json(answers: Iterable[Prediction], top: int, tta: bool) -> int:
+    listed: list[dict[str, Any]] = []
+    for answer in answers:
+        entry: dict[str, Any] = {"filename": answer.filename}
+        if answer.error is not None:
+            entry["error"] = answer.error
+        else:
+            entry |= {"label": answer.label, "prob": answer.prob}
+            entry["top"] = [{"label": label, "prob": prob} for label, prob in answer.top]
+            if tta:
+                entry |= {"tta_label": answer.tta_label, "tta_prob": answer.tta_prob}
+                entry["tta_top"] = [{"label": name, "prob": prob} for name, prob in answer.tta_top]
+        listed.append(entry)
+    sys.stdout.write(json.dumps({"predictions": listed}, ensure_ascii=False) + "\n")
+    return sum("error" in entry for entry in listed)
+
+
+# Output formats of `predict`. Each writer gets an iterator of predictions, the number of classes to
+# show and whether there are predictions with test-time augmentation; it returns the number of files
+# that could not be read.
+WRITERS: dict[str, Callable[[Iterable[Prediction], int, bool], int]] = {
+    "table": _write_table,
+    "csv": _write_csv,
+    "json": _write_json,
+}

@@ -1,0 +1,505 @@
+"""Commands for models and data: `train evaluate predict export audit augment shard recipes`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from convlens.cli.common import (
+    DATA_HELP,
+    Command,
+    DataOption,
+    DeviceOption,
+    Figures,
+    JsonOption,
+    OverridesArgument,
+    RunArgument,
+    Split,
+    TtaOption,
+    app,
+    print_json,
+    split_commas,
+)
+from convlens.cli.results import make_table, stdout_console
+from convlens.training.repeats import RunOutcome, RunResults, VariantSummary, trainable_parameters
+from convlens.utils.console import print_status
+
+if TYPE_CHECKING:
+    from convlens.data.audit import Audit
+
+
+@app.command(cls=Command)
+def train(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|FILE.yaml|DATA",
+            help="Recipe to train, or a data set for the default recipe.",
+        ),
+    ],
+    overrides: OverridesArgument = None,
+    data: DataOption = None,
+    variants: Annotated[
+        str | None, typer.Option(metavar="all|NAME,...", help="Train these variants of the recipe.")
+    ] = None,
+    repeat_splits: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Repeat over N random data splits.")
+    ] = 1,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Repeat with N seeds.")] = 1,
+    folds: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="K", help="K-fold cross-validation; the test set is not used."),
+    ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit",
+            help="Choose the number of epochs on validation, then retrain on train+val and test "
+            "that model.",
+        ),
+    ] = False,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again in a new folder.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Continue a finished run that has fewer epochs.")
+    ] = False,
+    no_test: Annotated[bool, typer.Option("--no-test", help="Do not use the test set.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Use deterministic algorithms only.")
+    ] = False,
+    device: DeviceOption = None,
+    figures: Figures = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a recipe, or the default recipe on your own images, and test the model once.
+
+    The same command again continues a stopped run, or finds the finished one.
+
+    Examples:
+        convlens train mnist
+        convlens train photos/ data.image_size=96
+        convlens train digits --seeds 5
+        convlens train digits --folds 5
+        convlens train resnet18-pretrained --variants all
+        convlens train digits train.epochs=60 --extend
+    """
+    from convlens.cli.results import print_run_summary
+    from convlens.errors import UsageError
+    from convlens.training import train as training_train
+    from convlens.training.repeats import train_many
+
+    pass  # import dropped
+    from convlens.training import resolve
+
+    changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
+    options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
+    if variants is not None or repeat_splits > 1 or seeds > 1 or folds is not None or refit:
+        if extend:
+            raise UsageError("--extend needs a single run", fix="extend the runs one by one")
+        resolved = resolve.resolve_variants(what, variants, data=data, overrides=changes)
+        options |= {"repeat_splits": repeat_splits, "seeds": seeds, "folds": folds, "refit": refit}
+        table = train_many(resolved, **options)
+        if not as_json:
+            print_run_table(table)
+        print_json(as_json, table.to_dict())
+        return
+    asked = resolve.resolve_recipe(what, data=data, overrides=changes)
+    place = training_train.train(asked.recipe, plain=asked.plain, extend=extend, **options)
+    if not as_json:
+        print_run_summary(place)
+    last = {} if no_test else _last(place.results())
+    print_json(as_json, {"run": place.name, "path": str(place.path), **last})
+
+
+@app.command(cls=Command)
+def evaluate(
+    run: RunArgument,
+    split: Split = "test",
+    data: DataOption = None,
+    tta: TtaOption = None,
+    device: DeviceOption = None,
+    figures: Figures = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a trained model on one of its splits or on another data set.
+
+    Examples:
+        convlens evaluate digits
+        convlens evaluate digits --split val
+        convlens evaluate digits --tta flip
+        convlens evaluate digits --data more-digits/
+    """
+    from convlens import evaluation
+    from convlens.cli.results import print_evaluation
+    from convlens.run import find_run
+
+    place = find_run(run)
+    result = evaluation.evaluate(place, split, data=data, tta=tta, on=device)
+    if not as_json:
+        print_evaluation(result, place, own=data is None)
+    print_json(as_json, result.to_dict())
+
+
+@app.command(cls=Command)
+def predict(
+    run: RunArgument,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH]...", help="Files, folders, globs, or - for stdin."),
+    ] = None,
+    top: Annotated[
+        int, typer.Option("--top", "-k", min=1, metavar="K", help="Number of classes to show.")
+    ] = 1,
+    output: Annotated[
+        str, typer.Option("--format", "-f", metavar="table|csv|json", help="Output format.")
+    ] = "table",
+    tta: TtaOption = None,
+    device: DeviceOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
+) -> None:
+    """Classify image files and print file name, label and probability.
+
+    Examples:
+        convlens predict digits a.png b.png
+        convlens predict digits new/ -k 3 --format csv
+        convlens predict models/digits/model.onnx a.png
+        find . -name '*.png' | convlens predict digits -
+    """
+    from convlens import onnx_model, prediction
+    from convlens.cli.results import WRITERS
+    from convlens.engine import inference
+    from convlens.errors import DataError, lookup
+    from convlens.run import find_run
+
+    write = lookup(WRITERS, "json" if as_json else output, "format")
+    inference.select_views(tta)  # report a typo before anything is read or written
+    loaded = onnx_model.load_model_or_onnx(find_run(run).model_path)
+    asked = paths or ["-"]
+    named = [line.strip() for line in sys.stdin if line.strip()] if "-" in asked else []
+    files = prediction.expand_paths([*(path for path in asked if path != "-"), *named])
+    if not files:
+        print_status("nothing to predict: stdin named no files")
+    answers = prediction.predict(loaded, files, top_k=top, tta=tta, on=device)
+    failed = write(answers, top, tta is not None)
+    if failed:
+        raise DataError(
+            f"{failed} of {len(files)} files could not be read; the others were classified",
+            fix="see the reason beside each file name",
+        )
+
+
+@app.command(cls=Command)
+def export(
+    run: RunArgument,
+    to: Annotated[
+        list[str] | None, typer.Option(metavar="onnx|torch", help="Formats, separated by commas.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Output file.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Images for the numerical check; by default the run's validation images.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model for other programs and check on real images that the outputs agree.
+
+    The exported model takes a batch of uint8 images of any size N, normalizes them itself and
+    returns logits and probabilities. A file that does not agree with convlens is deleted.
+
+    Examples:
+        convlens export digits
+        convlens export digits --to onnx,torch
+        convlens predict models/digits/model.onnx a.png
+    """
+    from convlens import model_export
+    from convlens.cli.results import print_exports
+    from convlens.run import find_run
+
+    formats = split_commas(",".join(to or ["onnx"]))
+    place = find_run(run)
+    made = model_export.export(place, formats, output=output, data=data)
+    if not as_json:
+        print_exports(made)
+    print_json(as_json, {"run": place.name, "exports": [each.to_dict() for each in made]})
+
+
+@app.command(cls=Command)
+def audit(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    overrides: OverridesArgument = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Exit with code 3 if files are unreadable, if copies are in several splits or "
+            "under two labels, or if training would refuse the data set.",
+        ),
+    ] = False,
+    figures: Figures = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a data set before training: counts, sizes, unreadable files, duplicates.
+
+    Examples:
+        convlens audit photos/
+        convlens audit photos/ val_fraction=0.2
+        convlens audit photos/ --strict
+    """
+    from convlens import run_plots
+    from convlens.cli.results import print_audit
+    from convlens.data import audit as auditing
+    from convlens.training import resolve
+
+    report = auditing.audit(resolve.resolve_data_config(data, overrides or []))
+    sheet = run_plots.plot_data_sheet(report)
+    if not as_json:
+        print_audit(report, sheet)
+    print_json(as_json, {**report.to_dict(), "contact_sheet": str(sheet)})
+    if strict:
+        _raise_if_flawed(report)
+
+
+@app.command(cls=Command)
+def augment(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|FILE.yaml", help="Recipe whose augmentation to draw.")
+    ],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    overrides: OverridesArgument = None,
+    figures: Figures = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw a batch of training images before and after a recipe's augmentation.
+
+    Examples:
+        convlens augment tiny-cpu cifar10
+        convlens augment mine.yaml photos/
+    """
+    from convlens import run_plots
+    from convlens.cli.results import print_augmented_sheet
+    from convlens.training import resolve
+
+    resolved = resolve.recipe_for_dataset(recipe, data, overrides or [])
+    batch = run_plots.plot_augmented_sheet(resolved)
+    if not as_json:
+        print_augmented_sheet(batch)
+    print_json(as_json, {"data": data, "recipe": resolved.name, "augmented_batch": str(batch)})
+
+
+@app.command(cls=Command)
+def shard(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the shards.")],
+    overrides: OverridesArgument = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a data set as shards (tar files in WebDataset format).
+
+    Examples:
+        convlens shard photos/ photos-shards
+        convlens train photos-shards
+    """
+    from convlens.cli.results import print_shards
+    from convlens.data import shard_writer
+    from convlens.training import resolve
+
+    written = shard_writer.export_shards(resolve.resolve_data_config(data, overrides or []), out)
+    if not as_json:
+        print_shards(written)
+    print_json(as_json, written.to_dict())
+
+
+@app.command(cls=Command)
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Recipe to print.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the recipes, or print one as a file that can be trained.
+
+    Examples:
+        convlens recipes
+        convlens recipes mnist > mine.yaml
+        convlens recipes mnist --json
+    """
+    from convlens import recipe as store
+    from convlens.cli.results import print_recipes
+
+    if name is not None:
+        text = store.recipe_text(name)
+        if as_json:
+            found = store.variants(name)
+            content = store.load_recipe(name).model_dump(mode="json")
+            print_json(True, content | ({"variants": found} if found else {}))
+        else:
+            sys.stdout.write(text)
+        return
+    every = {each: store.load_recipe(each) for each in store.recipe_names()}
+    if as_json:
+        print_json(True, {each: recipe.about for each, recipe in every.items()})
+    else:
+        print_recipes(every, {each: list(store.variants(each)) for each in every})
+
+
+def _raise_if_flawed(report: Audit) -> None:
+    """Raise the error with which `--strict` ends, if the audit found problems."""
+    from convlens.errors import DataError
+
+    counts = {
+        "unreadable files": len(report.unreadable),
+        "copies across splits": report.duplicates.across_splits,
+        "copies under two labels": report.duplicates.two_labels,
+        "problems that training refuses": len(report.problems),
+    }
+    found = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if found:
+        raise DataError(", ".join(found), where=report.name, fix="fix the problems listed above")
+
+
+def _last(results: list[dict[str, Any]]) -> dict[str, Any]:
+    return results[-1] if results else {}
+
+
+# ---- runs ----------------------------------------
+# Print several runs as one table on stdout, with a line or two below it.
+
+Row = dict[str, str]
+WORDS = {"test": "test", "val": "validation"}
+SPARE = ("CPU s", "weights", "trained", "95% interval", "s", "epoch")  # least needed first
+
+
+def print_run_table(result: RunResults) -> None:
+    """Print a row for each run of one variant, or for each variant; then the conclusion."""
+    out, summaries = stdout_console(), result.summaries
+    rows = _variants(result) if len(summaries) > 1 else _runs(result)
+    out.print(_fitted(rows, out.width))
+    over = result.repeats_in_words()
+    if len(summaries) == 1:
+        out.print(_conclusion(result, summaries[0], over))
+    elif over:
+        out.print(f"accuracies are mean ± sd of {over}")
+    for summary in summaries:
+        if summary.parts:
+            between, within = map(_percent, summary.parts)
+            named = f"{escape(summary.variant)}: " if summary.variant else ""
+            out.print(f"{named}sd {between} points between splits, {within} between seeds")
+    if result.flattered:
+        print_status(
+            "[dim]slightly optimistic: the same images chose the epoch "
+            "(not with train.keep=last)[/]"
+        )
+    if result.plot.exists():
+        out.print(escape(f"plot   {result.plot}"))
+
+
+def _conclusion(result: RunResults, summary: VariantSummary, over: str) -> str:
+    what = "out-of-fold accuracy" if result.folds else f"{WORDS[result.split]} accuracy"
+    if summary.interval95 is None:
+        return f"{what} [bold]{_mean_sd(summary.mean, summary.sd)} %[/] (mean ± sd of {over})"
+    low, high = summary.interval95
+    return (
+        f"{what} [bold]{summary.mean:.2%}[/] "
+        f"(95% interval {low:.2%} to {high:.2%}, n = {summary.n:,})"
+    )
+
+
+def _variants(result: RunResults) -> list[Row]:
+    rows = []
+    first = result.summaries[0].variant
+    for number, summary in enumerate(result.summaries):
+        facts, validated = summary.outcomes[0].facts, summary.val_accuracy
+        accuracy = _mean_sd(summary.mean, summary.sd)
+        if summary.interval95 is not None:
+            accuracy += f" ({_interval(summary.interval95)})"
+        row = {"variant": summary.variant or "", f"{WORDS[result.split]} %": accuracy}
+        gain, sd = result.gains()[number]
+        row[f"over {first}"] = _mean_sd(gain, sd, sign="+") if number else "-"
+        if result.split == "test":
+            row["validation %"] = _mean_sd(*validated) if validated else "-"
+        row |= {
+            "epoch": _epochs(summary.outcomes),
+            "trained": f"{trainable_parameters(facts):,}",
+            "weights": f"{facts['parameters']:,}",
+            "s": _seconds(summary.mean_of("training_seconds")),
+            "CPU s": _seconds(summary.mean_of("cpu_seconds")),
+        }
+        rows.append(row)
+    return rows
+
+
+def _runs(result: RunResults) -> list[Row]:
+    """Return a row for each run; splits, seeds and folds have a column if there are several."""
+    several = {
+        "split": result.repeat_splits > 1,
+        "seed": result.seeds > 1,
+        "fold": bool(result.folds),
+    }
+    rows = []
+    for outcome in result.outcomes:
+        planned, looked = outcome.planned, outcome.looked
+        cells = {"split": planned.data_seed, "seed": planned.seed, "fold": planned.fold}
+        row = {"run": outcome.place.name}
+        row |= {what: str(cells[what]) for what, there in several.items() if there}
+        row[f"{WORDS[result.split]} %"] = _percent(looked.accuracy)
+        row["95% interval"] = _interval(looked.interval95)
+        if result.split == "test":
+            validated = outcome.val_accuracy
+            row["validation %"] = "-" if validated is None else _percent(validated)
+        row |= {
+            "epoch": _epochs([outcome]),
+            "s": _seconds(outcome.total("training_seconds")),
+            "CPU s": _seconds(outcome.total("cpu_seconds")),
+        }
+        rows.append(row)
+    return rows
+
+
+def _fitted(rows: list[Row], room: int) -> RichTable:
+    """Build the table; in a narrow terminal the least important columns are left out."""
+    columns = list(rows[0])
+    widths = {c: 3 + max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+    for spare in SPARE:
+        if sum(widths[c] for c in columns) + 2 > room and spare in columns:
+            columns.remove(spare)
+    table = make_table(*columns)
+    for column in table.columns:
+        column.no_wrap = column is not table.columns[0]
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*(escape(row[c]) for c in columns))
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    low, high = ends
+    return f"{100 * low:.1f}-{100 * high:.1f}"
+
+
+def _mean_sd(mean: float, sd: float | None, sign: str = "") -> str:
+    return f"{100 * mean:{sign}.2f}" + ("" if sd is None else f" ± {_percent(sd)}")
+
+
+def _epochs(outcomes: Sequence[RunOutcome]) -> str:
+    """Format the chosen epoch and the number of epochs, e.g. `12/30`, or their ranges."""
+    ranges = []
+    for values in zip(*(outcome.epochs for outcome in outcomes), strict=True):
+        low, high = min(values), max(values)
+        ranges.append(str(low) if low == high else f"{low}-{high}")
+    return "/".join(ranges)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"

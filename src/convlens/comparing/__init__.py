@@ -1,1 +1,0 @@
-"""Runs side by side on the same images: which is better, and whether that is more than chance."""

@@ -1,1 +1,0 @@
-"""Files that convlens writes or opens: models, states of a run, its records, tensors of others."""

@@ -1,1 +1,0 @@
-"""Wrong labels in a data set: out-of-fold probabilities, confident learning, sheets to review."""

@@ -1,1 +1,0 @@
-"""What a run keeps so that it can be killed at any moment, and how it goes on."""

@@ -1,1 +1,0 @@
-"""Print the results of commands as text: tables on stdout, remarks on stderr."""

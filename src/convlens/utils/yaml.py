@@ -1,0 +1,162 @@
+"""YAML text of recipes: read and written by ruamel.yaml (YAML 1.2, safe types only).
+
+As in YAML 1.1, `yes`, `no`, `on` and `off` are booleans, too: people write them, and recipes of
+earlier versions hold them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convlens.errors import UsageError
+
+if TYPE_CHECKING:
+    from ruamel.yaml import YAML
+
+MAX_CHARS = 1 << 17  # of a recipe's text; ours have a few thousand
+_BOOL = "tag:yaml.org,2002:bool"
+_BOOL_WORDS = re.compile(r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")
+
+
+def read_yaml(path: Path) -> str:
+    """The text of a recipe's file."""
+    try:
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):  # a pipe would block, a device never end
+            raise UsageError("a recipe is a regular file", where=str(path))
+        if facts.st_size > MAX_CHARS:
+            raise UsageError(f"{facts.st_size:,} bytes are too many for a recipe", where=str(path))
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UsageError(
+            "can't read the recipe: it is not UTF-8 text",
+            where=f"{path}, line {line}",
+            fix="save it as UTF-8",
+        ) from error
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:  # the latter: a path with a zero byte in it
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"can't read the recipe: {reason}", where=str(path)) from error
+
+
+def parse_yaml(content: str, *, where: str) -> Any:
+    """The value that a YAML text stands for.
+
+    Raises:
+        UsageError: not valid YAML, or a duplicate key; `where` then names the line.
+    """
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    if len(content) > MAX_CHARS:
+        raise UsageError(f"{len(content):,} characters are too many for a recipe", where=where)
+    try:
+        value = _yaml().load(content)
+        # Refuses circular aliases (`a: &x [*x]`), which nothing that walks a recipe expects.
+        json.dumps(value, default=str, skipkeys=True)
+    except MarkedYAMLError as error:
+        what = error.problem or error.context
+        if isinstance(error, DuplicateKeyError):
+            what = what.removeprefix("found ").partition(" with value ")[0]
+        else:
+            what = f"not valid YAML: {what}"
+        mark = error.problem_mark or error.context_mark
+        at = f"{where}, line {mark.line + 1}" if mark else where
+        raise UsageError(_one_line(what), where=at) from error
+    except RecursionError as error:
+        raise UsageError("not valid YAML: nested too deeply", where=where) from error
+    # ValueError: values that look like dates or numbers and are not, and circular aliases.
+    except (YAMLError, ValueError) as error:
+        raise UsageError(f"not valid YAML: {_one_line(str(error))}", where=where) from error
+    return value
+
+
+def key_lines(content: str) -> dict[str, int]:
+    """The line of each key and of each key below it (`train.epochs`), counted from 1."""
+    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.nodes import MappingNode
+
+    found: dict[str, int] = {}
+    try:
+        tree = _yaml().compose(content)
+    except (YAMLError, ValueError, RecursionError):
+        return found
+    waiting = [("", tree)]
+    for prefix, node in waiting:
+        for key, value in node.value if isinstance(node, MappingNode) else ():
+            found[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            if not prefix:
+                waiting.append((f"{key.value}.", value))
+    return found
+
+
+def dump_yaml(tree: Any) -> str:
+    """YAML that `parse` reads back as an equal value; keys stay in their order."""
+    yaml = _yaml()
+    yaml.default_flow_style = False
+    text = io.StringIO()
+    yaml.dump(tree, text)
+    return text.getvalue()
+
+
+def find_invalid(value: Any, key: str = "") -> Iterator[str]:
+    """Describe each value that a recipe can't hold: it could not be written and read again."""
+    if isinstance(value, Mapping):
+        for inner, item in value.items():
+            if not isinstance(inner, str):
+                yield f"{key}: {shorten(inner)} is not a key; keys are words"
+            else:
+                yield from find_invalid(inner, f"{key}: a key")
+                yield from find_invalid(item, f"{key}.{inner}" if key else inner)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from find_invalid(item, key)
+    elif isinstance(value, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            yield f"{key}={shorten(value)}: not a text that can be written"
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            yield f"{key}={value}: not a finite number"
+    elif isinstance(value, int):
+        if abs(value) >= 2**63:
+            yield f"{key}: a whole number of {value.bit_length()} bits"
+    elif value is not None:
+        yield f"{key}={shorten(value)}: a {type(value).__name__} is not a value of a recipe"
+
+
+def shorten(value: Any) -> str:
+    """A value as an error shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python doesn't write a number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _yaml() -> YAML:
+    """A reader and writer of plain Python values that refuses duplicate keys."""
+    from ruamel.yaml import YAML  # takes about 0.1 s, which `convlens --help` doesn't need
+
+    yaml = YAML(typ="safe", pure=True)  # the C reader knows YAML 1.1 only
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.composer.warn_double_anchors = False
+    # The resolver reads its table for a version when it is first needed; entries that are there
+    # by then would replace the table.
+    resolver = yaml.resolver
+    _ = resolver.versioned_resolver
+    resolver.add_version_implicit_resolver((1, 2), _BOOL, _BOOL_WORDS, list("yYnNoO"))
+    return yaml
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
