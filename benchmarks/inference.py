@@ -72,13 +72,13 @@ def loaded(case: Case) -> LoadedModel:
     torch.manual_seed(0)
     model = models.build_model(net.name, len(CLASSES), channels, size, net.options).eval()
     pre = Preprocessing(size, channels, "crop", [0.5] * channels, [0.25] * channels)
-    card = {
+    model_metadata = {
         "convlens": "benchmark",
         "model": {"name": net.name, "options": net.options},
         "classes": list(CLASSES),
         "preprocessing": asdict(pre),
     }
-    return LoadedModel(model, CLASSES, pre, card)
+    return LoadedModel(model, CLASSES, pre, model_metadata)
 
 
 def write_files(folder: Path, kind: str, count: int, photographs: Sequence[Path]) -> list[str]:
@@ -149,8 +149,8 @@ def ratio(ours: Callable[[], object], least: Callable[[], object], rounds: int) 
 def predict_case(kind: str, case: Case, paths: list[str], rounds: int) -> dict[str, Any]:
     """`predict` over what it needs on a tenth of the files, and the command on all of them."""
     model, some = loaded(case), paths[: max(100, len(paths) // 10)]
-    normalise = model.preprocessing.normalise
-    forward, _ = best_bare(model.model, pixels_of(case, len(some)), normalise, (64, 256))
+    normalize = model.preprocessing.normalize
+    forward, _ = best_bare(model.model, pixels_of(case, len(some)), normalize, (64, 256))
     decoding: list[float] = []
 
     def needed() -> None:
@@ -161,7 +161,7 @@ def predict_case(kind: str, case: Case, paths: list[str], rounds: int) -> dict[s
     found["decoding_seconds"] = round(statistics.median(decoding[1:]), 4)
     with tempfile.TemporaryDirectory() as folder:
         place = RunDir(Path(folder) / "model")
-        place.save_model(model.model.state_dict(), model.card)
+        place.save_model(model.model.state_dict(), model.model_metadata)
         program = [sys.executable, "-m", "convlens", "predict", str(place.model_path)]
         command = [*program, str(Path(paths[0]).parent), "--format", "csv"]
         spent = seconds_of(lambda: subprocess.run(command, check=True, capture_output=True))
@@ -185,7 +185,7 @@ def pixels_of(case: Case, count: int) -> torch.Tensor:
 def best_bare(
     model: nn.Module,
     images: torch.Tensor,
-    normalise: Callable[[torch.Tensor, Plan], torch.Tensor],
+    normalize: Callable[[torch.Tensor, Plan], torch.Tensor],
     sizes: Sequence[int],
 ) -> tuple[Callable[[], None], Plan]:
     """The forward pass on all images, ready in the best batch size and format; and the plan."""
@@ -194,11 +194,11 @@ def best_bare(
         plan = Plan("cpu", "fp32", name)
         twin = plan.prepare_model(copy.deepcopy(model))
         for size in sizes:
-            batch = normalise(images[:size], plan)
+            batch = normalize(images[:size], plan)
             times = [seconds_of(lambda t=twin, b=batch: t(b)) / size for _ in range(4)]  # type: ignore[misc]
             tried.append((statistics.median(times[1:]), twin, plan, size))
     _, twin, plan, size = min(tried, key=lambda each: each[0])
-    ready = [normalise(part, plan) for part in images.split(size)]
+    ready = [normalize(part, plan) for part in images.split(size)]
 
     @torch.inference_mode()
     def run() -> None:
@@ -213,16 +213,16 @@ def evaluate_case(case: Case, count: int, sizes: Sequence[int], rounds: int) -> 
     """A pass over `count` resident images over the bare forward pass of them."""
     model, pixels = loaded(case), pixels_of(case, count)
     split = Split(ArrayRows(pixels), torch.zeros(count, dtype=torch.int64), [""] * count)
-    normalise = model.preprocessing.normalise
-    bare, known = best_bare(model.model, pixels, normalise, sizes)
+    normalize = model.preprocessing.normalize
+    bare, known = best_bare(model.model, pixels, normalize, sizes)
 
     def first() -> None:
         # The network begins in the format that model files have.
         plan = inference.place_model(model.model, "cpu")
-        inference.split_outputs(model.model, split, normalise, plan, None, free=True)
+        inference.split_outputs(model.model, split, normalize, plan, None, free=True)
 
     twin = known.prepare_model(copy.deepcopy(model.model))
-    loop = ratio(lambda: inference.split_outputs(twin, split, normalise, known, None), bare, rounds)
+    loop = ratio(lambda: inference.split_outputs(twin, split, normalize, known, None), bare, rounds)
     return {
         "images": count,
         "memory_format": known.memory_format,

@@ -106,13 +106,13 @@ def figures(planted: np.ndarray, named: np.ndarray) -> dict[str, Any]:
 
 
 def measured(
-    folder: Path, name: str, kind: str, paths: list[Path], truths: np.ndarray, asked: Any
+    folder: Path, name: str, kind: str, paths: list[Path], targets: np.ndarray, asked: Any
 ) -> dict[str, Any]:
     """One search: precision, recall and average precision, by our rule and by all of cleanlab's."""
     recipe, overrides = DEFAULTS[name]
-    classes = int(truths.max()) + 1
+    classes = int(targets.max()) + 1
     rate = 0.0 if kind == "clean" else asked.rate
-    given = flipped(truths, rate, kind, asked.seed, classes)
+    given = flipped(targets, rate, kind, asked.seed, classes)
     table = folder / f"{name}-{kind}.csv"
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *zip(paths, given.tolist(), strict=True)])
@@ -124,14 +124,14 @@ def measured(
         folds=asked.folds,
     )
     seconds = time.process_time() - begun
-    wrong = dict(zip(map(str, paths), given != truths, strict=True))
+    wrong = dict(zip(map(str, paths), given != targets, strict=True))
     planted = np.array([wrong[identity] for identity in report.ids])
     if asked.keep:
         np.savez(
             Path(asked.keep) / f"{name}-{kind}.npz",
             planted=planted,
             labels=report.labels,
-            chances=report.chances,
+            probs=report.probs,
         )
     suspects = set(report.order[: len(report.suspects)].tolist())
     named = np.array([i in suspects for i in range(len(planted))])
@@ -145,7 +145,7 @@ def measured(
     }
     if rate:
         own = report.scores
-        rest = report.chances.copy()
+        rest = report.probs.copy()
         rest[np.arange(len(own)), report.labels] = -1
         out |= {
             "average_precision": average_precision(planted, own),
@@ -153,7 +153,7 @@ def measured(
         }
     rules = {}
     for rule in RULES:
-        verdict = label_errors.find_issues(report.labels, report.chances, rule=rule)
+        verdict = label_errors.find_issues(report.labels, report.probs, rule=rule)
         rules[rule] = figures(planted, verdict.suspected)
     return out | {"rules": rules}
 
@@ -175,9 +175,9 @@ def main() -> None:
         folder = Path(scratch)
         os.chdir(folder)  # runs and plots of this are nobody's
         count = None if asked.name == "digits" else asked.images
-        paths, truths = written(folder, asked.name, count, asked.seed)
+        paths, targets = written(folder, asked.name, count, asked.seed)
         kinds = ("clean", "symmetric", "asymmetric")
-        found = {k: measured(folder, asked.name, k, paths, truths, asked) for k in kinds}
+        found = {k: measured(folder, asked.name, k, paths, targets, asked) for k in kinds}
         os.chdir(Path(__file__).parent)
     recipe, overrides = DEFAULTS[asked.name]
     facts = {

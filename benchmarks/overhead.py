@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 from convlens import device, models, optim, recipe
 from convlens.data.cache import ArrayRows
 from convlens.data.dataset import Split
-from convlens.data.loader import Augment, Batches, Normalise, to_unit
+from convlens.data.loader import Augment, Batches, Normalize, to_unit
 from convlens.data.transforms import pipeline
 from convlens.data.transforms.random import SampleInfo
 from convlens.device import Plan
@@ -59,13 +59,13 @@ def optimiser_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def bare(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
     """Forward, backward, optimiser on one batch that is there already."""
-    optimiser, objective = optimiser_of(model), nn.CrossEntropyLoss()
+    optimizer, objective = optimiser_of(model), nn.CrossEntropyLoss()
     model.train()
 
     def step() -> None:
         objective(model(images), labels).backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -98,7 +98,7 @@ def ours(
     batches = Batches(
         split,
         batch_size=batch,
-        normalise=Normalise([MEAN] * channels, [STD] * channels),
+        normalize=Normalize([MEAN] * channels, [STD] * channels),
         plan=plan,
         seed=0,
         augment=operations,
@@ -141,7 +141,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 def usual(model: nn.Module, pixels: Tensor, labels: Tensor, batch: int) -> Callable[[], None]:
     """The usual loop: DataLoader with its default (no workers), then the bare step."""
-    optimiser, objective = optimiser_of(model), nn.CrossEntropyLoss()
+    optimizer, objective = optimiser_of(model), nn.CrossEntropyLoss()
     model.train()
     loader = DataLoader(Pictures(pixels, labels), batch_size=batch, shuffle=True, drop_last=True)
 
@@ -153,8 +153,8 @@ def usual(model: nn.Module, pixels: Tensor, labels: Tensor, batch: int) -> Calla
     def step() -> None:
         images, targets = next(coming)
         objective(model(images), targets).backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 

@@ -32,7 +32,7 @@ from torch import nn
 from convlens import device, distributed, models, optim, recipe
 from convlens.data.cache import ArrayRows
 from convlens.data.dataset import Split
-from convlens.data.loader import Batches, Normalise
+from convlens.data.loader import Batches, Normalize
 from convlens.distributed import SINGLE_PROCESS, ProcessGroup
 from convlens.engine.data_parallel import DataParallel
 from convlens.engine.loop import Step, TrainLoop
@@ -63,7 +63,7 @@ def steps_of(
     batches = Batches(
         Split(ArrayRows(pixels), labels, [str(i) for i in range(len(labels))]),
         batch_size=batch,
-        normalise=Normalise([0.5] * channels, [0.25] * channels),
+        normalize=Normalize([0.5] * channels, [0.25] * channels),
         plan=plan,
         seed=0,
         world=world,

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from convlens import device, models, optim, recipe
 from convlens.data.cache import ArrayRows
 from convlens.data.dataset import Split
-from convlens.data.loader import Batches, Normalise
+from convlens.data.loader import Batches, Normalize
 from convlens.data.transforms import pipeline
 from convlens.device import Plan
 from convlens.engine.loop import Step, TrainLoop
@@ -120,8 +120,8 @@ class Case:
         return counter.get_total_flops() / count
 
     @property
-    def _normalise(self) -> Normalise:
-        return Normalise([0.5] * self.channels, [0.25] * self.channels)
+    def _normalise(self) -> Normalize:
+        return Normalize([0.5] * self.channels, [0.25] * self.channels)
 
     def _whole(self, images: torch.Tensor) -> torch.Tensor:
         return self._normalise(images.to(self.plan.device), self.plan)
@@ -136,14 +136,14 @@ class Case:
         feed = Batches(
             Split(ArrayRows(images), labels, [str(i) for i in range(len(labels))]),
             batch_size=self.batch,
-            normalise=self._normalise,
+            normalize=self._normalise,
             plan=self.plan,
             seed=0,
             augment=operations if asked.operations else None,
         )
-        optimiser = optim.build_optimizer(model, asked.optim)
+        optimizer = optim.build_optimizer(model, asked.optim)
         loop = self._train_loop(
-            model, optimiser, optim.build_averager(model, asked.optim, steps=10**6)
+            model, optimizer, optim.build_averager(model, asked.optim, steps=10**6)
         )
         records = loop.run(feed, lambda progress: 1e-4, epochs=10**6, seed=0)
         steps = (r for r in records if isinstance(r, Step))
@@ -152,25 +152,25 @@ class Case:
     def bare(self) -> Callable[[], None]:
         """The same step on one normalised batch: no order, augmentation or average."""
         asked, model = self.recipe, self.model()
-        optimiser = optim.build_optimizer(model, asked.optim)
-        for group in optimiser.param_groups:
+        optimizer = optim.build_optimizer(model, asked.optim)
+        for group in optimizer.param_groups:
             group["lr"] *= 1e-4
         images, labels = self.images(self.batch)
         ready, answers = self._whole(images), labels.to(self.plan.device)
-        loop = self._train_loop(model, optimiser, None)
+        loop = self._train_loop(model, optimizer, None)
         return lambda: self._take(iter([loop.train_step(ready, answers)]))
 
     def _train_loop(
         self,
         model: nn.Module,
-        optimiser: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         averager: optim.WeightAverage | None,
     ) -> TrainLoop:
         config = self.recipe.optim
         scaler = make_grad_scaler(self.plan.device) if self.plan.precision == "fp16" else None
         return TrainLoop(
             model,
-            optimiser,
+            optimizer,
             self._objective,
             self.plan,
             clip_value=config.clip_value,

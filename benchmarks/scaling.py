@@ -33,7 +33,7 @@ from torch import nn
 import convlens.data.dataset as data
 from convlens import device, metrics, models, optim
 from convlens.data import sources
-from convlens.data.loader import Batches, Normalise, epoch_order
+from convlens.data.loader import Batches, Normalize, epoch_order
 from convlens.data.sources import DrawnShapes
 from convlens.data.types import DataSource, NumberedStrings, Part
 from convlens.engine import inference
@@ -115,7 +115,7 @@ def trained(model: nn.Module, loaded: data.Data, batch: int) -> tuple[float, flo
     batches = Batches(
         loaded.train,
         batch_size=batch,
-        normalise=Normalise([0.5] * 3, [0.25] * 3),
+        normalize=Normalize([0.5] * 3, [0.25] * 3),
         plan=plan,
         seed=0,
     )
@@ -151,8 +151,8 @@ def evaluated(model: nn.Module, loaded: data.Data) -> tuple[float, float]:
     part = data.Split(loaded.val.rows.take(index), loaded.val.labels[index], [""] * count)
 
     def some() -> None:
-        normalise = Normalise([0.5] * 3, [0.25] * 3)
-        logits, labels = inference.split_logits(model, part, normalise, plan)
+        normalize = Normalize([0.5] * 3, [0.25] * 3)
+        logits, labels = inference.split_logits(model, part, normalize, plan)
         metrics.summarize(logits.numpy(), labels.numpy(), loaded.classes)
 
     some()
@@ -215,12 +215,12 @@ def plot(series: dict[str, list[dict[str, Any]]]) -> None:
         names = {"images": "images", "classes": "classes", "side": "pixels a side"}
         for axes, (name, rows) in zip(figure.subplots(1, 3), series.items(), strict=True):
             x = [row[name] for row in rows]
-            for key, colour, label in (
+            for key, color, label in (
                 ("train_cpu", BLUE, "training"),
                 ("evaluate_cpu", VERMILION, "evaluating"),
             ):
                 ratios = [row[f"{key}_ratio"] for row in rows]
-                axes.plot(x, ratios, "o-", color=colour, label=label)
+                axes.plot(x, ratios, "o-", color=color, label=label)
             axes.axhspan(0.9, 1.1, color=GREY, alpha=0.12, linewidth=0)
             axes.set(
                 xscale="log",

@@ -58,7 +58,7 @@ def warm(
         fit=data.fit,
         memory_budget=1 << 31,
     )
-    held = test.rows.resident()
+    held = test.rows.in_memory_tensor()
     assert held is not None
     test = replace(test, rows=ArrayRows(held.to(on)))  # no upload is counted
     net: torch.nn.Module | None = None
@@ -73,15 +73,15 @@ def warm(
             for p, q in zip(net.parameters(), setup.trained.parameters(), strict=True):
                 p.requires_grad_(q.requires_grad)
         few = _some_images(data.train, setup.preprocessing, on)
-        optimiser = optim.build_optimizer(net, asked.optim)
+        optimizer = optim.build_optimizer(net, asked.optim)
         device.synchronize(on)
         start = time.perf_counter()
         if isinstance(net, models.DataInitialized):
-            net.initialise(few)
+            net.initialize(few)
         steps = len(setup.feed.batches) * setup.epochs
         loop = TrainLoop(
             net,
-            optimiser,
+            optimizer,
             setup.criterion,
             plan,
             averager=optim.build_averager(net, asked.optim, steps),
@@ -90,9 +90,9 @@ def warm(
             pass
         trained = time.perf_counter()  # the last record waited for the device
         exact = replace(plan, precision="fp32", step_mode="eager")
-        normalise = setup.preprocessing.normalise
+        normalize = setup.preprocessing.normalize
         answers, labels = inference.split_outputs(
-            net, test, normalise, exact, inference.select_views(tta)
+            net, test, normalize, exact, inference.select_views(tta)
         )
         found = answers.plain if answers.tta is None else answers.tta
         accuracy = float((found.argmax(1) == labels).float().mean())  # waits for all of it

@@ -26,7 +26,7 @@ from convlens.run import RunDir
 # Trains in a fraction of a second: 80 digits, two epochs.
 DIGITS = ("digits", "data.per_class=8", "model.widths=[4,8]", "model.depth=1", "train.epochs=2")
 NET = ("model.widths=[4,8]", "train.epochs=1", "augment=[]", "optim.ema=null")
-COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}
+COLORS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ def refused(done: Done, code: int, *said: str) -> None:
         assert text in done.err, done.err
 
 
-def picture(path: Path, colour: Sequence[int], *, size: int = 12, seed: int = 0) -> Path:
-    """Writes an image of about that colour; grey where `colour` has one number."""
-    noise = np.random.default_rng(seed).integers(-30, 30, (size, size, len(colour)))
-    pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+def picture(path: Path, color: Sequence[int], *, size: int = 12, seed: int = 0) -> Path:
+    """Writes an image of about that colour; grey where `color` has one number."""
+    noise = np.random.default_rng(seed).integers(-30, 30, (size, size, len(color)))
+    pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels[..., 0] if len(colour) == 1 else pixels).save(path)
+    Image.fromarray(pixels[..., 0] if len(color) == 1 else pixels).save(path)
     return path
 
 
@@ -123,16 +123,16 @@ def pictures(
     root: Path,
     counts: Mapping[str, int],
     *,
-    colours: Mapping[str, Sequence[int]] = COLOURS,
+    colors: Mapping[str, Sequence[int]] = COLORS,
     first: int = 0,
     size: int = 12,
 ) -> Path:
     """Class folders of images, a colour for each class."""
     for n, (name, count) in enumerate(counts.items()):
-        colour = colours.get(name, (60 * n % 256, 90 * n % 256, 30))
+        color = colors.get(name, (60 * n % 256, 90 * n % 256, 30))
         for i in range(count):
             seed = 1000 * n + first + i
-            picture(root / name / f"{first + i:03}.png", colour, size=size, seed=seed)
+            picture(root / name / f"{first + i:03}.png", color, size=size, seed=seed)
     return root
 
 
@@ -209,7 +209,7 @@ def _saved(
     asked = recipe.load_recipe(
         {"name": folder.name, "data": {"name": "shapes"}, "model": {"name": "cnn", **options}}
     )
-    card = {
+    model_metadata = {
         "convlens": "test",
         "run": folder.name,
         "model": {"name": "cnn", "options": options},
@@ -226,5 +226,5 @@ def _saved(
         "recipe": asked.model_dump(mode="json"),
     }
     device.Plan("cpu", "fp32", "contiguous").prepare_model(net)
-    place.save_model(net.state_dict(), card)
+    place.save_model(net.state_dict(), model_metadata)
     return place

@@ -93,7 +93,7 @@ def begin(asked: Recipe, name: str) -> tuple[TrainingJob, RunDir]:
     """A run that is ready for `training.run_to_end`, begun or taken up."""
     setup = build_training_job(asked, images_of(asked), "cpu")
     place = RunDir(Path("models") / name)
-    if not place.facts():
+    if not place.metadata():
         place.create(setup.recipe, {"digests": [asked.digest()]})
     return setup, place
 

@@ -123,7 +123,7 @@ def test_filters_are_read_in_the_order_of_their_energy() -> None:
     weights = torch.zeros(3, 3, 2, 2)
     weights[0, 0], weights[1, 2], weights[2, 1] = 1.0, -3.0, 2.0
     found = feature_viz.read_filters(subject(network(conv(weights))))
-    assert (found.layer, found.coloured) == ("first", True)
+    assert (found.layer, found.colored) == ("first", True)
     assert found.order.tolist() == [1, 2, 0]
     assert found.energy == pytest.approx([2, 6, 4])
     assert found.inputs(1).tolist() == [2, 0, 1]

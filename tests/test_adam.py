@@ -38,9 +38,9 @@ def backward(model: nn.Module, step: int) -> None:
 
 def same(mine: Any, theirs: Any) -> bool:
     """Whether weights and the optimisers' states agree bit for bit."""
-    (model, optimiser), (other, reference) = mine, theirs
+    (model, optimizer), (other, reference) = mine, theirs
     weights = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
-    state, expected = optimiser.state_dict()["state"], reference.state_dict()["state"]
+    state, expected = optimizer.state_dict()["state"], reference.state_dict()["state"]
     return all(torch.equal(a, b) for a, b in weights) and all(
         state.keys() == expected.keys() and torch.equal(state[i][key], value)
         for i, its in expected.items()
@@ -60,12 +60,12 @@ def test_each_step_has_torchs_bits(
     reference = kind(groups(theirs), weight_decay=0.1, fused=True, **options)
     lean = LeanAdam(groups(mine), weight_decay=0.1, decoupled_weight_decay=decoupled, **options)
     for step in range(STEPS):
-        for model, optimiser in ((mine, lean), (theirs, reference)):
+        for model, optimizer in ((mine, lean), (theirs, reference)):
             model[0].requires_grad_(step not in frozen)  # has no gradient in these steps
-            optimiser.param_groups[0]["lr"] = 0.05 / (step + 1)
+            optimizer.param_groups[0]["lr"] = 0.05 / (step + 1)
             backward(model, step)
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             assert all(p.grad is None for p in model.parameters())
         if step == reloaded:
             lean.load_state_dict(copy.deepcopy(lean.state_dict()))
@@ -74,13 +74,13 @@ def test_each_step_has_torchs_bits(
 
 def test_what_has_no_gradient_stays_as_it_is() -> None:
     model = network()
-    optimiser = LeanAdam(groups(model), lr=0.1)
+    optimizer = LeanAdam(groups(model), lr=0.1)
     for step in range(3):
         backward(model, step)
         before = model[4].weight.detach().clone()
         model[4].weight.grad = None
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         assert torch.equal(model[4].weight, before)
 
 

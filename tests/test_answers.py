@@ -31,7 +31,7 @@ def test_answers_come_back_as_they_were(place: RunDir) -> None:
     assert np.array_equal(found.logits, SAID.logits)
     assert np.array_equal(found.labels, SAID.labels)
     assert found.images == "abc"
-    assert found.chances[1, 0] == pytest.approx(1 / (1 + np.exp(-3.0)))
+    assert found.probs[1, 0] == pytest.approx(1 / (1 + np.exp(-3.0)))
 
 
 def test_answers_of_another_model_or_to_other_data_are_not_these(place: RunDir) -> None:
@@ -68,14 +68,14 @@ def test_images_are_known_by_id_class_and_order() -> None:
 def test_evaluating_keeps_what_the_model_said() -> None:
     run = convlens.train(TINY, name="small", quiet=True)
     subject = open_inspected_model("small", on="cpu")
-    card = subject.loaded.card
+    model_metadata = subject.loaded.model_metadata
     kept = evaluation.load_predictions(
-        RunDir(run.path), "test", card["data"]["fingerprint"], card["sha256"]
+        RunDir(run.path), "test", model_metadata["data"]["fingerprint"], model_metadata["sha256"]
     )
     assert kept is not None
-    normalise = subject.loaded.preprocessing.normalise
+    normalize = subject.loaded.preprocessing.normalize
     split = subject.split("test")
-    logits, labels = inference.split_logits(subject.model, split, normalise, subject.plan)
+    logits, labels = inference.split_logits(subject.model, split, normalize, subject.plan)
     assert np.array_equal(kept.logits, logits.numpy())
     assert np.array_equal(kept.labels, labels.numpy())
     run.evaluate("test", data="digits")  # another set, which is not its own

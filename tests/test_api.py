@@ -11,7 +11,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import convlens
-from commands import COLOURS, DIGITS, environment, picture, pictures
+from commands import COLORS, DIGITS, environment, picture, pictures
 from convlens import Run, recipe
 from convlens.data.decode import fit_arrays
 from convlens.errors import ConvlensError, ModelFileError, UsageError
@@ -125,7 +125,7 @@ def test_an_unreadable_file_has_an_error_and_no_label(run: Run) -> None:
 
 
 def test_own_images(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "photos", dict.fromkeys(COLOURS, 8))
+    root = pictures(tmp_path / "photos", dict.fromkeys(COLORS, 8))
     made = convlens.train(root, {"train.epochs": 1, "model.widths": [4]}, quiet=True)
     assert made.name.startswith("photos-")
     assert made.classes == ("blue", "green", "red")

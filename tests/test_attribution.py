@@ -60,8 +60,8 @@ def test_maps_figure_and_arrays_of_a_run() -> None:
     (model,) = found.to_dict()["models"]
     assert (model["model"], model["layer"], model["layer_size"]) == ("small", "stage1", 4)
     logits = run.model(run.prepared(torch.stack([each.pixels for each in chosen]))).detach()
-    guesses = logits.argmax(1).tolist()
-    for row, guess, each in zip(model["images"], guesses, chosen, strict=True):
+    preds = logits.argmax(1).tolist()
+    for row, guess, each in zip(model["images"], preds, chosen, strict=True):
         assert row["predicted"] == row["class"] == run.classes[guess]
         assert row["truth"] == run.classes[each.label]
         assert row["probability"] == row["predicted_probability"]
@@ -75,7 +75,7 @@ def test_maps_figure_and_arrays_of_a_run() -> None:
         assert arrays["small/grad-cam"].shape == (3, 4, 4)
         assert arrays["small/occlusion"].shape == (3, 8, 8)
         assert arrays["small/images"].tolist() == [each.name for each in chosen]
-        assert arrays["small/classes"].tolist() == [run.classes[guess] for guess in guesses]
+        assert arrays["small/classes"].tolist() == [run.classes[guess] for guess in preds]
         assert (arrays["small/pixels"][0] == chosen[0].pixels.numpy()).all()
     files = {str(path) for path in Path("out").iterdir()}
     assert files == {str(found.figure), str(found.arrays), "out/attribution-sanity-small.png"}

@@ -72,14 +72,14 @@ def test_the_scale_ends_where_few_pixels_are_beyond() -> None:
 
 @pytest.mark.parametrize(("signed", "name"), [(False, "viridis"), (True, "PuOr_r")])
 def test_colours_are_the_map_s_over_the_picture_in_grey(signed: bool, name: str) -> None:
-    colours = matplotlib.colormaps[name]
+    colors = matplotlib.colormaps[name]
     values = np.zeros((1, 40, 40))
     values[0, :20] = 2.0
     values[0, 30:] = -2.0 if signed else 0.0
     pixels, words = drawn([panel(values, signed)], [("a", "cat")])
     for share in (1.0, 0.0, -1.0 if signed else 0.0):
         place = (share + 1) / 2 if signed else share
-        expected = 0.6 * 255 * np.array(colours(place)[:3]) + 0.4 * 100
+        expected = 0.6 * 255 * np.array(colors(place)[:3]) + 0.4 * 100
         far = np.abs(pixels.astype(float) - expected).max(axis=2)
         assert (far <= 1).sum() >= 10 * 3 * 40 * 3, share
     assert ("±2" in words) == signed

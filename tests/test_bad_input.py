@@ -184,7 +184,7 @@ def test_unreadable_images_are_left_out_if_asked() -> None:
     done = here("train", root, *NET, "data.on_bad=skip", "data.max_bad=0.25", "--json")
     assert done.code == 0, done.err
     assert "4 unreadable images are skipped" in done.err
-    facts = Run.load(done.json["run"])._folder.facts()
+    facts = Run.load(done.json["run"])._folder.metadata()
     assert facts["data"]["skipped"] == {
         "cat/bomb.png": "more than 89 million pixels are refused (60000 x 60000)",
         "cat/half.png": "the file is cut short",
@@ -359,7 +359,7 @@ with lock(Path(sys.argv[1]), what="it"):
 def test_a_run_in_use_by_another_process() -> None:
     assert here("train", *DIGITS, "--json").json["run"]
     (run,) = Path("models").iterdir()
-    RunDir(run).note({"status": "training"})
+    RunDir(run).update_metadata({"status": "training"})
     other = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run / ".lock")],
         stdout=subprocess.PIPE,

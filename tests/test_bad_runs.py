@@ -61,9 +61,9 @@ def test_a_damaged_model_file(trained: Path, damage: Callable[[bytes], bytes], s
 
 def rewritten(path: Path, name: str, value: float) -> None:
     """Fills a tensor of a model file with `value` and signs the file anew, as other hands could."""
-    tensors, card = serialization.read_model_file(path)
+    tensors, model_metadata = serialization.read_model_file(path)
     tensors[name] = torch.full_like(tensors[name], value)
-    text = json.dumps({**card, "sha256": serialization.NO_HASH})
+    text = json.dumps({**model_metadata, "sha256": serialization.NO_HASH})
     content = safetensors_save(tensors, {serialization.METADATA_KEY: text})
     digest = hashlib.sha256(content).hexdigest().encode()
     path.write_bytes(content.replace(serialization.NO_HASH.encode(), digest, 1))
@@ -142,7 +142,7 @@ def test_a_loss_that_explodes_stops_before_the_update() -> None:
     refused(done, 6, "NaN or infinite", "lower optim.lr", "models/hot")
     loaded = load_model(Path("models/hot/model.safetensors"))
     assert all(bool(t.isfinite().all()) for t in loaded.model.state_dict().values())
-    assert RunDir(Path("models/hot")).facts()["status"] == "training"
+    assert RunDir(Path("models/hot")).metadata()["status"] == "training"
     refused(here(*hot, "model.batch_norm=false"), 6, "NaN or infinite")
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from convlens.data.cache import ArrayRows, StoredRows, channel_sums
-from convlens.data.loader import Augment, Batches, Normalise, to_unit
+from convlens.data.loader import Augment, Batches, Normalize, to_unit
 from convlens.data.transforms.pipeline import build_pipeline
 from convlens.data.transforms.random import SampleInfo
 from convlens.device import Plan, derive_seed
 from support import PLAN, Memory, Split, Streamed, pictures
 
-PLAIN = Normalise([0.0], [1.0])
+PLAIN = Normalize([0.0], [1.0])
 
 
 def batches(
@@ -27,12 +27,12 @@ def batches(
     seed: int = 3,
     augment: Augment | None = None,
     plan: Plan = PLAN,
-    normalise: Normalise = PLAIN,
+    normalize: Normalize = PLAIN,
 ) -> Batches:
     images = pictures(count)
     split = Split(rows or Memory(images), torch.arange(count))
     return Batches(
-        split, batch_size=batch_size, normalise=normalise, plan=plan, seed=seed, augment=augment
+        split, batch_size=batch_size, normalize=normalize, plan=plan, seed=seed, augment=augment
     )
 
 
@@ -101,8 +101,8 @@ def test_a_single_image_left_over_joins_the_batch_before(
 def test_values_are_those_computed_by_hand() -> None:
     images = torch.tensor([[[[0, 51]]], [[[102, 255]]]], dtype=torch.uint8)
     split = Split(Memory(images), torch.tensor([4, 2]))
-    normalise = Normalise([0.2], [0.4])
-    made = Batches(split, batch_size=2, normalise=normalise, plan=PLAN, seed=0)
+    normalize = Normalize([0.2], [0.4])
+    made = Batches(split, batch_size=2, normalize=normalize, plan=PLAN, seed=0)
     values, labels = next(made.epoch(1))
     assert values.dtype == torch.float32
     expected = {4: [-0.5, 0.0], 2: [0.5, 2.0]}
@@ -113,8 +113,8 @@ def test_values_are_those_computed_by_hand() -> None:
 
 def test_channels_are_normalised_each_by_its_own_numbers() -> None:
     images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
-    normalise = Normalise([0.0, 0.5, 1.0], [1.0, 0.25, 0.5])
-    out = normalise(to_unit(images), Plan("cpu", "fp32", "channels_last"))
+    normalize = Normalize([0.0, 0.5, 1.0], [1.0, 0.25, 0.5])
+    out = normalize(to_unit(images), Plan("cpu", "fp32", "channels_last"))
     assert out.mean((0, 2, 3)).tolist() == [1.0, 2.0, 0.0]
     assert out.is_contiguous(memory_format=torch.channels_last)
 
@@ -198,7 +198,7 @@ def test_the_stored_images_are_never_changed() -> None:
         return batch.zero_(), labels
 
     split = Split(Memory(images), torch.zeros(20, dtype=torch.int64))
-    made = Batches(split, batch_size=6, normalise=PLAIN, plan=PLAN, seed=0, augment=painted)
+    made = Batches(split, batch_size=6, normalize=PLAIN, plan=PLAN, seed=0, augment=painted)
     assert all(float(batch.abs().sum()) == 0 for batch, _ in made.epoch(1))
     assert torch.equal(images, pictures(20))
 
@@ -222,7 +222,7 @@ def test_streamed_rows_give_the_batches_of_resident_ones(kind: str, start: int) 
         "taken": lambda: stored(torch.cat([images, images])).take(torch.arange(50)),
         "array": lambda: ArrayRows(images),
     }[kind]()
-    assert (rows.resident() is None) == (kind != "array")
+    assert (rows.in_memory_tensor() is None) == (kind != "array")
     mine = list(batches(rows=rows, augment=noisy).epoch(5, start))
     theirs = list(batches(augment=noisy).epoch(5, start))
     assert len(mine) == 7 - start

@@ -338,8 +338,8 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_taken_from_rows(tmp_path: Path) -> None:
     stored = decode_images(files(tmp_path / "a", 20), GREY8, memory_budget=PLENTY).rows
     whole = in_memory(stored, chunk=7)
-    assert whole.resident() is whole.images
-    assert stored.resident() is None
+    assert whole.in_memory_tensor() is whole.images
+    assert stored.in_memory_tensor() is None
     for rows in (stored, whole):
         once = rows.take(index(19, 5, 7, 0))
         twice = once.take(index(3, 1))

@@ -26,7 +26,7 @@ def begun(*asked: str, name: str = "mine") -> RunDir:
     done = here("train", *asked)
     assert done.code == 0, done.err
     place = RunDir(Path("models") / name)
-    place.note({"status": "training"})
+    place.update_metadata({"status": "training"})
     return place
 
 
@@ -140,14 +140,14 @@ def test_without_its_list_a_changed_set_is_refused_all_the_same(mine: RunDir, da
 def test_built_in_sets_have_no_list() -> None:
     place = begun(*DIGITS, "--no-test", "--name", "mine")
     assert not (place.path / dataset.IMAGES_FILE).exists()
-    place.note({"data": {**place.facts()["data"], "fingerprint": "another"}})
+    place.update_metadata({"data": {**place.metadata()["data"], "fingerprint": "another"}})
     refused(here("train", *DIGITS, "--no-test", "--name", "mine"), 3, "not those that run 'mine'")
 
 
 def test_a_record_without_images_is_no_crash() -> None:
     place = begun(*DIGITS, "--no-test", "--name", "mine")
     for wrong in ({}, [], "x", None):
-        place.note({"data": wrong})
+        place.update_metadata({"data": wrong})
         refused(here("train", *DIGITS, "--no-test", "--name", "mine"), 4, "on which images")
 
 
@@ -180,8 +180,8 @@ def test_a_name_that_another_recipe_has_is_not_taken() -> None:
 def test_another_version_and_other_hardware_are_told_and_noted() -> None:
     asked = (*DIGITS, "--no-test", "--name", "mine")
     place = begun(*asked)
-    hardware = {**place.facts()["hardware"], "torch": "2.0.0", "threads": 96}
-    place.note({"hardware": hardware, "world_size": 2, "convlens": "0.0.1"})
+    hardware = {**place.metadata()["hardware"], "torch": "2.0.0", "threads": 96}
+    place.update_metadata({"hardware": hardware, "world_size": 2, "convlens": "0.0.1"})
     done = here("train", *asked)
     assert done.code == 0, done.err
     for text in (
@@ -192,11 +192,11 @@ def test_another_version_and_other_hardware_are_told_and_noted() -> None:
         "not end with the bits",
     ):
         assert text in done.err
-    facts = place.facts()
+    facts = place.metadata()
     assert facts["status"] == "finished"
     assert facts["world_size"] == 1
     assert facts["changed"][0]["torch"][0] == "2.0.0"
-    place.note({"status": "training"})
+    place.update_metadata({"status": "training"})
     assert "began elsewise" not in here("train", *asked).err
 
 
@@ -213,8 +213,8 @@ def test_folders_without_images_are_named_whatever_else_is_in_them() -> None:
 
 
 def test_numbers_as_classes_keep_their_order_in_the_model() -> None:
-    colours = {"10": (220, 30, 30), "2": (30, 200, 30), "1": (30, 30, 220)}
-    pictures(Path("photos"), dict.fromkeys(colours, 12), colours=colours)
+    colors = {"10": (220, 30, 30), "2": (30, 200, 30), "1": (30, 30, 220)}
+    pictures(Path("photos"), dict.fromkeys(colors, 12), colors=colors)
     done = here(
         "train",
         "photos",
@@ -229,8 +229,8 @@ def test_numbers_as_classes_keep_their_order_in_the_model() -> None:
     assert done.code == 0, done.err
     shutil.copy(Path(done.json["path"]) / "model.safetensors", "alone.safetensors")
     shutil.rmtree("models")
-    for name, colour in colours.items():
-        picture(Path("new") / f"{name}.png", colour, seed=77)
+    for name, color in colors.items():
+        picture(Path("new") / f"{name}.png", color, seed=77)
     answered = here("predict", "alone.safetensors", "new", "--json").json
     found = {Path(each["filename"]).stem: each["label"] for each in answered["predictions"]}
     assert found == {"1": "1", "2": "2", "10": "10"}

@@ -128,7 +128,7 @@ def test_differences_are_found() -> None:
         ("metrics.csv", _other_metrics, "metrics.csv"),
         (
             "run.json",
-            lambda path: RunDir(path.parent).note({"kept_epoch": 9}),
+            lambda path: RunDir(path.parent).update_metadata({"kept_epoch": 9}),
             "run.json: kept_epoch",
         ),
         ("recipe.yaml", lambda path: path.write_text(path.read_text() + "\n"), "recipe.yaml"),
@@ -154,10 +154,10 @@ def _other_metrics(path: Path) -> None:
 
 def _nudged(path: Path) -> None:
     """The file with the last bit of one weight changed, and a right hash over it."""
-    tensors, card = serialization.read_model_file(path)
+    tensors, model_metadata = serialization.read_model_file(path)
     name = next(n for n, t in tensors.items() if t.ndim > 1 and t.is_floating_point())
     tensors[name].view(-1)[0] = torch.nextafter(tensors[name].view(-1)[0], torch.tensor(9.0))
-    place = {k: v for k, v in card.items() if k not in ("sha256", "format")}
+    place = {k: v for k, v in model_metadata.items() if k not in ("sha256", "format")}
     serialization.write_model_file(path, tensors, place)
 
 

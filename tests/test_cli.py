@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from commands import (
-    COLOURS,
+    COLORS,
     DIGITS,
     NET,
     Done,
@@ -331,8 +331,8 @@ def test_a_folder_of_class_folders_from_end_to_end() -> None:
     assert "held out" in how["test"]
     held = list(csv.DictReader((run.path / "split.csv").open()))
     assert {row["split"] for row in held} == {"val", "test"}
-    for name, colour in COLOURS.items():
-        image = picture(Path(f"new-{name}.bmp"), colour, size=16, seed=7)
+    for name, color in COLORS.items():
+        image = picture(Path(f"new-{name}.bmp"), color, size=16, seed=7)
         answer = here("predict", run.name, image, "--json").json["predictions"][0]
         assert answer["label"] == name
 

@@ -93,15 +93,15 @@ def test_two_models_by_hand(greens: RunDir, reds: RunDir, images: Path) -> None:
     assert got["plots"] == ["plots/compare-greens-reds/differences.png"]
     assert Path(got["plots"][0]).is_file()
     # Each look is logged.
-    assert [place.results()[0]["looks"] for place in (greens, reds)] == [1, 1]
+    assert [place.evaluations()[0]["looks"] for place in (greens, reds)] == [1, 1]
 
 
 def test_a_clear_difference_is_said_plainly(tmp_path: Path) -> None:
-    colours = {"dark": (20, 20, 20), "light": (230, 230, 230)}
-    root = pictures(Path("set"), dict.fromkeys(colours, 12), colours=colours)
+    colors = {"dark": (20, 20, 20), "light": (230, 230, 230)}
+    root = pictures(Path("set"), dict.fromkeys(colors, 12), colors=colors)
     knows = brightness_model(tmp_path / "models" / "knows")
-    guesses = constant_model(tmp_path / "models" / "guesses", [1.0, 0.0], ("dark", "light"))
-    got = convlens.compare(knows.path, guesses.path, data=root)
+    preds = constant_model(tmp_path / "models" / "guesses", [1.0, 0.0], ("dark", "light"))
+    got = convlens.compare(knows.path, preds.path, data=root)
     (verdict,) = got.verdicts
     # All 24 right against 12: p = 2 / 2^12
     assert verdict.p == pytest.approx(2**-11)
@@ -170,7 +170,7 @@ def test_the_table(runs: None) -> None:
 
 def test_other_test_images_are_refused_before_any_look(runs: None) -> None:
     refused(compare("small", "other"), 3, "not judged by the same images", "--force", "270 images")
-    assert not RunDir(Path("models/small")).results()
+    assert not RunDir(Path("models/small")).evaluations()
     forced = compare("small", "other", "--force", "--json").json
     (verdict,) = forced["verdicts"]
     assert (verdict["test"], verdict["p"], verdict["differs"]) == ("none", None, None)

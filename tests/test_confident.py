@@ -12,12 +12,12 @@ LABELS = np.array([0, 0, 0, 1, 1, 1])
 CHANCES = np.array([[0.9, 0.1], [0.8, 0.2], [0.05, 0.95], [0.15, 0.85], [0.1, 0.9], [0.3, 0.7]])
 
 
-def counted(labels: np.ndarray, chances: np.ndarray) -> np.ndarray:
+def counted(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
     """The confident joint as the paper defines it (its equations 1 and 2), image by image."""
-    classes = chances.shape[1]
-    bars = [chances[labels == c, c].mean() for c in range(classes)]
+    classes = probs.shape[1]
+    bars = [probs[labels == c, c].mean() for c in range(classes)]
     joint = np.zeros((classes, classes))
-    for label, row in zip(labels, chances, strict=True):
+    for label, row in zip(labels, probs, strict=True):
         over = [c for c in range(classes) if row[c] >= bars[c]]
         if over:
             joint[label, max(over, key=lambda c: row[c])] += 1
@@ -27,12 +27,12 @@ def counted(labels: np.ndarray, chances: np.ndarray) -> np.ndarray:
 def noisy(rate: float, sharpness: float, n: int = 1500) -> tuple[np.ndarray, ...]:
     """True labels, given ones of which a share is wrong, and probabilities that know the truth."""
     random = np.random.default_rng(0)
-    truths = random.integers(0, 3, n)
+    targets = random.integers(0, 3, n)
     wrong = random.random(n) < rate
-    labels = np.where(wrong, (truths + random.integers(1, 3, n)) % 3, truths)
-    logits = random.normal(size=(n, 3)) + sharpness * np.eye(3)[truths]
-    chances = np.exp(logits)
-    return truths, labels, chances / chances.sum(1, keepdims=True)
+    labels = np.where(wrong, (targets + random.integers(1, 3, n)) % 3, targets)
+    logits = random.normal(size=(n, 3)) + sharpness * np.eye(3)[targets]
+    probs = np.exp(logits)
+    return targets, labels, probs / probs.sum(1, keepdims=True)
 
 
 def test_by_hand() -> None:
@@ -47,9 +47,9 @@ def test_by_hand() -> None:
 
 
 def test_the_joint_is_the_papers_with_rows_that_add_up_to_the_labels_given() -> None:
-    _, labels, chances = noisy(0.1, 4)
-    verdict = label_errors.find_issues(labels, chances)
-    raw = counted(labels, chances)
+    _, labels, probs = noisy(0.1, 4)
+    verdict = label_errors.find_issues(labels, probs)
+    raw = counted(labels, probs)
     expected = raw / raw.sum(1, keepdims=True) * np.bincount(labels)[:, None]
     np.testing.assert_allclose(verdict.joint, expected, atol=1.5)  # theirs are whole numbers
     np.testing.assert_array_equal(verdict.joint.sum(1), np.bincount(labels))
@@ -57,30 +57,30 @@ def test_the_joint_is_the_papers_with_rows_that_add_up_to_the_labels_given() -> 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2])
 def test_planted_errors_are_found_and_their_share_is_estimated(rate: float) -> None:
-    truths, labels, chances = noisy(rate, 6)
-    verdict = label_errors.find_issues(labels, chances)
-    planted = truths != labels
+    targets, labels, probs = noisy(rate, 6)
+    verdict = label_errors.find_issues(labels, probs)
+    planted = targets != labels
     found = (planted & verdict.suspected).sum()
     assert found / planted.sum() > 0.9
     assert found / verdict.suspected.sum() > 0.9
     assert 1 - np.trace(verdict.joint) / 1500 == pytest.approx(planted.mean(), abs=0.02)
     hits = planted & verdict.suspected
-    assert (verdict.suggested[hits] == truths[hits]).mean() > 0.97
+    assert (verdict.suggested[hits] == targets[hits]).mean() > 0.97
     # The score alone ranks nearly all of them before nearly all others.
     worst = np.argsort(verdict.scores)[: planted.sum()]
     assert planted[worst].mean() > 0.9
 
 
 def test_labels_that_are_right_are_left_alone() -> None:
-    _, labels, chances = noisy(0, 6)
-    verdict = label_errors.find_issues(labels, chances)
+    _, labels, probs = noisy(0, 6)
+    verdict = label_errors.find_issues(labels, probs)
     assert verdict.suspected.mean() < 0.01
     assert np.trace(verdict.joint) > 0.99 * len(labels)
 
 
 def test_a_class_without_images_and_sure_probabilities_are_no_trouble() -> None:
-    chances = np.eye(4)[[0, 0, 0, 1, 1, 3, 3, 3]].astype(float)
-    verdict = label_errors.find_issues(np.array([0, 0, 1, 1, 1, 3, 3, 3]), chances)
+    probs = np.eye(4)[[0, 0, 0, 1, 1, 3, 3, 3]].astype(float)
+    verdict = label_errors.find_issues(np.array([0, 0, 1, 1, 1, 3, 3, 3]), probs)
     assert verdict.suspected.tolist() == [i == 2 for i in range(8)]
     assert verdict.joint.shape == (4, 4)
     assert np.isfinite(verdict.joint).all()

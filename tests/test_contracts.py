@@ -25,7 +25,7 @@ from convlens.data.transforms.pipeline import AUGMENTS, MIXES
 from convlens.data.transforms.random import SampleInfo
 from convlens.errors import DataError
 from convlens.models import MODELS
-from convlens.optim import OPTIMISERS, SCHEDULES
+from convlens.optim import OPTIMIZERS, SCHEDULES
 from convlens.plots import PLOTS
 from convlens.plots.attributions import AttributionColumn, AttributionPanel
 from convlens.prediction import Prediction
@@ -107,7 +107,7 @@ def test_a_network_learns(name: str, layout: torch.memory_format) -> None:
     model = build(name).to(memory_format=layout).train()
     images = images_for(name, 8).contiguous(memory_format=layout)
     labels = torch.arange(8) % 5
-    optimiser = optim.build_optimizer(model, OptimConfig(lr=1e-3))
+    optimizer = optim.build_optimizer(model, OptimConfig(lr=1e-3))
     losses = []
     for _ in range(4):
         loss = nn.functional.cross_entropy(model(images), labels)
@@ -118,8 +118,8 @@ def test_a_network_learns(name: str, layout: torch.memory_format) -> None:
                 continue
             assert parameter.grad is not None, key
             assert torch.isfinite(parameter.grad).all(), key
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
 
@@ -216,24 +216,24 @@ def test_mixing_keeps_shape_range_and_its_input(
 # Optimisers and schedules
 
 
-@pytest.mark.parametrize("name", list(OPTIMISERS))
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_an_optimiser_goes_downhill_and_its_state_can_be_saved(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
-    optimiser = optim.build_optimizer(model, OptimConfig(name=name, lr=0.05))
+    optimizer = optim.build_optimizer(model, OptimConfig(name=name, lr=0.05))
     inputs, target = torch.randn(32, 4), torch.randn(32, 1)
     losses = []
     for _ in range(20):
         loss = nn.functional.mse_loss(model(inputs), target)
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     # What `resuming.states.save` relies on: every value is a tensor, or nothing.
-    for values in optimiser.state_dict()["state"].values():
+    for values in optimizer.state_dict()["state"].values():
         assert all(value is None or torch.is_tensor(value) for value in values.values())
-    assert all(group["initial_lr"] == 0.05 for group in optimiser.param_groups)
+    assert all(group["initial_lr"] == 0.05 for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))

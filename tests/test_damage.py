@@ -62,7 +62,7 @@ def _model(run: RunDir) -> Case:
     def read() -> Any:
         loaded = load_model(run.model_path)
         tensors = {name: t.numpy().tobytes() for name, t in loaded.model.state_dict().items()}
-        return tensors, loaded.classes, loaded.preprocessing, loaded.card
+        return tensors, loaded.classes, loaded.preprocessing, loaded.model_metadata
 
     return run.model_path, read, None
 
@@ -90,8 +90,8 @@ def _images(run: RunDir) -> Case:
 
 
 def _answers(run: RunDir) -> Case:
-    card = serialization.read_model_file(run.model_path)[1]
-    fingerprint, sha = card["data"]["fingerprint"], card["sha256"]
+    model_metadata = serialization.read_model_file(run.model_path)[1]
+    fingerprint, sha = model_metadata["data"]["fingerprint"], model_metadata["sha256"]
 
     def read() -> Any:
         found = evaluation.load_predictions(run, "test", fingerprint, sha)
@@ -243,15 +243,15 @@ def test_a_text_file_that_does_not_parse_is_an_error_in_words(
 
 
 def test_hashes_that_earlier_versions_wrote_into_json_are_ignored(run: RunDir) -> None:
-    facts, log = run.facts(), run.log()
+    facts, log = run.metadata(), run.evaluation_log()
     for name, content in (("run.json", facts), ("results.json", log)):
         entries = content if isinstance(content, list) else [content]
         old = [{"format": 1, "sha256": "0" * 64, **entry} for entry in entries]
         text = json.dumps(old if isinstance(content, list) else old[0])
         (run.path / name).write_text(text)
-    run.note({"metrics_sha256": "0" * 64})
-    assert run.facts() == {**facts, "metrics_sha256": "0" * 64}
-    assert run.log() == log
+    run.update_metadata({"metrics_sha256": "0" * 64})
+    assert run.metadata() == {**facts, "metrics_sha256": "0" * 64}
+    assert run.evaluation_log() == log
     assert len(run.metrics()) == 3
 
 
@@ -279,7 +279,7 @@ def test_a_recipe_that_was_changed_is_another_one(run: RunDir) -> None:
     ],
 )
 def test_a_log_of_an_unfinished_run_is_read_strictly(run: RunDir, text: str) -> None:
-    run.note({"status": "training"})
+    run.update_metadata({"status": "training"})
     run.metrics_path.write_text(text)
     if text == "epoch\n":
         assert run.metrics() == []

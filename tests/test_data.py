@@ -224,8 +224,8 @@ def test_beyond_the_budget_the_same_images_are_read_when_asked_for(source: DataC
     small, large = load_data(source, memory_budget=100), load_data(source, memory_budget=PLENTY)
     assert isinstance(small.train.rows, TakenRows)
     assert isinstance(large.train.rows, ArrayRows)
-    assert small.train.rows.resident() is None
-    assert large.train.rows.resident() is not None
+    assert small.train.rows.in_memory_tensor() is None
+    assert large.train.rows.in_memory_tensor() is not None
     assert small.fingerprint == large.fingerprint
     for one, other in (
         (small.train, large.train),

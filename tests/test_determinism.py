@@ -34,7 +34,7 @@ def test_two_processes_come_to_the_same_bits() -> None:
         done = run(*line, name)
         assert done.code == 0, done.err
     assert digest(Path("models/first")) == digest(Path("models/second"))
-    facts = RunDir(Path("models/first")).facts()
+    facts = RunDir(Path("models/first")).metadata()
     assert facts["timings"] == {}  # nothing was chosen by timing
     assert facts["plan"]["deterministic"] is True
 

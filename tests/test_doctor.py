@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import convlens
-from commands import COLOURS, here, pictures, refused
+from commands import COLORS, here, pictures, refused
 from convlens import serialization
 from convlens.analysis.diagnosis import (
     RULES,
@@ -101,7 +101,7 @@ def test_a_healthy_run_shows_nothing(runs: None) -> None:
     assert list(found.healthy) == list(RULES)
     assert (found.untold, found.status, found.epochs) == ({}, "finished", 8)
     # Not even one look at the test split.
-    assert not RunDir(Path("models/healthy")).results()
+    assert not RunDir(Path("models/healthy")).evaluations()
     done = here("diagnose", "healthy", "--device", "cpu")
     assert (done.code, "nothing found: no sign of overfitting, underfitting" in done.out) == (
         0,
@@ -166,11 +166,11 @@ def test_a_loss_that_was_not_finite() -> None:
 
 def test_dead_channels(runs: None) -> None:
     path = Path("models/healthy/model.safetensors")
-    tensors, card = serialization.read_model_file(path)
+    tensors, model_metadata = serialization.read_model_file(path)
     # Five of the second stage's sixteen channels never get over zero.
     tensors["stage2.2.weight"][:5], tensors["stage2.2.bias"][:5] = 0, -1
     serialization.write_model_file(
-        path, tensors, {k: v for k, v in card.items() if k not in ("sha256", "format")}
+        path, tensors, {k: v for k, v in model_metadata.items() if k not in ("sha256", "format")}
     )
     found = {finding.rule: finding for finding in diagnose("healthy").findings}
     assert found["dead layers"].evidence["dead_share"] == {"stage1": 0.0, "stage2": 5 / 16}
@@ -196,14 +196,14 @@ def test_classes_of_unlike_size() -> None:
     assert finding.what.startswith(
         f"{counts['blue']} training images of blue, {counts['green']} of"
     )
-    assert set(finding.evidence["val_accuracy"]) == set(COLOURS)
+    assert set(finding.evidence["val_accuracy"]) == set(COLORS)
 
 
 def test_validation_images_that_look_otherwise() -> None:
-    colours = {name: tuple(max(c - 90, 0) for c in colour) for name, colour in COLOURS.items()}
-    pictures(Path("photos/train"), dict.fromkeys(COLOURS, 40))
-    pictures(Path("photos/val"), dict.fromkeys(COLOURS, 20), colours=colours, first=100)
-    pictures(Path("photos/test"), dict.fromkeys(COLOURS, 3), first=200)
+    colors = {name: tuple(max(c - 90, 0) for c in color) for name, color in COLORS.items()}
+    pictures(Path("photos/train"), dict.fromkeys(COLORS, 40))
+    pictures(Path("photos/val"), dict.fromkeys(COLORS, 20), colors=colors, first=100)
+    pictures(Path("photos/test"), dict.fromkeys(COLORS, 3), first=200)
     assert here("train", "photos", *SMALL, "--name", "dark").code == 0
     found = {finding.rule: finding for finding in diagnose("dark").findings}
     finding = found["validation unlike training"]
@@ -224,7 +224,7 @@ def test_training_waits_for_images_are_counted(runs: None) -> None:
 
 def test_a_run_that_was_left_and_an_empty_one(runs: None) -> None:
     place = RunDir(Path("models/stopped-too-early"))
-    place.note({"status": "training"})
+    place.update_metadata({"status": "training"})
     assert diagnose("stopped too early").status == "not finished"
     assert "stopped too early" in rules(diagnose("stopped too early"))
     empty = RunDir(Path("models/empty"))
@@ -242,7 +242,7 @@ def test_a_model_file_alone_and_images_that_are_gone(runs: None) -> None:
     assert found.status == "a model file without a past"
     assert rules(found) == ["underfitting"]
     assert "no metrics.csv" in found.untold["overfitting"]
-    pictures(Path("photos"), dict.fromkeys(COLOURS, 8))
+    pictures(Path("photos"), dict.fromkeys(COLORS, 8))
     assert here("train", "photos", *SMALL, "--name", "mine").code == 0
     shutil.move("photos", "moved")
     assert "unknown data 'photos'" in diagnose("mine").untold["dead layers"]

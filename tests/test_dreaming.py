@@ -14,14 +14,14 @@ from support import Memory
 from test_activity import conv, images, network, subject
 
 
-def colours() -> nn.Module:
+def colors() -> nn.Module:
     """Channels that like white, black (as far as it goes), and red without green."""
     weights = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [-1 / 3, -1 / 3, -1 / 3], [1.0, -1.0, 0.0]])
     return network(conv(weights[:, :, None, None], [0.0, 1.0, 0.0]))
 
 
 def test_the_picture_is_the_one_that_excites_the_channel() -> None:
-    one = subject(colours(), size=16)
+    one = subject(colors(), size=16)
     pixels = torch.full((4, 3, 16, 16), 128, dtype=torch.uint8)
     pixels[1] = 140
     split = Split(Memory(pixels), torch.zeros(4, dtype=torch.int64), list("abcd"))
@@ -48,7 +48,7 @@ def test_the_picture_is_the_one_that_excites_the_channel() -> None:
 
 
 def test_the_same_each_time_and_whatever_else_is_made() -> None:
-    one = subject(colours(), size=8)
+    one = subject(colors(), size=8)
     for parameter in one.model.first.parameters():
         parameter.requires_grad_(False)
     before = [each.requires_grad for each in one.model.parameters()]
@@ -84,7 +84,7 @@ def test_what_is_asked_for() -> None:
     assert feature_viz.parse_dream("fc") == ("fc", [])
     with pytest.raises(UsageError, match="no channels x"):
         feature_viz.parse_dream("fc:1,x")
-    one = subject(colours(), size=8)
+    one = subject(colors(), size=8)
     with pytest.raises(UsageError, match="first has no channel 3, 8") as caught:
         feature_viz.make_inputs(one, "first", [0, 3, 8])
     assert "0 to 2" in caught.value.fix
@@ -93,7 +93,7 @@ def test_what_is_asked_for() -> None:
 
 
 def test_most_selective_channels_are_made_by_default() -> None:
-    one = subject(colours(), size=4)
+    one = subject(colors(), size=4)
     pixels = images(30)
     split = Split(Memory(pixels), torch.zeros(30, dtype=torch.int64), list(map(str, range(30))))
     known = feature_viz.top_activating(one, split, "relu", "val")

@@ -63,7 +63,7 @@ def test_a_signal_while_all_is_made_ready_leaves_no_run(monkeypatch: pytest.Monk
     monkeypatch.setattr(training_train, "build_training_job", prepare)
     Path("x.yaml").write_text(tiny().to_text())
     refused(here("train", "x.yaml", "--device", "cpu"), 75, "asked to stop (SIGUSR1)", "again")
-    assert not RunDir(Path("models/x")).facts()
+    assert not RunDir(Path("models/x")).metadata()
 
 
 @pytest.mark.parametrize("last", [1, 3])
@@ -110,7 +110,7 @@ def test_a_signal_behind_the_last_validation_is_heard() -> None:
     setup.feed = dataclasses.replace(setup.feed, validate=signalled)
     with pytest.raises(KeyboardInterrupt):
         training_train.fit(setup, place, quiet=True)
-    assert place.facts()["status"] == "training"
+    assert place.metadata()["status"] == "training"
     assert len(place.metrics()) == setup.epochs
     place.metrics_path.write_text("damaged")
     equal(finish(tiny(), "stopped"), whole)
@@ -120,7 +120,7 @@ def test_a_loss_that_is_none_names_its_images() -> None:
     asked = tiny("optim.name=sgd", "optim.lr=1e30")
     with pytest.raises(Diverged, match="became NaN or infinite") as caught:
         train(asked, "x")
-    told = RunDir(Path("models/x")).facts()["diverged"]
+    told = RunDir(Path("models/x")).metadata()["diverged"]
     setup, _ = begin(asked, "again")
     ids = [setup.data.train.ids[i] for i in epoch_order(80, 0, told["epoch"]).tolist()]
     assert told["images"] == ids[16 * (told["step"] - 1) : 16 * told["step"]]
@@ -147,7 +147,7 @@ def test_a_gradient_that_is_none_is_blamed_on_its_step(
     epoch, index = divmod(calls_before - 1, 5)
     assert f"the update of epoch {epoch + 1}, step {index + 1} made" in caught.value.what
     place = RunDir(Path("models/x"))
-    told = place.facts()["diverged"]
+    told = place.metadata()["diverged"]
     assert (told["epoch"], told["step"]) == (epoch + 1, index + 1)
     tensors, _ = serialization.read_model_file(place.model_path)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
@@ -231,7 +231,7 @@ def test_patience_that_has_not_run_out_goes_on_counting() -> None:
     train(tiny(*options), "short")
     longer = tiny(*options, "train.epochs=9")
     extended, whole = train(longer, "extended", extend=True), train(longer, "whole")
-    assert extended.facts()["extends"]["exact"] is True
+    assert extended.metadata()["extends"]["exact"] is True
     assert len(whole.metrics()) < 9
     assert differences(whole, extended) == []
 
@@ -253,7 +253,7 @@ def test_another_run_that_is_damaged_is_not_in_the_way_of_an_extension() -> None
     Path("models/another").mkdir()
     Path("models/another/run.json").write_text('{"status": ')
     extended = train(tiny(*CONSTANT, "train.epochs=4"), "longer", extend=True)
-    assert extended.facts()["extends"]["run"] == "short"
+    assert extended.metadata()["extends"]["run"] == "short"
 
 
 def test_the_kept_epoch_is_that_of_the_weights_in_the_file(
@@ -266,9 +266,11 @@ def test_the_kept_epoch_is_that_of_the_weights_in_the_file(
     assert keeper.kept() == keeper.best.epoch
     assert capsys.readouterr().err == ""
     # Killed behind the model file and before the state, on hardware that repeats no bits.
-    tensors, card = serialization.read_model_file(stopped.model_path)
+    tensors, model_metadata = serialization.read_model_file(stopped.model_path)
     serialization.write_model_file(
-        stopped.model_path, tensors, {**card, "chosen": {**card["chosen"], "epoch": 3}}
+        stopped.model_path,
+        tensors,
+        {**model_metadata, "chosen": {**model_metadata["chosen"], "epoch": 3}},
     )
     keeper = CheckpointManager(*begin(tiny(), "stopped"))
     assert keeper.kept() == 3
@@ -277,7 +279,7 @@ def test_the_kept_epoch_is_that_of_the_weights_in_the_file(
 
 def test_a_trunk_that_no_longer_fits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     place = train(tiny(), "x")
-    facts = place.facts()
+    facts = place.metadata()
     report_setup_changes(place, facts, {**facts, "trunk_cached": True})
     assert "trunk_cached False, now True" in capsys.readouterr().err
-    assert place.facts()["changed"] == [{"trunk_cached": [False, True]}]
+    assert place.metadata()["changed"] == [{"trunk_cached": [False, True]}]

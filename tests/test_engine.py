@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convlens import optim
-from convlens.data.loader import Batches, Normalise
+from convlens.data.loader import Batches, Normalize
 from convlens.device import Plan, derive_seed
 from convlens.engine.loop import Epoch, NonFiniteLoss, Step, TrainLoop, TrainState
 from convlens.models.cnn import CNN
@@ -56,14 +56,14 @@ def fit(
     config: OptimConfig,
     batches: Any = None,
     *,
-    optimiser: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     epochs: int = EPOCHS,
     **more: Any,
 ) -> Iterator[Step | Epoch]:
     state = more.pop("state", None)
     loop = TrainLoop(
         model,
-        optimiser or optim.build_optimizer(model, config),
+        optimizer or optim.build_optimizer(model, config),
         nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
         more.pop("plan", PLAN),
         clip_value=config.clip_value,
@@ -83,7 +83,7 @@ def plain_loop(model: nn.Module, config: OptimConfig, batches: Any) -> list[floa
     """What `TrainLoop` should be: an ordinary loop, with torch's own scheduler where it has one."""
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.name]
     own = {"momentum": config.momentum} if config.name == "sgd" else {"betas": config.betas}
-    optimiser = kind(
+    optimizer = kind(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True, **own
     )
     factor = optim.build_schedule(config)
@@ -92,18 +92,18 @@ def plain_loop(model: nn.Module, config: OptimConfig, batches: Any) -> list[floa
         model.train()
         for step, (images, labels) in enumerate(batches.epoch(epoch)):
             done = ((epoch - 1) * len(batches) + step) / (EPOCHS * len(batches))
-            optimiser.param_groups[0]["lr"] = config.lr * factor(done)
+            optimizer.param_groups[0]["lr"] = config.lr * factor(done)
             torch.manual_seed(derive_seed(SEED, epoch, step, 1))
             loss = nn.functional.cross_entropy(
                 model(images), labels, label_smoothing=config.label_smoothing
             )
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             if config.clip_value:
                 nn.utils.clip_grad_value_(model.parameters(), config.clip_value)
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimiser.step()
+            optimizer.step()
             losses.append(loss.item())
     return losses
 
@@ -129,7 +129,7 @@ def test_training_equals_a_plain_loop(options: dict[str, Any], augmented: bool) 
         batches = Batches(
             Split(Memory(pictures(33)), torch.arange(33) % 3),
             batch_size=8,
-            normalise=Normalise([0.5], [0.25]),
+            normalize=Normalize([0.5], [0.25]),
             plan=PLAN,
             seed=SEED,
             augment=lambda images, labels, _, generator: (
@@ -178,11 +178,11 @@ def test_a_training_left_anywhere_goes_on_to_the_same_end(stop: int) -> None:
     whole = network()
     expected = list(fit(whole, config))
     model, state = network(), TrainState()
-    optimiser = optim.build_optimizer(model, config)
-    first = fit(model, config, optimiser=optimiser, state=state)
+    optimizer = optim.build_optimizer(model, config)
+    first = fit(model, config, optimizer=optimizer, state=state)
     seen = [next(first) for _ in range(stop)]
     first.close()
-    again = list(fit(model, config, optimiser=optimiser, state=state))
+    again = list(fit(model, config, optimizer=optimizer, state=state))
     same(dict(model.state_dict()), dict(whole.state_dict()))
     got = [*seen, *again]
     assert [type(r) for r in got] == [type(r) for r in expected]
@@ -197,19 +197,19 @@ def test_streamed_rows_go_on_from_anywhere_too(stop: int) -> None:
     def batches(rows: Any) -> Batches:
         split = Split(rows, torch.arange(30) % 3)
         return Batches(
-            split, batch_size=8, normalise=Normalise([0.5], [0.25]), plan=PLAN, seed=SEED
+            split, batch_size=8, normalize=Normalize([0.5], [0.25]), plan=PLAN, seed=SEED
         )
 
     config = OptimConfig(lr=0.02)
     whole = network()
     list(fit(whole, config, batches(Memory(pictures(30)))))
     model, state, streamed = network(), TrainState(), batches(Streamed(pictures(30)))
-    optimiser = optim.build_optimizer(model, config)
-    first = fit(model, config, streamed, optimiser=optimiser, state=state)
+    optimizer = optim.build_optimizer(model, config)
+    first = fit(model, config, streamed, optimizer=optimizer, state=state)
     for _ in range(stop):
         next(first)
     first.close()
-    list(fit(model, config, streamed, optimiser=optimiser, state=state))
+    list(fit(model, config, streamed, optimizer=optimizer, state=state))
     same(dict(model.state_dict()), dict(whole.state_dict()))
 
 
@@ -267,10 +267,10 @@ def test_bf16_and_channels_last_train() -> None:
 # Numbers that are none
 
 
-def everything(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """A copy of weights, norm statistics, counters and the optimiser's state."""
     found = dict(model.state_dict())
-    for index, values in optimiser.state_dict()["state"].items():
+    for index, values in optimizer.state_dict()["state"].items():
         found |= {f"optim.{index}.{k}": v for k, v in values.items() if v is not None}
     return {key: tensor.clone() for key, tensor in found.items()}
 
@@ -284,18 +284,18 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     images, labels = batches.batches[2]
     batches.batches[2] = (images.clone().fill_(value), labels)
     model, state = network(), TrainState()
-    optimiser = optim.build_optimizer(model, config)
+    optimizer = optim.build_optimizer(model, config)
     averager = optim.EMA(model, 0.9)
-    records = fit(model, config, batches, optimiser=optimiser, state=state, averager=averager)
+    records = fit(model, config, batches, optimizer=optimizer, state=state, averager=averager)
     for _ in range(2):
         next(records)
-    before = everything(model, optimiser)
+    before = everything(model, optimizer)
     # Norm statistics and counters included: the forward pass has already moved them.
     assert any("num_batches_tracked" in key for key in before)
     assert any("optim.0" in key for key in before)
     with pytest.raises(NonFiniteLoss) as caught:
         next(records)
-    same(before, everything(model, optimiser))
+    same(before, everything(model, optimizer))
     assert averager.steps == 2
     assert (state.epoch, state.step) == (1, 2)
     assert "epoch 1, step 3" in caught.value.what

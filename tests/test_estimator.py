@@ -47,10 +47,10 @@ def test_it_learns_and_names_classes_as_given(fitted: ImageClassifier) -> None:
     assert fitted.score(X, Y) > 0.9
     answers = fitted.predict(X)
     assert answers.dtype == Y.dtype
-    chances = fitted.predict_proba(X)
-    assert chances.shape == (90, 3)
-    np.testing.assert_allclose(chances.sum(1), 1)
-    np.testing.assert_array_equal(fitted.classes_[chances.argmax(1)], answers)
+    probs = fitted.predict_proba(X)
+    assert probs.shape == (90, 3)
+    np.testing.assert_allclose(probs.sum(1), 1)
+    np.testing.assert_array_equal(fitted.classes_[probs.argmax(1)], answers)
     assert len(fitted.history_) == 12
     assert fitted.n_features_in_ == 64
 

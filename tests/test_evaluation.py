@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from commands import COLOURS, DIGITS, Done, constant_model, here, picture, pictures, refused
+from commands import COLORS, DIGITS, Done, constant_model, here, picture, pictures, refused
 from convlens import Run
 from convlens.data.dataset import load_data
 from convlens.errors import DataError, ModelFileError, UsageError
@@ -300,7 +300,7 @@ def test_streamed_images_give_the_same_numbers(
 
 
 def own_run() -> Path:
-    root = pictures(Path("photos"), dict.fromkeys(COLOURS, 8))
+    root = pictures(Path("photos"), dict.fromkeys(COLORS, 8))
     done = here(
         "train", "photos", "model.widths=[4]", "train.epochs=1", "augment=[]", "--name", "mine"
     )
@@ -310,7 +310,7 @@ def own_run() -> Path:
 
 def test_images_that_changed_since_training_are_refused() -> None:
     root = own_run()
-    picture(root / "red" / "000.png", COLOURS["red"], seed=999)  # one image, other pixels
+    picture(root / "red" / "000.png", COLORS["red"], seed=999)  # one image, other pixels
     said = ("changed since this model was trained", "--data", "--fresh")
     refused(here("evaluate", "mine"), 3, *said)
     again = here(

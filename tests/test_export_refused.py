@@ -59,8 +59,13 @@ def network(classes: int = 3) -> LoadedModel:
         model(torch.randn(16, 3, 8, 8) * 2)
     nn.init.normal_(model.get_parameter("classifier.weight"), std=2.0)
     pre = Preprocessing(8, 3, "crop", [0.3, 0.5, 0.6], [0.2, 0.3, 0.25])
-    card = {"sha256": "0" * 64, "run": "net", "data": {"fingerprint": "none"}, "recipe": {}}
-    return LoadedModel(model.eval(), tuple("abcdefgh"[:classes]), pre, card)
+    model_metadata = {
+        "sha256": "0" * 64,
+        "run": "net",
+        "data": {"fingerprint": "none"},
+        "recipe": {},
+    }
+    return LoadedModel(model.eval(), tuple("abcdefgh"[:classes]), pre, model_metadata)
 
 
 def reference_outputs(loaded: LoadedModel) -> ReferenceOutputs:
@@ -77,7 +82,7 @@ def export_as(mistaken: LoadedModel, right: LoadedModel, name: str) -> Export:
 
 def changed(loaded: LoadedModel, **preprocessing: Any) -> LoadedModel:
     pre = Preprocessing(**{**vars(loaded.preprocessing), **preprocessing})
-    return LoadedModel(loaded.model, loaded.classes, pre, loaded.card)
+    return LoadedModel(loaded.model, loaded.classes, pre, loaded.model_metadata)
 
 
 def without_normalisation(loaded: LoadedModel) -> LoadedModel:
@@ -99,7 +104,7 @@ def classes_swapped(loaded: LoadedModel) -> LoadedModel:
     assert isinstance(head, nn.Linear)
     with torch.no_grad():
         head.weight.copy_(head.weight[[1, 0, 2]])
-    return LoadedModel(model, loaded.classes, loaded.preprocessing, loaded.card)
+    return LoadedModel(model, loaded.classes, loaded.preprocessing, loaded.model_metadata)
 
 
 def norms_of_the_batch(loaded: LoadedModel) -> LoadedModel:
@@ -108,17 +113,19 @@ def norms_of_the_batch(loaded: LoadedModel) -> LoadedModel:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean = module.running_var = None
-    return LoadedModel(model, loaded.classes, loaded.preprocessing, loaded.card)
+    return LoadedModel(model, loaded.classes, loaded.preprocessing, loaded.model_metadata)
 
 
 def another_width(loaded: LoadedModel) -> LoadedModel:
-    return LoadedModel(network(4).model, loaded.classes, loaded.preprocessing, loaded.card)
+    return LoadedModel(
+        network(4).model, loaded.classes, loaded.preprocessing, loaded.model_metadata
+    )
 
 
 def no_numbers(loaded: LoadedModel) -> LoadedModel:
     model = network().model
     nn.init.constant_(model.get_parameter("classifier.bias"), float("nan"))
-    return LoadedModel(model, loaded.classes, loaded.preprocessing, loaded.card)
+    return LoadedModel(model, loaded.classes, loaded.preprocessing, loaded.model_metadata)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +352,7 @@ def test_a_network_that_torch_cannot_capture_is_reported() -> None:
             return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
 
     right = network()
-    strange = LoadedModel(Strange(), right.classes, right.preprocessing, right.card)
+    strange = LoadedModel(Strange(), right.classes, right.preprocessing, right.model_metadata)
     with pytest.raises(ModelFileError, match=r"torch.export of torch .* can't take this network"):
         model_export.capture(strange)
 
@@ -505,8 +512,8 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "no json": (says(classes="["), "can't be used"),
     "deep json": (says(classes="[" * 100_000), "can't be used"),
     "fit": (says(preprocessing=OURS), "impossible classes or preprocessing"),
-    "card": (says(card="[]"), "can't be used"),
-    "no data": (says(card='{"recipe": {}, "data": 1}'), "can't be used"),
+    "card": (says(model_metadata="[]"), "can't be used"),
+    "no data": (says(model_metadata='{"recipe": {}, "data": 1}'), "can't be used"),
     "at once": (says(at_once="many"), "can't be used"),
     "newer": (says(**{onnx_model.MARK: "2"}), "newer convlens (format 2"),
 }

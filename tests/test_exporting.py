@@ -55,7 +55,7 @@ def small(made: tuple[Path, dict[str, Any], str]) -> Path:
 
 def validation(run: Path) -> Tensor:
     """The run's validation images, uint8."""
-    recipe = load_recipe(load_model(run / "model.safetensors").card["recipe"])
+    recipe = load_recipe(load_model(run / "model.safetensors").model_metadata["recipe"])
     split = load_data(recipe.data, memory_budget=1 << 30).val
     return split.rows.gather(torch.arange(len(split)))
 
@@ -85,7 +85,7 @@ def facts_of(path: Path) -> dict[str, str]:
 def test_command_reports_the_numerical_check(made: tuple[Path, dict[str, Any], str]) -> None:
     run, said, messages = made
     assert [each["format"] for each in said["exports"]] == ["onnx", "torch"]
-    model_sha256 = load_model(run / "model.safetensors").card["sha256"]
+    model_sha256 = load_model(run / "model.safetensors").model_metadata["sha256"]
     count = len(validation(run))
     for each in said["exports"]:
         path = run / Path(each["path"]).name
@@ -115,12 +115,12 @@ def test_onnxruntime_computes_the_outputs_of_the_network(
     run, said, _ = made
     images = validation(run)
     expected = by_hand(run, images)
-    logits, chances = session(run / "model.onnx").run(None, {"images": images.numpy()})
+    logits, probs = session(run / "model.onnx").run(None, {"images": images.numpy()})
     # The largest difference that was stated is about what is found against exact arithmetic.
     assert np.abs(logits - expected).max() < 1e-4
     assert (logits.argmax(1) == expected.argmax(1)).all()
     share = np.exp(expected - expected.max(1, keepdims=True))
-    np.testing.assert_allclose(chances, share / share.sum(1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(probs, share / share.sum(1, keepdims=True), atol=1e-5)
     assert said["exports"][0]["outputs"].startswith("logits and probabilities")
 
 
@@ -276,8 +276,8 @@ def test_the_onnx_file_takes_pixels_as_decoded(small: Path) -> None:
     paths = photographs()
     pre = load_model(small / "model.safetensors").preprocessing
     images = np.stack([decode(path, size=8, channels=1, fit=pre.fit) for path in paths])
-    chances = session(small / "model.onnx").run(["probabilities"], {"images": images})[0]
-    for path, row in zip(convlens.predict(small, paths, top_k=10), chances, strict=True):
+    probs = session(small / "model.onnx").run(["probabilities"], {"images": images})[0]
+    for path, row in zip(convlens.predict(small, paths, top_k=10), probs, strict=True):
         found = dict(path.top)
         np.testing.assert_allclose([found[str(digit)] for digit in range(10)], row, atol=1e-5)
 
@@ -382,8 +382,13 @@ def loaded_network(name: str, channels: int = 3, fit: str = "pad") -> LoadedMode
     model = models.build_model(name, 5, channels, size, OPTIONS.get(name, {}))
     model.train()(torch.randn(8, channels, size, size))
     pre = Preprocessing(size, channels, fit, [0.4, 0.5, 0.3][:channels], [0.2, 0.3, 0.1][:channels])
-    card = {"sha256": "0" * 64, "run": "net", "data": {"fingerprint": "none"}, "recipe": {}}
-    return LoadedModel(model.eval(), tuple("abcde"), pre, card)
+    model_metadata = {
+        "sha256": "0" * 64,
+        "run": "net",
+        "data": {"fingerprint": "none"},
+        "recipe": {},
+    }
+    return LoadedModel(model.eval(), tuple("abcde"), pre, model_metadata)
 
 
 def reference_outputs(loaded: LoadedModel, count: int = 40) -> ReferenceOutputs:

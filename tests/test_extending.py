@@ -32,18 +32,18 @@ def test_at_a_constant_rate_it_ends_as_the_longer_run(keep: str) -> None:
     train(tiny(*options), "short")
     longer = tiny(*options, "train.epochs=5")
     extended = train(longer, "extended", extend=True)
-    told = extended.facts()["extends"]
+    told = extended.metadata()["extends"]
     assert told == {"run": "short", "epochs": 3, "exact": True}
     whole = train(longer, "whole")
     assert differences(whole, extended) == []
-    assert RunDir(Path("models/short")).facts()["epochs"] == 3  # left as it was
+    assert RunDir(Path("models/short")).metadata()["epochs"] == 3  # left as it was
 
 
 def test_a_schedule_goes_on_at_its_place_in_the_longer_run() -> None:
     options = ("optim.schedule=cosine", "train.keep=last")
     short = train(tiny(*options), "short")
     extended = train(tiny(*options, "train.epochs=6"), "extended", extend=True)
-    assert extended.facts()["extends"]["exact"] is False
+    assert extended.metadata()["extends"]["exact"] is False
     rates = [row["lr"] for row in extended.metrics()]
     whole = [row["lr"] for row in train(tiny(*options, "train.epochs=6"), "whole").metrics()]
     assert rates[:3] == [row["lr"] for row in short.metrics()]
@@ -56,7 +56,7 @@ def test_patience_counts_anew() -> None:
     done = len(short.metrics())
     assert done < 4
     extended = train(tiny(*options, "train.epochs=9"), "extended", extend=True)
-    assert extended.facts()["extends"] == {"run": "short", "epochs": done, "exact": False}
+    assert extended.metadata()["extends"] == {"run": "short", "epochs": done, "exact": False}
     assert len(extended.metrics()) > done
 
 
@@ -64,7 +64,7 @@ def test_the_longest_is_extended_and_the_same_command_finds_it() -> None:
     train(tiny(), "three")
     train(tiny("train.epochs=4"), "four")
     extended = train(tiny("train.epochs=6"), "six", extend=True)
-    assert extended.facts()["extends"]["run"] == "four"
+    assert extended.metadata()["extends"]["run"] == "four"
     again = train(tiny("train.epochs=6"), "six", extend=True)
     assert again.path == extended.path
 

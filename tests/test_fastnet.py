@@ -118,7 +118,7 @@ def test_the_network_does_what_its_slow_restatement_does(
     model = FastNet(5, channels, size, widths=(6, 9, 7), depth=depth).double()
     # Norms over four values blow rounding up, so in double precision.
     images = correlated(4, channels, size).double()
-    model.initialise(images)
+    model.initialize(images)
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             nn.init.normal_(parameter)
@@ -196,7 +196,7 @@ def test_bf16_is_close_to_fp32() -> None:
     torch.manual_seed(0)
     images = correlated(16, 3, 32)
     model = FastNet(10, 3, 32, widths=(16, 32, 32), scale=1.0).to(memory_format=torch.channels_last)
-    model.initialise(images)
+    model.initialize(images)
     exact = model.train()(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = model(images.contiguous(memory_format=torch.channels_last)).float()
@@ -233,7 +233,7 @@ def test_a_run_whitens_by_its_training_images() -> None:
     validate_recipe(asked)
     data = images_of(asked)
     setup = build_training_job(asked, data, "cpu")
-    images = setup.preprocessing.normalise(
+    images = setup.preprocessing.normalize(
         data.train.rows.gather(torch.arange(len(data.train))), PLAN
     )
     expected = whitening_filters(images, 2, WHITEN_EPS)
@@ -246,7 +246,7 @@ def test_a_run_whitens_by_its_training_images() -> None:
     # The same random numbers as without images: nothing is drawn for the whitening.
     torch.manual_seed(7)
     first = FastNet(3, 1, 8)
-    first.initialise(torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    first.initialize(torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     drawn = torch.rand(3)
     torch.manual_seed(7)
     FastNet(3, 1, 8)
@@ -255,7 +255,7 @@ def test_a_run_whitens_by_its_training_images() -> None:
 
 def test_a_model_file_brings_its_whitening(tmp_path: Any) -> None:
     model = FastNet(3, 1, 9, widths=(4,)).eval()
-    model.initialise(correlated(5, 1, 9))
+    model.initialize(correlated(5, 1, 9))
     serialization.write_model_file(tmp_path / "m", model.state_dict(), {})
     again = models.build_model("fastnet", 3, 1, 9, {"widths": [4]})
     models.load_weights(again, serialization.read_model_file(tmp_path / "m")[0])

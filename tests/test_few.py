@@ -170,8 +170,8 @@ def test_a_run_without_validation_from_end_to_end() -> None:
         assert [row["val_loss"] + row["val_accuracy"] for row in csv.DictReader(file)] == ["", ""]
     assert all(math.isnan(row["val_loss"]) for row in run.metrics)
     assert (Path("plots/bare") / "curves.png").is_file()
-    card = serialization.read_model_file(run.path / "model.safetensors")[1]
-    assert card["chosen"] == {"epoch": 2, "validated": False, "rule": "last epoch"}
+    model_metadata = serialization.read_model_file(run.path / "model.safetensors")[1]
+    assert model_metadata["chosen"] == {"epoch": 2, "validated": False, "rule": "last epoch"}
     assert [look["split"] for look in run.results] == ["test"]
     refused(here("evaluate", "bare", "--split", "val"), 3, "no validation split", "--data")
     # Seeds of it, too: the table has nothing to say of validation.

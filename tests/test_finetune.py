@@ -260,7 +260,7 @@ def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
             images, labels = to_unit(rows.gather(index)), again.data.train.labels[index]
             place = SampleInfo(index, view + 1, 0)
             parts.append(again.augment(images, labels, place, generator)[0])
-        shown.append(again.preprocessing.normalise(torch.cat(parts), PLAN))
+        shown.append(again.preprocessing.normalize(torch.cat(parts), PLAN))
     done = 0
     total = 3 * len(views.feed.batches)
     for epoch in (1, 2, 3):
@@ -269,13 +269,13 @@ def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
         )
         set_train_mode(model)
         for part in order.split(16):
-            for group in again.optimiser.param_groups:
+            for group in again.optimizer.param_groups:
                 group["lr"] = 0.05 * again.schedule(done / total)
             logits = model(shown[(epoch - 1) % 2][part])
             nn.functional.cross_entropy(logits, again.data.train.labels[part]).backward()
             nn.utils.clip_grad_value_([p for p in model.parameters() if p.requires_grad], 0.1)
-            again.optimiser.step()
-            again.optimiser.zero_grad()
+            again.optimizer.step()
+            again.optimizer.zero_grad()
             done += 1
     assert done == total
     for name, tensor in model.state_dict().items():

@@ -151,8 +151,8 @@ def test_a_networks_own_names_may_begin_like_a_wrapper() -> None:
 
 def test_a_grey_image_gives_the_response_of_its_rgb_copy() -> None:
     grey = torch.randn(2, 1, 16, 16)
-    colour = grey.expand(-1, 3, -1, -1)
-    for theirs, ours, inputs in [(3, 1, (colour, grey)), (1, 3, (grey, colour))]:
+    color = grey.expand(-1, 3, -1, -1)
+    for theirs, ours, inputs in [(3, 1, (color, grey)), (1, 3, (grey, color))]:
         source = cnn(channels=theirs).eval()
         target = cnn(channels=ours, seed=1).eval()
         fitted = fit_weights(target, state(source))

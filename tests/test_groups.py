@@ -23,8 +23,8 @@ def network() -> CNN:
 
 def by_name(model: nn.Module, key: str, **options: Any) -> dict[str, Any]:
     """What each parameter's group says under `key`."""
-    optimiser = optim.build_optimizer(model, OptimConfig(**options))
-    held = {id(p): group[key] for group in optimiser.param_groups for p in group["params"]}
+    optimizer = optim.build_optimizer(model, OptimConfig(**options))
+    held = {id(p): group[key] for group in optimizer.param_groups for p in group["params"]}
     return {name: held[id(p)] for name, p in model.named_parameters() if id(p) in held}
 
 
@@ -266,14 +266,14 @@ def test_groups_survive_a_recipes_text() -> None:
 
 def test_no_gradient_no_step_no_state(tmp_path: Any) -> None:
     """What windows rely on, for every optimiser there is: decay and moments stop, too."""
-    for name in optim.OPTIMISERS:
+    for name in optim.OPTIMIZERS:
         model = network()
         config = OptimConfig(name=name, lr=0.1, weight_decay=0.1)
-        optimiser = optim.build_optimizer(model, config)
+        optimizer = optim.build_optimizer(model, config)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         model.stage2.requires_grad_(False)
         model(torch.randn(4, 1, 8, 8)).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
         for n, p in model.named_parameters():
             assert torch.equal(before[n], p) == n.startswith("stage2."), (name, n)
-            assert bool(optimiser.state[p]) != n.startswith("stage2."), (name, n)
+            assert bool(optimizer.state[p]) != n.startswith("stage2."), (name, n)

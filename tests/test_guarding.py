@@ -17,7 +17,7 @@ from convlens.recipe import OptimConfig
 from support import PLAN, same
 from test_engine import Listed, everything
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "sgd": {"name": "sgd", "lr": 0.1},
     "nesterov": {"name": "sgd", "lr": 0.1, "nesterov": True, "weight_decay": 0.01},
     "adam": {"name": "adam", "lr": 0.02},
@@ -31,7 +31,7 @@ OPTIMISERS = {
         "groups": [{"params": "classifier.*", "end": 0.4}, {"params": "stage1.*", "start": 0.2}],
     },
 }
-each_optimizer = pytest.mark.parametrize("asked", OPTIMISERS.values(), ids=OPTIMISERS.keys())
+each_optimizer = pytest.mark.parametrize("asked", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 
 
 def batches(steps: int, bad: int | None, value: float = float("nan")) -> Listed:
@@ -67,7 +67,7 @@ class Run:
         torch.manual_seed(1)
         self.config = OptimConfig(**asked)
         self.model = CNN(3, 1, 8, widths=[4, 6], dropout=0.3)
-        self.optimiser = optim.build_optimizer(self.model, self.config)
+        self.optimizer = optim.build_optimizer(self.model, self.config)
         self.averager = optim.build_averager(self.model, self.config, epochs * steps)
         self.progress = TrainState()
         self.synchronous, self.epochs = synchronous, epochs
@@ -75,7 +75,7 @@ class Run:
     def fit(self, listed: Listed) -> Records:
         loop = TrainLoop(
             self.model,
-            self.optimiser,
+            self.optimizer,
             nn.CrossEntropyLoss(),
             PLAN,
             clip_norm=self.config.clip_norm,
@@ -88,11 +88,11 @@ class Run:
     def learned(self) -> dict[str, Tensor]:
         """Weights and optimizer state, without buffers."""
         buffers = {name for name, _ in self.model.named_buffers()}
-        found = everything(self.model, self.optimiser)
+        found = everything(self.model, self.optimizer)
         return {name: tensor for name, tensor in found.items() if name not in buffers}
 
     def state(self) -> dict[str, Tensor]:
-        found = everything(self.model, self.optimiser)
+        found = everything(self.model, self.optimizer)
         if self.averager is not None:
             found |= {f"average.{i}": t for i, t in enumerate(self.averager.state()["average"])}
             found["average.steps"] = torch.tensor(self.averager.steps)
@@ -141,14 +141,14 @@ def test_weights_and_optimizer_state_are_those_before_the_bad_loss(
 @pytest.mark.parametrize("bad", range(10))
 @pytest.mark.parametrize("synchronous", [True, False])
 def test_the_step_is_named_wherever_the_loss_fails(bad: int, synchronous: bool) -> None:
-    run = Run(OPTIMISERS["sgd"], 10, synchronous)
+    run = Run(OPTIMIZERS["sgd"], 10, synchronous)
     with pytest.raises(NonFiniteLoss) as caught:
         list(run.fit(BadInSecondEpoch(10, bad)))
     assert (caught.value.epoch, caught.value.step) == (2, bad + 1)
 
 
 def test_the_step_is_named_where_an_epoch_was_resumed() -> None:
-    run = Run(OPTIMISERS["sgd"], 10, False)
+    run = Run(OPTIMIZERS["sgd"], 10, False)
     records = run.fit(batches(10, 8))
     for _ in range(5):
         next(records)
@@ -159,7 +159,7 @@ def test_the_step_is_named_where_an_epoch_was_resumed() -> None:
 
 
 def test_the_error_comes_at_the_second_read_after_the_loss() -> None:
-    run, seen = Run(OPTIMISERS["sgd"], 20, False), []
+    run, seen = Run(OPTIMIZERS["sgd"], 20, False), []
     with pytest.raises(NonFiniteLoss):
         seen.extend(run.fit(batches(20, 4)))
     # The flag that is copied after step 6 is read after step 9.

@@ -143,29 +143,49 @@ def test_a_folder_of_hostile_files(tmp_path: Path) -> None:
     )
 
 
-def card(key: str, value: str) -> bytes:
+def model_metadata(key: str, value: str) -> bytes:
     return f"{key:<8}= {value:>20}".encode().ljust(80)
 
 
-def cards(*lines: bytes) -> bytes:
+def model_metadatas(*lines: bytes) -> bytes:
     """One header of a FITS file."""
     content = b"".join([*lines, b"END".ljust(80)])
     return content.ljust(-(-len(content) // 2880) * 2880)
 
 
 def fits(side: int) -> bytes:
-    axes = [card("NAXIS", "2"), card("NAXIS1", str(side)), card("NAXIS2", str(side))]
-    start = [card("SIMPLE", "T"), card("BITPIX", "8")]
-    return cards(*start, *axes) + bytes(side * side)
+    axes = [
+        model_metadata("NAXIS", "2"),
+        model_metadata("NAXIS1", str(side)),
+        model_metadata("NAXIS2", str(side)),
+    ]
+    start = [model_metadata("SIMPLE", "T"), model_metadata("BITPIX", "8")]
+    return model_metadatas(*start, *axes) + bytes(side * side)
 
 
 def fits_bomb(side: int) -> bytes:
     """A compressed image of FITS: a few KB that become `side` x `side` pixels."""
-    axes = [card("NAXIS", "2"), card("NAXIS1", "1"), card("NAXIS2", "1")]
-    real = [card("ZNAXIS", "2"), card("ZNAXIS1", str(side)), card("ZNAXIS2", str(side))]
-    kind = [card("ZIMAGE", "T"), card("ZBITPIX", "8"), b"ZCMPTYPE= 'GZIP_1  '".ljust(80)]
-    first = cards(card("SIMPLE", "T"), card("BITPIX", "8"), card("NAXIS", "0"))
-    table = cards(b"XTENSION= 'BINTABLE'".ljust(80), card("BITPIX", "8"), *axes, *real, *kind)
+    axes = [
+        model_metadata("NAXIS", "2"),
+        model_metadata("NAXIS1", "1"),
+        model_metadata("NAXIS2", "1"),
+    ]
+    real = [
+        model_metadata("ZNAXIS", "2"),
+        model_metadata("ZNAXIS1", str(side)),
+        model_metadata("ZNAXIS2", str(side)),
+    ]
+    kind = [
+        model_metadata("ZIMAGE", "T"),
+        model_metadata("ZBITPIX", "8"),
+        b"ZCMPTYPE= 'GZIP_1  '".ljust(80),
+    ]
+    first = model_metadatas(
+        model_metadata("SIMPLE", "T"), model_metadata("BITPIX", "8"), model_metadata("NAXIS", "0")
+    )
+    table = model_metadatas(
+        b"XTENSION= 'BINTABLE'".ljust(80), model_metadata("BITPIX", "8"), *axes, *real, *kind
+    )
     return first + table + bytes(1) + gzip.compress(bytes(4 * side * side)) + bytes(80)
 
 

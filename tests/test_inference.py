@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from convlens.data.loader import Normalise
+from convlens.data.loader import Normalize
 from convlens.device import MEMORY_FORMATS
 from convlens.engine import inference
 from convlens.engine.inference import batch_logits, loss_and_accuracy, probabilities, split_logits
@@ -18,7 +18,7 @@ from convlens.errors import ResourceError
 from convlens.models.cnn import CNN
 from support import PLAN, Memory, Split, Streamed, pictures
 
-NORMALISE = Normalise([0.5], [0.25])
+NORMALISE = Normalize([0.5], [0.25])
 
 
 def trained() -> CNN:
@@ -72,7 +72,7 @@ def test_every_image_counts_once_and_in_order(count: int) -> None:
     told: list[int] = []
     for rows in (Memory(images), Streamed(images)):
         split = Split(rows, torch.zeros(count, dtype=torch.int64))
-        logits, _ = split_logits(model, split, Normalise([0.0], [1.0]), PLAN, advance=told.append)
+        logits, _ = split_logits(model, split, Normalize([0.0], [1.0]), PLAN, advance=told.append)
         assert logits[:, 0].round().tolist() == [n % 256 for n in range(count)]
     assert sum(told) == 2 * count
 
@@ -116,12 +116,12 @@ class Numbers(nn.Module):
         return images.flatten(1)[:, :1].contiguous()
 
 
-def colour(count: int) -> Split:
+def color(count: int) -> Split:
     """Images of two channels whose first pixel is their number."""
     return Split(Memory(pictures(count, channels=2)), torch.zeros(count, dtype=torch.int64))
 
 
-PLAIN = Normalise([0.0, 0.0], [1.0, 1.0])
+PLAIN = Normalize([0.0, 0.0], [1.0, 1.0])
 
 
 @pytest.mark.parametrize("quicker", ["contiguous", "channels_last"])
@@ -132,7 +132,7 @@ def test_the_quicker_memory_format_does_the_rest_and_no_image_is_computed_twice(
     model = Numbers(**{quicker: 1e-4, slower: 1.5e-4})
     monkeypatch.setattr(inference, "time", model)
     monkeypatch.setattr(inference, "MAX_BATCH", 1024)
-    logits, _ = split_logits(model, colour(1300), PLAIN, PLAN, free=True)
+    logits, _ = split_logits(model, color(1300), PLAIN, PLAN, free=True)
     assert (logits[:, 0] * 255).round().tolist() == [n % 256 for n in range(1300)]
     trials = [("channels_last", 20), *[("contiguous", 20), ("channels_last", 20)] * 2]
     rest = [(quicker, 1024), (quicker, 1300 - 16 - 5 * 20 - 1024)]
@@ -145,7 +145,7 @@ def test_a_format_must_gain_a_twentieth(
 ) -> None:
     model = Numbers(contiguous=1e-3, channels_last=(1 - gain) * 1e-3)
     monkeypatch.setattr(inference, "time", model)
-    split_logits(model, colour(1300), PLAIN, PLAN, free=True)
+    split_logits(model, color(1300), PLAIN, PLAN, free=True)
     formats = [name for name, _ in model.seen]
     assert formats[:8] == ["contiguous", "channels_last", *["contiguous", "channels_last"] * 3]
     assert set(formats[8:]) == {taken}
@@ -157,7 +157,7 @@ def test_without_leave_or_with_few_images_the_memory_format_stays(
 ) -> None:
     model = Numbers(channels_last=0, contiguous=1e-2)
     monkeypatch.setattr(inference, "time", model)
-    split_logits(model, colour(count), PLAIN, PLAN, free=count == 50)
+    split_logits(model, color(count), PLAIN, PLAN, free=count == 50)
     assert {name for name, _ in model.seen} == {"contiguous"}
 
 
@@ -179,14 +179,14 @@ def test_a_batch_is_as_large_as_the_largest_layer_allows(monkeypatch: pytest.Mon
 
 def test_out_of_memory_halves_the_batch_and_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     model = Numbers(most=5)
-    logits, _ = split_logits(model, colour(50), PLAIN, PLAN)
+    logits, _ = split_logits(model, color(50), PLAIN, PLAN)
     assert (logits[:, 0] * 255).round().tolist() == list(range(50))
     assert model.seen == [("contiguous", 4)] * 12 + [("contiguous", 2)]
     told = capfd.readouterr().err
     assert "out of memory with 16 images at once: going on with 8" in told
     assert "with 8 images at once: going on with 4" in told
     with pytest.raises(ResourceError, match="not enough memory"):
-        split_logits(Numbers(most=0), colour(3), PLAIN, PLAN)
+        split_logits(Numbers(most=0), color(3), PLAIN, PLAN)
 
 
 def test_what_is_not_in_memory_is_read_while_the_network_computes(

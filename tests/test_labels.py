@@ -32,7 +32,7 @@ FOLDS = ("--folds", "3")
 @dataclass(frozen=True)
 class Planted:
     folder: Path
-    truths: dict[str, str]  # path -> label
+    targets: dict[str, str]  # path -> label
     wrong: set[str]  # paths
     done: Done
 
@@ -63,9 +63,9 @@ def plant(
     part, classes = source.parts["train"], source.classes
     random = np.random.default_rng(0)
     chosen = random.permutation(len(part.labels))[:count]
-    truths = part.labels[chosen]
+    targets = part.labels[chosen]
     wrong = random.choice(count, round(rate * count), replace=False)
-    given = truths.copy()
+    given = targets.copy()
     step = random.integers(1, len(classes), len(wrong)) if kind == "symmetric" else 1
     given[wrong] = (given[wrong] + step) % len(classes)
     paths = []
@@ -77,7 +77,7 @@ def plant(
         Image.fromarray(part.images[np.array([number])][0, 0]).save(paths[-1])
     rows = zip(paths, (classes[label] for label in given), strict=True)
     table = write_csv(folder / "planted.csv", [("path", "label"), *rows])
-    known = {path: classes[label] for path, label in zip(paths, truths, strict=True)}
+    known = {path: classes[label] for path, label in zip(paths, targets, strict=True)}
     return table, known, {paths[i] for i in wrong}
 
 
@@ -85,13 +85,13 @@ def plant(
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     """600 digits as files, six in a hundred of them under another label, and what was found."""
     folder = tmp_path_factory.mktemp("planted")
-    _, truths, wrong = plant(folder, "digits", 600, RATE)
+    _, targets, wrong = plant(folder, "digits", 600, RATE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("CONVLENS_CACHE", str(folder / "cache"))
         done = here("labels", "digits", "--data", "planted.csv", *SMALL, *FOLDS, "--json")
     assert done.code == 0, done.err
-    return Planted(folder, truths, wrong, done)
+    return Planted(folder, targets, wrong, done)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_planted_errors_are_found(planted: Planted) -> None:
     assert len(hits) / len(named) >= 0.85
     assert len(hits) / len(here_wrong) >= 0.75
     right = [
-        s["suggested"] == planted.truths[s["id"]] for s in found["suspects"] if s["id"] in hits
+        s["suggested"] == planted.targets[s["id"]] for s in found["suspects"] if s["id"] in hits
     ]
     assert np.mean(right) >= 0.9
     assert found["noise"] == pytest.approx(RATE, abs=0.03)
@@ -333,7 +333,7 @@ def test_a_run_is_as_good_as_its_recipe() -> None:
     assert resolve.resolve_recipe_or_run("digits").recipe.train.epochs == 12
     report = convlens.find_label_errors(Run.load("one"), folds=2, quiet=True)
     assert report.runs == ["one-fold0", "one-fold1"]
-    assert report.chances.shape == (len(report.ids), 2)
+    assert report.probs.shape == (len(report.ids), 2)
     assert sorted(report.order.tolist()) == list(range(len(report.ids)))
     # The runs that were made of these images don't judge others.
     Path("set/red/003.png").unlink()

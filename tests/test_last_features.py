@@ -113,15 +113,15 @@ def test_neighbours_are_those_of_a_loop_over_all_training_images(
     distance = 1 - F.cosine_similarity(query[:, None], other[None], dim=2)
     for row, one in enumerate(result.found):
         order = distance[row].argsort(stable=True)[:4].tolist()
-        assert [near.number for near in one.neighbours] == order
-        assert [near.id for near in one.neighbours] == [train.ids[i] for i in order]
-        assert [n.distance for n in one.neighbours] == pytest.approx(
+        assert [near.number for near in one.neighbors] == order
+        assert [near.id for near in one.neighbors] == [train.ids[i] for i in order]
+        assert [n.distance for n in one.neighbors] == pytest.approx(
             [float(distance[row, i]) for i in order], abs=1e-9
         )
-        assert [n.label for n in one.neighbours] == [run.classes[train.labels[i]] for i in order]
+        assert [n.label for n in one.neighbors] == [run.classes[train.labels[i]] for i in order]
     assert result.searched == len(train)
     print_neighbors(result)
-    assert result.found[0].neighbours[0].id in capsys.readouterr().out
+    assert result.found[0].neighbors[0].id in capsys.readouterr().out
     json.dumps(result.to_dict())
 
 
@@ -134,12 +134,12 @@ def test_copies_are_marked_and_an_image_is_not_its_own_neighbour(run: InspectedM
     asked = ["copy.png", "brighter.png", "plain.png", "train:5"]
     result = nearest_neighbors(run, select_pictures(run, asked), 3, folder=OUT, quiet=True)
     copy, brighter, plain, own = result.found
-    assert (copy.neighbours[0].number, copy.neighbours[0].same) == (5, "identical")
-    assert copy.neighbours[0].distance == pytest.approx(0, abs=1e-9)
-    five = [near for near in brighter.neighbours if near.number == 5]
+    assert (copy.neighbors[0].number, copy.neighbors[0].same) == (5, "identical")
+    assert copy.neighbors[0].distance == pytest.approx(0, abs=1e-9)
+    five = [near for near in brighter.neighbors if near.number == 5]
     assert [near.same for near in five] == ["near-identical"]
-    assert {near.same for near in plain.neighbours} == {""}
-    assert 5 not in [near.number for near in own.neighbours]
+    assert {near.same for near in plain.neighbors} == {""}
+    assert 5 not in [near.number for near in own.neighbors]
     assert (own.label, copy.label) == (run.classes[train.labels[5]], None)
 
 
@@ -148,7 +148,7 @@ def test_more_neighbours_than_training_images_and_none(run: InspectedModel) -> N
     (one,) = nearest_neighbors(
         run, select_pictures(run, ["train:0"]), 10_000, folder=OUT, quiet=True
     ).found
-    assert len(one.neighbours) == count - 1
+    assert len(one.neighbors) == count - 1
     with pytest.raises(UsageError, match="no images"):
         nearest_neighbors(run, [], folder=OUT)
     squeeze = open_inspected_model("squeezenet1_1:none", on="cpu")

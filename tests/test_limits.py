@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from commands import (
-    COLOURS,
+    COLORS,
     DIGITS,
     NET,
     brightness_model,
@@ -82,7 +82,7 @@ def poor(limits: dict[str, int], *lines: list[str], **extra: str) -> tuple[dict[
 @linux
 def test_few_open_files_one_processor_and_no_shared_memory() -> None:
     """Images of 90 shards and of a folder, read again and again since nothing fits into memory."""
-    pictures(Path("photos"), dict.fromkeys(COLOURS, 60))
+    pictures(Path("photos"), dict.fromkeys(COLORS, 60))
     write_shards(find_source("photos"), Path("shards"), per_shard=2)
     assert len(list(Path("shards").glob("*.tar"))) == 90
     shown, said = poor(

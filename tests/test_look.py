@@ -209,12 +209,12 @@ def blow_up(folder: Path) -> None:
     """A model file whose activations overflow: infinity, and NaN behind it."""
     from convlens import serialization
 
-    tensors, card = serialization.read_model_file(folder / "model.safetensors")
+    tensors, model_metadata = serialization.read_model_file(folder / "model.safetensors")
     for name in ("stage1.0.weight", "stage2.0.weight"):
         tensors[name] = torch.full_like(tensors[name], 3e38)
         tensors[name][1::2] *= -1
-    card.pop("sha256")
-    serialization.write_model_file(folder / "model.safetensors", tensors, card)
+    model_metadata.pop("sha256")
+    serialization.write_model_file(folder / "model.safetensors", tensors, model_metadata)
 
 
 @pytest.mark.usefixtures("runs")
@@ -262,9 +262,9 @@ def test_what_can_not_be_is_said(arguments: list[str], code: int, said: str) -> 
 
 
 def test_a_run_whose_data_has_moved_still_shows_files(tmp_path: Path) -> None:
-    for name, colour in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
+    for name, color in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
         for number in range(6):
-            picture(Path("data") / name / f"{number}.png", colour, seed=number)
+            picture(Path("data") / name / f"{number}.png", color, seed=number)
     recipe: dict[str, Any] = {**TINY, "data": {"name": "data", "image_size": 8}}
     convlens.train(recipe, name="mine", quiet=True, test=False)
     Path("data").rename("elsewhere")
@@ -339,7 +339,7 @@ def test_the_test_split_is_opened_by_who_names_it_and_each_look_is_logged() -> N
             ("test", n + 1, "look") for n in range(number + 1)
         ]
     # They are no measurements, but count.
-    assert RunDir(Path("models/small")).results() == []
+    assert RunDir(Path("models/small")).evaluations() == []
     assert here("evaluate", "small", "--json").json["looks"] == 3
 
 
@@ -351,7 +351,7 @@ def test_without_validation_images_training_images_are_the_examples() -> None:
         assert here("look", "all", *asked).code == 0
     seen = here("look", "all", "--json").json["images"]
     assert {each["name"].split(":")[0] for each in seen} == {"train"}
-    assert RunDir(Path("models/all")).log() == []
+    assert RunDir(Path("models/all")).evaluation_log() == []
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:

@@ -59,7 +59,7 @@ def test_two_machines_rehearsed_on_loopback() -> None:
         assert done.code == 0, done.err
     main("1", "dropout")
     close("dropout", 4)
-    assert RunDir(Path("models/dropout-4")).facts()["world_size"] == 4
+    assert RunDir(Path("models/dropout-4")).metadata()["world_size"] == 4
 
 
 def test_when_one_of_two_machines_loses_a_process_all_begin_anew_where_they_were() -> None:

@@ -190,9 +190,9 @@ def test_a_step_counts_the_likeliest_class_and_smooths_shares() -> None:
     images = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     labels = torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.0, 0.6]])  # the first is answered rightly
     criterion = nn.CrossEntropyLoss(label_smoothing=0.3)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     logits = [[2.0, 0.0, 1.0], [0.0, 1.0, 0.5]]
-    result = loop.TrainLoop(model, optimiser, criterion, PLAN).train_step(images, labels)
+    result = loop.TrainLoop(model, optimizer, criterion, PLAN).train_step(images, labels)
     expected = 0.0
     for row, shares in zip(logits, labels.tolist(), strict=True):
         whole = math.log(sum(math.exp(v) for v in row))

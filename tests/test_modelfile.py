@@ -232,9 +232,9 @@ def test_weights_that_are_no_numbers_are_not_saved(bad: float) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_weights_that_are_no_numbers_are_not_read(bad: float, dtype: torch.dtype) -> None:
-    card = {"convlens": json.dumps({"format": 1, "sha256": serialization.NO_HASH})}
+    model_metadata = {"convlens": json.dumps({"format": 1, "sha256": serialization.NO_HASH})}
     broken = {**TENSORS, "last": torch.tensor([1.0, bad], dtype=dtype)}
-    said = refused(signed(None, safetensors_save(broken, card)))
+    said = refused(signed(None, safetensors_save(broken, model_metadata)))
     assert said == "weights are NaN or infinite in 1 of 5 tensors: last"
 
 

@@ -98,7 +98,7 @@ def test_training_equals_a_slow_loop_filter_by_filter(
         weight_decay=o["weight_decay"],
         nesterov=o["nesterov"] and o["momentum"] > 0,
     )
-    optimiser = optim.build_optimizer(model, config)
+    optimizer = optim.build_optimizer(model, config)
     shapes = [tuple(p.shape) for p in model.parameters() if p.ndim == 4]
     assert shapes.count((6, 6, 3, 3)) == 5
     generator = torch.Generator().manual_seed(1)
@@ -113,8 +113,8 @@ def test_training_equals_a_slow_loop_filter_by_filter(
             else:
                 twins[name].grad = parameter.grad.clone()
         sgd.step()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         for name, parameter in model.named_parameters():
             expected = slow[name] if parameter.ndim == 4 else twins[name].double()
             assert torch.allclose(parameter.double(), expected, rtol=1e-4, atol=1e-5), name
@@ -123,9 +123,9 @@ def test_training_equals_a_slow_loop_filter_by_filter(
 def test_normalised_weights_have_the_norm_of_their_outputs() -> None:
     """As the weights stand before an update; weights of zeros stay without becoming NaN."""
     weight, empty = nn.Parameter(torch.randn(9, 2, 3, 3) * 7), nn.Parameter(torch.zeros(4, 2, 1, 1))
-    optimiser = Muon([{"params": [weight, empty], "muon": True}], lr=0.0, momentum=0.5)
+    optimizer = Muon([{"params": [weight, empty], "muon": True}], lr=0.0, momentum=0.5)
     weight.grad, empty.grad = torch.randn_like(weight), torch.randn_like(empty)
-    optimiser.step()
+    optimizer.step()
     assert float(weight.detach().norm()) == pytest.approx(3.0, rel=1e-5)
     assert torch.equal(empty, torch.zeros_like(empty))
 
@@ -135,11 +135,11 @@ def test_the_scale_of_the_loss_does_not_matter_to_filters() -> None:
     for scale in (1.0, 1000.0):
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(4, 2, 3, 3))
-        optimiser = Muon([{"params": [weight], "muon": True}], lr=0.1, momentum=0.5)
+        optimizer = Muon([{"params": [weight], "muon": True}], lr=0.1, momentum=0.5)
         for seed in range(3):
             generator = torch.Generator().manual_seed(seed)
             weight.grad = scale * torch.randn(weight.shape, generator=generator)
-            optimiser.step()
+            optimizer.step()
         ends.append(weight.detach().clone())
     assert torch.allclose(ends[0], ends[1], atol=1e-5)
 
@@ -148,11 +148,11 @@ def test_matrices_can_be_trained_by_it_too() -> None:
     model = CNN(3, 1, 8, widths=[4], hidden=6)
     groups = [{"params": "dense.hidden.weight", "muon": True}]
     config = OptimConfig(name="muon", lr=0.1, muon_normalise=False, momentum=0.0, groups=groups)
-    optimiser = optim.build_optimizer(model, config)
+    optimizer = optim.build_optimizer(model, config)
     before = model.dense.hidden.weight.detach().clone()
     model(torch.randn(4, 1, 8, 8)).square().mean().backward()
     gradient = model.dense.hidden.weight.grad.clone()
-    optimiser.step()
+    optimizer.step()
     expected = before - 0.1 * orthogonalize(gradient[None], 3)[0]
     assert torch.allclose(model.dense.hidden.weight, expected, atol=1e-6)
 

@@ -38,8 +38,8 @@ def test_a_new_format_needs_a_new_folder() -> None:
 @every
 def test_the_model_is_whole_and_of_its_format(folder: str) -> None:
     place = copied(folder)
-    tensors, card = serialization.read_model_file(place.model_path)
-    assert card["format"] == FOLDERS[folder]
+    tensors, model_metadata = serialization.read_model_file(place.model_path)
+    assert model_metadata["format"] == FOLDERS[folder]
     loaded = load_model(place.model_path)
     assert loaded.classes == tuple("0123456789")
     assert set(loaded.model.state_dict()) == set(tensors)
@@ -57,7 +57,7 @@ def test_it_tests_to_the_numbers_that_were_stored(folder: str) -> None:
     assert found["model_sha256"] == stored["model_sha256"]
     assert found["loss"] == pytest.approx(stored["loss"], abs=1e-6)
     assert found["looks"] == 2
-    first, second = place.log()
+    first, second = place.evaluation_log()
     assert first == {key: value for key, value in stored.items() if key not in ("format", "sha256")}
     assert second["correct"] == stored["correct"]
 
@@ -65,12 +65,12 @@ def test_it_tests_to_the_numbers_that_were_stored(folder: str) -> None:
 @every
 def test_the_same_recipe_finds_it_and_other_commands_read_it(folder: str) -> None:
     place = copied(folder)
-    before = place.facts()
+    before = place.metadata()
     assert len(place.metrics()) == before["epochs"] == 8
     assert list(place.metrics()[0]) == list(METRICS_COLUMNS)
     run = convlens.train(convlens.Run.load("run").recipe, name="run", test=False)
     assert run.path == place.path
-    assert place.facts() == before
+    assert place.metadata() == before
     for command in ("diagnose", "report"):
         done = here(command, "run")
         assert done.code == 0, done.err
@@ -84,25 +84,25 @@ def test_a_run_of_a_later_version_says_so() -> None:
     path.write_text(path.read_text().replace("train:", "train:\n  teleport: true", 1))
     done = here("labels", place.path, "--folds", "2")
     refused(done, 2, "unknown key 'train.teleport'")  # of its own version: somebody's mistake
-    place.note({"convlens": "99.1"})
+    place.update_metadata({"convlens": "99.1"})
     done = here("labels", place.path, "--folds", "2")
     refused(done, 4, "written by convlens 99.1, which knows more than this one", "update convlens")
-    tensors, card = serialization.read_model_file(place.model_path)
-    card["recipe"]["train"]["teleport"] = True
-    place.save_model(tensors, {**card, "convlens": "99.1"})
+    tensors, model_metadata = serialization.read_model_file(place.model_path)
+    model_metadata["recipe"]["train"]["teleport"] = True
+    place.save_model(tensors, {**model_metadata, "convlens": "99.1"})
     path.unlink()
     refused(here("report", "run"), 4, "written by convlens 99.1", "update convlens")
     with pytest.raises(serialization.NewerFormatError, match=r"written by convlens 99\.1"):
         _ = convlens.Run.load("run").recipe
-    card["preprocessing"]["gamma"] = 2.2
-    place.save_model(tensors, {**card, "convlens": "99.1"})
+    model_metadata["preprocessing"]["gamma"] = 2.2
+    place.save_model(tensors, {**model_metadata, "convlens": "99.1"})
     refused(here("report", "run"), 4, "can't be used by this version", "update", "convlens 99.1")
 
 
 @every
 def test_left_unfinished_it_goes_on(folder: str) -> None:
     place = copied(folder)
-    place.note({"status": "training"})
+    place.update_metadata({"status": "training"})
     done = here("train", place.path / "recipe.yaml", "--name", "run", "--no-test")
     assert done.code == 0, done.err
     assert place.finished

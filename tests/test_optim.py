@@ -11,7 +11,7 @@ from torch import nn
 
 from convlens import optim
 from convlens.errors import UsageError
-from convlens.optim import OPTIMISERS, SCHEDULES
+from convlens.optim import OPTIMIZERS, SCHEDULES
 from convlens.recipe import LookaheadConfig, OptimConfig
 from support import same
 
@@ -27,14 +27,14 @@ def network() -> nn.Module:
     )
 
 
-def train(model: nn.Module, optimiser: torch.optim.Optimizer, steps: int = 6) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 6) -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         images = torch.randn(8, 1, 8, 8, generator=generator)
         labels = torch.randint(0, 3, (8,), generator=generator)
         nn.functional.cross_entropy(model(images), labels).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 # Optimisers
@@ -80,10 +80,10 @@ def test_decay_moves_nothing_exempt() -> None:
     model = network()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = OptimConfig(name="adamw", lr=0.1, weight_decay=0.5, decay_bias_and_norm=False)
-    optimiser = optim.build_optimizer(model, config)
+    optimizer = optim.build_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
+    optimizer.step()
     for name, parameter in model.named_parameters():
         shrunk = 0.95 if parameter.ndim > 1 else 1.0
         assert torch.allclose(parameter, before[name] * shrunk), name
@@ -92,8 +92,8 @@ def test_decay_moves_nothing_exempt() -> None:
 def test_frozen_parameters_are_left_out() -> None:
     model = network()
     model[0].requires_grad_(False)
-    optimiser = optim.build_optimizer(model, OptimConfig(decay_bias_and_norm=False))
-    held = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    optimizer = optim.build_optimizer(model, OptimConfig(decay_bias_and_norm=False))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(held) == 4
 
@@ -107,10 +107,10 @@ def test_an_unknown_optimiser_or_schedule_names_near_misses() -> None:
 
 def test_setting_the_rate_keeps_what_it_was_at_first() -> None:
     config = OptimConfig(lr=0.2, weight_decay=0.1, decay_bias_and_norm=False)
-    optimiser = optim.build_optimizer(network(), config)
+    optimizer = optim.build_optimizer(network(), config)
     for factor in (0.5, 0.0, 0.25):
-        assert optim.set_lr(optimiser, factor) == pytest.approx(0.2 * factor)
-    assert [group["lr"] for group in optimiser.param_groups] == pytest.approx([0.05, 0.05])
+        assert optim.set_lr(optimizer, factor) == pytest.approx(0.2 * factor)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
 
 
 # Schedules
@@ -118,11 +118,11 @@ def test_setting_the_rate_keeps_what_it_was_at_first() -> None:
 STEPS = 90
 
 
-def of_torch(scheduler: Any, optimiser: torch.optim.Optimizer, steps: int = STEPS) -> list[float]:
+def of_torch(scheduler: Any, optimizer: torch.optim.Optimizer, steps: int = STEPS) -> list[float]:
     rates = []
     for _ in range(steps):
-        rates.append(optimiser.param_groups[0]["lr"])
-        optimiser.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
         scheduler.step()
     return rates
 
@@ -137,23 +137,23 @@ def one() -> torch.optim.Optimizer:
 
 
 def test_cosine_is_torchs() -> None:
-    optimiser = one()
-    theirs = of_torch(torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS), optimiser)
+    optimizer = one()
+    theirs = of_torch(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS), optimizer)
     assert of_ours(OptimConfig(schedule="cosine")) == pytest.approx(theirs, abs=1e-9)
 
 
 def test_linear_is_torchs() -> None:
-    optimiser = one()
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=STEPS)
-    theirs = of_torch(scheduler, optimiser)
+    optimizer = one()
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)
+    theirs = of_torch(scheduler, optimizer)
     assert of_ours(OptimConfig(schedule="linear")) == pytest.approx(theirs, abs=1e-9)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 6, 9, 10])
 def test_step_is_torchs(parts: int) -> None:
-    optimiser = one()
-    scheduler = torch.optim.lr_scheduler.StepLR(optimiser, STEPS // parts, gamma=0.3)
-    theirs = of_torch(scheduler, optimiser)
+    optimizer = one()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, STEPS // parts, gamma=0.3)
+    theirs = of_torch(scheduler, optimizer)
     ours = of_ours(OptimConfig(schedule="step", step_size=1 / parts, gamma=0.3))
     assert ours == pytest.approx(theirs, rel=1e-6)
 
@@ -161,11 +161,11 @@ def test_step_is_torchs(parts: int) -> None:
 @pytest.mark.parametrize("rise", [0.3, 0.1, 0.7])
 def test_one_cycle_is_torchs(rise: float) -> None:
     total = 1000
-    optimiser = one()
+    optimizer = one()
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=1.0, total_steps=total, pct_start=rise, cycle_momentum=False
+        optimizer, max_lr=1.0, total_steps=total, pct_start=rise, cycle_momentum=False
     )
-    theirs = of_torch(scheduler, optimiser, total - 1)
+    theirs = of_torch(scheduler, optimizer, total - 1)
     config = OptimConfig(schedule="one-cycle", warmup=0.0 if rise == 0.3 else rise)
     factor = optim.build_schedule(config)
     # torch's top is one step before its share of the steps, and its end is the last step.
@@ -223,7 +223,7 @@ def test_a_schedule_refuses_keys_that_would_do_nothing(options: Any, told: str) 
 
 
 def test_the_tables_are_what_recipes_name() -> None:
-    assert set(OPTIMISERS) == {"adam", "adamw", "muon", "sgd"}
+    assert set(OPTIMIZERS) == {"adam", "adamw", "muon", "sgd"}
     assert set(SCHEDULES) == {"constant", "cosine", "linear", "one-cycle", "step"}
 
 
@@ -234,9 +234,9 @@ def test_the_average_is_that_of_a_slow_reference() -> None:
     model = network()
     averager = optim.EMA(model, 0.4)
     slow = {k: v.clone().double() for k, v in model.state_dict().items()}
-    optimiser = optim.build_optimizer(model, OptimConfig(lr=0.05))
+    optimizer = optim.build_optimizer(model, OptimConfig(lr=0.05))
     for t in range(1, 9):
-        train(model, optimiser, steps=1)
+        train(model, optimizer, steps=1)
         averager.update()
         decay = min(0.4, (1 + t) / (10 + t))  # 0.4 from the fifth step on
         for key, value in model.state_dict().items():
@@ -280,12 +280,12 @@ def test_the_weights_are_back_after_an_error() -> None:
 def test_a_restored_average_goes_on_as_the_first_would() -> None:
     model = network()
     first, second = optim.EMA(model, 0.9), optim.EMA(model, 0.9)
-    optimiser = optim.build_optimizer(model, OptimConfig())
-    train(model, optimiser, steps=1)
+    optimizer = optim.build_optimizer(model, OptimConfig())
+    train(model, optimizer, steps=1)
     first.update()
     state = first.state()
     second.load({"steps": state["steps"], "average": [t.clone() for t in state["average"]]})
-    train(model, optimiser, steps=1)
+    train(model, optimizer, steps=1)
     first.update()
     second.update()
     for mine, theirs in zip(first.state()["average"], second.state()["average"], strict=True):
@@ -329,9 +329,9 @@ def test_lookahead_is_the_loop_of_its_reference() -> None:
 def test_the_network_ends_with_its_average() -> None:
     model = network()
     lookahead = optim.Lookahead(model, every=4, decay=0.95, power=3, steps=6)
-    optimiser = optim.build_optimizer(model, OptimConfig(lr=0.05))
+    optimizer = optim.build_optimizer(model, OptimConfig(lr=0.05))
     for step in range(1, 7):
-        train(model, optimiser, steps=1)
+        train(model, optimizer, steps=1)
         lookahead.update()
         same_now = all(
             torch.equal(mine, average)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from commands import environment, weights
-from convlens.data.loader import Normalise
+from convlens.data.loader import Normalize
 from convlens.device import Plan
 from convlens.engine import inference, oom
 from convlens.engine.inference import split_logits
@@ -32,7 +32,7 @@ from convlens.training import autotune, train
 from convlens.training.setup import build_training_job
 from launching import torchrun
 from support import PLAN, Memory, Split, begin, images_of, pictures, same, tiny
-from test_guarding import OPTIMISERS, Run, batches
+from test_guarding import OPTIMIZERS, Run, batches
 from test_resume import EVERYTHING, SGD, equal
 
 PLAIN = "model.batch_norm=false"
@@ -151,14 +151,14 @@ def test_where_memory_runs_out_the_run_is_that_of_the_smaller_parts(
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "out of memory" in line]
     assert f"a batch of {size} is now computed {size // 4} images at a time" in line
     assert ("batch norm uses the statistics of a micro-batch" in line) == (PLAIN not in options)
-    (noted,) = short.facts()["out_of_memory"]
+    (noted,) = short.metadata()["out_of_memory"]
     assert noted == {"part": size // 4, "epoch": 1, "step": 1, "batch_norm": PLAIN not in options}
     equal(short, finished(asked, "parts", part=size // 4)[0])
-    assert "out_of_memory" not in RunDir(Path("models/parts")).facts()
+    assert "out_of_memory" not in RunDir(Path("models/parts")).metadata()
 
 
 @pytest.mark.parametrize("synchronous", [True, False], ids=["synchronous", "deferred"])
-@pytest.mark.parametrize("asked", OPTIMISERS.values(), ids=OPTIMISERS.keys())
+@pytest.mark.parametrize("asked", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_training_continues_in_micro_batches_from_the_step_that_failed(
     asked: dict[str, Any], synchronous: bool
 ) -> None:
@@ -214,13 +214,13 @@ def test_a_run_that_is_taken_up_has_the_same_parts(
 
 
 def test_a_batch_norm_never_sees_one_image() -> None:
-    run = Run(OPTIMISERS["sgd"], 4, True)
+    run = Run(OPTIMIZERS["sgd"], 4, True)
     seen = greedy(run.model, 3)
     list(run.fit(batches(4, None)))  # batches of 9 and 8
     assert seen[:3] == [9, 4, 2]
     assert set(seen[3:]) == {2, 3}  # a single one left over joins the part before it
     for most, images in ((2, 3), (1, 2)):
-        run = Run(OPTIMISERS["sgd"], 4, True)
+        run = Run(OPTIMIZERS["sgd"], 4, True)
         greedy(run.model, most)
         with pytest.raises(ResourceError, match=f"train on {images} images .*can't train on one"):
             list(run.fit(batches(4, None)))
@@ -228,7 +228,7 @@ def test_a_batch_norm_never_sees_one_image() -> None:
 
 @pytest.mark.parametrize("synchronous", [True, False], ids=["synchronous", "deferred"])
 def test_where_nothing_fits_nothing_is_changed(synchronous: bool) -> None:
-    run = Run({**OPTIMISERS["adamw"], "ema": 0.9}, 6, synchronous)
+    run = Run({**OPTIMIZERS["adamw"], "ema": 0.9}, 6, synchronous)
     before = {name: tensor.clone() for name, tensor in run.state().items()}
     greedy(run.model, 0)
     with pytest.raises(ResourceError) as caught:
@@ -322,7 +322,7 @@ def test_timings_of_a_run_hold_no_infinity() -> None:
 def test_inference_goes_on_with_half_as_many_images() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     split = Split(Memory(pictures(50)), torch.zeros(50, dtype=torch.int64))
-    expected, _ = split_logits(model, split, Normalise([0.5], [0.25]), PLAN)
+    expected, _ = split_logits(model, split, Normalize([0.5], [0.25]), PLAN)
     seen: list[int] = []
 
     def ask(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -331,13 +331,13 @@ def test_inference_goes_on_with_half_as_many_images() -> None:
             ask_for_too_much()
 
     handle = model.register_forward_hook(ask)
-    found, _ = split_logits(model, split, Normalise([0.5], [0.25]), PLAN)
+    found, _ = split_logits(model, split, Normalize([0.5], [0.25]), PLAN)
     assert seen == [16, 8, *[4] * 12, 2]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     handle.remove()
     model.register_forward_hook(lambda *_: ask_for_too_much())
     with pytest.raises(ResourceError, match="not enough memory"):
-        split_logits(model, split, Normalise([0.5], [0.25]), PLAN)
+        split_logits(model, split, Normalize([0.5], [0.25]), PLAN)
     assert inference.FIRST_BATCH == 16
 
 
@@ -391,7 +391,7 @@ def test_a_process_without_memory_trains_in_parts() -> None:
     Path("large.yaml").write_text(asked.to_text())
     done = limited(200, "train", "large.yaml", "--no-test", "--device", "cpu", "--name", "short")
     assert done.returncode == 0, done.stderr
-    (noted,) = RunDir(Path("models/short")).facts()["out_of_memory"]
+    (noted,) = RunDir(Path("models/short")).metadata()["out_of_memory"]
     part = noted["part"]
     assert 0 < part <= 150
     assert f"a batch of 300 is now computed {part} images at a time" in done.stderr
@@ -423,4 +423,4 @@ def test_a_gpu_without_memory_trains_in_parts() -> None:
         place = train.train(asked, name="short", test=False, on="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert 0 < place.facts()["out_of_memory"][-1]["part"] <= 150
+    assert 0 < place.metadata()["out_of_memory"][-1]["part"] <= 150

@@ -136,9 +136,9 @@ def test_a_model_without_mistakes_has_no_worst_ones(tmp_path: Path) -> None:
 
 
 def test_worst_mistakes_are_those_least_likely_to_the_truth() -> None:
-    chances = np.array([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.05, 0.9, 0.05], [0.4, 0.35, 0.25]])
-    truths = np.array([0, 0, 0, 1])
-    assert run_plots.worst_mistake_images(chances, truths).tolist() == [2, 1, 3]
+    probs = np.array([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.05, 0.9, 0.05], [0.4, 0.35, 0.25]])
+    targets = np.array([0, 0, 0, 1])
+    assert run_plots.worst_mistake_images(probs, targets).tolist() == [2, 1, 3]
 
 
 def test_columns_of_rows() -> None:

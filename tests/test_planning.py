@@ -113,7 +113,7 @@ def test_the_memory_has_an_end(
 def test_the_choice_and_its_timings_stand_in_the_run(timings: list[list[str]]) -> None:
     asked = tiny(*TIMED, "train.patience=1", "optim.lr=1e-9")
     place = train.train(asked, test=False, on="cpu", quiet=True)
-    facts = RunDir(place.path).facts()
+    facts = RunDir(place.path).metadata()
     assert facts["plan"]["memory_format"] == "channels_last"
     assert facts["timings"] == {"fp32 contiguous": 2.0, "fp32 channels_last": 1.0}
 
@@ -167,10 +167,10 @@ def test_a_step_in_parts_is_the_step_of_the_whole(mixed: bool) -> None:
         images = torch.randn(11, 1, 8, 8, dtype=torch.float64)
         labels = torch.arange(11) % 5
         targets = torch.rand(11, 5, dtype=torch.float64).softmax(1) if mixed else labels
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         plan = Plan("cpu", "fp32", "contiguous", micro_batch_size=part)
         criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-        loop = TrainLoop(model, optimiser, criterion, plan, clip_norm=0.1)
+        loop = TrainLoop(model, optimizer, criterion, plan, clip_norm=0.1)
         result = loop.train_step(images, targets)
         return result.loss, result.num_correct, model.state_dict()
 
@@ -188,10 +188,10 @@ def test_a_bad_part_leaves_no_gradient_behind() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     images = torch.ones(4, 1, 2, 2)
     images[3] = torch.nan
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     plan = Plan("cpu", "fp32", "contiguous", micro_batch_size=2)
-    loop = TrainLoop(model, optimiser, nn.CrossEntropyLoss(), plan)
+    loop = TrainLoop(model, optimizer, nn.CrossEntropyLoss(), plan)
     result = loop.train_step(images, torch.zeros(4, dtype=torch.int64))
     assert not result.is_finite
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -20,7 +20,7 @@ from PIL import Image
 
 import convlens
 from commands import (
-    COLOURS,
+    COLORS,
     Done,
     brightness_model,
     constant_model,
@@ -97,10 +97,10 @@ def files_of(run: Run, count: int) -> tuple[list[Path], np.ndarray]:
 def rewritten(run: Run, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Done:
     """What evaluating says of a model file whose tensors and card were changed, hash included."""
     path = run.path / "model.safetensors"
-    tensors, card = serialization.read_model_file(path)
-    del card["sha256"], card["format"]
-    change(tensors, card)
-    serialization.write_model_file(path, tensors, card)
+    tensors, model_metadata = serialization.read_model_file(path)
+    del model_metadata["sha256"], model_metadata["format"]
+    change(tensors, model_metadata)
+    serialization.write_model_file(path, tensors, model_metadata)
     return here("evaluate", "digits")
 
 
@@ -120,12 +120,12 @@ def calling(name: str, whole: str = "") -> set[str]:
 
 def test_folders_10_2_1_in_another_order() -> None:
     """Numbers in string order at training, in number order in a list: labels go by name."""
-    pictures(Path("train"), dict.fromkeys(NUMBERS, 12), colours=NUMBERS)
+    pictures(Path("train"), dict.fromkeys(NUMBERS, 12), colors=NUMBERS)
     done = here("train", "train", *SMALL, "train.epochs=30", "--no-test", "--name", "numbers")
     assert done.code == 0, done.err
     run = Run.load("numbers")
     assert run.classes == ("1", "10", "2")
-    pictures(Path("new"), dict.fromkeys(NUMBERS, 5), colours=NUMBERS, first=100)
+    pictures(Path("new"), dict.fromkeys(NUMBERS, 5), colors=NUMBERS, first=100)
     files = [path for name in NUMBERS for path in sorted((Path("new") / name).iterdir())]
     lines = ["path,label", *(f"{path},{path.parent.name}" for path in files)]
     Path("list.csv").write_text("\n".join(lines))
@@ -140,7 +140,7 @@ def test_folders_10_2_1_in_another_order() -> None:
 
 def test_a_missing_class_folder_moves_no_label(tmp_path: Path) -> None:
     """By position, `green` would be judged as `blue`, and `red` as `green`."""
-    model = constant_model(tmp_path / "greens", [0.0, 2.0, 1.0], tuple(COLOURS))
+    model = constant_model(tmp_path / "greens", [0.0, 2.0, 1.0], tuple(COLORS))
     root = pictures(Path("some"), {"green": 3, "red": 1})
     got = Run(model).evaluate(data=root)
     assert (got.correct, got.n) == (3, 4)
@@ -160,15 +160,19 @@ def test_class_names_swapped_in_a_model_file(digits: Run) -> None:
     refused(here("evaluate", "digits"), 4, "changed or damaged")
     # One name too few, and a hash that fits: the file doesn't go with its own weights.
     path.write_bytes(content)
-    refused(rewritten(digits, lambda _, card: card["classes"].pop()), 4, "can't be used")
+    refused(
+        rewritten(digits, lambda _, model_metadata: model_metadata["classes"].pop()),
+        4,
+        "can't be used",
+    )
 
 
 # 4
 
 
 def test_test_images_among_those_of_training() -> None:
-    pictures(Path("photos/train"), dict.fromkeys(COLOURS, 12))
-    pictures(Path("photos/test"), dict.fromkeys(COLOURS, 4), first=500)
+    pictures(Path("photos/train"), dict.fromkeys(COLORS, 12))
+    pictures(Path("photos/test"), dict.fromkeys(COLORS, 4), first=500)
     shutil.copy("photos/test/red/501.png", "photos/train/red/another-name.png")
     done = here("audit", "photos")
     assert done.code == 0
@@ -257,7 +261,7 @@ def test_another_mode_than_that_of_the_training_images(tmp_path: Path) -> None:
         suffix = "tiff" if name == "cmyk" else "png"
         Path("modes/light").mkdir(parents=True, exist_ok=True)
         its.save(Path("modes/light") / f"{name}.{suffix}")
-    pictures(Path("modes"), {"dark": 1}, colours={"dark": (5, 5, 5)})
+    pictures(Path("modes"), {"dark": 1}, colors={"dark": (5, 5, 5)})
     answers = Run(model).predict("modes/light", top_k=2)
     assert len(answers) == len(modes)
     light = 1 / (1 + np.exp(-8 * (grey.mean() / 255 - 0.5)))
@@ -274,22 +278,24 @@ def test_another_mode_than_that_of_the_training_images(tmp_path: Path) -> None:
 def test_red_and_blue_exchanged(tmp_path: Path) -> None:
     """Nobody reads BGR: one decoder, of Pillow, in the order red, green, blue."""
     pure = {"red": (255, 0, 0), "blue": (0, 0, 255)}
-    for name, colour in pure.items():
+    for name, color in pure.items():
         for number in range(8):
             path = Path("pure") / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8 + number, 8), colour).save(path)
+            Image.new("RGB", (8 + number, 8), color).save(path)
     split, classes, *_ = load_external_data(
         "pure", "train", image_size=8, channels=3, fit="stretch", memory_budget=1 << 30
     )
     seen = split.rows.gather(torch.arange(16)).float().mean((2, 3))
-    for label, colour in zip(split.labels.tolist(), seen.tolist(), strict=True):
-        assert tuple(colour) == pure[classes[label]]
+    for label, color in zip(split.labels.tolist(), seen.tolist(), strict=True):
+        assert tuple(color) == pure[classes[label]]
     place = brightness_model(tmp_path / "reddish", classes=("blue", "red"))
-    tensors, card = serialization.read_model_file(place.model_path)
+    tensors, model_metadata = serialization.read_model_file(place.model_path)
     kernel = torch.tensor([1.0, 0.0, -1.0])  # red without blue, instead of the mean
     tensors["stage1.0.weight"] = kernel.view_as(tensors["stage1.0.weight"])
-    place.save_model(tensors, {k: v for k, v in card.items() if k not in ("sha256", "format")})
+    place.save_model(
+        tensors, {k: v for k, v in model_metadata.items() if k not in ("sha256", "format")}
+    )
     array = np.stack([np.full((8, 8, 3), pure[name], np.uint8) for name in ("red", "blue")])
     assert [answer.label for answer in Run(place).predict(array)] == ["red", "blue"]
     assert [answer.label for answer in Run(place).predict("pure/red")] == ["red"] * 8
@@ -330,15 +336,15 @@ def test_another_resize_than_that_of_training(fit: str) -> None:
 def test_batch_norm_left_in_training_mode(digits: Run) -> None:
     loaded = load_model(digits.path / "model.safetensors")
     data = load_data(digits.recipe.data, memory_budget=1 << 30)
-    normalise = loaded.preprocessing.normalise
-    right, _ = split_logits(loaded.model, data.val, normalise, PLAN)
+    normalize = loaded.preprocessing.normalize
+    right, _ = split_logits(loaded.model, data.val, normalize, PLAN)
     held = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     loaded.model.train()
-    forgotten, _ = split_logits(loaded.model, data.val, normalise, PLAN)
+    forgotten, _ = split_logits(loaded.model, data.val, normalize, PLAN)
     assert torch.equal(forgotten, right)
     assert all(torch.equal(held[k], v) for k, v in loaded.model.state_dict().items())
     # It would have been noticed: batch statistics and dropout give other answers.
-    images = normalise(data.val.rows.gather(torch.arange(len(data.val))), PLAN)
+    images = normalize(data.val.rows.gather(torch.arange(len(data.val))), PLAN)
     with torch.no_grad():
         assert not torch.allclose(loaded.model(images), right, atol=0.1)
 
@@ -352,12 +358,12 @@ def test_a_last_batch_that_is_padded_or_dropped(
     """Every image counts once for any number of them, whatever the batches."""
     loaded = load_model(digits.path / "model.safetensors")
     test = load_data(digits.recipe.data, memory_budget=1 << 30).unseal_test()
-    whole, labels = split_logits(loaded.model, test, loaded.preprocessing.normalise, PLAN)
+    whole, labels = split_logits(loaded.model, test, loaded.preprocessing.normalize, PLAN)
     for batch in (1, 7, 256):
         monkeypatch.setattr(inference, "MAX_BATCH", batch)
         for count in (*range(1, 51), 255, 256, 257):
             part = SplitSlice(test, 0, count)
-            found, its = split_logits(loaded.model, part, loaded.preprocessing.normalise, PLAN)
+            found, its = split_logits(loaded.model, part, loaded.preprocessing.normalize, PLAN)
             assert len(found) == len(its) == count
             assert torch.equal(its, labels[:count])
             torch.testing.assert_close(found, whole[:count], rtol=1e-5, atol=1e-5)
@@ -393,11 +399,11 @@ def test_choosing_by_the_test_split(digits: Run) -> None:
     assert not {*data.unseal_test().ids} & {*data.train.ids, *data.val.ids}
     assert [digits.evaluate("test").looks for _ in range(3)] == [1, 2, 3]
     # With other test images the same weights are chosen, bit for bit.
-    pictures(Path("photos/train"), dict.fromkeys(COLOURS, 12))
+    pictures(Path("photos/train"), dict.fromkeys(COLORS, 12))
     chosen = []
     for first in (500, 900):
         shutil.rmtree("photos/test", ignore_errors=True)
-        pictures(Path("photos/test"), dict.fromkeys(COLOURS, 4), first=first)
+        pictures(Path("photos/test"), dict.fromkeys(COLORS, 4), first=first)
         done = here("train", "photos", *SMALL, "train.epochs=4", "--name", f"with-{first}")
         assert done.code == 0, done.err
         chosen.append(weights(Path("models") / f"with-{first}"))
@@ -439,7 +445,7 @@ def test_numbers_of_other_weights_or_of_another_loss(digits: Run) -> None:
     assert all(abs(got.loss - other) > 1e-3 for n, other in enumerate(losses, 1) if n != epoch)
     loaded = load_model(digits.path / "model.safetensors")
     data = load_data(digits.recipe.data, memory_budget=1 << 30)
-    logits, labels = split_logits(loaded.model, data.val, loaded.preprocessing.normalise, PLAN)
+    logits, labels = split_logits(loaded.model, data.val, loaded.preprocessing.normalize, PLAN)
     assert got.loss == pytest.approx(cross_entropy(logits.numpy(), labels.numpy()), abs=1e-6)
     smoothed = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
     assert abs(float(smoothed) - got.loss) > 0.05  # what the optimiser went by

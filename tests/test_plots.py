@@ -108,7 +108,7 @@ def examples() -> dict[str, Figure]:
         "activations_side_by_side": plots.activations_side_by_side(
             pictures(1)[0], [plots.Column("a", "cat", [panel()]), plots.Column("b", "dog", [])]
         ),
-        "colour_filters": plots.colour_filters(maps(5, 3), list("abcde"), 1.0, "conv1", "note"),
+        "colour_filters": plots.color_filters(maps(5, 3), list("abcde"), 1.0, "conv1", "note"),
         "kernels": plots.kernels(maps(5, 8), list("abcde"), 1.0, "conv2", "note"),
         "top_images": plots.top_images([pictures(3)], [[None] * 3], [("#1", "3/3 cat")], "layer"),
         "made_inputs": plots.made_inputs(pictures(2), [("#1", "peak 3")] * 2, "layer", "note"),
@@ -201,10 +201,10 @@ def test_a_mosaic_holds_each_channel_as_squares_of_one_colour() -> None:
     values = np.float32([[[0, 1], [2, 4]], [[4, 0], [0, 0]], [[0, 0], [0, 0]]])
     drawn = style.tiles(values, (0.0, 4.0), 6)
     assert drawn.shape == (3, 6, 6, 3)
-    colours = (np.array(matplotlib.colormaps["viridis"]([0, 64, 128, 255]))[:, :3] * 255).round()
+    colors = (np.array(matplotlib.colormaps["viridis"]([0, 64, 128, 255]))[:, :3] * 255).round()
     for number, (y, x) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):
         block = drawn[0, y : y + 3, x : x + 3].reshape(-1, 3)
-        np.testing.assert_allclose(block, np.broadcast_to(colours[number], block.shape), atol=2)
+        np.testing.assert_allclose(block, np.broadcast_to(colors[number], block.shape), atol=2)
     assert (style.tiles(values - 2, (-2.0, 2.0), 2)[0, 1, 0] > 240).all(), "0 is white"
     whole = style.mosaic(drawn, 2, gap=2)
     assert whole.shape == (14, 14, 3)

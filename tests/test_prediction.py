@@ -68,17 +68,17 @@ def test_files_and_arrays_give_equal_answers(model: RunDir) -> None:
 
 
 def test_prediction_is_evaluation_on_the_same_images(model: RunDir) -> None:
-    root = pictures(Path("two"), {"dark": 9, "light": 8}, colours={"dark": DARK, "light": LIGHT})
+    root = pictures(Path("two"), {"dark": 9, "light": 8}, colors={"dark": DARK, "light": LIGHT})
     loaded = load_model(model.model_path)
     split, classes, *_ = load_external_data(
         str(root), "test", image_size=8, channels=3, fit="stretch", memory_budget=1 << 30
     )
     plan = Plan("cpu", "fp32", "contiguous")
-    logits, labels = split_logits(loaded.model, split, loaded.preprocessing.normalise, plan)
-    chances = logits.double().softmax(1).numpy()
+    logits, labels = split_logits(loaded.model, split, loaded.preprocessing.normalize, plan)
+    probs = logits.double().softmax(1).numpy()
     answers = Run(model).predict(root, top_k=2)
     assert [a.filename for a in answers] == [str(root / i) for i in split.ids]
-    for row, answer in zip(chances, answers, strict=True):
+    for row, answer in zip(probs, answers, strict=True):
         assert [dict(answer.top)[name] for name in loaded.classes] == pytest.approx(row, abs=1e-6)
     right = sum(
         a.label == classes[label] for a, label in zip(answers, labels.tolist(), strict=True)

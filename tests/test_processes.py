@@ -100,9 +100,9 @@ def as_one_does(size: int) -> Done:
 def test_two_processes_train_as_one_does() -> None:
     done = as_one_does(2)
     one, two = RunDir(Path("models/clipped-1")), RunDir(Path("models/clipped-2"))
-    assert (one.facts()["world_size"], two.facts()["world_size"]) == (1, 2)
-    assert one.facts()["kept_epoch"] == two.facts()["kept_epoch"]
-    (result,), (its_result,) = one.results(), two.results()  # one look, whoever looked
+    assert (one.metadata()["world_size"], two.metadata()["world_size"]) == (1, 2)
+    assert one.metadata()["kept_epoch"] == two.metadata()["kept_epoch"]
+    (result,), (its_result,) = one.evaluations(), two.evaluations()  # one look, whoever looked
     for key in ("n", "correct", "confusion", "data_fingerprint"):
         assert its_result[key] == result[key]
     # The first one alone spoke.
@@ -181,14 +181,14 @@ def test_a_signal_to_one_stops_all_and_the_same_command_goes_on() -> None:
     assert done.err.count("stopped:") == 1
     assert done.err.count("the same command goes on from here") == 1
     first = len(place.metrics())
-    assert place.facts()["status"] == "training"
+    assert place.metadata()["status"] == "training"
 
     agent = launch(2, *TRAIN)  # goes on; now torchrun itself is asked to stop
     in_epoch(place, agent, first + 3)
     agent.send_signal(signal.SIGTERM)
     done = ended(agent)
     assert "continuing tiny after" in done.err
-    assert place.facts()["status"] == "training"
+    assert place.metadata()["status"] == "training"
 
     # By as many processes the same bits; by one another dropout, and a training all the same.
     shutil.move("models/tiny", "left")
@@ -200,7 +200,7 @@ def test_a_signal_to_one_stops_all_and_the_same_command_goes_on() -> None:
     whole = torchrun(2, *TRAIN)
     assert whole.code == 0, whole.err
     same(weights(Path("models/by-2")), weights(Path("models/tiny")))
-    assert RunDir(Path("models/by-1")).facts()["world_size"] == 1
+    assert RunDir(Path("models/by-1")).metadata()["world_size"] == 1
 
 
 @pytest.mark.slow
@@ -303,7 +303,7 @@ def test_a_loss_that_is_none_stops_all_with_the_last_good_weights() -> None:
     assert "the loss became NaN or infinite" in done.err
     assert 6 in codes(done) <= {6, -signal.SIGTERM}
     place = RunDir(Path("models/tiny"))
-    assert place.facts()["diverged"]["step"] > 1
+    assert place.metadata()["diverged"]["step"] > 1
     assert all(torch.isfinite(tensor).all() for tensor in weights(place.path).values())
 
 

@@ -324,7 +324,7 @@ def test_a_run_whose_images_have_moved_still_has_its_page(made: Path) -> None:
 
 @pytest.mark.usefixtures("runs")
 def test_unfinished_and_empty_runs_have_pages() -> None:
-    RunDir(Path("models/small")).note({"status": "training"})
+    RunDir(Path("models/small")).update_metadata({"status": "training"})
     report = convlens.report("small")
     assert (
         report.verdict

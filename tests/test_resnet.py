@@ -139,11 +139,11 @@ def test_the_recipe_trains_as_a_plain_loop_over_torchvisions_network() -> None:
     rows, _ = train.fit(setup, place, quiet=True)
 
     rows_of = setup.data.train.rows
-    images = setup.preprocessing.normalise(
+    images = setup.preprocessing.normalize(
         rows_of.gather(torch.arange(len(setup.data.train))), PLAN
     )
     labels = setup.data.train.labels
-    optimiser = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     steps = len(setup.feed.batches)
     factor = optim.build_schedule(setup.recipe.optim)
     for epoch in (1, 2):
@@ -151,12 +151,12 @@ def test_the_recipe_trains_as_a_plain_loop_over_torchvisions_network() -> None:
         losses = []
         for step, part in enumerate(torch.randperm(len(labels), generator=generator).split(24)):
             done = (epoch - 1) * steps + step
-            optimiser.param_groups[0]["lr"] = 0.01 * factor(done / (2 * steps))
+            optimizer.param_groups[0]["lr"] = 0.01 * factor(done / (2 * steps))
             loss = nn.functional.cross_entropy(plain.train()(images[part]), labels[part])
             loss.backward()
             nn.utils.clip_grad_value_(plain.parameters(), 0.1)
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             losses.append(loss.item() * len(part))
         assert rows[epoch - 1]["train_loss"] == pytest.approx(sum(losses) / len(labels), rel=1e-3)
     for name, tensor in plain.state_dict().items():

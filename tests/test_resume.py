@@ -85,15 +85,15 @@ def stop(asked: Recipe, name: str, interrupting: Interrupting, after: int) -> Ru
 
 def equal(one: RunDir, other: RunDir) -> None:
     """Bit-identical weights, and the same numbers but for the clock."""
-    tensors, card = serialization.read_model_file(one.model_path)
+    tensors, model_metadata = serialization.read_model_file(one.model_path)
     others, its_card = serialization.read_model_file(other.model_path)
     same(tensors, others)
-    assert card["chosen"] == its_card["chosen"]
+    assert model_metadata["chosen"] == its_card["chosen"]
     clock = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
     rows = [{k: v for k, v in row.items() if k not in clock} for row in one.metrics()]
     its_rows = [{k: v for k, v in row.items() if k not in clock} for row in other.metrics()]
     assert rows == its_rows
-    facts, its_facts = one.facts(), other.facts()
+    facts, its_facts = one.metadata(), other.metadata()
     assert (facts["status"], facts["kept_epoch"]) == ("finished", its_facts["kept_epoch"])
     assert [path.suffix for path in (one.path / "state").iterdir()] == [".safetensors"]
     assert differences(one, other) == []
@@ -111,7 +111,7 @@ def test_a_run_stopped_at_a_step_ends_as_one_that_was_not(
     asked = tiny(*EVERYTHING, *options)
     whole = finish(asked, "whole")
     stopped = stop(asked, "stopped", interrupting, after)
-    assert stopped.facts()["status"] == "training"
+    assert stopped.metadata()["status"] == "training"
     assert len(stopped.metrics()) == (after - 1) // STEPS
     equal(finish(asked, "stopped"), whole)
 
@@ -198,7 +198,7 @@ def test_early_stopping_goes_on_counting(
     asked = tiny("train.epochs=6", "train.patience=3")
     whole = finish(asked, "whole")
     assert len(whole.metrics()) == 5
-    assert whole.facts()["kept_epoch"] == 2
+    assert whole.metadata()["kept_epoch"] == 2
     stop(asked, "stopped", interrupting, 4 * STEPS - 2)
     equal(finish(asked, "stopped"), whole)
 
@@ -230,7 +230,7 @@ def test_the_moments_of_a_channels_last_network_lie_as_its_weights(
     stop(asked, "stopped", interrupting, 3)
     setup, place = begin(asked, "stopped")
     restore_checkpoint(place, setup, BestEpoch("val_loss"))
-    moments = setup.optimiser.state[setup.trained.get_parameter("stage1.0.weight")]
+    moments = setup.optimizer.state[setup.trained.get_parameter("stage1.0.weight")]
     weight = setup.trained.get_parameter("stage1.0.weight")
     assert weight.stride() != weight.contiguous().stride()
     assert moments["exp_avg"].stride() == weight.stride()
@@ -274,12 +274,12 @@ def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
     assert "Traceback" not in told
     assert "the same command goes on from here" in told
     first = len(place.metrics())
-    assert place.facts()["status"] == "training"
+    assert place.metadata()["status"] == "training"
     # A copy of this process, which has imported torch already.
     copy = multiprocessing.get_context("fork").Process(target=main, args=(COMMAND[3:],))
     copy.start()
     assert interrupted(place, signal.SIGTERM, copy)[0] == 75
-    assert place.facts()["status"] == "training"
+    assert place.metadata()["status"] == "training"
     assert len(place.metrics()) > first
     asked = load_recipe("long.yaml")
     found = train.train(asked, plain=True, test=False, on="cpu", quiet=True)

@@ -117,15 +117,15 @@ def test_any_name_is_one_folder_below_models(name: str) -> None:
 
 def test_facts_are_added_and_kept() -> None:
     folder = RunDir(Path("models/x"))
-    assert folder.facts() == {}
+    assert folder.metadata() == {}
     assert not folder.finished
     folder.create(tiny(), {"digests": [ONE], "n": 1})
-    folder.note({"n": 2, "ö": "ü"})
-    facts = folder.facts()
+    folder.update_metadata({"n": 2, "ö": "ü"})
+    facts = folder.metadata()
     assert (facts["n"], facts["ö"], facts["status"]) == (2, "ü", "training")
     assert not folder.finished
     folder.finish(epochs=3, kept=2, seconds=1.23456)
-    facts = folder.facts()
+    facts = folder.metadata()
     assert (facts["epochs"], facts["kept_epoch"], facts["training_seconds"]) == (3, 2, 1.235)
     assert not folder.finished  # there is no model yet
     folder.model_path.write_bytes(b"x")
@@ -168,8 +168,8 @@ def test_every_look_at_a_split_is_counted() -> None:
     splits = ("test", "val", "test", "test")
     looks = [folder.add_result({"split": split})["looks"] for split in splits]
     assert looks == [1, 1, 2, 3]
-    assert [entry["split"] for entry in folder.log()] == ["test", "val", "test", "test"]
-    assert all(entry["when"] for entry in folder.results())
+    assert [entry["split"] for entry in folder.evaluation_log()] == ["test", "val", "test", "test"]
+    assert all(entry["when"] for entry in folder.evaluations())
 
 
 @pytest.mark.parametrize("file", ["run.json", "results.json"])
@@ -178,7 +178,7 @@ def test_damaged_records_are_model_file_errors(file: str, content: bytes) -> Non
     folder = begun(RunDir(Path("models/x")), ONE)
     (folder.path / file).write_bytes(content)
     with pytest.raises(ModelFileError, match="unreadable"):
-        folder.facts() if file == "run.json" else folder.results()
+        folder.metadata() if file == "run.json" else folder.evaluations()
 
 
 def test_what_killed_processes_left_in_a_run_goes_with_its_locks() -> None:
@@ -207,7 +207,7 @@ def test_a_run_is_locked_by_one_process() -> None:
 # Models
 
 
-def card(**changes: Any) -> dict[str, Any]:
+def model_metadata(**changes: Any) -> dict[str, Any]:
     return {
         "convlens": "9.9",
         "model": {"name": "cnn", "options": {"widths": [4]}},
@@ -227,7 +227,7 @@ def saved(name: str = "x", **changes: Any) -> tuple[RunDir, torch.nn.Module]:
     torch.manual_seed(0)
     model = models.build_model("cnn", 3, 1, 8, {"widths": [4]})
     folder = RunDir(Path("models") / name)
-    folder.save_model(model.state_dict(), card(**changes))
+    folder.save_model(model.state_dict(), model_metadata(**changes))
     return folder, model
 
 
@@ -237,7 +237,7 @@ def test_a_model_comes_back_with_all_it_needs() -> None:
     same(dict(loaded.model.state_dict()), dict(model.state_dict()))
     assert not loaded.model.training
     assert loaded.classes == ("a", "b", "ö")
-    assert loaded.preprocessing.normalise.mean == [0.1]
+    assert loaded.preprocessing.normalize.mean == [0.1]
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(loaded.model(images), model.eval()(images))
 
@@ -256,9 +256,9 @@ def test_a_model_comes_back_with_all_it_needs() -> None:
         {"model": []},
         {"preprocessing": {"image_size": 8}},
         {"preprocessing": []},
-        {"preprocessing": {**card()["preprocessing"], "extra": 1}},
-        {"preprocessing": {**card()["preprocessing"], "channels": "x"}},
-        {"preprocessing": {**card()["preprocessing"], "image_size": None}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "extra": 1}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "channels": "x"}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "image_size": None}},
     ],
 )
 def test_weights_that_do_not_fit_their_card_are_refused(changes: dict[str, Any]) -> None:
@@ -346,6 +346,6 @@ for _ in range(15):
         writer.stdin.close()
     for writer in writers:
         assert writer.wait(60) == 0
-    log = RunDir(Path("models/busy")).log()
+    log = RunDir(Path("models/busy")).evaluation_log()
     assert [entry["looks"] for entry in log] == list(range(1, 46))
     assert {entry["by"] for entry in log} == {"0", "1", "2"}

@@ -111,15 +111,15 @@ def test_what_processes_are_dealt_is_the_split(
     monkeypatch.setattr(data_parallel, "EVAL_CHUNK", pieces)
     loaded = load_model(small.path / "model.safetensors")
     test = load_data(small.recipe.data, memory_budget=1 << 30).unseal_test()
-    normalise = loaded.preprocessing.normalise
-    whole, _ = split_logits(loaded.model, test, normalise, PLAN)
+    normalize = loaded.preprocessing.normalize
+    whole, _ = split_logits(loaded.model, test, normalize, PLAN)
     for size in SIZES:
         counts = data_parallel.rows_per_rank(size, processes)
         found = []
         for rank, count in enumerate(counts):
             start = sum(counts[:rank])
             part = data_parallel.SplitSlice(test, start, start + count)
-            found += [split_logits(loaded.model, part, normalise, PLAN)[0]] if count else []
+            found += [split_logits(loaded.model, part, normalize, PLAN)[0]] if count else []
         assert sum(counts) == size
         torch.testing.assert_close(torch.cat(found), whole[:size], rtol=0, atol=1e-5)
 
@@ -158,7 +158,7 @@ def through_every_door(run: Run, data: Data) -> None:
     k = len(names)
     answers = here("predict", run.name, "files", "-k", str(k), "--json").json["predictions"]
     order = [int(Path(answer["filename"]).stem) for answer in answers]
-    chances = {
+    probs = {
         "predict": np.zeros((len(labels), k)),
         "files": np.zeros((len(labels), k)),
         "array": np.zeros((len(labels), k)),
@@ -167,20 +167,20 @@ def through_every_door(run: Run, data: Data) -> None:
     column = {name: number for number, name in enumerate(names)}
     for row, answer in zip(order, answers, strict=True):
         for entry in answer["top"]:
-            chances["predict"][row, column[entry["label"]]] = entry["prob"]
+            probs["predict"][row, column[entry["label"]]] = entry["prob"]
     paths = sorted(Path("files").rglob("*.png"), key=lambda path: path.name)
     for door, inputs in (("files", paths), ("array", pixels)):
         for row, answer in enumerate(run.predict(inputs, top_k=k)):
             for name, share in answer.top:
-                chances[door][row, column[name]] = share
+                probs[door][row, column[name]] = share
 
-    said = {door: its.argmax(1) for door, its in chances.items()}
-    ranked = np.sort(np.log(np.maximum(chances["all"], 1e-300)), axis=1)
+    said = {door: its.argmax(1) for door, its in probs.items()}
+    ranked = np.sort(np.log(np.maximum(probs["all"], 1e-300)), axis=1)
     near = ranked[:, -1] - ranked[:, -2] < NEAR_TIE
     assert int(near.sum()) == own["near_ties"] == by_files["near_ties"]
-    for door, its in chances.items():
+    for door, its in probs.items():
         assert not (said[door] != said["all"])[~near].any(), door
-        np.testing.assert_allclose(its, chances["all"], rtol=0, atol=1e-5, err_msg=door)
+        np.testing.assert_allclose(its, probs["all"], rtol=0, atol=1e-5, err_msg=door)
         loss = -float(np.log(its[np.arange(len(labels)), labels]).mean())
         for looked in (own, by_files, python):
             assert loss == pytest.approx(looked["loss"], abs=1e-6), door

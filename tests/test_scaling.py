@@ -19,15 +19,15 @@ from convlens.training.checkpoint import BestEpoch, restore_checkpoint
 from support import PLAN, begin, same, tiny
 from test_engine import everything
 
-OPTIMISERS = [
+OPTIMIZERS = [
     {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True},
     {"name": "sgd", "lr": 0.1, "momentum": 0.0},
     {"name": "adam", "lr": 0.02},
     {"name": "adamw", "lr": 0.02, "weight_decay": 0.1},
     {"name": "muon", "lr": 0.05, "aux_lr": 0.1, "momentum": 0.6},
 ]
-ids = [f"{o['name']}-{o.get('momentum', '')}" for o in OPTIMISERS]
-each_optimizer = pytest.mark.parametrize("asked", OPTIMISERS, ids=ids)
+ids = [f"{o['name']}-{o.get('momentum', '')}" for o in OPTIMIZERS]
+each_optimizer = pytest.mark.parametrize("asked", OPTIMIZERS, ids=ids)
 
 
 class Loss(nn.Module):
@@ -145,7 +145,7 @@ def test_a_resumed_run_has_its_scale() -> None:
     assert again.scaler.state_dict()["_growth_tracker"] == 4
     list(records)
     list(again.fit())
-    same(everything(first.trained, first.optimiser), everything(again.trained, again.optimiser))
+    same(everything(first.trained, first.optimizer), everything(again.trained, again.optimizer))
 
 
 def test_nothing_is_saved_once_a_loss_has_failed() -> None:

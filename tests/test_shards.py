@@ -19,7 +19,7 @@ from PIL import Image
 from commands import command, here, refused, weights
 from convlens.data import dataset, tar_index
 from convlens.data.cache import DecodedRows, StoredRows
-from convlens.data.loader import Batches, Normalise, ShardOrder, epoch_order
+from convlens.data.loader import Batches, Normalize, ShardOrder, epoch_order
 from convlens.data.shard_writer import write_shards
 from convlens.data.sources import find_source
 from convlens.data.tar_index import TarMembers, read_samples
@@ -617,7 +617,7 @@ def test_rows_stream_beyond_the_budget_only(tmp_path: Path) -> None:
     config = DataConfig(name=str(root), image_size=8)
     whole = dataset.load_data(config, memory_budget=PLENTY)
     streamed = dataset.load_data(config, memory_budget=1000)
-    assert whole.train.rows.resident() is not None
+    assert whole.train.rows.in_memory_tensor() is not None
     assert isinstance(streamed.train.rows, DecodedRows)
     again = dataset.load_data(config, memory_budget=1000)  # from what was kept
     index = torch.tensor([39, 0, 7, 7, 12])
@@ -641,7 +641,7 @@ def test_batches_go_on_where_they_were_left(
         return Batches(
             train,
             batch_size=6,
-            normalise=Normalise([0.5] * 3, [0.5] * 3),
+            normalize=Normalize([0.5] * 3, [0.5] * 3),
             plan=PLAN,
             seed=1,
             shards=train.shards,
@@ -671,8 +671,8 @@ def test_shards_are_told_of_before_they_are_read(
     assert train.shards is not None
     told: list[int] = []
     spy = ShardOrder(train.shards.of, told.extend)
-    normalise = Normalise([0.5] * 3, [0.5] * 3)
-    batches = Batches(train, batch_size=4, normalise=normalise, plan=PLAN, seed=1, shards=spy)
+    normalize = Normalize([0.5] * 3, [0.5] * 3)
+    batches = Batches(train, batch_size=4, normalize=normalize, plan=PLAN, seed=1, shards=spy)
     order = epoch_order(40, 1, 1, spy)
     for step, _ in enumerate(batches.epoch(1)):
         # Those of the two batches (half a window) behind this one, too.

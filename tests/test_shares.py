@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from convlens import device, distributed
-from convlens.data.loader import Batches, Normalise
+from convlens.data.loader import Batches, Normalize
 from convlens.data.transforms.pipeline import AUGMENTS, MIXES, build_pipeline
 from convlens.distributed import SINGLE_PROCESS, PeerLostError, ProcessGroup
 from convlens.engine.data_parallel import (
@@ -42,7 +42,7 @@ def of_rank(rank: int, size: int, ops: list[Any], channels: int, rows: Any) -> B
     return Batches(
         Split(rows, torch.arange(44)),
         batch_size=13,
-        normalise=Normalise([0.4] * channels, [0.2] * channels),
+        normalize=Normalize([0.4] * channels, [0.2] * channels),
         plan=PLAN,
         seed=3,
         augment=pipeline,
@@ -124,7 +124,7 @@ def test_a_part_is_a_split(rows: Any) -> None:
     assert part.rows.shape == (4, 1, 8, 8)
     assert part.labels.tolist() == [3, 4, 5, 6]
     assert torch.equal(part.gather(torch.tensor([2, 0])), images[[5, 3]])
-    whole = part.resident()
+    whole = part.in_memory_tensor()
     assert (whole is None) == (rows is Streamed)
     assert whole is None or torch.equal(whole, images[3:7])
 

@@ -98,7 +98,7 @@ def test_testing_is_left_without_a_trace(many: Path) -> None:
     process = start("evaluate", place.path, "--data", many, "--device", "cpu")
     until(lambda: any(cache.glob("**/.*")), process)
     assert ended(process, signal.SIGTERM)[0] == 75
-    assert place.log() == []
+    assert place.evaluation_log() == []
     assert not list(cache.glob("**/.*"))
 
 

@@ -76,16 +76,16 @@ def test_similarities_are_shown_cell_by_cell(count: int, tmp_path: Path) -> None
 def test_embeddings_show_classes_and_ring_mistakes(classes: int, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     labels = np.arange(3 * classes) % classes
-    guesses = labels.copy()
-    guesses[: min(2, classes - 1)] += 1
+    preds = labels.copy()
+    preds[: min(2, classes - 1)] += 1
     names = [HOSTILE, *(f"class {i}" for i in range(1, classes))]
     points = generator.normal(size=(len(labels), 2))
-    figure = plots.embedding(points, labels, guesses, names, "map")
+    figure = plots.embedding(points, labels, preds, names, "map")
     plots.save_figure(figure, tmp_path / "x.png")
     groups = figure.axes[0].collections
     assert len(groups) == (classes + 1 if classes <= 20 else 2)
     wrong = np.asarray(groups[-1].get_offsets())
-    np.testing.assert_allclose(wrong, points[labels != guesses].reshape(-1, 2))
+    np.testing.assert_allclose(wrong, points[labels != preds].reshape(-1, 2))
     assert len(figure.axes[0].texts) == (classes if classes <= 40 else 0)
     with pytest.raises(UsageError, match="points of shape"):
-        plots.embedding(points[1:], labels, guesses, names)
+        plots.embedding(points[1:], labels, preds, names)

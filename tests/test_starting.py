@@ -68,11 +68,11 @@ def test_our_optimisers_are_torchs_to_the_bit(name: str, fused: bool) -> None:
     two = getattr(torch.optim, name)(theirs.parameters(), **options)
     images = torch.randn(6, 1, 4, 4)
     for turn in range(6):
-        for model, optimiser in ((mine, one), (theirs, two)):
-            optimiser.zero_grad()
+        for model, optimizer in ((mine, one), (theirs, two)):
+            optimizer.zero_grad()
             assert all(p.grad is None for p in model.parameters())
             model(images).square().mean().backward()
-            optimiser.step()
+            optimizer.step()
         if turn == 2:  # what a run saves, taken up by the other's optimiser
             saved = one.state_dict()
             assert saved["param_groups"] == two.state_dict()["param_groups"]
@@ -84,7 +84,7 @@ def test_our_optimisers_are_torchs_to_the_bit(name: str, fused: bool) -> None:
 
 
 def test_every_optimiser_of_a_recipe_is_one_of_them() -> None:
-    for name in optim.OPTIMISERS:
+    for name in optim.OPTIMIZERS:
         assert isinstance(
             optim.build_optimizer(network(), OptimConfig(name=name)), optimizers.Eager
         ), name

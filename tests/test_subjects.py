@@ -34,10 +34,10 @@ def test_images_are_found_by_split_class_and_mistake(run: InspectedModel) -> Non
     assert others[-1].name == "train:0"
     # The surest mistakes, by a loop.
     with torch.inference_mode():
-        chances = run.model(run.prepared(test.rows.gather(torch.arange(len(test))))).softmax(1)
+        probs = run.model(run.prepared(test.rows.gather(torch.arange(len(test))))).softmax(1)
     wrong = [
         (float(row[label]), i)
-        for i, (row, label) in enumerate(zip(chances, test.labels.tolist(), strict=True))
+        for i, (row, label) in enumerate(zip(probs, test.labels.tolist(), strict=True))
         if int(row.argmax()) != label
     ]
     assert worst_images(run, test).tolist() == [i for _, i in sorted(wrong)]
@@ -55,11 +55,11 @@ def test_where_all_answers_are_right_there_is_no_worst(run: InspectedModel) -> N
 
 def test_showing_test_images_is_logged_once_a_subject(run: InspectedModel) -> None:
     assert run.place is not None
-    before = len(run.place.log())
+    before = len(run.place.evaluation_log())
 
     def shown() -> int:
         assert run.place is not None
-        return len(run.place.log()) - before
+        return len(run.place.evaluation_log()) - before
 
     select_pictures(run, ["val:0", "train:0"])
     assert shown() == 0

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from convlens import models, optim, recipe
 from convlens.data import loader
 from convlens.data.cache import ArrayRows
-from convlens.data.loader import Batches, Normalise
+from convlens.data.loader import Batches, Normalize
 from convlens.data.transforms import auto_augment, color, geometry, mixup, pipeline, random
 from convlens.device import Plan
 from convlens.engine import loop as engine_loop, numerics
@@ -32,7 +32,7 @@ from convlens.utils.console import ProgressDisplay
 from support import Split
 
 RECIPES = recipe.recipe_names()
-OPTIMISERS = ["sgd", "adam", "adamw", "muon"]
+OPTIMIZERS = ["sgd", "adam", "adamw", "muon"]
 AUGMENTS = [*pipeline.AUGMENTS, *pipeline.MIXES]
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "RandomCrop": {"padding": 2, "fill": [0.1, 0.2, 0.3]},
@@ -143,19 +143,19 @@ def rehearse(asked: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "b
         operations = pipeline.build_pipeline(
             asked.operations, image_size=size, channels=channels, classes=10
         )
-        optimiser = optim.build_optimizer(model, asked.optim)
+        optimizer = optim.build_optimizer(model, asked.optim)
         scaler = make_grad_scaler("cuda") if precision == "fp16" else None
         feed = Batches(
             Split(ArrayRows(images), labels),
             batch_size=16,
-            normalise=Normalise([0.5] * channels, [0.25] * channels),
+            normalize=Normalize([0.5] * channels, [0.25] * channels),
             plan=plan,
             seed=0,
             augment=operations if asked.operations else None,
         )
         loop = engine_loop.TrainLoop(
             model,
-            optimiser,
+            optimizer,
             nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
             plan,
             clip_value=asked.optim.clip_value,
@@ -195,7 +195,7 @@ def test_no_recipe_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPat
     assert rehearse(asked, monkeypatch) == 6
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_no_optimiser_waits_for_the_device(
     name: str, precision: str, monkeypatch: pytest.MonkeyPatch
@@ -262,18 +262,18 @@ def loop_on_gpu(asked: Recipe, plan: Plan) -> int:
     operations = pipeline.build_pipeline(
         asked.operations, image_size=size, channels=channels, classes=10
     )
-    optimiser = optim.build_optimizer(model, asked.optim)
+    optimizer = optim.build_optimizer(model, asked.optim)
     feed = Batches(
         Split(ArrayRows(images), torch.arange(count) % 10),
         batch_size=16,
-        normalise=Normalise([0.5] * channels, [0.25] * channels),
+        normalize=Normalize([0.5] * channels, [0.25] * channels),
         plan=plan,
         seed=0,
         augment=operations if asked.operations else None,
     )
     loop = engine_loop.TrainLoop(
         model,
-        optimiser,
+        optimizer,
         nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
         plan,
         clip_value=asked.optim.clip_value,
@@ -312,7 +312,7 @@ def test_no_recipe_waits_for_a_real_device(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_no_optimiser_waits_for_a_real_device(name: str, precision: str) -> None:
     changes = [f"optim.name={name}", "optim.clip_norm=1", "optim.clip_value=0.1", "optim.ema=0.9"]

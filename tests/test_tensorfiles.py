@@ -33,7 +33,7 @@ def test_a_plain_safetensors() -> None:
     found = serialization.read_foreign_weights(Path("x.safetensors"))
     same(found.tensors, TENSORS)
     assert found.sha256 == hashlib.sha256(Path("x.safetensors").read_bytes()).hexdigest()
-    assert found.card == {}
+    assert found.model_metadata == {}
 
 
 def test_a_model_file_of_convlens_comes_with_its_card_and_its_hash_checked() -> None:
@@ -42,7 +42,7 @@ def test_a_model_file_of_convlens_comes_with_its_card_and_its_hash_checked() -> 
     found = serialization.read_foreign_weights(path)
     same(found.tensors, TENSORS)
     assert found.sha256 == digest
-    assert found.card["classes"] == ["x", "y"]
+    assert found.model_metadata["classes"] == ["x", "y"]
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(ModelFileError, match="hash differs"):
         serialization.read_foreign_weights(path)
@@ -59,8 +59,8 @@ def test_a_state_dict_of_torch_save(zipped: bool, suffix: str) -> None:
 
 @pytest.mark.parametrize("key", serialization.STATE_DICT_KEYS)
 def test_a_state_dict_inside_a_checkpoint(key: str) -> None:
-    optimiser = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
-    torch.save({"epoch": 3, "loss": torch.tensor(0.5), key: TENSORS, "optimizer": optimiser}, PATH)
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"epoch": 3, "loss": torch.tensor(0.5), key: TENSORS, "optimizer": optimizer}, PATH)
     same(serialization.read_foreign_weights(PATH).tensors, TENSORS)
     torch.save({"checkpoint": 1, "model": {key: OrderedDict(TENSORS)}}, PATH)
     same(serialization.read_foreign_weights(PATH).tensors, TENSORS)

@@ -64,26 +64,29 @@ def test_the_best_epochs_weights_are_kept(
 ) -> None:
     seen = Scripted(monkeypatch, [0.9, 0.5, 0.3, 0.3, 0.6])
     place = finish(f"train.monitor={monitor}", average, epochs=5)
-    tensors, card = serialization.read_model_file(place.model_path)
+    tensors, model_metadata = serialization.read_model_file(place.model_path)
     same(tensors, seen.weights[3])  # equal values don't replace an earlier epoch
     assert not all(torch.equal(tensors[k], seen.weights[5][k]) for k in tensors)
-    assert card["chosen"] == {
+    assert model_metadata["chosen"] == {
         "epoch": 3,
         "validated": True,
         "rule": f"best {monitor}",
         "val_loss": 0.3,
         "val_accuracy": 0.7,
     }
-    assert place.facts()["kept_epoch"] == 3
+    assert place.metadata()["kept_epoch"] == 3
 
 
 def test_keep_last_keeps_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Scripted(monkeypatch, [0.1, 0.5, 0.9])
     place = finish("train.keep=last", epochs=3)
-    tensors, card = serialization.read_model_file(place.model_path)
+    tensors, model_metadata = serialization.read_model_file(place.model_path)
     same(tensors, seen.weights[3])
-    assert (card["chosen"]["epoch"], card["chosen"]["rule"]) == (3, "last epoch")
-    assert place.facts()["kept_epoch"] == 3
+    assert (model_metadata["chosen"]["epoch"], model_metadata["chosen"]["rule"]) == (
+        3,
+        "last epoch",
+    )
+    assert place.metadata()["kept_epoch"] == 3
 
 
 @pytest.mark.parametrize(
@@ -100,8 +103,8 @@ def test_early_stopping_counts_epochs_without_a_better_one(
 ) -> None:
     seen = Scripted(monkeypatch, losses)
     place = finish(f"train.patience={patience}", epochs=len(losses))
-    assert len(place.metrics()) == place.facts()["epochs"] == epochs
-    assert place.facts()["kept_epoch"] == kept
+    assert len(place.metrics()) == place.metadata()["epochs"] == epochs
+    assert place.metadata()["kept_epoch"] == kept
     same(serialization.read_model_file(place.model_path)[0], seen.weights[kept])
 
 
@@ -137,7 +140,7 @@ def test_the_numbers_of_the_kept_epoch_are_those_of_the_file(average: str) -> No
     place = train(average, "train.epochs=4", "optim.lr=0.05")
     rows = place.metrics()
     best = min(rows, key=lambda row: row["val_loss"])
-    assert place.facts()["kept_epoch"] == best["epoch"]
+    assert place.metadata()["kept_epoch"] == best["epoch"]
     result = evaluation.evaluate(place, "val", on="cpu", quiet=True)
     assert result.loss == pytest.approx(best["val_loss"], rel=1e-5)
     assert result.accuracy == pytest.approx(best["val_accuracy"], rel=1e-6)
@@ -154,11 +157,11 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_weights() -> None:
     assert caught.value.exit_code == 6
     assert "models/tiny" in caught.value.where
     place = RunDir(Path("models/tiny"))
-    assert place.facts()["status"] == "training"
+    assert place.metadata()["status"] == "training"
     if place.model_path.exists():
-        tensors, card = serialization.read_model_file(place.model_path)
+        tensors, model_metadata = serialization.read_model_file(place.model_path)
         assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
-        assert card["chosen"]["validated"] is False
+        assert model_metadata["chosen"]["validated"] is False
 
 
 def test_weights_that_overflow_in_the_last_step_of_an_epoch_are_not_saved() -> None:
@@ -199,7 +202,7 @@ def test_a_finished_run_is_not_trained_again() -> None:
     for name, facts in before.items():
         path = place.path / name
         assert (path.stat().st_mtime_ns, path.stat().st_ino, sha256(path)) == facts, name
-    assert [entry["split"] for entry in again.results()] == ["test"]
+    assert [entry["split"] for entry in again.evaluations()] == ["test"]
     fresh = train("train.epochs=1", fresh=True)
     assert fresh.path != place.path
     same(
@@ -278,7 +281,7 @@ def test_the_test_split_is_sealed_until_the_end() -> None:
     place.create(setup.recipe, {"digests": []})
     training_train.fit(setup, place, quiet=True)
     assert unsealed == []
-    assert place.results() == []
+    assert place.evaluations() == []
 
 
 def test_two_trainings_with_one_seed_are_equal_and_another_seed_is_not() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from convlens.data.loader import Normalise
+from convlens.data.loader import Normalize
 from convlens.device import Plan
 from convlens.engine import inference
 from convlens.engine.inference import (
@@ -28,7 +28,7 @@ from convlens.errors import UsageError
 from convlens.metrics import paired_counts
 from support import PLAN, Memory, Split, Streamed, pictures
 
-NORMALISE = Normalise([0.4], [0.25])
+NORMALISE = Normalize([0.4], [0.25])
 every = pytest.mark.parametrize("name", list(VIEWS))
 
 

@@ -18,7 +18,7 @@ import torch
 from commands import here, picture, pictures, refused
 from convlens import models, run, serialization
 from convlens.data import download
-from convlens.data.loader import Normalise
+from convlens.data.loader import Normalize
 from convlens.device import Plan
 from convlens.engine import loop
 from convlens.errors import ModelFileError, Stopped, UsageError
@@ -92,16 +92,16 @@ def test_a_safetensors_with_a_huge_header_is_refused() -> None:
 
 
 def test_a_run_begins_with_the_weights_of_another_bit_by_bit(source: RunDir) -> None:
-    tensors, card = serialization.read_model_file(source.model_path)
+    tensors, model_metadata = serialization.read_model_file(source.model_path)
     for spec in ("source", "models/source", "models/source/model.safetensors"):
         setup, _ = begin(tiny(f"model.weights={spec}"), "next")
         same(dict(setup.trained.state_dict()), tensors)
-        assert setup.preprocessing.mean == card["preprocessing"]["mean"]
-        assert setup.preprocessing.std == card["preprocessing"]["std"]
+        assert setup.preprocessing.mean == model_metadata["preprocessing"]["mean"]
+        assert setup.preprocessing.std == model_metadata["preprocessing"]["std"]
         assert setup.weights is not None
-        assert setup.weights["sha256"] == card["sha256"]
+        assert setup.weights["sha256"] == model_metadata["sha256"]
     plain, _ = begin(tiny(), "plain")
-    assert plain.preprocessing.mean != card["preprocessing"]["mean"]
+    assert plain.preprocessing.mean != model_metadata["preprocessing"]["mean"]
 
 
 def test_a_finetuned_run_says_where_it_began(source: RunDir) -> None:
@@ -121,7 +121,7 @@ def test_a_finetuned_run_says_where_it_began(source: RunDir) -> None:
     assert "weights of run source" in done.err
     assert "14 tensors taken over; head of 10 classes included" in done.err
     place = run.find_run(done.json["run"])
-    told = place.facts()["weights"]
+    told = place.metadata()["weights"]
     assert told == serialization.read_model_file(place.model_path)[1]["weights"]
     assert told["origin"] == "run source"
     assert told["sha256"] == serialization.read_model_file(source.model_path)[1]["sha256"]
@@ -137,7 +137,7 @@ def test_a_head_for_other_classes_is_new_though_there_are_as_many() -> None:
     done = here("train", "b", *common, "model.weights=first", "--name", "second")
     assert done.code == 0, done.err
     assert "the head is new (2 classes; the weights' are others)" in done.err
-    told = run.find_run("second").facts()["weights"]
+    told = run.find_run("second").metadata()["weights"]
     assert told["new"] == ["classifier.weight", "classifier.bias"]
 
 
@@ -193,11 +193,13 @@ def test_a_stopped_run_goes_on_without_its_source(
         serialization.read_model_file(parts.model_path)[0],
         serialization.read_model_file(whole.model_path)[0],
     )
-    cards = [serialization.read_model_file(place.model_path)[1] for place in (whole, parts)]
-    assert cards[0]["preprocessing"] == cards[1]["preprocessing"]
-    assert cards[0]["weights"] == cards[1]["weights"]
+    model_metadatas = [
+        serialization.read_model_file(place.model_path)[1] for place in (whole, parts)
+    ]
+    assert model_metadatas[0]["preprocessing"] == model_metadatas[1]["preprocessing"]
+    assert model_metadatas[0]["weights"] == model_metadatas[1]["weights"]
     # Nor does a finished one need it: to be found, loaded or tested.
-    assert train(*asked, name="parts", test=True).results()[0]["n"] > 0
+    assert train(*asked, name="parts", test=True).evaluations()[0]["n"] > 0
     assert run.load_model(parts.model_path).classes == tuple("0123456789")
 
 
@@ -211,12 +213,12 @@ def test_a_run_that_was_killed_before_it_saved_anything_begins_anew(
         patch.setattr(training_train, "fit", killed)
         with pytest.raises(Killed):
             train("model.weights=source", name="early")
-    before = RunDir(Path("models/early")).facts()["weights"]
+    before = RunDir(Path("models/early")).metadata()["weights"]
     # Meanwhile the source has become another.
     shutil.rmtree(source.path)
     train("train.epochs=1", "train.seed=8", "data.per_class=6", name="source")
     early = train("model.weights=source", name="early")
-    told = early.facts()["weights"]
+    told = early.metadata()["weights"]
     assert (
         told["sha256"]
         == serialization.read_model_file(source.model_path)[1]["sha256"]
@@ -371,8 +373,8 @@ def test_weights_from_tensorflow_see_pixels_as_they_did_there(
     images = torch.rand(2, 3, 64, 64)
     transforms = member.transforms()
     with torch.no_grad():
-        its = theirs(Normalise(transforms.mean, transforms.std)(images, PLAN))
-        mine = ours(Normalise(found.mean or [], found.std or [])(images, PLAN))
+        its = theirs(Normalize(transforms.mean, transforms.std)(images, PLAN))
+        mine = ours(Normalize(found.mean or [], found.std or [])(images, PLAN))
     torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
 
 

@@ -53,9 +53,9 @@ def network() -> CNN:
 
 
 def fit(model: nn.Module, config: OptimConfig, **more: Any) -> Any:
-    optimiser = more.pop("optimiser", None) or optim.build_optimizer(model, config)
+    optimizer = more.pop("optimiser", None) or optim.build_optimizer(model, config)
     criterion = nn.CrossEntropyLoss()
-    loop = TrainLoop(model, optimiser, criterion, PLAN, clip_norm=config.clip_norm)
+    loop = TrainLoop(model, optimizer, criterion, PLAN, clip_norm=config.clip_norm)
     return loop.run(Listed(), optim.build_schedule(config), epochs=EPOCHS, seed=SEED, **more)
 
 
@@ -88,7 +88,7 @@ def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
     So is all that comes before the first trained layer: here the dropout before the classifier.
     """
     plan, named = by_hand(options), dict(model.named_parameters())
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [{"params": [p], "weight_decay": plan[n][1]} for n, p in named.items()],
         lr=0.1,
         momentum=0.9,
@@ -96,7 +96,7 @@ def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
     )
     for done in range(EPOCHS * STEPS):
         model.train()
-        for group, (name, parameter) in zip(optimiser.param_groups, named.items(), strict=True):
+        for group, (name, parameter) in zip(optimizer.param_groups, named.items(), strict=True):
             rate, _, first, last = plan[name]
             parameter.requires_grad_(first <= done < last)
             if parameter.requires_grad:
@@ -111,8 +111,8 @@ def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
         nn.functional.cross_entropy(model(images), labels).backward()
         for name, parameter in named.items():
             assert (parameter.grad is None) == (not parameter.requires_grad), name
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return dict(model.state_dict())
 
 
@@ -130,9 +130,9 @@ def test_while_the_head_trains_alone_nothing_else_moves() -> None:
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = config_of({**HEAD_FIRST, "weight_decay": 0.5})
-    optimiser = optim.build_optimizer(model, config)
+    optimizer = optim.build_optimizer(model, config)
     rates = []
-    for record in fit(model, config, optimiser=optimiser):
+    for record in fit(model, config, optimizer=optimizer):
         if isinstance(record, Epoch):
             continue
         rates.append(record.lr)
@@ -140,7 +140,7 @@ def test_while_the_head_trains_alone_nothing_else_moves() -> None:
         moved = {name for name in before if not torch.equal(before[name], state[name])}
         if len(rates) <= 4:
             assert moved == {"classifier.weight", "classifier.bias"}
-            assert len(optimiser.state) == 2
+            assert len(optimizer.state) == 2
         else:
             assert moved == set(before)
     # What is told is the recipe's rate, whichever groups are open.
@@ -165,16 +165,16 @@ def test_a_training_left_anywhere_goes_on_to_the_same_end(
     whole = network()
     expected = list(fit(whole, config))
     first, progress = network(), TrainState()
-    optimiser = optim.build_optimizer(first, config)
-    records = fit(first, config, optimiser=optimiser, state=progress)
+    optimizer = optim.build_optimizer(first, config)
+    records = fit(first, config, optimizer=optimizer, state=progress)
     for _ in range(stop):
         next(records)
     records.close()
     model = network()
     model.load_state_dict(first.state_dict())
     again = optim.build_optimizer(model, config)
-    again.load_state_dict(optimiser.state_dict())
-    rest = list(fit(model, config, optimiser=again, state=progress))
+    again.load_state_dict(optimizer.state_dict())
+    rest = list(fit(model, config, optimizer=again, state=progress))
     same(dict(model.state_dict()), dict(whole.state_dict()))
     assert [float(r.loss) for r in rest] == [float(r.loss) for r in expected[stop:]]
 
@@ -202,10 +202,10 @@ def timetable(*windows: tuple[float, float], steps: int, schedule: str = "linear
         {"params": [p], "window": w, "initial_lr": 1.0}
         for p, w in zip(parameters, windows, strict=True)
     ]
-    optimiser = torch.optim.SGD(groups, lr=1.0)
+    optimizer = torch.optim.SGD(groups, lr=1.0)
     return GroupSchedule(
-        optimiser, optim.build_schedule(OptimConfig(schedule=schedule)), steps
-    ), optimiser
+        optimizer, optim.build_schedule(OptimConfig(schedule=schedule)), steps
+    ), optimizer
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 30, 1000])
@@ -213,8 +213,8 @@ def timetable(*windows: tuple[float, float], steps: int, schedule: str = "linear
 def test_two_windows_that_meet_leave_no_step_out_and_share_none(
     steps: int, fraction: float
 ) -> None:
-    table, optimiser = timetable((0.0, fraction), (fraction, 1.0), steps=steps)
-    early, late = (group["params"][0] for group in optimiser.param_groups)
+    table, optimizer = timetable((0.0, fraction), (fraction, 1.0), steps=steps)
+    early, late = (group["params"][0] for group in optimizer.param_groups)
     count = 0
     for step in range(steps):
         table.turn(step)
@@ -235,10 +235,10 @@ def test_turns_are_told_once_and_found_again_from_anywhere() -> None:
 
 
 def test_a_window_has_the_whole_schedule() -> None:
-    table, optimiser = timetable((0.2, 0.6), (0.0, 1.0), steps=10)
+    table, optimizer = timetable((0.2, 0.6), (0.0, 1.0), steps=10)
     rates = []
     for step in range(10):
         assert table.set_rates(step) == pytest.approx(1 - step / 10)
-        rates.append([group["lr"] for group in optimiser.param_groups])
+        rates.append([group["lr"] for group in optimizer.param_groups])
     assert [r[0] for r in rates] == pytest.approx([0, 0, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0])
     assert [r[1] for r in rates] == pytest.approx([1 - i / 10 for i in range(10)])

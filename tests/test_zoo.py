@@ -126,18 +126,18 @@ def test_it_is_torchvisions_network_to_the_bit(name: str) -> None:
 
 def test_grey_images_get_a_first_convolution_initialised_as_the_networks_own() -> None:
     torch.manual_seed(4)
-    colour = models.build_model("mobilenet_v3_small", 6, 3, 64, {})
+    color = models.build_model("mobilenet_v3_small", 6, 3, 64, {})
     torch.manual_seed(4)
     grey = models.build_model("mobilenet_v3_small", 6, 1, 64, {})
     first = grey.features[0][0]
-    assert torch.equal(first.weight, colour.features[0][0].weight[:, :1])
+    assert torch.equal(first.weight, color.features[0][0].weight[:, :1])
     assert (first.stride, first.padding, first.bias) == ((2, 2), (1, 1), None)
     rest = {k: v for k, v in grey.state_dict().items() if k != "features.0.0.weight"}
-    same(rest, {k: v for k, v in colour.state_dict().items() if k != "features.0.0.weight"})
+    same(rest, {k: v for k, v in color.state_dict().items() if k != "features.0.0.weight"})
     images = torch.randn(2, 1, 64, 64)
     # As the colour network sees an image whose other channels are black.
     padded = torch.cat([images, torch.zeros(2, 2, 64, 64)], 1)
-    assert torch.allclose(grey.eval()(images), colour.eval()(padded), atol=1e-6)
+    assert torch.allclose(grey.eval()(images), color.eval()(padded), atol=1e-6)
 
 
 def test_our_own_families_come_first() -> None:
@@ -231,8 +231,8 @@ def test_a_torchvision_network_trains_and_is_loaded() -> None:
     )
     place = train.train(asked, quiet=True, on="cpu", test=False)
     loaded = run.load_model(place.model_path)
-    tensors, card = serialization.read_model_file(place.model_path)
-    assert card["model"] == {"name": "mnasnet0_5", "options": {}}
+    tensors, model_metadata = serialization.read_model_file(place.model_path)
+    assert model_metadata["model"] == {"name": "mnasnet0_5", "options": {}}
     assert not loaded.model.training
     same(dict(loaded.model.state_dict()), tensors)
     setup = build_training_job(asked, images_of(asked), "cpu")

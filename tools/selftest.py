@@ -314,7 +314,7 @@ def _killed(
 def differences(one: RunDir, other: RunDir) -> list[str]:
     """List what differs between two finished runs, except for times; empty if no bit does."""
     found = []
-    (weights, card), (others, its_card) = (
+    (weights, model_metadata), (others, its_card) = (
         serialization.read_model_file(each.model_path) for each in (one, other)
     )
     found += _of_tensors("the model", weights, others)
@@ -325,8 +325,8 @@ def differences(one: RunDir, other: RunDir) -> list[str]:
         found += _of_tensors("the state", states[0][0], states[1][0])
         if _timeless(states[0][1]) != _timeless(states[1][1]):
             found.append("the state's counters")
-    if card["chosen"] != its_card["chosen"]:
-        found.append(f"the chosen epoch: {its_card['chosen']} for {card['chosen']}")
+    if model_metadata["chosen"] != its_card["chosen"]:
+        found.append(f"the chosen epoch: {its_card['chosen']} for {model_metadata['chosen']}")
     for name in ("recipe.yaml", "split.csv"):
         contents = [(each.path / name) for each in (one, other)]
         if len({path.read_bytes() if path.exists() else b"" for path in contents}) > 1:
@@ -337,11 +337,11 @@ def differences(one: RunDir, other: RunDir) -> list[str]:
     )
     if rows != its_rows:
         found.append("metrics.csv")
-    mine, its = one.facts(), other.facts()
+    mine, its = one.metadata(), other.metadata()
     found += [f"run.json: {k}" for k in ("status", "epochs", "kept_epoch") if mine[k] != its[k]]
     kept = ("n", "correct", "loss", "confusion")
     tested, its_tested = (
-        [{k: test[k] for k in kept} for test in each.results()[-1:]] for each in (one, other)
+        [{k: test[k] for k in kept} for test in each.evaluations()[-1:]] for each in (one, other)
     )
     if tested != its_tested:
         found.append("the test results")

@@ -53,7 +53,7 @@ def fused(variant: str) -> bool | None:
     return None if variant.startswith("pil") else True
 
 
-def normalised(row: Row) -> tuple[Tensor, Tensor]:
+def normalized(row: Row) -> tuple[Tensor, Tensor]:
     """All images as one float32 tensor `[N, C, H, W]`, and their labels."""
     pixels, labels = raw(row)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (row.mean, row.std))
@@ -71,7 +71,7 @@ def raw(row: Row) -> tuple[Tensor, Tensor]:
 def dataset(row: Row, variant: str) -> Dataset[tuple[Tensor, Any]]:
     if variant.startswith("pil"):
         return Pictures(row)
-    return PixelTensors(row) if variant.startswith("v2") else TensorDataset(*normalised(row))
+    return PixelTensors(row) if variant.startswith("v2") else TensorDataset(*normalized(row))
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):

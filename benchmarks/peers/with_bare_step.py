@@ -10,15 +10,15 @@ from turns import Row, Turns, serve
 
 def train(row: Row, variant: str, turns: Turns) -> None:
     model = torchside.network(row, variant).train()
-    optimiser, objective = torchside.adam(model, row, variant), nn.CrossEntropyLoss()
-    images, labels = torchside.normalised(row)
+    optimizer, objective = torchside.adam(model, row, variant), nn.CrossEntropyLoss()
+    images, labels = torchside.normalized(row)
     steps = len(images) // row.batch
     images, labels = images[: row.batch].clone(), labels[: row.batch].clone()
     while True:
         for _ in range(steps):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             objective(model(images), labels).backward()
-            optimiser.step()
+            optimizer.step()
         turns.epoch()
 
 

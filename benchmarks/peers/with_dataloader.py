@@ -22,12 +22,12 @@ def train(row: Row, variant: str, turns: Turns) -> None:
         **torchside.workers(variant),
     )
     model = torchside.network(row, variant).train()
-    optimiser, objective = torchside.adam(model, row, variant), nn.CrossEntropyLoss()
+    optimizer, objective = torchside.adam(model, row, variant), nn.CrossEntropyLoss()
     while True:
         for images, labels in loader:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             objective(model(images), labels).backward()
-            optimiser.step()
+            optimizer.step()
         turns.epoch()
 
 

@@ -40,7 +40,7 @@ class Lap(Callback):
 def loaders(row: Row, variant: str) -> DataLoaders:
     options = torchside.workers(variant) or {"num_workers": 0}
     if not variant.startswith("pil"):
-        data = TensorDataset(*torchside.normalised(row))
+        data = TensorDataset(*torchside.normalized(row))
         train = DataLoader(data, bs=row.batch, shuffle=True, **options)
         return DataLoaders(train, train, device=torch.device("cpu"))
     images, labels = row.load()

@@ -38,7 +38,7 @@ def train(row: Row, variant: str, turns: Turns) -> None:
         **{f"iterator_train__{k}": v for k, v in torchside.workers(variant).items()},
     )
     if variant.startswith("tensors"):
-        images, labels = torchside.normalised(row)
+        images, labels = torchside.normalized(row)
         net.fit(images.numpy(), labels.numpy())
     else:
         net.fit(torchside.dataset(row, variant), y=None)

@@ -46,7 +46,7 @@ class Run:
         return cls(find_run(name))
 
     def __repr__(self) -> str:
-        return f"Run({self.name!r}, {self._folder.facts().get('status', 'a model file')})"
+        return f"Run({self.name!r}, {self._folder.metadata().get('status', 'a model file')})"
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class Run:
     def recipe(self) -> Recipe:
         """The resolved recipe, which trains the same again."""
         return serialization.recipe_from_metadata(
-            onnx_model.load_model_or_onnx(self._folder.model_path).card
+            onnx_model.load_model_or_onnx(self._folder.model_path).model_metadata
         )
 
     @property
@@ -77,7 +77,7 @@ class Run:
     @property
     def results(self) -> list[dict[str, Any]]:
         """Every look at a split so far, oldest first."""
-        return self._folder.results()
+        return self._folder.evaluations()
 
     def evaluate(
         self,
@@ -165,7 +165,7 @@ def train(
         ConvlensError: with what, where and what to do.
     """
     asked = resolve.resolve_recipe(what, data=data, overrides=_texts(overrides))
-    place = training_train.train(
+    run_dir = training_train.train(
         asked.recipe,
         name=name,
         plain=asked.plain,
@@ -176,8 +176,8 @@ def train(
         quiet=quiet,
     )
     if test and not quiet:
-        print_status(evaluation.sentence(place.results()[-1]))
-    return Run(place)
+        print_status(evaluation.sentence(run_dir.evaluations()[-1]))
+    return Run(run_dir)
 
 
 class RunTable:
@@ -197,7 +197,7 @@ class RunTable:
     @property
     def runs(self) -> list[Run]:
         """Every run that was measured, in the order of variants, splits, seeds and folds."""
-        return [Run(outcome.place) for outcome in self._table.outcomes]
+        return [Run(outcome.run_dir) for outcome in self._table.outcomes]
 
     @property
     def summaries(self) -> list[VariantSummary]:
@@ -363,8 +363,8 @@ def measure(
     names = _as_list(measures)
     interpret_measure.select_measures(names)
     subjects = [open_inspected_model(text, on=device) for text in _run_names(runs)]
-    place = figures_folder(subjects) if folder is None else Path(folder)
-    return interpret_measure.measure(subjects, names, folder=place, quiet=quiet, **options)
+    run_dir = figures_folder(subjects) if folder is None else Path(folder)
+    return interpret_measure.measure(subjects, names, folder=run_dir, quiet=quiet, **options)
 
 
 def compare(

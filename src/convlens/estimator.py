@@ -96,14 +96,14 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             fit=recipe.data.fit,
         )
         with quiet_mode(not self.verbose), tempfile.TemporaryDirectory() as folder:
-            place = RunDir(Path(folder) / "run", Path(folder) / "plots")
+            run_dir = RunDir(Path(folder) / "run", Path(folder) / "plots")
             where = device.select_device(self.device)
             device.prepare(recipe.train.deterministic, where)
             setup = build_training_job(recipe, data, where)
-            with place.lock():
-                train.fit(setup, place, quiet=not self.verbose)
-            self.model_: LoadedModel = load_model(place.model_path)
-            self.history_ = place.metrics()
+            with run_dir.lock():
+                train.fit(setup, run_dir, quiet=not self.verbose)
+            self.model_: LoadedModel = load_model(run_dir.model_path)
+            self.history_ = run_dir.metrics()
         self.n_features_in_ = int(np.prod(images.shape[1:]))
         return self
 

@@ -96,7 +96,7 @@ class Evaluation:
 
 @preserve_torch_settings()
 def evaluate(
-    place: RunDir,
+    run_dir: RunDir,
     split: str = "test",
     *,
     data: str | Path | None = None,
@@ -123,14 +123,16 @@ def evaluate(
     lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
     inference.select_views(tta)  # a typo must not cost the loading of a data set
     world = init_process_group()
-    place = run.shared_run_dir(world, lambda: place)
-    loaded = load_model_or_onnx(place.model_path)
+    run_dir = run.shared_run_dir(world, lambda: run_dir)
+    loaded = load_model_or_onnx(run_dir.model_path)
     where = loaded.where(on)
     with quiet_mode(quiet):
         with world.local_rank_zero_first():
             judged = load_eval_split(loaded, split, data=data, on=where, own=own)
         run.check_same_images(world, judged.name, judged.fingerprint)
-        return evaluate_split(place, loaded, judged, split, where, tta=tta, world=world).evaluation
+        return evaluate_split(
+            run_dir, loaded, judged, split, where, tta=tta, world=world
+        ).evaluation
 
 
 class EvalSplit(NamedTuple):
@@ -180,9 +182,9 @@ def load_own_data(loaded: LoadedModel, on: str) -> Data:
     Raises:
         DataError: the images changed since, or have moved.
     """
-    recipe = serialization.recipe_from_metadata(loaded.card)
+    recipe = serialization.recipe_from_metadata(loaded.model_metadata)
     data = load_data(recipe.data, memory_budget=memory_budget(on))
-    began = loaded.card["data"]["fingerprint"]
+    began = loaded.model_metadata["data"]["fingerprint"]
     if data.fingerprint != began:
         changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
         raise DataError(
@@ -241,7 +243,7 @@ def _match_classes(
 
 
 def evaluate_split(
-    place: RunDir,
+    run_dir: RunDir,
     loaded: LoadedModel,
     judged: EvalSplit,
     split: str,
@@ -261,36 +263,36 @@ def evaluate_split(
     """
     part, name, fingerprint = judged
     start = time.perf_counter()
-    plan = _plan(place, loaded, where)
+    plan = _plan(run_dir, loaded, where)
     answers, labels = _compute_outputs(loaded, part, split, plan, tta, world)
     seconds = time.perf_counter() - start
-    scores, truths = answers.plain.cpu().numpy(), labels.cpu().numpy()
-    summary = metrics.summarize(scores, truths, list(loaded.classes))
+    scores, targets = answers.plain.cpu().numpy(), labels.cpu().numpy()
+    summary = metrics.summarize(scores, targets, list(loaded.classes))
     result: dict[str, Any] = {
-        "run": place.name,
+        "run": run_dir.name,
         "split": split,
         "data": name,
         **summary,
         "top5": summary.get("top5"),
         "classes": list(loaded.classes),
-        "tta": _augmented(tta, answers, truths, loaded.classes),
-        "images_per_second": round(len(truths) / seconds, 1),
+        "tta": _augmented(tta, answers, targets, loaded.classes),
+        "images_per_second": round(len(targets) / seconds, 1),
         "data_fingerprint": fingerprint,
-        "model_sha256": loaded.card["sha256"],
-        "convlens": loaded.card["convlens"],
+        "model_sha256": loaded.model_metadata["sha256"],
+        "convlens": loaded.model_metadata["convlens"],
         "hardware": describe_hardware(where),
     }
-    own = loaded.card["data"]["fingerprint"] == fingerprint
-    result["looks"] = world.broadcast(lambda: place.add_result({**result, "own": own})["looks"])
+    own = loaded.model_metadata["data"]["fingerprint"] == fingerprint
+    result["looks"] = world.broadcast(lambda: run_dir.add_result({**result, "own": own})["looks"])
     # The report needs the answers of the model file.
-    if own and world.is_main_process and loaded.original:
-        said = CachedPredictions(scores, truths, split_hash(part, loaded.classes))
-        save_predictions(place, split, fingerprint, loaded.card["sha256"], said)
+    if own and world.is_main_process and loaded.is_native:
+        said = CachedPredictions(scores, targets, split_hash(part, loaded.classes))
+        save_predictions(run_dir, split, fingerprint, loaded.model_metadata["sha256"], said)
     label = split if own else f"{split}-{run.safe_name(Path(name).name)}"
     if draw and world.is_main_process:
-        run_plots.plot_evaluation(place, label, part, scores, loaded.classes)
+        run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
-    return EvaluationRun(evaluation, scores, truths)
+    return EvaluationRun(evaluation, scores, targets)
 
 
 def sentence(result: Mapping[str, Any]) -> str:
@@ -320,21 +322,21 @@ class _SelectedPart(NamedTuple):
     free: bool  # whether its memory format is only where a choice begins
 
 
-def _plan(place: RunDir, loaded: LoadedModel, where: str) -> _SelectedPart:
+def _plan(run_dir: RunDir, loaded: LoadedModel, where: str) -> _SelectedPart:
     """In which memory format the model answers: its run's, if that was chosen on this hardware.
 
     So a run is tested as it was validated, and nothing is timed again.
     """
     plan, facts = place_model(loaded.model, where), dict[str, Any]()
-    if loaded.original:
+    if loaded.is_native:
         with suppress(ModelFileError):  # a damaged run.json is nothing to the model file
-            facts = place.facts()
+            facts = run_dir.metadata()
     trained = facts.get("plan") or {}
     if trained.get("precision") == "fp32" and facts.get("hardware") == describe_hardware(where):
         plan = replace(plan, memory_format=trained["memory_format"])
         plan.prepare_model(loaded.model)
         return _SelectedPart(plan, free=False)
-    return _SelectedPart(plan, loaded.free)
+    return _SelectedPart(plan, loaded.can_choose_memory_format)
 
 
 def _compute_outputs(
@@ -348,11 +350,11 @@ def _compute_outputs(
     plan, total = chosen.plan, int(part.labels.numel())
 
     def ask(share: Labelled) -> ModelOutputs:
-        model, normalise = loaded.model, loaded.preprocessing.normalise
+        model, normalize = loaded.model, loaded.preprocessing.normalize
         return split_outputs(
             model,
             share,
-            normalise,
+            normalize,
             plan,
             inference.select_views(tta),
             advance=bar.advance,
@@ -370,14 +372,14 @@ TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")
 
 
 def _augmented(
-    tta: str | None, answers: ModelOutputs, truths: np.ndarray, classes: Sequence[str]
+    tta: str | None, answers: ModelOutputs, targets: np.ndarray, classes: Sequence[str]
 ) -> dict[str, Any] | None:
     """The numbers with test-time augmentation, and the images it changed from the plain answer."""
     if answers.tta is None:
         return None
     plain, mean = answers.plain.cpu().numpy(), answers.tta.cpu().numpy()
-    summary = metrics.summarize(mean, truths, classes)
-    gained, lost, p = metrics.paired_counts(truths, plain.argmax(1), mean.argmax(1))
+    summary = metrics.summarize(mean, targets, classes)
+    gained, lost, p = metrics.paired_counts(targets, plain.argmax(1), mean.argmax(1))
     shared = {key: summary[key] for key in TTA_KEYS}
     return {"views": tta, **shared, "gained": gained, "lost": lost, "p": p}
 
@@ -405,13 +407,13 @@ class CachedPredictions(NamedTuple):
     images: str
 
     @property
-    def chances(self) -> metrics.Floats:
+    def probs(self) -> metrics.Floats:
         """Probabilities `[N, K]`."""
         return metrics.softmax(self.logits)
 
 
 def save_predictions(
-    place: RunDir, split: str, fingerprint: str, model: str, answers: CachedPredictions
+    run_dir: RunDir, split: str, fingerprint: str, model: str, answers: CachedPredictions
 ) -> None:
     """Writes the answers into the run; very large ones are left out.
 
@@ -430,16 +432,16 @@ def save_predictions(
         "logits": torch.from_numpy(np.ascontiguousarray(answers.logits, dtype=np.float32)),
         "labels": torch.from_numpy(np.ascontiguousarray(answers.labels, dtype=np.int64)),
     }
-    path = _cache_path(place, split, fingerprint)
+    path = _cache_path(run_dir, split, fingerprint)
     files.remove_stale_temp_files(path.parent, [path.name], alone=False)
     serialization.write_model_file(path, tensors, about)
 
 
 def load_predictions(
-    place: RunDir, split: str, fingerprint: str, model: str
+    run_dir: RunDir, split: str, fingerprint: str, model: str
 ) -> CachedPredictions | None:
     """The answers that this very model gave to this very data; None where there are none."""
-    path = _cache_path(place, split, fingerprint)
+    path = _cache_path(run_dir, split, fingerprint)
     if not path.exists():
         return None
     try:
@@ -461,5 +463,5 @@ def split_hash(split: Split, classes: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _cache_path(place: RunDir, split: str, fingerprint: str) -> Path:
-    return place.path / "answers" / f"{split}-{fingerprint[:12]}.safetensors"
+def _cache_path(run_dir: RunDir, split: str, fingerprint: str) -> Path:
+    return run_dir.path / "answers" / f"{split}-{fingerprint[:12]}.safetensors"

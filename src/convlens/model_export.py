@@ -95,7 +95,7 @@ class ReferenceOutputs:
     def __init__(self, loaded: LoadedModel, images: Tensor, source: str) -> None:
         self.images, self.source = images, source
         plan = place_model(loaded.model, "cpu")
-        forward = Forward(loaded.model, loaded.preprocessing.normalise, plan, total=len(images))
+        forward = Forward(loaded.model, loaded.preprocessing.normalize, plan, total=len(images))
         found = [answers.plain for answers in forward.answers(images)]
         self.logits = torch.cat(found).numpy().astype(np.float64)
         self.probs = metrics.softmax(self.logits)
@@ -179,7 +179,7 @@ def sample_images(run_dir: RunDir, loaded: LoadedModel, data: str | None) -> tup
         split, name = _load_other(loaded, data)
         return _evenly_spaced(split), f"images of {name!r}"
     try:
-        if not run_dir.facts():
+        if not run_dir.metadata():
             raise DataError("a model file on its own has no images")
         own = load_own_data(loaded, "cpu")
     except (DataError, UsageError) as error:
@@ -387,8 +387,8 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
     shape = f"[N, {pre.channels}, {pre.image_size}, {pre.image_size}]"
     return {
         "convlens": __version__,
-        "run": str(loaded.card.get("run", "")),
-        "source_sha256": loaded.card["sha256"],
+        "run": str(loaded.model_metadata.get("run", "")),
+        "source_sha256": loaded.model_metadata["sha256"],
         "classes": list(loaded.classes),
         "input": f"{INPUT}: uint8 {shape}, 0 to 255, any N. {_describe_decoding(pre)} "
         "Nothing else: scaling and normalisation are inside.",
@@ -399,7 +399,9 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
         "proof": reference.conditions(),
         # What `evaluate` needs besides.
         "card": {
-            key: loaded.card[key] for key in ("model", "data", "recipe") if key in loaded.card
+            key: loaded.model_metadata[key]
+            for key in ("model", "data", "recipe")
+            if key in loaded.model_metadata
         },
     }
 

@@ -32,7 +32,7 @@ class NormalizedInGraph(Preprocessing):
     """Preprocessing whose normalization is part of the exported graph."""
 
     @property
-    def normalise(self) -> Prepare:
+    def normalize(self) -> Prepare:
         return _to_float
 
 
@@ -45,11 +45,11 @@ class ExportedModel(LoadedModel):
     """A model that is run from an exported file, on the CPU; its layers can't be inspected."""
 
     @property
-    def free(self) -> bool:
+    def can_choose_memory_format(self) -> bool:
         return False
 
     @property
-    def original(self) -> bool:
+    def is_native(self) -> bool:
         return False
 
     def where(self, asked: str | None) -> str:
@@ -88,9 +88,11 @@ def onnx_model(content: bytes, path: Path) -> ExportedModel:
         )
         if not valid or not classes or len(set(classes)) != len(classes):
             raise ValueError("impossible classes or preprocessing")
-        card = _parsed(metadata, "card", dict)
-        card |= {key: metadata[key] for key in ("convlens", "run", "sha256")}
-        if not isinstance(card["recipe"], dict) or not isinstance(card["data"]["fingerprint"], str):
+        model_metadata = _parsed(metadata, "card", dict)
+        model_metadata |= {key: metadata[key] for key in ("convlens", "run", "sha256")}
+        if not isinstance(model_metadata["recipe"], dict) or not isinstance(
+            model_metadata["data"]["fingerprint"], str
+        ):
             raise TypeError("recipe or data fingerprint of another type")
         at_once = max(1, min(256, int(metadata["at_once"])))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -103,7 +105,7 @@ def onnx_model(content: bytes, path: Path) -> ExportedModel:
         ) from error
     image = (pre.channels, pre.image_size, pre.image_size)
     model = OnnxNetwork(content, str(path), image, len(classes), at_once)
-    return ExportedModel(model.eval(), classes, pre, card, path.parent)
+    return ExportedModel(model.eval(), classes, pre, model_metadata, path.parent)
 
 
 def _parsed(metadata: dict[str, str], key: str, kind: type) -> Any:

@@ -135,11 +135,11 @@ def predict(
         plan = place_model(loaded.model, loaded.where(on))
     forward = Forward(
         loaded.model,
-        loaded.preprocessing.normalise,
+        loaded.preprocessing.normalize,
         plan,
         views=chosen,
         total=len(inputs),
-        free=loaded.free,
+        free=loaded.can_choose_memory_format,
     )
     k = min(max(top_k, 1), len(loaded.classes))
     if chosen is not None:
@@ -162,12 +162,10 @@ def predict(
             bar.advance(len(batch))
 
 
-def _top(
-    chances: np.ndarray, k: int, loaded: LoadedModel
-) -> Iterator[tuple[tuple[str, float], ...]]:
+def _top(probs: np.ndarray, k: int, loaded: LoadedModel) -> Iterator[tuple[tuple[str, float], ...]]:
     """The likeliest `k` classes of each row."""
-    order = np.argsort(-chances, axis=1, kind="stable")[:, :k]
-    best = np.take_along_axis(chances, order, axis=1)
+    order = np.argsort(-probs, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(probs, order, axis=1)
     for classes, shares in zip(order.tolist(), best.tolist(), strict=True):
         yield tuple((loaded.classes[i], share) for i, share in zip(classes, shares, strict=True))
 
@@ -245,8 +243,10 @@ def all_probabilities(
     loaded: LoadedModel, images: np.ndarray, *, on: str | None = None
 ) -> np.ndarray:
     """Probabilities float64 `[N, classes]` for images as `predict` takes them."""
-    plan, normalise = place_model(loaded.model, loaded.where(on)), loaded.preprocessing.normalise
-    forward = Forward(loaded.model, normalise, plan, total=len(images), free=loaded.free)
+    plan, normalize = place_model(loaded.model, loaded.where(on)), loaded.preprocessing.normalize
+    forward = Forward(
+        loaded.model, normalize, plan, total=len(images), free=loaded.can_choose_memory_format
+    )
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), BATCH):
         ready = _fitted(images[start : start + BATCH], loaded)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from convlens import models, serialization
-from convlens.data.loader import Normalise, Prepare
+from convlens.data.loader import Normalize, Prepare
 from convlens.device import select_device
 from convlens.distributed import ProcessGroup
 from convlens.errors import (
@@ -60,8 +60,8 @@ class Preprocessing:
     std: list[float]
 
     @property
-    def normalise(self) -> Prepare:
-        return Normalise(self.mean, self.std)
+    def normalize(self) -> Prepare:
+        return Normalize(self.mean, self.std)
 
 
 @dataclass
@@ -71,17 +71,17 @@ class LoadedModel:
     model: nn.Module
     classes: tuple[str, ...]
     preprocessing: Preprocessing
-    card: dict[str, Any]
+    model_metadata: dict[str, Any]
     folder: Path | None = None  # of its file, where its run's records may be
 
     @property
-    def free(self) -> bool:
+    def can_choose_memory_format(self) -> bool:
         """Whether inference may choose a memory format by timing, which changes last digits."""
-        train = self.card.get("recipe", {}).get("train", {})
+        train = self.model_metadata.get("recipe", {}).get("train", {})
         return train.get("memory_format", "auto") == "auto" and not train.get("deterministic")
 
     @property
-    def original(self) -> bool:
+    def is_native(self) -> bool:
         """Whether this is the model file itself, not what was exported from it."""
         return True
 
@@ -106,11 +106,11 @@ class RunDir:
     def create(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         """Makes the folder with the resolved recipe and `run.json`, status `training`."""
         files.write_atomic(self.path / "recipe.yaml", recipe.to_text())
-        self.note({"created": _now(), "status": "training", **facts})
+        self.update_metadata({"created": _now(), "status": "training", **facts})
 
-    def note(self, facts: Mapping[str, Any]) -> None:
+    def update_metadata(self, facts: Mapping[str, Any]) -> None:
         """Adds facts to `run.json`."""
-        content = {**self.facts(), **facts}
+        content = {**self.metadata(), **facts}
         files.write_atomic(self.path / "run.json", to_json(content))
 
     def finish(
@@ -123,10 +123,10 @@ class RunDir:
             "training_seconds": round(seconds, 3),
             "cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),
         }
-        self.note({"status": "finished", **facts})
+        self.update_metadata({"status": "finished", **facts})
         self.checkpoints.keep_newest()
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What `run.json` says; empty for a folder that is no run yet.
 
         Raises:
@@ -136,7 +136,7 @@ class RunDir:
 
     @property
     def finished(self) -> bool:
-        return self.facts().get("status") == "finished" and self.model_path.exists()
+        return self.metadata().get("status") == "finished" and self.model_path.exists()
 
     def lock(self) -> AbstractContextManager[None]:
         return files.lock(self.path / ".lock", what=f"run {self.name!r}", owned=LOCKED_FILES)
@@ -147,7 +147,7 @@ class RunDir:
         Raises:
             UsageError: no recipe; ModelFileError: not the one it trained by, or a later version's.
         """
-        facts = self.facts()
+        facts = self.metadata()
         with serialization.explain_newer_version(facts.get("convlens")):
             found = load_recipe(self.path / "recipe.yaml")
         if found.digest() not in facts.get("digests", [found.digest()]):
@@ -160,9 +160,9 @@ class RunDir:
 
     # -- model ----------------------------------------------------------------------------
 
-    def save_model(self, weights: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
+    def save_model(self, weights: Mapping[str, Tensor], model_metadata: Mapping[str, Any]) -> str:
         """Writes a network's state dict with its card; returns the file's SHA-256."""
-        return serialization.write_model_file(self.model_path, weights, card)
+        return serialization.write_model_file(self.model_path, weights, model_metadata)
 
     # -- log ------------------------------------------------------------------------------
 
@@ -191,14 +191,14 @@ class RunDir:
         of, owned = f"results.json of {self.name!r}", RESULTS_FILES
         path = self.path / ".results.lock"
         with files.lock(path, what=of, timeout_s=LOCK_TIMEOUT_S, owned=owned):
-            log = self.log()
+            log = self.evaluation_log()
             same = ("split", "data_fingerprint")
             looks = 1 + sum(all(entry.get(k) == result.get(k) for k in same) for entry in log)
             entry = {"when": _now(), "looks": looks, **result}
             files.write_atomic(self.path / "results.json", to_json([*log, entry]))
         return entry
 
-    def log(self) -> list[dict[str, Any]]:
+    def evaluation_log(self) -> list[dict[str, Any]]:
         """Every look at a split, oldest first.
 
         Raises:
@@ -206,9 +206,9 @@ class RunDir:
         """
         return read_json(self.path / "results.json", [], as_objects)
 
-    def results(self) -> list[dict[str, Any]]:
+    def evaluations(self) -> list[dict[str, Any]]:
         """The looks that measured something, oldest first."""
-        return [entry for entry in self.log() if "accuracy" in entry]
+        return [entry for entry in self.evaluation_log() if "accuracy" in entry]
 
     # -- state ----------------------------------------------------------------------------
 
@@ -256,23 +256,23 @@ def load_model(path: Path) -> LoadedModel:
     Raises:
         ModelFileError: damaged or foreign file, or weights that don't fit the network named.
     """
-    tensors, card = serialization.read_model_file(path)
+    tensors, model_metadata = serialization.read_model_file(path)
     try:
-        preprocessing = Preprocessing(**card["preprocessing"])
-        classes = tuple(card["classes"])
-        name, options = card["model"]["name"], card["model"]["options"]
+        preprocessing = Preprocessing(**model_metadata["preprocessing"])
+        classes = tuple(model_metadata["classes"])
+        name, options = model_metadata["model"]["name"], model_metadata["model"]["options"]
         shape = preprocessing.channels, preprocessing.image_size
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
             model = models.build_model(name, len(classes), *shape, options)
         models.load_weights(model, tensors)
     except (KeyError, TypeError, RuntimeError, UsageError) as error:
-        reason, version = " ".join(str(error).split())[:160], card.get("convlens", "?")
+        reason, version = " ".join(str(error).split())[:160], model_metadata.get("convlens", "?")
         raise ModelFileError(
             f"the model file can't be used by this version: {reason}",
             where=str(path),
             fix=f"{'update: ' * serialization.is_newer_version(version)}it was written by convlens {version}",
         ) from error
-    return LoadedModel(model.eval(), classes, preprocessing, card, Path(path).parent)
+    return LoadedModel(model.eval(), classes, preprocessing, model_metadata, Path(path).parent)
 
 
 def find_run(name: str | Path, models_folder: Path | None = None) -> RunDir:
@@ -309,7 +309,7 @@ def list_runs(models_folder: Path | None = None) -> list[RunDir]:
 
 
 def runs_with_name(name: str) -> list[RunDir]:
-    """The runs that `place` named after `name`: it, a digest behind it, a number."""
+    """The runs that `run_dir` named after `name`: it, a digest behind it, a number."""
     named = re.compile(re.escape(safe_name(name)) + r"(-[0-9a-f]{6})?(-[0-9]+)?")
     return [each for each in list_runs() if named.fullmatch(each.name)]
 
@@ -327,12 +327,12 @@ def find_or_create_run_dir(name: str, digest: str, *, plain: bool, fresh: bool) 
     taken = [c for c in candidates if _is_name_taken(MODELS_DIR / c)]
     if not fresh:
         for candidate in reversed(taken):  # the newest of several identical ones
-            if digest in RunDir(MODELS_DIR / candidate).facts().get("digests", []):
+            if digest in RunDir(MODELS_DIR / candidate).metadata().get("digests", []):
                 return RunDir(MODELS_DIR / candidate)
         # A run's own recipe.yaml has no `auto` left, so its hash isn't the one in the run's name;
         # and an override may say what the recipe says anyway.
         for other in reversed(runs_with_name(name)):
-            if digest in other.facts().get("digests", []):
+            if digest in other.metadata().get("digests", []):
                 return other
     return RunDir(MODELS_DIR / next(c for c in candidates if c not in taken))
 
@@ -519,14 +519,14 @@ class ReadOnlyRunDir(RunDir):
 
     def create(self, recipe: Recipe, facts: Mapping[str, Any]) -> None: ...
 
-    def note(self, facts: Mapping[str, Any]) -> None: ...
+    def update_metadata(self, facts: Mapping[str, Any]) -> None: ...
 
     def finish(self, **facts: Any) -> None: ...
 
     def lock(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def save_model(self, weights: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
+    def save_model(self, weights: Mapping[str, Tensor], model_metadata: Mapping[str, Any]) -> str:
         return ""
 
     def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None: ...

@@ -35,7 +35,7 @@ def figures_disabled() -> bool:
 
 
 def plot_training(
-    place: RunDir, rows: Sequence[Row], kept: int, data: Data, change: Augment | None
+    run_dir: RunDir, rows: Sequence[Row], kept: int, data: Data, change: Augment | None
 ) -> None:
     """Curves with the kept epoch marked, learning rate, and a batch before and after augmenting."""
     if figures_disabled():
@@ -44,15 +44,15 @@ def plot_training(
 
     history = metric_columns(rows)
     chosen = None if np.isnan(history["val_loss"]).all() else kept  # nothing chose the last one
-    _save_plot(place, "curves", plots.curves(history, chosen, place.name))
-    rate = plots.learning_rate(history["epoch"], history["lr"], place.name)
-    _save_plot(place, "learning_rate", rate)
+    _save_plot(run_dir, "curves", plots.curves(history, chosen, run_dir.name))
+    rate = plots.learning_rate(history["epoch"], history["lr"], run_dir.name)
+    _save_plot(run_dir, "learning_rate", rate)
     if change is not None:
-        _save_plot(place, "augmented", _augmented(data, change, place.name))
+        _save_plot(run_dir, "augmented", _augmented(data, change, run_dir.name))
 
 
 def plot_evaluation(
-    place: RunDir, label: str, split: Split, scores: np.ndarray, classes: Sequence[str]
+    run_dir: RunDir, label: str, split: Split, scores: np.ndarray, classes: Sequence[str]
 ) -> None:
     """Confusion, calibration and the worst mistakes of one look at a split.
 
@@ -64,25 +64,25 @@ def plot_evaluation(
         return
     from convlens import plots
 
-    truths = split.labels.numpy()
-    chances = metrics.softmax(scores)
-    guesses = chances.argmax(1)
-    title = f"{place.name}, {label}"
-    table = metrics.confusion_matrix(truths, guesses, len(classes))
-    _save_plot(place, f"confusion-{label}", plots.confusion(table, classes, title))
-    bins = metrics.reliability_bins(chances, truths)
-    error = metrics.ece(chances, truths)
-    _save_plot(place, f"reliability-{label}", plots.reliability(*bins, error))
-    worst = worst_mistake_images(chances, truths)[:MAX_SHOWN]
+    targets = split.labels.numpy()
+    probs = metrics.softmax(scores)
+    preds = probs.argmax(1)
+    title = f"{run_dir.name}, {label}"
+    table = metrics.confusion_matrix(targets, preds, len(classes))
+    _save_plot(run_dir, f"confusion-{label}", plots.confusion(table, classes, title))
+    bins = metrics.reliability_bins(probs, targets)
+    error = metrics.ece(probs, targets)
+    _save_plot(run_dir, f"reliability-{label}", plots.reliability(*bins, error))
+    worst = worst_mistake_images(probs, targets)[:MAX_SHOWN]
     if len(worst):
         _save_plot(
-            place,
+            run_dir,
             f"worst-{label}",
             plots.worst_mistakes(
                 split.rows.gather(torch.from_numpy(worst)).numpy(),
-                [classes[truths[i]] for i in worst],
-                [classes[guesses[i]] for i in worst],
-                [float(chances[i].max()) for i in worst],
+                [classes[targets[i]] for i in worst],
+                [classes[preds[i]] for i in worst],
+                [float(probs[i].max()) for i in worst],
                 f"{title}: the surest mistakes",
             ),
         )
@@ -198,10 +198,10 @@ def plot_comparison(
     return [*([curves] if drawn else []), differences]
 
 
-def worst_mistake_images(chances: np.ndarray, truths: np.ndarray) -> np.ndarray:
+def worst_mistake_images(probs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Positions of the wrong answers, the one least likely to its truth first."""
-    of_truth = chances[np.arange(len(truths)), truths]
-    wrong = np.flatnonzero(chances.argmax(1) != truths)
+    of_truth = probs[np.arange(len(targets)), targets]
+    wrong = np.flatnonzero(probs.argmax(1) != targets)
     ordered: np.ndarray = wrong[np.argsort(of_truth[wrong], kind="stable")]
     return ordered
 
@@ -216,7 +216,7 @@ def metric_columns(rows: Sequence[Row]) -> dict[str, list[float]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def _save_plot(place: RunDir, name: str, figure: Any) -> None:
+def _save_plot(run_dir: RunDir, name: str, figure: Any) -> None:
     from convlens import plots
 
-    plots.save_figure(figure, place.plots / f"{name}.png")
+    plots.save_figure(figure, run_dir.plots / f"{name}.png")

@@ -188,17 +188,17 @@ def unpack_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def recipe_from_metadata(card: Mapping[str, Any]) -> Recipe:
+def recipe_from_metadata(model_metadata: Mapping[str, Any]) -> Recipe:
     """The resolved recipe by which a model was trained, from its file's card.
 
     Raises:
         ModelFileError: there is none; NewerFormatError: a later version wrote it, with words that
             this one doesn't know. UsageError: it can't be used.
     """
-    with explain_newer_version(card.get("convlens")):
-        if not isinstance(card.get("recipe"), Mapping):
+    with explain_newer_version(model_metadata.get("convlens")):
+        if not isinstance(model_metadata.get("recipe"), Mapping):
             raise ModelFileError("the model file doesn't hold the recipe it was trained by")
-        return load_recipe(card["recipe"])
+        return load_recipe(model_metadata["recipe"])
 
 
 @contextlib.contextmanager
@@ -310,7 +310,7 @@ class ForeignWeights:
 
     tensors: dict[str, Tensor]
     sha256: str
-    card: dict[str, Any] = field(default_factory=dict)
+    model_metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def read_foreign_weights(path: Path) -> ForeignWeights:
@@ -332,8 +332,8 @@ def read_foreign_weights(path: Path) -> ForeignWeights:
         tensors = _named_tensors(_unpickled(data, path), len(data), path)
         return ForeignWeights(tensors, hashlib.sha256(data).hexdigest())
     if _is_ours(path):
-        tensors, card = read_model_file(path)
-        return ForeignWeights(tensors, card["sha256"], card)
+        tensors, model_metadata = read_model_file(path)
+        return ForeignWeights(tensors, model_metadata["sha256"], model_metadata)
     tensors = _checked_tensors(unpack_tensors(data, path), len(data), path)
     return ForeignWeights(tensors, hashlib.sha256(data).hexdigest())
 

@@ -226,8 +226,8 @@ def group_by_recipe(candidates: Sequence[Candidate]) -> list[Group]:
         name = members[0].name
         if len(members) > 1:
             # The seed 0 of `train --seeds` has the recipe's name, without a hash or seed.
-            called = min(members, key=lambda m: m.seeds).recipe.name
-            name = called if called not in taken else name
+            run_name = min(members, key=lambda m: m.seeds).recipe.name
+            name = run_name if run_name not in taken else name
             taken.append(name)
             name = f"{name} ({len(members)} seeds)"
         groups.append(Group(name, members))
@@ -341,14 +341,14 @@ class Comparison:
 class _OpenedRun:
     """A run, and the images it is to be judged by."""
 
-    place: RunDir
+    run_dir: RunDir
     known: LoadedModel  # without its network: many of them would fill the memory
     judged: EvalSplit
     images: str = ""
 
     @property
     def seedless(self) -> str:
-        return without_seeds(serialization.recipe_from_metadata(self.known.card))
+        return without_seeds(serialization.recipe_from_metadata(self.known.model_metadata))
 
 
 @preserve_torch_settings()
@@ -375,15 +375,15 @@ def compare(
         DataError: different images or classes, or a run whose images changed or have moved.
     """
     lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
-    places = _open_runs(names)
+    run_dirs = _open_runs(names)
     where = select_device(on)
     with quiet_mode(quiet):
-        entrants = _unique_runs(places, split, data, where)
+        entrants = _unique_runs(run_dirs, split, data, where)
         differing = _differing(entrants)
         if differing and not force:
             raise DataError(
                 differing,
-                where=", ".join(place.name for place in places)[:200],
+                where=", ".join(run_dir.name for run_dir in run_dirs)[:200],
                 fix="judge all of them by one set with --data, or --force: then nothing is tested",
             )
         measured = [_measured(entrant, split, where) for entrant in entrants]
@@ -397,18 +397,18 @@ def compare(
 
 def _open_runs(names: Sequence[str | Path | RunDir]) -> list[RunDir]:
     """The runs; everything that is wrong with their names at once."""
-    places: dict[Path, RunDir] = {}
+    run_dirs: dict[Path, RunDir] = {}
     wrong: list[ConvlensError] = []
     for name in names:
         try:
-            place = name if isinstance(name, RunDir) else run.find_run(name)
-            if not place.model_path.is_file():
+            run_dir = name if isinstance(name, RunDir) else run.find_run(name)
+            if not run_dir.model_path.is_file():
                 raise ModelFileError(
-                    f"run {place.name!r} has no weights yet",
-                    where=str(place.path),
+                    f"run {run_dir.name!r} has no weights yet",
+                    where=str(run_dir.path),
                     fix="train it further with the same command, or leave it out",
                 )
-            places.setdefault(place.model_path.resolve(), place)
+            run_dirs.setdefault(run_dir.model_path.resolve(), run_dir)
         except ConvlensError as error:
             wrong.append(error)
     if len(wrong) == 1:
@@ -416,31 +416,38 @@ def _open_runs(names: Sequence[str | Path | RunDir]) -> list[RunDir]:
     if wrong:
         fixes = dict.fromkeys(error.fix for error in wrong if error.fix)
         raise UsageError("; ".join(error.what for error in wrong), fix="; ".join(fixes)[:300])
-    if len(places) < 2:
-        given = [place.name for place in places.values()]
+    if len(run_dirs) < 2:
+        given = [run_dir.name for run_dir in run_dirs.values()]
         known = [other.name for other in run.list_runs() if other.name not in given]
         there = f"; others here: {', '.join(known[:6])}" if known else ""
         raise UsageError(
-            f"comparing needs at least two different runs, got {len(places)}",
+            f"comparing needs at least two different runs, got {len(run_dirs)}",
             fix=f"name another one{there}; `convlens evaluate RUN` measures one",
         )
-    return list(places.values())
+    return list(run_dirs.values())
 
 
 def _unique_runs(
-    places: Sequence[RunDir], split: str, data: str | Path | None, where: str
+    run_dirs: Sequence[RunDir], split: str, data: str | Path | None, where: str
 ) -> list[_OpenedRun]:
     """Each run with its images, which are opened once where several runs share them."""
     opened: dict[str, EvalSplit] = {}
     found = []
-    for place in places:
-        loaded = run.load_model(place.model_path)
-        card = loaded.card
-        config = serialization.recipe_from_metadata(card).data.model_dump(mode="json")
-        key = json.dumps([config, card["data"], card["classes"], card["preprocessing"]])
+    for run_dir in run_dirs:
+        loaded = run.load_model(run_dir.model_path)
+        model_metadata = loaded.model_metadata
+        config = serialization.recipe_from_metadata(model_metadata).data.model_dump(mode="json")
+        key = json.dumps(
+            [
+                config,
+                model_metadata["data"],
+                model_metadata["classes"],
+                model_metadata["preprocessing"],
+            ]
+        )
         if key not in opened:
             opened[key] = load_eval_split(loaded, split, data=data, on=where)
-        found.append(_OpenedRun(place, replace(loaded, model=nn.Identity()), opened[key]))
+        found.append(_OpenedRun(run_dir, replace(loaded, model=nn.Identity()), opened[key]))
     pixels = len(_sizes(found)) == 1
     prints: dict[int, str] = {}
     for entrant in found:
@@ -476,7 +483,7 @@ def _differing(entrants: Sequence[_OpenedRun]) -> str:
         unlike = {*first.known.classes} ^ {*other.known.classes}
         if unlike:
             return (
-                f"{first.place.name} and {other.place.name} don't know the same classes: "
+                f"{first.run_dir.name} and {other.run_dir.name} don't know the same classes: "
                 f"{', '.join(sorted(unlike)[:6])}{' ...' * (len(unlike) > 6)}"
             )
     sets: dict[str, set[str]] = {}
@@ -492,23 +499,23 @@ def _differing(entrants: Sequence[_OpenedRun]) -> str:
 
 
 def _measured(entrant: _OpenedRun, split: str, where: str) -> Candidate:
-    place = entrant.place
-    loaded = run.load_model(place.model_path)
-    print_status(f"evaluating [bold]{escape(place.name)}[/]")
-    result = evaluate_split(place, loaded, entrant.judged, split, where, draw=False)
+    run_dir = entrant.run_dir
+    loaded = run.load_model(run_dir.model_path)
+    print_status(f"evaluating [bold]{escape(run_dir.name)}[/]")
+    result = evaluate_split(run_dir, loaded, entrant.judged, split, where, draw=False)
     pre = loaded.preprocessing
     shape = (pre.channels, pre.image_size, pre.image_size)
     return Candidate(
-        name=place.name,
-        recipe=serialization.recipe_from_metadata(loaded.card),
+        name=run_dir.name,
+        recipe=serialization.recipe_from_metadata(loaded.model_metadata),
         evaluation=result.evaluation,
         images=entrant.images,
         right=result.scores.argmax(1) == result.labels,
         parameters=sum(p.numel() for p in loaded.model.parameters()),
         flops=inference.flops(loaded.model, shape, where),
-        file_bytes=place.model_path.stat().st_size,
-        facts=place.facts(),
-        epochs=place.metrics(),
+        file_bytes=run_dir.model_path.stat().st_size,
+        facts=run_dir.metadata(),
+        epochs=run_dir.metrics(),
     )
 
 
@@ -522,7 +529,7 @@ def _limits(entrants: Sequence[_OpenedRun], differing: str, split: str) -> list[
             f"the models see the images differently ({'; '.join(sorted(_sizes(entrants)))}): that "
             "they are the same goes by their names and labels"
         )
-    facts = {entrant.place.name: entrant.place.facts() for entrant in entrants}
+    facts = {entrant.run_dir.name: entrant.run_dir.metadata() for entrant in entrants}
     half = [name for name, its in facts.items() if its and its.get("status") != "finished"]
     if half:
         notes.append(f"not trained to the end: {', '.join(half)}")

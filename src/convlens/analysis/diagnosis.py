@@ -150,7 +150,7 @@ class Diagnosis:
 
 
 @preserve_torch_settings()
-def diagnose(place: RunDir, *, on: str | None = None, quiet: bool = False) -> Diagnosis:
+def diagnose(run_dir: RunDir, *, on: str | None = None, quiet: bool = False) -> Diagnosis:
     """Puts every rule of `symptoms.RULES` to a run, finished or not.
 
     A run without weights is judged by its curves, a bare model file by its images, an empty run
@@ -161,7 +161,7 @@ def diagnose(place: RunDir, *, on: str | None = None, quiet: bool = False) -> Di
     """
     where = select_device(on)
     with quiet_mode(quiet):
-        case = _collect_evidence(place, where)
+        case = _collect_evidence(run_dir, where)
     findings, healthy, untold = [], [], {}
     for name, rule in RULES.items():
         try:
@@ -173,44 +173,46 @@ def diagnose(place: RunDir, *, on: str | None = None, quiet: bool = False) -> Di
             healthy.append(name)
         else:
             findings.append(found)
-    return Diagnosis(place.name, _status(place, case), len(case.rows), findings, healthy, untold)
+    return Diagnosis(
+        run_dir.name, _status(run_dir, case), len(case.rows), findings, healthy, untold
+    )
 
 
-def _status(place: RunDir, case: RunEvidence) -> str:
-    if not place.facts():
+def _status(run_dir: RunDir, case: RunEvidence) -> str:
+    if not run_dir.metadata():
         return "a model file without a past"
-    if place.finished:
+    if run_dir.finished:
         return "finished"
     if case.diverged is not None:
         return "stopped by a loss that was not finite"
     return "not finished" if case.rows else "no epoch is finished yet"
 
 
-def _collect_evidence(place: RunDir, where: str) -> RunEvidence:
-    facts = place.facts()
+def _collect_evidence(run_dir: RunDir, where: str) -> RunEvidence:
+    facts = run_dir.metadata()
     evidence: dict[str, Any] = {
-        "rows": place.metrics(),
-        "finished": place.finished or not facts,
+        "rows": run_dir.metrics(),
+        "finished": run_dir.finished or not facts,
         "diverged": facts.get("diverged"),
         "classes": len(facts.get("data", {}).get("classes", [])),
     }
     try:
-        evidence["recipe"] = _recipe(place)
-        evidence |= _measured(place, where)
+        evidence["recipe"] = _recipe(run_dir)
+        evidence |= _measured(run_dir, where)
     except ConvlensError as error:
         evidence["unmeasured"] = error.what
     return RunEvidence(**evidence)
 
 
-def _recipe(place: RunDir) -> Recipe:
-    if (place.path / "recipe.yaml").is_file():
-        return place.recipe()
-    return serialization.recipe_from_metadata(run.load_model(place.model_path).card)
+def _recipe(run_dir: RunDir) -> Recipe:
+    if (run_dir.path / "recipe.yaml").is_file():
+        return run_dir.recipe()
+    return serialization.recipe_from_metadata(run.load_model(run_dir.model_path).model_metadata)
 
 
-def _measured(place: RunDir, where: str) -> dict[str, Any]:
+def _measured(run_dir: RunDir, where: str) -> dict[str, Any]:
     """What the network makes of some training and validation images, and how these look."""
-    loaded = run.load_model(place.model_path)
+    loaded = run.load_model(run_dir.model_path)
     data = load_own_data(loaded, where)
     counts = np.bincount(data.train.labels.numpy(), minlength=len(data.classes))
     found: dict[str, Any] = {
@@ -253,11 +255,11 @@ def _cached_predictions(
     """Which images are right, and by stage the dead channels and all; None of no maps."""
     plan, names = place_model(loaded.model, where), stage_names(loaded.model)
     right, low, high = [], dict[str, Tensor](), dict[str, Tensor]()
-    normalise = loaded.preprocessing.normalise
-    for images, truths in zip(pixels.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
+    normalize = loaded.preprocessing.normalize
+    for images, targets in zip(pixels.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
         with record_outputs(loaded.model, names) as outputs:
-            logits = batch_logits(loaded.model, images, normalise, plan)
-        right.append(logits.argmax(1).cpu() == truths)
+            logits = batch_logits(loaded.model, images, normalize, plan)
+        right.append(logits.argmax(1).cpu() == targets)
         try:
             maps = as_maps(outputs, names)
         except UsageError:  # a network whose stages give something else
@@ -582,8 +584,8 @@ def validation_unlike_training(case: RunEvidence) -> Finding | None:
         raise InsufficientEvidence(case.unmeasured if case.trained is None else no_split)
     signs, evidence = [], dict[str, Any]()
     if case.looks is not None:
-        for place, name in enumerate(case.features):
-            train, val = (part[:, place] for part in case.looks)
+        for run_dir, name in enumerate(case.features):
+            train, val = (part[:, run_dir] for part in case.looks)
             spread = math.sqrt((train.var(ddof=1) + val.var(ddof=1)) / 2) or 1e-9
             size = float(val.mean() - train.mean()) / spread
             surely = abs(size) / math.sqrt(1 / len(train) + 1 / len(val))

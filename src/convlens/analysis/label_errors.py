@@ -94,17 +94,17 @@ def find_label_errors(
         table = train_many(
             {None: asked}, folds=folds, name=name, fresh=fresh, test=False, on=on, quiet=quiet
         )
-        places = [outcome.place for outcome in table.outcomes]
-        report = _report(table.name, recipe, places, folds, test, on)
+        run_dirs = [outcome.run_dir for outcome in table.outcomes]
+        report = _report(table.name, recipe, run_dirs, folds, test, on)
         folder = _folder(table.name, asked, name)
         return write_review(report, recipe.data, whole, folder)
 
 
-def _folder(called: str, asked: resolve.ResolvedRecipe, name: str | None) -> Path:
+def _folder(run_name: str, asked: resolve.ResolvedRecipe, name: str | None) -> Path:
     """As for runs: a recipe that isn't as published gets six digits of its hash."""
     plain = asked.plain or name is not None
     digest = asked.recipe.digest()
-    return run.PLOTS_DIR / (f"labels-{called}" if plain else f"labels-{called}-{digest[:6]}")
+    return run.PLOTS_DIR / (f"labels-{run_name}" if plain else f"labels-{run_name}-{digest[:6]}")
 
 
 def _whole(config: DataConfig, folds: int, where: str) -> Data:
@@ -142,24 +142,24 @@ class _JudgedImages:
     ids: list[str]
     split: str
     labels: npt.NDArray[np.int64]
-    chances: npt.NDArray[np.float64]
+    probs: npt.NDArray[np.float64]
     facts: audit.FileFacts
 
 
 def _report(
-    called: str, recipe: Recipe, places: list[RunDir], folds: int, test: bool, on: str | None
+    run_name: str, recipe: Recipe, run_dirs: list[RunDir], folds: int, test: bool, on: str | None
 ) -> LabelReport:
-    models = [(place, run.load_model(place.model_path)) for place in places]
+    models = [(run_dir, run.load_model(run_dir.model_path)) for run_dir in run_dirs]
     classes = models[0][1].classes
     found = [_out_of_fold(models, on)]
     if test:
-        for place in places:  # this logs the look in each run
-            evaluation.evaluate(place, "test", on=on, quiet=True)
+        for run_dir in run_dirs:  # this logs the look in each run
+            evaluation.evaluate(run_dir, "test", on=on, quiet=True)
         print_status("test set used (logged in the run of each fold)")
         found.append(_predict_by_all(models, on))
-    verdicts = [find_issues(each.labels, each.chances) for each in found]
+    verdicts = [find_issues(each.labels, each.probs) for each in found]
     ids = [identity for each in found for identity in each.ids]
-    labels, chances = (
+    labels, probs = (
         np.concatenate([getattr(each, key) for each in found]) for key in ("labels", "chances")
     )
     suspected, scores = (
@@ -172,25 +172,22 @@ def _report(
     twins, disputed = _find_twins(np.concatenate([each.facts for each in found]), labels, suspected)
     joint = np.sum([verdict.joint for verdict in verdicts], axis=0)
     return LabelReport(
-        name=called,
+        name=run_name,
         data=recipe.data.name,
         classes=classes,
         folds=folds,
-        runs=[place.name for place in places],
+        runs=[run_dir.name for run_dir in run_dirs],
         rule=FILTER_METHOD,
-        accuracy=float((chances.argmax(1) == labels).mean()),
+        accuracy=float((probs.argmax(1) == labels).mean()),
         noise=float(1 - np.trace(joint) / joint.sum()),
         suspects=[
             Suspect(
                 ids[i],
                 splits[i],
                 classes[labels[i]],
-                classes[chances[i].argmax()],
+                classes[probs[i].argmax()],
                 float(scores[i]),
-                [
-                    (classes[c], float(chances[i, c]))
-                    for c in (-chances[i]).argsort()[:MAX_SUSPECTS]
-                ],
+                [(classes[c], float(probs[i, c])) for c in (-probs[i]).argsort()[:MAX_SUSPECTS]],
                 [
                     Twin(ids[j], classes[labels[j]], exact)
                     for j, exact in twins.get(i, [])[:MIN_TWIN_CORRELATION]
@@ -204,7 +201,7 @@ def _report(
         ids=ids,
         splits=splits,
         labels=labels,
-        chances=chances,
+        probs=probs,
         scores=scores,
         order=order,
     )
@@ -213,14 +210,14 @@ def _report(
 def _out_of_fold(models: Sequence[FoldModels], on: str | None) -> _JudgedImages:
     """Every image outside the test split by the model whose fold it is in."""
     parts = []
-    for place, model in models:
+    for run_dir, model in models:
         part = evaluation.load_eval_split(model, "val", on=select_device(on)).part
-        parts.append(_predict_images(part, "val", [(place, model)], on))
+        parts.append(_predict_images(part, "val", [(run_dir, model)], on))
     return _JudgedImages(
         [identity for part in parts for identity in part.ids],
         "train",
         np.concatenate([part.labels for part in parts]),
-        np.concatenate([part.chances for part in parts]),
+        np.concatenate([part.probs for part in parts]),
         np.concatenate([part.facts for part in parts]),
     )
 
@@ -234,27 +231,29 @@ def _predict_by_all(models: Sequence[FoldModels], on: str | None) -> _JudgedImag
 def _predict_images(
     part: Split, split: str, models: Sequence[FoldModels], on: str | None
 ) -> _JudgedImages:
-    chances = [probabilities(_logits(part, split, *each, on)) for each in models]
+    probs = [probabilities(_logits(part, split, *each, on)) for each in models]
     facts = np.zeros(len(part), audit.FILE_FACTS)
     with progress_bar("looking for copies", len(part)) as bar:
         for index in torch.arange(len(part)).split(_CHUNK):
             facts[index.numpy()] = audit.facts_of(part.rows.gather(index).numpy())
             bar.advance(len(index))
-    mean = np.mean(chances, axis=0)
+    mean = np.mean(probs, axis=0)
     return _JudgedImages(list(part.ids), split, part.labels.numpy(), mean, facts)
 
 
 def _logits(
-    part: Split, split: str, place: RunDir, model: LoadedModel, on: str | None
+    part: Split, split: str, run_dir: RunDir, model: LoadedModel, on: str | None
 ) -> torch.Tensor:
     """What the model says to the split: as it was kept when the split was evaluated, or anew."""
-    card = model.card
-    said = evaluation.load_predictions(place, split, card["data"]["fingerprint"], card["sha256"])
+    model_metadata = model.model_metadata
+    said = evaluation.load_predictions(
+        run_dir, split, model_metadata["data"]["fingerprint"], model_metadata["sha256"]
+    )
     if said is not None:
         return torch.from_numpy(said.logits)
     plan = place_model(model.model, on)
-    normalise = model.preprocessing.normalise
-    return split_logits(model.model, part, normalise, plan, free=model.free)[0]
+    normalize = model.preprocessing.normalize
+    return split_logits(model.model, part, normalize, plan, free=model.can_choose_memory_format)[0]
 
 
 def _find_twins(
@@ -334,7 +333,7 @@ class Pair:
 class LabelReport:
     """What `find_label_errors` returns; `to_dict` is what `--json` prints.
 
-    Of all N images that were judged: `ids`, `splits`, `labels` int64 `[N]`, `chances` float64
+    Of all N images that were judged: `ids`, `splits`, `labels` int64 `[N]`, `probs` float64
     `[N, K]` and `scores` `[N]`; `order` ranks them, all suspects first. `accuracy` is how often
     the models agree with the given labels, `noise` the estimated share of wrong ones, `disputed`
     the number of pairs of copies under two labels of which neither is suspected.
@@ -355,7 +354,7 @@ class LabelReport:
     ids: list[str] = field(repr=False)
     splits: list[str] = field(repr=False)
     labels: npt.NDArray[np.int64] = field(repr=False)
-    chances: npt.NDArray[np.float64] = field(repr=False)
+    probs: npt.NDArray[np.float64] = field(repr=False)
     scores: npt.NDArray[np.float64] = field(repr=False)
     order: npt.NDArray[np.int64] = field(repr=False)
     sheets: list[Path] = field(default_factory=list)
@@ -409,29 +408,29 @@ class LabelIssues:
     joint: npt.NDArray[np.float64]
 
 
-def find_issues(labels: LabelArray, chances: Probs, *, rule: str = FILTER_METHOD) -> LabelIssues:
+def find_issues(labels: LabelArray, probs: Probs, *, rule: str = FILTER_METHOD) -> LabelIssues:
     """Weighs given labels against probabilities of models that did not train on these images.
 
     Args:
         labels: the given ones, int64 `[N]`.
-        chances: `[N, K]`, rows adding up to 1.
+        probs: `[N, K]`, rows adding up to 1.
         rule: cleanlab's `filter_by`.
     """
     from cleanlab.count import compute_confident_joint
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_self_confidence_for_each_label
 
-    joint = np.asarray(compute_confident_joint(labels, chances, calibrate=True), np.float64)
+    joint = np.asarray(compute_confident_joint(labels, probs, calibrate=True), np.float64)
     with warnings.catch_warnings():
         # A class without images (a test split may lack one) has no labels to be judged, either.
         warnings.filterwarnings("ignore", "May not flag all label issues in class")
         # One process: by default every core gets one, and so a copy of everything.
-        suspected = find_label_issues(labels, chances, filter_by=rule, n_jobs=1)
-    suggested = chances.argmax(1).astype(np.int64)
+        suspected = find_label_issues(labels, probs, filter_by=rule, n_jobs=1)
+    suggested = probs.argmax(1).astype(np.int64)
     return LabelIssues(
         # Rules that go by counts can name an image whose own class is the likeliest.
         suspected=np.asarray(suspected, np.bool_) & (suggested != labels),
-        scores=np.asarray(get_self_confidence_for_each_label(labels, chances), np.float64),
+        scores=np.asarray(get_self_confidence_for_each_label(labels, probs), np.float64),
         suggested=suggested,
         joint=joint,
     )
@@ -474,7 +473,7 @@ def write_review(report: LabelReport, config: DataConfig, data: Data, folder: Pa
 
 def _table(report: LabelReport, source: DataSource, group: str | None, data: Data) -> str:
     """The suspected images in their order, then the others in the source's."""
-    places = {identity: n for n, identity in enumerate(report.ids)}
+    run_dirs = {identity: n for n, identity in enumerate(report.ids)}
     rank = {suspect.id: n for n, suspect in enumerate(report.suspects, 1)}
     held, skipped = set(data.held_out.get("test", ())), set(data.skipped)
     rows, lost = [], 0
@@ -489,8 +488,8 @@ def _table(report: LabelReport, source: DataSource, group: str | None, data: Dat
             row: dict[str, Any] = {"id": identity} if path is None else {"path": path}
             row["label"] = source.classes[part.labels[number]]
             row["split"] = "test" if split == "train" and identity in held else split
-            place = places.get(identity)
-            row |= _opinion(report, place, rank.get(identity))
+            run_dir = run_dirs.get(identity)
+            row |= _opinion(report, run_dir, rank.get(identity))
             if group is not None and part.groups is not None:
                 row.setdefault(group, part.groups[number])
             rows.append(row)
@@ -509,19 +508,19 @@ def _table(report: LabelReport, source: DataSource, group: str | None, data: Dat
     return text.getvalue()
 
 
-def _opinion(report: LabelReport, place: int | None, rank: int | None) -> dict[str, Any]:
+def _opinion(report: LabelReport, run_dir: int | None, rank: int | None) -> dict[str, Any]:
     """The columns beside path, label and split; empty for images that nobody judged."""
     empty = dict.fromkeys(("suspect", "suggested", "score", "p_suggested", "copies"), "")
-    if place is None:
+    if run_dir is None:
         return empty
-    chances = report.chances[place]
-    best = int(chances.argmax())
+    probs = report.probs[run_dir]
+    best = int(probs.argmax())
     twins = report.suspects[rank - 1].twins if rank else []
     return {
         "suspect": rank or "",
         "suggested": report.classes[best],
-        "score": f"{report.scores[place]:.4f}",
-        "p_suggested": f"{chances[best]:.4f}",
+        "score": f"{report.scores[run_dir]:.4f}",
+        "p_suggested": f"{probs[best]:.4f}",
         "copies": "; ".join(f"{twin.label}: {twin.id}" for twin in twins),
     }
 

@@ -161,10 +161,10 @@ def _explained(error: Exception) -> ConvlensError | None:
 def _of_the_system(error: OSError) -> ResourceError:
     """Turn an unexpected OSError, of a disk or a network, into a ResourceError."""
     at = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(at.filename).name}, line {at.lineno}"
+    run_dir = f"{Path(at.filename).name}, line {at.lineno}"
     return ResourceError(
         f"the system refused: {error.strerror or error}",
-        where=place if error.filename is None else str(error.filename),
+        where=run_dir if error.filename is None else str(error.filename),
         fix="check the file and its disk, and run the command again; --debug shows the traceback",
     )
 

@@ -247,11 +247,11 @@ def print_look(found: Look) -> None:
         same = f"have the same value for all {len(each_.labels):,} images"
         out.print(f"{escape(each_.run)} {escape(each_.layer)}: {of} {same}")
     for made in found.made:
-        for place, channel in enumerate(made.channels):
-            best = f", the best image {made.best[place]:.4g}" if made.best else ""
+        for run_dir, channel in enumerate(made.channels):
+            best = f", the best image {made.best[run_dir]:.4g}" if made.best else ""
             out.print(
                 f"{escape(made.run)} {escape(made.layer)} channel {channel}: made input "
-                f"{made.peaks[place]:.4g}{best}"
+                f"{made.peaks[run_dir]:.4g}{best}"
             )
     if found.attribution is not None:
         print_attributions(found.attribution)
@@ -259,7 +259,7 @@ def print_look(found: Look) -> None:
         print_measurements(found.measures)
     for points in found.embeddings:
         print_embeddings(points)
-    for near in found.neighbours:
+    for near in found.neighbors:
         print_neighbors(near)
     figures = [path for path in found.files if path.suffix == ".png"]
     for path in figures[:FILES_LISTED]:
@@ -341,16 +341,18 @@ def print_measurements(result: Measurements) -> None:
 
 def _print_similarity(alike: CKAResult) -> None:
     """Print linear CKA of each stage with the stage of the same name in the first network."""
-    place = {both: number for number, both in enumerate(alike.stages)}
+    run_dir = {both: number for number, both in enumerate(alike.stages)}
     first, *others = dict.fromkeys(network for network, _ in alike.stages)
     stages = [stage for network, stage in alike.stages if network == first]
-    shared = [name for name in others if any((name, stage) in place for stage in stages)]
+    shared = [name for name in others if any((name, stage) in run_dir for stage in stages)]
     if not shared:
         return
     table = make_table("stage", *map(escape, shared))
     for stage in stages:
-        row = alike.matrix[place[first, stage]]
-        values = [row[place[name, stage]] if (name, stage) in place else None for name in shared]
+        row = alike.matrix[run_dir[first, stage]]
+        values = [
+            row[run_dir[name, stage]] if (name, stage) in run_dir else None for name in shared
+        ]
         table.add_row(escape(stage), *("-" if v is None else f"{v:.2f}" for v in values))
     out = stdout_console()
     out.print(f"linear CKA with the same stage of [bold]{escape(first)}[/], n = {alike.n:,}")
@@ -374,7 +376,7 @@ def _measure_cell(name: str, value: MetricValue) -> str:
 
 def print_embeddings(result: Embedding) -> None:
     """Print how the embedding was made and where it is."""
-    wrong = int((result.labels != result.guesses).sum())
+    wrong = int((result.labels != result.preds).sum())
     out = stdout_console()
     out.print(
         f"[bold]{escape(result.run)}[/]: {len(result.ids):,} {result.split} images of "
@@ -391,7 +393,7 @@ def print_neighbors(result: NeighborReport) -> None:
         known = f", labeled {one.label}" if one.label is not None else ""
         out.print(escape(f"{one.image}: predicted {one.prediction}{known}"))
         table = make_table("training image", "class", "cosine distance", "")
-        for near in one.neighbours:
+        for near in one.neighbors:
             table.add_row(escape(near.id), escape(near.label), f"{near.distance:.4f}", near.same)
         out.print(table)
     out.print(escape(f"written  {result.file}"))

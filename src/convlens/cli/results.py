@@ -45,23 +45,25 @@ def make_table(*columns: str, title: str = "") -> Table:
     return table
 
 
-def print_run_summary(place: RunDir) -> None:
+def print_run_summary(run_dir: RunDir) -> None:
     """Print the result of a training, where its files are and what to do next."""
     from convlens import evaluation  # torch: `convlens recipes` must not wait for it
 
-    facts = place.facts()
-    results = [entry for entry in place.results() if entry["split"] == "test" and entry["own"]]
+    facts = run_dir.metadata()
+    results = [
+        entry for entry in run_dir.evaluations() if entry["split"] == "test" and entry["own"]
+    ]
     out = stdout_console()
-    out.print(f"[bold]{escape(place.name)}[/]: weights of epoch {facts['kept_epoch']}", end="")
+    out.print(f"[bold]{escape(run_dir.name)}[/]: weights of epoch {facts['kept_epoch']}", end="")
     out.print(f" of {facts['epochs']}, {facts['training_seconds']:.1f} s of training")
     if results:
         out.print(evaluation.sentence(results[-1]))
-    out.print(escape(f"model  {place.model_path}"))
-    _plots(out, place)
-    print_status(f"next: [bold]convlens predict {place.name} IMAGE...[/]")
+    out.print(escape(f"model  {run_dir.model_path}"))
+    _plots(out, run_dir)
+    print_status(f"next: [bold]convlens predict {run_dir.name} IMAGE...[/]")
 
 
-def print_evaluation(result: Evaluation, place: RunDir, *, own: bool) -> None:
+def print_evaluation(result: Evaluation, run_dir: RunDir, *, own: bool) -> None:
     """Print a table with a row for each class, then the accuracy.
 
     Many classes are sorted by F1, the worst first. `own` says that the split is the run's own and
@@ -86,12 +88,12 @@ def print_evaluation(result: Evaluation, place: RunDir, *, own: bool) -> None:
     out.print(evaluation.sentence({**result.to_dict(), "own": own}))
     if result.tta is not None:
         out.print(result.tta_sentence())
-    _plots(out, place)
+    _plots(out, run_dir)
 
 
-def _plots(out: Console, place: RunDir) -> None:
-    if place.plots.is_dir():  # not with `--figures none`
-        out.print(escape(f"plots  {place.plots}"))
+def _plots(out: Console, run_dir: RunDir) -> None:
+    if run_dir.plots.is_dir():  # not with `--figures none`
+        out.print(escape(f"plots  {run_dir.plots}"))
 
 
 def _percent_of(value: float | None) -> str:

@@ -109,11 +109,11 @@ def train(
         print_json(as_json, table.to_dict())
         return
     asked = resolve.resolve_recipe(what, data=data, overrides=changes)
-    place = training_train.train(asked.recipe, plain=asked.plain, extend=extend, **options)
+    run_dir = training_train.train(asked.recipe, plain=asked.plain, extend=extend, **options)
     if not as_json:
-        print_run_summary(place)
-    last = {} if no_test else _last(place.results())
-    print_json(as_json, {"run": place.name, "path": str(place.path), **last})
+        print_run_summary(run_dir)
+    last = {} if no_test else _last(run_dir.evaluations())
+    print_json(as_json, {"run": run_dir.name, "path": str(run_dir.path), **last})
 
 
 @app.command(cls=Command)
@@ -138,10 +138,10 @@ def evaluate(
     from convlens.cli.results import print_evaluation
     from convlens.run import find_run
 
-    place = find_run(run)
-    result = evaluation.evaluate(place, split, data=data, tta=tta, on=device)
+    run_dir = find_run(run)
+    result = evaluation.evaluate(run_dir, split, data=data, tta=tta, on=device)
     if not as_json:
-        print_evaluation(result, place, own=data is None)
+        print_evaluation(result, run_dir, own=data is None)
     print_json(as_json, result.to_dict())
 
 
@@ -226,11 +226,11 @@ def export(
     from convlens.run import find_run
 
     formats = split_commas(",".join(to or ["onnx"]))
-    place = find_run(run)
-    made = model_export.export(place, formats, output=output, data=data)
+    run_dir = find_run(run)
+    made = model_export.export(run_dir, formats, output=output, data=data)
     if not as_json:
         print_exports(made)
-    print_json(as_json, {"run": place.name, "exports": [each.to_dict() for each in made]})
+    print_json(as_json, {"run": run_dir.name, "exports": [each.to_dict() for each in made]})
 
 
 @app.command(cls=Command)
@@ -447,7 +447,7 @@ def _runs(result: RunResults) -> list[Row]:
     for outcome in result.outcomes:
         planned, looked = outcome.planned, outcome.looked
         cells = {"split": planned.data_seed, "seed": planned.seed, "fold": planned.fold}
-        row = {"run": outcome.place.name}
+        row = {"run": outcome.run_dir.name}
         row |= {what: str(cells[what]) for what, there in several.items() if there}
         row[f"{WORDS[result.split]} %"] = _percent(looked.accuracy)
         row["95% interval"] = _interval(looked.interval95)

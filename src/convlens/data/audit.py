@@ -208,9 +208,9 @@ class Audit:
             pixels = images[np.array(self._shown, np.int64)]
             return fit_arrays(pixels, size=size, channels=channels, fit="pad"), titles
         out = np.zeros((len(titles), channels, side, side), np.uint8)
-        for place, i in enumerate(self._shown):
+        for position, i in enumerate(self._shown):
             content, name = images.read(i), images.name(i)
-            out[place] = decode(content, size=side, channels=channels, fit="pad", name=name)
+            out[position] = decode(content, size=side, channels=channels, fit="pad", name=name)
         return out, titles
 
 
@@ -282,7 +282,7 @@ class _All:
     ids: list[str]
     labels: IndexTensor
     splits: npt.NDArray[np.str_]
-    place: IndexTensor  # where it is in its part
+    position: IndexTensor  # where it is in its part
 
 
 def _joined(
@@ -395,7 +395,7 @@ def _samples(every: _All) -> list[int]:
     each = min(8, max(1, _SHEET // len(every.classes)))
     shown: list[int] = []
     for c in range(min(len(every.classes), _SHEET)):
-        mine = every.place[(every.splits == "train") & (every.labels == c)]
+        mine = every.position[(every.splits == "train") & (every.labels == c)]
         at = np.linspace(0, len(mine) - 1, min(each, len(mine))).round().astype(np.int64)
         shown += mine[at].tolist()
     return shown

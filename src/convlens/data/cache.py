@@ -93,7 +93,7 @@ class ImageRows(Protocol):
         """uint8 `[B, C, H, W]` on the CPU for int64 `[B]`."""
         ...
 
-    def resident(self) -> Tensor | None:
+    def in_memory_tensor(self) -> Tensor | None:
         """All images as one tensor where they are in memory already, else None."""
         ...
 
@@ -116,7 +116,7 @@ class ArrayRows:
     def gather(self, index: Tensor) -> Tensor:
         return self.images[index]
 
-    def resident(self) -> Tensor | None:
+    def in_memory_tensor(self) -> Tensor | None:
         return self.images
 
     def take(self, index: Tensor) -> ImageRows:
@@ -138,7 +138,7 @@ class TakenRows:
     def gather(self, index: Tensor) -> Tensor:
         return self.base.gather(self.index[index])
 
-    def resident(self) -> Tensor | None:
+    def in_memory_tensor(self) -> Tensor | None:
         return None
 
     def take(self, index: Tensor) -> ImageRows:
@@ -179,7 +179,7 @@ class ConvertedRows:
     def gather(self, index: Tensor) -> Tensor:
         return torch.from_numpy(self._conversion.array(self._images[index.numpy()]))
 
-    def resident(self) -> Tensor | None:
+    def in_memory_tensor(self) -> Tensor | None:
         return None
 
     def take(self, index: Tensor) -> ImageRows:
@@ -214,8 +214,8 @@ class DecodedRows:
         step = max(1, min(16, len(numbers) // (4 * self._threads)))
 
         def some(start: int) -> None:
-            for place in range(start, min(start + step, len(numbers))):
-                out[place] = self._image(numbers[place])
+            for position in range(start, min(start + step, len(numbers))):
+                out[position] = self._image(numbers[position])
 
         with ThreadPoolExecutor(self._threads) as pool:
             for _ in pool.map(some, range(0, len(numbers), step)):
@@ -236,7 +236,7 @@ class DecodedRows:
             raise DataError("an image has changed since the start", where=name, fix=fix)
         return self._conversion.file(content, name)
 
-    def resident(self) -> Tensor | None:
+    def in_memory_tensor(self) -> Tensor | None:
         return None
 
     def take(self, index: Tensor) -> ImageRows:
@@ -281,7 +281,7 @@ class StoredRows:
         wanted = as_index(numbers[damaged])
         rows[damaged] = self._again.gather(wanted).numpy().reshape(len(damaged), -1)
 
-    def resident(self) -> Tensor | None:
+    def in_memory_tensor(self) -> Tensor | None:
         return None
 
     def take(self, index: Tensor) -> ImageRows:
@@ -472,11 +472,11 @@ def _decode(
     def some(start: int) -> tuple[int, Pixels]:
         numbers = range(start, min(start + _CHUNK, len(files)))
         pixels = np.zeros((len(numbers), conversion.channels, side, side), np.uint8)
-        for place, number in enumerate(numbers):
+        for position, number in enumerate(numbers):
             try:
                 content = files.read(number)
                 digests[number] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
-                pixels[place] = conversion.file(content, files.name(number))
+                pixels[position] = conversion.file(content, files.name(number))
             except UnreadableImage as error:
                 raise_if_transient(error)
                 bad[number] = error.reason

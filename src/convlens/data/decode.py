@@ -527,13 +527,13 @@ def _coded_bytes(content: bytes, at: int, interval: int) -> tuple[int, int]:
     view, restarts = np.frombuffer(content, np.uint8), 0
     for low in range(at, len(view), _PIECE):
         piece = view[low : low + _PIECE + 1]  # a marker may begin with its last byte
-        places = np.flatnonzero(piece[:-1] == 0xFF)
-        kinds = piece[places + 1]
+        positions = np.flatnonzero(piece[:-1] == 0xFF)
+        kinds = piece[positions + 1]
         real = (kinds != 0) & (kinds != 0xFF)
-        places, kinds = places[real], kinds[real]
+        positions, kinds = positions[real], kinds[real]
         ends = np.flatnonzero(kinds != _RESTART + (restarts + np.arange(len(kinds))) % 8)
         if len(ends):
-            return low + int(places[ends[0]]), restarts + int(ends[0])
+            return low + int(positions[ends[0]]), restarts + int(ends[0])
         restarts += len(kinds)
     return len(view), restarts
 

@@ -151,10 +151,10 @@ def ensure_downloaded(name: str, roots: Sequence[Path]) -> Path:
     # An archive somebody put there is as good as a download; it may lie beside its folder too.
     for root in roots:
         for archive in its.archives:
-            for place in (root / archive.file, root / its.folder / archive.file):
-                if place.is_file() and place.name not in archive.members:
-                    _check_md5(place, archive)
-                    _unpack(place, archive, root / its.folder)
+            for archive_path in (root / archive.file, root / its.folder / archive.file):
+                if archive_path.is_file() and archive_path.name not in archive.members:
+                    _check_md5(archive_path, archive)
+                    _unpack(archive_path, archive, root / its.folder)
         if not _missing(root / its.folder, its):
             return root / its.folder
     return _download(name, its, roots)

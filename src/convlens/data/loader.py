@@ -23,7 +23,7 @@ from convlens.distributed import SINGLE_PROCESS, ProcessGroup
 
 # (images float32 0..1, labels int64 [B], place, generator) -> images, and labels or probabilities
 Augment = Callable[[Tensor, Tensor, SampleInfo, torch.Generator], tuple[Tensor, Tensor]]
-# From what the rows hold to the network's input: `Normalise` for images.
+# From what the rows hold to the network's input: `Normalize` for images.
 Prepare = Callable[[Tensor, Plan], Tensor]
 
 
@@ -42,7 +42,7 @@ class RowReader(Protocol):
         """uint8 `[B, C, H, W]` on the CPU for int64 `[B]`."""
         ...
 
-    def resident(self) -> Tensor | None:
+    def in_memory_tensor(self) -> Tensor | None:
         """All images as one uint8 tensor if they are in memory, else None."""
         ...
 
@@ -58,7 +58,7 @@ class Labelled(Protocol):
 
 
 @dataclass(frozen=True)
-class Normalise:
+class Normalize:
     """Channel means and deviations of the training images, in units of 0..1."""
 
     mean: Sequence[float]
@@ -114,10 +114,10 @@ class Batches:
     Args:
         split: images and labels; labels int64 `[N]`.
         batch_size: images per step.
-        normalise: applied after augmentation.
+        normalize: applied after augmentation.
         plan: device and memory format.
         seed: of order and augmentation.
-        augment: `(images float32 0..1, labels, place, generator) -> (images, labels)`, or None.
+        augment: `(images float32 0..1, labels, sample_info, generator) -> (images, labels)`, or None.
         mixes: whether it needs the whole batch, because it mixes images.
         world: the processes that share each batch; this one yields its own rows only, augmented
             as in the whole batch.
@@ -129,7 +129,7 @@ class Batches:
         split: Labelled,
         *,
         batch_size: int,
-        normalise: Prepare,
+        normalize: Prepare,
         plan: Plan,
         seed: int,
         augment: Augment | None = None,
@@ -139,11 +139,11 @@ class Batches:
     ) -> None:
         self.rows, self.count = split.rows, int(split.labels.numel())
         self.plan, self.seed, self.shards = plan, seed, shards
-        self.augment, self.normalise, self._mixes = augment, normalise, mixes
+        self.augment, self.normalize, self._mixes = augment, normalize, mixes
         self.world = world
         self.labels = split.labels.to(plan.device)
         self.sizes = _batch_sizes(self.count, batch_size)
-        whole = split.rows.resident()
+        whole = split.rows.in_memory_tensor()
         self._images = whole.to(plan.device) if whole is not None else None
 
     def __len__(self) -> int:
@@ -159,7 +159,7 @@ class Batches:
         parts = self._read(order)[start:]
         indices = self._read(to_device_async(order, self.plan.device))[start:]
         if self.augment is None:
-            plain = self._normalised(parts, indices)
+            plain = self._normalized(parts, indices)
             for index, images in zip(indices, plain, strict=True):
                 yield images, self.labels.index_select(0, index)
             return
@@ -169,12 +169,12 @@ class Batches:
         for step, (index, raw) in enumerate(gathered, start):
             generator.manual_seed(derive_seed(self.seed, epoch, step))
             generator.share = self.world.share(self.sizes[step])
-            place = SampleInfo(index, epoch, self.seed)
+            sample_info = SampleInfo(index, epoch, self.seed)
             labels = self.labels.index_select(0, index)
-            images, labels = self.augment(to_unit(raw), labels, place, generator)
+            images, labels = self.augment(to_unit(raw), labels, sample_info, generator)
             if self._mixes:
                 images, labels = images[generator.share.rows], labels[generator.share.rows]
-            yield self.normalise(images, self.plan), labels
+            yield self.normalize(images, self.plan), labels
 
     def numbers(self, epoch: int, step: int) -> list[int]:
         """Which images of the split batch number `step` of an epoch holds, in all processes."""
@@ -188,20 +188,20 @@ class Batches:
             return parts
         return [part[self.world.share(len(part)).rows] for part in parts]
 
-    def _normalised(self, parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Iterator[Tensor]:
+    def _normalized(self, parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """The images of `parts` as the network takes them, many batches at once if they are small.
 
         A pixel's value doesn't depend on what else is normalised with it.
         """
         if self._images is None:
-            yield from (self.normalise(raw, self.plan) for raw in self._gathered(parts, indices))
+            yield from (self.normalize(raw, self.plan) for raw in self._gathered(parts, indices))
             return
         each = 4 * self._images[0].numel() * self.sizes[0]
         together = max(1, BLOCK // each)
         for first in range(0, len(indices), together):
             block = indices[first : first + together]
             raw = self._images.index_select(0, torch.cat(list(block)))
-            yield from self.normalise(raw, self.plan).split([len(index) for index in block])
+            yield from self.normalize(raw, self.plan).split([len(index) for index in block])
 
     def _gathered(self, parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """The raw images of `parts`; `indices` are the same numbers on the device."""

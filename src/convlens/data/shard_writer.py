@@ -103,11 +103,11 @@ def _write_part(part: Part, split: str, folder: Path, per_shard: int) -> list[Pa
         for start in range(0, count, per_shard):
             path = folder / f"{split}-{start // per_shard:06}.tar"
             with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-                for place in range(start, min(start + per_shard, count)):
-                    number = int(order[place])
+                for position in range(start, min(start + per_shard, count)):
+                    number = int(order[position])
                     kind, content = _encoded(part, number)
-                    _add(tar, f"{place:08}.{kind}", content)
-                    _add(tar, f"{place:08}.cls", f"{part.labels[number]}".encode())
+                    _add(tar, f"{position:08}.{kind}", content)
+                    _add(tar, f"{position:08}.cls", f"{part.labels[number]}".encode())
                     bar.advance(1)
             paths.append(path)
     return paths

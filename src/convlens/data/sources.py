@@ -164,9 +164,9 @@ def _is_path(name: str) -> bool:
 
 
 def _existing(name: str) -> Path | None:
-    places = [_home(name), *(root / name for root in data_roots())] if name.strip() else []
+    candidates = [_home(name), *(root / name for root in data_roots())] if name.strip() else []
     # `os.path` says no where a name is too long or has a zero byte in it; `Path` fails.
-    return next((p for p in places if os.path.isdir(p) or os.path.isfile(p)), None)
+    return next((p for p in candidates if os.path.isdir(p) or os.path.isfile(p)), None)
 
 
 def _home(name: str) -> Path:

@@ -182,22 +182,20 @@ def tar_index(paths: Sequence[str]) -> tuple[TarIndex, IndexArray]:
     times = modification_times(paths)
     digest = hashlib.sha256(repr(INDEX_VERSION).encode())
     digest.update("\0".join(paths).encode("utf-8", "surrogateescape") + times.tobytes())
-    place = cache_folder() / f"{digest.hexdigest()[:40]}.index"
-    if found := _load_index(place):
+    path = cache_folder() / f"{digest.hexdigest()[:40]}.index"
+    if found := _load_index(path):
         return found, times
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with interprocess_lock(place.with_suffix(".lock"), "reading these shards"):
-            if found := _load_index(place):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with interprocess_lock(path.with_suffix(".lock"), "reading these shards"):
+            if found := _load_index(path):
                 return found, times
             index = _build_index(paths)
             if not index.problems:
-                _save_index(index, place)
+                _save_index(index, path)
             return index, times
     except OSError as error:
-        print_status(
-            f"no cache for the index of shards ({place.parent}: {error.strerror or error})"
-        )
+        print_status(f"no cache for the index of shards ({path.parent}: {error.strerror or error})")
         return _build_index(paths), times
 
 
@@ -231,7 +229,7 @@ def _build_index(paths: Sequence[str]) -> TarIndex:
     )
 
 
-def _save_index(index: TarIndex, place: Path) -> None:
+def _save_index(index: TarIndex, path: Path) -> None:
     from safetensors.numpy import save
 
     arrays: dict[str, npt.NDArray[Any]] = {
@@ -243,19 +241,19 @@ def _save_index(index: TarIndex, place: Path) -> None:
         "starts": index.keys.starts,
     }
     facts = json.dumps({"labels": index.labels, "ignored": index.ignored})
-    remove_stale_temp_files(place.parent, [place.name], alone=True)  # the lock is held
+    remove_stale_temp_files(path.parent, [path.name], alone=True)  # the lock is held
     try:
-        write_atomic(place, add_checksum(save(arrays, {"facts": facts})))
+        write_atomic(path, add_checksum(save(arrays, {"facts": facts})))
     except ResourceError as error:
         print_status(f"the index of these shards could not be kept ({error.what})")
 
 
-def _load_index(place: Path) -> TarIndex | None:
+def _load_index(path: Path) -> TarIndex | None:
     """A whole index, or None: absent, damaged, of another version."""
     from safetensors.numpy import load
 
     try:
-        content = verify_checksum(place.read_bytes())
+        content = verify_checksum(path.read_bytes())
     except (OSError, CorruptError):
         return None
     # Its hash is right, so it is what `_keep` wrote.

@@ -60,7 +60,7 @@ def is_pattern(name: str) -> bool:
     return name.lower().endswith(".tar") and _BRACES.search(name) is not None
 
 
-def read_shards(place: Path, name: str, *, tested: bool = False) -> DataSource:
+def read_shards(path: Path, name: str, *, tested: bool = False) -> DataSource:
     """The shards of a folder, of a pattern with braces or of one file, as a source.
 
     `tested` is that of `sources.find`.
@@ -68,10 +68,10 @@ def read_shards(place: Path, name: str, *, tested: bool = False) -> DataSource:
     Raises:
         DataError: everything that is wrong with them, as far as it could be read.
     """
-    place = Path(os.path.abspath(place))
-    files, notes = _shard_files(place)
-    problems = Problems(str(place))
-    paths = _by_split(files, place, problems, tested)
+    path = Path(os.path.abspath(path))
+    files, notes = _shard_files(path)
+    problems = Problems(str(path))
+    paths = _by_split(files, path, problems, tested)
     problems.stop("call the shards {train,val,test}-000000.tar and so on")
     found = {split: tar_index(some) for split, some in paths.items()}
     for what in dict.fromkeys(what for index, _ in found.values() for what, _ in index.problems):
@@ -86,7 +86,7 @@ def read_shards(place: Path, name: str, *, tested: bool = False) -> DataSource:
     judged = tuple(found) if tested else ("train",)
     _check_samples(found, judged, problems)
     problems.stop(SHARD_HELP)
-    names = _Names.beside(place if place.is_dir() else place.parent)
+    names = _Names.beside(path if path.is_dir() else path.parent)
     indices = {split: index for split, (index, _) in found.items()}
     classes, labels = _resolve_classes(indices, judged, names, problems)
     if len(classes) < 2 and not tested:
@@ -106,7 +106,7 @@ def read_shards(place: Path, name: str, *, tested: bool = False) -> DataSource:
         mixed = not _is_sorted(index.shard, labels[split])
         unmixed |= not mixed and split == "train" and len(index.keys) > WINDOW_IMAGES
         images = TarMembers(paths[split], times, index.shard, index.offset, index.size, mixed=mixed)
-        parts[split] = Part(images, labels[split], _ids(paths[split], index, place))
+        parts[split] = Part(images, labels[split], _ids(paths[split], index, path))
     if unmixed:
         notes.append(
             "these shards are sorted by class, so images are drawn from all of them at once, which "
@@ -118,14 +118,14 @@ def read_shards(place: Path, name: str, *, tested: bool = False) -> DataSource:
 # Which files
 
 
-def _shard_files(place: Path) -> tuple[list[Path], list[str]]:
+def _shard_files(path: Path) -> tuple[list[Path], list[str]]:
     """The shards, and notes on what was left aside."""
-    if place.is_file():
-        return [place], []
-    if not place.is_dir():
-        return _expanded(place), []
+    if path.is_file():
+        return [path], []
+    if not path.is_dir():
+        return _expanded(path), []
     found, packed, lost = list[Path](), list[str](), list[str]()
-    for entry in _list_shards(place):
+    for entry in _list_shards(path):
         inside = (
             _list_shards(entry.path)
             if split_from_name(entry.name) and is_directory(entry)
@@ -141,10 +141,10 @@ def _shard_files(place: Path) -> tuple[list[Path], list[str]]:
     if packed:
         raise DataError(
             f"{len(packed)} shards are compressed: {', '.join(packed[:5])}",
-            where=str(place),
+            where=str(path),
             fix="unpack them to plain .tar files: their images are compressed already",
         )
-    problems = Problems(str(place))
+    problems = Problems(str(path))
     problems.add(f"{len(lost)} shards are links to nothing, pipes or devices", lost)
     problems.stop("mount their disk, or take them away")
     return found, []
@@ -194,17 +194,17 @@ def _braces(text: str) -> Iterator[str]:
 
 
 def _by_split(
-    files: Sequence[Path], place: Path, problems: Problems, tested: bool
+    files: Sequence[Path], path: Path, problems: Problems, tested: bool
 ) -> dict[str, list[str]]:
     """Paths by split; all are for training where no name says otherwise."""
     named: dict[str, list[str]] = {}
     for path in files:
         words = re.split(r"[-_. ]+", path.stem)
-        if path.parent != place:
+        if path.parent != path:
             words.insert(0, path.parent.name)
         splits = [split for split in map(split_from_name, words) if split]
         named.setdefault(splits[-1] if splits else "", []).append(str(path))
-    if list(named) == [""] or (len(named) == 1 and not place.is_dir()):
+    if list(named) == [""] or (len(named) == 1 and not path.is_dir()):
         named = {"train": list(*named.values())}
     problems.add(
         "shards of no split beside those of one", list(map(os.path.basename, named.get("", ())))
@@ -215,9 +215,9 @@ def _by_split(
     return {split: named[split] for split in ("train", "val", "test") if split in named}
 
 
-def _ids(paths: Sequence[str], index: TarIndex, place: Path) -> PackedStrings:
+def _ids(paths: Sequence[str], index: TarIndex, path: Path) -> PackedStrings:
     """`train-000000.tar/0001` for each image, whatever the folder is called."""
-    root = place if place.is_dir() else place.parent
+    root = path if path.is_dir() else path.parent
     stems = [printable(os.path.relpath(path, root)).replace(os.sep, "/") for path in paths]
     return PackedStrings.of(
         f"{stems[s]}/{key}" for s, key in zip(index.shard.tolist(), index.keys, strict=True)

@@ -186,8 +186,8 @@ class SplitSlice:
     def gather(self, index: Tensor) -> Tensor:
         return self.split.rows.gather(index + self.start)
 
-    def resident(self) -> Tensor | None:
-        whole = self.split.rows.resident()
+    def in_memory_tensor(self) -> Tensor | None:
+        whole = self.split.rows.in_memory_tensor()
         return None if whole is None else whole[self.start : self.stop]
 
 

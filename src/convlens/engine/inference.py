@@ -56,18 +56,18 @@ class ModelOutputs(NamedTuple):
     tta: Tensor | None
 
 
-def batch_logits(model: nn.Module, images: Tensor, normalise: Prepare, plan: Plan) -> Tensor:
+def batch_logits(model: nn.Module, images: Tensor, normalize: Prepare, plan: Plan) -> Tensor:
     """Logits float32 `[B, classes]` on the device for uint8 images `[B, C, H, W]`."""
-    return batch_outputs(model, images, normalise, plan, None).plain
+    return batch_outputs(model, images, normalize, plan, None).plain
 
 
 @torch.inference_mode()
 def batch_outputs(
-    model: nn.Module, images: Tensor, normalise: Prepare, plan: Plan, views: ViewFunction | None
+    model: nn.Module, images: Tensor, normalize: Prepare, plan: Plan, views: ViewFunction | None
 ) -> ModelOutputs:
     """As `batch_logits`, with the mean over `views` beside it where there are any."""
     with eval_mode(model):
-        ready = normalise(images.to(plan.device), plan)
+        ready = normalize(images.to(plan.device), plan)
         if views is None:
             return ModelOutputs(model(ready).float(), None)
         return ModelOutputs(*average_views(model, ready, views))
@@ -98,7 +98,7 @@ class Forward:
     slow. The timed batches are answered, too, so that no image is computed twice.
 
     Args:
-        normalise: from what the rows hold to the network's input.
+        normalize: from what the rows hold to the network's input.
         plan: device and precision; its memory format is the one to start with.
         total: about how many images there will be; with few, timing formats doesn't pay.
         free: whether `model`'s memory format may be changed. It stays changed.
@@ -107,14 +107,14 @@ class Forward:
     def __init__(
         self,
         model: nn.Module,
-        normalise: Prepare,
+        normalize: Prepare,
         plan: Plan,
         *,
         views: ViewFunction | None = None,
         total: int,
         free: bool = False,
     ) -> None:
-        self._model, self._normalise, self.plan, self._views = model, normalise, plan, views
+        self._model, self._normalise, self.plan, self._views = model, normalize, plan, views
         self.batch_size: int | None = None  # None before the first batch
         self._trial_size = min(TRIED, total // 64) if free else 0  # images in a timed batch
         self._trial: _FormatTrial | None = None  # while memory formats are being timed
@@ -245,7 +245,7 @@ def _largest_layer(model: nn.Module) -> Iterator[list[int]]:
 def split_logits(
     model: nn.Module,
     split: Labelled,
-    normalise: Prepare,
+    normalize: Prepare,
     plan: Plan,
     *,
     advance: Callable[[int], None] = lambda count: None,
@@ -256,14 +256,14 @@ def split_logits(
     Each image counts exactly once; nothing is dropped or padded. `advance(n)` is told of
     progress; `free` is as in `Forward`.
     """
-    answers, labels = split_outputs(model, split, normalise, plan, None, advance=advance, free=free)
+    answers, labels = split_outputs(model, split, normalize, plan, None, advance=advance, free=free)
     return answers.plain, labels
 
 
 def split_outputs(
     model: nn.Module,
     split: Labelled,
-    normalise: Prepare,
+    normalize: Prepare,
     plan: Plan,
     views: ViewFunction | None,
     *,
@@ -273,7 +273,7 @@ def split_outputs(
     """As `split_logits`, with the mean over `views`: one loop, batch by batch, for both."""
     plain, tta = [], []
     total = split.rows.shape[0]
-    forward = Forward(model, normalise, plan, views=views, total=total, free=free)
+    forward = Forward(model, normalize, plan, views=views, total=total, free=free)
     for images in _read_chunks(split.rows):
         for answers in forward.answers(images):
             plain.append(answers.plain)
@@ -286,7 +286,7 @@ def split_outputs(
 
 def _read_chunks(rows: RowReader) -> Iterator[Tensor]:
     """What the rows hold: all of it where it is in memory, else a piece ahead of what is used."""
-    whole = rows.resident()
+    whole = rows.in_memory_tensor()
     if whole is not None:
         yield whole
         return

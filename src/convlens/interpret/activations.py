@@ -56,8 +56,8 @@ class Activity:
         """The likeliest class and its probability; None where the logits are not finite."""
         if not np.isfinite(self.logits).all():
             return None, None
-        chances = metrics.softmax(self.logits[None])[0]
-        return self.classes[int(chances.argmax())], float(chances.max())
+        probs = metrics.softmax(self.logits[None])[0]
+        return self.classes[int(probs.argmax())], float(probs.max())
 
     @property
     def truth(self) -> str | None:
@@ -192,8 +192,8 @@ def draw_activations(
     paths, columns = [], []
     for number, each in enumerate(seen):
         panels = [
-            _panel(layer, maps, orders[number][layer], scales[number][place], count)
-            for place, (layer, maps) in enumerate(each.maps.items())
+            _panel(layer, maps, orders[number][layer], scales[number][index], count)
+            for index, (layer, maps) in enumerate(each.maps.items())
         ]
         columns.append(plots.Column(opened.names[number], describe_prediction(each), panels))
         ending = f"-{opened.slugs[number]}" if len(seen) > 1 else ""

@@ -32,7 +32,7 @@ class ModelAttributions:
     """What one network's methods say of the pictures.
 
     Attributes:
-        chances: probabilities, float64 `[N, classes]`.
+        probs: probabilities, float64 `[N, classes]`.
         targets: int64 `[N]`, the class each picture's maps are of.
         layer, side: where Grad-CAM was done, and the side of its maps; None without Grad-CAM.
         maps: by method, float32 `[N, h, w]` as fine as the method makes them.
@@ -42,7 +42,7 @@ class ModelAttributions:
     name: str
     classes: tuple[str, ...]
     pictures: Sequence[Picture]
-    chances: np.ndarray
+    probs: np.ndarray
     targets: Tensor
     layer: str | None
     side: int | None
@@ -67,14 +67,14 @@ class ModelAttributions:
 
     def _image(self, index: int) -> dict[str, Any]:
         picture, target = self.pictures[index], int(self.targets[index])
-        guess = int(self.chances[index].argmax())
+        guess = int(self.probs[index].argmax())
         found: dict[str, Any] = {
             "image": picture.name,
             "truth": None if picture.label is None else self.classes[picture.label],
             "predicted": self.classes[guess],
-            "predicted_probability": float(self.chances[index, guess]),
+            "predicted_probability": float(self.probs[index, guess]),
             "class": self.classes[target],
-            "probability": float(self.chances[index, target]),
+            "probability": float(self.probs[index, target]),
             "ranges": {},
             "completeness": {},
         }
@@ -173,17 +173,17 @@ def _begin(
     with _about(subject):
         wanted = features.find_layers(subject.model, [] if layer is None else [layer])
         logits, shapes = _forward(subject, images, wanted)
-        chances = inference.probabilities(logits)
+        probs = inference.probabilities(logits)
         layered = any(method.layered for method in table.values())
-        place = attribution_methods.find_layer(shapes, layer) if layered else None
+        layer_name = attribution_methods.find_layer(shapes, layer) if layered else None
         if target is None:
             targets = logits.argmax(1)
         else:
             numbers = {name: number for number, name in enumerate(subject.classes)}
             targets = torch.full((len(images),), lookup(numbers, target, "class"))
-    side = None if place is None else shapes[place][2]
+    side = None if layer_name is None else shapes[layer_name][2]
     found = ModelAttributions(
-        subject.name, subject.classes, pictures, chances, targets.cpu(), place, side, {}, {}
+        subject.name, subject.classes, pictures, probs, targets.cpu(), layer_name, side, {}, {}
     )
     empty, _ = attribution_methods.shapes_of(subject.model, torch.zeros_like(images[:1]), [])
     rises = (logits - empty).double().cpu().gather(1, found.targets[:, None])[:, 0].numpy()
@@ -255,7 +255,7 @@ def _draw(models: Sequence[ModelAttributions], table: Mapping[str, Method], fold
             for name, method in table.items()
         ]
         rows = [
-            (model.classes[target], float(model.chances[index, target]))
+            (model.classes[target], float(model.probs[index, target]))
             for index, target in enumerate(model.targets.tolist())
         ]
         panels.append(AttributionPanel(model.name, own, columns, rows))

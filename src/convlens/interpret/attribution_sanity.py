@@ -217,8 +217,8 @@ def perturbation_curves(
             for part in torch.arange(steps + 1).split(at_once(images)):
                 changed = when[index] < limits[part.to(limits.device), None, None, None]
                 mixed = torch.where(changed, after[index], before[index])
-                chances = model(mixed).double().softmax(1)[:, target]
-                found[index, part] = chances.cpu()
+                probs = model(mixed).double().softmax(1)[:, target]
+                found[index, part] = probs.cpu()
             advance(1)
     return np.asarray(found.numpy())
 

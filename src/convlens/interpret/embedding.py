@@ -30,7 +30,7 @@ BEFORE_TSNE = 50  # principal components, as van der Maaten and Hinton 2008 take
 
 @dataclass(frozen=True)
 class Embedding:
-    """Where images lie: `points` float64 `[N, 2]`, int64 `labels` and `guesses` `[N]`, `ids`.
+    """Where images lie: `points` float64 `[N, 2]`, int64 `labels` and `preds` `[N]`, `ids`.
 
     `words` say how the map was made; labels mean `classes`.
     """
@@ -43,7 +43,7 @@ class Embedding:
     classes: tuple[str, ...]
     points: Floats
     labels: npt.NDArray[np.int64]
-    guesses: npt.NDArray[np.int64]
+    preds: npt.NDArray[np.int64]
     ids: tuple[str, ...]
     seed: int
     file: Path
@@ -54,7 +54,7 @@ class Embedding:
         return {
             **{key: getattr(self, key) for key in kept},
             "n": len(self.ids),
-            "mistakes": int((self.labels != self.guesses).sum()),
+            "mistakes": int((self.labels != self.preds).sum()),
             "files": [str(self.file), str(self.file.with_suffix(".csv"))],
         }
 
@@ -115,13 +115,13 @@ def embed(
         chosen = draw_sample(subject, split, data=data, most=images, seed=seed)
         if len(chosen) < 4:
             raise DataError(f"{len(chosen)} images make no map", fix="take a larger split")
-        features, guesses = [], []
+        features, preds = [], []
         with progress_bar(f"{subject.name}: {split} images", len(chosen)) as bar:
             for seen in penultimate_features(
                 subject, (some for some, _ in chosen.batches(FEATURE_BATCH))
             ):
                 features.append(seen.features)
-                guesses.append(seen.logits.argmax(1))
+                preds.append(seen.logits.argmax(1))
                 bar.advance(len(seen.features))
         # Of length 1: else a few images of large features would make the map theirs.
         directions = F.normalize(torch.cat(features).double()).numpy()
@@ -134,8 +134,8 @@ def embed(
             directions = np.pad(directions, ((0, 0), (0, 1)))
         points, words = make(directions, seed)
     # What the network says, in the order of the set's classes; -1 is a class of its own.
-    place = {name: number for number, name in enumerate(chosen.classes)}
-    theirs = np.array([place.get(name, -1) for name in subject.classes])
+    position = {name: number for number, name in enumerate(chosen.classes)}
+    theirs = np.array([position.get(name, -1) for name in subject.classes])
     result = Embedding(
         run=subject.name,
         method=method,
@@ -145,7 +145,7 @@ def embed(
         classes=chosen.classes,
         points=points,
         labels=chosen.labels.numpy(),
-        guesses=theirs[torch.cat(guesses).numpy()],
+        preds=theirs[torch.cat(preds).numpy()],
         ids=chosen.ids,
         seed=seed,
         file=folder / f"embedding-{method}.png",
@@ -164,14 +164,14 @@ def _write_embedding(result: Embedding) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "x", "y", "class", "prediction"])
-    rows = zip(result.ids, result.points, result.labels, result.guesses, strict=True)
+    rows = zip(result.ids, result.points, result.labels, result.preds, strict=True)
     for identity, (x, y), label, guess in rows:
         writer.writerow([identity, f"{x:.6g}", f"{y:.6g}", names[label], names[guess]])
     write_atomic(result.file.with_suffix(".csv"), text.getvalue())
     title = f"{result.run}: {len(result.ids):,} {result.split} images, {result.words}"
     named = ("first component", "second component") if result.method == "pca" else ("", "")
     figure = plots.embedding(
-        result.points, result.labels, result.guesses, result.classes, title, named
+        result.points, result.labels, result.preds, result.classes, title, named
     )
     plots.save_figure(figure, result.file)
 
@@ -204,7 +204,7 @@ class NearestImages:
     image: str
     label: str | None
     prediction: str
-    neighbours: tuple[Neighbor, ...]
+    neighbors: tuple[Neighbor, ...]
 
 
 @dataclass(frozen=True)
@@ -248,12 +248,12 @@ def nearest_neighbors(
         train = subject.split("train")
         seen = list(penultimate_features(subject, asked.split(SEARCH_BATCH)))
         query = F.normalize(torch.cat([each.features for each in seen]).double())
-        guesses = torch.cat([each.logits.argmax(1) for each in seen]).tolist()
+        preds = torch.cat([each.logits.argmax(1) for each in seen]).tolist()
         similarity, number = _search_neighbors(
             subject, train, query, pictures, min(count, len(train))
         )
     found = []
-    for row, (picture, guess) in enumerate(zip(pictures, guesses, strict=True)):
+    for row, (picture, guess) in enumerate(zip(pictures, preds, strict=True)):
         near = [
             Neighbor(
                 id=str(train.ids[at]),
@@ -279,8 +279,8 @@ def _search_neighbors(
     best = torch.full((len(query), count), -2.0, dtype=torch.float64)
     number = torch.full((len(query), count), -1)
     # By id and not by number: another run's `train:3` may be another image, or held out here.
-    place = {str(each): at for at, each in enumerate(train.ids)}
-    own = [-1 if p.id is None else place.get(p.id, -1) for p in pictures]
+    position = {str(each): at for at, each in enumerate(train.ids)}
+    own = [-1 if p.id is None else position.get(p.id, -1) for p in pictures]
     done = 0
     pieces = (train.rows.gather(some) for some in torch.arange(len(train)).split(SEARCH_BATCH))
     with progress_bar(f"{subject.name}: training images", len(train)) as bar:
@@ -314,10 +314,10 @@ def _draw_neighbors(result: NeighborReport, asked: Tensor, train: Split) -> None
     for picture, one in zip(asked, result.found, strict=True):
         images.append(picture)
         captions.append([one.image, f"says {one.prediction}", f"is {one.label or 'not known'}"])
-        numbers = torch.tensor([near.number for near in one.neighbours], dtype=torch.int64)
+        numbers = torch.tensor([near.number for near in one.neighbors], dtype=torch.int64)
         images += list(train.rows.gather(numbers))
         captions += [
-            [f"{near.distance:.3f}", near.label, near.same.upper()] for near in one.neighbours
+            [f"{near.distance:.3f}", near.label, near.same.upper()] for near in one.neighbors
         ]
     title = f"{result.run}: nearest of {result.searched:,} training images (cosine distance)"
     figure = plots.neighbors_sheet(torch.stack(images).numpy(), captions, len(result.found), title)

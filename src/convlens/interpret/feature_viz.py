@@ -37,7 +37,7 @@ SHIFT, TURN, ZOOM = 1 / 12, 0.14, 0.08  # of the random transformations; TURN in
 CHUNK = 16  # channels at a time
 # Light, red against green, yellow against blue: nearly independent in natural images, with about
 # these deviations (Ruderman, Cronin and Chiao 1998).
-COLOURS = ((0.577, 0.577, 0.577), (0.707, -0.707, 0.0), (0.408, 0.408, -0.816))
+COLORS = ((0.577, 0.577, 0.577), (0.707, -0.707, 0.0), (0.408, 0.408, -0.816))
 DEVIATIONS = (1.0, 0.35, 0.35)
 
 
@@ -179,7 +179,7 @@ def _optimize(
 
     def answers(images: Tensor) -> Tensor:
         with features.record_outputs(subject.model, [layer]) as outputs:
-            subject.model(pre.normalise(images, subject.plan))
+            subject.model(pre.normalize(images, subject.plan))
         maps = features.as_maps(outputs, [layer])[layer].flatten(2).mean(2)
         chosen = columns.repeat_interleave(len(images) // len(channels))
         found: Tensor = maps.gather(1, chosen[:, None])
@@ -219,7 +219,7 @@ def _picture(waves: Tensor, scale: Tensor) -> Tensor:
     size = waves.shape[2]
     planes = torch.fft.irfft2(torch.view_as_complex(waves) * scale, s=(size, size), norm="ortho")
     if planes.shape[1] == 3:
-        mix = torch.tensor(COLOURS) * torch.tensor(DEVIATIONS)[:, None]
+        mix = torch.tensor(COLORS) * torch.tensor(DEVIATIONS)[:, None]
         planes = torch.einsum("kcij,cd->kdij", planes, mix.to(planes) * math.sqrt(3))
     found: Tensor = planes.sigmoid()
     return found
@@ -450,13 +450,13 @@ def top_images_figure(found: TopImages, split: Split, channels: int) -> Any:
         label, times = found.commonest(channel)
         names.append((f"#{channel}", f"{times}/{found.images.shape[1]} {label}"))
     images = [split.rows.gather(torch.from_numpy(found.images[c])).numpy() for c in shown]
-    place = "the frame is the peak's place in the layer's map" if high * wide > 1 else ""
-    place = place or "the layer has one value an image, so no place is marked"
+    note = "the frame is the peak's place in the layer's map" if high * wide > 1 else ""
+    note = note or "the layer has one value an image, so no place is marked"
     silent = f" {found.silent} never change." if found.silent else ""
     silent += f" {found.broken} are NaN or infinite." if found.broken else ""
     note = (
         f"The {found.images.shape[1]} of {len(found.labels):,} {found.split} images that excite a "
-        f"channel most, strongest first; {place}. Channels whose peaks stand out most (in standard "
+        f"channel most, strongest first; {note}. Channels whose peaks stand out most (in standard "
         f"deviations over the images) first, those with much the same images left out; beside them "
         f"the commonest class.{silent}"
     )
@@ -487,7 +487,7 @@ class Filters:
     limit: float
 
     @property
-    def coloured(self) -> bool:
+    def colored(self) -> bool:
         return bool(self.weights.shape[1] == 3)
 
     def inputs(self, channel: int) -> npt.NDArray[np.int64]:
@@ -540,11 +540,11 @@ def filters_figure(filters: Filters, channels: int) -> Any:
     amount = f"all {count:,}" if len(shown) == count else f"{len(shown)} of {count:,}"
     title = f"{filters.run}, {filters.layer}: {amount} filters"
     scale = f"±{filters.limit:.3g} (99.5th percentile of the layer's absolute weights)"
-    if filters.coloured:
+    if filters.colored:
         names = [str(number) for number in shown.tolist()]
         note = f"{high}×{wide} over red, green, blue; most energetic first. Grey is 0, the ends of "
         note += f"the colours are {scale}. Below: number of the channel."
-        return plots.colour_filters(filters.weights[shown], names, filters.limit, title, note)
+        return plots.color_filters(filters.weights[shown], names, filters.limit, title, note)
     chosen = np.stack([filters.weights[each][filters.inputs(each)] for each in shown.tolist()])
     names = [f"#{number}" for number in shown.tolist()]
     some = f"the {chosen.shape[1]} strongest of its {inputs:,} input kernels"

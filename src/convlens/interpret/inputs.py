@@ -54,13 +54,13 @@ class Picture(NamedTuple):
 class InspectedModel:
     """A network to be looked at, in eval mode on its device, float32.
 
-    `place` is the run it comes from; None for a network of torchvision or timm.
+    `run_dir` is the run it comes from; None for a network of torchvision or timm.
     """
 
     name: str
     loaded: LoadedModel
     plan: Plan
-    place: RunDir | None = None
+    run_dir: RunDir | None = None
     _splits: dict[tuple[str, str | None], Split] = field(default_factory=dict, repr=False)
 
     @property
@@ -78,7 +78,7 @@ class InspectedModel:
         Raises:
             UsageError: it isn't a run; DataError: the images changed or have moved.
         """
-        if self.place is None:
+        if self.run_dir is None:
             raise UsageError(
                 f"{self.name} is no run of convlens: it has no images of its own",
                 fix="name image files, or a data set with --data",
@@ -107,17 +107,17 @@ class InspectedModel:
         return self._splits[key]
 
     def _log(self, opened: evaluation.EvalSplit) -> None:
-        assert self.place is not None
-        entry = self.place.add_result(
+        assert self.run_dir is not None
+        entry = self.run_dir.add_result(
             {
-                "run": self.place.name,
+                "run": self.run_dir.name,
                 "split": "test",
                 "data": opened.name,
                 "own": True,
                 "n": len(opened.part),
                 "by": "look",
                 "data_fingerprint": opened.fingerprint,
-                "model_sha256": self.loaded.card["sha256"],
+                "model_sha256": self.loaded.model_metadata["sha256"],
             }
         )
         print_status(
@@ -135,7 +135,7 @@ class InspectedModel:
 
     def prepared(self, pixels: Tensor) -> Tensor:
         """uint8 `[N, C, S, S]` normalised, float32 on the device: what the network takes."""
-        return self.loaded.preprocessing.normalise(pixels.to(self.plan.device), self.plan)
+        return self.loaded.preprocessing.normalize(pixels.to(self.plan.device), self.plan)
 
 
 def open_inspected_model(text: str, *, on: str | None = None) -> InspectedModel:
@@ -149,14 +149,14 @@ def open_inspected_model(text: str, *, on: str | None = None) -> InspectedModel:
     """
     name, _, spec = text.partition(":")
     try:
-        place = run.find_run(text)
+        run_dir = run.find_run(text)
     except ConvlensError:
         if name not in zoo.zoo_names() and not name.startswith(zoo.TIMM):
             raise
         loaded = _of_library(ModelConfig(name=name, weights=spec or "default"))
         return InspectedModel(text, loaded, place_model(loaded.model, on))
-    loaded = run.load_model(place.model_path)
-    return InspectedModel(place.name, loaded, place_model(loaded.model, on), place)
+    loaded = run.load_model(run_dir.model_path)
+    return InspectedModel(run_dir.name, loaded, place_model(loaded.model, on), run_dir)
 
 
 def share_data(subjects: Sequence[InspectedModel]) -> None:
@@ -167,8 +167,8 @@ def share_data(subjects: Sequence[InspectedModel]) -> None:
     """
     loaded: dict[str, Data] = {}
     for subject in subjects:
-        if subject.place is not None:
-            mark = subject.loaded.card["data"]["fingerprint"]
+        if subject.run_dir is not None:
+            mark = subject.loaded.model_metadata["data"]["fingerprint"]
             subject.data = loaded[mark] = loaded.get(mark) or subject.data
 
 
@@ -192,8 +192,8 @@ def _of_library(config: ModelConfig) -> LoadedModel:
     preprocessing = Preprocessing(
         LIBRARY_IMAGE_SIZE, 3, "crop", mean or IMAGENET[0], std or IMAGENET[1]
     )
-    card = {"model": {"name": config.name, "options": options}}
-    return LoadedModel(model.eval(), classes, preprocessing, card)
+    model_metadata = {"model": {"name": config.name, "options": options}}
+    return LoadedModel(model.eval(), classes, preprocessing, model_metadata)
 
 
 def _outputs(tensors: dict[str, Tensor]) -> int:
@@ -219,8 +219,10 @@ def select_pictures(subject: InspectedModel, asked: Sequence[str]) -> list[Pictu
     """
     found: list[Picture] = []
     for text in asked:
-        place = _PLACE.fullmatch(text) if is_split_position(text) else None
-        found += _from_split(subject, place[1], place[2]) if place else _from_files(subject, text)
+        run_dir = _PLACE.fullmatch(text) if is_split_position(text) else None
+        found += (
+            _from_split(subject, run_dir[1], run_dir[2]) if run_dir else _from_files(subject, text)
+        )
     if not found:
         right = any(text.startswith("worst:") for text in asked)
         what = "no mistake on the test split, so no worst one" if right else "no images to look at"
@@ -251,7 +253,7 @@ def _from_split(subject: InspectedModel, kind: str, rest: str) -> list[Picture]:
         raise UsageError(
             f"{kind}:{rest}: {number!r} is no number", fix="write test:17, worst:5 or val:3"
         )
-    numbers = {name: place for place, name in enumerate(subject.classes)}
+    numbers = {name: run_dir for run_dir, name in enumerate(subject.classes)}
     wanted_class = lookup(numbers, label, "class") if kind == "class" else -1
     count = int(number)
     split = subject.split(kind if kind in ("train", "val") else "test")
@@ -273,10 +275,10 @@ def _from_split(subject: InspectedModel, kind: str, rest: str) -> list[Picture]:
 
 def worst_images(subject: InspectedModel, split: Split) -> Tensor:
     """int64 positions of the wrong answers in a split, the one least likely to its truth first."""
-    normalise = subject.loaded.preprocessing.normalise
-    logits, labels = split_logits(subject.model, split, normalise, subject.plan)
-    chances = logits.double().softmax(1).cpu().numpy()
-    return torch.from_numpy(worst_mistake_images(chances, labels.cpu().numpy()))
+    normalize = subject.loaded.preprocessing.normalize
+    logits, labels = split_logits(subject.model, split, normalize, subject.plan)
+    probs = logits.double().softmax(1).cpu().numpy()
+    return torch.from_numpy(worst_mistake_images(probs, labels.cpu().numpy()))
 
 
 # ---- choosing ----------------------------------------
@@ -342,7 +344,9 @@ def figures_folder(subjects: Sequence[InspectedModel]) -> Path:
     """`plots/<run>/look` for one network, `plots/look-<run>-<run>` for several."""
     if len(subjects) == 1:
         (one,) = subjects
-        return (one.place.plots if one.place else run.PLOTS_DIR / run.safe_name(one.name)) / "look"
+        return (
+            one.run_dir.plots if one.run_dir else run.PLOTS_DIR / run.safe_name(one.name)
+        ) / "look"
     name = "-".join(["look", *(run.safe_name(subject.name) for subject in subjects)])
     if len(name) > MAX_FOLDER_NAME:
         name = f"{name[:MAX_FOLDER_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
@@ -398,7 +402,7 @@ def _pictures(
     subjects: Sequence[InspectedModel], asked: Sequence[str], examples: bool
 ) -> list[tuple[Picture, ...]]:
     # Images of a split come from the first network that has data of its own.
-    home = next((subject for subject in subjects if subject.place), subjects[0])
+    home = next((subject for subject in subjects if subject.run_dir), subjects[0])
     found: list[tuple[Picture, ...]] = []
     for text in asked:
         if is_split_position(text):
@@ -426,27 +430,27 @@ def example_pictures(subject: InspectedModel) -> list[Picture]:
     split = subject.split(held)
     index = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split))).round().long()
     pixels, labels = split.rows.gather(index), split.labels[index]
-    normalise = subject.loaded.preprocessing.normalise
+    normalize = subject.loaded.preprocessing.normalize
     logits = torch.cat(
-        [batch_logits(subject.model, part, normalise, subject.plan) for part in pixels.split(128)]
+        [batch_logits(subject.model, part, normalize, subject.plan) for part in pixels.split(128)]
     ).cpu()
-    places = pick_examples(
+    run_dirs = pick_examples(
         logits.double().softmax(1).nan_to_num(0).numpy(), labels.numpy(), EXAMPLES
     )
     print_status(
         f"no images named: of {len(index):,} {held} images one that {subject.name} gets right of "
         f"each of {EXAMPLES} classes, and its surest mistake"
     )
-    return [Picture(f"{held}:{int(index[i])}", pixels[i], int(labels[i])) for i in places]
+    return [Picture(f"{held}:{int(index[i])}", pixels[i], int(labels[i])) for i in run_dirs]
 
 
-def pick_examples(chances: np.ndarray, truths: np.ndarray, count: int) -> list[int]:
+def pick_examples(probs: np.ndarray, targets: np.ndarray, count: int) -> list[int]:
     """Places of the first right answer of each of the first `count` classes that have one, then
     of the surest mistake, by probabilities `[N, K]` and labels `[N]`.
     """
-    right = np.flatnonzero(chances.argmax(1) == truths)
-    _, first = np.unique(truths[right], return_index=True)  # by class, in their order
-    return [*right[first][:count].tolist(), *worst_mistake_images(chances, truths)[:1].tolist()]
+    right = np.flatnonzero(probs.argmax(1) == targets)
+    _, first = np.unique(targets[right], return_index=True)  # by class, in their order
+    return [*right[first][:count].tolist(), *worst_mistake_images(probs, targets)[:1].tolist()]
 
 
 def _picture_for(subject: InspectedModel, picture: Picture, home: InspectedModel) -> Picture:

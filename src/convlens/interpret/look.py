@@ -141,7 +141,7 @@ class Look:
     attribution: attribution.Attributions | None = None
     measures: Measurements | None = None
     embeddings: list[embedding.Embedding] = field(default_factory=list)
-    neighbours: list[embedding.NeighborReport] = field(default_factory=list)
+    neighbors: list[embedding.NeighborReport] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     rows: int = ROWS
 
@@ -165,7 +165,7 @@ class Look:
             "attribution": self.attribution and self.attribution.to_dict(),
             "measures": self.measures and self.measures.to_dict(),
             "embeddings": [each.to_dict() for each in self.embeddings],
-            "neighbours": [each.to_dict() for each in self.neighbours],
+            "neighbours": [each.to_dict() for each in self.neighbors],
             "folder": str(self.opened.folder),
             "files": [str(path) for path in self.files],
         }
@@ -246,14 +246,14 @@ def _features(found: Look, options: LookOptions) -> None:
         if options.nearest:
             mine = [each[number] for each in opened.pictures]
             near = embedding.nearest_neighbors(subject, mine, options.nearest, folder=folder)
-            found.neighbours.append(near)
+            found.neighbors.append(near)
             found.files.append(near.file)
 
 
 def _kernels(found: Look, subject: InspectedModel, ending: str, options: LookOptions) -> None:
     for layer in options.filters:
         each = feature_viz.read_filters(subject, layer)
-        default = CHANNELS_SHOWN if each.coloured else KERNELS
+        default = CHANNELS_SHOWN if each.colored else KERNELS
         figure = feature_viz.filters_figure(each, options.channels or default)
         path = found.opened.folder / f"filters-{each.layer}{ending}"
         arrays: dict[str, Any] = {
@@ -270,7 +270,7 @@ def _images(found: Look, subject: InspectedModel, ending: str, options: LookOpti
     wanted = [feature_viz.parse_dream(text) for text in options.dream]
     layers_ = [*options.top_images, *(layer for layer, _ in wanted)]
     activations.check_layers([subject], layers_)
-    own = subject.place is not None or options.data is not None
+    own = subject.run_dir is not None or options.data is not None
     split_name = options.split or (subject.held_out(options.data) if layers_ and own else "val")
     split = (
         subject.split(split_name, options.data) if layers_ and (own or options.top_images) else None

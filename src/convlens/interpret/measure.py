@@ -104,13 +104,13 @@ class StageMeasurement:
     def architecture(self) -> str:
         """Equal for networks that differ in their weights only, and are shown the same."""
         loaded = self.subject.loaded
-        key = [loaded.card["model"], len(loaded.classes), loaded.preprocessing.image_size]
+        key = [loaded.model_metadata["model"], len(loaded.classes), loaded.preprocessing.image_size]
         return json.dumps([*key, self.held.data, self.held.ids[0]])
 
     def fresh(self, seed: int) -> StageMeasurement:
         """The same architecture on the same images, with weights as before any training."""
         loaded = self.subject.loaded
-        net, pre = loaded.card["model"], loaded.preprocessing
+        net, pre = loaded.model_metadata["model"], loaded.preprocessing
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = models.build_model(
@@ -122,7 +122,7 @@ class StageMeasurement:
         )
         if isinstance(model, models.DataInitialized):
             pixels, _ = next(self.held.batches(WHITENED_FROM))
-            model.initialise(subject.prepared(pixels))
+            model.initialize(subject.prepared(pixels))
         measures = next(iter(self.stages.values()))
         return replace(
             StageMeasurement.of(subject, self.held, self.own, list(measures), list(self.stages)),

@@ -27,7 +27,7 @@ class FastNet(nn.Module):
 
     The first layer projects each 2x2 patch on plus and minus the eigenvectors of the training
     images' patches, scaled to unit variance: `8 * channels` frozen filters, of which only the
-    bias is trained. `initialise` computes them; `preparing.prepare` calls it. A block is
+    bias is trained. `initialize` computes them; `preparing.prepare` calls it. A block is
     convolution, max pooling, norm, activation and then `depth - 1` times convolution, norm,
     activation, the last activation of a block of three after a residual sum around its last two
     convolutions (airbench96). All convolutions start as the identity on their first channels.
@@ -81,7 +81,7 @@ class FastNet(nn.Module):
         self.classifier = nn.Linear(inputs, classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=1 / (inputs * self.scale))
 
-    def initialise(self, images: Tensor) -> None:
+    def initialize(self, images: Tensor) -> None:
         """Sets the whitening filters from normalised training images float32 `[N, C, H, W]`."""
         with torch.no_grad():
             self.whiten.weight.copy_(whitening_filters(images, PATCH, WHITEN_EPS))

@@ -33,7 +33,7 @@ class ModelParts:
 class DataInitialized(Protocol):
     """A network some of whose weights are computed from images before it is trained."""
 
-    def initialise(self, images: Tensor) -> None:
+    def initialize(self, images: Tensor) -> None:
         """Takes some thousand training images, normalised, float32 `[N, C, H, W]`."""
         ...
 

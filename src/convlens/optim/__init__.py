@@ -1,7 +1,7 @@
 """Optimisers over parameter groups, schedules as functions of progress, and weight averaging.
 
 A recipe's `optim` section becomes: `groups.py` (which parameter trains when, at which rate),
-one of `OPTIMISERS` (`eager.py`: torch's; `muon.py`), `schedules.py`, `timetable.py` (rates and
+one of `OPTIMIZERS` (`eager.py`: torch's; `muon.py`), `schedules.py`, `timetable.py` (rates and
 windows, step by step) and `averaging.py` (EMA, lookahead).
 """
 
@@ -80,11 +80,11 @@ def _muon(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.Opti
         lr=config.lr,
         momentum=config.momentum,
         iterations=config.muon_iterations,
-        normalise=config.muon_normalise,
+        normalize=config.muon_normalise,
     )
 
 
-OPTIMISERS: dict[str, Callable[[list[ParameterGroup], OptimConfig], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[ParameterGroup], OptimConfig], torch.optim.Optimizer]] = {
     "adam": _adam,
     "adamw": _adamw,
     "muon": _muon,
@@ -98,11 +98,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     Raises:
         UsageError: no such optimiser, or groups, rates and windows that can't be.
     """
-    make = lookup(OPTIMISERS, config.name, "optimiser")
-    optimiser = make(split_parameters(model, config), config)
-    for group in optimiser.param_groups:
+    make = lookup(OPTIMIZERS, config.name, "optimiser")
+    optimizer = make(split_parameters(model, config), config)
+    for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    return optimiser
+    return optimizer
 
 
 def check_optimizer(model: nn.Module, config: OptimConfig) -> None:
@@ -111,5 +111,5 @@ def check_optimizer(model: nn.Module, config: OptimConfig) -> None:
     Raises:
         UsageError: as `build`.
     """
-    lookup(OPTIMISERS, config.name, "optimiser")
+    lookup(OPTIMIZERS, config.name, "optimiser")
     split_parameters(model, config)

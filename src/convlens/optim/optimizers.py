@@ -214,16 +214,16 @@ class Muon(Eager):
 
     - SGD as torch's: `g` has `weight_decay * w` added, `w <- w - lr * u`.
     - Muon, for parameters of two or more dimensions, flattened to `[out, rest]`: weights shrink
-      by `1 - lr * weight_decay`; with `normalise` they are rescaled to the norm sqrt(out); then
+      by `1 - lr * weight_decay`; with `normalize` they are rescaled to the norm sqrt(out); then
       `w <- w - lr * orthogonalised(u)`. The gradient's scale doesn't matter.
 
-    `normalise` changes nothing in what a filter with a norm behind it computes, and holds its
+    `normalize` changes nothing in what a filter with a norm behind it computes, and holds its
     effective rate; without a norm behind it, leave it off. Source: Jordan et al. 2024 ("Muon: An
     optimizer for hidden layers in neural networks") and its CIFAR-10 record airbench94_muon.
 
     Args:
         iterations: of Newton-Schulz; 3 in the CIFAR-10 record, 5 elsewhere.
-        normalise: whether Muon's weights are rescaled before each update.
+        normalize: whether Muon's weights are rescaled before each update.
     """
 
     def __init__(
@@ -234,9 +234,9 @@ class Muon(Eager):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         iterations: int = 3,
-        normalise: bool = True,
+        normalize: bool = True,
     ) -> None:
-        self.iterations, self.normalise = iterations, normalise
+        self.iterations, self.normalize = iterations, normalize
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -296,7 +296,7 @@ class Muon(Eager):
         moves = self._with_momentum(parameters, gradients, group)
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        if self.normalise:
+        if self.normalize:
             norms = torch._foreach_norm(parameters)
             torch._foreach_clamp_min_(norms, 1e-12)
             torch._foreach_mul_(parameters, [len(p) ** 0.5 for p in parameters])

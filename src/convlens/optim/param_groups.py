@@ -263,9 +263,9 @@ class StageRow:
         return self.stage, f"{self.parameters:,}", share, " to ".join(low_high), when
 
 
-def stage_table(model: nn.Module, optimiser: torch.optim.Optimizer) -> list[StageRow]:
+def stage_table(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[StageRow]:
     """A row for each stage of `model` that has weights, in order, the head last."""
-    group_of = {id(p): group for group in optimiser.param_groups for p in group["params"]}
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     members: dict[str, list[nn.Parameter]] = {}
     parameters = dict(model.named_parameters())
     for name, stage in stage_of(model).items():

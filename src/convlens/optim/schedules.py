@@ -100,14 +100,14 @@ def build_schedule(config: OptimConfig) -> Schedule:
 # Rates and windows step by step: at which rate each parameter group trains, and when at all.
 
 
-def set_lr(optimiser: torch.optim.Optimizer, factor: float) -> float:
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
     """Sets each group's learning rate to `factor` times its initial one.
 
     Returns the recipe's rate times `factor`; single groups may have rates of their own.
     """
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    return float(optimiser.defaults["lr"] * factor)
+    return float(optimizer.defaults["lr"] * factor)
 
 
 class GroupSchedule:
@@ -122,15 +122,15 @@ class GroupSchedule:
     After training, what had its window closed still needs no gradient.
 
     Args:
-        optimiser: as `optim.build` made it.
+        optimizer: as `optim.build` made it.
         steps: all steps of the run.
     """
 
-    def __init__(self, optimiser: torch.optim.Optimizer, schedule: Schedule, steps: int) -> None:
-        self._optimiser, self._schedule, self._steps = optimiser, schedule, steps
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> None:
+        self._optimizer, self._schedule, self._steps = optimizer, schedule, steps
         self._windows = [
             (group, self._step_of(group["window"][0]), self._step_of(group["window"][1]))
-            for group in optimiser.param_groups
+            for group in optimizer.param_groups
             if group["window"] != (0.0, 1.0)
         ]
         turns = {step for _, first, last in self._windows for step in (first, last)}
@@ -154,7 +154,7 @@ class GroupSchedule:
 
     def set_rates(self, step: int) -> float:
         """Sets the groups' rates for `step`, from 0; returns the rate of what has no window."""
-        lr = set_lr(self._optimiser, self._schedule(step / self._steps))
+        lr = set_lr(self._optimizer, self._schedule(step / self._steps))
         for group, first, last in self._windows:
             trains = first <= step < last
             factor = self._schedule((step - first) / (last - first)) if trains else 0.0
@@ -163,7 +163,7 @@ class GroupSchedule:
 
     def lr_at(self, step: int) -> float:
         """The rate that `set_rates` returns for `step`."""
-        return float(self._optimiser.defaults["lr"] * self._schedule(step / self._steps))
+        return float(self._optimizer.defaults["lr"] * self._schedule(step / self._steps))
 
 
 # ---- averaging ----------------------------------------

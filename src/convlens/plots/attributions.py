@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from convlens.plots.charts import COLOURS, DASHES, MARKERS
+from convlens.plots.charts import COLORS, DASHES, MARKERS
 from convlens.plots.images import SHEET_GAP, Images, tiles_of
 from convlens.plots.style import DPI, GREY, fit_text, use_style
 
@@ -129,10 +129,10 @@ class _Grid:
         """The picture in grey below the map's colours, as large as a tile."""
         fine = upsample(column.maps[row].astype(np.float64), self.high, self.wide)
         share = fine / full if full else np.zeros_like(fine)
-        colours = _colours(share, column.signed)
+        colors = _colours(share, column.signed)
         if grey.shape != (self.high, self.wide):  # another model's pictures have another size
             grey = upsample(grey, self.high, self.wide)
-        mixed = HEAT * colours + (1 - HEAT) * grey[..., None]
+        mixed = HEAT * colors + (1 - HEAT) * grey[..., None]
         result: Images = mixed.round().astype(np.uint8)
         return result
 
@@ -244,7 +244,7 @@ def attribution_sanity(
 
 def _look(number: int) -> dict[str, Any]:
     return {
-        "color": COLOURS[number % len(COLOURS)],
+        "color": COLORS[number % len(COLORS)],
         "linestyle": DASHES[number % len(DASHES)],
         "marker": MARKERS[number % len(MARKERS)],
     }

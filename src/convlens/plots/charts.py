@@ -96,10 +96,10 @@ def confusion(matrix: npt.ArrayLike, classes: Sequence[str], title: str = "") ->
     figure = Figure(figsize=(side + 0.9, side) if small else (10, 6), layout="constrained")
     grid = figure.add_gridspec(1, 1 if small else 2, width_ratios=None if small else (1.9, 1))
     axes = figure.add_subplot(grid[0])
-    colours = matplotlib.colormaps["Blues"].with_extremes(bad="#BDBDBD")
+    colors = matplotlib.colormaps["Blues"].with_extremes(bad="#BDBDBD")
     # Among many classes a single confusion is a faint dot, so low shares get more of the colours.
     norm = PowerNorm(1 if small else 0.5, vmin=0, vmax=1)
-    image = axes.imshow(shares, cmap=colours, norm=norm, interpolation="nearest")
+    image = axes.imshow(shares, cmap=colors, norm=norm, interpolation="nearest")
     axes.grid(False)
     axes.spines[:].set_visible(False)
     _class_ticks(axes, classes, small)
@@ -270,8 +270,8 @@ def _cell_counts(axes: Axes, counts: Ints, shares: Floats) -> None:
     look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": points}
     for (row, column), n in np.ndenumerate(counts):
         words = f"{n}" if n < 1_000_000 else f"{n / 1_000_000:.1f}M"
-        colour = "#A0A0A0" if n == 0 else "white" if shares[row, column] > 0.55 else "black"
-        axes.text(column, row, words, color=colour, **look)
+        color = "#A0A0A0" if n == 0 else "white" if shares[row, column] > 0.55 else "black"
+        axes.text(column, row, words, color=color, **look)
 
 
 def _confused_pairs(axes: Axes, counts: Ints, classes: Sequence[str]) -> None:
@@ -295,7 +295,7 @@ def _confused_pairs(axes: Axes, counts: Ints, classes: Sequence[str]) -> None:
 # Curves of several runs: seeds, splits or folds of one recipe, and variants side by side.
 
 # Okabe and Ito's without yellow, which is too faint for a line on white.
-COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = "osD^vPX*"
 
@@ -395,10 +395,10 @@ def differences(
 
 def line_look(number: int) -> dict[str, Any]:
     """Colour, dashes and marker of the n-th line: no two alike among 28."""
-    again, colour = divmod(number, len(COLOURS))
+    again, color = divmod(number, len(COLORS))
     return {
-        "color": COLOURS[colour],
-        "linestyle": DASHES[(colour + again) % len(DASHES)],
+        "color": COLORS[color],
+        "linestyle": DASHES[(color + again) % len(DASHES)],
         "marker": MARKERS[number % len(MARKERS)],
         "markersize": 3.5,
         "linewidth": 1.3,
@@ -556,9 +556,9 @@ def similarity(
     side = max(3.0, min(9.0, 0.9 + 0.19 * count)) + 0.058 * max(len(s) for _, s in stages)
     figure = Figure(figsize=(side + 0.9, side + 0.3), layout="constrained")
     axes = figure.add_subplot()
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad="#BDBDBD")
+    colors = matplotlib.colormaps["viridis"].with_extremes(bad="#BDBDBD")
     shown = np.ma.masked_invalid(values.clip(0, 1))
-    image = axes.imshow(shown, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(shown, cmap=colors, vmin=0, vmax=1, interpolation="nearest")
     axes.grid(False)
     axes.spines[:].set_visible(False)
     names = [fit_text(stage, 24) for _, stage in stages]
@@ -602,7 +602,7 @@ def similarity(
 # A figure of where images lie in a network's features.
 
 # With three of Tol's muted colours, so that ten classes need no shapes to be told apart.
-TEN = (*COLOURS, "#999933", "#882255", "#44AA99")
+TEN = (*COLORS, "#999933", "#882255", "#44AA99")
 SHAPES = "os^D"
 TOLD_APART = 20  # classes: beyond, colours and shapes can't be
 NAMED = 40
@@ -612,7 +612,7 @@ NAMED = 40
 def embedding(
     points: npt.ArrayLike,
     labels: npt.ArrayLike,
-    guesses: npt.ArrayLike,
+    preds: npt.ArrayLike,
     classes: Sequence[str],
     title: str = "",
     axes_named: tuple[str, str] = ("", ""),
@@ -623,7 +623,7 @@ def embedding(
     answers are pale and mistakes coloured. Up to 40 names stand at the median of their points.
     """
     places = np.asarray(points, dtype=np.float64)
-    truth, said = np.asarray(labels, dtype=np.int64), np.asarray(guesses, dtype=np.int64)
+    truth, said = np.asarray(labels, dtype=np.int64), np.asarray(preds, dtype=np.int64)
     if places.shape != (len(truth), 2) or len(said) != len(truth):
         raise UsageError(f"points of shape {places.shape} for {len(truth)} images")
     figure = Figure(figsize=(6.2, 5.2), layout="constrained")
@@ -645,7 +645,7 @@ def embedding(
     else:
         x, y = places[~wrong].T
         axes.scatter(x, y, color="#BDBDBD", label="right", **dots)
-        ring = {"color": COLOURS[1], "linewidths": 0}
+        ring = {"color": COLORS[1], "linewidths": 0}
     x, y = places[wrong].T
     words = f"mistake ({len(x):,} of {len(truth):,})"
     axes.scatter(x, y, s=size * 2.2, label=words, **ring)

@@ -89,14 +89,14 @@ def augmented_batch(
 @use_style
 def worst_mistakes(
     images: Images,
-    truths: Sequence[str],
+    targets: Sequence[str],
     predictions: Sequence[str],
     confidences: Sequence[float],
     title: str = "",
     columns: int = 8,
 ) -> Figure:
     """Pictures uint8 [N, C, H, W] in the order given, with what was said, and what it is."""
-    judged = zip(truths, predictions, confidences, strict=True)
+    judged = zip(targets, predictions, confidences, strict=True)
     captions = [[(f"{sure:.0%} ", guess, ""), ("is ", truth, "")] for truth, guess, sure in judged]
     return _sheet(images, captions, title, columns)
 
@@ -121,7 +121,7 @@ def label_review(
     images: Images,
     labels: Sequence[str],
     suggestions: Sequence[str],
-    chances: Sequence[float],
+    probs: Sequence[float],
     title: str = "",
     columns: int = 8,
     first: int = 1,
@@ -129,11 +129,11 @@ def label_review(
 ) -> Figure:
     """Pictures uint8 [N, C, H, W] with the label that was given and the one that is suggested.
 
-    `chances` are the probabilities of the suggestions; the first picture has number `first`.
+    `probs` are the probabilities of the suggestions; the first picture has number `first`.
     `copied` marks pictures of which there is a copy under another label.
     """
     marks = [" (copy)" if mark else "" for mark in copied] or [""] * len(images)
-    sure = [" >99%" if chance > 0.99 else f" {chance:.0%}" for chance in chances]
+    sure = [" >99%" if chance > 0.99 else f" {chance:.0%}" for chance in probs]
     judged = zip(labels, suggestions, sure, marks, strict=True)
     captions = [
         [(f"#{number} ", label, mark), ("→ ", suggestion, chance)]
@@ -234,7 +234,7 @@ class Mark(NamedTuple):
 
 
 @use_style
-def colour_filters(
+def color_filters(
     filters: Maps, names: Sequence[str], limit: float, title: str = "", note: str = ""
 ) -> Figure:
     """Kernels float32 `[n, 3, h, w]` as colours: grey is 0, `limit` full colour (or black).
@@ -242,8 +242,8 @@ def colour_filters(
     `names` stand below, e.g. the numbers of the channels.
     """
     shades = 0.5 + filters / (2 * limit if limit > 0 else 1)
-    colours = (np.clip(np.nan_to_num(shades), 0, 1) * 255).round().astype(np.uint8)
-    blocks = [rgb(each, FILTER, exact=False) for each in colours]
+    colors = (np.clip(np.nan_to_num(shades), 0, 1) * 255).round().astype(np.uint8)
+    blocks = [rgb(each, FILTER, exact=False) for each in colors]
     return _captioned(blocks, [(name,) for name in names], title, note)
 
 
@@ -328,11 +328,11 @@ def _marked(picture: Pixels, mark: Mark | None) -> Pixels:
     left, right = round(mark.left * wide), round(mark.right * wide)
     top, bottom = round(mark.top * high), round(mark.bottom * high)
     found = picture.copy()
-    for grow, colour in ((2, (255, 255, 255)), (1, BROKEN), (0, BROKEN)):
+    for grow, color in ((2, (255, 255, 255)), (1, BROKEN), (0, BROKEN)):
         x0, x1 = max(0, left - grow), min(wide - 1, right + grow - 1)
         y0, y1 = max(0, top - grow), min(high - 1, bottom + grow - 1)
-        found[[y0, y1], x0 : x1 + 1] = colour
-        found[y0 : y1 + 1, [x0, x1]] = colour
+        found[[y0, y1], x0 : x1 + 1] = color
+        found[y0 : y1 + 1, [x0, x1]] = color
     return found
 
 

@@ -256,9 +256,9 @@ def colored(values: Maps, limits: tuple[float, float]) -> Pixels:
     """
     low, high = limits
     table = matplotlib.colormaps[SEQUENTIAL if low == 0 else DIVERGING]
-    colours = (table(np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    colors = (table(np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     share = (values - low) / (high - low if high > low else 1)
-    found: Pixels = colours[(np.clip(share, 0, 1) * 255).round().astype(np.uint8)]
+    found: Pixels = colors[(np.clip(share, 0, 1) * 255).round().astype(np.uint8)]
     return found
 
 

@@ -112,6 +112,6 @@ def _compose_run_page(
 
 def _output_path(found: Sequence[ReportContents]) -> Path:
     if len(found) == 1:
-        return found[0].place.plots / "report.html"
+        return found[0].run_dir.plots / "report.html"
     joined = "-".join(run.safe_name(each.name) for each in found)
     return run.PLOTS_DIR / f"report-{joined[:120]}" / "report.html"

@@ -137,7 +137,7 @@ def _image_count(found: ReportContents) -> tuple[Any, ...]:
     """What says which images a run was judged by: the split's own hash, else all data's."""
     if found.answers is not None:
         return found.split, found.answers.images, found.classes
-    return found.split, found.card.get("data", {}).get("fingerprint"), found.classes
+    return found.split, found.model_metadata.get("data", {}).get("fingerprint"), found.classes
 
 
 def compare_head(both: ComparedRuns) -> Markup:
@@ -157,7 +157,7 @@ def _facts(found: ReportContents) -> dict[str, str]:
     facts, s = found.facts, found.summary
     look: dict[str, Any] = next((x for x in reversed(found.looks) if x["split"] == found.split), {})
     trained, judged = found.trained_accuracy(), calibration(found)
-    path = found.place.model_path
+    path = found.run_dir.model_path
     low, high = s["interval95"] if s else (None, None)
     error = "–" if s is None else format_number(s["ece"], 3)
     epoch = f"{facts['kept_epoch']} of {facts['epochs']}" if "epochs" in facts else "–"

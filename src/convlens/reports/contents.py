@@ -30,7 +30,7 @@ class ReportContents:
     `images` the images themselves. `missing` are sentences about what couldn't be had.
     """
 
-    place: RunDir
+    run_dir: RunDir
     facts: dict[str, Any] = field(default_factory=dict)
     rows: list[MetricsRow] = field(default_factory=list)
     looks: list[dict[str, Any]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class ReportContents:
 
     @property
     def name(self) -> str:
-        return self.place.name
+        return self.run_dir.name
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -55,9 +55,9 @@ class ReportContents:
         return tuple(self.facts.get("data", {}).get("classes", ()))
 
     @property
-    def card(self) -> Mapping[str, Any]:
+    def model_metadata(self) -> Mapping[str, Any]:
         """What the model file says about itself."""
-        return {} if self.loaded is None else self.loaded.card
+        return {} if self.loaded is None else self.loaded.model_metadata
 
     @property
     def finished(self) -> bool:
@@ -71,7 +71,7 @@ class ReportContents:
 
     def trained_accuracy(self) -> tuple[float, str] | None:
         """Accuracy on the training images, and how it was measured."""
-        sha = self.card.get("sha256")
+        sha = self.model_metadata.get("sha256")
         for look in reversed(self.looks):
             if look["split"] == "train" and look.get("own") and look["model_sha256"] == sha:
                 return float(look["accuracy"]), "measured on all training images"
@@ -101,14 +101,16 @@ def gather_contents(
         UsageError, ModelFileError: no such run, or files of it that can't be trusted.
     """
     device.select_device(on)  # a device that isn't there is an error, not a gap in the page
-    place = run.find_run(name)
-    found = ReportContents(place, place.facts(), place.metrics(), place.results(), device=on)
-    if not place.model_path.exists():
+    run_dir = run.find_run(name)
+    found = ReportContents(
+        run_dir, run_dir.metadata(), run_dir.metrics(), run_dir.evaluations(), device=on
+    )
+    if not run_dir.model_path.exists():
         found.missing.append("The run has no weights yet: they are written with its first epoch.")
-        found.recipe = _recipe_file(place)
+        found.recipe = _recipe_file(run_dir)
         return found
-    found.loaded = run.load_model(place.model_path)
-    found.recipe = serialization.recipe_from_metadata(found.card)
+    found.loaded = run.load_model(run_dir.model_path)
+    found.recipe = serialization.recipe_from_metadata(found.model_metadata)
     if not found.finished:
         found.missing.append(
             "The training has not finished: these are its curves so far, and nothing was judged."
@@ -120,27 +122,27 @@ def gather_contents(
     return found
 
 
-def _recipe_file(place: RunDir) -> Recipe | None:
-    path = place.path / "recipe.yaml"
+def _recipe_file(run_dir: RunDir) -> Recipe | None:
+    path = run_dir.path / "recipe.yaml"
     try:
-        return place.recipe() if path.exists() else None
+        return run_dir.recipe() if path.exists() else None
     except (UsageError, ModelFileError):  # the model file has it, too
         return None
 
 
 def _evaluate_val(found: ReportContents, on: str | None) -> None:
     """The numbers of the split, from the answers that were kept or from testing once more."""
-    sha = found.card["sha256"]
+    sha = found.model_metadata["sha256"]
     own = [look for look in found.looks if look.get("own") and look["model_sha256"] == sha]
     found.split = "test" if any(look["split"] == "test" for look in own) else "val"
     look = next((look for look in reversed(own) if look["split"] == found.split), None)
-    fingerprint = found.card["data"]["fingerprint"]
-    said = evaluation.load_predictions(found.place, found.split, fingerprint, sha)
+    fingerprint = found.model_metadata["data"]["fingerprint"]
+    said = evaluation.load_predictions(found.run_dir, found.split, fingerprint, sha)
     if said is None:
         try:
-            evaluation.evaluate(found.place, found.split, on=on)
-            said = evaluation.load_predictions(found.place, found.split, fingerprint, sha)
-            found.looks = found.place.results()
+            evaluation.evaluate(found.run_dir, found.split, on=on)
+            said = evaluation.load_predictions(found.run_dir, found.split, fingerprint, sha)
+            found.looks = found.run_dir.evaluations()
         except ConvlensError as error:
             found.missing.append(_error_sentence(error))
     if said is not None:

@@ -77,8 +77,8 @@ def confused_pairs(table: ConfusionTable) -> list[tuple[int, int]]:
     """(truth, said) of the most frequent confusions, the most frequent first."""
     wrong = table - np.diag(table.diagonal())
     order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_PAIRS]
-    places = (np.unravel_index(int(i), wrong.shape) for i in order)
-    return [(int(t), int(s)) for t, s in places if wrong[t, s]]
+    run_dirs = (np.unravel_index(int(i), wrong.shape) for i in order)
+    return [(int(t), int(s)) for t, s in run_dirs if wrong[t, s]]
 
 
 def cell_shade(count: int, total: int, right: bool) -> int:
@@ -135,15 +135,15 @@ def _pair_images(found: ReportContents, wanted: list[tuple[int, int]]) -> dict[s
     """
     if found.answers is None or found.images is None:
         return {}
-    chances, labels = found.answers.chances, found.answers.labels
-    said = chances.argmax(axis=1)
-    sure = chances.max(axis=1)
-    places: dict[str, list[int]] = {}
+    probs, labels = found.answers.probs, found.answers.labels
+    said = probs.argmax(axis=1)
+    sure = probs.max(axis=1)
+    run_dirs: dict[str, list[int]] = {}
     for truth, guess in wanted:
         here = np.flatnonzero((labels == truth) & (said == guess))
         by = sure[here] if truth == guess else -sure[here]
-        places[_color_key(truth, guess)] = here[np.argsort(by, kind="stable")].tolist()
-    pictures = html.cell_thumbnails(found.images, places)
+        run_dirs[_color_key(truth, guess)] = here[np.argsort(by, kind="stable")].tolist()
+    pictures = html.cell_thumbnails(found.images, run_dirs)
     ids = found.images.ids
     return {
         key: {
@@ -153,7 +153,7 @@ def _pair_images(found: ReportContents, wanted: list[tuple[int, int]]) -> dict[s
                 for source, i in zip(pictures[key], where, strict=False)
             ],
         }
-        for key, where in places.items()
+        for key, where in run_dirs.items()
     }
 
 
@@ -197,7 +197,7 @@ def attributions_section(found: ReportContents) -> Sequence[PageFigure]:
     subject, pictures = _subject(found), _chosen_pictures(found)
     if subject is None or not pictures:
         return ()
-    folder = found.place.plots / INSIDE_FOLDER
+    folder = found.run_dir.plots / INSIDE_FOLDER
     maps = attribution.attribute([subject], [pictures], REPORT_METHODS, folder=folder, quiet=True)
     layer = maps.models[0].layer
     words = f"Grad-CAM at {layer}, and integrated gradients, for the class that was predicted."
@@ -216,7 +216,7 @@ def stages_section(found: ReportContents) -> Sequence[PageFigure]:
     result = measure(
         [subject],
         REPORT_MEASURES,
-        folder=found.place.plots / INSIDE_FOLDER,
+        folder=found.run_dir.plots / INSIDE_FOLDER,
         images=MEASURED,
         learn_from=LEARNED,
         quiet=True,
@@ -237,7 +237,7 @@ def _subject(found: ReportContents) -> InspectedModel | None:
     if found.loaded is None or found.images is None or found.answers is None:
         return None
     plan: Plan = place_model(found.loaded.model, found.device)
-    return InspectedModel(found.name, found.loaded, plan, found.place)
+    return InspectedModel(found.name, found.loaded, plan, found.run_dir)
 
 
 def _chosen_pictures(found: ReportContents) -> list[Picture]:
@@ -245,11 +245,11 @@ def _chosen_pictures(found: ReportContents) -> list[Picture]:
     if found.answers is None or found.images is None:
         return []
     labels = found.answers.labels
-    places = pick_examples(found.answers.chances, labels, CORRECT_SHOWN)
-    pixels = found.images.rows.gather(torch.tensor(places, dtype=torch.int64))
+    run_dirs = pick_examples(found.answers.probs, labels, CORRECT_SHOWN)
+    pixels = found.images.rows.gather(torch.tensor(run_dirs, dtype=torch.int64))
     return [
-        Picture(f"{found.split}:{place}", image, int(labels[place]))
-        for place, image in zip(places, pixels, strict=True)
+        Picture(f"{found.split}:{run_dir}", image, int(labels[run_dir]))
+        for run_dir, image in zip(run_dirs, pixels, strict=True)
     ]
 
 
@@ -305,11 +305,11 @@ def flatten_recipe(tree: Mapping[str, Any], above: str = "") -> dict[str, str]:
 
 def environment_section(found: ReportContents) -> Markup | None:
     """Versions, hardware and fingerprints."""
-    facts, card = found.facts, found.card
+    facts, model_metadata = found.facts, found.model_metadata
     hardware = dict(facts.get("hardware", {}))
     plan = dict(facts.get("plan", {}))
     rows = {
-        "convlens": facts.get("convlens", card.get("convlens")),
+        "convlens": facts.get("convlens", model_metadata.get("convlens")),
         "Python": hardware.pop("python", None),
         "torch": hardware.pop("torch", None),
         "system": hardware.pop("system", None),
@@ -325,8 +325,10 @@ def environment_section(found: ReportContents) -> Markup | None:
         "weights trained": _parameter_count(facts.get("trainable_parameters")),
     }
     hashes = {
-        "data (SHA-256)": (facts.get("data") or card.get("data") or {}).get("fingerprint"),
-        "model file (SHA-256)": card.get("sha256"),
+        "data (SHA-256)": (facts.get("data") or model_metadata.get("data") or {}).get(
+            "fingerprint"
+        ),
+        "model file (SHA-256)": model_metadata.get("sha256"),
         "recipe as asked for": next(iter(facts.get("digests", [])), None),
     }
     rows = {key: str(value) for key, value in rows.items() if value is not None}
@@ -339,7 +341,7 @@ def reproduce_section(found: ReportContents) -> Markup | None:
     if found.recipe is None:
         return None
     name = shlex.quote(found.name)
-    version = found.facts.get("convlens", found.card.get("convlens"))
+    version = found.facts.get("convlens", found.model_metadata.get("convlens"))
     published = found.recipe.name in recipe_names() and not recipe_differences(found.recipe)
     commands = [(f"pip install convlens=={version}", "the version that trained it")]
     if published:
@@ -377,8 +379,8 @@ def head_section(found: ReportContents) -> Markup:
     trained = found.trained_accuracy()
     looks = 0
     if found.split == "test":
-        sha = found.card.get("sha256")
-        log = found.place.log()
+        sha = found.model_metadata.get("sha256")
+        log = found.run_dir.evaluation_log()
         same = [x for x in log if x["split"] == "test" and x["model_sha256"] == sha]
         looks = len([x for x in same if x.get("own")])
     floor = bar = None
@@ -467,7 +469,7 @@ def reliability_section(found: ReportContents) -> Markup | None:
         return None
     confidence, right, count = (
         array.tolist()
-        for array in metrics.reliability_bins(found.answers.chances, found.answers.labels)
+        for array in metrics.reliability_bins(found.answers.probs, found.answers.labels)
     )
     bins = [
         {"from": i / len(count), "to": (i + 1) / len(count), "n": n, "sure": c, "right": r}
@@ -482,20 +484,20 @@ def mistakes_section(found: ReportContents) -> Markup | None:
     """The wrong answers that were least likely to the truth."""
     if found.answers is None or found.images is None:
         return None
-    chances, labels = found.answers.chances, found.answers.labels
-    worst = run_plots.worst_mistake_images(chances, labels)
+    probs, labels = found.answers.probs, found.answers.labels
+    worst = run_plots.worst_mistake_images(probs, labels)
     shown = worst[:MISTAKES_SHOWN].tolist()
     pictures = []
     for i, source in zip(shown, html.thumbnails(found.images, shown), strict=True):
-        said = int(chances[i].argmax())
+        said = int(probs[i].argmax())
         pictures.append(
             {
                 "source": source,
                 "id": str(found.images.ids[i]),
-                "sure": float(chances[i, said]),
+                "sure": float(probs[i, said]),
                 "said": found.classes[said],
                 "truth": found.classes[labels[i]],
-                "of_truth": float(chances[i, labels[i]]),
+                "of_truth": float(probs[i, labels[i]]),
             }
         )
     return render_page("mistakes.html", pictures=pictures, wrong=len(worst), n=len(labels))
@@ -531,7 +533,7 @@ def inside_section(name: str) -> Callable[[ReportContents], Markup | None]:
 
 def data_section(found: ReportContents) -> Markup | None:
     """Where the splits come from, and what an audit of every image found."""
-    about: dict[str, Any] = dict(found.facts.get("data") or found.card.get("data") or {})
+    about: dict[str, Any] = dict(found.facts.get("data") or found.model_metadata.get("data") or {})
     if not about:
         return None
     report = found.audit
@@ -586,9 +588,9 @@ def calibration(found: ReportContents) -> Calibration | None:
     """How confidence and accuracy agree; None without the answers to single images."""
     if found.answers is None or found.summary is None:
         return None
-    chances = found.answers.chances
-    surplus = float(chances.max(axis=1).mean()) - float(found.summary["accuracy"])
-    return Calibration(found.summary["ece"], metrics.ece_by_chance(chances), surplus)
+    probs = found.answers.probs
+    surplus = float(probs.max(axis=1).mean()) - float(found.summary["accuracy"])
+    return Calibration(found.summary["ece"], metrics.ece_by_chance(probs), surplus)
 
 
 def verdict_section(found: ReportContents) -> str:

@@ -46,10 +46,10 @@ class CheckpointManager:
         best: by `train.monitor` on the validation split.
     """
 
-    def __init__(self, setup: TrainingJob, place: RunDir) -> None:
-        self._setup, self._place = setup, place
+    def __init__(self, setup: TrainingJob, run_dir: RunDir) -> None:
+        self._setup, self._run_dir = setup, run_dir
         self.best = BestEpoch(setup.recipe.train.monitor)
-        self.rows = restore_checkpoint(place, setup, self.best)
+        self.rows = restore_checkpoint(run_dir, setup, self.best)
         self._pending: ModelSnapshot | None = None  # to be kept, not written yet
         self._saved, self._listed = time.perf_counter(), -math.inf
         self._every = save_interval_s()
@@ -62,7 +62,7 @@ class CheckpointManager:
         self.rows.append(row)
         improved = recipe.data.validates and self.best.improved(row)
         if improved or recipe.train.keep == "last":
-            self._pending = model_snapshot(self._setup, self._place.name, row)
+            self._pending = model_snapshot(self._setup, self._run_dir.name, row)
         if time.perf_counter() - self._listed >= METRICS_INTERVAL_S:
             self._list()
 
@@ -103,18 +103,18 @@ class CheckpointManager:
         """The state comes last: what the other files are ahead of it is only written again."""
         self.keep_weights()
         self._list()
-        save_checkpoint(self._place, self._setup, self.best, self.rows)
+        save_checkpoint(self._run_dir, self._setup, self.best, self.rows)
 
     def keep_weights(self) -> None:
         """Writes the model file, if there are weights to keep that it doesn't hold yet."""
         if self._pending is not None:
-            self._place.save_model(*self._pending)
+            self._run_dir.save_model(*self._pending)
             self._kept, self._pending = int(self._pending[1]["chosen"]["epoch"]), None
 
     def complete(self) -> None:
         """Of a run that is taken up behind its last step, the files that its state has all of."""
-        if not self._place.model_path.exists():  # keep=last; the best weights no state has
-            self._pending = model_snapshot(self._setup, self._place.name, self.rows[-1])
+        if not self._run_dir.model_path.exists():  # keep=last; the best weights no state has
+            self._pending = model_snapshot(self._setup, self._run_dir.name, self.rows[-1])
         self.keep_weights()
         self._list()
 
@@ -126,7 +126,7 @@ class CheckpointManager:
         any more, but is what the file holds.
         """
         if self._kept is None:
-            self._kept = run.model_epoch(self._place.model_path)
+            self._kept = run.model_epoch(self._run_dir.model_path)
         if self._kept != self.best.epoch:
             print_status(
                 f"the weights of epoch {self._kept} are kept: those of {self.best.epoch}, which "
@@ -141,10 +141,12 @@ class CheckpointManager:
         print_status(oom.micro_batching_message(model, self._setup.recipe.train.batch_size, size))
         told = {"part": size, "epoch": state.epoch, "step": state.step}  # the first one done so
         told["batch_norm"] = oom.uses_batch_statistics(model)
-        self._place.note({"out_of_memory": [*self._place.facts().get("out_of_memory", []), told]})
+        self._run_dir.update_metadata(
+            {"out_of_memory": [*self._run_dir.metadata().get("out_of_memory", []), told]}
+        )
 
     def _list(self) -> None:
-        self._place.write_metrics(self.rows)
+        self._run_dir.write_metrics(self.rows)
         self._listed = time.perf_counter()
 
 
@@ -172,7 +174,7 @@ def model_snapshot(setup: TrainingJob, name: str, row: dict[str, float] | None) 
         chosen["rule"] = "last epoch" if keep == "last" else f"best {recipe.train.monitor}"
         if validated:
             chosen |= {key: row[key] for key in ("val_loss", "val_accuracy")}
-    card = {
+    model_metadata = {
         "convlens": __version__,
         "run": name,
         "model": {"name": recipe.model.name, "options": recipe.model.options},
@@ -185,7 +187,7 @@ def model_snapshot(setup: TrainingJob, name: str, row: dict[str, float] | None) 
     }
     with optim.averaged_weights(setup.averager):
         weights = {key: value.clone() for key, value in setup.trained.state_dict().items()}
-    return weights, card
+    return weights, model_metadata
 
 
 # ---- states ----------------------------------------
@@ -255,7 +257,7 @@ class BestEpoch:
 
 
 def save_checkpoint(
-    place: RunDir, setup: TrainingJob, best: BestEpoch, rows: list[dict[str, float]]
+    run_dir: RunDir, setup: TrainingJob, best: BestEpoch, rows: list[dict[str, float]]
 ) -> None:
     """Writes all that `restore` needs; call it between steps only."""
     # `vars`, since `dataclasses.asdict` deep-copies tensors on the device.
@@ -265,7 +267,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {
         f"model.{name}": tensor for name, tensor in setup.trained.state_dict().items()
     }
-    for index, values in setup.optimiser.state_dict()["state"].items():
+    for index, values in setup.optimizer.state_dict()["state"].items():
         tensors |= {f"optim.{index}.{k}": v for k, v in values.items() if v is not None}
     counters: dict[str, Any] = {
         "position": position,
@@ -279,31 +281,31 @@ def save_checkpoint(
         tensors |= {f"ema.{i}": t for i, t in enumerate(state["average"])}
     if setup.scaler is not None:
         counters["scaler"] = setup.scaler.state_dict()
-    place.save_state(tensors, counters)
+    run_dir.save_state(tensors, counters)
 
 
-def load_initial_weights(place: RunDir) -> InitialState | None:
+def load_initial_weights(run_dir: RunDir) -> InitialState | None:
     """What `prepare` needs instead of pretrained weights, if the run had any and saved a state."""
-    record = place.facts().get("weights")
-    stored = place.state() if record else None
+    record = run_dir.metadata().get("weights")
+    stored = run_dir.state() if record else None
     return InitialState(_with_prefix("model", stored[0]), record) if record and stored else None
 
 
 def restore_checkpoint(
-    place: RunDir, setup: TrainingJob, best: BestEpoch
+    run_dir: RunDir, setup: TrainingJob, best: BestEpoch
 ) -> list[dict[str, float]]:
     """Brings `setup` and `best` to where the run stopped; returns the epochs' rows so far."""
-    stored = place.state()
+    stored = run_dir.state()
     at = stored[1]["position"] if stored else {"epoch": 1, "step": 0}
-    if place.corrupt_checkpoints:
-        _report_corrupt(place, int(at["epoch"]), int(at["step"]))
+    if run_dir.corrupt_checkpoints:
+        _report_corrupt(run_dir, int(at["epoch"]), int(at["step"]))
     if stored is None:
-        check_same_checkpoint(setup.world, [1, 0], place)
+        check_same_checkpoint(setup.world, [1, 0], run_dir)
         return []
     tensors, counters = stored
     models.load_weights(setup.trained, _with_prefix("model", tensors))
     optimizer_state: dict[int, dict[str, Tensor]] = {}
-    parameters = [p for group in setup.optimiser.param_groups for p in group["params"]]
+    parameters = [p for group in setup.optimizer.param_groups for p in group["params"]]
     for name, tensor in _with_prefix("optim", tensors).items():
         index, _, key = name.partition(".")
         like = parameters[int(index)]
@@ -312,8 +314,8 @@ def restore_checkpoint(
             # contiguous, weights may be channels_last.
             tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         optimizer_state.setdefault(int(index), {})[key] = tensor
-    groups = setup.optimiser.state_dict()["param_groups"]
-    setup.optimiser.load_state_dict({"state": optimizer_state, "param_groups": groups})
+    groups = setup.optimizer.state_dict()["param_groups"]
+    setup.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
     if setup.averager is not None:
         average = _with_prefix("ema", tensors)
         ordered = [average[str(i)] for i in range(len(average))]
@@ -334,15 +336,15 @@ def restore_checkpoint(
         state.loss_sum = torch.tensor(state.loss_sum, dtype=torch.float32, device=device)
         state.num_correct = torch.tensor(state.num_correct, device=device)
     best.__dict__.update(counters["best"])
-    check_same_checkpoint(setup.world, [state.epoch, state.step], place)
+    check_same_checkpoint(setup.world, [state.epoch, state.step], run_dir)
     # A run that an earlier version left unfinished didn't count them.
     late = ("cpu_seconds", "data_seconds")
     return [{**row, **{key: row.get(key, math.nan) for key in late}} for row in counters["rows"]]
 
 
-def _report_corrupt(place: RunDir, epoch: int, step: int) -> None:
+def _report_corrupt(run_dir: RunDir, epoch: int, step: int) -> None:
     """A damaged state costs time and nothing else: what it held is trained again, to its bits."""
-    for reason in place.corrupt_checkpoints:
+    for reason in run_dir.corrupt_checkpoints:
         print_status(f"[bold]can't be used[/]: {escape(reason)}")
     where = f"epoch {epoch}, step {step}" if (epoch, step) != (1, 0) else "the beginning"
     print_status(f"going on from {where}; what came after it is trained again")
@@ -377,8 +379,8 @@ END_KEYS = (
 )
 
 
-def extend_run(place: RunDir, asked: Recipe) -> None:
-    """Makes `place` an unfinished run of `asked` that has done all that a shorter one did.
+def extend_run(run_dir: RunDir, asked: Recipe) -> None:
+    """Makes `run_dir` an unfinished run of `asked` that has done all that a shorter one did.
 
     Does nothing where the run is there already. The finished run is left as it is.
 
@@ -386,8 +388,8 @@ def extend_run(place: RunDir, asked: Recipe) -> None:
         UsageError: no finished run of this recipe with fewer epochs; ModelFileError: its state,
             which `state/` keeps for this, or its model is gone or damaged.
     """
-    with place.lock():
-        if place.facts():
+    with run_dir.lock():
+        if run_dir.metadata():
             return
         source = _shorter_run(asked)
         resolved = source.recipe()
@@ -400,23 +402,23 @@ def extend_run(place: RunDir, asked: Recipe) -> None:
                 fix="leave out --extend to train all epochs",
             )
         tensors, counters = stored
-        model, card = serialization.read_model_file(source.model_path)
+        model, model_metadata = serialization.read_model_file(source.model_path)
         done = len(counters["rows"])
         longer = resolved.replace(**{"train.epochs": asked.train.epochs})
         best, patience = counters["best"], resolved.train.patience
         impatient = patience is not None and best["stale"] >= patience
         exact = _is_length_independent(longer) and not impatient
         best = {**best, "stale": 0} if impatient else best
-        place.save_state(tensors, {**counters, "best": best})
+        run_dir.save_state(tensors, {**counters, "best": best})
         for name in ("split.csv", "images.csv.gz"):
             if (source.path / name).exists():
-                files.write_atomic(place.path / name, (source.path / name).read_bytes())
-        # Behind what can be lost (`run.place`): a model file is somebody's work.
-        place.save_model(model, {**card, "run": place.name})
-        facts = {k: v for k, v in source.facts().items() if k not in END_KEYS}
+                files.write_atomic(run_dir.path / name, (source.path / name).read_bytes())
+        # Behind what can be lost (`run.run_dir`): a model file is somebody's work.
+        run_dir.save_model(model, {**model_metadata, "run": run_dir.name})
+        facts = {k: v for k, v in source.metadata().items() if k not in END_KEYS}
         told = {"run": source.name, "epochs": done, "exact": exact}
         digests = [asked.digest(), longer.digest()]
-        place.create(longer, {**facts, "digests": digests, "extends": told})
+        run_dir.create(longer, {**facts, "digests": digests, "extends": told})
     rule = (
         f"the same bits as {longer.train.epochs} epochs from the beginning"
         if exact
@@ -440,7 +442,7 @@ def _shorter_run(asked: Recipe) -> RunDir:
         except ConvlensError:
             continue  # damaged or edited: not the one that is meant
         kinds = [asked.replace(**{"train.epochs": each}).digest() for each in (its, "auto")]
-        same = set(kinds) & set(other.facts().get("digests", []))
+        same = set(kinds) & set(other.metadata().get("digests", []))
         if same and most < its < epochs:
             best, most = other, its
     if best is None:

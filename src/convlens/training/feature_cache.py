@@ -56,7 +56,7 @@ class Features:
     def gather(self, index: Tensor) -> Tensor:
         return self.values.index_select(0, index.to(self.values.device))
 
-    def resident(self) -> Tensor:
+    def in_memory_tensor(self) -> Tensor:
         return self.values
 
 
@@ -147,7 +147,7 @@ def feature_bytes(model: nn.Module, prefix: Sequence[str], images: Tensor, plan:
 
 
 def identity(features: Tensor, plan: Plan) -> Tensor:
-    """Takes the place of `Normalise`: activations need none, only the plan's memory format.
+    """Takes the place of `Normalize`: activations need none, only the plan's memory format.
 
     Always a copy: a network may begin with an in-place operation, and these are used again.
     """
@@ -238,10 +238,10 @@ def choose_train_inputs(
         images: the training split's batches.
     """
     options = recipe.train
-    plan, normalise = images.plan, images.normalise
+    plan, normalize = images.plan, images.normalize
 
     def validate(advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        return _split_logits(images.world, model, data.val, normalise, plan, advance)
+        return _split_logits(images.world, model, data.val, normalize, plan, advance)
 
     plain = TrainInputs(model, images, validate)
     if options.views:
@@ -250,7 +250,7 @@ def choose_train_inputs(
     if not prefix:
         return plain
     few = data.train.rows.gather(torch.arange(min(8, len(data.train)))).to(plan.device)
-    sample = normalise(few, plan)
+    sample = normalize(few, plan)
     if is_sequential_split(model, prefix, sample):
         return _cache_features(recipe, data, model, images, prefix, sample) or plain
     if options.views:
@@ -342,7 +342,7 @@ def _feature_batches(recipe: Recipe, features: Features, like: Batches) -> Batch
     return Batches(
         features,
         batch_size=recipe.train.batch_size,
-        normalise=identity,
+        normalize=identity,
         plan=like.plan,
         seed=recipe.train.seed,
         world=like.world,
@@ -356,7 +356,7 @@ def _normalized_images(split: Split, like: Batches, view: int | None) -> Iterato
         images = split.rows.gather(index).to(like.plan.device)
         if view is not None and like.augment is not None:
             generator.manual_seed(derive_seed(like.seed, view, chunk, VIEW_SEED))
-            place = SampleInfo(index.to(like.plan.device), view + 1, like.seed)
+            run_dir = SampleInfo(index.to(like.plan.device), view + 1, like.seed)
             labels = split.labels[index].to(like.plan.device)
-            images, _ = like.augment(to_unit(images), labels, place, generator)
-        yield like.normalise(images, like.plan)
+            images, _ = like.augment(to_unit(images), labels, run_dir, generator)
+        yield like.normalize(images, like.plan)

@@ -107,8 +107,8 @@ def find_weights(config: ModelConfig) -> WeightsSource:
         )
     path, origin = _locate(spec, config.name)
     contents = serialization.read_foreign_weights(path)
-    preprocessing = contents.card.get("preprocessing", {})
-    classes = contents.card.get("classes")
+    preprocessing = contents.model_metadata.get("preprocessing", {})
+    classes = contents.model_metadata.get("classes")
     return WeightsSource(
         tensors=contents.tensors,
         origin=origin,

@@ -47,7 +47,7 @@ def expand_runs(
     plans = []
     for variant, each in asked.items():
         data_seed, seed = each.recipe.data.seed, each.recipe.train.seed
-        called = "-".join([name or each.recipe.name, *([variant] if variant else [])])
+        run_name = "-".join([name or each.recipe.name, *([variant] if variant else [])])
         cells = [
             (data_seed + split, seed + number, fold)
             for split in range(repeat_splits)
@@ -56,7 +56,7 @@ def expand_runs(
         ]
         for its_split, its_seed, fold in cells:
             changes: dict[str, Any] = {"data.seed": its_split, "train.seed": its_seed}
-            its_name = called
+            its_name = run_name
             if its_split != data_seed:
                 its_name += f"-split{its_split}"
             if its_seed != seed:
@@ -106,22 +106,22 @@ def train_many(
     with quiet_mode(quiet):
         for number, planned in enumerate(plans, 1):
             print_status(f"[bold]{planned.recipe.name}[/], {number} of {len(plans)}")
-            place = chooser = _train(planned.recipe, planned, fresh, on, quiet)
+            run_dir = chooser = _train(planned.recipe, planned, fresh, on, quiet)
             if refit:
-                place = _train(
+                run_dir = _train(
                     refit_on_all(planned.recipe.name, chooser), planned, fresh, on, quiet
                 )
-            looked = evaluation.evaluate(place, "test" if test else "val", on=on, quiet=quiet)
+            looked = evaluation.evaluate(run_dir, "test" if test else "val", on=on, quiet=quiet)
             if len(plans) > 1:  # one run alone has its result in the table's last line
                 print_status(evaluation.sentence({**looked.to_dict(), "own": True}))
-            outcomes.append(RunOutcome(planned, place, chooser, looked))
+            outcomes.append(RunOutcome(planned, run_dir, chooser, looked))
     first = next(iter(asked.values()))
     kinds = {"variants": len(asked) > 1, "splits": repeat_splits > 1, "seeds": seeds > 1}
     kinds |= {"folds": folds is not None, "refit": refit}
-    called = name or first.recipe.name
-    plot = _plot_folder(called, [kind for kind, there in kinds.items() if there], asked, plans)
+    run_name = name or first.recipe.name
+    plot = _plot_folder(run_name, [kind for kind, there in kinds.items() if there], asked, plans)
     table = RunResults(
-        name=run.safe_name(called),
+        name=run.safe_name(run_name),
         split="test" if test else "val",
         repeat_splits=repeat_splits,
         seeds=seeds,
@@ -131,7 +131,7 @@ def train_many(
         plot=plot / "curves.png",
     )
     if distributed.init_process_group().is_main_process:
-        run_plots.plot_several(table.plot, table.histories(), called, table.repeats_in_words())
+        run_plots.plot_several(table.plot, table.histories(), run_name, table.repeats_in_words())
     return table
 
 
@@ -143,7 +143,7 @@ def refit_on_all(name: str, chooser: RunDir) -> Recipe:
             "data.val_fraction": 0,
             "data.folds": None,
             "data.fold": 0,
-            "train.epochs": int(chooser.facts()["kept_epoch"]),
+            "train.epochs": int(chooser.metadata()["kept_epoch"]),
             "train.patience": None,
             "train.keep": "last",
         }
@@ -199,13 +199,13 @@ def _check_plan(
 
 
 def _plot_folder(
-    called: str,
+    run_name: str,
     kinds: list[str],
     asked: Mapping[str | None, ResolvedRecipe],
     plans: list[PlannedRun],
 ) -> Path:
     """As for runs: a recipe that isn't as published gets six digits of its hash."""
-    named = "-".join([run.safe_name(called), *kinds])
+    named = "-".join([run.safe_name(run_name), *kinds])
     if not plans[0].plain:
         digests = "".join(each.recipe.digest() for each in asked.values())
         named += f"-{hashlib.sha256(digests.encode()).hexdigest()[:6]}"
@@ -238,13 +238,13 @@ class RunOutcome:
     """
 
     planned: PlannedRun
-    place: RunDir
+    run_dir: RunDir
     chooser: RunDir
     looked: Evaluation
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        return self.place.facts()
+        return self.run_dir.metadata()
 
     @cached_property
     def history(self) -> list[MetricsRow]:
@@ -254,7 +254,7 @@ class RunOutcome:
     @property
     def epochs(self) -> tuple[int, int]:
         """The epoch that was chosen, and how many were run to choose it."""
-        facts = self.chooser.facts()
+        facts = self.chooser.metadata()
         return int(facts["kept_epoch"]), int(facts["epochs"])
 
     @property
@@ -265,14 +265,14 @@ class RunOutcome:
 
     def total(self, key: str) -> float | None:
         """Seconds of the run, and of its chooser where that is another one."""
-        places = [self.place] if self.chooser is self.place else [self.place, self.chooser]
-        return add_fold_results([place.facts().get(key) for place in places])
+        run_dirs = [self.run_dir] if self.chooser is self.run_dir else [self.run_dir, self.chooser]
+        return add_fold_results([run_dir.metadata().get(key) for run_dir in run_dirs])
 
     def to_dict(self) -> dict[str, Any]:
         kept, epochs = self.epochs
         return {
-            "run": self.place.name,
-            "path": str(self.place.path),
+            "run": self.run_dir.name,
+            "path": str(self.run_dir.path),
             "chosen_by": self.chooser.name,
             "data_seed": self.planned.data_seed,
             "seed": self.planned.seed,

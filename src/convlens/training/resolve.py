@@ -54,8 +54,8 @@ def resolve_recipe(
         named = load_recipe(text, [*_data_override(data), *overrides], variant)
         if data is None:
             return ResolvedRecipe(named, plain=not overrides)
-        called = f"{named.name}-{_dataset_run_name(str(data))}"
-        return ResolvedRecipe(named.model_copy(update={"name": called}), plain=not overrides)
+        run_name = f"{named.name}-{_dataset_run_name(str(data))}"
+        return ResolvedRecipe(named.model_copy(update={"name": run_name}), plain=not overrides)
     _check_data_name(text)
     if data is not None:
         raise UsageError(
@@ -95,16 +95,16 @@ def resolve_recipe_or_run(
     )
 
     try:
-        place = run.find_run(text)
+        run_dir = run.find_run(text)
     except UsageError:
         _check_data_name(text, [each.name for each in run.list_runs()])
         raise
-    alone = not (place.path / "recipe.yaml").is_file()
-    card = run.load_model(place.model_path).card if alone else {}
-    of_run = serialization.recipe_from_metadata(card) if alone else place.recipe()
-    called = place.name if data is None else f"{place.name}-{_dataset_run_name(str(data))}"
+    alone = not (run_dir.path / "recipe.yaml").is_file()
+    model_metadata = run.load_model(run_dir.model_path).model_metadata if alone else {}
+    of_run = serialization.recipe_from_metadata(model_metadata) if alone else run_dir.recipe()
+    run_name = run_dir.name if data is None else f"{run_dir.name}-{_dataset_run_name(str(data))}"
     return resolve_recipe(
-        of_run.model_copy(update={"name": called}), data=data, overrides=overrides
+        of_run.model_copy(update={"name": run_name}), data=data, overrides=overrides
     )
 
 

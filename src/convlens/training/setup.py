@@ -41,7 +41,7 @@ class TrainingJob:
     trained: nn.Module
     feed: feature_cache.TrainInputs
     augment: pipeline.Pipeline | None
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     schedule: optim.Schedule
     criterion: Criterion
     averager: optim.WeightAverage | None
@@ -63,7 +63,7 @@ class TrainingJob:
             data_parallel = DataParallel(self.world, feed.batches.sizes)
         loop = TrainLoop(
             feed.model,
-            self.optimiser,
+            self.optimizer,
             self.criterion,
             self.plan,
             clip_value=optim_config.clip_value,
@@ -113,7 +113,7 @@ def build_training_job(
         return Batches(
             data.train,
             batch_size=recipe.train.batch_size,
-            normalise=preprocessing.normalise,
+            normalize=preprocessing.normalize,
             plan=chosen,
             seed=recipe.train.seed,
             augment=operations if recipe.operations else None,
@@ -130,7 +130,7 @@ def build_training_job(
         model = convert_sync_batchnorm(model, world, where)
     plan.prepare_model(model)
     batches = batches_for(plan)
-    optimiser = optim.build_optimizer(model, recipe.optim)
+    optimizer = optim.build_optimizer(model, recipe.optim)
     return TrainingJob(
         recipe=recipe,
         data=data,
@@ -139,7 +139,7 @@ def build_training_job(
         trained=model,
         feed=feature_cache.choose_train_inputs(recipe, data, model, batches),
         augment=operations if recipe.operations else None,
-        optimiser=optimiser,
+        optimizer=optimizer,
         schedule=optim.build_schedule(recipe.optim),
         criterion=criterion,
         averager=optim.build_averager(
@@ -209,7 +209,7 @@ def build_network(
     record = _load_pretrained(recipe, data, model, begun) if net.weights != "none" else None
     preprocessing = _preprocessing(data, record)
     if record is None and isinstance(model, models.DataInitialized):
-        model.initialise(_some_images(data.train, preprocessing, where))
+        model.initialize(_some_images(data.train, preprocessing, where))
     stages.freeze(model, net.trainable)
     return model, preprocessing, record
 
@@ -246,4 +246,4 @@ def _some_images(split: Split, preprocessing: Preprocessing, where: str = "cpu")
     wanted = max(1, min(count, 5_000, (1 << 24) // math.prod(shape)))
     chosen = torch.linspace(0, count - 1, wanted, dtype=torch.float64).round().long()
     plan = Plan(where if where.startswith("cuda") else "cpu", "fp32", "contiguous")
-    return preprocessing.normalise(split.rows.gather(chosen).to(plan.device), plan)
+    return preprocessing.normalize(split.rows.gather(chosen).to(plan.device), plan)

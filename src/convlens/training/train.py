@@ -71,24 +71,25 @@ def train(
     """
     world = distributed.init_process_group()
     data = None
-    called, plain = name or recipe.name, plain or name is not None
+    run_name, plain = name or recipe.name, plain or name is not None
     fresh = fresh and not world.restarted  # a restart by torchrun resumes the run
-    place = run.shared_run_dir(
-        world, lambda: run.find_or_create_run_dir(called, recipe.digest(), plain=plain, fresh=fresh)
+    run_dir = run.shared_run_dir(
+        world,
+        lambda: run.find_or_create_run_dir(run_name, recipe.digest(), plain=plain, fresh=fresh),
     )
     if extend:
-        world.broadcast(lambda: checkpoint.extend_run(place, recipe))
-    if world.broadcast(lambda: place.finished):
+        world.broadcast(lambda: checkpoint.extend_run(run_dir, recipe))
+    if world.broadcast(lambda: run_dir.finished):
         print_status(
-            f"[bold]{place.name}[/] is trained already: {place.path} (--fresh trains anew)"
+            f"[bold]{run_dir.name}[/] is trained already: {run_dir.path} (--fresh trains anew)"
         )
     else:
         validate_recipe(recipe)
         if fresh:
             print_status(
-                f"[bold]{place.name}[/] is new; without --fresh the same command goes on with it"
+                f"[bold]{run_dir.name}[/] is new; without --fresh the same command goes on with it"
             )
-        if not world.broadcast(place.facts):
+        if not world.broadcast(run_dir.metadata):
             pretrained.check_weights_available(recipe.model)
         where = device.select_device(on)
         autotune.check_device_options(recipe, where)
@@ -97,21 +98,21 @@ def train(
         with world.local_rank_zero_first():
             data = load_data(recipe.data, memory_budget=budget)
         run.check_same_images(world, data.name, data.fingerprint)
-        with place.lock():
-            facts = world.broadcast(place.facts)
-            check_can_resume(place, facts, recipe, data)
+        with run_dir.lock():
+            facts = world.broadcast(run_dir.metadata)
+            check_can_resume(run_dir, facts, recipe, data)
             # Not if another command finished it while this one read the images.
-            if not world.broadcast(lambda: place.finished):
-                _train_locked(recipe, data, place, facts, where, world, quiet=quiet)
+            if not world.broadcast(lambda: run_dir.finished):
+                _train_locked(recipe, data, run_dir, facts, where, world, quiet=quiet)
     if test:
-        evaluation.evaluate(place, "test", on=on, quiet=quiet, own=data)
-    return place
+        evaluation.evaluate(run_dir, "test", on=on, quiet=quiet, own=data)
+    return run_dir
 
 
 def _train_locked(
     recipe: Recipe,
     data: Data,
-    place: RunDir,
+    run_dir: RunDir,
     facts: dict[str, Any],
     where: str,
     world: ProcessGroup,
@@ -120,27 +121,27 @@ def _train_locked(
 ) -> None:
     """Begins the run, or takes it up; the lock on its folder is held."""
     if world.is_main_process:
-        _clean_stale_files(place, facts)
-    begun = load_initial_weights(place)
+        _clean_stale_files(run_dir, facts)
+    begun = load_initial_weights(run_dir)
     setup = build_training_job(recipe, data, where, _stored_plan(facts, where), begun, world)
     if not facts:
         files.warn_if_low_disk(
-            place.path, LEAST_BYTES * sum(p.numel() for p in setup.trained.parameters())
+            run_dir.path, LEAST_BYTES * sum(p.numel() for p in setup.trained.parameters())
         )
-        place.write_split(data.held_out)
+        run_dir.write_split(data.held_out)
         if data.listing is not None and world.is_main_process:
-            data.listing.write(place.path)
-        place.create(setup.recipe, _run_metadata(recipe, setup))  # last: from here on it is a run
+            data.listing.write(run_dir.path)
+        run_dir.create(setup.recipe, _run_metadata(recipe, setup))  # last: from here on it is a run
     elif begun is None and setup.weights:
         # Left before its first state was saved: it begins anew, with the weights as they are now.
-        place.note({"weights": setup.weights})
-    report_setup_changes(place, facts, _environment(setup))
+        run_dir.update_metadata({"weights": setup.weights})
+    report_setup_changes(run_dir, facts, _environment(setup))
     _report_stages(setup)
-    rows, kept = fit(setup, place, quiet=quiet)
+    rows, kept = fit(setup, run_dir, quiet=quiet)
     if world.is_main_process:
-        run_plots.plot_training(place, rows, kept, data, setup.augment)
+        run_plots.plot_training(run_dir, rows, kept, data, setup.augment)
     # Last: a run that is killed before this takes itself up where it is and draws its plots.
-    place.finish(
+    run_dir.finish(
         epochs=len(rows),
         kept=kept,
         seconds=sum(row["seconds"] for row in rows),
@@ -149,12 +150,14 @@ def _train_locked(
     world.barrier()
 
 
-def _clean_stale_files(place: RunDir, facts: dict[str, Any]) -> None:
+def _clean_stale_files(run_dir: RunDir, facts: dict[str, Any]) -> None:
     """Clears up what would be mistaken for a part of the run that begins or is taken up."""
     if not facts:
-        place.checkpoints.clear()  # of an extension that was killed before it was a run
+        run_dir.checkpoints.clear()  # of an extension that was killed before it was a run
     elif facts.get("status") == "finished":
-        place.note({"status": "training"})  # its model file is lost; until it is there again
+        run_dir.update_metadata(
+            {"status": "training"}
+        )  # its model file is lost; until it is there again
 
 
 def _stored_plan(facts: dict[str, Any], where: str) -> device.Plan | None:
@@ -166,26 +169,26 @@ def _stored_plan(facts: dict[str, Any], where: str) -> device.Plan | None:
 
 def _report_stages(setup: TrainingJob) -> None:
     """Says what learns and at which rate, where that isn't everything at the same one."""
-    rows = optim.stage_table(setup.trained, setup.optimiser)
+    rows = optim.stage_table(setup.trained, setup.optimizer)
     if setup.recipe.model.trainable != "all" or len({row.cells()[3:] for row in rows}) > 1:
         columns = ("stage", "weights", "that learn", "learning rate", "of the training")
         print_table(columns, (row.cells() for row in rows))
 
 
-def fit(setup: TrainingJob, place: RunDir, *, quiet: bool) -> tuple[list[dict[str, float]], int]:
+def fit(setup: TrainingJob, run_dir: RunDir, *, quiet: bool) -> tuple[list[dict[str, float]], int]:
     """Trains until the recipe ends, nothing improves any more, or a signal comes.
 
     Returns the epochs' rows, and the epoch whose weights are in the model file.
     """
     options = setup.recipe.train
-    keeper = CheckpointManager(setup, place)
+    keeper = CheckpointManager(setup, run_dir)
     if keeper.over:
         keeper.complete()
     steps = len(setup.feed.batches)
     done = (setup.state.epoch - 1) * steps + setup.state.step
     if done:
         print_status(
-            f"continuing [bold]{place.name}[/] after {done} of {setup.epochs * steps} steps"
+            f"continuing [bold]{run_dir.name}[/] after {done} of {setup.epochs * steps} steps"
         )
     state = setup.state
     unended = replace(state)  # the epoch at its last step
@@ -196,7 +199,7 @@ def fit(setup: TrainingJob, place: RunDir, *, quiet: bool) -> tuple[list[dict[st
     ):
         clock = EpochClock(state)
         world = setup.world = setup.world.with_stop_requested(lambda: flag.up)
-        for record in _training_records(setup, place, keeper):
+        for record in _training_records(setup, run_dir, keeper):
             if isinstance(record, loop.Step):
                 bar.step(record)
                 stop = world.should_stop(now=False)
@@ -223,14 +226,16 @@ def fit(setup: TrainingJob, place: RunDir, *, quiet: bool) -> tuple[list[dict[st
             if keeper.over:
                 break
             if stop:
-                _stop(setup, place, flag)
+                _stop(setup, run_dir, flag)
         if world.should_stop(now=True):  # the run isn't tested then, nor is another one begun
-            _stop(setup, place, flag)
+            _stop(setup, run_dir, flag)
     rows = keeper.rows
     return rows, int(rows[-1]["epoch"]) if options.keep == "last" else keeper.kept()
 
 
-def _training_records(setup: TrainingJob, place: RunDir, keeper: CheckpointManager) -> loop.Records:
+def _training_records(
+    setup: TrainingJob, run_dir: RunDir, keeper: CheckpointManager
+) -> loop.Records:
     """The engine's records; what ends them first saves what can be saved."""
     if keeper.over:  # the run was left behind its last step
         return
@@ -244,16 +249,16 @@ def _training_records(setup: TrainingJob, place: RunDir, keeper: CheckpointManag
         numbers = setup.feed.batches.numbers(error.epoch, error.step - 1)
         ids = [setup.data.train.ids[number] for number in numbers]
         told = {"epoch": error.epoch, "step": error.step, "lr": error.lr, "images": ids}
-        place.note({"diverged": told})
+        run_dir.update_metadata({"diverged": told})
         error.what += f" (images {', '.join(ids[:3])}{' ...: run.json has all' * (len(ids) > 3)})"
         keeper.keep_weights()
-        if not place.model_path.exists():
+        if not run_dir.model_path.exists():
             try:
-                place.save_model(*model_snapshot(setup, place.name, None))
+                run_dir.save_model(*model_snapshot(setup, run_dir.name, None))
             except ValueError as unusable:  # the weights themselves are not finite
-                error.where = f"{place.path}; no weights were kept: {unusable}"[:200]
+                error.where = f"{run_dir.path}; no weights were kept: {unusable}"[:200]
                 raise error from unusable
-        error.where = f"{place.path}; its model.safetensors holds the last good weights"
+        error.where = f"{run_dir.path}; its model.safetensors holds the last good weights"
         raise
 
 
@@ -294,20 +299,20 @@ def _validate(
     }
 
 
-def _stop(setup: TrainingJob, place: RunDir, flag: StopSignal) -> None:
+def _stop(setup: TrainingJob, run_dir: RunDir, flag: StopSignal) -> None:
     """Stops between two steps, everything saved; the same command goes on from here."""
-    if not place.model_path.exists():
-        place.save_model(*model_snapshot(setup, place.name, None))
+    if not run_dir.model_path.exists():
+        run_dir.save_model(*model_snapshot(setup, run_dir.name, None))
     at = setup.state
     over = at.epoch > setup.epochs
     where = "after the last epoch" if over else f"in epoch {at.epoch} after {at.step} steps"
-    print_status(f"stopped {where}; all of it is kept in {place.path}")
+    print_status(f"stopped {where}; all of it is kept in {run_dir.path}")
     print_status("the same command goes on from here")
     setup.world.barrier()  # torchrun ends the others when the first has ended; all is saved now
     if flag.interrupted:
         raise KeyboardInterrupt
     raise Stopped(
-        f"asked to stop ({flag.name})", where=str(place.path), fix="run it again to go on"
+        f"asked to stop ({flag.name})", where=str(run_dir.path), fix="run it again to go on"
     )
 
 
@@ -356,7 +361,7 @@ def _environment(setup: TrainingJob) -> dict[str, Any]:
 _HARDWARE = ("device", "gpu", "cpu", "cpu_capability", "threads", "torch")
 
 
-def check_can_resume(place: RunDir, facts: Mapping[str, Any], recipe: Recipe, data: Data) -> None:
+def check_can_resume(run_dir: RunDir, facts: Mapping[str, Any], recipe: Recipe, data: Data) -> None:
     """Refuses to go on with another recipe or other images than the run began with.
 
     Raises:
@@ -367,28 +372,28 @@ def check_can_resume(place: RunDir, facts: Mapping[str, Any], recipe: Recipe, da
         return
     if recipe.digest() not in facts.get("digests", []):
         raise ResourceError(
-            f"another process has just taken the name {place.name!r} for another recipe",
-            where=str(place.path),
+            f"another process has just taken the name {run_dir.name!r} for another recipe",
+            where=str(run_dir.path),
             fix="run the same command again, or give this run another name with --name",
         )
     began = facts.get("data")
     if not isinstance(began, Mapping) or "fingerprint" not in began:
         raise ModelFileError(
             "run.json doesn't say on which images this run began",
-            where=str(place.path),
+            where=str(run_dir.path),
             fix="restore it from a copy, or train anew with --fresh",
         )
     if began["fingerprint"] != data.fingerprint:
-        changed = data.listing.changed(place.path) if data.listing else ""
+        changed = data.listing.changed(run_dir.path) if data.listing else ""
         raise DataError(
-            f"the images of {data.name!r} are not those that run {place.name!r} began with"
+            f"the images of {data.name!r} are not those that run {run_dir.name!r} began with"
             + (f": {changed}" if changed else ""),
-            where=str(place.path),
+            where=str(run_dir.path),
             fix="--fresh trains anew on the present images; or restore the files",
         )
 
 
-def report_setup_changes(place: RunDir, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def report_setup_changes(run_dir: RunDir, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Says and notes what is no more as it was when the run began.
 
     Args:
@@ -403,10 +408,10 @@ def report_setup_changes(place: RunDir, facts: Mapping[str, Any], now: Mapping[s
         return
     told = ", ".join(f"{key} {old}, now {new}" for key, (old, new) in changed.items())
     print_status(
-        f"[bold]{escape(place.name)}[/] began elsewise ({escape(told)}): it goes on, but will not "
+        f"[bold]{escape(run_dir.name)}[/] began elsewise ({escape(told)}): it goes on, but will not "
         "end with the bits of an uninterrupted run"
     )
-    place.note({**now, "changed": [*facts.get("changed", []), changed]})
+    run_dir.update_metadata({**now, "changed": [*facts.get("changed", []), changed]})
 
 
 def _bit_relevant_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,15 +91,15 @@ def assign_operations(
     u = uniform_numbers(images, generator, 3 * count, count=kinds * share).view(
         count, 3, kinds, share
     )
-    deals = []
+    needs_full_batch = []
     for order, strength, sign in u.unbind(0) if count else ():
         if magnitude is None:
             chosen = table.gather(1, integer_below(strength, bins).long())
         else:
             chosen = table[:, magnitude, None].repeat(1, share)
         chosen[:SIGNED] *= 1 - 2 * (sign[:SIGNED] <= 0.5).float()
-        deals.append(OpAssignment(order.flatten().argsort(), chosen))
-    return deals
+        needs_full_batch.append(OpAssignment(order.flatten().argsort(), chosen))
+    return needs_full_batch
 
 
 def color_maps(drawn: Tensor, height: int, width: int) -> Affine:

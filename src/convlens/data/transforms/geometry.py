@@ -52,14 +52,14 @@ def random_vertical_flip(images: Tensor, generator: torch.Generator, *, p: float
     return flip(images, uniform_numbers(images, generator, 1)[0] < p, -2)
 
 
-def alternating_flip(images: Tensor, generator: torch.Generator, place: SampleInfo) -> Tensor:
+def alternating_flip(images: Tensor, generator: torch.Generator, sample_info: SampleInfo) -> Tensor:
     """Mirrors each image left-right in every other epoch, half of them in the first.
 
     Less to learn twice than with independent coins: in any two epochs in a row an image is seen
     from both sides (arXiv:2404.00498). The generator is not used.
     """
-    first = random_coins(place)
-    return flip(images, first if place.epoch % 2 else ~first, -1)
+    first = random_coins(sample_info)
+    return flip(images, first if sample_info.epoch % 2 else ~first, -1)
 
 
 # Crop with padding: the usual "shift by a few pixels"
@@ -270,8 +270,8 @@ def resized_crop(images: Tensor, boxes: CropBoxes) -> Tensor:
         pixel = at * (length / size)[:, None] - 0.5
         # Crop first, then resize: pixels outside the box must not shine in at its border.
         pixel = start[:, None] + pixel.clamp_min(0).minimum((length - 1)[:, None])
-        place = (pixel * 2 + 1) / size - 1
-        grid[..., axis] = place[:, None, :] if axis == 0 else place[:, :, None]
+        sample_info = (pixel * 2 + 1) / size - 1
+        grid[..., axis] = sample_info[:, None, :] if axis == 0 else sample_info[:, :, None]
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False).clamp_(0, 1)
 
 

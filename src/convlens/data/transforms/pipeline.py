@@ -204,11 +204,11 @@ class AugmentEntry:
 class Augmentation(AugmentEntry):
     """An operation on images alone.
 
-    `deals`: the images of a batch are dealt over what it does, so it must see a whole batch; any
+    `needs_full_batch`: the images of a batch are dealt over what it does, so it must see a whole batch; any
     other takes each image by itself.
     """
 
-    deals: bool = False
+    needs_full_batch: bool = False
 
     @functools.cached_property
     def alternates(self) -> bool:
@@ -216,16 +216,16 @@ class Augmentation(AugmentEntry):
         return "place" in inspect.signature(self.apply).parameters
 
     def __call__(
-        self, images: Tensor, generator: torch.Generator, place: SampleInfo, **arguments: Any
+        self, images: Tensor, generator: torch.Generator, sample_info: SampleInfo, **arguments: Any
     ) -> Tensor:
         """`images` float32 `[N, C, H, W]` in [0, 1] -> the same shape and range."""
-        where = (place,) if self.alternates else ()
+        where = (sample_info,) if self.alternates else ()
 
         def apply(pictures: Tensor) -> Tensor:
             result: Tensor = self.apply(pictures, generator, *where, **arguments)
             return result
 
-        return for_whole_batch(images, generator, apply) if self.deals else apply(images)
+        return for_whole_batch(images, generator, apply) if self.needs_full_batch else apply(images)
 
 
 @dataclass(frozen=True)
@@ -252,17 +252,17 @@ class Pipeline:
     classes: int = 0
 
     def __call__(
-        self, images: Tensor, labels: Tensor, place: SampleInfo, generator: torch.Generator
+        self, images: Tensor, labels: Tensor, sample_info: SampleInfo, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Applies all; with one that mixes, labels become probabilities.
 
         Args:
             images: float32 `[N, C, H, W]` in [0, 1]; the result has the same shape and range.
             labels: int64 `[N]`; returned as float32 `[N, K]` where images were mixed.
-            place: which images they are, and the epoch.
+            sample_info: which images they are, and the epoch.
         """
         for name, arguments in self.steps:
-            images = AUGMENTS[name](images, generator, place, **arguments)
+            images = AUGMENTS[name](images, generator, sample_info, **arguments)
         if self.mixes and not self.classes:
             raise ValueError("`build` must be told the number of classes before labels are mixed")
         for name, arguments in self.mixes:
@@ -370,7 +370,7 @@ AUGMENTS: dict[str, Augmentation] = {
             "saturation": optional(factor(math.inf)),
             "hue": optional(factor(0.5, signed=True)),
         },
-        deals=True,
+        needs_full_batch=True,
     ),
     "RandomAdjustSharpness": Augmentation(
         color.random_adjust_sharpness, {"sharpness_factor": number(0), "p": PROBABILITY}
@@ -379,7 +379,7 @@ AUGMENTS: dict[str, Augmentation] = {
     "TrivialAugmentWide": Augmentation(
         auto_augment.trivial_augment_wide,
         {"num_magnitude_bins": whole(2, 1000), "interpolation": SAMPLING, "fill": shade},
-        deals=True,
+        needs_full_batch=True,
     ),
     "RandAugment": Augmentation(
         auto_augment.rand_augment,
@@ -390,7 +390,7 @@ AUGMENTS: dict[str, Augmentation] = {
             "interpolation": SAMPLING,
             "fill": shade,
         },
-        deals=True,
+        needs_full_batch=True,
     ),
 }
 """Every augmentation of images by torchvision's name; argument names are torchvision's too.
@@ -400,8 +400,8 @@ AUGMENTS: dict[str, Augmentation] = {
 To add one, write it in `geometry.py` or `appearance.py` as three functions: `draw_x` (images and
 generator to numbers per image, by one call of `draws.numbers`), `x` (images and those numbers to
 images) and `random_x(images, generator, *, ...)`, whose keywords are the arguments a recipe may
-give; with a third parameter `place` it is told which images those are and the epoch. One that
-deals the images of a batch over what it does is marked `deals`. Add a line
+give; with a third parameter `sample_info` it is told which images those are and the epoch. One that
+deals the images of a batch over what it does is marked `needs_full_batch`. Add a line
 here with one rule for each keyword, and to `tests/test_augment.py` a comparison of `x` with a
 slow reference; the contract tests walk this table and need nothing more.
 """

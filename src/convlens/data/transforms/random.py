@@ -31,7 +31,7 @@ def uniform_numbers(
     For rows of a batch (`SharedGenerator`) they are drawn for all of it.
     """
     whole = _whole_batch_shape(images, generator)
-    assert not (count and whole), "what is dealt over the batch has `deals` in the table"
+    assert not (count and whole), "what is dealt over the batch has `needs_full_batch` in the table"
     size = (rows, count or len(images)) if whole is None else (rows, whole.total)
     drawn = torch.rand(size, generator=generator, device=generator.device)
     return (drawn if whole is None else drawn[:, whole.rows]).to(images.device)
@@ -127,14 +127,14 @@ class SampleInfo(NamedTuple):
     seed: int
 
 
-def random_coins(place: SampleInfo) -> Tensor:
+def random_coins(sample_info: SampleInfo) -> Tensor:
     """A fair coin for each image, bool `[N]`: a function of its number and the seed alone.
 
     The 32-bit finaliser of MurmurHash3 (Appleby), in 64-bit numbers because torch has no
     unsigned product; what overflows is masked away.
     """
     mask = 0xFFFFFFFF
-    bits = (place.numbers ^ (derive_seed(place.seed) & mask)) & mask
+    bits = (sample_info.numbers ^ (derive_seed(sample_info.seed) & mask)) & mask
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & mask
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & mask
     return ((bits ^ (bits >> 16)) & 1).bool()
