@@ -6,7 +6,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests benchmarks tools
-LONG := chaos signals processes machines rendezvous memory damage hostile fuzz same_numbers out_of_memory limits determinism exporting
+LONG := robustness distributed integration/test_same_numbers.py integration/test_determinism.py unit/engine/test_oom.py unit/test_model_export.py
 PEERS ?= benchmarks/peers/environments
 
 # As the command line sets it: without it tests and benchmarks are several times slower on a machine
@@ -35,7 +35,7 @@ types: $(VENV)/.dev
 # What is too long for the suite: kills at random moments, thousands of damaged files, fuzzing.
 chaos: $(VENV)/.dev
 	$(BIN)/python benchmarks/chaos.py $(if $(QUICK),--kills 5 --pairs 2)
-	$(BIN)/python -m pytest --slow -n $(JOBS) $(wildcard $(addprefix tests/test_,$(addsuffix .py,$(LONG))))
+	$(BIN)/python -m pytest --slow -n $(JOBS) $(addprefix tests/,$(LONG))
 
 # Measurements on a CPU; they want a quiet machine. QUICK=1 takes minutes instead of half an hour,
 # and what it finds goes to build/benchmarks instead of benchmarks/results.

@@ -470,7 +470,7 @@ def _load_torch(content: bytes, where: str) -> RunModel:
     return run_model
 
 
-# To add a format: two functions here and an entry. `tests/test_exporting.py` exports every family.
+# To add a format: two functions here and an entry. `tests/unit/test_model_export.py` exports every family.
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _serialize_onnx, _load_onnx),
     "torch": Format(".pt2", (), _serialize_torch, _load_torch),

@@ -195,7 +195,7 @@ class Recipe(Section):
     name: str
     about: str = ""
     data: DataConfig = DataConfig()
-    augment: list[dict[str, dict[str, Any]]] | Literal["auto"] = []  # noqa: RUF012 (pydantic copies it)
+    augment: list[dict[str, dict[str, Any]]] | Literal["auto"] = []
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

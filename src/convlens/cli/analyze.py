@@ -58,7 +58,7 @@ def compare(
     """
     from convlens.analysis import compare as analysis_compare
 
-    pass  # import dropped
+    # import dropped
 
     result = analysis_compare.compare(runs, split, data=data, force=force, on=device)
     if not as_json:
@@ -79,7 +79,7 @@ def diagnose(run: RunArgument, device: DeviceOption = None, as_json: JsonOption 
     from convlens import run as runs
     from convlens.analysis import diagnosis
 
-    pass  # import dropped
+    # import dropped
 
     result = diagnosis.diagnose(runs.find_run(run), on=device)
     if not as_json:
@@ -119,7 +119,7 @@ def labels(
     """
     from convlens.analysis.label_errors import find_label_errors
 
-    pass  # import dropped
+    # import dropped
 
     report = find_label_errors(
         what, overrides or [], data=data, folds=folds, test=test, name=name, fresh=fresh, on=device

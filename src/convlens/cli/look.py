@@ -191,7 +191,7 @@ def look(
     """
     from convlens.interpret import inputs, look as interpret_look
 
-    pass  # import dropped
+    # import dropped
 
     asked = interpret_look.LookOptions(
         layers=split_commas(layers),

@@ -90,11 +90,10 @@ def train(
     """
     from convlens.cli.results import print_run_summary
     from convlens.errors import UsageError
-    from convlens.training import train as training_train
-    from convlens.training.repeats import train_many
 
-    pass  # import dropped
-    from convlens.training import resolve
+    # import dropped
+    from convlens.training import resolve, train as training_train
+    from convlens.training.repeats import train_many
 
     changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
     options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}

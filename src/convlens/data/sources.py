@@ -30,12 +30,12 @@ from convlens.errors import DataError, UsageError, close_matches, did_you_mean
 
 __all__ = [
     "SOURCES",
+    "DataSource",
     "ImageSource",
     "Part",
-    "DataSource",
+    "data_roots",
     "find_source",
     "known_names",
-    "data_roots",
 ]
 
 Labels = npt.NDArray[np.int64]

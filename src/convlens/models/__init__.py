@@ -3,7 +3,7 @@
 To add a family: one file in this folder, one line in `MODELS`. Its constructor takes
 `(classes, channels, image_size, *, its own options)`; the network has `stages` (the names of
 its sub-modules in order, what `look` and fine-tuning go by) and `head` (the name of its last
-linear layer, so that it can be replaced). `tests/test_contracts.py` then runs it. Any other
+linear layer, so that it can be replaced). `tests/integration/test_contracts.py` then runs it. Any other
 name is torchvision's, or timm's as `timm/NAME` (`zoo.py`); `parts(model)` has the names of the
 stages and the head of them all.
 """
@@ -34,8 +34,8 @@ __all__ = [
     "DataInitialized",
     "ModelParts",
     "build_model",
-    "model_family",
     "load_weights",
+    "model_family",
     "model_options",
     "model_parts",
     "try_out",

@@ -31,20 +31,20 @@ from convlens.optim.schedules import (
 from convlens.recipe import OptimConfig
 
 __all__ = [
+    "EMA",
     "OPTIMISERS",
     "SCHEDULES",
-    "WeightAverage",
-    "EMA",
+    "GroupSchedule",
     "Lookahead",
     "Muon",
     "Schedule",
     "StageRow",
-    "GroupSchedule",
+    "WeightAverage",
     "averaged_weights",
     "build_averager",
     "build_optimizer",
-    "check_optimizer",
     "build_schedule",
+    "check_optimizer",
     "set_lr",
     "stage_table",
 ]

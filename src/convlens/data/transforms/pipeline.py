@@ -402,7 +402,7 @@ generator to numbers per image, by one call of `draws.numbers`), `x` (images and
 images) and `random_x(images, generator, *, ...)`, whose keywords are the arguments a recipe may
 give; with a third parameter `sample_info` it is told which images those are and the epoch. One that
 deals the images of a batch over what it does is marked `needs_full_batch`. Add a line
-here with one rule for each keyword, and to `tests/test_augment.py` a comparison of `x` with a
+here with one rule for each keyword, and to `tests/unit/data/transforms/test_pipeline.py` a comparison of `x` with a
 slow reference; the contract tests walk this table and need nothing more.
 """
 

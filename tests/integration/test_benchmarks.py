@@ -1,0 +1,124 @@
+"""The benchmarks' own arithmetic, and that the programs which take turns do."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.paths import REPOSITORY
+
+BENCHMARKS = REPOSITORY / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize(
+    ("n", "rank"),
+    # The largest k with 2 P(Binomial(n, 1/2) < k) <= 5%, from tables of the sign test.
+    [(1, 1), (5, 1), (6, 1), (8, 1), (9, 2), (12, 3), (20, 6), (40, 14)],
+)
+def test_the_medians_interval_lies_between_two_of_the_values(n: int, rank: int) -> None:
+    from intervals import median_interval
+
+    values = [float(v) for v in np.random.default_rng(n).permutation(n) + 1]
+    assert median_interval(values) == (rank, n + 1 - rank)
+    outside = 2 * sum(math.comb(n, k) for k in range(rank)) / 2**n
+    assert outside <= 0.05 or rank == 1
+
+
+def row(folder: Path) -> dict[str, Any]:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (24, 12, 12), dtype=np.uint8)
+    np.savez(folder / "few.npz", images=images, labels=generator.integers(0, 10, 24))
+    return {
+        "name": "few",
+        "net": "cnn",
+        "options": {"widths": [2, 3]},
+        "batch": 8,
+        "steps": 3,
+        "lr": 0.001,
+        "augment": False,
+        "pixels": str(folder / "few.npz"),
+        "mean": [0.4],
+        "std": [0.2],
+        # Two convolutions without bias, two norms, the classifier.
+        "parameters": 1 * 9 * 2 + 2 * 2 + 2 * 9 * 3 + 2 * 3 + 3 * 10 + 10,
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["convlens", pytest.param("dataloader-tuned", marks=pytest.mark.slow)]
+)
+def test_a_peer_trains_when_it_is_its_turn_and_stops_when_told(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import against_peers
+    from turns import Row
+
+    peer = against_peers.PEERS[name]
+    ours = against_peers.Peer(peer.title, peer.command, environment="")  # this very environment
+    monkeypatch.setitem(against_peers.PEERS, name, ours)
+    with (tmp_path / "log").open("w+") as log:
+        process = against_peers.Process(name, tmp_path, tmp_path, log)
+        assert "torch" in process.answer()["versions"]
+        few = Row(**row(tmp_path))
+        variants = process.variants(few)
+        best, tried = against_peers.best_variant(process, few, variants[:2], 0.01)
+        plans = ("fp32 contiguous", "fp32 channels_last")  # convlens tells which one it timed best
+        assert best in (variants if len(variants) > 1 else plans)
+        assert set(tried) == (set(variants[:2]) if len(variants) > 1 else set())
+        process.tell({"do": "go", "seconds": 0.05})
+        window = process.answer()
+        assert window["images"] % 24 == 0
+        assert window["seconds"] >= 0.05
+        process.stop()
+        process.start(few, variants[-1])
+        process.stop()
+        process.close()
+
+
+def test_the_table_says_what_was_not_won() -> None:
+    from tables.peers import peers
+
+    def found(rate: float, over: float, low: float) -> dict[str, Any]:
+        return {
+            "variant": "v",
+            "images_per_second": rate,
+            "convlens_over": over,
+            "convlens_over_interval": [low, over + 0.1],
+        }
+
+    result = {
+        "rounds": 5,
+        "bound": "bare",
+        "titles": {"convlens": "convlens", "fast": "Fast", "near": "Near", "bare": "Bare"},
+        "versions": {"torch": "2"},
+        "rows": {
+            "net": {
+                "title": "Net",
+                "parameters": 1234,
+                "batch": 8,
+                "peers": {
+                    "convlens": found(1000, 1.0, 1.0),
+                    "fast": found(1250, 0.8, 0.7),
+                    "near": found(990, 1.01, 0.99),
+                    "bare": found(1300, 0.77, 0.7),
+                },
+            }
+        },
+    }
+    text = peers(json.loads(json.dumps(result)), "Here.")
+    assert "| Fast | **1,250** (0.80) |" in text
+    assert "| Bare | 1,300 (0.77) |" in text
+    assert "**Not won**: Fast on Net (0.80)." in text
+    assert "not in every round: Near on Net (1.01)." in text
+    assert sys.modules["tables.peers"].__file__ == str(BENCHMARKS / "tables" / "peers.py")

@@ -1,0 +1,442 @@
+"""Every name in every table keeps its contract: what is added to a table is tested here."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from convlens import evaluation, models, optim, plots, recipe as recipes, serialization
+from convlens.cli.results import WRITERS
+from convlens.data import download
+from convlens.data.sources import SOURCES, find_source
+from convlens.data.transforms.pipeline import AUGMENTS, MIXES
+from convlens.data.transforms.random import SampleInfo
+from convlens.errors import DataError
+from convlens.models import MODELS
+from convlens.optim import OPTIMIZERS, SCHEDULES
+from convlens.plots import PLOTS
+from convlens.plots.attributions import AttributionColumn, AttributionPanel
+from convlens.prediction import Prediction
+from convlens.recipe import OptimConfig
+from convlens.training import train
+from convlens.training.resolve import validate_recipe
+from helpers.support import begin, same
+
+# Networks
+
+# Some of torchvision's small networks, and the least size that they take.
+OTHERS = {"mnasnet0_5": 8, "mobilenet_v3_small": 8, "shufflenet_v2_x0_5": 8, "squeezenet1_1": 17}
+SMALL: dict[str, dict[str, Any]] = {"wrn": {"width": 1}}  # where the default takes seconds
+
+families = pytest.mark.parametrize("name", [*MODELS, *OTHERS])
+
+
+def build(name: str, channels: int = 3, size: int = 0) -> nn.Module:
+    torch.manual_seed(0)
+    return models.build_model(name, 5, channels, size or size_for(name), SMALL.get(name, {}))
+
+
+def size_for(name: str) -> int:
+    return 32 if name in OTHERS else 16
+
+
+def images_for(name: str, count: int = 2) -> Tensor:
+    return torch.randn(count, 3, size_for(name), size_for(name))
+
+
+@families
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [8, 9, 16, 28, 33])
+def test_a_network_takes_any_image(name: str, channels: int, size: int) -> None:
+    if size < OTHERS.get(name, 0):
+        pytest.skip(f"{name} needs larger images")
+    model = build(name, channels, size)
+    for mode in (True, False):
+        logits = model.train(mode)(torch.randn(3, channels, size, size))
+        assert logits.shape == (3, 5)
+        assert logits.dtype == torch.float32
+        assert torch.isfinite(logits).all()
+
+
+@families
+def test_the_stages_of_a_network_are_its_submodules_in_order(name: str) -> None:
+    model = build(name).eval()
+    stages = list(models.model_parts(model).stages)
+    assert stages
+    assert len(set(stages)) == len(stages)
+    seen: list[str] = []
+    for stage in stages:
+        model.get_submodule(stage).register_forward_hook(
+            lambda module, inputs, output, stage=stage: seen.append(stage)
+        )
+    model(images_for(name))
+    assert seen == stages
+
+
+@families
+def test_the_head_of_a_network_can_be_replaced(name: str) -> None:
+    model = build(name).eval()
+    name_of_head = models.model_parts(model).head
+    head = model.get_submodule(name_of_head)
+    assert isinstance(head, nn.Linear | nn.Conv2d)
+    assert head.weight.shape[0] == 5
+    model.set_submodule(
+        name_of_head,
+        nn.Linear(head.in_features, 11)
+        if isinstance(head, nn.Linear)
+        else nn.Conv2d(head.in_channels, 11, 1),
+    )
+    assert model(images_for(name)).shape == (2, 11)
+
+
+@families
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_network_learns(name: str, layout: torch.memory_format) -> None:
+    model = build(name).to(memory_format=layout).train()
+    images = images_for(name, 8).contiguous(memory_format=layout)
+    labels = torch.arange(8) % 5
+    optimizer = optim.build_optimizer(model, OptimConfig(lr=1e-3))
+    losses = []
+    for _ in range(4):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        for key, parameter in model.named_parameters():
+            if not parameter.requires_grad:  # a family may keep some fixed
+                assert parameter.grad is None, key
+                continue
+            assert parameter.grad is not None, key
+            assert torch.isfinite(parameter.grad).all(), key
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@families
+def test_a_network_survives_its_file(name: str, tmp_path: Any) -> None:
+    model = build(name).train()
+    model(images_for(name, 4))  # norms have seen something
+    serialization.write_model_file(tmp_path / "m", model.state_dict(), {})
+    again = models.build_model(name, 5, 3, size_for(name), SMALL.get(name, {}))
+    tensors, _ = serialization.read_model_file(tmp_path / "m")
+    models.load_weights(again, tensors)
+    same(dict(again.state_dict()), dict(model.state_dict()))
+    images = images_for(name)
+    assert torch.equal(again.eval()(images), model.eval()(images))
+
+
+@families
+def test_the_options_of_a_network_are_plain_values(name: str) -> None:
+    options = {**models.model_options(name), **SMALL.get(name, {})}
+    assert json.loads(json.dumps(options)) == json.loads(json.dumps(options))
+    plain = json.loads(json.dumps(options))  # tuples become lists, as in a model file
+    torch.manual_seed(0)
+    built = models.build_model(name, 5, 3, size_for(name), plain)
+    same(dict(built.state_dict()), dict(build(name).state_dict()))
+    if name in MODELS:
+        assert models.model_family(name).__doc__
+
+
+# Augmentations
+
+# For those that have no default.
+ARGUMENTS = {"degrees": 30, "sharpness_factor": 2, "padding": 2, "size": 3}
+
+
+@pytest.mark.parametrize("name", list(AUGMENTS))
+@pytest.mark.parametrize("shape", [(6, 1, 8, 8), (5, 3, 17, 17), (1, 3, 8, 8)])
+def test_an_augmentation_keeps_shape_range_and_its_input(name: str, shape: tuple[int, ...]) -> None:
+    entry = AUGMENTS[name]
+    arguments = {key: ARGUMENTS[key] for key in entry.required}
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    before = images.clone()
+    numbers = torch.arange(len(images))
+
+    def result(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        places = [SampleInfo(numbers, epoch, seed) for epoch in range(1, 5)]
+        return torch.cat([entry(images, generator, place, **arguments) for place in places])
+
+    found = result(0)
+    assert found.shape == (4 * shape[0], *shape[1:])
+    assert found.dtype == torch.float32
+    assert (found.min() >= 0) & (found.max() <= 1)
+    assert torch.equal(images, before)
+    torch.manual_seed(5)  # nobody's business
+    assert torch.equal(found, result(0))
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("name", list(MIXES))
+@pytest.mark.parametrize("shape", [(6, 1, 8, 8), (5, 3, 17, 17), (1, 3, 8, 8)])
+@pytest.mark.parametrize("classes", [1, 4])
+def test_mixing_keeps_shape_range_and_its_input(
+    name: str, shape: tuple[int, ...], classes: int
+) -> None:
+    entry = MIXES[name]
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    labels = torch.eye(classes)[torch.arange(len(images)) % classes]
+    before = images.clone(), labels.clone()
+
+    def result(seed: int) -> tuple[Tensor, Tensor]:
+        arguments = {key: ARGUMENTS[key] for key in entry.required}
+        return entry(images, labels, torch.Generator().manual_seed(seed), **arguments)
+
+    mixed, shares = result(0)
+    assert mixed.shape == shape
+    assert shares.shape == labels.shape
+    assert mixed.dtype == shares.dtype == torch.float32
+    assert (mixed.min() >= 0) & (mixed.max() <= 1)
+    assert shares.min() >= 0
+    torch.testing.assert_close(shares.sum(1), torch.ones(len(images)))
+    torch.manual_seed(5)  # nobody's business
+    again = result(0)
+    assert torch.equal(mixed, again[0])
+    assert torch.equal(shares, again[1])
+    assert len(images) == 1 or not torch.equal(mixed, result(1)[0])
+    assert torch.equal(images, before[0])
+    assert torch.equal(labels, before[1])
+    if len(images) == 1:  # nobody to mix with
+        torch.testing.assert_close(mixed, images)
+        torch.testing.assert_close(shares, labels)
+
+
+# Optimisers and schedules
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_an_optimiser_goes_downhill_and_its_state_can_be_saved(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = optim.build_optimizer(model, OptimConfig(name=name, lr=0.05))
+    inputs, target = torch.randn(32, 4), torch.randn(32, 1)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.mse_loss(model(inputs), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    # What `resuming.states.save` relies on: every value is a tensor, or nothing.
+    for values in optimizer.state_dict()["state"].values():
+        assert all(value is None or torch.is_tensor(value) for value in values.values())
+    assert all(group["initial_lr"] == 0.05 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.99])
+def test_a_schedule_is_a_factor_from_0_to_1(name: str, warmup: float) -> None:
+    factor = optim.build_schedule(OptimConfig(schedule=name, warmup=warmup))
+    values = [factor(i / 1000) for i in range(1001)]
+    assert all(math.isfinite(value) and -1e-12 <= value <= 1 for value in values)
+    assert max(values) > 0.9
+
+
+# Plots
+
+HISTORY = {
+    key: [1.0, 0.5, 0.25]
+    for key in ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr")
+}
+SHEET = np.zeros((3, 3, 8, 8), np.uint8)
+KERNELS = np.ones((2, 3, 5, 5), np.float32)
+PANEL = plots.Panel("x", "y", KERNELS[0], (0.0, 1.0), np.zeros(3, bool), np.zeros(3, bool))
+DRAWN: dict[str, Callable[..., Figure]] = {
+    "curves": lambda draw: draw(HISTORY, 2, "x"),
+    "seed_curves": lambda draw: draw([HISTORY, HISTORY], "x"),
+    "variant_curves": lambda draw: draw({"a": [HISTORY], "b": [HISTORY, HISTORY]}, "x"),
+    "differences": lambda draw: draw({"a": (0.01, (-0.01, 0.03), False)}, "x"),
+    "learning_rate": lambda draw: draw(HISTORY["epoch"], HISTORY["lr"], "x"),
+    "confusion": lambda draw: draw(np.eye(3, dtype=np.int64), ["a", "b", "c"], "x"),
+    "reliability": lambda draw: draw([0.5, 0.9], [0.4, 1.0], [3, 4], 0.1),
+    "accuracy_bars": lambda draw: draw(["a", "b"], [0.5, 0.6], [(0.4, 0.6), (0.5, 0.7)]),
+    "contact_sheet": lambda draw: draw(SHEET, ["a", "b", "c"], "x"),
+    "augmented_batch": lambda draw: draw(SHEET, SHEET, "x"),
+    "worst_mistakes": lambda draw: draw(SHEET, ["a"] * 3, ["b"] * 3, [0.9] * 3, "x"),
+    "label_review": lambda draw: draw(SHEET, ["a"] * 3, ["b"] * 3, [0.9] * 3, "x"),
+    "neighbours": lambda draw: draw(SHEET, [["a"]] * 3, 1, "x"),
+    "stage_measures": lambda draw: draw(
+        [plots.StageLine("x", ["a", "b"], {"rank": [(3, 2, 4), (5, 4, 6)]})],
+        {"rank": ("effective rank", "log")},
+    ),
+    "similarity": lambda draw: draw([[1, 0.5], [0.5, 1]], [("x", "a"), ("y", "a")], "CKA"),
+    "embedding": lambda draw: draw([[0, 1], [1, 0]], [0, 1], [0, 0], ["a", "b"], "x"),
+    "activations": lambda draw: draw(SHEET[0], [PANEL], "x", "y", "z"),
+    "activations_side_by_side": lambda draw: draw(SHEET[0], [plots.Column("a", "b", [PANEL])]),
+    "colour_filters": lambda draw: draw(KERNELS, ["1", "2"], 0.5, "x", "y"),
+    "kernels": lambda draw: draw(KERNELS, ["1", "2"], 0.5, "x", "y"),
+    "top_images": lambda draw: draw([SHEET], [[None] * 3], [("1", "a")], "x", "y"),
+    "made_inputs": lambda draw: draw(SHEET, [("1", "peak")] * 3, "x", "y"),
+    "attribution_grid": lambda draw: draw(
+        [("x", "a")] * 3,
+        [
+            AttributionPanel(
+                "m", SHEET, [AttributionColumn("M", "", np.ones((3, 4, 4)), True)], [("a", 0.9)] * 3
+            )
+        ],
+    ),
+    "attribution_sanity": lambda draw: draw(
+        ["head"],
+        {key: {"M": [(0.5, None)]} for key in ("spearman", "ssim")},
+        {key: {"M": np.ones(3), "chance": np.ones(3)} for key in ("deletion", "insertion")},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(PLOTS))
+def test_a_plot_is_a_new_figure_that_can_be_saved(name: str, tmp_path: Any) -> None:
+    figure = DRAWN[name](PLOTS[name])
+    assert isinstance(figure, Figure)
+    assert DRAWN[name](PLOTS[name]) is not figure
+    plots.save_figure(figure, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert PLOTS[name].__doc__
+
+
+# Recipes
+
+published = pytest.mark.parametrize("name", recipes.recipe_names())
+
+
+@published
+def test_a_recipe_says_what_it_is_and_can_be_used(name: str) -> None:
+    asked = recipes.load_recipe(name)
+    assert asked.name == name
+    assert 10 < len(asked.about) < 100
+    validate_recipe(asked)
+    head = recipes.recipe_text(name).splitlines()[:6]
+    assert head[0].startswith("# ")
+    assert any(f"convlens train {name}" in line or name == "folder" for line in head)
+
+
+@published
+def test_the_variants_of_a_recipe_can_be_used(name: str) -> None:
+    digests = {recipes.load_recipe(name).digest()}
+    variants = recipes.variants(name)
+    for variant in variants:
+        asked = recipes.load_recipe(name, variant=variant)
+        validate_recipe(asked)
+        digests.add(asked.digest())
+    assert len(digests) >= max(1, len(variants)), "variants that change nothing or are twice there"
+    assert "variants" not in recipes.load_recipe(name).model_dump()
+
+
+@published
+def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
+    few = {
+        "folder": ["data.name=shapes", "data.count=80", "data.image_size=16"],
+        # Kernels without padding want more than 8 px.
+        "mnist-fast": ["data.name=digits", "data.per_class=4", "data.image_size=28"],
+        "imagenet": ["data.name=digits", "data.per_class=4", "data.image_size=32"],
+    }.get(name, ["data.name=digits", "data.per_class=4"])
+    if "data.name=digits" in few:  # the most time goes into testing
+        few = [*few, "data.test_fraction=0.03"]
+        few += ["data.val_fraction=0.03"] if recipes.load_recipe(name).data.validates else []
+    # Pretrained weights are not there in a test; where they come from has tests of its own.
+    few = [*few, "model.weights=none", "train.epochs=1", "train.batch_size=24"]
+    asked = recipes.load_recipe(name, few)
+    setup, place = begin(asked, name)
+    assert len(setup.feed.batches) >= 2
+    before = {k: v.clone() for k, v in setup.trained.state_dict().items()}
+    rows, kept = train.fit(setup, place, quiet=True)
+    assert (len(rows), kept) == (1, 1)
+    head = f"{models.model_parts(setup.trained).head}.weight"
+    assert not torch.equal(before[head], setup.trained.get_parameter(head))
+    result = evaluation.evaluate(place, "test", on="cpu", quiet=True)
+    assert result.n == len(setup.data.unseal_test())
+    assert 0 <= result.correct <= result.n
+    assert math.isfinite(result.loss)
+    assert recipes.load_recipe(place.path / "recipe.yaml").replace() == setup.recipe
+
+
+# Sources
+
+OFFLINE = ("digits", "shapes")
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_a_source_without_files_loads_anywhere(name: str) -> None:
+    source = find_source(name)
+    part = source.parts["train"]
+    count, channels, height, width = part.images.shape
+    assert count == len(part.labels) == len(part.ids) == len(set(part.ids))
+    assert channels in (1, 3)
+    assert height == width
+    assert part.labels.dtype == np.int64
+    assert set(part.labels.tolist()) == set(range(len(source.classes)))
+    some = part.images[np.array([count - 1, 0], np.int64)]
+    assert some.shape == (2, channels, height, width)
+    assert some.dtype == np.uint8
+    assert some.std() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in OFFLINE])
+def test_a_source_that_cannot_be_downloaded_says_where_its_files_belong(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    with socket.socket() as closed:  # a port that nobody listens to
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+        its = dataclasses.replace(download.DOWNLOADS[name], mirrors=(url,))
+        monkeypatch.setitem(download.DOWNLOADS, name, its)
+        with pytest.raises(DataError, match=f"{name} can't be downloaded") as caught:
+            find_source(name)
+    folder = tmp_path / "no-data"
+    assert caught.value.where.startswith(str(folder))
+    assert str(folder) in caught.value.fix
+    assert its.archives[0].file in caught.value.fix
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
+
+
+# Writers
+
+ANSWERS = [
+    Prediction("a,b.png", (("cat", 0.75), ("dog [bold]", 0.25))),
+    Prediction("broken.png", error="cut short"),
+    Prediction("ü.png", (("dog [bold]", 0.5), ("cat", 0.5))),
+]
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_a_writer_writes_every_answer_and_counts_the_failures(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert WRITERS[name](iter(ANSWERS), 2, False) == 1
+    written = capsys.readouterr()
+    assert written.err == ""
+    for answer in ANSWERS:
+        assert answer.filename in written.out.replace("\\u00fc", "ü")
+    assert "dog [bold]" in written.out
+    assert "cut short" in written.out
+    assert WRITERS[name](iter(ANSWERS[:1]), 1, False) == 0
+
+
+def test_what_is_written_for_machines_can_be_read_by_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    WRITERS["csv"](iter(ANSWERS), 2, False)
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["filename"] for row in rows] == [answer.filename for answer in ANSWERS]
+    assert (rows[0]["label"], float(rows[0]["prob"]), rows[0]["label2"]) == (
+        "cat",
+        0.75,
+        "dog [bold]",
+    )
+    assert (rows[1]["label"], rows[1]["error"]) == ("", "cut short")
+    WRITERS["json"](iter(ANSWERS), 2, False)
+    content = json.loads(capsys.readouterr().out)
+    assert content["predictions"][2]["top"][1] == {"label": "cat", "prob": 0.5}
+    assert content["predictions"][1]["error"] == "cut short"

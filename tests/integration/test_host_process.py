@@ -1,0 +1,135 @@
+"""A program that uses convlens as a library finds its process as it left it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from helpers.support import tiny
+
+PROGRAM = r'''
+import faulthandler, gc, hashlib, json, locale, logging, os, pickle, random, signal, socket, sys
+import threading, warnings
+
+import captum.attr, matplotlib.figure, numpy, PIL.Image, PIL.ImageFile, rich.console, sklearn
+import torch, torchvision
+import matplotlib
+
+def digest(value):
+    return hashlib.sha256(pickle.dumps(value)).hexdigest()
+
+def state():
+    """Everything of a process that a library could change for everybody else."""
+    umask = os.umask(0o22)
+    os.umask(umask)
+    loggers = [logging.getLogger(), logging.getLogger("convlens")]
+    return {
+        "warnings": [repr(each) for each in warnings.filters],
+        "showwarning": repr(warnings.showwarning),
+        "cudnn": [torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic,
+                  torch.backends.cudnn.enabled],
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "deterministic": [torch.are_deterministic_algorithms_enabled(),
+                          torch.is_deterministic_algorithms_warn_only_enabled()],
+        "precision": [torch.get_float32_matmul_precision(), str(torch.get_default_dtype())],
+        "grad": [torch.is_grad_enabled(), torch.is_inference_mode_enabled()],
+        "torch_rng": digest(torch.get_rng_state().numpy()),
+        "numpy_rng": digest(numpy.random.get_state()),
+        "random": digest(random.getstate()),
+        "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
+        "environment": dict(os.environ),
+        "signals": {each.name: repr(signal.getsignal(each)) for each in signal.valid_signals()
+                    if isinstance(each, signal.Signals)},
+        "logging": [[repr(each.handlers), each.level, each.propagate] for each in loggers],
+        "logging_disabled": logging.root.manager.disable,
+        "hooks": [repr(sys.excepthook), repr(threading.excepthook), repr(sys.unraisablehook)],
+        "faulthandler": faulthandler.is_enabled(),
+        "gc": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()],
+        "matplotlib": [digest(sorted(map(str, dict.items(matplotlib.rcParams)))),
+                       "matplotlib.pyplot" in sys.modules],
+        "pillow": [PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES],
+        "numpy": [numpy.geterr(), digest(numpy.get_printoptions())],
+        "process": [os.getcwd(), umask, locale.setlocale(locale.LC_ALL), sys.path,
+                    socket.getdefaulttimeout()],
+        "streams": [repr(sys.stdout), repr(sys.stderr), sys.stdout.errors],
+        # What the command line does to its own process is in there.
+        "process_module": "convlens.utils.process" in sys.modules,
+    }
+
+# A program that has settings of its own, different from the defaults and from ours.
+torch.set_num_threads(2)
+torch.backends.cudnn.benchmark = True
+torch.manual_seed(5)
+signal.signal(signal.SIGTERM, lambda *_: None)
+
+changed, before = {}, state()
+def compare(call):
+    global before
+    after = state()
+    differs = {key: [before[key], after[key]] for key in after if before[key] != after[key]}
+    if differs:
+        changed[call] = differs
+    before = after
+
+import convlens
+compare("import convlens")
+from convlens import device
+compare("import convlens.device")
+device.usable_cores = lambda: 1  # as in a container with a quota: training uses fewer threads
+run = convlens.train("tiny.yaml", device="cpu", name="host")
+compare("train")
+convlens.train("tiny.yaml", ["train.deterministic=true", "train.epochs=1"], device="cpu", name="d",
+               quiet=True, test=False)
+compare("train, deterministic")
+run.evaluate("val", device="cpu")
+compare("evaluate")
+predictions = run.predict(["digit.png", "bomb.png"], device="cpu")
+compare("predict")
+run.predict(numpy.zeros((3, 8, 8), numpy.uint8), device="cpu", tta="flip")
+compare("predict an array")
+convlens.look(run, ["digit.png"], device="cpu", attribution=["grad-cam"], filters=["first"],
+              dream=["stage1:0"], measure=["probe"], embedding=["pca"])
+compare("look")
+convlens.report(run, device="cpu")
+compare("report")
+print(json.dumps({
+    "changed": changed,
+    "threads": json.load(open("models/host/run.json"))["hardware"]["threads"],
+    "errors": [each.error for each in predictions],
+}))
+'''
+
+
+@pytest.mark.figures
+def test_the_api_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    Path("tiny.yaml").write_text(tiny().to_text())
+    Image.new("L", (8, 8), 200).save("digit.png")
+    Image.new("1", (11_000, 11_000)).save("bomb.png")  # Pillow would warn, and open it
+    done = program()
+    assert done["changed"] == {}
+    assert done["threads"] == 1
+    assert done["errors"] == [None, "more than 89 million pixels are refused (11000 x 11000)"]
+
+
+def program() -> dict[str, Any]:
+    """What the program prints. Its own environment: conftest's threads are not a user's choice."""
+    left_out = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CONVLENS_FIGURES")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={key: value for key, value in os.environ.items() if key not in left_out},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "epoch   3/3" in done.stderr  # not quiet: shown without any logging configured
+    assert "DecompressionBomb" not in done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

@@ -1,0 +1,377 @@
+"""Bad input, one by one: a clear error in at most five lines, the right exit code, nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from convlens import Run
+from convlens.run import RunDir
+from helpers.commands import (
+    DIGITS,
+    NET,
+    by_rights,
+    command,
+    environment,
+    here,
+    picture,
+    pictures,
+    refused,
+)
+
+# Recipes, keys, values
+
+
+def test_an_unknown_recipe_names_near_misses() -> None:
+    refused(here("train", "mnist-rge"), 2, "'mnist-rge' is neither", "mnist-reg")
+    refused(here("recipes", "digit"), 2, "unknown recipe 'digit'", "digits")
+
+
+def test_unknown_keys_and_bad_values_at_once() -> None:
+    done = here("train", "digits", "optim.learning_rate=1", "train.epoch=3", "train.batch_size=0")
+    refused(done, 2, "optim.learning_rate", "train.epochs", "train.batch_size=0")
+    done = here("train", "digits", "epochs=3", "data.fit=squeeze", "optim.lr=fast")
+    refused(done, 2, "did you mean train.epochs", "data.fit='squeeze'", "optim.lr='fast'")
+
+
+def test_unknown_names_inside_a_recipe_at_once() -> None:
+    done = here(
+        "train",
+        "digits",
+        "optim.name=adamm",
+        "optim.schedule=cosin",
+        "model.widht=[3]",
+        "augment=[RandomFlip]",
+    )
+    refused(done, 2, "adamm", "cosin", "model.widths", "RandomFlip", "RandomHorizontalFlip")
+
+
+def test_what_is_no_override_is_refused() -> None:
+    refused(here("train", "digits", "fast"), 2, "'fast' is no override", "key=value")
+
+
+def test_a_recipe_that_is_no_yaml() -> None:
+    Path("bad.yaml").write_text("data: {name: digits\ntrain: [")
+    refused(here("train", "bad.yaml"), 2, "bad.yaml", "YAML")
+    refused(here("train", "lost.yaml"), 2, "lost.yaml")
+
+
+def test_a_wrong_word_on_the_command_line() -> None:
+    for arguments, said in [
+        (["tran", "digits"], "train"),
+        (["train"], "RECIPE"),
+        (["train", "digits", "--sedes", "2"], "--seeds"),
+    ]:
+        done = here(*arguments)
+        assert done.code == 2
+        assert said in done.err
+        assert "Traceback" not in done.err
+    assert here("train", "digits", "--seeds", "0").code == 2
+
+
+def test_a_device_that_is_not_there() -> None:
+    refused(here("train", *DIGITS, "--device", "cuda:99"), 2, "device 'cuda:99'", "--device cpu")
+
+
+# Folders of images
+
+
+def test_an_empty_class_folder() -> None:
+    root = pictures(Path("photos"), {"cat": 3, "dog": 3})
+    (root / "emu").mkdir()
+    (root / "owl").mkdir()
+    refused(here("train", root), 3, "class folders without images: emu, owl", "delete")
+
+
+def test_one_class() -> None:
+    refused(here("train", pictures(Path("photos"), {"cat": 9})), 3, "only one class", "cat")
+
+
+def test_class_folders_that_may_not_be_read_are_named() -> None:
+    root = pictures(Path("photos"), {"cat": 3, "dog": 3, "emu": 3, "emu/young": 3})
+    closed = [root / "cat", root / "emu" / "young"]
+    for folder in closed:
+        folder.chmod(0)
+    try:
+        for asked in (("train", root), ("audit", root)):
+            done = command(*asked, before=by_rights)
+            refused(
+                done,
+                3,
+                "can't be read",
+                "photos/cat (Permission denied)",
+                "photos/emu/young (Permission denied)",
+                "permissions",
+            )
+    finally:
+        for folder in closed:
+            folder.chmod(0o700)
+
+
+def test_one_image_of_a_class() -> None:
+    root = pictures(Path("photos"), {"cat": 1, "dog": 1, "owl": 7})
+    refused(here("train", root), 3, "a single image", "cat", "dog", "at least two")
+
+
+def test_no_class_folders_at_all() -> None:
+    picture(Path("photos/a.png"), (1, 2, 3))
+    refused(here("train", "photos"), 3, "no class folders", "photos")
+
+
+def test_classes_that_train_lacks() -> None:
+    root = Path("photos")
+    for split, classes in [("train", "ab"), ("val", "abx"), ("test", "aBy")]:
+        pictures(root / split, dict.fromkeys(classes, 3))
+    refused(here("train", root), 3, "in val that train lacks: 'x'", "'B' (train has 'b')", "'y'")
+
+
+def bomb(side: int) -> bytes:
+    """A PNG that promises `side` x `side` pixels and holds almost none."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    body = zlib.compress(bytes(64))
+    start = b"\x89PNG\r\n\x1a\n"
+    return start + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def bad_folder() -> Path:
+    root = pictures(Path("photos"), {"cat": 6, "dog": 6})
+    whole = (root / "cat" / "000.png").read_bytes()
+    (root / "cat" / "bomb.png").write_bytes(bomb(60_000))
+    (root / "cat" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (root / "dog" / "nil.png").write_bytes(b"")
+    (root / "dog" / "text.png").write_text("no image, just words")
+    return root
+
+
+def test_images_that_can_not_be_read_are_listed_at_once_with_their_reasons() -> None:
+    done = here("train", bad_folder(), *NET)
+    refused(
+        done,
+        3,
+        "4 of 16 images can't be read",
+        "cat/bomb.png: more than 89 million pixels",
+        "cat/half.png: the file is cut short",
+        "dog/nil.png: the file is empty",
+        "dog/text.png: it is text",
+        "data.on_bad=skip",
+    )
+    assert not Path("models").exists()
+
+
+def test_unreadable_images_are_left_out_if_asked() -> None:
+    root = bad_folder()
+    refused(
+        here("train", root, *NET, "data.on_bad=skip"),
+        3,
+        "more than 10% can't be read of all of train (4 of 16), cat (2 of 8), dog (2 of 8)",
+        "raise data.max_bad",
+    )
+    assert not Path("models").exists()
+    done = here("train", root, *NET, "data.on_bad=skip", "data.max_bad=0.25", "--json")
+    assert done.code == 0, done.err
+    assert "4 unreadable images are skipped" in done.err
+    facts = Run.load(done.json["run"])._folder.metadata()
+    assert facts["data"]["skipped"] == {
+        "cat/bomb.png": "more than 89 million pixels are refused (60000 x 60000)",
+        "cat/half.png": "the file is cut short",
+        "dog/nil.png": "the file is empty (0 bytes)",
+        "dog/text.png": "it is text, not an image",
+    }
+
+
+def test_the_audit_lists_what_training_refuses() -> None:
+    done = here("audit", bad_folder(), "--json")
+    assert done.code == 0
+    found = {bad["id"]: bad["reason"] for bad in done.json["unreadable"]}
+    assert set(found) == {"cat/bomb.png", "cat/half.png", "dog/nil.png", "dog/text.png"}
+
+
+def leaky_folder() -> Path:
+    """One image in two splits, one under two labels, and one twice where it does no harm."""
+    root = Path("photos")
+    for first, split in enumerate(("train", "val", "test")):
+        pictures(root / split, {"red": 4, "green": 4}, first=10 * first)
+    shutil.copy(root / "train" / "red" / "000.png", root / "test" / "red" / "same.png")
+    shutil.copy(root / "train" / "red" / "001.png", root / "train" / "green" / "same.png")
+    shutil.copy(root / "train" / "red" / "002.png", root / "train" / "red" / "same.png")
+    return root
+
+
+def test_copies_that_do_harm_are_told_when_a_training_begins() -> None:
+    root = leaky_folder()
+    said = "images that are there more than once"
+    done = here("train", root, *NET)
+    assert done.code == 0, done.err
+    assert (
+        f"photos: {said}: 1 in more than one split, 1 under two labels "
+        "(`convlens audit photos` lists them)\n"
+    ) in done.err
+    (root / "test" / "red" / "same.png").unlink()
+    (root / "train" / "green" / "same.png").unlink()
+    done = here("train", root, *NET, "--fresh")
+    assert done.code == 0, done.err
+    assert said not in done.err
+
+
+def test_a_strict_look_at_a_set_fails_where_something_is_wrong() -> None:
+    root = leaky_folder()
+    (root / "val" / "red" / "bad.png").write_bytes(b"")
+    assert here("audit", root).code == 0
+    done = here("audit", root, "--strict", "--json")
+    refused(done, 3, "1 unreadable files, 1 copies across splits, 1 copies under two labels")
+    assert done.json["duplicates"]["groups"] == 3
+    for name in ("test/red/same.png", "train/green/same.png", "val/red/bad.png"):
+        (root / name).unlink()
+    done = here("audit", root, "--strict")
+    assert done.code == 0, done.err
+
+
+def test_grey_and_colour_mixed_is_fine() -> None:
+    root = pictures(Path("photos"), {"red": 6, "green": 6})
+    for n in range(4):
+        picture(root / "red" / f"grey{n}.png", (120,), seed=n)
+        picture(root / "green" / f"grey{n}.png", (60,), seed=n)
+    done = here("train", root, *NET, "--json")
+    assert done.code == 0, done.err
+    assert Run.load(done.json["run"]).recipe.data.channels == 3
+
+
+def test_a_csv_with_wrong_lines_lists_them_at_once() -> None:
+    pictures(Path("photos"), {"cat": 2, "dog": 2})
+    lines = [
+        "path,label,split",
+        "photos/cat/000.png,cat,trian",
+        "photos/cat/lost.png,cat,train",
+        "photos/dog/000.png,,train",
+    ]
+    Path("list.csv").write_text("\n".join(lines))
+    refused(here("train", "list.csv"), 3, "trian", "lost.png", "line 4", "list.csv")
+
+
+def test_more_images_per_class_than_there_are() -> None:
+    """Every class that is short is named with its count; the remedy is the number that works."""
+    for split, counts in {"train": (7, 4, 5), "val": (2, 2, 2), "test": (2, 2, 2)}.items():
+        first = {"train": 0, "val": 50, "test": 80}[split]
+        pictures(Path("photos") / split, dict(zip("abc", counts, strict=True)), first=first)
+    done = here("train", "photos", *NET, "data.per_class=6")
+    refused(
+        done,
+        3,
+        "data.per_class=6, but 2 of 3 classes have fewer training images: b (4), c (5)",
+        "at most data.per_class=4",
+    )
+    assert not Path("models").exists()
+    done = here("train", "photos", *NET, "data.per_class=4", "--json")
+    assert done.code == 0, done.err
+    assert Run.load(done.json["run"]).evaluate("train").n == 12
+    refused(here("train", "digits", "data.per_class=500"), 3, "10 of 10", "and 5 more", "at most")
+
+
+def test_images_per_class_that_are_no_number() -> None:
+    for value in ("0", "-3", "many", "2.5"):
+        refused(here("train", "digits", f"data.per_class={value}"), 2, "data.per_class=", value)
+
+
+# Output
+
+
+def test_an_output_folder_that_can_not_be_written() -> None:
+    Path("models").write_text("a file where a folder belongs")
+    refused(here("train", *DIGITS), 5, "can't write", "models")
+
+
+@pytest.mark.figures
+def test_plots_that_can_not_be_written_lose_no_training() -> None:
+    Path("plots").write_text("a file where a folder belongs")
+    refused(here("train", *DIGITS), 5, "can't write", "plots")
+    Path("plots").unlink()
+    again = here("train", *DIGITS)
+    assert again.code == 0
+    assert "epoch   " not in again.err  # nothing is trained twice
+    assert list(Path("plots").rglob("curves.png"))
+
+
+def test_a_full_disk_keeps_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert here("train", *DIGITS, "--name", "kept").code == 0
+    before = {p: p.read_bytes() for p in Path("models/kept").iterdir() if p.is_file()}
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused(here("evaluate", "kept"), 5, "No space left on device", "free disk space")
+        refused(here("train", *DIGITS, "--name", "other", "--fresh"), 5, "No space left on device")
+    assert {p: p.read_bytes() for p in Path("models/kept").iterdir() if p.is_file()} == before
+    done = here("train", *DIGITS, "--name", "other", "--json")
+    assert done.code == 0, done.err
+    assert done.json["run"] == "other"
+
+
+def test_a_quota_stops_a_training_which_then_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel enforces it: files of at most 16 KiB; the model is larger."""
+    asked = ["train", "digits", "data.per_class=8", "model.widths=[32,32]", "train.epochs=2"]
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", True)  # it, too, would be cut short
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
+        try:
+            limited = here(*asked)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    refused(limited, 5, "can't write: File too large")
+    (run,) = Path("models").iterdir()
+    assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".lock")) == [
+        "metrics.csv",
+        "recipe.yaml",
+        "run.json",
+        "split.csv",
+    ]
+    done = here(*asked, "--json")
+    assert done.code == 0, done.err
+    assert done.json["run"] == run.name
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from convlens.utils.files import lock
+with lock(Path(sys.argv[1]), what="it"):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+def test_a_run_in_use_by_another_process() -> None:
+    assert here("train", *DIGITS, "--json").json["run"]
+    (run,) = Path("models").iterdir()
+    RunDir(run).update_metadata({"status": "training"})
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run / ".lock")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        done = here("train", *DIGITS)
+        refused(done, 5, "another process is using run", run.name, "--name")
+    finally:
+        other.kill()
+        other.communicate()
+    assert here("train", *DIGITS).code == 0  # a killed process leaves no lock behind

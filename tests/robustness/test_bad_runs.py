@@ -1,0 +1,188 @@
+"""Model files that can't be trusted, and trainings that end early: refused, or taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save as safetensors_save, save_file
+
+from convlens import serialization
+from convlens.run import RunDir, load_model
+from helpers.commands import (
+    DIGITS,
+    brightness_model,
+    here,
+    picture,
+    pictures,
+    refused,
+    start,
+    weights,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert here("train", *DIGITS, "--no-test", "--name", "good").code == 0
+    return folder / "models" / "good"
+
+
+# Model files
+
+
+def flipped(data: bytes, where: float) -> bytes:
+    at = int(len(data) * where)
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data[:-200], "changed or damaged"),
+        (lambda data: data[: len(data) // 2], "truncated"),
+        (lambda data: b"", "no model file"),
+        (lambda data: flipped(data, 0.99), "changed or damaged"),
+        (lambda data: flipped(data, 0.4), "damaged"),
+        (lambda data: data + b"\0", "changed or damaged"),
+        (lambda data: b"GIF89a" + data, "no readable model file"),
+    ],
+    ids=["short", "half", "empty", "tensor", "header", "longer", "foreign"],
+)
+def test_a_damaged_model_file(trained: Path, damage: Callable[[bytes], bytes], said: str) -> None:
+    run = Path(shutil.copytree(trained, Path("models/good")))
+    path = run / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    picture(Path("a.png"), (1, 2, 3))
+    for arguments in (["evaluate", "good"], ["predict", "good", "a.png"], ["predict", path, "-"]):
+        refused(here(*arguments), 4, said, "model.safetensors")
+
+
+def rewritten(path: Path, name: str, value: float) -> None:
+    """Fills a tensor of a model file with `value` and signs the file anew, as other hands could."""
+    tensors, model_metadata = serialization.read_model_file(path)
+    tensors[name] = torch.full_like(tensors[name], value)
+    text = json.dumps({**model_metadata, "sha256": serialization.NO_HASH})
+    content = safetensors_save(tensors, {serialization.METADATA_KEY: text})
+    digest = hashlib.sha256(content).hexdigest().encode()
+    path.write_bytes(content.replace(serialization.NO_HASH.encode(), digest, 1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(trained: Path, value: float) -> None:
+    run = Path(shutil.copytree(trained, Path("models/good")))
+    rewritten(run / "model.safetensors", "classifier.weight", value)
+    picture(Path("a.png"), (1, 2, 3))
+    for arguments in (["evaluate"], ["predict", "a.png"], ["predict", "a.png", "--json"]):
+        done = here(arguments[0], "good", *arguments[1:])
+        refused(done, 4, "NaN or infinite", "classifier.weight", "model.safetensors", "--fresh")
+        assert done.out == ""
+    assert not (run / "results.json").exists()
+
+
+def test_finite_weights_whose_outputs_are_not() -> None:
+    run = brightness_model(Path("models/bright"))
+    rewritten(run.model_path, "stage1.0.weight", 3e38)  # three channels of it overflow
+    root = pictures(Path("set"), {"dark": 1, "light": 1})
+    for arguments in (["evaluate", "bright", "--data", root], ["predict", "bright", root]):
+        for tta in ([], ["--tta", "flip"]):
+            done = here(*arguments, *tta)
+            refused(done, 4, "outputs are not finite for 2 of 2 images")
+            assert done.out == ""
+
+
+class Trap:
+    """Unpickling it would create a file."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return Path.touch, (Path("sprung"),)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.safetensors"])
+def test_a_pickle_is_refused_and_never_unpickled(name: str) -> None:
+    picture(Path("a.png"), (1, 2, 3))
+    for number, write in enumerate(
+        [
+            lambda p: p.write_bytes(pickle.dumps(Trap())),
+            lambda p: p.write_bytes(pickle.dumps(Trap(), protocol=0)),
+            lambda p: torch.save({"weights": Trap()}, p),
+            lambda p: torch.save(Trap(), p, _use_new_zipfile_serialization=False),
+        ]
+    ):
+        path = Path(f"files{number}") / name
+        path.parent.mkdir()
+        write(path)
+        for command_name in ("evaluate", "predict"):
+            refused(here(command_name, path, *["a.png"] * (command_name == "predict")), 4, name)
+    assert not Path("sprung").exists()
+    pickle.loads(pickle.dumps(Trap()))
+    assert Path("sprung").exists()  # the trap itself works
+
+
+def test_safetensors_of_others_are_refused() -> None:
+    save_file({"weight": torch.zeros(3)}, "other.safetensors")
+    refused(here("evaluate", "other.safetensors"), 4, "not one of convlens")
+
+
+def test_a_run_without_a_model_yet(trained: Path) -> None:
+    run = Path(shutil.copytree(trained, Path("models/good")))
+    (run / "model.safetensors").unlink()
+    refused(here("evaluate", "good"), 4, "no such model file", "train it first")
+    (run / "run.json").write_text("{ torn")
+    refused(here("train", *DIGITS, "--name", "good"), 4, "unreadable", "run.json")
+
+
+# While training
+
+
+def test_a_loss_that_explodes_stops_before_the_update() -> None:
+    hot = ("train", *DIGITS, "optim.lr=1e12", "optim.schedule=constant", "--name", "hot")
+    done = here(*hot, "model.batch_norm=false")
+    refused(done, 6, "NaN or infinite", "lower optim.lr", "models/hot")
+    loaded = load_model(Path("models/hot/model.safetensors"))
+    assert all(bool(t.isfinite().all()) for t in loaded.model.state_dict().values())
+    assert RunDir(Path("models/hot")).metadata()["status"] == "training"
+    refused(here(*hot, "model.batch_norm=false"), 6, "NaN or infinite")
+
+
+def test_ctrl_c_keeps_what_is_trained_and_the_same_command_goes_on() -> None:
+    asked = [
+        "digits",
+        "model.widths=[8,8]",
+        "model.depth=1",
+        "train.epochs=40",
+        "train.memory_format=contiguous",
+        "train.precision=fp32",
+        "--no-test",
+        "--name",
+    ]
+    process = start("train", *asked, "cut")
+    log = Path("models/cut/metrics.csv")
+    until = time.monotonic() + 200
+    while not log.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "the same command goes on from here" in err
+    epochs = len(log.read_text().splitlines()) - 1
+    assert 1 <= epochs < 40
+    load_model(Path("models/cut/model.safetensors"))
+    again = here("train", *asked, "cut")
+    assert again.code == 0, again.err
+    assert "continuing" in again.err
+    assert len(log.read_text().splitlines()) == 41
+    assert here("train", *asked, "whole").code == 0
+    cut, whole = weights(Path("models/cut")), weights(Path("models/whole"))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)

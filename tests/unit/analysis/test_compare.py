@@ -1,0 +1,245 @@
+"""`convlens compare`: verdicts by hand, seeds taken together, what can't be compared refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import convlens
+from convlens import models
+from convlens.engine.inference import flops
+from convlens.errors import UsageError
+from convlens.metrics import newcombe_interval
+from convlens.run import RunDir
+from helpers.commands import Done, brightness_model, constant_model, here, pictures, refused
+from helpers.support import TINY
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture
+def images() -> Path:
+    return pictures(Path("set"), {"blue": 2, "green": 3, "red": 5})
+
+
+@pytest.fixture
+def greens(tmp_path: Path) -> RunDir:
+    """Says `green` to everything."""
+    return constant_model(tmp_path / "models" / "greens", [0.0, 2.0, 1.0], CLASSES)
+
+
+@pytest.fixture
+def reds(tmp_path: Path) -> RunDir:
+    """Says `red` to everything; its classes are in another order."""
+    return constant_model(tmp_path / "models" / "reds", [2.0, 0.0, 1.0], ("red", "blue", "green"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on 80 digits: `small` and `wide` with two seeds each, and one of another split."""
+    folder = tmp_path_factory.mktemp("trained")
+    wide = {"model.widths": [16, 32]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, changes in {
+            "small": {},
+            "small-1": {"train.seed": 1},
+            "wide": wide,
+            "wide-1": {**wide, "train.seed": 1},
+            "other": {**wide, "data.seed": 1},
+        }.items():
+            changes = {"train.epochs": 2, **changes}
+            convlens.train(TINY, changes, name=name, test=False, quiet=True, device="cpu")
+    return folder
+
+
+@pytest.fixture
+def runs(trained: Path) -> None:
+    shutil.copytree(trained / "models", "models")
+
+
+def compare(*arguments: str | Path) -> Done:
+    return here("compare", *arguments, "--device", "cpu")
+
+
+def test_two_models_by_hand(greens: RunDir, reds: RunDir, images: Path) -> None:
+    done = compare(greens.path, reds.path, "--data", images, "--json")
+    got = done.json
+    assert (got["split"], got["data"]) == ("test", "set")
+    (verdict,) = got["verdicts"]
+    assert verdict["details"] == {
+        "n": 10,
+        "both": 0,
+        "only_this": 5,
+        "only_reference": 3,
+        "neither": 2,
+    }
+    # 3 of 8: p = 2 * (1 + 8 + 28 + 56) / 2^8
+    assert verdict["p"] == verdict["p_holm"] == pytest.approx(186 / 256)
+    assert verdict["difference"] == pytest.approx(0.2)
+    assert verdict["interval95"] == list(newcombe_interval(0, 3, 5, 2))
+    assert verdict["differs"] is False
+    assert verdict["sentence"].startswith(
+        "reds and greens are not distinguishable: +20.00 points for reds (95% interval "
+    )
+    assert "p = 0.73" in verdict["sentence"]
+    assert [group["accuracy"] for group in got["groups"]] == [0.3, 0.5]
+    assert [group["runs"][0]["training_seconds"] for group in got["groups"]] == [None, None]
+    # Neither has curves.
+    assert got["plots"] == ["plots/compare-greens-reds/differences.png"]
+    assert Path(got["plots"][0]).is_file()
+    # Each look is logged.
+    assert [place.evaluations()[0]["looks"] for place in (greens, reds)] == [1, 1]
+
+
+def test_a_clear_difference_is_said_plainly(tmp_path: Path) -> None:
+    colors = {"dark": (20, 20, 20), "light": (230, 230, 230)}
+    root = pictures(Path("set"), dict.fromkeys(colors, 12), colors=colors)
+    knows = brightness_model(tmp_path / "models" / "knows")
+    preds = constant_model(tmp_path / "models" / "guesses", [1.0, 0.0], ("dark", "light"))
+    got = convlens.compare(knows.path, preds.path, data=root)
+    (verdict,) = got.verdicts
+    # All 24 right against 12: p = 2 / 2^12
+    assert verdict.p == pytest.approx(2**-11)
+    low, high = newcombe_interval(12, 12, 0, 0)
+    assert verdict.sentence == (
+        "knows is more accurate than guesses by 50.00 points (95% interval "
+        f"{-100 * high:.2f} to {-100 * low:.2f}), p = 0.00049 (McNemar's exact test on 24 images: "
+        "0 right only by guesses, 12 only by knows)"
+    )
+
+
+def test_seeds_are_taken_together(runs: None) -> None:
+    done = compare("small", "wide", "small-1", "wide-1", "--json")
+    got = done.json
+    assert [group["name"] for group in got["groups"]] == ["tiny (2 seeds)", "wide (2 seeds)"]
+    assert [[r["run"] for r in g["runs"]] for g in got["groups"]] == [
+        ["small", "small-1"],
+        ["wide", "wide-1"],
+    ]
+    values = [[run["accuracy"] for run in group["runs"]] for group in got["groups"]]
+    (verdict,) = got["verdicts"]
+    assert (verdict["test"], verdict["details"]) == ("seeds", {"seeds": 2})
+    gains = [after - before for before, after in zip(*values, strict=True)]
+    assert verdict["difference"] == pytest.approx(sum(gains) / 2)
+    assert got["groups"][0]["sd"] == pytest.approx(abs(values[0][0] - values[0][1]) / 2**0.5)
+    assert {Path(p).name for p in got["plots"]} == {"curves.png", "differences.png"}
+    for run in got["groups"][0]["runs"]:
+        facts = json.loads(Path(f"models/{run['run']}/run.json").read_text())
+        assert run["parameters"] == facts["parameters"]
+        assert run["training_seconds"] == facts["training_seconds"]
+        assert run["file_bytes"] == Path(f"models/{run['run']}/model.safetensors").stat().st_size
+
+
+def test_other_seeds_are_two_means_and_a_single_run_is_a_model(runs: None) -> None:
+    got = convlens.compare("small", "small-1", "wide")
+    assert [verdict.test for verdict in got.verdicts] == ["images"]
+    assert (got.verdicts[0].name, got.verdicts[0].reference) == ("wide", "small")
+    assert any("several seeds" in note for note in got.notes)
+
+
+def test_one_recipe_alone_has_its_spread(runs: None) -> None:
+    got = convlens.compare("small", "small-1")
+    assert [group.name for group in got.groups] == ["small", "small-1"]
+    assert got.verdicts[0].test == "images"
+    assert any(note.startswith("one recipe with 2 seeds: accuracy") for note in got.notes)
+
+
+def test_several_are_corrected_for_their_number(
+    greens: RunDir, reds: RunDir, images: Path, tmp_path: Path
+) -> None:
+    blues = constant_model(tmp_path / "models" / "blues", [9.0, 0.0, 0.0], CLASSES)
+    got = convlens.compare(greens.path, reds.path, blues.path, data=images)
+    assert [v.p for v in got.verdicts] == [pytest.approx(186 / 256), 1.0]
+    assert [v.p_holm for v in got.verdicts] == [1.0, 1.0]
+    assert "by itself p = 0.73, corrected by Holm" in got.verdicts[0].sentence
+
+
+def test_the_table(runs: None) -> None:
+    done = compare("small", "wide")
+    assert done.code == 0, done.err
+    for text in ("accuracy %", "ECE", "MFLOPs", "trained s", "images/s", "curves.png"):
+        assert text in done.out
+    assert done.out.count("McNemar's exact test on 270 images") == 1
+    assert "compare several seeds" in done.err
+
+
+def test_other_test_images_are_refused_before_any_look(runs: None) -> None:
+    refused(compare("small", "other"), 3, "not judged by the same images", "--force", "270 images")
+    assert not RunDir(Path("models/small")).evaluations()
+    forced = compare("small", "other", "--force", "--json").json
+    (verdict,) = forced["verdicts"]
+    assert (verdict["test"], verdict["p"], verdict["differs"]) == ("none", None, None)
+    assert verdict["sentence"].startswith("no verdict on other and small: they were judged by")
+    assert any("nothing is tested" in note for note in forced["notes"])
+    # By one and the same set they can be compared.
+    assert compare("small", "other", "--data", "digits", "--json").json["verdicts"][0]["p"]
+
+
+def test_validation_images_flatter(runs: None) -> None:
+    done = compare("small", "wide", "--split", "val", "--json")
+    assert any("flattering" in note for note in done.json["notes"])
+
+
+def test_other_classes_are_refused(greens: RunDir, tmp_path: Path, images: Path) -> None:
+    more = constant_model(tmp_path / "models" / "more", [0.0] * 4, (*CLASSES, "pink"))
+    done = compare(greens.path, more.path, "--data", images)
+    refused(done, 3, "greens and more don't know the same classes: pink")
+    done = compare(greens.path, more.path, "--data", images, "--force", "--json")
+    assert done.json["verdicts"][0]["test"] == "none"
+
+
+def test_wrong_names_are_told_all_at_once(runs: None) -> None:
+    refused(compare("smal", "wide"), 2, "no run called 'smal'", "did you mean small")
+    refused(compare("smal", "wid"), 2, "'smal'", "'wid'", "did you mean wide")
+    refused(compare("small"), 2, "at least two different runs, got 1", "wide", "convlens evaluate")
+    refused(compare("small", "models/small"), 2, "at least two different runs, got 1")
+    refused(compare("small", "wide", "--split", "tset"), 2, "did you mean test?")
+    assert compare().code == 2
+
+
+def test_a_run_without_weights_and_one_whose_images_are_gone(runs: None) -> None:
+    Path("models/small/model.safetensors").unlink()
+    refused(compare("small", "wide"), 4, "run 'small' has no weights yet")
+    root = pictures(Path("photos"), {"blue": 8, "green": 8})
+    for name in ("a", "b"):
+        done = here(
+            "train",
+            root,
+            "model.widths=[4]",
+            "train.epochs=1",
+            "augment=[]",
+            "--no-test",
+            "--name",
+            name,
+            f"train.seed={int(name == 'b')}",
+        )
+        assert done.code == 0, done.err
+    shutil.move(root, "moved")
+    refused(compare("a", "b"), 2, "unknown data 'photos'")
+    assert compare("a", "b", "--data", "moved").code == 0
+
+
+def test_a_model_file_alone_can_be_compared(runs: None) -> None:
+    shutil.copy("models/wide/model.safetensors", "alone.safetensors")
+    got = convlens.compare("small", convlens.Run.load("alone.safetensors"))
+    assert got.groups[1].members[0].training_seconds is None
+    with pytest.raises(UsageError):
+        convlens.compare("small")
+
+
+def test_flops_by_hand() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+    model.train()
+    # 4 channels of 8 x 8 places, 27 products each; 256 x 5 products
+    assert flops(model, (3, 8, 8), "cpu") == 2 * (4 * 64 * 27 + 256 * 5)
+    assert model.training
+
+
+def test_flops_of_a_resnet_are_the_known_ones() -> None:
+    model = models.build_model("resnet18", 1000, 3, 224, {"stem": "imagenet"})
+    assert flops(model, (3, 224, 224), "cpu") == pytest.approx(2 * 1.814e9, rel=0.001)

@@ -1,0 +1,97 @@
+"""Two and four real processes train as one: DistributedDataParallel, weighted by rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from convlens.distributed import SINGLE_PROCESS, ProcessGroup
+from convlens.engine.data_parallel import DataParallel, _has_unused_parameters
+from helpers.launching import torchrun
+from helpers.paths import HELPERS
+from helpers.support import same
+from helpers.training_together import Result, WithUnused, network, results, whole_batches
+
+SCRIPT = HELPERS / "training_together.py"
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Result]:
+    return results(SINGLE_PROCESS)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_train_as_one(size: int, alone: dict[str, Result]) -> None:
+    """Batches do not divide evenly, and of four processes two have no rows of the small ones."""
+    done = torchrun(size, SCRIPT, "found")
+    assert done.code == 0, done.err
+    by_rank = [torch.load(f"found-{rank}", weights_only=True) for rank in range(size)]
+    for other in by_rank[1:]:  # all processes hold the same bits
+        for name, result in by_rank[0].items():
+            same(result["weights"], other[name]["weights"])
+            assert result["losses"] == other[name]["losses"]
+    found = by_rank[0]
+
+    close(found["one step"], alone["one step"], rtol=1e-6, atol=1e-7)
+    for name in ("three epochs", "adamw", "micro-batches", "unused"):
+        close(found[name], alone[name], rtol=2e-4, atol=2e-5)
+
+    images, _ = whole_batches(1)[0]
+    mean, var = torch.zeros(1), torch.zeros(1)
+    for rank in range(size):  # by hand: the mean over the processes, weighted by rows
+        rows = images[ProcessGroup(rank, size).share(len(images)).rows]
+        mean += rows.mean() * len(rows) / len(images)
+        var += rows.var() * len(rows) / len(images)
+    weights = found["norm"]["weights"]
+    torch.testing.assert_close(weights["0.running_mean"], 0.1 * mean)
+    torch.testing.assert_close(weights["0.running_var"], 0.9 + 0.1 * var)
+    assert int(weights["0.num_batches_tracked"]) == 1
+
+    # Dropout differs from that of one process, and is a function of (seed, epoch, step, rank).
+    assert found["dropout"]["losses"] != alone["dropout"]["losses"]
+    if size == 2:  # sums of two numbers do not depend on their order
+        same(found["dropout"]["weights"], found["resumed"]["weights"])
+        assert found["dropout"]["losses"] == found["resumed"]["losses"]
+    close(found["dropout"], found["resumed"], rtol=1e-5, atol=1e-6)
+
+
+def close(found: Result, expected: Result, *, rtol: float, atol: float) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for key, tensor in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][key], tensor, rtol=rtol, atol=atol, msg=key)
+
+
+def test_looking_for_unused_parameters_changes_nothing() -> None:
+    images = torch.randn(2, 1, 8, 8)
+    assert _has_unused_parameters(WithUnused(), images)
+    model = network("norm")
+    model[0].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seed = torch.get_rng_state()
+    assert not _has_unused_parameters(model, images)
+    same(before, dict(model.state_dict()))
+    assert torch.equal(torch.get_rng_state(), seed)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [module.training for module in model] == [False, True, True]
+
+
+def test_frozen_parameters_are_not_unused() -> None:
+    model = WithUnused()
+    model.unused.requires_grad_(False)
+    assert not _has_unused_parameters(model, torch.randn(2, 1, 8, 8))
+
+
+def test_the_share_is_that_of_the_batch() -> None:
+    parallel = DataParallel(ProcessGroup(1, 2), [8, 5])
+    assert (parallel.next_batch(1).start, parallel.share.stop, parallel.share.total) == (3, 5, 5)
+    assert parallel.share.weight == 2 / 5
+
+
+@pytest.mark.gpu
+def test_batch_norm_over_processes_is_torchs() -> None:
+    from convlens.engine.data_parallel import convert_sync_batchnorm
+
+    model = convert_sync_batchnorm(network("norm").cuda(), ProcessGroup(0, 2), "cuda:0")
+    assert isinstance(model[0], nn.SyncBatchNorm)

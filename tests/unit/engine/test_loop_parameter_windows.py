@@ -1,0 +1,244 @@
+"""Groups that train for a part of the steps: the loop equals a plain one that freezes by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convlens import optim
+from convlens.device import derive_seed
+from convlens.engine.loop import Epoch, NonFiniteLoss, Step, TrainLoop, TrainState
+from convlens.models.cnn import CNN
+from convlens.optim import GroupSchedule
+from convlens.recipe import OptimConfig
+from helpers.support import PLAN, same
+
+EPOCHS, STEPS, SEED = 3, 4, 11  # 12 steps
+HEAD_FIRST: dict[str, Any] = {"head_first": 0.3, "layer_decay": 0.5}
+BIAS_STOPS: dict[str, Any] = {
+    "groups": [{"params": "stage1.2.bias", "lr": 0.3, "end": 0.375}, {"params": "head", "lr": 0.2}]
+}
+IN_THE_MIDDLE: dict[str, Any] = {
+    "groups": [{"params": "stage2.*", "start": 0.25, "end": 0.75, "weight_decay": 0.5}]
+}
+
+
+class Listed:
+    """Batches that are the same in each epoch."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.batches = [
+            (
+                torch.randn(8, 1, 8, 8, generator=generator) + 1,
+                torch.randint(0, 3, (8,), generator=generator),
+            )
+            for _ in range(STEPS)
+        ]
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def epoch(self, epoch: int, start: int = 0) -> Any:
+        yield from self.batches[start:]
+
+
+def network() -> CNN:
+    torch.manual_seed(1)
+    return CNN(3, 1, 8, widths=[4, 6], pool="stride", dropout=0.2)
+
+
+def fit(model: nn.Module, config: OptimConfig, **more: Any) -> Any:
+    optimizer = more.pop("optimiser", None) or optim.build_optimizer(model, config)
+    criterion = nn.CrossEntropyLoss()
+    loop = TrainLoop(model, optimizer, criterion, PLAN, clip_norm=config.clip_norm)
+    return loop.run(Listed(), optim.build_schedule(config), epochs=EPOCHS, seed=SEED, **more)
+
+
+def config_of(options: dict[str, Any]) -> OptimConfig:
+    usual = {"name": "sgd", "lr": 0.1, "schedule": "linear", "weight_decay": 0.01}
+    return OptimConfig(**{**usual, **options})
+
+
+def by_hand(options: dict[str, Any]) -> dict[str, tuple[float, float, int, int]]:
+    """Rate, decay and the first step in and after the window of each parameter, written out."""
+    found = {}
+    for name, _ in network().named_parameters():
+        rate, decay, first, last = 0.1, 0.01, 0, 12
+        if options is HEAD_FIRST and not name.startswith("classifier"):
+            rate *= {"stage1": 0.25, "stage2": 0.5}[name.partition(".")[0]]
+            first = 4  # 0.3 of 12 steps is between the fourth and the fifth
+        if options is BIAS_STOPS and name == "stage1.2.bias":
+            rate, last = 0.3, 5  # 0.375 of 12 steps is 4.5
+        if options is BIAS_STOPS and name.startswith("classifier"):
+            rate = 0.2
+        if options is IN_THE_MIDDLE and name.startswith("stage2"):
+            decay, first, last = 0.5, 3, 9
+        found[name] = (rate, decay, first, last)
+    return found
+
+
+def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Training with torch alone; a layer whose parameters are all frozen is in eval mode.
+
+    So is all that comes before the first trained layer: here the dropout before the classifier.
+    """
+    plan, named = by_hand(options), dict(model.named_parameters())
+    optimizer = torch.optim.SGD(
+        [{"params": [p], "weight_decay": plan[n][1]} for n, p in named.items()],
+        lr=0.1,
+        momentum=0.9,
+        fused=True,
+    )
+    for done in range(EPOCHS * STEPS):
+        model.train()
+        for group, (name, parameter) in zip(optimizer.param_groups, named.items(), strict=True):
+            rate, _, first, last = plan[name]
+            parameter.requires_grad_(first <= done < last)
+            if parameter.requires_grad:
+                group["lr"] = rate * (1 - (done - first) / (last - first))
+        for module in model.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(p.requires_grad for p in own):
+                module.eval()
+        epoch, step = divmod(done, STEPS)
+        torch.manual_seed(derive_seed(SEED, epoch + 1, step, 1))
+        images, labels = Listed().batches[step]
+        nn.functional.cross_entropy(model(images), labels).backward()
+        for name, parameter in named.items():
+            assert (parameter.grad is None) == (not parameter.requires_grad), name
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options", [HEAD_FIRST, BIAS_STOPS, IN_THE_MIDDLE], ids=["head-first", "bias", "middle"]
+)
+def test_training_equals_a_loop_that_freezes_by_hand(options: dict[str, Any]) -> None:
+    model = network()
+    list(fit(model, config_of(options)))
+    same(dict(model.state_dict()), plain_loop(network(), options))
+
+
+def test_while_the_head_trains_alone_nothing_else_moves() -> None:
+    """Not by weight decay and not in the norms' statistics; its own steps go on as planned."""
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = config_of({**HEAD_FIRST, "weight_decay": 0.5})
+    optimizer = optim.build_optimizer(model, config)
+    rates = []
+    for record in fit(model, config, optimizer=optimizer):
+        if isinstance(record, Epoch):
+            continue
+        rates.append(record.lr)
+        state = model.state_dict()
+        moved = {name for name in before if not torch.equal(before[name], state[name])}
+        if len(rates) <= 4:
+            assert moved == {"classifier.weight", "classifier.bias"}
+            assert len(optimizer.state) == 2
+        else:
+            assert moved == set(before)
+    # What is told is the recipe's rate, whichever groups are open.
+    assert rates == pytest.approx([0.1 * (1 - i / 12) for i in range(12)])
+
+
+@pytest.mark.parametrize("stop", range(1, 16))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**HEAD_FIRST, "name": "adamw", "lr": 0.01},
+        {**BIAS_STOPS, "name": "muon", "nesterov": True},
+        {**IN_THE_MIDDLE, "clip_norm": 0.1},
+    ],
+    ids=["head-first", "muon", "middle"],
+)
+def test_a_training_left_anywhere_goes_on_to_the_same_end(
+    stop: int, options: dict[str, Any]
+) -> None:
+    """With a new optimiser and a network whose parameters all ask for gradients again."""
+    config = config_of(options)
+    whole = network()
+    expected = list(fit(whole, config))
+    first, progress = network(), TrainState()
+    optimizer = optim.build_optimizer(first, config)
+    records = fit(first, config, optimizer=optimizer, state=progress)
+    for _ in range(stop):
+        next(records)
+    records.close()
+    model = network()
+    model.load_state_dict(first.state_dict())
+    again = optim.build_optimizer(model, config)
+    again.load_state_dict(optimizer.state_dict())
+    rest = list(fit(model, config, optimizer=again, state=progress))
+    same(dict(model.state_dict()), dict(whole.state_dict()))
+    assert [float(r.loss) for r in rest] == [float(r.loss) for r in expected[stop:]]
+
+
+def test_a_bad_loss_while_parts_are_frozen_leaves_everything_as_it_was() -> None:
+    model, config = network(), config_of(HEAD_FIRST)
+    batches = Listed()
+    batches.batches[2] = (batches.batches[2][0] * float("nan"), batches.batches[2][1])
+    loop = TrainLoop(model, optim.build_optimizer(model, config), nn.CrossEntropyLoss(), PLAN)
+    records = loop.run(batches, optim.build_schedule(config), epochs=1, seed=SEED)
+    for _ in range(2):
+        assert isinstance(next(records), Step)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(NonFiniteLoss):
+        next(records)
+    same(before, dict(model.state_dict()))
+
+
+# The timetable alone
+
+
+def timetable(*windows: tuple[float, float], steps: int, schedule: str = "linear") -> Any:
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in windows]
+    groups = [
+        {"params": [p], "window": w, "initial_lr": 1.0}
+        for p, w in zip(parameters, windows, strict=True)
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    return GroupSchedule(
+        optimizer, optim.build_schedule(OptimConfig(schedule=schedule)), steps
+    ), optimizer
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 30, 1000])
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 1 / 3, 0.375, 0.7, 0.999])
+def test_two_windows_that_meet_leave_no_step_out_and_share_none(
+    steps: int, fraction: float
+) -> None:
+    table, optimizer = timetable((0.0, fraction), (fraction, 1.0), steps=steps)
+    early, late = (group["params"][0] for group in optimizer.param_groups)
+    count = 0
+    for step in range(steps):
+        table.turn(step)
+        assert early.requires_grad != late.requires_grad
+        assert early.requires_grad == (step < round(fraction * steps, 9))
+        count += early.requires_grad
+    assert count == math.ceil(round(fraction * steps, 9))
+
+
+def test_turns_are_told_once_and_found_again_from_anywhere() -> None:
+    table, _ = timetable((0.0, 0.4), (0.2, 1.0), (0.0, 1.0), steps=10)
+    assert [step for step in range(10) if table.turn(step)] == [0, 2, 4]
+    assert table.turn(1)  # back
+    assert not table.turn(0)
+    assert table.turn(9)
+    plain, _ = timetable((0.0, 1.0), steps=10)
+    assert not any(plain.turn(step) for step in range(10))
+
+
+def test_a_window_has_the_whole_schedule() -> None:
+    table, optimizer = timetable((0.2, 0.6), (0.0, 1.0), steps=10)
+    rates = []
+    for step in range(10):
+        assert table.set_rates(step) == pytest.approx(1 - step / 10)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert [r[0] for r in rates] == pytest.approx([0, 0, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0])
+    assert [r[1] for r in rates] == pytest.approx([1 - i / 10 for i in range(10)])

@@ -1,0 +1,157 @@
+"""fp16 loss scaling: torch's GradScaler with our optimizers, clipping and checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convlens import optim
+from convlens.device import Plan
+from convlens.engine.loop import TrainLoop
+from convlens.engine.numerics import INITIAL_LOSS_SCALE, make_grad_scaler
+from convlens.models.cnn import CNN
+from convlens.recipe import OptimConfig
+from convlens.training import checkpoint
+from convlens.training.checkpoint import BestEpoch, restore_checkpoint
+from helpers.support import PLAN, begin, same, tiny
+from helpers.train_loops import everything
+
+OPTIMIZERS = [
+    {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True},
+    {"name": "sgd", "lr": 0.1, "momentum": 0.0},
+    {"name": "adam", "lr": 0.02},
+    {"name": "adamw", "lr": 0.02, "weight_decay": 0.1},
+    {"name": "muon", "lr": 0.05, "aux_lr": 0.1, "momentum": 0.6},
+]
+ids = [f"{o['name']}-{o.get('momentum', '')}" for o in OPTIMIZERS]
+each_optimizer = pytest.mark.parametrize("asked", OPTIMIZERS, ids=ids)
+
+
+class Loss(nn.Module):
+    """Cross entropy times a factor, which may make gradients overflow."""
+
+    factor = 1.0
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, targets) * self.factor
+
+
+def network() -> CNN:
+    torch.manual_seed(0)
+    return CNN(3, 1, 8, widths=[4, 6])
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8) % 3
+
+
+def scaled_loop(asked: dict[str, Any], **options: Any) -> TrainLoop:
+    """A loop on the CPU that scales the loss and, as on a GPU, never reads it."""
+    model = network()
+    optimizer = optim.build_optimizer(model, OptimConfig(**asked))
+    scaler = torch.amp.GradScaler("cpu", **{"init_scale": INITIAL_LOSS_SCALE, **options})
+    return TrainLoop(model, optimizer, Loss(), PLAN, scaler=scaler, check_loss_synchronously=False)
+
+
+@each_optimizer
+def test_a_scale_that_fits_changes_no_bit(asked: dict[str, Any]) -> None:
+    """It is a power of two, so that scaling and unscaling are exact."""
+    scaled = scaled_loop(asked, growth_interval=3)
+    plain_model = network()
+    optimizer = optim.build_optimizer(plain_model, OptimConfig(**asked))
+    plain = TrainLoop(plain_model, optimizer, Loss(), PLAN)
+    for seed in range(7):
+        assert torch.equal(
+            scaled.train_step(*batch(seed)).loss, plain.train_step(*batch(seed)).loss
+        )
+    same(everything(scaled.model, scaled.optimizer), everything(plain_model, optimizer))
+    assert scaled.scaler.get_scale() == 4 * INITIAL_LOSS_SCALE  # doubled after steps 3 and 6
+
+
+@each_optimizer
+def test_a_step_whose_gradients_overflow_is_skipped(asked: dict[str, Any]) -> None:
+    """The first one, where there is no momentum yet, and a later one."""
+    loop, reference = scaled_loop(asked), scaled_loop(asked)
+    for seed in range(4):
+        if seed in (0, 2):
+            before = everything(loop.model, loop.optimizer)
+            scale = loop.scaler.get_scale()
+            loop.criterion.factor = 1e38  # type: ignore[attr-defined]
+            loop.train_step(*batch(9))
+            loop.criterion.factor = 1.0  # type: ignore[attr-defined]
+            assert loop.scaler.get_scale() == scale / 2
+            loop._buffers.restore()  # batch norm has seen the images, as it should
+            after = everything(loop.model, loop.optimizer)
+            same(before, {key: after[key] for key in before})
+        loop.train_step(*batch(seed))
+        reference.train_step(*batch(seed))
+    first, second = (everything(each.model, each.optimizer) for each in (loop, reference))
+    same(first, second)
+
+
+@each_optimizer
+def test_no_optimizer_reads_the_overflow_on_the_host(asked: dict[str, Any]) -> None:
+    """GradScaler would read it, and wait for a GPU, for optimizers that don't look themselves."""
+    optimizer = optim.build_optimizer(network(), OptimConfig(**asked))
+    assert optimizer._step_supports_amp_scaling
+
+
+def test_gradients_are_unscaled_before_they_are_clipped() -> None:
+    """A step with clipping is that of plain torch, in two micro-batches."""
+    model = network().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    plan = Plan("cpu", "fp32", "contiguous", micro_batch_size=4)
+    scaler = make_grad_scaler("cpu")
+    loop = TrainLoop(model, optimizer, Loss(), plan, clip_norm=0.01, scaler=scaler)
+    plain = network().eval()
+    nn.functional.cross_entropy(plain(batch(0)[0]), batch(0)[1]).backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+    assert float(norm) > 0.01
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    loop.train_step(*batch(0))
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_half_precision_learns_with_it() -> None:
+    """The whole way in fp16 on the CPU, which `device.plans` refuses only because it is slow."""
+    plan = Plan("cpu", "fp16", "channels_last")
+    model = plan.prepare_model(network())
+    optimizer = optim.build_optimizer(model, OptimConfig(name="adamw", lr=0.02))
+    loop = TrainLoop(model, optimizer, nn.CrossEntropyLoss(), plan, scaler=make_grad_scaler("cpu"))
+    losses = [float(loop.train_step(*batch(0)).loss) for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_resumed_run_has_its_scale() -> None:
+    (first, place), (again, _) = begin(tiny(), "scaled"), begin(tiny(), "scaled")
+    for setup in (first, again):
+        setup.scaler = make_grad_scaler("cpu")
+    assert first.scaler is not None
+    assert again.scaler is not None
+    records = first.fit()
+    for _ in range(4):
+        next(records)
+    first.scaler.update(32.0)
+    checkpoint.save_checkpoint(place, first, BestEpoch("val_loss"), [])
+    restore_checkpoint(place, again, BestEpoch("val_loss"))
+    assert first.scaler.state_dict() == again.scaler.state_dict()
+    assert again.scaler.state_dict()["scale"] == 32.0
+    assert again.scaler.state_dict()["_growth_tracker"] == 4
+    list(records)
+    list(again.fit())
+    same(everything(first.trained, first.optimizer), everything(again.trained, again.optimizer))
+
+
+def test_nothing_is_saved_once_a_loss_has_failed() -> None:
+    """On a GPU a checkpoint may be due before the loop has read the loss."""
+    setup, place = begin(tiny(), "failed")
+    next(setup.fit())
+    setup.state.loss_sum = torch.tensor(float("nan"))
+    checkpoint.save_checkpoint(place, setup, BestEpoch("val_loss"), [])
+    assert place.state() is None

@@ -1,0 +1,268 @@
+"""What each of several processes takes of a batch, without any other process there."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from convlens import device, distributed
+from convlens.data.loader import Batches, Normalize
+from convlens.data.transforms.pipeline import AUGMENTS, MIXES, build_pipeline
+from convlens.distributed import SINGLE_PROCESS, PeerLostError, ProcessGroup
+from convlens.engine.data_parallel import (
+    EVAL_CHUNK,
+    SplitSlice,
+    convert_sync_batchnorm,
+    rows_per_rank,
+)
+from convlens.errors import UsageError
+from convlens.utils import process
+from helpers.augmentations import STRONG
+from helpers.support import PLAN, Memory, Split, Streamed, begin, pictures, tiny
+
+ONE_COLOUR = {"Cutout": {"value": 0.3}}  # for grey images, too
+EACH: list[list[tuple[str, dict[str, Any]]]] = [
+    *([(name, {**STRONG[name], **ONE_COLOUR.get(name, {})})] for name in AUGMENTS),
+    *([(name, {})] for name in MIXES),
+    [("RandomErasing", {"p": 0.5, "value": "random"})],
+    # What deals the batch, what doesn't, and what mixes, behind each other.
+    [("TrivialAugmentWide", {}), ("RandomCrop", {"padding": 2}), ("CutMix", {}), ("MixUp", {})],
+    [("RandomCrop", {"padding": 2}), ("ColorJitter", {"hue": 0.3}), ("RandomErasing", {"p": 0.5})],
+]
+
+
+def of_rank(rank: int, size: int, ops: list[Any], channels: int, rows: Any) -> Batches:
+    """44 images in batches of 13, 13, 13 and 5."""
+    pipeline = build_pipeline(ops, image_size=8, channels=channels, classes=44)
+    return Batches(
+        Split(rows, torch.arange(44)),
+        batch_size=13,
+        normalize=Normalize([0.4] * channels, [0.2] * channels),
+        plan=PLAN,
+        seed=3,
+        augment=pipeline,
+        mixes=bool(pipeline.mixes),
+        world=ProcessGroup(rank, size),
+    )
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 7, 8, 13, 64])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_the_shares_are_the_batch_and_weigh_as_many_as_they_are(size: int, total: int) -> None:
+    shares = [ProcessGroup(rank, size).share(total) for rank in range(size)]
+    working = [share for share in shares if share.weight]
+    rows = list(itertools.chain.from_iterable(range(s.start, s.stop) for s in working))
+    assert rows == list(range(total))
+    assert [s.weight for s in working] == [(s.stop - s.start) / total for s in working]
+    assert sum(s.weight for s in shares) == pytest.approx(1)
+    counts = [s.stop - s.start for s in working]
+    assert max(counts) - min(counts) <= 1
+    assert min(counts) >= min(2, total)  # batch norm can't train on one
+    # Those that there are no rows for keep company, and count for nothing.
+    assert all((s.start, s.stop) == (0, min(2, total)) for s in shares if not s.weight)
+
+
+def test_one_process_takes_all() -> None:
+    share = SINGLE_PROCESS.share(7)
+    assert (share.start, share.stop, share.total, share.weight) == (0, 7, 7, 1.0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("ops", EACH, ids=lambda ops: "-".join(name for name, _ in ops))
+def test_several_processes_see_the_samples_that_one_does(
+    ops: list[tuple[str, dict[str, Any]]], channels: int
+) -> None:
+    images = pictures(44, channels)
+    whole = list(of_rank(0, 1, ops, channels, Memory(images)).epoch(2))
+    for size in (2, 3, 4):
+        worlds = [ProcessGroup(rank, size) for rank in range(size)]
+        each = [list(of_rank(w.rank, size, ops, channels, Memory(images)).epoch(2)) for w in worlds]
+        for step, (pixels, labels) in enumerate(whole):
+            for world, parts in zip(worlds, each, strict=True):
+                rows = world.share(len(labels)).rows
+                assert torch.equal(parts[step][0], pixels[rows])
+                assert torch.equal(parts[step][1], labels[rows])
+
+
+def test_an_image_is_read_by_the_process_whose_it_is() -> None:
+    images, ops = pictures(44), [("TrivialAugmentWide", {}), ("RandomCrop", {"padding": 1})]
+    read = []
+    for rank in range(3):
+        rows = Streamed(images)
+        list(of_rank(rank, 3, ops, 1, rows).epoch(1))
+        read.append(rows.asked)
+    # The last batch, of 5, is for two: the third process goes through the first one's rows.
+    assert read[2][3] == read[0][3][:2]
+    once = [*itertools.chain.from_iterable(itertools.chain(*read[:2], read[2][:3]))]
+    assert sorted(once) == list(range(44))
+    mixed = Streamed(images)
+    list(of_rank(1, 3, [("MixUp", {})], 1, mixed).epoch(1))
+    assert [len(asked) for asked in mixed.asked] == [13, 13, 13, 5]  # partners may be anywhere
+
+
+@pytest.mark.parametrize("images", [1, 255, 256, 257, 1000, 2048, 2049])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
+def test_parts_of_a_split_are_whole_batches(images: int, size: int) -> None:
+    counts = rows_per_rank(images, size)
+    assert sum(counts) == images
+    assert len(counts) == size
+    ends = list(itertools.accumulate(counts))
+    assert all(end % EVAL_CHUNK == 0 or end == images for end in ends)
+    assert counts[0] > 0
+    assert max(counts) - min(counts) <= 2 * EVAL_CHUNK - 1
+
+
+@pytest.mark.parametrize("rows", [Memory, Streamed])
+def test_a_part_is_a_split(rows: Any) -> None:
+    images = pictures(10)
+    part = SplitSlice(Split(rows(images), torch.arange(10)), 3, 7)
+    assert part.rows.shape == (4, 1, 8, 8)
+    assert part.labels.tolist() == [3, 4, 5, 6]
+    assert torch.equal(part.gather(torch.tensor([2, 0])), images[[5, 3]])
+    whole = part.in_memory_tensor()
+    assert (whole is None) == (rows is Streamed)
+    assert whole is None or torch.equal(whole, images[3:7])
+
+
+# What torchrun says
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As the third of four processes, the second on its machine."""
+    for name, value in zip(
+        process.TORCHRUN_VARIABLES, ("2", "4", "1", "2", "localhost", "1"), strict=True
+    ):
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_a_process_knows_its_rank_and_size(launched: pytest.MonkeyPatch) -> None:
+    assert (process.global_rank(), process.world_size()) == (2, 4)
+    assert (process.local_rank(), process.local_size()) == (1, 2)
+    launched.delenv("MASTER_ADDR")  # a WORLD_SIZE alone does not count
+    assert (process.global_rank(), process.world_size()) == (0, 1)
+    assert (process.local_rank(), process.local_size()) == (0, 1)
+
+
+def test_the_memory_of_a_machine_is_shared(launched: pytest.MonkeyPatch) -> None:
+    launched.setenv("CONVLENS_MEMORY", "64MB")
+    assert device.memory_budget("cpu") == 32 * 2**20
+
+
+def test_each_process_has_a_gpu_of_its_own(launched: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    launched.setattr(torch.cuda, "is_available", lambda: True)
+    launched.setattr(torch.cuda, "device_count", lambda: 2)
+    launched.setattr(torch.cuda, "set_device", chosen.append)
+    launched.setattr(torch, "empty", lambda *_, **__: None)  # the GPUs are free
+    assert device.select_device() == "cuda:1"
+    assert chosen == [1]
+    assert device.select_device("cpu") == "cpu"
+    launched.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="2 processes on this machine, which has 1 GPUs"):
+        device.select_device()
+
+
+def test_a_batch_too_small_for_the_processes_is_refused() -> None:
+    from convlens.training.setup import _check_batch_size
+
+    _check_batch_size(tiny("train.batch_size=8"), ProcessGroup(0, 4))
+    _check_batch_size(tiny("train.batch_size=1"), SINGLE_PROCESS)
+    with pytest.raises(UsageError, match="leaves less than two images for each"):
+        _check_batch_size(tiny("train.batch_size=7"), ProcessGroup(0, 4))
+
+
+def test_norms_over_processes_need_gpus() -> None:
+    setup, _ = begin(tiny("train.sync_batch_norm=true"), "one")  # nothing to synchronise with
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in setup.trained.modules())
+    with pytest.raises(UsageError, match="SyncBatchNorm needs GPUs"):
+        convert_sync_batchnorm(setup.trained, ProcessGroup(0, 2), "cpu")
+    synced = convert_sync_batchnorm(setup.trained, ProcessGroup(0, 2), "cuda:0")
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in synced.modules())
+
+
+class NeverReached:
+    """Stands for a CUDA event behind a kernel that waits for a process that has died."""
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_step_on_a_gpu_that_never_ends_is_given_up_after_a_stop_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed, "STOP_GRACE_S", 0.05)
+    group = ProcessGroup(1, 2, stop_requested=lambda: True)
+    steps = distributed.STOP_VOTE_LAG_STEPS + 1
+    group._votes.extend((torch.zeros(()), NeverReached()) for _ in range(steps))  # type: ignore[misc]
+    with pytest.raises(PeerLostError, match="another process of this training ended") as caught:
+        group.should_stop(now=False)
+    assert "did not finish" in caught.value.where
+    assert caught.value.exit_code == 75
+
+
+def test_recorded_votes_stop_all_ranks_once() -> None:
+    group = ProcessGroup(1, 2)
+    group.record_stop_votes(torch.tensor(0.0))
+    assert not group.should_stop(now=False)
+    group.record_stop_votes(torch.tensor(1.0))
+    assert group.should_stop(now=False)
+    assert not group.should_stop(now=False)
+
+
+def test_a_source_of_stop_requests_does_not_change_the_group_of_others() -> None:
+    asked = SINGLE_PROCESS.with_stop_requested(lambda: True)
+    assert asked.should_stop(now=False)
+    assert not SINGLE_PROCESS.should_stop(now=True)
+
+
+def test_collectives_of_a_single_process_change_nothing() -> None:
+    group, tensor = SINGLE_PROCESS, torch.tensor([1.0, 2.0])
+    group.all_reduce_(tensor)
+    group.broadcast_tensors_([tensor])
+    group.barrier()
+    assert tensor.tolist() == [1.0, 2.0]
+    assert (group.all_reduce_sum(3.0), group.all_reduce_min(3.0)) == (3.0, 3.0)
+    assert group.broadcast(lambda: (1, 2)) == (1, 2)
+    assert group.all_gather(tensor, [2]) is tensor
+    assert group.first_rank_that_differs("text") is None
+
+
+def test_only_errors_of_the_communication_become_a_lost_peer() -> None:
+    group = ProcessGroup(1, 2)
+    closed = "[gloo/transport/tcp/pair.cc:545] Connection closed by peer [127.0.0.1]:1"
+    with pytest.raises(PeerLostError) as lost, group.annotate_errors(lambda: "epoch 3"):
+        raise RuntimeError(closed)
+    assert "rank 1 of 2 on" in lost.value.where
+    assert "in epoch 3: [gloo" in lost.value.where
+    with pytest.raises(RuntimeError, match="shape"), group.annotate_errors(lambda: "epoch 3"):
+        raise RuntimeError("shape '[2]' is invalid for input of size 3")
+    with pytest.raises(RuntimeError, match="gloo"), SINGLE_PROCESS.annotate_errors(lambda: ""):
+        raise RuntimeError(closed)
+
+
+def test_the_first_process_of_a_machine_that_fails_decides_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = []
+    for local_rank, code in ((1, 3), (0, 75), (2, 75)):
+        folder = tmp_path / "attempt_0" / str(local_rank)
+        folder.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        codes.append(process.first_exit_code(code))
+    assert codes == [None, 3, 3]
+
+
+def test_without_error_files_each_process_that_fails_is_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    assert process.first_exit_code(5) is None
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
+    assert process.first_exit_code(5) is None

@@ -1,0 +1,358 @@
+"""Testing a model: numbers worked out by hand, classes matched by name, every look counted."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convlens import Run
+from convlens.data.dataset import load_data
+from convlens.errors import DataError, ModelFileError, UsageError
+from convlens.metrics import wilson_interval
+from convlens.recipe import load_recipe
+from convlens.run import RunDir
+from helpers.commands import COLORS, DIGITS, Done, constant_model, here, picture, pictures, refused
+from helpers.shards import tar
+
+CLASSES = ("blue", "green", "red")
+KEYS = {
+    "run",
+    "split",
+    "data",
+    "n",
+    "correct",
+    "accuracy",
+    "interval95",
+    "loss",
+    "ece",
+    "top5",
+    "per_class",
+    "confusion",
+    "classes",
+    "tta",
+    "looks",
+    "images_per_second",
+    "data_fingerprint",
+    "model_sha256",
+    "convlens",
+    "hardware",
+    "near_ties",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> RunDir:
+    """Says `green` to everything, with logits (0, 2, 1)."""
+    return constant_model(tmp_path / "models" / "greens", [0.0, 2.0, 1.0], CLASSES)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished run on `digits` whose test split nobody has looked at."""
+    folder = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = here("train", *DIGITS, "--no-test", "--name", "small")
+        assert done.code == 0, done.err
+    return folder / "models" / "small"
+
+
+@pytest.fixture
+def small(digits: Path) -> Path:
+    """A copy of that run, to be looked at."""
+    return Path(shutil.copytree(digits, Path("models") / "small"))
+
+
+def test_numbers_by_hand(model: RunDir) -> None:
+    root = pictures(Path("set"), {"blue": 2, "green": 3, "red": 5})
+    got = here("evaluate", model.path, "--data", root, "--json").json
+    assert set(got) == KEYS
+    # Every image gets softmax(0, 2, 1).
+    total = 1 + math.exp(2) + math.exp(1)
+    blue, green, red = 1 / total, math.exp(2) / total, math.exp(1) / total
+    assert (got["n"], got["correct"], got["accuracy"]) == (10, 3, 0.3)
+    assert got["interval95"] == list(wilson_interval(3, 10))
+    assert got["interval95"] == pytest.approx([0.1078, 0.6032], abs=5e-5)  # Wilson by hand
+    loss = -(2 * math.log(blue) + 3 * math.log(green) + 5 * math.log(red)) / 10
+    assert got["loss"] == pytest.approx(loss, abs=1e-6)
+    assert got["ece"] == pytest.approx(green - 0.3, abs=1e-6)
+    assert got["top5"] is None
+    assert got["confusion"] == [[0, 2, 0], [0, 3, 0], [0, 5, 0]]
+    nothing = {"precision": None, "recall": 0.0, "f1": 0.0}
+    assert got["per_class"]["blue"] == {"n": 2, **nothing}
+    assert got["per_class"]["red"] == {"n": 5, **nothing}
+    f1 = 2 * 0.3 * 1 / 1.3
+    green_scores = {"n": 3, "precision": 0.3, "recall": 1.0, "f1": pytest.approx(f1)}
+    assert got["per_class"]["green"] == green_scores
+
+
+def test_five_classes_have_a_top_five(tmp_path: Path) -> None:
+    names = [f"c{n}" for n in range(6)]
+    place = constant_model(tmp_path / "six", [5.0, 4.0, 3.0, 2.0, 1.0, 0.0], names)
+    root = pictures(Path("set"), dict.fromkeys(names, 1))
+    assert Run(place).evaluate(data=root).top5 == pytest.approx(5 / 6)
+
+
+def test_classes_are_matched_by_name_whatever_their_order(tmp_path: Path) -> None:
+    root = pictures(Path("set"), {"blue": 2, "green": 3, "red": 5})
+    turned = constant_model(tmp_path / "turned", [2.0, 1.0, 0.0], ("red", "blue", "green"))
+    got = Run(turned).evaluate(data=root)
+    assert (got.correct, got.n) == (5, 10)
+    assert got.classes == ["red", "blue", "green"]
+    assert got.confusion == [[5, 0, 0], [2, 0, 0], [3, 0, 0]]
+    assert got.per_class["red"]["recall"] == 1.0
+
+
+def test_classes_that_a_set_lacks_have_no_scores(model: RunDir) -> None:
+    root = pictures(Path("some"), {"green": 3, "red": 1})
+    done = here("evaluate", model.path, "--data", root)
+    assert done.code == 0
+    assert "0 samples" in done.out
+    got = Run(model).evaluate(data=root)
+    assert got.per_class["blue"] == {"n": 0, "precision": None, "recall": None, "f1": None}
+    assert (got.correct, got.n) == (3, 4)
+
+
+def test_a_class_the_model_does_not_know_is_refused(model: RunDir) -> None:
+    root = pictures(Path("more"), {"green": 1, "pink": 1, "red": 1})
+    done = here("evaluate", model.path, "--data", root)
+    refused(done, 3, "doesn't know 1 of the classes: pink", "blue, green, red")
+    pictures(Path("case"), {"Green": 1, "red": 1})
+    done = here("evaluate", model.path, "--data", "case")
+    refused(done, 3, "doesn't know 1 of the classes: Green (it has green)")
+    assert not Run(model).results
+
+
+@pytest.mark.parametrize("form", ["folder", "test", "csv", "shards"])
+def test_one_of_its_classes_is_enough_to_be_tested_on(model: RunDir, form: str) -> None:
+    root = pictures(Path("one/test" if form == "test" else "one"), {"green": 3})
+    (root / "blue").mkdir()  # and an empty one is one without images
+    data = Path("one")
+    if form == "csv":
+        data = Path("one.csv")
+        data.write_text("path,label\n" + "".join(f"{p},green\n" for p in root.glob("*/*.png")))
+    if form == "shards":
+        data = Path("one.tar")
+        members = [(p.name, p.read_bytes()) for p in sorted(root.glob("*/*.png"))]
+        tar(
+            data,
+            [
+                each
+                for name, content in members
+                for each in ((name, content), (f"{name[:-4]}.txt", b"green"))
+            ],
+        )
+    got = Run(model).evaluate(data=data)
+    assert (got.n, got.correct, got.accuracy) == (3, 3, 1.0)
+    assert {name: its["n"] for name, its in got.per_class.items()} == {
+        "blue": 0,
+        "green": 3,
+        "red": 0,
+    }
+    assert tuple(got.interval95) == wilson_interval(3, 3)
+    done = here("evaluate", model.path, "--data", data)
+    assert done.code == 0, done.err
+    assert "0 samples" in done.out
+    why = {"folder": "class folders without images: blue", "test": "no train folder"}
+    refused(here("train", data), 3, why.get(form, "only one class: green"))
+
+
+def test_class_names_match_in_any_unicode_form(tmp_path: Path) -> None:
+    place = constant_model(tmp_path / "cafe", [1.0, 0.0], ["caf\u00e9", "tea"])
+    root = pictures(Path("set"), {"cafe\u0301": 2, "tea": 1})
+    got = Run(place).evaluate(data=root)
+    assert (got.n, got.correct) == (3, 2)
+
+
+def test_what_to_do_about_images_of_another_set_that_can_not_be_read(model: RunDir) -> None:
+    for root in (pictures(Path("one"), {"red": 2}), pictures(Path("two"), {"red": 2, "blue": 1})):
+        (root / "red" / "bad.png").write_bytes(b"")
+        done = here("evaluate", model.path, "--data", root)
+        refused(done, 3, "1 of ", "red/bad.png: the file is empty", "move them out of the set")
+        assert "on_bad" not in done.err
+        # What it names can be done.
+        assert ("convlens audit" in done.err) == (here("audit", root).code == 0)
+        (root / "red" / "bad.png").unlink()
+        assert here("evaluate", model.path, "--data", root).code == 0
+
+
+def test_files_that_were_left_out_are_told(model: RunDir) -> None:
+    root = pictures(Path("set"), {"red": 2, "green": 2})
+    (root / "red" / "gone.png").symlink_to("/no/such/disk/gone.png")
+    done = here("evaluate", model.path, "--data", root)
+    assert done.code == 0, done.err
+    assert "1 links to nothing, pipes or devices were left out: red/gone.png" in done.err
+
+
+def test_images_that_it_was_trained_on_are_counted() -> None:
+    root = own_run()
+    with gzip.open("models/mine/images.csv.gz", "rt") as file:
+        split_of = {row["id"]: row["split"] for row in csv.DictReader(file)}
+    trained = sum(split == "train" for split in split_of.values())
+    assert 0 < trained < 24
+    said = "images are among those that the model was trained on"
+    done = here("evaluate", "mine", "--data", root)
+    assert f"{root}: {trained} of 24 {said}" in done.err
+    # By content, whatever they are called.
+    pictures(Path("new"), {"red": 5}, first=500)
+    known = next(name for name, split in split_of.items() if split == "train")
+    shutil.copy(root / known, "new/red/renamed.png")
+    held = next(name for name, split in split_of.items() if split == "test")
+    shutil.copy(root / held, "new/red/tested.png")
+    assert f"new: 1 of 7 {said}" in here("evaluate", "mine", "--data", "new").err
+    Path("new/red/renamed.png").unlink()
+    assert said not in here("evaluate", "mine", "--data", "new").err
+    assert said not in here("evaluate", "mine").err
+    for damage in (b"", b"\x1f\x8b", gzip.compress(b"id,class,split,sha256\na,b,train,xyz\n")):
+        Path("models/mine/images.csv.gz").write_bytes(damage)
+        done = here("evaluate", "mine", "--data", root)
+        assert (done.code, said in done.err) == (0, False), done.err
+
+
+def test_a_part_of_another_set_is_taken_by_its_name(model: RunDir) -> None:
+    root = Path("parts")
+    pictures(root / "train", {"green": 4, "red": 1})
+    pictures(root / "test", {"green": 1, "red": 2}, first=50)
+    got = Run(model).evaluate("test", data=root)
+    assert (got.correct, got.n) == (1, 3)
+    assert Run(model).evaluate("train", data=root).n == 5
+    with pytest.raises(DataError, match="has no val images"):
+        Run(model).evaluate("val", data=root)
+
+
+def test_a_listed_set_in_another_order_gives_the_same(model: RunDir) -> None:
+    pictures(Path("set"), {"green": 2, "red": 3})
+    lines = [f"{p},{p.parent.name}" for p in sorted(Path("set").rglob("*.png"), reverse=True)]
+    Path("list.csv").write_text("\n".join(["path,label", *lines]))
+    listed, folder = Run(model).evaluate(data="list.csv"), Run(model).evaluate(data="set")
+    assert listed.per_class == folder.per_class
+    assert listed.loss == pytest.approx(folder.loss)
+
+
+def test_every_look_is_counted(small: Path) -> None:
+    assert not (small / "results.json").exists()
+    for looks, split in [(1, "test"), (2, "test"), (1, "val"), (3, "test")]:
+        assert here("evaluate", "small", "--split", split, "--json").json["looks"] == looks
+    logged = json.loads((small / "results.json").read_text())
+    assert [(r["split"], r["looks"]) for r in logged] == [
+        ("test", 1),
+        ("test", 2),
+        ("val", 1),
+        ("test", 3),
+    ]
+    assert all(r["own"] for r in logged)
+    assert logged == Run.load("small").results
+
+
+def test_the_validation_numbers_are_those_of_training(small: Path) -> None:
+    run = Run.load("small")
+    kept = run.metrics[int(json.loads((small / "run.json").read_text())["kept_epoch"]) - 1]
+    got = run.evaluate("val")
+    assert got.loss == pytest.approx(kept["val_loss"], rel=1e-5)
+    assert got.accuracy == pytest.approx(kept["val_accuracy"], rel=1e-6)
+
+
+def test_the_test_split_is_what_was_held_out(small: Path) -> None:
+    config = load_recipe(small / "recipe.yaml").data
+    data = load_data(config, memory_budget=1 << 30)
+    test = data.unseal_test()
+    assert not set(test.ids) & ({*data.train.ids} | {*data.val.ids})
+    rows = [line.split(",") for line in (small / "split.csv").read_text().splitlines()[1:]]
+    assert {i for i, split in rows if split == "test"} == set(test.ids)
+    got = Run.load("small").evaluate("test")
+    counts = np.bincount(test.labels.numpy(), minlength=10).tolist()
+    assert [score["n"] for score in got.per_class.values()] == counts
+    assert got.data_fingerprint == data.fingerprint
+
+
+@pytest.mark.figures
+def test_a_model_file_alone_can_be_tested(small: Path) -> None:
+    alone = Path("elsewhere/best.safetensors")
+    alone.parent.mkdir()
+    shutil.copy(small / "model.safetensors", alone)
+    got = Run.load(alone).evaluate("test")
+    assert got.correct == Run.load("small").evaluate("test").correct
+    assert got.run == "best"
+    assert Path("plots/best/confusion-test.png").is_file()
+
+
+def test_a_run_can_be_named_from_inside_its_folder(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small)
+    assert here("evaluate", ".", "--json").json["run"] == "small"
+
+
+def test_streamed_images_give_the_same_numbers(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Run.load("small").evaluate("test")
+    monkeypatch.setenv("CONVLENS_MEMORY", "1KB")
+    streamed = Run.load("small").evaluate("test")
+    assert (streamed.loss, streamed.confusion) == (whole.loss, whole.confusion)
+
+
+def own_run() -> Path:
+    root = pictures(Path("photos"), dict.fromkeys(COLORS, 8))
+    done = here(
+        "train", "photos", "model.widths=[4]", "train.epochs=1", "augment=[]", "--name", "mine"
+    )
+    assert done.code == 0, done.err
+    return root
+
+
+def test_images_that_changed_since_training_are_refused() -> None:
+    root = own_run()
+    picture(root / "red" / "000.png", COLORS["red"], seed=999)  # one image, other pixels
+    said = ("changed since this model was trained", "--data", "--fresh")
+    refused(here("evaluate", "mine"), 3, *said)
+    again = here(
+        "train", "photos", "model.widths=[4]", "train.epochs=1", "augment=[]", "--name", "mine"
+    )
+    refused(again, 3, *said)
+    got = Run.load("mine").evaluate(data=root)  # as they are now: all of them, by name
+    assert (got.n, got.looks) == (24, 1)
+    (root / "red" / "000.png").unlink()
+    refused(here("evaluate", "mine"), 3, "changed since")
+    assert [r["own"] for r in Run.load("mine").results] == [True, False]
+
+
+def test_a_folder_that_is_gone_is_named() -> None:
+    shutil.move(own_run(), "moved")
+    refused(here("evaluate", "mine"), 2, "unknown data 'photos'")
+
+
+def errors_of(*arguments: str | Path) -> Done:
+    return here("evaluate", *arguments)
+
+
+def test_wrong_names_are_refused(small: Path) -> None:
+    refused(errors_of("smal"), 2, "no run called 'smal'", "did you mean small?")
+    refused(errors_of("models/none"), 4, "no such run")
+    refused(errors_of("x.safetensors"), 4, "no such run")
+    refused(errors_of("small", "--split", "tset"), 2, "unknown split 'tset'", "did you mean test?")
+    refused(errors_of("small", "--data", "digts"), 2, "digits")
+    refused(errors_of("small", "--data", "no/where"), 3, "no such file or folder")
+    refused(errors_of("small", "--device", "cuda:77"), 2, "cuda:77")
+    done = errors_of("small", "--splt", "val")
+    assert (done.code, "--split" in done.err, done.out) == (2, True, "")
+    assert not Run.load("small").results
+
+
+def test_python_raises_the_same(small: Path) -> None:
+    with pytest.raises(UsageError):
+        Run.load("small").evaluate("tset")
+    with pytest.raises(ModelFileError):
+        Run.load("models/none")
+
+
+def test_a_budget_that_is_no_size_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVLENS_MEMORY", "lots")
+    refused(errors_of("small"), 2, "CONVLENS_MEMORY", "64MB")

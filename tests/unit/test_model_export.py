@@ -1,0 +1,425 @@
+"""Exported files reproduce the outputs of convlens, in every format and for every network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import convlens
+from convlens import model_export, models
+from convlens.data.dataset import load_data, load_external_data
+from convlens.data.decode import decode
+from convlens.model_export import FORMATS, MAX_IMAGES, ReferenceOutputs
+from convlens.recipe import load_recipe
+from convlens.run import LoadedModel, Preprocessing, load_model
+from helpers.commands import (
+    DIGITS,
+    command,
+    environment,
+    here,
+    refused,
+)
+from helpers.paths import TESTS
+
+ort = pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """A run on `digits`, exported to all formats: its folder, the command's JSON, its messages."""
+    folder = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert here("train", *DIGITS, "--no-test", "--name", "small").code == 0
+        done = here("export", "small", "--to", "onnx,torch", "--json")
+        assert done.code == 0, done.err
+        return folder / "models" / "small", done.json, done.err
+
+
+@pytest.fixture
+def small(made: tuple[Path, dict[str, Any], str]) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(made[0], Path("models") / "small"))
+
+
+def validation(run: Path) -> Tensor:
+    """The run's validation images, uint8."""
+    recipe = load_recipe(load_model(run / "model.safetensors").model_metadata["recipe"])
+    split = load_data(recipe.data, memory_budget=1 << 30).val
+    return split.rows.gather(torch.arange(len(split)))
+
+
+def by_hand(run: Path, images: Tensor) -> np.ndarray:
+    """Logits of a run's network, normalised and computed in double precision."""
+    loaded = load_model(run / "model.safetensors")
+    pre = loaded.preprocessing
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (pre.mean, pre.std)
+    )
+    with torch.no_grad():
+        return loaded.model.double()((images.double() / 255 - mean) / std).numpy()
+
+
+def session(path: Path) -> Any:
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def facts_of(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+# The command
+
+
+def test_command_reports_the_numerical_check(made: tuple[Path, dict[str, Any], str]) -> None:
+    run, said, messages = made
+    assert [each["format"] for each in said["exports"]] == ["onnx", "torch"]
+    model_sha256 = load_model(run / "model.safetensors").model_metadata["sha256"]
+    count = len(validation(run))
+    for each in said["exports"]:
+        path = run / Path(each["path"]).name
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == each["sha256"]
+        assert path.stat().st_size == each["bytes"]
+        assert each["source_sha256"] == model_sha256
+        assert each["classes"] == list("0123456789")
+        proof = each["proof"]
+        assert proof["source"] == "validation images of 'digits'"
+        assert proof["images"] == min(count, MAX_IMAGES)
+        assert proof["batch_sizes"] == [1, 64]
+        assert proof["top1_agreement"] == 1.0
+        assert proof["max_logit_difference"] <= 1e-4
+        assert proof["max_probability_difference"] <= 1e-5
+        assert each["versions"]["torch"] == torch.__version__
+    assert messages.count("the same class for all; logits differ by at most") == 2
+    assert sorted(path.name for path in run.glob("*model.*")) == [
+        "model.onnx",
+        "model.pt2",
+        "model.safetensors",
+    ]
+
+
+def test_onnxruntime_computes_the_outputs_of_the_network(
+    made: tuple[Path, dict[str, Any], str],
+) -> None:
+    run, said, _ = made
+    images = validation(run)
+    expected = by_hand(run, images)
+    logits, probs = session(run / "model.onnx").run(None, {"images": images.numpy()})
+    # The largest difference that was stated is about what is found against exact arithmetic.
+    assert np.abs(logits - expected).max() < 1e-4
+    assert (logits.argmax(1) == expected.argmax(1)).all()
+    share = np.exp(expected - expected.max(1, keepdims=True))
+    np.testing.assert_allclose(probs, share / share.sum(1, keepdims=True), atol=1e-5)
+    assert said["exports"][0]["outputs"].startswith("logits and probabilities")
+
+
+def test_exported_files_run_without_convlens(made: tuple[Path, dict[str, Any], str]) -> None:
+    run = made[0]
+    code = """
+import json, sys, torch, onnxruntime
+extra = {"convlens.json": ""}
+program = torch.export.load(sys.argv[1] + "/model.pt2", extra_files=extra).module()
+session = onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx")
+images = torch.arange(3 * 64).remainder(256).to(torch.uint8).view(3, 1, 8, 8)
+ours = program(images)["logits"]
+theirs = session.run(["logits"], {"images": images.numpy()})[0]
+facts = session.get_modelmeta().custom_metadata_map
+print(json.dumps([
+    float((ours - torch.from_numpy(theirs)).abs().max()), json.loads(extra["convlens.json"]),
+    facts, [name for name in sys.modules if name.startswith("convlens")],
+]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(run)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
+    apart, of_torch, of_onnx, ours = json.loads(done.stdout)
+    assert apart < 1e-5
+    assert ours == []
+    for facts in (of_torch, {key: _plain(value) for key, value in of_onnx.items()}):
+        assert facts["classes"] == list("0123456789")
+        assert facts["run"] == "small"
+        assert facts["convlens"] == convlens.__version__
+        assert facts["preprocessing"]["image_size"] == 8
+        assert facts["preprocessing"]["channels"] == 1
+        assert facts["input"].startswith("images: uint8 [N, 1, 8, 8], 0 to 255, any N. Each image:")
+        assert facts["proof"]["source"] == "validation images of 'digits'"
+        assert facts["proof"]["tolerance"] < 1e-2
+
+
+def _plain(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def test_exported_files_contain_no_paths_of_this_machine(
+    made: tuple[Path, dict[str, Any], str],
+) -> None:
+    run = made[0]
+    package = str(Path(convlens.__file__).parent)
+    for name in ("model.onnx", "model.pt2"):
+        data = (run / name).read_bytes()
+        for place in (package, str(Path(torch.__file__).parent), str(run.parent)):
+            assert place.encode() not in data, name
+
+
+def test_onnx_takes_any_batch_size_and_one_image_size(
+    made: tuple[Path, dict[str, Any], str],
+) -> None:
+    net = session(made[0] / "model.onnx")
+    assert net.get_inputs()[0].shape == ["N", 1, 8, 8]
+    images = np.random.default_rng(0).integers(0, 256, (33, 1, 8, 8)).astype(np.uint8)
+    whole = net.run(["logits"], {"images": images})[0]
+    for size in (1, 2, 7):
+        part = net.run(["logits"], {"images": images[:size]})[0]
+        np.testing.assert_allclose(part, whole[:size], atol=1e-5)
+    for wrong in (images[:, :, :7], images.repeat(3, 1), images.astype(np.float32)):
+        with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+            net.run(["logits"], {"images": wrong})
+
+
+@pytest.mark.slow
+def test_command_prints_one_line_per_format(made: tuple[Path, dict[str, Any], str]) -> None:
+    done = command("export", made[0], "--to", "onnx,torch", "-o", "a.onnx")
+    refused(done, 2, "one file for several formats")
+    for name in FORMATS:
+        done = command("export", made[0], "--to", name, "--json")
+        assert done.code == 0
+        assert [each["format"] for each in done.json["exports"]] == [name]
+        (line,) = done.err.splitlines()  # torch, onnxscript and onnxruntime have nothing to say
+        assert line.startswith(f"{name}: on ")
+
+
+def test_export_from_python(small: Path) -> None:
+    found = convlens.export(small, to="onnx", output="out/mine.onnx")
+    assert [each.path for each in found] == ["out/mine.onnx"]
+    assert found[0].proof.max_logit_difference <= found[0].proof.tolerance
+    assert [path.name for path in Path("out").iterdir()] == ["mine.onnx"]
+
+
+# Predicting and evaluating with the file
+
+
+def photographs() -> list[Path]:
+    """Image files of many kinds: turned by EXIF, not square, with alpha, grey, 16 bits."""
+    random = np.random.default_rng(1)
+    digits = random.integers(0, 256, (40, 9, 13)).astype(np.uint8)
+    paths = []
+    for i, pixels in enumerate(digits):
+        paths.append(Path(f"in/{i:02}.png"))
+        paths[-1].parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(paths[-1])
+    turned = Image.fromarray(random.integers(0, 256, (20, 30, 3)).astype(np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save("in/turned.jpg", exif=exif)
+    turned.convert("RGBA").save("in/alpha.png")
+    Image.fromarray(random.integers(0, 65536, (9, 9)).astype(np.uint16)).save("in/deep.png")
+    return [*paths, Path("in/turned.jpg"), Path("in/alpha.png"), Path("in/deep.png")]
+
+
+def close(first: Any, second: Any) -> None:
+    """Asserts equality, numbers within 1e-5."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            close(value, second[key])
+    elif isinstance(first, list):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            close(one, other)
+    elif isinstance(first, float):
+        assert first == pytest.approx(second, abs=1e-5)
+    else:
+        assert first == second
+
+
+def test_predict_with_the_onnx_file_equals_predict_with_the_run(small: Path) -> None:
+    photographs()
+    Path("in/broken.png").write_bytes(b"GIF89a, cut short")
+    asked = ["in", "--top", "3", "--tta", "flip+shifts", "--json"]
+    ours, theirs = here("predict", small, *asked), here("predict", small / "model.onnx", *asked)
+    assert ours.code == theirs.code == 3  # one file can't be read
+    assert len(ours.json["predictions"]) == 44
+    close(ours.json, theirs.json)
+    for style in ("csv", "table"):
+        lines = [
+            here("predict", what, "in/00.png", "in/broken.png", "--format", style).out.splitlines()
+            for what in (small, small / "model.onnx")
+        ]
+        assert [line[:16] for line in lines[0]] == [line[:16] for line in lines[1]]
+    images = np.random.default_rng(2).integers(0, 256, (300, 8, 8)).astype(np.uint8)
+    one, other = (convlens.predict(what, images) for what in (small, small / "model.onnx"))
+    assert [each.label for each in one] == [each.label for each in other]
+    assert convlens.Run.load(small / "model.onnx").classes == tuple("0123456789")
+
+
+def test_the_onnx_file_takes_pixels_as_decoded(small: Path) -> None:
+    # What a program without convlens would do, step by step.
+    paths = photographs()
+    pre = load_model(small / "model.safetensors").preprocessing
+    images = np.stack([decode(path, size=8, channels=1, fit=pre.fit) for path in paths])
+    probs = session(small / "model.onnx").run(["probabilities"], {"images": images})[0]
+    for path, row in zip(convlens.predict(small, paths, top_k=10), probs, strict=True):
+        found = dict(path.top)
+        np.testing.assert_allclose([found[str(digit)] for digit in range(10)], row, atol=1e-5)
+
+
+def test_evaluate_with_the_onnx_file_equals_evaluate_with_the_run(small: Path) -> None:
+    ours = here("evaluate", small, "--json").json
+    kept = {path: path.read_bytes() for path in (small / "answers").iterdir()}
+    theirs = here("evaluate", small / "model.onnx", "--json").json
+    own = {"model_sha256", "images_per_second", "looks"}
+    close(
+        {k: v for k, v in ours.items() if k not in own},
+        {k: v for k, v in theirs.items() if k not in own},
+    )
+    # It is one more look at the run's test images, by another file.
+    assert (ours["looks"], theirs["looks"]) == (1, 2)
+    assert theirs["model_sha256"] == facts_of(small / "model.onnx")["sha256"]
+    assert {path: path.read_bytes() for path in (small / "answers").iterdir()} == kept
+
+
+def test_an_onnx_file_of_an_earlier_version_still_loads() -> None:
+    """`files/v1-model.onnx` is the run in `files/v1`, exported by the version that trained it."""
+    old = TESTS / "files"
+    run = shutil.copytree(old / "v1" / "run", Path("models") / "run")
+    file = shutil.copy(old / "v1-model.onnx", run / "model.onnx")
+    ours, theirs = (here("evaluate", what, "--split", "val", "--json") for what in (run, file))
+    assert ours.code == theirs.code == 0, theirs.err
+    assert ours.json["n"] == 270
+    for key in ("n", "correct", "confusion", "classes"):
+        assert ours.json.get(key) == theirs.json.get(key)
+    images = np.random.default_rng(2).integers(0, 256, (30, 8, 8)).astype(np.uint8)
+    first, second = (convlens.predict(what, images, top_k=10) for what in (run, file))
+    for one, other in zip(first, second, strict=True):
+        assert dict(one.top) == pytest.approx(dict(other.top), abs=1e-5)
+
+
+def test_commands_that_refuse_exported_files(small: Path) -> None:
+    file = small / "model.onnx"
+    refused(here("predict", file, "-", "--device", "cuda"), 2, "run on the CPU")
+    for words in (["look", file], ["export", file], ["compare", small, file]):
+        refused(here(*words), 4, "exported ONNX file only answers", "predict or evaluate")
+    refused(here("predict", small / "model.pt2", "-"), 4, "refused", "model.pt2")
+    refused(here("predict", "models/none.onnx", "-"), 4, "no such run or model file")
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_ten_thousand_images_get_the_same_classes() -> None:
+    """All test images of MNIST: run, exported file, Python, a program without convlens."""
+    done = here("train", "mnist-fast", "train.epochs=1", "--no-test", "--name", "m")
+    assert done.code == 0, done.err
+    run = Path("models/m")
+    done = here("export", "m", "--to", "onnx,torch", "--json")
+    assert done.code == 0, done.err
+    ours, theirs = (
+        here("evaluate", what, "--split", "test", "--json").json
+        for what in (run, run / "model.onnx")
+    )
+    assert (ours["n"], theirs["n"]) == (10_000, 10_000)
+    assert (ours["correct"], ours["confusion"]) == (theirs["correct"], theirs["confusion"])
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+    pre = load_model(run / "model.safetensors").preprocessing
+    split, *_ = load_external_data(
+        "mnist",
+        "test",
+        image_size=pre.image_size,
+        channels=pre.channels,
+        fit=pre.fit,
+        memory_budget=1 << 30,
+    )
+    images = split.rows.gather(torch.arange(10_000))
+    expected = by_hand(run, images)
+    logits = session(run / "model.onnx").run(["logits"], {"images": images.numpy()})[0]
+    apart = np.abs(logits - expected).max()
+    assert apart < 1e-4
+    first, second = np.sort(expected)[:, -1], np.sort(expected)[:, -2]
+    clear = first - second > apart  # the others are near-ties
+    assert clear.sum() >= 9_990
+    for labels in (
+        logits.argmax(1),
+        [int(each.label or -1) for each in convlens.predict(run, images.numpy())],
+        [int(each.label or -1) for each in convlens.predict(run / "model.onnx", images.numpy())],
+    ):
+        assert (np.asarray(labels) == expected.argmax(1))[clear].all()
+
+
+# Every network
+
+
+SIZES = {"mnasnet0_5": 32, "mobilenet_v3_small": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32}
+HEAVY = ("resnet34", "resnet50", "wrn", *SIZES)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "wrn": {"width": 1},
+    "cnn": {"widths": [4, 8], "head": "max", "dropout": 0.5, "stage_dropout": 0.2, "hidden": 8},
+    "fastnet": {"widths": [4, 8, 8], "depth": 3},
+}
+
+
+def loaded_network(name: str, channels: int = 3, fit: str = "pad") -> LoadedModel:
+    """A network whose norms have seen images, with classes, as if it came from a file."""
+    torch.manual_seed(0)
+    size = SIZES.get(name, 16)
+    model = models.build_model(name, 5, channels, size, OPTIONS.get(name, {}))
+    model.train()(torch.randn(8, channels, size, size))
+    pre = Preprocessing(size, channels, fit, [0.4, 0.5, 0.3][:channels], [0.2, 0.3, 0.1][:channels])
+    model_metadata = {
+        "sha256": "0" * 64,
+        "run": "net",
+        "data": {"fingerprint": "none"},
+        "recipe": {},
+    }
+    return LoadedModel(model.eval(), tuple("abcde"), pre, model_metadata)
+
+
+def reference_outputs(loaded: LoadedModel, count: int = 40) -> ReferenceOutputs:
+    pre = loaded.preprocessing
+    shape = (count, pre.channels, pre.image_size, pre.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.manual_seed(3))
+    return ReferenceOutputs(loaded, images, "random images")
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else [])
+        for name in [*models.MODELS, *SIZES]
+    ],
+)
+def test_every_network_can_be_exported(network: str) -> None:
+    loaded = loaded_network(network, channels=1 if network == "cnn" else 3)
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    reference, program = reference_outputs(loaded), model_export.capture(loaded)
+    for name, form in FORMATS.items():
+        target = Path(f"net{form.suffix}")
+        done = model_export.write_checked(name, program, target, loaded, reference)
+        assert done.proof.max_logit_difference <= done.proof.tolerance
+        assert target.stat().st_size == done.bytes
+    # Capturing changed nothing in the network itself.
+    after = loaded.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert not any(module.training for module in loaded.model.modules())
+    assert any(parameter.requires_grad for parameter in loaded.model.parameters())
+    for node in onnx.load("net.onnx").graph.node:
+        assert node.op_type not in ("Dropout",)
+        assert not [a for a in node.attribute if a.name == "training_mode" and a.i]

@@ -1,0 +1,351 @@
+"""The run folder: where a recipe's run is, and what is read back from it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from convlens import models, recipe, run
+from convlens.errors import ModelFileError, ResourceError, UsageError
+from convlens.run import RunDir
+from helpers.commands import environment
+from helpers.support import same, tiny
+
+ONE, TWO = "1" * 64, "2" * 64
+
+
+def begun(place: RunDir, digest: str) -> RunDir:
+    place.create(tiny(), {"digests": [digest]})
+    return place
+
+
+def place(name: str, digest: str, *, plain: bool = True, fresh: bool = False) -> str:
+    return run.find_or_create_run_dir(name, digest, plain=plain, fresh=fresh).name
+
+
+# Where
+
+
+def test_the_same_recipe_finds_its_run_and_another_one_gets_a_new_folder() -> None:
+    assert place("mnist", ONE) == "mnist"
+    begun(run.find_or_create_run_dir("mnist", ONE, plain=True, fresh=False), ONE)
+    assert place("mnist", ONE) == "mnist"
+    assert place("mnist", TWO) == "mnist-222222"
+    begun(run.find_or_create_run_dir("mnist", TWO, plain=True, fresh=False), TWO)
+    assert place("mnist", TWO) == "mnist-222222"
+    assert place("mnist", ONE) == "mnist"
+
+
+def test_a_recipe_with_overrides_carries_its_hash() -> None:
+    assert place("mnist", ONE, plain=False) == "mnist-111111"
+    begun(run.find_or_create_run_dir("mnist", ONE, plain=False, fresh=False), ONE)
+    assert place("mnist", ONE, plain=False) == "mnist-111111"
+    assert place("mnist", TWO, plain=False) == "mnist-222222"
+    clash = "1" * 6 + "9" * 58  # the same six digits, another recipe
+    assert place("mnist", clash, plain=False) == "mnist-111111-2"
+
+
+def test_fresh_always_takes_a_new_folder_and_the_newest_is_found_again() -> None:
+    names = []
+    for _ in range(4):
+        folder = run.find_or_create_run_dir("mnist", ONE, plain=True, fresh=True)
+        assert not folder.path.exists()
+        names.append(begun(folder, ONE).name)
+    assert names == ["mnist", "mnist-111111", "mnist-111111-2", "mnist-111111-3"]
+    assert place("mnist", ONE) == "mnist-111111-3"
+
+
+def test_anything_of_the_users_is_never_taken() -> None:
+    Path("models/mine").mkdir(parents=True)
+    Path("models/mine/notes.txt").write_text("mine")
+    assert place("mine", ONE) == "mine-111111"
+    Path("models/file").write_text("mine")
+    assert place("file", ONE) == "file-111111"
+
+
+def test_what_a_run_that_never_began_leaves_does_not_take_the_name() -> None:
+    folder = RunDir(Path("models/mnist"))
+    with folder.lock():
+        pass
+    folder.write_split({"test": ["a"]})
+    assert place("mnist", ONE) == "mnist"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("my run", "my-run"),
+        ("a/b", "a-b"),
+        ("../x", "x"),
+        ("..", "run"),
+        ("", "run"),
+        (".hidden", "hidden"),
+        ("a\\b:c*d", "a-b-c-d"),
+        ("größe", "größe"),
+        ("v1.2_x", "v1.2_x"),
+        ("數字", "數字"),
+        ("a\0b", "a-b"),
+        ("x.", "x"),
+    ],
+)
+def test_names_are_safe_folders(name: str, folder: str) -> None:
+    assert run.safe_name(name) == folder
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(max_size=60))
+def test_any_name_is_one_folder_below_models(name: str) -> None:
+    path = run.find_or_create_run_dir(name, ONE, plain=True, fresh=False).path
+    assert path.parent == Path("models")
+    assert path.name not in ("", ".", "..")
+    assert not path.name.startswith((".", "-"))
+    assert all(unicodedata.category(c)[0] in "LNMP" for c in path.name)
+    assert run.safe_name(path.name) == path.name
+
+
+# What
+
+
+def test_facts_are_added_and_kept() -> None:
+    folder = RunDir(Path("models/x"))
+    assert folder.metadata() == {}
+    assert not folder.finished
+    folder.create(tiny(), {"digests": [ONE], "n": 1})
+    folder.update_metadata({"n": 2, "ö": "ü"})
+    facts = folder.metadata()
+    assert (facts["n"], facts["ö"], facts["status"]) == (2, "ü", "training")
+    assert not folder.finished
+    folder.finish(epochs=3, kept=2, seconds=1.23456)
+    facts = folder.metadata()
+    assert (facts["epochs"], facts["kept_epoch"], facts["training_seconds"]) == (3, 2, 1.235)
+    assert not folder.finished  # there is no model yet
+    folder.model_path.write_bytes(b"x")
+    assert folder.finished
+
+
+def test_the_recipe_of_a_run_trains_as_it_stands() -> None:
+    folder = begun(RunDir(Path("models/x")), ONE)
+    assert recipe.load_recipe(folder.path / "recipe.yaml") == tiny()
+
+
+def row(epoch: int, **values: float) -> dict[str, float]:
+    return {**dict.fromkeys(run.METRICS_COLUMNS, 0.5), "epoch": epoch, **values}
+
+
+def test_metrics_are_read_back_with_eight_digits() -> None:
+    folder = RunDir(Path("models/x"))
+    assert folder.metrics() == []
+    values = row(1, train_loss=1 / 3, val_loss=1e-9, lr=2.0, images_per_second=123456.789)
+    folder.write_metrics([values, row(2, val_loss=float("nan"), train_loss=float("inf"))])
+    first, second = folder.metrics()
+    assert first == pytest.approx(values, rel=1e-7)
+    assert second["val_loss"] != second["val_loss"]
+    assert second["train_loss"] == float("inf")
+    text = (folder.path / "metrics.csv").read_text().splitlines()
+    assert text[0] == ",".join(run.METRICS_COLUMNS)
+    assert text[1].startswith("1,0.33333333,0.5,1e-09,0.5,2,")
+
+
+def test_the_split_is_listed_with_any_name() -> None:
+    folder = RunDir(Path("models/x"))
+    folder.write_split({"val": ['a,"b".png', "ö\n.png"], "test": ["t/1"]})
+    with (folder.path / "split.csv").open(newline="") as file:
+        found = list(csv.reader(file))
+    assert found == [["id", "split"], ['a,"b".png', "val"], ["ö\n.png", "val"], ["t/1", "test"]]
+
+
+def test_every_look_at_a_split_is_counted() -> None:
+    folder = RunDir(Path("models/x"))
+    splits = ("test", "val", "test", "test")
+    looks = [folder.add_result({"split": split})["looks"] for split in splits]
+    assert looks == [1, 1, 2, 3]
+    assert [entry["split"] for entry in folder.evaluation_log()] == ["test", "val", "test", "test"]
+    assert all(entry["when"] for entry in folder.evaluations())
+
+
+@pytest.mark.parametrize("file", ["run.json", "results.json"])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_damaged_records_are_model_file_errors(file: str, content: bytes) -> None:
+    folder = begun(RunDir(Path("models/x")), ONE)
+    (folder.path / file).write_bytes(content)
+    with pytest.raises(ModelFileError, match="unreadable"):
+        folder.metadata() if file == "run.json" else folder.evaluations()
+
+
+def test_what_killed_processes_left_in_a_run_goes_with_its_locks() -> None:
+    place = RunDir(Path("models/x"))
+    place.create(tiny(), {"digests": []})
+    place.add_result({"split": "val", "accuracy": 1})
+    names = [*run.LOCKED_FILES, "results.json", "model.onnx", "mine.csv"]
+    parts = {name: place.path / f".{name}.abcdefgh.part" for name in names}
+    for path in parts.values():
+        path.touch()
+    with place.lock():
+        there = {name for name, path in parts.items() if path.exists()}
+    assert there == {"results.json", "model.onnx", "mine.csv"}
+    place.add_result({"split": "val", "accuracy": 1})
+    there = {name for name, path in parts.items() if path.exists()}
+    assert there == {"model.onnx", "mine.csv"}
+
+
+def test_a_run_is_locked_by_one_process() -> None:
+    folder = RunDir(Path("models/x"))
+    with folder.lock(), pytest.raises(ResourceError, match="another process is using run 'x'"):  # noqa: SIM117
+        with folder.lock():
+            pass
+
+
+# Models
+
+
+def model_metadata(**changes: Any) -> dict[str, Any]:
+    return {
+        "convlens": "9.9",
+        "model": {"name": "cnn", "options": {"widths": [4]}},
+        "classes": ["a", "b", "ö"],
+        "preprocessing": {
+            "image_size": 8,
+            "channels": 1,
+            "fit": "crop",
+            "mean": [0.1],
+            "std": [0.2],
+        },
+        **changes,
+    }
+
+
+def saved(name: str = "x", **changes: Any) -> tuple[RunDir, torch.nn.Module]:
+    torch.manual_seed(0)
+    model = models.build_model("cnn", 3, 1, 8, {"widths": [4]})
+    folder = RunDir(Path("models") / name)
+    folder.save_model(model.state_dict(), model_metadata(**changes))
+    return folder, model
+
+
+def test_a_model_comes_back_with_all_it_needs() -> None:
+    folder, model = saved()
+    loaded = run.load_model(folder.model_path)
+    same(dict(loaded.model.state_dict()), dict(model.state_dict()))
+    assert not loaded.model.training
+    assert loaded.classes == ("a", "b", "ö")
+    assert loaded.preprocessing.normalize.mean == [0.1]
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded.model(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": ["a", "b"]},
+        {"classes": None},
+        {"model": {"name": "resnet999", "options": {}}},
+        {"model": {"name": "cnn", "options": {"widths": [5]}}},
+        {"model": {"name": "cnn", "options": {"width": [4]}}},
+        {"model": {"name": "cnn", "options": {"widths": [4, 4]}}},
+        {"model": {"name": "cnn", "options": [1]}},
+        {"model": {"name": "cnn"}},
+        {"model": []},
+        {"preprocessing": {"image_size": 8}},
+        {"preprocessing": []},
+        {"preprocessing": {**model_metadata()["preprocessing"], "extra": 1}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "channels": "x"}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "image_size": None}},
+    ],
+)
+def test_weights_that_do_not_fit_their_card_are_refused(changes: dict[str, Any]) -> None:
+    folder, _ = saved(**changes)
+    with pytest.raises(ModelFileError, match="can't be used by this version") as caught:
+        run.load_model(folder.model_path)
+    assert "9.9" in caught.value.fix
+
+
+# Finding
+
+
+def test_a_run_is_found_by_name_folder_or_file() -> None:
+    folder, _ = saved("first")
+    begun(RunDir(Path("models/second")), ONE)  # no model yet
+    for name in ("first", "models/first", folder.path, folder.model_path, folder.path.absolute()):
+        found = run.find_run(name)
+        assert found.model_path.samefile(folder.model_path)
+        assert found.name == "first"
+    assert run.find_run("second").name == "second"
+    Path("elsewhere").mkdir()
+    lone = Path("elsewhere/copy.safetensors")
+    lone.write_bytes(folder.model_path.read_bytes())
+    found = run.find_run(lone)
+    assert (found.name, found.model_path) == ("copy", lone)
+    assert run.load_model(found.model_path).classes == ("a", "b", "ö")
+
+
+def test_runs_are_listed_by_name() -> None:
+    assert run.list_runs() == []
+    for name in ("b", "a", "c"):
+        begun(RunDir(Path("models") / name), ONE)
+    Path("models/not-a-run").mkdir()
+    Path("models/file").write_text("")
+    assert [found.name for found in run.list_runs()] == ["a", "b", "c"]
+
+
+def test_a_name_that_is_not_there_is_a_usage_error_and_a_path_a_model_file_error() -> None:
+    begun(RunDir(Path("models/flowers")), ONE)
+    with pytest.raises(UsageError, match="no run called 'flower'") as caught:
+        run.find_run("flower")
+    assert caught.value.fix == "did you mean flowers?"
+    with pytest.raises(UsageError, match="runs here: flowers"):
+        run.find_run("zzz")
+    for path in ("models/zzz", "zzz.safetensors", "zzz.pt", "a\\b"):
+        with pytest.raises(ModelFileError, match="no such run or model file"):
+            run.find_run(path)
+
+
+def test_results_are_plain_json() -> None:
+    folder = RunDir(Path("models/x"))
+    folder.add_result({"split": "test", "accuracy": 0.5, "name": "ö"})
+    assert "ö" in (folder.path / "results.json").read_text("utf-8")
+    assert json.loads((folder.path / "results.json").read_text("utf-8"))[0]["accuracy"] == 0.5
+
+
+def test_looks_at_the_same_moment_are_all_counted() -> None:
+    """Each reads the log and writes it again: without a lock the last one to write wins."""
+    code = """
+import sys
+from pathlib import Path
+from convlens.run import RunFolder
+print("ready", flush=True)
+sys.stdin.readline()
+place = RunFolder(Path("models/busy"))
+for _ in range(15):
+    place.add_result({"split": "test", "data_fingerprint": "f", "by": sys.argv[1]})
+"""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(n)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(),
+            text=True,
+        )
+        for n in range(3)
+    ]
+    for writer in writers:  # all of them have their imports behind them
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.close()
+    for writer in writers:
+        assert writer.wait(60) == 0
+    log = RunDir(Path("models/busy")).evaluation_log()
+    assert [entry["looks"] for entry in log] == list(range(1, 46))
+    assert {entry["by"] for entry in log} == {"0", "1", "2"}

@@ -1,0 +1,282 @@
+"""Files of tensors: what is taken out of them, what is refused, and that no code in them runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from convlens import serialization
+from convlens.errors import ModelFileError
+from helpers.support import same
+
+TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor(7)}
+PATH = Path("x.pth")
+
+
+def test_a_plain_safetensors() -> None:
+    save_file(TENSORS, "x.safetensors", {"format": "pt"})
+    found = serialization.read_foreign_weights(Path("x.safetensors"))
+    same(found.tensors, TENSORS)
+    assert found.sha256 == hashlib.sha256(Path("x.safetensors").read_bytes()).hexdigest()
+    assert found.model_metadata == {}
+
+
+def test_a_model_file_of_convlens_comes_with_its_card_and_its_hash_checked() -> None:
+    path = Path("model.safetensors")
+    digest = serialization.write_model_file(path, TENSORS, {"classes": ["x", "y"]})
+    found = serialization.read_foreign_weights(path)
+    same(found.tensors, TENSORS)
+    assert found.sha256 == digest
+    assert found.model_metadata["classes"] == ["x", "y"]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ModelFileError, match="hash differs"):
+        serialization.read_foreign_weights(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+def test_a_state_dict_of_torch_save(zipped: bool, suffix: str) -> None:
+    torch.save(TENSORS, f"x{suffix}", _use_new_zipfile_serialization=zipped)
+    found = serialization.read_foreign_weights(Path(f"x{suffix}"))
+    same(found.tensors, TENSORS)
+    assert found.sha256 == hashlib.sha256(Path(f"x{suffix}").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("key", serialization.STATE_DICT_KEYS)
+def test_a_state_dict_inside_a_checkpoint(key: str) -> None:
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"epoch": 3, "loss": torch.tensor(0.5), key: TENSORS, "optimizer": optimizer}, PATH)
+    same(serialization.read_foreign_weights(PATH).tensors, TENSORS)
+    torch.save({"checkpoint": 1, "model": {key: OrderedDict(TENSORS)}}, PATH)
+    same(serialization.read_foreign_weights(PATH).tensors, TENSORS)
+
+
+def test_parameters_become_plain_tensors_and_numbers_beside_them_are_left() -> None:
+    torch.save({"w": nn.Parameter(torch.ones(2)), "version": 3, "_extra_state": None}, PATH)
+    found = serialization.read_foreign_weights(PATH).tensors
+    assert list(found) == ["w"]
+    assert type(found["w"]) is Tensor
+    assert not found["w"].requires_grad
+
+
+# Code
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch executed",))
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream, **options)
+    return stream.getvalue()
+
+
+EVIL: dict[str, Callable[[], bytes]] = {
+    "zip": lambda: saved({"state_dict": TENSORS, "more": Evil()}),
+    "legacy": lambda: saved([Evil()], _use_new_zipfile_serialization=False),
+    "pickle": lambda: pickle.dumps(Evil(), 4),
+    "oldest": lambda: pickle.dumps(Evil(), 0),
+}
+
+
+@pytest.mark.parametrize("name", list(EVIL))
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
+def test_code_in_a_file_is_refused_and_not_run(name: str, suffix: str) -> None:
+    path = Path(f"evil{suffix}")
+    path.write_bytes(EVIL[name]())
+    with pytest.raises(ModelFileError) as caught:
+        serialization.read_foreign_weights(path)
+    assert not Path("executed").exists()
+    assert caught.value.where == str(path)
+    assert "weights_only" not in str(caught.value)  # torch's advice how to run it all the same
+    assert "safe_globals" not in str(caught.value)
+    if name in ("zip", "legacy"):
+        assert "system, not only tensors" in caught.value.what
+        assert "torch.save(model.state_dict()" in caught.value.fix
+    # The very same bytes, trusted, do run: the test would notice.
+    if name == "pickle":
+        pickle.loads(path.read_bytes())
+        assert Path("executed").exists()
+
+
+def test_a_whole_network_saved_is_refused() -> None:
+    torch.save(nn.Linear(2, 2), PATH)
+    with pytest.raises(ModelFileError, match=r"nn.modules.linear.Linear, not only tensors"):
+        serialization.read_foreign_weights(PATH)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_torchscript_program_is_refused() -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), str(PATH))
+    with pytest.raises(ModelFileError, match="TorchScript program, not only tensors"):
+        serialization.read_foreign_weights(PATH)
+
+
+# What is no weights
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([torch.ones(2)], "a list"),
+        (torch.ones(2), "a Tensor"),
+        (3, "a int"),
+        ({}, "a dict"),
+        ({"epoch": 3, "optimizer": {"x": torch.ones(2)}}, "'epoch': int, 'optimizer': dict"),
+        ({0: torch.ones(2)}, "0: Tensor"),
+        ({"model": {"state_dict": {"epoch": 1}}}, "'epoch': int"),
+    ],
+)
+def test_what_holds_no_named_tensors(content: Any, said: str) -> None:
+    torch.save(content, PATH)
+    with pytest.raises(ModelFileError, match="no tensors by name") as caught:
+        serialization.read_foreign_weights(PATH)
+    assert said in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, device="meta"),
+        torch.ones(2, dtype=torch.complex64),
+    ],
+    ids=["sparse", "meta", "complex"],
+)
+def test_odd_kinds_of_tensors(tensor: Tensor) -> None:
+    torch.save({"fine": torch.ones(2), "odd": tensor}, PATH)
+    with pytest.raises(ModelFileError, match="odd is no plain tensor"):
+        serialization.read_foreign_weights(PATH)
+
+
+def test_a_missing_and_an_empty_file() -> None:
+    with pytest.raises(ModelFileError, match="no such file"):
+        serialization.read_foreign_weights(Path("lost.pth"))
+    PATH.write_bytes(b"")
+    with pytest.raises(ModelFileError, match="damaged"):
+        serialization.read_foreign_weights(PATH)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "said"),
+    [
+        ("F4", 16, "numbers of the kind 'F4'"),
+        ("F6_E2M3", 8, "no readable|numbers of the kind|neither safetensors"),
+        ("F8_E8M0", 8, "numbers of the kind 'F8_E8M0'|no plain tensor"),
+        ("F8_E4M3", 8, "w is no plain tensor of numbers (float8_e4m3fn)"),
+        ("C64", 1, "w is no plain tensor of numbers (complex64)"),
+        ("F99", 8, "neither safetensors nor"),
+    ],
+)
+def test_a_safetensors_of_numbers_that_are_not_computed_with(
+    kind: str, count: int, said: str
+) -> None:
+    """Newer kinds than torch has, or than a CNN is trained in."""
+    header = json.dumps({"w": {"dtype": kind, "shape": [count], "data_offsets": [0, 8]}}).encode()
+    Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ModelFileError) as caught:
+        serialization.read_foreign_weights(Path("x.safetensors"))
+    assert any(words in caught.value.what for words in said.split("|")), caught.value.what
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("length", [2**27, 2**40, 2**64 - 1])
+def test_a_header_longer_than_the_file(length: int) -> None:
+    Path("x.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"w": ' + bytes(1000))
+    with pytest.raises(ModelFileError, match="neither safetensors nor") as caught:
+        serialization.read_foreign_weights(Path("x.safetensors"))
+    assert caught.value.fix
+
+
+def test_a_zip_in_a_zip_is_not_opened() -> None:
+    """What is inside has no `data.pkl` of its own; the inner one is never unpacked."""
+    Path("inner.zip").write_bytes(EVIL["zip"]())
+    with zipfile.ZipFile("outer.pth", "w") as packed:
+        packed.write("inner.zip", "archive/inner.zip")
+    with pytest.raises(ModelFileError, match="damaged, or holds more than tensors"):
+        serialization.read_foreign_weights(Path("outer.pth"))
+    large = io.BytesIO()
+    with zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("zeros", bytes(50_000_000))
+    Path("bomb.pth").write_bytes(saved(TENSORS))
+    with zipfile.ZipFile("bomb.pth", "a") as packed:
+        packed.writestr("x/bomb.zip", large.getvalue())
+    with contextlib.suppress(ModelFileError):  # as torch has it: it looks for its own names only
+        same(serialization.read_foreign_weights(Path("bomb.pth")).tensors, TENSORS)
+    assert not Path("executed").exists()
+
+
+GOOD = {"zip": saved(TENSORS), "legacy": saved(TENSORS, _use_new_zipfile_serialization=False)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(GOOD)), st.data())
+def test_a_damaged_file_raises_nothing_else(name: str, data: st.DataObject) -> None:
+    content = bytearray(GOOD[name])
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = Path("damaged.pth")
+    path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    with contextlib.suppress(ModelFileError):
+        serialization.read_foreign_weights(path)
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked() -> None:
+    large = zipfile.ZipFile(io.BytesIO(saved({"w": torch.zeros(2_000_000)})))
+    with zipfile.ZipFile("bomb.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for each in large.infolist():
+            packed.writestr(each.filename, large.read(each))
+    assert Path("bomb.pth").stat().st_size < 100_000
+    with pytest.raises(ModelFileError, match="unpacks to far more than its size"):
+        serialization.read_foreign_weights(Path("bomb.pth"))
+
+
+def test_a_name_that_stands_twice_in_a_zip_is_refused() -> None:
+    """Which of two `data.pkl` counts differs between readers."""
+    Path("twice.pth").write_bytes(saved(TENSORS))
+    with zipfile.ZipFile("twice.pth", "a") as packed:
+        (name,) = [each for each in packed.namelist() if each.endswith("data.pkl")]
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            packed.writestr(name, b"cos\nsystem\n(S'touch hacked'\ntR.")
+    with pytest.raises(ModelFileError, match="has a name twice"):
+        serialization.read_foreign_weights(Path("twice.pth"))
+    assert not Path("hacked").exists()
+
+
+def test_one_number_repeated_without_end_is_refused() -> None:
+    torch.save({"w": torch.zeros(1).expand(1_000_000, 1_000_000)}, "wide.pth")
+    assert Path("wide.pth").stat().st_size < 10_000
+    with pytest.raises(ModelFileError, match="w claims 1,000,000,000,000 numbers"):
+        serialization.read_foreign_weights(Path("wide.pth"))
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_length_that_begins_like_a_pickle_is_none(length: int) -> None:
+    """safetensors begins with the length of its header: 640 is 0x80 0x02, as a pickle does."""
+    path = Path("model.safetensors")
+    serialization.write_model_file(path, TENSORS, {"about": ""})
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    serialization.write_model_file(path, TENSORS, {"about": "x" * (length - header)})
+    assert path.read_bytes().startswith(serialization.PICKLES)
+    same(serialization.read_model_file(path)[0], TENSORS)
+    same(serialization.read_foreign_weights(path).tensors, TENSORS)
+    assert json.loads(path.read_bytes()[8 : 8 + length])["a.weight"]["dtype"] == "F32"

@@ -1,0 +1,99 @@
+"""More epochs for a finished run: the rule, held to bit by bit, and what can't be extended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convlens.errors import ModelFileError, UsageError
+from convlens.recipe import Recipe
+from convlens.run import RunDir
+from convlens.training import train as training_train
+from helpers.commands import DIGITS, command, here, refused
+from helpers.support import tiny
+from selftest import differences
+
+CONSTANT = (
+    'augment=[{"RandomAffine": {"degrees": 20}}, {"CutMix": {"p": 0.5}}]',
+    "model.dropout=0.3",
+    "optim.ema=0.9",
+    "optim.clip_norm=1",
+)
+
+
+def train(asked: Recipe, name: str, *, extend: bool = False) -> RunDir:
+    return training_train.train(asked, name=name, extend=extend, test=False, on="cpu", quiet=True)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_at_a_constant_rate_it_ends_as_the_longer_run(keep: str) -> None:
+    options = (*CONSTANT, f"train.keep={keep}")
+    train(tiny(*options), "short")
+    longer = tiny(*options, "train.epochs=5")
+    extended = train(longer, "extended", extend=True)
+    told = extended.metadata()["extends"]
+    assert told == {"run": "short", "epochs": 3, "exact": True}
+    whole = train(longer, "whole")
+    assert differences(whole, extended) == []
+    assert RunDir(Path("models/short")).metadata()["epochs"] == 3  # left as it was
+
+
+def test_a_schedule_goes_on_at_its_place_in_the_longer_run() -> None:
+    options = ("optim.schedule=cosine", "train.keep=last")
+    short = train(tiny(*options), "short")
+    extended = train(tiny(*options, "train.epochs=6"), "extended", extend=True)
+    assert extended.metadata()["extends"]["exact"] is False
+    rates = [row["lr"] for row in extended.metrics()]
+    whole = [row["lr"] for row in train(tiny(*options, "train.epochs=6"), "whole").metrics()]
+    assert rates[:3] == [row["lr"] for row in short.metrics()]
+    assert rates[3:] == whole[3:]
+
+
+def test_patience_counts_anew() -> None:
+    options = ("optim.lr=0.0000001", "train.patience=1", "train.monitor=val_accuracy")
+    short = train(tiny(*options, "train.epochs=4"), "short")
+    done = len(short.metrics())
+    assert done < 4
+    extended = train(tiny(*options, "train.epochs=9"), "extended", extend=True)
+    assert extended.metadata()["extends"] == {"run": "short", "epochs": done, "exact": False}
+    assert len(extended.metrics()) > done
+
+
+def test_the_longest_is_extended_and_the_same_command_finds_it() -> None:
+    train(tiny(), "three")
+    train(tiny("train.epochs=4"), "four")
+    extended = train(tiny("train.epochs=6"), "six", extend=True)
+    assert extended.metadata()["extends"]["run"] == "four"
+    again = train(tiny("train.epochs=6"), "six", extend=True)
+    assert again.path == extended.path
+
+
+def test_what_cannot_be_extended_is_refused() -> None:
+    with pytest.raises(UsageError, match="no finished run of this recipe with fewer than 5"):
+        train(tiny("train.epochs=5"), "a", extend=True)
+    short = train(tiny(), "short")
+    with pytest.raises(UsageError, match="no finished run"):
+        train(tiny("train.epochs=2"), "b", extend=True)
+    with pytest.raises(UsageError, match="no finished run"):
+        train(tiny("train.epochs=5", "optim.lr=0.02"), "c", extend=True)
+    state = next((short.path / "state").glob("*.safetensors"))
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(ModelFileError, match="can't be extended: the checkpoint of epoch 4, s"):
+        train(tiny("train.epochs=5"), "d", extend=True)
+    state.unlink()
+    with pytest.raises(ModelFileError, match="can't be extended"):
+        train(tiny("train.epochs=5"), "d", extend=True)
+    assert not (Path("models/d") / "run.json").exists()
+
+
+def test_the_command() -> None:
+    assert command("train", *DIGITS, "--no-test").code == 0
+    longer = (*DIGITS[:-1], "train.epochs=3", "--no-test")
+    done = command("train", *longer, "--extend", "--json")
+    assert done.code == 0, done.err
+    assert "from 2 epochs: the same bits as 3 epochs" not in done.err  # digits: one-cycle
+    assert "not the same as 3 epochs from the beginning" in done.err
+    assert "continuing" in done.err
+    assert len(RunDir(Path(done.json["path"])).metrics()) == 3
+    refused(here("train", *longer, "--extend", "--seeds", "2"), 2, "--extend is for a single run")

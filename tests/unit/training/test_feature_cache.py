@@ -1,0 +1,341 @@
+"""Fine-tuning: what is frozen, that it stays so, and that computing it once changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from convlens import models, optim
+from convlens.data.loader import to_unit
+from convlens.data.transforms.random import SampleInfo
+from convlens.device import Plan, derive_seed
+from convlens.errors import ResourceError, UsageError
+from convlens.models.stages import freeze, frozen_prefix, set_train_mode
+from convlens.recipe import OptimConfig, load_recipe
+from convlens.training import feature_cache, resolve, train
+from convlens.training.setup import TrainingJob, build_training_job
+from helpers.support import begin, same
+
+PLAN = Plan("cpu", "fp32", "contiguous")
+RESNET = (
+    "conv1",
+    "bn1",
+    "relu",
+    "maxpool",
+    "layer1",
+    "layer2",
+    "layer3",
+    "layer4",
+    "avgpool",
+    "fc",
+)
+
+
+def resnet(trainable: str = "all") -> nn.Module:
+    torch.manual_seed(0)
+    model = models.build_model("resnet18", 4, 3, 32, {"stem": "imagenet"})
+    freeze(model, trainable)
+    return model
+
+
+def learning(model: nn.Module) -> list[str]:
+    """Top-level children with a parameter that learns."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
+# Which parameters learn
+
+
+@pytest.mark.parametrize(
+    ("trainable", "children"),
+    [
+        ("all", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]),
+        ("head", ["fc"]),
+        ("stages", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]),
+        ("last:1", ["fc"]),
+        ("last:2", ["fc"]),  # avgpool has nothing to learn
+        ("last:4", ["layer3", "layer4", "fc"]),  # the report's settings
+        ("last:5", ["layer2", "layer3", "layer4", "fc"]),
+        ("last:6", ["layer1", "layer2", "layer3", "layer4", "fc"]),
+        ("last:10", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]),
+        ("layer3+", ["layer3", "layer4", "fc"]),
+        ("avgpool+", ["fc"]),
+        ("layer4,fc", ["layer4", "fc"]),
+        ("layer4, fc", ["layer4", "fc"]),
+        ("bn1", ["bn1"]),
+    ],
+)
+def test_the_words_of_trainable_mean_children(trainable: str, children: list[str]) -> None:
+    assert tuple(name for name, _ in resnet().named_children()) == RESNET
+    assert learning(resnet(trainable)) == children
+
+
+def test_a_block_inside_a_stage_can_be_the_first_that_learns() -> None:
+    model = resnet("layer4.1+")
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names[0] == "layer4.1.conv1.weight"
+    assert names[-1] == "fc.bias"
+    assert not any(name.startswith("layer4.0") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "said"),
+    [
+        ("last:0", "10 children"),
+        ("last:11", "10 children"),
+        ("last:x", "10 children"),
+        ("layer5+", "did you mean"),
+        ("layr4,fc", "did you mean layer4"),
+        ("relu", "leaves nothing to train"),
+        ("", "no module"),
+    ],
+)
+def test_a_trainable_that_cannot_be_is_refused(trainable: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        resnet(trainable)
+    assert "layer4" in caught.value.fix
+
+
+def test_a_wrong_trainable_is_found_before_any_image_is_read() -> None:
+    asked = load_recipe("resnet18", ["model.trainable=layer9+", "data.name=no-such-folder"])
+    with pytest.raises(UsageError, match="layer9"):
+        resolve.validate_recipe(asked)
+
+
+# What is frozen stays as it is
+
+
+def test_frozen_norms_keep_their_statistics_and_frozen_dropout_drops_nothing() -> None:
+    model = models.build_model("resnet18", 4, 3, 32, {"stem": "half", "dropout": 0.5})
+    freeze(model, "last:4")
+    set_train_mode(model)
+    before = copy.deepcopy(model.state_dict())
+    seen: dict[str, list[torch.Tensor]] = {"layer2": [], "layer3": []}
+    for name, outputs in seen.items():
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _, inputs, out, kept=outputs: kept.append(out.clone()))
+    for _ in range(2):
+        model(torch.ones(4, 3, 32, 32))
+    assert torch.equal(*seen["layer2"])
+    assert not torch.equal(*seen["layer3"])  # dropout
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed
+    assert {name.partition(".")[0] for name in changed} == {"layer3", "layer4"}
+
+
+# A trunk that is computed once
+
+
+def test_the_frozen_prefix_is_everything_before_the_first_layer_that_learns() -> None:
+    assert frozen_prefix(resnet("last:4")) == list(RESNET[:6])
+    assert frozen_prefix(resnet("head")) == list(RESNET[:9])
+    assert frozen_prefix(resnet("all")) == []
+    assert frozen_prefix(resnet("bn1+")) == ["conv1"]
+    inside = resnet("layer4.1+")
+    assert frozen_prefix(inside) == [*RESNET[:7], "layer4.0"]
+
+
+def test_a_dropout_right_before_the_classifier_stays_the_classifiers() -> None:
+    model = models.build_model(
+        "cnn", 4, 3, 16, {"widths": [4, 8], "dropout": 0.5, "stage_dropout": 0.5}
+    )
+    freeze(model, "head")
+    assert frozen_prefix(model) == ["stage1", "stage2", "pool"]
+    set_train_mode(model)
+    modes = {name: module.training for name, module in model.named_children()}
+    assert modes == {
+        "stage1": False,
+        "stage2": False,
+        "pool": False,
+        "dense": True,
+        "classifier": True,
+    }
+
+
+def test_trunk_and_tail_are_the_network_and_share_its_weights() -> None:
+    model = resnet("last:4").eval()
+    images = torch.randn(6, 3, 32, 32)
+    prefix = frozen_prefix(model)
+    assert feature_cache.is_sequential_split(model, prefix, images)
+    rest = feature_cache.trainable_head(model, prefix).eval()
+    found = feature_cache.compute_features(
+        model, prefix, images.split(4), torch.arange(6) % 4, PLAN
+    )
+    assert found.values.shape == (6, 128, 4, 4)
+    torch.testing.assert_close(rest(found.values), model(images), rtol=1e-5, atol=1e-5)
+    assert rest.fc.weight is model.fc.weight
+    assert rest.layer4[0].bn1.running_mean is model.layer4[0].bn1.running_mean
+    with torch.no_grad():
+        model.fc.bias += 1
+    torch.testing.assert_close(rest(found.values), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_skips_over_the_boundary_is_found_out() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(images)) + images
+
+    model = Skips()
+    model.first.requires_grad_(False)
+    assert not feature_cache.is_sequential_split(model, ["first"], torch.randn(2, 3, 4, 4))
+
+
+def test_a_network_that_asserts_that_its_input_is_an_image_is_found_out() -> None:
+    class Asserts(nn.Module):  # as torchvision's vision transformers do
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 3, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            torch._assert(images.shape[1] == 3, "three channels")
+            return self.second(self.first(images))
+
+    model = Asserts()
+    model.first.requires_grad_(False)
+    assert not feature_cache.is_sequential_split(model, ["first"], torch.randn(2, 3, 4, 4))
+
+
+FROZEN = (
+    "data.name=shapes",
+    "data.count=90",
+    "data.image_size=32",
+    "data.val_fraction=0.2",
+    "augment=[]",
+    "model.trainable=layer4+",
+    "train.epochs=3",
+    "train.batch_size=16",
+    "train.precision=fp32",
+    "train.memory_format=contiguous",
+    "optim.lr=0.05",
+    "train.patience=null",
+    "train.keep=last",
+)
+
+
+def trained(name: str, *more: str) -> tuple[TrainingJob, list[dict[str, float]]]:
+    setup, place = begin(load_recipe("resnet18", [*FROZEN, *more]), name)
+    rows, _ = train.fit(setup, place, quiet=True)
+    return setup, rows
+
+
+def test_a_cached_trunk_gives_the_same_training() -> None:
+    cached, cached_rows = trained("cached")
+    plain, plain_rows = trained("plain", "train.cache_trunk=false")
+    assert cached.feed.cached_bytes > 0
+    assert cached.feed.model is not cached.trained
+    assert plain.feed.cached_bytes == 0
+    assert plain.feed.model is plain.trained
+    for name, tensor in cached.trained.state_dict().items():
+        torch.testing.assert_close(tensor, plain.trained.state_dict()[name], rtol=2e-4, atol=2e-5)
+    for mine, theirs in zip(cached_rows, plain_rows, strict=True):
+        for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
+    untouched = [n for n in cached.trained.state_dict() if not n.startswith(("layer4", "fc"))]
+    first = build_training_job(cached.recipe, cached.data, "cpu").trained.state_dict()
+    same({n: first[n] for n in untouched}, {n: cached.trained.state_dict()[n] for n in untouched})
+
+
+def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
+    augment = 'augment=[{"RandomCrop": {"padding": 4}}, "RandomHorizontalFlip"]'
+    views, _ = trained("views", augment, "train.views=2")
+    assert isinstance(views.feed.batches, feature_cache.ViewBatches)
+
+    again = build_training_job(views.recipe, views.data, "cpu")
+    model, rows = again.trained, again.data.train.rows
+    count = len(again.data.train)
+    shown = []
+    for view in range(2):
+        parts = []
+        for chunk, index in enumerate(torch.arange(count).split(feature_cache.CHUNK_IMAGES)):
+            seed = derive_seed(0, view, chunk, feature_cache.VIEW_SEED)
+            generator = torch.Generator().manual_seed(seed)
+            images, labels = to_unit(rows.gather(index)), again.data.train.labels[index]
+            place = SampleInfo(index, view + 1, 0)
+            parts.append(again.augment(images, labels, place, generator)[0])
+        shown.append(again.preprocessing.normalize(torch.cat(parts), PLAN))
+    done = 0
+    total = 3 * len(views.feed.batches)
+    for epoch in (1, 2, 3):
+        order = torch.randperm(
+            count, generator=torch.Generator().manual_seed(derive_seed(0, epoch))
+        )
+        set_train_mode(model)
+        for part in order.split(16):
+            for group in again.optimizer.param_groups:
+                group["lr"] = 0.05 * again.schedule(done / total)
+            logits = model(shown[(epoch - 1) % 2][part])
+            nn.functional.cross_entropy(logits, again.data.train.labels[part]).backward()
+            nn.utils.clip_grad_value_([p for p in model.parameters() if p.requires_grad], 0.1)
+            again.optimizer.step()
+            again.optimizer.zero_grad()
+            done += 1
+    assert done == total
+    for name, tensor in model.state_dict().items():
+        found = views.trained.state_dict()[name]
+        torch.testing.assert_close(found, tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_views_that_cannot_be_are_refused() -> None:
+    for more in (
+        [],
+        ["model.trainable=all", "augment=[RandomHorizontalFlip]"],
+        ["augment=[MixUp]"],
+        ["augment=[RandomHorizontalFlip]", "train.cache_trunk=false"],
+    ):
+        with pytest.raises(UsageError, match=r"train\.views=2"):
+            begin(load_recipe("resnet18", [*FROZEN, "train.views=2", *more]), "refused")
+
+
+def test_views_are_refused_where_later_layers_read_past_the_trunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(feature_cache, "is_sequential_split", lambda *_: False)
+    views = ["augment=[RandomHorizontalFlip]", "train.views=2"]
+    with pytest.raises(UsageError, match="later layers read more than the output of layer3"):
+        begin(load_recipe("resnet18", [*FROZEN, *views]), "refused")
+
+
+def test_activations_that_do_not_fit_are_computed_anew_each_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = [*FROZEN, "augment=[RandomHorizontalFlip]", "train.views=9"]
+    monkeypatch.setenv("CONVLENS_MEMORY", "1KB")
+    setup, _ = begin(load_recipe("resnet18", FROZEN), "small")
+    assert setup.feed.cached_bytes == 0
+    with pytest.raises(ResourceError, match=r"train\.views=9 needs"):
+        begin(load_recipe("resnet18", few), "views")
+
+
+# The table of stages
+
+
+def test_the_table_of_stages_says_what_learns_at_which_rate_and_when() -> None:
+    model = resnet("layer3+")
+    config = OptimConfig(name="sgd", lr=0.1, layer_decay=0.5, head_first=0.25)
+    rows = optim.stage_table(model, optim.build_optimizer(model, config))
+    cells = [row.cells() for row in rows]
+    assert cells == [
+        ("maxpool", "9,536", "frozen", "", ""),
+        ("layer1", "147,968", "frozen", "", ""),
+        ("layer2", "525,568", "frozen", "", ""),
+        ("layer3", "2,099,712", "2,099,712", "0.025", "25% to 100%"),
+        ("layer4", "8,393,728", "8,393,728", "0.05", "25% to 100%"),
+        ("fc", "2,052", "2,052", "0.1", "all of it"),
+    ]
+    assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_stage_with_several_rates_shows_the_lowest_and_the_highest() -> None:
+    model = resnet()
+    groups = [{"params": "layer1.0.*", "lr": 0.3}, {"params": "layer1.1.bn1.*", "lr": 0.2}]
+    config = OptimConfig(name="sgd", lr=0.1, groups=groups)
+    row = optim.stage_table(model, optim.build_optimizer(model, config))[1]
+    assert row.cells()[3] == "0.1 to 0.3"

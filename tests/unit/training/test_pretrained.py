@@ -1,0 +1,524 @@
+"""Pretrained weights: where they are found, what is refused, and that a run needs them once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convlens import models, run, serialization
+from convlens.data import download
+from convlens.data.loader import Normalize
+from convlens.device import Plan
+from convlens.engine import loop
+from convlens.errors import ModelFileError, Stopped, UsageError
+from convlens.recipe import ModelConfig
+from convlens.run import RunDir
+from convlens.training import pretrained, train as training_train
+from convlens.training.resolve import validate_recipe
+from convlens.training.setup import build_training_job
+from helpers.commands import here, picture, pictures, refused
+from helpers.serving import Pages, serving
+from helpers.support import begin, images_of, same, tiny
+
+
+def train(*overrides: str, name: str, **options: Any) -> RunDir:
+    settings: dict[str, Any] = {"test": False, "on": "cpu", "quiet": True}
+    return training_train.train(tiny(*overrides), name=name, **{**settings, **options})
+
+
+PLAN = Plan("cpu", "fp32", "contiguous")
+
+
+def asked(spec: str, name: str = "resnet18") -> ModelConfig:
+    return ModelConfig(name=name, weights=spec)
+
+
+@pytest.fixture
+def source() -> RunDir:
+    """A finished run to begin others from, its batch norms and means its own."""
+    return train("train.epochs=1", "train.seed=7", "data.per_class=6", name="source")
+
+
+# What is no file of weights
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_several_processes_is_not_unpickled() -> None:
+    """torch.distributed.checkpoint keeps a folder, and in it `.metadata`, a pickle."""
+    from torch.distributed import checkpoint
+
+    checkpoint.save({"w": torch.ones(2)}, checkpoint_id="ckpt", no_dist=True)
+    assert Path("ckpt/.metadata").is_file()
+    Path("ckpt").rename("ckpt.pt")
+    shutil.copytree("ckpt.pt", "ckpt")
+    for spec in ("ckpt", "ckpt/", "./ckpt", "ckpt.pt"):
+        with pytest.raises(ModelFileError, match="a folder, not a file of weights") as caught:
+            pretrained.check_weights_available(asked(spec))
+        assert "its index is a pickle" in caught.value.what
+        assert caught.value.where == spec
+    refused(here("train", "digits", "model.weights=ckpt.pt", "--no-test"), 4, "torch.save(")
+    with pytest.raises(ModelFileError, match=r"(more than|not only) tensors"):
+        pretrained.find_weights(asked("ckpt/.metadata"))
+
+
+def test_a_folder_is_no_file_of_weights(source: RunDir) -> None:
+    Path("mine").mkdir()
+    for spec in ("mine", "mine/"):
+        with pytest.raises(ModelFileError, match="a folder, not a file") as caught:
+            pretrained.check_weights_available(asked(spec))
+        assert caught.value.fix == "give the file in it, or the name of a run"
+    Path("source").mkdir()  # a run's name wins
+    pretrained.check_weights_available(asked("source"))
+
+
+def test_a_safetensors_with_a_huge_header_is_refused() -> None:
+    Path("x.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    done = here("train", "digits", "model.weights=x.safetensors", "--no-test")
+    refused(done, 4, "neither safetensors nor", "x.safetensors")
+    assert run.list_runs() == []
+
+
+# Another run
+
+
+def test_a_run_begins_with_the_weights_of_another_bit_by_bit(source: RunDir) -> None:
+    tensors, model_metadata = serialization.read_model_file(source.model_path)
+    for spec in ("source", "models/source", "models/source/model.safetensors"):
+        setup, _ = begin(tiny(f"model.weights={spec}"), "next")
+        same(dict(setup.trained.state_dict()), tensors)
+        assert setup.preprocessing.mean == model_metadata["preprocessing"]["mean"]
+        assert setup.preprocessing.std == model_metadata["preprocessing"]["std"]
+        assert setup.weights is not None
+        assert setup.weights["sha256"] == model_metadata["sha256"]
+    plain, _ = begin(tiny(), "plain")
+    assert plain.preprocessing.mean != model_metadata["preprocessing"]["mean"]
+
+
+def test_a_finetuned_run_says_where_it_began(source: RunDir) -> None:
+    done = here(
+        "train",
+        "digits",
+        "data.per_class=8",
+        "model.widths=[4,8]",
+        "model.depth=1",
+        "model.head=avg",
+        "train.epochs=1",
+        "model.weights=source",
+        "--json",
+        "--no-test",
+    )
+    assert done.code == 0, done.err
+    assert "weights of run source" in done.err
+    assert "14 tensors taken over; head of 10 classes included" in done.err
+    place = run.find_run(done.json["run"])
+    told = place.metadata()["weights"]
+    assert told == serialization.read_model_file(place.model_path)[1]["weights"]
+    assert told["origin"] == "run source"
+    assert told["sha256"] == serialization.read_model_file(source.model_path)[1]["sha256"]
+    assert (told["matched"], told["left"], told["new"], told["adapted"]) == (14, [], [], {})
+    assert serialization.read_model_file(source.model_path)[1]["weights"] is None
+
+
+def test_a_head_for_other_classes_is_new_though_there_are_as_many() -> None:
+    common = ["model.widths=[4,8]", "train.epochs=1", "augment=[]", "optim.ema=null", "--no-test"]
+    pictures(Path("a"), {"cat": 6, "dog": 6})
+    pictures(Path("b"), {"emu": 6, "owl": 6})
+    assert here("train", "a", *common, "--name", "first").code == 0
+    done = here("train", "b", *common, "model.weights=first", "--name", "second")
+    assert done.code == 0, done.err
+    assert "the head is new (2 classes; the weights' are others)" in done.err
+    told = run.find_run("second").metadata()["weights"]
+    assert told["new"] == ["classifier.weight", "classifier.bias"]
+
+
+def test_a_grey_run_from_a_colour_one_has_the_averages_of_its_means() -> None:
+    told = {"mean": [0.2, 0.4, 0.9], "std": [0.1, 0.2, 0.3]}
+    grey = pretrained.pretrained_normalization(told, 1)
+    assert grey is not None
+    assert grey[0] == pytest.approx([0.5])
+    assert grey[1] == pytest.approx([0.2])
+    assert pretrained.pretrained_normalization({"mean": [0.5], "std": [0.2]}, 3) == (
+        [0.5] * 3,
+        [0.2] * 3,
+    )
+    assert pretrained.pretrained_normalization(told, 3) == (told["mean"], told["std"])
+    assert pretrained.pretrained_normalization({"mean": None, "std": None}, 3) is None
+
+
+def test_a_damaged_run_is_not_begun_from(source: RunDir) -> None:
+    content = source.model_path.read_bytes()
+    source.model_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ModelFileError, match="hash differs"):
+        begin(tiny("model.weights=source"), "next")
+
+
+# Only once
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("trainable", ["all", "stage2+"])
+def test_a_stopped_run_goes_on_without_its_source(
+    trainable: str, source: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a frozen trunk, too, whose activations are computed before the state is restored."""
+    asked = ("model.weights=source", f"model.trainable={trainable}")
+    whole = train(*asked, name="whole")
+    real, steps = loop.TrainLoop.train_step, iter(range(1, 100))
+
+    def step(*arguments: Any, **more: Any) -> Any:
+        if next(steps) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainLoop, "train_step", step)
+        with pytest.raises(Stopped):
+            train(*asked, name="parts")
+    shutil.rmtree(source.path)
+    parts = train(*asked, name="parts")
+    same(
+        serialization.read_model_file(parts.model_path)[0],
+        serialization.read_model_file(whole.model_path)[0],
+    )
+    model_metadatas = [
+        serialization.read_model_file(place.model_path)[1] for place in (whole, parts)
+    ]
+    assert model_metadatas[0]["preprocessing"] == model_metadatas[1]["preprocessing"]
+    assert model_metadatas[0]["weights"] == model_metadatas[1]["weights"]
+    # Nor does a finished one need it: to be found, loaded or tested.
+    assert train(*asked, name="parts", test=True).evaluations()[0]["n"] > 0
+    assert run.load_model(parts.model_path).classes == tuple("0123456789")
+
+
+def test_a_run_that_was_killed_before_it_saved_anything_begins_anew(
+    source: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_train, "fit", killed)
+        with pytest.raises(Killed):
+            train("model.weights=source", name="early")
+    before = RunDir(Path("models/early")).metadata()["weights"]
+    # Meanwhile the source has become another.
+    shutil.rmtree(source.path)
+    train("train.epochs=1", "train.seed=8", "data.per_class=6", name="source")
+    early = train("model.weights=source", name="early")
+    told = early.metadata()["weights"]
+    assert (
+        told["sha256"]
+        == serialization.read_model_file(source.model_path)[1]["sha256"]
+        != before["sha256"]
+    )
+    assert serialization.read_model_file(early.model_path)[1]["weights"] == told
+
+
+# Files
+
+
+def test_a_state_dict_in_a_file_of_a_wrapped_network() -> None:
+    torch.manual_seed(3)
+    net = models.build_model("cnn", 10, 1, 8, {"widths": [4, 8]})
+    wrapped = torch.nn.DataParallel(torch.compile(net))  # type: ignore[arg-type]
+    torch.save({"epoch": 4, "state_dict": wrapped.state_dict()}, "mine.pth")
+    setup, _ = begin(tiny("model.weights=mine.pth"), "next")
+    same(dict(setup.trained.state_dict()), dict(net.state_dict()))
+    assert setup.weights is not None
+    assert setup.weights["origin"] == "file mine.pth"
+    assert setup.weights["sha256"] == hashlib.sha256(Path("mine.pth").read_bytes()).hexdigest()
+    assert setup.preprocessing == begin(tiny(), "plain")[0].preprocessing  # the data's own means
+
+
+def test_nan_and_another_architecture_leave_no_run_behind() -> None:
+    net = models.build_model("cnn", 10, 1, 8, {"widths": [4, 8]})
+    with torch.no_grad():
+        net.get_parameter("stage1.0.weight").fill_(float("nan"))
+    torch.save(net.state_dict(), "nan.pth")
+    torch.save(models.build_model("resnet18", 10, 1, 8, {}).state_dict(), "resnet.pth")
+    base = ("train", "digits", "model.widths=[4,8]", "model.depth=1")
+    refused(
+        here(*base, "model.weights=nan.pth"), 4, "NaN or infinity", "stage1.0.weight", "nan.pth"
+    )
+    refused(
+        here(*base, "model.weights=resnet.pth"),
+        4,
+        "another architecture",
+        "ResNet of 18 layers",
+        "stage1.0.weight",
+        "resnet.pth",
+    )
+    assert not list(Path("models").glob("*/run.json"))
+
+
+# Words that can't be right, before any image is read
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "said"),
+    [
+        ("default", "cnn", "cnn has no pretrained weights in torchvision"),
+        ("IMAGENET1K_V1", "cnn", "cnn has no pretrained weights in torchvision"),
+        ("IMAGENET1K_V3", "resnet18", "did you mean IMAGENET1K_V1"),
+        ("IMAGENET1K_V2", "resnet18", "did you mean IMAGENET1K_V1"),
+        ("ResNet34_Weights.IMAGENET1K_V1", "resnet18", "resnet18 has ResNet18_Weights"),
+        ("ResNet18_Weights.V9", "resnet18", "one of IMAGENET1K_V1, DEFAULT"),
+    ],
+)
+def test_weights_that_a_network_has_not(spec: str, name: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        validate_recipe(tiny(f"model.name={name}", f"model.weights={spec}"))
+    assert said in str(caught.value)
+    assert f"model.weights={spec}" in caught.value.what
+
+
+def test_the_members_of_a_table_are_known() -> None:
+    for spec in ("default", "DEFAULT", "IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V1"):
+        validate_recipe(tiny("model.name=resnet50", f"model.weights={spec}"))
+
+
+def test_a_run_or_file_that_is_not_there_is_missed_before_images_are_read(
+    source: RunDir,
+) -> None:
+    nowhere = ("train", "digits", "data.name=nowhere", "model.name=resnet18")
+    refused(here(*nowhere, "model.weights=sorce"), 2, "'sorce' is no run", "source")
+    refused(here(*nowhere, "model.weights=imagenet1k_v1"), 2, "IMAGENET1K_V1")
+    refused(here(*nowhere, "model.weights=defualt"), 2, "default")
+    refused(here(*nowhere, "model.weights=w/lost.pth"), 4, "no such file of weights", "w/lost.pth")
+    refused(here(*nowhere, "model.weights=lost.safetensors"), 4, "no such file of weights")
+    source.model_path.unlink()
+    refused(here(*nowhere, "model.weights=source"), 4, "'source' has no weights yet", "train it")
+
+
+# torchvision's files
+
+
+@pytest.fixture
+def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty data folder, and an empty cache of torch's."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(download, "SOCKET_TIMEOUT_S", 2.0)
+    return tmp_path / "no-data"
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, type[Pages]]]:
+    with serving() as running:
+        yield running
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, url: str) -> tuple[str, bytes]:
+    """A ResNet-18 of torchvision's under that address; its file's name and content."""
+    from torchvision.models import ResNet18_Weights, resnet18
+
+    torch.manual_seed(0)
+    stream = io.BytesIO()
+    torch.save(resnet18().half().state_dict(), stream)  # half as long to write and to hash
+    content = stream.getvalue()
+    file = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", url + file)
+    return file, content
+
+
+def test_a_download_is_checked_kept_and_used_again(
+    data_root: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, type[Pages]]
+) -> None:
+    url, handler = server
+    file, content = offer(monkeypatch, url)
+    handler.pages[f"/{file}"] = content
+    first = pretrained.find_weights(asked("default"))
+    again = pretrained.find_weights(asked("ResNet18_Weights.IMAGENET1K_V1"))
+    assert handler.asked == [f"/{file}"]
+    assert (data_root / "weights" / file).read_bytes() == content
+    assert {p.name for p in (data_root / "weights").iterdir()} <= {file, ".download.lock"}
+    same(first.tensors, again.tensors)
+    assert first.origin == "torchvision ResNet18_Weights.IMAGENET1K_V1"
+    assert first.sha256 == hashlib.sha256(content).hexdigest()
+    assert first.mean == [0.485, 0.456, 0.406]
+    assert first.classes is None
+
+
+def test_weights_from_tensorflow_see_pixels_as_they_did_there(
+    data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.models import GoogLeNet_Weights, googlenet
+
+    torch.manual_seed(0)
+    theirs = googlenet(num_classes=7, transform_input=True, init_weights=True).eval()
+    stream = io.BytesIO()
+    torch.save(theirs.state_dict(), stream)
+    content = stream.getvalue()
+    file = f"googlenet-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    member = GoogLeNet_Weights.IMAGENET1K_V1
+    monkeypatch.setattr(member.value, "url", f"http://127.0.0.1:9/{file}")
+    (data_root / "weights").mkdir(parents=True)
+    (data_root / "weights" / file).write_bytes(content)
+
+    found = pretrained.find_weights(asked("default", "googlenet"))
+    ours = models.build_model("googlenet", 7, 3, 64, {}).eval()
+    pretrained.load_pretrained(found, ours, tuple("abcdefg"))
+    images = torch.rand(2, 3, 64, 64)
+    transforms = member.transforms()
+    with torch.no_grad():
+        its = theirs(Normalize(transforms.mean, transforms.std)(images, PLAN))
+        mine = ours(Normalize(found.mean or [], found.std or [])(images, PLAN))
+    torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+
+
+def test_a_grey_run_from_torchvisions_weights(
+    data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, content = offer(monkeypatch, "http://127.0.0.1:9/")
+    (data_root / "weights").mkdir(parents=True)
+    (data_root / "weights" / file).write_bytes(content)
+    recipe = tiny("model.name=resnet18", "model.weights=default")
+    setup = build_training_job(recipe, images_of(recipe), "cpu")
+    assert setup.preprocessing.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    assert setup.preprocessing.std == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
+    told = setup.weights
+    assert told is not None
+    assert list(told["adapted"]) == ["conv1.weight"]
+    assert told["adapted"]["conv1.weight"].startswith("64x3x7x7 -> 64x1x3x3; channels summed")
+    assert told["new"] == told["left"] == ["fc.weight", "fc.bias"]
+    json.dumps(told)
+
+
+@pytest.mark.parametrize("place", ["data/weights", "torch/hub/checkpoints"])
+def test_a_file_put_by_hand_or_by_torch_is_found(
+    place: str, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, content = offer(monkeypatch, "http://127.0.0.1:9/")
+    path = (data_root.parent if place.startswith("torch") else Path()) / place / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert (
+        pretrained.find_weights(asked("IMAGENET1K_V1")).sha256
+        == hashlib.sha256(content).hexdigest()
+    )
+    path.write_bytes(content[:1000])
+    with pytest.raises(ModelFileError, match="SHA-256 doesn't begin with") as caught:
+        pretrained.find_weights(asked("IMAGENET1K_V1"))
+    assert caught.value.where == str(path.absolute())
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("closed", "refused"),
+        ("404", "HTTP 404"),
+        ("html", "web page"),
+        ("wrong", "wrong checksum"),
+        ("half", "IncompleteRead"),
+    ],
+)
+def test_a_download_that_can_not_be_had_says_where_to_put_the_file(
+    trouble: str,
+    said: str,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: tuple[str, type[Pages]],
+) -> None:
+    url, handler = server
+    url = "http://127.0.0.1:9/" if trouble == "closed" else url
+    file, content = offer(monkeypatch, url)
+    bad = {"html": b"<html>log in</html>", "wrong": content[:-1] + b"?", "half": content}
+    if trouble in bad:
+        handler.pages[f"/{file}"] = bad[trouble]
+    handler.cut = trouble == "half"
+    with pytest.raises(ModelFileError, match=said) as caught:
+        pretrained.find_weights(asked("default"))
+    assert f"{url}{file}" in caught.value.what
+    assert str(data_root / "weights" / file) in caught.value.fix
+    left = {path.name for path in (data_root / "weights").iterdir()}
+    assert left <= {".download.lock"}
+
+
+# timm
+
+
+def test_weights_through_timm() -> None:
+    timm = pytest.importorskip("timm")
+    safetensors = pytest.importorskip("safetensors.torch")
+    torch.manual_seed(0)
+    net = timm.create_model("resnet18", num_classes=3)
+    Path("m").mkdir()
+    safetensors.save_file(net.state_dict(), "m/model.safetensors")
+    config = {"num_classes": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    about = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": config}
+    Path("m/config.json").write_text(json.dumps(about))
+    found = pretrained.find_weights(asked("local-dir:m"))
+    same(found.tensors, dict(net.state_dict()))
+    assert (found.mean, found.std) == (config["mean"], config["std"])
+    fitted = pretrained.load_pretrained(
+        found, models.build_model("resnet18", 10, 3, 64, {"stem": "imagenet"}), ()
+    )
+    assert fitted.left == fitted.new == ["fc.weight", "fc.bias"]
+    with pytest.raises(ModelFileError, match="timm can't get the weights"):
+        pretrained.find_weights(asked("timm/no_such_network"))
+
+
+def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for spec, name in [("hf-hub:timm/resnet18.a1_in1k", "resnet18"), ("default", "timm/resnet18")]:
+        with pytest.raises(UsageError, match="needs timm"):
+            pretrained.check_weights_config(asked(spec, name))
+
+
+# Nothing is opened that wasn't asked for
+
+
+def test_a_check_opens_and_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: Any, **__: Any) -> Any:
+        raise AssertionError("opened")
+
+    for name in ("_downloaded", "_timm", "_locate"):
+        monkeypatch.setattr(pretrained, name, opened)
+    for spec in ("none", "default", "lost.pth", "some-run", "w/lost.safetensors"):
+        validate_recipe(tiny("model.name=resnet18", f"model.weights={spec}"))
+
+
+def test_the_digest_knows_the_recipes_text_only(source: RunDir) -> None:
+    before = tiny("model.weights=source").digest()
+    source.model_path.unlink()
+    assert tiny("model.weights=source").digest() == before != tiny().digest()
+    assert tiny("model.weights=none").digest() == tiny().digest()
+
+
+def test_colour_weights_begin_a_grey_run_and_the_other_way_round() -> None:
+    common = ["model.widths=[4,8]", "train.epochs=1", "augment=[]", "optim.ema=null", "--no-test"]
+    pictures(Path("colour"), {"cat": 6, "dog": 6})
+    for n, name in enumerate(["cat", "dog"]):
+        for i in range(6):
+            picture(Path("grey") / name / f"{i}.png", (60 + 120 * n,), seed=10 * n + i)
+    for ours, theirs in [("colour", "grey"), ("grey", "colour")]:
+        assert here("train", theirs, *common, "--name", theirs).code == 0
+        done = here("train", ours, *common, f"model.weights={theirs}", "--name", f"{ours}2")
+        assert done.code == 0, done.err
+        assert "adapted stage1.0.weight" in done.err
+        loaded = run.load_model(Path(f"models/{ours}2/model.safetensors"))
+        base = run.load_model(Path(f"models/{theirs}/model.safetensors")).preprocessing
+        mean = sum(base.mean) / len(base.mean)
+        assert sum(loaded.preprocessing.mean) == pytest.approx(
+            mean * len(loaded.preprocessing.mean)
+        )
+
+
+def test_a_recipe_of_a_finetuned_run_trains_as_it_stands(source: RunDir) -> None:
+    place = train("model.weights=source", name="next")
+    assert "weights: source" in (place.path / "recipe.yaml").read_text()
+    done = here("train", place.path / "recipe.yaml", "--no-test", "--fresh")
+    assert done.code == 0, done.err
+    assert "weights of run source" in done.err

@@ -1,0 +1,131 @@
+"""From what was typed or passed to a recipe: names, files, data sets, overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convlens import recipe
+from convlens.errors import DataError, UsageError
+from convlens.training import resolve
+from helpers.commands import pictures
+
+
+def test_a_recipes_name_wins_over_a_data_set_and_a_folder() -> None:
+    pictures(Path("digits"), {"a": 1, "b": 1})
+    asked = resolve.resolve_recipe("digits")
+    assert asked.plain
+    assert asked.recipe == recipe.load_recipe("digits")
+
+
+def test_a_data_set_alone_means_the_recipe_folder_on_it() -> None:
+    asked = resolve.resolve_recipe("shapes", overrides=["train.epochs=3"])
+    assert not asked.plain
+    assert (asked.recipe.name, asked.recipe.data.name) == ("shapes", "shapes")
+    assert asked.recipe.train.epochs == 3
+    same = recipe.load_recipe("folder", ["data.name=shapes", "train.epochs=3"])
+    assert asked.recipe.digest() == same.digest()
+
+
+@pytest.mark.parametrize("name", ["photos", "photos/", "./photos", "fotos ö 📷", "it's [1] #a: b"])
+def test_a_folder_of_any_name_is_found_and_lends_its_name(name: str) -> None:
+    folder = pictures(Path(name), {"a": 1, "b": 1})
+    asked = resolve.resolve_recipe(name)
+    assert asked.plain
+    assert asked.recipe.name == folder.name
+    assert Path(asked.recipe.data.name) == folder
+    again = Path("again.yaml")
+    again.write_text(asked.recipe.to_text(), "utf-8")
+    assert recipe.load_recipe(again) == asked.recipe
+
+
+def test_a_csv_lends_its_stem() -> None:
+    Path("birds.csv").write_text("path,label\n")
+    assert resolve.resolve_recipe("birds.csv").recipe.name == "birds"
+
+
+def test_a_folder_below_the_data_folder_is_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVLENS_DATA", str(tmp_path / "sets"))
+    pictures(tmp_path / "sets" / "birds", {"a": 1, "b": 1})
+    assert resolve.resolve_recipe("birds").recipe.data.name == "birds"
+
+
+def test_a_recipe_on_other_data_says_so_in_its_name() -> None:
+    asked = resolve.resolve_recipe("mnist-reg", data="digits")
+    assert asked.recipe.name == "mnist-reg-digits"
+    assert asked.recipe.data.name == "digits"
+    assert asked.plain
+
+
+def test_a_file_a_mapping_and_a_recipe_mean_the_same() -> None:
+    text = recipe.recipe_text("digits")
+    Path("mine.yaml").write_text(text)
+    read = resolve.resolve_recipe("mine.yaml").recipe
+    assert read.name == "mine"
+    assert read.digest() == recipe.load_recipe("digits").digest()
+    assert resolve.resolve_recipe(read).recipe == read
+    assert resolve.resolve_recipe(read.model_dump(mode="json")).recipe == read
+
+
+def test_a_word_that_is_nothing_names_near_misses_of_recipes_and_sets() -> None:
+    with pytest.raises(UsageError, match="'mnits' is neither") as error:
+        resolve.resolve_recipe("mnits")
+    assert "mnist" in error.value.fix
+    with pytest.raises(UsageError) as error:
+        resolve.resolve_recipe("cifr10")
+    assert "cifar10" in error.value.fix
+
+
+def test_a_missing_path_is_data_that_is_missing() -> None:
+    from convlens.data.sources import find_source
+
+    asked = resolve.resolve_recipe("no/such/folder")
+    with pytest.raises(DataError, match="no such file or folder"):
+        find_source(asked.recipe.data.name)
+
+
+def test_a_data_set_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="is no recipe, and --data"):
+        resolve.resolve_recipe("shapes", data="digits")
+
+
+def test_all_wrong_keys_and_values_at_once_with_near_misses() -> None:
+    wrong = ["optim.lrr=1", "train.epoch=3", "train.batch_size=-4"]
+    with pytest.raises(UsageError) as error:
+        resolve.resolve_recipe("digits", overrides=wrong)
+    for text in ("optim.lrr", "optim.lr", "train.epoch", "train.epochs", "train.batch_size=-4"):
+        assert text in error.value.what
+
+
+def test_data_overrides_need_no_section() -> None:
+    config = resolve.resolve_data_config("shapes", ["count=40", "data.image_size=16"])
+    assert (config.name, config.count, config.image_size) == ("shapes", 40, 16)
+
+
+def test_python_values_become_overrides() -> None:
+    values = {
+        "optim.lr": np.float64(1e-5),
+        "train.epochs": np.int64(3),
+        "train.seed": 7,
+        "model.widths": np.array([4, 8]),
+        "data.name": Path("shapes"),
+        "train.deterministic": True,
+        "optim.clip_norm": None,
+        "augment": [{"RandomHorizontalFlip": {}}],
+    }
+    got = recipe.load_recipe("digits", resolve.to_overrides(values))
+    assert (got.optim.lr, got.train.epochs, got.train.seed) == (1e-5, 3, 7)
+    assert got.model.options["widths"] == [4, 8]
+    assert got.data.name == "shapes"
+    assert got.train.deterministic
+    assert got.optim.clip_norm is None
+    assert got.augment == [{"RandomHorizontalFlip": {}}]
+
+
+def test_a_python_value_that_is_no_setting_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"optim\.lr"):
+        resolve.to_overrides({"optim.lr": object()})

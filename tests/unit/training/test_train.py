@@ -1,0 +1,391 @@
+"""Training runs: which weights are kept, when they stop, what they never do."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from convlens import device, evaluation, optim, run, serialization
+from convlens.cli import main
+from convlens.errors import Diverged, ResourceError, UsageError
+from convlens.recipe import load_recipe
+from convlens.run import RunDir
+from convlens.training import train as training_train
+from convlens.training.checkpoint import BestEpoch
+from convlens.training.setup import build_training_job
+from convlens.utils.files import sha256
+from helpers.support import begin, images_of, same, tiny
+
+
+def train(*overrides: str, **options: Any) -> RunDir:
+    settings: dict[str, Any] = {"plain": True, "test": False, "on": "cpu", "quiet": True}
+    return training_train.train(tiny(*overrides), **{**settings, **options})
+
+
+# Which weights are kept
+
+
+class Scripted:
+    """Validation that returns prescribed losses and remembers each epoch's weights."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+        real = training_train._validate
+
+        def validate(setup: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
+            with optim.averaged_weights(setup.averager):
+                state = setup.trained.state_dict()
+                self.weights[record.epoch] = {k: v.clone() for k, v in state.items()}
+            row = real(setup, record, flag, seconds=seconds)
+            loss = losses[record.epoch - 1]
+            return {**row, "val_loss": loss, "val_accuracy": 1 - loss}
+
+        monkeypatch.setattr(training_train, "_validate", validate)
+
+
+def finish(*overrides: str, epochs: int) -> RunDir:
+    setup, place = begin(tiny(f"train.epochs={epochs}", *overrides), "x")
+    rows, kept = training_train.fit(setup, place, quiet=True)
+    place.finish(epochs=len(rows), kept=kept, seconds=0.0)
+    return place
+
+
+@pytest.mark.parametrize("average", ["optim.ema=0.8", "optim.ema=null"])
+@pytest.mark.parametrize("monitor", ["val_loss", "val_accuracy"])
+def test_the_best_epochs_weights_are_kept(
+    monitor: str, average: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Scripted(monkeypatch, [0.9, 0.5, 0.3, 0.3, 0.6])
+    place = finish(f"train.monitor={monitor}", average, epochs=5)
+    tensors, model_metadata = serialization.read_model_file(place.model_path)
+    same(tensors, seen.weights[3])  # equal values don't replace an earlier epoch
+    assert not all(torch.equal(tensors[k], seen.weights[5][k]) for k in tensors)
+    assert model_metadata["chosen"] == {
+        "epoch": 3,
+        "validated": True,
+        "rule": f"best {monitor}",
+        "val_loss": 0.3,
+        "val_accuracy": 0.7,
+    }
+    assert place.metadata()["kept_epoch"] == 3
+
+
+def test_keep_last_keeps_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Scripted(monkeypatch, [0.1, 0.5, 0.9])
+    place = finish("train.keep=last", epochs=3)
+    tensors, model_metadata = serialization.read_model_file(place.model_path)
+    same(tensors, seen.weights[3])
+    assert (model_metadata["chosen"]["epoch"], model_metadata["chosen"]["rule"]) == (
+        3,
+        "last epoch",
+    )
+    assert place.metadata()["kept_epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "epochs", "kept"),
+    [
+        ([0.5, 0.4, 0.6, 0.6, 0.1], 2, 4, 2),
+        ([0.5, 0.4, 0.6, 0.3, 0.4, 0.4, 0.1], 2, 6, 4),
+        ([0.5, 0.5, 0.1], 1, 2, 1),
+        ([0.5, 0.4, 0.3], 1, 3, 3),
+    ],
+)
+def test_early_stopping_counts_epochs_without_a_better_one(
+    losses: list[float], patience: int, epochs: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Scripted(monkeypatch, losses)
+    place = finish(f"train.patience={patience}", epochs=len(losses))
+    assert len(place.metrics()) == place.metadata()["epochs"] == epochs
+    assert place.metadata()["kept_epoch"] == kept
+    same(serialization.read_model_file(place.model_path)[0], seen.weights[kept])
+
+
+def best_of(*values: float, monitor: str = "val_loss") -> tuple[int, int]:
+    best = BestEpoch(monitor)
+    for epoch, value in enumerate(values, 1):
+        best.improved({"epoch": epoch, "val_loss": 1.0, monitor: value})
+    return best.epoch, best.stale
+
+
+def test_of_equal_accuracies_the_one_with_the_lower_loss_is_the_best() -> None:
+    best = BestEpoch("val_accuracy")
+    rows = [(0.5, 1.0), (0.5, 0.9), (0.5, 0.95), (0.4, 0.1), (0.5, math.nan)]
+    told = [
+        best.improved({"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss})
+        for epoch, (accuracy, loss) in enumerate(rows, 1)
+    ]
+    assert told == [True, True, False, False, False]
+    assert (best.epoch, best.value, best.stale) == (2, 0.5, 3)
+
+
+def test_a_value_that_is_no_number_is_never_the_best_but_the_first() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert best_of(nan) == (1, 0)
+    assert best_of(nan, 5.0, nan) == (2, 1)
+    assert best_of(nan, nan, nan) == (1, 2)
+    assert best_of(inf, 5.0) == (2, 0)
+    assert best_of(nan, 0.5, 0.4, monitor="val_accuracy") == (2, 1)
+
+
+@pytest.mark.parametrize("average", ["optim.ema=0.8", "optim.ema=null"])
+def test_the_numbers_of_the_kept_epoch_are_those_of_the_file(average: str) -> None:
+    place = train(average, "train.epochs=4", "optim.lr=0.05")
+    rows = place.metrics()
+    best = min(rows, key=lambda row: row["val_loss"])
+    assert place.metadata()["kept_epoch"] == best["epoch"]
+    result = evaluation.evaluate(place, "val", on="cpu", quiet=True)
+    assert result.loss == pytest.approx(best["val_loss"], rel=1e-5)
+    assert result.accuracy == pytest.approx(best["val_accuracy"], rel=1e-6)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+# Runs that fail
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_weights() -> None:
+    with pytest.raises(Diverged, match="NaN or infinite") as caught:
+        train("optim.lr=1e9", "optim.name=sgd", "train.batch_size=8", "model.batch_norm=false")
+    assert caught.value.exit_code == 6
+    assert "models/tiny" in caught.value.where
+    place = RunDir(Path("models/tiny"))
+    assert place.metadata()["status"] == "training"
+    if place.model_path.exists():
+        tensors, model_metadata = serialization.read_model_file(place.model_path)
+        assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
+        assert model_metadata["chosen"]["validated"] is False
+
+
+def test_weights_that_overflow_in_the_last_step_of_an_epoch_are_not_saved() -> None:
+    """The loss was finite, the update was not: no further step would notice."""
+    with pytest.raises(Diverged, match="NaN or infinite, so they were not saved"):
+        train("optim.lr=1e38", "optim.weight_decay=1e6", "optim.name=sgd", "train.batch_size=80")
+    place = RunDir(Path("models/tiny"))
+    assert not place.finished
+    assert not place.model_path.exists()
+
+
+def test_a_failed_start_does_not_take_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise UsageError("the network can't be built")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_train, "build_training_job", broken)
+        with pytest.raises(UsageError):
+            train()
+    assert train("train.epochs=1").name == "tiny"
+
+
+# Finished runs
+
+
+def test_a_finished_run_is_not_trained_again() -> None:
+    place = train("train.epochs=1")
+    before = {
+        path.name: (path.stat().st_mtime_ns, path.stat().st_ino, sha256(path))
+        for path in place.path.iterdir()
+        if path.is_file()
+    }
+    assert {"model.safetensors", "recipe.yaml", "run.json", "split.csv", "metrics.csv"} <= set(
+        before
+    )
+    again = train("train.epochs=1", test=True)
+    assert again.path == place.path
+    for name, facts in before.items():
+        path = place.path / name
+        assert (path.stat().st_mtime_ns, path.stat().st_ino, sha256(path)) == facts, name
+    assert [entry["split"] for entry in again.evaluations()] == ["test"]
+    fresh = train("train.epochs=1", fresh=True)
+    assert fresh.path != place.path
+    same(
+        serialization.read_model_file(fresh.model_path)[0],
+        serialization.read_model_file(place.model_path)[0],
+    )
+    resolved = load_recipe(place.path / "recipe.yaml")
+    found = training_train.train(resolved, plain=True, test=False, on="cpu", quiet=True)
+    assert found.path in (place.path, fresh.path)
+
+
+def test_a_run_finished_by_another_process_meanwhile_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both begin, one reads its images more slowly: it must not train over the other."""
+    real = training_train.load_data
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(training_train, "load_data", real)
+        first.append(sha256(train("train.epochs=1").path / "run.json"))
+        return real(*arguments, **options)
+
+    first: list[str] = []
+    monkeypatch.setattr(training_train, "load_data", slow)
+    place = train("train.epochs=1")
+    assert [sha256(place.path / "run.json")] == first
+
+
+def test_a_name_taken_by_another_recipe_meanwhile_is_not_trained_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = training_train.load_data
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(training_train, "load_data", real)
+        train("train.epochs=1", "train.seed=5")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(training_train, "load_data", slow)
+    with pytest.raises(ResourceError, match="another recipe"):
+        train("train.epochs=1")
+    assert train("train.epochs=1").name.startswith("tiny-")
+
+
+def test_a_run_in_use_by_another_process_is_a_resource_error() -> None:
+    code = """
+import sys
+from pathlib import Path
+from convlens.utils.files import lock
+with lock(Path("models/tiny/.lock"), what="x"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    Path("tiny.yaml").write_text(tiny("train.epochs=1").to_text())
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(["train", "tiny.yaml", "--no-test", "--device", "cpu"])
+        assert caught.value.code == 5
+        assert not (Path("models/tiny") / "run.json").exists()
+    finally:
+        holder.communicate("\n")
+    assert train("train.epochs=1").name == "tiny"
+
+
+def test_the_test_split_is_sealed_until_the_end() -> None:
+    unsealed = []
+    data = images_of(tiny())
+    object.__setattr__(data, "_test", lambda inner=data._test: unsealed.append(1) or inner())
+    setup = build_training_job(tiny("train.epochs=1"), data, "cpu")
+    place = RunDir(Path("models/x"))
+    place.create(setup.recipe, {"digests": []})
+    training_train.fit(setup, place, quiet=True)
+    assert unsealed == []
+    assert place.evaluations() == []
+
+
+def test_two_trainings_with_one_seed_are_equal_and_another_seed_is_not() -> None:
+    options = ('augment=["RandomErasing"]', "model.dropout=0.2", "train.epochs=2")
+    first, second = train(*options, name="a"), train(*options, name="b")
+    other = train(*options, "train.seed=1", name="c")
+    same(
+        serialization.read_model_file(first.model_path)[0],
+        serialization.read_model_file(second.model_path)[0],
+    )
+    weights = [
+        serialization.read_model_file(place.model_path)[0]["classifier.weight"]
+        for place in (first, other)
+    ]
+    assert not torch.equal(*weights)
+
+
+def test_a_set_larger_than_the_budget_trains_to_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = train("train.epochs=2", name="a")
+    monkeypatch.setenv("CONVLENS_MEMORY", "1KB")
+    second = train("train.epochs=2", name="b")
+    same(
+        serialization.read_model_file(first.model_path)[0],
+        serialization.read_model_file(second.model_path)[0],
+    )
+
+
+def test_normalisation_is_measured_on_the_training_images_only() -> None:
+    data = images_of(tiny())
+    setup, _ = begin(tiny(), "x")
+    pixels = data.train.rows.gather(torch.arange(80)).numpy().astype(np.float64) / 255
+    assert setup.preprocessing.mean == pytest.approx([pixels.mean()])
+    assert setup.preprocessing.std == pytest.approx([pixels.std()])
+
+
+def test_the_plan_of_a_run_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was chosen by timing, so another choice could end with other bits."""
+    from convlens.utils.process import StopSignal
+
+    overrides = ("train.memory_format=auto", "train.epochs=2")
+    monkeypatch.setattr(
+        device, "candidate_plans", lambda *_: [device.Plan("cpu", "fp32", "channels_last")]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(training_train, "_stop", _stop)
+        patch.setattr(training_train, "catch_stop_signals", lambda: _Raised(StopSignal(up=True)))
+        with pytest.raises(KeyboardInterrupt):
+            train(*overrides)
+    monkeypatch.setattr(
+        device, "candidate_plans", lambda *_: [device.Plan("cpu", "fp32", "contiguous")]
+    )
+    plans = []
+    real = training_train.build_training_job
+
+    def preparing(*arguments: Any) -> Any:
+        setup = real(*arguments)
+        plans.append(setup.plan)
+        return setup
+
+    monkeypatch.setattr(training_train, "build_training_job", preparing)
+    train(*overrides)
+    assert [plan.memory_format for plan in plans] == ["channels_last"]
+
+
+class _Raised:
+    """A flag that is up from the beginning, in place of a signal."""
+
+    def __init__(self, flag: Any) -> None:
+        self.flag = flag
+
+    def __enter__(self) -> Any:
+        return self.flag
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+# Checks before any image is read
+
+
+def test_all_that_is_wrong_with_a_recipe_is_said_before_data_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("images were read")
+
+    monkeypatch.setattr(training_train, "load_data", never)
+    with pytest.raises(UsageError) as caught:
+        train("model.widht=3", "optim.schedule=cosin", "optim.name=adan", "augment=[RandomCropp]")
+    for word in ("model.widht", "'cosin'", "'adan'", "RandomCropp"):
+        assert word in caught.value.what
+    assert not Path("models").exists()
+
+
+def test_a_setup_has_nothing_left_to_choose() -> None:
+    asked = load_recipe("folder", ["data.name=digits", "data.per_class=5"])
+    setup = build_training_job(asked, images_of(asked), "cpu")
+    assert "auto" not in (setup.recipe.augment, setup.recipe.train.epochs)
+    assert (setup.recipe.data.image_size, setup.recipe.data.channels) == (8, 1)
+    assert setup.recipe.train.epochs == 60
+    assert run.safe_name(setup.recipe.name) == "folder"
