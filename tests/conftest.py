@@ -23,6 +23,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: heeded here, not handed down
     signal.signal(signal.SIGHUP, lambda *_: None)
 
+pytest_plugins = ["helpers.interrupted_runs"]  # its fixture `interrupting` is used in many tests
+
 REPOSITORY = Path(__file__).parent.parent
 DATA = REPOSITORY / "data"
 

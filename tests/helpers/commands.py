@@ -22,6 +22,7 @@ from PIL import Image
 
 from convlens import cli, device, serialization
 from convlens.run import RunDir
+from helpers.paths import TESTS
 
 # Trains in a fraction of a second: 80 digits, two epochs.
 DIGITS = ("digits", "data.per_class=8", "model.widths=[4,8]", "model.depth=1", "train.epochs=2")
@@ -61,7 +62,9 @@ def environment(**extra: str) -> dict[str, str]:
     """This process's environment for a process of its own."""
     # Few have PYTHONUNBUFFERED, and it hides what stands in a buffer at the end.
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    env |= {"OMP_NUM_THREADS": "1", **extra}
+    # Scripts of the helpers import the package they are in.
+    search_path = [str(TESTS), *filter(None, [env.get("PYTHONPATH")])]
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(search_path), **extra}
     if env.pop("PYTHONDONTWRITEBYTECODE", ""):
         # Each start would compile all of torch anew; elsewhere than in the package it may cache.
         cache = Path(tempfile.gettempdir()) / "convlens-tests-pycache"

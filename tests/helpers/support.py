@@ -30,7 +30,7 @@ class Memory:
     def gather(self, index: Tensor) -> Tensor:
         return self.images[index]
 
-    def resident(self) -> Tensor | None:
+    def in_memory_tensor(self) -> Tensor | None:
         return self.images
 
 
@@ -45,7 +45,7 @@ class Streamed(Memory):
         self.asked.append(index.tolist())
         return self.images[index].clone()
 
-    def resident(self) -> Tensor | None:
+    def in_memory_tensor(self) -> Tensor | None:
         return None
 
 

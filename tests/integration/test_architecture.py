@@ -16,6 +16,7 @@ import torch
 
 import convlens
 from convlens import cli
+from helpers.paths import REPOSITORY, TESTS
 from helpers.support import tiny
 
 ROOT = Path(convlens.__file__).parent

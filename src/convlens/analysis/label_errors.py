@@ -160,7 +160,7 @@ def _report(
     verdicts = [find_issues(each.labels, each.probs) for each in found]
     ids = [identity for each in found for identity in each.ids]
     labels, probs = (
-        np.concatenate([getattr(each, key) for each in found]) for key in ("labels", "chances")
+        np.concatenate([getattr(each, key) for each in found]) for key in ("labels", "probs")
     )
     suspected, scores = (
         np.concatenate([getattr(verdict, key) for verdict in verdicts])
@@ -363,7 +363,7 @@ class LabelReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; of the images that are not suspected, their number."""
-        arrays = ("ids", "splits", "labels", "chances", "scores", "order")
+        arrays = ("ids", "splits", "labels", "probs", "scores", "order")
         content = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in arrays}
         content |= {
             "classes": list(self.classes),

@@ -86,7 +86,7 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return torch.rand((rows, count or len(images)), device=images.device)
 
     for module in (color, geometry, mixup, auto_augment):
-        monkeypatch.setattr(module, "numbers", drawn)
+        monkeypatch.setattr(module, "uniform_numbers", drawn)
     make = loader._batch_generator
     monkeypatch.setattr(loader, "_batch_generator", lambda device, *parts: make("cpu", *parts))
     monkeypatch.setattr(

@@ -53,7 +53,7 @@ def network() -> CNN:
 
 
 def fit(model: nn.Module, config: OptimConfig, **more: Any) -> Any:
-    optimizer = more.pop("optimiser", None) or optim.build_optimizer(model, config)
+    optimizer = more.pop("optimizer", None) or optim.build_optimizer(model, config)
     criterion = nn.CrossEntropyLoss()
     loop = TrainLoop(model, optimizer, criterion, PLAN, clip_norm=config.clip_norm)
     return loop.run(Listed(), optim.build_schedule(config), epochs=EPOCHS, seed=SEED, **more)

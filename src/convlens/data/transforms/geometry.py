@@ -270,8 +270,8 @@ def resized_crop(images: Tensor, boxes: CropBoxes) -> Tensor:
         pixel = at * (length / size)[:, None] - 0.5
         # Crop first, then resize: pixels outside the box must not shine in at its border.
         pixel = start[:, None] + pixel.clamp_min(0).minimum((length - 1)[:, None])
-        sample_info = (pixel * 2 + 1) / size - 1
-        grid[..., axis] = sample_info[:, None, :] if axis == 0 else sample_info[:, :, None]
+        position = (pixel * 2 + 1) / size - 1
+        grid[..., axis] = position[:, None, :] if axis == 0 else position[:, :, None]
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False).clamp_(0, 1)
 
 

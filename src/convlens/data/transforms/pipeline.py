@@ -213,7 +213,7 @@ class Augmentation(AugmentEntry):
     @functools.cached_property
     def alternates(self) -> bool:
         """Whether it goes by the images' numbers and the epoch."""
-        return "place" in inspect.signature(self.apply).parameters
+        return "sample_info" in inspect.signature(self.apply).parameters
 
     def __call__(
         self, images: Tensor, generator: torch.Generator, sample_info: SampleInfo, **arguments: Any
