@@ -348,18 +348,18 @@ def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
     # Pretrained weights are not there in a test; where they come from has tests of its own.
     few = [*few, "model.weights=none", "train.epochs=1", "train.batch_size=24"]
     asked = recipes.load_recipe(name, few)
-    setup, place = begin(asked, name)
-    assert len(setup.feed.batches) >= 2
-    before = {k: v.clone() for k, v in setup.trained.state_dict().items()}
-    rows, kept = train.fit(setup, place, quiet=True)
+    job, place = begin(asked, name)
+    assert len(job.inputs.batches) >= 2
+    before = {k: v.clone() for k, v in job.model.state_dict().items()}
+    rows, kept = train.fit(job, place)
     assert (len(rows), kept) == (1, 1)
-    head = f"{models.model_parts(setup.trained).head}.weight"
-    assert not torch.equal(before[head], setup.trained.get_parameter(head))
+    head = f"{models.model_parts(job.model).head}.weight"
+    assert not torch.equal(before[head], job.model.get_parameter(head))
     result = evaluation.evaluate(place, "test", on="cpu", quiet=True)
-    assert result.n == len(setup.data.unseal_test())
+    assert result.n == len(job.data.unseal_test())
     assert 0 <= result.correct <= result.n
     assert math.isfinite(result.loss)
-    assert recipes.load_recipe(place.path / "recipe.yaml").replace() == setup.recipe
+    assert recipes.load_recipe(place.path / "recipe.yaml").replace() == job.recipe
 
 
 # Sources

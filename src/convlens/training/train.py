@@ -126,7 +126,8 @@ def train(
             # Another process may have finished the run while this one was loading the images.
             if not context.broadcast(lambda: run_dir.is_finished):
                 job = _build_job(recipe, data, run_dir, metadata, context)
-                fit(job, run_dir)
+                rows, kept_epoch = fit(job, run_dir)
+                _finish(job, run_dir, rows, kept_epoch)
     if test:
         evaluation.evaluate(run_dir, "test", on=device, quiet=quiet, own=data)
     return run_dir
@@ -198,8 +199,11 @@ def _print_stages(job: TrainingJob) -> None:
         print_table(columns, (row.cells() for row in rows))
 
 
-def fit(job: TrainingJob, run_dir: RunDir) -> None:
+def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]:
     """Train until the last epoch, until patience is exhausted, or until a signal arrives.
+
+    Returns:
+        The rows of `metrics.csv`, and the epoch of the weights in the model file.
 
     Raises:
         Stopped, KeyboardInterrupt: a signal arrived; everything is saved and the run can be
@@ -251,7 +255,9 @@ def fit(job: TrainingJob, run_dir: RunDir) -> None:
                 _stop(job, run_dir, signal)
         if process_group.should_stop(now=True):  # before the test, and before another run starts
             _stop(job, run_dir, signal)
-    _finish(job, run_dir, checkpoints)
+    rows = checkpoints.rows
+    keeps_last = job.recipe.train.keep == "last"
+    return rows, int(rows[-1]["epoch"]) if keeps_last else checkpoints.kept_epoch()
 
 
 def make_train_loop(job: TrainingJob, process_group: ProcessGroup) -> TrainLoop:
@@ -377,11 +383,10 @@ def _stop(job: TrainingJob, run_dir: RunDir, signal: StopSignal) -> None:
     )
 
 
-def _finish(job: TrainingJob, run_dir: RunDir, checkpoints: CheckpointManager) -> None:
+def _finish(
+    job: TrainingJob, run_dir: RunDir, rows: list[dict[str, float]], kept_epoch: int
+) -> None:
     """Draw the plots of the training and mark the run as finished."""
-    rows = checkpoints.rows
-    keeps_last = job.recipe.train.keep == "last"
-    kept_epoch = int(rows[-1]["epoch"]) if keeps_last else checkpoints.kept_epoch()
     if job.context.is_main_process:
         run_plots.plot_training(run_dir, rows, kept_epoch, job.data, job.augment)
     # Last: a run that is killed before this resumes at its end and draws its plots.

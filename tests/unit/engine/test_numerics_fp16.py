@@ -16,7 +16,7 @@ from convlens.models.cnn import CNN
 from convlens.recipe import OptimConfig
 from convlens.training import checkpoint
 from convlens.training.checkpoint import BestEpoch, restore_checkpoint
-from helpers.support import PLAN, begin, same, tiny
+from helpers.support import PLAN, begin, same, tiny, train_records
 from helpers.train_loops import everything
 
 OPTIMIZERS = [
@@ -130,8 +130,8 @@ def test_half_precision_learns_with_it() -> None:
 
 def test_a_resumed_run_has_its_scale() -> None:
     (first, place), (again, _) = begin(tiny(), "scaled"), begin(tiny(), "scaled")
-    for setup in (first, again):
-        setup.scaler = make_grad_scaler("cpu")
+    for job in (first, again):
+        job.scaler = make_grad_scaler("cpu")
     assert first.scaler is not None
     assert again.scaler is not None
     records = first.fit()
@@ -145,13 +145,13 @@ def test_a_resumed_run_has_its_scale() -> None:
     assert again.scaler.state_dict()["_growth_tracker"] == 4
     list(records)
     list(again.fit())
-    same(everything(first.trained, first.optimizer), everything(again.trained, again.optimizer))
+    same(everything(first.model, first.optimizer), everything(again.model, again.optimizer))
 
 
 def test_nothing_is_saved_once_a_loss_has_failed() -> None:
     """On a GPU a checkpoint may be due before the loop has read the loss."""
-    setup, place = begin(tiny(), "failed")
-    next(setup.fit())
-    setup.state.loss_sum = torch.tensor(float("nan"))
-    checkpoint.save_checkpoint(place, setup, BestEpoch("val_loss"), [])
+    job, place = begin(tiny(), "failed")
+    next(train_records(job))
+    job.state.loss_sum = torch.tensor(float("nan"))
+    checkpoint.save_checkpoint(place, job, BestEpoch("val_loss"), [])
     assert place.state() is None

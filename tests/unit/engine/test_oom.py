@@ -27,13 +27,13 @@ from convlens.engine.oom import OutOfMemory, is_oom
 from convlens.errors import ResourceError
 from convlens.recipe import Recipe
 from convlens.run import RunDir
+from convlens.runtime import RuntimeContext
 from convlens.training import autotune, train
 from convlens.training.setup import build_training_job
 from helpers.commands import environment, weights
 from helpers.interrupted_runs import EVERYTHING, SGD, equal
 from helpers.launching import torchrun
 from helpers.nonfinite_runs import OPTIMIZERS, Run, batches
-from helpers.paths import TESTS
 from helpers.support import PLAN, Memory, Split, begin, images_of, pictures, same, tiny
 
 PLAIN = "model.batch_norm=false"
@@ -122,13 +122,16 @@ def test_trying_leaves_other_errors_alone() -> None:
 
 def finished(asked: Recipe, name: str, part: int = 0, most: int = 0, back: bool = False) -> Any:
     """A run to its end: by a plan with that part, or with memory for `most` images."""
-    setup, place = begin(asked, name)
+    job, place = begin(asked, name)
     if part:
-        setup = build_training_job(
-            asked, images_of(asked), "cpu", replace(setup.plan, micro_batch_size=part)
+        job = build_training_job(
+            asked,
+            images_of(asked),
+            RuntimeContext("cpu", quiet=True),
+            plan=replace(job.plan, micro_batch_size=part),
         )
-    seen = greedy(setup.feed.model, most, back=back) if most else []
-    rows, kept = train.fit(setup, place, quiet=False)
+    seen = greedy(job.inputs.model, most, back=back) if most else []
+    rows, kept = train.fit(job, place)
     place.finish(epochs=len(rows), kept=kept, seconds=0.0)
     return place, seen
 
@@ -189,8 +192,8 @@ def test_a_run_that_is_taken_up_has_the_same_parts(
     """Also where there is memory enough by then."""
     asked = tiny(PLAIN, *EVERYTHING)
     whole, _ = finished(asked, "whole", most=5)
-    setup, place = begin(asked, "stopped")
-    greedy(setup.feed.model, 5)
+    job, place = begin(asked, "stopped")
+    greedy(job.inputs.model, 5)
 
     class Killed(BaseException):
         pass
@@ -205,12 +208,12 @@ def test_a_run_that_is_taken_up_has_the_same_parts(
 
     monkeypatch.setattr(TrainLoop, "train_step", step)
     with pytest.raises(Killed):
-        train.fit(setup, place, quiet=True)
+        train.fit(job, place)
     monkeypatch.setattr(TrainLoop, "train_step", real)
-    setup, place = begin(asked, "stopped")  # nobody is greedy now
-    rows, kept = train.fit(setup, place, quiet=True)
+    job, place = begin(asked, "stopped")  # nobody is greedy now
+    rows, kept = train.fit(job, place)
     place.finish(epochs=len(rows), kept=kept, seconds=0.0)
-    assert setup.state.micro_batch_size == 4
+    assert job.state.micro_batch_size == 4
     equal(place, whole)
 
 
@@ -247,22 +250,18 @@ def test_one_of_several_processes_does_not_go_on_otherwise() -> None:
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
-from convlens import cli
-from convlens.training import preparing
-from convlens.distributed import processes
-import test_out_of_memory as here
+sys.path.insert(0, {folder!r})
+from convlens import cli, distributed
+from convlens.training import setup, train
+from test_oom import greedy
 
-real = preparing.prepare
+def build_training_job(*arguments, **options):
+    job = setup.build_training_job(*arguments, **options)
+    if distributed.init_process_group().rank == 1:
+        greedy(job.inputs.model, 3)
+    return job
 
-def prepared(*arguments, **more):
-    setup = real(*arguments, **more)
-    if processes.init_process_group().rank == 1:
-        here.greedy(setup.feed.model, 3)
-    return setup
-
-from convlens import training
-training.prepare = prepared
+train.build_training_job = build_training_job
 cli.main(["train", "tiny.yaml", "--no-test", "--device", "cpu"])
 """
 
@@ -270,7 +269,7 @@ cli.main(["train", "tiny.yaml", "--no-test", "--device", "cpu"])
 @pytest.mark.slow
 def test_all_processes_end_where_one_has_no_memory() -> None:
     Path("tiny.yaml").write_text(tiny(PLAIN).to_text())
-    Path("script.py").write_text(SCRIPT.format(tests=str(TESTS)))
+    Path("script.py").write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
     done = torchrun(2, "script.py")
     assert done.code != 0
     assert done.err.count("error:") == 1, done.err
@@ -313,11 +312,11 @@ def test_timings_of_a_run_hold_no_infinity() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainLoop, "train_step", step)
-        setup = build_training_job(asked, images_of(asked), "cpu")
-    assert setup.plan.micro_batch_size in (16, 32)
+        job = build_training_job(asked, images_of(asked), RuntimeContext("cpu", quiet=True))
+    assert job.plan.micro_batch_size in (16, 32)
     assert set(seen) == {0, 16, 32}
-    assert set(setup.timings) == {"fp32 contiguous by 32", "fp32 contiguous by 16"}
-    json.dumps(setup.timings, allow_nan=False)
+    assert set(job.timings) == {"fp32 contiguous by 32", "fp32 contiguous by 16"}
+    json.dumps(job.timings, allow_nan=False)
 
 
 def test_inference_goes_on_with_half_as_many_images() -> None:
@@ -421,7 +420,7 @@ def test_a_gpu_without_memory_trains_in_parts() -> None:
         300 * 2**20 / torch.cuda.get_device_properties(0).total_memory
     )
     try:
-        place = train.train(asked, name="short", test=False, on="cuda")
+        place = train.train(asked, name="short", test=False, device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert 0 < place.metadata()["out_of_memory"][-1]["part"] <= 150

@@ -16,9 +16,10 @@ from convlens.data.splits import Split
 from convlens.errors import UsageError
 from convlens.models.fastnet import WHITEN_EPS, FastNet, whitening_filters
 from convlens.run import Preprocessing
+from convlens.runtime import RuntimeContext
 from convlens.training.resolve import validate_recipe
-from convlens.training.setup import _some_images, build_training_job
-from helpers.support import PLAN, Memory, images_of, pictures, same, tiny
+from convlens.training.setup import _sample_images, build_training_job
+from helpers.support import PLAN, Memory, images_of, pictures, same, tiny, train_records
 
 FAST = ["model.name=fastnet", "model.widths=[4,8]"]
 
@@ -232,17 +233,17 @@ def test_a_run_whitens_by_its_training_images() -> None:
     asked = tiny(*FAST)
     validate_recipe(asked)
     data = images_of(asked)
-    setup = build_training_job(asked, data, "cpu")
-    images = setup.preprocessing.normalize(
+    job = build_training_job(asked, data, RuntimeContext("cpu", quiet=True))
+    images = job.preprocessing.normalize(
         data.train.rows.gather(torch.arange(len(data.train))), PLAN
     )
     expected = whitening_filters(images, 2, WHITEN_EPS)
-    assert torch.equal(setup.trained.get_parameter("whiten.weight"), expected)
-    before = setup.trained.get_parameter("block1.conv1.weight").detach().clone()
-    for _ in setup.fit():
+    assert torch.equal(job.model.get_parameter("whiten.weight"), expected)
+    before = job.model.get_parameter("block1.conv1.weight").detach().clone()
+    for _ in train_records(job):
         pass
-    assert torch.equal(setup.trained.get_parameter("whiten.weight"), expected)
-    assert not torch.equal(setup.trained.get_parameter("block1.conv1.weight"), before)
+    assert torch.equal(job.model.get_parameter("whiten.weight"), expected)
+    assert not torch.equal(job.model.get_parameter("block1.conv1.weight"), before)
     # The same random numbers as without images: nothing is drawn for the whitening.
     torch.manual_seed(7)
     first = FastNet(3, 1, 8)
@@ -265,7 +266,7 @@ def test_a_model_file_brings_its_whitening(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("count", "size", "wanted"), [(30, 8, 30), (12_000, 8, 5_000), (9, 1024, 5)]
 )
-def test_some_images_are_evenly_spaced_and_bounded(
+def test_sample_images_are_evenly_spaced_and_bounded(
     count: int, size: int, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if size == 1024:  # 64 MB hold 5 of them
@@ -277,7 +278,7 @@ def test_some_images_are_evenly_spaced_and_bounded(
     channels = images.shape[1]
     steps = Preprocessing(size, channels, "crop", [0.0] * channels, [1 / 255] * channels)
     split = Split(Memory(images), torch.zeros(count, dtype=torch.int64), [""] * count)
-    found = _some_images(split, steps)
+    found = _sample_images(split, steps)
     assert found.shape == (wanted, channels, size, size)
     numbers = (found[:, 0, 0, 0] + (256 * found[:, 0, 0, 1] if size == 8 else 0)).round().long()
     assert (numbers[0], numbers[-1]) == (0, count - 1)

@@ -14,6 +14,7 @@ from convlens.errors import ResourceError, UsageError
 from convlens.models import MODELS, zoo
 from convlens.models.cnn import CNN
 from convlens.models.stages import ModelParts, name_parts
+from convlens.runtime import RuntimeContext
 from convlens.training import train
 from convlens.training.resolve import validate_recipe
 from convlens.training.setup import build_training_job
@@ -208,16 +209,16 @@ def test_a_torchvision_network_trains_and_is_loaded() -> None:
     asked = tiny(
         "model.name=mnasnet0_5", "data.image_size=16", "data.per_class=3", "train.epochs=1"
     )
-    place = train.train(asked, quiet=True, on="cpu", test=False)
+    place = train.train(asked, quiet=True, device="cpu", test=False)
     loaded = run.load_model(place.model_path)
     tensors, model_metadata = serialization.read_model_file(place.model_path)
     assert model_metadata["model"] == {"name": "mnasnet0_5", "options": {}}
     assert not loaded.model.training
     same(dict(loaded.model.state_dict()), tensors)
-    setup = build_training_job(asked, images_of(asked), "cpu")
-    models.load_weights(setup.trained, tensors)
+    job = build_training_job(asked, images_of(asked), RuntimeContext("cpu", quiet=True))
+    models.load_weights(job.model, tensors)
     with pytest.raises(RuntimeError, match="Missing key"):
-        models.load_weights(setup.trained, {})
+        models.load_weights(job.model, {})
 
 
 # Trying out
@@ -287,7 +288,7 @@ def test_a_size_that_comes_with_the_images_is_checked_when_it_is_known() -> None
     asked = tiny("model.name=alexnet")  # digits have 8 px
     validate_recipe(asked)
     with pytest.raises(UsageError, match="alexnet can't take images of 8 px"):
-        build_training_job(asked, images_of(asked), "cpu")
+        build_training_job(asked, images_of(asked), RuntimeContext("cpu", quiet=True))
 
 
 # timm
@@ -349,6 +350,6 @@ def test_a_network_of_timm_trains_and_is_loaded() -> None:
     asked = tiny(
         "model.name=timm/resnet10t", "data.per_class=3", "train.epochs=1", "data.image_size=32"
     )
-    place = train.train(asked, quiet=True, on="cpu", test=False)
+    place = train.train(asked, quiet=True, device="cpu", test=False)
     loaded = run.load_model(place.model_path)
     same(dict(loaded.model.state_dict()), serialization.read_model_file(place.model_path)[0])
