@@ -341,7 +341,7 @@ def test_a_download_is_checked_kept_and_used_again(
     handler.pages[f"/{file}"] = content
     first = pretrained.find_weights(asked("default"))
     again = pretrained.find_weights(asked("ResNet18_Weights.IMAGENET1K_V1"))
-    assert handler.asked == [f"/{file}"]
+    assert handler.requested == [f"/{file}"]
     assert (data_root / "weights" / file).read_bytes() == content
     assert {p.name for p in (data_root / "weights").iterdir()} <= {file, ".download.lock"}
     same(first.tensors, again.tensors)
