@@ -437,7 +437,7 @@ def test_a_download_that_can_not_be_had_says_where_to_put_the_file(
     bad = {"html": b"<html>log in</html>", "wrong": content[:-1] + b"?", "half": content}
     if trouble in bad:
         handler.pages[f"/{file}"] = bad[trouble]
-    handler.cut = trouble == "half"
+    handler.truncate = trouble == "half"
     with pytest.raises(ModelFileError, match=said) as caught:
         pretrained.find_weights(asked("default"))
     assert f"{url}{file}" in caught.value.what
