@@ -102,28 +102,28 @@ BAD_MEMBERS: dict[str, tuple[list[Member | tarfile.TarInfo], str]] = {
 }
 
 
-def damaged(whole: bytes) -> dict[str, tuple[bytes, str]]:
+def damaged(valid: bytes) -> dict[str, tuple[bytes, str]]:
     """Return contents that are not a complete tar, and a part of the error message for each."""
     import bz2
     import gzip
     import lzma
 
-    header = len(whole) - 10240 if len(whole) > 10240 else 1024
+    header = len(valid) - 10240 if len(valid) > 10240 else 1024
     bomb = tarfile.TarInfo("x")
     bomb.type, bomb.size = tarfile.XHDTYPE, 1 << 33
     return {
         "empty": (b"", "empty (0 bytes)"),
         "text": (b"no tar at all" * 100, "damaged or not a tar"),
-        "short": (whole[:100], "damaged or not a tar"),
-        "cut in an image": (whole[:600], "cut short"),
-        "cut in a header": (whole[: 1024 + 100], "cut short"),
-        "cut between members": (whole[:1024], "no header and no end marker at byte 1,024 of 1,024"),
-        "header overwritten": (whole[:1024] + b"\x07" * 512 + whole[1536:], "at byte 1,024 of"),
-        "zeros, then more": (whole[:1024] + bytes(1024) + whole[1024:], "after the end marker"),
-        "gzip": (gzip.compress(whole), "compressed (gzip)"),
-        "bzip2": (bz2.compress(whole), "compressed (bzip2)"),
-        "xz": (lzma.compress(whole), "compressed (xz)"),
+        "short": (valid[:100], "damaged or not a tar"),
+        "cut in an image": (valid[:600], "cut short"),
+        "cut in a header": (valid[: 1024 + 100], "cut short"),
+        "cut between members": (valid[:1024], "no header and no end marker at byte 1,024 of 1,024"),
+        "header overwritten": (valid[:1024] + b"\x07" * 512 + valid[1536:], "at byte 1,024 of"),
+        "zeros, then more": (valid[:1024] + bytes(1024) + valid[1024:], "after the end marker"),
+        "gzip": (gzip.compress(valid), "compressed (gzip)"),
+        "bzip2": (bz2.compress(valid), "compressed (bzip2)"),
+        "xz": (lzma.compress(valid), "compressed (xz)"),
         "header of 8 GB": (bomb.tobuf(tarfile.PAX_FORMAT) + bytes(2048), "damaged"),
-        "two in one": (whole + whole, "after the end marker"),
-        "none of these": (whole[:header], "cut short"),
+        "two in one": (valid + valid, "after the end marker"),
+        "none of these": (valid[:header], "cut short"),
     }

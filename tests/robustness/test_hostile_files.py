@@ -64,16 +64,16 @@ def test_every_hostile_image_is_decoded_or_reported_with_a_reason() -> None:
     readable = 0
     for name, content in hostile_images():
         for size, channels, fit in ((16, 3, "crop"), (None, 1, "pad")):
-            found = result_or_error(
+            result = result_or_error(
                 partial(decode, content, size=size, channels=channels, fit=fit, name=name)
             )
-            if isinstance(found, np.ndarray):
-                assert (found.dtype, found.ndim, len(found)) == (np.uint8, 3, channels)
+            if isinstance(result, np.ndarray):
+                assert (result.dtype, result.ndim, len(result)) == (np.uint8, 3, channels)
                 readable += 1
             else:
-                assert isinstance(found, UnreadableImage)
-                assert found.path == name
-                assert found.reason
+                assert isinstance(result, UnreadableImage)
+                assert result.path == name
+                assert result.reason
         facts = result_or_error(partial(probe_image, content, name))
         assert getattr(facts, "reason", "") or facts.width * facts.height <= 90e6
     assert readable > 20  # some flipped bits are harmless
@@ -216,8 +216,8 @@ def test_images_with_random_bytes_are_decoded_or_reported() -> None:
             bad = bytearray(valid)
             for _ in range(rng.randrange(1, 5)):
                 bad[rng.randrange(len(bad))] = rng.randrange(256)
-            found = result_or_error(partial(decode, bytes(bad), size=16, channels=3, fit="crop"))
-            assert isinstance(found, np.ndarray) or found.reason
+            result = result_or_error(partial(decode, bytes(bad), size=16, channels=3, fit="crop"))
+            assert isinstance(result, np.ndarray) or result.reason
 
 
 def write_many_images(count: int) -> Path:
@@ -310,17 +310,17 @@ TARS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("case", TARS)
 def test_a_hostile_tar_is_reported_or_contributes_nothing(tmp_path: Path, case: str) -> None:
-    whole = tar(tmp_path / "good.tar", samples([0, 1, 0, 1])).read_bytes()
+    valid = tar(tmp_path / "good.tar", samples([0, 1, 0, 1])).read_bytes()
     Path("set").mkdir()
-    Path("set/train-0.tar").write_bytes(whole)
+    Path("set/train-0.tar").write_bytes(valid)
     Path("set/train-1.tar").write_bytes(TARS[case])
     before = file_sizes(tmp_path / "work")
-    found = result_or_error(partial(find_source, "set"))
-    if isinstance(found, DataError):
-        assert found.what
-        assert "set" in found.where
+    result = result_or_error(partial(find_source, "set"))
+    if isinstance(result, DataError):
+        assert result.what
+        assert "set" in result.where
     else:  # it has no samples
-        assert len(found.parts["train"].labels) == 4
+        assert len(result.parts["train"].labels) == 4
     assert file_sizes(tmp_path / "work") == before
     assert not Path("/tmp/evil").exists()
 
@@ -331,20 +331,20 @@ def test_there_are_more_than_50_hostile_tars() -> None:
 
 @pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
 def test_a_tar_with_random_bytes_is_read_or_reported(tmp_path: Path, count: int) -> None:
-    whole = tar(tmp_path / "good.tar", samples([0, 1, 0, 1])).read_bytes()[:8192] + TAR_END
+    valid = tar(tmp_path / "good.tar", samples([0, 1, 0, 1])).read_bytes()[:8192] + TAR_END
     rng = random.Random(3)
     Path("set").mkdir()
     path = Path("set/a.tar")
     for _ in range(count):
-        bad = bytearray(whole)
+        bad = bytearray(valid)
         for _ in range(rng.randrange(1, 4)):
             bad[rng.randrange(len(bad))] = rng.randrange(256)
         path.write_bytes(bad)
-        found = result_or_error(partial(find_source, "set"))
-        if isinstance(found, DataError):
-            assert found.what
+        result = result_or_error(partial(find_source, "set"))
+        if isinstance(result, DataError):
+            assert result.what
             continue
-        part = found.parts["train"]
+        part = result.parts["train"]
         for number in range(len(part.labels)):
             content = result_or_error(partial(part.images.read, number))
             assert isinstance(content, DataError) or len(content) < len(bad)

@@ -46,7 +46,7 @@ def test_shapes_have_the_requested_size() -> None:
 
 
 def test_shapes_are_not_linearly_separable() -> None:
-    """The classes can't be told by mean color or position: a linear model hardly learns them."""
+    """Mean color and position do not give the class away: a linear model hardly learns it."""
     part = find_source("shapes", count=1200, image_size=16).parts["train"]
     pixels = all_pixels(part).reshape(1200, -1) / 255 - 0.5
     targets = np.eye(10)[part.labels]

@@ -85,10 +85,10 @@ def test_bad_members_are_reported(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("case", damaged(b""))
 def test_files_that_are_not_a_complete_tar_are_reported(tmp_path: Path, case: str) -> None:
-    whole = tar(tmp_path / "good.tar", samples([0, 1, 0, 1])).read_bytes()
+    valid = tar(tmp_path / "good.tar", samples([0, 1, 0, 1])).read_bytes()
     (tmp_path / "set").mkdir()
     path = tmp_path / "set" / "a.tar"
-    content, message = damaged(whole)[case]
+    content, message = damaged(valid)[case]
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
         find_source(str(tmp_path / "set"))
@@ -157,14 +157,14 @@ def test_the_index_is_cached_until_a_shard_changes(
         assert (part.ids[19], part.labels[19]) == ("train-1.tar/0019", 1)
     assert first.parts["train"].images.stat_digest() == second.parts["train"].images.stat_digest()
     (index,) = (tmp_path / "cache").glob("*.index")
-    whole = index.read_bytes()
-    for content in (whole[:100], b"", b"x" * 50):
+    valid = index.read_bytes()
+    for content in (valid[:100], b"", b"x" * 50):
         index.write_bytes(content)
-        left = index.with_name(f".{index.name}.abcdefgh.part")  # of a killed process
-        left.touch()
+        temporary = index.with_name(f".{index.name}.abcdefgh.part")  # of a killed process
+        temporary.touch()
         assert list(find_source(str(tmp_path / "x")).parts["train"].ids) == list(part.ids)
-        assert index.read_bytes() == whole
-        assert not left.exists()
+        assert index.read_bytes() == valid
+        assert not temporary.exists()
     tar(tmp_path / "x" / "train-1.tar", samples([1, 0], 50))
     changed = find_source(str(tmp_path / "x")).parts["train"]
     assert list(changed.ids)[10:] == ["train-1.tar/0050", "train-1.tar/0051"]

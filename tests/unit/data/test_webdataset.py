@@ -34,14 +34,14 @@ def test_splits_are_recognized_by_names_of_shards_and_folders(tmp_path: Path) ->
         "train": ["train/000000.tar/0000", "train/000000.tar/0001"],
         "val": ["valid/000000.tar/0000", "valid/000000.tar/0001"],
     }
-    plain = tmp_path / "test"  # the name of the folder itself has no meaning
-    tar(plain / "set-000000.tar", one)
-    assert list(ids_by_split(plain)) == ["train"]
-    tar(plain / "set-train-000000.tar", one)
+    folder = tmp_path / "test"  # the name of the folder itself has no meaning
+    tar(folder / "set-000000.tar", one)
+    assert list(ids_by_split(folder)) == ["train"]
+    tar(folder / "set-train-000000.tar", one)
     with pytest.raises(
         DataError, match=r"without a split in their names, beside shards with one: set-000000\.tar"
     ):
-        find_source(str(plain))
+        find_source(str(folder))
 
 
 def test_shards_are_named_by_a_pattern_or_one_by_one(tmp_path: Path) -> None:
@@ -149,13 +149,13 @@ def test_a_single_class_is_only_accepted_for_evaluation(tmp_path: Path) -> None:
         find_source(str(tmp_path / "x"))
     assert find_source(str(tmp_path / "x"), tested=True).classes == ("1",)
     (tmp_path / "x" / "classes.txt").write_text("cat\ndog\nemu\n")
-    found = find_source(str(tmp_path / "x"), tested=True)
-    assert (found.classes, found.parts["train"].labels.tolist()) == (("dog",), [0, 0, 0])
-    assert found.notes == ("2 classes of classes.txt have no images and are left out",)
+    source = find_source(str(tmp_path / "x"), tested=True)
+    assert (source.classes, source.parts["train"].labels.tolist()) == (("dog",), [0, 0, 0])
+    assert source.notes == ("2 classes of classes.txt have no images and are left out",)
     tar(tmp_path / "x" / "test-0.tar", samples([2, 0]))
-    found = find_source(str(tmp_path / "x"), tested=True)
-    assert found.classes == ("cat", "dog", "emu")
-    assert found.parts["test"].labels.tolist() == [2, 0]
+    source = find_source(str(tmp_path / "x"), tested=True)
+    assert source.classes == ("cat", "dog", "emu")
+    assert source.parts["test"].labels.tolist() == [2, 0]
     (tmp_path / "x" / "train-0.tar").unlink()
     with pytest.raises(DataError, match="no shards for training"):
         find_source(str(tmp_path / "x"))

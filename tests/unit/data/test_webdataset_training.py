@@ -88,11 +88,11 @@ def test_rows_are_streamed_only_beyond_the_memory_budget(tmp_path: Path) -> None
     assert isinstance(streamed.train.rows, DecodedRows)
     again = dataset.load_data(config, memory_budget=1000)  # from the cache
     index = torch.tensor([39, 0, 7, 7, 12])
-    for other in (streamed, again):
-        assert torch.equal(in_memory.train.rows.gather(index), other.train.rows.gather(index))
-        assert other.fingerprint == in_memory.fingerprint
-        assert other.train.shards is not None
-        assert torch.equal(other.train.shards.of, torch.arange(40) // 10)
+    for data in (streamed, again):
+        assert torch.equal(in_memory.train.rows.gather(index), data.train.rows.gather(index))
+        assert data.fingerprint == in_memory.fingerprint
+        assert data.train.shards is not None
+        assert torch.equal(data.train.shards.of, torch.arange(40) // 10)
     # Although decoded images are in the cache from the larger budget.
     assert not isinstance(streamed.train.rows, StoredRows)
 
