@@ -99,12 +99,12 @@ def expand_paths(paths: Iterable[str | Path]) -> list[str]:
 
 
 def _inside(folder: str) -> list[str]:
-    below = Scanner(folder).below(folder)
-    odd = [path for path in below.odd if is_image_name(os.path.basename(path))]
-    links = len(below.odd) - len(odd)
+    contents = Scanner(folder).find_images(folder)
+    special = [p for p in contents.special_files if is_image_name(os.path.basename(p))]
+    links = len(contents.special_files) - len(special)
     if links:
         print_status(escape(f"{printable(folder)}: {links} links to nothing were left out"))
-    return sorted([*below.images, *odd, *below.closed])
+    return sorted([*contents.images, *special, *contents.unreadable_folders])
 
 
 def predict(

@@ -1,7 +1,8 @@
-"""Files made to do harm: images of every kind, broken in every way that is cheap to think of."""
+"""Hostile files: damaged images of every kind, decompression bombs, misnamed and special files."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import io
@@ -30,8 +31,8 @@ KINDS = {
 }
 
 
-def good(kind: str, size: tuple[int, int] = (40, 30)) -> bytes:
-    """A sound image of a kind; empty where this Pillow can't write it."""
+def valid_image(kind: str, size: tuple[int, int] = (40, 30)) -> bytes:
+    """Return a valid image of a kind; empty if this Pillow can't write it."""
     pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
     if kind == "avif" and not features.check("avif"):
         return b""
@@ -43,59 +44,58 @@ def good(kind: str, size: tuple[int, int] = (40, 30)) -> bytes:
 
 
 @functools.cache
-def images() -> list[tuple[str, bytes]]:
-    """Names and contents of more than 250 files, few of them an image as it should be."""
-    return [*broken(), *bombs(), *no_images()]
+def hostile_images() -> list[tuple[str, bytes]]:
+    """Return names and contents of more than 250 files, most of them invalid."""
+    return [*_damaged_images(), *_bombs(), *_other_files()]
 
 
-def broken() -> Iterator[tuple[str, bytes]]:
-    """Images of every kind, cut, changed and misnamed."""
-    chance = random.Random(0)
+def _damaged_images() -> Iterator[tuple[str, bytes]]:
+    """Yield images of every kind that are truncated, changed or misnamed."""
+    rng = random.Random(0)
     for kind in KINDS:
-        whole = good(kind)
-        if not whole:
+        valid = valid_image(kind)
+        if not valid:
             continue
         for part in range(1, 11):
-            yield f"cut{part}.{kind}", whole[: len(whole) * part // 11]
+            yield f"cut{part}.{kind}", valid[: len(valid) * part // 11]
         for number in range(8):
-            at = chance.randrange(len(whole) if number > 3 else min(64, len(whole)))
-            flipped = whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :]
+            at = rng.randrange(len(valid) if number > 3 else min(64, len(valid)))
+            flipped = valid[:at] + bytes([valid[at] ^ 1 << rng.randrange(8)]) + valid[at + 1 :]
             yield f"flip{number}.{kind}", flipped
-        yield f"zeros.{kind}", whole[: len(whole) // 2] + bytes(len(whole) // 2)
-        yield f"noise.{kind}", whole[:40] + chance.randbytes(len(whole))
-        yield f"twice.{kind}", whole + whole
-        yield f"head.{kind}", whole[:12]
-        other = "png" if kind != "png" else "jpg"
-        yield f"really-{kind}.{other}", whole
+        yield f"zeros.{kind}", valid[: len(valid) // 2] + bytes(len(valid) // 2)
+        yield f"noise.{kind}", valid[:40] + rng.randbytes(len(valid))
+        yield f"twice.{kind}", valid + valid
+        yield f"head.{kind}", valid[:12]
+        wrong_extension = "png" if kind != "png" else "jpg"
+        yield f"really-{kind}.{wrong_extension}", valid
         yield f"nothing.{kind}", b""
-        yield f"byte.{kind}", whole[:1]
+        yield f"byte.{kind}", valid[:1]
 
 
-def chunk(kind: bytes, body: bytes) -> bytes:
-    """One chunk of a PNG."""
+def _png_chunk(kind: bytes, body: bytes) -> bytes:
     crc = zlib.crc32(kind + body)
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
 
 
-def png(width: int, height: int, data: bytes, *extra: bytes, kind: int = 0) -> bytes:
-    """A PNG of that size with any compressed `data` in it."""
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0))
+def _png(width: int, height: int, data: bytes, *extra: bytes) -> bytes:
+    """Return a greyscale PNG with this size in its header and any compressed `data`."""
+    head = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     start = b"\x89PNG\r\n\x1a\n"
-    return start + head + b"".join(extra) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return start + head + b"".join(extra) + _png_chunk(b"IDAT", data) + _png_chunk(b"IEND", b"")
 
 
-def bombs() -> Iterator[tuple[str, bytes]]:
-    """Small files that ask for gigabytes."""
-    few = zlib.compress(bytes(100))
+def _bombs() -> Iterator[tuple[str, bytes]]:
+    """Yield small files that would need gigabytes."""
+    short = zlib.compress(bytes(100))
     for side in (20_000, 65_535, 2**31 - 1):
-        yield f"side{side}.png", png(side, side, few)
-    yield "line.png", png(2**31 - 1, 1, few)
-    yield "column.png", png(1, 2**31 - 1, few)
+        yield f"side{side}.png", _png(side, side, short)
+    yield "line.png", _png(2**31 - 1, 1, short)
+    yield "column.png", _png(1, 2**31 - 1, short)
     long = zlib.compress(bytes(100_000_000))  # 100 KB that become 100 MB
-    yield "ztxt.png", png(8, 8, few, chunk(b"zTXt", b"a\0\0" + long))
-    yield "itxt.png", png(8, 8, few, chunk(b"iTXt", b"a\0\1\0\0\0" + long))
-    yield "profile.png", png(8, 8, few, chunk(b"iCCP", b"a\0\0" + long))
-    yield "more.png", png(8, 8, long)
+    yield "ztxt.png", _png(8, 8, short, _png_chunk(b"zTXt", b"a\0\0" + long))
+    yield "itxt.png", _png(8, 8, short, _png_chunk(b"iTXt", b"a\0\1\0\0\0" + long))
+    yield "profile.png", _png(8, 8, short, _png_chunk(b"iCCP", b"a\0\0" + long))
+    yield "more.png", _png(8, 8, long)
     yield "chunk.png", b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 2**31 - 1) + b"IHDR" + bytes(99)
     yield (
         "screen.gif",
@@ -145,16 +145,16 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     stream = io.BytesIO()
     frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
     yield "frames.gif", stream.getvalue()
-    facts = PngImagePlugin.PngInfo()
+    text = PngImagePlugin.PngInfo()
     for number in range(500):
-        facts.add_text(f"key{number}", "x" * 100)
+        text.add_text(f"key{number}", "x" * 100)
     stream = io.BytesIO()
-    Image.new("L", (8, 8)).save(stream, "PNG", pnginfo=facts)
+    Image.new("L", (8, 8)).save(stream, "PNG", pnginfo=text)
     yield "keys.png", stream.getvalue()
 
 
-def no_images() -> Iterator[tuple[str, bytes]]:
-    """Files of other kinds that call themselves images."""
+def _other_files() -> Iterator[tuple[str, bytes]]:
+    """Yield files of other types that are named like images."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("../../escaped.png", bytes(1_000_000))
@@ -189,51 +189,37 @@ def no_images() -> Iterator[tuple[str, bytes]]:
         yield f"{name}.png", content
 
 
-def strange(folder: Path) -> list[str]:
-    """What lies in folders and is no plain file with a plain name; returns what was made."""
-    sound = good("png")
+def make_special_files(folder: Path) -> None:
+    """Write files with problematic names, links, pipes, a socket and a sparse file."""
+    valid = valid_image("png")
     named = {
-        "new\nline.png": sound,
-        "<img src=x onerror=alert(1)>.png": sound,
-        "=1+1.png": sound,
-        "-rf.png": sound,
-        "--help.png": sound,
-        "‮gnp.exe.png": sound,
-        "a" * 250 + ".png": sound,
-        "%s%n.png": sound,
-        "$(touch hacked).png": sound,
-        "`touch hacked`.png": sound,
-        "[bold]x.png": sound,
-        "é.png": sound,
-        "x'\"; DROP.png": sound,
-        " .png": sound,
+        "new\nline.png": valid,
+        "<img src=x onerror=alert(1)>.png": valid,
+        "=1+1.png": valid,
+        "-rf.png": valid,
+        "--help.png": valid,
+        "‮gnp.exe.png": valid,
+        "a" * 250 + ".png": valid,
+        "%s%n.png": valid,
+        "$(touch hacked).png": valid,
+        "`touch hacked`.png": valid,
+        "[bold]x.png": valid,
+        "é.png": valid,
+        "x'\"; DROP.png": valid,
+        " .png": valid,
     }
     for name, content in named.items():
         (folder / name).write_bytes(content)
-    (folder / os.fsdecode(b"\xff\xfe.png")).write_bytes(sound)
+    (folder / os.fsdecode(b"\xff\xfe.png")).write_bytes(valid)
     os.mkfifo(folder / "pipe.png")
     (folder / "zero.png").symlink_to("/dev/zero")
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
-    (folder / "self.png").symlink_to("self.png")  # targets are read from where the link is
+    (folder / "self.png").symlink_to("self.png")
     (folder / "loop").symlink_to(".")
     (folder / "up").symlink_to("..")
     (folder / "folder.png").mkdir()
-    with socket.socket(socket.AF_UNIX) as made, _inside(folder):
-        made.bind("socket.png")
+    # The path of a socket has at most 108 bytes, hence the change of directory.
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):
+        server.bind("socket.png")
     with (folder / "sparse.png").open("wb") as file:
-        file.truncate(1 << 40)  # a terabyte of nothing
-    return sorted(os.listdir(folder))
-
-
-class _inside:  # noqa: N801
-    """A socket's path has 108 bytes at most."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        self._before = os.getcwd()
-        os.chdir(self._folder)
-
-    def __exit__(self, *_: object) -> None:
-        os.chdir(self._before)
+        file.truncate(1 << 40)  # a terabyte of zeros

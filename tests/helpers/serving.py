@@ -1,4 +1,4 @@
-"""A web server of this machine's own, for tests of downloads."""
+"""A local web server for tests of downloads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Pages(BaseHTTPRequestHandler):
-    """Sends what is in `pages`, half of it if `cut`; `asked` is what was asked for, in order."""
+    """Serves `pages`, or the first half of each with `truncate`; `requested` lists the paths."""
 
     pages: dict[str, bytes]
-    cut: bool = False
-    asked: list[str]
+    truncate: bool = False
+    requested: list[str]
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         content = self.pages.get(self.path)
         if content is None:
             self.send_error(404)
@@ -24,7 +24,7 @@ class Pages(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if self.cut else content)
+        self.wfile.write(content[: len(content) // 2] if self.truncate else content)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -32,10 +32,11 @@ class Pages(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(kind: type[Pages] = Pages) -> Iterator[tuple[str, type[Pages]]]:
-    """The address of a server that lives as long as the context, and its handler."""
-    handler = type("Handler", (kind,), {"pages": {}, "asked": []})
+    """Run a server within the context; yields its URL and its handler."""
+    handler = type("Handler", (kind,), {"pages": {}, "requested": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         running.daemon_threads, running.block_on_close = True, False
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        # It looks for `shutdown` at this interval: the default of 0.5 s would delay each test.
+        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}/", handler
         running.shutdown()

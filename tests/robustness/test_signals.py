@@ -126,7 +126,7 @@ class Endless(Pages):
     """Sends a few bytes and then nothing any more."""
 
     def do_GET(self) -> None:  # noqa: N802 (the server's name for it)
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         self.send_response(200)
         self.send_header("Content-Length", "100000000")
         self.end_headers()
@@ -144,7 +144,7 @@ def test_a_download_is_left_without_a_trace(tmp_path: Path) -> None:
             text=True,
             env=environment(CONVLENS_DATA=str(tmp_path / "sets")),
         )
-        until(lambda: bool(handler.asked), process)
+        until(lambda: bool(handler.requested), process)
         assert ended(process, signal.SIGTERM)[0] == 75
     left = [path for path in (tmp_path / "sets").rglob("*") if path.is_file()]
     assert [path.name for path in left if "lock" not in path.name] == []

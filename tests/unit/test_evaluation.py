@@ -188,7 +188,7 @@ def test_files_that_were_left_out_are_told(model: RunDir) -> None:
     (root / "red" / "gone.png").symlink_to("/no/such/disk/gone.png")
     done = here("evaluate", model.path, "--data", root)
     assert done.code == 0, done.err
-    assert "1 links to nothing, pipes or devices were left out: red/gone.png" in done.err
+    assert "1 broken links, pipes or devices were left out: red/gone.png" in done.err
 
 
 def test_images_that_it_was_trained_on_are_counted() -> None:

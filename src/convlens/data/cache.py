@@ -367,7 +367,7 @@ def decode_images(
 
 
 def _key(files: EncodedFiles, conversion: Conversion) -> str:
-    told = repr((VERSION, conversion, files.stamp()))
+    told = repr((VERSION, conversion, files.stat_digest()))
     return hashlib.sha256(told.encode()).hexdigest()[:40]
 
 

@@ -1,6 +1,8 @@
-"""Files of the built-in sets: found where torchvision would put them, or downloaded and checked.
+"""Files of the built-in data sets and of pretrained weights: found on disk, or downloaded.
 
-Nothing here unpickles, and nothing is extracted but members of exactly the expected names.
+Files of a set are searched where torchvision puts them. Nothing is unpickled, and archives are only
+searched for members of exactly the expected names. `fetch` is the only code of the package that
+opens a network connection.
 """
 
 from __future__ import annotations
@@ -26,13 +28,25 @@ from convlens.utils.files import (
     write_atomic,
 )
 
-MAX_MEMBER_BYTES = 1 << 30  # bytes of an unpacked file; the largest of the sets has 221 MB
-MAX_MEMBERS = 4 << 30  # of all in an archive, whether wanted or not; STL-10 has 3.1 GB
+MAX_MEMBER_BYTES = 1 << 30  # of one unpacked file; the largest one has 221 MB
+MAX_ARCHIVE_BYTES = 4 << 30  # of all unpacked members, wanted or not; STL-10 has 3.1 GB
+SOCKET_TIMEOUT_S = 20.0  # to connect, and between two packets
+CHUNK_BYTES = 1 << 18
+
+
+class DownloadError(Exception):
+    """A failed download; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One file to download: its name under each mirror, its MD5, and the files it holds."""
+    """One file to download.
+
+    Attributes:
+        file: its name below each mirror.
+        md5: its MD5.
+        members: names of the files in it.
+    """
 
     file: str
     md5: str
@@ -41,24 +55,32 @@ class Archive:
 
 @dataclass(frozen=True)
 class DownloadSet:
-    """A set's folder (below a data folder), mirrors and archives; `also` are other folders."""
+    """The archives of a data set.
+
+    Attributes:
+        folder: folder below a data root that holds the unpacked files.
+        mirrors: URLs of the folders that hold the archives; tried in order.
+        archives: the files to download.
+        other_folders: further folders in which the unpacked files are searched.
+        pickle_folder: folder of the same set as pickles, which are not supported.
+    """
 
     folder: str
     mirrors: tuple[str, ...]
     archives: tuple[Archive, ...]
-    also: tuple[str, ...] = ()
-    pickled: str = ""
+    other_folders: tuple[str, ...] = ()
+    pickle_folder: str = ""
 
 
 def _idx_files(*md5: str) -> tuple[Archive, ...]:
     names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     return tuple(
-        Archive(f"{name}-ubyte.gz", check, (f"{name}-ubyte",))
-        for name, check in zip(names, md5, strict=True)
+        Archive(f"{name}-ubyte.gz", digest, (f"{name}-ubyte",))
+        for name, digest in zip(names, md5, strict=True)
     )
 
 
-# Mirrors and MD5 sums as published by the sets' authors and torchvision.
+# Mirrors and MD5 sums as published by the authors of the sets and by torchvision.
 DOWNLOADS: dict[str, DownloadSet] = {
     "mnist": DownloadSet(
         "MNIST/raw",
@@ -100,7 +122,7 @@ DOWNLOADS: dict[str, DownloadSet] = {
                 (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
             ),
         ),
-        pickled="cifar-10-batches-py",
+        pickle_folder="cifar-10-batches-py",
     ),
     "cifar100": DownloadSet(
         "cifar-100-binary",
@@ -112,7 +134,7 @@ DOWNLOADS: dict[str, DownloadSet] = {
                 ("train.bin", "test.bin", "fine_label_names.txt"),
             ),
         ),
-        pickled="cifar-100-python",
+        pickle_folder="cifar-100-python",
     ),
     "svhn": DownloadSet(
         "SVHN",
@@ -121,7 +143,7 @@ DOWNLOADS: dict[str, DownloadSet] = {
             Archive("train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373", ("train_32x32.mat",)),
             Archive("test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3", ("test_32x32.mat",)),
         ),
-        also=("svhn", ""),
+        other_folders=("svhn", ""),
     ),
     "stl10": DownloadSet(
         "stl10_binary",
@@ -138,95 +160,108 @@ DOWNLOADS: dict[str, DownloadSet] = {
 
 
 def ensure_downloaded(name: str, roots: Sequence[Path]) -> Path:
-    """The folder with all files of the set `name`, downloading what is missing under `roots[0]`.
+    """Return the folder with all files of a data set; download missing ones under `roots[0]`.
+
+    Args:
+        name: a key of `DOWNLOADS`.
+        roots: the data roots that are searched.
 
     Raises:
-        DataError: it can't be had; says which files to put where, and what works without them.
+        DataError: the download failed; the message says which files to put where.
     """
-    its = DOWNLOADS[name]
+    dataset = DOWNLOADS[name]
     for root in roots:
-        for folder in (its.folder, *its.also):
-            if not _missing(root / folder, its):
+        for folder in (dataset.folder, *dataset.other_folders):
+            if not _missing_archives(root / folder, dataset):
                 return root / folder
-    # An archive somebody put there is as good as a download; it may lie beside its folder too.
+    # Archives that the user put next to the folder or into it replace a download.
     for root in roots:
-        for archive in its.archives:
-            for archive_path in (root / archive.file, root / its.folder / archive.file):
-                if archive_path.is_file() and archive_path.name not in archive.members:
-                    _check_md5(archive_path, archive)
-                    _unpack(archive_path, archive, root / its.folder)
-        if not _missing(root / its.folder, its):
-            return root / its.folder
-    return _download(name, its, roots)
+        target = root / dataset.folder
+        for archive in dataset.archives:
+            for path in (root / archive.file, target / archive.file):
+                if path.is_file() and path.name not in archive.members:
+                    _check_md5(path, archive)
+                    _unpack(path, archive, target)
+        if not _missing_archives(target, dataset):
+            return target
+    return _download_missing(name, dataset, roots)
 
 
-def _missing(folder: Path, its: DownloadSet) -> list[Archive]:
-    return [a for a in its.archives if not all((folder / m).is_file() for m in a.members)]
+def _missing_archives(folder: Path, dataset: DownloadSet) -> list[Archive]:
+    """Return the archives of which `folder` lacks a member."""
+    return [a for a in dataset.archives if not all((folder / m).is_file() for m in a.members)]
 
 
-def _download(name: str, its: DownloadSet, roots: Sequence[Path]) -> Path:
-    folder = roots[0] / its.folder
+def _download_missing(name: str, dataset: DownloadSet, roots: Sequence[Path]) -> Path:
+    folder = roots[0] / dataset.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with interprocess_lock(folder / ".download.lock", f"downloading {name}"):
-            for archive in _missing(folder, its):
-                _get(name, its, archive, folder)
+            for archive in _missing_archives(folder, dataset):
+                _download_archive(dataset, archive, folder)
+                print_status(f"downloaded and checked {archive.file} for {name}")
     except DownloadError as error:
-        pickled = [r / its.pickled for r in roots if its.pickled and (r / its.pickled).is_dir()]
         raise DataError(
-            f"{name} can't be downloaded: {error}"
-            + (f" ({pickled[0]} holds pickles, which are never read)" if pickled else ""),
+            f"{name} can't be downloaded: {error}{_pickle_note(dataset, roots)}",
             where=str(folder.absolute()),
-            fix=_manual_instructions(name, its, folder),
+            fix=_manual_instructions(name, dataset, folder),
         ) from error
     except OSError as error:
         raise cannot_write(folder, error) from error
     return folder
 
 
-def _manual_instructions(name: str, its: DownloadSet, folder: Path) -> str:
-    files = ", ".join(a.file for a in _missing(folder, its))
-    beside = folder.parent if len(its.archives) == 1 else folder
+def _pickle_note(dataset: DownloadSet, roots: Sequence[Path]) -> str:
+    if dataset.pickle_folder:
+        for root in roots:
+            folder = root / dataset.pickle_folder
+            if folder.is_dir():
+                return f" ({folder} contains pickles, which are never loaded)"
+    return ""
+
+
+def _manual_instructions(name: str, dataset: DownloadSet, folder: Path) -> str:
+    files = ", ".join(archive.file for archive in _missing_archives(folder, dataset))
+    target = folder.parent if len(dataset.archives) == 1 else folder
+    root = folder.parents[dataset.folder.count("/")]
     return (
-        f"put {files} into {beside}/, or images into {folder.parents[its.folder.count('/')] / name}"
-        "/{train,test}/<class>/; the set `digits` needs no download"
+        f"put {files} into {target}/, or images into {root / name}/{{train,test}}/<class>/; "
+        "the set `digits` needs no download"
     )
 
 
-def _get(name: str, its: DownloadSet, archive: Archive, folder: Path) -> None:
-    """Tries every mirror; the checked file is unpacked into `folder`."""
+def _download_archive(dataset: DownloadSet, archive: Archive, folder: Path) -> None:
+    """Download an archive from the first mirror that works and unpack it into `folder`."""
     failures = []
-    for mirror in its.mirrors:
+    for mirror in dataset.mirrors:
+        url = mirror + archive.file
         try:
-            path = fetch(
-                mirror + archive.file, archive.file, folder, known_hash=f"md5:{archive.md5}"
-            )
+            path = fetch(url, archive.file, folder, known_hash=f"md5:{archive.md5}")
         except DownloadError as error:
-            failures.append(f"{mirror}{archive.file}: {error}")
+            failures.append(f"{url}: {error}")
             continue
         try:
             _unpack(path, archive, folder)
         finally:
             path.unlink(missing_ok=True)
-        print_status(f"downloaded and checked {archive.file} for {name}")
         return
     raise DownloadError("; ".join(failures))
 
 
 def _check_md5(path: Path, archive: Archive) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != archive.md5:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if digest != archive.md5:
         raise DataError(
-            f"this archive has MD5 {found}, not {archive.md5}: half a file, or another version",
+            f"this archive has MD5 {digest}, not {archive.md5}: incomplete or another version",
             where=str(path),
-            fix="delete it, and put the right one there or let it be downloaded",
+            fix="replace it with the right one, or delete it to have it downloaded",
         )
 
 
 def _unpack(path: Path, archive: Archive, folder: Path) -> None:
-    """Writes the expected members of an archive into `folder`, each whole or not at all."""
-    # An archive that was put there by hand is unpacked without a lock.
+    """Write the expected members of an archive into `folder`, each completely or not at all."""
+    # An archive that the user provided is unpacked without a lock.
     remove_stale_temp_files(folder, archive.members, alone=False)
     try:
         if archive.file.endswith(".tar.gz"):
@@ -241,22 +276,22 @@ def _unpack(path: Path, archive: Archive, folder: Path) -> None:
             os.chmod(path, 0o644)
             os.replace(path, folder / archive.members[0])
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"a damaged archive: {error}", where=str(path), fix="delete it") from error
-    missing = [m for m in archive.members if not (folder / m).is_file()]
+        raise DataError(f"damaged archive: {error}", where=str(path), fix="delete it") from error
+    missing = [member for member in archive.members if not (folder / member).is_file()]
     if missing:
         raise DataError(f"the archive lacks {', '.join(missing)}", where=str(path))
 
 
 def _unpack_tar(path: Path, archive: Archive, folder: Path) -> None:
-    wanted = {f"{folder.name}/{member}": member for member in archive.members}
+    expected = {f"{folder.name}/{member}": member for member in archive.members}
     size = 0
     with tarfile.open(path, "r:gz") as tar:
         for entry in tar:
-            size += entry.size  # what isn't wanted is unpacked, too, to get behind it
-            if size > MAX_MEMBERS:
-                raise tarfile.ReadError(f"it unpacks to more than {MAX_MEMBERS >> 20} MiB")
-            member = wanted.get(entry.name.removeprefix("./"))
-            # Links, devices and odd names are never touched: only regular files asked for.
+            size += entry.size  # skipping a member decompresses it, too
+            if size > MAX_ARCHIVE_BYTES:
+                raise tarfile.ReadError(f"it unpacks to more than {MAX_ARCHIVE_BYTES >> 20} MiB")
+            member = expected.get(entry.name.removeprefix("./"))
+            # Only regular files of the expected names; never links, devices or other names.
             if member is None or not entry.isreg() or entry.size > MAX_MEMBER_BYTES:
                 continue
             content = tar.extractfile(entry)
@@ -265,34 +300,28 @@ def _unpack_tar(path: Path, archive: Archive, folder: Path) -> None:
                     write_atomic(folder / member, content.read())
 
 
-# ---- fetching ----------------------------------------
-# Download one file and verify its checksum: the only code that opens a network connection.
-
-SOCKET_TIMEOUT_S = 20.0  # to connect, and between two packets
-CHUNK_BYTES = 1 << 18
-
-
-class DownloadError(Exception):
-    """A download that failed, with the reason in words."""
-
-
 def fetch(url: str, file: str, folder: Path, *, known_hash: str) -> Path:
     """Download `url` into a temporary file in `folder` and verify its checksum.
 
-    The caller holds the folder's lock, so temporary files that a killed download of `file` left
-    behind are removed. (`pooch.retrieve` names its temporary files at random and would never remove
-    those; it also accepts only whole hashes, of which torchvision publishes the first 8 digits.)
+    The caller must hold the lock of the folder: temporary files of an interrupted download of
+    `file` are removed. (`pooch.retrieve` gives its temporary files random names and never removes
+    them; and it accepts only complete hashes, while torchvision publishes the first 8 digits.)
 
     Args:
+        url: address of the file.
         file: name of the file, for the progress bar and the temporary file.
-        known_hash: as in pooch, `md5:` or `sha256:` and the hex digits, or the first of them.
+        folder: folder of the temporary file.
+        known_hash: `md5:` or `sha256:`, followed by the hex digits or the first few of them.
+
+    Returns:
+        Path of the temporary file, which the caller must rename or delete.
 
     Raises:
-        DownloadError: the server can't be reached, refuses, stalls or sends something else. No
-            file is left behind.
-        OSError: the folder can't be written.
+        DownloadError: the server is unreachable, refuses, stalls or sends another file. No
+            temporary file remains.
+        OSError: the folder is not writable.
     """
-    import pooch  # imports requests: 0.2 s that only downloads should cost
+    import pooch  # here, because it imports requests (0.2 s)
     import requests
 
     remove_stale_temp_files(folder, [file], alone=True)
@@ -304,7 +333,7 @@ def fetch(url: str, file: str, folder: Path, *, known_hash: str) -> Path:
                 progressbar=_ProgressBar(f"downloading {file}", stack),
                 chunk_size=CHUNK_BYTES,
                 timeout=SOCKET_TIMEOUT_S,
-                # Without compression by the server: the checksum is that of the file as it is.
+                # No compression by the server: the checksum is that of the file itself.
                 headers={"User-Agent": "convlens", "Accept-Encoding": "identity"},
             )
             download(url, target, None)
@@ -312,11 +341,11 @@ def fetch(url: str, file: str, folder: Path, *, known_hash: str) -> Path:
         if not pooch.file_hash(temporary, alg=algorithm).startswith(digits):
             with path.open("rb") as content:
                 is_html = content.read(64).lstrip().startswith(b"<")
-            page = "a web page came instead (is there a log-in page?)"
-            raise DownloadError(page if is_html else "wrong checksum")
+            web_page = "got a web page instead of the file (is a login required?)"
+            raise DownloadError(web_page if is_html else "wrong checksum")
     except BaseException as error:
         path.unlink(missing_ok=True)
-        # (A `RequestException` is an `OSError`, too; other ones come from writing the file.)
+        # A `RequestException` is an `OSError`; other `OSError`s come from writing the file.
         if isinstance(error, requests.HTTPError) and error.response is not None:
             status = f"HTTP {error.response.status_code} {error.response.reason}"
             raise DownloadError(status) from error
@@ -327,16 +356,16 @@ def fetch(url: str, file: str, folder: Path, *, known_hash: str) -> Path:
 
 
 def _innermost_reason(error: BaseException) -> str:
-    """Return what the system said: requests and urllib3 wrap it in several exceptions."""
+    """Return the original message, which requests and urllib3 wrap in several exceptions."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class _ProgressBar:
-    """Our progress bar with the part of tqdm's interface that pooch uses."""
+    """Adapter of `progress_bar` to the part of tqdm's interface that pooch uses."""
 
-    total = 0  # set by pooch when the server has replied
+    total = 0  # set by pooch when the server has responded
 
     def __init__(self, description: str, stack: ExitStack) -> None:
         self._description, self._stack = description, stack

@@ -1,4 +1,4 @@
-"""Own images: a folder of class folders, with or without train/val/test, or a CSV."""
+"""The user's own images: a folder of class folders, with or without splits, or a CSV file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import os
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,88 +18,120 @@ from convlens.errors import DataError, UsageError, close_matches, closest_match,
 from convlens.utils.console import print_status
 from convlens.utils.files import cannot_read
 
+SPLITS = ("train", "val", "test")
 SPLIT_SPELLINGS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "eval", "evaluation", "dev"),
     "test": ("test", "testing"),
 }
-_SPLIT_OF = {spelling: split for split, all_ in SPLIT_SPELLINGS.items() for spelling in all_}
+_SPLIT_OF = {name: split for split, spellings in SPLIT_SPELLINGS.items() for name in spellings}
 LAYOUT_HELP = "make one folder per class, each with its images: FOLDER/<class>/*.jpg"
-_MAX_ODD = "links to nothing, pipes or devices"
+COLUMNS_HELP = "the first line names the columns: path,label[,split][,a group column]"
+PATH_COLUMNS = ("path", "file", "filename", "filepath", "image")
+LABEL_COLUMNS = ("label", "class", "category", "target")
+SPLIT_COLUMNS = ("split", "subset", "set")
+JUNK_FOLDERS = frozenset({"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN"})
+JUNK_FILES = frozenset({"thumbs.db", "desktop.ini"})
+MAX_EXAMPLES = 5  # items that a message lists before it counts the others
+NOTICE_AFTER_S = 3.0  # time before the first notice of a long scan; doubled after each notice
+_FORMULA_STARTS = ("=", "+", "-", "@")
+
+ScanEntry = os.DirEntry[str]
 
 
-@dataclass
-class Problems:
-    """Everything wrong with a source, so that it can be said at once."""
+@dataclass(frozen=True)
+class Problem:
+    """Something that may be wrong with a source. Without `items` there is no problem."""
 
-    where: str
-    found: list[str] = field(default_factory=list)
-
-    def add(self, what: str, things: Sequence[str]) -> None:
-        """Notes `what` if there are any `things`; shows the first few of them and their count."""
-        if things:
-            self.found.append(f"{what}: {_some(things)}")
-
-    def stop(self, fix: str = LAYOUT_HELP) -> None:
-        """Raises a `DataError` with all that was noted, if anything was."""
-        if self.found:
-            raise DataError("; ".join(self.found), where=self.where, fix=fix)
+    message: str
+    items: Sequence[str]
+    fix: str = ""
 
 
-def _some(things: Sequence[str]) -> str:
-    rest = f" and {len(things) - 5} more" if len(things) > 5 else ""
-    return f"{', '.join(things[:5])}{rest}"
+def raise_problems(problems: Iterable[Problem], where: Path, fix: str = LAYOUT_HELP) -> None:
+    """Raise one error for all problems.
+
+    Args:
+        problems: those without items are ignored.
+        where: the source.
+        fix: what the user can do, unless a problem says so; the last one that does decides.
+
+    Raises:
+        DataError: at least one problem has items.
+    """
+    actual = [problem for problem in problems if problem.items]
+    if actual:
+        raise DataError(
+            "; ".join(f"{problem.message}: {_examples(problem.items)}" for problem in actual),
+            where=str(where),
+            fix=next((problem.fix for problem in reversed(actual) if problem.fix), fix),
+        )
+
+
+def _examples(items: Sequence[str]) -> str:
+    more = len(items) - MAX_EXAMPLES
+    return ", ".join(items[:MAX_EXAMPLES]) + (f" and {more} more" if more > 0 else "")
 
 
 def split_from_name(name: str) -> str | None:
-    """`train`, `val` or `test` for any of the usual spellings, else None."""
+    """Return `train`, `val` or `test` for any of their usual spellings, else None."""
     return _SPLIT_OF.get(name.strip().casefold())
 
 
 def normalize_name(name: str) -> str:
-    """A class name as it is compared: composed Unicode (NFC), no blanks around it."""
+    """Return a class name in composed Unicode (NFC), without surrounding blanks."""
     return unicodedata.normalize("NFC", name).strip()
 
 
-@dataclass
-class _Scan:
-    """One folder's class folders: `files[class]` are paths of images."""
+def printable(text: str) -> str:
+    """Return `text` with escapes for the surrogates that stand for undecodable file name bytes."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "backslashreplace").decode()
 
-    files: dict[str, list[str]] = field(default_factory=dict)
-    twice: list[str] = field(default_factory=list)
-    odd: list[str] = field(default_factory=list)
-    closed: dict[str, str] = field(default_factory=dict)
-    ignored: int = 0
-    loose: int = 0
+
+@dataclass
+class _ClassFolders:
+    """The contents of a folder of class folders."""
+
+    files: dict[str, list[str]] = field(default_factory=dict)  # paths of images by class
+    duplicates: list[str] = field(default_factory=list)  # classes with more than one folder
+    special_files: list[str] = field(default_factory=list)
+    unreadable_folders: dict[str, str] = field(default_factory=dict)  # with the reason
+    num_ignored: int = 0  # files of other types in class folders
+    num_outside: int = 0  # images outside the class folders
 
 
 def read_folder(
     root: Path, name: str, classes: Sequence[str] | None = None, *, tested: bool = False
 ) -> DataSource:
-    """A folder of class folders, directly or below train/val/test, as a source.
+    """Read a folder of class folders, directly below `root` or below its train/val/test folders.
 
     Args:
-        root: `root/<class>/*` or `root/{train,val,test}/<class>/*`, any depth below a class.
-        name: what to call the set.
-        classes: their canonical order; used if the folder has exactly these, else sorted.
-        tested: as for `sources.find`.
+        root: `root/<class>/*` or `root/{train,val,test}/<class>/*`; images may be at any depth
+            below a class folder.
+        name: name of the data set.
+        classes: canonical order of the classes; used if the folder has exactly these.
+        tested: as in `sources.find_source`.
 
     Raises:
-        DataError: everything that is wrong, at once.
+        DataError: lists everything that is wrong.
     """
     root = Path(os.path.abspath(root))
-    problems = Problems(str(root))
-    splits, notes = _split_folders(root, problems, tested)
-    problems.stop()
+    splits, notes = _find_split_folders(root, tested)
     scanner = Scanner(root)
-    scans = {split: _scan(folder, scanner) for split, folder in splits.items()}
-    found, cut = list(scans.values()), len(os.path.join(root, ""))
-    lost = {e.path for e in scan_entries(root) if is_special_file(e)}.union(
-        *(scan.odd for scan in found)
-    )
-    odd = sorted(printable(path[cut:]) for path in lost)
-    names = _class_names(found if tested else [scans["train"]], classes)
-    _check(scans, names, root, odd, problems, tested)
+    scans = {split: _scan_class_folders(folder, scanner) for split, folder in splits.items()}
+    special_paths = {entry.path for entry in scan_entries(root) if is_special_file(entry)}
+    special_paths = special_paths.union(*(scan.special_files for scan in scans.values()))
+    prefix = len(os.path.join(root, ""))
+    special = sorted(printable(path[prefix:]) for path in special_paths)
+
+    judged = list(scans.values()) if tested else [scans["train"]]
+    names = tuple(sorted({name for scan in judged for name in scan.files}))
+    if classes and set(classes) == set(names):
+        names = tuple(classes)
+    raise_problems(_find_problems(scans, names, root, special, tested), root)
+
     parts = {}
     for split, scan in scans.items():
         paths = [path for name in names for path in scan.files.get(name, ())]
@@ -108,158 +140,163 @@ def read_folder(
             continue
         counts = [len(scan.files.get(name, ())) for name in names]
         labels = np.repeat(np.arange(len(names), dtype=np.int64), counts)
-        parts[split] = Part(FilePaths(paths), labels, [printable(path[cut:]) for path in paths])
-    ignored, loose = sum(scan.ignored for scan in found), sum(scan.loose for scan in found)
+        parts[split] = Part(FilePaths(paths), labels, [printable(path[prefix:]) for path in paths])
+    ignored = sum(scan.num_ignored for scan in scans.values())
+    outside = sum(scan.num_outside for scan in scans.values())
     if ignored:
-        notes.append(f"{ignored} files that are no images were ignored")
-    if loose:
-        notes.append(f"{loose} images beside the class folders were ignored")
-    if odd:
-        notes.append(f"{len(odd)} {_MAX_ODD} were left out: {_some(odd)}")
+        notes.append(f"{ignored} files that are not images were ignored")
+    if outside:
+        notes.append(f"{outside} images outside the class folders were ignored")
+    if special:
+        notes.append(
+            f"{len(special)} broken links, pipes or devices were left out: {_examples(special)}"
+        )
     return DataSource(name, names, parts, tuple(notes))
 
 
-def _folders(folder: str | Path) -> list[str]:
+def _find_split_folders(root: Path, tested: bool) -> tuple[dict[str, Path], list[str]]:
+    """Return the folder of each split, and notes; `{"train": root}` if the classes are in `root`.
+
+    A class may be called "train" or "test", too: the folder of a split has folders inside.
+    """
+    folders = _subfolders(root)
+    split_folders = [f for f in folders if split_from_name(f) and _subfolders(root / f)]
+    if not split_folders:
+        spelled = {split_from_name(folder) for folder in folders}
+        only_splits = "train" in spelled and None not in spelled
+        problems = [
+            Problem("no class folders in", [] if folders else [root.name]),
+            Problem("splits without class folders inside", folders if only_splits else []),
+        ]
+        raise_problems(problems, root)
+        return {"train": root}, []
+    splits: dict[str, Path] = {}
+    problems = []
+    for folder in split_folders:
+        split = split_from_name(folder) or ""
+        if split in splits:
+            problems.append(Problem(f"two {split} folders", [splits[split].name, folder]))
+        splits[split] = root / folder
+    if "train" not in splits and not tested:
+        problems.append(Problem("no train folder beside", split_folders))
+    raise_problems(problems, root)
+    ignored = [printable(folder) for folder in folders if folder not in split_folders]
+    note = (
+        f"folders that are not splits or have no class folders were ignored: {', '.join(ignored)}"
+    )
+    return splits, [note] if ignored else []
+
+
+def _subfolders(folder: str | Path) -> list[str]:
     return sorted(
-        e.name for e in scan_entries(folder) if e.name not in JUNK_FOLDERS and is_directory(e)
+        entry.name
+        for entry in scan_entries(folder)
+        if entry.name not in JUNK_FOLDERS and is_directory(entry)
     )
 
 
-def _split_folders(
-    root: Path, problems: Problems, tested: bool
-) -> tuple[dict[str, Path], list[str]]:
-    """Which folder holds which split; `{"train": root}` where the root has the classes itself."""
-    folders = _folders(root)
-    # A class may well be called "train" or "test": a split has folders of its own inside.
-    named = [f for f in folders if split_from_name(f) and _folders(root / f)]
-    if not named:
-        if not folders:
-            problems.add("no class folders in", [root.name])
-        elif "train" in map(split_from_name, folders) and all(map(split_from_name, folders)):
-            problems.add("splits without class folders inside", folders)
-        return {"train": root}, []
-    splits: dict[str, Path] = {}
-    for folder in named:
-        split = split_from_name(folder) or ""
-        if split in splits:
-            problems.add(f"two {split} folders", [splits[split].name, folder])
-        splits[split] = root / folder
-    if "train" not in splits and not tested:
-        problems.add("no train folder beside", named)
-    rest = [printable(f) for f in folders if f not in named]
-    note = f"folders that are no split, or hold no classes, were ignored: {', '.join(rest)}"
-    return splits, [note] if rest else []
-
-
-def _scan(folder: Path, scanner: Scanner) -> _Scan:
-    scan = _Scan()
+def _scan_class_folders(folder: Path, scanner: Scanner) -> _ClassFolders:
+    scan = _ClassFolders()
     for entry in scan_entries(folder):
         if is_directory(entry) and entry.name not in JUNK_FOLDERS:
-            key = normalize_name(printable(entry.name))
-            if key in scan.files:
-                scan.twice.append(key)
-            below = scanner.below(entry.path)
-            scan.files[key] = below.images
-            scan.odd += below.odd
-            scan.closed |= below.closed
-            scan.ignored += below.ignored
+            name = normalize_name(printable(entry.name))
+            if name in scan.files:
+                scan.duplicates.append(name)
+            contents = scanner.find_images(entry.path)
+            scan.files[name] = contents.images
+            scan.special_files += contents.special_files
+            scan.unreadable_folders |= contents.unreadable_folders
+            scan.num_ignored += contents.num_ignored
         elif is_special_file(entry):
-            scan.odd.append(entry.path)
+            scan.special_files.append(entry.path)
         elif is_regular_file(entry) and is_image_name(entry.name):
-            scan.loose += 1
+            scan.num_outside += 1
     return scan
 
 
-def _class_names(scans: Iterable[_Scan], canonical: Sequence[str] | None) -> tuple[str, ...]:
-    names = sorted({name for scan in scans for name in scan.files})
-    return tuple(canonical) if canonical and set(canonical) == set(names) else tuple(names)
-
-
-def _check(
-    scans: Mapping[str, _Scan],
+def _find_problems(
+    scans: Mapping[str, _ClassFolders],
     names: Sequence[str],
     root: Path,
-    odd: Sequence[str],
-    problems: Problems,
+    special: Sequence[str],
     tested: bool,
-) -> None:
-    every = list(scans.values())
-    closed = [f"{printable(p)} ({why})" for scan in every for p, why in scan.closed.items()]
-    problems.add("folders that can't be read", closed)
-    problems.stop("change their permissions, or take them away")
-    filled = {
-        n
-        for scan in (every if tested else [scans["train"]])
-        for n, files in scan.files.items()
-        if files
-    }
-    empty = [n for n in names if n not in filled]
+) -> list[Problem]:
+    """Return all problems of the class folders. Problems that cause others come alone."""
+    unreadable = _unreadable_folders(scans)
+    if unreadable.items:
+        return [unreadable]
+    special_files = Problem("broken links, pipes or devices", special)
+    judged = list(scans.values()) if tested else [scans["train"]]
+    filled = {name for scan in judged for name, paths in scan.files.items() if paths}
     if not filled:
-        problems.add("no images in any class folder", empty)
-        problems.add(_MAX_ODD, odd)
-        deeper = [n for n in names if any(_folders(root / n))] if (root / names[0]).is_dir() else []
-        problems.stop(f"use {root / deeper[0]}" if deeper else LAYOUT_HELP)
-    twice = [name for scan in every for name in scan.twice]
-    problems.add("two class folders with the same name but for Unicode form", twice)
+        return [_no_images(names, root), special_files]
+    duplicates = [name for scan in scans.values() for name in scan.duplicates]
+    problems = [Problem("class folders whose names differ only in their Unicode form", duplicates)]
     if tested:
-        problems.stop()
-        return
-    problems.add("class folders without images", empty)
-    if len(names) < 2:
-        problems.add("only one class folder", names)
-    strange_any = False
-    for split in ("val", "test"):
-        strange = sorted(set(scans[split].files) - set(names)) if split in scans else []
-        strange_any |= bool(strange)
-        problems.add(
-            f"classes in {split} that train lacks", [_with_near(s, names) for s in strange]
-        )
-    if problems.found:
-        problems.add(_MAX_ODD, odd)
-    one_level = len(names) == 1 and len(_folders(root / names[0])) > 1
-    fix = f"or are the classes inside it? then use {root / names[0]}" if one_level else ""
-    if strange_any:
-        fix = "give each class the same folder name in every split"
-    elif empty and not fix:
-        fix = "add images to them or delete these folders"
-    problems.stop(fix or LAYOUT_HELP)
+        return problems
+    problems += [
+        _empty_classes([name for name in names if name not in filled]),
+        _single_class(names, root),
+        *(_unknown_classes(split, scans[split], names) for split in SPLITS[1:] if split in scans),
+    ]
+    if any(problem.items for problem in problems):
+        problems.append(special_files)
+    return problems
 
 
-def _with_near(name: str, names: Sequence[str]) -> str:
-    near = closest_match(name, names)
-    return f"{name!r} (train has {near!r})" if near else repr(name)
+def _unreadable_folders(scans: Mapping[str, _ClassFolders]) -> Problem:
+    folders = [
+        f"{printable(path)} ({reason})"
+        for scan in scans.values()
+        for path, reason in scan.unreadable_folders.items()
+    ]
+    return Problem("folders that can't be read", folders, "change their permissions or remove them")
 
 
-# ---- scanning ----------------------------------------
-# Folders as they lie on a disk: what is in them, and which images are below.
-
-JUNK_FOLDERS = frozenset({"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN"})
-_JUNK_FILES = frozenset({"thumbs.db", "desktop.ini"})
-NOTICE_AFTER_S = 3.0  # seconds before it is said what takes so long; then twice as many, and so on
-
-ScanEntry = os.DirEntry[str]
+def _no_images(names: Sequence[str], root: Path) -> Problem:
+    deeper = ""
+    if (root / names[0]).is_dir():
+        deeper = next((name for name in names if _subfolders(root / name)), "")
+    fix = f"use {root / deeper}" if deeper else LAYOUT_HELP
+    return Problem("no images in any class folder", names, fix)
 
 
-def printable(text: str) -> str:
-    """`text` without the half characters that stand for undecodable bytes in file names."""
-    if text.isascii():
-        return text
-    return text.encode("utf-8", "backslashreplace").decode()
+def _empty_classes(empty: Sequence[str]) -> Problem:
+    fix = "add images to them or delete these folders"
+    return Problem("class folders without images", empty, fix)
 
 
-def _listed(folder: str | Path) -> list[ScanEntry]:
-    with os.scandir(folder) as found:
-        return [entry for entry in found if not entry.name.startswith(".")]
+def _single_class(names: Sequence[str], root: Path) -> Problem:
+    if len(names) != 1:
+        return Problem("only one class folder", [])
+    folder = root / names[0]
+    has_classes = folder.is_dir() and len(_subfolders(folder)) > 1
+    fix = f"if the classes are the folders inside it, use {folder}" if has_classes else ""
+    return Problem("only one class folder", names, fix)
+
+
+def _unknown_classes(split: str, scan: _ClassFolders, names: Sequence[str]) -> Problem:
+    unknown = []
+    for name in sorted(set(scan.files) - set(names)):
+        similar = closest_match(name, names)
+        unknown.append(f"{name!r} (train has {similar!r})" if similar else repr(name))
+    fix = "give each class the same folder name in every split"
+    return Problem(f"classes in {split} that train lacks", unknown, fix)
+
+
+def _list_visible(folder: str | Path) -> list[ScanEntry]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
 
 
 def scan_entries(folder: str | Path) -> list[ScanEntry]:
-    """What is in a folder and isn't hidden, in no order.
+    """Return the entries of a folder that are not hidden, in no particular order.
 
     Raises:
-        DataError: it can't be read.
+        DataError: the folder is not readable.
     """
     try:
-        return _listed(folder)
+        return _list_visible(folder)
     except OSError as error:
         raise DataError(
             f"can't read this folder: {error.strerror}",
@@ -269,262 +306,301 @@ def scan_entries(folder: str | Path) -> list[ScanEntry]:
 
 
 def is_regular_file(entry: ScanEntry) -> bool:
-    """Whether it is a regular file or a link to one."""
-    return _is(entry, entry.is_file)
+    """Return whether an entry is a regular file or a link to one."""
+    return _is_type(entry, entry.is_file)
 
 
 def is_directory(entry: ScanEntry) -> bool:
-    """Whether it is a folder or a link to one."""
-    return _is(entry, entry.is_dir)
+    """Return whether an entry is a folder or a link to one."""
+    return _is_type(entry, entry.is_dir)
 
 
-def _is(entry: ScanEntry, kind: Callable[[], bool]) -> bool:
+def _is_type(entry: ScanEntry, test: Callable[[], bool]) -> bool:
     try:
-        return kind()
+        return test()
     except OSError as error:
         if error.errno not in PERMANENT_ERRNOS:
             raise cannot_read(Path(entry.path), error) from error
-        return False  # a link to itself, or to where nobody may go
+        return False  # a link to itself, or to a forbidden folder
 
 
 def is_special_file(entry: ScanEntry) -> bool:
-    """Whether it was meant as an image, or as a folder, and is none: a link to nothing, a pipe."""
-    meant = is_image_name(entry.name) or entry.is_symlink()
-    return meant and not is_regular_file(entry) and not is_directory(entry)
+    """Return whether an entry is named like an image, or is a link, but can't be used.
+
+    These are broken links, pipes, sockets and devices.
+    """
+    is_candidate = is_image_name(entry.name) or entry.is_symlink()
+    return is_candidate and not is_regular_file(entry) and not is_directory(entry)
 
 
 @dataclass
 class FolderContents:
-    """What lies below a folder; paths as they were found."""
+    """Contents of a folder and the folders below; paths start with the path of the folder."""
 
     images: list[str] = field(default_factory=list)
-    odd: list[str] = field(default_factory=list)  # see `is_odd`
-    closed: dict[str, str] = field(default_factory=dict)  # folders that can't be read, and why
-    ignored: int = 0  # files of other kinds
+    special_files: list[str] = field(default_factory=list)  # see `is_special_file`
+    unreadable_folders: dict[str, str] = field(default_factory=dict)  # with the reason
+    num_ignored: int = 0  # files of other types
 
 
 class Scanner:
-    """Looks for images below folders; if that takes long, it says so."""
+    """Finds images below folders, with a notice if that takes long."""
 
     def __init__(self, root: str | Path) -> None:
-        self._root, self._seen = printable(str(root)), 0
-        self._pause, self._due = NOTICE_AFTER_S, time.monotonic() + NOTICE_AFTER_S
+        self._root, self._num_seen = printable(str(root)), 0
+        self._notice_interval_s = NOTICE_AFTER_S
+        self._next_notice = time.monotonic() + NOTICE_AFTER_S
 
-    def below(self, top: str) -> FolderContents:
-        """All images below `top`, sorted; not what is hidden, nor in folders of junk."""
-        found = FolderContents()
+    def find_images(self, top: str) -> FolderContents:
+        """Return all images below `top`, sorted; hidden files and junk folders are skipped."""
+        contents = FolderContents()
         waiting, entered = [top], set[str]()
         while waiting:
             folder = waiting.pop()
             try:
-                inside = _listed(folder)
+                entries = _list_visible(folder)
             except OSError as error:
-                found.closed[folder] = error.strerror or str(error)
+                contents.unreadable_folders[folder] = error.strerror or str(error)
                 continue
-            self._tell(len(inside))
-            for entry in inside:
+            self._report_progress(len(entries))
+            for entry in entries:
                 if is_regular_file(entry):
                     if is_image_name(entry.name):
-                        found.images.append(entry.path)
+                        contents.images.append(entry.path)
                     else:
-                        found.ignored += entry.name.lower() not in _JUNK_FILES
+                        contents.num_ignored += entry.name.lower() not in JUNK_FILES
                 elif is_directory(entry):
-                    if entry.name not in JUNK_FOLDERS and _is_new(entry, entered):
+                    if entry.name not in JUNK_FOLDERS and _should_enter(entry, entered):
                         waiting.append(entry.path)
                 elif is_special_file(entry):
-                    found.odd.append(entry.path)
-        found.images.sort()
-        return found
+                    contents.special_files.append(entry.path)
+        contents.images.sort()
+        return contents
 
-    def _tell(self, more: int) -> None:
-        self._seen += more
-        if time.monotonic() < self._due:
+    def _report_progress(self, count: int) -> None:
+        self._num_seen += count
+        if time.monotonic() < self._next_notice:
             return
-        print_status(escape(f"{self._root}: looking for images, {self._seen:,} files so far"))
-        self._pause *= 2
-        self._due = time.monotonic() + self._pause
+        print_status(escape(f"{self._root}: looking for images, {self._num_seen:,} files so far"))
+        self._notice_interval_s *= 2
+        self._next_notice = time.monotonic() + self._notice_interval_s
 
 
-def _is_new(folder: ScanEntry, entered: set[str]) -> bool:
-    """Whether to enter it: a link may lead back up; what is behind links is entered once."""
+def _should_enter(folder: ScanEntry, entered: set[str]) -> bool:
+    """Return whether to enter a folder. The target of a link is entered once, and never if it is
+    an ancestor of the link."""
     if not folder.is_symlink():
         return True
-    real = os.path.realpath(folder.path)
-    here = os.path.realpath(folder.path[: -len(folder.name)])
-    if real in entered or os.path.commonpath([real, here]) == real:
+    target = os.path.realpath(folder.path)
+    parent = os.path.realpath(folder.path[: -len(folder.name)])
+    if target in entered or os.path.commonpath([target, parent]) == target:
         return False
-    entered.add(real)
+    entered.add(target)
     return True
 
 
-# ---- tables ----------------------------------------
-# Own images listed in a CSV: path, label, and if wanted split and a group column.
+@dataclass(frozen=True)
+class CsvRow:
+    """One image of a CSV file.
 
-_PATH = ("path", "file", "filename", "filepath", "image")
-_LABEL = ("label", "class", "category", "target")
-_FORMULA = ("=", "+", "-", "@")
-_COLUMNS = "the first line names the columns: path,label[,split][,a group column]"
+    Attributes:
+        line: number of its line.
+        path: its path as written.
+        file: its absolute path.
+        label: class name, empty if the cell is empty.
+        split_cell: its split as written.
+        split: `train`, `val` or `test`; None if the cell has another value.
+        group: value of the group column; None without one.
+    """
+
+    line: int
+    path: str
+    file: str
+    label: str
+    split_cell: str
+    split: str | None
+    group: str | None
 
 
-def read_csv(
-    path: Path, name: str, group: str | None = None, *, tested: bool = False
-) -> DataSource:
-    """A CSV (comma, semicolon or tab; with a header) as a source; paths are relative to it.
+# Checks of single rows: message, whether a row fails, and how the message names it.
+_ROW_CHECKS: list[tuple[str, Callable[[CsvRow], bool], Callable[[CsvRow], str]]] = [
+    (
+        "lines without a label",
+        lambda row: not row.label,
+        lambda row: f"line {row.line}",
+    ),
+    (
+        "splits that are not train, val or test",
+        lambda row: row.split is None,
+        lambda row: row.split_cell,
+    ),
+    (
+        "files that do not exist",
+        lambda row: not os.path.isfile(row.file),
+        lambda row: row.path,
+    ),
+    (
+        "files without the extension of an image",
+        lambda row: not is_image_name(os.path.basename(row.path)) and os.path.isfile(row.file),
+        lambda row: row.path,
+    ),
+]
+
+# Checks for contradictions between rows: message, key, the value that all rows of a key share, and
+# how the message names the key.
+_CONSISTENCY_CHECKS: list[
+    tuple[str, Callable[[CsvRow], str | None], Callable[[CsvRow], Hashable], Callable[[str], str]]
+] = [
+    ("files with two labels", lambda row: row.file, lambda row: row.label, os.path.basename),
+    ("files in two splits", lambda row: row.file, lambda row: row.split, os.path.basename),
+    ("groups in two splits", lambda row: row.group, lambda row: row.split, str),
+]
+
+
+def read_csv(path: Path, name: str, group: str | None = None, tested: bool = False) -> DataSource:
+    """Read a CSV file (comma, semicolon or tab; with a header) that lists images.
 
     Args:
-        path: the CSV. Columns `path` and `label`, perhaps `split` (empty means train). A label
-            may be `guarded`.
-        name: what to call the set.
-        group: a column whose equal values must stay in one split.
-        tested: as for `sources.find`.
+        path: the CSV file, with columns `path` and `label` and optionally `split` (empty cells mean
+            train). Paths are relative to the file. Labels may be written by `escape_csv_formula`.
+        name: name of the data set.
+        group: a column; images with equal values stay in one split.
+        tested: as in `sources.find_source`.
 
     Raises:
-        DataError: everything that is wrong, at once.
-        UsageError: there is no column called `group`.
+        DataError: lists everything that is wrong.
+        UsageError: the file has no column `group`.
     """
-    rows, columns = _csv_rows(path)
-    at_path, at_label, at_split = _columns(columns, path)
-    if group is not None and group not in columns:
-        fix = did_you_mean(close_matches(group, columns)[:1]) or f"columns: {', '.join(columns)}"
-        raise UsageError(f"no column {group!r} for data.group", where=str(path), fix=fix)
-    at_group = columns.index(group) if group else None
-    base = os.path.dirname(os.path.abspath(path))
-    problems = Problems(str(path))
-    problems.add(
-        "lines with missing cells", [f"line {n}" for n, r in rows if len(r) < len(columns)]
-    )
-    rows = [(n, r) for n, r in rows if len(r) >= len(columns)]
-    unlabelled = [f"line {n}" for n, r in rows if not r[at_label].strip()]
-    problems.add("lines without a label", unlabelled)
-    splits = [_split(r, at_split) for _, r in rows]
-    strange = sorted(
-        {
-            r[at_split]
-            for (_, r), s in zip(rows, splits, strict=True)
-            if s is None and at_split is not None
-        }
-    )
-    problems.add("splits that are not train, val or test", strange)
-    files = [os.path.normpath(os.path.join(base, r[at_path].strip())) for _, r in rows]
-    lost = [r[at_path] for (_, r), f in zip(rows, files, strict=True) if not os.path.isfile(f)]
-    problems.add("files that do not exist", lost)
-    wrong = [r[at_path] for _, r in rows if not is_image_name(os.path.basename(r[at_path].strip()))]
-    problems.add("files that are no images by their extension", [w for w in wrong if w not in lost])
-    labels = [normalize_name(unescape_csv_formula(r[at_label].strip())) for _, r in rows]
-    groups = [r[at_group] for _, r in rows] if at_group is not None else None
-    _consistent(files, labels, splits, groups, problems)
-    judged = ("train", "val", "test") if tested else ("train",)
-    names = tuple(sorted({la for la, s in zip(labels, splits, strict=True) if s in judged}))
-    _classes(labels, splits, names, problems, fewest=1 if tested else 2)
-    problems.stop("mend these lines and run the same command again")
-    number = {n: i for i, n in enumerate(names)}
+    columns, lines = _read_lines(path)
+    rows = _parse_rows(lines, columns, path, group)
+    short = [f"line {line}" for line, cells in lines if len(cells) < len(columns)]
+    problems = [Problem("lines with missing cells", short)]
+    for message, fails, describe in _ROW_CHECKS:
+        failing = dict.fromkeys(describe(row) for row in rows if fails(row))
+        problems.append(Problem(message, list(failing)))
+    for message, key, value, describe_key in _CONSISTENCY_CHECKS:
+        keys = _keys_with_two_values((key(row), value(row)) for row in rows)
+        problems.append(Problem(message, sorted(set(map(describe_key, keys)))))
+    judged = SPLITS if tested else ("train",)
+    names = tuple(sorted({row.label for row in rows if row.split in judged}))
+    problems += _find_class_problems(rows, names, 1 if tested else 2)
+    raise_problems(problems, path, "fix these lines and run the same command again")
+
+    number_of = {name: number for number, name in enumerate(names)}
     parts = {}
-    for split in ("train", "val", "test"):
-        mine = [i for i, s in enumerate(splits) if s == split]
-        if mine:
+    for split in SPLITS:
+        members = [row for row in rows if row.split == split]
+        if members:
             parts[split] = Part(
-                FilePaths([files[i] for i in mine]),
-                np.array([number[labels[i]] for i in mine], np.int64),
-                [printable(rows[i][1][at_path].strip()) for i in mine],
-                [groups[i] for i in mine] if groups is not None else None,
+                FilePaths([row.file for row in members]),
+                np.array([number_of[row.label] for row in members], np.int64),
+                [printable(row.path) for row in members],
+                [row.group for row in members if row.group is not None] or None,
             )
     return DataSource(name, names, parts)
 
 
-def escape_csv_formula(cell: str) -> str:
-    """`cell` for a CSV that people open in a spreadsheet: no formula, whatever it begins with.
-
-    An apostrophe goes before `=`, `+`, `-` and `@` (owasp.org/www-community/attacks/CSV_Injection),
-    and before a cell that begins with such a one already, so that `unguarded` can take it away.
-    """
-    return f"'{cell}" if cell.lstrip("'").startswith(_FORMULA) else cell
-
-
-def unescape_csv_formula(cell: str) -> str:
-    """What `guarded` was given."""
-    begins = cell.startswith("'") and cell.lstrip("'").startswith(_FORMULA)
-    return cell[1:] if begins else cell
-
-
-def _csv_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
+def _read_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the column names, and number and cells of each further line that is not blank."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
+            header = file.readline()
             file.seek(0)
-            separator = max(",;\t", key=first.count)
-            reader = csv.reader(file, delimiter=separator)
-            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+            reader = csv.reader(file, delimiter=max(",;\t", key=header.count))
+            lines = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
     except UnicodeDecodeError as error:
         raise DataError(
             "this CSV is not UTF-8 text", where=str(path), fix="save it as UTF-8"
         ) from error
     except (OSError, csv.Error) as error:
         raise DataError(f"can't read this CSV: {error}", where=str(path)) from error
-    if len(rows) < 2:
-        raise DataError("this CSV lists no images", where=str(path), fix=_COLUMNS)
-    return rows[1:], [cell.strip() for cell in rows[0][1]]
+    if len(lines) < 2:
+        raise DataError("this CSV lists no images", where=str(path), fix=COLUMNS_HELP)
+    return [cell.strip() for cell in lines[0][1]], lines[1:]
 
 
-def _columns(columns: Sequence[str], path: Path) -> tuple[int, int, int | None]:
-    lower = [c.casefold() for c in columns]
-
-    def find(names: Sequence[str]) -> int | None:
-        return next((lower.index(n) for n in names if n in lower), None)
-
-    at_path, at_label = find(_PATH), find(_LABEL)
-    if at_path is None or at_label is None:
-        missing = "path" if at_path is None else "label"
+def _parse_rows(
+    lines: Sequence[tuple[int, list[str]]], columns: list[str], path: Path, group: str | None
+) -> list[CsvRow]:
+    """Return the lines that have all cells as rows."""
+    path_column = _find_column(columns, PATH_COLUMNS)
+    label_column = _find_column(columns, LABEL_COLUMNS)
+    split_column = _find_column(columns, SPLIT_COLUMNS)
+    if path_column is None or label_column is None:
+        missing = "path" if path_column is None else "label"
         raise DataError(
-            f"no column {missing!r} among: {', '.join(columns)}", where=str(path), fix=_COLUMNS
+            f"no column {missing!r} among: {', '.join(columns)}",
+            where=str(path),
+            fix=COLUMNS_HELP,
         )
-    return at_path, at_label, find(("split", "subset", "set"))
+    if group is not None and group not in columns:
+        suggestion = did_you_mean(close_matches(group, columns)[:1])
+        raise UsageError(
+            f"no column {group!r} for data.group",
+            where=str(path),
+            fix=suggestion or f"columns: {', '.join(columns)}",
+        )
+    group_column = columns.index(group) if group is not None else None
+    folder = os.path.dirname(os.path.abspath(path))
+    rows = []
+    for line, cells in lines:
+        if len(cells) < len(columns):
+            continue
+        image_path = cells[path_column].strip()
+        split_cell = "" if split_column is None else cells[split_column]
+        rows.append(
+            CsvRow(
+                line,
+                image_path,
+                os.path.normpath(os.path.join(folder, image_path)),
+                normalize_name(unescape_csv_formula(cells[label_column].strip())),
+                split_cell,
+                split_from_name(split_cell) if split_cell.strip() else "train",
+                None if group_column is None else cells[group_column],
+            )
+        )
+    return rows
 
 
-def _split(row: Sequence[str], at_split: int | None) -> str | None:
-    if at_split is None or not row[at_split].strip():
-        return "train"
-    return split_from_name(row[at_split])
+def _find_column(columns: Sequence[str], names: Sequence[str]) -> int | None:
+    folded = [column.casefold() for column in columns]
+    return next((folded.index(name) for name in names if name in folded), None)
 
 
-def _consistent(
-    files: Sequence[str],
-    labels: Sequence[str],
-    splits: Sequence[str | None],
-    groups: Sequence[str] | None,
-    problems: Problems,
-) -> None:
-    """A file has one label and one split, a group one split."""
-    label_of: dict[str, str] = {}
-    split_of_file: dict[str, str | None] = {}
-    two_labels, two_splits = set[str](), set[str]()
-    for file, label, split in zip(files, labels, splits, strict=True):
-        if label_of.setdefault(file, label) != label:
-            two_labels.add(os.path.basename(file))
-        if split_of_file.setdefault(file, split) != split:
-            two_splits.add(os.path.basename(file))
-    problems.add("files with two labels", sorted(two_labels))
-    problems.add("files in two splits", sorted(two_splits))
-    split_of_group: dict[str, str | None] = {}
-    torn = {
-        group
-        for group, split in zip(groups or (), splits, strict=groups is not None)
-        if split_of_group.setdefault(group, split) != split
+def _keys_with_two_values(pairs: Iterable[tuple[str | None, Hashable]]) -> set[str]:
+    first_value: dict[str, Hashable] = {}
+    return {
+        key
+        for key, value in pairs
+        if key is not None and first_value.setdefault(key, value) != value
     }
-    problems.add("groups in two splits", sorted(torn))
 
 
-def _classes(
-    labels: Sequence[str],
-    splits: Sequence[str | None],
-    names: Sequence[str],
-    problems: Problems,
-    fewest: int,
-) -> None:
-    if not names:
-        problems.add("no training images; splits", sorted({s or "?" for s in splits}))
-    elif len(names) < fewest:
-        problems.add("only one class", names)
-    known = set(names)
-    for split in ("val", "test"):
-        mine = {la for la, s in zip(labels, splits, strict=True) if s == split and la}
-        problems.add(f"classes in {split} that train lacks", sorted(mine - known))
+def _find_class_problems(
+    rows: Sequence[CsvRow], names: Sequence[str], min_classes: int
+) -> list[Problem]:
+    splits = sorted({row.split or "?" for row in rows})
+    problems = [
+        Problem("no training images; the splits are", [] if names else splits),
+        Problem("only one class", names if len(names) < min_classes else []),
+    ]
+    for split in SPLITS[1:]:
+        unknown = {row.label for row in rows if row.split == split and row.label} - set(names)
+        problems.append(Problem(f"classes in {split} that train lacks", sorted(unknown)))
+    return problems
+
+
+def escape_csv_formula(cell: str) -> str:
+    """Return `cell` so that a spreadsheet does not interpret it as a formula.
+
+    An apostrophe is put before `=`, `+`, `-` and `@`, and before apostrophes that precede them, so
+    that `unescape_csv_formula` is the exact inverse
+    (owasp.org/www-community/attacks/CSV_Injection).
+    """
+    return f"'{cell}" if cell.lstrip("'").startswith(_FORMULA_STARTS) else cell
+
+
+def unescape_csv_formula(cell: str) -> str:
+    """Return the text that `escape_csv_formula` was called with."""
+    is_escaped = cell.startswith("'") and cell.lstrip("'").startswith(_FORMULA_STARTS)
+    return cell[1:] if is_escaped else cell

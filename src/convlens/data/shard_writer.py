@@ -1,6 +1,6 @@
-"""Writes a set as shards that WebDataset and `shards.read_shards` read: `convlens shard`.
+"""Write a data set as WebDataset shards, which `webdataset.read_shards` reads: `convlens shard`.
 
-The training images are shuffled once, so that a few neighbouring shards hold all classes.
+The training images are shuffled once, so that a few consecutive shards contain all classes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from convlens.utils.files import cannot_write
 if TYPE_CHECKING:
     from convlens.recipe import DataConfig
 
-IMAGES_PER_SHARD = 1000  # images of 110 KB, as ImageNet's are, come to 110 MB
-_SEED = 0
+IMAGES_PER_SHARD = 1000  # ImageNet's images of 110 KB give shards of 110 MB
+SHUFFLE_SEED = 0
+# File extensions by Pillow's format, if they differ from its name.
+_EXTENSIONS = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}
 
 
 @dataclass(frozen=True)
 class WrittenShards:
-    """What was written: images by split, in how many shards, into which folder."""
+    """Summary of an export: the source, the folder, the number of shards, and images by split."""
 
     data: str
     folder: str
@@ -45,9 +47,9 @@ class WrittenShards:
 
 
 def export_shards(config: DataConfig, target: str | Path) -> WrittenShards:
-    """Writes the images that `config` names as shards; splits are the source's own.
+    """Write the data set that `config` names as shards; the splits are those of the source.
 
-    Errors are those of `find` and `write_shards`.
+    Raises the errors of `find_source` and `write_shards`.
     """
     size = None if config.image_size == "auto" else int(config.image_size)
     source = find_source(config.name, count=config.count, image_size=size, group=config.group)
@@ -59,19 +61,29 @@ def export_shards(config: DataConfig, target: str | Path) -> WrittenShards:
 def write_shards(
     source: DataSource, target: Path, *, per_shard: int = IMAGES_PER_SHARD
 ) -> list[Path]:
-    """Writes `target/{train,val,test}-000000.tar` and so on, with `classes.txt`; their paths.
+    """Write `target/{train,val,test}-000000.tar` and so on, and `classes.txt`.
 
-    Image files are copied byte by byte, pixels become PNGs. The same source gives the same bytes.
-    The folder appears when it is whole.
+    Image files are copied without changes, pixels are written as PNG. The same source gives the
+    same bytes. The folder appears when it is complete.
+
+    Args:
+        source: the data set.
+        target: a new folder.
+        per_shard: images per shard.
+
+    Returns:
+        The paths of the shards.
 
     Raises:
-        UsageError: `target` is there already.
-        UnreadableImage: the first image that is no image; what its pixels are isn't looked at.
-        ResourceError: it can't be written.
+        UsageError: `target` exists.
+        UnreadableImage: a file is not an image. Its pixels are not decoded.
+        ResourceError: the folder is not writable.
     """
     if target.exists():
         raise UsageError(
-            "shards are only written into a new folder", where=str(target), fix="name another one"
+            "shards are only written into a new folder",
+            where=str(target),
+            fix="choose another folder",
         )
     temporary = ""
     try:
@@ -97,7 +109,8 @@ def write_shards(
 
 def _write_part(part: Part, split: str, folder: Path, per_shard: int) -> list[Path]:
     count = len(part.labels)
-    order = np.random.default_rng(_SEED).permutation(count) if split == "train" else range(count)
+    is_shuffled = split == "train"
+    order = np.random.default_rng(SHUFFLE_SEED).permutation(count) if is_shuffled else range(count)
     paths = []
     with progress_bar(f"writing {split}", count) as bar:
         for start in range(0, count, per_shard):
@@ -105,33 +118,32 @@ def _write_part(part: Part, split: str, folder: Path, per_shard: int) -> list[Pa
             with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
                 for position in range(start, min(start + per_shard, count)):
                     number = int(order[position])
-                    kind, content = _encoded(part, number)
-                    _add(tar, f"{position:08}.{kind}", content)
-                    _add(tar, f"{position:08}.cls", f"{part.labels[number]}".encode())
+                    extension, content = _encode(part, number)
+                    _add_file(tar, f"{position:08}.{extension}", content)
+                    _add_file(tar, f"{position:08}.cls", f"{part.labels[number]}".encode())
                     bar.advance(1)
             paths.append(path)
     return paths
 
 
-def _encoded(part: Part, number: int) -> tuple[str, bytes]:
-    """One image's extension and bytes."""
+def _encode(part: Part, number: int) -> tuple[str, bytes]:
+    """Return extension and bytes of one image."""
     if not isinstance(part.images, EncodedFiles):
         pixels = part.images[np.array([number])][0]
-        out = io.BytesIO()
-        Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(
-            out, "PNG"
-        )
-        return "png", out.getvalue()
+        image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+        stream = io.BytesIO()
+        image.save(stream, "PNG")
+        return "png", stream.getvalue()
     content = part.images.read(number)
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            kind = (image.format or "").lower()
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            kind = (opened.format or "").lower()
     except Exception as error:  # Pillow raises nearly anything on damaged files
-        raise UnreadableImage(part.images.name(number), "it is no image") from error
-    return {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(kind, kind), content
+        raise UnreadableImage(part.images.name(number), "it is not an image") from error
+    return _EXTENSIONS.get(kind, kind), content
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # without times and owners: the same images, the same bytes
+def _add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)  # no times and owners: the same images give the same bytes
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))

@@ -332,10 +332,10 @@ class LoadedPart:
 
     def _shards(self, taken: IndexTensor) -> ShardOrder | None:
         files = self.part.images
-        blocks = files.blocks() if isinstance(files, EncodedFiles) else None
-        if blocks is None or not isinstance(files, EncodedFiles):
+        shard_ids = files.shard_ids() if isinstance(files, EncodedFiles) else None
+        if shard_ids is None or not isinstance(files, EncodedFiles):
             return None
-        return ShardOrder(as_index(blocks[taken]), files.expect)
+        return ShardOrder(as_index(shard_ids[taken]), files.prefetch)
 
 
 def load_part(part: Part, conversion: Conversion, memory_budget: int) -> LoadedPart:
@@ -383,7 +383,7 @@ def parts_of(config: DataConfig, source: DataSource) -> dict[str, Part]:
     assert isinstance(train.images, EncodedFiles)
     assert isinstance(val.images, EncodedFiles)
     both = Part(
-        train.images.plus(val.images),
+        train.images.concat(val.images),
         np.concatenate([train.labels, val.labels]),
         [*train.ids, *val.ids],
         None if train.groups is None or val.groups is None else [*train.groups, *val.groups],

@@ -1,7 +1,9 @@
-"""Images in shards by number, and the index that finds them: made once, kept in the cache.
+"""Tars of WebDataset samples: parsing them, an index of their images, and random access to these.
 
-The index is a safetensors file with its hash behind it: where each image begins and ends, its label
-and its key. Its name is a hash over the paths, sizes and times of all shards.
+Tars are parsed strictly and never unpacked. The members of a sample share their name up to the
+first dot of its last component (github.com/webdataset): `0001.jpg` is an image and `0001.cls` its
+class. The index of a set of shards is cached as a safetensors file with a checksum, under a hash of
+the paths, sizes and times of all shards.
 """
 
 from __future__ import annotations
@@ -39,17 +41,37 @@ from convlens.utils.files import (
     write_atomic,
 )
 
-INDEX_VERSION = 2  # of the index: raise it when the same tar would give another one
-MAX_OPEN_FILES = 64  # shards that are kept open, of each part, where the system lets us
+INDEX_VERSION = 2  # raise it when the same tar would give another index
+MAX_OPEN_FILES = 64  # shards of one part that are kept open, if the system permits
+LABEL_SUFFIXES = ("cls", "json", "txt")  # in order of priority
+MAX_LABEL_BYTES = 1 << 20
+MAX_CLASS_NAME_LENGTH = 200
+MAX_HEADER_BYTES = 1 << 20  # of one header with its extensions; a path has at most 4 KiB
+READ_BYTES = 1 << 20  # per read of a whole shard
+_COMPRESSED_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZ": "bzip2",
+    b"\xfd7": "xz",
+    b"\x28\xb5": "zstd",
+    b"PK": "zip",
+}
+_MEMBER_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class TarIndex:
     """All samples of some shards, in order.
 
-    `shard`, `offset` and `size` int64 `[N]` say where each image lies, `label` int64 `[N]` which
-    of `labels` it has: numbers of classes, or their names. `problems` is what is wrong with the
-    shards, by kind; an index with problems is not kept.
+    Attributes:
+        shard: number of the shard of each image, int64 `[N]`.
+        offset: where the image begins in its shard, int64 `[N]`.
+        size: bytes of the image, int64 `[N]`.
+        label: position of its label in `labels`, int64 `[N]`.
+        labels: the distinct labels: class numbers or class names.
+        keys: key of each sample.
+        ignored: number of members that are neither images nor labels.
+        problems: what is wrong with the shards: messages with examples. An index with problems is
+            not cached.
     """
 
     shard: IndexArray
@@ -63,7 +85,16 @@ class TarIndex:
 
 
 class TarMembers(EncodedFiles):
-    """Images in shards, read where they lie; `number` is one's place in the rows of this part."""
+    """Images in shards, read at their offsets.
+
+    Args:
+        paths: the shards.
+        times: their `modification_times`; a shard that changed since then is an error.
+        shard: number of the shard of each image, `[N]`.
+        offset: where each image begins, `[N]`.
+        size: bytes of each image, `[N]`.
+        mixed: each shard holds all classes, so images may be drawn from a few shards at a time.
+    """
 
     streams = True
 
@@ -80,11 +111,11 @@ class TarMembers(EncodedFiles):
         self._paths, self._times = list(paths), times
         self._shard, self._offset, self._size = shard, offset, size
         self.mixed = mixed
-        self._open = collections.OrderedDict[int, Reader]()
-        self._expected = collections.OrderedDict[int, None]()
+        self._open = collections.OrderedDict[int, Reader]()  # least recently used first
+        self._prefetched = collections.OrderedDict[int, None]()
         self._lock = threading.Lock()
-        # There are three parts, and others need files, too.
-        self._most = min(MAX_OPEN_FILES, max(1, max_open_files() // 8))
+        # A source has up to three parts, and the rest of the program opens files as well.
+        self._max_open = min(MAX_OPEN_FILES, max(1, max_open_files() // 8))
 
     def __len__(self) -> int:
         return len(self._shard)
@@ -104,36 +135,37 @@ class TarMembers(EncodedFiles):
         return bytes(content)
 
     def _reader(self, shard: int) -> Reader:
-        """The open shard. One that is pushed out is closed when its last reader is done with it."""
+        """Return the open shard. An evicted one is closed when its last user releases it."""
         with self._lock:
             reader = self._open.pop(shard, None)
             if reader is None:
-                reader = self._opened(shard)
+                reader = self._open_shard(shard)
             self._open[shard] = reader
-            while len(self._open) > self._most:
+            while len(self._open) > self._max_open:
                 self._open.popitem(last=False)
             return reader
 
-    def _opened(self, shard: int) -> Reader:
-        path, fix = self._paths[shard], "leave the shards alone during a run; run it again"
+    def _open_shard(self, shard: int) -> Reader:
+        path = self._paths[shard]
+        fix = "do not change the shards during a run; run the same command again"
         try:
             reader = Reader(path)
         except OSError as error:
             raise DataError(
-                f"a shard can't be opened any more: {error.strerror}", where=path, fix=fix
+                f"a shard can no longer be opened: {error.strerror}", where=path, fix=fix
             ) from error
-        facts = reader.facts()
-        if [facts.st_size, facts.st_mtime_ns] != self._times[shard, :2].tolist():
+        stat = reader.facts()
+        if [stat.st_size, stat.st_mtime_ns] != self._times[shard, :2].tolist():
             raise DataError("a shard has changed since the start", where=path, fix=fix)
         return reader
 
-    def stamp(self) -> str:
+    def stat_digest(self) -> str:
         digest = hashlib.sha256("\0".join(self._paths).encode("utf-8", "surrogateescape"))
         for array in (self._times, self._shard, self._offset, self._size):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
-    def plus(self, other: EncodedFiles) -> EncodedFiles:
+    def concat(self, other: EncodedFiles) -> EncodedFiles:
         assert isinstance(other, TarMembers)
         return TarMembers(
             [*self._paths, *other._paths],
@@ -144,58 +176,59 @@ class TarMembers(EncodedFiles):
             mixed=self.mixed and other.mixed,
         )
 
-    def blocks(self) -> IndexArray | None:
+    def shard_ids(self) -> IndexArray | None:
         return self._shard if self.mixed else None
 
-    def expect(self, blocks: Sequence[int]) -> None:
-        """Reads these shards from front to back, in a thread, into the system's file cache.
+    def prefetch(self, shard_ids: Sequence[int]) -> None:
+        """Read these shards into the system's file cache, in a background thread.
 
-        That memory isn't ours and goes to whoever needs it; where little is free, nothing is done.
+        The system can reclaim that memory at any time; nothing is read if little memory is free.
         """
-        new = [shard for shard in blocks if shard not in self._expected]
+        new = [shard for shard in shard_ids if shard not in self._prefetched]
         size = int(self._times[new, 0].sum())
         if not new or 4 * size > available_memory():
             return
-        self._expected.update(dict.fromkeys(new))
-        while len(self._expected) > MAX_OPEN_FILES:
-            self._expected.popitem(last=False)
-        # A daemon: the end of a training must not wait for what nobody will read.
+        self._prefetched.update(dict.fromkeys(new))
+        while len(self._prefetched) > MAX_OPEN_FILES:
+            self._prefetched.popitem(last=False)
+        # A daemon, so that the program does not wait for it at exit.
         threading.Thread(target=self._read_through, args=(new,), daemon=True).start()
 
     def _read_through(self, shards: Sequence[int]) -> None:
-        piece = memoryview(bytearray(1 << 20))
+        buffer = memoryview(bytearray(READ_BYTES))
         for shard in shards:
             try:
                 reader, size = Reader(self._paths[shard]), int(self._times[shard, 0])
-                for start in range(0, size, len(piece)):
-                    reader.fill(piece[: size - start], start)
+                for start in range(0, size, len(buffer)):
+                    reader.fill(buffer[: size - start], start)
             except (OSError, DataError, ResourceError):
-                return  # whoever needs an image of it will say so
+                return  # reading an image of this shard will report the error
 
 
 def tar_index(paths: Sequence[str]) -> tuple[TarIndex, IndexArray]:
-    """The index of these shards, from the cache or made now, and their times.
+    """Return the index of these shards, cached or built now, and their `modification_times`.
 
     Raises:
-        DataError: a shard that is no tar, compressed, cut short, damaged.
+        DataError: a shard is not a tar, compressed, cut short or damaged.
     """
     times = modification_times(paths)
     digest = hashlib.sha256(repr(INDEX_VERSION).encode())
     digest.update("\0".join(paths).encode("utf-8", "surrogateescape") + times.tobytes())
     path = cache_folder() / f"{digest.hexdigest()[:40]}.index"
-    if found := _load_index(path):
-        return found, times
+    if index := _load_index(path):
+        return index, times
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with interprocess_lock(path.with_suffix(".lock"), "reading these shards"):
-            if found := _load_index(path):
-                return found, times
-            index = _build_index(paths)
-            if not index.problems:
-                _save_index(index, path)
+            index = _load_index(path)
+            if index is None:
+                index = _build_index(paths)
+                if not index.problems:
+                    _save_index(index, path)
             return index, times
     except OSError as error:
-        print_status(f"no cache for the index of shards ({path.parent}: {error.strerror or error})")
+        reason = error.strerror or error
+        print_status(f"the index of the shards is not cached ({path.parent}: {reason})")
         return _build_index(paths), times
 
 
@@ -207,25 +240,23 @@ def _build_index(paths: Sequence[str]) -> TarIndex:
     ignored = 0
     with progress_bar("reading shards", len(paths)) as bar:
         for shard, path in enumerate(paths):
-            found = read_samples(Path(path))
-            stem = os.path.basename(path)
-            keys += found.keys
-            columns["shard"] += [shard] * len(found.keys)
-            columns["offset"] += found.offsets
-            columns["size"] += found.sizes
-            columns["label"] += [number_of.setdefault(la, len(number_of)) for la in found.labels]
-            ignored += found.ignored
-            for what, things in found.problems.items():
-                problems.setdefault(what, []).extend(f"{stem}: {thing}" for thing in things)
+            samples = read_samples(Path(path))
+            file = os.path.basename(path)
+            keys += samples.keys
+            columns["shard"] += [shard] * len(samples.keys)
+            columns["offset"] += samples.offsets
+            columns["size"] += samples.sizes
+            columns["label"] += [number_of.setdefault(x, len(number_of)) for x in samples.labels]
+            ignored += samples.ignored
+            for message, items in samples.problems.items():
+                problems.setdefault(message, []).extend(f"{file}: {item}" for item in items)
             bar.advance(1)
-    arrays = {name: np.array(values, np.int64) for name, values in columns.items()}
-    told = tuple((what, tuple(things)) for what, things in problems.items())
     return TarIndex(
-        **arrays,
+        **{name: np.array(values, np.int64) for name, values in columns.items()},
         labels=tuple(number_of),
         keys=PackedStrings.of(keys),
         ignored=ignored,
-        problems=told,
+        problems=tuple((message, tuple(items)) for message, items in problems.items()),
     )
 
 
@@ -245,18 +276,18 @@ def _save_index(index: TarIndex, path: Path) -> None:
     try:
         write_atomic(path, add_checksum(save(arrays, {"facts": facts})))
     except ResourceError as error:
-        print_status(f"the index of these shards could not be kept ({error.what})")
+        print_status(f"the index of the shards could not be cached ({error.what})")
 
 
 def _load_index(path: Path) -> TarIndex | None:
-    """A whole index, or None: absent, damaged, of another version."""
+    """Return a cached index; None if it is missing or damaged."""
     from safetensors.numpy import load
 
     try:
         content = verify_checksum(path.read_bytes())
     except (OSError, CorruptError):
         return None
-    # Its hash is right, so it is what `_keep` wrote.
+    # The checksum is right, so this is exactly what `_save_index` wrote.
     length = int.from_bytes(content[:8], "little")
     facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["facts"])
     arrays: dict[str, Any] = load(content)
@@ -264,28 +295,9 @@ def _load_index(path: Path) -> TarIndex | None:
     return TarIndex(**arrays, labels=tuple(facts["labels"]), keys=keys, ignored=facts["ignored"])
 
 
-# ---- tars ----------------------------------------
-# The samples of one shard: a tar as WebDataset writes it, read strictly and never unpacked.
-#
-# A sample is what shares a name up to the first dot of its last part (github.com/webdataset):
-# `0001.jpg` is an image and `0001.cls` its class.
-
-LABEL_SUFFIXES = ("cls", "json", "txt")  # where there are several, the first counts
-MAX_LABEL_BYTES = 1 << 20  # bytes of a label
-_MOST_HEADER = 1 << 20  # bytes of one header with its extensions; a name has 4 KiB at most
-_PACKED = {
-    b"\x1f\x8b": "gzip",
-    b"BZ": "bzip2",
-    b"\xfd7": "xz",
-    b"\x28\xb5": "zstd",
-    b"PK": "zip",
-}
-_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
-
-
 @dataclass
 class TarSamples:
-    """The images of one tar in their order, and what is wrong with it."""
+    """The labeled images of one tar, in order, and the problems of the tar by message."""
 
     keys: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -294,24 +306,24 @@ class TarSamples:
     ignored: int = 0
     problems: dict[str, list[str]] = field(default_factory=dict)
 
-    def wrong(self, what: str, thing: str) -> None:
-        self.problems.setdefault(what, []).append(thing)
+    def add_problem(self, message: str, item: str) -> None:
+        self.problems.setdefault(message, []).append(item)
 
 
 @dataclass
 class _Sample:
-    """What was found of one sample: the place of its image, its labels by kind."""
+    """The members of one sample: offset and size of its image, and its labels by suffix."""
 
     image: tuple[int, int] | None = None
     labels: dict[str, int | str] = field(default_factory=dict)
-    mistaken: bool = False  # it has a label that can't be read
+    has_bad_label: bool = False
 
 
 def read_samples(path: Path) -> TarSamples:
-    """The samples of a tar. Members are looked at one by one; images are not read.
+    """Return the samples of a tar. Images are located but not read.
 
     Raises:
-        DataError: it is no tar, compressed, cut short or damaged.
+        DataError: it is not a tar, compressed, cut short or damaged.
         ResourceError: the disk or the network fails.
     """
     try:
@@ -321,103 +333,103 @@ def read_samples(path: Path) -> TarSamples:
 
 
 def _read_tar(path: Path) -> TarSamples:
-    found, samples = TarSamples(), dict[str, _Sample]()
-    with _opened(path) as file:
+    result, samples = TarSamples(), dict[str, _Sample]()
+    with _open_tar(path) as file:
         for member in _members(file, path):
             name = member.name
             if member.isdir():
                 continue
             if not member.isreg() or member.sparse is not None:
-                found.wrong("members that are links, devices or the like", printable(name))
+                result.add_problem("members that are not regular files", printable(name))
             elif name.startswith("/") or ".." in name.split("/"):
-                found.wrong("members whose names lead out of the tar", printable(name))
+                result.add_problem("members whose names point outside the tar", printable(name))
             else:
-                _take_member(member, file, samples, found)
+                _add_member(member, file, samples, result)
     for key, sample in samples.items():
-        _keep_member(key, sample, found)
-    return found
+        _add_sample(key, sample, result)
+    return result
 
 
-def _take_member(
-    member: tarfile.TarInfo, file: IO[bytes], samples: dict[str, _Sample], found: TarSamples
+def _add_member(
+    member: tarfile.TarInfo, file: IO[bytes], samples: dict[str, _Sample], result: TarSamples
 ) -> None:
-    """Notes one plain member: an image, a label, or something else that is left alone."""
-    parts = _NAME.fullmatch(member.name)
-    key, kind = (parts[1].removeprefix("./"), parts[2].lower()) if parts else ("", "")
-    is_image = f".{kind}" in EXTENSIONS
-    if not is_image and kind not in LABEL_SUFFIXES:
-        found.ignored += 1
+    """Add a regular file to its sample if it is an image or a label; ignore it otherwise."""
+    match = _MEMBER_NAME.fullmatch(member.name)
+    key, suffix = (match[1].removeprefix("./"), match[2].lower()) if match else ("", "")
+    is_image = f".{suffix}" in EXTENSIONS
+    if not is_image and suffix not in LABEL_SUFFIXES:
+        result.ignored += 1
         return
     sample = samples.setdefault(key, _Sample())
     if is_image:
         if sample.image is not None:
-            found.wrong("keys with two images", printable(key))
+            result.add_problem("keys with two images", printable(key))
         sample.image = member.offset_data, member.size
         return
-    if kind in sample.labels:
-        found.wrong("keys with the same kind of label twice", printable(key))
+    if suffix in sample.labels:
+        result.add_problem("keys with two labels of the same kind", printable(key))
     try:
         if member.size > MAX_LABEL_BYTES:
             raise ValueError("too long")
         file.seek(member.offset_data)
-        label = _label(kind, file.read(member.size))
+        label = _parse_label(suffix, file.read(member.size))
         if label is not None:
-            sample.labels[kind] = label
-    except (ValueError, RecursionError) as error:  # the latter: JSON a thousand lists deep
-        sample.mistaken = True
-        found.wrong("labels that can't be read", f"{printable(member.name)} ({error})")
+            sample.labels[suffix] = label
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested JSON
+        sample.has_bad_label = True
+        result.add_problem("labels that can't be read", f"{printable(member.name)} ({error})")
 
 
-def _label(kind: str, content: bytes) -> int | str | None:
-    """A class as a number or as a name; None where a JSON has no field `label`."""
-    text = content.decode("utf-8-sig").strip()  # its errors are ValueErrors
-    if kind == "json":
+def _parse_label(suffix: str, content: bytes) -> int | str | None:
+    """Return a class number or a class name; None for JSON without a field `label`."""
+    text = content.decode("utf-8-sig").strip()  # a UnicodeDecodeError is a ValueError
+    if suffix == "json":
         fields = json.loads(text)
         value = fields.get("label") if isinstance(fields, dict) else None
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | str):
-            raise ValueError("its label is neither a whole number nor a name")
+            raise ValueError("its `label` is neither an integer nor a string")
         if isinstance(value, int):
-            return _number(str(value))
+            return _parse_number(str(value))
         text = value.strip()
-    elif kind == "cls":
-        return _number(text)
+    elif suffix == "cls":
+        return _parse_number(text)
     if not text:
         raise ValueError("it is empty")
-    if "\n" in text or len(text) > 200:
-        raise ValueError("more than one line or 200 letters: no class name")
+    if "\n" in text or len(text) > MAX_CLASS_NAME_LENGTH:
+        raise ValueError(
+            f"not a class name: more than one line or {MAX_CLASS_NAME_LENGTH} characters"
+        )
     return normalize_name(text)
 
 
-def _number(text: str) -> int:
+def _parse_number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError(f"{text[:20]!r} is no number of a class, 0 or more")
+        raise ValueError(f"{text[:20]!r} is not a class number, which is 0 or more")
     return int(text)
 
 
-def _keep_member(key: str, sample: _Sample, found: TarSamples) -> None:
+def _add_sample(key: str, sample: _Sample, result: TarSamples) -> None:
     if sample.image is None:
-        found.ignored += len(sample.labels)
+        result.ignored += len(sample.labels)
         return
-    kind = next((kind for kind in LABEL_SUFFIXES if kind in sample.labels), None)
-    if kind is None:
-        if not sample.mistaken:
-            what = "images without a label (.cls, .txt, or .json with `label`)"
-            found.wrong(what, printable(key))
+    suffix = next((suffix for suffix in LABEL_SUFFIXES if suffix in sample.labels), None)
+    if suffix is None:
+        if not sample.has_bad_label:
+            message = "images without a label (.cls, .txt, or .json with `label`)"
+            result.add_problem(message, printable(key))
         return
-    found.keys.append(printable(key))
-    found.offsets.append(sample.image[0])
-    found.sizes.append(sample.image[1])
-    found.labels.append(sample.labels[kind])
+    result.keys.append(printable(key))
+    result.offsets.append(sample.image[0])
+    result.sizes.append(sample.image[1])
+    result.labels.append(sample.labels[suffix])
 
 
-# The tar itself
-
-
-def _opened(path: Path) -> IO[bytes]:
+def _open_tar(path: Path) -> IO[bytes]:
+    """Open a tar; files that are empty or compressed are errors."""
     try:
-        if not path.is_file():  # a pipe would block
+        if not path.is_file():  # opening a pipe would block
             raise DataError("it is not a regular file", where=str(path))
         file = path.open("rb")
     except OSError as error:
@@ -427,8 +439,8 @@ def _opened(path: Path) -> IO[bytes]:
     problem, fix = "", "write this shard again"
     if not head:
         problem = "this shard is empty (0 bytes)"
-    elif head[257:262] != b"ustar" and (packed := _PACKED.get(head[:2])):
-        problem = f"this shard is compressed ({packed}), so that its images can't be found in it"
+    elif head[257:262] != b"ustar" and (compression := _COMPRESSED_MAGIC.get(head[:2])):
+        problem = f"this shard is compressed ({compression}), which prevents random access"
         fix = "unpack it to a plain .tar: its images are compressed already"
     if problem:
         file.close()
@@ -436,52 +448,52 @@ def _opened(path: Path) -> IO[bytes]:
     return file
 
 
-class _Bounded:
-    """A tar's file as `tarfile` sees it: a header may not ask for gigabytes."""
+class _BoundedFile:
+    """A file for `tarfile` that refuses to read huge headers."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.seek, self.tell, self._file = file.seek, file.tell, file
 
     def read(self, count: int) -> bytes:
-        if not 0 <= count <= _MOST_HEADER:
+        if not 0 <= count <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {count} bytes")
         return self._file.read(count)
 
 
 def _members(file: IO[bytes], path: Path) -> Iterator[tarfile.TarInfo]:
-    """The headers of a whole, undamaged tar.
+    """Yield the headers of a tar; raise `DataError` at the end unless it is complete.
 
-    `tarfile` takes a damaged header in the middle for the end: so the end is looked at, too.
+    `tarfile` takes a damaged header for the end of the tar. Therefore the end marker is checked.
     """
-    at = -1
+    offset = -1
     try:
-        with tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=_BoundedFile(file), mode="r:") as tar:  # type: ignore[call-overload]
             while (member := tar.next()) is not None:
-                if member.offset <= at or member.size < 0:
-                    raise tarfile.ReadError("headers that lead backwards")
-                at = member.offset
-                tar.members.clear()  # or it would keep them all
+                if member.offset <= offset or member.size < 0:
+                    raise tarfile.ReadError("headers that point backwards")
+                offset = member.offset
+                tar.members.clear()  # otherwise it would keep them all
                 yield member
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
-        # A header that leads nowhere is an invalid argument; all else is the disk's fault.
+        # A seek to an invalid offset gives EINVAL; other system errors are the disk's.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        raise _damaged(path, str(error)) from error
+        raise _damaged_tar(path, str(error)) from error
     file.seek(end)
-    rest = file.read(1 << 20)
-    if len(rest) < 1024 or any(rest[:1024]):
+    tail = file.read(READ_BYTES)
+    if len(tail) < 1024 or any(tail[:1024]):
         size = os.fstat(file.fileno()).st_size
-        raise _damaged(path, f"no header and no end at byte {end:,} of {size:,}")
-    while rest:
-        if rest.count(0) != len(rest):
-            raise _damaged(path, "there is more behind its end, as if two were put together")
-        rest = file.read(1 << 20)
+        raise _damaged_tar(path, f"no header and no end marker at byte {end:,} of {size:,}")
+    while tail:
+        if tail.count(0) != len(tail):
+            raise _damaged_tar(path, "data after the end marker, as if tars were concatenated")
+        tail = file.read(READ_BYTES)
 
 
-def _damaged(path: Path, why: str) -> DataError:
+def _damaged_tar(path: Path, reason: str) -> DataError:
     return DataError(
-        f"a shard that is cut short, damaged or no tar: {why}",
+        f"this shard is cut short, damaged or not a tar: {reason}",
         where=str(path),
         fix="copy or write this shard again",
     )

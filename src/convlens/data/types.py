@@ -1,4 +1,9 @@
-"""What every source of images hands over: parts (train, val, test) of images with labels."""
+"""Types that every source of images provides.
+
+A `DataSource` has one `Part` per split. Images of a part are either pixels (`ImageSource`) or
+encoded files (`EncodedFiles`). The `StringSequence` classes hold the ids of many images in little
+memory.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,10 @@ import numpy.typing as npt
 from convlens.data.decode import EXTENSIONS, Pixels, UnreadableImage, read_bytes
 from convlens.utils.files import cannot_read
 
-# ---- encoded ----------------------------------------
-# Image files as they were encoded: where they lie, and their bytes by number.
+IndexArray = npt.NDArray[np.int64]
 
-# What the system says of a file that will be no better the next time: gone, forbidden, no regular
-# file, a name that can't be.
+# System errors that a second attempt won't cure: the file is missing, forbidden, not a regular
+# file, or its name is invalid.
 PERMANENT_ERRNOS = (
     errno.ENOENT,
     errno.ENOTDIR,
@@ -36,11 +40,20 @@ PERMANENT_ERRNOS = (
 )
 
 
-class EncodedFiles(ABC):
-    """Encoded images by number: files of a folder, or members of archives. Any thread may read."""
+class ImageSource(Protocol):
+    """uint8 images `[N, C, H, W]` that are read in pieces: an array, a memory map, a generator."""
 
-    # Whether images beyond the memory budget are decoded whenever they are needed, and not kept
-    # decoded on the disk, where they take a multiple of the space.
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: npt.NDArray[np.int64], /) -> Pixels: ...
+
+
+class EncodedFiles(ABC):
+    """Encoded images by number: files of a folder, or members of archives. Thread-safe."""
+
+    # Whether images beyond the memory budget are decoded on demand instead of being stored decoded
+    # on the disk, where they take a multiple of the space.
     streams = False
 
     @abstractmethod
@@ -48,51 +61,36 @@ class EncodedFiles(ABC):
 
     @abstractmethod
     def name(self, number: int) -> str:
-        """Where an image lies, for people."""
+        """Return the location of an image, for messages."""
 
     @abstractmethod
     def read(self, number: int) -> bytes:
-        """The bytes of one image.
+        """Return the bytes of one image.
 
         Raises:
-            UnreadableImage: it is not there, empty, too large, no regular file; or the system
-                failed (`refuse_passing`).
+            UnreadableImage: it is missing, empty, too large or not a regular file; or the system
+                failed (see `raise_if_transient`).
         """
 
     @abstractmethod
-    def stamp(self) -> str:
-        """A digest of names, sizes and times: it is another one after every change."""
+    def stat_digest(self) -> str:
+        """Return a digest of names, sizes and times; it differs after every change of a file."""
 
     @abstractmethod
-    def plus(self, other: EncodedFiles) -> EncodedFiles:
-        """These and then `other`, which is of the same kind."""
+    def concat(self, other: EncodedFiles) -> EncodedFiles:
+        """Return these files followed by those of `other`, which must be of the same class."""
 
-    def blocks(self) -> npt.NDArray[np.int64] | None:
-        """Numbers `[N]` of what is best read in one go; None where each image is on its own."""
+    def shard_ids(self) -> IndexArray | None:
+        """Return the shard of each image, `[N]`; None if images can be read in any order."""
         return None
 
-    def expect(self, blocks: Sequence[int]) -> None:
-        """Tells that images of these blocks will be asked for soon. Returns at once."""
+    def prefetch(self, shard_ids: Sequence[int]) -> None:
+        """Announce that images of these shards will be needed soon. Returns immediately."""
         return
 
 
-def raise_if_transient(error: UnreadableImage) -> None:
-    """Raises where the system failed: that may pass, and must not be remembered of the image.
-
-    Raises:
-        ResourceError: out of files or memory, a disk or a network that doesn't answer.
-    """
-    cause = error.__cause__  # Pillow's own errors about contents have no number
-    if (
-        isinstance(cause, OSError)
-        and cause.errno is not None
-        and cause.errno not in PERMANENT_ERRNOS
-    ):
-        raise cannot_read(error.path, cause) from error
-
-
 class FilePaths(EncodedFiles, Sequence[str]):
-    """One file an image."""
+    """Images in files of their own."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = paths
@@ -109,41 +107,59 @@ class FilePaths(EncodedFiles, Sequence[str]):
     def read(self, number: int) -> bytes:
         return read_bytes(self._paths[number])
 
-    def stamp(self) -> str:
+    def stat_digest(self) -> str:
         digest = hashlib.sha256("\0".join(self._paths).encode("utf-8", "surrogateescape"))
         digest.update(modification_times(self._paths).tobytes())
         return digest.hexdigest()
 
-    def plus(self, other: EncodedFiles) -> EncodedFiles:
+    def concat(self, other: EncodedFiles) -> EncodedFiles:
         assert isinstance(other, FilePaths)
         return FilePaths([*self._paths, *other._paths])
 
 
-def modification_times(paths: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Size, time of modification and of change of each file, `[N, 3]`; 0 0 0 where it is gone."""
+def raise_if_transient(error: UnreadableImage) -> None:
+    """Raise if `error` was caused by the system, so that it is not stored as the image's fault.
+
+    Raises:
+        ResourceError: out of file handles or memory, or a disk or network that does not respond.
+    """
+    cause = error.__cause__  # Pillow's own errors about contents have no errno
+    if (
+        isinstance(cause, OSError)
+        and cause.errno is not None
+        and cause.errno not in PERMANENT_ERRNOS
+    ):
+        raise cannot_read(error.path, cause) from error
+
+
+def modification_times(paths: Sequence[str]) -> IndexArray:
+    """Return size, mtime and ctime (ns) of each file, `[N, 3]`; zeros for a missing file."""
     times = np.zeros((len(paths), 3), np.int64)
     for i, path in enumerate(paths):
         try:
-            s = os.stat(path)
+            stat = os.stat(path)
         except OSError:
-            continue  # reading it will say why
-        # The change time too: it can't be set back, as a copy tool does with the other.
-        times[i] = s.st_size, s.st_mtime_ns, s.st_ctime_ns
+            continue  # reading the file will report why
+        # ctime as well: unlike mtime, which copy tools restore, it can't be set back.
+        times[i] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     return times
 
 
-class ImageSource(Protocol):
-    """uint8 images `[N, C, H, W]` that are read piece by piece: an array, a memory map, drawn."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, index: npt.NDArray[np.int64], /) -> Pixels: ...
+def is_image_name(name: str) -> bool:
+    """Return whether a file counts as an image: it has a known extension and is not hidden."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One split as its source gives it: `images` are pixels, or files that hold them."""
+    """One split as its source provides it.
+
+    Attributes:
+        images: pixels, or encoded files.
+        labels: class numbers, int64 `[N]`.
+        ids: name of each image, unique within the source.
+        groups: group of each image; images of a group stay in one split. None without groups.
+    """
 
     images: ImageSource | EncodedFiles
     labels: npt.NDArray[np.int64]
@@ -153,7 +169,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A named set: `parts` always has `train`, and `val` and `test` where the source has them."""
+    """A named data set. `parts` has `train`, and `val` and `test` if the source has them."""
 
     name: str
     classes: tuple[str, ...]
@@ -161,19 +177,8 @@ class DataSource:
     notes: tuple[str, ...] = field(default=())
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file counts as an image: a known extension, not hidden."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-
-
-# ---- ids ----------------------------------------
-# Names of many images in little memory: made when asked for, equal to a list of the same.
-
-IndexArray = npt.NDArray[np.int64]
-
-
 class StringSequence(Sequence[str]):
-    """What `Numbered`, `Joined` and `Taken` share; they only know how to make one name."""
+    """A read-only sequence of strings that are made on access; equal to a list of the same."""
 
     @abstractmethod
     def _name(self, number: int) -> str: ...
@@ -190,11 +195,11 @@ class StringSequence(Sequence[str]):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]  # as a list has none
+    __hash__ = None  # type: ignore[assignment]  # unhashable, like a list
 
 
 class NumberedStrings(StringSequence):
-    """`prefix/0` and so on."""
+    """`prefix/0`, `prefix/1` and so on."""
 
     def __init__(self, prefix: str, count: int) -> None:
         self._prefix, self._count = prefix, count
@@ -207,13 +212,19 @@ class NumberedStrings(StringSequence):
 
 
 class PackedStrings(StringSequence):
-    """One text of all of them, UTF-8, and where each begins, with the end of the last."""
+    """Strings in one UTF-8 buffer.
+
+    Args:
+        text: all strings, concatenated.
+        starts: where each string begins, followed by the end of the last one, `[N + 1]`.
+    """
 
     def __init__(self, text: npt.NDArray[np.uint8], starts: IndexArray) -> None:
         self.text, self.starts = text, starts
 
     @classmethod
     def of(cls, names: Iterable[str]) -> PackedStrings:
+        """Pack `names`."""
         text, ends = bytearray(), [0]
         for name in names:
             text += name.encode()
@@ -228,7 +239,7 @@ class PackedStrings(StringSequence):
 
 
 class IndexedStrings(StringSequence):
-    """Some of others, by number."""
+    """The strings of `names` at the positions `index`."""
 
     def __init__(self, names: Sequence[str], index: IndexArray) -> None:
         self._names, self._index = names, index

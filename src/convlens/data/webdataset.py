@@ -1,10 +1,10 @@
-"""Own images in shards: tars of samples as WebDataset has them, found by their names.
+"""The user's own images in shards: tars of samples as WebDataset writes them.
 
     FOLDER/train-000000.tar, val-000000.tar ...     FOLDER/{train,val,test}/000000.tar ...
     set-{000000..000146}.tar                        one.tar
 
-The names of numbered classes stand in `classes.txt` (line by line) or `class_names.tsv` beside
-the shards; without them classes are called by their numbers.
+The names of numbered classes are read from `classes.txt` (one per line) or `class_names.tsv` next
+to the shards; without such a file, classes are named by their numbers.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from convlens.data.image_folder import (
-    Problems,
+    SPLITS,
+    Problem,
     ScanEntry,
     is_directory,
     is_regular_file,
     normalize_name,
     printable,
+    raise_problems,
     scan_entries,
     split_from_name,
 )
@@ -33,293 +35,337 @@ from convlens.data.tar_index import TarIndex, TarMembers, tar_index
 from convlens.data.types import DataSource, IndexArray, PackedStrings, Part, is_image_name
 from convlens.errors import DataError, UsageError
 
-SHARD_NAMES = ("classes.txt", "class_names.txt", "class_names.tsv")
-SHARD_HELP = (
+CLASS_NAME_FILES = ("classes.txt", "class_names.txt", "class_names.tsv")
+SAMPLES_HELP = (
     "write samples as KEY.jpg with KEY.cls (a number), KEY.txt (a name) or KEY.json (`label`)"
 )
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_MOST = 100_000  # shards of a pattern
-_PACKED = (".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".tar.zst")
-# Two images of a shard have the same class more often than two of the set, by this share of how
-# often they could: then the shards are sorted by class.
+MAX_SHARDS = 100_000  # that a pattern may name
+COMPRESSED_SUFFIXES = (".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".tar.zst")
+# Shards count as sorted by class if two images of a shard have the same class more often than any
+# two images, by more than this share of the largest possible difference.
 MAX_SORTED_SHARE = 0.1
+_BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder is to be read as shards: tars in it, or in its splits, and no classes."""
-    inside = _list_shards(folder)
-    folders = [e for e in inside if is_directory(e)]
-    splits = [e for e in folders if split_from_name(e.name)]
-    if any(map(_is_shard, inside)):
+    """Return whether a folder, or those of its splits, has tars, and no folders of images."""
+    entries = _sorted_entries(folder)
+    folders = [entry for entry in entries if is_directory(entry)]
+    if any(map(_is_shard, entries)):
         return not any(is_image_name(e.name) for f in folders for e in scan_entries(f.path))
-    return any(_is_shard(e) for f in splits for e in scan_entries(f.path))
+    splits = [entry for entry in folders if split_from_name(entry.name)]
+    return any(_is_shard(entry) for split in splits for entry in scan_entries(split.path))
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name stands for several shards: `set-{000000..000146}.tar`."""
+    """Return whether a name stands for several shards, as `set-{000000..000146}.tar` does."""
     return name.lower().endswith(".tar") and _BRACES.search(name) is not None
 
 
-def read_shards(path: Path, name: str, *, tested: bool = False) -> DataSource:
-    """The shards of a folder, of a pattern with braces or of one file, as a source.
+@dataclass(frozen=True)
+class _IndexedSplit:
+    """The shards of one split with their modification times and index."""
 
-    `tested` is that of `sources.find`.
+    paths: list[str]
+    times: IndexArray
+    index: TarIndex
+
+
+def read_shards(path: Path, name: str, *, tested: bool = False) -> DataSource:
+    """Read the shards of a folder, of a pattern with braces, or a single shard.
+
+    Args:
+        path: the folder, pattern or shard.
+        name: name of the data set.
+        tested: as in `sources.find_source`.
 
     Raises:
-        DataError: everything that is wrong with them, as far as it could be read.
+        DataError: lists everything that is wrong, as far as the shards are readable.
+        UsageError: a pattern names too many shards.
     """
     path = Path(os.path.abspath(path))
-    files, notes = _shard_files(path)
-    problems = Problems(str(path))
-    paths = _by_split(files, path, problems, tested)
-    problems.stop("call the shards {train,val,test}-000000.tar and so on")
-    found = {split: tar_index(some) for split, some in paths.items()}
-    for what in dict.fromkeys(what for index, _ in found.values() for what, _ in index.problems):
-        things = [
-            t
-            for index, _ in found.values()
-            for w, some in index.problems
-            if w == what
-            for t in some
-        ]
-        problems.add(what, things)
-    judged = tuple(found) if tested else ("train",)
-    _check_samples(found, judged, problems)
-    problems.stop(SHARD_HELP)
-    names = _Names.beside(path if path.is_dir() else path.parent)
-    indices = {split: index for split, (index, _) in found.items()}
-    classes, labels = _resolve_classes(indices, judged, names, problems)
-    if len(classes) < 2 and not tested:
-        problems.add("only one class", classes)
-    problems.stop(SHARD_HELP)
-    ignored = sum(index.ignored for index, _ in found.values())
-    notes += [f"{ignored} members that are no images or labels were ignored"] * bool(ignored)
-    left = len(names.listed) - len(classes) if names.listed else 0
-    if left:
-        none = "no images" if tested else "no training images"
-        notes.append(f"{left} classes of {names.file} have {none} and are left out")
-    parts, unmixed = {}, False
-    for split, (index, times) in found.items():
+    splits = _index_all(_group_by_split(_find_shards(path), path, tested), path, tested)
+    judged = tuple(splits) if tested else ("train",)
+    class_names = _ClassNames.find(path if path.is_dir() else path.parent)
+    indices = {split: indexed.index for split, indexed in splits.items()}
+    classes, labels = _resolve_classes(indices, judged, class_names, path, tested)
+    notes = []
+    if ignored := sum(index.ignored for index in indices.values()):
+        notes.append(f"{ignored} members that are not images or labels were ignored")
+    if unused := max(0, len(class_names.names) - len(classes)):
+        images = "images" if tested else "training images"
+        notes.append(f"{unused} classes of {class_names.file} have no {images} and are left out")
+    parts = _make_parts(splits, labels, path, notes)
+    return DataSource(name, classes, parts, tuple(notes))
+
+
+def _index_all(
+    paths_by_split: Mapping[str, list[str]], path: Path, tested: bool
+) -> dict[str, _IndexedSplit]:
+    """Index the shards of every split, and raise one error for all problems of their samples."""
+    splits = {}
+    for split, paths in paths_by_split.items():
+        index, times = tar_index(paths)
+        splits[split] = _IndexedSplit(paths, times, index)
+    items_of: dict[str, list[str]] = {}
+    for indexed in splits.values():
+        for message, items in indexed.index.problems:
+            items_of.setdefault(message, []).extend(items)
+    problems = [Problem(message, items) for message, items in items_of.items()]
+    labels = [label for indexed in splits.values() for label in indexed.index.labels]
+    examples = {type(label): repr(label) for label in labels}
+    if len(examples) > 1:
+        message = "classes that are numbers in some samples and names in others"
+        problems.append(Problem(message, list(examples.values())))
+    judged = list(splits.values()) if tested else [splits["train"]]
+    if not problems and not any(len(indexed.index.keys) for indexed in judged):
+        hint = "are they archives of folders?"
+        problems.append(Problem("no samples in the shards for training", [hint]))
+    raise_problems(problems, path, SAMPLES_HELP)
+    return splits
+
+
+def _make_parts(
+    splits: Mapping[str, _IndexedSplit],
+    labels: Mapping[str, IndexArray],
+    path: Path,
+    notes: list[str],
+) -> dict[str, Part]:
+    """Return the part of each split that has samples; append remarks to `notes`."""
+    parts = {}
+    for split, indexed in splits.items():
+        index = indexed.index
         if not len(index.keys):
             notes.append(f"{split}: no samples in its shards, so it is not used")
             continue
         mixed = not _is_sorted(index.shard, labels[split])
-        unmixed |= not mixed and split == "train" and len(index.keys) > WINDOW_IMAGES
-        images = TarMembers(paths[split], times, index.shard, index.offset, index.size, mixed=mixed)
-        parts[split] = Part(images, labels[split], _ids(paths[split], index, path))
-    if unmixed:
-        notes.append(
-            "these shards are sorted by class, so images are drawn from all of them at once, which "
-            "slow disks are slow at; `convlens shard DATA OUT` writes mixed ones"
+        if split == "train" and not mixed and len(index.keys) > WINDOW_IMAGES:
+            notes.append(
+                "these shards are sorted by class, so images are drawn from all of them at once, "
+                "which is slow on slow disks; `convlens shard DATA OUT` writes mixed shards"
+            )
+        images = TarMembers(
+            indexed.paths, indexed.times, index.shard, index.offset, index.size, mixed=mixed
         )
-    return DataSource(name, classes, parts, tuple(notes))
+        parts[split] = Part(images, labels[split], _make_ids(indexed.paths, index, path))
+    return parts
 
 
-# Which files
-
-
-def _shard_files(path: Path) -> tuple[list[Path], list[str]]:
-    """The shards, and notes on what was left aside."""
+def _find_shards(path: Path) -> list[Path]:
+    """Return the shards of a folder or a pattern, or the one at `path`."""
     if path.is_file():
-        return [path], []
+        return [path]
     if not path.is_dir():
-        return _expanded(path), []
-    found, packed, lost = list[Path](), list[str](), list[str]()
-    for entry in _list_shards(path):
-        inside = (
-            _list_shards(entry.path)
-            if split_from_name(entry.name) and is_directory(entry)
-            else [entry]
-        )
-        found += [Path(e.path) for e in inside if _is_shard(e)]
-        packed += [e.name for e in inside if e.name.lower().endswith(_PACKED)]
-        lost += [
-            e.name
-            for e in inside
-            if _is_named(e) and not is_regular_file(e) and not is_directory(e)
-        ]
-    if packed:
-        raise DataError(
-            f"{len(packed)} shards are compressed: {', '.join(packed[:5])}",
-            where=str(path),
-            fix="unpack them to plain .tar files: their images are compressed already",
-        )
-    problems = Problems(str(path))
-    problems.add(f"{len(lost)} shards are links to nothing, pipes or devices", lost)
-    problems.stop("mount their disk, or take them away")
-    return found, []
+        return _expand_pattern(path)
+    shards, compressed, unusable = list[Path](), list[str](), list[str]()
+    for entry in _sorted_entries(path):
+        is_split = split_from_name(entry.name) and is_directory(entry)
+        for file in _sorted_entries(entry.path) if is_split else [entry]:
+            if _is_shard(file):
+                shards.append(Path(file.path))
+            elif file.name.lower().endswith(COMPRESSED_SUFFIXES):
+                compressed.append(file.name)
+            elif _is_tar_name(file) and not is_regular_file(file) and not is_directory(file):
+                unusable.append(file.name)
+    raise_problems(
+        [Problem(f"{len(compressed)} shards are compressed", compressed)],
+        path,
+        "unpack them to plain .tar files: their images are compressed already",
+    )
+    raise_problems(
+        [Problem(f"{len(unusable)} shards are broken links, pipes or devices", unusable)],
+        path,
+        "mount their disk or remove them",
+    )
+    return shards
 
 
-def _list_shards(folder: str | Path) -> list[ScanEntry]:
+def _sorted_entries(folder: str | Path) -> list[ScanEntry]:
     return sorted(scan_entries(folder), key=lambda entry: entry.name)
 
 
-def _is_named(entry: ScanEntry) -> bool:
+def _is_tar_name(entry: ScanEntry) -> bool:
     return entry.name.lower().endswith(".tar")
 
 
 def _is_shard(entry: ScanEntry) -> bool:
-    return _is_named(entry) and is_regular_file(entry)
+    return _is_tar_name(entry) and is_regular_file(entry)
 
 
-def _expanded(pattern: Path) -> list[Path]:
-    """The files that a pattern stands for, in its order; each must be there."""
-    paths = [Path(text) for text in itertools.islice(_braces(str(pattern)), _MOST)]
-    lost = [path.name for path in paths if not path.is_file()]
-    if lost:
-        problems = Problems(str(pattern))
-        problems.add(f"{len(lost)} of {len(paths)} shards do not exist", lost)
-        problems.stop("write {FIRST..LAST} as the files are numbered, with their zeros")
+def _expand_pattern(pattern: Path) -> list[Path]:
+    """Return the files that a pattern names, in its order; all must exist."""
+    paths = [Path(text) for text in itertools.islice(_expand_braces(str(pattern)), MAX_SHARDS)]
+    missing = [path.name for path in paths if not path.is_file()]
+    raise_problems(
+        [Problem(f"{len(missing)} of {len(paths)} shards do not exist", missing)],
+        pattern,
+        "write {FIRST..LAST} with the leading zeros of the file names",
+    )
     return paths
 
 
-def _braces(text: str) -> Iterator[str]:
-    """`a{1..3}b{x,y}` as a shell expands it."""
-    found = _BRACES.search(text)
-    if not found:
+def _expand_braces(text: str) -> Iterator[str]:
+    """Yield the texts that `a{1..3}b{x,y}` stands for in a shell."""
+    match = _BRACES.search(text)
+    if not match:
         yield text
         return
-    span = re.fullmatch(r"([0-9]+)\.\.([0-9]+)", found[1])
+    span = re.fullmatch(r"([0-9]+)\.\.([0-9]+)", match[1])
     if span:
         width = len(span[1]) if span[1].startswith("0") else 0
         numbers = range(int(span[1]), int(span[2]) + 1)
-        if not 0 < len(numbers) <= _MOST:
-            raise UsageError(f"{found[0]}: from 1 to {_MOST:,} shards can be named", where=text)
+        if not 0 < len(numbers) <= MAX_SHARDS:
+            raise UsageError(
+                f"{match[0]}: a pattern can name from 1 to {MAX_SHARDS:,} shards", where=text
+            )
         choices: Sequence[str] = [f"{n:0{width}}" for n in numbers]
     else:
-        choices = found[1].split(",")
-    for rest in _braces(text[found.end() :]):
+        choices = match[1].split(",")
+    for suffix in _expand_braces(text[match.end() :]):
         for choice in choices:
-            yield text[: found.start()] + choice + rest
+            yield text[: match.start()] + choice + suffix
 
 
-def _by_split(
-    files: Sequence[Path], path: Path, problems: Problems, tested: bool
-) -> dict[str, list[str]]:
-    """Paths by split; all are for training where no name says otherwise."""
-    named: dict[str, list[str]] = {}
-    for path in files:
-        words = re.split(r"[-_. ]+", path.stem)
-        if path.parent != path:
-            words.insert(0, path.parent.name)
+def _group_by_split(files: Sequence[Path], path: Path, tested: bool) -> dict[str, list[str]]:
+    """Return the shards of each split; all are for training if no name says otherwise."""
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split(r"[-_. ]+", file.stem)
+        if file.parent != path:
+            words.insert(0, file.parent.name)
         splits = [split for split in map(split_from_name, words) if split]
-        named.setdefault(splits[-1] if splits else "", []).append(str(path))
-    if list(named) == [""] or (len(named) == 1 and not path.is_dir()):
-        named = {"train": list(*named.values())}
-    problems.add(
-        "shards of no split beside those of one", list(map(os.path.basename, named.get("", ())))
-    )
-    if "train" not in named and not problems.found and not tested:
-        problems.add("no shards for training beside those for", sorted(named))
-    # As they were named: a pattern's order is kept, a folder's is by name already.
-    return {split: named[split] for split in ("train", "val", "test") if split in named}
+        groups.setdefault(splits[-1] if splits else "", []).append(str(file))
+    if list(groups) == [""] or (len(groups) == 1 and not path.is_dir()):
+        groups = {"train": list(*groups.values())}
+    without_split = [os.path.basename(file) for file in groups.get("", ())]
+    problems = [
+        Problem("shards without a split in their names, beside shards with one", without_split)
+    ]
+    if "train" not in groups and not without_split and not tested:
+        problems.append(Problem("no shards for training beside those for", sorted(groups)))
+    raise_problems(problems, path, "name the shards {train,val,test}-000000.tar and so on")
+    # Shards stay in their order: that of the pattern, or by name in a folder.
+    return {split: groups[split] for split in SPLITS if split in groups}
 
 
-def _ids(paths: Sequence[str], index: TarIndex, path: Path) -> PackedStrings:
-    """`train-000000.tar/0001` for each image, whatever the folder is called."""
+def _make_ids(paths: Sequence[str], index: TarIndex, path: Path) -> PackedStrings:
+    """Return ids such as `train-000000.tar/0001`, which do not depend on the folder's path."""
     root = path if path.is_dir() else path.parent
-    stems = [printable(os.path.relpath(path, root)).replace(os.sep, "/") for path in paths]
+    files = [printable(os.path.relpath(file, root)).replace(os.sep, "/") for file in paths]
     return PackedStrings.of(
-        f"{stems[s]}/{key}" for s, key in zip(index.shard.tolist(), index.keys, strict=True)
+        f"{files[shard]}/{key}" for shard, key in zip(index.shard.tolist(), index.keys, strict=True)
     )
-
-
-# Which classes
 
 
 @dataclass(frozen=True)
-class _Names:
-    """Names of classes in the order of their numbers; empty where nobody gave them."""
+class _ClassNames:
+    """Class names in the order of their numbers, and their file; empty without such a file."""
 
-    listed: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     file: str = ""
 
     @classmethod
-    def beside(cls, folder: Path) -> _Names:
-        """From the file of names in a folder of shards, or in the folder above a split's."""
+    def find(cls, folder: Path) -> _ClassNames:
+        """Read the file of class names in `folder`, or above it if it is the folder of a split."""
         folders = [folder, *([folder.parent] if split_from_name(folder.name) else [])]
-        path = next((f / n for f in folders for n in SHARD_NAMES if (f / n).is_file()), None)
+        candidates = [folder / name for folder in folders for name in CLASS_NAME_FILES]
+        path = next((path for path in candidates if path.is_file()), None)
         if path is None:
             return cls()
         try:
             lines = path.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"can't read the classes' names: {error}", where=str(path)) from error
-        rows = [
-            [normalize_name(cell) for cell in line.split("\t")] for line in lines if line.strip()
-        ]
-        numbered = all(len(row) > 1 and row[0].isdecimal() for row in rows)
-        if numbered:  # number and name; else the name (perhaps with what it means) by line
+            raise DataError(f"can't read the class names: {error}", where=str(path)) from error
+        rows = [list(map(normalize_name, line.split("\t"))) for line in lines if line.strip()]
+        # Columns: number and name; or the name (and perhaps a description), in order.
+        is_numbered = all(len(row) > 1 and row[0].isdecimal() for row in rows)
+        if is_numbered:
             rows = sorted(rows, key=lambda row: int(row[0]))
-        names = tuple(row[1] if numbered else row[0] for row in rows)
-        wrong = numbered and [int(row[0]) for row in rows] != list(range(len(rows)))
-        if wrong or len(set(names)) < len(names) or "" in names:
+        names = tuple(row[1] if is_numbered else row[0] for row in rows)
+        has_gaps = is_numbered and [int(row[0]) for row in rows] != list(range(len(rows)))
+        if has_gaps or len(set(names)) < len(names) or "" in names:
             raise DataError(
-                "names of classes that are empty, twice there or not numbered 0, 1, 2 ...",
+                "class names that are empty, duplicated or not numbered 0, 1, 2 ...",
                 where=str(path),
                 fix="give each class one line, in the order of the numbers in .cls",
             )
         return cls(names, path.name)
 
 
-def _check_samples(
-    found: dict[str, tuple[TarIndex, IndexArray]], judged: Sequence[str], problems: Problems
-) -> None:
-    kinds = {type(label): label for index, _ in found.values() for label in index.labels}
-    if len(kinds) > 1:
-        both = [repr(label) for label in kinds.values()]
-        problems.add("classes that are numbers in some samples and names in others", both)
-    if not any(len(found[split][0].keys) for split in judged) and not problems.found:
-        problems.add("no samples in the shards for training", ["are they archives of folders?"])
-
-
 def _resolve_classes(
-    indices: dict[str, TarIndex], judged: Sequence[str], names: _Names, problems: Problems
+    indices: Mapping[str, TarIndex],
+    judged: Sequence[str],
+    class_names: _ClassNames,
+    path: Path,
+    tested: bool,
 ) -> tuple[tuple[str, ...], dict[str, IndexArray]]:
-    """The classes that have images in the splits `judged`, in order, and each split's labels."""
-    told = {split: _named(index, names, problems) for split, index in indices.items()}
-    problems.stop("mend the labels, or list all classes in classes.txt")
-    used = {told[split][i] for split in judged for i in np.unique(indices[split].label).tolist()}
-    if names.listed:
-        classes = tuple(name for name in names.listed if name in used)
+    """Return the classes, and the class numbers of each split's images.
+
+    Args:
+        indices: index of each split.
+        judged: splits that define the classes: those that have images in them.
+        class_names: names of numbered classes.
+        path: the source, for errors.
+        tested: as in `read_shards`.
+    """
+    raise_problems(
+        [_unnamed_labels(index, class_names) for index in indices.values()],
+        path,
+        "fix the labels, or list all classes in classes.txt",
+    )
+    names_of = {split: _label_names(index, class_names) for split, index in indices.items()}
+    used = {names_of[split][i] for split in judged for i in np.unique(indices[split].label)}
+    if class_names.names:
+        classes = tuple(name for name in class_names.names if name in used)
     elif all(isinstance(label, int) for split in judged for label in indices[split].labels):
         classes = tuple(sorted(used, key=int))
     else:
         classes = tuple(sorted(used))
-    number = {name: i for i, name in enumerate(classes)}
-    labels = {}
+    number_of = {name: number for number, name in enumerate(classes)}
+    problems, labels = [], {}
     for split, index in indices.items():
-        lacking = [name for name in told[split] if name not in number]
-        problems.add(f"classes in {split} that train lacks", sorted(lacking))
-        table = np.array([number.get(name, -1) for name in told[split]] or [0], np.int64)
+        unknown = sorted(name for name in names_of[split] if name not in number_of)
+        problems.append(Problem(f"classes in {split} that train lacks", unknown))
+        table = np.array([number_of.get(name, -1) for name in names_of[split]] or [0], np.int64)
         labels[split] = table[index.label]
+    if len(classes) < 2 and not tested:
+        problems.append(Problem("only one class", classes))
+    raise_problems(problems, path, SAMPLES_HELP)
     return classes, labels
 
 
-def _named(index: TarIndex, names: _Names, problems: Problems) -> list[str]:
-    """The class of each of the index's labels."""
-    if not names.listed:
-        return [str(label) for label in index.labels]
-    count, listed = len(names.listed), set(names.listed)
-    wrong = [
+def _unnamed_labels(index: TarIndex, class_names: _ClassNames) -> Problem:
+    count, names = len(class_names.names), set(class_names.names)
+    unnamed = [
         str(label)
         for label in index.labels
-        if (label >= count if isinstance(label, int) else label not in listed)
+        if (label >= count if isinstance(label, int) else label not in names)
     ]
-    problems.add(f"labels that {names.file} has no name for (its {count} count from 0)", wrong)
+    message = f"labels without a name in {class_names.file}, which has {count} (numbered from 0)"
+    return Problem(message, unnamed if names else [])
+
+
+def _label_names(index: TarIndex, class_names: _ClassNames) -> list[str]:
+    """Return the class name of each of the index's labels."""
+    names = class_names.names
     return [
-        names.listed[la] if isinstance(la, int) and la < count else str(la) for la in index.labels
+        names[label] if names and isinstance(label, int) else str(label) for label in index.labels
     ]
 
 
 def _is_sorted(shard: IndexArray, labels: IndexArray) -> bool:
-    """Whether images of a shard are of the same class much more often than any two images."""
-    n, shards = len(labels), int(shard.max(initial=0)) + 1
-    if shards < 2:
+    """Return whether two images of a shard have the same class much more often than any two.
+
+    Args:
+        shard: shard of each image, `[N]`.
+        labels: class of each image, `[N]`.
+    """
+    n, num_shards = len(labels), int(shard.max(initial=0)) + 1
+    if num_shards < 2:
         return False
-    k = int(labels.max()) + 1
-    each = np.unique(shard * k + labels, return_counts=True)[1].astype(np.float64)
-    sizes, counts = (np.bincount(values).astype(np.float64) for values in (shard, labels))
-    within = (each * (each - 1)).sum() / max(1.0, (sizes * (sizes - 1)).sum())
-    overall = (counts * (counts - 1)).sum() / max(1.0, n * (n - 1.0))
+    num_classes = int(labels.max()) + 1
+    cells = np.unique(shard * num_classes + labels, return_counts=True)[1].astype(np.float64)
+    shard_sizes, class_sizes = (np.bincount(x).astype(np.float64) for x in (shard, labels))
+    within = (cells * (cells - 1)).sum() / max(1.0, (shard_sizes * (shard_sizes - 1)).sum())
+    overall = (class_sizes * (class_sizes - 1)).sum() / max(1.0, n * (n - 1.0))
     return bool(within - overall > MAX_SORTED_SHARE * (1 - overall))

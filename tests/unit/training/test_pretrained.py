@@ -347,7 +347,7 @@ def test_a_download_is_checked_kept_and_used_again(
     handler.pages[f"/{file}"] = content
     first = pretrained.find_weights(asked("default"))
     again = pretrained.find_weights(asked("ResNet18_Weights.IMAGENET1K_V1"))
-    assert handler.asked == [f"/{file}"]
+    assert handler.requested == [f"/{file}"]
     assert (data_root / "weights" / file).read_bytes() == content
     assert {p.name for p in (data_root / "weights").iterdir()} <= {file, ".download.lock"}
     same(first.tensors, again.tensors)
@@ -443,7 +443,7 @@ def test_a_download_that_can_not_be_had_says_where_to_put_the_file(
     bad = {"html": b"<html>log in</html>", "wrong": content[:-1] + b"?", "half": content}
     if trouble in bad:
         handler.pages[f"/{file}"] = bad[trouble]
-    handler.cut = trouble == "half"
+    handler.truncate = trouble == "half"
     with pytest.raises(ModelFileError, match=said) as caught:
         pretrained.find_weights(asked("default"))
     assert f"{url}{file}" in caught.value.what

@@ -1,0 +1,221 @@
+"""Folders of class folders: layouts, names of splits, links, and everything that can be wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from convlens.data import image_folder
+from convlens.data.sources import find_source
+from convlens.errors import DataError
+from helpers.datasets import write_class_folders, write_image
+
+
+def test_classes_are_the_folders_below_the_root(tmp_path: Path) -> None:
+    root = write_class_folders(tmp_path / "pets", {"dog": 3, "cat": 2, "10": 1, "2": 1})
+    write_image(root / "cat" / "deeper" / "x.JPG")
+    for junk in ("dog/.hidden.png", "dog/Thumbs.db", "dog/notes.txt", ".DS_Store", "dog/a.mp4"):
+        (root / junk).write_bytes(b"x")
+    write_class_folders(
+        root, {"__MACOSX/dog": 1, ".ipynb_checkpoints": 1, "dog/.ipynb_checkpoints": 1}
+    )
+    write_image(root / "loose.png")
+    source = find_source(str(root))
+    assert source.classes == ("10", "2", "cat", "dog")
+    part = source.parts["train"]
+    assert part.labels.tolist() == [0, 1, 2, 2, 2, 3, 3, 3]
+    assert list(part.ids[2:5]) == ["cat/0.png", "cat/1.png", f"cat/deeper{os.sep}x.JPG"]
+    assert part.images[0] == str(root / "10" / "0.png")
+    assert "2 files that are not images were ignored" in source.notes
+    assert "1 images outside the class folders were ignored" in source.notes
+
+
+@pytest.mark.parametrize("train", ["train", "Training"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "eval", "evaluation", "dev", "VAL"])
+@pytest.mark.parametrize("test", ["test", "Testing"])
+def test_splits_are_recognized_in_all_spellings(
+    tmp_path: Path, train: str, val: str, test: str
+) -> None:
+    root = tmp_path / "x"
+    counts = {f"{train}/a": 2, f"{train}/b": 1, f"{val}/a": 1, f"{test}/b": 3, "extra/a": 1}
+    source = find_source(str(write_class_folders(root, counts)))
+    assert {s: len(p.labels) for s, p in source.parts.items()} == {"train": 3, "val": 1, "test": 3}
+    assert source.parts["test"].labels.tolist() == [1, 1, 1]
+    assert source.parts["val"].ids[0] == f"{val}/a/0.png"
+    assert any("extra" in note for note in source.notes)
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    source = find_source(str(write_class_folders(tmp_path / "x", {"train": 2, "bus": 2})))
+    assert source.classes == ("bus", "train")
+
+
+def test_classes_match_by_name_in_any_unicode_form(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    root = tmp_path / "x"
+    source = find_source(
+        str(
+            write_class_folders(
+                root, {f"train/{composed}": 1, "train/tea": 1, f"test/{decomposed}": 1}
+            )
+        )
+    )
+    assert source.classes == (composed, "tea")
+    assert source.parts["test"].labels.tolist() == [0]
+    with pytest.raises(DataError, match="differ only in their Unicode form"):
+        find_source(
+            str(write_class_folders(tmp_path / "y", {composed: 1, decomposed: 1, "tea": 1}))
+        )
+    # Otherwise the images of one folder would replace those of the other.
+    both = {f"train/{composed}": 1, "train/tea": 1, f"test/{composed}": 1, f"test/{decomposed}": 1}
+    with pytest.raises(DataError, match="differ only in their Unicode form"):
+        find_source(str(write_class_folders(tmp_path / "z", both)))
+
+
+@pytest.mark.parametrize(
+    ("counts", "messages"),
+    [
+        ({}, ["no class folders"]),
+        ({"a": 0, "b": 0}, ["no images"]),
+        ({"a": 1, "b": 0, "c": 0}, ["without images: b, c"]),
+        ({"a": 3}, ["only one class folder: a"]),
+        (
+            {"train/Cat": 1, "train/dog": 1, "train/none": 0, "test/cat": 1, "val/cow": 1},
+            ["without images: none", r"in test .* 'cat' \(train has 'Cat'\)", "in val .* 'cow'"],
+        ),
+        ({"train/a": 1, "train/b": 1, "training/a": 1}, ["two train folders: train, training"]),
+        ({"test/a": 1, "val/a": 1}, ["no train folder"]),
+        ({"train": 2, "test": 2}, ["splits without class folders"]),
+    ],
+)
+def test_problems_of_a_folder_are_reported(
+    tmp_path: Path, counts: dict[str, int], messages: list[str]
+) -> None:
+    root = tmp_path / "x"
+    root.mkdir()
+    with pytest.raises(DataError) as caught:
+        find_source(str(write_class_folders(root, counts)))
+    assert str(root) in caught.value.where
+    for message in messages:
+        assert re.search(message, caught.value.what), caught.value.what
+    assert caught.value.fix
+
+
+def test_a_set_for_evaluation_may_have_one_class_and_empty_ones(tmp_path: Path) -> None:
+    one = find_source(str(write_class_folders(tmp_path / "one", {"a": 3})), tested=True)
+    assert (one.classes, one.parts["train"].labels.tolist()) == (("a",), [0, 0, 0])
+    empty = find_source(str(write_class_folders(tmp_path / "two", {"a": 0, "b": 2})), tested=True)
+    assert (empty.classes, empty.parts["train"].labels.tolist()) == (("a", "b"), [1, 1])
+
+
+def test_splits_of_a_set_for_evaluation_may_differ_in_their_classes(tmp_path: Path) -> None:
+    counts = {"train/a": 2, "val/b": 1, "test/c": 1, "test/a": 0}
+    source = find_source(str(write_class_folders(tmp_path / "three", counts)), tested=True)
+    assert source.classes == ("a", "b", "c")
+    labels = {split: part.labels.tolist() for split, part in source.parts.items()}
+    assert labels == {"train": [0, 0], "val": [1], "test": [2]}
+    source = find_source(str(write_class_folders(tmp_path / "one", {"test/c": 2})), tested=True)
+    assert (source.classes, list(source.parts)) == (("c",), ["test"])
+
+
+@pytest.mark.parametrize("counts", [{"d": 0}, {}, {"test/c": 0, "val/c": 0}])
+def test_a_set_for_evaluation_must_have_images(tmp_path: Path, counts: dict[str, int]) -> None:
+    root = tmp_path / "x"
+    root.mkdir()
+    with pytest.raises(DataError, match=r"no class folders|no images in any class"):
+        find_source(str(write_class_folders(root, counts)), tested=True)
+
+
+def test_classes_one_level_deeper_are_suggested(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        find_source(str(write_class_folders(tmp_path / "x", {"flowers/a": 1, "flowers/b": 1})))
+    assert str(tmp_path / "x" / "flowers") in caught.value.fix
+
+
+def test_link_cycles_are_skipped_and_special_files_counted(tmp_path: Path) -> None:
+    root = write_class_folders(tmp_path / "x", {"a": 2, "b": 1})
+    elsewhere = write_class_folders(tmp_path / "elsewhere", {"inner": 1})
+    (root / "a" / "loop").symlink_to(root)
+    (root / "a" / "self").symlink_to(root / "a")
+    (root / "b" / "more").symlink_to(elsewhere)
+    (elsewhere / "inner" / "back").symlink_to(elsewhere)
+    (root / "b" / "one.png").symlink_to(root / "a" / "0.png")
+    (root / "b" / "gone.png").symlink_to(root / "nowhere.png")
+    os.mkfifo(root / "a" / "pipe.png")
+    (root / "a" / "ring.png").symlink_to("ring.png")
+    (root / "b" / "unmounted").symlink_to("/no/such/disk")
+    (root / "notes.txt").symlink_to("/no/such/disk/notes.txt")
+    (root / "c").symlink_to("/no/such/disk/c")
+    source = find_source(str(root))
+    assert list(source.parts["train"].ids) == [
+        "a/0.png",
+        "a/1.png",
+        "b/0.png",
+        "b/more/inner/0.png",
+        "b/one.png",
+    ]
+    assert source.notes == (
+        "6 broken links, pipes or devices were left out: a/pipe.png, a/ring.png, b/gone.png, "
+        "b/unmounted, c and 1 more",
+    )
+
+
+def test_classes_on_an_unmounted_disk_are_reported(tmp_path: Path) -> None:
+    disk = write_class_folders(tmp_path / "disk", {"a": 2, "b": 2})
+    root = tmp_path / "x"
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            (root / name / f"{i}.png").symlink_to(disk / name / f"{i}.png")
+    assert len(find_source(str(root)).parts["train"].labels) == 4
+    (disk / "a").rename(tmp_path / "away")
+    with pytest.raises(DataError, match=r"without images: a; broken links.*: a/0.png, a/1.png"):
+        find_source(str(root))
+    write_class_folders(root, {"train/a": 1, "train/b": 1})
+    (root / "val").symlink_to("/no/such/disk/val")
+    assert any("left out: " in note and "val" in note for note in find_source(str(root)).notes)
+
+
+def test_a_long_scan_reports_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_class_folders(tmp_path / "x", {"a": 2, "b": 2})
+    find_source(str(root))
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(image_folder, "NOTICE_AFTER_S", 0.0)
+    find_source(str(root))
+    notices = capsys.readouterr().err.splitlines()
+    assert notices == [f"{root}: looking for images, {n} files so far" for n in (2, 4)]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files_are_found_in_a_minute_of_cpu_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = write_image(tmp_path / "one.png").read_bytes()
+    root = tmp_path / "x"
+    for name in map(str, range(10)):
+        (root / name).mkdir(parents=True)
+        for i in range(10_000):
+            (root / name / f"{i}.png").write_bytes(content)
+    start = time.process_time()
+    part = find_source(str(root)).parts["train"]
+    seconds = time.process_time() - start
+    assert len(part.labels) == 100_000
+    assert seconds < 60
+    with capsys.disabled():
+        print(f"\n100,000 files found in {seconds:.2f} s of CPU time")
+
+
+def test_file_names_that_are_not_utf_8_are_escaped(tmp_path: Path) -> None:
+    root = write_class_folders(tmp_path / "x", {"a": 1, "b": 1})
+    write_image(root / "c.png").rename(os.fsdecode(os.fsencode(root / "a") + b"/\xff.png"))
+    part = find_source(str(root)).parts["train"]
+    assert "a/\\udcff.png" in part.ids
+    for image_id in part.ids:
+        image_id.encode()
+    assert all(os.path.exists(path) for path in part.images)  # type: ignore[union-attr]
