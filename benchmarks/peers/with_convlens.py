@@ -65,7 +65,7 @@ def _data(row: Row) -> Data:
         train=split,
         val=nothing,
         fingerprint="",
-        how={},
+        split_descriptions={},
         held_out={},
         skipped=[],
         notes=(),

@@ -81,9 +81,9 @@ class ViewBatches:
         """The epoch's batches from number `start` on; epochs count from 1."""
         return self.views[(epoch - 1) % len(self.views)].epoch(epoch, start)
 
-    def numbers(self, epoch: int, step: int) -> list[int]:
-        """As `Batches.numbers`."""
-        return self.views[0].numbers(epoch, step)
+    def sample_indices(self, epoch: int, step: int) -> list[int]:
+        """As `Batches.sample_indices`."""
+        return self.views[0].sample_indices(epoch, step)
 
 
 def trainable_head(model: nn.Module, prefix: Sequence[str]) -> nn.Module:

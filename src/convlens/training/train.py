@@ -246,7 +246,7 @@ def _training_records(
         raise
     except loop.NonFiniteLoss as error:
         error.locate_first_nonfinite(setup.trained, len(setup.feed.batches))
-        numbers = setup.feed.batches.numbers(error.epoch, error.step - 1)
+        numbers = setup.feed.batches.sample_indices(error.epoch, error.step - 1)
         ids = [setup.data.train.ids[number] for number in numbers]
         told = {"epoch": error.epoch, "step": error.step, "lr": error.lr, "images": ids}
         run_dir.update_metadata({"diverged": told})
@@ -326,7 +326,7 @@ def _run_metadata(asked: Recipe, setup: TrainingJob) -> dict[str, Any]:
             "name": data.name,
             "fingerprint": data.fingerprint,
             "classes": list(data.classes),
-            "splits": data.how,
+            "splits": data.split_descriptions,
             "skipped": data.skipped,
         },
         "weights": setup.weights,

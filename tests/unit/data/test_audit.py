@@ -110,7 +110,7 @@ def test_the_splits_are_those_of_training(root: Path) -> None:
         for split, ids in {**loaded.held_out, "train": list(loaded.train.ids)}.items():
             expected = sum(i.startswith(name) for i in ids)
             assert found.counts[name][split] == expected, (name, split)
-    assert found.how == loaded.how
+    assert found.how == loaded.split_descriptions
 
 
 # Faults
@@ -231,12 +231,12 @@ def test_close_pairs_are_exactly_those_of_brute_force() -> None:
         hashes[i + 1] = hashes[i] ^ np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64))
     hashes[300:320] = hashes[300]
     apart = np.bitwise_count(hashes[:, None] ^ hashes[None])
-    expected = np.argwhere(np.triu(apart <= duplicates.DISTANCE, 1))
+    expected = np.argwhere(np.triu(apart <= duplicates.MAX_HASH_DISTANCE, 1))
     found, complete = duplicates.close_pairs(hashes)
     assert complete
     assert np.array_equal(found, expected)
     assert len(expected) > 240
-    some, complete = duplicates.close_pairs(hashes, most=50)
+    some, complete = duplicates.close_pairs(hashes, max_pairs=50)
     assert not complete
     assert len(some) == 50
 

@@ -21,7 +21,7 @@ from convlens.data.cache import (
     FixedSizeRecords,
     Reader,
     StoredRows,
-    TakenRows,
+    IndexedRows,
     decode_images,
     in_memory,
 )
@@ -177,7 +177,7 @@ def test_without_a_cache_large_sets_are_decoded_again(tmp_path: Path) -> None:
     assert isinstance(found.rows, DecodedRows)
     assert found.rows.shape == (40, 1, 8, 8)
     assert found.rows.gather(index(39, 1, 39))[:, 0, 0, 0].tolist() == [39, 1, 39]
-    taken = found.rows.take(index(10, 20, 30))
+    taken = found.rows.subset(index(10, 20, 30))
     assert taken.gather(index(2, 0))[:, 0, 0, 0].tolist() == [30, 10]
     Image.new("L", (8, 8), 77).save(paths[5])
     os.unlink(paths[6])
@@ -293,7 +293,7 @@ def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         failing(patch, errno.ESTALE)
         with pytest.raises(ResourceError, match="Stale") as caught:
-            stored._again.gather(index(1))
+            stored._source.gather(index(1))
     assert caught.value.where == paths[1]
 
 
@@ -341,11 +341,11 @@ def test_rows_taken_from_rows(tmp_path: Path) -> None:
     assert whole.in_memory_tensor() is whole.images
     assert stored.in_memory_tensor() is None
     for rows in (stored, whole):
-        once = rows.take(index(19, 5, 7, 0))
-        twice = once.take(index(3, 1))
+        once = rows.subset(index(19, 5, 7, 0))
+        twice = once.subset(index(3, 1))
         assert once.shape == (4, 1, 8, 8)
         assert twice.gather(index(0, 1, 1))[:, 0, 0, 0].tolist() == [0, 5, 5]
-    assert isinstance(stored.take(index(1)).take(index(0)), TakenRows)
+    assert isinstance(stored.subset(index(1)).subset(index(0)), IndexedRows)
 
 
 def test_rows_beyond_the_end_are_an_error(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from convlens.data.cache import ArrayRows, TakenRows
+from convlens.data.cache import ArrayRows, IndexedRows
 from convlens.data.dataset import Split, channel_stats, load_data, load_external_data
 from convlens.errors import DataError
 from convlens.recipe import DataConfig
@@ -48,8 +48,8 @@ def test_digits_are_split_in_three_and_test_is_sealed() -> None:
     ids = [*data.train.ids, *data.val.ids, *test.ids]
     assert len(set(ids)) == 1797
     assert data.held_out == {"val": list(data.val.ids), "test": list(test.ids)}
-    assert data.how["val"].startswith("270 of 1,797 training images held out (15%, stratified")
-    assert set(data.how) == {"train", "val", "test"}
+    assert data.split_descriptions["val"].startswith("270 of 1,797 training images held out (15%, stratified")
+    assert set(data.split_descriptions) == {"train", "val", "test"}
     assert data.train.labels.dtype == torch.int64
     for split in (data.train, data.val, test):
         assert split.rows.shape == (len(split.ids), 1, 8, 8)
@@ -84,7 +84,7 @@ def test_the_sources_own_splits_are_kept(tmp_path: Path) -> None:
     assert data.held_out == {}
     assert data.val.labels.tolist() == [0, 0, 0]
     assert data.unseal_test().labels.tolist() == [1, 1, 1, 1]
-    assert data.how["test"] == "4 images of the source's own split"
+    assert data.split_descriptions["test"] == "4 images of the source's own split"
 
 
 def test_only_what_is_missing_is_held_out(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_per_class_is_taken_after_the_split(tmp_path: Path) -> None:
     assert np.bincount(tiny.train.labels).tolist() == [5, 5]
     assert tiny.val.ids == whole.val.ids
     assert set(tiny.train.ids) < set(whole.train.ids)
-    assert tiny.how["train"].startswith("10 of 42 training images: 5 of each class")
+    assert tiny.split_descriptions["train"].startswith("10 of 42 training images: 5 of each class")
     assert tiny.fingerprint != whole.fingerprint
     with pytest.raises(DataError, match=r"per_class=15.*b \(14\)"):
         load_data(DataConfig(name=name, per_class=15), memory_budget=PLENTY)
@@ -124,7 +124,7 @@ def test_groups_of_a_csv_stay_together(tmp_path: Path) -> None:
     groups = [{who[i] for i in s.ids} for s in (data.train, data.val, data.unseal_test())]
     assert all(groups)
     assert len(set.union(*groups)) == sum(map(len, groups)) == 10
-    assert "groups by 'who' kept together" in data.how["val"]
+    assert "groups by 'who' kept together" in data.split_descriptions["val"]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DataConfi
 
 def test_beyond_the_budget_the_same_images_are_read_when_asked_for(source: DataConfig) -> None:
     small, large = load_data(source, memory_budget=100), load_data(source, memory_budget=PLENTY)
-    assert isinstance(small.train.rows, TakenRows)
+    assert isinstance(small.train.rows, IndexedRows)
     assert isinstance(large.train.rows, ArrayRows)
     assert small.train.rows.in_memory_tensor() is None
     assert large.train.rows.in_memory_tensor() is not None

@@ -62,7 +62,7 @@ def test_folds_of_a_csv_keep_groups_together() -> None:
         groups = [{who[i] for i in s.ids} for s in (data.train, data.val, data.unseal_test())]
         assert not groups[0] & groups[1]
         assert not (groups[0] | groups[1]) & groups[2]
-        assert "groups by 'who' kept together" in data.how["val"]
+        assert "groups by 'who' kept together" in data.split_descriptions["val"]
         seen += data.val.ids
     assert len(seen) == len(set(seen)) == 48 - len(data.unseal_test())
 
@@ -75,9 +75,9 @@ def test_a_total_per_class_counts_training_and_validation() -> None:
     assert len(few.val) == 30
     assert not {*few.train.ids, *few.val.ids} & set(few.unseal_test().ids)
     assert (
-        few.how["train"] == "170 of 200 images (20 of each class of 1,527): what was not held out"
+        few.split_descriptions["train"] == "170 of 200 images (20 of each class of 1,527): what was not held out"
     )
-    assert few.how["val"].startswith("30 of 200 images (20 of each class of 1,527) held out (15%")
+    assert few.split_descriptions["val"].startswith("30 of 200 images (20 of each class of 1,527) held out (15%")
     more, other = digits(total_per_class=30), digits(total_per_class=20, seed=1)
     assert {*few.train.ids, *few.val.ids} < {*more.train.ids, *more.val.ids}
     assert {*few.train.ids, *few.val.ids} != {*other.train.ids, *other.val.ids}
@@ -98,8 +98,8 @@ def test_without_a_validation_split_all_but_test_is_trained_on() -> None:
     assert set(bare.train.ids) == {*whole.train.ids, *whole.val.ids}
     assert bare.unseal_test().ids == whole.unseal_test().ids
     assert bare.held_out == {"val": [], "test": whole.held_out["test"]}
-    assert bare.how["val"] == "none (data.val_fraction=0)"
-    assert bare.how["train"] == "1,527 of 1,797 training images: what was not held out"
+    assert bare.split_descriptions["val"] == "none (data.val_fraction=0)"
+    assert bare.split_descriptions["train"] == "1,527 of 1,797 training images: what was not held out"
 
 
 def test_validation_images_of_the_source_are_trained_on_where_it_is_drawn_anew() -> None:
@@ -112,7 +112,7 @@ def test_validation_images_of_the_source_are_trained_on_where_it_is_drawn_anew()
     # The test split is drawn from the train part in either case: a refit meets no new images.
     assert bare.unseal_test().ids == plain.unseal_test().ids
     assert all(i.startswith("train") for i in bare.unseal_test().ids)
-    assert "the source's own validation images among them" in bare.how["train"]
+    assert "the source's own validation images among them" in bare.split_descriptions["train"]
     pixels = bare.train.rows.gather(bare.train.labels.new_tensor([0, len(bare.train) - 1]))
     first, last = bare.train.labels[0], bare.train.labels[-1]
     for image, label in zip(pixels, (first, last), strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convlens.data.cache import ArrayRows, StoredRows, channel_sums
+from convlens.data.cache import ArrayRows, StoredRows, image_checksums
 from convlens.data.loader import Augment, Batches, Normalize, to_unit
 from convlens.data.transforms.pipeline import build_pipeline
 from convlens.data.transforms.random import SampleInfo
@@ -209,7 +209,7 @@ def test_the_stored_images_are_never_changed() -> None:
 def stored(images: Tensor) -> StoredRows:
     Path("pixels").write_bytes(images.numpy().tobytes())
     never: Any = None  # nothing is damaged, so nothing is decoded again
-    return StoredRows(Path("pixels"), tuple(images.shape), channel_sums(images.numpy()), never)
+    return StoredRows(Path("pixels"), tuple(images.shape), image_checksums(images.numpy()), never)
 
 
 @pytest.mark.parametrize("kind", ["streamed", "stored", "taken", "array"])
@@ -219,7 +219,7 @@ def test_streamed_rows_give_the_batches_of_resident_ones(kind: str, start: int) 
     rows = {
         "streamed": lambda: Streamed(images),
         "stored": lambda: stored(images),
-        "taken": lambda: stored(torch.cat([images, images])).take(torch.arange(50)),
+        "taken": lambda: stored(torch.cat([images, images])).subset(torch.arange(50)),
         "array": lambda: ArrayRows(images),
     }[kind]()
     assert (rows.in_memory_tensor() is None) == (kind != "array")

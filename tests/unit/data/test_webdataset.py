@@ -518,7 +518,7 @@ def test_rows_stream_beyond_the_budget_only(tmp_path: Path) -> None:
         assert torch.equal(whole.train.rows.gather(index), other.train.rows.gather(index))
         assert other.fingerprint == whole.fingerprint
         assert other.train.shards is not None
-        assert torch.equal(other.train.shards.of, torch.arange(40) // 10)
+        assert torch.equal(other.train.shards.shard_ids, torch.arange(40) // 10)
     # Decoded for a larger budget already, but the budget is what was asked for.
     assert not isinstance(streamed.train.rows, StoredRows)
 
@@ -563,13 +563,13 @@ def test_shards_are_told_of_before_they_are_read(
     train = dataset.load_data(DataConfig(name=str(root), image_size=8), memory_budget=1000).train
     assert train.shards is not None
     told: list[int] = []
-    spy = ShardOrder(train.shards.of, told.extend)
+    spy = ShardOrder(train.shards.shard_ids, told.extend)
     normalize = Normalize([0.5] * 3, [0.5] * 3)
     batches = Batches(train, batch_size=4, normalize=normalize, plan=PLAN, seed=1, shards=spy)
     order = epoch_order(40, 1, 1, spy)
     for step, _ in enumerate(batches.epoch(1)):
         # Those of the two batches (half a window) behind this one, too.
-        assert set(train.shards.of[order[: 4 * (step + 3)]].tolist()) <= set(told)
+        assert set(train.shards.shard_ids[order[: 4 * (step + 3)]].tolist()) <= set(told)
     assert set(told) == set(range(8))
 
 

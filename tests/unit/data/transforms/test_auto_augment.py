@@ -16,7 +16,7 @@ from convlens.data.transforms import auto_augment, color
 from convlens.data.transforms.auto_augment import (
     NARROW,
     OPERATIONS,
-    SIGNED,
+    N_SIGNED,
     WIDE,
     OpAssignment,
     PolicySpace,
@@ -95,7 +95,7 @@ def test_operations_and_strengths_are_torchvisions(
     assert set(listed) == set(OPERATIONS) == set(SLOW)
     for number, (name, mine) in enumerate(zip(OPERATIONS, table, strict=True)):
         strengths, signed = listed[name]
-        assert signed == (number < SIGNED), name
+        assert signed == (number < N_SIGNED), name
         expected = strengths(bins, height, width)
         assert torch.equal(mine, torch.zeros(bins) if expected is None else expected.float()), name
 
@@ -164,7 +164,7 @@ def test_operations_are_dealt_in_equal_shares_and_strengths_uniformly() -> None:
     assert abs(float((shifts < 0).float().mean()) - 10 / 22) < 0.1
     seen = torch.bincount((shifts.abs() / 3.2).round().long(), minlength=11)
     assert (seen - 300 / 11).abs().max() < 22
-    assert drawn.magnitudes[SIGNED:].min() >= 0
+    assert drawn.magnitudes[N_SIGNED:].min() >= 0
 
 
 def test_one_image_meets_every_operation_alike() -> None:
