@@ -66,7 +66,7 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue += torch.lerp(6 * blue_above_green - 2, -6 * blue_above_green, red_is_highest)
     hue = hue.abs_().add_(turns.view(-1, 1, 1), alpha=6)
     hue -= (hue / 6).floor_().mul_(6)
-    # Red is full up to a distance of 1 from hue 0 and zero from 2 on; green around 2, blue around 4.
+    # Red is full up to a distance of 1 from hue 0, zero from 2 on; green is at 2, blue at 4.
     # The distance of red is measured from the opposite hue, to avoid the wrap-around at 0.
     table = constant((3.0, 2.0, 4.0, 1.0, -1.0, -1.0, -1.0, 2.0, 2.0), images.device)
     opposite, sign, offset = table.view(3, 1, 3, 1, 1)
@@ -280,7 +280,7 @@ def cutout(
     return erase(images, boxes, random_color(value, images))
 
 
-# Operations of the automatic policies. Where they have a strength, it is one per image, float32 `[N]`.
+# Operations of the automatic policies. Strengths are one number per image, float32 `[N]`.
 # All return new images.
 
 
