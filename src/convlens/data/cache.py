@@ -12,7 +12,7 @@ stay in their files (shards beyond the memory budget), the store has all parts b
 
 Damaged data are never used: a store whose end has another hash is built again, and an image whose
 pixels have another checksum is decoded from its file again. (Checking all pixels at each start
-would read sets larger than the memory twice.)
+would read sets that exceed the memory one more time.)
 """
 
 from __future__ import annotations

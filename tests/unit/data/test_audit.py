@@ -120,8 +120,8 @@ def test_unreadable_files_are_all_listed_with_reasons(root: Path) -> None:
     folder(root, {"a": 12, "b": 12})
     (root / "a" / "empty.png").write_bytes(b"")
     (root / "a" / "text.png").write_text("this is no picture\n" * 10)
-    whole = save(noise(900, (300, 300)), root / "b" / "cut.jpg").read_bytes()
-    (root / "b" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    content = save(noise(900, (300, 300)), root / "b" / "cut.jpg").read_bytes()
+    (root / "b" / "cut.jpg").write_bytes(content[: len(content) // 2])
     report = audit_of(root)
     assert report.images == 24
     reasons = {Path(u.id).name: (u.label, u.reason) for u in report.unreadable}

@@ -133,13 +133,13 @@ def test_damaged_store_is_built_again(
     paths = files(tmp_path / "a", 10)
     decode_images(paths, GREY8, memory_budget=PLENTY)
     (pixels,) = store.glob("*.pixels")
-    whole = pixels.read_bytes()
-    pixels.write_bytes({"cut": whole[:-20], "garbage": b"x" * 50, "empty": b""}[damage])
+    intact = pixels.read_bytes()
+    pixels.write_bytes({"cut": intact[:-20], "garbage": b"x" * 50, "empty": b""}[damage])
     seen = decodes(monkeypatch)
     found = decode_images(paths, GREY8, memory_budget=PLENTY)
     assert len(seen) == 10
     assert found.rows.gather(index(9))[0, 0, 0, 0] == 9
-    assert pixels.read_bytes() == whole
+    assert pixels.read_bytes() == intact
 
 
 def test_interrupted_decoding_leaves_no_file(
@@ -348,10 +348,10 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -
 
 def test_subsets_of_rows(tmp_path: Path) -> None:
     stored = decode_images(files(tmp_path / "a", 20), GREY8, memory_budget=PLENTY).rows
-    whole = in_memory(stored, chunk=7)
-    assert whole.in_memory_tensor() is whole.images
+    loaded = in_memory(stored, chunk=7)
+    assert loaded.in_memory_tensor() is loaded.images
     assert stored.in_memory_tensor() is None
-    for rows in (stored, whole):
+    for rows in (stored, loaded):
         once = rows.subset(index(19, 5, 7, 0))
         twice = once.subset(index(3, 1))
         assert once.shape == (4, 1, 8, 8)

@@ -99,13 +99,13 @@ def test_only_missing_splits_are_held_out(tmp_path: Path) -> None:
 
 def test_per_class_is_taken_after_the_split(tmp_path: Path) -> None:
     name = folder(tmp_path / "x", {"a": 40, "b": 20})
-    whole = load_data(DataConfig(name=name), memory_budget=PLENTY)
+    full = load_data(DataConfig(name=name), memory_budget=PLENTY)
     tiny = load_data(DataConfig(name=name, per_class=5), memory_budget=PLENTY)
     assert np.bincount(tiny.train.labels).tolist() == [5, 5]
-    assert tiny.val.ids == whole.val.ids
-    assert set(tiny.train.ids) < set(whole.train.ids)
+    assert tiny.val.ids == full.val.ids
+    assert set(tiny.train.ids) < set(full.train.ids)
     assert tiny.split_descriptions["train"].startswith("10 of 42 training images: 5 of each class")
-    assert tiny.fingerprint != whole.fingerprint
+    assert tiny.fingerprint != full.fingerprint
     with pytest.raises(DataError, match=r"per_class=15.*b \(14\)"):
         load_data(DataConfig(name=name, per_class=15), memory_budget=PLENTY)
 
@@ -230,13 +230,13 @@ def test_images_beyond_the_budget_are_read_from_disk_and_equal(source: DataConfi
     assert small.train.rows.in_memory_tensor() is None
     assert large.train.rows.in_memory_tensor() is not None
     assert small.fingerprint == large.fingerprint
-    for one, other in (
+    for streamed, in_memory in (
         (small.train, large.train),
         (small.val, large.val),
         (small.unseal_test(), large.unseal_test()),
     ):
-        assert one.ids == other.ids
-        assert torch.equal(everything(one), everything(other))
+        assert streamed.ids == in_memory.ids
+        assert torch.equal(everything(streamed), everything(in_memory))
 
 
 def test_fingerprint_changes_with_one_image(tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_mnist_has_its_known_sizes_and_statistics(monkeypatch: pytest.MonkeyPatc
     assert data.train.rows.shape == (51_000, 1, 28, 28)
     assert data.val.rows.shape == (9_000, 1, 28, 28)
     assert np.bincount(test.labels)[:3].tolist() == [980, 1135, 1032]
-    whole, _, _, _ = load_external_data(
+    train, _, _, _ = load_external_data(
         "mnist", "train", image_size=28, channels=1, fit="crop", memory_budget=PLENTY
     )
-    mean, std = channel_stats(whole)  # the well-known 0.1307 and 0.3081
+    mean, std = channel_stats(train)  # the well-known 0.1307 and 0.3081
     assert (round(mean[0], 3), round(std[0], 3)) == (0.131, 0.308)

@@ -220,8 +220,8 @@ def test_unreadable_files_have_a_reason(tmp_path: Path) -> None:
     assert "web page" in reason(path)
     path.write_bytes(bytes(range(256)))
     assert "known format" in reason(path)
-    whole = encoded(Image.fromarray(rgb(64, 64)), "PNG")
-    path.write_bytes(whole[: len(whole) // 2])
+    intact = encoded(Image.fromarray(rgb(64, 64)), "PNG")
+    path.write_bytes(intact[: len(intact) // 2])
     assert "cut short" in reason(path)
     jpeg = tmp_path / "a.jpg"
     jpeg.write_bytes(encoded(Image.fromarray(rgb(64, 64)), "JPEG")[:-400])
@@ -243,17 +243,17 @@ def test_flipped_bits_raise_unreadable_image_only() -> None:
 
 def test_png_with_wrong_checksum_or_missing_end_is_refused() -> None:
     """Pillow accepts both: it checks nothing after the last row."""
-    whole = encoded(Image.fromarray(rgb(64, 64)), "PNG")
-    data = whole.index(b"IDAT")
-    length = int.from_bytes(whole[data - 4 : data], "big")
+    intact = encoded(Image.fromarray(rgb(64, 64)), "PNG")
+    data = intact.index(b"IDAT")
+    length = int.from_bytes(intact[data - 4 : data], "big")
     for at in (data + 4 + length, data + 4 + length - 1):  # the sum itself, zlib's own
-        bad = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+        bad = intact[:at] + bytes([intact[at] ^ 1]) + intact[at + 1 :]
         with pytest.raises(UnreadableImage, match="damaged"):
             decode(bad, size=8, channels=3, fit="crop")
     for cut in (1, 12, 13, 16):
         with pytest.raises(UnreadableImage, match="cut short"):
-            decode(whole[:-cut], size=8, channels=3, fit="crop")
-    assert decode(whole + b"more", size=8, channels=3, fit="crop").shape == (3, 8, 8)
+            decode(intact[:-cut], size=8, channels=3, fit="crop")
+    assert decode(intact + b"more", size=8, channels=3, fit="crop").shape == (3, 8, 8)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -289,8 +289,8 @@ def test_other_formats_are_refused() -> None:
 
 
 def test_probe_image_reads_headers_only(tmp_path: Path) -> None:
-    whole = encoded(Image.fromarray(rgb(50, 70)), "JPEG")
-    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) - 200])
+    intact = encoded(Image.fromarray(rgb(50, 70)), "JPEG")
+    (tmp_path / "half.jpg").write_bytes(intact[: len(intact) - 200])
     facts = probe_image(tmp_path / "half.jpg")
     assert (facts.width, facts.height, facts.mode, facts.grey) == (70, 50, "RGB", False)
     Image.fromarray(RAMP).save(tmp_path / "grey.png")

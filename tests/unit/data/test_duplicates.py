@@ -40,9 +40,9 @@ def test_close_pairs_equal_those_of_an_exhaustive_search() -> None:
     assert complete
     assert np.array_equal(found, expected)
     assert len(expected) > 240
-    some, complete = duplicates.close_pairs(hashes, max_pairs=50)
+    limited, complete = duplicates.close_pairs(hashes, max_pairs=50)
     assert not complete
-    assert len(some) == 50
+    assert len(limited) == 50
 
 
 def test_no_pairs_of_zero_or_one_image() -> None:

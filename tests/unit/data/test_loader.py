@@ -130,12 +130,12 @@ def test_each_channel_has_its_own_normalization() -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_step_only() -> None:
     made = batches(augment=noisy)
-    whole = list(made.epoch(2))
+    all_batches = list(made.epoch(2))
     for start in range(len(made) + 1):
         torch.manual_seed(start)  # must not matter
         rest = list(made.epoch(2, start))
-        assert len(rest) == len(whole) - start
-        for batch, expected in zip(rest, whole[start:], strict=True):
+        assert len(rest) == len(all_batches) - start
+        for batch, expected in zip(rest, all_batches[start:], strict=True):
             assert torch.equal(batch[0], expected[0])
             assert torch.equal(batch[1], expected[1])
 

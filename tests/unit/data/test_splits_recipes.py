@@ -58,22 +58,22 @@ def test_folds_of_a_csv_keep_groups_together() -> None:
 
 
 def test_total_per_class_counts_training_and_validation_images() -> None:
-    whole, few = digits(), digits(total_per_class=20)
-    assert few.unseal_test().ids == whole.unseal_test().ids
-    both = np.bincount(few.train.labels) + np.bincount(few.val.labels)
+    full, selected = digits(), digits(total_per_class=20)
+    assert selected.unseal_test().ids == full.unseal_test().ids
+    both = np.bincount(selected.train.labels) + np.bincount(selected.val.labels)
     assert both.tolist() == [20] * 10
-    assert len(few.val) == 30
-    assert not {*few.train.ids, *few.val.ids} & set(few.unseal_test().ids)
+    assert len(selected.val) == 30
+    assert not {*selected.train.ids, *selected.val.ids} & set(selected.unseal_test().ids)
     assert (
-        few.split_descriptions["train"]
+        selected.split_descriptions["train"]
         == "170 of 200 images (20 of each class of 1,527): those not held out"
     )
-    assert few.split_descriptions["val"].startswith(
+    assert selected.split_descriptions["val"].startswith(
         "30 of 200 images (20 of each class of 1,527) held out (15%"
     )
-    more, other = digits(total_per_class=30), digits(total_per_class=20, seed=1)
-    assert {*few.train.ids, *few.val.ids} < {*more.train.ids, *more.val.ids}
-    assert {*few.train.ids, *few.val.ids} != {*other.train.ids, *other.val.ids}
+    more, other_seed = digits(total_per_class=30), digits(total_per_class=20, seed=1)
+    assert {*selected.train.ids, *selected.val.ids} < {*more.train.ids, *more.val.ids}
+    assert {*selected.train.ids, *selected.val.ids} != {*other_seed.train.ids, *other_seed.val.ids}
     with pytest.raises(DataError, match=r"data\.total_per_class=200") as caught:
         digits(total_per_class=200)
     assert "at most data.total_per_class=" in caught.value.fix
@@ -86,11 +86,11 @@ def test_total_per_class_with_folds() -> None:
 
 
 def test_without_validation_all_but_test_images_are_trained_on() -> None:
-    whole, bare = digits(), digits(val_fraction=0)
+    full, bare = digits(), digits(val_fraction=0)
     assert len(bare.val) == 0
-    assert set(bare.train.ids) == {*whole.train.ids, *whole.val.ids}
-    assert bare.unseal_test().ids == whole.unseal_test().ids
-    assert bare.held_out == {"val": [], "test": whole.held_out["test"]}
+    assert set(bare.train.ids) == {*full.train.ids, *full.val.ids}
+    assert bare.unseal_test().ids == full.unseal_test().ids
+    assert bare.held_out == {"val": [], "test": full.held_out["test"]}
     assert bare.split_descriptions["val"] == "none (data.val_fraction=0)"
     assert bare.split_descriptions["train"] == "1,527 of 1,797 training images: those not held out"
 
@@ -113,8 +113,8 @@ def test_source_validation_images_join_training_if_validation_is_drawn() -> None
         assert bare.classes[label] == ("red", "green", "blue")[brightest]
     seen = [i for k in range(2) for i in load(root, folds=2, fold=k).val.ids]
     assert sorted(seen) == sorted(bare.train.ids)
-    few = load(root, total_per_class=5)
-    assert len(few.train) + len(few.val) == 10
+    selected = load(root, total_per_class=5)
+    assert len(selected.train) + len(selected.val) == 10
 
 
 def test_refit_has_the_same_test_split_for_tiny_classes() -> None:

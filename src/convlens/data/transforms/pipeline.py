@@ -65,7 +65,7 @@ def positive(value: Any, _: RuleContext) -> str:
     return "" if _is_number(value) and value > 0 else "a number above 0"
 
 
-def whole(low: int, high: int) -> Rule:
+def integer(low: int, high: int) -> Rule:
     """A whole number from `low` to `high`."""
     valid = f"a whole number from {low} to {high}"
     return lambda value, _: "" if _is_integer(value) and low <= value <= high else valid
@@ -138,13 +138,13 @@ def one_of(*choices: str) -> Rule:
     return lambda value, _: "" if value in choices else " or ".join(choices)
 
 
-def shares(value: Any, _: RuleContext) -> str:
+def fractions(value: Any, _: RuleContext) -> str:
     """Largest shift as fractions of width and height."""
     is_valid = _are_numbers(value, 2) and all(0 <= v <= 1 for v in value)
     return "" if is_valid else "two numbers [x, y] from 0 to 1 (fractions of width and height)"
 
 
-def shade(value: Any, context: RuleContext) -> str:
+def color_value(value: Any, context: RuleContext) -> str:
     """A grey value in 0..1, or one value for each channel."""
     if _is_number(value):
         return "" if 0 <= value <= 1 else "from 0 (black) to 1 (white)"
@@ -154,13 +154,13 @@ def shade(value: Any, context: RuleContext) -> str:
     return "a number from 0 to 1, or one for each channel"
 
 
-def shade_or_random(value: Any, context: RuleContext) -> str:
-    """As `shade`, or the word `random`."""
-    valid_shade = "" if value == "random" else shade(value, context)
-    return valid_shade and f"{valid_shade}, or random"
+def color_value_or_random(value: Any, context: RuleContext) -> str:
+    """As `color_value`, or the word `random`."""
+    valid_color = "" if value == "random" else color_value(value, context)
+    return valid_color and f"{valid_color}, or random"
 
 
-def pixels(value: Any, context: RuleContext) -> str:
+def padding_width(value: Any, context: RuleContext) -> str:
     """Padding in whole pixels, less than the image size."""
     values = value if isinstance(value, list | tuple) else [value]
     if not all(map(_is_integer, values)) or len(values) not in (1, 2, 4) or min(values) < 0:
@@ -170,7 +170,7 @@ def pixels(value: Any, context: RuleContext) -> str:
     return ""
 
 
-def side(value: Any, context: RuleContext) -> str:
+def square_side(value: Any, context: RuleContext) -> str:
     """Side of a square in whole pixels, at most the image size."""
     if not _is_integer(value) or value < 1:
         return "a whole number >= 1 (pixels)"
@@ -345,7 +345,11 @@ AUGMENTS: dict[str, Augmentation] = {
     "RandomVerticalFlip": Augmentation(geometry.random_vertical_flip, {"p": PROBABILITY}),
     "RandomCrop": Augmentation(
         geometry.random_crop,
-        {"padding": pixels, "padding_mode": one_of("constant", "reflect", "edge"), "fill": shade},
+        {
+            "padding": padding_width,
+            "padding_mode": one_of("constant", "reflect", "edge"),
+            "fill": color_value,
+        },
     ),
     "RandomResizedCrop": Augmentation(
         geometry.random_resized_crop,
@@ -355,16 +359,16 @@ AUGMENTS: dict[str, Augmentation] = {
         geometry.random_affine,
         {
             "degrees": angles(360, 2),
-            "translate": optional(shares),
+            "translate": optional(fractions),
             "scale": optional(interval(0, above=True)),
             "shear": optional(angles(89, 2, 4)),
             "interpolation": SAMPLING,
-            "fill": shade,
+            "fill": color_value,
         },
     ),
     "RandomRotation": Augmentation(
         geometry.random_rotation,
-        {"degrees": angles(360, 2), "interpolation": SAMPLING, "fill": shade},
+        {"degrees": angles(360, 2), "interpolation": SAMPLING, "fill": color_value},
     ),
     "RandomErasing": Augmentation(
         color.random_erasing,
@@ -372,10 +376,12 @@ AUGMENTS: dict[str, Augmentation] = {
             "p": PROBABILITY,
             "scale": interval(0, 1),
             "ratio": interval(0, above=True),
-            "value": shade_or_random,
+            "value": color_value_or_random,
         },
     ),
-    "Cutout": Augmentation(color.cutout, {"size": side, "p": PROBABILITY, "value": shade}),
+    "Cutout": Augmentation(
+        color.cutout, {"size": square_side, "p": PROBABILITY, "value": color_value}
+    ),
     "ColorJitter": Augmentation(
         color.color_jitter,
         {
@@ -392,17 +398,17 @@ AUGMENTS: dict[str, Augmentation] = {
     "RandomGrayscale": Augmentation(color.random_grayscale, {"p": PROBABILITY}),
     "TrivialAugmentWide": Augmentation(
         auto_augment.trivial_augment_wide,
-        {"num_magnitude_bins": whole(2, 1000), "interpolation": SAMPLING, "fill": shade},
+        {"num_magnitude_bins": integer(2, 1000), "interpolation": SAMPLING, "fill": color_value},
         needs_full_batch=True,
     ),
     "RandAugment": Augmentation(
         auto_augment.rand_augment,
         {
-            "num_ops": whole(1, 100),
+            "num_ops": integer(1, 100),
             "magnitude": below("num_magnitude_bins", 31),
-            "num_magnitude_bins": whole(2, 1000),
+            "num_magnitude_bins": integer(2, 1000),
             "interpolation": SAMPLING,
-            "fill": shade,
+            "fill": color_value,
         },
         needs_full_batch=True,
     ),

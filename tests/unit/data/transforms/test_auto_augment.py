@@ -39,13 +39,13 @@ def pictures(n: int = 28, channels: int = 3, height: int = 18, width: int = 22) 
     return images.round() / 255
 
 
-def moved(image: Tensor, mode: str, **how: Any) -> Tensor:
+def moved(image: Tensor, mode: str, **arguments: Any) -> Tensor:
     still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
-    return reference.affine(image, **{**still, **how}, interpolation=mode, fill=None)
+    return reference.affine(image, **{**still, **arguments}, interpolation=mode, fill=None)
 
 
-def in_bytes(change: Callable[..., Tensor], image: Tensor, *how: Any) -> Tensor:
-    return change((image * 255).round().to(torch.uint8), *how).float() / 255
+def in_bytes(change: Callable[..., Tensor], image: Tensor, *arguments: Any) -> Tensor:
+    return change((image * 255).round().to(torch.uint8), *arguments).float() / 255
 
 
 SLOW: dict[str, Callable[[Tensor, float, str], Tensor]] = {
@@ -81,20 +81,22 @@ def assigned(drawn: OpAssignment, count: int) -> list[tuple[str, float]]:
 # Strengths
 
 
-@pytest.mark.parametrize(("space", "theirs"), SPACES)
+@pytest.mark.parametrize(("space", "torchvision_class"), SPACES)
 @pytest.mark.parametrize("bins", [2, 5, 10, 31, 33])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (17, 224)])
 def test_operations_and_strengths_equal_torchvisions(
-    space: PolicySpace, theirs: Any, bins: int, height: int, width: int
+    space: PolicySpace, torchvision_class: Any, bins: int, height: int, width: int
 ) -> None:
     table = auto_augment.magnitudes(space, bins, height, width, torch.device("cpu"))
-    listed = theirs._AUGMENTATION_SPACE
+    listed = torchvision_class._AUGMENTATION_SPACE
     assert set(listed) == set(OPERATIONS) == set(SLOW)
-    for number, (name, mine) in enumerate(zip(OPERATIONS, table, strict=True)):
+    for number, (name, magnitudes) in enumerate(zip(OPERATIONS, table, strict=True)):
         strengths, signed = listed[name]
         assert signed == (number < N_SIGNED), name
         expected = strengths(bins, height, width)
-        assert torch.equal(mine, torch.zeros(bins) if expected is None else expected.float()), name
+        assert torch.equal(
+            magnitudes, torch.zeros(bins) if expected is None else expected.float()
+        ), name
 
 
 @pytest.mark.parametrize("space", [WIDE, NARROW])
@@ -136,9 +138,9 @@ def test_fill_is_the_color_outside() -> None:
 @pytest.mark.parametrize("magnitude", [0, 9, 30])
 def test_rand_augment_applies_its_assignments_in_order(magnitude: int) -> None:
     images = pictures(30)
-    how: dict[str, Any] = {"space": NARROW, "bins": 31, "count": 3, "magnitude": magnitude}
+    arguments: dict[str, Any] = {"space": NARROW, "bins": 31, "count": 3, "magnitude": magnitude}
     expected = images
-    for drawn in auto_augment.assign_operations(images, seeded(5), **how):
+    for drawn in auto_augment.assign_operations(images, seeded(5), **arguments):
         expected = auto_augment.apply_assignment(
             expected, drawn, interpolation="bilinear", fill=0.1
         )

@@ -49,10 +49,15 @@ def test_grayscale_equals_torchvisions() -> None:
     images = pictures(8)
     result = color.random_grayscale(images, seeded(), p=1)
     compare(result, images, lambda x, _: reference.rgb_to_grayscale(x, 3))
-    some = color.random_grayscale(images, seeded(), p=0.5)
-    changed = [not torch.equal(mine, x) for mine, x in zip(some, images, strict=True)]
+    result_of_half = color.random_grayscale(images, seeded(), p=0.5)
+    changed = [
+        not torch.equal(transformed, x)
+        for transformed, x in zip(result_of_half, images, strict=True)
+    ]
     assert 0 < sum(changed) < 8
-    compare(some, images, lambda x, i: reference.rgb_to_grayscale(x, 3) if changed[i] else x)
+    compare(
+        result_of_half, images, lambda x, i: reference.rgb_to_grayscale(x, 3) if changed[i] else x
+    )
 
 
 def order_of(drawn: color.Jitter, i: int) -> list[str]:
@@ -130,10 +135,15 @@ def test_sharpness_equals_torchvisions(channels: int, height: int) -> None:
 
 def test_random_sharpness_changes_chosen_images_only() -> None:
     images = pictures(16)
-    some = color.random_adjust_sharpness(images, seeded(), sharpness_factor=2.5, p=0.5)
-    changed = [not torch.equal(mine, x) for mine, x in zip(some, images, strict=True)]
+    result_of_half = color.random_adjust_sharpness(images, seeded(), sharpness_factor=2.5, p=0.5)
+    changed = [
+        not torch.equal(transformed, x)
+        for transformed, x in zip(result_of_half, images, strict=True)
+    ]
     assert 0 < sum(changed) < 16
-    compare(some, images, lambda x, i: reference.adjust_sharpness(x, 2.5) if changed[i] else x)
+    compare(
+        result_of_half, images, lambda x, i: reference.adjust_sharpness(x, 2.5) if changed[i] else x
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -179,7 +189,7 @@ def test_cutout_equals_the_mask_of_the_paper(size: int) -> None:
     boxes = color.draw_cutout(images, seeded(2), size=size, p=0.7)
     result = color.cutout(images, seeded(2), size=size, p=0.7, value=[0.1, 0.5, 0.9])
     fill, uncut = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1), 0
-    for image, mine, top, left, height in zip(images, result, *boxes[:3], strict=True):
+    for image, transformed, top, left, height in zip(images, result, *boxes[:3], strict=True):
         expected = image.clone()
         if height:
             y, x = int(top) + size // 2, int(left) + size // 2  # the pixel in the middle
@@ -189,7 +199,7 @@ def test_cutout_equals_the_mask_of_the_paper(size: int) -> None:
             below, right = y - size // 2 + size, x - size // 2 + size
             expected[:, top_left[0] : below, top_left[1] : right] = fill
             uncut += int((expected != image).any(0).sum() == size * size)
-        assert torch.equal(mine, expected)
+        assert torch.equal(transformed, expected)
     touched = int((boxes.height > 0).sum())
     assert 20 <= touched <= 36
     assert uncut == touched if size == 1 else uncut < touched

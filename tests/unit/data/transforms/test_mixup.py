@@ -92,12 +92,12 @@ def test_mixup_equals_torchvisions() -> None:
     images, labels = batch()
     drawn = mixup.draw_mix(images, seeded(4), alpha=0.6, p=0.8)
     mixed, shares = mixup.apply_mixup(images, labels, drawn)
-    theirs = v2.MixUp(alpha=0.6, num_classes=5)
+    torchvision_mix = v2.MixUp(alpha=0.6, num_classes=5)
     for i in range(len(images)):
-        two, their_labels = pair(images, labels, drawn, i)
-        how = {"lam": float(drawn.share[i]), "labels": their_labels, "batch_size": 2}
-        torch.testing.assert_close(mixed[i], theirs.transform(two, how)[1])
-        torch.testing.assert_close(shares[i], theirs.transform(their_labels, how)[1])
+        two, pair_labels = pair(images, labels, drawn, i)
+        arguments = {"lam": float(drawn.share[i]), "labels": pair_labels, "batch_size": 2}
+        torch.testing.assert_close(mixed[i], torchvision_mix.transform(two, arguments)[1])
+        torch.testing.assert_close(shares[i], torchvision_mix.transform(pair_labels, arguments)[1])
 
 
 def box(drawn: MixParameters, i: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -116,15 +116,15 @@ def test_cutmix_equals_torchvisions() -> None:
     images, labels = batch(60)
     drawn = mixup.draw_mix(images, seeded(4), alpha=1.0, p=0.8)
     mixed, shares = mixup.apply_cutmix(images, labels, drawn)
-    theirs = v2.CutMix(alpha=1.0, num_classes=5)
+    torchvision_mix = v2.CutMix(alpha=1.0, num_classes=5)
     for i in range(len(images)):
-        two, their_labels = pair(images, labels, drawn, i)
+        two, pair_labels = pair(images, labels, drawn, i)
         x1, y1, x2, y2 = box(drawn, i, 9, 12)
         left = 1.0 - (x2 - x1) * (y2 - y1) / (9 * 12)
-        how = {"box": (x1, y1, x2, y2), "lam_adjusted": left, "labels": their_labels}
-        how["batch_size"] = 2
-        assert torch.equal(mixed[i], theirs.transform(two, how)[1])
-        torch.testing.assert_close(shares[i], theirs.transform(their_labels, how)[1])
+        arguments = {"box": (x1, y1, x2, y2), "lam_adjusted": left, "labels": pair_labels}
+        arguments["batch_size"] = 2
+        assert torch.equal(mixed[i], torchvision_mix.transform(two, arguments)[1])
+        torch.testing.assert_close(shares[i], torchvision_mix.transform(pair_labels, arguments)[1])
 
 
 def test_cutmix_labels_are_weighted_by_pixels() -> None:
@@ -149,9 +149,9 @@ def test_mixed_images_can_be_mixed_again() -> None:
     found, shares = mixed_twice(images, labels.argmax(1), 5)
     g = seeded(7)
     once = mixup.random_mix_up(images, labels, g, p=0.5)
-    expected, their_shares = mixup.random_cut_mix(*once, g, p=0.5)
+    expected, expected_shares = mixup.random_cut_mix(*once, g, p=0.5)
     assert torch.equal(found, expected)
-    assert torch.equal(shares, their_shares)
+    assert torch.equal(shares, expected_shares)
     torch.testing.assert_close(shares.sum(1), torch.ones(40))
     assert int((shares > 0).sum(1).max()) > 2
 
@@ -197,9 +197,9 @@ def test_training_step_with_mixed_labels_of_small_example() -> None:
     result = loop.TrainLoop(model, optimizer, criterion, PLAN).train_step(images, labels)
     expected = 0.0
     for row, shares in zip(logits, labels.tolist(), strict=True):
-        whole = math.log(sum(math.exp(v) for v in row))
+        log_normalizer = math.log(sum(math.exp(v) for v in row))
         smooth = [0.7 * share + 0.3 / 3 for share in shares]
-        expected += sum(s * (whole - v) for s, v in zip(smooth, row, strict=True)) / 2
+        expected += sum(s * (log_normalizer - v) for s, v in zip(smooth, row, strict=True)) / 2
     assert float(result.loss) == pytest.approx(expected, rel=1e-5)
     assert int(result.num_correct) == 1
 

@@ -121,9 +121,9 @@ def test_names_and_arguments_equal_torchvisions(name: str) -> None:
     if name in UNKNOWN_TO_TORCHVISION:
         assert not hasattr(v2, name)
         return
-    theirs = set(inspect.signature(getattr(v2, name)).parameters)
+    torchvision_arguments = set(inspect.signature(getattr(v2, name)).parameters)
     added = {"p"} if name in MIXES else set()
-    assert set({**AUGMENTS, **MIXES}[name].rules) <= theirs | added
+    assert set({**AUGMENTS, **MIXES}[name].rules) <= torchvision_arguments | added
 
 
 # Probabilities
