@@ -24,12 +24,12 @@ from helpers.support import train_records
 from recording import record  # isort: skip
 
 import torch
-from convlens.training.setup import build_training_job
 
 from convlens import recipe
 from convlens.data.dataset import load_data
 from convlens.run import RunDir
 from convlens.training.checkpoint import SAVE_INTERVAL_S, CheckpointManager, model_snapshot
+from convlens.training.setup import build_training_job
 
 DATA = {"name": "digits", "per_class": 10, "image_size": 32, "channels": 3}
 PLAIN = {"memory_format": "contiguous", "precision": "fp32"}

@@ -148,7 +148,7 @@ def evaluated(model: nn.Module, loaded: data.Data) -> tuple[float, float]:
     # Neighbours differ, since equal ones are quicker: what branches a pooling takes is then known.
     step = max(1, len(loaded.val) // count - 1) | 1
     index = torch.arange(count) * step % len(loaded.val)
-    part = data.Split(loaded.val.rows.take(index), loaded.val.labels[index], [""] * count)
+    part = data.Split(loaded.val.rows.subset(index), loaded.val.labels[index], [""] * count)
 
     def some() -> None:
         normalize = Normalize([0.5] * 3, [0.25] * 3)

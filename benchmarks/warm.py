@@ -36,7 +36,6 @@ def warm(
 ) -> dict[str, Any]:
     """`seeds` runs of a recipe after one that isn't counted, steps taken as `step` says."""
     import torch
-    from convlens.training.setup import _some_images, build_training_job
 
     from convlens import device, models, optim
     from convlens.data.cache import ArrayRows
@@ -44,6 +43,7 @@ def warm(
     from convlens.engine import inference
     from convlens.engine.loop import TrainLoop
     from convlens.recipe import load_recipe
+    from convlens.training.setup import _some_images, build_training_job
     from convlens.utils import process
 
     process.keep_freed_memory()

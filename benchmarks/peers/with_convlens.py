@@ -6,13 +6,13 @@ What `train` does around the loop is left out as it is for the peers: bar, valid
 from __future__ import annotations
 
 import torch
-from convlens.training.setup import build_training_job
 
 from convlens import device, recipe
 from convlens.data.cache import ArrayRows
 from convlens.data.dataset import Data, Split
 from convlens.engine import loop
 from convlens.runtime import RuntimeContext
+from convlens.training.setup import build_training_job
 from convlens.utils import process
 from helpers.support import train_records
 from turns import Row, Turns, serve
@@ -67,7 +67,7 @@ def _data(row: Row) -> Data:
         train=split,
         val=nothing,
         fingerprint="",
-        how={},
+        split_descriptions={},
         held_out={},
         skipped=[],
         notes=(),

@@ -213,7 +213,7 @@ def leaky_folder() -> Path:
 
 def test_copies_that_do_harm_are_told_when_a_training_begins() -> None:
     root = leaky_folder()
-    said = "images that are there more than once"
+    said = "images that occur more than once"
     done = here("train", root, *NET)
     assert done.code == 0, done.err
     assert (

@@ -197,7 +197,7 @@ def test_images_that_it_was_trained_on_are_counted() -> None:
         split_of = {row["id"]: row["split"] for row in csv.DictReader(file)}
     trained = sum(split == "train" for split in split_of.values())
     assert 0 < trained < 24
-    said = "images are among those that the model was trained on"
+    said = "images were also used for training (the same files)"
     done = here("evaluate", "mine", "--data", root)
     assert f"{root}: {trained} of 24 {said}" in done.err
     # By content, whatever they are called.

@@ -1,7 +1,8 @@
-"""What is in a data set, and what is wrong with it, before anything is trained.
+"""Audit of a data set: its properties and problems, found before training.
 
-Every image is decoded once at its own size. Files that can't be read, classes too small to be
-split and the like are listed, never raised: the audit is for sets that training would refuse.
+Every image is decoded once at its own size, and a few facts of each are kept. Unreadable files,
+classes too small to be split and similar problems are listed, not raised: the audit is meant for
+sets that training would refuse.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from convlens.data.decode import (
 )
 from convlens.data.duplicates import Duplicates
 from convlens.data.sources import REMARKS, find_source
-from convlens.data.splits import LoadedPart, make_splits
-from convlens.data.types import DataSource, EncodedFiles, Part
+from convlens.data.splits import LoadedPart, describe_splits, make_splits
+from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
 from convlens.device import usable_cores
 from convlens.errors import DataError
 from convlens.utils.console import ProgressBar, progress_bar
@@ -40,90 +41,226 @@ from convlens.utils.files import MemorySemaphore
 if TYPE_CHECKING:
     from convlens.recipe import DataConfig
 
-
-# ---- looking ----------------------------------------
-# Reads every image of a part once and keeps a few facts of each, for the audit.
-
-_CHUNK = 512
-# Pixels of images at their own size, for all threads.
+SPLIT_NAMES = ("train", "val", "test")
+MIN_CLASS_IMAGES = 10  # training images; a class with fewer is noted
+MAX_CLASS_RATIO = 10  # of the largest class to the smallest; from here on it is noted
+_MAX_SHEET_IMAGES = 96
+_SHEET_ROW = 8  # images of one class
+_MAX_THREADS = 32
+_CHUNK = 512  # images
+# Pixels of images at their own size that all threads hold at once.
 _FULL_SIZE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
-IndexTensor = npt.NDArray[np.int64]
+# Facts that come from the header of a file.
+_HEADER_FACTS = ("mode", "grey", "turned", "alpha", "frames")
+_HEADER_NOTES = {
+    "turned": "{} are turned upright, as their EXIF says",
+    "alpha": "{} have transparency, which becomes white",
+    "frames": "{} have more than one frame: only the first is used",
+}
 
-# What is kept of one image. A structured array: a million images need 1.2 GB, and no objects.
+# Facts of one image. A structured array: a million images need 1.2 GB and no Python objects.
 FILE_FACTS = np.dtype(
     [
         ("width", np.int32),
         ("height", np.int32),
         ("mode", "U12"),
         ("grey", np.bool_),
-        ("turned", np.bool_),  # these three as in `ImageFacts`
+        ("turned", np.bool_),  # this and the next two as in `ImageFacts`
         ("alpha", np.bool_),
         ("frames", np.bool_),
         ("digest", np.uint8, 32),  # SHA-256 of size and pixels as RGB
         ("thumb", np.uint8, (duplicates.HASH_SIDE, duplicates.HASH_SIDE)),
         ("mean", np.float64, 3),  # of each RGB channel, 0..1
-        ("square", np.float64, 3),  # mean of squares
+        ("square", np.float64, 3),  # mean of the squares
     ]
 )
 FileFacts = npt.NDArray[np.void]
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that can't be decoded, and the reason."""
+
+    id: str
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of `audit`; `to_dict` is what `--json` prints."""
+
+    name: str
+    images: int  # number of readable images; all facts are about these
+    counts: dict[str, dict[str, int]]  # class -> split -> number of images
+    how: dict[str, str]  # split -> where its images come from, in words
+    width: tuple[int, float, int]  # smallest, median, largest, in pixels
+    height: tuple[int, float, int]
+    sizes: int  # number of different sizes
+    modes: dict[str, int]  # Pillow's name -> number of images, most common first
+    channels: int  # 1 if every image is grey
+    mean: list[float]  # of each channel over the training images, 0..1, all images weigh the same
+    std: list[float]
+    plain: int  # number of images of a single color
+    turned: int  # number of images turned by their EXIF orientation
+    alpha: int  # number of images with an alpha channel or a transparent color
+    frames: int  # number of images with several frames; the first is used
+    unreadable: list[Unreadable]
+    duplicates: Duplicates  # groups of equal pixels
+    near_duplicates: Duplicates  # pairs that look the same
+    problems: list[str]  # reasons why training will refuse the set
+    notes: list[str]  # other observations
+    _train: Part = field(repr=False)
+    _sheet_numbers: list[int] = field(repr=False)  # training images in the contact sheet
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the public fields as plain values for JSON."""
+        public = [f.name for f in fields(self) if not f.name.startswith("_")]
+        return {name: _json(getattr(self, name)) for name in public}
+
+    def sheet(self, side: int = 96) -> tuple[Pixels, list[str]]:
+        """Return a contact sheet: training images of every class, and the class of each.
+
+        There are up to eight images of a class, so that a row of eight shows one class. Images
+        are uint8 `[n, C, side, side]`; built-in sets of smaller images keep their size.
+        """
+        names, labels = list(self.counts), self._train.labels
+        titles = [names[labels[i]] for i in self._sheet_numbers]
+        images, channels = self._train.images, self.channels
+        if not isinstance(images, EncodedFiles):
+            # Small images are not resized: plots enlarge them pixel by pixel.
+            size = min(side, max(images.shape[2:]))
+            pixels = images[np.array(self._sheet_numbers, np.int64)]
+            return fit_arrays(pixels, size=size, channels=channels, fit="pad"), titles
+        out = np.zeros((len(titles), channels, side, side), np.uint8)
+        for position, i in enumerate(self._sheet_numbers):
+            content, name = images.read(i), images.name(i)
+            out[position] = decode(content, size=side, channels=channels, fit="pad", name=name)
+        return out, titles
+
+
+def audit(config: DataConfig) -> Audit:
+    """Inspect every image of a data set, in all splits.
+
+    The pixels of the test split are read as well, but only to find copies of its images in other
+    splits: no model is evaluated, and means and the contact sheet use training images only.
+
+    Args:
+        config: The data section of a recipe.
+
+    Raises:
+        DataError: The source is malformed (no classes, an invalid CSV, ...).
+        UsageError: Unknown name.
+    """
+    image_size = None if config.image_size == "auto" else int(config.image_size)
+    source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
+    total = sum(len(part.labels) for part in source.parts.values())
+    with progress_bar("inspecting images", total) as bar:
+        inspected = {name: inspect_images(part, bar) for name, part in source.parts.items()}
+    split_of, how, problems = _assign_splits(config, source, inspected)
+    images = _join_parts(source, inspected, split_of)
+    facts = images.facts
+    counts = _count_by_class(images)
+    mean, std, channels = _channel_stats(images)
+    near, complete = duplicates.near_duplicates(facts["thumb"], facts["digest"])
+    columns = (images.ids, images.splits.tolist(), [source.classes[c] for c in images.labels])
+    return Audit(
+        name=source.name,
+        images=len(facts),
+        counts=counts,
+        how=how,
+        width=_min_median_max(facts["width"]),
+        height=_min_median_max(facts["height"]),
+        sizes=len(np.unique(np.stack([facts["width"], facts["height"]]), axis=1).T),
+        modes={str(mode): n for mode, n in Counter(facts["mode"].tolist()).most_common()},
+        channels=channels,
+        mean=mean,
+        std=std,
+        plain=int(duplicates.is_plain(facts["thumb"]).sum()),
+        turned=int(facts["turned"].sum()),
+        alpha=int(facts["alpha"].sum()),
+        frames=int(facts["frames"].sum()),
+        unreadable=[
+            Unreadable(each.part.ids[i], source.classes[each.part.labels[i]], reason)
+            for each in inspected.values()
+            for i, reason in each.bad.items()
+        ],
+        duplicates=Duplicates.of(duplicates.exact_duplicates(facts["digest"]), *columns),
+        near_duplicates=Duplicates.of(near.tolist(), *columns, complete=complete),
+        problems=problems,
+        notes=[
+            *source.notes,
+            *REMARKS.get(source.name, ()),
+            *_class_notes(source.classes, counts),
+            *_file_notes(facts),
+        ],
+        _train=source.parts["train"],
+        _sheet_numbers=_choose_sheet_images(images),
+    )
+
+
 @dataclass
 class InspectedImages:
-    """One part of the source: facts of all its images, of which `good` could be read."""
+    """One part of a source with the facts of its images."""
 
     part: Part
-    facts: FileFacts
-    bad: dict[int, str] = field(default_factory=dict)
+    facts: FileFacts  # [N]; zeros for unreadable images
+    bad: dict[int, str] = field(default_factory=dict)  # unreadable image -> reason
 
     @property
-    def good(self) -> IndexTensor:
+    def good(self) -> IndexArray:
+        """Numbers of the readable images."""
         return np.delete(np.arange(len(self.facts), dtype=np.int64), list(self.bad))
 
 
 def inspect_images(part: Part, bar: ProgressBar) -> InspectedImages:
-    found = InspectedImages(part, np.zeros(len(part.labels), FILE_FACTS))
+    """Decode all images of a part and collect their facts."""
+    result = InspectedImages(part, np.zeros(len(part.labels), FILE_FACTS))
     for start in range(0, len(part.labels), _CHUNK):
         index = np.arange(start, min(start + _CHUNK, len(part.labels)))
         if isinstance(part.images, EncodedFiles):
-            for i, seen in zip(index, _of_files(part.images, index.tolist()), strict=True):
-                if isinstance(seen, str):
-                    found.bad[int(i)] = seen
+            inspected = _inspect_files(part.images, index.tolist())
+            for i, facts_or_reason in zip(index, inspected, strict=True):
+                if isinstance(facts_or_reason, str):
+                    result.bad[int(i)] = facts_or_reason
                 else:
-                    found.facts[i] = seen
+                    result.facts[i] = facts_or_reason
         else:
-            found.facts[index] = facts_of(part.images[index])
+            result.facts[index] = facts_of(part.images[index])
         bar.advance(len(index))
-    return found
+    return result
 
 
-def _of_files(files: EncodedFiles, numbers: Sequence[int]) -> Iterator[np.void | str]:
-    pool = ThreadPoolExecutor(min(usable_cores(), 32))
+def _inspect_files(files: EncodedFiles, numbers: Sequence[int]) -> Iterator[np.void | str]:
+    pool = ThreadPoolExecutor(min(usable_cores(), _MAX_THREADS))
     try:
-        yield from pool.map(lambda number: _of_file(files, number), numbers)
+        yield from pool.map(lambda number: _inspect_file(files, number), numbers)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _of_file(files: EncodedFiles, number: int) -> np.void | str:
-    """Facts of one file, or the reason why there are none."""
+def _inspect_file(files: EncodedFiles, number: int) -> np.void | str:
+    """Return the facts of one file, or the reason why it is unreadable."""
     try:
         content, path = files.read(number), files.name(number)
         header = probe_image(content, path)
-        # Before the semaphore of `decode`, never after it: the other order could deadlock.
+        # Acquired before the semaphore of `decode`; the reverse order could deadlock.
         with _FULL_SIZE_MEMORY.acquire(header.width * header.height):
             pixels = decode(content, size=None, channels=3, fit="crop", name=path)
             facts = facts_of(pixels[None])
     except UnreadableImage as error:
         return error.reason
-    for name in ("mode", "grey", "turned", "alpha", "frames"):
+    for name in _HEADER_FACTS:
         facts[name] = getattr(header, name)
     record: np.void = facts[0]
     return record
 
 
 def facts_of(images: Pixels) -> FileFacts:
-    """Facts of uint8 `[N, C, H, W]`; grey pictures count as RGB pictures with equal channels."""
+    """Compute the facts of uint8 images `[N, C, H, W]`, structured array `[N]`.
+
+    Grey images count as RGB images with equal channels.
+    """
     n, channels, height, width = images.shape
     facts = np.zeros(n, FILE_FACTS)
     facts["width"], facts["height"] = width, height
@@ -142,201 +279,84 @@ def facts_of(images: Pixels) -> FileFacts:
     return facts
 
 
-FEW_IMAGES = 10  # images of a class: below this it is worth a note
-SKEWED_RATIO = 10  # largest class over smallest: from here it is worth a note
-SPLIT_NAMES = ("train", "val", "test")
-_SHEET = 96  # pictures in a contact sheet
-_MAX_LISTED = {
-    "turned": "{} are turned upright, as their EXIF says",
-    "alpha": "{} have transparency, which becomes white",
-    "frames": "{} have more than one frame: only the first is used",
-}
-
-
 @dataclass(frozen=True)
-class Unreadable:
-    """A file that can't be decoded, and why."""
-
-    id: str
-    label: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Audit:
-    """The result of `audit`; `to_dict` is what `--json` prints."""
-
-    name: str
-    images: int  # readable ones
-    counts: dict[str, dict[str, int]]  # class -> split -> readable images
-    how: dict[str, str]  # split -> where it comes from
-    width: tuple[int, float, int]  # smallest, median, largest, in pixels
-    height: tuple[int, float, int]
-    sizes: int  # different ones
-    modes: dict[str, int]  # Pillow's names, commonest first
-    channels: int  # 1 where every image is grey
-    mean: list[float]  # of train, each channel in 0..1, every image counting the same
-    std: list[float]
-    plain: int  # images of a single colour
-    turned: int  # by their EXIF, as everywhere
-    alpha: int  # with an alpha channel or colour
-    frames: int  # of several frames, the first of which is used
-    unreadable: list[Unreadable]
-    duplicates: Duplicates  # the same pixels
-    near_duplicates: Duplicates  # pairs that look the same
-    problems: list[str]  # what training will refuse
-    notes: list[str]  # what is worth knowing
-    _train: Part = field(repr=False)
-    _shown: list[int] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        public = [f.name for f in fields(self) if not f.name.startswith("_")]
-        return {name: _json(getattr(self, name)) for name in public}
-
-    def sheet(self, side: int = 96) -> tuple[Pixels, list[str]]:
-        """Training images of every class, uint8 `[n, C, side, side]`, and their classes.
-
-        Eight of each class where there is room, so that a row of eight shows one class.
-        """
-        names, labels = list(self.counts), self._train.labels
-        titles = [names[labels[i]] for i in self._shown]
-        images, channels = self._train.images, self.channels
-        if not isinstance(images, EncodedFiles):
-            # Small pictures stay as they are: plots enlarge them pixel by pixel.
-            size = min(side, max(images.shape[2:]))
-            pixels = images[np.array(self._shown, np.int64)]
-            return fit_arrays(pixels, size=size, channels=channels, fit="pad"), titles
-        out = np.zeros((len(titles), channels, side, side), np.uint8)
-        for position, i in enumerate(self._shown):
-            content, name = images.read(i), images.name(i)
-            out[position] = decode(content, size=side, channels=channels, fit="pad", name=name)
-        return out, titles
-
-
-def audit(config: DataConfig) -> Audit:
-    """Looks at every image that `config` names, in all splits.
-
-    The test split's pixels are read as well, but only to find its copies in the other splits:
-    no model is there to be judged, and means and the contact sheet are of train alone.
-
-    Raises:
-        DataError: the source itself can't be made out (no classes, a malformed CSV, ...).
-        UsageError: no such name.
-    """
-    asked = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=asked, group=config.group)
-    total = sum(len(part.labels) for part in source.parts.values())
-    with progress_bar("looking at images", total) as bar:
-        looks = {split: inspect_images(part, bar) for split, part in source.parts.items()}
-    split_of, how, problems = _splits(config, source, looks)
-    every = _joined(source, looks, split_of)
-    facts = every.facts
-    counts = _counts(every)
-    mean, std, channels = _channels(every)
-    near, complete = duplicates.near_duplicates(facts["thumb"], facts["digest"])
-    columns = (every.ids, every.splits.tolist(), [source.classes[c] for c in every.labels])
-    return Audit(
-        name=source.name,
-        images=len(facts),
-        counts=counts,
-        how=how,
-        width=_spread(facts["width"]),
-        height=_spread(facts["height"]),
-        sizes=len(np.unique(np.stack([facts["width"], facts["height"]]), axis=1).T),
-        modes={str(mode): n for mode, n in Counter(facts["mode"].tolist()).most_common()},
-        channels=channels,
-        mean=mean,
-        std=std,
-        plain=int(duplicates.is_plain(facts["thumb"]).sum()),
-        turned=int(facts["turned"].sum()),
-        alpha=int(facts["alpha"].sum()),
-        frames=int(facts["frames"].sum()),
-        unreadable=[
-            Unreadable(found.part.ids[i], source.classes[found.part.labels[i]], reason)
-            for found in looks.values()
-            for i, reason in found.bad.items()
-        ],
-        duplicates=Duplicates.of(duplicates.exact_duplicates(facts["digest"]), *columns),
-        near_duplicates=Duplicates.of(near.tolist(), *columns, complete=complete),
-        problems=problems,
-        notes=[
-            *source.notes,
-            *REMARKS.get(source.name, ()),
-            *_notes(source.classes, counts, facts),
-        ],
-        _train=source.parts["train"],
-        _shown=_samples(every),
-    )
-
-
-# Splits
-
-
-@dataclass(frozen=True)
-class _All:
-    """Every readable image of every part, in one row."""
+class _JoinedImages:
+    """The readable images of all parts, one after the other."""
 
     classes: tuple[str, ...]
     facts: FileFacts
     ids: list[str]
-    labels: IndexTensor
+    labels: IndexArray
     splits: npt.NDArray[np.str_]
-    position: IndexTensor  # where it is in its part
+    numbers: IndexArray  # number of each image in its part
 
 
-def _joined(
-    source: DataSource, looks: dict[str, InspectedImages], split_of: dict[str, npt.NDArray[np.str_]]
-) -> _All:
-    good = {name: found.good for name, found in looks.items()}
-    return _All(
+def _join_parts(
+    source: DataSource,
+    inspected: dict[str, InspectedImages],
+    split_of: dict[str, npt.NDArray[np.str_]],
+) -> _JoinedImages:
+    good = {name: each.good for name, each in inspected.items()}
+    return _JoinedImages(
         source.classes,
-        np.concatenate([found.facts[good[name]] for name, found in looks.items()]),
-        [found.part.ids[i] for name, found in looks.items() for i in good[name].tolist()],
-        np.concatenate([found.part.labels[good[name]] for name, found in looks.items()]),
-        np.concatenate([split_of[name] for name in looks]),
-        np.concatenate([good[name] for name in looks]),
+        np.concatenate([each.facts[good[name]] for name, each in inspected.items()]),
+        [each.part.ids[i] for name, each in inspected.items() for i in good[name].tolist()],
+        np.concatenate([each.part.labels[good[name]] for name, each in inspected.items()]),
+        np.concatenate([split_of[name] for name in inspected]),
+        np.concatenate([good[name] for name in inspected]),
     )
 
 
-def _splits(
-    config: DataConfig, source: DataSource, looks: dict[str, InspectedImages]
+def _assign_splits(
+    config: DataConfig, source: DataSource, inspected: dict[str, InspectedImages]
 ) -> tuple[dict[str, npt.NDArray[np.str_]], dict[str, str], list[str]]:
-    """The split of each readable image as training would make it, how, and what stops that."""
-    own = {name: np.full(len(found.good), name, "U5") for name, found in looks.items()}
-    as_it_is = dict.fromkeys(own, "the source's own; nothing could be held out")
-    train = looks["train"]
-    have = np.bincount(train.part.labels[train.good], minlength=len(source.classes))
-    lost = [source.classes[c] for c in np.flatnonzero(have == 0)]
-    if lost:
-        return own, as_it_is, [f"no readable training image in: {', '.join(lost)}"]
+    """Assign the readable images to splits as training would.
+
+    Returns:
+        The split of each image of each part, where each split comes from, and the problems that
+        training would report. If there are problems, the source's own splits are used.
+    """
+    split_of = {name: np.full(len(each.good), name, "U5") for name, each in inspected.items()}
+    fallback = dict.fromkeys(split_of, "the source's own; nothing could be held out")
+    train = inspected["train"]
+    n_readable = np.bincount(train.part.labels[train.good], minlength=len(source.classes))
+    empty = [source.classes[c] for c in np.flatnonzero(n_readable == 0)]
+    if empty:
+        return split_of, fallback, [f"no readable training image in: {', '.join(empty)}"]
+    no_rows = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
+    parts = {name: LoadedPart(e.part, no_rows, "", e.bad) for name, e in inspected.items()}
+    # Images that a recipe leaves out to train on few are a part of the set all the same.
+    full_config = config.model_copy(update={"per_class": None, "total_per_class": None})
     try:
-        nothing = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
-        opened = {n: LoadedPart(f.part, nothing, "", f.bad) for n, f in looks.items()}
-        # What a tiny recipe leaves aside is part of the set all the same.
-        whole = config.model_copy(update={"per_class": None, "total_per_class": None})
-        _, held, how = make_splits(whole, source, opened)
+        plan = make_splits(full_config, source, parts)
     except DataError as error:
-        return own, as_it_is, [error.what]
-    for split, index in held.items():
-        own["train"][index] = split
-    return own, how, []
+        return split_of, fallback, [error.what]
+    for split, index in plan.held_out.items():
+        split_of["train"][index] = split
+    return split_of, describe_splits(plan, full_config, source, parts), []
 
 
-# Summing up
+def _count_by_class(images: _JoinedImages) -> dict[str, dict[str, int]]:
+    """Count the images of each split (that is not empty) by class."""
+    n_classes = len(images.classes)
+    counts = {
+        split: np.bincount(images.labels[images.splits == split], minlength=n_classes)
+        for split in SPLIT_NAMES
+    }
+    present = [split for split in SPLIT_NAMES if counts[split].any()]
+    return {
+        name: {split: int(counts[split][c]) for split in present}
+        for c, name in enumerate(images.classes)
+    }
 
 
-def _counts(every: _All) -> dict[str, dict[str, int]]:
-    k = len(every.classes)
-    of = {s: np.bincount(every.labels[every.splits == s], minlength=k) for s in SPLIT_NAMES}
-    present = [s for s in SPLIT_NAMES if of[s].any()]
-    return {name: {s: int(of[s][c]) for s in present} for c, name in enumerate(every.classes)}
+def _channel_stats(images: _JoinedImages) -> tuple[list[float], list[float], int]:
+    """Return mean and deviation of the training images' channels, and the number of channels.
 
-
-def _channels(every: _All) -> tuple[list[float], list[float], int]:
-    """Mean and deviation of the training images' channels; every image counts the same."""
-    channels = 1 if len(every.facts) and every.facts["grey"].all() else 3
-    train = every.facts[every.splits == "train"]
+    All images weigh the same, whatever their size.
+    """
+    channels = 1 if len(images.facts) and images.facts["grey"].all() else 3
+    train = images.facts[images.splits == "train"]
     if not len(train):
         return [], [], channels
     mean, square = train["mean"].mean(axis=0), train["square"].mean(axis=0)
@@ -344,64 +364,70 @@ def _channels(every: _All) -> tuple[list[float], list[float], int]:
     return mean[:channels].tolist(), std[:channels].tolist(), channels
 
 
-def _spread(values: npt.NDArray[np.int32]) -> tuple[int, float, int]:
+def _min_median_max(values: npt.NDArray[np.int32]) -> tuple[int, float, int]:
     if not len(values):
         return (0, 0.0, 0)
     return int(values.min()), float(np.median(values)), int(values.max())
 
 
-def _notes(
-    classes: Sequence[str], counts: dict[str, dict[str, int]], facts: FileFacts
-) -> list[str]:
-    """What is not wrong, but has surprised people."""
+def _class_notes(classes: Sequence[str], counts: dict[str, dict[str, int]]) -> list[str]:
+    """Return notes on names and sizes of the classes."""
     notes = []
-    counted = sorted(classes, key=_by_number)
-    if list(classes) == sorted(classes) != counted:
-        at = next(i for i, name in enumerate(classes) if name != counted[i])
+    by_number = sorted(classes, key=_number_key)
+    if list(classes) == sorted(classes) != by_number:
+        first = next(i for i, name in enumerate(classes) if name != by_number[i])
         notes.append(
-            f"classes are in string order, not by number: {classes[at]!r} comes before "
-            f"{counted[at]!r}; predictions go by name, so this matters only to who counts classes"
+            f"classes are in string order, not by number: {classes[first]!r} comes before "
+            f"{by_number[first]!r}; predictions are by name, so this matters only for class indices"
         )
-    folded = Counter(name.casefold() for name in classes)
-    same = [name for name in classes if folded[name.casefold()] > 1]
+    casefolded = Counter(name.casefold() for name in classes)
+    same = [name for name in classes if casefolded[name.casefold()] > 1]
     if same:
         notes.append(f"class names that differ only in case: {', '.join(same)}")
-    train = {name: of.get("train", 0) for name, of in counts.items()}
-    few = [f"{name} ({n})" for name, n in train.items() if n < FEW_IMAGES]
-    if few:
-        more = f" and {len(few) - 5} more" if len(few) > 5 else ""
-        notes.append(f"fewer than {FEW_IMAGES} training images: {', '.join(few[:5])}{more}")
-    most, least = max(train, key=lambda c: train[c]), min(train, key=lambda c: train[c])
-    if train[least] and train[most] >= SKEWED_RATIO * train[least]:
+    train = {name: splits.get("train", 0) for name, splits in counts.items()}
+    small = [f"{name} ({n})" for name, n in train.items() if n < MIN_CLASS_IMAGES]
+    if small:
+        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+        notes.append(f"fewer than {MIN_CLASS_IMAGES} training images: {', '.join(small[:5])}{more}")
+    largest, smallest = max(train, key=lambda c: train[c]), min(train, key=lambda c: train[c])
+    if train[smallest] and train[largest] >= MAX_CLASS_RATIO * train[smallest]:
         notes.append(
-            f"uneven classes: {most} has {train[most]} training images, {least} {train[least]}"
+            f"uneven classes: {largest} has {train[largest]} training images, {smallest} "
+            f"{train[smallest]}"
         )
-    grey = int(facts["grey"].sum())
-    if 0 < grey < len(facts):
-        notes.append(f"grey and colour mixed: {grey} of {len(facts)} images are grey")
-    for name, told in _MAX_LISTED.items():
-        if count := int(facts[name].sum()):
-            notes.append(told.format(f"{count:,} of {len(facts):,} images"))
     return notes
 
 
-def _by_number(name: str) -> list[str | int]:
-    # re.split with a group alternates text and digits, so that like meets like in comparisons.
+def _number_key(name: str) -> list[str | int]:
+    # re.split with a group alternates text and digits, so that only equal types are compared.
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
-def _samples(every: _All) -> list[int]:
-    """Places in the train part of the images to show: evenly spread over each class."""
-    each = min(8, max(1, _SHEET // len(every.classes)))
-    shown: list[int] = []
-    for c in range(min(len(every.classes), _SHEET)):
-        mine = every.position[(every.splits == "train") & (every.labels == c)]
-        at = np.linspace(0, len(mine) - 1, min(each, len(mine))).round().astype(np.int64)
-        shown += mine[at].tolist()
-    return shown
+def _file_notes(facts: FileFacts) -> list[str]:
+    """Return notes on properties of the files that decoding changes."""
+    notes = []
+    grey = int(facts["grey"].sum())
+    if 0 < grey < len(facts):
+        notes.append(f"grey and color mixed: {grey} of {len(facts)} images are grey")
+    for name, note in _HEADER_NOTES.items():
+        if count := int(facts[name].sum()):
+            notes.append(note.format(f"{count:,} of {len(facts):,} images"))
+    return notes
+
+
+def _choose_sheet_images(images: _JoinedImages) -> list[int]:
+    """Return numbers of training images for the contact sheet, evenly spaced over each class."""
+    per_class = min(_SHEET_ROW, max(1, _MAX_SHEET_IMAGES // len(images.classes)))
+    chosen: list[int] = []
+    for c in range(min(len(images.classes), _MAX_SHEET_IMAGES)):
+        numbers = images.numbers[(images.splits == "train") & (images.labels == c)]
+        spaced = np.linspace(0, len(numbers) - 1, min(per_class, len(numbers)))
+        chosen += numbers[spaced.round().astype(np.int64)].tolist()
+    return chosen
 
 
 def _json(value: Any) -> Any:
+    """Convert nested dataclasses, dicts and tuples to values for JSON."""
     if is_dataclass(value):
         return {f.name: _json(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):

@@ -1,14 +1,18 @@
-"""Decode once: image files become a file of uint8 pixels that the next start only opens.
+"""Images by number, as rows, and the decode cache that keeps decoded images on disk.
 
-A store is one file, so that one rename makes it whole or absent:
+Rows give uint8 images for their numbers, whether they are in memory (`ArrayRows`), in a file of
+pixels (`StoredRows`), or converted (`ConvertedRows`) or decoded (`DecodedRows`) for each request.
+
+`decode_images` decodes image files once; the next start only opens the file of pixels, the store.
+A store is one file, so that one rename makes it complete or absent:
 pixels `[N, C, H, W]` | SHA-256 of each image file `[N, 32]` | CRC-32 of each image's pixels
-`[N, 4]` | JSON | its length (8 bytes) | SHA-256 of all but the pixels | magic.
-Its name is a hash over paths, sizes and times of all files and over the conversion. Of images
-that stay where they are (shards beyond the memory budget) the store has all but the pixels.
+`[N, 4]` | JSON | length of the JSON (8 bytes) | SHA-256 of all but the pixels | magic.
+Its name is a hash over the conversion and the paths, sizes and times of all files. If the images
+stay in their files (shards beyond the memory budget), the store has all parts but the pixels.
 
-What is damaged is never trusted: a store whose end has another hash is made anew, and an image
-whose pixels have another sum is decoded from its file again (looking through all pixels at each
-start would read sets larger than memory once more).
+Damaged data are never used: a store whose end has another hash is built again, and an image whose
+pixels have another checksum is decoded from its file again. (Checking all pixels at each start
+would read sets that exceed the memory one more time.)
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +41,8 @@ from rich.markup import escape
 from torch import Tensor
 
 from convlens.data.decode import VERSION, Pixels, UnreadableImage, decode, fit_arrays
-from convlens.data.types import EncodedFiles, ImageSource, raise_if_transient
+from convlens.data.loader import RowReader
+from convlens.data.types import EncodedFiles, ImageSource, IndexArray, raise_if_transient
 from convlens.device import usable_cores
 from convlens.errors import DataError
 from convlens.utils.console import print_status, progress_bar
@@ -51,19 +56,26 @@ from convlens.utils.files import (
     verify_checksum,
 )
 
-# ---- rows ----------------------------------------
-# Images by number: in memory, in a file of pixels on the disk, or decoded when asked for.
-#
-# Every kind has `shape` (N, C, H, W), `gather` (int64 `[B]` -> uint8 `[B, C, H, W]`, on the CPU,
-# from any thread), `resident` and `take`.
-
 Shape = tuple[int, int, int, int]
-ChannelSums = npt.NDArray[np.uint32]
+Checksums = npt.NDArray[np.uint32]
+
+_MAGIC = b"convlns2"
+_TAIL_BYTES = 8 + 32 + 8  # length of the JSON, SHA-256, magic
+_SHA256_BYTES, _CRC32_BYTES = 32, 4  # of each image
+_DECODE_CHUNK = 32  # images
+_MIN_FREE_BYTES = 64 << 20  # left on the disk by a new store
+_MAX_THREADS = 32
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What every image of a set becomes: `[channels, size, size]`, cropped, padded or stretched."""
+    """The shape to which every image of a set is converted: `[channels, size, size]`.
+
+    Args:
+        size: Height and width in pixels.
+        channels: 1 or 3.
+        fit: `crop`, `pad` or `stretch`, as for `decode`.
+    """
 
     size: int
     channels: int
@@ -71,40 +83,29 @@ class Conversion:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of one converted image."""
+        """Size of one converted image in bytes."""
         return self.channels * self.size * self.size
 
     def file(self, content: bytes, path: str) -> Pixels:
-        """The bytes of one image file, converted."""
+        """Decode and convert one image file, given its bytes."""
         return decode(content, size=self.size, channels=self.channels, fit=self.fit, name=path)
 
     def array(self, images: Pixels) -> Pixels:
-        """uint8 `[N, C, H, W]`, converted."""
+        """Convert images, uint8 `[N, C, H, W]`."""
         return fit_arrays(images, size=self.size, channels=self.channels, fit=self.fit)
 
 
-class ImageRows(Protocol):
-    """What a split's images are, wherever they lie."""
+class ImageRows(RowReader, Protocol):
+    """Images by number. Any thread may call `gather`."""
 
-    @property
-    def shape(self) -> Shape: ...
-
-    def gather(self, index: Tensor) -> Tensor:
-        """uint8 `[B, C, H, W]` on the CPU for int64 `[B]`."""
-        ...
-
-    def in_memory_tensor(self) -> Tensor | None:
-        """All images as one tensor where they are in memory already, else None."""
-        ...
-
-    def take(self, index: Tensor) -> ImageRows:
-        """A view of the images `index`, in that order."""
+    def subset(self, index: Tensor) -> ImageRows:
+        """Return a view of the images `index` (int64), in that order."""
         ...
 
 
 @dataclass(frozen=True)
 class ArrayRows:
-    """uint8 `[N, C, H, W]` in memory."""
+    """Images in memory, uint8 `[N, C, H, W]`."""
 
     images: Tensor
 
@@ -119,14 +120,14 @@ class ArrayRows:
     def in_memory_tensor(self) -> Tensor | None:
         return self.images
 
-    def take(self, index: Tensor) -> ImageRows:
-        # A copy on purpose: where nobody holds the whole any more, its memory is freed.
+    def subset(self, index: Tensor) -> ImageRows:
+        # A copy on purpose: the memory of the full tensor is freed once nothing refers to it.
         return ArrayRows(self.images[index])
 
 
 @dataclass(frozen=True)
-class TakenRows:
-    """Some rows of others, by number; holds no pixels."""
+class IndexedRows:
+    """A selection of other rows, by number. Holds no pixels."""
 
     base: ImageRows
     index: Tensor
@@ -141,19 +142,75 @@ class TakenRows:
     def in_memory_tensor(self) -> Tensor | None:
         return None
 
-    def take(self, index: Tensor) -> ImageRows:
-        return TakenRows(self.base, self.index[index])
+    def subset(self, index: Tensor) -> ImageRows:
+        return IndexedRows(self.base, self.index[index])
+
+
+class Reader:
+    """A file that several threads can read at any offset at the same time.
+
+    It stays readable if the file is deleted or replaced. It reads with `preadv` and not through a
+    memory map: the pages of a map count as memory of the process, so that a set larger than the
+    budget would exceed it.
+
+    Raises:
+        OSError: The file can't be opened.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = os.fspath(path)
+        self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115 (closed in `__del__`)
+        self._lock = threading.Lock()
+
+    def facts(self) -> os.stat_result:
+        """Return the status of the open file."""
+        return os.fstat(self._file.fileno())
+
+    def fill(self, into: memoryview, offset: int) -> None:
+        """Fill `into` with the bytes from `offset` on.
+
+        Raises:
+            DataError: The file ends before that.
+            ResourceError: The disk or the network fails.
+        """
+        while len(into):
+            try:
+                count = self._read_into(into, offset)
+            except OSError as error:
+                raise cannot_read(self.path, error) from error
+            if count == 0:
+                raise DataError(
+                    "a file of images was cut short while in use",
+                    where=self.path,
+                    fix="delete it and run the same command again",
+                )
+            into, offset = into[count:], offset + count
+
+    def _read_into(self, into: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [into], offset)
+        with self._lock:  # Windows
+            self._file.seek(offset)
+            return self._file.readinto(into) or 0
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):  # not set if the file could not be opened
+            self._file.close()
 
 
 class FixedSizeRecords:
-    """A file of `count` records of `size` bytes each, after `header` bytes; thread-safe."""
+    """A file of `count` records of `size` bytes each, after `header` bytes. Thread-safe."""
 
     def __init__(self, path: Path, size: int, count: int, header: int = 0) -> None:
         self.path, self.size, self.count, self.header = path, size, count, header
         self._reader = Reader(path)
 
     def read(self, numbers: Sequence[int]) -> Pixels:
-        """uint8 `[B, size]`; neighbours in `numbers` are read in one go."""
+        """Return the records `numbers`, uint8 `[B, size]`. Consecutive numbers are read at once.
+
+        Raises:
+            IndexError: A number is out of range.
+        """
         if numbers and not (min(numbers) >= 0 and max(numbers) < self.count):
             raise IndexError(f"records {min(numbers)} to {max(numbers)} of {self.count}")
         out = np.empty((len(numbers), self.size), np.uint8)
@@ -169,7 +226,7 @@ class FixedSizeRecords:
 
 
 class ConvertedRows:
-    """Images of a source that are read, or drawn, and converted whenever they are asked for."""
+    """Images of a source that are converted for each request."""
 
     def __init__(self, images: ImageSource, conversion: Conversion) -> None:
         size, channels = conversion.size, conversion.channels
@@ -182,17 +239,18 @@ class ConvertedRows:
     def in_memory_tensor(self) -> Tensor | None:
         return None
 
-    def take(self, index: Tensor) -> ImageRows:
-        return TakenRows(self, index)
+    def subset(self, index: Tensor) -> ImageRows:
+        return IndexedRows(self, index)
 
 
 class DecodedRows:
-    """Encoded images that are decoded whenever they are asked for, by a few threads.
+    """Image files that several threads decode for each request.
 
     Args:
-        files: where they are read from.
-        digests: SHA-256 of each as it was at the start, uint8 `[N, 32]`.
-        conversion: from file to uint8 `[C, H, W]`.
+        files: The image files.
+        digests: SHA-256 of each file at the start, uint8 `[N, 32]`.
+        conversion: The shape of the result.
+        threads: Number of threads.
     """
 
     def __init__(
@@ -210,21 +268,21 @@ class DecodedRows:
     def gather(self, index: Tensor) -> Tensor:
         out = np.empty((len(index), *self.shape[1:]), np.uint8)
         numbers = index.tolist()
-        # A few images a task: small ones are decoded faster than a task is handed over.
+        # Several images per task: a small image is decoded faster than a task is submitted.
         step = max(1, min(16, len(numbers) // (4 * self._threads)))
 
-        def some(start: int) -> None:
+        def decode_range(start: int) -> None:
             for position in range(start, min(start + step, len(numbers))):
-                out[position] = self._image(numbers[position])
+                out[position] = self._decode(numbers[position])
 
         with ThreadPoolExecutor(self._threads) as pool:
-            for _ in pool.map(some, range(0, len(numbers), step)):
+            for _ in pool.map(decode_range, range(0, len(numbers), step)):
                 pass
         return torch.from_numpy(out)
 
-    def _image(self, number: int) -> Pixels:
+    def _decode(self, number: int) -> Pixels:
         name = self._files.name(number)
-        fix = "leave the images alone during a run; run the same command again"
+        fix = "do not change the images during a run; run the same command again"
         try:
             content = self._files.read(number)
         except UnreadableImage as error:
@@ -239,57 +297,60 @@ class DecodedRows:
     def in_memory_tensor(self) -> Tensor | None:
         return None
 
-    def take(self, index: Tensor) -> ImageRows:
-        return TakenRows(self, index)
+    def subset(self, index: Tensor) -> ImageRows:
+        return IndexedRows(self, index)
 
 
 class StoredRows:
-    """Pixels in a file, row after row; only the rows asked for are read.
+    """Images in a file of pixels; only the requested rows are read.
 
-    Each is held against its sum. One that was damaged is decoded again, and the file is deleted,
-    so that the next start makes a whole one.
+    The checksum of each row is verified. A damaged row is decoded from its image file again, and
+    the file of pixels is deleted, so that the next start builds it again.
 
     Args:
-        sums: what `sums_of` said of the pixels when they were written, `[N]`.
-        again: the same images, decoded from their files.
+        path: The file of pixels.
+        shape: Shape of all images, `(N, C, H, W)`.
+        checksums: `image_checksums` of the pixels when they were written, `[N]`.
+        source: The same images, decoded from their files.
     """
 
-    def __init__(self, path: Path, shape: Shape, sums: ChannelSums, again: DecodedRows) -> None:
+    def __init__(self, path: Path, shape: Shape, checksums: Checksums, source: DecodedRows) -> None:
         self.shape = shape
         self._records = FixedSizeRecords(path, int(np.prod(shape[1:])), shape[0])
-        self._sums, self._again = sums, again
-        self._told = False
+        self._checksums, self._source = checksums, source
+        self._damage_reported = False
 
     def gather(self, index: Tensor) -> Tensor:
         numbers = index.numpy()
         rows = self._records.read(numbers.tolist())
-        damaged = np.flatnonzero(channel_sums(rows) != self._sums[numbers])
+        damaged = np.flatnonzero(image_checksums(rows) != self._checksums[numbers])
         if len(damaged):
-            self._mend(rows, numbers, damaged)
+            self._report_damage()
+            repaired = self._source.gather(as_index(numbers[damaged]))
+            rows[damaged] = repaired.numpy().reshape(len(damaged), -1)
         return torch.from_numpy(rows).view(len(index), *self.shape[1:])
 
-    def _mend(self, rows: Pixels, numbers: npt.NDArray[np.int64], damaged: Any) -> None:
+    def _report_damage(self) -> None:
+        if self._damage_reported:
+            return
+        self._damage_reported = True
         path = self._records.path
-        if not self._told:
-            self._told = True
-            print_status(
-                f"the cache of decoded images is damaged ({escape(str(path))}): what is damaged "
-                "is decoded again, and the cache is rebuilt at the next start"
-            )
-            with contextlib.suppress(OSError):
-                path.unlink()
-        wanted = as_index(numbers[damaged])
-        rows[damaged] = self._again.gather(wanted).numpy().reshape(len(damaged), -1)
+        print_status(
+            f"the cache of decoded images is damaged ({escape(str(path))}): damaged images are "
+            "decoded again, and the cache is rebuilt at the next start"
+        )
+        with contextlib.suppress(OSError):
+            path.unlink()
 
     def in_memory_tensor(self) -> Tensor | None:
         return None
 
-    def take(self, index: Tensor) -> ImageRows:
-        return TakenRows(self, index)
+    def subset(self, index: Tensor) -> ImageRows:
+        return IndexedRows(self, index)
 
 
 def in_memory(rows: ImageRows, chunk: int = 1024) -> ArrayRows:
-    """The same rows read into memory once, piece by piece."""
+    """Read all rows into memory, `chunk` images at a time."""
     images = torch.empty(rows.shape, dtype=torch.uint8)
     for start in range(0, rows.shape[0], chunk):
         numbers = torch.arange(start, min(start + chunk, rows.shape[0]))
@@ -297,35 +358,30 @@ def in_memory(rows: ImageRows, chunk: int = 1024) -> ArrayRows:
     return ArrayRows(images)
 
 
-def channel_sums(pixels: Pixels) -> ChannelSums:
-    """CRC-32 of each image, `[N]`: any change of up to 32 neighbouring bits gives another one."""
+def image_checksums(pixels: Pixels) -> Checksums:
+    """Return the CRC-32 of each image, `[N]`. It detects any change within 32 consecutive bits."""
     return np.array([zlib.crc32(image) for image in pixels], np.uint32)
 
 
-def as_index(values: npt.NDArray[np.int64]) -> Tensor:
-    """A NumPy index array as the int64 tensor that `gather` and `take` want."""
+def as_index(values: IndexArray) -> Tensor:
+    """Convert a NumPy index array to the int64 tensor that `gather` and `subset` take."""
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
-
-
-_MAGIC = b"convlns2"
-_TAIL = 8 + 32 + 8
-_CHUNK = 32
 
 
 @dataclass(frozen=True)
 class DecodedPart:
-    """All images of one part: rows in the order of the paths, black where `bad` has a reason."""
+    """All images of one part, in the order of its files."""
 
-    rows: ImageRows
-    content: str  # SHA-256 over those of the readable files, in order
-    bad: dict[int, str]
+    rows: ImageRows  # unreadable images are black
+    content: str  # SHA-256 over the SHA-256 of the readable files, in order
+    bad: dict[int, str]  # number of each unreadable image -> reason
     digests: Pixels  # SHA-256 of each file, uint8 [N, 32]
 
 
 def cache_folder() -> Path:
-    """Where stores lie: `$CONVLENS_CACHE`, or the user's cache folder of this system."""
-    if asked := os.environ.get("CONVLENS_CACHE"):
-        return Path(asked)
+    """Return the cache folder: `$CONVLENS_CACHE`, or the system's cache folder of the user."""
+    if folder := os.environ.get("CONVLENS_CACHE"):
+        return Path(folder)
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return Path(xdg) / "convlens"
     if sys.platform == "darwin":
@@ -338,65 +394,71 @@ def cache_folder() -> Path:
 def decode_images(
     files: EncodedFiles, conversion: Conversion, *, memory_budget: int
 ) -> DecodedPart:
-    """Image files as rows: from their store, or decoded now with a progress bar.
+    """Return image files as rows, from their store or decoded now with a progress bar.
 
-    Two processes that ask for the same files decode them once. Files that stream and exceed
-    `memory_budget` bytes are decoded once to check them, then whenever they are needed. Where the
-    cache can't be written or has no room, a notice is given and the images stay in memory, or are
-    decoded again whenever they are needed if they exceed the budget.
+    Two processes that need the same files decode them once. Files that stream and exceed the
+    budget are decoded once to check them, and again for each request. If the cache can't be
+    written or the disk is full, a message is printed and the images stay in memory, or are decoded
+    for each request if they exceed the budget.
+
+    Args:
+        files: The image files.
+        conversion: The shape of the images.
+        memory_budget: In bytes.
     """
     shape: Shape = (len(files), conversion.channels, conversion.size, conversion.size)
     kind = "checked" if files.streams and int(np.prod(shape)) > memory_budget else "pixels"
     store = cache_folder() / f"{_key(files, conversion)}.{kind}"
-    opened = partial(_opened, store, shape, files, conversion)
-    if found := opened():
-        return found
+    open_store = partial(_open_store, store, shape, files, conversion)
+    if part := open_store():
+        return part
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         with interprocess_lock(store.with_suffix(".lock"), "decoding these images"):
-            found = opened()
-            if found is None:
-                _build(store, files, conversion, shape)
-                found = opened()
-        if found:
-            return found
-        why = "what was written could not be read back"
+            part = open_store()
+            if part is None:
+                _build_store(store, files, conversion, shape)
+                part = open_store()
+        if part:
+            return part
+        reason = "the written file could not be read back"
     except OSError as error:
-        why = error.strerror or str(error)
-    return _without_store(files, conversion, shape, memory_budget, f"{store.parent}: {why}")
+        reason = error.strerror or str(error)
+    return _without_store(files, conversion, shape, memory_budget, f"{store.parent}: {reason}")
 
 
 def _key(files: EncodedFiles, conversion: Conversion) -> str:
-    told = repr((VERSION, conversion, files.stat_digest()))
-    return hashlib.sha256(told.encode()).hexdigest()[:40]
+    inputs = repr((VERSION, conversion, files.stat_digest()))
+    return hashlib.sha256(inputs.encode()).hexdigest()[:40]
 
 
-def _opened(
+def _open_store(
     store: Path, shape: Shape, files: EncodedFiles, conversion: Conversion
 ) -> DecodedPart | None:
-    """A whole store of this shape, or None: absent, cut short, damaged, of another version."""
-    pixels = _pixel_bytes(store, shape)
+    """Open a store; None if it is missing, cut short, damaged, or of another version or shape."""
+    pixel_bytes = _pixel_bytes(store, shape)
     try:
         with store.open("rb") as file:
-            file.seek(pixels)
-            rest = file.read()
+            file.seek(pixel_bytes)
+            tail = file.read()
     except OSError:
         return None
-    length = int.from_bytes(rest[-_TAIL:][:8], "little")
-    body = (32 + 4) * shape[0]
-    if rest[-len(_MAGIC) :] != _MAGIC or body + length + _TAIL != len(rest):
+    json_bytes = int.from_bytes(tail[-_TAIL_BYTES:][:8], "little")
+    json_start = (_SHA256_BYTES + _CRC32_BYTES) * shape[0]
+    if tail[-len(_MAGIC) :] != _MAGIC or json_start + json_bytes + _TAIL_BYTES != len(tail):
         return None
     try:
-        facts = json.loads(verify_checksum(rest[: -len(_MAGIC)])[body:-8])
+        facts = json.loads(verify_checksum(tail[: -len(_MAGIC)])[json_start:-8])
     except CorruptError:
         return None
     bad = {int(i): str(reason) for i, reason in facts["bad"].items()}
-    digests = np.frombuffer(rest, np.uint8, 32 * shape[0]).reshape(-1, 32)
-    again = DecodedRows(files, digests, conversion, usable_cores())
-    rows: ImageRows = again
-    if pixels:
-        sums = np.frombuffer(rest, "<u4", shape[0], offset=32 * shape[0])
-        rows = StoredRows(store, shape, sums, again)
+    digests_bytes = _SHA256_BYTES * shape[0]
+    digests = np.frombuffer(tail, np.uint8, digests_bytes).reshape(-1, _SHA256_BYTES)
+    decoded = DecodedRows(files, digests, conversion, usable_cores())
+    rows: ImageRows = decoded
+    if pixel_bytes:
+        checksums = np.frombuffer(tail, "<u4", shape[0], offset=digests_bytes)
+        rows = StoredRows(store, shape, checksums, decoded)
     return DecodedPart(rows, str(facts["content"]), bad, digests)
 
 
@@ -404,27 +466,31 @@ def _pixel_bytes(store: Path, shape: Shape) -> int:
     return int(np.prod(shape)) if store.suffix == ".pixels" else 0
 
 
-def _build(store: Path, files: EncodedFiles, conversion: Conversion, shape: Shape) -> None:
-    """Makes the store; its lock is held."""
+def _build_store(store: Path, files: EncodedFiles, conversion: Conversion, shape: Shape) -> None:
+    """Decode all files into a new store. The caller holds its lock.
+
+    Raises:
+        OSError: The disk is full or can't be written.
+    """
     remove_stale_temp_files(store.parent, [store.name], alone=True)
     pixel_bytes = _pixel_bytes(store, shape)
-    needed = pixel_bytes + (32 + 4) * shape[0]
-    if shutil.disk_usage(store.parent).free < needed + (64 << 20):
-        raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, the disk has not that much left")
+    needed = pixel_bytes + (_SHA256_BYTES + _CRC32_BYTES) * shape[0]
+    if shutil.disk_usage(store.parent).free < needed + _MIN_FREE_BYTES:
+        raise OSError(errno.ENOSPC, f"not enough disk space: {needed >> 20} MiB are needed")
     handle, temporary = open_temp(store)
     try:
         with os.fdopen(handle, "wb") as file:
-            sums = np.zeros(shape[0], "<u4")
+            checksums = np.zeros(shape[0], "<u4")
 
-            def keep(start: int, pixels: Pixels) -> None:
+            def write(start: int, pixels: Pixels) -> None:
                 if pixel_bytes:
                     file.write(pixels.data)
-                    sums[start : start + len(pixels)] = channel_sums(pixels)
+                    checksums[start : start + len(pixels)] = image_checksums(pixels)
 
-            digests, bad = _decode(files, conversion, keep)
-            facts = json.dumps({"content": _combined(digests, bad), "bad": bad}).encode()
-            rest = digests.tobytes() + sums.tobytes() + facts + len(facts).to_bytes(8, "little")
-            file.write(add_checksum(rest) + _MAGIC)
+            digests, bad = _decode_all(files, conversion, write)
+            facts = json.dumps({"content": _content_digest(digests, bad), "bad": bad}).encode()
+            facts += len(facts).to_bytes(8, "little")
+            file.write(add_checksum(digests.tobytes() + checksums.tobytes() + facts) + _MAGIC)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, store)
@@ -435,43 +501,52 @@ def _build(store: Path, files: EncodedFiles, conversion: Conversion, shape: Shap
 
 
 def _without_store(
-    files: EncodedFiles, conversion: Conversion, shape: Shape, memory_budget: int, why: str
+    files: EncodedFiles, conversion: Conversion, shape: Shape, memory_budget: int, reason: str
 ) -> DecodedPart:
+    """Decode all files into memory; above the budget, only check them."""
     fits = int(np.prod(shape)) <= memory_budget
-    then = "kept in memory" if fits else "decoded again whenever they are needed, which is slow"
+    handling = "kept in memory" if fits else "decoded again for each use, which is slow"
     print_status(
-        f"no cache of decoded images ({why}); they are {then}. $CONVLENS_CACHE names another place"
+        f"no cache of decoded images ({reason}): images are {handling}; set $CONVLENS_CACHE to "
+        "choose another folder"
     )
+    rows: ImageRows
     if fits:
         images = np.zeros(shape, np.uint8)
 
         def keep(start: int, pixels: Pixels) -> None:
             images[start : start + len(pixels)] = pixels
 
-        digests, bad = _decode(files, conversion, keep)
-        return DecodedPart(
-            ArrayRows(torch.from_numpy(images)), _combined(digests, bad), bad, digests
-        )
-    digests, bad = _decode(files, conversion, lambda start, pixels: None)
-    rows = DecodedRows(files, digests, conversion, usable_cores())
-    return DecodedPart(rows, _combined(digests, bad), bad, digests)
+        digests, bad = _decode_all(files, conversion, keep)
+        rows = ArrayRows(torch.from_numpy(images))
+    else:
+        digests, bad = _decode_all(files, conversion, lambda start, pixels: None)
+        rows = DecodedRows(files, digests, conversion, usable_cores())
+    return DecodedPart(rows, _content_digest(digests, bad), bad, digests)
 
 
-def _combined(digests: Pixels, bad: dict[int, str]) -> str:
+def _content_digest(digests: Pixels, bad: dict[int, str]) -> str:
     readable = np.delete(digests, list(bad), axis=0)
     return hashlib.sha256(readable.tobytes()).hexdigest()
 
 
-def _decode(
+def _decode_all(
     files: EncodedFiles, conversion: Conversion, sink: Callable[[int, Pixels], object]
 ) -> tuple[Pixels, dict[int, str]]:
-    """Decodes all files, in threads; `sink` gets the pixels in order, a few dozen at a time."""
-    digests, bad = np.zeros((len(files), 32), np.uint8), dict[int, str]()
-    side = conversion.size
+    """Decode all files in threads.
 
-    def some(start: int) -> tuple[int, Pixels]:
-        numbers = range(start, min(start + _CHUNK, len(files)))
-        pixels = np.zeros((len(numbers), conversion.channels, side, side), np.uint8)
+    Args:
+        sink: Called with the number of the first image and the pixels of each chunk, in order.
+
+    Returns:
+        The SHA-256 of each file, uint8 `[N, 32]`, and the reason for each unreadable image.
+    """
+    digests, bad = np.zeros((len(files), _SHA256_BYTES), np.uint8), dict[int, str]()
+    shape = (conversion.channels, conversion.size, conversion.size)
+
+    def decode_chunk(start: int) -> tuple[int, Pixels]:
+        numbers = range(start, min(start + _DECODE_CHUNK, len(files)))
+        pixels = np.zeros((len(numbers), *shape), np.uint8)
         for position, number in enumerate(numbers):
             try:
                 content = files.read(number)
@@ -483,76 +558,28 @@ def _decode(
         return start, pixels
 
     with progress_bar("decoding images", len(files)) as bar:
-        for start, pixels in _in_order(some, range(0, len(files), _CHUNK)):
+        for start, pixels in _map_in_order(decode_chunk, range(0, len(files), _DECODE_CHUNK)):
             sink(start, pixels)
             bar.advance(len(pixels))
     return digests, dict(sorted(bad.items()))
 
 
-def _in_order(
-    work: Callable[[int], tuple[int, Pixels]], starts: Sequence[int]
+def _map_in_order(
+    function: Callable[[int], tuple[int, Pixels]], starts: Sequence[int]
 ) -> Iterator[tuple[int, Pixels]]:
-    """Results of `work` in order, with only a few waiting: memory stays bounded."""
-    threads = min(usable_cores(), 32)
-    waiting = collections.deque[Future[tuple[int, Pixels]]]()
+    """Map `function` over `starts` in threads, in order.
+
+    Unlike `Executor.map`, the number of pending results is limited, which bounds the memory.
+    """
+    threads = min(usable_cores(), _MAX_THREADS)
+    pending = collections.deque[Future[tuple[int, Pixels]]]()
     pool = ThreadPoolExecutor(threads)
     try:
         for start in starts:
-            waiting.append(pool.submit(work, start))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(function, start))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-# ---- reading ----------------------------------------
-# A file that several threads read at any place at once.
-
-
-class Reader:
-    """One open file: it stays readable even if someone deletes it or puts another in its place.
-
-    Reads with `preadv` and not through a memory map: pages of a map count as ours, so that a set
-    larger than the budget would seem to (and under a memory limit, would) break it.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = os.fspath(path)
-        self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115 (open as long as we are)
-        self._lock = threading.Lock()
-
-    def facts(self) -> os.stat_result:
-        """What the system says of the open file."""
-        return os.fstat(self._file.fileno())
-
-    def fill(self, into: memoryview, offset: int) -> None:
-        """Fills `into` with the bytes from `offset` on.
-
-        Raises:
-            DataError: the file ends before that. ResourceError: the disk or the network fails.
-        """
-        while len(into):
-            try:
-                got = self._some(into, offset)
-            except OSError as error:
-                raise cannot_read(self.path, error) from error
-            if got == 0:
-                raise DataError(
-                    "a file of images was cut short while in use",
-                    where=self.path,
-                    fix="delete it and run the same command again",
-                )
-            into, offset = into[got:], offset + got
-
-    def _some(self, into: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [into], offset)
-        with self._lock:  # Windows
-            self._file.seek(offset)
-            return self._file.readinto(into) or 0
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):  # not where opening it failed
-            self._file.close()

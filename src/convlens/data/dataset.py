@@ -1,8 +1,12 @@
-"""Which image files a set has, kept with a run: so that what changed since can be named.
+"""Data sets ready for training.
 
-`images.csv.gz` has a line an image: id, class, split (empty: not used, or unreadable) and the first
-16 digits of its file's SHA-256. It explains, warns and decides nothing: whether a set is the same
-goes by its fingerprint.
+`load_data` turns the data section of a recipe into the three splits of a `Data`, whose test split
+stays sealed. `load_external_data` prepares another set for a trained model, and
+`data_from_arrays` wraps arrays in memory.
+
+A run keeps the list of its image files in `images.csv.gz` (`ImageList`): id, class, split (empty
+if unused or unreadable) and the first 16 digits of the file's SHA-256. The list is informational
+only, to name what has changed; the fingerprint decides whether two data sets are the same.
 """
 
 from __future__ import annotations
@@ -30,15 +34,15 @@ from convlens.data.decode import UnreadableImage, probe_image
 from convlens.data.duplicates import Duplicates
 from convlens.data.sources import find_source
 from convlens.data.splits import (
-    IndexTensor,
     LoadedPart,
     Split,
+    describe_splits,
     hold_out,
     load_part,
     make_splits,
     parts_of,
 )
-from convlens.data.types import DataSource, EncodedFiles, Part
+from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
 from convlens.errors import DataError, UsageError
 from convlens.utils.console import print_status
 from convlens.utils.files import write_atomic
@@ -47,217 +51,23 @@ if TYPE_CHECKING:
     from convlens.recipe import DataConfig
 
 
-IMAGES_FILE = "images.csv.gz"
-IMAGES_COLUMNS = ("id", "class", "split", "sha256")
-_MAX_SHOWN = 3
-
-ImageRecord = tuple[str, str, str, str]
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """All image files of a set, and which split each is in."""
-
-    classes: Sequence[str]
-    parts: Sequence[LoadedPart]
-    views: Mapping[str, tuple[LoadedPart, IndexTensor]]
-
-    @classmethod
-    def of(
-        cls, classes: Sequence[str], views: Mapping[str, tuple[LoadedPart, IndexTensor]]
-    ) -> ImageList:
-        parts = {id(opened): opened for opened, _ in views.values()}
-        return cls(classes, list(parts.values()), views)
-
-    @property
-    def of_files(self) -> bool:
-        """Whether these are files; images of built-in sets have no names to tell."""
-        return all(part.digests is not None for part in self.parts)
-
-    def lines(self) -> Iterator[ImageRecord]:
-        for opened in self.parts:
-            assert opened.digests is not None
-            splits = np.full(len(opened.part.labels), "", "U5")
-            for name, (mine, index) in self.views.items():
-                if mine is opened:
-                    splits[opened.good[index]] = name
-            labels = opened.part.labels.tolist()
-            for number, (image, label) in enumerate(zip(opened.part.ids, labels, strict=True)):
-                digest = opened.digests[number, :8].tobytes().hex()
-                yield image, self.classes[label], str(splits[number]), digest
-
-    def copies(self) -> Duplicates:
-        """The used files that are equal byte for byte, as groups."""
-        every = [(name, o, o.good[index]) for name, (o, index) in self.views.items()]
-        heads = np.concatenate([_heads(o, numbers) for _, o, numbers in every])
-        ordered = np.sort(heads)  # np.unique takes ten times as long
-        again = np.isin(heads, ordered[1:][ordered[1:] == ordered[:-1]])
-        ids, splits, labels, digests, start = list[str](), list[str](), list[str](), [], 0
-        for name, opened, numbers in every:
-            twins = numbers[again[start : start + len(numbers)]]
-            start += len(numbers)
-            assert opened.digests is not None
-            digests.append(opened.digests[twins])
-            for number in twins.tolist():
-                ids.append(opened.part.ids[number])
-                splits.append(name)
-                labels.append(self.classes[opened.part.labels[number]])
-        return Duplicates.of(
-            duplicates.exact_duplicates(np.concatenate(digests)), ids, splits, labels
-        )
-
-    def write(self, folder: Path) -> None:
-        """Into the folder of a run."""
-        packed = io.BytesIO()
-        with (
-            gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=6, mtime=0) as raw,
-            io.TextIOWrapper(raw, "utf-8", newline="") as text,
-        ):
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(IMAGES_COLUMNS)
-            writer.writerows(self.lines())
-        write_atomic(folder / IMAGES_FILE, packed.getvalue())
-
-    def changed(self, folder: Path) -> str:
-        """How these files differ from those that the run in `folder` began with, in words.
-
-        Empty where that can't be told: an old run, a damaged list, or nothing but their order.
-        """
-        before = _read_image_list(folder / IMAGES_FILE)
-        if before is None or not self.of_files:
-            return ""
-        now = {image: (label, digest) for image, label, _, digest in self.lines()}
-        kept = before.keys() & now.keys()
-        return "; ".join(
-            [
-                *_describe_changes("added", [i for i in now if i not in before]),
-                *_describe_changes("removed", [i for i in before if i not in now]),
-                *_describe_changes(
-                    "with other content",
-                    [i for i in now if i in kept and before[i][1] != now[i][1]],
-                ),
-                *_describe_changes(
-                    "in another class", [i for i in now if i in kept and before[i][0] != now[i][0]]
-                ),
-            ]
-        )
-
-
-def _heads(opened: LoadedPart, numbers: IndexTensor) -> npt.NDArray[np.uint64]:
-    """The first 8 bytes of the digests of some files."""
-    assert opened.digests is not None
-    return np.ascontiguousarray(opened.digests[numbers, :8]).view(np.uint64)[:, 0]
-
-
-def training_copies(folder: Path, opened: LoadedPart) -> int:
-    """How many of these files are, byte for byte, among those that the run in `folder` trained on.
-
-    0 where that can't be told: an old run, a damaged list, or images that are no files.
-    """
-    rows = _image_rows(folder / IMAGES_FILE) if opened.digests is not None else None
-    if rows is None:
-        return 0
-    known = [digest for _, _, split, digest in rows if split == "train"]
-    try:
-        heads = np.array([int(digest, 16) for digest in known], np.uint64)
-    except (ValueError, OverflowError):
-        return 0
-    mine = _heads(opened, opened.good).view(">u8")  # as the digits are read
-    return int(np.isin(mine, heads).sum())
-
-
-def _describe_changes(what: str, images: Sequence[str]) -> list[str]:
-    if not images:
-        return []
-    rest = " ..." if len(images) > _MAX_SHOWN else ""
-    return [f"{len(images):,} {what}: {', '.join(images[:_MAX_SHOWN])}{rest}"]
-
-
-def _read_image_list(path: Path) -> dict[str, tuple[str, str]] | None:
-    """Class and digest by id; None where there is no whole list."""
-    rows = _image_rows(path)
-    if rows is None:
-        return None
-    return {image: (label, digest) for image, label, _, digest in rows}
-
-
-def _image_rows(path: Path) -> list[ImageRecord] | None:
-    try:
-        # gzip has a sum of its own.
-        text = gzip.decompress(path.read_bytes()).decode()
-        rows = list(csv.reader(io.StringIO(text), strict=True))
-        return [(image, label, split, digest) for image, label, split, digest in rows[1:]]
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error):
-        return None
-
-
-# ---- arrays ----------------------------------------
-# Images that are arrays already (the scikit-learn estimator's way in).
-
-
-def data_from_arrays(
-    images: np.ndarray,
-    labels: np.ndarray,
-    classes: Sequence[str],
-    *,
-    val_fraction: float,
-    seed: int,
-    fit: str = "crop",
-) -> Data:
-    """A set in memory: validation held out, stratified; there is no test split in it.
-
-    Args:
-        images: uint8 `[N, C, S, S]`.
-        labels: positions in `classes`, int64 `[N]`.
-        fit: how `images` became square; what is predicted later is made so in the same way.
-    """
-    keep, held = hold_out(labels, val_fraction, seed, names=classes)
-    pixels = torch.from_numpy(images)
-
-    def part(index: np.ndarray) -> Split:
-        ids = [f"array/{i}" for i in index.tolist()]
-        return Split(ArrayRows(pixels[as_index(index)]), as_index(labels[index]), ids)
-
-    def no_test() -> Split:
-        raise UsageError("an estimator fitted on arrays has no test split", fix="call score(X, y)")
-
-    digest = hashlib.sha256(repr((tuple(classes), images.shape)).encode())
-    digest.update(images.data)
-    digest.update(labels.tobytes())
-    total = len(labels)
-    return Data(
-        name="arrays",
-        classes=tuple(classes),
-        image_size=images.shape[2],
-        channels=images.shape[1],
-        fit=fit,
-        train=part(keep),
-        val=part(held),
-        fingerprint=digest.hexdigest(),
-        how={
-            "train": f"{len(keep):,} of {total:,} images given to fit",
-            "val": f"{len(held):,} of {total:,} images held out (stratified, seed {seed})",
-        },
-        held_out={"val": [f"array/{i}" for i in held.tolist()]},
-        skipped={},
-        notes=(),
-        listing=None,
-        _test=no_test,
-    )
-
-
-# ----   init   ----------------------------------------
-# Data: from a name to three sealed splits of uint8 images. `load` is the one way in.
-
 __all__ = ["Data", "Split", "channel_stats", "load_data", "load_external_data"]
 
-STANDARD_SIZES = (16, 28, 32, 48, 64, 96, 128)  # what the automatic image size snaps down to
-MAX_PROBED = 200
+STANDARD_SIZES = (16, 28, 32, 48, 64, 96, 128)  # the choices of an automatic image size
+MAX_PROBED_IMAGES = 200  # headers that are read to choose the image size
+MAX_SAMPLED_IMAGES = 100_000  # images that the channel statistics are computed from
+IMAGES_FILE = "images.csv.gz"
+IMAGES_COLUMNS = ("id", "class", "split", "sha256")
+_MAX_LISTED_CHANGES = 3
+_MAX_LISTED_ERRORS = 10
+_ALLOWED_UNREADABLE = 1  # images of a split, or of a class of it, whatever `data.max_bad` is
+
+ImageRecord = tuple[str, str, str, str]  # the columns of IMAGES_FILE
 
 
 @dataclass(frozen=True)
 class Data:
-    """A set ready for training. The test split stays sealed until `unseal_test`."""
+    """A data set ready for training. The test split stays sealed until `unseal_test`."""
 
     name: str
     classes: tuple[str, ...]
@@ -266,47 +76,55 @@ class Data:
     fit: str
     train: Split
     val: Split
-    fingerprint: str  # SHA-256 over classes, ids, labels, contents and conversion of all splits
-    how: dict[str, str]  # one sentence a split: where it came from
-    held_out: dict[str, list[str]]  # ids of what we took out of the source's train split
-    skipped: dict[str, str]  # unreadable images, left out because of data.on_bad=skip: id -> why
-    notes: tuple[str, ...]  # what else a reader should know about the source
-    listing: ImageList | None  # of its image files; built-in sets have none
+    fingerprint: str  # SHA-256 over classes, conversion, and ids, labels, contents of all splits
+    split_descriptions: dict[str, str]  # split -> where its images come from, in one sentence
+    held_out: dict[str, list[str]]  # split -> ids held out of the source's training images
+    skipped: dict[str, str]  # id of an unreadable image, left out by data.on_bad=skip -> reason
+    notes: tuple[str, ...]  # about the source, for people
+    listing: ImageList | None  # the image files; None for built-in sets
     _test: Callable[[], Split] = field(repr=False)
 
     def unseal_test(self) -> Split:
-        """The test split. Only `evaluation` may ask for it."""
+        """Return the test split. Only `evaluation` may call this."""
         return self._test()
 
 
 def load_data(config: DataConfig, *, memory_budget: int) -> Data:
-    """The data of a recipe: found, decoded, checked, and split in three.
+    """Load the data of a recipe: find, decode and check the images, and split them.
 
-    What the source lacks (val, test) is held out of its train split, stratified and seeded.
-    The validation split is empty where `data.val_fraction` is 0.
-    Sets of at most `memory_budget` bytes are in memory, larger ones are read when asked for.
+    Validation and test splits that the source does not have are held out of its training images,
+    stratified and seeded. The validation split is empty if `data.val_fraction` is 0.
+
+    Args:
+        config: The data section of a recipe.
+        memory_budget: In bytes. Larger sets are read from disk when they are needed.
 
     Raises:
-        DataError: images that can't be read (all of them at once, unless data.on_bad=skip),
-            classes too small to split, a source that is missing or malformed.
-        UsageError: no such name, or keys that do not apply to this source.
+        DataError: Images can't be read (the error lists them, unless data.on_bad=skip), classes
+            are too small to split, or the source is missing or malformed.
+        UsageError: Unknown name, or keys that do not apply to this source.
     """
-    asked_size = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=asked_size, group=config.group)
+    image_size = None if config.image_size == "auto" else int(config.image_size)
+    source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
     for note in source.notes:
         print_status(escape(f"{source.name}: {note}"))
-    conversion = _conversion(config, source.parts["train"])
-    parts = parts_of(config, source)
-    opened = {s: load_part(part, conversion, memory_budget) for s, part in parts.items()}
+    conversion = _resolve_conversion(config, source.parts["train"])
+    parts = {
+        name: load_part(part, conversion, memory_budget)
+        for name, part in parts_of(config, source).items()
+    }
     if config.on_bad == "stop":
-        lists = f"`convlens audit {config.name}` lists all"
-        _refuse_unreadable(opened, f"{lists}; replace them, or set data.on_bad=skip")
-    skipped = _skipped(opened, source, config)
-    pool = opened["train"]
-    keep, out, how = make_splits(config, source, opened)
-    views = {"train": (pool, keep)}
+        hint = f"`convlens audit {config.name}` lists all"
+        _refuse_unreadable(parts, f"{hint}; replace them, or set data.on_bad=skip")
+    skipped = _skip_unreadable(parts, source, config)
+    plan = make_splits(config, source, parts)
+    pool = parts["train"]
+    views = {"train": (pool, plan.train)}
     for split in ("val", "test"):
-        views[split] = (pool, out[split]) if split in out else (opened[split], opened[split].all())
+        if split in plan.held_out:
+            views[split] = (pool, plan.held_out[split])
+        else:
+            views[split] = (parts[split], parts[split].all())
     size = sum(len(index) for _, index in views.values()) * conversion.image_bytes
     resident = size <= memory_budget
     listing = ImageList.of(source.classes, views)
@@ -318,11 +136,11 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
         image_size=conversion.size,
         channels=conversion.channels,
         fit=conversion.fit,
-        train=pool.split(keep, resident=resident),
+        train=pool.split(plan.train, resident=resident),
         val=views["val"][0].split(views["val"][1], resident=resident),
         fingerprint=_fingerprint(source.classes, conversion, views),
-        how=how,
-        held_out={split: list(pool.ids_of(index)) for split, index in out.items()},
+        split_descriptions=describe_splits(plan, config, source, parts),
+        held_out={split: list(pool.ids_of(index)) for split, index in plan.held_out.items()},
         skipped=skipped,
         notes=source.notes,
         listing=listing if listing.of_files else None,
@@ -341,159 +159,371 @@ def load_external_data(
     tested: bool = False,
     run: Path | None = None,
 ) -> tuple[Split, tuple[str, ...], str, str]:
-    """Another set as a trained model sees images: `(split, its classes, its name, fingerprint)`.
+    """Load a data set for a trained model, converted to the model's input.
 
-    The part called `split` of a set that has several, else all of it; nothing is held out.
+    Nothing is held out. If the set has several parts, the part `split` is used, else all of it.
 
     Args:
-        tested: as for `sources.find`.
-        run: the folder of the model's run; it is said how many of the images it trained on.
+        name: Name or path of the set.
+        split: Name of the part.
+        image_size: Height and width in pixels.
+        channels: 1 or 3.
+        fit: `crop`, `pad` or `stretch`.
+        memory_budget: In bytes.
+        tested: As for `find_source`.
+        run: Run directory of the model. A message says how many of the images it was trained on.
+
+    Returns:
+        `(split, classes, name, fingerprint)` of the set.
 
     Raises:
-        DataError: no such part; images that can't be read; as `load`.
+        DataError: The set has no such part, or images can't be read; otherwise as `load_data`.
     """
     source = find_source(name, image_size=image_size, tested=tested)
     for note in source.notes:
         print_status(escape(f"{source.name}: {note}"))
-    alone = len(source.parts) == 1
-    part = next(iter(source.parts.values())) if alone else source.parts.get(split)
+    only_part = next(iter(source.parts.values())) if len(source.parts) == 1 else None
+    part = only_part or source.parts.get(split)
     if part is None:
         fix = f"it has: {', '.join(source.parts)}"
         raise DataError(f"{source.name!r} has no {split} images", where=name, fix=fix)
     conversion = Conversion(image_size, channels, fit)
-    opened = load_part(part, conversion, memory_budget)
-    # The audit is for sets that can be trained on, too.
-    lists = f" (`convlens audit {name}` lists all)" if len(source.classes) > 1 else ""
-    _refuse_unreadable({split: opened}, f"replace them, or move them out of the set{lists}")
-    known = training_copies(run, opened) if run is not None else 0
-    if known:
+    loaded = load_part(part, conversion, memory_budget)
+    # `audit` needs a set with at least two classes.
+    hint = f" (`convlens audit {name}` lists all)" if len(source.classes) > 1 else ""
+    _refuse_unreadable({split: loaded}, f"replace them, or move them out of the set{hint}")
+    copies = training_copies(run, loaded) if run is not None else 0
+    if copies:
         print_status(
-            escape(f"{source.name}: {known:,} of {len(opened.good):,} images are among those ")
-            + "that the model was trained on (the same files): they test what it remembers"
+            escape(
+                f"{source.name}: {copies:,} of {len(loaded.good):,} images were also used for "
+                "training (the same files); this accuracy is optimistic"
+            )
         )
-    fingerprint = _fingerprint(source.classes, conversion, {split: (opened, opened.all())})
-    resident = opened.rows.shape[0] * conversion.image_bytes <= memory_budget
-    return opened.split(opened.all(), resident=resident), source.classes, source.name, fingerprint
+    fingerprint = _fingerprint(source.classes, conversion, {split: (loaded, loaded.all())})
+    resident = loaded.rows.shape[0] * conversion.image_bytes <= memory_budget
+    return loaded.split(loaded.all(), resident=resident), source.classes, source.name, fingerprint
+
+
+def data_from_arrays(
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    *,
+    val_fraction: float,
+    seed: int,
+    fit: str = "crop",
+) -> Data:
+    """Make a data set of arrays in memory. Validation images are held out, stratified.
+
+    There is no test split.
+
+    Args:
+        images: uint8 `[N, C, S, S]`.
+        labels: Indices into `classes`, int64 `[N]`.
+        classes: Class names.
+        val_fraction: Share of the validation images.
+        seed: Seed of the random choice.
+        fit: How the images were made square; images to predict are made square in the same way.
+    """
+    kept, held = hold_out(labels, val_fraction, seed, names=classes)
+    pixels = torch.from_numpy(images)
+
+    def split(index: np.ndarray) -> Split:
+        ids = [f"array/{i}" for i in index.tolist()]
+        return Split(ArrayRows(pixels[as_index(index)]), as_index(labels[index]), ids)
+
+    def refuse_test() -> Split:
+        raise UsageError("an estimator fitted on arrays has no test split", fix="call score(X, y)")
+
+    digest = hashlib.sha256(repr((tuple(classes), images.shape)).encode())
+    digest.update(images.data)
+    digest.update(labels.tobytes())
+    total = len(labels)
+    return Data(
+        name="arrays",
+        classes=tuple(classes),
+        image_size=images.shape[2],
+        channels=images.shape[1],
+        fit=fit,
+        train=split(kept),
+        val=split(held),
+        fingerprint=digest.hexdigest(),
+        split_descriptions={
+            "train": f"{len(kept):,} of {total:,} images given to fit",
+            "val": f"{len(held):,} of {total:,} images held out (stratified, seed {seed})",
+        },
+        held_out={"val": [f"array/{i}" for i in held.tolist()]},
+        skipped={},
+        notes=(),
+        listing=None,
+        _test=refuse_test,
+    )
 
 
 def channel_stats(split: Split) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over all pixels, in units of 0..1.
+    """Compute mean and standard deviation of each channel over all pixels, in units of 0..1.
 
-    Exact up to 100,000 images, from that many evenly spaced ones beyond. A deviation is at
-    least 1/255, so that images of one colour can still be divided by it.
+    Exact up to 100,000 images; larger sets are sampled at even spacing. A deviation is at least
+    1/255, so that images of a single color can be divided by it.
     """
     n, channels, height, width = split.rows.shape
-    chosen = np.unique(np.linspace(0, n - 1, min(n, 100_000)).round().astype(np.int64))
+    n_sampled = min(n, MAX_SAMPLED_IMAGES)
+    chosen = np.unique(np.linspace(0, n - 1, n_sampled).round().astype(np.int64))
     sums, squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
     step = max(1, (1 << 22) // (height * width * channels))
     for start in range(0, len(chosen), step):
         images = split.rows.gather(as_index(chosen[start : start + step])).numpy()
         sums += images.sum((0, 2, 3), dtype=np.int64)
-        # A byte's square fits 16 bits: exact whole numbers, without a float copy of the images.
+        # The square of a byte fits 16 bits: exact integers, without a float copy of the images.
         squares += np.square(images, dtype=np.uint16).sum((0, 2, 3), dtype=np.int64)
     pixels = len(chosen) * height * width
     mean = [int(s) / pixels / 255 for s in sums]
-    # Python's whole numbers don't overflow: n * sum(x^2) - sum(x)^2 without cancellation.
-    spread = [int(q) * pixels - int(s) ** 2 for s, q in zip(sums, squares, strict=True)]
-    return mean, [max(math.sqrt(v) / pixels, 1.0) / 255 for v in spread]
+    # Python integers don't overflow: n * sum(x^2) - sum(x)^2 without cancellation.
+    scaled_variance = [int(q) * pixels - int(s) ** 2 for s, q in zip(sums, squares, strict=True)]
+    return mean, [max(math.sqrt(v) / pixels, 1.0) / 255 for v in scaled_variance]
 
 
-def _conversion(config: DataConfig, train: Part) -> Conversion:
-    """The recipe's size and channels, with `auto` replaced by what the images suggest."""
+def _resolve_conversion(config: DataConfig, train: Part) -> Conversion:
+    """Return the recipe's size and channels, with `auto` replaced by values from the images."""
     if not isinstance(train.images, EncodedFiles):
         native_channels, native_size = int(train.images.shape[1]), int(train.images.shape[2])
     else:
-        native_channels, native_size = _suggest_image_size(train.images)
+        native_channels, native_size = _suggest_shape(train.images)
     size = native_size if config.image_size == "auto" else int(config.image_size)
     channels = native_channels if config.channels == "auto" else int(config.channels)
     return Conversion(size, channels, config.fit)
 
 
-def _suggest_image_size(files: EncodedFiles) -> tuple[int, int]:
-    """Channels and size for image files, from the headers of up to 200 of them."""
+def _suggest_shape(files: EncodedFiles) -> tuple[int, int]:
+    """Return channels and size for image files, from the headers of up to 200 of them."""
     facts = []
-    for i in np.unique(np.linspace(0, len(files) - 1, MAX_PROBED).round().astype(int)).tolist():
+    numbers = np.linspace(0, len(files) - 1, MAX_PROBED_IMAGES).round().astype(int)
+    for i in np.unique(numbers).tolist():
         try:
             facts.append(probe_image(files.read(i), files.name(i)))
         except UnreadableImage:
-            continue  # decoding lists all unreadable files, with their reasons
+            continue  # decoding will list all unreadable files with their reasons
     if not facts:
         return 3, 32
-    short = statistics.median(min(f.width, f.height) for f in facts)
-    size = max((s for s in STANDARD_SIZES if s <= short), default=STANDARD_SIZES[0])
+    short_side = statistics.median(min(f.width, f.height) for f in facts)
+    size = max((s for s in STANDARD_SIZES if s <= short_side), default=STANDARD_SIZES[0])
     return (1 if all(f.grey for f in facts) else 3), size
 
 
-def _report_copies(listing: ImageList, asked: str, name: str) -> None:
-    """Says of equal files what makes them do harm."""
+def _report_copies(listing: ImageList, requested_name: str, name: str) -> None:
+    """Print how many groups of equal files are in several splits or under several labels."""
     copies = listing.copies()
-    harm = {"in more than one split": copies.across_splits, "under two labels": copies.two_labels}
-    told = ", ".join(f"{count:,} {what}" for what, count in harm.items() if count)
-    if told:
+    counts = {"in more than one split": copies.across_splits, "under two labels": copies.two_labels}
+    problems = ", ".join(f"{count:,} {where}" for where, count in counts.items() if count)
+    if problems:
         print_status(
             escape(
-                f"{name}: images that are there more than once: {told} "
-                f"(`convlens audit {asked}` lists them)"
+                f"{name}: images that occur more than once: {problems} "
+                f"(`convlens audit {requested_name}` lists them)"
             )
         )
 
 
-def _refuse_unreadable(opened: dict[str, LoadedPart], fix: str) -> None:
-    bad = [(o.part.ids[i], reason) for o in opened.values() for i, reason in o.bad.items()]
+def _unreadable(parts: dict[str, LoadedPart]) -> dict[str, str]:
+    """Return the reason for each unreadable image, by its id."""
+    return {p.part.ids[i]: reason for p in parts.values() for i, reason in p.bad.items()}
+
+
+def _refuse_unreadable(parts: dict[str, LoadedPart], fix: str) -> None:
+    bad = [f"{image}: {reason}" for image, reason in _unreadable(parts).items()]
     if not bad:
         return
-    total = sum(len(o.part.labels) for o in opened.values())
-    listed = "; ".join(f"{path}: {reason}" for path, reason in bad[:10])
-    more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+    total = sum(len(part.part.labels) for part in parts.values())
+    hidden = len(bad) - _MAX_LISTED_ERRORS
     raise DataError(
         f"{len(bad)} of {total} images can't be read",
-        where=listed + more,
+        where="; ".join(bad[:_MAX_LISTED_ERRORS]) + (f"; and {hidden} more" if hidden > 0 else ""),
         fix=fix,
     )
 
 
-def _skipped(
-    opened: dict[str, LoadedPart], source: DataSource, config: DataConfig
+def _skip_unreadable(
+    parts: dict[str, LoadedPart], source: DataSource, config: DataConfig
 ) -> dict[str, str]:
-    """Why each unreadable image, by its id, is left out; of each class some must stay.
+    """Return the unreadable images that are left out, with their reasons.
 
     Raises:
-        DataError: a split, or a class of it, loses more than `max_bad` of its images (one may go).
+        DataError: A class has no readable training image, or more than `max_bad` of a split, or of
+            a class of it, can't be read (one image always may).
     """
-    have = np.bincount(opened["train"].labels, minlength=len(source.classes))
-    lost = [source.classes[c] for c in np.flatnonzero(have == 0)]
-    if lost:
-        raise DataError(f"no readable training image in: {', '.join(lost[:5])}", where=source.name)
-    beyond = []
-    for split, its in opened.items():
-        labels = its.part.labels
-        of = np.bincount(labels, minlength=len(source.classes))
-        bad = np.bincount(labels[list(its.bad)], minlength=len(source.classes))
+    n_readable = np.bincount(parts["train"].labels, minlength=len(source.classes))
+    empty = [source.classes[c] for c in np.flatnonzero(n_readable == 0)]
+    if empty:
+        raise DataError(f"no readable training image in: {', '.join(empty[:5])}", where=source.name)
+    exceeded = []
+    for split, part in parts.items():
+        labels = part.part.labels
+        total = np.bincount(labels, minlength=len(source.classes))
+        bad = np.bincount(labels[list(part.bad)], minlength=len(source.classes))
         names = (f"all of {split}", *source.classes)
-        for name, n, count in zip(names, [bad.sum(), *bad], [of.sum(), *of], strict=True):
-            if n > max(1, config.max_bad * count):
-                beyond.append(f"{name} ({n:,} of {count:,})")
-    if beyond:
-        more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+        for name, n, count in zip(names, [bad.sum(), *bad], [total.sum(), *total], strict=True):
+            if n > max(_ALLOWED_UNREADABLE, config.max_bad * count):
+                exceeded.append(f"{name} ({n:,} of {count:,})")
+    if exceeded:
+        more = f" and {len(exceeded) - 5} more" if len(exceeded) > 5 else ""
         raise DataError(
-            f"more than {config.max_bad:.0%} can't be read of {', '.join(beyond[:5])}{more}",
+            f"more than {config.max_bad:.0%} can't be read of {', '.join(exceeded[:5])}{more}",
             where=source.name,
-            fix=f"`convlens audit {config.name}` says why; replace them, or raise data.max_bad",
+            fix=f"`convlens audit {config.name}` lists the reasons; replace the files, or raise "
+            "data.max_bad",
         )
-    skipped = {o.part.ids[i]: reason for o in opened.values() for i, reason in o.bad.items()}
+    skipped = _unreadable(parts)
     if skipped:
         print_status(escape(f"{source.name}: {len(skipped)} unreadable images are skipped"))
     return skipped
 
 
 def _fingerprint(
-    classes: Sequence[str], conversion: Conversion, views: dict[str, tuple[LoadedPart, IndexTensor]]
+    classes: Sequence[str], conversion: Conversion, views: dict[str, tuple[LoadedPart, IndexArray]]
 ) -> str:
     digest = hashlib.sha256(repr((tuple(classes), conversion)).encode())
-    for split, (opened, index) in views.items():
-        digest.update(f"\0{split}\0{opened.content}\0".encode())
-        ids = opened.ids_of(index)
-        for start in range(0, len(ids), 1 << 16):  # a joined text of millions would be in memory
+    for split, (part, index) in views.items():
+        digest.update(f"\0{split}\0{part.content}\0".encode())
+        ids = part.ids_of(index)
+        # In chunks: the joined text of millions of ids would take much memory.
+        for start in range(0, len(ids), 1 << 16):
             digest.update(("\0" * (start > 0) + "\0".join(ids[start : start + (1 << 16)])).encode())
-        digest.update(opened.labels[index].tobytes())
+        digest.update(part.labels[index].tobytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """All image files of a data set, with the split of each.
+
+    Args:
+        classes: Class names.
+        parts: The loaded parts of the set.
+        views: Split -> the part that its images are in, and their indices.
+    """
+
+    classes: Sequence[str]
+    parts: Sequence[LoadedPart]
+    views: Mapping[str, tuple[LoadedPart, IndexArray]]
+
+    @classmethod
+    def of(
+        cls, classes: Sequence[str], views: Mapping[str, tuple[LoadedPart, IndexArray]]
+    ) -> ImageList:
+        parts = {id(part): part for part, _ in views.values()}
+        return cls(classes, list(parts.values()), views)
+
+    @property
+    def of_files(self) -> bool:
+        """Whether all images are files. Images of built-in sets are not."""
+        return all(part.digests is not None for part in self.parts)
+
+    def records(self) -> Iterator[ImageRecord]:
+        for part in self.parts:
+            assert part.digests is not None
+            splits = np.full(len(part.part.labels), "", "U5")
+            for name, (view_part, index) in self.views.items():
+                if view_part is part:
+                    splits[part.good[index]] = name
+            labels = part.part.labels.tolist()
+            for number, (image, label) in enumerate(zip(part.part.ids, labels, strict=True)):
+                digest = part.digests[number, :8].tobytes().hex()
+                yield image, self.classes[label], str(splits[number]), digest
+
+    def copies(self) -> Duplicates:
+        """Return the groups of used files that are equal byte for byte."""
+        used = [(name, part, part.good[index]) for name, (part, index) in self.views.items()]
+        prefixes = np.concatenate([_digest_prefixes(part, numbers) for _, part, numbers in used])
+        ordered = np.sort(prefixes)  # np.unique takes ten times as long
+        is_repeated = np.isin(prefixes, ordered[1:][ordered[1:] == ordered[:-1]])
+        ids, splits, labels, digests, start = list[str](), list[str](), list[str](), [], 0
+        for name, part, numbers in used:
+            repeated = numbers[is_repeated[start : start + len(numbers)]]
+            start += len(numbers)
+            assert part.digests is not None
+            digests.append(part.digests[repeated])
+            for number in repeated.tolist():
+                ids.append(part.part.ids[number])
+                splits.append(name)
+                labels.append(self.classes[part.part.labels[number]])
+        groups = duplicates.exact_duplicates(np.concatenate(digests))
+        return Duplicates.of(groups, ids, splits, labels)
+
+    def write(self, folder: Path) -> None:
+        """Write the list into the run directory `folder`."""
+        packed = io.BytesIO()
+        with (
+            gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=6, mtime=0) as raw,
+            io.TextIOWrapper(raw, "utf-8", newline="") as text,
+        ):
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(IMAGES_COLUMNS)
+            writer.writerows(self.records())
+        write_atomic(folder / IMAGES_FILE, packed.getvalue())
+
+    def changed(self, folder: Path) -> str:
+        """Describe how these files differ from those at the start of the run in `folder`.
+
+        Returns:
+            Empty if only the order differs or the difference is unknown: an old run, or a damaged
+            list.
+        """
+        records = _read_image_list(folder / IMAGES_FILE)
+        if records is None or not self.of_files:
+            return ""
+        before = {image: (label, digest) for image, label, _, digest in records}
+        now = {image: (label, digest) for image, label, _, digest in self.records()}
+        common = [image for image in now if image in before]
+        changes = {
+            "added": [image for image in now if image not in before],
+            "removed": [image for image in before if image not in now],
+            "with other content": [i for i in common if before[i][1] != now[i][1]],
+            "in another class": [i for i in common if before[i][0] != now[i][0]],
+        }
+        descriptions = []
+        for change, images in changes.items():
+            if images:
+                more = " ..." if len(images) > _MAX_LISTED_CHANGES else ""
+                listed = ", ".join(images[:_MAX_LISTED_CHANGES])
+                descriptions.append(f"{len(images):,} {change}: {listed}{more}")
+        return "; ".join(descriptions)
+
+
+def _digest_prefixes(part: LoadedPart, numbers: IndexArray) -> npt.NDArray[np.uint64]:
+    """Return the first 8 bytes of the digests of the files `numbers`."""
+    assert part.digests is not None
+    return np.ascontiguousarray(part.digests[numbers, :8]).view(np.uint64)[:, 0]
+
+
+def training_copies(folder: Path, part: LoadedPart) -> int:
+    """Count the files of `part` that equal, byte for byte, a training image of a run.
+
+    Args:
+        folder: The run directory.
+        part: The files.
+
+    Returns:
+        0 if it is unknown: an old run, a damaged list, or images that are not files.
+    """
+    records = _read_image_list(folder / IMAGES_FILE) if part.digests is not None else None
+    if records is None:
+        return 0
+    digests = [digest for _, _, split, digest in records if split == "train"]
+    try:
+        train_prefixes = np.array([int(digest, 16) for digest in digests], np.uint64)
+    except (ValueError, OverflowError):
+        return 0
+    prefixes = _digest_prefixes(part, part.good).view(">u8")  # the byte order of hex digits
+    return int(np.isin(prefixes, train_prefixes).sum())
+
+
+def _read_image_list(path: Path) -> list[ImageRecord] | None:
+    """Read an image list; None if it is missing or damaged."""
+    try:
+        # gzip verifies a checksum.
+        text = gzip.decompress(path.read_bytes()).decode()
+        rows = list(csv.reader(io.StringIO(text), strict=True))
+        return [(image, label, split, digest) for image, label, split, digest in rows[1:]]
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error):
+        return None

@@ -1,9 +1,12 @@
-"""The one decoder: training, evaluation, prediction and the reports all read images through it.
+"""Image decoding. Training, evaluation, prediction and reports all read images with `decode`.
 
-Whatever a file holds becomes uint8 `[C, H, W]` in four steps, always in this order: turn it
-upright (EXIF), bring it to 8-bit grey or RGB, resize it (antialiased, bilinear), crop or pad it.
-Nothing here changes a global setting, so any number of threads may decode at once (large images
-wait for each other, so that memory stays bounded).
+Every file becomes uint8 `[C, H, W]` in four steps, always in this order: apply the EXIF
+orientation, convert to 8-bit grey or RGB, resize (antialiased, bilinear), crop or pad. No global
+setting is changed, so any number of threads may decode at the same time; the pixels of large
+images that are decoded at once are limited to bound the memory.
+
+Truncated or damaged files are refused. `check_png` and `check_jpeg` find the damage that Pillow
+does not report.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from convlens.utils.files import MemorySemaphore
 
 Pixels = npt.NDArray[np.uint8]
 
-# Part of every cache key: raise it whenever the same file would decode to other pixels.
+# Part of every cache key. Increase it when the same file decodes to other pixels.
 VERSION = 2
 
-# Only these decoders are ever tried, whatever a file calls itself (Pillow knows 40 more).
+# The only decoders that are tried, whatever the file extension (Pillow has 40 more).
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 EXTENSIONS = frozenset(
     {
@@ -56,10 +59,10 @@ EXTENSIONS = frozenset(
 )
 FITS = ("crop", "pad", "stretch")
 
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn
+MAX_PIXELS = 89_478_485  # Pillow's default limit
 TOO_LARGE = f"more than {MAX_PIXELS // 10**6} million pixels are refused"
 MAX_BYTES = 1 << 29
-# Of all threads together, where images are large: each takes up to 16 bytes a pixel.
+# Pixels of the large images that all threads decode at once; a pixel takes up to 16 bytes.
 _DECODE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
 
 _GREY = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -75,9 +78,26 @@ _UPRIGHT = {
 }
 _ORIENTATION = 0x0112
 
+# Second bytes of JPEG markers (ITU-T T.81, table B.1).
+_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2  # frames with Huffman coding
+_OTHER_FRAMES = frozenset({0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)})
+_WITHOUT_SEGMENT = frozenset({0x01, *range(0xD0, 0xD9)})  # no length and no data follow
+_STUFFED_BYTE, _RESTART, _END, _SCAN, _RESTART_INTERVAL = 0x00, 0xD0, 0xD9, 0xDA, 0xDD
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
+# Headers that define a restart interval or arithmetic coding.
+_UNUSUAL_HEADERS = (b"\xff\xdd\0\4", b"\xff\xc9\0")
+_SCAN_CHUNK = 1 << 20  # bytes that are searched for markers at once; bounds the memory
+_MAX_SEGMENTS = 1000  # no camera writes as many; files with more are not checked
+_LOOKAHEAD = b"\0" * 16  # the decoder reads up to 8 bytes ahead
+
 
 class UnreadableImage(DataError):  # noqa: N818
-    """One image that can't be decoded: `path` says which, `reason` why, in plain words."""
+    """An image that can't be decoded.
+
+    Args:
+        path: path or name of the image.
+        reason: why it can't be decoded, in plain words.
+    """
 
     def __init__(self, path: str, reason: str) -> None:
         fix = "replace or remove the file, or set data.on_bad=skip"
@@ -87,47 +107,48 @@ class UnreadableImage(DataError):  # noqa: N818
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What a header says: size in pixels as seen upright, Pillow's mode, and grey or colour."""
+    """Properties of an image that its header gives."""
 
-    width: int
+    width: int  # pixels, after the EXIF orientation is applied
     height: int
-    mode: str
+    mode: str  # Pillow's name
     grey: bool
-    turned: bool  # by EXIF
-    alpha: bool  # a channel or a colour of it; transparent parts become white
-    frames: bool  # more than the first, which is the one that is used
+    turned: bool  # its EXIF orientation is not upright
+    alpha: bool  # has an alpha channel or a transparent color; both become white
+    frames: bool  # has several frames; only the first one is used
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """The bytes of one regular, non-empty file; never blocks on a pipe or device.
+    """Return the bytes of a regular, non-empty file. Never blocks on a pipe or device.
 
     Raises:
-        UnreadableImage: missing, empty, not a regular file, forbidden, or larger than 512 MiB.
+        UnreadableImage: The file is missing, empty, not a regular file, not readable, or larger
+            than 512 MiB.
     """
     name = os.fspath(path)
     try:
-        # Without O_NONBLOCK, opening a FIFO that nobody writes to would wait for ever.
-        # Windows would translate line ends.
+        # Without O_NONBLOCK, opening a FIFO without a writer blocks forever. Without O_BINARY,
+        # Windows translates line ends.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         handle = os.open(name, flags)
     except IsADirectoryError:
         raise UnreadableImage(name, "it is a folder") from None
     except (OSError, ValueError) as error:
-        raise UnreadableImage(name, _why(error)) from error
+        raise UnreadableImage(name, _reason(error)) from error
     try:
-        facts = os.fstat(handle)
-        if stat.S_ISDIR(facts.st_mode):
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
             raise UnreadableImage(name, "it is a folder")
-        if not stat.S_ISREG(facts.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage(name, "it is not a regular file")
-        if facts.st_size == 0:
+        if status.st_size == 0:
             raise UnreadableImage(name, "the file is empty (0 bytes)")
-        if facts.st_size > MAX_BYTES:
+        if status.st_size > MAX_BYTES:
             raise UnreadableImage(name, f"the file is larger than {MAX_BYTES >> 20} MiB")
         with os.fdopen(handle, "rb", closefd=False) as file:
             return file.read()
     except OSError as error:
-        raise UnreadableImage(name, _why(error)) from error
+        raise UnreadableImage(name, _reason(error)) from error
     finally:
         os.close(handle)
 
@@ -135,21 +156,24 @@ def read_bytes(path: Path | str) -> bytes:
 def decode(
     source: Path | str | bytes, *, size: int | None, channels: int, fit: str, name: str = ""
 ) -> Pixels:
-    """One image file as uint8 `[C, size, size]`, or `[C, H, W]` as it is where `size` is None.
+    """Decode one image file.
 
     Args:
-        source: a path, or the bytes of a file.
-        size: side of the square in pixels.
-        channels: 1 (ITU-R 601 grey) or 3 (RGB); transparent parts become white.
-        fit: `crop` (short side to `size`, centre kept), `pad` (long side to `size`, black
+        source: A path, or the bytes of a file.
+        size: Side of the result in pixels; None keeps the size of the image.
+        channels: 1 (ITU-R 601 grey) or 3 (RGB). Transparent parts become white.
+        fit: `crop` (short side to `size`, center kept), `pad` (long side to `size`, black
             borders) or `stretch`.
-        name: what to call `source` in errors where it is bytes.
+        name: Name of `source` in errors if it is bytes.
+
+    Returns:
+        uint8 `[C, size, size]`, or `[C, H, W]` if `size` is None.
 
     Raises:
-        UnreadableImage: it is no image, is damaged, or has more than 89 megapixels.
-        UsageError: an argument can't be used, or Pillow was told to accept damaged images.
+        UnreadableImage: Not an image, damaged, or more than 89 megapixels.
+        UsageError: An argument is invalid, or Pillow is set to accept truncated images.
     """
-    _check(size, channels, fit)
+    _check_arguments(size, channels, fit)
     check_pillow()
     if not isinstance(source, bytes):
         name = os.fspath(source)
@@ -161,25 +185,37 @@ def decode(
             elif image.format in ("JPEG", "MPO"):
                 check_jpeg(image, source)
             if size is not None:
-                # JPEG can be decoded at 1/2, 1/4, 1/8; twice the target keeps the resize honest.
-                width, height = _scaled(image.size, size, fit)
+                # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. Twice the target size leaves
+                # enough detail for an antialiased resize.
+                width, height = _resized_size(image.size, size, fit)
                 image.draft(None, (2 * width, 2 * height))
             with _DECODE_MEMORY.acquire(image.width * image.height):
                 image.load()
-                plain = _eight_bit(_upright(image), image.format or "", channels)
-                return _pixels(_fitted(plain, size, fit))
+                converted = _to_eight_bit(_to_upright(image), image.format or "", channels)
+                return _to_array(_resize(converted, size, fit))
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files.
-        raise UnreadableImage(name or "(bytes)", _why(error, source)) from error
+        raise UnreadableImage(name or "(bytes)", _reason(error, source)) from error
 
 
 def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> Pixels:
-    """The same conversions for uint8 images `[N, C, H, W]` that are already in memory.
+    """Apply the conversions of `decode` to images in memory.
 
-    Equal, pixel for pixel, to writing each image to a lossless file and decoding that.
+    The result equals, pixel for pixel, writing each image to a lossless file and decoding that.
+
+    Args:
+        images: uint8 `[N, C, H, W]` with 1 or 3 channels.
+        size, channels, fit: As for `decode`.
+
+    Returns:
+        uint8 `[N, channels, size, size]`, or `[N, channels, H, W]` if `size` is None.
+
+    Raises:
+        DataError: `images` has another data type or shape.
+        UsageError: Another argument is invalid.
     """
-    _check(size, channels, fit)
+    _check_arguments(size, channels, fit)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise DataError(
             f"images must be uint8 [N, 1 or 3, H, W], not {images.dtype} {list(images.shape)}"
@@ -188,7 +224,7 @@ def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> 
         images = np.repeat(images, 3, axis=1)
     elif images.shape[1] == 3 and channels == 1:
         red, green, blue = (images[:, c].astype(np.uint32) for c in range(3))
-        # Pillow's own fixed-point ITU-R 601 weights, so that both ways agree to the last bit.
+        # Pillow's fixed-point ITU-R 601 weights, so that the result is equal to that of `decode`.
         grey = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
         images = grey.astype(np.uint8)[:, None]
     if size is None or images.shape[2:] == (size, size):
@@ -196,19 +232,19 @@ def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> 
     out = np.empty((len(images), channels, size, size), np.uint8)
     for row, image in zip(out, images, strict=True):
         pixels = image[0] if channels == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
-        row[...] = _pixels(_fitted(Image.fromarray(pixels), size, fit))
+        row[...] = _to_array(_resize(Image.fromarray(pixels), size, fit))
     return out
 
 
 def probe_image(source: Path | str | bytes, name: str = "") -> ImageFacts:
-    """Size and kind of an image from its header alone; the pixels are not decoded.
+    """Read the header of an image; the pixels are not decoded.
 
     Args:
-        source: a path, or the bytes of a file.
-        name: what to call `source` in errors where it is bytes.
+        source: A path, or the bytes of a file.
+        name: Name of `source` in errors if it is bytes.
 
     Raises:
-        UnreadableImage: the header is no image's, or promises more than 89 megapixels.
+        UnreadableImage: The header is not that of an image, or declares more than 89 megapixels.
     """
     if not isinstance(source, bytes):
         name = os.fspath(source)
@@ -216,20 +252,27 @@ def probe_image(source: Path | str | bytes, name: str = "") -> ImageFacts:
     try:
         with _open(source, name) as image:
             width, height = image.size
-            # PNG may keep its EXIF behind the pixels; asking for it would decode them all.
-            known = image.format != "PNG" or "exif" in image.info
-            turn = _orientation(image) if known else 1
-            if image.format != "TIFF" and turn >= 5:
+            # The EXIF of a PNG may follow the pixels; reading it would decode all of them.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            orientation = _orientation(image) if has_exif else 1
+            if image.format != "TIFF" and orientation >= 5:
                 width, height = height, width
-            about = (image.mode, _is_grey(image), turn in _UPRIGHT, _has_alpha(image))
-            return ImageFacts(width, height, *about, _has_frames(image))
+            return ImageFacts(
+                width,
+                height,
+                mode=image.mode,
+                grey=_is_grey(image),
+                turned=orientation in _UPRIGHT,
+                alpha=_has_alpha(image),
+                frames=_has_frames(image),
+            )
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # as in `decode`
-        raise UnreadableImage(name or "(bytes)", _why(error, source)) from error
+        raise UnreadableImage(name or "(bytes)", _reason(error, source)) from error
 
 
-def _check(size: int | None, channels: int, fit: str) -> None:
+def _check_arguments(size: int | None, channels: int, fit: str) -> None:
     if fit not in FITS:
         raise UsageError(f"unknown fit {fit!r}", fix=f"choose from: {', '.join(FITS)}")
     if channels not in (1, 3):
@@ -239,27 +282,27 @@ def _check(size: int | None, channels: int, fit: str) -> None:
 
 
 def _open(content: bytes, name: str) -> ImageFile.ImageFile:
-    """Read the header of an image, as `Image.open` does, but with a limit of our own.
+    """Read the header of an image as `Image.open` does, with a fixed limit of its pixels.
 
-    Pillow's limit is a setting of the whole process. Up to twice that limit it only warns, and a
-    filter that makes an error of the warning would be another one.
+    Pillow's own limit is a setting of the whole process, and up to twice that limit Pillow only
+    warns. Turning this warning into an error would need another setting of the whole process.
     """
     file = io.BytesIO(content)
     Image.preinit()
     for kind in FORMATS:
         if kind not in Image.OPEN:
-            Image.init()  # loads the rarer formats, too, which takes a while
-        if kind not in Image.OPEN:  # this build of Pillow doesn't have it
+            Image.init()  # loads the rare formats as well, which takes a while
+        if kind not in Image.OPEN:  # not supported by this build of Pillow
             continue
         factory, accept = Image.OPEN[kind]
         try:
             accepted = accept is None or accept(content[:16])
-            # A text says why this build of Pillow can't read the format.
+            # A string is the reason why this build of Pillow can't read the format.
             if not accepted or isinstance(accepted, str):
                 continue
             file.seek(0)
             image = factory(file, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):  # it is of another format
+        except (SyntaxError, IndexError, TypeError, struct.error):  # another format
             continue
         for width, height in (image.size, getattr(image, "_tile_size", image.size)):
             if width * height > MAX_PIXELS:
@@ -271,14 +314,14 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Damaged EXIF says nothing about the pixels: the image counts as upright.
+    except Exception:  # Damaged EXIF does not affect the pixels; the image counts as upright.
         return 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    # Only now: Pillow turns TIFF upright while loading, and drops the tag when it has done so.
-    turn = _UPRIGHT.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+def _to_upright(image: Image.Image) -> Image.Image:
+    # After loading: Pillow turns TIFF upright when it loads the pixels, and drops the tag.
+    transpose = _UPRIGHT.get(_orientation(image))
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _has_alpha(image: Image.Image) -> bool:
@@ -288,7 +331,7 @@ def _has_alpha(image: Image.Image) -> bool:
 def _has_frames(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
-    except Exception:  # A damaged second frame is none.
+    except Exception:  # A damaged second frame does not count.
         return False
 
 
@@ -299,34 +342,38 @@ def _is_grey(image: Image.Image) -> bool:
     return palette[0::3] == palette[1::3] == palette[2::3]
 
 
-def _eight_bit(image: Image.Image, kind: str, channels: int) -> Image.Image:
+def _to_eight_bit(image: Image.Image, file_format: str, channels: int) -> Image.Image:
     if image.mode.startswith("I;16"):
-        image = _scale16(np.asarray(image))
+        image = _scale_16_bit(np.asarray(image))
     elif image.mode in ("I", "F"):
-        image = _scale32(np.asarray(image), sixteen=kind in ("PPM", "PNG") and image.mode == "I")
+        holds_16_bit = file_format in ("PPM", "PNG") and image.mode == "I"
+        image = _scale_32_bit(np.asarray(image), holds_16_bit=holds_16_bit)
     if _has_alpha(image):
         image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        paper.alpha_composite(image)
-        image = paper.convert("RGB")
+        background = Image.new("RGBA", image.size, "white")
+        background.alpha_composite(image)
+        image = background.convert("RGB")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
-    wanted = "L" if channels == 1 else "RGB"
-    return image if image.mode == wanted else image.convert(wanted)
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
-def _scale16(values: npt.NDArray[np.generic]) -> Image.Image:
-    # 65535 / 255 = 257: scaled and rounded. Pillow's own convert("L") would clip at 255.
+def _scale_16_bit(values: npt.NDArray[np.generic]) -> Image.Image:
+    # 65535 / 255 = 257: scaled and rounded. Pillow's convert("L") would clip at 255.
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
-def _scale32(values: npt.NDArray[np.generic], *, sixteen: bool) -> Image.Image:
-    """32-bit grey as 8 bits: 0..1, 0..255 and 0..65535 by their range, the rest stretched."""
+def _scale_32_bit(values: npt.NDArray[np.generic], *, holds_16_bit: bool) -> Image.Image:
+    """Scale 32-bit grey to 8 bits.
+
+    The range 0..1, 0..255 or 0..65535 is chosen by the values; other values are stretched.
+    """
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("it holds values that are not finite (NaN or infinity)")
-    if sixteen or (low >= 0 and 255 < high <= 65535 and values.dtype.kind == "i"):
-        return _scale16(np.clip(values.astype(np.int64), 0, 65535))
+    if holds_16_bit or (low >= 0 and 255 < high <= 65535 and values.dtype.kind == "i"):
+        return _scale_16_bit(np.clip(values.astype(np.int64), 0, 65535))
     scaled = values.astype(np.float64)
     if low >= 0 and high <= 1 and values.dtype.kind == "f":
         scaled = scaled * 255
@@ -335,15 +382,16 @@ def _scale32(values: npt.NDArray[np.generic], *, sixteen: bool) -> Image.Image:
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
-def _scaled(have: tuple[int, int], size: int, fit: str) -> tuple[int, int]:
-    """Width and height after the resize, before anything is cropped or padded."""
+def _resized_size(image_size: tuple[int, int], size: int, fit: str) -> tuple[int, int]:
+    """Return width and height after the resize, before cropping or padding."""
     if fit == "stretch":
         return size, size
-    side = min(have) if fit == "crop" else max(have)
-    return max(1, round(have[0] * size / side)), max(1, round(have[1] * size / side))
+    width, height = image_size
+    side = min(image_size) if fit == "crop" else max(image_size)
+    return max(1, round(width * size / side)), max(1, round(height * size / side))
 
 
-def _fitted(image: Image.Image, size: int | None, fit: str) -> Image.Image:
+def _resize(image: Image.Image, size: int | None, fit: str) -> Image.Image:
     if size is None or image.size == (size, size):
         return image
     width, height = image.size
@@ -352,23 +400,23 @@ def _fitted(image: Image.Image, size: int | None, fit: str) -> Image.Image:
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
         return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    target = _scaled(image.size, size, fit)
+    target = _resized_size(image.size, size, fit)
     image = image.resize(target, Image.Resampling.BILINEAR)
     if target == (size, size):
         return image
-    frame = Image.new(image.mode, (size, size))
-    frame.paste(image, ((size - target[0]) // 2, (size - target[1]) // 2))
-    return frame
+    padded = Image.new(image.mode, (size, size))
+    padded.paste(image, ((size - target[0]) // 2, (size - target[1]) // 2))
+    return padded
 
 
-def _pixels(image: Image.Image) -> Pixels:
+def _to_array(image: Image.Image) -> Pixels:
     array = np.asarray(image, dtype=np.uint8)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     return np.array(array, order="C")
 
 
-def _why(error: Exception, content: bytes = b"") -> str:
-    """An exception of the system or of Pillow in words for people."""
+def _reason(error: Exception, content: bytes = b"") -> str:
+    """Describe an exception of the system or of Pillow in plain words."""
     text = str(error)
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
@@ -389,148 +437,158 @@ def _why(error: Exception, content: bytes = b"") -> str:
     return f"damaged ({text or type(error).__name__})"
 
 
-# ---- whole ----------------------------------------
-# Whether a file holds all of its picture, where its decoder doesn't look.
-#
-# libjpeg makes grey of what is missing; it warns, but Pillow drops its warnings. It does so only
-# where a marker stands behind the data, though. So the marker is taken away: a decoder that needs
-# more than there is then asks for it in vain, and says so.
-
-# The second bytes of markers (ITU-T T.81, table B.1).
-_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2  # frames with Huffman codes
-_OTHER = frozenset({0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)})
-_BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # nothing belongs to them
-_NONE, _RESTART, _END, _SCAN, _INTERVAL = 0x00, 0xD0, 0xD9, 0xDA, 0xDD
-
-_UNUSUAL = (b"\xff\xdd\0\4", b"\xff\xc9\0")  # restarts, arithmetic codes
-_MARKER = re.compile(rb"\xff[^\x00\xff]")
-
-_PIECE = 1 << 20  # bytes that are looked through at once: bounds the memory it takes
-_SEGMENTS = 1000  # no camera writes that many; who does is not checked
-_AHEAD = b"\0" * 16  # a decoder looks ahead by up to 8
-
-
 def check_pillow() -> None:
-    """Refuses to decode where a program has told Pillow to accept what is cut short."""
+    """Refuse to decode if the calling program has set Pillow to accept truncated images.
+
+    Raises:
+        UsageError: `LOAD_TRUNCATED_IMAGES` is set.
+    """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise UsageError(
-            "this program has told Pillow to take half an image for a whole one",
+            "this program has set Pillow to accept truncated images",
             where="PIL.ImageFile.LOAD_TRUNCATED_IMAGES",
             fix="set it to False",
         )
 
 
 def check_png(content: bytes) -> None:
-    """Pillow looks at neither the sums of pixel data nor the end, once it has all rows.
+    """Check that a PNG is complete and its checksums match.
+
+    Pillow checks neither once it has decoded all rows.
 
     Raises:
-        EOFError: the file is cut short. ValueError: a sum differs.
+        EOFError: The file is cut short.
+        ValueError: A checksum differs.
     """
-    view, at, kind = memoryview(content), 8, b""
+    view, start, kind = memoryview(content), 8, b""
     while kind != b"IEND":
-        length = int.from_bytes(view[at : at + 4], "big")
-        body, sum_ = view[at + 4 : at + 8 + length], view[at + 8 + length : at + 12 + length]
-        if len(sum_) < 4:
+        length = int.from_bytes(view[start : start + 4], "big")
+        body = view[start + 4 : start + 8 + length]
+        checksum = view[start + 8 + length : start + 12 + length]
+        if len(checksum) < 4:
             raise EOFError
         kind = bytes(body[:4])
-        # What is no part of the picture may be damaged: its name begins with a small letter.
-        if kind[:1].isupper() and zlib.crc32(body) != int.from_bytes(sum_, "big"):
+        # Chunks that are not needed to show the image have names that begin with a lowercase
+        # letter; they may be damaged.
+        if kind[:1].isupper() and zlib.crc32(body) != int.from_bytes(checksum, "big"):
             raise ValueError("its checksum differs")
-        at += 12 + length
+        start += 12 + length
 
 
 def check_jpeg(image: ImageFile.ImageFile, content: bytes) -> None:
-    """Takes the end from an opened JPEG, whose `content` this is, so that decoding needs all of it.
+    """Prepare an opened JPEG so that decoding it fails if a part of it is missing.
+
+    libjpeg fills missing data with grey and only warns; Pillow drops its warnings. It does so only
+    if a marker follows the data. Without the end marker, a decoder that needs more data asks for
+    more input, and Pillow reports a truncated file. So the file is cut at the end of its data.
+
+    Args:
+        image: The opened image.
+        content: The bytes of its file.
 
     Raises:
-        EOFError: scans are missing. ValueError: what belongs between restart markers is.
+        EOFError: Scans are missing.
+        ValueError: Data between restart markers are missing.
     """
     stream = image.fp
     assert stream is not None
-    start, parts = stream.tell(), getattr(image, "layers", 0)
-    # Pillow has read the headers, up to the data. Where these are all there is, as nearly always,
-    # there is no need to do it again: it would take a quarter of the time of a small image.
-    scan = content[max(0, start - 8 - 2 * parts) : start]
-    usual = scan[:2] == b"\xff\xda" and scan[4] == parts and scan[-3:] == b"\0\x3f\0"
-    if usual and not any(content.find(mark, 0, start) >= 0 for mark in _UNUSUAL):
-        end: int | None = _without_zeros(content, _coded_bytes(content, start, 0)[0])
+    start, components = stream.tell(), getattr(image, "layers", 0)
+    # Pillow has read the headers up to the data of the first scan. Nearly always these are all the
+    # headers; reading them again would take a quarter of the time of a small image.
+    header = content[max(0, start - 8 - 2 * components) : start]
+    one_scan = header[:2] == b"\xff\xda" and header[4] == components and header[-3:] == b"\0\x3f\0"
+    if one_scan and not any(content.find(mark, 0, start) >= 0 for mark in _UNUSUAL_HEADERS):
+        end: int | None = _without_trailing_zeros(content, _find_data_end(content, start, 0)[0])
     else:
         end = _walk_segments(content)
     if end is not None:
         stream.seek(end)
         stream.truncate()
-        stream.write(_AHEAD)
+        stream.write(_LOOKAHEAD)
 
 
 def _walk_segments(content: bytes) -> int | None:
-    """Where the data end, by all headers; None where the decoder needs the end.
+    """Return where the coded data end, from all headers; None if the decoder needs the end marker.
 
-    It does where the data come in several scans: there the last scan of each part of the picture
-    must have begun, so that only fine detail can be missing. Arithmetic codes are not looked at.
+    It does if the data come in several scans. Then the last scan of each component must have
+    started, so that only fine detail can be missing. Arithmetic coding is not checked.
     """
-    at, interval = 2, 0
-    frame, sequential, scanned = b"", False, set[tuple[int, bool]]()
-    for _ in range(_SEGMENTS):
-        if content[at : at + 1] != b"\xff" or content[at + 1 : at + 2] in (b"", b"\0", b"\xff"):
-            at, _ = _coded_bytes(content, at, interval)  # the data of a scan, or junk
-        kind = int.from_bytes(content[at + 1 : at + 2], "big")
-        if kind in (_NONE, _END):
+    start, interval = 2, 0
+    frame, sequential, complete = b"", False, set[tuple[int, bool]]()
+    for _ in range(_MAX_SEGMENTS):
+        is_marker = content[start : start + 1] == b"\xff"
+        if not is_marker or content[start + 1 : start + 2] in (b"", b"\0", b"\xff"):
+            start, _ = _find_data_end(content, start, interval)  # data of a scan, or junk
+        kind = int.from_bytes(content[start + 1 : start + 2], "big")
+        if kind in (_STUFFED_BYTE, _END):
             break
-        if kind in _BARE:
-            at += 2
+        if kind in _WITHOUT_SEGMENT:
+            start += 2
             continue
-        size = int.from_bytes(content[at + 2 : at + 4], "big")
-        body = content[at + 4 : at + 2 + size]
-        at += 2 + max(2, size)
+        length = int.from_bytes(content[start + 2 : start + 4], "big")
+        body = content[start + 4 : start + 2 + length]
+        start += 2 + max(2, length)
         if kind in _SEQUENTIAL or kind == _PROGRESSIVE:
             frame, sequential = body, kind in _SEQUENTIAL
-        elif kind in _OTHER:
+        elif kind in _OTHER_FRAMES:
             return None
-        elif kind == _INTERVAL:
+        elif kind == _RESTART_INTERVAL:
             interval = int.from_bytes(body[:2], "big")
         elif kind == _SCAN and frame:
-            count = body[0]
-            if sequential and count == frame[5]:
-                end, restarts = _coded_bytes(content, at, interval)
-                if (
-                    end < len(content)
-                    and interval
-                    and restarts < (_count_units(frame) - 1) // interval
-                ):
-                    raise ValueError("what belongs between its restart markers is missing")
-                return _without_zeros(content, end)
-            first, last, bits = body[1 + 2 * count : 4 + 2 * count]
-            for component in body[1 : 1 + 2 * count : 2]:
-                # The lowest frequency and all others, each down to the last bit.
-                scanned |= {(component, True)} if first == 0 and not bits & 15 else set()
-                scanned |= {(component, False)} if last == 63 and not bits & 15 else set()
+            if sequential and body[0] == frame[5]:
+                return _end_of_single_scan(content, start, interval, frame)
+            complete |= _completed_by_scan(body)
     else:
         return None
-    if frame and len(scanned) < 2 * frame[5]:
+    if frame and len(complete) < 2 * frame[5]:
         raise EOFError
     return None
 
 
-def _without_zeros(content: bytes, end: int) -> int:
-    # No marker at all: zeros are not data, but a disk's or a download's that lost the rest.
+def _end_of_single_scan(content: bytes, start: int, interval: int, frame: bytes) -> int:
+    """Return where the data of a scan of all components end.
+
+    Raises:
+        ValueError: There are fewer restart markers than the size of the image requires.
+    """
+    end, restarts = _find_data_end(content, start, interval)
+    if end < len(content) and interval and restarts < (_count_units(frame) - 1) // interval:
+        raise ValueError("data between its restart markers are missing")
+    return _without_trailing_zeros(content, end)
+
+
+def _completed_by_scan(body: bytes) -> set[tuple[int, bool]]:
+    """Return the `(component, is_lowest_frequency)` pairs that a scan completes to the last bit."""
+    count = body[0]
+    first, last, bits = body[1 + 2 * count : 4 + 2 * count]
+    complete = set[tuple[int, bool]]()
+    for component in body[1 : 1 + 2 * count : 2]:
+        complete |= {(component, True)} if first == 0 and not bits & 15 else set()
+        complete |= {(component, False)} if last == 63 and not bits & 15 else set()
+    return complete
+
+
+def _without_trailing_zeros(content: bytes, end: int) -> int:
+    # Without any marker, zeros at the end are not data but the gap that a failed disk or download
+    # has left.
     return end if end < len(content) else len(content.rstrip(b"\0"))
 
 
-def _coded_bytes(content: bytes, at: int, interval: int) -> tuple[int, int]:
-    """Where coded data that begin at `at` end, and how many restart markers are in them.
+def _find_data_end(content: bytes, start: int, interval: int) -> tuple[int, int]:
+    """Return where the coded data that begin at `start` end, and their number of restart markers.
 
-    They end at the first marker but restart markers in their turn, or with the file.
+    They end at the first marker that is not the next restart marker, or with the file.
     """
     if not interval:
-        found = _MARKER.search(content, at)
-        return found.start() if found else len(content), 0
+        marker = _MARKER.search(content, start)
+        return marker.start() if marker else len(content), 0
     view, restarts = np.frombuffer(content, np.uint8), 0
-    for low in range(at, len(view), _PIECE):
-        piece = view[low : low + _PIECE + 1]  # a marker may begin with its last byte
-        positions = np.flatnonzero(piece[:-1] == 0xFF)
-        kinds = piece[positions + 1]
-        real = (kinds != 0) & (kinds != 0xFF)
-        positions, kinds = positions[real], kinds[real]
+    for low in range(start, len(view), _SCAN_CHUNK):
+        chunk = view[low : low + _SCAN_CHUNK + 1]  # a marker may begin with its last byte
+        positions = np.flatnonzero(chunk[:-1] == 0xFF)
+        kinds = chunk[positions + 1]
+        is_marker = (kinds != 0) & (kinds != 0xFF)
+        positions, kinds = positions[is_marker], kinds[is_marker]
         ends = np.flatnonzero(kinds != _RESTART + (restarts + np.arange(len(kinds))) % 8)
         if len(ends):
             return low + int(positions[ends[0]]), restarts + int(ends[0])
@@ -539,10 +597,10 @@ def _coded_bytes(content: bytes, at: int, interval: int) -> tuple[int, int]:
 
 
 def _count_units(frame: bytes) -> int:
-    """The number of MCUs, which restart markers count."""
+    """Return the number of MCUs; a restart interval is given in MCUs."""
     height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
     factors = frame[7 : 7 + 3 * frame[5] : 3]
-    # A single component has one block in each, whatever its factors.
+    # With a single component an MCU is one block, whatever its sampling factors.
     across = max(f >> 4 for f in factors) if len(factors) > 1 else 1
     down = max(f & 15 for f in factors) if len(factors) > 1 else 1
     return -(-width // (8 * across)) * -(-height // (8 * down))

@@ -1,4 +1,9 @@
-"""Which images are held out: stratified, seeded, groups kept together. Labels in, indices out."""
+"""Splits of a data set: which images are held out for validation and testing.
+
+`hold_out`, `fold_numbers` and `take_per_class` turn labels into indices: stratified, seeded, with
+groups kept together. `make_splits` applies them to the loaded parts of a source as a recipe asks
+for, and `describe_splits` says in words what was done.
+"""
 
 from __future__ import annotations
 
@@ -15,98 +20,128 @@ from convlens.data import cache
 from convlens.data.cache import ArrayRows, Conversion, ConvertedRows, ImageRows, as_index, in_memory
 from convlens.data.decode import Pixels
 from convlens.data.loader import ShardOrder
-from convlens.data.types import DataSource, EncodedFiles, ImageSource, IndexedStrings, Part
+from convlens.data.types import (
+    DataSource,
+    EncodedFiles,
+    ImageSource,
+    IndexArray,
+    IndexedStrings,
+    Part,
+)
 from convlens.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from convlens.recipe import DataConfig
 
 
-ImageIndex = npt.NDArray[np.int64]
-
-
 def hold_out(
-    labels: ImageIndex,
+    labels: IndexArray,
     fraction: float,
     seed: int,
     groups: Sequence[str] | None = None,
     *,
     keep: int = 1,
     names: Sequence[str] | None = None,
-) -> tuple[ImageIndex, ImageIndex]:
-    """Two sorted, disjoint index arrays: the images kept and the images held out.
+) -> tuple[IndexArray, IndexArray]:
+    """Hold out a fraction of the images of every class.
 
-    Every class gives its share of `fraction`; what rounding leaves goes to the classes of
-    largest remainder (ties: the lower class). The same seed always gives the same answer. At
-    least one image is held out where `fraction` > 0.
+    The numbers are rounded by the largest remainder method (ties go to the lower class). The same
+    seed always gives the same result. If `fraction` > 0, at least one image is held out.
 
     Args:
         labels: int64 `[N]`.
-        groups: a name for each image; a group is held out whole or not at all, which makes the
-            shares approximate.
-        keep: each class keeps at least this many images (or groups), however small it is.
-        names: class names for errors.
+        fraction: Share of the images to hold out.
+        seed: Seed of the random choice.
+        groups: The group of each image. A group is never divided, which makes the shares
+            approximate.
+        keep: Number of images (or groups) that each class keeps at least, however small it is.
+        names: Class names for errors.
+
+    Returns:
+        Two sorted, disjoint index arrays: the images that are kept and those held out.
 
     Raises:
-        DataError: a class has fewer than two images (or groups): it can't be in both parts.
+        DataError: A class has a single image (or group), so it can't be in both parts.
     """
-    everything = np.arange(len(labels), dtype=np.int64)
+    all_images = np.arange(len(labels), dtype=np.int64)
     if fraction <= 0 or not len(labels):
-        return everything, everything[:0]
+        return all_images, all_images[:0]
     random = np.random.default_rng(seed)
     if groups is None:
         held = _hold_images(labels, fraction, random, keep, names)
     else:
         held = _hold_groups(labels, fraction, random, groups, keep, names)
-    return everything[~held], everything[held]
+    return all_images[~held], all_images[held]
 
 
 def fold_numbers(
-    labels: ImageIndex,
+    labels: IndexArray,
     folds: int,
     seed: int,
     groups: Sequence[str] | None = None,
     *,
     names: Sequence[str] | None = None,
-) -> ImageIndex:
-    """The fold of each image, int64 `[N]` from 0 to `folds` - 1: every image is in exactly one.
+) -> IndexArray:
+    """Assign each image to one of `folds` folds.
 
-    Without groups the folds differ by at most one image, in each class and in all. A group is in
-    one fold whole; large ones are dealt first, each to the fold that has the least of its classes.
+    Without groups the sizes of the folds differ by at most one image, in each class and in total.
+    A group is never divided: the groups are assigned by size, the largest first, each to the fold
+    that has the fewest images of its classes.
+
+    Args:
+        labels: int64 `[N]`.
+        folds: Number of folds.
+        seed: Seed of the random choice.
+        groups: The group of each image.
+        names: Class names for errors.
+
+    Returns:
+        The fold of each image, int64 `[N]`, from 0 to `folds` - 1.
 
     Raises:
-        DataError: a class that would have no image left outside a fold; fewer images (or groups)
-            than folds.
+        DataError: All images of a class would be in one fold, or there are fewer images (or
+            groups) than folds.
     """
     random = np.random.default_rng(seed)
     unit = "image" if groups is None else "group"
     units = len(labels if groups is None else set(groups))
     if units < folds:
         raise DataError(
-            f"data.folds={folds}, but there are only {units} {unit}s to be dealt",
+            f"data.folds={folds}, but there are only {units} {unit}s",
             fix=f"at most data.folds={units}",
         )
     if groups is not None:
-        return _deal_groups(labels, folds, random, groups, names)
+        return _assign_groups(labels, folds, random, groups, names)
     _refuse_single(np.bincount(labels), unit, 1 / folds, names)
-    # Dealt like cards, class after class: each class goes on where the one before it ended.
-    dealt = np.empty(len(labels), np.int64)
-    dealt[np.lexsort((random.random(len(labels)), labels))] = np.arange(len(labels)) % folds
-    return dealt
+    # Round robin over all images in the order of their classes, so that each class continues with
+    # the fold after that of the last image of the class before it.
+    fold = np.empty(len(labels), np.int64)
+    fold[np.lexsort((random.random(len(labels)), labels))] = np.arange(len(labels)) % folds
+    return fold
 
 
 def take_per_class(
-    labels: ImageIndex,
+    labels: IndexArray,
     n: int,
     seed: int,
     *,
     names: Sequence[str] | None = None,
     key: str = "data.per_class",
-) -> ImageIndex:
-    """Sorted indices of `n` images of every class; a larger `n` gives a superset.
+) -> IndexArray:
+    """Choose `n` images of every class. A larger `n` gives a superset.
+
+    Args:
+        labels: int64 `[N]`.
+        n: Images of each class.
+        seed: Seed of the random choice.
+        names: Class names for errors.
+        key: The key of the recipe that `n` comes from, for errors.
+
+    Returns:
+        Sorted indices.
 
     Raises:
-        DataError: a class has fewer than `n` images; names every such class with its count.
+        DataError: Classes have fewer than `n` images; the error lists them with their counts.
     """
     counts = np.bincount(labels)
     short = [int(c) for c in np.flatnonzero(counts) if counts[c] < n]
@@ -120,14 +155,14 @@ def take_per_class(
     return np.flatnonzero(ranks < n).astype(np.int64)
 
 
-def _listed(classes: Sequence[int], counts: ImageIndex, names: Sequence[str] | None) -> str:
+def _listed(classes: Sequence[int], counts: IndexArray, names: Sequence[str] | None) -> str:
     shown = [f"{names[c] if names else f'class {c}'} ({counts[c]})" for c in classes[:5]]
-    rest = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
-    return ", ".join(shown) + rest
+    more = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
+    return ", ".join(shown) + more
 
 
-def _ranks(labels: ImageIndex, random: np.random.Generator) -> ImageIndex:
-    """Each image's place, from 0, in a random order of its own class."""
+def _ranks(labels: IndexArray, random: np.random.Generator) -> IndexArray:
+    """Return the rank of each image, from 0, in a random order of its class."""
     order = np.lexsort((random.random(len(labels)), labels))
     ordered = labels[order]
     first = np.searchsorted(ordered, ordered)
@@ -137,7 +172,7 @@ def _ranks(labels: ImageIndex, random: np.random.Generator) -> ImageIndex:
 
 
 def _refuse_single(
-    counts: ImageIndex, unit: str, fraction: float, names: Sequence[str] | None
+    counts: IndexArray, unit: str, fraction: float, names: Sequence[str] | None
 ) -> None:
     single = [int(c) for c in np.flatnonzero(counts == 1)]
     if single:
@@ -149,43 +184,48 @@ def _refuse_single(
 
 
 def _hold_images(
-    labels: ImageIndex,
+    labels: IndexArray,
     fraction: float,
     random: np.random.Generator,
     keep: int,
     names: Sequence[str] | None,
 ) -> npt.NDArray[np.bool_]:
+    """Return which images are held out, bool `[N]`; the numbers by the largest remainder method."""
     counts = np.bincount(labels)
     _refuse_single(counts, "image", fraction, names)
     quota = counts * fraction
-    most = np.maximum(counts - keep, 0)
-    take = np.minimum(np.floor(quota + 1e-9).astype(np.int64), most)
-    left = max(1, round(len(labels) * fraction)) - int(take.sum())
-    # Largest remainder first; a stable sort gives ties to the lower class. `left` may exceed one
-    # round where small classes can't give what they owe: then the others go on giving.
-    by_remainder = np.argsort(-np.round(quota - take, 9), kind="stable")
-    while left > 0 and (take < most).any():
+    limit = np.maximum(counts - keep, 0)
+    n_held = np.minimum(np.floor(quota + 1e-9).astype(np.int64), limit)
+    remaining = max(1, round(len(labels) * fraction)) - int(n_held.sum())
+    # Largest remainder first; a stable sort gives ties to the lower class. More than one round is
+    # needed if small classes can't give their share: then the others give more.
+    by_remainder = np.argsort(-np.round(quota - n_held, 9), kind="stable")
+    while remaining > 0 and (n_held < limit).any():
         for c in by_remainder:
-            if left > 0 and take[c] < most[c]:
-                take[c] += 1
-                left -= 1
-    held: npt.NDArray[np.bool_] = _ranks(labels, random) < take[labels]
+            if remaining > 0 and n_held[c] < limit[c]:
+                n_held[c] += 1
+                remaining -= 1
+    held: npt.NDArray[np.bool_] = _ranks(labels, random) < n_held[labels]
     return held
 
 
 def _hold_groups(
-    labels: ImageIndex,
+    labels: IndexArray,
     fraction: float,
     random: np.random.Generator,
     groups: Sequence[str],
     keep: int,
     names: Sequence[str] | None,
 ) -> npt.NDArray[np.bool_]:
-    """Greedy: large groups first, each held out where that brings the class shares closer."""
+    """Return which images are held out, bool `[N]`.
+
+    Greedy: the largest groups first, each held out if this brings the class shares closer to
+    `fraction`.
+    """
     n_classes = int(labels.max()) + 1
     group, starts, pair_class, pair_counts = _grouped(labels, groups)
-    left = np.bincount(pair_class, minlength=n_classes)  # groups of each class still kept
-    _refuse_single(left, "group", fraction, names)
+    n_kept = np.bincount(pair_class, minlength=n_classes)  # groups of each class
+    _refuse_single(n_kept, "group", fraction, names)
     counts = np.bincount(labels, minlength=n_classes)
     quota = counts * fraction
     weight = 1 / np.maximum(counts, 1)
@@ -195,14 +235,14 @@ def _hold_groups(
     for g in _large_first(group, random):
         rows = slice(starts[g], starts[g + 1])
         c, n = pair_class[rows], pair_counts[rows]
-        if (left[c] <= keep).any():
+        if (n_kept[c] <= keep).any():
             continue
         before, after = held_counts[c] - quota[c], held_counts[c] + n - quota[c]
         gain = float((weight[c] * (before**2 - after**2)).sum())
         if gain > 0:
             held[g] = True
             held_counts[c] += n
-            left[c] -= 1
+            n_kept[c] -= 1
         elif gain > best_gain:
             best, best_gain = int(g), gain
     if not held.any():
@@ -211,78 +251,78 @@ def _hold_groups(
                 "no group can be held out without leaving a class without training images",
                 fix="use finer groups, or drop data.group",
             )
-        held[best] = True  # every group is larger than the share: the least bad one
-    by_image: npt.NDArray[np.bool_] = held[group]
-    return by_image
+        held[best] = True  # every group is larger than the share: take the closest one
+    held_images: npt.NDArray[np.bool_] = held[group]
+    return held_images
 
 
-def _deal_groups(
-    labels: ImageIndex,
+def _assign_groups(
+    labels: IndexArray,
     folds: int,
     random: np.random.Generator,
     groups: Sequence[str],
     names: Sequence[str] | None,
-) -> ImageIndex:
+) -> IndexArray:
     n_classes = int(labels.max()) + 1
     group, starts, pair_class, pair_counts = _grouped(labels, groups)
     _refuse_single(np.bincount(pair_class, minlength=n_classes), "group", 1 / folds, names)
     counts = np.bincount(labels, minlength=n_classes)
     weight = 1 / np.maximum(counts, 1)
-    have = np.zeros((folds, n_classes))
+    fold_counts = np.zeros((folds, n_classes))
     fold = np.zeros(len(starts) - 1, np.int64)
     for g in _large_first(group, random):
         rows = slice(starts[g], starts[g + 1])
         c, n = pair_class[rows], pair_counts[rows]
-        # What the sum of squared class shares would grow by, up to a factor and a constant.
-        growth = np.round(have[:, c] @ (weight[c] * n), 9)
-        fold[g] = np.lexsort((have.sum(1), growth))[0]
-        have[fold[g], c] += n
-    torn = np.flatnonzero(((have == counts) & (counts > 0)).any(0))
-    if len(torn) or (have.sum(1) == 0).any():
-        which = f": {_listed(torn.tolist(), counts, names)}" if len(torn) else ""
+        # The increase of the sum of squared class shares, up to a factor and a constant.
+        increase = np.round(fold_counts[:, c] @ (weight[c] * n), 9)
+        fold[g] = np.lexsort((fold_counts.sum(1), increase))[0]
+        fold_counts[fold[g], c] += n
+    in_one_fold = np.flatnonzero(((fold_counts == counts) & (counts > 0)).any(0))
+    if len(in_one_fold) or (fold_counts.sum(1) == 0).any():
+        which = f": {_listed(in_one_fold.tolist(), counts, names)}" if len(in_one_fold) else ""
         raise DataError(
-            f"the groups can't be dealt to {folds} folds so that every fold leaves images of "
+            f"the groups can't be divided into {folds} folds so that every fold leaves images of "
             f"every class to train on{which}",
             fix="use finer groups, fewer folds, or drop data.group",
         )
-    dealt: ImageIndex = fold[group]
-    return dealt
+    fold_of_image: IndexArray = fold[group]
+    return fold_of_image
 
 
 def _grouped(
-    labels: ImageIndex, groups: Sequence[str]
-) -> tuple[ImageIndex, ImageIndex, ImageIndex, ImageIndex]:
-    """Each image's group, and each group's classes with their counts as one flat table.
+    labels: IndexArray, groups: Sequence[str]
+) -> tuple[IndexArray, IndexArray, IndexArray, IndexArray]:
+    """Return the group of each image, and the class counts of the groups as one flat table.
 
-    Group g has the entries `starts[g]` to `starts[g + 1]` of the last two arrays.
+    Returns:
+        `(group, starts, classes, counts)`. Group g has the entries `starts[g]` to `starts[g + 1]`
+        of the last two arrays.
     """
     n_classes = int(labels.max()) + 1
     _, group = np.unique(np.asarray(groups), return_inverse=True)
-    # One entry per (group, class) that occurs: a dense table would not fit for many groups.
+    # One entry per (group, class) pair that occurs: a dense table of many groups is too large.
     pairs, counts = np.unique(group * n_classes + labels, return_counts=True)
     starts = np.searchsorted(pairs // n_classes, np.arange(group.max() + 2))
     return group, starts, pairs % n_classes, counts
 
 
-def _large_first(group: ImageIndex, random: np.random.Generator) -> ImageIndex:
-    """Numbers of groups, by size, in a random order where sizes are equal."""
+def _large_first(group: IndexArray, random: np.random.Generator) -> IndexArray:
+    """Return the numbers of the groups by size; groups of equal size in a random order."""
     sizes = np.bincount(group)
     shuffled = random.permutation(len(sizes))
-    ordered: ImageIndex = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
+    ordered: IndexArray = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
     return ordered
-
-
-# ---- opening ----------------------------------------
-# From the parts of a source to indices of three splits: what is held out, and how it is told.
-
-IndexTensor = npt.NDArray[np.int64]
 
 
 @dataclass
 class Split:
-    """Images with labels: rows uint8 `[N, C, H, W]`, labels int64 `[N]`, an id for each.
+    """Images with labels.
 
-    `shards` says where they lie, where the order of training goes by it.
+    Args:
+        rows: The images, uint8 `[N, C, H, W]`.
+        labels: int64 `[N]`.
+        ids: A name for each image.
+        shards: The shards of the images, if the order of training depends on them.
     """
 
     rows: ImageRows
@@ -296,9 +336,18 @@ class Split:
 
 @dataclass
 class LoadedPart:
-    """One part of a source with its rows; `good` are the readable images.
+    """One part of a source with its rows.
 
-    `digests` are the SHA-256 of its files, uint8 `[N, 32]`; None where it isn't of files.
+    Args:
+        part: The part.
+        rows: Its images.
+        content: SHA-256 over the readable images.
+        bad: Number of each unreadable image -> reason.
+        digests: SHA-256 of each file, uint8 `[N, 32]`; None if the images are not files.
+
+    Attributes:
+        good: Numbers of the readable images. The indices of other methods refer to these.
+        labels: Labels of the readable images.
     """
 
     part: Part
@@ -309,44 +358,49 @@ class LoadedPart:
 
     def __post_init__(self) -> None:
         good = np.delete(np.arange(len(self.part.labels), dtype=np.int64), list(self.bad))
-        self.good: IndexTensor = good
-        self.labels: IndexTensor = self.part.labels[good]
+        self.good: IndexArray = good
+        self.labels: IndexArray = self.part.labels[good]
 
-    def all(self) -> IndexTensor:
+    def all(self) -> IndexArray:
+        """Return the indices of all readable images."""
         return np.arange(len(self.good), dtype=np.int64)
 
-    def ids_of(self, index: IndexTensor) -> Sequence[str]:
+    def ids_of(self, index: IndexArray) -> Sequence[str]:
         return IndexedStrings(self.part.ids, self.good[index])
 
-    def groups(self) -> list[str] | None:
+    def groups_of(self, index: IndexArray) -> list[str] | None:
+        """Return the group of each image; None if the part has no groups."""
         groups = self.part.groups
-        return None if groups is None else [groups[i] for i in self.good.tolist()]
+        return None if groups is None else [groups[i] for i in self.good[index].tolist()]
 
-    def split(self, index: IndexTensor, *, resident: bool) -> Split:
-        taken = self.good[index]
-        whole = len(taken) == self.rows.shape[0]
-        rows = self.rows if whole else self.rows.take(as_index(taken))
+    def split(self, index: IndexArray, *, resident: bool) -> Split:
+        """Return the images `index` as a split; with `resident`, they are read into memory."""
+        numbers = self.good[index]
+        is_complete = len(numbers) == self.rows.shape[0]
+        rows = self.rows if is_complete else self.rows.subset(as_index(numbers))
         if resident and not isinstance(rows, ArrayRows):
             rows = in_memory(rows)
-        return Split(rows, as_index(self.labels[index]), self.ids_of(index), self._shards(taken))
+        return Split(rows, as_index(self.labels[index]), self.ids_of(index), self._shards(numbers))
 
-    def _shards(self, taken: IndexTensor) -> ShardOrder | None:
+    def _shards(self, numbers: IndexArray) -> ShardOrder | None:
         files = self.part.images
-        shard_ids = files.shard_ids() if isinstance(files, EncodedFiles) else None
-        if shard_ids is None or not isinstance(files, EncodedFiles):
+        if not isinstance(files, EncodedFiles):
             return None
-        return ShardOrder(as_index(shard_ids[taken]), files.prefetch)
+        shard_ids = files.shard_ids()
+        return (
+            None if shard_ids is None else ShardOrder(as_index(shard_ids[numbers]), files.prefetch)
+        )
 
 
 def load_part(part: Part, conversion: Conversion, memory_budget: int) -> LoadedPart:
-    """A part's images as rows: files through the cache, arrays converted when asked for."""
+    """Load a part: files through the decode cache, arrays converted for each request."""
     if isinstance(part.images, EncodedFiles):
-        found = cache.decode_images(part.images, conversion, memory_budget=memory_budget)
-        return LoadedPart(part, found.rows, found.content, found.bad, found.digests)
-    return LoadedPart(part, ConvertedRows(part.images, conversion), _content(part.images), {})
+        decoded = cache.decode_images(part.images, conversion, memory_budget=memory_budget)
+        return LoadedPart(part, decoded.rows, decoded.content, decoded.bad, decoded.digests)
+    return LoadedPart(part, ConvertedRows(part.images, conversion), _content_hash(part.images), {})
 
 
-def _content(images: ImageSource) -> str:
+def _content_hash(images: ImageSource) -> str:
     digest = hashlib.sha256(repr(images.shape).encode())
     for start in range(0, images.shape[0], 1024):
         index = np.arange(start, min(start + 1024, images.shape[0]))
@@ -355,151 +409,205 @@ def _content(images: ImageSource) -> str:
 
 
 def check_split_config(config: DataConfig) -> None:
-    """Refuses keys that contradict each other.
+    """Check that the keys about splits do not contradict each other.
 
     Raises:
-        UsageError: all that is wrong at once.
+        UsageError: They do; the error lists all contradictions.
     """
-    found = []
+    problems = []
     if config.folds is None and config.fold:
-        found.append(f"data.fold={config.fold} without data.folds")
+        problems.append(f"data.fold={config.fold} without data.folds")
     if config.folds is not None:
         if config.fold >= config.folds:
-            found.append(f"data.fold={config.fold}: the {config.folds} folds are counted from 0")
+            problems.append(f"data.fold={config.fold}: the {config.folds} folds are counted from 0")
         if config.val_fraction == 0:
-            found.append("data.val_fraction=0 and data.folds: a fold is a validation split")
-    if found:
-        raise UsageError("; ".join(found), fix="set data.folds=K and data.fold=0..K-1, or neither")
+            problems.append("data.val_fraction=0 and data.folds: a fold is a validation split")
+    if problems:
+        fix = "set data.folds=K and data.fold=0..K-1, or neither"
+        raise UsageError("; ".join(problems), fix=fix)
 
 
 def parts_of(config: DataConfig, source: DataSource) -> dict[str, Part]:
-    """The source's parts as the recipe wants them: its own validation images join the training
-    images where validation is drawn by us in any case, or not at all."""
-    draws = config.folds is not None or config.total_per_class is not None
-    if "val" not in source.parts or not (draws or config.val_fraction == 0):
+    """Return the parts of a source as the recipe uses them.
+
+    The source's validation images join its training images if the recipe draws the validation
+    split itself, or has none.
+    """
+    draws_validation = config.folds is not None or config.total_per_class is not None
+    if "val" not in source.parts or not (draws_validation or config.val_fraction == 0):
         return source.parts
     train, val = source.parts["train"], source.parts["val"]
-    # No built-in set (these are arrays) has a validation split of its own.
+    # No built-in set (these are arrays) has a validation split.
     assert isinstance(train.images, EncodedFiles)
     assert isinstance(val.images, EncodedFiles)
-    both = Part(
+    joined = Part(
         train.images.concat(val.images),
         np.concatenate([train.labels, val.labels]),
         [*train.ids, *val.ids],
         None if train.groups is None or val.groups is None else [*train.groups, *val.groups],
     )
-    return {"train": both, **{s: part for s, part in source.parts.items() if s == "test"}}
+    return {"train": joined, **{s: part for s, part in source.parts.items() if s == "test"}}
 
 
 def is_drawn_split(config: DataConfig, source: DataSource) -> bool:
-    """Whether `data.seed` decides anything: not where all splits are the source's own."""
-    some = config.per_class is not None or config.total_per_class is not None
-    holds_out = "val" not in source.parts and config.validates
-    return "test" not in source.parts or holds_out or config.folds is not None or some
+    """Return whether the splits depend on `data.seed`. They don't if the source gives them all."""
+    takes_subset = config.per_class is not None or config.total_per_class is not None
+    holds_out_val = "val" not in source.parts and config.validates
+    is_drawn = "test" not in source.parts or holds_out_val or config.folds is not None
+    return is_drawn or takes_subset
 
 
 @dataclass(frozen=True)
-class _Splitter:
-    """One recipe's way of holding images out of a source's training images."""
+class SplitPlan:
+    """Which images of a source's training part stay there and which are held out.
 
-    config: DataConfig
-    classes: Sequence[str]
-    pool: LoadedPart
+    All indices refer to the readable images of the loaded training part.
 
-    @property
-    def kind(self) -> str:
-        grouped = self.pool.part.groups is not None
-        return f"groups by {self.config.group!r} kept together" if grouped else "stratified"
+    Attributes:
+        train: Indices of the training images.
+        held_out: Indices of the images held out for `val` and `test`, where the source has no
+            such split.
+        test_pool_size: Number of images that `test` was drawn from.
+        selected_size: Number of images left by `data.total_per_class`; without it, all readable
+            images. The share of validation images refers to it.
+        after_val_size: Number of images left after validation images were held out.
+    """
 
-    def groups(self, among: IndexTensor) -> list[str] | None:
-        groups = self.pool.groups()
-        return None if groups is None else [groups[i] for i in among.tolist()]
-
-    def hold(self, among: IndexTensor, share: float, each: int) -> tuple[IndexTensor, IndexTensor]:
-        """`share` of the images `among` held out, `each` of every class staying at least."""
-        stay, held = hold_out(
-            self.pool.labels[among],
-            min(1.0, share),
-            self.config.seed,
-            self.groups(among),
-            keep=each,
-            names=self.classes,
-        )
-        return among[stay], among[held]
-
-    def fold(self, among: IndexTensor) -> tuple[IndexTensor, IndexTensor]:
-        """The images outside and inside of the recipe's fold."""
-        labels, folds = self.pool.labels[among], int(self.config.folds or 0)
-        numbers = fold_numbers(
-            labels, folds, self.config.seed, self.groups(among), names=self.classes
-        )
-        return among[numbers != self.config.fold], among[numbers == self.config.fold]
-
-    def some(self, among: IndexTensor, n: int, key: str) -> IndexTensor:
-        """`n` images of each class."""
-        chosen = take_per_class(
-            self.pool.labels[among], n, self.config.seed, names=self.classes, key=key
-        )
-        return among[chosen]
+    train: IndexArray
+    held_out: dict[str, IndexArray]
+    test_pool_size: int
+    selected_size: int
+    after_val_size: int
 
 
-def make_splits(
-    config: DataConfig, source: DataSource, opened: dict[str, LoadedPart]
-) -> tuple[IndexTensor, dict[str, IndexTensor], dict[str, str]]:
-    """Indices into the readable train images that stay, those held out by split, and why.
+def make_splits(config: DataConfig, source: DataSource, parts: dict[str, LoadedPart]) -> SplitPlan:
+    """Decide which images are held out for validation and testing.
 
-    `opened` are the parts that `parts_of` gives.
+    Args:
+        config: The recipe's data section.
+        source: The source.
+        parts: The loaded parts that `parts_of` gives.
+
+    Raises:
+        DataError: A class is too small to be split.
+        UsageError: Keys of the recipe contradict each other.
     """
     check_split_config(config)
-    by = _Splitter(config, source.classes, opened["train"])
-    keep, out = by.pool.all(), dict[str, IndexTensor]()
-    how = {s: f"{len(o.labels):,} images of the source's own split" for s, o in opened.items()}
-    joined = "val" in source.parts and "val" not in opened
-    told, whole = f"{len(keep):,} training images", len(keep)
-    if joined:
-        how["train"] = told = f"{told}, the source's own validation images among them"
-    if "test" not in opened:
+    pool = parts["train"]
+    train, held_out = pool.all(), dict[str, IndexArray]()
+    test_pool_size = 0
+    if "test" not in parts:
         # The same images whatever the recipe does about validation, or a refit would be tested on
-        # what chose its length: from the source's train part, a validation image kept aside.
-        ours = by.pool.good < len(source.parts["train"].labels)
-        each = 1 if "val" in source.parts else 2
-        stay, out["test"] = by.hold(keep[ours], config.test_fraction, each)
-        keep = np.sort(np.concatenate([stay, keep[~ours]]))
-        how["test"] = (
-            f"{len(out['test']):,} of {int(ours.sum()):,} training images held out "
-            f"({config.test_fraction:.0%}, {by.kind}, seed {config.seed})"
+        # images that chose its number of epochs: they come from the source's training part, and
+        # one more image per class stays for validation.
+        from_train_part = pool.good < len(source.parts["train"].labels)
+        test_pool_size = int(from_train_part.sum())
+        keep = 1 if "val" in source.parts else 2
+        kept, held_out["test"] = _hold_out_of(
+            pool, train[from_train_part], config.test_fraction, config, source, keep
+        )
+        train = np.sort(np.concatenate([kept, train[~from_train_part]]))
+    selected_size = len(pool.good)
+    if config.total_per_class is not None:
+        n, key = config.total_per_class, "data.total_per_class"
+        chosen = take_per_class(pool.labels[train], n, config.seed, names=source.classes, key=key)
+        train = train[chosen]
+        selected_size = len(train)
+    if "val" not in parts:
+        train, held_out["val"] = _hold_out_validation(config, source, pool, train, selected_size)
+    after_val_size = len(train)
+    if config.per_class is not None:
+        chosen = take_per_class(
+            pool.labels[train], config.per_class, config.seed, names=source.classes
+        )
+        train = train[chosen]
+    return SplitPlan(train, held_out, test_pool_size, selected_size, after_val_size)
+
+
+def _hold_out_validation(
+    config: DataConfig,
+    source: DataSource,
+    pool: LoadedPart,
+    available: IndexArray,
+    selected_size: int,
+) -> tuple[IndexArray, IndexArray]:
+    """Return the images that stay and the validation images: a fold, a share, or none."""
+    if config.folds is not None:
+        labels, groups = pool.labels[available], pool.groups_of(available)
+        fold = fold_numbers(labels, config.folds, config.seed, groups, names=source.classes)
+        return available[fold != config.fold], available[fold == config.fold]
+    if config.val_fraction == 0:
+        return available, available[:0]
+    share = config.val_fraction * selected_size / len(available)
+    return _hold_out_of(pool, available, share, config, source, keep=1)
+
+
+def _hold_out_of(
+    pool: LoadedPart,
+    available: IndexArray,
+    share: float,
+    config: DataConfig,
+    source: DataSource,
+    keep: int,
+) -> tuple[IndexArray, IndexArray]:
+    """Apply `hold_out` to the images `available` of `pool`."""
+    kept, held = hold_out(
+        pool.labels[available],
+        min(1.0, share),
+        config.seed,
+        pool.groups_of(available),
+        keep=keep,
+        names=source.classes,
+    )
+    return available[kept], available[held]
+
+
+def describe_splits(
+    plan: SplitPlan, config: DataConfig, source: DataSource, parts: dict[str, LoadedPart]
+) -> dict[str, str]:
+    """Describe in one sentence for each split where its images come from.
+
+    Args:
+        plan: The result of `make_splits` for the other arguments.
+    """
+    descriptions = {
+        split: f"{len(part.labels):,} images of the source's own split"
+        for split, part in parts.items()
+    }
+    pool, held = parts["train"], plan.held_out
+    kind = "stratified"
+    if pool.part.groups is not None:
+        kind = f"groups by {config.group!r} kept together"
+    available = f"{len(pool.good):,} training images"
+    if "val" in source.parts and "val" not in parts:
+        available += ", including the source's own validation images"
+        descriptions["train"] = available
+    if "test" in held:
+        descriptions["test"] = (
+            f"{len(held['test']):,} of {plan.test_pool_size:,} training images held out "
+            f"({config.test_fraction:.0%}, {kind}, seed {config.seed})"
         )
     if config.total_per_class is not None:
-        n, before = config.total_per_class, len(keep)
-        keep = by.some(keep, n, "data.total_per_class")
-        told, whole = f"{len(keep):,} images ({n} of each class of {before:,})", len(keep)
-    if "val" not in opened:
-        keep, out["val"], how["val"] = _validation(by, keep, whole, told)
-    if len(keep) < len(by.pool.good):
-        how["train"] = told
-    if len(keep) < whole:
-        how["train"] = f"{len(keep):,} of {told}: what was not held out"
-    if config.per_class is not None:
-        before = len(keep)
-        keep = by.some(keep, config.per_class, "data.per_class")
-        how["train"] = (
-            f"{len(keep):,} of {before:,} training images: {config.per_class} of each class "
-            f"(seed {config.seed})"
+        before = len(pool.good) - len(held.get("test", ()))
+        available = (
+            f"{plan.selected_size:,} images ({config.total_per_class} of each class of {before:,})"
         )
-    return keep, out, {split: how[split] for split in ("train", "val", "test")}
-
-
-def _validation(
-    by: _Splitter, among: IndexTensor, whole: int, told: str
-) -> tuple[IndexTensor, IndexTensor, str]:
-    """What stays, the validation split, and how it came about; shares are of the `whole`."""
-    config = by.config
-    if config.folds is not None:
-        stay, held = by.fold(among)
-        said = f"fold {config.fold} of {config.folds}"
-    elif config.val_fraction:
-        stay, held = by.hold(among, config.val_fraction * whole / len(among), 1)
-        said = f"{config.val_fraction:.0%}"
-    else:
-        return among, among[:0], "none (data.val_fraction=0)"
-    return stay, held, (f"{len(held):,} of {told} held out ({said}, {by.kind}, seed {config.seed})")
+    if "val" in held:
+        share = f"{config.val_fraction:.0%}"
+        if config.folds is not None:
+            share = f"fold {config.fold} of {config.folds}"
+        descriptions["val"] = (
+            f"{len(held['val']):,} of {available} held out ({share}, {kind}, seed {config.seed})"
+        )
+        if config.val_fraction == 0:
+            descriptions["val"] = "none (data.val_fraction=0)"
+    if config.per_class is not None:
+        descriptions["train"] = (
+            f"{len(plan.train):,} of {plan.after_val_size:,} training images: {config.per_class} "
+            f"of each class (seed {config.seed})"
+        )
+    elif plan.after_val_size < plan.selected_size:
+        descriptions["train"] = f"{plan.after_val_size:,} of {available}: those not held out"
+    elif plan.after_val_size < len(pool.good):
+        descriptions["train"] = available
+    return {split: descriptions[split] for split in ("train", "val", "test")}

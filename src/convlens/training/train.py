@@ -413,7 +413,7 @@ def _run_metadata(requested: Recipe, job: TrainingJob) -> dict[str, Any]:
             "name": data.name,
             "fingerprint": data.fingerprint,
             "classes": list(data.classes),
-            "splits": data.how,
+            "splits": data.split_descriptions,
             "skipped": data.skipped,
         },
         "weights": job.initial_weights,

@@ -1,10 +1,12 @@
-"""Decode once: the store of pixels, its key, its locks, and life without it."""
+"""The decode cache: its key, its locks, damaged and missing stores; and rows of images."""
 
 from __future__ import annotations
 
 import errno
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,9 +21,9 @@ from convlens.data.cache import (
     Conversion,
     DecodedRows,
     FixedSizeRecords,
+    IndexedRows,
     Reader,
     StoredRows,
-    TakenRows,
     decode_images,
     in_memory,
 )
@@ -52,7 +54,7 @@ def index(*numbers: int) -> torch.Tensor:
 
 
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files decoded from now on."""
+    """Return a list to which the names of all decoded files are appended."""
     seen: list[str] = []
     real = types.read_bytes
 
@@ -83,7 +85,7 @@ def test_second_start_decodes_nothing(
     assert [p.suffix for p in sorted(store.iterdir())] == [".lock", ".pixels"]
 
 
-def test_the_key_sees_every_change(tmp_path: Path, store: Path) -> None:
+def test_cache_key_changes_with_every_input(tmp_path: Path, store: Path) -> None:
     paths = files(tmp_path / "a", 3)
     keys = {cache._key(paths, GREY8)}
     keys.add(cache._key(FilePaths(paths[:2]), GREY8))
@@ -91,7 +93,7 @@ def test_the_key_sees_every_change(tmp_path: Path, store: Path) -> None:
     keys.add(cache._key(paths, Conversion(9, 1, "crop")))
     keys.add(cache._key(paths, Conversion(8, 3, "crop")))
     keys.add(cache._key(paths, Conversion(8, 1, "pad")))
-    # Same size and, by force, the same time of modification: the change time still tells.
+    # Same size and, by force, the same modification time: the change time differs.
     before = os.stat(paths[0])
     time.sleep(0.02)
     content = bytearray(Path(paths[0]).read_bytes())
@@ -101,7 +103,7 @@ def test_the_key_sees_every_change(tmp_path: Path, store: Path) -> None:
     assert len(keys) == 7
 
 
-def test_content_is_that_of_the_files_not_of_their_place(tmp_path: Path) -> None:
+def test_content_hash_does_not_depend_on_the_folder(tmp_path: Path) -> None:
     one = decode_images(files(tmp_path / "a", 5), GREY8, memory_budget=PLENTY)
     two = decode_images(files(tmp_path / "b", 5), GREY8, memory_budget=PLENTY)
     three = decode_images(files(tmp_path / "c", 6), GREY8, memory_budget=PLENTY)
@@ -125,22 +127,22 @@ def test_unreadable_files_are_black_and_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
-def test_a_damaged_store_is_built_again(
+def test_damaged_store_is_built_again(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     paths = files(tmp_path / "a", 10)
     decode_images(paths, GREY8, memory_budget=PLENTY)
     (pixels,) = store.glob("*.pixels")
-    whole = pixels.read_bytes()
-    pixels.write_bytes({"cut": whole[:-20], "garbage": b"x" * 50, "empty": b""}[damage])
+    intact = pixels.read_bytes()
+    pixels.write_bytes({"cut": intact[:-20], "garbage": b"x" * 50, "empty": b""}[damage])
     seen = decodes(monkeypatch)
     found = decode_images(paths, GREY8, memory_budget=PLENTY)
     assert len(seen) == 10
     assert found.rows.gather(index(9))[0, 0, 0, 0] == 9
-    assert pixels.read_bytes() == whole
+    assert pixels.read_bytes() == intact
 
 
-def test_an_interrupt_leaves_no_file(
+def test_interrupted_decoding_leaves_no_file(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> bytes:
@@ -165,9 +167,9 @@ def test_without_a_cache_small_sets_stay_in_memory(
     found = decode_images(files(tmp_path / "a", 40), GREY8, memory_budget=40 * 64)
     assert isinstance(found.rows, ArrayRows)
     assert found.rows.gather(index(39, 1))[:, 0, 0, 0].tolist() == [39, 1]
-    said = capsys.readouterr().err
-    assert "kept in memory" in said
-    assert "CONVLENS_CACHE" in said
+    message = capsys.readouterr().err
+    assert "kept in memory" in message
+    assert "CONVLENS_CACHE" in message
 
 
 @pytest.mark.usefixtures("no_cache")
@@ -177,7 +179,7 @@ def test_without_a_cache_large_sets_are_decoded_again(tmp_path: Path) -> None:
     assert isinstance(found.rows, DecodedRows)
     assert found.rows.shape == (40, 1, 8, 8)
     assert found.rows.gather(index(39, 1, 39))[:, 0, 0, 0].tolist() == [39, 1, 39]
-    taken = found.rows.take(index(10, 20, 30))
+    taken = found.rows.subset(index(10, 20, 30))
     assert taken.gather(index(2, 0))[:, 0, 0, 0].tolist() == [30, 10]
     Image.new("L", (8, 8), 77).save(paths[5])
     os.unlink(paths[6])
@@ -188,25 +190,25 @@ def test_without_a_cache_large_sets_are_decoded_again(tmp_path: Path) -> None:
     assert found.rows.gather(index(7))[0, 0, 0, 0] == 7
 
 
-def test_a_full_disk_is_no_crash(
+def test_full_disk_keeps_images_in_memory(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage)
     found = decode_images(files(tmp_path / "a", 4), GREY8, memory_budget=PLENTY)
     assert isinstance(found.rows, ArrayRows)
-    assert "has not that much left" in capsys.readouterr().err
+    assert "not enough disk space" in capsys.readouterr().err
     assert not list(store.glob("*.pixels"))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, name: str = ".png") -> None:
-    """From now on the system refuses to open files of that name."""
+    """Make `os.open` fail for files whose path ends with `name`."""
     real = os.open
 
-    def refused(path: object, *rest: int) -> int:
+    def refused(path: object, *args: int) -> int:
         if str(path).endswith(name):
             raise OSError(number, os.strerror(number))
-        return real(path, *rest)  # type: ignore[arg-type]
+        return real(path, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "open", refused)
 
@@ -225,7 +227,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, name: str = ".png") ->
         errno.EHOSTDOWN,
     ],
 )
-def test_what_may_pass_is_no_fault_of_the_image(
+def test_transient_errors_are_raised_and_not_cached(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     paths = files(tmp_path / "a", 3)
@@ -239,7 +241,7 @@ def test_what_may_pass_is_no_fault_of_the_image(
     assert decode_images(paths, GREY8, memory_budget=PLENTY).bad == {}
 
 
-def test_what_will_not_pass_is_remembered_of_the_image(
+def test_permanent_errors_are_cached_as_unreadable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = list(files(tmp_path / "a", 6))
@@ -253,26 +255,35 @@ def test_what_will_not_pass_is_remembered_of_the_image(
     with monkeypatch.context() as patch:
         failing(patch, errno.EACCES, "00005.png")
         found = decode_images(FilePaths(paths), GREY8, memory_budget=PLENTY)
-    said = ["no such file", "symbolic links", "folder", "name too long", "Not a dir", "permission"]
-    assert [text in found.bad[i] for i, text in enumerate(said)] == [True] * 6, found.bad
+    reasons = [
+        "no such file",
+        "symbolic links",
+        "folder",
+        "name too long",
+        "Not a dir",
+        "permission",
+    ]
+    assert [text in found.bad[i] for i, text in enumerate(reasons)] == [True] * 6, found.bad
     seen = decodes(monkeypatch)
     assert decode_images(FilePaths(paths), GREY8, memory_budget=PLENTY).bad == found.bad
     assert seen == []
 
 
-def test_what_a_killed_decoding_left_goes_with_the_next(tmp_path: Path, store: Path) -> None:
+def test_next_decoding_removes_files_of_a_killed_one(tmp_path: Path, store: Path) -> None:
     paths = files(tmp_path / "a", 3)
     store.mkdir()
     key = cache._key(paths, GREY8)
-    other = f".{'0' * 40}.pixels.abcdefgh.part"
-    for name in (f".{key}.pixels.abcdefgh.part", other):
+    other_temp = f".{'0' * 40}.pixels.abcdefgh.part"
+    for name in (f".{key}.pixels.abcdefgh.part", other_temp):
         (store / name).write_bytes(b"half")
     decode_images(paths, GREY8, memory_budget=PLENTY)
     names = {path.name for path in store.iterdir()}
-    assert names == {other, f"{key}.lock", f"{key}.pixels"}
+    assert names == {other_temp, f"{key}.lock", f"{key}.pixels"}
 
 
-def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_errors_while_reading_name_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     buffer = memoryview(bytearray(4))
     with pytest.raises(ResourceError, match="Input/output error") as caught:
         Reader(BAD_DISK).fill(buffer, 0)
@@ -289,15 +300,15 @@ def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(ResourceError, match="Input/output error") as caught:
             stored.gather(index(1, 2))
     assert caught.value.where.endswith(".pixels")
-    assert "delete it if it can be made anew" in caught.value.fix
+    assert "check the file" in caught.value.fix
     with monkeypatch.context() as patch:
         failing(patch, errno.ESTALE)
         with pytest.raises(ResourceError, match="Stale") as caught:
-            stored._again.gather(index(1))
+            stored._source.gather(index(1))
     assert caught.value.where == paths[1]
 
 
-def _start(paths: FilePaths, gate: object, answers: object) -> None:
+def _start(paths: FilePaths, gate: object, results: object) -> None:
     seen = []
     real = types.read_bytes
 
@@ -309,24 +320,24 @@ def _start(paths: FilePaths, gate: object, answers: object) -> None:
     types.read_bytes = slow  # type: ignore[assignment]
     gate.wait()  # type: ignore[attr-defined]
     found = decode_images(paths, GREY8, memory_budget=PLENTY)
-    answers.put((len(seen), found.rows.gather(index(59)).sum().item()))  # type: ignore[attr-defined]
+    results.put((len(seen), found.rows.gather(index(59)).sum().item()))  # type: ignore[attr-defined]
 
 
 def test_two_processes_decode_once(tmp_path: Path) -> None:
     paths = files(tmp_path / "a", 60)
     context = multiprocessing.get_context("spawn")
-    gate, answers = context.Barrier(2), context.Queue()
-    both = [context.Process(target=_start, args=(paths, gate, answers)) for _ in range(2)]
+    gate, results = context.Barrier(2), context.Queue()
+    both = [context.Process(target=_start, args=(paths, gate, results)) for _ in range(2)]
     for process in both:
         process.start()
-    got = [answers.get(timeout=120) for _ in both]
+    got = [results.get(timeout=120) for _ in both]
     for process in both:
         process.join()
     assert sorted(seen for seen, _ in got) == [0, 60]
     assert {total for _, total in got} == {59 * 64}
 
 
-def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONVLENS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert cache.cache_folder() == Path("/x/convlens")
@@ -335,27 +346,27 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.cache_folder() == Path.home() / ".cache" / "convlens"
 
 
-def test_rows_taken_from_rows(tmp_path: Path) -> None:
+def test_subsets_of_rows(tmp_path: Path) -> None:
     stored = decode_images(files(tmp_path / "a", 20), GREY8, memory_budget=PLENTY).rows
-    whole = in_memory(stored, chunk=7)
-    assert whole.in_memory_tensor() is whole.images
+    loaded = in_memory(stored, chunk=7)
+    assert loaded.in_memory_tensor() is loaded.images
     assert stored.in_memory_tensor() is None
-    for rows in (stored, whole):
-        once = rows.take(index(19, 5, 7, 0))
-        twice = once.take(index(3, 1))
+    for rows in (stored, loaded):
+        once = rows.subset(index(19, 5, 7, 0))
+        twice = once.subset(index(3, 1))
         assert once.shape == (4, 1, 8, 8)
         assert twice.gather(index(0, 1, 1))[:, 0, 0, 0].tolist() == [0, 5, 5]
-    assert isinstance(stored.take(index(1)).take(index(0)), TakenRows)
+    assert isinstance(stored.subset(index(1)).subset(index(0)), IndexedRows)
 
 
-def test_rows_beyond_the_end_are_an_error(tmp_path: Path) -> None:
+def test_rows_out_of_range_are_an_error(tmp_path: Path) -> None:
     rows = decode_images(files(tmp_path / "a", 4), GREY8, memory_budget=PLENTY).rows
     for wrong in (4, -1):
         with pytest.raises(IndexError):
             rows.gather(index(0, wrong))
 
 
-def test_a_store_cut_short_in_use_is_a_clear_error(tmp_path: Path, store: Path) -> None:
+def test_store_cut_short_while_in_use_is_an_error(tmp_path: Path, store: Path) -> None:
     rows = decode_images(files(tmp_path / "a", 50), GREY8, memory_budget=PLENTY).rows
     os.truncate(next(store.glob("*.pixels")), 64 * 10)
     assert rows.gather(index(9))[0, 0, 0, 0] == 9
@@ -363,7 +374,7 @@ def test_a_store_cut_short_in_use_is_a_clear_error(tmp_path: Path, store: Path) 
         rows.gather(index(8, 9, 10))
 
 
-def test_reading_from_a_store_needs_no_memory_of_its_size(tmp_path: Path) -> None:
+def test_reading_a_store_does_not_load_it_into_memory(tmp_path: Path) -> None:
     size, count = 64 * 64 * 3, 16_000  # 197 MB
     path = tmp_path / "big"
     with path.open("wb") as file:
@@ -378,9 +389,6 @@ def test_reading_from_a_store_needs_no_memory_of_its_size(tmp_path: Path) -> Non
         f"for i in range(0, {count}, 128): rows.gather(torch.arange(i, i + 128))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)\n"
     )
-    import subprocess
-    import sys
-
     grown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout

@@ -1,4 +1,4 @@
-"""`load`: from a recipe's data section to three sealed splits."""
+"""Loading of data sets: splits, unreadable images, image size, fingerprint, statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from convlens.data.cache import ArrayRows, TakenRows
+from convlens.data.cache import ArrayRows, IndexedRows
 from convlens.data.dataset import Split, channel_stats, load_data, load_external_data
 from convlens.errors import DataError
 from convlens.recipe import DataConfig
@@ -21,13 +21,13 @@ PLENTY = 1 << 30
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache_and_data_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVLENS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CONVLENS_DATA", str(tmp_path / "sets"))
 
 
 def folder(root: Path, counts: dict[str, int], size: tuple[int, int] = (20, 18)) -> str:
-    """PNGs that differ: image i of the n-th folder has red n and green i."""
+    """Write PNGs that differ: image i of the n-th folder has red n and green i."""
     for n, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for i in range(count):
@@ -48,8 +48,10 @@ def test_digits_are_split_in_three_and_test_is_sealed() -> None:
     ids = [*data.train.ids, *data.val.ids, *test.ids]
     assert len(set(ids)) == 1797
     assert data.held_out == {"val": list(data.val.ids), "test": list(test.ids)}
-    assert data.how["val"].startswith("270 of 1,797 training images held out (15%, stratified")
-    assert set(data.how) == {"train", "val", "test"}
+    assert data.split_descriptions["val"].startswith(
+        "270 of 1,797 training images held out (15%, stratified"
+    )
+    assert set(data.split_descriptions) == {"train", "val", "test"}
     assert data.train.labels.dtype == torch.int64
     for split in (data.train, data.val, test):
         assert split.rows.shape == (len(split.ids), 1, 8, 8)
@@ -57,7 +59,7 @@ def test_digits_are_split_in_three_and_test_is_sealed() -> None:
     assert "test" not in {f for f in vars(data) if not f.startswith("_")}
 
 
-def test_the_same_recipe_gives_the_same_data_and_another_seed_another() -> None:
+def test_fingerprint_depends_on_recipe_and_seed() -> None:
     def one(**values: object) -> str:
         return load_data(DataConfig(name="digits", **values), memory_budget=PLENTY).fingerprint  # type: ignore[arg-type]
 
@@ -71,23 +73,23 @@ def test_images_and_labels_stay_together(tmp_path: Path) -> None:
     data = load_data(DataConfig(name=name), memory_budget=PLENTY)
     red = {"b": 0, "a": 1, "c": 2}
     for split in (data.train, data.val, data.unseal_test()):
-        for image, label, its_id in zip(everything(split), split.labels, split.ids, strict=True):
-            kind, file = its_id.split(os.sep)
+        for image, label, image_id in zip(everything(split), split.labels, split.ids, strict=True):
+            kind, file = image_id.split(os.sep)
             assert data.classes[label] == kind
             assert image[:, 8, 8].tolist() == [red[kind], int(file[:4]), 0]
 
 
-def test_the_sources_own_splits_are_kept(tmp_path: Path) -> None:
+def test_splits_of_the_source_are_kept(tmp_path: Path) -> None:
     counts = {"train/a": 20, "train/b": 20, "valid/a": 3, "test/b": 4}
     data = load_data(DataConfig(name=folder(tmp_path / "x", counts)), memory_budget=PLENTY)
     assert len(data.train.ids) == 40
     assert data.held_out == {}
     assert data.val.labels.tolist() == [0, 0, 0]
     assert data.unseal_test().labels.tolist() == [1, 1, 1, 1]
-    assert data.how["test"] == "4 images of the source's own split"
+    assert data.split_descriptions["test"] == "4 images of the source's own split"
 
 
-def test_only_what_is_missing_is_held_out(tmp_path: Path) -> None:
+def test_only_missing_splits_are_held_out(tmp_path: Path) -> None:
     counts = {"train/a": 20, "train/b": 20, "test/a": 5, "test/b": 5}
     data = load_data(DataConfig(name=folder(tmp_path / "x", counts)), memory_budget=PLENTY)
     assert (len(data.train.ids), len(data.val.ids)) == (34, 6)
@@ -97,13 +99,13 @@ def test_only_what_is_missing_is_held_out(tmp_path: Path) -> None:
 
 def test_per_class_is_taken_after_the_split(tmp_path: Path) -> None:
     name = folder(tmp_path / "x", {"a": 40, "b": 20})
-    whole = load_data(DataConfig(name=name), memory_budget=PLENTY)
+    full = load_data(DataConfig(name=name), memory_budget=PLENTY)
     tiny = load_data(DataConfig(name=name, per_class=5), memory_budget=PLENTY)
     assert np.bincount(tiny.train.labels).tolist() == [5, 5]
-    assert tiny.val.ids == whole.val.ids
-    assert set(tiny.train.ids) < set(whole.train.ids)
-    assert tiny.how["train"].startswith("10 of 42 training images: 5 of each class")
-    assert tiny.fingerprint != whole.fingerprint
+    assert tiny.val.ids == full.val.ids
+    assert set(tiny.train.ids) < set(full.train.ids)
+    assert tiny.split_descriptions["train"].startswith("10 of 42 training images: 5 of each class")
+    assert tiny.fingerprint != full.fingerprint
     with pytest.raises(DataError, match=r"per_class=15.*b \(14\)"):
         load_data(DataConfig(name=name, per_class=15), memory_budget=PLENTY)
 
@@ -124,14 +126,14 @@ def test_groups_of_a_csv_stay_together(tmp_path: Path) -> None:
     groups = [{who[i] for i in s.ids} for s in (data.train, data.val, data.unseal_test())]
     assert all(groups)
     assert len(set.union(*groups)) == sum(map(len, groups)) == 10
-    assert "groups by 'who' kept together" in data.how["val"]
+    assert "groups by 'who' kept together" in data.split_descriptions["val"]
 
 
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((20, 18), 16), ((300, 200), 128), ((64, 70), 64), ((9, 9), 16), ((31, 40), 28)],
 )
-def test_automatic_size(tmp_path: Path, size: tuple[int, int], expected: int) -> None:
+def test_automatic_image_size(tmp_path: Path, size: tuple[int, int], expected: int) -> None:
     name = folder(tmp_path / "x", {"a": 8, "b": 8}, size)
     data = load_data(DataConfig(name=name), memory_budget=PLENTY)
     assert (data.image_size, data.channels) == (expected, 3)
@@ -157,7 +159,7 @@ def partly_bad(tmp_path: Path) -> str:
     return name
 
 
-def test_unreadable_files_stop_with_a_list(partly_bad: str) -> None:
+def test_unreadable_files_are_refused_with_a_list(partly_bad: str) -> None:
     with pytest.raises(DataError, match="13 of 80 images can't be read") as caught:
         load_data(DataConfig(name=partly_bad), memory_budget=PLENTY)
     assert caught.value.where.count("empty (0 bytes)") == 10
@@ -177,11 +179,11 @@ def test_unreadable_files_can_be_skipped(partly_bad: str) -> None:
     assert test_images[:, 1, 8, 8].tolist() == [int(Path(i).stem) for i in data.train.ids]
 
 
-def test_not_more_than_a_share_is_skipped(tmp_path: Path) -> None:
+def test_at_most_a_share_of_unreadable_images_is_skipped(tmp_path: Path) -> None:
     root = Path(folder(tmp_path / "x/train", {"a": 50, "b": 10})).parent
     folder(root / "test", {"a": 20, "b": 4})
 
-    def spoil(*names: str) -> set[str]:
+    def damage(*names: str) -> set[str]:
         for name in names:
             (root / name).write_bytes(b"")
         try:
@@ -190,12 +192,12 @@ def test_not_more_than_a_share_is_skipped(tmp_path: Path) -> None:
             return set(error.what.partition(" of ")[2].split(", "))
         return set()
 
-    # One may always go, else a tenth at most: of a split, and of each class in it.
-    assert spoil("train/b/0000.png", "test/b/0000.png", "test/a/0000.png") == set()
-    assert spoil(*(f"train/a/{i:04}.png" for i in range(5))) == set()
+    # One image may always be skipped, else at most a tenth of a split and of each class in it.
+    assert damage("train/b/0000.png", "test/b/0000.png", "test/a/0000.png") == set()
+    assert damage(*(f"train/a/{i:04}.png" for i in range(5))) == set()
     train = {"all of train (7 of 60)", "a (6 of 50)"}
-    assert spoil("train/a/0005.png") == train
-    assert spoil("test/b/0001.png") == train | {"all of test (3 of 24)", "b (2 of 4)"}
+    assert damage("train/a/0005.png") == train
+    assert damage("test/b/0001.png") == train | {"all of test (3 of 24)", "b (2 of 4)"}
     config = DataConfig(name=str(root), on_bad="skip", max_bad=0.5)
     assert len(load_data(config, memory_budget=PLENTY).skipped) == 10
     with pytest.raises(DataError, match="more than 0% can't be read of ") as caught:
@@ -203,7 +205,7 @@ def test_not_more_than_a_share_is_skipped(tmp_path: Path) -> None:
     assert "raise data.max_bad" in caught.value.fix
 
 
-def test_a_class_without_a_readable_image_stops(tmp_path: Path) -> None:
+def test_class_without_a_readable_image_is_refused(tmp_path: Path) -> None:
     name = folder(tmp_path / "x", {"a": 9, "b": 3})
     for path in (Path(name) / "b").iterdir():
         path.write_bytes(b"")
@@ -221,23 +223,23 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DataConfi
         yield DataConfig(name="digits", image_size=16, channels=3)
 
 
-def test_beyond_the_budget_the_same_images_are_read_when_asked_for(source: DataConfig) -> None:
+def test_images_beyond_the_budget_are_read_from_disk_and_equal(source: DataConfig) -> None:
     small, large = load_data(source, memory_budget=100), load_data(source, memory_budget=PLENTY)
-    assert isinstance(small.train.rows, TakenRows)
+    assert isinstance(small.train.rows, IndexedRows)
     assert isinstance(large.train.rows, ArrayRows)
     assert small.train.rows.in_memory_tensor() is None
     assert large.train.rows.in_memory_tensor() is not None
     assert small.fingerprint == large.fingerprint
-    for one, other in (
+    for streamed, in_memory in (
         (small.train, large.train),
         (small.val, large.val),
         (small.unseal_test(), large.unseal_test()),
     ):
-        assert one.ids == other.ids
-        assert torch.equal(everything(one), everything(other))
+        assert streamed.ids == in_memory.ids
+        assert torch.equal(everything(streamed), everything(in_memory))
 
 
-def test_the_fingerprint_sees_one_changed_image(tmp_path: Path) -> None:
+def test_fingerprint_changes_with_one_image(tmp_path: Path) -> None:
     config = DataConfig(name=folder(tmp_path / "x", {"a": 9, "b": 9}))
     before = load_data(config, memory_budget=PLENTY).fingerprint
     assert load_data(config, memory_budget=PLENTY).fingerprint == before
@@ -245,7 +247,7 @@ def test_the_fingerprint_sees_one_changed_image(tmp_path: Path) -> None:
     assert load_data(config, memory_budget=PLENTY).fingerprint != before
 
 
-def test_channel_stats_are_those_of_all_pixels() -> None:
+def test_channel_stats_equal_those_of_all_pixels() -> None:
     images = torch.randint(0, 256, (1000, 3, 9, 9), dtype=torch.uint8)
     images[:, 2] = 51
     split = Split(ArrayRows(images), torch.zeros(1000, dtype=torch.int64), [""] * 1000)
@@ -266,19 +268,19 @@ def test_channel_stats_of_many_images_are_sampled_evenly() -> None:
     assert std[0] == pytest.approx(0.2898, abs=0.003)
 
 
-def test_another_set_as_a_model_sees_it(tmp_path: Path) -> None:
+def test_external_data_is_converted_to_the_models_input(tmp_path: Path) -> None:
     counts = {"train/a": 5, "train/b": 5, "test/a": 2, "test/b": 1}
     name = folder(tmp_path / "x", counts)
-    how = {"image_size": 12, "channels": 1, "fit": "pad", "memory_budget": PLENTY}
-    split, classes, called, fingerprint = load_external_data(name, "test", **how)  # type: ignore[arg-type]
+    options = {"image_size": 12, "channels": 1, "fit": "pad", "memory_budget": PLENTY}
+    split, classes, data_name, fingerprint = load_external_data(name, "test", **options)  # type: ignore[arg-type]
     assert split.rows.shape == (3, 1, 12, 12)
     assert classes == ("a", "b")
     assert split.labels.tolist() == [0, 0, 1]
-    assert called == name
+    assert data_name == name
     assert len(fingerprint) == 64
     with pytest.raises(DataError, match="no val images"):
-        load_external_data(name, "val", **how)  # type: ignore[arg-type]
-    assert len(load_external_data("digits", "test", **how)[0].ids) == 1797  # type: ignore[arg-type]
+        load_external_data(name, "val", **options)  # type: ignore[arg-type]
+    assert len(load_external_data("digits", "test", **options)[0].ids) == 1797  # type: ignore[arg-type]
 
 
 REAL = REPOSITORY / "data"
@@ -286,15 +288,15 @@ REAL = REPOSITORY / "data"
 
 @pytest.mark.data
 @pytest.mark.skipif(not (REAL / "MNIST" / "raw").is_dir(), reason="no MNIST under data/")
-def test_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mnist_has_its_known_sizes_and_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVLENS_DATA", str(REAL))
     data = load_data(DataConfig(name="mnist"), memory_budget=PLENTY)
     test = data.unseal_test()
     assert data.train.rows.shape == (51_000, 1, 28, 28)
     assert data.val.rows.shape == (9_000, 1, 28, 28)
     assert np.bincount(test.labels)[:3].tolist() == [980, 1135, 1032]
-    whole, _, _, _ = load_external_data(
+    train, _, _, _ = load_external_data(
         "mnist", "train", image_size=28, channels=1, fit="crop", memory_budget=PLENTY
     )
-    mean, std = channel_stats(whole)  # the well-known 0.1307 and 0.3081
+    mean, std = channel_stats(train)  # the well-known 0.1307 and 0.3081
     assert (round(mean[0], 3), round(std[0], 3)) == (0.131, 0.308)

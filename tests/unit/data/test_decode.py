@@ -1,4 +1,4 @@
-"""The one decoder: every mode and format, the three fits, and files that are no images."""
+"""Decoding: modes and formats, the three fits, and files that are not images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_grey_becomes_three_equal_channels() -> None:
     np.testing.assert_array_equal(plain(content, 1), RAMP[None])
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparency_becomes_white() -> None:
     pixels = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 51]]], np.uint8)
     got = plain(encoded(Image.fromarray(pixels, "RGBA"), "PNG"))
     np.testing.assert_array_equal(got[:, 0].T, [[10, 20, 30], [255, 255, 255], [204, 204, 204]])
@@ -106,7 +106,7 @@ def test_cmyk_and_one_bit() -> None:
     np.testing.assert_array_equal(plain(encoded(bits, "PNG"), 1), [[[255, 0]]])
 
 
-def test_animations_give_their_first_frame() -> None:
+def test_first_frame_of_animations_is_used() -> None:
     red, blue = Image.new("RGB", (6, 6), "red"), Image.new("RGB", (6, 6), "blue")
     for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
         content = encoded(red, kind, save_all=True, append_images=[blue], **options)
@@ -117,7 +117,7 @@ def test_animations_give_their_first_frame() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path: Path, kind: str, orientation: int) -> None:
     upright = Image.fromarray(rgb(16, 24))
-    # What a camera stores: the inverse of what a viewer must do for each orientation.
+    # A camera stores the inverse of the transformation that a viewer applies.
     stored = {
         1: upright,
         2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -145,7 +145,7 @@ def test_damaged_exif_does_not_hide_the_pixels() -> None:
     assert plain(content).shape == (3, 12, 20)
 
 
-def test_crop_takes_the_centre() -> None:
+def test_crop_keeps_the_center() -> None:
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255
     content = encoded(Image.fromarray(wide), "PNG")
@@ -168,7 +168,7 @@ def test_resize_is_antialiased() -> None:
     assert np.abs(small.astype(int) - 128)[:, 1:-1, 1:-1].max() <= 2
 
 
-def test_big_jpegs_keep_their_look_with_draft() -> None:
+def test_jpegs_decoded_at_reduced_size_equal_full_ones() -> None:
     x = np.linspace(0, 255, 1024)
     smooth = np.stack([np.tile(x, (768, 1))] * 3, -1).astype(np.uint8)
     jpeg = decode(
@@ -190,7 +190,7 @@ def test_arrays_and_files_give_the_same_pixels(fit: str, channels: int, size: in
         np.testing.assert_array_equal(one, decode(content, size=size, channels=channels, fit=fit))
 
 
-def test_path_text_and_bytes_agree_also_in_threads(tmp_path: Path) -> None:
+def test_path_string_and_bytes_give_the_same_pixels_in_threads(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.fromarray(rgb(100, 80)).save(path)
 
@@ -209,7 +209,7 @@ def reason(path: Path) -> str:
     return caught.value.reason
 
 
-def test_unreadable_files_say_why(tmp_path: Path) -> None:
+def test_unreadable_files_have_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     assert "no such file" in reason(path)
     path.write_bytes(b"")
@@ -220,8 +220,8 @@ def test_unreadable_files_say_why(tmp_path: Path) -> None:
     assert "web page" in reason(path)
     path.write_bytes(bytes(range(256)))
     assert "known format" in reason(path)
-    whole = encoded(Image.fromarray(rgb(64, 64)), "PNG")
-    path.write_bytes(whole[: len(whole) // 2])
+    intact = encoded(Image.fromarray(rgb(64, 64)), "PNG")
+    path.write_bytes(intact[: len(intact) // 2])
     assert "cut short" in reason(path)
     jpeg = tmp_path / "a.jpg"
     jpeg.write_bytes(encoded(Image.fromarray(rgb(64, 64)), "JPEG")[:-400])
@@ -231,7 +231,7 @@ def test_unreadable_files_say_why(tmp_path: Path) -> None:
     assert "regular" in reason(tmp_path / "pipe.png")
 
 
-def test_no_single_flip_of_a_byte_raises_anything_else() -> None:
+def test_flipped_bits_raise_unreadable_image_only() -> None:
     good = encoded(Image.fromarray(rgb(8, 8)), "PNG")
     random = np.random.default_rng(0)
     for _ in range(300):
@@ -241,19 +241,19 @@ def test_no_single_flip_of_a_byte_raises_anything_else() -> None:
             decode(bytes(bad), size=8, channels=3, fit="crop")
 
 
-def test_a_png_with_another_sum_or_without_its_end_is_damaged() -> None:
-    """Pillow takes both: it looks no further than the last row."""
-    whole = encoded(Image.fromarray(rgb(64, 64)), "PNG")
-    data = whole.index(b"IDAT")
-    length = int.from_bytes(whole[data - 4 : data], "big")
+def test_png_with_wrong_checksum_or_missing_end_is_refused() -> None:
+    """Pillow accepts both: it checks nothing after the last row."""
+    intact = encoded(Image.fromarray(rgb(64, 64)), "PNG")
+    data = intact.index(b"IDAT")
+    length = int.from_bytes(intact[data - 4 : data], "big")
     for at in (data + 4 + length, data + 4 + length - 1):  # the sum itself, zlib's own
-        bad = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+        bad = intact[:at] + bytes([intact[at] ^ 1]) + intact[at + 1 :]
         with pytest.raises(UnreadableImage, match="damaged"):
             decode(bad, size=8, channels=3, fit="crop")
     for cut in (1, 12, 13, 16):
         with pytest.raises(UnreadableImage, match="cut short"):
-            decode(whole[:-cut], size=8, channels=3, fit="crop")
-    assert decode(whole + b"more", size=8, channels=3, fit="crop").shape == (3, 8, 8)
+            decode(intact[:-cut], size=8, channels=3, fit="crop")
+    assert decode(intact + b"more", size=8, channels=3, fit="crop").shape == (3, 8, 8)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -272,7 +272,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [9_460, 12_000, 60_000])
-def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, side: int) -> None:
+def test_decompression_bombs_are_refused_before_decoding(tmp_path: Path, side: int) -> None:
     assert side * side > MAX_PIXELS
     path = tmp_path / "bomb.png"
     path.write_bytes(bomb(side, side))
@@ -281,16 +281,16 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, side: int) ->
         probe_image(path)
 
 
-def test_other_formats_are_not_even_tried() -> None:
+def test_other_formats_are_refused() -> None:
     with pytest.raises(UnreadableImage):
         plain(encoded(Image.fromarray(rgb()), "TGA"))
     with pytest.raises(UnreadableImage):
         plain(encoded(Image.fromarray(rgb()), "EPS"))
 
 
-def test_probe_reads_headers_only(tmp_path: Path) -> None:
-    whole = encoded(Image.fromarray(rgb(50, 70)), "JPEG")
-    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) - 200])
+def test_probe_image_reads_headers_only(tmp_path: Path) -> None:
+    intact = encoded(Image.fromarray(rgb(50, 70)), "JPEG")
+    (tmp_path / "half.jpg").write_bytes(intact[: len(intact) - 200])
     facts = probe_image(tmp_path / "half.jpg")
     assert (facts.width, facts.height, facts.mode, facts.grey) == (70, 50, "RGB", False)
     Image.fromarray(RAMP).save(tmp_path / "grey.png")
@@ -302,7 +302,7 @@ def test_probe_reads_headers_only(tmp_path: Path) -> None:
         probe_image(tmp_path / "empty.png")
 
 
-def test_wrong_arguments_are_usage_errors() -> None:
+def test_invalid_arguments_are_usage_errors() -> None:
     for wrong in ({"fit": "squash"}, {"channels": 2}, {"size": 0}):
         with pytest.raises(UsageError):
             decode(b"", **{"size": 8, "channels": 3, "fit": "crop", **wrong})  # type: ignore[arg-type]

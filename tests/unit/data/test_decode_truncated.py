@@ -1,4 +1,4 @@
-"""Images that are cut short or have holes: none comes out half grey. Sound ones all come out."""
+"""Truncated and damaged JPEGs are refused and never decoded half grey; intact ones are read."""
 
 from __future__ import annotations
 
@@ -62,22 +62,22 @@ def accepted(content: bytes) -> bool:
 
 
 def data_of(content: bytes) -> int:
-    """Where the data of the last scan begin."""
+    """Return the offset of the data of the last scan."""
     return content.rindex(b"\xff\xda") + 14
 
 
-# Sound ones
+# Intact images
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", [*ONE_SCAN, *SCANS])
-def test_sound_jpegs_have_pillows_pixels_whatever_lies_around_them(mode: str, kind: str) -> None:
+def test_intact_jpegs_decode_as_in_pillow_with_junk_around_them(mode: str, kind: str) -> None:
     content = jpeg(photo(mode), **{**ONE_SCAN, **SCANS}[kind])
     with Image.open(io.BytesIO(content)) as image:
         expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     start = content.rindex(b"\xff\xda")
     variants = {
-        "as it is": content,
+        "unchanged": content,
         "text behind": content + b"text" * 20,
         "zeros behind": content + bytes(5000),
         "an image behind": content + content,
@@ -91,8 +91,8 @@ def test_sound_jpegs_have_pillows_pixels_whatever_lies_around_them(mode: str, ki
         assert pixels(variant, size=16).shape == (3, 16, 16)
 
 
-def test_headers_are_not_gone_through_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would take a quarter of the time of a small image."""
+def test_headers_of_usual_jpegs_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them again would take a quarter of the time of a small image."""
 
     def walked(_: bytes) -> None:
         raise AssertionError
@@ -103,15 +103,15 @@ def test_headers_are_not_gone_through_again(monkeypatch: pytest.MonkeyPatch) -> 
             assert accepted(jpeg(photo(mode), **ONE_SCAN[kind]))
 
 
-def test_flat_pictures_whose_data_are_zeros() -> None:
-    # With tables of its own a flat picture has the shortest codes only, which are zeros.
+def test_flat_images_whose_data_are_zeros_are_readable() -> None:
+    # With optimized tables a flat image uses the shortest codes only, which are zeros.
     for size in range(300, 340):
         content = jpeg(Image.new("L", (size, 300), 128), optimize=True)
         assert bytes(100) in content
         assert (pixels(content) == 128).all()
 
 
-def test_pictures_of_a_phone_with_a_second_image_behind_them() -> None:
+def test_multi_picture_files_of_phones_are_readable() -> None:
     stream = io.BytesIO()
     photo().save(stream, "MPO", save_all=True, append_images=[photo().rotate(180)])
     content = stream.getvalue()
@@ -129,12 +129,12 @@ def test_every_real_photo_is_readable() -> None:
         assert pixels(path.read_bytes(), size=32).shape == (3, 32, 32)
 
 
-# Damaged ones
+# Damaged images
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ONE_SCAN)
-def test_a_lost_tail_is_noticed(mode: str, kind: str) -> None:
+def test_missing_tail_is_refused(mode: str, kind: str) -> None:
     content = jpeg(photo(mode), **ONE_SCAN[kind])
     start = data_of(content)
     for share in range(0, 98, 3):
@@ -149,7 +149,7 @@ def test_a_lost_tail_is_noticed(mode: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["usual", "restarts", "many restarts"])
-def test_a_marker_in_the_midst_of_the_data_is_noticed(kind: str) -> None:
+def test_marker_inside_the_data_is_refused(kind: str) -> None:
     content = jpeg(photo(), **ONE_SCAN[kind])
     start = data_of(content)
     for marker in (0xD9, 0xD8, 0xD3, 0xE0, 0x01):
@@ -157,25 +157,25 @@ def test_a_marker_in_the_midst_of_the_data_is_noticed(kind: str) -> None:
         assert not accepted(content[:at] + bytes([0xFF, marker]) + content[at:])
 
 
-def test_restarts_that_are_missing_or_changed_places_are_noticed() -> None:
+def test_missing_or_swapped_restarts_are_refused() -> None:
     content = jpeg(photo(), restart_marker_rows=1)
-    places = [
-        at
-        for at in range(data_of(content), len(content) - 2)
-        if content[at] == 0xFF and 0xD0 <= content[at + 1] <= 0xD7
+    positions = [
+        offset
+        for offset in range(data_of(content), len(content) - 2)
+        if content[offset] == 0xFF and 0xD0 <= content[offset + 1] <= 0xD7
     ]
-    assert len(places) == 8  # 130 pixels are 9 rows of 16
-    for first, second in itertools.pairwise(places):
+    assert len(positions) == 8  # 130 pixels are 9 rows of 16
+    for first, second in itertools.pairwise(positions):
         assert not accepted(content[:first] + content[second:])
         assert not accepted(content[:first] + content[first + 2 :])
-    first, second, third = places[:3]
+    first, second, third = positions[:3]
     swapped = content[:first] + content[second:third] + content[first:second] + content[third:]
     assert not accepted(swapped)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", SCANS)
-def test_of_several_scans_only_fine_detail_can_be_lost(mode: str, kind: str) -> None:
+def test_truncated_progressive_jpegs_lose_only_fine_detail(mode: str, kind: str) -> None:
     content = jpeg(photo(mode), **SCANS[kind])
     expected = pixels(content).astype(int)
     first, refused = content.index(b"\xff\xda"), 0
@@ -190,7 +190,7 @@ def test_of_several_scans_only_fine_detail_can_be_lost(mode: str, kind: str) -> 
     assert refused > 10
 
 
-def test_segments_without_end_are_gone_through_quickly() -> None:
+def test_endless_segments_are_refused_quickly() -> None:
     start = time.perf_counter()
     for filling in (b"\xff" * (1 << 20), b"\xff\xe1\0\2" * (1 << 18), b"\0\xff\xd0" * (1 << 19)):
         for head in (b"\xff\xd8", jpeg(photo(), progressive=True)[:-2]):
@@ -198,50 +198,27 @@ def test_segments_without_end_are_gone_through_quickly() -> None:
     assert time.perf_counter() - start < 60  # Pillow itself takes most of it
 
 
-# Whatever the program around us has set
+# Settings of the calling program
 
 
-def test_a_program_that_accepts_half_images_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_of_pillow_to_accept_truncated_images_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     content = jpeg(photo())
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     for damaged in (content, content[: len(content) // 2]):
-        with pytest.raises(UsageError, match="half an image") as caught:
+        with pytest.raises(UsageError, match="accept truncated images") as caught:
             pixels(damaged)
         assert caught.value.where == "PIL.ImageFile.LOAD_TRUNCATED_IMAGES"
 
 
-# MemorySemaphore
-
-
-def held(room: MemorySemaphore, sizes: list[int], threads: int) -> int:
-    """The most that was held at once by `threads` threads."""
-    now, most, lock = 0, 0, threading.Lock()
-
-    def hold(size: int) -> None:
-        nonlocal now, most
-        with room.acquire(size):
-            with lock:
-                now, most = now + size, max(most, now + size)
-            time.sleep(0.002)
-            with lock:
-                now -= size
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(hold, sizes))
-    assert now == 0
-    return most
-
-
-def test_room_is_never_exceeded() -> None:
-    assert held(MemorySemaphore(100, free=10), [60, 40, 30, 90, 100, 20] * 8, 8) <= 100
-    assert held(MemorySemaphore(100, free=100), [60] * 16, 8) > 100  # small ones don't wait
-    assert held(MemorySemaphore(100, free=10), [300] * 3, 3) == 300  # too large for it: alone
+# Memory
 
 
 def test_large_images_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.BytesIO()
     Image.new("L", (2500, 2000)).save(stream, "PNG")
-    content, (now, most) = stream.getvalue(), (0, 0)
+    content, (current, peak) = stream.getvalue(), (0, 0)
     monkeypatch.setattr(
         "convlens.data.decode._DECODE_MEMORY", MemorySemaphore(11_000_000, free=1 << 22)
     )
@@ -249,17 +226,17 @@ def test_large_images_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> No
     lock = threading.Lock()
 
     def counted(image: ImageFile.ImageFile) -> object:
-        nonlocal now, most
+        nonlocal current, peak
         with lock:
-            now, most = now + 1, max(most, now + 1)
+            current, peak = current + 1, max(peak, current + 1)
         try:
             return load(image)
         finally:
             with lock:
-                now -= 1
+                current -= 1
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: decode(content, size=8, channels=1, fit="crop"), range(16)))
     assert all((image == 0).all() for image in found)
-    assert most == 2  # 5 megapixels each
+    assert peak == 2  # 5 megapixels each

@@ -1,4 +1,4 @@
-"""Batches: order and augmentation are functions of (seed, epoch, step) and of nothing else."""
+"""Batches: order and augmentation are functions of seed, epoch and step only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convlens.data.cache import ArrayRows, StoredRows, channel_sums
+from convlens.data.cache import ArrayRows, StoredRows, image_checksums
 from convlens.data.loader import Augment, Batches, Normalize, to_unit
 from convlens.data.transforms.pipeline import build_pipeline
 from convlens.data.transforms.random import SampleInfo
@@ -37,7 +37,7 @@ def batches(
 
 
 def numbers(made: Batches, epoch: int, start: int = 0) -> list[list[int]]:
-    """Which images are in which batch, read off their first pixel; labels must agree."""
+    """Return the image numbers of each batch, from their first pixels; labels must agree."""
     found = []
     for images, labels in made.epoch(epoch, start):
         assert [round(v * 255) for v in images[:, 0, 0, 0].tolist()] == labels.tolist()
@@ -46,12 +46,18 @@ def numbers(made: Batches, epoch: int, start: int = 0) -> list[list[int]]:
 
 
 def noisy(
-    images: Tensor, labels: Tensor, place: SampleInfo, generator: torch.Generator
+    images: Tensor, labels: Tensor, sample_info: SampleInfo, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     return images + torch.rand(images.shape, generator=generator), labels
 
 
 # Order
+
+
+def test_sample_indices_are_those_of_the_batches() -> None:
+    made = batches()
+    expected = numbers(made, 2)
+    assert [made.sample_indices(2, step) for step in range(len(made))] == expected
 
 
 def test_each_image_comes_exactly_once_in_an_epoch() -> None:
@@ -61,7 +67,7 @@ def test_each_image_comes_exactly_once_in_an_epoch() -> None:
         assert flat != sorted(flat)
 
 
-def test_the_order_depends_on_seed_and_epoch_only() -> None:
+def test_order_depends_on_seed_and_epoch_only() -> None:
     assert numbers(batches(), 4) == numbers(batches(), 4)
     made = batches()
     first = numbers(made, 1)
@@ -78,7 +84,7 @@ def test_the_order_depends_on_seed_and_epoch_only() -> None:
     [
         (16, 8, [8, 8]),
         (18, 8, [8, 8, 2]),
-        (17, 8, [8, 9]),  # one left over joins the batch before it
+        (17, 8, [8, 9]),  # one remaining image joins the batch before it
         (9, 8, [9]),
         (8, 8, [8]),
         (3, 8, [3]),
@@ -87,7 +93,7 @@ def test_the_order_depends_on_seed_and_epoch_only() -> None:
         (5, 10**9, [5]),
     ],
 )
-def test_a_single_image_left_over_joins_the_batch_before(
+def test_single_remaining_image_joins_the_previous_batch(
     count: int, size: int, sizes: list[int]
 ) -> None:
     made = batches(count, size)
@@ -98,7 +104,7 @@ def test_a_single_image_left_over_joins_the_batch_before(
 # Values
 
 
-def test_values_are_those_computed_by_hand() -> None:
+def test_normalized_values_of_small_example() -> None:
     images = torch.tensor([[[[0, 51]]], [[[102, 255]]]], dtype=torch.uint8)
     split = Split(Memory(images), torch.tensor([4, 2]))
     normalize = Normalize([0.2], [0.4])
@@ -111,7 +117,7 @@ def test_values_are_those_computed_by_hand() -> None:
     assert images.flatten().tolist() == [0, 51, 102, 255]
 
 
-def test_channels_are_normalised_each_by_its_own_numbers() -> None:
+def test_each_channel_has_its_own_normalization() -> None:
     images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     normalize = Normalize([0.0, 0.5, 1.0], [1.0, 0.25, 0.5])
     out = normalize(to_unit(images), Plan("cpu", "fp32", "channels_last"))
@@ -124,14 +130,14 @@ def test_channels_are_normalised_each_by_its_own_numbers() -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_step_only() -> None:
     made = batches(augment=noisy)
-    whole = list(made.epoch(2))
+    all_batches = list(made.epoch(2))
     for start in range(len(made) + 1):
-        torch.manual_seed(start)  # nobody's business
+        torch.manual_seed(start)  # must not matter
         rest = list(made.epoch(2, start))
-        assert len(rest) == len(whole) - start
-        for (mine, its), (theirs, labels) in zip(rest, whole[start:], strict=True):
-            assert torch.equal(mine, theirs)
-            assert torch.equal(its, labels)
+        assert len(rest) == len(all_batches) - start
+        for batch, expected in zip(rest, all_batches[start:], strict=True):
+            assert torch.equal(batch[0], expected[0])
+            assert torch.equal(batch[1], expected[1])
 
 
 def test_each_step_is_augmented_with_its_own_generator() -> None:
@@ -144,23 +150,23 @@ def test_each_step_is_augmented_with_its_own_generator() -> None:
             assert torch.allclose(after, expected, atol=1e-6)
 
 
-def test_augmentation_is_told_which_images_and_when() -> None:
+def test_augmentation_gets_image_numbers_and_epoch() -> None:
     seen: list[SampleInfo] = []
 
-    def watch(images: Tensor, labels: Tensor, place: SampleInfo, _: Any) -> tuple[Tensor, Tensor]:
-        seen.append(place)
-        assert torch.equal(place.numbers, labels)
+    def watch(images: Tensor, labels: Tensor, info: SampleInfo, _: Any) -> tuple[Tensor, Tensor]:
+        seen.append(info)
+        assert torch.equal(info.numbers, labels)
         return images, labels
 
     made = batches(augment=watch)
     for epoch in (1, 2):
         list(made.epoch(epoch))
-    assert {(place.epoch, place.seed) for place in seen} == {(1, 3), (2, 3)}
+    assert {(info.epoch, info.seed) for info in seen} == {(1, 3), (2, 3)}
     assert len(seen) == 14
 
 
 @pytest.mark.parametrize("start", [0, 4])
-def test_a_flip_alternates_from_epoch_to_epoch(start: int) -> None:
+def test_alternating_flip_alternates_between_epochs(start: int) -> None:
     made = batches(augment=build_pipeline([("AlternatingFlip", {})]))
     plain = {
         n: image
@@ -180,7 +186,7 @@ def test_a_flip_alternates_from_epoch_to_epoch(start: int) -> None:
             assert {n: first[n] ^ (epoch == 2) for n in sides} == sides
 
 
-def test_mixed_labels_come_as_probabilities() -> None:
+def test_labels_of_mixed_images_are_probabilities() -> None:
     pipeline = build_pipeline([("MixUp", {"p": 0.5})], classes=50)
     for images, labels in batches(augment=pipeline).epoch(1):
         assert labels.dtype == torch.float32
@@ -191,7 +197,7 @@ def test_mixed_labels_come_as_probabilities() -> None:
         torch.testing.assert_close(images[:, 0, 0, 0], expected, atol=1e-6, rtol=0)
 
 
-def test_the_stored_images_are_never_changed() -> None:
+def test_stored_images_are_never_changed() -> None:
     images = pictures(20)
 
     def painted(batch: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -208,27 +214,27 @@ def test_the_stored_images_are_never_changed() -> None:
 
 def stored(images: Tensor) -> StoredRows:
     Path("pixels").write_bytes(images.numpy().tobytes())
-    never: Any = None  # nothing is damaged, so nothing is decoded again
-    return StoredRows(Path("pixels"), tuple(images.shape), channel_sums(images.numpy()), never)
+    source: Any = None  # only used for damaged rows
+    return StoredRows(Path("pixels"), tuple(images.shape), image_checksums(images.numpy()), source)
 
 
 @pytest.mark.parametrize("kind", ["streamed", "stored", "taken", "array"])
 @pytest.mark.parametrize("start", [0, 3, 6, 7])
-def test_streamed_rows_give_the_batches_of_resident_ones(kind: str, start: int) -> None:
+def test_streamed_rows_give_the_same_batches_as_rows_in_memory(kind: str, start: int) -> None:
     images = pictures(50)
     rows = {
         "streamed": lambda: Streamed(images),
         "stored": lambda: stored(images),
-        "taken": lambda: stored(torch.cat([images, images])).take(torch.arange(50)),
+        "taken": lambda: stored(torch.cat([images, images])).subset(torch.arange(50)),
         "array": lambda: ArrayRows(images),
     }[kind]()
     assert (rows.in_memory_tensor() is None) == (kind != "array")
-    mine = list(batches(rows=rows, augment=noisy).epoch(5, start))
-    theirs = list(batches(augment=noisy).epoch(5, start))
-    assert len(mine) == 7 - start
-    for (images, labels), (others, their_labels) in zip(mine, theirs, strict=True):
-        assert torch.equal(images, others)
-        assert torch.equal(labels, their_labels)
+    streamed = list(batches(rows=rows, augment=noisy).epoch(5, start))
+    in_memory = list(batches(augment=noisy).epoch(5, start))
+    assert len(streamed) == 7 - start
+    for batch, expected in zip(streamed, in_memory, strict=True):
+        assert torch.equal(batch[0], expected[0])
+        assert torch.equal(batch[1], expected[1])
 
 
 def test_streaming_reads_one_batch_ahead_and_no_image_twice() -> None:
@@ -241,7 +247,7 @@ def test_streaming_reads_one_batch_ahead_and_no_image_twice() -> None:
     assert sorted(n for batch in rows.asked for n in batch) == list(range(50))
 
 
-def test_an_error_of_the_reader_reaches_the_training() -> None:
+def test_errors_of_the_reader_thread_are_raised() -> None:
     class Broken(Streamed):
         def gather(self, index: Tensor) -> Tensor:
             if len(self.asked) == 2:

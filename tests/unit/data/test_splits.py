@@ -1,4 +1,4 @@
-"""Held-out splits: shares by largest remainder, nothing lost, groups together."""
+"""Held-out images, folds and images per class: rounding, seeds, groups."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def shares(labels: np.ndarray, index: np.ndarray) -> list[int]:
     ("counts", "fraction", "expected"),
     [
         ((10, 10), 0.2, [2, 2]),
-        # quotas 1.5 1.05 0.45: floors 1 1 0, one of round(3.0) = 3 is left: to .5
+        # quotas 1.5 1.05 0.45: floors 1 1 0; one more of round(3.0) = 3, for the remainder .5
         ((10, 7, 3), 0.15, [2, 1, 0]),
-        # quotas 0.5 0.5 0.5 0.5: round(2.0) = 2 are left: ties go to the lower classes
+        # quotas 0.5 0.5 0.5 0.5: round(2.0) = 2 remain; ties go to the lower classes
         ((5, 5, 5, 5), 0.1, [1, 1, 0, 0]),
         # quotas 1.8 1.8: at least one of each class stays
         ((2, 2), 0.9, [1, 1]),
-        # a share that rounds to nothing still holds out one image
+        # a share that rounds to zero still holds out one image
         ((2, 3), 0.01, [0, 1]),
         # 0.3 * 10 is 2.9999999999999996 as a float: three, not two
         ((10, 100), 0.3, [3, 30]),
@@ -45,7 +45,7 @@ def test_shares_by_largest_remainder(
     assert kept.dtype == held.dtype == np.int64
 
 
-def test_seed_decides_and_nothing_else() -> None:
+def test_held_out_images_depend_on_the_seed_only() -> None:
     labels = labels_of(50, 50)
     np.random.seed(0)
     first = hold_out(labels, 0.2, 7)[1]
@@ -54,18 +54,18 @@ def test_seed_decides_and_nothing_else() -> None:
     assert not np.array_equal(hold_out(labels, 0.2, 8)[1], first)
 
 
-def test_nothing_to_hold_out() -> None:
+def test_fraction_of_zero_holds_out_nothing() -> None:
     kept, held = hold_out(labels_of(1, 5), 0.0, 0)
     assert len(kept) == 6
     assert len(held) == 0
 
 
-def test_a_single_image_is_refused_by_name_and_count() -> None:
+def test_class_of_a_single_image_is_refused_by_name() -> None:
     with pytest.raises(DataError, match=r"1 of 2 classes .* single image.*cat \(1\)"):
         hold_out(labels_of(5, 1), 0.2, 0, names=["dog", "cat"])
 
 
-def test_two_rounds_leave_each_class_something() -> None:
+def test_holding_out_twice_leaves_images_of_each_class() -> None:
     labels = labels_of(2, 30)
     kept, held = hold_out(labels, 0.5, 0, keep=2)
     assert shares(labels, held) == [0, 16]
@@ -87,7 +87,7 @@ def test_groups_stay_together_and_shares_are_near() -> None:
     np.testing.assert_array_equal(held, again)
 
 
-def test_groups_by_hand() -> None:
+def test_groups_of_small_example() -> None:
     # Two classes of 4; groups of two, each of one class; a quarter is one group of each class.
     labels = labels_of(4, 4)
     kept, held = hold_out(labels, 0.5, 0, list("aabbccdd"))
@@ -102,48 +102,48 @@ def test_groups_larger_than_the_share_still_give_a_split() -> None:
     assert len(kept) == 8
 
 
-def test_a_class_in_one_group_is_refused() -> None:
+def test_class_in_a_single_group_is_refused() -> None:
     with pytest.raises(DataError, match="single group"):
         hold_out(labels_of(3, 4), 0.3, 0, list("aaabbcc"))
 
 
-def test_groups_that_cannot_be_torn_are_refused() -> None:
+def test_groups_that_cannot_be_held_out_are_refused() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2])
     groups = ["a", "b", "b", "c", "c", "a"]
     with pytest.raises(DataError, match="no group can be held out"):
         hold_out(labels, 0.3, 0, groups, keep=2)
 
 
-def test_take_per_class() -> None:
+def test_take_per_class_is_stratified_and_nested() -> None:
     labels = np.random.default_rng(0).permutation(labels_of(20, 30, 10))
-    some = take_per_class(labels, 5, seed=1)
-    assert shares(labels, some) == [5, 5, 5]
-    assert (np.diff(some) > 0).all()
-    assert set(some) < set(take_per_class(labels, 10, seed=1))
-    assert set(some) != set(take_per_class(labels, 5, seed=2))
+    chosen = take_per_class(labels, 5, seed=1)
+    assert shares(labels, chosen) == [5, 5, 5]
+    assert (np.diff(chosen) > 0).all()
+    assert set(chosen) < set(take_per_class(labels, 10, seed=1))
+    assert set(chosen) != set(take_per_class(labels, 5, seed=2))
     with pytest.raises(DataError, match=r"per_class=11.* 1 of 3 .*frog \(10\)") as caught:
         take_per_class(labels, 11, 0, names=["cat", "dog", "frog"])
     assert "data.per_class=10" in caught.value.fix
 
 
-def test_folds_are_dealt_like_cards() -> None:
-    # Class 0 is dealt to folds 0 1 2 0 1 2 0, class 1 goes on with 1 2 0.
+def test_folds_are_assigned_round_robin_over_classes() -> None:
+    # Class 0 is assigned to folds 0 1 2 0 1 2 0, class 1 continues with 1 2 0.
     labels = np.random.default_rng(0).permutation(labels_of(7, 3))
-    dealt = fold_numbers(labels, 3, seed=0)
-    assert [shares(labels, np.flatnonzero(dealt == k)) for k in range(3)] == [
+    fold = fold_numbers(labels, 3, seed=0)
+    assert [shares(labels, np.flatnonzero(fold == k)) for k in range(3)] == [
         [3, 1],
         [2, 1],
         [2, 1],
     ]
-    np.testing.assert_array_equal(dealt, fold_numbers(labels, 3, seed=0))
-    assert not np.array_equal(dealt, fold_numbers(labels, 3, seed=1))
+    np.testing.assert_array_equal(fold, fold_numbers(labels, 3, seed=0))
+    assert not np.array_equal(fold, fold_numbers(labels, 3, seed=1))
 
 
 @pytest.mark.parametrize("folds", [2, 3, 7])
 def test_folds_differ_by_one_image_at_most(folds: int) -> None:
     labels = np.random.default_rng(1).integers(0, 5, 203)
-    dealt = fold_numbers(labels, folds, seed=4)
-    table = np.array([np.bincount(labels[dealt == k], minlength=5) for k in range(folds)])
+    fold = fold_numbers(labels, folds, seed=4)
+    table = np.array([np.bincount(labels[fold == k], minlength=5) for k in range(folds)])
     assert np.ptp(table, axis=0).max() <= 1
     assert np.ptp(table.sum(1)) <= 1
     assert table.sum() == 203
@@ -152,17 +152,17 @@ def test_folds_differ_by_one_image_at_most(folds: int) -> None:
 def test_folds_keep_groups_together() -> None:
     random = np.random.default_rng(3)
     group, labels = random.integers(0, 60, 600), random.integers(0, 3, 600)
-    dealt = fold_numbers(labels, 4, 0, [f"g{g}" for g in group])
-    assert all(len(set(dealt[group == g])) == 1 for g in set(group))
-    table = np.array([np.bincount(labels[dealt == k], minlength=3) for k in range(4)])
+    fold = fold_numbers(labels, 4, 0, [f"g{g}" for g in group])
+    assert all(len(set(fold[group == g])) == 1 for g in set(group))
+    table = np.array([np.bincount(labels[fold == k], minlength=3) for k in range(4)])
     assert np.abs(table / table.sum(0) - 0.25).max() < 0.05
     # By hand: groups of two of each class; each fold gets one of each.
     four = labels_of(4, 4)
-    dealt = fold_numbers(four, 2, 0, list("aabbccdd"))
-    assert [shares(four, np.flatnonzero(dealt == k)) for k in range(2)] == [[2, 2], [2, 2]]
+    fold = fold_numbers(four, 2, 0, list("aabbccdd"))
+    assert [shares(four, np.flatnonzero(fold == k)) for k in range(2)] == [[2, 2], [2, 2]]
 
 
-def test_folds_that_can_not_be() -> None:
+def test_impossible_folds_are_refused() -> None:
     with pytest.raises(DataError, match=r"data\.folds=6, but there are only 5 images"):
         fold_numbers(labels_of(3, 2), 6, 0)
     with pytest.raises(DataError, match=r"single image.*cat \(1\)"):
@@ -176,7 +176,7 @@ def test_folds_that_can_not_be() -> None:
         fold_numbers(np.array([0, 0, 1, 1, 2, 2]), 2, 0, ["a", "b", "b", "c", "c", "a"])
 
 
-def test_a_hundred_thousand_images_take_no_time() -> None:
+def test_hold_out_of_many_images_and_classes() -> None:
     labels = np.random.default_rng(0).integers(0, 1000, 100_000)
     kept, held = hold_out(labels, 0.15, 0)
     assert len(held) == 15_000

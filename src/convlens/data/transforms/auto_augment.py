@@ -1,9 +1,9 @@
-"""Augmentation policies: a random operation per image from one list, at one of some strengths.
+"""TrivialAugment and RandAugment: a random operation per image, at one of several strengths.
 
-The lists and strengths are torchvision's. The operations are dealt like cards: a shuffled batch
-is cut into equal shares, one for each operation, so that an operation sees only its own images,
-all shapes are known without asking the device, and the five geometric ones are a single affine
-pass. Each image still gets every operation with the same probability.
+Operations and strengths are torchvision's. A shuffled batch is divided into equal shares, one for
+each operation. So each operation is applied to its own images only, all shapes are known without
+synchronizing with the device, and the five geometric operations are a single affine map. Each
+image still gets every operation with the same probability.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from convlens.data.transforms.geometry import Affine, affine
 from convlens.data.transforms.random import ColorValue, integer_below, uniform_numbers
 
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-# The others, in the order of their shares: images and magnitudes [share] to images.
-TONE_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+# The other operations, in the order of their shares: (images, magnitudes [share]) -> images.
+COLOR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Brightness": lambda images, m: color.brightness(images, 1 + m),
     "Color": lambda images, m: color.saturation(images, 1 + m),
     "Contrast": lambda images, m: color.contrast(images, 1 + m),
@@ -33,19 +33,19 @@ TONE_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Equalize": lambda images, _: color.equalize(images),
     "Identity": lambda images, _: images,
 }
-OPERATIONS = (*GEOMETRIC, *TONE_OPERATIONS)
-SIGNED = 9  # so many of them, the first ones, are turned round for half of the images
+OPERATIONS = (*GEOMETRIC, *COLOR_OPERATIONS)
+N_SIGNED = 9  # number of operations, the first ones, whose strength has a random sign
 
 
 class PolicySpace(NamedTuple):
-    """The greatest magnitude of each kind of operation; the smallest changes nothing."""
+    """The largest magnitude of each kind of operation. The smallest one changes nothing."""
 
-    shear: float  # pixels a pixel
-    translate: float  # of the size where `relative`, else pixels
+    shear: float  # pixels per pixel
+    translate: float  # fraction of the size if `relative`, else pixels
     relative: bool
     rotate: float  # degrees
-    blend: float  # added to or taken from a factor of 1
-    bits: int  # taken off by Posterize
+    blend: float  # difference of the factor from 1
+    bits: int  # removed by Posterize
 
 
 WIDE = PolicySpace(shear=0.99, translate=32, relative=False, rotate=135, blend=0.99, bits=6)
@@ -56,11 +56,14 @@ NARROW = PolicySpace(shear=0.3, translate=150 / 331, relative=True, rotate=30, b
 def magnitudes(
     space: PolicySpace, bins: int, height: int, width: int, device: torch.device
 ) -> Tensor:
-    """Each operation's strengths without sign, float32 `[K, bins]`, as torchvision makes them."""
+    """Return the strengths of each operation, without sign, float32 `[K, bins]`.
+
+    They are equal to torchvision's.
+    """
     across = space.translate * (width if space.relative else 1)
     down = space.translate * (height if space.relative else 1)
-    tops = (space.shear, space.shear, across, down, space.rotate, *(space.blend,) * 4)
-    rows = [torch.linspace(0, top, bins) for top in tops]
+    largest = (space.shear, space.shear, across, down, space.rotate, *(space.blend,) * 4)
+    rows = [torch.linspace(0, magnitude, bins) for magnitude in largest]
     rows.append((8 - torch.arange(bins) / ((bins - 1) / space.bits)).round())
     rows.append(torch.linspace(1, 0, bins))
     rows += [torch.zeros(bins)] * (len(OPERATIONS) - len(rows))
@@ -68,9 +71,9 @@ def magnitudes(
 
 
 class OpAssignment(NamedTuple):
-    """One operation for each of N images, of K operations with S seats each."""
+    """One operation for each of N images: K operations with shares of S images each."""
 
-    order: Tensor  # int64 [K * S]: which image sits there; numbers >= N are nobody
+    order: Tensor  # int64 [K * S], the images of the shares in a row; numbers >= N are padding
     magnitudes: Tensor  # float32 [K, S]
 
 
@@ -83,7 +86,10 @@ def assign_operations(
     count: int = 1,
     magnitude: int | None = None,
 ) -> list[OpAssignment]:
-    """`count` deals in a row, all at strength number `magnitude` or each at a random one."""
+    """Draw `count` successive assignments.
+
+    The strength has the number `magnitude`, or a random one for each image if it is None.
+    """
     height, width = images.shape[-2:]
     kinds = len(OPERATIONS)
     share = -(-len(images) // kinds)
@@ -91,50 +97,52 @@ def assign_operations(
     u = uniform_numbers(images, generator, 3 * count, count=kinds * share).view(
         count, 3, kinds, share
     )
-    needs_full_batch = []
+    assignments = []
     for order, strength, sign in u.unbind(0) if count else ():
         if magnitude is None:
             chosen = table.gather(1, integer_below(strength, bins).long())
         else:
             chosen = table[:, magnitude, None].repeat(1, share)
-        chosen[:SIGNED] *= 1 - 2 * (sign[:SIGNED] <= 0.5).float()
-        needs_full_batch.append(OpAssignment(order.flatten().argsort(), chosen))
-    return needs_full_batch
+        chosen[:N_SIGNED] *= 1 - 2 * (sign[:N_SIGNED] <= 0.5).float()
+        assignments.append(OpAssignment(order.flatten().argsort(), chosen))
+    return assignments
 
 
-def color_maps(drawn: Tensor, height: int, width: int) -> Affine:
-    """Magnitudes `[5, S]` of the geometric operations as affine maps of 5 * S images.
+def affine_maps(magnitudes: Tensor, height: int, width: int) -> Affine:
+    """Convert the magnitudes of the geometric operations, `[5, S]`, to affine maps of 5 * S images.
 
-    A shear keeps the upper left corner, so about the centre it also shifts by half of the size.
+    A shear keeps the upper left corner, so about the center it also shifts by half of the size.
     """
-    shear_x, shear_y, across, down, turn = drawn
-    zero = torch.zeros_like(turn)
-    slants = torch.rad2deg(torch.atan(drawn[:2]))
+    shear_x, shear_y, across, down, angle = magnitudes
+    zero = torch.zeros_like(angle)
+    shear_degrees = torch.rad2deg(torch.atan(magnitudes[:2]))
     return Affine(
-        angle=torch.cat([zero, zero, zero, zero, -turn]),
+        angle=torch.cat([zero, zero, zero, zero, -angle]),
         translate_x=torch.cat([-shear_x * (height / 2), zero, across.trunc(), zero, zero]),
         translate_y=torch.cat([zero, -shear_y * (width / 2), zero, down.trunc(), zero]),
-        scale=torch.ones(drawn.numel(), device=drawn.device),
-        shear_x=torch.cat([slants[0], zero, zero, zero, zero]),
-        shear_y=torch.cat([zero, slants[1], zero, zero, zero]),
+        scale=torch.ones(magnitudes.numel(), device=magnitudes.device),
+        shear_x=torch.cat([shear_degrees[0], zero, zero, zero, zero]),
+        shear_y=torch.cat([zero, shear_degrees[1], zero, zero, zero]),
     )
 
 
 def apply_assignment(
     images: Tensor, drawn: OpAssignment, *, interpolation: str, fill: ColorValue
 ) -> Tensor:
-    """Each image under the operation that it was dealt."""
+    """Apply to each image the operation that it was assigned."""
     n, _, height, width = images.shape
     share = drawn.magnitudes.shape[1]
-    # Empty seats (fewer than there are operations) take the last image, for nobody.
-    seated = images.index_select(0, drawn.order.clamp_max(n - 1))
-    moving, *rest = seated.split([len(GEOMETRIC) * share, *(share,) * len(TONE_OPERATIONS)])
-    plan = color_maps(drawn.magnitudes[: len(GEOMETRIC)], height, width)
-    parts = [affine(moving, plan, interpolation=interpolation, fill=fill)]
-    strengths = drawn.magnitudes[len(GEOMETRIC) :]
-    for tone, part, strength in zip(TONE_OPERATIONS.values(), rest, strengths, strict=True):
-        parts.append(tone(part, strength))
-    return torch.cat(parts).index_select(0, drawn.order.argsort()[:n])
+    # Padding (less than one image per operation) uses the last image; its result is dropped.
+    ordered = images.index_select(0, drawn.order.clamp_max(n - 1))
+    geometric, *parts = ordered.split([len(GEOMETRIC) * share, *(share,) * len(COLOR_OPERATIONS)])
+    maps = affine_maps(drawn.magnitudes[: len(GEOMETRIC)], height, width)
+    results = [affine(geometric, maps, interpolation=interpolation, fill=fill)]
+    magnitudes_of_colors = drawn.magnitudes[len(GEOMETRIC) :]
+    for operation, part, strength in zip(
+        COLOR_OPERATIONS.values(), parts, magnitudes_of_colors, strict=True
+    ):
+        results.append(operation(part, strength))
+    return torch.cat(results).index_select(0, drawn.order.argsort()[:n])
 
 
 def trivial_augment_wide(
@@ -145,7 +153,7 @@ def trivial_augment_wide(
     interpolation: str = "nearest",
     fill: ColorValue = 0.0,
 ) -> Tensor:
-    """One random operation per image, at a random strength (arXiv:2103.10158)."""
+    """Apply one random operation per image, at a random strength (arXiv:2103.10158)."""
     (drawn,) = assign_operations(images, generator, space=WIDE, bins=num_magnitude_bins)
     return apply_assignment(images, drawn, interpolation=interpolation, fill=fill)
 
@@ -160,7 +168,7 @@ def rand_augment(
     interpolation: str = "nearest",
     fill: ColorValue = 0.0,
 ) -> Tensor:
-    """`num_ops` random operations in a row per image, all at one strength (arXiv:1909.13719)."""
+    """Apply `num_ops` random operations per image, all at one strength (arXiv:1909.13719)."""
     for drawn in assign_operations(
         images, generator, space=NARROW, bins=num_magnitude_bins, count=num_ops, magnitude=magnitude
     ):

@@ -1,8 +1,8 @@
-"""Augmentations that change what pixels show where they are: colour, sharpness, erased boxes.
+"""Augmentations of pixel values: color, sharpness, erased boxes, and those of automatic policies.
 
-The same pairs as in `geometry.py`: `draw_*` makes one set of numbers per image, the plain
-function applies given numbers, `random_*` (or the torchvision name) joins the two. Images are
-float32 `[N, C, H, W]` in [0, 1] and never changed in place.
+As in `geometry.py`, `draw_x` draws one set of numbers per image, `x` or `apply_x` applies given
+numbers, and `random_x` (or torchvision's name) does both. Images are float32 `[N, C, H, W]` in
+[0, 1] and are never changed in place. Tests compare every operation with torchvision's.
 """
 
 from __future__ import annotations
@@ -13,25 +13,30 @@ import torch
 from torch import Tensor
 
 from convlens.data.transforms.random import (
-    TRIES,
+    MAX_TRIES,
     ColorValue,
     CropBoxes,
     NumberRange,
     constant,
     first_fit,
     integer_below,
-    normal_numbers,
     random_color,
     symmetric_range,
     uniform_between,
     uniform_numbers,
+    uniform_pixels,
 )
 
-# Colour
+BLENDS = ("brightness", "contrast", "saturation")
+
+# Color
 
 
 def to_grayscale(images: Tensor) -> Tensor:
-    """Luma `[N, 1, H, W]` with torchvision's ITU-R 601 weights; one channel is returned as is."""
+    """Return the luma `[N, 1, H, W]`, with torchvision's ITU-R 601 weights.
+
+    Images of one channel are returned unchanged.
+    """
     if images.shape[1] == 1:
         return images
     red, green, blue = images.unbind(1)
@@ -39,30 +44,30 @@ def to_grayscale(images: Tensor) -> Tensor:
 
 
 def random_grayscale(images: Tensor, generator: torch.Generator, *, p: float = 0.1) -> Tensor:
-    """Turns each image grey with probability `p`; the number of channels stays."""
+    """Convert each image to grey with probability `p`; the number of channels stays."""
     chosen = uniform_numbers(images, generator, 1)[0] < p
     return torch.where(chosen.view(-1, 1, 1, 1), to_grayscale(images), images)
 
 
 def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Rotates the hue of RGB images by `turns` (float32 `[N]`, in whole circles).
+    """Rotate the hue of RGB images by `turns` (float32 `[N]`, in full circles).
 
-    Minima and maxima instead of a choice by channel (six times faster on a CPU): sorting the
-    channels by two swaps gives the hue up to a constant that depends on the swaps alone.
+    Uses minima and maxima instead of a selection by channel, six times faster on a CPU: sorting
+    the channels by two swaps gives the hue up to a constant that depends only on the swaps.
     """
     red, green, blue = images.unbind(1)
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
-    blue_led = (green < blue).to(images.dtype)
-    red_led = (red >= high).to(images.dtype)
+    blue_above_green = (green < blue).to(images.dtype)
+    red_is_highest = (red >= high).to(images.dtype)
     middle = torch.minimum(red, high)
     chroma = torch.maximum(red, high) - torch.minimum(middle, low)
-    # A grey has no hue: its difference is 0 and so is this quotient. A circle counts 6.
+    # A grey has no hue: its difference is 0 and so is this quotient. A full circle is 6.
     hue = (middle - low).div_(chroma.clamp_min(1e-12))
-    hue += torch.lerp(6 * blue_led - 2, -6 * blue_led, red_led)
+    hue += torch.lerp(6 * blue_above_green - 2, -6 * blue_above_green, red_is_highest)
     hue = hue.abs_().add_(turns.view(-1, 1, 1), alpha=6)
     hue -= (hue / 6).floor_().mul_(6)
-    # Red is full up to a distance of 1 from hue 0 and gone at 2; green around 2, blue around 4.
-    # The distance of red is measured from the opposite side, where the circle does not close.
+    # Red is full up to a distance of 1 from hue 0, zero from 2 on; green is at 2, blue at 4.
+    # The distance of red is measured from the opposite hue, to avoid the wrap-around at 0.
     table = constant((3.0, 2.0, 4.0, 1.0, -1.0, -1.0, -1.0, 2.0, 2.0), images.device)
     opposite, sign, offset = table.view(3, 1, 3, 1, 1)
     share = (hue.unsqueeze(1) - opposite).abs_().mul_(sign).add_(offset).clamp_(0, 1)
@@ -70,18 +75,15 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     return torch.addcmul(darkest, share, chroma.unsqueeze(1))
 
 
-BLENDS = ("brightness", "contrast", "saturation")
-
-
 class Jitter(NamedTuple):
-    """Numbers of `ColorJitter` for N images, of which K kinds of `BLENDS` take part."""
+    """Random numbers of `ColorJitter` for N images, with K of the `BLENDS`."""
 
-    kinds: tuple[str, ...]  # the K kinds
+    kinds: tuple[str, ...]  # the K blends
     factors: Tensor  # float32 [K, N]
-    order: Tensor  # int64 [K, N]: which kind an image meets first, second, ...
+    order: Tensor  # int64 [K, N], the blend that is applied first, second, ... to each image
     hue: Tensor  # float32 [N or more], in circles; empty without hue
-    # int64 [K + 1, ceil(N / (K + 1))]: the images whose hue turns before their first blend,
-    # before their second, ... after their last. Numbers >= N stand for nobody.
+    # int64 [K + 1, ceil(N / (K + 1))], the images whose hue is changed before their first blend,
+    # before their second, ... after their last. Numbers >= N are padding.
     hue_at: Tensor
 
 
@@ -94,15 +96,15 @@ def draw_jitter(
     saturation: float | NumberRange | None = None,
     hue: float | NumberRange | None = None,
 ) -> Jitter:
-    """Factors, and for every image its own order of the four changes, all orders equally likely.
+    """Draw factors and, for every image, the order of the four changes; all are equally likely.
 
-    The images are shuffled over the K + 1 possible places of the hue in equal shares (with blank
-    places where N does not divide), so that all shapes are known without asking the device.
+    The images are divided at random into equal shares (with padding if N is not a multiple) over
+    the K + 1 possible positions of the hue, so that all shapes are known without synchronization.
     """
     n, is_rgb = len(images), images.shape[1] == 3
-    asked = dict(zip(BLENDS, (brightness, contrast, saturation if is_rgb else None), strict=True))
+    ranges = dict(zip(BLENDS, (brightness, contrast, saturation if is_rgb else None), strict=True))
     limits = {
-        name: symmetric_range(value, 1.0) for name, value in asked.items() if value is not None
+        name: symmetric_range(value, 1.0) for name, value in ranges.items() if value is not None
     }
     k = len(limits)
     share = -(-n // (k + 1))
@@ -121,33 +123,33 @@ def draw_jitter(
 
 
 def apply_jitter(images: Tensor, drawn: Jitter) -> Tensor:
-    """Applies drawn changes of brightness, contrast, saturation and hue to each image in turn."""
+    """Change brightness, contrast, saturation and hue of each image in its own order."""
     n = len(images)
     has_hue = len(drawn.hue) > 0
-    work = images.new_zeros((drawn.hue_at.numel() if has_hue else n, *images.shape[1:]))
-    result = work[:n]
+    padded = images.new_zeros((drawn.hue_at.numel() if has_hue else n, *images.shape[1:]))
+    result = padded[:n]
     result.copy_(images)
-    for turn in range(len(drawn.kinds) + 1):
+    for position in range(len(drawn.kinds) + 1):
         if has_hue:
-            mine = drawn.hue_at[turn]
-            turned = shift_hue(work.index_select(0, mine), drawn.hue[mine])
-            work.index_copy_(0, mine, turned)
-        if turn < len(drawn.kinds):
-            _blend_in_place(result, drawn, drawn.order[turn])
+            index = drawn.hue_at[position]
+            shifted = shift_hue(padded.index_select(0, index), drawn.hue[index])
+            padded.index_copy_(0, index, shifted)
+        if position < len(drawn.kinds):
+            _blend_in_place(result, drawn, drawn.order[position])
     return result
 
 
 def _blend_in_place(images: Tensor, drawn: Jitter, kind: Tensor) -> None:
-    """One blend per image: towards black, its mean grey or its own grey, by `kind` `[N]`."""
+    """Apply one blend per image, `kind` `[N]`: with black, its mean grey or its grey image."""
     factor = drawn.factors.gather(0, kind[None])[0].view(-1, 1, 1, 1)
     kind = kind.view(-1, 1, 1, 1)
     target = images.new_zeros(1)
     if "contrast" in drawn.kinds or "saturation" in drawn.kinds:
-        plain = to_grayscale(images)
+        grey = to_grayscale(images)
         if "saturation" in drawn.kinds:
-            target = torch.where(kind == drawn.kinds.index("saturation"), plain, target)
+            target = torch.where(kind == drawn.kinds.index("saturation"), grey, target)
         if "contrast" in drawn.kinds:
-            mean = plain.mean((1, 2, 3), keepdim=True)
+            mean = grey.mean((1, 2, 3), keepdim=True)
             target = torch.where(kind == drawn.kinds.index("contrast"), mean, target)
     images.sub_(target).mul_(factor).add_(target).clamp_(0, 1)
 
@@ -161,10 +163,10 @@ def color_jitter(
     saturation: float | NumberRange | None = None,
     hue: float | NumberRange | None = None,
 ) -> Tensor:
-    """Changes brightness, contrast, saturation and hue in a random order per image.
+    """Change brightness, contrast, saturation and hue in a random order per image.
 
     A number `v` means a factor of 1 - v ... 1 + v (for the hue, -v ... v of the circle), a pair
-    the range itself. On grey images saturation and hue do nothing.
+    the range itself. Grey images keep saturation and hue.
     """
     drawn = draw_jitter(
         images, generator, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue
@@ -176,9 +178,10 @@ def color_jitter(
 
 
 def adjust_sharpness(images: Tensor, factors: Tensor) -> Tensor:
-    """0 blurs, 1 leaves alone, 2 sharpens; `factors` float32 `[N]`.
+    """Change the sharpness by `factors` (float32 `[N]`): 0 blurs, 1 changes nothing, 2 sharpens.
 
-    Torchvision's (and Pillow's) kernel: ones around a five, over 13; the outermost pixels stay.
+    The kernel is torchvision's and Pillow's: ones around a five, over 13. The outermost pixels
+    stay.
     """
     result = images.clone()
     if min(images.shape[-2:]) <= 2:
@@ -188,9 +191,9 @@ def adjust_sharpness(images: Tensor, factors: Tensor) -> Tensor:
     rows += images[:, :, 2:]
     blurred = rows[..., :-2] + rows[..., 1:-1]
     blurred += rows[..., 2:]
-    centre = result[..., 1:-1, 1:-1]
-    blurred.add_(centre, alpha=4).div_(13)
-    centre.lerp_(blurred, 1 - factors.view(-1, 1, 1, 1))
+    interior = result[..., 1:-1, 1:-1]
+    blurred.add_(interior, alpha=4).div_(13)
+    interior.lerp_(blurred, 1 - factors.view(-1, 1, 1, 1))
     return result.clamp_(0, 1)
 
 
@@ -201,7 +204,7 @@ def random_adjust_sharpness(
     sharpness_factor: float,
     p: float = 0.5,
 ) -> Tensor:
-    """Sharpens (or below 1 blurs) each image with probability `p`."""
+    """Sharpen each image (blur it if the factor is below 1) with probability `p`."""
     chosen = uniform_numbers(images, generator, 1)[0] < p
     return adjust_sharpness(images, torch.where(chosen, float(sharpness_factor), 1.0))
 
@@ -212,24 +215,26 @@ def random_adjust_sharpness(
 def draw_erasing(
     images: Tensor, generator: torch.Generator, *, p: float, scale: NumberRange, ratio: NumberRange
 ) -> CropBoxes:
-    """The box to erase in each image; of height 0 in those left alone."""
+    """Draw the box to erase in each image; its height is 0 if nothing is erased."""
     height, width = images.shape[-2:]
-    u = uniform_numbers(images, generator, 2 * TRIES + 3)
-    most = (height - 1, width - 1)
-    h, w, fits = first_fit(u[3:], scale, ratio, height * width, 0, most)
+    u = uniform_numbers(images, generator, 2 * MAX_TRIES + 3)
+    max_sides = (height - 1, width - 1)
+    h, w, fits = first_fit(
+        u[3:], scale, ratio, area=height * width, min_side=0, max_sides=max_sides
+    )
     h = h * (fits & (u[0] < p))
     return CropBoxes(integer_below(u[1], height - h + 1), integer_below(u[2], width - w + 1), h, w)
 
 
 def erase(images: Tensor, boxes: CropBoxes, value: Tensor) -> Tensor:
-    """Covers each image's box with `value` (anything that broadcasts to the images)."""
+    """Cover the box of each image with `value` (any shape that broadcasts to the images)."""
     inside = []
     for start, length, size in (
         (boxes.top, boxes.height, images.shape[-2]),
         (boxes.left, boxes.width, images.shape[-1]),
     ):
-        at = torch.arange(size, device=images.device)
-        inside.append((at >= start[:, None]) & (at < (start + length)[:, None]))
+        pixel = torch.arange(size, device=images.device)
+        inside.append((pixel >= start[:, None]) & (pixel < (start + length)[:, None]))
     mask = inside[0][:, None, :, None] & inside[1][:, None, None, :]
     return torch.where(mask, value, images)
 
@@ -243,19 +248,19 @@ def random_erasing(
     ratio: NumberRange = (0.3, 3.3),
     value: ColorValue | str = 0.0,
 ) -> Tensor:
-    """Covers a random box, of `scale` of the area, with `value` (arXiv:1708.04896).
+    """Cover a random box, of `scale` of the area, with `value` (arXiv:1708.04896).
 
-    `value: random` draws every pixel uniformly from [0, 1]; torchvision's normal noise would
-    leave that range, since there it comes after standardising.
+    `value: random` draws every pixel uniformly from [0, 1]. Torchvision's normal noise would leave
+    this range; there it is applied after standardization.
     """
     boxes = draw_erasing(images, generator, p=p, scale=scale, ratio=ratio)
     if isinstance(value, str):
-        return erase(images, boxes, normal_numbers(images, generator))
+        return erase(images, boxes, uniform_pixels(images, generator))
     return erase(images, boxes, random_color(value, images))
 
 
 def draw_cutout(images: Tensor, generator: torch.Generator, *, size: int, p: float) -> CropBoxes:
-    """A square around a random pixel of each image, which may reach over the border."""
+    """Draw a square around a random pixel of each image; it may extend over the border."""
     u = uniform_numbers(images, generator, 3)
     height, width = images.shape[-2:]
     top, left = integer_below(u[0], height) - size // 2, integer_below(u[1], width) - size // 2
@@ -270,60 +275,57 @@ def cutout(
     p: float = 1.0,
     value: ColorValue = 0.0,
 ) -> Tensor:
-    """Covers a square of `size` pixels around a random pixel with `value` (arXiv:1708.04552)."""
+    """Cover a square of side `size` around a random pixel with `value` (arXiv:1708.04552)."""
     boxes = draw_cutout(images, generator, size=size, p=p)
     return erase(images, boxes, random_color(value, images))
 
 
-# ---- tones ----------------------------------------
-# Changes of single pixels' values as automatic policies use them: blends, posterise, equalise.
-#
-# Each takes float32 images `[N, C, H, W]` in [0, 1] and, where it has a strength, one per image
-# (float32 `[N]`), and returns new images. All are held against torchvision's operation on one image.
+# Operations of the automatic policies. Strengths are one number per image, float32 `[N]`.
+# All return new images.
 
 
 def blend(images: Tensor, target: Tensor | float, factors: Tensor) -> Tensor:
-    """Factor 0 gives `target`, 1 the image, more goes beyond it; cut to [0, 1]."""
-    moved = (images - target).mul_(factors.view(-1, 1, 1, 1))
-    return moved.add_(target).clamp_(0, 1)
+    """Interpolate from `target` (factor 0) to the image (1) and beyond, clamped to [0, 1]."""
+    scaled = (images - target).mul_(factors.view(-1, 1, 1, 1))
+    return scaled.add_(target).clamp_(0, 1)
 
 
 def brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Blends with black."""
+    """Blend with black."""
     return blend(images, 0.0, factors)
 
 
 def saturation(images: Tensor, factors: Tensor) -> Tensor:
-    """Blends with each image's own grey picture; grey images have no colour to change."""
+    """Blend with the grey version of each image; grey images stay."""
     return images.clone() if images.shape[1] == 1 else blend(images, to_grayscale(images), factors)
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Blends with each image's mean grey."""
+    """Blend with the mean grey of each image."""
     return blend(images, to_grayscale(images).mean((1, 2, 3), keepdim=True), factors)
 
 
 def levels(images: Tensor) -> Tensor:
-    """Values 0..1 as whole numbers 0..255, still floats; torchvision's rounding."""
+    """Convert values in 0..1 to integers 0..255, as floats, with torchvision's rounding."""
     return (images * 255.999).floor_()
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keeps the upper `bits` (0 to 8) of each byte, as for uint8 images.
+    """Keep the upper `bits` (0 to 8) of each byte, as for uint8 images.
 
-    Torchvision's float version divides the range instead, so that 8 bits darken white a little.
+    Torchvision's version for floats divides the range instead, so that 8 bits darken white.
     """
-    steps = torch.exp2(8 - bits).view(-1, 1, 1, 1)
-    return (levels(images) / steps).floor_().mul_(steps).div_(255)
+    step = torch.exp2(8 - bits).view(-1, 1, 1, 1)
+    return (levels(images) / step).floor_().mul_(step).div_(255)
 
 
 def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
-    """Inverts the pixels at or above each image's threshold."""
+    """Invert the pixels at or above the threshold of each image."""
     return torch.where(images >= thresholds.view(-1, 1, 1, 1), 1 - images, images)
 
 
 def autocontrast(images: Tensor) -> Tensor:
-    """Stretches each channel to the full range; a channel of one value stays."""
+    """Stretch each channel to the full range; a channel of a single value stays."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     flat = (high == low).to(images.dtype)
     scale = torch.lerp(high - low, torch.ones_like(low), flat)
@@ -331,10 +333,10 @@ def autocontrast(images: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Spreads each channel's histogram of 256 levels evenly, by Pillow's rule.
+    """Equalize the histogram of 256 levels of each channel, as Pillow does.
 
-    With `step` a 255th of the pixels that are not the brightest, a level becomes the number of
-    pixels below it divided by `step`, rounded. Channels of too few values stay as they are.
+    A level becomes the number of pixels below it divided by `step`, rounded, where `step` is a
+    255th of the pixels that do not have the brightest level. A channel whose `step` is 0 stays.
     """
     level = levels(images).long().flatten(2)
     one = level.new_ones(1).expand_as(level)

@@ -1,11 +1,11 @@
-"""Augmentations that move pixels: flips, shifted crops, affine maps, resized crops.
+"""Geometric augmentations: flips, shifted crops, affine maps, resized crops.
 
-Each operation comes as a pair. `draw_*` turns a generator into one set of numbers per image, in
-a single call of `torch.rand`; the function without `draw_` applies given numbers and is what the
-tests hold against torchvision's per-image operation. `random_*` joins the two and is what
-`augment.AUGMENTS` lists. There is no loop over images anywhere.
+Each operation has three functions. `draw_x` draws one set of numbers per image, in a single call
+of `torch.rand`; `x` applies given numbers, and tests compare it with torchvision's operation on
+one image; `random_x` does both and is listed in `pipeline.AUGMENTS`. There are no loops over
+images.
 
-Images are float32 `[N, C, H, W]` in [0, 1]; they are never changed in place.
+Images are float32 `[N, C, H, W]` in [0, 1] and are never changed in place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlens.data.transforms.random import (
-    TRIES,
+    MAX_TRIES,
     ColorValue,
     CropBoxes,
     NumberRange,
@@ -36,37 +36,40 @@ from convlens.data.transforms.random import (
 
 
 def flip(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
-    """Mirrors the images where `chosen` (bool `[N]`) along `dim` (-1 left-right, -2 up-down)."""
-    # lerp with weights of exactly 0 and 1 selects, bit for bit, at half the time of torch.where.
+    """Mirror the `chosen` images (bool `[N]`) along `dim` (-1 left-right, -2 up-down)."""
+    # With weights of exactly 0 and 1, lerp selects bit for bit, in half the time of torch.where.
     kept = (~chosen).to(images.dtype).view(-1, 1, 1, 1)
     return images.flip(dim).lerp_(images, kept)
 
 
 def random_horizontal_flip(images: Tensor, generator: torch.Generator, *, p: float = 0.5) -> Tensor:
-    """Mirrors each image left-right with probability `p`."""
+    """Mirror each image left-right with probability `p`."""
     return flip(images, uniform_numbers(images, generator, 1)[0] < p, -1)
 
 
 def random_vertical_flip(images: Tensor, generator: torch.Generator, *, p: float = 0.5) -> Tensor:
-    """Mirrors each image upside down with probability `p`."""
+    """Mirror each image upside down with probability `p`."""
     return flip(images, uniform_numbers(images, generator, 1)[0] < p, -2)
 
 
 def alternating_flip(images: Tensor, generator: torch.Generator, sample_info: SampleInfo) -> Tensor:
-    """Mirrors each image left-right in every other epoch, half of them in the first.
+    """Mirror each image left-right in every other epoch; half of the images in the first one.
 
-    Less to learn twice than with independent coins: in any two epochs in a row an image is seen
-    from both sides (arXiv:2404.00498). The generator is not used.
+    In any two consecutive epochs each image is seen in both orientations, which repeats less than
+    independent coins do (arXiv:2404.00498). The generator is not used.
     """
     first = random_coins(sample_info)
     return flip(images, first if sample_info.epoch % 2 else ~first, -1)
 
 
-# Crop with padding: the usual "shift by a few pixels"
+# Crops of the padded image, which shift it by a few pixels
 
 
 def margins(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
-    """Torchvision's padding (all, or left/right and top/bottom, or l, t, r, b) as l, t, r, b."""
+    """Return torchvision's padding as `(left, top, right, bottom)`.
+
+    It may be one number, left/right and top/bottom, or all four.
+    """
     if isinstance(padding, int):
         return (padding,) * 4
     left, top, right, bottom = tuple(padding) * (4 // len(padding))
@@ -76,7 +79,7 @@ def margins(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
 def draw_crop(
     images: Tensor, generator: torch.Generator, *, padding: int | Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Top and left corner (int64 `[N]`, in pixels of the padded image) of each crop."""
+    """Draw the top and left of each crop, int64 `[N]`, in pixels of the padded image."""
     left, top, right, bottom = margins(padding)
     u = uniform_numbers(images, generator, 2)
     tops, lefts = integer_below(u[0], top + bottom + 1), integer_below(u[1], left + right + 1)
@@ -92,7 +95,7 @@ def crop(
     padding_mode: str = "constant",
     fill: ColorValue = 0.0,
 ) -> Tensor:
-    """Pads all images and cuts a window of the original size out of each."""
+    """Pad all images and cut a window of the original size out of each."""
     n, channels, height, width = images.shape
     left, top, right, bottom = margins(padding)
     sides = (left, right, top, bottom)
@@ -103,13 +106,13 @@ def crop(
     else:
         base = random_color(fill, images)
         padded = F.pad(images - base, sides) + base
-    # Every run of `width` floats in the padded batch, as a view that overlaps itself: one
-    # index_select then copies whole rows, several times faster than gathering pixels.
-    rows_at, row_length = padded.shape[-2:]
+    # All runs of `width` floats in the padded batch, as a view that overlaps itself: one
+    # index_select copies complete rows, several times faster than gathering pixels.
+    padded_height, padded_width = padded.shape[-2:]
     runs = padded.contiguous().view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
-    planes = torch.arange(n * channels, device=images.device).view(n, channels, 1) * rows_at
+    planes = torch.arange(n * channels, device=images.device).view(n, channels, 1)
     rows = tops.view(n, 1, 1) + torch.arange(height, device=images.device)
-    starts = (planes + rows) * row_length + lefts.view(n, 1, 1)
+    starts = (planes * padded_height + rows) * padded_width + lefts.view(n, 1, 1)
     return runs.index_select(0, starts.view(-1)).view(images.shape)
 
 
@@ -121,7 +124,7 @@ def random_crop(
     padding_mode: str = "constant",
     fill: ColorValue = 0.0,
 ) -> Tensor:
-    """Pads by `padding` pixels (constant, reflect or edge) and crops back to the same size."""
+    """Pad by `padding` pixels (constant, reflect or edge) and crop back to the original size."""
     tops, lefts = draw_crop(images, generator, padding=padding)
     return crop(images, tops, lefts, padding=padding, padding_mode=padding_mode, fill=fill)
 
@@ -130,7 +133,7 @@ def random_crop(
 
 
 class Affine(NamedTuple):
-    """One affine map per image, float32 `[N]` each; torchvision's meaning and signs."""
+    """One affine map per image, float32 `[N]` each, with torchvision's meaning and signs."""
 
     angle: Tensor  # degrees, clockwise
     translate_x: Tensor  # pixels to the right
@@ -149,32 +152,33 @@ def draw_affine(
     scale: NumberRange | None = None,
     shear: float | NumberRange | None = None,
 ) -> Affine:
-    """Angles, whole-pixel shifts, scales and shears drawn from torchvision's ranges."""
+    """Draw angles, whole-pixel shifts, scales and shears from torchvision's ranges."""
     height, width = images.shape[-2:]
     u = uniform_numbers(images, generator, 6)
     x, y = (translate[0] * width, translate[1] * height) if translate else (0.0, 0.0)
-    slant = (*symmetric_range(shear or 0.0), 0.0, 0.0)[:4]
+    shears = (*symmetric_range(shear or 0.0), 0.0, 0.0)[:4]
     return Affine(
         uniform_between(u[0], symmetric_range(degrees)),
         uniform_between(u[1], (-x, x)).round(),
         uniform_between(u[2], (-y, y)).round(),
         uniform_between(u[3], scale or (1.0, 1.0)),
-        uniform_between(u[4], slant[:2]),
-        uniform_between(u[5], slant[2:]),
+        uniform_between(u[4], shears[:2]),
+        uniform_between(u[5], shears[2:]),
     )
 
 
 def inverse_matrices(maps: Affine) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
-    """The two rows `[N]` x 3 that map output to input pixels, both measured from the centre.
+    """Return the two rows (of three numbers `[N]`) that map output to input pixels.
 
-    Inverse of translate * rotate * scale * shear_y * shear_x, written out as in torchvision's
-    `_get_inverse_affine_matrix` (the determinant of rotation and shear is one).
+    Both are measured from the center. Inverse of translate * rotate * scale * shear_y * shear_x,
+    written out as in torchvision's `_get_inverse_affine_matrix` (the determinant of rotation and
+    shear is one).
     """
-    angle, slant_x, slant_y = (torch.deg2rad(v) for v in (maps.angle, maps.shear_x, maps.shear_y))
-    a = torch.cos(angle - slant_y) / torch.cos(slant_y)
-    c = torch.sin(angle - slant_y) / torch.cos(slant_y)
-    b = -(a * torch.tan(slant_x) + torch.sin(angle))
-    d = torch.cos(angle) - c * torch.tan(slant_x)
+    angle, shear_x, shear_y = (torch.deg2rad(v) for v in (maps.angle, maps.shear_x, maps.shear_y))
+    a = torch.cos(angle - shear_y) / torch.cos(shear_y)
+    c = torch.sin(angle - shear_y) / torch.cos(shear_y)
+    b = -(a * torch.tan(shear_x) + torch.sin(angle))
+    d = torch.cos(angle) - c * torch.tan(shear_x)
     rows = []
     for along_x, along_y in ((d, -b), (-c, a)):
         along_x, along_y = along_x / maps.scale, along_y / maps.scale
@@ -186,13 +190,13 @@ def inverse_matrices(maps: Affine) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
 def affine(
     images: Tensor, maps: Affine, *, interpolation: str = "bilinear", fill: ColorValue = 0.0
 ) -> Tensor:
-    """Moves each image by its own map about its centre; `fill` shows where nothing was.
+    """Apply its own map to each image, about its center; `fill` is the color outside.
 
-    The colour outside is blended in once at the border, as for a picture that goes on in that
-    colour. (Torchvision with a fill of 0 instead of none multiplies by the coverage twice.)
+    At the border, the color outside is blended in once, as if the image continued in that color.
+    (Torchvision with a fill of 0 instead of None multiplies by the coverage twice.)
     """
     n, _, height, width = images.shape
-    # F.affine_grid does the same by a matrix product that is about eight times slower here.
+    # F.affine_grid uses a matrix product, which is about eight times slower here.
     grid = images.new_empty(n, height, width, 2)
     x = torch.arange(width, device=images.device, dtype=images.dtype) - (width - 1) / 2
     y = torch.arange(height, device=images.device, dtype=images.dtype) - (height - 1) / 2
@@ -217,9 +221,9 @@ def random_affine(
     interpolation: str = "bilinear",
     fill: ColorValue = 0.0,
 ) -> Tensor:
-    """Rotates, shifts (fractions of the size), scales and shears (degrees) about the centre.
+    """Rotate, shift (fractions of the size), scale and shear (degrees) about the center.
 
-    Unlike torchvision, interpolation is bilinear unless `nearest` is asked for.
+    Unlike in torchvision, the default interpolation is bilinear.
     """
     maps = draw_affine(
         images, generator, degrees=degrees, translate=translate, scale=scale, shear=shear
@@ -235,40 +239,42 @@ def random_rotation(
     interpolation: str = "bilinear",
     fill: ColorValue = 0.0,
 ) -> Tensor:
-    """Rotates about the centre; positive angles are counter-clockwise, unlike `random_affine`."""
+    """Rotate about the center; unlike in `random_affine`, positive is counterclockwise."""
     maps = draw_affine(images, generator, degrees=degrees)
     maps = maps._replace(angle=-maps.angle)
     return affine(images, maps, interpolation=interpolation, fill=fill)
 
 
-# Crops of any size, shown at the full one
+# Crops of any size, resized to the original size
 
 
 def draw_resized_crop(
     images: Tensor, generator: torch.Generator, *, scale: NumberRange, ratio: NumberRange
 ) -> CropBoxes:
-    """The part of each image to show; the largest central one where no draw fitted."""
+    """Draw the box of each image; the largest central box if no random one fitted."""
     height, width = images.shape[-2:]
-    u = uniform_numbers(images, generator, 2 * TRIES + 2)
-    w, h, fits = first_fit(u[2:], scale, ratio, height * width, 1, (width, height))
-    whole = min(max(width / height, ratio[0]), ratio[1])
-    h = torch.where(fits, h, float(round(min(height, width / whole))))
-    w = torch.where(fits, w, float(round(min(width, height * whole))))
+    u = uniform_numbers(images, generator, 2 * MAX_TRIES + 2)
+    w, h, fits = first_fit(
+        u[2:], scale, ratio, area=height * width, min_side=1, max_sides=(width, height)
+    )
+    central_ratio = min(max(width / height, ratio[0]), ratio[1])
+    h = torch.where(fits, h, float(round(min(height, width / central_ratio))))
+    w = torch.where(fits, w, float(round(min(width, height * central_ratio))))
     top, left = integer_below(u[0], height - h + 1), integer_below(u[1], width - w + 1)
     top = torch.where(fits, top, ((height - h) / 2).floor())
     return CropBoxes(top, torch.where(fits, left, ((width - w) / 2).floor()), h, w)
 
 
 def resized_crop(images: Tensor, boxes: CropBoxes) -> Tensor:
-    """Shows each image's box at the full size, bilinearly (it is never made smaller)."""
+    """Resize the box of each image to the size of the image, bilinearly (never downscaled)."""
     n, _, height, width = images.shape
     grid = images.new_empty(n, height, width, 2)
     for axis, (start, length, size) in enumerate(
         ((boxes.left, boxes.width, width), (boxes.top, boxes.height, height))
     ):
-        at = torch.arange(size, device=images.device, dtype=images.dtype) + 0.5
-        pixel = at * (length / size)[:, None] - 0.5
-        # Crop first, then resize: pixels outside the box must not shine in at its border.
+        centers = torch.arange(size, device=images.device, dtype=images.dtype) + 0.5
+        pixel = centers * (length / size)[:, None] - 0.5
+        # As if cropped before the resize: pixels outside the box must not blend in at its border.
         pixel = start[:, None] + pixel.clamp_min(0).minimum((length - 1)[:, None])
         position = (pixel * 2 + 1) / size - 1
         grid[..., axis] = position[:, None, :] if axis == 0 else position[:, :, None]
@@ -282,5 +288,5 @@ def random_resized_crop(
     scale: NumberRange = (0.08, 1.0),
     ratio: NumberRange = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """Shows a random part, of `scale` of the area and `ratio` width/height, at the same size."""
+    """Resize a random box, of `scale` of the area and `ratio` width/height, to the same size."""
     return resized_crop(images, draw_resized_crop(images, generator, scale=scale, ratio=ratio))

@@ -1,9 +1,9 @@
-"""Augmentations that mix the images of a batch in pairs, and their labels with them.
+"""MixUp and CutMix: augmentations that mix pairs of images of a batch, and their labels.
 
-The same pairs of functions as in `geometry.py`: `draw_mix` makes one set of numbers per image,
-`mix_up` and `cut_mix` apply given numbers, `random_*` joins the two. Every image is mixed with a
-partner from a permutation of the batch, by a share of its own (torchvision draws one share for
-the whole batch). A partner may be the image itself; then nothing changes.
+As in `geometry.py`, `draw_mix` draws one set of numbers per image, `apply_mixup` and `apply_cutmix`
+apply given numbers, and `random_*` does both. Every image is mixed with a partner from a
+permutation of the batch and has its own share (torchvision draws one share for the whole batch).
+The partner may be the image itself; then nothing changes.
 
 Images are float32 `[N, C, H, W]` in [0, 1], labels class probabilities, float32 `[N, K]`.
 """
@@ -21,9 +21,9 @@ from convlens.data.transforms.random import CropBoxes, integer_below, uniform_nu
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """int64 `[N]` to float32 `[N, K]`; probabilities stay as they are.
+    """Convert labels, int64 `[N]`, to probabilities, float32 `[N, K]`; probabilities stay.
 
-    `F.one_hot` looks at the labels to check them, for which a GPU would have to be waited for.
+    `F.one_hot` checks the values of the labels, which would synchronize with a GPU.
     """
     if labels.ndim == 2:
         return labels
@@ -31,14 +31,15 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def beta(u: Tensor, alpha: float) -> Tensor:
-    """Uniform numbers float32 `[4, N]` to N draws from Beta(alpha, alpha), for any alpha > 0.
+    """Turn uniform numbers, float32 `[4, N]`, into N draws from Beta(alpha, alpha), alpha > 0.
 
     Beta(a + 1, a + 1) in closed form (Ulrich 1984; Devroye, Non-Uniform Random Variate
-    Generation, 1986, section IX.4), and Gamma(a) = Gamma(a + 1) * U^(1 / a) for both gammas of
-    which a beta is the quotient. In logits, since U^(1 / a) of a small alpha underflows. Nothing
-    is rejected, so four numbers always do, and every device gives the same.
+    Generation, 1986, section IX.4), and Gamma(a) = Gamma(a + 1) * U^(1 / a) for both gamma
+    variables whose quotient gives a beta variable. Computed in logits, since U^(1 / a) underflows
+    for small alpha. There is no rejection, so four numbers are always enough and every device
+    gives the same result.
     """
-    u = u.clamp_min(2.0**-25)  # half of the smallest number above 0
+    u = u.clamp_min(2.0**-25)  # half of the smallest number above 0 that `torch.rand` returns
     radius = (1 - u[0] ** (2 / (2 * alpha + 1))).sqrt()
     middle = 0.5 + 0.5 * radius * torch.cos(2 * math.pi * u[1])
     return (torch.logit(middle, eps=1e-7) + (u[2].log() - u[3].log()) / alpha).sigmoid()
@@ -48,15 +49,15 @@ class MixParameters(NamedTuple):
     """How each of N images is mixed."""
 
     partner: Tensor  # int64 [N], a permutation
-    share: Tensor  # float32 [N]: of the image itself; 1 in those left alone
-    y: Tensor  # float32 [N]: CutMix's centre, row and column
+    share: Tensor  # float32 [N], weight of the image itself; 1 if it is not mixed
+    y: Tensor  # float32 [N], row and column of the center of CutMix's box
     x: Tensor
 
 
 def draw_mix(
     images: Tensor, generator: torch.Generator, *, alpha: float, p: float
 ) -> MixParameters:
-    """Partners, shares from Beta(alpha, alpha) with probability `p` and else 1, and centres."""
+    """Draw partners, shares (from Beta(alpha, alpha) with probability `p`, else 1) and centers."""
     height, width = images.shape[-2:]
     u = uniform_numbers(images, generator, 8)
     share = torch.where(u[1] < p, beta(u[4:], alpha), 1.0)
@@ -66,34 +67,34 @@ def draw_mix(
 
 
 def apply_mixup(images: Tensor, labels: Tensor, drawn: MixParameters) -> tuple[Tensor, Tensor]:
-    """Each image and its label averaged with its partner's, weighted by its share."""
-    others = images.index_select(0, drawn.partner)
-    pictures = others.lerp_(images, drawn.share.view(-1, 1, 1, 1))
-    return pictures, _mix_batch(labels, drawn.partner, drawn.share)
+    """Average each image and its label with its partner's, weighted by its share."""
+    partners = images.index_select(0, drawn.partner)
+    mixed = partners.lerp_(images, drawn.share.view(-1, 1, 1, 1))
+    return mixed, _mix_labels(labels, drawn.partner, drawn.share)
 
 
 def cutmix_boxes(images: Tensor, drawn: MixParameters) -> CropBoxes:
-    """What is pasted: squares (of the image's shape) of 1 - share of the area, cut at its edges."""
+    """Return the boxes to paste: 1 - share of the area, cut off at the edges of the image."""
     height, width = images.shape[-2:]
     half = (1 - drawn.share).sqrt() / 2
     sides = []
-    for centre, size in ((drawn.y, height), (drawn.x, width)):
-        reach = (half * size).floor()
-        start = (centre - reach).clamp_min(0)
-        sides.append((start, (centre + reach).clamp_max(size) - start))
-    (top, high), (left, wide) = sides
-    return CropBoxes(top, left, high, wide)
+    for center, size in ((drawn.y, height), (drawn.x, width)):
+        radius = (half * size).floor()
+        start = (center - radius).clamp_min(0)
+        sides.append((start, (center + radius).clamp_max(size) - start))
+    (top, box_height), (left, box_width) = sides
+    return CropBoxes(top, left, box_height, box_width)
 
 
 def apply_cutmix(images: Tensor, labels: Tensor, drawn: MixParameters) -> tuple[Tensor, Tensor]:
-    """A box of each image's partner is pasted into it; labels share as the areas really do."""
-    pasted = cutmix_boxes(images, drawn)
-    pictures = erase(images, pasted, images.index_select(0, drawn.partner))
-    area = pasted.height * pasted.width / (images.shape[-2] * images.shape[-1])
-    return pictures, _mix_batch(labels, drawn.partner, 1 - area)
+    """Paste a box of its partner into each image; labels are weighted by the actual areas."""
+    boxes = cutmix_boxes(images, drawn)
+    mixed = erase(images, boxes, images.index_select(0, drawn.partner))
+    area = boxes.height * boxes.width / (images.shape[-2] * images.shape[-1])
+    return mixed, _mix_labels(labels, drawn.partner, 1 - area)
 
 
-def _mix_batch(labels: Tensor, partner: Tensor, share: Tensor) -> Tensor:
+def _mix_labels(labels: Tensor, partner: Tensor, share: Tensor) -> Tensor:
     return labels.index_select(0, partner).lerp_(labels, share.view(-1, 1))
 
 
@@ -105,7 +106,7 @@ def random_mix_up(
     alpha: float = 1.0,
     p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Averages each image with another one with probability `p` (arXiv:1710.09412)."""
+    """Average each image with another one with probability `p` (arXiv:1710.09412)."""
     return apply_mixup(images, labels, draw_mix(images, generator, alpha=alpha, p=p))
 
 
@@ -117,5 +118,5 @@ def random_cut_mix(
     alpha: float = 1.0,
     p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Pastes a box of another image into each image with probability `p` (arXiv:1905.04899)."""
+    """Paste a box of another image into each image with probability `p` (arXiv:1905.04899)."""
     return apply_cutmix(images, labels, draw_mix(images, generator, alpha=alpha, p=p))

@@ -1,8 +1,7 @@
-"""Augmentations against torchvision's operation on one image at a time, with the same numbers."""
+"""Geometric augmentations against torchvision's operation on one image at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,32 +9,14 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from convlens.data.transforms import color, geometry
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def pictures(n: int = 12, channels: int = 3, height: int = 17, width: int = 22) -> Tensor:
-    """Smooth shapes plus noise, with pure black, white and grey parts (hue is undefined there)."""
-    images = torch.rand(n, channels, height, width, generator=seeded(1))
-    images[:, :, :4, :5] = 0.0
-    images[:, :, 4:7, :5] = 1.0
-    images[:, :, 7:9, :5] = 0.4
-    if channels == 3:
-        images[:, :2, 9:11, :5] = 0.7  # two channels share the maximum
-    return images
-
-
-def compare(batched: Tensor, images: Tensor, slow: Callable[[Tensor, int], Tensor]) -> None:
-    """Each image of `batched` equals the slow operation on that image alone."""
-    expected = torch.stack([slow(image, i) for i, image in enumerate(images)])
-    torch.testing.assert_close(batched, expected, atol=2e-5, rtol=0)
+from convlens.data.transforms import geometry
+from convlens.data.transforms.random import SampleInfo, random_coins
+from convlens.errors import UsageError
+from helpers.augmentations import compare, pictures, seeded
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_flips(channels: int) -> None:
+def test_flips_equal_torchvisions(channels: int) -> None:
     images, chosen = pictures(6, channels), torch.tensor([1, 0, 0, 1, 1, 0], dtype=torch.bool)
     for dim, slow in ((-1, reference.horizontal_flip), (-2, reference.vertical_flip)):
         expected = torch.stack([slow(x) if c else x for x, c in zip(images, chosen, strict=True)])
@@ -45,7 +26,7 @@ def test_flips(channels: int) -> None:
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
 @pytest.mark.parametrize("padding", [3, [2, 5], [1, 2, 3, 4], [2]])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_crop(mode: str, padding: Any, channels: int) -> None:
+def test_crop_equals_torchvisions(mode: str, padding: Any, channels: int) -> None:
     images = pictures(12, channels)
     tops, lefts = geometry.draw_crop(images, seeded(), padding=padding)
     result = geometry.crop(images, tops, lefts, padding=padding, padding_mode=mode, fill=0.25)
@@ -75,13 +56,13 @@ MAPS: list[dict[str, Any]] = [
 
 
 def per_image(maps: geometry.Affine, i: int) -> dict[str, Any]:
-    angle, x, y, scale, slant_x, slant_y = (float(v[i]) for v in maps)
-    return {"angle": angle, "translate": [x, y], "scale": scale, "shear": [slant_x, slant_y]}
+    angle, x, y, scale, shear_x, shear_y = (float(v[i]) for v in maps)
+    return {"angle": angle, "translate": [x, y], "scale": scale, "shear": [shear_x, shear_y]}
 
 
 @pytest.mark.parametrize("settings", MAPS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_affine(settings: dict[str, Any], channels: int) -> None:
+def test_affine_equals_torchvisions(settings: dict[str, Any], channels: int) -> None:
     images = pictures(24, channels)
     maps = geometry.draw_affine(images, seeded(), **settings)
 
@@ -92,7 +73,7 @@ def test_affine(settings: dict[str, Any], channels: int) -> None:
 
 
 def test_affine_fill_blends_once() -> None:
-    """With a colour outside: the picture minus that colour, moved, plus that colour."""
+    """With a color outside: the image minus this color, transformed, plus this color."""
     images, fill = pictures(16), torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1)
     maps = geometry.draw_affine(images, seeded(), **MAPS[-1])
 
@@ -105,7 +86,7 @@ def test_affine_fill_blends_once() -> None:
     compare(geometry.affine(images, maps, fill=[0.2, 0.5, 0.9]), images, slow)
 
 
-def test_affine_nearest() -> None:
+def test_affine_with_nearest_interpolation() -> None:
     images = pictures(24)
     maps = geometry.draw_affine(images, seeded(), **MAPS[-1])
     result = geometry.affine(images, maps, interpolation="nearest", fill=0.3)
@@ -115,13 +96,13 @@ def test_affine_nearest() -> None:
             for i, x in enumerate(images)
         ]
     )
-    # A pixel centre that falls on the border of two pixels may go either way.
+    # A pixel center on the border of two pixels may be rounded either way.
     assert ((result - expected).abs() < 1e-5).float().mean() > 0.999
 
 
 def test_affine_moves_a_known_pixel() -> None:
     image = torch.zeros(1, 1, 9, 9)
-    image[0, 0, 4, 7] = 1.0  # right of the centre
+    image[0, 0, 4, 7] = 1.0  # right of the center
     zero, one = torch.zeros(1), torch.ones(1)
     turned = geometry.affine(image, geometry.Affine(zero + 90, zero, zero, one, zero, zero))
     torch.testing.assert_close(turned[0, 0, 7, 4], torch.tensor(1.0))  # clockwise: now below
@@ -129,7 +110,7 @@ def test_affine_moves_a_known_pixel() -> None:
     torch.testing.assert_close(shifted[0, 0, 6, 4], torch.tensor(1.0))
 
 
-def test_rotation_turns_counter_clockwise_as_torchvision_does() -> None:
+def test_rotation_is_counterclockwise_as_in_torchvision() -> None:
     images = pictures(2, 3, 16, 16)
     for degrees in (90.0, 33.0):
         result = geometry.random_rotation(images, seeded(), degrees=[degrees, degrees])
@@ -141,7 +122,7 @@ def test_rotation_turns_counter_clockwise_as_torchvision_does() -> None:
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
-def test_random_rotation_turns_each_image_by_its_own_angle(mode: str) -> None:
+def test_random_rotation_draws_an_angle_for_each_image(mode: str) -> None:
     images = pictures(24)
     turned = geometry.random_rotation(images, seeded(3), degrees=[-70, 50], interpolation=mode)
     angles = geometry.draw_affine(images, seeded(3), degrees=[-70, 50]).angle
@@ -153,53 +134,8 @@ def test_random_rotation_turns_each_image_by_its_own_angle(mode: str) -> None:
     assert (angles.max() - angles.min()) > 60
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 8, 17])
-def test_cutout(size: int) -> None:
-    """DeVries & Taylor's mask: a square around any pixel, cut off at the border."""
-    images = pictures(40)
-    boxes = color.draw_cutout(images, seeded(2), size=size, p=0.7)
-    result = color.cutout(images, seeded(2), size=size, p=0.7, value=[0.1, 0.5, 0.9])
-    fill, whole = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1), 0
-    for image, mine, top, left, height in zip(images, result, *boxes[:3], strict=True):
-        expected = image.clone()
-        if height:
-            y, x = int(top) + size // 2, int(left) + size // 2  # the pixel in the middle
-            assert 0 <= y < 17
-            assert 0 <= x < 22
-            top_left = max(0, y - size // 2), max(0, x - size // 2)
-            below, right = y - size // 2 + size, x - size // 2 + size
-            expected[:, top_left[0] : below, top_left[1] : right] = fill
-            whole += int((expected != image).any(0).sum() == size * size)
-        assert torch.equal(mine, expected)
-    touched = int((boxes.height > 0).sum())
-    assert 20 <= touched <= 36
-    assert whole == touched if size == 1 else whole < touched
-
-
-def test_cutout_centres_are_uniform() -> None:
-    images = torch.zeros(12_000, 1, 5, 6)
-    boxes = color.draw_cutout(images, seeded(), size=3, p=1)
-    place = ((boxes.top + 1) * 6 + boxes.left + 1).long()
-    counts = torch.bincount(place, minlength=30)
-    assert len(counts) == 30
-    assert (counts - 400).abs().max() < 90
-
-
 @pytest.mark.parametrize("channels", [1, 3])
-def test_erase(channels: int) -> None:
-    images = pictures(64, channels)
-    boxes = color.draw_erasing(images, seeded(), p=0.7, scale=(0.02, 0.4), ratio=(0.3, 3.3))
-    assert 0 < int((boxes.height == 0).sum()) < 40
-
-    def slow(image: Tensor, i: int) -> Tensor:
-        top, left, height, width = (int(v[i]) for v in boxes)
-        return reference.erase(image, top, left, height, width, torch.tensor(0.5))
-
-    compare(color.erase(images, boxes, torch.tensor(0.5)), images, slow)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_resized_crop(channels: int) -> None:
+def test_resized_crop_equals_torchvisions(channels: int) -> None:
     images = pictures(32, channels)
     boxes = geometry.draw_resized_crop(images, seeded(), scale=(0.05, 1.0), ratio=(0.5, 2.0))
 
@@ -210,124 +146,62 @@ def test_resized_crop(channels: int) -> None:
     compare(geometry.resized_crop(images, boxes), images, slow)
 
 
-def test_hue() -> None:
-    images = pictures(21)
-    turns = torch.linspace(-0.5, 0.5, 21)
-    compare(
-        color.shift_hue(images, turns),
-        images,
-        lambda x, i: reference.adjust_hue(x, float(turns[i])),
+def test_affine_ranges() -> None:
+    images = torch.zeros(4000, 1, 10, 20)
+    maps = geometry.draw_affine(
+        images, seeded(), degrees=[-10, 30], translate=[0.25, 0.3], scale=[0.8, 1.2], shear=15
     )
+    for drawn, low, high in (
+        (maps.angle, -10, 30),
+        (maps.scale, 0.8, 1.2),
+        (maps.shear_x, -15, 15),
+    ):
+        assert low <= drawn.min() < low + 0.01 * (high - low)
+        assert high >= drawn.max() > high - 0.01 * (high - low)
+        assert abs(drawn.mean() - (low + high) / 2) < 0.03 * (high - low)
+    assert set(maps.translate_x.tolist()) == set(range(-5, 6))  # a quarter of the width of 20
+    assert set(maps.translate_y.tolist()) == set(range(-3, 4))
+    assert not maps.shear_y.any()
+    drawn = torch.corrcoef(torch.stack(maps[:5]))
+    assert (drawn - torch.eye(5)).abs().max() < 0.07, "the numbers are correlated"
 
 
-def test_hue_of_known_colours() -> None:
-    red = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).repeat(3, 1, 1, 1)
-    turned = color.shift_hue(red, torch.tensor([0.0, 1 / 3, -1 / 3]))[:, :, 0, 0]
-    torch.testing.assert_close(turned, torch.eye(3), atol=1e-6, rtol=0)
+def test_crop_corners_are_uniform() -> None:
+    images = torch.zeros(9000, 1, 8, 8)
+    for corner, count in zip(
+        geometry.draw_crop(images, seeded(), padding=[1, 2, 3, 2]), (5, 5), strict=True
+    ):
+        seen = torch.bincount(corner, minlength=count)
+        assert len(seen) == count
+        assert (seen / 9000 - 1 / count).abs().max() < 0.02
 
 
-JITTERS: list[dict[str, Any]] = [
-    {"brightness": 0.5},
-    {"contrast": [0.2, 2.0]},
-    {"saturation": 0.9},
-    {"hue": 0.5},
-    {"brightness": 0.4, "contrast": 0.4},
-    {"brightness": 0.6, "contrast": 0.6, "saturation": 0.6, "hue": [-0.1, 0.4]},
-]
-CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "brightness": reference.adjust_brightness,
-    "contrast": reference.adjust_contrast,
-    "saturation": reference.adjust_saturation,
-    "hue": reference.adjust_hue,
-}
+def test_resized_crop_ranges_and_fallback() -> None:
+    images = torch.zeros(2000, 1, 100, 100)
+    boxes = geometry.draw_resized_crop(images, seeded(), scale=(0.3, 0.6), ratio=(0.75, 4 / 3))
+    area = boxes.height * boxes.width / 10_000
+    assert area.min() > 0.29
+    assert area.max() < 0.61
+    assert abs(area.mean() - 0.45) < 0.01
+    never = geometry.draw_resized_crop(images, seeded(), scale=(1, 1), ratio=(2, 2))
+    assert [int(v[0]) for v in never] == [25, 0, 50, 100]  # the largest central one of ratio 2
 
 
-def order_of(drawn: color.Jitter, i: int) -> list[str]:
-    """The changes image `i` meets, first to last."""
-    order = [drawn.kinds[int(k)] for k in drawn.order[:, i]]
-    if len(drawn.hue):
-        order.insert(int((drawn.hue_at == i).nonzero()[0, 0]), "hue")
-    return order
+def test_three_color_values_for_grey_images_are_refused() -> None:
+    with pytest.raises(UsageError, match="3 values for images of 1 channel"):
+        geometry.random_crop(pictures(2, 1), seeded(), padding=1, fill=[0.1, 0.2, 0.3])
 
 
-@pytest.mark.parametrize("settings", JITTERS)
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("n", [1, 13])
-def test_jitter(settings: dict[str, Any], channels: int, n: int) -> None:
-    images = pictures(n, channels)
-    drawn = color.draw_jitter(images, seeded(2), **settings)
-
-    def slow(image: Tensor, i: int) -> Tensor:
-        for change in order_of(drawn, i):
-            strength = drawn.hue if change == "hue" else drawn.factors[drawn.kinds.index(change)]
-            image = CHANGES[change](image, float(strength[i]))
-        return image
-
-    compare(color.apply_jitter(images, drawn), images, slow)
-
-
-def test_jitter_leaves_grey_images_grey() -> None:
-    grey = pictures(8, 1)
-    strong = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.9, "hue": 0.5}
-    as_rgb = color.color_jitter(grey.repeat(1, 3, 1, 1), seeded(), **strong)
-    assert float((as_rgb.amax(1) - as_rgb.amin(1)).max()) < 1e-5
-    only_colour = color.color_jitter(grey, seeded(), saturation=0.9, hue=0.5)
-    assert torch.equal(only_colour, grey)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("height", [2, 3, 17])
-def test_sharpness(channels: int, height: int) -> None:
-    images, factors = pictures(6, channels, 17)[:, :, :height], torch.arange(6.0) / 2
-    compare(
-        color.adjust_sharpness(images, factors),
-        images,
-        lambda x, i: reference.adjust_sharpness(x, float(factors[i])),
-    )
-
-
-def test_grayscale() -> None:
-    images = pictures(8)
-    result = color.random_grayscale(images, seeded(), p=1)
-    compare(result, images, lambda x, _: reference.rgb_to_grayscale(x, 3))
-    some = color.random_grayscale(images, seeded(), p=0.5)
-    changed = [not torch.equal(mine, x) for mine, x in zip(some, images, strict=True)]
-    assert 0 < sum(changed) < 8
-    compare(some, images, lambda x, i: reference.rgb_to_grayscale(x, 3) if changed[i] else x)
-
-
-def test_random_sharpness_changes_the_chosen_ones_only() -> None:
-    images = pictures(16)
-    some = color.random_adjust_sharpness(images, seeded(), sharpness_factor=2.5, p=0.5)
-    changed = [not torch.equal(mine, x) for mine, x in zip(some, images, strict=True)]
-    assert 0 < sum(changed) < 16
-    compare(some, images, lambda x, i: reference.adjust_sharpness(x, 2.5) if changed[i] else x)
-
-
-def test_jitter_orders_are_equally_likely() -> None:
-    images = torch.zeros(4800, 3, 1, 1)
-    drawn = color.draw_jitter(
-        images, seeded(), brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1
-    )
-    place = torch.empty(4800, dtype=torch.int64)
-    place[drawn.hue_at.flatten()] = torch.arange(4).repeat_interleave(1200)
-    number = place * 27 + drawn.order[0] * 9 + drawn.order[1] * 3 + drawn.order[2]
-    counts = number.unique(return_counts=True)[1]
-    assert len(counts) == 24
-    assert (counts - 200).abs().max() < 60
-
-
-def test_jitter_of_one_image_meets_every_order() -> None:
-    images = torch.zeros(1, 3, 1, 1)
-    g = seeded()
-    seen = {
-        tuple(order_of(color.draw_jitter(images, g, brightness=1, contrast=1, hue=0.1), 0))
-        for _ in range(200)
-    }
-    assert len(seen) == 6
-
-
-def test_brightness_is_never_negative() -> None:
-    drawn = color.draw_jitter(torch.zeros(500, 1, 2, 2), seeded(), brightness=3.0)
-    assert drawn.factors.min() >= 0
-    assert drawn.factors.max() > 3.9
+def test_alternating_flip_depends_on_number_seed_and_epoch_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, numbers = torch.rand(200, 3, 4, 5, generator=generator), torch.arange(200)
+    sample_info = SampleInfo(numbers, epoch=1, seed=4)
+    first = random_coins(sample_info)
+    for epoch, chosen in ((1, first), (2, ~first), (3, first), (10, ~first)):
+        result = geometry.alternating_flip(images, generator, sample_info._replace(epoch=epoch))
+        slow = [
+            reference.horizontal_flip(x) if c else x for x, c in zip(images, chosen, strict=True)
+        ]
+        assert torch.equal(result, torch.stack(slow))
+    order = torch.randperm(200, generator=generator)  # the coin does not depend on the batch
+    assert torch.equal(random_coins(sample_info._replace(numbers=order)), first[order])

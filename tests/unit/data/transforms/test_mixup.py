@@ -1,4 +1,4 @@
-"""MixUp and CutMix: what is drawn, each image against torchvision's, and training on mixtures."""
+"""MixUp and CutMix: random numbers, comparison with torchvision, training on mixed images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batch(n: int = 24, height: int = 9, width: int = 12) -> tuple[Tensor, Tensor
     return images, mixup.one_hot(torch.arange(n) % 5, 5)
 
 
-# What is drawn
+# Random numbers
 
 
 @pytest.mark.parametrize("alpha", [0.02, 0.1, 0.2, 0.5, 1.0, 3.0, 40.0])
@@ -42,14 +42,14 @@ def test_shares_follow_the_beta_distribution(alpha: float) -> None:
     drawn = mixup.beta(u, alpha).double().numpy()
     assert np.isfinite(drawn).all()
     assert 0 <= drawn.min() <= drawn.max() <= 1
-    # Not nearer to 0 and 1 than this: there float32 can't tell a small alpha's draws apart.
+    # Closer to 0 and 1, float32 can't distinguish the draws of a small alpha.
     at = np.linspace(0.001, 0.999, 999)
     seen = np.searchsorted(np.sort(drawn), at) / len(drawn)
     assert np.abs(seen - stats.beta(alpha, alpha).cdf(at)).max() < 1.63 / math.sqrt(len(drawn))
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 0.2, 1.0, 1e6])
-def test_no_uniform_number_makes_a_share_that_is_none(alpha: float) -> None:
+def test_extreme_uniform_numbers_give_valid_shares(alpha: float) -> None:
     ends = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-24])
     shares = mixup.beta(torch.cartesian_prod(ends, ends, ends, ends).T, alpha)
     assert torch.isfinite(shares).all()
@@ -79,29 +79,29 @@ def test_probabilities(name: str) -> None:
         assert abs(touched - p) <= slack, (p, touched)
 
 
-# Against torchvision, image by image
+# Comparison with torchvision, image by image
 
 
 def pair(images: Tensor, labels: Tensor, drawn: MixParameters, i: int) -> tuple[Tensor, Tensor]:
-    """Image i with its partner before it, which is whom torchvision mixes it with."""
+    """Return image i after its partner: torchvision mixes each image with the one before it."""
     two = torch.stack([drawn.partner[i], torch.tensor(i)])
     return images[two], labels[two]
 
 
-def test_mix_up() -> None:
+def test_mixup_equals_torchvisions() -> None:
     images, labels = batch()
     drawn = mixup.draw_mix(images, seeded(4), alpha=0.6, p=0.8)
     mixed, shares = mixup.apply_mixup(images, labels, drawn)
-    theirs = v2.MixUp(alpha=0.6, num_classes=5)
+    torchvision_mix = v2.MixUp(alpha=0.6, num_classes=5)
     for i in range(len(images)):
-        two, their_labels = pair(images, labels, drawn, i)
-        how = {"lam": float(drawn.share[i]), "labels": their_labels, "batch_size": 2}
-        torch.testing.assert_close(mixed[i], theirs.transform(two, how)[1])
-        torch.testing.assert_close(shares[i], theirs.transform(their_labels, how)[1])
+        two, pair_labels = pair(images, labels, drawn, i)
+        arguments = {"lam": float(drawn.share[i]), "labels": pair_labels, "batch_size": 2}
+        torch.testing.assert_close(mixed[i], torchvision_mix.transform(two, arguments)[1])
+        torch.testing.assert_close(shares[i], torchvision_mix.transform(pair_labels, arguments)[1])
 
 
 def box(drawn: MixParameters, i: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Torchvision's box for a share and a centre, in its words."""
+    """Compute torchvision's box for a share and a center."""
     r = 0.5 * math.sqrt(1.0 - float(drawn.share[i]))
     x, y, half_w, half_h = int(drawn.x[i]), int(drawn.y[i]), int(r * width), int(r * height)
     return (
@@ -112,22 +112,22 @@ def box(drawn: MixParameters, i: int, height: int, width: int) -> tuple[int, int
     )
 
 
-def test_cut_mix() -> None:
+def test_cutmix_equals_torchvisions() -> None:
     images, labels = batch(60)
     drawn = mixup.draw_mix(images, seeded(4), alpha=1.0, p=0.8)
     mixed, shares = mixup.apply_cutmix(images, labels, drawn)
-    theirs = v2.CutMix(alpha=1.0, num_classes=5)
+    torchvision_mix = v2.CutMix(alpha=1.0, num_classes=5)
     for i in range(len(images)):
-        two, their_labels = pair(images, labels, drawn, i)
+        two, pair_labels = pair(images, labels, drawn, i)
         x1, y1, x2, y2 = box(drawn, i, 9, 12)
         left = 1.0 - (x2 - x1) * (y2 - y1) / (9 * 12)
-        how = {"box": (x1, y1, x2, y2), "lam_adjusted": left, "labels": their_labels}
-        how["batch_size"] = 2
-        assert torch.equal(mixed[i], theirs.transform(two, how)[1])
-        torch.testing.assert_close(shares[i], theirs.transform(their_labels, how)[1])
+        arguments = {"box": (x1, y1, x2, y2), "lam_adjusted": left, "labels": pair_labels}
+        arguments["batch_size"] = 2
+        assert torch.equal(mixed[i], torchvision_mix.transform(two, arguments)[1])
+        torch.testing.assert_close(shares[i], torchvision_mix.transform(pair_labels, arguments)[1])
 
 
-def test_a_label_shares_as_the_pixels_do() -> None:
+def test_cutmix_labels_are_weighted_by_pixels() -> None:
     images = torch.arange(50.0).view(50, 1, 1, 1).expand(-1, 1, 8, 11)
     mixed, shares = MIXES["CutMix"](images, torch.eye(50), seeded())
     for picture, share in zip(mixed, shares, strict=True):
@@ -136,7 +136,7 @@ def test_a_label_shares_as_the_pixels_do() -> None:
     assert int((shares.max(1).values < 1).sum()) > 10
 
 
-# In a row, and with few of everything
+# Sequences and small batches
 
 
 def mixed_twice(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -144,73 +144,75 @@ def mixed_twice(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, T
     return pipeline(images, labels, SampleInfo(torch.arange(len(images)), 1, 0), seeded(7))
 
 
-def test_mixtures_can_be_mixed() -> None:
+def test_mixed_images_can_be_mixed_again() -> None:
     images, labels = batch(40)
     found, shares = mixed_twice(images, labels.argmax(1), 5)
     g = seeded(7)
     once = mixup.random_mix_up(images, labels, g, p=0.5)
-    expected, their_shares = mixup.random_cut_mix(*once, g, p=0.5)
+    expected, expected_shares = mixup.random_cut_mix(*once, g, p=0.5)
     assert torch.equal(found, expected)
-    assert torch.equal(shares, their_shares)
+    assert torch.equal(shares, expected_shares)
     torch.testing.assert_close(shares.sum(1), torch.ones(40))
     assert int((shares > 0).sum(1).max()) > 2
 
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("classes", [1, 2])
-def test_one_image_or_one_class(n: int, classes: int) -> None:
+def test_mixing_of_one_image_or_one_class(n: int, classes: int) -> None:
     images, _ = batch(n)
     found, shares = mixed_twice(images, torch.zeros(n, dtype=torch.int64), classes)
     assert torch.isfinite(found).all()
     torch.testing.assert_close(shares, torch.eye(classes)[:1].expand(n, -1))
 
 
-def test_labels_are_not_mixed_without_the_number_of_classes() -> None:
+def test_mixing_requires_the_number_of_classes() -> None:
     images, _ = batch(3)
     with pytest.raises(ValueError, match="number of classes"):
         mixed_twice(images, torch.arange(3), 0)
 
 
 @names
-def test_nothing_is_read_from_the_device(name: str) -> None:
+def test_no_value_is_read_from_the_device(name: str) -> None:
     images = torch.empty(20, 3, 16, 16, device="meta")
     labels = mixup.one_hot(torch.empty(20, dtype=torch.int64, device="meta"), 4)
     mixed, shares = MIXES[name](images, labels, seeded())
     assert (mixed.shape, shares.shape) == (images.shape, (20, 4))
 
 
-# Training on mixtures
+# Training on mixed images
 
 
-def test_a_step_counts_the_likeliest_class_and_smooths_shares() -> None:
+def test_training_step_with_mixed_labels_of_small_example() -> None:
     model = nn.Linear(2, 3)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]))
         model.bias.zero_()
     images = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    labels = torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.0, 0.6]])  # the first is answered rightly
+    labels = torch.tensor(
+        [[0.7, 0.3, 0.0], [0.4, 0.0, 0.6]]
+    )  # the first one is predicted correctly
     criterion = nn.CrossEntropyLoss(label_smoothing=0.3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     logits = [[2.0, 0.0, 1.0], [0.0, 1.0, 0.5]]
     result = loop.TrainLoop(model, optimizer, criterion, PLAN).train_step(images, labels)
     expected = 0.0
     for row, shares in zip(logits, labels.tolist(), strict=True):
-        whole = math.log(sum(math.exp(v) for v in row))
+        log_normalizer = math.log(sum(math.exp(v) for v in row))
         smooth = [0.7 * share + 0.3 / 3 for share in shares]
-        expected += sum(s * (whole - v) for s, v in zip(smooth, row, strict=True)) / 2
+        expected += sum(s * (log_normalizer - v) for s, v in zip(smooth, row, strict=True)) / 2
     assert float(result.loss) == pytest.approx(expected, rel=1e-5)
     assert int(result.num_correct) == 1
 
 
 @names
-def test_a_network_learns_from_mixtures(name: str) -> None:
+def test_network_learns_from_mixed_images(name: str) -> None:
     options: tuple[Any, ...] = (
         f'augment=[{{"{name}": {{"alpha": 0.4}}}}]',
         "optim.label_smoothing=0.1",
         "train.epochs=12",
     )
-    job, place = begin(tiny(*options), name)
-    rows, _ = train.fit(job, place)
+    job, run_dir = begin(tiny(*options), name)
+    rows, _ = train.fit(job, run_dir)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert 0.3 < rows[-1]["train_accuracy"] < 1
     assert rows[-1]["val_accuracy"] > 0.5

@@ -1,4 +1,4 @@
-"""Augmentations that a recipe may not ask for: every complaint, in words, all at once."""
+"""Invalid augmentations in a recipe: all problems are described in one error."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ from convlens.errors import UsageError
         ("CutMix", {"alhpa": 1}, "did you mean alpha?"),
     ],
 )
-def test_bad_arguments(name: str, arguments: dict[str, Any], says: str) -> None:
+def test_invalid_arguments_are_described(name: str, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as caught:
         build_pipeline([(name, arguments)], image_size=28, channels=1)
     assert says in caught.value.what
@@ -74,7 +74,7 @@ def test_bad_arguments(name: str, arguments: dict[str, Any], says: str) -> None:
     assert caught.value.fix == f"{name} takes {takes}"
 
 
-def test_all_problems_at_once_in_few_lines() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     ops: list[tuple[str, dict[str, Any]]] = [
         ("RandomHorizontalFlop", {}),
         ("RandomCrop", {"padding": -1, "fil": 0}),
@@ -92,7 +92,7 @@ def test_all_problems_at_once_in_few_lines() -> None:
 
 
 @pytest.mark.parametrize("mix", list(MIXES))
-def test_what_mixes_images_comes_last(mix: str) -> None:
+def test_mixing_operations_must_come_last(mix: str) -> None:
     with pytest.raises(UsageError, match=f"{mix} mixes .* it must come last"):
         build_pipeline([(mix, {}), ("RandomHorizontalFlip", {})])
     both = build_pipeline([("RandomHorizontalFlip", {}), ("CutMix", {}), ("MixUp", {"alpha": 0.2})])
