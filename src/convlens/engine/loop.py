@@ -37,7 +37,7 @@ KNOWN_PACKAGES = ("torch.", "convlens.")
 
 
 class EpochBatches(Protocol):
-    """What `TrainLoop.run` trains on: `data.batches.Batches`, or a list of batches in a test."""
+    """What `TrainLoop.run` trains on: `data.loader.Batches`, or a list of batches in a test."""
 
     def __len__(self) -> int: ...
 
@@ -132,7 +132,7 @@ class TrainLoop:
 
     Args:
         model: on the plan's device. It is compiled here if the plan says so.
-        optimizer: made by `optim.build`, so that its groups have initial rates and windows.
+        optimizer: made by `optim.build_optimizer`, so that its groups have windows.
         criterion: `(logits float32 [B, K], targets) -> mean loss`.
         plan: device, precision, memory format, micro-batch size, eager or compiled.
         clip_value, clip_norm: bounds on each gradient, and on the norm of all of them.
