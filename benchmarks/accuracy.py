@@ -27,7 +27,7 @@ def figures_of(summary: VariantSummary) -> dict[str, Any]:
     last = [outcome.history[-1] for outcome in outcomes]
     facts = outcomes[0].place.metadata()
     return summary.to_dict() | {
-        "split": outcomes[0].looked.split,
+        "split": outcomes[0].evaluation.split,
         "epochs": [outcome.epochs[1] for outcome in outcomes],
         "kept_epochs": [outcome.epochs[0] for outcome in outcomes],
         "plan": facts["plan"],

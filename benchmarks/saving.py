@@ -17,16 +17,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from convlens.runtime import RuntimeContext
+from helpers.support import train_records
+
 # First: it sets what libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import torch
+from convlens.training.setup import build_training_job
 
 from convlens import recipe
 from convlens.data.dataset import load_data
 from convlens.run import RunDir
 from convlens.training.checkpoint import SAVE_INTERVAL_S, CheckpointManager, model_snapshot
-from convlens.training.setup import build_training_job
 
 DATA = {"name": "digits", "per_class": 10, "image_size": 32, "channels": 3}
 PLAIN = {"memory_format": "contiguous", "precision": "fp32"}
@@ -53,22 +56,24 @@ ROW = (
 def measured(how: dict[str, object], folder: Path, repeats: int) -> dict[str, float]:
     """Megabytes of a state and a model file, and the median seconds of writing one and both."""
     tree = recipe.load_recipe({"name": "saving", "data": DATA, "train": PLAIN, **how})
-    setup = build_training_job(tree, load_data(tree.data, memory_budget=1 << 30), "cpu")
-    next(iter(setup.fit()))
+    job = build_training_job(
+        tree, load_data(tree.data, memory_budget=1 << 30), RuntimeContext("cpu", quiet=True)
+    )
+    next(iter(train_records(job)))
     place = RunDir(folder / "run")
-    place.create(setup.recipe, {"digests": []})
-    keeper = CheckpointManager(setup, place)
+    place.create(job.recipe, {"digests": []})
+    checkpoints = CheckpointManager(job, place)
     state, both = Spent(), Spent()
     for epoch in range(1, repeats + 2):
         row = {"epoch": float(epoch), **dict.fromkeys(ROW, 1.0)}
         for better, spent in ((False, state), (True, both)):
             if better:
-                keeper._pending = model_snapshot(setup, place.name, row)
-            setup.state.step += 1
-            spent.add(keeper.save)
+                checkpoints._pending = model_snapshot(job, place.name, row)
+            job.state.step += 1
+            spent.add(checkpoints.save)
     size = max((place.path / "state").glob("*.safetensors")).stat().st_size
     return {
-        "parameters": sum(p.numel() for p in setup.trained.parameters()),
+        "parameters": sum(p.numel() for p in job.model.parameters()),
         "state_mb": round(size / 2**20, 2),
         "model_mb": round(place.model_path.stat().st_size / 2**20, 2),
         "state_seconds": state.wall(),

@@ -36,6 +36,7 @@ def warm(
 ) -> dict[str, Any]:
     """`seeds` runs of a recipe after one that isn't counted, steps taken as `step` says."""
     import torch
+    from convlens.training.setup import _some_images, build_training_job
 
     from convlens import device, models, optim
     from convlens.data.cache import ArrayRows
@@ -43,7 +44,6 @@ def warm(
     from convlens.engine import inference
     from convlens.engine.loop import TrainLoop
     from convlens.recipe import load_recipe
-    from convlens.training.setup import _some_images, build_training_job
     from convlens.utils import process
 
     process.keep_freed_memory()
@@ -64,33 +64,33 @@ def warm(
     net: torch.nn.Module | None = None
     runs = []
     for seed in range(seeds + 1):
-        setup = build_training_job(asked.replace(**{"train.seed": seed}), data, on)
-        plan = replace(setup.plan, step_mode=step)
+        job = build_training_job(asked.replace(**{"train.seed": seed}), data, on)
+        plan = replace(job.plan, step_mode=step)
         if net is None:
-            net = setup.trained
+            net = job.model
         else:
-            net.load_state_dict(setup.trained.state_dict())
-            for p, q in zip(net.parameters(), setup.trained.parameters(), strict=True):
+            net.load_state_dict(job.model.state_dict())
+            for p, q in zip(net.parameters(), job.model.parameters(), strict=True):
                 p.requires_grad_(q.requires_grad)
-        few = _some_images(data.train, setup.preprocessing, on)
+        few = _some_images(data.train, job.preprocessing, on)
         optimizer = optim.build_optimizer(net, asked.optim)
         device.synchronize(on)
         start = time.perf_counter()
         if isinstance(net, models.DataInitialized):
             net.initialize(few)
-        steps = len(setup.feed.batches) * setup.epochs
+        steps = len(job.inputs.batches) * job.epochs
         loop = TrainLoop(
             net,
             optimizer,
-            setup.criterion,
+            job.criterion,
             plan,
             averager=optim.build_averager(net, asked.optim, steps),
         )
-        for _ in loop.run(setup.feed.batches, setup.schedule, epochs=setup.epochs, seed=seed):
+        for _ in loop.run(job.inputs.batches, job.schedule, epochs=job.epochs, seed=seed):
             pass
         trained = time.perf_counter()  # the last record waited for the device
         exact = replace(plan, precision="fp32", step_mode="eager")
-        normalize = setup.preprocessing.normalize
+        normalize = job.preprocessing.normalize
         answers, labels = inference.split_outputs(
             net, test, normalize, exact, inference.select_views(tta)
         )

@@ -6,13 +6,15 @@ What `train` does around the loop is left out as it is for the peers: bar, valid
 from __future__ import annotations
 
 import torch
+from convlens.training.setup import build_training_job
 
 from convlens import device, recipe
 from convlens.data.cache import ArrayRows
 from convlens.data.dataset import Data, Split
 from convlens.engine import loop
-from convlens.training.setup import build_training_job
+from convlens.runtime import RuntimeContext
 from convlens.utils import process
+from helpers.support import train_records
 from turns import Row, Turns, serve
 
 EPOCHS = 100_000
@@ -40,10 +42,10 @@ def train(row: Row, variant: str, turns: Turns) -> None:
     )
     process.keep_freed_memory()
     device.prepare(deterministic=False)
-    setup = build_training_job(asked, _data(row), "cpu")
-    row.check(sum(p.numel() for p in setup.trained.parameters() if p.requires_grad))
-    turns.how = f"{setup.plan}{', compiled' if variant == COMPILED else ''}"
-    for record in setup.fit():
+    job = build_training_job(asked, _data(row), RuntimeContext("cpu", quiet=True))
+    row.check(sum(p.numel() for p in job.model.parameters() if p.requires_grad))
+    turns.how = f"{job.plan}{', compiled' if variant == COMPILED else ''}"
+    for record in train_records(job):
         if isinstance(record, loop.Epoch):
             float(record.loss)
             turns.epoch()

@@ -168,11 +168,11 @@ def train(
     run_dir = training_train.train(
         asked.recipe,
         name=name,
-        plain=asked.plain,
+        is_unmodified_recipe=asked.is_unmodified,
         fresh=fresh,
         extend=extend,
         test=test,
-        on=device,
+        device=device,
         quiet=quiet,
     )
     if test and not quiet:
@@ -254,7 +254,7 @@ def train_many(
         name=name,
         fresh=fresh,
         test=test,
-        on=device,
+        device=device,
         quiet=quiet,
     )
     return RunTable(table)

@@ -321,8 +321,8 @@ def _init_torch_distributed() -> ProcessGroup:
         )
     except (RuntimeError, ValueError) as error:
         raise ResourceError(
-            f"process {utils_process.global_rank()} of {utils_process.world_size()} could not connect to the others within "
-            f"{timeout_s:g} s: {_first_line(error)}"[:300],
+            f"process {utils_process.global_rank()} of {utils_process.world_size()} could not "
+            f"connect to the others within {timeout_s:g} s: {_first_line(error)}"[:300],
             where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
             fix="start the same command on all machines, with the address of the first one and a "
             "free port that no firewall blocks (torchrun: --rdzv-endpoint)",

@@ -19,6 +19,7 @@ from convlens.data.decode import fit_arrays
 from convlens.errors import UsageError
 from convlens.prediction import all_probabilities, channels_first
 from convlens.run import LoadedModel, RunDir, load_model
+from convlens.runtime import RuntimeContext
 from convlens.training import resolve, train
 from convlens.training.resolve import validate_recipe
 from convlens.training.setup import build_training_job
@@ -97,11 +98,11 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         with quiet_mode(not self.verbose), tempfile.TemporaryDirectory() as folder:
             run_dir = RunDir(Path(folder) / "run", Path(folder) / "plots")
-            where = device.select_device(self.device)
-            device.prepare(recipe.train.deterministic, where)
-            setup = build_training_job(recipe, data, where)
+            context = RuntimeContext(device.select_device(self.device), quiet=not self.verbose)
+            device.prepare(recipe.train.deterministic, context.device)
+            job = build_training_job(recipe, data, context)
             with run_dir.lock():
-                train.fit(setup, run_dir, quiet=not self.verbose)
+                train.fit(job, run_dir)
             self.model_: LoadedModel = load_model(run_dir.model_path)
             self.history_ = run_dir.metrics()
         self.n_features_in_ = int(np.prod(images.shape[1:]))

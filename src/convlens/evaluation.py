@@ -125,7 +125,7 @@ def evaluate(
     world = init_process_group()
     run_dir = run.shared_run_dir(world, lambda: run_dir)
     loaded = load_model_or_onnx(run_dir.model_path)
-    where = loaded.where(on)
+    where = loaded.select_device(on)
     with quiet_mode(quiet):
         with world.local_rank_zero_first():
             judged = load_eval_split(loaded, split, data=data, on=where, own=own)

@@ -52,10 +52,10 @@ class ExportedModel(LoadedModel):
     def is_native(self) -> bool:
         return False
 
-    def where(self, asked: str | None) -> str:
-        if asked not in (None, "auto", "cpu"):
+    def select_device(self, requested: str | None) -> str:
+        if requested not in (None, "auto", "cpu"):
             raise UsageError(
-                f"device {asked!r}: exported ONNX files are run on the CPU",
+                f"device {requested!r}: exported ONNX files are run on the CPU",
                 fix="leave out --device, or take the run itself",
             )
         return "cpu"

@@ -132,7 +132,7 @@ def predict(
     """
     chosen = inference.select_views(tta)
     with preserve_torch_settings():
-        plan = place_model(loaded.model, loaded.where(on))
+        plan = place_model(loaded.model, loaded.select_device(on))
     forward = Forward(
         loaded.model,
         loaded.preprocessing.normalize,
@@ -243,7 +243,10 @@ def all_probabilities(
     loaded: LoadedModel, images: np.ndarray, *, on: str | None = None
 ) -> np.ndarray:
     """Probabilities float64 `[N, classes]` for images as `predict` takes them."""
-    plan, normalize = place_model(loaded.model, loaded.where(on)), loaded.preprocessing.normalize
+    plan, normalize = (
+        place_model(loaded.model, loaded.select_device(on)),
+        loaded.preprocessing.normalize,
+    )
     forward = Forward(
         loaded.model,
         normalize,

@@ -1,7 +1,11 @@
-"""Files of tensors: safetensors with one JSON text in the header and a hash over all of it.
+"""Model files, checkpoints, and weights of other programs.
 
-Nothing here unpickles. `read` refuses a file before any tensor is built from it if one byte
-differs from what `write` wrote.
+- Model files and checkpoints are safetensors files with one JSON text in the header and a SHA-256
+  over every byte. A file is refused before any tensor is built from it if one byte has changed.
+- Weights of other programs are read from safetensors, or from `.pt`/`.pth`/`.bin` files with
+  torch's restricted unpickler, which calls only torch's own functions for rebuilding tensors. Only
+  tensors in dicts are used.
+- `CheckpointStore` keeps the two newest checkpoints of a run, in case one is corrupted.
 """
 
 from __future__ import annotations
@@ -31,8 +35,8 @@ from convlens.version import __version__
 METADATA_KEY = "convlens"
 MODEL_FORMAT = 1
 NO_HASH = "0" * 64
-MAX_HEADER = 100 * 2**20  # safetensors' own cap
-# What safetensors calls the kinds of numbers (github.com/huggingface/safetensors, README: format).
+MAX_HEADER_BYTES = 100 * 2**20  # the limit of safetensors itself
+# The names of dtypes in safetensors (github.com/huggingface/safetensors, README, "Format").
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -45,78 +49,85 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLE_PREFIXES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class NotFiniteError(Diverged, ValueError):
-    """Tensors with NaN or infinity: they are never written."""
+    """Tensors contain NaN or infinity. Such tensors are never written."""
 
 
 class NewerFormatError(ModelFileError):
-    """The file is whole, but of a format, or with words, that only later versions know."""
+    """The file is intact, but its format or its recipe is that of a newer version."""
 
 
 def write_model_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    """Writes tensors and metadata atomically; returns the file's hash (hex SHA-256).
+    """Write tensors and metadata atomically; return the SHA-256 of the file (hex).
 
-    The hash covers the whole file with its own 64 digits taken as zeros, and stands in the
-    metadata under `sha256`.
+    The hash covers the whole file, with zeros for its own 64 digits. It is stored in the metadata
+    under `sha256`.
 
     Raises:
-        ResourceError: the disk; NotFiniteError: a tensor holds NaN or infinity.
+        ResourceError: the file cannot be written.
+        NotFiniteError: a tensor contains NaN or infinity.
     """
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    bad = _not_finite(plain)
-    if bad:
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if bad := _non_finite(on_cpu):
         raise NotFiniteError(
             f"weights became NaN or infinite, so they were not saved: {', '.join(bad[:3])}",
             where=str(path),
             fix="train again with a lower optim.lr, or with optim.clip_norm=1",
         )
-    own = {"format": MODEL_FORMAT, "sha256": NO_HASH}  # not those of a file that it was read from
-    content = own | {key: value for key, value in metadata.items() if key not in own}
-    # The largest kinds of numbers first, so that all are aligned.
-    names = sorted(plain, key=lambda name: (-plain[name].element_size(), name))
-    header = _header({name: plain[name] for name in names}, json.dumps(content, ensure_ascii=False))
-    bodies = [_file_bytes(plain[name]) for name in names]
-    hashed = hashlib.sha256(header)
+    # They replace those of a file that the metadata was read from.
+    fixed = {"format": MODEL_FORMAT, "sha256": NO_HASH}
+    content = fixed | {key: value for key, value in metadata.items() if key not in fixed}
+    # The largest elements first, so that all tensors are aligned.
+    names = sorted(on_cpu, key=lambda name: (-on_cpu[name].element_size(), name))
+    header = _header(
+        {name: on_cpu[name] for name in names}, json.dumps(content, ensure_ascii=False)
+    )
+    bodies = [_file_bytes(on_cpu[name]) for name in names]
+    sha256 = hashlib.sha256(header)
     for body in bodies:
-        hashed.update(body)
-    digest = hashed.hexdigest()
-    # Only the first one: the zeros stand before everything the user can name.
+        sha256.update(body)
+    digest = sha256.hexdigest()
+    # Only the first occurrence: the zeros come before all text that the user can choose.
     write_atomic(path, header.replace(NO_HASH.encode(), digest.encode(), 1), *bodies)
     return digest
 
 
 def _header(tensors: Mapping[str, Tensor], text: str) -> bytes:
-    """What stands before the tensors' bytes, which follow each other in this order.
+    """Return the header of a safetensors file with these tensors, in this order.
 
-    By hand, since safetensors' own writer copies all tensors several times: a network with 11
-    million weights took 1.5 s to save instead of 0.35.
+    The writer of the safetensors package copies all tensors several times: a network with 11
+    million parameters took 1.5 s to save instead of 0.35.
     """
     table: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
     end = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        kind, shape = DTYPES[tensor.dtype], list(tensor.shape)
-        table[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        start, end = end, end + tensor.nbytes
+        table[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     content = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     return len(content).to_bytes(8, "little") + content
 
 
 def _file_bytes(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's memory, not a copy of it."""
+    """Return the memory of a contiguous tensor, without a copy."""
     return memoryview(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def read_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the metadata of a file that `write` wrote.
+    """Return the tensors and the metadata of a file written by `write_model_file`.
 
     Raises:
-        ModelFileError: missing, truncated, changed by even one byte, another format, or tensors
-            with NaN or infinity; a disk that can't give it back. ResourceError: something else
-            stands in the way (rights, too many open files), and the file may be whole.
+        ModelFileError: the file is missing, truncated, changed in any byte, of another format, has
+            non-finite tensors, or the disk cannot return its content.
+        ResourceError: the file may be intact, but cannot be read (permissions, too many open
+            files).
     """
     path = Path(path)
     try:
@@ -129,15 +140,15 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not is_io_error(error):
             raise cannot_read(path, error) from error
         raise ModelFileError(
-            f"the disk can't give it back: {error.strerror}",
+            f"the disk cannot return the file: {error.strerror}",
             where=str(path),
             fix="restore it from a copy, or train again with --fresh",
         ) from error
     _refuse_foreign(data, path)
     metadata = _metadata(data, path)
     stored = str(metadata.get("sha256", ""))
-    known = re.fullmatch("[0-9a-f]{64}", stored) is not None
-    if not known or digest_around(data, data.find(stored.encode())) != stored:
+    is_sha256 = re.fullmatch("[0-9a-f]{64}", stored) is not None
+    if not is_sha256 or digest_around(data, data.find(stored.encode())) != stored:
         raise ModelFileError(
             "the model file was changed or damaged after it was written (its hash differs)",
             where=str(path),
@@ -145,14 +156,15 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     if metadata.get("format") != MODEL_FORMAT:
         raise NewerFormatError(
-            f"written by a newer convlens (format {metadata.get('format')}, "
-            f"this one knows {MODEL_FORMAT})",
+            f"written by a newer convlens (format {metadata.get('format')}; this version reads "
+            f"format {MODEL_FORMAT})",
             where=str(path),
             fix="update convlens",
         )
-    tensors = unpack_tensors(data, path)  # a right hash may stand over a wrong table of tensors
-    bad = _not_finite(tensors)
-    if bad:  # `write` refuses them, but it need not have been `write`
+    # A file of another program can have a valid hash and all the same an invalid table of tensors
+    # or non-finite values.
+    tensors = unpack_tensors(data, path)
+    if bad := _non_finite(tensors):
         raise ModelFileError(
             f"weights are NaN or infinite in {len(bad)} of {len(tensors)} tensors: "
             f"{', '.join(bad[:3])}",
@@ -163,15 +175,15 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file's bytes.
+    """Return the tensors in the bytes of a safetensors file.
 
     Raises:
-        ModelFileError: a wrong table of them, or numbers of a kind that isn't computed with.
+        ModelFileError: the table of tensors is invalid, or a dtype is not supported.
     """
     try:
         tensors = from_bytes(data)
-    except (SafetensorError, KeyError) as error:  # (KeyError: a kind that torch doesn't have)
-        reason = f"numbers of the kind {error}" if isinstance(error, KeyError) else str(error)
+    except (SafetensorError, KeyError) as error:  # (KeyError: a dtype that torch does not have)
+        reason = f"dtype {error} is unknown" if isinstance(error, KeyError) else str(error)
         raise ModelFileError(
             f"no readable tensors: {reason}"[:200],
             where=str(path),
@@ -179,9 +191,9 @@ def unpack_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
         ) from error
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise ModelFileError(
-                f"{name} is no plain tensor of numbers ({kind})",
+                f"the dtype of {name} is not supported ({dtype})",
                 where=str(path),
                 fix="save its weights as float32, float16 or bfloat16",
             )
@@ -189,28 +201,29 @@ def unpack_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def recipe_from_metadata(model_metadata: Mapping[str, Any]) -> Recipe:
-    """The resolved recipe by which a model was trained, from its file's card.
+    """Return the resolved recipe that a model was trained with, from the metadata of its file.
 
     Raises:
-        ModelFileError: there is none; NewerFormatError: a later version wrote it, with words that
-            this one doesn't know. UsageError: it can't be used.
+        ModelFileError: the metadata has no recipe.
+        NewerFormatError: a newer version wrote it, with keys that this version does not know.
+        UsageError: the recipe is invalid.
     """
     with explain_newer_version(model_metadata.get("convlens")):
         if not isinstance(model_metadata.get("recipe"), Mapping):
-            raise ModelFileError("the model file doesn't hold the recipe it was trained by")
+            raise ModelFileError("the model file does not contain the recipe it was trained with")
         return load_recipe(model_metadata["recipe"])
 
 
 @contextlib.contextmanager
 def explain_newer_version(version: Any, where: str = "") -> Iterator[None]:
-    """Says of words that aren't known that a newer `version` wrote them, where one did."""
+    """Turn a `UsageError` about a recipe of a newer `version` into a `NewerFormatError`."""
     try:
         yield
     except UsageError as error:
         if not is_newer_version(version):
             raise
         raise NewerFormatError(
-            f"written by convlens {version}, which knows more than this one ({__version__}): "
+            f"written by convlens {version}, which is newer than this version ({__version__}): "
             f"{error.what}",
             where=where or error.where,
             fix="update convlens",
@@ -218,17 +231,17 @@ def explain_newer_version(version: Any, where: str = "") -> Iterator[None]:
 
 
 def is_newer_version(version: Any) -> bool:
-    """Whether a version that a file names is later than this one."""
-    own, other = (
+    """Return whether a version number is higher than that of this package."""
+    installed, other = (
         [int(part) for part in re.findall(r"\d+", str(each))[:3]] for each in (__version__, version)
     )
-    return other > own
+    return other > installed
 
 
 def digest_around(data: bytes, at: int) -> str:
-    """The SHA-256 of a file with zeros for its own 64 digits at `at`; without a copy of the file.
+    """Return the SHA-256 of a file with zeros for its own 64 digits, which start at `at`.
 
-    Nothing if they are nowhere (`at` is -1).
+    The file is not copied. Returns an empty text if `at` is -1 (the digits were not found).
     """
     if at < 0:
         return ""
@@ -239,74 +252,76 @@ def digest_around(data: bytes, at: int) -> str:
     return digest.hexdigest()
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    # A sum is finite only if all numbers are, and costs a quarter; finite ones may overflow in it.
-    odd = [name for name, t in floats.items() if not math.isfinite(t.sum())]
-    return [name for name in odd if not torch.isfinite(floats[name]).all()]
+def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors with NaN or infinity."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    # A sum is finite only if all elements are, and takes a quarter of the time of `isfinite`.
+    # Finite elements may overflow in it, so that the rest is checked exactly.
+    suspects = [name for name, tensor in floats.items() if not math.isfinite(tensor.sum())]
+    return [name for name in suspects if not torch.isfinite(floats[name]).all()]
 
 
 def is_pickle(data: bytes) -> bool:
-    """Whether a file is one of torch's; the length that safetensors begins with may look alike."""
-    return data.startswith(PICKLES) and data[8:9] != b"{"
+    """Return whether the content is a file of `torch.save`.
+
+    The first 8 bytes of a safetensors file, a length, may look like a pickle; a `{` follows them.
+    """
+    return data.startswith(PICKLE_PREFIXES) and data[8:9] != b"{"
 
 
 def _refuse_foreign(data: bytes, path: Path) -> None:
-    if path.suffix.lower() == ".onnx":  # `exported.open_model` takes them
+    """Raise a `ModelFileError` for files of other kinds."""
+    if path.suffix.lower() == ".onnx":  # opened by `onnx_model`
         raise ModelFileError(
-            "an exported ONNX file only answers: its layers can't be looked into",
+            "an exported ONNX file can only predict: its layers are not accessible",
             where=str(path),
-            fix="give it to predict or evaluate, or take the run it was made from",
+            fix="use it with predict or evaluate, or use the run it was exported from",
         )
     if is_pickle(data):
         raise ModelFileError(
-            "this is a pickle (.pt/.pth): opening it could run any code, so it is refused",
+            "this is a pickle (.pt/.pth): opening it could execute any code, so it is refused",
             where=str(path),
-            fix="give a convlens model.safetensors or the name of a run",
+            fix="use a model.safetensors of convlens, or the name of a run",
         )
     if len(data) < 8:
-        raise ModelFileError(f"only {len(data)} bytes: no model file", where=str(path))
+        raise ModelFileError(f"not a model file: only {len(data)} bytes", where=str(path))
 
 
 def _metadata(data: bytes, path: Path) -> dict[str, Any]:
+    """Return the metadata in the header of a model file."""
     length = int.from_bytes(data[:8], "little")
     try:
-        if length > min(MAX_HEADER, len(data) - 8):
-            raise ValueError(f"its header claims {length} bytes, there are {len(data) - 8}")
+        if length > min(MAX_HEADER_BYTES, len(data) - 8):
+            raise ValueError(f"the header claims {length} bytes, the file has {len(data) - 8}")
         header = json.loads(data[8 : 8 + length])
         metadata = header["__metadata__"][METADATA_KEY]
         content = json.loads(metadata)
         if not isinstance(content, dict):
-            raise ValueError("its metadata is no object")
+            raise ValueError("the metadata is not a JSON object")
     except KeyError as error:
         raise ModelFileError(
-            "a safetensors file, but not one of convlens: it doesn't say its classes and network",
+            "a safetensors file that convlens did not write: it does not name classes and network",
             where=str(path),
-            fix="give a model.safetensors that convlens wrote",
+            fix="use a model.safetensors that convlens wrote",
         ) from error
     except (ValueError, TypeError, RecursionError) as error:
         raise ModelFileError(
-            f"no readable model file (truncated, damaged or another format): {error}"[:200],
+            f"not a readable model file (truncated, damaged or another format): {error}"[:200],
             where=str(path),
             fix="restore it from a copy, or train again with --fresh",
         ) from error
     return content
 
 
-# ---- tensorfiles ----------------------------------------
-# Files of tensors that others wrote, or we: named tensors out of them, and nothing else.
-#
-# safetensors holds nothing but tensors. A `.pt`/`.pth`/`.bin` is a pickle: torch's restricted
-# unpickler, which calls none but torch's own functions for rebuilding tensors, reads it, and only
-# tensors in dicts are taken out.
+# ---- weights of other programs -----------------------------------------------------------
 
-# Where training scripts keep the weights in what they save; the first that is there is taken.
+# Keys under which training scripts save the weights; the first one that exists is used.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net")
 
 
 @dataclass(frozen=True)
 class ForeignWeights:
-    """Tensors by name, the file's SHA-256 and, of a file that convlens wrote, its card."""
+    """Tensors by name, the SHA-256 of the file and, if convlens wrote it, its metadata."""
 
     tensors: dict[str, Tensor]
     sha256: str
@@ -314,11 +329,14 @@ class ForeignWeights:
 
 
 def read_foreign_weights(path: Path) -> ForeignWeights:
-    """The tensors of a `.safetensors` (of convlens: hash checked), `.pt`, `.pth` or `.bin`.
+    """Read the tensors of a `.safetensors`, `.pt`, `.pth` or `.bin` file.
+
+    The hash of a model file of convlens is checked.
 
     Raises:
-        ModelFileError: missing, damaged, of another format, or holding code or anything else that
-            isn't tensors in dicts. ResourceError: it can't be read.
+        ModelFileError: the file is missing, damaged, of another format, or contains code or
+            anything else but tensors in dicts.
+        ResourceError: the file cannot be read.
     """
     path = Path(path)
     try:
@@ -328,112 +346,107 @@ def read_foreign_weights(path: Path) -> ForeignWeights:
     except OSError as error:
         raise cannot_read(path, error) from error
     if is_pickle(data):
-        _refuse_packed(data, path)
-        tensors = _named_tensors(_unpickled(data, path), len(data), path)
+        _refuse_compressed(data, path)
+        tensors = _named_tensors(_unpickle_tensors(data, path), len(data), path)
         return ForeignWeights(tensors, hashlib.sha256(data).hexdigest())
-    if _is_ours(path):
+    if _is_model_file(path):
         tensors, model_metadata = read_model_file(path)
         return ForeignWeights(tensors, model_metadata["sha256"], model_metadata)
     tensors = _checked_tensors(unpack_tensors(data, path), len(data), path)
     return ForeignWeights(tensors, hashlib.sha256(data).hexdigest())
 
 
-def _is_ours(path: Path) -> bool:
+def _is_model_file(path: Path) -> bool:
+    """Return whether a safetensors file was written by convlens."""
     try:
         with safe_open(path, "pt") as file:
             return METADATA_KEY in (file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ModelFileError(
-            f"neither safetensors nor a file of torch.save, or damaged: {error}"[:200],
+            f"neither a safetensors nor a torch.save file, or damaged: {error}"[:200],
             where=str(path),
             fix="download or save it again",
         ) from error
 
 
-def _refuse_packed(data: bytes, path: Path) -> None:
-    """A file of torch.save is a zip that packs no tensors: it holds little more than its size."""
+def _refuse_compressed(data: bytes, path: Path) -> None:
+    """Refuse zip bombs: the zip archive of torch.save is not compressed."""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as packed:
-            inside = packed.infolist()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
-        return  # the older kind, or damaged, which the unpickler will say
-    names = [each.filename for each in inside]
-    large = sum(each.file_size for each in inside) > 2 * len(data) + (1 << 20)
-    if large or len(set(names)) < len(names):
+        return  # an old format, or damaged, which the unpickler will report
+    names = [member.filename for member in members]
+    is_compressed = sum(member.file_size for member in members) > 2 * len(data) + (1 << 20)
+    if is_compressed or len(set(names)) < len(names):
         raise ModelFileError(
-            "this file is a zip that unpacks to far more than its size, or has a name twice",
+            "this zip archive unpacks to far more than its size, or has duplicate names",
             where=str(path),
             fix="save the weights again with torch.save(model.state_dict(), ...)",
         )
 
 
-def _unpickled(data: bytes, path: Path) -> Any:
+def _unpickle_tensors(data: bytes, path: Path) -> Any:
+    """Read a file of torch.save with the restricted unpickler."""
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    # Half a file, or one made to harm, can raise anything at all in there.
-    except Exception as error:
-        # Not torch's own words: they advise to load it all the same.
-        holds = re.search(r"GLOBAL (\S+)", str(error))
-        script = "TorchScript" in str(error)
-        what = "a TorchScript program" if script else holds[1] if holds else ""
+    except Exception as error:  # a truncated or malicious file can raise anything
+        # The message of torch is not shown: it recommends to load the file anyway.
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        if "TorchScript" in str(error):
+            what = "this file contains a TorchScript program, not only tensors"
+        elif match:
+            what = f"this file contains {match[1]}, not only tensors"
+        else:
+            what = "this file of torch.save is damaged, or contains more than tensors"
         raise ModelFileError(
-            f"this file holds {what}, not only tensors: opening that could run any code"
-            if what
-            else "this file of torch.save is damaged, or holds more than tensors",
+            what + ": opening it could execute any code",
             where=str(path),
-            fix="where it comes from, save the weights alone: torch.save(model.state_dict(), ...)",
+            fix="save only the weights: torch.save(model.state_dict(), ...)",
         ) from error
 
 
 def _named_tensors(content: Any, size: int, path: Path) -> dict[str, Tensor]:
-    """The state dict in what was saved: itself, or under one of the customary keys."""
-    kinds = []
+    """Return the state dict in the content: itself, or under one of `STATE_DICT_KEYS`."""
+    types = []
     while isinstance(content, Mapping):
-        nest = next((k for k in STATE_DICT_KEYS if isinstance(content.get(k), Mapping)), None)
-        if nest is None:
-            found = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-            if found and all(isinstance(name, str) for name in found):
-                return _checked_tensors(found, size, path)
-            kinds += [f"{key!r}: {type(value).__name__}" for key, value in content.items()]
+        key = next((k for k in STATE_DICT_KEYS if isinstance(content.get(k), Mapping)), None)
+        if key is None:
+            tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+            if tensors and all(isinstance(name, str) for name in tensors):
+                return _checked_tensors(tensors, size, path)
+            types += [f"{name!r}: {type(value).__name__}" for name, value in content.items()]
             break
-        content = content[nest]
-    held = f"a dict of {', '.join(kinds[:5])}" if kinds else f"a {type(content).__name__}"
+        content = content[key]
+    description = f"a dict of {', '.join(types[:5])}" if types else f"a {type(content).__name__}"
     raise ModelFileError(
-        f"no tensors by name in this file: it holds {held}"[:200],
+        f"this file contains no named tensors, but {description}"[:200],
         where=str(path),
         fix="save a state dict: torch.save(model.state_dict(), ...)",
     )
 
 
 def _checked_tensors(tensors: dict[str, Tensor], size: int, path: Path) -> dict[str, Tensor]:
-    """Refuses kinds of tensors that are no weights as they stand; the file has `size` bytes."""
+    """Refuse tensors that cannot be used as weights. `size`: bytes of the file."""
     for name, tensor in tensors.items():
-        odd = tensor.is_quantized or tensor.is_complex() or tensor.is_nested
-        if odd or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            kind = str(tensor.dtype if odd else tensor.layout).removeprefix("torch.")
+        is_unusual = tensor.is_quantized or tensor.is_complex() or tensor.is_nested
+        if is_unusual or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = str(tensor.dtype if is_unusual else tensor.layout).removeprefix("torch.")
             raise ModelFileError(
-                f"{name} is no plain tensor of numbers ({kind}, {tensor.device.type})",
+                f"{name} is not a dense tensor of numbers ({kind}, {tensor.device.type})",
                 where=str(path),
-                fix="save the network's weights before it is quantised or pruned",
+                fix="save the weights before the network is quantized or pruned",
             )
-        if tensor.numel() * tensor.element_size() > size:  # one number, repeated without end
+        if tensor.numel() * tensor.element_size() > size:  # an expanded view
             raise ModelFileError(
-                f"{name} claims {tensor.numel():,} numbers, more than the file holds",
+                f"{name} claims {tensor.numel():,} elements, more than the file contains",
                 where=str(path),
-                fix="save the network's weights again",
+                fix="save the weights again",
             )
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-# ---- generations ----------------------------------------
-# Checkpoints of a run: the two newest are kept, in case one is corrupted.
-#
-#     state/0003-000017.safetensors       the newest: epoch 3, 17 steps of it done
-#     state/0003-000001.safetensors       the one before
-#
-# File names carry (epoch, step), and every file carries its SHA-256, so no index is needed: the
-# newest file that is intact wins. A file gets its name last, by a rename, when its contents are on
-# the disk.
+# ---- checkpoints -------------------------------------------------------------------------
 
 NUM_KEPT = 2
 _NAME = re.compile(r"(\d{4,})-(\d{6,})\.safetensors")  # epoch, step
@@ -450,7 +463,13 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints in one directory.
+    """The checkpoints of a run. The two newest are kept, in case one is corrupted.
+
+        state/0003-000017.safetensors       the newest: epoch 3, after 17 steps
+        state/0003-000001.safetensors       the one before
+
+    File names contain epoch and step, and every file its SHA-256, so that no index is needed: the
+    newest intact file is used. A file gets its name by a rename, after its content is on the disk.
 
     Attributes:
         corrupt: why `read` skipped newer checkpoints, one sentence each.
@@ -468,17 +487,17 @@ class CheckpointStore:
             counters: with `position`, a mapping with `epoch` and `step`.
 
         Raises:
-            ResourceError: the disk refused it; the checkpoint before is intact.
+            ResourceError: the file cannot be written; the previous checkpoint is intact.
         """
         position = epoch, step = _epoch_and_step(counters)
         path = self._folder / f"{epoch:04}-{step:06}.safetensors"
-        # A checkpoint ahead of this one was corrupt or unusable when the run went back behind it.
-        # It is deleted first: if this process is killed after the rename, the next start must not
+        # A checkpoint ahead of this one was corrupt or unusable when the run resumed before it. It
+        # is deleted first: if this process is killed after the rename, the next start must not
         # find it.
         _delete(each for each in self._files() if _position(each) > position)
         write_model_file(path, tensors, counters)
         older = [each for each in self._files() if _position(each) < position]
-        if self._current in older:  # others may be corrupt: nobody has read them
+        if self._current in older:  # others may be corrupt: they have not been read
             older = [self._current]
         self._delete_all_but({path, *older[: NUM_KEPT - 1]})
         self._current = path
@@ -487,18 +506,20 @@ class CheckpointStore:
         """Read the newest intact checkpoint; None if there is none.
 
         Args:
-            is_usable: returns why a checkpoint with these counters can't be used, or "".
+            is_usable: returns why a checkpoint with these counters cannot be used, or "".
 
         Raises:
-            modelfile.NewerFormatError: a later version wrote it; skipping it would mean that the
-                next `save` deletes it.
+            NewerFormatError: a newer version wrote it. It is not skipped, because the next `save`
+                would delete it.
         """
         self.corrupt, self._current = [], None
         for path in self._files():
             try:
                 tensors, counters = read_model_file(path)
                 if not _matches(path, counters):
-                    raise ModelFileError("its content is of another epoch or step than its name")
+                    raise ModelFileError(
+                        "its content is of another epoch or step than its name says"
+                    )
                 if reason := is_usable(counters):
                     raise ModelFileError(reason)
             except NewerFormatError:
@@ -511,7 +532,7 @@ class CheckpointStore:
         return None
 
     def keep_newest(self) -> None:
-        """Delete all but the newest: a finished run keeps one, so that it can be extended."""
+        """Delete all checkpoints but the newest, from which a finished run can be extended."""
         newest = self._current or next(iter(self._files()), None)
         if newest is not None:
             self._delete_all_but({newest})
@@ -525,14 +546,14 @@ class CheckpointStore:
                 self._folder.rmdir()
 
     def _files(self) -> list[Path]:
-        """All files named like a checkpoint, newest first."""
+        """Return all files named like a checkpoint, newest first."""
         if not self._folder.is_dir():
             return []
-        found = [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=_position, reverse=True)
+        paths = [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(paths, key=_position, reverse=True)
 
     def _delete_all_but(self, kept: Collection[Path]) -> None:
-        """Delete older checkpoints, and files that killed processes or earlier versions left."""
+        """Delete other checkpoints, and files left by killed processes or earlier versions."""
         _delete(p for p in self._folder.iterdir() if p not in kept and not p.is_dir())
 
 
@@ -543,7 +564,7 @@ def _delete(paths: Iterable[Path]) -> None:
 
 
 def _position(path: Path) -> tuple[int, int]:
-    """(epoch, step) by the file's name."""
+    """Return (epoch, step) from the name of a checkpoint file."""
     epoch, step = path.name.removesuffix(".safetensors").split("-")
     return int(epoch), int(step)
 

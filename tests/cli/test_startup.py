@@ -122,15 +122,20 @@ def test_a_finished_run_is_found_before_its_recipe_is_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = tiny("train.epochs=1")
-    place = training_train.train(asked, plain=True, test=False, quiet=True)
+    place = training_train.train(asked, is_unmodified_recipe=True, test=False, quiet=True)
 
     def check(tried: recipe.Recipe) -> None:
         raise AssertionError("tried again")
 
     monkeypatch.setattr(training_train, "validate_recipe", check)
-    assert training_train.train(asked, plain=True, test=False, quiet=True).path == place.path
+    assert (
+        training_train.train(asked, is_unmodified_recipe=True, test=False, quiet=True).path
+        == place.path
+    )
     with pytest.raises(AssertionError, match="tried again"):
-        training_train.train(tiny("train.epochs=2"), plain=True, test=False, quiet=True)
+        training_train.train(
+            tiny("train.epochs=2"), is_unmodified_recipe=True, test=False, quiet=True
+        )
 
 
 ENDING = """

@@ -93,4 +93,4 @@ def test_a_machine_that_is_lost_with_the_meeting_place_ends_the_other_one() -> N
     lost.communicate()
     for again in [ended(agent) for agent in machines(1, *TRAIN)]:
         assert again.code == 0, again.err
-    assert place.finished
+    assert place.is_finished

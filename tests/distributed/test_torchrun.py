@@ -92,7 +92,7 @@ def test_a_signal_to_one_stops_all_and_the_same_command_goes_on() -> None:
     assert codes(done) <= {75, -signal.SIGTERM}, done.err
     assert 75 in codes(done)
     assert done.err.count("stopped:") == 1
-    assert done.err.count("the same command goes on from here") == 1
+    assert done.err.count("the same command resumes the training") == 1
     first = len(place.metrics())
     assert place.metadata()["status"] == "training"
 
@@ -138,10 +138,9 @@ APART = """
 import os
 second = os.environ["RANK"] == "1"
 os.environ["CONVLENS_DATA"] = "second" if second else "first"
-from convlens import cli
-from convlens.distributed import processes
+from convlens import cli, distributed
 if second and os.environ["OTHER"] == "version":
-    processes.__version__ = "9.9"
+    distributed.__version__ = "9.9"
 cli.main(["train", "pics", "data.image_size=16", "train.epochs=1", "--device", "cpu"])
 """
 
@@ -177,9 +176,10 @@ def test_what_one_has_otherwise_is_refused(
 
 BUG = """
 import os
-from convlens import cli, training
+from convlens import cli
+from convlens.training import train
 if os.environ["RANK"] == "1":
-    training.load = lambda *_, **__: 1 / 0
+    train.load_data = lambda *_, **__: 1 / 0
 cli.main(["train", "digits", "--device", "cpu"])
 """
 

@@ -53,8 +53,8 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> Interrupting:
 
 
 def finish(asked: Recipe, name: str) -> RunDir:
-    setup, place = begin(asked, name)
-    rows, kept = train.fit(setup, place, quiet=True)
+    job, place = begin(asked, name)
+    rows, kept = train.fit(job, place)
     place.finish(epochs=len(rows), kept=kept, seconds=0.0)
     return place
 

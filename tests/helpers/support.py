@@ -12,9 +12,12 @@ from torch import Tensor
 
 from convlens import device, recipe
 from convlens.data.dataset import Data, load_data
+from convlens.engine.loop import Records
 from convlens.recipe import Recipe
 from convlens.run import RunDir
+from convlens.runtime import RuntimeContext
 from convlens.training.setup import TrainingJob, build_training_job
+from convlens.training.train import make_train_loop
 
 PLAN = device.Plan("cpu", "fp32", "contiguous")
 BAD_DISK = Path("/proc/self/mem")  # reading it from its beginning is a real EIO
@@ -91,11 +94,22 @@ def images_of(asked: Recipe) -> Data:
 
 def begin(asked: Recipe, name: str) -> tuple[TrainingJob, RunDir]:
     """A run that is ready for `training.run_to_end`, begun or taken up."""
-    setup = build_training_job(asked, images_of(asked), "cpu")
+    job = build_training_job(asked, images_of(asked), RuntimeContext("cpu", quiet=True))
     place = RunDir(Path("models") / name)
     if not place.metadata():
-        place.create(setup.recipe, {"digests": [asked.digest()]})
-    return setup, place
+        place.create(job.recipe, {"digests": [asked.digest()]})
+    return job, place
+
+
+def train_records(job: TrainingJob) -> Records:
+    """Run the training loop of a job; yields its records."""
+    return make_train_loop(job, job.process_group).run(
+        job.inputs.batches,
+        job.schedule,
+        epochs=job.epochs,
+        seed=job.recipe.train.seed,
+        state=job.state,
+    )
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

@@ -345,26 +345,37 @@ def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
         "folder": ["data.name=shapes", "data.count=80", "data.image_size=16"],
         # Convolutions without padding need more than 8 px.
         "mnist-fast": ["data.name=digits", "data.per_class=4", "data.image_size=28"],
-        "imagenet": ["data.name=digits", "data.per_class=4", "data.image_size=32"],
+        # The stem that `auto` means at 224 px.
+        "imagenet": [
+            "data.name=digits",
+            "data.per_class=4",
+            "data.image_size=32",
+            "model.stem=imagenet",
+        ],
+        # Large networks for 32 px, at half the size.
+        **dict.fromkeys(
+            ["resnet18-best", "tiny-best", "pretrain", "pretrained-best"],
+            ["data.name=digits", "data.per_class=4", "data.image_size=16"],
+        ),
     }.get(name, ["data.name=digits", "data.per_class=4"])
     if "data.name=digits" in few:  # testing takes most of the time
         few = [*few, "data.test_fraction=0.03"]
         few += ["data.val_fraction=0.03"] if recipes.load_recipe(name).data.validates else []
     # Pretrained weights are tested in test_pretrained.py.
     few = [*few, "model.weights=none", "train.epochs=1", "train.batch_size=24"]
-    asked = recipes.load_recipe(name, few)
-    setup, place = begin(asked, name)
-    assert len(setup.feed.batches) >= 2
-    before = {k: v.clone() for k, v in setup.trained.state_dict().items()}
-    rows, kept = train.fit(setup, place, quiet=True)
+    recipe = recipes.load_recipe(name, few)
+    job, run_dir = begin(recipe, name)
+    assert len(job.inputs.batches) >= 2
+    before = {k: v.clone() for k, v in job.model.state_dict().items()}
+    rows, kept = train.fit(job, run_dir)
     assert (len(rows), kept) == (1, 1)
-    head = f"{models.model_parts(setup.trained).head}.weight"
-    assert not torch.equal(before[head], setup.trained.get_parameter(head))
-    result = evaluation.evaluate(place, "test", on="cpu", quiet=True)
-    assert result.n == len(setup.data.unseal_test())
+    head = f"{models.model_parts(job.model).head}.weight"
+    assert not torch.equal(before[head], job.model.get_parameter(head))
+    result = evaluation.evaluate(run_dir, "test", on="cpu", quiet=True)
+    assert result.n == len(job.data.unseal_test())
     assert 0 <= result.correct <= result.n
     assert math.isfinite(result.loss)
-    assert recipes.load_recipe(place.path / "recipe.yaml").replace() == setup.recipe
+    assert recipes.load_recipe(run_dir.path / "recipe.yaml").replace() == job.recipe
 
 
 # Sources

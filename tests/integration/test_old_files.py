@@ -97,7 +97,7 @@ def test_a_run_of_a_later_version_says_so() -> None:
         _ = convlens.Run.load("run").recipe
     model_metadata["preprocessing"]["gamma"] = 2.2
     place.save_model(tensors, {**model_metadata, "convlens": "99.1"})
-    refused(here("report", "run"), 4, "can't be used by this version", "update", "convlens 99.1")
+    refused(here("report", "run"), 4, "cannot be used by this version", "update", "convlens 99.1")
 
 
 @every
@@ -106,6 +106,6 @@ def test_left_unfinished_it_goes_on(folder: str) -> None:
     place.update_metadata({"status": "training"})
     done = here("train", place.path / "recipe.yaml", "--name", "run", "--no-test")
     assert done.code == 0, done.err
-    assert place.finished
+    assert place.is_finished
     assert len(place.metrics()) == 8
     assert "sha256" not in json.loads((place.path / "run.json").read_text())

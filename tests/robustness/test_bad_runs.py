@@ -55,7 +55,7 @@ def flipped(data: bytes, where: float) -> bytes:
         (lambda data: flipped(data, 0.99), "changed or damaged"),
         (lambda data: flipped(data, 0.4), "damaged"),
         (lambda data: data + b"\0", "changed or damaged"),
-        (lambda data: b"GIF89a" + data, "no readable model file"),
+        (lambda data: b"GIF89a" + data, "not a readable model file"),
     ],
     ids=["short", "half", "empty", "tensor", "header", "longer", "foreign"],
 )
@@ -131,7 +131,7 @@ def test_a_pickle_is_refused_and_never_unpickled(name: str) -> None:
 
 def test_safetensors_of_others_are_refused() -> None:
     save_file({"weight": torch.zeros(3)}, "other.safetensors")
-    refused(here("evaluate", "other.safetensors"), 4, "not one of convlens")
+    refused(here("evaluate", "other.safetensors"), 4, "convlens did not write")
 
 
 def test_a_run_without_a_model_yet(trained: Path) -> None:
@@ -175,13 +175,13 @@ def test_ctrl_c_keeps_what_is_trained_and_the_same_command_goes_on() -> None:
     _, err = process.communicate(timeout=200)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "the same command goes on from here" in err
+    assert "the same command resumes the training" in err
     epochs = len(log.read_text().splitlines()) - 1
     assert 1 <= epochs < 40
     load_model(Path("models/cut/model.safetensors"))
     again = here("train", *asked, "cut")
     assert again.code == 0, again.err
-    assert "continuing" in again.err
+    assert "resuming" in again.err
     assert len(log.read_text().splitlines()) == 41
     assert here("train", *asked, "whole").code == 0
     cut, whole = weights(Path("models/cut")), weights(Path("models/whole"))

@@ -70,7 +70,7 @@ def test_images_added_removed_and_changed_are_named(mine: RunDir) -> None:
         "2 removed: green/004.png, green/007.png",
         "1 with other content: red/002.png",
     )
-    refused(here("train", *PHOTOS), 3, "not those that run 'mine' began with", *said, "--fresh")
+    refused(here("train", *PHOTOS), 3, "not those that run 'mine' started with", *said, "--fresh")
     refused(here("evaluate", "mine", "--split", "val"), 3, "changed since", *said)
     assert everything(mine.path) == before
     done = here("train", *PHOTOS, "--fresh", "--json")
@@ -83,7 +83,7 @@ def test_as_they_were_again_the_run_goes_on(mine: RunDir) -> None:
     refused(here("train", *PHOTOS), 3, "1 removed: red/000.png")
     shutil.move("kept.png", "photos/red/000.png")
     assert here("train", *PHOTOS).code == 0
-    assert mine.finished
+    assert mine.is_finished
 
 
 def test_many_changes_are_counted(mine: RunDir) -> None:
@@ -134,7 +134,7 @@ def test_without_its_list_a_changed_set_is_refused_all_the_same(mine: RunDir, da
         path.write_bytes(whole[:-30] if damage == "cut" else b"red/000.png,red")
     Path("photos/red/000.png").unlink()
     done = here("train", *PHOTOS)
-    refused(done, 3, "not those that run 'mine' began with\n")
+    refused(done, 3, "not those that run 'mine' started with\n")
 
 
 def test_built_in_sets_have_no_list() -> None:
@@ -162,7 +162,7 @@ def test_another_recipe_is_another_run() -> None:
     other = here("train", *DIGITS, "optim.lr=0.02", "--no-test", "--json")
     assert other.code == 0, other.err
     assert other.json["run"] != first.json["run"]
-    assert RunDir(Path("models") / first.json["run"]).finished
+    assert RunDir(Path("models") / first.json["run"]).is_finished
 
 
 def test_a_name_that_another_recipe_has_is_not_taken() -> None:
@@ -197,7 +197,7 @@ def test_another_version_and_other_hardware_are_told_and_noted() -> None:
     assert facts["world_size"] == 1
     assert facts["changed"][0]["torch"][0] == "2.0.0"
     place.update_metadata({"status": "training"})
-    assert "began elsewise" not in here("train", *asked).err
+    assert "on a different setup" not in here("train", *asked).err
 
 
 # Classes (F3 to F6)

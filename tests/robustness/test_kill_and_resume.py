@@ -169,9 +169,9 @@ def test_the_recipe_ends_early() -> None:
 
 
 def test_the_recipe_has_everything_on() -> None:
-    setup, _ = begin(selftest.load(selftest.RECIPE), "x")
-    assert setup.averager is not None
-    assert setup.recipe.train.patience
-    assert any(isinstance(m, torch.nn.Dropout) for m in setup.trained.modules())
-    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in setup.trained.modules())
-    assert any(name == "MixUp" for name, _ in setup.recipe.operations)
+    job, _ = begin(selftest.load(selftest.RECIPE), "x")
+    assert job.averager is not None
+    assert job.recipe.train.patience
+    assert any(isinstance(m, torch.nn.Dropout) for m in job.model.modules())
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in job.model.modules())
+    assert any(name == "MixUp" for name, _ in job.recipe.operations)

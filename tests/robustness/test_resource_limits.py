@@ -110,7 +110,7 @@ def test_a_limit_on_the_size_of_files() -> None:
     assert shown["codes"] == [5], said
     assert "can't write: File too large" in said
     assert "Traceback" not in said
-    assert not RunDir(Path("models/it")).finished
+    assert not RunDir(Path("models/it")).is_finished
     assert not [path for path in Path("models/it").iterdir() if "model" in path.name]
 
 

@@ -31,7 +31,7 @@ CONSTANT = ("optim.schedule=constant", "optim.warmup=0")
 
 
 def train(asked: Recipe, name: str, **options: bool) -> RunDir:
-    return training_train.train(asked, name=name, test=False, on="cpu", quiet=True, **options)
+    return training_train.train(asked, name=name, test=False, device="cpu", quiet=True, **options)
 
 
 def test_a_finished_run_without_its_weights_is_not_finished(interrupting: Interrupting) -> None:
@@ -41,9 +41,9 @@ def test_a_finished_run_without_its_weights_is_not_finished(interrupting: Interr
     with pytest.raises(KeyboardInterrupt):
         train(tiny(), "lost")
     assert lost.model_path.exists()
-    assert not lost.finished
+    assert not lost.is_finished
     train(tiny(), "lost")
-    assert lost.finished
+    assert lost.is_finished
     assert differences(whole, lost) == []
 
 
@@ -57,7 +57,7 @@ def test_the_last_weights_are_written_again_from_the_state() -> None:
 
 
 def test_a_signal_while_all_is_made_ready_leaves_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(*_: Any) -> None:
+    def prepare(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGUSR1)
 
     monkeypatch.setattr(training_train, "build_training_job", prepare)
@@ -70,8 +70,8 @@ def test_a_signal_while_all_is_made_ready_leaves_no_run(monkeypatch: pytest.Monk
 def test_a_validation_is_left_and_made_up_for(last: int) -> None:
     """It may take long; its epoch ends when the run is taken up."""
     whole = finish(tiny("optim.ema=0.9"), "whole")
-    setup, place = begin(tiny("optim.ema=0.9"), "stopped")
-    validate, calls = setup.feed.validate, []
+    job, place = begin(tiny("optim.ema=0.9"), "stopped")
+    validate, calls = job.inputs.validate, []
 
     def signalled(advance):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -83,9 +83,9 @@ def test_a_validation_is_left_and_made_up_for(last: int) -> None:
 
         return validate(told)
 
-    setup.feed = dataclasses.replace(setup.feed, validate=signalled)
-    with pytest.raises(Stopped, match=r"asked to stop \(SIGTERM\)"):
-        training_train.fit(setup, place, quiet=True)
+    job.inputs = dataclasses.replace(job.inputs, validate=signalled)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM"):
+        training_train.fit(job, place)
     assert len(calls) == last
     assert len(place.metrics()) == last - 1
     found = place.state()
@@ -97,21 +97,21 @@ def test_a_validation_is_left_and_made_up_for(last: int) -> None:
 
 def test_a_signal_behind_the_last_validation_is_heard() -> None:
     whole = finish(tiny(), "whole")
-    setup, place = begin(tiny(), "stopped")
-    validate, calls = setup.feed.validate, []
+    job, place = begin(tiny(), "stopped")
+    validate, calls = job.inputs.validate, []
 
     def signalled(advance):  # type: ignore[no-untyped-def]
         calls.append(1)
         found = validate(advance)
-        if len(calls) == setup.epochs:
+        if len(calls) == job.epochs:
             signal.raise_signal(signal.SIGINT)
         return found
 
-    setup.feed = dataclasses.replace(setup.feed, validate=signalled)
+    job.inputs = dataclasses.replace(job.inputs, validate=signalled)
     with pytest.raises(KeyboardInterrupt):
-        training_train.fit(setup, place, quiet=True)
+        training_train.fit(job, place)
     assert place.metadata()["status"] == "training"
-    assert len(place.metrics()) == setup.epochs
+    assert len(place.metrics()) == job.epochs
     place.metrics_path.write_text("damaged")
     equal(finish(tiny(), "stopped"), whole)
 
@@ -121,10 +121,10 @@ def test_a_loss_that_is_none_names_its_images() -> None:
     with pytest.raises(Diverged, match="became NaN or infinite") as caught:
         train(asked, "x")
     told = RunDir(Path("models/x")).metadata()["diverged"]
-    setup, _ = begin(asked, "again")
-    ids = [setup.data.train.ids[i] for i in epoch_order(80, 0, told["epoch"]).tolist()]
+    job, _ = begin(asked, "again")
+    ids = [job.data.train.ids[i] for i in epoch_order(80, 0, told["epoch"]).tolist()]
     assert told["images"] == ids[16 * (told["step"] - 1) : 16 * told["step"]]
-    assert f"images {', '.join(told['images'][:3])} ...: run.json has all" in caught.value.what
+    assert f"images {', '.join(told['images'][:3])} ...: run.json lists all" in caught.value.what
 
 
 @pytest.mark.parametrize("calls_before", [6, 10])
@@ -260,10 +260,10 @@ def test_the_kept_epoch_is_that_of_the_weights_in_the_file(
     interrupting: Interrupting, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped = stop(tiny(), "stopped", interrupting, 12)
-    setup, place = begin(tiny(), "stopped")
-    keeper = CheckpointManager(setup, place)
-    assert keeper.best.epoch in (1, 2)
-    assert keeper.kept() == keeper.best.epoch
+    job, place = begin(tiny(), "stopped")
+    checkpoints = CheckpointManager(job, place)
+    assert checkpoints.best.epoch in (1, 2)
+    assert checkpoints.kept_epoch() == checkpoints.best.epoch
     assert capsys.readouterr().err == ""
     # Killed behind the model file and before the state, on hardware that repeats no bits.
     tensors, model_metadata = serialization.read_model_file(stopped.model_path)
@@ -272,8 +272,8 @@ def test_the_kept_epoch_is_that_of_the_weights_in_the_file(
         tensors,
         {**model_metadata, "chosen": {**model_metadata["chosen"], "epoch": 3}},
     )
-    keeper = CheckpointManager(*begin(tiny(), "stopped"))
-    assert keeper.kept() == 3
+    checkpoints = CheckpointManager(*begin(tiny(), "stopped"))
+    assert checkpoints.kept_epoch() == 3
     assert "the weights of epoch 3 are kept" in capsys.readouterr().err
 
 

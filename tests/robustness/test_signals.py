@@ -62,7 +62,7 @@ def test_a_training_saves_and_ends_with_75(long_run: RunDir, number: int) -> Non
     until(lambda: len(long_run.metrics()) > 0, process)
     code, told = ended(process, number)
     assert code == 75
-    assert "the same command goes on from here" in told
+    assert "the same command resumes the training" in told
     found = long_run.checkpoints.read()
     assert found is not None
     assert f"epoch {found.epoch} after {found.step} steps" in told
@@ -78,7 +78,7 @@ def test_a_second_signal_ends_it_at_once_and_nothing_is_broken(long_run: RunDir)
     load(long_run.model_path)
     process = start(*TRAIN)
     until(lambda: len(long_run.metrics()) > 3, process)
-    assert "continuing" in ended(process, signal.SIGINT)[1]
+    assert "resuming" in ended(process, signal.SIGINT)[1]
 
 
 def test_decoding_is_left_without_a_trace(many: Path) -> None:
@@ -87,7 +87,7 @@ def test_decoding_is_left_without_a_trace(many: Path) -> None:
     until(lambda: any(cache.glob("**/.*")), process)
     code, told = ended(process, signal.SIGTERM)
     assert code == 75
-    assert "stopped: asked to stop (SIGTERM)" in told
+    assert "stopped: stopped by (SIGTERM)" in told
     assert not list(cache.glob("**/.*"))
     assert not list(Path().glob("models/*/run.json"))
 
@@ -162,7 +162,7 @@ def test_a_closed_terminal_does_not_end_a_training() -> None:
     )
     os.close(write)
     assert process.wait(120) == 0
-    assert RunDir(Path("models/tiny")).finished
+    assert RunDir(Path("models/tiny")).is_finished
 
 
 def test_a_full_disk_under_the_log_does_not_end_a_training() -> None:
@@ -175,7 +175,7 @@ def test_a_full_disk_under_the_log_does_not_end_a_training() -> None:
             env=environment(),
         )
     assert process.wait(120) == 0
-    assert RunDir(Path("models/tiny")).finished
+    assert RunDir(Path("models/tiny")).is_finished
 
 
 def test_two_trainings_of_one_run_are_one(long_run: RunDir) -> None:
@@ -203,7 +203,7 @@ def test_nohup_is_heeded() -> None:
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=120)
     assert process.returncode == 0
-    assert place.finished
+    assert place.is_finished
 
 
 def test_what_is_printed_into_a_closed_pipe_ends_quietly() -> None:

@@ -179,11 +179,11 @@ def test_a_batch_too_small_for_the_processes_is_refused() -> None:
 
 
 def test_norms_over_processes_need_gpus() -> None:
-    setup, _ = begin(tiny("train.sync_batch_norm=true"), "one")  # nothing to synchronise with
-    assert not any(isinstance(m, nn.SyncBatchNorm) for m in setup.trained.modules())
+    job, _ = begin(tiny("train.sync_batch_norm=true"), "one")  # nothing to synchronise with
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in job.model.modules())
     with pytest.raises(UsageError, match="SyncBatchNorm needs GPUs"):
-        convert_sync_batchnorm(setup.trained, ProcessGroup(0, 2), "cpu")
-    synced = convert_sync_batchnorm(setup.trained, ProcessGroup(0, 2), "cuda:0")
+        convert_sync_batchnorm(job.model, ProcessGroup(0, 2), "cpu")
+    synced = convert_sync_batchnorm(job.model, ProcessGroup(0, 2), "cuda:0")
     assert any(isinstance(m, nn.SyncBatchNorm) for m in synced.modules())
 
 

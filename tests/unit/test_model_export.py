@@ -318,7 +318,7 @@ def test_commands_that_refuse_exported_files(small: Path) -> None:
     file = small / "model.onnx"
     refused(here("predict", file, "-", "--device", "cuda"), 2, "run on the CPU")
     for words in (["look", file], ["export", file], ["compare", small, file]):
-        refused(here(*words), 4, "exported ONNX file only answers", "predict or evaluate")
+        refused(here(*words), 4, "exported ONNX file can only predict", "predict or evaluate")
     refused(here("predict", small / "model.pt2", "-"), 4, "refused", "model.pt2")
     refused(here("predict", "models/none.onnx", "-"), 4, "no such run or model file")
 

@@ -118,18 +118,18 @@ def test_any_name_is_one_folder_below_models(name: str) -> None:
 def test_facts_are_added_and_kept() -> None:
     folder = RunDir(Path("models/x"))
     assert folder.metadata() == {}
-    assert not folder.finished
+    assert not folder.is_finished
     folder.create(tiny(), {"digests": [ONE], "n": 1})
     folder.update_metadata({"n": 2, "ö": "ü"})
     facts = folder.metadata()
     assert (facts["n"], facts["ö"], facts["status"]) == (2, "ü", "training")
-    assert not folder.finished
+    assert not folder.is_finished
     folder.finish(epochs=3, kept=2, seconds=1.23456)
     facts = folder.metadata()
     assert (facts["epochs"], facts["kept_epoch"], facts["training_seconds"]) == (3, 2, 1.235)
-    assert not folder.finished  # there is no model yet
+    assert not folder.is_finished  # there is no model yet
     folder.model_path.write_bytes(b"x")
-    assert folder.finished
+    assert folder.is_finished
 
 
 def test_the_recipe_of_a_run_trains_as_it_stands() -> None:
@@ -263,7 +263,7 @@ def test_a_model_comes_back_with_all_it_needs() -> None:
 )
 def test_weights_that_do_not_fit_their_card_are_refused(changes: dict[str, Any]) -> None:
     folder, _ = saved(**changes)
-    with pytest.raises(ModelFileError, match="can't be used by this version") as caught:
+    with pytest.raises(ModelFileError, match="cannot be used by this version") as caught:
         run.load_model(folder.model_path)
     assert "9.9" in caught.value.fix
 
@@ -320,10 +320,10 @@ def test_looks_at_the_same_moment_are_all_counted() -> None:
     code = """
 import sys
 from pathlib import Path
-from convlens.run import RunFolder
+from convlens.run import RunDir
 print("ready", flush=True)
 sys.stdin.readline()
-place = RunFolder(Path("models/busy"))
+place = RunDir(Path("models/busy"))
 for _ in range(15):
     place.add_result({"split": "test", "data_fingerprint": "f", "by": sys.argv[1]})
 """

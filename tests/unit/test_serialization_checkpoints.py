@@ -407,10 +407,10 @@ def test_a_run_with_a_damaged_state_ends_as_if_it_were_whole(
     newest.write_bytes(content)
     equal(finish(tiny(*EVERYTHING), "damaged"), whole)
     told = capsys.readouterr().err
-    assert "can't be used: the checkpoint of epoch" in told
+    assert "cannot be used: the checkpoint of epoch" in told
     where = "the beginning" if saves == 1 else "epoch"
-    assert f"going on from {where}" in told
-    assert "what came after it is trained again" in told
+    assert f"resuming from {where}" in told
+    assert "later steps are trained again" in told
 
 
 @pytest.mark.parametrize("failures", [1, 2, 3])
@@ -460,13 +460,13 @@ def test_lost_best_weights_are_trained_again(
         place.model_path.write_bytes(place.model_path.read_bytes()[:-1])
     else:
         unreadable(place.model_path)
-        with pytest.raises(ModelFileError, match="the disk can't give it back") as caught:
+        with pytest.raises(ModelFileError, match="the disk cannot return the file") as caught:
             serialization.read_model_file(place.model_path)
         assert caught.value.fix
     equal(finish(tiny(*EVERYTHING), "damaged"), whole)
     told = capsys.readouterr().err
     assert "the weights of epoch 1, the best ones, are lost" in told
-    assert "going on from the beginning" in told
+    assert "resuming from the beginning" in told
 
 
 def test_how_often_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,7 +475,7 @@ def test_how_often_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "30")
     assert checkpoint.save_interval_s() == 30
     monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "often")
-    with pytest.raises(UsageError, match="CONVLENS_SAVE_SECONDS='often' is no number"):
+    with pytest.raises(UsageError, match="CONVLENS_SAVE_SECONDS='often' is not a number"):
         checkpoint.save_interval_s()
     monkeypatch.delenv("CONVLENS_SAVE_SECONDS")
     assert checkpoint.save_interval_s() == checkpoint.SAVE_INTERVAL_S == 60

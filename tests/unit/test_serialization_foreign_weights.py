@@ -148,7 +148,7 @@ def test_a_torchscript_program_is_refused() -> None:
 )
 def test_what_holds_no_named_tensors(content: Any, said: str) -> None:
     torch.save(content, PATH)
-    with pytest.raises(ModelFileError, match="no tensors by name") as caught:
+    with pytest.raises(ModelFileError, match="no named tensors") as caught:
         serialization.read_foreign_weights(PATH)
     assert said in caught.value.what
 
@@ -164,7 +164,7 @@ def test_what_holds_no_named_tensors(content: Any, said: str) -> None:
 )
 def test_odd_kinds_of_tensors(tensor: Tensor) -> None:
     torch.save({"fine": torch.ones(2), "odd": tensor}, PATH)
-    with pytest.raises(ModelFileError, match="odd is no plain tensor"):
+    with pytest.raises(ModelFileError, match="odd is not a dense tensor"):
         serialization.read_foreign_weights(PATH)
 
 
@@ -179,12 +179,12 @@ def test_a_missing_and_an_empty_file() -> None:
 @pytest.mark.parametrize(
     ("kind", "count", "said"),
     [
-        ("F4", 16, "numbers of the kind 'F4'"),
-        ("F6_E2M3", 8, "no readable|numbers of the kind|neither safetensors"),
-        ("F8_E8M0", 8, "numbers of the kind 'F8_E8M0'|no plain tensor"),
-        ("F8_E4M3", 8, "w is no plain tensor of numbers (float8_e4m3fn)"),
-        ("C64", 1, "w is no plain tensor of numbers (complex64)"),
-        ("F99", 8, "neither safetensors nor"),
+        ("F4", 16, "dtype 'F4' is unknown"),
+        ("F6_E2M3", 8, "no readable|is unknown|neither a safetensors"),
+        ("F8_E8M0", 8, "dtype 'F8_E8M0' is unknown|is not supported"),
+        ("F8_E4M3", 8, "the dtype of w is not supported (float8_e4m3fn)"),
+        ("C64", 1, "the dtype of w is not supported (complex64)"),
+        ("F99", 8, "neither a safetensors nor"),
     ],
 )
 def test_a_safetensors_of_numbers_that_are_not_computed_with(
@@ -202,7 +202,7 @@ def test_a_safetensors_of_numbers_that_are_not_computed_with(
 @pytest.mark.parametrize("length", [2**27, 2**40, 2**64 - 1])
 def test_a_header_longer_than_the_file(length: int) -> None:
     Path("x.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"w": ' + bytes(1000))
-    with pytest.raises(ModelFileError, match="neither safetensors nor") as caught:
+    with pytest.raises(ModelFileError, match="neither a safetensors nor") as caught:
         serialization.read_foreign_weights(Path("x.safetensors"))
     assert caught.value.fix
 
@@ -212,7 +212,7 @@ def test_a_zip_in_a_zip_is_not_opened() -> None:
     Path("inner.zip").write_bytes(EVIL["zip"]())
     with zipfile.ZipFile("outer.pth", "w") as packed:
         packed.write("inner.zip", "archive/inner.zip")
-    with pytest.raises(ModelFileError, match="damaged, or holds more than tensors"):
+    with pytest.raises(ModelFileError, match="damaged, or contains more than tensors"):
         serialization.read_foreign_weights(Path("outer.pth"))
     large = io.BytesIO()
     with zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -257,7 +257,7 @@ def test_a_name_that_stands_twice_in_a_zip_is_refused() -> None:
         (name,) = [each for each in packed.namelist() if each.endswith("data.pkl")]
         with pytest.warns(UserWarning, match="Duplicate name"):
             packed.writestr(name, b"cos\nsystem\n(S'touch hacked'\ntR.")
-    with pytest.raises(ModelFileError, match="has a name twice"):
+    with pytest.raises(ModelFileError, match="has duplicate names"):
         serialization.read_foreign_weights(Path("twice.pth"))
     assert not Path("hacked").exists()
 
@@ -265,7 +265,7 @@ def test_a_name_that_stands_twice_in_a_zip_is_refused() -> None:
 def test_one_number_repeated_without_end_is_refused() -> None:
     torch.save({"w": torch.zeros(1).expand(1_000_000, 1_000_000)}, "wide.pth")
     assert Path("wide.pth").stat().st_size < 10_000
-    with pytest.raises(ModelFileError, match="w claims 1,000,000,000,000 numbers"):
+    with pytest.raises(ModelFileError, match="w claims 1,000,000,000,000 elements"):
         serialization.read_foreign_weights(Path("wide.pth"))
 
 
@@ -276,7 +276,7 @@ def test_a_length_that_begins_like_a_pickle_is_none(length: int) -> None:
     serialization.write_model_file(path, TENSORS, {"about": ""})
     header = int.from_bytes(path.read_bytes()[:8], "little")
     serialization.write_model_file(path, TENSORS, {"about": "x" * (length - header)})
-    assert path.read_bytes().startswith(serialization.PICKLES)
+    assert path.read_bytes().startswith(serialization.PICKLE_PREFIXES)
     same(serialization.read_model_file(path)[0], TENSORS)
     same(serialization.read_foreign_weights(path).tensors, TENSORS)
     assert json.loads(path.read_bytes()[8 : 8 + length])["a.weight"]["dtype"] == "F32"

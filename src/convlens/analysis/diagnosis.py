@@ -181,7 +181,7 @@ def diagnose(run_dir: RunDir, *, on: str | None = None, quiet: bool = False) -> 
 def _status(run_dir: RunDir, case: RunEvidence) -> str:
     if not run_dir.metadata():
         return "a model file without a past"
-    if run_dir.finished:
+    if run_dir.is_finished:
         return "finished"
     if case.diverged is not None:
         return "stopped by a loss that was not finite"
@@ -192,7 +192,7 @@ def _collect_evidence(run_dir: RunDir, where: str) -> RunEvidence:
     facts = run_dir.metadata()
     evidence: dict[str, Any] = {
         "rows": run_dir.metrics(),
-        "finished": run_dir.finished or not facts,
+        "finished": run_dir.is_finished or not facts,
         "diverged": facts.get("diverged"),
         "classes": len(facts.get("data", {}).get("classes", [])),
     }

@@ -85,14 +85,14 @@ def find_label_errors(
     if not recipe.data.validates:  # the folds are its validation
         recipe = recipe.replace(**{"data.val_fraction": DataConfig().val_fraction})
         recipe = recipe.model_copy(update={"name": asked.recipe.name})
-    asked = resolve.ResolvedRecipe(recipe, asked.plain)
+    asked = resolve.ResolvedRecipe(recipe, asked.is_unmodified)
     with quiet_mode(quiet):
         whole = _whole(recipe.data, folds, select_device(on))
         print_status(
             f"{folds} models of [bold]{name or recipe.name}[/], each without a fold of the images"
         )
         table = train_many(
-            {None: asked}, folds=folds, name=name, fresh=fresh, test=False, on=on, quiet=quiet
+            {None: asked}, folds=folds, name=name, fresh=fresh, test=False, device=on, quiet=quiet
         )
         run_dirs = [outcome.run_dir for outcome in table.outcomes]
         report = _report(table.name, recipe, run_dirs, folds, test, on)
@@ -102,7 +102,7 @@ def find_label_errors(
 
 def _folder(run_name: str, asked: resolve.ResolvedRecipe, name: str | None) -> Path:
     """As for runs: a recipe that isn't as published gets six digits of its hash."""
-    plain = asked.plain or name is not None
+    plain = asked.is_unmodified or name is not None
     digest = asked.recipe.digest()
     return run.PLOTS_DIR / (f"labels-{run_name}" if plain else f"labels-{run_name}-{digest[:6]}")
 

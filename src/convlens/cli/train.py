@@ -96,7 +96,7 @@ def train(
     from convlens.training.repeats import train_many
 
     changes = [*(overrides or []), *(["train.deterministic=true"] if deterministic else [])]
-    options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "on": device}
+    options: dict[str, Any] = {"name": name, "fresh": fresh, "test": not no_test, "device": device}
     if variants is not None or repeat_splits > 1 or seeds > 1 or folds is not None or refit:
         if extend:
             raise UsageError("--extend needs a single run", fix="extend the runs one by one")
@@ -108,7 +108,9 @@ def train(
         print_json(as_json, table.to_dict())
         return
     asked = resolve.resolve_recipe(what, data=data, overrides=changes)
-    run_dir = training_train.train(asked.recipe, plain=asked.plain, extend=extend, **options)
+    run_dir = training_train.train(
+        asked.recipe, is_unmodified_recipe=asked.is_unmodified, extend=extend, **options
+    )
     if not as_json:
         print_run_summary(run_dir)
     last = {} if no_test else _last(run_dir.evaluations())
@@ -391,7 +393,7 @@ def print_run_table(result: RunResults) -> None:
             between, within = map(_percent, summary.parts)
             named = f"{escape(summary.variant)}: " if summary.variant else ""
             out.print(f"{named}sd {between} points between splits, {within} between seeds")
-    if result.flattered:
+    if result.is_optimistic:
         print_status(
             "[dim]slightly optimistic: the same images chose the epoch "
             "(not with train.keep=last)[/]"
@@ -415,7 +417,7 @@ def _variants(result: RunResults) -> list[Row]:
     rows = []
     first = result.summaries[0].variant
     for number, summary in enumerate(result.summaries):
-        facts, validated = summary.outcomes[0].facts, summary.val_accuracy
+        facts, validated = summary.outcomes[0].metadata, summary.val_accuracy
         accuracy = _mean_sd(summary.mean, summary.sd)
         if summary.interval95 is not None:
             accuracy += f" ({_interval(summary.interval95)})"
@@ -444,7 +446,7 @@ def _runs(result: RunResults) -> list[Row]:
     }
     rows = []
     for outcome in result.outcomes:
-        planned, looked = outcome.planned, outcome.looked
+        planned, looked = outcome.planned, outcome.evaluation
         cells = {"split": planned.data_seed, "seed": planned.seed, "fold": planned.fold}
         row = {"run": outcome.run_dir.name}
         row |= {what: str(cells[what]) for what, there in several.items() if there}

@@ -176,7 +176,7 @@ class Batches:
                 images, labels = images[generator.share.rows], labels[generator.share.rows]
             yield self.normalize(images, self.plan), labels
 
-    def numbers(self, epoch: int, step: int) -> list[int]:
+    def sample_indices(self, epoch: int, step: int) -> list[int]:
         """Which images of the split batch number `step` of an epoch holds, in all processes."""
         order = epoch_order(self.count, self.seed, epoch, self.shards)
         return [int(number) for number in order.split(self.sizes)[step]]

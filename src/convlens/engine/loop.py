@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -37,7 +37,7 @@ KNOWN_PACKAGES = ("torch.", "convlens.")
 
 
 class EpochBatches(Protocol):
-    """What `TrainLoop.run` trains on: `data.loader.Batches`, or a list of batches in a test."""
+    """The batches that `TrainLoop.run` trains on: `data.loader.Batches`, or a list in a test."""
 
     def __len__(self) -> int: ...
 
@@ -66,6 +66,11 @@ class TrainState:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     data_seconds: float = 0.0
+
+    def assign(self, other: TrainState) -> None:
+        """Set every field to that of `other`. The object stays the same, since others hold it."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(other, each.name))
 
     def add_step(self, images: int, loss: Tensor, num_correct: Tensor) -> None:
         """Add the numbers of one step to the sums of the epoch."""
@@ -132,7 +137,7 @@ class TrainLoop:
 
     Args:
         model: on the plan's device. It is compiled here if the plan says so.
-        optimizer: made by `optim.build_optimizer`, so that its groups have windows.
+        optimizer: made by `optim.build_optimizer`, whose groups have initial rates and windows.
         criterion: `(logits float32 [B, K], targets) -> mean loss`.
         plan: device, precision, memory format, micro-batch size, eager or compiled.
         clip_value, clip_norm: bounds on each gradient, and on the norm of all of them.
@@ -272,7 +277,7 @@ class TrainLoop:
     def _run_epoch(
         self, batches: EpochBatches, timetable: optim.GroupSchedule, seed: int, state: TrainState
     ) -> Records:
-        """The rest of the epoch `state.epoch`, from step `state.step` on."""
+        """Run the rest of epoch `state.epoch`, from step `state.step` on."""
         steps, check = len(batches), self._deferred_check
         first = (state.epoch - 1) * steps
         lr = self._set_rates(timetable, first + max(state.step - 1, 0))  # if no step is left
@@ -318,7 +323,7 @@ class TrainLoop:
 
 
 def compile_model(model: nn.Module, plan: Plan) -> nn.Module:
-    """The model as the plan runs it: as it is, or wrapped by `torch.compile`.
+    """Return the model as the plan runs it: unchanged, or wrapped by `torch.compile`.
 
     On a CPU compilation rarely pays within a few minutes: a small network's step gains 2 to 4%,
     and 6 to 8% with the C++ wrapper, which leaves no Python between the kernels.
@@ -332,7 +337,7 @@ def compile_model(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """Number of rows whose largest logit is that of the target class, 0-d."""
+    """Return the number of rows whose largest logit is that of the target class, 0-d."""
     labels = targets.argmax(1) if targets.ndim == 2 else targets
     return (logits.argmax(1) == labels).sum()
 
@@ -342,5 +347,8 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def _may_draw(module: nn.Module) -> bool:
-    """Whether a module may draw random numbers: other libraries drop layers by functions."""
+    """Return whether a module may draw random numbers.
+
+    Modules of other libraries count as random: they may call dropout as a function.
+    """
     return isinstance(module, DROPOUTS) or not type(module).__module__.startswith(KNOWN_PACKAGES)

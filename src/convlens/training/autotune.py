@@ -24,20 +24,20 @@ from convlens import optim
 from convlens.data import cache
 from convlens.data.loader import Batches
 from convlens.device import Plan, candidate_plans, describe_hardware, seed_generators, synchronize
-from convlens.distributed import SINGLE_PROCESS, ProcessGroup
 from convlens.engine.loop import Criterion, TrainLoop
 from convlens.engine.numerics import make_grad_scaler
 from convlens.engine.oom import OutOfMemory, uses_batch_statistics
 from convlens.errors import ResourceError, UsageError
 from convlens.models.stages import set_train_mode
 from convlens.recipe import Recipe
+from convlens.runtime import RuntimeContext
 from convlens.training import feature_cache
 from convlens.utils import files
 from convlens.utils.console import print_status
 
-# Timing costs some steps of each candidate; shorter runs can't earn them back.
+# Timing costs some steps of each candidate; shorter runs do not gain them back.
 MIN_STEPS_TO_TUNE = 400
-MAX_REMEMBERED = 500  # networks, the latest ones
+MAX_REMEMBERED = 500  # the latest networks
 MAX_SLOWDOWN = 1.6  # candidates slower than this many times the fastest are dropped
 SMALLEST_MICRO_BATCH = 16  # images; below that a CPU's kernels have too little to do
 # Whether compiling can pay at all, before it is tried: an upper bound on the share of a step that
@@ -64,14 +64,14 @@ class TunedPlan:
         return cls(Plan.from_dict(stored["plan"]), dict(stored["milliseconds"]))
 
 
-def check_device_options(recipe: Recipe, device_name: str) -> None:
+def check_device_options(recipe: Recipe, device: str) -> None:
     """Refuse precision and compilation that the device does not have, before images are read.
 
     Raises:
         UsageError: what is refused.
     """
     options = recipe.train
-    candidate_plans(device_name, options.precision, options.memory_format, options.deterministic)
+    candidate_plans(device, options.precision, options.memory_format, options.deterministic)
     if options.compile == "graph":
         raise UsageError(
             "train.compile=graph: CUDA graphs are now a part of torch.compile",
@@ -86,35 +86,33 @@ class Autotuner:
     the model is compiled. Short runs of an unknown kind use the first candidate.
 
     Args:
-        device_name: e.g. `cpu`, `cuda:1`.
         model: as it starts, frozen as the recipe says. It is copied.
-        batches_for: the training batches for a plan.
+        make_batches: returns the training batches for a plan.
         criterion: `(logits, targets) -> loss`.
-        world: the processes of the training. Rank 0 chooses for all of them.
+        context: the device, and the processes of the training. Rank 0 chooses for all of them.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        device_name: str,
         model: nn.Module,
-        batches_for: Callable[[Plan], Batches],
+        make_batches: Callable[[Plan], Batches],
         criterion: Criterion,
-        world: ProcessGroup = SINGLE_PROCESS,
+        context: RuntimeContext,
     ) -> None:
-        self.recipe, self.device_name, self.world = recipe, device_name, world
-        self._model, self._batches_for, self._criterion = model, batches_for, criterion
+        self.recipe, self.context = recipe, context
+        self._model, self._make_batches, self._criterion = model, make_batches, criterion
         self._trial: _Trial | None = None
 
     def best(self) -> TunedPlan:
-        """The plan to train with: as timed in an earlier run of the kind, or timed now.
+        """Return the plan to train with, timed now or in an earlier run of the same kind.
 
         Raises:
             UsageError: the recipe asks for something that the device does not have.
         """
-        check_device_options(self.recipe, self.device_name)
-        found = TunedPlan.from_dict(self.world.broadcast(lambda: self._best().to_dict()))
-        return replace(found, plan=replace(found.plan, device=self.device_name))
+        check_device_options(self.recipe, self.context.device)
+        tuned = TunedPlan.from_dict(self.context.broadcast(lambda: self._best().to_dict()))
+        return replace(tuned, plan=replace(tuned.plan, device=self.context.device))
 
     def _best(self) -> TunedPlan:
         tuned = self._best_candidate()
@@ -122,9 +120,9 @@ class Autotuner:
         if compile_option != "auto":
             mode = "compiled" if compile_option else "eager"
             return replace(tuned, plan=replace(tuned.plan, step_mode=mode))
-        if self.world.size > 1:
+        if self.context.process_group.size > 1:
             return tuned
-        batches = self._batches_for(tuned.plan)
+        batches = self._make_batches(tuned.plan)
         steps, shapes = len(batches) * int(self.recipe.train.epochs), len(set(batches.sizes))
         if steps < MIN_STEPS_TO_TUNE or not tuned.plan.device.startswith("cuda"):
             return tuned
@@ -133,22 +131,22 @@ class Autotuner:
         )
 
     def candidates(self) -> list[Plan]:
-        """Plans that compute the same training; the first is used where nothing is timed."""
+        """Return the plans that compute the same training; without timing the first is used."""
         options = self.recipe.train
         plans = candidate_plans(
-            self.device_name, options.precision, options.memory_format, options.deterministic
+            self.context.device, options.precision, options.memory_format, options.deterministic
         )
         return [plan for each in plans for plan in self._with_micro_batches(each)]
 
     def _with_micro_batches(self, plan: Plan) -> list[Plan]:
-        """The plan with the whole batch, halves and quarters, where that changes no result.
+        """Return the plan with whole, halved and quartered batches, if that changes no result.
 
         Micro-batches change the statistics of batch norm, and several processes share a batch
         already. A GPU only gains by larger batches.
         """
         set_train_mode(self._model)
         changes_results = plan.deterministic or uses_batch_statistics(self._model)
-        if plan.device != "cpu" or changes_results or self.world.size > 1:
+        if plan.device != "cpu" or changes_results or self.context.process_group.size > 1:
             return [plan]
         batch_size = self.recipe.train.batch_size
         sizes = [s for s in (batch_size // 2, batch_size // 4) if s >= SMALLEST_MICRO_BATCH]
@@ -158,7 +156,7 @@ class Autotuner:
         candidates = self.candidates()
         if len(candidates) == 1:
             return TunedPlan(candidates[0], {})
-        batches = self._batches_for(candidates[0])
+        batches = self._make_batches(candidates[0])
         key = self._key(batches, candidates)
         if known := _load_timings().get(key):
             with contextlib.suppress(KeyError, TypeError, ValueError):
@@ -177,16 +175,16 @@ class Autotuner:
     def make_step(self, plan: Plan) -> Callable[[], Tensor]:
         """Return a function that trains a copy of the model for one step and returns the loss."""
         if self._trial is None:
-            batches = self._batches_for(plan)
+            batches = self._make_batches(plan)
             self._trial = _Trial(self.recipe, self._model, batches, self._criterion)
         return self._trial.make_step(plan)
 
     def _key(self, batches: Batches, candidates: Sequence[Plan]) -> str:
-        """A hash of all that the time of a step depends on."""
+        """Return a hash of everything that the time of a step depends on."""
         recipe, model = self.recipe, self._model
         shapes = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
         content = (
-            describe_hardware(self.device_name),
+            describe_hardware(self.context.device),
             [str(plan) for plan in candidates],
             recipe.model.name,
             recipe.model.options,
@@ -204,7 +202,7 @@ class Autotuner:
 
 
 class _Trial:
-    """One batch, as images or as the activations of the frozen trunk, to time steps on."""
+    """Time steps on one batch of images, or of outputs of the frozen backbone."""
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, batches: Batches, criterion: Criterion
@@ -214,20 +212,20 @@ class _Trial:
         self.prefix = feature_cache.cacheable_backbone(recipe, model)
         if self.prefix:
             plan = batches.plan
-            twin = plan.prepare_model(copy.deepcopy(model))
-            if feature_cache.is_sequential_split(twin, self.prefix, self.images[:8]):
-                found = feature_cache.compute_features(
-                    twin, self.prefix, [self.images], self.labels, plan
+            model_copy = plan.prepare_model(copy.deepcopy(model))
+            if feature_cache.is_sequential_split(model_copy, self.prefix, self.images[:8]):
+                features = feature_cache.compute_features(
+                    model_copy, self.prefix, [self.images], self.labels, plan
                 )
-                self.images = found.values
+                self.images = features.values
             else:
                 self.prefix = []
 
     def make_step(self, plan: Plan) -> Callable[[], Tensor]:
         options = self.recipe.optim
-        twin = plan.prepare_model(copy.deepcopy(self.model))
-        optimizer = optim.build_optimizer(twin, options)
-        trained = feature_cache.trainable_head(twin, self.prefix) if self.prefix else twin
+        model = plan.prepare_model(copy.deepcopy(self.model))
+        optimizer = optim.build_optimizer(model, options)
+        trained = feature_cache.trainable_head(model, self.prefix) if self.prefix else model
         set_train_mode(trained)
         images = feature_cache.identity(self.images, plan)
         loop = TrainLoop(
@@ -245,7 +243,7 @@ class _Trial:
 def fastest(
     candidates: Sequence[Plan], make_step: Callable[[Plan], Callable[[], object]], rounds: int = 5
 ) -> tuple[Plan, list[float]]:
-    """The candidate with the fastest step, and seconds per step of each.
+    """Return the candidate with the fastest step, and the seconds per step of each.
 
     The seconds are medians of interleaved rounds. A candidate that is far behind after two rounds
     is dropped from the others. A later candidate must win by 5%, so that noise does not choose
@@ -298,7 +296,7 @@ def choose_step_mode(
     shapes: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Plan:
-    """`plan` with the step mode that finishes `steps` steps soonest, compilation included.
+    """Return `plan` with the step mode that finishes `steps` steps first, compilation included.
 
     Nothing is tried outside of CUDA, for deterministic plans, and where the run is too short to
     earn back a compilation.
@@ -319,22 +317,22 @@ def choose_step_mode(
     for mode in modes_worth_trying(eager, steps):
         candidate = replace(plan, step_mode=mode)
         try:
-            found = time_steps(candidate, make_step, clock)
+            timing = time_steps(candidate, make_step, clock)
         except Exception as error:  # a compiler has many ways to fail; eager steps work
             reason = (str(error).splitlines() or ["?"])[0][:200]
-            print_status(f"the model can't be compiled here ({mode}): {reason}")
+            print_status(f"the model cannot be compiled here ({mode}): {reason}")
             continue
-        if not losses_agree(eager.losses, found.losses):
-            print_status(f"the compiled model ({mode}) gives other losses, so it isn't used")
+        if not losses_agree(eager.losses, timing.losses):
+            print_status(f"the compiled model ({mode}) computes other losses and is not used")
             continue
-        total = found.setup * shapes + found.step * steps
+        total = timing.setup * shapes + timing.step * steps
         if total < 0.95 * best_total:
             best, best_total = candidate, total
     return best
 
 
 def modes_worth_trying(eager: StepTiming, steps: int) -> list[str]:
-    """Compiled modes that could earn back their cost, judged by the time of eager steps.
+    """Return the compiled modes that could earn back their cost, judged by the time of eager steps.
 
     CUDA graphs (`reduce-overhead`) save the time to launch kernels one by one, which counts only
     where the host takes about as long as the device.
@@ -349,7 +347,7 @@ def modes_worth_trying(eager: StepTiming, steps: int) -> list[str]:
 
 
 def time_steps(plan: Plan, make_step: MakeStep, clock: Callable[[], float]) -> StepTiming:
-    """The median step after `WARMUP_STEPS`, in which models are compiled and graphs captured."""
+    """Time steps after `WARMUP_STEPS`, in which models are compiled and graphs captured."""
     step = make_step(plan)
     seed_generators(plan.device, 0)  # the same dropout for all, so that losses compare
     start = clock()
@@ -370,7 +368,7 @@ def time_steps(plan: Plan, make_step: MakeStep, clock: Callable[[], float]) -> S
 
 
 def losses_agree(eager: tuple[float, ...], compiled: tuple[float, ...]) -> bool:
-    """Whether the losses of the first steps are within a tenth of each other.
+    """Return whether the losses of the first steps are within a tenth of each other.
 
     Half precision and other kernels round differently, so that later losses diverge. A mode that
     computes something else, or does not update the weights, differs at once.
@@ -385,7 +383,7 @@ def losses_agree(eager: tuple[float, ...], compiled: tuple[float, ...]) -> bool:
 
 
 def _load_timings() -> dict[str, Any]:
-    """What was timed on this machine; empty where the file is damaged, and is timed again."""
+    """Read the timings of this machine; empty if the file is missing or damaged."""
     try:
         content = json.loads((cache.cache_folder() / "plans.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -399,7 +397,7 @@ def _store_timings(key: str, tuned: TunedPlan) -> None:
     """Add an entry. Of two processes that write at once, one entry is lost and timed again."""
     known = {**_load_timings(), key: tuned.to_dict()}
     latest = dict(list(known.items())[-MAX_REMEMBERED:])
-    with contextlib.suppress(ResourceError):  # a cache folder that can't be written is no error
+    with contextlib.suppress(ResourceError):  # an unwritable cache folder is not an error
         text = json.dumps(latest, indent=1) + "\n"
         files.remove_stale_temp_files(cache.cache_folder(), ["plans.json"], alone=False)
         files.write_atomic(cache.cache_folder() / "plans.json", text)

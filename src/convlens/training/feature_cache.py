@@ -1,4 +1,10 @@
-"""What a training reads: augmented images, or the activations of a trunk that doesn't learn."""
+"""What the training loop reads: augmented images, or cached outputs of a frozen backbone.
+
+Frozen layers compute the same outputs for the same image in every epoch. `compute_features` runs
+them once over a split and keeps the outputs; `trainable_head` is the rest of the network, which is
+then trained on them. Both share the weights of the network, so that whoever holds the network sees
+it learn. An epoch costs no more than the trainable part.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +31,17 @@ from convlens.models import stages
 from convlens.recipe import Recipe
 from convlens.utils.console import print_status, progress_bar
 
-# ---- trunk ----------------------------------------
-# The frozen beginning of a network, computed once instead of in every epoch.
-#
-# Where the first layers don't learn, they give the same numbers for the same image in every epoch.
-# `compute` runs them once over a split and keeps what they give; `tail` is the rest of the network,
-# which then trains on that. The weights of both are the network's own, so that whoever holds the
-# network sees it learn. An epoch then costs no more than the part that learns.
+CHUNK_IMAGES = 256  # images for which the frozen backbone is computed at once
+# Separates the random generators of fixed views from those of order, augmentation and dropout.
+VIEW_SEED = 4
 
-CHUNK_IMAGES = 256
-Images = Iterable[Tensor]
+# Takes a function that is called after each batch; returns logits `[N, K]` and targets `[N]`.
+ValidateFunction = Callable[[Callable[[int], None]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the trunk gives for a split: `[N, ...]` on the device. Takes the place of its images."""
+    """Outputs of the frozen backbone for a split, `[N, ...]` on the device, in place of images."""
 
     values: Tensor
     labels: Tensor
@@ -50,7 +52,7 @@ class Features:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        n, c, h, w = (*self.values.shape, 1, 1)[:4]  # behind the last pooling there are no maps
+        n, c, h, w = (*self.values.shape, 1, 1)[:4]  # after global pooling there are no maps
         return n, c, h, w
 
     def gather(self, index: Tensor) -> Tensor:
@@ -61,10 +63,10 @@ class Features:
 
 
 class ViewBatches:
-    """Epoch after epoch the next of several fixed views of the same images, then the first again.
+    """Batches of several fixed augmented views of the same images, one view per epoch in turn.
 
     Args:
-        views: batches of the same images in the same order of the same sizes.
+        views: batches of the same images, in the same order and of the same sizes.
     """
 
     def __init__(self, views: Sequence[Batches]) -> None:
@@ -78,52 +80,57 @@ class ViewBatches:
         return self.views[0].sizes
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The epoch's batches from number `start` on; epochs count from 1."""
+        """Yield the batches of an epoch (from 1), starting with number `start`."""
         return self.views[(epoch - 1) % len(self.views)].epoch(epoch, start)
 
-    def numbers(self, epoch: int, step: int) -> list[int]:
-        """As `Batches.numbers`."""
-        return self.views[0].numbers(epoch, step)
+    def sample_indices(self, epoch: int, step: int) -> list[int]:
+        """Return the indices of the images in a batch, as `Batches.sample_indices`."""
+        return self.views[0].sample_indices(epoch, step)
 
 
 def trainable_head(model: nn.Module, prefix: Sequence[str]) -> nn.Module:
-    """The network without its trunk, sharing every weight and statistic with `model`."""
+    """Return the network without its frozen backbone, sharing parameters and buffers with `model`.
+
+    Args:
+        prefix: names of the modules of the backbone.
+    """
     tensors = itertools.chain(model.parameters(), model.buffers())
-    rest = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    head = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name in prefix:
-        rest.set_submodule(name, nn.Identity())
-    return rest
+        head.set_submodule(name, nn.Identity())
+    return head
 
 
 def is_sequential_split(model: nn.Module, prefix: Sequence[str], images: Tensor) -> bool:
-    """Whether trunk and tail in a row are the network: not so where it skips from one to the other.
+    """Return whether backbone and trainable head in sequence compute the same as the network.
 
-    Tried on normalised `images` `[B, C, H, W]` in eval mode.
+    They do not if a connection skips from one to the other. Both are run on normalized `images`
+    `[B, C, H, W]` in eval mode.
     """
     with torch.no_grad():
-        whole = model.eval()(images)
-        reached = _backbone_output(model, prefix[-1], images)
+        expected = model.eval()(images)
+        features = _backbone_output(model, prefix[-1], images)
         try:
-            parts = trainable_head(model, prefix).eval()(reached)
+            actual = trainable_head(model, prefix).eval()(features)
         except Exception:
             return False
-    return whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-3, atol=1e-4)
+    return expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-3, atol=1e-4)
 
 
 def compute_features(
     model: nn.Module,
     prefix: Sequence[str],
-    batches: Images,
+    batches: Iterable[Tensor],
     labels: Tensor,
     plan: Plan,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Features:
-    """The trunk's activations for normalised images, batch by batch, in the plan's precision.
+    """Compute the outputs of the frozen backbone for a split, in the plan's precision.
 
     Args:
-        batches: float32 `[B, C, H, W]` on the device, all images of the split in order.
+        batches: normalized images, float32 `[B, C, H, W]` on the device, in the order of the split.
         labels: int64 `[N]`.
-        advance: is told how many images are done.
+        advance: called with the number of images of each batch.
     """
     kept: Tensor | None = None
     done = 0
@@ -140,30 +147,33 @@ def compute_features(
 
 
 def feature_bytes(model: nn.Module, prefix: Sequence[str], images: Tensor, plan: Plan) -> int:
-    """Bytes that the activations of one image take; tried on `images`, normalised."""
+    """Return the bytes that the features of one image take, measured on normalized `images`."""
     with torch.no_grad(), plan.autocast():
         values = _backbone_output(model, prefix[-1], images)
     return values[0].numel() * values.element_size()
 
 
 def identity(features: Tensor, plan: Plan) -> Tensor:
-    """Takes the place of `Normalize`: activations need none, only the plan's memory format.
+    """Copy features into the plan's memory format; used in place of `Normalize`.
 
-    Always a copy: a network may begin with an in-place operation, and these are used again.
+    Always a copy: the trainable head may start with an in-place operation, and features are used
+    again in the next epoch.
     """
     return features.clone(
         memory_format=plan.torch_memory_format if features.ndim == 4 else torch.preserve_format
     )
 
 
-class _StopForward(Exception):  # noqa: N818 (control flow, no error)
+class _StopForward(Exception):  # noqa: N818 (control flow)
+    """Raised by a hook to leave a forward pass with the output of a module."""
+
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.values = values
 
 
 def _backbone_output(model: nn.Module, last: str, images: Tensor) -> Tensor:
-    """What the module `last` gives for `images` in eval mode; nothing behind it is computed."""
+    """Return the output of module `last` for `images` in eval mode; compute nothing after it."""
 
     def stop(module: nn.Module, inputs: object, output: Tensor) -> None:
         raise _StopForward(output)
@@ -179,20 +189,17 @@ def _backbone_output(model: nn.Module, last: str, images: Tensor) -> Tensor:
     raise RuntimeError(f"{last} takes no part in the forward pass")
 
 
-ValidateFunction = Callable[[Callable[[int], None]], tuple[Tensor, Tensor]]
-VIEW_SEED = 4  # tells the generators of fixed views from those of order, augmentation and dropout
-
-
 @dataclass(frozen=True)
 class TrainInputs:
-    """The part of the network that the engine trains, what it trains on, and how it is tested.
+    """The part of the network that is trained, the batches it is trained on, and its validation.
 
     Attributes:
-        model: the network, or what is behind its cached trunk; the weights are shared.
-        batches: what `engine.TrainLoop.run` reads.
-        validate: logits float32 `[N, K]` and labels `[N]` of the validation split; told of each
-            batch, what it is given may raise.
-        cached_bytes: size of the trunk's activations; 0 where images are read.
+        model: the network, or its trainable head if the frozen backbone is cached. Weights are
+            shared with the network.
+        batches: read by `TrainLoop.run`.
+        validate: returns logits and targets of the validation split. The function it is called
+            with may raise to interrupt it.
+        cached_bytes: size of the cached features; 0 if images are read.
     """
 
     model: nn.Module
@@ -202,10 +209,10 @@ class TrainInputs:
 
 
 class TimedBatches:
-    """Batches that add the time spent waiting for them to the state's `data_seconds`.
+    """Add the time spent waiting for batches to the `data_seconds` of a training state.
 
-    On a CPU that is reading, augmenting and normalising; on a GPU, which is only told what to
-    augment, it is the time in which the host could tell it nothing else.
+    On a CPU this is the time to read, augment and normalize. On a GPU, where these operations are
+    only enqueued, it is the time in which the host enqueues nothing else.
     """
 
     def __init__(self, batches: EpochBatches, state: TrainState) -> None:
@@ -228,14 +235,18 @@ class TimedBatches:
 def choose_train_inputs(
     recipe: Recipe, data: Data, model: nn.Module, images: Batches
 ) -> TrainInputs:
-    """Chooses between images and cached activations, and computes the latter.
+    """Choose between images and cached features as the input of the training.
 
-    The trunk is cached where it is frozen, the images are the same in every epoch (no
-    augmentation, or `train.views` fixed draws of it) and its activations fit into memory.
+    Features are cached if the backbone is frozen, the images are the same in every epoch (no
+    augmentation, or `train.views` fixed views) and the features fit into memory.
 
     Args:
         model: on its device, frozen as the recipe says.
-        images: the training split's batches.
+        images: the batches of the training split.
+
+    Raises:
+        UsageError: `train.views` is set, and features cannot be cached.
+        ResourceError: `train.views` is set, and the features do not fit into memory.
     """
     options = recipe.train
     plan, normalize = images.plan, images.normalize
@@ -243,81 +254,86 @@ def choose_train_inputs(
     def validate(advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
         return _split_logits(images.world, model, data.val, normalize, plan, advance)
 
-    plain = TrainInputs(model, images, validate)
+    without_cache = TrainInputs(model, images, validate)
     if options.views:
         _check_views(recipe, stages.frozen_prefix(model))
     prefix = cacheable_backbone(recipe, model)
     if not prefix:
-        return plain
-    few = data.train.rows.gather(torch.arange(min(8, len(data.train)))).to(plan.device)
-    sample = normalize(few, plan)
+        return without_cache
+    pixels = data.train.rows.gather(torch.arange(min(8, len(data.train)))).to(plan.device)
+    sample = normalize(pixels, plan)
     if is_sequential_split(model, prefix, sample):
-        return _cache_features(recipe, data, model, images, prefix, sample) or plain
+        return _cache_features(recipe, data, model, images, prefix, sample) or without_cache
     if options.views:
         raise UsageError(
-            f"train.views={options.views} keeps the activations of frozen layers, but here "
+            f"train.views={options.views} caches the outputs of frozen layers, but in this network "
             f"later layers read more than the output of {prefix[-1]}",
             fix="leave out train.views, or freeze up to another layer with model.trainable",
         )
-    return plain
+    return without_cache
 
 
 def cacheable_backbone(recipe: Recipe, model: nn.Module) -> list[str]:
-    """Modules of the trunk that may be computed once; none where it learns or images change."""
-    fixed = bool(recipe.train.views) or not recipe.operations
-    return stages.frozen_prefix(model) if fixed and recipe.train.cache_trunk else []
+    """Return the names of the frozen modules that can be computed once; none if images change."""
+    images_are_fixed = bool(recipe.train.views) or not recipe.operations
+    can_cache = images_are_fixed and recipe.train.cache_trunk
+    return stages.frozen_prefix(model) if can_cache else []
 
 
 def _check_views(recipe: Recipe, prefix: list[str]) -> None:
     mixes = [name for name, _ in recipe.operations if name in MIXES]
-    reason = "the first layer of this network learns" * (not prefix)
-    reason = reason or "there is no augmentation" * (not recipe.operations)
-    reason = reason or f"{' and '.join(mixes)} mixes labels anew in each batch" * bool(mixes)
-    reason = reason or "train.cache_trunk=false computes them anew" * (not recipe.train.cache_trunk)
-    if reason:
-        raise UsageError(
-            f"train.views={recipe.train.views} is for augmented images before a frozen trunk, "
-            f"and {reason}",
-            fix="leave out train.views, or set model.trainable, e.g. last:2",
-        )
+    if not prefix:
+        reason = "the first layer of this network is trainable"
+    elif not recipe.operations:
+        reason = "there is no augmentation"
+    elif mixes:
+        reason = f"{' and '.join(mixes)} mixes the labels of each batch"
+    elif not recipe.train.cache_trunk:
+        reason = "train.cache_trunk=false disables the cache"
+    else:
+        return
+    raise UsageError(
+        f"train.views={recipe.train.views} is for augmented images and a frozen backbone, but "
+        f"{reason}",
+        fix="leave out train.views, or set model.trainable, e.g. last:2",
+    )
 
 
 def _cache_features(
     recipe: Recipe, data: Data, model: nn.Module, images: Batches, prefix: list[str], sample: Tensor
 ) -> TrainInputs | None:
-    """Everything computed once; None where it does not fit into memory."""
+    """Compute the features of all training and validation images; None if they do not fit."""
     plan, views = images.plan, recipe.train.views or 1
-    each = feature_bytes(model, prefix, sample, plan)
-    size = each * len(data.train) * views + 2 * each * len(data.val)
+    bytes_per_image = feature_bytes(model, prefix, sample, plan)
+    size = bytes_per_image * (len(data.train) * views + 2 * len(data.val))
     budget = images.world.all_reduce_min(memory_budget(plan.device))
     if size > budget:
-        told = f"{size / 2**20:,.0f} MiB of activations, and {budget / 2**20:,.0f} MiB are free"
+        needed = f"{size / 2**20:,.0f} MiB of features, and {budget / 2**20:,.0f} MiB are free"
         if recipe.train.views:
             raise ResourceError(
-                f"train.views={views} needs {told}", fix="fewer views, or leave out train.views"
+                f"train.views={views} needs {needed}",
+                fix="use fewer views, or leave out train.views",
             )
-        print_status(
-            f"the frozen layers are computed in every epoch: keeping them would take {told}"
-        )
+        print_status(f"the frozen layers are computed in every epoch: a cache needs {needed}")
         return None
     print_status(f"the frozen layers ({prefix[0]} to {prefix[-1]}) are computed once")
-    exact = Plan(plan.device, "fp32", plan.memory_format)
+    float32_plan = Plan(plan.device, "fp32", plan.memory_format)  # as in every validation
     total = views * len(data.train) + len(data.val)
     with progress_bar("frozen layers", total) as bar:
-        parts = []
+        batches_of_views = []
         for view in range(views):
-            read = _normalized_images(data.train, images, view if recipe.train.views else None)
-            found = compute_features(model, prefix, read, data.train.labels, plan, bar.advance)
-            parts.append(_feature_batches(recipe, found, images))
-        read = _normalized_images(data.val, images, None)
-        val = compute_features(model, prefix, read, data.val.labels, exact, bar.advance)
-    rest = trainable_head(model, prefix)
+            pixels = _normalized_images(data.train, images, view if recipe.train.views else None)
+            train = compute_features(model, prefix, pixels, data.train.labels, plan, bar.advance)
+            batches_of_views.append(_feature_batches(recipe, train, images))
+        pixels = _normalized_images(data.val, images, None)
+        val = compute_features(model, prefix, pixels, data.val.labels, float32_plan, bar.advance)
+    head = trainable_head(model, prefix)
 
     def validate(advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        return _split_logits(images.world, rest, val, identity, plan, advance)
+        return _split_logits(images.world, head, val, identity, plan, advance)
 
-    batches = ViewBatches(parts) if len(parts) > 1 else parts[0]
-    return TrainInputs(rest, batches, validate, size)
+    batches = ViewBatches(batches_of_views) if views > 1 else batches_of_views[0]
+    return TrainInputs(head, batches, validate, size)
 
 
 def _split_logits(
@@ -328,12 +344,12 @@ def _split_logits(
     plan: Plan,
     advance: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:
-    """Logits and labels of a split, of which each process computes its part."""
+    """Return logits and labels of a split; every process computes a part of it."""
 
-    def ask(part: Labelled) -> tuple[Tensor]:
+    def compute(part: Labelled) -> tuple[Tensor]:
         return (split_logits(model, part, prepare, plan, advance=advance)[0],)
 
-    (logits,) = distributed_map(world, split, ask)
+    (logits,) = distributed_map(world, split, compute)
     assert logits is not None
     return logits, split.labels.to(plan.device)
 
@@ -350,13 +366,13 @@ def _feature_batches(recipe: Recipe, features: Features, like: Batches) -> Batch
 
 
 def _normalized_images(split: Split, like: Batches, view: int | None) -> Iterator[Tensor]:
-    """All images of a split in order, normalised; with `view`, that draw of the augmentation."""
+    """Yield all images of a split in order, normalized; with `view`, augmented for that view."""
     generator = torch.Generator(like.plan.device)
     for chunk, index in enumerate(torch.arange(len(split)).split(CHUNK_IMAGES)):
         images = split.rows.gather(index).to(like.plan.device)
         if view is not None and like.augment is not None:
             generator.manual_seed(derive_seed(like.seed, view, chunk, VIEW_SEED))
-            run_dir = SampleInfo(index.to(like.plan.device), view + 1, like.seed)
+            sample_info = SampleInfo(index.to(like.plan.device), view + 1, like.seed)
             labels = split.labels[index].to(like.plan.device)
-            images, _ = like.augment(to_unit(images), labels, run_dir, generator)
+            images, _ = like.augment(to_unit(images), labels, sample_info, generator)
         yield like.normalize(images, like.plan)

@@ -1,7 +1,8 @@
-"""Where pretrained weights come from: torchvision, timm, files, other runs.
+"""Pretrained weights from torchvision, timm, files and other runs.
 
-`model.weights` says it in one word. `check` knows wrong words before any image is read, `find`
-opens or downloads (nothing else touches the network), `start` fits what came into the network.
+`model.weights` of a recipe names the source. `check_weights_config` refuses wrong names before any
+image is read, `find_weights` opens or downloads the file (only it uses the internet), and
+`load_pretrained` loads the tensors into the network.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # `IMAGENET1K_V1`, `DEFAULT` or, with its table, `ResNet18_Weights.IMAGENET1K_V1`.
 _MEMBER = re.compile(r"(?:(\w+_Weights)\.)?(IMAGENET\w*|DEFAULT)|(\w+_Weights)\.(\w+)")
 
-# Their weights come from TensorFlow and take pixels as (x - 0.5) / 0.5. torchvision normalises as
-# for ImageNet and undoes it inside (`transform_input`), where we build them without.
+# Their weights come from TensorFlow and expect pixels as (x - 0.5) / 0.5. torchvision normalizes as
+# for ImageNet and undoes it in the network (`transform_input`); convlens builds them without that.
 FROM_TENSORFLOW = ("googlenet", "inception_v3")
 
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Tensors by name and what is known of them.
+    """Pretrained tensors by name, and where they come from.
 
-    `mean` and `std` (one number a channel, images in 0..1) are those the weights were trained
-    with, `classes` the names of their head's outputs; None where nobody said.
+    Attributes:
+        mean, std: the normalization the weights were trained with, one number per channel for
+            images in [0, 1]; None if unknown.
+        classes: names of the outputs of the head; None if unknown.
     """
 
     tensors: dict[str, Tensor]
@@ -53,10 +56,10 @@ class WeightsSource:
 
 
 def check_weights_config(config: ModelConfig) -> None:
-    """Refuses a word that can't be right for this network, without opening any file.
+    """Refuse names of weights that this network does not have, without opening any file.
 
     Raises:
-        UsageError: with near misses.
+        UsageError: with close matches.
     """
     spec = config.weights
     if _is_timm(spec, config.name):
@@ -70,10 +73,10 @@ def check_weights_config(config: ModelConfig) -> None:
 
 
 def check_weights_available(config: ModelConfig) -> None:
-    """Looks whether a file or run is there: before images are read, which may take minutes.
+    """Check that a file or run of weights exists, before images are read, which may take minutes.
 
     Raises:
-        UsageError, ModelFileError: it isn't.
+        UsageError, ModelFileError: it does not.
     """
     spec = config.weights
     timm = _is_timm(spec, config.name)
@@ -82,11 +85,13 @@ def check_weights_available(config: ModelConfig) -> None:
 
 
 def find_weights(config: ModelConfig) -> WeightsSource:
-    """The weights that a recipe asks for (not `none`), downloaded if they are torchvision's or
-    timm's and not here yet.
+    """Return the weights that a recipe names (other than `none`).
+
+    Weights of torchvision and timm are downloaded if they are not in the cache.
 
     Raises:
-        UsageError: no such weights; ModelFileError: a file that can't be read, trusted or had.
+        UsageError: there are no such weights.
+        ModelFileError: the file cannot be downloaded, read or trusted.
     """
     spec = config.weights
     if _is_timm(spec, config.name):
@@ -123,13 +128,13 @@ def find_weights(config: ModelConfig) -> WeightsSource:
 def load_pretrained(
     source: WeightsSource, model: nn.Module, classes: tuple[str, ...]
 ) -> FittedWeights:
-    """Fits the weights into `model`; a head is taken over if its classes are ours, or unknown."""
+    """Load weights into `model`; keep their head if its classes equal `classes` or are unknown."""
     keep = source.classes is None or source.classes == classes
     return fit_weights(model, source.tensors, keep_head=keep, where=source.where)
 
 
 def weights_record(source: WeightsSource, fitted: FittedWeights) -> dict[str, Any]:
-    """What a run and its model file say about where their weights began."""
+    """Return what a run and its model file record about their pretrained weights."""
     return {
         "origin": source.origin,
         "sha256": source.sha256,
@@ -144,67 +149,66 @@ def weights_record(source: WeightsSource, fitted: FittedWeights) -> dict[str, An
 
 
 def pretrained_normalization(
-    told: Mapping[str, Any], channels: int
+    record: Mapping[str, Any], channels: int
 ) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation that the weights of a `record` expect, for that many channels."""
-    mean, std = told["mean"], told["std"]
+    """Return mean and standard deviation that the weights of a record expect; None if unknown."""
+    mean, std = record["mean"], record["std"]
     if mean is None or std is None:
         return None
-    return _spread(mean, channels), _spread(std, channels)
+    return _for_channels(mean, channels), _for_channels(std, channels)
 
 
-def _spread(values: list[float], channels: int) -> list[float]:
-    """As they are; of colour for grey the average, of grey for colour the same three times."""
+def _for_channels(values: list[float], channels: int) -> list[float]:
+    """Return one value per channel: averaged from color to gray, repeated from gray to color."""
     if len(values) == channels:
         return [float(value) for value in values]
     return [float(sum(values) / len(values))] * channels
 
 
-# Files and runs
-
-
 def _locate(spec: str, name: str) -> tuple[Path, str]:
-    """The file that a path or a run's name means, and what to call it."""
+    """Return the file that a path or the name of a run means, and a description of it."""
     path = Path(spec)
-    if os.path.isfile(path):  # (of `Path`, a name too long is an error)
+    if os.path.isfile(path):  # (`Path.is_file` raises for names that are too long)
         return path, f"file {spec}"
     if path.suffix in SUFFIXES and not os.path.isdir(path):
-        raise ModelFileError("no such file of weights", where=spec, fix="check model.weights")
+        raise ModelFileError("no such weights file", where=spec, fix="check model.weights")
     try:
-        found = run.find_run(spec)
+        run_dir = run.find_run(spec)
     except (UsageError, ModelFileError) as error:
         if os.path.isdir(path):
-            split = os.path.isfile(path / ".metadata")
+            if os.path.isfile(path / ".metadata"):
+                raise ModelFileError(
+                    "this is a folder of torch.distributed.checkpoint, whose index is a pickle, "
+                    "not a weights file",
+                    where=spec,
+                    fix="save the weights in one file: torch.save(model.state_dict(), ...)",
+                ) from error
             raise ModelFileError(
-                "this is a folder, not a file of weights"
-                + " (torch.distributed.checkpoint's: its index is a pickle)" * split,
+                "this is a folder, not a weights file",
                 where=spec,
-                fix="where it comes from, save them in one file: torch.save(model.state_dict(), "
-                "...)"
-                if split
-                else "give the file in it, or the name of a run",
+                fix="name the file in it, or a run",
             ) from error
         if isinstance(error, ModelFileError):
             raise
-        words = ["none", "default", *(r.name for r in run.list_runs())]
-        members = _table(name).__members__ if _table(name) else {}
-        close = close_matches(spec, words) + close_matches(spec.upper(), members)
+        names = ["none", "default", *(each.name for each in run.list_runs())]
+        table = _torchvision_weights(name)
+        members = table.__members__ if table else {}
+        close = close_matches(spec, names) + close_matches(spec.upper(), members)
         raise UsageError(
-            f"model.weights={spec!r} is no run, file or weights of {name}",
+            f"model.weights={spec!r} is not a run, a file or weights of {name}",
             fix=did_you_mean(close) or error.fix,
         ) from error
-    if not found.model_path.is_file():
+    if not run_dir.model_path.is_file():
         raise ModelFileError(
-            f"run {found.name!r} has no weights yet", where=str(found.path), fix="train it first"
+            f"run {run_dir.name!r} has no weights yet",
+            where=str(run_dir.path),
+            fix="train it first",
         )
-    return found.model_path, f"run {found.name}"
+    return run_dir.model_path, f"run {run_dir.name}"
 
 
-# torchvision
-
-
-def _table(name: str) -> Any:
-    """torchvision's weights enum of a network, None if it has none."""
+def _torchvision_weights(name: str) -> Any:
+    """Return torchvision's weights enum of a network; None if there is none."""
     from torchvision import models
 
     known = name in models.list_models(module=models)
@@ -212,11 +216,12 @@ def _table(name: str) -> Any:
 
 
 def _member(spec: str, name: str) -> Any:
-    table = _table(name)
+    """Return the member of torchvision's weights enum that `spec` names."""
+    table = _torchvision_weights(name)
     if not table:
         raise UsageError(
             f"model.weights={spec}: {name} has no pretrained weights in torchvision",
-            fix="a run, or a file (.safetensors, .pt, .pth, .bin) can be given",
+            fix="name a run, or a file (.safetensors, .pt, .pth, .bin)",
         )
     prefix, _, member = ("" if spec == "default" else spec).rpartition(".")
     choices = list(table.__members__)
@@ -232,44 +237,42 @@ def _member(spec: str, name: str) -> Any:
 
 
 def _downloaded(url: str) -> Path:
-    """The file of one of torchvision's addresses: found, or downloaded into `weights/`.
+    """Return the file of a torchvision URL: one that exists, or one downloaded into `weights/`.
 
-    Its name carries the first digits of its SHA-256, which are checked in either case.
+    The first digits of the SHA-256 are part of the file name; they are checked in either case.
     """
     file = url.rpartition("/")[2]
-    digits = re.search(r"-([0-9a-f]{8,})\.", file)
-    wanted = digits[1] if digits else ""
+    match = re.search(r"-([0-9a-f]{8,})\.", file)
+    sha256_prefix = match[1] if match else ""
     folders = [root / "weights" for root in data_roots()]
     for folder in (*folders, Path(torch.hub.get_dir()) / "checkpoints"):
         path = folder / file
         if path.is_file():
-            if not sha256(path).startswith(wanted):
+            if not sha256(path).startswith(sha256_prefix):
                 raise ModelFileError(
-                    f"not the file of that name: its SHA-256 doesn't begin with {wanted}",
+                    f"the content does not match the file name: its SHA-256 does not start with "
+                    f"{sha256_prefix}",
                     where=str(path.absolute()),
-                    fix="it is half a file or another one: delete it",
+                    fix="the file is incomplete or another one: delete it",
                 )
             return path
     target = folders[0] / file
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with interprocess_lock(target.parent / ".download.lock", f"downloading {file}"):
-            if not target.is_file():  # another process may just have done it
-                temporary = fetch(url, file, target.parent, known_hash=f"sha256:{wanted}")
+            if not target.is_file():  # another process may have downloaded it
+                temporary = fetch(url, file, target.parent, known_hash=f"sha256:{sha256_prefix}")
                 os.chmod(temporary, 0o644)
                 os.replace(temporary, target)
     except DownloadError as error:
         raise ModelFileError(
-            f"pretrained weights can't be downloaded: {url}: {error}",
+            f"pretrained weights cannot be downloaded: {url}: {error}",
             where=str(target.absolute()),
-            fix=f"put that file there by hand: {target.absolute()}",
+            fix=f"put the file there by hand: {target.absolute()}",
         ) from error
     except OSError as error:
         raise cannot_write(target, error) from error
     return target
-
-
-# timm
 
 
 def _is_timm(spec: str, name: str) -> bool:
@@ -279,34 +282,34 @@ def _is_timm(spec: str, name: str) -> bool:
 
 
 def _timm(spec: str, name: str) -> WeightsSource:
-    """Through timm, which knows the names of its files, converts old ones and keeps a cache."""
+    """Load weights through timm, which knows its files, converts old ones and has a cache."""
     import timm
 
-    asked = (name if spec == "default" else spec).removeprefix("timm/")
+    timm_name = (name if spec == "default" else spec).removeprefix("timm/")
     try:
-        network = timm.create_model(asked, pretrained=True)
-    # The hub, the network and timm itself each raise their own kinds.
+        network = timm.create_model(timm_name, pretrained=True)
+    # The hub, the HTTP client and timm itself each raise their own types.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelFileError(
-            f"timm can't get the weights {asked!r}: {reason}",
+            f"timm cannot load the weights {timm_name!r}: {reason}",
             where=spec,
-            fix="give a file of them: model.weights=PATH.safetensors",
+            fix="use a file: model.weights=PATH.safetensors",
         ) from error
     tensors = dict(network.state_dict())
     config = network.pretrained_cfg
     return WeightsSource(
         tensors=tensors,
-        origin=f"timm {asked}",
-        where=f"timm {asked}",
-        sha256=_file_digest(tensors),
+        origin=f"timm {timm_name}",
+        where=f"timm {timm_name}",
+        sha256=_tensors_digest(tensors),
         mean=list(config["mean"]) if config.get("mean") else None,
         std=list(config["std"]) if config.get("std") else None,
     )
 
 
-def _file_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and bytes: timm doesn't say which file it read."""
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over names and bytes; timm does not say which file it read."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())

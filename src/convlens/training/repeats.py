@@ -1,7 +1,7 @@
-"""Several runs of one recipe side by side: its variants, splits of the data, seeds, folds.
+"""Train a recipe several times: its variants, random splits of the data, seeds and folds.
 
-`expand` lists the runs and `train_many` trains them and puts them in one table. Each is an ordinary
-run: the same command finds or continues it. A single run is a single sample.
+`expand_runs` lists the runs, `train_many` trains them and summarizes them with means and standard
+deviations. Each run is an ordinary one, which the same command finds or resumes.
 """
 
 from __future__ import annotations
@@ -29,49 +29,49 @@ MAX_RUNS = 10_000  # runs of one command
 
 
 def expand_runs(
-    asked: Mapping[str | None, ResolvedRecipe],
+    recipes: Mapping[str | None, ResolvedRecipe],
     *,
     repeat_splits: int = 1,
     seeds: int = 1,
     folds: int | None = None,
     name: str | None = None,
 ) -> list[PlannedRun]:
-    """Every variant x split x seed x fold as a run with a name of its own.
+    """Return a run for every combination of variant, split, seed and fold.
 
-    Splits count from the recipe's `data.seed`, seeds from its `train.seed`. A run's name says
-    only what it differs in: `x` for the recipe's own split and seed, `x-seed1`, `x-a-split2`.
+    Splits count from the `data.seed` of the recipe, seeds from its `train.seed`. The name of a run
+    says only what differs: `x` for the recipe's own split and seed, `x-seed1`, `x-a-split2`.
     """
-    several = len(asked) * repeat_splits * seeds * (folds or 1)
-    if several > MAX_RUNS:
-        raise UsageError(f"that would be {several:,} runs; {MAX_RUNS:,} at most go together")
+    count = len(recipes) * repeat_splits * seeds * (folds or 1)
+    if count > MAX_RUNS:
+        raise UsageError(f"{count:,} runs are too many for one command; the limit is {MAX_RUNS:,}")
     plans = []
-    for variant, each in asked.items():
-        data_seed, seed = each.recipe.data.seed, each.recipe.train.seed
-        run_name = "-".join([name or each.recipe.name, *([variant] if variant else [])])
-        cells = [
-            (data_seed + split, seed + number, fold)
-            for split in range(repeat_splits)
-            for number in range(seeds)
+    for variant, resolved in recipes.items():
+        data_seed, seed = resolved.recipe.data.seed, resolved.recipe.train.seed
+        base_name = "-".join([name or resolved.recipe.name, *([variant] if variant else [])])
+        combinations = [
+            (data_seed + split_offset, seed + seed_offset, fold)
+            for split_offset in range(repeat_splits)
+            for seed_offset in range(seeds)
             for fold in (range(folds) if folds else [None])
         ]
-        for its_split, its_seed, fold in cells:
-            changes: dict[str, Any] = {"data.seed": its_split, "train.seed": its_seed}
-            its_name = run_name
-            if its_split != data_seed:
-                its_name += f"-split{its_split}"
-            if its_seed != seed:
-                its_name += f"-seed{its_seed}"
+        for run_data_seed, run_seed, fold in combinations:
+            changes: dict[str, Any] = {"data.seed": run_data_seed, "train.seed": run_seed}
+            run_name = base_name
+            if run_data_seed != data_seed:
+                run_name += f"-split{run_data_seed}"
+            if run_seed != seed:
+                run_name += f"-seed{run_seed}"
             if fold is not None:
                 changes |= {"data.folds": folds, "data.fold": fold}
-                its_name += f"-fold{fold}"
-            recipe = each.recipe.replace(**changes).model_copy(update={"name": its_name})
-            plain = each.plain or name is not None
-            plans.append(PlannedRun(recipe, plain, variant, its_split, its_seed, fold))
+                run_name += f"-fold{fold}"
+            recipe = resolved.recipe.replace(**changes).model_copy(update={"name": run_name})
+            plain_name = resolved.is_unmodified or name is not None
+            plans.append(PlannedRun(recipe, plain_name, variant, run_data_seed, run_seed, fold))
     return plans
 
 
 def train_many(
-    asked: Mapping[str | None, ResolvedRecipe],
+    recipes: Mapping[str | None, ResolvedRecipe],
     *,
     repeat_splits: int = 1,
     seeds: int = 1,
@@ -80,48 +80,54 @@ def train_many(
     name: str | None = None,
     fresh: bool = False,
     test: bool = True,
-    on: str | None = None,
+    device: str | None = None,
     quiet: bool = False,
 ) -> RunResults:
-    """Trains every variant with every split, seed and fold, and puts them side by side.
+    """Train every variant with every split, seed and fold, and summarize the results.
 
     Args:
-        asked: recipes by variant; a recipe without variants stands under None.
+        recipes: by name of the variant; None for the recipe itself.
         repeat_splits: number of random splits of the data (`data.seed`, `data.seed` + 1, ...).
         seeds: different initial weights, order, augmentation and dropout (`train.seed`, ...).
         folds: K-fold cross-validation on all images but the test split, which stays sealed.
-        refit: each run only finds the number of epochs; then one on training and validation
-            images together trains for that many and is tested.
-        name: stands for the recipe's name in those of the runs.
-        test: the table is about the test split, else about validation.
-        fresh, on, quiet: as in `training.train`.
+        refit: each run only selects the number of epochs; a second run trains on training and
+            validation images together for that many epochs and is tested.
+        name: replaces the name of the recipe in the names of the runs.
+        test: report accuracies on the test split; otherwise on validation.
+        fresh, device, quiet: as in `train`.
 
     Raises:
-        UsageError: before anything is trained, if a recipe or the combination can't be.
+        UsageError: a recipe is wrong, or the options cannot be combined. Checked before training.
     """
-    plans = expand_runs(asked, repeat_splits=repeat_splits, seeds=seeds, folds=folds, name=name)
+    plans = expand_runs(recipes, repeat_splits=repeat_splits, seeds=seeds, folds=folds, name=name)
     _check_plan(plans, repeat_splits=repeat_splits, folds=folds, refit=refit, test=test)
     test = test and folds is None
     outcomes = []
     with quiet_mode(quiet):
         for number, planned in enumerate(plans, 1):
             print_status(f"[bold]{planned.recipe.name}[/], {number} of {len(plans)}")
-            run_dir = chooser = _train(planned.recipe, planned, fresh, on, quiet)
+            run_dir = epoch_selection_run = _train(planned, planned.recipe, fresh, device, quiet)
             if refit:
-                run_dir = _train(
-                    refit_on_all(planned.recipe.name, chooser), planned, fresh, on, quiet
-                )
-            looked = evaluation.evaluate(run_dir, "test" if test else "val", on=on, quiet=quiet)
-            if len(plans) > 1:  # one run alone has its result in the table's last line
-                print_status(evaluation.sentence({**looked.to_dict(), "own": True}))
-            outcomes.append(RunOutcome(planned, run_dir, chooser, looked))
-    first = next(iter(asked.values()))
-    kinds = {"variants": len(asked) > 1, "splits": repeat_splits > 1, "seeds": seeds > 1}
-    kinds |= {"folds": folds is not None, "refit": refit}
-    run_name = name or first.recipe.name
-    plot = _plot_folder(run_name, [kind for kind, there in kinds.items() if there], asked, plans)
-    table = RunResults(
-        name=run.safe_name(run_name),
+                refit_recipe = refit_on_all(planned.recipe.name, epoch_selection_run)
+                run_dir = _train(planned, refit_recipe, fresh, device, quiet)
+            result = evaluation.evaluate(run_dir, "test" if test else "val", on=device, quiet=quiet)
+            if len(plans) > 1:  # the result of a single run is the last line of the table
+                print_status(evaluation.sentence({**result.to_dict(), "own": True}))
+            outcomes.append(RunOutcome(planned, run_dir, epoch_selection_run, result))
+    first = next(iter(recipes.values()))
+    repeated = {
+        "variants": len(recipes) > 1,
+        "splits": repeat_splits > 1,
+        "seeds": seeds > 1,
+        "folds": folds is not None,
+        "refit": refit,
+    }
+    base_name = name or first.recipe.name
+    plot = _plot_folder(
+        base_name, [kind for kind, is_on in repeated.items() if is_on], recipes, plans
+    )
+    results = RunResults(
+        name=run.safe_name(base_name),
         split="test" if test else "val",
         repeat_splits=repeat_splits,
         seeds=seeds,
@@ -131,19 +137,20 @@ def train_many(
         plot=plot / "curves.png",
     )
     if distributed.init_process_group().is_main_process:
-        run_plots.plot_several(table.plot, table.histories(), run_name, table.repeats_in_words())
-    return table
+        run_plots.plot_several(
+            results.plot, results.histories(), base_name, results.repeats_in_words()
+        )
+    return results
 
 
-def refit_on_all(name: str, chooser: RunDir) -> Recipe:
-    """The recipe of the run that trains on all that `chooser` had, for the epochs it chose."""
-    resolved = chooser.recipe()
-    changed = resolved.replace(
+def refit_on_all(name: str, epoch_selection_run: RunDir) -> Recipe:
+    """Return the recipe that trains on training and validation images for the selected epochs."""
+    changed = epoch_selection_run.recipe().replace(
         **{
             "data.val_fraction": 0,
             "data.folds": None,
             "data.fold": 0,
-            "train.epochs": int(chooser.metadata()["kept_epoch"]),
+            "train.epochs": int(epoch_selection_run.metadata()["kept_epoch"]),
             "train.patience": None,
             "train.keep": "last",
         }
@@ -151,40 +158,49 @@ def refit_on_all(name: str, chooser: RunDir) -> Recipe:
     return changed.model_copy(update={"name": f"{name}-refit"})
 
 
-def _train(recipe: Recipe, planned: PlannedRun, fresh: bool, on: str | None, quiet: bool) -> RunDir:
-    return train(recipe, plain=planned.plain, fresh=fresh, test=False, on=on, quiet=quiet)
+def _train(
+    planned: PlannedRun, recipe: Recipe, fresh: bool, device: str | None, quiet: bool
+) -> RunDir:
+    return train(
+        recipe,
+        is_unmodified_recipe=planned.plain_name,
+        fresh=fresh,
+        test=False,
+        device=device,
+        quiet=quiet,
+    )
 
 
 def _check_plan(
     plans: list[PlannedRun], *, repeat_splits: int, folds: int | None, refit: bool, test: bool
 ) -> None:
-    """Refuses what would only turn out after hours of training."""
+    """Refuse combinations that would otherwise fail after hours of training."""
     if refit and folds is not None:
         raise UsageError(
-            "--refit tests a model once, --folds keeps the test split sealed: one of them",
-            fix="choose by --folds first, then --refit what was chosen",
+            "--refit evaluates the test split, --folds keeps it sealed: they cannot be combined",
+            fix="select a recipe by --folds first, then use --refit on it",
         )
     if refit and not test:
         raise UsageError(
-            "--refit leaves no validation split, so without the test split there is no number",
+            "--refit leaves no validation split, so --no-test leaves nothing to report",
             fix="drop --no-test, or drop --refit",
         )
     for planned in plans:
         validate_recipe(planned.recipe)
         data = planned.recipe.data
         if not data.validates and (refit or not test):
-            what = "--refit chooses epochs" if refit else "--no-test measures"
+            what = "--refit selects epochs" if refit else "--no-test measures accuracy"
             raise UsageError(
-                f"{what} by validation, but data.val_fraction=0",
+                f"{what} on the validation split, but data.val_fraction=0",
                 where=planned.recipe.name,
                 fix="set data.val_fraction=0.15",
             )
         if refit and data.per_class is not None:
             raise UsageError(
-                f"--refit adds the validation images, but data.per_class={data.per_class} would "
-                "take as many as before",
+                f"--refit adds the validation images, but data.per_class={data.per_class} limits "
+                "the training images to the same number",
                 where=planned.recipe.name,
-                fix="data.total_per_class counts training and validation images together",
+                fix="use data.total_per_class, which counts training and validation images",
             )
     data = plans[0].recipe.data
     if repeat_splits > 1:
@@ -192,38 +208,40 @@ def _check_plan(
         source = find_source(data.name, count=data.count, image_size=size, group=data.group)
         if not is_drawn_split(data, source):
             raise UsageError(
-                f"--repeat-splits {repeat_splits} would repeat one split: {data.name!r} comes "
-                "with all its splits",
+                f"--repeat-splits {repeat_splits} would repeat the same split: {data.name!r} comes "
+                "with fixed splits",
                 fix="use --seeds, or draw training images with data.total_per_class",
             )
 
 
 def _plot_folder(
-    run_name: str,
-    kinds: list[str],
-    asked: Mapping[str | None, ResolvedRecipe],
+    base_name: str,
+    repeated: list[str],
+    recipes: Mapping[str | None, ResolvedRecipe],
     plans: list[PlannedRun],
 ) -> Path:
-    """As for runs: a recipe that isn't as published gets six digits of its hash."""
-    named = "-".join([run.safe_name(run_name), *kinds])
-    if not plans[0].plain:
-        digests = "".join(each.recipe.digest() for each in asked.values())
-        named += f"-{hashlib.sha256(digests.encode()).hexdigest()[:6]}"
-    return run.PLOTS_DIR / named
+    """Return the folder of the plots; like a run, a modified recipe gets six digits of a hash."""
+    folder = "-".join([run.safe_name(base_name), *repeated])
+    if not plans[0].plain_name:
+        digests = "".join(resolved.recipe.digest() for resolved in recipes.values())
+        folder += f"-{hashlib.sha256(digests.encode()).hexdigest()[:6]}"
+    return run.PLOTS_DIR / folder
 
-
-# ---- tabling ----------------------------------------
-# What several runs reached, side by side: means, deviations, and where they come from.
 
 MetricsRow = dict[str, float]
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run to be trained: its recipe, named after the run, and what it differs in."""
+    """A run to be trained.
+
+    Attributes:
+        recipe: its name is that of the run.
+        plain_name: the run takes that name without six digits of a hash.
+    """
 
     recipe: Recipe
-    plain: bool
+    plain_name: bool
     variant: str | None
     data_seed: int
     seed: int
@@ -232,61 +250,64 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """A trained run and one look at a split.
+    """A trained run and its evaluation.
 
-    `chooser` is the run that found the number of epochs: the run itself unless it is a refit.
+    Attributes:
+        epoch_selection_run: the run that selected the number of epochs; the run itself unless it
+            is a refit.
     """
 
     planned: PlannedRun
     run_dir: RunDir
-    chooser: RunDir
-    looked: Evaluation
+    epoch_selection_run: RunDir
+    evaluation: Evaluation
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return self.run_dir.metadata()
 
     @cached_property
     def history(self) -> list[MetricsRow]:
-        """The epochs in which validation was looked at."""
-        return self.chooser.metrics()
+        """The metrics of the epochs among which the number of epochs was selected."""
+        return self.epoch_selection_run.metrics()
 
     @property
     def epochs(self) -> tuple[int, int]:
-        """The epoch that was chosen, and how many were run to choose it."""
-        facts = self.chooser.metadata()
-        return int(facts["kept_epoch"]), int(facts["epochs"])
+        """The selected epoch, and the number of epochs trained to select it."""
+        metadata = self.epoch_selection_run.metadata()
+        return int(metadata["kept_epoch"]), int(metadata["epochs"])
 
     @property
     def val_accuracy(self) -> float | None:
-        """That of the chosen epoch; None without a validation split."""
-        value = next(r["val_accuracy"] for r in self.history if r["epoch"] == self.epochs[0])
+        """Validation accuracy of the selected epoch; None without a validation split."""
+        selected = self.epochs[0]
+        value = next(row["val_accuracy"] for row in self.history if row["epoch"] == selected)
         return None if math.isnan(value) else value
 
     def total(self, key: str) -> float | None:
-        """Seconds of the run, and of its chooser where that is another one."""
-        run_dirs = [self.run_dir] if self.chooser is self.run_dir else [self.run_dir, self.chooser]
-        return add_fold_results([run_dir.metadata().get(key) for run_dir in run_dirs])
+        """Return the seconds of the run, plus those of the run that selected its epochs."""
+        run_dirs = {id(each): each for each in (self.run_dir, self.epoch_selection_run)}
+        return sum_or_none([run_dir.metadata().get(key) for run_dir in run_dirs.values()])
 
     def to_dict(self) -> dict[str, Any]:
         kept, epochs = self.epochs
         return {
             "run": self.run_dir.name,
             "path": str(self.run_dir.path),
-            "chosen_by": self.chooser.name,
+            "chosen_by": self.epoch_selection_run.name,
             "data_seed": self.planned.data_seed,
             "seed": self.planned.seed,
             "fold": self.planned.fold,
-            "accuracy": self.looked.accuracy,
-            "interval95": list(self.looked.interval95),
-            "n": self.looked.n,
-            "correct": self.looked.correct,
-            "loss": self.looked.loss,
+            "accuracy": self.evaluation.accuracy,
+            "interval95": list(self.evaluation.interval95),
+            "n": self.evaluation.n,
+            "correct": self.evaluation.correct,
+            "loss": self.evaluation.loss,
             "val_accuracy": self.val_accuracy,
             "kept_epoch": kept,
             "epochs": epochs,
-            "parameters": self.facts["parameters"],
-            "trainable_parameters": trainable_parameters(self.facts),
+            "parameters": self.metadata["parameters"],
+            "trainable_parameters": trainable_parameters(self.metadata),
             "training_seconds": self.total("training_seconds"),
             "cpu_seconds": self.total("cpu_seconds"),
         }
@@ -294,21 +315,21 @@ class RunOutcome:
 
 @dataclass(frozen=True)
 class RepeatResult:
-    """One split and seed: a run, or the K runs of a cross-validation.
+    """The result of one split and seed: of one run, or of the K runs of a cross-validation.
 
-    Of these each image is judged once, by the model that didn't train on it, so they count as
-    one look at all of them.
+    In a cross-validation each image is classified once, by the model that was not trained on it, so
+    the K results are pooled.
     """
 
     outcomes: Sequence[RunOutcome]
 
     @property
     def n(self) -> int:
-        return sum(o.looked.n for o in self.outcomes)
+        return sum(o.evaluation.n for o in self.outcomes)
 
     @property
     def correct(self) -> int:
-        return sum(o.looked.correct for o in self.outcomes)
+        return sum(o.evaluation.correct for o in self.outcomes)
 
     @property
     def accuracy(self) -> float:
@@ -316,17 +337,17 @@ class RepeatResult:
 
     @property
     def loss(self) -> float:
-        return sum(o.looked.loss * o.looked.n for o in self.outcomes) / self.n
+        return sum(o.evaluation.loss * o.evaluation.n for o in self.outcomes) / self.n
 
     def total(self, key: str) -> float | None:
-        return add_fold_results([o.total(key) for o in self.outcomes])
+        return sum_or_none([o.total(key) for o in self.outcomes])
 
 
 @dataclass(frozen=True)
 class VariantSummary:
-    """What one variant reached; accuracies are shares from 0 to 1.
+    """Results of one variant over all splits and seeds. Accuracies are in [0, 1].
 
-    `sd` is the sample deviation (n - 1) over all splits and seeds.
+    `sd` is the sample standard deviation (n - 1).
     """
 
     variant: str | None
@@ -334,22 +355,20 @@ class VariantSummary:
 
     @property
     def repeats(self) -> list[RepeatResult]:
-        cells = dict.fromkeys((o.planned.data_seed, o.planned.seed) for o in self.outcomes)
-        return [
-            RepeatResult(
-                [o for o in self.outcomes if (o.planned.data_seed, o.planned.seed) == cell]
-            )
-            for cell in cells
-        ]
+        by_seeds: dict[tuple[int, int], list[RunOutcome]] = {}
+        for outcome in self.outcomes:
+            key = (outcome.planned.data_seed, outcome.planned.seed)
+            by_seeds.setdefault(key, []).append(outcome)
+        return [RepeatResult(outcomes) for outcomes in by_seeds.values()]
 
     @property
     def n(self) -> int:
-        """How many images a split and seed is judged by."""
+        """Number of images that each accuracy is measured on."""
         return self.repeats[0].n
 
     @property
     def accuracies(self) -> list[float]:
-        """One a split and seed; of a cross-validation over all its out-of-fold images."""
+        """One accuracy per split and seed; of a cross-validation, over all out-of-fold images."""
         return [repeat.accuracy for repeat in self.repeats]
 
     @property
@@ -362,43 +381,43 @@ class VariantSummary:
 
     @property
     def interval95(self) -> tuple[float, float] | None:
-        """Wilson's, where there is one split and seed: several are no single draw of images."""
+        """Wilson interval; None for several splits or seeds, which are not one sample of images."""
         (first, *more) = self.repeats
         return None if more else metrics.wilson_interval(first.correct, first.n)
 
     @property
     def parts(self) -> tuple[float, float] | None:
-        """The deviation between splits and that between seeds, where there are several of both."""
-        of: dict[int, list[float]] = {}
+        """Standard deviations between splits and between seeds; None without several of both."""
+        by_split: dict[int, list[float]] = {}
         for repeat in self.repeats:
-            of.setdefault(repeat.outcomes[0].planned.data_seed, []).append(repeat.accuracy)
-        if len(of) < 2 or min(map(len, of.values())) < 2:
+            by_split.setdefault(repeat.outcomes[0].planned.data_seed, []).append(repeat.accuracy)
+        if len(by_split) < 2 or min(map(len, by_split.values())) < 2:
             return None
-        return metrics.variance_components(list(of.values()))
+        return metrics.variance_components(list(by_split.values()))
 
     @property
     def val_accuracy(self) -> tuple[float, float | None] | None:
-        """Mean and deviation of the chosen epochs' validation accuracy."""
+        """Mean and standard deviation of the validation accuracy of the selected epochs."""
         values = [o.val_accuracy for o in self.outcomes]
         known = [value for value in values if value is not None]
         return metrics.mean_sd(known) if len(known) == len(values) else None
 
     def over(self, other: VariantSummary) -> tuple[float, float | None]:
-        """Mean and sample deviation of how much more accurate this is than `other`.
+        """Return mean and standard deviation of the difference in accuracy to `other`.
 
-        Both are differences within a split and seed, which two variants have in common: what a
-        lucky split or seed gives to both falls out.
+        Differences are taken within each split and seed, so that the effect of a lucky split or
+        seed on both variants cancels.
         """
         pairs = zip(self.accuracies, other.accuracies, strict=True)
-        return metrics.mean_sd([mine - its for mine, its in pairs])
+        return metrics.mean_sd([accuracy - reference for accuracy, reference in pairs])
 
     def mean_of(self, key: str) -> float | None:
-        """Mean over splits and seeds of `training_seconds` or `cpu_seconds`."""
-        spent = add_fold_results([repeat.total(key) for repeat in self.repeats])
-        return None if spent is None else spent / len(self.repeats)
+        """Return the mean of `training_seconds` or `cpu_seconds` over splits and seeds."""
+        total = sum_or_none([repeat.total(key) for repeat in self.repeats])
+        return None if total is None else total / len(self.repeats)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; lists have one entry for each split and seed, `runs` one a run."""
+        """Return plain values. Lists have one entry per split and seed, `runs` one per run."""
         repeats, parts = self.repeats, self.parts
         firsts = [repeat.outcomes[0] for repeat in repeats]
         validated = self.val_accuracy
@@ -416,8 +435,8 @@ class VariantSummary:
             "seeds": [o.planned.seed for o in firsts],
             "val_accuracy": validated[0] if validated else None,
             "val_accuracy_sd": validated[1] if validated else None,
-            "parameters": firsts[0].facts["parameters"],
-            "trainable_parameters": trainable_parameters(firsts[0].facts),
+            "parameters": firsts[0].metadata["parameters"],
+            "trainable_parameters": trainable_parameters(firsts[0].metadata),
             "training_seconds": [repeat.total("training_seconds") for repeat in repeats],
             "cpu_seconds": [repeat.total("cpu_seconds") for repeat in repeats],
             "runs": [outcome.to_dict() for outcome in self.outcomes],
@@ -426,7 +445,7 @@ class VariantSummary:
 
 @dataclass(frozen=True)
 class RunResults:
-    """Several runs side by side; `split` is the one that the accuracies are of."""
+    """The results of several runs. `split` is the split that accuracies are measured on."""
 
     name: str
     split: str
@@ -439,7 +458,7 @@ class RunResults:
 
     @property
     def summaries(self) -> list[VariantSummary]:
-        """One a variant, in their order."""
+        """One summary per variant, in their order."""
         names = dict.fromkeys(o.planned.variant for o in self.outcomes)
         return [
             VariantSummary(name, [o for o in self.outcomes if o.planned.variant == name])
@@ -447,22 +466,22 @@ class RunResults:
         ]
 
     @property
-    def flattered(self) -> bool:
-        """Whether the images that the accuracies are of have chosen the epoch, too."""
+    def is_optimistic(self) -> bool:
+        """Whether the images that accuracies are measured on also selected the epoch."""
         kept = {o.planned.recipe.train.keep for o in self.outcomes}
         return self.split == "val" and "best" in kept
 
     def gains(self) -> list[tuple[float, float | None]]:
-        """For each variant, how much more accurate it is than the first (`Summary.over`)."""
+        """Return for each variant its difference to the first one (`VariantSummary.over`)."""
         first, *others = self.summaries
         return [(0.0, None), *(summary.over(first) for summary in others)]
 
     def histories(self) -> dict[str, list[list[MetricsRow]]]:
-        """The epochs of every run by variant."""
+        """Return the metrics of every run, by variant."""
         return {s.variant or "": [o.history for o in s.outcomes] for s in self.summaries}
 
     def repeats_in_words(self) -> str:
-        """What means and deviations are over, e.g. `2 splits x 3 seeds`; empty if nothing."""
+        """Return what is repeated, e.g. `2 splits × 3 seeds`; empty for a single run."""
         counts = {"split": self.repeat_splits, "seed": self.seeds, "fold": self.folds or 1}
         return " × ".join(f"{n} {what}s" for what, n in counts.items() if n > 1)
 
@@ -474,7 +493,7 @@ class RunResults:
             "seeds": self.seeds,
             "folds": self.folds,
             "refit": self.refit,
-            "flattered": self.flattered,
+            "flattered": self.is_optimistic,
             "plot": str(self.plot),
             "variants": [
                 summary.to_dict() | {"over_first": gain, "over_first_sd": sd}
@@ -483,12 +502,12 @@ class RunResults:
         }
 
 
-def add_fold_results(values: Sequence[float | None]) -> float | None:
-    """Their sum; None if one of them isn't known."""
+def sum_or_none(values: Sequence[float | None]) -> float | None:
+    """Return the sum of the values; None if one of them is unknown."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
 
 
-def trainable_parameters(facts: dict[str, Any]) -> int:
-    """How many weights were trained; all of them in runs that don't say."""
-    return int(facts.get("trainable_parameters", facts["parameters"]))
+def trainable_parameters(metadata: dict[str, Any]) -> int:
+    """Return the number of trainable parameters of a run; old runs record only all parameters."""
+    return int(metadata.get("trainable_parameters", metadata["parameters"]))

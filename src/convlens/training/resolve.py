@@ -1,4 +1,4 @@
-"""From what was typed or passed to a checked recipe: one reading for command line and Python."""
+"""Resolve what the user asked for (a recipe, a file, a data set, a run) into a validated recipe."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from convlens.training import pretrained
 
 @dataclass(frozen=True)
 class ResolvedRecipe:
-    """A recipe, and whether it is as published (then its run takes the bare name)."""
+    """A recipe, and whether it is unmodified; the run of an unmodified recipe has its bare name."""
 
     recipe: Recipe
-    plain: bool
+    is_unmodified: bool
 
 
 def resolve_recipe(
@@ -35,36 +35,44 @@ def resolve_recipe(
     overrides: Sequence[str] = (),
     variant: str | None = None,
 ) -> ResolvedRecipe:
-    """The recipe meant by a recipe's name, a YAML file, or a data set.
+    """Return the recipe that a name, a YAML file, a mapping or a data set stands for.
 
-    A recipe's name wins; a data set alone (built-in name, folder, CSV, or the name of a folder
-    under `data/` or `$CONVLENS_DATA`) means the recipe `folder` on it. `variant` is the name of
-    one of the recipe's variants; `overrides` take precedence over it.
+    The name of a recipe takes precedence over that of a data set. A data set alone (built-in name,
+    folder, CSV, or the name of a folder under `data/` or `$CONVLENS_DATA`) means the recipe
+    `folder` on it.
+
+    Args:
+        data: a data set that replaces that of the recipe.
+        overrides: `key=value` texts; they take precedence over the variant.
+        variant: name of one of the recipe's variants.
 
     Raises:
-        UsageError: neither a recipe nor a data set, with near misses; wrong keys or values.
+        UsageError: neither a recipe nor a data set (close matches are named), or wrong keys or
+            values.
     """
     if isinstance(what, Recipe):
         what = what.model_dump(mode="json")
     if isinstance(what, Mapping):
         named = load_recipe(what, [*_data_override(data), *overrides], variant)
-        return ResolvedRecipe(named, plain=not overrides)
+        return ResolvedRecipe(named, is_unmodified=not overrides)
     text = os.fspath(what)
     if _is_recipe(text):
         named = load_recipe(text, [*_data_override(data), *overrides], variant)
         if data is None:
-            return ResolvedRecipe(named, plain=not overrides)
+            return ResolvedRecipe(named, is_unmodified=not overrides)
         run_name = f"{named.name}-{_dataset_run_name(str(data))}"
-        return ResolvedRecipe(named.model_copy(update={"name": run_name}), plain=not overrides)
+        return ResolvedRecipe(
+            named.model_copy(update={"name": run_name}), is_unmodified=not overrides
+        )
     _check_data_name(text)
     if data is not None:
         raise UsageError(
-            f"{text!r} is no recipe, and --data names the data already",
+            f"{text!r} is not a recipe, and --data already names the data",
             fix=f"recipes: {', '.join(recipe_names())}",
         )
     folder = load_recipe("folder", [*_data_override(text), *overrides], variant)
     return ResolvedRecipe(
-        folder.model_copy(update={"name": _dataset_run_name(text)}), plain=not overrides
+        folder.model_copy(update={"name": _dataset_run_name(text)}), is_unmodified=not overrides
     )
 
 
@@ -74,37 +82,39 @@ def resolve_recipe_or_run(
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> ResolvedRecipe:
-    """As `read`, or the recipe of a run, which goes by the run's name.
+    """Like `resolve_recipe`, and for a run return its recipe under the name of the run.
 
-    The name of a recipe or data set wins over that of a run, the folder of a run is a run.
+    The name of a recipe or data set takes precedence over that of a run. The directory of a run is
+    always a run.
 
     Raises:
-        UsageError: none of these, with near misses; ModelFileError: a run that can't be read.
+        UsageError: none of these; close matches are named.
+        ModelFileError: the run cannot be read.
     """
     if not isinstance(what, str | os.PathLike):
         return resolve_recipe(what, data=data, overrides=overrides)
     text = os.fspath(what)
     path = Path(text)
-    marks = (path / "run.json", path / "model.safetensors")
-    by_path = path.suffix == ".safetensors" or any(map(os.path.isfile, marks))
-    if not by_path and (_is_recipe(text) or _is_data(text)):
+    run_files = (path / "run.json", path / "model.safetensors")
+    is_run_path = path.suffix == ".safetensors" or any(map(os.path.isfile, run_files))
+    if not is_run_path and (_is_recipe(text) or _is_data(text)):
         return resolve_recipe(what, data=data, overrides=overrides)
-    from convlens import (
-        run,
-        serialization,  # torch: only where there is a run to read
-    )
+    # They import torch, which takes seconds.
+    from convlens import run, serialization
 
     try:
         run_dir = run.find_run(text)
     except UsageError:
         _check_data_name(text, [each.name for each in run.list_runs()])
         raise
-    alone = not (run_dir.path / "recipe.yaml").is_file()
-    model_metadata = run.load_model(run_dir.model_path).model_metadata if alone else {}
-    of_run = serialization.recipe_from_metadata(model_metadata) if alone else run_dir.recipe()
+    if (run_dir.path / "recipe.yaml").is_file():
+        recipe = run_dir.recipe()
+    else:  # a bare model file
+        model_metadata = run.load_model(run_dir.model_path).model_metadata
+        recipe = serialization.recipe_from_metadata(model_metadata)
     run_name = run_dir.name if data is None else f"{run_dir.name}-{_dataset_run_name(str(data))}"
     return resolve_recipe(
-        of_run.model_copy(update={"name": run_name}), data=data, overrides=overrides
+        recipe.model_copy(update={"name": run_name}), data=data, overrides=overrides
     )
 
 
@@ -121,19 +131,21 @@ def resolve_variants(
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str | None, ResolvedRecipe]:
-    """Read a recipe's variants by name: `all`, a list, or names separated by commas.
+    """Resolve the variants of a recipe.
 
-    With None the recipe itself is read; its key is None.
+    Args:
+        wanted: `all`, a list of names, or names separated by commas. None means the recipe itself;
+            its key in the result is None.
 
     Raises:
-        UsageError: the recipe has no variants, or none of that name, with near misses.
+        UsageError: the recipe has no variants, or none of that name; close matches are named.
     """
     if wanted is None:
         return {None: resolve_recipe(what, data=data, overrides=overrides)}
     names = [name.strip() for name in wanted.split(",")] if isinstance(wanted, str) else wanted
     if list(names) == ["all"] and not isinstance(what, Recipe):
         given = what if isinstance(what, Mapping) or _is_recipe(os.fspath(what)) else "folder"
-        names = list(variants(given)) or names  # `read` raises where there are none
+        names = list(variants(given)) or names  # without variants `load_recipe` raises
     return {n: resolve_recipe(what, data=data, overrides=overrides, variant=n) for n in names}
 
 
@@ -142,36 +154,40 @@ def _is_recipe(text: str) -> bool:
 
 
 def resolve_data_config(name: str, overrides: Sequence[str] = ()) -> DataConfig:
-    """The data section meant by a data set's name or path; `val_fraction=0.2` needs no section."""
+    """Return the data section for the name or path of a data set.
+
+    Args:
+        overrides: `key=value` texts, with or without `data.` before the key.
+    """
     return recipe_for_dataset("folder", name, overrides).data
 
 
 def recipe_for_dataset(recipe: str, data: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe (by name, or a YAML file) on a data set; overrides as for `read_data`."""
+    """Return a recipe (a name or a YAML file) on a data set; overrides are of its data section."""
     keys = [key if key.startswith("data.") else f"data.{key}" for key in overrides]
     _check_data_name(data)
     return load_recipe(recipe, [*_data_override(data), *keys])
 
 
 def to_overrides(values: Mapping[str, Any]) -> list[str]:
-    """Python values as `key=value` texts, e.g. `{"optim.lr": 0.1}`."""
+    """Return Python values, e.g. `{"optim.lr": 0.1}`, as `key=value` texts."""
     texts = []
     for key, value in values.items():
         try:
-            # Not as \uXXXX: YAML would take the two halves of an emoji for two characters.
+            # Not as \uXXXX: YAML reads the surrogates of an emoji as two characters.
             texts.append(f"{key}={json.dumps(value, default=_to_plain, ensure_ascii=False)}")
         except TypeError as error:
-            raise UsageError(f"{key}={value!r} is no setting: {error}") from error
+            raise UsageError(f"{key}={value!r} cannot be used in a recipe: {error}") from error
     return texts
 
 
 def _to_plain(value: Any) -> Any:
-    """Paths as text, and numbers and arrays of NumPy (what a grid search passes) as Python's."""
+    """Convert paths to text, and NumPy numbers and arrays (of a grid search) to Python values."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} has no form in a recipe")
+    raise TypeError(f"values of type {type(value).__name__} are not supported")
 
 
 def _data_override(data: str | Path | None) -> list[str]:
@@ -179,75 +195,77 @@ def _data_override(data: str | Path | None) -> list[str]:
 
 
 def _dataset_run_name(data: str) -> str:
+    """Return the name of runs on a data set: the name of its folder, or of its file."""
     path = Path(data)
-    by_stem = path.suffix.lower() in (".csv", ".tar")
-    return path.stem if by_stem else os.path.basename(os.path.realpath(data))
+    is_file = path.suffix.lower() in (".csv", ".tar")
+    return path.stem if is_file else os.path.basename(os.path.realpath(data))
 
 
 def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:
-    """Refuses a word that is neither a recipe nor data, naming near misses of both (and runs)."""
+    """Raise a `UsageError` with close matches for a text that does not name a data set."""
     from convlens.data.sources import known_names
 
-    sets = known_names(text)
-    if text in sets:
+    datasets = known_names(text)
+    if text in datasets:
         return
-    close = close_matches(text, list(dict.fromkeys([*recipe_names(), *sets, *runs])))
+    close = close_matches(text, list(dict.fromkeys([*recipe_names(), *datasets, *runs])))
     fix = did_you_mean(close) or "`convlens recipes` lists the recipes"
     what = "neither a recipe, a data set nor a run" if runs else "neither a recipe nor a data set"
     raise UsageError(f"{text!r} is {what}", fix=fix)
 
 
-# ---- checking ----------------------------------------
-# Every name and option of a recipe tried before any image is read.
-
-
 def validate_recipe(recipe: Recipe) -> None:
-    """Tries every name and option of a recipe before any image is read.
+    """Check every name and option of a recipe before any image is read.
+
+    The network is built and run once on zeros.
 
     Raises:
-        UsageError: all that is wrong at once.
+        UsageError: lists everything that is wrong.
     """
     size = recipe.data.image_size if recipe.data.image_size != "auto" else 224
     channels = recipe.data.channels if recipe.data.channels != "auto" else 3
-    net = recipe.model
+    config = recipe.model
 
-    built: list[nn.Module] = []
+    model: nn.Module | None = None
 
-    def try_model() -> None:
-        model = models.try_out(net.name, channels, size, net.options, recipe.train.batch_size)
-        stages.freeze(model, net.trainable)
-        built.append(model)
+    def check_model() -> None:
+        nonlocal model
+        network = models.try_out(
+            config.name, channels, size, config.options, recipe.train.batch_size
+        )
+        stages.freeze(network, config.trainable)
+        model = network
 
-    def check_optimiser() -> None:
-        if built:
-            optim.check_optimizer(built[0], recipe.optim)
-        else:  # what doesn't depend on the network can still be told
+    def check_optimizer() -> None:
+        if model is not None:
+            optim.check_optimizer(model, recipe.optim)
+        else:  # check what does not depend on the network
             rest = {"groups": [], "layer_decay": 1.0, "head_first": 0.0}
             optim.check_optimizer(nn.Linear(1, 1), recipe.optim.model_copy(update=rest))
 
-    tries: list[Callable[[], object]] = [
+    checks: list[Callable[[], object]] = [
         lambda: splits.check_split_config(recipe.data),
         lambda: _check_selection(recipe),
-        try_model,
-        lambda: pretrained.check_weights_config(net),
+        check_model,
+        lambda: pretrained.check_weights_config(config),
         lambda: pipeline.build_pipeline(recipe.operations),
-        check_optimiser,
+        check_optimizer,
         lambda: optim.build_schedule(recipe.optim),
         lambda: optim.build_averager(nn.Module(), recipe.optim, steps=1),
     ]
-    found: list[UsageError] = []
-    for attempt in tries:
+    errors: list[UsageError] = []
+    for check in checks:
         try:
-            attempt()
+            check()
         except UsageError as error:
-            found.append(error)
-    if found:
-        fix = "; ".join(error.fix for error in found if error.fix)
-        raise UsageError("; ".join(error.what for error in found), where=recipe.name, fix=fix)
+            errors.append(error)
+    if errors:
+        fix = "; ".join(error.fix for error in errors if error.fix)
+        raise UsageError("; ".join(error.what for error in errors), where=recipe.name, fix=fix)
 
 
 def _check_selection(recipe: Recipe) -> None:
-    """Without a validation split there is nothing to choose an epoch by."""
+    """Refuse options that select an epoch by validation if there is no validation split."""
     wrong = [f"train.keep={recipe.train.keep}"] if recipe.train.keep != "last" else []
     if recipe.train.patience is not None:
         wrong.append(f"train.patience={recipe.train.patience}")

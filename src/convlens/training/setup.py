@@ -1,4 +1,8 @@
-"""From a recipe and loaded images to everything a run needs: resolved, built, on the device."""
+"""Build everything a training needs from a recipe and loaded images.
+
+The recipe is resolved, the network is built, filled with pretrained weights and frozen as the
+recipe says, and the plan (precision, memory format, micro-batches) is chosen.
+"""
 
 from __future__ import annotations
 
@@ -15,212 +19,204 @@ from convlens.data.dataset import Data, Split, channel_stats
 from convlens.data.loader import Batches
 from convlens.data.transforms import pipeline
 from convlens.device import Plan, derive_seed
-from convlens.distributed import SINGLE_PROCESS, ProcessGroup
-from convlens.engine.data_parallel import DataParallel, convert_sync_batchnorm
-from convlens.engine.loop import Criterion, Records, TrainLoop, TrainState
+from convlens.distributed import ProcessGroup
+from convlens.engine.data_parallel import convert_sync_batchnorm
+from convlens.engine.loop import Criterion, TrainState
 from convlens.engine.numerics import make_grad_scaler
 from convlens.errors import DataError, UsageError
 from convlens.models import stages
 from convlens.recipe import Recipe, resolve_auto
 from convlens.run import Preprocessing
-from convlens.training import autotune, feature_cache, pretrained
+from convlens.runtime import RuntimeContext
+from convlens.training import feature_cache, pretrained
+from convlens.training.autotune import Autotuner, TunedPlan
 from convlens.utils.console import print_status
 
 
 @dataclass
 class TrainingJob:
-    """A run, ready to train: nothing in `recipe` is `auto` any more.
+    """A run that is ready to train. No value of `recipe` is `auto` any more.
 
-    `trained` is the whole network; `feed` says which part of it the engine trains, and on what.
+    Attributes:
+        timings: milliseconds per step of the plans that were candidates.
+        model: the whole network.
+        inputs: the part of the network that is trained, and the batches it is trained on.
+        averager: moving average of the weights.
+        scaler: loss scaling, where the plan is fp16.
+        initial_weights: the record of the pretrained weights it starts with
+            (`pretrained.weights_record`); None if the network starts from scratch.
     """
 
     recipe: Recipe
     data: Data
+    context: RuntimeContext
     plan: Plan
-    timings: dict[str, float]  # of the plans that were candidates, milliseconds a step
-    trained: nn.Module
-    feed: feature_cache.TrainInputs
+    timings: dict[str, float]
+    model: nn.Module
+    inputs: feature_cache.TrainInputs
     augment: pipeline.Pipeline | None
     optimizer: torch.optim.Optimizer
     schedule: optim.Schedule
     criterion: Criterion
     averager: optim.WeightAverage | None
     preprocessing: Preprocessing
-    scaler: torch.amp.GradScaler | None = None  # where the plan is fp16
-    weights: dict[str, Any] | None = None  # what `weights.record` says of those it began with
+    scaler: torch.amp.GradScaler | None = None
+    initial_weights: dict[str, Any] | None = None
     state: TrainState = field(default_factory=TrainState)
-    world: ProcessGroup = SINGLE_PROCESS
 
     @property
     def epochs(self) -> int:
         return int(self.recipe.train.epochs)
 
-    def fit(self) -> Records:
-        """The engine's records for this run, from `state` on."""
-        optim_config, feed = self.recipe.optim, self.feed
-        data_parallel = None
-        if self.world.size > 1:
-            data_parallel = DataParallel(self.world, feed.batches.sizes)
-        loop = TrainLoop(
-            feed.model,
-            self.optimizer,
-            self.criterion,
-            self.plan,
-            clip_value=optim_config.clip_value,
-            clip_norm=optim_config.clip_norm,
-            averager=self.averager,
-            scaler=self.scaler,
-            data_parallel=data_parallel,
-        )
-        return loop.run(
-            feature_cache.TimedBatches(feed.batches, self.state),
-            self.schedule,
-            epochs=self.epochs,
-            seed=self.recipe.train.seed,
-            state=self.state,
-        )
+    @property
+    def process_group(self) -> ProcessGroup:
+        return self.context.process_group
 
 
 def build_training_job(
-    asked: Recipe,
+    requested: Recipe,
     data: Data,
-    where: str,
+    context: RuntimeContext,
+    *,
     plan: Plan | None = None,
-    begun: InitialState | None = None,
-    world: ProcessGroup = SINGLE_PROCESS,
+    initial_state: InitialState | None = None,
 ) -> TrainingJob:
-    """Builds the run that `asked` describes on `data`.
+    """Build the training that `requested` describes on `data`. Every rank calls this.
 
     Args:
-        where: device name.
-        plan: the plan of an unfinished run, to be used again; else the fastest is chosen.
-        begun: what an unfinished run has, whose pretrained weights are then not needed again.
-        world: the processes that train it, all of which call this.
+        plan: the plan of an interrupted run, to be used again. Default: the fastest one.
+        initial_state: what an interrupted run saved of its pretrained weights.
     """
-    recipe = _resolve_recipe(asked, data)
+    recipe = _resolve_recipe(requested, data)
+    group = context.process_group
     operations = pipeline.build_pipeline(
         recipe.operations,
         image_size=data.image_size,
         channels=data.channels,
         classes=len(data.classes),
     )
-    _check_batch_size(recipe, world)
-    model, preprocessing, record = build_network(recipe, data, begun, where)
-    world.broadcast_tensors_(list(model.state_dict().values()))
+    augment = operations if recipe.operations else None
+    _check_batch_size(recipe, group)
+    model, preprocessing, weights_record = build_network(
+        recipe, data, initial_state, context.device
+    )
+    group.broadcast_tensors_(list(model.state_dict().values()))
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
 
-    def batches_for(chosen: Plan) -> Batches:
+    def make_batches(plan: Plan) -> Batches:
         return Batches(
             data.train,
             batch_size=recipe.train.batch_size,
             normalize=preprocessing.normalize,
-            plan=chosen,
+            plan=plan,
             seed=recipe.train.seed,
-            augment=operations if recipe.operations else None,
+            augment=augment,
             mixes=bool(operations.mixes),
-            world=world,
+            world=group,
             shards=data.train.shards,
         )
 
-    tuned = autotune.TunedPlan(plan, {}) if plan else None
-    if tuned is None:
-        tuned = autotune.Autotuner(recipe, where, model, batches_for, criterion, world).best()
-    plan = tuned.plan
+    if plan is None:
+        tuned = Autotuner(recipe, model, make_batches, criterion, context).best()
+    else:
+        tuned = TunedPlan(plan, {})
     if recipe.train.sync_batch_norm:
-        model = convert_sync_batchnorm(model, world, where)
-    plan.prepare_model(model)
-    batches = batches_for(plan)
-    optimizer = optim.build_optimizer(model, recipe.optim)
+        model = convert_sync_batchnorm(model, group, context.device)
+    tuned.plan.prepare_model(model)
+    batches = make_batches(tuned.plan)
     return TrainingJob(
         recipe=recipe,
         data=data,
-        plan=plan,
+        context=context,
+        plan=tuned.plan,
         timings=tuned.milliseconds,
-        trained=model,
-        feed=feature_cache.choose_train_inputs(recipe, data, model, batches),
-        augment=operations if recipe.operations else None,
-        optimizer=optimizer,
+        model=model,
+        inputs=feature_cache.choose_train_inputs(recipe, data, model, batches),
+        augment=augment,
+        optimizer=optim.build_optimizer(model, recipe.optim),
         schedule=optim.build_schedule(recipe.optim),
         criterion=criterion,
         averager=optim.build_averager(
             model, recipe.optim, steps=len(batches) * int(recipe.train.epochs)
         ),
         preprocessing=preprocessing,
-        scaler=make_grad_scaler(plan.device) if plan.precision == "fp16" else None,
-        weights=record,
-        world=world,
+        scaler=make_grad_scaler(tuned.plan.device) if tuned.plan.precision == "fp16" else None,
+        initial_weights=weights_record,
     )
 
 
-def _resolve_recipe(asked: Recipe, data: Data) -> Recipe:
-    """The recipe with every `auto` replaced; refuses data that it can't be trained on."""
+def _resolve_recipe(requested: Recipe, data: Data) -> Recipe:
+    """Return the recipe with every `auto` replaced; refuse data that cannot be trained on."""
     images = int(data.train.labels.numel())
     if images < 2:
-        raise DataError(f"{images} training image: at least 2 are needed", where=data.name)
-    recipe = resolve_auto(asked, images=images, image_size=data.image_size, channels=data.channels)
-    net = recipe.model
-    if asked.data.image_size == "auto":  # `check` couldn't know it yet
+        raise DataError(
+            f"{images} training image{'s' * (images != 1)}: at least 2 are needed", where=data.name
+        )
+    recipe = resolve_auto(
+        requested, images=images, image_size=data.image_size, channels=data.channels
+    )
+    config = recipe.model
+    if requested.data.image_size == "auto":  # `validate_recipe` could not know the size
         models.try_out(
-            net.name, data.channels, data.image_size, net.options, recipe.train.batch_size
+            config.name, data.channels, data.image_size, config.options, recipe.train.batch_size
         )
     return recipe
 
 
-def _check_batch_size(recipe: Recipe, world: ProcessGroup) -> None:
+def _check_batch_size(recipe: Recipe, group: ProcessGroup) -> None:
     size = recipe.train.batch_size
-    if size < 2 * world.size > 2:
+    if size < 2 * group.size > 2:
         raise UsageError(
-            f"train.batch_size={size} is the batch of all {world.size} processes together, and "
+            f"train.batch_size={size} is the batch of all {group.size} processes together, and "
             "leaves less than two images for each",
-            fix=f"train.batch_size={2 * world.size} or more, or fewer processes",
+            fix=f"train.batch_size={2 * group.size} or more, or fewer processes",
         )
-
-
-# ---- beginning ----------------------------------------
-# The network a training begins with: built, filled with pretrained weights, frozen as asked.
 
 
 @dataclass(frozen=True)
 class InitialState:
-    """What an unfinished run that began with pretrained weights has instead of their source.
+    """The network of an interrupted run that started with pretrained weights.
 
-    The network must be whole before anything is computed with it: a frozen trunk's activations are.
+    It replaces the source of those weights, which may be gone. The network must be complete before
+    anything is computed with it, because the outputs of a frozen backbone are cached.
     """
 
     network: dict[str, Tensor]
-    weights: dict[str, Any]  # as `weights.record` made it
+    weights: dict[str, Any]  # made by `pretrained.weights_record`
 
 
 def build_network(
-    recipe: Recipe, data: Data, begun: InitialState | None, where: str = "cpu"
+    recipe: Recipe, data: Data, initial_state: InitialState | None, device: str = "cpu"
 ) -> tuple[nn.Module, Preprocessing, dict[str, Any] | None]:
-    """The network, the preprocessing its input needs, and the record of its pretrained weights.
+    """Return the network, the preprocessing of its input, and the record of pretrained weights.
 
     Args:
-        recipe: resolved.
-        begun: what an unfinished run has, whose pretrained weights are then not needed again.
-        where: the device on which something is computed from the training images, if anything is.
+        recipe: a resolved recipe.
+        initial_state: of an interrupted run, whose pretrained weights are not needed again.
+        device: used for computations on training images, if the network needs any (whitening).
     """
-    net = recipe.model
+    config = recipe.model
     torch.manual_seed(derive_seed(recipe.train.seed))
     model = models.build_model(
-        net.name, len(data.classes), data.channels, data.image_size, net.options
+        config.name, len(data.classes), data.channels, data.image_size, config.options
     )
-    record = _load_pretrained(recipe, data, model, begun) if net.weights != "none" else None
+    record = None
+    if config.weights != "none":
+        record = _load_pretrained(recipe, data, model, initial_state)
     preprocessing = _preprocessing(data, record)
     if record is None and isinstance(model, models.DataInitialized):
-        model.initialize(_some_images(data.train, preprocessing, where))
-    stages.freeze(model, net.trainable)
+        model.initialize(_sample_images(data.train, preprocessing, device))
+    stages.freeze(model, config.trainable)
     return model, preprocessing, record
 
 
 def _load_pretrained(
-    recipe: Recipe, data: Data, model: nn.Module, begun: InitialState | None
+    recipe: Recipe, data: Data, model: nn.Module, initial_state: InitialState | None
 ) -> dict[str, Any]:
-    """Fills `model` with the pretrained weights asked for, says how, returns the record."""
-    if begun is not None:
-        models.load_weights(model, begun.network)
-        return begun.weights
+    """Load the requested pretrained weights, print how they fit, and return their record."""
+    if initial_state is not None:
+        models.load_weights(model, initial_state.network)
+        return initial_state.weights
     source = pretrained.find_weights(recipe.model)
     fitted = pretrained.load_pretrained(source, model, data.classes)
     print_status(f"weights of [bold]{escape(source.origin)}[/]")
@@ -230,20 +226,23 @@ def _load_pretrained(
 
 
 def _preprocessing(data: Data, record: dict[str, Any] | None) -> Preprocessing:
-    """As the pretrained weights were trained, where that is known: a frozen trunk expects it."""
-    told = pretrained.pretrained_normalization(record, data.channels) if record else None
-    mean, std = told or channel_stats(data.train)
+    """Return the preprocessing of the pretrained weights, or that of the training images.
+
+    A frozen backbone expects the mean and deviation that it was trained with.
+    """
+    known = pretrained.pretrained_normalization(record, data.channels) if record else None
+    mean, std = known or channel_stats(data.train)
     return Preprocessing(data.image_size, data.channels, data.fit, mean, std)
 
 
-def _some_images(split: Split, preprocessing: Preprocessing, where: str = "cpu") -> Tensor:
-    """Up to 5,000 training images, evenly spaced, without augmentation: normalised float32.
+def _sample_images(split: Split, preprocessing: Preprocessing, device: str = "cpu") -> Tensor:
+    """Return up to 5,000 evenly spaced training images, not augmented, normalized, float32.
 
-    Of larger images fewer are taken, so that they never need more than 64 MB. On `where` if that
-    is a GPU of NVIDIA's, else on the CPU: what is computed from them wants double precision.
+    Fewer of larger images, so that they take at most 64 MB. On CUDA if that is the device, else on
+    the CPU: what is computed from them needs double precision, which MPS lacks.
     """
     count, *shape = split.rows.shape
     wanted = max(1, min(count, 5_000, (1 << 24) // math.prod(shape)))
-    chosen = torch.linspace(0, count - 1, wanted, dtype=torch.float64).round().long()
-    plan = Plan(where if where.startswith("cuda") else "cpu", "fp32", "contiguous")
-    return preprocessing.normalize(split.rows.gather(chosen).to(plan.device), plan)
+    indices = torch.linspace(0, count - 1, wanted, dtype=torch.float64).round().long()
+    plan = Plan(device if device.startswith("cuda") else "cpu", "fp32", "contiguous")
+    return preprocessing.normalize(split.rows.gather(indices).to(plan.device), plan)

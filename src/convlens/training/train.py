@@ -1,36 +1,54 @@
-"""A whole training run, from recipe to tested model. The page to read first.
+"""A whole training, from a recipe to a tested model. Read this module first.
 
-    recipe -> data -> model -> engine -> run folder -> evaluate
+    recipe -> data -> model -> training loop -> run directory -> evaluate
 
-`train` finds or makes the run; `run_to_end` is the run itself: it reads the engine's records and
-decides to log, validate, keep the best weights, save and stop.
+`train` finds or creates the run and trains it. `fit` is the loop over the records of the engine:
+it displays progress, validates after each epoch, saves checkpoints and stops.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from rich.markup import escape
 
-from convlens import device, distributed, evaluation, optim, run, run_plots
+from convlens import evaluation, optim, run_plots
 from convlens.data.dataset import Data, load_data
+from convlens.device import (
+    Plan,
+    describe_hardware,
+    prepare,
+    preserve_rng,
+    preserve_torch_settings,
+    synchronize,
+)
 from convlens.distributed import ProcessGroup
-from convlens.engine import loop
+from convlens.engine.data_parallel import DataParallel
 from convlens.engine.inference import loss_and_accuracy
+from convlens.engine.loop import Epoch, NonFiniteLoss, Records, Step, TrainLoop
 from convlens.errors import DataError, ModelFileError, ResourceError, Stopped
 from convlens.recipe import Recipe
-from convlens.run import RunDir
-from convlens.training import autotune, checkpoint, pretrained
+from convlens.run import (
+    RunDir,
+    check_same_images,
+    find_or_create_run_dir,
+    shared_run_dir,
+)
+from convlens.runtime import RuntimeContext
+from convlens.training.autotune import check_device_options
 from convlens.training.checkpoint import (
     CheckpointManager,
     EpochClock,
-    load_initial_weights,
+    extend_run,
+    load_initial_state,
     model_snapshot,
 )
+from convlens.training.feature_cache import TimedBatches
+from convlens.training.pretrained import check_weights_available
 from convlens.training.resolve import validate_recipe
 from convlens.training.setup import TrainingJob, build_training_job
 from convlens.utils import files
@@ -38,255 +56,299 @@ from convlens.utils.console import print_status, print_table, progress_display
 from convlens.utils.process import StopSignal, catch_stop_signals
 from convlens.version import __version__
 
-LEAST_BYTES = 20  # for each weight: in the model file, and with a moment in each of two states
+# Disk space per parameter: 4 bytes in the model file, and 8 (with one moment of the optimizer) in
+# each of two checkpoints.
+MIN_BYTES_PER_PARAMETER = 20
+# The facts about the hardware that the last digits of a training depend on.
+BIT_RELEVANT_HARDWARE = ("device", "gpu", "cpu", "cpu_capability", "threads", "torch")
 
 
-@device.preserve_torch_settings()
-@device.preserve_rng()
+@preserve_torch_settings()
+@preserve_rng()
 def train(
     recipe: Recipe,
     *,
     name: str | None = None,
-    plain: bool = False,
+    is_unmodified_recipe: bool = False,
     fresh: bool = False,
     extend: bool = False,
     test: bool = True,
-    on: str | None = None,
+    device: str | None = None,
     quiet: bool = False,
 ) -> RunDir:
-    """Trains `recipe` in its run folder, or finds the finished run of the very same recipe.
+    """Train `recipe` in its run directory, or find the finished run of the same recipe.
+
+    Under `torchrun` every process calls this; rank 0 alone writes files and prints messages.
 
     Args:
-        name: the run's name; by default the recipe's (with a hash unless `plain`).
-        plain: the recipe is as published, so the run takes the bare name.
-        fresh: train anew in a new folder, whatever there is.
-        extend: begin where a finished run of this recipe with fewer epochs ended (`extending`).
-        test: evaluate the test split once at the end, with the weights already chosen.
-        on: device, e.g. `cpu`, `cuda:1`; the best there is by default.
-
-    Under `torchrun` all processes call this, and the first one alone writes and speaks.
+        name: name of the run. Default: the name of the recipe, followed by six digits of its
+            hash unless `is_unmodified_recipe`.
+        fresh: train in a new directory, even if there is a run of this recipe.
+        extend: start where a finished run of this recipe with fewer epochs ended (`extend_run`).
+        test: evaluate the test split once at the end, with the weights that validation selected.
+        device: e.g. `cpu`, `cuda:1`; by default the best one available.
 
     Raises:
-        ConvlensError: what the user can mend; KeyboardInterrupt: after saving.
+        ConvlensError: a problem the user can fix.
+        KeyboardInterrupt: after Ctrl-C, with everything saved.
     """
-    world = distributed.init_process_group()
-    data = None
-    run_name, plain = name or recipe.name, plain or name is not None
-    fresh = fresh and not world.restarted  # a restart by torchrun resumes the run
-    run_dir = run.shared_run_dir(
-        world,
-        lambda: run.find_or_create_run_dir(run_name, recipe.digest(), plain=plain, fresh=fresh),
+    context = RuntimeContext.create(device, quiet=quiet)
+    # A restart by torchrun resumes the run that its first attempt created.
+    fresh = fresh and not context.process_group.restarted
+    plain_name = is_unmodified_recipe or name is not None
+    run_dir = shared_run_dir(
+        context.process_group,
+        lambda: find_or_create_run_dir(
+            name or recipe.name, recipe.digest(), plain=plain_name, fresh=fresh
+        ),
     )
     if extend:
-        world.broadcast(lambda: checkpoint.extend_run(run_dir, recipe))
-    if world.broadcast(lambda: run_dir.finished):
+        context.broadcast(lambda: extend_run(run_dir, recipe))
+    data = None
+    if context.broadcast(lambda: run_dir.is_finished):
         print_status(
-            f"[bold]{run_dir.name}[/] is trained already: {run_dir.path} (--fresh trains anew)"
+            f"[bold]{run_dir.name}[/] is trained already: {run_dir.path} (--fresh trains it again)"
         )
     else:
         validate_recipe(recipe)
         if fresh:
             print_status(
-                f"[bold]{run_dir.name}[/] is new; without --fresh the same command goes on with it"
+                f"[bold]{run_dir.name}[/] is new; without --fresh the same command continues it"
             )
-        if not world.broadcast(run_dir.metadata):
-            pretrained.check_weights_available(recipe.model)
-        where = device.select_device(on)
-        autotune.check_device_options(recipe, where)
-        device.prepare(recipe.train.deterministic, where)
-        budget = device.memory_budget(where)
-        with world.local_rank_zero_first():
-            data = load_data(recipe.data, memory_budget=budget)
-        run.check_same_images(world, data.name, data.fingerprint)
+        if not context.broadcast(run_dir.metadata):
+            check_weights_available(recipe.model)
+        check_device_options(recipe, context.device)
+        prepare(recipe.train.deterministic, context.device)
+        data = _load_data(recipe, context)
         with run_dir.lock():
-            facts = world.broadcast(run_dir.metadata)
-            check_can_resume(run_dir, facts, recipe, data)
-            # Not if another command finished it while this one read the images.
-            if not world.broadcast(lambda: run_dir.finished):
-                _train_locked(recipe, data, run_dir, facts, where, world, quiet=quiet)
+            metadata = context.broadcast(run_dir.metadata)
+            check_can_resume(run_dir, metadata, recipe, data)
+            # Another process may have finished the run while this one was loading the images.
+            if not context.broadcast(lambda: run_dir.is_finished):
+                job = _build_job(recipe, data, run_dir, metadata, context)
+                rows, kept_epoch = fit(job, run_dir)
+                _finish(job, run_dir, rows, kept_epoch)
     if test:
-        evaluation.evaluate(run_dir, "test", on=on, quiet=quiet, own=data)
+        evaluation.evaluate(run_dir, "test", on=device, quiet=quiet, own=data)
     return run_dir
 
 
-def _train_locked(
+def _load_data(recipe: Recipe, context: RuntimeContext) -> Data:
+    """Load the data set on every rank; one rank per machine decodes first and fills the cache."""
+    with context.process_group.local_rank_zero_first():
+        data = load_data(recipe.data, memory_budget=context.memory_budget)
+    check_same_images(context.process_group, data.name, data.fingerprint)
+    return data
+
+
+def _build_job(
     recipe: Recipe,
     data: Data,
     run_dir: RunDir,
-    facts: dict[str, Any],
-    where: str,
-    world: ProcessGroup,
-    *,
-    quiet: bool,
-) -> None:
-    """Begins the run, or takes it up; the lock on its folder is held."""
-    if world.is_main_process:
-        _clean_stale_files(run_dir, facts)
-    begun = load_initial_weights(run_dir)
-    setup = build_training_job(recipe, data, where, _stored_plan(facts, where), begun, world)
-    if not facts:
-        files.warn_if_low_disk(
-            run_dir.path, LEAST_BYTES * sum(p.numel() for p in setup.trained.parameters())
-        )
-        run_dir.write_split(data.held_out)
-        if data.listing is not None and world.is_main_process:
-            data.listing.write(run_dir.path)
-        run_dir.create(setup.recipe, _run_metadata(recipe, setup))  # last: from here on it is a run
-    elif begun is None and setup.weights:
-        # Left before its first state was saved: it begins anew, with the weights as they are now.
-        run_dir.update_metadata({"weights": setup.weights})
-    report_setup_changes(run_dir, facts, _environment(setup))
-    _report_stages(setup)
-    rows, kept = fit(setup, run_dir, quiet=quiet)
-    if world.is_main_process:
-        run_plots.plot_training(run_dir, rows, kept, data, setup.augment)
-    # Last: a run that is killed before this takes itself up where it is and draws its plots.
-    run_dir.finish(
-        epochs=len(rows),
-        kept=kept,
-        seconds=sum(row["seconds"] for row in rows),
-        cpu_seconds=sum(row["cpu_seconds"] for row in rows),
+    metadata: Mapping[str, Any],
+    context: RuntimeContext,
+) -> TrainingJob:
+    """Build the job of a new run, or that of an interrupted run from what it left behind."""
+    if context.is_main_process:
+        _clean_stale_files(run_dir, metadata)
+    initial_state = load_initial_state(run_dir)
+    job = build_training_job(
+        recipe,
+        data,
+        context,
+        plan=_stored_plan(metadata, context.device),
+        initial_state=initial_state,
     )
-    world.barrier()
+    if not metadata:
+        parameters = sum(parameter.numel() for parameter in job.model.parameters())
+        files.warn_if_low_disk(run_dir.path, MIN_BYTES_PER_PARAMETER * parameters)
+        run_dir.write_split(data.held_out)
+        if data.listing is not None and context.is_main_process:
+            data.listing.write(run_dir.path)
+        # Last: from here on the directory is a run.
+        run_dir.create(job.recipe, _run_metadata(recipe, job))
+    elif initial_state is None and job.initial_weights:
+        # Interrupted before its first checkpoint: the run starts from the pretrained weights
+        # again, whose file may have changed since.
+        run_dir.update_metadata({"weights": job.initial_weights})
+    report_setup_changes(run_dir, metadata, _environment(job))
+    _print_stages(job)
+    return job
 
 
-def _clean_stale_files(run_dir: RunDir, facts: dict[str, Any]) -> None:
-    """Clears up what would be mistaken for a part of the run that begins or is taken up."""
-    if not facts:
-        run_dir.checkpoints.clear()  # of an extension that was killed before it was a run
-    elif facts.get("status") == "finished":
-        run_dir.update_metadata(
-            {"status": "training"}
-        )  # its model file is lost; until it is there again
+def _clean_stale_files(run_dir: RunDir, metadata: Mapping[str, Any]) -> None:
+    """Remove leftovers of an interrupted run before starting or resuming."""
+    if not metadata:
+        run_dir.checkpoints.clear()  # of an extension that was killed before it became a run
+    elif metadata.get("status") == "finished":
+        run_dir.update_metadata({"status": "training"})  # its model file was lost
 
 
-def _stored_plan(facts: dict[str, Any], where: str) -> device.Plan | None:
-    """The plan of a run that is taken up on the same kind of device."""
-    stored = facts.get("plan") or {}
-    same = str(stored.get("device")).partition(":")[0] == where.partition(":")[0]
-    return device.Plan.from_dict({**stored, "device": where}) if same else None
+def _stored_plan(metadata: Mapping[str, Any], device: str) -> Plan | None:
+    """Return the plan of an interrupted run, if it ran on the same kind of device."""
+    stored = metadata.get("plan") or {}
+    same_kind = str(stored.get("device")).partition(":")[0] == device.partition(":")[0]
+    return Plan.from_dict({**stored, "device": device}) if same_kind else None
 
 
-def _report_stages(setup: TrainingJob) -> None:
-    """Says what learns and at which rate, where that isn't everything at the same one."""
-    rows = optim.stage_table(setup.trained, setup.optimizer)
-    if setup.recipe.model.trainable != "all" or len({row.cells()[3:] for row in rows}) > 1:
-        columns = ("stage", "weights", "that learn", "learning rate", "of the training")
+def _print_stages(job: TrainingJob) -> None:
+    """Print a table of the stages, unless all of them are trained at the same rate."""
+    rows = optim.stage_table(job.model, job.optimizer)
+    if job.recipe.model.trainable != "all" or len({row.cells()[3:] for row in rows}) > 1:
+        columns = ("stage", "weights", "trainable", "learning rate", "of the training")
         print_table(columns, (row.cells() for row in rows))
 
 
-def fit(setup: TrainingJob, run_dir: RunDir, *, quiet: bool) -> tuple[list[dict[str, float]], int]:
-    """Trains until the recipe ends, nothing improves any more, or a signal comes.
+def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]:
+    """Train until the last epoch, until patience is exhausted, or until a signal arrives.
 
-    Returns the epochs' rows, and the epoch whose weights are in the model file.
+    Returns:
+        The rows of `metrics.csv`, and the epoch of the weights in the model file.
+
+    Raises:
+        Stopped, KeyboardInterrupt: a signal arrived; everything is saved and the run can be
+            resumed.
+        NonFiniteLoss: the training diverged; the last finite weights are saved.
     """
-    options = setup.recipe.train
-    keeper = CheckpointManager(setup, run_dir)
-    if keeper.over:
-        keeper.complete()
-    steps = len(setup.feed.batches)
-    done = (setup.state.epoch - 1) * steps + setup.state.step
-    if done:
+    checkpoints = CheckpointManager(job, run_dir)
+    state, steps = job.state, len(job.inputs.batches)
+    steps_done = (state.epoch - 1) * steps + state.step
+    if steps_done:
         print_status(
-            f"continuing [bold]{run_dir.name}[/] after {done} of {setup.epochs * steps} steps"
+            f"resuming [bold]{run_dir.name}[/] after {steps_done} of {job.epochs * steps} steps"
         )
-    state = setup.state
-    unended = replace(state)  # the epoch at its last step
+    last_step = replace(state)  # the state after the last step of an epoch, before validation
     with (
-        catch_stop_signals() as flag,
-        progress_display(setup.epochs, steps, done, shown=not quiet) as bar,
-        setup.world.annotate_errors(lambda: f"epoch {state.epoch}, after step {state.step}"),
+        catch_stop_signals() as signal,
+        progress_display(job.epochs, steps, steps_done, shown=not job.context.quiet) as display,
+        job.process_group.annotate_errors(lambda: f"epoch {state.epoch}, after step {state.step}"),
     ):
+        process_group = job.process_group.with_stop_requested(lambda: signal.is_set)
         clock = EpochClock(state)
-        world = setup.world = setup.world.with_stop_requested(lambda: flag.up)
-        for record in _training_records(setup, run_dir, keeper):
-            if isinstance(record, loop.Step):
-                bar.step(record)
-                stop = world.should_stop(now=False)
-                unended = replace(state) if record.step == record.steps else unended
+        for record in _training_records(job, process_group, run_dir, checkpoints):
+            if isinstance(record, Step):
+                display.step(record)
+                if record.step == record.steps:
+                    last_step = replace(state)
+                stop = process_group.should_stop(now=False)
             else:
-                device.synchronize(setup.plan.device)
+                synchronize(job.plan.device)
                 seconds, cpu_seconds = clock.read()
-                row = _validate(setup, record, flag, seconds=seconds)
-                if row is None:  # who takes the run up validates first
-                    for each in fields(state):
-                        setattr(state, each.name, getattr(unended, each.name))
+                row = _validate(job, record, signal, seconds=seconds)
+                if row is None:  # interrupted: the resumed run starts with this validation
+                    state.assign(last_step)
                 else:
                     row["data_seconds"], state.data_seconds = state.data_seconds, 0.0
-                    row["cpu_seconds"] = world.all_reduce_sum(cpu_seconds)
-                    keeper.take(
-                        world.broadcast(partial(dict, row))
-                    )  # what it decides, all decide alike
-                    bar.epoch(keeper.rows[-1], keeper.best.epoch)
-                    clock.start()
-                stop = world.should_stop(now=True)
-            if stop or keeper.over or keeper.due:
+                    row["cpu_seconds"] = process_group.all_reduce_sum(cpu_seconds)
+                    # Every rank decides by the numbers of rank 0.
+                    row = process_group.broadcast(partial(dict, row))
+                    checkpoints.on_epoch_end(row)
+                    display.epoch(row, checkpoints.best.epoch)
+                    clock.restart()
+                stop = process_group.should_stop(now=True)
+            if stop or checkpoints.is_finished or checkpoints.should_save:
                 state.seconds, state.cpu_seconds = clock.read()
-                keeper.save()
-            if keeper.over:
+                checkpoints.save()
+            if checkpoints.is_finished:
                 break
             if stop:
-                _stop(setup, run_dir, flag)
-        if world.should_stop(now=True):  # the run isn't tested then, nor is another one begun
-            _stop(setup, run_dir, flag)
-    rows = keeper.rows
-    return rows, int(rows[-1]["epoch"]) if options.keep == "last" else keeper.kept()
+                _stop(job, run_dir, signal)
+        if process_group.should_stop(now=True):  # before the test, and before another run starts
+            _stop(job, run_dir, signal)
+    rows = checkpoints.rows
+    keeps_last = job.recipe.train.keep == "last"
+    return rows, int(rows[-1]["epoch"]) if keeps_last else checkpoints.kept_epoch()
+
+
+def make_train_loop(job: TrainingJob, process_group: ProcessGroup) -> TrainLoop:
+    """Return the training loop over the part of the network that `job.inputs` trains."""
+    return TrainLoop(
+        job.inputs.model,
+        job.optimizer,
+        job.criterion,
+        job.plan,
+        clip_value=job.recipe.optim.clip_value,
+        clip_norm=job.recipe.optim.clip_norm,
+        averager=job.averager,
+        scaler=job.scaler,
+        data_parallel=(
+            DataParallel(process_group, job.inputs.batches.sizes)
+            if process_group.size > 1
+            else None
+        ),
+    )
 
 
 def _training_records(
-    setup: TrainingJob, run_dir: RunDir, keeper: CheckpointManager
-) -> loop.Records:
-    """The engine's records; what ends them first saves what can be saved."""
-    if keeper.over:  # the run was left behind its last step
+    job: TrainingJob, process_group: ProcessGroup, run_dir: RunDir, checkpoints: CheckpointManager
+) -> Records:
+    """Yield the records of the training loop; when it fails, first save what can be saved."""
+    if checkpoints.is_finished:  # the run was interrupted after its last step
+        checkpoints.write_missing_files()
         return
     try:
-        yield from setup.fit()
-    except (DataError, ResourceError):  # images that can't be read any more: between two steps
-        keeper.save()
+        yield from make_train_loop(job, process_group).run(
+            TimedBatches(job.inputs.batches, job.state),
+            job.schedule,
+            epochs=job.epochs,
+            seed=job.recipe.train.seed,
+            state=job.state,
+        )
+    except (DataError, ResourceError):  # e.g. an image became unreadable: between two steps
+        checkpoints.save()
         raise
-    except loop.NonFiniteLoss as error:
-        error.locate_first_nonfinite(setup.trained, len(setup.feed.batches))
-        numbers = setup.feed.batches.numbers(error.epoch, error.step - 1)
-        ids = [setup.data.train.ids[number] for number in numbers]
-        told = {"epoch": error.epoch, "step": error.step, "lr": error.lr, "images": ids}
-        run_dir.update_metadata({"diverged": told})
-        error.what += f" (images {', '.join(ids[:3])}{' ...: run.json has all' * (len(ids) > 3)})"
-        keeper.keep_weights()
-        if not run_dir.model_path.exists():
-            try:
-                run_dir.save_model(*model_snapshot(setup, run_dir.name, None))
-            except ValueError as unusable:  # the weights themselves are not finite
-                error.where = f"{run_dir.path}; no weights were kept: {unusable}"[:200]
-                raise error from unusable
-        error.where = f"{run_dir.path}; its model.safetensors holds the last good weights"
+    except NonFiniteLoss as error:
+        _save_diverged(error, job, run_dir, checkpoints)
         raise
 
 
-class _ValidationInterrupted(Exception):
-    """A validation is left in the middle."""
+def _save_diverged(
+    error: NonFiniteLoss, job: TrainingJob, run_dir: RunDir, checkpoints: CheckpointManager
+) -> None:
+    """Record the images of the step that diverged, and save the last finite weights."""
+    error.locate_first_nonfinite(job.model, len(job.inputs.batches))
+    indices = job.inputs.batches.sample_indices(error.epoch, error.step - 1)
+    ids = [job.data.train.ids[index] for index in indices]
+    run_dir.update_metadata(
+        {"diverged": {"epoch": error.epoch, "step": error.step, "lr": error.lr, "images": ids}}
+    )
+    error.what += f" (images {', '.join(ids[:3])}{' ...: run.json lists all' * (len(ids) > 3)})"
+    checkpoints.save_model_file()
+    if not run_dir.model_path.exists():
+        try:
+            run_dir.save_model(*model_snapshot(job, run_dir.name, None))
+        except ValueError as not_finite:
+            error.where = f"{run_dir.path}; no weights were kept: {not_finite}"[:200]
+            raise error from not_finite
+    error.where = f"{run_dir.path}; its model.safetensors holds the last finite weights"
+
+
+class _ValidationInterrupted(Exception):  # noqa: N818 (control flow)
+    """Raised inside a validation to leave it."""
 
 
 def _validate(
-    setup: TrainingJob, record: loop.Epoch, flag: StopSignal, *, seconds: float
+    job: TrainingJob, record: Epoch, signal: StopSignal, *, seconds: float
 ) -> dict[str, float] | None:
-    """The epoch's row: training numbers as they were seen, validation with the kept weights.
+    """Return the row of an epoch in `metrics.csv`; None if a signal interrupted the validation.
 
-    Without a validation split its numbers are NaN. None where a signal came in the middle (of
-    several processes nobody leaves then).
+    Training loss and accuracy are those measured while training; validation uses the averaged
+    weights if there are any. Without a validation split its numbers are NaN. With several
+    processes a validation is always completed, because the others wait for its results.
     """
 
-    def asked(images: int) -> None:
-        if flag.up and setup.world.size == 1:
+    def check_signal(images: int) -> None:
+        if signal.is_set and job.process_group.size == 1:
             raise _ValidationInterrupted
 
     val_loss = val_accuracy = math.nan
-    if setup.recipe.data.validates:
+    if job.recipe.data.validates:
         try:
-            with optim.averaged_weights(setup.averager):
-                logits, labels = setup.feed.validate(asked)
+            with optim.averaged_weights(job.averager):
+                logits, targets = job.inputs.validate(check_signal)
         except _ValidationInterrupted:
             return None
-        val_loss, val_accuracy = loss_and_accuracy(logits, labels)
+        val_loss, val_accuracy = loss_and_accuracy(logits, targets)
     return {
         "epoch": record.epoch,
         "train_loss": float(record.loss),
@@ -299,29 +361,54 @@ def _validate(
     }
 
 
-def _stop(setup: TrainingJob, run_dir: RunDir, flag: StopSignal) -> None:
-    """Stops between two steps, everything saved; the same command goes on from here."""
+def _stop(job: TrainingJob, run_dir: RunDir, signal: StopSignal) -> None:
+    """Leave the training between two steps. Everything is saved."""
     if not run_dir.model_path.exists():
-        run_dir.save_model(*model_snapshot(setup, run_dir.name, None))
-    at = setup.state
-    over = at.epoch > setup.epochs
-    where = "after the last epoch" if over else f"in epoch {at.epoch} after {at.step} steps"
-    print_status(f"stopped {where}; all of it is kept in {run_dir.path}")
-    print_status("the same command goes on from here")
-    setup.world.barrier()  # torchrun ends the others when the first has ended; all is saved now
-    if flag.interrupted:
+        run_dir.save_model(*model_snapshot(job, run_dir.name, None))
+    state = job.state
+    if state.epoch > job.epochs:
+        position = "after the last epoch"
+    else:
+        position = f"in epoch {state.epoch} after {state.step} steps"
+    print_status(f"stopped {position}; everything is saved in {run_dir.path}")
+    print_status("the same command resumes the training")
+    # torchrun ends the other ranks as soon as one of them has ended: wait until all have saved.
+    job.process_group.barrier()
+    if signal.interrupted:
         raise KeyboardInterrupt
     raise Stopped(
-        f"asked to stop ({flag.name})", where=str(run_dir.path), fix="run it again to go on"
+        f"stopped by {signal.name}",
+        where=str(run_dir.path),
+        fix="run the same command again to resume",
     )
 
 
-def _run_metadata(asked: Recipe, setup: TrainingJob) -> dict[str, Any]:
-    """What `run.json` says of a run from its beginning."""
-    data = setup.data
+def _finish(
+    job: TrainingJob, run_dir: RunDir, rows: list[dict[str, float]], kept_epoch: int
+) -> None:
+    """Draw the plots of the training and mark the run as finished."""
+    if job.context.is_main_process:
+        run_plots.plot_training(run_dir, rows, kept_epoch, job.data, job.augment)
+    # Last: a run that is killed before this resumes at its end and draws its plots.
+    run_dir.finish(
+        epochs=len(rows),
+        kept=kept_epoch,
+        seconds=sum(row["seconds"] for row in rows),
+        cpu_seconds=sum(row["cpu_seconds"] for row in rows),
+    )
+    job.process_group.barrier()
+
+
+# ---- metadata of the run -----------------------------------------------------------------
+
+
+def _run_metadata(requested: Recipe, job: TrainingJob) -> dict[str, Any]:
+    """Return what `run.json` says about a run from its start."""
+    data = job.data
+    parameters = list(job.model.parameters())
     return {
-        # The recipe as asked for and as resolved: both commands mean this run.
-        "digests": [asked.digest(), setup.recipe.digest()],
+        # The recipe as requested and as resolved: the commands of both mean this run.
+        "digests": [requested.digest(), job.recipe.digest()],
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -329,99 +416,93 @@ def _run_metadata(asked: Recipe, setup: TrainingJob) -> dict[str, Any]:
             "splits": data.how,
             "skipped": data.skipped,
         },
-        "weights": setup.weights,
-        "plan": setup.plan.to_dict(),
-        "timings": setup.timings,
-        "parameters": sum(p.numel() for p in setup.trained.parameters()),
-        "trainable_parameters": sum(
-            p.numel() for p in setup.trained.parameters() if p.requires_grad
-        ),
-        **_environment(setup),
+        "weights": job.initial_weights,
+        "plan": job.plan.to_dict(),
+        "timings": job.timings,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        **_environment(job),
     }
 
 
-def _environment(setup: TrainingJob) -> dict[str, Any]:
-    """What a run's last digits depend on beside its recipe and its images."""
+def _environment(job: TrainingJob) -> dict[str, Any]:
+    """Return what the last digits of a run depend on, besides its recipe and images."""
     return {
         "convlens": __version__,
-        "world_size": setup.world.size,
-        "trunk_cached": setup.feed.cached_bytes > 0,
-        "hardware": device.describe_hardware(setup.plan.device),
+        "world_size": job.process_group.size,
+        "trunk_cached": job.inputs.cached_bytes > 0,
+        "hardware": describe_hardware(job.plan.device),
     }
 
 
-# ---- continuing ----------------------------------------
-# Whether a run can go on, and what is to be said if something isn't as it was when it began.
-#
-# Another recipe is another run, in a folder of its own. Other images end it. Another machine, another
-# version or another number of processes may go on, but then the bits aren't those that an
-# uninterrupted run would have ended with.
-
-# What decides about last digits, of what `device.describe` says.
-_HARDWARE = ("device", "gpu", "cpu", "cpu_capability", "threads", "torch")
-
-
-def check_can_resume(run_dir: RunDir, facts: Mapping[str, Any], recipe: Recipe, data: Data) -> None:
-    """Refuses to go on with another recipe or other images than the run began with.
+def check_can_resume(
+    run_dir: RunDir, metadata: Mapping[str, Any], recipe: Recipe, data: Data
+) -> None:
+    """Refuse to resume a run with another recipe or other images than it started with.
 
     Raises:
-        ResourceError: another recipe; DataError: other images, with what differs; ModelFileError:
-            what `run.json` says can't be used.
+        ResourceError: the run has another recipe.
+        DataError: the images differ; says in what.
+        ModelFileError: `run.json` does not say which images the run started with.
     """
-    if not facts:
+    if not metadata:
         return
-    if recipe.digest() not in facts.get("digests", []):
+    if recipe.digest() not in metadata.get("digests", []):
         raise ResourceError(
             f"another process has just taken the name {run_dir.name!r} for another recipe",
             where=str(run_dir.path),
             fix="run the same command again, or give this run another name with --name",
         )
-    began = facts.get("data")
-    if not isinstance(began, Mapping) or "fingerprint" not in began:
+    original = metadata.get("data")
+    if not isinstance(original, Mapping) or "fingerprint" not in original:
         raise ModelFileError(
-            "run.json doesn't say on which images this run began",
+            "run.json does not say which images this run started with",
             where=str(run_dir.path),
-            fix="restore it from a copy, or train anew with --fresh",
+            fix="restore it from a copy, or train again with --fresh",
         )
-    if began["fingerprint"] != data.fingerprint:
+    if original["fingerprint"] != data.fingerprint:
         changed = data.listing.changed(run_dir.path) if data.listing else ""
         raise DataError(
-            f"the images of {data.name!r} are not those that run {run_dir.name!r} began with"
+            f"the images of {data.name!r} are not those that run {run_dir.name!r} started with"
             + (f": {changed}" if changed else ""),
             where=str(run_dir.path),
-            fix="--fresh trains anew on the present images; or restore the files",
+            fix="restore the files, or train on the present images with --fresh",
         )
 
 
-def report_setup_changes(run_dir: RunDir, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Says and notes what is no more as it was when the run began.
+def report_setup_changes(
+    run_dir: RunDir, metadata: Mapping[str, Any], current: Mapping[str, Any]
+) -> None:
+    """Print and record what differs from the setup that the run started on.
+
+    The run is resumed all the same, but its bits will not be those of an uninterrupted run.
 
     Args:
-        facts: of the run; none if it is new.
-        now: `convlens`, `world_size` and `hardware` as they would be noted of a new run.
+        metadata: of the run; empty if it is new.
+        current: `convlens`, `world_size` and `hardware` as they would be recorded now.
     """
-    if not facts:
+    if not metadata:
         return
-    before, present = _bit_relevant_facts(facts), _bit_relevant_facts(now)
-    changed = {k: [v, present[k]] for k, v in before.items() if k in present and v != present[k]}
+    before, now = _bit_relevant(metadata), _bit_relevant(current)
+    changed = {
+        key: [value, now[key]] for key, value in before.items() if key in now and value != now[key]
+    }
     if not changed:
         return
-    told = ", ".join(f"{key} {old}, now {new}" for key, (old, new) in changed.items())
+    differences = ", ".join(f"{key} {old}, now {new}" for key, (old, new) in changed.items())
     print_status(
-        f"[bold]{escape(run_dir.name)}[/] began elsewise ({escape(told)}): it goes on, but will not "
-        "end with the bits of an uninterrupted run"
+        f"resuming [bold]{escape(run_dir.name)}[/] on a different setup ({escape(differences)}): "
+        "results will not be bit-identical to an uninterrupted run"
     )
-    run_dir.update_metadata({**now, "changed": [*facts.get("changed", []), changed]})
+    run_dir.update_metadata({**current, "changed": [*metadata.get("changed", []), changed]})
 
 
-def _bit_relevant_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    hardware = facts.get("hardware")
+def _bit_relevant(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts that the last digits of a training depend on."""
+    hardware = metadata.get("hardware")
     hardware = hardware if isinstance(hardware, Mapping) else {}
-    named = {key: hardware[key] for key in _HARDWARE if key in hardware}
-    if "device" in named:  # which of several GPUs it is decides nothing
-        named["device"] = str(named["device"]).partition(":")[0]
-    if "convlens" in facts:
-        named["convlens"] = facts["convlens"]
-    if "trunk_cached" in facts:
-        named["trunk_cached"] = facts["trunk_cached"]
-    return named | {"processes": facts.get("world_size", 1)}
+    facts = {key: hardware[key] for key in BIT_RELEVANT_HARDWARE if key in hardware}
+    if "device" in facts:  # which one of several GPUs it is does not matter
+        facts["device"] = str(facts["device"]).partition(":")[0]
+    facts |= {key: metadata[key] for key in ("convlens", "trunk_cached") if key in metadata}
+    return facts | {"processes": metadata.get("world_size", 1)}

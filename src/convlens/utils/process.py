@@ -51,9 +51,9 @@ def raise_on_signals() -> Iterator[None]:
 
 @dataclass
 class StopSignal:
-    """`up` once a signal came, `name` says which; `interrupted` if it was Ctrl-C."""
+    """Whether a signal has arrived, and its name. `interrupted` is true for Ctrl-C."""
 
-    up: bool = False
+    is_set: bool = False
     name: str = ""
 
     @property
@@ -67,7 +67,7 @@ def catch_stop_signals() -> Iterator[StopSignal]:
     flag = StopSignal()
 
     def raise_flag(number: signal.Signals, before: Handlers) -> None:
-        flag.up, flag.name = True, number.name
+        flag.is_set, flag.name = True, number.name
         if world_size() == 1:
             _set(before)
 

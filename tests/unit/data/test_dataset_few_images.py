@@ -183,11 +183,11 @@ def test_a_run_without_validation_from_end_to_end() -> None:
 def test_validation_changes_nothing_about_the_training() -> None:
     """The same images trained on with and without looking at others after each epoch."""
     asked = tiny("train.keep=last", "train.epochs=2")
-    setup, place = begin(asked, "with")
-    rows, kept = train.fit(setup, place, quiet=True)
+    job, place = begin(asked, "with")
+    rows, kept = train.fit(job, place)
     bare, other = begin(asked, "without")
     bare.recipe = bare.recipe.replace(**{"data.val_fraction": 0})
-    its_rows, its_kept = train.fit(bare, other, quiet=True)
+    its_rows, its_kept = train.fit(bare, other)
     assert kept == its_kept == 2
     same(
         serialization.read_model_file(place.model_path)[0],
@@ -201,8 +201,8 @@ def test_a_run_without_validation_goes_on_where_it_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = tiny(*BARE)
-    setup, place = begin(asked, "whole")
-    train.fit(setup, place, quiet=True)
+    job, place = begin(asked, "whole")
+    train.fit(job, place)
     real, saves = checkpoint.save_checkpoint, []
 
     def save(*arguments: Any) -> None:
@@ -215,9 +215,9 @@ def test_a_run_without_validation_goes_on_where_it_stopped(
         patch.setattr(checkpoint, "save_checkpoint", save)
         patch.setattr(checkpoint, "SAVE_INTERVAL_S", 0.0)
         with pytest.raises(MemoryError):
-            train.fit(*begin(asked, "stopped"), quiet=True)
-    setup, other = begin(asked, "stopped")
-    rows, kept = train.fit(setup, other, quiet=True)
+            train.fit(*begin(asked, "stopped"))
+    job, other = begin(asked, "stopped")
+    rows, kept = train.fit(job, other)
     assert (len(rows), kept) == (3, 3)
     assert all(row["cpu_seconds"] > 0 for row in rows)
     same(

@@ -16,7 +16,7 @@ from convlens.models.cnn import CNN
 from convlens.recipe import OptimConfig
 from convlens.training import checkpoint
 from convlens.training.checkpoint import BestEpoch, restore_checkpoint
-from helpers.support import PLAN, begin, same, tiny
+from helpers.support import PLAN, begin, same, tiny, train_records
 from helpers.train_loops import everything
 
 OPTIMIZERS = [
@@ -129,29 +129,29 @@ def test_training_in_fp16_reduces_the_loss() -> None:
 
 
 def test_a_resumed_run_has_the_same_loss_scale() -> None:
-    (first, place), (again, _) = begin(tiny(), "scaled"), begin(tiny(), "scaled")
-    for setup in (first, again):
-        setup.scaler = make_grad_scaler("cpu")
+    (first, run_dir), (again, _) = begin(tiny(), "scaled"), begin(tiny(), "scaled")
+    for job in (first, again):
+        job.scaler = make_grad_scaler("cpu")
     assert first.scaler is not None
     assert again.scaler is not None
     records = first.fit()
     for _ in range(4):
         next(records)
     first.scaler.update(32.0)
-    checkpoint.save_checkpoint(place, first, BestEpoch("val_loss"), [])
-    restore_checkpoint(place, again, BestEpoch("val_loss"))
+    checkpoint.save_checkpoint(run_dir, first, BestEpoch("val_loss"), [])
+    restore_checkpoint(run_dir, again, BestEpoch("val_loss"))
     assert first.scaler.state_dict() == again.scaler.state_dict()
     assert again.scaler.state_dict()["scale"] == 32.0
     assert again.scaler.state_dict()["_growth_tracker"] == 4
     list(records)
     list(again.fit())
-    same(everything(first.trained, first.optimizer), everything(again.trained, again.optimizer))
+    same(everything(first.model, first.optimizer), everything(again.model, again.optimizer))
 
 
 def test_no_checkpoint_is_saved_after_a_non_finite_loss() -> None:
     """On a GPU a checkpoint may be due before the loop has read the loss."""
-    setup, place = begin(tiny(), "failed")
-    next(setup.fit())
-    setup.state.loss_sum = torch.tensor(float("nan"))
-    checkpoint.save_checkpoint(place, setup, BestEpoch("val_loss"), [])
-    assert place.state() is None
+    job, run_dir = begin(tiny(), "failed")
+    next(train_records(job))
+    job.state.loss_sum = torch.tensor(float("nan"))
+    checkpoint.save_checkpoint(run_dir, job, BestEpoch("val_loss"), [])
+    assert run_dir.state() is None

@@ -1,6 +1,6 @@
 """Out of memory: training continues in micro-batches with the same bits, and reports it.
 
-Only the size of the memory is simulated: torch's allocator fails because it is asked for more than
+Only the size of the memory is simulated: torch's allocator fails because it must allocate more than
 any machine has, or because the process has a limit (`RLIMIT_DATA`).
 """
 
@@ -27,13 +27,13 @@ from convlens.engine.oom import OutOfMemory, is_oom
 from convlens.errors import ResourceError
 from convlens.recipe import Recipe
 from convlens.run import RunDir
+from convlens.runtime import RuntimeContext
 from convlens.training import autotune, train
 from convlens.training.setup import build_training_job
 from helpers.commands import environment, weights
 from helpers.interrupted_runs import EVERYTHING, SGD, equal
 from helpers.launching import torchrun
 from helpers.nonfinite_runs import OPTIMIZERS, Run, batches
-from helpers.paths import TESTS
 from helpers.support import PLAN, Memory, Split, begin, images_of, pictures, same, tiny
 
 PLAIN = "model.batch_norm=false"
@@ -121,17 +121,22 @@ def test_catch_oom_does_not_convert_other_errors() -> None:
 # Training
 
 
-def finished(asked: Recipe, name: str, part: int = 0, most: int = 0, back: bool = False) -> Any:
-    """A run to its end: by a plan with that part, or with memory for `most` images."""
-    setup, place = begin(asked, name)
+def train_to_end(
+    recipe: Recipe, name: str, part: int = 0, most: int = 0, back: bool = False
+) -> Any:
+    """Train with a plan of `part` images per micro-batch, or with memory for `most` images."""
+    job, run_dir = begin(recipe, name)
     if part:
-        setup = build_training_job(
-            asked, images_of(asked), "cpu", replace(setup.plan, micro_batch_size=part)
+        job = build_training_job(
+            recipe,
+            images_of(recipe),
+            RuntimeContext("cpu", quiet=True),
+            plan=replace(job.plan, micro_batch_size=part),
         )
-    seen = greedy(setup.feed.model, most, back=back) if most else []
-    rows, kept = train.fit(setup, place, quiet=False)
-    place.finish(epochs=len(rows), kept=kept, seconds=0.0)
-    return place, seen
+    seen = greedy(job.inputs.model, most, back=back) if most else []
+    rows, kept = train.fit(job, run_dir)
+    run_dir.finish(epochs=len(rows), kept=kept, seconds=0.0)
+    return run_dir, seen
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["forward", "backward"])
@@ -144,9 +149,9 @@ def test_a_run_that_runs_out_of_memory_equals_one_with_smaller_micro_batches(
     options: tuple[str, ...], back: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Including the statistics of batch norm: the update by the whole batch is undone."""
-    asked = tiny(*options)
-    short, seen = finished(asked, "short", most=5, back=back)
-    size = asked.train.batch_size
+    recipe = tiny(*options)
+    short, seen = train_to_end(recipe, "short", most=5, back=back)
+    size = recipe.train.batch_size
     assert seen[:3] == [size, size // 2, size // 4]
     assert max(seen[3:]) <= 5
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "out of memory" in line]
@@ -154,7 +159,7 @@ def test_a_run_that_runs_out_of_memory_equals_one_with_smaller_micro_batches(
     assert ("batch norm uses the statistics of a micro-batch" in line) == (PLAIN not in options)
     (event,) = short.metadata()["out_of_memory"]
     assert event == {"part": size // 4, "epoch": 1, "step": 1, "batch_norm": PLAIN not in options}
-    equal(short, finished(asked, "parts", part=size // 4)[0])
+    equal(short, train_to_end(recipe, "parts", part=size // 4)[0])
     assert "out_of_memory" not in RunDir(Path("models/parts")).metadata()
 
 
@@ -187,10 +192,10 @@ def test_a_resumed_run_keeps_its_micro_batch_size(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Even if there is enough memory by then."""
-    asked = tiny(PLAIN, *EVERYTHING)
-    whole, _ = finished(asked, "whole", most=5)
-    setup, place = begin(asked, "stopped")
-    greedy(setup.feed.model, 5)
+    recipe = tiny(PLAIN, *EVERYTHING)
+    whole, _ = train_to_end(recipe, "whole", most=5)
+    job, run_dir = begin(recipe, "stopped")
+    greedy(job.inputs.model, 5)
 
     class Killed(BaseException):
         pass
@@ -199,19 +204,19 @@ def test_a_resumed_run_keeps_its_micro_batch_size(
 
     def step(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
-        if len(calls) == 5:  # three tries of the first step, the second one, and in the third
+        if len(calls) == 5:  # three attempts of the first step, the second step, then the third
             raise Killed
         return real(*arguments, **more)
 
     monkeypatch.setattr(TrainLoop, "train_step", step)
     with pytest.raises(Killed):
-        train.fit(setup, place, quiet=True)
+        train.fit(job, run_dir)
     monkeypatch.setattr(TrainLoop, "train_step", real)
-    setup, place = begin(asked, "stopped")  # nobody is greedy now
-    rows, kept = train.fit(setup, place, quiet=True)
-    place.finish(epochs=len(rows), kept=kept, seconds=0.0)
-    assert setup.state.micro_batch_size == 4
-    equal(place, whole)
+    job, run_dir = begin(recipe, "stopped")  # with enough memory
+    rows, kept = train.fit(job, run_dir)
+    run_dir.finish(epochs=len(rows), kept=kept, seconds=0.0)
+    assert job.state.micro_batch_size == 4
+    equal(run_dir, whole)
 
 
 def test_batch_norm_is_never_trained_on_a_single_image() -> None:
@@ -247,22 +252,18 @@ def test_one_of_several_processes_does_not_change_its_micro_batch_size() -> None
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
-from convlens import cli
-from convlens.training import preparing
-from convlens.distributed import processes
-import test_out_of_memory as here
+sys.path.insert(0, {folder!r})
+from convlens import cli, distributed
+from convlens.training import setup, train
+from test_oom import greedy
 
-real = preparing.prepare
+def build_training_job(*arguments, **options):
+    job = setup.build_training_job(*arguments, **options)
+    if distributed.init_process_group().rank == 1:
+        greedy(job.inputs.model, 3)
+    return job
 
-def prepared(*arguments, **more):
-    setup = real(*arguments, **more)
-    if processes.init_process_group().rank == 1:
-        here.greedy(setup.feed.model, 3)
-    return setup
-
-from convlens import training
-training.prepare = prepared
+train.build_training_job = build_training_job
 cli.main(["train", "tiny.yaml", "--no-test", "--device", "cpu"])
 """
 
@@ -270,7 +271,7 @@ cli.main(["train", "tiny.yaml", "--no-test", "--device", "cpu"])
 @pytest.mark.slow
 def test_all_processes_stop_if_one_runs_out_of_memory() -> None:
     Path("tiny.yaml").write_text(tiny(PLAIN).to_text())
-    Path("script.py").write_text(SCRIPT.format(tests=str(TESTS)))
+    Path("script.py").write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
     done = torchrun(2, "script.py")
     assert done.code != 0
     assert done.err.count("error:") == 1, done.err
@@ -300,7 +301,7 @@ def test_a_plan_that_runs_out_of_memory_is_not_chosen() -> None:
 
 
 def test_recorded_timings_are_finite() -> None:
-    asked = tiny(PLAIN, "train.batch_size=64", "train.epochs=300", "train.patience=1")
+    recipe = tiny(PLAIN, "train.batch_size=64", "train.epochs=300", "train.patience=1")
     seen: list[int] = []
     real = TrainLoop.train_step
 
@@ -313,11 +314,11 @@ def test_recorded_timings_are_finite() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainLoop, "train_step", step)
-        setup = build_training_job(asked, images_of(asked), "cpu")
-    assert setup.plan.micro_batch_size in (16, 32)
+        job = build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
+    assert job.plan.micro_batch_size in (16, 32)
     assert set(seen) == {0, 16, 32}
-    assert set(setup.timings) == {"fp32 contiguous by 32", "fp32 contiguous by 16"}
-    json.dumps(setup.timings, allow_nan=False)
+    assert set(job.timings) == {"fp32 contiguous by 32", "fp32 contiguous by 16"}
+    json.dumps(job.timings, allow_nan=False)
 
 
 def test_inference_continues_with_half_as_many_images() -> None:
@@ -388,15 +389,15 @@ def large(*overrides: str) -> Recipe:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux")
 def test_a_process_with_a_memory_limit_trains_in_micro_batches() -> None:
-    asked = large()
-    Path("large.yaml").write_text(asked.to_text())
+    recipe = large()
+    Path("large.yaml").write_text(recipe.to_text())
     done = limited(200, "train", "large.yaml", "--no-test", "--device", "cpu", "--name", "short")
     assert done.returncode == 0, done.stderr
     (event,) = RunDir(Path("models/short")).metadata()["out_of_memory"]
     part = event["part"]
     assert 0 < part <= 150
     assert f"a batch of 300 is now computed {part} images at a time" in done.stderr
-    finished(asked, "parts", part=part)
+    train_to_end(recipe, "parts", part=part)
     same(weights(Path("models/short")), weights(Path("models/parts")))
 
 
@@ -404,8 +405,8 @@ def test_a_process_with_a_memory_limit_trains_in_micro_batches() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux")
 def test_a_process_with_far_too_little_memory_reports_it() -> None:
     """Weights, gradients and moments take 604 MB with any batch size."""
-    asked = large("model.widths=[2048, 2048]", "data.image_size=8", "train.batch_size=16")
-    Path("large.yaml").write_text(asked.to_text())
+    recipe = large("model.widths=[2048, 2048]", "data.image_size=8", "train.batch_size=16")
+    Path("large.yaml").write_text(recipe.to_text())
     done = limited(420, "train", "large.yaml", "--no-test", "--device", "cpu")
     assert done.returncode == 5, done.stderr
     assert "error: not enough memory" in done.stderr
@@ -415,13 +416,13 @@ def test_a_process_with_far_too_little_memory_reports_it() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_with_a_memory_limit_trains_in_micro_batches() -> None:
-    asked = large("train.compile=false", "train.precision=fp32")
-    Path("large.yaml").write_text(asked.to_text())
+    recipe = large("train.compile=false", "train.precision=fp32")
+    Path("large.yaml").write_text(recipe.to_text())
     torch.cuda.set_per_process_memory_fraction(
         300 * 2**20 / torch.cuda.get_device_properties(0).total_memory
     )
     try:
-        run_dir = train.train(asked, name="short", test=False, on="cuda")
+        run_dir = train.train(recipe, name="short", test=False, device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert 0 < run_dir.metadata()["out_of_memory"][-1]["part"] <= 150

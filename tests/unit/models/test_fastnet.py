@@ -16,9 +16,10 @@ from convlens.data.splits import Split
 from convlens.errors import UsageError
 from convlens.models.fastnet import WHITEN_EPS, FastNet, whitening_filters
 from convlens.run import Preprocessing
+from convlens.runtime import RuntimeContext
 from convlens.training.resolve import validate_recipe
-from convlens.training.setup import _some_images, build_training_job
-from helpers.support import PLAN, Memory, images_of, pictures, same, tiny
+from convlens.training.setup import _sample_images, build_training_job
+from helpers.support import PLAN, Memory, images_of, pictures, same, tiny, train_records
 
 FAST = ["model.name=fastnet", "model.widths=[4,8]"]
 
@@ -229,20 +230,20 @@ def test_unsuitable_options_are_usage_errors(options: dict[str, Any], message: s
 
 
 def test_a_run_computes_the_whitening_from_its_training_images() -> None:
-    asked = tiny(*FAST)
-    validate_recipe(asked)
-    data = images_of(asked)
-    setup = build_training_job(asked, data, "cpu")
-    images = setup.preprocessing.normalize(
+    config = tiny(*FAST)
+    validate_recipe(config)
+    data = images_of(config)
+    job = build_training_job(config, data, RuntimeContext("cpu", quiet=True))
+    images = job.preprocessing.normalize(
         data.train.rows.gather(torch.arange(len(data.train))), PLAN
     )
     expected = whitening_filters(images, 2, WHITEN_EPS)
-    assert torch.equal(setup.trained.get_parameter("whiten.weight"), expected)
-    before = setup.trained.get_parameter("block1.conv1.weight").detach().clone()
-    for _ in setup.fit():
+    assert torch.equal(job.model.get_parameter("whiten.weight"), expected)
+    before = job.model.get_parameter("block1.conv1.weight").detach().clone()
+    for _ in train_records(job):
         pass
-    assert torch.equal(setup.trained.get_parameter("whiten.weight"), expected)
-    assert not torch.equal(setup.trained.get_parameter("block1.conv1.weight"), before)
+    assert torch.equal(job.model.get_parameter("whiten.weight"), expected)
+    assert not torch.equal(job.model.get_parameter("block1.conv1.weight"), before)
     # The whitening uses no random numbers.
     torch.manual_seed(7)
     first = FastNet(3, 1, 8)
@@ -277,7 +278,7 @@ def test_images_for_the_initialization_are_evenly_spaced_and_bounded(
     channels = images.shape[1]
     steps = Preprocessing(size, channels, "crop", [0.0] * channels, [1 / 255] * channels)
     split = Split(Memory(images), torch.zeros(count, dtype=torch.int64), [""] * count)
-    found = _some_images(split, steps)
+    found = _sample_images(split, steps)
     assert found.shape == (expected, channels, size, size)
     numbers = (found[:, 0, 0, 0] + (256 * found[:, 0, 0, 1] if size == 8 else 0)).round().long()
     assert (numbers[0], numbers[-1]) == (0, count - 1)
@@ -287,6 +288,6 @@ def test_images_for_the_initialization_are_evenly_spaced_and_bounded(
 
 
 def test_a_recipe_can_select_fastnet() -> None:
-    asked = recipe.load_recipe("digits", ["model.name=fastnet", "model.depth=3"])
-    validate_recipe(asked)
-    assert asked.model.options == {"depth": 3}
+    config = recipe.load_recipe("digits", ["model.name=fastnet", "model.depth=3"])
+    validate_recipe(config)
+    assert config.model.options == {"depth": 3}

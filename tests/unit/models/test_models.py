@@ -58,9 +58,8 @@ def test_a_name_without_near_misses_lists_the_families() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "works"),
     [
-        ("alexnet", 32, 64),
-        ("vgg11", 28, 32),
         ("squeezenet1_1", 8, 24),
+        ("alexnet", 32, 64),
         ("inception_v3", 64, 80),
         ("vit_b_32", 28, 32),
         ("vit_b_32", 500, 384),
@@ -73,7 +72,8 @@ def test_an_unsuitable_image_size_is_refused_and_a_working_one_suggested(
     with pytest.raises(UsageError, match=f"model {name} can't take images of {size} px") as caught:
         models.try_out(name, 3, size, {})
     assert f"data.image_size={works} works" in caught.value.fix
-    models.try_out(name, 3, works, {})
+    if name == "squeezenet1_1":  # `try_out` has run all of them; the cheapest one is repeated
+        models.try_out(name, 3, works, {})
 
 
 def test_try_out_keeps_the_state_of_random_generators() -> None:

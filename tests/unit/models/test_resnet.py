@@ -132,20 +132,18 @@ def test_the_recipe_trains_like_a_plain_loop_with_torchvisions_network() -> None
         "train.precision=fp32",
         "train.memory_format=contiguous",
     ]
-    setup, place = begin(load_recipe("resnet18", few), "ours")
-    classes = len(setup.data.classes)
+    job, run_dir = begin(load_recipe("resnet18", few), "ours")
+    classes = len(job.data.classes)
     plain = torchvision.models.resnet18(num_classes=classes)
-    plain.load_state_dict(setup.trained.state_dict())
-    rows, _ = train.fit(setup, place, quiet=True)
+    plain.load_state_dict(job.model.state_dict())
+    rows, _ = train.fit(job, run_dir)
 
-    rows_of = setup.data.train.rows
-    images = setup.preprocessing.normalize(
-        rows_of.gather(torch.arange(len(setup.data.train))), PLAN
-    )
-    labels = setup.data.train.labels
+    rows_of = job.data.train.rows
+    images = job.preprocessing.normalize(rows_of.gather(torch.arange(len(job.data.train))), PLAN)
+    labels = job.data.train.labels
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    steps = len(setup.feed.batches)
-    factor = optim.build_schedule(setup.recipe.optim)
+    steps = len(job.inputs.batches)
+    factor = optim.build_schedule(job.recipe.optim)
     for epoch in (1, 2):
         generator = torch.Generator().manual_seed(derive_seed(0, epoch))
         losses = []
@@ -160,5 +158,5 @@ def test_the_recipe_trains_like_a_plain_loop_with_torchvisions_network() -> None
             losses.append(loss.item() * len(part))
         assert rows[epoch - 1]["train_loss"] == pytest.approx(sum(losses) / len(labels), rel=1e-3)
     for name, tensor in plain.state_dict().items():
-        found = setup.trained.state_dict()[name]
+        found = job.model.state_dict()[name]
         torch.testing.assert_close(found, tensor, rtol=1e-3, atol=1e-4, msg=name)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from convlens import models, run, serialization
 from convlens.errors import UsageError
 from convlens.models import MODELS, zoo
+from convlens.runtime import RuntimeContext
 from convlens.training import train
 from convlens.training.resolve import validate_recipe
 from convlens.training.setup import build_training_job
@@ -148,24 +149,24 @@ def test_unsuitable_options_are_usage_errors(
 
 def test_a_torchvision_network_is_trained_and_loaded() -> None:
     # MNASNet refuses weights without version numbers, which a model file lacks.
-    asked = tiny(
+    recipe = tiny(
         "model.name=mnasnet0_5", "data.image_size=16", "data.per_class=3", "train.epochs=1"
     )
-    place = train.train(asked, quiet=True, on="cpu", test=False)
-    loaded = run.load_model(place.model_path)
-    tensors, model_metadata = serialization.read_model_file(place.model_path)
+    run_dir = train.train(recipe, quiet=True, device="cpu", test=False)
+    loaded = run.load_model(run_dir.model_path)
+    tensors, model_metadata = serialization.read_model_file(run_dir.model_path)
     assert model_metadata["model"] == {"name": "mnasnet0_5", "options": {}}
     assert not loaded.model.training
     same(dict(loaded.model.state_dict()), tensors)
-    setup = build_training_job(asked, images_of(asked), "cpu")
-    models.load_weights(setup.trained, tensors)
+    job = build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
+    models.load_weights(job.model, tensors)
     with pytest.raises(RuntimeError, match="Missing key"):
-        models.load_weights(setup.trained, {})
+        models.load_weights(job.model, {})
 
 
 def test_a_recipe_is_checked_before_any_image_is_read() -> None:
-    with pytest.raises(UsageError, match=r"alexnet can't take images of 32 px.*unknown optimizer"):
-        validate_recipe(tiny("model.name=alexnet", "data.image_size=32", "optim.name=nope"))
+    with pytest.raises(UsageError, match=r"_1 can't take images of 8 px.*unknown optimizer"):
+        validate_recipe(tiny("model.name=squeezenet1_1", "data.image_size=8", "optim.name=nope"))
     fast = tiny("model.name=fastnet", "data.image_size=8", "train.batch_size=1")
     with pytest.raises(UsageError, match=r"train.batch_size=1"):
         validate_recipe(fast)
@@ -173,10 +174,10 @@ def test_a_recipe_is_checked_before_any_image_is_read() -> None:
 
 
 def test_the_image_size_of_a_data_set_is_checked_when_it_is_loaded() -> None:
-    asked = tiny("model.name=alexnet")  # digits have 8 px
-    validate_recipe(asked)
-    with pytest.raises(UsageError, match="alexnet can't take images of 8 px"):
-        build_training_job(asked, images_of(asked), "cpu")
+    recipe = tiny("model.name=squeezenet1_1")  # digits have 8 px
+    validate_recipe(recipe)
+    with pytest.raises(UsageError, match="squeezenet1_1 can't take images of 8 px"):
+        build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
 
 
 # timm
@@ -235,9 +236,9 @@ def test_errors_for_networks_of_timm() -> None:
 
 def test_a_network_of_timm_is_trained_and_loaded() -> None:
     pytest.importorskip("timm")
-    asked = tiny(
+    recipe = tiny(
         "model.name=timm/resnet10t", "data.per_class=3", "train.epochs=1", "data.image_size=32"
     )
-    place = train.train(asked, quiet=True, on="cpu", test=False)
-    loaded = run.load_model(place.model_path)
-    same(dict(loaded.model.state_dict()), serialization.read_model_file(place.model_path)[0])
+    run_dir = train.train(recipe, quiet=True, device="cpu", test=False)
+    loaded = run.load_model(run_dir.model_path)
+    same(dict(loaded.model.state_dict()), serialization.read_model_file(run_dir.model_path)[0])

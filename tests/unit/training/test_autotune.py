@@ -18,6 +18,7 @@ from convlens.engine.loop import TrainLoop
 from convlens.errors import UsageError
 from convlens.recipe import Recipe, load_recipe
 from convlens.run import RunDir
+from convlens.runtime import RuntimeContext
 from convlens.training import autotune, train
 from convlens.training.autotune import StepTiming, losses_agree, modes_worth_trying
 from convlens.training.setup import build_training_job
@@ -27,7 +28,7 @@ TIMED = ("train.epochs=100", "train.memory_format=auto")  # 500 steps: worth tim
 
 
 def prepared(asked: Recipe) -> Any:
-    return build_training_job(asked, images_of(asked), "cpu")
+    return build_training_job(asked, images_of(asked), RuntimeContext("cpu", quiet=True))
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_the_memory_has_an_end(
 
 def test_the_choice_and_its_timings_stand_in_the_run(timings: list[list[str]]) -> None:
     asked = tiny(*TIMED, "train.patience=1", "optim.lr=1e-9")
-    place = train.train(asked, test=False, on="cpu", quiet=True)
+    place = train.train(asked, test=False, device="cpu", quiet=True)
     facts = RunDir(place.path).metadata()
     assert facts["plan"]["memory_format"] == "channels_last"
     assert facts["timings"] == {"fp32 contiguous": 2.0, "fp32 channels_last": 1.0}
@@ -214,8 +215,8 @@ class Machine:
     ) -> None:
         self.now, self.busy_until, self.tried = 0.0, 0.0, list[str]()
         self.modes = {name.replace("_", "-"): seconds for name, seconds in modes.items()}
-        monkeypatch.setattr(autotune.device, "synchronise", lambda device: self.wait())
-        monkeypatch.setattr(autotune.device, "seed_generators", lambda device, seed: None)
+        monkeypatch.setattr(autotune, "synchronize", lambda device: self.wait())
+        monkeypatch.setattr(autotune, "seed_generators", lambda device, seed: None)
 
     def wait(self) -> None:
         self.now = max(self.now, self.busy_until)

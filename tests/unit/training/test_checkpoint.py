@@ -28,7 +28,7 @@ from helpers.interrupted_runs import (
     finish,
     stop,
 )
-from helpers.support import begin, same, tiny
+from helpers.support import begin, same, tiny, train_records
 
 STEPS = 5  # in each of 3 epochs
 # The head alone for four of 15 steps; one bias stops after six; an average that pulls back.
@@ -80,9 +80,9 @@ def test_windows_go_on_from_where_they_open_and_close(
     equal(finish(asked, "stopped"), whole)
 
 
-def after_an_epoch(keeper: CheckpointManager) -> bool:
+def after_an_epoch(checkpoints: CheckpointManager) -> bool:
     """Instead of by time: due after each epoch."""
-    return keeper._setup.state.step == 0
+    return checkpoints._job.state.step == 0
 
 
 def test_a_run_killed_between_two_saves_goes_on_from_the_former(
@@ -100,7 +100,7 @@ def test_a_run_killed_between_two_saves_goes_on_from_the_former(
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointManager, "due", property(after_an_epoch))
+        patch.setattr(CheckpointManager, "should_save", property(after_an_epoch))
         patch.setattr(checkpoint, "save_checkpoint", save)
         with pytest.raises(MemoryError):
             finish(asked, "killed")
@@ -114,9 +114,9 @@ def test_a_long_epoch_is_saved_in_its_middle(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(checkpoint, "SAVE_INTERVAL_S", 0.0)
     real, saves = checkpoint.save_checkpoint, []
 
-    def save(place: RunDir, setup: Any, *rest: Any) -> None:
-        real(place, setup, *rest)
-        saves.append(setup.state.step)
+    def save(place: RunDir, job: Any, *rest: Any) -> None:
+        real(place, job, *rest)
+        saves.append(job.state.step)
         if len(saves) == 3:
             raise MemoryError
 
@@ -134,8 +134,8 @@ def test_early_stopping_goes_on_counting(
     losses = {1: 0.5, 2: 0.4, 3: 0.9, 4: 0.8, 5: 0.7, 6: 0.1}
     real = train._validate
 
-    def validate(setup: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
-        return {**real(setup, record, flag, seconds=seconds), "val_loss": losses[record.epoch]}
+    def validate(job: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
+        return {**real(job, record, flag, seconds=seconds), "val_loss": losses[record.epoch]}
 
     monkeypatch.setattr(train, "_validate", validate)
     asked = tiny("train.epochs=6", "train.patience=3")
@@ -171,10 +171,10 @@ def test_the_moments_of_a_channels_last_network_lie_as_its_weights(
 
     asked = tiny(*EVERYTHING, "data.channels=3", "augment=[]")
     stop(asked, "stopped", interrupting, 3)
-    setup, place = begin(asked, "stopped")
-    restore_checkpoint(place, setup, BestEpoch("val_loss"))
-    moments = setup.optimizer.state[setup.trained.get_parameter("stage1.0.weight")]
-    weight = setup.trained.get_parameter("stage1.0.weight")
+    job, place = begin(asked, "stopped")
+    restore_checkpoint(place, job, BestEpoch("val_loss"))
+    moments = job.optimizer.state[job.model.get_parameter("stage1.0.weight")]
+    weight = job.model.get_parameter("stage1.0.weight")
     assert weight.stride() != weight.contiguous().stride()
     assert moments["exp_avg"].stride() == weight.stride()
     assert moments["exp_avg"].abs().sum() > 0
@@ -185,21 +185,21 @@ def test_everything_that_is_restored_is_what_was_saved(interrupting: Interruptin
 
     asked = tiny(*EVERYTHING)
     stop(asked, "stopped", interrupting, 8)
-    setup, place = begin(asked, "stopped")
+    job, place = begin(asked, "stopped")
     best = BestEpoch("val_loss")
-    rows = restore_checkpoint(place, setup, best)
+    rows = restore_checkpoint(place, job, best)
     stored = place.state()
-    save_checkpoint(place, setup, best, rows)
+    save_checkpoint(place, job, best, rows)
     again = place.state()
     assert stored is not None
     assert again is not None
     same(stored[0], again[0])
     assert stored[1] == again[1]
-    assert (setup.state.epoch, setup.state.step, len(rows)) == (2, 3, 1)
+    assert (job.state.epoch, job.state.step, len(rows)) == (2, 3, 1)
     assert any(name.startswith("ema.") for name in stored[0])
-    assert isinstance(setup.averager, optim.EMA)
-    assert setup.averager.steps == 8
-    assert isinstance(setup.state.loss_sum, float)
+    assert isinstance(job.averager, optim.EMA)
+    assert job.averager.steps == 8
+    assert isinstance(job.state.loss_sum, float)
 
 
 # Real processes and real signals
@@ -215,7 +215,7 @@ def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
     code, told = interrupted(place, signal.SIGINT, subprocess.Popen(COMMAND, **PIPED))
     assert code == 130
     assert "Traceback" not in told
-    assert "the same command goes on from here" in told
+    assert "the same command resumes the training" in told
     first = len(place.metrics())
     assert place.metadata()["status"] == "training"
     # A copy of this process, which has imported torch already.
@@ -225,9 +225,11 @@ def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
     assert place.metadata()["status"] == "training"
     assert len(place.metrics()) > first
     asked = load_recipe("long.yaml")
-    found = train.train(asked, plain=True, test=False, on="cpu", quiet=True)
+    found = train.train(asked, is_unmodified_recipe=True, test=False, device="cpu", quiet=True)
     assert found.path == place.path
-    whole = train.train(asked, plain=True, fresh=True, test=False, on="cpu", quiet=True)
+    whole = train.train(
+        asked, is_unmodified_recipe=True, fresh=True, test=False, device="cpu", quiet=True
+    )
     assert whole.path != place.path
     equal(found, whole)
 
@@ -266,29 +268,29 @@ def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupt
     asked = load_recipe(tree)
     interrupting.after = 3
     with pytest.raises(KeyboardInterrupt):
-        train.train(asked, plain=True, test=False, on="cpu", quiet=True)
+        train.train(asked, is_unmodified_recipe=True, test=False, device="cpu", quiet=True)
     changed = Path("photos/a/0.png")
     before = changed.read_bytes()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(changed)
-    with pytest.raises(DataError, match="not those that run 'tiny' began with") as caught:
-        train.train(asked, plain=True, test=False, on="cpu", quiet=True)
+    with pytest.raises(DataError, match="not those that run 'tiny' started with") as caught:
+        train.train(asked, is_unmodified_recipe=True, test=False, device="cpu", quiet=True)
     assert "--fresh" in caught.value.fix
     changed.write_bytes(before)
-    place = train.train(asked, plain=True, on="cpu", quiet=True)
-    assert place.finished
+    place = train.train(asked, is_unmodified_recipe=True, device="cpu", quiet=True)
+    assert place.is_finished
     changed.unlink()
     with pytest.raises(DataError, match="changed since this model was trained"):
-        train.train(asked, plain=True, on="cpu", quiet=True)
+        train.train(asked, is_unmodified_recipe=True, device="cpu", quiet=True)
 
 
 def test_progress_is_stored_in_the_keys_of_earlier_versions() -> None:
     """So that a run that an earlier version has saved can be resumed or extended."""
-    setup, place = begin(tiny(), "keys")
-    records = setup.fit()
+    job, place = begin(tiny(), "keys")
+    records = train_records(job)
     for _ in range(2):
         next(records)
-    setup.state.micro_batch_size = 8
-    checkpoint.save_checkpoint(place, setup, checkpoint.BestEpoch("val_loss"), [])
+    job.state.micro_batch_size = 8
+    checkpoint.save_checkpoint(place, job, checkpoint.BestEpoch("val_loss"), [])
     stored = place.state()
     assert stored is not None
     position = stored[1]["position"]
@@ -305,4 +307,4 @@ def test_progress_is_stored_in_the_keys_of_earlier_versions() -> None:
     }
     again, _ = begin(tiny(), "keys")
     checkpoint.restore_checkpoint(place, again, checkpoint.BestEpoch("val_loss"))
-    assert again.state == setup.state
+    assert again.state == job.state

@@ -23,7 +23,9 @@ CONSTANT = (
 
 
 def train(asked: Recipe, name: str, *, extend: bool = False) -> RunDir:
-    return training_train.train(asked, name=name, extend=extend, test=False, on="cpu", quiet=True)
+    return training_train.train(
+        asked, name=name, extend=extend, test=False, device="cpu", quiet=True
+    )
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
@@ -93,7 +95,7 @@ def test_the_command() -> None:
     done = command("train", *longer, "--extend", "--json")
     assert done.code == 0, done.err
     assert "from 2 epochs: the same bits as 3 epochs" not in done.err  # digits: one-cycle
-    assert "not the same as 3 epochs from the beginning" in done.err
-    assert "continuing" in done.err
+    assert "the result differs from 3 epochs from scratch" in done.err
+    assert "resuming" in done.err
     assert len(RunDir(Path(done.json["path"])).metrics()) == 3
-    refused(here("train", *longer, "--extend", "--seeds", "2"), 2, "--extend is for a single run")
+    refused(here("train", *longer, "--extend", "--seeds", "2"), 2, "--extend needs a single run")

@@ -15,6 +15,7 @@ from convlens.device import Plan, derive_seed
 from convlens.errors import ResourceError, UsageError
 from convlens.models.stages import freeze, frozen_prefix, set_train_mode
 from convlens.recipe import OptimConfig, load_recipe
+from convlens.runtime import RuntimeContext
 from convlens.training import feature_cache, resolve, train
 from convlens.training.setup import TrainingJob, build_training_job
 from helpers.support import begin, same
@@ -221,35 +222,37 @@ FROZEN = (
 
 
 def trained(name: str, *more: str) -> tuple[TrainingJob, list[dict[str, float]]]:
-    setup, place = begin(load_recipe("resnet18", [*FROZEN, *more]), name)
-    rows, _ = train.fit(setup, place, quiet=True)
-    return setup, rows
+    job, place = begin(load_recipe("resnet18", [*FROZEN, *more]), name)
+    rows, _ = train.fit(job, place)
+    return job, rows
 
 
 def test_a_cached_trunk_gives_the_same_training() -> None:
     cached, cached_rows = trained("cached")
     plain, plain_rows = trained("plain", "train.cache_trunk=false")
-    assert cached.feed.cached_bytes > 0
-    assert cached.feed.model is not cached.trained
-    assert plain.feed.cached_bytes == 0
-    assert plain.feed.model is plain.trained
-    for name, tensor in cached.trained.state_dict().items():
-        torch.testing.assert_close(tensor, plain.trained.state_dict()[name], rtol=2e-4, atol=2e-5)
+    assert cached.inputs.cached_bytes > 0
+    assert cached.inputs.model is not cached.model
+    assert plain.inputs.cached_bytes == 0
+    assert plain.inputs.model is plain.model
+    for name, tensor in cached.model.state_dict().items():
+        torch.testing.assert_close(tensor, plain.model.state_dict()[name], rtol=2e-4, atol=2e-5)
     for mine, theirs in zip(cached_rows, plain_rows, strict=True):
         for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
-    untouched = [n for n in cached.trained.state_dict() if not n.startswith(("layer4", "fc"))]
-    first = build_training_job(cached.recipe, cached.data, "cpu").trained.state_dict()
-    same({n: first[n] for n in untouched}, {n: cached.trained.state_dict()[n] for n in untouched})
+    untouched = [n for n in cached.model.state_dict() if not n.startswith(("layer4", "fc"))]
+    first = build_training_job(
+        cached.recipe, cached.data, RuntimeContext("cpu", quiet=True)
+    ).model.state_dict()
+    same({n: first[n] for n in untouched}, {n: cached.model.state_dict()[n] for n in untouched})
 
 
 def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
     augment = 'augment=[{"RandomCrop": {"padding": 4}}, "RandomHorizontalFlip"]'
     views, _ = trained("views", augment, "train.views=2")
-    assert isinstance(views.feed.batches, feature_cache.ViewBatches)
+    assert isinstance(views.inputs.batches, feature_cache.ViewBatches)
 
-    again = build_training_job(views.recipe, views.data, "cpu")
-    model, rows = again.trained, again.data.train.rows
+    again = build_training_job(views.recipe, views.data, RuntimeContext("cpu", quiet=True))
+    model, rows = again.model, again.data.train.rows
     count = len(again.data.train)
     shown = []
     for view in range(2):
@@ -262,7 +265,7 @@ def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
             parts.append(again.augment(images, labels, place, generator)[0])
         shown.append(again.preprocessing.normalize(torch.cat(parts), PLAN))
     done = 0
-    total = 3 * len(views.feed.batches)
+    total = 3 * len(views.inputs.batches)
     for epoch in (1, 2, 3):
         order = torch.randperm(
             count, generator=torch.Generator().manual_seed(derive_seed(0, epoch))
@@ -279,7 +282,7 @@ def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
             done += 1
     assert done == total
     for name, tensor in model.state_dict().items():
-        found = views.trained.state_dict()[name]
+        found = views.model.state_dict()[name]
         torch.testing.assert_close(found, tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
@@ -308,8 +311,8 @@ def test_activations_that_do_not_fit_are_computed_anew_each_epoch(
 ) -> None:
     few = [*FROZEN, "augment=[RandomHorizontalFlip]", "train.views=9"]
     monkeypatch.setenv("CONVLENS_MEMORY", "1KB")
-    setup, _ = begin(load_recipe("resnet18", FROZEN), "small")
-    assert setup.feed.cached_bytes == 0
+    job, _ = begin(load_recipe("resnet18", FROZEN), "small")
+    assert job.inputs.cached_bytes == 0
     with pytest.raises(ResourceError, match=r"train\.views=9 needs"):
         begin(load_recipe("resnet18", few), "views")
 

@@ -23,6 +23,7 @@ from convlens.engine import loop
 from convlens.errors import ModelFileError, Stopped, UsageError
 from convlens.recipe import ModelConfig
 from convlens.run import RunDir
+from convlens.runtime import RuntimeContext
 from convlens.training import pretrained, train as training_train
 from convlens.training.resolve import validate_recipe
 from convlens.training.setup import build_training_job
@@ -32,7 +33,7 @@ from helpers.support import begin, images_of, same, tiny
 
 
 def train(*overrides: str, name: str, **options: Any) -> RunDir:
-    settings: dict[str, Any] = {"test": False, "on": "cpu", "quiet": True}
+    settings: dict[str, Any] = {"test": False, "device": "cpu", "quiet": True}
     return training_train.train(tiny(*overrides), name=name, **{**settings, **options})
 
 
@@ -62,9 +63,12 @@ def test_a_checkpoint_of_several_processes_is_not_unpickled() -> None:
     Path("ckpt").rename("ckpt.pt")
     shutil.copytree("ckpt.pt", "ckpt")
     for spec in ("ckpt", "ckpt/", "./ckpt", "ckpt.pt"):
-        with pytest.raises(ModelFileError, match="a folder, not a file of weights") as caught:
+        with pytest.raises(
+            ModelFileError,
+            match="a folder of torch.distributed.checkpoint|a folder, not a weights file",
+        ) as caught:
             pretrained.check_weights_available(asked(spec))
-        assert "its index is a pickle" in caught.value.what
+        assert "whose index is a pickle" in caught.value.what
         assert caught.value.where == spec
     refused(here("train", "digits", "model.weights=ckpt.pt", "--no-test"), 4, "torch.save(")
     with pytest.raises(ModelFileError, match=r"(more than|not only) tensors"):
@@ -74,9 +78,9 @@ def test_a_checkpoint_of_several_processes_is_not_unpickled() -> None:
 def test_a_folder_is_no_file_of_weights(source: RunDir) -> None:
     Path("mine").mkdir()
     for spec in ("mine", "mine/"):
-        with pytest.raises(ModelFileError, match="a folder, not a file") as caught:
+        with pytest.raises(ModelFileError, match="a folder, not a weights file") as caught:
             pretrained.check_weights_available(asked(spec))
-        assert caught.value.fix == "give the file in it, or the name of a run"
+        assert caught.value.fix == "name the file in it, or a run"
     Path("source").mkdir()  # a run's name wins
     pretrained.check_weights_available(asked("source"))
 
@@ -84,7 +88,7 @@ def test_a_folder_is_no_file_of_weights(source: RunDir) -> None:
 def test_a_safetensors_with_a_huge_header_is_refused() -> None:
     Path("x.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
     done = here("train", "digits", "model.weights=x.safetensors", "--no-test")
-    refused(done, 4, "neither safetensors nor", "x.safetensors")
+    refused(done, 4, "neither a safetensors nor", "x.safetensors")
     assert run.list_runs() == []
 
 
@@ -94,12 +98,12 @@ def test_a_safetensors_with_a_huge_header_is_refused() -> None:
 def test_a_run_begins_with_the_weights_of_another_bit_by_bit(source: RunDir) -> None:
     tensors, model_metadata = serialization.read_model_file(source.model_path)
     for spec in ("source", "models/source", "models/source/model.safetensors"):
-        setup, _ = begin(tiny(f"model.weights={spec}"), "next")
-        same(dict(setup.trained.state_dict()), tensors)
-        assert setup.preprocessing.mean == model_metadata["preprocessing"]["mean"]
-        assert setup.preprocessing.std == model_metadata["preprocessing"]["std"]
-        assert setup.weights is not None
-        assert setup.weights["sha256"] == model_metadata["sha256"]
+        job, _ = begin(tiny(f"model.weights={spec}"), "next")
+        same(dict(job.model.state_dict()), tensors)
+        assert job.preprocessing.mean == model_metadata["preprocessing"]["mean"]
+        assert job.preprocessing.std == model_metadata["preprocessing"]["std"]
+        assert job.initial_weights is not None
+        assert job.initial_weights["sha256"] == model_metadata["sha256"]
     plain, _ = begin(tiny(), "plain")
     assert plain.preprocessing.mean != model_metadata["preprocessing"]["mean"]
 
@@ -235,12 +239,14 @@ def test_a_state_dict_in_a_file_of_a_wrapped_network() -> None:
     net = models.build_model("cnn", 10, 1, 8, {"widths": [4, 8]})
     wrapped = torch.nn.DataParallel(torch.compile(net))  # type: ignore[arg-type]
     torch.save({"epoch": 4, "state_dict": wrapped.state_dict()}, "mine.pth")
-    setup, _ = begin(tiny("model.weights=mine.pth"), "next")
-    same(dict(setup.trained.state_dict()), dict(net.state_dict()))
-    assert setup.weights is not None
-    assert setup.weights["origin"] == "file mine.pth"
-    assert setup.weights["sha256"] == hashlib.sha256(Path("mine.pth").read_bytes()).hexdigest()
-    assert setup.preprocessing == begin(tiny(), "plain")[0].preprocessing  # the data's own means
+    job, _ = begin(tiny("model.weights=mine.pth"), "next")
+    same(dict(job.model.state_dict()), dict(net.state_dict()))
+    assert job.initial_weights is not None
+    assert job.initial_weights["origin"] == "file mine.pth"
+    assert (
+        job.initial_weights["sha256"] == hashlib.sha256(Path("mine.pth").read_bytes()).hexdigest()
+    )
+    assert job.preprocessing == begin(tiny(), "plain")[0].preprocessing  # the data's own means
 
 
 def test_nan_and_another_architecture_leave_no_run_behind() -> None:
@@ -294,11 +300,11 @@ def test_a_run_or_file_that_is_not_there_is_missed_before_images_are_read(
     source: RunDir,
 ) -> None:
     nowhere = ("train", "digits", "data.name=nowhere", "model.name=resnet18")
-    refused(here(*nowhere, "model.weights=sorce"), 2, "'sorce' is no run", "source")
+    refused(here(*nowhere, "model.weights=sorce"), 2, "'sorce' is not a run", "source")
     refused(here(*nowhere, "model.weights=imagenet1k_v1"), 2, "IMAGENET1K_V1")
     refused(here(*nowhere, "model.weights=defualt"), 2, "default")
-    refused(here(*nowhere, "model.weights=w/lost.pth"), 4, "no such file of weights", "w/lost.pth")
-    refused(here(*nowhere, "model.weights=lost.safetensors"), 4, "no such file of weights")
+    refused(here(*nowhere, "model.weights=w/lost.pth"), 4, "no such weights file", "w/lost.pth")
+    refused(here(*nowhere, "model.weights=lost.safetensors"), 4, "no such weights file")
     source.model_path.unlink()
     refused(here(*nowhere, "model.weights=source"), 4, "'source' has no weights yet", "train it")
 
@@ -385,10 +391,10 @@ def test_a_grey_run_from_torchvisions_weights(
     (data_root / "weights").mkdir(parents=True)
     (data_root / "weights" / file).write_bytes(content)
     recipe = tiny("model.name=resnet18", "model.weights=default")
-    setup = build_training_job(recipe, images_of(recipe), "cpu")
-    assert setup.preprocessing.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
-    assert setup.preprocessing.std == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
-    told = setup.weights
+    job = build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
+    assert job.preprocessing.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    assert job.preprocessing.std == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
+    told = job.initial_weights
     assert told is not None
     assert list(told["adapted"]) == ["conv1.weight"]
     assert told["adapted"]["conv1.weight"].startswith("64x3x7x7 -> 64x1x3x3; channels summed")
@@ -409,7 +415,7 @@ def test_a_file_put_by_hand_or_by_torch_is_found(
         == hashlib.sha256(content).hexdigest()
     )
     path.write_bytes(content[:1000])
-    with pytest.raises(ModelFileError, match="SHA-256 doesn't begin with") as caught:
+    with pytest.raises(ModelFileError, match="SHA-256 does not start with") as caught:
         pretrained.find_weights(asked("IMAGENET1K_V1"))
     assert caught.value.where == str(path.absolute())
 
@@ -466,7 +472,7 @@ def test_weights_through_timm() -> None:
         found, models.build_model("resnet18", 10, 3, 64, {"stem": "imagenet"}), ()
     )
     assert fitted.left == fitted.new == ["fc.weight", "fc.bias"]
-    with pytest.raises(ModelFileError, match="timm can't get the weights"):
+    with pytest.raises(ModelFileError, match="timm cannot load the weights"):
         pretrained.find_weights(asked("timm/no_such_network"))
 
 

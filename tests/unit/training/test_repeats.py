@@ -22,8 +22,8 @@ from convlens.training.repeats import (
     PlannedRun,
     RunOutcome,
     VariantSummary,
-    add_fold_results,
     expand_runs,
+    sum_or_none,
     train_many,
 )
 from helpers.commands import DIGITS, command, here, pictures, refused, weights
@@ -171,8 +171,8 @@ def test_variants_are_compared_within_splits_and_seeds() -> None:
 
 
 def test_a_sum_with_something_unknown_is_unknown() -> None:
-    assert add_fold_results([1.0, 2.5]) == 3.5
-    assert add_fold_results([1.0, None]) is None
+    assert sum_or_none([1.0, 2.5]) == 3.5
+    assert sum_or_none([1.0, None]) is None
 
 
 # Seeds
@@ -310,7 +310,7 @@ def test_splits_of_data_that_bring_their_own_are_refused() -> None:
         here("train", "photos", "--repeat-splits", "2"),
         2,
         "--repeat-splits 2",
-        "comes with all its splits",
+        "comes with fixed splits",
     )
 
 
@@ -391,7 +391,7 @@ def test_a_refit_from_python() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--refit", "--folds", "3"], "--refit tests"),
+        (["--refit", "--folds", "3"], "--refit evaluates"),
         (["--refit", "--no-test"], "--refit leaves no validation split"),
         (["--refit", "data.per_class=9"], "data.total_per_class"),
         (["--refit", "data.val_fraction=0", "train.keep=last"], "data.val_fraction=0"),

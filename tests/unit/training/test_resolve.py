@@ -16,13 +16,13 @@ from helpers.commands import pictures
 def test_a_recipes_name_wins_over_a_data_set_and_a_folder() -> None:
     pictures(Path("digits"), {"a": 1, "b": 1})
     asked = resolve.resolve_recipe("digits")
-    assert asked.plain
+    assert asked.is_unmodified
     assert asked.recipe == recipe.load_recipe("digits")
 
 
 def test_a_data_set_alone_means_the_recipe_folder_on_it() -> None:
     asked = resolve.resolve_recipe("shapes", overrides=["train.epochs=3"])
-    assert not asked.plain
+    assert not asked.is_unmodified
     assert (asked.recipe.name, asked.recipe.data.name) == ("shapes", "shapes")
     assert asked.recipe.train.epochs == 3
     same = recipe.load_recipe("folder", ["data.name=shapes", "train.epochs=3"])
@@ -33,7 +33,7 @@ def test_a_data_set_alone_means_the_recipe_folder_on_it() -> None:
 def test_a_folder_of_any_name_is_found_and_lends_its_name(name: str) -> None:
     folder = pictures(Path(name), {"a": 1, "b": 1})
     asked = resolve.resolve_recipe(name)
-    assert asked.plain
+    assert asked.is_unmodified
     assert asked.recipe.name == folder.name
     assert Path(asked.recipe.data.name) == folder
     again = Path("again.yaml")
@@ -58,7 +58,7 @@ def test_a_recipe_on_other_data_says_so_in_its_name() -> None:
     asked = resolve.resolve_recipe("mnist-reg", data="digits")
     assert asked.recipe.name == "mnist-reg-digits"
     assert asked.recipe.data.name == "digits"
-    assert asked.plain
+    assert asked.is_unmodified
 
 
 def test_a_file_a_mapping_and_a_recipe_mean_the_same() -> None:
@@ -89,7 +89,7 @@ def test_a_missing_path_is_data_that_is_missing() -> None:
 
 
 def test_a_data_set_twice_is_refused() -> None:
-    with pytest.raises(UsageError, match="is no recipe, and --data"):
+    with pytest.raises(UsageError, match="is not a recipe, and --data"):
         resolve.resolve_recipe("shapes", data="digits")
 
 

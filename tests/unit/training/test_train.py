@@ -17,6 +17,7 @@ from convlens.cli import main
 from convlens.errors import Diverged, ResourceError, UsageError
 from convlens.recipe import load_recipe
 from convlens.run import RunDir
+from convlens.runtime import RuntimeContext
 from convlens.training import train as training_train
 from convlens.training.checkpoint import BestEpoch
 from convlens.training.setup import build_training_job
@@ -25,7 +26,12 @@ from helpers.support import begin, images_of, same, tiny
 
 
 def train(*overrides: str, **options: Any) -> RunDir:
-    settings: dict[str, Any] = {"plain": True, "test": False, "on": "cpu", "quiet": True}
+    settings: dict[str, Any] = {
+        "is_unmodified_recipe": True,
+        "test": False,
+        "device": "cpu",
+        "quiet": True,
+    }
     return training_train.train(tiny(*overrides), **{**settings, **options})
 
 
@@ -39,11 +45,11 @@ class Scripted:
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
         real = training_train._validate
 
-        def validate(setup: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
-            with optim.averaged_weights(setup.averager):
-                state = setup.trained.state_dict()
+        def validate(job: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
+            with optim.averaged_weights(job.averager):
+                state = job.model.state_dict()
                 self.weights[record.epoch] = {k: v.clone() for k, v in state.items()}
-            row = real(setup, record, flag, seconds=seconds)
+            row = real(job, record, flag, seconds=seconds)
             loss = losses[record.epoch - 1]
             return {**row, "val_loss": loss, "val_accuracy": 1 - loss}
 
@@ -51,8 +57,8 @@ class Scripted:
 
 
 def finish(*overrides: str, epochs: int) -> RunDir:
-    setup, place = begin(tiny(f"train.epochs={epochs}", *overrides), "x")
-    rows, kept = training_train.fit(setup, place, quiet=True)
+    job, place = begin(tiny(f"train.epochs={epochs}", *overrides), "x")
+    rows, kept = training_train.fit(job, place)
     place.finish(epochs=len(rows), kept=kept, seconds=0.0)
     return place
 
@@ -111,7 +117,7 @@ def test_early_stopping_counts_epochs_without_a_better_one(
 def best_of(*values: float, monitor: str = "val_loss") -> tuple[int, int]:
     best = BestEpoch(monitor)
     for epoch, value in enumerate(values, 1):
-        best.improved({"epoch": epoch, "val_loss": 1.0, monitor: value})
+        best.update({"epoch": epoch, "val_loss": 1.0, monitor: value})
     return best.epoch, best.stale
 
 
@@ -119,7 +125,7 @@ def test_of_equal_accuracies_the_one_with_the_lower_loss_is_the_best() -> None:
     best = BestEpoch("val_accuracy")
     rows = [(0.5, 1.0), (0.5, 0.9), (0.5, 0.95), (0.4, 0.1), (0.5, math.nan)]
     told = [
-        best.improved({"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss})
+        best.update({"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss})
         for epoch, (accuracy, loss) in enumerate(rows, 1)
     ]
     assert told == [True, True, False, False, False]
@@ -169,12 +175,12 @@ def test_weights_that_overflow_in_the_last_step_of_an_epoch_are_not_saved() -> N
     with pytest.raises(Diverged, match="NaN or infinite, so they were not saved"):
         train("optim.lr=1e38", "optim.weight_decay=1e6", "optim.name=sgd", "train.batch_size=80")
     place = RunDir(Path("models/tiny"))
-    assert not place.finished
+    assert not place.is_finished
     assert not place.model_path.exists()
 
 
 def test_a_failed_start_does_not_take_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise UsageError("the network can't be built")
 
     with monkeypatch.context() as patch:
@@ -210,7 +216,9 @@ def test_a_finished_run_is_not_trained_again() -> None:
         serialization.read_model_file(place.model_path)[0],
     )
     resolved = load_recipe(place.path / "recipe.yaml")
-    found = training_train.train(resolved, plain=True, test=False, on="cpu", quiet=True)
+    found = training_train.train(
+        resolved, is_unmodified_recipe=True, test=False, device="cpu", quiet=True
+    )
     assert found.path in (place.path, fresh.path)
 
 
@@ -276,10 +284,10 @@ def test_the_test_split_is_sealed_until_the_end() -> None:
     unsealed = []
     data = images_of(tiny())
     object.__setattr__(data, "_test", lambda inner=data._test: unsealed.append(1) or inner())
-    setup = build_training_job(tiny("train.epochs=1"), data, "cpu")
+    job = build_training_job(tiny("train.epochs=1"), data, RuntimeContext("cpu", quiet=True))
     place = RunDir(Path("models/x"))
-    place.create(setup.recipe, {"digests": []})
-    training_train.fit(setup, place, quiet=True)
+    place.create(job.recipe, {"digests": []})
+    training_train.fit(job, place)
     assert unsealed == []
     assert place.evaluations() == []
 
@@ -313,10 +321,10 @@ def test_a_set_larger_than_the_budget_trains_to_the_same_bits(
 
 def test_normalisation_is_measured_on_the_training_images_only() -> None:
     data = images_of(tiny())
-    setup, _ = begin(tiny(), "x")
+    job, _ = begin(tiny(), "x")
     pixels = data.train.rows.gather(torch.arange(80)).numpy().astype(np.float64) / 255
-    assert setup.preprocessing.mean == pytest.approx([pixels.mean()])
-    assert setup.preprocessing.std == pytest.approx([pixels.std()])
+    assert job.preprocessing.mean == pytest.approx([pixels.mean()])
+    assert job.preprocessing.std == pytest.approx([pixels.std()])
 
 
 def test_the_plan_of_a_run_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +337,9 @@ def test_the_plan_of_a_run_is_used_again(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     with monkeypatch.context() as patch:
         patch.setattr(training_train, "_stop", _stop)
-        patch.setattr(training_train, "catch_stop_signals", lambda: _Raised(StopSignal(up=True)))
+        patch.setattr(
+            training_train, "catch_stop_signals", lambda: _Raised(StopSignal(is_set=True))
+        )
         with pytest.raises(KeyboardInterrupt):
             train(*overrides)
     monkeypatch.setattr(
@@ -338,10 +348,10 @@ def test_the_plan_of_a_run_is_used_again(monkeypatch: pytest.MonkeyPatch) -> Non
     plans = []
     real = training_train.build_training_job
 
-    def preparing(*arguments: Any) -> Any:
-        setup = real(*arguments)
-        plans.append(setup.plan)
-        return setup
+    def preparing(*arguments: Any, **options: Any) -> Any:
+        job = real(*arguments, **options)
+        plans.append(job.plan)
+        return job
 
     monkeypatch.setattr(training_train, "build_training_job", preparing)
     train(*overrides)
@@ -384,8 +394,8 @@ def test_all_that_is_wrong_with_a_recipe_is_said_before_data_is_read(
 
 def test_a_setup_has_nothing_left_to_choose() -> None:
     asked = load_recipe("folder", ["data.name=digits", "data.per_class=5"])
-    setup = build_training_job(asked, images_of(asked), "cpu")
-    assert "auto" not in (setup.recipe.augment, setup.recipe.train.epochs)
-    assert (setup.recipe.data.image_size, setup.recipe.data.channels) == (8, 1)
-    assert setup.recipe.train.epochs == 60
-    assert run.safe_name(setup.recipe.name) == "folder"
+    job = build_training_job(asked, images_of(asked), RuntimeContext("cpu", quiet=True))
+    assert "auto" not in (job.recipe.augment, job.recipe.train.epochs)
+    assert (job.recipe.data.image_size, job.recipe.data.channels) == (8, 1)
+    assert job.recipe.train.epochs == 60
+    assert run.safe_name(job.recipe.name) == "folder"

@@ -209,8 +209,8 @@ def test_a_network_learns_from_mixtures(name: str) -> None:
         "optim.label_smoothing=0.1",
         "train.epochs=12",
     )
-    setup, place = begin(tiny(*options), name)
-    rows, _ = train.fit(setup, place, quiet=True)
+    job, place = begin(tiny(*options), name)
+    rows, _ = train.fit(job, place)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert 0.3 < rows[-1]["train_accuracy"] < 1
     assert rows[-1]["val_accuracy"] > 0.5
