@@ -219,7 +219,9 @@ def evaluate_case(case: Case, count: int, sizes: Sequence[int], rounds: int) -> 
     def first() -> None:
         # The network begins in the format that model files have.
         plan = inference.place_model(model.model, "cpu")
-        inference.split_outputs(model.model, split, normalize, plan, None, free=True)
+        inference.split_outputs(
+            model.model, split, normalize, plan, None, choose_memory_format=True
+        )
 
     twin = known.prepare_model(copy.deepcopy(model.model))
     loop = ratio(lambda: inference.split_outputs(twin, split, normalize, known, None), bare, rounds)

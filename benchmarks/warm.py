@@ -94,10 +94,10 @@ def warm(
         answers, labels = inference.split_outputs(
             net, test, normalize, exact, inference.select_views(tta)
         )
-        found = answers.plain if answers.tta is None else answers.tta
+        found = answers.logits if answers.tta_logits is None else answers.tta_logits
         accuracy = float((found.argmax(1) == labels).float().mean())  # waits for all of it
         seconds = time.perf_counter() - start
-        plain = float((answers.plain.argmax(1) == labels).float().mean())
+        plain = float((answers.logits.argmax(1) == labels).float().mean())
         result = {
             "run": seed,
             "tta": accuracy,

@@ -266,7 +266,7 @@ def evaluate_split(
     plan = _plan(run_dir, loaded, where)
     answers, labels = _compute_outputs(loaded, part, split, plan, tta, world)
     seconds = time.perf_counter() - start
-    scores, targets = answers.plain.cpu().numpy(), labels.cpu().numpy()
+    scores, targets = answers.logits.cpu().numpy(), labels.cpu().numpy()
     summary = metrics.summarize(scores, targets, list(loaded.classes))
     result: dict[str, Any] = {
         "run": run_dir.name,
@@ -358,7 +358,7 @@ def _compute_outputs(
             plan,
             inference.select_views(tta),
             advance=bar.advance,
-            free=chosen.free and world.size == 1,
+            choose_memory_format=chosen.free and world.size == 1,
         )[0]
 
     with progress_bar(f"evaluating {split}", total) as bar:
@@ -375,9 +375,9 @@ def _augmented(
     tta: str | None, answers: ModelOutputs, targets: np.ndarray, classes: Sequence[str]
 ) -> dict[str, Any] | None:
     """The numbers with test-time augmentation, and the images it changed from the plain answer."""
-    if answers.tta is None:
+    if answers.tta_logits is None:
         return None
-    plain, mean = answers.plain.cpu().numpy(), answers.tta.cpu().numpy()
+    plain, mean = answers.logits.cpu().numpy(), answers.tta_logits.cpu().numpy()
     summary = metrics.summarize(mean, targets, classes)
     gained, lost, p = metrics.paired_counts(targets, plain.argmax(1), mean.argmax(1))
     shared = {key: summary[key] for key in TTA_KEYS}

@@ -96,7 +96,7 @@ class ReferenceOutputs:
         self.images, self.source = images, source
         plan = place_model(loaded.model, "cpu")
         forward = Forward(loaded.model, loaded.preprocessing.normalize, plan, total=len(images))
-        found = [answers.plain for answers in forward.answers(images)]
+        found = [outputs.logits for outputs in forward.outputs(images)]
         self.logits = torch.cat(found).numpy().astype(np.float64)
         self.probs = metrics.softmax(self.logits)
         self.largest = float(np.abs(self.logits).max())

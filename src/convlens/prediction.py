@@ -139,7 +139,7 @@ def predict(
         plan,
         views=chosen,
         total=len(inputs),
-        free=loaded.can_choose_memory_format,
+        choose_memory_format=loaded.can_choose_memory_format,
     )
     k = min(max(top_k, 1), len(loaded.classes))
     if chosen is not None:
@@ -232,9 +232,9 @@ def _probabilities(
     none = np.empty((0, len(loaded.classes)))
     if not len(images):
         return none, none
-    found = list(forward.answers(torch.from_numpy(np.stack(images))))
-    plain = probabilities(torch.cat([each.plain for each in found]))
-    beside = [each.tta for each in found if each.tta is not None]
+    found = list(forward.outputs(torch.from_numpy(np.stack(images))))
+    plain = probabilities(torch.cat([each.logits for each in found]))
+    beside = [each.tta_logits for each in found if each.tta_logits is not None]
     return plain, probabilities(torch.cat(beside)) if beside else none
 
 
@@ -248,7 +248,11 @@ def all_probabilities(
         loaded.preprocessing.normalize,
     )
     forward = Forward(
-        loaded.model, normalize, plan, total=len(images), free=loaded.can_choose_memory_format
+        loaded.model,
+        normalize,
+        plan,
+        total=len(images),
+        choose_memory_format=loaded.can_choose_memory_format,
     )
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), BATCH):

@@ -1,4 +1,4 @@
-"""Shared by the tests of numerics and others."""
+"""Small trainings with a batch whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ OPTIMIZERS = {
 
 
 def batches(steps: int, bad: int | None, value: float = float("nan")) -> Listed:
-    """Batches of 9 and 8 images in turn; those of step `bad`, from 0, are multiplied by `value`."""
+    """Alternating batches of 9 and 8 images; those of step `bad` (from 0) are times `value`."""
     generator = torch.Generator().manual_seed(5)
-    found = [
+    listed = [
         (torch.randn(9 - step % 2, 1, 8, 8, generator=generator), torch.arange(9 - step % 2) % 3)
         for step in range(steps)
     ]
     if bad is not None:
-        found[bad] = (found[bad][0] * value, found[bad][1])
-    return Listed(found)
+        images, labels = listed[bad]
+        listed[bad] = (images * value, labels)
+    return Listed(listed)
 
 
 class Run:
-    """A small training whose losses are read in each step, or later."""
+    """A small training; losses are read in each step (`synchronous`), or later."""
 
     def __init__(
-        self, asked: dict[str, Any], steps: int, synchronous: bool, epochs: int = 2
+        self, options: dict[str, Any], steps: int, synchronous: bool, epochs: int = 2
     ) -> None:
         torch.manual_seed(1)
-        self.config = OptimConfig(**asked)
+        self.config = OptimConfig(**options)
         self.model = CNN(3, 1, 8, widths=[4, 6], dropout=0.3)
         self.optimizer = optim.build_optimizer(self.model, self.config)
         self.averager = optim.build_averager(self.model, self.config, epochs * steps)
@@ -72,14 +73,16 @@ class Run:
     def learned(self) -> dict[str, Tensor]:
         """Weights and optimizer state, without buffers."""
         buffers = {name for name, _ in self.model.named_buffers()}
-        found = everything(self.model, self.optimizer)
-        return {name: tensor for name, tensor in found.items() if name not in buffers}
+        tensors = everything(self.model, self.optimizer)
+        return {name: tensor for name, tensor in tensors.items() if name not in buffers}
 
     def state(self) -> dict[str, Tensor]:
-        found = everything(self.model, self.optimizer)
+        """Weights, buffers, optimizer state, average and progress."""
+        tensors = everything(self.model, self.optimizer)
         if self.averager is not None:
-            found |= {f"average.{i}": t for i, t in enumerate(self.averager.state()["average"])}
-            found["average.steps"] = torch.tensor(self.averager.steps)
-        at = self.progress
-        numbers = [float(v) for v in (at.epoch, at.step, at.images, at.loss_sum, at.num_correct)]
-        return {**found, "progress": torch.tensor(numbers, dtype=torch.float64)}
+            average = self.averager.state()["average"]
+            tensors |= {f"average.{i}": tensor for i, tensor in enumerate(average)}
+            tensors["average.steps"] = torch.tensor(self.averager.steps)
+        p = self.progress
+        numbers = [float(n) for n in (p.epoch, p.step, p.images, p.loss_sum, p.num_correct)]
+        return {**tensors, "progress": torch.tensor(numbers, dtype=torch.float64)}

@@ -1,8 +1,8 @@
-"""Shared by the tests of zoo and others."""
+"""Names of torchvision networks for tests."""
 
 from __future__ import annotations
 
-# One network of each of torchvision's files, the cheapest to build.
+# One network of each module of torchvision, the cheapest to build.
 ONE_EACH = [
     "alexnet",
     "convnext_tiny",

@@ -1,4 +1,4 @@
-"""Every name in every table keeps its contract: what is added to a table is tested here."""
+"""Contracts of every entry in the registries: what is added to a registry is tested here."""
 
 from __future__ import annotations
 
@@ -36,11 +36,16 @@ from helpers.support import begin, same
 
 # Networks
 
-# Some of torchvision's small networks, and the least size that they take.
-OTHERS = {"mnasnet0_5": 8, "mobilenet_v3_small": 8, "shufflenet_v2_x0_5": 8, "squeezenet1_1": 17}
-SMALL: dict[str, dict[str, Any]] = {"wrn": {"width": 1}}  # where the default takes seconds
+# Some small networks of torchvision, and the smallest image size they accept.
+TORCHVISION = {
+    "mnasnet0_5": 8,
+    "mobilenet_v3_small": 8,
+    "shufflenet_v2_x0_5": 8,
+    "squeezenet1_1": 17,
+}
+SMALL: dict[str, dict[str, Any]] = {"wrn": {"width": 1}}  # where the default is slow
 
-families = pytest.mark.parametrize("name", [*MODELS, *OTHERS])
+families = pytest.mark.parametrize("name", [*MODELS, *TORCHVISION])
 
 
 def build(name: str, channels: int = 3, size: int = 0) -> nn.Module:
@@ -49,7 +54,7 @@ def build(name: str, channels: int = 3, size: int = 0) -> nn.Module:
 
 
 def size_for(name: str) -> int:
-    return 32 if name in OTHERS else 16
+    return 32 if name in TORCHVISION else 16
 
 
 def images_for(name: str, count: int = 2) -> Tensor:
@@ -59,8 +64,8 @@ def images_for(name: str, count: int = 2) -> Tensor:
 @families
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 9, 16, 28, 33])
-def test_a_network_takes_any_image(name: str, channels: int, size: int) -> None:
-    if size < OTHERS.get(name, 0):
+def test_a_network_accepts_any_image_size(name: str, channels: int, size: int) -> None:
+    if size < TORCHVISION.get(name, 0):
         pytest.skip(f"{name} needs larger images")
     model = build(name, channels, size)
     for mode in (True, False):
@@ -76,13 +81,13 @@ def test_the_stages_of_a_network_are_its_submodules_in_order(name: str) -> None:
     stages = list(models.model_parts(model).stages)
     assert stages
     assert len(set(stages)) == len(stages)
-    seen: list[str] = []
+    order: list[str] = []
     for stage in stages:
         model.get_submodule(stage).register_forward_hook(
-            lambda module, inputs, output, stage=stage: seen.append(stage)
+            lambda module, inputs, output, stage=stage: order.append(stage)
         )
     model(images_for(name))
-    assert seen == stages
+    assert order == stages
 
 
 @families
@@ -102,10 +107,10 @@ def test_the_head_of_a_network_can_be_replaced(name: str) -> None:
 
 
 @families
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_network_learns(name: str, layout: torch.memory_format) -> None:
-    model = build(name).to(memory_format=layout).train()
-    images = images_for(name, 8).contiguous(memory_format=layout)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_network_learns(name: str, memory_format: torch.memory_format) -> None:
+    model = build(name).to(memory_format=memory_format).train()
+    images = images_for(name, 8).contiguous(memory_format=memory_format)
     labels = torch.arange(8) % 5
     optimizer = optim.build_optimizer(model, OptimConfig(lr=1e-3))
     losses = []
@@ -113,7 +118,7 @@ def test_a_network_learns(name: str, layout: torch.memory_format) -> None:
         loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         for key, parameter in model.named_parameters():
-            if not parameter.requires_grad:  # a family may keep some fixed
+            if not parameter.requires_grad:  # a family may freeze some
                 assert parameter.grad is None, key
                 continue
             assert parameter.grad is not None, key
@@ -125,9 +130,9 @@ def test_a_network_learns(name: str, layout: torch.memory_format) -> None:
 
 
 @families
-def test_a_network_survives_its_file(name: str, tmp_path: Any) -> None:
+def test_a_network_is_restored_from_its_model_file(name: str, tmp_path: Any) -> None:
     model = build(name).train()
-    model(images_for(name, 4))  # norms have seen something
+    model(images_for(name, 4))  # updates the statistics of norms
     serialization.write_model_file(tmp_path / "m", model.state_dict(), {})
     again = models.build_model(name, 5, 3, size_for(name), SMALL.get(name, {}))
     tensors, _ = serialization.read_model_file(tmp_path / "m")
@@ -138,12 +143,12 @@ def test_a_network_survives_its_file(name: str, tmp_path: Any) -> None:
 
 
 @families
-def test_the_options_of_a_network_are_plain_values(name: str) -> None:
+def test_the_options_of_a_network_can_be_stored_as_json(name: str) -> None:
     options = {**models.model_options(name), **SMALL.get(name, {})}
     assert json.loads(json.dumps(options)) == json.loads(json.dumps(options))
-    plain = json.loads(json.dumps(options))  # tuples become lists, as in a model file
+    stored = json.loads(json.dumps(options))  # tuples become lists, as in a model file
     torch.manual_seed(0)
-    built = models.build_model(name, 5, 3, size_for(name), plain)
+    built = models.build_model(name, 5, 3, size_for(name), stored)
     same(dict(built.state_dict()), dict(build(name).state_dict()))
     if name in MODELS:
         assert models.model_family(name).__doc__
@@ -151,7 +156,7 @@ def test_the_options_of_a_network_are_plain_values(name: str) -> None:
 
 # Augmentations
 
-# For those that have no default.
+# For arguments without default.
 ARGUMENTS = {"degrees": 30, "sharpness_factor": 2, "padding": 2, "size": 3}
 
 
@@ -166,15 +171,15 @@ def test_an_augmentation_keeps_shape_range_and_its_input(name: str, shape: tuple
 
     def result(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        places = [SampleInfo(numbers, epoch, seed) for epoch in range(1, 5)]
-        return torch.cat([entry(images, generator, place, **arguments) for place in places])
+        infos = [SampleInfo(numbers, epoch, seed) for epoch in range(1, 5)]
+        return torch.cat([entry(images, generator, info, **arguments) for info in infos])
 
     found = result(0)
     assert found.shape == (4 * shape[0], *shape[1:])
     assert found.dtype == torch.float32
     assert (found.min() >= 0) & (found.max() <= 1)
     assert torch.equal(images, before)
-    torch.manual_seed(5)  # nobody's business
+    torch.manual_seed(5)  # the global generator has no effect
     assert torch.equal(found, result(0))
     assert torch.equal(images, before)
 
@@ -201,23 +206,23 @@ def test_mixing_keeps_shape_range_and_its_input(
     assert (mixed.min() >= 0) & (mixed.max() <= 1)
     assert shares.min() >= 0
     torch.testing.assert_close(shares.sum(1), torch.ones(len(images)))
-    torch.manual_seed(5)  # nobody's business
+    torch.manual_seed(5)  # the global generator has no effect
     again = result(0)
     assert torch.equal(mixed, again[0])
     assert torch.equal(shares, again[1])
     assert len(images) == 1 or not torch.equal(mixed, result(1)[0])
     assert torch.equal(images, before[0])
     assert torch.equal(labels, before[1])
-    if len(images) == 1:  # nobody to mix with
+    if len(images) == 1:  # no other image to mix with
         torch.testing.assert_close(mixed, images)
         torch.testing.assert_close(shares, labels)
 
 
-# Optimisers and schedules
+# Optimizers and schedules
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_an_optimiser_goes_downhill_and_its_state_can_be_saved(name: str) -> None:
+def test_an_optimizer_reduces_the_loss_and_its_state_can_be_saved(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
     optimizer = optim.build_optimizer(model, OptimConfig(name=name, lr=0.05))
@@ -230,7 +235,7 @@ def test_an_optimiser_goes_downhill_and_its_state_can_be_saved(name: str) -> Non
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    # What `resuming.states.save` relies on: every value is a tensor, or nothing.
+    # `training.checkpoint` relies on this: every value is a tensor or None.
     for values in optimizer.state_dict()["state"].values():
         assert all(value is None or torch.is_tensor(value) for value in values.values())
     assert all(group["initial_lr"] == 0.05 for group in optimizer.param_groups)
@@ -312,25 +317,25 @@ published = pytest.mark.parametrize("name", recipes.recipe_names())
 
 
 @published
-def test_a_recipe_says_what_it_is_and_can_be_used(name: str) -> None:
-    asked = recipes.load_recipe(name)
-    assert asked.name == name
-    assert 10 < len(asked.about) < 100
-    validate_recipe(asked)
+def test_a_recipe_is_described_and_valid(name: str) -> None:
+    loaded = recipes.load_recipe(name)
+    assert loaded.name == name
+    assert 10 < len(loaded.about) < 100
+    validate_recipe(loaded)
     head = recipes.recipe_text(name).splitlines()[:6]
     assert head[0].startswith("# ")
     assert any(f"convlens train {name}" in line or name == "folder" for line in head)
 
 
 @published
-def test_the_variants_of_a_recipe_can_be_used(name: str) -> None:
+def test_the_variants_of_a_recipe_are_valid_and_different(name: str) -> None:
     digests = {recipes.load_recipe(name).digest()}
     variants = recipes.variants(name)
     for variant in variants:
-        asked = recipes.load_recipe(name, variant=variant)
-        validate_recipe(asked)
-        digests.add(asked.digest())
-    assert len(digests) >= max(1, len(variants)), "variants that change nothing or are twice there"
+        loaded = recipes.load_recipe(name, variant=variant)
+        validate_recipe(loaded)
+        digests.add(loaded.digest())
+    assert len(digests) >= max(1, len(variants)), "variants without effect, or two equal ones"
     assert "variants" not in recipes.load_recipe(name).model_dump()
 
 
@@ -338,28 +343,39 @@ def test_the_variants_of_a_recipe_can_be_used(name: str) -> None:
 def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
     few = {
         "folder": ["data.name=shapes", "data.count=80", "data.image_size=16"],
-        # Kernels without padding want more than 8 px.
+        # Convolutions without padding need more than 8 px.
         "mnist-fast": ["data.name=digits", "data.per_class=4", "data.image_size=28"],
-        "imagenet": ["data.name=digits", "data.per_class=4", "data.image_size=32"],
+        # The stem that `auto` means at 224 px.
+        "imagenet": [
+            "data.name=digits",
+            "data.per_class=4",
+            "data.image_size=32",
+            "model.stem=imagenet",
+        ],
+        # Large networks for 32 px, at half the size.
+        **dict.fromkeys(
+            ["resnet18-best", "tiny-best", "pretrain", "pretrained-best"],
+            ["data.name=digits", "data.per_class=4", "data.image_size=16"],
+        ),
     }.get(name, ["data.name=digits", "data.per_class=4"])
-    if "data.name=digits" in few:  # the most time goes into testing
+    if "data.name=digits" in few:  # testing takes most of the time
         few = [*few, "data.test_fraction=0.03"]
         few += ["data.val_fraction=0.03"] if recipes.load_recipe(name).data.validates else []
-    # Pretrained weights are not there in a test; where they come from has tests of its own.
+    # Pretrained weights are tested in test_pretrained.py.
     few = [*few, "model.weights=none", "train.epochs=1", "train.batch_size=24"]
-    asked = recipes.load_recipe(name, few)
-    job, place = begin(asked, name)
+    recipe = recipes.load_recipe(name, few)
+    job, run_dir = begin(recipe, name)
     assert len(job.inputs.batches) >= 2
     before = {k: v.clone() for k, v in job.model.state_dict().items()}
-    rows, kept = train.fit(job, place)
+    rows, kept = train.fit(job, run_dir)
     assert (len(rows), kept) == (1, 1)
     head = f"{models.model_parts(job.model).head}.weight"
     assert not torch.equal(before[head], job.model.get_parameter(head))
-    result = evaluation.evaluate(place, "test", on="cpu", quiet=True)
+    result = evaluation.evaluate(run_dir, "test", on="cpu", quiet=True)
     assert result.n == len(job.data.unseal_test())
     assert 0 <= result.correct <= result.n
     assert math.isfinite(result.loss)
-    assert recipes.load_recipe(place.path / "recipe.yaml").replace() == job.recipe
+    assert recipes.load_recipe(run_dir.path / "recipe.yaml").replace() == job.recipe
 
 
 # Sources
@@ -368,7 +384,7 @@ OFFLINE = ("digits", "shapes")
 
 
 @pytest.mark.parametrize("name", OFFLINE)
-def test_a_source_without_files_loads_anywhere(name: str) -> None:
+def test_a_source_without_files_can_be_loaded(name: str) -> None:
     source = find_source(name)
     part = source.parts["train"]
     count, channels, height, width = part.images.shape
@@ -377,33 +393,33 @@ def test_a_source_without_files_loads_anywhere(name: str) -> None:
     assert height == width
     assert part.labels.dtype == np.int64
     assert set(part.labels.tolist()) == set(range(len(source.classes)))
-    some = part.images[np.array([count - 1, 0], np.int64)]
-    assert some.shape == (2, channels, height, width)
-    assert some.dtype == np.uint8
-    assert some.std() > 0
+    selected = part.images[np.array([count - 1, 0], np.int64)]
+    assert selected.shape == (2, channels, height, width)
+    assert selected.dtype == np.uint8
+    assert selected.std() > 0
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in OFFLINE])
-def test_a_source_that_cannot_be_downloaded_says_where_its_files_belong(
+def test_a_failed_download_names_the_folder_for_its_files(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    with socket.socket() as closed:  # a port that nobody listens to
+    with socket.socket() as closed:  # a port without a server
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
-        its = dataclasses.replace(download.DOWNLOADS[name], mirrors=(url,))
-        monkeypatch.setitem(download.DOWNLOADS, name, its)
+        download_info = dataclasses.replace(download.DOWNLOADS[name], mirrors=(url,))
+        monkeypatch.setitem(download.DOWNLOADS, name, download_info)
         with pytest.raises(DataError, match=f"{name} can't be downloaded") as caught:
             find_source(name)
     folder = tmp_path / "no-data"
     assert caught.value.where.startswith(str(folder))
     assert str(folder) in caught.value.fix
-    assert its.archives[0].file in caught.value.fix
+    assert download_info.archives[0].file in caught.value.fix
     assert not [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
 
 
 # Writers
 
-ANSWERS = [
+PREDICTIONS = [
     Prediction("a,b.png", (("cat", 0.75), ("dog [bold]", 0.25))),
     Prediction("broken.png", error="cut short"),
     Prediction("ü.png", (("dog [bold]", 0.5), ("cat", 0.5))),
@@ -411,32 +427,32 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_a_writer_writes_every_answer_and_counts_the_failures(
+def test_a_writer_writes_every_prediction_and_counts_the_failures(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert WRITERS[name](iter(ANSWERS), 2, False) == 1
+    assert WRITERS[name](iter(PREDICTIONS), 2, False) == 1
     written = capsys.readouterr()
     assert written.err == ""
-    for answer in ANSWERS:
-        assert answer.filename in written.out.replace("\\u00fc", "ü")
+    for prediction in PREDICTIONS:
+        assert prediction.filename in written.out.replace("\\u00fc", "ü")
     assert "dog [bold]" in written.out
     assert "cut short" in written.out
-    assert WRITERS[name](iter(ANSWERS[:1]), 1, False) == 0
+    assert WRITERS[name](iter(PREDICTIONS[:1]), 1, False) == 0
 
 
-def test_what_is_written_for_machines_can_be_read_by_them(
+def test_csv_and_json_output_can_be_parsed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    WRITERS["csv"](iter(ANSWERS), 2, False)
+    WRITERS["csv"](iter(PREDICTIONS), 2, False)
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [row["filename"] for row in rows] == [answer.filename for answer in ANSWERS]
+    assert [row["filename"] for row in rows] == [prediction.filename for prediction in PREDICTIONS]
     assert (rows[0]["label"], float(rows[0]["prob"]), rows[0]["label2"]) == (
         "cat",
         0.75,
         "dog [bold]",
     )
     assert (rows[1]["label"], rows[1]["error"]) == ("", "cut short")
-    WRITERS["json"](iter(ANSWERS), 2, False)
+    WRITERS["json"](iter(PREDICTIONS), 2, False)
     content = json.loads(capsys.readouterr().out)
     assert content["predictions"][2]["top"][1] == {"label": "cat", "prob": 0.5}
     assert content["predictions"][1]["error"] == "cut short"

@@ -1,4 +1,4 @@
-"""The numbers we publish: against hand-computed values, and against scikit-learn on random data."""
+"""Metrics, against values computed by hand and against scikit-learn on random data."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def random_outputs(classes: int, n: int = 400) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("classes", [2, 5, 10, 200])
-def test_equals_scikit_learn(classes: int) -> None:
+def test_metrics_equal_those_of_scikit_learn(classes: int) -> None:
     logits, labels = random_outputs(classes)
-    probs, said, every = metrics.softmax(logits), logits.argmax(axis=1), list(range(classes))
-    assert metrics.accuracy(labels, said) == reference.accuracy_score(labels, said)
-    loss = reference.log_loss(labels, probs, labels=every)
+    probs, preds, names = metrics.softmax(logits), logits.argmax(axis=1), list(range(classes))
+    assert metrics.accuracy(labels, preds) == reference.accuracy_score(labels, preds)
+    loss = reference.log_loss(labels, probs, labels=names)
     assert metrics.cross_entropy(logits, labels) == pytest.approx(loss, rel=1e-9)
-    table = metrics.confusion_matrix(labels, said, classes)
+    table = metrics.confusion_matrix(labels, preds, classes)
     assert table.dtype == np.int64
-    np.testing.assert_array_equal(table, reference.confusion_matrix(labels, said, labels=every))
+    np.testing.assert_array_equal(table, reference.confusion_matrix(labels, preds, labels=names))
     for k in {1, 2, min(5, classes)}:
-        if k < classes and classes > 2:  # scikit-learn wants probabilities of one column for two
-            expected = reference.top_k_accuracy_score(labels, logits, k=k, labels=every)
+        if k < classes and classes > 2:  # scikit-learn expects one column for two classes
+            expected = reference.top_k_accuracy_score(labels, logits, k=k, labels=names)
             assert metrics.top_k(logits, labels, k) == pytest.approx(expected)
     assert metrics.top_k(logits, labels, classes) == 1
     expected = reference.precision_recall_fscore_support(
-        labels, said, labels=every, zero_division=np.nan
+        labels, preds, labels=names, zero_division=np.nan
     )
     for scores, precision, recall, f1, n in zip(metrics.per_class(table), *expected, strict=True):
         assert scores["n"] == n
@@ -71,7 +71,7 @@ def test_wilson_interval_equals_scipy() -> None:
         assert ours == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
-def test_wilson_interval_covers_as_promised() -> None:
+def test_wilson_interval_has_the_stated_coverage() -> None:
     generator = np.random.default_rng(0)
     hits = generator.binomial(100, 0.95, size=4000)
     covered = [low <= 0.95 <= high for low, high in map(_interval_of_100, hits.tolist())]
@@ -82,7 +82,7 @@ def _interval_of_100(correct: int) -> tuple[float, float]:
     return metrics.wilson_interval(correct, 100)
 
 
-def test_loss_by_hand_and_huge_logits() -> None:
+def test_cross_entropy_by_hand_and_for_huge_logits() -> None:
     assert metrics.cross_entropy([[0.0, 0.0]], [1]) == pytest.approx(math.log(2))
     assert metrics.cross_entropy([[math.log(3), 0.0]], [0]) == pytest.approx(math.log(4 / 3))
     huge = np.array([[1e30, -1e30, 0.0], [3e38, 3e38, 0.0]], dtype=np.float32)
@@ -94,35 +94,35 @@ def test_loss_by_hand_and_huge_logits() -> None:
 
 
 def test_ties_go_to_the_first_class() -> None:
-    same = np.zeros((4, 4))
+    tied = np.zeros((4, 4))
     labels = np.arange(4)
-    assert metrics.top_k(same, labels, 1) == metrics.accuracy(labels, same.argmax(axis=1)) == 0.25
-    assert metrics.top_k(same, labels, 3) == 0.75
+    assert metrics.top_k(tied, labels, 1) == metrics.accuracy(labels, tied.argmax(axis=1)) == 0.25
+    assert metrics.top_k(tied, labels, 3) == 0.75
 
 
-def test_calibration_by_hand() -> None:
+def test_calibration_error_by_hand() -> None:
     probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.0, 1.0]])
-    confidence, right, count = metrics.reliability_bins(probs, [0, 1, 1, 1], bins=5)
-    # (0.4, 0.6] holds one image that is right, (0.8, 1.0] three of which two are.
+    confidence, accuracy, count = metrics.reliability_bins(probs, [0, 1, 1, 1], bins=5)
+    # (0.4, 0.6] has one image, predicted correctly, (0.8, 1.0] has three, two of them correct.
     np.testing.assert_array_equal(count, [0, 0, 1, 0, 3])
     np.testing.assert_allclose(confidence, [np.nan, np.nan, 0.6, np.nan, 2.8 / 3])
-    np.testing.assert_allclose(right, [np.nan, np.nan, 1, np.nan, 2 / 3])
+    np.testing.assert_allclose(accuracy, [np.nan, np.nan, 1, np.nan, 2 / 3])
     assert metrics.ece(probs, [0, 1, 1, 1], bins=5) == pytest.approx((0.4 + 0.8) / 4)
 
 
-def test_calibration_equals_a_plain_loop() -> None:
+def test_calibration_error_equals_a_plain_loop() -> None:
     logits, labels = random_outputs(10)
     probs = metrics.softmax(logits)
-    highest, right = probs.max(axis=1), probs.argmax(axis=1) == labels
+    confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == labels
     expected = 0.0
     for m in range(15):
-        inside = (highest > m / 15) & (highest <= (m + 1) / 15)
+        inside = (confidence > m / 15) & (confidence <= (m + 1) / 15)
         if inside.any():
-            expected += inside.sum() * abs(right[inside].mean() - highest[inside].mean())
+            expected += inside.sum() * abs(correct[inside].mean() - confidence[inside].mean())
     assert metrics.ece(probs, labels) == pytest.approx(expected / len(labels))
 
 
-def test_what_can_not_be_known_is_none() -> None:
+def test_undefined_values_are_none() -> None:
     # Class 1 was never predicted, class 2 has no images.
     table = metrics.confusion_matrix([0, 0, 1], [0, 2, 0], 3)
     first, never, absent = metrics.per_class(table)
@@ -133,7 +133,7 @@ def test_what_can_not_be_known_is_none() -> None:
     assert metrics.mean_sd([1, 2, 3, 4]) == (2.5, pytest.approx(math.sqrt(5 / 3)))
 
 
-def test_summary_is_plain_and_complete() -> None:
+def test_a_summary_is_complete_and_ready_for_json() -> None:
     logits, labels = random_outputs(10)
     names = [f"class {index}" for index in range(10)]
     summary = metrics.summarize(logits, labels, names)
@@ -151,7 +151,7 @@ def test_summary_is_plain_and_complete() -> None:
     assert (small["accuracy"], small["interval95"][1]) == (1, 1)
 
 
-def test_nothing_to_judge() -> None:
+def test_metrics_of_no_images_are_errors() -> None:
     none = np.zeros((0, 3))
     assert metrics.softmax(none).shape == (0, 3)
     assert metrics.confusion_matrix([], [], 3).sum() == 0
@@ -168,7 +168,7 @@ def test_nothing_to_judge() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_outputs_that_are_not_finite(bad: float) -> None:
+def test_outputs_that_are_not_finite_are_errors(bad: float) -> None:
     logits, labels = random_outputs(4, 10)
     logits[3, 1] = logits[7, 0] = bad
     for call in (
@@ -181,7 +181,7 @@ def test_outputs_that_are_not_finite(bad: float) -> None:
         assert "index 3" in caught.value.where
 
 
-def test_wrong_arguments() -> None:
+def test_invalid_arguments_are_usage_errors() -> None:
     logits, labels = random_outputs(4, 10)
     for call in (
         lambda: metrics.cross_entropy(logits, labels[:9]),
@@ -202,13 +202,14 @@ def test_wrong_arguments() -> None:
             call()
 
 
-def test_parts_of_a_variance_by_hand() -> None:
-    # Variances 2 and 2 within; means 2 and 6 of variance 8, of which 2 / 2 is chance within.
+def test_variance_components_by_hand() -> None:
+    # Variances 2 and 2 within groups. The means 2 and 6 have variance 8, of which 2 / 2 comes
+    # from variation within groups.
     assert metrics.variance_components([[1, 3], [5, 7]]) == pytest.approx(
         (math.sqrt(7), math.sqrt(2))
     )
     assert metrics.variance_components([[1, 3], [1, 3]]) == pytest.approx((0, math.sqrt(2)))
     assert metrics.variance_components([[4, 4, 4], [6, 6, 6]]) == pytest.approx((math.sqrt(2), 0))
-    for wrong in ([], [[1, 2]], [[1], [2]], [[1, 2], [1, 2, 3]]):
+    for groups in ([], [[1, 2]], [[1], [2]], [[1, 2], [1, 2, 3]]):
         with pytest.raises(UsageError):
-            metrics.variance_components(wrong)
+            metrics.variance_components(groups)

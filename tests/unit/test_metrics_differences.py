@@ -1,4 +1,4 @@
-"""Differences of accuracies: published examples, numbers worked out by hand, scipy's tests."""
+"""Differences of accuracies: published examples, values computed by hand, tests of scipy."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from convlens.metrics import (
     difference_on_images,
     holm_adjust,
     newcombe_interval,
+    paired_counts,
     paired_difference,
     welch_difference,
 )
@@ -26,12 +27,14 @@ from convlens.metrics import (
         ((1, 7, 1, 12), -0.507, -0.026),
     ],
 )
-def test_published_intervals(counts: tuple[int, int, int, int], low: float, high: float) -> None:
+def test_newcombe_intervals_equal_published_ones(
+    counts: tuple[int, int, int, int], low: float, high: float
+) -> None:
     assert newcombe_interval(*counts) == pytest.approx((low, high), abs=5e-4)
 
 
-def test_an_interval_by_hand() -> None:
-    # 10 images; 6 right for the first, 8 for the second, 5 for both.
+def test_newcombe_interval_by_hand() -> None:
+    # 10 images; the first is correct on 6, the second on 8, both on 5.
     z = 1.959963984540054
 
     def wilson(p: float) -> tuple[float, float]:
@@ -41,36 +44,38 @@ def test_an_interval_by_hand() -> None:
         )
 
     (low1, high1), (low2, high2) = wilson(0.6), wilson(0.8)
-    phi = (5 * 1 - 1 * 3 - 5) / math.sqrt(6 * 4 * 8 * 2)  # with its correction below 0: taken as 0
+    phi = (5 * 1 - 1 * 3 - 5) / math.sqrt(
+        6 * 4 * 8 * 2
+    )  # negative after the correction, so 0 is used
     assert phi < 0
     low = 0.2 - math.sqrt((0.8 - low2) ** 2 + (high1 - 0.6) ** 2)
     high = 0.2 + math.sqrt((high2 - 0.8) ** 2 + (0.6 - low1) ** 2)
     assert newcombe_interval(5, 1, 3, 1) == pytest.approx((low, high))
 
 
-def test_an_interval_turns_round_with_the_two() -> None:
+def test_exchanging_the_models_negates_the_interval() -> None:
     low, high = newcombe_interval(700, 20, 50, 230)
     assert newcombe_interval(700, 50, 20, 230) == pytest.approx((-high, -low))
     assert 0 < low < 0.03 < high
-    # The same shares of images that have nothing to do with each other are told apart worse.
-    apart, further = newcombe_interval(540, 180, 210, 70)
-    assert apart < low
-    assert further > high
+    # For the same accuracies, but independent errors, the interval is wider.
+    independent_low, independent_high = newcombe_interval(540, 180, 210, 70)
+    assert independent_low < low
+    assert independent_high > high
 
 
 @pytest.mark.parametrize("counts", [(10, 0, 0, 0), (0, 0, 0, 10), (0, 10, 0, 0), (5, 0, 0, 5)])
-def test_intervals_at_the_edges(counts: tuple[int, int, int, int]) -> None:
+def test_intervals_stay_in_range_at_the_edges(counts: tuple[int, int, int, int]) -> None:
     low, high = newcombe_interval(*counts)
     gain = (counts[2] - counts[1]) / 10
     assert -1 <= low <= gain <= high <= 1
 
 
-def test_no_images() -> None:
+def test_an_interval_needs_images() -> None:
     with pytest.raises(UsageError, match="no images"):
         newcombe_interval(0, 0, 0, 0)
 
 
-def test_mcnemar_by_hand() -> None:
+def test_mcnemars_test_by_hand() -> None:
     # 1 against 5: p = 2 * (1 + 6) / 2^6
     gain = difference_on_images(90, 1, 5, 4)
     assert (gain.value, gain.p) == (pytest.approx(0.04), pytest.approx(14 / 64))
@@ -78,10 +83,22 @@ def test_mcnemar_by_hand() -> None:
     assert difference_on_images(7, 0, 0, 3).p == 1.0
 
 
+def test_paired_counts_by_hand() -> None:
+    targets = [0, 0, 0, 0, 1, 1, 1, 1]
+    before = [0, 1, 1, 1, 1, 1, 0, 2]
+    after = [0, 0, 0, 0, 0, 1, 2, 1]
+    # Four gained, one lost; 0 -> 2 is wrong in both. Twice P(at most 1 of 5): 2 * 6 / 32.
+    assert paired_counts(targets, before, after) == (4, 1, pytest.approx(12 / 32))
+    assert paired_counts(targets, after, before) == (1, 4, pytest.approx(12 / 32))
+    assert paired_counts(targets, before, before) == (0, 0, 1.0)
+    with pytest.raises(UsageError, match="8 and 7 values: the lengths must be equal"):
+        paired_counts(targets, before, after[:-1])
+
+
 FIRST, SECOND = [0.81, 0.80, 0.83, 0.79], [0.82, 0.84, 0.85, 0.81]
 
 
-def test_pairs_of_seeds() -> None:
+def test_paired_difference_by_hand() -> None:
     gain = paired_difference(FIRST, SECOND)
     # Differences 1, 4, 2, 2 points: mean 2.25, sd sqrt(4.75 / 3), t with 3 degrees of freedom
     half = 3.182446305284263 * math.sqrt(4.75 / 3) / 2
@@ -91,7 +108,7 @@ def test_pairs_of_seeds() -> None:
     assert gain.p == pytest.approx(2 * float(stats.t.sf(t, 3)), abs=1e-9)
 
 
-def test_means_of_seeds() -> None:
+def test_welch_difference_by_hand() -> None:
     gain = welch_difference(FIRST, [*SECOND, 0.9])
     # Variances 0.000875 / 3 of 4 values and 0.00492 / 4 of 5; the difference is 0.844 - 0.8075.
     first, second = 0.000875 / 3 / 4, 0.00492 / 4 / 5
@@ -104,24 +121,24 @@ def test_means_of_seeds() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_one_group_without_spread_is_tested_without_a_warning() -> None:
+def test_one_constant_group_is_tested_without_a_warning() -> None:
     gain = welch_difference([0.6, 0.6, 0.6], [0.50, 0.52, 0.54])
     # Only the second group varies: standard error sqrt(0.0004 / 3), 2 degrees of freedom.
     half = 4.302652729911275 * math.sqrt(0.0004 / 3)
     assert gain.interval95 == pytest.approx((-0.08 - half, -0.08 + half), abs=1e-9)
 
 
-def test_without_spread_there_is_no_test() -> None:
+def test_constant_values_have_no_interval_and_no_p_value() -> None:
     assert paired_difference([0.5, 0.6], [0.6, 0.7])[1:] == (None, None)
     assert welch_difference([0.5, 0.5], [0.6, 0.6])[1:] == (None, None)
-    for wrong in ([0.5], [0.5, 0.6, 0.7]):
+    for values in ([0.5], [0.5, 0.6, 0.7]):
         with pytest.raises(UsageError):
-            paired_difference(wrong, [0.6] if len(wrong) == 1 else [0.6, 0.7])
+            paired_difference(values, [0.6] if len(values) == 1 else [0.6, 0.7])
     with pytest.raises(UsageError):
         welch_difference([0.5], [0.6, 0.7])
 
 
-def test_holm_by_hand() -> None:
+def test_holm_adjustment_by_hand() -> None:
     assert holm_adjust([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm_adjust([0.6, 0.5]) == [1.0, 1.0]
     assert holm_adjust([None, 0.02, 0.01]) == [None, 0.02, 0.02]

@@ -253,7 +253,9 @@ def _logits(
         return torch.from_numpy(said.logits)
     plan = place_model(model.model, on)
     normalize = model.preprocessing.normalize
-    return split_logits(model.model, part, normalize, plan, free=model.can_choose_memory_format)[0]
+    return split_logits(
+        model.model, part, normalize, plan, choose_memory_format=model.can_choose_memory_format
+    )[0]
 
 
 def _find_twins(

@@ -1,1 +1,1 @@
-"""What the training loop needs: out of memory, numerical safety, several processes."""
+"""The training loop and inference: a step, out of memory, non-finite losses, several processes."""

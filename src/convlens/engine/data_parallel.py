@@ -52,7 +52,7 @@ class DataParallel:
         return self.share
 
     def wrap(self, model: nn.Module, module: nn.Module, images: Tensor) -> nn.Module:
-        """The model wrapped by DistributedDataParallel; built once for each set of parameters.
+        """Return the model wrapped by DistributedDataParallel; built once per set of parameters.
 
         Args:
             model: what to call in the forward pass: `module`, or `module` compiled.
@@ -122,32 +122,32 @@ class DataParallel:
 
 
 def _has_unused_parameters(module: nn.Module, images: Tensor) -> bool:
-    """Whether some trainable parameter gets no gradient, e.g. those of an auxiliary head.
+    """Return whether some trainable parameter gets no gradient, e.g. those of an auxiliary head.
 
-    DistributedDataParallel must look for them in each step then, which is slower.
+    DistributedDataParallel must then look for them in each step, which is slower.
     """
     modes = [(m, m.training) for m in module.modules()]
-    module.eval()  # draws no random numbers and moves no statistics
+    module.eval()  # uses no random numbers and changes no statistics
     try:
         module(images).sum().backward()
         return any(p.requires_grad and p.grad is None for p in module.parameters())
     finally:
         module.zero_grad(set_to_none=True)
-        for each, training in modes:
-            each.training = training
+        for submodule, training in modes:
+            submodule.training = training
 
 
 def _running_statistics(module: nn.Module) -> Iterator[Tensor]:
-    """Statistics that a forward pass moves. Norms in eval mode keep theirs, bit by bit."""
-    for each in module.modules():
-        if isinstance(each, _NormBase) and each.training and each.track_running_stats:
-            for tensor in (each.running_mean, each.running_var):
+    """Running statistics that a forward pass changes, i.e. those of norms in training mode."""
+    for norm in module.modules():
+        if isinstance(norm, _NormBase) and norm.training and norm.track_running_stats:
+            for tensor in (norm.running_mean, norm.running_var):
                 if tensor is not None:
                     yield tensor
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: ProcessGroup, device: str) -> nn.Module:
-    """Replace batch norms by `torch.nn.SyncBatchNorm`, whose statistics are of the whole batch.
+    """Replace batch norms by `torch.nn.SyncBatchNorm`, which computes statistics of whole batches.
 
     Raises:
         UsageError: on a CPU, for which torch has no SyncBatchNorm.
@@ -156,8 +156,9 @@ def convert_sync_batchnorm(model: nn.Module, process_group: ProcessGroup, device
         return model
     if not device.startswith("cuda"):
         raise UsageError(
-            f"train.sync_batch_norm=true: torch's SyncBatchNorm needs GPUs, this is {device!r}",
-            fix="train.sync_batch_norm=false norms each process's own rows; or use one process",
+            f"train.sync_batch_norm=true: torch's SyncBatchNorm needs GPUs, not {device!r}",
+            fix="use train.sync_batch_norm=false (each process normalizes its own rows), or one "
+            "process",
         )
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return converted
@@ -187,8 +188,8 @@ class SplitSlice:
         return self.split.rows.gather(index + self.start)
 
     def in_memory_tensor(self) -> Tensor | None:
-        whole = self.split.rows.in_memory_tensor()
-        return None if whole is None else whole[self.start : self.stop]
+        images = self.split.rows.in_memory_tensor()
+        return None if images is None else images[self.start : self.stop]
 
 
 def distributed_map(
@@ -196,7 +197,7 @@ def distributed_map(
     split: Labelled,
     compute: Callable[[Labelled], Sequence[Tensor | None]],
 ) -> tuple[Tensor | None, ...]:
-    """Apply `compute` to a split, each image in exactly one process; all get the whole result.
+    """Apply `compute` to a split, each image in exactly one process; all get the full result.
 
     Nothing is padded. The result is that of one process up to the last digits, which depend on
     the number of images computed at once.
@@ -209,11 +210,11 @@ def distributed_map(
     counts = rows_per_rank(int(split.labels.numel()), process_group.size)
     rank = process_group.rank
     start = sum(counts[:rank])
-    own = list(compute(SplitSlice(split, start, start + counts[rank]))) if counts[rank] else []
+    local = list(compute(SplitSlice(split, start, start + counts[rank]))) if counts[rank] else []
     # Rank 0 always has images.
-    computed = process_group.broadcast(lambda: [part is not None for part in own])
-    device = split.labels.device if not own or own[0] is None else own[0].device
-    parts = own or [None] * len(computed)
+    computed = process_group.broadcast(lambda: [part is not None for part in local])
+    device = split.labels.device if not local or local[0] is None else local[0].device
+    parts = local or [None] * len(computed)
     return tuple(
         process_group.all_gather(part, counts).to(device) if is_computed else None
         for part, is_computed in zip(parts, computed, strict=True)
@@ -221,8 +222,11 @@ def distributed_map(
 
 
 def rows_per_rank(images: int, size: int) -> list[int]:
-    """Images of each process: whole chunks of `EVAL_CHUNK`, as evenly as that allows."""
-    chunks = -(-images // EVAL_CHUNK)
-    each, more = divmod(chunks, size)
-    ends = [min(images, EVAL_CHUNK * (each * (r + 1) + min(r + 1, more))) for r in range(size)]
+    """Return the number of images of each process: chunks of `EVAL_CHUNK`, as even as possible."""
+    num_chunks = -(-images // EVAL_CHUNK)
+    per_rank, extra = divmod(num_chunks, size)  # the first `extra` ranks get one chunk more
+    ends = [
+        min(images, EVAL_CHUNK * (per_rank * (rank + 1) + min(rank + 1, extra)))
+        for rank in range(size)
+    ]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,8 +1,15 @@
-"""The only forward pass of evaluate, predict and every measurement on a trained network.
+"""Inference: the only forward pass of evaluate, predict and all measurements on a trained network.
 
-Always float32 and always in eval mode, whatever the training used: a number must not depend on
-which command computed it. Eval mode has no batch statistics, so batch size and memory format change
-nothing but speed and the last digits: `Forward` chooses both.
+It is always in float32 and eval mode, whatever the training used, so that a number does not depend
+on the command that computed it. In eval mode there are no batch statistics: batch size and memory
+format change only the speed and the last digits. `Forward` chooses both.
+
+Test-time augmentation averages the logits of several views of an image (`VIEWS`), not the
+probabilities. The softmax of mean logits is the geometric mean of the views' probabilities,
+renormalized: a class that one view practically excludes stays excluded, which an arithmetic mean
+would not preserve. Cross entropy is convex in the logits, so the loss of the mean is never above
+the mean loss of the views. The published records average logits, too. Views contain mirror images,
+which is wrong for text, digits and other images whose class depends on the orientation.
 """
 
 from __future__ import annotations
@@ -29,55 +36,63 @@ from convlens.engine import oom
 from convlens.errors import lookup
 from convlens.utils.console import print_status
 
-# The most that input and output of a network's largest layer may take for one batch, in bytes (a
-# few other tensors of that size come and go beside them), and the most images in one. On a CPU
-# small networks are a fifth faster by 4096 than by 256, but lose half their speed to page faults
-# where freed memory isn't kept (`process.keep_freed_memory`); of larger ones 256 MiB hold enough
-# images for all of their speed.
+# Largest total size of input and output of a network's largest layer in a batch, in bytes (a few
+# other tensors of that size exist at the same time), and largest number of images. On a CPU, small
+# networks are a fifth faster with 4096 images than with 256, but lose half their speed to page
+# faults if freed memory is not kept (`utils.process.keep_freed_memory`); for larger networks,
+# 256 MiB hold enough images for full speed.
 MAX_ACTIVATION_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 MAX_BATCH = 4096
-FIRST_BATCH = 16  # images in the first batch, which tells how large the others can be
-TRIALS, TRIED = 3, 32  # batches that each memory format is timed on, and images in each
-SHORTEST, CLEAR = 0.001, 1.3  # least seconds of such a batch; what ends the timing after two
-READ, MOST_READ = 1 << 22, 4096  # bytes and images that are read at once where not in memory
+FIRST_BATCH = 16  # images in the first batch, which determines the size of the others
+TRIAL_ROUNDS = 3  # batches on which each memory format is timed
+TRIAL_BATCH = 32  # images in such a batch
+MIN_TRIAL_S = 0.001  # formats are timed only if such a batch takes at least this long
+CLEAR_RATIO = 1.3  # a format that is faster by this factor is chosen after two rounds
+# Images that are not in memory are read in chunks of at most this size.
+CHUNK_BYTES = 1 << 22
+MAX_CHUNK_IMAGES = 4096
+
+# Maps images `[B, C, H, W]` to pairs of weight and view, of the same shape, one at a time so that
+# only one is in memory. Weights add up to one. The first view is the images themselves.
+ViewFunction = Callable[[Tensor], Iterator[tuple[float, Tensor]]]
 
 
-def place_model(model: nn.Module, on: str | None) -> Plan:
-    """Moves `model` to the device asked for (by default the best); returns the plan it runs by."""
-    plan = Plan(select_device(on), "fp32", "contiguous")
+class ModelOutputs(NamedTuple):
+    """Logits float32 `[N, classes]` of the images, and their mean over all views (TTA) if any."""
+
+    logits: Tensor
+    tta_logits: Tensor | None
+
+
+def place_model(model: nn.Module, device: str | None) -> Plan:
+    """Move `model` to a device (default: the best one); return the plan for inference."""
+    plan = Plan(select_device(device), "fp32", "contiguous")
     plan.prepare_model(model)
     return plan
 
 
-class ModelOutputs(NamedTuple):
-    """Logits float32 `[N, classes]` of the images as they are, and their mean over all views."""
-
-    plain: Tensor
-    tta: Tensor | None
-
-
 def batch_logits(model: nn.Module, images: Tensor, normalize: Prepare, plan: Plan) -> Tensor:
-    """Logits float32 `[B, classes]` on the device for uint8 images `[B, C, H, W]`."""
-    return batch_outputs(model, images, normalize, plan, None).plain
+    """Return logits float32 `[B, classes]`, on the device, of uint8 images `[B, C, H, W]`."""
+    return batch_outputs(model, images, normalize, plan, None).logits
 
 
 @torch.inference_mode()
 def batch_outputs(
     model: nn.Module, images: Tensor, normalize: Prepare, plan: Plan, views: ViewFunction | None
 ) -> ModelOutputs:
-    """As `batch_logits`, with the mean over `views` beside it where there are any."""
+    """As `batch_logits`, with the mean over `views` if given."""
     with eval_mode(model):
-        ready = normalize(images.to(plan.device), plan)
+        inputs = normalize(images.to(plan.device), plan)
         if views is None:
-            return ModelOutputs(model(ready).float(), None)
-        return ModelOutputs(*average_views(model, ready, views))
+            return ModelOutputs(model(inputs).float(), None)
+        return ModelOutputs(*average_views(model, inputs, views))
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and back to what each module was in."""
-    # Module by module: parts that were frozen in eval mode must stay so. And of a network that is
-    # in eval mode nothing is set, which at some µs an image would be 1% of a pass.
+    """Context in which the model is in eval mode; afterwards each module has its previous mode."""
+    # Module by module: frozen modules that were in eval mode must stay so. Of a network in eval
+    # mode nothing is set, which would cost 1% of a pass over one image.
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -89,19 +104,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Forward:
-    """Runs a network on any number of images, in batches whose size and memory format it chooses.
+    """Run a network on any number of images; choose batch size and memory format by measuring.
 
-    The first batch is small. The size of the largest layer in it gives the batch size: the largest
-    power of two that keeps within `ACTIVATIONS`, halved whenever memory runs out. Where `free`, the
-    next batches are timed in both memory formats by turns, and the faster one does the rest: on
-    one CPU channels_last is twice as fast as contiguous, on another network or machine twice as
-    slow. The timed batches are answered, too, so that no image is computed twice.
+    The first batch is small. From the size of the largest layer in it follows the batch size: the
+    largest power of two that keeps within `MAX_ACTIVATION_BYTES`, halved whenever memory runs out.
+    With `choose_memory_format`, the next batches alternate between both memory formats, and the
+    faster one is used for all others: depending on network and machine, channels_last is twice as
+    fast as contiguous, or half as fast. The outputs of the timed batches are used, so no image is
+    computed twice.
 
     Args:
-        normalize: from what the rows hold to the network's input.
+        normalize: converts images as read into inputs of the network.
         plan: device and precision; its memory format is the one to start with.
-        total: about how many images there will be; with few, timing formats doesn't pay.
-        free: whether `model`'s memory format may be changed. It stays changed.
+        total: approximate number of images; with few images, timing formats doesn't pay.
+        choose_memory_format: whether the memory format of `model` may be changed. It stays changed.
     """
 
     def __init__(
@@ -112,31 +128,31 @@ class Forward:
         *,
         views: ViewFunction | None = None,
         total: int,
-        free: bool = False,
+        choose_memory_format: bool = False,
     ) -> None:
-        self._model, self._normalise, self.plan, self._views = model, normalize, plan, views
+        self._model, self._normalize, self.plan, self._views = model, normalize, plan, views
         self.batch_size: int | None = None  # None before the first batch
-        self._trial_size = min(TRIED, total // 64) if free else 0  # images in a timed batch
+        self._trial_size = min(TRIAL_BATCH, total // 64) if choose_memory_format else 0
         self._trial: _FormatTrial | None = None  # while memory formats are being timed
 
-    def answers(self, images: Tensor) -> Iterator[ModelOutputs]:
-        """Batch by batch for what the rows hold, `[N, ...]`, in order."""
+    def outputs(self, images: Tensor) -> Iterator[ModelOutputs]:
+        """Yield the outputs for images `[N, ...]`, batch by batch, in order."""
         while len(images):
             batch = images[: self._next_batch_size()]
-            found = None
+            outputs = None
             try:
-                found = self._run(batch)
+                outputs = self._run(batch)
             except (RuntimeError, MemoryError) as error:
                 if not oom.is_oom(error):
                     raise
                 if len(batch) == 1:
                     raise oom.out_of_memory_error(error) from error
             # Outside of `except`: the traceback there keeps the tensors of the failed pass alive.
-            if found is None:
+            if outputs is None:
                 self._reduce_batch_size(len(batch))
                 continue
             images = images[len(batch) :]
-            yield found
+            yield outputs
 
     def _next_batch_size(self) -> int:
         if self.batch_size is None:
@@ -148,39 +164,36 @@ class Forward:
             return self._run_first(images)
         if self._trial is not None:
             return self._run_trial(self._trial, images)
-        return batch_outputs(self._model, images, self._normalise, self.plan, self._views)
+        return batch_outputs(self._model, images, self._normalize, self.plan, self._views)
 
     def _run_first(self, images: Tensor) -> ModelOutputs:
         """Run the first batch; choose the batch size, and whether to time memory formats."""
-        with _largest_layer(self._model) as layer_bytes:
-            found, seconds = self._time(images)
-        kind = torch.device(self.plan.device).type
-        fit = (
-            MAX_ACTIVATION_BYTES.get(kind, MAX_ACTIVATION_BYTES["cpu"])
-            * len(images)
-            // max(layer_bytes)
-        )
-        self.batch_size = min(MAX_BATCH, 1 << max(0, fit.bit_length() - 1))
-        if seconds * self._trial_size >= SHORTEST:
+        with _record_layer_sizes(self._model) as sizes:
+            outputs, seconds = self._time(images)
+        device_type = torch.device(self.plan.device).type
+        max_bytes = MAX_ACTIVATION_BYTES.get(device_type, MAX_ACTIVATION_BYTES["cpu"])
+        max_images = max_bytes * len(images) // max(sizes)
+        self.batch_size = min(MAX_BATCH, 1 << max(0, max_images.bit_length() - 1))
+        if seconds * self._trial_size >= MIN_TRIAL_S:
             self._trial = _FormatTrial(self.plan.memory_format)
-        return found
+        return outputs
 
     def _run_trial(self, trial: _FormatTrial, images: Tensor) -> ModelOutputs:
-        self._set_memory_format(trial.coming[0])
-        found, seconds = self._time(images)
+        self._set_memory_format(trial.schedule[0])
+        outputs, seconds = self._time(images)
         best = trial.record(seconds)
         if best is not None:
             self._set_memory_format(best)
             self._trial = None
-        return found
+        return outputs
 
     def _time(self, images: Tensor) -> tuple[ModelOutputs, float]:
-        """Answers, and the seconds per image."""
+        """Return the outputs, and the seconds per image."""
         synchronize(self.plan.device)
         start = time.perf_counter()
-        found = batch_outputs(self._model, images, self._normalise, self.plan, self._views)
+        outputs = batch_outputs(self._model, images, self._normalize, self.plan, self._views)
         synchronize(self.plan.device)
-        return found, (time.perf_counter() - start) / len(images)
+        return outputs, (time.perf_counter() - start) / len(images)
 
     def _set_memory_format(self, memory_format: str) -> None:
         if memory_format != self.plan.memory_format:
@@ -192,49 +205,50 @@ class Forward:
         self.batch_size = failed // 2
         if self.plan.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        print_status(f"out of memory with {failed} images at once: going on with {self.batch_size}")
+        print_status(f"out of memory with a batch of {failed}; continuing with {self.batch_size}")
 
 
 class _FormatTrial:
-    """Times of batches in the current memory format and in the other one, by turns.
+    """Times of batches that alternate between the current memory format and the other one.
 
-    The first batch of the other format warms it up and doesn't count.
+    The first batch in the other format is a warm-up and is not counted.
     """
 
     def __init__(self, current: str) -> None:
         (other,) = (name for name in MEMORY_FORMATS if name != current)
         self._current, self._other = current, other
         self._seconds: dict[str, list[float]] = {current: [], other: []}
-        self.coming = [other, *[current, other] * TRIALS]  # formats of the batches to come
+        self.schedule = [other, *[current, other] * TRIAL_ROUNDS]  # formats of the next batches
 
     def record(self, seconds: float) -> str | None:
         """Record the time of the next batch; return the format to use once it is clear."""
-        name = self.coming.pop(0)
-        if len(self.coming) < 2 * TRIALS:
+        name = self.schedule.pop(0)
+        if len(self.schedule) < 2 * TRIAL_ROUNDS:
             self._seconds[name].append(seconds)
         current, other = self._seconds[self._current], self._seconds[self._other]
         if not len(current) == len(other) >= 2:
             return None
-        clear = min(current) > CLEAR * max(other) or min(other) > CLEAR * max(current)
-        if self.coming and not clear:
+        is_clear = min(current) > CLEAR_RATIO * max(other) or min(other) > CLEAR_RATIO * max(
+            current
+        )
+        if self.schedule and not is_clear:
             return None
-        # Not for a few per cent, which may be noise: a network should give the same last digits
-        # every time.
-        faster = statistics.median(other) < 0.95 * statistics.median(current)
-        return self._other if faster else self._current
+        # A few percent may be noise, and the last digits of a network should be reproducible.
+        is_faster = statistics.median(other) < 0.95 * statistics.median(current)
+        return self._other if is_faster else self._current
 
 
 @contextmanager
-def _largest_layer(model: nn.Module) -> Iterator[list[int]]:
-    """Bytes of the inputs and outputs of each layer that is called inside; never empty."""
+def _record_layer_sizes(model: nn.Module) -> Iterator[list[int]]:
+    """Record the bytes of inputs and outputs of each layer called in the context; never empty."""
     sizes = [1]
 
-    def note(_: nn.Module, inputs: object, output: object) -> None:
+    def record(_: nn.Module, inputs: object, output: object) -> None:
         tensors = (*inputs, output) if isinstance(inputs, tuple) else (output,)
         sizes.append(sum(t.nbytes for t in tensors if isinstance(t, Tensor)))
 
     layers = [module for module in model.modules() if next(module.children(), None) is None]
-    handles = [layer.register_forward_hook(note) for layer in layers]
+    handles = [layer.register_forward_hook(record) for layer in layers]
     try:
         yield sizes
     finally:
@@ -249,15 +263,26 @@ def split_logits(
     plan: Plan,
     *,
     advance: Callable[[int], None] = lambda count: None,
-    free: bool = False,
+    choose_memory_format: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Logits float32 `[N, classes]` and labels int64 `[N]` of a split, both on the device.
+    """Return logits float32 `[N, classes]` and labels int64 `[N]` of a split, on the device.
 
-    Each image counts exactly once; nothing is dropped or padded. `advance(n)` is told of
-    progress; `free` is as in `Forward`.
+    Each image counts exactly once; nothing is dropped or padded.
+
+    Args:
+        advance: called with the number of images after each batch, for progress bars.
+        choose_memory_format: as in `Forward`.
     """
-    answers, labels = split_outputs(model, split, normalize, plan, None, advance=advance, free=free)
-    return answers.plain, labels
+    outputs, labels = split_outputs(
+        model,
+        split,
+        normalize,
+        plan,
+        None,
+        advance=advance,
+        choose_memory_format=choose_memory_format,
+    )
+    return outputs.logits, labels
 
 
 def split_outputs(
@@ -268,47 +293,54 @@ def split_outputs(
     views: ViewFunction | None,
     *,
     advance: Callable[[int], None] = lambda count: None,
-    free: bool = False,
+    choose_memory_format: bool = False,
 ) -> tuple[ModelOutputs, Tensor]:
-    """As `split_logits`, with the mean over `views`: one loop, batch by batch, for both."""
-    plain, tta = [], []
+    """As `split_logits`, with the mean over `views` if given."""
+    logits, tta_logits = [], []
     total = split.rows.shape[0]
-    forward = Forward(model, normalize, plan, views=views, total=total, free=free)
+    forward = Forward(
+        model,
+        normalize,
+        plan,
+        views=views,
+        total=total,
+        choose_memory_format=choose_memory_format,
+    )
     for images in _read_chunks(split.rows):
-        for answers in forward.answers(images):
-            plain.append(answers.plain)
-            if answers.tta is not None:
-                tta.append(answers.tta)
-            advance(len(answers.plain))
-    mean = torch.cat(tta) if tta else None
-    return ModelOutputs(torch.cat(plain), mean), split.labels.to(plan.device)
+        for outputs in forward.outputs(images):
+            logits.append(outputs.logits)
+            if outputs.tta_logits is not None:
+                tta_logits.append(outputs.tta_logits)
+            advance(len(outputs.logits))
+    mean = torch.cat(tta_logits) if tta_logits else None
+    return ModelOutputs(torch.cat(logits), mean), split.labels.to(plan.device)
 
 
 def _read_chunks(rows: RowReader) -> Iterator[Tensor]:
-    """What the rows hold: all of it where it is in memory, else a piece ahead of what is used."""
-    whole = rows.in_memory_tensor()
-    if whole is not None:
-        yield whole
+    """Yield all images at once if they are in memory, else chunks, read one ahead."""
+    in_memory = rows.in_memory_tensor()
+    if in_memory is not None:
+        yield in_memory
         return
-    count, *each = rows.shape
-    fit = max(FIRST_BATCH, min(MOST_READ, READ // math.prod(each)))
-    size = 1 << (fit.bit_length() - 1)  # a power of two, as the batches are
-    parts = torch.arange(count).split(size)
+    count, *image_shape = rows.shape
+    max_images = max(FIRST_BATCH, min(MAX_CHUNK_IMAGES, CHUNK_BYTES // math.prod(image_shape)))
+    chunk_size = 1 << (max_images.bit_length() - 1)  # a power of two, as batch sizes are
+    chunks = torch.arange(count).split(chunk_size)
     with ThreadPoolExecutor(max_workers=1) as reader:
-        # With this thread's context: what is quiet here is quiet there.
-        coming = reader.submit(copy_context().run, rows.gather, parts[0])
-        for following in [*parts[1:], None]:
-            images = coming.result()
+        # In a copy of this thread's context, which holds the verbosity.
+        pending = reader.submit(copy_context().run, rows.gather, chunks[0])
+        for following in [*chunks[1:], None]:
+            images = pending.result()
             if following is not None:
-                coming = reader.submit(copy_context().run, rows.gather, following)
+                pending = reader.submit(copy_context().run, rows.gather, following)
             yield images
 
 
 def flops(model: nn.Module, shape: tuple[int, int, int], device: str) -> int:
-    """Floating-point operations of the forward pass for one image `[C, H, W]`, in eval mode.
+    """Return the floating-point operations of a forward pass for one image `[C, H, W]`.
 
-    A multiplication with its addition counts as two; only convolutions and matrix products are
-    counted (`torch.utils.flop_counter`): all but a few per cent.
+    A multiply-add counts as two. Only convolutions and matrix products are counted
+    (`torch.utils.flop_counter`): all but a few percent.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -319,60 +351,46 @@ def flops(model: nn.Module, shape: tuple[int, int, int], device: str) -> int:
 
 @torch.inference_mode()
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cross entropy (nats, without smoothing) and accuracy; what validation goes by."""
+    """Return mean cross entropy (in nats, without label smoothing) and accuracy."""
     loss = nn.functional.cross_entropy(logits, labels)
     return float(loss), float((logits.argmax(1) == labels).float().mean())
 
 
 def probabilities(logits: Tensor) -> np.ndarray:
-    """Softmax of logits `[N, K]` as float64 numpy, rows adding up to 1.
+    """Return the softmax of logits `[N, K]` as float64 numpy array; rows add up to 1.
 
     Raises:
-        ModelFileError: logits that are not finite, which only the weights can bring about.
+        ModelFileError: logits that are not finite, which only the weights can cause.
     """
     return metrics.softmax(logits.cpu().numpy())
 
 
-# ---- views ----------------------------------------
-# Test-time augmentation: the views of an image that a network is asked about, and their mean.
-#
-# Logits are averaged, not probabilities: softmax of mean logits is the geometric mean of the views'
-# probabilities, renormalised. A class that one view all but rules out stays ruled out, which an
-# arithmetic mean would forget; and cross entropy is convex in the logits, so that the loss of the
-# mean is never above the mean loss of the views. The published records average logits, too.
-#
-# A mirror image must not change the class: these views are wrong for text, digits and the like.
-
-# Weights (they add up to one) and images `[B, C, H, W]` of the same shape, one view at a time so
-# that no more than one is in memory. The first view is the images as they are.
-ViewFunction = Callable[[Tensor], Iterator[tuple[float, Tensor]]]
-
-
 def flip_views(images: Tensor) -> Iterator[tuple[float, Tensor]]:
-    """The images and their mirror images, half each; float `[B, C, H, W]`."""
+    """The images and their mirror images, with equal weight; float `[B, C, H, W]`."""
     yield 0.5, images
     yield 0.5, images.flip(-1)
 
 
 def flip_shift_views(images: Tensor) -> Iterator[tuple[float, Tensor]]:
-    """Six views: half the weight on the untranslated pair of `flip`, half on two translated pairs.
+    """Six views: the pair of `flip_views` with half the weight, and two translated pairs.
 
-    They are translated up-left and down-right, with reflect padding, by one pixel at 32 pixels
-    (Jordan 2024, arXiv:2404.00498, multi-crop evaluation). Other sizes are our generalisation:
-    `shift(size)` pixels. Float `[B, C, H, W]`; each pair is an image and its mirror image.
+    Translations are up-left and down-right, with reflect padding, by one pixel at 32 pixels
+    (multi-crop evaluation of Jordan 2024, arXiv:2404.00498). For other sizes, which the paper does
+    not cover, by `translation_pixels`. Float `[B, C, H, W]`; each pair is an image and its mirror
+    image.
     """
-    by = shift_images(images.shape[-1])
+    shift = translation_pixels(images.shape[-1])
     height, width = images.shape[-2:]
-    padded = F.pad(images, (by, by, by, by), mode="reflect")
-    up_left = padded[..., 2 * by :, 2 * by :]
+    padded = F.pad(images, (shift, shift, shift, shift), mode="reflect")
+    up_left = padded[..., 2 * shift :, 2 * shift :]
     down_right = padded[..., :height, :width]
-    for weight, moved in ((0.5, images), (0.25, up_left), (0.25, down_right)):
-        for _, view in flip_views(moved):
+    for weight, translated in ((0.5, images), (0.25, up_left), (0.25, down_right)):
+        for _, view in flip_views(translated):
             yield weight / 2, view
 
 
-def shift_images(size: int) -> int:
-    """Pixels of translation for images of `size` pixels: size / 32, halves up, at least 1."""
+def translation_pixels(size: int) -> int:
+    """Return the translation for images of `size` pixels: size / 32, rounded, at least 1."""
     return max(1, (size + 16) // 32)
 
 
@@ -380,10 +398,10 @@ VIEWS: dict[str, ViewFunction] = {"flip": flip_views, "flip+shifts": flip_shift_
 
 
 def select_views(name: str | None) -> ViewFunction | None:
-    """The views of that name; None for None.
+    """Return the views of that name; None for None.
 
     Raises:
-        UsageError: no such views, with near misses.
+        UsageError: unknown name, with near misses.
     """
     return None if name is None else lookup(VIEWS, name, "test-time augmentation")
 
@@ -391,16 +409,19 @@ def select_views(name: str | None) -> ViewFunction | None:
 def average_views(
     forward: Callable[[Tensor], Tensor], images: Tensor, views: ViewFunction
 ) -> tuple[Tensor, Tensor]:
-    """Plain logits and the weighted mean over all views, both float32 `[B, K]`.
+    """Return the logits of the images and the weighted mean over all views, float32 `[B, K]`.
 
-    `images` are normalised ones, `[B, C, H, W]`. The plain view is one of the views, so it costs
-    no pass of its own; each view is a pass over the same batch size, so that the plain logits are
-    bit for bit those without test-time augmentation.
+    The images themselves are the first view, so they need no pass of their own. Each view is a
+    pass with the same batch size, so the logits of the images have the same bits as without
+    test-time augmentation.
+
+    Args:
+        images: normalized, `[B, C, H, W]`.
     """
     pairs = views(images)
     weight, view = next(pairs)
-    plain = forward(view).float()
-    total = weight * plain
+    logits = forward(view).float()
+    mean = weight * logits
     for weight, view in pairs:
-        total += weight * forward(view).float()
-    return plain, total
+        mean += weight * forward(view).float()
+    return logits, mean

@@ -309,7 +309,7 @@ class TrainLoop:
 
     def _set_rates(self, timetable: optim.GroupSchedule, step: int) -> float:
         """Freeze, unfreeze and set the learning rates for a step of the whole training."""
-        if timetable.turn(step):  # a parameter group may have been frozen or unfrozen
+        if timetable.apply_windows(step):  # a parameter group may have been frozen or unfrozen
             set_train_mode(self.model)
             if self.data_parallel is not None:
                 self.data_parallel.unwrap()

@@ -43,7 +43,7 @@ class NonFiniteLoss(Diverged):
         self.epoch, self.step = self.epoch - first, steps if first else self.step - 1
         self.what = (
             f"the update of epoch {self.epoch}, step {self.step} made weights NaN or infinite: its "
-            "loss was finite, its gradient wasn't; they were not saved"
+            "loss was finite, its gradient wasn't; these weights were not saved"
         )
 
 
@@ -93,9 +93,9 @@ class DeferredFiniteCheck:
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> Tensor:
-        """Take in the loss of a step; return 1.0 if it or an earlier one was not finite, else 0.0.
+        """Add the loss of a step; return 1.0 if it or an earlier one was not finite, else 0.0.
 
-        Number and order of the kernels do not depend on the loss: nothing is read by the host.
+        Number and order of the kernels do not depend on the loss: the host reads nothing.
         """
         finite = loss.isfinite().float()
         if self._all_finite is None or self._finite_steps is None:
@@ -134,7 +134,10 @@ class DeferredFiniteCheck:
 
 
 def make_grad_scaler(device: str) -> torch.amp.GradScaler:
-    """Loss scaling for fp16 (Micikevicius et al. 2018), whose small gradients would round to 0."""
+    """Return a loss scaler for fp16, in which small gradients would round to 0.
+
+    Source: Micikevicius et al. 2018.
+    """
     return torch.amp.GradScaler(torch.device(device).type, init_scale=INITIAL_LOSS_SCALE)
 
 

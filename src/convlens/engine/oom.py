@@ -1,4 +1,4 @@
-"""Out-of-memory errors: recognise them, and choose a smaller micro-batch.
+"""Out-of-memory errors: recognize them, and choose a smaller micro-batch.
 
 Gradients add up, so a step computed in micro-batches is the step of the whole batch. The exception
 is batch norm in training mode, whose statistics are those of a micro-batch.
@@ -34,14 +34,14 @@ OOM_HELP = "end other programs; or use a smaller network, smaller images (data.i
 
 
 def is_oom(error: BaseException) -> bool:
-    """Whether `error` means that an allocation failed for lack of memory."""
+    """Return whether `error` is a failed allocation of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OOM_MESSAGES)
 
 
 def out_of_memory_error(error: BaseException) -> ResourceError:
-    """The error to report where no smaller batch can be tried."""
+    """Return the error to report where no smaller batch can be tried."""
     lines = str(error).strip().splitlines() or ["no reason was given"]
     reason = next((line for line in lines if "allocate" in line), lines[0])
     return ResourceError("not enough memory", where=" ".join(reason.split())[:200], fix=OOM_HELP)
@@ -82,14 +82,14 @@ class catch_oom:  # noqa: N801 (a context manager, named like a function)
 def next_micro_batch_size(
     model: nn.Module, failure: OutOfMemory, micro_batch_size: int, *, distributed: bool
 ) -> int:
-    """Half of the number of images that failed.
+    """Return half of the number of images that failed.
 
     Args:
         micro_batch_size: images that were to be computed at once; 0: the whole batch. (A smaller
             last batch may have failed, or a micro-batch that was one larger because a single
             image was left over.)
-        distributed: whether other processes share the batch. They wait in the same step for this
-            process's gradients, so a smaller micro-batch can no longer be agreed on.
+        distributed: whether other processes share the batch. They already wait for the gradients
+            of this process, so the micro-batch size can no longer be changed.
 
     Raises:
         ResourceError: no smaller micro-batch is possible.
@@ -97,8 +97,8 @@ def next_micro_batch_size(
     images, smallest = failure.images, 2 if uses_batch_statistics(model) else 1
     if distributed:
         raise ResourceError(
-            f"not enough memory for the {images} images of a batch that are this process's",
-            fix="a smaller train.batch_size, or more processes that share it",
+            f"not enough memory for the {images} images of a batch that this process computes",
+            fix="use a smaller train.batch_size, or more processes",
         ) from failure.__cause__
     tried = min(images, micro_batch_size or images)
     if tried <= smallest:
@@ -111,12 +111,12 @@ def next_micro_batch_size(
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
-    """Whether the model has a batch norm in training mode: micro-batches then change its output."""
+    """Return whether batch norm in training mode makes the output depend on micro-batches."""
     return any(module.training and isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def micro_batching_message(model: nn.Module, batch_size: int, micro_batch_size: int) -> str:
-    """The message that training continues in micro-batches, and what that changes."""
+    """Return the message that training continues in micro-batches, and what that changes."""
     count = "1 image" if micro_batch_size == 1 else f"{micro_batch_size} images"
     if uses_batch_statistics(model):
         effect = (
@@ -124,5 +124,5 @@ def micro_batching_message(model: nn.Module, batch_size: int, micro_batch_size: 
             "micro-batch: they are noisier, and accuracy may differ"
         )
     else:
-        effect = "which changes speed and last digits only"
+        effect = "this changes only the speed and the last digits"
     return f"out of memory: a batch of {batch_size} is now computed {count} at a time; {effect}"

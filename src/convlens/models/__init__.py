@@ -1,11 +1,11 @@
-"""The table of network families and the one function that builds from it.
+"""Registry of network families, and `build_model`, which builds any network by name.
 
-To add a family: one file in this folder, one line in `MODELS`. Its constructor takes
-`(classes, channels, image_size, *, its own options)`; the network has `stages` (the names of
-its sub-modules in order, what `look` and fine-tuning go by) and `head` (the name of its last
-linear layer, so that it can be replaced). `tests/integration/test_contracts.py` then runs it. Any other
-name is torchvision's, or timm's as `timm/NAME` (`zoo.py`); `parts(model)` has the names of the
-stages and the head of them all.
+To add a family, write one file in this folder and add one line to `MODELS`. The constructor takes
+`(classes, channels, image_size, *, options)`. The network has two attributes: `stages`, the names
+of its sub-modules in order, used by `look` and fine-tuning, and `head`, the name of its last linear
+layer, which can be replaced. `tests/integration/test_contracts.py` tests every entry. Other names
+are networks of torchvision, or of timm as `timm/NAME` (`zoo.py`). `model_parts(model)` returns the
+stages and the head of any network.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
     "try_out",
 ]
 
-# File and class in this folder. By name, since torchvision takes a second or two to import.
+# Module and class in this package, as text: importing torchvision takes a second or two.
 MODELS: dict[str, str] = {
     "cnn": "cnn.CNN",
     "fastnet": "fastnet.FastNet",
@@ -50,69 +50,77 @@ MODELS: dict[str, str] = {
     "resnet50": "resnet.ResNet50",
     "wrn": "resnet.WRN",
 }
-# Image sizes that are tried in turn when a network refuses its own; every network takes 224.
-USUAL_SIZES = (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 288, 320, 384)
-FAILURES = (TypeError, ValueError, RuntimeError, OverflowError, AssertionError)
+# Image sizes to suggest where a network refuses the requested one. Every network accepts 224.
+SUGGESTED_IMAGE_SIZES = (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 288, 320, 384)
+# What a network may raise for unsuitable options or images.
+MODEL_ERRORS = (TypeError, ValueError, RuntimeError, OverflowError, AssertionError)
 
 
 def build_model(
     name: str, classes: int, channels: int, image_size: int, options: Mapping[str, Any]
 ) -> nn.Module:
-    """The network `name` for `classes` classes of `[channels, image_size, image_size]` images.
+    """Build the network `name` for images `[N, channels, image_size, image_size]`.
+
+    Args:
+        classes: number of logits.
+        options: the network's own options; see `model_options`.
 
     Raises:
-        UsageError: unknown family, unknown option (all at once, with near misses), bad value.
+        UsageError: unknown network, unknown options (all of them, with near misses), or an
+            unsuitable value.
         ResourceError: not enough memory for the weights.
     """
     known = model_options(name)
     unknown = [key for key in options if key not in known]
     if unknown:
-        hints = []
+        problems = []
         for key in unknown:
-            close = [f"model.{other}" for other in close_matches(key, known)[:1]]
-            hints.append(f"unknown key 'model.{key}'{did_you_mean_suffix(close)}")
-        fix = f"model {name} has: {', '.join(known) or 'no keys of its own'}"
-        raise UsageError("; ".join(hints), fix=fix)
+            close = [f"model.{match}" for match in close_matches(key, known)[:1]]
+            problems.append(f"unknown key 'model.{key}'{did_you_mean_suffix(close)}")
+        fix = f"options of model {name}: {', '.join(known) or 'none'}"
+        raise UsageError("; ".join(problems), fix=fix)
     try:
         if name in MODELS:
             return model_family(name)(classes, channels, image_size, **options)
         return zoo.build_zoo_model(name, classes, channels, image_size, **options)
     except UsageError:
         raise
-    # For example a text where a number belongs, or more weights than fit into memory.
-    except FAILURES as error:
-        raise _explain(name, error, fix=f"received {dict(options)}") from error
+    except MODEL_ERRORS as error:  # e.g. text instead of a number, or too little memory
+        raise _model_error(name, error, fix=f"received {dict(options)}") from error
 
 
 def model_family(name: str) -> Callable[..., nn.Module]:
-    """The class behind a line of `MODELS`."""
-    file, _, called = MODELS[name].partition(".")
-    found: Callable[..., nn.Module] = getattr(import_module(f"convlens.models.{file}"), called)
-    return found
+    """Import and return the class of an entry of `MODELS`."""
+    module, _, class_name = MODELS[name].partition(".")
+    family: Callable[..., nn.Module] = getattr(
+        import_module(f"convlens.models.{module}"), class_name
+    )
+    return family
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts a network's complete tensors, as a file has them, into `model`.
+    """Load all tensors of a model file into `model`.
 
-    Beside its tensors a state dict has version numbers of the modules, which a file of tensors
-    lacks; MNASNet refuses to be loaded without. The file was written by this very class, so the
-    network's own numbers are right.
+    A state dict also holds version numbers of the modules, which a model file lacks and without
+    which MNASNet refuses to load. The file was written by the same class, so the version numbers
+    of `model` apply.
 
     Raises:
-        RuntimeError: names or shapes that differ.
+        RuntimeError: names or shapes differ.
     """
-    state = OrderedDict(tensors)
-    setattr(state, "_metadata", getattr(model.state_dict(), "_metadata"))  # noqa: B009, B010
-    model.load_state_dict(state)
+    state_dict = OrderedDict(tensors)
+    setattr(state_dict, "_metadata", getattr(model.state_dict(), "_metadata"))  # noqa: B009, B010
+    model.load_state_dict(state_dict)
 
 
 def model_options(name: str) -> dict[str, Any]:
-    """The network's own options with their defaults.
+    """Return the options of a network with their default values.
 
-    Of our families they are read from the constructor; of others None stands for the default.
+    For the families in `MODELS` they are read from the constructor. For other networks, None
+    stands for the default of their library.
 
     Raises:
-        UsageError: no such network, with near misses.
+        UsageError: unknown network, with near misses.
     """
     if name not in MODELS:
         return zoo.zoo_options(name, MODELS)
@@ -123,13 +131,13 @@ def model_options(name: str) -> dict[str, Any]:
 def try_out(
     name: str, channels: int, image_size: int, options: Mapping[str, Any], batch_size: int = 2
 ) -> nn.Module:
-    """Build the network for two classes and run it once on zeros; return it.
+    """Build the network for two classes, run it once on zeros, and return it.
 
-    Random number generators are left as they were.
+    The state of random number generators is restored.
 
     Raises:
-        UsageError: what `build` raises; images that are too small or otherwise unsuitable (names a
-            size that works); a batch of one image where batch norm would see a single value.
+        UsageError: as `build_model`; images of an unsuitable size (the error names one that
+            works); a batch of one image where batch norm would get a single value per channel.
         ResourceError: not enough memory for the network.
     """
 
@@ -145,13 +153,13 @@ def try_out(
     except UsageError as error:
         if image_size == 224 or not works(224):  # the image size is not the reason
             raise
-        larger = [size for size in USUAL_SIZES if size > image_size]
-        smaller = [size for size in reversed(USUAL_SIZES) if size < image_size]
-        suits = next(filter(works, [*larger, *smaller]))
+        larger = [size for size in SUGGESTED_IMAGE_SIZES if size > image_size]
+        smaller = [size for size in reversed(SUGGESTED_IMAGE_SIZES) if size < image_size]
+        suggestion = next(filter(works, [*larger, *smaller]))
         reason = error.what.removeprefix(f"model {name}: ")
         raise UsageError(
             f"model {name} can't take images of {image_size} px: {reason}",
-            fix=f"data.image_size={suits} works, or choose another network",
+            fix=f"data.image_size={suggestion} works, or choose another network",
         ) from error
     if batch_size == 1:
         try:
@@ -159,7 +167,7 @@ def try_out(
         except UsageError as error:
             raise UsageError(
                 f"train.batch_size=1: {error.what}",
-                fix="batch norm needs two values of each channel: train.batch_size=2 or more",
+                fix="use train.batch_size=2 or more: batch norm needs two values per channel",
             ) from error
     return model
 
@@ -178,15 +186,15 @@ def _forward_zeros(
         images = torch.zeros(1 if train_on_one else 2, channels, image_size, image_size)
         try:
             model.train(train_on_one)(images)
-        except FAILURES as error:
-            raise _explain(name, error) from error
+        except MODEL_ERRORS as error:
+            raise _model_error(name, error) from error
     return model
 
 
-def _explain(name: str, error: Exception, fix: str = "") -> ConvlensError:
+def _model_error(name: str, error: Exception, fix: str = "") -> ConvlensError:
     """Return the error to raise for a network that can't be built or run."""
     reason = " ".join(str(error).split())[:200]
-    # torch has no class of its own for it; the words are those of its allocator for the CPU.
+    # torch has no exception class for this; the name is that of its CPU allocator.
     if "DefaultCPUAllocator" in reason:
         return ResourceError(
             f"not enough memory for model {name}",

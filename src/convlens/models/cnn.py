@@ -1,9 +1,10 @@
-"""The plain CNN family: stages of convolutions, a pooling head, one linear classifier."""
+"""The cnn family: stages of convolutions, global pooling or flattening, a linear classifier."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -29,35 +30,37 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "avg": lambda: nn.AdaptiveAvgPool2d(1),
     "max": lambda: nn.AdaptiveMaxPool2d(1),
 }
-DEEPEST = 1000  # convolutions
+MAX_CONVOLUTIONS = 1000
 
 
 class CNN(nn.Module):
-    """Stages of `depth` convolutions, each stage halving the image, then a classifier.
+    """Stages of `depth` convolutions, each halving the image, then a classifier.
 
-    A stage is `depth` times convolution, batch norm, activation; then dropout. The stage halves
-    the image right after its last convolution: norm and activation then have a quarter of the
-    work (without norm, ReLU and `max` give the same in either order). With `pool: stride` that
-    convolution halves it itself; with `pool: none` the stage doesn't. Images `[N, channels, S, S]`
-    give logits `[N, classes]`.
+    A stage is `depth` times convolution, batch norm and activation, then dropout. The image is
+    halved right after the last convolution of the stage, so that norm and activation have a quarter
+    of the work (without batch norm, ReLU and `max` give the same result in either order). With
+    `pool: stride` that convolution itself halves the image; with `pool: none` the stage keeps its
+    size. Maps images `[N, channels, S, S]` to logits `[N, classes]`.
 
     Args:
         widths: output channels of each stage.
         depth: convolutions in each stage, one number or one per stage.
-        kernel: size of the kernels, odd, one number or one per stage.
-        padding: `same` pads with zeros to keep the size, `valid` computes only where the whole
-            kernel lies on the image, which loses `kernel - 1` pixels: less work, and no loss
-            where the border of the images is empty.
-        pool: how a stage ends: `max`, `avg`, `stride` or `none`, one for all or one per stage.
+        kernel: kernel size, odd, one number or one per stage.
+        padding: `same` pads with zeros to keep the size. `valid` computes only where the whole
+            kernel lies on the image, which loses `kernel - 1` pixels: less work, and no loss if
+            the border of the images is empty.
+        pool: how a stage halves the image: `max`, `avg`, `stride` or `none`, one for all stages
+            or one per stage.
         batch_norm: batch norm after each convolution (which then has no bias).
         activation: `relu`, `gelu` or `silu`.
-        dropout: probability in the head, before the classifier.
+        dropout: dropout probability before the classifier.
         stage_dropout: probability of dropping a whole channel after each stage.
-        hidden: width of one dense layer before the classifier; 0 leaves it out.
-        head: what becomes of the last stage's maps: `flatten`, `avg` or `max` over the picture.
+        hidden: width of a dense layer before the classifier; 0 for none.
+        head: how the output of the last stage becomes a vector: `flatten`, or `avg` or `max` over
+            all pixels.
 
     Raises:
-        UsageError: an option that can't be.
+        UsageError: an unsuitable option.
     """
 
     head = "classifier"
@@ -84,33 +87,30 @@ class CNN(nn.Module):
         depths = _per_stage(depth, widths, "depth")
         kernels = _per_stage(kernel, widths, "kernel")
         pools = _per_stage(pool, widths, "pool")
-        _check(
+        _check_numbers(
             widths, depths, kernels, {"dropout": dropout, "stage_dropout": stage_dropout}, hidden
         )
-        poolings = [lookup(POOLINGS, name, "model.pool") for name in pools]
+        for name in pools:
+            lookup(POOLINGS, name, "model.pool")
         lookup(ACTIVATIONS, activation, "model.activation")
         pads = lookup(PADDINGS, padding, "model.padding")
         self.stages: tuple[str, ...] = tuple(f"stage{i + 1}" for i in range(len(widths)))
         inputs, size = channels, image_size
         for i, name in enumerate(self.stages):
-            width, k, pad = widths[i], kernels[i], kernels[i] // 2 if pads else 0
-            layers: list[nn.Module] = []
-            for index in range(depths[i]):
-                size = _convolved(size, k, pad, name)
-                # A single pixel can't be halved.
-                halving = pools[i] != "none" and size > 1 and index == depths[i] - 1
-                stride = 2 if halving and pools[i] == "stride" else 1
-                layers.append(nn.Conv2d(inputs, width, k, stride, pad, bias=not batch_norm))
-                if halving:
-                    layers.append(poolings[i]())
-                    size = (size + 1) // 2 if pools[i] == "stride" else size // 2
-                if batch_norm:
-                    layers.append(nn.BatchNorm2d(width))
-                layers.append(ACTIVATIONS[activation]())
-                inputs = width
-            if stage_dropout:
-                layers.append(nn.Dropout2d(stage_dropout))
-            self.add_module(name, nn.Sequential(*layers))
+            stage = _Stage(
+                name=name,
+                width=widths[i],
+                depth=depths[i],
+                kernel=kernels[i],
+                padding=kernels[i] // 2 if pads else 0,
+                pool=pools[i],
+                batch_norm=batch_norm,
+                activation=activation,
+                dropout=stage_dropout,
+            )
+            layers, size = stage.build(inputs, size)
+            self.add_module(name, layers)
+            inputs = widths[i]
         self.pool = nn.Sequential(lookup(HEADS, head, "model.head")(), Flatten())
         features = inputs * (size**2 if head == "flatten" else 1)
         dense: OrderedDict[str, nn.Module] = OrderedDict()
@@ -130,16 +130,65 @@ class CNN(nn.Module):
         return logits
 
 
-class Flatten(nn.Flatten):
-    """Maps `[N, C, H, W]` to rows `[N, C * H * W]`, whose gradient comes back in the maps' layout.
+@dataclass(frozen=True)
+class _Stage:
+    """Options of one stage, under the names of `CNN`; `padding` in pixels."""
 
-    It would come back contiguous; behind channels_last maps the backward pass of the last stage
-    then walks through memory in two orders at once, some per cent of a small network's step.
+    name: str
+    width: int
+    depth: int
+    kernel: int
+    padding: int
+    pool: str
+    batch_norm: bool
+    activation: str
+    dropout: float
+
+    def build(self, inputs: int, size: int) -> tuple[nn.Sequential, int]:
+        """Return the layers for `inputs` channels of `size` pixels, and the size of the output."""
+        layers: list[nn.Module] = []
+        for index in range(self.depth):
+            size = self._size_after_convolution(size)
+            # A single pixel can't be halved.
+            halves = self.pool != "none" and size > 1 and index == self.depth - 1
+            stride = 2 if halves and self.pool == "stride" else 1
+            layers.append(
+                nn.Conv2d(
+                    inputs, self.width, self.kernel, stride, self.padding, bias=not self.batch_norm
+                )
+            )
+            if halves:
+                layers.append(POOLINGS[self.pool]())
+                size = (size + 1) // 2 if self.pool == "stride" else size // 2
+            if self.batch_norm:
+                layers.append(nn.BatchNorm2d(self.width))
+            layers.append(ACTIVATIONS[self.activation]())
+            inputs = self.width
+        if self.dropout:
+            layers.append(nn.Dropout2d(self.dropout))
+        return nn.Sequential(*layers), size
+
+    def _size_after_convolution(self, size: int) -> int:
+        """Output size of a convolution of stride 1 (one of stride 2 halves it, rounding up)."""
+        output_size = size + 2 * self.padding - self.kernel + 1
+        if output_size < 1:
+            raise UsageError(
+                f"{self.name}: a {self.kernel}x{self.kernel} kernel doesn't fit maps of {size} px",
+                fix="use model.padding=same, smaller kernels, fewer stages or larger images",
+            )
+        return output_size
+
+
+class Flatten(nn.Flatten):
+    """Flatten `[N, C, H, W]` to `[N, C * H * W]`; the gradient gets the memory format of the input.
+
+    Without this it would be contiguous. The backward pass of a last stage in channels_last would
+    then access memory in two orders at once, which costs a few percent of a small network's step.
     """
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        strided = maps.requires_grad and not maps.is_contiguous()
-        if strided and not torch.compiler.is_compiling():  # which lays out gradients itself
+        needs_hook = maps.requires_grad and not maps.is_contiguous()
+        if needs_hook and not torch.compiler.is_compiling():  # the compiler chooses formats itself
             maps.register_hook(_channels_last)
         return super().forward(maps)
 
@@ -149,47 +198,38 @@ def _channels_last(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _per_stage(value: T | Sequence[T], widths: Sequence[int], key: str) -> list[T]:
+    """Return one value per stage."""
     values: list[T]
-    if isinstance(value, Sequence) and not isinstance(value, str):  # a text is a sequence, too
+    if isinstance(value, Sequence) and not isinstance(value, str):
         values = list(value)
     else:
         values = [value] * len(widths)
     if len(values) != len(widths):
-        raise UsageError(f"model.{key} has {len(values)} numbers for {len(widths)} model.widths")
+        raise UsageError(f"model.{key} has {len(values)} values for {len(widths)} model.widths")
     return values
 
 
-def _convolved(size: int, kernel: int, pad: int, stage: str) -> int:
-    """Side of the maps after a convolution of stride 1; one of stride 2 halves it, rounding up."""
-    left = size + 2 * pad - kernel + 1
-    if left < 1:
-        raise UsageError(
-            f"{stage}: a {kernel}x{kernel} kernel doesn't fit maps of {size} px",
-            fix="use model.padding=same, smaller kernels, fewer stages or larger images",
-        )
-    return left
-
-
-def _check(
+def _check_numbers(
     widths: Sequence[int],
     depths: list[int],
     kernels: list[int],
     dropouts: dict[str, float],
     hidden: int,
 ) -> None:
+    """Raise one error for all numbers that are out of range."""
     problems = []
     if not widths or min(widths) < 1:
         problems.append(f"model.widths={list(widths)}: needs one or more positive numbers")
     if min(depths, default=1) < 1:
         problems.append(f"model.depth={depths}: each stage needs at least one convolution")
-    if sum(depths) > DEEPEST:  # it would be built for hours before anything else was said
-        problems.append(f"model.depth: {sum(depths):,} convolutions; at most {DEEPEST:,}")
+    if sum(depths) > MAX_CONVOLUTIONS:  # would take hours to build before any other error
+        problems.append(f"model.depth: {sum(depths):,} convolutions; at most {MAX_CONVOLUTIONS:,}")
     if any(k < 1 or k % 2 == 0 for k in kernels):
-        problems.append(f"model.kernel={kernels}: kernels are odd (1, 3, 5, ...)")
+        problems.append(f"model.kernel={kernels}: kernel sizes are odd (1, 3, 5, ...)")
     for key, value in dropouts.items():
         if not 0 <= value < 1:
-            problems.append(f"model.{key}={value}: a probability from 0 to below 1")
+            problems.append(f"model.{key}={value}: must be a probability below 1")
     if hidden < 0:
-        problems.append(f"model.hidden={hidden}: a width, or 0 for none")
+        problems.append(f"model.hidden={hidden}: must be a width, or 0 for none")
     if problems:
         raise UsageError("; ".join(problems))

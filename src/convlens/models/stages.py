@@ -1,7 +1,7 @@
-"""The names by which a network's parts are known: its stages in order, and its head.
+"""Stages and head of a network by name, and freezing of parameters (`model.trainable`).
 
-Our own families say them (`stages`, `head`). Networks of other libraries don't, and may have
-sub-modules of just these names; for them `name_parts` finds out.
+The families of convlens have attributes `stages` and `head`. Networks of other libraries lack them,
+or have sub-modules with these names; `name_parts` determines their stages.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from convlens.errors import UsageError, close_matches, did_you_mean_suffix
 
-# Containers that hold a whole trunk: their children are the stages, not they themselves.
-TRUNKS = ("features", "encoder", "layers", "blocks", "stages", "trunk_output")
+# Names of containers that hold a whole backbone: their children are the stages.
+BACKBONES = ("features", "encoder", "layers", "blocks", "stages", "trunk_output")
 POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
-ATTRIBUTE = "convlens_parts"
+# Attribute in which `name_parts` stores its result.
+PARTS_ATTRIBUTE = "convlens_parts"
+TRAINABLE_FORMS = "all, head, stages, last:K, NAME+ or names with commas (layer3,layer4,fc)"
 
 
 @dataclass(frozen=True)
@@ -31,150 +33,141 @@ class ModelParts:
 
 @runtime_checkable
 class DataInitialized(Protocol):
-    """A network some of whose weights are computed from images before it is trained."""
+    """A network that computes some of its weights from images before training."""
 
     def initialize(self, images: Tensor) -> None:
-        """Takes some thousand training images, normalised, float32 `[N, C, H, W]`."""
+        """Set these weights from some thousand normalized training images, `[N, C, H, W]`."""
         ...
 
 
 def model_parts(model: nn.Module) -> ModelParts:
-    """The names of `model`'s stages and head; what fine-tuning and looking inside go by."""
-    found = getattr(model, ATTRIBUTE, None)
-    if isinstance(found, ModelParts):
-        return found
+    """Return the names of a model's stages and head."""
+    parts = getattr(model, PARTS_ATTRIBUTE, None)
+    if isinstance(parts, ModelParts):
+        return parts
     stages, head = getattr(model, "stages", ()), getattr(model, "head", "")
     return ModelParts(tuple(cast(Sequence[str], stages)), cast(str, head))
 
 
 def stage_of(model: nn.Module) -> dict[str, str]:
-    """The stage of each parameter, by the names that `named_parameters` gives.
+    """Map each parameter, by its name in `named_parameters`, to the name of its stage.
 
-    A stage is all that lies behind the one before it, up to and including the sub-module that
-    gives it its name, in the order of registration: for a ResNet with
+    In the order of registration, a stage contains everything after the previous stage, up to and
+    including the sub-module it is named after: for a ResNet with
     `stages = ("maxpool", "layer1", ...)`, `conv1` and `bn1` are in `maxpool`. Names may be dotted
-    (`features.4`). What lies behind the last stage belongs to the head, by the head's name.
+    (`features.4`). Everything after the last stage belongs to the head, under the head's name.
     """
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    ends: list[tuple[int, str]] = []
-    known = model_parts(model)
-    for stage in known.stages:
-        below = (place for name, place in order.items() if is_below(name, stage))
-        ends.append((max(below), stage))
-    found = {}
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    parts = model_parts(model)
+    ends = [
+        (max(index for name, index in order.items() if is_below(name, stage)), stage)
+        for stage in parts.stages
+    ]
+    stages = {}
     for name, _ in model.named_parameters():
-        place = order[name.rpartition(".")[0]]
-        found[name] = next((stage for end, stage in ends if place <= end), known.head)
-    return found
+        index = order[name.rpartition(".")[0]]
+        stages[name] = next((stage for end, stage in ends if index <= end), parts.head)
+    return stages
 
 
 def is_below(name: str, module: str) -> bool:
-    """Whether `name` (of a module or parameter) is `module` itself or inside it."""
+    """Return whether `name` (of a module or parameter) is `module` itself or inside it."""
     return name == module or name.startswith(f"{module}.")
 
 
 def name_parts(model: nn.Module, head: str) -> None:
-    """Gives a network of another library its `parts`.
+    """Determine the stages of a network of another library, for `model_parts`.
 
-    They are also its attributes `stages` and `head`, unless it has sub-modules of that name.
+    Also sets its attributes `stages` and `head`, unless it has sub-modules with these names.
     """
-    found = ModelParts(tuple(_stages(model, head)), head)
-    setattr(model, ATTRIBUTE, found)
-    for name, value in (("stages", found.stages), ("head", found.head)):
+    parts = ModelParts(tuple(_stages(model, head)), head)
+    setattr(model, PARTS_ATTRIBUTE, parts)
+    for name, value in (("stages", parts.stages), ("head", parts.head)):
         if not hasattr(model, name):
             setattr(model, name, value)
 
 
 def last_layer(model: nn.Module) -> str:
-    """The name of the last linear layer or, where there is none, of the last convolution."""
+    """Return the name of the last linear layer, or of the last convolution if there is none."""
     for kind in (nn.Linear, nn.Conv2d):
         names: list[str] = [
             name for name, module in model.named_modules() if isinstance(module, kind)
         ]
         if names:
             return names[-1]
-    raise ValueError("it has no layer that gives logits")
+    raise ValueError("the network has no linear layer and no convolution")
 
 
 def _stages(model: nn.Module, head: str, prefix: str = "") -> Iterator[str]:
-    """The children in order up to the head, a trunk's children in its place.
+    """Yield the children in order up to the head; the children of a backbone instead of itself.
 
-    Single layers are no stages but for the poolings: these end a block in networks that are one
-    long chain, and the stem in others.
+    Single layers are not stages, except for poolings: these end a block in networks that are one
+    long chain of layers, and the stem in others.
     """
     for name, child in model.named_children():
         full = prefix + name
         if head == full or head.startswith(f"{full}."):
             return
-        if name in TRUNKS:
+        if name in BACKBONES:
             yield from _stages(child, head, f"{full}.")
         elif isinstance(child, POOLINGS) or has_layers(child):
             yield full
 
 
 def has_layers(module: nn.Module) -> bool:
-    """Whether it is made of modules that have weights, and can be called."""
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # its children are called, it is not
+    """Return whether a module is callable and contains modules with weights."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # only their children are called
         return False
     return any(True for child in module.children() for _ in child.parameters())
 
 
-# ---- freezing ----------------------------------------
-# Which parameters of a network learn (`model.trainable`), and how the others stay as they are.
-
-TRAINABLE_FORMS = "all, head, stages, last:K, NAME+ or names with commas (layer3,layer4,fc)"
-
-
 def freeze(model: nn.Module, trainable: str) -> None:
-    """Takes every parameter that `trainable` does not mean out of training, in place.
+    """Freeze every parameter that `trainable` does not select, in place.
 
-    What a family keeps fixed itself (fastnet's whitening filters) stays so whatever is asked.
+    Parameters that a family keeps fixed (fastnet's whitening filters) stay frozen in any case.
 
     Args:
-        trainable: `all`; `head` (the classifier alone) or `stages` (all but the classifier);
-            `last:K`, the last K children as torchvision lists them, with or without parameters
-            (of a ResNet, `last:4` is layer3, layer4, avgpool and fc); `NAME+`, that module and
-            all behind it; or names of modules with commas between.
+        trainable: `all`; `head` (only the classifier) or `stages` (all but the classifier);
+            `last:K`, the last K children in torchvision's order, with or without parameters (of a
+            ResNet, `last:4` is layer3, layer4, avgpool and fc); `NAME+`, that module and all after
+            it; or names of modules, separated by commas.
 
     Raises:
-        UsageError: words that mean nothing here, modules that aren't there, or a choice that
-            leaves nothing to train.
+        UsageError: invalid value, unknown modules, or nothing left to train.
     """
-    chosen = _trainable_names(model, trainable)
-    learns = False
+    selected = _trainable_names(model, trainable)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name in chosen)
-        learns |= parameter.requires_grad
-    if not learns:
+        parameter.requires_grad_(parameter.requires_grad and name in selected)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         children = ", ".join(name for name, _ in model.named_children())
         raise UsageError(
-            f"model.trainable={trainable!r} leaves nothing to train: everything would be frozen",
+            f"model.trainable={trainable!r} leaves nothing to train: all parameters are frozen",
             fix=f"the network's children are: {children}; forms: {TRAINABLE_FORMS}",
         )
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Train mode, with everything frozen left in eval mode.
+    """Set train mode, and eval mode for everything frozen.
 
-    Frozen is a sub-module that has parameters of which none requires a gradient (so a frozen
-    batch norm keeps its statistics), and all of `frozen_prefix`: a frozen trunk is then one fixed
-    function, dropout included.
+    A sub-module is frozen if it has parameters and none of them requires a gradient, so a frozen
+    batch norm keeps its statistics. All modules of `frozen_prefix` are in eval mode too: a frozen
+    backbone is a fixed function, dropout included.
     """
     model.train()
-    whole = getattr(model, "_orig_mod", model)  # without torch.compile's wrapper
-    for module in whole.modules():
-        if module is not whole and _is_frozen(module):
+    network = getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
+    for module in network.modules():
+        if module is not network and _is_frozen(module):
             module.eval()
-    for name in frozen_prefix(whole):
-        whole.get_submodule(name).eval()
+    for name in frozen_prefix(network):
+        network.get_submodule(name).eval()
 
 
 def frozen_prefix(model: nn.Module) -> list[str]:
-    """Dotted names of the modules before the first that learns: the trunk, if it is frozen.
+    """Return the dotted names of the modules before the first that is trained.
 
-    Goes by the order of definition, into a `Sequential` of which a part learns. Empty where no
-    weight comes before the first that learns. A dropout right before what learns is no part of
-    the trunk: it belongs to the classifier behind it.
+    The order is that of definition; a `Sequential` of which a part is trained is entered. The list
+    is empty if no weight comes before the first trained module. A dropout right before the first
+    trained module is not included: it belongs to the classifier that follows.
     """
     prefix = list[str]()
     parent, path, descends = model, "", True
@@ -187,45 +180,49 @@ def frozen_prefix(model: nn.Module) -> list[str]:
                 break
             prefix.append(f"{path}{name}")
     modules = [model.get_submodule(name) for name in prefix]
-    weighty = [bool(list(module.parameters())) for module in modules]
-    if not any(weighty):
+    with_weights = [
+        index for index, m in enumerate(modules) if next(m.parameters(), None) is not None
+    ]
+    if not with_weights:
         return []
-    last = len(weighty) - 1 - weighty[::-1].index(True)
-    for place in range(last + 1, len(prefix)):
-        if any(isinstance(module, _DropoutNd) for module in modules[place].modules()):
-            return prefix[:place]
+    for index in range(with_weights[-1] + 1, len(prefix)):
+        if any(isinstance(module, _DropoutNd) for module in modules[index].modules()):
+            return prefix[:index]
     return prefix
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    wanted = [parameter.requires_grad for parameter in module.parameters()]
-    return bool(wanted) and not any(wanted)
+    requires_grad = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(requires_grad) and not any(requires_grad)
 
 
 def _trainable_names(model: nn.Module, trainable: str) -> set[str]:
-    """Names of the parameters that `trainable` means."""
-    every = [name for name, _ in model.named_parameters()]
+    """Return the names of the parameters that `trainable` selects."""
+    parameters = [name for name, _ in model.named_parameters()]
     children = [name for name, _ in model.named_children()]
     word, colon, count = trainable.partition(":")
     if trainable == "all":
-        return set(every)
+        return set(parameters)
     if trainable in ("head", "stages"):
-        head = set(_modules_below(every, [model_parts(model).head]))
-        return head if trainable == "head" else set(every) - head
+        head = set(_parameters_of(parameters, [model_parts(model).head]))
+        return head if trainable == "head" else set(parameters) - head
     if colon and word == "last":
         if not count.isdecimal() or not 1 <= int(count) <= len(children):
             raise UsageError(
                 f"model.trainable={trainable!r}: the network has {len(children)} children",
                 fix=f"last:1 to last:{len(children)} of {', '.join(children)}",
             )
-        return set(_modules_below(every, children[-int(count) :]))
+        return set(_parameters_of(parameters, children[-int(count) :]))
     if trainable.endswith("+"):
-        return set(_modules_from(model, _known(model, [trainable[:-1]], trainable)[0]))
+        first = trainable.removesuffix("+")
+        _check_modules_exist(model, [first], trainable)
+        return set(_parameters_from(model, first))
     names = [name.strip() for name in trainable.split(",")]
-    return set(_modules_below(every, _known(model, names, trainable)))
+    _check_modules_exist(model, names, trainable)
+    return set(_parameters_of(parameters, names))
 
 
-def _known(model: nn.Module, names: list[str], trainable: str) -> list[str]:
+def _check_modules_exist(model: nn.Module, names: list[str], trainable: str) -> None:
     modules = [name for name, _ in model.named_modules() if name]
     unknown = [name for name in names if name not in modules]
     if unknown:
@@ -235,17 +232,16 @@ def _known(model: nn.Module, names: list[str], trainable: str) -> list[str]:
             f"model.trainable={trainable!r}: no module {unknown[0]!r}{did_you_mean_suffix(close)}",
             fix=f"{TRAINABLE_FORMS}; children: {children}",
         )
-    return names
 
 
-def _modules_below(names: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """The names that lie inside one of the modules."""
-    starts = tuple(f"{module}." for module in modules)
-    return [name for name in names if name.startswith(starts)]
+def _parameters_of(parameters: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Return the parameters inside one of the modules."""
+    prefixes = tuple(f"{module}." for module in modules)
+    return [name for name in parameters if name.startswith(prefixes)]
 
 
-def _modules_from(model: nn.Module, first: str) -> list[str]:
-    """Parameters of `first` and of every module after it, in the order of definition."""
+def _parameters_from(model: nn.Module, first: str) -> list[str]:
+    """Return the parameters of `first` and of every module after it, in order of definition."""
     modules = [name for name, _ in model.named_modules()]
-    behind = set(modules[modules.index(first) :])
-    return [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in behind]
+    selected = set(modules[modules.index(first) :])
+    return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in selected]

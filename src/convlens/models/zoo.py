@@ -1,7 +1,7 @@
-"""Networks of other libraries by name: torchvision's as they are there, timm's as `timm/NAME`.
+"""Networks of torchvision, by their names there, and of timm, as `timm/NAME`.
 
-Nothing is re-written here: they are built by their library, without weights, for the images'
-channels and the number of classes, and get the names of their parts (`parts.py`).
+Each network is built by its library, without pretrained weights, for the number of channels and
+classes of the data. `stages.name_parts` then determines its stages and head.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from convlens.errors import UsageError, close_matches, did_you_mean
 from convlens.models.stages import last_layer, name_parts
 
 TIMM = "timm/"
-# The plain numbers among a torchvision builder's arguments, by the file it stands in. A builder
-# that sets an argument itself (Swin's stochastic depth) can't be given it again.
+# Numeric arguments of torchvision's builders, by module. Arguments that a builder sets itself
+# (Swin's stochastic depth) can't be passed.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "alexnet": ("dropout",),
     "convnext": ("stochastic_depth_prob",),
@@ -45,90 +45,95 @@ TIMM_OPTIONS = ("drop_rate", "drop_path_rate")
 
 
 def zoo_names() -> list[str]:
-    """torchvision's classification networks (those for detection, video, ... are not here)."""
-    vision = import_module("torchvision.models")
-    return cast(list[str], vision.list_models(module=vision))
+    """Return the names of torchvision's classification networks (not of those for other tasks)."""
+    torchvision_models = import_module("torchvision.models")
+    return cast(list[str], torchvision_models.list_models(module=torchvision_models))
 
 
-def zoo_options(name: str, own: Iterable[str]) -> dict[str, Any]:
-    """The options of a torchvision or timm network; None stands for the library's own default.
+def zoo_options(name: str, families: Iterable[str]) -> dict[str, Any]:
+    """Return the options of a torchvision or timm network; None stands for the library's default.
 
     Args:
-        own: our own families, for the error.
+        families: names of the families of convlens, for the error.
 
     Raises:
-        UsageError: no such network, with near misses; or timm isn't installed.
+        UsageError: unknown network, with near misses; or timm is not installed.
     """
     if name.startswith(TIMM):
-        timm, called = _timm(), name.removeprefix(TIMM)
-        if not timm.is_model(called):
-            close = close_matches(called.partition(".")[0], timm.list_models())
-            fix = did_you_mean(TIMM + c for c in close) or "see timm.list_models()"
-            raise UsageError(f"timm has no network {called!r}", fix=fix)
+        timm, timm_name = _import_timm(), name.removeprefix(TIMM)
+        if not timm.is_model(timm_name):
+            close = close_matches(timm_name.partition(".")[0], timm.list_models())
+            fix = did_you_mean(TIMM + match for match in close) or "see timm.list_models()"
+            raise UsageError(f"timm has no network {timm_name!r}", fix=fix)
         return dict.fromkeys(TIMM_OPTIONS)
-    theirs = zoo_names()
-    if name not in theirs:
-        close = close_matches(name, dict.fromkeys([*own, *theirs]))
-        choice = f"choose from: {', '.join(own)}, torchvision's or timm/NAME"
-        fix = did_you_mean(close) or choice
-        raise UsageError(f"unknown model {name!r}", fix=fix)
-    return dict.fromkeys(OPTIONS.get(_file(name), ()))
+    torchvision_names = zoo_names()
+    if name not in torchvision_names:
+        close = close_matches(name, dict.fromkeys([*families, *torchvision_names]))
+        choices = f"choose from: {', '.join(families)}, a name in torchvision, or timm/NAME"
+        raise UsageError(f"unknown model {name!r}", fix=did_you_mean(close) or choices)
+    return dict.fromkeys(OPTIONS.get(_torchvision_module(name), ()))
 
 
 def build_zoo_model(
     name: str, classes: int, channels: int, image_size: int, **options: float | None
 ) -> nn.Module:
-    """The network `name` (known to `options_of`) without weights of its library."""
+    """Build a torchvision or timm network without pretrained weights; see `zoo_options`."""
     given = {key: value for key, value in options.items() if value is not None}
-    make = _from_timm if name.startswith(TIMM) else _from_torchvision
-    model, head = make(name, classes, channels, image_size, given)
+    build = _build_timm if name.startswith(TIMM) else _build_torchvision
+    model, head = build(name, classes, channels, image_size, given)
     if not isinstance(model.get_submodule(head), nn.Linear | nn.Conv2d):
-        raise UsageError(f"model {name}: its head is no single layer", fix="choose another network")
+        raise UsageError(
+            f"model {name}: its head is not a single layer", fix="choose another network"
+        )
     name_parts(model, head)
     return model
 
 
-def _from_torchvision(
+def _build_torchvision(
     name: str, classes: int, channels: int, image_size: int, options: Mapping[str, float]
 ) -> tuple[nn.Module, str]:
-    file = _file(name)
-    more: dict[str, Any] = {}
-    if file in ("googlenet", "inception"):
-        # The side outputs change what the network returns in training. Initialisation is said
-        # for its default is announced to change.
-        more = {"aux_logits": False, "init_weights": True}
-    elif file == "vision_transformer":
-        more = {"image_size": image_size}
-    elif file == "maxvit":
-        more = {"input_size": (image_size, image_size)}
+    """Return the network and the name of its head."""
+    module = _torchvision_module(name)
+    extra: dict[str, Any] = {}
+    if module in ("googlenet", "inception"):
+        # With auxiliary outputs the network would return a tuple in training. `init_weights` is
+        # set because torchvision has announced a change of its default.
+        extra = {"aux_logits": False, "init_weights": True}
+    elif module == "vision_transformer":
+        extra = {"image_size": image_size}
+    elif module == "maxvit":
+        extra = {"input_size": (image_size, image_size)}
     builder = import_module("torchvision.models").get_model_builder(name)
-    with _NumbersOnCPU() if file == "regnet" else contextlib.nullcontext():
-        model: nn.Module = builder(num_classes=classes, **more, **options)
+    with _CPUConstants() if module == "regnet" else contextlib.nullcontext():
+        model: nn.Module = builder(num_classes=classes, **extra, **options)
     if channels != 3:
-        _take_channels(model, channels)
+        _set_input_channels(model, channels)
     return model, last_layer(model)
 
 
-def _from_timm(
+def _build_timm(
     name: str, classes: int, channels: int, image_size: int, options: Mapping[str, float]
 ) -> tuple[nn.Module, str]:
-    timm, called = _timm(), name.removeprefix(TIMM)
-    config = timm.models.get_pretrained_cfg(called)
-    # Only networks whose weights depend on it take the size of the image.
-    sized = config is not None and config.fixed_input_size
-    more = {"img_size": image_size} if sized else {}
+    """Return the network and the name of its head."""
+    timm, timm_name = _import_timm(), name.removeprefix(TIMM)
+    config = timm.models.get_pretrained_cfg(timm_name)
+    # Only networks whose weights depend on the image size accept it.
+    has_fixed_size = config is not None and config.fixed_input_size
+    extra = {"img_size": image_size} if has_fixed_size else {}
     model: nn.Module = timm.create_model(
-        called, num_classes=classes, in_chans=channels, **more, **options
+        timm_name, num_classes=classes, in_chans=channels, **extra, **options
     )
-    layer = model.get_classifier()  # type: ignore[operator]
-    found = [key for key, module in model.named_modules() if module is layer]
-    if not found:
-        raise UsageError(f"model {name}: it has no single classifier", fix="choose another network")
-    return model, found[0]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    heads = [key for key, module in model.named_modules() if module is classifier]
+    if not heads:
+        raise UsageError(
+            f"model {name}: it has no single classifier layer", fix="choose another network"
+        )
+    return model, heads[0]
 
 
-def _take_channels(model: nn.Module, channels: int) -> None:
-    """Replaces the first convolution by one for `channels`, initialised as the network did."""
+def _set_input_channels(model: nn.Module, channels: int) -> None:
+    """Replace the first convolution by one for `channels`, with the network's initialization."""
     name, old = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     new = nn.Conv2d(
         channels,
@@ -145,13 +150,13 @@ def _take_channels(model: nn.Module, channels: int) -> None:
     model.set_submodule(name, new)
 
 
-def _file(name: str) -> str:
-    """The file of torchvision that a network's builder stands in."""
+def _torchvision_module(name: str) -> str:
+    """Return the module of `torchvision.models` that defines a network."""
     builder = import_module("torchvision.models").get_model_builder(name)
     return str(builder.__module__.rpartition(".")[2])
 
 
-def _timm() -> ModuleType:
+def _import_timm() -> ModuleType:
     try:
         return import_module("timm")
     except ModuleNotFoundError as error:
@@ -160,8 +165,8 @@ def _timm() -> ModuleType:
         raise UsageError("timm is not installed", fix="pip install timm") from error
 
 
-class _NumbersOnCPU(TorchFunctionMode):
-    """RegNets compute their widths with tensors, which need values on the meta device, too."""
+class _CPUConstants(TorchFunctionMode):
+    """Create constants on the CPU: RegNets compute their widths with tensors, also on `meta`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

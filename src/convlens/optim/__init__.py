@@ -1,8 +1,7 @@
-"""Optimisers over parameter groups, schedules as functions of progress, and weight averaging.
+"""Registry of optimizers, and `build_optimizer`, which builds one from a recipe's `optim` section.
 
-A recipe's `optim` section becomes: `groups.py` (which parameter trains when, at which rate),
-one of `OPTIMIZERS` (`eager.py`: torch's; `muon.py`), `schedules.py`, `timetable.py` (rates and
-windows, step by step) and `averaging.py` (EMA, lookahead).
+`param_groups` decides which parameter is trained when and at which rate, `optimizers` has the
+update rules, and `schedules` has learning rate schedules and averages of the weights.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from convlens.recipe import OptimConfig
 
 __all__ = [
     "EMA",
-    "OPTIMISERS",
+    "OPTIMIZERS",
     "SCHEDULES",
     "GroupSchedule",
     "Lookahead",
@@ -51,26 +50,26 @@ __all__ = [
 
 
 def _adam(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
-    # Adam's weight decay is L2 in the gradient (Kingma & Ba 2015); adamw decouples it.
-    if _on_cpu(groups):
+    # Adam's weight decay is L2 regularization (Kingma & Ba 2015); AdamW decouples it.
+    if _is_on_cpu(groups):
         return LeanAdam(groups, lr=config.lr, betas=config.betas)
     return optimizers.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def _adamw(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
-    if _on_cpu(groups):
+    if _is_on_cpu(groups):
         return LeanAdam(groups, lr=config.lr, betas=config.betas, decoupled_weight_decay=True)
     return optimizers.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
-def _on_cpu(groups: list[ParameterGroup]) -> bool:
+def _is_on_cpu(groups: list[ParameterGroup]) -> bool:
     return all(p.device.type == "cpu" for group in groups for p in group["params"])
 
 
 def _sgd(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
-    # Weight decay is L2 in the gradient, so each step shrinks weights by lr * weight_decay; for
-    # a decay that doesn't depend on the rate, as in Page's and Jordan's CIFAR-10 records, give
-    # the group weight_decay = decay / lr.
+    # Weight decay is L2 regularization, so each step shrinks weights by lr * weight_decay. For a
+    # decay that doesn't depend on the learning rate, as in Page's and Jordan's CIFAR-10 records,
+    # give the group weight_decay = decay / lr.
     return optimizers.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
 
 
@@ -93,12 +92,14 @@ OPTIMIZERS: dict[str, Callable[[list[ParameterGroup], OptimConfig], torch.optim.
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser over `model`'s trainable parameters, grouped as `groups.split` says.
+    """Build the optimizer for a model's trainable parameters, in groups (`split_parameters`).
+
+    Each group has the keys `initial_lr` and `window`, besides those of torch.
 
     Raises:
-        UsageError: no such optimiser, or groups, rates and windows that can't be.
+        UsageError: unknown optimizer, or invalid groups, learning rates or windows.
     """
-    make = lookup(OPTIMIZERS, config.name, "optimiser")
+    make = lookup(OPTIMIZERS, config.name, "optimizer")
     optimizer = make(split_parameters(model, config), config)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -106,10 +107,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def check_optimizer(model: nn.Module, config: OptimConfig) -> None:
-    """Tries what `build` would do, without a tensor being made; `model` may be on `meta`.
+    """Check what `build_optimizer` would do without creating tensors; `model` may be on `meta`.
 
     Raises:
-        UsageError: as `build`.
+        UsageError: as `build_optimizer`.
     """
-    lookup(OPTIMIZERS, config.name, "optimiser")
+    lookup(OPTIMIZERS, config.name, "optimizer")
     split_parameters(model, config)

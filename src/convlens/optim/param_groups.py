@@ -1,4 +1,8 @@
-"""Parameter groups: from a recipe's words to which parameter trains when, and at which rate."""
+"""Parameter groups: which parameters are trained, when, and at which learning rate.
+
+`split_parameters` makes the groups for a recipe's `optim` section; `stage_table` summarizes them
+stage by stage, to be shown before training.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from convlens.errors import UsageError, close_matches, did_you_mean_suffix
 from convlens.models.stages import is_below, model_parts, stage_of
 from convlens.recipe import GroupConfig, OptimConfig
 
-ParameterGroup = dict[str, Any]  # what torch's optimisers take: `params` and their options
+ParameterGroup = dict[str, Any]  # as torch's optimizers take it: `params` and their options
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 NORMS = (
@@ -34,10 +38,11 @@ NORMS = (
 
 @dataclass(frozen=True)
 class GroupOptions:
-    """How one parameter is trained; parameters with equal settings form one group.
+    """Options of one parameter; parameters with equal options form a group.
 
-    `window` is when it trains, as fractions of all steps; `muon` is by which of Muon's two rules
-    and None with any other optimiser.
+    Attributes:
+        window: start and end of training, as fractions of all steps.
+        muon: whether Muon updates it by its own rule or as SGD; None with other optimizers.
     """
 
     lr: float
@@ -48,50 +53,51 @@ class GroupOptions:
 
 
 def split_parameters(model: nn.Module, config: OptimConfig) -> list[ParameterGroup]:
-    """The groups of `model`'s trainable parameters, in order of first appearance.
+    """Group a model's trainable parameters by their options, in order of first appearance.
 
-    A parameter goes by the first of `optim.groups` that matches it; what that leaves open, and
-    what nothing matches, goes by the keys of `optim`. Then:
+    A parameter gets the options of the first entry of `optim.groups` that matches it, and the keys
+    of `optim` for everything else. Then:
 
-    - `decay_bias_and_norm: false` takes the weight decay from every parameter of one dimension
-      for which no group states it, as is usual since "Bag of Tricks" (He et al. 2019);
-    - `layer_decay` multiplies rates, stated ones too, by itself once for each step from the head
-      back to the parameter's stage (ULMFiT's discriminative rates, Howard & Ruder 2018);
-    - `head_first` is when everything but the head may open at the earliest.
+    - `decay_bias_and_norm: false` removes weight decay from one-dimensional parameters, unless
+      their entry sets it, as is usual since "Bag of Tricks" (He et al. 2019);
+    - `layer_decay` multiplies the learning rate (also one set by an entry) once for each stage
+      from the head back to the parameter's stage (discriminative fine-tuning of ULMFiT, Howard &
+      Ruder 2018);
+    - `head_first` delays the window of everything but the head.
 
     Raises:
-        UsageError: all that can't be: patterns that match nothing, keys that the optimiser lacks,
-            windows that never open, times at which nothing trains.
+        UsageError: patterns without matches, keys that the optimizer lacks, empty windows, or a
+            time in which nothing is trained.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise UsageError(
             "no parameter of the network is trainable", fix="set model.trainable to something else"
         )
-    problems = [problem for group in config.groups for problem in _problems(group, config)]
-    chosen, unmatched = _assign(model, named, config.groups)
-    depth = _depths(model) if config.layer_decay != 1 else {}
+    problems = [problem for entry in config.groups for problem in _entry_problems(entry, config)]
+    entries, unmatched = _match_entries(model, named, config.groups)
+    depths = _depths(model) if config.layer_decay != 1 else {}
     head = model_parts(model).head
-    groups: dict[GroupOptions, NamedParameters] = {}
+    members: dict[GroupOptions, NamedParameters] = {}
     for name, parameter in named:
-        settings = _settings(
+        options = _resolve_options(
             parameter,
             config,
-            chosen.get(name),
+            entries.get(name),
             is_head=is_below(name, head),
-            scale=config.layer_decay ** depth.get(name, 0),
+            scale=config.layer_decay ** depths.get(name, 0),
         )
-        groups.setdefault(settings, []).append((name, parameter))
+        members.setdefault(options, []).append((name, parameter))
     problems += unmatched
-    problems = problems or _impossible(groups)
+    problems = problems or _group_problems(members)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise UsageError("; ".join(problems[:3]) + more, fix=_near_miss(model))
-    return [_group(settings, members, config) for settings, members in groups.items()]
+        raise UsageError("; ".join(problems[:3]) + more, fix=_describe_patterns(model))
+    return [_make_group(options, named, config) for options, named in members.items()]
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, Callable[[str, nn.Parameter], bool]]:
-    """The words that stand for parameters in any family, each with its test."""
+    """Return the keywords that select parameters in any network, each with its predicate."""
     head = model_parts(model).head
     norms = {name for name, module in model.named_modules() if isinstance(module, NORMS)}
 
@@ -110,141 +116,148 @@ def parameter_kinds(model: nn.Module) -> dict[str, Callable[[str, nn.Parameter],
     }
 
 
-def _assign(
-    model: nn.Module, named: NamedParameters, groups: list[GroupConfig]
+def _match_entries(
+    model: nn.Module, named: NamedParameters, entries: list[GroupConfig]
 ) -> tuple[dict[str, GroupConfig], list[str]]:
-    """The first group that matches each parameter, and what is wrong with those left empty."""
-    words = parameter_kinds(model)
+    """Return the first entry that matches each parameter, and a message for each unused entry."""
+    kinds = parameter_kinds(model)
 
-    def matched(pattern: str, among: NamedParameters) -> list[str]:
-        test = words.get(pattern) or (lambda name, parameter: fnmatchcase(name, pattern))
-        return [name for name, parameter in among if test(name, parameter)]
+    def match(pattern: str, parameters: NamedParameters) -> list[str]:
+        matches = kinds.get(pattern) or (lambda name, parameter: fnmatchcase(name, pattern))
+        return [name for name, parameter in parameters if matches(name, parameter)]
 
-    chosen: dict[str, GroupConfig] = {}
+    matched: dict[str, GroupConfig] = {}
     problems = []
-    for group in groups:
-        names = matched(group.params, named)
-        fresh = [name for name in names if name not in chosen]
-        chosen |= dict.fromkeys(fresh, group)
-        if fresh:
+    for entry in entries:
+        names = match(entry.params, named)
+        unmatched = [name for name in names if name not in matched]
+        matched |= dict.fromkeys(unmatched, entry)
+        if unmatched:
             continue
-        called = f"optim.groups: params {group.params!r}"
+        label = _entry_label(entry)
         if names:
-            problems.append(f"{called} matches only what groups before it take")
-        elif matched(group.params, list(model.named_parameters())):
-            problems.append(f"{called} matches frozen parameters only")
+            problems.append(f"{label} matches only parameters of earlier groups")
+        elif match(entry.params, list(model.named_parameters())):
+            problems.append(f"{label} matches frozen parameters only")
         else:
-            parts = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-            choices = [*words, *(f"{part}.*" for part in parts), *dict(model.named_parameters())]
-            close = close_matches(group.params, choices)
-            problems.append(f"{called} matches no parameter{did_you_mean_suffix(close)}")
-    return chosen, problems
+            modules = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+            choices = [*kinds, *(f"{name}.*" for name in modules), *dict(model.named_parameters())]
+            close = close_matches(entry.params, choices)
+            problems.append(f"{label} matches no parameter{did_you_mean_suffix(close)}")
+    return matched, problems
 
 
-def _settings(
+def _resolve_options(
     parameter: nn.Parameter,
     config: OptimConfig,
-    group: GroupConfig | None,
+    entry: GroupConfig | None,
     *,
     is_head: bool,
     scale: float,
 ) -> GroupOptions:
-    stated = group or GroupConfig(params="*")
-    by_muon = None
+    """Return the options of one parameter.
+
+    Args:
+        entry: its entry of `optim.groups`, if any.
+        scale: factor on the learning rate.
+    """
+    entry = entry or GroupConfig(params="*")
+    muon = None
     if config.name == "muon":
-        # Muon's rule is for what lies between other layers (Jordan et al. 2024): the last layer's
-        # outputs are logits, not features. Filters of a first layer are left to it, as in its
+        # Muon's rule is for layers between other layers (Jordan et al. 2024): the outputs of the
+        # last layer are logits, not features. Filters of the first layer are included, as in its
         # CIFAR-10 reference.
-        by_muon = parameter.ndim == 4 and not is_head if stated.muon is None else stated.muon
-    lr, decay = stated.lr, stated.weight_decay
+        muon = parameter.ndim == 4 and not is_head if entry.muon is None else entry.muon
+    lr, weight_decay = entry.lr, entry.weight_decay
     if lr is None:
-        lr = config.lr if by_muon in (None, True) or config.aux_lr is None else config.aux_lr
-    if decay is None:
+        lr = config.lr if muon in (None, True) or config.aux_lr is None else config.aux_lr
+    if weight_decay is None:
         exempt = parameter.ndim <= 1 and not config.decay_bias_and_norm
-        decay = 0.0 if exempt else config.weight_decay
-    start = stated.start if is_head else max(stated.start, config.head_first)
+        weight_decay = 0.0 if exempt else config.weight_decay
+    start = entry.start if is_head else max(entry.start, config.head_first)
     return GroupOptions(
         lr=lr * scale,
-        weight_decay=decay,
-        momentum=config.momentum if stated.momentum is None else stated.momentum,
-        window=(start, stated.end),
-        muon=by_muon,
+        weight_decay=weight_decay,
+        momentum=config.momentum if entry.momentum is None else entry.momentum,
+        window=(start, entry.end),
+        muon=muon,
     )
 
 
-def _group(settings: GroupOptions, members: NamedParameters, config: OptimConfig) -> ParameterGroup:
-    """The settings as torch's optimisers take them, but only those that this one has."""
+def _make_group(
+    options: GroupOptions, members: NamedParameters, config: OptimConfig
+) -> ParameterGroup:
+    """Return the group as torch's optimizers take it, with the options that this one has."""
     group: ParameterGroup = {
         "params": [parameter for _, parameter in members],
-        "lr": settings.lr,
-        "weight_decay": settings.weight_decay,
-        "window": settings.window,
+        "lr": options.lr,
+        "weight_decay": options.weight_decay,
+        "window": options.window,
     }
     if config.name in ("sgd", "muon"):
-        group["momentum"] = settings.momentum
-        group["nesterov"] = config.nesterov and settings.momentum > 0
-    if settings.muon is not None:
-        group["muon"] = settings.muon
+        group["momentum"] = options.momentum
+        group["nesterov"] = config.nesterov and options.momentum > 0
+    if options.muon is not None:
+        group["muon"] = options.muon
     return group
 
 
 def _depths(model: nn.Module) -> dict[str, int]:
-    """How many stages each parameter is away from the head, whose own parameters are at 0."""
-    of = stage_of(model)
+    """Return the number of stages from each parameter to the head, 0 for the head's own."""
     stages = model_parts(model).stages
-    back = {stage: len(stages) - index for index, stage in enumerate(stages)}
-    return {name: back.get(stage, 0) for name, stage in of.items()}
+    depth = {stage: len(stages) - index for index, stage in enumerate(stages)}
+    return {name: depth.get(stage, 0) for name, stage in stage_of(model).items()}
 
 
-def _problems(group: GroupConfig, config: OptimConfig) -> list[str]:
-    """What is wrong with a group whatever the network."""
-    called = f"optim.groups: params {group.params!r}"
-    found = []
-    if group.start >= group.end:
-        found.append(f"{called}: start={group.start:g} is not before end={group.end:g}")
-    if group.momentum is not None and config.name not in ("sgd", "muon"):
-        found.append(f"{called}: momentum is a key of sgd and muon, not of {config.name}")
-    if group.muon is not None and config.name != "muon":
-        found.append(f"{called}: muon={str(group.muon).lower()} goes with optim.name=muon only")
-    return found
+def _entry_label(entry: GroupConfig) -> str:
+    return f"optim.groups: params {entry.params!r}"
 
 
-def _impossible(groups: dict[GroupOptions, NamedParameters]) -> list[str]:
-    """What is wrong with the finished groups: Muon's vectors, and windows seen together."""
-    found = []
-    for settings, members in groups.items():
-        start, end = settings.window
+def _entry_problems(entry: GroupConfig, config: OptimConfig) -> list[str]:
+    """Problems of an entry that do not depend on the network."""
+    label = _entry_label(entry)
+    problems = []
+    if entry.start >= entry.end:
+        problems.append(f"{label}: start={entry.start:g} is not before end={entry.end:g}")
+    if entry.momentum is not None and config.name not in ("sgd", "muon"):
+        problems.append(f"{label}: momentum is a key of sgd and muon, not of {config.name}")
+    if entry.muon is not None and config.name != "muon":
+        problems.append(f"{label}: muon={str(entry.muon).lower()} needs optim.name=muon")
+    return problems
+
+
+def _group_problems(groups: dict[GroupOptions, NamedParameters]) -> list[str]:
+    """Problems of the finished groups: Muon with vectors, empty windows, gaps between windows."""
+    problems = []
+    for options, members in groups.items():
+        start, end = options.window
         if start >= end:
             name = members[0][0]
-            found.append(f"{name!r} trains up to {end:.0%}, but optim.head_first={start:g}")
+            problems.append(f"{name!r} is trained until {end:.0%}, but optim.head_first={start:g}")
         vectors = [name for name, parameter in members if parameter.ndim < 2]
-        if settings.muon and vectors:
-            found.append(f"muon=true for {vectors[0]!r}: Muon is for filters and matrices")
-    windows = [settings.window for settings in groups]
+        if options.muon and vectors:
+            problems.append(f"muon=true for {vectors[0]!r}: Muon is for filters and matrices")
+    windows = [options.window for options in groups]
     bounds = sorted({0.0, 1.0, *itertools.chain.from_iterable(windows)})
     for low, high in itertools.pairwise(bounds):
         if not any(start <= low and high <= end for start, end in windows):
-            found.append(f"nothing trains from {low:.0%} to {high:.0%} of the steps")
-    return found
+            problems.append(f"nothing is trained from {low:.0%} to {high:.0%} of the steps")
+    return problems
 
 
-def _near_miss(model: nn.Module) -> str:
-    names = [name for name, _ in model.named_parameters()]
-    some = ", ".join(names[:3])
-    return f"params is one of {', '.join(parameter_kinds(model))}, or a pattern of names such as {some}"
-
-
-# ---- stagetable ----------------------------------------
-# What learns, stage by stage, as a person asks before a fine-tuning begins.
+def _describe_patterns(model: nn.Module) -> str:
+    kinds = ", ".join(parameter_kinds(model))
+    examples = ", ".join(name for name, _ in itertools.islice(model.named_parameters(), 3))
+    return f"params is one of {kinds}, or a pattern of names such as {examples}"
 
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage: its weights, how many of them learn, the peak rates and when they learn.
+    """One stage: number of parameters, trainable ones, and their learning rates and times.
 
     Attributes:
-        rates: lowest and highest initial learning rate; empty where nothing learns.
-        window: earliest start and latest end, fractions of all steps.
+        rates: lowest and highest initial learning rate; empty if nothing is trained.
+        window: earliest start and latest end, as fractions of all steps.
     """
 
     stage: str
@@ -254,32 +267,32 @@ class StageRow:
     window: tuple[float, float]
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text: stage, parameters, trainable, learning rate, time."""
-        share = "frozen" if not self.trainable else f"{self.trainable:,}"
-        low_high = dict.fromkeys(f"{rate:.3g}" for rate in self.rates)
+        """Return the row as text: stage, parameters, trainable, learning rate, time."""
+        trainable = f"{self.trainable:,}" if self.trainable else "frozen"
+        rates = dict.fromkeys(f"{rate:.3g}" for rate in self.rates)
         start, end = self.window
-        when = "all of it" if (start, end) == (0, 1) else f"{start:.0%} to {end:.0%}"
-        when = when if self.trainable else ""
-        return self.stage, f"{self.parameters:,}", share, " to ".join(low_high), when
+        time = "all of it" if (start, end) == (0, 1) else f"{start:.0%} to {end:.0%}"
+        time = time if self.trainable else ""
+        return self.stage, f"{self.parameters:,}", trainable, " to ".join(rates), time
 
 
 def stage_table(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[StageRow]:
-    """A row for each stage of `model` that has weights, in order, the head last."""
+    """Return a row for each stage of `model` that has parameters, in order, the head last."""
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     members: dict[str, list[nn.Parameter]] = {}
-    parameters = dict(model.named_parameters())
+    named_parameters = dict(model.named_parameters())
     for name, stage in stage_of(model).items():
-        members.setdefault(stage, []).append(parameters[name])
+        members.setdefault(stage, []).append(named_parameters[name])
     rows = []
-    for stage, its in members.items():
-        groups = [group_of[id(p)] for p in its if id(p) in group_of]
+    for stage, parameters in members.items():
+        groups = [group_of[id(p)] for p in parameters if id(p) in group_of]
         rates = sorted({float(group["initial_lr"]) for group in groups})
         windows = [group["window"] for group in groups]
         rows.append(
             StageRow(
                 stage=stage,
-                parameters=sum(p.numel() for p in its),
-                trainable=sum(p.numel() for p in its if id(p) in group_of),
+                parameters=sum(p.numel() for p in parameters),
+                trainable=sum(p.numel() for p in parameters if id(p) in group_of),
                 rates=tuple(dict.fromkeys([*rates[:1], *rates[-1:]])),
                 window=(
                     min((start for start, _ in windows), default=0.0),

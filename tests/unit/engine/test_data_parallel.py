@@ -1,4 +1,4 @@
-"""Two and four real processes train as one: DistributedDataParallel, weighted by rows."""
+"""Training with two and four processes equals training with one."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ SCRIPT = HELPERS / "training_together.py"
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Result]:
+def single_process() -> dict[str, Result]:
     return results(SINGLE_PROCESS)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_several_processes_train_as_one(size: int, alone: dict[str, Result]) -> None:
-    """Batches do not divide evenly, and of four processes two have no rows of the small ones."""
+def test_several_processes_train_like_one(size: int, single_process: dict[str, Result]) -> None:
+    """Batches do not divide evenly; two of four processes have no rows of the small ones."""
     done = torchrun(size, SCRIPT, "found")
     assert done.code == 0, done.err
     by_rank = [torch.load(f"found-{rank}", weights_only=True) for rank in range(size)]
-    for other in by_rank[1:]:  # all processes hold the same bits
+    for results_of_rank in by_rank[1:]:  # all processes have the same bits
         for name, result in by_rank[0].items():
-            same(result["weights"], other[name]["weights"])
-            assert result["losses"] == other[name]["losses"]
+            same(result["weights"], results_of_rank[name]["weights"])
+            assert result["losses"] == results_of_rank[name]["losses"]
     found = by_rank[0]
 
-    close(found["one step"], alone["one step"], rtol=1e-6, atol=1e-7)
+    close(found["one step"], single_process["one step"], rtol=1e-6, atol=1e-7)
     for name in ("three epochs", "adamw", "micro-batches", "unused"):
-        close(found[name], alone[name], rtol=2e-4, atol=2e-5)
+        close(found[name], single_process[name], rtol=2e-4, atol=2e-5)
 
     images, _ = whole_batches(1)[0]
     mean, var = torch.zeros(1), torch.zeros(1)
-    for rank in range(size):  # by hand: the mean over the processes, weighted by rows
+    for rank in range(size):  # the mean over the processes, weighted by rows
         rows = images[ProcessGroup(rank, size).share(len(images)).rows]
         mean += rows.mean() * len(rows) / len(images)
         var += rows.var() * len(rows) / len(images)
@@ -49,7 +49,7 @@ def test_several_processes_train_as_one(size: int, alone: dict[str, Result]) -> 
     assert int(weights["0.num_batches_tracked"]) == 1
 
     # Dropout differs from that of one process, and is a function of (seed, epoch, step, rank).
-    assert found["dropout"]["losses"] != alone["dropout"]["losses"]
+    assert found["dropout"]["losses"] != single_process["dropout"]["losses"]
     if size == 2:  # sums of two numbers do not depend on their order
         same(found["dropout"]["weights"], found["resumed"]["weights"])
         assert found["dropout"]["losses"] == found["resumed"]["losses"]
@@ -63,7 +63,7 @@ def close(found: Result, expected: Result, *, rtol: float, atol: float) -> None:
         torch.testing.assert_close(found["weights"][key], tensor, rtol=rtol, atol=atol, msg=key)
 
 
-def test_looking_for_unused_parameters_changes_nothing() -> None:
+def test_the_search_for_unused_parameters_changes_nothing() -> None:
     images = torch.randn(2, 1, 8, 8)
     assert _has_unused_parameters(WithUnused(), images)
     model = network("norm")
@@ -83,14 +83,14 @@ def test_frozen_parameters_are_not_unused() -> None:
     assert not _has_unused_parameters(model, torch.randn(2, 1, 8, 8))
 
 
-def test_the_share_is_that_of_the_batch() -> None:
+def test_the_share_is_that_of_the_current_batch() -> None:
     parallel = DataParallel(ProcessGroup(1, 2), [8, 5])
     assert (parallel.next_batch(1).start, parallel.share.stop, parallel.share.total) == (3, 5, 5)
     assert parallel.share.weight == 2 / 5
 
 
 @pytest.mark.gpu
-def test_batch_norm_over_processes_is_torchs() -> None:
+def test_batch_norm_is_converted_to_sync_batch_norm() -> None:
     from convlens.engine.data_parallel import convert_sync_batchnorm
 
     model = convert_sync_batchnorm(network("norm").cuda(), ProcessGroup(0, 2), "cuda:0")

@@ -1,8 +1,8 @@
-"""No step waits for a GPU: rehearsed without one, on tensors that only say where they would be.
+"""No step waits for a GPU, tested without a GPU on fake tensors of the device `cuda`.
 
-`FakeTensorMode` runs the real code on tensors of device `cuda` that hold no numbers. What would
-read one (`.item()`, a mask as an index) fails, what would mix devices fails, and every copy
-between host and device is seen. On a GPU the same is asked of CUDA itself.
+`FakeTensorMode` runs the real code on tensors without values. Reading a value (`.item()`, a mask as
+an index) fails, mixing devices fails, and every copy between host and device is detected. On a GPU
+the same is tested with CUDA's own debug mode.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 GREY = ("mnist", "digits")
 
 
-class Waits(TorchDispatchMode):
-    """Fails, once `strict`, at copies between host and device and at tensors made of numbers."""
+class DetectSyncs(TorchDispatchMode):
+    """Fail (once `strict`) on copies between host and device, also of tensors made from numbers."""
 
     strict = True
 
@@ -55,17 +55,17 @@ class Waits(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = str(func)
-        if "_fused_sgd_" in name:  # has nothing to run on tensors without numbers
+        if "_fused_sgd_" in name:  # not implemented for fake tensors
             return None
         out = func(*args, **(kwargs or {}))
-        where = {t.device.type for t in tree_leaves((args, out)) if isinstance(t, Tensor)}
+        devices = {t.device.type for t in tree_leaves((args, out)) if isinstance(t, Tensor)}
         if self.strict and ("copy" in name or "lift" in name):
-            assert where == {"cuda"}, f"{name} between {where}"
+            assert devices == {"cuda"}, f"{name} between {devices}"
         return out
 
 
-class NeverHere:
-    """Numbers that are on their way; no event exists without a GPU."""
+class NeverReady:
+    """Replaces `AsyncScalars`, because CUDA events need a GPU; the copies never arrive."""
 
     def __init__(self, *tensors: Tensor) -> None:
         assert all(tensor.is_cuda for tensor in tensors if tensor.numel() != 1 or tensor.ndim)
@@ -80,24 +80,24 @@ class NeverHere:
 
 @contextmanager
 def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything that really asks for the device replaced; the rest is the real code."""
+    """Replace everything that needs a real device; everything else is the real code."""
 
-    def drawn(images: Tensor, generator: Any, rows: int, count: int = 0) -> Tensor:
+    def uniform_numbers(images: Tensor, generator: Any, rows: int, count: int = 0) -> Tensor:
         return torch.rand((rows, count or len(images)), device=images.device)
 
     for module in (color, geometry, mixup, auto_augment):
-        monkeypatch.setattr(module, "uniform_numbers", drawn)
+        monkeypatch.setattr(module, "uniform_numbers", uniform_numbers)
     make = loader._batch_generator
     monkeypatch.setattr(loader, "_batch_generator", lambda device, *parts: make("cpu", *parts))
     monkeypatch.setattr(
         loader, "to_device_async", lambda t, device: torch.empty_like(t, device=device)
-    )  # pinned, so without waiting: test_later
-    # Autocast asks the driver; the casts themselves are done as on the device.
+    )  # from pinned memory, so without waiting: see test_device.py
+    # Autocast queries the driver; the casts themselves are those of the device.
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(engine_loop, "seed_generators", lambda device, seed: None)
-    monkeypatch.setattr(engine_loop, "AsyncScalars", NeverHere)
-    monkeypatch.setattr(numerics, "AsyncScalars", NeverHere)
+    monkeypatch.setattr(engine_loop, "AsyncScalars", NeverReady)
+    monkeypatch.setattr(numerics, "AsyncScalars", NeverReady)
     constants = (random.constant, loader._affine, auto_augment.magnitudes)
     for cached in constants:
         cached.cache_clear()
@@ -105,13 +105,13 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with FakeTensorMode():
             yield
     finally:
-        for cached in constants:  # what they keep now holds no numbers
+        for cached in constants:  # they now hold fake tensors
             cached.cache_clear()
 
 
-def network(asked: Recipe, classes: int, channels: int, size: int) -> nn.Module:
-    """On the device, channels last. (`Module.to` can't move what holds no numbers.)"""
-    net = asked.model
+def network(config: Recipe, classes: int, channels: int, size: int) -> nn.Module:
+    """Build the network on the device, channels last (`Module.to` can't move fake tensors)."""
+    net = config.model
     with torch.device("cuda"):
         model = models.build_model(net.name, classes, channels, size, net.options)
     for module in model.modules():
@@ -123,16 +123,16 @@ def network(asked: Recipe, classes: int, channels: int, size: int) -> nn.Module:
     return model
 
 
-def rehearse(asked: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "bf16") -> int:
-    """Two epochs of two steps by the real loop; from the second step on it may not wait."""
-    size = asked.data.image_size
+def count_records(config: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "bf16") -> int:
+    """Run two epochs of two steps; from the second step on it must not wait."""
+    size = config.data.image_size
     size = size if isinstance(size, int) else 32
-    channels = 1 if asked.data.name in GREY else 3
+    channels = 1 if config.data.name in GREY else 3
     plan = Plan("cuda", precision, "channels_last")
     with no_gpu_needed(monkeypatch):
-        model = network(asked, 10, channels, size)
+        model = network(config, 10, channels, size)
 
-        def backward(*_: Any) -> None:  # autograd starts a thread for each real device
+        def backward(*_: Any) -> None:  # autograd would start a thread per real device
             for p in model.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
 
@@ -141,9 +141,9 @@ def rehearse(asked: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "b
         images = torch.zeros(count, channels, size, size, dtype=torch.uint8, device="cuda")
         labels = torch.zeros(count, dtype=torch.int64, device="cuda")
         operations = pipeline.build_pipeline(
-            asked.operations, image_size=size, channels=channels, classes=10
+            config.operations, image_size=size, channels=channels, classes=10
         )
-        optimizer = optim.build_optimizer(model, asked.optim)
+        optimizer = optim.build_optimizer(model, config.optim)
         scaler = make_grad_scaler("cuda") if precision == "fp16" else None
         feed = Batches(
             Split(ArrayRows(images), labels),
@@ -151,72 +151,71 @@ def rehearse(asked: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "b
             normalize=Normalize([0.5] * channels, [0.25] * channels),
             plan=plan,
             seed=0,
-            augment=operations if asked.operations else None,
+            augment=operations if config.operations else None,
         )
         loop = engine_loop.TrainLoop(
             model,
             optimizer,
-            nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
+            nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
             plan,
-            clip_value=asked.optim.clip_value,
-            clip_norm=asked.optim.clip_norm,
-            averager=optim.build_averager(model, asked.optim, steps=4),
+            clip_value=config.optim.clip_value,
+            clip_norm=config.optim.clip_norm,
+            averager=optim.build_averager(model, config.optim, steps=4),
             scaler=scaler,
         )
-        records = loop.run(feed, optim.build_schedule(asked.optim), epochs=2, seed=0)
-        watch, told = ProgressDisplay(Bar(), 2), []
-        watch.EVERY = 0.0
-        with Waits() as waits:
-            waits.strict = False
+        records = loop.run(feed, optim.build_schedule(config.optim), epochs=2, seed=0)
+        display, seen = ProgressDisplay(FailingBar(), 2), []
+        display.EVERY = 0.0
+        with DetectSyncs() as detector:
+            detector.strict = False
             for record in records:
-                waits.strict = True  # constants are sent in the first step
-                told.append(record)
+                detector.strict = True  # constants are copied in the first step
+                seen.append(record)
                 if isinstance(record, engine_loop.Step):
-                    watch.step(record)
+                    display.step(record)
         assert all(
             t.device.type == "cuda"
-            for r in told
+            for r in seen
             if isinstance(r, engine_loop.Step)
             for t in (r.loss, r.num_correct)
         )
-        return len(told)
+        return len(seen)
 
 
-class Bar:
+class FailingBar:
     def advance(self, amount: int = 1, text: str | None = None) -> None:
-        raise AssertionError("numbers that aren't there were shown")
+        raise AssertionError("numbers that have not arrived were displayed")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = recipe.load_recipe(name)
-    if asked.augment == "auto":
-        asked = asked.replace(augment=[{"RandomHorizontalFlip": {}}])
-    assert rehearse(asked, monkeypatch) == 6
+    config = recipe.load_recipe(name)
+    if config.augment == "auto":
+        config = config.replace(augment=[{"RandomHorizontalFlip": {}}])
+    assert count_records(config, monkeypatch) == 6
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_no_optimiser_waits_for_the_device(
+def test_no_optimizer_waits_for_the_device(
     name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = ["optim.clip_norm=1", "optim.clip_value=0.1", f"optim.name={name}", "optim.ema=0.9"]
-    asked = recipe.load_recipe("mnist", [*changes, "optim.lr=0.01", "model.dropout=0.2"])
-    assert rehearse(asked, monkeypatch, precision) == 6
+    config = recipe.load_recipe("mnist", [*changes, "optim.lr=0.01", "model.dropout=0.2"])
+    assert count_records(config, monkeypatch, precision) == 6
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_no_augmentation_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = recipe.load_recipe("digits", ["data.name=shapes"])
-    asked = asked.replace(augment=[{name: ARGUMENTS.get(name, {})}])
-    assert rehearse(asked, monkeypatch) == 6
+    config = recipe.load_recipe("digits", ["data.name=shapes"])
+    config = config.replace(augment=[{name: ARGUMENTS.get(name, {})}])
+    assert count_records(config, monkeypatch) == 6
 
 
-def test_the_rehearsal_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way of waiting fails in it."""
+def test_every_way_of_waiting_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     with no_gpu_needed(monkeypatch):
         images = torch.zeros(4, 3, 8, 8, device="cuda")
-        ways = {
+        synchronizing = {
             "item": lambda: images.sum().item(),
             "float": lambda: float(images[0, 0, 0, 0]),
             "if": lambda: bool(images.any()),
@@ -226,21 +225,21 @@ def test_the_rehearsal_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
             "download": lambda: images.cpu(),
             "mixed": lambda: images + torch.zeros(8),
         }
-        with Waits():
+        with DetectSyncs():
             images.add_(1).clamp_(0, 1)
-            for name, way in ways.items():
+            for name, call in synchronizing.items():
                 try:
-                    way()
+                    call()
                 except Exception:
                     continue
-                pytest.fail(f"{name} went through")
+                pytest.fail(f"{name} was not detected")
 
 
 # On a GPU
 
 
 @contextmanager
-def forbidden() -> Iterator[None]:
+def no_syncs() -> Iterator[None]:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -249,53 +248,53 @@ def forbidden() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def loop_on_gpu(asked: Recipe, plan: Plan) -> int:
-    size = asked.data.image_size
+def count_records_on_gpu(config: Recipe, plan: Plan) -> int:
+    size = config.data.image_size
     size = size if isinstance(size, int) else 32
-    channels = 1 if asked.data.name in GREY else 3
-    net = asked.model
+    channels = 1 if config.data.name in GREY else 3
+    net = config.model
     model = models.build_model(net.name, 10, channels, size, net.options)
     stages.freeze(model, net.trainable)
     model = plan.prepare_model(model)
-    count = 9 * 16 - 5
-    images = torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8)
+    num_images = 9 * 16 - 5
+    images = torch.randint(0, 256, (num_images, channels, size, size), dtype=torch.uint8)
     operations = pipeline.build_pipeline(
-        asked.operations, image_size=size, channels=channels, classes=10
+        config.operations, image_size=size, channels=channels, classes=10
     )
-    optimizer = optim.build_optimizer(model, asked.optim)
+    optimizer = optim.build_optimizer(model, config.optim)
     feed = Batches(
-        Split(ArrayRows(images), torch.arange(count) % 10),
+        Split(ArrayRows(images), torch.arange(num_images) % 10),
         batch_size=16,
         normalize=Normalize([0.5] * channels, [0.25] * channels),
         plan=plan,
         seed=0,
-        augment=operations if asked.operations else None,
+        augment=operations if config.operations else None,
     )
     loop = engine_loop.TrainLoop(
         model,
         optimizer,
-        nn.CrossEntropyLoss(label_smoothing=asked.optim.label_smoothing),
+        nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
         plan,
-        clip_value=asked.optim.clip_value,
-        clip_norm=asked.optim.clip_norm,
-        averager=optim.build_averager(model, asked.optim, 9),
+        clip_value=config.optim.clip_value,
+        clip_norm=config.optim.clip_norm,
+        averager=optim.build_averager(model, config.optim, 9),
         scaler=make_grad_scaler("cuda") if plan.precision == "fp16" else None,
     )
-    records = loop.run(feed, optim.build_schedule(asked.optim), epochs=1, seed=0)
-    watch, taken = ProgressDisplay(Silent(), 1), 0
-    watch.EVERY = 0.0
-    # Constants are sent in the first step, algorithms are chosen in the first ones.
+    records = loop.run(feed, optim.build_schedule(config.optim), epochs=1, seed=0)
+    display, count = ProgressDisplay(SilentBar(), 1), 0
+    display.EVERY = 0.0
+    # Constants are copied in the first step, algorithms are chosen in the first few.
     for _ in range(5):
         next(records)
-    with forbidden():
+    with no_syncs():
         for record in records:
             if isinstance(record, engine_loop.Step):
-                watch.step(record)
-            taken += 1
-    return taken
+                display.step(record)
+            count += 1
+    return count
 
 
-class Silent:
+class SilentBar:
     def advance(self, amount: int = 1, text: str | None = None) -> None:
         pass
 
@@ -303,26 +302,26 @@ class Silent:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_waits_for_a_real_device(name: str) -> None:
-    asked = recipe.load_recipe(name)
-    if asked.augment == "auto":
-        asked = asked.replace(augment=[{"RandomHorizontalFlip": {}}])
-    # A rate for batches of 2,000 would not stay finite here.
-    asked = asked.replace(**{"optim.lr": 1e-4, "optim.groups": []})
-    assert loop_on_gpu(asked, Plan("cuda", "bf16", "channels_last")) == 5
+    config = recipe.load_recipe(name)
+    if config.augment == "auto":
+        config = config.replace(augment=[{"RandomHorizontalFlip": {}}])
+    # The learning rates of recipes for batches of 2,000 would diverge here.
+    config = config.replace(**{"optim.lr": 1e-4, "optim.groups": []})
+    assert count_records_on_gpu(config, Plan("cuda", "bf16", "channels_last")) == 5
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_no_optimiser_waits_for_a_real_device(name: str, precision: str) -> None:
+def test_no_optimizer_waits_for_a_real_device(name: str, precision: str) -> None:
     changes = [f"optim.name={name}", "optim.clip_norm=1", "optim.clip_value=0.1", "optim.ema=0.9"]
-    asked = recipe.load_recipe("mnist", [*changes, "optim.lr=0.001", "model.dropout=0.2"])
-    assert loop_on_gpu(asked, Plan("cuda", precision, "channels_last")) == 5
+    config = recipe.load_recipe("mnist", [*changes, "optim.lr=0.001", "model.dropout=0.2"])
+    assert count_records_on_gpu(config, Plan("cuda", precision, "channels_last")) == 5
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_no_augmentation_waits_for_a_real_device(name: str) -> None:
-    asked = recipe.load_recipe("digits", ["data.name=shapes", "optim.lr=0.001"])
-    asked = asked.replace(augment=[{name: ARGUMENTS.get(name, {})}])
-    assert loop_on_gpu(asked, Plan("cuda", "fp32", "contiguous")) == 5
+    config = recipe.load_recipe("digits", ["data.name=shapes", "optim.lr=0.001"])
+    config = config.replace(augment=[{name: ARGUMENTS.get(name, {})}])
+    assert count_records_on_gpu(config, Plan("cuda", "fp32", "contiguous")) == 5

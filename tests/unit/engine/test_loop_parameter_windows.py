@@ -217,7 +217,7 @@ def test_two_windows_that_meet_leave_no_step_out_and_share_none(
     early, late = (group["params"][0] for group in optimizer.param_groups)
     count = 0
     for step in range(steps):
-        table.turn(step)
+        table.apply_windows(step)
         assert early.requires_grad != late.requires_grad
         assert early.requires_grad == (step < round(fraction * steps, 9))
         count += early.requires_grad
@@ -226,12 +226,12 @@ def test_two_windows_that_meet_leave_no_step_out_and_share_none(
 
 def test_turns_are_told_once_and_found_again_from_anywhere() -> None:
     table, _ = timetable((0.0, 0.4), (0.2, 1.0), (0.0, 1.0), steps=10)
-    assert [step for step in range(10) if table.turn(step)] == [0, 2, 4]
-    assert table.turn(1)  # back
-    assert not table.turn(0)
-    assert table.turn(9)
+    assert [step for step in range(10) if table.apply_windows(step)] == [0, 2, 4]
+    assert table.apply_windows(1)  # back
+    assert not table.apply_windows(0)
+    assert table.apply_windows(9)
     plain, _ = timetable((0.0, 1.0), steps=10)
-    assert not any(plain.turn(step) for step in range(10))
+    assert not any(plain.apply_windows(step) for step in range(10))
 
 
 def test_a_window_has_the_whole_schedule() -> None:

@@ -15,19 +15,19 @@ from helpers.nonfinite_runs import OPTIMIZERS, Run, batches
 from helpers.support import same
 from helpers.train_loops import Listed
 
-each_optimizer = pytest.mark.parametrize("asked", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+each_optimizer = pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 
 
 class BadInSecondEpoch(Listed):
-    """Good batches in the first epoch, and one bad one in the second."""
+    """Batches of which one in the second epoch has a non-finite loss."""
 
     def __init__(self, steps: int, bad: int) -> None:
         super().__init__(batches(steps, None).batches)
         self.bad = bad
 
     def epoch(self, epoch: int, start: int = 0) -> Any:
-        found = batches(len(self), self.bad if epoch == 2 else None, float("inf"))
-        yield from found.batches[start:]
+        listed = batches(len(self), self.bad if epoch == 2 else None, float("inf"))
+        yield from listed.batches[start:]
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +37,8 @@ def short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_optimizer
-def test_a_deferred_check_changes_no_bit_where_all_losses_are_finite(asked: dict[str, Any]) -> None:
-    deferred, synchronous = Run(asked, 8, False), Run(asked, 8, True)
+def test_a_deferred_check_changes_no_bit_if_all_losses_are_finite(options: dict[str, Any]) -> None:
+    deferred, synchronous = Run(options, 8, False), Run(options, 8, True)
     numbers = [(type(r), float(r.loss), r.lr) for r in deferred.fit(batches(8, None))]
     assert numbers == [(type(r), float(r.loss), r.lr) for r in synchronous.fit(batches(8, None))]
     same(deferred.state(), synchronous.state())
@@ -47,9 +47,9 @@ def test_a_deferred_check_changes_no_bit_where_all_losses_are_finite(asked: dict
 @each_optimizer
 @pytest.mark.parametrize("bad", [0, 4, 7])
 def test_weights_and_optimizer_state_are_those_before_the_bad_loss(
-    asked: dict[str, Any], bad: int
+    options: dict[str, Any], bad: int
 ) -> None:
-    runs = Run(asked, 8, True), Run(asked, 8, False)
+    runs = Run(options, 8, True), Run(options, 8, False)
     messages = []
     for run in runs:
         with pytest.raises(NonFiniteLoss) as caught:
@@ -59,9 +59,9 @@ def test_weights_and_optimizer_state_are_those_before_the_bad_loss(
     assert f"epoch 1, step {bad + 1};" in messages[0][0]
     synchronous, deferred = (run.learned() for run in runs)
     assert all(tensor.isfinite().all() for tensor in runs[0].state().values())
-    if "lookahead" in asked:  # pulls the weights towards its average in the steps until the error
+    if "lookahead" in options:  # changes the weights in the steps until the error
         return
-    # With momentum, skipped first steps leave zeros where the other has no buffer yet.
+    # With momentum, a skipped first step leaves zeros where the other run has no buffer yet.
     zeros = {key: tensor for key, tensor in deferred.items() if key not in synchronous}
     assert all(not tensor.any() for tensor in zeros.values())
     same({key: deferred[key] for key in synchronous}, synchronous)
@@ -69,14 +69,14 @@ def test_weights_and_optimizer_state_are_those_before_the_bad_loss(
 
 @pytest.mark.parametrize("bad", range(10))
 @pytest.mark.parametrize("synchronous", [True, False])
-def test_the_step_is_named_wherever_the_loss_fails(bad: int, synchronous: bool) -> None:
+def test_the_error_names_the_step_of_the_loss(bad: int, synchronous: bool) -> None:
     run = Run(OPTIMIZERS["sgd"], 10, synchronous)
     with pytest.raises(NonFiniteLoss) as caught:
         list(run.fit(BadInSecondEpoch(10, bad)))
     assert (caught.value.epoch, caught.value.step) == (2, bad + 1)
 
 
-def test_the_step_is_named_where_an_epoch_was_resumed() -> None:
+def test_the_error_names_the_step_in_a_resumed_epoch() -> None:
     run = Run(OPTIMIZERS["sgd"], 10, False)
     records = run.fit(batches(10, 8))
     for _ in range(5):
@@ -87,15 +87,15 @@ def test_the_step_is_named_where_an_epoch_was_resumed() -> None:
     assert (caught.value.epoch, caught.value.step) == (1, 9)
 
 
-def test_the_error_comes_at_the_second_read_after_the_loss() -> None:
+def test_the_error_is_raised_at_the_second_read_after_the_loss() -> None:
     run, seen = Run(OPTIMIZERS["sgd"], 20, False), []
     with pytest.raises(NonFiniteLoss):
         seen.extend(run.fit(batches(20, 4)))
-    # The flag that is copied after step 6 is read after step 9.
+    # The flag that was copied after step 6 is read after step 9.
     assert [record.step for record in seen if isinstance(record, Step)] == list(range(1, 9))
 
 
-def test_a_deferred_check_counts_by_hand() -> None:
+def test_a_deferred_check_finds_the_first_bad_step() -> None:
     check = DeferredFiniteCheck()
     check.start_epoch(10)
     flags = [float(check.update(torch.tensor(loss))) for loss in (1.0, 2.0, float("inf"), 3.0)]

@@ -1,7 +1,7 @@
-"""Memory that runs out: the same updates in smaller parts, bit for bit; and said aloud.
+"""Out of memory: training continues in micro-batches with the same bits, and reports it.
 
-Nothing is simulated but the size of the memory: what fails is torch's allocator, asked for more
-than any machine has, or a process that may not have more (`RLIMIT_DATA`).
+Only the size of the memory is simulated: torch's allocator fails because it must allocate more than
+any machine has, or because the process has a limit (`RLIMIT_DATA`).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from helpers.support import PLAN, Memory, Split, begin, images_of, pictures, sam
 PLAIN = "model.batch_norm=false"
 
 
-def ask_for_too_much() -> None:
-    """A failure of torch's allocator: no machine has 2^60 bytes."""
+def allocate_too_much() -> None:
+    """Make torch's allocator fail: no machine has 2^60 bytes."""
     torch.empty(1 << 60, dtype=torch.uint8)
 
 
-class Asking(torch.autograd.Function):
-    """Values as they are; the way back asks for too much."""
+class FailingBackward(torch.autograd.Function):
+    """The identity; the backward pass allocates too much."""
 
     @staticmethod
     def forward(values: Tensor) -> Tensor:
@@ -57,43 +57,44 @@ class Asking(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        ask_for_too_much()
+        allocate_too_much()
         return gradient
 
 
 def greedy(model: nn.Module, most: int, *, back: bool = False, first: int = 0) -> list[int]:
-    """Makes a network need too much memory to train on more than `most` images at once.
+    """Make a network run out of memory when it trains on more than `most` images at once.
 
-    Its norms have seen the images by then. Returns how many there were, call by call.
+    It fails after the forward pass, so norms have already updated their statistics. Returns the
+    number of images of each call.
 
     Args:
-        back: on the way back instead.
-        first: so many calls are let through, whatever their size.
+        back: fail in the backward pass instead.
+        first: number of calls that succeed with any number of images.
     """
     seen: list[int] = []
 
-    def ask(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    def fail(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         if not module.training:
             return output
         seen.append(len(output))
         if len(output) <= most or len(seen) <= first:
             return output
         if back:
-            return Asking.apply(output)
-        ask_for_too_much()
+            return FailingBackward.apply(output)
+        allocate_too_much()
         return output
 
-    model.register_forward_hook(ask)
+    model.register_forward_hook(fail)
     return seen
 
 
-# What torch says
+# Recognizing the error
 
 
-def test_what_torch_says_is_understood() -> None:
-    for fails in (ask_for_too_much, lambda: bytearray(1 << 60), lambda: torch.ones(1 << 58)):
+def test_out_of_memory_errors_of_torch_and_python_are_recognized() -> None:
+    for allocate in (allocate_too_much, lambda: bytearray(1 << 60), lambda: torch.ones(1 << 58)):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
-            fails()
+            allocate()
         assert is_oom(caught.value)
         assert oom.out_of_memory_error(caught.value).exit_code == 5
     with pytest.raises(RuntimeError) as caught:
@@ -105,35 +106,37 @@ def test_what_torch_says_is_understood() -> None:
 
 def _failure() -> ResourceError:
     with pytest.raises(RuntimeError) as caught:
-        ask_for_too_much()
+        allocate_too_much()
     return oom.out_of_memory_error(caught.value)
 
 
-def test_trying_leaves_other_errors_alone() -> None:
+def test_catch_oom_does_not_convert_other_errors() -> None:
     with pytest.raises(ZeroDivisionError), oom.catch_oom(3):
         raise ZeroDivisionError
     with pytest.raises(OutOfMemory) as caught, oom.catch_oom(3):
-        ask_for_too_much()
+        allocate_too_much()
     assert caught.value.images == 3
 
 
-# A training
+# Training
 
 
-def finished(asked: Recipe, name: str, part: int = 0, most: int = 0, back: bool = False) -> Any:
-    """A run to its end: by a plan with that part, or with memory for `most` images."""
-    job, place = begin(asked, name)
+def train_to_end(
+    recipe: Recipe, name: str, part: int = 0, most: int = 0, back: bool = False
+) -> Any:
+    """Train with a plan of `part` images per micro-batch, or with memory for `most` images."""
+    job, run_dir = begin(recipe, name)
     if part:
         job = build_training_job(
-            asked,
-            images_of(asked),
+            recipe,
+            images_of(recipe),
             RuntimeContext("cpu", quiet=True),
             plan=replace(job.plan, micro_batch_size=part),
         )
     seen = greedy(job.inputs.model, most, back=back) if most else []
-    rows, kept = train.fit(job, place)
-    place.finish(epochs=len(rows), kept=kept, seconds=0.0)
-    return place, seen
+    rows, kept = train.fit(job, run_dir)
+    run_dir.finish(epochs=len(rows), kept=kept, seconds=0.0)
+    return run_dir, seen
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["forward", "backward"])
@@ -142,31 +145,30 @@ def finished(asked: Recipe, name: str, part: int = 0, most: int = 0, back: bool 
     [(PLAIN, *EVERYTHING), (PLAIN, *SGD), (), (*EVERYTHING, "train.batch_size=13")],
     ids=["everything", "sgd", "norms", "norms-everything"],
 )
-def test_where_memory_runs_out_the_run_is_that_of_the_smaller_parts(
+def test_a_run_that_runs_out_of_memory_equals_one_with_smaller_micro_batches(
     options: tuple[str, ...], back: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Even batch norm's statistics: what they saw of the whole batch is undone."""
-    asked = tiny(*options)
-    short, seen = finished(asked, "short", most=5, back=back)
-    size = asked.train.batch_size
-    tries = [size, size // 2, size // 4]
-    assert seen[:3] == tries
+    """Including the statistics of batch norm: the update by the whole batch is undone."""
+    recipe = tiny(*options)
+    short, seen = train_to_end(recipe, "short", most=5, back=back)
+    size = recipe.train.batch_size
+    assert seen[:3] == [size, size // 2, size // 4]
     assert max(seen[3:]) <= 5
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "out of memory" in line]
     assert f"a batch of {size} is now computed {size // 4} images at a time" in line
     assert ("batch norm uses the statistics of a micro-batch" in line) == (PLAIN not in options)
-    (noted,) = short.metadata()["out_of_memory"]
-    assert noted == {"part": size // 4, "epoch": 1, "step": 1, "batch_norm": PLAIN not in options}
-    equal(short, finished(asked, "parts", part=size // 4)[0])
+    (event,) = short.metadata()["out_of_memory"]
+    assert event == {"part": size // 4, "epoch": 1, "step": 1, "batch_norm": PLAIN not in options}
+    equal(short, train_to_end(recipe, "parts", part=size // 4)[0])
     assert "out_of_memory" not in RunDir(Path("models/parts")).metadata()
 
 
 @pytest.mark.parametrize("synchronous", [True, False], ids=["synchronous", "deferred"])
-@pytest.mark.parametrize("asked", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_training_continues_in_micro_batches_from_the_step_that_failed(
-    asked: dict[str, Any], synchronous: bool
+    options: dict[str, Any], synchronous: bool
 ) -> None:
-    short = Run(asked, 8, synchronous)
+    short = Run(options, 8, synchronous)
     greedy(short.model, 5, first=12)  # the fifth step of the second epoch
     steps = [
         (record.epoch - 1) * 8 + record.step
@@ -176,23 +178,23 @@ def test_training_continues_in_micro_batches_from_the_step_that_failed(
     assert steps == list(range(1, 17))
     assert short.progress.micro_batch_size == 4
 
-    other = Run(asked, 8, synchronous)
-    records = other.fit(batches(8, None))
-    while (other.progress.epoch - 1) * 8 + other.progress.step < 12:
+    resumed = Run(options, 8, synchronous)
+    records = resumed.fit(batches(8, None))
+    while (resumed.progress.epoch - 1) * 8 + resumed.progress.step < 12:
         next(records)
     records.close()
-    other.progress.micro_batch_size = 4
-    list(other.fit(batches(8, None)))
-    same(short.state(), other.state())
+    resumed.progress.micro_batch_size = 4
+    list(resumed.fit(batches(8, None)))
+    same(short.state(), resumed.state())
 
 
-def test_a_run_that_is_taken_up_has_the_same_parts(
+def test_a_resumed_run_keeps_its_micro_batch_size(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where there is memory enough by then."""
-    asked = tiny(PLAIN, *EVERYTHING)
-    whole, _ = finished(asked, "whole", most=5)
-    job, place = begin(asked, "stopped")
+    """Even if there is enough memory by then."""
+    recipe = tiny(PLAIN, *EVERYTHING)
+    whole, _ = train_to_end(recipe, "whole", most=5)
+    job, run_dir = begin(recipe, "stopped")
     greedy(job.inputs.model, 5)
 
     class Killed(BaseException):
@@ -202,27 +204,27 @@ def test_a_run_that_is_taken_up_has_the_same_parts(
 
     def step(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
-        if len(calls) == 5:  # three tries of the first step, the second one, and in the third
+        if len(calls) == 5:  # three attempts of the first step, the second step, then the third
             raise Killed
         return real(*arguments, **more)
 
     monkeypatch.setattr(TrainLoop, "train_step", step)
     with pytest.raises(Killed):
-        train.fit(job, place)
+        train.fit(job, run_dir)
     monkeypatch.setattr(TrainLoop, "train_step", real)
-    job, place = begin(asked, "stopped")  # nobody is greedy now
-    rows, kept = train.fit(job, place)
-    place.finish(epochs=len(rows), kept=kept, seconds=0.0)
+    job, run_dir = begin(recipe, "stopped")  # with enough memory
+    rows, kept = train.fit(job, run_dir)
+    run_dir.finish(epochs=len(rows), kept=kept, seconds=0.0)
     assert job.state.micro_batch_size == 4
-    equal(place, whole)
+    equal(run_dir, whole)
 
 
-def test_a_batch_norm_never_sees_one_image() -> None:
+def test_batch_norm_is_never_trained_on_a_single_image() -> None:
     run = Run(OPTIMIZERS["sgd"], 4, True)
     seen = greedy(run.model, 3)
     list(run.fit(batches(4, None)))  # batches of 9 and 8
     assert seen[:3] == [9, 4, 2]
-    assert set(seen[3:]) == {2, 3}  # a single one left over joins the part before it
+    assert set(seen[3:]) == {2, 3}  # a single remaining image joins the micro-batch before it
     for most, images in ((2, 3), (1, 2)):
         run = Run(OPTIMIZERS["sgd"], 4, True)
         greedy(run.model, most)
@@ -231,7 +233,7 @@ def test_a_batch_norm_never_sees_one_image() -> None:
 
 
 @pytest.mark.parametrize("synchronous", [True, False], ids=["synchronous", "deferred"])
-def test_where_nothing_fits_nothing_is_changed(synchronous: bool) -> None:
+def test_if_no_micro_batch_fits_nothing_is_changed(synchronous: bool) -> None:
     run = Run({**OPTIMIZERS["adamw"], "ema": 0.9}, 6, synchronous)
     before = {name: tensor.clone() for name, tensor in run.state().items()}
     greedy(run.model, 0)
@@ -243,8 +245,8 @@ def test_where_nothing_fits_nothing_is_changed(synchronous: bool) -> None:
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
-def test_one_of_several_processes_does_not_go_on_otherwise() -> None:
-    with pytest.raises(ResourceError, match="8 images of a batch that are this process's"):
+def test_one_of_several_processes_does_not_change_its_micro_batch_size() -> None:
+    with pytest.raises(ResourceError, match="8 images of a batch that this process computes"):
         oom.next_micro_batch_size(nn.Linear(1, 1), OutOfMemory(8), 0, distributed=True)
 
 
@@ -267,7 +269,7 @@ cli.main(["train", "tiny.yaml", "--no-test", "--device", "cpu"])
 
 
 @pytest.mark.slow
-def test_all_processes_end_where_one_has_no_memory() -> None:
+def test_all_processes_stop_if_one_runs_out_of_memory() -> None:
     Path("tiny.yaml").write_text(tiny(PLAIN).to_text())
     Path("script.py").write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
     done = torchrun(2, "script.py")
@@ -277,29 +279,29 @@ def test_all_processes_end_where_one_has_no_memory() -> None:
     assert "train.batch_size" in done.err
 
 
-# Other places
+# Autotuner and inference
 
 
-def test_a_candidate_without_memory_is_no_candidate() -> None:
+def test_a_plan_that_runs_out_of_memory_is_not_chosen() -> None:
     plans = [Plan("cpu", "fp32", "contiguous", micro_batch_size=part) for part in (0, 8)]
 
     def trial(plan: Plan) -> Callable[[], None]:
         def step() -> None:
             with oom.catch_oom(16):
                 if not plan.micro_batch_size:
-                    ask_for_too_much()
+                    allocate_too_much()
 
         return step
 
     chosen, seconds = autotune.fastest(plans, trial)
     assert chosen is plans[1]
     assert seconds[0] == float("inf") > seconds[1]
-    # If there is none for any, the first one is taken, and the training finds out.
+    # If all plans run out of memory, the first one is chosen, and the training handles it.
     assert autotune.fastest(plans[:1] * 2, trial)[0] is plans[0]
 
 
-def test_timings_of_a_run_hold_no_infinity() -> None:
-    asked = tiny(PLAIN, "train.batch_size=64", "train.epochs=300", "train.patience=1")
+def test_recorded_timings_are_finite() -> None:
+    recipe = tiny(PLAIN, "train.batch_size=64", "train.epochs=300", "train.patience=1")
     seen: list[int] = []
     real = TrainLoop.train_step
 
@@ -307,41 +309,41 @@ def test_timings_of_a_run_hold_no_infinity() -> None:
         with oom.catch_oom(len(images)):
             seen.append(loop.plan.micro_batch_size)
             if not loop.plan.micro_batch_size:
-                ask_for_too_much()
+                allocate_too_much()
         return real(loop, images, targets)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainLoop, "train_step", step)
-        job = build_training_job(asked, images_of(asked), RuntimeContext("cpu", quiet=True))
+        job = build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
     assert job.plan.micro_batch_size in (16, 32)
     assert set(seen) == {0, 16, 32}
     assert set(job.timings) == {"fp32 contiguous by 32", "fp32 contiguous by 16"}
     json.dumps(job.timings, allow_nan=False)
 
 
-def test_inference_goes_on_with_half_as_many_images() -> None:
+def test_inference_continues_with_half_as_many_images() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     split = Split(Memory(pictures(50)), torch.zeros(50, dtype=torch.int64))
     expected, _ = split_logits(model, split, Normalize([0.5], [0.25]), PLAN)
     seen: list[int] = []
 
-    def ask(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    def fail(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         seen.append(len(output))
         if len(output) > 5:
-            ask_for_too_much()
+            allocate_too_much()
 
-    handle = model.register_forward_hook(ask)
+    handle = model.register_forward_hook(fail)
     found, _ = split_logits(model, split, Normalize([0.5], [0.25]), PLAN)
     assert seen == [16, 8, *[4] * 12, 2]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     handle.remove()
-    model.register_forward_hook(lambda *_: ask_for_too_much())
+    model.register_forward_hook(lambda *_: allocate_too_much())
     with pytest.raises(ResourceError, match="not enough memory"):
         split_logits(model, split, Normalize([0.5], [0.25]), PLAN)
     assert inference.FIRST_BATCH == 16
 
 
-# A command that may not have more
+# Commands with a memory limit
 
 LIMITED = """
 import re, resource, sys
@@ -359,7 +361,7 @@ cli.main(sys.argv[2:])
 
 
 def limited(megabytes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command that may take so many megabytes more than its program itself."""
+    """Run a command that may allocate so many megabytes after its imports."""
     return subprocess.run(
         [sys.executable, "-c", LIMITED, str(megabytes), *arguments],
         capture_output=True,
@@ -371,7 +373,7 @@ def limited(megabytes: int, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def large(*overrides: str) -> Recipe:
-    """One step: some 500 MB for its batch of 300 images, and as much less for fewer."""
+    """One step that takes about 500 MB for a batch of 300 images, and less for fewer."""
     return tiny(
         PLAIN,
         "data.per_class=30",
@@ -386,25 +388,25 @@ def large(*overrides: str) -> Recipe:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux")
-def test_a_process_without_memory_trains_in_parts() -> None:
-    asked = large()
-    Path("large.yaml").write_text(asked.to_text())
+def test_a_process_with_a_memory_limit_trains_in_micro_batches() -> None:
+    recipe = large()
+    Path("large.yaml").write_text(recipe.to_text())
     done = limited(200, "train", "large.yaml", "--no-test", "--device", "cpu", "--name", "short")
     assert done.returncode == 0, done.stderr
-    (noted,) = RunDir(Path("models/short")).metadata()["out_of_memory"]
-    part = noted["part"]
+    (event,) = RunDir(Path("models/short")).metadata()["out_of_memory"]
+    part = event["part"]
     assert 0 < part <= 150
     assert f"a batch of 300 is now computed {part} images at a time" in done.stderr
-    finished(asked, "parts", part=part)
+    train_to_end(recipe, "parts", part=part)
     same(weights(Path("models/short")), weights(Path("models/parts")))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux")
-def test_a_process_with_far_too_little_says_so() -> None:
-    """Weights, gradients and moments are 604 MB, whatever the batch."""
-    asked = large("model.widths=[2048, 2048]", "data.image_size=8", "train.batch_size=16")
-    Path("large.yaml").write_text(asked.to_text())
+def test_a_process_with_far_too_little_memory_reports_it() -> None:
+    """Weights, gradients and moments take 604 MB with any batch size."""
+    recipe = large("model.widths=[2048, 2048]", "data.image_size=8", "train.batch_size=16")
+    Path("large.yaml").write_text(recipe.to_text())
     done = limited(420, "train", "large.yaml", "--no-test", "--device", "cpu")
     assert done.returncode == 5, done.stderr
     assert "error: not enough memory" in done.stderr
@@ -413,14 +415,14 @@ def test_a_process_with_far_too_little_says_so() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_without_memory_trains_in_parts() -> None:
-    asked = large("train.compile=false", "train.precision=fp32")
-    Path("large.yaml").write_text(asked.to_text())
+def test_a_gpu_with_a_memory_limit_trains_in_micro_batches() -> None:
+    recipe = large("train.compile=false", "train.precision=fp32")
+    Path("large.yaml").write_text(recipe.to_text())
     torch.cuda.set_per_process_memory_fraction(
         300 * 2**20 / torch.cuda.get_device_properties(0).total_memory
     )
     try:
-        place = train.train(asked, name="short", test=False, device="cuda")
+        run_dir = train.train(recipe, name="short", test=False, device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert 0 < place.metadata()["out_of_memory"][-1]["part"] <= 150
+    assert 0 < run_dir.metadata()["out_of_memory"][-1]["part"] <= 150

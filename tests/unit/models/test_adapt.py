@@ -1,4 +1,4 @@
-"""Weights from elsewhere in a network: what is copied, adapted, left and refused."""
+"""Loading weights of another origin: which tensors are copied, adapted, left or refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convlens import models
 from convlens.errors import ModelFileError
-from convlens.models.adapt import FittedWeights, adapt_input, describe_fit, fit_weights
+from convlens.models.adapt import FittedWeights, adapt_input, describe_tensors, fit_weights
 from helpers.support import same
 
 
@@ -30,17 +30,17 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_equal_networks_are_equal_afterwards_bit_by_bit() -> None:
+def test_equal_networks_have_the_same_bits_afterwards() -> None:
     source, target = cnn(seed=0), cnn(seed=1)
-    source(torch.randn(4, 3, 16, 16))  # norms have seen something
+    source(torch.randn(4, 3, 16, 16))  # updates the statistics of norms
     fitted = fit_weights(target, state(source))
     same(state(target), state(source))
     assert fitted.matched == list(source.state_dict())
     assert (fitted.adapted, fitted.left, fitted.new) == ({}, [], [])
-    assert fitted.lines() == ["14 tensors taken over; head of 5 classes included"]
+    assert fitted.lines() == ["14 tensors loaded; head of 5 classes included"]
 
 
-def test_another_number_of_classes_leaves_the_head_as_it_was() -> None:
+def test_another_number_of_classes_leaves_the_head_unchanged() -> None:
     source, target = cnn(classes=7), cnn(classes=5, seed=1)
     before = state(target)
     fitted = fit_weights(target, state(source))
@@ -49,29 +49,29 @@ def test_another_number_of_classes_leaves_the_head_as_it_was() -> None:
     for name in after:
         assert torch.equal(after[name], (before if name in fitted.new else theirs)[name]), name
     assert fitted.lines()[0] == (
-        "12 tensors taken over; the head is new (5 classes: 5x8; the weights' is 7x8)"
+        "12 tensors loaded; the head is new (5 classes: 5x8; that of the file is 7x8)"
     )
 
 
-def test_a_head_of_other_classes_is_not_kept() -> None:
+def test_a_head_of_other_classes_is_not_loaded() -> None:
     source, target = cnn(), cnn(seed=1)
     before = state(target)
     fitted = fit_weights(target, state(source), keep_head=False)
-    assert "others" in fitted.head
+    assert "the file has other classes" in fitted.head
     assert torch.equal(state(target)["classifier.weight"], before["classifier.weight"])
     assert not torch.equal(before["classifier.weight"], state(source)["classifier.weight"])
 
 
-def test_a_head_of_another_name_is_left_over() -> None:
+def test_a_head_of_another_name_is_not_used() -> None:
     theirs = state(cnn(classes=7))
     renamed = {name.replace("classifier", "fc.1"): tensor for name, tensor in theirs.items()}
     fitted = fit_weights(cnn(seed=1), renamed)
     assert fitted.new == ["classifier.weight", "classifier.bias"]
     assert fitted.left == ["fc.1.weight", "fc.1.bias"]
     assert fitted.lines() == [
-        "12 tensors taken over; the head is new (5 classes; the weights have none of its name)",
-        "new, not in the weights: classifier.weight, classifier.bias",
-        "left over in the weights: fc.1.weight, fc.1.bias",
+        "12 tensors loaded; the head is new (5 classes; the file has no head of this name)",
+        "not in the file, newly initialized: classifier.weight, classifier.bias",
+        "in the file, not used: fc.1.weight, fc.1.bias",
     ]
 
 
@@ -81,7 +81,7 @@ def test_counters_of_batch_norms_may_be_missing() -> None:
     assert (len(fitted.matched), fitted.new) == (12, [])
 
 
-def test_half_precision_is_widened() -> None:
+def test_half_precision_is_converted_to_float32() -> None:
     source, target = cnn(), cnn(seed=1)
     fit_weights(
         target, {n: t.half() if t.is_floating_point() else t for n, t in state(source).items()}
@@ -100,7 +100,7 @@ def lightning(model: nn.Module) -> dict[str, Tensor]:
 
 
 def two_copies(model: nn.Module) -> dict[str, Tensor]:
-    """The teacher lacks a tensor, so the student is the one to take."""
+    """The teacher lacks a tensor, so the student has to be selected."""
     teacher = {f"encoder.{n}": torch.zeros_like(t) for n, t in list(state(model).items())[1:]}
     return {**teacher, **{f"backbone.{n}": t for n, t in state(model).items()}}
 
@@ -122,7 +122,7 @@ WRAPPED: dict[str, Callable[[nn.Module], dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("name", list(WRAPPED))
-def test_wrappers_are_taken_off(name: str) -> None:
+def test_prefixes_of_wrappers_are_stripped(name: str) -> None:
     source, target = cnn(), cnn(seed=1)
     wrapped = WRAPPED[name](source)
     assert wrapped.keys() != source.state_dict().keys()
@@ -132,8 +132,8 @@ def test_wrappers_are_taken_off(name: str) -> None:
     assert fitted.left == extra.get(name, [])
 
 
-def test_a_networks_own_names_may_begin_like_a_wrapper() -> None:
-    class Own(nn.Module):
+def test_names_of_a_network_may_begin_like_a_wrapper() -> None:
+    class WithEncoder(nn.Module):
         head = "fc"
 
         def __init__(self) -> None:
@@ -141,7 +141,7 @@ def test_a_networks_own_names_may_begin_like_a_wrapper() -> None:
             self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
             self.fc = nn.Linear(4, 2)
 
-    source, target = Own(), Own()
+    source, target = WithEncoder(), WithEncoder()
     assert fit_weights(target, state(nn.DataParallel(source))).left == []
     same(state(target), state(source))
 
@@ -163,20 +163,20 @@ def test_a_grey_image_gives_the_response_of_its_rgb_copy() -> None:
     )
 
 
-def test_a_kernel_is_resampled_by_area_by_hand() -> None:
-    # Taps 1 2 3 4 5 on [0, 5] seen through three windows of 5/3: 1 + 2 * 2/3, and so on.
+def test_a_kernel_resampled_by_area_equals_values_computed_by_hand() -> None:
+    # Taps 1 2 3 4 5 on [0, 5] summed over three windows of 5/3: 1 + 2 * 2/3, and so on.
     row = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     expected = torch.tensor([1 + 2 * 2 / 3, 2 / 3 + 3 + 4 / 3, 4 * 2 / 3 + 5])
-    result, how = adapt_input((row[:, None] * row).reshape(1, 1, 5, 5), (1, 1, 3, 3))
+    result, change = adapt_input((row[:, None] * row).reshape(1, 1, 5, 5), (1, 1, 3, 3))
     assert torch.allclose(result[0, 0], expected[:, None] * expected, atol=1e-5)
-    assert how.startswith("1x1x5x5 -> 1x1x3x3; kernel resampled by area")
-    # From 1 to 3 each tap is a third in each direction.
+    assert change.startswith("1x1x5x5 -> 1x1x3x3; kernel resampled by area")
+    # From 1 to 3, each tap is a third in each direction.
     result, _ = adapt_input(torch.full((1, 1, 1, 1), 9.0), (1, 1, 3, 3))
     assert torch.allclose(result, torch.ones(1, 1, 3, 3))
 
 
 @pytest.mark.parametrize(("old", "new"), [(7, 3), (3, 7), (5, 3), (3, 5), (7, 1), (4, 3)])
-def test_the_response_to_a_constant_image_stays(old: int, new: int) -> None:
+def test_resampling_keeps_the_response_to_a_constant_image(old: int, new: int) -> None:
     kernel = torch.randn(8, 3, old, old)
     result, _ = adapt_input(kernel, (8, 3, new, new))
     assert result.shape == (8, 3, new, new)
@@ -184,7 +184,7 @@ def test_the_response_to_a_constant_image_stays(old: int, new: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_torchvisions_resnet_fits_a_small_stem(channels: int) -> None:
+def test_weights_of_torchvisions_resnet_fit_a_smaller_stem(channels: int) -> None:
     from torchvision.models import resnet18
 
     torch.manual_seed(0)
@@ -201,10 +201,10 @@ def test_torchvisions_resnet_fits_a_small_stem(channels: int) -> None:
     assert torch.equal(ours["layer4.1.conv2.weight"], theirs["layer4.1.conv2.weight"])
 
 
-# What is refused
+# Errors
 
 
-def test_nothing_is_changed_by_weights_with_nan_or_infinity() -> None:
+def test_weights_with_nan_or_infinity_are_refused_and_change_nothing() -> None:
     for value in (float("nan"), float("inf")):
         theirs = state(cnn())
         theirs["stage2.0.weight"][0, 0, 0, 0] = value
@@ -213,14 +213,13 @@ def test_nothing_is_changed_by_weights_with_nan_or_infinity() -> None:
         with pytest.raises(ModelFileError, match=r"NaN or infinity in 1 .*: stage2.0.weight"):
             fit_weights(target, theirs, where="x.pth")
         same(state(target), before)
-    theirs["junk"] = theirs.pop("stage2.0.weight").clone()
-    fit_weights(
-        cnn(seed=1), {**theirs, "stage2.0.weight": torch.zeros(8, 6, 3, 3)}
-    )  # not ours, no matter
+    # NaN in a tensor that is not used is allowed.
+    theirs["unused"] = theirs.pop("stage2.0.weight").clone()
+    fit_weights(cnn(seed=1), {**theirs, "stage2.0.weight": torch.zeros(8, 6, 3, 3)})
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "said"),
+    ("ours", "theirs", "expected"),
     [
         (
             "resnet18",
@@ -233,35 +232,37 @@ def test_nothing_is_changed_by_weights_with_nan_or_infinity() -> None:
         ("resnet18", "cnn", ["conv1.weight 64x3x3x3", "14 tensors", "such as stage1.0.weight"]),
     ],
 )
-def test_weights_of_another_architecture(ours: str, theirs: str, said: list[str]) -> None:
-    def built(name: str) -> nn.Module:
+def test_weights_of_another_architecture_are_refused(
+    ours: str, theirs: str, expected: list[str]
+) -> None:
+    def build(name: str) -> nn.Module:
         return cnn() if name == "cnn" else resnet(name)
 
-    target = built(ours)
+    target = build(ours)
     before = state(target)
     with pytest.raises(ModelFileError, match="another architecture") as caught:
-        fit_weights(target, built(theirs).state_dict(), where="x.pth")
+        fit_weights(target, build(theirs).state_dict(), where="x.pth")
     same(state(target), before)
-    told = str(caught.value)
-    assert all(text in told for text in said), told
+    message = str(caught.value)
+    assert all(text in message for text in expected), message
     assert "model.name" in caught.value.fix
     assert caught.value.where == "x.pth"
 
 
-def test_a_number_format_that_can_not_be_meant() -> None:
+def test_integer_weights_are_refused() -> None:
     with pytest.raises(ModelFileError, match="another architecture"):
         fit_weights(cnn(), {name: tensor.to(torch.int8) for name, tensor in state(cnn()).items()})
 
 
-def test_no_tensors_at_all() -> None:
+def test_a_file_without_tensors_is_refused() -> None:
     with pytest.raises(ModelFileError) as caught:
         fit_weights(cnn(), {})
     assert "0% of the network" in caught.value.what
     assert "no tensors" in caught.value.fix
 
 
-def test_long_lists_are_cut() -> None:
+def test_long_lists_of_names_are_abbreviated() -> None:
     names = [f"layer{i}" for i in range(9)]
-    told = FittedWeights([], {}, names, [], "head").lines()
-    assert told[1] == "left over in the weights: layer0, layer1, layer2 and 6 more"
-    assert "such as" in describe_fit({"a": torch.zeros(3)})
+    lines = FittedWeights([], {}, names, [], "head").lines()
+    assert lines[1] == "in the file, not used: layer0, layer1, layer2 and 6 more"
+    assert "such as" in describe_tensors({"a": torch.zeros(3)})

@@ -1,4 +1,4 @@
-"""The plain CNN: shapes, parameters counted by hand, one network computed by hand."""
+"""The cnn family: shapes, numbers of parameters, and an output computed by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def test_the_networks_of_the_recipes_have_the_parameters_counted_by_hand() -> None:
+def test_networks_of_recipes_have_the_expected_number_of_parameters() -> None:
     mnist = models.build_model("cnn", 10, 1, 28, recipe.load_recipe("mnist").model.options)
     convolutions = (1 * 9 * 32 + 32) + (32 * 9 * 64 + 64)
     assert parameters(mnist) == convolutions + (64 * 7 * 7 * 128 + 128) + (128 * 10 + 10)
@@ -29,7 +29,7 @@ def test_the_networks_of_the_recipes_have_the_parameters_counted_by_hand() -> No
     assert parameters(digits) == first + second + (48 * 2 * 2 * 10 + 10)
 
 
-def test_a_network_computed_by_hand() -> None:
+def test_the_output_equals_one_computed_with_functions() -> None:
     torch.manual_seed(0)
     model = CNN(3, 1, 9, widths=[2, 4], batch_norm=False, hidden=5, activation="relu").eval()
     weights = model.state_dict()
@@ -48,7 +48,7 @@ def test_a_network_computed_by_hand() -> None:
 @pytest.mark.parametrize("pool", ["max", "avg", "stride", "none"])
 @pytest.mark.parametrize("size", [8, 9, 15, 28])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
-def test_the_flat_head_fits_every_size(pool: str, size: int, kernel: int) -> None:
+def test_the_flatten_head_fits_every_image_size(pool: str, size: int, kernel: int) -> None:
     model = CNN(4, 3, size, widths=[2, 3, 2], pool=pool, kernel=kernel, head="flatten")
     assert model(torch.zeros(2, 3, size, size)).shape == (2, 4)
     side = {"none": size, "stride": -(-size // 8)}.get(pool, size // 8)
@@ -65,20 +65,20 @@ def test_each_stage_halves_the_image(pool: str, sides: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("pool", ["max", "avg", "stride"])
 @pytest.mark.parametrize("head", ["flatten", "avg"])
-def test_more_stages_than_the_image_can_be_halved(pool: str, head: str) -> None:
+def test_a_single_pixel_is_not_halved_further(pool: str, head: str) -> None:
     model = CNN(2, 1, 8, widths=[2] * 6, pool=pool, head=head)
     assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 2)
 
 
 @pytest.mark.parametrize("head", ["avg", "max"])
-def test_pooling_heads_take_the_whole_picture(head: str) -> None:
+def test_pooling_heads_pool_over_all_pixels(head: str) -> None:
     maps = torch.randn(2, 3, 4, 4)
     pooled = CNN(2, 1, 8, widths=[3], head=head).pool(maps)
     expected = maps.mean((2, 3)) if head == "avg" else maps.amax((2, 3))
     assert torch.allclose(pooled, expected)
 
 
-def test_depth_and_kernel_by_stage() -> None:
+def test_depth_and_kernel_can_be_set_by_stage() -> None:
     model = CNN(2, 1, 16, widths=[3, 4], depth=[1, 2], kernel=[5, 3])
     shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert shapes == [(3, 1, 5, 5), (4, 3, 3, 3), (4, 4, 3, 3)]
@@ -87,7 +87,8 @@ def test_depth_and_kernel_by_stage() -> None:
 @pytest.mark.parametrize(
     ("size", "pool", "sides"),
     [
-        # 13: a 5x5 kernel has 9 places, every second of them 5; a 3x3 then 3, pooled to 1.
+        # 13 px: a 5x5 kernel has 9 positions, with stride 2 it has 5; a 3x3 kernel then has 3,
+        # pooled to 1.
         (13, ["stride", "max"], (5, 1)),
         (14, ["stride", "none"], (5, 3)),
         (14, ["none", "avg"], (10, 4)),
@@ -95,7 +96,7 @@ def test_depth_and_kernel_by_stage() -> None:
     ],
 )
 @pytest.mark.parametrize("head", ["flatten", "avg"])
-def test_valid_padding_and_pooling_by_stage(
+def test_sizes_with_valid_padding_and_pooling_by_stage(
     size: int, pool: str | list[str], sides: tuple[int, int], head: str
 ) -> None:
     model = CNN(2, 1, size, widths=[3, 4], kernel=[5, 3], padding="valid", pool=pool, head=head)
@@ -106,13 +107,13 @@ def test_valid_padding_and_pooling_by_stage(
     assert model(images).shape == (3, 2)
 
 
-def test_valid_convolutions_leave_out_what_same_ones_compute_at_the_border() -> None:
+def test_valid_padding_gives_the_inner_part_of_same_padding() -> None:
     same = CNN(2, 1, 12, widths=[3, 4], kernel=[5, 3], pool="none").eval()
     valid = CNN(2, 1, 12, widths=[3, 4], kernel=[5, 3], pool="none", padding="valid").eval()
     valid.load_state_dict(same.state_dict())
     images = torch.randn(2, 1, 12, 12)
-    inner, whole = (m.get_submodule("stage1")(images) for m in (valid, same))
-    assert torch.allclose(inner, whole[:, :, 2:-2, 2:-2], atol=1e-6)
+    inner, full = (m.get_submodule("stage1")(images) for m in (valid, same))
+    assert torch.allclose(inner, full[:, :, 2:-2, 2:-2], atol=1e-6)
 
 
 def test_dropout_drops_channels_and_units() -> None:
@@ -133,7 +134,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"width": [4]}, "unknown key 'model.width' (did you mean model.widths?)"),
         ({"dropuot": 0.1, "x": 1}, "unknown key 'model.x'"),
@@ -142,8 +143,8 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         ({"activation": "rilu"}, "unknown model.activation 'rilu'"),
         ({"widths": []}, "model.widths=[]"),
         ({"widths": [4, 0]}, "model.widths=[4, 0]"),
-        ({"kernel": 4}, "kernels are odd"),
-        ({"kernel": [3, 3]}, "model.kernel has 2 numbers for 3"),
+        ({"kernel": 4}, "kernel sizes are odd"),
+        ({"kernel": [3, 3]}, "model.kernel has 2 values for 3"),
         ({"depth": 0}, "at least one convolution"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
         ({"dropout": float("nan")}, "model.dropout=nan"),
@@ -152,7 +153,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         ({"widths": 4}, "model cnn"),
         ({"widths": [2.5]}, "model cnn"),
         ({"dropout": "much"}, "model cnn"),
-        ({"pool": ["max"]}, "model.pool has 1 numbers for 3"),
+        ({"pool": ["max"]}, "model.pool has 1 values for 3"),
         ({"pool": ["max", "max", "mx"]}, "unknown model.pool 'mx'"),
         ({"pool": [1, 2, 3]}, "model cnn"),
         ({"padding": "full"}, "unknown model.padding 'full'"),
@@ -160,38 +161,27 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         ({"widths": [10**30]}, "model cnn"),
     ],
 )
-def test_impossible_options_are_usage_errors(options: dict[str, Any], says: str) -> None:
+def test_unsuitable_options_are_usage_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         models.build_model("cnn", 2, 1, 8, options)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_several_impossible_options_are_said_at_once() -> None:
+def test_several_unsuitable_options_are_reported_at_once() -> None:
     options = {"kernel": 2, "dropout": 2, "hidden": -1}
     with pytest.raises(UsageError, match=r"kernel.*dropout.*hidden"):
         models.build_model("cnn", 2, 1, 8, options)
 
 
-def test_an_unknown_family_names_near_misses() -> None:
-    with pytest.raises(UsageError, match="unknown model 'cnnn'"):
-        models.build_model("cnnn", 2, 1, 8, {})
-
-
-def test_the_options_of_a_family_are_those_of_its_constructor() -> None:
-    options = models.model_options("cnn")
-    assert options["widths"] == (32, 64, 128)
-    assert {"classes", "channels", "image_size", "self"}.isdisjoint(options)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_flat_heads_gradient_comes_back_in_the_layout_of_the_maps(layout: Any) -> None:
-    maps = torch.randn(3, 4, 5, 5).contiguous(memory_format=layout).requires_grad_()
-    seen = list[torch.Tensor]()
-    through = maps * 1.0
-    rows = Flatten()(through)
-    through.register_hook(seen.append)  # after the layer's own
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_flatten_has_the_memory_format_of_its_input(memory_format: Any) -> None:
+    maps = torch.randn(3, 4, 5, 5).contiguous(memory_format=memory_format).requires_grad_()
+    gradients = list[torch.Tensor]()
+    inputs = maps * 1.0
+    rows = Flatten()(inputs)
+    inputs.register_hook(gradients.append)  # called after the hook of the layer
     assert torch.equal(rows, maps.reshape(3, 100))
     weights = torch.randn(3, 100)
     (rows * weights).sum().backward()
-    assert seen[0].is_contiguous(memory_format=layout)
-    assert torch.equal(seen[0], weights.view(3, 4, 5, 5))
+    assert gradients[0].is_contiguous(memory_format=memory_format)
+    assert torch.equal(gradients[0], weights.view(3, 4, 5, 5))

@@ -1,4 +1,4 @@
-"""fastnet: whitening against numpy, the network against a slow re-statement, its start by hand."""
+"""The fastnet family: whitening against numpy, the network against a slow reference, its start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAST = ["model.name=fastnet", "model.widths=[4,8]"]
 
 
 def correlated(count: int, channels: int, size: int) -> Tensor:
-    """Images whose neighbouring pixels and channels have much in common, as photographs have."""
+    """Images whose neighboring pixels and channels are correlated, as in photographs."""
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(count, channels, size + 2, size + 2, generator=generator)
     smooth = F.avg_pool2d(noise, 3, stride=1) * 3 + 0.7
@@ -33,17 +33,19 @@ def correlated(count: int, channels: int, size: int) -> Tensor:
 
 
 def patches(images: np.ndarray) -> np.ndarray:
-    """Every 2x2 patch as a row, cut out one by one."""
+    """Every 2x2 patch as a row, extracted one by one."""
     count, _, height, width = images.shape
-    places = [(n, y, x) for n in range(count) for y in range(height - 1) for x in range(width - 1)]
-    return np.stack([images[n, :, y : y + 2, x : x + 2].reshape(-1) for n, y, x in places])
+    positions = [
+        (n, y, x) for n in range(count) for y in range(height - 1) for x in range(width - 1)
+    ]
+    return np.stack([images[n, :, y : y + 2, x : x + 2].reshape(-1) for n, y, x in positions])
 
 
 # Whitening
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_whitening_filters_are_those_of_numpy(channels: int) -> None:
+def test_whitening_filters_equal_those_of_numpy(channels: int) -> None:
     images = correlated(6, channels, 7)
     rows = patches(images.numpy().astype(np.float64))
     values, vectors = np.linalg.eigh(np.cov(rows, rowvar=False, bias=True))
@@ -54,7 +56,7 @@ def test_the_whitening_filters_are_those_of_numpy(channels: int) -> None:
     flat = found[:size].reshape(size, size).numpy()
     for filter_, value, vector in zip(flat, values, vectors.T, strict=True):
         expected = vector / np.sqrt(value + 0.01)
-        sign = np.sign(filter_ @ expected)  # an eigenvector's sign is anybody's choice
+        sign = np.sign(filter_ @ expected)  # the sign of an eigenvector is arbitrary
         np.testing.assert_allclose(filter_, sign * expected, rtol=1e-4, atol=1e-5)
 
 
@@ -69,16 +71,16 @@ def test_whitened_patches_have_unit_covariance(channels: int) -> None:
     assert not torch.allclose(torch.cov(before), torch.eye(size), atol=0.3)
 
 
-def test_the_filters_do_not_depend_on_how_the_images_are_cut_up(
+def test_whitening_filters_do_not_depend_on_the_chunk_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images = correlated(9, 3, 8)
-    whole = whitening_filters(images, 2, WHITEN_EPS)
-    monkeypatch.setattr("convlens.models.fastnet.CHUNK", 12 * 8 * 8 * 2)
-    assert torch.allclose(whitening_filters(images, 2, WHITEN_EPS), whole, atol=1e-5)
+    expected = whitening_filters(images, 2, WHITEN_EPS)
+    monkeypatch.setattr("convlens.models.fastnet.CHUNK_VALUES", 12 * 8 * 8 * 2)
+    assert torch.allclose(whitening_filters(images, 2, WHITEN_EPS), expected, atol=1e-5)
 
 
-def test_images_of_one_colour_are_not_divided_by_zero() -> None:
+def test_whitening_of_constant_images_is_finite() -> None:
     filters = whitening_filters(torch.ones(3, 1, 8, 8), 2, WHITEN_EPS)
     assert torch.isfinite(filters).all()
     assert filters.abs().max() <= WHITEN_EPS**-0.5 * 1.001
@@ -87,8 +89,8 @@ def test_images_of_one_colour_are_not_divided_by_zero() -> None:
 # The network
 
 
-def restated(model: FastNet, images: Tensor, depth: int, blocks: int) -> Tensor:
-    """The network in training mode, written out with functions and its weights by name."""
+def reference_forward(model: FastNet, images: Tensor, depth: int, blocks: int) -> Tensor:
+    """The network in training mode, written with functions and weights by name."""
     weights = model.state_dict()
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -112,27 +114,25 @@ def restated(model: FastNet, images: Tensor, depth: int, blocks: int) -> Tensor:
 
 @pytest.mark.parametrize("depth", [2, 3])
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 8), (3, 13), (1, 28), (3, 32)])
-def test_the_network_does_what_its_slow_restatement_does(
-    depth: int, channels: int, size: int
-) -> None:
+def test_the_output_equals_a_slow_reference(depth: int, channels: int, size: int) -> None:
     torch.manual_seed(1)
     model = FastNet(5, channels, size, widths=(6, 9, 7), depth=depth).double()
-    # Norms over four values blow rounding up, so in double precision.
+    # In double precision, because norms over four values amplify rounding errors.
     images = correlated(4, channels, size).double()
     model.initialize(images)
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             nn.init.normal_(parameter)
-    expected = restated(model, images, depth, 3)
+    expected = reference_forward(model, images, depth, 3)
     found = model.train()(images)
     assert torch.allclose(found, expected, atol=1e-9)
     assert found.std() > 0.01
-    last = model.to(memory_format=torch.channels_last)
-    again = last(images.contiguous(memory_format=torch.channels_last))
+    model.to(memory_format=torch.channels_last)
+    again = model(images.contiguous(memory_format=torch.channels_last))
     assert torch.allclose(again, expected, atol=1e-9)
 
 
-def test_it_has_the_weights_of_airbench94() -> None:
+def test_the_number_of_weights_is_that_of_airbench94() -> None:
     model = FastNet(10, 3, 32)
     whiten, widths = 24 * 12 + 24, (24, 64, 256, 256)
     convolutions = sum(9 * (a * b + b * b) for a, b in pairwise(widths))
@@ -147,17 +147,17 @@ def test_it_has_the_weights_of_airbench94() -> None:
     assert sizes == [31, 15, 7, 3]
 
 
-def test_what_is_fixed_and_how_it_starts() -> None:
+def test_frozen_parameters_and_initial_weights() -> None:
     torch.manual_seed(0)
     model = FastNet(10, 3, 32, widths=(64, 16), depth=3, batch_norm_momentum=0.3)
-    fixed = {name for name, p in model.named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     norms = {f"block{i}.norm{k}.weight" for i in (1, 2) for k in (1, 2, 3)}
-    assert fixed == {"whiten.weight", *norms}
+    assert frozen == {"whiten.weight", *norms}
     assert model.block1.norm1.momentum == 0.3
     assert all(
         torch.equal(model.get_parameter(n), torch.ones_like(model.get_parameter(n))) for n in norms
     )
-    # A convolution passes its first channels on; those beyond start at random.
+    # A convolution is the identity on its first channels; the others are random.
     images = torch.randn(2, 24, 5, 5)
     out = model.block1.conv1(images)
     assert torch.equal(out[:, :24], images)
@@ -167,7 +167,7 @@ def test_what_is_fixed_and_how_it_starts() -> None:
     assert not model.whiten.bias.any()
 
 
-def test_the_scale_changes_how_fast_the_head_learns_not_what_it_says() -> None:
+def test_the_scale_changes_the_learning_speed_of_the_head_and_not_its_logits() -> None:
     logits, updates = [], []
     for scale in (None, 1 / 9, 1.0):
         torch.manual_seed(0)
@@ -188,7 +188,7 @@ def test_the_scale_changes_how_fast_the_head_learns_not_what_it_says() -> None:
 
 
 def logits_weight() -> Tensor:
-    """The head's weights of deviation 1, as drawn after all the others."""
+    """The head's weights with standard deviation 1, drawn after all the others."""
     torch.manual_seed(0)
     return FastNet(4, 1, 8, widths=(6,), scale=1 / 6).classifier.weight
 
@@ -198,16 +198,16 @@ def test_bf16_is_close_to_fp32() -> None:
     images = correlated(16, 3, 32)
     model = FastNet(10, 3, 32, widths=(16, 32, 32), scale=1.0).to(memory_format=torch.channels_last)
     model.initialize(images)
-    exact = model.train()(images)
+    expected = model.train()(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = model(images.contiguous(memory_format=torch.channels_last)).float()
-    assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
-    rough.sum().backward()
+        logits = model(images.contiguous(memory_format=torch.channels_last)).float()
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    logits.sum().backward()
     assert torch.isfinite(model.block1.conv1.weight.grad).all()
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"depth": 4}, "model.depth=4"),
         ({"widths": []}, "model.widths=[]"),
@@ -220,20 +220,20 @@ def test_bf16_is_close_to_fp32() -> None:
         ({"width": 3}, "did you mean model.widths?"),
     ],
 )
-def test_impossible_options_are_usage_errors(options: dict[str, Any], says: str) -> None:
+def test_unsuitable_options_are_usage_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         models.build_model("fastnet", 2, 1, 8, options)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 # In a run
 
 
-def test_a_run_whitens_by_its_training_images() -> None:
-    asked = tiny(*FAST)
-    validate_recipe(asked)
-    data = images_of(asked)
-    job = build_training_job(asked, data, RuntimeContext("cpu", quiet=True))
+def test_a_run_computes_the_whitening_from_its_training_images() -> None:
+    config = tiny(*FAST)
+    validate_recipe(config)
+    data = images_of(config)
+    job = build_training_job(config, data, RuntimeContext("cpu", quiet=True))
     images = job.preprocessing.normalize(
         data.train.rows.gather(torch.arange(len(data.train))), PLAN
     )
@@ -244,7 +244,7 @@ def test_a_run_whitens_by_its_training_images() -> None:
         pass
     assert torch.equal(job.model.get_parameter("whiten.weight"), expected)
     assert not torch.equal(job.model.get_parameter("block1.conv1.weight"), before)
-    # The same random numbers as without images: nothing is drawn for the whitening.
+    # The whitening uses no random numbers.
     torch.manual_seed(7)
     first = FastNet(3, 1, 8)
     first.initialize(torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
@@ -254,7 +254,7 @@ def test_a_run_whitens_by_its_training_images() -> None:
     assert torch.equal(drawn, torch.rand(3))
 
 
-def test_a_model_file_brings_its_whitening(tmp_path: Any) -> None:
+def test_a_model_file_contains_the_whitening(tmp_path: Any) -> None:
     model = FastNet(3, 1, 9, widths=(4,)).eval()
     model.initialize(correlated(5, 1, 9))
     serialization.write_model_file(tmp_path / "m", model.state_dict(), {})
@@ -264,10 +264,10 @@ def test_a_model_file_brings_its_whitening(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "wanted"), [(30, 8, 30), (12_000, 8, 5_000), (9, 1024, 5)]
+    ("count", "size", "expected"), [(30, 8, 30), (12_000, 8, 5_000), (9, 1024, 5)]
 )
-def test_sample_images_are_evenly_spaced_and_bounded(
-    count: int, size: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+def test_images_for_the_initialization_are_evenly_spaced_and_bounded(
+    count: int, size: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if size == 1024:  # 64 MB hold 5 of them
         images = torch.zeros(count, 3, size, size, dtype=torch.uint8)
@@ -279,15 +279,15 @@ def test_sample_images_are_evenly_spaced_and_bounded(
     steps = Preprocessing(size, channels, "crop", [0.0] * channels, [1 / 255] * channels)
     split = Split(Memory(images), torch.zeros(count, dtype=torch.int64), [""] * count)
     found = _sample_images(split, steps)
-    assert found.shape == (wanted, channels, size, size)
+    assert found.shape == (expected, channels, size, size)
     numbers = (found[:, 0, 0, 0] + (256 * found[:, 0, 0, 1] if size == 8 else 0)).round().long()
     assert (numbers[0], numbers[-1]) == (0, count - 1)
     gaps = numbers.diff()
-    assert gaps.min() >= count // wanted
-    assert gaps.max() <= -(-count // wanted)
+    assert gaps.min() >= count // expected
+    assert gaps.max() <= -(-count // expected)
 
 
-def test_fastnet_is_a_recipe_away() -> None:
-    asked = recipe.load_recipe("digits", ["model.name=fastnet", "model.depth=3"])
-    validate_recipe(asked)
-    assert asked.model.options == {"depth": 3}
+def test_a_recipe_can_select_fastnet() -> None:
+    config = recipe.load_recipe("digits", ["model.name=fastnet", "model.depth=3"])
+    validate_recipe(config)
+    assert config.model.options == {"depth": 3}

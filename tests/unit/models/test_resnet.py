@@ -1,4 +1,4 @@
-"""ResNets are torchvision's: the same numbers, the same training; stems, dropout, channels."""
+"""ResNets: equal to torchvision's in output and training; stems, dropout, channels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_with_the_imagenet_stem_it_is_torchvisions_network(name: str) -> None:
+def test_with_the_imagenet_stem_the_output_equals_torchvisions(name: str) -> None:
     ours = models.build_model(name, 1000, 3, 64, {"stem": "imagenet"}).eval()
     theirs = torchvision.models.get_model(name).eval()
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -36,8 +36,8 @@ def test_with_the_imagenet_stem_it_is_torchvisions_network(name: str) -> None:
     assert torch.equal(ours(images), theirs(images))
 
 
-def test_parameter_counts_of_ten_classes() -> None:
-    # torchvision's 11,689,512 less the 1000-class head, plus one of ten: 513 weights a class.
+def test_number_of_parameters_for_ten_classes() -> None:
+    # torchvision's 11,689,512, minus 513 weights for each of 990 classes.
     assert sum(p.numel() for p in build(stem="imagenet").parameters()) == 11689512 - 990 * 513
     # The CIFAR stem has 3x3 instead of 7x7 weights for each of 3 x 64 pairs of channels.
     assert sum(p.numel() for p in build(stem="cifar").parameters()) == 11181642 - 3 * 64 * 40
@@ -47,18 +47,18 @@ def test_parameter_counts_of_ten_classes() -> None:
     ("stem", "sizes"),
     [("imagenet", [8, 4, 2, 1]), ("half", [16, 8, 4, 2]), ("cifar", [32, 16, 8, 4])],
 )
-def test_a_stem_sets_the_size_of_every_stage(stem: str, sizes: list[int]) -> None:
+def test_output_sizes_of_the_stages_by_stem(stem: str, sizes: list[int]) -> None:
     model = build(stem=stem).eval()
-    seen = []
+    sizes_seen = []
     for name in ("layer1", "layer2", "layer3", "layer4"):
         model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output: seen.append(output.shape[-1])
+            lambda module, inputs, output: sizes_seen.append(output.shape[-1])
         )
     model(torch.randn(1, 3, 32, 32))
-    assert seen == sizes
+    assert sizes_seen == sizes
 
 
-def test_the_automatic_stem_goes_by_the_size() -> None:
+def test_the_automatic_stem_depends_on_the_image_size() -> None:
     assert [stem_for(size) for size in (28, 32, 48, 49, 96, 97, 224)] == [
         "cifar",
         "cifar",
@@ -72,10 +72,10 @@ def test_the_automatic_stem_goes_by_the_size() -> None:
     assert build(size=224).conv1.kernel_size == (7, 7)
 
 
-def test_a_new_stem_starts_as_torchvisions_would() -> None:
+def test_a_new_stem_is_initialized_as_in_torchvision() -> None:
     weight = build(stem="cifar", channels=1).conv1.weight.detach()
     assert weight.shape == (64, 1, 3, 3)
-    # He et al. by fan-out: variance 2 / (64 * 9) in each of 576 weights.
+    # He initialization by fan-out: variance 2 / (64 * 9).
     assert float(weight.std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)
 
 
@@ -91,16 +91,16 @@ def test_dropout_acts_after_each_relu_of_the_blocks() -> None:
                 lambda module, inputs, output: calls.append((inputs[0].min(), output))
             )
     model.train()(torch.randn(4, 3, 32, 32))
-    assert len(calls) == 16  # two ReLUs a block
-    assert all(least >= 0 for least, _ in calls)  # what comes in has been through the ReLU
+    assert len(calls) == 16  # two ReLUs per block
+    assert all(smallest >= 0 for smallest, _ in calls)  # inputs are outputs of the ReLU
     assert list(model.state_dict()) == list(build(stem="imagenet").state_dict())
-    plain = build(stem="imagenet")
-    plain.load_state_dict(model.state_dict())
+    without_dropout = build(stem="imagenet")
+    without_dropout.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model.eval()(images), plain.eval()(images))
+    assert torch.equal(model.eval()(images), without_dropout.eval()(images))
 
 
-def test_zero_init_makes_every_block_its_shortcut() -> None:
+def test_zero_init_makes_every_block_equal_to_its_shortcut() -> None:
     for name, kind in (("resnet18", BasicBlock), ("resnet50", Bottleneck)):
         model = build(name, zero_init=True, stem="imagenet").eval()
         block = next(m for m in model.modules() if isinstance(m, kind))
@@ -111,16 +111,16 @@ def test_zero_init_makes_every_block_its_shortcut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"stem": "cifr"}, "cifar"), ({"dropout": 1.0}, "dropout")]
+    ("options", "message"), [({"stem": "cifr"}, "cifar"), ({"dropout": 1.0}, "dropout")]
 )
-def test_an_option_that_cannot_be_is_refused(options: dict[str, object], said: str) -> None:
+def test_unsuitable_options_are_usage_errors(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         build(**options)
-    assert said in caught.value.what + caught.value.fix
+    assert message in caught.value.what + caught.value.fix
 
 
-def test_the_recipe_trains_as_a_plain_loop_over_torchvisions_network() -> None:
-    """The recipe `resnet18` on a few images: each epoch's loss, and the weights at the end."""
+def test_the_recipe_trains_like_a_plain_loop_with_torchvisions_network() -> None:
+    """The recipe `resnet18` on a few images: the loss of each epoch, and the final weights."""
     few = [
         "data.name=shapes",
         "data.count=90",
@@ -132,11 +132,11 @@ def test_the_recipe_trains_as_a_plain_loop_over_torchvisions_network() -> None:
         "train.precision=fp32",
         "train.memory_format=contiguous",
     ]
-    job, place = begin(load_recipe("resnet18", few), "ours")
+    job, run_dir = begin(load_recipe("resnet18", few), "ours")
     classes = len(job.data.classes)
     plain = torchvision.models.resnet18(num_classes=classes)
     plain.load_state_dict(job.model.state_dict())
-    rows, _ = train.fit(job, place)
+    rows, _ = train.fit(job, run_dir)
 
     rows_of = job.data.train.rows
     images = job.preprocessing.normalize(rows_of.gather(torch.arange(len(job.data.train))), PLAN)

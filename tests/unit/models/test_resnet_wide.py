@@ -1,4 +1,4 @@
-"""WideResNet: the paper's number of weights, and the paper's network written out slowly."""
+"""Wide ResNets: the number of weights in the paper, and a slow reference of the network."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ from convlens.models.resnet import WRN
         (16, 10, 17.1),
     ],
 )
-def test_it_has_the_papers_number_of_weights(depth: int, width: int, millions: float) -> None:
+def test_the_number_of_weights_is_that_of_the_paper(
+    depth: int, width: int, millions: float
+) -> None:
     with torch.device("meta"):
         model = WRN(10, 3, 32, depth=depth, width=width)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
-def restated(weights: dict[str, Tensor], images: Tensor, blocks: int) -> Tensor:
-    """The network in training mode, one operation a line, with its weights by name."""
+def reference_forward(weights: dict[str, Tensor], images: Tensor, blocks: int) -> Tensor:
+    """The network in training mode, one operation per line, with weights by name."""
 
     def norm_relu(x: Tensor, name: str) -> Tensor:
         mean = x.mean((0, 2, 3), keepdim=True)
@@ -62,41 +64,39 @@ def restated(weights: dict[str, Tensor], images: Tensor, blocks: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("depth", "channels", "size"), [(10, 1, 8), (16, 3, 17), (22, 3, 32)])
-def test_the_network_does_what_its_slow_restatement_does(
-    depth: int, channels: int, size: int
-) -> None:
+def test_the_output_equals_a_slow_reference(depth: int, channels: int, size: int) -> None:
     torch.manual_seed(0)
     model = WRN(5, channels, size, depth=depth, width=2).train()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, 0.8, 0.3)
     images = torch.randn(4, channels, size, size)
-    expected = restated(model.state_dict(), images, (depth - 4) // 6)
+    expected = reference_forward(model.state_dict(), images, (depth - 4) // 6)
     assert torch.allclose(model(images), expected, atol=1e-3)
     assert expected.std() > 0.05
 
 
 def test_a_block_without_change_of_shape_has_no_shortcut_weights() -> None:
-    # A width of 1 keeps the first group's 16 channels: the sum is with the input as it is.
+    # With width 1 the first group keeps 16 channels, so its shortcut is the identity.
     names = {name for name, _ in WRN(2, 3, 8, width=1).named_modules() if "shortcut" in name}
     assert names == {"group2.0.shortcut", "group3.0.shortcut"}
 
 
-def test_dropout_lies_between_the_convolutions_of_each_block() -> None:
+def test_dropout_is_between_the_convolutions_of_each_block() -> None:
     model = WRN(2, 1, 8, depth=16, width=1, dropout=0.4)
     drops = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout)]
     assert drops == [f"group{g}.{b}.dropout" for g in (1, 2, 3) for b in (0, 1)]
     assert model.group1[0].dropout.p == 0.4
-    seen: list[str] = []
+    order: list[str] = []
     for name, module in model.group2[1].named_modules():
         if not list(module.children()):
-            module.register_forward_hook(lambda m, i, o, name=name: seen.append(name))
+            module.register_forward_hook(lambda m, i, o, name=name: order.append(name))
     model(torch.randn(2, 1, 8, 8))
-    assert seen == ["norm1", "conv1", "norm2", "dropout", "conv2"]
+    assert order == ["norm1", "conv1", "norm2", "dropout", "conv2"]
     assert not any(isinstance(m, nn.Dropout) for m in WRN(2, 1, 8, width=1).modules())
 
 
-def test_it_starts_as_the_papers_code_does() -> None:
+def test_weights_are_initialized_as_in_the_papers_code() -> None:
     torch.manual_seed(0)
     model = WRN(10, 3, 32, width=4)
     weight = model.group3[1].conv2.weight
@@ -105,9 +105,9 @@ def test_it_starts_as_the_papers_code_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        ({"depth": 18}, "model.depth=18: 6 n + 4"),
+        ({"depth": 18}, "model.depth=18: must be 6 n + 4"),
         ({"depth": 4}, "model.depth=4"),
         ({"width": 0}, "model.width=0"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
@@ -115,7 +115,7 @@ def test_it_starts_as_the_papers_code_does() -> None:
         ({"widths": [1]}, "did you mean model.width?"),
     ],
 )
-def test_impossible_options_are_usage_errors(options: dict[str, Any], says: str) -> None:
+def test_unsuitable_options_are_usage_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         models.build_model("wrn", 2, 1, 8, options)
-    assert says in str(caught.value)
+    assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""Which stage a parameter belongs to, and what stays in eval mode when parts are frozen."""
+"""Stages of parameters, parts of foreign networks, and modes of modules where some are frozen."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from convlens import models
 from convlens.models.cnn import CNN
-from convlens.models.stages import set_train_mode, stage_of
+from convlens.models.stages import ModelParts, name_parts, set_train_mode, stage_of
 
 
 class Nested(nn.Module):
-    """As torchvision's nets: features in one Sequential, stages that end within it."""
+    """As in torchvision: features in one Sequential, stages that end inside it."""
 
     stages: Sequence[str] = ("features.1", "features.2")
     head = "classifier.1"
@@ -30,7 +31,7 @@ class Nested(nn.Module):
 
 
 class Stem(nn.Module):
-    """As a ResNet: the stem's stage ends with a pooling that has no parameters."""
+    """As a ResNet: the stage of the stem ends with a pooling without parameters."""
 
     stages = ("maxpool", "layer1", "layer2")
     head = "fc"
@@ -45,7 +46,7 @@ class Stem(nn.Module):
         self.fc = nn.Linear(4, 2)
 
 
-def test_a_stage_is_all_up_to_its_last_module() -> None:
+def test_a_stage_contains_everything_up_to_its_last_module() -> None:
     assert stage_of(Stem()) == {
         "conv1.weight": "maxpool",
         "conv1.bias": "maxpool",
@@ -84,33 +85,63 @@ def test_stages_may_be_inside_other_modules() -> None:
     }
 
 
-def test_names_that_begin_alike_are_kept_apart() -> None:
-    """`stage1` and `stage10`."""
-    found = stage_of(CNN(2, 1, 8, widths=[2] * 11, pool="none", hidden=3))
-    assert found["stage1.0.weight"] == "stage1"
-    assert found["stage10.0.weight"] == "stage10"
-    assert found["stage2.0.weight"] == "stage2"
-    assert found["dense.hidden.bias"] == found["classifier.weight"] == "classifier"
+def test_stage1_and_stage10_are_distinguished() -> None:
+    stages = stage_of(CNN(2, 1, 8, widths=[2] * 11, pool="none", hidden=3))
+    assert stages["stage1.0.weight"] == "stage1"
+    assert stages["stage10.0.weight"] == "stage10"
+    assert stages["stage2.0.weight"] == "stage2"
+    assert stages["dense.hidden.bias"] == stages["classifier.weight"] == "classifier"
+
+
+# Parts of networks of other libraries
+
+
+def test_parts_of_a_network_with_submodules_of_these_names() -> None:
+    with torch.device("meta"):
+        swin = models.build_model("swin_t", 3, 3, 32, {})
+    assert isinstance(swin.head, nn.Linear)  # a sub-module of torchvision's network
+    assert models.model_parts(swin).head == "head"
+    assert swin.stages == models.model_parts(swin).stages
+    cnn = models.build_model("cnn", 3, 3, 32, {})
+    assert models.model_parts(cnn) == ModelParts(("stage1", "stage2", "stage3"), "classifier")
+
+
+def test_parts_of_chains_and_containers() -> None:
+    layer = nn.Conv2d(1, 1, 1)
+    model = nn.Module()
+    model.stem = nn.Conv2d(1, 1, 1)
+    model.pool = nn.MaxPool2d(2)
+    model.features = nn.Sequential(layer, nn.ReLU(), nn.AvgPool2d(2), nn.Sequential(layer))
+    model.unused = nn.ModuleList([layer])  # not callable
+    model.end = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Sequential(nn.Dropout(), nn.Linear(1, 2))
+    model.after_head = nn.Sequential(layer)
+    name_parts(model, "classifier.1")
+    assert models.model_parts(model) == ModelParts(
+        ("pool", "features.2", "features.3"), "classifier.1"
+    )
+
+
+# Modes
 
 
 def modes(model: nn.Module) -> dict[str, bool]:
     return {name: module.training for name, module in model.named_modules() if name}
 
 
-def test_nothing_frozen_is_plain_train_mode() -> None:
+def test_without_frozen_parameters_everything_is_in_train_mode() -> None:
     model = Stem().eval()
     set_train_mode(model)
     assert all(modes(model).values())
     assert model.training
 
 
-def test_a_frozen_trunk_stays_as_it_is() -> None:
+def test_a_frozen_backbone_is_in_eval_mode() -> None:
     model = Stem()
     for part in (model.conv1, model.bn1, model.layer1):
         part.requires_grad_(False)
     set_train_mode(model)
-    its = modes(model)
-    assert [name for name, trains in its.items() if trains] == [
+    assert [name for name, training in modes(model).items() if training] == [
         "layer2",
         "layer2.0",
         "layer2.1",
@@ -119,33 +150,33 @@ def test_a_frozen_trunk_stays_as_it_is() -> None:
     ]
 
 
-def test_a_frozen_part_between_trained_ones_stays_as_it_is() -> None:
-    """Its norm keeps its statistics; a pooling or dropout outside it is as in training."""
+def test_a_frozen_part_between_trained_ones_is_in_eval_mode() -> None:
+    """Its norm keeps its statistics; pooling and dropout outside it are in train mode."""
     model = Stem()
     model.layer1.requires_grad_(False)
     model.bn1.requires_grad_(False)
     set_train_mode(model)
     frozen = {"bn1", "layer1", "layer1.0", "layer1.1", "layer1.2"}
-    assert {name for name, trains in modes(model).items() if not trains} == frozen
+    assert {name for name, training in modes(model).items() if not training} == frozen
     before = model.bn1.running_mean.clone()
     model.bn1(torch.randn(4, 4, 5, 5) + 3)
     assert torch.equal(model.bn1.running_mean, before)
 
 
-def test_a_part_with_one_trained_parameter_trains() -> None:
+def test_a_module_with_one_trained_parameter_is_in_train_mode() -> None:
     model = Stem()
-    model.bn1.weight.requires_grad_(False)  # the bias alone is trained, as in the fast nets
+    model.bn1.weight.requires_grad_(False)  # only the bias is trained, as in fastnet
     set_train_mode(model)
     assert all(modes(model).values())
 
 
-def test_unfreezing_brings_train_mode_back_in_nested_and_compiled_networks() -> None:
+def test_unfreezing_restores_train_mode_in_nested_and_compiled_networks() -> None:
     model = Nested()
     model.features.requires_grad_(False)
     model.scale.requires_grad_(False)
     compiled = torch.compile(model)
     set_train_mode(compiled)
-    assert {name for name, trains in modes(model).items() if trains} == {
+    assert {name for name, training in modes(model).items() if training} == {
         "classifier",
         "classifier.0",
         "classifier.1",

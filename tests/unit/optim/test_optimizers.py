@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition, a slow reference and torch's SGD."""
+"""Muon, against the singular value decomposition, a slow reference and torch's SGD."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def matrices(rows: int, columns: int, count: int = 3) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("iterations", [1, 3, 5])
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
-def test_it_changes_singular_values_only_and_by_the_quintic(
+def test_orthogonalize_applies_the_quintic_to_singular_values(
     shape: tuple[int, int], iterations: int, scale: float
 ) -> None:
     x = matrices(*shape)
@@ -40,37 +40,37 @@ def test_it_changes_singular_values_only_and_by_the_quintic(
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6), (64, 288)])
-def test_the_singular_values_of_an_update_are_near_one(shape: tuple[int, int]) -> None:
+def test_singular_values_of_an_update_are_near_one(shape: tuple[int, int]) -> None:
     values = torch.linalg.svdvals(orthogonalize(matrices(*shape), 5))
     assert float(values.min()) > 0.65
     assert float(values.max()) < 1.25
-    three = torch.linalg.svdvals(orthogonalize(matrices(*shape), 3))
-    assert float(three.max()) < 1.25
-    assert 0.9 < float(three.mean() / values.mean()) < 1.1
+    three_iterations = torch.linalg.svdvals(orthogonalize(matrices(*shape), 3))
+    assert float(three_iterations.max()) < 1.25
+    assert 0.9 < float(three_iterations.mean() / values.mean()) < 1.1
 
 
-def test_a_gradient_of_zeros_moves_nothing() -> None:
+def test_a_gradient_of_zeros_gives_an_update_of_zeros() -> None:
     assert torch.equal(orthogonalize(torch.zeros(2, 3, 4), 3), torch.zeros(2, 3, 4))
 
 
 def slow_step(
-    weight: Tensor, gradient: Tensor, buffer: Tensor, o: dict[str, Any]
+    weight: Tensor, gradient: Tensor, buffer: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """One filter bank, in double precision, by the formulas of the docstring."""
-    buffer = o["momentum"] * buffer + gradient
-    move = gradient + o["momentum"] * buffer if o["nesterov"] else buffer
-    x = move.reshape(len(move), -1)
+    """One step of one layer's filters, in double precision, by the formulas of the docstring."""
+    buffer = options["momentum"] * buffer + gradient
+    direction = gradient + options["momentum"] * buffer if options["nesterov"] else buffer
+    x = direction.reshape(len(direction), -1)
     x = x / x.norm()
     a, b, c = QUINTIC
-    for _ in range(o["muon_iterations"]):
+    for _ in range(options["muon_iterations"]):
         x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
-    weight = weight * (1 - o["lr"] * o["weight_decay"])
-    if o["muon_normalise"]:
+    weight = weight * (1 - options["lr"] * options["weight_decay"])
+    if options["muon_normalise"]:
         weight = weight * len(weight) ** 0.5 / weight.norm()
-    return weight - o["lr"] * x.reshape(weight.shape), buffer
+    return weight - options["lr"] * x.reshape(weight.shape), buffer
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "options",
     [
@@ -79,24 +79,24 @@ def slow_step(
         {"momentum": 0.0, "nesterov": True},
     ],
 )
-def test_training_equals_a_slow_loop_filter_by_filter(
-    options: dict[str, Any], layout: torch.memory_format
+def test_training_equals_a_slow_loop_layer_by_layer(
+    options: dict[str, Any], memory_format: torch.memory_format
 ) -> None:
-    """Filters of equal shape go through one batch of products; their results are their own."""
+    """Layers of equal shape are computed in one batch of products, but independently."""
     torch.manual_seed(0)
-    model = CNN(3, 3, 8, widths=[6, 6, 6], depth=2, pool="none").to(memory_format=layout)
+    model = CNN(3, 3, 8, widths=[6, 6, 6], depth=2, pool="none").to(memory_format=memory_format)
     config = OptimConfig(**{"name": "muon", "lr": 0.1, "aux_lr": 0.02, **options})
-    o = config.model_dump()
-    slow = {n: p.detach().double().clone() for n, p in model.named_parameters()}
-    buffers = {n: torch.zeros_like(p) for n, p in slow.items()}
-    rest = {n: p for n, p in model.named_parameters() if p.ndim != 4}
-    twins = {n: nn.Parameter(p.detach().clone()) for n, p in rest.items()}
+    resolved = config.model_dump()
+    expected_filters = {n: p.detach().double().clone() for n, p in model.named_parameters()}
+    buffers = {n: torch.zeros_like(p) for n, p in expected_filters.items()}
+    others = {n: p for n, p in model.named_parameters() if p.ndim != 4}
+    twins = {n: nn.Parameter(p.detach().clone()) for n, p in others.items()}
     sgd = torch.optim.SGD(
         twins.values(),
         lr=0.02,
-        momentum=o["momentum"],
-        weight_decay=o["weight_decay"],
-        nesterov=o["nesterov"] and o["momentum"] > 0,
+        momentum=resolved["momentum"],
+        weight_decay=resolved["weight_decay"],
+        nesterov=resolved["nesterov"] and resolved["momentum"] > 0,
     )
     optimizer = optim.build_optimizer(model, config)
     shapes = [tuple(p.shape) for p in model.parameters() if p.ndim == 4]
@@ -104,34 +104,36 @@ def test_training_equals_a_slow_loop_filter_by_filter(
     generator = torch.Generator().manual_seed(1)
     for _ in range(4):
         images = torch.randn(8, 3, 8, 8, generator=generator)
-        model(images.contiguous(memory_format=layout)).square().mean().backward()
+        model(images.contiguous(memory_format=memory_format)).square().mean().backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             if parameter.ndim == 4:
                 gradient = parameter.grad.double()
-                slow[name], buffers[name] = slow_step(slow[name], gradient, buffers[name], o)
+                expected_filters[name], buffers[name] = slow_step(
+                    expected_filters[name], gradient, buffers[name], resolved
+                )
             else:
                 twins[name].grad = parameter.grad.clone()
         sgd.step()
         optimizer.step()
         optimizer.zero_grad()
         for name, parameter in model.named_parameters():
-            expected = slow[name] if parameter.ndim == 4 else twins[name].double()
+            expected = expected_filters[name] if parameter.ndim == 4 else twins[name].double()
             assert torch.allclose(parameter.double(), expected, rtol=1e-4, atol=1e-5), name
 
 
-def test_normalised_weights_have_the_norm_of_their_outputs() -> None:
-    """As the weights stand before an update; weights of zeros stay without becoming NaN."""
-    weight, empty = nn.Parameter(torch.randn(9, 2, 3, 3) * 7), nn.Parameter(torch.zeros(4, 2, 1, 1))
-    optimizer = Muon([{"params": [weight, empty], "muon": True}], lr=0.0, momentum=0.5)
-    weight.grad, empty.grad = torch.randn_like(weight), torch.randn_like(empty)
+def test_normalized_weights_have_the_norm_sqrt_of_outputs() -> None:
+    """Before the update (learning rate 0 here); weights of zeros stay zero and not NaN."""
+    weight, zeros = nn.Parameter(torch.randn(9, 2, 3, 3) * 7), nn.Parameter(torch.zeros(4, 2, 1, 1))
+    optimizer = Muon([{"params": [weight, zeros], "muon": True}], lr=0.0, momentum=0.5)
+    weight.grad, zeros.grad = torch.randn_like(weight), torch.randn_like(zeros)
     optimizer.step()
     assert float(weight.detach().norm()) == pytest.approx(3.0, rel=1e-5)
-    assert torch.equal(empty, torch.zeros_like(empty))
+    assert torch.equal(zeros, torch.zeros_like(zeros))
 
 
-def test_the_scale_of_the_loss_does_not_matter_to_filters() -> None:
-    ends = []
+def test_the_scale_of_the_loss_does_not_change_the_update() -> None:
+    results = []
     for scale in (1.0, 1000.0):
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(4, 2, 3, 3))
@@ -140,11 +142,11 @@ def test_the_scale_of_the_loss_does_not_matter_to_filters() -> None:
             generator = torch.Generator().manual_seed(seed)
             weight.grad = scale * torch.randn(weight.shape, generator=generator)
             optimizer.step()
-        ends.append(weight.detach().clone())
-    assert torch.allclose(ends[0], ends[1], atol=1e-5)
+        results.append(weight.detach().clone())
+    assert torch.allclose(results[0], results[1], atol=1e-5)
 
 
-def test_matrices_can_be_trained_by_it_too() -> None:
+def test_matrices_can_be_trained_with_muon() -> None:
     model = CNN(3, 1, 8, widths=[4], hidden=6)
     groups = [{"params": "dense.hidden.weight", "muon": True}]
     config = OptimConfig(name="muon", lr=0.1, muon_normalise=False, momentum=0.0, groups=groups)

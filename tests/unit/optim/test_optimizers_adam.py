@@ -1,4 +1,4 @@
-"""The Adam that keeps its lists: torch's bits, whatever has a gradient, reloaded or not."""
+"""LeanAdam: the same bits as torch's Adam, with any gradients, also after loading a state."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def network() -> nn.Module:
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    few = [p for p in model.parameters() if p.ndim == 1]
-    rest = [p for p in model.parameters() if p.ndim > 1]
-    return [{"params": rest, "weight_decay": 0.3}, {"params": few, "lr": 0.02}]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    others = [p for p in model.parameters() if p.ndim > 1]
+    return [{"params": others, "weight_decay": 0.3}, {"params": vectors, "lr": 0.02}]
 
 
 def backward(model: nn.Module, step: int) -> None:
@@ -36,28 +36,28 @@ def backward(model: nn.Module, step: int) -> None:
     nn.functional.cross_entropy(model(images), labels).backward()
 
 
-def same(mine: Any, theirs: Any) -> bool:
-    """Whether weights and the optimisers' states agree bit for bit."""
-    (model, optimizer), (other, reference) = mine, theirs
-    weights = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+def have_equal_bits(mine: Any, theirs: Any) -> bool:
+    """Whether weights and optimizer states are equal bit for bit."""
+    (model, optimizer), (twin, reference) = mine, theirs
+    weights = zip(model.state_dict().values(), twin.state_dict().values(), strict=True)
     state, expected = optimizer.state_dict()["state"], reference.state_dict()["state"]
     return all(torch.equal(a, b) for a, b in weights) and all(
         state.keys() == expected.keys() and torch.equal(state[i][key], value)
-        for i, its in expected.items()
-        for key, value in its.items()
+        for i, tensors in expected.items()
+        for key, value in tensors.items()
     )
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("frozen", [(), (2, 3), (0, 1)])
 @pytest.mark.parametrize("reloaded", [None, 4])
-def test_each_step_has_torchs_bits(
+def test_each_step_has_the_bits_of_torch(
     decoupled: bool, frozen: tuple[int, ...], reloaded: int | None
 ) -> None:
     mine, theirs = network(), network()
     options: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95)}
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    reference = kind(groups(theirs), weight_decay=0.1, fused=True, **options)
+    optimizer_class = torch.optim.AdamW if decoupled else torch.optim.Adam
+    reference = optimizer_class(groups(theirs), weight_decay=0.1, fused=True, **options)
     lean = LeanAdam(groups(mine), weight_decay=0.1, decoupled_weight_decay=decoupled, **options)
     for step in range(STEPS):
         for model, optimizer in ((mine, lean), (theirs, reference)):
@@ -69,10 +69,10 @@ def test_each_step_has_torchs_bits(
             assert all(p.grad is None for p in model.parameters())
         if step == reloaded:
             lean.load_state_dict(copy.deepcopy(lean.state_dict()))
-        assert same((mine, lean), (theirs, reference)), step
+        assert have_equal_bits((mine, lean), (theirs, reference)), step
 
 
-def test_what_has_no_gradient_stays_as_it_is() -> None:
+def test_parameters_without_gradient_do_not_change() -> None:
     model = network()
     optimizer = LeanAdam(groups(model), lr=0.1)
     for step in range(3):
@@ -84,7 +84,7 @@ def test_what_has_no_gradient_stays_as_it_is() -> None:
         assert torch.equal(model[4].weight, before)
 
 
-def test_recipes_get_it_on_a_cpu() -> None:
+def test_recipes_use_it_on_a_cpu() -> None:
     for name in ("adam", "adamw"):
         config = OptimConfig(name=name, groups=[GroupConfig(params="biases", lr=0.1)])
         built = optim.build_optimizer(network(), config)

@@ -123,7 +123,7 @@ def test_a_finetuned_run_says_where_it_began(source: RunDir) -> None:
     )
     assert done.code == 0, done.err
     assert "weights of run source" in done.err
-    assert "14 tensors taken over; head of 10 classes included" in done.err
+    assert "14 tensors loaded; head of 10 classes included" in done.err
     place = run.find_run(done.json["run"])
     told = place.metadata()["weights"]
     assert told == serialization.read_model_file(place.model_path)[1]["weights"]
@@ -140,7 +140,7 @@ def test_a_head_for_other_classes_is_new_though_there_are_as_many() -> None:
     assert here("train", "a", *common, "--name", "first").code == 0
     done = here("train", "b", *common, "model.weights=first", "--name", "second")
     assert done.code == 0, done.err
-    assert "the head is new (2 classes; the weights' are others)" in done.err
+    assert "the head is new (2 classes; the file has other classes)" in done.err
     told = run.find_run("second").metadata()["weights"]
     assert told["new"] == ["classifier.weight", "classifier.bias"]
 
