@@ -270,7 +270,8 @@ def load_model(path: Path) -> LoadedModel:
         raise ModelFileError(
             f"the model file can't be used by this version: {reason}",
             where=str(path),
-            fix=f"{'update: ' * serialization.is_newer_version(version)}it was written by convlens {version}",
+            fix=f"{'update: ' * serialization.is_newer_version(version)}"
+            f"it was written by convlens {version}",
         ) from error
     return LoadedModel(model.eval(), classes, preprocessing, model_metadata, Path(path).parent)
 
@@ -298,6 +299,32 @@ def find_run(name: str | Path, models_folder: Path | None = None) -> RunDir:
     known = [run.name for run in list_runs(folder)]
     fix = did_you_mean(close_matches(text, known)) or f"runs here: {_some_names(known)}"
     raise UsageError(f"no run called {text!r}", where=f"{folder}/", fix=fix)
+
+
+class RunHandle:
+    """Base class of objects that stand for a run, such as `convlens.Run`."""
+
+    run_dir: RunDir
+
+
+# A run as the functions of the Python API take it: by name, folder or model file, or as an object.
+RunLike = str | Path | RunDir | RunHandle
+
+
+def as_run_dir(run: RunLike) -> RunDir:
+    """Return the run directory of a run. Errors are those of `find_run`."""
+    if isinstance(run, RunHandle):
+        return run.run_dir
+    return run if isinstance(run, RunDir) else find_run(run)
+
+
+def run_reference(run: RunLike) -> str:
+    """Return text by which `find_run` opens this run; names and paths stay as they are."""
+    if isinstance(run, str | Path):
+        return str(run)
+    run_dir = as_run_dir(run)
+    is_default_file = run_dir.model_path.name == "model.safetensors"
+    return str(run_dir.path if is_default_file else run_dir.model_path)
 
 
 def list_runs(models_folder: Path | None = None) -> list[RunDir]:

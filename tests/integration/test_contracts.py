@@ -355,7 +355,7 @@ def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
     assert (len(rows), kept) == (1, 1)
     head = f"{models.model_parts(setup.trained).head}.weight"
     assert not torch.equal(before[head], setup.trained.get_parameter(head))
-    result = evaluation.evaluate(place, "test", on="cpu", quiet=True)
+    result = evaluation.evaluate(place, "test", device="cpu", quiet=True)
     assert result.n == len(setup.data.unseal_test())
     assert 0 <= result.correct <= result.n
     assert math.isfinite(result.loss)

@@ -111,7 +111,7 @@ def train_many(
                 run_dir = _train(
                     refit_on_all(planned.recipe.name, chooser), planned, fresh, on, quiet
                 )
-            looked = evaluation.evaluate(run_dir, "test" if test else "val", on=on, quiet=quiet)
+            looked = evaluation.evaluate(run_dir, "test" if test else "val", device=on, quiet=quiet)
             if len(plans) > 1:  # one run alone has its result in the table's last line
                 print_status(evaluation.sentence({**looked.to_dict(), "own": True}))
             outcomes.append(RunOutcome(planned, run_dir, chooser, looked))

@@ -105,7 +105,7 @@ def train(
             if not world.broadcast(lambda: run_dir.finished):
                 _train_locked(recipe, data, run_dir, facts, where, world, quiet=quiet)
     if test:
-        evaluation.evaluate(run_dir, "test", on=on, quiet=quiet, own=data)
+        evaluation.evaluate(run_dir, "test", device=on, quiet=quiet, own_data=data)
     return run_dir
 
 
