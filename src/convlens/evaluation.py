@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens import metrics, run as run_module, run_plots, serialization
+from convlens import metrics, run_plots, serialization
 from convlens.data.dataset import Data, Split, load_data, load_external_data
 from convlens.data.loader import Labelled
 from convlens.device import (
@@ -37,7 +37,15 @@ from convlens.engine.data_parallel import distributed_map
 from convlens.engine.inference import ModelOutputs, place_model, split_outputs
 from convlens.errors import DataError, ModelFileError, closest_match, lookup
 from convlens.onnx_model import load_model_or_onnx
-from convlens.run import LoadedModel, RunDir, RunLike, as_run_dir
+from convlens.run import (
+    LoadedModel,
+    RunDir,
+    RunLike,
+    as_run_dir,
+    check_same_images,
+    safe_name,
+    shared_run_dir,
+)
 from convlens.utils import files
 from convlens.utils.console import progress_bar, quiet_mode
 
@@ -140,13 +148,13 @@ def evaluate(
     lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
     inference.select_views(tta)  # report a typo before a data set is loaded
     world = init_process_group()
-    run_dir = run_module.shared_run_dir(world, lambda: as_run_dir(run))
+    run_dir = shared_run_dir(world, lambda: as_run_dir(run))
     loaded = load_model_or_onnx(run_dir.model_path)
     device = loaded.where(device)
     with quiet_mode(quiet):
         with world.local_rank_zero_first():
             eval_split = load_eval_split(loaded, split, data=data, device=device, own_data=own_data)
-        run_module.check_same_images(world, eval_split.name, eval_split.fingerprint)
+        check_same_images(world, eval_split.name, eval_split.fingerprint)
         return evaluate_split(
             run_dir, loaded, eval_split, split, device, tta=tta, world=world
         ).evaluation
@@ -305,7 +313,7 @@ def evaluate_split(
     if is_own and world.is_main_process and loaded.is_native:
         cached = CachedPredictions(scores, targets, split_hash(part, loaded.classes))
         save_predictions(run_dir, split, fingerprint, loaded.model_metadata["sha256"], cached)
-    label = split if is_own else f"{split}-{run_module.safe_name(Path(name).name)}"
+    label = split if is_own else f"{split}-{safe_name(Path(name).name)}"
     if draw and world.is_main_process:
         run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})

@@ -84,7 +84,7 @@ def load_model_or_onnx(path: Path) -> LoadedModel:
     path = Path(path)
     if path.suffix.lower() != ONNX_SUFFIX:
         return load_model(path)
-    return onnx_model(read_bytes(path), path)
+    return onnx_model(read_onnx_file(path), path)
 
 
 def onnx_model(content: bytes, path: Path) -> ExportedModel:
@@ -155,7 +155,7 @@ def require(package: str) -> Any:
 def serialize(proto: Any, metadata: Mapping[str, str]) -> bytes:
     """Return the bytes of an ONNX file with `metadata`, whose last entry is the SHA-256.
 
-    The hash covers the whole file, with zeros in place of its own 64 digits (as in model files).
+    The hash covers every byte, with zeros in place of its own 64 digits (as in model files).
 
     Args:
         proto: an ONNX `ModelProto`.
@@ -177,7 +177,7 @@ def serialize(proto: Any, metadata: Mapping[str, str]) -> bytes:
     return data[:at] + digest.encode() + data[at + len(NO_HASH) :]
 
 
-def read_bytes(path: Path) -> bytes:
+def read_onnx_file(path: Path) -> bytes:
     """Return the content of an ONNX file, which is untrusted until `verify` has checked it.
 
     Raises:

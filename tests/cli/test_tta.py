@@ -120,7 +120,7 @@ def test_predictions_computed_by_hand(sided: RunDir) -> None:
     assert right.prob == pytest.approx(1 / (1 + math.exp(-9)))
     assert dict(right.tta_top) == pytest.approx(dict(left.tta_top))
     plain = Run(sided).predict(paths, top_k=2)
-    assert [answer.top for answer in plain] == [left.top, right.top]
+    assert [each.top for each in plain] == [left.top, right.top]
     assert (plain[0].tta_label, plain[0].tta_prob, plain[0].tta_top) == (None, None, ())
 
 
@@ -142,11 +142,13 @@ def test_csv_has_both_predictions(sided: RunDir) -> None:
 
 def test_json_has_both_predictions(sided: RunDir) -> None:
     half(Path("l.png"), "left")
-    (answer,) = here("predict", sided.path, "l.png", "--tta", "flip", "--json").json["predictions"]
-    assert (answer["label"], answer["tta_label"]) == ("left", "right")
-    assert answer["tta_top"] == [{"label": "right", "prob": answer["tta_prob"]}]
+    (prediction,) = here("predict", sided.path, "l.png", "--tta", "flip", "--json").json[
+        "predictions"
+    ]
+    assert (prediction["label"], prediction["tta_label"]) == ("left", "right")
+    assert prediction["tta_top"] == [{"label": "right", "prob": prediction["tta_prob"]}]
     (plain,) = here("predict", sided.path, "l.png", "--json").json["predictions"]
-    assert plain == {key: answer[key] for key in ("filename", "label", "prob", "top")}
+    assert plain == {key: prediction[key] for key in ("filename", "label", "prob", "top")}
 
 
 def test_the_table_shows_both_predictions_if_they_differ(sided: RunDir) -> None:

@@ -204,8 +204,8 @@ def test_images_that_it_was_trained_on_are_counted() -> None:
     pictures(Path("new"), {"red": 5}, first=500)
     known = next(name for name, split in split_of.items() if split == "train")
     shutil.copy(root / known, "new/red/renamed.png")
-    held = next(name for name, split in split_of.items() if split == "test")
-    shutil.copy(root / held, "new/red/tested.png")
+    held_out = next(name for name, split in split_of.items() if split == "test")
+    shutil.copy(root / held_out, "new/red/tested.png")
     assert f"new: 1 of 7 {warning}" in here("evaluate", "mine", "--data", "new").err
     Path("new/red/renamed.png").unlink()
     assert warning not in here("evaluate", "mine", "--data", "new").err

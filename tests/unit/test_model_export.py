@@ -84,11 +84,11 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def test_command_reports_the_numerical_check(made: tuple[Path, dict[str, Any], str]) -> None:
-    run, said, messages = made
-    assert [each["format"] for each in said["exports"]] == ["onnx", "torch"]
+    run, result, messages = made
+    assert [each["format"] for each in result["exports"]] == ["onnx", "torch"]
     model_sha256 = load_model(run / "model.safetensors").model_metadata["sha256"]
     count = len(validation(run))
-    for each in said["exports"]:
+    for each in result["exports"]:
         path = run / Path(each["path"]).name
         assert hashlib.sha256(path.read_bytes()).hexdigest() == each["sha256"]
         assert path.stat().st_size == each["bytes"]
@@ -113,7 +113,7 @@ def test_command_reports_the_numerical_check(made: tuple[Path, dict[str, Any], s
 def test_onnxruntime_computes_the_outputs_of_the_network(
     made: tuple[Path, dict[str, Any], str],
 ) -> None:
-    run, said, _ = made
+    run, result, _ = made
     images = validation(run)
     expected = by_hand(run, images)
     logits, probs = session(run / "model.onnx").run(None, {"images": images.numpy()})
@@ -122,7 +122,7 @@ def test_onnxruntime_computes_the_outputs_of_the_network(
     assert (logits.argmax(1) == expected.argmax(1)).all()
     share = np.exp(expected - expected.max(1, keepdims=True))
     np.testing.assert_allclose(probs, share / share.sum(1, keepdims=True), atol=1e-5)
-    assert said["exports"][0]["outputs"].startswith("logits and probabilities")
+    assert result["exports"][0]["outputs"].startswith("logits and probabilities")
 
 
 def test_exported_files_run_without_convlens(made: tuple[Path, dict[str, Any], str]) -> None:
@@ -186,10 +186,10 @@ def test_onnx_takes_any_batch_size_and_one_image_size(
     net = session(made[0] / "model.onnx")
     assert net.get_inputs()[0].shape == ["N", 1, 8, 8]
     images = np.random.default_rng(0).integers(0, 256, (33, 1, 8, 8)).astype(np.uint8)
-    whole = net.run(["logits"], {"images": images})[0]
+    expected = net.run(["logits"], {"images": images})[0]
     for size in (1, 2, 7):
         part = net.run(["logits"], {"images": images[:size]})[0]
-        np.testing.assert_allclose(part, whole[:size], atol=1e-5)
+        np.testing.assert_allclose(part, expected[:size], atol=1e-5)
     for wrong in (images[:, :, :7], images.repeat(3, 1), images.astype(np.float32)):
         with pytest.raises(Exception, match="INVALID_ARGUMENT"):
             net.run(["logits"], {"images": wrong})
@@ -285,7 +285,7 @@ def test_the_onnx_file_takes_pixels_as_decoded(small: Path) -> None:
 
 def test_evaluate_with_the_onnx_file_equals_evaluate_with_the_run(small: Path) -> None:
     ours = here("evaluate", small, "--json").json
-    kept = {path: path.read_bytes() for path in (small / "answers").iterdir()}
+    cached = {path: path.read_bytes() for path in (small / "answers").iterdir()}
     theirs = here("evaluate", small / "model.onnx", "--json").json
     own = {"model_sha256", "images_per_second", "looks"}
     close(
@@ -295,7 +295,7 @@ def test_evaluate_with_the_onnx_file_equals_evaluate_with_the_run(small: Path) -
     # It counts as another evaluation of the run's test images.
     assert (ours["looks"], theirs["looks"]) == (1, 2)
     assert theirs["model_sha256"] == metadata_of(small / "model.onnx")["sha256"]
-    assert {path: path.read_bytes() for path in (small / "answers").iterdir()} == kept
+    assert {path: path.read_bytes() for path in (small / "answers").iterdir()} == cached
 
 
 def test_an_onnx_file_of_an_earlier_version_still_loads() -> None:

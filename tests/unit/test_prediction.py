@@ -49,12 +49,12 @@ def sigmoid(mean: float) -> float:
 
 def test_probabilities_are_those_of_the_formula(model: RunDir) -> None:
     paths = files()
-    for path, answer in zip(paths, Run(model).predict(paths, top_k=2), strict=True):
+    for path, prediction in zip(paths, Run(model).predict(paths, top_k=2), strict=True):
         pixels = decode(path, size=8, channels=3, fit="stretch")
         light = sigmoid(float(pixels.mean()) / 255)
-        assert answer.label == ("light" if light > 0.5 else "dark")
-        assert dict(answer.top)["light"] == pytest.approx(light, abs=1e-5)
-        assert sum(prob for _, prob in answer.top) == pytest.approx(1)
+        assert prediction.label == ("light" if light > 0.5 else "dark")
+        assert dict(prediction.top)["light"] == pytest.approx(light, abs=1e-5)
+        assert sum(prob for _, prob in prediction.top) == pytest.approx(1)
 
 
 def test_files_and_arrays_give_equal_predictions(model: RunDir) -> None:
@@ -63,8 +63,8 @@ def test_files_and_arrays_give_equal_predictions(model: RunDir) -> None:
     images = np.stack([np.asarray(Image.open(path)) for path in paths])
     for shape in (images, np.moveaxis(images, 3, 1), images / 255.0):
         by_array = Run(model).predict(shape, top_k=2)
-        assert [a.top for a in by_array] == [a.top for a in by_file]
-    assert [a.filename for a in by_array] == ["0", "1", "2", "3"]
+        assert [each.top for each in by_array] == [each.top for each in by_file]
+    assert [each.filename for each in by_array] == ["0", "1", "2", "3"]
 
 
 def test_predictions_agree_with_the_evaluation_of_the_same_images(model: RunDir) -> None:
@@ -76,12 +76,15 @@ def test_predictions_agree_with_the_evaluation_of_the_same_images(model: RunDir)
     plan = Plan("cpu", "fp32", "contiguous")
     logits, labels = split_logits(loaded.model, split, loaded.preprocessing.normalize, plan)
     probs = logits.double().softmax(1).numpy()
-    answers = Run(model).predict(root, top_k=2)
-    assert [a.filename for a in answers] == [str(root / i) for i in split.ids]
-    for row, answer in zip(probs, answers, strict=True):
-        assert [dict(answer.top)[name] for name in loaded.classes] == pytest.approx(row, abs=1e-6)
+    predictions = Run(model).predict(root, top_k=2)
+    assert [each.filename for each in predictions] == [str(root / i) for i in split.ids]
+    for row, prediction in zip(probs, predictions, strict=True):
+        assert [dict(prediction.top)[name] for name in loaded.classes] == pytest.approx(
+            row, abs=1e-6
+        )
     right = sum(
-        a.label == classes[label] for a, label in zip(answers, labels.tolist(), strict=True)
+        each.label == classes[label]
+        for each, label in zip(predictions, labels.tolist(), strict=True)
     )
     assert Run(model).evaluate("test", data=root).correct == right
 
@@ -140,8 +143,8 @@ def test_a_missing_file_is_reported_and_the_others_are_classified(model: RunDir)
         ["0.png", "dark"],
         ["1.png", "light"],
     ]
-    (answer,) = Run(model).predict("lost.png")
-    assert (answer.label, answer.error) == (None, "there is no such file")
+    (prediction,) = Run(model).predict("lost.png")
+    assert (prediction.label, prediction.error) == (None, "there is no such file")
 
 
 def test_links_and_pipes_in_a_folder_are_reported_with_a_reason(model: RunDir) -> None:
@@ -185,10 +188,10 @@ def test_csv_has_a_row_for_each_file(model: RunDir) -> None:
 
 
 def test_json_is_a_single_object(model: RunDir) -> None:
-    answers = here("predict", model.path, *files(), "--json").json["predictions"]
-    assert answers == here("predict", model.path, *files(), "-f", "json").json["predictions"]
-    assert [a["label"] for a in answers] == ["dark", "light", "dark", "light"]
-    assert answers[0]["top"] == [{"label": "dark", "prob": answers[0]["prob"]}]
+    predictions = here("predict", model.path, *files(), "--json").json["predictions"]
+    assert predictions == here("predict", model.path, *files(), "-f", "json").json["predictions"]
+    assert [each["label"] for each in predictions] == ["dark", "light", "dark", "light"]
+    assert predictions[0]["top"] == [{"label": "dark", "prob": predictions[0]["prob"]}]
 
 
 def test_the_table_prints_names_that_look_like_markup(tmp_path: Path) -> None:
@@ -201,8 +204,8 @@ def test_file_names_can_be_given_on_stdin(model: RunDir) -> None:
     files()
     text = "1.png\n\n  0.png  \n"
     for given in ([], ["-"]):
-        answers = here("predict", model.path, *given, "--json", stdin=text).json["predictions"]
-        assert [a["filename"] for a in answers] == ["1.png", "0.png"]
+        predictions = here("predict", model.path, *given, "--json", stdin=text).json["predictions"]
+        assert [each["filename"] for each in predictions] == ["1.png", "0.png"]
     for form in ("json", "table"):
         done = here("predict", model.path, "--format", form, stdin=" \n\n")
         assert done.code == 0
@@ -216,8 +219,8 @@ def test_unreadable_files_are_reported_and_the_others_are_classified(
 ) -> None:
     Path("note.png").write_text("just a text")
     Path("nil.png").write_bytes(b"")
-    whole = picture(Path("whole.png"), LIGHT).read_bytes()
-    Path("half.png").write_bytes(whole[: len(whole) // 2])
+    content = picture(Path("whole.png"), LIGHT).read_bytes()
+    Path("half.png").write_bytes(content[: len(content) // 2])
     done = here("predict", model.path, "note.png", "nil.png", "whole.png", "half.png", "-f", form)
     refused(done, 3, "3 of 4 files could not be read")
     for reason in ("it is text, not an image", "empty (0 bytes)", "cut short"):
@@ -266,13 +269,13 @@ def test_arrays_that_do_not_hold_images_are_refused(model: RunDir, images: np.nd
 
 
 def test_arrays_are_converted_to_uint8_nchw() -> None:
-    grey = np.random.default_rng(0).integers(0, 256, (5, 6, 6), dtype=np.uint8)
-    np.testing.assert_array_equal(channels_first(grey), grey[:, None])
-    np.testing.assert_array_equal(channels_first(grey[..., None]), grey[:, None])
-    np.testing.assert_array_equal(channels_first(grey / 255), grey[:, None])
-    np.testing.assert_array_equal(channels_first(grey.astype(np.int64)), grey[:, None])
-    np.testing.assert_array_equal(channels_first(grey > 127), (grey > 127)[:, None] * 255)
-    assert channels_first(grey).dtype == np.uint8
+    gray = np.random.default_rng(0).integers(0, 256, (5, 6, 6), dtype=np.uint8)
+    np.testing.assert_array_equal(channels_first(gray), gray[:, None])
+    np.testing.assert_array_equal(channels_first(gray[..., None]), gray[:, None])
+    np.testing.assert_array_equal(channels_first(gray / 255), gray[:, None])
+    np.testing.assert_array_equal(channels_first(gray.astype(np.int64)), gray[:, None])
+    np.testing.assert_array_equal(channels_first(gray > 127), (gray > 127)[:, None] * 255)
+    assert channels_first(gray).dtype == np.uint8
 
 
 def test_a_list_of_arrays_is_refused_clearly(model: RunDir) -> None:

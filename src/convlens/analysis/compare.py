@@ -20,7 +20,7 @@ import torch
 from rich.markup import escape
 from torch import nn
 
-from convlens import metrics, run as run_module, run_plots, serialization
+from convlens import metrics, run_plots, serialization
 from convlens.device import preserve_torch_settings, select_device
 from convlens.engine import inference
 from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError, lookup
@@ -33,7 +33,16 @@ from convlens.evaluation import (
     split_hash,
 )
 from convlens.recipe import Recipe
-from convlens.run import LoadedModel, RunDir, RunLike, as_run_dir
+from convlens.run import (
+    PLOTS_DIR,
+    LoadedModel,
+    RunDir,
+    RunLike,
+    as_run_dir,
+    list_runs,
+    load_model,
+    safe_name,
+)
 from convlens.utils.console import print_status, quiet_mode
 
 ALPHA = 0.05  # level of significance
@@ -408,7 +417,7 @@ def _open_runs(runs: Sequence[RunLike]) -> list[RunDir]:
         raise UsageError("; ".join(error.what for error in errors), fix="; ".join(fixes)[:300])
     if len(run_dirs) < 2:
         given = [run_dir.name for run_dir in run_dirs.values()]
-        known = [each.name for each in run_module.list_runs() if each.name not in given]
+        known = [each.name for each in list_runs() if each.name not in given]
         available = f"; others here: {', '.join(known[:6])}" if known else ""
         raise UsageError(
             f"comparing needs at least two different runs, got {len(run_dirs)}",
@@ -444,7 +453,7 @@ def _open_images(
     splits: dict[str, EvalSplit] = {}
     opened = []
     for run_dir in run_dirs:
-        loaded = run_module.load_model(run_dir.model_path)
+        loaded = load_model(run_dir.model_path)
         metadata = loaded.model_metadata
         config = serialization.recipe_from_metadata(metadata).data.model_dump(mode="json")
         key = json.dumps([config, metadata["data"], metadata["classes"], metadata["preprocessing"]])
@@ -499,7 +508,7 @@ def _find_mismatch(opened: Sequence[_OpenedRun]) -> str:
 
 def _evaluate_run(run: _OpenedRun, split: str, device: str) -> Candidate:
     run_dir = run.run_dir
-    loaded = run_module.load_model(run_dir.model_path)
+    loaded = load_model(run_dir.model_path)
     print_status(f"evaluating [bold]{escape(run_dir.name)}[/]")
     result = evaluate_split(run_dir, loaded, run.eval_split, split, device, draw=False)
     pre = loaded.preprocessing
@@ -568,7 +577,7 @@ def _plot(title: str, groups: Sequence[Group], verdicts: Sequence[Verdict]) -> l
         others = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:6]
         folder = f"compare-{names[0]}-and-{len(names) - 1}-others-{others}"
     return run_plots.plot_comparison(
-        run_module.PLOTS_DIR / run_module.safe_name(folder),
+        PLOTS_DIR / safe_name(folder),
         title,
         {group.name: [m.epochs for m in group.members if m.epochs] for group in groups},
         {v.name: (v.difference, v.interval95, bool(v.differs)) for v in verdicts},

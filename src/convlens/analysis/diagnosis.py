@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from convlens import run as run_module, serialization
+from convlens import serialization
 from convlens.data.dataset import Split
 from convlens.device import preserve_torch_settings, select_device
 from convlens.engine.inference import batch_logits, place_model
@@ -29,7 +29,7 @@ from convlens.evaluation import load_own_data
 from convlens.interpret.features import as_maps, record_outputs, stage_names
 from convlens.models import model_options
 from convlens.recipe import Recipe
-from convlens.run import LoadedModel, RunDir, RunLike, as_run_dir
+from convlens.run import LoadedModel, RunDir, RunLike, as_run_dir, load_model
 from convlens.utils.console import progress_bar, quiet_mode
 
 LAST_EPOCHS = 3  # epochs whose mean is the value "at the end": single epochs are noisy
@@ -215,13 +215,13 @@ def _collect_evidence(run_dir: RunDir, device: str) -> RunEvidence:
 def _load_recipe(run_dir: RunDir) -> Recipe:
     if (run_dir.path / "recipe.yaml").is_file():
         return run_dir.recipe()
-    loaded = run_module.load_model(run_dir.model_path)
+    loaded = load_model(run_dir.model_path)
     return serialization.recipe_from_metadata(loaded.model_metadata)
 
 
 def _measure(run_dir: RunDir, device: str) -> dict[str, Any]:
     """Measure some training and validation images; return fields of `RunEvidence`."""
-    loaded = run_module.load_model(run_dir.model_path)
+    loaded = load_model(run_dir.model_path)
     data = load_own_data(loaded, device)
     counts = np.bincount(data.train.labels.numpy(), minlength=len(data.classes))
     evidence: dict[str, Any] = {

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens import evaluation, run as run_module
+from convlens import evaluation
 from convlens.data import audit, duplicates
 from convlens.data.dataset import Data, Split, load_data
 from convlens.data.decode import UnreadableImage, decode, fit_arrays
@@ -36,7 +36,7 @@ from convlens.device import memory_budget, preserve_torch_settings, select_devic
 from convlens.engine.inference import place_model, probabilities, split_logits
 from convlens.errors import DataError, UsageError
 from convlens.recipe import DataConfig, Recipe
-from convlens.run import LoadedModel, RunDir, RunHandle, as_run_dir
+from convlens.run import PLOTS_DIR, LoadedModel, RunDir, RunHandle, as_run_dir, load_model
 from convlens.training import resolve
 from convlens.training.repeats import train_many
 from convlens.utils import files
@@ -239,7 +239,7 @@ def _output_folder(run_name: str, resolved: resolve.ResolvedRecipe, name: str | 
     """Return a folder named like runs: a modified recipe gets six digits of its hash."""
     is_unmodified = resolved.plain or name is not None
     suffix = "" if is_unmodified else f"-{resolved.recipe.digest()[:6]}"
-    return run_module.PLOTS_DIR / f"labels-{run_name}{suffix}"
+    return PLOTS_DIR / f"labels-{run_name}{suffix}"
 
 
 def _load_data(config: DataConfig, folds: int, device: str) -> Data:
@@ -285,7 +285,7 @@ def _judge(
     run_name: str, recipe: Recipe, run_dirs: Sequence[RunDir], test: bool, device: str | None
 ) -> LabelReport:
     """Predict all images with the models of the folds and find the suspected labels."""
-    models = [(run_dir, run_module.load_model(run_dir.model_path)) for run_dir in run_dirs]
+    models = [(run_dir, load_model(run_dir.model_path)) for run_dir in run_dirs]
     classes = models[0][1].classes
     splits = [_predict_out_of_fold(models, device)]
     if test:
@@ -293,7 +293,7 @@ def _judge(
             evaluation.evaluate(run_dir, "test", device=device)
         print_status("test set used (logged in the run of each fold)")
         splits.append(_predict_test_split(models, device))
-    # Each split by itself: the models of the one are single, those of the other an ensemble.
+    # Separately, because single models judge training images, but all models the test images.
     issues = [find_issues(split.labels, split.probs) for split in splits]
     joint = np.sum([each.joint for each in issues], axis=0)
     labels = np.concatenate([split.labels for split in splits])

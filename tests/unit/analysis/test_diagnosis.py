@@ -82,10 +82,10 @@ def rules(diagnosis: Diagnosis) -> list[str]:
 
 
 def test_a_healthy_run_has_no_findings(runs: None) -> None:
-    found = diagnose("healthy")
-    assert found.findings == []
-    assert list(found.healthy) == list(RULES)
-    assert (found.untold, found.status, found.epochs) == ({}, "finished", 8)
+    diagnosis = diagnose("healthy")
+    assert diagnosis.findings == []
+    assert list(diagnosis.healthy) == list(RULES)
+    assert (diagnosis.untold, diagnosis.status, diagnosis.epochs) == ({}, "finished", 8)
     # The test split was not used.
     assert not RunDir(Path("models/healthy")).evaluations()
     done = here("diagnose", "healthy", "--device", "cpu")
@@ -97,24 +97,24 @@ def test_a_healthy_run_has_no_findings(runs: None) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MADE if name != "healthy"])
 def test_a_fault_is_found(name: str, runs: None) -> None:
-    found = diagnose(name)
-    assert name in rules(found), found
+    diagnosis = diagnose(name)
+    assert name in rules(diagnosis), diagnosis
     # Each finding is complete, and its overrides make a valid recipe.
-    for finding in found.findings:
+    for finding in diagnosis.findings:
         assert finding.rule in RULES
         assert all((finding.what, finding.evidence, finding.threshold, finding.do))
         assert finding.overrides
         load_recipe(PLAIN, finding.overrides)
-    json.dumps(found.to_dict(), allow_nan=False)
+    json.dumps(diagnosis.to_dict(), allow_nan=False)
 
 
 def test_faults_are_not_confused(runs: None) -> None:
-    found = {name: rules(diagnose(name)) for name in MADE}
-    assert found["overfitting"] == ["overfitting"]
-    assert found["underfitting"] == ["underfitting"]
-    assert "learning rate too low" not in found["learning rate too high"]
-    assert "learning rate too high" not in found["learning rate too low"]
-    assert "learning rate too high" not in found["stopped too early"]
+    rules_by_run = {name: rules(diagnose(name)) for name in MADE}
+    assert rules_by_run["overfitting"] == ["overfitting"]
+    assert rules_by_run["underfitting"] == ["underfitting"]
+    assert "learning rate too low" not in rules_by_run["learning rate too high"]
+    assert "learning rate too high" not in rules_by_run["learning rate too low"]
+    assert "learning rate too high" not in rules_by_run["stopped too early"]
 
 
 def test_the_evidence_of_overfitting_is_in_the_curves(runs: None) -> None:
@@ -139,11 +139,11 @@ def test_a_loss_that_is_not_finite_is_found() -> None:
     changes = {**FEW, "optim.name": "sgd", "optim.lr": 1e18, "model.batch_norm": False}
     with pytest.raises(Diverged):
         convlens.train(PLAIN, changes, name="nan", test=False, quiet=True, device="cpu")
-    found = diagnose("nan")
-    assert found.status == "stopped by a loss that was not finite"
-    assert rules(found)[0] == "learning rate too high"
-    assert "became NaN or infinite in epoch 1, step " in found.findings[0].what
-    assert found.findings[0].overrides == ["optim.lr=1e+17", "optim.clip_norm=1"]
+    diagnosis = diagnose("nan")
+    assert diagnosis.status == "stopped by a loss that was not finite"
+    assert rules(diagnosis)[0] == "learning rate too high"
+    assert "became NaN or infinite in epoch 1, step " in diagnosis.findings[0].what
+    assert diagnosis.findings[0].overrides == ["optim.lr=1e+17", "optim.clip_norm=1"]
 
 
 def test_dead_channels_are_found(runs: None) -> None:
@@ -154,9 +154,9 @@ def test_dead_channels_are_found(runs: None) -> None:
     serialization.write_model_file(
         path, tensors, {k: v for k, v in model_metadata.items() if k not in ("sha256", "format")}
     )
-    found = {finding.rule: finding for finding in diagnose("healthy").findings}
-    assert found["dead layers"].evidence["dead_share"] == {"stage1": 0.0, "stage2": 5 / 16}
-    assert "stage2 5 of 16" in found["dead layers"].what
+    findings = {finding.rule: finding for finding in diagnose("healthy").findings}
+    assert findings["dead layers"].evidence["dead_share"] == {"stage1": 0.0, "stage2": 5 / 16}
+    assert "stage2 5 of 16" in findings["dead layers"].what
 
 
 def test_dead_channels_are_counted_by_hand() -> None:
@@ -171,8 +171,8 @@ SMALL = ("model.widths=[8]", "train.epochs=3", "augment=[]", "optim.ema=null", "
 def test_class_imbalance_is_found() -> None:
     pictures(Path("photos"), {"blue": 60, "green": 12, "red": 20})
     assert here("train", "photos", *SMALL, "--name", "rare").code == 0
-    found = {finding.rule: finding for finding in diagnose("rare").findings}
-    finding = found["class imbalance"]
+    findings = {finding.rule: finding for finding in diagnose("rare").findings}
+    finding = findings["class imbalance"]
     counts = finding.evidence["counts"]
     assert finding.overrides == [f"data.per_class={min(counts.values())}"]
     assert finding.what.startswith(
@@ -187,8 +187,8 @@ def test_validation_images_of_another_brightness_are_found() -> None:
     pictures(Path("photos/val"), dict.fromkeys(COLORS, 20), colors=colors, first=100)
     pictures(Path("photos/test"), dict.fromkeys(COLORS, 3), first=200)
     assert here("train", "photos", *SMALL, "--name", "dark").code == 0
-    found = {finding.rule: finding for finding in diagnose("dark").findings}
-    finding = found["validation unlike training"]
+    findings = {finding.rule: finding for finding in diagnose("dark").findings}
+    finding = findings["validation unlike training"]
     assert finding.evidence["mean green"]["d"] < -0.5
     assert "mean green" in finding.what
 
@@ -211,19 +211,19 @@ def test_unfinished_and_empty_runs_are_diagnosed(runs: None) -> None:
     assert "stopped too early" in rules(diagnose("stopped too early"))
     empty = RunDir(Path("models/empty"))
     empty.create(load_recipe(PLAIN), {"data": {"classes": ["a", "b"]}})
-    found = diagnose("empty")
-    assert (found.status, found.findings) == ("no epoch is finished yet", [])
-    assert set(found.untold) == set(RULES)
+    diagnosis = diagnose("empty")
+    assert (diagnosis.status, diagnosis.findings) == ("no epoch is finished yet", [])
+    assert set(diagnosis.untold) == set(RULES)
     done = here("diagnose", "empty", "--json")
     assert (done.code, done.json["findings"]) == (0, [])
 
 
 def test_a_bare_model_file_and_missing_images_leave_rules_undecided(runs: None) -> None:
     shutil.copy("models/underfitting/model.safetensors", "alone.safetensors")
-    found = diagnose("alone.safetensors")
-    assert found.status == "a bare model file without training history"
-    assert rules(found) == ["underfitting"]
-    assert "no metrics.csv" in found.untold["overfitting"]
+    diagnosis = diagnose("alone.safetensors")
+    assert diagnosis.status == "a bare model file without training history"
+    assert rules(diagnosis) == ["underfitting"]
+    assert "no metrics.csv" in diagnosis.untold["overfitting"]
     pictures(Path("photos"), dict.fromkeys(COLORS, 8))
     assert here("train", "photos", *SMALL, "--name", "mine").code == 0
     shutil.move("photos", "moved")

@@ -36,51 +36,50 @@ def noisy(rate: float, sharpness: float, n: int = 1500) -> tuple[np.ndarray, ...
 
 
 def test_issues_computed_by_hand() -> None:
-    verdict = label_errors.find_issues(LABELS, PROBS)
-    assert verdict.suspected.tolist() == [False, False, True, False, False, False]
-    assert verdict.suggested.tolist() == [0, 0, 1, 1, 1, 1]
-    np.testing.assert_allclose(verdict.scores, PROBS[np.arange(6), LABELS])
+    issues = label_errors.find_issues(LABELS, PROBS)
+    assert issues.suspected.tolist() == [False, False, True, False, False, False]
+    assert issues.suggested.tolist() == [0, 0, 1, 1, 1, 1]
+    np.testing.assert_allclose(issues.scores, PROBS[np.arange(6), LABELS])
     # Thresholds 0.5833 and 0.8167: of label 0 two are confidently 0 and one 1; of label 1 two are
     # 1 and none is 0, scaled to its three images.
     np.testing.assert_allclose(confident_joint(LABELS, PROBS), [[2, 1], [0, 2]])
-    np.testing.assert_allclose(verdict.joint, [[2, 1], [0, 3]])
+    np.testing.assert_allclose(issues.joint, [[2, 1], [0, 3]])
 
 
 def test_the_joint_is_that_of_the_paper_scaled_to_the_label_counts() -> None:
     _, labels, probs = noisy(0.1, 4)
-    verdict = label_errors.find_issues(labels, probs)
+    issues = label_errors.find_issues(labels, probs)
     raw = confident_joint(labels, probs)
     expected = raw / raw.sum(1, keepdims=True) * np.bincount(labels)[:, None]
-    np.testing.assert_allclose(verdict.joint, expected, atol=1.5)  # theirs are whole numbers
-    np.testing.assert_array_equal(verdict.joint.sum(1), np.bincount(labels))
+    np.testing.assert_allclose(issues.joint, expected, atol=1.5)  # cleanlab's are integers
+    np.testing.assert_array_equal(issues.joint.sum(1), np.bincount(labels))
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2])
 def test_planted_errors_are_found_and_their_share_is_estimated(rate: float) -> None:
     targets, labels, probs = noisy(rate, 6)
-    verdict = label_errors.find_issues(labels, probs)
+    issues = label_errors.find_issues(labels, probs)
     planted = targets != labels
-    found = (planted & verdict.suspected).sum()
-    assert found / planted.sum() > 0.9
-    assert found / verdict.suspected.sum() > 0.9
-    assert 1 - np.trace(verdict.joint) / 1500 == pytest.approx(planted.mean(), abs=0.02)
-    hits = planted & verdict.suspected
-    assert (verdict.suggested[hits] == targets[hits]).mean() > 0.97
+    hits = planted & issues.suspected
+    assert hits.sum() / planted.sum() > 0.9
+    assert hits.sum() / issues.suspected.sum() > 0.9
+    assert 1 - np.trace(issues.joint) / 1500 == pytest.approx(planted.mean(), abs=0.02)
+    assert (issues.suggested[hits] == targets[hits]).mean() > 0.97
     # The score alone ranks nearly all of them first.
-    worst = np.argsort(verdict.scores)[: planted.sum()]
+    worst = np.argsort(issues.scores)[: planted.sum()]
     assert planted[worst].mean() > 0.9
 
 
 def test_correct_labels_are_not_suspected() -> None:
     _, labels, probs = noisy(0, 6)
-    verdict = label_errors.find_issues(labels, probs)
-    assert verdict.suspected.mean() < 0.01
-    assert np.trace(verdict.joint) > 0.99 * len(labels)
+    issues = label_errors.find_issues(labels, probs)
+    assert issues.suspected.mean() < 0.01
+    assert np.trace(issues.joint) > 0.99 * len(labels)
 
 
 def test_a_class_without_images_and_probabilities_of_one_are_accepted() -> None:
     probs = np.eye(4)[[0, 0, 0, 1, 1, 3, 3, 3]].astype(float)
-    verdict = label_errors.find_issues(np.array([0, 0, 1, 1, 1, 3, 3, 3]), probs)
-    assert verdict.suspected.tolist() == [i == 2 for i in range(8)]
-    assert verdict.joint.shape == (4, 4)
-    assert np.isfinite(verdict.joint).all()
+    issues = label_errors.find_issues(np.array([0, 0, 1, 1, 1, 3, 3, 3]), probs)
+    assert issues.suspected.tolist() == [i == 2 for i in range(8)]
+    assert issues.joint.shape == (4, 4)
+    assert np.isfinite(issues.joint).all()
