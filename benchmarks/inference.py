@@ -157,7 +157,9 @@ def predict_case(kind: str, case: Case, paths: list[str], rounds: int) -> dict[s
         decoding.append(seconds_of(lambda: only_decode(some, model.preprocessing)))
         forward()
 
-    found = ratio(lambda: list(prediction.predict(model, some, quiet=True)), needed, rounds)
+    found = ratio(
+        lambda: list(prediction.iter_predictions(model, some, quiet=True)), needed, rounds
+    )
     found["decoding_seconds"] = round(statistics.median(decoding[1:]), 4)
     with tempfile.TemporaryDirectory() as folder:
         place = RunDir(Path(folder) / "model")

@@ -125,16 +125,17 @@ def measured(
     )
     seconds = time.process_time() - begun
     wrong = dict(zip(map(str, paths), given != targets, strict=True))
-    planted = np.array([wrong[identity] for identity in report.ids])
+    planted = np.array([wrong[image.id] for image in report.images])
+    labels = np.array([report.classes.index(image.label) for image in report.images])
+    probs = np.stack([image.probs for image in report.images])
     if asked.keep:
         np.savez(
             Path(asked.keep) / f"{name}-{kind}.npz",
             planted=planted,
-            labels=report.labels,
-            probs=report.probs,
+            labels=labels,
+            probs=probs,
         )
-    suspects = set(report.order[: len(report.suspects)].tolist())
-    named = np.array([i in suspects for i in range(len(planted))])
+    named = np.array([image.rank is not None for image in report.images])
     out = {
         "images": len(planted),
         "planted": int(planted.sum()),
@@ -144,16 +145,16 @@ def measured(
         **figures(planted, named),
     }
     if rate:
-        own = report.scores
-        rest = report.probs.copy()
-        rest[np.arange(len(own)), report.labels] = -1
+        own = np.array([image.score for image in report.images])
+        rest = probs.copy()
+        rest[np.arange(len(own)), labels] = -1
         out |= {
             "average_precision": average_precision(planted, own),
             "average_precision_margin": average_precision(planted, own - rest.max(1)),
         }
     rules = {}
     for rule in RULES:
-        verdict = label_errors.find_issues(report.labels, report.probs, rule=rule)
+        verdict = label_errors.find_issues(labels, probs, rule=rule)
         rules[rule] = figures(planted, verdict.suspected)
     return out | {"rules": rules}
 

@@ -1,4 +1,4 @@
-"""`ImageClassifier`: training as a scikit-learn estimator on arrays of images."""
+"""`ImageClassifier`, a scikit-learn estimator for arrays of images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
-from convlens import device
 from convlens.data.dataset import data_from_arrays
 from convlens.data.decode import fit_arrays
+from convlens.device import prepare, preserve_rng, preserve_torch_settings, select_device
 from convlens.errors import UsageError
 from convlens.prediction import all_probabilities, channels_first
 from convlens.run import LoadedModel, RunDir, load_model
@@ -31,17 +31,17 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     `X` is an array of images: `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` with 1 or 3
     channels, uint8, or floats in 0..1; or flattened rows `[N, D]` together with `image_shape`.
-    Part of what `fit` gets is held out (stratified) to choose the best epoch.
+    `fit` holds out a stratified part of its images to choose the best epoch.
 
     Args:
-        recipe: a recipe's name or file; its data section is not used, its test set never read.
+        recipe: name or file of a recipe; its data section and test set are not used.
         overrides: dotted keys, e.g. `{"optim.lr": 0.01}`.
         epochs: shorthand for `train.epochs`.
-        image_shape: shape of one image when `X` has flattened rows.
-        val_fraction: share of `X` held out for choosing the epoch; 0 trains on all of it, with
+        image_shape: shape of one image if `X` has flattened rows.
+        val_fraction: share of `X` that is held out; 0 trains on all images, which needs
             `train.keep=last` among the overrides.
-        random_state: seed of weights, order, augmentation and of the held-out part.
-        device: `cpu`, `cuda`, ...; the best there is by default.
+        random_state: seed of weights, order, augmentation and the held-out part.
+        device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         verbose: show the progress.
 
     Example:
@@ -70,23 +70,25 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.device = device
         self.verbose = verbose
 
-    @device.preserve_torch_settings()
-    @device.preserve_rng()
+    @preserve_torch_settings()
+    @preserve_rng()
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> ImageClassifier:  # noqa: N803
-        """Trains on images `X` with labels `y` (anything that can be sorted); returns self."""
+        """Train on images `X` with labels `y` of any sortable type; return self."""
         images, targets = self._images(X), column_or_1d(y, warn=True)
         check_classification_targets(targets)
         if len(images) != len(targets):
             raise UsageError(f"{len(images)} images for {len(targets)} labels")
         self.classes_, labels = np.unique(targets, return_inverse=True)
         if len(self.classes_) < 2:
-            raise UsageError(f"the classifier needs 2 classes, the labels hold {self.classes_}")
+            raise UsageError(
+                f"the classifier needs 2 classes, the labels have only {self.classes_}"
+            )
         recipe = resolve.resolve_recipe(self.recipe, overrides=self._overrides(images)).recipe
         validate_recipe(recipe)
         side = images.shape[2]
         if images.shape[3] != side or recipe.data.image_size not in ("auto", side):
-            asked = recipe.data.image_size
-            side = max(images.shape[2:]) if asked == "auto" else int(asked)
+            size = recipe.data.image_size
+            side = max(images.shape[2:]) if size == "auto" else int(size)
             images = fit_arrays(images, size=side, channels=images.shape[1], fit=recipe.data.fit)
         data = data_from_arrays(
             images,
@@ -98,8 +100,8 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         with quiet_mode(not self.verbose), tempfile.TemporaryDirectory() as folder:
             run_dir = RunDir(Path(folder) / "run", Path(folder) / "plots")
-            context = RuntimeContext(device.select_device(self.device), quiet=not self.verbose)
-            device.prepare(recipe.train.deterministic, context.device)
+            context = RuntimeContext(select_device(self.device), quiet=not self.verbose)
+            prepare(recipe.train.deterministic, context.device)
             job = build_training_job(recipe, data, context)
             with run_dir.lock():
                 train.fit(job, run_dir)
@@ -109,15 +111,15 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def predict_proba(self, X: npt.ArrayLike) -> npt.NDArray[np.float64]:  # noqa: N803
-        """Probabilities `[N, K]`, columns in the order of `classes_`."""
+        """Return probabilities `[N, K]`, with columns in the order of `classes_`."""
         check_is_fitted(self, "model_")
-        return all_probabilities(self.model_, self._images(X), on=self.device)
+        return all_probabilities(self.model_, self._images(X), device=self.device)
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[Any]:  # noqa: N803
-        """The likeliest label of each image `[N]`, of the type given to `fit`."""
-        best = self.predict_proba(X).argmax(1)  # first: it says if nothing was fitted yet
-        chosen: npt.NDArray[Any] = self.classes_[best]
-        return chosen
+        """Return the most probable label of each image, `[N]`, of the type given to `fit`."""
+        best = self.predict_proba(X).argmax(1)  # before `classes_`: raises if not fitted
+        labels: npt.NDArray[Any] = self.classes_[best]
+        return labels
 
     def _overrides(self, images: npt.NDArray[np.uint8]) -> list[str]:
         values = {**(self.overrides or {}), "train.seed": self.random_state}
@@ -131,11 +133,11 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if array.ndim == 2:
             if self.image_shape is None:
                 raise UsageError(
-                    f"X has flattened rows {array.shape}", fix="say image_shape=(height, width)"
+                    f"X has flattened rows {array.shape}", fix="set image_shape=(height, width)"
                 )
             if array.shape[1] != np.prod(self.image_shape):
                 raise UsageError(
-                    f"rows of {array.shape[1]} numbers are no images of "
+                    f"rows of {array.shape[1]} numbers are not images of "
                     f"image_shape={self.image_shape}"
                 )
             array = array.reshape(len(array), *self.image_shape)

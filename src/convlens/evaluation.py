@@ -1,7 +1,9 @@
-"""Testing a model: the only code that reads the test split.
+"""Evaluation of models, and the only code that reads the test split.
 
-Each look at a split is logged in the run's `results.json`, so that nobody has to remember how
-often a test set was used.
+Every evaluation of a split is logged in the run's `results.json` with a running count, so that
+repeated use of a test set is visible. The logits are cached in the run, because reports and
+comparisons show single images: evaluating again for each of them would take minutes and would
+inflate the test access count.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convlens import metrics, run, run_plots, serialization
+from convlens import metrics, run_plots, serialization
 from convlens.data.dataset import Data, Split, load_data, load_external_data
 from convlens.data.loader import Labelled
 from convlens.device import (
@@ -35,23 +37,39 @@ from convlens.engine.data_parallel import distributed_map
 from convlens.engine.inference import ModelOutputs, place_model, split_outputs
 from convlens.errors import DataError, ModelFileError, closest_match, lookup
 from convlens.onnx_model import load_model_or_onnx
-from convlens.run import LoadedModel, RunDir
+from convlens.run import (
+    LoadedModel,
+    RunDir,
+    RunLike,
+    as_run_dir,
+    check_same_images,
+    safe_name,
+    shared_run_dir,
+)
 from convlens.utils import files
 from convlens.utils.console import progress_bar, quiet_mode
 
 SPLIT_NAMES = ("test", "val", "train")
+TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")
+MAX_CACHED_BYTES = 1 << 26  # logits of 10,000 images of 1,000 classes have 40 MB
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's numbers on one split; `interval95` is Wilson's, `loss` is in nats.
+    """Metrics of a model on one split.
 
-    `near_ties` are images whose two likeliest classes are so close that another device, batch size
-    or file format may answer otherwise: by no more than these do `correct` and `confusion` differ.
-
-    `tta` is None, or the same numbers with test-time augmentation beside the plain ones:
-    `views` (their name), `accuracy`, `interval95`, `correct`, `loss`, `ece`, and the images that
-    it `gained` and `lost` with McNemar's exact `p`. `images_per_second` counts the whole pass.
+    Attributes:
+        interval95: Wilson's interval of the accuracy.
+        near_ties: number of images whose two likeliest classes are so close that another device,
+            batch size or file format may decide otherwise; `correct` and `confusion` can differ by
+            at most these.
+        loss: mean cross-entropy in nats.
+        ece: expected calibration error.
+        tta: None, or the metrics with test-time augmentation: `views` (their name), `accuracy`,
+            `interval95`, `correct`, `loss`, `ece`, the numbers of images `gained` and `lost`, and
+            `p` of McNemar's exact test. All other attributes are without it.
+        looks: how often this split has been evaluated, this time included.
+        images_per_second: speed of the whole pass, test-time augmentation included.
     """
 
     run: str
@@ -80,63 +98,70 @@ class Evaluation:
         return asdict(self)
 
     def tta_sentence(self) -> str:
-        """How test-time augmentation compares with the plain accuracy; empty without it."""
+        """Compare test-time augmentation with the accuracy without it; empty if it was not used."""
         if self.tta is None:
             return ""
-        its, (low, high) = self.tta, self.tta["interval95"]
-        p = "p < 0.0001" if its["p"] < 0.0001 else f"p = {its['p']:.4f}"
+        tta, (low, high) = self.tta, self.tta["interval95"]
+        p = "p < 0.0001" if tta["p"] < 0.0001 else f"p = {tta['p']:.4f}"
         return (
-            f"with test-time augmentation ({its['views']}) {its['accuracy']:.2%}: "
-            f"{100 * (its['accuracy'] - self.accuracy):+.2f} points "
-            f"(95% interval {low:.2%} to {high:.2%}), loss {its['loss']:.4f}, calibration error "
-            f"{its['ece']:.3f}; {its['gained']:,} images gained, {its['lost']:,} lost "
+            f"with test-time augmentation ({tta['views']}) {tta['accuracy']:.2%}: "
+            f"{100 * (tta['accuracy'] - self.accuracy):+.2f} points "
+            f"(95% interval {low:.2%} to {high:.2%}), loss {tta['loss']:.4f}, calibration error "
+            f"{tta['ece']:.3f}; {tta['gained']:,} images gained, {tta['lost']:,} lost "
             f"(McNemar's exact {p})"
         )
 
 
 @preserve_torch_settings()
 def evaluate(
-    run_dir: RunDir,
+    run: RunLike,
     split: str = "test",
     *,
     data: str | Path | None = None,
     tta: str | None = None,
-    on: str | None = None,
-    quiet: bool = False,
-    own: Data | None = None,
+    device: str | None = None,
+    quiet: bool = True,
+    own_data: Data | None = None,
 ) -> Evaluation:
-    """Measures the run's model on one of its own splits, or on another data set.
+    """Evaluate a run's model on one of its own splits or on another data set.
+
+    The evaluation is logged in the run. Printing the result is left to the caller.
 
     Args:
-        split: `test`, `val` or `train`; of another data set, its part of that name if it has
-            parts, else all of it.
-        data: another data set; its classes are matched by name.
-        tta: test-time augmentation, `flip` or `flip+shifts`; its numbers come beside the plain
-            ones, which stay what they are. Mirror images must not change the class.
-        on: device; the best there is by default.
-        own: the model's own data, where they are loaded already.
+        run: a run by name, folder or model file, or a `Run`.
+        split: `test`, `val` or `train`. Of another data set, the part of that name if it has
+            parts, otherwise all images.
+        data: another data set, whose classes are matched by name.
+        tta: test-time augmentation, `flip` or `flip+shifts`. Its metrics are reported in addition
+            to those without it. Only for classes that a mirror image does not change.
+        device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
+        quiet: show no progress and no warnings.
+        own_data: the data set of the run, if the caller has loaded it already.
 
     Raises:
-        UsageError: no such split or views; DataError: the images changed since training, or a
-            class that the model doesn't know.
+        UsageError: unknown run, split or views.
+        DataError: the images changed since training, or a class that the model does not know.
+
+    Example:
+        >>> convlens.evaluate("digits", "val").accuracy
     """
     lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
-    inference.select_views(tta)  # a typo must not cost the loading of a data set
+    inference.select_views(tta)  # report a typo before a data set is loaded
     world = init_process_group()
-    run_dir = run.shared_run_dir(world, lambda: run_dir)
+    run_dir = shared_run_dir(world, lambda: as_run_dir(run))
     loaded = load_model_or_onnx(run_dir.model_path)
-    where = loaded.select_device(on)
+    device = loaded.select_device(device)
     with quiet_mode(quiet):
         with world.local_rank_zero_first():
-            judged = load_eval_split(loaded, split, data=data, on=where, own=own)
-        run.check_same_images(world, judged.name, judged.fingerprint)
+            eval_split = load_eval_split(loaded, split, data=data, device=device, own_data=own_data)
+        check_same_images(world, eval_split.name, eval_split.fingerprint)
         return evaluate_split(
-            run_dir, loaded, judged, split, where, tta=tta, world=world
+            run_dir, loaded, eval_split, split, device, tta=tta, world=world
         ).evaluation
 
 
 class EvalSplit(NamedTuple):
-    """A split with labels in a model's order of classes, the set's name and fingerprint."""
+    """A split with labels in a model's order of classes, and its data set."""
 
     part: Split
     name: str
@@ -144,7 +169,7 @@ class EvalSplit(NamedTuple):
 
 
 class EvaluationRun(NamedTuple):
-    """One look at a split: its numbers, and what they rest on.
+    """One evaluation of a split: the metrics and the logits they were computed from.
 
     `scores` are logits `[N, K]` and `labels` int64 `[N]`, both in the order of the split.
     """
@@ -159,114 +184,112 @@ def load_eval_split(
     split: str,
     *,
     data: str | Path | None = None,
-    on: str,
-    own: Data | None = None,
+    device: str,
+    own_data: Data | None = None,
 ) -> EvalSplit:
-    """A split of the model's own data or of another set. Errors are those of `evaluate`.
+    """Load a split of the model's own data or of another data set.
 
-    `own` is `own_data` if it is at hand already.
+    Args:
+        own_data: the result of `load_own_data`, if the caller has it already.
+
+    Raises:
+        UsageError, DataError: as by `evaluate`.
     """
     if data is None:
-        own = own or load_own_data(loaded, on)
-        found = _part(own, split), own.classes, own.name, own.fingerprint
+        own_data = own_data or load_own_data(loaded, device)
+        part, classes = _own_split(own_data, split), own_data.classes
+        name, fingerprint = own_data.name, own_data.fingerprint
     else:
-        found = _load_external(str(data), loaded, split, on)
-    part, classes, name, fingerprint = found
+        pre = loaded.preprocessing
+        part, classes, name, fingerprint = load_external_data(
+            str(data),
+            split,
+            image_size=pre.image_size,
+            channels=pre.channels,
+            fit=pre.fit,
+            memory_budget=memory_budget(device),
+            tested=True,
+            run=loaded.folder,
+        )
     labels = _match_classes(part.labels, classes, loaded.classes, name)
     return EvalSplit(replace(part, labels=labels), name, fingerprint)
 
 
-def load_own_data(loaded: LoadedModel, on: str) -> Data:
-    """The data that the model was trained on, with its splits; the test split is still sealed.
+def load_own_data(loaded: LoadedModel, device: str) -> Data:
+    """Load the data that the model was trained on, with its splits; the test split stays sealed.
 
     Raises:
-        DataError: the images changed since, or have moved.
+        DataError: the images changed or moved since training.
     """
     recipe = serialization.recipe_from_metadata(loaded.model_metadata)
-    data = load_data(recipe.data, memory_budget=memory_budget(on))
-    began = loaded.model_metadata["data"]["fingerprint"]
-    if data.fingerprint != began:
+    data = load_data(recipe.data, memory_budget=memory_budget(device))
+    if data.fingerprint != loaded.model_metadata["data"]["fingerprint"]:
         changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
         raise DataError(
             f"the images of {data.name!r} changed since this model was trained on them"
             + (f" ({changed})" if changed else "")
-            + ": its test images may be among those it learned",
+            + ", so its test images may be among those it was trained on",
             where=data.name,
-            fix="evaluate with --data to test on them as they are, or train anew with --fresh",
+            fix="evaluate with --data to use all images as they are now, or train again with "
+            "--fresh",
         )
     return data
 
 
-def _part(data: Data, split: str) -> Split:
+def _own_split(data: Data, split: str) -> Split:
     if split == "test":
         return data.unseal_test()
     if split == "val" and not len(data.val):
         raise DataError(
-            "this run has no validation split: it trained on those images, too",
+            "this run has no validation split: it was trained on those images as well",
             where=data.name,
-            fix="take its test split (--split test), or another data set (--data)",
+            fix="use its test split (--split test), or another data set (--data)",
         )
     return data.val if split == "val" else data.train
 
 
-def _load_external(
-    name: str, loaded: LoadedModel, split: str, where: str
-) -> tuple[Split, tuple[str, ...], str, str]:
-    pre = loaded.preprocessing
-    return load_external_data(
-        name,
-        split,
-        image_size=pre.image_size,
-        channels=pre.channels,
-        fit=pre.fit,
-        memory_budget=memory_budget(where),
-        tested=True,
-        run=loaded.folder,
-    )
-
-
 def _match_classes(
-    labels: torch.Tensor, theirs: Sequence[str], ours: Sequence[str], name: str
+    labels: torch.Tensor, data_classes: Sequence[str], model_classes: Sequence[str], name: str
 ) -> torch.Tensor:
-    """Labels in the model's class order; never by position."""
-    unknown = [label for label in theirs if label not in ours]
+    """Return the labels in the model's order of classes, matched by name and never by position."""
+    unknown = [label for label in data_classes if label not in model_classes]
     if unknown:
-        near = {label: closest_match(label, ours) for label in unknown[:8]}
-        shown = (f"{label} (it has {its})" if its else label for label, its in near.items())
+        near = {label: closest_match(label, model_classes) for label in unknown[:8]}
+        shown = (f"{label} (it has {match})" if match else label for label, match in near.items())
         raise DataError(
             f"the model doesn't know {len(unknown)} of the classes: {', '.join(shown)}",
             where=name,
-            fix=f"its classes are: {', '.join(ours[:12])}{' ...' if len(ours) > 12 else ''}",
+            fix=f"its classes are: {', '.join(model_classes[:12])}"
+            f"{' ...' if len(model_classes) > 12 else ''}",
         )
-    positions = torch.tensor([ours.index(label) for label in theirs], dtype=torch.int64)
-    return positions[labels]
+    positions = [model_classes.index(label) for label in data_classes]
+    return torch.tensor(positions, dtype=torch.int64)[labels]
 
 
 def evaluate_split(
     run_dir: RunDir,
     loaded: LoadedModel,
-    judged: EvalSplit,
+    eval_split: EvalSplit,
     split: str,
-    where: str,
+    device: str,
     *,
     tta: str | None = None,
     draw: bool = True,
     world: ProcessGroup = SINGLE_PROCESS,
 ) -> EvaluationRun:
-    """Answers for all images of a split, logged in `results.json` as one look at it.
+    """Evaluate all images of a split and log the evaluation in `results.json`.
 
     Args:
-        split: its name, `test`, `val` or `train`.
-        where: the device.
-        draw: confusion, calibration and the worst mistakes, too.
-        world: the processes that answer, each for some of the images; the first one logs it.
+        split: name of the split: `test`, `val` or `train`.
+        draw: also draw confusion, calibration and the worst mistakes.
+        world: the processes that share the images; rank 0 writes the log.
     """
-    part, name, fingerprint = judged
+    part, name, fingerprint = eval_split
     start = time.perf_counter()
-    plan = _plan(run_dir, loaded, where)
-    answers, labels = _compute_outputs(loaded, part, split, plan, tta, world)
+    plan, can_choose = _inference_plan(run_dir, loaded, device)
+    outputs, labels = _compute_outputs(loaded, part, split, plan, can_choose, tta, world)
     seconds = time.perf_counter() - start
-    scores, targets = answers.logits.cpu().numpy(), labels.cpu().numpy()
+    scores, targets = outputs.logits.cpu().numpy(), labels.cpu().numpy()
     summary = metrics.summarize(scores, targets, list(loaded.classes))
     result: dict[str, Any] = {
         "run": run_dir.name,
@@ -275,20 +298,22 @@ def evaluate_split(
         **summary,
         "top5": summary.get("top5"),
         "classes": list(loaded.classes),
-        "tta": _augmented(tta, answers, targets, loaded.classes),
+        "tta": _tta_metrics(tta, outputs, targets, loaded.classes),
         "images_per_second": round(len(targets) / seconds, 1),
         "data_fingerprint": fingerprint,
         "model_sha256": loaded.model_metadata["sha256"],
         "convlens": loaded.model_metadata["convlens"],
-        "hardware": describe_hardware(where),
+        "hardware": describe_hardware(device),
     }
-    own = loaded.model_metadata["data"]["fingerprint"] == fingerprint
-    result["looks"] = world.broadcast(lambda: run_dir.add_result({**result, "own": own})["looks"])
-    # The report needs the answers of the model file.
-    if own and world.is_main_process and loaded.is_native:
-        said = CachedPredictions(scores, targets, split_hash(part, loaded.classes))
-        save_predictions(run_dir, split, fingerprint, loaded.model_metadata["sha256"], said)
-    label = split if own else f"{split}-{run.safe_name(Path(name).name)}"
+    is_own = loaded.model_metadata["data"]["fingerprint"] == fingerprint
+    result["looks"] = world.broadcast(
+        lambda: run_dir.add_result({**result, "own": is_own})["looks"]
+    )
+    # Reports show the outputs of the model file, not those of an exported one.
+    if is_own and world.is_main_process and loaded.is_native:
+        cached = CachedPredictions(scores, targets, split_hash(part, loaded.classes))
+        save_predictions(run_dir, split, fingerprint, loaded.model_metadata["sha256"], cached)
+    label = split if is_own else f"{split}-{safe_name(Path(name).name)}"
     if draw and world.is_main_process:
         run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
@@ -298,8 +323,7 @@ def evaluate_split(
 def sentence(result: Mapping[str, Any]) -> str:
     """Describe a result, an entry of `results.json` or `Evaluation.to_dict()`, in one line.
 
-    For the run's own test split it says how often it was used. Nothing in this module prints a
-    result: the command line and the Python API do so, once.
+    For the run's own test split (`own`) it includes how often that was used.
     """
     low, high = result["interval95"]
     line = (
@@ -317,39 +341,36 @@ def times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
 
 
-class _SelectedPart(NamedTuple):
-    plan: Plan
-    free: bool  # whether its memory format is only where a choice begins
+def _inference_plan(run_dir: RunDir, loaded: LoadedModel, device: str) -> tuple[Plan, bool]:
+    """Return the plan to evaluate with, and whether its memory format may be chosen by timing.
 
-
-def _plan(run_dir: RunDir, loaded: LoadedModel, where: str) -> _SelectedPart:
-    """In which memory format the model answers: its run's, if that was chosen on this hardware.
-
-    So a run is tested as it was validated, and nothing is timed again.
+    A run that was trained in float32 on this hardware keeps its memory format: it is tested as it
+    was validated, and nothing is timed again.
     """
-    plan, facts = place_model(loaded.model, where), dict[str, Any]()
+    plan, metadata = place_model(loaded.model, device), dict[str, Any]()
     if loaded.is_native:
-        with suppress(ModelFileError):  # a damaged run.json is nothing to the model file
-            facts = run_dir.metadata()
-    trained = facts.get("plan") or {}
-    if trained.get("precision") == "fp32" and facts.get("hardware") == describe_hardware(where):
+        with suppress(ModelFileError):  # a damaged run.json does not affect the model file
+            metadata = run_dir.metadata()
+    trained = metadata.get("plan") or {}
+    if trained.get("precision") == "fp32" and metadata.get("hardware") == describe_hardware(device):
         plan = replace(plan, memory_format=trained["memory_format"])
         plan.prepare_model(loaded.model)
-        return _SelectedPart(plan, free=False)
-    return _SelectedPart(plan, loaded.can_choose_memory_format)
+        return plan, False
+    return plan, loaded.can_choose_memory_format
 
 
 def _compute_outputs(
     loaded: LoadedModel,
     part: Split,
     split: str,
-    chosen: _SelectedPart,
+    plan: Plan,
+    can_choose_memory_format: bool,
     tta: str | None,
     world: ProcessGroup,
 ) -> tuple[ModelOutputs, torch.Tensor]:
-    plan, total = chosen.plan, int(part.labels.numel())
+    """Return the logits without and with test-time augmentation, and the labels, on the device."""
 
-    def ask(share: Labelled) -> ModelOutputs:
+    def compute(share: Labelled) -> ModelOutputs:
         model, normalize = loaded.model, loaded.preprocessing.normalize
         return split_outputs(
             model,
@@ -358,48 +379,34 @@ def _compute_outputs(
             plan,
             inference.select_views(tta),
             advance=bar.advance,
-            choose_memory_format=chosen.free and world.size == 1,
+            choose_memory_format=can_choose_memory_format and world.size == 1,
         )[0]
 
-    with progress_bar(f"evaluating {split}", total) as bar:
-        plain, mean = distributed_map(world, part, ask)
+    with progress_bar(f"evaluating {split}", int(part.labels.numel())) as bar:
+        plain, mean = distributed_map(world, part, compute)
         assert plain is not None
         synchronize(plan.device)
     return ModelOutputs(plain, mean), part.labels.to(plan.device)
 
 
-TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")
-
-
-def _augmented(
-    tta: str | None, answers: ModelOutputs, targets: np.ndarray, classes: Sequence[str]
+def _tta_metrics(
+    tta: str | None, outputs: ModelOutputs, targets: np.ndarray, classes: Sequence[str]
 ) -> dict[str, Any] | None:
-    """The numbers with test-time augmentation, and the images it changed from the plain answer."""
-    if answers.tta_logits is None:
+    """Return the metrics with test-time augmentation, compared with the predictions without it."""
+    if outputs.tta_logits is None:
         return None
-    plain, mean = answers.logits.cpu().numpy(), answers.tta_logits.cpu().numpy()
+    plain, mean = outputs.logits.cpu().numpy(), outputs.tta_logits.cpu().numpy()
     summary = metrics.summarize(mean, targets, classes)
     gained, lost, p = metrics.paired_counts(targets, plain.argmax(1), mean.argmax(1))
     shared = {key: summary[key] for key in TTA_KEYS}
     return {"views": tta, **shared, "gained": gained, "lost": lost, "p": p}
 
 
-# ---- answers ----------------------------------------
-# What a model said to each image of a split, kept in its run: tested once, read many times.
-#
-# A report or a comparison shows single images. Testing anew for each of them would take minutes and
-# fill the log of looks with looks at nothing new.
-
-MAX_CACHED_BYTES = (
-    1 << 26
-)  # bytes of logits that are kept: 10,000 images of 1,000 classes are 40 MB
-
-
 class CachedPredictions(NamedTuple):
-    """Logits float32 `[N, K]` and labels int64 `[N]` of a split, in the model's class order.
+    """Logits float32 `[N, K]` and labels int64 `[N]` of a split, in the model's order of classes.
 
-    `images` is a hash over the images' ids and classes, in order. Two models whose hashes agree
-    were asked about the same images, at whatever size, and whatever else they learned from.
+    `images` is the `split_hash` of the split. Two models with equal hashes were evaluated on the
+    same images, whatever their image size and training data.
     """
 
     logits: npt.NDArray[np.float32]
@@ -413,50 +420,59 @@ class CachedPredictions(NamedTuple):
 
 
 def save_predictions(
-    run_dir: RunDir, split: str, fingerprint: str, model: str, answers: CachedPredictions
+    run_dir: RunDir,
+    split: str,
+    fingerprint: str,
+    model_sha256: str,
+    predictions: CachedPredictions,
 ) -> None:
-    """Writes the answers into the run; very large ones are left out.
+    """Cache predictions in the run; those above `MAX_CACHED_BYTES` are not stored.
 
     Args:
-        fingerprint, model: of the data and of the model file; other answers are not these.
+        fingerprint, model_sha256: of the data and the model file. `load_predictions` returns the
+            predictions only for both of these.
     """
-    if answers.logits.nbytes > MAX_CACHED_BYTES:
+    if predictions.logits.nbytes > MAX_CACHED_BYTES:
         return
-    about = {
+    metadata = {
         "split": split,
-        "images": answers.images,
+        "images": predictions.images,
         "data_fingerprint": fingerprint,
-        "model_sha256": model,
+        "model_sha256": model_sha256,
     }
     tensors = {
-        "logits": torch.from_numpy(np.ascontiguousarray(answers.logits, dtype=np.float32)),
-        "labels": torch.from_numpy(np.ascontiguousarray(answers.labels, dtype=np.int64)),
+        "logits": torch.from_numpy(np.ascontiguousarray(predictions.logits, dtype=np.float32)),
+        "labels": torch.from_numpy(np.ascontiguousarray(predictions.labels, dtype=np.int64)),
     }
     path = _cache_path(run_dir, split, fingerprint)
     files.remove_stale_temp_files(path.parent, [path.name], alone=False)
-    serialization.write_model_file(path, tensors, about)
+    serialization.write_model_file(path, tensors, metadata)
 
 
 def load_predictions(
-    run_dir: RunDir, split: str, fingerprint: str, model: str
+    run_dir: RunDir, split: str, fingerprint: str, model_sha256: str
 ) -> CachedPredictions | None:
-    """The answers that this very model gave to this very data; None where there are none."""
+    """Return the cached predictions of exactly this model for this data; None if not cached."""
     path = _cache_path(run_dir, split, fingerprint)
     if not path.exists():
         return None
     try:
-        tensors, about = serialization.read_model_file(path)
-        if (about["data_fingerprint"], about["model_sha256"]) != (fingerprint, model):
+        tensors, metadata = serialization.read_model_file(path)
+        if (metadata["data_fingerprint"], metadata["model_sha256"]) != (fingerprint, model_sha256):
             return None
         return CachedPredictions(
-            tensors["logits"].numpy(), tensors["labels"].numpy(), about["images"]
+            tensors["logits"].numpy(), tensors["labels"].numpy(), metadata["images"]
         )
-    except (ModelFileError, KeyError):  # damaged, or another version's: they can be had again
+    except (ModelFileError, KeyError):  # damaged or of another version: they are computed again
         return None
 
 
 def split_hash(split: Split, classes: Sequence[str]) -> str:
-    """The hash that `Answers.images` is; `split` has labels in the order of `classes`."""
+    """Hash the image ids and class names of a split, in order (SHA-256).
+
+    Args:
+        classes: names in the order of the labels of `split`.
+    """
     digest = hashlib.sha256()
     for name, label in zip(split.ids, split.labels.tolist(), strict=True):
         digest.update(json.dumps([str(name), classes[label]]).encode())

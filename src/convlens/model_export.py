@@ -1,4 +1,11 @@
-"""The job of `convlens export`: a file is written only if its outputs agree with convlens's."""
+"""Export of models to ONNX and `torch.export` files, with a numerical check on real images.
+
+`torch.export` captures the network once, with the normalization inside and a dynamic batch size;
+ONNX is translated from the same program. A file is written only if its outputs agree with those of
+convlens. Two programs that compute the same network differ in the last digits, because they add in
+another order; a wrong export (other pixels, another class order, batch norm in training mode)
+differs in the first digit.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +27,7 @@ from numpy.testing import assert_allclose
 from rich.markup import escape
 from torch import Tensor, nn
 
-from convlens import metrics, run
+from convlens import metrics
 from convlens.data.dataset import Split, load_external_data
 from convlens.data.decode import fit_arrays
 from convlens.data.loader import scale_and_shift
@@ -30,27 +37,37 @@ from convlens.engine import oom
 from convlens.engine.inference import Forward, place_model
 from convlens.errors import DataError, ModelFileError, UsageError, lookup
 from convlens.evaluation import load_own_data
-from convlens.onnx_model import INPUT, OUTPUTS, OnnxNetwork, onnx_model, require, serialize, walk
-from convlens.run import LoadedModel, Preprocessing, RunDir
+from convlens.onnx_model import (
+    INPUT,
+    OUTPUTS,
+    OnnxNetwork,
+    list_messages,
+    onnx_model,
+    require,
+    serialize,
+)
+from convlens.run import LoadedModel, Preprocessing, RunDir, RunLike, as_run_dir, load_model
 from convlens.utils import files
 from convlens.utils.console import print_status, quiet_mode
 from convlens.version import __version__
 
-# ---- agreement ----------------------------------------
-# Numerical check of an exported model against convlens's own outputs, on real images.
-#
-# Two programs that compute the same network differ in the last digits, because they add in another
-# order. A wrong export (other pixels, another class order, batch norm in training mode) differs in
-# the first digit.
-
 MAX_IMAGES = 500
-SINGLE_IMAGES = 8  # these are run in batches of one, too
+SINGLE_IMAGES = 8  # images that are also run in batches of one
 BATCH_SIZE = 64
 # Absolute tolerance of the logits, relative to the largest logit (or to 1 if that is larger): the
 # rounding errors of a logit near zero are as large as those of the others. The planted mistakes of
 # the tests make differences of half the largest logit and more.
 LOGIT_TOLERANCE = 1e-4
 SOFTMAX_TOLERANCE = 1e-5  # of the probabilities, against the softmax of the same file's logits
+
+METADATA_FILE = "convlens.json"  # among the extra files of a torch.export archive
+OPSET = 18  # torch translates to it without a conversion; runtimes read it since 2023
+FIT_DESCRIPTIONS = {
+    "crop": "its short side resized to {size} px (antialiased, bilinear), the center cut out",
+    "pad": "its long side resized to {size} px (antialiased, bilinear), black borders around it",
+    "stretch": "resized to {size} x {size} px (antialiased, bilinear)",
+}
+COLOR_DESCRIPTIONS = {1: "gray (ITU-R 601)", 3: "RGB"}
 
 # From uint8 images `[B, C, S, S]` to logits and probabilities, float32 `[B, K]`.
 RunModel = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -73,7 +90,7 @@ class NumericalCheck:
     tolerance: float
 
     def sentence(self) -> str:
-        """The result in one line."""
+        """Return the result in one line."""
         sizes = " and ".join(map(str, self.batch_sizes))
         same = "all" if self.top1_agreement == 1 else f"{self.top1_agreement:.2%}"
         return (
@@ -81,141 +98,6 @@ class NumericalCheck:
             f"logits differ by at most {self.max_logit_difference:.2g} (the largest is "
             f"{self.largest_logit:.3g})"
         )
-
-
-class ReferenceOutputs:
-    """Outputs of convlens for some images, against which exported files are checked.
-
-    Args:
-        loaded: the model that is exported.
-        images: uint8 `[N, C, S, S]`.
-        source: what these images are, for the report.
-    """
-
-    def __init__(self, loaded: LoadedModel, images: Tensor, source: str) -> None:
-        self.images, self.source = images, source
-        plan = place_model(loaded.model, "cpu")
-        forward = Forward(loaded.model, loaded.preprocessing.normalize, plan, total=len(images))
-        found = [outputs.logits for outputs in forward.outputs(images)]
-        self.logits = torch.cat(found).numpy().astype(np.float64)
-        self.probs = metrics.softmax(self.logits)
-        self.largest = float(np.abs(self.logits).max())
-        self.tolerance = LOGIT_TOLERANCE * max(1.0, self.largest)
-        self.at_once = forward.batch_size or 1  # images that fit into memory at once
-        self.batch_size = max(2, min(BATCH_SIZE, self.at_once))
-
-    def conditions(self) -> dict[str, Any]:
-        """The conditions of the check, which are known before it; they go into the file."""
-        return {
-            "source": self.source,
-            "images": len(self.images),
-            "batch_sizes": [1, self.batch_size],
-            "tolerance": self.tolerance,
-        }
-
-    def check(self, run_model: RunModel, where: str) -> NumericalCheck:
-        """Run an exported model on all images and compare its outputs.
-
-        Raises:
-            ModelFileError: they differ by more than the tolerance; says by how much.
-        """
-        batches = [*self.images[:SINGLE_IMAGES].split(1), *self.images.split(self.batch_size)]
-        logits, probs = (
-            torch.cat(parts).numpy().astype(np.float64)
-            for parts in zip(*map(run_model, batches), strict=True)
-        )
-        expected, expected_probs = (
-            np.concatenate([values[:SINGLE_IMAGES], values]) for values in (self.logits, self.probs)
-        )
-        try:
-            _assert_close("logits", logits, expected, self.tolerance)
-            _assert_close("probabilities", probs, metrics.softmax(logits), SOFTMAX_TOLERANCE)
-        except AssertionError as error:
-            # Without the list of indices, which numpy indents below a line "First 5 ...".
-            lines = [x for x in str(error).splitlines() if x and not x.startswith((" ", "First"))]
-            raise ModelFileError(
-                "the exported model does not reproduce the outputs of convlens, so no file was "
-                f"written: {', '.join(lines)}"[:400],
-                where=where,
-                fix="export to another format, and report this: it must not happen",
-            ) from error
-        return NumericalCheck(
-            **self.conditions(),
-            top1_agreement=float((logits.argmax(1) == expected.argmax(1)).mean()),
-            max_logit_difference=float(np.abs(logits - expected).max()),
-            max_probability_difference=float(np.abs(probs - expected_probs).max()),
-            largest_logit=self.largest,
-        )
-
-
-def _assert_close(name: str, actual: np.ndarray, expected: np.ndarray, atol: float) -> None:
-    # NaN must not pass for equal, and no shape may be broadcast.
-    assert_allclose(
-        actual,
-        expected,
-        rtol=0,
-        atol=atol,
-        equal_nan=False,
-        strict=True,
-        err_msg=name,
-        verbose=False,
-    )
-
-
-def sample_images(run_dir: RunDir, loaded: LoadedModel, data: str | None) -> tuple[Tensor, str]:
-    """Up to 500 evenly spaced validation images of the run, or images of the data set `data`.
-
-    Falls back to training images for a run without a validation split, and to synthetic images
-    for a model file on its own and for a run whose images are gone; the fallback is reported.
-    The test split stays sealed.
-
-    Returns:
-        The images, uint8 `[N, C, S, S]`, and where they come from.
-
-    Raises:
-        DataError, UsageError: `data` can't be used.
-    """
-    if data is not None:
-        split, name = _load_other(loaded, data)
-        return _evenly_spaced(split), f"images of {name!r}"
-    try:
-        if not run_dir.metadata():
-            raise DataError("a model file on its own has no images")
-        own = load_own_data(loaded, "cpu")
-    except (DataError, UsageError) as error:
-        print_status(
-            f"compared on drawn images, not on real ones: {error.what} (--data takes others)"
-        )
-        pre = loaded.preprocessing
-        drawn = DrawnShapes(MAX_IMAGES, pre.image_size)[np.arange(MAX_IMAGES)]
-        fitted = fit_arrays(drawn, size=pre.image_size, channels=pre.channels, fit=pre.fit)
-        return torch.from_numpy(fitted), "drawn images"
-    if len(own.val):
-        return _evenly_spaced(own.val), f"validation images of {own.name!r}"
-    return _evenly_spaced(
-        own.train
-    ), f"training images of {own.name!r} (it has no validation split)"
-
-
-def _load_other(loaded: LoadedModel, data: str) -> tuple[Split, str]:
-    """The validation split of a data set, or its training split, or all of it, and its name."""
-    pre = loaded.preprocessing
-    parts = find_source(data, image_size=pre.image_size, tested=True).parts
-    split, _, name, _ = load_external_data(
-        data,
-        next(name for name in ("val", "train", *parts) if name in parts),
-        image_size=pre.image_size,
-        channels=pre.channels,
-        fit=pre.fit,
-        memory_budget=memory_budget("cpu"),
-        tested=True,
-    )
-    return split, name
-
-
-def _evenly_spaced(split: Split) -> Tensor:
-    count = min(len(split), MAX_IMAGES)
-    return split.rows.gather(torch.linspace(0, len(split) - 1, count).round().long())
 
 
 @dataclass(frozen=True)
@@ -241,33 +123,42 @@ class Export:
 
 @preserve_torch_settings()
 def export(
-    run_dir: RunDir,
-    to: Sequence[str] = ("onnx",),
+    run: RunLike,
+    to: str | Sequence[str] = "onnx",
     *,
     output: str | Path | None = None,
     data: str | Path | None = None,
-    quiet: bool = False,
+    quiet: bool = True,
 ) -> list[Export]:
     """Write a run's model as files for other programs, one for each format.
 
+    Each file is run on real images and written only if it reproduces the outputs of convlens;
+    `Export.proof` holds the largest differences.
+
     Args:
-        to: names of `FORMATS`.
-        output: the file's path, with the format's suffix; by default beside the model file.
-        data: a data set to check outputs on; by default the run's validation images.
+        run: a run by name, folder or model file, or a `Run`.
+        to: one or several formats: `onnx`, `torch`.
+        output: path of the file, with the suffix of the format; by default beside the model file.
+        data: a data set for the check; by default the run's validation images.
+        quiet: show no messages.
 
     Raises:
-        UsageError: unknown format, missing package, or another suffix.
-        ModelFileError: torch can't translate the network, or the translation does not reproduce
-            convlens's outputs; then no file is written.
+        UsageError: unknown run or format, missing package, or another suffix.
+        ModelFileError: torch cannot translate the network, or the translation does not reproduce
+            the outputs of convlens. No file is written.
+
+    Example:
+        >>> convlens.export("digits", "onnx")[0].path
     """
-    names = list(dict.fromkeys(to))
+    run_dir = as_run_dir(run)
+    names = [to] if isinstance(to, str) else list(dict.fromkeys(to))
     if not names:
         raise UsageError("no format to export to", fix=f"choose from: {', '.join(FORMATS)}")
-    chosen = [lookup(FORMATS, name, "format") for name in names]
+    formats = [lookup(FORMATS, name, "format") for name in names]
     if output is not None and len(names) > 1:
         raise UsageError("one file for several formats", fix="leave out --output, or one --to each")
-    targets = [Path(output or run_dir.model_path.with_suffix(form.suffix)) for form in chosen]
-    for name, form, target in zip(names, chosen, targets, strict=True):
+    targets = [Path(output or run_dir.model_path.with_suffix(form.suffix)) for form in formats]
+    for name, form, target in zip(names, formats, targets, strict=True):
         if target.suffix.lower() != form.suffix:
             raise UsageError(
                 f"{name} files end in {form.suffix}", where=str(output), fix="rename it"
@@ -275,7 +166,7 @@ def export(
         for package in form.packages:
             require(package)  # now, not after minutes of work
     with quiet_mode(quiet):
-        loaded = run.load_model(run_dir.model_path)
+        loaded = load_model(run_dir.model_path)
         images, source = sample_images(run_dir, loaded, None if data is None else str(data))
         reference = ReferenceOutputs(loaded, images, source)
         program = capture(loaded)
@@ -290,43 +181,165 @@ def write_checked(
 ) -> Export:
     """Serialize a captured program, check the result, and only then write it to `target`."""
     form = FORMATS[name]
-    facts = describe(loaded, reference)
-    content = form.serialize(program, facts)
+    metadata = describe(loaded, reference)
+    content = form.serialize(program, metadata)
     # These very bytes are loaded and run, as a user of the file would, and then written.
-    proof = reference.check(form.load(content, str(target)), str(target))
+    check = reference.check(form.load(content, str(target)), str(target))
     files.remove_stale_temp_files(target.parent, [target.name], alone=False)
     files.write_atomic(target, content)
-    print_status(f"{name}: {escape(proof.sentence())}")
+    print_status(f"{name}: {escape(check.sentence())}")
     shared = ("run", "source_sha256", "classes", "input", "outputs", "preprocessing")
     return Export(
         format=name,
         path=str(target),
         sha256=hashlib.sha256(content).hexdigest(),
         bytes=len(content),
-        **{key: facts[key] for key in shared},
-        proof=proof,
+        **{key: metadata[key] for key in shared},
+        proof=check,
         versions={
-            "convlens": facts["convlens"],
+            "convlens": metadata["convlens"],
             "torch": torch.__version__,
             **{package: str(require(package).__version__) for package in form.packages},
         },
     )
 
 
-# ---- formats ----------------------------------------
-# Formats that a network can be exported to, all translated from one captured program.
-#
-# `torch.export` captures the network once, with the preprocessing that follows decoding in it and a
-# dynamic batch size; ONNX is translated from that very program.
+class ReferenceOutputs:
+    """Outputs of convlens for some images, against which exported files are checked.
 
-FACTS = "convlens.json"  # the metadata, among the extra files of a torch.export archive
-OPSET = 18  # torch translates to it without a conversion; runtimes read it since 2023
-FITTING = {
-    "crop": "its short side resized to {size} px (antialiased, bilinear), the centre cut out",
-    "pad": "its long side resized to {size} px (antialiased, bilinear), black borders around it",
-    "stretch": "resized to {size} x {size} px (antialiased, bilinear)",
-}
-COLORS = {1: "grey (ITU-R 601)", 3: "RGB"}
+    Args:
+        loaded: the model that is exported.
+        images: uint8 `[N, C, S, S]`.
+        source: description of these images, for the report.
+    """
+
+    def __init__(self, loaded: LoadedModel, images: Tensor, source: str) -> None:
+        self.images, self.source = images, source
+        plan = place_model(loaded.model, "cpu")
+        forward = Forward(loaded.model, loaded.preprocessing.normalize, plan, total=len(images))
+        outputs = [each.logits for each in forward.outputs(images)]
+        self.logits = torch.cat(outputs).numpy().astype(np.float64)
+        self.probs = metrics.softmax(self.logits)
+        self.largest = float(np.abs(self.logits).max())
+        self.tolerance = LOGIT_TOLERANCE * max(1.0, self.largest)
+        self.max_batch_size = forward.batch_size or 1  # images that fit into memory
+        self.batch_size = max(2, min(BATCH_SIZE, self.max_batch_size))
+
+    def conditions(self) -> dict[str, Any]:
+        """Return the conditions of the check, which are stored in the file."""
+        return {
+            "source": self.source,
+            "images": len(self.images),
+            "batch_sizes": [1, self.batch_size],
+            "tolerance": self.tolerance,
+        }
+
+    def check(self, run_model: RunModel, where: str) -> NumericalCheck:
+        """Run an exported model on all images and compare its outputs.
+
+        Raises:
+            ModelFileError: outputs differ by more than the tolerance.
+        """
+        batches = [*self.images[:SINGLE_IMAGES].split(1), *self.images.split(self.batch_size)]
+        logits, probs = (
+            torch.cat(parts).numpy().astype(np.float64)
+            for parts in zip(*map(run_model, batches), strict=True)
+        )
+        expected, expected_probs = (
+            np.concatenate([values[:SINGLE_IMAGES], values]) for values in (self.logits, self.probs)
+        )
+        try:
+            _assert_close("logits", logits, expected, self.tolerance)
+            _assert_close("probabilities", probs, metrics.softmax(logits), SOFTMAX_TOLERANCE)
+        except AssertionError as error:
+            # Without the list of indices, which numpy indents below a line "First 5 ...".
+            lines = [x for x in str(error).splitlines() if x and not x.startswith((" ", "First"))]
+            raise ModelFileError(
+                "the exported model does not reproduce the outputs of convlens, so no file was "
+                f"written: {', '.join(lines)}"[:400],
+                where=where,
+                fix="export to another format, and please report this as a bug",
+            ) from error
+        return NumericalCheck(
+            **self.conditions(),
+            top1_agreement=float((logits.argmax(1) == expected.argmax(1)).mean()),
+            max_logit_difference=float(np.abs(logits - expected).max()),
+            max_probability_difference=float(np.abs(probs - expected_probs).max()),
+            largest_logit=self.largest,
+        )
+
+
+def _assert_close(name: str, actual: np.ndarray, expected: np.ndarray, atol: float) -> None:
+    # NaN must not count as equal, and shapes must not be broadcast.
+    assert_allclose(
+        actual,
+        expected,
+        rtol=0,
+        atol=atol,
+        equal_nan=False,
+        strict=True,
+        err_msg=name,
+        verbose=False,
+    )
+
+
+def sample_images(run_dir: RunDir, loaded: LoadedModel, data: str | None) -> tuple[Tensor, str]:
+    """Return up to 500 evenly spaced validation images of the run, or images of `data`.
+
+    Falls back to training images for a run without a validation split, and to synthetic images
+    for a bare model file and for a run whose images are gone; a message reports the fallback.
+    The test split stays sealed.
+
+    Returns:
+        The images, uint8 `[N, C, S, S]`, and a description of their source.
+
+    Raises:
+        DataError, UsageError: `data` cannot be used.
+    """
+    if data is not None:
+        split, name = _load_external_split(loaded, data)
+        return _evenly_spaced(split), f"images of {name!r}"
+    try:
+        if not run_dir.metadata():
+            raise DataError("a bare model file has no images")
+        own_data = load_own_data(loaded, "cpu")
+    except (DataError, UsageError) as error:
+        print_status(
+            f"checked on synthetic images: {error.what} (--data NAME checks on other images)"
+        )
+        pre = loaded.preprocessing
+        shapes = DrawnShapes(MAX_IMAGES, pre.image_size)[np.arange(MAX_IMAGES)]
+        fitted = fit_arrays(shapes, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+        return torch.from_numpy(fitted), "synthetic images"
+    if len(own_data.val):
+        return _evenly_spaced(own_data.val), f"validation images of {own_data.name!r}"
+    source = f"training images of {own_data.name!r} (it has no validation split)"
+    return _evenly_spaced(own_data.train), source
+
+
+def _load_external_split(loaded: LoadedModel, data: str) -> tuple[Split, str]:
+    """Load the validation split of a data set, or else its training split, or else all images.
+
+    Returns:
+        The split and the name of the data set.
+    """
+    pre = loaded.preprocessing
+    parts = find_source(data, image_size=pre.image_size, tested=True).parts
+    split, _, name, _ = load_external_data(
+        data,
+        next(name for name in ("val", "train", *parts) if name in parts),
+        image_size=pre.image_size,
+        channels=pre.channels,
+        fit=pre.fit,
+        memory_budget=memory_budget("cpu"),
+        tested=True,
+    )
+    return split, name
+
+
+def _evenly_spaced(split: Split) -> Tensor:
+    count = min(len(split), MAX_IMAGES)
+    return split.rows.gather(torch.linspace(0, len(split) - 1, count).round().long())
 
 
 class Format(NamedTuple):
@@ -343,7 +356,7 @@ class Format(NamedTuple):
 
 
 class Exportable(nn.Module):
-    """A network with its normalization: uint8 pixels as the decoder gives them, any batch size.
+    """A network with its normalization, for uint8 pixels as the decoder returns them.
 
     Maps uint8 `[N, C, S, S]` to logits and probabilities, float32 `[N, K]`.
     """
@@ -368,7 +381,7 @@ def capture(loaded: LoadedModel) -> Any:
     """Capture the network with `torch.export`, in eval mode, with a dynamic batch size.
 
     Raises:
-        ModelFileError: torch can't capture this network.
+        ModelFileError: torch cannot capture this network.
     """
     pre = loaded.preprocessing
     model = Exportable(loaded.model.cpu(), pre.mean, pre.std)
@@ -377,12 +390,12 @@ def capture(loaded: LoadedModel) -> Any:
     with _translating("torch.export"):
         program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it holds paths of this machine
+        node.meta.pop("stack_trace", None)  # contains paths of this machine
     return program
 
 
 def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]:
-    """The metadata of an exported file, in any format."""
+    """Return the metadata of an exported file, in any format."""
     pre = loaded.preprocessing
     shape = f"[N, {pre.channels}, {pre.image_size}, {pre.image_size}]"
     return {
@@ -391,13 +404,13 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
         "source_sha256": loaded.model_metadata["sha256"],
         "classes": list(loaded.classes),
         "input": f"{INPUT}: uint8 {shape}, 0 to 255, any N. {_describe_decoding(pre)} "
-        "Nothing else: scaling and normalisation are inside.",
+        "Nothing else: scaling and normalization are inside.",
         "outputs": f"{OUTPUTS[0]} and {OUTPUTS[1]} (their softmax): float32 "
         f"[N, {len(loaded.classes)}], in the order of `classes`",
         "preprocessing": asdict(pre),
-        "at_once": reference.at_once,
+        "at_once": reference.max_batch_size,
         "proof": reference.conditions(),
-        # What `evaluate` needs besides.
+        # Needed by `evaluate`.
         "card": {
             key: loaded.model_metadata[key]
             for key in ("model", "data", "recipe")
@@ -408,31 +421,32 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
 
 def _describe_decoding(pre: Preprocessing) -> str:
     """Describe in words how `convlens.data.decode` prepares an image file for the network."""
+    color, fit = COLOR_DESCRIPTIONS[pre.channels], FIT_DESCRIPTIONS[pre.fit]
     return (
-        f"Each image: decoded, turned upright by its EXIF, {COLORS[pre.channels]}, transparent "
-        f"parts white, {FITTING[pre.fit].format(size=pre.image_size)}."
+        f"Each image: decoded, turned upright by its EXIF, {color}, transparent parts white, "
+        f"{fit.format(size=pre.image_size)}."
     )
 
 
-def _serialize_onnx(program: Any, facts: dict[str, Any]) -> bytes:
+def _serialize_onnx(program: Any, metadata: dict[str, Any]) -> bytes:
     with _translating("torch.onnx"):
-        made = torch.onnx.export(
+        exported = torch.onnx.export(
             program,
             input_names=[INPUT],
             output_names=list(OUTPUTS),
             opset_version=OPSET,
             verbose=False,
         )
-        assert made is not None
-        proto = made.model_proto
-    proto.graph.ClearField("value_info")  # shapes in between, which every runtime infers again
+        assert exported is not None
+        proto = exported.model_proto
+    proto.graph.ClearField("value_info")  # intermediate shapes, which every runtime infers again
     rows = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*proto.graph.input, *proto.graph.output):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param == rows and rows:
                 size.dim_param = "N"  # torch names it s34 or the like
-    for message in walk(proto):
-        # Stack traces, with paths of this machine, and repetitions of the graph in words.
+    for message in list_messages(proto):
+        # Stack traces with paths of this machine, and the graph repeated as text.
         for field in ("metadata_props", "doc_string"):
             if field in message.DESCRIPTOR.fields_by_name:
                 message.ClearField(field)
@@ -440,7 +454,7 @@ def _serialize_onnx(program: Any, facts: dict[str, Any]) -> bytes:
     used = {node.domain for node in proto.graph.node}
     for entry in [each for each in proto.opset_import if each.domain not in (*used, "")]:
         proto.opset_import.remove(entry)
-    texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
+    texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in metadata.items()}
     return serialize(proto, texts)
 
 
@@ -450,15 +464,15 @@ def _load_onnx(content: bytes, where: str) -> RunModel:
     return model.outputs
 
 
-def _serialize_torch(program: Any, facts: dict[str, Any]) -> bytes:
+def _serialize_torch(program: Any, metadata: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     with _translating("torch.export"):
-        torch.export.save(program, file, extra_files={FACTS: json.dumps(facts)})
+        torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
     return file.getvalue()
 
 
 def _load_torch(content: bytes, where: str) -> RunModel:
-    # torch unpickles the example inputs in it: only for bytes that this process has just made.
+    # torch unpickles the example inputs in it: only for bytes that this process has just written.
     with _translating("torch.export"):
         module = torch.export.load(io.BytesIO(content)).module()
 
@@ -470,7 +484,8 @@ def _load_torch(content: bytes, where: str) -> RunModel:
     return run_model
 
 
-# To add a format: two functions here and an entry. `tests/unit/test_model_export.py` exports every family.
+# To add a format: two functions and an entry. `tests/unit/test_model_export.py` exports every
+# family of networks to every format.
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _serialize_onnx, _load_onnx),
     "torch": Format(".pt2", (), _serialize_torch, _load_torch),
@@ -479,7 +494,7 @@ FORMATS: dict[str, Format] = {
 
 @contextlib.contextmanager
 def _translating(tool: str) -> Iterator[None]:
-    """Silence the logs of torch and onnxscript, and turn their errors into ModelFileErrors."""
+    """Silence the logs of torch and onnxscript, and turn their errors into `ModelFileError`."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -487,12 +502,12 @@ def _translating(tool: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        if oom.is_oom(error):  # neither the network nor the format is at fault
+        if oom.is_oom(error):  # not a problem of the network or the format
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines or [type(error).__name__])[0][:160]
         raise ModelFileError(
-            f"{tool} of torch {torch.__version__} can't take this network: {reason}",
+            f"{tool} of torch {torch.__version__} can't export this network: {reason}",
             fix="choose the other format (--to), or another network",
         ) from error
     finally:

@@ -1,4 +1,10 @@
-"""Load a model for inference, from a native model file or an exported ONNX file."""
+"""Models loaded for inference, from a native model file or an exported ONNX file.
+
+`convlens export` writes ONNX files with metadata and a SHA-256, and only such files are opened. An
+ONNX file can name other files to read its weights from, and runtimes have had security holes.
+Therefore a runtime gets a file only after these checks: the hash matches, all weights are inside,
+and all operators are standard ones.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +31,13 @@ from convlens.serialization import NO_HASH, digest_around
 from convlens.utils.files import cannot_read
 
 ONNX_SUFFIX = ".onnx"
+INPUT, OUTPUTS = "images", ("logits", "probabilities")
+MARK, FORMAT = "convlens_format", "1"  # the metadata key that marks files of convlens
+MAX_ONNX_BYTES = 2**31 - 1  # limit of protobuf
+STANDARD_DOMAINS = ("", "ai.onnx")
+OOM_MESSAGES = ("bad_alloc", "bad allocation", "Failed to allocate memory")
+EXPORT_AGAIN = "export it again: convlens export RUN --to onnx"
+ONLY_OURS = "only files made by `convlens export` are opened"
 
 
 @dataclass(frozen=True)
@@ -37,12 +50,12 @@ class NormalizedInGraph(Preprocessing):
 
 
 def _to_float(images: Tensor, plan: Plan) -> Tensor:
-    """Pixels 0..255 as floats: test-time augmentation pads, which torch does to floats only."""
+    """Convert pixels 0..255 to float, because torch cannot pad uint8 (test-time augmentation)."""
     return images.float()
 
 
 class ExportedModel(LoadedModel):
-    """A model that is run from an exported file, on the CPU; its layers can't be inspected."""
+    """A model in an exported file, which runs on the CPU; its layers cannot be inspected."""
 
     @property
     def can_choose_memory_format(self) -> bool:
@@ -52,34 +65,41 @@ class ExportedModel(LoadedModel):
     def is_native(self) -> bool:
         return False
 
-    def select_device(self, requested: str | None) -> str:
-        if requested not in (None, "auto", "cpu"):
+    def select_device(self, device: str | None) -> str:
+        if device not in (None, "auto", "cpu"):
             raise UsageError(
-                f"device {requested!r}: exported ONNX files are run on the CPU",
-                fix="leave out --device, or take the run itself",
+                f"device {device!r}: exported ONNX files are run on the CPU",
+                fix="leave out --device, or use the run itself",
             )
         return "cpu"
 
 
 def load_model_or_onnx(path: Path) -> LoadedModel:
-    """Load a model file, or an ONNX file that `convlens export` made.
+    """Load a model file, or an ONNX file that `convlens export` wrote.
 
     Raises:
-        ModelFileError: damaged, another program's, or inconsistent.
-        UsageError: onnx or onnxruntime isn't installed.
+        ModelFileError: damaged, written by another program, or inconsistent.
+        UsageError: onnx or onnxruntime is not installed.
     """
     path = Path(path)
     if path.suffix.lower() != ONNX_SUFFIX:
         return load_model(path)
-    return onnx_model(read_bytes(path), path)
+    return onnx_model(read_onnx_file(path), path)
 
 
 def onnx_model(content: bytes, path: Path) -> ExportedModel:
-    """The model in the content of an exported ONNX file; `path` is where it lies, or will lie."""
+    """Load the model from the content of an exported ONNX file.
+
+    Args:
+        path: where the file is or will be; for messages, and to find the run's other files.
+
+    Raises:
+        ModelFileError, UsageError: as by `load_model_or_onnx`.
+    """
     metadata = verify(content, str(path))
     try:
-        classes = tuple(str(name) for name in _parsed(metadata, "classes", list))
-        pre = NormalizedInGraph(**_parsed(metadata, "preprocessing", dict))
+        classes = tuple(str(name) for name in _parse_json(metadata, "classes", list))
+        pre = NormalizedInGraph(**_parse_json(metadata, "preprocessing", dict))
         valid = (
             isinstance(pre.image_size, int)
             and pre.image_size > 0
@@ -88,13 +108,13 @@ def onnx_model(content: bytes, path: Path) -> ExportedModel:
         )
         if not valid or not classes or len(set(classes)) != len(classes):
             raise ValueError("impossible classes or preprocessing")
-        model_metadata = _parsed(metadata, "card", dict)
+        model_metadata = _parse_json(metadata, "card", dict)
         model_metadata |= {key: metadata[key] for key in ("convlens", "run", "sha256")}
         if not isinstance(model_metadata["recipe"], dict) or not isinstance(
             model_metadata["data"]["fingerprint"], str
         ):
             raise TypeError("recipe or data fingerprint of another type")
-        at_once = max(1, min(256, int(metadata["at_once"])))
+        max_batch_size = max(1, min(256, int(metadata["at_once"])))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
         newer = serialization.is_newer_version(metadata.get("convlens"))
@@ -104,38 +124,22 @@ def onnx_model(content: bytes, path: Path) -> ExportedModel:
             fix="update convlens: a newer one wrote it" if newer else EXPORT_AGAIN,
         ) from error
     image = (pre.channels, pre.image_size, pre.image_size)
-    model = OnnxNetwork(content, str(path), image, len(classes), at_once)
+    model = OnnxNetwork(content, str(path), image, len(classes), max_batch_size)
     return ExportedModel(model.eval(), classes, pre, model_metadata, path.parent)
 
 
-def _parsed(metadata: dict[str, str], key: str, kind: type) -> Any:
+def _parse_json(metadata: dict[str, str], key: str, kind: type) -> Any:
     value = json.loads(metadata[key])
     if not isinstance(value, kind):
         raise TypeError(f"{key} is a {type(value).__name__}, not a {kind.__name__}")
     return value
 
 
-# ---- onnxfile ----------------------------------------
-# ONNX files of convlens: written with metadata and a SHA-256, and only such files are opened.
-#
-# An ONNX file may name other files to read its weights from, and runtimes have had security holes.
-# So a runtime gets a file only after these checks: the hash matches, all weights are inside, and all
-# operators are standard ones.
-
-INPUT, OUTPUTS = "images", ("logits", "probabilities")
-MARK, FORMAT = "convlens_format", "1"  # the metadata key that marks our files
-MAX_BYTES = 2**31 - 1  # limit of protobuf
-STANDARD_DOMAINS = ("", "ai.onnx")
-OOM_MESSAGES = ("bad_alloc", "bad allocation", "Failed to allocate memory")
-EXPORT_AGAIN = "export it again: convlens export RUN --to onnx"
-ONLY_OURS = "only files made by `convlens export` are opened"
-
-
 def require(package: str) -> Any:
-    """Import one of the optional packages that ONNX files need.
+    """Import one of the optional packages for ONNX files.
 
     Raises:
-        UsageError: it isn't installed.
+        UsageError: the package is not installed.
     """
     try:
         return import_module(package)
@@ -149,9 +153,12 @@ def require(package: str) -> Any:
 
 
 def serialize(proto: Any, metadata: Mapping[str, str]) -> bytes:
-    """The file of an ONNX `ModelProto` with `metadata`, whose last entry is the SHA-256.
+    """Return the bytes of an ONNX file with `metadata`, whose last entry is the SHA-256.
 
-    It covers the whole file, its own 64 digits taken as zeros (as in model files).
+    The hash covers every byte, with zeros in place of its own 64 digits (as in model files).
+
+    Args:
+        proto: an ONNX `ModelProto`.
 
     Raises:
         ModelFileError: larger than 2 GiB.
@@ -163,21 +170,21 @@ def serialize(proto: Any, metadata: Mapping[str, str]) -> bytes:
         data: bytes = proto.SerializeToString()
     except MemoryError:
         raise
-    except Exception as error:  # protobuf's EncodeError, or a ValueError, by its version
+    except Exception as error:  # EncodeError or ValueError, depending on protobuf's version
         raise ModelFileError(f"too large for one ONNX file: {error}"[:200]) from error
-    # The last match: metadata follow the graph, and the hash follows texts of the user.
+    # The last match: the metadata follow the graph, and the hash follows the user's text.
     at, digest = data.rfind(NO_HASH.encode()), hashlib.sha256(data).hexdigest()
     return data[:at] + digest.encode() + data[at + len(NO_HASH) :]
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of an ONNX file, which may be anybody's until `verify` has checked it.
+def read_onnx_file(path: Path) -> bytes:
+    """Return the content of an ONNX file, which is untrusted until `verify` has checked it.
 
     Raises:
-        ModelFileError: missing or larger than an ONNX file can be.
+        ModelFileError: missing, unreadable, or larger than an ONNX file can be.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if path.stat().st_size > MAX_ONNX_BYTES:
             raise ModelFileError("an ONNX file is never larger than 2 GiB", where=str(path))
         return path.read_bytes()
     except FileNotFoundError as error:
@@ -187,14 +194,14 @@ def read_bytes(path: Path) -> bytes:
 
 
 def verify(data: bytes, where: str) -> dict[str, str]:
-    """Check that `serialize` made this file, and return its metadata. No other file is opened.
+    """Check that `serialize` wrote this file, and return its metadata. No other file is opened.
 
     Raises:
-        ModelFileError: damaged, another program's, of a newer format, or with something that our
-            files never have: weights in other files, custom operators, functions.
+        ModelFileError: damaged, written by another program, of a newer format, or with content that
+            exported files never have: weights in other files, custom operators, functions.
     """
 
-    def refused(what: str, fix: str = EXPORT_AGAIN) -> ModelFileError:
+    def refusal(what: str, fix: str = EXPORT_AGAIN) -> ModelFileError:
         return ModelFileError(what[:300], where=where, fix=fix)
 
     proto = require("onnx").ModelProto()
@@ -207,31 +214,31 @@ def verify(data: bytes, where: str) -> dict[str, str]:
         raise
     except Exception as error:  # the module of protobuf's DecodeError depends on its version
         reason = f"{error}"[:120]
-        raise refused(
+        raise refusal(
             f"not a readable ONNX file (truncated, damaged or another format): {reason}"
         ) from error
     if MARK not in metadata:
-        raise refused("not written by convlens: classes and preprocessing are missing", ONLY_OURS)
+        raise refusal("not written by convlens: classes and preprocessing are missing", ONLY_OURS)
     stored = metadata.get("sha256", "")
-    known = re.fullmatch("[0-9a-f]{64}", stored) is not None
-    if not known or digest_around(data, data.rfind(stored.encode())) != stored:
-        raise refused("the file was changed or damaged after it was written (its hash differs)")
+    is_hash = re.fullmatch("[0-9a-f]{64}", stored) is not None
+    if not is_hash or digest_around(data, data.rfind(stored.encode())) != stored:
+        raise refusal("the file was changed or damaged after it was written (its hash differs)")
     if metadata[MARK] != FORMAT:
-        raise refused(
-            f"written by a newer convlens (format {metadata[MARK][:20]}, this one knows {FORMAT})",
+        raise refusal(
+            f"written by a newer convlens (format {metadata[MARK][:20]}, this one reads {FORMAT})",
             "update convlens",
         )
-    foreign = _find_foreign(proto)
+    foreign = _find_foreign_content(proto)
     if foreign:
-        raise refused(f"not written by convlens, although it is marked so: {foreign}", ONLY_OURS)
+        raise refusal(f"not written by convlens, although it is marked so: {foreign}", ONLY_OURS)
     return metadata
 
 
-def _find_foreign(proto: Any) -> str:
-    """Describe the first thing that our files never contain; empty if nothing is found."""
+def _find_foreign_content(proto: Any) -> str:
+    """Describe the first content that exported files never have; empty if there is none."""
     if len(proto.functions) or len(proto.training_info):
-        return "it has functions or training steps of its own"
-    for message in walk(proto):
+        return "it contains functions or training steps"
+    for message in list_messages(proto):
         kind = type(message).__name__
         if kind == "TensorProto" and (message.data_location or len(message.external_data)):
             entries = message.external_data
@@ -242,15 +249,15 @@ def _find_foreign(proto: Any) -> str:
     return ""
 
 
-def walk(message: Any) -> Iterator[Any]:
-    """Yield a protobuf message and all messages inside at any depth, except inside tensors."""
+def list_messages(message: Any) -> Iterator[Any]:
+    """Yield a protobuf message and all messages inside it at any depth, except inside tensors."""
     yield message
     if type(message).__name__ == "TensorProto":  # listing its fields would copy the weights
         return
     for field, value in message.ListFields():
         if field.message_type is not None:
             for inner in [value] if hasattr(value, "ListFields") else value:
-                yield from walk(inner)
+                yield from list_messages(inner)
 
 
 class OnnxNetwork(nn.Module):
@@ -260,37 +267,42 @@ class OnnxNetwork(nn.Module):
 
     Args:
         data: the file's bytes, which `verify` has accepted.
-        image: `(C, S, S)`, as the metadata say.
-        classes: the number of classes there.
-        at_once: the batch size in which it runs; a larger batch is split.
+        image: `(C, S, S)` according to the metadata.
+        classes: the number of classes according to the metadata.
+        max_batch_size: larger batches are split.
 
     Raises:
-        ModelFileError: onnxruntime can't run it, or its inputs or outputs are others.
-        MemoryError: out of memory; also from `outputs`.
+        ModelFileError: onnxruntime cannot run it, or inputs or outputs do not match the metadata.
+        MemoryError: out of memory; also raised by `outputs`.
     """
 
     def __init__(
-        self, data: bytes, where: str, image: tuple[int, int, int], classes: int, at_once: int
+        self,
+        data: bytes,
+        where: str,
+        image: tuple[int, int, int],
+        classes: int,
+        max_batch_size: int,
     ) -> None:
         super().__init__()
-        self.where, self.at_once = where, at_once
+        self.where, self.max_batch_size = where, max_batch_size
         runtime = require("onnxruntime")
         runtime.disable_telemetry_events()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = num_threads()
-        # Threads that wait for the next batch must not keep the decoder's from their cores.
+        # Threads that wait for the next batch must not take cores from the decoder.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4  # errors are raised, not printed
         try:
-            # On an error, the fallback would print it on stdout and try the same again.
+            # On an error, the fallback would print to stdout and retry in the same way.
             self.session = runtime.InferenceSession(
                 data, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
             inputs = _signature(self.session.get_inputs())
             outputs = _signature(self.session.get_outputs())
-        except Exception as error:  # onnxruntime has a dozen kinds
+        except Exception as error:  # onnxruntime raises a dozen types
             what = f"onnxruntime {runtime.__version__} can't run it"
-            raise _translate(
+            raise _translate_error(
                 error, what, where, "update onnxruntime, or " + EXPORT_AGAIN
             ) from error
         expected_inputs = [(INPUT, "tensor(uint8)", ["N", *image])]
@@ -304,31 +316,31 @@ class OnnxNetwork(nn.Module):
             )
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities for uint8 images, in one batch."""
+        """Return logits and probabilities of uint8 images, in one batch."""
         try:
             logits, probs = self.session.run(
                 list(OUTPUTS), {INPUT: np.ascontiguousarray(images.numpy())}
             )
         except Exception as error:
-            raise _translate(error, "onnxruntime failed", self.where, EXPORT_AGAIN) from error
+            raise _translate_error(error, "onnxruntime failed", self.where, EXPORT_AGAIN) from error
         return torch.from_numpy(logits), torch.from_numpy(probs)
 
     def forward(self, images: Tensor) -> Tensor:
-        parts = images.to(device="cpu", dtype=torch.uint8).split(self.at_once)
+        parts = images.to(device="cpu", dtype=torch.uint8).split(self.max_batch_size)
         return torch.cat([self.outputs(part)[0] for part in parts]).to(images.device)
 
 
 def _signature(values: list[Any]) -> list[tuple[str, str, list[Any]]]:
-    """Names, types and shapes of a session's inputs or outputs; a dynamic batch size is "N"."""
-    found = []
+    """Return names, types and shapes of inputs or outputs; a dynamic batch size is "N"."""
+    signature = []
     for value in values:
         batch = [size if isinstance(size, int) else "N" for size in value.shape[:1]]
-        found.append((str(value.name), str(value.type), [*batch, *value.shape[1:]]))
-    return found
+        signature.append((str(value.name), str(value.type), [*batch, *value.shape[1:]]))
+    return signature
 
 
-def _translate(error: Exception, what: str, where: str, fix: str) -> Exception:
-    """The exception to raise for one of onnxruntime's; no file is at fault for lack of memory."""
+def _translate_error(error: Exception, what: str, where: str, fix: str) -> Exception:
+    """Return the exception to raise for one of onnxruntime: MemoryError if memory ran out."""
     reason = " ".join(str(error).split())
     for words in OOM_MESSAGES:
         if words in reason:

@@ -1,4 +1,4 @@
-"""Classifying image files and arrays with a trained model, in batches."""
+"""Classification of image files and arrays with a trained model, in batches."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ from convlens.device import preserve_torch_settings, usable_cores
 from convlens.engine import inference
 from convlens.engine.inference import Forward, place_model, probabilities
 from convlens.errors import DataError, UsageError
-from convlens.run import LoadedModel
+from convlens.onnx_model import load_model_or_onnx
+from convlens.run import LoadedModel, RunLike, as_run_dir
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 
-IMAGES_PER_TASK = (
-    16  # files that a thread decodes in a row: handing over a task costs as much as a small one
-)
-BATCH, BYTES = 256, 1 << 23  # the most images in a lot, and their bytes; two lots are read ahead
+# Files that a thread decodes in one task: submitting a task costs as much as decoding a small file.
+IMAGES_PER_TASK = 16
+MAX_BATCH_IMAGES, MAX_BATCH_BYTES = 256, 1 << 23  # two batches are read ahead
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image, likeliest class first, or the reason why there is none.
+    """The most probable classes of one image, or the reason why it could not be read.
 
-    `label`, `prob` and `top` are of the image as it is; with test-time augmentation `tta_label`,
-    `tta_prob` and `tta_top` stand beside them.
+    Attributes:
+        filename: path of the file, or the number of the image in the array.
+        top: classes with their probabilities, the most probable first; empty after an error.
+        error: the reason why the file could not be read.
+        tta_top: as `top`, with test-time augmentation. `label`, `prob` and `top` are without it.
     """
 
     filename: str
@@ -60,34 +63,72 @@ class Prediction:
         return self.tta_top[0][1] if self.tta_top else None
 
 
-def expand_paths(paths: Iterable[str | Path]) -> list[str]:
-    """Files for files, folders (all images inside, sorted) and glob patterns, in order.
+def predict(
+    run: RunLike,
+    inputs: str | Path | Iterable[str | Path] | np.ndarray,
+    *,
+    top_k: int = 1,
+    tta: str | None = None,
+    device: str | None = None,
+    quiet: bool = True,
+) -> list[Prediction]:
+    """Classify images; return one `Prediction` for each, in the order given.
 
-    A file that isn't there stays among the others: reading it says why there is no answer, and so
-    does reading a folder that may not be looked into.
+    Args:
+        run: a run by name, folder or model file (also an exported ONNX file), or a `Run`.
+        inputs: image files, folders and glob patterns, or an array of images: uint8 `[N, H, W]`,
+            `[N, H, W, C]` or `[N, C, H, W]`, or floats in 0..1. All of them go through the
+            decoding and the preprocessing of the training.
+        top_k: number of classes to return for each image.
+        tta: test-time augmentation, `flip` or `flip+shifts`. Its predictions are returned in
+            addition to those without it. Only for classes that a mirror image does not change.
+        device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
+        quiet: show no progress.
 
     Raises:
-        DataError: a pattern that matches nothing, a folder without images; all of them at once.
+        UsageError: unknown run or views, or an array that does not hold images.
+        DataError: a pattern or folder without images.
+
+    A file that cannot be read gives a `Prediction` with `error` set.
+
+    Example:
+        >>> convlens.predict("digits", ["seven.png", "more/"])[0].label
     """
-    found: list[str] = []
+    loaded = load_model_or_onnx(as_run_dir(run).model_path)
+    if isinstance(inputs, str | Path):
+        inputs = [inputs]
+    images = inputs if isinstance(inputs, np.ndarray) else expand_paths(inputs)
+    return list(iter_predictions(loaded, images, top_k=top_k, tta=tta, device=device, quiet=quiet))
+
+
+def expand_paths(paths: Iterable[str | Path]) -> list[str]:
+    """Return files for files, folders (all images inside, sorted) and glob patterns, in order.
+
+    Files that do not exist and folders that cannot be opened are returned as well: reading them
+    gives a `Prediction` with the reason.
+
+    Raises:
+        DataError: names all patterns without a match and all folders without images.
+    """
+    expanded: list[str] = []
     missing: list[str] = []
     for given in paths:
         if not isinstance(given, str | os.PathLike):
             raise UsageError(
-                f"a {type(given).__name__} is no path",
+                f"a {type(given).__name__} is not a path",
                 fix="give paths, or one array of images [N, H, W, C]",
             )
         path = os.fspath(given)
         if os.path.isdir(path):
-            inside = _inside(path)
-            found += inside
+            inside = _images_in_folder(path)
+            expanded += inside
             if not inside:
                 missing.append(f"{path} (a folder without images)")
         elif os.path.exists(path) or not glob.has_magic(path):
-            found.append(path)
+            expanded.append(path)
         else:
             matches = sorted(glob.glob(path, recursive=True))
-            found += matches
+            expanded += matches
             if not matches:
                 missing.append(path)
     if missing:
@@ -95,110 +136,105 @@ def expand_paths(paths: Iterable[str | Path]) -> list[str]:
         raise DataError(
             f"not found: {', '.join(missing[:5])}{more}", fix="give image files, folders or globs"
         )
-    return found
+    return expanded
 
 
-def _inside(folder: str) -> list[str]:
-    contents = Scanner(folder).find_images(folder)
-    special = [p for p in contents.special_files if is_image_name(os.path.basename(p))]
-    links = len(contents.special_files) - len(special)
+def _images_in_folder(folder: str) -> list[str]:
+    below = Scanner(folder).find_images(folder)
+    odd = [path for path in below.special_files if is_image_name(os.path.basename(path))]
+    links = len(below.special_files) - len(odd)
     if links:
-        print_status(escape(f"{printable(folder)}: {links} links to nothing were left out"))
-    return sorted([*contents.images, *special, *contents.unreadable_folders])
+        print_status(escape(f"{printable(folder)}: skipped {links} broken links"))
+    return sorted([*below.images, *odd, *below.unreadable_folders])
 
 
-def predict(
+def iter_predictions(
     loaded: LoadedModel,
     inputs: Sequence[str | Path] | np.ndarray,
     *,
     top_k: int = 1,
     tta: str | None = None,
-    on: str | None = None,
+    device: str | None = None,
     quiet: bool = False,
 ) -> Iterator[Prediction]:
-    """One `Prediction` for each image, in the order given.
+    """Yield the predictions of `predict` one by one, while later files are still being read.
 
     Args:
-        inputs: paths of image files, or uint8 images `[N, H, W]`, `[N, H, W, C]` or
-            `[N, C, H, W]`; all go through the decoder and the preprocessing of training.
-        top_k: how many classes to name for each image.
-        tta: test-time augmentation, `flip` or `flip+shifts`: its answers come beside the plain
-            ones. Mirror images must not change the class.
+        loaded: the model.
+        inputs: paths of files, as `expand_paths` returns them, or an array of images.
+        top_k, tta, device, quiet: as in `predict`.
 
     Raises:
-        UsageError: no such views, or an array that is no images.
-
-    An unreadable file gives a `Prediction` with `error` set; the others are done all the same.
+        UsageError: unknown views, or an array that does not hold images.
     """
-    chosen = inference.select_views(tta)
+    views = inference.select_views(tta)
     with preserve_torch_settings():
-        plan = place_model(loaded.model, loaded.select_device(on))
+        plan = place_model(loaded.model, loaded.select_device(device))
     forward = Forward(
         loaded.model,
         loaded.preprocessing.normalize,
         plan,
-        views=chosen,
+        views=views,
         total=len(inputs),
         choose_memory_format=loaded.can_choose_memory_format,
     )
     k = min(max(top_k, 1), len(loaded.classes))
-    if chosen is not None:
+    if views is not None:
         with quiet_mode(quiet):
             print_status(
-                f"tta answers are the mean over the views of {tta!r}; label and prob are plain"
+                f"tta columns are the mean over the views of {tta!r}; label and prob are without it"
             )
     with progress_bar("predicting", len(inputs), shown=not quiet) as bar:
         for batch in _read_inputs(inputs, loaded):
-            good = [image for _, image, _ in batch if image is not None]
-            # Not around the loop: the caller computes between two of these answers.
+            readable = [image for _, image, _ in batch if image is not None]
+            # Not around the loop: the caller's code runs between two predictions.
             with preserve_torch_settings(plan.device):
-                plain, mean = _probabilities(good, loaded, forward)
-            top, beside = _top(plain, k, loaded), iter(_top(mean, k, loaded))
+                probs, tta_probs = _probabilities(readable, loaded, forward)
+            top, tta_top = _top_classes(probs, k, loaded), _top_classes(tta_probs, k, loaded)
             for filename, image, error in batch:
                 if image is None:
                     yield Prediction(filename, error=error)
                 else:
-                    yield Prediction(filename, next(top), tta_top=next(beside, ()))
+                    yield Prediction(filename, next(top), tta_top=next(tta_top, ()))
             bar.advance(len(batch))
 
 
-def _top(probs: np.ndarray, k: int, loaded: LoadedModel) -> Iterator[tuple[tuple[str, float], ...]]:
-    """The likeliest `k` classes of each row."""
+def _top_classes(
+    probs: np.ndarray, k: int, loaded: LoadedModel
+) -> Iterator[tuple[tuple[str, float], ...]]:
+    """Yield the `k` most probable classes of each row."""
     order = np.argsort(-probs, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(probs, order, axis=1)
-    for classes, shares in zip(order.tolist(), best.tolist(), strict=True):
-        yield tuple((loaded.classes[i], share) for i, share in zip(classes, shares, strict=True))
+    for classes, row in zip(order.tolist(), best.tolist(), strict=True):
+        yield tuple((loaded.classes[i], prob) for i, prob in zip(classes, row, strict=True))
 
 
-# Name, image or None, and why there is none.
+# Name, image or None, and the reason why there is no image.
 InputEntry = tuple[str, np.ndarray | None, str | None]
 
 
 def _read_inputs(
     inputs: Sequence[str | Path] | np.ndarray, loaded: LoadedModel
 ) -> Iterator[list[InputEntry]]:
-    """The images, some at a time; the next files are decoded while these are being looked at."""
+    """Yield the images in batches; the next files are decoded while the caller uses a batch."""
     pre = loaded.preprocessing
-    lot = min(
-        BATCH,
-        max(
-            IMAGES_PER_TASK,
-            BYTES // (pre.channels * pre.image_size**2) // IMAGES_PER_TASK * IMAGES_PER_TASK,
-        ),
-    )
-    starts = range(0, len(inputs), lot)
+    fitting = MAX_BATCH_BYTES // (pre.channels * pre.image_size**2)
+    # A multiple of the task size.
+    fitting = max(IMAGES_PER_TASK, fitting // IMAGES_PER_TASK * IMAGES_PER_TASK)
+    size = min(MAX_BATCH_IMAGES, fitting)
+    starts = range(0, len(inputs), size)
     if isinstance(inputs, np.ndarray):
         for start in starts:
-            images = _fitted(inputs[start : start + lot], loaded)
+            images = _fit(inputs[start : start + size], loaded)
             yield [(str(number), image, None) for number, image in enumerate(images, start)]
         return
     pool = ThreadPoolExecutor(max_workers=usable_cores())
     waiting: deque[list[Future[list[InputEntry]]]] = deque()
     try:
         for start in starts:
-            some = inputs[start : start + lot]
-            tasks = [some[i : i + IMAGES_PER_TASK] for i in range(0, len(some), IMAGES_PER_TASK)]
-            waiting.append([pool.submit(_decoded, task, loaded) for task in tasks])
+            paths = inputs[start : start + size]
+            tasks = [paths[i : i + IMAGES_PER_TASK] for i in range(0, len(paths), IMAGES_PER_TASK)]
+            waiting.append([pool.submit(_decode_files, task, loaded) for task in tasks])
             if len(waiting) > 2:
                 yield [entry for task in waiting.popleft() for entry in task.result()]
         while waiting:
@@ -207,44 +243,44 @@ def _read_inputs(
         pool.shutdown(cancel_futures=True)
 
 
-def _decoded(paths: Sequence[str | Path], loaded: LoadedModel) -> list[InputEntry]:
+def _decode_files(paths: Sequence[str | Path], loaded: LoadedModel) -> list[InputEntry]:
     pre = loaded.preprocessing
-    found: list[InputEntry] = []
+    entries: list[InputEntry] = []
     for path in paths:
         try:
             image = decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
-            found.append((str(path), image, None))
+            entries.append((str(path), image, None))
         except UnreadableImage as error:
-            found.append((str(path), None, error.reason))
-    return found
+            entries.append((str(path), None, error.reason))
+    return entries
 
 
-def _fitted(images: np.ndarray, loaded: LoadedModel) -> np.ndarray:
+def _fit(images: np.ndarray, loaded: LoadedModel) -> np.ndarray:
     pre = loaded.preprocessing
-    ready = channels_first(images)
-    return fit_arrays(ready, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+    pixels = channels_first(images)
+    return fit_arrays(pixels, size=pre.image_size, channels=pre.channels, fit=pre.fit)
 
 
 def _probabilities(
     images: Sequence[np.ndarray], loaded: LoadedModel, forward: Forward
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities `[N, classes]` of the images as they are, and of the views (none: no rows)."""
-    none = np.empty((0, len(loaded.classes)))
+    """Return probabilities `[N, K]` without and with test-time augmentation (unused: no rows)."""
+    empty = np.empty((0, len(loaded.classes)))
     if not len(images):
-        return none, none
-    found = list(forward.outputs(torch.from_numpy(np.stack(images))))
-    plain = probabilities(torch.cat([each.logits for each in found]))
-    beside = [each.tta_logits for each in found if each.tta_logits is not None]
-    return plain, probabilities(torch.cat(beside)) if beside else none
+        return empty, empty
+    outputs = list(forward.outputs(torch.from_numpy(np.stack(images))))
+    plain = probabilities(torch.cat([each.logits for each in outputs]))
+    augmented = [each.tta_logits for each in outputs if each.tta_logits is not None]
+    return plain, probabilities(torch.cat(augmented)) if augmented else empty
 
 
 @preserve_torch_settings()
 def all_probabilities(
-    loaded: LoadedModel, images: np.ndarray, *, on: str | None = None
+    loaded: LoadedModel, images: np.ndarray, *, device: str | None = None
 ) -> np.ndarray:
-    """Probabilities float64 `[N, classes]` for images as `predict` takes them."""
+    """Return probabilities float64 `[N, K]` for an array of images as `predict` takes it."""
     plan, normalize = (
-        place_model(loaded.model, loaded.select_device(on)),
+        place_model(loaded.model, loaded.select_device(device)),
         loaded.preprocessing.normalize,
     )
     forward = Forward(
@@ -255,35 +291,23 @@ def all_probabilities(
         choose_memory_format=loaded.can_choose_memory_format,
     )
     parts = [np.empty((0, len(loaded.classes)))]
-    for start in range(0, len(images), BATCH):
-        ready = _fitted(images[start : start + BATCH], loaded)
-        parts.append(_probabilities(list(ready), loaded, forward)[0])
+    for start in range(0, len(images), MAX_BATCH_IMAGES):
+        pixels = _fit(images[start : start + MAX_BATCH_IMAGES], loaded)
+        parts.append(_probabilities(list(pixels), loaded, forward)[0])
     return np.concatenate(parts)
 
 
 def channels_first(images: np.ndarray) -> np.ndarray:
-    """uint8 `[N, C, H, W]` from `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`; C is 1 or 3.
+    """Convert images to uint8 `[N, C, H, W]`.
 
-    Floats are taken as 0..1 and rounded to 0..255.
+    Args:
+        images: `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` with 1 or 3 channels: integers in
+            0..255, floats in 0..1 (scaled to 0..255 and rounded), or booleans.
 
     Raises:
-        UsageError: another shape, no numbers, or values outside the range of their type.
+        UsageError: another shape, not numbers, or values outside the range of their type.
     """
-    array = np.asarray(images)
-    if array.ndim == 3:
-        if array.shape[2] in (1, 3):  # no image is that narrow
-            raise UsageError(
-                f"an array {np.shape(images)} looks like one image [H, W, C], not like several",
-                fix="give images[None]",
-            )
-        array = array[:, None]
-    elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
-        array = np.moveaxis(array, 3, 1)
-    if array.ndim != 4 or array.shape[1] not in (1, 3):
-        raise UsageError(
-            f"images of shape {np.shape(images)} can't be used",
-            fix="give [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels",
-        )
+    array = _to_nchw(np.asarray(images))
     if array.dtype == bool:
         array = array * np.uint8(255)
     elif array.dtype.kind not in "uif":
@@ -297,3 +321,22 @@ def channels_first(images: np.ndarray) -> np.ndarray:
             raise UsageError("float images hold values above 1", fix="scale them to 0..1")
         array = np.rint(array * 255)
     return np.ascontiguousarray(array.astype(np.uint8))
+
+
+def _to_nchw(array: np.ndarray) -> np.ndarray:
+    shape = array.shape
+    if array.ndim == 3:
+        if shape[2] in (1, 3):  # images are not 1 or 3 pixels wide
+            raise UsageError(
+                f"an array {shape} looks like one image [H, W, C], not like several",
+                fix="give images[None]",
+            )
+        array = array[:, None]
+    elif array.ndim == 4 and shape[1] not in (1, 3) and shape[3] in (1, 3):
+        array = np.moveaxis(array, 3, 1)
+    if array.ndim != 4 or array.shape[1] not in (1, 3):
+        raise UsageError(
+            f"images of shape {shape} can't be used",
+            fix="give [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels",
+        )
+    return array

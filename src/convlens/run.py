@@ -355,6 +355,32 @@ def find_run(name: str | Path, models_folder: Path | None = None) -> RunDir:
     raise UsageError(f"no run called {text!r}", where=f"{folder}/", fix=fix)
 
 
+class RunHandle:
+    """Base class of objects that stand for a run, such as `convlens.Run`."""
+
+    run_dir: RunDir
+
+
+# A run as the functions of the Python API take it: by name, folder or model file, or as an object.
+RunLike = str | Path | RunDir | RunHandle
+
+
+def as_run_dir(run: RunLike) -> RunDir:
+    """Return the run directory of a run. Errors are those of `find_run`."""
+    if isinstance(run, RunHandle):
+        return run.run_dir
+    return run if isinstance(run, RunDir) else find_run(run)
+
+
+def run_reference(run: RunLike) -> str:
+    """Return text by which `find_run` opens this run; names and paths stay as they are."""
+    if isinstance(run, str | Path):
+        return str(run)
+    run_dir = as_run_dir(run)
+    is_default_file = run_dir.model_path.name == "model.safetensors"
+    return str(run_dir.path if is_default_file else run_dir.model_path)
+
+
 def list_runs(models_folder: Path | None = None) -> list[RunDir]:
     """Return all runs in the models folder, ordered by name."""
     folder = models_folder or MODELS_DIR

@@ -93,9 +93,9 @@ def test_a_sealed_test_split_stays_so_until_it_is_asked_for() -> None:
     for arguments in (["one"], ["one", "--measure", "rank"], ["one", "--attribution", "grad-cam"]):
         done = here("look", *arguments, "--json")
         assert done.code == 0, done.err
-        assert convlens.Run.load("one")._folder.evaluation_log() == []
+        assert convlens.Run.load("one").run_dir.evaluation_log() == []
     assert here("look", "two", "test:0", "--json").code == 0
-    (look,) = convlens.Run.load("two")._folder.evaluation_log()
+    (look,) = convlens.Run.load("two").run_dir.evaluation_log()
     assert (look["split"], look["looks"], look["by"]) == ("test", 1, "look")
 
 

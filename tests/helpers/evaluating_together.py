@@ -27,7 +27,7 @@ def looks(place: RunDir, pieces: int) -> list[dict[str, Any]]:
     place = run.shared_run_dir(world, lambda: place)
     device.prepare(False)
     loaded = run.load_model(place.model_path)
-    whole, name, fingerprint = evaluation.load_eval_split(loaded, "test", on="cpu")
+    whole, name, fingerprint = evaluation.load_eval_split(loaded, "test", device="cpu")
     found = []
     usual, data_parallel.EVAL_CHUNK = data_parallel.EVAL_CHUNK, pieces
     try:

@@ -96,7 +96,7 @@ def test_any_batch_and_any_number_of_images(
     logits, labels = slowly(small)
     monkeypatch.setattr(inference, "MAX_BATCH", batch)
     monkeypatch.setattr(inference, "FIRST_BATCH", min(16, batch))
-    found = looks(small._folder, 256)
+    found = looks(small.run_dir, 256)
     assert [each["n"] for each in found] == [*SIZES, len(labels)]
     for each in found:
         assert each["near_ties"] == 0

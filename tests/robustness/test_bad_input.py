@@ -184,7 +184,7 @@ def test_unreadable_images_are_left_out_if_asked() -> None:
     done = here("train", root, *NET, "data.on_bad=skip", "data.max_bad=0.25", "--json")
     assert done.code == 0, done.err
     assert "4 unreadable images are skipped" in done.err
-    facts = Run.load(done.json["run"])._folder.metadata()
+    facts = Run.load(done.json["run"]).run_dir.metadata()
     assert facts["data"]["skipped"] == {
         "cat/bomb.png": "more than 89 million pixels are refused (60000 x 60000)",
         "cat/half.png": "the file is cut short",

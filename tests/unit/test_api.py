@@ -1,4 +1,4 @@
-"""The Python API: the commands as functions, and what a run can be asked."""
+"""The Python API: `train`, `Run`, and the core functions that `convlens` exports."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ CHANGES = {"data.per_class": 8, "model.widths": [4, 8], "model.depth": 1, "train
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small finished run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("run"))
         made = convlens.train("digits", CHANGES, name="mine", test=False, quiet=True)
         return Run.load(made.path.resolve())
 
 
-def test_the_names_are_there_and_no_others() -> None:
+def test_dir_lists_exactly_the_public_names() -> None:
     assert set(dir(convlens)) == set(convlens.__all__)
     for name in convlens.__all__:
         assert getattr(convlens, name) is not None
@@ -36,7 +37,7 @@ def test_the_names_are_there_and_no_others() -> None:
         _ = convlens.trian
 
 
-def test_the_import_brings_no_torch() -> None:
+def test_import_convlens_does_not_import_torch() -> None:
     code = "import sys, convlens; dir(convlens); print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
@@ -44,7 +45,7 @@ def test_the_import_brings_no_torch() -> None:
     assert done.stdout == "False\n"
 
 
-def test_training_says_nothing_if_asked_and_returns_the_run(
+def test_quiet_training_prints_nothing_and_returns_the_run(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     made = convlens.train("digits", CHANGES, test=False, quiet=True)
@@ -54,11 +55,11 @@ def test_training_says_nothing_if_asked_and_returns_the_run(
     assert made.results == []
     assert made.classes == tuple("0123456789")
     assert repr(made) == f"Run({made.name!r}, finished)"
-    # The same from a list of texts is the same run.
+    # The same overrides as a list find the same run.
     assert convlens.train(*DIGITS[:1], DIGITS[1:], test=False, quiet=True).name == made.name
 
 
-def test_a_mapping_and_a_recipe_train() -> None:
+def test_a_mapping_or_a_recipe_can_be_trained() -> None:
     by_mapping = convlens.train(TINY, {"train.epochs": 1}, quiet=True)
     assert by_mapping.results[-1]["split"] == "test"
     by_recipe = convlens.train(recipe.load_recipe(TINY, ["train.epochs=1"]), quiet=True)
@@ -66,20 +67,20 @@ def test_a_mapping_and_a_recipe_train() -> None:
     assert by_recipe.recipe.digest() == by_mapping.recipe.digest()
 
 
-def test_the_recipe_of_a_run_finds_it(run: Run) -> None:
+def test_training_the_recipe_of_a_run_finds_the_run(run: Run) -> None:
     again = convlens.train(run.recipe, name=str(run.path), test=False, quiet=True)
     assert again.recipe == run.recipe
 
 
 def test_functions_and_methods_agree(run: Run) -> None:
     images = load_digits().images[:20] / 16
-    by_name = convlens.predict(run.path, images)
-    assert by_name == run.predict(images)
-    assert by_name == convlens.predict(run, images)
-    assert convlens.evaluate(run, "val").correct == run.evaluate("val").correct
+    expected = run.predict(images)
+    for reference in (run, run.run_dir, run.path, str(run.run_dir.model_path)):
+        assert convlens.predict(reference, images) == expected
+        assert convlens.evaluate(reference, "val").correct == run.evaluate("val").correct
 
 
-def test_predictions_are_right_more_often_than_chance_once_trained() -> None:
+def test_a_trained_model_is_better_than_chance() -> None:
     digits = load_digits()
     trained = convlens.train(
         "digits", {**CHANGES, "train.epochs": 20, "data.per_class": 60}, quiet=True
@@ -88,18 +89,17 @@ def test_predictions_are_right_more_often_than_chance_once_trained() -> None:
     assert result.accuracy > 0.6
     low, high = result.interval95
     assert low < result.accuracy < high
-    answers = trained.predict(digits.images / 16)
-    right = np.mean([int(a.label or -1) == t for a, t in zip(answers, digits.target, strict=True)])
-    assert right > 0.6
+    preds = [int(each.label or -1) for each in trained.predict(digits.images / 16)]
+    assert np.mean(np.array(preds) == digits.target) > 0.6
 
 
-def test_paths_of_every_kind(run: Run) -> None:
+def test_predict_accepts_files_folders_globs_and_iterators(run: Run) -> None:
     one = picture(Path("a.png"), (100,))
     pictures(Path("more"), {"x": 2})
     single = run.predict(one)
     assert single == run.predict("a.png") == run.predict([one]) == run.predict(iter(["a.png"]))
     assert len(run.predict(["a.png", "more", "*.png"], top_k=3)[0].top) == 3
-    assert [a.filename for a in run.predict(["a.png", "more"])] == [
+    assert [each.filename for each in run.predict(["a.png", "more"])] == [
         "a.png",
         "more/x/000.png",
         "more/x/001.png",
@@ -124,7 +124,7 @@ def test_an_unreadable_file_has_an_error_and_no_label(run: Run) -> None:
     assert good.error is None
 
 
-def test_own_images(tmp_path: Path) -> None:
+def test_a_folder_of_images_can_be_trained_on(tmp_path: Path) -> None:
     root = pictures(tmp_path / "photos", dict.fromkeys(COLORS, 8))
     made = convlens.train(root, {"train.epochs": 1, "model.widths": [4]}, quiet=True)
     assert made.name.startswith("photos-")
@@ -132,7 +132,7 @@ def test_own_images(tmp_path: Path) -> None:
     assert made.recipe.data.name == str(root)
 
 
-def test_errors_are_of_one_family() -> None:
+def test_errors_are_convlens_errors() -> None:
     with pytest.raises(ConvlensError):
         convlens.train("nothing-of-that-name")
     with pytest.raises(ValueError, match=r"optim\.lrr"):
@@ -143,6 +143,18 @@ def test_errors_are_of_one_family() -> None:
         Run.load("none")
 
 
-def test_every_recipe_by_name() -> None:
+def test_recipes_are_returned_by_name() -> None:
     assert list(convlens.recipes()) == recipe.recipe_names()
     assert convlens.recipes()["digits"] == recipe.load_recipe("digits")
+
+
+def test_the_exported_functions_are_those_of_the_core() -> None:
+    for name, module in convlens._MODULES.items():
+        assert getattr(convlens, name).__module__ == f"convlens.{module}"
+
+
+def test_the_functions_that_read_a_run_accept_run_objects(run: Run) -> None:
+    assert convlens.diagnose(run).status == convlens.diagnose(run.path).status == "finished"
+    assert convlens.report(run, audit=False).runs == ["mine"]
+    (exported,) = convlens.export(run, "torch", output="model.pt2")
+    assert exported.run == "mine"

@@ -1,4 +1,4 @@
-"""`ImageClassifier` as scikit-learn uses it."""
+"""`ImageClassifier` in scikit-learn's cross-validation, pipelines and searches."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ def fitted() -> ImageClassifier:
     return small(epochs=12).fit(X, Y)
 
 
-def test_it_learns_and_names_classes_as_given(fitted: ImageClassifier) -> None:
+def test_it_learns_and_returns_the_given_labels(fitted: ImageClassifier) -> None:
     assert fitted.classes_.tolist() == ["four", "seven", "two"]
     assert fitted.score(X, Y) > 0.9
-    answers = fitted.predict(X)
-    assert answers.dtype == Y.dtype
+    preds = fitted.predict(X)
+    assert preds.dtype == Y.dtype
     probs = fitted.predict_proba(X)
     assert probs.shape == (90, 3)
     np.testing.assert_allclose(probs.sum(1), 1)
-    np.testing.assert_array_equal(fitted.classes_[probs.argmax(1)], answers)
+    np.testing.assert_array_equal(fitted.classes_[probs.argmax(1)], preds)
     assert len(fitted.history_) == 12
     assert fitted.n_features_in_ == 64
 
 
-def test_it_leaves_nothing_behind(fitted: ImageClassifier, capfd: Any) -> None:
+def test_fit_writes_no_files_and_prints_nothing(fitted: ImageClassifier, capfd: Any) -> None:
     small(epochs=1).fit(X, Y)
     assert list(Path().iterdir()) == []
     assert capfd.readouterr() == ("", "")
 
 
-def test_parameters_and_clones(fitted: ImageClassifier) -> None:
+def test_get_params_set_params_and_clone(fitted: ImageClassifier) -> None:
     assert is_classifier(fitted)
     twin = clone(fitted)
     assert twin.get_params() == fitted.get_params()
@@ -71,23 +71,23 @@ def test_parameters_and_clones(fitted: ImageClassifier) -> None:
         twin.predict(X)
 
 
-def test_the_same_random_state_gives_the_same_and_another_another() -> None:
+def test_random_state_determines_the_result() -> None:
     first, again, other = (small(epochs=2, random_state=s).fit(X, Y) for s in (1, 1, 2))
     np.testing.assert_array_equal(first.predict_proba(X), again.predict_proba(X))
     assert not np.array_equal(first.predict_proba(X), other.predict_proba(X))
 
 
-def test_every_form_of_the_same_images_gives_the_same_model() -> None:
-    whole = np.rint(X * 255).astype(np.uint8)
-    expected = small(epochs=2).fit(whole, Y).predict_proba(whole)
+def test_every_array_format_gives_the_same_model() -> None:
+    pixels = np.rint(X * 255).astype(np.uint8)
+    expected = small(epochs=2).fit(pixels, Y).predict_proba(pixels)
     flat = X.reshape(90, 64)
     for images, more in [
-        (whole[..., None], {}),
-        (whole[:, None], {}),
-        (whole / 255, {}),
-        (whole.tolist(), {}),
-        (whole.reshape(90, 64), {"image_shape": (8, 8)}),
-        (whole.reshape(90, 64), {"image_shape": (8, 8, 1)}),
+        (pixels[..., None], {}),
+        (pixels[:, None], {}),
+        (pixels / 255, {}),
+        (pixels.tolist(), {}),
+        (pixels.reshape(90, 64), {"image_shape": (8, 8)}),
+        (pixels.reshape(90, 64), {"image_shape": (8, 8, 1)}),
     ]:
         got = small(epochs=2, **more).fit(images, Y)
         np.testing.assert_array_equal(got.predict_proba(images), expected)
@@ -95,7 +95,7 @@ def test_every_form_of_the_same_images_gives_the_same_model() -> None:
         small().fit(flat, Y)
 
 
-def test_colour_images_and_labels_that_are_numbers() -> None:
+def test_color_images_and_integer_labels() -> None:
     random = np.random.default_rng(0)
     labels = np.repeat([10, 9, -3], 12)
     images = random.integers(0, 60, (36, 8, 8, 3), dtype=np.uint8)
@@ -108,8 +108,7 @@ def test_colour_images_and_labels_that_are_numbers() -> None:
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
-def test_images_that_are_not_square_are_predicted_as_they_were_trained(fit: str) -> None:
-    """Only the middle tells the classes apart: seen in another way, the model would be lost."""
+def test_images_that_are_not_square_are_fitted_as_in_training(fit: str) -> None:
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (40, 10, 20), dtype=np.uint8)
     labels = np.tile([0, 1], 20)
@@ -120,19 +119,19 @@ def test_images_that_are_not_square_are_predicted_as_they_were_trained(fit: str)
     np.testing.assert_array_equal(got.predict_proba(images), got.predict_proba(square))
 
 
-def test_the_size_asked_for() -> None:
+def test_the_requested_image_size_is_used() -> None:
     got = small(epochs=1, overrides={**TINY, "data.image_size": 12}).fit(X, Y)
     assert got.model_.preprocessing.image_size == 12
     assert got.predict(X[:3]).shape == (3,)
 
 
-def test_cross_validation() -> None:
+def test_cross_validation_works() -> None:
     scores = cross_val_score(small(), X, Y, cv=2, error_score="raise")
     assert scores.shape == (2,)
     assert (scores > 0.6).all()
 
 
-def test_in_a_pipeline() -> None:
+def test_it_works_in_a_pipeline() -> None:
     steps = make_pipeline(MinMaxScaler(clip=True), small(image_shape=(8, 8)))
     steps.fit(X.reshape(90, 64) * 3 - 1, Y)
     assert steps.score(X.reshape(90, 64) * 3 - 1, Y) > 0.6
@@ -140,14 +139,14 @@ def test_in_a_pipeline() -> None:
     assert scaled.fit(X * 16, Y).predict_proba(X * 16).shape == (90, 3)
 
 
-def test_a_grid_search_over_numbers_of_numpy() -> None:
+def test_a_grid_search_accepts_numpy_numbers() -> None:
     grid = {"epochs": np.array([1, 2]), "random_state": np.arange(1)}
     search = GridSearchCV(small(), grid, cv=2, error_score="raise").fit(X, Y)
     assert search.best_params_["epochs"] in (1, 2)
     assert search.predict(X).shape == (90,)
 
 
-def test_a_fitted_one_can_be_stored(fitted: ImageClassifier, tmp_path: Path) -> None:
+def test_a_fitted_classifier_can_be_stored(fitted: ImageClassifier, tmp_path: Path) -> None:
     joblib.dump(fitted, tmp_path / "model.joblib")
     for copy in (joblib.load(tmp_path / "model.joblib"), pickle.loads(pickle.dumps(fitted))):
         np.testing.assert_array_equal(copy.predict_proba(X), fitted.predict_proba(X))
@@ -155,7 +154,7 @@ def test_a_fitted_one_can_be_stored(fitted: ImageClassifier, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "parameters", "said"),
+    ("images", "labels", "parameters", "message"),
     [
         (X, Y[:-1], {}, "labels"),
         (X, np.full(90, "one"), {}, "2 classes"),
@@ -170,8 +169,10 @@ def test_a_fitted_one_can_be_stored(fitted: ImageClassifier, tmp_path: Path) -> 
         (X.reshape(90, 64), Y, {"image_shape": (7, 8)}, "image_shape"),
     ],
 )
-def test_errors(images: Any, labels: Any, parameters: dict[str, Any], said: str) -> None:
-    with pytest.raises((ConvlensError, ValueError), match=said):
+def test_invalid_arguments_are_refused(
+    images: Any, labels: Any, parameters: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ConvlensError, ValueError), match=message):
         small(**parameters).fit(images, labels)
 
 
@@ -180,7 +181,7 @@ def test_a_class_with_one_image_is_refused() -> None:
         small().fit(X, np.array(["once", *Y[1:]]))
 
 
-def test_a_column_of_labels_is_taken_with_a_warning() -> None:
+def test_a_column_of_labels_gives_a_warning() -> None:
     with pytest.warns(Warning, match="1d array"):
         got = small(epochs=1).fit(X, Y[:, None])
     assert got.predict(X).shape == (90,)

@@ -1,4 +1,4 @@
-"""Testing a model: numbers worked out by hand, classes matched by name, every look counted."""
+"""Evaluation: metrics computed by hand, classes matched by name, every evaluation logged."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ KEYS = {
 
 @pytest.fixture
 def model(tmp_path: Path) -> RunDir:
-    """Says `green` to everything, with logits (0, 2, 1)."""
+    """A model with constant logits (0, 2, 1), which always predicts `green`."""
     return constant_model(tmp_path / "models" / "greens", [0.0, 2.0, 1.0], CLASSES)
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small finished run on `digits` whose test split nobody has looked at."""
+    """A small finished run on `digits` whose test split was not used."""
     folder = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -66,11 +66,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(digits: Path) -> Path:
-    """A copy of that run, to be looked at."""
+    """A copy of that run."""
     return Path(shutil.copytree(digits, Path("models") / "small"))
 
 
-def test_numbers_by_hand(model: RunDir) -> None:
+def test_metrics_computed_by_hand(model: RunDir) -> None:
     root = pictures(Path("set"), {"blue": 2, "green": 3, "red": 5})
     got = here("evaluate", model.path, "--data", root, "--json").json
     assert set(got) == KEYS
@@ -93,11 +93,11 @@ def test_numbers_by_hand(model: RunDir) -> None:
     assert got["per_class"]["green"] == green_scores
 
 
-def test_five_classes_have_a_top_five(tmp_path: Path) -> None:
+def test_more_than_five_classes_have_a_top5_accuracy(tmp_path: Path) -> None:
     names = [f"c{n}" for n in range(6)]
-    place = constant_model(tmp_path / "six", [5.0, 4.0, 3.0, 2.0, 1.0, 0.0], names)
+    run_dir = constant_model(tmp_path / "six", [5.0, 4.0, 3.0, 2.0, 1.0, 0.0], names)
     root = pictures(Path("set"), dict.fromkeys(names, 1))
-    assert Run(place).evaluate(data=root).top5 == pytest.approx(5 / 6)
+    assert Run(run_dir).evaluate(data=root).top5 == pytest.approx(5 / 6)
 
 
 def test_classes_are_matched_by_name_whatever_their_order(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_classes_are_matched_by_name_whatever_their_order(tmp_path: Path) -> Non
     assert got.per_class["red"]["recall"] == 1.0
 
 
-def test_classes_that_a_set_lacks_have_no_scores(model: RunDir) -> None:
+def test_classes_without_images_have_no_scores(model: RunDir) -> None:
     root = pictures(Path("some"), {"green": 3, "red": 1})
     done = here("evaluate", model.path, "--data", root)
     assert done.code == 0
@@ -131,9 +131,9 @@ def test_a_class_the_model_does_not_know_is_refused(model: RunDir) -> None:
 
 
 @pytest.mark.parametrize("form", ["folder", "test", "csv", "shards"])
-def test_one_of_its_classes_is_enough_to_be_tested_on(model: RunDir, form: str) -> None:
+def test_a_data_set_with_a_single_class_can_be_evaluated(model: RunDir, form: str) -> None:
     root = pictures(Path("one/test" if form == "test" else "one"), {"green": 3})
-    (root / "blue").mkdir()  # and an empty one is one without images
+    (root / "blue").mkdir()  # an empty folder counts as a class without images
     data = Path("one")
     if form == "csv":
         data = Path("one.csv")
@@ -151,7 +151,7 @@ def test_one_of_its_classes_is_enough_to_be_tested_on(model: RunDir, form: str) 
         )
     got = Run(model).evaluate(data=data)
     assert (got.n, got.correct, got.accuracy) == (3, 3, 1.0)
-    assert {name: its["n"] for name, its in got.per_class.items()} == {
+    assert {name: scores["n"] for name, scores in got.per_class.items()} == {
         "blue": 0,
         "green": 3,
         "red": 0,
@@ -160,30 +160,30 @@ def test_one_of_its_classes_is_enough_to_be_tested_on(model: RunDir, form: str) 
     done = here("evaluate", model.path, "--data", data)
     assert done.code == 0, done.err
     assert "0 samples" in done.out
-    why = {"folder": "class folders without images: blue", "test": "no train folder"}
-    refused(here("train", data), 3, why.get(form, "only one class: green"))
+    reasons = {"folder": "class folders without images: blue", "test": "no train folder"}
+    refused(here("train", data), 3, reasons.get(form, "only one class: green"))
 
 
 def test_class_names_match_in_any_unicode_form(tmp_path: Path) -> None:
-    place = constant_model(tmp_path / "cafe", [1.0, 0.0], ["caf\u00e9", "tea"])
+    run_dir = constant_model(tmp_path / "cafe", [1.0, 0.0], ["caf\u00e9", "tea"])
     root = pictures(Path("set"), {"cafe\u0301": 2, "tea": 1})
-    got = Run(place).evaluate(data=root)
+    got = Run(run_dir).evaluate(data=root)
     assert (got.n, got.correct) == (3, 2)
 
 
-def test_what_to_do_about_images_of_another_set_that_can_not_be_read(model: RunDir) -> None:
+def test_the_error_for_unreadable_images_says_what_to_do(model: RunDir) -> None:
     for root in (pictures(Path("one"), {"red": 2}), pictures(Path("two"), {"red": 2, "blue": 1})):
         (root / "red" / "bad.png").write_bytes(b"")
         done = here("evaluate", model.path, "--data", root)
         refused(done, 3, "1 of ", "red/bad.png: the file is empty", "move them out of the set")
         assert "on_bad" not in done.err
-        # What it names can be done.
+        # `convlens audit` is suggested only if it works.
         assert ("convlens audit" in done.err) == (here("audit", root).code == 0)
         (root / "red" / "bad.png").unlink()
         assert here("evaluate", model.path, "--data", root).code == 0
 
 
-def test_files_that_were_left_out_are_told(model: RunDir) -> None:
+def test_skipped_files_are_reported(model: RunDir) -> None:
     root = pictures(Path("set"), {"red": 2, "green": 2})
     (root / "red" / "gone.png").symlink_to("/no/such/disk/gone.png")
     done = here("evaluate", model.path, "--data", root)
@@ -197,26 +197,26 @@ def test_images_that_it_was_trained_on_are_counted() -> None:
         split_of = {row["id"]: row["split"] for row in csv.DictReader(file)}
     trained = sum(split == "train" for split in split_of.values())
     assert 0 < trained < 24
-    said = "images were also used for training (the same files)"
+    warning = "images are among those that the model was trained on"
     done = here("evaluate", "mine", "--data", root)
-    assert f"{root}: {trained} of 24 {said}" in done.err
-    # By content, whatever they are called.
+    assert f"{root}: {trained} of 24 {warning}" in done.err
+    # By content, not by name.
     pictures(Path("new"), {"red": 5}, first=500)
     known = next(name for name, split in split_of.items() if split == "train")
     shutil.copy(root / known, "new/red/renamed.png")
-    held = next(name for name, split in split_of.items() if split == "test")
-    shutil.copy(root / held, "new/red/tested.png")
-    assert f"new: 1 of 7 {said}" in here("evaluate", "mine", "--data", "new").err
+    held_out = next(name for name, split in split_of.items() if split == "test")
+    shutil.copy(root / held_out, "new/red/tested.png")
+    assert f"new: 1 of 7 {warning}" in here("evaluate", "mine", "--data", "new").err
     Path("new/red/renamed.png").unlink()
-    assert said not in here("evaluate", "mine", "--data", "new").err
-    assert said not in here("evaluate", "mine").err
+    assert warning not in here("evaluate", "mine", "--data", "new").err
+    assert warning not in here("evaluate", "mine").err
     for damage in (b"", b"\x1f\x8b", gzip.compress(b"id,class,split,sha256\na,b,train,xyz\n")):
         Path("models/mine/images.csv.gz").write_bytes(damage)
         done = here("evaluate", "mine", "--data", root)
-        assert (done.code, said in done.err) == (0, False), done.err
+        assert (done.code, warning in done.err) == (0, False), done.err
 
 
-def test_a_part_of_another_set_is_taken_by_its_name(model: RunDir) -> None:
+def test_a_split_of_another_data_set_is_chosen_by_name(model: RunDir) -> None:
     root = Path("parts")
     pictures(root / "train", {"green": 4, "red": 1})
     pictures(root / "test", {"green": 1, "red": 2}, first=50)
@@ -227,7 +227,7 @@ def test_a_part_of_another_set_is_taken_by_its_name(model: RunDir) -> None:
         Run(model).evaluate("val", data=root)
 
 
-def test_a_listed_set_in_another_order_gives_the_same(model: RunDir) -> None:
+def test_the_order_of_the_images_does_not_matter(model: RunDir) -> None:
     pictures(Path("set"), {"green": 2, "red": 3})
     lines = [f"{p},{p.parent.name}" for p in sorted(Path("set").rglob("*.png"), reverse=True)]
     Path("list.csv").write_text("\n".join(["path,label", *lines]))
@@ -236,7 +236,7 @@ def test_a_listed_set_in_another_order_gives_the_same(model: RunDir) -> None:
     assert listed.loss == pytest.approx(folder.loss)
 
 
-def test_every_look_is_counted(small: Path) -> None:
+def test_every_evaluation_is_counted(small: Path) -> None:
     assert not (small / "results.json").exists()
     for looks, split in [(1, "test"), (2, "test"), (1, "val"), (3, "test")]:
         assert here("evaluate", "small", "--split", split, "--json").json["looks"] == looks
@@ -251,7 +251,7 @@ def test_every_look_is_counted(small: Path) -> None:
     assert logged == Run.load("small").results
 
 
-def test_the_validation_numbers_are_those_of_training(small: Path) -> None:
+def test_evaluating_the_validation_split_gives_the_metrics_of_training(small: Path) -> None:
     run = Run.load("small")
     kept = run.metrics[int(json.loads((small / "run.json").read_text())["kept_epoch"]) - 1]
     got = run.evaluate("val")
@@ -259,7 +259,7 @@ def test_the_validation_numbers_are_those_of_training(small: Path) -> None:
     assert got.accuracy == pytest.approx(kept["val_accuracy"], rel=1e-6)
 
 
-def test_the_test_split_is_what_was_held_out(small: Path) -> None:
+def test_the_test_split_is_the_held_out_images(small: Path) -> None:
     config = load_recipe(small / "recipe.yaml").data
     data = load_data(config, memory_budget=1 << 30)
     test = data.unseal_test()
@@ -273,7 +273,7 @@ def test_the_test_split_is_what_was_held_out(small: Path) -> None:
 
 
 @pytest.mark.figures
-def test_a_model_file_alone_can_be_tested(small: Path) -> None:
+def test_a_bare_model_file_can_be_evaluated(small: Path) -> None:
     alone = Path("elsewhere/best.safetensors")
     alone.parent.mkdir()
     shutil.copy(small / "model.safetensors", alone)
@@ -290,13 +290,13 @@ def test_a_run_can_be_named_from_inside_its_folder(
     assert here("evaluate", ".", "--json").json["run"] == "small"
 
 
-def test_streamed_images_give_the_same_numbers(
+def test_streamed_images_give_the_same_metrics(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Run.load("small").evaluate("test")
+    expected = Run.load("small").evaluate("test")
     monkeypatch.setenv("CONVLENS_MEMORY", "1KB")
     streamed = Run.load("small").evaluate("test")
-    assert (streamed.loss, streamed.confusion) == (whole.loss, whole.confusion)
+    assert (streamed.loss, streamed.confusion) == (expected.loss, expected.confusion)
 
 
 def own_run() -> Path:
@@ -311,13 +311,13 @@ def own_run() -> Path:
 def test_images_that_changed_since_training_are_refused() -> None:
     root = own_run()
     picture(root / "red" / "000.png", COLORS["red"], seed=999)  # one image, other pixels
-    said = ("changed since this model was trained", "--data", "--fresh")
-    refused(here("evaluate", "mine"), 3, *said)
+    message = ("changed since this model was trained", "--data", "--fresh")
+    refused(here("evaluate", "mine"), 3, *message)
     again = here(
         "train", "photos", "model.widths=[4]", "train.epochs=1", "augment=[]", "--name", "mine"
     )
-    refused(again, 3, *said)
-    got = Run.load("mine").evaluate(data=root)  # as they are now: all of them, by name
+    refused(again, 3, *message)
+    got = Run.load("mine").evaluate(data=root)  # all images as they are now
     assert (got.n, got.looks) == (24, 1)
     (root / "red" / "000.png").unlink()
     refused(here("evaluate", "mine"), 3, "changed since")
@@ -329,19 +329,19 @@ def test_a_folder_that_is_gone_is_named() -> None:
     refused(here("evaluate", "mine"), 2, "unknown data 'photos'")
 
 
-def errors_of(*arguments: str | Path) -> Done:
+def evaluate(*arguments: str | Path) -> Done:
     return here("evaluate", *arguments)
 
 
-def test_wrong_names_are_refused(small: Path) -> None:
-    refused(errors_of("smal"), 2, "no run called 'smal'", "did you mean small?")
-    refused(errors_of("models/none"), 4, "no such run")
-    refused(errors_of("x.safetensors"), 4, "no such run")
-    refused(errors_of("small", "--split", "tset"), 2, "unknown split 'tset'", "did you mean test?")
-    refused(errors_of("small", "--data", "digts"), 2, "digits")
-    refused(errors_of("small", "--data", "no/where"), 3, "no such file or folder")
-    refused(errors_of("small", "--device", "cuda:77"), 2, "cuda:77")
-    done = errors_of("small", "--splt", "val")
+def test_unknown_names_are_refused(small: Path) -> None:
+    refused(evaluate("smal"), 2, "no run called 'smal'", "did you mean small?")
+    refused(evaluate("models/none"), 4, "no such run")
+    refused(evaluate("x.safetensors"), 4, "no such run")
+    refused(evaluate("small", "--split", "tset"), 2, "unknown split 'tset'", "did you mean test?")
+    refused(evaluate("small", "--data", "digts"), 2, "digits")
+    refused(evaluate("small", "--data", "no/where"), 3, "no such file or folder")
+    refused(evaluate("small", "--device", "cuda:77"), 2, "cuda:77")
+    done = evaluate("small", "--splt", "val")
     assert (done.code, "--split" in done.err, done.out) == (2, True, "")
     assert not Run.load("small").results
 
@@ -353,6 +353,6 @@ def test_python_raises_the_same(small: Path) -> None:
         Run.load("models/none")
 
 
-def test_a_budget_that_is_no_size_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_memory_budget_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVLENS_MEMORY", "lots")
-    refused(errors_of("small"), 2, "CONVLENS_MEMORY", "64MB")
+    refused(evaluate("small"), 2, "CONVLENS_MEMORY", "64MB")

@@ -1,4 +1,4 @@
-"""Exported files reproduce the outputs of convlens, in every format and for every network."""
+"""Exported files reproduce the outputs of convlens, and wrong exports are not written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ onnx = pytest.importorskip("onnx")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """A run on `digits`, exported to all formats: its folder, the command's JSON, its messages."""
+    """Export a run on `digits` to all formats; return its folder, the JSON and the messages."""
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -55,14 +55,14 @@ def small(made: tuple[Path, dict[str, Any], str]) -> Path:
 
 
 def validation(run: Path) -> Tensor:
-    """The run's validation images, uint8."""
+    """Return the run's validation images, uint8."""
     recipe = load_recipe(load_model(run / "model.safetensors").model_metadata["recipe"])
     split = load_data(recipe.data, memory_budget=1 << 30).val
     return split.rows.gather(torch.arange(len(split)))
 
 
 def by_hand(run: Path, images: Tensor) -> np.ndarray:
-    """Logits of a run's network, normalised and computed in double precision."""
+    """Return logits of a run's network, computed in double precision."""
     loaded = load_model(run / "model.safetensors")
     pre = loaded.preprocessing
     mean, std = (
@@ -76,7 +76,7 @@ def session(path: Path) -> Any:
     return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-def facts_of(path: Path) -> dict[str, str]:
+def metadata_of(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
@@ -84,11 +84,11 @@ def facts_of(path: Path) -> dict[str, str]:
 
 
 def test_command_reports_the_numerical_check(made: tuple[Path, dict[str, Any], str]) -> None:
-    run, said, messages = made
-    assert [each["format"] for each in said["exports"]] == ["onnx", "torch"]
+    run, result, messages = made
+    assert [each["format"] for each in result["exports"]] == ["onnx", "torch"]
     model_sha256 = load_model(run / "model.safetensors").model_metadata["sha256"]
     count = len(validation(run))
-    for each in said["exports"]:
+    for each in result["exports"]:
         path = run / Path(each["path"]).name
         assert hashlib.sha256(path.read_bytes()).hexdigest() == each["sha256"]
         assert path.stat().st_size == each["bytes"]
@@ -113,16 +113,16 @@ def test_command_reports_the_numerical_check(made: tuple[Path, dict[str, Any], s
 def test_onnxruntime_computes_the_outputs_of_the_network(
     made: tuple[Path, dict[str, Any], str],
 ) -> None:
-    run, said, _ = made
+    run, result, _ = made
     images = validation(run)
     expected = by_hand(run, images)
     logits, probs = session(run / "model.onnx").run(None, {"images": images.numpy()})
-    # The largest difference that was stated is about what is found against exact arithmetic.
+    # The reported largest difference is about that from exact arithmetic.
     assert np.abs(logits - expected).max() < 1e-4
     assert (logits.argmax(1) == expected.argmax(1)).all()
     share = np.exp(expected - expected.max(1, keepdims=True))
     np.testing.assert_allclose(probs, share / share.sum(1, keepdims=True), atol=1e-5)
-    assert said["exports"][0]["outputs"].startswith("logits and probabilities")
+    assert result["exports"][0]["outputs"].startswith("logits and probabilities")
 
 
 def test_exported_files_run_without_convlens(made: tuple[Path, dict[str, Any], str]) -> None:
@@ -176,8 +176,8 @@ def test_exported_files_contain_no_paths_of_this_machine(
     package = str(Path(convlens.__file__).parent)
     for name in ("model.onnx", "model.pt2"):
         data = (run / name).read_bytes()
-        for place in (package, str(Path(torch.__file__).parent), str(run.parent)):
-            assert place.encode() not in data, name
+        for path in (package, str(Path(torch.__file__).parent), str(run.parent)):
+            assert path.encode() not in data, name
 
 
 def test_onnx_takes_any_batch_size_and_one_image_size(
@@ -186,10 +186,10 @@ def test_onnx_takes_any_batch_size_and_one_image_size(
     net = session(made[0] / "model.onnx")
     assert net.get_inputs()[0].shape == ["N", 1, 8, 8]
     images = np.random.default_rng(0).integers(0, 256, (33, 1, 8, 8)).astype(np.uint8)
-    whole = net.run(["logits"], {"images": images})[0]
+    expected = net.run(["logits"], {"images": images})[0]
     for size in (1, 2, 7):
         part = net.run(["logits"], {"images": images[:size]})[0]
-        np.testing.assert_allclose(part, whole[:size], atol=1e-5)
+        np.testing.assert_allclose(part, expected[:size], atol=1e-5)
     for wrong in (images[:, :, :7], images.repeat(3, 1), images.astype(np.float32)):
         with pytest.raises(Exception, match="INVALID_ARGUMENT"):
             net.run(["logits"], {"images": wrong})
@@ -203,14 +203,14 @@ def test_command_prints_one_line_per_format(made: tuple[Path, dict[str, Any], st
         done = command("export", made[0], "--to", name, "--json")
         assert done.code == 0
         assert [each["format"] for each in done.json["exports"]] == [name]
-        (line,) = done.err.splitlines()  # torch, onnxscript and onnxruntime have nothing to say
+        (line,) = done.err.splitlines()  # torch, onnxscript and onnxruntime print nothing
         assert line.startswith(f"{name}: on ")
 
 
 def test_export_from_python(small: Path) -> None:
-    found = convlens.export(small, to="onnx", output="out/mine.onnx")
-    assert [each.path for each in found] == ["out/mine.onnx"]
-    assert found[0].proof.max_logit_difference <= found[0].proof.tolerance
+    (exported,) = convlens.export(small, to="onnx", output="out/mine.onnx")
+    assert exported.path == "out/mine.onnx"
+    assert exported.proof.max_logit_difference <= exported.proof.tolerance
     assert [path.name for path in Path("out").iterdir()] == ["mine.onnx"]
 
 
@@ -218,7 +218,7 @@ def test_export_from_python(small: Path) -> None:
 
 
 def photographs() -> list[Path]:
-    """Image files of many kinds: turned by EXIF, not square, with alpha, grey, 16 bits."""
+    """Write image files of many kinds: turned by EXIF, not square, with alpha, gray, 16 bits."""
     random = np.random.default_rng(1)
     digits = random.integers(0, 256, (40, 9, 13)).astype(np.uint8)
     paths = []
@@ -236,7 +236,7 @@ def photographs() -> list[Path]:
 
 
 def close(first: Any, second: Any) -> None:
-    """Asserts equality, numbers within 1e-5."""
+    """Assert equality, of floats within 1e-5."""
     assert type(first) is type(second)
     if isinstance(first, dict):
         assert first.keys() == second.keys()
@@ -255,8 +255,8 @@ def close(first: Any, second: Any) -> None:
 def test_predict_with_the_onnx_file_equals_predict_with_the_run(small: Path) -> None:
     photographs()
     Path("in/broken.png").write_bytes(b"GIF89a, cut short")
-    asked = ["in", "--top", "3", "--tta", "flip+shifts", "--json"]
-    ours, theirs = here("predict", small, *asked), here("predict", small / "model.onnx", *asked)
+    arguments = ["in", "--top", "3", "--tta", "flip+shifts", "--json"]
+    ours, theirs = (here("predict", what, *arguments) for what in (small, small / "model.onnx"))
     assert ours.code == theirs.code == 3  # one file can't be read
     assert len(ours.json["predictions"]) == 44
     close(ours.json, theirs.json)
@@ -273,29 +273,29 @@ def test_predict_with_the_onnx_file_equals_predict_with_the_run(small: Path) -> 
 
 
 def test_the_onnx_file_takes_pixels_as_decoded(small: Path) -> None:
-    # What a program without convlens would do, step by step.
+    # As a program without convlens would do it.
     paths = photographs()
     pre = load_model(small / "model.safetensors").preprocessing
     images = np.stack([decode(path, size=8, channels=1, fit=pre.fit) for path in paths])
     probs = session(small / "model.onnx").run(["probabilities"], {"images": images})[0]
     for path, row in zip(convlens.predict(small, paths, top_k=10), probs, strict=True):
-        found = dict(path.top)
-        np.testing.assert_allclose([found[str(digit)] for digit in range(10)], row, atol=1e-5)
+        top = dict(path.top)
+        np.testing.assert_allclose([top[str(digit)] for digit in range(10)], row, atol=1e-5)
 
 
 def test_evaluate_with_the_onnx_file_equals_evaluate_with_the_run(small: Path) -> None:
     ours = here("evaluate", small, "--json").json
-    kept = {path: path.read_bytes() for path in (small / "answers").iterdir()}
+    cached = {path: path.read_bytes() for path in (small / "answers").iterdir()}
     theirs = here("evaluate", small / "model.onnx", "--json").json
     own = {"model_sha256", "images_per_second", "looks"}
     close(
         {k: v for k, v in ours.items() if k not in own},
         {k: v for k, v in theirs.items() if k not in own},
     )
-    # It is one more look at the run's test images, by another file.
+    # It counts as another evaluation of the run's test images.
     assert (ours["looks"], theirs["looks"]) == (1, 2)
-    assert theirs["model_sha256"] == facts_of(small / "model.onnx")["sha256"]
-    assert {path: path.read_bytes() for path in (small / "answers").iterdir()} == kept
+    assert theirs["model_sha256"] == metadata_of(small / "model.onnx")["sha256"]
+    assert {path: path.read_bytes() for path in (small / "answers").iterdir()} == cached
 
 
 def test_an_onnx_file_of_an_earlier_version_still_loads() -> None:
@@ -314,7 +314,7 @@ def test_an_onnx_file_of_an_earlier_version_still_loads() -> None:
         assert dict(one.top) == pytest.approx(dict(other.top), abs=1e-5)
 
 
-def test_commands_that_refuse_exported_files(small: Path) -> None:
+def test_commands_that_need_layers_refuse_exported_files(small: Path) -> None:
     file = small / "model.onnx"
     refused(here("predict", file, "-", "--device", "cuda"), 2, "run on the CPU")
     for words in (["look", file], ["export", file], ["compare", small, file]):
@@ -326,7 +326,7 @@ def test_commands_that_refuse_exported_files(small: Path) -> None:
 @pytest.mark.data
 @pytest.mark.slow
 def test_ten_thousand_images_get_the_same_classes() -> None:
-    """All test images of MNIST: run, exported file, Python, a program without convlens."""
+    """All test images of MNIST, by the run, the exported file, Python, and onnxruntime alone."""
     done = here("train", "mnist-fast", "train.epochs=1", "--no-test", "--name", "m")
     assert done.code == 0, done.err
     run = Path("models/m")
@@ -354,7 +354,7 @@ def test_ten_thousand_images_get_the_same_classes() -> None:
     apart = np.abs(logits - expected).max()
     assert apart < 1e-4
     first, second = np.sort(expected)[:, -1], np.sort(expected)[:, -2]
-    clear = first - second > apart  # the others are near-ties
+    clear = first - second > apart  # the rest are near-ties
     assert clear.sum() >= 9_990
     for labels in (
         logits.argmax(1),
@@ -377,7 +377,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def loaded_network(name: str, channels: int = 3, fit: str = "pad") -> LoadedModel:
-    """A network whose norms have seen images, with classes, as if it came from a file."""
+    """Return a network with trained batch norm statistics, as if it came from a file."""
     torch.manual_seed(0)
     size = SIZES.get(name, 16)
     model = models.build_model(name, 5, channels, size, OPTIONS.get(name, {}))

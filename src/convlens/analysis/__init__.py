@@ -1,1 +1,1 @@
-"""What is wrong with a run: rules with stated thresholds on its curves and measurements."""
+"""Analysis of trained runs: comparison, diagnosis, and label errors in their data."""

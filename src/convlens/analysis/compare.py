@@ -1,7 +1,7 @@
-"""Comparing runs: one table, curves overlaid, and whether they differ by more than chance.
+"""Comparison of runs: one table, overlaid curves, and significance tests.
 
-Runs are compared on the very same images. Which these are is known before anything is measured,
-so that a comparison that is refused costs no look at a test split.
+Runs are grouped by recipe and compared with the first one on the same images. Which images these
+are is checked before anything is evaluated, so that a refused comparison does not use a test split.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from rich.markup import escape
 from torch import nn
 
-from convlens import metrics, run, run_plots, serialization
+from convlens import metrics, run_plots, serialization
 from convlens.device import preserve_torch_settings, select_device
 from convlens.engine import inference
 from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError, lookup
@@ -33,53 +33,58 @@ from convlens.evaluation import (
     split_hash,
 )
 from convlens.recipe import Recipe
-from convlens.run import LoadedModel, RunDir
+from convlens.run import (
+    PLOTS_DIR,
+    LoadedModel,
+    RunDir,
+    RunLike,
+    as_run_dir,
+    list_runs,
+    load_model,
+    safe_name,
+)
 from convlens.utils.console import print_status, quiet_mode
 
-# ---- verdicts ----------------------------------------
-# What is said when runs are compared: which is more accurate, by how much, how surely.
-#
-# `comparison.py` measures the runs; here they are grouped by recipe and set against each other.
-
-ALPHA = 0.05
+ALPHA = 0.05  # level of significance
+MAX_NAMED_RUNS = 3  # in the name of the folder of plots
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run that was measured.
+    """A run that was evaluated.
 
     Attributes:
-        images: fingerprint of the images and labels it was judged by.
-        right: bool `[N]`, in the order of these images.
-        flops: of one image, a multiplication with its addition as two.
-        epochs: the rows of its `metrics.csv`; none of a bare model file.
-        facts: what its `run.json` says; empty for a bare model file.
+        images: fingerprint of the images and labels that it was evaluated on.
+        correct: bool `[N]`, in the order of these images.
+        flops: floating-point operations for one image; a multiply-add counts as two.
+        metadata: content of `run.json`; empty for a bare model file.
+        epochs: rows of `metrics.csv`; none for a bare model file.
     """
 
     name: str
     recipe: Recipe
     evaluation: Evaluation
     images: str
-    right: np.ndarray
+    correct: np.ndarray
     parameters: int
     flops: int
     file_bytes: int
-    facts: Mapping[str, Any] = field(repr=False)
+    metadata: Mapping[str, Any] = field(repr=False)
     epochs: Sequence[Mapping[str, float]] = field(repr=False)
 
     @property
     def seeds(self) -> tuple[int, int]:
-        """Of the split and of everything else."""
+        """Seed of the split and seed of everything else."""
         return self.recipe.data.seed, self.recipe.train.seed
 
     @property
     def training_seconds(self) -> float | None:
-        value = self.facts.get("training_seconds")
+        value = self.metadata.get("training_seconds")
         return None if value is None else float(value)
 
     @property
     def training_speed(self) -> float | None:
-        """Images a second in training, over all epochs."""
+        """Images per second in training, over all epochs."""
         rows = self.epochs
         images = sum(row["images_per_second"] * row["seconds"] for row in rows)
         return images / sum(row["seconds"] for row in rows) if rows else None
@@ -103,7 +108,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe that differ in their seeds only; mostly it is one run."""
+    """Runs of one recipe that differ only in their seeds; often a single run."""
 
     name: str
     members: Sequence[Candidate]
@@ -114,12 +119,11 @@ class Group:
 
     @property
     def interval95(self) -> tuple[float, float] | None:
-        """Wilson's, of a single run: several are no single draw of images."""
-        (first, *more) = self.members
-        return None if more else first.evaluation.interval95
+        """Wilson's interval of a single run; None for several runs."""
+        return self.members[0].evaluation.interval95 if len(self.members) == 1 else None
 
     def mean_of(self, key: str) -> float | None:
-        """Mean of a number over its runs; None if one of them doesn't know it."""
+        """Return the mean of a value over the runs; None if a run lacks it."""
         values = [member.to_dict()[key] for member in self.members]
         return None if None in values else sum(values) / len(values)
 
@@ -136,14 +140,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One group against the first; `difference` is its accuracy less that of the reference.
+    """Comparison of one group with the first one.
 
     Attributes:
-        test: `images` (McNemar's exact test), `seeds` (Student's t of pairs with the same seed),
-            `means` (Welch's t), or `none`.
-        p: two-sided; `p_holm` is corrected for the number of verdicts, and decides.
-        details: images that only one has right (`images`), or the numbers of seeds.
-        why: why there is no test.
+        test: `images` (McNemar's exact test), `seeds` (Student's t-test of pairs with the same
+            seed), `means` (Welch's t-test), or `none`.
+        difference: accuracy of the group minus that of the reference.
+        p: two-sided.
+        details: numbers of images that only one of them classifies correctly (`images`), or
+            numbers of seeds.
+        p_holm: `p` corrected for the number of verdicts (Holm); it decides.
+        why: the reason if nothing was tested.
     """
 
     name: str
@@ -158,44 +165,46 @@ class Verdict:
 
     @property
     def differs(self) -> bool | None:
-        """Whether they can be told apart; None without a test."""
+        """Whether the difference is significant; None without a test."""
         return None if self.p_holm is None else self.p_holm < ALPHA
 
     @property
     def sentence(self) -> str:
+        """The result in one sentence."""
         points = 100 * self.difference
         if self.differs is None:
             measured = f"{self.name} measured {points:+.2f} points against {self.reference}"
             return f"no verdict on {self.name} and {self.reference}: {self.why} ({measured})"
         assert self.p_holm is not None
-        said = f"{_p(self.p_holm)} ({self._how()})"
+        test = f"{_format_p(self.p_holm)} ({self._test_details()})"
         if not self.differs:
             return (
                 f"{self.name} and {self.reference} are not distinguishable: {points:+.2f} points "
-                f"for {self.name} (95% interval {_ends(self.interval95)}), {said}"
+                f"for {self.name} (95% interval {_format_interval(self.interval95)}), {test}"
             )
-        better, worse, ends = self.name, self.reference, self.interval95
+        better, worse, interval = self.name, self.reference, self.interval95
         if points < 0:
             better, worse = worse, better
-            ends = (-ends[1], -ends[0]) if ends else None
+            interval = (-interval[1], -interval[0]) if interval else None
         return (
             f"{better} is more accurate than {worse} by {abs(points):.2f} points "
-            f"(95% interval {_ends(ends)}), {said}"
+            f"(95% interval {_format_interval(interval)}), {test}"
         )
 
-    def _how(self) -> str:
+    def _test_details(self) -> str:
         corrected = ""
         if self.p is not None and self.p_holm != self.p:
-            corrected = f"; by itself {_p(self.p)}, corrected by Holm"
-        of = self.details
+            corrected = f"; by itself {_format_p(self.p)}, corrected by Holm"
+        counts = self.details
         if self.test == "images":
             return (
-                f"McNemar's exact test on {of['n']:,} images: {of['only_this']:,} right only by "
-                f"{self.name}, {of['only_reference']:,} only by {self.reference}{corrected}"
+                f"McNemar's exact test on {counts['n']:,} images: {counts['only_this']:,} correct "
+                f"only by {self.name}, {counts['only_reference']:,} only by {self.reference}"
+                f"{corrected}"
             )
         if self.test == "seeds":
-            return f"paired t over {of['seeds']} seeds{corrected}"
-        return f"Welch's t over {of['seeds']} and {of['reference_seeds']} seeds{corrected}"
+            return f"paired t over {counts['seeds']} seeds{corrected}"
+        return f"Welch's t over {counts['seeds']} and {counts['reference_seeds']} seeds{corrected}"
 
     def to_dict(self) -> dict[str, Any]:
         content = asdict(self)
@@ -205,15 +214,15 @@ class Verdict:
 
 
 def without_seeds(recipe: Recipe) -> str:
-    """The digest of all but the seeds, and the memory format, which is chosen by timing."""
-    plain = {"train.seed": 0, "data.seed": 0, "train.memory_format": "auto"}
-    return recipe.replace(**plain).digest()
+    """Return the digest of a recipe without its seeds and its memory format (chosen by timing)."""
+    neutral = {"train.seed": 0, "data.seed": 0, "train.memory_format": "auto"}
+    return recipe.replace(**neutral).digest()
 
 
 def group_by_recipe(candidates: Sequence[Candidate]) -> list[Group]:
-    """Runs whose recipes are the same but for `train.seed` and `data.seed` belong together.
+    """Group runs whose recipes differ only in `train.seed` and `data.seed`.
 
-    If all of them do, each is a group of its own: then it is the runs that are compared.
+    If this would give a single group, each run is a group of its own.
     """
     same: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -221,102 +230,100 @@ def group_by_recipe(candidates: Sequence[Candidate]) -> list[Group]:
     if len(same) == 1:
         return [Group(candidate.name, [candidate]) for candidate in candidates]
     groups: list[Group] = []
-    taken = [members[0].name for members in same.values() if len(members) == 1]
+    used_names = [members[0].name for members in same.values() if len(members) == 1]
     for members in same.values():
         name = members[0].name
         if len(members) > 1:
-            # The seed 0 of `train --seeds` has the recipe's name, without a hash or seed.
+            # The first seed of `train --seeds` has the name of the recipe, without a hash or seed.
             run_name = min(members, key=lambda m: m.seeds).recipe.name
-            name = run_name if run_name not in taken else name
-            taken.append(name)
+            name = run_name if run_name not in used_names else name
+            used_names.append(name)
             name = f"{name} ({len(members)} seeds)"
         groups.append(Group(name, members))
     return groups
 
 
 def compare_groups(groups: Sequence[Group], *, same_images: bool) -> list[Verdict]:
-    """Each group against the first, by the best test there is.
+    """Compare each group with the first one, by the most suitable test.
 
-    Over seeds where both have several: as pairs if the seeds are the same, as two means
-    otherwise. On the images where there is one run on either side: then it is two models that
-    are compared, and not what their recipes would give with other seeds.
+    If both have several seeds, the test is over seeds: paired if the seeds are the same, of two
+    means otherwise. If one of them is a single run, the test is over images: it compares two
+    models, and not what their recipes would give with other seeds.
     """
-    first, *others = groups
-    found = [_against(first, other, same_images) for other in others]
-    corrected = metrics.holm_adjust([verdict.p for verdict in found])
-    return [replace(verdict, p_holm=p) for verdict, p in zip(found, corrected, strict=True)]
+    reference, *rest = groups
+    verdicts = [_compare_group(reference, group, same_images) for group in rest]
+    corrected = metrics.holm_adjust([verdict.p for verdict in verdicts])
+    return [replace(verdict, p_holm=p) for verdict, p in zip(verdicts, corrected, strict=True)]
 
 
-def _against(reference: Group, group: Group, same_images: bool) -> Verdict:
-    ours = {member.seeds: member for member in group.members}
-    theirs = {member.seeds: member for member in reference.members}
+def _compare_group(reference: Group, group: Group, same_images: bool) -> Verdict:
+    by_seed = {member.seeds: member for member in group.members}
+    reference_by_seed = {member.seeds: member for member in reference.members}
     if not same_images:
         gain = metrics.mean_sd(group.accuracies)[0] - metrics.mean_sd(reference.accuracies)[0]
         return _untested(group.name, reference.name, gain)
     if min(len(group.members), len(reference.members)) < 2:
-        seeds = next((s for s in ours if s in theirs), None)
-        mine = group.members[0] if seeds is None else ours[seeds]
-        its = reference.members[0] if seeds is None else theirs[seeds]
-        return _on_images(its, mine)
-    if ours.keys() == theirs.keys() and len(ours) == len(group.members) == len(reference.members):
-        before = [theirs[seeds].evaluation.accuracy for seeds in ours]
-        after = [member.evaluation.accuracy for member in ours.values()]
-        found = metrics.paired_difference(before, after)
+        shared = next((seeds for seeds in by_seed if seeds in reference_by_seed), None)
+        if shared is None:
+            return _compare_on_images(reference.members[0], group.members[0])
+        return _compare_on_images(reference_by_seed[shared], by_seed[shared])
+    same_seeds = by_seed.keys() == reference_by_seed.keys()
+    if same_seeds and len(by_seed) == len(group.members) == len(reference.members):
+        before = [reference_by_seed[seeds].evaluation.accuracy for seeds in by_seed]
+        after = [member.evaluation.accuracy for member in by_seed.values()]
+        difference = metrics.paired_difference(before, after)
         test, details = "seeds", {"seeds": len(after)}
     else:
-        found = metrics.welch_difference(reference.accuracies, group.accuracies)
+        difference = metrics.welch_difference(reference.accuracies, group.accuracies)
         test = "means"
         details = {"seeds": len(group.members), "reference_seeds": len(reference.members)}
-    why = "" if found.p is not None else "the seeds differ by nothing, so there is no spread"
-    return Verdict(group.name, reference.name, test, *found, details, why=why)
+    why = "" if difference.p is not None else "there is no variation between seeds"
+    return Verdict(group.name, reference.name, test, *difference, details, why=why)
 
 
 def _untested(name: str, reference: str, gain: float) -> Verdict:
-    why = "they were judged by different images"
+    why = "they were evaluated on different images"
     return Verdict(name, reference, "none", gain, None, None, {}, why=why)
 
 
-def _on_images(reference: Candidate, candidate: Candidate) -> Verdict:
+def _compare_on_images(reference: Candidate, candidate: Candidate) -> Verdict:
     if reference.images != candidate.images:
         gain = candidate.evaluation.accuracy - reference.evaluation.accuracy
         return _untested(candidate.name, reference.name, gain)
-    mine, its = candidate.right, reference.right
-    both, only_its = int((mine & its).sum()), int((its & ~mine).sum())
-    only_mine, neither = int((mine & ~its).sum()), int((~mine & ~its).sum())
-    found = metrics.difference_on_images(both, only_its, only_mine, neither)
+    this, other = candidate.correct, reference.correct
+    both, only_reference = int((this & other).sum()), int((other & ~this).sum())
+    only_this, neither = int((this & ~other).sum()), int((~this & ~other).sum())
+    difference = metrics.difference_on_images(both, only_reference, only_this, neither)
     details = {
-        "n": len(mine),
+        "n": len(this),
         "both": both,
-        "only_this": only_mine,
-        "only_reference": only_its,
+        "only_this": only_this,
+        "only_reference": only_reference,
         "neither": neither,
     }
-    return Verdict(candidate.name, reference.name, "images", *found, details)
+    return Verdict(candidate.name, reference.name, "images", *difference, details)
 
 
-def _p(value: float) -> str:
+def _format_p(value: float) -> str:
     return "p < 0.0001" if value < 0.0001 else f"p = {value:.2g}"
 
 
-def _ends(interval: tuple[float, float] | None) -> str:
+def _format_interval(interval: tuple[float, float] | None) -> str:
     if interval is None or not all(map(math.isfinite, interval)):
         return "unknown"
     low, high = interval
     return f"{100 * low:.2f} to {100 * high:.2f}"
 
 
-MAX_NAMED = 3  # runs in the name of the folder of plots
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side: what `compare` returns.
+    """Result of `compare`.
 
     Attributes:
-        groups: one a recipe, in the order of the runs; the first is what others are set against.
+        groups: one for each recipe, in the order of the runs; the first one is the reference.
         verdicts: one for each group but the first, each with its `sentence`.
-        notes: what a reader must know to trust them.
-        plots: the pictures.
+        notes: limits of the comparison.
+        plots: paths of the figures.
     """
 
     split: str
@@ -337,71 +344,63 @@ class Comparison:
         }
 
 
-@dataclass(frozen=True)
-class _OpenedRun:
-    """A run, and the images it is to be judged by."""
-
-    run_dir: RunDir
-    known: LoadedModel  # without its network: many of them would fill the memory
-    judged: EvalSplit
-    images: str = ""
-
-    @property
-    def seedless(self) -> str:
-        return without_seeds(serialization.recipe_from_metadata(self.known.model_metadata))
-
-
 @preserve_torch_settings()
 def compare(
-    names: Sequence[str | Path | RunDir],
+    *runs: RunLike,
     split: str = "test",
-    *,
     data: str | Path | None = None,
     force: bool = False,
-    on: str | None = None,
-    quiet: bool = False,
+    device: str | None = None,
+    quiet: bool = True,
 ) -> Comparison:
-    """Measures runs on the same images and says which can be told apart, against the first one.
+    """Evaluate runs on the same images and test whether they differ from the first one.
 
     Args:
-        names: at least two runs: names, folders or model files.
-        split: `test`, `val` or `train`; each run's look at it is logged as by `evaluate`.
-        data: judge all of them by another data set.
-        force: go on where images or classes differ; then nothing is tested.
-        on: device.
+        runs: at least two runs by name, folder or model file, or as `Run`. Runs that differ only
+            in their seeds form one group.
+        split: `test`, `val` or `train`. It is logged as an evaluation of each run.
+        data: evaluate all runs on another data set.
+        force: continue if images or classes differ; then nothing is tested.
+        device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
+        quiet: show no progress.
 
     Raises:
-        UsageError: fewer than two runs, unknown names; ModelFileError: a run without weights;
-        DataError: different images or classes, or a run whose images changed or have moved.
+        UsageError: fewer than two runs, or unknown names.
+        ModelFileError: a run without weights.
+        DataError: different images or classes, or a run whose images changed or moved.
+
+    Example:
+        >>> convlens.compare("resnet18", "resnet18-noaug").verdicts[0].sentence
     """
     lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
-    run_dirs = _open_runs(names)
-    where = select_device(on)
+    run_dirs = _open_runs(runs)
+    device = select_device(device)
     with quiet_mode(quiet):
-        entrants = _unique_runs(run_dirs, split, data, where)
-        differing = _differing(entrants)
-        if differing and not force:
+        opened = _open_images(run_dirs, split, data, device)
+        mismatch = _find_mismatch(opened)
+        if mismatch and not force:
             raise DataError(
-                differing,
+                mismatch,
                 where=", ".join(run_dir.name for run_dir in run_dirs)[:200],
-                fix="judge all of them by one set with --data, or --force: then nothing is tested",
+                fix="evaluate all of them on one data set with --data, or use --force to compare "
+                "without a test",
             )
-        measured = [_measured(entrant, split, where) for entrant in entrants]
-    groups = group_by_recipe(measured)
-    verdicts = compare_groups(groups, same_images=not differing)
-    notes = [*_limits(entrants, differing, split), *_readings(measured, groups, verdicts)]
-    data_name = " and ".join(dict.fromkeys(entrant.judged.name for entrant in entrants))
-    drawn = _plots(data_name, groups, verdicts)
-    return Comparison(split, data_name, groups, verdicts, notes, drawn)
+        candidates = [_evaluate_run(run, split, device) for run in opened]
+    groups = group_by_recipe(candidates)
+    verdicts = compare_groups(groups, same_images=not mismatch)
+    notes = [*_limits(opened, mismatch, split), *_interpretation(candidates, verdicts)]
+    data_name = " and ".join(dict.fromkeys(run.eval_split.name for run in opened))
+    plots = _plot(data_name, groups, verdicts)
+    return Comparison(split, data_name, groups, verdicts, notes, plots)
 
 
-def _open_runs(names: Sequence[str | Path | RunDir]) -> list[RunDir]:
-    """The runs; everything that is wrong with their names at once."""
+def _open_runs(runs: Sequence[RunLike]) -> list[RunDir]:
+    """Return the run directories; the error names all runs that cannot be opened."""
     run_dirs: dict[Path, RunDir] = {}
-    wrong: list[ConvlensError] = []
-    for name in names:
+    errors: list[ConvlensError] = []
+    for run in runs:
         try:
-            run_dir = name if isinstance(name, RunDir) else run.find_run(name)
+            run_dir = as_run_dir(run)
             if not run_dir.model_path.is_file():
                 raise ModelFileError(
                     f"run {run_dir.name!r} has no weights yet",
@@ -410,144 +409,152 @@ def _open_runs(names: Sequence[str | Path | RunDir]) -> list[RunDir]:
                 )
             run_dirs.setdefault(run_dir.model_path.resolve(), run_dir)
         except ConvlensError as error:
-            wrong.append(error)
-    if len(wrong) == 1:
-        raise wrong[0]
-    if wrong:
-        fixes = dict.fromkeys(error.fix for error in wrong if error.fix)
-        raise UsageError("; ".join(error.what for error in wrong), fix="; ".join(fixes)[:300])
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        fixes = dict.fromkeys(error.fix for error in errors if error.fix)
+        raise UsageError("; ".join(error.what for error in errors), fix="; ".join(fixes)[:300])
     if len(run_dirs) < 2:
         given = [run_dir.name for run_dir in run_dirs.values()]
-        known = [other.name for other in run.list_runs() if other.name not in given]
-        there = f"; others here: {', '.join(known[:6])}" if known else ""
+        known = [each.name for each in list_runs() if each.name not in given]
+        available = f"; others here: {', '.join(known[:6])}" if known else ""
         raise UsageError(
             f"comparing needs at least two different runs, got {len(run_dirs)}",
-            fix=f"name another one{there}; `convlens evaluate RUN` measures one",
+            fix=f"name another one{available}; `convlens evaluate RUN` evaluates one",
         )
     return list(run_dirs.values())
 
 
-def _unique_runs(
-    run_dirs: Sequence[RunDir], split: str, data: str | Path | None, where: str
+@dataclass(frozen=True)
+class _OpenedRun:
+    """A run and the images that it is evaluated on."""
+
+    run_dir: RunDir
+    loaded: LoadedModel  # without its network: those of many runs would fill the memory
+    eval_split: EvalSplit
+    images: str = ""  # fingerprint
+
+    @property
+    def recipe_digest(self) -> str:
+        return without_seeds(serialization.recipe_from_metadata(self.loaded.model_metadata))
+
+    @property
+    def input_format(self) -> str:
+        """How the model sees images, e.g. `32 px, 3 channels, crop`."""
+        pre = self.loaded.preprocessing
+        return f"{pre.image_size} px, {pre.channels} channels, {pre.fit}"
+
+
+def _open_images(
+    run_dirs: Sequence[RunDir], split: str, data: str | Path | None, device: str
 ) -> list[_OpenedRun]:
-    """Each run with its images, which are opened once where several runs share them."""
-    opened: dict[str, EvalSplit] = {}
-    found = []
+    """Load the images of each run, once where several runs share them, and fingerprint them."""
+    splits: dict[str, EvalSplit] = {}
+    opened = []
     for run_dir in run_dirs:
-        loaded = run.load_model(run_dir.model_path)
-        model_metadata = loaded.model_metadata
-        config = serialization.recipe_from_metadata(model_metadata).data.model_dump(mode="json")
-        key = json.dumps(
-            [
-                config,
-                model_metadata["data"],
-                model_metadata["classes"],
-                model_metadata["preprocessing"],
-            ]
-        )
-        if key not in opened:
-            opened[key] = load_eval_split(loaded, split, data=data, on=where)
-        found.append(_OpenedRun(run_dir, replace(loaded, model=nn.Identity()), opened[key]))
-    pixels = len(_sizes(found)) == 1
-    prints: dict[int, str] = {}
-    for entrant in found:
-        if id(entrant.judged) not in prints:
-            prints[id(entrant.judged)] = _fingerprint(entrant, pixels)
-    return [replace(entrant, images=prints[id(entrant.judged)]) for entrant in found]
+        loaded = load_model(run_dir.model_path)
+        metadata = loaded.model_metadata
+        config = serialization.recipe_from_metadata(metadata).data.model_dump(mode="json")
+        key = json.dumps([config, metadata["data"], metadata["classes"], metadata["preprocessing"]])
+        if key not in splits:
+            splits[key] = load_eval_split(loaded, split, data=data, device=device)
+        opened.append(_OpenedRun(run_dir, replace(loaded, model=nn.Identity()), splits[key]))
+    same_format = len({run.input_format for run in opened}) == 1
+    fingerprints: dict[int, str] = {}
+    for run in opened:
+        if id(run.eval_split) not in fingerprints:
+            fingerprints[id(run.eval_split)] = _fingerprint(run, pixels=same_format)
+    return [replace(run, images=fingerprints[id(run.eval_split)]) for run in opened]
 
 
-def _sizes(entrants: Sequence[_OpenedRun]) -> set[str]:
-    """How the models see images, e.g. `32 px, 3 channels, crop`."""
-    seen = [entrant.known.preprocessing for entrant in entrants]
-    return {f"{pre.image_size} px, {pre.channels} channels, {pre.fit}" for pre in seen}
-
-
-def _fingerprint(entrant: _OpenedRun, pixels: bool) -> str:
-    """SHA-256 over the images' ids and class names and, if all models see them alike, pixels."""
-    part = entrant.judged.part
-    digest = hashlib.sha256(split_hash(part, entrant.known.classes).encode())
+def _fingerprint(run: _OpenedRun, *, pixels: bool) -> str:
+    """Hash image ids and class names, and the pixels if all models see images in one format."""
+    part = run.eval_split.part
+    digest = hashlib.sha256(split_hash(part, run.loaded.classes).encode())
     if pixels:
         for index in torch.arange(len(part)).split(1024):
             digest.update(part.rows.gather(index).contiguous().numpy().data)
     return digest.hexdigest()
 
 
-def _differing(entrants: Sequence[_OpenedRun]) -> str:
-    """What keeps the runs from being compared; empty if nothing does.
+def _find_mismatch(opened: Sequence[_OpenedRun]) -> str:
+    """Describe why the runs cannot be compared by a test; empty if they can.
 
-    Runs with several splits of the data (`data.seed`) are judged by as many sets of test images:
-    it is enough that each recipe was judged by the same ones.
+    Runs with several splits of the data (`data.seed`) have several sets of test images: it is
+    enough that each recipe was evaluated on the same sets.
     """
-    first, *others = entrants
-    for other in others:
-        unlike = {*first.known.classes} ^ {*other.known.classes}
-        if unlike:
+    first = opened[0]
+    for run in opened[1:]:
+        unshared = {*first.loaded.classes} ^ {*run.loaded.classes}
+        if unshared:
             return (
-                f"{first.run_dir.name} and {other.run_dir.name} don't know the same classes: "
-                f"{', '.join(sorted(unlike)[:6])}{' ...' * (len(unlike) > 6)}"
+                f"{first.run_dir.name} and {run.run_dir.name} don't have the same classes: "
+                f"{', '.join(sorted(unshared)[:6])}{' ...' * (len(unshared) > 6)}"
             )
-    sets: dict[str, set[str]] = {}
-    for entrant in entrants:
-        sets.setdefault(entrant.seedless, set()).add(entrant.images)
-    one = len(sets) == 1 and len(sets[first.seedless]) > 1
-    if one or len({frozenset(images) for images in sets.values()}) > 1:
-        told = dict.fromkeys(
-            f"{e.judged.name} ({len(e.judged.part):,} images, {e.images[:8]})" for e in entrants
+    images_by_recipe: dict[str, set[str]] = {}
+    for run in opened:
+        images_by_recipe.setdefault(run.recipe_digest, set()).add(run.images)
+    image_sets = {frozenset(images) for images in images_by_recipe.values()}
+    single_recipe_differs = len(images_by_recipe) == 1 and len(next(iter(image_sets))) > 1
+    if single_recipe_differs or len(image_sets) > 1:
+        described = dict.fromkeys(
+            f"{run.eval_split.name} ({len(run.eval_split.part):,} images, {run.images[:8]})"
+            for run in opened
         )
-        return f"the runs are not judged by the same images: {' and '.join([*told][:3])}"
+        return f"the runs are not evaluated on the same images: {' and '.join([*described][:3])}"
     return ""
 
 
-def _measured(entrant: _OpenedRun, split: str, where: str) -> Candidate:
-    run_dir = entrant.run_dir
-    loaded = run.load_model(run_dir.model_path)
+def _evaluate_run(run: _OpenedRun, split: str, device: str) -> Candidate:
+    run_dir = run.run_dir
+    loaded = load_model(run_dir.model_path)
     print_status(f"evaluating [bold]{escape(run_dir.name)}[/]")
-    result = evaluate_split(run_dir, loaded, entrant.judged, split, where, draw=False)
+    result = evaluate_split(run_dir, loaded, run.eval_split, split, device, draw=False)
     pre = loaded.preprocessing
     shape = (pre.channels, pre.image_size, pre.image_size)
     return Candidate(
         name=run_dir.name,
         recipe=serialization.recipe_from_metadata(loaded.model_metadata),
         evaluation=result.evaluation,
-        images=entrant.images,
-        right=result.scores.argmax(1) == result.labels,
+        images=run.images,
+        correct=result.scores.argmax(1) == result.labels,
         parameters=sum(p.numel() for p in loaded.model.parameters()),
-        flops=inference.flops(loaded.model, shape, where),
+        flops=inference.flops(loaded.model, shape, device),
         file_bytes=run_dir.model_path.stat().st_size,
-        facts=run_dir.metadata(),
+        metadata=run_dir.metadata(),
         epochs=run_dir.metrics(),
     )
 
 
-def _limits(entrants: Sequence[_OpenedRun], differing: str, split: str) -> list[str]:
-    """What is wrong with comparing these runs by these images."""
+def _limits(opened: Sequence[_OpenedRun], mismatch: str, split: str) -> list[str]:
+    """Return notes on what limits the comparison of these runs on these images."""
     notes = []
-    if differing:
-        notes.append(f"{differing}; so nothing is tested")
-    elif len(_sizes(entrants)) > 1:
+    formats = sorted({run.input_format for run in opened})
+    if mismatch:
+        notes.append(f"{mismatch}; so nothing is tested")
+    elif len(formats) > 1:
         notes.append(
-            f"the models see the images differently ({'; '.join(sorted(_sizes(entrants)))}): that "
-            "they are the same goes by their names and labels"
+            f"the models see the images differently ({'; '.join(formats)}): only names and labels "
+            "show that they are the same images"
         )
-    facts = {entrant.run_dir.name: entrant.run_dir.metadata() for entrant in entrants}
-    half = [name for name, its in facts.items() if its and its.get("status") != "finished"]
-    if half:
-        notes.append(f"not trained to the end: {', '.join(half)}")
+    metadata = {run.run_dir.name: run.run_dir.metadata() for run in opened}
+    unfinished = [n for n, each in metadata.items() if each and each.get("status") != "finished"]
+    if unfinished:
+        notes.append(f"training not finished: {', '.join(unfinished)}")
     if split != "test":
-        why = "chose the epoch" if split == "val" else "were learned from"
-        notes.append(f"the {split} images {why}: the accuracies are flattering")
+        why = "were used to choose the epoch" if split == "val" else "were used for training"
+        notes.append(f"the {split} images {why}: the accuracies are optimistic")
     return notes
 
 
-def _readings(
-    measured: Sequence[Candidate], groups: Sequence[Group], verdicts: Sequence[Verdict]
-) -> list[str]:
-    """What the verdicts mean and what they don't."""
+def _interpretation(candidates: Sequence[Candidate], verdicts: Sequence[Verdict]) -> list[str]:
+    """Return notes on what the verdicts mean."""
     notes = []
-    seeds = {candidate.seeds for candidate in measured}
-    one = len({without_seeds(candidate.recipe) for candidate in measured}) == 1
-    if one and len(seeds) == len(measured):
-        mean, sd = metrics.mean_sd([candidate.evaluation.accuracy for candidate in measured])
+    seeds = {candidate.seeds for candidate in candidates}
+    single_recipe = len({without_seeds(candidate.recipe) for candidate in candidates}) == 1
+    if single_recipe and len(seeds) == len(candidates):
+        mean, sd = metrics.mean_sd([candidate.evaluation.accuracy for candidate in candidates])
         assert sd is not None
         notes.append(
             f"one recipe with {len(seeds)} seeds: accuracy {100 * mean:.2f} ± {100 * sd:.2f} % "
@@ -555,22 +562,22 @@ def _readings(
         )
     elif any(verdict.test == "images" for verdict in verdicts):
         notes.append(
-            "McNemar's test compares two trained models; another seed may turn a small difference "
-            "round: compare several seeds (train --seeds 5) to compare recipes"
+            "McNemar's test compares two trained models; another seed may reverse a small "
+            "difference: compare several seeds (train --seeds 5) to compare recipes"
         )
     if len(verdicts) > 1:
-        notes.append("each interval is 95% by itself; p values are corrected for their number")
+        notes.append("each interval is a 95% interval by itself; p values are corrected (Holm)")
     return notes
 
 
-def _plots(title: str, groups: Sequence[Group], verdicts: Sequence[Verdict]) -> list[Path]:
+def _plot(title: str, groups: Sequence[Group], verdicts: Sequence[Verdict]) -> list[Path]:
     names = [member.name for group in groups for member in group.members]
-    folder = f"compare-{'-'.join(names[:MAX_NAMED])}"
-    if len(names) > MAX_NAMED:  # a name of its own for each set of runs, of bounded length
+    folder = f"compare-{'-'.join(names[:MAX_NAMED_RUNS])}"
+    if len(names) > MAX_NAMED_RUNS:  # a name of bounded length for each set of runs
         others = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:6]
         folder = f"compare-{names[0]}-and-{len(names) - 1}-others-{others}"
     return run_plots.plot_comparison(
-        run.PLOTS_DIR / run.safe_name(folder),
+        PLOTS_DIR / safe_name(folder),
         title,
         {group.name: [m.epochs for m in group.members if m.epochs] for group in groups},
         {v.name: (v.difference, v.interval95, bool(v.differs)) for v in verdicts},

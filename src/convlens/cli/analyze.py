@@ -11,7 +11,7 @@ from rich.markup import escape
 from convlens import metrics
 from convlens.analysis.compare import Comparison, Group
 from convlens.analysis.diagnosis import Diagnosis, Finding
-from convlens.analysis.label_errors import LabelReport, Suspect
+from convlens.analysis.label_errors import JudgedImage, LabelReport
 from convlens.cli.common import (
     Command,
     DataOption,
@@ -60,7 +60,9 @@ def compare(
 
     # import dropped
 
-    result = analysis_compare.compare(runs, split, data=data, force=force, on=device)
+    result = analysis_compare.compare(
+        *runs, split=split, data=data, force=force, device=device, quiet=False
+    )
     if not as_json:
         print_comparison(result)
     print_json(as_json, result.to_dict())
@@ -76,12 +78,11 @@ def diagnose(run: RunArgument, device: DeviceOption = None, as_json: JsonOption 
     Examples:
         convlens diagnose mnist
     """
-    from convlens import run as runs
     from convlens.analysis import diagnosis
 
     # import dropped
 
-    result = diagnosis.diagnose(runs.find_run(run), on=device)
+    result = diagnosis.diagnose(run, device=device, quiet=False)
     if not as_json:
         print_diagnosis(result)
     print_json(as_json, result.to_dict())
@@ -122,7 +123,14 @@ def labels(
     # import dropped
 
     report = find_label_errors(
-        what, overrides or [], data=data, folds=folds, test=test, name=name, fresh=fresh, on=device
+        what,
+        overrides or [],
+        data=data,
+        folds=folds,
+        test=test,
+        name=name,
+        fresh=fresh,
+        device=device,
     )
     if not as_json:
         print_label_report(report)
@@ -159,7 +167,7 @@ def report(
     from convlens.cli.results import print_report
     from convlens.reports import build
 
-    page = build.report(runs, output=output, audit=audit, on=device)
+    page = build.report(*runs, output=output, audit=audit, device=device, quiet=False)
     if not as_json:
         print_report(page)
     print_json(as_json, page.to_dict())
@@ -329,7 +337,7 @@ def print_label_report(report: LabelReport) -> None:
 
 def label_conclusion(report: LabelReport) -> list[str]:
     """Return the findings as sentences that claim no more than is known."""
-    n, k = len(report.ids), len(report.suspects)
+    n, k = len(report.images), len(report.suspects)
     what = "images" + (", the test split among them" if report.tested else "")
     lines = [
         f"{k:,} of {n:,} labels are suspected ({k / n:.1%}); {report.noise:.1%} of all are "
@@ -350,7 +358,7 @@ def label_conclusion(report: LabelReport) -> list[str]:
     return lines
 
 
-def _name_with_probability(suspect: Suspect) -> str:
+def _name_with_probability(suspect: JudgedImage) -> str:
     mark = " (test)" if suspect.split == "test" else ""
     copies = "; ".join(f"{'=' if t.exact else '~'} {t.id} ({t.label})" for t in suspect.twins)
     return suspect.id + mark + (f"  {copies}" if copies else "")

@@ -140,7 +140,7 @@ def evaluate(
     from convlens.run import find_run
 
     run_dir = find_run(run)
-    result = evaluation.evaluate(run_dir, split, data=data, tta=tta, on=device)
+    result = evaluation.evaluate(run_dir, split, data=data, tta=tta, device=device, quiet=False)
     if not as_json:
         print_evaluation(result, run_dir, own=data is None)
     print_json(as_json, result.to_dict())
@@ -185,7 +185,7 @@ def predict(
     files = prediction.expand_paths([*(path for path in asked if path != "-"), *named])
     if not files:
         print_status("nothing to predict: stdin named no files")
-    answers = prediction.predict(loaded, files, top_k=top, tta=tta, on=device)
+    answers = prediction.iter_predictions(loaded, files, top_k=top, tta=tta, device=device)
     failed = write(answers, top, tta is not None)
     if failed:
         raise DataError(
@@ -228,7 +228,7 @@ def export(
 
     formats = split_commas(",".join(to or ["onnx"]))
     run_dir = find_run(run)
-    made = model_export.export(run_dir, formats, output=output, data=data)
+    made = model_export.export(run_dir, formats, output=output, data=data, quiet=False)
     if not as_json:
         print_exports(made)
     print_json(as_json, {"run": run_dir.name, "exports": [each.to_dict() for each in made]})

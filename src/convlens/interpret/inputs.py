@@ -100,7 +100,9 @@ class InspectedModel:
         if key not in self._splits:
             own = self.data if data is None else None
             on = self.plan.device
-            found = evaluation.load_eval_split(self.loaded, name, data=data, on=on, own=own)
+            found = evaluation.load_eval_split(
+                self.loaded, name, data=data, device=on, own_data=own
+            )
             self._splits[key] = found.part
             if own is not None and name == "test":
                 self._log(found)

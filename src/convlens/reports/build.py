@@ -10,13 +10,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from convlens import run
 from convlens.device import preserve_torch_settings
 from convlens.errors import UsageError
 from convlens.reports import compare, sections
 from convlens.reports.contents import ReportContents, gather_contents
 from convlens.reports.html import PageSection, compose_page
 from convlens.reports.sections import verdict_section
+from convlens.run import PLOTS_DIR, RunLike, find_run, run_reference, safe_name
 from convlens.utils import files
 from convlens.utils.console import progress_bar, quiet_mode
 
@@ -41,31 +41,33 @@ class Report:
 
 @preserve_torch_settings()
 def report(
-    names: Sequence[str],
-    *,
+    *runs: RunLike,
     output: str | Path | None = None,
     audit: bool | None = None,
-    on: str | None = None,
-    quiet: bool = False,
+    device: str | None = None,
+    quiet: bool = True,
 ) -> Report:
-    """Writes the page of a run, or one that compares several.
+    """Write the page of a run, or one that compares several.
 
     Args:
-        names: runs by name, folder or model file.
+        runs: runs by name, folder or model file, or as `Run`.
         output: the file; by default `plots/<run>/report.html`, or `plots/report-<a>-<b>/...`.
         audit: whether to look at every image of the data set; by default where they are few.
-        on: device.
+        device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
+        quiet: show no progress.
 
     Raises:
         UsageError: no or unknown runs; ModelFileError: damaged files; ResourceError: the disk.
     """
-    if not names:
+    if not runs:
         raise UsageError("no run to report on", fix="name a run: convlens report RUN")
-    names = list(dict.fromkeys(names))
+    names = list(dict.fromkeys(run_reference(run) for run in runs))
     for name in names:  # a typo in the last one must not cost the work on the first
-        run.find_run(name)
+        find_run(name)
     with quiet_mode(quiet):
-        found = [gather_contents(name, audit=audit, on=on, alone=len(names) == 1) for name in names]
+        found = [
+            gather_contents(name, audit=audit, on=device, alone=len(names) == 1) for name in names
+        ]
     parts: dict[str, PageSection]
     head: Callable[[], Markup]
     content: ReportContents | compare.ComparedRuns
@@ -113,5 +115,5 @@ def _compose_run_page(
 def _output_path(found: Sequence[ReportContents]) -> Path:
     if len(found) == 1:
         return found[0].run_dir.plots / "report.html"
-    joined = "-".join(run.safe_name(each.name) for each in found)
-    return run.PLOTS_DIR / f"report-{joined[:120]}" / "report.html"
+    joined = "-".join(safe_name(each.name) for each in found)
+    return PLOTS_DIR / f"report-{joined[:120]}" / "report.html"

@@ -140,7 +140,7 @@ def _evaluate_val(found: ReportContents, on: str | None) -> None:
     said = evaluation.load_predictions(found.run_dir, found.split, fingerprint, sha)
     if said is None:
         try:
-            evaluation.evaluate(found.run_dir, found.split, on=on)
+            evaluation.evaluate(found.run_dir, found.split, device=on, quiet=False)
             said = evaluation.load_predictions(found.run_dir, found.split, fingerprint, sha)
             found.looks = found.run_dir.evaluations()
         except ConvlensError as error:
@@ -176,7 +176,7 @@ def _open_data(found: ReportContents, on: str | None, audit: bool | None) -> Non
     where = device.select_device(on)
     try:
         if found.answers is not None:
-            found.images = evaluation.load_eval_split(found.loaded, found.split, on=where)[0]
+            found.images = evaluation.load_eval_split(found.loaded, found.split, device=where)[0]
         if audit is None:
             data = evaluation.load_own_data(found.loaded, where)
             judged = 0 if found.summary is None else int(found.summary["n"])

@@ -110,7 +110,9 @@ def train_many(
             if refit:
                 refit_recipe = refit_on_all(planned.recipe.name, epoch_selection_run)
                 run_dir = _train(planned, refit_recipe, fresh, device, quiet)
-            result = evaluation.evaluate(run_dir, "test" if test else "val", on=device, quiet=quiet)
+            result = evaluation.evaluate(
+                run_dir, "test" if test else "val", device=device, quiet=quiet
+            )
             if len(plans) > 1:  # the result of a single run is the last line of the table
                 print_status(evaluation.sentence({**result.to_dict(), "own": True}))
             outcomes.append(RunOutcome(planned, run_dir, epoch_selection_run, result))

@@ -129,7 +129,7 @@ def train(
                 rows, kept_epoch = fit(job, run_dir)
                 _finish(job, run_dir, rows, kept_epoch)
     if test:
-        evaluation.evaluate(run_dir, "test", on=device, quiet=quiet, own=data)
+        evaluation.evaluate(run_dir, "test", device=device, quiet=quiet, own_data=data)
     return run_dir
 
 

@@ -1,4 +1,4 @@
-"""`convlens compare`: verdicts by hand, seeds taken together, what can't be compared refused."""
+"""Comparison of runs: verdicts computed by hand, groups of seeds, refused comparisons."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from torch import nn
 
 import convlens
-from convlens import models
-from convlens.engine.inference import flops
 from convlens.errors import UsageError
 from convlens.metrics import newcombe_interval
 from convlens.run import RunDir
@@ -28,13 +25,13 @@ def images() -> Path:
 
 @pytest.fixture
 def greens(tmp_path: Path) -> RunDir:
-    """Says `green` to everything."""
+    """A model that always predicts `green`."""
     return constant_model(tmp_path / "models" / "greens", [0.0, 2.0, 1.0], CLASSES)
 
 
 @pytest.fixture
 def reds(tmp_path: Path) -> RunDir:
-    """Says `red` to everything; its classes are in another order."""
+    """A model that always predicts `red`; its classes are in another order."""
     return constant_model(tmp_path / "models" / "reds", [2.0, 0.0, 1.0], ("red", "blue", "green"))
 
 
@@ -66,7 +63,9 @@ def compare(*arguments: str | Path) -> Done:
     return here("compare", *arguments, "--device", "cpu")
 
 
-def test_two_models_by_hand(greens: RunDir, reds: RunDir, images: Path) -> None:
+def test_the_verdict_on_two_models_agrees_with_a_computation_by_hand(
+    greens: RunDir, reds: RunDir, images: Path
+) -> None:
     done = compare(greens.path, reds.path, "--data", images, "--json")
     got = done.json
     assert (got["split"], got["data"]) == ("test", "set")
@@ -92,28 +91,28 @@ def test_two_models_by_hand(greens: RunDir, reds: RunDir, images: Path) -> None:
     # Neither has curves.
     assert got["plots"] == ["plots/compare-greens-reds/differences.png"]
     assert Path(got["plots"][0]).is_file()
-    # Each look is logged.
-    assert [place.evaluations()[0]["looks"] for place in (greens, reds)] == [1, 1]
+    # Each evaluation is logged.
+    assert [run_dir.evaluations()[0]["looks"] for run_dir in (greens, reds)] == [1, 1]
 
 
-def test_a_clear_difference_is_said_plainly(tmp_path: Path) -> None:
+def test_a_clear_difference_is_reported(tmp_path: Path) -> None:
     colors = {"dark": (20, 20, 20), "light": (230, 230, 230)}
     root = pictures(Path("set"), dict.fromkeys(colors, 12), colors=colors)
     knows = brightness_model(tmp_path / "models" / "knows")
     preds = constant_model(tmp_path / "models" / "guesses", [1.0, 0.0], ("dark", "light"))
     got = convlens.compare(knows.path, preds.path, data=root)
     (verdict,) = got.verdicts
-    # All 24 right against 12: p = 2 / 2^12
+    # 24 correct images against 12: p = 2 / 2^12
     assert verdict.p == pytest.approx(2**-11)
     low, high = newcombe_interval(12, 12, 0, 0)
     assert verdict.sentence == (
         "knows is more accurate than guesses by 50.00 points (95% interval "
         f"{-100 * high:.2f} to {-100 * low:.2f}), p = 0.00049 (McNemar's exact test on 24 images: "
-        "0 right only by guesses, 12 only by knows)"
+        "0 correct only by guesses, 12 only by knows)"
     )
 
 
-def test_seeds_are_taken_together(runs: None) -> None:
+def test_runs_that_differ_only_in_seeds_form_a_group(runs: None) -> None:
     done = compare("small", "wide", "small-1", "wide-1", "--json")
     got = done.json
     assert [group["name"] for group in got["groups"]] == ["tiny (2 seeds)", "wide (2 seeds)"]
@@ -135,21 +134,21 @@ def test_seeds_are_taken_together(runs: None) -> None:
         assert run["file_bytes"] == Path(f"models/{run['run']}/model.safetensors").stat().st_size
 
 
-def test_other_seeds_are_two_means_and_a_single_run_is_a_model(runs: None) -> None:
+def test_a_group_and_a_single_run_are_compared_as_two_models(runs: None) -> None:
     got = convlens.compare("small", "small-1", "wide")
     assert [verdict.test for verdict in got.verdicts] == ["images"]
     assert (got.verdicts[0].name, got.verdicts[0].reference) == ("wide", "small")
     assert any("several seeds" in note for note in got.notes)
 
 
-def test_one_recipe_alone_has_its_spread(runs: None) -> None:
+def test_runs_of_one_recipe_are_compared_and_their_spread_is_noted(runs: None) -> None:
     got = convlens.compare("small", "small-1")
     assert [group.name for group in got.groups] == ["small", "small-1"]
     assert got.verdicts[0].test == "images"
     assert any(note.startswith("one recipe with 2 seeds: accuracy") for note in got.notes)
 
 
-def test_several_are_corrected_for_their_number(
+def test_p_values_are_corrected_for_the_number_of_comparisons(
     greens: RunDir, reds: RunDir, images: Path, tmp_path: Path
 ) -> None:
     blues = constant_model(tmp_path / "models" / "blues", [9.0, 0.0, 0.0], CLASSES)
@@ -159,7 +158,7 @@ def test_several_are_corrected_for_their_number(
     assert "by itself p = 0.73, corrected by Holm" in got.verdicts[0].sentence
 
 
-def test_the_table(runs: None) -> None:
+def test_the_command_prints_a_table(runs: None) -> None:
     done = compare("small", "wide")
     assert done.code == 0, done.err
     for text in ("accuracy %", "ECE", "MFLOPs", "trained s", "images/s", "curves.png"):
@@ -168,32 +167,34 @@ def test_the_table(runs: None) -> None:
     assert "compare several seeds" in done.err
 
 
-def test_other_test_images_are_refused_before_any_look(runs: None) -> None:
-    refused(compare("small", "other"), 3, "not judged by the same images", "--force", "270 images")
+def test_different_test_images_are_refused_before_they_are_used(runs: None) -> None:
+    refused(
+        compare("small", "other"), 3, "not evaluated on the same images", "--force", "270 images"
+    )
     assert not RunDir(Path("models/small")).evaluations()
     forced = compare("small", "other", "--force", "--json").json
     (verdict,) = forced["verdicts"]
     assert (verdict["test"], verdict["p"], verdict["differs"]) == ("none", None, None)
-    assert verdict["sentence"].startswith("no verdict on other and small: they were judged by")
+    assert verdict["sentence"].startswith("no verdict on other and small: they were evaluated on")
     assert any("nothing is tested" in note for note in forced["notes"])
-    # By one and the same set they can be compared.
+    # On a common data set they can be compared.
     assert compare("small", "other", "--data", "digits", "--json").json["verdicts"][0]["p"]
 
 
-def test_validation_images_flatter(runs: None) -> None:
+def test_accuracies_on_validation_images_are_called_optimistic(runs: None) -> None:
     done = compare("small", "wide", "--split", "val", "--json")
-    assert any("flattering" in note for note in done.json["notes"])
+    assert any("optimistic" in note for note in done.json["notes"])
 
 
-def test_other_classes_are_refused(greens: RunDir, tmp_path: Path, images: Path) -> None:
+def test_different_classes_are_refused(greens: RunDir, tmp_path: Path, images: Path) -> None:
     more = constant_model(tmp_path / "models" / "more", [0.0] * 4, (*CLASSES, "pink"))
     done = compare(greens.path, more.path, "--data", images)
-    refused(done, 3, "greens and more don't know the same classes: pink")
+    refused(done, 3, "greens and more don't have the same classes: pink")
     done = compare(greens.path, more.path, "--data", images, "--force", "--json")
     assert done.json["verdicts"][0]["test"] == "none"
 
 
-def test_wrong_names_are_told_all_at_once(runs: None) -> None:
+def test_one_error_names_all_unknown_runs(runs: None) -> None:
     refused(compare("smal", "wide"), 2, "no run called 'smal'", "did you mean small")
     refused(compare("smal", "wid"), 2, "'smal'", "'wid'", "did you mean wide")
     refused(compare("small"), 2, "at least two different runs, got 1", "wide", "convlens evaluate")
@@ -202,7 +203,7 @@ def test_wrong_names_are_told_all_at_once(runs: None) -> None:
     assert compare().code == 2
 
 
-def test_a_run_without_weights_and_one_whose_images_are_gone(runs: None) -> None:
+def test_a_run_without_weights_or_images_is_refused(runs: None) -> None:
     Path("models/small/model.safetensors").unlink()
     refused(compare("small", "wide"), 4, "run 'small' has no weights yet")
     root = pictures(Path("photos"), {"blue": 8, "green": 8})
@@ -224,22 +225,9 @@ def test_a_run_without_weights_and_one_whose_images_are_gone(runs: None) -> None
     assert compare("a", "b", "--data", "moved").code == 0
 
 
-def test_a_model_file_alone_can_be_compared(runs: None) -> None:
+def test_a_bare_model_file_can_be_compared(runs: None) -> None:
     shutil.copy("models/wide/model.safetensors", "alone.safetensors")
     got = convlens.compare("small", convlens.Run.load("alone.safetensors"))
     assert got.groups[1].members[0].training_seconds is None
     with pytest.raises(UsageError):
         convlens.compare("small")
-
-
-def test_flops_by_hand() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
-    model.train()
-    # 4 channels of 8 x 8 places, 27 products each; 256 x 5 products
-    assert flops(model, (3, 8, 8), "cpu") == 2 * (4 * 64 * 27 + 256 * 5)
-    assert model.training
-
-
-def test_flops_of_a_resnet_are_the_known_ones() -> None:
-    model = models.build_model("resnet18", 1000, 3, 224, {"stem": "imagenet"})
-    assert flops(model, (3, 224, 224), "cpu") == pytest.approx(2 * 1.814e9, rel=0.001)

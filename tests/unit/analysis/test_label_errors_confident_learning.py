@@ -1,4 +1,4 @@
-"""Confident learning where the answer is known: by hand, and by the paper's formula."""
+"""Confident learning with known results: by hand, and by the formula of the paper."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import pytest
 
 from convlens.analysis import label_errors
 
-# Given labels and probabilities: 0 twice surely, 0 that looks like 1, 1 thrice surely.
+# Two certain images of class 0, one labelled 0 that looks like 1, three certain ones of class 1.
 LABELS = np.array([0, 0, 0, 1, 1, 1])
-CHANCES = np.array([[0.9, 0.1], [0.8, 0.2], [0.05, 0.95], [0.15, 0.85], [0.1, 0.9], [0.3, 0.7]])
+PROBS = np.array([[0.9, 0.1], [0.8, 0.2], [0.05, 0.95], [0.15, 0.85], [0.1, 0.9], [0.3, 0.7]])
 
 
-def counted(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
-    """The confident joint as the paper defines it (its equations 1 and 2), image by image."""
+def confident_joint(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Return the confident joint as the paper defines it (equations 1 and 2)."""
     classes = probs.shape[1]
-    bars = [probs[labels == c, c].mean() for c in range(classes)]
+    thresholds = [probs[labels == c, c].mean() for c in range(classes)]
     joint = np.zeros((classes, classes))
     for label, row in zip(labels, probs, strict=True):
-        over = [c for c in range(classes) if row[c] >= bars[c]]
+        over = [c for c in range(classes) if row[c] >= thresholds[c]]
         if over:
             joint[label, max(over, key=lambda c: row[c])] += 1
     return joint
 
 
 def noisy(rate: float, sharpness: float, n: int = 1500) -> tuple[np.ndarray, ...]:
-    """True labels, given ones of which a share is wrong, and probabilities that know the truth."""
+    """Return true labels, given labels with errors, and probabilities of a good model."""
     random = np.random.default_rng(0)
     targets = random.integers(0, 3, n)
     wrong = random.random(n) < rate
@@ -35,52 +35,51 @@ def noisy(rate: float, sharpness: float, n: int = 1500) -> tuple[np.ndarray, ...
     return targets, labels, probs / probs.sum(1, keepdims=True)
 
 
-def test_by_hand() -> None:
-    verdict = label_errors.find_issues(LABELS, CHANCES)
-    assert verdict.suspected.tolist() == [False, False, True, False, False, False]
-    assert verdict.suggested.tolist() == [0, 0, 1, 1, 1, 1]
-    np.testing.assert_allclose(verdict.scores, CHANCES[np.arange(6), LABELS])
-    # Bars 0.5833 and 0.8167: of label 0 two are confidently 0 and one 1; of label 1 two are 1 and
-    # none is 0, scaled to the three there are.
-    np.testing.assert_allclose(counted(LABELS, CHANCES), [[2, 1], [0, 2]])
-    np.testing.assert_allclose(verdict.joint, [[2, 1], [0, 3]])
+def test_issues_computed_by_hand() -> None:
+    issues = label_errors.find_issues(LABELS, PROBS)
+    assert issues.suspected.tolist() == [False, False, True, False, False, False]
+    assert issues.suggested.tolist() == [0, 0, 1, 1, 1, 1]
+    np.testing.assert_allclose(issues.scores, PROBS[np.arange(6), LABELS])
+    # Thresholds 0.5833 and 0.8167: of label 0 two are confidently 0 and one 1; of label 1 two are
+    # 1 and none is 0, scaled to its three images.
+    np.testing.assert_allclose(confident_joint(LABELS, PROBS), [[2, 1], [0, 2]])
+    np.testing.assert_allclose(issues.joint, [[2, 1], [0, 3]])
 
 
-def test_the_joint_is_the_papers_with_rows_that_add_up_to_the_labels_given() -> None:
+def test_the_joint_is_that_of_the_paper_scaled_to_the_label_counts() -> None:
     _, labels, probs = noisy(0.1, 4)
-    verdict = label_errors.find_issues(labels, probs)
-    raw = counted(labels, probs)
+    issues = label_errors.find_issues(labels, probs)
+    raw = confident_joint(labels, probs)
     expected = raw / raw.sum(1, keepdims=True) * np.bincount(labels)[:, None]
-    np.testing.assert_allclose(verdict.joint, expected, atol=1.5)  # theirs are whole numbers
-    np.testing.assert_array_equal(verdict.joint.sum(1), np.bincount(labels))
+    np.testing.assert_allclose(issues.joint, expected, atol=1.5)  # cleanlab's are integers
+    np.testing.assert_array_equal(issues.joint.sum(1), np.bincount(labels))
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2])
 def test_planted_errors_are_found_and_their_share_is_estimated(rate: float) -> None:
     targets, labels, probs = noisy(rate, 6)
-    verdict = label_errors.find_issues(labels, probs)
+    issues = label_errors.find_issues(labels, probs)
     planted = targets != labels
-    found = (planted & verdict.suspected).sum()
-    assert found / planted.sum() > 0.9
-    assert found / verdict.suspected.sum() > 0.9
-    assert 1 - np.trace(verdict.joint) / 1500 == pytest.approx(planted.mean(), abs=0.02)
-    hits = planted & verdict.suspected
-    assert (verdict.suggested[hits] == targets[hits]).mean() > 0.97
-    # The score alone ranks nearly all of them before nearly all others.
-    worst = np.argsort(verdict.scores)[: planted.sum()]
+    hits = planted & issues.suspected
+    assert hits.sum() / planted.sum() > 0.9
+    assert hits.sum() / issues.suspected.sum() > 0.9
+    assert 1 - np.trace(issues.joint) / 1500 == pytest.approx(planted.mean(), abs=0.02)
+    assert (issues.suggested[hits] == targets[hits]).mean() > 0.97
+    # The score alone ranks nearly all of them first.
+    worst = np.argsort(issues.scores)[: planted.sum()]
     assert planted[worst].mean() > 0.9
 
 
-def test_labels_that_are_right_are_left_alone() -> None:
+def test_correct_labels_are_not_suspected() -> None:
     _, labels, probs = noisy(0, 6)
-    verdict = label_errors.find_issues(labels, probs)
-    assert verdict.suspected.mean() < 0.01
-    assert np.trace(verdict.joint) > 0.99 * len(labels)
+    issues = label_errors.find_issues(labels, probs)
+    assert issues.suspected.mean() < 0.01
+    assert np.trace(issues.joint) > 0.99 * len(labels)
 
 
-def test_a_class_without_images_and_sure_probabilities_are_no_trouble() -> None:
+def test_a_class_without_images_and_probabilities_of_one_are_accepted() -> None:
     probs = np.eye(4)[[0, 0, 0, 1, 1, 3, 3, 3]].astype(float)
-    verdict = label_errors.find_issues(np.array([0, 0, 1, 1, 1, 3, 3, 3]), probs)
-    assert verdict.suspected.tolist() == [i == 2 for i in range(8)]
-    assert verdict.joint.shape == (4, 4)
-    assert np.isfinite(verdict.joint).all()
+    issues = label_errors.find_issues(np.array([0, 0, 1, 1, 1, 3, 3, 3]), probs)
+    assert issues.suspected.tolist() == [i == 2 for i in range(8)]
+    assert issues.joint.shape == (4, 4)
+    assert np.isfinite(issues.joint).all()

@@ -147,7 +147,7 @@ def test_the_numbers_of_the_kept_epoch_are_those_of_the_file(average: str) -> No
     rows = place.metrics()
     best = min(rows, key=lambda row: row["val_loss"])
     assert place.metadata()["kept_epoch"] == best["epoch"]
-    result = evaluation.evaluate(place, "val", on="cpu", quiet=True)
+    result = evaluation.evaluate(place, "val", device="cpu", quiet=True)
     assert result.loss == pytest.approx(best["val_loss"], rel=1e-5)
     assert result.accuracy == pytest.approx(best["val_accuracy"], rel=1e-6)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
