@@ -78,7 +78,7 @@ class Bar:
 def test_the_watch_shows_numbers_when_they_have_arrived() -> None:
     bar = Bar()
     watch = ProgressDisplay(bar, 3)
-    watch.EVERY = 0.0
+    watch.interval_s = 0.0
     first, others = Coming(), [Coming(after=0) for _ in range(3)]
     for record in [first, *others]:
         watch.step(record)

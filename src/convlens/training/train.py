@@ -198,7 +198,7 @@ def fit(setup: TrainingJob, run_dir: RunDir, *, quiet: bool) -> tuple[list[dict[
         setup.world.annotate_errors(lambda: f"epoch {state.epoch}, after step {state.step}"),
     ):
         clock = EpochClock(state)
-        world = setup.world = setup.world.with_stop_requested(lambda: flag.up)
+        world = setup.world = setup.world.with_stop_requested(lambda: flag.is_set)
         for record in _training_records(setup, run_dir, keeper):
             if isinstance(record, loop.Step):
                 bar.step(record)
@@ -276,7 +276,7 @@ def _validate(
     """
 
     def asked(images: int) -> None:
-        if flag.up and setup.world.size == 1:
+        if flag.is_set and setup.world.size == 1:
             raise _ValidationInterrupted
 
     val_loss = val_accuracy = math.nan

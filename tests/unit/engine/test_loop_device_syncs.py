@@ -165,7 +165,7 @@ def rehearse(asked: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "b
         )
         records = loop.run(feed, optim.build_schedule(asked.optim), epochs=2, seed=0)
         watch, told = ProgressDisplay(Bar(), 2), []
-        watch.EVERY = 0.0
+        watch.interval_s = 0.0
         with Waits() as waits:
             waits.strict = False
             for record in records:
@@ -283,7 +283,7 @@ def loop_on_gpu(asked: Recipe, plan: Plan) -> int:
     )
     records = loop.run(feed, optim.build_schedule(asked.optim), epochs=1, seed=0)
     watch, taken = ProgressDisplay(Silent(), 1), 0
-    watch.EVERY = 0.0
+    watch.interval_s = 0.0
     # Constants are sent in the first step, algorithms are chosen in the first ones.
     for _ in range(5):
         next(records)
