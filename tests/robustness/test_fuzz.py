@@ -390,7 +390,7 @@ def test_command_lines(cases: int) -> None:
         ("about: &a [*a]", "Circular reference"),
         ("about: &a {b: *a}", "Circular reference"),
         ("[" * 1000, "not valid YAML: nested too deeply"),
-        ("augment: " + "[" * 40 + "]" * 40, "is no operation"),
+        ("augment: " + "[" * 40 + "]" * 40, "is not an operation"),
         ("about: " + "x" * (1 << 17), "too many for a recipe"),
         ("model: {widths: [0x" + "f" * 40 + "]}", "an integer of 160 bits"),
         ("model: {widths: [0x" + "f" * 9000 + "]}", "not valid YAML"),

@@ -296,14 +296,14 @@ def test_lists_replace_those_of_the_base() -> None:
 def test_a_circle_of_bases_is_refused() -> None:
     written("base: q.yaml\n", "p.yaml")
     written("base: p.yaml\n", "q.yaml")
-    assert "p.yaml -> q.yaml -> p.yaml goes in a circle" in refused(source="p.yaml")
+    assert "circular base: p.yaml -> q.yaml -> p.yaml" in refused(source="p.yaml")
     written("base: self.yaml\n", "self.yaml")
-    assert "circle" in refused(source="self.yaml")
+    assert "circular" in refused(source="self.yaml")
 
 
 @pytest.mark.parametrize("base", ["5", "[mnist]", "{a: 1}", "true"])
 def test_a_base_that_is_no_name_is_refused(base: str) -> None:
-    assert "a recipe's name or file" in refused(source=written(f"base: {base}\n"))
+    assert "not the name or file of a recipe" in refused(source=written(f"base: {base}\n"))
 
 
 def test_an_unknown_base_names_near_misses() -> None:
@@ -447,8 +447,8 @@ def test_the_forms_of_augment_mean_the_same() -> None:
     [
         ("5", "a list of operations"),
         ("{a: 1}", "a list"),
-        ("[5]", "5 is no operation"),
-        ("[[a]]", "is no operation"),
+        ("[5]", "5 is not an operation"),
+        ("[[a]]", "is not an operation"),
         ("[{RandomCrop: 4}]", "augment"),
         ("later", "a list"),
     ],
@@ -519,7 +519,7 @@ def test_reading_recipes_needs_no_torch() -> None:
     import sys
 
     code = (
-        "import convlens.recipe as r, sys; r.load('digits').digest(); print('torch' in sys.modules)"
+        "import convlens.recipe as r, sys; r.load_recipe('digits').digest(); print('torch' in sys.modules)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
