@@ -329,7 +329,9 @@ def test_the_plan_of_a_run_is_used_again(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     with monkeypatch.context() as patch:
         patch.setattr(training_train, "_stop", _stop)
-        patch.setattr(training_train, "catch_stop_signals", lambda: _Raised(StopSignal(is_set=True)))
+        patch.setattr(
+            training_train, "catch_stop_signals", lambda: _Raised(StopSignal(is_set=True))
+        )
         with pytest.raises(KeyboardInterrupt):
             train(*overrides)
     monkeypatch.setattr(
