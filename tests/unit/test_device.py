@@ -246,7 +246,7 @@ def torch_settings() -> list[object]:
 
 
 @pytest.fixture
-def own_torch_settings() -> Iterator[list[object]]:
+def own_settings() -> Iterator[list[object]]:
     """A program that has chosen 3 threads and benchmark mode, in a container of 2 cores."""
     before = torch_settings()
     with pytest.MonkeyPatch.context() as patch:
