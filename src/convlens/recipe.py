@@ -531,7 +531,7 @@ def resolve_auto(recipe: Recipe, *, images: int, image_size: int, channels: int)
 def default_augmentation(image_size: int, channels: int) -> list[dict[str, dict[str, Any]]]:
     """Return the augmentation that `auto` stands for.
 
-    It is mild for grey images: often these are digits or scans, and their mirror image may belong
+    It is mild for gray images: often these are digits or scans, and their mirror image may belong
     to another class.
     """
     if channels == 1:

@@ -24,8 +24,6 @@ from helpers.commands import (
 )
 from helpers.support import BAD_DISK
 
-pytestmark = pytest.mark.figures
-
 
 def test_version_and_help() -> None:
     assert here("--version").out == f"convlens {__version__}\n"

@@ -9,9 +9,8 @@ import pytest
 from convlens import recipe
 from helpers.commands import DIGITS, NET, here, pictures
 
-pytestmark = pytest.mark.figures
 
-
+@pytest.mark.figures
 def test_results_go_to_stdout_and_status_messages_to_stderr() -> None:
     done = here("train", *DIGITS, "--name", "mine")
     assert "test accuracy" in done.out
@@ -32,6 +31,7 @@ def test_number_of_uses_of_the_test_set_is_printed() -> None:
     assert "test set used" not in here("evaluate", "mine", "--data", "own").out
 
 
+@pytest.mark.figures
 def test_no_line_is_printed_twice() -> None:
     """On a terminal, stdout and stderr are mixed."""
     common = [*DIGITS[:-1], "train.epochs=1"]

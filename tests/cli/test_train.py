@@ -24,22 +24,22 @@ from helpers.commands import (
     weights,
 )
 
-pytestmark = pytest.mark.figures
-
 
 def metadata(run: str | Path) -> dict[str, Any]:
+    """Return the contents of run.json."""
     content: dict[str, Any] = json.loads((Path("models") / run / "run.json").read_text())
     return content
 
 
-def trained(*arguments: str | Path) -> Any:
+def train(*arguments: str | Path) -> Any:
+    """Run `convlens train ... --json` and return its result."""
     done = here("train", *arguments, "--json")
     assert done.code == 0, done.err
     return done.json
 
 
 def test_same_command_finds_the_finished_run_and_tests_it_again() -> None:
-    first = trained(*DIGITS)
+    first = train(*DIGITS)
     model = Path(first["path"]) / "model.safetensors"
     before, written = metadata(first["run"]), model.stat().st_mtime_ns
     again = here("train", *DIGITS, "--json")
@@ -54,65 +54,66 @@ def test_same_command_finds_the_finished_run_and_tests_it_again() -> None:
 
 
 def test_changed_recipe_starts_a_new_run() -> None:
-    one, two = trained(*DIGITS), trained(*DIGITS, "train.seed=1")
+    one, two = train(*DIGITS), train(*DIGITS, "train.seed=1")
     assert one["run"] != two["run"]
     assert one["run"].startswith("digits-")
     assert two["run"].startswith("digits-")
 
 
 def test_fresh_trains_again_in_a_new_folder() -> None:
-    first = trained(*DIGITS)
-    fresh = trained(*DIGITS, "--fresh")
+    first = train(*DIGITS)
+    fresh = train(*DIGITS, "--fresh")
     assert fresh["run"] == f"{first['run']}-2"
     old, new = weights(Path(first["path"])), weights(Path(fresh["path"]))
     assert all(bool((old[name] == new[name]).all()) for name in old)
     # From now on the command finds the newer one.
-    assert trained(*DIGITS)["run"] == fresh["run"]
+    assert train(*DIGITS)["run"] == fresh["run"]
 
 
 def test_name_option_sets_the_name_of_the_run() -> None:
-    assert trained(*DIGITS, "--name", "My run/1")["run"] == "My-run-1"
-    assert trained(*DIGITS, "--name", "My run/1")["looks"] == 2
+    assert train(*DIGITS, "--name", "My run/1")["run"] == "My-run-1"
+    assert train(*DIGITS, "--name", "My run/1")["looks"] == 2
     # Another recipe under that name never overwrites it.
-    other = trained(*DIGITS, "train.seed=1", "--name", "My run/1")["run"]
+    other = train(*DIGITS, "train.seed=1", "--name", "My run/1")["run"]
     assert other != "My-run-1"
     assert other.startswith("My-run-1-")
 
 
+@pytest.mark.figures
 def test_no_test_option_leaves_the_test_split_unused() -> None:
     done = here("train", *DIGITS, "--no-test", "--name", "sealed")
     assert done.code == 0
     assert "test accuracy" not in done.out + done.err
     assert not Path("models/sealed/results.json").exists()
     assert not list(Path("plots/sealed").glob("*test*"))
-    assert trained(*DIGITS, "--name", "sealed")["looks"] == 1
+    assert train(*DIGITS, "--name", "sealed")["looks"] == 1
 
 
 def test_deterministic_option_is_stored_in_the_recipe() -> None:
-    got = trained(*DIGITS, "--deterministic", "--name", "steady")
-    assert recipe.load_recipe(Path(got["path"]) / "recipe.yaml").train.deterministic
-    trained(*DIGITS, "--name", "loose")  # and is switched off again
+    result = train(*DIGITS, "--deterministic", "--name", "steady")
+    assert recipe.load_recipe(Path(result["path"]) / "recipe.yaml").train.deterministic
+    train(*DIGITS, "--name", "other")  # the setting is restored after the command
 
 
 def test_printed_recipe_can_be_trained() -> None:
     Path("mine.yaml").write_text(here("recipes", "digits").out)
     short = ["train.epochs=1", "data.per_class=8", "model.widths=[4]"]
-    mine, built_in = trained("mine.yaml", *short), trained("digits", *short)
+    mine, built_in = train("mine.yaml", *short), train("digits", *short)
     assert mine["run"].startswith("mine-")
     one, two = weights(Path(mine["path"])), weights(Path(built_in["path"]))
     assert all(bool((one[name] == two[name]).all()) for name in one)
 
 
 def test_recipe_of_a_run_finds_the_run_and_trains_to_the_same_bits() -> None:
-    first = trained(*DIGITS)
+    first = train(*DIGITS)
     written = Path(first["path"]) / "recipe.yaml"
     assert "auto" not in {
         recipe.load_recipe(written).train.epochs,
         recipe.load_recipe(written).data.image_size,
     }
-    again = trained(written)
+    again = train(written)
     assert (again["run"], again["looks"]) == (first["run"], 2)
-    fresh = trained(written, "--fresh")
+    fresh = train(written, "--fresh")
     assert fresh["run"] not in {first["run"]}
     one, two = weights(Path(first["path"])), weights(Path(fresh["path"]))
     assert all(bool((one[name] == two[name]).all()) for name in one)
@@ -120,12 +121,12 @@ def test_recipe_of_a_run_finds_the_run_and_trains_to_the_same_bits() -> None:
 
 def test_recipe_file_may_have_a_base() -> None:
     Path("quick.yaml").write_text("base: digits\ntrain: {epochs: 1}\nmodel: {widths: [4]}\n")
-    got = trained("quick.yaml", "data.per_class=4")
-    assert recipe.load_recipe(Path(got["path"]) / "recipe.yaml").model.options["widths"] == [4]
+    result = train("quick.yaml", "data.per_class=4")
+    assert recipe.load_recipe(Path(result["path"]) / "recipe.yaml").model.options["widths"] == [4]
 
 
 def test_data_option_replaces_the_data_of_a_recipe() -> None:
-    got = trained(
+    result = train(
         "mnist-reg",
         "--data",
         "digits",
@@ -135,11 +136,12 @@ def test_data_option_replaces_the_data_of_a_recipe() -> None:
         "data.per_class=5",
         "model.hidden=0",
     )
-    assert got["run"].startswith("mnist-reg-digits-")
-    assert got["data"] == "digits"
+    assert result["run"].startswith("mnist-reg-digits-")
+    assert result["data"] == "digits"
 
 
 def load_run(done: Done) -> Run:
+    """Return the run that a `train` command has made."""
     assert done.code == 0, done.err
     return Run.load(done.json["run"])
 
@@ -211,10 +213,10 @@ def test_audit_reports_counts_and_duplicates_of_a_folder() -> None:
     assert "under two labels" in done.out
     assert "contact sheet  plots/data-photos.png" in done.out
     assert Path("plots/data-photos.png").is_file()
-    got = here("audit", root, "val_fraction=0.2", "--json").json
-    assert sum(got["counts"]["green"].values()) == 15
-    assert got["duplicates"]["two_labels"] == 1
-    assert os.path.isfile(got["contact_sheet"])
+    result = here("audit", root, "val_fraction=0.2", "--json").json
+    assert sum(result["counts"]["green"].values()) == 15
+    assert result["duplicates"]["two_labels"] == 1
+    assert os.path.isfile(result["contact_sheet"])
 
 
 def test_augment_draws_a_batch_or_reports_an_invalid_augmentation() -> None:

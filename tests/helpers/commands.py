@@ -116,7 +116,7 @@ def refused(done: Done, code: int, *parts: str) -> None:
 
 
 def picture(path: Path, color: Sequence[int], *, size: int = 12, seed: int = 0) -> Path:
-    """Write a noisy image of a color; grey if `color` has one number."""
+    """Write a noisy image of a color; gray if `color` has one number."""
     noise = np.random.default_rng(seed).integers(-30, 30, (size, size, len(color)))
     pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -513,7 +513,7 @@ def test_number_of_epochs_follows_from_the_number_of_images(images: int, epochs:
     assert again == resolved
 
 
-def test_default_augmentation_does_not_mirror_grey_images() -> None:
+def test_default_augmentation_does_not_mirror_gray_images() -> None:
     names = [
         [name for entry in recipe.default_augmentation(size, channels) for name in entry]
         for size, channels in ((28, 1), (32, 3), (64, 3))
