@@ -66,7 +66,7 @@ OLD = (
 
 
 @pytest.mark.parametrize("requested", [None, "auto"])
-def test_busy_gpu_is_an_error_and_not_remodel_by_the_cpu(
+def test_busy_gpu_is_an_error_and_not_replaced_by_the_cpu(
     requested: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def busy(*_: object, **__: object) -> None:
