@@ -10,7 +10,7 @@ LONG := robustness distributed integration/test_same_numbers.py integration/test
 PEERS ?= benchmarks/peers/environments
 
 # As the command line sets it: without it tests and benchmarks are several times slower on a machine
-# that is busy with other things (src/convlens/system/process.py has the numbers).
+# that is busy with other things (src/convlens/utils/process.py has the numbers).
 ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
 endif

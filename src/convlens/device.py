@@ -1,7 +1,7 @@
-"""Hardware: device, precision, memory format, threads, memory, seeds. The one place that knows.
+"""Hardware: choice of device, precision and memory format; seeds, threads and memory budget.
 
-A `Plan` is what was decided for a run; it is written into the run and used again by resume,
-because part of it is chosen by timing.
+A `Plan` holds the choices of a run. Some of them are made by timing, so the plan is stored in the
+run and used again when the run is resumed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ from convlens.utils import process
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# The two of cuBLAS's workspaces with which it is deterministic, and torch says so.
+# The two workspace configurations with which cuBLAS is deterministic, as documented by torch.
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
-# Fields of `Plan` that are stored by another name.
+# Fields of `Plan` that are stored under another name.
 STORED_KEYS = {"micro_batch_size": "part", "step_mode": "step"}
 MEMORY_UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
+FALLBACK_FREE_BYTES = 4 * 2**30  # where the system does not report free memory
+WINDOWS_OPEN_FILES = 512  # default limit of the C library
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where and how a run computes; `to_dict` of it is stored in the run.
+    """Device and numerical settings of a run. `to_dict` is stored in the run.
 
     Attributes:
+        precision: `fp32`, `bf16` or `fp16`.
         memory_format: a key of `MEMORY_FORMATS`.
-        micro_batch_size: images of a batch that are computed at once; 0: all of them.
+        micro_batch_size: number of images of a batch that are computed at once; 0: all of them.
         step_mode: `eager`, `compiled` (torch.compile) or `reduce-overhead` (torch.compile with
             CUDA graphs).
     """
@@ -50,16 +53,17 @@ class Plan:
     step_mode: str = "eager"
 
     def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Move `model` to the device, in this plan's memory format."""
+        """Move `model` to the device, in this plan's memory format, and return it."""
         # `Module.to(memory_format=...)` is missing from torch's type stubs for this overload.
         return model.to(device=self.device, memory_format=self.torch_memory_format)  # type: ignore[call-overload,no-any-return]
 
     @property
     def torch_memory_format(self) -> torch.memory_format:
+        """The memory format as torch's constant."""
         return MEMORY_FORMATS[self.memory_format]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context for the forward pass: half precision where planned, else nothing."""
+        """Return the context for the forward pass; it does nothing for `fp32`."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=HALF_DTYPES[self.precision])
@@ -67,17 +71,18 @@ class Plan:
     def micro_batches(self, images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Split the batch `[B, ...]` and its labels into micro-batches.
 
-        A single left-over image joins the micro-batch before it: batch norm can't train on one.
+        A single remaining image is added to the micro-batch before it, because batch norm cannot
+        be trained on one image.
         """
         if not 0 < self.micro_batch_size < len(images):
             return ((images, labels),)
-        whole, rest = divmod(len(images), self.micro_batch_size)
-        sizes = [self.micro_batch_size] * whole + [rest] * (rest > 1)
-        sizes[-1] += rest == 1
+        full, remainder = divmod(len(images), self.micro_batch_size)
+        sizes = [self.micro_batch_size] * full + [remainder] * (remainder > 1)
+        sizes[-1] += remainder == 1
         return zip(images.split(sizes), labels.split(sizes), strict=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as it is stored, in the keys that stored runs have always had."""
+        """Return the plan with the keys under which runs store it."""
         stored = asdict(self)
         for name, key in STORED_KEYS.items():
             stored[key] = stored.pop(name)
@@ -85,75 +90,78 @@ class Plan:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` stored, also by an earlier version."""
+        """Return the plan from the result of `to_dict`, also of an earlier version."""
         fields = {name: stored[key] for name, key in STORED_KEYS.items() if key in stored}
         fields |= {k: value for k, value in stored.items() if k not in STORED_KEYS.values()}
-        if fields.get("step_mode") == "graph":  # CUDA graphs of our own, in earlier versions
+        if fields.get("step_mode") == "graph":  # earlier versions recorded CUDA graphs themselves
             fields["step_mode"] = "reduce-overhead"
         return cls(**fields)
 
     def __str__(self) -> str:
-        """E.g. `fp32 channels_last by 32`."""
+        """Return a short description, e.g. `fp32 channels_last by 32`."""
         size = f" by {self.micro_batch_size}" * bool(self.micro_batch_size)
         mode = f" {self.step_mode}" * (self.step_mode != "eager")
         return f"{self.precision} {self.memory_format}{size}{mode}"
 
 
-def select_device(asked: str | None = None) -> str:
-    """The device to use: what was asked for, or CUDA, then MPS, then the CPU.
+def select_device(device: str | None = None) -> str:
+    """Return the device to use: the requested one, or else CUDA, MPS or the CPU.
 
-    Of several processes on a machine each has a GPU of its own, in order.
+    With several processes on a machine, each uses the GPU of its local rank.
+
+    Args:
+        device: a device of torch; None or `auto`: the best available one.
 
     Raises:
-        UsageError: the device asked for isn't there; never a silent fall-back to the CPU.
-        ResourceError: there is a GPU, but it can't be used now.
+        UsageError: the requested device is unavailable. There is no silent fall-back to the CPU.
+        ResourceError: there is a GPU, but it cannot be used now.
     """
-    if asked is None or asked == "auto":
-        # (Apple's one GPU is not for several processes.) Of a driver that is too old torch warns.
+    if device is None or device == "auto":
+        # A driver that is too old makes torch warn and return False here.
         if not torch.cuda.is_available():
-            return (
-                "mps" if torch.backends.mps.is_available() and process.world_size() == 1 else "cpu"
-            )
+            # Apple's only GPU cannot be shared by several processes.
+            use_mps = torch.backends.mps.is_available() and process.world_size() == 1
+            return "mps" if use_mps else "cpu"
         try:
-            gpu = _own_gpu("cuda")
+            gpu = _select_gpu("cuda")
             torch.empty(1, device=gpu)
-        except RuntimeError as error:  # another process has it to itself, or it is full
+        except RuntimeError as error:  # used exclusively by another process, or out of memory
             raise ResourceError(
                 f"the GPU can't be used: {str(error).splitlines()[0]}"[:200],
-                fix="wait until it is free (nvidia-smi says who has it), or use --device cpu",
+                fix="wait until it is free (nvidia-smi lists its processes), or use --device cpu",
             ) from error
         return gpu
     try:
-        torch.empty(1, device=asked)
-        torch.Generator(asked)  # `meta` has memory, but no numbers
+        torch.empty(1, device=device)
+        torch.Generator(device)  # fails for `meta`, whose tensors have no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        # Where torch lists its twenty device types, or its build options, at length.
+        # torch's own messages list twenty device types, or its build options.
         if reason.startswith("Expected one of"):
-            reason = "there is no such device; NVIDIA's are cuda, cuda:1 and so on, Apple's is mps"
+            reason = "unknown device; names are cpu, cuda, cuda:1 (NVIDIA) and mps (Apple)"
         elif isinstance(error, NotImplementedError):
-            reason = "this PyTorch is built without it"
+            reason = "this build of PyTorch does not support it"
         raise UsageError(
-            f"device {asked!r} can't be used: {reason}",
-            fix="leave out --device to take the best one there is, or use --device cpu",
+            f"device {device!r} can't be used: {reason}",
+            fix="leave out --device to use the best available one, or use --device cpu",
         ) from error
-    return asked if asked == "cpu" else _own_gpu(asked)
+    return device if device == "cpu" else _select_gpu(device)
 
 
-def _own_gpu(asked: str) -> str:
-    """This process's GPU, which from here on is torch's current one.
+def _select_gpu(device: str) -> str:
+    """Return the GPU of this process, after making it torch's current device.
 
-    Events, streams and generators are of the current device, whatever the tensors are on.
+    Events, streams and generators belong to the current device, wherever the tensors are.
     """
     if process.world_size() == 1:
-        if asked.startswith("cuda:"):
-            torch.cuda.set_device(asked)
-        return asked
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
+        return device
     count = torch.cuda.device_count()
-    if asked != "cuda" or process.local_size() > count:
+    if device != "cuda" or process.local_size() > count:
         raise UsageError(
-            f"device {asked!r} is not for {process.local_size()} processes on this machine, which "
-            f"has {count} GPUs: each process takes one",
+            f"device {device!r} cannot be used by {process.local_size()} processes on this "
+            f"machine, which has {count} GPUs: each process needs its own",
             fix=f"leave out --device and start {count} processes; or use --device cpu",
         )
     torch.cuda.set_device(process.local_rank())
@@ -161,27 +169,29 @@ def _own_gpu(asked: str) -> str:
 
 
 def has_fast_bf16(device: str) -> bool:
-    """Whether bf16 is computed in hardware; elsewhere it can be hundreds of times slower."""
+    """Return whether the hardware computes in bf16. Emulation can be hundreds of times slower."""
     if torch.device(device).type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags()) and device == "cpu"
 
 
 def has_tensor_cores(device: str) -> bool:
-    """Whether a GPU multiplies matrices of half precision in hardware (Volta, 2017, and later)."""
-    where = torch.device(device)
-    return where.type == "cuda" and torch.cuda.get_device_capability(where) >= (7, 0)
+    """Return whether a GPU has half-precision matrix units (Volta, 2017, and later)."""
+    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (
+        7,
+        0,
+    )
 
 
 def half_precision(device: str) -> str | None:
-    """The half precision that is in hardware: bf16 where it is, else fp16 on GPUs, else None."""
+    """Return the half precision of the hardware: bf16, or else fp16 on CUDA, or else None."""
     if has_fast_bf16(device):
         return "bf16"
     return "fp16" if device.startswith("cuda") else None
 
 
 def cpu_flags() -> set[str]:
-    """The CPU's own feature flags (Linux; elsewhere empty)."""
+    """Return the CPU's feature flags; empty on systems other than Linux."""
     for line in _read_text("/proc/cpuinfo").splitlines():
         if line.startswith("flags"):
             return set(line.partition(":")[2].split())
@@ -191,11 +201,17 @@ def cpu_flags() -> set[str]:
 def candidate_plans(
     device: str, precision: str, memory_format: str, deterministic: bool
 ) -> list[Plan]:
-    """The plans that fit what the recipe asks for; the first is taken where nothing is timed.
+    """Return the plans that satisfy a recipe. The first one is used if nothing is timed.
 
-    On a CPU that is the safest one: fp32, contiguous. On a GPU with tensor cores it is the one
-    that they are made for: half precision, channels last. `deterministic` leaves nothing to
-    timing: fp32 and contiguous unless stated.
+    On a CPU the first is the safest one: fp32, contiguous. On a GPU with tensor cores it is the one
+    that they are made for: half precision, channels last.
+
+    Args:
+        precision, memory_format: of the recipe; may be `auto`.
+        deterministic: use fp32 and contiguous for `auto`, so that nothing is timed.
+
+    Raises:
+        UsageError: the device does not support the precision.
     """
     _check_precision(device, precision)
     half = half_precision(device)
@@ -212,19 +228,18 @@ def candidate_plans(
 def _check_precision(device: str, precision: str) -> None:
     if precision == "bf16" and device == "cpu" and not has_fast_bf16(device):
         raise UsageError(
-            "train.precision=bf16: this CPU has no bf16 instructions, it would be far slower",
+            "train.precision=bf16: this CPU has no bf16 instructions, so it would be far slower",
             fix="use train.precision=auto or fp32",
         )
     if precision == "fp16" and not device.startswith("cuda"):
         raise UsageError(
-            f"train.precision=fp16 is for NVIDIA GPUs; on {device} it would be slower than fp32, "
-            "and needs a loss scale for nothing",
-            fix="use train.precision=auto, which takes the best that this device has",
+            f"train.precision=fp16 is for NVIDIA GPUs; on {device} it would be slower than fp32",
+            fix="use train.precision=auto, which chooses the best precision of this device",
         )
 
 
 def synchronize(device: str) -> None:
-    """Waits for the device's queue; nothing to wait for on the CPU."""
+    """Wait until all work queued on the device is done; does nothing on the CPU."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     elif device == "mps":
@@ -232,9 +247,10 @@ def synchronize(device: str) -> None:
 
 
 def derive_seed(*parts: int) -> int:
-    """A 63-bit seed that is a function of `parts` only, e.g. `(seed, epoch, step)`.
+    """Return a 63-bit seed that depends only on `parts`, e.g. `(seed, epoch, step)`.
 
-    SplitMix64's finaliser (Steele, Lea, Flood 2014): neighbouring parts give unrelated seeds.
+    Uses the finalizer of SplitMix64 (Steele, Lea, Flood 2014), which maps neighboring values to
+    unrelated seeds.
     """
     mask = (1 << 64) - 1
     state = 0
@@ -247,7 +263,10 @@ def derive_seed(*parts: int) -> int:
 
 
 def seed_generators(device: str, seed: int) -> None:
-    """Seeds what layers on this device draw from (`torch.manual_seed` takes 50 times as long)."""
+    """Seed the random generators of the CPU and of `device`, 50 times faster than torch does.
+
+    (`torch.manual_seed` also seeds all other devices.)
+    """
     torch.default_generator.manual_seed(seed)
     if device.startswith("cuda"):
         torch.cuda.manual_seed(seed)
@@ -255,34 +274,34 @@ def seed_generators(device: str, seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def prepare(deterministic: bool, on: str = "cpu") -> None:
-    """Set the number of threads and torch's choice of algorithms for a training on device `on`.
+def prepare(deterministic: bool, device: str = "cpu") -> None:
+    """Set the number of threads and torch's choice of algorithms for a training on `device`.
 
-    These are settings of the whole process: call it inside `preserve_torch_settings`.
+    These are settings of the whole process: call this inside `preserve_torch_settings`.
 
     Raises:
         UsageError: deterministic training on CUDA without the environment that cuBLAS needs.
     """
     limit_threads()
     config = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    if deterministic and on.startswith("cuda") and config not in CUBLAS_DETERMINISTIC:
+    if deterministic and device.startswith("cuda") and config not in CUBLAS_DETERMINISTIC:
         raise UsageError(
             "deterministic training on CUDA needs CUBLAS_WORKSPACE_CONFIG in the environment "
             f"(it is {config or 'not set'})",
             fix="set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts, as the command line "
             "does; or train without train.deterministic",
         )
-    # Even switching it off imports torch's compiler, which takes seconds.
+    # Even switching deterministic algorithms off imports torch's compiler, which takes seconds.
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
 
 class _TorchSettings:
-    """Torch's process-wide settings as they were before the first of the calls that compute now.
+    """Restores torch's process-wide settings when the last of several overlapping calls ends.
 
-    Calls may overlap in several threads without ending in the order in which they began, so that
-    each restoring what it found would leave another one's settings behind.
+    Calls in several threads need not end in the order in which they started. If each of them
+    restored the settings from before its own start, the settings of another call could remain.
     """
 
     def __init__(self) -> None:
@@ -305,7 +324,7 @@ class _TorchSettings:
 
     @staticmethod
     def _saved() -> list[Callable[[], None]]:
-        """Functions that set back what differs by then."""
+        """Return functions that restore the current settings where they have changed by then."""
         threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
         deterministic = torch.are_deterministic_algorithms_enabled()
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -321,7 +340,7 @@ class _TorchSettings:
                 torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
         def restore_device() -> None:
-            # Under torchrun the process is ours, and NCCL goes by its current device.
+            # Not under torchrun: the process belongs to convlens, and NCCL uses its current device.
             if process.world_size() == 1 and torch.cuda.is_initialized():
                 torch.cuda.set_device(current)
 
@@ -332,21 +351,21 @@ _settings = _TorchSettings()
 
 
 @contextlib.contextmanager
-def preserve_torch_settings(on: str | None = None) -> Iterator[None]:
-    """Compute inside with the threads of `num_threads`, and restore the caller's settings after.
+def preserve_torch_settings(device: str | None = None) -> Iterator[None]:
+    """Use `num_threads` threads within the block, and restore the caller's settings after it.
 
-    Restored are the number of threads, cuDNN's benchmark mode, deterministic algorithms and the
+    Restores the number of threads, cuDNN's benchmark mode, deterministic algorithms and the
     current CUDA device. All of them belong to the process: other threads that compute meanwhile
-    see them changed.
+    see the changes.
 
     Args:
-        on: makes this CUDA device the current one inside.
+        device: a CUDA device to make the current one within the block.
     """
     _settings.enter()
     try:
         limit_threads()
-        if on is not None and on.startswith("cuda:"):
-            torch.cuda.set_device(on)
+        if device is not None and device.startswith("cuda:"):
+            torch.cuda.set_device(device)
         yield
     finally:
         _settings.leave()
@@ -354,9 +373,9 @@ def preserve_torch_settings(on: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Restore the states of torch's global random generators: the CPU's, and of all GPUs.
+    """Restore the states of torch's global random generators, of the CPU and of all GPUs.
 
-    Training seeds them in every step, since that is what dropout draws from.
+    Training seeds them in every step, because dropout uses them.
     """
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -367,19 +386,20 @@ def preserve_rng() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
-        elif torch.cuda.is_initialized():  # meanwhile: with the seed that they would have had
+        elif torch.cuda.is_initialized():  # within the block: use the seed of an untouched process
             torch.cuda.manual_seed_all(torch.initial_seed())
         if mps is not None:
             torch.mps.set_rng_state(mps)
 
 
 def num_threads() -> int:
-    """Threads to compute with: torch's number, but at most the cores that this process may use.
+    """Return the number of threads to compute with: torch's, but at most the usable cores.
 
-    What the user set by OMP_NUM_THREADS stays. Processes of a machine share its cores evenly.
+    A value that the user set with OMP_NUM_THREADS is kept. Processes on the same machine share its
+    cores evenly.
     """
     threads, cores = torch.get_num_threads(), max(1, usable_cores() // process.local_size())
-    # torchrun itself sets one thread a process.
+    # torchrun sets one thread per process.
     adapt = threads > cores or process.local_size() > 1
     return cores if adapt and not process.threads_chosen() else threads
 
@@ -392,7 +412,7 @@ def limit_threads() -> None:
 
 
 def usable_cores() -> int:
-    """Cores by affinity and by the container's CPU quota, which `os.cpu_count` doesn't see."""
+    """Return the number of cores by affinity and by the container's quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota, _, period = _read_text("/sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdigit() and period.strip().isdigit():
@@ -401,56 +421,56 @@ def usable_cores() -> int:
 
 
 def memory_budget(device: str) -> int:
-    """Bytes of images that may live on the device: half of its free memory.
+    """Return how many bytes of images may be kept on the device: half of its free memory.
 
-    `$CONVLENS_MEMORY` (e.g. `64MB`) overrides it; larger sets stream from the cache. The processes
-    of a machine share its memory, or what was asked for, evenly.
+    `$CONVLENS_MEMORY` (e.g. `64MB`) overrides it. Larger sets are streamed from the cache. The
+    processes on a machine share the budget evenly.
     """
-    among = process.local_size()
-    asked = os.environ.get("CONVLENS_MEMORY", "").strip().upper()
-    if asked:
-        number, unit = asked[:-2].strip(), asked[-2:]
+    processes = process.local_size()
+    text = os.environ.get("CONVLENS_MEMORY", "").strip().upper()
+    if text:
+        number, unit = text[:-2].strip(), text[-2:]
         if unit not in MEMORY_UNITS or not number.replace(".", "", 1).isdecimal():
-            raise UsageError(f"CONVLENS_MEMORY={asked!r} is no size", fix="write e.g. 64MB or 2GB")
-        return int(float(number) * MEMORY_UNITS[unit]) // among
-    budget = available_memory() // 2 // among
-    if device.startswith("cuda"):  # the images pass through main memory on their way
+            raise UsageError(
+                f"CONVLENS_MEMORY={text!r} is not a size", fix="write e.g. 64MB or 2GB"
+            )
+        return int(float(number) * MEMORY_UNITS[unit]) // processes
+    budget = available_memory() // 2 // processes
+    if device.startswith("cuda"):  # images also pass through main memory
         return min(budget, int(torch.cuda.mem_get_info()[0]) // 2)
     return budget
 
 
 def available_memory() -> int:
-    """Bytes of main memory this process can still take, as system and container see it."""
-    free = 4 * 2**30  # a laptop's worth, where the system doesn't tell
+    """Return the bytes of main memory that are free for this process in system and container."""
+    free = FALLBACK_FREE_BYTES
     for line in _read_text("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable"):
             free = int(line.split()[1]) * 1024
-    limit, used = (
-        _read_text("/sys/fs/cgroup/memory.max"),
-        _read_text("/sys/fs/cgroup/memory.current"),
-    )
+    limit = _read_text("/sys/fs/cgroup/memory.max")
+    used = _read_text("/sys/fs/cgroup/memory.current")
     if limit.strip().isdigit() and used.strip().isdigit():
         free = min(free, max(0, int(limit) - int(used)))
     return free
 
 
 def max_open_files() -> int:
-    """How many files a process may have open (`ulimit -n`)."""
+    """Return how many files a process may have open (`ulimit -n`)."""
     try:
         import resource
-    except ImportError:  # Windows: the C library's own limit
-        return 512
+    except ImportError:  # Windows
+        return WINDOWS_OPEN_FILES
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
 def describe_hardware(device: str) -> dict[str, Any]:
-    """Hardware and versions, for results that say where they were measured."""
+    """Return hardware and versions, to be stored with measured results."""
     lines = _read_text("/proc/cpuinfo").splitlines()
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     facts: dict[str, Any] = {
         "device": device,
-        "cpu": named[0] if named else platform.processor() or platform.machine(),
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": num_threads(),
         "python": platform.python_version(),
@@ -469,18 +489,16 @@ def _read_text(path: str) -> str:
         return ""
 
 
-# ---- later ----------------------------------------
-# Copies between host and device that do not wait for the device.
-#
-# Reading a number off a GPU (`.item()`, `float`) waits for all work queued on the GPU, and leaves
-# the GPU idle until the host has queued more. A copy into pinned memory, followed by an event, is
-# complete as soon as the work queued before it is, whatever was queued after it.
-
-
 class AsyncScalars:
-    """Copy 0-d tensors to the host as float32 without waiting; read the values later.
+    """Asynchronous device-to-host copies of scalar tensors, as float32.
 
-    On devices other than CUDA they are read at once.
+    Reading a number from a GPU (`.item()`, `float`) waits for all work queued on the GPU, and
+    leaves the GPU idle until the host has queued more. A copy into pinned memory, followed by an
+    event, is complete as soon as the work queued before it is. On devices other than CUDA the
+    values are read at once.
+
+    Args:
+        tensors: 0-d tensors on the same device.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -496,11 +514,11 @@ class AsyncScalars:
         self._event.record()
 
     def ready(self) -> bool:
-        """Whether `values` would return without waiting."""
+        """Return whether `values` would return without waiting."""
         return self._event is None or bool(self._event.query())
 
     def values(self) -> list[float]:
-        """The numbers. Waits for the work queued before the copy, and for nothing after it."""
+        """Return the numbers, after waiting for the work that was queued before the copy."""
         if self._event is not None:
             self._event.synchronize()
         values: list[float] = self._host.tolist()  # host memory: no device call
@@ -508,7 +526,7 @@ class AsyncScalars:
 
 
 def to_device_async(tensor: Tensor, device: str) -> Tensor:
-    """Move a tensor to the device; through pinned memory for CUDA, so that nothing waits."""
+    """Move a tensor to the device; for CUDA through pinned memory, without waiting."""
     if not device.startswith("cuda") or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

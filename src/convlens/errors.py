@@ -1,7 +1,7 @@
-"""Every error a user can cause: what went wrong, where, and what to do about it.
+"""Errors that a user can cause, with their exit codes, and look-up by name with suggestions.
 
-Anything that is not a `ConvlensError` is a bug of ours and keeps its traceback; but where memory
-runs out, or the system refuses something, the command line makes it a `ResourceError`.
+Any other exception is a bug of convlens and keeps its traceback, except that the command line
+turns running out of memory and errors of the operating system into a `ResourceError`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+T = TypeVar("T")
+
 
 class ConvlensError(Exception):
-    """An error with a remedy; the command line prints it in at most five lines.
+    """A problem that the user can fix. The command line prints it in at most five lines.
 
     Args:
-        what: one line saying what is wrong, with the value that was received.
+        what: one line that describes the problem, with the value that was received.
         where: file, key or index, if there is one.
         fix: what the user can do next.
     """
@@ -36,73 +38,77 @@ class ConvlensError(Exception):
 
 
 class UsageError(ConvlensError, ValueError):
-    """A name, key or value that can't be used (exit code 2)."""
+    """An invalid name, key or value (exit code 2)."""
 
     exit_code = 2
 
 
 class DataError(ConvlensError):
-    """Images or labels that can't be used (exit code 3)."""
+    """Invalid images or labels (exit code 3)."""
 
     exit_code = 3
 
 
 class ModelFileError(ConvlensError):
-    """A model file or run folder that can't be trusted or read (exit code 4)."""
+    """A model file or run directory that is damaged or unreadable (exit code 4)."""
 
     exit_code = 4
 
 
 class ResourceError(ConvlensError):
-    """Disk, memory, lock or device not to be had (exit code 5)."""
+    """Disk, memory, lock or device unavailable (exit code 5)."""
 
     exit_code = 5
 
 
 class Diverged(ConvlensError):  # noqa: N818
-    """Training came to NaN or infinity, and would again; what was good is kept (exit code 6)."""
+    """Training diverged (NaN or infinity) and would do so again (exit code 6).
+
+    The last finite weights are kept.
+    """
 
     exit_code = 6
 
 
-class Stopped(ConvlensError):  # noqa: N818 - it is no error to be asked to stop
-    """Stopped, and the same command goes on from what is kept (exit code 75)."""
+class Stopped(ConvlensError):  # noqa: N818 - a requested stop is not an error
+    """Training was stopped; the same command resumes it from its last checkpoint (exit code 75)."""
 
     exit_code = 75
 
 
-# ---- names ----------------------------------------
-# Look-up by name: the only registry code. A table is a plain dict literal.
-
-T = TypeVar("T")
-
-
 def close_matches(name: str, choices: Iterable[str]) -> list[str]:
-    """Up to three of `choices` that look like `name`, best first."""
+    """Return up to three of `choices` that are similar to `name`, best first."""
     return difflib.get_close_matches(name, list(choices), n=3, cutoff=0.5)
 
 
 def closest_match(name: str, choices: Iterable[str]) -> str:
-    """The one of `choices` that differs in case only, else the one most like it, or nothing."""
-    listed = list(choices)
-    same = [choice for choice in listed if choice.casefold() == name.casefold()]
-    return next(iter(same or close_matches(name, listed)), "")
+    """Return the choice that differs only in case, or else the most similar one, or ""."""
+    names = list(choices)
+    same = [choice for choice in names if choice.casefold() == name.casefold()]
+    return next(iter(same or close_matches(name, names)), "")
 
 
 def did_you_mean(close: Iterable[str]) -> str:
-    """The question that goes with near misses; empty where there are none."""
-    listed = " or ".join(close)
-    return f"did you mean {listed}?" if listed else ""
+    """Return `did you mean x or y?` for similar names, or "" if there are none."""
+    names = " or ".join(close)
+    return f"did you mean {names}?" if names else ""
 
 
 def did_you_mean_suffix(close: Iterable[str]) -> str:
-    """The same question behind what is wrong: ` (did you mean x?)`."""
-    asked = did_you_mean(close)
-    return f" ({asked})" if asked else ""
+    """Return the same question in parentheses, to append to a message: ` (did you mean x?)`."""
+    question = did_you_mean(close)
+    return f" ({question})" if question else ""
 
 
 def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
-    """The entry called `name`, or a `UsageError` that names the near misses."""
+    """Return the entry `name` of a table.
+
+    Args:
+        kind: what the table contains, for the message, e.g. "schedule".
+
+    Raises:
+        UsageError: there is no such entry; suggests similar names, or lists all of them.
+    """
     if name in table:
         return table[name]
     fix = did_you_mean(close_matches(name, table)) or f"choose from: {', '.join(table)}"

@@ -1,12 +1,12 @@
-"""Recipes: five typed sections that say everything a training run depends on.
+"""Recipes: everything that a training run depends on, in five typed sections.
 
-`load` turns a name, a file or a mapping plus dotted overrides into a `Recipe`; `to_text` turns
-it back into YAML that trains as it stands. All that is wrong is reported at once. No torch in
-here: `convlens --help` and `convlens recipes` must be instant.
+`load_recipe` turns a name, a file or a mapping, plus dotted overrides, into a `Recipe`;
+`Recipe.to_text` writes it as YAML that can be trained again. All errors of a recipe are reported
+at once. torch is not imported, so that `convlens --help` and `convlens recipes` are instant.
 
 A recipe file may also have `variants`: named sets of changes to the rest of the file
-(`variants: {slow: {optim: {lr: 0.01}}, fast: {optim.lr: 0.1}}`). They belong to the file, not to
-the recipe that trains: `load(..., variant="slow")` returns an ordinary recipe.
+(`variants: {slow: {optim: {lr: 0.01}}, fast: {optim.lr: 0.1}}`). They belong to the file and not
+to the recipe: `load_recipe(..., variant="slow")` returns an ordinary recipe.
 """
 
 from __future__ import annotations
@@ -25,29 +25,43 @@ from convlens.errors import UsageError, close_matches, did_you_mean_suffix, look
 from convlens.utils import yaml
 from convlens.utils.yaml import shorten
 
-# ---- schema ----------------------------------------
-# The sections of a recipe and what may stand in them. `recipe.py` reads and writes them.
+# Training images to process in total: about 3 minutes of the `folder` network on two cores at
+# 64 px. More epochs were not worth their time on sets of some thousand photographs (docs/log.md).
+TRAIN_IMAGES_TO_SEE = 130_000
+MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 8, 60
+
+ERRORS_SHOWN = 3  # errors of a recipe in one message
+
+RENAMED_KEYS = {"settings": "variants"}  # old top-level keys, for the hint in the error
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Operations = list[tuple[str, dict[str, Any]]]
+Source = str | Path | Mapping[str, Any]
+Variants = dict[str, dict[str, Any]]
 
 
 class Section(BaseModel):
-    """A section: unknown keys are refused, values can't change after they were checked."""
+    """Base class of the sections: unknown keys are refused, and values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
-    """Which images, at which size, split how.
+    """The data set, its image size and its splits.
 
-    `val_fraction: 0` leaves no validation split: everything but the test split is trained on, the
-    source's own validation images, too; there is no epoch to choose then (`keep: last`).
-    `folds: K, fold: k` makes part k of K (from 0) of these images the validation split.
-    `per_class` is the number of training images of each class; validation is drawn before, from
-    all there are. `total_per_class` counts training and validation together, all that a model
-    learns from or is chosen by: with it `val_fraction` is of these few, and the rest is not used.
-    `on_bad: skip` leaves out what can't be read, up to `max_bad` of all images and of each class's.
+    Attributes:
+        val_fraction: share of the images that is held out for validation. With 0 there is no
+            validation split: all images outside the test split are used for training, including
+            the source's own validation images, and the last epoch is kept (`keep: last`).
+        folds, fold: make part `fold` (from 0) of `folds` equal parts the validation split.
+        per_class: number of training images of each class. Validation images are drawn first, from
+            all images.
+        total_per_class: number of training and validation images of each class together, so all
+            images that a model is trained on or selected by. `val_fraction` is then a share of
+            these, and the remaining images are not used.
+        on_bad: `skip` leaves out unreadable images, up to the share `max_bad` of all images and of
+            the images of each class.
     """
 
     name: str = "digits"
@@ -73,32 +87,38 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which network. Keys beyond these belong to the family and are checked by it.
+    """The network. Any other keys are options of the model family, which checks them.
 
-    `weights` are those it begins with: `none`, `default` or a member of torchvision's weights enum
-    (`IMAGENET1K_V1`), an id of timm's (`hf-hub:...`), a file (.safetensors, .pt, .pth, .bin), or a
-    run. Whatever a finished or continued run began with, it needs no more.
+    Attributes:
+        weights: initial weights: `none`, `default` or a member of torchvision's weights enum
+            (`IMAGENET1K_V1`), an id of timm (`hf-hub:...`), a file (.safetensors, .pt, .pth, .bin),
+            or a run. A run that has started does not need their source again.
+        trainable: `all`, `head`, `stages`, `last:K`, `NAME+`, or names (`models.stages`).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "cnn"
     weights: Annotated[str, Field(min_length=1)] = "none"
-    trainable: str = "all"  # all, head, stages, last:K, NAME+ or names: models/freezing.py
+    trainable: str = "all"
 
     @property
     def options(self) -> dict[str, Any]:
-        """The family's own keys."""
+        """The options of the model family."""
         return dict(self.model_extra or {})
 
 
 class GroupConfig(Section):
-    """Parameters with a rate, a decay or a time of their own; what isn't set is as in `optim`.
+    """A parameter group with its own learning rate, weight decay or time window.
 
-    `params` is a pattern of parameter names (`layer1.*`, `*.norm*.bias`) or one of the words
-    `head`, `norms`, `norms.bias`, `biases`, `filters`. They train from `start` to `end`, fractions
-    of all steps, and are frozen outside. `muon` chooses between the two rules of muon (a matrix
-    that isn't a filter, a filter that is to be left to SGD).
+    Values that are not set are those of `optim`.
+
+    Attributes:
+        params: a pattern of parameter names (`layer1.*`, `*.norm*.bias`), or `head`, `norms`,
+            `norms.bias`, `biases` or `filters`.
+        muon: with `optim.name: muon`, whether these parameters are updated by Muon or by SGD; by
+            default, filters are updated by Muon.
+        start, end: time window as fractions of all steps. Outside it the parameters are frozen.
     """
 
     params: str
@@ -111,7 +131,7 @@ class GroupConfig(Section):
 
 
 class LookaheadConfig(Section):
-    """Every `every` steps the weights go back to their average, which moves ever less."""
+    """Lookahead: every `every` steps the weights are reset to their slowly moving average."""
 
     every: Positive = 5
     decay: Fraction = 0.95
@@ -119,11 +139,11 @@ class LookaheadConfig(Section):
 
 
 class OptimConfig(Section):
-    """The optimiser, its schedule and what regularises the loss."""
+    """The optimizer, its schedule, and regularization."""
 
     name: str = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    aux_lr: Annotated[float, Field(gt=0)] | None = None  # muon's rate for all but filters; null: lr
+    aux_lr: Annotated[float, Field(gt=0)] | None = None  # muon: rate for all but filters; null: lr
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay_bias_and_norm: bool = True
     momentum: Fraction = 0.9
@@ -132,12 +152,12 @@ class OptimConfig(Section):
     muon_iterations: Annotated[int, Field(ge=1, le=10)] = 3
     muon_normalise: bool = True
     groups: list[GroupConfig] = []
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # a stage's rate over that of the next
-    head_first: Fraction = 0.0  # share of the steps in which the head trains alone
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # ratio of rates of adjacent stages
+    head_first: Fraction = 0.0  # share of the steps in which only the head is trained
     schedule: str = "constant"
     warmup: Fraction = 0.0
     warmup_from: Fraction = 0.0
-    final: Fraction = 0.0  # what linear and cosine end at
+    final: Fraction = 0.0  # at the end of linear and cosine, as a fraction of lr
     step_size: Annotated[float, Field(gt=0, le=1)] = 1 / 3
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     label_smoothing: Fraction = 0.0
@@ -148,7 +168,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long, in which batches, and which weights are kept."""
+    """Number of epochs, batch size, choice of weights, and how steps are computed."""
 
     epochs: Annotated[int, Field(gt=0, le=1_000_000)] | Literal["auto"] = "auto"
     batch_size: Annotated[int, Field(gt=0, le=10_000_000)] = 64
@@ -158,11 +178,12 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    # true: torch.compile; auto: what pays, on CUDA only. (`graph` is read from finished runs of
-    # earlier versions, and refused by `train`.)
+    # true: torch.compile; auto: if timing shows that it pays, on CUDA only. (`graph` occurs in
+    # finished runs of earlier versions; `train` refuses it.)
     compile: bool | Literal["auto", "graph"] = "auto"
-    sync_batch_norm: bool = False  # of several processes: norms over the whole batch (GPUs only)
-    # A frozen trunk is computed once for all epochs; with augmentation for `views` fixed draws.
+    sync_batch_norm: bool = False  # with several processes: statistics of the global batch (GPUs)
+    # The features of a frozen backbone are computed once for all epochs; with augmentation, for
+    # `views` fixed draws.
     cache_trunk: bool = True
     views: Annotated[int, Field(gt=0, le=1000)] | None = None
     deterministic: bool = False
@@ -174,22 +195,17 @@ SECTIONS: dict[str, type[Section]] = {
     "optim": OptimConfig,
     "train": TrainConfig,
 }
-# Keys of what stands in a section as a mapping or a list of mappings.
+# Keys of values in a section that are mappings or lists of mappings.
 NESTED = frozenset({*GroupConfig.model_fields, *LookaheadConfig.model_fields})
 
 
-Operations = list[tuple[str, dict[str, Any]]]
-Source = str | Path | Mapping[str, Any]
-Variants = dict[str, dict[str, Any]]
-
-RENAMED_KEYS = {"settings": "variants"}  # old top-level keys, for the hint in the error
-
-
 class Recipe(Section):
-    """One training run, completely described.
+    """A complete description of one training run.
 
-    `augment` is a list of operations, `[{"RandomCrop": {"padding": 2}}, ...]`, applied in order
-    to each training batch, or `auto`: chosen when the images are known (recipe `folder`).
+    Attributes:
+        about: one line for the list of recipes.
+        augment: operations `[{"RandomCrop": {"padding": 2}}, ...]`, applied in order to each
+            training batch; or `auto`, which is resolved when the images are known.
     """
 
     name: str
@@ -202,25 +218,25 @@ class Recipe(Section):
 
     @property
     def operations(self) -> Operations:
-        """The augmentations as `(name, arguments)` pairs; empty while still `auto`."""
+        """The augmentations as `(name, arguments)` pairs; empty while `augment` is `auto`."""
         if self.augment == "auto":
             return []
         return [(name, arguments) for entry in self.augment for name, arguments in entry.items()]
 
     def digest(self) -> str:
-        """SHA-256 of what changes the result: everything but the name and the description.
+        """Return the SHA-256 of all values that affect the result: all but name and description.
 
-        Defaults are left out, so that a key which a later version adds changes no digest.
+        Defaults are left out, so that a key added by a later version does not change the digest.
         """
         content = self.model_dump(mode="json", exclude={"name", "about"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_text(self) -> str:
-        """This recipe as YAML; `load` of a file with this text gives an equal recipe."""
+        """Return the recipe as YAML; `load_recipe` reads an equal recipe from a file with it."""
         return yaml.dump_yaml(self.model_dump(mode="json"))
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with dotted keys changed, e.g. `replace(**{"optim.lr": 0.1})`; checked again."""
+        """Return a validated copy with dotted keys changed, e.g. `replace(**{"optim.lr": 0.1})`."""
         tree = self.model_dump(mode="json")
         for key, value in changes.items():
             _set_key(tree, key, value)
@@ -228,56 +244,74 @@ class Recipe(Section):
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes that come with convlens."""
+    """Return the names of the built-in recipes."""
     folder = resources.files("convlens") / "recipes"
     return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def recipe_text(name: str) -> str:
-    """A built-in recipe's file as it stands, comments included."""
+    """Return the file of a built-in recipe, including its comments."""
     lookup(dict.fromkeys(recipe_names()), name, "recipe")
     return (resources.files("convlens") / "recipes" / f"{name}.yaml").read_text("utf-8")
 
 
+def is_recipe_file(source: str) -> bool:
+    """Return whether a recipe argument is a file rather than a name."""
+    return source.endswith((".yaml", ".yml"))
+
+
 def variants(source: Source) -> Variants:
     """Return a recipe's variants as `{name: changes}`, those of its base first."""
-    return _tree(source)[1]
+    return _read_tree(source)[1]
 
 
 def load_recipe(
     source: Source, overrides: Sequence[str] = (), variant: str | None = None
 ) -> Recipe:
-    """The recipe called `source` (a built-in name, a YAML file or a mapping) with overrides.
+    """Load a recipe and apply overrides.
 
     Args:
+        source: name of a built-in recipe, a YAML file, or a mapping.
         overrides: `key=value` texts with dotted keys (`optim.lr=0.1`); values are YAML. They
             take precedence over the variant's changes.
-        variant: name of a variant to apply; by default the recipe is loaded as it is.
+        variant: name of a variant to apply.
 
     Raises:
-        UsageError: unknown names or keys (with near misses) and impossible values, all at once.
+        UsageError: unknown names or keys (with suggestions) and invalid values, all at once.
     """
-    tree, variants, where = _tree(source)
+    tree, all_variants, where = _read_tree(source)
     problems: list[str] = []
     if variant is not None:
         where = f"{where}, variant {variant}"
-        tree = _apply_variant(tree, variants, variant, where, problems)
-    # The family first: setting it drops the former one's keys, not those given beside it.
+        tree = _apply_variant(tree, all_variants, variant, where, problems)
+    # The model family first: changing it drops the options of the previous family, but not the
+    # options that are given beside it.
     for override in sorted(overrides, key=lambda text: not text.startswith("model.name=")):
         key, equals, value = override.partition("=")
         if not equals:
-            problems.append(f"{override!r} is no override: write key=value, e.g. optim.lr=0.1")
+            problems.append(f"{override!r} is not an override: write key=value, e.g. optim.lr=0.1")
             continue
         try:
             _set_key(tree, key.strip(), yaml.parse_yaml(value, where=shorten(override)))
         except UsageError as error:
             problems.append(f"{error.where}: {error.what}" if error.where else error.what)
-    set_here = {text.partition("=")[0].strip() for text in overrides}
-    return _check_tree(tree, where=where, problems=problems, lines=lambda: _lines(source, set_here))
+    overridden = {text.partition("=")[0].strip() for text in overrides}
+    return _check_tree(
+        tree, where=where, problems=problems, lines=lambda: _lines(source, overridden)
+    )
 
 
-def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], Variants, str]:
-    """The merged, unchecked tree of a recipe and of those it is based on; variants; its place."""
+def _read_tree(
+    source: Source, parents: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], Variants, str]:
+    """Read a recipe and merge it with its bases; nothing is validated yet.
+
+    Args:
+        parents: the recipes that have this one as their base, to detect cycles.
+
+    Returns:
+        The merged tree, its variants, and the name of the source for error messages.
+    """
     if isinstance(source, Mapping):
         tree, where, folder = _deep_copy(source), "recipe", Path()
         tree.setdefault("name", "custom")
@@ -289,36 +323,34 @@ def _tree(source: Source, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], 
             raise UsageError("a recipe is a mapping of sections", where=where)
         tree.setdefault("name", path.stem)
     else:
-        tree, where, folder = (
-            yaml.parse_yaml(recipe_text(str(source)), where=str(source)),
-            str(source),
-            Path(),
-        )
-        tree["name"] = str(source)
-    base, variants = tree.pop("base", None), _check_variants(tree.pop("variants", None), where)
+        where, folder = str(source), Path()
+        tree = yaml.parse_yaml(recipe_text(where), where=where)
+        tree["name"] = where
+    base, own_variants = tree.pop("base", None), _check_variants(tree.pop("variants", None), where)
     if base is None:
-        return tree, variants, where
+        return tree, own_variants, where
     if not isinstance(base, str):
-        raise UsageError(f"base={shorten(base)}: a recipe's name or file", where=where)
-    if where in above:
-        raise UsageError(f"base: {' -> '.join([*above, where])} goes in a circle", where=where)
-    beneath, theirs, _ = _tree(folder / base if is_recipe_file(base) else base, (*above, where))
-    return _merge(beneath, tree), {**theirs, **variants}, where
+        raise UsageError(f"base={shorten(base)}: not the name or file of a recipe", where=where)
+    if where in parents:
+        raise UsageError(f"circular base: {' -> '.join([*parents, where])}", where=where)
+    base_source = folder / base if is_recipe_file(base) else base
+    base_tree, base_variants, _ = _read_tree(base_source, (*parents, where))
+    return _merge(base_tree, tree), {**base_variants, **own_variants}, where
 
 
 def _check_variants(value: Any, where: str) -> Variants:
     """Check names and types of a file's variants; their keys are checked when one is applied."""
     if value is None:
         return {}
-    wrong = "variants maps names to changes, e.g. variants: {slow: {optim.lr: 0.01}}"
+    message = "variants maps names to changes, e.g. variants: {slow: {optim.lr: 0.01}}"
     if not isinstance(value, Mapping):
-        raise UsageError(f"{wrong}; not {shorten(value)}", where=where)
+        raise UsageError(f"{message}; not {shorten(value)}", where=where)
     for name, changes in value.items():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name == "all":
             fix = "use letters, digits, `.`, `_` and `-`; `all` is reserved and means every variant"
             raise UsageError(f"invalid variant name {name!r}", where=where, fix=fix)
         if not isinstance(changes, Mapping):
-            raise UsageError(f"{wrong}; not {name}: {shorten(changes)}", where=where)
+            raise UsageError(f"{message}; not {name}: {shorten(changes)}", where=where)
     return {name: _deep_copy(changes) for name, changes in value.items()}
 
 
@@ -334,29 +366,24 @@ def _apply_variant(
     for key in [key for key in changes if key in ("name", "base", "variants")]:
         problems.append(f"a variant cannot change {key!r}")
         del changes[key]
-    varied = tree
+    changed = tree
     try:
-        varied = _merge(tree, changes)
+        changed = _merge(tree, changes)
         for key in sorted(dotted, key=lambda key: key != "model.name"):
-            _set_key(varied, key, dotted[key])
+            _set_key(changed, key, dotted[key])
     except UsageError as error:
         problems.append(error.what)
-    return varied
-
-
-def is_recipe_file(source: str) -> bool:
-    """Whether a recipe argument means a file rather than a name."""
-    return source.endswith((".yaml", ".yml"))
+    return changed
 
 
 def _deep_copy(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
-def _merge(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `beneath`, section by section; lists and values replace."""
-    merged = _deep_copy(beneath)
-    for section, value in above.items():
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the sections of `changes` merged into it; lists and values replace."""
+    merged = _deep_copy(base)
+    for section, value in changes.items():
         if not (isinstance(value, Mapping) and isinstance(merged.get(section), dict)):
             merged[section] = value
             continue
@@ -366,20 +393,25 @@ def _merge(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a tree.
+
+    Raises:
+        UsageError: a recipe has no such key.
+    """
     section, dot, field = key.partition(".")
     if not dot:
         if section not in Recipe.model_fields or section == "name":
-            raise _unknown(key)
+            raise _unknown_key(key)
         tree[section] = value
         return
-    inside = tree.setdefault(section, {}) if section in SECTIONS else None
-    if not isinstance(inside, dict) or "." in field:
-        raise _unknown(key)
-    if key == "model.name" and value != inside.get("name", "cnn"):
-        # Another family: the former one's own keys would be refused by it.
-        tree["model"] = {k: v for k, v in inside.items() if k in ModelConfig.model_fields}
-        inside = tree["model"]
-    inside[field] = value
+    content = tree.setdefault(section, {}) if section in SECTIONS else None
+    if not isinstance(content, dict) or "." in field:
+        raise _unknown_key(key)
+    if key == "model.name" and value != content.get("name", "cnn"):
+        # Options of the previous family would be refused by the new one.
+        content = {k: v for k, v in content.items() if k in ModelConfig.model_fields}
+        tree["model"] = content
+    content[field] = value
 
 
 def _check_tree(
@@ -389,120 +421,122 @@ def _check_tree(
     problems: Sequence[str] = (),
     lines: Callable[[], Mapping[str, int]] = dict,
 ) -> Recipe:
-    """The recipe of a tree; `lines` says where its keys stand in a file."""
-    found = list(problems)
-    odd = list(yaml.find_invalid(tree))
-    if odd:
-        raise UsageError("; ".join(odd[:3]), where=where)
-    prepared = {**tree, "augment": _operations(tree.get("augment", []), found)}
+    """Validate a tree and return it as a recipe.
+
+    Args:
+        problems: errors that are already known, to be reported together with those found here.
+        lines: returns the line of each key in the file, for the messages.
+    """
+    invalid = list(yaml.find_invalid(tree))
+    if invalid:
+        raise UsageError("; ".join(invalid[:ERRORS_SHOWN]), where=where)
+    messages = list(problems)
+    prepared = {**tree, "augment": _normalize_operations(tree.get("augment", []), messages)}
     recipe = None
     try:
         recipe = Recipe.model_validate(prepared)
     except ValidationError as error:
-        complaints, at = dict[str, str](), lines()
-        for key, complaint in map(_explain, error.errors()):
-            line = f" (line {at[key]})" if key in at else ""
-            complaints.setdefault(key, complaint + line)  # a union reports once per member
-        found += complaints.values()
-    if found or recipe is None:
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        by_key, line_of = dict[str, str](), lines()
+        for key, message in map(_describe_error, error.errors()):
+            line = f" (line {line_of[key]})" if key in line_of else ""
+            by_key.setdefault(key, message + line)  # a union reports once per member
+        messages += by_key.values()
+    if messages or recipe is None:
+        hidden = len(messages) - ERRORS_SHOWN
+        more = f" (and {hidden} more)" if hidden > 0 else ""
         raise UsageError(
-            "; ".join(found[:3]) + more,
+            "; ".join(messages[:ERRORS_SHOWN]) + more,
             where=where,
             fix="`convlens recipes NAME --json` prints every key of a recipe with its value",
         )
     return recipe
 
 
-def _lines(source: Source, but: Collection[str]) -> dict[str, int]:
-    """Where the keys of a recipe's own file stand; not those that are set elsewhere, too."""
+def _lines(source: Source, overridden: Collection[str]) -> dict[str, int]:
+    """Return the lines of a recipe file's keys, except those that an override replaces."""
     if isinstance(source, Mapping) or not is_recipe_file(str(source)):
         return {}
-    at = yaml.key_lines(yaml.read_yaml(Path(source)))
-    return {key: line for key, line in at.items() if key not in but}
+    lines = yaml.key_lines(yaml.read_yaml(Path(source)))
+    return {key: line for key, line in lines.items() if key not in overridden}
 
 
-def _operations(value: Any, found: list[str]) -> Any:
-    """`- RandomHorizontalFlip` and `- RandomCrop: {padding: 2}` in one form."""
+def _normalize_operations(value: Any, problems: list[str]) -> Any:
+    """Return `- RandomHorizontalFlip` and `- RandomCrop: {padding: 2}` in the same form."""
     if value == "auto" or value is None:
         return value or []
     if not isinstance(value, list):
-        found.append(f"augment is a list of operations, not {shorten(value)}")
+        problems.append(f"augment is a list of operations, not {shorten(value)}")
         return []
-    entries: list[dict[str, Any]] = []
+    operations: list[dict[str, Any]] = []
     for entry in value:
         if isinstance(entry, str):
-            entries.append({entry: {}})
+            operations.append({entry: {}})
         elif isinstance(entry, Mapping):
-            entries.append({str(k): ({} if v is None else v) for k, v in entry.items()})
+            operations.append({str(k): ({} if v is None else v) for k, v in entry.items()})
         else:
-            found.append(f"augment: {shorten(entry)} is no operation; write Name or Name: {{args}}")
-    return entries
+            problems.append(
+                f"augment: {shorten(entry)} is not an operation; write Name or Name: {{args}}"
+            )
+    return operations
 
 
-def _explain(item: Any) -> tuple[str, str]:
-    """The key that pydantic complains of, and the complaint."""
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return path, _unknown(path).what
-    first = str(item["loc"][0])
-    parts = item["loc"][: 2 if first in SECTIONS else 1]
-    # Further parts are the members of a union (no use to anyone) or a place within a list.
-    parts += tuple(part for part in item["loc"][2:] if isinstance(part, int) or part in NESTED)
+def _describe_error(error: Any) -> tuple[str, str]:
+    """Return the key of an error of pydantic and a message that names it."""
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return path, _unknown_key(path).what
+    first = str(error["loc"][0])
+    parts = error["loc"][: 2 if first in SECTIONS else 1]
+    # Further parts are members of a union, which mean nothing to the user, or positions in a list.
+    parts += tuple(part for part in error["loc"][2:] if isinstance(part, int) or part in NESTED)
     key = ".".join(map(str, parts))
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return key, f"{key}={shorten(item['input'])}: {message}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return key, f"{key}={shorten(error['input'])}: {message}"
 
 
-def _unknown(key: str) -> UsageError:
+def _unknown_key(key: str) -> UsageError:
     close = [RENAMED_KEYS[key]] if key in RENAMED_KEYS else matching_keys(key)
     return UsageError(f"unknown key {shorten(key)}{did_you_mean_suffix(close)}")
 
 
 def matching_keys(key: str) -> list[str]:
-    """The keys of a recipe that look like `key`, best first."""
-    inside = [f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields]
-    choices = ["about", "augment", *inside]
-    # The right key in the wrong section is the commonest slip.
+    """Return the keys of a recipe that are similar to `key`, best first."""
+    dotted = [f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields]
+    choices = ["about", "augment", *dotted]
+    # The most common mistake is the right key in the wrong section.
     last = key.rpartition(".")[2]
-    close = [choice for choice in choices if choice.rpartition(".")[2] == last]
-    return close or close_matches(key, choices)
-
-
-# ---- auto ----------------------------------------
-# What `auto` in a recipe means, once the images are known.
-#
-# Each rule is one line with its reason; the values chosen are written into the run's recipe, which
-# then trains the same without any rule.
-
-# Images to look at in a whole training: about 3 minutes of the `folder` network on two cores at
-# 64 px; more epochs were not worth their time on sets of some thousand photographs (docs/log.md).
-TRAIN_IMAGES_TO_SEE = 130_000
-EPOCH_LIMITS = (8, 60)
+    same = [choice for choice in choices if choice.rpartition(".")[2] == last]
+    return same or close_matches(key, choices)
 
 
 def resolve_auto(recipe: Recipe, *, images: int, image_size: int, channels: int) -> Recipe:
-    """The recipe with every `auto` about data, augmentation and length replaced.
+    """Return the recipe with every `auto` about data, augmentation and epochs replaced.
+
+    The values are written into the run's recipe, which then trains the same without any rule.
 
     Args:
-        images: training images.
-        image_size, channels: what the loaded data has, pixels and 1 or 3.
+        images: number of training images.
+        image_size: of the loaded data, in pixels.
+        channels: of the loaded data, 1 or 3.
     """
     changes: dict[str, Any] = {"data.image_size": image_size, "data.channels": channels}
     if recipe.augment == "auto":
         changes["augment"] = default_augmentation(image_size, channels)
     if recipe.train.epochs == "auto":
-        changes["train.epochs"] = min(
-            max(round(TRAIN_IMAGES_TO_SEE / images), EPOCH_LIMITS[0]), EPOCH_LIMITS[1]
-        )
+        epochs = round(TRAIN_IMAGES_TO_SEE / images)
+        changes["train.epochs"] = min(max(epochs, MIN_AUTO_EPOCHS), MAX_AUTO_EPOCHS)
     return recipe.replace(**changes)
 
 
 def default_augmentation(image_size: int, channels: int) -> list[dict[str, dict[str, Any]]]:
-    """Mild for grey images (often digits, scans: a mirror image may be another class)."""
+    """Return the augmentation that `auto` stands for.
+
+    It is mild for gray images: often these are digits or scans, and their mirror image may belong
+    to another class.
+    """
     if channels == 1:
         return [{"RandomAffine": {"degrees": 10, "translate": [0.1, 0.1], "scale": [0.9, 1.1]}}]
-    if image_size <= 32:  # objects fill the picture: shift, don't zoom
+    if image_size <= 32:  # objects fill the image: shift, do not zoom
         return [
             {"RandomHorizontalFlip": {}},
             {"RandomCrop": {"padding": max(1, image_size // 8), "padding_mode": "reflect"}},

@@ -236,5 +236,5 @@ def test_seeds_and_evaluate_work_together_and_the_rest_is_refused() -> None:
     assert together.json["loss"] == pytest.approx(alone.json["loss"], rel=1e-5)
     assert (together.json["looks"], alone.json["looks"]) == (1, 2)
     refused = torchrun(2, "-m", "convlens", "recipes")
-    assert "recipes is not for several processes" in refused.err
+    assert "recipes does not support several processes" in refused.err
     assert 2 in codes(refused)

@@ -1,4 +1,4 @@
-"""The command line as tests use it, in this process or in one of its own, and images to feed it."""
+"""Run commands in this process or in a new one, with images and models to use them on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLORS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}
 
 @dataclass(frozen=True)
 class Done:
-    """A command that has ended: exit code, stdout, stderr."""
+    """The result of a command: exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -40,12 +40,12 @@ class Done:
 
     @property
     def json(self) -> Any:
-        """stdout as one JSON object; fails if there is anything else in it."""
+        """stdout as one JSON object; fails if it contains anything else."""
         return json.loads(self.out)
 
 
 def here(*arguments: str | Path, stdin: str | TextIO = "") -> Done:
-    """Runs `convlens ARGUMENTS` in this process."""
+    """Run `convlens ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
@@ -59,14 +59,14 @@ def here(*arguments: str | Path, stdin: str | TextIO = "") -> Done:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment for a process of its own."""
-    # Few have PYTHONUNBUFFERED, and it hides what stands in a buffer at the end.
+    """Return the environment for a new process."""
+    # PYTHONUNBUFFERED would hide output that is left in a buffer at exit.
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    # Scripts of the helpers import the package they are in.
+    # Scripts of the helpers import the package `helpers`.
     search_path = [str(TESTS), *filter(None, [env.get("PYTHONPATH")])]
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(search_path), **extra}
     if env.pop("PYTHONDONTWRITEBYTECODE", ""):
-        # Each start would compile all of torch anew; elsewhere than in the package it may cache.
+        # Otherwise each process would compile all of torch; cache the result outside the package.
         cache = Path(tempfile.gettempdir()) / "convlens-tests-pycache"
         env.setdefault("PYTHONPYCACHEPREFIX", str(cache))
     return env
@@ -75,7 +75,7 @@ def environment(**extra: str) -> dict[str, str]:
 def start(
     *arguments: str | Path, before: Callable[[], None] | None = None, **extra: str
 ) -> subprocess.Popen[str]:
-    """Begins `convlens ARGUMENTS` in a process of its own, in which `before` is called first."""
+    """Start `convlens ARGUMENTS` in a new process, in which `before` is called first."""
     return subprocess.Popen(
         [sys.executable, "-m", "convlens", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
@@ -88,33 +88,35 @@ def start(
 
 
 def by_rights() -> None:
-    """From here on this process reads only what it has the right to, even if it is root's."""
+    """Make this process respect file permissions from now on, even if it runs as root."""
     libc = ctypes.CDLL(None)
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH: capabilities(7)
-        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, for what is executed next
+        libc.prctl(
+            24, capability, 0, 0, 0
+        )  # PR_CAPBSET_DROP, for the program that is executed next
 
 
 def command(*arguments: str | Path, before: Callable[[], None] | None = None, **extra: str) -> Done:
-    """Runs `convlens ARGUMENTS` in a process of its own, in which `before` is called first."""
+    """Run `convlens ARGUMENTS` in a new process, in which `before` is called first."""
     process = start(*arguments, before=before, **extra)
     out, err = process.communicate(timeout=240)
     return Done(process.returncode, out, err)
 
 
-def refused(done: Done, code: int, *said: str) -> None:
-    """Asserts a clear error: exit code, at most five lines, no traceback, all of `said`."""
+def refused(done: Done, code: int, *parts: str) -> None:
+    """Assert a clear error: exit code, at most five lines, no traceback, all of `parts`."""
     assert done.code == code, done.err
     assert "Traceback" not in done.err
     lines = done.err.splitlines()
-    begins = [n for n, line in enumerate(lines) if line.startswith(("error:", "stopped:"))]
-    assert len(begins) == 1, done.err
-    assert len(lines) - begins[0] <= 5, done.err
-    for text in said:
+    starts = [n for n, line in enumerate(lines) if line.startswith(("error:", "stopped:"))]
+    assert len(starts) == 1, done.err
+    assert len(lines) - starts[0] <= 5, done.err
+    for text in parts:
         assert text in done.err, done.err
 
 
 def picture(path: Path, color: Sequence[int], *, size: int = 12, seed: int = 0) -> Path:
-    """Writes an image of about that colour; grey where `color` has one number."""
+    """Write a noisy image of a color; gray if `color` has one number."""
     noise = np.random.default_rng(seed).integers(-30, 30, (size, size, len(color)))
     pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +132,7 @@ def pictures(
     first: int = 0,
     size: int = 12,
 ) -> Path:
-    """Class folders of images, a colour for each class."""
+    """Create class folders of images, with one color for each class."""
     for n, (name, count) in enumerate(counts.items()):
         color = colors.get(name, (60 * n % 256, 90 * n % 256, 30))
         for i in range(count):
@@ -140,14 +142,14 @@ def pictures(
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a run's model file."""
+    """Return the tensors of a run's model file."""
     return serialization.read_model_file(run / "model.safetensors")[0]
 
 
 def constant_model(
     folder: Path, bias: Sequence[float], classes: Sequence[str], size: int = 8
 ) -> RunDir:
-    """A model file whose logits are `bias`, whatever the image: all other weights are zero."""
+    """Write a model file whose logits are always `bias`: all other weights are zero."""
     from convlens import models
 
     options = {"widths": [2], "batch_norm": False}
@@ -162,9 +164,9 @@ def constant_model(
 def brightness_model(
     folder: Path, classes: Sequence[str] = ("dark", "light"), size: int = 8
 ) -> RunDir:
-    """A model file that knows two classes: is the mean of an RGB image below one half or above.
+    """Write a model file that separates dark RGB images from light ones (mean below or above 0.5).
 
-    One 1x1 kernel takes the mean of the channels (in 0..1), the head that of the pixels:
+    A 1x1 kernel computes the mean of the channels (in 0..1), the head the mean of the pixels. The
     logits are `(0, 8 * (mean - 0.5))`.
     """
     from convlens import models
@@ -181,9 +183,10 @@ def brightness_model(
 
 
 def sided_model(folder: Path, size: int = 8) -> RunDir:
-    """A model file that tells images by their brighter half: a mirror image is the other class.
+    """Write a model file that classifies images by their brighter half; mirroring swaps classes.
 
-    Logits for `left` and `right` are `(8 * left, 9 * right)`, of the halves' mean brightness.
+    The logits of the classes `left` and `right` are `(8 * left, 9 * right)`, computed from the mean
+    brightness of the halves.
     """
     from convlens import models
 
@@ -208,8 +211,8 @@ def _saved(
 ) -> RunDir:
     from convlens import recipe
 
-    place = RunDir(folder)
-    asked = recipe.load_recipe(
+    run_dir = RunDir(folder)
+    loaded = recipe.load_recipe(
         {"name": folder.name, "data": {"name": "shapes"}, "model": {"name": "cnn", **options}}
     )
     model_metadata = {
@@ -226,8 +229,8 @@ def _saved(
         },
         "data": {"name": "shapes", "fingerprint": "none"},
         "chosen": {},
-        "recipe": asked.model_dump(mode="json"),
+        "recipe": loaded.model_dump(mode="json"),
     }
     device.Plan("cpu", "fp32", "contiguous").prepare_model(net)
-    place.save_model(net.state_dict(), model_metadata)
-    return place
+    run_dir.save_model(net.state_dict(), model_metadata)
+    return run_dir

@@ -56,7 +56,7 @@ def test_unknown_names_inside_a_recipe_at_once() -> None:
 
 
 def test_what_is_no_override_is_refused() -> None:
-    refused(here("train", "digits", "fast"), 2, "'fast' is no override", "key=value")
+    refused(here("train", "digits", "fast"), 2, "'fast' is not an override", "key=value")
 
 
 def test_a_recipe_that_is_no_yaml() -> None:

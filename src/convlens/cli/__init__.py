@@ -1,6 +1,6 @@
 """The command line: one thin command for each function of the API.
 
-Nothing imports torch before a command needs it. Results go to stdout, everything else to stderr,
+torch is imported only when a command needs it. Results go to stdout and everything else to stderr,
 so that `--json` prints one object and nothing else.
 """
 
@@ -28,13 +28,14 @@ from convlens.utils.console import console, status_handler
 from convlens.utils.process import Terminated, raise_on_signals
 from convlens.version import __version__
 
-__all__ = ["app", "basics", "info", "inside", "judging", "main", "run"]
+__all__ = ["analyze", "app", "info", "look", "main", "run", "train"]
 
-SHARED = ("train", "evaluate")  # commands that support torchrun
+DISTRIBUTED_COMMANDS = ("train", "evaluate")  # commands that support torchrun
+MAX_MESSAGE_CHARS = 200  # of the message of another library
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         sys.stdout.write(f"convlens {__version__}\n")
         raise typer.Exit
 
@@ -45,7 +46,10 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     figures: Figures = None,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Train, test and look inside convolutional image classifiers.
@@ -57,139 +61,139 @@ def root(
         convlens predict digits seven.png
         convlens report digits
     """
-    if process.world_size() > 1 and context.invoked_subcommand not in SHARED:
+    if process.world_size() > 1 and context.invoked_subcommand not in DISTRIBUTED_COMMANDS:
         raise UsageError(
-            f"{context.invoked_subcommand} is not for several processes",
-            fix=f"run it without torchrun; only {' and '.join(SHARED)} support it",
+            f"{context.invoked_subcommand} does not support several processes",
+            fix=f"run it without torchrun; only {' and '.join(DISTRIBUTED_COMMANDS)} support it",
         )
     if debug:
         options.update(debug=True)
 
 
 def run() -> NoReturn:
-    """`main` for a process of its own, which ends without taking torch apart.
+    """Run `main` and end the process without freeing torch's objects.
 
-    Python frees a million objects one by one before it ends, for 0.6 s of each command. What else
-    it does then is done here: waiting for threads, exit handlers, emptying the streams.
+    Python frees a million objects one by one before it exits, which takes 0.6 s of each command.
+    The other steps of a regular exit are done here: waiting for threads, calling exit handlers and
+    flushing the streams.
     """
     process.set_up()
     try:
         main()
     except SystemExit as end:
-        # A profiler wants to have the last word, and so does a stream that can't be written to.
+        # A regular exit for profilers, which write their result then, and for unwritable streams.
         if isinstance(end.code, int) and not (sys.getprofile() or sys.gettrace()):
             with contextlib.suppress(OSError, ValueError, AttributeError, KeyboardInterrupt):
                 threading._shutdown()  # type: ignore[attr-defined]
                 atexit._run_exitfuncs()
                 sys.stdout.flush()
-                _leave(end.code)
+                _exit_now(end.code)
         raise
 
 
-def _leave(code: int) -> NoReturn:
-    """Ends the process here and now, after what stands in the buffer of stderr."""
-    # Where the terminal is gone nobody reads that; Python would end with 120 because of it.
+def _exit_now(code: int) -> NoReturn:
+    """End the process at once, after flushing stderr."""
+    # If the terminal is closed this fails, and Python would exit with 120.
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(code)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Runs the command line and ends with the documented exit code (`SystemExit`).
+    """Run the command line and raise `SystemExit` with the documented exit code.
 
-    typer itself ends with 2 for a wrong option, with 130 for Ctrl-C, and with 1 where nobody reads
-    what is printed any more.
+    typer itself exits with 130 after Ctrl-C, and with 1 if stdout is a closed pipe.
     """
-    if process.global_rank() > 0:  # of several processes the first one speaks
+    if process.global_rank() > 0:  # only rank 0 prints results
         sys.stdout = io.StringIO()
     elif isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files need not be text: half characters are written as \udcff, also in JSON.
+        # File names need not be valid Unicode: invalid bytes are printed as \udcff, also in JSON.
         sys.stdout.reconfigure(errors="backslashreplace")
     before = options.update()
     try:
         with raise_on_signals(), status_handler():
             app(args=arguments)
     except Terminated as signalled:
-        _end(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))
+        _fail(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))
     except (ConvlensError, MemoryError, RuntimeError, OSError) as raised:
-        error = _explained(raised)
+        error = _to_convlens_error(raised)
         if error is None or options.debug():
             raise
-        _end(error)
+        _fail(error)
     finally:
         options.reset(before)
     sys.exit(0)
 
 
-def _end(error: ConvlensError) -> NoReturn:
+def _fail(error: ConvlensError) -> NoReturn:
     """Print the error and exit with its code."""
     if process.world_size() > 1:
-        _fail_with_others(error)
-    _show(error)
+        _fail_distributed(error)
+    _print_error(error)
     sys.exit(error.exit_code)
 
 
-def _explained(error: Exception) -> ConvlensError | None:
-    """Return the error to print; None for a bug of convlens, which keeps its traceback."""
+def _to_convlens_error(error: Exception) -> ConvlensError | None:
+    """Return the error to print, or None for a bug of convlens, which keeps its traceback."""
     if isinstance(error, ConvlensError):
         return error
     if "does not have a deterministic implementation" in str(error):
         return UsageError(
-            f"--deterministic: {str(error).partition(',')[0]}"[:200],
+            f"--deterministic: {str(error).partition(',')[0]}"[:MAX_MESSAGE_CHARS],
             fix="leave out --deterministic, or use another network",
         )
     if isinstance(error, OSError):
-        return _of_the_system(error)
-    from convlens.engine import oom  # torch; who ran out of memory has imported it
+        return _system_error(error)
+    from convlens.engine import oom  # imports torch, which a RuntimeError has done before
 
     if oom.is_oom(error):
         return oom.out_of_memory_error(error)
     if "busy or unavailable" in str(error):
         return ResourceError(
-            f"the GPU is busy: {str(error).splitlines()[0]}"[:200],
+            f"the GPU is busy: {str(error).splitlines()[0]}"[:MAX_MESSAGE_CHARS],
             fix="wait for the other program to finish, or choose another GPU (--device)",
         )
-    # After a lost GPU or a failed kernel, nothing on the device can be used in this process.
+    # After a failed GPU or kernel, nothing on the device can be used in this process any more.
     if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
         return Stopped(
-            f"the GPU failed: {str(error).splitlines()[0]}"[:200],
+            f"the GPU failed: {str(error).splitlines()[0]}"[:MAX_MESSAGE_CHARS],
             fix="run the command again to resume from the last checkpoint; --debug shows where",
         )
     return None
 
 
-def _of_the_system(error: OSError) -> ResourceError:
-    """Turn an unexpected OSError, of a disk or a network, into a ResourceError."""
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    run_dir = f"{Path(at.filename).name}, line {at.lineno}"
+def _system_error(error: OSError) -> ResourceError:
+    """Turn an unexpected OSError, e.g. of a disk or a network, into a ResourceError."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    line = f"{Path(frame.filename).name}, line {frame.lineno}"
     return ResourceError(
-        f"the system refused: {error.strerror or error}",
-        where=run_dir if error.filename is None else str(error.filename),
+        f"system error: {error.strerror or error}",
+        where=line if error.filename is None else str(error.filename),
         fix="check the file and its disk, and run the command again; --debug shows the traceback",
     )
 
 
-def _fail_with_others(error: ConvlensError) -> NoReturn:
-    """End one of several processes: on each machine the first that fails prints its error.
+def _fail_distributed(error: ConvlensError) -> NoReturn:
+    """Exit one of several processes.
 
-    The others exit with its code.
+    On each machine the first process that fails prints its error; the others exit with its code.
     """
     # torchrun sends SIGTERM to all when one has ended; that must not change the exit code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     code = process.first_exit_code(error.exit_code)
     if code is None:
-        _show(error)
+        _print_error(error)
         code = error.exit_code
-    _leave(code)  # without waiting for threads: others may wait in the middle of a step
+    _exit_now(code)  # without waiting for threads, which may be waiting for other processes
 
 
-def _show(error: ConvlensError) -> None:
-    """Print the error on stderr, whichever rank this is: the first one that fails calls this."""
+def _print_error(error: ConvlensError) -> None:
+    """Print the error on stderr, on any rank."""
     label = "stopped" if isinstance(error, Stopped | Diverged) else "error"
-    show = console().print
-    show(f"[bold red]{label}:[/] {escape(error.what)}")
+    print_line = console().print
+    print_line(f"[bold red]{label}:[/] {escape(error.what)}")
     if error.where:
-        show(f"  where: {escape(error.where)}")
+        print_line(f"  where: {escape(error.where)}")
     if error.fix:
-        show(f"  do:    {escape(error.fix)}")
+        print_line(f"  do:    {escape(error.fix)}")
     console().file.flush()

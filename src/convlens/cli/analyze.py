@@ -1,17 +1,13 @@
-"""Commands that judge runs: `compare diagnose labels report`."""
+"""Commands that analyze runs and data, with their output: `compare diagnose labels report`."""
 
 from __future__ import annotations
 
 import shlex
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from convlens import metrics
-from convlens.analysis.compare import Comparison, Group
-from convlens.analysis.diagnosis import Diagnosis, Finding
-from convlens.analysis.label_errors import JudgedImage, LabelReport
 from convlens.cli.common import (
     Command,
     DataOption,
@@ -26,6 +22,36 @@ from convlens.cli.common import (
 )
 from convlens.cli.results import make_table, stdout_console
 from convlens.utils.console import print_status
+
+if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
+    from convlens.analysis.compare import Comparison, Group
+    from convlens.analysis.diagnosis import Diagnosis, Finding
+    from convlens.analysis.label_errors import JudgedImage, LabelReport
+
+COMPARISON_COLUMNS = (
+    "run",
+    "accuracy %",
+    "loss",
+    "ECE",
+    "weights",
+    "MFLOPs",
+    "trained s",
+    "images/s",
+    "MB",
+)
+EVIDENCE_SHOWN = 12  # entries of a table in the evidence of a finding
+SUSPECTS_SHOWN = 20  # suspects in the table; the CSV file has all of them
+PAIRS_SHOWN = 8
+LOW_AGREEMENT = 0.8  # agreement below which most suspects are mistakes of the models
+# `benchmarks/labels.py`, symmetric and asymmetric errors.
+PLANTED_ERRORS = (
+    "With 5% of the labels changed on purpose, 96 to 97 of the first 100 suspects were wrong on "
+    "digits (models agreed with 94% of the labels), 86 to 94 on MNIST (90%), 13 on CIFAR-10 (50%)."
+)
+LOW_AGREEMENT_WARNING = (
+    "The models agree with so few labels that most suspects are probably mistakes of the models: "
+    "check only the first ones, or use a better recipe."
+)
 
 
 @app.command(cls=Command)
@@ -49,7 +75,7 @@ def compare(
 ) -> None:
     """Compare runs with the first one: a table, and a significance test for each.
 
-    Runs that differ only in their seeds form one group. A comparison on the test set is logged as a
+    Runs that differ only in their seeds form one group. A comparison on the test set counts as a
     use of it.
 
     Examples:
@@ -57,8 +83,6 @@ def compare(
         convlens compare resnet18 resnet18-noaug --split val
     """
     from convlens.analysis import compare as analysis_compare
-
-    # import dropped
 
     result = analysis_compare.compare(
         *runs, split=split, data=data, force=force, device=device, quiet=False
@@ -80,8 +104,6 @@ def diagnose(run: RunArgument, device: DeviceOption = None, as_json: JsonOption 
     """
     from convlens.analysis import diagnosis
 
-    # import dropped
-
     result = diagnosis.diagnose(run, device=device, quiet=False)
     if not as_json:
         print_diagnosis(result)
@@ -90,7 +112,7 @@ def diagnose(run: RunArgument, device: DeviceOption = None, as_json: JsonOption 
 
 @app.command(cls=Command)
 def labels(
-    what: Annotated[
+    source: Annotated[
         str,
         typer.Argument(
             metavar="DATA|RUN|RECIPE", help="Data set, or a run or recipe that uses it."
@@ -99,7 +121,7 @@ def labels(
     overrides: OverridesArgument = None,
     data: DataOption = None,
     folds: Annotated[
-        int, typer.Option(min=2, metavar="K", help="Number of models; each one judges one fold.")
+        int, typer.Option(min=2, metavar="K", help="Number of models; each one checks one fold.")
     ] = 5,
     test: Annotated[
         bool, typer.Option("--test", help="Also check the labels of the test set (this uses it).")
@@ -112,7 +134,7 @@ def labels(
 ) -> None:
     """Find labels that are probably wrong: a sheet of images and a CSV file to correct.
 
-    Trains one model for each fold; it judges the images that it was not trained on.
+    Trains one model for each fold and checks the images of the fold with it.
 
     Examples:
         convlens labels photos/
@@ -120,10 +142,8 @@ def labels(
     """
     from convlens.analysis.label_errors import find_label_errors
 
-    # import dropped
-
     report = find_label_errors(
-        what,
+        source,
         overrides or [],
         data=data,
         folds=folds,
@@ -173,24 +193,8 @@ def report(
     print_json(as_json, page.to_dict())
 
 
-# ---- comparison ----------------------------------------
-# Print a comparison: one table, then a sentence for each verdict.
-
-COMPARISON_COLUMNS = (
-    "run",
-    "accuracy %",
-    "loss",
-    "ECE",
-    "weights",
-    "MFLOPs",
-    "trained s",
-    "images/s",
-    "MB",
-)
-
-
 def print_comparison(result: Comparison) -> None:
-    """Print the table, the verdicts, notes and the paths of the plots."""
+    """Print the table, a sentence for each verdict, notes and the paths of the plots."""
     out = stdout_console()
     table = make_table(*COMPARISON_COLUMNS)
     for column in table.columns:
@@ -203,7 +207,7 @@ def print_comparison(result: Comparison) -> None:
     counts = " or ".join(f"{count:,}" for count in n)
     out.print(
         f"{result.split} split of {escape(result.data)}, {counts} images; MFLOPs for one image (a "
-        "multiply-add counts as two); images/s for inference on this machine"
+        "multiply-add counts as two); images/s of inference on this machine"
     )
     for verdict in result.verdicts:
         style = "bold" if verdict.differs else "not bold"
@@ -215,6 +219,8 @@ def print_comparison(result: Comparison) -> None:
 
 
 def _comparison_cells(group: Group) -> list[str]:
+    from convlens import metrics
+
     mean, sd = metrics.mean_sd(group.accuracies)
     accuracy = f"{100 * mean:.2f}"
     if group.interval95 is not None:
@@ -240,12 +246,8 @@ def _format_number(group: Group, key: str, form: str, unit: float = 1.0) -> str:
     return "-" if value is None else form.format(value / unit)
 
 
-# ---- diagnosis ----------------------------------------
-# Print a diagnosis: findings, their evidence and what to do.
-
-
 def print_diagnosis(result: Diagnosis) -> None:
-    """Print the findings with their evidence, then the healthy and the undecided rules."""
+    """Print the findings with evidence and remedy, then the healthy and the undecided rules."""
     out = stdout_console()
     out.print(
         f"[bold]{escape(result.run)}[/]: {result.status}, {result.epochs:,} epochs in metrics.csv"
@@ -260,52 +262,36 @@ def print_diagnosis(result: Diagnosis) -> None:
     if result.findings:
         out.print()
     if result.healthy:
-        none = "no sign of" if result.findings else "nothing found: no sign of"
-        out.print(f"{none} {', '.join(result.healthy)}")
-    for rule, why in result.untold.items():
-        out.print(f"[dim]cannot tell: {rule}: {escape(why)}[/]")
+        begin = "no sign of" if result.findings else "nothing found: no sign of"
+        out.print(f"{begin} {', '.join(result.healthy)}")
+    for rule, reason in result.untold.items():
+        out.print(f"[dim]cannot tell: {rule}: {escape(reason)}[/]")
 
 
 def format_evidence(finding: Finding) -> str:
-    """Return the evidence in one line; long tables are cut."""
-    return ", ".join(f"{key} {_finding_text(value)}" for key, value in finding.evidence.items())
+    """Return the evidence in one line; long tables are shortened."""
+    return ", ".join(f"{key} {_evidence_text(value)}" for key, value in finding.evidence.items())
 
 
-def _finding_text(value: Any) -> str:
+def _evidence_text(value: Any) -> str:
     if isinstance(value, dict):
-        entries = [f"{key} {_finding_text(inner)}" for key, inner in value.items()]
-        more = f" and {len(entries) - 12} more" if len(entries) > 12 else ""
-        return f"({', '.join(entries[:12])}{more})"
-    return (
-        f"{value:.4g}" if isinstance(value, float) else "unknown" if value is None else f"{value}"
-    )
-
-
-# ---- labels ----------------------------------------
-# Print suspected label errors: the most certain ones and the most common confusions.
-
-SUSPECTS_SHOWN = 20  # suspects in the table; the CSV has all
-PAIRS_SHOWN = 8
-POOR = 0.8  # agreement below which most suspicions are the models' own mistakes
-# `benchmarks/labels.py`, symmetric and asymmetric errors.
-PLANTED = (
-    "With 5% of the labels changed on purpose, 96 to 97 of the first 100 suspects were wrong on "
-    "digits (models agreed with 94% of the labels), 86 to 94 on MNIST (90%), 13 on CIFAR-10 (50%)."
-)
-DOUBT = (
-    "The models agree with so few labels that most suspects are probably mistakes of the models: "
-    "check only the first ones, or use a better recipe."
-)
+        entries = [f"{key} {_evidence_text(inner)}" for key, inner in value.items()]
+        hidden = len(entries) - EVIDENCE_SHOWN
+        more = f" and {hidden} more" if hidden > 0 else ""
+        return f"({', '.join(entries[:EVIDENCE_SHOWN])}{more})"
+    if value is None:
+        return "unknown"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_label_report(report: LabelReport) -> None:
-    """Print the first suspects, the most common confusions and the paths of sheet and CSV."""
+    """Print the most certain suspects, the most common confusions and the paths of the files."""
     out, suspects = stdout_console(), report.suspects
     if suspects:
         table = make_table("image", "#", "given", "suggested", "p(given)", "p(suggested)")
         for number, suspect in enumerate(suspects[:SUSPECTS_SHOWN], 1):
             table.add_row(
-                escape(_name_with_probability(suspect)),
+                escape(_name_with_copies(suspect)),
                 str(number),
                 escape(suspect.label),
                 escape(suspect.suggested),
@@ -318,38 +304,39 @@ def print_label_report(report: LabelReport) -> None:
             out.print(f"({SUSPECTS_SHOWN} of {len(suspects):,} suspects; the CSV lists all)")
     if report.pairs:
         pairs = make_table(
-            "labelled", "probably", "images", title="estimated, by confident learning"
+            "labeled", "probably", "images", title="estimated, by confident learning"
         )
         for pair in report.pairs[:PAIRS_SHOWN]:
             pairs.add_row(escape(pair.label), escape(pair.likely), f"{pair.images:,}")
         out.print(pairs)
     for line in label_conclusion(report):
-        mark = "[yellow]warning[/]  " if line == DOUBT else ""
-        out.print(mark + escape(line))
+        prefix = "[yellow]warning[/]  " if line == LOW_AGREEMENT_WARNING else ""
+        out.print(prefix + escape(line))
     for path in report.sheets:
         out.print(escape(f"sheet  {path}"))
     out.print(escape(f"CSV    {report.table}"))
     if report.trainable and suspects:
-        print_status(escape("next: correct `label` in a copy of it, then convlens train COPY.csv"))
+        print_status("next: correct `label` in a copy of the CSV, then convlens train COPY.csv")
     elif suspects:
         print_status("[dim]the images are not files, so the CSV cannot be used for training[/]")
 
 
 def label_conclusion(report: LabelReport) -> list[str]:
-    """Return the findings as sentences that claim no more than is known."""
+    """Return the findings as sentences that claim no more than the data support."""
     n, k = len(report.images), len(report.suspects)
-    what = "images" + (", the test split among them" if report.tested else "")
+    images = "images (including the test split)" if report.tested else "images"
     lines = [
         f"{k:,} of {n:,} labels are suspected ({k / n:.1%}); {report.noise:.1%} of all are "
         f"estimated to be wrong. {report.folds} models agree with {report.accuracy:.1%} of the "
-        f"labels of {what} that they were not trained on."
+        f"labels of {images} that they were not trained on."
     ]
     if k:
         lines.append(
-            "Suspected, not proven: to a model, a hard or unusual image looks the same. " + PLANTED
+            "Suspected, not proven: a hard or unusual image looks the same to a model. "
+            + PLANTED_ERRORS
         )
-    if k and report.accuracy < POOR:
-        lines.append(DOUBT)
+    if k and report.accuracy < LOW_AGREEMENT:
+        lines.append(LOW_AGREEMENT_WARNING)
     if report.disputed:
         lines.append(
             f"{report.disputed:,} pairs of copies under two labels are not included: "
@@ -358,7 +345,8 @@ def label_conclusion(report: LabelReport) -> list[str]:
     return lines
 
 
-def _name_with_probability(suspect: JudgedImage) -> str:
+def _name_with_copies(suspect: JudgedImage) -> str:
+    """Return the id of an image; exact copies follow after `=`, similar images after `~`."""
     mark = " (test)" if suspect.split == "test" else ""
     copies = "; ".join(f"{'=' if t.exact else '~'} {t.id} ({t.label})" for t in suspect.twins)
     return suspect.id + mark + (f"  {copies}" if copies else "")

@@ -1,4 +1,4 @@
-"""The typer app, its help page, and options that several commands share."""
+"""The typer app, its help pages and error messages, and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ PANELS = {
     "Hand over": ("export",),
     "Other": ("recipes", "info"),
 }
-# Old names, for the suggestion in the error. They are not aliases.
+NAME_COLUMN_WIDTH = 28  # maximum, of options and commands in a help page
+# Old names, for the suggestion in the error message. They are not aliases.
 RENAMED = {
     "data": ("audit", "augment", "shard"),
     "doctor": ("diagnose",),
@@ -36,14 +37,14 @@ RENAMED = {
 
 
 class Command(typer.core.TyperCommand):
-    """A command with our help page: no type tags, one example per line."""
+    """A command whose help page has no type tags and one example per line."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _print_help(self, ctx)
 
 
 class CommandGroup(typer.core.TyperGroup):
-    """All commands, in panels. Usage errors are reported in the same form as every other error."""
+    """The group of all commands; reports usage errors in the same form as all other errors."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with translate_usage_errors():
@@ -72,26 +73,25 @@ class CommandGroup(typer.core.TyperGroup):
 
 
 def _print_help(command: Any, ctx: Any) -> None:
-    """Print a help page: usage, description, examples, arguments, options, commands.
+    """Print a help page: usage, description, examples, arguments, options and commands.
 
-    typer's own page has a tag with the Python type beside every option, which says nothing to a
-    user of the command line, and joins the lines of a docstring, so that examples run together.
+    typer's own page shows a Python type beside every option, which does not help users of the
+    command line, and joins the lines of a docstring, so that examples run together.
     """
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
 
     console = Console(highlight=False, emoji=False)
-    prose, _, examples = inspect.cleandoc(command.help or "").partition("\nExamples:\n")
-    shown = [each for each in command.get_params(ctx) if not getattr(each, "hidden", False)]
-    arguments = [each for each in shown if isinstance(each, typer.core.TyperArgument)]
-    options_ = [each for each in shown if isinstance(each, typer.core.TyperOption)]
+    description, _, examples = inspect.cleandoc(command.help or "").partition("\nExamples:\n")
+    visible = [each for each in command.get_params(ctx) if not getattr(each, "hidden", False)]
+    arguments = [each for each in visible if isinstance(each, typer.core.TyperArgument)]
     group = isinstance(command, CommandGroup)
 
-    words = [*(each.metavar or "" for each in arguments), "[OPTIONS]", *["COMMAND ..."] * group]
-    usage = Text.assemble(("Usage: ", "yellow"), (f"{ctx.command_path} {' '.join(words)}", "bold"))
-    console.print(Padding(usage, (1, 1)))
-    paragraphs = [" ".join(paragraph.split()) for paragraph in prose.strip().split("\n\n")]
+    usage = [*(each.metavar or "" for each in arguments), "[OPTIONS]", *["COMMAND ..."] * group]
+    line = Text.assemble(("Usage: ", "yellow"), (f"{ctx.command_path} {' '.join(usage)}", "bold"))
+    console.print(Padding(line, (1, 1)))
+    paragraphs = [" ".join(paragraph.split()) for paragraph in description.strip().split("\n\n")]
     for number, paragraph in enumerate(paragraphs):
         console.print(Padding(Text(paragraph, "dim" if number else ""), (0, 1, 1, 1)))
     if examples:
@@ -103,36 +103,37 @@ def _print_help(command: Any, ctx: Any) -> None:
         console, "Arguments", [(each.metavar or "", each.help or "") for each in arguments]
     )
     panels: dict[str, list[tuple[str, str]]] = {"Options": []}
-    for option in options_:
-        panel = getattr(option, "rich_help_panel", None) or "Options"
-        panels.setdefault(panel, []).append(_option_row(option))
+    for option in visible:
+        if isinstance(option, typer.core.TyperOption):
+            panel = getattr(option, "rich_help_panel", None) or "Options"
+            panels.setdefault(panel, []).append(_option_row(option))
     if group:
-        every = {name: command.get_command(ctx, name) for name in command.list_commands(ctx)}
         panel_of = {name: panel for panel, names in PANELS.items() for name in names}
-        for name, each in every.items():
-            first = inspect.cleandoc(each.help or "").partition("\n\n")[0]
-            row = (name, " ".join(first.split()))
-            panels.setdefault(panel_of.get(name, "Other"), []).append(row)
-        panels["Options"] = panels.pop("Options")  # last: they are rarely needed
+        for name in command.list_commands(ctx):
+            text = inspect.cleandoc(command.get_command(ctx, name).help or "")
+            summary = " ".join(text.partition("\n\n")[0].split())
+            panels.setdefault(panel_of.get(name, "Other"), []).append((name, summary))
+        panels["Options"] = panels.pop("Options")  # last, since they are rarely needed
     for title, rows in panels.items():
         _print_panel(console, title, rows)
 
 
 def _option_row(option: Any) -> tuple[str, str]:
-    """The names of an option with its placeholder, and its help with the default."""
+    """Return the names of an option with its placeholder, and its help text with the default."""
     names = ", ".join(sorted(option.opts, key=len))
     if option.secondary_opts:
         names += "/" + "/".join(option.secondary_opts)
     if option.metavar:
         names += f" {option.metavar}"
-    words = option.help or ""
+    text = option.help or ""
     default = option.default
     if isinstance(default, int | str) and not isinstance(default, bool) and option.show_default:
-        words += f" [default: {default}]"
-    return names, words
+        text += f" [default: {default}]"
+    return names, text
 
 
 def _print_panel(console: Any, title: str, rows: list[tuple[str, str]]) -> None:
+    """Print a titled table of names and help texts; nothing if it has no rows."""
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
@@ -140,31 +141,34 @@ def _print_panel(console: Any, title: str, rows: list[tuple[str, str]]) -> None:
     if not rows:
         return
     table = Table(box=None, show_header=False, expand=True, padding=(0, 2, 0, 0), pad_edge=False)
-    # Commands are never broken; a long list of alternatives may be.
+    # Names of commands are never broken; a long list of alternatives may be.
     widest = max(len(name) for name, _ in rows)
-    table.add_column(style="bold cyan", width=min(widest, 28), overflow="fold")
+    table.add_column(style="bold cyan", width=min(widest, NAME_COLUMN_WIDTH), overflow="fold")
     table.add_column(ratio=1)
-    for name, words in rows:
-        table.add_row(Text(name), Text(words))
+    for name, text in rows:
+        table.add_row(Text(name), Text(text))
     console.print(Panel(table, title=title, title_align="left", border_style="dim"))
 
 
 @contextlib.contextmanager
 def translate_usage_errors() -> Iterator[None]:
     """Turn usage errors of typer into `UsageError`, with the recipe key an option may mean."""
-    # typer has no public name for the base class of what it raises.
-    typed_wrongly = cast("type[Exception]", typer.BadParameter.__mro__[1])
+    # typer has no public name for the base class of its errors.
+    typer_usage_error = cast("type[Exception]", typer.BadParameter.__mro__[1])
     try:
         yield
-    except typed_wrongly as raised:
+    except typer_usage_error as raised:
         error: Any = raised
         if type(error).__name__ == "NoArgsIsHelpError":
             raise
         command = error.ctx.command_path if error.ctx else "convlens COMMAND"
-        listed = "commands" if error.ctx and not error.ctx.parent else "options"
-        what, fix = error.format_message(), f"`{command} -h` lists the {listed}"
+        kind = "commands" if error.ctx and not error.ctx.parent else "options"
+        what, fix = error.format_message(), f"`{command} -h` lists the {kind}"
         if option := getattr(error, "option_name", ""):
-            keys = _keys(option) if error.ctx and _takes_keys(error.ctx.command) else []
+            has_overrides = error.ctx and any(
+                parameter.name == "overrides" for parameter in error.ctx.command.params
+            )
+            keys = _recipe_keys(option) if has_overrides else []
             if keys:
                 what = f"no such option: {option}; this is a recipe key"
                 fix = " or ".join(f"{key}=VALUE" for key in keys) + f"; {fix}"
@@ -174,19 +178,15 @@ def translate_usage_errors() -> Iterator[None]:
 
 
 def _close_options(error: Any) -> Sequence[str]:
-    """The options that a mistyped or renamed one may mean."""
+    """Return the options that a mistyped or renamed option may mean."""
     known = {name for each in error.ctx.command.params for name in each.opts} if error.ctx else ()
-    new = [name for name in RENAMED.get(error.option_name, ()) if name in known]
-    return new or error.possibilities or ()
+    renamed = [name for name in RENAMED.get(error.option_name, ()) if name in known]
+    return renamed or error.possibilities or ()
 
 
-def _takes_keys(command: Any) -> bool:
-    return any(parameter.name == "overrides" for parameter in command.params)
-
-
-def _keys(option: str) -> list[str]:
+def _recipe_keys(option: str) -> list[str]:
     """Return the recipe keys whose last part is the name of an option such as `--batch-size`."""
-    from convlens.recipe import matching_keys  # pydantic: only now is it worth its time
+    from convlens.recipe import matching_keys  # imports pydantic, which takes time
 
     name = option.strip("-").replace("-", "_")
     return [key for key in matching_keys(name) if key.rpartition(".")[2] == name]
@@ -214,8 +214,8 @@ TtaOption = Annotated[
     str | None,
     typer.Option(
         metavar="VIEWS",
-        help="Test-time augmentation, reported beside the plain result: flip, or flip+shifts "
-        "(shifts of 1 pixel in 32). Only for classes that a mirror image does not change.",
+        help="Test-time augmentation, reported beside the result without it: flip, or flip+shifts "
+        "(shifts of 1 pixel in 32). Only for classes that mirroring does not change.",
     ),
 ]
 RunArgument = Annotated[
@@ -231,21 +231,21 @@ DataOption = Annotated[
 ]
 
 
-def _choose_figures(value: str | None) -> str | None:
-    """Check `--figures` and set it for this command, wherever on the command line it stands."""
+def _set_figures(value: str | None) -> str | None:
+    """Check `--figures` and set it for this command; it may come before or after the command."""
     if value is not None:
         lookup(dict.fromkeys(("svg", "pdf", "none")), value, "format of figures")
         options.update(figures=value)
     return value
 
 
-# For every command that draws. Its callback does the work, so the commands ignore the value.
+# For every command that draws. Its callback sets the option, so the commands ignore the value.
 Figures = Annotated[
     str | None,
     typer.Option(
         metavar="svg|pdf|none",
-        help="Also write every figure as SVG or PDF; none: draw only the figures asked for.",
-        callback=_choose_figures,
+        help="Also write every figure as SVG or PDF; none: draw only requested figures.",
+        callback=_set_figures,
     ),
 ]
 
@@ -255,17 +255,17 @@ def split_commas(text: str | None) -> list[str]:
     return [each.strip() for each in (text or "").split(",") if each.strip()]
 
 
-def print_json(wanted: bool, content: Any) -> None:
-    """Print one JSON object on stdout if `wanted`; NaN and infinity become null."""
-    if wanted:
-        text = json.dumps(_plain(content), ensure_ascii=False, allow_nan=False)
+def print_json(as_json: bool, content: Any) -> None:
+    """Print `content` as one JSON object on stdout if `as_json`; NaN and infinity become null."""
+    if as_json:
+        text = json.dumps(_nan_to_none(content), ensure_ascii=False, allow_nan=False)
         sys.stdout.write(text + "\n")
 
 
-def _plain(content: Any) -> Any:
+def _nan_to_none(content: Any) -> Any:
     """Replace NaN and infinity, which JSON cannot represent, by None."""
     if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
+        return {key: _nan_to_none(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
+        return [_nan_to_none(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,4 +1,4 @@
-"""The command `info`: versions, device, threads, memory and folders that convlens uses here."""
+"""The command `info`: versions, device, threads, memory and folders on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from convlens.version import __version__
 
 REQUIRED = ("torch", "torchvision", "numpy")
 OPTIONAL = ("timm", "onnx", "onnxruntime", "onnxscript")
-# CPU flags that decide which precision and kernels are used.
+# CPU flags that determine precision and kernels.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
@@ -32,19 +32,19 @@ def info(as_json: JsonOption = False) -> None:
     """
     from convlens.cli.results import stdout_console
 
-    found = collect()
+    sections = collect_info()
     if as_json:
-        print_json(True, found)
+        print_json(True, sections)
         return
     out = stdout_console()
-    for title, section in found.items():
+    for title, section in sections.items():
         out.print(f"[bold]{escape(title)}[/]")
         for key, value in section.items():
             out.print(escape(f"  {key:<16} {_text(key, value)}"))
 
 
-def collect() -> dict[str, dict[str, Any]]:
-    """Return what `convlens info` shows, as plain values by section; sizes are in bytes."""
+def collect_info() -> dict[str, dict[str, Any]]:
+    """Return the values that `convlens info` shows, by section; sizes are in bytes."""
     import torch
 
     from convlens import run
@@ -60,27 +60,27 @@ def collect() -> dict[str, dict[str, Any]]:
         usable_cores,
     )
 
-    limit_threads()  # the number of threads is the one that a training would use
-    chosen = select_device()
-    facts = describe_hardware(chosen)
+    limit_threads()  # show the number of threads that a training would use
+    device = select_device()
+    facts = describe_hardware(device)
     hardware: dict[str, Any] = {
-        "device": chosen,
+        "device": device,
         "cpu": facts["cpu"],
         "cores": usable_cores(),
         "cpu_capability": facts["cpu_capability"],
         "cpu_flags": [flag for flag in CPU_FLAGS if flag in cpu_flags()],
-        "half_precision": half_precision(chosen),
+        "half_precision": half_precision(device),
         "gpu": None,
     }
-    if chosen.startswith("cuda"):
-        gpu = torch.cuda.get_device_properties(chosen)
+    if device.startswith("cuda"):
+        gpu = torch.cuda.get_device_properties(device)
         hardware |= {
             "gpu": gpu.name,
             "gpu_memory": gpu.total_memory,
             "gpu_capability": f"{gpu.major}.{gpu.minor}",
             "gpus": torch.cuda.device_count(),
         }
-    stores = cache.cache_folder()
+    cache_folder = cache.cache_folder()
     return {
         "versions": {
             "convlens": __version__,
@@ -95,13 +95,13 @@ def collect() -> dict[str, dict[str, Any]]:
             **{name: os.environ.get(name) for name in THREAD_VARIABLES},
         },
         "memory": {
-            "budget": memory_budget(chosen),
+            "budget": memory_budget(device),
             "available": available_memory(),
             "CONVLENS_MEMORY": os.environ.get("CONVLENS_MEMORY"),
         },
         "folders": {
-            "cache": str(stores.absolute()),
-            "cache_size": folder_size(stores),
+            "cache": str(cache_folder.absolute()),
+            "cache_size": folder_size(cache_folder),
             "data": [str(root.absolute()) for root in sources.data_roots()],
             "models": str(run.MODELS_DIR.absolute()),
             "plots": str(run.PLOTS_DIR.absolute()),
@@ -111,7 +111,7 @@ def collect() -> dict[str, dict[str, Any]]:
 
 
 def version(package: str) -> str | None:
-    """Return a package's installed version, None if it is not installed. Imports nothing."""
+    """Return the installed version of a package without importing it; None if not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -119,18 +119,19 @@ def version(package: str) -> str | None:
 
 
 def folder_size(folder: Path) -> int:
-    """Return the bytes of all files below a folder; 0 if it does not exist."""
+    """Return the size in bytes of all files below a folder; 0 if it does not exist."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
             try:
                 total += os.lstat(os.path.join(root, name)).st_size
-            except OSError:  # another process has just removed it
+            except OSError:  # another process has just deleted it
                 continue
     return total
 
 
 def _text(key: str, value: Any) -> str:
+    """Format a value for the terminal."""
     if key in REQUIRED + OPTIONAL and value is None:
         return "not installed"
     if value is None:

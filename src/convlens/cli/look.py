@@ -1,4 +1,4 @@
-"""The command `look`, which shows the inside of networks."""
+"""The command `look`, which shows activations and measurements of networks, and its output."""
 
 from __future__ import annotations
 
@@ -21,22 +21,36 @@ from convlens.utils.console import print_status
 
 if TYPE_CHECKING:
     from convlens.interpret.attribution import Attributions, ModelAttributions
+    from convlens.interpret.attribution_sanity import SanityReport
     from convlens.interpret.embedding import Embedding, NeighborReport
     from convlens.interpret.look import Look
     from convlens.interpret.measure import CKAResult, Measurements
     from convlens.interpret.stage_metrics import MetricValue
 
 
+# Titles of the panels of options.
 LAYERS = "Layers"
-EVIDENCE = "Attribution"
-SETS = "Over a set of images"
+ATTRIBUTION = "Attribution"
+IMAGE_SETS = "Over a set of images"
 
-WhatOption = Annotated[
+FILES_LISTED = 8  # figures that are listed by name
+MEASURE_HEADINGS = {
+    "probe": "probe %",
+    "separability": "nearest mean %",
+    "picture": "picture R² %",
+    "rank": "rank",
+    "sparsity": "sparsity %",
+    "blank": "blank %",
+    "dead": "dead+nearly/channels",
+    "fineness": "fineness",
+}
+
+NetworksArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="RUN... [IMAGE]...",
         help="Runs, or networks of torchvision or timm (NAME[:WEIGHTS]); then images: files, "
-        "test:17, worst:5, class:NAME:3.",  # :cat: would become an emoji
+        "test:17, worst:5, class:NAME:3.",  # rich would turn :cat: into an emoji
     ),
 ]
 LayersOption = Annotated[
@@ -90,7 +104,7 @@ AttributionOption = Annotated[
     typer.Option(
         metavar="METHOD,...|all",
         help="Attribution maps: grad-cam, grad-cam++, integrated-gradients, occlusion.",
-        rich_help_panel=EVIDENCE,
+        rich_help_panel=ATTRIBUTION,
     ),
 ]
 ClassOption = Annotated[
@@ -99,19 +113,19 @@ ClassOption = Annotated[
         "--class",
         metavar="NAME",
         help="Class to explain; by default the predicted one.",
-        rich_help_panel=EVIDENCE,
+        rich_help_panel=ATTRIBUTION,
     ),
 ]
 CamLayerOption = Annotated[
     str | None,
-    typer.Option(metavar="LAYER", help="Layer for Grad-CAM.", rich_help_panel=EVIDENCE),
+    typer.Option(metavar="LAYER", help="Layer for Grad-CAM.", rich_help_panel=ATTRIBUTION),
 ]
 SanityOption = Annotated[
     bool,
     typer.Option(
         "--sanity",
         help="Check the maps: randomize the weights; delete and insert the marked pixels.",
-        rich_help_panel=EVIDENCE,
+        rich_help_panel=ATTRIBUTION,
     ),
 ]
 MeasureOption = Annotated[
@@ -119,16 +133,20 @@ MeasureOption = Annotated[
     typer.Option(
         metavar="NAME,...|all",
         help="Measure every stage: probe, picture, rank, dead, similarity and others.",
-        rich_help_panel=SETS,
+        rich_help_panel=IMAGE_SETS,
     ),
 ]
 UntrainedOption = Annotated[
     bool,
-    typer.Option("--untrained", help="Also measure an untrained network.", rich_help_panel=SETS),
+    typer.Option(
+        "--untrained", help="Also measure an untrained network.", rich_help_panel=IMAGE_SETS
+    ),
 ]
 EmbeddingOption = Annotated[
     str | None,
-    typer.Option(metavar="pca|tsne", help="Map of the penultimate features.", rich_help_panel=SETS),
+    typer.Option(
+        metavar="pca|tsne", help="Map of the penultimate features.", rich_help_panel=IMAGE_SETS
+    ),
 ]
 NearestOption = Annotated[
     int,
@@ -136,7 +154,7 @@ NearestOption = Annotated[
         min=0,
         metavar="K",
         help="Show the K nearest training images of each image.",
-        rich_help_panel=SETS,
+        rich_help_panel=IMAGE_SETS,
     ),
 ]
 SplitOption = Annotated[
@@ -144,20 +162,22 @@ SplitOption = Annotated[
     typer.Option(
         metavar="test|val|train",
         help="Split to read images from; by default val. A use of test is logged.",
-        rich_help_panel=SETS,
+        rich_help_panel=IMAGE_SETS,
     ),
 ]
 DataOption = Annotated[
     str | None,
     typer.Option(
-        metavar="DATA", help="Another data set instead of the run's own.", rich_help_panel=SETS
+        metavar="DATA",
+        help="Another data set instead of the run's own.",
+        rich_help_panel=IMAGE_SETS,
     ),
 ]
 
 
 @app.command(cls=Command)
 def look(
-    what: WhatOption,
+    names: NetworksArgument,
     layers: LayersOption = None,
     order: OrderOption = "active",
     channels: ChannelsOption = None,
@@ -191,9 +211,7 @@ def look(
     """
     from convlens.interpret import inputs, look as interpret_look
 
-    # import dropped
-
-    asked = interpret_look.LookOptions(
+    options = interpret_look.LookOptions(
         layers=split_commas(layers),
         order=order,
         channels=channels,
@@ -212,68 +230,61 @@ def look(
         data=data,
         seed=seed,
     )
-    asked.check()
-    opened = inputs.open_look_inputs(what, on=device, examples=asked.needs_images)
-    found = interpret_look.look(opened, asked)
+    options.check()
+    opened = inputs.open_look_inputs(names, on=device, examples=options.needs_images)
+    result = interpret_look.look(opened, options)
     if not as_json:
-        print_look(found)
-    print_json(as_json, found.to_dict())
+        print_look(result)
+    print_json(as_json, result.to_dict())
 
 
-# ---- looks ----------------------------------------
-# Print the results of `convlens look`: predictions, layers, files.
-
-FILES_LISTED = 8  # figures by name; of many images the folder alone
-
-
-def print_look(found: Look) -> None:
+def print_look(result: Look) -> None:
     """Print the predictions for each image, the activity of each layer and the files."""
     from convlens.interpret.activations import describe_prediction, describe_truth
 
     out = stdout_console()
-    names = found.opened.names
-    if found.seen:
+    names = result.opened.names
+    if result.seen:
         table = make_table("image", "truth", *map(escape, names))
-        for each in found.seen:
-            answers = [escape(describe_prediction(one)) for one in each]
-            table.add_row(
-                escape(each[0].picture.name), escape(describe_truth(each) or "?"), *answers
-            )
+        for networks in result.seen:
+            truth = escape(describe_truth(networks) or "?")
+            predictions = [escape(describe_prediction(each)) for each in networks]
+            table.add_row(escape(networks[0].picture.name), truth, *predictions)
         out.print(table)
-        for number, name in enumerate(names):
-            _print_layers(found, number, name)
-    for each_ in found.top_images:
-        of = f"{each_.silent:,} of {len(each_.selectivity):,} channels"
-        same = f"have the same value for all {len(each_.labels):,} images"
-        out.print(f"{escape(each_.run)} {escape(each_.layer)}: {of} {same}")
-    for made in found.made:
-        for run_dir, channel in enumerate(made.channels):
-            best = f", the best image {made.best[run_dir]:.4g}" if made.best else ""
+        for index, name in enumerate(names):
+            _print_layers(result, index, name)
+    for top in result.top_images:
+        channels = f"{top.silent:,} of {len(top.selectivity):,} channels"
+        same = f"have the same value for all {len(top.labels):,} images"
+        out.print(f"{escape(top.run)} {escape(top.layer)}: {channels} {same}")
+    for made in result.made:
+        for index, channel in enumerate(made.channels):
+            best = f", best image {made.best[index]:.4g}" if made.best else ""
             out.print(
                 f"{escape(made.run)} {escape(made.layer)} channel {channel}: made input "
-                f"{made.peaks[run_dir]:.4g}{best}"
+                f"{made.peaks[index]:.4g}{best}"
             )
-    if found.attribution is not None:
-        print_attributions(found.attribution)
-    if found.measures is not None:
-        print_measurements(found.measures)
-    for points in found.embeddings:
-        print_embeddings(points)
-    for near in found.neighbors:
-        print_neighbors(near)
-    figures = [path for path in found.files if path.suffix == ".png"]
+    if result.attribution is not None:
+        print_attributions(result.attribution)
+    if result.measures is not None:
+        print_measurements(result.measures)
+    for embedding in result.embeddings:
+        print_embeddings(embedding)
+    for neighbors in result.neighbors:
+        print_neighbors(neighbors)
+    figures = [path for path in result.files if path.suffix == ".png"]
     for path in figures[:FILES_LISTED]:
         out.print(escape(f"plot   {path}"))
-    count = len(found.files)
-    out.print(escape(f"{count} file{'s' * (count != 1)}  {found.opened.folder}"))
+    count = len(result.files)
+    out.print(escape(f"{count} file{'s' * (count != 1)}  {result.opened.folder}"))
 
 
-def _print_layers(found: Look, number: int, name: str) -> None:
-    """Print means over the images: the number of blank channels and the activity of a layer."""
-    seen = [each[number] for each in found.seen]
+def _print_layers(result: Look, index: int, name: str) -> None:
+    """Print blank channels and activity of each layer of one network, as means over the images."""
+    seen = [networks[index] for networks in result.seen]
     count = len(seen)
-    told = "" if count == 1 else f", mean of {count} images"
-    table = make_table("layer", "channels", "map", "blank", "mean", "active", title=name + told)
+    suffix = "" if count == 1 else f", mean of {count} images"
+    table = make_table("layer", "channels", "map", "blank", "mean", "active", title=name + suffix)
     broken = 0
     for rows in zip(*(each.numbers() for each in seen), strict=True):
         first = rows[0]
@@ -296,86 +307,72 @@ def _print_layers(found: Look, number: int, name: str) -> None:
         )
 
 
-# ---- measures ----------------------------------------
-# Print measurements, embeddings and nearest neighbours as tables on stdout.
-
-HEADS = {
-    "probe": "probe %",
-    "separability": "nearest mean %",
-    "picture": "picture R² %",
-    "rank": "rank",
-    "sparsity": "sparsity %",
-    "blank": "blank %",
-    "dead": "dead+nearly/channels",
-    "fineness": "fineness",
-}
-
-
 def print_measurements(result: Measurements) -> None:
-    """Print a table for each network with a row for each stage; definitions go to stderr."""
+    """Print a table for each network, with a row for each stage; definitions go to stderr."""
     out = stdout_console()
     names = result.measures
     for network in result.networks:
-        learned = f", fitted on {network.learned:,}" if network.learned else ""
-        about = f"{network.n:,} {network.split} images of {network.data}{learned}"
+        fitted = f", fitted on {network.learned:,}" if network.learned else ""
+        images = f"{network.n:,} {network.split} images of {network.data}{fitted}"
         if names:
-            table = make_table("stage", *(HEADS.get(name, name) for name in names))
+            table = make_table("stage", *(MEASURE_HEADINGS.get(name, name) for name in names))
             for stage, values in network.stages.items():
                 broken = stage in network.broken
                 cells = ["NaN" if broken else _measure_cell(name, values[name]) for name in names]
                 table.add_row(escape(stage), *cells)
-            out.print(f"[bold]{escape(network.name)}[/]: {escape(about)}")
+            out.print(f"[bold]{escape(network.name)}[/]: {escape(images)}")
             out.print(table)
-    for alike in result.similarity:
-        _print_similarity(alike)
-    for name, words in result.to_dict()["measures"].items():
-        meaning = f"{HEADS.get(name, name)}: {words['title']}; {words['definition']}"
-        print_status(f"[dim]{escape(meaning)}[/]")
+    for cka in result.similarity:
+        _print_similarity(cka)
+    for name, texts in result.to_dict()["measures"].items():
+        heading = MEASURE_HEADINGS.get(name, name)
+        definition = f"{heading}: {texts['title']}; {texts['definition']}"
+        print_status(f"[dim]{escape(definition)}[/]")
     for network in result.networks:
         if network.broken:
-            bad = f"{network.name}: NaN or infinite activations in {', '.join(network.broken)}"
-            print_status(f"[yellow]{escape(bad)}[/]")
+            warning = f"{network.name}: NaN or infinite activations in {', '.join(network.broken)}"
+            print_status(f"[yellow]{escape(warning)}[/]")
     for file in result.files:
         out.print(escape(f"written  {file}"))
 
 
-def _print_similarity(alike: CKAResult) -> None:
+def _print_similarity(cka: CKAResult) -> None:
     """Print linear CKA of each stage with the stage of the same name in the first network."""
-    run_dir = {both: number for number, both in enumerate(alike.stages)}
-    first, *others = dict.fromkeys(network for network, _ in alike.stages)
-    stages = [stage for network, stage in alike.stages if network == first]
-    shared = [name for name in others if any((name, stage) in run_dir for stage in stages)]
+    index_of = {key: index for index, key in enumerate(cka.stages)}
+    first, *others = dict.fromkeys(network for network, _ in cka.stages)
+    stages = [stage for network, stage in cka.stages if network == first]
+    shared = [name for name in others if any((name, stage) in index_of for stage in stages)]
     if not shared:
         return
     table = make_table("stage", *map(escape, shared))
     for stage in stages:
-        row = alike.matrix[run_dir[first, stage]]
+        row = cka.matrix[index_of[first, stage]]
         values = [
-            row[run_dir[name, stage]] if (name, stage) in run_dir else None for name in shared
+            row[index_of[name, stage]] if (name, stage) in index_of else None for name in shared
         ]
         table.add_row(escape(stage), *("-" if v is None else f"{v:.2f}" for v in values))
     out = stdout_console()
-    out.print(f"linear CKA with the same stage of [bold]{escape(first)}[/], n = {alike.n:,}")
+    out.print(f"linear CKA with the same stage of [bold]{escape(first)}[/], n = {cka.n:,}")
     out.print(table)
 
 
 def _measure_cell(name: str, value: MetricValue) -> str:
-    """Format a number with its interval."""
+    """Format the value of a measure with its interval."""
     if value.value is None:
         return "-"
     if name == "dead":
-        its = value.details
-        return f"{its['dead']}+{its['nearly_dead']}/{its['channels']}"
+        counts = value.details
+        return f"{counts['dead']}+{counts['nearly_dead']}/{counts['channels']}"
     scale, digits = (1, 1) if name == "rank" else (1, 3) if name == "fineness" else (100, 1)
-    shown = f"{scale * value.value:.{digits}f}"
+    text = f"{scale * value.value:.{digits}f}"
     if value.interval95 is not None:
         low, high = value.interval95
-        shown += f" ({scale * low:.{digits}f}-{scale * high:.{digits}f})"
-    return shown
+        text += f" ({scale * low:.{digits}f}-{scale * high:.{digits}f})"
+    return text
 
 
 def print_embeddings(result: Embedding) -> None:
-    """Print how the embedding was made and where it is."""
+    """Print the method of an embedding and the paths of its files."""
     wrong = int((result.labels != result.preds).sum())
     out = stdout_console()
     out.print(
@@ -389,51 +386,46 @@ def print_embeddings(result: Embedding) -> None:
 def print_neighbors(result: NeighborReport) -> None:
     """Print the nearest training images of each image; identical ones are marked."""
     out = stdout_console()
-    for one in result.found:
-        known = f", labeled {one.label}" if one.label is not None else ""
-        out.print(escape(f"{one.image}: predicted {one.prediction}{known}"))
+    for image in result.found:
+        label = f", labeled {image.label}" if image.label is not None else ""
+        out.print(escape(f"{image.image}: predicted {image.prediction}{label}"))
         table = make_table("training image", "class", "cosine distance", "")
-        for near in one.neighbors:
+        for near in image.neighbors:
             table.add_row(escape(near.id), escape(near.label), f"{near.distance:.4f}", near.same)
         out.print(table)
     out.print(escape(f"written  {result.file}"))
 
 
-# ---- attribution ----------------------------------------
-# Print attribution maps as tables on stdout.
-
-
-def print_attributions(found: Attributions) -> None:
+def print_attributions(result: Attributions) -> None:
     """Print the class and probability of each image, the sanity checks and the files."""
     out = stdout_console()
-    for model in found.models:
-        _attribution_rows(model)
+    for model in result.models:
+        _print_attributed_images(model)
         if model.sanity is not None:
-            _print_sanity(model)
-    out.print(escape(f"maps    {found.figure}\narrays  {found.arrays}"))
-    for path in found.sanity_figures:
+            _print_sanity(model.sanity)
+    out.print(escape(f"maps    {result.figure}\narrays  {result.arrays}"))
+    for path in result.sanity_figures:
         out.print(escape(f"checks  {path}"))
 
 
-def _attribution_rows(model: ModelAttributions) -> None:
-    where = f"; Grad-CAM in {model.layer}, {model.side}x{model.side}" if model.layer else ""
-    table = make_table("image", "truth", "predicted", "maps of", title=escape(model.name + where))
+def _print_attributed_images(model: ModelAttributions) -> None:
+    layer = f"; Grad-CAM in {model.layer}, {model.side}x{model.side}" if model.layer else ""
+    table = make_table("image", "truth", "predicted", "maps of", title=escape(model.name + layer))
     for each in model.to_dict()["images"]:
-        said = f"{each['predicted']} {each['predicted_probability']:.1%}"
-        shown = f"{each['class']} {each['probability']:.1%}"
-        table.add_row(*map(escape, (each["image"], each["truth"] or "", said, shown)))
+        predicted = f"{each['predicted']} {each['predicted_probability']:.1%}"
+        explained = f"{each['class']} {each['probability']:.1%}"
+        table.add_row(*map(escape, (each["image"], each["truth"] or "", predicted, explained)))
     stdout_console().print(table)
 
 
-def _print_sanity(model: ModelAttributions) -> None:
-    found = model.sanity
-    assert found is not None
+def _print_sanity(sanity: SanityReport) -> None:
+    """Print a row for each method, and one for a random order of cells."""
     table = make_table("method", "correlation with random weights", "deletion", "insertion")
-    for each in found.methods.values():
-        left = list(each.spearman.values())[-1]
+    for each in sanity.methods.values():
+        fully_random = list(each.spearman.values())[-1]
         areas = (str(each.areas[order]) for order in ("deletion", "insertion"))
-        table.add_row(escape(each.title), str(left), *areas)
-    areas = (str(found.random_areas[order]) for order in ("deletion", "insertion"))
+        table.add_row(escape(each.title), str(fully_random), *areas)
+    areas = (str(sanity.random_areas[order]) for order in ("deletion", "insertion"))
     table.add_row("random order", "", *areas)
     out = stdout_console()
     out.print(table)
@@ -441,6 +433,6 @@ def _print_sanity(model: ModelAttributions) -> None:
         "rank correlation of the maps (0: the map depends on the weights) · area under the "
         "probability curve (good: low for deletion, high for insertion) · 95% intervals over images"
     )
-    for each in found.methods.values():
+    for each in sanity.methods.values():
         for sentence in each.sentences():
             out.print(escape(sentence))

@@ -1,4 +1,4 @@
-"""Print results as text: tables on stdout, advice on stderr."""
+"""Print results as text: tables on stdout, status messages on stderr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from convlens.utils.console import print_status
 
-if TYPE_CHECKING:  # `convlens recipes` must not wait for torch
+if TYPE_CHECKING:  # these import torch, which `convlens recipes` must not wait for
     from convlens.data.audit import Audit
     from convlens.data.duplicates import Duplicates
     from convlens.data.shard_writer import WrittenShards
@@ -29,12 +29,15 @@ if TYPE_CHECKING:  # `convlens recipes` must not wait for torch
     from convlens.run import RunDir
 
 CLASSES_SHOWN = 40
+DUPLICATES_SHOWN = 8
+FILE_COLUMNS = 200  # width of tables that are not printed on a terminal
 
 
 def stdout_console() -> Console:
     """Return the console for results: as wide as the terminal, or 200 columns in a file."""
-    shown = sys.stdout.isatty()
-    return Console(highlight=False, emoji=False, soft_wrap=not shown, width=None if shown else 200)
+    terminal = sys.stdout.isatty()
+    width = None if terminal else FILE_COLUMNS
+    return Console(highlight=False, emoji=False, soft_wrap=not terminal, width=width)
 
 
 def make_table(*columns: str, title: str = "") -> Table:
@@ -46,28 +49,30 @@ def make_table(*columns: str, title: str = "") -> Table:
 
 
 def print_run_summary(run_dir: RunDir) -> None:
-    """Print the result of a training, where its files are and what to do next."""
-    from convlens import evaluation  # torch: `convlens recipes` must not wait for it
+    """Print the result of a training, the paths of its files and a command to try next."""
+    from convlens import evaluation  # imports torch, which `convlens recipes` must not wait for
 
-    facts = run_dir.metadata()
-    results = [
+    metadata = run_dir.metadata()
+    test_results = [
         entry for entry in run_dir.evaluations() if entry["split"] == "test" and entry["own"]
     ]
     out = stdout_console()
-    out.print(f"[bold]{escape(run_dir.name)}[/]: weights of epoch {facts['kept_epoch']}", end="")
-    out.print(f" of {facts['epochs']}, {facts['training_seconds']:.1f} s of training")
-    if results:
-        out.print(evaluation.sentence(results[-1]))
+    out.print(f"[bold]{escape(run_dir.name)}[/]: weights of epoch {metadata['kept_epoch']}", end="")
+    out.print(f" of {metadata['epochs']}, {metadata['training_seconds']:.1f} s of training")
+    if test_results:
+        out.print(evaluation.sentence(test_results[-1]))
     out.print(escape(f"model  {run_dir.model_path}"))
-    _plots(out, run_dir)
+    _print_plots_folder(out, run_dir)
     print_status(f"next: [bold]convlens predict {run_dir.name} IMAGE...[/]")
 
 
 def print_evaluation(result: Evaluation, run_dir: RunDir, *, own: bool) -> None:
     """Print a table with a row for each class, then the accuracy.
 
-    Many classes are sorted by F1, the worst first. `own` says that the split is the run's own and
-    not one of another data set.
+    Many classes are sorted by F1, the worst first.
+
+    Args:
+        own: whether the split belongs to the run, and not to another data set.
     """
     from convlens import evaluation
 
@@ -79,7 +84,7 @@ def print_evaluation(result: Evaluation, run_dir: RunDir, *, own: bool) -> None:
         table.add_row(
             escape(name),
             f"{score['n']:,}" if score["n"] else "0 samples",
-            *(_percent_of(score[key]) for key in ("precision", "recall", "f1")),
+            *(_percent(score[key]) for key in ("precision", "recall", "f1")),
         )
     out = stdout_console()
     out.print(table)
@@ -88,15 +93,15 @@ def print_evaluation(result: Evaluation, run_dir: RunDir, *, own: bool) -> None:
     out.print(evaluation.sentence({**result.to_dict(), "own": own}))
     if result.tta is not None:
         out.print(result.tta_sentence())
-    _plots(out, run_dir)
+    _print_plots_folder(out, run_dir)
 
 
-def _plots(out: Console, run_dir: RunDir) -> None:
-    if run_dir.plots.is_dir():  # not with `--figures none`
+def _print_plots_folder(out: Console, run_dir: RunDir) -> None:
+    if run_dir.plots.is_dir():  # it does not exist with `--figures none`
         out.print(escape(f"plots  {run_dir.plots}"))
 
 
-def _percent_of(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
@@ -113,7 +118,7 @@ def print_recipes(recipes: Mapping[str, Recipe], variants: Mapping[str, Sequence
 
 
 def print_audit(report: Audit, sheet: Path) -> None:
-    """Print counts, sizes and everything suspicious about a data set."""
+    """Print counts, sizes and problems of a data set."""
     out = stdout_console()
     splits = list(report.how)
     table = make_table("class", *splits)
@@ -141,8 +146,8 @@ def print_audit(report: Audit, sheet: Path) -> None:
         out.print(f"[red]{'problem':<10}[/] {escape(problem)}")
     for bad in report.unreadable:
         out.print(f"[red]{'unreadable':<10}[/] {escape(bad.id)}: {escape(bad.reason)}")
-    _print_duplicates(out, "the same picture", report.duplicates)
-    _print_duplicates(out, "looks the same", report.near_duplicates)
+    _print_duplicates(out, "identical images", report.duplicates)
+    _print_duplicates(out, "similar images", report.near_duplicates)
     out.print(f"contact sheet  {sheet}")
 
 
@@ -151,10 +156,10 @@ def print_augmented_sheet(sheet: Path) -> None:
     stdout_console().print(f"augmented batch  {sheet}")
 
 
-def print_exports(made: Sequence[Export]) -> None:
-    """Print where the files are and how they were checked."""
+def print_exports(exports: Sequence[Export]) -> None:
+    """Print the paths of exported files, their inputs and outputs, and the result of the check."""
     out = stdout_console()
-    for each in made:
+    for each in exports:
         mb = each.bytes / 1e6
         out.print(f"[bold]{each.format}[/]  {escape(each.path)}  ({mb:.1f} MB)", soft_wrap=True)
         out.print(escape(f"  takes  {each.input}\n  gives  {each.outputs}"))
@@ -162,7 +167,7 @@ def print_exports(made: Sequence[Export]) -> None:
 
 
 def print_shards(written: WrittenShards) -> None:
-    """Print what was written as shards."""
+    """Print the number of images and shards, and their folder."""
     images = ", ".join(f"{count:,} {split}" for split, count in written.images.items())
     stdout_console().print(
         f"{images} images of {escape(written.data)} in {written.shards:,} shards"
@@ -171,7 +176,7 @@ def print_shards(written: WrittenShards) -> None:
 
 
 def print_report(page: Report) -> None:
-    """Print the verdict of a page, what it lacks and its path."""
+    """Print the verdict of a page, its missing parts and its path."""
     out = stdout_console()
     out.print(escape(page.verdict))
     for line in page.missing:
@@ -179,92 +184,97 @@ def print_report(page: Report) -> None:
     out.print(f"report  {escape(str(page.path))}  ({page.bytes / 1e6:.1f} MB)")
 
 
-def _print_duplicates(out: Console, what: str, repeats: Duplicates, shown: int = 8) -> None:
-    if not repeats.groups:
+def _print_duplicates(out: Console, kind: str, duplicates: Duplicates) -> None:
+    """Print a warning and the worst groups of duplicates; nothing if there are none."""
+    if not duplicates.groups:
         return
     out.print(
-        f"[yellow]warning[/]    {what}: {repeats.groups:,} groups, {repeats.across_splits:,} of "
-        f"them across splits, {repeats.two_labels:,} under two labels"
+        f"[yellow]warning[/]    {kind}: {duplicates.groups:,} groups, "
+        f"{duplicates.across_splits:,} of them across splits, {duplicates.two_labels:,} under two "
+        "labels"
     )
-    for group in repeats.listed[:shown]:
-        named = zip(group.ids, group.splits, group.labels, strict=True)
-        out.print(
-            "           " + " = ".join(f"{escape(i)} ({s}, {escape(c)})" for i, s, c in named)
-        )
-    if repeats.groups > shown:
-        out.print(
-            f"           ... and {repeats.groups - shown:,} more (--json lists the worst 100)"
-        )
+    for group in duplicates.listed[:DUPLICATES_SHOWN]:
+        images = zip(group.ids, group.splits, group.labels, strict=True)
+        names = " = ".join(f"{escape(i)} ({split}, {escape(c)})" for i, split, c in images)
+        out.print(f"           {names}")
+    hidden = duplicates.groups - DUPLICATES_SHOWN
+    if hidden > 0:
+        out.print(f"           ... and {hidden:,} more (--json lists the worst 100)")
 
 
-def _write_table(answers: Iterable[Prediction], top: int, tta: bool) -> int:
+def _write_table(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
     out, failed = stdout_console(), 0
-    # rich takes longer to print a line than it takes to decode a small image.
-    fancy = out.is_terminal
-    bold, red, end = ("[bold]", "[red]", "[/]") if fancy else ("", "", "")
-    text = escape if fancy else strip_control_codes
+    # For a file rich is not used: it takes longer to print a line than to decode a small image.
+    terminal = out.is_terminal
+    bold, red, end = ("[bold]", "[red]", "[/]") if terminal else ("", "", "")
+    text = escape if terminal else strip_control_codes
 
     def write(line: str) -> None:
-        if fancy:
+        if terminal:
             out.print(line)
         else:
             sys.stdout.write(line + "\n")
 
-    for answer in answers:
-        name = text(answer.filename)
-        if answer.error is not None:
+    for prediction in predictions:
+        name = text(prediction.filename)
+        if prediction.error is not None:
             failed += 1
-            write(f"{name}  {red}unreadable: {text(answer.error)}{end}")
+            write(f"{name}  {red}unreadable: {text(prediction.error)}{end}")
             continue
-        shown = answer.tta_top if tta else answer.top
-        named = "  ".join(f"{text(label)} {prob:.1%}" for label, prob in shown)
-        differs = tta and answer.tta_label != answer.label
-        plain = f"  (plain: {text(str(answer.label))} {answer.prob:.1%})" if differs else ""
-        write(f"{name}  {bold}{named}{end}{plain}")
+        classes = "  ".join(
+            f"{text(label)} {prob:.1%}"
+            for label, prob in (prediction.tta_top if tta else prediction.top)
+        )
+        without_tta = ""
+        if tta and prediction.tta_label != prediction.label:
+            without_tta = f"  (without TTA: {text(str(prediction.label))} {prediction.prob:.1%})"
+        write(f"{name}  {bold}{classes}{end}{without_tta}")
     return failed
 
 
-def _write_csv(answers: Iterable[Prediction], top: int, tta: bool) -> int:
+def _write_csv(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     ranks = ["", *range(2, top + 1)]
     names = [f"{kind}{rank}" for rank in ranks for kind in ("label", "prob")]
-    beside = [f"tta_{name}" for name in names] if tta else []
-    writer.writerow(["filename", *names, *beside, "error"])
+    tta_names = [f"tta_{name}" for name in names] if tta else []
+    writer.writerow(["filename", *names, *tta_names, "error"])
     failed = 0
-    for answer in answers:
-        failed += answer.error is not None
-        cells = _prediction_cells(answer.top, top) + (
-            _prediction_cells(answer.tta_top, top) if tta else []
-        )
-        writer.writerow([answer.filename, *cells, answer.error or ""])
+    for prediction in predictions:
+        failed += prediction.error is not None
+        cells = _csv_cells(prediction.top, top)
+        if tta:
+            cells += _csv_cells(prediction.tta_top, top)
+        writer.writerow([prediction.filename, *cells, prediction.error or ""])
     return failed
 
 
-def _prediction_cells(named: Sequence[tuple[str, float]], top: int) -> list[str]:
-    cells = [cell for label, prob in named for cell in (label, f"{prob:.6f}")]
+def _csv_cells(classes: Sequence[tuple[str, float]], top: int) -> list[str]:
+    """Return labels and probabilities, padded to `top` pairs."""
+    cells = [cell for label, prob in classes for cell in (label, f"{prob:.6f}")]
     return cells + [""] * (2 * top - len(cells))
 
 
-def _write_json(answers: Iterable[Prediction], top: int, tta: bool) -> int:
-    listed: list[dict[str, Any]] = []
-    for answer in answers:
-        entry: dict[str, Any] = {"filename": answer.filename}
-        if answer.error is not None:
-            entry["error"] = answer.error
+def _write_json(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
+    entries: list[dict[str, Any]] = []
+    for prediction in predictions:
+        entry: dict[str, Any] = {"filename": prediction.filename}
+        if prediction.error is not None:
+            entry["error"] = prediction.error
         else:
-            entry |= {"label": answer.label, "prob": answer.prob}
-            entry["top"] = [{"label": label, "prob": prob} for label, prob in answer.top]
+            entry |= {"label": prediction.label, "prob": prediction.prob}
+            entry["top"] = [{"label": label, "prob": prob} for label, prob in prediction.top]
             if tta:
-                entry |= {"tta_label": answer.tta_label, "tta_prob": answer.tta_prob}
-                entry["tta_top"] = [{"label": name, "prob": prob} for name, prob in answer.tta_top]
-        listed.append(entry)
-    sys.stdout.write(json.dumps({"predictions": listed}, ensure_ascii=False) + "\n")
-    return sum("error" in entry for entry in listed)
+                entry |= {"tta_label": prediction.tta_label, "tta_prob": prediction.tta_prob}
+                entry["tta_top"] = [
+                    {"label": label, "prob": prob} for label, prob in prediction.tta_top
+                ]
+        entries.append(entry)
+    sys.stdout.write(json.dumps({"predictions": entries}, ensure_ascii=False) + "\n")
+    return sum("error" in entry for entry in entries)
 
 
-# Output formats of `predict`. Each writer gets an iterator of predictions, the number of classes to
-# show and whether there are predictions with test-time augmentation; it returns the number of files
-# that could not be read.
+# Output formats of `predict`. A writer gets an iterable of predictions, the number of classes to
+# print and whether test-time augmentation was used. It returns the number of unreadable files.
 WRITERS: dict[str, Callable[[Iterable[Prediction], int, bool], int]] = {
     "table": _write_table,
     "csv": _write_csv,

@@ -1,4 +1,7 @@
-"""Commands for models and data: `train evaluate predict export audit augment shard recipes`."""
+"""Commands for models and data: `train evaluate predict export audit augment shard recipes`.
+
+Also the table of several runs (variants, splits, seeds, folds) that `train` prints.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,21 @@ from convlens.cli.common import (
     split_commas,
 )
 from convlens.cli.results import make_table, stdout_console
-from convlens.training.repeats import RunOutcome, RunResults, VariantSummary, trainable_parameters
 from convlens.utils.console import print_status
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
     from convlens.data.audit import Audit
+    from convlens.training.repeats import RunOutcome, RunResults, VariantSummary
+
+Row = dict[str, str]
+SPLIT_NAMES = {"test": "test", "val": "validation"}
+# Columns of the table of runs that a narrow terminal leaves out, the least important first.
+OPTIONAL_COLUMNS = ("CPU s", "weights", "trained", "95% interval", "s", "epoch")
 
 
 @app.command(cls=Command)
 def train(
-    what: Annotated[
+    source: Annotated[
         str,
         typer.Argument(
             metavar="RECIPE|FILE.yaml|DATA",
@@ -90,8 +98,6 @@ def train(
     """
     from convlens.cli.results import print_run_summary
     from convlens.errors import UsageError
-
-    # import dropped
     from convlens.training import resolve, train as training_train
     from convlens.training.repeats import train_many
 
@@ -100,20 +106,21 @@ def train(
     if variants is not None or repeat_splits > 1 or seeds > 1 or folds is not None or refit:
         if extend:
             raise UsageError("--extend needs a single run", fix="extend the runs one by one")
-        resolved = resolve.resolve_variants(what, variants, data=data, overrides=changes)
+        resolved_variants = resolve.resolve_variants(source, variants, data=data, overrides=changes)
         options |= {"repeat_splits": repeat_splits, "seeds": seeds, "folds": folds, "refit": refit}
-        table = train_many(resolved, **options)
+        results = train_many(resolved_variants, **options)
         if not as_json:
-            print_run_table(table)
-        print_json(as_json, table.to_dict())
+            print_run_table(results)
+        print_json(as_json, results.to_dict())
         return
-    asked = resolve.resolve_recipe(what, data=data, overrides=changes)
+    resolved = resolve.resolve_recipe(source, data=data, overrides=changes)
     run_dir = training_train.train(
-        asked.recipe, is_unmodified_recipe=asked.is_unmodified, extend=extend, **options
+        resolved.recipe, is_unmodified_recipe=resolved.is_unmodified, extend=extend, **options
     )
     if not as_json:
         print_run_summary(run_dir)
-    last = {} if no_test else _last(run_dir.evaluations())
+    evaluations = [] if no_test else run_dir.evaluations()
+    last = evaluations[-1] if evaluations else {}
     print_json(as_json, {"run": run_dir.name, "path": str(run_dir.path), **last})
 
 
@@ -180,13 +187,13 @@ def predict(
     write = lookup(WRITERS, "json" if as_json else output, "format")
     inference.select_views(tta)  # report a typo before anything is read or written
     loaded = onnx_model.load_model_or_onnx(find_run(run).model_path)
-    asked = paths or ["-"]
-    named = [line.strip() for line in sys.stdin if line.strip()] if "-" in asked else []
-    files = prediction.expand_paths([*(path for path in asked if path != "-"), *named])
+    paths = paths or ["-"]
+    from_stdin = [line.strip() for line in sys.stdin if line.strip()] if "-" in paths else []
+    files = prediction.expand_paths([*(path for path in paths if path != "-"), *from_stdin])
     if not files:
-        print_status("nothing to predict: stdin named no files")
-    answers = prediction.iter_predictions(loaded, files, top_k=top, tta=tta, device=device)
-    failed = write(answers, top, tta is not None)
+        print_status("nothing to predict: no file was named on stdin")
+    predictions = prediction.iter_predictions(loaded, files, top_k=top, tta=tta, device=device)
+    failed = write(predictions, top, tta is not None)
     if failed:
         raise DataError(
             f"{failed} of {len(files)} files could not be read; the others were classified",
@@ -228,10 +235,10 @@ def export(
 
     formats = split_commas(",".join(to or ["onnx"]))
     run_dir = find_run(run)
-    made = model_export.export(run_dir, formats, output=output, data=data, quiet=False)
+    exports = model_export.export(run_dir, formats, output=output, data=data, quiet=False)
     if not as_json:
-        print_exports(made)
-    print_json(as_json, {"run": run_dir.name, "exports": [each.to_dict() for each in made]})
+        print_exports(exports)
+    print_json(as_json, {"run": run_dir.name, "exports": [each.to_dict() for each in exports]})
 
 
 @app.command(cls=Command)
@@ -258,10 +265,10 @@ def audit(
     """
     from convlens import run_plots
     from convlens.cli.results import print_audit
-    from convlens.data import audit as auditing
+    from convlens.data import audit as data_audit
     from convlens.training import resolve
 
-    report = auditing.audit(resolve.resolve_data_config(data, overrides or []))
+    report = data_audit.audit(resolve.resolve_data_config(data, overrides or []))
     sheet = run_plots.plot_data_sheet(report)
     if not as_json:
         print_audit(report, sheet)
@@ -291,10 +298,10 @@ def augment(
     from convlens.training import resolve
 
     resolved = resolve.recipe_for_dataset(recipe, data, overrides or [])
-    batch = run_plots.plot_augmented_sheet(resolved)
+    sheet = run_plots.plot_augmented_sheet(resolved)
     if not as_json:
-        print_augmented_sheet(batch)
-    print_json(as_json, {"data": data, "recipe": resolved.name, "augmented_batch": str(batch)})
+        print_augmented_sheet(sheet)
+    print_json(as_json, {"data": data, "recipe": resolved.name, "augmented_batch": str(sheet)})
 
 
 @app.command(cls=Command)
@@ -325,34 +332,34 @@ def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Recipe to print.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the recipes, or print one as a file that can be trained.
+    """List the recipes, or print one of them as a recipe file.
 
     Examples:
         convlens recipes
         convlens recipes mnist > mine.yaml
         convlens recipes mnist --json
     """
-    from convlens import recipe as store
     from convlens.cli.results import print_recipes
+    from convlens.recipe import load_recipe, recipe_names, recipe_text, variants
 
     if name is not None:
-        text = store.recipe_text(name)
+        text = recipe_text(name)
         if as_json:
-            found = store.variants(name)
-            content = store.load_recipe(name).model_dump(mode="json")
-            print_json(True, content | ({"variants": found} if found else {}))
+            content = load_recipe(name).model_dump(mode="json")
+            of_recipe = variants(name)
+            print_json(True, content | ({"variants": of_recipe} if of_recipe else {}))
         else:
             sys.stdout.write(text)
         return
-    every = {each: store.load_recipe(each) for each in store.recipe_names()}
+    loaded = {each: load_recipe(each) for each in recipe_names()}
     if as_json:
-        print_json(True, {each: recipe.about for each, recipe in every.items()})
+        print_json(True, {each: recipe.about for each, recipe in loaded.items()})
     else:
-        print_recipes(every, {each: list(store.variants(each)) for each in every})
+        print_recipes(loaded, {each: list(variants(each)) for each in loaded})
 
 
 def _raise_if_flawed(report: Audit) -> None:
-    """Raise the error with which `--strict` ends, if the audit found problems."""
+    """Raise the error of `--strict` if the audit found problems."""
     from convlens.errors import DataError
 
     counts = {
@@ -361,38 +368,26 @@ def _raise_if_flawed(report: Audit) -> None:
         "copies under two labels": report.duplicates.two_labels,
         "problems that training refuses": len(report.problems),
     }
-    found = [f"{count:,} {what}" for what, count in counts.items() if count]
-    if found:
-        raise DataError(", ".join(found), where=report.name, fix="fix the problems listed above")
-
-
-def _last(results: list[dict[str, Any]]) -> dict[str, Any]:
-    return results[-1] if results else {}
-
-
-# ---- runs ----------------------------------------
-# Print several runs as one table on stdout, with a line or two below it.
-
-Row = dict[str, str]
-WORDS = {"test": "test", "val": "validation"}
-SPARE = ("CPU s", "weights", "trained", "95% interval", "s", "epoch")  # least needed first
+    problems = [f"{count:,} {kind}" for kind, count in counts.items() if count]
+    if problems:
+        raise DataError(", ".join(problems), where=report.name, fix="fix the problems listed above")
 
 
 def print_run_table(result: RunResults) -> None:
-    """Print a row for each run of one variant, or for each variant; then the conclusion."""
+    """Print a row for each run of one variant, or for each of several variants; then a summary."""
     out, summaries = stdout_console(), result.summaries
-    rows = _variants(result) if len(summaries) > 1 else _runs(result)
-    out.print(_fitted(rows, out.width))
-    over = result.repeats_in_words()
+    rows = _variant_rows(result) if len(summaries) > 1 else _run_rows(result)
+    out.print(_fit_table(rows, out.width))
+    repeats = result.repeats_in_words()
     if len(summaries) == 1:
-        out.print(_conclusion(result, summaries[0], over))
-    elif over:
-        out.print(f"accuracies are mean ± sd of {over}")
+        out.print(_summary_sentence(result, summaries[0], repeats))
+    elif repeats:
+        out.print(f"accuracies are mean ± sd of {repeats}")
     for summary in summaries:
         if summary.parts:
             between, within = map(_percent, summary.parts)
-            named = f"{escape(summary.variant)}: " if summary.variant else ""
-            out.print(f"{named}sd {between} points between splits, {within} between seeds")
+            name = f"{escape(summary.variant)}: " if summary.variant else ""
+            out.print(f"{name}sd {between} points between splits, {within} between seeds")
     if result.is_optimistic:
         print_status(
             "[dim]slightly optimistic: the same images chose the epoch "
@@ -402,30 +397,34 @@ def print_run_table(result: RunResults) -> None:
         out.print(escape(f"plot   {result.plot}"))
 
 
-def _conclusion(result: RunResults, summary: VariantSummary, over: str) -> str:
-    what = "out-of-fold accuracy" if result.folds else f"{WORDS[result.split]} accuracy"
+def _summary_sentence(result: RunResults, summary: VariantSummary, repeats: str) -> str:
+    accuracy = "out-of-fold accuracy" if result.folds else f"{SPLIT_NAMES[result.split]} accuracy"
     if summary.interval95 is None:
-        return f"{what} [bold]{_mean_sd(summary.mean, summary.sd)} %[/] (mean ± sd of {over})"
+        mean_sd = _mean_sd(summary.mean, summary.sd)
+        return f"{accuracy} [bold]{mean_sd} %[/] (mean ± sd of {repeats})"
     low, high = summary.interval95
     return (
-        f"{what} [bold]{summary.mean:.2%}[/] "
+        f"{accuracy} [bold]{summary.mean:.2%}[/] "
         f"(95% interval {low:.2%} to {high:.2%}, n = {summary.n:,})"
     )
 
 
-def _variants(result: RunResults) -> list[Row]:
+def _variant_rows(result: RunResults) -> list[Row]:
+    """Return a row for each variant, with its gain over the first one."""
+    from convlens.training.repeats import trainable_parameters
+
     rows = []
     first = result.summaries[0].variant
     for number, summary in enumerate(result.summaries):
-        facts, validated = summary.outcomes[0].metadata, summary.val_accuracy
+        facts, val_accuracy = summary.outcomes[0].metadata, summary.val_accuracy
         accuracy = _mean_sd(summary.mean, summary.sd)
         if summary.interval95 is not None:
             accuracy += f" ({_interval(summary.interval95)})"
-        row = {"variant": summary.variant or "", f"{WORDS[result.split]} %": accuracy}
+        row = {"variant": summary.variant or "", f"{SPLIT_NAMES[result.split]} %": accuracy}
         gain, sd = result.gains()[number]
         row[f"over {first}"] = _mean_sd(gain, sd, sign="+") if number else "-"
         if result.split == "test":
-            row["validation %"] = _mean_sd(*validated) if validated else "-"
+            row["validation %"] = _mean_sd(*val_accuracy) if val_accuracy else "-"
         row |= {
             "epoch": _epochs(summary.outcomes),
             "trained": f"{trainable_parameters(facts):,}",
@@ -437,24 +436,24 @@ def _variants(result: RunResults) -> list[Row]:
     return rows
 
 
-def _runs(result: RunResults) -> list[Row]:
+def _run_rows(result: RunResults) -> list[Row]:
     """Return a row for each run; splits, seeds and folds have a column if there are several."""
-    several = {
+    has_column = {
         "split": result.repeat_splits > 1,
         "seed": result.seeds > 1,
         "fold": bool(result.folds),
     }
     rows = []
     for outcome in result.outcomes:
-        planned, looked = outcome.planned, outcome.evaluation
+        planned, evaluation = outcome.planned, outcome.evaluation
         cells = {"split": planned.data_seed, "seed": planned.seed, "fold": planned.fold}
         row = {"run": outcome.run_dir.name}
-        row |= {what: str(cells[what]) for what, there in several.items() if there}
-        row[f"{WORDS[result.split]} %"] = _percent(looked.accuracy)
-        row["95% interval"] = _interval(looked.interval95)
+        row |= {name: str(cells[name]) for name, several in has_column.items() if several}
+        row[f"{SPLIT_NAMES[result.split]} %"] = _percent(evaluation.accuracy)
+        row["95% interval"] = _interval(evaluation.interval95)
         if result.split == "test":
-            validated = outcome.val_accuracy
-            row["validation %"] = "-" if validated is None else _percent(validated)
+            val_accuracy = outcome.val_accuracy
+            row["validation %"] = "-" if val_accuracy is None else _percent(val_accuracy)
         row |= {
             "epoch": _epochs([outcome]),
             "s": _seconds(outcome.total("training_seconds")),
@@ -464,28 +463,28 @@ def _runs(result: RunResults) -> list[Row]:
     return rows
 
 
-def _fitted(rows: list[Row], room: int) -> RichTable:
-    """Build the table; in a narrow terminal the least important columns are left out."""
+def _fit_table(rows: list[Row], max_width: int) -> RichTable:
+    """Build the table; the least important columns are left out in a narrow terminal."""
     columns = list(rows[0])
     widths = {c: 3 + max(len(c), *(len(row[c]) for row in rows)) for c in columns}
-    for spare in SPARE:
-        if sum(widths[c] for c in columns) + 2 > room and spare in columns:
-            columns.remove(spare)
+    for column in OPTIONAL_COLUMNS:
+        if sum(widths[c] for c in columns) + 2 > max_width and column in columns:
+            columns.remove(column)
     table = make_table(*columns)
-    for column in table.columns:
-        column.no_wrap = column is not table.columns[0]
-        column.overflow = "fold"
+    for table_column in table.columns:
+        table_column.no_wrap = table_column is not table.columns[0]
+        table_column.overflow = "fold"
     for row in rows:
         table.add_row(*(escape(row[c]) for c in columns))
     return table
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
+def _percent(accuracy: float) -> str:
+    return f"{100 * accuracy:.2f}"
 
 
-def _interval(ends: tuple[float, float]) -> str:
-    low, high = ends
+def _interval(interval95: tuple[float, float]) -> str:
+    low, high = interval95
     return f"{100 * low:.1f}-{100 * high:.1f}"
 
 

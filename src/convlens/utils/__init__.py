@@ -1,1 +1,1 @@
-"""What stands between convlens and the machine: files, the screen, signals, the environment."""
+"""Files, console output, signals, environment variables and YAML: the operating system's side."""

@@ -3,15 +3,15 @@
 Results go to stdout (`--json` must print one object and nothing else there), so nothing in
 this module ever writes to it.
 
-Every message is an INFO record of the logger `convlens`. Who handles it, in this order:
+Every message is an INFO record of the logger `convlens`. It is handled
 
-1. the application, if it has configured logging so that INFO records of `convlens` are handled
+1. by the application, if it has configured logging so that INFO records of `convlens` are handled
    (`logging.basicConfig(level=logging.INFO)`). The command line does so with `StatusHandler`;
-2. otherwise `StatusHandler` as a last resort, as Python's own `logging.lastResort` prints warnings
-   of applications that never configured logging.
+2. otherwise by `StatusHandler` as a last resort, just as Python's own `logging.lastResort` prints
+   warnings of applications that never configured logging.
 
 So `convlens.train()` in a notebook shows its messages, and nothing is attached to any logger.
-`quieted` drops messages and bars; it is a context variable, so it holds for one thread or task.
+`quiet_mode` drops messages and bars. It is a context variable, so it applies to one thread or task.
 """
 
 from __future__ import annotations
@@ -34,25 +34,28 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOGGER = "convlens"
+DISPLAY_INTERVAL_S = 0.2  # between two updates of the numbers beside the progress bar
+LOG_WIDTH = 200  # columns of a table in a log file
+WIDE_TERMINAL = 100  # columns from which the progress bar also shows the elapsed time
 
 _quiet: ContextVar[bool] = ContextVar("convlens_quiet", default=False)
 
 
 class ProgressBar(Protocol):
-    """A progress bar: `advance` moves it, `text` is shown at its end."""
+    """A progress bar. `advance` moves it and sets the text that is shown at its end."""
 
     def advance(self, amount: int = 1, text: str | None = None) -> None: ...
 
 
 class ScalarReader(Protocol):
-    """A step's loss and its number of right answers, on their way here."""
+    """Loss and number of correct predictions of a step, being copied from the device."""
 
     def ready(self) -> bool: ...
     def values(self) -> list[float]: ...
 
 
 class StepRecord(Protocol):
-    """What is shown of a training step."""
+    """The part of a training step that is displayed."""
 
     @property
     def epoch(self) -> int: ...
@@ -62,9 +65,9 @@ class StepRecord(Protocol):
 
 
 class _Stderr:
-    """sys.stderr as it is at the moment; what it can't take any more is dropped.
+    """The current `sys.stderr`. Output that it cannot accept is dropped.
 
-    A closed terminal or a full disk under a log must not end a training.
+    A closed terminal, or a full disk under a log file, must not end a training.
     """
 
     def write(self, text: str) -> int:
@@ -82,7 +85,7 @@ class _Stderr:
 
 @functools.cache
 def console() -> Console:
-    """The one rich console of the process, on stderr."""
+    """Return the process's only rich console, which writes to stderr."""
     from rich.console import Console as RichConsole
 
     err = cast(IO[str], _Stderr())
@@ -90,22 +93,22 @@ def console() -> Console:
 
 
 class StatusHandler(logging.Handler):
-    """Shows records on stderr as rich renders them: messages in bold and colour, tables."""
+    """Show log records on stderr, with rich's colors and tables."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record; markup in messages of other libraries is printed as it stands."""
+        """Print the record; text of other libraries is not interpreted as markup."""
         from rich.text import Text
 
         try:
-            shown = getattr(record, "rich", None)
-            console().print(Text(self.format(record)) if shown is None else shown)
+            content = getattr(record, "rich", None)
+            console().print(Text(self.format(record)) if content is None else content)
         except Exception:  # as in logging.StreamHandler: a message must not end a training
             self.handleError(record)
 
 
 @contextlib.contextmanager
 def status_handler() -> Iterator[None]:
-    """Handle all INFO records of `convlens` on stderr inside: what the command line does."""
+    """Show all INFO records of `convlens` on stderr within the block. For the command line."""
     logger, handler = logging.getLogger(LOGGER), StatusHandler()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -120,7 +123,7 @@ def status_handler() -> Iterator[None]:
 
 
 def print_status(message: str) -> None:
-    """Log one status message. It may hold rich markup; escape user text first."""
+    """Log one status message. It may contain rich markup, so escape user text first."""
     if is_quiet():
         return
     from rich.text import Text
@@ -129,50 +132,53 @@ def print_status(message: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Log a table: the first column aligned left, the others right."""
+    """Log a table. The first column is aligned to the left, the others to the right."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     if is_quiet():
         return
-    shown = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
-        shown.add_column(column, justify="left" if column == columns[0] else "right")
+        table.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
-        shown.add_row(*map(escape, row))
-    _log(_plain(shown), shown)
+        table.add_row(*map(escape, row))
+    _log(_render_text(table), table)
 
 
 def is_quiet() -> bool:
-    """Whether messages and bars are dropped here: in `quieted`, and on all ranks but the first."""
+    """Return whether messages and bars are dropped: in `quiet_mode`, and on ranks other than 0."""
     return _quiet.get() or process.global_rank() > 0
 
 
-def _log(plain: str, shown: str | Table) -> None:
-    """Hand a record to the application's handlers, or show it if there are none for it.
+def _log(text: str, content: str | Table) -> None:
+    """Pass a record to the application's handlers, or show it if no handler accepts it.
 
-    Its message is plain text, for log files; `rich` is what `StatusHandler` shows.
+    Args:
+        text: plain text for log files.
+        content: the same with markup, for `StatusHandler`.
     """
     logger = logging.getLogger(LOGGER)
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
-        # Not `plain` as the format: a per cent sign in it is not a placeholder.
-        logger.info("%s", plain, extra={"rich": shown}, stacklevel=3)
+        # Not `text` as the format: a percent sign in it is not a placeholder.
+        logger.info("%s", text, extra={"rich": content}, stacklevel=3)
     else:
-        console().print(shown)
+        console().print(content)
 
 
-def _plain(shown: Table) -> str:
+def _render_text(table: Table) -> str:
+    """Render a table as plain text."""
     from rich.console import Console as RichConsole
 
     page = io.StringIO()
-    RichConsole(file=page, width=200).print(shown)
+    RichConsole(file=page, width=LOG_WIDTH).print(table)
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines()).strip("\n")
 
 
 @contextlib.contextmanager
 def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterator[ProgressBar]:
-    """A progress bar with count, time spent and time left; silent when stderr is no terminal."""
+    """Show a progress bar with count, elapsed and remaining time, if stderr is a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -186,13 +192,13 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
     from rich.table import Column
     from rich.text import Text
 
-    class Cut(ProgressColumn):
-        """The text at the end: where a terminal is too narrow for all, this alone is shortened."""
+    class TruncatedText(ProgressColumn):
+        """The text at the end, the only column that is shortened in a narrow terminal."""
 
         def render(self, task: Task) -> Text:
             return Text(task.fields["text"], no_wrap=True, overflow="ellipsis")
 
-    wide = console().width >= 100
+    wide = console().width >= WIDE_TERMINAL
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24 if wide else 10, table_column=Column(no_wrap=True)),
@@ -200,7 +206,7 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
         *([TimeElapsedColumn(table_column=Column(no_wrap=True))] if wide else []),
         TextColumn("left"),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        Cut(),
+        TruncatedText(),
     )
     disable = not (shown and console().is_terminal) or is_quiet()
     with Progress(*columns, console=console(), transient=True, disable=disable) as bars:
@@ -216,50 +222,62 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
 
 
 class ProgressDisplay:
-    """The live view of a training: one bar for the whole of it, one line for each epoch."""
+    """The live view of a training: one progress bar, and one line for each epoch.
 
-    EVERY = 0.2  # seconds between looks at the numbers
+    Attributes:
+        interval_s: time between two updates of the numbers beside the bar.
+    """
 
     def __init__(self, bar: ProgressBar, epochs: int) -> None:
+        self.interval_s = DISPLAY_INTERVAL_S
         self._bar, self._epochs = bar, epochs
-        self._pending, self._images, self._looked = 0, 0, time.perf_counter()
-        self._coming: tuple[StepRecord, ScalarReader] | None = None
-        self._validated = ""
+        self._pending_steps, self._pending_images = 0, 0  # since the last update of the bar
+        self._updated = time.perf_counter()
+        self._requested: tuple[StepRecord, ScalarReader] | None = None
+        self._val_text = ""
 
     def step(self, record: StepRecord) -> None:
-        """Takes in a step; asks for its numbers a few times a second, and never waits for them."""
-        self._pending, self._images = self._pending + 1, self._images + record.images
+        """Count a step. Its numbers are requested a few times a second and never waited for."""
+        self._pending_steps += 1
+        self._pending_images += record.images
         now = time.perf_counter()
-        if now - self._looked < self.EVERY:
+        if now - self._updated < self.interval_s:
             return
-        self._coming = self._coming or (record, record.numbers())
-        asked, numbers = self._coming
-        if not numbers.ready():
+        self._requested = self._requested or (record, record.numbers())
+        requested, scalars = self._requested
+        if not scalars.ready():
             return
-        speed = self._images / (now - self._looked)
-        loss, right = numbers.values()
+        speed = self._pending_images / (now - self._updated)
+        loss, num_correct = scalars.values()
         self._bar.advance(
-            self._pending,
-            f"epoch {asked.epoch}/{self._epochs}  loss {loss:.3f}  "
-            f"accuracy {right / asked.images:.1%}{self._validated}  {speed:,.0f} images/s",
+            self._pending_steps,
+            f"epoch {requested.epoch}/{self._epochs}  loss {loss:.3f}  "
+            f"accuracy {num_correct / requested.images:.1%}{self._val_text}  "
+            f"{speed:,.0f} images/s",
         )
-        self._pending, self._images, self._looked, self._coming = 0, 0, now, None
+        self._pending_steps, self._pending_images = 0, 0
+        self._updated, self._requested = now, None
 
     def epoch(self, row: Mapping[str, float], best: int) -> None:
-        """Prints the epoch's line; the best one so far is starred."""
-        self._bar.advance(self._pending)
-        self._pending = 0
-        validated = ""
+        """Print a line with the results of an epoch; the best epoch so far has a star.
+
+        Args:
+            row: a row of `metrics.csv`.
+            best: number of the best epoch so far.
+        """
+        self._bar.advance(self._pending_steps)
+        self._pending_steps = 0
+        validation = ""
         if not math.isnan(row["val_accuracy"]):
-            self._validated = f"  validation {row['val_accuracy']:.2%}"
-            validated = (
+            self._val_text = f"  validation {row['val_accuracy']:.2%}"
+            validation = (
                 f"validation loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}  "
             )
         star = " *" if best == row["epoch"] else ""
         print_status(
             f"epoch {row['epoch']:>3.0f}/{self._epochs}  "
             f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.2%}  "
-            f"{validated}{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s{star}"
+            f"{validation}{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s{star}"
         )
 
 
@@ -267,7 +285,7 @@ class ProgressDisplay:
 def progress_display(
     epochs: int, steps: int, done: int, *, shown: bool
 ) -> Iterator[ProgressDisplay]:
-    """A `Watch` on `epochs` times `steps` steps of which `done` are behind us."""
+    """Show the progress of a training of `epochs` times `steps` steps, `done` of which are done."""
     with quiet_mode(not shown), progress_bar("training", epochs * steps, shown=shown) as bar:
         bar.advance(done)
         yield ProgressDisplay(bar, epochs)
@@ -275,10 +293,10 @@ def progress_display(
 
 @contextlib.contextmanager
 def quiet_mode(quiet: bool = True) -> Iterator[None]:
-    """Drop messages and bars inside, in this thread; errors are raised as always.
+    """Drop messages and progress bars within the block, in this thread.
 
-    Threads that are started inside begin with a context of their own: give them this one with
-    `contextvars.copy_context().run`.
+    A thread that is started within the block has a new context: run it with
+    `contextvars.copy_context().run` to make it quiet, too.
     """
     token = _quiet.set(_quiet.get() or quiet)
     try:

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: atomic fsynced writes, checksums, locks."""
+"""Atomic and durable file writes, checksums, and locks between processes and threads."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from convlens.errors import ResourceError
 from convlens.utils.console import print_status
 
 PART = ".part"  # suffix of temporary files
-ABANDONED_S = 3600.0  # a temporary file that nobody wrote to for so long is a leftover
+STALE_AFTER_S = 3600.0  # age at which a temporary file counts as left over
+LOCK_POLL_S = 0.01
 _SHA256_BYTES = 32
-# Answers of file systems without modes, or without fsync of directories (vfat, CIFS, FUSE). None of
+# Errors of file systems without modes, or without fsync of directories (vfat, CIFS, FUSE). None of
 # them means that written data are lost.
 _UNSUPPORTED = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
-    """Write a file completely or not at all; return when it is on the disk.
+    """Write a file completely or not at all, and return when it is on the disk.
 
     The temporary file is in the directory of the target (a rename across disks is a copy), and both
     the file and its directory are fsynced: without that, a power cut can leave an empty file under
@@ -38,7 +39,7 @@ def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
         rest: more content, written after `content` without a copy of it in memory.
 
     Raises:
-        ResourceError: the directory can't be written or the disk is full; the old file is intact.
+        ResourceError: the directory cannot be written or the disk is full. The old file is intact.
     """
     data = content.encode() if isinstance(content, str) else content
     path = Path(path)
@@ -52,12 +53,12 @@ def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; a result is an ordinary file.
+        # mkstemp creates private files; results should have the usual permissions.
         with _ignore_unsupported():
             os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         _fsync_directory(path.parent)
-    except BaseException as error:  # a second Ctrl-C, too, leaves nothing behind
+    except BaseException as error:  # also on Ctrl-C no temporary file must stay
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -67,10 +68,10 @@ def write_atomic(path: Path, content: bytes | str, *rest: memoryview) -> None:
 
 
 def makedirs_fsync(folder: Path) -> None:
-    """Create a directory and its parents, and fsync the names of the new ones.
+    """Create a directory and its parents, and fsync the directories that contain new ones.
 
     Raises:
-        OSError: it can't be created.
+        OSError: it cannot be created.
     """
     if not folder.is_dir():
         new = [each for each in (folder, *folder.parents) if not each.is_dir()]
@@ -83,33 +84,33 @@ def open_temp(path: Path) -> tuple[int, str]:
     """Create a temporary file next to `path`; return its open handle and its name.
 
     Raises:
-        OSError: the directory can't be written.
+        OSError: the directory cannot be written.
     """
     return tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
 
 
 def remove_stale_temp_files(folder: Path, names: Sequence[str], *, alone: bool) -> None:
-    """Delete temporary files of `names` that killed processes left.
+    """Delete temporary files of `names` that killed processes left in `folder`.
 
     Args:
-        alone: the caller holds the lock under which these files are written, so that none of them
-            is being written; otherwise only files that are an hour old are deleted.
+        alone: whether the caller holds the lock under which these files are written, so that none
+            of them is in use. Otherwise only files that are an hour old are deleted.
     """
-    written = "|".join(re.escape(name) for name in names)
-    # Up to two prefixes and suffixes: a temporary file may have been written atomically, too.
-    stale = re.compile(rf"\.{{1,2}}({written})(\.[a-z0-9_]{{8}}{re.escape(PART)}){{1,2}}")
+    targets = "|".join(re.escape(name) for name in names)
+    # Up to two prefixes and suffixes: a temporary file may itself have been written atomically.
+    stale = re.compile(rf"\.{{1,2}}({targets})(\.[a-z0-9_]{{8}}{re.escape(PART)}){{1,2}}")
     with contextlib.suppress(OSError):
         for name in filter(stale.fullmatch, os.listdir(folder)):
             with contextlib.suppress(OSError):
                 path = folder / name
-                if alone or time.time() - path.stat().st_mtime > ABANDONED_S:
+                if alone or time.time() - path.stat().st_mtime > STALE_AFTER_S:
                     path.unlink()
 
 
 def warn_if_low_disk(folder: Path, size: int) -> None:
-    """Warn if fewer than `size` bytes are free where `folder` is, or will be.
+    """Warn if fewer than `size` bytes are free on the disk of `folder`, which may not exist yet.
 
-    Not an error: some network disks don't know what is free, and it may become more.
+    This is not an error: some network disks do not report their free space, and it may increase.
     """
     nearest = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
     with contextlib.suppress(OSError):
@@ -123,12 +124,12 @@ def warn_if_low_disk(folder: Path, size: int) -> None:
 
 
 def is_io_error(error: OSError) -> bool:
-    """Whether the disk can't return what was written, or its file system is damaged."""
+    """Return whether the disk failed to read back data, or its file system is damaged."""
     return error.errno in (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
 
 def cannot_read(path: Path | str, error: OSError) -> ResourceError:
-    """The `ResourceError` that says why `path` could not be read."""
+    """Return the `ResourceError` for a file that could not be read."""
     return ResourceError(
         f"can't read: {error.strerror or error}",
         where=str(path),
@@ -137,7 +138,7 @@ def cannot_read(path: Path | str, error: OSError) -> ResourceError:
 
 
 def cannot_write(path: Path, error: OSError) -> ResourceError:
-    """The `ResourceError` that says why `path` could not be written."""
+    """Return the `ResourceError` for a file that could not be written."""
     return ResourceError(
         f"can't write: {error.strerror or error}",
         where=str(path),
@@ -153,11 +154,11 @@ def _umask() -> int:
 
 
 def _fsync_directory(folder: Path) -> None:
-    if os.name == "nt":  # Windows can't open a directory; its rename is already durable.
+    if os.name == "nt":  # Windows cannot open a directory; its rename is already durable
         return
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # writable and not readable: it can't be fsynced
+    except PermissionError:  # a directory that is writable but not readable cannot be fsynced
         return
     try:
         with _ignore_unsupported():
@@ -168,7 +169,7 @@ def _fsync_directory(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _ignore_unsupported() -> Iterator[None]:
-    """Ignore errors that mean "this file system has no such operation", and no others."""
+    """Ignore only errors that mean "this file system does not support the operation"."""
     try:
         yield
     except OSError as error:
@@ -177,13 +178,13 @@ def _ignore_unsupported() -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's contents, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class CorruptError(ValueError):
-    """Bytes are not those that `add_checksum` returned."""
+    """The bytes differ from those that `add_checksum` returned."""
 
 
 def add_checksum(content: bytes) -> bytes:
@@ -210,20 +211,20 @@ def lock(
     """Hold an exclusive lock on the file `path`. The kernel releases it when a process dies.
 
     Args:
-        what: what the lock protects, for the error: "run 'mnist'".
+        what: name of the protected object for the error message, e.g. "run 'mnist'".
         timeout_s: how long to wait for another process that holds it.
-        owned: names of files in the same directory that only the holder writes; temporary files
-            that a killed holder left of them are deleted.
+        owned: names of files in the same directory that only the holder writes. Temporary files
+            of them that a killed process left are deleted.
 
     Raises:
-        ResourceError: another process holds it, or the lock file can't be written.
+        ResourceError: another process holds it, or the lock file cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    held = FileLock(path)
+    file_lock = FileLock(path)
     try:
         makedirs_fsync(path.parent)
-        held.acquire(timeout=timeout_s, poll_interval=0.01)
+        file_lock.acquire(timeout=timeout_s, poll_interval=LOCK_POLL_S)
     except Timeout as error:
         raise ResourceError(
             f"another process is using {what}",
@@ -234,7 +235,7 @@ def lock(
         raise cannot_write(path, error) from error
     except NotImplementedError as error:  # older versions of filelock, for ENOSYS
         raise ResourceError(
-            "can't write: the file system has no locks",
+            "can't write: the file system does not support locks",
             where=str(path),
             fix="choose another folder",
         ) from error
@@ -243,33 +244,29 @@ def lock(
             remove_stale_temp_files(path.parent, owned, alone=True)
         yield
     finally:
-        held.release()
-
-
-# ---- locks ----------------------------------------
-# Waiting for another process that does the same work, and for threads that hold memory.
+        file_lock.release()
 
 
 @contextlib.contextmanager
 def interprocess_lock(path: Path, what: str, *, timeout_s: float = 3600) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; wait for the process that holds it.
+    """Hold an exclusive lock on the file `path`, after waiting for another process that holds it.
 
     Args:
-        what: what that process is doing, for the message: "decoding these images".
+        what: activity of that process for the message, e.g. "decoding these images".
 
     Raises:
-        OSError: the directory can't be written.
-        ResourceError: it is still held after `timeout_s` seconds.
+        OSError: the directory cannot be written.
+        ResourceError: it is still locked after `timeout_s` seconds.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path)
+    file_lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        file_lock.acquire(timeout=0)
     except Timeout:
         print_status(f"waiting: another process is {what}")
         try:
-            lock.acquire(timeout=timeout_s)
+            file_lock.acquire(timeout=timeout_s)
         except Timeout:
             raise ResourceError(
                 f"another process has been {what} for {timeout_s / 60:.0f} minutes",
@@ -279,11 +276,11 @@ def interprocess_lock(path: Path, what: str, *, timeout_s: float = 3600) -> Iter
     try:
         yield
     finally:
-        lock.release()
+        file_lock.release()
 
 
 class MemorySemaphore:
-    """Limits the memory that threads use at the same time to `size` (in any unit).
+    """Limit the memory that threads use at the same time to `size` (in any unit).
 
     Requests of at most `free` are not counted; a request above `size` waits until it is alone.
     """
@@ -294,7 +291,7 @@ class MemorySemaphore:
 
     @contextlib.contextmanager
     def acquire(self, size: int) -> Iterator[None]:
-        """Wait until `size` is available, hold it within the `with` block."""
+        """Wait until `size` is available, and reserve it within the block."""
         size = 0 if size <= self._free else min(size, self._size)
         if size == 0:
             yield

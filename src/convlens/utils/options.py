@@ -1,8 +1,8 @@
-"""Options that hold for a whole command and are read far below it: `--debug` and `--figures`.
+"""Options of a whole command that are read far below it: `--debug` and `--figures`.
 
 They are kept in a `ContextVar`. Writing them to `os.environ` would change them for the whole
-process and for every process that it starts. The variables CONVLENS_DEBUG and CONVLENS_FIGURES are
-a user's own settings: they are read here and never written.
+process and for every process that it starts. The variables CONVLENS_DEBUG and CONVLENS_FIGURES
+belong to the user: they are read here and never written.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def reset(token: Token[Options]) -> None:
 
 
 def debug() -> bool:
-    """Whether errors keep their traceback."""
-    chosen = _current.get().debug
-    return bool(os.environ.get("CONVLENS_DEBUG")) if chosen is None else chosen
+    """Return whether errors keep their traceback."""
+    option = _current.get().debug
+    return bool(os.environ.get("CONVLENS_DEBUG")) if option is None else option
 
 
 def figures() -> str | None:

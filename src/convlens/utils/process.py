@@ -1,12 +1,8 @@
-"""Ctrl-C, SIGTERM and the like: a flag between two steps of a training, an exception elsewhere.
+"""Signals, the ranks that torchrun assigns, and settings of a whole process. Imports no torch.
 
-A training is asked by a flag that it looks at between two steps: saving inside a signal handler
-can meet half an update. A second signal ends the process at once (files are written atomically,
-so nothing is corrupted); of several processes not, since `torchrun` sends its own when one of
-them has ended, and the first may still be saving. (It kills what is left after half a minute.)
-
-All else (decoding, downloading, testing) has nothing to save, and is left by `Terminated`, as by
-KeyboardInterrupt: temporary files are deleted on the way.
+Only the command line, the tests and the benchmarks change settings of the process (`set_up`). The
+Python API does not: a program that imports a library keeps its environment, its memory allocator
+and its garbage collector as they are.
 """
 
 from __future__ import annotations
@@ -26,97 +22,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-# SIGHUP is a closed terminal; SIGUSR1 is what schedulers are often told to send first.
-STOPPING = ("SIGTERM", "SIGHUP", "SIGUSR1")
+# SIGHUP: the terminal was closed. SIGUSR1: many schedulers can be set to send it first.
+STOP_SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1")
 
-
-class Terminated(BaseException):
-    """One of `STOPPING` outside the steps of a training; like KeyboardInterrupt no `Exception`."""
-
-
-Handlers = dict[signal.Signals, Any]
-
-
-@contextlib.contextmanager
-def raise_on_signals() -> Iterator[None]:
-    """Turns the first signal of `STOPPING` in the main thread into `Terminated`; the next kills."""
-
-    def leave(number: signal.Signals, before: Handlers) -> None:
-        _set(dict.fromkeys(before, signal.SIG_DFL))
-        raise Terminated(number.name)
-
-    with _handle_signals(STOPPING, leave):
-        yield
-
-
-@dataclass
-class StopSignal:
-    """Whether a signal has arrived, and its name. `interrupted` is true for Ctrl-C."""
-
-    is_set: bool = False
-    name: str = ""
-
-    @property
-    def interrupted(self) -> bool:
-        return self.name == "SIGINT"
-
-
-@contextlib.contextmanager
-def catch_stop_signals() -> Iterator[StopSignal]:
-    """Catches SIGINT and `STOPPING` in the main thread; elsewhere the flag never goes up."""
-    flag = StopSignal()
-
-    def raise_flag(number: signal.Signals, before: Handlers) -> None:
-        flag.is_set, flag.name = True, number.name
-        if world_size() == 1:
-            _set(before)
-
-    with _handle_signals(("SIGINT", *STOPPING), raise_flag):
-        yield flag
-
-
-@contextlib.contextmanager
-def _handle_signals(
-    names: Sequence[str], act: Callable[[signal.Signals, Handlers], None]
-) -> Iterator[None]:
-    """Inside, in the main thread, a signal of these names calls `act`, with the handlers before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = _handlers(names)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        act(signal.Signals(number), before)
-
-    _set(dict.fromkeys(before, handle))
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _handlers(names: Sequence[str]) -> Handlers:
-    """The present handlers of those signals that exist (Windows has fewer) and may be caught.
-
-    Ignored signals stay ignored: that is what `nohup` asks for. A handler that was not installed
-    from Python is None here; it could not be restored.
-    """
-    numbers = [each for each in signal.Signals if each.name in names]
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    return {number: held for number, held in handlers.items() if held not in (None, signal.SIG_IGN)}
-
-
-def _set(handlers: Handlers) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-# ---- ranks ----------------------------------------
-# Rank and size of this process in the environment that `torchrun` sets. Does not import torch.
-#
-# A job counts as distributed only if all variables are set that `torchrun` sets: a WORLD_SIZE that a
-# container happens to define must not make a training wait for other processes.
-
+# torchrun sets all of these. A job counts as distributed only if every one is set: a WORLD_SIZE
+# that a container happens to define must not make a training wait for other processes.
 TORCHRUN_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -125,6 +35,129 @@ TORCHRUN_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+
+# Iterations for which a thread of libgomp spins at a barrier before it sleeps. By default it is
+# billions where there are at least as many cores as threads; but when another program occupies one
+# of the cores, the thread on the other core spins until its partner runs again. Measured on 2 cores
+# with 2 threads (torch 2.15, a small CNN, images/s, default against 1000): nothing else running
+# 209-313 against 210-256, within the noise of these rounds; one competing process of normal
+# priority 95-106 against 145-168; several background processes 35-44 against 161-192. 20,000 and
+# OMP_WAIT_POLICY=PASSIVE help less with one competitor (107-144, 139-154).
+SPIN_COUNT = "1000"
+
+# cuBLAS is deterministic only with a fixed workspace (https://docs.nvidia.com/cuda/cublas, "Results
+# reproducibility"). The variable is read once, when the first handle is created, which may be
+# before the recipe is known. It costs about 24 MiB; nothing on Hopper, where torch uses as much
+# anyway.
+CUBLAS_WORKSPACE = ":4096:8"
+
+GC_THRESHOLD = 50_000  # new objects before a garbage collection; Python's default is 700 to 2,000
+
+Handlers = dict[signal.Signals, Any]
+
+
+class Terminated(BaseException):
+    """One of `STOP_SIGNALS` arrived outside a training step.
+
+    Like KeyboardInterrupt not an `Exception`, so that `except Exception` does not swallow it.
+    """
+
+
+@contextlib.contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """Raise `Terminated` on the first of `STOP_SIGNALS` in the main thread; a second one kills.
+
+    For work that has nothing to save (decoding, downloading, evaluation): temporary files are
+    deleted while the exception propagates, as with KeyboardInterrupt.
+    """
+
+    def raise_terminated(number: signal.Signals, previous: Handlers) -> None:
+        _install(dict.fromkeys(previous, signal.SIG_DFL))
+        raise Terminated(number.name)
+
+    with _handle_signals(STOP_SIGNALS, raise_terminated):
+        yield
+
+
+@dataclass
+class StopSignal:
+    """A request to stop. A training reads it between two steps.
+
+    Attributes:
+        is_set: whether a signal has arrived.
+        name: the name of the signal, e.g. `SIGTERM`.
+    """
+
+    is_set: bool = False
+    name: str = ""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the signal was Ctrl-C."""
+        return self.name == "SIGINT"
+
+
+@contextlib.contextmanager
+def catch_stop_signals() -> Iterator[StopSignal]:
+    """Catch SIGINT and `STOP_SIGNALS` in the main thread; in other threads nothing is caught.
+
+    A flag is used because saving inside a signal handler could meet a half-finished update. A
+    second signal ends a single process at once (files are written atomically, so nothing is
+    corrupted). With several processes it does not: torchrun sends signals of its own when one
+    process has ended, and rank 0 may still be saving. (torchrun kills what is left after 30 s.)
+    """
+    stop_signal = StopSignal()
+
+    def set_flag(number: signal.Signals, previous: Handlers) -> None:
+        stop_signal.is_set, stop_signal.name = True, number.name
+        if world_size() == 1:
+            _install(previous)
+
+    with _handle_signals(("SIGINT", *STOP_SIGNALS), set_flag):
+        yield stop_signal
+
+
+@contextlib.contextmanager
+def _handle_signals(
+    names: Sequence[str], callback: Callable[[signal.Signals, Handlers], None]
+) -> Iterator[None]:
+    """Call `callback` with each signal of these names and with the previous handlers.
+
+    Does nothing outside the main thread, where Python cannot install handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = _current_handlers(names)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        callback(signal.Signals(number), previous)
+
+    _install(dict.fromkeys(previous, handle))
+    try:
+        yield
+    finally:
+        _install(previous)
+
+
+def _current_handlers(names: Sequence[str]) -> Handlers:
+    """Return the current handlers of those signals that exist (Windows has fewer).
+
+    Ignored signals are left out and stay ignored: that is the purpose of `nohup`. A handler that
+    was not installed from Python is None; it is left out too, since it could not be restored.
+    """
+    numbers = [each for each in signal.Signals if each.name in names]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    return {
+        number: handler
+        for number, handler in handlers.items()
+        if handler not in (None, signal.SIG_IGN)
+    }
+
+
+def _install(handlers: Handlers) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def world_size() -> int:
@@ -177,43 +210,23 @@ def first_exit_code(exit_code: int) -> int | None:
 def threads_chosen() -> bool:
     """Return whether the user set OMP_NUM_THREADS.
 
-    `torchrun` sets it to 1 if it is not set. On Linux the environment of torchrun itself says
-    what the user set; elsewhere a value of 1 is assumed to be torchrun's.
+    `torchrun` sets it to 1 if it is not set. On Linux the environment of torchrun itself shows
+    whether the user set it; elsewhere a value of 1 is assumed to be torchrun's.
     """
     if world_size() == 1:
         return "OMP_NUM_THREADS" in os.environ
     try:
-        of_torchrun = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        torchrun_environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
     except OSError:
         return os.environ.get("OMP_NUM_THREADS", "1") != "1"
-    return any(variable.startswith(b"OMP_NUM_THREADS=") for variable in of_torchrun)
-
-
-# ---- process ----------------------------------------
-# Settings of the whole process, for processes of convlens's own. No torch.
-#
-# The command line, the tests and the benchmarks apply them. The Python API does not: a program that
-# imports a library keeps its environment, its memory allocator and its garbage collector as they are.
-
-# Turns for which a thread of libgomp spins at a barrier before it sleeps. By default it is billions
-# where there are at least as many cores as threads; but when another program takes one of the
-# cores, the thread on the other core spins until its partner runs again. Measured on 2 cores with 2
-# threads (torch 2.15, a small CNN, images/s, default against 1000): nothing else running 209-313
-# against 210-256, within the noise of these rounds; one competing process of normal priority 95-106
-# against 145-168; several background processes 35-44 against 161-192. 20,000 and
-# OMP_WAIT_POLICY=PASSIVE help less with one competitor (107-144, 139-154).
-SPIN_COUNT = "1000"
-
-# cuBLAS is deterministic only with a fixed workspace (https://docs.nvidia.com/cuda/cublas, "Results
-# reproducibility"). The variable is read once, when the first handle is made, which may be before
-# the recipe is known. It costs about 24 MiB; on Hopper nothing, where torch takes as much anyway.
-CUBLAS_WORKSPACE = ":4096:8"
+    return any(variable.startswith(b"OMP_NUM_THREADS=") for variable in torchrun_environment)
 
 
 def set_environment() -> None:
-    """Set what libraries read from the environment when they are loaded; the user's values win.
+    """Set variables that libraries read from the environment when they are loaded.
 
-    To be called before torch is imported, and effective in child processes, too.
+    Values that the user has set are kept. Call this before torch is imported; child processes
+    inherit the variables.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
@@ -225,8 +238,8 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for the next step instead of returning it to the system.
 
     By default every tensor above 128 KB to 32 MB is mapped and unmapped again, and each of its
-    pages faulted in again, in every step: a hundred times the page faults, and up to a quarter of
-    a small network's time on a CPU (BENCHMARKS.md). Returns False on other C libraries.
+    pages is faulted in again, in every step: a hundred times the page faults, and up to a quarter
+    of a small network's time on a CPU (BENCHMARKS.md). Returns False on other C libraries.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -240,8 +253,8 @@ def set_up() -> None:
     """Set up a process of the command line, before it imports anything heavy."""
     set_environment()
     keep_freed_memory()
-    # Importing torch makes a million objects that stay: searching them for garbage again and again
-    # is a twentieth of the time that it takes.
-    gc.set_threshold(50_000)
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be anything
-        faulthandler.enable()  # a crash in C code prints where it was
+    # Importing torch creates a million objects that stay alive. Searching them for garbage again
+    # and again takes a twentieth of the time of the import.
+    gc.set_threshold(GC_THRESHOLD)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be replaced
+        faulthandler.enable()  # prints a traceback when C code crashes

@@ -1,7 +1,7 @@
-"""YAML text of recipes: read and written by ruamel.yaml (YAML 1.2, safe types only).
+"""Read and write recipes as YAML 1.2 with ruamel.yaml; safe types only.
 
 As in YAML 1.1, `yes`, `no`, `on` and `off` are booleans, too: people write them, and recipes of
-earlier versions hold them.
+earlier versions contain them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from convlens.errors import UsageError
 if TYPE_CHECKING:
     from ruamel.yaml import YAML
 
-MAX_CHARS = 1 << 17  # of a recipe's text; ours have a few thousand
+MAX_CHARS = 1 << 17  # of a recipe; the built-in ones have a few thousand
 _BOOL = "tag:yaml.org,2002:bool"
 _BOOL_WORDS = re.compile(r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")
 
 
 def read_yaml(path: Path) -> str:
-    """The text of a recipe's file."""
+    """Return the text of a recipe file.
+
+    Raises:
+        UsageError: it is not a regular file of UTF-8 text, or it is too large or unreadable.
+    """
     try:
-        facts = os.stat(path)
-        if not stat.S_ISREG(facts.st_mode):  # a pipe would block, a device never end
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device might never end
             raise UsageError("a recipe is a regular file", where=str(path))
-        if facts.st_size > MAX_CHARS:
-            raise UsageError(f"{facts.st_size:,} bytes are too many for a recipe", where=str(path))
+        if status.st_size > MAX_CHARS:
+            raise UsageError(f"{status.st_size:,} bytes are too many for a recipe", where=str(path))
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
@@ -44,16 +48,19 @@ def read_yaml(path: Path) -> str:
         ) from error
     except UsageError:
         raise
-    except (OSError, ValueError) as error:  # the latter: a path with a zero byte in it
+    except (OSError, ValueError) as error:  # ValueError: a path that contains a null byte
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"can't read the recipe: {reason}", where=str(path)) from error
 
 
 def parse_yaml(content: str, *, where: str) -> Any:
-    """The value that a YAML text stands for.
+    """Return the value of a YAML text.
+
+    Args:
+        where: name of the text for error messages.
 
     Raises:
-        UsageError: not valid YAML, or a duplicate key; `where` then names the line.
+        UsageError: it is not valid YAML, or it has a duplicate key. Names the line.
     """
     from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -62,7 +69,7 @@ def parse_yaml(content: str, *, where: str) -> Any:
         raise UsageError(f"{len(content):,} characters are too many for a recipe", where=where)
     try:
         value = _yaml().load(content)
-        # Refuses circular aliases (`a: &x [*x]`), which nothing that walks a recipe expects.
+        # Refuses circular aliases (`a: &x [*x]`): code that walks a recipe would not terminate.
         json.dumps(value, default=str, skipkeys=True)
     except MarkedYAMLError as error:
         what = error.problem or error.context
@@ -75,33 +82,37 @@ def parse_yaml(content: str, *, where: str) -> Any:
         raise UsageError(_one_line(what), where=at) from error
     except RecursionError as error:
         raise UsageError("not valid YAML: nested too deeply", where=where) from error
-    # ValueError: values that look like dates or numbers and are not, and circular aliases.
+    # ValueError: invalid dates and numbers, and circular aliases.
     except (YAMLError, ValueError) as error:
         raise UsageError(f"not valid YAML: {_one_line(str(error))}", where=where) from error
     return value
 
 
 def key_lines(content: str) -> dict[str, int]:
-    """The line of each key and of each key below it (`train.epochs`), counted from 1."""
+    """Return the line, counted from 1, of each key and of each key one level below it.
+
+    Returns:
+        `{"train": 3, "train.epochs": 4, ...}`; empty if the text is not valid YAML.
+    """
     from ruamel.yaml.error import YAMLError
     from ruamel.yaml.nodes import MappingNode
 
-    found: dict[str, int] = {}
+    lines: dict[str, int] = {}
     try:
         tree = _yaml().compose(content)
     except (YAMLError, ValueError, RecursionError):
-        return found
-    waiting = [("", tree)]
-    for prefix, node in waiting:
+        return lines
+    pending = [("", tree)]
+    for prefix, node in pending:
         for key, value in node.value if isinstance(node, MappingNode) else ():
-            found[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            lines[f"{prefix}{key.value}"] = key.start_mark.line + 1
             if not prefix:
-                waiting.append((f"{key.value}.", value))
-    return found
+                pending.append((f"{key.value}.", value))
+    return lines
 
 
 def dump_yaml(tree: Any) -> str:
-    """YAML that `parse` reads back as an equal value; keys stay in their order."""
+    """Return YAML text that `parse_yaml` reads back as an equal value, with keys in order."""
     yaml = _yaml()
     yaml.default_flow_style = False
     text = io.StringIO()
@@ -110,7 +121,7 @@ def dump_yaml(tree: Any) -> str:
 
 
 def find_invalid(value: Any, key: str = "") -> Iterator[str]:
-    """Describe each value that a recipe can't hold: it could not be written and read again."""
+    """Describe each value that a recipe cannot contain, because YAML would not preserve it."""
     if isinstance(value, Mapping):
         for inner, item in value.items():
             if not isinstance(inner, str):
@@ -123,35 +134,35 @@ def find_invalid(value: Any, key: str = "") -> Iterator[str]:
             yield from find_invalid(item, key)
     elif isinstance(value, str):
         if any("\ud800" <= letter <= "\udfff" for letter in value):
-            yield f"{key}={shorten(value)}: not a text that can be written"
+            yield f"{key}={shorten(value)}: not valid Unicode text"
     elif isinstance(value, float):
         if not math.isfinite(value):
             yield f"{key}={value}: not a finite number"
     elif isinstance(value, int):
         if abs(value) >= 2**63:
-            yield f"{key}: a whole number of {value.bit_length()} bits"
+            yield f"{key}: an integer of {value.bit_length()} bits is too large"
     elif value is not None:
-        yield f"{key}={shorten(value)}: a {type(value).__name__} is not a value of a recipe"
+        yield f"{key}={shorten(value)}: a recipe cannot contain a {type(value).__name__}"
 
 
 def shorten(value: Any) -> str:
-    """A value as an error shows it."""
+    """Return a short representation of a value for an error message."""
     try:
         text = repr(value)
-    except ValueError:  # Python doesn't write a number of thousands of digits
+    except ValueError:  # Python refuses to convert integers of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _yaml() -> YAML:
-    """A reader and writer of plain Python values that refuses duplicate keys."""
-    from ruamel.yaml import YAML  # takes about 0.1 s, which `convlens --help` doesn't need
+    """Return a reader and writer of plain Python values that refuses duplicate keys."""
+    from ruamel.yaml import YAML  # takes about 0.1 s, which `convlens --help` does not need
 
-    yaml = YAML(typ="safe", pure=True)  # the C reader knows YAML 1.1 only
+    yaml = YAML(typ="safe", pure=True)  # the C reader supports YAML 1.1 only
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.composer.warn_double_anchors = False
-    # The resolver reads its table for a version when it is first needed; entries that are there
-    # by then would replace the table.
+    # The resolver fills its table of a version on first use; entries that were added before that
+    # would replace the table.
     resolver = yaml.resolver
     _ = resolver.versioned_resolver
     resolver.add_version_implicit_resolver((1, 2), _BOOL, _BOOL_WORDS, list("yYnNoO"))

@@ -165,7 +165,7 @@ def count_records(config: Recipe, monkeypatch: pytest.MonkeyPatch, precision: st
         )
         records = loop.run(feed, optim.build_schedule(config.optim), epochs=2, seed=0)
         display, seen = ProgressDisplay(FailingBar(), 2), []
-        display.EVERY = 0.0
+        display.interval_s = 0.0
         with DetectSyncs() as detector:
             detector.strict = False
             for record in records:
@@ -282,7 +282,7 @@ def count_records_on_gpu(config: Recipe, plan: Plan) -> int:
     )
     records = loop.run(feed, optim.build_schedule(config.optim), epochs=1, seed=0)
     display, count = ProgressDisplay(SilentBar(), 1), 0
-    display.EVERY = 0.0
+    display.interval_s = 0.0
     # Constants are copied in the first step, algorithms are chosen in the first few.
     for _ in range(5):
         next(records)

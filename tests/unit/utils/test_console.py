@@ -1,4 +1,4 @@
-"""Messages are log records; who shows them, and who keeps quiet."""
+"""Messages as log records, their handlers, quiet mode, and the display of a training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import dataclass
 
 import pytest
 
 from convlens.utils import console
 from convlens.utils.console import (
+    ProgressDisplay,
     print_status,
     print_table,
     progress_bar,
@@ -25,7 +27,7 @@ LOGGER = logging.getLogger("convlens")
 
 @pytest.fixture
 def log_file() -> Iterator[io.StringIO]:
-    """What an application gets that logs INFO records of all libraries to a file."""
+    """The log file of an application that logs INFO records of all libraries."""
     file = io.StringIO()
     handler = logging.StreamHandler(file)
     handler.setFormatter(logging.Formatter("%(name)s %(levelname)s %(filename)s %(message)s"))
@@ -45,7 +47,7 @@ def test_without_logging_messages_are_shown_on_stderr(capsys: pytest.CaptureFixt
     assert LOGGER.level == logging.NOTSET
 
 
-def test_an_application_that_logs_gets_the_messages_as_plain_text(
+def test_application_that_logs_gets_messages_as_plain_text(
     log_file: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_status("[bold]digits[/] takes 5% of \\[the time] :warning:")
@@ -57,17 +59,17 @@ def test_an_application_that_logs_gets_the_messages_as_plain_text(
     assert capsys.readouterr() == ("", "")
 
 
-def test_an_application_that_logs_warnings_only_does_not_hide_the_messages(
+def test_application_that_logs_only_warnings_does_not_hide_messages(
     log_file: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its own level says nothing of a call that was not asked to be quiet (notebooks have one)."""
+    """Notebooks have a root logger at WARNING, which does not mean `quiet=True`."""
     logging.getLogger().setLevel(logging.WARNING)
     print_status("epoch 1")
     assert log_file.getvalue() == ""
     assert capsys.readouterr().err == "epoch 1\n"
 
 
-def test_the_command_line_handles_messages_itself_and_leaves_nothing_behind(
+def test_status_handler_of_the_command_line_is_removed_again(
     log_file: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with status_handler():
@@ -78,11 +80,11 @@ def test_the_command_line_handles_messages_itself_and_leaves_nothing_behind(
     assert (LOGGER.handlers, LOGGER.level, LOGGER.propagate) == ([], logging.NOTSET, True)
 
 
-def test_quiet_drops_messages_tables_and_records(
+def test_quiet_mode_drops_messages_tables_and_records(
     log_file: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with quiet_mode():
-        with quiet_mode(False):  # what is inside does not undo it
+        with quiet_mode(False):  # does not undo the outer one
             print_status("a")
         print_table(("b",), [("c",)])
         with progress_bar("d", 1) as bar:
@@ -92,7 +94,9 @@ def test_quiet_drops_messages_tables_and_records(
     assert capsys.readouterr().err == ""
 
 
-def test_quiet_in_one_thread_does_not_silence_another(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_mode_of_one_thread_does_not_affect_another(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     inside, spoken = threading.Event(), threading.Event()
 
     def quiet_thread() -> None:
@@ -110,7 +114,7 @@ def test_quiet_in_one_thread_does_not_silence_another(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "from the other thread\n"
 
 
-def test_a_thread_with_the_context_of_a_quiet_one_is_quiet(
+def test_thread_with_the_context_of_a_quiet_one_is_quiet(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with quiet_mode(), ThreadPoolExecutor(1) as pool:
@@ -119,10 +123,53 @@ def test_a_thread_with_the_context_of_a_quiet_one_is_quiet(
     assert capsys.readouterr().err == "not quiet\n"
 
 
-def test_only_the_first_rank_shows_messages(
+def test_only_rank_0_prints_messages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for rank, shown in ((0, "hello\n"), (1, "")):
-        monkeypatch.setattr(console.ranks, "rank", lambda rank=rank: rank)
+    for rank, printed in ((0, "hello\n"), (1, "")):
+        monkeypatch.setattr(console.process, "global_rank", lambda rank=rank: rank)
         print_status("hello")
-        assert capsys.readouterr().err == shown
+        assert capsys.readouterr().err == printed
+
+
+@dataclass
+class DelayedStep:
+    """A step whose numbers are ready after `delay` calls of `ready`."""
+
+    epoch: int = 1
+    images: int = 4
+    calls: int = 0
+    delay: int = 2
+
+    def numbers(self) -> DelayedStep:
+        return self
+
+    def ready(self) -> bool:
+        self.calls += 1
+        return self.calls > self.delay
+
+    def values(self) -> list[float]:
+        assert self.calls > self.delay
+        return [0.25, 3.0]
+
+
+class RecordingBar:
+    def __init__(self) -> None:
+        self.moves: list[tuple[int, str | None]] = []
+
+    def advance(self, amount: int = 1, text: str | None = None) -> None:
+        self.moves.append((amount, text))
+
+
+def test_progress_display_shows_numbers_when_they_have_arrived() -> None:
+    bar = RecordingBar()
+    display = ProgressDisplay(bar, 3)
+    display.interval_s = 0.0
+    first, more = DelayedStep(), [DelayedStep(delay=0) for _ in range(3)]
+    for record in [first, *more]:
+        display.step(record)
+    # Requested at the first step and ready at the third, where those of the first are shown.
+    (amount, text), (next_amount, _) = bar.moves
+    assert (amount, next_amount) == (3, 1)
+    assert text is not None
+    assert text.startswith("epoch 1/3  loss 0.250  accuracy 75.0%")

@@ -1,4 +1,4 @@
-"""Files are whole or absent, and a lock has one holder."""
+"""Atomic writes, temporary files, checksums and locks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ FOLDER = Path("deep/er")
 TARGET = FOLDER / "file"
 
 
-def left() -> list[str]:
+def names_in_folder() -> list[str]:
     return sorted(path.name for path in FOLDER.iterdir())
 
 
-def test_writing_makes_folders_and_leaves_nothing_beside_the_file() -> None:
+def test_write_creates_folders_and_leaves_no_temporary_file() -> None:
     files.write_atomic(TARGET, b"\x00\xff")
     assert TARGET.read_bytes() == b"\x00\xff"
     files.write_atomic(TARGET, "später")
     assert TARGET.read_bytes() == "später".encode()
-    assert left() == ["file"]
+    assert names_in_folder() == ["file"]
 
 
-def test_a_written_file_is_as_public_as_any_other() -> None:
+def test_written_file_has_the_usual_permissions() -> None:
     before = os.umask(0o027)
     try:
         files.write_atomic(TARGET, b"")
@@ -44,7 +44,7 @@ def test_a_written_file_is_as_public_as_any_other() -> None:
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "chmod"])
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+def test_failed_write_keeps_the_old_file_and_no_temporary_file(
     call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files.write_atomic(TARGET, b"old")
@@ -56,53 +56,53 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     with pytest.raises(ResourceError) as caught:
         files.write_atomic(TARGET, b"new")
     assert TARGET.read_bytes() == b"old"
-    assert left() == ["file"]
+    assert names_in_folder() == ["file"]
     assert "free disk space" in caught.value.fix
     assert caught.value.where == str(TARGET)
     assert caught.value.exit_code == 5
 
 
-FOLDER_SYNC, MODES = "fsync of folders", "chmod"
+FOLDER_FSYNC, MODES = "fsync of folders", "chmod"
 
 
-def answering(call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that refuses a call with this error number."""
+def patch_file_system(call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a call of the file system fail with this error number."""
     fsync = os.fsync
 
-    def refused(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    def of_folders(handle: int) -> None:
-        refused() if os.path.isdir(f"/proc/self/fd/{handle}") else fsync(handle)
+    def fsync_files_only(handle: int) -> None:
+        fail() if os.path.isdir(f"/proc/self/fd/{handle}") else fsync(handle)
 
     if call == MODES:
-        monkeypatch.setattr(os, "chmod", refused)
+        monkeypatch.setattr(os, "chmod", fail)
     else:
-        monkeypatch.setattr(os, "fsync", of_folders if call == FOLDER_SYNC else refused)
+        monkeypatch.setattr(os, "fsync", fsync_files_only if call == FOLDER_FSYNC else fail)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells folders from files")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(
     ("call", "number", "written"),
     [
-        (FOLDER_SYNC, errno.EINVAL, True),
-        (FOLDER_SYNC, errno.ENOTSUP, True),
-        (FOLDER_SYNC, errno.EIO, False),
-        (FOLDER_SYNC, errno.ENOSPC, False),
-        ("fsync", errno.EINVAL, False),  # of the contents: nothing is known of them then
+        (FOLDER_FSYNC, errno.EINVAL, True),
+        (FOLDER_FSYNC, errno.ENOTSUP, True),
+        (FOLDER_FSYNC, errno.EIO, False),
+        (FOLDER_FSYNC, errno.ENOSPC, False),
+        ("fsync", errno.EINVAL, False),  # of the contents, which may then be lost
         (MODES, errno.EPERM, True),
         (MODES, errno.ENOSYS, True),
         (MODES, errno.EIO, False),
         (MODES, errno.EROFS, False),
     ],
 )
-def test_what_a_file_system_does_not_have_is_no_failed_write(
+def test_unsupported_operations_of_a_file_system_are_ignored(
     call: str, number: int, written: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vfat, CIFS and FUSE may have no fsync of folders, or no modes."""
+    """vfat, CIFS and FUSE may lack fsync of folders, or modes."""
     FOLDER.mkdir(parents=True)
     with monkeypatch.context() as patch:
-        answering(call, number, patch)
+        patch_file_system(call, number, patch)
         if written:
             files.write_atomic(TARGET, b"new")
         else:
@@ -110,10 +110,10 @@ def test_what_a_file_system_does_not_have_is_no_failed_write(
                 files.write_atomic(TARGET, b"new")
     if written:
         assert TARGET.read_bytes() == b"new"
-        assert left() == ["file"]
+        assert names_in_folder() == ["file"]
 
 
-def test_a_folder_that_may_not_be_listed_can_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_can_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     FOLDER.mkdir(parents=True)
     real = os.open
 
@@ -127,12 +127,12 @@ def test_a_folder_that_may_not_be_listed_can_be_written_to(monkeypatch: pytest.M
     assert TARGET.read_bytes() == b"new"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file it is")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("by_lock", [False, True])
-def test_new_folders_are_on_the_disk_before_what_is_in_them(
+def test_new_folders_are_fsynced_before_their_contents(
     by_lock: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file's own fsync doesn't save the name of a folder above it (POSIX)."""
+    """fsync of a file does not save the names of the folders above it (POSIX)."""
     synced, real, here = list[str](), os.fsync, Path.cwd()
 
     def fsync(handle: int) -> None:
@@ -142,7 +142,7 @@ def test_new_folders_are_on_the_disk_before_what_is_in_them(
 
     Path("models").mkdir()
     monkeypatch.setattr(os, "fsync", fsync)
-    if by_lock:  # as the folder of a run is made
+    if by_lock:  # creates the folder, as for a run
         with files.lock(Path("models/run/.lock"), what="x"):
             assert synced == ["models"]
         synced.clear()
@@ -154,22 +154,22 @@ def test_new_folders_are_on_the_disk_before_what_is_in_them(
     assert synced == ["contents", "models/run/state"]
 
 
-def test_low_disk_space_is_a_warning(
+def test_low_disk_space_causes_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     free = shutil.disk_usage(".").free
     files.warn_if_low_disk(Path("models/run"), min(1000, free))
     assert capsys.readouterr().err == ""
     files.warn_if_low_disk(Path("models/run"), 1 << 60)
-    told = capsys.readouterr().err
-    assert "MB are free for models/run" in told
-    assert "at least 1,099,511,627,776 MB" in told
+    warning = capsys.readouterr().err
+    assert "MB are free for models/run" in warning
+    assert "at least 1,099,511,627,776 MB" in warning
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))  # type: ignore[attr-defined]
-    files.warn_if_low_disk(Path("models/run"), 1 << 60)  # it doesn't know
+    files.warn_if_low_disk(Path("models/run"), 1 << 60)  # not known
     assert capsys.readouterr().err == ""
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
+def test_interrupted_write_keeps_the_old_file_and_no_temporary_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files.write_atomic(TARGET, b"old")
@@ -181,20 +181,20 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
     with pytest.raises(KeyboardInterrupt):
         files.write_atomic(TARGET, b"new")
     assert TARGET.read_bytes() == b"old"
-    assert left() == ["file"]
+    assert names_in_folder() == ["file"]
 
 
-def test_a_folder_that_cannot_be_made_is_a_resource_error() -> None:
+def test_folder_that_cannot_be_created_is_a_resource_error() -> None:
     Path("plain").write_text("a file")
     with pytest.raises(ResourceError, match="can't write"):
         files.write_atomic(Path("plain/file"), b"")
     TARGET.mkdir(parents=True)
     with pytest.raises(ResourceError, match="can't write"):
         files.write_atomic(TARGET, b"")
-    assert left() == ["file"]
+    assert names_in_folder() == ["file"]
 
 
-def test_a_process_killed_while_writing_leaves_a_whole_file() -> None:
+def test_process_killed_while_writing_leaves_a_complete_file() -> None:
     code = """
 import itertools
 from pathlib import Path
@@ -222,7 +222,7 @@ def _wait_for_change(path: Path) -> Path:
     raise TimeoutError(path)
 
 
-LEFT = ".file.abcdefg_.part"
+STALE = ".file.abcdefg_.part"
 KILLED = """
 import os, signal
 from pathlib import Path
@@ -233,19 +233,19 @@ with files.lock(Path("deep/er/.lock"), what="x"):
 """
 
 
-def test_what_a_killed_write_left_goes_with_the_next_lock() -> None:
-    FOLDER.mkdir(parents=True)  # else it is killed while it makes the folder
+def test_next_lock_deletes_temporary_files_of_a_killed_process() -> None:
+    FOLDER.mkdir(parents=True)  # otherwise it is killed while it creates the folder
     subprocess.run([sys.executable, "-c", KILLED], check=False)
-    names = [name for name in left() if name.endswith(files.PART)]
+    names = [name for name in names_in_folder() if name.endswith(files.PART)]
     assert len(names) == 1
     assert (FOLDER / names[0]).read_bytes() == b"half of it"
     with files.lock(FOLDER / ".lock", what="x", owned=["other"]):
-        assert names[0] in left()
+        assert names[0] in names_in_folder()
     with files.lock(FOLDER / ".lock", what="x", owned=["other", "file"]):
-        assert left() == [".lock"]
+        assert names_in_folder() == [".lock"]
 
 
-def test_only_what_was_left_of_that_very_file_goes() -> None:
+def test_only_temporary_files_of_the_given_names_are_deleted() -> None:
     others = [
         ".file.json.abcdefgh.part",
         ".other.abcdefgh.part",
@@ -259,37 +259,37 @@ def test_only_what_was_left_of_that_very_file_goes() -> None:
         ".file.ABCDEFGH.part",
     ]
     FOLDER.mkdir(parents=True)
-    for name in (LEFT, *others):
+    for name in (STALE, *others):
         (FOLDER / name).touch()
-    (FOLDER / ".file.12345678.part").mkdir()  # no file of ours
+    (FOLDER / ".file.12345678.part").mkdir()  # a folder
     files.remove_stale_temp_files(FOLDER, ["file"], alone=True)
-    assert left() == sorted([*others, ".file.12345678.part"])
+    assert names_in_folder() == sorted([*others, ".file.12345678.part"])
     files.remove_stale_temp_files(FOLDER / "none", ["file"], alone=True)
 
 
-def test_without_a_lock_only_what_is_old_goes() -> None:
+def test_without_a_lock_only_old_temporary_files_are_deleted() -> None:
     FOLDER.mkdir(parents=True)
-    young, old = FOLDER / LEFT, FOLDER / ".file.12345678.part"
+    young, old = FOLDER / STALE, FOLDER / ".file.12345678.part"
     for path in (young, old):
         path.touch()
     os.utime(old, (time.time() - 3700,) * 2)
     os.utime(young, (time.time() - 3400,) * 2)
     files.remove_stale_temp_files(FOLDER, ["file"], alone=False)
-    assert left() == [LEFT]
+    assert names_in_folder() == [STALE]
 
 
-def test_a_lock_that_is_held_leaves_what_its_holder_writes() -> None:
-    holder = holding(60)
-    (FOLDER / LEFT).touch()
+def test_failed_lock_does_not_delete_files_of_its_holder() -> None:
+    holder = start_holder(60)
+    (FOLDER / STALE).touch()
     with pytest.raises(ResourceError), files.lock(FOLDER / ".lock", what="x", owned=["file"]):
         pass
-    assert LEFT in left()
+    assert STALE in names_in_folder()
     holder.kill()
     holder.wait()
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENOSPC, errno.ESTALE])
-def test_errors_of_the_system_are_reported_in_its_own_words(number: int) -> None:
+def test_system_errors_are_reported_with_their_message(number: int) -> None:
     error = OSError(number, os.strerror(number))
     reading, writing = files.cannot_read("a/file", error), files.cannot_write(Path("a/file"), error)
     assert (reading.what, reading.where) == (f"can't read: {os.strerror(number)}", "a/file")
@@ -299,7 +299,7 @@ def test_errors_of_the_system_are_reported_in_its_own_words(number: int) -> None
     assert writing.fix
 
 
-def test_errors_of_the_disk_are_told_from_others() -> None:
+def test_disk_errors_are_distinguished_from_others() -> None:
     for number in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
         assert files.is_io_error(OSError(number, os.strerror(number)))
     for number in (errno.EACCES, errno.EMFILE, errno.ENOSPC):
@@ -316,7 +316,7 @@ def test_sha256_of_a_file() -> None:
     assert files.sha256(Path("big")) == hashlib.sha256(big).hexdigest()
 
 
-def test_a_lock_has_one_holder() -> None:
+def test_lock_has_only_one_holder() -> None:
     path = FOLDER / ".lock"
     with files.lock(path, what="run 'x'"), pytest.raises(ResourceError) as caught:  # noqa: SIM117
         with files.lock(path, what="run 'x'"):
@@ -325,19 +325,19 @@ def test_a_lock_has_one_holder() -> None:
     assert caught.value.where == str(FOLDER)
     assert caught.value.exit_code == 5
     with files.lock(path, what="run 'x'"):
-        assert left() == [".lock"]
+        assert names_in_folder() == [".lock"]
 
 
-def test_a_lock_is_given_back_after_an_error() -> None:
+def test_lock_is_released_after_an_error() -> None:
     path = FOLDER / ".lock"
     with pytest.raises(ZeroDivisionError), files.lock(path, what="x"):
         raise ZeroDivisionError
     with files.lock(path, what="x"):
         pass
-    assert left() == [".lock"]
+    assert names_in_folder() == [".lock"]
 
 
-def test_a_lock_that_cannot_be_written_is_a_resource_error() -> None:
+def test_lock_file_that_cannot_be_written_is_a_resource_error() -> None:
     Path("plain").write_text("a file")
     with (
         pytest.raises(ResourceError, match="can't write"),
@@ -346,24 +346,24 @@ def test_a_lock_that_cannot_be_written_is_a_resource_error() -> None:
         pass
 
 
-def holding(seconds: int) -> subprocess.Popen[str]:
-    """A process that holds the lock by now, for so many seconds."""
+def start_holder(seconds: int) -> subprocess.Popen[str]:
+    """Start a process that holds the lock for so many seconds; return when it does."""
     code = """
 import time
 from pathlib import Path
 from convlens.utils.files import lock
 with lock(Path("deep/er/.lock"), what="x"):
-    print("held", flush=True)
+    print("locked", flush=True)
     time.sleep(SECONDS)
 """.replace("SECONDS", str(seconds))
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
+    assert holder.stdout.readline() == "locked\n"
     return holder
 
 
-def test_a_killed_process_leaves_no_lock_behind() -> None:
-    holder = holding(60)
+def test_lock_of_a_killed_process_is_released() -> None:
+    holder = start_holder(60)
     with pytest.raises(ResourceError, match="another process is using x"):  # noqa: SIM117
         with files.lock(FOLDER / ".lock", what="x"):
             pass
@@ -373,14 +373,14 @@ def test_a_killed_process_leaves_no_lock_behind() -> None:
         pass
 
 
-def test_a_lock_can_be_waited_for() -> None:
-    holder = holding(1)
+def test_lock_waits_for_its_holder() -> None:
+    holder = start_holder(1)
     with files.lock(FOLDER / ".lock", what="x", timeout_s=60):
         assert holder.wait(10) == 0
 
 
-def without(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without kernel locks."""
+def disable_locks(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make locks fail, as on a file system without them."""
     fcntl = pytest.importorskip("fcntl")
 
     def flock(*_: Any) -> None:
@@ -389,9 +389,9 @@ def without(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-def test_a_file_system_that_refuses_locks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    without(errno.ENOLCK, monkeypatch)
+def test_file_system_without_locks_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    disable_locks(errno.ENOLCK, monkeypatch)
     with pytest.raises(ResourceError, match="No locks available") as caught:  # noqa: SIM117
         with files.lock(FOLDER / ".lock", what="x"):
-            raise AssertionError("held")
+            raise AssertionError("locked")
     assert caught.value.where == str(FOLDER / ".lock")

@@ -1,4 +1,4 @@
-"""What the command line sets for its own process, before it imports torch."""
+"""Settings that the command line makes for its own process before it imports torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from convlens.utils import process
         ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}),
     ],
 )
-def test_values_of_the_user_win(
+def test_environment_variables_of_the_user_are_kept(
     given: dict[str, str], expected: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "CUBLAS_WORKSPACE_CONFIG"):
@@ -42,10 +42,10 @@ cli.run()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp on Linux")
 @pytest.mark.parametrize(("own", "count"), [(None, "1000"), ("4321", "4321")])
-def test_the_libgomp_of_torch_has_read_the_spin_count(
+def test_libgomp_of_torch_reads_the_spin_count(
     own: str | None, count: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """libgomp itself lists what it goes by when it is loaded, on stderr."""
+    """libgomp lists its settings on stderr when it is loaded."""
     torch_folder = Path(__import__("torch").__file__).parent
     if not [*torch_folder.glob("lib/libgomp*"), *torch_folder.parent.glob("torch.libs/libgomp*")]:
         pytest.skip("this build of torch has another OpenMP")
@@ -61,7 +61,7 @@ def test_the_libgomp_of_torch_has_read_the_spin_count(
     assert line.endswith(f"GOMP_SPINCOUNT = '{count}'")
 
 
-def test_the_command_line_sets_up_its_process_and_the_api_does_not() -> None:
+def test_command_line_sets_up_its_process() -> None:
     program = """
 import gc, os, sys
 from convlens import cli

@@ -1,4 +1,4 @@
-"""Signal handlers: caught for as long as a training runs, and the caller's own again after it."""
+"""Signals are caught while a training runs, and the caller's handlers are restored after it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from convlens.utils.process import (
-    STOPPING,
+    STOP_SIGNALS,
     StopSignal,
     Terminated,
     catch_stop_signals,
@@ -21,7 +21,7 @@ from convlens.utils.process import (
 )
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-NUMBERS = [getattr(signal, name) for name in ("SIGINT", *STOPPING)]
+NUMBERS = [getattr(signal, name) for name in ("SIGINT", *STOP_SIGNALS)]
 
 
 def handlers() -> list[Any]:
@@ -30,7 +30,7 @@ def handlers() -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def own_handlers() -> Iterator[list[Any]]:
-    """A program with handlers of its own for all of them."""
+    """A program with its own handlers for all of these signals."""
     before = handlers()
     for number in NUMBERS:
         signal.signal(number, lambda *_: None)
@@ -40,20 +40,20 @@ def own_handlers() -> Iterator[list[Any]]:
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
-def test_the_flag_catches_a_signal_and_the_callers_handlers_come_back(
+def test_flag_is_set_by_a_signal_and_handlers_are_restored(
     number: signal.Signals, own_handlers: list[Any]
 ) -> None:
     with catch_stop_signals() as flag:
         assert handlers() != own_handlers
         os.kill(os.getpid(), number)
-        assert (flag.up, flag.name) == (True, number.name)
+        assert (flag.is_set, flag.name) == (True, number.name)
     assert handlers() == own_handlers
     with contextlib.suppress(ZeroDivisionError), catch_stop_signals():
         1 / 0  # noqa: B018
     assert handlers() == own_handlers
 
 
-def test_a_signal_outside_of_training_is_raised_and_the_callers_handlers_come_back(
+def test_signal_outside_a_training_step_is_raised_and_handlers_are_restored(
     own_handlers: list[Any],
 ) -> None:
     with pytest.raises(Terminated), raise_on_signals():
@@ -61,7 +61,7 @@ def test_a_signal_outside_of_training_is_raised_and_the_callers_handlers_come_ba
     assert handlers() == own_handlers
 
 
-def test_other_threads_than_the_main_one_touch_no_handler(own_handlers: list[Any]) -> None:
+def test_threads_do_not_change_signal_handlers(own_handlers: list[Any]) -> None:
     seen: list[list[Any]] = []
 
     def train() -> None:
@@ -75,7 +75,7 @@ def test_other_threads_than_the_main_one_touch_no_handler(own_handlers: list[Any
     assert seen == [own_handlers]
 
 
-def test_a_handler_that_python_can_not_restore_is_left_alone(
+def test_handler_that_python_cannot_restore_is_not_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`getsignal` returns None for a handler that the embedding program installed in C."""

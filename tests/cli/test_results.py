@@ -1,0 +1,81 @@
+"""Results that commands print as text, and the recipes table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convlens import recipe
+from helpers.commands import DIGITS, NET, here, pictures
+
+
+@pytest.mark.figures
+def test_results_go_to_stdout_and_status_messages_to_stderr() -> None:
+    done = here("train", *DIGITS, "--name", "mine")
+    assert "test accuracy" in done.out
+    assert "95% interval" in done.out
+    assert "n = 270" in done.out
+    assert "models/mine/model.safetensors" in done.out
+    assert "plots/mine" in done.out
+    assert "epoch" not in done.out.replace("weights of epoch", "")
+    assert "convlens predict mine IMAGE" in done.err
+
+
+def test_number_of_uses_of_the_test_set_is_printed() -> None:
+    assert "; test set used once\n" in here("train", *DIGITS, "--name", "mine").out
+    assert "; test set used 2 times\n" in here("train", *DIGITS, "--name", "mine").out
+    assert "; test set used 3 times\n" in here("evaluate", "mine").out
+    assert "test set used" not in here("evaluate", "mine", "--split", "val").out
+    pictures(Path("own"), {"3": 2, "7": 3})
+    assert "test set used" not in here("evaluate", "mine", "--data", "own").out
+
+
+@pytest.mark.figures
+def test_no_line_is_printed_twice() -> None:
+    """On a terminal, stdout and stderr are mixed."""
+    common = [*DIGITS[:-1], "train.epochs=1"]
+    for arguments in (
+        ["train", *common, "--name", "one"],
+        ["train", *common, "--name", "one"],
+        ["train", *common, "--name", "two", "--seeds", "2"],
+        ["evaluate", "one"],
+        ["compare", "one", "two"],
+        ["labels", *common, "--folds", "2"],
+        ["diagnose", "one"],
+        ["report", "one"],
+        ["look", "one", "test:3"],
+        ["recipes"],
+    ):
+        done = here(*arguments)
+        assert done.code == 0, done.err
+        lines = [line.strip() for line in (done.out + done.err).splitlines()]
+        sentences = [
+            line for line in lines if len(line.split()) > 3 and any(map(str.isalpha, line))
+        ]
+        assert len(sentences) == len(set(sentences)), arguments
+        accuracies = [line for line in lines if line.startswith("test accuracy")]
+        assert len(accuracies) == len({line[:40] for line in accuracies}), arguments
+
+
+def test_recipes_lists_and_prints_every_recipe() -> None:
+    table = here("recipes").out
+    for name in recipe.recipe_names():
+        assert name in table
+        assert here("recipes", name).out == recipe.recipe_text(name)
+    assert here("recipes", "digits", "--json").json == recipe.load_recipe("digits").model_dump(
+        mode="json"
+    )
+
+
+def test_names_that_contain_markup_are_printed_verbatim() -> None:
+    root = pictures(Path("[red]set"), {"[b]x": 6, "[i]y": 6})
+    (root / "[i]note.txt").write_text("")
+    (root / "[i]y" / "notes.txt").write_text("")
+    done = here("train", root, *NET, "--name", "odd")
+    assert done.code == 0, done.err
+    assert "[red]set: 1 files that are no images were ignored" in done.err
+    table = here("evaluate", "odd").out
+    assert "[b]x" in table
+    assert "[i]y" in table
+    assert "[b]x" in here("audit", root).out
