@@ -25,7 +25,7 @@ def figures_of(summary: VariantSummary) -> dict[str, Any]:
     """What a variant reached, with what is needed to understand it later."""
     outcomes = summary.outcomes
     last = [outcome.history[-1] for outcome in outcomes]
-    facts = outcomes[0].place.metadata()
+    facts = outcomes[0].run_dir.metadata()
     return summary.to_dict() | {
         "split": outcomes[0].looked.split,
         "epochs": [outcome.epochs[1] for outcome in outcomes],

@@ -240,8 +240,8 @@ def measure(
             "convlens_over_interval": [round(end, 3) for end in median_interval(ratios)],
             "tried": tried[name],
         }
-        told = f"{statistics.median(mine):>9,.0f} images/s   {found[name]['convlens_over']:.2f}"
-        print(f"{row.name:12} {name:18} {told}  {chosen[name]}", file=sys.stderr)
+        summary = f"{statistics.median(mine):>9,.0f} images/s   {found[name]['convlens_over']:.2f}"
+        print(f"{row.name:12} {name:18} {summary}  {chosen[name]}", file=sys.stderr)
     return {
         "title": case.title,
         "batch": row.batch,

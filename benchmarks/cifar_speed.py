@@ -125,8 +125,8 @@ def cold(seed: int, changes: list[str]) -> None:
     from convlens.training import train
 
     asked = recipe.load_recipe("cifar10-fast", [f"train.seed={seed}", *changes])
-    place = train.train(asked, test=False, quiet=True)
-    result = evaluation.evaluate(place, "test", tta=TTA, quiet=True)
+    run_dir = train.train(asked, test=False, quiet=True)
+    result = evaluation.evaluate(run_dir, "test", tta=TTA, quiet=True)
     assert result.tta is not None
     print(json.dumps({"plain": result.accuracy, "tta": result.tta["accuracy"]}), flush=True)
 

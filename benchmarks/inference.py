@@ -160,9 +160,9 @@ def predict_case(kind: str, case: Case, paths: list[str], rounds: int) -> dict[s
     found = ratio(lambda: list(prediction.predict(model, some, quiet=True)), needed, rounds)
     found["decoding_seconds"] = round(statistics.median(decoding[1:]), 4)
     with tempfile.TemporaryDirectory() as folder:
-        place = RunDir(Path(folder) / "model")
-        place.save_model(model.model.state_dict(), model.model_metadata)
-        program = [sys.executable, "-m", "convlens", "predict", str(place.model_path)]
+        run_dir = RunDir(Path(folder) / "model")
+        run_dir.save_model(model.model.state_dict(), model.model_metadata)
+        program = [sys.executable, "-m", "convlens", "predict", str(run_dir.model_path)]
         command = [*program, str(Path(paths[0]).parent), "--format", "csv"]
         spent = seconds_of(lambda: subprocess.run(command, check=True, capture_output=True))
     whole = seconds_of(lambda: only_decode(paths, model.preprocessing))

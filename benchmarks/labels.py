@@ -116,14 +116,14 @@ def measured(
     table = folder / f"{name}-{kind}.csv"
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *zip(paths, given.tolist(), strict=True)])
-    begun = time.process_time()
+    start = time.process_time()
     report = label_errors.find_label_errors(
         asked.recipe or recipe,
         [*overrides, *asked.overrides],
         data=table,
         folds=asked.folds,
     )
-    seconds = time.process_time() - begun
+    seconds = time.process_time() - start
     wrong = dict(zip(map(str, paths), given != targets, strict=True))
     planted = np.array([wrong[identity] for identity in report.ids])
     if asked.keep:

@@ -74,11 +74,12 @@ def augmenting(
     step: Callable[[], None], operations: Augment, pixels: Tensor, labels: Tensor
 ) -> Callable[[], None]:
     """`operations` on one batch, then `step`, which doesn't use what they gave."""
-    generator, place = torch.Generator(), SampleInfo(torch.arange(len(labels)), 1, 0)
+    generator = torch.Generator()
+    sample_info = SampleInfo(torch.arange(len(labels)), 1, 0)
 
     def both() -> None:
         generator.manual_seed(0)
-        operations(to_unit(pixels), labels, place, generator)
+        operations(to_unit(pixels), labels, sample_info, generator)
         step()
 
     return both

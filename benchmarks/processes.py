@@ -88,10 +88,10 @@ def steps_of(
 
 def timed(step: Callable[[], object], steps: int, threads: int) -> float:
     torch.set_num_threads(threads)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(steps):
         step()
-    return (time.perf_counter() - begun) / steps
+    return (time.perf_counter() - start) / steps
 
 
 def compare(

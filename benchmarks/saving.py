@@ -55,22 +55,22 @@ def measured(how: dict[str, object], folder: Path, repeats: int) -> dict[str, fl
     tree = recipe.load_recipe({"name": "saving", "data": DATA, "train": PLAIN, **how})
     setup = build_training_job(tree, load_data(tree.data, memory_budget=1 << 30), "cpu")
     next(iter(setup.fit()))
-    place = RunDir(folder / "run")
-    place.create(setup.recipe, {"digests": []})
-    keeper = CheckpointManager(setup, place)
+    run_dir = RunDir(folder / "run")
+    run_dir.create(setup.recipe, {"digests": []})
+    keeper = CheckpointManager(setup, run_dir)
     state, both = Spent(), Spent()
     for epoch in range(1, repeats + 2):
         row = {"epoch": float(epoch), **dict.fromkeys(ROW, 1.0)}
         for better, spent in ((False, state), (True, both)):
             if better:
-                keeper._pending = model_snapshot(setup, place.name, row)
+                keeper._pending = model_snapshot(setup, run_dir.name, row)
             setup.state.step += 1
             spent.add(keeper.save)
-    size = max((place.path / "state").glob("*.safetensors")).stat().st_size
+    size = max((run_dir.path / "state").glob("*.safetensors")).stat().st_size
     return {
         "parameters": sum(p.numel() for p in setup.trained.parameters()),
         "state_mb": round(size / 2**20, 2),
-        "model_mb": round(place.model_path.stat().st_size / 2**20, 2),
+        "model_mb": round(run_dir.model_path.stat().st_size / 2**20, 2),
         "state_seconds": state.wall(),
         "state_share": round(state.wall() / SAVE_INTERVAL_S, 5),
         "seconds": both.wall(),

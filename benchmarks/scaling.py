@@ -30,9 +30,8 @@ import numpy as np
 import torch
 from torch import nn
 
-import convlens.data.dataset as data
 from convlens import device, metrics, models, optim
-from convlens.data import sources
+from convlens.data import dataset, sources
 from convlens.data.loader import Batches, Normalize, epoch_order
 from convlens.data.sources import DrawnShapes
 from convlens.data.types import DataSource, NumberedStrings, Part
@@ -85,9 +84,9 @@ def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dic
     figures = {}
     config = DataConfig(name="repeated", image_size=side)
 
-    def opening() -> data.Data:
-        found = data.load(config, memory_budget=budget)
-        data.channel_stats(found.train)
+    def opening() -> dataset.Data:
+        found = dataset.load_data(config, memory_budget=budget)
+        dataset.channel_stats(found.train)
         epoch_order(len(found.train), 0, 1)
         with tempfile.TemporaryDirectory() as folder:
             RunDir(Path(folder)).write_split(found.held_out)
@@ -109,7 +108,7 @@ def timed(job: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, time.process_time() - cpu, time.perf_counter() - wall
 
 
-def trained(model: nn.Module, loaded: data.Data, batch: int) -> tuple[float, float]:
+def trained(model: nn.Module, loaded: dataset.Data, batch: int) -> tuple[float, float]:
     """CPU and wall seconds an image over some batches, gathering and optimiser included."""
     plan = device.Plan("cpu", "fp32", "contiguous")
     batches = Batches(
@@ -139,7 +138,7 @@ def trained(model: nn.Module, loaded: data.Data, batch: int) -> tuple[float, flo
     return median(rounds)
 
 
-def evaluated(model: nn.Module, loaded: data.Data) -> tuple[float, float]:
+def evaluated(model: nn.Module, loaded: dataset.Data) -> tuple[float, float]:
     """CPU and wall seconds an image: answers of the network, then all of their numbers."""
     plan = device.Plan("cpu", "fp32", "contiguous")
     # As many from every set, and full batches, whose buffers are a good part of the memory: the
@@ -148,7 +147,7 @@ def evaluated(model: nn.Module, loaded: data.Data) -> tuple[float, float]:
     # Neighbours differ, since equal ones are quicker: what branches a pooling takes is then known.
     step = max(1, len(loaded.val) // count - 1) | 1
     index = torch.arange(count) * step % len(loaded.val)
-    part = data.Split(loaded.val.rows.take(index), loaded.val.labels[index], [""] * count)
+    part = dataset.Split(loaded.val.rows.take(index), loaded.val.labels[index], [""] * count)
 
     def some() -> None:
         normalize = Normalize([0.5] * 3, [0.25] * 3)

@@ -29,9 +29,10 @@ CLASSES = 10
 START = """
 import time
 import torch, convlens.data.dataset, convlens.recipe  # imports are counted apart
-from convlens import data, recipe
+from convlens import recipe
+from convlens.data import dataset
 begin = time.perf_counter()
-found = data.load(recipe.DataConfig(name={folder!r}), memory_budget={budget})
+found = dataset.load_data(recipe.DataConfig(name={folder!r}), memory_budget={budget})
 print(time.perf_counter() - begin, len(found.train))
 """
 

@@ -42,12 +42,12 @@ def peer_epochs(script: Path, data: Path, arguments: list[str]) -> Iterator[dict
     It is held while the caller does something else between two of them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "mnist"
-        place.mkdir()
-        shutil.copy(script, place / "main.py")
+        working_dir = Path(folder) / "mnist"
+        working_dir.mkdir()
+        shutil.copy(script, working_dir / "main.py")
         (Path(folder) / "data").symlink_to(data.resolve())
         command = [sys.executable, "-u", "main.py", *arguments]
-        process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=working_dir, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         spent, first, last = 0.0, None, 0.0
         try:
@@ -94,8 +94,8 @@ def main() -> None:
     def run_one() -> None:
         if waiting:
             runs.append(one_run(arguments.recipe, waiting.pop(0)))
-            told = {key: runs[-1][key] for key in ("seed", "accuracy", "seconds")}
-            print(f"{arguments.recipe}: {told}", file=sys.stderr)
+            summary = {key: runs[-1][key] for key in ("seed", "accuracy", "seconds")}
+            print(f"{arguments.recipe}: {summary}", file=sys.stderr)
 
     rows = list[dict[str, Any]]()
     if arguments.peer:

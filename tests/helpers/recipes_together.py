@@ -1,6 +1,6 @@
-"""Trains the recipe files that are named, one after the other: what tests run under torchrun.
+"""Train the named recipe files one after another; runs under torchrun.
 
-The first one as a user does, with plots and test; the others are only trained, which is quicker.
+The first one is trained and tested as by the command; the others are only trained, which is faster.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from convlens.training import train
 from convlens.training.setup import build_training_job
 
 
-def train_only(asked: Recipe, name: str) -> None:
-    world = distributed.init_process_group()
-    place = run.shared_run_dir(world, lambda: RunDir(Path("models") / name))
-    device.prepare(asked.train.deterministic)
+def train_only(options: Recipe, name: str) -> None:
+    group = distributed.init_process_group()
+    run_dir = run.shared_run_dir(group, lambda: RunDir(Path("models") / name))
+    device.prepare(options.train.deterministic)
     setup = build_training_job(
-        asked, load_data(asked.data, memory_budget=1 << 30), "cpu", world=world
+        options, load_data(options.data, memory_budget=1 << 30), "cpu", world=group
     )
-    place.create(setup.recipe, {})
-    train.fit(setup, place, quiet=True)
+    run_dir.create(setup.recipe, {})
+    train.fit(setup, run_dir, quiet=True)
     state = setup.trained.state_dict().items()
-    found = {name: tensor.double().flatten().tolist() for name, tensor in state}
-    assert world.broadcast(lambda: found) == found  # all processes hold the same bits
+    values = {name: tensor.double().flatten().tolist() for name, tensor in state}
+    assert group.broadcast(lambda: values) == values  # all processes have the same bits
 
 
 def main(suffix: str, first: str, *others: str) -> None:
