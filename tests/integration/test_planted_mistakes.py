@@ -191,7 +191,7 @@ def test_test_images_among_the_training_images_are_reported() -> None:
 
 
 def test_all_inputs_get_the_normalization_of_training(digits: Run) -> None:
-    """It stands in the model file, and in one run_dir in the code."""
+    """Mean and standard deviation are in the model file and applied in one place of the code."""
     paths, pixels = files_of(digits, 40)
     plain = [answer.prob for answer in digits.predict(paths)]
     assert [answer.prob for answer in digits.predict(pixels)] == plain
@@ -233,7 +233,7 @@ def test_images_are_rotated_as_exif_says(tmp_path: Path) -> None:
     answers = Run(model).predict(root)
     assert [answer.label for answer in answers] == ["left", "left", "right"]
     assert answers[0].prob == answers[1].prob
-    # What training sees is what testing sees: one decoder, and one run_dir that opens images.
+    # Training and evaluation use the same decoder.
     split, *_ = load_external_data(
         str(root), "train", image_size=8, channels=3, fit="stretch", memory_budget=1 << 30
     )
