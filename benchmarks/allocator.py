@@ -1,6 +1,6 @@
-"""What `process.keep_freed_memory` changes: step times and page faults with and without it.
+"""Step times and page faults with and without `process.keep_freed_memory`.
 
-The setting holds for a whole process, so each measurement is a process of its own; they take
+The setting applies to a whole process, so each measurement runs in its own process. They take
 turns, and the ratio is the median over pairs.
 
     python benchmarks/allocator.py [--rounds 5]
@@ -41,11 +41,11 @@ for name, (net, shape) in nets.items():
     for step in range(14):
         if step == 4:
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        begin = time.perf_counter()
+        start = time.perf_counter()
         nn.functional.cross_entropy(net(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start)
     faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / 10
     out[name] = [statistics.median(times[4:]), faults]
 print(json.dumps(out))

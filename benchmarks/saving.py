@@ -1,8 +1,8 @@
-"""What saving costs: seconds of one save of all that continuing needs, and its share of a minute.
+"""Time of saving a checkpoint, and its share of the minute between two checkpoints.
 
-A training saves once a minute. Each network is trained for a step (so that the optimiser has its
-state), and then saved several times into a folder on this disk: the state alone, as in the middle
-of an epoch, and by turns the model file as well, as after an epoch that was the best so far.
+Each network is trained for a step, so that the optimizer has its state, and then saved several
+times to this disk: the checkpoint alone, as in the middle of an epoch, and in turn also the model
+file, as after the best epoch so far.
 
     python benchmarks/saving.py [--repeats 5] [--folder .]
 """
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import torch
@@ -50,9 +50,9 @@ ROW = (
 )
 
 
-def measured(how: dict[str, object], folder: Path, repeats: int) -> dict[str, float]:
-    """Megabytes of a state and a model file, and the median seconds of writing one and both."""
-    tree = recipe.load_recipe({"name": "saving", "data": DATA, "train": PLAIN, **how})
+def measured(changes: dict[str, object], folder: Path, repeats: int) -> dict[str, float]:
+    """Measure sizes of checkpoint and model file, and median seconds of writing one and both."""
+    tree = recipe.load_recipe({"name": "saving", "data": DATA, "train": PLAIN, **changes})
     setup = build_training_job(tree, load_data(tree.data, memory_budget=1 << 30), "cpu")
     next(iter(setup.fit()))
     run_dir = RunDir(folder / "run")
@@ -80,15 +80,15 @@ def measured(how: dict[str, object], folder: Path, repeats: int) -> dict[str, fl
 
 
 class Spent:
-    """Wall and CPU seconds of several times the same; the first time is not counted."""
+    """Wall and CPU seconds of repeated calls; the first call is not counted."""
 
     def __init__(self) -> None:
         self._all: list[tuple[float, float]] = []
 
     def add(self, job: Callable[[], None]) -> None:
-        began, cpu = time.perf_counter(), time.process_time()
+        start, cpu = time.perf_counter(), time.process_time()
         job()
-        self._all.append((time.perf_counter() - began, time.process_time() - cpu))
+        self._all.append((time.perf_counter() - start, time.process_time() - cpu))
 
     def wall(self) -> float:
         return round(statistics.median(wall for wall, _ in self._all[1:]), 4)
@@ -100,14 +100,14 @@ class Spent:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", default=".", help="on the disk that is to be measured")
-    asked = parser.parse_args()
+    parser.add_argument("--folder", default=".", help="folder on the disk to measure")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     rows = {}
-    for name, how in NETWORKS.items():
-        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-            rows[name] = measured(how, Path(folder), asked.repeats)
-    figures = {"repeats": asked.repeats, "save_seconds": SAVE_INTERVAL_S, "networks": rows}
+    for name, changes in NETWORKS.items():
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            rows[name] = measured(changes, Path(folder), options.repeats)
+    figures = {"repeats": options.repeats, "save_seconds": SAVE_INTERVAL_S, "networks": rows}
     print(json.dumps(record("saving", figures)))
 
 

@@ -1,6 +1,6 @@
-"""convlens: a recipe on these images, prepared as `convlens train` does, and its loop.
+"""convlens: a recipe on these images, prepared as by `convlens train`, and its training loop.
 
-What `train` does around the loop is left out as it is for the peers: bar, validation, saving.
+As for the peers, progress bar, validation and saving are excluded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def train(row: Row, variant: str, turns: Turns) -> None:
         {"RandomHorizontalFlip": {}},
         {"RandomCrop": {"padding": 2, "padding_mode": "reflect"}},
     ]
-    asked = recipe.load_recipe(
+    config = recipe.load_recipe(
         {
             "name": "peers",
             "augment": flips if row.augment else [],
@@ -40,7 +40,7 @@ def train(row: Row, variant: str, turns: Turns) -> None:
     )
     process.keep_freed_memory()
     device.prepare(deterministic=False)
-    setup = build_training_job(asked, _data(row), "cpu")
+    setup = build_training_job(config, _data(row), "cpu")
     row.check(sum(p.numel() for p in setup.trained.parameters() if p.requires_grad))
     turns.how = f"{setup.plan}{', compiled' if variant == COMPILED else ''}"
     for record in setup.fit():
@@ -50,7 +50,7 @@ def train(row: Row, variant: str, turns: Turns) -> None:
 
 
 def _data(row: Row) -> Data:
-    """The row's images as training split; the others are empty."""
+    """Return the images of the row as training split; the other splits are empty."""
     images, labels = row.load()
     pixels = torch.from_numpy(images)
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()

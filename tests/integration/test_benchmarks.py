@@ -71,15 +71,15 @@ def test_a_peer_trains_in_its_turn_and_stops_on_request(
     monkeypatch.setitem(against_peers.PEERS, name, peer_here)
     with (tmp_path / "log").open("w+") as log:
         process = against_peers.Process(name, tmp_path, tmp_path, log)
-        assert "torch" in process.answer()["versions"]
+        assert "torch" in process.receive()["versions"]
         small_row = Row(**row(tmp_path))
         variants = process.variants(small_row)
         best, tried = against_peers.best_variant(process, small_row, variants[:2], 0.01)
         plans = ("fp32 contiguous", "fp32 channels_last")  # the plan that convlens timed best
         assert best in (variants if len(variants) > 1 else plans)
         assert set(tried) == (set(variants[:2]) if len(variants) > 1 else set())
-        process.tell({"do": "go", "seconds": 0.05})
-        window = process.answer()
+        process.send({"do": "go", "seconds": 0.05})
+        window = process.receive()
         assert window["images"] % 24 == 0
         assert window["seconds"] >= 0.05
         process.stop()

@@ -59,7 +59,7 @@ def test_a_peer_runs_unmodified_and_is_stopped(benchmark: Any, tmp_path: Path) -
     )
     (tmp_path / "cifar10").mkdir()
     torch.save({"images": torch.zeros(91, 2)}, tmp_path / "cifar10" / "train.pt")
-    found = benchmark("cifar_speed").theirs(script, tmp_path, 3)
+    found = benchmark("cifar_speed").run_peer(script, tmp_path, 3)
     assert [run["run"] for run in found["runs"]] == ["0", "1", "2"]
     assert (found["seconds"], found["tta"], found["seconds_sd"]) == (2.5, 0.91, 0.0)
     assert found["cold_seconds"] > 0
@@ -70,7 +70,7 @@ def test_the_error_of_a_failing_peer_is_reported(benchmark: Any, tmp_path: Path)
     script = tmp_path / "peer.py"
     script.write_text("raise RuntimeError('no GPU here')")
     (tmp_path / "cifar10").mkdir()
-    found = benchmark("cifar_speed").theirs(script, tmp_path, 3)
+    found = benchmark("cifar_speed").run_peer(script, tmp_path, 3)
     assert found["failed"] == "RuntimeError: no GPU here"
     assert found["runs"] == []
 
