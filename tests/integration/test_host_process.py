@@ -18,7 +18,9 @@ PROGRAM = r'''
 import faulthandler, gc, hashlib, json, locale, logging, os, pickle, random, signal, socket, sys
 import threading, warnings
 
-import captum.attr, matplotlib.figure, numpy, PIL.Image, PIL.ImageFile, rich.console, sklearn
+# Packages that change global state when they are imported.
+import captum.attr, matplotlib.figure, numpy, PIL.Image, PIL.ImageFile, rich.console, ruamel.yaml
+import sklearn
 import torch, torchvision
 import matplotlib
 
@@ -59,8 +61,6 @@ def state():
         "process": [os.getcwd(), umask, locale.setlocale(locale.LC_ALL), sys.path,
                     socket.getdefaulttimeout()],
         "streams": [repr(sys.stdout), repr(sys.stderr), sys.stdout.errors],
-        # Process-wide settings of the command line are in this module.
-        "process_module": "convlens.utils.process" in sys.modules,
     }
 
 # Settings of the host program, different from the defaults and from those of convlens.

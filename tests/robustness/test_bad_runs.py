@@ -24,9 +24,10 @@ from helpers.commands import (
     pictures,
     refused,
     start,
-    weights,
 )
+from helpers.interrupted_runs import EVERYTHING, equal
 from helpers.launching import wait_until
+from helpers.support import tiny
 
 
 @pytest.fixture(scope="module")
@@ -157,32 +158,22 @@ def test_a_diverging_loss_stops_training_before_the_update() -> None:
     refused(here(*arguments, "model.batch_norm=false"), 6, "NaN or infinite")
 
 
-def test_ctrl_c_saves_and_the_same_command_resumes() -> None:
-    arguments = [
-        "digits",
-        "model.widths=[8,8]",
-        "model.depth=1",
-        "train.epochs=30",
-        "train.memory_format=contiguous",
-        "train.precision=fp32",
-        "--no-test",
-        "--name",
-    ]
-    process = start("train", *arguments, "cut")
-    log = Path("models/cut/metrics.csv")
-    wait_until(log.exists, process)
+def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_bits() -> None:
+    Path("long.yaml").write_text(tiny(*EVERYTHING, "train.epochs=30").to_text())
+    arguments = ("train", "long.yaml", "--no-test", "--device", "cpu", "--name")
+    run_dir = RunDir(Path("models/stopped"))
+    process = start(*arguments, "stopped")
+    wait_until(lambda: len(run_dir.metrics()) > 0, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "the same command goes on from here" in err
-    epochs = len(log.read_text().splitlines()) - 1
-    assert 1 <= epochs < 30
-    load_model(Path("models/cut/model.safetensors"))
-    again = here("train", *arguments, "cut")
-    assert again.code == 0, again.err
-    assert "continuing" in again.err
-    assert len(log.read_text().splitlines()) == 31
-    assert here("train", *arguments, "whole").code == 0
-    resumed, uninterrupted = weights(Path("models/cut")), weights(Path("models/whole"))
-    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+    assert run_dir.metadata()["status"] == "training"
+    assert 1 <= len(run_dir.metrics()) < 30
+    load_model(run_dir.model_path)
+    resumed = here(*arguments, "stopped")
+    assert resumed.code == 0, resumed.err
+    assert "continuing" in resumed.err
+    assert here(*arguments, "uninterrupted").code == 0
+    equal(run_dir, RunDir(Path("models/uninterrupted")))

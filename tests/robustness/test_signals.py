@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from convlens.run import RunDir, load_model as load
-from helpers.commands import brightness_model, command, environment, picture, start
+from helpers.commands import brightness_model, environment, here, picture, refused, start
+from helpers.interrupted_runs import Interrupting
 from helpers.launching import HANG_TIMEOUT_S, wait_until
 from helpers.serving import Pages, serving
 from helpers.support import tiny
@@ -46,19 +47,32 @@ def many() -> Path:
     return Path("many")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_saves_the_training_and_exits_with_75(long_run: RunDir, number: int) -> None:
+def test_sigterm_from_outside_saves_the_training_and_exits_with_75(long_run: RunDir) -> None:
     process = start(*TRAIN)
     wait_until(lambda: len(long_run.metrics()) > 0, process)
-    code, err = ended(process, number)
+    check_stopped(long_run, *ended(process, signal.SIGTERM))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_in_a_step_saves_the_training_and_exits_with_75(
+    long_run: RunDir, number: signal.Signals, interrupting: Interrupting
+) -> None:
+    interrupting.after, interrupting.number = 7, number
+    done = here(*TRAIN)
+    check_stopped(long_run, done.code, done.err)
+
+
+def check_stopped(run_dir: RunDir, code: int, err: str) -> None:
     assert code == 75
     assert "the same command goes on from here" in err
-    checkpoint = long_run.checkpoints.read()
+    checkpoint = run_dir.checkpoints.read()
     assert checkpoint is not None
     assert f"epoch {checkpoint.epoch} after {checkpoint.step} steps" in err
 
 
-def test_a_second_signal_ends_training_at_once_and_damages_no_file(long_run: RunDir) -> None:
+def test_a_second_signal_ends_training_at_once_and_damages_no_file(
+    long_run: RunDir, interrupting: Interrupting
+) -> None:
     process = start(*TRAIN, CONVLENS_SAVE_SECONDS="0")  # saves after every step
     wait_until(lambda: len(long_run.metrics()) > 1, process)
     code, _ = ended(process, signal.SIGTERM, signal.SIGTERM)
@@ -66,9 +80,10 @@ def test_a_second_signal_ends_training_at_once_and_damages_no_file(long_run: Run
     assert long_run.checkpoints.read() is not None
     assert long_run.checkpoints.corrupt == []
     load(long_run.model_path)
-    process = start(*TRAIN)
-    wait_until(lambda: len(long_run.metrics()) > 3, process)
-    assert "continuing" in ended(process, signal.SIGINT)[1]
+    interrupting.after = 3
+    resumed = here(*TRAIN)
+    assert resumed.code == 130
+    assert "continuing" in resumed.err
 
 
 def test_interrupted_decoding_leaves_no_files(many: Path) -> None:
@@ -171,10 +186,7 @@ def test_a_full_disk_under_the_log_does_not_end_a_training() -> None:
 def test_a_second_training_of_the_same_run_is_refused(long_run: RunDir) -> None:
     first = start(*TRAIN)
     wait_until(lambda: len(long_run.metrics()) > 0, first)
-    second = start(*TRAIN)
-    _, err = second.communicate(timeout=HANG_TIMEOUT_S)
-    assert second.returncode == 5
-    assert f"another process is using run {long_run.name!r}" in err
+    refused(here(*TRAIN), 5, f"another process is using run {long_run.name!r}")
     assert ended(first, signal.SIGTERM)[0] == 75
 
 
@@ -206,4 +218,4 @@ def test_printing_into_a_closed_pipe_ends_without_a_traceback() -> None:
     err = process.stderr.read()
     process.wait(HANG_TIMEOUT_S)
     assert "Traceback" not in err
-    assert command("predict", "brightness", paths[0], "--device", "cpu").code == 0
+    assert here("predict", "brightness", paths[0], "--device", "cpu").code == 0

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from convlens import optim
-from convlens.cli import main
 from convlens.errors import DataError, Stopped
 from convlens.recipe import load_recipe
 from convlens.run import RunDir
@@ -203,53 +197,6 @@ def test_everything_that_is_restored_is_what_was_saved(interrupting: Interruptin
 
 
 # Real processes and real signals
-
-COMMAND = [sys.executable, "-m", "convlens", "train", "long.yaml", "--no-test", "--device", "cpu"]
-PIPED: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
-
-
-def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
-    tree = tiny(*EVERYTHING, "train.epochs=20").to_text()
-    Path("long.yaml").write_text(tree)
-    place = RunDir(Path("models/tiny"))
-    code, told = interrupted(place, signal.SIGINT, subprocess.Popen(COMMAND, **PIPED))
-    assert code == 130
-    assert "Traceback" not in told
-    assert "the same command goes on from here" in told
-    first = len(place.metrics())
-    assert place.metadata()["status"] == "training"
-    # A copy of this process, which has imported torch already.
-    copy = multiprocessing.get_context("fork").Process(target=main, args=(COMMAND[3:],))
-    copy.start()
-    assert interrupted(place, signal.SIGTERM, copy)[0] == 75
-    assert place.metadata()["status"] == "training"
-    assert len(place.metrics()) > first
-    asked = load_recipe("long.yaml")
-    found = train.train(asked, plain=True, test=False, on="cpu", quiet=True)
-    assert found.path == place.path
-    whole = train.train(asked, plain=True, fresh=True, test=False, on="cpu", quiet=True)
-    assert whole.path != place.path
-    equal(found, whole)
-
-
-def interrupted(
-    place: RunDir,
-    number: signal.Signals,
-    process: subprocess.Popen[str] | multiprocessing.process.BaseProcess,
-) -> tuple[int | None, str]:
-    """Sends a training a signal once it has finished an epoch; its exit code and stderr."""
-    before, told = len(place.metrics()), ""
-    for _ in range(12_000):
-        if len(place.metrics()) > before:
-            break
-        time.sleep(0.005)
-    assert process.pid is not None
-    os.kill(process.pid, number)
-    if isinstance(process, subprocess.Popen):
-        _, told = process.communicate(timeout=60)
-        return process.returncode, told
-    process.join(60)
-    return process.exitcode, told
 
 
 def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupting) -> None:
