@@ -68,7 +68,7 @@ class Repeated:
 
 
 def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dict[str, float]:
-    """Return CPU and wall seconds of opening, and per image of training and evaluation; peak bytes."""
+    """Return seconds of opening, seconds per image of training and evaluation, and peak bytes."""
 
     def source() -> DataSource:
         images, labels = Repeated(count, side), np.arange(count) % classes

@@ -121,14 +121,14 @@ def kill_and_resume(
         )
     jobs = jobs or max(1, device.usable_cores() // processes)
     with tempfile.TemporaryDirectory(prefix="convlens-selftest-") as root:
-        whole = _Training(Path(root) / "whole", processes)
-        first_file, end = whole.run_to_end()
+        uninterrupted = _Training(Path(root) / "uninterrupted", processes)
+        first_file, end = uninterrupted.run_to_end()
         print_status(f"uninterrupted run: {end:.1f} s (first file after {first_file:.1f} s)")
         moments = [random.Random(f"{seed} {n}") for n in range(kills)]
         results = []
         with progress_bar("kills", kills) as bar, ThreadPoolExecutor(jobs) as pool:
             futures = [
-                pool.submit(_killed, Path(root) / f"{n}", whole, rng, first_file, end)
+                pool.submit(_killed, Path(root) / f"{n}", uninterrupted, rng, first_file, end)
                 for n, rng in enumerate(moments)
             ]
             try:
@@ -307,18 +307,18 @@ def _all_in(path: str) -> list[int]:
 
 
 def _killed(
-    folder: Path, whole: _Training, rng: random.Random, first_file: float, end: float
+    folder: Path, uninterrupted: _Training, rng: random.Random, first_file: float, end: float
 ) -> Kill:
     """Kill a training, resume it, and compare it with the uninterrupted one."""
-    training = _Training(folder, whole.processes)
+    training = _Training(folder, uninterrupted.processes)
     after = rng.uniform(EARLIEST_KILL * first_file, end)
     try:
         while not training.kill(after, rng):  # it ended before the kill
             after = rng.uniform(EARLIEST_KILL * first_file, after)
-            training = _Training(folder / "again", whole.processes)
+            training = _Training(folder / "again", uninterrupted.processes)
             folder = training.folder
         training.run_to_end()
-        different = differences(whole.run_dir, training.run_dir)
+        different = differences(uninterrupted.run_dir, training.run_dir)
     except ConvlensError as error:
         different = [str(error)]
     return Kill(round(after, 3), training.saved, different)

@@ -29,6 +29,9 @@ from helpers.torchrun import (
     written,
 )
 
+# The others notice a lost process within seconds; one that does not would wait for ten minutes.
+NO_HANG_S = 120.0
+
 
 def compare_with_one_process(size: int) -> Done:
     """Train all kinds of recipes with one process and with `size`, and compare the results."""
@@ -122,7 +125,7 @@ def test_no_process_hangs_when_one_is_killed(rank: int) -> None:
     agent = launch(2, *TRAIN)
     in_epoch(run_dir, agent, 2)
     os.kill(processes_of(agent)[rank], signal.SIGKILL)
-    done = ended(agent, timeout=60)
+    done = ended(agent, timeout=NO_HANG_S)
     assert done.code != 0
     assert -signal.SIGKILL in codes(done)
     notice = f"noticed by rank {1 - rank} of 2 on {socket.gethostname()} in epoch "
@@ -185,7 +188,7 @@ cli.main(["train", "digits", "--device", "cpu"])
 @pytest.mark.slow
 def test_an_exception_in_one_process_ends_all() -> None:
     Path("bug.py").write_text(BUG)
-    done = ended(launch(2, "bug.py"), timeout=120)
+    done = ended(launch(2, "bug.py"), timeout=NO_HANG_S)
     assert done.code != 0
     assert "ZeroDivisionError" in done.err
 
@@ -198,7 +201,7 @@ def test_a_failed_write_of_rank_0_ends_all() -> None:
     in_epoch(run_dir, agent, 2)
     shutil.move(run_dir.path, "elsewhere")
     Path("models/tiny").write_text("a file where the folder was")
-    done = ended(agent, timeout=60)
+    done = ended(agent, timeout=NO_HANG_S)
     assert done.err.count("error:") == 1, done.err
     assert "can't write" in done.err
     assert codes(done) <= {5, -signal.SIGTERM}

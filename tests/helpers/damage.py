@@ -101,12 +101,12 @@ def score(
         gone: the result of `read` if a damaged file is treated as missing (a cache).
         has_checksum: whether changed content must be noticed.
     """
-    whole = path.read_bytes()
+    original = path.read_bytes()
     expected = read()
     assert expected is not None
     result, rng = Score(), random.Random(seed)
     for _ in range(cases):
-        content = damaged(whole, rng)
+        content = damaged(original, rng)
         path.write_bytes(content)
         try:
             got = read()
@@ -124,12 +124,12 @@ def score(
             elif not has_checksum:
                 result.counts["read with the change"] += 1
             else:
-                result.wrong.append(f"{_difference(whole, content)}: read differently")
-    path.write_bytes(whole)
+                result.wrong.append(f"{_difference(original, content)}: read differently")
+    path.write_bytes(original)
     assert read() == expected
     return result
 
 
-def _difference(whole: bytes, content: bytes) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(whole, content, strict=False)) if a != b), -1)
-    return f"byte {at} of {len(whole)}, now {len(content)}: {content[at - 20 : at + 20]!r}"
+def _difference(original: bytes, content: bytes) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(original, content, strict=False)) if a != b), -1)
+    return f"byte {at} of {len(original)}, now {len(content)}: {content[at - 20 : at + 20]!r}"

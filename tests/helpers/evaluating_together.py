@@ -27,14 +27,14 @@ def evaluate_sizes(run_dir: RunDir, pieces: int) -> list[dict[str, Any]]:
     run_dir = run.shared_run_dir(group, lambda: run_dir)
     device.prepare(False)
     loaded = run.load_model(run_dir.model_path)
-    whole, name, fingerprint = evaluation.load_eval_split(loaded, "test", on="cpu")
+    test_split, name, fingerprint = evaluation.load_eval_split(loaded, "test", on="cpu")
     results = []
     default, data_parallel.EVAL_CHUNK = data_parallel.EVAL_CHUNK, pieces
     try:
         with console.quiet_mode():
-            for size in (*SIZES, len(whole)):
-                rows = data_parallel.SplitSlice(whole, 0, size)
-                part = Split(rows, whole.labels[:size], list(whole.ids)[:size])
+            for size in (*SIZES, len(test_split)):
+                rows = data_parallel.SplitSlice(test_split, 0, size)
+                part = Split(rows, test_split.labels[:size], list(test_split.ids)[:size])
                 split = EvalSplit(part, name, f"{fingerprint}-{size}-{pieces}")
                 result = evaluation.evaluate_split(
                     run_dir, loaded, split, "test", "cpu", draw=False, world=group

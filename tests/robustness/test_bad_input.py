@@ -375,7 +375,7 @@ import sys
 from pathlib import Path
 from convlens.utils.files import lock
 with lock(Path(sys.argv[1]), what="it"):
-    print("held", flush=True)
+    print("locked", flush=True)
     sys.stdin.read()
 """
 
@@ -393,7 +393,7 @@ def test_a_run_in_use_by_another_process_is_refused() -> None:
     )
     try:
         assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+        assert other.stdout.readline() == "locked\n"
         done = here("train", *DIGITS)
         refused(done, 5, "another process is using run", run.name, "--name")
     finally:

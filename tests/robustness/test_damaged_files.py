@@ -46,18 +46,18 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train.epochs=3",
             "augment=[]",
             "--name",
-            "whole",
+            "original",
         )
         done = here("train", *arguments)
         assert done.code == 0, done.err
-        assert here("evaluate", "whole", "--split", "val").code == 0
+        assert here("evaluate", "original", "--split", "val").code == 0
     return folder
 
 
 @pytest.fixture
 def run(finished_run: Path) -> RunDir:
     shutil.copytree(finished_run / "photos", "photos")
-    return RunDir(Path(shutil.copytree(finished_run / "models" / "whole", "models/whole")))
+    return RunDir(Path(shutil.copytree(finished_run / "models" / "original", "models/original")))
 
 
 Case = tuple[Path, Callable[[], Any], Any]
@@ -236,14 +236,14 @@ def test_a_text_file_that_does_not_parse_is_a_clear_error(
 ) -> None:
     before = run.model_path.read_bytes()
     (run.path / file).write_bytes(content)
-    refused(here("report", "whole"), 4, file)
+    refused(here("report", "original"), 4, file)
     if file == "run.json":
         again = ("train", "photos", "model.widths=[4]", "train.epochs=3", "augment=[]", "--name")
-        refused(here(*again, "whole"), 4, "run.json", "--fresh")
+        refused(here(*again, "original"), 4, "run.json", "--fresh")
     if file == "results.json":
-        refused(here("evaluate", "whole"), 4, "results.json")
+        refused(here("evaluate", "original"), 4, "results.json")
     if file == "metrics.csv":
-        assert here("evaluate", "whole").code == 0  # neither weights nor results depend on it
+        assert here("evaluate", "original").code == 0  # neither weights nor results depend on it
     assert run.model_path.read_bytes() == before
 
 
@@ -266,7 +266,7 @@ def test_an_edited_recipe_file_starts_another_run(run: RunDir) -> None:
     refused(here("labels", run.path, "--folds", "2"), 4, "changed after the run had begun")
     done = here("train", path, "--no-test", "--json")  # an edited recipe: a new run
     assert done.code == 0, done.err
-    assert done.json["run"] != "whole"
+    assert done.json["run"] != "original"
 
 
 @pytest.mark.parametrize(
@@ -289,18 +289,18 @@ def test_the_metrics_of_an_unfinished_run_are_read_strictly(run: RunDir, text: s
     if text == "epoch\n":
         assert run.metrics() == []
     else:
-        refused(here("diagnose", "whole"), 4, "log of epochs", "metrics.csv")
+        refused(here("diagnose", "original"), 4, "log of epochs", "metrics.csv")
 
 
 def test_a_damaged_cache_is_rebuilt(run: RunDir) -> None:
     """One flipped pixel: the image is decoded again and the next start rebuilds the cache."""
     path, read, _ = _pixels(run)
-    whole, expected = path.read_bytes(), read()
-    path.write_bytes(whole[:100] + bytes([whole[100] ^ 4]) + whole[101:])
+    original, expected = path.read_bytes(), read()
+    path.write_bytes(original[:100] + bytes([original[100] ^ 4]) + original[101:])
     assert read() == expected
     assert not path.exists()
     assert read() == expected
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == original
 
 
 def test_a_damaged_cache_without_its_image_file_is_an_error(run: RunDir) -> None:
@@ -321,9 +321,9 @@ def test_a_damaged_cache_without_its_image_file_is_an_error(run: RunDir) -> None
 
 def test_checksums_detect_changed_bytes() -> None:
     for content in (b"", b"x", bytes(100)):
-        whole = add_checksum(content)
-        assert verify_checksum(whole) == content
-        for broken in (whole[:-1], whole + b"\0", content, b"x" * 40):
+        original = add_checksum(content)
+        assert verify_checksum(original) == content
+        for broken in (original[:-1], original + b"\0", content, b"x" * 40):
             with pytest.raises(CorruptError):
                 verify_checksum(broken)
 

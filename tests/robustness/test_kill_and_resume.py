@@ -16,18 +16,20 @@ import selftest
 from convlens import serialization
 from convlens.errors import ResourceError, UsageError
 from convlens.run import RunDir
-from helpers.commands import environment
 from helpers.interrupted_runs import finish
+from helpers.launching import wait_until
 from helpers.support import begin, tiny
 
 
-def test_a_killed_training_ends_with_the_same_bits() -> None:
-    command = [sys.executable, selftest.__file__, "--kills", "1", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    score = json.loads(done.stdout)
+def test_a_killed_training_ends_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["selftest.py", "--kills", "1", "--json"])
+    assert selftest.main() == 0
+    out, err = capsys.readouterr()
+    score = json.loads(out)
     assert score["same"] == score["kills"] == 1
-    assert "1/1 ended with the same bits" in done.stderr
+    assert "1/1 ended with the same bits" in err
 
 
 @pytest.mark.slow
@@ -50,13 +52,15 @@ FAILS = "start().wait(); sys.exit('cannot start another worker')"
 HANGS = "start().wait(); start(); print('hanging', flush=True); time.sleep(600)"
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, program: str) -> selftest._Training:
+def launched(
+    monkeypatch: pytest.MonkeyPatch, program: str, popen: type = subprocess.Popen
+) -> selftest._Training:
     """Return a training of two processes whose command is `program`."""
 
     def start(training: selftest._Training) -> subprocess.Popen[bytes]:
         training.folder.mkdir(parents=True, exist_ok=True)
         with (training.folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(
+            return popen(
                 [sys.executable, "-c", STAND_IN + program],
                 cwd=training.folder,
                 stdout=log,
@@ -88,8 +92,8 @@ def test_only_a_kill_of_a_running_process_counts(monkeypatch: pytest.MonkeyPatch
 def test_a_torchrun_that_fails_after_the_kill_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = launched(monkeypatch, FAILS)
-    kill = selftest._killed(Path("trial").absolute(), whole, random.Random(0), 0.0, 0.1)
+    uninterrupted = launched(monkeypatch, FAILS)
+    kill = selftest._killed(Path("trial").absolute(), uninterrupted, random.Random(0), 0.0, 0.1)
     (difference,) = kill.differences
     assert difference.startswith("torchrun ended with 1\n")
     assert "cannot start another worker" in difference
@@ -97,8 +101,18 @@ def test_a_torchrun_that_fails_after_the_kill_is_reported(
 
 
 def test_a_hanging_torchrun_leaves_no_worker_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "HANG_TIMEOUT_S", 3)
-    training = launched(monkeypatch, HANGS)
+    log = Path("trial/log.txt")
+
+    class TimesOut(subprocess.Popen):  # type: ignore[type-arg]
+        """A process whose wait with a timeout fails as soon as the program hangs."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                return super().wait()
+            wait_until(lambda: "hanging" in log.read_text(), self)
+            raise subprocess.TimeoutExpired("torchrun", timeout)
+
+    training = launched(monkeypatch, HANGS, TimesOut)
     with pytest.raises(ResourceError, match="torchrun hangs"):
         training.kill(0.0, random.Random(0))
     started = workers(training)

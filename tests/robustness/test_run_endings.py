@@ -35,7 +35,7 @@ def train(recipe: Recipe, name: str, **options: bool) -> RunDir:
 
 
 def test_a_run_without_its_model_file_is_not_finished(interrupting: Interrupting) -> None:
-    whole, lost = train(tiny(), "whole"), train(tiny(), "lost")
+    uninterrupted, lost = train(tiny(), "uninterrupted"), train(tiny(), "lost")
     lost.model_path.unlink()
     interrupting.after = 7  # in the second epoch, after the model file was written again
     with pytest.raises(KeyboardInterrupt):
@@ -44,16 +44,16 @@ def test_a_run_without_its_model_file_is_not_finished(interrupting: Interrupting
     assert not lost.finished
     train(tiny(), "lost")
     assert lost.finished
-    assert differences(whole, lost) == []
+    assert differences(uninterrupted, lost) == []
 
 
 def test_lost_weights_are_written_again_from_the_checkpoint() -> None:
     recipe = tiny("train.keep=last", "optim.ema=0.9")
-    whole, lost = train(recipe, "whole"), train(recipe, "lost")
+    uninterrupted, lost = train(recipe, "uninterrupted"), train(recipe, "lost")
     lost.model_path.unlink()
     lost.metrics_path.unlink()
     train(recipe, "lost")
-    assert differences(whole, lost) == []
+    assert differences(uninterrupted, lost) == []
 
 
 def test_a_signal_before_training_starts_leaves_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_a_signal_before_training_starts_leaves_no_run(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("last", [1, 3])
 def test_an_interrupted_validation_is_repeated_on_resume(last: int) -> None:
     """A validation may take long; the epoch is completed when the run resumes."""
-    whole = finish(tiny("optim.ema=0.9"), "whole")
+    uninterrupted = finish(tiny("optim.ema=0.9"), "uninterrupted")
     setup, run_dir = begin(tiny("optim.ema=0.9"), "stopped")
     validate, calls = setup.feed.validate, []
 
@@ -92,11 +92,11 @@ def test_an_interrupted_validation_is_repeated_on_resume(last: int) -> None:
     assert state is not None
     position = state[1]["position"]
     assert (position["epoch"], position["step"]) == (last, 5)
-    equal(finish(tiny("optim.ema=0.9"), "stopped"), whole)
+    equal(finish(tiny("optim.ema=0.9"), "stopped"), uninterrupted)
 
 
 def test_a_signal_after_the_last_validation_stops_the_training() -> None:
-    whole = finish(tiny(), "whole")
+    uninterrupted = finish(tiny(), "uninterrupted")
     setup, run_dir = begin(tiny(), "stopped")
     validate, calls = setup.feed.validate, []
 
@@ -113,7 +113,7 @@ def test_a_signal_after_the_last_validation_stops_the_training() -> None:
     assert run_dir.metadata()["status"] == "training"
     assert len(run_dir.metrics()) == setup.epochs
     run_dir.metrics_path.write_text("damaged")
-    equal(finish(tiny(), "stopped"), whole)
+    equal(finish(tiny(), "stopped"), uninterrupted)
 
 
 def test_a_non_finite_loss_names_the_images_of_its_batch() -> None:
@@ -156,7 +156,7 @@ def test_a_non_finite_gradient_is_attributed_to_its_step(
 def test_images_that_become_unreadable_lose_no_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = train(tiny(), "whole")
+    uninterrupted = train(tiny(), "uninterrupted")
     real, read = Batches.epoch, []
 
     def epoch(batches: Batches, *arguments: int) -> Any:
@@ -174,7 +174,7 @@ def test_images_that_become_unreadable_lose_no_step(
     assert state is not None
     position = state[1]["position"]
     assert (position["epoch"], position["step"]) == (2, 2)
-    assert differences(whole, train(tiny(), "x")) == []
+    assert differences(uninterrupted, train(tiny(), "x")) == []
 
 
 def test_a_busy_gpu_is_an_error_without_restart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_a_busy_gpu_is_an_error_without_restart(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_failing_gpu_loses_only_unsaved_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error that torch raises is simulated in the seventh step."""
-    whole = train(tiny(), "whole")
+    uninterrupted = train(tiny(), "uninterrupted")
     Path("x.yaml").write_text(tiny().to_text())
     real, calls = TrainLoop.train_step, []
 
@@ -209,7 +209,7 @@ def test_a_failing_gpu_loses_only_unsaved_steps(monkeypatch: pytest.MonkeyPatch)
     refused(here(*command), 75, "the GPU failed: CUDA error: unspecified launch failure", "resume")
     assert here(*command).code == 0
     assert len(calls) == 7 + 9  # six steps of fifteen were kept
-    assert differences(whole, RunDir(Path("models/x"))) == []
+    assert differences(uninterrupted, RunDir(Path("models/x"))) == []
 
 
 def test_a_torchrun_restart_resumes_a_fresh_run(
@@ -231,19 +231,19 @@ def test_an_extension_continues_counting_patience() -> None:
     options = (*CONSTANT, "optim.name=sgd", "optim.lr=0.3", "train.patience=4")
     train(tiny(*options), "short")
     longer = tiny(*options, "train.epochs=9")
-    extended, whole = train(longer, "extended", extend=True), train(longer, "whole")
+    extended, uninterrupted = train(longer, "extended", extend=True), train(longer, "uninterrupted")
     assert extended.metadata()["extends"]["exact"] is True
-    assert len(whole.metrics()) < 9
-    assert differences(whole, extended) == []
+    assert len(uninterrupted.metrics()) < 9
+    assert differences(uninterrupted, extended) == []
 
 
 def test_the_name_of_a_killed_extension_can_be_used() -> None:
-    whole, other = train(tiny(), "whole"), train(tiny("optim.lr=0.5"), "other")
+    uninterrupted, other = train(tiny(), "uninterrupted"), train(tiny("optim.lr=0.5"), "other")
     stray = Path("models/x/state")
     shutil.copytree(other.path / "state", stray)
     started = train(tiny(), "x")
     assert started.path == Path("models/x")
-    assert differences(whole, started) == []
+    assert differences(uninterrupted, started) == []
 
 
 def test_a_damaged_other_run_does_not_prevent_an_extension() -> None:

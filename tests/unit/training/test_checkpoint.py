@@ -196,9 +196,6 @@ def test_everything_that_is_restored_is_what_was_saved(interrupting: Interruptin
     assert isinstance(setup.state.loss_sum, float)
 
 
-# Real processes and real signals
-
-
 def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupting) -> None:
     import numpy as np
     from PIL import Image
