@@ -19,7 +19,7 @@ from convlens.engine.inference import VIEWS
 from convlens.errors import UsageError
 from convlens.metrics import wilson_interval
 from convlens.run import RunDir
-from helpers.commands import DIGITS, command, here, refused, sided_model
+from helpers.commands import DIGITS, here, refused, sided_model
 
 every = pytest.mark.parametrize("name", list(VIEWS))
 
@@ -162,13 +162,13 @@ def test_the_table_shows_both_where_they_differ(sided: RunDir) -> None:
 # Both
 
 
-def test_in_processes_of_their_own(sided: RunDir) -> None:
+def test_the_commands_print_both_results(sided: RunDir) -> None:
     root = halves(left=2, right=2)
-    done = command("evaluate", sided.path, "--data", root, "--tta", "flip+shifts", "--json")
+    done = here("evaluate", sided.path, "--data", root, "--tta", "flip+shifts", "--json")
     assert done.code == 0, done.err
     assert (done.json["accuracy"], done.json["tta"]["accuracy"]) == (1.0, 0.5)
     assert done.json["tta"]["views"] == "flip+shifts"
-    done = command("predict", sided.path, root, "--tta", "flip+shifts", "--json")
+    done = here("predict", sided.path, root, "--tta", "flip+shifts", "--json")
     assert done.code == 0, done.err
     assert [a["tta_label"] for a in done.json["predictions"]] == ["right"] * 4
 

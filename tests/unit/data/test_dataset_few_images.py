@@ -19,7 +19,7 @@ from convlens.recipe import DataConfig
 from convlens.training import checkpoint, train
 from convlens.training.checkpoint import EpochClock
 from convlens.training.resolve import validate_recipe
-from helpers.commands import DIGITS, command, here, pictures, refused
+from helpers.commands import DIGITS, here, pictures, refused
 from helpers.support import begin, same, tiny
 
 BARE = ("data.val_fraction=0", "train.keep=last")
@@ -160,7 +160,7 @@ def test_the_audit_shows_folds_and_a_missing_validation_split() -> None:
 
 @pytest.mark.figures
 def test_a_run_without_validation_from_end_to_end() -> None:
-    done = command("train", *DIGITS, *BARE, "--name", "bare")
+    done = here("train", *DIGITS, *BARE, "--name", "bare")
     assert done.code == 0, done.err
     assert "epoch   2/2" in done.err
     assert "validation" not in done.err + done.out

@@ -10,7 +10,7 @@ from convlens.errors import ModelFileError, UsageError
 from convlens.recipe import Recipe
 from convlens.run import RunDir
 from convlens.training import train as training_train
-from helpers.commands import DIGITS, command, here, refused
+from helpers.commands import DIGITS, here, refused
 from helpers.support import tiny
 from selftest import differences
 
@@ -88,12 +88,12 @@ def test_what_cannot_be_extended_is_refused() -> None:
 
 
 def test_the_command() -> None:
-    assert command("train", *DIGITS, "--no-test").code == 0
+    assert here("train", *DIGITS, "--no-test").code == 0
     longer = (*DIGITS[:-1], "train.epochs=3", "--no-test")
-    done = command("train", *longer, "--extend", "--json")
+    done = here("train", *longer, "--extend", "--json")
     assert done.code == 0, done.err
     assert "from 2 epochs: the same bits as 3 epochs" not in done.err  # digits: one-cycle
     assert "not the same as 3 epochs from the beginning" in done.err
     assert "continuing" in done.err
     assert len(RunDir(Path(done.json["path"])).metrics()) == 3
-    refused(here("train", *longer, "--extend", "--seeds", "2"), 2, "--extend is for a single run")
+    refused(here("train", *longer, "--extend", "--seeds", "2"), 2, "--extend needs a single run")

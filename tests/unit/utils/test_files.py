@@ -376,7 +376,7 @@ def test_a_killed_process_leaves_no_lock_behind() -> None:
 def test_a_lock_can_be_waited_for() -> None:
     holder = holding(1)
     with files.lock(FOLDER / ".lock", what="x", timeout_s=60):
-        assert holder.wait(10) == 0
+        assert holder.wait(120) == 0
 
 
 def without(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
