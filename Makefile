@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: $(VENV)/.dev lint types test
 
@@ -35,7 +35,7 @@ types: $(VENV)/.dev
 # What is too long for the suite: kills at random moments, thousands of damaged files, fuzzing.
 chaos: $(VENV)/.dev
 	$(BIN)/python benchmarks/chaos.py $(if $(QUICK),--kills 5 --pairs 2)
-	$(BIN)/python -m pytest --slow -n $(JOBS) $(addprefix tests/,$(LONG))
+	$(BIN)/python -m pytest --slow -n $(JOBS) --dist worksteal $(addprefix tests/,$(LONG))
 
 # Measurements on a CPU; they want a quiet machine. QUICK=1 takes minutes instead of half an hour,
 # and what it finds goes to build/benchmarks instead of benchmarks/results.

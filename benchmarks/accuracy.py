@@ -14,7 +14,7 @@ import argparse
 import json
 from typing import Any
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 from convlens.training import resolve
@@ -22,19 +22,19 @@ from convlens.training.repeats import VariantSummary, train_many
 
 
 def figures_of(summary: VariantSummary) -> dict[str, Any]:
-    """What a variant reached, with what is needed to understand it later."""
+    """Return the results of a variant with the circumstances that are needed to interpret them."""
     outcomes = summary.outcomes
     last = [outcome.history[-1] for outcome in outcomes]
-    facts = outcomes[0].place.metadata()
+    metadata = outcomes[0].run_dir.metadata()
     return summary.to_dict() | {
         "split": outcomes[0].evaluation.split,
         "epochs": [outcome.epochs[1] for outcome in outcomes],
         "kept_epochs": [outcome.epochs[0] for outcome in outcomes],
-        "plan": facts["plan"],
-        "hardware": facts["hardware"],  # that of the training, which may be another one
+        "plan": metadata["plan"],
+        "hardware": metadata["hardware"],  # of the training, which may have run elsewhere
         "train_accuracy_last": [row["train_accuracy"] for row in last],
         "val_accuracy_last": [row["val_accuracy"] for row in last],
-        "splits": facts["data"]["splits"],
+        "splits": metadata["data"]["splits"],
     }
 
 
@@ -47,15 +47,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--refit", action="store_true")
     parser.add_argument("--no-test", action="store_true", help="accuracies are of validation")
-    parser.add_argument("--as", dest="called", help="name of the result")
+    parser.add_argument("--as", dest="result_name", help="name of the result")
     parser.add_argument("--data")
-    # Intermixed, so that overrides may stand behind an option as well.
+    # Intermixed, so that overrides may also follow an option.
     arguments = parser.parse_intermixed_args()
-    asked = resolve.resolve_variants(
+    recipes = resolve.resolve_variants(
         arguments.what, arguments.variants, data=arguments.data, overrides=arguments.overrides
     )
     table = train_many(
-        asked,
+        recipes,
         repeat_splits=arguments.repeat_splits,
         seeds=arguments.seeds,
         refit=arguments.refit,
@@ -73,7 +73,7 @@ def main() -> None:
             "plot": str(table.plot),
         }
         variant = [summary.variant] if summary.variant else []
-        name = "-".join([arguments.called or table.name, *variant])
+        name = "-".join([arguments.result_name or table.name, *variant])
         print(json.dumps(record(f"accuracy-{name}", figures)))
 
 

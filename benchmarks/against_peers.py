@@ -1,13 +1,13 @@
-"""Images a second on the same networks: convlens beside the loops that people would use instead.
+"""Images per second of convlens and of other training loops on the same networks.
 
     make bench-peers                      builds the peers' environments first, then runs this
     python benchmarks/against_peers.py [--quick] [--rows strided mnist] [--peers lightning]
 
-One process for each peer, all alive at once, of which one computes at a time. For each network
-every variant of each peer is tried once (`peers/`: how images are fed, layout, fused optimiser),
-and its fastest then takes part in rounds: a window of some seconds for each peer in turn, in an
-order that rotates. Ratios are paired within a round. Warm-up, validation, saving and bars are left
-out for all. `--quick` tries the first variant only, in two short rounds.
+Each peer runs in its own process; all are alive at once, and one computes at a time. For each
+network every variant of each peer is tried once (`peers/`: input pipeline, memory format, fused
+optimizer). The fastest variant then takes part in rounds: a window of some seconds for each peer in
+turn, in rotating order. Ratios are paired within a round. Warm-up, validation, saving and progress
+bars are excluded for all. `--quick` tries only the first variant, in two short rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import numpy as np
@@ -37,12 +37,12 @@ from intervals import median_interval
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "peers"))
-from turns import Row  # noqa: E402  (it lies beside the peers' programs, which can't import from here)
+from turns import Row  # noqa: E402  (in the folder of the peers' programs)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A program in `peers/` and the environment it runs in (`""` is convlens's own)."""
+    """A program in `peers/` and its environment (`""` is that of convlens)."""
 
     title: str
     command: list[str]
@@ -61,7 +61,7 @@ PEERS = {
     "keras-jax": Peer("Keras, JAX", ["with_keras.py"], "jax", {"KERAS_BACKEND": "jax"}),
     "keras-torch": Peer("Keras, torch", ["with_keras.py"], "torch", {"KERAS_BACKEND": "torch"}),
 }
-BOUND = "bare"  # no peer: what no loop around the same step can beat
+BOUND = "bare"  # not a peer but the upper bound of every loop
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Case:
     options: dict[str, Any]
     data: str
     batch: int
-    steps: int  # of an epoch
+    steps: int  # per epoch
     augment: bool = False
 
 
@@ -84,8 +84,8 @@ def cases() -> dict[str, Case]:
     )
     return {
         "strided": Case("strided CNN, MNIST", "cnn", strided, "mnist", 64, 100),
-        "mnist-fast": _recipes(fast, 5120),
-        "mnist": _recipes(plain, 3200),
+        "mnist-fast": _case_of_recipe(fast, 5120),
+        "mnist": _case_of_recipe(plain, 3200),
         "resnet18": Case(
             "ResNet-18, ImageNet stem, CIFAR-10",
             "resnet18",
@@ -94,24 +94,26 @@ def cases() -> dict[str, Case]:
             128,
             5,
         ),
-        # Its batches of 1000 would be one step a window.
-        "cifar10-cpu": _recipes(large, 500, batch=125, augment=True),
+        # With its batch size of 1000 a window would have one step.
+        "cifar10-cpu": _case_of_recipe(large, 500, batch=125, augment=True),
     }
 
 
-def _recipes(asked: recipe.Recipe, images: int, batch: int = 0, augment: bool = False) -> Case:
-    """A recipe's network, in its own batches unless said otherwise."""
-    batch = batch or asked.train.batch_size
-    title = f"`{asked.name}`'s{', flip and crop' if augment else ''}"
-    net, data = asked.model, asked.data.name
+def _case_of_recipe(
+    config: recipe.Recipe, images: int, batch: int = 0, augment: bool = False
+) -> Case:
+    """Return the network of a recipe, with its batch size by default."""
+    batch = batch or config.train.batch_size
+    title = f"`{config.name}`'s{', flip and crop' if augment else ''}"
+    net, data = config.model, config.data.name
     return Case(title, net.name, net.options, data, batch, images // batch, augment)
 
 
 class Process:
-    """A peer's program: one line of JSON to it, one back.
+    """The process of a peer, which answers each line of JSON with another.
 
     Args:
-        scratch: an empty folder; what convlens remembers of other runs on this machine stays out.
+        scratch: an empty folder for the cache of convlens.
     """
 
     def __init__(self, name: str, environments: Path, scratch: Path, log: IO[str]) -> None:
@@ -132,39 +134,39 @@ class Process:
             },
         )
 
-    def tell(self, asked: dict[str, Any]) -> None:
+    def send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
 
-    def answer(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
             raise SystemExit(f"{self.name} stopped:\n{self._log.read()[-3000:]}")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def variants(self, row: Row) -> list[str]:
-        """How this peer may be run on `row`."""
-        self.tell({"row": dataclasses.asdict(row)})
-        return list(self.answer()["variants"])
+        """Return the variants of this peer for `row`."""
+        self.send({"row": dataclasses.asdict(row)})
+        return list(self.receive()["variants"])
 
     def start(self, row: Row, variant: str) -> str:
-        """Trains for an epoch, to warm up; returns what the peer chose itself, if it did."""
-        self.tell({"row": dataclasses.asdict(row), "variant": variant})
-        return str(self.answer()["how"])
+        """Train an epoch to warm up; return the plan that the peer chose, if it did."""
+        self.send({"row": dataclasses.asdict(row), "variant": variant})
+        return str(self.receive()["how"])
 
     def rate(self, seconds: float) -> float:
-        """Images a second over whole epochs, for at least so many seconds."""
-        self.tell({"do": "go", "seconds": seconds})
-        window = self.answer()
+        """Return images per second over whole epochs of at least `seconds` in total."""
+        self.send({"do": "go", "seconds": seconds})
+        window = self.receive()
         return float(window["images"] / window["seconds"])
 
     def stop(self) -> None:
-        self.tell({"do": "stop"})
-        self.answer()
+        self.send({"do": "stop"})
+        self.receive()
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -173,7 +175,7 @@ class Process:
 
 
 def row_of(name: str, case: Case, folder: Path) -> Row:
-    """The first images of the set, written to a file for every peer."""
+    """Write the first images of the set to a file that all peers read."""
     data = load_data(recipe.DataConfig(name=case.data), memory_budget=device.memory_budget("cpu"))
     count = case.batch * case.steps
     images = data.train.rows.gather(torch.arange(count))
@@ -202,7 +204,7 @@ def row_of(name: str, case: Case, folder: Path) -> Row:
 def best_variant(
     process: Process, row: Row, names: list[str], seconds: float
 ) -> tuple[str, dict[str, float]]:
-    """Tries each variant once; leaves the process training the fastest."""
+    """Try each variant once and start training with the fastest."""
     tried = dict[str, float]()
     if len(names) > 1:
         for variant in names:
@@ -214,19 +216,19 @@ def best_variant(
 
 
 def measure(
-    case: Case, row: Row, processes: dict[str, Process], how: argparse.Namespace
+    case: Case, row: Row, processes: dict[str, Process], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One row: rates of every peer, and convlens's over each, paired within rounds."""
+    """Measure the rates of every peer, and the ratios of convlens to each, paired in rounds."""
     chosen, tried = dict[str, str](), dict[str, dict[str, float]]()
     for name, process in processes.items():
-        variants = process.variants(row)[: 1 if how.quick else None]
-        chosen[name], tried[name] = best_variant(process, row, variants, how.seconds / 2)
+        variants = process.variants(row)[: 1 if options.quick else None]
+        chosen[name], tried[name] = best_variant(process, row, variants, options.seconds / 2)
     rates: dict[str, list[float]] = {name: [] for name in processes}
     names = list(processes)
-    for turn in range(how.rounds):
+    for turn in range(options.rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            rates[name].append(processes[name].rate(how.seconds))
+            rates[name].append(processes[name].rate(options.seconds))
     for process in processes.values():
         process.stop()
     found = dict[str, Any]()
@@ -240,8 +242,8 @@ def measure(
             "convlens_over_interval": [round(end, 3) for end in median_interval(ratios)],
             "tried": tried[name],
         }
-        told = f"{statistics.median(mine):>9,.0f} images/s   {found[name]['convlens_over']:.2f}"
-        print(f"{row.name:12} {name:18} {told}  {chosen[name]}", file=sys.stderr)
+        summary = f"{statistics.median(mine):>9,.0f} images/s   {found[name]['convlens_over']:.2f}"
+        print(f"{row.name:12} {name:18} {summary}  {chosen[name]}", file=sys.stderr)
     return {
         "title": case.title,
         "batch": row.batch,
@@ -255,36 +257,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--environments", type=Path, default=HERE / "peers" / "environments")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a timed window")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of a timed window")
     parser.add_argument("--rows", nargs="*", help="by default all")
     parser.add_argument("--peers", nargs="*", help="beside convlens; by default all")
     parser.add_argument("--quick", action="store_true", help="one variant, 2 rounds, short windows")
-    how = parser.parse_args()
-    if how.quick:
-        how.rounds, how.seconds = 2, 0.5
-    names = [n for n in PEERS if how.peers is None or n in ("convlens", *how.peers)]
-    asked = {n: c for n, c in cases().items() if how.rows is None or n in how.rows}
-    began = time.perf_counter()
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.seconds = 2, 0.5
+    names = [n for n in PEERS if options.peers is None or n in ("convlens", *options.peers)]
+    selected = {n: c for n, c in cases().items() if options.rows is None or n in options.rows}
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
-        rows = {name: row_of(name, case, Path(scratch)) for name, case in asked.items()}
-        processes = {name: Process(name, how.environments, Path(scratch), log) for name in names}
-        hello = {name: process.answer() for name, process in processes.items()}
-        print(f"started after {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        rows = {name: row_of(name, case, Path(scratch)) for name, case in selected.items()}
+        processes = {
+            name: Process(name, options.environments, Path(scratch), log) for name in names
+        }
+        hello = {name: process.receive() for name, process in processes.items()}
+        print(f"started after {time.perf_counter() - start:.0f} s", file=sys.stderr)
         torches = {h["versions"]["torch"] for h in hello.values() if "torch" in h["versions"]}
         if len(torches) != 1:
             raise SystemExit(f"the peers have different torches: {sorted(torches)}")
-        found = {name: measure(case, rows[name], processes, how) for name, case in asked.items()}
+        found = {
+            name: measure(case, rows[name], processes, options) for name, case in selected.items()
+        }
         for process in processes.values():
             process.close()
     figures = {
-        "rounds": how.rounds,
-        "window_seconds": how.seconds,
-        "quick": how.quick,
+        "rounds": options.rounds,
+        "window_seconds": options.seconds,
+        "quick": options.quick,
         "versions": {k: v for h in hello.values() for k, v in h["versions"].items()},
         "titles": {name: PEERS[name].title for name in names},
         "bound": BOUND,
         "rows": found,
-        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "minutes": round((time.perf_counter() - start) / 60, 1),
     }
     print(json.dumps(record("peers", figures)))
 

@@ -1,6 +1,6 @@
-"""What `process.keep_freed_memory` changes: step times and page faults with and without it.
+"""Step times and page faults with and without `process.keep_freed_memory`.
 
-The setting holds for a whole process, so each measurement is a process of its own; they take
+The setting applies to a whole process, so each measurement runs in its own process. They take
 turns, and the ratio is the median over pairs.
 
     python benchmarks/allocator.py [--rounds 5]
@@ -26,9 +26,9 @@ if {keep}:
     assert process.keep_freed_memory()
 nets = {{
     "cnn 16-32-64, 256 x 1 x 28 x 28": (
-        models.build("cnn", 10, 1, 28, {{"widths": [16, 32, 64]}}), (256, 1, 28, 28)),
+        models.build_model("cnn", 10, 1, 28, {{"widths": [16, 32, 64]}}), (256, 1, 28, 28)),
     "cnn 32-64-128-256, 64 x 3 x 64 x 64": (
-        models.build("cnn", 10, 3, 64, {{"widths": [32, 64, 128, 256]}}), (64, 3, 64, 64)),
+        models.build_model("cnn", 10, 3, 64, {{"widths": [32, 64, 128, 256]}}), (64, 3, 64, 64)),
     "resnet18, 64 x 3 x 32 x 32": (torchvision.models.resnet18(num_classes=10), (64, 3, 32, 32)),
 }}
 out = {{}}
@@ -36,16 +36,16 @@ for name, (net, shape) in nets.items():
     net = net.to(memory_format=torch.channels_last).train()
     images = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (shape[0],))
-    optimiser = torch.optim.AdamW(net.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     times = []
     for step in range(14):
         if step == 4:
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        begin = time.perf_counter()
+        start = time.perf_counter()
         nn.functional.cross_entropy(net(images), labels).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        times.append(time.perf_counter() - begin)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
     faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / 10
     out[name] = [statistics.median(times[4:]), faults]
 print(json.dumps(out))

@@ -1,9 +1,9 @@
-"""What attribution costs: each method's time over that of one forward and backward pass.
+"""Time of each attribution method, relative to one forward and backward pass.
 
-The pass is that of a training step on the same images (gradients of all weights, no optimiser).
-Passes and methods take turns in one run; ratios are medians over the pairs, and a method's time
-is all of it: the forward pass that chooses class and layer, batches, maps on the CPU. Prints one
-JSON object.
+The pass is that of a training step on the same images (gradients of all weights, no optimizer).
+Passes and methods take turns in one run; ratios are medians over the pairs. The time of a method
+includes the forward pass that chooses class and layer, batching, and copying maps to the CPU.
+Prints one JSON object.
 
     python benchmarks/attribution.py [--rounds 20]
 """
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import torch
@@ -36,7 +36,7 @@ CASES = (
     ("fastnet_32_px_16_images", "fastnet", 16, 32, "block3"),
     ("resnet18_224_px_1_image", "resnet18", 1, 224, "layer4.1"),
 )
-SLOW = ("integrated-gradients", "occlusion")  # their time is their many passes: in one case only
+SLOW = ("integrated-gradients", "occlusion")  # many passes: measured in one case only
 
 
 def network(name: str, size: int) -> nn.Module:
@@ -54,13 +54,13 @@ def one_pass(model: nn.Module, images: Tensor, targets: Tensor) -> Callable[[], 
     return step
 
 
-def by(
+def attribute_with(
     name: str, model: nn.Module, images: Tensor, targets: Tensor, layer: str
 ) -> Callable[[], None]:
     stages = features.stage_names(model)
 
     def step() -> None:
-        attribution_methods.shapes_of(model, images, stages)  # which class, and which layer
+        attribution_methods.shapes_of(model, images, stages)  # chooses class and layer
         maps = attribution_methods.attribution_maps(
             attribution_methods.METHODS[name], model, images, targets, layer
         )
@@ -77,7 +77,7 @@ def paired(first: Callable[[], None], second: Callable[[], None], rounds: int) -
         for step, times in order if turn % 2 else order[::-1]:
             start = time.perf_counter()
             step()
-            if turn:  # the first warms up
+            if turn:  # the first round warms up
                 times.append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(*spent, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
@@ -103,7 +103,7 @@ def main() -> None:
         targets = torch.arange(count) % 10
         bare = one_pass(model, images, targets)
         figures[case] = {
-            method: paired(by(method, model, images, targets, layer), bare, rounds)
+            method: paired(attribute_with(method, model, images, targets, layer), bare, rounds)
             for method in attribution_methods.METHODS
             if method not in SLOW or case == CASES[0][0]
         }

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 

@@ -3,15 +3,15 @@
     python benchmarks/cifar_speed.py --airbench CHECKOUT --hiverge CHECKOUT [--seeds 10]
 
 Checkouts of KellerJordan/cifar10-airbench and hiverge/cifar10-speedrun; without them ours runs
-alone. All read the same images on the same torch, in one run, by both rules:
+alone. All use the same images and the same torch in one run. Two times are measured:
 
-- warm (theirs): training and the final evaluation with test-time augmentation, whitening
-  included, after a warm-up that compiles; loading, upload and initial weights are not counted.
-  Theirs is what their scripts print; ours is taken around the same work.
-- cold (ours): from starting the process to the first test accuracy, everything included, with
-  an empty compiler cache. Decoded images (ours) and `train.pt` (theirs) are there already.
+- warm: training and final evaluation with test-time augmentation, including whitening, after a
+  warm-up that compiles. Loading, upload and initialization are not counted. For the peers it is
+  the time that their scripts print.
+- cold: from starting the process to the first test accuracy, everything included, with an empty
+  compiler cache. Decoded images (ours) and `train.pt` (theirs) exist already.
 
-Their scripts run 200 times; they are stopped after as many as were asked for.
+The peers' scripts run 200 times; they are stopped after `--seeds` runs.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SCRIPTS = {"airbench": "airbench94_muon.py", "hiverge": "cifar10_speedrun.py"}
 TTA = "flip+shifts"
 
 
-# Their way
+# The peers
 
 
 def convert(folder: Path, count: int | None = None) -> None:
-    """`cifar10/train.pt` and `test.pt` as both scripts cache them: uint8 `[N, 32, 32, 3]`.
+    """Write `cifar10/train.pt` and `test.pt` as both scripts cache them: uint8 `[N, 32, 32, 3]`.
 
-    In a random order: they whiten by the first images, and ours may come sorted by class.
+    The order is random: the scripts whiten with the first images, and our order may be by class.
     """
     import torch
 
@@ -59,11 +59,11 @@ def convert(folder: Path, count: int | None = None) -> None:
 
 
 def results_in(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The final row of each run in the tables that both scripts print.
+    """Yield the final row of each run in the tables that both scripts print.
 
-    `| run | epoch | train_acc | val_acc | tta_val_acc | time_seconds |`, final where the epoch is
-    `eval`; the run stands in a run's first row only. airbench's final row has the accuracies of
-    its last epoch.
+    `| run | epoch | train_acc | val_acc | tta_val_acc | time_seconds |`, where the final row
+    has the epoch `eval`. Only the first row of a run names the run. The final row of airbench has
+    the accuracies of its last epoch.
     """
     run = ""
     for line in lines:
@@ -80,9 +80,9 @@ def results_in(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             }
 
 
-def theirs(script: Path, data: Path, seeds: int) -> dict[str, Any]:
-    """Runs the script in a folder of its own; its own times, and the cold one around it."""
-    # Its errors into a file: a pipe that nobody reads while it runs would fill up and hold it.
+def run_peer(script: Path, data: Path, seeds: int) -> dict[str, Any]:
+    """Run a peer's script in a temporary folder; return its own times and the cold time."""
+    # stderr goes to a file: a pipe that is not read would fill up and block the script.
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         (Path(folder) / "cifar10").symlink_to((data / "cifar10").resolve())
         start = time.perf_counter()
@@ -120,20 +120,20 @@ def _cold_caches(folder: str) -> dict[str, str]:
 
 
 def cold(seed: int, changes: list[str]) -> None:
-    """One whole run as the command does it, in this process; prints its accuracies."""
+    """Train and evaluate as the command does, in this process; print the accuracies."""
     from convlens import evaluation, recipe
     from convlens.training import train
 
-    asked = recipe.load_recipe("cifar10-fast", [f"train.seed={seed}", *changes])
-    place = train.train(asked, test=False, quiet=True)
-    result = evaluation.evaluate(place, "test", tta=TTA, quiet=True)
+    loaded = recipe.load_recipe("cifar10-fast", [f"train.seed={seed}", *changes])
+    run_dir = train.train(loaded, test=False, quiet=True)
+    result = evaluation.evaluate(run_dir, "test", tta=TTA, quiet=True)
     assert result.tta is not None
     print(json.dumps({"plain": result.accuracy, "tta": result.tta["accuracy"]}), flush=True)
 
 
 def ours_cold(seeds: int, changes: list[str], *, on: str) -> dict[str, Any]:
     runs = []
-    for seed in range(seeds + 1):  # the first one fills the cache of decoded images
+    for seed in range(seeds + 1):  # the first run fills the decode cache
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(HERE / "cifar_speed.py"), "--cold", str(seed), *changes]
             path = os.pathsep.join(
@@ -160,37 +160,44 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--cold-seeds", type=int, default=3)
     parser.add_argument("--steps", nargs="*", default=["eager", "reduce-overhead", "compiled"])
-    parser.add_argument("--change", nargs="*", default=[], help="of the recipe, key=value")
+    parser.add_argument(
+        "--change", nargs="*", default=[], help="overrides of the recipe, key=value"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cold", nargs="+", help=argparse.SUPPRESS)  # seed, changes
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU; keeps nothing")
-    asked = parser.parse_args()
-    if asked.cold:
-        return cold(int(asked.cold[0]), asked.cold[1:])
-    if asked.rehearse:
-        asked.device, asked.seeds, asked.cold_seeds, asked.steps = "cpu", 1, 1, ["eager"]
-        asked.change += ["data.per_class=30", "model.widths=[8,8,8]", "train.batch_size=100"]
-        asked.change += ["train.epochs=1", "optim.groups=[]", "optim.aux_lr=0.1"]
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU; records nothing")
+    options = parser.parse_args()
+    if options.cold:
+        return cold(int(options.cold[0]), options.cold[1:])
+    if options.rehearse:
+        options.device, options.seeds, options.cold_seeds, options.steps = "cpu", 1, 1, ["eager"]
+        options.change += ["data.per_class=30", "model.widths=[8,8,8]", "train.batch_size=100"]
+        options.change += ["train.epochs=1", "optim.groups=[]", "optim.aux_lr=0.1"]
     from recording import record
     from warm import warm
 
-    figures: dict[str, Any] = {"seeds": asked.seeds, "changes": asked.change}
+    figures: dict[str, Any] = {"seeds": options.seeds, "changes": options.change}
     with tempfile.TemporaryDirectory() as folder:
-        checkouts = {"airbench": asked.airbench, "hiverge": asked.hiverge}
+        checkouts = {"airbench": options.airbench, "hiverge": options.hiverge}
         given = {name: path for name, path in checkouts.items() if path is not None}
         if given:
             convert(Path(folder))
         for name, path in given.items():
-            figures[name] = theirs(path / SCRIPTS[name], Path(folder), asked.seeds)
-    for step in asked.steps:
+            figures[name] = run_peer(path / SCRIPTS[name], Path(folder), options.seeds)
+    for step in options.steps:
         try:
             figures[f"warm_{step}"] = warm(
-                "cifar10-fast", asked.change, seeds=asked.seeds, step=step, on=asked.device, tta=TTA
+                "cifar10-fast",
+                options.change,
+                seeds=options.seeds,
+                step=step,
+                on=options.device,
+                tta=TTA,
             )
-        except Exception as error:  # a way that fails must not cost the others
+        except Exception as error:  # a failing mode must not prevent the others
             figures[f"warm_{step}"] = {"failed": (str(error).splitlines() or [repr(error)])[0]}
-    figures["cold"] = ours_cold(asked.cold_seeds, asked.change, on=asked.device)
-    print(json.dumps(figures if asked.rehearse else record("cifar-speed", figures)))
+    figures["cold"] = ours_cold(options.cold_seeds, options.change, on=options.device)
+    print(json.dumps(figures if options.rehearse else record("cifar-speed", figures)))
     return None
 
 

@@ -1,12 +1,11 @@
-"""Inference against what bounds it: `predict` and decoding, `evaluate` and the bare network.
+"""Inference compared with its lower bound: decoding and the bare network.
 
-- predict: seconds of `predict` on files over those of what it can't do without, in turn: decoding
-  the same files with as many threads, and then the bare forward pass for as many images; and the
-  whole command on all files, start and CSV included.
-- evaluate: a pass over a resident split as `evaluate` makes it over the bare forward pass on the
-  same images, normalised and batched beforehand in the best of several batch sizes and memory
-  formats. The pass begins as the first one does, by timing both formats; and beside that, the
-  loop alone where the format is known.
+- predict: time of `predict` on files, relative to decoding the same files with as many threads
+  plus the bare forward pass for as many images; and the time of the whole command on all files,
+  including its start and the CSV.
+- evaluate: time of a pass over a resident split, relative to the bare forward pass on the same
+  images, normalized and batched in advance in the best of several batch sizes and memory formats.
+  The pass includes timing both formats; `loop` is the pass with a known format.
 
     python benchmarks/inference.py [--files 10000] [--rounds 7] [--data data]
 """
@@ -29,7 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import numpy as np
@@ -46,10 +45,10 @@ from convlens.engine import inference
 from convlens.run import LoadedModel, Preprocessing, RunDir
 from convlens.utils import process
 
-PAIRED = 40.0  # seconds that a ratio of short passes is measured for, at least
-DIFFERENT = 500  # files that are not copies of others
+MIN_PAIRED_S = 40.0  # minimum seconds of measuring a ratio
+DISTINCT_FILES = 500  # the other files are copies
 CLASSES = tuple("0123456789")
-# Recipe of the network, image size, channels; for evaluate how many images, and batch sizes tried.
+# Recipe of the network, image size, channels; PASSES: also number of images and batch sizes.
 Case = tuple[str, int, int]
 FILES: dict[str, tuple[str, Case]] = {
     "28 px PNG, mnist": ("png", ("mnist", 28, 1)),
@@ -66,7 +65,7 @@ PASSES: dict[str, tuple[Case, int, Sequence[int]]] = {
 
 
 def loaded(case: Case) -> LoadedModel:
-    """A recipe's network as it begins, as if it came from a model file."""
+    """Return the initialized network of a recipe as if it were loaded from a model file."""
     name, size, channels = case
     net = recipe.load_recipe(name).model
     torch.manual_seed(0)
@@ -82,11 +81,11 @@ def loaded(case: Case) -> LoadedModel:
 
 
 def write_files(folder: Path, kind: str, count: int, photographs: Sequence[Path]) -> list[str]:
-    """PNGs of 28 px with strokes, or JPEGs of photographs with a short side of 224 px."""
+    """Write PNGs of 28 px with strokes, or JPEGs of photographs with a short side of 224 px."""
     folder.mkdir()
     random = np.random.default_rng(0)
     contents = []
-    for number in range(min(DIFFERENT, count)):
+    for number in range(min(DISTINCT_FILES, count)):
         if kind == "png":
             strokes = np.zeros((28, 28), np.uint8)
             strokes[6:22, 6:22] = 255 * (random.random((16, 16)) > 0.7)
@@ -108,14 +107,14 @@ def write_files(folder: Path, kind: str, count: int, photographs: Sequence[Path]
 
 
 def only_decode(paths: Sequence[str], pre: Preprocessing) -> None:
-    """What `predict` can't do without."""
+    """Decode all files with as many threads as `predict` does."""
 
-    def some(start: int) -> None:
+    def decode_some(start: int) -> None:
         for path in paths[start : start + prediction.IMAGES_PER_TASK]:
             decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
 
     with ThreadPoolExecutor(device.usable_cores()) as pool:
-        for _ in pool.map(some, range(0, len(paths), prediction.IMAGES_PER_TASK)):
+        for _ in pool.map(decode_some, range(0, len(paths), prediction.IMAGES_PER_TASK)):
             pass
 
 
@@ -126,13 +125,13 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def ratio(ours: Callable[[], object], least: Callable[[], object], rounds: int) -> dict[str, Any]:
-    """Median of the paired ratios `ours / least` with quartiles; who is first changes by turns.
+    """Return median and quartiles of the paired ratios `ours / least`; the order alternates.
 
-    Of passes of a tenth of a second a few rounds say little: there are as many as fill `PAIRED`.
+    Short passes are repeated for at least `MIN_PAIRED_S`.
     """
     pairs: list[tuple[float, float]] = []
     seconds_of(least), seconds_of(ours)
-    while len(pairs) < rounds or sum(map(sum, pairs)) < PAIRED:
+    while len(pairs) < rounds or sum(map(sum, pairs)) < MIN_PAIRED_S:
         first, second = (ours, least) if len(pairs) % 2 else (least, ours)
         times = {id(work): seconds_of(work) for work in (first, second)}
         pairs.append((times[id(ours)], times[id(least)]))
@@ -147,24 +146,24 @@ def ratio(ours: Callable[[], object], least: Callable[[], object], rounds: int) 
 
 
 def predict_case(kind: str, case: Case, paths: list[str], rounds: int) -> dict[str, Any]:
-    """`predict` over what it needs on a tenth of the files, and the command on all of them."""
+    """Measure `predict` on a tenth of the files, and the command on all of them."""
     model, some = loaded(case), paths[: max(100, len(paths) // 10)]
     normalize = model.preprocessing.normalize
     forward, _ = best_bare(model.model, pixels_of(case, len(some)), normalize, (64, 256))
     decoding: list[float] = []
 
-    def needed() -> None:
+    def lower_bound() -> None:
         decoding.append(seconds_of(lambda: only_decode(some, model.preprocessing)))
         forward()
 
     found = ratio(
-        lambda: list(prediction.iter_predictions(model, some, quiet=True)), needed, rounds
+        lambda: list(prediction.iter_predictions(model, some, quiet=True)), lower_bound, rounds
     )
     found["decoding_seconds"] = round(statistics.median(decoding[1:]), 4)
     with tempfile.TemporaryDirectory() as folder:
-        place = RunDir(Path(folder) / "model")
-        place.save_model(model.model.state_dict(), model.model_metadata)
-        program = [sys.executable, "-m", "convlens", "predict", str(place.model_path)]
+        run_dir = RunDir(Path(folder) / "model")
+        run_dir.save_model(model.model.state_dict(), model.model_metadata)
+        program = [sys.executable, "-m", "convlens", "predict", str(run_dir.model_path)]
         command = [*program, str(Path(paths[0]).parent), "--format", "csv"]
         spent = seconds_of(lambda: subprocess.run(command, check=True, capture_output=True))
     whole = seconds_of(lambda: only_decode(paths, model.preprocessing))
@@ -190,7 +189,7 @@ def best_bare(
     normalize: Callable[[torch.Tensor, Plan], torch.Tensor],
     sizes: Sequence[int],
 ) -> tuple[Callable[[], None], Plan]:
-    """The forward pass on all images, ready in the best batch size and format; and the plan."""
+    """Return the forward pass on all images in the best batch size and format, and its plan."""
     tried: list[tuple[float, nn.Module, Plan, int]] = []
     for name in MEMORY_FORMATS:
         plan = Plan("cpu", "fp32", name)
@@ -212,14 +211,14 @@ def best_bare(
 
 @torch.inference_mode()
 def evaluate_case(case: Case, count: int, sizes: Sequence[int], rounds: int) -> dict[str, Any]:
-    """A pass over `count` resident images over the bare forward pass of them."""
+    """Measure a pass over `count` resident images, relative to their bare forward pass."""
     model, pixels = loaded(case), pixels_of(case, count)
     split = Split(ArrayRows(pixels), torch.zeros(count, dtype=torch.int64), [""] * count)
     normalize = model.preprocessing.normalize
     bare, known = best_bare(model.model, pixels, normalize, sizes)
 
     def first() -> None:
-        # The network begins in the format that model files have.
+        # Starts in the memory format of model files.
         plan = inference.place_model(model.model, "cpu")
         inference.split_outputs(
             model.model, split, normalize, plan, None, choose_memory_format=True
@@ -236,19 +235,19 @@ def evaluate_case(case: Case, count: int, sizes: Sequence[int], rounds: int) -> 
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    wanted = arguments.only or [*FILES, *PASSES]
+    selected = arguments.only or [*FILES, *PASSES]
     photographs = sorted(Path(arguments.data, "flowers").rglob("*.jpg"))[::7]
     with tempfile.TemporaryDirectory() as folder:
         written: dict[str, list[str]] = {}
         for name, (kind, case) in FILES.items():
-            if name in wanted:
+            if name in selected:
                 if kind not in written:
                     target = Path(folder) / kind
                     written[kind] = write_files(target, kind, arguments.files, photographs)
                 found = predict_case(kind, case, written[kind], arguments.rounds)
                 yield "predict", name, {"photographs": bool(photographs), **found}
     for name, (case, count, sizes) in PASSES.items():
-        if name in wanted:
+        if name in selected:
             yield "evaluate", name, evaluate_case(case, count, sizes, arguments.rounds)
 
 

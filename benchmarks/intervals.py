@@ -1,4 +1,4 @@
-"""How sure a median is."""
+"""Confidence intervals of medians."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from math import comb
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """An interval for the median of what `values` were drawn from, whatever its distribution.
+    """Return a distribution-free confidence interval for the median of the population of `values`.
 
-    Between the k-th smallest and the k-th largest value lies the median with probability
+    The median lies between the k-th smallest and the k-th largest value with probability
     `1 - 2 P(Binomial(n, 1/2) < k)`; k is the largest that keeps the confidence (David & Nagaraja
-    2003, 7.1). Of fewer than six values not even the whole range has 95%: then it is the range.
+    2003, 7.1). With fewer than six values even the range has less than 95%; then it is the range.
     """
     ordered, n = sorted(values), len(values)
     tail, k = 0.0, 0  # tail: probability of fewer than k values below the median

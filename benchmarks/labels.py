@@ -1,14 +1,14 @@
-"""Label errors that were planted, and how many of them `convlens labels` finds.
+"""Plant label errors in a data set and measure how many `convlens labels` finds.
 
     python benchmarks/labels.py digits|mnist|cifar10 [--images N] [--rate 0.05] [--folds 5]
                                 [--seed 0] [--recipe R] [--keep FOLDER] [key=value ...]
 
-Takes N images of the set's own training images (all of `digits`), the same of each class, gives
-a share of them a wrong label, once symmetrically (any other class) and once asymmetrically (each
-class to the next), writes them as image files with a CSV, and looks for label errors there as a
-user would. Each image's true label is what its set says, so the set's own errors count against
-us. The result is `benchmarks/results/labels-<set>.json`; precision and recall are also given for
-every rule of cleanlab's, from the same probabilities, and for the set as it is, how many it names.
+Takes N training images of the set (all of `digits`), equally many per class, and gives a share of
+them a wrong label, once symmetrically (any other class) and once asymmetrically (each class to the
+next). Writes them as image files with a CSV and searches label errors as a user would. The labels
+of the set count as true, so its own errors count as false positives. The result is
+`benchmarks/results/labels-<set>.json`, with precision and recall for every rule of cleanlab on the
+same probabilities, and with the number of suspects in the unchanged set.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import numpy as np
@@ -44,7 +44,7 @@ RULES = (
 )
 DEFAULTS: dict[str, tuple[str, list[str]]] = {
     "digits": ("digits", ["train.epochs=15"]),
-    # One epoch of 55,000 images is 20 of these few; the network is that of the first measurement.
+    # The epochs are for 2,000 images; the network is that of the first measurement.
     "mnist": (
         "mnist-fast",
         [
@@ -57,7 +57,7 @@ DEFAULTS: dict[str, tuple[str, list[str]]] = {
 
 
 def flipped(labels: np.ndarray, rate: float, kind: str, seed: int, classes: int) -> np.ndarray:
-    """Labels of which a share of `rate` is wrong: any other class, or the next one."""
+    """Return labels of which a share of `rate` is wrong: any other class, or the next one."""
     random = np.random.default_rng(seed)
     wrong = random.choice(len(labels), round(rate * len(labels)), replace=False)
     step = random.integers(1, classes, len(wrong)) if kind == "symmetric" else 1
@@ -67,7 +67,7 @@ def flipped(labels: np.ndarray, rate: float, kind: str, seed: int, classes: int)
 
 
 def written(folder: Path, name: str, count: int | None, seed: int) -> tuple[list[Path], np.ndarray]:
-    """Images of a set as PNG files, and their labels: `count` in all, as many of each class."""
+    """Write `count` images of a set as PNG files, evenly over classes; return paths and labels."""
     source = find_source(name)
     part = source.parts["train"]
     chosen = np.arange(len(part.labels))
@@ -89,7 +89,7 @@ def written(folder: Path, name: str, count: int | None, seed: int) -> tuple[list
 
 
 def average_precision(planted: np.ndarray, scores: np.ndarray) -> float:
-    """Of the ranking by score (the lowest first): mean precision at the place of each error."""
+    """Return the mean precision at the rank of each error; the lowest score ranks first."""
     order = np.argsort(scores, kind="stable")
     hits = planted[order]
     return float((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
@@ -106,31 +106,31 @@ def figures(planted: np.ndarray, named: np.ndarray) -> dict[str, Any]:
 
 
 def measured(
-    folder: Path, name: str, kind: str, paths: list[Path], targets: np.ndarray, asked: Any
+    folder: Path, name: str, kind: str, paths: list[Path], targets: np.ndarray, options: Any
 ) -> dict[str, Any]:
-    """One search: precision, recall and average precision, by our rule and by all of cleanlab's."""
+    """Measure precision, recall and average precision of our rule and of all rules of cleanlab."""
     recipe, overrides = DEFAULTS[name]
     classes = int(targets.max()) + 1
-    rate = 0.0 if kind == "clean" else asked.rate
-    given = flipped(targets, rate, kind, asked.seed, classes)
+    rate = 0.0 if kind == "clean" else options.rate
+    given = flipped(targets, rate, kind, options.seed, classes)
     table = folder / f"{name}-{kind}.csv"
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *zip(paths, given.tolist(), strict=True)])
-    begun = time.process_time()
+    start = time.process_time()
     report = label_errors.find_label_errors(
-        asked.recipe or recipe,
-        [*overrides, *asked.overrides],
+        options.recipe or recipe,
+        [*overrides, *options.overrides],
         data=table,
-        folds=asked.folds,
+        folds=options.folds,
     )
-    seconds = time.process_time() - begun
+    seconds = time.process_time() - start
     wrong = dict(zip(map(str, paths), given != targets, strict=True))
     planted = np.array([wrong[image.id] for image in report.images])
     labels = np.array([report.classes.index(image.label) for image in report.images])
     probs = np.stack([image.probs for image in report.images])
-    if asked.keep:
+    if options.keep:
         np.savez(
-            Path(asked.keep) / f"{name}-{kind}.npz",
+            Path(options.keep) / f"{name}-{kind}.npz",
             planted=planted,
             labels=labels,
             probs=probs,
@@ -146,11 +146,11 @@ def measured(
     }
     if rate:
         own = np.array([image.score for image in report.images])
-        rest = probs.copy()
-        rest[np.arange(len(own)), labels] = -1
+        others = probs.copy()
+        others[np.arange(len(own)), labels] = -1
         out |= {
             "average_precision": average_precision(planted, own),
-            "average_precision_margin": average_precision(planted, own - rest.max(1)),
+            "average_precision_margin": average_precision(planted, own - others.max(1)),
         }
     rules = {}
     for rule in RULES:
@@ -168,29 +168,29 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe")
-    parser.add_argument("--keep", help="a folder that gets the probabilities, too")
-    asked = parser.parse_intermixed_args()
-    asked.keep = asked.keep and os.path.abspath(asked.keep)
+    parser.add_argument("--keep", help="folder for the probabilities")
+    options = parser.parse_intermixed_args()
+    options.keep = options.keep and os.path.abspath(options.keep)
     os.environ.setdefault("CONVLENS_DATA", os.path.abspath("data"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        os.chdir(folder)  # runs and plots of this are nobody's
-        count = None if asked.name == "digits" else asked.images
-        paths, targets = written(folder, asked.name, count, asked.seed)
+        os.chdir(folder)  # runs and plots are temporary
+        count = None if options.name == "digits" else options.images
+        paths, targets = written(folder, options.name, count, options.seed)
         kinds = ("clean", "symmetric", "asymmetric")
-        found = {k: measured(folder, asked.name, k, paths, targets, asked) for k in kinds}
+        found = {k: measured(folder, options.name, k, paths, targets, options) for k in kinds}
         os.chdir(Path(__file__).parent)
-    recipe, overrides = DEFAULTS[asked.name]
+    recipe, overrides = DEFAULTS[options.name]
     facts = {
-        "data": asked.name,
-        "recipe": asked.recipe or recipe,
-        "overrides": [*overrides, *asked.overrides],
-        "rate": asked.rate,
-        "folds": asked.folds,
-        "seed": asked.seed,
+        "data": options.name,
+        "recipe": options.recipe or recipe,
+        "overrides": [*overrides, *options.overrides],
+        "rate": options.rate,
+        "folds": options.folds,
+        "seed": options.seed,
         "rule": label_errors.FILTER_METHOD,
     }
-    print(json.dumps(record(f"labels-{asked.name}", {**facts, "cases": found})))
+    print(json.dumps(record(f"labels-{options.name}", {**facts, "cases": found})))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How long looking inside takes: all stages of a ResNet-18 for one image, from pixels to PNG.
+"""Time of `look`: all stages of a ResNet-18 for one image, from pixels to PNG.
 
-The network, its images and matplotlib are loaded before. Medians over repeats; one thread, since
-drawing has no more. Prints one JSON object.
+Network, images and matplotlib are loaded in advance. Medians over repeats; one thread, since
+drawing uses only one. Prints one JSON object.
 
     python benchmarks/looking.py [--repeats 9]
 """
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import torch
@@ -31,7 +31,7 @@ SIZES = (32, 224)
 
 
 def subject(size: int) -> InspectedModel:
-    """A ResNet-18 with random weights and the ImageNet stem: as fast as a trained one."""
+    """Return a ResNet-18 with random weights and the ImageNet stem."""
     torch.manual_seed(0)
     model = models.build_model("resnet18", 10, 3, size, {"stem": "imagenet"}).eval()
     preprocessing = Preprocessing(size, 3, "crop", [0.5] * 3, [0.25] * 3)
@@ -39,12 +39,12 @@ def subject(size: int) -> InspectedModel:
     return InspectedModel("resnet18", loaded, Plan("cpu", "fp32", "contiguous"))
 
 
-def seconds(what: Callable[[], object], repeats: int) -> dict[str, object]:
-    """Medians and quartiles, the first call left out; CPU time is what a busy neighbour spares."""
+def seconds(call: Callable[[], object], repeats: int) -> dict[str, object]:
+    """Return median and quartiles without the first call; CPU time is less sensitive to load."""
     times, busy = [], []
     for _ in range(repeats + 1):
         start, began = time.perf_counter(), time.process_time()
-        what()
+        call()
         times.append(time.perf_counter() - start)
         busy.append(time.process_time() - began)
     return {
@@ -55,19 +55,19 @@ def seconds(what: Callable[[], object], repeats: int) -> dict[str, object]:
 
 
 def stages_to_png(size: int, folder: Path) -> Callable[[], object]:
-    one = subject(size)
+    inspected = subject(size)
     pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
     picture = Picture("test:0", pixels, 0)
-    opened = LookInputs([one], [(picture,)], folder, ["resnet18"], ["resnet18"])
+    opened = LookInputs([inspected], [(picture,)], folder, ["resnet18"], ["resnet18"])
     return lambda: look.look(opened, look.LookOptions())
 
 
 def forward(size: int) -> Callable[[], object]:
-    """What is not drawing: the forward pass with the recording of all stages."""
-    one = subject(size)
+    """Return the part without drawing: the forward pass that records all stages."""
+    inspected = subject(size)
     picture = Picture("test:0", torch.zeros(3, size, size, dtype=torch.uint8), 0)
-    names = features.stage_names(one.model)
-    return lambda: activations.compute_activity(one, picture, names)
+    names = features.stage_names(inspected.model)
+    return lambda: activations.compute_activity(inspected, picture, names)
 
 
 def main() -> None:
@@ -79,8 +79,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = {f"stages_to_png_{size}px": stages_to_png(size, Path(folder)) for size in SIZES}
         cases |= {f"forward_{size}px": forward(size) for size in SIZES}
-        for name, what in cases.items():
-            figures[name] = seconds(what, repeats)
+        for name, call in cases.items():
+            figures[name] = seconds(call, repeats)
     print(json.dumps(record("looking", figures)))
 
 

@@ -1,10 +1,9 @@
-"""What the engine adds to bare forward + backward + optimiser, and what a DataLoader would.
+"""Time that the engine, or a DataLoader, adds to the bare forward, backward and optimizer step.
 
-All loops train the same network on the same machine in the same run, in turn, in windows of about
-a tenth of a second (a neighbour's load changes more slowly); ratios are medians over the pairs,
-with a 95% interval of the median. The bare loop repeats one resident, normalised batch: nothing can
-be faster. Where images are augmented, the bare loop augments its batch, too: what the operations
-cost is counted apart. Prints one JSON object.
+All loops train the same network in one run, in turn, in windows of about a tenth of a second (the
+load of a shared machine changes more slowly). Ratios are medians over the pairs, with a 95%
+interval of the median. The bare loop repeats one resident, normalized batch, which is a lower
+bound. Where images are augmented, the bare loop augments its batch, too. Prints one JSON object.
 
     python benchmarks/overhead.py [--rounds 40]
 """
@@ -20,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import numpy as np
@@ -53,13 +52,13 @@ def images_of(count: int, channels: int, size: int) -> tuple[Tensor, Tensor]:
     return pixels, torch.randint(0, 10, (count,), generator=generator)
 
 
-def optimiser_of(model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return optim.build_optimizer(model, recipe.OptimConfig(name="adam", lr=1e-4))
 
 
 def bare(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """Forward, backward, optimiser on one batch that is there already."""
-    optimizer, objective = optimiser_of(model), nn.CrossEntropyLoss()
+    """Return a step on one resident batch: forward, backward, optimizer."""
+    optimizer, objective = optimizer_of(model), nn.CrossEntropyLoss()
     model.train()
 
     def step() -> None:
@@ -70,15 +69,16 @@ def bare(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]
     return step
 
 
-def augmenting(
+def with_augmentation(
     step: Callable[[], None], operations: Augment, pixels: Tensor, labels: Tensor
 ) -> Callable[[], None]:
-    """`operations` on one batch, then `step`, which doesn't use what they gave."""
-    generator, place = torch.Generator(), SampleInfo(torch.arange(len(labels)), 1, 0)
+    """Return a step that applies `operations` to a batch, discards the result and calls `step`."""
+    generator = torch.Generator()
+    sample_info = SampleInfo(torch.arange(len(labels)), 1, 0)
 
     def both() -> None:
         generator.manual_seed(0)
-        operations(to_unit(pixels), labels, place, generator)
+        operations(to_unit(pixels), labels, sample_info, generator)
         step()
 
     return both
@@ -91,7 +91,7 @@ def ours(
     batch: int,
     operations: Augment | None = None,
 ) -> Callable[[], None]:
-    """The engine on a resident set, as `train` runs it."""
+    """Return a step of the engine on a resident set, as `train` runs it."""
     plan = Plan("cpu", "fp32", "contiguous")
     channels = pixels.shape[1]
     split = Split(ArrayRows(pixels), labels, [str(i) for i in range(len(labels))])
@@ -104,7 +104,7 @@ def ours(
         augment=operations,
     )
     state = TrainState()
-    loop = TrainLoop(model, optimiser_of(model), nn.CrossEntropyLoss(), plan)
+    loop = TrainLoop(model, optimizer_of(model), nn.CrossEntropyLoss(), plan)
     timed_batches = feature_cache.TimedBatches(batches, state)
     records = loop.run(timed_batches, lambda progress: 1.0, epochs=10**6, seed=0, state=state)
 
@@ -116,7 +116,7 @@ def ours(
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """The usual data set: one PIL image at a time through torchvision's transforms."""
+    """Data set as in tutorials: one PIL image at a time through torchvision's transforms."""
 
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
         self.pixels, self.labels = pixels.numpy(), labels.tolist()
@@ -139,19 +139,21 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(array)), self.labels[index]
 
 
-def usual(model: nn.Module, pixels: Tensor, labels: Tensor, batch: int) -> Callable[[], None]:
-    """The usual loop: DataLoader with its default (no workers), then the bare step."""
-    optimizer, objective = optimiser_of(model), nn.CrossEntropyLoss()
+def with_dataloader(
+    model: nn.Module, pixels: Tensor, labels: Tensor, batch: int
+) -> Callable[[], None]:
+    """Return a step with a DataLoader with its defaults (no workers), then the bare step."""
+    optimizer, objective = optimizer_of(model), nn.CrossEntropyLoss()
     model.train()
     loader = DataLoader(Pictures(pixels, labels), batch_size=batch, shuffle=True, drop_last=True)
 
-    def forever() -> Iterator[tuple[Tensor, Tensor]]:
+    def endless_batches() -> Iterator[tuple[Tensor, Tensor]]:
         return itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
 
-    coming = forever()
+    batches = endless_batches()
 
     def step() -> None:
-        images, targets = next(coming)
+        images, targets = next(batches)
         objective(model(images), targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -159,15 +161,15 @@ def usual(model: nn.Module, pixels: Tensor, labels: Tensor, batch: int) -> Calla
     return step
 
 
-# Each loop and what its time is divided by.
-OVER = {"convlens": "bare", "dataloader": "bare", "augmented": "bare_and_operations"}
+# Each loop and the loop that its time is divided by.
+BASELINES = {"convlens": "bare", "dataloader": "bare", "augmented": "bare_and_operations"}
 
 
 def compare(loops: dict[str, Callable[[], None]], steps: int, rounds: int) -> dict[str, object]:
-    """Milliseconds a step (median) of each loop, and medians of paired ratios as `OVER` says."""
+    """Milliseconds a step (median) of each loop, and medians of paired ratios as in `BASELINES`."""
     spent: dict[str, list[float]] = {name: [] for name in loops}
     for turn in range(rounds + 1):
-        # The order turns, so that a slow moment of the machine hits each loop equally often.
+        # The order rotates, so that load on the machine affects each loop equally often.
         names = list(loops)[turn % len(loops) :] + list(loops)[: turn % len(loops)]
         for name in names:
             start = time.perf_counter()
@@ -180,8 +182,8 @@ def compare(loops: dict[str, Callable[[], None]], steps: int, rounds: int) -> di
         for name, times in spent.items()
     }
     for name in spent:
-        if name in OVER:
-            ratios = [a / b for a, b in zip(spent[name], spent[OVER[name]], strict=True)]
+        if name in BASELINES:
+            ratios = [a / b for a, b in zip(spent[name], spent[BASELINES[name]], strict=True)]
             figures[f"{name}_over_bare"] = round(statistics.median(ratios), 4)
             interval = median_interval(ratios)
             figures[f"{name}_over_bare_interval"] = [round(end, 4) for end in interval]
@@ -219,7 +221,7 @@ def main() -> None:
         ("tiny_net_batch_64", tiny_net, 64, 1, 28, 20, True, None),
         ("resnet18_batch_128", resnet, 128, 3, 32, 1, False, "cifar10-cpu"),
     )
-    for name, net, batch, channels, size, steps, with_usual, augmented in cases:
+    for name, net, batch, channels, size, steps, dataloader, augmented in cases:
         pixels, labels = images_of(4096, channels, size)
         whole = pixels[:batch].float().div_(255).sub_(MEAN).div_(STD)
         loops = {
@@ -233,12 +235,12 @@ def main() -> None:
                 channels=channels,
                 classes=10,
             )
-            loops["bare_and_operations"] = augmenting(
+            loops["bare_and_operations"] = with_augmentation(
                 bare(net(), whole, labels[:batch]), operations, pixels[:batch], labels[:batch]
             )
             loops["augmented"] = ours(net(), pixels, labels, batch, operations)
-        if with_usual:
-            loops["dataloader"] = usual(net(), pixels, labels, batch)
+        if dataloader:
+            loops["dataloader"] = with_dataloader(net(), pixels, labels, batch)
         figures[name] = compare(loops, steps, rounds)
     print(json.dumps(record("overhead", figures)))
 

@@ -1,11 +1,10 @@
-"""What a step costs on one process with the whole batch, and on several that share it.
+"""Time of a training step in one process with the whole batch, and in several that share it.
 
-Starts torchrun with processes of itself, on this machine's cores. In turn, the first process takes
-steps alone with all cores and alone with one thread, and all take the same steps together with
-their part of the cores; ratios are medians over the pairs. (Where a core is taken away at times,
-threads that wait for each other at every layer lose far more than processes that do so once a
-step: then one thread beats two.) `sum_ms` is one sum of as many numbers as there are weights.
-Prints one JSON object.
+Starts itself under torchrun. In turn, rank 0 trains alone with all cores, alone with one thread,
+and all ranks train together with their part of the cores; ratios are medians over the pairs. (On a
+shared machine threads that wait for each other at every layer lose far more time than processes
+that do so once per step; then one thread can be faster than two.) `sum_ms` is the time of an
+all-reduce of as many numbers as there are weights. Prints one JSON object.
 
     python benchmarks/processes.py [--processes 2] [--rounds 11]
 """
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import torch
@@ -38,7 +37,7 @@ from convlens.engine.data_parallel import DataParallel
 from convlens.engine.loop import Step, TrainLoop
 from convlens.utils import process
 
-# Recipe (for its network), batch, channels, size, steps in a window.
+# Recipe of the network, batch, channels, image size, steps per window.
 CASES = (
     ("mnist-fast", 256, 1, 28, 10),
     ("cifar10-cpu", 64, 3, 32, 1),
@@ -55,7 +54,7 @@ def network(name: str, channels: int, size: int) -> nn.Module:
 def steps_of(
     world: ProcessGroup, name: str, batch: int, channels: int, size: int
 ) -> Callable[[], Step]:
-    """Training steps without augmentation, as `train` takes them; this process's rows."""
+    """Return a training step without augmentation, as `train` runs it, on this process's rows."""
     model = network(name, channels, size)
     pixels = torch.randint(0, 256, (4 * batch, channels, size, size), dtype=torch.uint8)
     labels = torch.randint(0, 10, (4 * batch,))
@@ -78,9 +77,9 @@ def steps_of(
     records = loop.run(batches, lambda progress: 1.0, epochs=10**6, seed=0)
 
     def step() -> Step:
-        for taken in records:
-            if isinstance(taken, Step):
-                return taken
+        for event in records:
+            if isinstance(event, Step):
+                return event
         raise AssertionError
 
     return step
@@ -88,16 +87,16 @@ def steps_of(
 
 def timed(step: Callable[[], object], steps: int, threads: int) -> float:
     torch.set_num_threads(threads)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(steps):
         step()
-    return (time.perf_counter() - begun) / steps
+    return (time.perf_counter() - start) / steps
 
 
 def compare(
     world: ProcessGroup, rounds: int, case: tuple[str, int, int, int, int]
 ) -> dict[str, Any]:
-    """Seconds a step alone and together, with the same batch; all processes call this."""
+    """Measure steps alone and together with the same batch; all processes call this."""
     name, batch, channels, size, steps = case
     cores = device.usable_cores()
     alone = steps_of(SINGLE_PROCESS, name, batch, channels, size)
@@ -113,8 +112,8 @@ def compare(
         both = timed(together, steps, max(1, cores // world.size))
         summed = timed(lambda: world.all_reduce_(numbers), 5, 1)
         if turn:
-            for times, found in zip(spent.values(), (once, single, both, summed), strict=True):
-                times.append(found)
+            for times, seconds in zip(spent.values(), (once, single, both, summed), strict=True):
+                times.append(seconds)
     if not world.is_main_process:
         return {}
     ratios = [a / b for a, b in zip(spent["alone"], spent["together"], strict=True)]
@@ -140,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     if process.world_size() == 1:
         line = ["--standalone", "--nproc-per-node", str(options.processes), *sys.argv]
-        # What the user chose, since torchrun would set one thread and warn of it.
+        # Set explicitly, since torchrun would set one thread and print a warning.
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         env = {**os.environ, "OMP_NUM_THREADS": threads}
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *line], env=env)

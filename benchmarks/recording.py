@@ -1,4 +1,4 @@
-"""Keeps a measurement with all that is needed to read it later: command, versions, hardware."""
+"""Record a measurement with command, versions and hardware."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 from convlens.utils import process
 from convlens.version import __version__
 
-# As on the command line. To be imported before torch; effective in child processes in any case.
+# As on the command line. Must be imported before torch; child processes inherit the settings.
 process.set_environment()
 
-# $BENCHMARK_RESULTS: for trials that are not to be kept beside measurements.
+# $BENCHMARK_RESULTS keeps trial runs apart from measurements.
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def record(name: str, figures: dict[str, Any], *, command: str | None = None) -> dict[str, Any]:
-    """Writes `results/<name>.json` and returns what it holds."""
+    """Write `results/<name>.json` and return its content."""
     import torchvision
 
     from convlens import device
     from convlens.utils.files import write_atomic
 
-    # Files by their names alone: where they lie on this machine is nobody's business.
+    # Only the names of files, without the folders of this machine.
     script, *arguments = (Path(a).name if os.sep in a else a for a in sys.argv)
     content = {
         "name": name,

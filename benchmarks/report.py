@@ -1,4 +1,4 @@
-"""Makes `BENCHMARKS.md` from `benchmarks/results/*.json`, and from nothing else.
+"""Write `BENCHMARKS.md` from `benchmarks/results/*.json`.
 
 python benchmarks/report.py
 """

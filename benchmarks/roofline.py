@@ -1,13 +1,13 @@
-"""How much of the device's rate each recipe's training uses, and what the loop itself costs.
+"""Share of the device's peak rate that the training of each recipe uses, and cost of the loop.
 
     python benchmarks/roofline.py [--recipes NAMES] [--seconds 3] [--device cpu]
 
-The device's rate is measured: products of large square matrices, in bf16 on a GPU (fp16 where it
-has no bf16), in fp32 on a CPU. A recipe's is the floating-point operations of forward and backward
-pass for one image (`torch.utils.flop_counter`: convolutions and matrix products) times the images
-a second of the real loop, augmentation included, on a resident set of random images. Beside it
-the same step bare: forward, backward, optimiser again and again on one batch that is there,
-compiled or recorded as the plan says; the ratio is what order, augmentation, guard and Python cost.
+The rate of the device is that of products of large square matrices, in bf16 on a GPU (fp16 where
+it has no bf16), in fp32 on a CPU. The rate of a recipe is the number of floating-point operations
+of a forward and backward pass for one image (`torch.utils.flop_counter`: convolutions and matrix
+products), times the images per second of the real loop with augmentation on resident random images.
+The bare step repeats forward, backward and optimizer on one resident batch, compiled as in the
+plan; the ratio is the cost of order, augmentation, finite check and Python.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import torch
@@ -56,28 +56,30 @@ RECIPES = (
 GREY = ("mnist", "digits")
 
 
-def matmul_rate(where: str, size: int, seconds: float) -> dict[str, Any]:
-    """FLOP/s of the best of several windows of square products."""
-    half = device.half_precision(where) if where.startswith("cuda") else None
+def matmul_rate(device_name: str, size: int, seconds: float) -> dict[str, Any]:
+    """Return the FLOP/s of the best of several windows of square matrix products."""
+    half = device.half_precision(device_name) if device_name.startswith("cuda") else None
     dtype = device.HALF_DTYPES[half] if half else torch.float32
-    a, b = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device_name).to(dtype) for _ in range(2))
     a @ b
-    device.synchronize(where)
+    device.synchronize(device_name)
     rates = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         start = time.perf_counter()
         for _ in range(5):
             a @ b
-        device.synchronize(where)
+        device.synchronize(device_name)
         rates.append(5 * 2 * size**3 / (time.perf_counter() - start))
     return {"size": size, "precision": half or "fp32", "flops_a_second": max(rates)}
 
 
 class Case:
-    """A recipe's network and batches on random images, by the plan that a long run would take."""
+    """Network and batches of a recipe on random images, with the plan of a long run."""
 
-    def __init__(self, name: str, where: str, step: str, batch: int | None, layout: str) -> None:
+    def __init__(
+        self, name: str, device_name: str, step: str, batch: int | None, layout: str
+    ) -> None:
         self.recipe: Recipe = recipe.load_recipe(name)
         size = self.recipe.data.image_size
         self.size = size if isinstance(size, int) else 28 if self._grey else 32
@@ -85,7 +87,7 @@ class Case:
         self.batch = batch or self.recipe.train.batch_size
         options = self.recipe.train
         self.plan: Plan = device.candidate_plans(
-            where, options.precision, options.memory_format, False
+            device_name, options.precision, options.memory_format, False
         )[0]
         self.plan = replace(
             self.plan, step_mode=step, memory_format=layout or self.plan.memory_format
@@ -110,55 +112,55 @@ class Case:
         return images, torch.arange(count) % 10
 
     def flops(self) -> float:
-        """Of forward and backward pass, for one image."""
+        """Return the operations of forward and backward pass for one image."""
         model, count = self.model(), 2
         images, labels = self.images(count)
-        ready = self._normalise(images.to(self.plan.device), self.plan)
+        ready = self._normalize(images.to(self.plan.device), self.plan)
         with FlopCounterMode(display=False) as counter:
             loss = nn.functional.cross_entropy(model(ready).float(), labels.to(self.plan.device))
             loss.backward()
         return counter.get_total_flops() / count
 
     @property
-    def _normalise(self) -> Normalize:
+    def _normalize(self) -> Normalize:
         return Normalize([0.5] * self.channels, [0.25] * self.channels)
 
-    def _whole(self, images: torch.Tensor) -> torch.Tensor:
-        return self._normalise(images.to(self.plan.device), self.plan)
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        return self._normalize(images.to(self.plan.device), self.plan)
 
     def loop(self) -> Callable[[], None]:
-        """The engine as `train` runs it; a call is one step of a full batch."""
-        asked, model = self.recipe, self.model()
+        """Return one step of a full batch of the engine, as `train` runs it."""
+        config, model = self.recipe, self.model()
         operations = pipeline.build_pipeline(
-            asked.operations, image_size=self.size, channels=self.channels, classes=10
+            config.operations, image_size=self.size, channels=self.channels, classes=10
         )
         images, labels = self.images(8 * self.batch)
         feed = Batches(
             Split(ArrayRows(images), labels, [str(i) for i in range(len(labels))]),
             batch_size=self.batch,
-            normalize=self._normalise,
+            normalize=self._normalize,
             plan=self.plan,
             seed=0,
-            augment=operations if asked.operations else None,
+            augment=operations if config.operations else None,
         )
-        optimizer = optim.build_optimizer(model, asked.optim)
+        optimizer = optim.build_optimizer(model, config.optim)
         loop = self._train_loop(
-            model, optimizer, optim.build_averager(model, asked.optim, steps=10**6)
+            model, optimizer, optim.build_averager(model, config.optim, steps=10**6)
         )
         records = loop.run(feed, lambda progress: 1e-4, epochs=10**6, seed=0)
         steps = (r for r in records if isinstance(r, Step))
         return lambda: self._take(steps)
 
     def bare(self) -> Callable[[], None]:
-        """The same step on one normalised batch: no order, augmentation or average."""
-        asked, model = self.recipe, self.model()
-        optimizer = optim.build_optimizer(model, asked.optim)
+        """Return the same step on one normalized batch, without order, augmentation or averages."""
+        config, model = self.recipe, self.model()
+        optimizer = optim.build_optimizer(model, config.optim)
         for group in optimizer.param_groups:
             group["lr"] *= 1e-4
         images, labels = self.images(self.batch)
-        ready, answers = self._whole(images), labels.to(self.plan.device)
+        ready, targets = self._prepare(images), labels.to(self.plan.device)
         loop = self._train_loop(model, optimizer, None)
-        return lambda: self._take(iter([loop.train_step(ready, answers)]))
+        return lambda: self._take(iter([loop.train_step(ready, targets)]))
 
     def _train_loop(
         self,
@@ -189,9 +191,9 @@ class Case:
 
 
 def windows(case: Case, seconds: float) -> dict[str, Any]:
-    """Images a second of both loops in turn, in windows of about a tenth of the time."""
+    """Measure images per second of both loops in turn, in windows of a twentieth of the time."""
     loops = {"loop": case.loop(), "bare": case.bare()}
-    for step in loops.values():  # algorithms, capture, compiler
+    for step in loops.values():  # choice of algorithms, compilation
         for _ in range(WARMUP_STEPS + 1):
             step()
         device.synchronize(case.plan.device)
@@ -225,28 +227,28 @@ def main() -> None:
     parser.add_argument("--steps", nargs="*", default=None, help="eager reduce-overhead compiled")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--device", default=None)
-    parser.add_argument("--batch", type=int, help="instead of each recipe's own (rehearsals)")
-    parser.add_argument("--layout", default="", help="instead of the plan's own")
-    parser.add_argument("--size", type=int, help="of the matrices")
-    asked = parser.parse_args()
-    where = device.select_device(asked.device)
+    parser.add_argument("--batch", type=int, help="instead of the recipe's")
+    parser.add_argument("--layout", default="", help="memory format instead of the plan's")
+    parser.add_argument("--size", type=int, help="of the square matrices")
+    options = parser.parse_args()
+    device_name = device.select_device(options.device)
     process.keep_freed_memory()
     device.prepare(deterministic=False)
-    on_gpu = where.startswith("cuda")
-    rate = matmul_rate(where, asked.size or (8192 if on_gpu else 2048), asked.seconds)
+    on_gpu = device_name.startswith("cuda")
+    rate = matmul_rate(device_name, options.size or (8192 if on_gpu else 2048), options.seconds)
     print(f"{rate['flops_a_second'] / 1e12:.2f} TFLOP/s in {rate['precision']}", file=sys.stderr)
     rows = []
-    for name in asked.recipes:
+    for name in options.recipes:
         modes = ["eager", "reduce-overhead", "compiled"] if on_gpu else ["eager"]
-        for step in asked.steps or modes:
-            case = Case(name, where, step, asked.batch, asked.layout)
+        for step in options.steps or modes:
+            case = Case(name, device_name, step, options.batch, options.layout)
             row: dict[str, Any] = {"recipe": name, "plan": str(case.plan), "batch": case.batch}
             try:
                 row["flops_an_image"] = case.flops()
-                row |= windows(case, asked.seconds)
+                row |= windows(case, options.seconds)
                 used = row["flops_an_image"] * row["images_a_second"]
                 row |= {"flops_a_second": used, "share": round(used / rate["flops_a_second"], 4)}
-            except Exception as error:  # one that fails must not cost the table
+            except Exception as error:  # a failing recipe must not prevent the table
                 row["failed"] = (str(error).splitlines() or [repr(error)])[0][:200]
             rows.append(row)
             print(row, file=sys.stderr)

@@ -1,8 +1,8 @@
-"""What saving costs: seconds of one save of all that continuing needs, and its share of a minute.
+"""Time of saving a checkpoint, and its share of the minute between two checkpoints.
 
-A training saves once a minute. Each network is trained for a step (so that the optimiser has its
-state), and then saved several times into a folder on this disk: the state alone, as in the middle
-of an epoch, and by turns the model file as well, as after an epoch that was the best so far.
+Each network is trained for a step, so that the optimizer has its state, and then saved several
+times to this disk: the checkpoint alone, as in the middle of an epoch, and in turn also the model
+file, as after the best epoch so far.
 
     python benchmarks/saving.py [--repeats 5] [--folder .]
 """
@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from convlens.runtime import RuntimeContext
-from helpers.support import train_records
+from convlens.training.train import run_train_loop
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import torch
@@ -53,29 +53,29 @@ ROW = (
 )
 
 
-def measured(how: dict[str, object], folder: Path, repeats: int) -> dict[str, float]:
-    """Megabytes of a state and a model file, and the median seconds of writing one and both."""
-    tree = recipe.load_recipe({"name": "saving", "data": DATA, "train": PLAIN, **how})
+def measured(changes: dict[str, object], folder: Path, repeats: int) -> dict[str, float]:
+    """Measure sizes of checkpoint and model file, and median seconds of writing one and both."""
+    tree = recipe.load_recipe({"name": "saving", "data": DATA, "train": PLAIN, **changes})
     job = build_training_job(
         tree, load_data(tree.data, memory_budget=1 << 30), RuntimeContext("cpu", quiet=True)
     )
-    next(iter(train_records(job)))
-    place = RunDir(folder / "run")
-    place.create(job.recipe, {"digests": []})
-    checkpoints = CheckpointManager(job, place)
+    next(iter(run_train_loop(job, job.process_group)))
+    run_dir = RunDir(folder / "run")
+    run_dir.create(job.recipe, {"digests": []})
+    checkpoints = CheckpointManager(job, run_dir)
     state, both = Spent(), Spent()
     for epoch in range(1, repeats + 2):
         row = {"epoch": float(epoch), **dict.fromkeys(ROW, 1.0)}
         for better, spent in ((False, state), (True, both)):
             if better:
-                checkpoints._pending = model_snapshot(job, place.name, row)
+                checkpoints._pending = model_snapshot(job, run_dir.name, row)
             job.state.step += 1
             spent.add(checkpoints.save)
-    size = max((place.path / "state").glob("*.safetensors")).stat().st_size
+    size = max((run_dir.path / "state").glob("*.safetensors")).stat().st_size
     return {
         "parameters": sum(p.numel() for p in job.model.parameters()),
         "state_mb": round(size / 2**20, 2),
-        "model_mb": round(place.model_path.stat().st_size / 2**20, 2),
+        "model_mb": round(run_dir.model_path.stat().st_size / 2**20, 2),
         "state_seconds": state.wall(),
         "state_share": round(state.wall() / SAVE_INTERVAL_S, 5),
         "seconds": both.wall(),
@@ -85,15 +85,15 @@ def measured(how: dict[str, object], folder: Path, repeats: int) -> dict[str, fl
 
 
 class Spent:
-    """Wall and CPU seconds of several times the same; the first time is not counted."""
+    """Wall and CPU seconds of repeated calls; the first call is not counted."""
 
     def __init__(self) -> None:
         self._all: list[tuple[float, float]] = []
 
     def add(self, job: Callable[[], None]) -> None:
-        began, cpu = time.perf_counter(), time.process_time()
+        start, cpu = time.perf_counter(), time.process_time()
         job()
-        self._all.append((time.perf_counter() - began, time.process_time() - cpu))
+        self._all.append((time.perf_counter() - start, time.process_time() - cpu))
 
     def wall(self) -> float:
         return round(statistics.median(wall for wall, _ in self._all[1:]), 4)
@@ -105,14 +105,14 @@ class Spent:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", default=".", help="on the disk that is to be measured")
-    asked = parser.parse_args()
+    parser.add_argument("--folder", default=".", help="folder on the disk to measure")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     rows = {}
-    for name, how in NETWORKS.items():
-        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-            rows[name] = measured(how, Path(folder), asked.repeats)
-    figures = {"repeats": asked.repeats, "save_seconds": SAVE_INTERVAL_S, "networks": rows}
+    for name, changes in NETWORKS.items():
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            rows[name] = measured(changes, Path(folder), options.repeats)
+    figures = {"repeats": options.repeats, "save_seconds": SAVE_INTERVAL_S, "networks": rows}
     print(json.dumps(record("saving", figures)))
 
 

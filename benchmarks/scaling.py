@@ -1,9 +1,9 @@
-"""Cost against work: images, classes and pixels from small to large, each beside the others.
+"""Time and memory for increasing numbers of images, classes and pixels.
 
-Time an image (training step, evaluation, opening the set) should not depend on how many there
-are; memory is bounded by the budget for images, whatever the set. Every size is measured in a
-process of its own (peak memory), on one thread, in turn, several times. The images are 64 drawn
-shapes again and again, so that what is measured is convlens and not the drawing.
+The time per image (training step, evaluation, opening the set) should not depend on the number of
+images, and memory is bounded by the budget for images. Every size is measured in its own process
+(for the peak memory), on one thread, several times in turn. The images repeat 64 drawn shapes, so
+that the drawing takes no time.
 
 python benchmarks/scaling.py [--rounds 3] [--budget 64MB] [--images 1000,10000,...]
 """
@@ -23,16 +23,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 import numpy as np
 import torch
 from torch import nn
 
-import convlens.data.dataset as data
 from convlens import device, metrics, models, optim
-from convlens.data import sources
+from convlens.data import dataset, sources
 from convlens.data.loader import Batches, Normalize, epoch_order
 from convlens.data.sources import DrawnShapes
 from convlens.data.types import DataSource, NumberedStrings, Part
@@ -43,19 +42,19 @@ from convlens.run import RunDir
 from convlens.utils import process
 
 IMAGES, CLASSES, SIDES = (1_000, 10_000, 100_000, 1_000_000), (10, 100, 1_000), (32, 64, 128, 224)
-FIRST = 10, 32  # classes and side where these aren't what changes
-OF_CLASSES = 20_000  # images where classes change: each of 1,000 needs some to be split
-EVALUATED = 3 << 10  # images of 32 px that the network answers, as many pixels of another size
-OF_SIDES = 4_000  # images where the side changes: more than the largest batch
+DEFAULT_CLASSES, DEFAULT_SIDE = 10, 32  # in the series where they do not change
+OF_CLASSES = 20_000  # images of the series of classes: each of 1,000 classes needs some per split
+EVALUATED = 3 << 10  # images of 32 px to evaluate; of other sizes as many pixels
+OF_SIDES = 4_000  # images of the series of sides: more than the largest batch
 BATCH = 64
-PIXELS = 16 * 224 * 224  # of a batch where the side changes: the same working set for each
+PIXELS = 16 * 224 * 224  # of a batch in the series of sides, so that the working set stays the same
 NET = {"widths": [32, 64], "depth": 1, "head": "avg"}
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "scaling.svg"
 Case = tuple[int, int, int]  # images, classes, side
 
 
 class Repeated:
-    """`count` images, drawn shapes again and again: read in no time, in little memory."""
+    """`count` images that repeat a few drawn shapes: fast to read, small in memory."""
 
     def __init__(self, count: int, side: int) -> None:
         self.shape: tuple[int, ...] = (count, 3, side, side)
@@ -65,11 +64,11 @@ class Repeated:
         return self._pool[index % len(self._pool)]
 
 
-# One size, in this process
+# Measuring one size, in this process
 
 
 def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dict[str, float]:
-    """CPU and wall seconds an image of training and evaluating, those of a start, peak bytes."""
+    """Return seconds of opening, seconds per image of training and evaluation, and peak bytes."""
 
     def source() -> DataSource:
         images, labels = Repeated(count, side), np.arange(count) % classes
@@ -85,9 +84,9 @@ def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dic
     figures = {}
     config = DataConfig(name="repeated", image_size=side)
 
-    def opening() -> data.Data:
-        found = data.load(config, memory_budget=budget)
-        data.channel_stats(found.train)
+    def opening() -> dataset.Data:
+        found = dataset.load_data(config, memory_budget=budget)
+        dataset.channel_stats(found.train)
         epoch_order(len(found.train), 0, 1)
         with tempfile.TemporaryDirectory() as folder:
             RunDir(Path(folder)).write_split(found.held_out)
@@ -97,20 +96,20 @@ def measure(count: int, classes: int, side: int, batch: int, budget: int) -> dic
     figures["train_cpu"], figures["train_wall"] = trained(model, loaded, batch)
     figures["evaluate_cpu"], figures["evaluate_wall"] = evaluated(model, loaded)
     status = Path("/proc/self/status").read_text()
-    peak = re.search(r"VmHWM:\s*(\d+) kB", status)  # not ru_maxrss: that begins with the parent's
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status)  # not ru_maxrss, which starts with the parent's
     figures["peak"] = int(peak[1]) * 1024 if peak else 0
     return figures
 
 
 def timed(job: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What a job gives, its CPU seconds (all threads) and its seconds."""
+    """Return the result of a job, its CPU seconds (all threads) and its wall seconds."""
     cpu, wall = time.process_time(), time.perf_counter()
     result = job()
     return result, time.process_time() - cpu, time.perf_counter() - wall
 
 
-def trained(model: nn.Module, loaded: data.Data, batch: int) -> tuple[float, float]:
-    """CPU and wall seconds an image over some batches, gathering and optimiser included."""
+def trained(model: nn.Module, loaded: dataset.Data, batch: int) -> tuple[float, float]:
+    """Return CPU and wall seconds per image of training, with gathering and optimizer."""
     plan = device.Plan("cpu", "fp32", "contiguous")
     batches = Batches(
         loaded.train,
@@ -123,32 +122,32 @@ def trained(model: nn.Module, loaded: data.Data, batch: int) -> tuple[float, flo
     loop = TrainLoop(model, optim.build_optimizer(model, config), nn.CrossEntropyLoss(), plan)
     records = loop.run(batches, optim.build_schedule(config), epochs=10**6, seed=0)
     if len(loaded.train) < batch:
-        raise SystemExit(f"{len(loaded.train)} images are no batch of {batch}")
+        raise SystemExit(f"{len(loaded.train)} images are fewer than a batch of {batch}")
     steps = (r for r in records if isinstance(r, Step))
     rounds = []
     few = max(1, 8 * BATCH * 32 * 32 // (batch * loaded.image_size**2))
     for turn in range(5):
 
-        def some() -> int:
-            # The last batch of an epoch is smaller: it costs less, and counts for less.
+        def train_some() -> int:
+            # The last batch of an epoch is smaller and counts for less.
             return sum(next(steps).images for _ in range(few))
 
-        images, cpu, wall = timed(some)
-        if turn:  # the first warms up
+        images, cpu, wall = timed(train_some)
+        if turn:  # the first round warms up
             rounds.append((cpu / images, wall / images))
     return median(rounds)
 
 
-def evaluated(model: nn.Module, loaded: data.Data) -> tuple[float, float]:
-    """CPU and wall seconds an image: answers of the network, then all of their numbers."""
+def evaluated(model: nn.Module, loaded: dataset.Data) -> tuple[float, float]:
+    """Return CPU and wall seconds per image of evaluation: logits, then metrics."""
     plan = device.Plan("cpu", "fp32", "contiguous")
-    # As many from every set, and full batches, whose buffers are a good part of the memory: the
-    # smallest set's are taken several times.
+    # Equally many images from every set, in full batches, whose buffers take much of the memory;
+    # those of the smallest set repeat.
     count = EVALUATED * 32 * 32 // loaded.image_size**2
-    # Neighbours differ, since equal ones are quicker: what branches a pooling takes is then known.
+    # Adjacent images differ: equal ones are faster, since the branches of pooling are predicted.
     step = max(1, len(loaded.val) // count - 1) | 1
     index = torch.arange(count) * step % len(loaded.val)
-    part = data.Split(loaded.val.rows.subset(index), loaded.val.labels[index], [""] * count)
+    part = dataset.Split(loaded.val.rows.subset(index), loaded.val.labels[index], [""] * count)
 
     def some() -> None:
         normalize = Normalize([0.5] * 3, [0.25] * 3)
@@ -165,22 +164,22 @@ def median(rounds: list[Any]) -> tuple[float, float]:
     return cpu, wall
 
 
-# All sizes, each in a process of its own
+# Measuring all sizes, each in its own process
 
 
 def cases(
     images: tuple[int, ...], classes: tuple[int, ...], sides: tuple[int, ...]
 ) -> Iterator[tuple[str, Case, int]]:
-    """What changes, the case, and its batch."""
-    few, small = FIRST
+    """Yield the name of the series, the case, and its batch size."""
+    few, small = DEFAULT_CLASSES, DEFAULT_SIDE
     yield from (("images", (n, few, small), BATCH) for n in images)
     yield from (("classes", (OF_CLASSES, k, small), BATCH) for k in classes)
     yield from (("side", (OF_SIDES, few, s), PIXELS // s**2) for s in sides)
 
 
-def in_a_process(case: Case, batch: int, budget: int) -> dict[str, float]:
+def measure_in_process(case: Case, batch: int, budget: int) -> dict[str, float]:
     arguments = ["--one", *map(str, (*case, batch, budget))]
-    # One thread: what threads use while they wait for each other is CPU time, too, and noise.
+    # One thread: threads that wait for each other also use CPU time.
     done = subprocess.run(
         [sys.executable, __file__, *arguments],
         capture_output=True,
@@ -193,8 +192,8 @@ def in_a_process(case: Case, batch: int, budget: int) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def summed_up(rounds: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians over the rounds, and of the ratios to the first case of the same round."""
+def summarize(rounds: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, Any]:
+    """Return medians over the rounds, and of the ratios to the first case of the same round."""
     figures: dict[str, Any] = {}
     for key in rounds[0]:
         figures[key] = statistics.median(r[key] for r in rounds)
@@ -244,19 +243,21 @@ def main() -> None:
     for name, values in (("images", IMAGES), ("classes", CLASSES), ("sides", SIDES)):
         parser.add_argument(f"--{name}", default=",".join(map(str, values)))
     parser.add_argument("--one", nargs=5, type=int, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        print(json.dumps(measure(*asked.one)))
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(*options.one)))
         return
-    os.environ["CONVLENS_MEMORY"] = asked.budget
+    os.environ["CONVLENS_MEMORY"] = options.budget
     budget = device.memory_budget("cpu")
-    sizes = [tuple(map(int, getattr(asked, n).split(","))) for n in ("images", "classes", "sides")]
+    sizes = [
+        tuple(map(int, getattr(options, n).split(","))) for n in ("images", "classes", "sides")
+    ]
     every = list(cases(*sizes))
     found: list[list[dict[str, float]]] = [[] for _ in every]
-    for turn in range(asked.rounds):
+    for turn in range(options.rounds):
         for number, (name, case, batch) in enumerate(every):
-            figures = in_a_process(case, batch, budget)
-            if name == "side":  # a pixel instead of an image
+            figures = measure_in_process(case, batch, budget)
+            if name == "side":  # per pixel instead of per image
                 for key in figures:
                     figures[key] /= 1 if key == "peak" else case[2] ** 2
             found[number].append(figures)
@@ -270,7 +271,7 @@ def main() -> None:
                 "classes": classes,
                 "side": side,
                 "batch": batch,
-                **summed_up(found[number], found[first]),
+                **summarize(found[number], found[first]),
             }
         )
     plot(series)
@@ -280,7 +281,7 @@ def main() -> None:
                 "scaling",
                 {
                     "budget": budget,
-                    "rounds": asked.rounds,
+                    "rounds": options.rounds,
                     "threads": 1,
                     "network": NET,
                     "series": series,

@@ -1,9 +1,8 @@
-"""Waiting times that are not training: `--help`, the first run, and a start on many images.
+"""Start-up times: `--help`, the first run, and opening a set of many images.
 
-Commands are timed from the shell to their end, with compiled bytecode and warm files: `import
-torch` is the least that anything which computes can take. `train digits` trains from nothing, tests
-and draws its plots; again, it finds the run and tests it. `--images 0` leaves the start on small
-images out.
+Commands are timed from start to end, with compiled bytecode and cached files; `import torch` is the
+lower bound of every command that computes. `train digits` trains from scratch, tests and draws its
+plots; the second call finds the run and tests it. `--images 0` skips the set of many images.
 
     python benchmarks/startup.py [--images 100000] [--repeats 5]
 """
@@ -28,30 +27,31 @@ from recording import record
 CLASSES = 10
 START = """
 import time
-import torch, convlens.data.dataset, convlens.recipe  # imports are counted apart
-from convlens import data, recipe
-begin = time.perf_counter()
-found = data.load(recipe.DataConfig(name={folder!r}), memory_budget={budget})
-print(time.perf_counter() - begin, len(found.train))
+import torch, convlens.data.dataset, convlens.recipe  # imports are not counted
+from convlens import recipe
+from convlens.data import dataset
+start = time.perf_counter()
+found = dataset.load_data(recipe.DataConfig(name={folder!r}), memory_budget={budget})
+print(time.perf_counter() - start, len(found.train))
 """
 
 
 def environment() -> dict[str, str]:
-    """This process's, but Python may keep the bytecode it has compiled, as it usually does."""
+    """Return the environment, in which Python may cache bytecode as it does by default."""
     return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
 
 def run(command: list[str], folder: str) -> tuple[float, float]:
-    """Seconds on the wall and of all processors."""
+    """Return wall and CPU seconds of a command."""
     before, start = os.times(), time.perf_counter()
     subprocess.run(command, check=True, capture_output=True, cwd=folder, env=environment())
     wall, after = time.perf_counter() - start, os.times()
-    cpu = sum(after[2:4]) - sum(before[2:4])  # of children: user and system
+    cpu = sum(after[2:4]) - sum(before[2:4])  # user and system time of child processes
     return wall, cpu
 
 
 def commands(repeats: int) -> dict[str, float]:
-    """Medians of each command's seconds, and of its processor seconds; the first turn warms up."""
+    """Return medians of wall and CPU seconds of each command; the first round warms up."""
     program = [sys.executable, "-m", "convlens"]
     spent: dict[str, list[tuple[float, float]]] = {}
     training = []
@@ -83,7 +83,7 @@ def commands(repeats: int) -> dict[str, float]:
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Small PNGs in ten class folders; a few thousand different ones, written many times."""
+    """Write small PNGs with random pixels in ten class folders."""
     random = np.random.default_rng(0)
     for label in range(CLASSES):
         (folder / f"class{label}").mkdir(parents=True)
@@ -106,13 +106,13 @@ def main() -> None:
 
 
 def starts(count: int) -> dict[str, float]:
-    """Seconds until a set of `count` small images is there: decoded, then found in the cache."""
+    """Measure opening a set of `count` small images: decoding, then reading from the cache."""
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         write_images(images, count)
         os.environ["CONVLENS_CACHE"] = str(Path(folder) / "cache")
-        # In memory, and streamed: what the second start costs must not depend on the size.
+        # In memory and streamed: the time of the second start must not depend on the size.
         for kind, budget in (("resident", 2**33), ("streamed", 2**20)):
             for start in ("first", "second", "third"):
                 script = START.format(folder=str(images), budget=budget)

@@ -1,13 +1,13 @@
-"""Seconds of training to 99% MNIST test accuracy: `mnist-fast` and, beside it, a peer's script.
+"""Seconds of training to 99% MNIST test accuracy: `mnist-fast` and a peer's script.
 
     python benchmarks/time_to_accuracy.py [--seeds 5] [--peer EXAMPLES/mnist/main.py]
 
-Ours: the training time of the run (from the first step to the last, augmentation included;
-loading, validation and testing apart), final weights, tested once. The peer runs unmodified in
-its own folder, and finds its data in `../data` as it expects. Its clock runs from the first to the
-last line of each epoch of training, and not while it tests; it is over with the first epoch whose
-test accuracy is 99% or more. Our runs take turns with it: one before, one after each of its
-epochs while it is held (SIGSTOP), the rest after its last.
+Our time is the training time of the run, from the first step to the last with augmentation, without
+loading, validation and testing; the final weights are tested once. The peer runs unmodified in its
+own folder and finds its data in `../data` as it expects. Its time is counted from the first to the
+last output line of each training epoch, without its tests; it ends with the first epoch whose test
+accuracy is at least 99%. Our runs alternate with it: one before, one after each of its epochs while
+it is stopped (SIGSTOP), and the remaining ones after its last epoch.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# First: it sets what libgomp reads when torch is imported.
+# First, since it sets variables that libgomp reads when torch is imported.
 from recording import record  # isort: skip
 
 from convlens import metrics
 from convlens.training import resolve
 from convlens.training.repeats import train_many
 
-GOAL = 0.99
+TARGET_ACCURACY = 0.99
 
 
 def peer_epochs(script: Path, data: Path, arguments: list[str]) -> Iterator[dict[str, Any]]:
-    """Runs the peer's script as it is; seconds of training and accuracy after each epoch.
+    """Run the peer's script; yield seconds of training and accuracy after each epoch.
 
-    It is held while the caller does something else between two of them.
+    The script is stopped while the caller handles an epoch.
     """
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "mnist"
-        place.mkdir()
-        shutil.copy(script, place / "main.py")
+        working_dir = Path(folder) / "mnist"
+        working_dir.mkdir()
+        shutil.copy(script, working_dir / "main.py")
         (Path(folder) / "data").symlink_to(data.resolve())
         command = [sys.executable, "-u", "main.py", *arguments]
-        process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=working_dir, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         spent, first, last = 0.0, None, 0.0
         try:
@@ -67,9 +67,9 @@ def peer_epochs(script: Path, data: Path, arguments: list[str]) -> Iterator[dict
 
 
 def one_run(recipe: str, seed: int) -> dict[str, Any]:
-    """Our run with this seed, tested: what its table says."""
-    asked = resolve.resolve_variants(recipe, None, overrides=[f"train.seed={seed}"])
-    (reached,) = train_many(asked, fresh=True, quiet=True).summaries
+    """Train and test with this seed; return the results."""
+    recipes = resolve.resolve_variants(recipe, None, overrides=[f"train.seed={seed}"])
+    (reached,) = train_many(recipes, fresh=True, quiet=True).summaries
     found = reached.to_dict()
     return {
         "seed": seed,
@@ -85,17 +85,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--recipe", default="mnist-fast")
     parser.add_argument("--peer", type=Path, help="pytorch/examples' mnist/main.py")
-    parser.add_argument("--peer-arguments", nargs="*", default=[], help="as it comes: none")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="has MNIST/raw/")
+    parser.add_argument("--peer-arguments", nargs="*", default=[], help="by default none")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with MNIST/raw/")
     arguments = parser.parse_args()
-    one_run(arguments.recipe, 0)  # chooses and remembers a plan, reads the images once
+    one_run(arguments.recipe, 0)  # fills the caches of plans and images
     waiting, runs = list(range(arguments.seeds)), list[dict[str, Any]]()
 
     def run_one() -> None:
         if waiting:
             runs.append(one_run(arguments.recipe, waiting.pop(0)))
-            told = {key: runs[-1][key] for key in ("seed", "accuracy", "seconds")}
-            print(f"{arguments.recipe}: {told}", file=sys.stderr)
+            summary = {key: runs[-1][key] for key in ("seed", "accuracy", "seconds")}
+            print(f"{arguments.recipe}: {summary}", file=sys.stderr)
 
     rows = list[dict[str, Any]]()
     if arguments.peer:
@@ -104,7 +104,7 @@ def main() -> None:
             rows.append(row)
             print(f"peer, epoch {len(rows)}: {row}", file=sys.stderr)
             run_one()
-            if row["test"] >= GOAL:
+            if row["test"] >= TARGET_ACCURACY:
                 break
     while waiting:
         run_one()
@@ -125,7 +125,7 @@ def main() -> None:
         "parameters": runs[0]["facts"]["parameters"],
     }
     if rows:
-        reached = next((row["seconds"] for row in rows if row["test"] >= GOAL), None)
+        reached = next((row["seconds"] for row in rows if row["test"] >= TARGET_ACCURACY), None)
         command = " ".join(["main.py", *arguments.peer_arguments])
         figures["peer"] = {"command": command, "epochs": rows, "seconds_to_99": reached}
         figures["ratio"] = round((reached or rows[-1]["seconds"]) / mean, 1)

@@ -1,4 +1,4 @@
-"""What `make demo` runs: the embedded digits recipe from training to classified images."""
+"""The demo of `make demo`: the digits recipe, from training to classified images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import convlens
 
 
 def main() -> None:
-    """Trains (or finds the finished run), tests, then classifies a few images as files."""
+    """Train (or find the finished run), test, and classify a few image files."""
     run = convlens.train("digits")
     result = run.evaluate("test", quiet=True)
 

@@ -1,4 +1,4 @@
-"""What the report's scripts share: train once, and do inference ever after."""
+"""Shared by the scripts of the report: train once, afterwards only do inference."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import convlens
 
 
 def arguments() -> tuple[list[str], list[str]]:
-    """The command line as overrides (`train.epochs=3`) and image files."""
+    """Return the overrides (`train.epochs=3`) and the image files of the command line."""
     changes = [argument for argument in sys.argv[1:] if "=" in argument]
     return changes, [argument for argument in sys.argv[1:] if "=" not in argument]
 
 
 def experiment(recipe: str, reported: str) -> convlens.Run:
-    """Trains the recipe, or finds the trained model; then tests it and classifies images.
+    """Train the recipe, or find the trained model; then test it and classify images.
 
-    The model lands in `models/`, downloads in `data/`, plots in `plots/`.
+    The model is saved in `models/`, downloads in `data/`, plots in `plots/`.
 
     Args:
-        reported: what the report says came out.
+        recipe: name of the recipe.
+        reported: the accuracies in the report.
     """
     changes, images = arguments()
     run = convlens.train(recipe, changes)

@@ -1,8 +1,8 @@
-"""The report's first script: a plain CNN on MNIST without regularisation. It overfits.
+"""The report's first script: a plain CNN on MNIST without regularization. It overfits.
 
     python experiments/mnist.py [KEY=VALUE ...] [IMAGE ...]
 
-Trains the first time; run again, it tests the trained model and classifies the images given.
+The first call trains; later calls test the trained model and classify the given images.
 """
 
 from common import experiment

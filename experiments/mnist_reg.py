@@ -1,8 +1,8 @@
-"""The report's second script: the same CNN regularised, 15 epochs, no overfitting.
+"""The report's second script: the same CNN with regularization, 15 epochs, no overfitting.
 
     python experiments/mnist_reg.py [KEY=VALUE ...] [IMAGE ...]
 
-Trains the first time; run again, it tests the trained model and classifies the images given.
+The first call trains; later calls test the trained model and classify the given images.
 """
 
 from common import experiment

@@ -2,8 +2,8 @@
 
     python experiments/resnet_18_pre.py [KEY=VALUE ...]
 
-Trains the first time; run again, it tests the trained models. Without a network, weights of your
-own do: `convlens train pretrain --no-test`, then `model.weights=pretrain`.
+The first call trains; later calls test the trained models. Without internet access use your own
+weights: `convlens train pretrain --no-test`, then `model.weights=pretrain`.
 """
 
 from common import arguments

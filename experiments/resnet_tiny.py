@@ -2,7 +2,7 @@
 
     python experiments/resnet_tiny.py [KEY=VALUE ...] [IMAGE ...]
 
-Trains the first time; run again, it tests the trained model and classifies the images given.
+The first call trains; later calls test the trained model and classify the given images.
 """
 
 from common import experiment

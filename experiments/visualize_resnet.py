@@ -2,9 +2,9 @@
 
     python experiments/visualize_resnet.py [RUN ...] [IMAGE ...]
 
-Shows the pretrained, the augmented and the raw model side by side, or the runs named. Images are
-files, `test:17`, `worst:5`, `class:cat:3`; without any a few validation images are taken. The
-models must be trained: `resnet_18_pre.py`, `resnet_tiny.py` and `resnet_18.py` do that.
+Shows the pretrained, the augmented and the raw model side by side, or the named runs. Images are
+files, `test:17`, `worst:5` or `class:cat:3`; by default a few validation images are chosen. The
+models must be trained by `resnet_18_pre.py`, `resnet_tiny.py` and `resnet_18.py` before.
 """
 
 import sys
@@ -20,27 +20,27 @@ MODELS = {
 
 
 def trained(recipe: str) -> str | None:
-    """The run of a recipe that was trained last: of its own name, or with its hash behind."""
+    """Return the latest run of a recipe, named like the recipe or with a hash appended."""
     names = [recipe, recipe + "-" + "[0-9a-f]" * 6]
     files = [path for n in names for path in Path("models").glob(f"{n}/model.safetensors")]
     newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
     return newest.parent.name if newest else None
 
 
-def named(arguments: list[str]) -> list[str]:
+def existing_runs(arguments: list[str]) -> list[str]:
     return [each for each in arguments if (Path("models") / each).is_dir()]
 
 
 arguments = sys.argv[1:]
-runs = named(arguments)
+runs = existing_runs(arguments)
 if not runs:
-    found = {words: trained(recipe) for words, (recipe, _) in MODELS.items()}
-    missing = [f"{words} ({MODELS[words][1]})" for words, run in found.items() if run is None]
+    latest = {title: trained(recipe) for title, (recipe, _) in MODELS.items()}
+    missing = [f"{title} ({MODELS[title][1]})" for title, run in latest.items() if run is None]
     if missing:
         sys.exit(f"not trained yet: {', '.join(missing)}; or name runs that are")
-    runs = [run for run in found.values() if run]
-    for words, run in found.items():
-        print(f"{words}: {run}")
+    runs = [run for run in latest.values() if run]
+    for title, run in latest.items():
+        print(f"{title}: {run}")
 images = [each for each in arguments if each not in runs]
 
 try:

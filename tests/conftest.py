@@ -1,4 +1,4 @@
-"""What every test gets: its own folders, no network data, one thread, marks that skip."""
+"""Fixtures and settings of all tests: own folders, no real data, one thread, marks that skip."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pytest
 
 from convlens.utils import process
 
-# Before torch is imported, as the command line does it.
+# Must be set before torch is imported, as on the command line.
 process.set_environment()
-# Two threads that wait for each other are slower than one on a shared machine, and tiny
-# networks have nothing to share.
+# On a shared machine two threads that wait for each other are slower than one, and tiny networks
+# do not profit from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Three quarters of the time of the smallest trainings; tests marked `figures` have them drawn.
+# Plots take three quarters of the time of the smallest trainings; tests marked `figures` draw them.
 os.environ["CONVLENS_FIGURES"] = "none"
 
-# What is started in the background by a shell ignores Ctrl-C, and hands that down.
+# Processes in the background of a shell ignore Ctrl-C, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: heeded here, not handed down
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: respected, not inherited
     signal.signal(signal.SIGHUP, lambda *_: None)
 
-pytest_plugins = ["helpers.interrupted_runs"]  # its fixture `interrupting` is used in many tests
+pytest_plugins = ["helpers.interrupted_runs"]  # for its fixture `interrupting`
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = REPOSITORY / "data"
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def own_folders(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each test works in an empty folder, with its own cache, and finds no data of the user's."""
+    """Run each test in an empty folder with its own cache and without the user's data."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

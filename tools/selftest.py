@@ -51,10 +51,14 @@ RECIPE: dict[str, Any] = {
     "model": {"name": "cnn", "widths": [8, 16], "depth": 2, "dropout": 0.2},
     "optim": {"name": "adamw", "lr": 0.01, "schedule": "one-cycle", "ema": 0.97, "clip_norm": 5},
     "train": {
-        "epochs": 40, "batch_size": 32, "patience": 4, "monitor": "val_accuracy",
-        "precision": "fp32", "memory_format": "contiguous",
+        "epochs": 40,
+        "batch_size": 32,
+        "patience": 4,
+        "monitor": "val_accuracy",
+        "precision": "fp32",
+        "memory_format": "contiguous",
     },
-}  # fmt: skip
+}
 SAVE_INTERVAL_S = "0.2"  # so short that many kills interrupt a save
 HANG_TIMEOUT_S = 600.0  # a training that takes longer hangs
 # Kills start at this fraction of the time to the first file: before it, Python imports torch.
@@ -68,7 +72,7 @@ CLOCK_COLUMNS = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
 class Kill:
     """One killed training: when it was killed, what it had saved, and what differs in the end."""
 
-    after: float
+    after: float  # seconds from the start
     saved: str
     differences: list[str]
 
@@ -99,11 +103,11 @@ def kill_and_resume(
     """Kill and resume `kills` trainings of `processes` processes each.
 
     Args:
-        seed: of the moments at which they are killed.
-        jobs: trainings at a time; by default as many as there are cores for.
+        seed: seed of the moments of the kills.
+        jobs: number of concurrent trainings; by default one per core.
 
     Raises:
-        UsageError: this system can't do it.
+        UsageError: the system does not support it.
         ResourceError: the uninterrupted training fails.
     """
     if os.name == "nt":
@@ -117,20 +121,20 @@ def kill_and_resume(
         )
     jobs = jobs or max(1, device.usable_cores() // processes)
     with tempfile.TemporaryDirectory(prefix="convlens-selftest-") as root:
-        whole = _Training(Path(root) / "whole", processes)
-        first_file, end = whole.run_to_end()
+        uninterrupted = _Training(Path(root) / "uninterrupted", processes)
+        first_file, end = uninterrupted.run_to_end()
         print_status(f"uninterrupted run: {end:.1f} s (first file after {first_file:.1f} s)")
         moments = [random.Random(f"{seed} {n}") for n in range(kills)]
-        found = []
+        results = []
         with progress_bar("kills", kills) as bar, ThreadPoolExecutor(jobs) as pool:
-            waiting = [
-                pool.submit(_killed, Path(root) / f"{n}", whole, rng, first_file, end)
+            futures = [
+                pool.submit(_killed, Path(root) / f"{n}", uninterrupted, rng, first_file, end)
                 for n, rng in enumerate(moments)
             ]
             try:
-                for done in as_completed(waiting):
-                    kill = done.result()
-                    found.append(kill)
+                for future in as_completed(futures):
+                    kill = future.result()
+                    results.append(kill)
                     result = "; ".join(kill.differences) or "the same bits"
                     print_status(
                         escape(f"killed after {kill.after:.2f} s ({kill.saved}): {result}"[:600])
@@ -139,7 +143,7 @@ def kill_and_resume(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return Score(found, processes)
+    return Score(results, processes)
 
 
 class _Training:
@@ -155,13 +159,22 @@ class _Training:
         recipe = self.folder / "selftest.yaml"
         if not recipe.exists():
             recipe.write_text(load_recipe(RECIPE).to_text())
-        launch = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3",
-                  "--nproc-per-node", str(self.processes)]  # fmt: skip
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--max-restarts",
+            "3",
+            "--nproc-per-node",
+            str(self.processes),
+        ]
         command = ["-m", "convlens", "train", "selftest.yaml", "--device", "cpu"]
         environment = {
-            **os.environ, "CONVLENS_SAVE_SECONDS": SAVE_INTERVAL_S, "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "CONVLENS_SAVE_SECONDS": SAVE_INTERVAL_S,
+            "OMP_NUM_THREADS": "1",
             "CONVLENS_CACHE": str(self.folder / "cache"),
-        }  # fmt: skip
+        }
         with (self.folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, *(launch if self.processes > 1 else []), *command],
@@ -189,10 +202,10 @@ class _Training:
     def kill(self, after: float, rng: random.Random) -> bool:
         """Kill a process `after` seconds from the start, or as soon as there is one.
 
-        Returns False if the training ended before that.
+        Return False if the training ended before that.
 
         Raises:
-            ResourceError: it ended with an error of its own; or torchrun hangs or fails instead of
+            ResourceError: The training fails by itself, or torchrun hangs or fails instead of
                 restarting its processes.
         """
         started = time.perf_counter()
@@ -203,9 +216,9 @@ class _Training:
                     return False
                 time.sleep(0.002)
             with contextlib.suppress(ConvlensError):
-                found = self.run_dir.checkpoints.read()
-                if found is not None:
-                    self.saved = f"saved: epoch {found.epoch}, step {found.step}"
+                checkpoint = self.run_dir.checkpoints.read()
+                if checkpoint is not None:
+                    self.saved = f"saved: epoch {checkpoint.epoch}, step {checkpoint.step}"
             if self.processes > 1:
                 try:
                     process.wait(HANG_TIMEOUT_S)  # torchrun restarts them
@@ -273,8 +286,8 @@ def _kill_all_in(folder: Path) -> None:
 
     torchrun gives each of its processes a session of its own, so they survive its death.
     """
-    path, until = os.path.realpath(folder), time.perf_counter() + 10
-    while time.perf_counter() < until:
+    path, deadline = os.path.realpath(folder), time.perf_counter() + 10
+    while time.perf_counter() < deadline:
         left = _all_in(path)
         if not left:
             return
@@ -285,77 +298,80 @@ def _kill_all_in(folder: Path) -> None:
 
 
 def _all_in(path: str) -> list[int]:
-    found = []
+    pids = []
     for name in filter(str.isdecimal, os.listdir(PROC) if PROC.is_dir() else ()):
         with contextlib.suppress(OSError):  # it has just ended, or belongs to another user
             if os.readlink(PROC / name / "cwd") == path:
-                found.append(int(name))
-    return found
+                pids.append(int(name))
+    return pids
 
 
 def _killed(
-    folder: Path, whole: _Training, rng: random.Random, first_file: float, end: float
+    folder: Path, uninterrupted: _Training, rng: random.Random, first_file: float, end: float
 ) -> Kill:
     """Kill a training, resume it, and compare it with the uninterrupted one."""
-    training = _Training(folder, whole.processes)
+    training = _Training(folder, uninterrupted.processes)
     after = rng.uniform(EARLIEST_KILL * first_file, end)
     try:
         while not training.kill(after, rng):  # it ended before the kill
             after = rng.uniform(EARLIEST_KILL * first_file, after)
-            training = _Training(folder / "again", whole.processes)
+            training = _Training(folder / "again", uninterrupted.processes)
             folder = training.folder
         training.run_to_end()
-        found = differences(whole.run_dir, training.run_dir)
+        different = differences(uninterrupted.run_dir, training.run_dir)
     except ConvlensError as error:
-        found = [str(error)]
-    return Kill(round(after, 3), training.saved, found)
+        different = [str(error)]
+    return Kill(round(after, 3), training.saved, different)
 
 
 def differences(one: RunDir, other: RunDir) -> list[str]:
     """List what differs between two finished runs, except for times; empty if no bit does."""
+    runs = (one, other)
     found = []
-    (weights, model_metadata), (others, its_card) = (
-        serialization.read_model_file(each.model_path) for each in (one, other)
+    (weights, model), (other_weights, other_model) = (
+        serialization.read_model_file(run.model_path) for run in runs
     )
-    found += _of_tensors("the model", weights, others)
-    states = [each.state() for each in (one, other)]
-    if states[0] is None or states[1] is None:
+    found += _tensor_differences("the model", weights, other_weights)
+    if model["chosen"] != other_model["chosen"]:
+        found.append(f"the chosen epoch: {other_model['chosen']} for {model['chosen']}")
+    state, other_state = (run.state() for run in runs)
+    if state is None or other_state is None:
         found.append("no final state")
     else:
-        found += _of_tensors("the state", states[0][0], states[1][0])
-        if _timeless(states[0][1]) != _timeless(states[1][1]):
+        found += _tensor_differences("the state", state[0], other_state[0])
+        if _without_times(state[1]) != _without_times(other_state[1]):
             found.append("the state's counters")
-    if model_metadata["chosen"] != its_card["chosen"]:
-        found.append(f"the chosen epoch: {its_card['chosen']} for {model_metadata['chosen']}")
     for name in ("recipe.yaml", "split.csv"):
-        contents = [(each.path / name) for each in (one, other)]
-        if len({path.read_bytes() if path.exists() else b"" for path in contents}) > 1:
+        paths = [run.path / name for run in runs]
+        if len({path.read_bytes() if path.exists() else b"" for path in paths}) > 1:
             found.append(name)
-    rows, its_rows = (
-        [{k: v for k, v in row.items() if k not in CLOCK_COLUMNS} for row in each.metrics()]
-        for each in (one, other)
+    rows, other_rows = (
+        [{k: v for k, v in row.items() if k not in CLOCK_COLUMNS} for row in run.metrics()]
+        for run in runs
     )
-    if rows != its_rows:
+    if rows != other_rows:
         found.append("metrics.csv")
-    mine, its = one.metadata(), other.metadata()
-    found += [f"run.json: {k}" for k in ("status", "epochs", "kept_epoch") if mine[k] != its[k]]
-    kept = ("n", "correct", "loss", "confusion")
-    tested, its_tested = (
-        [{k: test[k] for k in kept} for test in each.evaluations()[-1:]] for each in (one, other)
+    metadata, other_metadata = one.metadata(), other.metadata()
+    for key in ("status", "epochs", "kept_epoch"):
+        if metadata[key] != other_metadata[key]:
+            found.append(f"run.json: {key}")
+    keys = ("n", "correct", "loss", "confusion")
+    tested, other_tested = (
+        [{key: test[key] for key in keys} for test in run.evaluations()[-1:]] for run in runs
     )
-    if tested != its_tested:
+    if tested != other_tested:
         found.append("the test results")
     return found
 
 
-def _of_tensors(what: str, one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+def _tensor_differences(what: str, one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     if one.keys() != other.keys():
         return [f"{what}: other tensors"]
     different = [name for name in one if not torch.equal(one[name], other[name])]
     return [f"{what}: {len(different)} of {len(one)} tensors"] if different else []
 
 
-def _timeless(counters: dict[str, Any]) -> dict[str, Any]:
+def _without_times(counters: dict[str, Any]) -> dict[str, Any]:
     """Return a state's counters without times and without the hash over them."""
     # `part` is the micro-batch size after running out of memory: not a result.
     position = {k: v for k, v in counters["position"].items() if k not in (*CLOCK_COLUMNS, "part")}
@@ -370,7 +386,7 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=5, metavar="N", help="trainings to kill (5)")
     parser.add_argument("--processes", type=int, default=1, help="processes of each training (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills (0)")
     parser.add_argument("--json", action="store_true", help="print the score as JSON on stdout")
     options = parser.parse_args()
     if options.kills < 1 or options.processes < 1:

@@ -1,6 +1,6 @@
-"""The networks of convlens that are compared, in Keras: the same layers, as many trained weights.
+"""The compared networks of convlens in Keras, with the same layers and number of trained weights.
 
-Keras's padding `same` pads one side only where a stride of 2 asks for no more: as many products.
+With a stride of 2, Keras's padding `same` pads one side only; the number of products is the same.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def build(
     *,
     augment: bool,
 ) -> keras.Model:
-    """A network for images of `shape`; `augment` puts a flip and a shift in front of it.
+    """Build a network for images of `shape`; with `augment` it starts with a flip and a shift.
 
     The shift is RandomTranslation's, up to 2 of 32 pixels with reflected borders; Keras's
-    RandomCrop would cut a whole batch at one place.
+    RandomCrop would crop a whole batch at the same position.
     """
     inputs = keras.Input(shape)
     x = inputs
@@ -72,7 +72,7 @@ def _cnn(
 ) -> Any:
     depths, kernels, pools = (_per_stage(v, widths) for v in (depth, kernel, pool))
     if dropout or head not in ("flatten", "avg") or not {"stride", "max", "none"} >= set(pools):
-        raise ValueError("an option that no compared network has")
+        raise ValueError("unsupported option of a compared network")
     for i, width in enumerate(widths):
         for last in [False] * (depths[i] - 1) + [True]:
             stride = 2 if last and pools[i] == "stride" else 1
@@ -90,7 +90,7 @@ def _cnn(
 
 def _resnet18(x: Any, classes: int, *, stem: str) -> Any:
     if stem != "imagenet":
-        raise ValueError("an option that no compared network has")
+        raise ValueError("unsupported option of a compared network")
     x = layers.ReLU()(_norm(_conv(x, 64, 7, 2)))
     x = layers.MaxPooling2D(3, 2, padding="same")(x)
     for stage, width in enumerate((64, 128, 256, 512)):
@@ -107,7 +107,7 @@ def _resnet18(x: Any, classes: int, *, stem: str) -> Any:
 
 @keras.saving.register_keras_serializable(package="peers")
 class Bias(layers.Layer):
-    """One number a channel, added: what is trained of the whitening layer."""
+    """Add a bias per channel: the trained part of the whitening layer."""
 
     def build(self, shape: Sequence[int]) -> None:
         first = keras.config.image_data_format() == "channels_first"

@@ -1,9 +1,8 @@
-"""What the PyTorch peers share: the network, and images the ways their users feed them.
+"""Shared by the PyTorch peers: the network and the usual input pipelines.
 
-A variant's name says how: `pil` is a data set of PIL images through torchvision's transforms, as
-in every tutorial; `v2` one of uint8 tensors through its v2 transforms; `tensors` a TensorDataset
-that was normalised once (no augmentation then). `2 workers` and `channels_last` may follow. All but
-`pil` also have torch's fused Adam.
+The variants are `pil`, PIL images through torchvision's transforms as in tutorials; `v2`, uint8
+tensors through its v2 transforms; and `tensors`, a TensorDataset that was normalized once (without
+augmentation). `2 workers` and `channels_last` may follow. All but `pil` use torch's fused Adam.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ CROP = {"padding": 2, "padding_mode": "reflect"}
 
 
 def variants(row: Row) -> list[str]:
-    """How the PyTorch peers are tried."""
+    """Return the variants of the PyTorch peers."""
     loaded = ["pil", "pil, 2 workers", "v2", "v2, 2 workers", "v2, 2 workers, channels_last"]
     if row.augment:
         return loaded
@@ -32,7 +31,7 @@ def variants(row: Row) -> list[str]:
 
 
 def workers(variant: str) -> dict[str, Any]:
-    """DataLoader's arguments about worker processes."""
+    """Return the arguments of DataLoader for worker processes."""
     return {"num_workers": 2, "persistent_workers": True} if "workers" in variant else {}
 
 
@@ -54,14 +53,14 @@ def fused(variant: str) -> bool | None:
 
 
 def normalized(row: Row) -> tuple[Tensor, Tensor]:
-    """All images as one float32 tensor `[N, C, H, W]`, and their labels."""
+    """Return all images as one float32 tensor `[N, C, H, W]`, and their labels."""
     pixels, labels = raw(row)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (row.mean, row.std))
     return (pixels / 255 - mean) / std, labels
 
 
 def raw(row: Row) -> tuple[Tensor, Tensor]:
-    """All images as one uint8 tensor `[N, C, H, W]`, and their labels."""
+    """Return all images as one uint8 tensor `[N, C, H, W]`, and their labels."""
     images, labels = row.load()
     pixels = torch.from_numpy(images)
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
@@ -75,7 +74,7 @@ def dataset(row: Row, variant: str) -> Dataset[tuple[Tensor, Any]]:
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """As torchvision's MNIST and CIFAR10: an array, of which each image becomes a PIL one."""
+    """Like torchvision's MNIST and CIFAR10: an array whose images are converted to PIL images."""
 
     def __init__(self, row: Row) -> None:
         self.data, labels = row.load()

@@ -1,9 +1,9 @@
-"""What every peer's program shares: the row it is asked to train, and taking turns.
+"""Shared by the programs of all peers: the row to train, and the protocol of taking turns.
 
-`against_peers.py` starts one process for each peer. It tells it over stdin what to train, and the
-peer's own loop then calls `Turns.epoch` at the end of each epoch: the first is warm-up, and later
-ones are timed while it is this peer's turn. Between turns the process waits inside that call, so
-that only one of them computes at a time, and windows that are compared lie seconds apart.
+`against_peers.py` starts one process per peer and sends it the row to train over stdin. The peer's
+loop calls `Turns.epoch` at the end of each epoch: the first one is warm-up, later ones are timed
+in this peer's turn. Between turns the process waits inside that call, so that only one peer
+computes at a time and the compared windows are seconds apart.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Row:
     """One network on one set of images, the same for all peers.
 
     `pixels` is a `.npz` with `images`, uint8 `[N, H, W]` or `[N, H, W, 3]`, and `labels`; N is a
-    whole number of batches. `mean` and `std` are those of the channels, in units of 0..1.
+    multiple of the batch size. `mean` and `std` are per channel, for pixels in 0..1.
     """
 
     name: str
     net: str
     options: dict[str, Any]
     batch: int
-    steps: int  # of an epoch
+    steps: int  # per epoch
     lr: float
     augment: bool
     pixels: str
     mean: list[float]
     std: list[float]
-    parameters: int  # that are trained
+    parameters: int  # number of trained weights
 
     @property
     def channels(self) -> int:
@@ -49,17 +49,17 @@ class Row:
             return content["images"], content["labels"]
 
     def check(self, parameters: int) -> None:
-        """Whether the peer trains the same network, as far as its number of weights tells."""
+        """Exit if the network of the peer has another number of trained weights."""
         if parameters != self.parameters:
             raise SystemExit(f"{self.name}: {parameters} trained weights, not {self.parameters}")
 
 
-class RowOver(Exception):  # noqa: N818 (no error)
-    """Raised out of the peer's loop when its row is over."""
+class RowOver(Exception):  # noqa: N818 (not an error)
+    """Raised to end the loop of a peer when its row is finished."""
 
 
 class Turns:
-    """The timed windows of one training. `how` may say what the peer itself chose."""
+    """The timed windows of one training; `how` may name the plan that the peer chose."""
 
     def __init__(self, images: int, answer: Callable[[dict[str, Any]], None]) -> None:
         self._images, self._answer, self.how = images, answer, ""
@@ -70,10 +70,10 @@ class Turns:
         self._done, self._began, self._cpu = 0, time.perf_counter(), time.process_time()
 
     def epoch(self) -> None:
-        """To be called at the end of each epoch, when all of its work is done.
+        """End an epoch; to be called when all of its work is done.
 
         Raises:
-            RowOver: the peer is to leave its loop.
+            RowOver: The peer must leave its loop.
         """
         spent = time.perf_counter() - self._began
         self._done += self._images
@@ -82,10 +82,10 @@ class Turns:
         cpu = time.process_time() - self._cpu
         window = {"images": self._done, "seconds": spent, "cpu_seconds": cpu, "how": self.how}
         self._answer(window)
-        asked = json.loads(sys.stdin.readline())
-        if asked["do"] == "stop":
-            raise RowOver("the peer is to leave its loop")
-        self._seconds = asked["seconds"]
+        request = json.loads(sys.stdin.readline())
+        if request["do"] == "stop":
+            raise RowOver("the row is finished")
+        self._seconds = request["seconds"]
         self._begin()
 
 
@@ -93,14 +93,14 @@ Train = Callable[[Row, str, Turns], None]
 
 
 def serve(train: Train, variants: Callable[[Row], list[str]], packages: Sequence[str]) -> None:
-    """Answers `against_peers.py` until it hangs up.
+    """Answer the requests of `against_peers.py` until stdin is closed.
 
     Args:
-        train: trains a row in one of the peer's variants, for ever.
-        variants: how it may be run on a row; the likeliest winner first.
-        packages: whose versions are to be told.
+        train: trains a row in one of the peer's variants until `RowOver` is raised.
+        variants: returns the variants for a row, the most promising one first.
+        packages: packages whose versions are reported.
     """
-    # Whatever libraries print goes to stderr; the answers have the real stdout for themselves.
+    # Output of libraries goes to stderr; stdout is reserved for answers.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -110,13 +110,13 @@ def serve(train: Train, variants: Callable[[Row], list[str]], packages: Sequence
 
     answer({"versions": {package: version(package) for package in packages}})
     for line in iter(sys.stdin.readline, ""):
-        asked = json.loads(line)
-        row = Row(**asked["row"])
-        if "variant" not in asked:
+        request = json.loads(line)
+        row = Row(**request["row"])
+        if "variant" not in request:
             answer({"variants": variants(row)})
             continue
         images, _ = row.load()
         try:
-            train(row, asked["variant"], Turns(len(images), answer))
+            train(row, request["variant"], Turns(len(images), answer))
         except RowOver:
             answer({"stopped": True})

@@ -1,4 +1,4 @@
-"""No peer but the bound: forward, backward, optimiser on one normalised batch, again and again."""
+"""The upper bound: forward, backward and optimizer on one normalized batch, repeatedly."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""convlens: a recipe on these images, prepared as `convlens train` does, and its loop.
+"""convlens: a recipe on these images, prepared as by `convlens train`, and its training loop.
 
-What `train` does around the loop is left out as it is for the peers: bar, validation, saving.
+As for the peers, progress bar, validation and saving are excluded.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from convlens.data.dataset import Data, Split
 from convlens.engine import loop
 from convlens.runtime import RuntimeContext
 from convlens.training.setup import build_training_job
+from convlens.training.train import run_train_loop
 from convlens.utils import process
-from helpers.support import train_records
 from turns import Row, Turns, serve
 
 EPOCHS = 100_000
@@ -26,7 +26,7 @@ def train(row: Row, variant: str, turns: Turns) -> None:
         {"RandomHorizontalFlip": {}},
         {"RandomCrop": {"padding": 2, "padding_mode": "reflect"}},
     ]
-    asked = recipe.load_recipe(
+    config = recipe.load_recipe(
         {
             "name": "peers",
             "augment": flips if row.augment else [],
@@ -42,17 +42,17 @@ def train(row: Row, variant: str, turns: Turns) -> None:
     )
     process.keep_freed_memory()
     device.prepare(deterministic=False)
-    job = build_training_job(asked, _data(row), RuntimeContext("cpu", quiet=True))
+    job = build_training_job(config, _data(row), RuntimeContext("cpu", quiet=True))
     row.check(sum(p.numel() for p in job.model.parameters() if p.requires_grad))
     turns.how = f"{job.plan}{', compiled' if variant == COMPILED else ''}"
-    for record in train_records(job):
+    for record in run_train_loop(job, job.process_group):
         if isinstance(record, loop.Epoch):
             float(record.loss)
             turns.epoch()
 
 
 def _data(row: Row) -> Data:
-    """The row's images as training split; the others are empty."""
+    """Return the images of the row as training split; the other splits are empty."""
     images, labels = row.load()
     pixels = torch.from_numpy(images)
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()

@@ -1,6 +1,6 @@
-"""The loop of every tutorial: torchvision's transforms, a DataLoader, five lines of PyTorch.
+"""The loop of tutorials: torchvision's transforms, a DataLoader, five lines of PyTorch.
 
-The same program stands for two peers: with `--tuned`, whatever makes it faster is tried, too.
+With `--tuned` it is a second peer that also tries the faster variants.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""fastai: a Learner without bar and log; its own pipeline of PIL images (`pil`), or tensors.
+"""fastai: a Learner without bar and log, with its pipeline of PIL images (`pil`) or tensors.
 
-fastai converts and normalises whole batches, so there is no slow way of writing that.
+fastai converts and normalizes whole batches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from turns import Row, Turns, serve
 
 
 class Lap(Callback):
-    """Takes the time after each epoch of training; validation is left out for all peers."""
+    """Ends a turn after each training epoch; validation is excluded for all peers."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns

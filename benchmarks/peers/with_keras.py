@@ -1,4 +1,4 @@
-"""Keras 3: arrays in memory, `compile` and `fit` as they come; $KERAS_BACKEND is the backend."""
+"""Keras 3: arrays in memory, default `compile` and `fit`; the backend is $KERAS_BACKEND."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def train(row: Row, variant: str, turns: Turns) -> None:
 def variants(row: Row) -> list[str]:
     if os.environ.get("KERAS_BACKEND") == "torch":
         return ["channels_first", "channels_last"]
-    # Steps in one execution are unrolled: a large network takes minutes to compile then.
+    # Steps of one execution are unrolled, so that a large network takes minutes to compile.
     return ["as it comes", "8 steps an execution"] if row.steps >= 16 else ["as it comes"]
 
 

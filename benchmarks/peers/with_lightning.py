@@ -1,4 +1,4 @@
-"""Lightning: a LightningModule and a Trainer with everything off that isn't training."""
+"""Lightning: a LightningModule and a Trainer with everything but training turned off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""skorch: a NeuralNetClassifier fitted on arrays, or on a data set where images are augmented."""
+"""skorch: a NeuralNetClassifier fitted on arrays, or on a data set if images are augmented."""
 
 from __future__ import annotations
 

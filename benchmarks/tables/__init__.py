@@ -1,1 +1,1 @@
-"""The tables of BENCHMARKS.md: each makes Markdown of one result, or of several of a kind."""
+"""Tables of BENCHMARKS.md: each function formats one result, or several of a kind, as Markdown."""

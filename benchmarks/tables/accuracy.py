@@ -1,4 +1,4 @@
-"""Accuracies: of the test split, settings side by side on validation, and what others published."""
+"""Tables of test accuracies, of variants compared on validation, and of published results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from tables.words import circumstances, mean, sd, span
 
-# Images a class, test accuracy in %, method and source.
+# Images per class, test accuracy in %, method and source.
 PUBLISHED = (
     (50, "55.18", "tuned cross-entropy, WRN-16-8, 500 epochs, ciFAIR-10 (GEM, 30 runs)"),
     (50, "52.39", "cosine loss, ciFAIR-10 (GEM)"),
@@ -72,11 +72,11 @@ def variants(results: list[dict[str, Any]]) -> str:
 
 
 def published(results: list[dict[str, Any]]) -> str:
-    """Ours on tiny CIFAR-10 between what others published."""
+    """Compare our results on small subsets of CIFAR-10 with published ones."""
     rows = [(per_class, accuracy, what, False) for per_class, accuracy, what in PUBLISHED]
     for r in results:
         found = re.search(r"(\d+) of each class", r["splits"]["train"])
-        if found and "tiny" in r["recipe"]:  # not what was pre-trained elsewhere
+        if found and "tiny" in r["recipe"]:  # trained from scratch
             label = f"**convlens {_recipe(r)}**, {_runs(r)}, CIFAR-10's own test set"
             rows.append((int(found[1]), f"**{100 * r['mean']:.2f}{sd(r['sd'])}**", label, True))
     rows.sort(key=lambda row: (row[0], row[1].strip("*")))
@@ -107,14 +107,14 @@ def _variant(r: dict[str, Any]) -> str | None:
 
 
 def _runs(r: dict[str, Any]) -> str:
-    """`3 seeds`, `2 splits × 3 seeds`."""
+    """Return e.g. `3 seeds` or `2 splits × 3 seeds`."""
     seeds, splits = len(set(r["seeds"])), len(set(r.get("data_seeds", [0])))
     words = [f"{n} {what}s" for n, what in ((splits, "split"), (seeds, "seed")) if n > 1]
     return " × ".join(words) or "1 run"
 
 
 def _weights(r: dict[str, Any]) -> str:
-    """How many there are, and how many were trained where some were frozen."""
+    """Return the number of weights, and of trained ones if some were frozen."""
     trained = r.get("trainable_parameters", r["parameters"])
     some = f" ({trained:,} trained)" if trained != r["parameters"] else ""
     return f"{r['parameters']:,}{some}"

@@ -1,4 +1,4 @@
-"""What needs a GPU to mean much: records, warm runs, the share of its arithmetic that is used."""
+"""Tables of the GPU benchmarks: speed records, warm runs, share of the peak rate."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def cifar_speed(r: dict[str, Any]) -> str:
     cold = r["cold"].get("seconds")
     for key, figures in r.items():
         if key.startswith("warm_"):
-            way = key.removeprefix("warm_")
-            lines.append(_warm_rows(f"convlens, {way}", figures, cold if way == "eager" else None))
+            mode = key.removeprefix("warm_")
+            lines.append(
+                _warm_rows(f"convlens, {mode}", figures, cold if mode == "eager" else None)
+            )
     return "\n".join([*lines, "", where(r), ""])
 
 
@@ -36,8 +38,8 @@ def warm_mnist(r: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     modes = ("eager", "graph", "reduce-overhead", "compiled")
-    ways = {key: value for key, value in r.items() if key in modes}
-    lines += [_warm_rows(way, figures, None) for way, figures in ways.items()]
+    by_mode = {key: value for key, value in r.items() if key in modes}
+    lines += [_warm_rows(mode, figures, None) for mode, figures in by_mode.items()]
     return "\n".join([*lines, "", where(r), ""])
 
 

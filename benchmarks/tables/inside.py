@@ -1,4 +1,4 @@
-"""Looking inside and checking labels."""
+"""Tables of looking inside networks and of label errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def attribution(r: dict[str, Any]) -> str:
 
 
 def labels(results: list[dict[str, Any]]) -> str:
-    """Planted label errors: what was found, and what cleanlab's other rules find."""
+    """Format how many planted label errors our rule and those of cleanlab find."""
     lines = [
         "## Label errors that were planted (`convlens labels`)",
         "",

@@ -1,4 +1,4 @@
-"""The table of `results/peers.json` for BENCHMARKS.md, and what was not won."""
+"""Table of `results/peers.json`: images per second of all peers, and which ones were faster."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ FIRST = "convlens"
 
 
 def peers(r: dict[str, Any], where: str) -> str:
-    """Images a second of every peer on every network.
+    """Format the images per second of every peer on every network.
 
     Args:
-        r: the result, as `against_peers.py` wrote it.
-        where: the line of circumstances.
+        r: the result of `against_peers.py`.
+        where: the line with command, date, hardware and versions.
     """
     rows, bound = list(r["rows"].values()), r["bound"]
     lines = [
@@ -48,7 +48,7 @@ def _title(row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], name: str, names: list[str]) -> str:
-    """A rate, bold if it is the row's best, and the ratio to it."""
+    """Return a rate, bold if it is the best of the row, and the ratio of convlens to it."""
     found = row["peers"][name]
     rate = f"{found['images_per_second']:,.0f}"
     best = max(row["peers"][n]["images_per_second"] for n in names)
@@ -63,18 +63,18 @@ def _interval(found: dict[str, Any]) -> str:
 
 
 def _verdict(rows: list[dict[str, Any]], names: list[str], titles: dict[str, str]) -> list[str]:
-    """What was won and what wasn't, in so many words."""
+    """Return sentences that name the peers that were faster."""
     lost, even = [], []
     for row in rows:
         for name in names:
             if name == FIRST:
                 continue
             found = row["peers"][name]
-            said = f"{titles[name]} on {row['title']} ({found['convlens_over']:.2f})"
+            entry = f"{titles[name]} on {row['title']} ({found['convlens_over']:.2f})"
             if found["convlens_over"] < 1:
-                lost.append(said)
+                lost.append(entry)
             elif found["convlens_over_interval"][0] < 1:
-                even.append(said)
+                even.append(entry)
     lines = []
     if lost:
         lines.append(f"**Not won**: {'; '.join(lost)}.")

@@ -1,4 +1,4 @@
-"""Training and inference on this machine, and what is paid before, beside and for more."""
+"""Tables of training and inference speed, start-up, scaling and several processes."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def allocator(r: dict[str, Any]) -> str:
 
 
 def scaling(r: dict[str, Any]) -> str:
-    """Cost against work; the ratios are to the first row of the same table."""
+    """Format cost against work, with ratios to the first row of the same table."""
     threads = ", on one thread" if r.get("threads") == 1 else ""
     lines = [
         "## Cost against work",
@@ -167,7 +167,7 @@ def scaling(r: dict[str, Any]) -> str:
 
 
 def processes(r: dict[str, Any]) -> str:
-    """One process with all cores against several that share them and every batch."""
+    """Compare one process on all cores with several that share them and every batch."""
     lines = [
         f"## One process and {r['processes']} that share every batch (torchrun, gloo)",
         "",

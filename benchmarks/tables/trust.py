@@ -1,4 +1,4 @@
-"""Runs that survive: what saving costs, and how many kills were continued to the same bits."""
+"""Tables of the cost of saving, and of killed runs that resumed to the same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a result is put into words, shared by the tables."""
+"""Formatting shared by the tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def where(result: dict[str, Any]) -> str:
-    """One line of circumstances, for below a table."""
+    """Return a line with command, date, hardware and versions, to be put below a table."""
     h = result["hardware"]
     return (
         f"`{result['command']}`, {result['date']}: {h['cpu']} ({h['cpu_capability']}), "

@@ -19,7 +19,7 @@ from convlens.engine.inference import VIEWS
 from convlens.errors import UsageError
 from convlens.metrics import wilson_interval
 from convlens.run import RunDir
-from helpers.commands import DIGITS, command, here, refused, sided_model
+from helpers.commands import DIGITS, here, refused, sided_model
 
 every = pytest.mark.parametrize("name", list(VIEWS))
 
@@ -166,11 +166,11 @@ def test_the_table_shows_both_predictions_if_they_differ(sided: RunDir) -> None:
 
 def test_tta_works_in_a_subprocess(sided: RunDir) -> None:
     root = halves(left=2, right=2)
-    done = command("evaluate", sided.path, "--data", root, "--tta", "flip+shifts", "--json")
+    done = here("evaluate", sided.path, "--data", root, "--tta", "flip+shifts", "--json")
     assert done.code == 0, done.err
     assert (done.json["accuracy"], done.json["tta"]["accuracy"]) == (1.0, 0.5)
     assert done.json["tta"]["views"] == "flip+shifts"
-    done = command("predict", sided.path, root, "--tta", "flip+shifts", "--json")
+    done = here("predict", sided.path, root, "--tta", "flip+shifts", "--json")
     assert done.code == 0, done.err
     assert [a["tta_label"] for a in done.json["predictions"]] == ["right"] * 4
 

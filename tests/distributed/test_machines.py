@@ -1,4 +1,4 @@
-"""Several machines, rehearsed on this one: torchruns that meet at an address of its loopback."""
+"""Training on several machines, simulated by torchruns that connect over the loopback address."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,15 @@ pytestmark = pytest.mark.slow
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
 def machines(count: int, *arguments: str | Path, restarts: int = 0) -> list[subprocess.Popen[str]]:
-    """Two torchruns of `count` processes each, which meet at the first one's address."""
-    meeting = f"127.0.0.1:{free_port()}"
-    how = (
+    """Start two torchruns of `count` processes each, which connect to the address of the first."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    launcher = (
         "-m",
         "torch.distributed.run",
         "--nnodes",
@@ -41,19 +40,19 @@ def machines(count: int, *arguments: str | Path, restarts: int = 0) -> list[subp
         "--rdzv-backend",
         "c10d",
         "--rdzv-id",
-        "rehearsal",
+        "test",
         "--rdzv-endpoint",
-        meeting,
+        endpoint,
         "--max-restarts",
         str(restarts),
     )
     return [
-        launch(count, *arguments, how=(*how, "--rdzv-conf", f"is_host={host}"))
+        launch(count, *arguments, launcher=(*launcher, "--rdzv-conf", f"is_host={host}"))
         for host in ("true", "false")
     ]
 
 
-def test_two_machines_rehearsed_on_loopback() -> None:
+def test_two_machines_train_to_the_weights_of_one_process() -> None:
     written("dropout")
     for done in [ended(agent) for agent in machines(2, SCRIPT, "4", "dropout")]:
         assert done.code == 0, done.err
@@ -62,11 +61,11 @@ def test_two_machines_rehearsed_on_loopback() -> None:
     assert RunDir(Path("models/dropout-4")).metadata()["world_size"] == 4
 
 
-def test_when_one_of_two_machines_loses_a_process_all_begin_anew_where_they_were() -> None:
-    place = a_long_run()
+def test_after_the_loss_of_a_process_on_either_machine_all_processes_resume() -> None:
+    run_dir = a_long_run()
     agents = machines(1, *TRAIN, restarts=2)
     for agent, epoch in zip(agents, (2, 12), strict=True):  # one after the other
-        in_epoch(place, agents[0], epoch)
+        in_epoch(run_dir, agents[0], epoch)
         os.kill(processes_of(agent)[0], signal.SIGKILL)
     for done in [ended(agent) for agent in agents]:
         assert done.code == 0, done.err
@@ -76,15 +75,13 @@ def test_when_one_of_two_machines_loses_a_process_all_begin_anew_where_they_were
     same(weights(Path("killed")), weights(Path("models/tiny")))
 
 
-def test_a_machine_that_is_lost_with_the_meeting_place_ends_the_other_one() -> None:
-    place = a_long_run()
+def test_the_loss_of_the_machine_with_the_rendezvous_endpoint_ends_the_other_one() -> None:
+    run_dir = a_long_run()
     lost, other = machines(1, *TRAIN)
-    in_epoch(place, lost, 2)
+    in_epoch(run_dir, lost, 2)
     for pid in (lost.pid, *processes_of(lost)):
         os.kill(pid, signal.SIGKILL)
-    begun = time.monotonic()
-    done = ended(other, timeout=120)
-    assert time.monotonic() - begun < 60
+    done = ended(other, timeout=120)  # a process that does not notice waits for ten minutes
     assert done.code != 0
     assert done.err.count("another process of this training ended or does not respond") == 1, (
         done.err
@@ -93,4 +90,4 @@ def test_a_machine_that_is_lost_with_the_meeting_place_ends_the_other_one() -> N
     lost.communicate()
     for again in [ended(agent) for agent in machines(1, *TRAIN)]:
         assert again.code == 0, again.err
-    assert place.is_finished
+    assert run_dir.is_finished

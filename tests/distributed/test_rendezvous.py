@@ -1,11 +1,10 @@
-"""How processes find each other, and the error if they do not."""
+"""How processes connect to each other, and the errors if they cannot."""
 
 from __future__ import annotations
 
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 from torch.distributed import TCPStore
@@ -13,6 +12,7 @@ from torch.distributed import TCPStore
 from convlens.distributed import init_process_group, rendezvous_timeout_s
 from convlens.errors import ResourceError, UsageError
 from helpers.commands import environment
+from helpers.launching import HANG_TIMEOUT_S, wait_until
 
 
 def as_process(patch: pytest.MonkeyPatch, rank: int, size: int, host: str, port: int) -> None:
@@ -30,9 +30,9 @@ def as_process(patch: pytest.MonkeyPatch, rank: int, size: int, host: str, port:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
 @pytest.mark.parametrize("host", ["no-such-machine.invalid", "127.0.0.1"])
@@ -110,7 +110,7 @@ def test_restarted_processes_do_not_connect_to_the_ended_ones(machines: int) -> 
     """torchrun's store outlives the processes, and the addresses of ended ones stay in it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
-    def start(rank: int, restarts: int, how: str) -> subprocess.Popen[str]:
+    def start(rank: int, restarts: int, end: str) -> subprocess.Popen[str]:
         variables = {
             "RANK": rank,
             "LOCAL_RANK": rank if machines == 1 else 0,
@@ -124,7 +124,7 @@ def test_restarted_processes_do_not_connect_to_the_ended_ones(machines: int) -> 
             "TORCHELASTIC_USE_AGENT_STORE": True,
         }
         return subprocess.Popen(
-            [sys.executable, "-c", JOIN, how],
+            [sys.executable, "-c", JOIN, end],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -134,28 +134,23 @@ def test_restarted_processes_do_not_connect_to_the_ended_ones(machines: int) -> 
     def wait_until_joining(process: subprocess.Popen[str], key: str) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
-        for _ in range(6000):
-            if store.check([key]):
-                return
-            time.sleep(0.01)
-        raise AssertionError("it does not join")
+        wait_until(lambda: store.check([key]), process)
 
     first = [start(rank, 0, "kill") for rank in (0, 1)]
     for process in first:
-        out = process.communicate(timeout=120)[0]
+        out = process.communicate(timeout=HANG_TIMEOUT_S)[0]
         assert "sum 2.0 restarted False" in out, out
         assert process.returncode == 9
     # Rank 0 of the second attempt is killed while it waits for rank 1.
     lonely = start(0, 1, "")
     wait_until_joining(lonely, "convlens/attempts")
-    while store.get("convlens/attempt") != b"2":
-        time.sleep(0.01)
+    wait_until(lambda: store.get("convlens/attempt") == b"2", lonely)
     lonely.kill()
     lonely.communicate()
     # Rank 1 of the third attempt comes first and finds the number of the second.
     second = start(1, 2, "")
     wait_until_joining(second, "convlens/2/joined/1")
     for process in (start(0, 2, ""), second):
-        out = process.communicate(timeout=120)[0]
+        out = process.communicate(timeout=HANG_TIMEOUT_S)[0]
         assert "sum 2.0 restarted True" in out, out
         assert process.returncode == 0

@@ -1,4 +1,4 @@
-"""Files damaged at random, and what their readers make of them."""
+"""Damage files at random and classify what their readers return."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from typing import Any
 from convlens.errors import ConvlensError
 
 
-def damaged(content: bytes, chance: random.Random) -> bytes:
-    """`content` as a bad disk, a full one, a power cut or a bad cable leaves it; never the same."""
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Return changed `content`, as a bad disk, a power cut or a bad cable could leave it."""
     while True:
-        found = chance.choice(WAYS)(content, chance)
-        if found != content:
-            return found
+        changed = rng.choice(DAMAGES)(content, rng)
+        if changed != content:
+            return changed
 
 
-def _bit(content: bytes, chance: random.Random) -> bytes:
-    at = chance.randrange(len(content))
-    return content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :]
+def _bit(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
 
 
-def _byte(content: bytes, chance: random.Random) -> bytes:
-    at = chance.randrange(len(content))
-    return content[:at] + bytes([chance.randrange(256)]) + content[at + 1 :]
+def _byte(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content))
+    return content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :]
 
 
-def _digit(content: bytes, chance: random.Random) -> bytes:
-    """The worst for texts: another digit where a digit was."""
-    places = [at for at, byte in enumerate(content) if chr(byte).isdigit()]
-    at = chance.choice(places or range(len(content)))
-    return content[:at] + str(chance.randrange(10)).encode() + content[at + 1 :]
+def _digit(content: bytes, rng: random.Random) -> bytes:
+    """Change one digit, the damage that is hardest to notice in a text."""
+    digits = [at for at, byte in enumerate(content) if chr(byte).isdigit()]
+    at = rng.choice(digits or range(len(content)))
+    return content[:at] + str(rng.randrange(10)).encode() + content[at + 1 :]
 
 
-def _cut(content: bytes, chance: random.Random) -> bytes:
-    return content[: chance.randrange(len(content))]
+def _cut(content: bytes, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content))]
 
 
-def _zeros(content: bytes, chance: random.Random) -> bytes:
-    """A tail of zeros: a file system that kept the length and lost the blocks."""
-    at = chance.randrange(len(content))
+def _zeros(content: bytes, rng: random.Random) -> bytes:
+    """Replace the end by zeros, as if the file system kept the length and lost the blocks."""
+    at = rng.randrange(len(content))
     return content[:at] + bytes(len(content) - at)
 
 
-def _longer(content: bytes, chance: random.Random) -> bytes:
-    return content + chance.randbytes(chance.randrange(1, 64))
+def _longer(content: bytes, rng: random.Random) -> bytes:
+    return content + rng.randbytes(rng.randrange(1, 64))
 
 
-def _piece(content: bytes, chance: random.Random) -> bytes:
-    """A piece of it in the place of another."""
-    size = chance.randrange(1, 1 + len(content) // 4)
-    a, b = (chance.randrange(len(content) - size + 1) for _ in range(2))
+def _piece(content: bytes, rng: random.Random) -> bytes:
+    """Overwrite one part with another."""
+    size = rng.randrange(1, 1 + len(content) // 4)
+    a, b = (rng.randrange(len(content) - size + 1) for _ in range(2))
     return content[:a] + content[b : b + size] + content[a + size :]
 
 
-# Single bytes are the hardest to notice, so they come most often.
-WAYS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
+# Changes of a single byte are the hardest to notice and therefore the most frequent.
+DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
     _bit,
     _bit,
     _bit,
@@ -76,7 +76,7 @@ WAYS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 @dataclass
 class Score:
-    """How often damage was told, repaired or of no effect, and what went wrong."""
+    """Number of cases that were reported, repaired or harmless, and the failures."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -94,42 +94,42 @@ def score(
     gone: Any = None,
     has_checksum: bool = True,
 ) -> Score:
-    """Damages `path` in `cases` ways and reads it each time; puts it back as it was.
+    """Damage `path` at random and read it, `cases` times; restore it afterwards.
 
     Args:
-        has_checksum: without one, a changed digit is read as another number.
-        read: what the program makes of the file, comparable with `==`.
-        gone: what `read` gives where it goes on as if there were no file (a cache).
+        read: reads the file and returns something comparable with `==`.
+        gone: the result of `read` if a damaged file is treated as missing (a cache).
+        has_checksum: whether changed content must be noticed.
     """
-    whole = path.read_bytes()
+    original = path.read_bytes()
     expected = read()
     assert expected is not None
-    found, chance = Score(), random.Random(seed)
+    result, rng = Score(), random.Random(seed)
     for _ in range(cases):
-        content = damaged(whole, chance)
+        content = damaged(original, rng)
         path.write_bytes(content)
         try:
             got = read()
         except ConvlensError as error:
-            found.counts["told"] += 1
+            result.counts["reported"] += 1
             if not error.what or "Traceback" in str(error):
-                found.wrong.append(f"no words: {error!r}")
-        except Exception as error:  # what no reader may do
-            found.wrong.append(f"{type(error).__name__}: {error}")
+                result.wrong.append(f"no message: {error!r}")
+        except Exception as error:  # readers must not raise anything else
+            result.wrong.append(f"{type(error).__name__}: {error}")
         else:
             if got == expected:
-                found.counts["read as it was"] += 1
+                result.counts["read unchanged"] += 1
             elif got == gone:
-                found.counts["left aside"] += 1
+                result.counts["ignored"] += 1
             elif not has_checksum:
-                found.counts["read with the change"] += 1
+                result.counts["read with the change"] += 1
             else:
-                found.wrong.append(f"{_difference(whole, content)}: read as something else")
-    path.write_bytes(whole)
+                result.wrong.append(f"{_difference(original, content)}: read differently")
+    path.write_bytes(original)
     assert read() == expected
-    return found
+    return result
 
 
-def _difference(whole: bytes, content: bytes) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(whole, content, strict=False)) if a != b), -1)
-    return f"byte {at} of {len(whole)}, now {len(content)}: {content[at - 20 : at + 20]!r}"
+def _difference(original: bytes, content: bytes) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(original, content, strict=False)) if a != b), -1)
+    return f"byte {at} of {len(original)}, now {len(content)}: {content[at - 20 : at + 20]!r}"

@@ -1,7 +1,7 @@
-"""Looks at the first 1 to 50 images of a run's test split, and at all: for tests under torchrun.
+"""Evaluate the first 1 to 50 images of a test split, and all of them; runs under torchrun.
 
-The images are dealt out in the usual pieces, and in pieces of three, so that few images are many
-pieces, the last one is smaller, and some process has none.
+Images are distributed in chunks of the usual size and in chunks of three, so that few images make
+many chunks, the last chunk is smaller, and some process has no images.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from convlens.utils import console
 SIZES = range(1, 51)
 
 
-def looks(place: RunDir, pieces: int) -> list[dict[str, Any]]:
-    """What `evaluate` says of each size; the same in all processes."""
-    world = distributed.init_process_group()
-    place = run.shared_run_dir(world, lambda: place)
+def evaluate_sizes(run_dir: RunDir, pieces: int) -> list[dict[str, Any]]:
+    """Return the results of `evaluate` for each size; the same in all processes."""
+    group = distributed.init_process_group()
+    run_dir = run.shared_run_dir(group, lambda: run_dir)
     device.prepare(False)
-    loaded = run.load_model(place.model_path)
-    whole, name, fingerprint = evaluation.load_eval_split(loaded, "test", device="cpu")
-    found = []
-    usual, data_parallel.EVAL_CHUNK = data_parallel.EVAL_CHUNK, pieces
+    loaded = run.load_model(run_dir.model_path)
+    test_split, name, fingerprint = evaluation.load_eval_split(loaded, "test", device="cpu")
+    results = []
+    default, data_parallel.EVAL_CHUNK = data_parallel.EVAL_CHUNK, pieces
     try:
         with console.quiet_mode():
-            for size in (*SIZES, len(whole)):
-                rows = data_parallel.SplitSlice(whole, 0, size)
-                part = Split(rows, whole.labels[:size], list(whole.ids)[:size])
-                judged = EvalSplit(part, name, f"{fingerprint}-{size}-{pieces}")
-                seen = evaluation.evaluate_split(
-                    place, loaded, judged, "test", "cpu", draw=False, world=world
+            for size in (*SIZES, len(test_split)):
+                rows = data_parallel.SplitSlice(test_split, 0, size)
+                part = Split(rows, test_split.labels[:size], list(test_split.ids)[:size])
+                split = EvalSplit(part, name, f"{fingerprint}-{size}-{pieces}")
+                result = evaluation.evaluate_split(
+                    run_dir, loaded, split, "test", "cpu", draw=False, world=group
                 ).evaluation
                 keys = ("n", "correct", "confusion", "near_ties", "loss", "ece")
-                found.append({key: getattr(seen, key) for key in keys})
+                results.append({key: getattr(result, key) for key in keys})
     finally:
-        data_parallel.EVAL_CHUNK = usual
-    assert world.broadcast(lambda: found) == found
-    return found
+        data_parallel.EVAL_CHUNK = default
+    assert group.broadcast(lambda: results) == results
+    return results
 
 
 def main(path: str, out: str) -> None:
-    found = {str(pieces): looks(RunDir(Path(path)), pieces) for pieces in (256, 3)}
+    found = {str(pieces): evaluate_sizes(RunDir(Path(path)), pieces) for pieces in (256, 3)}
     if distributed.init_process_group().is_main_process:
         Path(out).write_text(json.dumps(found))
 

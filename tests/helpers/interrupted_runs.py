@@ -1,4 +1,4 @@
-"""Shared by the tests of checkpoint and others."""
+"""Trainings that are interrupted and resumed, and the comparison with an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ EVERYTHING = (
     "train.memory_format=channels_last",
 )
 
-
 SGD = ("optim.name=sgd", "optim.momentum=0.9", "optim.nesterov=true", "optim.lr=0.05")
 
 
 class Interrupting:
-    """Sends this process a signal in the middle of the n-th optimiser step from now."""
+    """Send this process a signal in the n-th training step from now; `after` is n."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.after, self.number = -1, signal.SIGINT
@@ -52,32 +51,34 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> Interrupting:
     return Interrupting(monkeypatch)
 
 
-def finish(asked: Recipe, name: str) -> RunDir:
-    job, place = begin(asked, name)
-    rows, kept = train.fit(job, place)
-    place.finish(epochs=len(rows), kept=kept, seconds=0.0)
-    return place
+def finish(recipe: Recipe, name: str) -> RunDir:
+    """Train a run, or resume it, to its end."""
+    job, run_dir = begin(recipe, name)
+    rows, kept = train.fit(job, run_dir)
+    run_dir.finish(epochs=len(rows), kept=kept, seconds=0.0)
+    return run_dir
 
 
-def stop(asked: Recipe, name: str, interrupting: Interrupting, after: int) -> RunDir:
+def stop(recipe: Recipe, name: str, interrupting: Interrupting, after: int) -> RunDir:
+    """Train a run until a signal in step `after` stops it."""
     interrupting.after = after
     with pytest.raises(KeyboardInterrupt):
-        finish(asked, name)
+        finish(recipe, name)
     assert list((Path("models") / name / "state").glob("*.safetensors"))
     return RunDir(Path("models") / name)
 
 
 def equal(one: RunDir, other: RunDir) -> None:
-    """Bit-identical weights, and the same numbers but for the clock."""
+    """Assert bit-identical weights and the same metrics except times."""
     tensors, model_metadata = serialization.read_model_file(one.model_path)
-    others, its_card = serialization.read_model_file(other.model_path)
+    others, other_metadata = serialization.read_model_file(other.model_path)
     same(tensors, others)
-    assert model_metadata["chosen"] == its_card["chosen"]
+    assert model_metadata["chosen"] == other_metadata["chosen"]
     clock = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
     rows = [{k: v for k, v in row.items() if k not in clock} for row in one.metrics()]
-    its_rows = [{k: v for k, v in row.items() if k not in clock} for row in other.metrics()]
-    assert rows == its_rows
-    facts, its_facts = one.metadata(), other.metadata()
-    assert (facts["status"], facts["kept_epoch"]) == ("finished", its_facts["kept_epoch"])
+    other_rows = [{k: v for k, v in row.items() if k not in clock} for row in other.metrics()]
+    assert rows == other_rows
+    run, other_run = one.metadata(), other.metadata()
+    assert (run["status"], run["kept_epoch"]) == ("finished", other_run["kept_epoch"])
     assert [path.suffix for path in (one.path / "state").iterdir()] == [".safetensors"]
     assert differences(one, other) == []

@@ -1,4 +1,4 @@
-"""A piece of work that is killed right before and right after each of its steps on the disk."""
+"""Kill a function right before and after each of its operations on the disk."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-STEPS = ("fsync", "replace", "unlink")  # what a power cut, or the next start, finds done or not
+OPERATIONS = ("fsync", "replace", "unlink")  # a crash leaves each of them done or not done
 
 
 def deaths(work: Callable[[], object], prepare: Callable[[], object]) -> Iterator[str]:
-    """Does `work` in copies of this process, each killed one moment later than the one before.
+    """Run `work` in forks of this process, each killed one moment later than the previous one.
 
-    Yields where it was killed, e.g. `before replace`, once it is dead; ends when one came through.
-    `prepare` makes the disk what it was before, each time.
+    Yields where it was killed, e.g. `before replace`; ends when a fork finishes. `prepare` restores
+    the disk before each fork.
     """
-    for at in itertools.count():
+    for number in itertools.count():
         prepare()
         reading, writing = os.pipe()
         copy = os.fork()
         if copy == 0:
-            _die(work, at, writing)
+            _die(work, number, writing)
         os.close(writing)
         with os.fdopen(reading) as pipe:
             where = pipe.read()
@@ -33,11 +33,11 @@ def deaths(work: Callable[[], object], prepare: Callable[[], object]) -> Iterato
         yield where
 
 
-def _die(work: Callable[[], object], at: int, writing: int) -> NoReturn:
+def _die(work: Callable[[], object], number: int, writing: int) -> NoReturn:
     moments = itertools.count()
 
     def moment(where: str) -> None:
-        if next(moments) == at:
+        if next(moments) == number:
             os.write(writing, where.encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -46,16 +46,16 @@ def _die(work: Callable[[], object], at: int, writing: int) -> NoReturn:
 
         def call(*arguments: Any, **more: Any) -> Any:
             moment(f"before {name}")
-            found = real(*arguments, **more)
+            result = real(*arguments, **more)
             moment(f"after {name}")
-            return found
+            return result
 
         return call
 
     try:
-        for name in STEPS:
+        for name in OPERATIONS:
             setattr(os, name, dying(name))
         work()
         os._exit(0)
     finally:
-        os._exit(1)  # whatever it raised: the tests are not to be run twice
+        os._exit(1)  # even after an exception: the fork must not continue the tests

@@ -1,4 +1,4 @@
-"""Small rows, splits and recipes that several test files share."""
+"""Small images, splits and recipes that several test files share."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlens import device, recipe
+from convlens import device
 from convlens.data.dataset import Data, load_data
-from convlens.engine.loop import Records
-from convlens.recipe import Recipe
+from convlens.recipe import Recipe, load_recipe
 from convlens.run import RunDir
 from convlens.runtime import RuntimeContext
 from convlens.training.setup import TrainingJob, build_training_job
-from convlens.training.train import make_train_loop
 
 PLAN = device.Plan("cpu", "fp32", "contiguous")
 BAD_DISK = Path("/proc/self/mem")  # reading it from its beginning is a real EIO
 
 
 class Memory:
-    """Rows in memory."""
+    """Images in memory."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -38,7 +36,7 @@ class Memory:
 
 
 class Streamed(Memory):
-    """The same rows as if they were on a disk; `asked` is what was read, in order."""
+    """The same images as if they were on disk; `asked` lists the rows that were read."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__(images)
@@ -60,7 +58,7 @@ class Split:
 
 
 def pictures(count: int, channels: int = 1, size: int = 8, seed: int = 0) -> Tensor:
-    """uint8 images; pixel (0, 0) of channel 0 is the image's number."""
+    """Return random uint8 images; pixel (0, 0) of channel 0 is the number of the image."""
     generator = torch.Generator().manual_seed(seed)
     shape = (count, channels, size, size)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -78,42 +76,32 @@ TINY: dict[str, Any] = {
 
 
 def tiny(*overrides: str) -> Recipe:
-    """80 real digits in 5 steps an epoch, 3 epochs: trains in a fraction of a second."""
-    return recipe.load_recipe(TINY, overrides)
+    """Return a recipe that trains in a fraction of a second: 80 digits, 3 epochs of 5 steps."""
+    return load_recipe(TINY, overrides)
 
 
 _loaded: dict[str, Data] = {}
 
 
-def images_of(asked: Recipe) -> Data:
-    key = asked.data.model_dump_json()
+def images_of(recipe: Recipe) -> Data:
+    """Return the data of a recipe, loaded once per process."""
+    key = recipe.data.model_dump_json()
     if key not in _loaded:
-        _loaded[key] = load_data(asked.data, memory_budget=1 << 30)
+        _loaded[key] = load_data(recipe.data, memory_budget=1 << 30)
     return _loaded[key]
 
 
-def begin(asked: Recipe, name: str) -> tuple[TrainingJob, RunDir]:
-    """A run that is ready for `training.run_to_end`, begun or taken up."""
-    job = build_training_job(asked, images_of(asked), RuntimeContext("cpu", quiet=True))
-    place = RunDir(Path("models") / name)
-    if not place.metadata():
-        place.create(job.recipe, {"digests": [asked.digest()]})
-    return job, place
-
-
-def train_records(job: TrainingJob) -> Records:
-    """Run the training loop of a job; yields its records."""
-    return make_train_loop(job, job.process_group).run(
-        job.inputs.batches,
-        job.schedule,
-        epochs=job.epochs,
-        seed=job.recipe.train.seed,
-        state=job.state,
-    )
+def begin(recipe: Recipe, name: str) -> tuple[TrainingJob, RunDir]:
+    """Prepare a new or an interrupted run for `training.train.fit`."""
+    job = build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
+    run_dir = RunDir(Path("models") / name)
+    if not run_dir.metadata():
+        run_dir.create(job.recipe, {"digests": [recipe.digest()]})
+    return job, run_dir
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    """Asserts that two sets of tensors are equal bit by bit."""
+    """Assert that two sets of tensors are bit-identical."""
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different

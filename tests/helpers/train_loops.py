@@ -1,4 +1,4 @@
-"""Shared by the tests of loop and others."""
+"""Batches and state for tests of the training loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Listed:
-    """Batches that are the same in each epoch."""
+    """The same batches in each epoch."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         self.batches = batches
@@ -22,8 +22,8 @@ class Listed:
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """A copy of weights, norm statistics, counters and the optimiser's state."""
-    found = dict(model.state_dict())
+    """Return a copy of weights, norm statistics, counters and optimizer state."""
+    state = dict(model.state_dict())
     for index, values in optimizer.state_dict()["state"].items():
-        found |= {f"optim.{index}.{k}": v for k, v in values.items() if v is not None}
-    return {key: tensor.clone() for key, tensor in found.items()}
+        state |= {f"optim.{index}.{k}": v for k, v in values.items() if v is not None}
+    return {key: tensor.clone() for key, tensor in state.items()}

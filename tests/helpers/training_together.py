@@ -24,7 +24,7 @@ Result = dict[str, Any]
 
 
 class Shares:
-    """This process's rows of random batches."""
+    """The rows of this process in random batches."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -50,7 +50,7 @@ def whole_batches(epoch: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class WithUnused(nn.Module):
-    """A network with parameters that take no part in the output."""
+    """A network with parameters that do not affect the output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def train(
     micro_batch_size: int = 0,
     **config: Any,
 ) -> Result:
-    """Weights and losses after `steps` steps; `stop`: resumed after so many of them."""
+    """Return weights and losses after `steps` steps; the training is resumed after `stop` steps."""
     model = network(kind)
     options = OptimConfig(**{"name": "sgd", "lr": 0.1, **config})
     optimizer, state = optim.build_optimizer(model, options), TrainState()
@@ -122,8 +122,7 @@ def results(group: ProcessGroup) -> dict[str, Result]:
 def main(path: str) -> None:
     torch.set_num_threads(1)
     group = distributed.init_process_group()
-    found = results(group)
-    torch.save(found, f"{path}-{group.rank}")
+    torch.save(results(group), f"{path}-{group.rank}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and that the programs which take turns do."""
+"""Arithmetic of the benchmarks, and the protocol by which peers take turns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     # The largest k with 2 P(Binomial(n, 1/2) < k) <= 5%, from tables of the sign test.
     [(1, 1), (5, 1), (6, 1), (8, 1), (9, 2), (12, 3), (20, 6), (40, 14)],
 )
-def test_the_medians_interval_lies_between_two_of_the_values(n: int, rank: int) -> None:
+def test_the_interval_of_a_median_lies_between_two_of_the_values(n: int, rank: int) -> None:
     from intervals import median_interval
 
     values = [float(v) for v in np.random.default_rng(n).permutation(n) + 1]
@@ -58,38 +58,40 @@ def row(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "name", ["convlens", pytest.param("dataloader-tuned", marks=pytest.mark.slow)]
 )
-def test_a_peer_trains_when_it_is_its_turn_and_stops_when_told(
+def test_a_peer_trains_in_its_turn_and_stops_on_request(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import against_peers
     from turns import Row
 
     peer = against_peers.PEERS[name]
-    ours = against_peers.Peer(peer.title, peer.command, environment="")  # this very environment
-    monkeypatch.setitem(against_peers.PEERS, name, ours)
+    peer_here = against_peers.Peer(
+        peer.title, peer.command, environment=""
+    )  # the environment of the tests
+    monkeypatch.setitem(against_peers.PEERS, name, peer_here)
     with (tmp_path / "log").open("w+") as log:
         process = against_peers.Process(name, tmp_path, tmp_path, log)
-        assert "torch" in process.answer()["versions"]
-        few = Row(**row(tmp_path))
-        variants = process.variants(few)
-        best, tried = against_peers.best_variant(process, few, variants[:2], 0.01)
-        plans = ("fp32 contiguous", "fp32 channels_last")  # convlens tells which one it timed best
+        assert "torch" in process.receive()["versions"]
+        small_row = Row(**row(tmp_path))
+        variants = process.variants(small_row)
+        best, tried = against_peers.best_variant(process, small_row, variants[:2], 0.01)
+        plans = ("fp32 contiguous", "fp32 channels_last")  # the plan that convlens timed best
         assert best in (variants if len(variants) > 1 else plans)
         assert set(tried) == (set(variants[:2]) if len(variants) > 1 else set())
-        process.tell({"do": "go", "seconds": 0.05})
-        window = process.answer()
+        process.send({"do": "go", "seconds": 0.05})
+        window = process.receive()
         assert window["images"] % 24 == 0
         assert window["seconds"] >= 0.05
         process.stop()
-        process.start(few, variants[-1])
+        process.start(small_row, variants[-1])
         process.stop()
         process.close()
 
 
-def test_the_table_says_what_was_not_won() -> None:
+def test_the_table_names_the_peers_that_were_faster() -> None:
     from tables.peers import peers
 
-    def found(rate: float, over: float, low: float) -> dict[str, Any]:
+    def measured(rate: float, over: float, low: float) -> dict[str, Any]:
         return {
             "variant": "v",
             "images_per_second": rate,
@@ -108,10 +110,10 @@ def test_the_table_says_what_was_not_won() -> None:
                 "parameters": 1234,
                 "batch": 8,
                 "peers": {
-                    "convlens": found(1000, 1.0, 1.0),
-                    "fast": found(1250, 0.8, 0.7),
-                    "near": found(990, 1.01, 0.99),
-                    "bare": found(1300, 0.77, 0.7),
+                    "convlens": measured(1000, 1.0, 1.0),
+                    "fast": measured(1250, 0.8, 0.7),
+                    "near": measured(990, 1.01, 0.99),
+                    "bare": measured(1300, 0.77, 0.7),
                 },
             }
         },

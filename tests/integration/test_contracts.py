@@ -370,8 +370,8 @@ def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
     rows, kept = train.fit(job, run_dir)
     assert (len(rows), kept) == (1, 1)
     head = f"{models.model_parts(job.model).head}.weight"
-    assert not torch.equal(before[head], setup.model.get_parameter(head))
-    result = evaluation.evaluate(place, "test", device="cpu", quiet=True)
+    assert not torch.equal(before[head], job.model.get_parameter(head))
+    result = evaluation.evaluate(run_dir, "test", device="cpu", quiet=True)
     assert result.n == len(job.data.unseal_test())
     assert 0 <= result.correct <= result.n
     assert math.isfinite(result.loss)

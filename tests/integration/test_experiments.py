@@ -1,7 +1,10 @@
-"""The report's scripts as a user runs them: trained once, inference when run again."""
+"""The scripts in experiments/ train once and only do inference when they are run again."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +19,7 @@ from helpers.support import TINY
 pytestmark = pytest.mark.figures
 
 SCRIPTS = REPOSITORY / "experiments"
-FEW = (
+SMALL = (
     "data.name=digits",
     "data.per_class=4",
     "data.image_size=16",
@@ -24,65 +27,71 @@ FEW = (
     "data.test_fraction=0.03",
     "train.epochs=1",
     "train.batch_size=20",
+    "train.precision=fp32",
+    "train.memory_format=contiguous",
 )
 
 
-def run(script: str, *arguments: str | Path) -> str:
+def run_in_subprocess(script: str, *arguments: str | Path) -> str:
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *FEW, *map(str, arguments)],
+        [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
 
-def test_a_script_trains_once_and_then_does_inference(tmp_path: Path) -> None:
-    first = run("resnet_tiny.py")
+def run(script: str, *arguments: str | Path) -> str:
+    """Run a script in this process, which has imported torch already; return its output."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        patch.delitem(sys.modules, "common", raising=False)
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    return output.getvalue()
+
+
+def test_a_script_trains_once_and_then_only_does_inference(tmp_path: Path) -> None:
+    first = run_in_subprocess("resnet_tiny.py", *SMALL)
     assert "the report: 45 to 50%" in first
     (folder,) = Path("models").iterdir()
     assert folder.name.startswith("resnet18-tiny-")
     assert (Path("plots") / folder.name / "curves.png").exists()
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    again = run("resnet_tiny.py", picture(tmp_path / "one.png", (200,)))
+    again = run("resnet_tiny.py", *SMALL, picture(tmp_path / "one.png", (200,)))
     assert "trained already" in again
     assert "one.png: " in again
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_the_four_variants_are_one_script() -> None:
+def test_one_script_trains_the_four_variants() -> None:
     from convlens import train
 
-    train("pretrain", [*FEW, "model.stem=imagenet"], name="backbone", test=False, quiet=True)
-    said = run("resnet_18_pre.py", "model.weights=backbone")
+    train("pretrain", [*SMALL, "model.stem=imagenet"], name="backbone", test=False, quiet=True)
+    output = run("resnet_18_pre.py", *SMALL, "model.weights=backbone")
     for variant, reported in (("last4-adam", "78.29%"), ("last5-sgd-cosine", "81.6%")):
-        assert any(line.startswith(variant) and reported in line for line in said.splitlines())
+        assert any(line.startswith(variant) and reported in line for line in output.splitlines())
     assert len(list(Path("models").iterdir())) == 5
 
 
-def test_the_sixth_script_shows_three_models_side_by_side() -> None:
+def test_the_visualization_script_shows_three_models_side_by_side() -> None:
     from convlens import train
 
     train(TINY, name="resnet18-tiny-0a1b2c", test=False, quiet=True)
     models = Path("models")
     shutil.copytree(models / "resnet18-tiny-0a1b2c", models / "resnet18-pretrained-last5-adam")
 
-    def look(*arguments: str) -> subprocess.CompletedProcess[str]:
-        script = [sys.executable, str(SCRIPTS / "visualize_resnet.py"), *arguments]
-        return subprocess.run(
-            script, capture_output=True, text=True, env=environment(), timeout=240
-        )
-
-    early = look()
-    assert early.returncode == 1
-    assert early.stderr == "not trained yet: the raw (resnet_18.py); or name runs that are\n"
+    with pytest.raises(SystemExit, match="not trained yet: the raw") as error:
+        run("visualize_resnet.py")
+    assert error.value.code == "not trained yet: the raw (resnet_18.py); or name runs that are"
     shutil.copytree(models / "resnet18-tiny-0a1b2c", models / "resnet18")
-    done = look("test:3")
-    assert done.returncode == 0, done.stderr
-    assert "the augmented: resnet18-tiny-0a1b2c" in done.stdout
-    assert "stage2     " in done.stdout
+    output = run("visualize_resnet.py", "test:3")
+    assert "the augmented: resnet18-tiny-0a1b2c" in output
+    assert "stage2     " in output
     (folder,) = Path("plots").glob("look-*")
     assert (folder / "test-3-activations.png").exists()
 

@@ -1,4 +1,4 @@
-"""The GPU benchmarks, as far as no GPU is needed: what they read and what they write."""
+"""The parts of the GPU benchmarks that do not need a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-# As both scripts print: cells of fixed width; the final row of a run has `eval` for its epoch.
+# As both scripts print it: cells of fixed width; `eval` is the epoch of the final row of a run.
 PRINTED = """\
 ----------------------------------------------------------------------------------
 |  run     |  epoch  |  train_acc  |  val_acc  |  tta_val_acc  |  time_seconds  |
@@ -39,7 +39,7 @@ Mean accuracy after 1 runs: 0.941200 | Mean time: 1.190000s\r|       2  |   eval
 """
 
 
-def test_what_the_peers_print_is_read(benchmark: Any) -> None:
+def test_the_tables_that_peers_print_are_parsed(benchmark: Any) -> None:
     found = list(benchmark("cifar_speed").results_in(iter(PRINTED.splitlines(keepends=True))))
     assert found == [
         {"run": "warmup", "tta": 0.1, "plain": 0.1, "seconds": 1.6},
@@ -48,8 +48,8 @@ def test_what_the_peers_print_is_read(benchmark: Any) -> None:
     ]
 
 
-def test_a_peer_is_run_as_it_stands_and_stopped(benchmark: Any, tmp_path: Path) -> None:
-    """A stand-in that prints its table for ever, from the images where it expects them."""
+def test_a_peer_runs_unmodified_and_is_stopped(benchmark: Any, tmp_path: Path) -> None:
+    """A simulated peer prints its table forever and reads the images where it expects them."""
     script = tmp_path / "peer.py"
     script.write_text(
         "import itertools, torch\n"
@@ -59,18 +59,18 @@ def test_a_peer_is_run_as_it_stands_and_stopped(benchmark: Any, tmp_path: Path) 
     )
     (tmp_path / "cifar10").mkdir()
     torch.save({"images": torch.zeros(91, 2)}, tmp_path / "cifar10" / "train.pt")
-    found = benchmark("cifar_speed").theirs(script, tmp_path, 3)
+    found = benchmark("cifar_speed").run_peer(script, tmp_path, 3)
     assert [run["run"] for run in found["runs"]] == ["0", "1", "2"]
     assert (found["seconds"], found["tta"], found["seconds_sd"]) == (2.5, 0.91, 0.0)
     assert found["cold_seconds"] > 0
     assert found["failed"] is None
 
 
-def test_a_peer_that_fails_says_why(benchmark: Any, tmp_path: Path) -> None:
+def test_the_error_of_a_failing_peer_is_reported(benchmark: Any, tmp_path: Path) -> None:
     script = tmp_path / "peer.py"
     script.write_text("raise RuntimeError('no GPU here')")
     (tmp_path / "cifar10").mkdir()
-    found = benchmark("cifar_speed").theirs(script, tmp_path, 3)
+    found = benchmark("cifar_speed").run_peer(script, tmp_path, 3)
     assert found["failed"] == "RuntimeError: no GPU here"
     assert found["runs"] == []
 
@@ -90,13 +90,13 @@ def test_the_matrix_rate_counts_a_product_as_two_operations(
     assert found == {"size": 16, "precision": "fp32", "flops_a_second": 5 * 2 * 16**3 / 0.5}
 
 
-def test_a_recipes_operations_are_those_of_its_convolutions(benchmark: Any) -> None:
-    """airbench94's network: 118 million multiplications forward (0.71 GFLOP to train on one)."""
+def test_the_flops_of_a_recipe_are_those_of_its_convolutions(benchmark: Any) -> None:
+    """airbench94 has 118 million multiplications forward, 0.71 GFLOP per training image."""
     case = benchmark("roofline").Case("cifar10-fast", "cpu", "eager", 8, "")
     assert case.flops() == pytest.approx(0.71e9, rel=0.01)
 
 
-def test_the_report_has_tables_of_both(benchmark: Any) -> None:
+def test_the_report_has_tables_of_both_benchmarks(benchmark: Any) -> None:
     report = benchmark("report")
     shared = {
         "command": "c",

@@ -1,4 +1,4 @@
-"""A program that uses convlens as a library finds its process as it left it."""
+"""Using convlens as a library leaves the global state of the host process unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ PROGRAM = r'''
 import faulthandler, gc, hashlib, json, locale, logging, os, pickle, random, signal, socket, sys
 import threading, warnings
 
-import captum.attr, matplotlib.figure, numpy, PIL.Image, PIL.ImageFile, rich.console, sklearn
+# Packages that change global state when they are imported.
+import captum.attr, matplotlib.figure, numpy, PIL.Image, PIL.ImageFile, rich.console, ruamel.yaml
+import sklearn
 import torch, torchvision
 import matplotlib
 
@@ -59,11 +61,9 @@ def state():
         "process": [os.getcwd(), umask, locale.setlocale(locale.LC_ALL), sys.path,
                     socket.getdefaulttimeout()],
         "streams": [repr(sys.stdout), repr(sys.stderr), sys.stdout.errors],
-        # What the command line does to its own process is in there.
-        "process_module": "convlens.utils.process" in sys.modules,
     }
 
-# A program that has settings of its own, different from the defaults and from ours.
+# Settings of the host program, different from the defaults and from those of convlens.
 torch.set_num_threads(2)
 torch.backends.cudnn.benchmark = True
 torch.manual_seed(5)
@@ -108,10 +108,10 @@ print(json.dumps({
 
 
 @pytest.mark.figures
-def test_the_api_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+def test_the_api_leaves_the_host_process_unchanged(tmp_path: Path) -> None:
     Path("tiny.yaml").write_text(tiny().to_text())
     Image.new("L", (8, 8), 200).save("digit.png")
-    Image.new("1", (11_000, 11_000)).save("bomb.png")  # Pillow would warn, and open it
+    Image.new("1", (11_000, 11_000)).save("bomb.png")  # Pillow would warn and open it
     done = program()
     assert done["changed"] == {}
     assert done["threads"] == 1
@@ -119,17 +119,17 @@ def test_the_api_leaves_the_process_as_it_was(tmp_path: Path) -> None:
 
 
 def program() -> dict[str, Any]:
-    """What the program prints. Its own environment: conftest's threads are not a user's choice."""
-    left_out = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CONVLENS_FIGURES")
+    """Run the program without the settings of conftest.py, and return the JSON that it prints."""
+    excluded = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CONVLENS_FIGURES")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         capture_output=True,
         text=True,
         check=False,
-        env={key: value for key, value in os.environ.items() if key not in left_out},
+        env={key: value for key, value in os.environ.items() if key not in excluded},
     )
     assert done.returncode == 0, done.stderr
     assert "epoch   3/3" in done.stderr  # not quiet: shown without any logging configured
     assert "DecompressionBomb" not in done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    output: dict[str, Any] = json.loads(done.stdout)
+    return output

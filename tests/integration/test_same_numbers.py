@@ -1,4 +1,4 @@
-"""One model, one set of images, one answer: whatever the batches, the processes and the door."""
+"""A model gives the same numbers for any batch size, number of processes and interface."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from convlens.metrics import NEAR_TIE, near_ties
 from convlens.prediction import all_probabilities
 from convlens.run import load_model
 from helpers.commands import here
-from helpers.evaluating_together import SIZES, looks
+from helpers.evaluating_together import SIZES, evaluate_sizes
 from helpers.launching import torchrun
 from helpers.paths import HELPERS
 from helpers.support import PLAN
@@ -31,7 +31,7 @@ SCRIPT = HELPERS / "evaluating_together.py"
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is right about most digits, with batch norm and dropout."""
+    """Return a run on digits with batch norm and dropout that classifies most images correctly."""
     folder = tmp_path_factory.mktemp("same")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -54,8 +54,8 @@ def small(digits: Path) -> Run:
     return Run.load(shutil.copytree(digits, Path("models") / "small"))
 
 
-def slowly(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and labels of the test split by the shortest code there is: float64, one by one."""
+def reference_logits(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Compute logits and labels of the test split with minimal code: float64, image by image."""
     loaded = load_model(run.path / "model.safetensors")
     test = load_data(run.recipe.data, memory_budget=1 << 30).unseal_test()
     model, pre = loaded.model.double().eval(), loaded.preprocessing
@@ -69,34 +69,34 @@ def slowly(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expected(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    said = logits.argmax(1)
+    preds = logits.argmax(1)
     shifted = logits - logits.max(1, keepdims=True)
     losses = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]
     table = np.zeros((logits.shape[1],) * 2, int)
-    np.add.at(table, (labels, said), 1)
+    np.add.at(table, (labels, preds), 1)
     return {
         "n": len(labels),
-        "correct": int((said == labels).sum()),
+        "correct": int((preds == labels).sum()),
         "confusion": table.tolist(),
         "loss": float(losses.mean()),
     }
 
 
 def agree(found: dict[str, Any], other: dict[str, Any]) -> None:
-    """The same counts, and the same loss within 1e-6; there are no near ties in this set."""
+    """Assert equal counts and a loss within 1e-6; this data set has no near ties."""
     for key in ("n", "correct", "confusion"):
         assert found[key] == other[key], key
     assert found["loss"] == pytest.approx(other["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 256])
-def test_any_batch_and_any_number_of_images(
+def test_any_batch_size_and_number_of_images_give_the_reference_numbers(
     batch: int, small: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits, labels = slowly(small)
+    logits, labels = reference_logits(small)
     monkeypatch.setattr(inference, "MAX_BATCH", batch)
     monkeypatch.setattr(inference, "FIRST_BATCH", min(16, batch))
-    found = looks(small.run_dir, 256)
+    found = evaluate_sizes(small._folder, 256)
     assert [each["n"] for each in found] == [*SIZES, len(labels)]
     for each in found:
         assert each["near_ties"] == 0
@@ -105,10 +105,10 @@ def test_any_batch_and_any_number_of_images(
 
 @pytest.mark.parametrize("pieces", [3, 256])
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_what_processes_are_dealt_is_the_split(
+def test_the_parts_of_all_processes_make_up_the_split(
     pieces: int, processes: int, small: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each image by one of them, in order: what each finds out, put together."""
+    """Each image belongs to one process, and the logits concatenate in order."""
     monkeypatch.setattr(data_parallel, "EVAL_CHUNK", pieces)
     loaded = load_model(small.path / "model.safetensors")
     test = load_data(small.recipe.data, memory_budget=1 << 30).unseal_test()
@@ -127,22 +127,22 @@ def test_what_processes_are_dealt_is_the_split(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_any_number_of_processes(processes: int, small: Run) -> None:
+def test_any_number_of_processes_gives_the_reference_numbers(processes: int, small: Run) -> None:
     done = torchrun(processes, SCRIPT, small.path, "found.json")
     assert done.code == 0, done.err
-    logits, labels = slowly(small)
+    logits, labels = reference_logits(small)
     found = json.loads(Path("found.json").read_text())
     assert set(found) == {"256", "3"}
-    for its in found.values():
-        assert [each["n"] for each in its] == [*SIZES, len(labels)]
-        for each in its:
+    for results in found.values():
+        assert [each["n"] for each in results] == [*SIZES, len(labels)]
+        for each in results:
             agree(each, expected(logits[: each["n"]], labels[: each["n"]]))
-    # Each look was logged once, whoever took part.
+    # Each evaluation was logged once, although several processes took part.
     assert len(small.results) == 2 * (len(SIZES) + 1)
 
 
-def through_every_door(run: Run, data: Data) -> None:
-    """Evaluate, predict and Python on the test split, as it is, as files and as an array."""
+def compare_all_interfaces(run: Run, data: Data) -> None:
+    """Compare evaluate, predict and the Python API on the test split, as files and as an array."""
     test = data.unseal_test()
     pixels = test.rows.gather(torch.arange(len(test))).numpy()
     labels, names = test.labels.numpy(), np.array(data.classes)
@@ -170,35 +170,35 @@ def through_every_door(run: Run, data: Data) -> None:
         for entry in answer["top"]:
             probs["predict"][row, column[entry["label"]]] = entry["prob"]
     paths = sorted(Path("files").rglob("*.png"), key=lambda path: path.name)
-    for door, inputs in (("files", paths), ("array", pixels)):
+    for interface, inputs in (("files", paths), ("array", pixels)):
         for row, answer in enumerate(run.predict(inputs, top_k=k)):
             for name, share in answer.top:
-                probs[door][row, column[name]] = share
+                probs[interface][row, column[name]] = share
 
-    said = {door: its.argmax(1) for door, its in probs.items()}
+    preds = {interface: rows.argmax(1) for interface, rows in probs.items()}
     ranked = np.sort(np.log(np.maximum(probs["all"], 1e-300)), axis=1)
     near = ranked[:, -1] - ranked[:, -2] < NEAR_TIE
     assert int(near.sum()) == own["near_ties"] == by_files["near_ties"]
-    for door, its in probs.items():
-        assert not (said[door] != said["all"])[~near].any(), door
-        np.testing.assert_allclose(its, probs["all"], rtol=0, atol=1e-5, err_msg=door)
-        loss = -float(np.log(its[np.arange(len(labels)), labels]).mean())
-        for looked in (own, by_files, python):
-            assert loss == pytest.approx(looked["loss"], abs=1e-6), door
-            table = metrics.confusion_matrix(labels, said[door], k)
-            apart = np.abs(table - np.array(looked["confusion"])).sum()
-            assert apart <= 2 * int(near.sum()), door
-            assert abs(int(table.trace()) - looked["correct"]) <= int(near.sum()), door
+    for interface, rows in probs.items():
+        assert not (preds[interface] != preds["all"])[~near].any(), interface
+        np.testing.assert_allclose(rows, probs["all"], rtol=0, atol=1e-5, err_msg=interface)
+        loss = -float(np.log(rows[np.arange(len(labels)), labels]).mean())
+        for result in (own, by_files, python):
+            assert loss == pytest.approx(result["loss"], abs=1e-6), interface
+            table = metrics.confusion_matrix(labels, preds[interface], k)
+            difference = np.abs(table - np.array(result["confusion"])).sum()
+            assert difference <= 2 * int(near.sum()), interface
+            assert abs(int(table.trace()) - result["correct"]) <= int(near.sum()), interface
     print(f"{len(labels):,} images, {int(near.sum())} near ties, accuracy {own['accuracy']:.4f}")
 
 
-def test_every_door_gives_the_same_answers(small: Run) -> None:
-    through_every_door(small, load_data(small.recipe.data, memory_budget=1 << 30))
+def test_every_interface_gives_the_same_numbers(small: Run) -> None:
+    compare_all_interfaces(small, load_data(small.recipe.data, memory_budget=1 << 30))
 
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_every_door_gives_the_same_answers_to_ten_thousand_images() -> None:
+def test_every_interface_gives_the_same_numbers_for_ten_thousand_images() -> None:
     done = here(
         "train", "mnist", "data.per_class=200", "train.epochs=2", "--no-test", "--name", "mnist"
     )
@@ -206,10 +206,10 @@ def test_every_door_gives_the_same_answers_to_ten_thousand_images() -> None:
     run = Run.load("mnist")
     data = load_data(run.recipe.data, memory_budget=1 << 30)
     assert len(data.unseal_test()) == 10_000
-    through_every_door(run, data)
+    compare_all_interfaces(run, data)
 
 
-def test_near_ties_by_hand() -> None:
+def test_near_ties_are_counted_as_by_hand() -> None:
     logits = [[0.0, 1.0, 1.0], [0.0, 1.0, 1.00005], [0.0, 1.0, 1.001], [3.0, 1.0, 1.0]]
     assert near_ties(np.array(logits)) == 2
     assert near_ties(np.array(logits), 0.01) == 3

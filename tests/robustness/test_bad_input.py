@@ -1,4 +1,4 @@
-"""Bad input, one by one: a clear error in at most five lines, the right exit code, nothing lost."""
+"""Bad input gives a clear error of at most five lines and the right exit code; no file is lost."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from convlens.run import RunDir
 from helpers.commands import (
     DIGITS,
     NET,
+    Done,
     by_rights,
-    command,
     environment,
     here,
     picture,
@@ -31,19 +31,19 @@ from helpers.commands import (
 # Recipes, keys, values
 
 
-def test_an_unknown_recipe_names_near_misses() -> None:
+def test_an_unknown_recipe_lists_similar_names() -> None:
     refused(here("train", "mnist-rge"), 2, "'mnist-rge' is neither", "mnist-reg")
     refused(here("recipes", "digit"), 2, "unknown recipe 'digit'", "digits")
 
 
-def test_unknown_keys_and_bad_values_at_once() -> None:
+def test_unknown_keys_and_bad_values_are_reported_together() -> None:
     done = here("train", "digits", "optim.learning_rate=1", "train.epoch=3", "train.batch_size=0")
     refused(done, 2, "optim.learning_rate", "train.epochs", "train.batch_size=0")
     done = here("train", "digits", "epochs=3", "data.fit=squeeze", "optim.lr=fast")
     refused(done, 2, "did you mean train.epochs", "data.fit='squeeze'", "optim.lr='fast'")
 
 
-def test_unknown_names_inside_a_recipe_at_once() -> None:
+def test_unknown_names_inside_a_recipe_are_reported_together() -> None:
     done = here(
         "train",
         "digits",
@@ -55,79 +55,99 @@ def test_unknown_names_inside_a_recipe_at_once() -> None:
     refused(done, 2, "adamm", "cosin", "model.widths", "RandomFlip", "RandomHorizontalFlip")
 
 
-def test_what_is_no_override_is_refused() -> None:
-    refused(here("train", "digits", "fast"), 2, "'fast' is not an override", "key=value")
+def test_an_argument_that_is_not_an_override_is_refused() -> None:
+    refused(here("train", "digits", "fast"), 2, "'fast' is no override", "key=value")
 
 
-def test_a_recipe_that_is_no_yaml() -> None:
+def test_a_recipe_that_is_not_yaml_is_refused() -> None:
     Path("bad.yaml").write_text("data: {name: digits\ntrain: [")
     refused(here("train", "bad.yaml"), 2, "bad.yaml", "YAML")
     refused(here("train", "lost.yaml"), 2, "lost.yaml")
 
 
-def test_a_wrong_word_on_the_command_line() -> None:
-    for arguments, said in [
+def test_a_misspelled_command_or_option_is_refused() -> None:
+    for arguments, message in [
         (["tran", "digits"], "train"),
         (["train"], "RECIPE"),
         (["train", "digits", "--sedes", "2"], "--seeds"),
     ]:
         done = here(*arguments)
         assert done.code == 2
-        assert said in done.err
+        assert message in done.err
         assert "Traceback" not in done.err
     assert here("train", "digits", "--seeds", "0").code == 2
 
 
-def test_a_device_that_is_not_there() -> None:
+def test_a_missing_device_is_refused() -> None:
     refused(here("train", *DIGITS, "--device", "cuda:99"), 2, "device 'cuda:99'", "--device cpu")
 
 
 # Folders of images
 
 
-def test_an_empty_class_folder() -> None:
+def test_empty_class_folders_are_listed() -> None:
     root = pictures(Path("photos"), {"cat": 3, "dog": 3})
     (root / "emu").mkdir()
     (root / "owl").mkdir()
     refused(here("train", root), 3, "class folders without images: emu, owl", "delete")
 
 
-def test_one_class() -> None:
+def test_a_single_class_is_refused() -> None:
     refused(here("train", pictures(Path("photos"), {"cat": 9})), 3, "only one class", "cat")
 
 
-def test_class_folders_that_may_not_be_read_are_named() -> None:
+# In one process, which is cheaper than two.
+TRAIN_AND_AUDIT = """
+from convlens import cli
+for command in ("train", "audit"):
+    try:
+        cli.main([command, "photos"])
+    except SystemExit as error:
+        print(error.code)
+"""
+
+
+def test_class_folders_without_read_permission_are_listed() -> None:
     root = pictures(Path("photos"), {"cat": 3, "dog": 3, "emu": 3, "emu/young": 3})
     closed = [root / "cat", root / "emu" / "young"]
     for folder in closed:
         folder.chmod(0)
     try:
-        for asked in (("train", root), ("audit", root)):
-            done = command(*asked, before=by_rights)
-            refused(
-                done,
-                3,
-                "can't be read",
-                "photos/cat (Permission denied)",
-                "photos/emu/young (Permission denied)",
-                "permissions",
-            )
+        done = subprocess.run(
+            [sys.executable, "-c", TRAIN_AND_AUDIT],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            preexec_fn=by_rights,
+        )
     finally:
         for folder in closed:
             folder.chmod(0o700)
+    assert done.stdout == "3\n3\n", done.stderr
+    _, *errors = done.stderr.split("error:")
+    assert len(errors) == 2
+    for error in errors:
+        refused(
+            Done(3, "", f"error:{error}"),
+            3,
+            "can't be read",
+            "photos/cat (Permission denied)",
+            "photos/emu/young (Permission denied)",
+            "permissions",
+        )
 
 
-def test_one_image_of_a_class() -> None:
+def test_classes_with_a_single_image_are_refused() -> None:
     root = pictures(Path("photos"), {"cat": 1, "dog": 1, "owl": 7})
     refused(here("train", root), 3, "a single image", "cat", "dog", "at least two")
 
 
-def test_no_class_folders_at_all() -> None:
+def test_a_folder_without_class_folders_is_refused() -> None:
     picture(Path("photos/a.png"), (1, 2, 3))
     refused(here("train", "photos"), 3, "no class folders", "photos")
 
 
-def test_classes_that_train_lacks() -> None:
+def test_classes_missing_from_train_are_listed() -> None:
     root = Path("photos")
     for split, classes in [("train", "ab"), ("val", "abx"), ("test", "aBy")]:
         pictures(root / split, dict.fromkeys(classes, 3))
@@ -157,7 +177,7 @@ def bad_folder() -> Path:
     return root
 
 
-def test_images_that_can_not_be_read_are_listed_at_once_with_their_reasons() -> None:
+def test_unreadable_images_are_listed_with_their_reasons() -> None:
     done = here("train", bad_folder(), *NET)
     refused(
         done,
@@ -172,7 +192,7 @@ def test_images_that_can_not_be_read_are_listed_at_once_with_their_reasons() -> 
     assert not Path("models").exists()
 
 
-def test_unreadable_images_are_left_out_if_asked() -> None:
+def test_unreadable_images_are_skipped_if_requested() -> None:
     root = bad_folder()
     refused(
         here("train", root, *NET, "data.on_bad=skip"),
@@ -184,8 +204,8 @@ def test_unreadable_images_are_left_out_if_asked() -> None:
     done = here("train", root, *NET, "data.on_bad=skip", "data.max_bad=0.25", "--json")
     assert done.code == 0, done.err
     assert "4 unreadable images are skipped" in done.err
-    facts = Run.load(done.json["run"]).run_dir.metadata()
-    assert facts["data"]["skipped"] == {
+    metadata = Run.load(done.json["run"])._folder.metadata()
+    assert metadata["data"]["skipped"] == {
         "cat/bomb.png": "more than 89 million pixels are refused (60000 x 60000)",
         "cat/half.png": "the file is cut short",
         "dog/nil.png": "the file is empty (0 bytes)",
@@ -193,15 +213,19 @@ def test_unreadable_images_are_left_out_if_asked() -> None:
     }
 
 
-def test_the_audit_lists_what_training_refuses() -> None:
+def test_the_audit_lists_the_images_that_training_refuses() -> None:
     done = here("audit", bad_folder(), "--json")
     assert done.code == 0
-    found = {bad["id"]: bad["reason"] for bad in done.json["unreadable"]}
-    assert set(found) == {"cat/bomb.png", "cat/half.png", "dog/nil.png", "dog/text.png"}
+    assert {image["id"] for image in done.json["unreadable"]} == {
+        "cat/bomb.png",
+        "cat/half.png",
+        "dog/nil.png",
+        "dog/text.png",
+    }
 
 
 def leaky_folder() -> Path:
-    """One image in two splits, one under two labels, and one twice where it does no harm."""
+    """A folder with an image in two splits, one under two labels, and one harmless copy."""
     root = Path("photos")
     for first, split in enumerate(("train", "val", "test")):
         pictures(root / split, {"red": 4, "green": 4}, first=10 * first)
@@ -211,23 +235,23 @@ def leaky_folder() -> Path:
     return root
 
 
-def test_copies_that_do_harm_are_told_when_a_training_begins() -> None:
+def test_harmful_copies_are_reported_when_training_starts() -> None:
     root = leaky_folder()
-    said = "images that occur more than once"
+    message = "images that are there more than once"
     done = here("train", root, *NET)
     assert done.code == 0, done.err
     assert (
-        f"photos: {said}: 1 in more than one split, 1 under two labels "
+        f"photos: {message}: 1 in more than one split, 1 under two labels "
         "(`convlens audit photos` lists them)\n"
     ) in done.err
     (root / "test" / "red" / "same.png").unlink()
     (root / "train" / "green" / "same.png").unlink()
     done = here("train", root, *NET, "--fresh")
     assert done.code == 0, done.err
-    assert said not in done.err
+    assert message not in done.err
 
 
-def test_a_strict_look_at_a_set_fails_where_something_is_wrong() -> None:
+def test_a_strict_audit_fails_on_harmful_copies_and_unreadable_files() -> None:
     root = leaky_folder()
     (root / "val" / "red" / "bad.png").write_bytes(b"")
     assert here("audit", root).code == 0
@@ -240,7 +264,7 @@ def test_a_strict_look_at_a_set_fails_where_something_is_wrong() -> None:
     assert done.code == 0, done.err
 
 
-def test_grey_and_colour_mixed_is_fine() -> None:
+def test_grey_and_color_images_can_be_mixed() -> None:
     root = pictures(Path("photos"), {"red": 6, "green": 6})
     for n in range(4):
         picture(root / "red" / f"grey{n}.png", (120,), seed=n)
@@ -250,7 +274,7 @@ def test_grey_and_colour_mixed_is_fine() -> None:
     assert Run.load(done.json["run"]).recipe.data.channels == 3
 
 
-def test_a_csv_with_wrong_lines_lists_them_at_once() -> None:
+def test_wrong_lines_of_a_csv_are_listed_together() -> None:
     pictures(Path("photos"), {"cat": 2, "dog": 2})
     lines = [
         "path,label,split",
@@ -262,8 +286,8 @@ def test_a_csv_with_wrong_lines_lists_them_at_once() -> None:
     refused(here("train", "list.csv"), 3, "trian", "lost.png", "line 4", "list.csv")
 
 
-def test_more_images_per_class_than_there_are() -> None:
-    """Every class that is short is named with its count; the remedy is the number that works."""
+def test_more_images_per_class_than_available_are_refused() -> None:
+    """The error lists every class with too few images and the largest number that works."""
     for split, counts in {"train": (7, 4, 5), "val": (2, 2, 2), "test": (2, 2, 2)}.items():
         first = {"train": 0, "val": 50, "test": 80}[split]
         pictures(Path("photos") / split, dict(zip("abc", counts, strict=True)), first=first)
@@ -281,7 +305,7 @@ def test_more_images_per_class_than_there_are() -> None:
     refused(here("train", "digits", "data.per_class=500"), 3, "10 of 10", "and 5 more", "at most")
 
 
-def test_images_per_class_that_are_no_number() -> None:
+def test_images_per_class_must_be_a_positive_integer() -> None:
     for value in ("0", "-3", "many", "2.5"):
         refused(here("train", "digits", f"data.per_class={value}"), 2, "data.per_class=", value)
 
@@ -289,23 +313,23 @@ def test_images_per_class_that_are_no_number() -> None:
 # Output
 
 
-def test_an_output_folder_that_can_not_be_written() -> None:
+def test_an_output_folder_that_cannot_be_written_is_an_error() -> None:
     Path("models").write_text("a file where a folder belongs")
     refused(here("train", *DIGITS), 5, "can't write", "models")
 
 
 @pytest.mark.figures
-def test_plots_that_can_not_be_written_lose_no_training() -> None:
+def test_a_plot_folder_that_cannot_be_written_loses_no_training() -> None:
     Path("plots").write_text("a file where a folder belongs")
     refused(here("train", *DIGITS), 5, "can't write", "plots")
     Path("plots").unlink()
     again = here("train", *DIGITS)
     assert again.code == 0
-    assert "epoch   " not in again.err  # nothing is trained twice
+    assert "epoch   " not in again.err  # the finished run is not trained again
     assert list(Path("plots").rglob("curves.png"))
 
 
-def test_a_full_disk_keeps_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_damages_no_existing_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert here("train", *DIGITS, "--name", "kept").code == 0
     before = {p: p.read_bytes() for p in Path("models/kept").iterdir() if p.is_file()}
 
@@ -322,15 +346,15 @@ def test_a_full_disk_keeps_what_was_written(monkeypatch: pytest.MonkeyPatch) -> 
     assert done.json["run"] == "other"
 
 
-def test_a_quota_stops_a_training_which_then_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the kernel enforces it: files of at most 16 KiB; the model is larger."""
-    asked = ["train", "digits", "data.per_class=8", "model.widths=[32,32]", "train.epochs=2"]
+def test_a_training_stopped_by_a_quota_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel limits files to 16 KiB; the model file is larger."""
+    arguments = ["train", "digits", "data.per_class=8", "model.widths=[32,32]", "train.epochs=2"]
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "dont_write_bytecode", True)  # it, too, would be cut short
+        patch.setattr(sys, "dont_write_bytecode", True)  # bytecode files would be cut off, too
         resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
         try:
-            limited = here(*asked)
+            limited = here(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     refused(limited, 5, "can't write: File too large")
@@ -341,34 +365,35 @@ def test_a_quota_stops_a_training_which_then_goes_on(monkeypatch: pytest.MonkeyP
         "run.json",
         "split.csv",
     ]
-    done = here(*asked, "--json")
+    done = here(*arguments, "--json")
     assert done.code == 0, done.err
     assert done.json["run"] == run.name
 
 
-HOLD = """
-import sys, time
+HOLD_LOCK = """
+import sys
 from pathlib import Path
 from convlens.utils.files import lock
 with lock(Path(sys.argv[1]), what="it"):
-    print("held", flush=True)
-    time.sleep(120)
+    print("locked", flush=True)
+    sys.stdin.read()
 """
 
 
-def test_a_run_in_use_by_another_process() -> None:
+def test_a_run_in_use_by_another_process_is_refused() -> None:
     assert here("train", *DIGITS, "--json").json["run"]
     (run,) = Path("models").iterdir()
     RunDir(run).update_metadata({"status": "training"})
     other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run / ".lock")],
+        [sys.executable, "-c", HOLD_LOCK, str(run / ".lock")],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=environment(),
     )
     try:
         assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+        assert other.stdout.readline() == "locked\n"
         done = here("train", *DIGITS)
         refused(done, 5, "another process is using run", run.name, "--name")
     finally:

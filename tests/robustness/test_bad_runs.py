@@ -1,4 +1,4 @@
-"""Model files that can't be trusted, and trainings that end early: refused, or taken up again."""
+"""Damaged or untrusted model files are refused; interrupted trainings resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import pickle
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +24,10 @@ from helpers.commands import (
     pictures,
     refused,
     start,
-    weights,
 )
+from helpers.interrupted_runs import EVERYTHING, equal
+from helpers.launching import wait_until
+from helpers.support import tiny
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +42,37 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Model files
 
 
-def flipped(data: bytes, where: float) -> bytes:
-    at = int(len(data) * where)
+def flip_bit(data: bytes, fraction: float) -> bytes:
+    at = int(len(data) * fraction)
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda data: data[:-200], "changed or damaged"),
         (lambda data: data[: len(data) // 2], "truncated"),
         (lambda data: b"", "no model file"),
-        (lambda data: flipped(data, 0.99), "changed or damaged"),
-        (lambda data: flipped(data, 0.4), "damaged"),
+        (lambda data: flip_bit(data, 0.99), "changed or damaged"),
+        (lambda data: flip_bit(data, 0.4), "damaged"),
         (lambda data: data + b"\0", "changed or damaged"),
         (lambda data: b"GIF89a" + data, "not a readable model file"),
     ],
     ids=["short", "half", "empty", "tensor", "header", "longer", "foreign"],
 )
-def test_a_damaged_model_file(trained: Path, damage: Callable[[bytes], bytes], said: str) -> None:
+def test_a_damaged_model_file_is_refused(
+    trained: Path, damage: Callable[[bytes], bytes], message: str
+) -> None:
     run = Path(shutil.copytree(trained, Path("models/good")))
     path = run / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     picture(Path("a.png"), (1, 2, 3))
     for arguments in (["evaluate", "good"], ["predict", "good", "a.png"], ["predict", path, "-"]):
-        refused(here(*arguments), 4, said, "model.safetensors")
+        refused(here(*arguments), 4, message, "model.safetensors")
 
 
-def rewritten(path: Path, name: str, value: float) -> None:
-    """Fills a tensor of a model file with `value` and signs the file anew, as other hands could."""
+def fill_tensor(path: Path, name: str, value: float) -> None:
+    """Fill a tensor of a model file with `value` and update the hash, as another program could."""
     tensors, model_metadata = serialization.read_model_file(path)
     tensors[name] = torch.full_like(tensors[name], value)
     text = json.dumps({**model_metadata, "sha256": serialization.NO_HASH})
@@ -79,9 +82,9 @@ def rewritten(path: Path, name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers(trained: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(trained: Path, value: float) -> None:
     run = Path(shutil.copytree(trained, Path("models/good")))
-    rewritten(run / "model.safetensors", "classifier.weight", value)
+    fill_tensor(run / "model.safetensors", "classifier.weight", value)
     picture(Path("a.png"), (1, 2, 3))
     for arguments in (["evaluate"], ["predict", "a.png"], ["predict", "a.png", "--json"]):
         done = here(arguments[0], "good", *arguments[1:])
@@ -90,9 +93,9 @@ def test_weights_that_are_no_numbers(trained: Path, value: float) -> None:
     assert not (run / "results.json").exists()
 
 
-def test_finite_weights_whose_outputs_are_not() -> None:
+def test_finite_weights_with_infinite_outputs_are_refused() -> None:
     run = brightness_model(Path("models/bright"))
-    rewritten(run.model_path, "stage1.0.weight", 3e38)  # three channels of it overflow
+    fill_tensor(run.model_path, "stage1.0.weight", 3e38)  # three channels of it overflow
     root = pictures(Path("set"), {"dark": 1, "light": 1})
     for arguments in (["evaluate", "bright", "--data", root], ["predict", "bright", root]):
         for tta in ([], ["--tta", "flip"]):
@@ -102,10 +105,10 @@ def test_finite_weights_whose_outputs_are_not() -> None:
 
 
 class Trap:
-    """Unpickling it would create a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-        return Path.touch, (Path("sprung"),)  # type: ignore[return-value]
+        return Path.touch, (Path("unpickled"),)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.safetensors"])
@@ -124,17 +127,17 @@ def test_a_pickle_is_refused_and_never_unpickled(name: str) -> None:
         write(path)
         for command_name in ("evaluate", "predict"):
             refused(here(command_name, path, *["a.png"] * (command_name == "predict")), 4, name)
-    assert not Path("sprung").exists()
+    assert not Path("unpickled").exists()
     pickle.loads(pickle.dumps(Trap()))
-    assert Path("sprung").exists()  # the trap itself works
+    assert Path("unpickled").exists()  # the trap itself works
 
 
-def test_safetensors_of_others_are_refused() -> None:
+def test_safetensors_of_other_programs_are_refused() -> None:
     save_file({"weight": torch.zeros(3)}, "other.safetensors")
     refused(here("evaluate", "other.safetensors"), 4, "convlens did not write")
 
 
-def test_a_run_without_a_model_yet(trained: Path) -> None:
+def test_a_run_without_a_model_file_is_an_error(trained: Path) -> None:
     run = Path(shutil.copytree(trained, Path("models/good")))
     (run / "model.safetensors").unlink()
     refused(here("evaluate", "good"), 4, "no such model file", "train it first")
@@ -145,44 +148,32 @@ def test_a_run_without_a_model_yet(trained: Path) -> None:
 # While training
 
 
-def test_a_loss_that_explodes_stops_before_the_update() -> None:
-    hot = ("train", *DIGITS, "optim.lr=1e12", "optim.schedule=constant", "--name", "hot")
-    done = here(*hot, "model.batch_norm=false")
+def test_a_diverging_loss_stops_training_before_the_update() -> None:
+    arguments = ("train", *DIGITS, "optim.lr=1e12", "optim.schedule=constant", "--name", "hot")
+    done = here(*arguments, "model.batch_norm=false")
     refused(done, 6, "NaN or infinite", "lower optim.lr", "models/hot")
     loaded = load_model(Path("models/hot/model.safetensors"))
     assert all(bool(t.isfinite().all()) for t in loaded.model.state_dict().values())
     assert RunDir(Path("models/hot")).metadata()["status"] == "training"
-    refused(here(*hot, "model.batch_norm=false"), 6, "NaN or infinite")
+    refused(here(*arguments, "model.batch_norm=false"), 6, "NaN or infinite")
 
 
-def test_ctrl_c_keeps_what_is_trained_and_the_same_command_goes_on() -> None:
-    asked = [
-        "digits",
-        "model.widths=[8,8]",
-        "model.depth=1",
-        "train.epochs=40",
-        "train.memory_format=contiguous",
-        "train.precision=fp32",
-        "--no-test",
-        "--name",
-    ]
-    process = start("train", *asked, "cut")
-    log = Path("models/cut/metrics.csv")
-    until = time.monotonic() + 200
-    while not log.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
+def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_bits() -> None:
+    Path("long.yaml").write_text(tiny(*EVERYTHING, "train.epochs=30").to_text())
+    arguments = ("train", "long.yaml", "--no-test", "--device", "cpu", "--name")
+    run_dir = RunDir(Path("models/stopped"))
+    process = start(*arguments, "stopped")
+    wait_until(lambda: len(run_dir.metrics()) > 0, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "the same command resumes the training" in err
-    epochs = len(log.read_text().splitlines()) - 1
-    assert 1 <= epochs < 40
-    load_model(Path("models/cut/model.safetensors"))
-    again = here("train", *asked, "cut")
-    assert again.code == 0, again.err
-    assert "resuming" in again.err
-    assert len(log.read_text().splitlines()) == 41
-    assert here("train", *asked, "whole").code == 0
-    cut, whole = weights(Path("models/cut")), weights(Path("models/whole"))
-    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    assert run_dir.metadata()["status"] == "training"
+    assert 1 <= len(run_dir.metrics()) < 30
+    load_model(run_dir.model_path)
+    resumed = here(*arguments, "stopped")
+    assert resumed.code == 0, resumed.err
+    assert "resuming" in resumed.err
+    assert here(*arguments, "uninterrupted").code == 0
+    equal(run_dir, RunDir(Path("models/uninterrupted")))

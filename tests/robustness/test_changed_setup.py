@@ -1,4 +1,4 @@
-"""What changed since a run began: its images, its recipe, what it runs on. Said, not guessed."""
+"""Changed images, recipes, versions and hardware are reported when a run is resumed."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from helpers.shards import shards
 PHOTOS = ("photos", *NET, "--no-test", "--name", "mine")
 
 
-def begun(*asked: str, name: str = "mine") -> RunDir:
-    """A run that isn't finished, as a stop in its first minute leaves it."""
-    done = here("train", *asked)
+def unfinished_run(*arguments: str, name: str = "mine") -> RunDir:
+    """Return an unfinished run, as a stop in its first minute leaves it."""
+    done = here("train", *arguments)
     assert done.code == 0, done.err
-    place = RunDir(Path("models") / name)
-    place.update_metadata({"status": "training"})
-    return place
+    run_dir = RunDir(Path("models") / name)
+    run_dir.update_metadata({"status": "training"})
+    return run_dir
 
 
 @pytest.fixture
 def mine() -> RunDir:
+    """Return an unfinished run on a folder of images."""
     pictures(Path("photos"), {"red": 9, "green": 9})
-    return begun(*PHOTOS)
+    return unfinished_run(*PHOTOS)
 
 
-def everything(folder: Path) -> dict[str, str]:
+def file_hashes(folder: Path) -> dict[str, str]:
     return {p.name: sha256(p) for p in folder.iterdir() if p.is_file() and p.name[0] != "."}
 
 
-# Images (F12)
+# Images
 
 
-def test_all_images_are_listed_with_their_split_and_digest(mine: RunDir) -> None:
+def test_all_images_are_recorded_with_their_split_and_digest(mine: RunDir) -> None:
     with gzip.open(mine.path / dataset.IMAGES_FILE, "rt", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == [
@@ -59,26 +60,28 @@ def test_all_images_are_listed_with_their_split_and_digest(mine: RunDir) -> None
     assert set(held_out.values()) == {"val", "test"}
 
 
-def test_images_added_removed_and_changed_are_named(mine: RunDir) -> None:
+def test_added_removed_and_changed_images_are_listed(mine: RunDir) -> None:
     picture(Path("photos/red/new.png"), (9, 9, 9))
     Path("photos/green/004.png").unlink()
     Path("photos/green/007.png").unlink()
     picture(Path("photos/red/002.png"), (1, 2, 3), seed=9)
-    before = everything(mine.path)
-    said = (
+    before = file_hashes(mine.path)
+    messages = (
         "1 added: red/new.png",
         "2 removed: green/004.png, green/007.png",
         "1 with other content: red/002.png",
     )
-    refused(here("train", *PHOTOS), 3, "not those that run 'mine' started with", *said, "--fresh")
-    refused(here("evaluate", "mine", "--split", "val"), 3, "changed since", *said)
-    assert everything(mine.path) == before
+    refused(
+        here("train", *PHOTOS), 3, "not those that run 'mine' started with", *messages, "--fresh"
+    )
+    refused(here("evaluate", "mine", "--split", "val"), 3, "changed since", *messages)
+    assert file_hashes(mine.path) == before
     done = here("train", *PHOTOS, "--fresh", "--json")
     assert done.code == 0, done.err
     assert done.json["run"] != "mine"
 
 
-def test_as_they_were_again_the_run_goes_on(mine: RunDir) -> None:
+def test_a_run_resumes_once_its_images_are_restored(mine: RunDir) -> None:
     shutil.move("photos/red/000.png", "kept.png")
     refused(here("train", *PHOTOS), 3, "1 removed: red/000.png")
     shutil.move("kept.png", "photos/red/000.png")
@@ -86,7 +89,7 @@ def test_as_they_were_again_the_run_goes_on(mine: RunDir) -> None:
     assert mine.is_finished
 
 
-def test_many_changes_are_counted(mine: RunDir) -> None:
+def test_many_changes_are_counted_and_a_few_listed(mine: RunDir) -> None:
     for number in range(9):
         picture(Path(f"photos/red/{number:03}.png"), (1, 2, 3), seed=50 + number)
     refused(
@@ -96,21 +99,21 @@ def test_many_changes_are_counted(mine: RunDir) -> None:
     )
 
 
-def test_an_image_in_another_class_is_named() -> None:
+def test_an_image_moved_to_another_class_is_listed() -> None:
     pictures(Path("photos"), {"red": 9, "green": 9})
     lines = [f"photos/{c}/{i:03}.png,{c}" for c in ("red", "green") for i in range(9)]
     Path("mine.csv").write_text("\n".join(["path,label", *lines]))
-    asked = ("mine.csv", *NET, "--no-test", "--name", "mine")
-    begun(*asked)
+    arguments = ("mine.csv", *NET, "--no-test", "--name", "mine")
+    unfinished_run(*arguments)
     lines[3] = lines[3].replace(",red", ",green")
     Path("mine.csv").write_text("\n".join(["path,label", *lines]))
-    refused(here("train", *asked), 3, "1 in another class: photos/red/003.png")
+    refused(here("train", *arguments), 3, "1 in another class: photos/red/003.png")
 
 
-def test_images_in_shards_are_named_too() -> None:
+def test_changed_images_in_shards_are_listed() -> None:
     root = shards(Path("sharded"), {"train": 40})
-    asked = ("sharded", *NET, "data.image_size=8", "--no-test", "--name", "mine")
-    begun(*asked)
+    arguments = ("sharded", *NET, "data.image_size=8", "--no-test", "--name", "mine")
+    unfinished_run(*arguments)
     path = root / "train-2.tar"
     with tarfile.open(path) as tar:
         members = [(m, tar.extractfile(m).read()) for m in tar.getmembers()]  # type: ignore[union-attr]
@@ -121,11 +124,11 @@ def test_images_in_shards_are_named_too() -> None:
             else:
                 member.size = 1
                 tar.addfile(member, io.BytesIO(b"0"))
-    refused(here("train", *asked), 3, "1 in another class: train-2.tar/0025")
+    refused(here("train", *arguments), 3, "1 in another class: train-2.tar/0025")
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "text"])
-def test_without_its_list_a_changed_set_is_refused_all_the_same(mine: RunDir, damage: str) -> None:
+def test_changed_images_are_refused_even_without_the_image_list(mine: RunDir, damage: str) -> None:
     path = mine.path / dataset.IMAGES_FILE
     whole = path.read_bytes()
     if damage == "gone":
@@ -137,24 +140,24 @@ def test_without_its_list_a_changed_set_is_refused_all_the_same(mine: RunDir, da
     refused(done, 3, "not those that run 'mine' started with\n")
 
 
-def test_built_in_sets_have_no_list() -> None:
-    place = begun(*DIGITS, "--no-test", "--name", "mine")
-    assert not (place.path / dataset.IMAGES_FILE).exists()
-    place.update_metadata({"data": {**place.metadata()["data"], "fingerprint": "another"}})
+def test_built_in_data_sets_have_no_image_list() -> None:
+    run_dir = unfinished_run(*DIGITS, "--no-test", "--name", "mine")
+    assert not (run_dir.path / dataset.IMAGES_FILE).exists()
+    run_dir.update_metadata({"data": {**run_dir.metadata()["data"], "fingerprint": "another"}})
     refused(here("train", *DIGITS, "--no-test", "--name", "mine"), 3, "not those that run 'mine'")
 
 
-def test_a_record_without_images_is_no_crash() -> None:
-    place = begun(*DIGITS, "--no-test", "--name", "mine")
+def test_metadata_without_a_data_fingerprint_is_a_clear_error() -> None:
+    run_dir = unfinished_run(*DIGITS, "--no-test", "--name", "mine")
     for wrong in ({}, [], "x", None):
-        place.update_metadata({"data": wrong})
+        run_dir.update_metadata({"data": wrong})
         refused(here("train", *DIGITS, "--no-test", "--name", "mine"), 4, "on which images")
 
 
-# The recipe (F17)
+# The recipe
 
 
-def test_another_recipe_is_another_run() -> None:
+def test_a_different_recipe_starts_a_different_run() -> None:
     first = here("train", *DIGITS, "--no-test", "--json")
     assert first.code == 0, first.err
     again = here("train", *DIGITS, "--no-test", "--json")
@@ -165,24 +168,24 @@ def test_another_recipe_is_another_run() -> None:
     assert RunDir(Path("models") / first.json["run"]).is_finished
 
 
-def test_a_name_that_another_recipe_has_is_not_taken() -> None:
+def test_a_run_name_of_another_recipe_is_not_reused() -> None:
     assert here("train", *DIGITS, "--no-test", "--name", "mine").code == 0
-    before = everything(Path("models/mine"))
+    before = file_hashes(Path("models/mine"))
     done = here("train", *DIGITS, "train.seed=5", "--no-test", "--name", "mine", "--json")
     assert done.code == 0, done.err
     assert done.json["run"].startswith("mine-")
-    assert everything(Path("models/mine")) == before
+    assert file_hashes(Path("models/mine")) == before
 
 
-# What it runs on (F17)
+# Versions and hardware
 
 
-def test_another_version_and_other_hardware_are_told_and_noted() -> None:
-    asked = (*DIGITS, "--no-test", "--name", "mine")
-    place = begun(*asked)
-    hardware = {**place.metadata()["hardware"], "torch": "2.0.0", "threads": 96}
-    place.update_metadata({"hardware": hardware, "world_size": 2, "convlens": "0.0.1"})
-    done = here("train", *asked)
+def test_other_versions_and_hardware_are_reported_and_recorded() -> None:
+    arguments = (*DIGITS, "--no-test", "--name", "mine")
+    run_dir = unfinished_run(*arguments)
+    hardware = {**run_dir.metadata()["hardware"], "torch": "2.0.0", "threads": 96}
+    run_dir.update_metadata({"hardware": hardware, "world_size": 2, "convlens": "0.0.1"})
+    done = here("train", *arguments)
     assert done.code == 0, done.err
     for text in (
         "torch 2.0.0, now ",
@@ -192,18 +195,18 @@ def test_another_version_and_other_hardware_are_told_and_noted() -> None:
         "not end with the bits",
     ):
         assert text in done.err
-    facts = place.metadata()
-    assert facts["status"] == "finished"
-    assert facts["world_size"] == 1
-    assert facts["changed"][0]["torch"][0] == "2.0.0"
-    place.update_metadata({"status": "training"})
-    assert "on a different setup" not in here("train", *asked).err
+    metadata = run_dir.metadata()
+    assert metadata["status"] == "finished"
+    assert metadata["world_size"] == 1
+    assert metadata["changed"][0]["torch"][0] == "2.0.0"
+    run_dir.update_metadata({"status": "training"})
+    assert "different setup" not in here("train", *arguments).err
 
 
-# Classes (F3 to F6)
+# Classes
 
 
-def test_folders_without_images_are_named_whatever_else_is_in_them() -> None:
+def test_class_folders_without_images_are_listed_whatever_else_they_contain() -> None:
     root = pictures(Path("photos"), {"red": 3, "green": 3})
     for name, junk in {"a": ".hidden.png", "b": "Thumbs.db", "c": "notes.txt"}.items():
         (root / name).mkdir()
@@ -212,7 +215,7 @@ def test_folders_without_images_are_named_whatever_else_is_in_them() -> None:
     refused(here("train", root), 3, "class folders without images: a, b, c, d")
 
 
-def test_numbers_as_classes_keep_their_order_in_the_model() -> None:
+def test_numeric_class_names_keep_their_order_in_the_model() -> None:
     colors = {"10": (220, 30, 30), "2": (30, 200, 30), "1": (30, 30, 220)}
     pictures(Path("photos"), dict.fromkeys(colors, 12), colors=colors)
     done = here(
@@ -231,18 +234,18 @@ def test_numbers_as_classes_keep_their_order_in_the_model() -> None:
     shutil.rmtree("models")
     for name, color in colors.items():
         picture(Path("new") / f"{name}.png", color, seed=77)
-    answered = here("predict", "alone.safetensors", "new", "--json").json
-    found = {Path(each["filename"]).stem: each["label"] for each in answered["predictions"]}
-    assert found == {"1": "1", "2": "2", "10": "10"}
+    result = here("predict", "alone.safetensors", "new", "--json").json
+    labels = {Path(each["filename"]).stem: each["label"] for each in result["predictions"]}
+    assert labels == {"1": "1", "2": "2", "10": "10"}
 
 
-def test_a_set_that_lacks_a_class_counts_none_of_it() -> None:
+def test_a_data_set_without_one_of_the_classes_can_be_evaluated() -> None:
     pictures(Path("photos"), {"red": 9, "green": 9, "blue": 9})
     name = here("train", "photos", *NET, "--json").json["run"]
     pictures(Path("fewer"), {"red": 4, "blue": 3}, first=60)
-    found = here("evaluate", name, "--data", "fewer", "--json").json
-    assert found["n"] == 7
-    assert {c: its["n"] for c, its in found["per_class"].items()} == {
+    result = here("evaluate", name, "--data", "fewer", "--json").json
+    assert result["n"] == 7
+    assert {name: values["n"] for name, values in result["per_class"].items()} == {
         "blue": 3,
         "green": 0,
         "red": 4,
@@ -251,7 +254,7 @@ def test_a_set_that_lacks_a_class_counts_none_of_it() -> None:
     refused(here("evaluate", name, "--data", "more"), 3, "doesn't know 1 of the classes: pink")
 
 
-def test_no_half_image_is_ever_taken() -> None:
+def test_truncated_images_stay_refused_in_pillow() -> None:
     from PIL import ImageFile
 
     import convlens.data.decode

@@ -1,9 +1,7 @@
-"""Every file that convlens writes and reads, damaged at random: reported, rebuilt, or harmless.
+"""Random damage to every file that convlens writes and reads is reported, repaired or harmless.
 
-Text files that people edit (JSON, CSV) have no checksum: they parse, or the error says so.
-
-
-By default some dozens of cases a file; with --slow more than 10,000, whose score is printed.
+Text files that people edit (JSON, CSV) have no checksum: they parse, or the error says so. By
+default 25 cases per file; with --slow 1,000 per file, whose score is printed.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import torch
 
 from convlens import evaluation, serialization
 from convlens.data import cache, dataset, tar_index
-from convlens.data.cache import Conversion
+from convlens.data.cache import Conversion, image_checksums
 from convlens.data.types import FilePaths
 from convlens.device import Plan
 from convlens.run import RunDir, load_model
@@ -30,29 +28,36 @@ from helpers.commands import here, pictures, refused
 from helpers.damage import score
 from helpers.shards import shards
 
-FEW, MANY = 25, 1000
+CASES, SLOW_CASES = 25, 1000
 CONVERSION = Conversion(8, 3, "crop")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished and tested run on own images."""
-    folder = tmp_path_factory.mktemp("made")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a finished, evaluated run on images in a folder."""
+    folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("CONVLENS_CACHE", str(folder / "cache"))
         pictures(Path("photos"), {"red": 12, "green": 12, "blue": 12})
-        asked = ("photos", "model.widths=[4]", "train.epochs=3", "augment=[]", "--name", "whole")
-        done = here("train", *asked)
+        arguments = (
+            "photos",
+            "model.widths=[4]",
+            "train.epochs=3",
+            "augment=[]",
+            "--name",
+            "original",
+        )
+        done = here("train", *arguments)
         assert done.code == 0, done.err
-        assert here("evaluate", "whole", "--split", "val").code == 0
+        assert here("evaluate", "original", "--split", "val").code == 0
     return folder
 
 
 @pytest.fixture
-def run(made: Path) -> RunDir:
-    shutil.copytree(made / "photos", "photos")
-    return RunDir(Path(shutil.copytree(made / "models" / "whole", "models/whole")))
+def run(finished_run: Path) -> RunDir:
+    shutil.copytree(finished_run / "photos", "photos")
+    return RunDir(Path(shutil.copytree(finished_run / "models" / "original", "models/original")))
 
 
 Case = tuple[Path, Callable[[], Any], Any]
@@ -68,11 +73,11 @@ def _model(run: RunDir) -> Case:
 
 
 def _run_json(run: RunDir) -> Case:
-    return run.path / "run.json", run.facts, None
+    return run.path / "run.json", run.metadata, None
 
 
 def _results(run: RunDir) -> Case:
-    return run.path / "results.json", run.log, None
+    return run.path / "results.json", run.evaluation_log, None
 
 
 def _metrics(run: RunDir) -> Case:
@@ -80,7 +85,7 @@ def _metrics(run: RunDir) -> Case:
 
 
 def _recipe(run: RunDir) -> Case:
-    # Name and description decide nothing, and are no part of the digest.
+    # The digest leaves out name and description, which do not affect the training.
     return run.path / "recipe.yaml", lambda: run.recipe().digest(), None
 
 
@@ -89,7 +94,7 @@ def _images(run: RunDir) -> Case:
     return path, lambda: dataset._read_image_list(path), None
 
 
-def _answers(run: RunDir) -> Case:
+def _predictions(run: RunDir) -> Case:
     model_metadata = serialization.read_model_file(run.model_path)[1]
     fingerprint, sha = model_metadata["data"]["fingerprint"], model_metadata["sha256"]
 
@@ -133,8 +138,8 @@ def _index(run: RunDir) -> Case:
     def read() -> Any:
         index, times = tar_index.tar_index(paths)
         arrays = (index.shard, index.offset, index.size, index.label, times)
-        told = (index.labels, list(index.keys), index.ignored)
-        return [array.tobytes() for array in arrays], told
+        entries = (index.labels, list(index.keys), index.ignored)
+        return [array.tobytes() for array in arrays], entries
 
     read()
     (path,) = cache.cache_folder().glob("*.index")
@@ -152,19 +157,19 @@ def _plans(run: RunDir) -> Case:
 
 
 def _state(run: RunDir) -> Case:
-    """Two checkpoints: damage to the newer one costs no more than the newer."""
+    """Two checkpoints: if the newer one is damaged, the older one is read."""
     folder = run.path / "two-states"
 
     def read() -> Any:
         found = serialization.CheckpointStore(folder).read()
         return found and (found.counters, {k: t.tolist() for k, t in found.tensors.items()})
 
-    states, seen = serialization.CheckpointStore(folder), []
+    store, contents = serialization.CheckpointStore(folder), []
     for epoch in (1, 2):
         weights = {"model.weight": torch.full((5,), float(epoch)), "model.bias": torch.ones(2)}
-        states.save(weights, {"position": {"epoch": epoch, "step": 0}, "rows": [{"loss": 0.5}]})
-        seen.append(read())
-    return folder / "0002-000000.safetensors", read, seen[0]
+        store.save(weights, {"position": {"epoch": epoch, "step": 0}, "rows": [{"loss": 0.5}]})
+        contents.append(read())
+    return folder / "0002-000000.safetensors", read, contents[0]
 
 
 FILES: dict[str, Callable[[RunDir], Case]] = {
@@ -175,7 +180,7 @@ FILES: dict[str, Callable[[RunDir], Case]] = {
     "metrics.csv": _metrics,
     "recipe.yaml": _recipe,
     "images.csv.gz": _images,
-    "answers": _answers,
+    "answers": _predictions,
     "pixels": _pixels,
     "checked": _checked,
     "index": _index,
@@ -185,12 +190,12 @@ WITHOUT_CHECKSUM = {"run.json", "results.json", "metrics.csv", "plans.json"}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damage_is_told_repaired_or_of_no_effect(run: RunDir, name: str) -> None:
+def test_damage_is_reported_repaired_or_has_no_effect(run: RunDir, name: str) -> None:
     path, read, gone = FILES[name](run)
     has_checksum = name not in WITHOUT_CHECKSUM
-    found = score(path, read, FEW, seed=1, gone=gone, has_checksum=has_checksum)
+    found = score(path, read, CASES, seed=1, gone=gone, has_checksum=has_checksum)
     assert found.wrong == []
-    assert sum(found.counts.values()) == FEW
+    assert sum(found.counts.values()) == CASES
 
 
 @pytest.mark.slow
@@ -201,8 +206,8 @@ def test_more_than_ten_thousand_damaged_files(
     for name, make in FILES.items():
         path, read, gone = make(run)
         has_checksum = name not in WITHOUT_CHECKSUM
-        found = score(path, read, MANY, seed=2, gone=gone, has_checksum=has_checksum)
-        total += MANY
+        found = score(path, read, SLOW_CASES, seed=2, gone=gone, has_checksum=has_checksum)
+        total += SLOW_CASES
         wrong += [f"{name}: {each}" for each in found.wrong]
         shutil.rmtree("sharded", ignore_errors=True)
         shutil.rmtree(run.path / "two-states", ignore_errors=True)
@@ -215,10 +220,10 @@ def test_more_than_ten_thousand_damaged_files(
     assert wrong == []
 
 
-# What a person sees
+# Error messages
 
 
-def changed(path: Path, old: str, new: str) -> None:
+def replace_text(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
@@ -226,42 +231,42 @@ def changed(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize("file", ["run.json", "results.json", "metrics.csv"])
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"3", b"[" * 100_000])
-def test_a_text_file_that_does_not_parse_is_an_error_in_words(
+def test_a_text_file_that_does_not_parse_is_a_clear_error(
     run: RunDir, file: str, content: bytes
 ) -> None:
     before = run.model_path.read_bytes()
     (run.path / file).write_bytes(content)
-    refused(here("report", "whole"), 4, file)
+    refused(here("report", "original"), 4, file)
     if file == "run.json":
         again = ("train", "photos", "model.widths=[4]", "train.epochs=3", "augment=[]", "--name")
-        refused(here(*again, "whole"), 4, "run.json", "--fresh")
+        refused(here(*again, "original"), 4, "run.json", "--fresh")
     if file == "results.json":
-        refused(here("evaluate", "whole"), 4, "results.json")
+        refused(here("evaluate", "original"), 4, "results.json")
     if file == "metrics.csv":
-        assert here("evaluate", "whole").code == 0  # weights and results stand without it
+        assert here("evaluate", "original").code == 0  # neither weights nor results depend on it
     assert run.model_path.read_bytes() == before
 
 
 def test_hashes_that_earlier_versions_wrote_into_json_are_ignored(run: RunDir) -> None:
-    facts, log = run.metadata(), run.evaluation_log()
-    for name, content in (("run.json", facts), ("results.json", log)):
+    metadata, log = run.metadata(), run.evaluation_log()
+    for name, content in (("run.json", metadata), ("results.json", log)):
         entries = content if isinstance(content, list) else [content]
         old = [{"format": 1, "sha256": "0" * 64, **entry} for entry in entries]
         text = json.dumps(old if isinstance(content, list) else old[0])
         (run.path / name).write_text(text)
     run.update_metadata({"metrics_sha256": "0" * 64})
-    assert run.metadata() == {**facts, "metrics_sha256": "0" * 64}
+    assert run.metadata() == {**metadata, "metrics_sha256": "0" * 64}
     assert run.evaluation_log() == log
     assert len(run.metrics()) == 3
 
 
-def test_a_recipe_that_was_changed_is_another_one(run: RunDir) -> None:
+def test_an_edited_recipe_file_starts_another_run(run: RunDir) -> None:
     path = run.path / "recipe.yaml"
-    changed(path, "epochs: 3", "epochs: 1")
+    replace_text(path, "epochs: 3", "epochs: 1")
     refused(here("labels", run.path, "--folds", "2"), 4, "changed after the run had begun")
-    done = here("train", path, "--no-test", "--json")  # a file somebody edited: a run of its own
+    done = here("train", path, "--no-test", "--json")  # an edited recipe: a new run
     assert done.code == 0, done.err
-    assert done.json["run"] != "whole"
+    assert done.json["run"] != "original"
 
 
 @pytest.mark.parametrize(
@@ -278,27 +283,27 @@ def test_a_recipe_that_was_changed_is_another_one(run: RunDir) -> None:
         "epoch,lr\n1,0.1\n1,0.1\n",
     ],
 )
-def test_a_log_of_an_unfinished_run_is_read_strictly(run: RunDir, text: str) -> None:
+def test_the_metrics_of_an_unfinished_run_are_read_strictly(run: RunDir, text: str) -> None:
     run.update_metadata({"status": "training"})
     run.metrics_path.write_text(text)
     if text == "epoch\n":
         assert run.metrics() == []
     else:
-        refused(here("diagnose", "whole"), 4, "log of epochs", "metrics.csv")
+        refused(here("diagnose", "original"), 4, "log of epochs", "metrics.csv")
 
 
-def test_a_damaged_cache_is_made_anew(run: RunDir) -> None:
-    """One pixel in it: the image is decoded again, and the next start makes a whole one."""
+def test_a_damaged_cache_is_rebuilt(run: RunDir) -> None:
+    """One flipped pixel: the image is decoded again and the next start rebuilds the cache."""
     path, read, _ = _pixels(run)
-    whole, expected = path.read_bytes(), read()
-    path.write_bytes(whole[:100] + bytes([whole[100] ^ 4]) + whole[101:])
+    original, expected = path.read_bytes(), read()
+    path.write_bytes(original[:100] + bytes([original[100] ^ 4]) + original[101:])
     assert read() == expected
     assert not path.exists()
     assert read() == expected
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == original
 
 
-def test_a_damaged_cache_of_an_image_that_is_gone_stops(run: RunDir) -> None:
+def test_a_damaged_cache_without_its_image_file_is_an_error(run: RunDir) -> None:
     from convlens.errors import DataError
 
     files = FilePaths(sorted(map(str, Path("photos").rglob("*.png"))))
@@ -314,18 +319,16 @@ def test_a_damaged_cache_of_an_image_that_is_gone_stops(run: RunDir) -> None:
 # Checksums
 
 
-def test_checksums_of_bytes() -> None:
+def test_checksums_detect_changed_bytes() -> None:
     for content in (b"", b"x", bytes(100)):
-        whole = add_checksum(content)
-        assert verify_checksum(whole) == content
-        for broken in (whole[:-1], whole + b"\0", content, b"x" * 40):
+        original = add_checksum(content)
+        assert verify_checksum(original) == content
+        for broken in (original[:-1], original + b"\0", content, b"x" * 40):
             with pytest.raises(CorruptError):
                 verify_checksum(broken)
 
 
-def test_sums_see_every_flip() -> None:
-    from convlens.data.cache import image_checksums
-
+def test_channel_sums_detect_every_flipped_bit() -> None:
     image = np.random.default_rng(0).integers(0, 256, (1, 1, 8, 8), np.uint8)
     before = image_checksums(image)[0]
     for at in range(64 * 8):

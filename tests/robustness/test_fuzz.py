@@ -1,6 +1,6 @@
-"""Recipes and command lines of any kind: what can't be is told in words, and nothing else happens.
+"""Random recipes and command lines either work or give a clear error.
 
-By default some hundreds of cases, the same each time; with --slow more than 20,000, new each time.
+By default some hundreds of fixed cases; with --slow more than 20,000 new ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ slow = pytest.mark.slow
 
 
 def fuzz(strategy: st.SearchStrategy[Any], body: Callable[[Any], None], cases: int) -> None:
-    """Calls `body` with `cases` draws; few are the same each time, many are new ones."""
+    """Call `body` with `cases` draws: up to 1,000 are fixed, more are random."""
     setting = settings(
         max_examples=cases,
         deadline=None,
@@ -42,7 +42,7 @@ def fuzz(strategy: st.SearchStrategy[Any], body: Callable[[Any], None], cases: i
     setting(given(strategy)(body))()
 
 
-# What people and programs write where a value belongs
+# Values as people and programs might write them
 
 WORDS = st.sampled_from(
     [
@@ -170,19 +170,19 @@ TREES = st.fixed_dictionaries(
 )
 
 
-def said(error: ConvlensError) -> None:
+def assert_clear(error: ConvlensError) -> None:
     assert error.what
     assert error.exit_code in (2, 3, 4, 5)
-    assert len(str(error)) < 20_000  # what was typed may be long, and is shown
+    assert len(str(error)) < 20_000  # it may quote a long input
 
 
-def tried(read: Callable[[], recipe.Recipe]) -> None:
-    """A recipe that can be written and read again, or words why there is none."""
+def check_recipe(read: Callable[[], recipe.Recipe]) -> None:
+    """Assert that `read` gives a recipe that survives writing and reading, or a clear error."""
     try:
         found = read()
         validate_recipe(found)
     except ConvlensError as error:
-        said(error)
+        assert_clear(error)
         return
     text = found.to_text()
     text.encode()
@@ -191,8 +191,8 @@ def tried(read: Callable[[], recipe.Recipe]) -> None:
 
 
 @pytest.mark.parametrize("cases", [120, pytest.param(6000, marks=slow)])
-def test_mappings(cases: int) -> None:
-    fuzz(TREES, lambda tree: tried(lambda: recipe.load_recipe(tree)), cases)
+def test_random_mappings_give_a_recipe_or_a_clear_error(cases: int) -> None:
+    fuzz(TREES, lambda tree: check_recipe(lambda: recipe.load_recipe(tree)), cases)
 
 
 def written(content: str | bytes) -> str:
@@ -220,7 +220,7 @@ BITS = st.sampled_from(
 
 @st.composite
 def texts(draw: st.DrawFn) -> str:
-    """YAML of a recipe with some pieces put in and taken out."""
+    """Draw the YAML of a recipe with random insertions and deletions."""
     start = draw(st.sampled_from(["digits", "mnist-best", "resnet18-pretrained", "folder"]))
     text = recipe.recipe_text(start)
     for _ in range(draw(st.integers(1, 6))):
@@ -231,10 +231,10 @@ def texts(draw: st.DrawFn) -> str:
 
 
 @pytest.mark.parametrize("cases", [100, pytest.param(5000, marks=slow)])
-def test_texts(cases: int) -> None:
+def test_random_yaml_gives_a_recipe_or_a_clear_error(cases: int) -> None:
     fuzz(
         texts() | st.binary(max_size=60) | TREES.map(_dumped),
-        lambda text: tried(lambda: recipe.load_recipe(written(text))),
+        lambda text: check_recipe(lambda: recipe.load_recipe(written(text))),
         cases,
     )
 
@@ -257,47 +257,47 @@ OVERRIDE = st.tuples(
 
 
 @pytest.mark.parametrize("cases", [120, pytest.param(6000, marks=slow)])
-def test_overrides(cases: int) -> None:
+def test_random_overrides_give_a_recipe_or_a_clear_error(cases: int) -> None:
     names = st.sampled_from(["digits", "mnist", "resnet18-pretrained", "shapes"]) | WORDS
 
     def body(drawn: tuple[str, list[str]]) -> None:
-        tried(lambda: resolve.resolve_recipe(drawn[0], overrides=drawn[1]).recipe)
+        check_recipe(lambda: resolve.resolve_recipe(drawn[0], overrides=drawn[1]).recipe)
 
     fuzz(st.tuples(names, st.lists(OVERRIDE, max_size=4)), body, cases)
 
 
 @pytest.mark.parametrize("cases", [80, pytest.param(2000, marks=slow)])
-def test_names_of_data_and_runs(cases: int) -> None:
+def test_random_names_of_data_and_runs_give_a_clear_error(cases: int) -> None:
     def body(name: str) -> None:
         for read in (find_source, run.find_run):
             try:
                 read(name)
             except ConvlensError as error:
-                said(error)
+                assert_clear(error)
 
     fuzz((WORDS | st.text(max_size=30)).filter(_is_small), body, cases)
 
 
 @pytest.mark.parametrize("name", ["~\0", "~\ud800", "~nobody", "\0", "~/\0.csv"])
-def test_names_that_nobody_can_have(name: str) -> None:
+def test_impossible_names_give_a_clear_error(name: str) -> None:
     for read in (find_source, run.find_run):
         with pytest.raises(ConvlensError) as caught:
             read(name)
-        said(caught.value)
+        assert_clear(caught.value)
 
 
 def _is_small(name: str) -> bool:
-    """Not the whole disk: looking through it takes as long as it takes."""
+    """Return whether `name` is not the root or home folder, whose scan would take very long."""
     try:
-        place = os.path.realpath(os.path.expanduser(name))
-    except ValueError:  # zero bytes and half characters: no path at all
+        path = os.path.realpath(os.path.expanduser(name))
+    except ValueError:  # null bytes and lone surrogates are not valid in paths
         return True
-    return place not in ("/", os.path.expanduser("~"))
+    return path not in ("/", os.path.expanduser("~"))
 
 
 # Command lines
 
-# typer brings a click of its own, which is no one's to import.
+# typer bundles a private copy of click, so there is no public type for its commands.
 GROUP: dict[str, Any] = vars(typer.main.get_command(cli.app))["commands"]
 COMMANDS = sorted(GROUP)
 POOL = st.sampled_from(
@@ -330,7 +330,7 @@ POOL = st.sampled_from(
     ]
 )
 SMALL = st.integers(-2, 5).map(str) | NUMBERS.map(lambda n: str(n)[:40])
-# As an argument arrives: without zero bytes. And nothing that would be written elsewhere.
+# Arguments cannot contain null bytes. Paths outside of the working folder are excluded.
 TEXTS = (
     (WORDS | st.text(max_size=10))
     .map(lambda text: os.fsdecode(text.encode("utf-8", "replace").replace(b"\0", b"")))
@@ -354,7 +354,7 @@ def lines(draw: st.DrawFn) -> list[str]:
 
 @pytest.fixture
 def workplace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model, an image, a recipe; where images would be read, the way ends."""
+    """Create a model, images and a recipe; reading training images raises an error."""
     constant_model(Path("models/model"), [0.0, 1.0], ["green", "red"])
     picture(Path("a.png"), (1, 2, 3))
     picture(Path("set/red/a.png"), (1, 2, 3))
@@ -364,7 +364,7 @@ def workplace(monkeypatch: pytest.MonkeyPatch) -> None:
         raise DataError("this far and no further")
 
     for module in (train, evaluation):
-        monkeypatch.setattr(module, "load", stop)
+        monkeypatch.setattr(module, "load_data", stop)
 
 
 def line(arguments: list[str]) -> None:
@@ -377,11 +377,11 @@ def line(arguments: list[str]) -> None:
 
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("cases", [60, pytest.param(2500, marks=slow)])
-def test_command_lines(cases: int) -> None:
+def test_random_command_lines_end_without_a_traceback(cases: int) -> None:
     fuzz(lines(), line, cases)
 
 
-# What was found by the above, or thought of; each once more by name
+# Cases that the fuzzing found, and related ones
 
 
 @pytest.mark.parametrize(
@@ -407,14 +407,14 @@ def test_command_lines(cases: int) -> None:
         ("train: {epochs: 99999999999}", "train.epochs=99999999999"),
     ],
 )
-def test_small_texts_that_mean_too_much(text: str, what: str) -> None:
+def test_short_yaml_with_excessive_values_is_refused(text: str, what: str) -> None:
     with pytest.raises(UsageError) as caught:
         validate_recipe(recipe.load_recipe(written(text)))
     assert what in caught.value.what
     assert len(str(caught.value)) < 1000
 
 
-def test_files_that_are_no_recipe() -> None:
+def test_files_that_are_not_recipes_are_refused() -> None:
     os.mkfifo("pipe.yaml")
     Path("zero.yaml").symlink_to("/dev/zero")
     Path("loop.yaml").symlink_to("loop.yaml")
@@ -440,13 +440,13 @@ def test_files_that_are_no_recipe() -> None:
     assert recipe.load_recipe("bom.yaml").train.epochs == 3
 
 
-def test_wrong_keys_of_a_file_are_told_with_their_lines() -> None:
+def test_wrong_keys_of_a_file_are_reported_with_line_numbers() -> None:
     text = "base: digits\ntrain:\n  epochs: 0\n  batch_size: 16\noptim: {lr: -1}\nmodle: {}\n"
     with pytest.raises(UsageError) as caught:
         recipe.load_recipe(written(text))
     for part in ("train.epochs=0", "(line 3)", "optim.lr=-1", "(line 5)", "'modle'", "(line 6)"):
         assert part in caught.value.what
-    with pytest.raises(UsageError) as caught:  # what an override says stands in no line
+    with pytest.raises(UsageError) as caught:  # an override has no line number
         recipe.load_recipe(written(text), ["train.epochs=-2"])
     assert "train.epochs=-2: input should be greater than 0;" in caught.value.what
 
@@ -463,22 +463,22 @@ def test_wrong_keys_of_a_file_are_told_with_their_lines() -> None:
         ("optim: {lr: 1e-3x}", "optim.lr='1e-3x'", "fuzz.yaml"),
     ],
 )
-def test_surprises_of_yaml(text: str, what: str, where: str) -> None:
+def test_surprising_yaml_is_refused_with_its_line(text: str, what: str, where: str) -> None:
     with pytest.raises(UsageError) as caught:
         recipe.load_recipe(written(text))
     assert what in caught.value.what
     assert where in caught.value.where + caught.value.what
 
 
-def test_numbers_and_paths_as_people_write_them() -> None:
+def test_common_spellings_of_numbers_and_paths_are_accepted() -> None:
     Path("my photos").mkdir()
     found = recipe.load_recipe(written("data: {name: 'C:\\my photos\\x'}\noptim: {lr: 1e-3}\n"))
     assert (found.data.name, found.optim.lr) == ("C:\\my photos\\x", 0.001)
     refused(here("train", "my photos"), 3, "no class folders", "my photos")
 
 
-def test_contradictions_are_refused_before_images_are_read() -> None:
-    """F15; `data.name` is a folder that would be an error, too, if it were looked at."""
+def test_contradictory_options_are_refused_before_images_are_read() -> None:
+    """The data folder is empty, so reading it would be a different error."""
     Path("empty").mkdir()
     for arguments, what in (
         (["train.precision=fp16"], "fp16 is for NVIDIA GPUs"),
@@ -491,19 +491,19 @@ def test_contradictions_are_refused_before_images_are_read() -> None:
         done = here("train", "folder", "--data", "empty", *arguments, "--device", "cpu")
         assert done.code in (2, 3), done.err
         if done.code == 3:
-            pytest.fail(f"{arguments}: the images were looked at first: {done.err}")
+            pytest.fail(f"{arguments}: the images were read first: {done.err}")
         assert what in done.err
 
 
-def test_too_many_runs_at_once() -> None:
+def test_too_many_runs_at_once_are_refused() -> None:
     for option in ("--seeds", "--repeat-splits"):
         refused(here("train", "digits", option, "99999999"), 2, "99,999,999 runs; 10,000 at most")
     assert here("train", "digits", "--seeds", "9" * 30).code == 2
 
 
 @pytest.mark.figures
-def test_names_that_no_folder_can_have() -> None:
-    asked = ("digits", "data.per_class=4", "model.widths=[2]", "train.epochs=1", "--no-test")
+def test_run_names_that_are_not_valid_folder_names_are_made_safe() -> None:
+    arguments = ("digits", "data.per_class=4", "model.widths=[2]", "train.epochs=1", "--no-test")
     for name in (
         "x" * 400,
         "ü" * 300,
@@ -514,7 +514,7 @@ def test_names_that_no_folder_can_have() -> None:
         "-",
         "\ud83d\ude00".join("ab"),
     ):
-        done = here("train", *asked, "--name", name, "--json")
+        done = here("train", *arguments, "--name", name, "--json")
         assert done.code == 0, done.err
         folder = Path(done.json["path"])
         assert folder.parent == Path("models")
@@ -523,7 +523,7 @@ def test_names_that_no_folder_can_have() -> None:
     assert sorted(os.listdir()) == ["models", "plots"]
 
 
-def test_links_in_a_circle_and_homes_of_nobody() -> None:
+def test_circular_links_and_unknown_home_folders_are_refused() -> None:
     Path("loop").symlink_to("loop")
     for name in ("loop/", "~nobody-at-all/photos", "x" * 300 + "/y"):
         refused(here("train", name), 3, "no such file or folder")

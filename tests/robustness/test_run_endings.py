@@ -1,4 +1,4 @@
-"""The end of a run: signals that come last, lost files, restarts, extensions cut short."""
+"""Interruptions, errors and lost files near the end of a run; restarts and extensions."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ __all__ = ["interrupting"]  # a fixture
 CONSTANT = ("optim.schedule=constant", "optim.warmup=0")
 
 
-def train(asked: Recipe, name: str, **options: bool) -> RunDir:
-    return training_train.train(asked, name=name, test=False, device="cpu", quiet=True, **options)
+def train(recipe: Recipe, name: str, **options: bool) -> RunDir:
+    return training_train.train(recipe, name=name, test=False, device="cpu", quiet=True, **options)
 
 
-def test_a_finished_run_without_its_weights_is_not_finished(interrupting: Interrupting) -> None:
-    whole, lost = train(tiny(), "whole"), train(tiny(), "lost")
+def test_a_run_without_its_model_file_is_not_finished(interrupting: Interrupting) -> None:
+    uninterrupted, lost = train(tiny(), "uninterrupted"), train(tiny(), "lost")
     lost.model_path.unlink()
-    interrupting.after = 7  # in the second epoch: by then there are weights again
+    interrupting.after = 7  # in the second epoch, after the model file was written again
     with pytest.raises(KeyboardInterrupt):
         train(tiny(), "lost")
     assert lost.model_path.exists()
     assert not lost.is_finished
     train(tiny(), "lost")
     assert lost.is_finished
-    assert differences(whole, lost) == []
+    assert differences(uninterrupted, lost) == []
 
 
-def test_the_last_weights_are_written_again_from_the_state() -> None:
-    asked = tiny("train.keep=last", "optim.ema=0.9")
-    whole, lost = train(asked, "whole"), train(asked, "lost")
+def test_lost_weights_are_written_again_from_the_checkpoint() -> None:
+    recipe = tiny("train.keep=last", "optim.ema=0.9")
+    uninterrupted, lost = train(recipe, "uninterrupted"), train(recipe, "lost")
     lost.model_path.unlink()
     lost.metrics_path.unlink()
-    train(asked, "lost")
-    assert differences(whole, lost) == []
+    train(recipe, "lost")
+    assert differences(uninterrupted, lost) == []
 
 
-def test_a_signal_while_all_is_made_ready_leaves_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(*_: Any, **__: Any) -> None:
+def test_a_signal_before_training_starts_leaves_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*_: Any) -> None:
         signal.raise_signal(signal.SIGUSR1)
 
     monkeypatch.setattr(training_train, "build_training_job", prepare)
@@ -67,71 +67,73 @@ def test_a_signal_while_all_is_made_ready_leaves_no_run(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("last", [1, 3])
-def test_a_validation_is_left_and_made_up_for(last: int) -> None:
-    """It may take long; its epoch ends when the run is taken up."""
-    whole = finish(tiny("optim.ema=0.9"), "whole")
-    job, place = begin(tiny("optim.ema=0.9"), "stopped")
+def test_an_interrupted_validation_is_repeated_on_resume(last: int) -> None:
+    """A validation may take long; the epoch is completed when the run resumes."""
+    uninterrupted = finish(tiny("optim.ema=0.9"), "uninterrupted")
+    job, run_dir = begin(tiny("optim.ema=0.9"), "stopped")
     validate, calls = job.inputs.validate, []
 
     def signalled(advance):  # type: ignore[no-untyped-def]
         calls.append(1)
 
-        def told(images: int) -> None:
+        def advance_or_stop(images: int) -> None:
             if len(calls) == last:
                 signal.raise_signal(signal.SIGTERM)
             advance(images)
 
-        return validate(told)
+        return validate(advance_or_stop)
 
     job.inputs = dataclasses.replace(job.inputs, validate=signalled)
     with pytest.raises(Stopped, match=r"stopped by SIGTERM"):
-        training_train.fit(job, place)
+        training_train.fit(job, run_dir)
     assert len(calls) == last
-    assert len(place.metrics()) == last - 1
-    found = place.state()
-    assert found is not None
-    at = found[1]["position"]
-    assert (at["epoch"], at["step"]) == (last, 5)
-    equal(finish(tiny("optim.ema=0.9"), "stopped"), whole)
+    assert len(run_dir.metrics()) == last - 1
+    state = run_dir.state()
+    assert state is not None
+    position = state[1]["position"]
+    assert (position["epoch"], position["step"]) == (last, 5)
+    equal(finish(tiny("optim.ema=0.9"), "stopped"), uninterrupted)
 
 
-def test_a_signal_behind_the_last_validation_is_heard() -> None:
-    whole = finish(tiny(), "whole")
-    job, place = begin(tiny(), "stopped")
+def test_a_signal_after_the_last_validation_stops_the_training() -> None:
+    uninterrupted = finish(tiny(), "uninterrupted")
+    job, run_dir = begin(tiny(), "stopped")
     validate, calls = job.inputs.validate, []
 
     def signalled(advance):  # type: ignore[no-untyped-def]
         calls.append(1)
-        found = validate(advance)
+        result = validate(advance)
         if len(calls) == job.epochs:
             signal.raise_signal(signal.SIGINT)
-        return found
+        return result
 
     job.inputs = dataclasses.replace(job.inputs, validate=signalled)
     with pytest.raises(KeyboardInterrupt):
-        training_train.fit(job, place)
-    assert place.metadata()["status"] == "training"
-    assert len(place.metrics()) == job.epochs
-    place.metrics_path.write_text("damaged")
-    equal(finish(tiny(), "stopped"), whole)
+        training_train.fit(job, run_dir)
+    assert run_dir.metadata()["status"] == "training"
+    assert len(run_dir.metrics()) == job.epochs
+    run_dir.metrics_path.write_text("damaged")
+    equal(finish(tiny(), "stopped"), uninterrupted)
 
 
-def test_a_loss_that_is_none_names_its_images() -> None:
-    asked = tiny("optim.name=sgd", "optim.lr=1e30")
+def test_a_non_finite_loss_names_the_images_of_its_batch() -> None:
+    recipe = tiny("optim.name=sgd", "optim.lr=1e30")
     with pytest.raises(Diverged, match="became NaN or infinite") as caught:
-        train(asked, "x")
-    told = RunDir(Path("models/x")).metadata()["diverged"]
-    job, _ = begin(asked, "again")
-    ids = [job.data.train.ids[i] for i in epoch_order(80, 0, told["epoch"]).tolist()]
-    assert told["images"] == ids[16 * (told["step"] - 1) : 16 * told["step"]]
-    assert f"images {', '.join(told['images'][:3])} ...: run.json lists all" in caught.value.what
+        train(recipe, "x")
+    diverged = RunDir(Path("models/x")).metadata()["diverged"]
+    job, _ = begin(recipe, "again")
+    ids = [job.data.train.ids[i] for i in epoch_order(80, 0, diverged["epoch"]).tolist()]
+    assert diverged["images"] == ids[16 * (diverged["step"] - 1) : 16 * diverged["step"]]
+    assert (
+        f"images {', '.join(diverged['images'][:3])} ...: run.json lists all" in caught.value.what
+    )
 
 
 @pytest.mark.parametrize("calls_before", [6, 10])
-def test_a_gradient_that_is_none_is_blamed_on_its_step(
+def test_a_non_finite_gradient_is_attributed_to_its_step(
     calls_before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of the step after it is the first that isn't finite."""
+    """The first non-finite loss is that of the following step."""
     real, calls = TrainLoop.train_step, []
 
     def step(loop: TrainLoop, *arguments: Any) -> Any:
@@ -146,17 +148,17 @@ def test_a_gradient_that_is_none_is_blamed_on_its_step(
         train(tiny(), "x")
     epoch, index = divmod(calls_before - 1, 5)
     assert f"the update of epoch {epoch + 1}, step {index + 1} made" in caught.value.what
-    place = RunDir(Path("models/x"))
-    told = place.metadata()["diverged"]
-    assert (told["epoch"], told["step"]) == (epoch + 1, index + 1)
-    tensors, _ = serialization.read_model_file(place.model_path)
+    run_dir = RunDir(Path("models/x"))
+    diverged = run_dir.metadata()["diverged"]
+    assert (diverged["epoch"], diverged["step"]) == (epoch + 1, index + 1)
+    tensors, _ = serialization.read_model_file(run_dir.model_path)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
-def test_images_that_can_not_be_read_any_more_cost_no_step(
+def test_images_that_become_unreadable_lose_no_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = train(tiny(), "whole")
+    uninterrupted = train(tiny(), "uninterrupted")
     real, read = Batches.epoch, []
 
     def epoch(batches: Batches, *arguments: int) -> Any:
@@ -170,14 +172,15 @@ def test_images_that_can_not_be_read_any_more_cost_no_step(
         patch.setattr(Batches, "epoch", epoch)
         with pytest.raises(DataError, match="has changed"):
             train(tiny(), "x")
-    found = RunDir(Path("models/x")).state()
-    assert found is not None
-    assert (found[1]["position"]["epoch"], found[1]["position"]["step"]) == (2, 2)
-    assert differences(whole, train(tiny(), "x")) == []
+    state = RunDir(Path("models/x")).state()
+    assert state is not None
+    position = state[1]["position"]
+    assert (position["epoch"], position["step"]) == (2, 2)
+    assert differences(uninterrupted, train(tiny(), "x")) == []
 
 
-def test_a_gpu_that_is_taken_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scheduler would start it again and again; a stand-in: torch's error at the first use."""
+def test_a_busy_gpu_is_an_error_without_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With exit code 75 a scheduler would retry forever. The error of torch is simulated."""
 
     def step(*arguments: Any, **more: Any) -> Any:
         raise torch.AcceleratorError(
@@ -190,9 +193,9 @@ def test_a_gpu_that_is_taken_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPat
     refused(done, 5, "the GPU is busy", "--device")
 
 
-def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in: the error that torch raises, in the seventh step."""
-    whole = train(tiny(), "whole")
+def test_a_failing_gpu_loses_only_unsaved_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that torch raises is simulated in the seventh step."""
+    uninterrupted = train(tiny(), "uninterrupted")
     Path("x.yaml").write_text(tiny().to_text())
     real, calls = TrainLoop.train_step, []
 
@@ -208,10 +211,10 @@ def test_a_gpu_that_is_lost_costs_what_was_not_saved(monkeypatch: pytest.MonkeyP
     refused(here(*command), 75, "the GPU failed: CUDA error: unspecified launch failure", "resume")
     assert here(*command).code == 0
     assert len(calls) == 7 + 9  # six steps of fifteen were kept
-    assert differences(whole, RunDir(Path("models/x"))) == []
+    assert differences(uninterrupted, RunDir(Path("models/x"))) == []
 
 
-def test_torchrun_goes_on_with_a_fresh_run(
+def test_a_torchrun_restart_resumes_a_fresh_run(
     monkeypatch: pytest.MonkeyPatch, interrupting: Interrupting
 ) -> None:
     first = train(tiny(), "x")
@@ -225,27 +228,27 @@ def test_torchrun_goes_on_with_a_fresh_run(
     assert differences(first, second) == []
 
 
-def test_patience_that_has_not_run_out_goes_on_counting() -> None:
-    # It only gets worse, so no epoch is better than the first one.
+def test_an_extension_continues_counting_patience() -> None:
+    # With this learning rate no epoch is better than the first.
     options = (*CONSTANT, "optim.name=sgd", "optim.lr=0.3", "train.patience=4")
     train(tiny(*options), "short")
     longer = tiny(*options, "train.epochs=9")
-    extended, whole = train(longer, "extended", extend=True), train(longer, "whole")
+    extended, uninterrupted = train(longer, "extended", extend=True), train(longer, "uninterrupted")
     assert extended.metadata()["extends"]["exact"] is True
-    assert len(whole.metrics()) < 9
-    assert differences(whole, extended) == []
+    assert len(uninterrupted.metrics()) < 9
+    assert differences(uninterrupted, extended) == []
 
 
-def test_an_extension_that_was_killed_leaves_its_name_free() -> None:
-    whole, other = train(tiny(), "whole"), train(tiny("optim.lr=0.5"), "other")
+def test_the_name_of_a_killed_extension_can_be_used() -> None:
+    uninterrupted, other = train(tiny(), "uninterrupted"), train(tiny("optim.lr=0.5"), "other")
     stray = Path("models/x/state")
     shutil.copytree(other.path / "state", stray)
-    begun = train(tiny(), "x")
-    assert begun.path == Path("models/x")
-    assert differences(whole, begun) == []
+    started = train(tiny(), "x")
+    assert started.path == Path("models/x")
+    assert differences(uninterrupted, started) == []
 
 
-def test_another_run_that_is_damaged_is_not_in_the_way_of_an_extension() -> None:
+def test_a_damaged_other_run_does_not_prevent_an_extension() -> None:
     train(tiny(*CONSTANT), "short")
     train(tiny("optim.lr=0.5"), "damaged")
     with Path("models/damaged/recipe.yaml").open("a") as file:
@@ -256,16 +259,16 @@ def test_another_run_that_is_damaged_is_not_in_the_way_of_an_extension() -> None
     assert extended.metadata()["extends"]["run"] == "short"
 
 
-def test_the_kept_epoch_is_that_of_the_weights_in_the_file(
+def test_the_kept_epoch_is_that_of_the_model_file(
     interrupting: Interrupting, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped = stop(tiny(), "stopped", interrupting, 12)
-    job, place = begin(tiny(), "stopped")
-    checkpoints = CheckpointManager(job, place)
+    job, run_dir = begin(tiny(), "stopped")
+    checkpoints = CheckpointManager(job, run_dir)
     assert checkpoints.best.epoch in (1, 2)
     assert checkpoints.kept_epoch() == checkpoints.best.epoch
     assert capsys.readouterr().err == ""
-    # Killed behind the model file and before the state, on hardware that repeats no bits.
+    # Killed after writing the model file, before the checkpoint, on non-deterministic hardware.
     tensors, model_metadata = serialization.read_model_file(stopped.model_path)
     serialization.write_model_file(
         stopped.model_path,
@@ -277,9 +280,11 @@ def test_the_kept_epoch_is_that_of_the_weights_in_the_file(
     assert "the weights of epoch 3 are kept" in capsys.readouterr().err
 
 
-def test_a_trunk_that_no_longer_fits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    place = train(tiny(), "x")
-    facts = place.metadata()
-    report_setup_changes(place, facts, {**facts, "trunk_cached": True})
+def test_a_feature_cache_that_no_longer_fits_is_reported(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = train(tiny(), "x")
+    metadata = run_dir.metadata()
+    report_setup_changes(run_dir, metadata, {**metadata, "trunk_cached": True})
     assert "trunk_cached False, now True" in capsys.readouterr().err
-    assert place.metadata()["changed"] == [{"trunk_cached": [False, True]}]
+    assert run_dir.metadata()["changed"] == [{"trunk_cached": [False, True]}]

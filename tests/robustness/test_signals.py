@@ -1,4 +1,4 @@
-"""Real signals to real commands: wherever they come, the end is in order and nothing is broken."""
+"""Commands that receive a real signal end cleanly and leave no damaged file, at any moment."""
 
 from __future__ import annotations
 
@@ -7,36 +7,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from convlens.run import RunDir, load_model as load
-from helpers.commands import brightness_model, command, environment, picture, start
+from helpers.commands import brightness_model, environment, here, picture, refused, start
+from helpers.interrupted_runs import Interrupting
+from helpers.launching import HANG_TIMEOUT_S, wait_until
 from helpers.serving import Pages, serving
 from helpers.support import tiny
 
 TRAIN = ("train", "long.yaml", "--no-test", "--device", "cpu")
 
 
-def until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Waits for it; a command that ends before that has failed."""
-    for _ in range(12_000):
-        if holds():
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-    raise AssertionError("it didn't come")
-
-
 def ended(process: subprocess.Popen[str], *signals: int) -> tuple[int, str]:
-    """Exit code and stderr; within ten seconds of the signals, or it counts as a hang."""
+    """Send the signals and return exit code and stderr of the process once it has ended."""
     for number in signals:
         process.send_signal(number)
-    _, told = process.communicate(timeout=10)
-    assert "Traceback" not in told, told
-    return process.returncode, told
+    _, err = process.communicate(timeout=HANG_TIMEOUT_S)
+    assert "Traceback" not in err, err
+    return process.returncode, err
 
 
 @pytest.fixture
@@ -47,7 +38,7 @@ def long_run() -> RunDir:
 
 @pytest.fixture
 def many() -> Path:
-    """Images that take some seconds to decode."""
+    """Return a folder of images that take some seconds to decode."""
     first = picture(Path("many/dark/0000.jpg"), (20, 20, 20), size=500).read_bytes()
     light = picture(Path("many/light/0000.jpg"), (230, 230, 230), size=500).read_bytes()
     for n in range(1, 500):
@@ -56,74 +47,88 @@ def many() -> Path:
     return Path("many")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_training_saves_and_ends_with_75(long_run: RunDir, number: int) -> None:
+def test_sigterm_from_outside_saves_the_training_and_exits_with_75(long_run: RunDir) -> None:
     process = start(*TRAIN)
-    until(lambda: len(long_run.metrics()) > 0, process)
-    code, told = ended(process, number)
+    wait_until(lambda: len(long_run.metrics()) > 0, process)
+    check_stopped(long_run, *ended(process, signal.SIGTERM))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_in_a_step_saves_the_training_and_exits_with_75(
+    long_run: RunDir, number: signal.Signals, interrupting: Interrupting
+) -> None:
+    interrupting.after, interrupting.number = 7, number
+    done = here(*TRAIN)
+    check_stopped(long_run, done.code, done.err)
+
+
+def check_stopped(run_dir: RunDir, code: int, err: str) -> None:
     assert code == 75
-    assert "the same command resumes the training" in told
-    found = long_run.checkpoints.read()
-    assert found is not None
-    assert f"epoch {found.epoch} after {found.step} steps" in told
+    assert "the same command resumes the training" in err
+    checkpoint = run_dir.checkpoints.read()
+    assert checkpoint is not None
+    assert f"epoch {checkpoint.epoch} after {checkpoint.step} steps" in err
 
 
-def test_a_second_signal_ends_it_at_once_and_nothing_is_broken(long_run: RunDir) -> None:
-    process = start(*TRAIN, CONVLENS_SAVE_SECONDS="0")  # always in the middle of a save
-    until(lambda: len(long_run.metrics()) > 1, process)
+def test_a_second_signal_ends_training_at_once_and_damages_no_file(
+    long_run: RunDir, interrupting: Interrupting
+) -> None:
+    process = start(*TRAIN, CONVLENS_SAVE_SECONDS="0")  # saves after every step
+    wait_until(lambda: len(long_run.metrics()) > 1, process)
     code, _ = ended(process, signal.SIGTERM, signal.SIGTERM)
     assert code in (75, -signal.SIGTERM)
     assert long_run.checkpoints.read() is not None
     assert long_run.checkpoints.corrupt == []
     load(long_run.model_path)
-    process = start(*TRAIN)
-    until(lambda: len(long_run.metrics()) > 3, process)
-    assert "resuming" in ended(process, signal.SIGINT)[1]
+    interrupting.after = 3
+    resumed = here(*TRAIN)
+    assert resumed.code == 130
+    assert "resuming" in resumed.err
 
 
-def test_decoding_is_left_without_a_trace(many: Path) -> None:
+def test_interrupted_decoding_leaves_no_files(many: Path) -> None:
     cache = Path(os.environ["CONVLENS_CACHE"])
     process = start("train", many, "--device", "cpu", "data.image_size=64")
-    until(lambda: any(cache.glob("**/.*")), process)
-    code, told = ended(process, signal.SIGTERM)
+    wait_until(lambda: any(cache.glob("**/.*")), process)
+    code, err = ended(process, signal.SIGTERM)
     assert code == 75
-    assert "stopped: stopped by (SIGTERM)" in told
+    assert "stopped: asked to stop (SIGTERM)" in err
     assert not list(cache.glob("**/.*"))
     assert not list(Path().glob("models/*/run.json"))
 
 
-def test_testing_is_left_without_a_trace(many: Path) -> None:
-    place = brightness_model(Path("models/brightness"))
+def test_an_interrupted_evaluation_leaves_no_files(many: Path) -> None:
+    run_dir = brightness_model(Path("models/brightness"))
     cache = Path(os.environ["CONVLENS_CACHE"])
-    process = start("evaluate", place.path, "--data", many, "--device", "cpu")
-    until(lambda: any(cache.glob("**/.*")), process)
+    process = start("evaluate", run_dir.path, "--data", many, "--device", "cpu")
+    wait_until(lambda: any(cache.glob("**/.*")), process)
     assert ended(process, signal.SIGTERM)[0] == 75
-    assert place.evaluation_log() == []
+    assert run_dir.evaluation_log() == []
     assert not list(cache.glob("**/.*"))
 
 
-def test_predicting_is_left_in_the_middle(many: Path) -> None:
-    place = brightness_model(Path("models/brightness"))
-    process = start("predict", place.path, many, "--device", "cpu", "--format", "csv")
+def test_prediction_can_be_interrupted(many: Path) -> None:
+    run_dir = brightness_model(Path("models/brightness"))
+    process = start("predict", run_dir.path, many, "--device", "cpu", "--format", "csv")
     assert process.stdout is not None
     assert process.stdout.readline().startswith("filename")
-    assert ended(process, signal.SIGTERM)[0] in (75, 0)  # it may have been quicker
+    assert ended(process, signal.SIGTERM)[0] in (75, 0)  # 0: it finished before the signal
 
 
-# Downloads MNIST from an address of this machine.
-DOWNLOADING = """
+# Trains on MNIST, downloaded from a server on this machine.
+DOWNLOAD = """
 import sys
 from dataclasses import replace
 from convlens import cli
-from convlens.data.dataset import downloads
-its = downloads.SETS["mnist"]
-downloads.SETS["mnist"] = replace(its, mirrors=(sys.argv[1],))
+from convlens.data import download
+mnist = download.DOWNLOADS["mnist"]
+download.DOWNLOADS["mnist"] = replace(mnist, mirrors=(sys.argv[1],))
 cli.main(["train", "mnist", "--device", "cpu"])
 """
 
 
 class Endless(Pages):
-    """Sends a few bytes and then nothing any more."""
+    """A server that sends a few bytes and then stalls."""
 
     def do_GET(self) -> None:  # noqa: N802 (the server's name for it)
         self.requested.append(self.path)
@@ -135,16 +140,16 @@ class Endless(Pages):
         time.sleep(30)
 
 
-def test_a_download_is_left_without_a_trace(tmp_path: Path) -> None:
+def test_an_interrupted_download_leaves_no_files(tmp_path: Path) -> None:
     with serving(Endless) as (url, handler):
         process = subprocess.Popen(
-            [sys.executable, "-c", DOWNLOADING, url],
+            [sys.executable, "-c", DOWNLOAD, url],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment(CONVLENS_DATA=str(tmp_path / "sets")),
         )
-        until(lambda: bool(handler.requested), process)
+        wait_until(lambda: bool(handler.asked), process)
         assert ended(process, signal.SIGTERM)[0] == 75
     left = [path for path in (tmp_path / "sets").rglob("*") if path.is_file()]
     assert [path.name for path in left if "lock" not in path.name] == []
@@ -153,7 +158,7 @@ def test_a_download_is_left_without_a_trace(tmp_path: Path) -> None:
 def test_a_closed_terminal_does_not_end_a_training() -> None:
     Path("short.yaml").write_text(tiny().to_text())
     read, write = os.pipe()
-    os.close(read)  # each write fails with EPIPE, as it fails with EIO where a terminal was
+    os.close(read)  # writes fail with EPIPE; after a terminal is closed, with EIO
     process = subprocess.Popen(
         [sys.executable, "-m", "convlens", "train", "short.yaml", "--no-test", "--device", "cpu"],
         stdout=subprocess.DEVNULL,
@@ -161,7 +166,7 @@ def test_a_closed_terminal_does_not_end_a_training() -> None:
         env=environment(),
     )
     os.close(write)
-    assert process.wait(120) == 0
+    assert process.wait(HANG_TIMEOUT_S) == 0
     assert RunDir(Path("models/tiny")).is_finished
 
 
@@ -174,23 +179,20 @@ def test_a_full_disk_under_the_log_does_not_end_a_training() -> None:
             stderr=full,
             env=environment(),
         )
-    assert process.wait(120) == 0
+    assert process.wait(HANG_TIMEOUT_S) == 0
     assert RunDir(Path("models/tiny")).is_finished
 
 
-def test_two_trainings_of_one_run_are_one(long_run: RunDir) -> None:
+def test_a_second_training_of_the_same_run_is_refused(long_run: RunDir) -> None:
     first = start(*TRAIN)
-    until(lambda: len(long_run.metrics()) > 0, first)
-    second = start(*TRAIN)
-    _, told = second.communicate(timeout=60)
-    assert second.returncode == 5
-    assert f"another process is using run {long_run.name!r}" in told
+    wait_until(lambda: len(long_run.metrics()) > 0, first)
+    refused(here(*TRAIN), 5, f"another process is using run {long_run.name!r}")
     assert ended(first, signal.SIGTERM)[0] == 75
 
 
-def test_nohup_is_heeded() -> None:
+def test_nohup_is_respected() -> None:
     Path("short.yaml").write_text(tiny("train.epochs=30").to_text())
-    place = RunDir(Path("models/tiny"))
+    run_dir = RunDir(Path("models/tiny"))
     process = subprocess.Popen(
         [sys.executable, "-m", "convlens", "train", "short.yaml", "--no-test", "--device", "cpu"],
         stdout=subprocess.DEVNULL,
@@ -199,21 +201,21 @@ def test_nohup_is_heeded() -> None:
         env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
-    until(lambda: len(place.metrics()) > 0, process)
+    wait_until(lambda: len(run_dir.metrics()) > 0, process)
     process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=120)
+    process.communicate(timeout=HANG_TIMEOUT_S)
     assert process.returncode == 0
-    assert place.is_finished
+    assert run_dir.is_finished
 
 
-def test_what_is_printed_into_a_closed_pipe_ends_quietly() -> None:
+def test_printing_into_a_closed_pipe_ends_without_a_traceback() -> None:
     brightness_model(Path("models/brightness"))
     paths = [picture(Path(f"p/{n}.png"), (200, 200, 200)) for n in range(40)]
     process = start("predict", "brightness", *paths, "--device", "cpu", "--format", "csv")
     assert process.stdout is not None
     process.stdout.close()  # as `| head` does
     assert process.stderr is not None
-    told = process.stderr.read()
-    process.wait(60)
-    assert "Traceback" not in told
-    assert command("predict", "brightness", paths[0], "--device", "cpu").code == 0
+    err = process.stderr.read()
+    process.wait(HANG_TIMEOUT_S)
+    assert "Traceback" not in err
+    assert here("predict", "brightness", paths[0], "--device", "cpu").code == 0

@@ -345,7 +345,7 @@ for _ in range(15):
         writer.stdin.write("go\n")
         writer.stdin.close()
     for writer in writers:
-        assert writer.wait(60) == 0
+        assert writer.wait(120) == 0
     log = RunDir(Path("models/busy")).evaluation_log()
     assert [entry["looks"] for entry in log] == list(range(1, 46))
     assert {entry["by"] for entry in log} == {"0", "1", "2"}

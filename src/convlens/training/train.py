@@ -260,9 +260,9 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
     return rows, int(rows[-1]["epoch"]) if keeps_last else checkpoints.kept_epoch()
 
 
-def make_train_loop(job: TrainingJob, process_group: ProcessGroup) -> TrainLoop:
-    """Return the training loop over the part of the network that `job.inputs` trains."""
-    return TrainLoop(
+def run_train_loop(job: TrainingJob, process_group: ProcessGroup) -> Records:
+    """Train the part of the network that `job.inputs` names, from `job.state` on; yield records."""
+    loop = TrainLoop(
         job.inputs.model,
         job.optimizer,
         job.criterion,
@@ -277,6 +277,13 @@ def make_train_loop(job: TrainingJob, process_group: ProcessGroup) -> TrainLoop:
             else None
         ),
     )
+    return loop.run(
+        TimedBatches(job.inputs.batches, job.state),
+        job.schedule,
+        epochs=job.epochs,
+        seed=job.recipe.train.seed,
+        state=job.state,
+    )
 
 
 def _training_records(
@@ -287,13 +294,7 @@ def _training_records(
         checkpoints.write_missing_files()
         return
     try:
-        yield from make_train_loop(job, process_group).run(
-            TimedBatches(job.inputs.batches, job.state),
-            job.schedule,
-            epochs=job.epochs,
-            seed=job.recipe.train.seed,
-            state=job.state,
-        )
+        yield from run_train_loop(job, process_group)
     except (DataError, ResourceError):  # e.g. an image became unreadable: between two steps
         checkpoints.save()
         raise

@@ -16,7 +16,8 @@ from convlens.models.cnn import CNN
 from convlens.recipe import OptimConfig
 from convlens.training import checkpoint
 from convlens.training.checkpoint import BestEpoch, restore_checkpoint
-from helpers.support import PLAN, begin, same, tiny, train_records
+from convlens.training.train import run_train_loop
+from helpers.support import PLAN, begin, same, tiny
 from helpers.train_loops import everything
 
 OPTIMIZERS = [
@@ -151,7 +152,7 @@ def test_a_resumed_run_has_the_same_loss_scale() -> None:
 def test_no_checkpoint_is_saved_after_a_non_finite_loss() -> None:
     """On a GPU a checkpoint may be due before the loop has read the loss."""
     job, run_dir = begin(tiny(), "failed")
-    next(train_records(job))
+    next(run_train_loop(job, job.process_group))
     job.state.loss_sum = torch.tensor(float("nan"))
     checkpoint.save_checkpoint(run_dir, job, BestEpoch("val_loss"), [])
     assert run_dir.state() is None

@@ -19,7 +19,8 @@ from convlens.run import Preprocessing
 from convlens.runtime import RuntimeContext
 from convlens.training.resolve import validate_recipe
 from convlens.training.setup import _sample_images, build_training_job
-from helpers.support import PLAN, Memory, images_of, pictures, same, tiny, train_records
+from convlens.training.train import run_train_loop
+from helpers.support import PLAN, Memory, images_of, pictures, same, tiny
 
 FAST = ["model.name=fastnet", "model.widths=[4,8]"]
 
@@ -240,7 +241,7 @@ def test_a_run_computes_the_whitening_from_its_training_images() -> None:
     expected = whitening_filters(images, 2, WHITEN_EPS)
     assert torch.equal(job.model.get_parameter("whiten.weight"), expected)
     before = job.model.get_parameter("block1.conv1.weight").detach().clone()
-    for _ in train_records(job):
+    for _ in run_train_loop(job, job.process_group):
         pass
     assert torch.equal(job.model.get_parameter("whiten.weight"), expected)
     assert not torch.equal(job.model.get_parameter("block1.conv1.weight"), before)

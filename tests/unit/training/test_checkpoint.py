@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from convlens import optim
-from convlens.cli import main
 from convlens.errors import DataError, Stopped
 from convlens.recipe import load_recipe
 from convlens.run import RunDir
 from convlens.training import checkpoint, train
 from convlens.training.checkpoint import BestEpoch, CheckpointManager
+from convlens.training.train import run_train_loop
 from helpers.interrupted_runs import (
     EVERYTHING,
     SGD,
@@ -28,7 +23,7 @@ from helpers.interrupted_runs import (
     finish,
     stop,
 )
-from helpers.support import begin, same, tiny, train_records
+from helpers.support import begin, same, tiny
 
 STEPS = 5  # in each of 3 epochs
 # The head alone for four of 15 steps; one bias stops after six; an average that pulls back.
@@ -202,58 +197,6 @@ def test_everything_that_is_restored_is_what_was_saved(interrupting: Interruptin
     assert isinstance(job.state.loss_sum, float)
 
 
-# Real processes and real signals
-
-COMMAND = [sys.executable, "-m", "convlens", "train", "long.yaml", "--no-test", "--device", "cpu"]
-PIPED: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
-
-
-def test_signals_from_outside_stop_and_the_same_command_goes_on() -> None:
-    tree = tiny(*EVERYTHING, "train.epochs=20").to_text()
-    Path("long.yaml").write_text(tree)
-    place = RunDir(Path("models/tiny"))
-    code, told = interrupted(place, signal.SIGINT, subprocess.Popen(COMMAND, **PIPED))
-    assert code == 130
-    assert "Traceback" not in told
-    assert "the same command resumes the training" in told
-    first = len(place.metrics())
-    assert place.metadata()["status"] == "training"
-    # A copy of this process, which has imported torch already.
-    copy = multiprocessing.get_context("fork").Process(target=main, args=(COMMAND[3:],))
-    copy.start()
-    assert interrupted(place, signal.SIGTERM, copy)[0] == 75
-    assert place.metadata()["status"] == "training"
-    assert len(place.metrics()) > first
-    asked = load_recipe("long.yaml")
-    found = train.train(asked, is_unmodified_recipe=True, test=False, device="cpu", quiet=True)
-    assert found.path == place.path
-    whole = train.train(
-        asked, is_unmodified_recipe=True, fresh=True, test=False, device="cpu", quiet=True
-    )
-    assert whole.path != place.path
-    equal(found, whole)
-
-
-def interrupted(
-    place: RunDir,
-    number: signal.Signals,
-    process: subprocess.Popen[str] | multiprocessing.process.BaseProcess,
-) -> tuple[int | None, str]:
-    """Sends a training a signal once it has finished an epoch; its exit code and stderr."""
-    before, told = len(place.metrics()), ""
-    for _ in range(12_000):
-        if len(place.metrics()) > before:
-            break
-        time.sleep(0.005)
-    assert process.pid is not None
-    os.kill(process.pid, number)
-    if isinstance(process, subprocess.Popen):
-        _, told = process.communicate(timeout=60)
-        return process.returncode, told
-    process.join(60)
-    return process.exitcode, told
-
-
 def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupting) -> None:
     import numpy as np
     from PIL import Image
@@ -286,7 +229,7 @@ def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupt
 def test_progress_is_stored_in_the_keys_of_earlier_versions() -> None:
     """So that a run that an earlier version has saved can be resumed or extended."""
     job, place = begin(tiny(), "keys")
-    records = train_records(job)
+    records = run_train_loop(job, job.process_group)
     for _ in range(2):
         next(records)
     job.state.micro_batch_size = 8

@@ -10,7 +10,7 @@ from convlens.errors import ModelFileError, UsageError
 from convlens.recipe import Recipe
 from convlens.run import RunDir
 from convlens.training import train as training_train
-from helpers.commands import DIGITS, command, here, refused
+from helpers.commands import DIGITS, here, refused
 from helpers.support import tiny
 from selftest import differences
 
@@ -90,9 +90,9 @@ def test_what_cannot_be_extended_is_refused() -> None:
 
 
 def test_the_command() -> None:
-    assert command("train", *DIGITS, "--no-test").code == 0
+    assert here("train", *DIGITS, "--no-test").code == 0
     longer = (*DIGITS[:-1], "train.epochs=3", "--no-test")
-    done = command("train", *longer, "--extend", "--json")
+    done = here("train", *longer, "--extend", "--json")
     assert done.code == 0, done.err
     assert "from 2 epochs: the same bits as 3 epochs" not in done.err  # digits: one-cycle
     assert "the result differs from 3 epochs from scratch" in done.err

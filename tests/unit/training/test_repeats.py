@@ -26,7 +26,7 @@ from convlens.training.repeats import (
     sum_or_none,
     train_many,
 )
-from helpers.commands import DIGITS, command, here, pictures, refused, weights
+from helpers.commands import DIGITS, here, pictures, refused, weights
 from helpers.support import TINY, tiny
 
 SETTINGS = """
@@ -277,7 +277,7 @@ def test_a_table_of_variants_and_a_recipe_alone() -> None:
 
 def test_variants_that_can_not_be() -> None:
     path = variants_file()
-    refused(command("train", path, "--variants", "slwo"), 2, "unknown variant 'slwo'", "slow")
+    refused(here("train", path, "--variants", "slwo"), 2, "unknown variant 'slwo'", "slow")
     refused(here("train", "digits", "--variants", "all"), 2, "'digits' has no variants")
     refused(here("train", "digits", "--data", "shapes", "--variants", "x"), 2, "no variants")
     refused(here("train", path, "--variants", "all", "optim.name=adamm"), 2, "adamm")
@@ -319,7 +319,7 @@ def test_splits_of_data_that_bring_their_own_are_refused() -> None:
 
 @pytest.mark.figures
 def test_each_image_is_judged_out_of_its_fold_once() -> None:
-    done = command("train", *DIGITS, "train.epochs=1", "--folds", "2", "--name", "x")
+    done = here("train", *DIGITS, "train.epochs=1", "--folds", "2", "--name", "x")
     assert done.code == 0, done.err
     held: list[str] = []
     correct = 0

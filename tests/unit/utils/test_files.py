@@ -376,7 +376,7 @@ def test_lock_of_a_killed_process_is_released() -> None:
 def test_lock_waits_for_its_holder() -> None:
     holder = start_holder(1)
     with files.lock(FOLDER / ".lock", what="x", timeout_s=60):
-        assert holder.wait(10) == 0
+        assert holder.wait(120) == 0
 
 
 def disable_locks(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
