@@ -329,7 +329,7 @@ def look(
     with quiet_mode(quiet):
         opened = inputs.open_look_inputs(
             [*_run_names(runs), *map(str, _as_list(images))],
-            on=device,
+            device=device,
             examples=asked.needs_images,
         )
         return interpret_look.look(opened, asked)
@@ -362,7 +362,7 @@ def measure(
 
     names = _as_list(measures)
     interpret_measure.select_measures(names)
-    subjects = [open_inspected_model(text, on=device) for text in _run_names(runs)]
+    subjects = [open_inspected_model(text, device=device) for text in _run_names(runs)]
     run_dir = figures_folder(subjects) if folder is None else Path(folder)
     return interpret_measure.measure(subjects, names, folder=run_dir, quiet=quiet, **options)
 

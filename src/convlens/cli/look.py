@@ -213,7 +213,7 @@ def look(
         seed=seed,
     )
     asked.check()
-    opened = inputs.open_look_inputs(what, on=device, examples=asked.needs_images)
+    opened = inputs.open_look_inputs(what, device=device, examples=asked.needs_images)
     found = interpret_look.look(opened, asked)
     if not as_json:
         print_look(found)
