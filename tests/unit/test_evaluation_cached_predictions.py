@@ -67,7 +67,7 @@ def test_images_are_known_by_id_class_and_order() -> None:
 
 def test_evaluating_keeps_what_the_model_said() -> None:
     run = convlens.train(TINY, name="small", quiet=True)
-    subject = open_inspected_model("small", on="cpu")
+    subject = open_inspected_model("small", device="cpu")
     model_metadata = subject.loaded.model_metadata
     kept = evaluation.load_predictions(
         RunDir(run.path), "test", model_metadata["data"]["fingerprint"], model_metadata["sha256"]
