@@ -60,7 +60,7 @@ def attribute_with(
     stages = features.stage_names(model)
 
     def step() -> None:
-        attribution_methods.shapes_of(model, images, stages)  # chooses class and layer
+        attribution_methods.logits_and_shapes(model, images, stages)  # which class, and which layer
         maps = attribution_methods.attribution_maps(
             attribution_methods.METHODS[name], model, images, targets, layer
         )

@@ -48,7 +48,7 @@ try:
 except convlens.ConvlensError as error:
     sys.exit(str(error))
 for seen in look.seen:
-    answers = [f"{one.run}: {one.answer[0]} {one.answer[1]:.1%}" for one in seen]
+    answers = [f"{one.run}: {one.prediction[0]} {one.prediction[1]:.1%}" for one in seen]
     print(f"{seen[0].picture.name}  {'; '.join(answers)}")
 for layers in zip(*(one.numbers() for one in look.seen[0]), strict=False):
     blank = "; ".join(f"{layer.blank} of {layer.channels} blank" for layer in layers)

@@ -306,7 +306,7 @@ def look(
     with quiet_mode(quiet):
         opened = inputs.open_look_inputs(
             [*_references(runs), *map(str, _as_list(images))],
-            on=device,
+            device=device,
             examples=look_options.needs_images,
         )
         return interpret_look.look(opened, look_options)
@@ -340,7 +340,7 @@ def measure(
 
     names = _as_list(measures)
     interpret_measure.select_measures(names)
-    models = [open_inspected_model(text, on=device) for text in _references(runs)]
+    models = [open_inspected_model(text, device=device) for text in _references(runs)]
     target = figures_folder(models) if folder is None else Path(folder)
     return interpret_measure.measure(models, names, folder=target, quiet=quiet, **options)
 

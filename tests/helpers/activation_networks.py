@@ -1,4 +1,4 @@
-"""Shared by the tests of activations and others."""
+"""Small networks with given weights, as `InspectedModel`, and images for them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from helpers.support import PLAN
 def subject(
     model: nn.Module, size: int = 4, channels: int = 3, classes: str = "ab"
 ) -> InspectedModel:
+    """Return a network that takes pixels in 0..1."""
     pre = Preprocessing(size, channels, "stretch", [0.0] * channels, [1.0] * channels)
     return InspectedModel("net", LoadedModel(model.eval(), tuple(classes), pre, {}), PLAN)
 
 
 def conv(weights: Any, bias: Any = None) -> nn.Conv2d:
+    """Return a convolution with these weights `[out, in, k, k]`."""
     weight = torch.as_tensor(weights, dtype=torch.float32)
-    made = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], bias=bias is not None)
-    made.weight = nn.Parameter(weight)
+    layer = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], bias=bias is not None)
+    layer.weight = nn.Parameter(weight)
     if bias is not None:
-        made.bias = nn.Parameter(torch.as_tensor(bias, dtype=torch.float32))
-    return made
+        layer.bias = nn.Parameter(torch.as_tensor(bias, dtype=torch.float32))
+    return layer
 
 
 def network(first: nn.Conv2d) -> nn.Module:
-    """The convolution, an in-place ReLU, and the sum over channels as the logits of two classes."""
+    """Return the convolution, an in-place ReLU, and a head: the sum over channels, and 0."""
     model = nn.Sequential()
     model.add_module("first", first)
     model.add_module("relu", nn.ReLU(inplace=True))
@@ -44,5 +46,6 @@ def network(first: nn.Conv2d) -> nn.Module:
 
 
 def images(count: int) -> torch.Tensor:
+    """Return random images, uint8 `[count, 3, 4, 4]`."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)

@@ -1,20 +1,18 @@
-"""Shared by the tests of attribution_methods and others."""
+"""A network whose attribution is known, and images for it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-SIZE = 32
-
-
+SIZE = 32  # pixels
 PATCH = (slice(8, 14), slice(20, 26))  # rows and columns where the evidence is
 
 
 class Reds(nn.Module):
-    """Class 1 is how much red there is above grey, class 0 how much blue: seen place by place.
+    """Class 1 has evidence where pixels are redder than grey, class 0 where they are bluer.
 
-    The stage's two maps are 8x8: mean redness and blueness of 4x4 pixels, never negative.
+    The two maps of the stage are 8 x 8: mean redness and blueness of 4 x 4 pixels, at least 0.
     """
 
     stages, head = ("stage",), "classifier"
@@ -35,7 +33,7 @@ class Reds(nn.Module):
 
 
 def red_patch() -> Tensor:
-    """Grey noise with a red square, `[1, 3, 32, 32]`; grey is 0."""
+    """Return grey noise (grey is 0) with a red square, `[1, 3, 32, 32]`."""
     generator = torch.Generator().manual_seed(0)
     images = (0.1 * torch.randn(1, 1, SIZE, SIZE, generator=generator)).repeat(1, 3, 1, 1)
     images[:, 0, PATCH[0], PATCH[1]] = 2.0
@@ -43,4 +41,5 @@ def red_patch() -> Tensor:
 
 
 def images_of(count: int = 3, seed: int = 1) -> Tensor:
+    """Return normal noise, `[count, 3, 32, 32]`."""
     return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))

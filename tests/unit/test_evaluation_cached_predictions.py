@@ -72,7 +72,7 @@ def test_the_split_hash_depends_on_ids_classes_and_order() -> None:
 
 def test_evaluate_stores_the_predictions() -> None:
     run = convlens.train(TINY, name="small", quiet=True)
-    inspected = open_inspected_model("small", on="cpu")
+    inspected = open_inspected_model("small", device="cpu")
     model_metadata = inspected.loaded.model_metadata
     cached = evaluation.load_predictions(
         RunDir(run.path), "test", model_metadata["data"]["fingerprint"], model_metadata["sha256"]

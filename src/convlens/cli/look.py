@@ -231,7 +231,7 @@ def look(
         seed=seed,
     )
     options.check()
-    opened = inputs.open_look_inputs(names, on=device, examples=options.needs_images)
+    opened = inputs.open_look_inputs(names, device=device, examples=options.needs_images)
     result = interpret_look.look(opened, options)
     if not as_json:
         print_look(result)

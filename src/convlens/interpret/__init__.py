@@ -1,6 +1,5 @@
-"""Looking inside a trained network: what its layers do, where it looks, what its stages know.
+"""Inspection of trained networks: activations, features, attribution and measurements by stage.
 
-`subjects.py` opens what is looked at (a run, or a network of torchvision or timm) and the images
-it is shown; `layers.py` says which layers there are and records what they give. Everything else
-here is a way of looking, on top of these two.
+`inputs` opens the networks and images to inspect and `features` records the outputs of layers; the
+other modules build on these two. `look` implements the command `convlens look`.
 """

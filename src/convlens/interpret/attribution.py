@@ -1,7 +1,4 @@
-"""Attribution of networks on pictures: maps, one figure, raw arrays, and whether to believe them.
-
-The methods are in `saliency.py`, the checks in `sanity.py`.
-"""
+"""Attribution maps of several networks for the same images: one figure, arrays, sanity checks."""
 
 from __future__ import annotations
 
@@ -29,14 +26,20 @@ from convlens.utils import console, files
 
 @dataclass
 class ModelAttributions:
-    """What one network's methods say of the pictures.
+    """Attribution maps of one network.
 
     Attributes:
+        name: of the network.
+        classes: its classes.
+        pictures: the images.
         probs: probabilities, float64 `[N, classes]`.
-        targets: int64 `[N]`, the class each picture's maps are of.
-        layer, side: where Grad-CAM was done, and the side of its maps; None without Grad-CAM.
-        maps: by method, float32 `[N, h, w]` as fine as the method makes them.
-        rises: by complete method, what each map must add up to, float64 `[N]`.
+        targets: int64 `[N]`, the class that is attributed for each image.
+        layer: the layer of Grad-CAM; None without Grad-CAM.
+        side: side of that layer's maps; None without Grad-CAM.
+        maps: float32 `[N, h, w]` by method, at the resolution of the method.
+        expected_sums: by complete method, the sum that each map must have, float64 `[N]`.
+        sanity: the sanity checks, if requested.
+        slug: the network's unique name in file names.
     """
 
     name: str
@@ -47,48 +50,51 @@ class ModelAttributions:
     layer: str | None
     side: int | None
     maps: dict[str, Tensor]
-    rises: dict[str, np.ndarray]
+    expected_sums: dict[str, np.ndarray]
     sanity: SanityReport | None = None
-    slug: str = ""  # what files call it: unlike those of the other networks
+    slug: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        methods = {name: METHODS[name] for name in self.maps}
         return {
             "model": self.name,
             "layer": self.layer,
             "layer_size": self.side,
-            "images": [self._image(index) for index in range(len(self.pictures))],
+            "images": [self._image_dict(index) for index in range(len(self.pictures))],
             "methods": {
-                name: {"title": METHODS[name].title, "signed": METHODS[name].signed}
-                | {"unit": METHODS[name].unit}
-                for name in self.maps
+                name: {"title": method.title, "signed": method.signed, "unit": method.unit}
+                for name, method in methods.items()
             },
             "sanity": None if self.sanity is None else self.sanity.to_dict(),
         }
 
-    def _image(self, index: int) -> dict[str, Any]:
+    def _image_dict(self, index: int) -> dict[str, Any]:
         picture, target = self.pictures[index], int(self.targets[index])
-        guess = int(self.probs[index].argmax())
-        found: dict[str, Any] = {
+        pred = int(self.probs[index].argmax())
+        return {
             "image": picture.name,
             "truth": None if picture.label is None else self.classes[picture.label],
-            "predicted": self.classes[guess],
-            "predicted_probability": float(self.probs[index, guess]),
+            "predicted": self.classes[pred],
+            "predicted_probability": float(self.probs[index, pred]),
             "class": self.classes[target],
             "probability": float(self.probs[index, target]),
-            "ranges": {},
-            "completeness": {},
+            "ranges": {
+                name: [float(maps[index].min()), float(maps[index].max())]
+                for name, maps in self.maps.items()
+            },
+            "completeness": {
+                name: {
+                    "sum": float(self.maps[name][index].double().sum()),
+                    "expected": float(sums[index]),
+                }
+                for name, sums in self.expected_sums.items()
+            },
         }
-        for name, maps in self.maps.items():
-            found["ranges"][name] = [float(maps[index].min()), float(maps[index].max())]
-        for name, rises in self.rises.items():
-            total = float(self.maps[name][index].double().sum())
-            found["completeness"][name] = {"sum": total, "expected": float(rises[index])}
-        return found
 
 
 @dataclass
 class Attributions:
-    """What `attribute` gives: maps of each network, and the files they are in."""
+    """The result of `attribute`: maps of each network and the files they were written to."""
 
     models: list[ModelAttributions]
     figure: Path
@@ -96,7 +102,7 @@ class Attributions:
     sanity_figures: list[Path]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what `convlens look --json` prints under `attribution`."""
+        """Return the value of `attribution` in the output of `convlens look --json`."""
         return {
             "models": [each.to_dict() for each in self.models],
             "figure": str(self.figure),
@@ -116,139 +122,158 @@ def attribute(
     folder: Path,
     quiet: bool = False,
 ) -> Attributions:
-    """Maps of what speaks for a class, in `attribution.png` and `attribution.npz` in `folder`.
+    """Compute attribution maps and write `attribution.png` and `attribution.npz`.
 
     Args:
-        pictures: for each subject the same pictures, as `choose_pictures` gives them.
+        subjects: the networks.
+        pictures: the same images for each network, as `LookInputs.pictures` has them.
         methods: names in `METHODS`, or `all`.
-        layer: where Grad-CAM is done; by default as `saliency.find_layer` says.
-        target: the class whose evidence is shown; by default each picture's predicted class.
-        sanity: whether the methods depend on the weights, and deletion and insertion scores; a
-            figure `attribution-sanity-<model>.png` for each network.
+        layer: of Grad-CAM; by default that of `attribution_methods.choose_cam_layer`.
+        target: the class that is attributed; by default each image's predicted class.
+        sanity: run the checks of `attribution_sanity`, and write a figure
+            `attribution-sanity-<model>.png` for each network.
+        folder: of the files.
+        quiet: show no progress bar.
 
     Raises:
-        UsageError: a method, layer or class that isn't there, with near misses; a network that
-            has no maps for Grad-CAM; no pictures.
+        UsageError: an unknown method, layer or class, with close matches; a network without maps
+            for Grad-CAM; no images.
         ModelFileError: logits or maps that are not finite.
     """
     table = attribution_methods.select_methods(methods)
     if not subjects or len(pictures) != len(subjects) or not all(pictures):
         raise UsageError("no images to attribute", fix="name files, test:17, worst:5 or class:a:3")
-    begun = [
-        _begin(subject, shown, table, layer, target)
-        for subject, shown in zip(subjects, pictures, strict=True)
+    prepared = [
+        _prepare(subject, images, table, layer, target)
+        for subject, images in zip(subjects, pictures, strict=True)
     ]
+    models = [model for model, _ in prepared]
     slugs = unique_names([safe_name(subject.name) for subject in subjects])
-    for (found, _), slug in zip(begun, slugs, strict=True):
-        found.slug = slug
+    for model, slug in zip(models, slugs, strict=True):
+        model.slug = slug
     total = sum(
-        len(table) + sanity * attribution_sanity.steps_of(len(table), _stages(subject), len(shown))
-        for subject, shown in zip(subjects, pictures, strict=True)
+        _count_progress_steps(subject, len(images), len(table), sanity)
+        for subject, images in zip(subjects, pictures, strict=True)
     )
     with console.progress_bar("attribution", total, shown=not quiet) as bar:
-        for (found, images), subject in zip(begun, subjects, strict=True):
-            _fill(found, subject, images, table, sanity, bar)
-    models = [found for found, _ in begun]
+        for (model, inputs), subject in zip(prepared, subjects, strict=True):
+            _compute_maps(model, subject, inputs, table, sanity, bar)
     return Attributions(
         models,
-        _draw(models, table, folder),
-        _write(models, folder),
-        [_draw_sanity(each, folder) for each in models if each.sanity is not None],
+        _draw_maps(models, table, folder),
+        _write_arrays(models, folder),
+        [_draw_sanity(model, folder) for model in models if model.sanity is not None],
     )
 
 
-def _stages(subject: InspectedModel) -> int:
-    return len(model_parts(subject.model).stages) + 1
+def _count_progress_steps(subject: InspectedModel, images: int, methods: int, sanity: bool) -> int:
+    if not sanity:
+        return methods
+    stages = len(model_parts(subject.model).stages) + 1  # and the head
+    return methods + attribution_sanity.count_progress_steps(methods, stages, images)
 
 
-def _begin(
+def _prepare(
     subject: InspectedModel,
     pictures: Sequence[Picture],
     table: Mapping[str, Method],
     layer: str | None,
     target: str | None,
 ) -> tuple[ModelAttributions, Tensor]:
-    """All that can be wrong is found here, before anything takes time: maps to be filled."""
+    """Check all arguments, and return attributions without maps and the normalized images."""
     images = subject.prepared(torch.stack([picture.pixels for picture in pictures]))
-    with _about(subject):
-        wanted = features.find_layers(subject.model, [] if layer is None else [layer])
-        logits, shapes = _forward(subject, images, wanted)
+    with _naming_subject(subject):
+        layers = features.find_layers(subject.model, [] if layer is None else [layer])
+        logits, shapes = _forward(subject, images, layers)
         probs = inference.probabilities(logits)
-        layered = any(method.layered for method in table.values())
-        layer_name = attribution_methods.find_layer(shapes, layer) if layered else None
+        cam_layer = None
+        if any(method.layered for method in table.values()):
+            cam_layer = attribution_methods.choose_cam_layer(shapes, layer)
         if target is None:
             targets = logits.argmax(1)
         else:
-            numbers = {name: number for number, name in enumerate(subject.classes)}
-            targets = torch.full((len(images),), lookup(numbers, target, "class"))
-    side = None if layer_name is None else shapes[layer_name][2]
-    found = ModelAttributions(
-        subject.name, subject.classes, pictures, probs, targets.cpu(), layer_name, side, {}, {}
+            class_index = {name: index for index, name in enumerate(subject.classes)}
+            targets = torch.full((len(images),), lookup(class_index, target, "class"))
+    targets = targets.cpu()
+    baseline = torch.zeros_like(images[:1])
+    baseline_logits, _ = attribution_methods.logits_and_shapes(subject.model, baseline, [])
+    difference = (logits - baseline_logits).double().cpu()
+    expected = difference.gather(1, targets[:, None])[:, 0].numpy()
+    model = ModelAttributions(
+        name=subject.name,
+        classes=subject.classes,
+        pictures=pictures,
+        probs=probs,
+        targets=targets,
+        layer=cam_layer,
+        side=None if cam_layer is None else shapes[cam_layer][2],
+        maps={},
+        expected_sums={name: expected for name, method in table.items() if method.complete},
     )
-    empty, _ = attribution_methods.shapes_of(subject.model, torch.zeros_like(images[:1]), [])
-    rises = (logits - empty).double().cpu().gather(1, found.targets[:, None])[:, 0].numpy()
-    found.rises = {name: rises for name, method in table.items() if method.complete}
-    return found, images
+    return model, images
 
 
 def _forward(
-    subject: InspectedModel, images: Tensor, names: Sequence[str]
+    subject: InspectedModel, images: Tensor, layers: Sequence[str]
 ) -> tuple[Tensor, attribution_methods.LayerShapes]:
-    """Logits of all pictures, in batches, and the shapes of the layers."""
-    answers = [
-        attribution_methods.shapes_of(subject.model, part, names)
-        for part in images.split(attribution_methods.at_once(images))
+    """Return the logits of all images, computed in batches, and the shapes of the layers."""
+    results = [
+        attribution_methods.logits_and_shapes(subject.model, batch, layers)
+        for batch in images.split(attribution_methods.images_per_pass(images))
     ]
-    return torch.cat([logits for logits, _ in answers]), answers[0][1]
+    return torch.cat([logits for logits, _ in results]), results[0][1]
 
 
 @contextmanager
-def _about(subject: InspectedModel) -> Iterator[None]:
-    """Errors inside say which of the networks they are about."""
+def _naming_subject(subject: InspectedModel) -> Iterator[None]:
+    """Add the name of the network to usage errors."""
     try:
         yield
     except UsageError as error:
         raise UsageError(error.what, where=error.where or subject.name, fix=error.fix) from error
 
 
-def _fill(
-    found: ModelAttributions,
+def _compute_maps(
+    model: ModelAttributions,
     subject: InspectedModel,
     images: Tensor,
     table: Mapping[str, Method],
     sanity: bool,
     bar: console.ProgressBar,
 ) -> None:
-    targets, layer = found.targets.to(images.device), found.layer or ""
+    """Add the maps and sanity checks to `model`."""
+    targets, layer = model.targets.to(images.device), model.layer or ""
     for name, method in table.items():
-        found.maps[name] = attribution_methods.attribution_maps(
+        model.maps[name] = attribution_methods.attribution_maps(
             method, subject.model, images, targets, layer
         )
-        bar.advance(1, f"{found.name}: {method.title}")
+        bar.advance(1, f"{model.name}: {method.title}")
     if sanity:
-        found.sanity = attribution_sanity.run_sanity_checks(
+        model.sanity = attribution_sanity.run_sanity_checks(
             subject.model,
             images,
             targets,
             layer,
             table,
-            found.maps,
-            lambda count: bar.advance(count, f"{found.name}: sanity"),
+            model.maps,
+            lambda count: bar.advance(count, f"{model.name}: sanity"),
         )
 
 
-def _draw(models: Sequence[ModelAttributions], table: Mapping[str, Method], folder: Path) -> Path:
+def _draw_maps(
+    models: Sequence[ModelAttributions], table: Mapping[str, Method], folder: Path
+) -> Path:
     from convlens import plots
     from convlens.plots.attributions import AttributionColumn, AttributionPanel
 
     panels = []
     for model in models:
-        own = np.stack([picture.pixels.numpy() for picture in model.pictures])
-        below = f"{model.layer}, {model.side}×{model.side}"
+        images = np.stack([picture.pixels.numpy() for picture in model.pictures])
+        layer_note = f"{model.layer}, {model.side}×{model.side}"
         columns = [
             AttributionColumn(
                 method.title,
-                below if method.layered else "",
+                layer_note if method.layered else "",
                 model.maps[name].numpy(),
                 method.signed,
             )
@@ -258,7 +283,7 @@ def _draw(models: Sequence[ModelAttributions], table: Mapping[str, Method], fold
             (model.classes[target], float(model.probs[index, target]))
             for index, target in enumerate(model.targets.tolist())
         ]
-        panels.append(AttributionPanel(model.name, own, columns, rows))
+        panels.append(AttributionPanel(model.name, images, columns, rows))
     first = models[0]
     names = [
         (picture.name, "" if picture.label is None else first.classes[picture.label])
@@ -272,30 +297,30 @@ def _draw(models: Sequence[ModelAttributions], table: Mapping[str, Method], fold
 def _draw_sanity(model: ModelAttributions, folder: Path) -> Path:
     from convlens import plots
 
-    assert model.sanity is not None
-    found = model.sanity
-    methods = list(found.methods.values())
-    left = {
+    report = model.sanity
+    assert report is not None
+    methods = list(report.methods.values())
+    similarity = {
         measure: {
-            each.title: [(m.value, m.interval95) for m in getattr(each, measure).values()]
-            for each in methods
+            checks.title: [(m.value, m.interval95) for m in getattr(checks, measure).values()]
+            for checks in methods
         }
         for measure in ("spearman", "ssim")
     }
     curves = {
-        order: {each.title: each.curves[order] for each in methods}
-        | {"random order": found.random_curves[order]}
-        for order in attribution_sanity.RANDOM_ORDERS_DRAWN
+        kind: {checks.title: checks.curves[kind] for checks in methods}
+        | {"random order": report.random_curves[kind]}
+        for kind in attribution_sanity.CURVES
     }
     stages = list(methods[0].spearman)
     title = f"{model.name}, {len(model.pictures)} images"
     path = folder / f"attribution-sanity-{model.slug}.png"
-    plots.save_figure(plots.attribution_sanity(stages, left, curves, title), path)
+    plots.save_figure(plots.attribution_sanity(stages, similarity, curves, title), path)
     return path
 
 
-def _write(models: Sequence[ModelAttributions], folder: Path) -> Path:
-    """All maps under `<model>/<method>`, with the pictures and classes they belong to."""
+def _write_arrays(models: Sequence[ModelAttributions], folder: Path) -> Path:
+    """Write all maps as `<model>/<method>`, with the images and the attributed classes."""
     arrays: dict[str, np.ndarray] = {}
     for model in models:
         for name, maps in model.maps.items():

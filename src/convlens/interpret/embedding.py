@@ -1,7 +1,9 @@
-"""A map of images by a network's last features, in two dimensions."""
+"""Penultimate features of images: two-dimensional embeddings and nearest training images."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,16 +25,35 @@ from convlens.utils.console import progress_bar, quiet_mode
 from convlens.utils.files import write_atomic
 
 Floats = npt.NDArray[np.float64]
-FEATURE_BATCH = 256
-MIN_DISTINCT = 1e-6  # between the coordinates of features that are one point but for rounding
-BEFORE_TSNE = 50  # principal components, as van der Maaten and Hinton 2008 take 30
+FEATURE_BATCH = 256  # images
+MIN_EMBEDDED_IMAGES = 4
+MIN_FEATURE_RANGE = 1e-6  # below, normalized features are equal up to rounding
+TSNE_COMPONENTS = 50  # principal components before t-SNE; van der Maaten and Hinton 2008 use 30
+TSNE_PERPLEXITY = 30.0
+NO_NEIGHBOR = -1
+EXCLUDED = -2.0  # below every cosine similarity
+
+
+# Embeddings
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Where images lie: `points` float64 `[N, 2]`, int64 `labels` and `preds` `[N]`, `ids`.
+    """A two-dimensional embedding of images.
 
-    `words` say how the map was made; labels mean `classes`.
+    Attributes:
+        run: name of the network.
+        method: a key of `EMBEDDINGS`.
+        words: how the embedding was made.
+        split: the split of the images.
+        data: name of their data set.
+        classes: classes of the data set.
+        points: float64 `[N, 2]`.
+        labels: int64 `[N]`, indices into `classes`.
+        preds: int64 `[N]`, indices into `classes`; -1 for a class that the data set does not have.
+        ids: of the images.
+        seed: of the sample and the embedding.
+        file: the figure; the CSV file has the same name.
     """
 
     run: str
@@ -49,10 +70,14 @@ class Embedding:
     file: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the points, which stand in the CSV beside the picture."""
-        kept = ("run", "method", "words", "split", "data", "seed")
+        """Return everything except the points, which are in the CSV file."""
         return {
-            **{key: getattr(self, key) for key in kept},
+            "run": self.run,
+            "method": self.method,
+            "words": self.words,
+            "split": self.split,
+            "data": self.data,
+            "seed": self.seed,
             "n": len(self.ids),
             "mistakes": int((self.labels != self.preds).sum()),
             "files": [str(self.file), str(self.file.with_suffix(".csv"))],
@@ -60,25 +85,28 @@ class Embedding:
 
 
 def pca(features: Floats, seed: int) -> tuple[Floats, str]:
-    """The first two principal components, and how much of the variance they hold."""
+    """Return the first two principal components and their shares of the variance in words."""
     from sklearn.decomposition import PCA
 
-    found = PCA(2, random_state=seed).fit(features)
-    first, second = found.explained_variance_ratio_
-    points: Floats = found.transform(features)
+    fitted = PCA(2, random_state=seed).fit(features)
+    first, second = fitted.explained_variance_ratio_
+    points: Floats = fitted.transform(features)
     return points, f"PCA: {first:.0%} and {second:.0%} of the variance"
 
 
 def tsne(features: Floats, seed: int) -> tuple[Floats, str]:
-    """t-SNE of the first 50 principal components, perplexity 30 or a third of the images."""
+    """Return t-SNE of the first 50 principal components and its settings in words.
+
+    The perplexity is 30, or a third of the number of images if that is smaller.
+    """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    components = min(BEFORE_TSNE, *features.shape)
-    before = PCA(components, random_state=seed).fit_transform(features)
-    perplexity = min(30.0, (len(features) - 1) / 3)
-    found = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1)
-    points: Floats = found.fit_transform(before).astype(np.float64)
+    components = min(TSNE_COMPONENTS, *features.shape)
+    reduced = PCA(components, random_state=seed).fit_transform(features)
+    perplexity = min(TSNE_PERPLEXITY, (len(features) - 1) / 3)
+    method = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1)
+    points: Floats = method.fit_transform(reduced).astype(np.float64)
     return points, f"t-SNE, perplexity {perplexity:.0f}, of {components} principal components"
 
 
@@ -96,98 +124,108 @@ def embed(
     seed: int = 0,
     quiet: bool = False,
 ) -> Embedding:
-    """Draws a map of held-out images by what goes into the network's last layer, as directions
-    (features scaled to length 1).
+    """Embed images by the direction of their penultimate features (scaled to length 1).
 
-    Writes `embedding-METHOD.png` and a CSV of id, x, y, class and prediction into `folder`.
+    Writes `embedding-METHOD.png` and a CSV file of id, x, y, class and prediction.
 
     Args:
-        method: of `EMBEDDINGS`.
-        split, data, images, seed: at most so many images of a split, drawn by `seed`; t-SNE of
-            2,000 takes some ten seconds.
+        subject: the network.
+        method: a key of `EMBEDDINGS`.
+        folder: of the files.
+        split: the split of the images.
+        data: another data set than the run's own.
+        images: maximum number of images; t-SNE of 2,000 takes about ten seconds.
+        seed: of the sample and the embedding.
+        quiet: print nothing.
 
     Raises:
-        UsageError: no such method; DataError: fewer than four images, or classes of another set
-            that the network doesn't know.
+        UsageError: an unknown method.
+        DataError: fewer than four images, or features that are all equal.
     """
-    make = lookup(EMBEDDINGS, method, "embedding")
+    compute = lookup(EMBEDDINGS, method, "embedding")
     with quiet_mode(quiet):
-        chosen = draw_sample(subject, split, data=data, most=images, seed=seed)
-        if len(chosen) < 4:
-            raise DataError(f"{len(chosen)} images make no map", fix="take a larger split")
-        features, preds = [], []
-        with progress_bar(f"{subject.name}: {split} images", len(chosen)) as bar:
-            for seen in penultimate_features(
-                subject, (some for some, _ in chosen.batches(FEATURE_BATCH))
-            ):
-                features.append(seen.features)
-                preds.append(seen.logits.argmax(1))
-                bar.advance(len(seen.features))
-        # Of length 1: else a few images of large features would make the map theirs.
-        directions = F.normalize(torch.cat(features).double()).numpy()
-        if float(np.ptp(directions, axis=0).max()) < MIN_DISTINCT:  # t-SNE of them ends the program
+        sample = draw_sample(subject, split, data=data, max_images=images, seed=seed)
+        if len(sample) < MIN_EMBEDDED_IMAGES:
             raise DataError(
-                f"{subject.name}: its last features are the same for all {len(chosen)} images",
+                f"{len(sample)} images are too few for an embedding", fix="use a larger split"
+            )
+        features, preds = [], []
+        batches = (pixels for pixels, _ in sample.batches(FEATURE_BATCH))
+        with progress_bar(f"{subject.name}: {split} images", len(sample)) as bar:
+            for outputs in penultimate_features(subject, batches):
+                features.append(outputs.features)
+                preds.append(outputs.logits.argmax(1))
+                bar.advance(len(outputs.features))
+        # Of length 1, so that a few images with large features do not dominate the embedding.
+        directions = F.normalize(torch.cat(features).double()).numpy()
+        # Checked because t-SNE of equal points crashes the process.
+        if float(np.ptp(directions, axis=0).max()) < MIN_FEATURE_RANGE:
+            raise DataError(
+                f"{subject.name}: the penultimate features of all {len(sample)} images are equal",
                 fix="`convlens diagnose` says more about the run",
             )
-        if directions.shape[1] == 1:  # a map has two dimensions, whatever the features have
+        if directions.shape[1] == 1:  # an embedding has two dimensions
             directions = np.pad(directions, ((0, 0), (0, 1)))
-        points, words = make(directions, seed)
-    # What the network says, in the order of the set's classes; -1 is a class of its own.
-    position = {name: number for number, name in enumerate(chosen.classes)}
-    theirs = np.array([position.get(name, -1) for name in subject.classes])
-    result = Embedding(
+        points, words = compute(directions, seed)
+    class_index = {name: index for index, name in enumerate(sample.classes)}
+    to_data_class = np.array([class_index.get(name, -1) for name in subject.classes])
+    embedding = Embedding(
         run=subject.name,
         method=method,
         words=words,
         split=split,
-        data=chosen.data,
-        classes=chosen.classes,
+        data=sample.data,
+        classes=sample.classes,
         points=points,
-        labels=chosen.labels.numpy(),
-        preds=theirs[torch.cat(preds).numpy()],
-        ids=chosen.ids,
+        labels=sample.labels.numpy(),
+        preds=to_data_class[torch.cat(preds).numpy()],
+        ids=sample.ids,
         seed=seed,
         file=folder / f"embedding-{method}.png",
     )
-    _write_embedding(result)
-    return result
+    _write_embedding(embedding)
+    return embedding
 
 
-def _write_embedding(result: Embedding) -> None:
-    import csv
-    import io
-
+def _write_embedding(embedding: Embedding) -> None:
     from convlens import plots
 
-    names = [*result.classes, ""]
+    names = [*embedding.classes, ""]  # the last for a prediction of -1
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "x", "y", "class", "prediction"])
-    rows = zip(result.ids, result.points, result.labels, result.preds, strict=True)
-    for identity, (x, y), label, guess in rows:
-        writer.writerow([identity, f"{x:.6g}", f"{y:.6g}", names[label], names[guess]])
-    write_atomic(result.file.with_suffix(".csv"), text.getvalue())
-    title = f"{result.run}: {len(result.ids):,} {result.split} images, {result.words}"
-    named = ("first component", "second component") if result.method == "pca" else ("", "")
+    for identity, (x, y), label, pred in zip(
+        embedding.ids, embedding.points, embedding.labels, embedding.preds, strict=True
+    ):
+        writer.writerow([identity, f"{x:.6g}", f"{y:.6g}", names[label], names[pred]])
+    write_atomic(embedding.file.with_suffix(".csv"), text.getvalue())
+    count = f"{len(embedding.ids):,} {embedding.split} images"
+    is_pca = embedding.method == "pca"
     figure = plots.embedding(
-        result.points, result.labels, result.preds, result.classes, title, named
+        embedding.points,
+        embedding.labels,
+        embedding.preds,
+        embedding.classes,
+        f"{embedding.run}: {count}, {embedding.words}",
+        ("first component", "second component") if is_pca else ("", ""),
     )
-    plots.save_figure(figure, result.file)
+    plots.save_figure(figure, embedding.file)
 
 
-# ---- neighbours ----------------------------------------
-# The training images that a network finds most like a given image.
-
-SEARCH_BATCH = 256
+# Nearest training images
 
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A training image: its cosine distance (0 same direction, 1 nothing in common), its class.
+    """A training image that is close to a given image.
 
-    `same`: `identical` pixel by pixel, `near-identical` (thumbnails that correlate by 0.985 or
-    more), or empty.
+    Attributes:
+        id: of the training image.
+        number: its index in the training split.
+        label: its class.
+        distance: cosine distance (0 for the same direction, 1 for orthogonal features).
+        same: `identical` pixels, `near-identical` (thumbnails that correlate by 0.985 or more), or
+            empty.
     """
 
     id: str
@@ -199,17 +237,32 @@ class Neighbor:
 
 @dataclass(frozen=True)
 class NearestImages:
-    """An image with what the network says of it and its nearest training images, nearest first."""
+    """An image, its class if known, its prediction and its neighbors, the nearest first."""
 
     image: str
     label: str | None
     prediction: str
     neighbors: tuple[Neighbor, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "image": self.image,
+            "label": self.label,
+            "prediction": self.prediction,
+            "neighbours": [asdict(neighbor) for neighbor in self.neighbors],
+        }
+
 
 @dataclass(frozen=True)
 class NeighborReport:
-    """What `nearest` found for each image, and its figure."""
+    """The result of `nearest_neighbors`.
+
+    Attributes:
+        run: name of the network.
+        searched: number of training images searched.
+        found: the neighbors of each image.
+        file: the figure.
+    """
 
     run: str
     searched: int
@@ -220,7 +273,7 @@ class NeighborReport:
         return {
             "run": self.run,
             "searched": self.searched,
-            "images": [asdict(each) for each in self.found],
+            "images": [each.to_dict() for each in self.found],
             "files": [str(self.file)],
         }
 
@@ -233,92 +286,115 @@ def nearest_neighbors(
     folder: Path,
     quiet: bool = False,
 ) -> NeighborReport:
-    """The `count` training images nearest to each picture, by cosine distance of last features.
+    """Find the training images nearest to each image by cosine distance of penultimate features.
 
-    All training images of its run are searched, batch by batch; a picture that is one of them
-    isn't its own neighbour. Draws `nearest.png` into `folder`.
+    All training images of the run are searched, batch by batch. A training image is not its own
+    neighbor. Writes `nearest.png`.
+
+    Args:
+        subject: the run.
+        pictures: the images.
+        count: neighbors of each image.
+        folder: of the figure.
+        quiet: print nothing.
 
     Raises:
-        UsageError: no pictures, or no run; DataError: its images changed or have moved.
+        UsageError: no images, or the network is not a run.
+        DataError: images that have changed or moved.
     """
-    if not pictures or count < 1:
-        raise UsageError(f"no images or {count} neighbours asked for", fix="name both")
-    asked = torch.stack([picture.pixels for picture in pictures])
+    if not pictures:
+        raise UsageError("no images given", fix="name files, test:17, worst:5 or class:a:3")
+    if count < 1:
+        raise UsageError(f"{count} neighbors requested", fix="use at least one")
+    queries = torch.stack([picture.pixels for picture in pictures])
     with quiet_mode(quiet):
         train = subject.split("train")
-        seen = list(penultimate_features(subject, asked.split(SEARCH_BATCH)))
-        query = F.normalize(torch.cat([each.features for each in seen]).double())
-        preds = torch.cat([each.logits.argmax(1) for each in seen]).tolist()
-        similarity, number = _search_neighbors(
-            subject, train, query, pictures, min(count, len(train))
-        )
+        outputs = list(penultimate_features(subject, queries.split(FEATURE_BATCH)))
+        directions = F.normalize(torch.cat([each.features for each in outputs]).double())
+        preds = torch.cat([each.logits.argmax(1) for each in outputs]).tolist()
+        similarity, numbers = _search(subject, train, directions, pictures, min(count, len(train)))
     found = []
-    for row, (picture, guess) in enumerate(zip(pictures, preds, strict=True)):
-        near = [
+    for row, (picture, pred) in enumerate(zip(pictures, preds, strict=True)):
+        neighbors = tuple(
             Neighbor(
-                id=str(train.ids[at]),
-                number=at,
-                label=subject.classes[int(train.labels[at])],
-                distance=max(0.0, 1 - value),
-                same=_is_same_image(picture.pixels, train.rows.gather(torch.tensor([at]))[0]),
+                id=str(train.ids[number]),
+                number=number,
+                label=subject.classes[int(train.labels[number])],
+                distance=max(0.0, 1 - cosine),
+                same=_describe_equality(
+                    picture.pixels, train.rows.gather(torch.tensor([number]))[0]
+                ),
             )
-            for value, at in zip(similarity[row].tolist(), number[row].tolist(), strict=True)
-            if at >= 0
-        ]
+            for cosine, number in zip(similarity[row].tolist(), numbers[row].tolist(), strict=True)
+            if number != NO_NEIGHBOR
+        )
         label = None if picture.label is None else subject.classes[picture.label]
-        found.append(NearestImages(picture.name, label, subject.classes[guess], tuple(near)))
-    result = NeighborReport(subject.name, len(train), tuple(found), folder / "nearest.png")
-    _draw_neighbors(result, asked, train)
-    return result
+        found.append(NearestImages(picture.name, label, subject.classes[pred], neighbors))
+    report = NeighborReport(subject.name, len(train), tuple(found), folder / "nearest.png")
+    _draw_neighbors(report, queries, train)
+    return report
 
 
-def _search_neighbors(
-    subject: InspectedModel, train: Split, query: Tensor, pictures: Sequence[Picture], count: int
+def _search(
+    subject: InspectedModel,
+    train: Split,
+    directions: Tensor,
+    pictures: Sequence[Picture],
+    count: int,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and numbers `[Q, count]` of the nearest, nearest first; -1 where there is none."""
-    best = torch.full((len(query), count), -2.0, dtype=torch.float64)
-    number = torch.full((len(query), count), -1)
-    # By id and not by number: another run's `train:3` may be another image, or held out here.
-    position = {str(each): at for at, each in enumerate(train.ids)}
-    own = [-1 if p.id is None else position.get(p.id, -1) for p in pictures]
-    done = 0
-    pieces = (train.rows.gather(some) for some in torch.arange(len(train)).split(SEARCH_BATCH))
+    """Return cosine similarities and numbers `[Q, count]` of the nearest training images.
+
+    The nearest come first; `NO_NEIGHBOR` where there are not enough.
+    """
+    best = torch.full((len(directions), count), EXCLUDED, dtype=torch.float64)
+    best_numbers = torch.full((len(directions), count), NO_NEIGHBOR)
+    # By id rather than by number: `train:3` of another run may be another image, or held out here.
+    position = {str(each): number for number, each in enumerate(train.ids)}
+    itself = torch.tensor(
+        [NO_NEIGHBOR if p.id is None else position.get(p.id, NO_NEIGHBOR) for p in pictures]
+    )
+    start = 0
+    batches = (train.rows.gather(index) for index in torch.arange(len(train)).split(FEATURE_BATCH))
     with progress_bar(f"{subject.name}: training images", len(train)) as bar:
-        for seen in penultimate_features(subject, pieces):
-            cosine = query @ F.normalize(seen.features.double()).T
-            numbers = torch.arange(done, done + cosine.shape[1])
-            cosine[numbers[None, :] == torch.tensor(own)[:, None]] = -2.0
-            new = (cosine, numbers.expand(len(query), -1))
-            best, number = merge_top_images((best, number), new, count)
-            done += cosine.shape[1]
+        for outputs in penultimate_features(subject, batches):
+            cosine = directions @ F.normalize(outputs.features.double()).T
+            numbers = torch.arange(start, start + cosine.shape[1])
+            cosine[numbers[None, :] == itself[:, None]] = EXCLUDED
+            new = (cosine, numbers.expand(len(directions), -1))
+            best, best_numbers = merge_top_images((best, best_numbers), new, count)
+            start += cosine.shape[1]
             bar.advance(cosine.shape[1])
-    return best, torch.where(best > -2.0, number, -1)
+    return best, torch.where(best > EXCLUDED, best_numbers, NO_NEIGHBOR)
 
 
-def _is_same_image(one: Tensor, other: Tensor) -> str:
+def _describe_equality(one: Tensor, other: Tensor) -> str:
+    """Return `identical`, `near-identical` or an empty string for two uint8 images."""
     if torch.equal(one, other):
         return "identical"
     pair = torch.stack([one, other]).float().mean(1, keepdim=True)
     small = F.interpolate(pair, (HASH_SIDE, HASH_SIDE), mode="bilinear", antialias=True)
-    thumbs = small[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()
-    if is_plain(thumbs).any():
+    thumbnails = small[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()
+    if is_plain(thumbnails).any():
         return ""
-    return "near-identical" if correlation(thumbs, np.array([[0, 1]]))[0] >= MIN_CORRELATION else ""
+    is_near = correlation(thumbnails, np.array([[0, 1]]))[0] >= MIN_CORRELATION
+    return "near-identical" if is_near else ""
 
 
-def _draw_neighbors(result: NeighborReport, asked: Tensor, train: Split) -> None:
+def _draw_neighbors(report: NeighborReport, queries: Tensor, train: Split) -> None:
     from convlens import plots
 
     images: list[Tensor] = []
     captions: list[list[str]] = []
-    for picture, one in zip(asked, result.found, strict=True):
-        images.append(picture)
-        captions.append([one.image, f"says {one.prediction}", f"is {one.label or 'not known'}"])
-        numbers = torch.tensor([near.number for near in one.neighbors], dtype=torch.int64)
-        images += list(train.rows.gather(numbers))
+    for query, result in zip(queries, report.found, strict=True):
+        images.append(query)
+        truth = f"truth: {result.label or 'unknown'}"
+        captions.append([result.image, f"predicted: {result.prediction}", truth])
+        numbers = [neighbor.number for neighbor in result.neighbors]
+        images += list(train.rows.gather(torch.tensor(numbers, dtype=torch.int64)))
         captions += [
-            [f"{near.distance:.3f}", near.label, near.same.upper()] for near in one.neighbors
+            [f"{neighbor.distance:.3f}", neighbor.label, neighbor.same.upper()]
+            for neighbor in result.neighbors
         ]
-    title = f"{result.run}: nearest of {result.searched:,} training images (cosine distance)"
-    figure = plots.neighbors_sheet(torch.stack(images).numpy(), captions, len(result.found), title)
-    plots.save_figure(figure, result.file)
+    title = f"{report.run}: nearest of {report.searched:,} training images (cosine distance)"
+    figure = plots.neighbors_sheet(torch.stack(images).numpy(), captions, len(report.found), title)
+    plots.save_figure(figure, report.file)

@@ -1,4 +1,9 @@
-"""What is looked at: a trained network, and the images it is shown."""
+"""Networks and images to inspect.
+
+Opens runs and networks of torchvision or timm as `InspectedModel`, turns arguments such as
+`test:17`, `worst:5` or `cat.png` into `Picture`, and draws the seeded samples of images that
+networks are measured on.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +36,24 @@ from convlens.run_plots import worst_mistake_images
 from convlens.training import pretrained
 from convlens.utils.console import print_status
 
-LIBRARY_IMAGE_SIZE = 224  # of images for a network whose weights don't say
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-_PLACE = re.compile(r"(train|val|test|worst|class):(.+)")
+LIBRARY_IMAGE_SIZE = 224  # pixels: input size of a network of a library
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+EXAMPLE_CANDIDATES = 512  # images among which examples are chosen
+EXAMPLES = 3  # classes of which a correctly classified example is chosen
+EXAMPLE_BATCH = 128
+MAX_FOLDER_NAME = 120  # characters
+HELD_OUT_INTERVAL = 5  # one image in five is held out if a data set has no separate split
+_SPLIT_POSITION = re.compile(r"(train|val|test|worst|class):(.+)")
 
 
 class Picture(NamedTuple):
-    """One image as the network sees it before normalisation.
+    """One image as the network sees it, before normalization.
 
-    `pixels` are uint8 `[C, S, S]`, `label` its class in the model's order where it is known,
-    `name` what it was asked for by, e.g. `cat.png` or `test:17`, and `id` that of the image in its
-    data set, if it comes from one.
+    Attributes:
+        name: the argument that selected it, e.g. `cat.png` or `test:17`.
+        pixels: uint8 `[C, S, S]`.
+        label: its class in the model's order, if known.
+        id: its id in the data set, if it comes from one.
     """
 
     name: str
@@ -50,11 +62,15 @@ class Picture(NamedTuple):
     id: str | None = None
 
 
+# Networks
+
+
 @dataclass
 class InspectedModel:
-    """A network to be looked at, in eval mode on its device, float32.
+    """A float32 network in eval mode on its device.
 
-    `run_dir` is the run it comes from; None for a network of torchvision or timm.
+    Attributes:
+        run_dir: the run it comes from; None for a network of torchvision or timm.
     """
 
     name: str
@@ -73,14 +89,15 @@ class InspectedModel:
 
     @cached_property
     def data(self) -> Data:
-        """The data of its run.
+        """The data set of the run.
 
         Raises:
-            UsageError: it isn't a run; DataError: the images changed or have moved.
+            UsageError: the network is not a run.
+            DataError: the images have changed or moved.
         """
         if self.run_dir is None:
             raise UsageError(
-                f"{self.name} is no run of convlens: it has no images of its own",
+                f"{self.name} is not a convlens run and has no images of its own",
                 fix="name image files, or a data set with --data",
             )
         try:
@@ -88,37 +105,37 @@ class InspectedModel:
         except UsageError as error:
             raise DataError(
                 f"the images of {self.name} can't be found: {error.what}",
-                fix="put them back where they were in training, or name image files",
+                fix="move them back to where they were during training, or name image files",
             ) from error
 
     def split(self, name: str, data: str | Path | None = None) -> Split:
-        """A split of its own data or of another set, with labels in the model's order.
+        """Return a split of the run's data or of another data set, labels in the model's order.
 
-        The first time that its test split is opened is logged in its run as a look at it.
+        The first use of the run's test split is recorded in its evaluation log.
         """
         key = name, None if data is None else str(data)
         if key not in self._splits:
             own = self.data if data is None else None
             on = self.plan.device
-            found = evaluation.load_eval_split(
+            loaded = evaluation.load_eval_split(
                 self.loaded, name, data=data, device=on, own_data=own
             )
-            self._splits[key] = found.part
+            self._splits[key] = loaded.part
             if own is not None and name == "test":
-                self._log(found)
+                self._log_test_access(loaded)
         return self._splits[key]
 
-    def _log(self, opened: evaluation.EvalSplit) -> None:
+    def _log_test_access(self, test: evaluation.EvalSplit) -> None:
         assert self.run_dir is not None
         entry = self.run_dir.add_result(
             {
                 "run": self.run_dir.name,
                 "split": "test",
-                "data": opened.name,
+                "data": test.name,
                 "own": True,
-                "n": len(opened.part),
+                "n": len(test.part),
                 "by": "look",
-                "data_fingerprint": opened.fingerprint,
+                "data_fingerprint": test.fingerprint,
                 "model_sha256": self.loaded.model_metadata["sha256"],
             }
         )
@@ -126,56 +143,60 @@ class InspectedModel:
             f"{escape(self.name)}: test set used {evaluation.times(entry['looks'])} (logged)"
         )
 
-    def held_out(self, data: str | Path | None = None) -> str:
-        """The split for what nobody named one: validation, so that a sealed test stays sealed.
+    def default_split(self, data: str | Path | None = None) -> str:
+        """Return the split to use if none is requested: validation, so that the test stays sealed.
 
-        Training images where a run held none out. Of another set what is called `test`, or all.
+        Training images if the run has no validation images. Of another data set `test`, which is
+        all of it if it has no splits.
         """
         if data is not None:
             return "test"
         return "val" if len(self.data.val) else "train"
 
+    def reference_split(
+        self, name: str | None = None, data: str | Path | None = None
+    ) -> tuple[Split, str]:
+        """Return the split to search for images, and what it is called in figures.
+
+        Args:
+            name: the requested split; by default that of `default_split`.
+            data: another data set than the run's own.
+        """
+        name = name or self.default_split(data)
+        return self.split(name, data), name if data is None else Path(str(data)).name
+
     def prepared(self, pixels: Tensor) -> Tensor:
-        """uint8 `[N, C, S, S]` normalised, float32 on the device: what the network takes."""
+        """Return uint8 `[N, C, S, S]` as normalized float32 input on the model's device."""
         return self.loaded.preprocessing.normalize(pixels.to(self.plan.device), self.plan)
 
 
-def open_inspected_model(text: str, *, on: str | None = None) -> InspectedModel:
-    """A run (by name, folder or model file), or a network `NAME[:WEIGHTS]` of torchvision or timm.
+def open_inspected_model(text: str, *, device: str | None = None) -> InspectedModel:
+    """Open a run (name, folder or model file) or a network `NAME[:WEIGHTS]` of torchvision or timm.
 
-    WEIGHTS are as in `model.weights`: `default`, a member of torchvision's enum, a file, `none`
-    (random). Without them a network has its default weights. A run's name wins.
+    A run takes precedence over a network of the same name.
+
+    Args:
+        text: WEIGHTS are those of `model.weights` in a recipe: `default` (also if omitted), a
+            member of torchvision's enum, a file, or `none` for random weights.
+        device: where to put the network; by default the best device.
 
     Raises:
-        UsageError: neither a run nor a network, with near misses; as `weights.find`.
+        UsageError: neither a run nor a network, with close matches; unknown weights.
     """
-    name, _, spec = text.partition(":")
+    name, _, weights = text.partition(":")
     try:
         run_dir = run.find_run(text)
     except ConvlensError:
         if name not in zoo.zoo_names() and not name.startswith(zoo.TIMM):
             raise
-        loaded = _of_library(ModelConfig(name=name, weights=spec or "default"))
-        return InspectedModel(text, loaded, place_model(loaded.model, on))
+        loaded = _load_library_model(ModelConfig(name=name, weights=weights or "default"))
+        return InspectedModel(text, loaded, place_model(loaded.model, device))
     loaded = run.load_model(run_dir.model_path)
-    return InspectedModel(run_dir.name, loaded, place_model(loaded.model, on), run_dir)
+    return InspectedModel(run_dir.name, loaded, place_model(loaded.model, device), run_dir)
 
 
-def share_data(subjects: Sequence[InspectedModel]) -> None:
-    """Networks that were trained on the same images (by fingerprint) hold them only once.
-
-    Raises:
-        DataError: the images of one of them changed or have moved.
-    """
-    loaded: dict[str, Data] = {}
-    for subject in subjects:
-        if subject.run_dir is not None:
-            mark = subject.loaded.model_metadata["data"]["fingerprint"]
-            subject.data = loaded[mark] = loaded.get(mark) or subject.data
-
-
-def _of_library(config: ModelConfig) -> LoadedModel:
-    """A network as its library has it, for as many classes as its weights know."""
+def _load_library_model(config: ModelConfig) -> LoadedModel:
+    """Build a network of a library, with as many outputs as its weights have classes."""
     models.model_options(config.name)
     options = {"stem": "imagenet"} if config.name.startswith("resnet") else {}
     options = options if config.name in models.MODELS else {}
@@ -185,56 +206,76 @@ def _of_library(config: ModelConfig) -> LoadedModel:
         pretrained.check_weights_config(config)
         source = pretrained.find_weights(config)
         mean, std = source.mean, source.std
-        count = len(source.classes) if source.classes else _outputs(source.tensors)
+        count = len(source.classes) if source.classes else _count_outputs(source.tensors)
     classes = source.classes if source and source.classes else tuple(map(str, range(count)))
     with torch.random.fork_rng(devices=[]):
         model = models.build_model(config.name, count, 3, LIBRARY_IMAGE_SIZE, options)
     if source is not None:
         pretrained.load_pretrained(source, model, classes)
     preprocessing = Preprocessing(
-        LIBRARY_IMAGE_SIZE, 3, "crop", mean or IMAGENET[0], std or IMAGENET[1]
+        LIBRARY_IMAGE_SIZE, 3, "crop", mean or IMAGENET_MEAN, std or IMAGENET_STD
     )
     model_metadata = {"model": {"name": config.name, "options": options}}
     return LoadedModel(model.eval(), classes, preprocessing, model_metadata)
 
 
-def _outputs(tensors: dict[str, Tensor]) -> int:
-    """How many classes the last matrix (or 1x1 convolution) of a state dict is for."""
+def _count_outputs(tensors: dict[str, Tensor]) -> int:
+    """Return the number of outputs of the last matrix or 1 x 1 convolution of a state dict."""
     return [value.shape[0] for value in tensors.values() if value.ndim >= 2][-1]
 
 
-def is_split_position(text: str) -> bool:
-    """Whether `text` means images of a split (`test:17`, `worst:5`, ...) and no file's name."""
-    return _PLACE.fullmatch(text) is not None and not os.path.exists(text)
-
-
-def select_pictures(subject: InspectedModel, asked: Sequence[str]) -> list[Picture]:
-    """The images asked for, in that order.
-
-    Each is a file, folder or glob; `train:N`, `val:N`, `test:N` (the image number N of a split);
-    `worst:N` (the N surest mistakes on the test split); `class:NAME:N` (the first N of a class
-    in the test split).
+def share_data(subjects: Sequence[InspectedModel]) -> None:
+    """Load the data set of networks trained on the same images (by fingerprint) only once.
 
     Raises:
-        UsageError: a number or class that isn't there, with near misses; nothing asked for.
-        DataError: files that can't be found or read.
+        DataError: images that have changed or moved.
     """
-    found: list[Picture] = []
-    for text in asked:
-        run_dir = _PLACE.fullmatch(text) if is_split_position(text) else None
-        found += (
-            _from_split(subject, run_dir[1], run_dir[2]) if run_dir else _from_files(subject, text)
+    by_fingerprint: dict[str, Data] = {}
+    for subject in subjects:
+        if subject.run_dir is not None:
+            fingerprint = subject.loaded.model_metadata["data"]["fingerprint"]
+            subject.data = by_fingerprint.get(fingerprint) or subject.data
+            by_fingerprint[fingerprint] = subject.data
+
+
+# Images of one network
+
+
+def is_split_position(text: str) -> bool:
+    """Return whether `text` means images of a split (`test:17`, `worst:5`, ...), not a file."""
+    return _SPLIT_POSITION.fullmatch(text) is not None and not os.path.exists(text)
+
+
+def select_pictures(subject: InspectedModel, arguments: Sequence[str]) -> list[Picture]:
+    """Return the images that the arguments name, in their order.
+
+    Each argument is a file, folder or glob; `train:N`, `val:N` or `test:N` (image number N of the
+    split); `worst:N` (the N worst mistakes on the test split); or `class:NAME:N` (the first N
+    images of a class in the test split).
+
+    Raises:
+        UsageError: an unknown number or class, with close matches; no images at all.
+        DataError: files that do not exist or can't be read.
+    """
+    pictures: list[Picture] = []
+    for text in arguments:
+        match = _SPLIT_POSITION.fullmatch(text) if is_split_position(text) else None
+        if match:
+            pictures += _pictures_from_split(subject, match[1], match[2])
+        else:
+            pictures += _pictures_from_files(subject, text)
+    if not pictures:
+        no_mistakes = any(text.startswith("worst:") for text in arguments)
+        raise UsageError(
+            "no mistakes on the test split" if no_mistakes else "no images given",
+            fix="name files, test:17, worst:5 or class:cat:3",
         )
-    if not found:
-        right = any(text.startswith("worst:") for text in asked)
-        what = "no mistake on the test split, so no worst one" if right else "no images to look at"
-        raise UsageError(what, fix="name files, test:17, worst:5 or class:cat:3")
-    return found
+    return pictures
 
 
-def _from_files(subject: InspectedModel, text: str) -> list[Picture]:
+def _pictures_from_files(subject: InspectedModel, text: str) -> list[Picture]:
     pre = subject.loaded.preprocessing
-    found = []
+    pictures = []
     for path in prediction.expand_paths([text]):
         try:
             pixels = decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
@@ -242,61 +283,107 @@ def _from_files(subject: InspectedModel, text: str) -> list[Picture]:
             raise DataError(
                 f"can't be read as an image: {error.reason}", where=path, fix="name another file"
             ) from error
-        found.append(Picture(Path(path).name, torch.from_numpy(np.ascontiguousarray(pixels)), None))
-    return found
+        tensor = torch.from_numpy(np.ascontiguousarray(pixels))
+        pictures.append(Picture(Path(path).name, tensor, None))
+    return pictures
 
 
-def _from_split(subject: InspectedModel, kind: str, rest: str) -> list[Picture]:
-    # All that can be wrong is told before a split is opened, for the test split's log.
-    label, _, number = rest.rpartition(":") if kind == "class" else ("", "", rest)
+def _pictures_from_split(subject: InspectedModel, kind: str, value: str) -> list[Picture]:
+    # All checks come before a split is loaded, because loading the test split is logged.
+    label, _, number = value.rpartition(":") if kind == "class" else ("", "", value)
     if kind == "class" and not (label and number.isdecimal()):
-        raise UsageError(f"class:{rest}: how many of them?", fix=f"write class:{rest}:3")
+        raise UsageError(
+            f"class:{value}: the number of images is missing", fix=f"write class:{value}:3"
+        )
     if not number.isdecimal():
         raise UsageError(
-            f"{kind}:{rest}: {number!r} is no number", fix="write test:17, worst:5 or val:3"
+            f"{kind}:{value}: {number!r} is not a number", fix="write test:17, worst:5 or val:3"
         )
-    numbers = {name: run_dir for run_dir, name in enumerate(subject.classes)}
-    wanted_class = lookup(numbers, label, "class") if kind == "class" else -1
+    class_index = {name: index for index, name in enumerate(subject.classes)}
+    target = lookup(class_index, label, "class") if kind == "class" else -1
     count = int(number)
-    split = subject.split(kind if kind in ("train", "val") else "test")
+    split_name = "test" if kind in ("worst", "class") else kind
+    split = subject.split(split_name)
     if kind == "worst":
-        wanted = worst_images(subject, split)[:count]
+        indices = worst_images(subject, split)[:count]
     elif kind == "class":
-        wanted = (split.labels == wanted_class).nonzero()[:count, 0]
+        indices = (split.labels == target).nonzero()[:count, 0]
     elif count >= len(split):
         raise UsageError(
-            f"{kind}:{count} isn't there", fix=f"the split has images 0 to {len(split) - 1:,}"
+            f"{kind}:{count} does not exist", fix=f"the split has images 0 to {len(split) - 1:,}"
         )
     else:
-        wanted = torch.tensor([count])
-    pixels, labels = split.rows.gather(wanted), split.labels[wanted].tolist()
-    shown = "test" if kind in ("worst", "class") else kind
-    rows = zip(wanted.tolist(), pixels, labels, strict=True)
-    return [Picture(f"{shown}:{i}", image, label, str(split.ids[i])) for i, image, label in rows]
+        indices = torch.tensor([count])
+    pixels, labels = split.rows.gather(indices), split.labels[indices].tolist()
+    return [
+        Picture(f"{split_name}:{i}", image, label, str(split.ids[i]))
+        for i, image, label in zip(indices.tolist(), pixels, labels, strict=True)
+    ]
 
 
 def worst_images(subject: InspectedModel, split: Split) -> Tensor:
-    """int64 positions of the wrong answers in a split, the one least likely to its truth first."""
+    """Return the indices of misclassified images, int64, by rising probability of their class."""
     normalize = subject.loaded.preprocessing.normalize
     logits, labels = split_logits(subject.model, split, normalize, subject.plan)
     probs = logits.double().softmax(1).cpu().numpy()
     return torch.from_numpy(worst_mistake_images(probs, labels.cpu().numpy()))
 
 
-# ---- choosing ----------------------------------------
-# What a command is about: its arguments as networks and images, and where its files go.
+def example_pictures(subject: InspectedModel) -> list[Picture]:
+    """Return images that represent a network: three correct ones and a mistake.
 
-SAMPLE = 512  # held-out images among which examples are looked for
-EXAMPLES = 3  # classes that give one
-MAX_FOLDER_NAME = 120  # characters of a folder's name
+    Among 512 images spread evenly over the validation split (training images if there is none):
+    for each of the first three classes that have one, the first correctly classified image; and
+    the mistake with the lowest probability of its class.
+    """
+    split_name = subject.default_split()
+    split = subject.split(split_name)
+    count = min(EXAMPLE_CANDIDATES, len(split))
+    index = torch.linspace(0, len(split) - 1, count).round().long()
+    pixels, labels = split.rows.gather(index), split.labels[index]
+    normalize = subject.loaded.preprocessing.normalize
+    logits = torch.cat(
+        [
+            batch_logits(subject.model, batch, normalize, subject.plan)
+            for batch in pixels.split(EXAMPLE_BATCH)
+        ]
+    ).cpu()
+    probs = logits.double().softmax(1).nan_to_num(0).numpy()
+    examples = pick_examples(probs, labels.numpy(), EXAMPLES)
+    print_status(
+        f"no images given: of {len(index):,} {split_name} images, showing one that {subject.name} "
+        f"classifies correctly for each of {EXAMPLES} classes, and its worst mistake"
+    )
+    return [Picture(f"{split_name}:{int(index[i])}", pixels[i], int(labels[i])) for i in examples]
+
+
+def pick_examples(probs: np.ndarray, targets: np.ndarray, count: int) -> list[int]:
+    """Return the first correct image of each of the first `count` classes, then the worst mistake.
+
+    Args:
+        probs: `[N, K]`.
+        targets: int64 `[N]`.
+        count: number of classes; classes without a correct image are skipped.
+
+    Returns:
+        Indices into `probs`.
+    """
+    correct = np.flatnonzero(probs.argmax(1) == targets)
+    _, first = np.unique(targets[correct], return_index=True)  # sorted by class
+    return [*correct[first][:count].tolist(), *worst_mistake_images(probs, targets)[:1].tolist()]
+
+
+# Arguments of `convlens look`
 
 
 @dataclass(frozen=True)
 class LookInputs:
-    """Networks, the images they are shown, and the folder for what is made.
+    """Networks, the images they are shown, and the folder of the output.
 
-    `pictures` holds for each image one `Picture` a network, as its preprocessing has it; `slugs`
-    and `names` are what files and figures call the networks and images.
+    Attributes:
+        pictures: for each image one `Picture` for each network, in its preprocessing.
+        names: of the networks in figures.
+        slugs: of the networks in file names.
     """
 
     subjects: list[InspectedModel]
@@ -308,34 +395,36 @@ class LookInputs:
 
 @preserve_torch_settings()
 def open_look_inputs(
-    arguments: Sequence[str], *, on: str | None = None, examples: bool = True
+    arguments: Sequence[str], *, device: str | None = None, examples: bool = True
 ) -> LookInputs:
-    """Opens the networks among the arguments and chooses the images that the others name.
+    """Open the networks among the arguments and the images that the other arguments name.
 
-    All that opens as a run or as a network of a library is one. Images out of a split are chosen
-    by the first run, and the others see the same pixels.
+    An argument that can be opened as a run or as a network of a library is a network. Images of a
+    split come from the first run; the other networks see the same pixels.
 
     Args:
-        examples: without any image, take some of the validation split: one that is classified
-            correctly of each of three classes, and the surest mistake.
+        arguments: networks and images, in any order.
+        device: where to put the networks; by default the best device.
+        examples: if no image is named, use those of `example_pictures`.
 
     Raises:
-        UsageError, ModelFileError, DataError: what can't be opened or found.
+        UsageError, ModelFileError, DataError: arguments that can't be opened or found.
     """
-    runs = [text for text in arguments if not _is_image(text)]
-    asked = [text for text in arguments if _is_image(text)]
-    if not runs:
+    model_arguments = [text for text in arguments if not _is_image(text)]
+    image_arguments = [text for text in arguments if _is_image(text)]
+    if not model_arguments:
+        images = ", ".join(image_arguments[:3])
         raise UsageError(
-            f"no run to look into, only images: {', '.join(asked[:3])}" if asked else "no run",
+            f"no run given, only images: {images}" if images else "no run given",
             fix="name a run first: convlens look RUN IMAGE...",
         )
     subjects = []
-    for text in runs:
-        _refuse_empty(text)
-        subjects.append(open_inspected_model(text, on=on))
+    for text in model_arguments:
+        _check_has_weights(text)
+        subjects.append(open_inspected_model(text, device=device))
     return LookInputs(
         subjects,
-        _pictures(subjects, asked, examples),
+        _pictures_for_all(subjects, image_arguments, examples),
         figures_folder(subjects),
         unique_names([subject.name for subject in subjects]),
         unique_names([run.safe_name(subject.name) for subject in subjects]),
@@ -343,12 +432,11 @@ def open_look_inputs(
 
 
 def figures_folder(subjects: Sequence[InspectedModel]) -> Path:
-    """`plots/<run>/look` for one network, `plots/look-<run>-<run>` for several."""
+    """Return `plots/<run>/look` for one network, `plots/look-<run>-<run>` for several."""
     if len(subjects) == 1:
-        (one,) = subjects
-        return (
-            one.run_dir.plots if one.run_dir else run.PLOTS_DIR / run.safe_name(one.name)
-        ) / "look"
+        (subject,) = subjects
+        plots = run.PLOTS_DIR / run.safe_name(subject.name)
+        return (subject.run_dir.plots if subject.run_dir else plots) / "look"
     name = "-".join(["look", *(run.safe_name(subject.name) for subject in subjects)])
     if len(name) > MAX_FOLDER_NAME:
         name = f"{name[:MAX_FOLDER_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
@@ -356,23 +444,23 @@ def figures_folder(subjects: Sequence[InspectedModel]) -> Path:
 
 
 def file_names(pictures: Sequence[tuple[Picture, ...]]) -> list[str]:
-    """A name for the files of each image, no two alike."""
-    return unique_names([run.safe_name(Path(each[0].name).stem) for each in pictures])
+    """Return a unique file name, without suffix, for each image."""
+    return unique_names([run.safe_name(Path(row[0].name).stem) for row in pictures])
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """The same names, numbered from 2 where one was there before."""
-    found: list[str] = []
+    """Return the names, with -2, -3, ... appended to repeated ones."""
+    unique: list[str] = []
     for name in names:
-        number, free = 2, name
-        while free in found:
-            number, free = number + 1, f"{name}-{number}"
-        found.append(free)
-    return found
+        number, candidate = 2, name
+        while candidate in unique:
+            number, candidate = number + 1, f"{name}-{number}"
+        unique.append(candidate)
+    return unique
 
 
 def _is_image(text: str) -> bool:
-    """Whether an argument means images; a run's folder and a model file don't."""
+    """Return whether an argument names images rather than a run's folder or a model file."""
     path = Path(text)
     if is_split_position(text):
         return True
@@ -390,94 +478,65 @@ def _is_run(folder: Path) -> bool:
     )
 
 
-def _refuse_empty(text: str) -> None:
+def _check_has_weights(text: str) -> None:
     for folder in (run.MODELS_DIR / text, Path(text)):
         if _is_run(folder) and not (folder / "model.safetensors").is_file():
             raise ModelFileError(
                 "this run has no weights yet",
                 where=str(folder),
-                fix="run its training command again: it goes on where it stopped",
+                fix="run its training command again to resume it",
             )
 
 
-def _pictures(
-    subjects: Sequence[InspectedModel], asked: Sequence[str], examples: bool
+def _pictures_for_all(
+    subjects: Sequence[InspectedModel], arguments: Sequence[str], examples: bool
 ) -> list[tuple[Picture, ...]]:
-    # Images of a split come from the first network that has data of its own.
-    home = next((subject for subject in subjects if subject.run_dir), subjects[0])
-    found: list[tuple[Picture, ...]] = []
-    for text in asked:
+    """Return the images that the arguments name, as each network takes them."""
+    # Images of a split come from the first network that has its own data.
+    source = next((subject for subject in subjects if subject.run_dir), subjects[0])
+    pictures: list[tuple[Picture, ...]] = []
+    for text in arguments:
         if is_split_position(text):
-            chosen = select_pictures(home, [text])
-            found += [tuple(_picture_for(s, each, home) for s in subjects) for each in chosen]
+            selected = select_pictures(source, [text])
+            pictures += [tuple(_convert(each, source, s) for s in subjects) for each in selected]
         else:
-            found += zip(*(select_pictures(s, [text]) for s in subjects), strict=True)
-    # `worst:3` may name what `test:6` named before.
-    ids = [each[0].id for each in found]
-    found = [each for i, each in enumerate(found) if ids[i] is None or ids[i] not in ids[:i]]
-    if not asked and examples:
-        chosen = example_pictures(home)
-        found += [tuple(_picture_for(s, each, home) for s in subjects) for each in chosen]
-    return found
+            pictures += zip(*(select_pictures(s, [text]) for s in subjects), strict=True)
+    # `worst:3` may include the image that `test:6` named before.
+    ids = [row[0].id for row in pictures]
+    pictures = [row for i, row in enumerate(pictures) if ids[i] is None or ids[i] not in ids[:i]]
+    if not arguments and examples:
+        selected = example_pictures(source)
+        pictures += [tuple(_convert(each, source, s) for s in subjects) for each in selected]
+    return pictures
 
 
-def example_pictures(subject: InspectedModel) -> list[Picture]:
-    """Images that need no choosing: three right ones of different classes, a wrong one.
-
-    Among 512 images spread evenly over the validation split (training images, where there is
-    none): of the first three classes that have one the first that is classified correctly; and
-    the mistake that is least likely to its truth.
-    """
-    held = subject.held_out()
-    split = subject.split(held)
-    index = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split))).round().long()
-    pixels, labels = split.rows.gather(index), split.labels[index]
-    normalize = subject.loaded.preprocessing.normalize
-    logits = torch.cat(
-        [batch_logits(subject.model, part, normalize, subject.plan) for part in pixels.split(128)]
-    ).cpu()
-    run_dirs = pick_examples(
-        logits.double().softmax(1).nan_to_num(0).numpy(), labels.numpy(), EXAMPLES
-    )
-    print_status(
-        f"no images named: of {len(index):,} {held} images one that {subject.name} gets right of "
-        f"each of {EXAMPLES} classes, and its surest mistake"
-    )
-    return [Picture(f"{held}:{int(index[i])}", pixels[i], int(labels[i])) for i in run_dirs]
-
-
-def pick_examples(probs: np.ndarray, targets: np.ndarray, count: int) -> list[int]:
-    """Places of the first right answer of each of the first `count` classes that have one, then
-    of the surest mistake, by probabilities `[N, K]` and labels `[N]`.
-    """
-    right = np.flatnonzero(probs.argmax(1) == targets)
-    _, first = np.unique(targets[right], return_index=True)  # by class, in their order
-    return [*right[first][:count].tolist(), *worst_mistake_images(probs, targets)[:1].tolist()]
-
-
-def _picture_for(subject: InspectedModel, picture: Picture, home: InspectedModel) -> Picture:
-    """The picture as another network takes it: its size and channels, its number of the class."""
-    mine, theirs = subject.loaded.preprocessing, home.loaded.preprocessing
-    name = None if picture.label is None else home.classes[picture.label]
+def _convert(picture: Picture, source: InspectedModel, subject: InspectedModel) -> Picture:
+    """Return a picture of `source` in the size, channels and class order of `subject`."""
+    old, new = source.loaded.preprocessing, subject.loaded.preprocessing
+    name = None if picture.label is None else source.classes[picture.label]
     label = subject.classes.index(name) if name in subject.classes else None
     pixels = picture.pixels
-    if (mine.image_size, mine.channels) != (theirs.image_size, theirs.channels):
+    if (new.image_size, new.channels) != (old.image_size, old.channels):
         array = fit_arrays(
-            pixels[None].numpy(), size=mine.image_size, channels=mine.channels, fit=mine.fit
+            pixels[None].numpy(), size=new.image_size, channels=new.channels, fit=new.fit
         )
         pixels = torch.from_numpy(array)[0]
     return Picture(picture.name, pixels, label, picture.id)
 
 
-# ---- sampling ----------------------------------------
-# Which images a network is measured on: a seeded sample of a split, and of training images.
-
-CHUNK_IMAGES = 5  # one image of so many is held out where a split has none of its own
+# Samples
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Some images of a split: their numbers int64 `[N]`, and what its labels mean."""
+    """Some images of a split.
+
+    Attributes:
+        split: the split.
+        index: int64 `[N]`, the images' numbers in the split.
+        classes: names of the labels.
+        data: name of the data set.
+    """
 
     split: Split
     index: Tensor
@@ -493,13 +552,13 @@ class Sample:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Which images they are, whatever network they are shown to."""
+        """Ids of the images, the same for every network."""
         return tuple(self.split.ids[i] for i in self.index.tolist())
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images `[B, C, H, W]` and labels `[B]`, on the CPU."""
-        for some in self.index.split(size):
-            yield self.split.rows.gather(some), self.split.labels[some]
+        """Yield uint8 images `[B, C, S, S]` and labels `[B]`, on the CPU."""
+        for index in self.index.split(size):
+            yield self.split.rows.gather(index), self.split.labels[index]
 
 
 def draw_sample(
@@ -507,57 +566,67 @@ def draw_sample(
     split: str,
     *,
     data: str | Path | None = None,
-    most: int,
+    max_images: int,
     seed: int = 0,
-    learning: bool = False,
+    training: bool = False,
 ) -> Sample:
-    """Up to `most` images, drawn by `seed`, of a split of its own data or of another set.
+    """Draw images of a split of the run's data or of another data set.
+
+    Labels of another data set are in its own order: its classes need not be the network's.
 
     Args:
-        learning: training images to learn from that are none of those which the split itself
-            gives. `train`, and the splits that another set doesn't have apart (`val` always),
-            are a fifth of the training images, the others being left to learn from.
-
-    Labels of another set are in that set's own order: its classes need not be the network's.
+        subject: the network whose data and preprocessing are used.
+        split: the split to evaluate on.
+        data: another data set than the run's own.
+        max_images: at most so many images.
+        seed: of the random selection.
+        training: draw training images instead, disjoint from those drawn without `training`.
+            Where the split is not separate from the training images (`train`, `val` of another
+            data set, splits that it does not have), it is a fifth of them, and the other four
+            fifths remain for training.
 
     Raises:
-        UsageError: no such split, or no run and no `data`; DataError: no images in it, or as
-            `evaluation.judged_by`.
+        UsageError: an unknown split; neither a run nor `data`.
+        DataError: no images in the split, or images that have changed or moved.
     """
     lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
-    asked = "train" if learning else split
+    source = "train" if training else split
     if data is None:
-        apart = split != "train"
-        found, classes, name = subject.split(asked), subject.classes, subject.data.name
+        is_separate = split != "train"
+        images, classes, name = subject.split(source), subject.classes, subject.data.name
     else:
-        found, classes, name = _from_part(subject, data, "train")
-        apart = split == "test" and not _same(tested := _from_part(subject, data, split)[0], found)
-        found = tested if apart and not learning else found
-    generator = torch.Generator().manual_seed(derive_seed(seed, len(found)))
-    order = torch.randperm(len(found), generator=generator)
-    if not apart:
-        held = len(found) // CHUNK_IMAGES
-        order = order[held:] if learning else order[:held]
+        images, classes, name = _external_split(subject, data, "train")
+        is_separate = False
+        if split == "test":
+            test, _, _ = _external_split(subject, data, "test")
+            is_separate = not _is_same_split(test, images)
+            images = test if is_separate and not training else images
+    generator = torch.Generator().manual_seed(derive_seed(seed, len(images)))
+    order = torch.randperm(len(images), generator=generator)
+    if not is_separate:
+        held_out = len(images) // HELD_OUT_INTERVAL
+        order = order[held_out:] if training else order[:held_out]
     if not len(order):
-        raise DataError(f"{name} has too few images: none to measure on", where=asked)
-    # In order: neighbours are read from the disk in one go.
-    return Sample(found, order[:most].sort().values, classes, name)
+        raise DataError(f"{name} has too few images to measure on", where=source)
+    # Sorted, so that neighboring images are read from disk together.
+    return Sample(images, order[:max_images].sort().values, classes, name)
 
 
-def _from_part(
-    subject: InspectedModel, data: str | Path, part: str
+def _external_split(
+    subject: InspectedModel, data: str | Path, name: str
 ) -> tuple[Split, tuple[str, ...], str]:
+    """Return a split of another data set, its classes and the data set's name."""
     pre = subject.loaded.preprocessing
-    found, classes, name, _ = load_external_data(
+    split, classes, data_name, _ = load_external_data(
         str(data),
-        part,
+        name,
         image_size=pre.image_size,
         channels=pre.channels,
         fit=pre.fit,
         memory_budget=memory_budget(subject.plan.device),
     )
-    return found, classes, name
+    return split, classes, data_name
 
 
-def _same(one: Split, other: Split) -> bool:
+def _is_same_split(one: Split, other: Split) -> bool:
     return len(one) == len(other) and one.ids[0] == other.ids[0]

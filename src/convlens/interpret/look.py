@@ -1,8 +1,8 @@
-"""`convlens look`: what is inside networks, as pictures, raw arrays and short tables."""
+"""The views that `convlens look` offers, each written as figures, raw arrays and short tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,40 +17,42 @@ from convlens.interpret.activations import (
     Activity,
     describe_truth,
     draw_activations,
-    pack_arrays,
-    save_arrays,
+    write_arrays,
+    write_figure,
 )
 from convlens.interpret.inputs import InspectedModel, LookInputs, file_names
 from convlens.interpret.measure import Measurements, measure, select_measures
 from convlens.utils.console import print_status
 
-KERNELS = 48  # channels shown of a deeper layer's kernels: a row each
-ROWS = 16  # channels shown with their strongest images
-ALL_LAYERS = "all"
+KERNEL_ROWS = 48  # channels of a deeper layer whose kernels are shown, one row each
+TOP_IMAGE_ROWS = 16  # channels whose top images are shown, one row each
+ALL = "all"
 
 
 @dataclass(frozen=True)
 class LookOptions:
-    """What is looked at, and how it is drawn. Without any of it, the activations of images.
+    """Options of `convlens look`. By default, the activations of the images are drawn.
 
     Args:
-        layers: names of layers, by default the stem and each block.
+        layers: names of layers; by default the stem and each block.
         order: of the channels, `active` (most active first) or `index`.
-        channels: how many are shown of each layer; by default 64 of activations and filters, 48
-            rows of deeper kernels, 16 channels with their images.
+        channels: how many channels of each layer are shown; by default 64 of activations and
+            filters, 48 rows of deeper kernels, 16 channels with their top images.
         filters: layers whose kernels are shown; `first` is the first convolution.
-        top_images: layers whose channels' strongest images are shown.
-        dream: `LAYER[:CHANNEL,...]`: a made input for each of these channels.
-        attribution: methods (`saliency.METHODS`, or `all`) that say which pixels speak for a class.
-        target: that class, by default the predicted one; `cam_layer`: where Grad-CAM is done;
-            `sanity`: whether maps depend on the weights, and whether their places matter.
-        measure: measurements of every stage (`measuring.NAMES`, or `all`); `untrained` measures
-            fresh weights beside.
-        embedding: `pca`, `tsne`: maps of a split's last features.
-        nearest: how many training images nearest to each image are shown.
-        split, data: where measured and strongest images come from: a split of the run's own
-            data (by default `val`; `train` where a run held none out), or of another set.
-        seed: of made inputs, measurements and maps.
+        top_images: layers for whose channels the most activating images are shown.
+        dream: `LAYER[:CHANNEL,...]`: optimize an input for each of these channels.
+        attribution: attribution methods (`attribution_methods.METHODS`, or `all`).
+        target: the class that is attributed; by default the predicted one.
+        cam_layer: the layer of Grad-CAM.
+        sanity: run the sanity checks of the attribution maps.
+        measure: measurements of every stage (`measure.NAMES`, or `all`).
+        untrained: measure the same architectures with untrained weights, too.
+        embedding: `pca`, `tsne`: embeddings of the penultimate features of a split.
+        nearest: how many nearest training images are shown for each image.
+        split: split to measure, embed and search for top images; by default `val`, or `train` if
+            the run has no validation images.
+        data: another data set than the run's own.
+        seed: of optimized inputs, measurements and embeddings.
     """
 
     layers: Sequence[str] = ()
@@ -72,7 +74,11 @@ class LookOptions:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuses what can't be before anything is opened."""
+        """Check the options before anything is opened.
+
+        Raises:
+            UsageError: unknown names, or options that would have no effect.
+        """
         lookup(dict.fromkeys(activations.ORDERS), self.order, "order")
         if self.split is not None:
             lookup(dict.fromkeys(("test", "val", "train")), self.split, "split")
@@ -84,43 +90,49 @@ class LookOptions:
             lookup(embedding.EMBEDDINGS, name, "embedding")
         select_measures(self.measures)
         if self.channels is not None and self.channels < 1:
-            raise UsageError(f"--channels {self.channels}: show at least one")
-        lone = [
-            name
-            for name, given, needed in (
-                ("--class", self.target, self.attribution),
-                ("--cam-layer", self.cam_layer, self.attribution),
-                ("--sanity", self.sanity, self.attribution),
-                ("--untrained", self.untrained, self.measure),
+            raise UsageError(f"--channels {self.channels}: must be at least 1")
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        attribution_options = {
+            "--class": self.target,
+            "--cam-layer": self.cam_layer,
+            "--sanity": self.sanity,
+        }
+        unused = [name for name, value in attribution_options.items() if value]
+        if unused and not self.attribution:
+            raise UsageError(
+                f"{', '.join(unused)}: no effect without --attribution",
+                fix="add --attribution METHOD",
             )
-            if given and not needed
-        ]
-        if lone:
-            what = "--measure" if lone == ["--untrained"] else "--attribution METHOD"
-            raise UsageError(f"{', '.join(lone)} is about something else", fix=f"add {what}")
-        over_data = self.top_images or self.dream or self.measure or self.embedding
-        if (self.split is not None or self.data is not None) and not over_data:
+        if self.untrained and not self.measure:
+            raise UsageError("--untrained: no effect without --measure", fix="add --measure NAME")
+        if (self.split is not None or self.data is not None) and not self.uses_split:
             name = "--split" if self.split is not None else "--data"
             raise UsageError(
-                f"{name} is about something else",
-                fix="add --measure, --embedding, --top-images or --dream; of a split's images "
-                "val:17, test:17 or train:17 are one",
+                f"{name}: no effect without --measure, --embedding, --top-images or --dream",
+                fix="add one of them; to show an image of a split, name it, e.g. val:17",
             )
 
     @property
     def measures(self) -> Sequence[str]:
-        """The measurements by name; `all` of them is an empty list to `measuring`."""
-        return () if ALL_LAYERS in self.measure else self.measure
+        """The measurements by name; empty for `all`, as `select_measures` takes them."""
+        return () if ALL in self.measure else self.measure
+
+    @property
+    def uses_split(self) -> bool:
+        """Whether images of a split or data set are read."""
+        return bool(self.top_images or self.dream or self.measure or self.embedding)
 
     @property
     def needs_images(self) -> bool:
-        """Whether pictures are shown to the networks even if none were named."""
-        about_data = self.filters or self.top_images or self.dream or self.measure or self.embedding
-        return bool(self.layers or self.attribution or self.nearest) or not about_data
+        """Whether to choose example images if none are named."""
+        shows_images = bool(self.layers or self.attribution or self.nearest)
+        return shows_images or not (self.filters or self.uses_split)
 
     @property
     def activations(self) -> bool:
-        """Whether activations are drawn of the pictures that there are."""
+        """Whether to draw the activations of the images."""
         return bool(self.layers) or not (
             self.attribution or self.nearest or self.measure or self.embedding
         )
@@ -128,9 +140,20 @@ class LookOptions:
 
 @dataclass
 class Look:
-    """What was seen, and the files it was written to.
+    """The result of `look`.
 
-    `seen` has the activities of each image, one a network; the others what was asked for beyond.
+    Attributes:
+        opened: the networks and images.
+        seen: activations, one `Activity` for each image and network.
+        filters: kernels of convolutions.
+        top_images: most activating images of channels.
+        made: inputs optimized for channels.
+        attribution: attribution maps, if requested.
+        measures: measurements of stages, if requested.
+        embeddings: embeddings of penultimate features.
+        neighbors: nearest training images.
+        files: all files written.
+        rows: channels of `top_images` that are listed.
     """
 
     opened: LookInputs = field(repr=False)
@@ -143,18 +166,18 @@ class Look:
     embeddings: list[embedding.Embedding] = field(default_factory=list)
     neighbors: list[embedding.NeighborReport] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
-    rows: int = ROWS
+    rows: int = TOP_IMAGE_ROWS
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what `convlens look --json` prints."""
+        """Return the output of `convlens look --json`."""
         names = self.opened.names
         images = [
             {
-                "name": each[0].picture.name,
-                "truth": describe_truth(each),
-                "runs": {n: one.to_dict() for n, one in zip(names, each, strict=True)},
+                "name": row[0].picture.name,
+                "truth": describe_truth(row),
+                "runs": {n: activity.to_dict() for n, activity in zip(names, row, strict=True)},
             }
-            for each in self.seen
+            for row in self.seen
         ]
         return {
             "runs": names,
@@ -173,24 +196,28 @@ class Look:
 
 @preserve_torch_settings()
 def look(opened: LookInputs, options: LookOptions) -> Look:
-    """Draws everything asked for into the opened folder, with the raw arrays beside.
+    """Write the requested figures and arrays to the folder of the inputs.
 
     Raises:
-        UsageError: layers, channels or classes that aren't there. DataError: images that can't
-            be had.
+        UsageError: unknown layers, channels or classes.
+        DataError: images that have changed, moved or can't be read.
     """
-    found = Look(opened, rows=options.channels or ROWS)
+    result = Look(opened, rows=options.channels or TOP_IMAGE_ROWS)
     if options.nearest or (options.embedding and options.data is None):
         for subject in opened.subjects:
-            subject.data  # noqa: B018 (a network without data is told before anything is drawn)
+            subject.data  # noqa: B018 (fail before anything is drawn if a network has no data)
     if options.activations:
-        _see(found, options)
+        _draw_activations(result, options)
     for number, subject in enumerate(opened.subjects):
-        ending = f"-{opened.slugs[number]}" if len(opened.subjects) > 1 else ""
-        _kernels(found, subject, ending, options)
-        _images(found, subject, ending, options)
+        suffix = f"-{opened.slugs[number]}" if len(opened.subjects) > 1 else ""
+        _draw_filters(result, subject, suffix, options)
+        dreams = [feature_viz.parse_dream(text) for text in options.dream]
+        layers = [*options.top_images, *(layer for layer, _ in dreams)]
+        activations.check_layers([subject], layers)
+        top_images = _draw_top_images(result, subject, suffix, options)
+        _draw_dreams(result, subject, suffix, options, top_images)
     if options.attribution:
-        found.attribution = attribution.attribute(
+        result.attribution = attribution.attribute(
             opened.subjects,
             list(zip(*opened.pictures, strict=True)),
             options.attribution,
@@ -199,10 +226,10 @@ def look(opened: LookInputs, options: LookOptions) -> Look:
             sanity=options.sanity,
             folder=opened.folder,
         )
-        maps = found.attribution
-        found.files += [maps.figure, maps.arrays, *maps.sanity_figures]
+        maps = result.attribution
+        result.files += [maps.figure, maps.arrays, *maps.sanity_figures]
     if options.measure:
-        found.measures = measure(
+        result.measures = measure(
             opened.subjects,
             options.measures,
             folder=opened.folder,
@@ -212,95 +239,116 @@ def look(opened: LookInputs, options: LookOptions) -> Look:
             untrained=options.untrained,
             seed=options.seed,
         )
-        found.files += found.measures.files
-    _features(found, options)
+        result.files += result.measures.files
+    for number, subject in enumerate(opened.subjects):
+        _draw_features(result, number, subject, options)
+    return result
+
+
+def _draw_activations(result: Look, options: LookOptions) -> None:
+    opened = result.opened
+    layers = activations.check_layers(opened.subjects, options.layers)
+    for pictures, name in zip(opened.pictures, file_names(opened.pictures), strict=True):
+        activities = tuple(
+            activations.compute_activity(subject, picture, names)
+            for subject, picture, names in zip(opened.subjects, pictures, layers, strict=True)
+        )
+        result.seen.append(activities)
+        result.files += draw_activations(opened, activities, name, options.order, options.channels)
+
+
+def _draw_filters(result: Look, subject: InspectedModel, suffix: str, options: LookOptions) -> None:
+    for layer in options.filters:
+        filters = feature_viz.read_filters(subject, layer)
+        default = CHANNELS_SHOWN if filters.colored else KERNEL_ROWS
+        figure = feature_viz.filters_figure(filters, options.channels or default)
+        path = result.opened.folder / f"filters-{filters.layer}{suffix}"
+        arrays = {"weights": filters.weights, "order": filters.order, "energy": filters.energy}
+        result.filters.append(filters)
+        result.files += [write_figure(figure, path), write_arrays(path, arrays)]
+
+
+def _draw_top_images(
+    result: Look, subject: InspectedModel, suffix: str, options: LookOptions
+) -> dict[str, feature_viz.TopImages]:
+    """Draw the most activating images of each layer's channels, and return them by layer."""
+    found: dict[str, feature_viz.TopImages] = {}
+    for layer in options.top_images:
+        split, name = subject.reference_split(options.split, options.data)
+        if layer not in found:
+            found[layer] = feature_viz.top_activating(subject, split, layer, name)
+        top = found[layer]
+        path = result.opened.folder / f"top-images-{layer}{suffix}"
+        figure = feature_viz.top_images_figure(top, split, result.rows)
+        arrays = {
+            "peaks": top.peaks,
+            "images": top.images,
+            "places": top.positions,
+            "selectivity": top.selectivity,
+            "labels": top.labels,
+        }
+        result.top_images.append(top)
+        result.files += [write_figure(figure, path), write_arrays(path, arrays)]
     return found
 
 
-def _see(found: Look, options: LookOptions) -> None:
-    opened = found.opened
-    chosen = activations.check_layers(opened.subjects, options.layers)
-    for pictures, name in zip(opened.pictures, file_names(opened.pictures), strict=True):
-        rows = zip(opened.subjects, pictures, chosen, strict=True)
-        seen = tuple(
-            activations.compute_activity(subject, each, names) for subject, each, names in rows
-        )
-        found.seen.append(seen)
-        found.files += draw_activations(opened, seen, name, options.order, options.channels)
+def _draw_dreams(
+    result: Look,
+    subject: InspectedModel,
+    suffix: str,
+    options: LookOptions,
+    top_images: Mapping[str, feature_viz.TopImages],
+) -> None:
+    """Draw an optimized input for each channel, compared with the best image of the split.
 
-
-def _features(found: Look, options: LookOptions) -> None:
-    """Maps and neighbours by the last features, in a folder for each of several networks."""
-    opened = found.opened
-    several = len(opened.subjects) > 1
-    for number, subject in enumerate(opened.subjects):
-        folder = opened.folder / opened.slugs[number] if several else opened.folder
-        for method in options.embedding:
-            data, seed = options.data, options.seed
-            split = options.split or subject.held_out(data)
-            points = embedding.embed(
-                subject, method, folder=folder, split=split, data=data, seed=seed
-            )
-            found.embeddings.append(points)
-            found.files += [points.file, points.file.with_suffix(".csv")]
-        if options.nearest:
-            mine = [each[number] for each in opened.pictures]
-            near = embedding.nearest_neighbors(subject, mine, options.nearest, folder=folder)
-            found.neighbors.append(near)
-            found.files.append(near.file)
-
-
-def _kernels(found: Look, subject: InspectedModel, ending: str, options: LookOptions) -> None:
-    for layer in options.filters:
-        each = feature_viz.read_filters(subject, layer)
-        default = CHANNELS_SHOWN if each.colored else KERNELS
-        figure = feature_viz.filters_figure(each, options.channels or default)
-        path = found.opened.folder / f"filters-{each.layer}{ending}"
-        arrays: dict[str, Any] = {
-            "weights": each.weights,
-            "order": each.order,
-            "energy": each.energy,
-        }
-        found.filters.append(each)
-        found.files += [save_arrays(figure, path), pack_arrays(path, arrays)]
-
-
-def _images(found: Look, subject: InspectedModel, ending: str, options: LookOptions) -> None:
-    """Strongest images, and made inputs, which are compared with them."""
-    wanted = [feature_viz.parse_dream(text) for text in options.dream]
-    layers_ = [*options.top_images, *(layer for layer, _ in wanted)]
-    activations.check_layers([subject], layers_)
-    own = subject.run_dir is not None or options.data is not None
-    split_name = options.split or (subject.held_out(options.data) if layers_ and own else "val")
-    split = (
-        subject.split(split_name, options.data) if layers_ and (own or options.top_images) else None
-    )
-    name = split_name if options.data is None else Path(str(options.data)).name
-    known: dict[str, feature_viz.TopImages] = {}
-    for layer in dict.fromkeys(layers_):
-        if split is not None:
+    Args:
+        top_images: by layer, if they have been computed already.
+    """
+    has_data = subject.run_dir is not None or options.data is not None
+    known = dict(top_images)
+    for layer, channels in map(feature_viz.parse_dream, options.dream):
+        if has_data and layer not in known:
+            split, name = subject.reference_split(options.split, options.data)
             known[layer] = feature_viz.top_activating(subject, split, layer, name)
-    folder = found.opened.folder
-    for layer in options.top_images:
-        each = known[layer]
-        assert split is not None
-        figure = feature_viz.top_images_figure(each, split, found.rows)
-        path = folder / f"top-images-{layer}{ending}"
-        arrays: dict[str, Any] = {"peaks": each.peaks, "images": each.images, "places": each.places}
-        arrays |= {"selectivity": each.selectivity, "labels": each.labels}
-        found.top_images.append(each)
-        found.files += [save_arrays(figure, path), pack_arrays(path, arrays)]
-    for layer, channels in wanted:
         made = feature_viz.make_inputs(
-            subject, layer, channels, known=known.get(layer), seed=options.seed
+            subject, layer, channels, reference=known.get(layer), seed=options.seed
         )
-        path = folder / f"made-{layer}{ending}"
-        arrays = {"images": made.images, "channels": np.array(made.channels)}
-        arrays |= {"peaks": np.array(made.peaks), "means": np.array(made.means)}
-        found.made.append(made)
+        path = result.opened.folder / f"made-{layer}{suffix}"
+        arrays = {
+            "images": made.images,
+            "channels": np.array(made.channels),
+            "peaks": np.array(made.peaks),
+            "means": np.array(made.means),
+        }
         figure = feature_viz.made_inputs_figure(made)
-        found.files += [save_arrays(figure, path), pack_arrays(path, arrays)]
-    if wanted and split is None:
+        result.made.append(made)
+        result.files += [write_figure(figure, path), write_arrays(path, arrays)]
+    if options.dream and not has_data:
         print_status(
-            f"{subject.name} has no data of its own: name a set with --data to compare with"
+            f"{subject.name} has no data of its own: name a data set with --data to compare the "
+            "optimized inputs with its images"
         )
+
+
+def _draw_features(
+    result: Look, number: int, subject: InspectedModel, options: LookOptions
+) -> None:
+    """Draw embeddings and nearest training images, in a folder for each of several networks."""
+    opened = result.opened
+    folder = opened.folder / opened.slugs[number] if len(opened.subjects) > 1 else opened.folder
+    for method in options.embedding:
+        points = embedding.embed(
+            subject,
+            method,
+            folder=folder,
+            split=options.split or subject.default_split(options.data),
+            data=options.data,
+            seed=options.seed,
+        )
+        result.embeddings.append(points)
+        result.files += [points.file, points.file.with_suffix(".csv")]
+    if options.nearest:
+        pictures = [row[number] for row in opened.pictures]
+        neighbors = embedding.nearest_neighbors(subject, pictures, options.nearest, folder=folder)
+        result.neighbors.append(neighbors)
+        result.files.append(neighbors.file)

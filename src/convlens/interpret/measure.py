@@ -1,11 +1,15 @@
-"""Measurements over a data set, stage by stage, for several networks at once: the whole job."""
+"""Measurements of every stage of several networks over a data set, in one pass over the images.
+
+Writes `measures.png`, `similarity.png` (linear CKA) and `measures.json`. The measures themselves
+are defined in `stage_metrics`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +26,30 @@ from convlens.interpret.streaming_stats import CKA, gram_matrix
 from convlens.utils.console import progress_bar, quiet_mode
 from convlens.utils.files import write_atomic
 
-# ---- stagework ----------------------------------------
-# One network, its images and the measures of its stages: what `measuring` puts together.
+MAX_PIXELS_PER_BATCH = 2**18  # of the images; the widest stages have a hundred times as many values
+MIN_BATCH, MAX_BATCH = 8, 256
+INITIALIZATION_IMAGES = 2000  # for networks whose first filters are computed from images
+SIMILARITY = "similarity"
+NAMES = (*MEASURES, SIMILARITY)
 
-PIXELS = 2**18  # of the images in a batch; the widest stages have a hundred times as many numbers
-WHITENED_FROM = 2000  # images, where a network's first filters are computed from some
+
+# Results
 
 
 @dataclass(frozen=True)
 class StageResults:
-    """One network: the values of each stage by the measure's name.
+    """Measurements of one network.
 
-    `n` held-out images were measured and `learned` training images learned from; `broken` are
-    stages with NaN or infinite activations, which have no values. `baseline`: fresh weights.
+    Attributes:
+        name: of the network.
+        data: name of the data set.
+        split: the split that was measured.
+        n: number of images measured.
+        learned: number of training images that measures were fitted to.
+        classes: number of classes.
+        stages: by stage, the values by name of the measure.
+        broken: stages with NaN or infinite activations, whose values are None.
+        baseline: whether the weights are untrained.
     """
 
     name: str
@@ -52,14 +67,21 @@ class StageResults:
             stage: {name: value.to_dict() for name, value in values.items()}
             for stage, values in self.stages.items()
         }
-        return {**self.__dict__, "broken": list(self.broken), "stages": stages}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**values, "broken": list(self.broken), "stages": stages}
 
 
 @dataclass(frozen=True)
 class CKAResult:
-    """Linear CKA `[M, M]` between all stages of networks that saw the same `n` images."""
+    """Linear CKA between all stages of networks that saw the same images.
 
-    stages: tuple[tuple[str, str], ...]  # network and stage
+    Attributes:
+        stages: pairs of network and stage.
+        matrix: `[M, M]`, in the order of `stages`.
+        n: number of images.
+    """
+
+    stages: tuple[tuple[str, str], ...]
     matrix: list[list[float | None]]
     n: int
 
@@ -67,161 +89,17 @@ class CKAResult:
         return {"stages": [list(each) for each in self.stages], "matrix": self.matrix, "n": self.n}
 
 
-@dataclass
-class StageMeasurement:
-    """What is to be measured of a network: on `held`, after learning from `own`."""
-
-    subject: InspectedModel
-    held: Sample
-    own: Sample | None
-    stages: dict[str, dict[str, Measure]]
-    baseline: bool = False
-    broken: set[str] = field(default_factory=set)
-
-    @classmethod
-    def of(
-        cls,
-        subject: InspectedModel,
-        held: Sample,
-        own: Sample | None,
-        measures: Sequence[str],
-        asked: Sequence[str] = (),
-    ) -> StageMeasurement:
-        """Fresh measures (names of `MEASURES`) at the layers asked for, by default its stages."""
-        classes = len(held.classes)
-        stages = {
-            stage: {name: MEASURES[name](classes) for name in measures}
-            for stage in features.find_layers(subject.model, asked)
-        }
-        return cls(subject, held, own, stages)
-
-    @property
-    def batch(self) -> int:
-        """Images that go through the network at once."""
-        return max(8, min(256, PIXELS // self.subject.loaded.preprocessing.image_size**2))
-
-    @property
-    def architecture(self) -> str:
-        """Equal for networks that differ in their weights only, and are shown the same."""
-        loaded = self.subject.loaded
-        key = [loaded.model_metadata["model"], len(loaded.classes), loaded.preprocessing.image_size]
-        return json.dumps([*key, self.held.data, self.held.ids[0]])
-
-    def fresh(self, seed: int) -> StageMeasurement:
-        """The same architecture on the same images, with weights as before any training."""
-        loaded = self.subject.loaded
-        net, pre = loaded.model_metadata["model"], loaded.preprocessing
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = models.build_model(
-                net["name"], len(loaded.classes), pre.channels, pre.image_size, net["options"]
-            )
-        model = self.subject.plan.prepare_model(model.eval())
-        subject = replace(
-            self.subject, name=f"{net['name']}, untrained", loaded=replace(loaded, model=model)
-        )
-        if isinstance(model, models.DataInitialized):
-            pixels, _ = next(self.held.batches(WHITENED_FROM))
-            model.initialize(subject.prepared(pixels))
-        measures = next(iter(self.stages.values()))
-        return replace(
-            StageMeasurement.of(subject, self.held, self.own, list(measures), list(self.stages)),
-            baseline=True,
-        )
-
-    def maps(self, images: Tensor) -> dict[str, Tensor]:
-        """The activations of the stages that are numbers; the others are struck off for good."""
-        asked = [stage for stage in self.stages if stage not in self.broken]
-        found = features.layer_activations(self.subject.model, self.subject.prepared(images), asked)
-        self.broken |= {name for name, maps in found.items() if not torch.isfinite(maps).all()}
-        if len(self.broken) == len(self.stages):
-            raise ModelFileError(
-                f"{self.subject.name}: all activations are NaN or infinite",
-                fix="its training diverged: look at a run that didn't",
-            )
-        # float64, which the sums are in, doesn't exist on Apple's GPUs.
-        return {
-            name: maps.cpu() if maps.device.type == "mps" else maps
-            for name, maps in found.items()
-            if name not in self.broken
-        }
-
-    def learn(self) -> None:
-        """Shows the training images to the measures that learn."""
-        if self.own is None:
-            return
-        with progress_bar(f"{self.subject.name}, training images", len(self.own)) as bar:
-            for images, labels in self.own.batches(self.batch):
-                for stage, maps in self.maps(images).items():
-                    batch = StageBatch(maps, images, labels.to(maps.device))
-                    for each in self.stages[stage].values():
-                        if each.learns:
-                            each.learn(batch)
-                bar.advance(len(images))
-
-    def see(self, images: Tensor, labels: Tensor, *, grams: bool) -> dict[str, Tensor]:
-        """Shows a batch of held-out images to all measures; each stage's `gram` if asked for."""
-        products = {}
-        for stage, maps in self.maps(images).items():
-            batch = StageBatch(maps, images, labels.to(maps.device))
-            for each in self.stages[stage].values():
-                each.see(batch)
-            if grams:
-                products[stage] = gram_matrix(maps)
-        return products
-
-    def result(self, split: str) -> StageResults:
-        values = {
-            stage: {
-                name: MetricValue(None) if stage in self.broken else each.value()
-                for name, each in measures.items()
-            }
-            for stage, measures in self.stages.items()
-        }
-        return StageResults(
-            name=self.subject.name,
-            data=self.held.data,
-            split=split,
-            n=len(self.held),
-            learned=0 if self.own is None else len(self.own),
-            classes=len(self.held.classes),
-            stages=values,
-            broken=tuple(stage for stage in self.stages if stage in self.broken),
-            baseline=self.baseline,
-        )
-
-
-def measure_similarity(works: Sequence[StageMeasurement], *, similarity: bool) -> CKAResult | None:
-    """Shows the held-out images, the same for all, to all networks side by side.
-
-    One forward pass a network and batch serves every measure, and the similarity of all stages.
-    """
-    alike = CKA()
-    size = min(work.batch for work in works)
-    names = ", ".join(work.subject.name for work in works)
-    with progress_bar(names, len(works[0].held)) as bar:
-        for batches in zip(*(work.held.batches(size) for work in works), strict=True):
-            found: dict[Hashable, Tensor] = {}
-            for number, (work, (images, labels)) in enumerate(zip(works, batches, strict=True)):
-                products = work.see(images, labels, grams=similarity)
-                found |= {(number, stage): product for stage, product in products.items()}
-            bar.advance(len(batches[0][0]))
-            if similarity:
-                alike.add(found)
-    if not similarity:
-        return None
-    good = [(n, s) for n, work in enumerate(works) for s in work.stages if s not in work.broken]
-    stages = tuple((works[n].subject.name, stage) for n, stage in good)
-    return CKAResult(stages, alike.matrix(good), len(works[0].held))
-
-
-SIMILARITY = "similarity"
-NAMES = (*MEASURES, SIMILARITY)
-
-
 @dataclass(frozen=True)
 class Measurements:
-    """What `measure` found, and the files it wrote."""
+    """The result of `measure`.
+
+    Attributes:
+        networks: measurements of each network.
+        similarity: linear CKA, one result for each set of images.
+        measures: names of the measures, without `similarity`.
+        seed: of the samples.
+        files: the files written.
+    """
 
     networks: tuple[StageResults, ...]
     similarity: tuple[CKAResult, ...]
@@ -232,21 +110,24 @@ class Measurements:
     def to_dict(self) -> dict[str, Any]:
         return {
             "measures": {
-                name: {"title": MEASURES[name].title, "definition": MEASURES[name].about}
+                name: {"title": MEASURES[name].title, "definition": MEASURES[name].definition}
                 for name in self.measures
             },
             "networks": [network.to_dict() for network in self.networks],
-            "similarity": [alike.to_dict() for alike in self.similarity],
+            "similarity": [cka.to_dict() for cka in self.similarity],
             "seed": self.seed,
             "files": [str(path) for path in self.files],
         }
 
 
+# Measuring
+
+
 def select_measures(names: Sequence[str]) -> tuple[str, ...]:
-    """Checked names of measurements in the table's order; none given means all of them.
+    """Check names of measurements and return them in the order of `NAMES`; by default all.
 
     Raises:
-        UsageError: no such measurement, with near misses.
+        UsageError: an unknown measurement, with close matches.
     """
     for name in names:
         lookup(dict.fromkeys(NAMES), name, "measurement")
@@ -268,113 +149,285 @@ def measure(
     seed: int = 0,
     quiet: bool = False,
 ) -> Measurements:
-    """Measures every stage of the networks and draws one figure of all of them.
+    """Measure every stage of one or several networks and draw one figure of all of them.
+
+    Memory does not grow with the number of images, except for a few numbers per image and stage.
 
     Args:
-        names: of `MEASURES`, or `similarity`; all by default.
-        folder: where `measures.png`, `similarity.png` and `measures.json` go.
-        layers: other layers than the stages, the same for all networks.
-        split: which images are measured on: `val`, `test` (only if asked for) or `train`.
+        subjects: the networks.
+        names: of `MEASURES`, or `similarity`; by default all.
+        folder: of `measures.png`, `similarity.png` and `measures.json`.
+        layers: layers to measure instead of the stages, the same for all networks.
+        split: the split to measure: `val`, `test` (only on request) or `train`.
         data: another data set than each network's own.
-        images, learn_from: at most so many held-out and training images, drawn by `seed`.
-        untrained: each architecture with fresh weights, too; drawn dashed.
-
-    Memory doesn't grow with the number of images, but for a few numbers an image and stage.
+        images: maximum number of images to measure.
+        learn_from: maximum number of training images that measures are fitted to.
+        untrained: also measure each architecture with untrained weights; drawn dashed.
+        seed: of the samples and the untrained weights.
+        quiet: print nothing.
 
     Raises:
-        UsageError: unknown names; DataError: images that changed, have moved or are too few;
-            ModelFileError: all activations of a network are NaN.
+        UsageError: unknown names.
+        DataError: images that have changed or moved, or too few of them.
+        ModelFileError: all activations of a network are NaN or infinite.
     """
     if not subjects:
-        raise UsageError("no networks to measure", fix="name one run or several")
+        raise UsageError("no networks to measure", fix="name one or several runs")
     if min(images, learn_from) < 1:
-        raise UsageError(f"can't measure on {min(images, learn_from)} images", fix="name more")
-    wanted = select_measures(names)
-    singly = [name for name in wanted if name != SIMILARITY]
-    learns = any(MEASURES[name].learns for name in singly)
+        raise UsageError(
+            f"can't measure on {min(images, learn_from)} images", fix="use at least one"
+        )
+    selected = select_measures(names)
+    measures = [name for name in selected if name != SIMILARITY]
+    requires_fit = any(MEASURES[name].requires_fit for name in measures)
     with quiet_mode(quiet):
         if data is None:
             share_data(subjects)
-        works = []
+        jobs = []
         for subject in subjects:
-            held = draw_sample(subject, split, data=data, most=images, seed=seed)
-            own: Sample | None = None
-            if learns:
-                own = draw_sample(
-                    subject, split, data=data, most=learn_from, seed=seed, learning=True
+            sample = draw_sample(subject, split, data=data, max_images=images, seed=seed)
+            training: Sample | None = None
+            if requires_fit:
+                training = draw_sample(
+                    subject, split, data=data, max_images=learn_from, seed=seed, training=True
                 )
-            works.append(StageMeasurement.of(subject, held, own, singly, layers))
-        _tell_apart(works)
+            jobs.append(StageMeasurement.create(subject, sample, training, measures, layers))
+        _number_equal_names(jobs)
         if untrained:
-            works += [work.fresh(seed) for work in {w.architecture: w for w in works}.values()]
-            _tell_apart(works)
-        for work in works:
-            work.learn()
-        groups: dict[tuple[str, ...], list[StageMeasurement]] = {}
-        for work in works:
-            groups.setdefault(work.held.ids, []).append(work)
-        asked = SIMILARITY in wanted
-        alike = [measure_similarity(group, similarity=asked) for group in groups.values()]
-        networks = tuple(work.result(split) for work in works)
-    found = tuple(each for each in alike if each is not None)
-    files = _draw(networks, found, singly, folder)
-    result = Measurements(networks, found, tuple(singly), seed, (*files, folder / "measures.json"))
-    write_atomic(result.files[-1], json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
+            architectures = {job.architecture: job for job in jobs}
+            jobs += [job.untrained_copy(seed) for job in architectures.values()]
+            _number_equal_names(jobs)
+        for job in jobs:
+            job.fit()
+        by_images: dict[tuple[str, ...], list[StageMeasurement]] = {}
+        for job in jobs:
+            by_images.setdefault(job.sample.ids, []).append(job)
+        with_cka = SIMILARITY in selected
+        results = [_measure_together(group, with_cka=with_cka) for group in by_images.values()]
+        similarity = tuple(result for result in results if result is not None)
+        networks = tuple(job.result(split) for job in jobs)
+    figures = _draw(networks, similarity, measures, folder)
+    path = folder / "measures.json"
+    result = Measurements(networks, similarity, tuple(measures), seed, (*figures, path))
+    write_atomic(path, json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
     return result
 
 
-def _tell_apart(works: Sequence[StageMeasurement]) -> None:
-    """Numbers the networks that have the same name."""
-    met: dict[str, int] = {}
-    for work in works:
-        name = work.subject.name
-        met[name] = met.get(name, 0) + 1
-        if met[name] > 1:
-            work.subject = replace(work.subject, name=f"{name} ({met[name]})")
+@dataclass
+class StageMeasurement:
+    """Measurement of the stages of one network.
+
+    Attributes:
+        subject: the network.
+        sample: the images that are measured.
+        training: the images that measures are fitted to; None if no measure needs any.
+        stages: by stage, the measures by name.
+        baseline: whether the weights are untrained.
+        broken: stages with NaN or infinite activations so far; they are skipped from then on.
+    """
+
+    subject: InspectedModel
+    sample: Sample
+    training: Sample | None
+    stages: dict[str, dict[str, Measure]]
+    baseline: bool = False
+    broken: set[str] = field(default_factory=set)
+
+    @classmethod
+    def create(
+        cls,
+        subject: InspectedModel,
+        sample: Sample,
+        training: Sample | None,
+        measures: Sequence[str],
+        layers: Sequence[str] = (),
+    ) -> StageMeasurement:
+        """Create new measures (names of `MEASURES`) at `layers`, by default the stages."""
+        classes = len(sample.classes)
+        stages = {
+            stage: {name: MEASURES[name](classes) for name in measures}
+            for stage in features.find_layers(subject.model, layers)
+        }
+        return cls(subject, sample, training, stages)
+
+    @property
+    def batch_size(self) -> int:
+        pixels = self.subject.loaded.preprocessing.image_size**2
+        return max(MIN_BATCH, min(MAX_BATCH, MAX_PIXELS_PER_BATCH // pixels))
+
+    @property
+    def architecture(self) -> str:
+        """A key shared by networks that differ only in their weights and see the same images."""
+        loaded = self.subject.loaded
+        key = [loaded.model_metadata["model"], len(loaded.classes), loaded.preprocessing.image_size]
+        return json.dumps([*key, self.sample.data, self.sample.ids[0]])
+
+    def untrained_copy(self, seed: int) -> StageMeasurement:
+        """Return the measurement of the same architecture with initial weights."""
+        loaded = self.subject.loaded
+        config, pre = loaded.model_metadata["model"], loaded.preprocessing
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = models.build_model(
+                config["name"], len(loaded.classes), pre.channels, pre.image_size, config["options"]
+            )
+        model = self.subject.plan.prepare_model(model.eval())
+        subject = replace(
+            self.subject, name=f"{config['name']}, untrained", loaded=replace(loaded, model=model)
+        )
+        if isinstance(model, models.DataInitialized):
+            pixels, _ = next(self.sample.batches(INITIALIZATION_IMAGES))
+            model.initialize(subject.prepared(pixels))
+        measures = list(next(iter(self.stages.values())))
+        copy = StageMeasurement.create(
+            subject, self.sample, self.training, measures, list(self.stages)
+        )
+        return replace(copy, baseline=True)
+
+    def fit(self) -> None:
+        """Fit the measures that require it to the training images."""
+        if self.training is None:
+            return
+        with progress_bar(f"{self.subject.name}, training images", len(self.training)) as bar:
+            for images, labels in self.training.batches(self.batch_size):
+                for stage, maps in self._finite_maps(images).items():
+                    batch = StageBatch(maps, images, labels.to(maps.device))
+                    for each in self.stages[stage].values():
+                        if each.requires_fit:
+                            each.fit(batch)
+                bar.advance(len(images))
+
+    def update(self, images: Tensor, labels: Tensor, *, with_grams: bool) -> dict[str, Tensor]:
+        """Update all measures with a batch; return the Gram matrix of each stage if requested."""
+        grams = {}
+        for stage, maps in self._finite_maps(images).items():
+            batch = StageBatch(maps, images, labels.to(maps.device))
+            for each in self.stages[stage].values():
+                each.update(batch)
+            if with_grams:
+                grams[stage] = gram_matrix(maps)
+        return grams
+
+    def _finite_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the activations of stages that have only been finite so far."""
+        stages = [stage for stage in self.stages if stage not in self.broken]
+        inputs = self.subject.prepared(images)
+        maps = features.layer_activations(self.subject.model, inputs, stages)
+        self.broken |= {stage for stage, value in maps.items() if not value.isfinite().all()}
+        if len(self.broken) == len(self.stages):
+            raise ModelFileError(
+                f"{self.subject.name}: all activations are NaN or infinite",
+                fix="the training diverged: use another run",
+            )
+        # Sums are float64, which Apple's GPUs do not support.
+        return {
+            stage: value.cpu() if value.device.type == "mps" else value
+            for stage, value in maps.items()
+            if stage not in self.broken
+        }
+
+    def result(self, split: str) -> StageResults:
+        values = {
+            stage: {
+                name: MetricValue(None) if stage in self.broken else each.compute()
+                for name, each in measures.items()
+            }
+            for stage, measures in self.stages.items()
+        }
+        return StageResults(
+            name=self.subject.name,
+            data=self.sample.data,
+            split=split,
+            n=len(self.sample),
+            learned=0 if self.training is None else len(self.training),
+            classes=len(self.sample.classes),
+            stages=values,
+            broken=tuple(stage for stage in self.stages if stage in self.broken),
+            baseline=self.baseline,
+        )
+
+
+def _measure_together(jobs: Sequence[StageMeasurement], *, with_cka: bool) -> CKAResult | None:
+    """Update the measures of networks with the same sample of images, and compute their CKA.
+
+    A single forward pass for each network and batch serves all measures and the CKA.
+    """
+    cka = CKA()
+    size = min(job.batch_size for job in jobs)
+    n = len(jobs[0].sample)
+    with progress_bar(", ".join(job.subject.name for job in jobs), n) as bar:
+        for batches in zip(*(job.sample.batches(size) for job in jobs), strict=True):
+            grams: dict[Hashable, Tensor] = {}
+            for number, (job, (images, labels)) in enumerate(zip(jobs, batches, strict=True)):
+                stage_grams = job.update(images, labels, with_grams=with_cka)
+                grams |= {(number, stage): gram for stage, gram in stage_grams.items()}
+            bar.advance(len(batches[0][0]))
+            if with_cka:
+                cka.add(grams)
+    if not with_cka:
+        return None
+    keys = [(i, s) for i, job in enumerate(jobs) for s in job.stages if s not in job.broken]
+    stages = tuple((jobs[i].subject.name, stage) for i, stage in keys)
+    return CKAResult(stages, cka.matrix(keys), n)
+
+
+def _number_equal_names(jobs: Sequence[StageMeasurement]) -> None:
+    """Append (2), (3), ... to repeated names of networks."""
+    counts: dict[str, int] = {}
+    for job in jobs:
+        name = job.subject.name
+        counts[name] = counts.get(name, 0) + 1
+        if counts[name] > 1:
+            job.subject = replace(job.subject, name=f"{name} ({counts[name]})")
+
+
+# Figures
 
 
 def _draw(
     networks: Sequence[StageResults],
     similarity: Sequence[CKAResult],
-    names: Sequence[str],
+    measures: Sequence[str],
     folder: Path,
 ) -> list[Path]:
     from convlens import plots
 
     files = []
-    if names:
+    if measures:
         files.append(folder / "measures.png")
-        panels = {name: (MEASURES[name].title, MEASURES[name].scale) for name in names}
+        panels = {name: (MEASURES[name].title, MEASURES[name].scale) for name in measures}
         lines = [
             plots.StageLine(
                 network.name,
                 list(network.stages),
-                {name: [_ends(v[name]) for v in network.stages.values()] for name in names},
+                {
+                    name: [_value_and_interval(v[name]) for v in network.stages.values()]
+                    for name in measures
+                },
                 network.baseline,
             )
             for network in networks
         ]
-        plots.save_figure(
-            plots.stage_measures(lines, panels, note=_log_measurement(networks)), files[-1]
-        )
-    for number, alike in enumerate(similarity):
+        figure = plots.stage_measures(lines, panels, note=_figure_note(networks))
+        plots.save_figure(figure, files[-1])
+    for number, cka in enumerate(similarity):
         files.append(folder / f"similarity{f'-{number + 1}' if number else ''}.png")
-        title = f"Linear CKA on {alike.n:,} {networks[0].split} images"
-        plots.save_figure(plots.similarity(alike.matrix, alike.stages, title), files[-1])
+        title = f"Linear CKA on {cka.n:,} {networks[0].split} images"
+        plots.save_figure(plots.similarity(cka.matrix, cka.stages, title), files[-1])
     return files
 
 
-def _ends(value: MetricValue) -> tuple[float, float, float]:
+def _value_and_interval(value: MetricValue) -> tuple[float, float, float]:
     low, high = value.interval95 or (math.nan, math.nan)
     return (math.nan if value.value is None else value.value), low, high
 
 
-def _log_measurement(networks: Sequence[StageResults]) -> str:
-    """What was measured on, in a line."""
-    held = sorted({(network.data, network.n) for network in networks})
-    words = "; ".join(f"{n:,} {networks[0].split} images of {data}" for data, n in held)
-    learned = sorted({f"{network.learned:,}" for network in networks if network.learned})
-    more = f", learned from {' or '.join(learned)} training images" if learned else ""
+def _figure_note(networks: Sequence[StageResults]) -> str:
+    """Describe the images that were measured in one line."""
+    samples = sorted({(network.data, network.n) for network in networks})
+    images = "; ".join(f"{n:,} {networks[0].split} images of {data}" for data, n in samples)
+    counts = sorted({f"{network.learned:,}" for network in networks if network.learned})
+    fitted = f", fitted on {' or '.join(counts)} training images" if counts else ""
     several = len({tuple(network.stages) for network in networks}) > 1
-    spread = "; shallower networks' stages are spread evenly" if several else ""
-    return f"{words}{more}; bars: 95% intervals{spread}"
+    spread = "; the stages of shallower networks are spread evenly" if several else ""
+    return f"{images}{fitted}; bars: 95% intervals{spread}"

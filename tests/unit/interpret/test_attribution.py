@@ -1,4 +1,4 @@
-"""Attribution of runs: what is written and said, what is refused, several networks side by side."""
+"""Attribution of one or several networks: values, files, printed tables and refused arguments."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def shown(found: Attributions) -> str:
     return out.getvalue()
 
 
-def test_maps_figure_and_arrays_of_a_run() -> None:
+def test_attribution_of_a_run_writes_maps_figure_and_arrays() -> None:
     convlens.train(TINY, name="small", quiet=True)
-    run = open_inspected_model("small", on="cpu")
+    run = open_inspected_model("small", device="cpu")
     chosen = select_pictures(run, ["test:3", "class:7:2"])
     found = attribute([run], [chosen], ["all"], sanity=True, folder=Path("out"), quiet=True)
     (model,) = found.to_dict()["models"]
     assert (model["model"], model["layer"], model["layer_size"]) == ("small", "stage1", 4)
     logits = run.model(run.prepared(torch.stack([each.pixels for each in chosen]))).detach()
     preds = logits.argmax(1).tolist()
-    for row, guess, each in zip(model["images"], preds, chosen, strict=True):
-        assert row["predicted"] == row["class"] == run.classes[guess]
+    for row, pred, each in zip(model["images"], preds, chosen, strict=True):
+        assert row["predicted"] == row["class"] == run.classes[pred]
         assert row["truth"] == run.classes[each.label]
         assert row["probability"] == row["predicted_probability"]
         sums = row["completeness"]["integrated-gradients"]
@@ -75,23 +75,23 @@ def test_maps_figure_and_arrays_of_a_run() -> None:
         assert arrays["small/grad-cam"].shape == (3, 4, 4)
         assert arrays["small/occlusion"].shape == (3, 8, 8)
         assert arrays["small/images"].tolist() == [each.name for each in chosen]
-        assert arrays["small/classes"].tolist() == [run.classes[guess] for guess in preds]
+        assert arrays["small/classes"].tolist() == [run.classes[pred] for pred in preds]
         assert (arrays["small/pixels"][0] == chosen[0].pixels.numpy()).all()
     files = {str(path) for path in Path("out").iterdir()}
     assert files == {str(found.figure), str(found.arrays), "out/attribution-sanity-small.png"}
     assert model["sanity"]["methods"]["occlusion"]["areas"]["deletion"]["n"] == 3
-    said = shown(found)
-    assert "Grad-CAM in stage1, 4x4" in said
-    assert "random order" in said
-    assert "Occlusion: " in said
+    printed = shown(found)
+    assert "Grad-CAM in stage1, 4x4" in printed
+    assert "random order" in printed
+    assert "Occlusion: " in printed
     again = attribute([run], [chosen], ["all"], sanity=True, folder=Path("out2"), quiet=True)
     assert again.figure.read_bytes() == found.figure.read_bytes()
 
 
-def test_a_class_is_shown_that_was_not_predicted() -> None:
-    """Logits are (0, 8 (mean - 1/2)): for `light` the sums are those, for `dark` nothing."""
+def test_requested_class_is_attributed_instead_of_the_predicted_one() -> None:
+    """The logits are (0, 8 (mean - 1/2)): maps of `light` add up to the second, of `dark` to 0."""
     brightness_model(Path("models/bright"))
-    run = open_inspected_model("bright", on="cpu")
+    run = open_inspected_model("bright", device="cpu")
     bright = [Picture("bright", torch.full((3, 8, 8), 230, dtype=torch.uint8), 1)]
     folder = Path("out")
     sums = {}
@@ -109,7 +109,7 @@ def test_a_class_is_shown_that_was_not_predicted() -> None:
     assert (caught.value.where, caught.value.fix) == ("bright", "did you mean light?")
 
 
-def test_several_networks_of_other_sizes_and_channels_side_by_side() -> None:
+def test_networks_of_different_sizes_and_channels_side_by_side() -> None:
     subjects = [subject(network(), name="one"), subject(network(1, 28), 1, 28, name="two")]
     chosen = [pictures(), pictures(channels=1, size=28)]
     found = attribute(
@@ -126,31 +126,31 @@ def test_several_networks_of_other_sizes_and_channels_side_by_side() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said", "fix"),
+    ("options", "message", "fix"),
     [
         ({"methods": ["grad-cam", "oclusion"]}, "unknown method", "did you mean occlusion?"),
         ({"layer": "stge1"}, "'stge1' .did you mean stage1", "its stages are: stage1, stage2"),
-        ({"layer": "classifier"}, "'classifier' gives 3, not channels", "occlusion"),
+        ({"layer": "classifier"}, "layer 'classifier' is 3, not channels", "occlusion"),
         ({"target": "dgo"}, "unknown class 'dgo'", "did you mean dog?"),
         ({"pictures": [[]]}, "no images", "test:17"),
     ],
 )
-def test_what_is_not_there(options: dict[str, object], said: str, fix: str) -> None:
+def test_unknown_names_are_refused(options: dict[str, object], message: str, fix: str) -> None:
     arguments: dict[str, object] = {"methods": ["grad-cam"], "pictures": [pictures()]} | options
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         attribute([subject(network())], folder=Path("out"), **arguments)  # type: ignore[arg-type]
     assert fix in caught.value.fix
     assert not Path("out").exists()
 
 
-def test_a_network_without_convolution_is_told_what_works() -> None:
+def test_network_without_convolutions_is_refused_with_the_methods_that_work() -> None:
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
     with pytest.raises(UsageError, match="no stage with maps larger than 1x1") as caught:
-        attribute([subject(plain)], [pictures()], ["all"], folder=Path("out"))
+        attribute([subject(linear)], [pictures()], ["all"], folder=Path("out"))
     assert "integrated-gradients, occlusion" in caught.value.fix
     found = attribute(
-        [subject(plain)],
+        [subject(linear)],
         [pictures()],
         ["integrated-gradients", "occlusion"],
         folder=Path("out"),
@@ -159,7 +159,7 @@ def test_a_network_without_convolution_is_told_what_works() -> None:
     assert found.to_dict()["models"][0]["layer"] is None
 
 
-def test_networks_that_diverged_are_refused() -> None:
+def test_diverged_networks_are_refused() -> None:
     broken = network()
     with torch.no_grad():
         broken.get_parameter("classifier.bias")[0] = float("nan")
@@ -167,7 +167,7 @@ def test_networks_that_diverged_are_refused() -> None:
         attribute([subject(broken)], [pictures()], ["grad-cam"], folder=Path("out"))
 
 
-def test_a_map_that_is_zero_everywhere_is_drawn_and_said() -> None:
+def test_map_that_is_zero_everywhere_is_drawn_and_reported() -> None:
     blank = network()
     with torch.no_grad():
         blank.get_parameter("classifier.weight").zero_()
@@ -176,12 +176,12 @@ def test_a_map_that_is_zero_everywhere_is_drawn_and_said() -> None:
     )
     (model,) = found.to_dict()["models"]
     assert model["images"][0]["ranges"]["grad-cam"] == [0, 0]
-    assert "the same everywhere" in model["sanity"]["methods"]["grad-cam"]["verdict"][0]
+    assert "the maps are constant" in model["sanity"]["methods"]["grad-cam"]["verdict"][0]
 
 
-def test_networks_of_the_same_name_keep_files_of_their_own() -> None:
+def test_networks_of_the_same_name_have_separate_files() -> None:
     convlens.train(TINY, name="small", quiet=True, test=False)
-    run = open_inspected_model("small", on="cpu")
+    run = open_inspected_model("small", device="cpu")
     shown_ = select_pictures(run, ["val:3"])
     found = attribute(
         [run, run], [shown_, shown_], ["grad-cam"], sanity=True, folder=Path("out"), quiet=True

@@ -1,4 +1,4 @@
-"""The checks of maps: what they measure is right, and they catch a method that says nothing."""
+"""Sanity checks of attribution maps: their values, and that they detect an uninformative method."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from convlens.interpret.attribution_methods import METHODS, Method, attribution_
 from helpers.attribution_networks import Reds, images_of, red_patch
 
 
-def test_weights_are_forgotten_from_the_head_down_and_the_network_keeps_its_own() -> None:
+def test_weights_are_randomized_from_the_head_down_in_a_copy() -> None:
     torch.manual_seed(0)
     model = models.build_model("cnn", 3, 3, 12, {"widths": [4, 8]}).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     changed = []
-    for stage, forgotten in attribution_sanity.randomization_similarity(model):
-        now = forgotten.state_dict()
+    for stage, randomized in attribution_sanity.cascading_randomization(model):
+        now = randomized.state_dict()
         different = {key for key in now if not torch.equal(now[key], before[key])}
         assert not any("running" in key for key in different)
         changed.append((stage, {key.partition(".")[0] for key in different}))
@@ -35,11 +35,11 @@ def test_weights_are_forgotten_from_the_head_down_and_the_network_keeps_its_own(
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     old, new = before["stage2.0.weight"], now["stage2.0.weight"]
     assert float(new.std()) == pytest.approx(float(old.std()), rel=0.2)
-    again = list(attribution_sanity.randomization_similarity(model))[-1][1].state_dict()
+    again = list(attribution_sanity.cascading_randomization(model))[-1][1].state_dict()
     assert all(torch.equal(again[key], now[key]) for key in now), "the same seed, the same draws"
 
 
-def test_rank_correlations_are_scipy_s_and_blank_maps_are_told_apart() -> None:
+def test_rank_correlations_equal_scipy_and_constant_maps_are_handled() -> None:
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(3, 4, 4, generator=generator)
     second = torch.randn(3, 4, 4, generator=generator).round()  # with ties
@@ -64,60 +64,59 @@ def test_ssim_is_the_mean_over_windows() -> None:
         cover = ((p - p.mean()) * (q - q.mean())).mean()
         top = (2 * p.mean() * q.mean() + 1e-4) * (2 * cover + 9e-4)
         values.append(top / ((p.mean() ** 2 + q.mean() ** 2 + 1e-4) * (p.var() + q.var() + 9e-4)))
-    assert attribution_sanity.similarities(first, second) == pytest.approx([np.mean(values)])
-    assert attribution_sanity.similarities(first, 5 * first) == pytest.approx([1])
-    assert attribution_sanity.similarities(first[:, :2, :2], second[:, :2, :2])[0] < 1
+    assert attribution_sanity.ssim(first, second) == pytest.approx([np.mean(values)])
+    assert attribution_sanity.ssim(first, 5 * first) == pytest.approx([1])
+    assert attribution_sanity.ssim(first[:, :2, :2], second[:, :2, :2])[0] < 1
 
 
-def test_means_have_student_s_intervals() -> None:
+def test_means_have_student_intervals() -> None:
     mean = attribution_sanity.mean_with_interval([1.0, 2.0, 3.0, 4.0, 5.0, math.nan])
     half = 2.776445 * math.sqrt(2.5 / 5)  # t of 4 degrees of freedom, variance 2.5
     assert (mean.value, mean.n) == (3, 5)
     assert mean.interval95 == pytest.approx((3 - half, 3 + half), abs=1e-5)
-    few = attribution_sanity.mean_with_interval(
-        [0.1, 0.9, math.nan]
-    )  # whose interval would leave what can be
-    assert (few.value, few.n, few.interval95) == (0.5, 2, None)
+    # With two values the interval would exceed the possible range.
+    two = attribution_sanity.mean_with_interval([0.1, 0.9, math.nan])
+    assert (two.value, two.n, two.interval95) == (0.5, 2, None)
     assert attribution_sanity.mean_with_interval([0.5]).interval95 is None
     assert str(attribution_sanity.mean_with_interval([0.5])) == "0.50"
     assert math.isnan(attribution_sanity.mean_with_interval([math.nan]).value)
 
 
-def test_cells_come_in_the_order_of_their_means_and_equal_ones_by_lot() -> None:
+def test_cells_are_ranked_by_their_means_and_equal_ones_at_random() -> None:
     maps = torch.zeros(1, 12, 12)  # 12 pixels in 8 cells: 2, 1, 2, 1, ... wide
     maps[0, 3:5] = -1
     maps[0, 0:2, 0:2] = 5
     maps[0, 2, 2] = 7
-    (places,) = attribution_sanity.cell_order(maps)
-    assert sorted(places.tolist()) == list(range(64))
-    assert int(places[9]) == 0, "one pixel of 7"
-    assert int(places[0]) == 1, "four of 5"
-    assert sorted(places.view(8, 8)[2].tolist()) == list(range(56, 64)), "rows 3 and 4 of -1"
-    assert not torch.equal(places, attribution_sanity.cell_order(maps, seed=1)[0])
+    (ranks,) = attribution_sanity.cell_ranks(maps)
+    assert sorted(ranks.tolist()) == list(range(64))
+    assert int(ranks[9]) == 0, "one pixel of 7"
+    assert int(ranks[0]) == 1, "four of 5"
+    assert sorted(ranks.view(8, 8)[2].tolist()) == list(range(56, 64)), "rows 3 and 4 of -1"
+    assert not torch.equal(ranks, attribution_sanity.cell_ranks(maps, seed=1)[0])
 
 
 class Left(nn.Module):
-    """The logit of class 1 is how many of the left half's pixels are 1."""
+    """The logit of class 1 is 4 times the mean of the left half of the image."""
 
     def forward(self, images: Tensor) -> Tensor:
         mean = images[..., :4].mean((1, 2, 3))
         return torch.stack([torch.zeros_like(mean), 4 * mean], 1)
 
 
-def test_curves_and_areas_of_a_network_one_can_calculate() -> None:
+def test_curves_and_areas_of_a_network_with_a_closed_form() -> None:
     images, targets = torch.ones(1, 1, 8, 8), torch.tensor([1])
     left_first = torch.arange(64).view(8, 8).T.reshape(1, 64)  # column by column
     found = attribution_sanity.perturbation_curves(
         Left(), images, targets, left_first, insert=False
     )
     assert found.shape == (1, 33)
-    kept = np.clip(1 - np.arange(33) / 16, 0, 1)
-    expected = 1 / (1 + np.exp(-4 * kept))
+    remaining = np.clip(1 - np.arange(33) / 16, 0, 1)
+    expected = 1 / (1 + np.exp(-4 * remaining))
     np.testing.assert_allclose(found[0], expected, rtol=1e-6)
     assert attribution_sanity.areas_under_curves(found)[0] == pytest.approx(
         np.trapezoid(expected, dx=1 / 32)
     )
-    # Into the blurred picture (all ones, like the image) nothing can be inserted.
+    # The blurred image equals the image (all ones), so insertion changes nothing.
     flat = attribution_sanity.perturbation_curves(Left(), images, targets, left_first, insert=True)
     np.testing.assert_allclose(flat, expected[0])
     right_first = 63 - left_first
@@ -132,12 +131,12 @@ def test_curves_and_areas_of_a_network_one_can_calculate() -> None:
 
 
 def edges(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
-    """What convinces people and knows nothing of the network."""
+    """A method that shows the edges of the image and ignores the network."""
     steps = images.mean(1).diff(dim=2, prepend=images.mean(1)[..., :1])
     return steps.abs()
 
 
-def test_a_method_that_shows_edges_is_caught_and_one_that_knows_is_not() -> None:
+def test_edge_detector_fails_the_randomization_check_and_grad_cam_passes() -> None:
     torch.manual_seed(0)
     model = models.build_model("cnn", 4, 3, 32, {"widths": [8, 8, 8]}).eval()
     images, targets = images_of(6), torch.arange(6) % 4
@@ -149,11 +148,11 @@ def test_a_method_that_shows_edges_is_caught_and_one_that_knows_is_not() -> None
         name: attribution_maps(method, model, images, targets, "stage2")
         for name, method in methods.items()
     }
-    told: list[int] = []
+    progress: list[int] = []
     found = attribution_sanity.run_sanity_checks(
-        model, images, targets, "stage2", methods, maps, told.append
+        model, images, targets, "stage2", methods, maps, progress.append
     )
-    assert sum(told) == attribution_sanity.steps_of(2, 4, 6)
+    assert sum(progress) == attribution_sanity.count_progress_steps(2, 4, 6)
     edge = found.methods["edges"]
     assert [mean.value for mean in edge.spearman.values()] == pytest.approx([1, 1, 1, 1])
     assert list(edge.ssim) == ["classifier", "stage3", "stage2", "stage1"]
@@ -163,7 +162,7 @@ def test_a_method_that_shows_edges_is_caught_and_one_that_knows_is_not() -> None
     assert "Grad-CAM: depends on the weights" in found.methods["grad-cam"].sentences()[0]
 
 
-def test_places_that_matter_beat_random_ones() -> None:
+def test_occlusion_beats_random_orders() -> None:
     images = torch.cat([red_patch(), red_patch().roll(-9, 3), red_patch().roll(7, 2)])
     targets, methods = torch.ones(3, dtype=torch.int64), {"occlusion": METHODS["occlusion"]}
     model = Reds().eval()
@@ -174,12 +173,12 @@ def test_places_that_matter_beat_random_ones() -> None:
     assert occlusion.areas["insertion"].value > found.random_areas["insertion"].value
     gain = found.random_areas["deletion"].value - occlusion.areas["deletion"].value
     assert occlusion.gains["deletion"].value == pytest.approx(gain)
-    plain = found.to_dict()
-    assert len(plain["random"]["curves"]["deletion"]) == 33
-    assert plain["methods"]["occlusion"]["verdict"] == occlusion.sentences()
+    result = found.to_dict()
+    assert len(result["random"]["curves"]["deletion"]) == 33
+    assert result["methods"]["occlusion"]["verdict"] == occlusion.sentences()
 
 
-def test_sentences_say_which_weights_change_nothing_and_what_is_not_known() -> None:
+def test_conclusions_name_the_ignored_stages_and_uncertain_results() -> None:
     def words(*values: tuple[float, float]) -> str:
         names = ("fc", "layer2", "layer1")
         means = {
@@ -188,7 +187,7 @@ def test_sentences_say_which_weights_change_nothing_and_what_is_not_known() -> N
         }
         gains = {
             order: attribution_sanity.MeanWithInterval(0.1, (-0.1, 0.3), 5)
-            for order in attribution_sanity.RANDOM_ORDERS_DRAWN
+            for order in attribution_sanity.CURVES
         }
         checked = attribution_sanity.MethodChecks("M", means, means, gains, gains, {})
         assert "not distinguishable from random" in checked.sentences()[1]
@@ -197,4 +196,4 @@ def test_sentences_say_which_weights_change_nothing_and_what_is_not_known() -> N
     assert "but hardly on those of fc to layer2 (0.80" in words((0.9, 0.1), (0.8, 0.1), (0, 0.1))
     assert words((0.9, 0.1), (0.3, 0.4), (0, 0.1)).endswith("those of fc (0.90 (0.80 to 1.00))")
     assert words((0.4, 0.2), (0.3, 0.4), (0.1, 0.1)).endswith("weights 0.10 (0.00 to 0.20))")
-    assert "5 images don't tell" in words((0.4, 0.2), (0.3, 0.4), (0.4, 0.2))
+    assert "5 images are too few to tell" in words((0.4, 0.2), (0.3, 0.4), (0.4, 0.2))

@@ -1,4 +1,4 @@
-"""Maps of the last features, and the training images that are nearest by them."""
+"""Embeddings of penultimate features, and the nearest training images by them."""
 
 from __future__ import annotations
 
@@ -25,36 +25,21 @@ OUT = Path("plots")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("trained")
+def run_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
+        patch.chdir(folder)
         convlens.train(TINY, name="small", quiet=True, test=False)
-    return place / "models" / "small"
+    return folder / "models" / "small"
 
 
 @pytest.fixture
-def run(place: Path) -> InspectedModel:
-    return open_inspected_model(str(place), on="cpu")
-
-
-def test_last_features_are_what_the_head_is_given(run: InspectedModel) -> None:
-    images = run.split("val").rows.gather(torch.arange(10))
-    seen = list(penultimate_features(run, images.split(4)))
-    features, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    head = run.model.classifier
-    torch.testing.assert_close(head(features), logits)
-    with torch.inference_mode():
-        torch.testing.assert_close(logits, run.model(run.prepared(images)))
-    assert not head._forward_pre_hooks
-    # A head that is a convolution is given maps: their means are taken.
-    squeeze = open_inspected_model("squeezenet1_1:none", on="cpu")
-    (found,) = penultimate_features(squeeze, [torch.zeros(1, 3, 64, 64, dtype=torch.uint8)])
-    assert (found.features.shape, found.logits.shape) == ((1, 512), (1, 1000))
+def run(run_path: Path) -> InspectedModel:
+    return open_inspected_model(str(run_path), device="cpu")
 
 
 @pytest.mark.parametrize("method", list(EMBEDDINGS))
-def test_every_embedding_is_seeded_and_written(
+def test_embedding_is_deterministic_and_written_to_files(
     run: InspectedModel, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = [
@@ -76,21 +61,21 @@ def test_every_embedding_is_seeded_and_written(
     assert f"{wrong} mistakes" in capsys.readouterr().out
 
 
-def test_pca_finds_the_directions_of_greatest_variance() -> None:
+def test_pca_finds_the_directions_of_largest_variance() -> None:
     generator = np.random.default_rng(0)
     turn = np.linalg.qr(generator.normal(size=(5, 5)))[0]
     cloud = generator.normal(size=(400, 5)) * [9, 4, 0.1, 0.1, 0.1]
     points, words = pca(cloud @ turn.T + 7, 0)
-    centred = cloud - cloud.mean(0)
+    centered = cloud - cloud.mean(0)
     for axis in (0, 1):
-        assert abs(np.corrcoef(points[:, axis], centred[:, axis])[0, 1]) > 0.99
+        assert abs(np.corrcoef(points[:, axis], centered[:, axis])[0, 1]) > 0.99
     assert words.startswith("PCA: 8")
 
 
-def test_embeddings_that_can_not_be_made(run: InspectedModel) -> None:
+def test_embeddings_of_too_few_images_or_of_nan_are_refused(run: InspectedModel) -> None:
     with pytest.raises(UsageError, match="unknown embedding 'tsen'"):
         embed(run, "tsen", folder=OUT)
-    with pytest.raises(DataError, match="3 images make no map"):
+    with pytest.raises(DataError, match="3 images are too few"):
         embed(run, "pca", folder=OUT, images=3, quiet=True)
     with torch.no_grad():
         for parameter in run.model.parameters():
@@ -99,17 +84,17 @@ def test_embeddings_that_can_not_be_made(run: InspectedModel) -> None:
         embed(run, "pca", folder=OUT, quiet=True)
 
 
-def test_neighbours_are_those_of_a_loop_over_all_training_images(
+def test_neighbors_are_those_of_a_loop_over_all_training_images(
     run: InspectedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = select_pictures(run, ["val:0", "val:3"])
     result = nearest_neighbors(run, pictures, 4, folder=OUT, quiet=True)
     train = run.split("train")
-    every = (
+    images = (
         torch.cat([p.pixels[None] for p in pictures]),
         train.rows.gather(torch.arange(len(train))),
     )
-    query, other = (next(penultimate_features(run, [images])).features.double() for images in every)
+    query, other = (next(penultimate_features(run, [each])).features.double() for each in images)
     distance = 1 - F.cosine_similarity(query[:, None], other[None], dim=2)
     for row, one in enumerate(result.found):
         order = distance[row].argsort(stable=True)[:4].tolist()
@@ -125,25 +110,27 @@ def test_neighbours_are_those_of_a_loop_over_all_training_images(
     json.dumps(result.to_dict())
 
 
-def test_copies_are_marked_and_an_image_is_not_its_own_neighbour(run: InspectedModel) -> None:
+def test_copies_are_marked_and_a_training_image_is_not_its_own_neighbor(
+    run: InspectedModel,
+) -> None:
     train = run.split("train")
     pixels = train.rows.gather(torch.tensor([5]))[0, 0].numpy()
     Image.fromarray(pixels).save("copy.png")
     Image.fromarray(np.clip(pixels.astype(int) + 3, 0, 255).astype(np.uint8)).save("brighter.png")
-    Image.new("L", pixels.shape, 100).save("plain.png")
-    asked = ["copy.png", "brighter.png", "plain.png", "train:5"]
-    result = nearest_neighbors(run, select_pictures(run, asked), 3, folder=OUT, quiet=True)
-    copy, brighter, plain, own = result.found
+    Image.new("L", pixels.shape, 100).save("uniform.png")
+    names = ["copy.png", "brighter.png", "uniform.png", "train:5"]
+    result = nearest_neighbors(run, select_pictures(run, names), 3, folder=OUT, quiet=True)
+    copy, brighter, uniform, itself = result.found
     assert (copy.neighbors[0].number, copy.neighbors[0].same) == (5, "identical")
     assert copy.neighbors[0].distance == pytest.approx(0, abs=1e-9)
     five = [near for near in brighter.neighbors if near.number == 5]
     assert [near.same for near in five] == ["near-identical"]
-    assert {near.same for near in plain.neighbors} == {""}
-    assert 5 not in [near.number for near in own.neighbors]
-    assert (own.label, copy.label) == (run.classes[train.labels[5]], None)
+    assert {near.same for near in uniform.neighbors} == {""}
+    assert 5 not in [near.number for near in itself.neighbors]
+    assert (itself.label, copy.label) == (run.classes[train.labels[5]], None)
 
 
-def test_more_neighbours_than_training_images_and_none(run: InspectedModel) -> None:
+def test_more_neighbors_than_training_images_and_missing_arguments(run: InspectedModel) -> None:
     count = len(run.split("train"))
     (one,) = nearest_neighbors(
         run, select_pictures(run, ["train:0"]), 10_000, folder=OUT, quiet=True
@@ -151,29 +138,31 @@ def test_more_neighbours_than_training_images_and_none(run: InspectedModel) -> N
     assert len(one.neighbors) == count - 1
     with pytest.raises(UsageError, match="no images"):
         nearest_neighbors(run, [], folder=OUT)
-    squeeze = open_inspected_model("squeezenet1_1:none", on="cpu")
+    with pytest.raises(UsageError, match="0 neighbors requested"):
+        nearest_neighbors(run, select_pictures(run, ["train:0"]), 0, folder=OUT)
+    squeeze = open_inspected_model("squeezenet1_1:none", device="cpu")
     Image.new("RGB", (64, 64)).save("black.png")
-    with pytest.raises(UsageError, match="no run of convlens"):
+    with pytest.raises(UsageError, match="not a convlens run"):
         nearest_neighbors(squeeze, select_pictures(squeeze, ["black.png"]), folder=OUT)
 
 
-def test_features_that_never_change_and_a_single_one(
+def test_constant_features_are_refused_and_a_single_feature_is_embedded(
     run: InspectedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def same(width: int, scale: float) -> None:
-        def seen(
+    def patch_features(width: int, scale: float) -> None:
+        def noisy_features(
             subject: InspectedModel, batches: Iterable[torch.Tensor]
         ) -> Iterator[PenultimateOutputs]:
             for images in batches:
                 noise = torch.randn(len(images), width) * scale
                 yield PenultimateOutputs(noise + 1, torch.zeros(len(images), len(run.classes)))
 
-        monkeypatch.setattr("convlens.interpret.embedding.penultimate_features", seen)
+        monkeypatch.setattr("convlens.interpret.embedding.penultimate_features", noisy_features)
 
     for method in EMBEDDINGS:
-        same(5, 0)  # t-SNE of them would end in a segmentation fault
-        with pytest.raises(DataError, match="the same for all"):
+        patch_features(5, 0)  # t-SNE of them crashes the process
+        with pytest.raises(DataError, match="features of all 40 images are equal"):
             embed(run, method, folder=OUT, images=40, quiet=True)
-        same(1, 5)
+        patch_features(1, 5)
         points = embed(run, method, folder=OUT, images=40, quiet=True).points
         assert np.isfinite(points).all()

@@ -1,6 +1,9 @@
-"""What is looked at: runs and networks of libraries, and the images they are shown."""
+"""Networks to inspect (runs and networks of libraries), the images they are shown, and samples."""
 
 from __future__ import annotations
+
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,20 +14,33 @@ import convlens
 from convlens.errors import DataError, UsageError
 from convlens.interpret.inputs import (
     InspectedModel,
+    _is_image,
+    draw_sample,
     open_inspected_model,
     select_pictures,
     worst_images,
 )
+from helpers.commands import picture
 from helpers.support import TINY
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run `small`, whose test split has been used once."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        convlens.train(TINY, name="small", quiet=True)
+    return folder
+
+
 @pytest.fixture
-def run() -> InspectedModel:
-    convlens.train(TINY, name="small", quiet=True)
-    return open_inspected_model("small", on="cpu")
+def run(trained: Path) -> InspectedModel:
+    shutil.copytree(trained / "models", "models")
+    return open_inspected_model("small", device="cpu")
 
 
-def test_images_are_found_by_split_class_and_mistake(run: InspectedModel) -> None:
+def test_images_are_selected_by_split_class_and_mistake(run: InspectedModel) -> None:
     test = run.split("test")
     one, *others = select_pictures(run, ["test:17", "class:3:2", "worst:4", "train:0"])
     assert (one.name, one.label) == ("test:17", int(test.labels[17]))
@@ -32,7 +48,7 @@ def test_images_are_found_by_split_class_and_mistake(run: InspectedModel) -> Non
     threes = (test.labels == run.classes.index("3")).nonzero()[:2, 0].tolist()
     assert [p.name for p in others[:2]] == [f"test:{i}" for i in threes]
     assert others[-1].name == "train:0"
-    # The surest mistakes, by a loop.
+    # The worst mistakes, by a loop.
     with torch.inference_mode():
         probs = run.model(run.prepared(test.rows.gather(torch.arange(len(test))))).softmax(1)
     wrong = [
@@ -44,37 +60,37 @@ def test_images_are_found_by_split_class_and_mistake(run: InspectedModel) -> Non
     assert [p.name for p in others[2:-1]] == [f"test:{i}" for _, i in sorted(wrong)[:4]]
 
 
-def test_where_all_answers_are_right_there_is_no_worst(run: InspectedModel) -> None:
+def test_worst_images_of_a_perfect_network_are_refused(run: InspectedModel) -> None:
     test = run.split("test")
     with torch.inference_mode():
-        answers = run.model(run.prepared(test.rows.gather(torch.arange(len(test))))).argmax(1)
-    test.labels.copy_(answers)
-    with pytest.raises(UsageError, match="no mistake on the test split"):
+        preds = run.model(run.prepared(test.rows.gather(torch.arange(len(test))))).argmax(1)
+    test.labels.copy_(preds)
+    with pytest.raises(UsageError, match="no mistakes on the test split"):
         select_pictures(run, ["worst:2"])
 
 
-def test_showing_test_images_is_logged_once_a_subject(run: InspectedModel) -> None:
-    assert run.place is not None
-    before = len(run.place.evaluation_log())
+def test_first_use_of_the_test_split_is_logged_for_each_opened_network(run: InspectedModel) -> None:
+    assert run.run_dir is not None
+    before = len(run.run_dir.evaluation_log())
 
-    def shown() -> int:
-        assert run.place is not None
-        return len(run.place.evaluation_log()) - before
+    def logged() -> int:
+        assert run.run_dir is not None
+        return len(run.run_dir.evaluation_log()) - before
 
     select_pictures(run, ["val:0", "train:0"])
-    assert shown() == 0
+    assert logged() == 0
     select_pictures(run, ["test:1", "worst:1"])
-    assert shown() == 1
-    select_pictures(open_inspected_model("small", on="cpu"), ["class:3:1"])
-    assert shown() == 2
+    assert logged() == 1
+    select_pictures(open_inspected_model("small", device="cpu"), ["class:3:1"])
+    assert logged() == 2
 
 
-def test_files_go_through_the_decoder_of_training(run: InspectedModel) -> None:
+def test_files_are_decoded_as_in_training(run: InspectedModel) -> None:
     Image.fromarray(np.full((20, 30, 3), 200, dtype=np.uint8)).save("grey.png")
-    (picture,) = select_pictures(run, ["grey.png"])
+    (grey,) = select_pictures(run, ["grey.png"])
     pre = run.loaded.preprocessing
-    assert picture.pixels.shape == (pre.channels, pre.image_size, pre.image_size)
-    assert (picture.name, picture.label, set(picture.pixels.flatten().tolist())) == (
+    assert grey.pixels.shape == (pre.channels, pre.image_size, pre.image_size)
+    assert (grey.name, grey.label, set(grey.pixels.flatten().tolist())) == (
         "grey.png",
         None,
         {200},
@@ -82,20 +98,23 @@ def test_files_go_through_the_decoder_of_training(run: InspectedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("arguments", "message"),
     [
-        (["test:99999"], "test:99999 isn't there"),
-        (["test:x"], "'x' is no number"),
+        (["test:99999"], "test:99999 does not exist"),
+        (["test:x"], "'x' is not a number"),
         (["class:tree:2"], "unknown class 'tree'"),
-        ([], "no images"),
+        (["class:3"], "the number of images is missing"),
+        ([], "no images given"),
     ],
 )
-def test_images_that_are_not_there(run: InspectedModel, asked: list[str], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        select_pictures(run, asked)
+def test_unknown_images_are_refused(
+    run: InspectedModel, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        select_pictures(run, arguments)
 
 
-def test_files_that_are_no_images(run: InspectedModel) -> None:
+def test_unreadable_and_missing_files_are_refused(run: InspectedModel) -> None:
     with open("broken.png", "wb") as file:
         file.write(b"nothing")
     with pytest.raises(DataError, match="can't be read"):
@@ -104,12 +123,39 @@ def test_files_that_are_no_images(run: InspectedModel) -> None:
         select_pictures(run, ["missing.png"])
 
 
-def test_a_network_of_torchvision_is_looked_at_without_a_run() -> None:
-    subject = open_inspected_model("squeezenet1_1:none", on="cpu")
+def test_network_of_torchvision_is_opened_without_a_run() -> None:
+    subject = open_inspected_model("squeezenet1_1:none", device="cpu")
     assert len(subject.classes) == 1000
     assert not subject.model.training
     assert subject.prepared(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape[2] == 224
-    with pytest.raises(UsageError, match="no run of convlens"):
+    with pytest.raises(UsageError, match="not a convlens run"):
         subject.split("test")
     with pytest.raises(UsageError, match="no run called 'squeezenet9'"):
-        open_inspected_model("squeezenet9", on="cpu")
+        open_inspected_model("squeezenet9", device="cpu")
+
+
+def test_samples_are_seeded_and_disjoint_from_training_samples(run: InspectedModel) -> None:
+    for split in ("val", "test", "train"):
+        sample = draw_sample(run, split, max_images=5)
+        training = draw_sample(run, split, max_images=5000, training=True)
+        assert not set(sample.ids) & set(training.ids)
+        assert sample.ids == draw_sample(run, split, max_images=5).ids
+        assert sample.ids != draw_sample(run, split, max_images=5, seed=1).ids
+    trained = set(run.split("train").ids)
+    assert set(draw_sample(run, "train", max_images=99).ids) < trained
+    assert not set(draw_sample(run, "test", max_images=99).ids) & trained
+    with pytest.raises(UsageError, match="unknown split 'tset'") as caught:
+        draw_sample(run, "tset", max_images=9)
+    assert "test" in caught.value.fix
+
+
+def test_arguments_are_classified_as_networks_or_images() -> None:
+    Path("models/x").mkdir(parents=True)
+    Path("photos").mkdir()
+    picture(Path("photos/a.png"), (1, 2, 3))
+    Path("class:cat").write_text("")
+    runs = ["x", "models/x", "resnet18:none", "timm/resnet18", "unknown", "a.safetensors"]
+    for text in runs:
+        assert not _is_image(text), text
+    for text in ("photos", "photos/*.png", "none.png", "test:1", "worst:3", "class:cat:3"):
+        assert _is_image(text), text

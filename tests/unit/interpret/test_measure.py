@@ -1,4 +1,4 @@
-"""The whole job on runs and networks: one figure, bounded work, honest samples, bad input."""
+"""Measurements of runs and networks: values, figures, samples and invalid input."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ OUT = Path("plots")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two short trainings on all digits and one on shapes, shared by the tests here."""
-    place = tmp_path_factory.mktemp("trained")
+    folder = tmp_path_factory.mktemp("trained")
     train = {"epochs": 2, "batch_size": 64, "memory_format": "contiguous", "precision": "fp32"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
+        patch.chdir(folder)
         for seed in (0, 1):
             convlens.train(
                 {**RUN, "train": {**train, "seed": seed}}, name=f"run{seed}", quiet=True, test=False
             )
         shapes = {**RUN, "data": {"name": "shapes", "count": 300, "image_size": 16}, "train": train}
         convlens.train(shapes, name="shapes", quiet=True, test=False)
-    return place / "models"
+    return folder / "models"
 
 
 def opened(models: Path, *names: str) -> list[InspectedModel]:
-    return [open_inspected_model(str(models / name), on="cpu") for name in names]
+    return [open_inspected_model(str(models / name), device="cpu") for name in names]
 
 
-def test_several_networks_in_one_figure_with_everything(
+def test_all_measures_of_several_networks_in_one_figure(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subjects = opened(models, "run0", "run1")
@@ -56,15 +56,15 @@ def test_several_networks_in_one_figure_with_everything(
         assert list(network.stages) == ["stage1", "stage2"]
         assert (network.n, network.learned, network.classes) == (150, 400, 10)
         assert all(list(values) == list(MEASURES) for values in network.stages.values())
-    # What a digit is can be told the better the deeper, what it looks like the worse.
+    # Deeper stages separate the digits better and reconstruct the images worse.
     first, second = result.networks[0].stages.values()
     assert second["picture"].value < first["picture"].value  # type: ignore[operator]
     assert second["probe"].value > 0.5  # type: ignore[operator]
     untrained = result.networks[2].stages["stage2"]["separability"].value
     assert second["separability"].value > untrained  # type: ignore[operator]
-    (alike,) = result.similarity
-    assert alike.stages[:3] == (("run0", "stage1"), ("run0", "stage2"), ("run1", "stage1"))
-    matrix = np.array(alike.matrix, dtype=float)
+    (cka,) = result.similarity
+    assert cka.stages[:3] == (("run0", "stage1"), ("run0", "stage2"), ("run1", "stage1"))
+    matrix = np.array(cka.matrix, dtype=float)
     np.testing.assert_allclose(matrix, matrix.T)
     np.testing.assert_allclose(matrix.diagonal(), 1)
     assert [file.name for file in result.files] == [
@@ -80,13 +80,12 @@ def test_several_networks_in_one_figure_with_everything(
     assert all(word in shown for word in ("run1", "stage2", "picture R²", "linear CKA", "150 val"))
 
 
-def test_the_values_are_those_of_all_images_at_once(models: Path) -> None:
-    """Streamed by the job, and by hand from one forward pass over the same images."""
+def test_streamed_values_equal_those_of_one_pass_over_all_images(models: Path) -> None:
     (subject,) = opened(models, "run0")
     result = measure([subject], ["sparsity", "dead", "rank"], folder=OUT, images=10_000, quiet=True)
-    held = draw_sample(subject, "val", most=10_000)
-    assert len(held) == len(subject.split("val"))
-    pixels = held.split.rows.gather(held.index)
+    sample = draw_sample(subject, "val", max_images=10_000)
+    assert len(sample) == len(subject.split("val"))
+    pixels = sample.split.rows.gather(sample.index)
     maps = features.layer_activations(subject.model, subject.prepared(pixels), ["stage2"])["stage2"]
     values = result.networks[0].stages["stage2"]
     assert values["sparsity"].value == pytest.approx(float((maps <= 0).double().mean()))
@@ -94,29 +93,13 @@ def test_the_values_are_those_of_all_images_at_once(models: Path) -> None:
     means = maps.mean((2, 3)).double()
     singular = torch.linalg.svdvals(means - means.mean(0))
     shares = singular / singular.sum()
-    entropy = float(-(shares * shares.clamp(min=1e-12).evaluation_log()).sum())
+    entropy = float(-(shares * shares.clamp(min=1e-12).log()).sum())
     assert values["rank"].value == pytest.approx(np.exp(entropy), rel=1e-3)
     assert result.similarity == ()
     assert result.networks[0].learned == 0
 
 
-def test_samples_are_seeded_disjoint_and_the_test_split_waits_to_be_asked(models: Path) -> None:
-    (subject,) = opened(models, "run0")
-    for split in ("val", "test", "train"):
-        held = draw_sample(subject, split, most=100)
-        own = draw_sample(subject, split, most=5000, learning=True)
-        assert not set(held.ids) & set(own.ids)
-        assert held.ids == draw_sample(subject, split, most=100).ids
-        assert held.ids != draw_sample(subject, split, most=100, seed=1).ids
-    trained = set(subject.split("train").ids)
-    assert set(draw_sample(subject, "train", most=99).ids) < trained
-    assert not set(draw_sample(subject, "test", most=99).ids) & trained
-    with pytest.raises(UsageError, match="unknown split 'tset'") as caught:
-        draw_sample(subject, "tset", most=9)
-    assert "test" in caught.value.fix
-
-
-def test_another_set_has_its_own_classes_and_no_image_twice(models: Path) -> None:
+def test_other_data_set_has_its_own_classes_and_disjoint_samples(models: Path) -> None:
     (subject,) = opened(models, "run0")
     generator = np.random.default_rng(0)
     for name in ("left", "right"):
@@ -125,17 +108,17 @@ def test_another_set_has_its_own_classes_and_no_image_twice(models: Path) -> Non
             pixels = generator.integers(0, 60, (8, 8), dtype=np.uint8)
             pixels[:, slice(0, 4) if name == "left" else slice(4, 8)] += 150
             Image.fromarray(pixels).save(Path("other", name, f"{i}.png"))
-    held, own = (
-        draw_sample(subject, "val", data="other", most=999, learning=x) for x in (False, True)
+    sample, training = (
+        draw_sample(subject, "val", data="other", max_images=999, training=x) for x in (False, True)
     )
-    assert (len(held), len(own)) == (16, 64)
-    assert not set(held.ids) & set(own.ids)
+    assert (len(sample), len(training)) == (16, 64)
+    assert not set(sample.ids) & set(training.ids)
     result = measure([subject], ["probe"], folder=OUT, data="other", quiet=True)
     assert result.networks[0].classes == 2
     assert result.networks[0].stages["stage1"]["probe"].value == 1
 
 
-def test_networks_of_other_data_are_measured_on_their_own(models: Path) -> None:
+def test_networks_with_different_data_are_measured_on_their_own(models: Path) -> None:
     subjects = opened(models, "run0", "shapes", "run0")
     names = ["separability", "similarity"]
     result = measure(subjects, names, folder=OUT, images=60, learn_from=100, quiet=True)
@@ -146,8 +129,8 @@ def test_networks_of_other_data_are_measured_on_their_own(models: Path) -> None:
     assert Path(OUT, "similarity-2.png").exists()
 
 
-def test_a_network_of_a_library_needs_a_data_set() -> None:
-    subject = open_inspected_model("squeezenet1_1:none", on="cpu")
+def test_network_of_a_library_needs_a_data_set() -> None:
+    subject = open_inspected_model("squeezenet1_1:none", device="cpu")
     with pytest.raises(UsageError, match="no images of its own"):
         measure([subject], folder=OUT, quiet=True)
     subject.loaded.preprocessing = replace(subject.loaded.preprocessing, image_size=32)
@@ -173,7 +156,7 @@ class Broken(nn.Module):
         return x * torch.nan
 
 
-def test_stages_that_are_nan_are_named_and_left_out(
+def test_stages_that_are_nan_are_reported_and_skipped(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (subject,) = opened(models, "run0")
@@ -192,7 +175,7 @@ def test_stages_that_are_nan_are_named_and_left_out(
         measure([subject], ["rank"], folder=OUT, layers=["stage2"], quiet=True)
 
 
-def test_more_features_than_images_and_a_handful_of_images(models: Path) -> None:
+def test_very_few_images_are_measured(models: Path) -> None:
     (subject,) = opened(models, "run0")
     for images, learn_from in ((3, 8), (1, 1)):
         result = measure([subject], folder=OUT, images=images, learn_from=learn_from, quiet=True)
@@ -200,7 +183,7 @@ def test_more_features_than_images_and_a_handful_of_images(models: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"names": ["prob"]}, UsageError, "unknown measurement 'prob'"),
         ({"layers": ["stage9"]}, UsageError, "no layer 'stage9'"),
@@ -208,35 +191,35 @@ def test_more_features_than_images_and_a_handful_of_images(models: Path) -> None
         ({"data": "nowhere"}, ConvlensError, "nowhere"),
     ],
 )
-def test_what_can_not_be_measured(
-    models: Path, options: dict[str, object], error: type[ConvlensError], said: str
+def test_invalid_arguments_are_refused(
+    models: Path, options: dict[str, object], error: type[ConvlensError], message: str
 ) -> None:
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         measure(opened(models, "run0"), folder=OUT, quiet=True, **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no networks"):
         measure([], folder=OUT)
 
 
-def test_a_run_whose_data_has_moved_says_so(models: Path) -> None:
+def test_run_whose_data_moved_is_refused(models: Path) -> None:
     for name in ("a", "b"):
         Path("mine", name).mkdir(parents=True)
         for i in range(12):
             Image.new("L", (16, 16), 20 * i + (name == "b")).save(Path("mine", name, f"{i}.png"))
     convlens.train("mine", {"train.epochs": 1, "model.widths": [4, 8]}, name="mine", quiet=True)
-    subject = open_inspected_model("mine", on="cpu")
+    subject = open_inspected_model("mine", device="cpu")
     Path("mine").rename("moved")
     with pytest.raises(ConvlensError, match="mine"):
         measure([subject], folder=OUT, quiet=True)
 
 
-def test_nothing_is_printed_when_quiet_and_python_has_it(
+def test_python_api_is_quiet_and_returns_measurements(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = convlens.measure(
+    result = convlens.measure(
         [models / "run0", convlens.Run.load(models / "run1")], ["sparsity"], images=50
     )
-    assert isinstance(found, Measurements)
-    assert found.files[0] == Path("plots/look-run0-run1/measures.png")
+    assert isinstance(result, Measurements)
+    assert result.files[0] == Path("plots/look-run0-run1/measures.png")
     assert convlens.measure(models / "run0", "dead", images=50).files[0].parent.parts == (
         "plots",
         "run0",

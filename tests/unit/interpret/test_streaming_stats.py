@@ -1,4 +1,4 @@
-"""Regression from sums is regression, ranks are what they were made to be, intervals cover."""
+"""Ridge regression, effective ranks, intervals and projections, against direct computations."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 def sums(x: Tensor, y: Tensor, size: int = 1000) -> Moments:
     found = Moments(x.shape[1], x.shape[2], y.shape[2])
-    for some, goal in zip(x.split(size), y.split(size), strict=True):
-        found.add(some, goal)
+    for x_part, y_part in zip(x.split(size), y.split(size), strict=True):
+        found.add(x_part, y_part)
     return found
 
 
-def test_ridge_is_that_of_scikit_learn_however_the_images_come() -> None:
+def test_ridge_regression_equals_scikit_learn_for_any_batches() -> None:
     x, y = numbers(60, 1, 7) + 5, numbers(60, 1, 3, seed=1)
     fitted = ridge_regression(sums(x, y, 13), penalty=0.1)
     flat = x[:, 0].numpy()
@@ -44,7 +44,7 @@ def test_ridge_is_that_of_scikit_learn_however_the_images_come() -> None:
     np.testing.assert_allclose(fitted(x)[:, 0].numpy(), theirs.predict(flat), atol=1e-10)
 
 
-def test_positions_share_weights_and_have_means_of_their_own() -> None:
+def test_positions_share_weights_but_not_means() -> None:
     weights, shift = numbers(4, 2), numbers(1, 9, 2, seed=1) * 10
     x = numbers(50, 9, 4, seed=2) + numbers(1, 9, 4, seed=3) * 10
     y = x @ weights + shift
@@ -53,8 +53,8 @@ def test_positions_share_weights_and_have_means_of_their_own() -> None:
     torch.testing.assert_close(fitted(x), y, rtol=0, atol=1e-7)
 
 
-def test_the_penalty_is_the_one_that_a_loop_over_the_images_finds() -> None:
-    # More features than images and mostly noise: neither end of the table is best.
+def test_selected_penalty_is_that_of_a_direct_search() -> None:
+    # More features than images and mostly noise, so that neither end of the table is best.
     x, other = numbers(30, 1, 40), numbers(25, 1, 40, seed=1)
     weights = numbers(40, 2, seed=2)
     noise = 8 * numbers(55, 1, 2, seed=3)
@@ -79,9 +79,9 @@ def test_constant_features_predict_the_mean() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 12])
-def test_the_effective_rank_of_an_isotropic_cloud_is_its_dimension(k: int) -> None:
+def test_effective_rank_of_an_isotropic_cloud_is_its_dimension(k: int) -> None:
     basis = torch.linalg.qr(numbers(12, 12)).Q[:k]
-    # +-1 along each axis in turn: singular values that are exactly equal.
+    # +-1 along each axis in turn, so that the singular values are exactly equal.
     cloud = torch.cat([basis, -basis]).repeat(20, 1) + 3
     covariances = Covariances(12)
     for some in cloud.split(7):
@@ -93,18 +93,18 @@ def test_the_effective_rank_of_an_isotropic_cloud_is_its_dimension(k: int) -> No
     assert interval[1] >= rank - 1e-6
 
 
-def test_the_effective_rank_by_hand_and_of_nothing() -> None:
+def test_effective_rank_of_known_singular_values_and_of_a_constant() -> None:
     # Shares 1/2, 1/4, 1/4: entropy 1.5 bits.
     assert effective_rank(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx(2**1.5)
     constant = Covariances(4)
     constant.add(torch.full((30, 4), 7.3, dtype=torch.float64))
     assert constant.rank() == (1.0, (1.0, 1.0))
-    few = Covariances(4)
-    few.add(numbers(12, 4))
-    assert few.rank()[1] is None
+    small = Covariances(4)
+    small.add(numbers(12, 4))
+    assert small.rank()[1] is None
 
 
-def test_the_jackknife_is_that_of_a_loop() -> None:
+def test_jackknife_interval_equals_that_of_a_loop() -> None:
     cloud = numbers(50, 4) * torch.tensor([3.0, 2.0, 1.0, 0.5])
     covariances = Covariances(4)
     covariances.add(cloud)
@@ -120,7 +120,7 @@ def test_the_jackknife_is_that_of_a_loop() -> None:
     assert interval == pytest.approx((rank - 2.2622 * error, rank + 2.2622 * error))
 
 
-def test_the_bootstrap_covers_a_known_ratio() -> None:
+def test_bootstrap_interval_covers_a_known_ratio() -> None:
     hits = 0
     for seed in range(60):
         generator = np.random.default_rng(seed)
@@ -132,7 +132,7 @@ def test_the_bootstrap_covers_a_known_ratio() -> None:
     assert ratio_interval(np.ones(9), np.ones(9), 0) is None
 
 
-def test_a_projection_keeps_distances_and_is_always_the_same() -> None:
+def test_random_projection_preserves_distances_and_is_fixed() -> None:
     x = numbers(20, 4096)
     small = reduce_dimensions(x, 1024)
     assert small.shape == (20, 1024)

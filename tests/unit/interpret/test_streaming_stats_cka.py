@@ -1,4 +1,4 @@
-"""CKA of what is the same up to rotation and scale is 1, of independent noise 0."""
+"""Linear CKA: 1 for representations equal up to rotation and scale, 0 for independent noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cka(one: Tensor, other: Tensor, size: int = 1000) -> float | None:
     return similarity.matrix(["a", "b"])[0][1]
 
 
-def test_rotation_scale_and_shift_leave_it_at_one() -> None:
+def test_cka_is_invariant_to_rotation_scale_and_shift() -> None:
     maps = noise(60, 4, 3, 3)
     turn = torch.linalg.qr(noise(36, 36, seed=1)).Q
     turned = (maps.flatten(1) @ turn * 1000 + 50).reshape(60, 36, 1, 1)
@@ -28,13 +28,13 @@ def test_rotation_scale_and_shift_leave_it_at_one() -> None:
     assert cka(maps, turned, 20) == pytest.approx(1, abs=1e-5)
 
 
-def test_independent_noise_is_near_zero_even_in_small_batches() -> None:
-    # The biased estimator would give 0.9 here: more features than images.
+def test_cka_of_independent_noise_is_near_zero_even_in_small_batches() -> None:
+    # The biased estimator gives 0.9 here: more features than images.
     found = cka(noise(1000, 400), noise(1000, 400, seed=1), 50)
     assert found == pytest.approx(0, abs=0.03)
 
 
-def test_hsic_is_the_mean_over_all_fours_of_images() -> None:
+def test_hsic_is_the_mean_over_all_quadruples_of_images() -> None:
     """The definition: a U-statistic over i, j, q, r (Song et al. 2012, equation 4)."""
     from itertools import permutations
 
@@ -46,7 +46,7 @@ def test_hsic_is_the_mean_over_all_fours_of_images() -> None:
     assert float(hsic(torch.stack([k, other]))[0, 1]) == pytest.approx(sum(terms) / len(terms))
 
 
-def test_streamed_is_the_mean_of_the_batches_and_near_the_whole() -> None:
+def test_streamed_cka_averages_the_batches_and_is_close_to_that_of_all_images() -> None:
     shared = noise(600, 8)
     one = shared @ noise(8, 20, seed=1) + noise(600, 20, seed=2)
     other = shared @ noise(8, 30, seed=3) + noise(600, 30, seed=4)
@@ -63,15 +63,15 @@ def test_streamed_is_the_mean_of_the_batches_and_near_the_whole() -> None:
     assert cka(one, other, 100) == pytest.approx(by_hand)
 
 
-def test_constants_and_batches_that_are_too_small_have_none() -> None:
+def test_cka_of_constants_and_of_batches_below_four_images_is_none() -> None:
     assert cka(torch.full((30, 5), 0.1), noise(30, 5)) is None
     assert cka(noise(3, 5), noise(3, 5)) is None
-    # A last batch of three images is left out.
+    # A last batch of three images is skipped.
     assert cka(noise(43, 5), 2 * noise(43, 5), 20) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-5, 1e5])
-def test_activations_of_any_size_have_a_similarity(scale: float) -> None:
+def test_cka_does_not_depend_on_the_scale_of_activations(scale: float) -> None:
     maps = noise(60, 20)
     assert cka(maps * scale, maps) == pytest.approx(1, abs=1e-5)
     assert cka(torch.full((60, 5), 0.1 * scale), maps) is None
