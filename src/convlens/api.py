@@ -418,7 +418,7 @@ def report(
     """
     from convlens.reports import build
 
-    return build.report(_run_names(runs), output=output, audit=audit, on=device, quiet=quiet)
+    return build.report(_run_names(runs), output=output, audit=audit, device=device, quiet=quiet)
 
 
 def find_label_errors(

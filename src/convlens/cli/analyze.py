@@ -159,7 +159,7 @@ def report(
     from convlens.cli.results import print_report
     from convlens.reports import build
 
-    page = build.report(runs, output=output, audit=audit, on=device)
+    page = build.report(runs, output=output, audit=audit, device=device)
     if not as_json:
         print_report(page)
     print_json(as_json, page.to_dict())
