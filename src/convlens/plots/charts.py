@@ -569,7 +569,10 @@ def _set_scale(axes: Axes, scale: str) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         low, high = axes.get_ylim()
         powers = [2**k for k in range(13) if low <= 2**k <= high]
-        axes.set_yticks(powers if len(powers) < 8 else powers[::2])
+        if len(powers) < 2:  # a range too small for powers of two gets round numbers
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+        else:
+            axes.set_yticks(powers if len(powers) < 8 else powers[::2])
         return
     # An axis that does not start at 0 exaggerates small differences.
     negative = any((np.asarray(line.get_ydata()) < 0).any() for line in axes.lines)
@@ -682,7 +685,7 @@ def embedding(
             )
     else:
         x, y = positions[~wrong].T
-        axes.scatter(x, y, color=LIGHT_GRAY, label="right", s=size, linewidths=0)
+        axes.scatter(x, y, color=LIGHT_GRAY, label="correct", s=size, linewidths=0)
         ring = {"color": COLORS[1], "linewidths": 0}
     label = f"mistake ({wrong.sum():,} of {len(targets):,})"
     x, y = positions[wrong].T

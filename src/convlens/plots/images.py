@@ -48,7 +48,7 @@ MAX_WIDTH = 1050  # of a page of kernels: 7 inches
 FILTER_SIDE, KERNEL_SIDE = 60, 18  # a tile of a color filter, of one input channel of a kernel
 TOP_IMAGE_SIDE, INPUT_SIDE = 50, 96  # the most activating images, optimized inputs
 PANEL_SIDE = 220  # of a square panel of activations
-LONG_PANEL_WIDTH = round(PANEL_SIDE * 1.6)
+LONG_PANEL_WIDTH = 352  # of a panel beside those of other networks
 LONG_PANEL_RATIO = 4  # width over height of a long panel
 MIN_TILE_SIDE = 9  # of one channel in a panel
 

@@ -476,8 +476,8 @@ def stage_figures(contents: ReportContents) -> Sequence[PageFigure]:
         quiet=True,
     )
     caption = (
-        f"On up to {MEASURED_IMAGES:,} validation images; probes and decoders learned from "
-        f"{PROBE_IMAGES:,} training images. `convlens look RUN --measure all` measures more, on "
+        f"On up to {MEASURED_IMAGES:,} validation images; probes and decoders learned from up "
+        f"to {PROBE_IMAGES:,} training images. `convlens look RUN --measure all` measures more, on "
         "more images."
     )
     return [
@@ -649,7 +649,7 @@ def reproduce_section(contents: ReportContents) -> Markup | None:
     commands += [
         (
             f"convlens train recipe.yaml --name {repeat}",
-            "trains again; recipe.yaml is the text above, also in the run directory",
+            "recipe.yaml is the recipe above, also in the run directory",
         ),
         (f"convlens evaluate {name} --split {contents.split}", "the numbers of this page"),
         (f"convlens report {name}", "this page"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import convlens
+from convlens.reports import sections
+from convlens.reports.build import Report
 from helpers.commands import pictures
 from helpers.reports import HOSTILE_CLASSES
 from helpers.support import TINY
@@ -33,3 +36,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(trained: Path) -> None:
     """Copies of the trained runs, which a test may change."""
     shutil.copytree(trained / "models", "models")
+
+
+@pytest.fixture(scope="session")
+def small_report(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A report of `small`, for tests that only read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("small"))
+        patch.setenv("CONVLENS_CACHE", str(trained / "cache"))
+        shutil.copytree(trained / "models", "models")
+        report = convlens.report("small")
+        return replace(report, path=report.path.absolute())
+
+
+@pytest.fixture
+def without_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the sections that look inside the network, which take most of the time."""
+    kept = {k: v for k, v in sections.SECTIONS.items() if k not in sections.INSIDE_SECTIONS}
+    monkeypatch.setattr(sections, "SECTIONS", kept)

@@ -12,6 +12,7 @@ import pytest
 import convlens
 from convlens.data import dataset
 from convlens.errors import ModelFileError, UsageError
+from convlens.reports.build import Report
 from convlens.run import RunDir
 from helpers.commands import constant_model, here, refused
 from helpers.reports import HOSTILE_CLASSES, Page
@@ -40,16 +41,15 @@ def test_page_states_the_numbers_of_evaluate() -> None:
 
 
 @pytest.mark.usefixtures("runs")
-def test_second_page_has_the_same_bytes_and_does_not_evaluate_again() -> None:
-    first = convlens.report("small").path.read_bytes()
+def test_second_page_has_the_same_bytes_and_does_not_evaluate_again(small_report: Report) -> None:
+    first = small_report.path.read_bytes()
     log = Path("models/small/results.json").read_bytes()
     assert convlens.report("small", output="again.html").path.read_bytes() == first
     assert Path("models/small/results.json").read_bytes() == log
 
 
-@pytest.mark.usefixtures("runs")
-def test_page_loads_nothing_from_elsewhere() -> None:
-    page = Page(convlens.report("small").path)
+def test_page_loads_nothing_from_elsewhere(small_report: Report) -> None:
+    page = Page(small_report.path)
     policy = next(m for m in page.all("meta") if m.get("http-equiv"))
     assert policy["http-equiv"] == "Content-Security-Policy"
     assert "default-src 'none'" in str(policy["content"])
@@ -59,9 +59,8 @@ def test_page_loads_nothing_from_elsewhere() -> None:
     assert not re.search(r"@import|url\(\s*['\"]?(?!data:)", page.html)
 
 
-@pytest.mark.usefixtures("runs")
-def test_headings_tables_and_images_are_accessible() -> None:
-    page = Page(convlens.report("small").path)
+def test_headings_tables_and_images_are_accessible(small_report: Report) -> None:
+    page = Page(small_report.path)
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -155,7 +154,7 @@ def test_model_file_without_a_run_has_a_page() -> None:
     assert "Recipe" in Page(report.path).text
 
 
-@pytest.mark.usefixtures("runs")
+@pytest.mark.usefixtures("runs", "without_inside")
 def test_losses_that_are_not_finite_are_named() -> None:
     path = Path("models/small/metrics.csv")
     lines = path.read_text().splitlines()
@@ -177,7 +176,7 @@ def test_unknown_and_damaged_runs_are_errors() -> None:
         convlens.report("small")
 
 
-@pytest.mark.usefixtures("runs")
+@pytest.mark.usefixtures("runs", "without_inside")
 def test_command_prints_the_path_or_one_json_object() -> None:
     done = here("report", "small", "--audit")
     assert done.code == 0, done.err
