@@ -161,13 +161,13 @@ def _evenly_spaced(count: int, wanted: int) -> torch.Tensor:
 
 
 def plot_several(
-    path: Path, variants: Mapping[str, Sequence[Sequence[Row]]], title: str, what: str
+    path: Path, variants: Mapping[str, Sequence[Sequence[Row]]], title: str, averaged_over: str
 ) -> None:
     """Draw the curves of several runs: of one recipe with their band, or of its variants overlaid.
 
     Args:
         variants: the epochs of each run, by the name of its variant.
-        what: the runs that are averaged, e.g. `3 seeds`.
+        averaged_over: the runs that are averaged, e.g. `3 seeds`.
     """
     if figures_disabled():
         return
@@ -176,9 +176,9 @@ def plot_several(
     groups = {name: [metric_columns(rows) for rows in runs] for name, runs in variants.items()}
     if len(groups) == 1:
         (runs,) = groups.values()
-        plots.save_figure(plots.seed_curves(runs, title, what), path)
+        plots.save_figure(plots.seed_curves(runs, title, averaged_over), path)
     else:
-        plots.save_figure(plots.variant_curves(groups, title, what), path)
+        plots.save_figure(plots.variant_curves(groups, title, averaged_over), path)
 
 
 def plot_comparison(
@@ -208,8 +208,8 @@ def plot_comparison(
     if histories:
         written.append(folder / "curves.png")
         counts = {len(runs) for runs in histories.values()}
-        what = f"{max(counts)} seeds" if len(counts) == 1 else "the seeds"
-        plots.save_figure(plots.variant_curves(histories, title, what), written[-1])
+        averaged_over = f"{max(counts)} seeds" if len(counts) == 1 else "the seeds"
+        plots.save_figure(plots.variant_curves(histories, title, averaged_over), written[-1])
     written.append(folder / "differences.png")
     plots.save_figure(plots.differences(gains, reference), written[-1])
     return written

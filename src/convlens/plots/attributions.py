@@ -53,13 +53,13 @@ class AttributionPanel(NamedTuple):
 
     Attributes:
         title: the name of the model.
-        pictures: its inputs, uint8 `[N, C, S, S]`.
+        images: its inputs, uint8 `[N, C, S, S]`.
         columns: its methods.
         rows: the explained class and its probability, for each image.
     """
 
     title: str
-    pictures: Images
+    images: Images
     columns: Sequence[AttributionColumn]
     rows: Sequence[tuple[str, float]]
 
@@ -85,7 +85,7 @@ class _AttributionGrid:
     def __init__(
         self, names: Sequence[tuple[str, str]], panels: Sequence[AttributionPanel]
     ) -> None:
-        tiles = image_tiles(panels[0].pictures)
+        tiles = image_tiles(panels[0].images)
         self.height, self.width = tiles.shape[1:3]
         self.line = round(LABEL_POINTS * DPI / 72 * LINE_SPACING)
         self.header_line = round(HEADER_POINTS * DPI / 72 * LINE_SPACING)
@@ -118,7 +118,7 @@ class _AttributionGrid:
 
     def _draw_panel(self, panel: AttributionPanel, x: int, tops: Sequence[int]) -> int:
         """Draw the columns of one model from `x` on, and return the x behind them."""
-        grays = image_tiles(panel.pictures).mean(axis=3)
+        grays = image_tiles(panel.images).mean(axis=3)
         header = GAP + 3 * self.header_line
         panel_width = len(panel.columns) * (self.width + GAP)
         title_y = header - 2 * self.header_line

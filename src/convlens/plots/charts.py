@@ -139,7 +139,7 @@ def confusion(matrix: npt.ArrayLike, classes: Sequence[str], title: str = "") ->
     axes.grid(False)
     axes.spines[:].set_visible(False)
     _set_class_ticks(axes, classes, small)
-    axes.set(xlabel="predicted", ylabel="truth", title=fit_text(title, side * 7))
+    axes.set(xlabel="predicted class", ylabel="true class", title=fit_text(title, side * 7))
     ticks = [0, 0.25, 0.5, 0.75, 1] if small else [0, 0.05, 0.25, 0.5, 1]
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, ticks=ticks)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
@@ -352,19 +352,21 @@ def _draw_legend(panels: Sequence[Axes]) -> None:
 
 
 @use_style
-def seed_curves(histories: Sequence[History], title: str = "", what: str = "") -> Figure:
+def seed_curves(histories: Sequence[History], title: str = "", averaged_over: str = "") -> Figure:
     """Loss and accuracy of several seeds: a thin line for each, and mean ± 1 sd as a band.
 
     The band (sample standard deviation) covers the epochs that every seed reached. A mean over the
     seeds that happened to train longer would describe another experiment.
 
     Args:
-        what: the runs that are averaged, e.g. `5 folds`; by default `N seeds`.
+        averaged_over: the runs that are averaged, e.g. `5 folds`; by default `N seeds`.
     """
     if not histories:
         raise UsageError("no histories to draw")
-    what = what or f"{len(histories)} seeds"
-    figure, panels = _two_panels(title, f": mean ± sd of {what}" if len(histories) > 1 else "")
+    averaged_over = averaged_over or f"{len(histories)} seeds"
+    figure, panels = _two_panels(
+        title, f": mean ± sd of {averaged_over}" if len(histories) > 1 else ""
+    )
     epochs = _longest_epochs(histories)
     for axes, metric in zip(panels, METRICS, strict=True):
         for split, label, style in SPLITS:
@@ -380,7 +382,7 @@ def seed_curves(histories: Sequence[History], title: str = "", what: str = "") -
 
 @use_style
 def variant_curves(
-    groups: Mapping[str, Sequence[History]], title: str = "", what: str = ""
+    groups: Mapping[str, Sequence[History]], title: str = "", averaged_over: str = ""
 ) -> Figure:
     """Validation loss and accuracy of several variants, each with its own line style.
 
@@ -389,12 +391,12 @@ def variant_curves(
 
     Args:
         groups: one history for each run, by the name of the variant.
-        what: the runs that are averaged, e.g. `3 seeds`; part of the title.
+        averaged_over: the runs that are averaged, e.g. `3 seeds`; part of the title.
     """
     if not groups or not all(groups.values()):
         raise UsageError("no histories to draw")
     averaged = any(len(histories) > 1 for histories in groups.values())
-    after = f": mean ± sd of {what}" if averaged and what else ""
+    after = f": mean ± sd of {averaged_over}" if averaged and averaged_over else ""
     columns = _legend_columns(list(groups))
     figure, panels = _two_panels(title, after)
     rows = -(-len(groups) // columns)

@@ -88,7 +88,7 @@ class Column:
     """One of several networks in a figure: its name, its prediction for the image, its layers."""
 
     name: str
-    answer: str
+    prediction: str
     panels: Sequence[Panel]
 
 
@@ -463,7 +463,7 @@ def activations_side_by_side(
     for number, column in enumerate(columns):
         left = GAP + number * (cell + 2 * GAP)
         page.write(left, top + line_height(), column.name, cell - 2 * GAP, weight="bold")
-        page.write(left, top + 2 * line_height(), column.answer, cell, color=GRAY)
+        page.write(left, top + 2 * line_height(), column.prediction, cell, color=GRAY)
     top += 2 * line_height() + GAP
     head = line_height() + 4
     for row in range(max(len(column.panels) for column in columns)):

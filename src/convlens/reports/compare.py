@@ -88,7 +88,7 @@ def gather_runs(runs: Sequence[ReportContents]) -> ComparedRuns:
         return ComparedRuns(list(runs), False, None, [], verdict)
     if len(evaluated) < len(runs) or not same_images:
         verdict = (
-            "These runs were not all evaluated on the same images, so their accuracies can't be "
+            "These runs were not all evaluated on the same images, so their accuracies cannot be "
             "compared."
         )
         return ComparedRuns(list(runs), False, None, [], verdict)
@@ -139,7 +139,7 @@ def _comparison_verdict(
     accuracy = f"{first.name}: {first.summary['accuracy']:.1%} of {n:,} {split} images"
     if len(differences) < others:
         return (
-            f"{accuracy}. Differences to the other runs can't be tested: predictions for single "
+            f"{accuracy}. Differences from the other runs cannot be tested: predictions for single "
             "images are missing."
         )
     parts = []

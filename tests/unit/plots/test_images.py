@@ -59,10 +59,10 @@ def test_small_images_are_enlarged_by_an_integer_factor(
     assert (rows.sum(), columns.sum()) == (2 * size * times, 3 * size * times)
     pixels = pixels[rows][:, columns]
     side = size * times
-    for index, picture in enumerate(given):
+    for index, image in enumerate(given):
         row, column = divmod(index, 3)
         tile = pixels[row * side : (row + 1) * side, column * side : (column + 1) * side]
-        expected = np.kron(np.moveaxis(picture, 0, 2), np.ones((times, times, 1), np.uint8))
+        expected = np.kron(np.moveaxis(image, 0, 2), np.ones((times, times, 1), np.uint8))
         np.testing.assert_array_equal(tile, np.broadcast_to(expected, tile.shape))
 
 

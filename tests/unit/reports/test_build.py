@@ -104,9 +104,9 @@ def test_sealed_test_split_stays_sealed(monkeypatch: pytest.MonkeyPatch) -> None
     log = json.loads(Path("models/sealed/results.json").read_text())
     assert [entry["split"] for entry in log] == ["val"]
     # Beside a run that was tested, each has its own split, and they are not compared.
-    both = convlens.report("sealed", "small")
-    assert both.split == "mixed"
-    assert "can't be compared" in both.verdict
+    comparison = convlens.report("sealed", "small")
+    assert comparison.split == "mixed"
+    assert "cannot be compared" in comparison.verdict
 
 
 @pytest.mark.usefixtures("runs")

@@ -67,4 +67,4 @@ def test_runs_on_different_images_are_not_compared() -> None:
     comparison = compare.gather_runs([first, second])
     assert not comparison.comparable
     assert comparison.differences == []
-    assert "can't be compared" in comparison.verdict
+    assert "cannot be compared" in comparison.verdict
