@@ -206,7 +206,7 @@ def summarize(rounds: list[dict[str, float]], first: list[dict[str, float]]) -> 
 def plot(series: dict[str, list[dict[str, Any]]]) -> None:
     from matplotlib.figure import Figure
 
-    from convlens.plots.style import BLUE, GREY, VERMILION, save_figure, use_style
+    from convlens.plots.style import BLUE, GRAY, VERMILION, save_figure, use_style
 
     @use_style
     def drawing() -> Figure:
@@ -220,7 +220,7 @@ def plot(series: dict[str, list[dict[str, Any]]]) -> None:
             ):
                 ratios = [row[f"{key}_ratio"] for row in rows]
                 axes.plot(x, ratios, "o-", color=color, label=label)
-            axes.axhspan(0.9, 1.1, color=GREY, alpha=0.12, linewidth=0)
+            axes.axhspan(0.9, 1.1, color=GRAY, alpha=0.12, linewidth=0)
             axes.set(
                 xscale="log",
                 ylim=(0.5, 1.5),

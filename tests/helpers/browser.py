@@ -1,6 +1,6 @@
-"""A headless Chromium, driven over chromedriver's own HTTP (WebDriver): no package is needed.
+"""A headless Chromium, driven over the HTTP interface of chromedriver without a package.
 
-https://www.w3.org/TR/webdriver2/ says what the paths below mean.
+The paths are those of WebDriver, https://www.w3.org/TR/webdriver2/.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
 def check_browser() -> None:
-    """Skip where there is no Chromium with its driver; fail there in continuous integration."""
+    """Skip without Chromium and its driver; in continuous integration, fail."""
     if CHROME and DRIVER:
         return
-    missing = "there is no chromium with chromedriver"
+    missing = "chromium and chromedriver are not installed"
     if os.environ.get("CI"):
         pytest.fail(f"{missing}, and CI is set")
     pytest.skip(missing)
 
 
 class Browser:
-    """One window. `do` runs JavaScript in it; what it returns comes back as plain values."""
+    """One window. `do` runs JavaScript in it and returns its result as plain values."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -60,8 +60,8 @@ class Browser:
             "goog:chromeOptions": options,
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
-        made = self._call("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
-        self._session = f"/session/{made['sessionId']}"
+        created = self._call("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
+        self._session = f"/session/{created['sessionId']}"
 
     def close(self) -> None:
         self._call("DELETE", self._session)
@@ -70,51 +70,51 @@ class Browser:
         self._call("POST", f"{self._session}/url", {"url": page.resolve().as_uri()})
 
     def size(self, width: int, height: int, *, dark: bool = False) -> None:
-        """The viewport in CSS pixels, and what the reader's system prefers."""
+        """Set the viewport in CSS pixels and the color scheme that the system prefers."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.devtools("Emulation.setDeviceMetricsOverride", **metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        still = {"name": "prefers-reduced-motion", "value": "reduce"}
-        self.devtools("Emulation.setEmulatedMedia", features=[scheme, still])
+        motion = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.devtools("Emulation.setEmulatedMedia", features=[scheme, motion])
 
     def do(self, script: str, *arguments: Any) -> Any:
         content = {"script": script, "args": list(arguments)}
         return self._call("POST", f"{self._session}/execute/sync", content)
 
     def wait(self, script: str, *arguments: Any) -> Any:
-        """As `do`, for scripts that call `arguments[arguments.length - 1]` when they are done."""
+        """Like `do`, for scripts that call `arguments[arguments.length - 1]` when they finish."""
         content = {"script": script, "args": list(arguments)}
         return self._call("POST", f"{self._session}/execute/async", content)
 
     def click(self, selector: str) -> None:
-        """A real click in the middle of the element, which must be in reach."""
-        found = {"using": "css selector", "value": selector}
-        element = self._call("POST", f"{self._session}/element", found)[ELEMENT]
+        """Click in the middle of the element, which must be visible."""
+        query = {"using": "css selector", "value": selector}
+        element = self._call("POST", f"{self._session}/element", query)[ELEMENT]
         self._call("POST", f"{self._session}/element/{element}/click", {})
 
     def press(self, *keys: str) -> None:
-        """Keys pressed one after the other where the focus is."""
+        """Press keys one after the other, where the focus is."""
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         content = {"actions": [{"type": "key", "id": "keys", "actions": actions}]}
         self._call("POST", f"{self._session}/actions", content)
 
     def console(self) -> list[str]:
-        """What the console has said since the last time."""
+        """Return the console messages since the last call."""
         return [entry["message"] for entry in self._log("browser")]
 
     def requested(self) -> list[str]:
-        """The addresses of everything that was asked for since the last time, but data URIs."""
+        """Return the addresses requested since the last call, without data URIs."""
         events = [json.loads(entry["message"])["message"] for entry in self._log("performance")]
-        asked = [
+        addresses = [
             event["params"]["request"]["url"]
             for event in events
             if event["method"] == "Network.requestWillBeSent"
         ]
-        return [address for address in asked if not address.startswith("data:")]
+        return [address for address in addresses if not address.startswith("data:")]
 
-    def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        options: dict[str, Any] = {"format": "png", "captureBeyondViewport": whole}
-        if whole:
+    def screenshot(self, path: Path, *, full_page: bool = False) -> None:
+        options: dict[str, Any] = {"format": "png", "captureBeyondViewport": full_page}
+        if full_page:
             box = self.devtools("Page.getLayoutMetrics")["cssContentSize"]
             options["clip"] = {**box, "scale": 1}
         path.write_bytes(
@@ -126,22 +126,24 @@ class Browser:
         return self._call("POST", f"{self._session}/goog/cdp/execute", content)
 
     def _log(self, kind: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._call("POST", f"{self._session}/se/log", {"type": kind})
-        return found
+        entries: list[dict[str, Any]] = self._call(
+            "POST", f"{self._session}/se/log", {"type": kind}
+        )
+        return entries
 
     def _call(self, method: str, path: str, content: Any = None) -> Any:
         data = None if content is None else json.dumps(content).encode()
         request = urllib.request.Request(self._address + path, data, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return json.load(answer)["value"]
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return json.load(response)["value"]
         except urllib.error.HTTPError as error:
             raise RuntimeError(error.read().decode()[:2000]) from None
 
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser with a profile of its own; it and its driver end with the block."""
+    """Start a browser with a fresh profile; it and its driver end with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

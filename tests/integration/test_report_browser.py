@@ -1,4 +1,4 @@
-"""The report in a real browser; skipped without one, but not in continuous integration."""
+"""Report pages in a real browser. Skipped without one, except in continuous integration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DESK, PHONE = (1280, 900), (390, 844)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def browser_is_there() -> None:
+def require_browser() -> None:
     check_browser()
 
 
@@ -43,16 +43,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def window() -> Iterator[Browser]:
-    with browser() as found:
-        yield found
+    with browser() as window:
+        yield window
 
 
-def rgb(window: Browser, selector: str, what: str) -> list[int]:
-    """A computed colour as three numbers."""
+def rgb(window: Browser, selector: str, key: str) -> list[int]:
+    """Return a computed color as three numbers."""
     text = window.do(
         "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]",
         selector,
-        what,
+        key,
     )
     return [int(part) for part in text.removeprefix("rgb(").rstrip(")").split(",")]
 
@@ -60,7 +60,7 @@ def rgb(window: Browser, selector: str, what: str) -> list[int]:
 @pytest.mark.parametrize("page", ["one.html", "two.html"])
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_page_opens_without_a_word_or_a_request(
+def test_page_opens_without_console_messages_or_requests(
     pages: Path, window: Browser, page: str, size: tuple[int, int], dark: bool
 ) -> None:
     window.requested()
@@ -68,28 +68,28 @@ def test_a_page_opens_without_a_word_or_a_request(
     window.open(pages / page)
     assert window.requested() == [(pages / page).as_uri()]
     assert window.console() == []
-    wide = window.do("return document.documentElement.scrollWidth")
-    assert wide == size[0]  # wide tables scroll by themselves, the page doesn't
+    width = window.do("return document.documentElement.scrollWidth")
+    assert width == size[0]  # wide tables scroll inside the page
     assert (sum(rgb(window, "body", "backgroundColor")) < 200) == dark
     broken = window.do("return [...document.images].filter((i) => !i.naturalWidth).length")
     assert broken == 0
 
 
-def test_links_go_to_their_sections(pages: Path, window: Browser) -> None:
+def test_links_lead_to_their_sections(pages: Path, window: Browser) -> None:
     window.size(*DESK)
     window.open(pages / "one.html")
     count = window.do("return document.querySelectorAll('nav a').length")
     assert count >= 8
     for number in range(1, count + 1):
         window.click(f"nav li:nth-child({number}) a")
-        top, shown = window.do(
+        top, height = window.do(
             "const s = document.getElementById(location.hash.slice(1));"
             "return [s.getBoundingClientRect().top, window.innerHeight]"
         )
-        assert 0 <= top < shown
+        assert 0 <= top < height
 
 
-def test_a_cell_shows_its_images(pages: Path, window: Browser) -> None:
+def test_clicked_cell_shows_its_images(pages: Path, window: Browser) -> None:
     window.size(*DESK)
     window.open(pages / "one.html")
     window.do("document.querySelector('[data-cell]').scrollIntoView({block: 'center'})")
@@ -109,29 +109,29 @@ def test_a_cell_shows_its_images(pages: Path, window: Browser) -> None:
     assert window.console() == []
 
 
-def test_cells_are_reached_by_keyboard(pages: Path, window: Browser) -> None:
+def test_cells_are_reachable_by_keyboard(pages: Path, window: Browser) -> None:
     window.size(*DESK)
     window.open(pages / "one.html")
     row, column = window.do(
-        # Two cells in one row or one column: arrows must lead from the first to the second.
+        # The first cell gets the focus; arrow keys must lead on from it.
         "const all = [...document.querySelectorAll('[data-cell]')];"
         "all[0].focus(); return all[0].dataset.cell.split('-').map(Number)"
     )
-    window.press("\ue015", "\ue014", "\ue007")  # down, right, enter: somewhere a cell is chosen
+    window.press("\ue015", "\ue014", "\ue007")  # down, right, enter: selects a cell
     focused = window.do("return document.activeElement.dataset.cell")
-    chosen = window.do("return document.querySelector('[aria-pressed=true]').dataset.cell")
-    assert focused == chosen
-    there = [int(part) for part in focused.split("-")]
-    assert there[0] >= row
-    assert there[1] >= column
-    # The first stop of Tab leads past the navigation.
+    selected = window.do("return document.querySelector('[aria-pressed=true]').dataset.cell")
+    assert focused == selected
+    cell = [int(part) for part in focused.split("-")]
+    assert cell[0] >= row
+    assert cell[1] >= column
+    # The first link that Tab reaches skips the navigation.
     window.do("document.activeElement.blur()")
     window.open(pages / "one.html")
     window.press("\ue004", "\ue007")
     assert window.do("return document.activeElement.id") == "content"
 
 
-def test_the_table_of_classes_sorts(pages: Path, window: Browser) -> None:
+def test_table_of_classes_is_sortable(pages: Path, window: Browser) -> None:
     window.size(*DESK)
     window.open(pages / "one.html")
 
@@ -145,15 +145,15 @@ def test_the_table_of_classes_sorts(pages: Path, window: Browser) -> None:
         )
         return [float(value or "nan") for value in values], window.do(sort)
 
-    falling, said = after_click()
-    assert said == "descending"
-    assert falling == sorted(falling, reverse=True)
-    rising, said = after_click()
-    assert said == "ascending"
-    assert rising == sorted(rising)
+    descending, order = after_click()
+    assert order == "descending"
+    assert descending == sorted(descending, reverse=True)
+    ascending, order = after_click()
+    assert order == "ascending"
+    assert ascending == sorted(ascending)
 
 
-def test_the_button_changes_the_colours(pages: Path, window: Browser) -> None:
+def test_theme_button_changes_the_colors(pages: Path, window: Browser) -> None:
     window.size(*DESK, dark=False)
     window.open(pages / "one.html")
     light = rgb(window, "body", "backgroundColor")
@@ -164,12 +164,14 @@ def test_the_button_changes_the_colours(pages: Path, window: Browser) -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("axe_core_python") is None, reason="there is no axe-core-python"
+    importlib.util.find_spec("axe_core_python") is None, reason="axe-core-python is not installed"
 )
 @pytest.mark.parametrize("page", ["one.html", "two.html"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_axe_finds_nothing(pages: Path, window: Browser, page: str, dark: bool) -> None:
-    """WCAG A and AA and best practices, contrast included, with a cell's images shown."""
+def test_axe_finds_no_accessibility_problems(
+    pages: Path, window: Browser, page: str, dark: bool
+) -> None:
+    """WCAG A and AA and best practices, including contrast, with the images of a cell shown."""
     spec = importlib.util.find_spec("axe_core_python")
     assert spec is not None
     assert spec.origin is not None
@@ -178,23 +180,23 @@ def test_axe_finds_nothing(pages: Path, window: Browser, page: str, dark: bool) 
     window.open(pages / page)
     window.do("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     window.do("document.querySelector('[data-cell]')?.click()")
-    # axe leaves contrast open where a gradient lies below: that of what scrolls is taken away.
+    # axe cannot judge contrast above a gradient, so that of scrollable tables is removed.
     window.do(
         "document.querySelectorAll('.scroll').forEach((d) => { d.style.background = 'none'; })"
     )
     window.do(script)
-    found = window.wait("axe.run().then(arguments[arguments.length - 1])")
-    told = [
-        (each["id"], node["target"], node["failureSummary"])
-        for each in found["violations"]
-        for node in each["nodes"][:3]
+    result = window.wait("axe.run().then(arguments[arguments.length - 1])")
+    violations = [
+        (rule["id"], node["target"], node["failureSummary"])
+        for rule in result["violations"]
+        for node in rule["nodes"][:3]
     ]
-    assert told == []
-    unclear = [  # a single digit is too short for axe to call it text
+    assert violations == []
+    undecided = [  # axe does not judge single digits, which are too short
         str(node["target"])
-        for each in found["incomplete"]
-        for node in each["nodes"]
+        for rule in result["incomplete"]
+        for node in rule["nodes"]
         if "too short" not in str(node["any"])
     ]
-    assert not [target for target in unclear if "data-cell" in target]
-    assert len(found["passes"]) > 20
+    assert not [target for target in undecided if "data-cell" in target]
+    assert len(result["passes"]) > 20

@@ -1,4 +1,4 @@
-"""The plots of a run: which there are, that they can be opened, and what they are made from."""
+"""The figures of a run: their names, that they can be opened, and their contents."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from helpers.support import Memory, Split
 pytestmark = pytest.mark.figures
 
 
-def opened(folder: Path) -> dict[str, tuple[int, int]]:
-    """Names and sizes of a folder's plots, every one decoded."""
+def read_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Decode every plot of a folder and return their sizes by name."""
     sizes = {}
     for path in sorted(folder.iterdir()):
         with Image.open(path) as image:
@@ -30,7 +30,7 @@ def opened(folder: Path) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-def test_with_figures_none_nothing_is_drawn_that_was_not_asked_for() -> None:
+def test_figures_none_draws_only_requested_figures() -> None:
     done = here("--figures", "none", "train", *DIGITS, "--name", "bare")
     assert done.code == 0, done.err
     assert "plots" not in done.out
@@ -42,7 +42,7 @@ def test_with_figures_none_nothing_is_drawn_that_was_not_asked_for() -> None:
     assert list(Path("plots").rglob("*.png"))
 
 
-def test_figures_may_stand_before_or_after_the_command() -> None:
+def test_figures_option_works_before_and_after_the_command() -> None:
     assert here("train", *DIGITS, "--name", "bare", "--figures", "none").code == 0
     before = dict(os.environ)
     for arguments in (
@@ -57,15 +57,15 @@ def test_figures_may_stand_before_or_after_the_command() -> None:
         assert suffixes == (set() if last == "none" else {".png", f".{last}"})
     assert dict(os.environ) == before
     refused(here("evaluate", "bare", "--figures", "gif"), 2, "unknown format of figures 'gif'")
-    # An option holds for its own command only.
+    # An option applies to its own command only.
     Run.load("bare").evaluate("test")
     assert {path.suffix for path in Path("plots").rglob("*.*")} == {".png"}
 
 
-def test_a_training_leaves_its_plots() -> None:
+def test_training_and_evaluation_write_their_plots() -> None:
     done = here("train", *DIGITS, "--name", "mine", "--json")
     assert done.code == 0, done.err
-    sizes = opened(Path("plots/mine"))
+    sizes = read_sizes(Path("plots/mine"))
     assert set(sizes) == {
         "augmented.png",
         "confusion-test.png",
@@ -75,50 +75,53 @@ def test_a_training_leaves_its_plots() -> None:
         "worst-test.png",
     }
     assert all(min(size) >= 300 for size in sizes.values())
-    # Other looks have other names; nothing of the first is overwritten.
+    # Other evaluations write files of other names and overwrite nothing.
     before = (Path("plots/mine/confusion-test.png")).read_bytes()
     Run.load("mine").evaluate("val")
-    root = pictures(Path("own/grey digits"), {"3": 2, "7": 3})
-    Run.load("mine").evaluate("test", data=root)
-    added = set(opened(Path("plots/mine"))) - set(sizes)
+    folder = pictures(Path("other/gray digits"), {"3": 2, "7": 3})
+    Run.load("mine").evaluate("test", data=folder)
+    added = set(read_sizes(Path("plots/mine"))) - set(sizes)
     assert {"confusion-val.png", "reliability-val.png"} <= added
-    assert {"confusion-test-grey-digits.png", "reliability-test-grey-digits.png"} <= added
+    assert {"confusion-test-gray-digits.png", "reliability-test-gray-digits.png"} <= added
     assert (Path("plots/mine/confusion-test.png")).read_bytes() == before
 
 
-def test_without_augmentation_there_is_no_augmented_batch() -> None:
+def test_run_without_augmentation_has_no_augmented_batch() -> None:
     done = here("train", *DIGITS, "augment=[]", "--no-test", "--name", "bare")
     assert done.code == 0, done.err
-    assert set(opened(Path("plots/bare"))) == {"curves.png", "learning_rate.png"}
+    assert set(read_sizes(Path("plots/bare"))) == {"curves.png", "learning_rate.png"}
 
 
-def test_what_mixes_and_alternates_can_be_drawn() -> None:
+def test_mixed_and_alternating_augmentations_can_be_drawn() -> None:
     ops = "augment=[AlternatingFlip, RandAugment, {Cutout: {size: 3}}, MixUp, CutMix]"
     done = here("train", *DIGITS, ops, "--no-test", "--name", "mixed")
     assert done.code == 0, done.err
-    assert "augmented.png" in opened(Path("plots/mixed"))
+    assert "augmented.png" in read_sizes(Path("plots/mixed"))
 
 
 @pytest.mark.parametrize("count", [2, 200])
-def test_an_evaluation_of_any_number_of_classes_can_be_drawn(tmp_path: Path, count: int) -> None:
-    place = RunDir(tmp_path / "models" / "x", tmp_path / "plots")
+def test_evaluation_of_few_or_many_classes_can_be_drawn(tmp_path: Path, count: int) -> None:
+    run_dir = RunDir(tmp_path / "models" / "x", tmp_path / "plots")
     random = np.random.default_rng(0)
-    scores = random.normal(size=(400, count))
+    logits = random.normal(size=(400, count))
     labels = torch.from_numpy(random.integers(0, count, 400))
     images = torch.from_numpy(random.integers(0, 256, (400, 3, 8, 8), dtype=np.uint8))
     names = [f"a rather long name {n}" for n in range(count)]
-    run_plots.plot_evaluation(place, "test", Split(Memory(images), labels), scores, names)
-    found = opened(tmp_path / "plots")
-    assert set(found) == {"confusion-test.png", "reliability-test.png", "worst-test.png"}
+    run_plots.plot_evaluation(run_dir, "test", Split(Memory(images), labels), logits, names)
+    assert set(read_sizes(tmp_path / "plots")) == {
+        "confusion-test.png",
+        "reliability-test.png",
+        "worst-test.png",
+    }
 
 
-def test_a_model_without_mistakes_has_no_worst_ones(tmp_path: Path) -> None:
-    place = constant_model(tmp_path / "models" / "sure", [3.0, 0.0], ["cat", "dog"])
+def test_model_without_mistakes_has_no_figure_of_mistakes(tmp_path: Path) -> None:
+    model = constant_model(tmp_path / "models" / "sure", [3.0, 0.0], ["cat", "dog"])
     pictures(Path("set"), {"cat": 3})
     pictures(Path("set"), {"dog": 0, "cat": 3})
     lines = [f"{p},cat" for p in sorted(Path("set").rglob("*.png"))]
-    other = pictures(Path("dogs"), {"dog": 1})
-    (other / "dog" / "000.png").rename("dog.png")
+    dogs = pictures(Path("dogs"), {"dog": 1})
+    (dogs / "dog" / "000.png").rename("dog.png")
     Path("list.csv").write_text(
         "\n".join(
             [
@@ -129,27 +132,29 @@ def test_a_model_without_mistakes_has_no_worst_ones(tmp_path: Path) -> None:
             ]
         )
     )
-    got = Run(place).evaluate("test", data="list.csv")
-    assert got.accuracy == 1.0
-    names = set(opened(Path("plots/sure")))
-    assert names == {"confusion-test-list.csv.png", "reliability-test-list.csv.png"}
+    evaluation = Run(model).evaluate("test", data="list.csv")
+    assert evaluation.accuracy == 1.0
+    assert set(read_sizes(Path("plots/sure"))) == {
+        "confusion-test-list.csv.png",
+        "reliability-test-list.csv.png",
+    }
 
 
-def test_worst_mistakes_are_those_least_likely_to_the_truth() -> None:
+def test_worst_mistakes_have_the_least_probable_true_class() -> None:
     probs = np.array([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.05, 0.9, 0.05], [0.4, 0.35, 0.25]])
     targets = np.array([0, 0, 0, 1])
     assert run_plots.worst_mistake_images(probs, targets).tolist() == [2, 1, 3]
 
 
-def test_columns_of_rows() -> None:
+def test_rows_become_columns() -> None:
     rows = [{"epoch": 1.0, "lr": 0.1}, {"epoch": 2.0, "lr": 0.2}]
     assert run_plots.metric_columns(rows) == {"epoch": [1.0, 2.0], "lr": [0.1, 0.2]}
 
 
-def test_a_data_sheet_and_a_seed_plot_are_written() -> None:
+def test_data_sheet_and_plots_of_several_runs_are_written() -> None:
     pictures(Path("photos"), {"red": 4, "green": 4})
-    sheet = Path(here("audit", "photos", "--json").json["contact_sheet"])
-    assert sheet == Path("plots/data-photos.png")
+    path = Path(here("audit", "photos", "--json").json["contact_sheet"])
+    assert path == Path("plots/data-photos.png")
     row = {
         "epoch": 1.0,
         "train_loss": 1.0,
@@ -161,4 +166,4 @@ def test_a_data_sheet_and_a_seed_plot_are_written() -> None:
     runs = [[row, row], [row, row]]
     run_plots.plot_several(Path("plots/two/seeds.png"), {"": runs}, "two", "2 seeds")
     run_plots.plot_several(Path("plots/two/all.png"), {"a": runs, "b": runs}, "two", "")
-    assert set(opened(Path("plots/two"))) == {"seeds.png", "all.png"}
+    assert set(read_sizes(Path("plots/two"))) == {"seeds.png", "all.png"}

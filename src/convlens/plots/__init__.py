@@ -1,9 +1,8 @@
-"""From arrays to matplotlib figures: the only package that imports matplotlib.
+"""matplotlib figures from arrays; the only package that imports matplotlib.
 
-Every function returns a new `Figure`; `save` writes one as PNG, SVG or PDF. It knows nothing of
-models or runs. A new plot is a function in `charts` (numbers), `several` (many runs), `pictures`,
-`channels` or `kernels` (what is inside a network, put together on a `page`), `stages` (measurements
-inside networks) or `embeddings`, and a line in `PLOTS`.
+Every function returns a new `Figure`, and `save_figure` writes one as PNG, SVG or PDF. The package
+is independent of models and runs. A new plot is a function in `charts` (numbers), `images` or
+`attributions`, and an entry of `PLOTS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures of attribution: maps laid over pictures, and the checks whether to believe them."""
+"""Figures of attribution: maps laid over images, and the sanity checks of the methods."""
 
 from __future__ import annotations
 
@@ -12,26 +12,35 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from convlens.plots.charts import COLORS, DASHES, MARKERS
-from convlens.plots.images import SHEET_GAP, Images, tiles_of
-from convlens.plots.style import DPI, GREY, fit_text, use_style
+from convlens.plots.charts import line_style
+from convlens.plots.images import Images, image_tiles
+from convlens.plots.style import DPI, GAP, GRAY, SMALL_POINTS, Page, fit_text, use_style
 
 Floats = npt.NDArray[np.floating[Any]]
 Interval = tuple[float, float] | None
 
-# Both are even in lightness and told apart by the colour-blind; zero is dark in the one, and
-# white in the other, so that they can't be taken for each other.
-ONE_SIDED, TWO_SIDED = "viridis", "PuOr_r"
-HEAT = 0.6  # share of the colours; the rest is the picture in grey
-FULL = 99.5  # the percentile of |value| that has the full colour: single pixels may stick out
-POINTS, HEAD_POINTS = 7, 8
-APART = 2 * SHEET_GAP  # between models
-BAR = 120  # width of a colour scale
-ROOM = {False: 175, True: 260}  # for the words beside it
+# Both are even in lightness and safe for color blindness. Zero is dark in the one and white in the
+# other, so that they cannot be confused.
+UNSIGNED_COLORMAP, SIGNED_COLORMAP = "viridis", "PuOr_r"
+HEATMAP_WEIGHT = 0.6  # of the colors; the rest is the image in gray
+SCALE_PERCENTILE = 99.5  # of |value|: the full color; single pixels may exceed it
+LABEL_POINTS, HEADER_POINTS = SMALL_POINTS, 8
+LINE_SPACING = 1.35
+# Widths in pixels.
+MODEL_GAP = 2 * GAP
+SCALE_WIDTH = 120
+SCALE_LABELS_WIDTH = {False: 175, True: 260}  # of the words beside a scale, unsigned and signed
 
 
 class AttributionColumn(NamedTuple):
-    """One method's maps `[N, h, w]`, from as coarse as a layer to as fine as the pictures."""
+    """The maps of one method.
+
+    Attributes:
+        title: the name of the method.
+        below: a line below it, e.g. the layer.
+        maps: `[N, h, w]`, as coarse as a layer or as fine as the images.
+        signed: whether maps run from minus to plus a value, not from 0.
+    """
 
     title: str
     below: str
@@ -40,10 +49,17 @@ class AttributionColumn(NamedTuple):
 
 
 class AttributionPanel(NamedTuple):
-    """One model: its pictures uint8 `[N, C, S, S]`, methods, and each row's class and chance."""
+    """The maps of one model.
+
+    Attributes:
+        title: the name of the model.
+        images: its inputs, uint8 `[N, C, S, S]`.
+        columns: its methods.
+        rows: the explained class and its probability, for each image.
+    """
 
     title: str
-    pictures: Images
+    images: Images
     columns: Sequence[AttributionColumn]
     rows: Sequence[tuple[str, float]]
 
@@ -52,152 +68,148 @@ class AttributionPanel(NamedTuple):
 def attribution_grid(
     names: Sequence[tuple[str, str]], panels: Sequence[AttributionPanel]
 ) -> Figure:
-    """A row for each picture: itself, and its maps by each method of each model.
+    """A row for each image: the image, and its maps by each method of each model.
 
-    Each map has a scale of its own, whose end is written above it: from 0, or from minus to plus
-    that value. Maps coarser than the picture are interpolated.
+    Each map has a scale of its own, whose end is written above it. The scale starts at 0, or at
+    minus that value for signed maps. Maps coarser than the image are interpolated.
 
     Args:
-        names: of each picture, and its true class (empty where it isn't known).
+        names: the name of each image and its true class (empty where it is unknown).
     """
-    return _Grid(names, panels).figure
+    return _AttributionGrid(names, panels).figure
 
 
-class _Grid:
-    """The figure in pixels, from its upper left corner."""
+class _AttributionGrid:
+    """Lays the grid out on a page, from its upper left corner."""
 
     def __init__(
         self, names: Sequence[tuple[str, str]], panels: Sequence[AttributionPanel]
     ) -> None:
-        plain = tiles_of(panels[0].pictures)
-        self.high, self.wide = plain.shape[1:3]
-        self.line = round(POINTS * DPI / 72 * 1.35)
-        self.up = round(HEAD_POINTS * DPI / 72 * 1.35)
-        heads = 3 * self.up + SHEET_GAP
-        step = 2 * self.line + self.high + SHEET_GAP
-        size_y = SHEET_GAP + heads + len(names) * step + 3 * SHEET_GAP + self.line
-        count = sum(len(panel.columns) for panel in panels)
-        size_x = SHEET_GAP + (count + 1) * (self.wide + SHEET_GAP) + len(panels) * APART
-        self.kinds = sorted({column.signed for panel in panels for column in panel.columns})
-        size_x = max(size_x, SHEET_GAP + sum(BAR + ROOM[signed] for signed in self.kinds))
-        self.canvas = np.full((size_y, size_x, 3), 255, dtype=np.uint8)
-        # matplotlib cuts the size in pixels to whole ones: 1023.9999 must not become 1023.
-        self.figure = Figure(figsize=((size_x + 1e-4) / DPI, (size_y + 1e-4) / DPI), dpi=DPI)
-        self.axes = self.figure.add_axes((0, 0, 1, 1))
-        self.axes.set_axis_off()
-        tops = [SHEET_GAP + heads + row * step + 2 * self.line for row in range(len(names))]
-        self._first(names, plain, tops)
-        x = 2 * SHEET_GAP + self.wide + APART
+        tiles = image_tiles(panels[0].images)
+        self.height, self.width = tiles.shape[1:3]
+        self.line = round(LABEL_POINTS * DPI / 72 * LINE_SPACING)
+        self.header_line = round(HEADER_POINTS * DPI / 72 * LINE_SPACING)
+        self.page = Page()
+        header = 3 * self.header_line + GAP
+        row_height = 2 * self.line + self.height + GAP
+        page_height = GAP + header + len(names) * row_height + 3 * GAP + self.line
+        methods = sum(len(panel.columns) for panel in panels)
+        page_width = GAP + (methods + 1) * (self.width + GAP) + len(panels) * MODEL_GAP
+        scales = sorted({column.signed for panel in panels for column in panel.columns})
+        scales_width = sum(SCALE_WIDTH + SCALE_LABELS_WIDTH[signed] for signed in scales)
+        page_width = max(page_width, GAP + scales_width)
+
+        tops = [GAP + header + row * row_height + 2 * self.line for row in range(len(names))]
+        self._draw_images(names, tiles, tops)
+        x = 2 * GAP + self.width + MODEL_GAP
         for panel in panels:
-            x = self._panel(panel, x, tops) + APART
-        self._scales()
-        extent = (0, size_x, size_y, 0)
-        self.axes.imshow(self.canvas, interpolation="nearest", extent=extent, aspect="auto")
+            x = self._draw_panel(panel, x, tops) + MODEL_GAP
+        self._draw_scales(scales, page_height - GAP)
+        self.figure = self.page.to_figure(page_width, page_height)
 
-    def _first(self, names: Sequence[tuple[str, str]], plain: Images, tops: list[int]) -> None:
-        for (name, truth), tile, y in zip(names, plain, tops, strict=True):
-            self._put(tile, SHEET_GAP, y)
-            self._say(SHEET_GAP, y - self.line, self._cut(name))
-            if truth:
-                self._say(SHEET_GAP, y, self._cut(truth, "is "))
+    def _draw_images(
+        self, names: Sequence[tuple[str, str]], tiles: Images, tops: Sequence[int]
+    ) -> None:
+        for (name, target), tile, y in zip(names, tiles, tops, strict=True):
+            self.page.put(GAP, y, tile)
+            self._write(GAP, y - self.line, name)
+            if target:
+                self._write(GAP, y, target, before="is ")
 
-    def _panel(self, panel: AttributionPanel, x: int, tops: list[int]) -> int:
-        """Draws one model's columns from `x` on; returns where the next may begin."""
-        up, head = self.up, SHEET_GAP + 3 * self.up
-        greys = tiles_of(panel.pictures).mean(axis=3)
-        room = len(panel.columns) * (self.wide + SHEET_GAP) * 72 / DPI / HEAD_POINTS
-        self._say(x, head - 2 * up, fit_text(panel.title, room), HEAD_POINTS, weight="bold")
+    def _draw_panel(self, panel: AttributionPanel, x: int, tops: Sequence[int]) -> int:
+        """Draw the columns of one model from `x` on, and return the x behind them."""
+        grays = image_tiles(panel.images).mean(axis=3)
+        header = GAP + 3 * self.header_line
+        panel_width = len(panel.columns) * (self.width + GAP)
+        title_y = header - 2 * self.header_line
+        self.page.write(x, title_y - 5, panel.title, panel_width, HEADER_POINTS, weight="bold")
         for number, column in enumerate(panel.columns):
-            first, _, rest = column.title.partition(" ")
-            if column.below or not rest:
-                first, rest = column.title, ""
-            self._say(x, head - up, self._cut(first, points=HEAD_POINTS), HEAD_POINTS)
-            self._say(x, head, self._cut(rest, points=HEAD_POINTS), HEAD_POINTS)
-            self._say(x, head, self._cut(column.below), color=GREY)
+            first, _, second = column.title.partition(" ")
+            if column.below or not second:
+                first, second = column.title, ""
+            self._write(x, header - self.header_line, first, HEADER_POINTS)
+            self._write(x, header, second, HEADER_POINTS)
+            self._write(x, header, column.below, color=GRAY)
             for row, y in enumerate(tops):
                 full = map_scale(column.maps[row])
-                self._put(self._over(greys[row], column, row, full), x, y)
+                self.page.put(x, y, self._blend(grays[row], column, row, full))
                 if number == 0:
-                    name, chance = panel.rows[row]
-                    self._say(x, y - self.line, self._cut(name, after=f" {chance:.0%}"))
-                sign = "±" if column.signed else "to "
-                self._say(x, y, f"{sign}{full:.2g}" if full else "0 everywhere", color=GREY)
-            x += self.wide + SHEET_GAP
+                    name, prob = panel.rows[row]
+                    self._write(x, y - self.line, name, after=f" {prob:.0%}")
+                prefix = "±" if column.signed else "to "
+                scale = f"{prefix}{full:.2g}" if full else "0 everywhere"
+                self.page.write(x, y - 5, scale, points=LABEL_POINTS, color=GRAY)
+            x += self.width + GAP
         return x
 
-    def _over(self, grey: Floats, column: AttributionColumn, row: int, full: float) -> Images:
-        """The picture in grey below the map's colours, as large as a tile."""
-        fine = upsample(column.maps[row].astype(np.float64), self.high, self.wide)
-        share = fine / full if full else np.zeros_like(fine)
-        colors = _colours(share, column.signed)
-        if grey.shape != (self.high, self.wide):  # another model's pictures have another size
-            grey = upsample(grey, self.high, self.wide)
-        mixed = HEAT * colors + (1 - HEAT) * grey[..., None]
-        result: Images = mixed.round().astype(np.uint8)
-        return result
+    def _blend(self, gray: Floats, column: AttributionColumn, row: int, full: float) -> Images:
+        """Return the colors of a map over the image in gray, as large as a tile."""
+        values = upsample(column.maps[row].astype(np.float64), self.height, self.width)
+        colors = _map_colors(values / full if full else np.zeros_like(values), column.signed)
+        if gray.shape != (self.height, self.width):  # models may differ in the size of their input
+            gray = upsample(gray, self.height, self.width)
+        mixed = HEATMAP_WEIGHT * colors + (1 - HEATMAP_WEIGHT) * gray[..., None]
+        pixels: Images = mixed.round().astype(np.uint8)
+        return pixels
 
-    def _scales(self) -> None:
-        """What the colours mean, at the foot of the figure."""
-        x, y = SHEET_GAP, self.canvas.shape[0] - SHEET_GAP
-        for signed in self.kinds:
-            ramp = np.linspace(-1 if signed else 0, 1, BAR)[None].repeat(self.line - 6, axis=0)
+    def _draw_scales(self, scales: Sequence[bool], y: int) -> None:
+        """Draw the meaning of the colors at the foot of the page."""
+        x = GAP
+        for signed in scales:
+            ramp = np.linspace(-1 if signed else 0, 1, SCALE_WIDTH)[None]
+            bar = _map_colors(ramp.repeat(self.line - 6, axis=0), signed).astype(np.uint8)
             low, high = (
                 ("−v: against", "+v: for the class") if signed else ("0", "v, written above")
             )
-            self._say(x, y, low)
-            inside = x + (95 if signed else 22)
-            self._put(_colours(ramp, signed).astype(np.uint8), inside, y - self.line + 6)
-            self._say(inside + BAR + 8, y, high)
-            x += BAR + ROOM[signed]
+            left = x + (95 if signed else 22)
+            self.page.write(x, y - 5, low)
+            self.page.put(left, y - self.line + 6, bar)
+            self.page.write(left + SCALE_WIDTH + 8, y - 5, high)
+            x += SCALE_WIDTH + SCALE_LABELS_WIDTH[signed]
 
-    def _put(self, tile: Images, x: int, y: int) -> None:
-        high, wide = tile.shape[:2]
-        self.canvas[y : y + high, x : x + wide] = tile
-
-    def _say(self, x: int, y: int, words: str, points: int = POINTS, **look: Any) -> None:
-        self.axes.text(x, y - 5, words, fontsize=points, va="baseline", **look)
-
-    def _cut(self, name: str, before: str = "", after: str = "", points: int = POINTS) -> str:
-        room = (self.wide + SHEET_GAP / 2) * 72 / DPI / points
-        return fit_text(name, room, before=before, after=after)
+    def _write(self, x: int, y: int, text: str, points: int = LABEL_POINTS, **style: Any) -> None:
+        """Write a line just above `y`, cut to the width of a tile."""
+        self.page.write(x, y - 5, text, self.width + GAP / 2, points, **style)
 
 
 def map_scale(values: Floats) -> float:
-    """What the full colour stands for: the 99.5th percentile of |value|, or the largest."""
-    size = np.abs(values)
-    return float(np.percentile(size, FULL)) or float(size.max())
+    """Return the value of the full color: the 99.5th percentile of |value|, or the largest."""
+    magnitudes = np.abs(values)
+    return float(np.percentile(magnitudes, SCALE_PERCENTILE)) or float(magnitudes.max())
 
 
-def upsample(values: Floats, high: int, wide: int) -> Floats:
-    """A map `[h, w]` as `[high, wide]`, interpolated between the centres of its places.
+def upsample(values: Floats, height: int, width: int) -> Floats:
+    """Resize a map `[h, w]` to `[height, width]`.
 
-    A map with more places than that is averaged, one that divides it is repeated.
+    A coarse map is interpolated linearly between the centers of its cells, as
+    `torch.nn.functional.interpolate` does. A map finer than the target is averaged over blocks. A
+    fine map whose sides divide the target's is repeated.
     """
     h, w = values.shape
-    if h >= high and w >= wide:
-        block = min(h // high, w // wide)
-        part = values[: high * block, : wide * block]
-        result: Floats = part.reshape(high, block, wide, block).mean(axis=(1, 3))
-        return result
-    if h > 16 and high % h == 0 and wide % w == 0:  # as fine as the picture, and drawn like it
-        return values.repeat(high // h, axis=0).repeat(wide // w, axis=1)
+    if h >= height and w >= width:
+        block = min(h // height, w // width)
+        cropped = values[: height * block, : width * block]
+        averaged: Floats = cropped.reshape(height, block, width, block).mean(axis=(1, 3))
+        return averaged
+    if h > 16 and height % h == 0 and width % w == 0:  # as fine as the image, and drawn like it
+        return values.repeat(height // h, axis=0).repeat(width // w, axis=1)
 
-    def along(values: Floats, size: int) -> Floats:
-        places = (np.arange(size) + 0.5) * values.shape[0] / size - 0.5
-        known = np.arange(values.shape[0])
-        return np.stack([np.interp(places, known, column) for column in values.T], axis=1)
+    def interpolate_rows(values: Floats, size: int) -> Floats:
+        positions = (np.arange(size) + 0.5) * values.shape[0] / size - 0.5
+        centers = np.arange(values.shape[0])
+        return np.stack([np.interp(positions, centers, column) for column in values.T], axis=1)
 
-    return along(along(values, high).T, wide).T
+    return interpolate_rows(interpolate_rows(values, height).T, width).T
 
 
-def _colours(share: Floats, signed: bool) -> Floats:
-    """RGB from 0 to 255, `[h, w, 3]`, of values from 0 (or -1) to 1."""
+def _map_colors(shares: Floats, signed: bool) -> Floats:
+    """Return RGB from 0 to 255 `[h, w, 3]` for values from 0 (or -1, if signed) to 1."""
     if signed:
-        rgba = matplotlib.colormaps[TWO_SIDED]((np.clip(share, -1, 1) + 1) / 2)
+        rgba = matplotlib.colormaps[SIGNED_COLORMAP]((np.clip(shares, -1, 1) + 1) / 2)
     else:
-        rgba = matplotlib.colormaps[ONE_SIDED](np.clip(share, 0, 1))
-    result: Floats = np.asarray(rgba)[..., :3] * 255
-    return result
+        rgba = matplotlib.colormaps[UNSIGNED_COLORMAP](np.clip(shares, 0, 1))
+    rgb: Floats = np.asarray(rgba)[..., :3] * 255
+    return rgb
 
 
 @use_style
@@ -207,67 +219,59 @@ def attribution_sanity(
     curves: Mapping[str, Mapping[str, Floats]],
     title: str = "",
 ) -> Figure:
-    """What is left of maps while weights are forgotten, and probabilities while cells go and come.
+    """Similarity of maps as weights are randomized, and deletion and insertion curves.
 
     Args:
-        stages: forgotten one after another, from the head down.
-        left: under `spearman` and `ssim`, by method: mean and 95% interval after each stage.
-        curves: under `deletion` and `insertion`, by method (and `random order`): mean
-            probability, from no cell to all.
+        stages: randomized one after another, from the head down.
+        left: under `spearman` and `ssim`, by method: the mean similarity to the original map and
+            its 95% interval after each stage.
+        curves: under `deletion` and `insertion`, by method (the last one is a baseline, e.g.
+            `random order`): the mean probability, from no cell to all cells.
     """
     figure = Figure(figsize=(8, 6.2), layout="constrained")
     figure.suptitle(fit_text(title, 90), x=0.01, ha="left", fontsize=9)
     panels = figure.subplots(2, 2)
     names = list(curves["deletion"])
-    looks = {name: _look(number) for number, name in enumerate(names[:-1])}
-    looks[names[-1]] = {"color": GREY, "linestyle": ":", "linewidth": 2}
+    styles = {name: line_style(number) for number, name in enumerate(names[:-1])}
+    styles[names[-1]] = {"color": GRAY, "linestyle": ":", "linewidth": 2}
     measures = (("spearman", "rank correlation of |maps|"), ("ssim", "SSIM of |maps|"))
-    for axes, (key, words) in zip(panels[0], measures, strict=True):
-        _forgetting(axes, stages, left[key], looks)
-        axes.set_ylabel(words)
+    for axes, (key, label) in zip(panels[0], measures, strict=True):
+        _draw_similarities(axes, stages, left[key], styles)
+        axes.set_ylabel(label)
     for axes, key in zip(panels[1], ("deletion", "insertion"), strict=True):
-        for name, values in curves[key].items():
-            every = max(1, len(values) // 8)
-            axes.plot(np.linspace(0, 1, len(values)), values, markevery=every, **looks[name])
+        for name, probs in curves[key].items():
+            step = max(1, len(probs) // 8)
+            axes.plot(np.linspace(0, 1, len(probs)), probs, markevery=step, **styles[name])
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xlabel(f"cells {'deleted' if key == 'deletion' else 'inserted'}, largest first")
-        good = "low" if key == "deletion" else "high"
         axes.set_ylabel("probability of the class")
-        axes.set_title(f"{key}: {good} is good")
+        axes.set_title(f"{key}: {'low' if key == 'deletion' else 'high'} is good")
         axes.set_ylim(0, None)
-    handles = [axes.plot([], [], label=name, **looks[name])[0] for name in names]
-    words_ = [fit_text(name, 40) for name in names]
-    figure.legend(handles, words_, loc="outside lower center", ncols=len(names), handlelength=3)
+    handles = [axes.plot([], [], label=name, **styles[name])[0] for name in names]
+    labels = [fit_text(name, 40) for name in names]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), handlelength=3)
     return figure
 
 
-def _look(number: int) -> dict[str, Any]:
-    return {
-        "color": COLORS[number % len(COLORS)],
-        "linestyle": DASHES[number % len(DASHES)],
-        "marker": MARKERS[number % len(MARKERS)],
-    }
-
-
-def _forgetting(
+def _draw_similarities(
     axes: Axes,
     stages: Sequence[str],
     left: Mapping[str, Sequence[tuple[float, Interval]]],
-    looks: Mapping[str, Mapping[str, Any]],
+    styles: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Means with their intervals, the methods' a little apart so that none hides another."""
-    places = np.arange(len(stages) + 1)
+    """Draw means with their intervals, shifted a little so that no method hides another."""
+    positions = np.arange(len(stages) + 1)
     for number, (name, means) in enumerate(left.items()):
         values = np.array([1.0, *(mean for mean, _ in means)])
-        ends = [(1.0, 1.0), *((m, m) if each is None else each for m, each in means)]
+        ends = [(1.0, 1.0), *(interval or (mean, mean) for mean, interval in means)]
         errors = np.abs(np.array(ends).T - values)
-        apart = (number - (len(left) - 1) / 2) * 0.08
-        axes.errorbar(places + apart, values, errors, capsize=2, elinewidth=0.8, **looks[name])
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_xticks(places, ["trained", *(fit_text(stage, 14) for stage in stages)])
+        x = positions + (number - (len(left) - 1) / 2) * 0.08
+        axes.errorbar(x, values, errors, capsize=2, elinewidth=0.8, **styles[name])
+    axes.axhline(0, color=GRAY, linewidth=0.8)
+    axes.set_xticks(positions, ["trained", *(fit_text(stage, 14) for stage in stages)])
     if len(stages) > 4:
         axes.tick_params("x", rotation=40)
-    axes.set_xlabel("weights drawn at random down to")
-    axes.set_title("randomised weights: low is good")
+    axes.set_xlabel("weights randomized down to")
+    axes.set_title("randomized weights: low is good")
     axes.set_ylim(None, 1.05)

@@ -1,14 +1,14 @@
-"""Figures made of pictures: contact sheets, augmented batches, mistakes.
+"""Figures made of images: contact sheets, augmented batches, mistakes, kernels, activations.
 
-A sheet is one image that fills the figure, put together pixel by pixel: at the usual 150 dpi
-every pixel of a small picture is a square of exactly the same size, which axes laid out by
-matplotlib can't promise.
+Each figure is a `Page`: one image put together pixel by pixel. At the usual 150 dpi every pixel of
+a small image is a square of exactly the same size, which a layout of matplotlib axes cannot
+guarantee.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,20 +21,19 @@ from convlens.plots.style import (
     BROKEN,
     DPI,
     GAP,
-    GREY,
-    LARGE,
-    SMALL,
+    GRAY,
+    LARGE_POINTS,
+    SMALL_POINTS,
     Maps,
     Page,
     Pixels,
-    cross_out,
-    fit_text,
+    crossed_tile,
+    draw_scale_bar,
+    line_height,
+    map_tiles,
     mosaic,
-    rgb,
-    scale_bar,
-    text_line,
+    resize_image,
     tile_size,
-    tiles,
     use_style,
     wrap_text,
 )
@@ -42,18 +41,63 @@ from convlens.plots.style import (
 Images = npt.NDArray[np.uint8]
 Caption = Sequence[tuple[str, str, str]]  # lines of (before, name, after); only names are cut
 
-SIDE = 120  # pictures are enlarged to about this many pixels
-SHEET_GAP = 10
-POINTS = 7  # of captions
-TITLE_POINTS = 9
+# Sizes in pixels.
+IMAGE_SIDE = 120  # images of a sheet are enlarged to about this
+MIN_WIDTH = 420  # of a page, so that titles have space
+MAX_WIDTH = 1050  # of a page of kernels: 7 inches
+FILTER_SIDE, KERNEL_SIDE = 60, 18  # a tile of a color filter, of one input channel of a kernel
+TOP_IMAGE_SIDE, INPUT_SIDE = 50, 96  # the most activating images, optimized inputs
+PANEL_SIDE = 220  # of a square panel of activations
+LONG_PANEL_WIDTH = 352  # of a panel beside those of other networks
+LONG_PANEL_RATIO = 4  # width over height of a long panel
+MIN_TILE_SIDE = 9  # of one channel in a panel
+
+MAX_ROWS = 20  # channels below each other; more are split into two columns
+
+
+class Mark(NamedTuple):
+    """A rectangle in an image, as shares of its sides."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The channels of one layer, as a figure of activations shows them.
+
+    Attributes:
+        name, note: the two lines above the panel.
+        maps: float32 `[n, h, w]`, the chosen channels in their order.
+        limits: the values of the first and the last color.
+        blank, broken: bool `[n]`, channels that are blank, or hold NaN or infinity.
+    """
+
+    name: str
+    note: str
+    maps: Maps
+    limits: tuple[float, float]
+    blank: npt.NDArray[np.bool_]
+    broken: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One of several networks in a figure: its name, its prediction for the image, its layers."""
+
+    name: str
+    prediction: str
+    panels: Sequence[Panel]
 
 
 @use_style
 def contact_sheet(
     images: Images, titles: Sequence[str], title: str = "", columns: int = 8
 ) -> Figure:
-    """Pictures uint8 [N, C, H, W] in rows, each with its title above."""
-    return _sheet(images, [[("", name, "")] for name in titles], title, columns)
+    """Images uint8 [N, C, H, W] in rows, each below its title."""
+    return _draw_sheet(images, [[("", name, "")] for name in titles], title, columns)
 
 
 @use_style
@@ -65,25 +109,27 @@ def augmented_batch(
     labels: Sequence[str] = (),
     mixed: Sequence[Sequence[tuple[str, float]]] = (),
 ) -> Figure:
-    """Pictures uint8 [N, C, H, W] in rows, and below each row the same pictures augmented.
+    """Images uint8 [N, C, H, W] in rows, and below each row the same images augmented.
 
-    `labels` stand above the originals; `mixed`, above the others, are classes and their shares.
+    Args:
+        labels: the captions of the originals.
+        mixed: for each augmented image its classes and their shares.
     """
     if before.shape != after.shape:
-        raise UsageError(f"pictures of shape {before.shape} before and {after.shape} after")
-    plain: list[Caption] = [[]] * len(before)
-    titles: list[Caption] = [[("", name, "")] for name in labels] or plain
+        raise UsageError(f"images of shape {before.shape} before and {after.shape} after")
+    no_captions: list[Caption] = [[]] * len(before)
+    names: list[Caption] = [[("", name, "")] for name in labels] or no_captions
     shares: list[Caption] = [[(f"{s:.0%} ", name, "") for name, s in parts] for parts in mixed]
-    shares = shares or plain
+    shares = shares or no_captions
     columns = max(1, min(columns, len(before)))
     starts = range(0, len(before), columns)
-    order = [part[start : start + columns] for start in starts for part in (before, after)]
-    images = np.concatenate(order) if order else before
+    rows = [part[start : start + columns] for start in starts for part in (before, after)]
+    images = np.concatenate(rows) if rows else before
     captions: list[Caption] = []
     for start in starts:
-        captions += titles[start : start + columns] + shares[start : start + columns]
-    sides = ["original", "augmented"] * len(starts)
-    return _sheet(images, captions, title, columns, sides, [len(row) for row in order])
+        captions += names[start : start + columns] + shares[start : start + columns]
+    row_titles = ["original", "augmented"] * len(starts)
+    return _draw_sheet(images, captions, title, columns, row_titles, [len(row) for row in rows])
 
 
 @use_style
@@ -95,10 +141,13 @@ def worst_mistakes(
     title: str = "",
     columns: int = 8,
 ) -> Figure:
-    """Pictures uint8 [N, C, H, W] in the order given, with what was said, and what it is."""
-    judged = zip(targets, predictions, confidences, strict=True)
-    captions = [[(f"{sure:.0%} ", guess, ""), ("is ", truth, "")] for truth, guess, sure in judged]
-    return _sheet(images, captions, title, columns)
+    """Images uint8 [N, C, H, W] in the given order, with the predicted and the true class."""
+    rows = zip(targets, predictions, confidences, strict=True)
+    captions = [
+        [(f"{confidence:.0%} ", predicted, ""), ("is ", target, "")]
+        for target, predicted, confidence in rows
+    ]
+    return _draw_sheet(images, captions, title, columns)
 
 
 @use_style
@@ -108,12 +157,15 @@ def neighbors_sheet(
     rows: int,
     title: str = "",
 ) -> Figure:
-    """Pictures uint8 [N, C, H, W] in rows, each with lines of its own above: what is at the left
-    is asked about, what follows in its row is near it.
+    """Query images at the left, each followed in its row by its nearest neighbors.
+
+    Args:
+        images: uint8 [N, C, H, W], row by row.
+        captions: the lines above each image.
     """
     columns = len(images) // rows if rows else 0
     lines: list[Caption] = [[("", line, "") for line in caption] for caption in captions]
-    return _sheet(images, lines, title, columns)
+    return _draw_sheet(images, lines, title, columns)
 
 
 @use_style
@@ -127,401 +179,350 @@ def label_review(
     first: int = 1,
     copied: Sequence[bool] = (),
 ) -> Figure:
-    """Pictures uint8 [N, C, H, W] with the label that was given and the one that is suggested.
+    """Images uint8 [N, C, H, W] with their given and their suggested label.
 
-    `probs` are the probabilities of the suggestions; the first picture has number `first`.
-    `copied` marks pictures of which there is a copy under another label.
+    Args:
+        probs: the probabilities of the suggestions.
+        first: the number of the first image.
+        copied: whether an image has a copy under another label.
     """
-    marks = [" (copy)" if mark else "" for mark in copied] or [""] * len(images)
-    sure = [" >99%" if chance > 0.99 else f" {chance:.0%}" for chance in probs]
-    judged = zip(labels, suggestions, sure, marks, strict=True)
+    marks = [" (copy)" if copy else "" for copy in copied] or [""] * len(images)
+    shares = [" >99%" if prob > 0.99 else f" {prob:.0%}" for prob in probs]
+    rows = zip(labels, suggestions, shares, marks, strict=True)
     captions = [
-        [(f"#{number} ", label, mark), ("→ ", suggestion, chance)]
-        for number, (label, suggestion, chance, mark) in enumerate(judged, first)
+        [(f"#{number} ", label, mark), ("→ ", suggestion, share)]
+        for number, (label, suggestion, share, mark) in enumerate(rows, first)
     ]
-    return _sheet(images, captions, title, columns)
+    return _draw_sheet(images, captions, title, columns)
 
 
-def _sheet(
+def _draw_sheet(
     images: Images,
     captions: Sequence[Caption],
     title: str,
     columns: int,
-    sides: Sequence[str] = (),
-    rows: Sequence[int] | None = None,
+    row_titles: Sequence[str] = (),
+    row_lengths: Sequence[int] | None = None,
 ) -> Figure:
-    """`rows` are the pictures in each row (default: full rows), `sides` the words beside them."""
+    """Draw images in rows with captions above them and, where given, titles beside the rows."""
     if len(captions) != len(images):
-        raise UsageError(f"{len(captions)} titles for {len(images)} pictures")
-    tiles = tiles_of(images)
+        raise UsageError(f"{len(captions)} titles for {len(images)} images")
+    tiles = image_tiles(images)
     columns = max(1, min(columns, len(tiles)))
-    rows = rows if rows is not None else [columns] * math.ceil(len(tiles) / columns)
-    high, wide = tiles.shape[1:3]
-    line = round(POINTS * DPI / 72 * 1.3)
-    text = line * max(map(len, captions), default=0)
-    top = SHEET_GAP + (round(TITLE_POINTS * DPI / 72 * 1.7) if title else 0)
-    left = SHEET_GAP + (line if sides else 0)
-    size_x = max(left + columns * (wide + SHEET_GAP), 420)
-    size_y = top + len(rows) * (text + high + SHEET_GAP) if len(tiles) else top + 60
-    canvas = np.full((size_y, size_x, 3), 255, dtype=np.uint8)
-    # matplotlib cuts the size in pixels to whole ones: 1023.9999 must not become 1023.
-    figure = Figure(figsize=((size_x + 1e-4) / DPI, (size_y + 1e-4) / DPI), dpi=DPI)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
+    if row_lengths is None:
+        row_lengths = [columns] * math.ceil(len(tiles) / columns)
+    height, width = tiles.shape[1:3]
+    line = line_height()
+    caption_height = line * max(map(len, captions), default=0)
+    row_height = caption_height + height + GAP
+    top = GAP + (round(LARGE_POINTS * DPI / 72 * 1.7) if title else 0)
+    left = GAP + (line if row_titles else 0)
+    page_width = max(left + columns * (width + GAP), MIN_WIDTH)
+    page_height = top + len(row_lengths) * row_height if len(tiles) else top + 60
+
+    page = Page()
     if title:
-        room = (size_x - 2 * SHEET_GAP) * 72 / DPI / TITLE_POINTS
-        axes.text(SHEET_GAP, SHEET_GAP, fit_text(title, room), fontsize=TITLE_POINTS, va="top")
+        page.write(GAP, GAP, title, page_width - 2 * GAP, LARGE_POINTS, va="top")
     if not len(tiles):
-        axes.text(SHEET_GAP, top, "none", fontsize=TITLE_POINTS, va="top", color=GREY)
-    room = wide * 72 / DPI / POINTS
-    for index, (row, column) in enumerate(_places(rows, len(tiles))):
-        x, y = left + column * (wide + SHEET_GAP), top + row * (text + high + SHEET_GAP) + text
-        canvas[y : y + high, x : x + wide] = tiles[index]
-        for number, (before, name, after) in enumerate(captions[index]):
-            base = y - (len(captions[index]) - number - 0.75) * line
-            words = fit_text(name, room, before=before, after=after)
-            axes.text(x, base, words, fontsize=POINTS, va="baseline")
-    for row, words in enumerate(sides):
-        middle = top + row * (text + high + SHEET_GAP) + text + high / 2
-        look: dict[str, Any] = {"rotation": 90, "va": "center", "ha": "center", "color": GREY}
-        axes.text(left - line / 2 - 3, middle, words, fontsize=POINTS, **look)
-    axes.imshow(canvas, interpolation="nearest", extent=(0, size_x, size_y, 0), aspect="auto")
-    return figure
+        page.write(GAP, top, "none", points=LARGE_POINTS, va="top", color=GRAY)
+    cells = _grid_cells(row_lengths)
+    for tile, caption, (row, column) in zip(tiles, captions, cells, strict=False):
+        x, y = left + column * (width + GAP), top + row * row_height + caption_height
+        page.put(x, y, tile)
+        for number, (before, name, after) in enumerate(caption):
+            baseline = y - (len(caption) - number - 0.75) * line
+            page.write(x, baseline, name, width, before=before, after=after)
+    for row, text in enumerate(row_titles):
+        middle = top + row * row_height + caption_height + height / 2
+        page.write(
+            left - line / 2 - 3, middle, text, rotation=90, va="center", ha="center", color=GRAY
+        )
+    return page.to_figure(page_width, page_height)
 
 
-def _places(rows: Sequence[int], count: int) -> Iterable[tuple[int, int]]:
-    places = [(row, column) for row, length in enumerate(rows) for column in range(length)]
-    return places[:count]
+def _grid_cells(row_lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return ((row, column) for row, length in enumerate(row_lengths) for column in range(length))
 
 
-def tiles_of(images: Images) -> Images:
-    """RGB tiles uint8 [N, h, w, 3]: small pictures in whole multiples, large ones averaged."""
+def image_tiles(images: Images) -> Images:
+    """Return images uint8 [N, C, H, W] as RGB tiles uint8 [N, h, w, 3] of about `IMAGE_SIDE`.
+
+    Small images are enlarged by an integer factor, large ones averaged over blocks.
+    """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise UsageError(
-            f"pictures must be uint8 [N, 1 or 3, H, W], got {images.dtype} {list(images.shape)}"
+            f"images must be uint8 [N, 1 or 3, H, W], got {images.dtype} {list(images.shape)}"
         )
     tiles = np.moveaxis(images, 1, 3)
     if tiles.shape[3] == 1:
         tiles = tiles.repeat(3, axis=3)
-    n, high, wide = tiles.shape[:3]
-    longest = max(high, wide, 1)
-    if longest <= SIDE * 1.5:
-        times = max(1, round(SIDE / longest))
-        return tiles.repeat(times, axis=1).repeat(times, axis=2)
-    block = min(round(longest / SIDE), high, wide)
-    high, wide = high // block, wide // block
-    blocks = tiles[:, : high * block, : wide * block].reshape(n, high, block, wide, block, 3)
-    small: Images = blocks.mean(axis=(2, 4)).round().astype(np.uint8)
-    return small
-
-
-# ---- kernels ----------------------------------------
-# Figures of what a layer's channels look for: its kernels, the images that excite them most.
-
-WIDTH = 1050  # pixels: 7 inches, a page's width
-FILTER, KERNEL = 60, 18  # pixels of a tile
-PICTURE, MADE = 50, 96
-LONG = 20  # rows beside each other beyond that
-
-
-class Mark(NamedTuple):
-    """A rectangle in an image, as shares of its sides: left, top, right, bottom."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
+    n, height, width = tiles.shape[:3]
+    longest = max(height, width, 1)
+    if longest <= IMAGE_SIDE * 1.5:
+        factor = max(1, round(IMAGE_SIDE / longest))
+        return tiles.repeat(factor, axis=1).repeat(factor, axis=2)
+    block = min(round(longest / IMAGE_SIDE), height, width)
+    height, width = height // block, width // block
+    blocks = tiles[:, : height * block, : width * block].reshape(n, height, block, width, block, 3)
+    averaged: Images = blocks.mean(axis=(2, 4)).round().astype(np.uint8)
+    return averaged
 
 
 @use_style
 def color_filters(
     filters: Maps, names: Sequence[str], limit: float, title: str = "", note: str = ""
 ) -> Figure:
-    """Kernels float32 `[n, 3, h, w]` as colours: grey is 0, `limit` full colour (or black).
+    """Kernels of the first layer as colors: 0 is gray, plus and minus `limit` full color and black.
 
-    `names` stand below, e.g. the numbers of the channels.
+    Args:
+        filters: float32 `[n, 3, h, w]`.
+        names: captions, e.g. the numbers of the channels.
     """
     shades = 0.5 + filters / (2 * limit if limit > 0 else 1)
     colors = (np.clip(np.nan_to_num(shades), 0, 1) * 255).round().astype(np.uint8)
-    blocks = [rgb(each, FILTER, exact=False) for each in colors]
-    return _captioned(blocks, [(name,) for name in names], title, note)
+    tiles = [resize_image(pixels, FILTER_SIDE) for pixels in colors]
+    return _draw_captioned(tiles, [(name,) for name in names], title, note)
 
 
 @use_style
 def made_inputs(
-    images: npt.NDArray[np.uint8],
+    images: Images,
     captions: Sequence[Sequence[str]],
     title: str = "",
     note: str = "",
 ) -> Figure:
-    """Pictures uint8 `[n, C, H, W]` made to excite a channel, captions below each."""
-    return _captioned([rgb(each, MADE) for each in images], captions, title, note)
+    """Images uint8 `[n, C, H, W]` optimized to activate a channel, with captions below."""
+    tiles = [resize_image(pixels, INPUT_SIDE) for pixels in images]
+    return _draw_captioned(tiles, captions, title, note)
 
 
 @use_style
 def kernels(
     rows: Maps, names: Sequence[str], limit: float, title: str = "", note: str = ""
 ) -> Figure:
-    """Kernels float32 `[n, k, h, w]`: a row for each channel, with some of its inputs.
+    """Kernels float32 `[n, k, h, w]`: a row for each output channel, with `k` of its inputs.
 
-    Colours diverge from 0 to plus and minus `limit`.
+    The colors diverge from 0 to plus and minus `limit`.
     """
-    page, label = Page(), 52
+    page, label_width = Page(), 52
     count, inputs = rows.shape[:2]
-    limits = (-limit, limit)
-    strips = [mosaic(tiles(each, limits, KERNEL), inputs, gap=4) for each in rows]
-    wide, high = strips[0].shape[1] + label + GAP, strips[0].shape[0] + 4
-    columns = max(1, min(-(-count // 4), (WIDTH - GAP) // wide))
-    width = max(columns * wide + GAP, 420)
-    top = _head(page, width, title, note)
-    page_scale(page, GAP, top, limit)
-    top += text_line() + 8
-    high_of = -(-count // columns)
+    strips = [mosaic(map_tiles(row, (-limit, limit), KERNEL_SIDE), inputs, gap=4) for row in rows]
+    cell_width, cell_height = strips[0].shape[1] + label_width + GAP, strips[0].shape[0] + 4
+    columns = max(1, min(-(-count // 4), (MAX_WIDTH - GAP) // cell_width))
+    width = max(columns * cell_width + GAP, MIN_WIDTH)
+    top = _write_title(page, width, title, note)
+    draw_scale_bar(page, GAP, top, (-1.0, 1.0), (f"−{limit:.3g} ", f"{limit:.3g}"))
+    top += line_height() + 8
+    column_length = -(-count // columns)
     for number, strip in enumerate(strips):
-        x = GAP + (number // high_of) * wide
-        y = top + (number % high_of) * high
-        page.write(x, y + strip.shape[0] / 2 + 5, names[number], label, color=GREY)
-        page.put(x + label, y, strip)
-    return page.figure(width)
+        x = GAP + (number // column_length) * cell_width
+        y = top + (number % column_length) * cell_height
+        page.write(x, y + strip.shape[0] / 2 + 5, names[number], label_width, color=GRAY)
+        page.put(x + label_width, y, strip)
+    return page.to_figure(width)
 
 
 @use_style
 def top_images(
-    images: Sequence[npt.NDArray[np.uint8]],
+    images: Sequence[Images],
     marks: Sequence[Sequence[Mark | None]],
     names: Sequence[tuple[str, str]],
     title: str = "",
     note: str = "",
 ) -> Figure:
-    """For each channel the images uint8 `[k, C, H, W]` that excite it most, best first.
+    """For each channel the images uint8 `[k, C, H, W]` that activate it most, strongest first.
 
     Args:
-        marks: for each of these images where it does, or None where that is everywhere.
+        marks: for each image the region that activates the channel, or None for all of it.
         names: two lines beside each row.
     """
-    page, label = Page(), 110
-    most = max(map(len, images), default=1)
+    page, label_width = Page(), 110
+    columns_of_images = max(map(len, images), default=1)
     strips = []
-    for row, places in zip(images, marks, strict=True):
-        drawn = [_marked(rgb(i, PICTURE), m) for i, m in zip(row, places, strict=True)]
-        strips.append(mosaic(drawn, most, gap=3))
-    wide = max((strip.shape[1] for strip in strips), default=0) + label + 2 * GAP
-    columns = 2 if len(strips) > LONG else 1
-    width = max(columns * wide + GAP, 420)
-    top = _head(page, width, title, note)
-    high_of = -(-len(strips) // columns)
+    for row, row_marks in zip(images, marks, strict=True):
+        tiles = [
+            _draw_mark(resize_image(image, TOP_IMAGE_SIDE), mark)
+            for image, mark in zip(row, row_marks, strict=True)
+        ]
+        strips.append(mosaic(tiles, columns_of_images, gap=3))
+    strip_width = max((strip.shape[1] for strip in strips), default=0) + label_width + 2 * GAP
+    columns = 2 if len(strips) > MAX_ROWS else 1
+    width = max(columns * strip_width + GAP, MIN_WIDTH)
+    top = _write_title(page, width, title, note)
+    column_length = -(-len(strips) // columns)
     for number, strip in enumerate(strips):
-        x = GAP + (number // high_of) * wide
-        y = top + (number % high_of) * (strip.shape[0] + 6)
+        x = GAP + (number // column_length) * strip_width
+        y = top + (number % column_length) * (strip.shape[0] + 6)
         first, second = names[number]
-        page.write(x, y + strip.shape[0] / 2 - 2, first, label, weight="bold")
-        page.write(x, y + strip.shape[0] / 2 + text_line() - 2, second, label, color=GREY)
-        page.put(x + label, y, strip)
-    return page.figure(width)
+        baseline = y + strip.shape[0] / 2 - 2
+        page.write(x, baseline, first, label_width, weight="bold")
+        page.write(x, baseline + line_height(), second, label_width, color=GRAY)
+        page.put(x + label_width, y, strip)
+    return page.to_figure(width)
 
 
-def _marked(picture: Pixels, mark: Mark | None) -> Pixels:
-    """The picture with a frame: vermilion, with white around it so that it shows on any ground."""
+def _draw_mark(image: Pixels, mark: Mark | None) -> Pixels:
+    """Return the image with a vermilion frame, in white so that it shows on any background."""
     if mark is None:
-        return picture
-    high, wide = picture.shape[:2]
-    left, right = round(mark.left * wide), round(mark.right * wide)
-    top, bottom = round(mark.top * high), round(mark.bottom * high)
-    found = picture.copy()
+        return image
+    height, width = image.shape[:2]
+    left, right = round(mark.left * width), round(mark.right * width)
+    top, bottom = round(mark.top * height), round(mark.bottom * height)
+    marked = image.copy()
     for grow, color in ((2, (255, 255, 255)), (1, BROKEN), (0, BROKEN)):
-        x0, x1 = max(0, left - grow), min(wide - 1, right + grow - 1)
-        y0, y1 = max(0, top - grow), min(high - 1, bottom + grow - 1)
-        found[[y0, y1], x0 : x1 + 1] = color
-        found[y0 : y1 + 1, [x0, x1]] = color
-    return found
+        x0, x1 = max(0, left - grow), min(width - 1, right + grow - 1)
+        y0, y1 = max(0, top - grow), min(height - 1, bottom + grow - 1)
+        marked[[y0, y1], x0 : x1 + 1] = color
+        marked[y0 : y1 + 1, [x0, x1]] = color
+    return marked
 
 
-def _captioned(
-    blocks: Sequence[Pixels], captions: Sequence[Sequence[str]], title: str, note: str
+def _draw_captioned(
+    tiles: Sequence[Pixels], captions: Sequence[Sequence[str]], title: str, note: str
 ) -> Figure:
+    """Draw tiles in rows with their captions below; the first of several lines is black."""
     page = Page()
-    high, wide = blocks[0].shape[:2] if blocks else (1, 1)
-    lines = max((len(each) for each in captions), default=0)
-    cell = wide + GAP
-    columns = max(1, min(len(blocks), (WIDTH - GAP) // cell))
-    width = max(columns * cell + GAP, 420)
-    top = _head(page, width, title, note)
-    step = high + lines * text_line() + GAP
-    for number, block in enumerate(blocks):
-        x, y = GAP + (number % columns) * cell, top + (number // columns) * step
-        page.put(x, y, block)
-        for place, words in enumerate(captions[number]):
-            plain = place == 0 and lines > 1
-            look: dict[str, Any] = {} if plain else {"color": GREY}
-            page.write(x, y + high + (place + 1) * text_line() - 3, words, cell, **look)
-    return page.figure(width)
+    height, width = tiles[0].shape[:2] if tiles else (1, 1)
+    lines = max(map(len, captions), default=0)
+    cell_width = width + GAP
+    columns = max(1, min(len(tiles), (MAX_WIDTH - GAP) // cell_width))
+    page_width = max(columns * cell_width + GAP, MIN_WIDTH)
+    top = _write_title(page, page_width, title, note)
+    row_height = height + lines * line_height() + GAP
+    for number, tile in enumerate(tiles):
+        x, y = GAP + (number % columns) * cell_width, top + (number // columns) * row_height
+        page.put(x, y, tile)
+        for index, text in enumerate(captions[number]):
+            style: dict[str, Any] = {} if index == 0 and lines > 1 else {"color": GRAY}
+            baseline = y + height + (index + 1) * line_height() - 3
+            page.write(x, baseline, text, cell_width, **style)
+    return page.to_figure(page_width)
 
 
-def _head(page: Page, width: int, title: str, note: str) -> int:
-    """Title, and a note below it that may run over several lines; returns the y behind them."""
-    y = GAP + text_line(LARGE)
-    page.write(GAP, y - 5, title, width - 2 * GAP, LARGE)
-    for words in wrap_text(note, width - 2 * GAP):
-        y += text_line()
-        page.write(GAP, y - 4, words, color=GREY)
+def _write_title(page: Page, width: int, title: str, note: str) -> int:
+    """Write a title and a note of any number of lines below it; return the y below them."""
+    y = GAP + line_height(LARGE_POINTS)
+    page.write(GAP, y - 5, title, width - 2 * GAP, LARGE_POINTS)
+    for line in wrap_text(note, width - 2 * GAP):
+        y += line_height()
+        page.write(GAP, y - 4, line, color=GRAY)
     return y + GAP
-
-
-def page_scale(page: Page, x: int, y: int, limit: float) -> None:
-    """The bar of diverging colours with its numbers."""
-    scale_bar(page, x, y, (-1.0, 1.0), (f"−{limit:.3g} ", f"{limit:.3g}"))
-
-
-# ---- channels ----------------------------------------
-# Figures of a layer's channels: what they give for a picture, one network or several.
-
-PANEL = 220  # pixels: the side of a square panel, the width of a long one
-LEAST = 9  # pixels of a tile
-WIDE = 4  # how much wider than high a long panel is
-
-
-@dataclass(frozen=True)
-class Panel:
-    """What is shown of one layer.
-
-    `maps` float32 `[n, h, w]` are the channels chosen, in their order; `limits` the values of the
-    first and the last colour; `blank` and `broken` bool `[n]` mark channels that show nothing, or
-    NaN. `name` and `note` stand above.
-    """
-
-    name: str
-    note: str
-    maps: Maps
-    limits: tuple[float, float]
-    blank: npt.NDArray[np.bool_]
-    broken: npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Column:
-    """One network beside others: its name, what it says of the picture, its layers."""
-
-    name: str
-    answer: str
-    panels: Sequence[Panel]
 
 
 @use_style
 def activations(
-    picture: Pixels, panels: Sequence[Panel], title: str = "", words: str = "", scale: str = ""
+    image: Pixels, panels: Sequence[Panel], title: str = "", subtitle: str = "", scale: str = ""
 ) -> Figure:
-    """A picture uint8 `[C, H, W]` and a mosaic of channels for each layer of one network.
+    """An image uint8 `[C, H, W]` and a mosaic of channels for each layer of one network.
 
     Args:
-        words: below the title, e.g. truth and answer.
-        scale: what the last colour means.
+        subtitle: the line below the title, e.g. the true and the predicted class.
+        scale: the meaning of the last color.
     """
-    drawn = [_drawn(panel, square=True) for panel in panels]
-    cell = max([PANEL, *(mosaic.shape[1] for mosaic in drawn)])
-    columns = _columns(len(panels) + 1) if cell <= 2 * PANEL else 2
-    page, head = Page(), 2 * text_line() + 4
-    page.write(GAP, GAP + text_line(LARGE) - 5, title, columns * (cell + 2 * GAP), LARGE)
-    page.write(
-        GAP, GAP + text_line(LARGE) + text_line() - 4, words, columns * (cell + 2 * GAP), color=GREY
-    )
-    top = 2 * GAP + text_line(LARGE) + text_line()
-    cells = [rgb(picture, PANEL), *drawn]
+    mosaics = [_draw_panel(panel, square=True) for panel in panels]
+    cell = max([PANEL_SIDE, *(pixels.shape[1] for pixels in mosaics)])
+    columns = _choose_columns(len(panels) + 1) if cell <= 2 * PANEL_SIDE else 2
+    width = columns * (cell + 2 * GAP)
+    page, head = Page(), 2 * line_height() + 4
+    page.write(GAP, GAP + line_height(LARGE_POINTS) - 5, title, width, LARGE_POINTS)
+    top = GAP + line_height(LARGE_POINTS) + line_height()
+    page.write(GAP, top - 4, subtitle, width, color=GRAY)
+    top += GAP
+    cells = [resize_image(image, PANEL_SIDE), *mosaics]
     names = [("input", "as the network sees it"), *((p.name, p.note) for p in panels)]
     for start in range(0, len(cells), columns):
         row = cells[start : start + columns]
-        for place, block in enumerate(row):
-            x = GAP + place * (cell + 2 * GAP)
-            name, note = names[start + place]
-            page.write(x, top + text_line() - 6, name, cell, weight="bold")
-            page.write(x, top + 2 * text_line() - 7, note, cell + GAP, color=GREY)
-            page.put(x, top + head, block)
-        top += head + max(block.shape[0] for block in row) + GAP
-    width = columns * (cell + 2 * GAP)
-    _legend(page, top, panels, scale, width)
-    return page.figure(width)
+        for column, pixels in enumerate(row):
+            x = GAP + column * (cell + 2 * GAP)
+            name, note = names[start + column]
+            page.write(x, top + line_height() - 6, name, cell, weight="bold")
+            page.write(x, top + 2 * line_height() - 7, note, cell + GAP, color=GRAY)
+            page.put(x, top + head, pixels)
+        top += head + max(pixels.shape[0] for pixels in row) + GAP
+    _draw_legend(page, top, panels, scale, width)
+    return page.to_figure(width)
 
 
 @use_style
 def activations_side_by_side(
-    picture: Pixels, columns: Sequence[Column], title: str = "", words: str = "", scale: str = ""
+    image: Pixels, columns: Sequence[Column], title: str = "", subtitle: str = "", scale: str = ""
 ) -> Figure:
-    """The layers of several networks for one picture: rows are layers, columns networks.
+    """The layers of several networks for one image: rows are layers, columns are networks.
 
-    Layers stand beside each other by their place in the network; the first column's names need
-    not be the others'.
+    Layers are matched by their position in the network, whatever their names.
     """
-    every = [panel for column in columns for panel in column.panels]
-    drawn = [[_drawn(panel, square=False) for panel in column.panels] for column in columns]
-    cell = max([round(PANEL * 1.6), *(block.shape[1] for each in drawn for block in each)])
+    mosaics = [[_draw_panel(panel, square=False) for panel in column.panels] for column in columns]
+    cell = max([LONG_PANEL_WIDTH, *(pixels.shape[1] for row in mosaics for pixels in row)])
     width = len(columns) * (cell + 2 * GAP)
-    page, small = Page(), rgb(picture, 96)
-    page.put(GAP, GAP, small)
-    x, y = 2 * GAP + small.shape[1], GAP + text_line(LARGE)
-    page.write(x, y, title, width - x, LARGE)
-    page.write(x, y + text_line() + 4, words, width - x, color=GREY)
-    top = 2 * GAP + small.shape[0]
+    page, thumbnail = Page(), resize_image(image, INPUT_SIDE)
+    page.put(GAP, GAP, thumbnail)
+    x, y = 2 * GAP + thumbnail.shape[1], GAP + line_height(LARGE_POINTS)
+    page.write(x, y, title, width - x, LARGE_POINTS)
+    page.write(x, y + line_height() + 4, subtitle, width - x, color=GRAY)
+    top = 2 * GAP + thumbnail.shape[0]
     for number, column in enumerate(columns):
         left = GAP + number * (cell + 2 * GAP)
-        page.write(left, top + text_line(), column.name, cell - 2 * GAP, weight="bold")
-        page.write(left, top + 2 * text_line(), column.answer, cell, color=GREY)
-    top += 2 * text_line() + GAP
-    head = text_line() + 4
+        page.write(left, top + line_height(), column.name, cell - 2 * GAP, weight="bold")
+        page.write(left, top + 2 * line_height(), column.prediction, cell, color=GRAY)
+    top += 2 * line_height() + GAP
+    head = line_height() + 4
     for row in range(max(len(column.panels) for column in columns)):
-        below = top
+        bottom = top
         for number, column in enumerate(columns):
             if row < len(column.panels):
-                panel, block = column.panels[row], drawn[number][row]
+                panel, pixels = column.panels[row], mosaics[number][row]
                 left = GAP + number * (cell + 2 * GAP)
-                words_ = f"{panel.name}, {panel.note}"
-                page.write(left, top + text_line() - 5, words_, cell + GAP)
-                page.put(left, top + head, block)
-                below = max(below, top + head + block.shape[0])
-        top = below + GAP
-    _legend(page, top, every, scale, width)
-    return page.figure(width)
+                caption = f"{panel.name}, {panel.note}"
+                page.write(left, top + line_height() - 5, caption, cell + GAP)
+                page.put(left, top + head, pixels)
+                bottom = max(bottom, top + head + pixels.shape[0])
+        top = bottom + GAP
+    panels = [panel for column in columns for panel in column.panels]
+    _draw_legend(page, top, panels, scale, width)
+    return page.to_figure(width)
 
 
-def _drawn(panel: Panel, *, square: bool) -> Pixels:
-    """The mosaic of a layer, in a square or a long one."""
+def _draw_panel(panel: Panel, *, square: bool) -> Pixels:
+    """Return the mosaic of a layer's channels, in a square or a long shape."""
     count = max(1, len(panel.maps))
-    wide = PANEL if square else round(PANEL * 1.6)
-    high, broad = tile_size(panel.maps.shape, 100)
-    # So many columns that the mosaic has the shape asked for, whatever the shape of a map.
-    ratio = (1 if square else WIDE) * high / broad
+    panel_width = PANEL_SIDE if square else LONG_PANEL_WIDTH
+    height, width = tile_size(panel.maps.shape, 100)
+    # The number of columns that gives the mosaic its shape, whatever the shape of a map.
+    ratio = (1 if square else LONG_PANEL_RATIO) * height / width
     columns = max(1, min(count, math.ceil(math.sqrt(count * ratio))))
-    side = max(LEAST, (wide + 1) // columns - 1)
-    side = min(side, PANEL // 2) if square else min(side, wide // WIDE)
-    if broad < high:
-        side = round(side * high / broad)
-    shown = tiles(panel.maps, panel.limits, side)
+    side = max(MIN_TILE_SIDE, (panel_width + 1) // columns - 1)
+    side = min(side, PANEL_SIDE // 2 if square else panel_width // LONG_PANEL_RATIO)
+    if width < height:
+        side = round(side * height / width)
+    tiles = map_tiles(panel.maps, panel.limits, side)
     for number in np.flatnonzero(panel.blank | panel.broken):
-        shown[number] = cross_out(shown.shape[1], shown.shape[2], bool(panel.broken[number]))
-    return mosaic(shown, columns)
+        tiles[number] = crossed_tile(tiles.shape[1], tiles.shape[2], bool(panel.broken[number]))
+    return mosaic(tiles, columns)
 
 
-def _columns(cells: int) -> int:
-    """Five cells a row at most, and as few empty ones as can be."""
+def _choose_columns(cells: int) -> int:
+    """Return at most five columns, with as few empty cells as possible."""
     if cells <= 3:
         return cells
     return min((5, 4, 3), key=lambda columns: -cells % columns)
 
 
-def _legend(page: Page, top: int, panels: Sequence[Panel], scale: str, width: int) -> None:
-    kinds = {panel.limits[0] < 0: panel.limits for panel in panels}
+def _draw_legend(page: Page, top: int, panels: Sequence[Panel], scale: str, width: int) -> None:
+    """Draw a bar for each kind of color scale, and the tiles of blank and broken channels."""
     x, y = GAP, top + 4
-    for signed in sorted(kinds):
+    for signed in sorted({panel.limits[0] < 0 for panel in panels}):
         limits = (-1.0, 1.0) if signed else (0.0, 1.0)
         ends = ("−max ", "max") if signed else ("0 ", "max")
-        x = scale_bar(page, x, y, limits, ends)
-    blank = any(panel.blank.any() for panel in panels)
-    broken = any(panel.broken.any() for panel in panels)
-    for there, tile, words in (
-        (blank, cross_out(13, 13), "blank channel"),
-        (broken, cross_out(13, 13, True), "NaN or infinite"),
+        x = draw_scale_bar(page, x, y, limits, ends)
+    any_blank = any(panel.blank.any() for panel in panels)
+    any_broken = any(panel.broken.any() for panel in panels)
+    for shown, tile, text in (
+        (any_blank, crossed_tile(13, 13), "blank channel"),
+        (any_broken, crossed_tile(13, 13, broken=True), "NaN or infinite"),
     ):
-        if there:
+        if shown:
             page.put(x, y - 2, tile)
-            page.write(x + 19, y + 8, words, color=GREY)
-            x += 19 + round(len(words) * SMALL * 1.35) + GAP
-    for number, words in enumerate(wrap_text(scale, width - 2 * GAP), 1):
-        page.write(GAP, y + 9 + number * text_line(), words, color=GREY)
+            page.write(x + 19, y + 8, text, color=GRAY)
+            x += 19 + round(len(text) * SMALL_POINTS * 1.35) + GAP
+    for number, line in enumerate(wrap_text(scale, width - 2 * GAP), 1):
+        page.write(GAP, y + 9 + number * line_height(), line, color=GRAY)

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about a run, or about several side by side.
+"""Self-contained HTML pages about one run, or about several side by side.
 
-`contents` gathers what a run folder knows, `sections` turns it into a table of named parts,
-`page` puts them into one file, `building` is the whole job. A new part of the page is a function
-and a line in `sections.SECTIONS` (one run) or `comparing.SECTIONS` (several).
+`contents` gathers the files of a run, `sections` and `compare` render the named parts of a page,
+`html` composes them into one file, and `build` does the whole job. A new part of the page is a
+function and an entry in `sections.SECTIONS` (one run) or `compare.COMPARE_SECTIONS` (several).
 """

@@ -1,4 +1,4 @@
-"""The page of several runs: one table, curves overlaid, differences on the same images."""
+"""Page of several runs: one table, overlaid curves, differences on the same images."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from convlens.metrics import difference_on_images, holm_adjust
-from convlens.reports import html, sections
 from convlens.reports.contents import ReportContents
 from convlens.reports.html import (
     ChartLine,
     PageSection,
+    color_swatch,
     format_count,
     format_number,
     format_seconds,
     format_share,
-    render_page,
+    line_chart,
+    render_template,
 )
-from convlens.reports.sections import CALIBRATION_WORDS, calibration
+from convlens.reports.sections import SPLIT_WORDS, flatten_recipe, measure_calibration
 
-COMPARE_LOOKS = 7  # lines that can be told apart
+MAX_CURVES = 7  # distinguishable lines in a chart
+SIGNIFICANCE_LEVEL = 0.05
+LESS, MORE, SAME = "less accurate than", "more accurate than", "not distinguishable from"
 
 
 class PairedDifference(NamedTuple):
-    """Another run against the first one on the same images, as `convlens compare` has it.
+    """Another run compared with the first one on the same images, as by `convlens compare`.
 
-    `points` is the difference of accuracy, other minus first, with its 95% interval (Newcombe's);
-    `p` is McNemar's exact one, corrected for the number of comparisons (Holm).
+    Attributes:
+        points: the difference of accuracy, other minus first, as a share.
+        interval: its 95% interval (Newcombe's).
+        gained, lost: the number of images that only the other run, or only the first, gets right.
+        p: of McNemar's exact test, corrected for the number of comparisons (Holm).
     """
 
     name: str
@@ -41,205 +47,228 @@ class PairedDifference(NamedTuple):
     p: float
 
     @property
-    def says(self) -> str:
-        """What the first run is, compared with this one."""
-        if self.p >= 0.05:
-            return "not distinguishable from"
-        return "less accurate than" if self.points > 0 else "more accurate than"
+    def relation(self) -> str:
+        """The first run compared with this one, e.g. `more accurate than`."""
+        if self.p >= SIGNIFICANCE_LEVEL:
+            return SAME
+        return LESS if self.points > 0 else MORE
 
 
 @dataclass(frozen=True)
 class ComparedRuns:
-    """Runs side by side; `alike` says whether all were judged by the same images.
+    """Runs side by side.
 
-    `first` is what the others are compared with: the first run named, since choosing the best by
-    the very answers that are tested would make p values too small.
+    Attributes:
+        comparable: whether all were evaluated on the same images.
+        first: the reference: the first run that was named. Choosing the best by the very
+            predictions that are tested would make p values too small.
     """
 
     runs: list[ReportContents]
-    alike: bool
+    comparable: bool
     first: ReportContents | None
     differences: list[PairedDifference]
     verdict: str
 
     @property
     def names(self) -> list[str]:
-        return [found.name for found in self.runs]
+        return [contents.name for contents in self.runs]
 
     @property
     def split(self) -> str:
-        return self.runs[0].split if len({found.split for found in self.runs}) == 1 else "mixed"
+        return self.runs[0].split if len({run.split for run in self.runs}) == 1 else "mixed"
 
 
 def gather_runs(runs: Sequence[ReportContents]) -> ComparedRuns:
-    """Whether the other runs can be told from the first."""
-    judged = [found for found in runs if found.summary is not None]
-    alike = len(judged) == len(runs) and len({_image_count(found) for found in runs}) == 1
-    if not judged:
-        return ComparedRuns(list(runs), False, None, [], "None of these runs was judged yet.")
-    if not alike:
-        said = (
-            "These runs were not all judged by the same images, so their accuracies can't be "
-            "compared; each stands for itself."
+    """Compare the other runs with the first where all were evaluated on the same images."""
+    evaluated = [contents for contents in runs if contents.summary is not None]
+    same_images = len({_images_key(contents) for contents in runs}) == 1
+    if not evaluated:
+        verdict = "None of these runs has been evaluated yet."
+        return ComparedRuns(list(runs), False, None, [], verdict)
+    if len(evaluated) < len(runs) or not same_images:
+        verdict = (
+            "These runs were not all evaluated on the same images, so their accuracies cannot be "
+            "compared."
         )
-        return ComparedRuns(list(runs), False, None, [], said)
+        return ComparedRuns(list(runs), False, None, [], verdict)
     first, *others = runs
-    found = compare_page(first, others)
-    return ComparedRuns(list(runs), True, first, found, _compare_verdict(first, found, len(others)))
+    differences = compare_with_first(first, others)
+    verdict = _comparison_verdict(first, differences, len(others))
+    return ComparedRuns(list(runs), True, first, differences, verdict)
 
 
-def compare_page(first: ReportContents, others: Sequence[ReportContents]) -> list[PairedDifference]:
-    """Each other run against the first, where the answers to single images were kept."""
-    gains = []
+def _images_key(contents: ReportContents) -> tuple[Any, ...]:
+    """Return a key of the evaluated images: the hash of the split, else that of all data."""
+    if contents.predictions is not None:
+        return contents.split, contents.predictions.images, contents.classes
+    fingerprint = contents.model_metadata.get("data", {}).get("fingerprint")
+    return contents.split, fingerprint, contents.classes
+
+
+def compare_with_first(
+    first: ReportContents, others: Sequence[ReportContents]
+) -> list[PairedDifference]:
+    """Compare each other run with the first; runs without cached predictions are left out."""
+    counts, tests = [], []
     for other in others:
-        if first.answers is None or other.answers is None:
+        if first.predictions is None or other.predictions is None:
             continue
-        labels = first.answers.labels
-        its, mine = (
-            each.answers.logits.argmax(axis=1) == labels  # type: ignore[union-attr]
-            for each in (first, other)
-        )
-        lost, gained = int((its & ~mine).sum()), int((mine & ~its).sum())
-        both, neither = int((its & mine).sum()), int((~its & ~mine).sum())
-        gains.append((other.name, gained, lost, difference_on_images(both, lost, gained, neither)))
-    corrected = holm_adjust([gain.p for *_, gain in gains])
+        targets = first.predictions.labels
+        first_correct = first.predictions.logits.argmax(axis=1) == targets
+        other_correct = other.predictions.logits.argmax(axis=1) == targets
+        lost = int((first_correct & ~other_correct).sum())
+        gained = int((other_correct & ~first_correct).sum())
+        both = int((first_correct & other_correct).sum())
+        neither = int((~first_correct & ~other_correct).sum())
+        counts.append((other.name, gained, lost))
+        tests.append(difference_on_images(both, lost, gained, neither))
+    corrected = holm_adjust([test.p for test in tests])
     return [
-        PairedDifference(name, gain.value, gain.interval95 or (gain.value,) * 2, gained, lost, p)
-        for (name, gained, lost, gain), p in zip(gains, corrected, strict=True)
+        PairedDifference(name, test.value, test.interval95 or (test.value,) * 2, gained, lost, p)
+        for (name, gained, lost), test, p in zip(counts, tests, corrected, strict=True)
         if p is not None
     ]
 
 
-def _compare_verdict(first: ReportContents, found: Sequence[PairedDifference], others: int) -> str:
+def _comparison_verdict(
+    first: ReportContents, differences: Sequence[PairedDifference], others: int
+) -> str:
     assert first.summary is not None
-    n, what = first.summary["n"], CALIBRATION_WORDS[first.split]
-    said = f"{first.name}: {_accuracy_cell(first):.1%} of {n:,} {what} images"
-    if len(found) < others:
-        return f"{said}. Whether the others differ can't be said without their single answers."
-    parts = [
-        f"{words} {_listed_names([each.name for each in found if each.says == words])}"
-        for words in ("less accurate than", "more accurate than", "not distinguishable from")
-        if any(each.says == words for each in found)
-    ]
-    return f"{said}; {', '.join(parts)} (McNemar's exact test)."
+    n, split = first.summary["n"], SPLIT_WORDS[first.split]
+    accuracy = f"{first.name}: {first.summary['accuracy']:.1%} of {n:,} {split} images"
+    if len(differences) < others:
+        return (
+            f"{accuracy}. Differences from the other runs cannot be tested: predictions for single "
+            "images are missing."
+        )
+    parts = []
+    for relation in (LESS, MORE, SAME):
+        names = [other.name for other in differences if other.relation == relation]
+        if names:
+            parts.append(f"{relation} {_join_names(names)}")
+    return f"{accuracy}; {', '.join(parts)} (McNemar's exact test)."
 
 
-def _listed_names(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return " and ".join([*([", ".join(names[:-1])] if len(names) > 1 else []), names[-1]])
 
 
-def _accuracy_cell(found: ReportContents) -> float:
-    assert found.summary is not None
-    return float(found.summary["accuracy"])
-
-
-def _image_count(found: ReportContents) -> tuple[Any, ...]:
-    """What says which images a run was judged by: the split's own hash, else all data's."""
-    if found.answers is not None:
-        return found.split, found.answers.images, found.classes
-    return found.split, found.model_metadata.get("data", {}).get("fingerprint"), found.classes
-
-
-def compare_head(both: ComparedRuns) -> Markup:
-    missing = list(dict.fromkeys(f"{f.name}: {line}" for f in both.runs for line in f.missing))
-    return render_page("compare-head.html", both=both, missing=missing)
-
-
-def compare_table(both: ComparedRuns) -> Markup | None:
-    """A column for each run: what it reached, how, and what it cost."""
-    columns = [_facts(found) for found in both.runs]
-    rows = [(label, [column[label] for column in columns]) for label in columns[0]]
-    return render_page("compare-table.html", runs=both.runs, rows=rows, alike=both.alike)
-
-
-def _facts(found: ReportContents) -> dict[str, str]:
-    """What is stated about a run, as text."""
-    facts, s = found.facts, found.summary
-    look: dict[str, Any] = next((x for x in reversed(found.looks) if x["split"] == found.split), {})
-    trained, judged = found.trained_accuracy(), calibration(found)
-    path = found.run_dir.model_path
-    low, high = s["interval95"] if s else (None, None)
-    error = "–" if s is None else format_number(s["ece"], 3)
-    epoch = f"{facts['kept_epoch']} of {facts['epochs']}" if "epochs" in facts else "–"
-    return {
-        "judged by": "not judged"
-        if s is None
-        else f"{s['n']:,} {CALIBRATION_WORDS[found.split]} images",
-        "accuracy": "–" if s is None else format_share(s["accuracy"], 2),
-        "95% interval": "–" if s is None else f"{format_share(low, 2)} to {format_share(high, 2)}",
-        "loss": "–" if s is None else format_number(s["loss"], 3),
-        "calibration error": error + (f" ({judged.words})" if judged else ""),
-        "training accuracy": "–" if trained is None else format_share(trained[0], 2),
-        "network": "–" if found.recipe is None else found.recipe.model.name,
-        "weights": format_count(facts.get("parameters")),
-        "epoch kept": epoch,
-        "training time": format_seconds(facts.get("training_seconds")),
-        "images/s when tested": format_count(look.get("images_per_second")),
-        "model file": f"{path.stat().st_size / 1e6:,.1f} MB" if path.exists() else "–",
-    }
-
-
-def compare_curves(both: ComparedRuns) -> Markup | None:
-    """Validation curves overlaid; training curves where there was no validation."""
-    runs = [found for found in both.runs if found.rows][:COMPARE_LOOKS]
-    if not runs:
-        return None
-    validated = all(any(math.isfinite(r["val_loss"]) for r in f.rows) for f in runs)
-    part = "val" if validated else "train"
-    longest = max((f.rows for f in runs), key=len)
-    x = [row["epoch"] for row in longest]
-    charts = []
-    for key, label, percent in (("loss", "loss (nats)", False), ("accuracy", "accuracy", True)):
-        lines = [
-            ChartLine(found.name, f"c{number}", [row[f"{part}_{key}"] for row in found.rows])
-            for number, found in enumerate(runs)
-        ]
-        title = f"{CALIBRATION_WORDS[part].capitalize()} {label}"
-        legend = [(html.color_swatch(line.look), line.name) for line in lines]
-        svg = html.line_chart(x, lines, title, percent=percent)
-        charts.append({"title": title, "svg": svg, "legend": legend})
-    return render_page("compare-curves.html", charts=charts, left=len(both.runs) - len(runs))
-
-
-def compare_paired(both: ComparedRuns) -> Markup | None:
-    """Each run against the first, image by image."""
-    if not both.differences or both.first is None:
-        return None
-    return render_page(
-        "compare-paired.html",
-        first=both.first.name,
-        rows=both.differences,
-        several=len(both.differences) > 1,
+def comparison_head(comparison: ComparedRuns) -> Markup:
+    """Render names, verdict and the notes on missing parts."""
+    missing = [f"{run.name}: {line}" for run in comparison.runs for line in run.missing]
+    return render_template(
+        "compare-head.html", comparison=comparison, missing=list(dict.fromkeys(missing))
     )
 
 
-def compare_classes(both: ComparedRuns) -> Markup | None:
-    """Recall of each class, run by run."""
-    if not both.alike or any(not (f.summary or {}).get("per_class") for f in both.runs):
+def compare_table(comparison: ComparedRuns) -> Markup | None:
+    """Render a column for each run: its results, its recipe in short, and its cost."""
+    columns = [_run_facts(contents) for contents in comparison.runs]
+    rows = [(label, [column[label] for column in columns]) for label in columns[0]]
+    return render_template(
+        "compare-table.html",
+        runs=comparison.runs,
+        rows=rows,
+        comparable=comparison.comparable,
+    )
+
+
+def _run_facts(contents: ReportContents) -> dict[str, str]:
+    """Return the rows of a run's column as text."""
+    metadata, summary = contents.metadata, contents.summary
+    evaluations = (e for e in reversed(contents.evaluations) if e["split"] == contents.split)
+    latest: dict[str, Any] = next(evaluations, {})
+    train_accuracy, calibration = contents.train_accuracy(), measure_calibration(contents)
+    model_path = contents.run_dir.model_path
+    split = accuracy = interval = loss = calibration_error = "–"
+    if summary is not None:
+        split = f"{summary['n']:,} {SPLIT_WORDS[contents.split]} images"
+        accuracy = format_share(summary["accuracy"], 2)
+        interval = " to ".join(format_share(end, 2) for end in summary["interval95"])
+        loss = format_number(summary["loss"], 3)
+        calibration_error = format_number(summary["ece"], 3)
+    if calibration is not None:
+        calibration_error += f" ({calibration.label})"
+    epoch = f"{metadata['kept_epoch']} of {metadata['epochs']}" if "epochs" in metadata else "–"
+    return {
+        "evaluated on": split,
+        "accuracy": accuracy,
+        "95% interval": interval,
+        "loss": loss,
+        "calibration error": calibration_error,
+        "training accuracy": "–" if train_accuracy is None else format_share(train_accuracy[0], 2),
+        "network": "–" if contents.recipe is None else contents.recipe.model.name,
+        "weights": format_count(metadata.get("parameters")),
+        "epoch kept": epoch,
+        "training time": format_seconds(metadata.get("training_seconds")),
+        "images/s when tested": format_count(latest.get("images_per_second")),
+        "model file": f"{model_path.stat().st_size / 1e6:,.1f} MB" if model_path.exists() else "–",
+    }
+
+
+def compare_paired(comparison: ComparedRuns) -> Markup | None:
+    """Render the differences of each run from the first, image by image."""
+    if not comparison.differences or comparison.first is None:
+        return None
+    return render_template(
+        "compare-paired.html",
+        first=comparison.first.name,
+        rows=comparison.differences,
+        several=len(comparison.differences) > 1,
+    )
+
+
+def compare_curves(comparison: ComparedRuns) -> Markup | None:
+    """Render overlaid validation curves, or training curves if a run was not validated."""
+    runs = [contents for contents in comparison.runs if contents.rows][:MAX_CURVES]
+    if not runs:
+        return None
+    validated = all(any(math.isfinite(r["val_loss"]) for r in run.rows) for run in runs)
+    split = "val" if validated else "train"
+    longest = max((run.rows for run in runs), key=len)
+    epochs = [row["epoch"] for row in longest]
+    charts = []
+    for key, label, percent in (("loss", "loss (nats)", False), ("accuracy", "accuracy", True)):
+        lines = [
+            ChartLine(contents.name, f"c{number}", [row[f"{split}_{key}"] for row in contents.rows])
+            for number, contents in enumerate(runs)
+        ]
+        title = f"{SPLIT_WORDS[split].capitalize()} {label}"
+        legend = [(color_swatch(line.css_class), line.name) for line in lines]
+        svg = line_chart(epochs, lines, title, percent=percent)
+        charts.append({"title": title, "svg": svg, "legend": legend})
+    omitted = len(comparison.runs) - len(runs)
+    return render_template("compare-curves.html", charts=charts, omitted=omitted)
+
+
+def compare_classes(comparison: ComparedRuns) -> Markup | None:
+    """Render the recall of each class, run by run."""
+    summaries = [contents.summary or {} for contents in comparison.runs]
+    if not comparison.comparable or not all(s.get("per_class") for s in summaries):
         return None
     rows = []
-    for name in both.runs[0].classes:
-        scores = [f.summary["per_class"][name] for f in both.runs]  # type: ignore[index]
-        recalls = [each["recall"] for each in scores]
-        known = [r for r in recalls if r is not None]
+    for name in comparison.runs[0].classes:
+        scores = [summary["per_class"][name] for summary in summaries]
+        recalls = [score["recall"] for score in scores]
+        known = [recall for recall in recalls if recall is not None]
         best = max(known) if known and min(known) < max(known) else None
         rows.append({"name": name, "n": scores[0]["n"], "recalls": recalls, "best": best})
-    return render_page("compare-classes.html", rows=rows, names=both.names)
+    return render_template("compare-classes.html", rows=rows, names=comparison.names)
 
 
-def compare_recipes(both: ComparedRuns) -> Markup | None:
-    """The keys in which the recipes differ."""
-    flat = [
-        {} if f.recipe is None else sections.flatten_recipe(f.recipe.model_dump(mode="json"))
-        for f in both.runs
+def compare_recipes(comparison: ComparedRuns) -> Markup | None:
+    """Render the keys in which the recipes differ."""
+    recipes = [
+        {} if run.recipe is None else flatten_recipe(run.recipe.model_dump(mode="json"))
+        for run in comparison.runs
     ]
-    keys = dict.fromkeys(key for each in flat for key in each)
     rows = []
-    for key in keys:
-        values = [each.get(key, "–") for each in flat]
+    for key in dict.fromkeys(key for recipe in recipes for key in recipe):
+        values = [recipe.get(key, "–") for recipe in recipes]
         if len(set(values)) > 1 and key not in ("name", "about"):
             rows.append((key, values))
-    return render_page("compare-recipes.html", rows=rows, names=both.names)
+    return render_template("compare-recipes.html", rows=rows, names=comparison.names)
 
 
 COMPARE_SECTIONS: dict[str, PageSection] = {
@@ -247,5 +276,5 @@ COMPARE_SECTIONS: dict[str, PageSection] = {
     "differences": ("Differences", compare_paired),
     "curves": ("Curves", compare_curves),
     "classes": ("Classes", compare_classes),
-    "recipes": ("What differs in the recipes", compare_recipes),
+    "recipes": ("Differences in the recipes", compare_recipes),
 }

@@ -1,4 +1,4 @@
-"""What a page is made of: everything that a run folder knows, and what it doesn't."""
+"""Gathers the contents of a page: everything a run directory holds, and what is missing."""
 
 from __future__ import annotations
 
@@ -7,38 +7,59 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from convlens import device, evaluation, metrics, run, serialization
-from convlens.data.audit import Audit, audit as look_at
+from convlens import evaluation, metrics, run, serialization
+from convlens.data.audit import Audit, audit as audit_data
 from convlens.data.dataset import Split
+from convlens.device import select_device
 from convlens.errors import ConvlensError, ModelFileError, UsageError
 from convlens.evaluation import CachedPredictions
 from convlens.recipe import Recipe
 from convlens.run import LoadedModel, RunDir
 from convlens.utils.console import print_status
 
-QUICK_AUDIT_IMAGES = 5000  # images: so many are audited without being asked to
+QUICK_AUDIT_IMAGES = 5000  # data sets of up to this many images are audited by default
+# Metrics that the evaluation log keeps, under the keys of `metrics.summarize`.
+SUMMARY_KEYS = (
+    "n",
+    "correct",
+    "accuracy",
+    "interval95",
+    "loss",
+    "top5",
+    "ece",
+    "per_class",
+    "confusion",
+)
 
 MetricsRow = dict[str, float]
 
 
 @dataclass
 class ReportContents:
-    """All that the sections of a page draw from; what isn't there is None or empty.
+    """Everything the sections of a page draw from; what is missing is None or empty.
 
-    `split` is the split that the page judges by: `test` if it was looked at before, else `val`;
-    `summary` its numbers as in `metrics.summarise`, `answers` what was said to each image and
-    `images` the images themselves. `missing` are sentences about what couldn't be had.
+    Attributes:
+        metadata: of the run, from `run.json`.
+        rows: of `metrics.csv`, one for each epoch.
+        evaluations: from the evaluation log.
+        loaded: the model.
+        split: the evaluated split: `test` if it has been used before, else `val`.
+        summary: the metrics on that split, as from `metrics.summarize`.
+        predictions: the logits and labels of that split.
+        images: its images.
+        audit: of the whole data set.
+        missing: sentences about everything that is unavailable.
     """
 
     run_dir: RunDir
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     rows: list[MetricsRow] = field(default_factory=list)
-    looks: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     loaded: LoadedModel | None = None
     recipe: Recipe | None = None
     split: str = "val"
     summary: dict[str, Any] | None = None
-    answers: CachedPredictions | None = None
+    predictions: CachedPredictions | None = None
     images: Split | None = None
     audit: Audit | None = None
     device: str | None = None
@@ -52,143 +73,136 @@ class ReportContents:
     def classes(self) -> tuple[str, ...]:
         if self.loaded is not None:
             return self.loaded.classes
-        return tuple(self.facts.get("data", {}).get("classes", ()))
+        return tuple(self.metadata.get("data", {}).get("classes", ()))
 
     @property
     def model_metadata(self) -> Mapping[str, Any]:
-        """What the model file says about itself."""
+        """The metadata of the model file."""
         return {} if self.loaded is None else self.loaded.model_metadata
 
     @property
-    def finished(self) -> bool:
-        return bool(self.facts.get("status", "finished") == "finished")
+    def is_finished(self) -> bool:
+        return bool(self.metadata.get("status", "finished") == "finished")
 
     @property
     def kept_epoch(self) -> int | None:
-        """The epoch whose weights these are."""
-        kept = self.facts.get("kept_epoch")
-        return None if kept is None else int(kept)
+        """The epoch whose weights the model has."""
+        epoch = self.metadata.get("kept_epoch")
+        return None if epoch is None else int(epoch)
 
-    def trained_accuracy(self) -> tuple[float, str] | None:
-        """Accuracy on the training images, and how it was measured."""
+    def train_accuracy(self) -> tuple[float, str] | None:
+        """Return the accuracy on the training images, and how it was measured."""
         sha = self.model_metadata.get("sha256")
-        for look in reversed(self.looks):
-            if look["split"] == "train" and look.get("own") and look["model_sha256"] == sha:
-                return float(look["accuracy"]), "measured on all training images"
-        kept = self.kept_epoch if self.kept_epoch is not None else len(self.rows)
+        for entry in reversed(self.evaluations):
+            if entry["split"] == "train" and entry.get("own") and entry["model_sha256"] == sha:
+                return float(entry["accuracy"]), "measured on all training images"
+        epoch = self.kept_epoch if self.kept_epoch is not None else len(self.rows)
         for row in self.rows:
-            if row["epoch"] == kept and math.isfinite(row["train_accuracy"]):
+            if row["epoch"] == epoch and math.isfinite(row["train_accuracy"]):
                 augmented = self.recipe is not None and self.recipe.augment
-                on = "augmented images while it learned" if augmented else "images as it learned"
-                return row["train_accuracy"], f"measured on {on}"
+                images = "augmented images" if augmented else "images"
+                return row["train_accuracy"], f"measured on {images} during training"
         return None
 
 
 def gather_contents(
-    name: str, *, audit: bool | None, on: str | None, alone: bool = True
+    name: str, *, audit: bool | None, device: str | None, with_images: bool = True
 ) -> ReportContents:
-    """Everything about a run that its page shows.
+    """Gather everything about a run that its page shows.
 
-    The test split is touched only if it was looked at before with these very weights; then the
-    model is tested once more if its answers to the single images were not kept, which is logged
-    like each look. A run whose test split is sealed is judged by its validation split.
+    The test split is used only if it was evaluated before with exactly these weights. If the
+    predictions of that evaluation were not kept, the model is tested once more, which is logged
+    like every evaluation. A run whose test split is sealed is evaluated on its validation split.
 
     Args:
-        audit: whether to look at every image of the data set; by default if there are few.
-        alone: whether single images are shown, and the audit; not beside other runs.
+        audit: whether to inspect every image of the data set; by default only small sets.
+        with_images: whether the page shows single images and the audit.
 
     Raises:
-        UsageError, ModelFileError: no such run, or files of it that can't be trusted.
+        UsageError, ModelFileError: no such run, or files of it that cannot be trusted.
     """
-    device.select_device(on)  # a device that isn't there is an error, not a gap in the page
+    select_device(device)  # an unavailable device is an error, not a gap in the page
     run_dir = run.find_run(name)
-    found = ReportContents(
-        run_dir, run_dir.metadata(), run_dir.metrics(), run_dir.evaluations(), device=on
+    contents = ReportContents(
+        run_dir, run_dir.metadata(), run_dir.metrics(), run_dir.evaluations(), device=device
     )
     if not run_dir.model_path.exists():
-        found.missing.append("The run has no weights yet: they are written with its first epoch.")
-        found.recipe = _recipe_file(run_dir)
-        return found
-    found.loaded = run.load_model(run_dir.model_path)
-    found.recipe = serialization.recipe_from_metadata(found.model_metadata)
-    if not found.finished:
-        found.missing.append(
-            "The training has not finished: these are its curves so far, and nothing was judged."
+        contents.missing.append("The run has no weights yet; the first epoch writes them.")
+        contents.recipe = _read_recipe(run_dir)
+        return contents
+    contents.loaded = run.load_model(run_dir.model_path)
+    contents.recipe = serialization.recipe_from_metadata(contents.model_metadata)
+    if not contents.is_finished:
+        contents.missing.append(
+            "Training has not finished: the page shows its curves so far, without an evaluation."
         )
-        return found
-    _evaluate_val(found, on)
-    if alone:
-        _open_data(found, on, audit)
-    return found
+        return contents
+    _add_evaluation(contents)
+    if with_images:
+        _add_images(contents, audit)
+    return contents
 
 
-def _recipe_file(run_dir: RunDir) -> Recipe | None:
+def _read_recipe(run_dir: RunDir) -> Recipe | None:
     path = run_dir.path / "recipe.yaml"
     try:
         return run_dir.recipe() if path.exists() else None
-    except (UsageError, ModelFileError):  # the model file has it, too
+    except (UsageError, ModelFileError):  # the model file holds the recipe, too
         return None
 
 
-def _evaluate_val(found: ReportContents, on: str | None) -> None:
-    """The numbers of the split, from the answers that were kept or from testing once more."""
-    sha = found.model_metadata["sha256"]
-    own = [look for look in found.looks if look.get("own") and look["model_sha256"] == sha]
-    found.split = "test" if any(look["split"] == "test" for look in own) else "val"
-    look = next((look for look in reversed(own) if look["split"] == found.split), None)
-    fingerprint = found.model_metadata["data"]["fingerprint"]
-    said = evaluation.load_predictions(found.run_dir, found.split, fingerprint, sha)
-    if said is None:
+def _add_evaluation(contents: ReportContents) -> None:
+    """Add the metrics of the split, from cached predictions or by another evaluation."""
+    sha = contents.model_metadata["sha256"]
+    entries = [
+        entry for entry in contents.evaluations if entry.get("own") and entry["model_sha256"] == sha
+    ]
+    contents.split = "test" if any(entry["split"] == "test" for entry in entries) else "val"
+    latest = next((e for e in reversed(entries) if e["split"] == contents.split), None)
+    run_dir, split = contents.run_dir, contents.split
+    fingerprint = contents.model_metadata["data"]["fingerprint"]
+    predictions = evaluation.load_predictions(run_dir, split, fingerprint, sha)
+    if predictions is None:
         try:
-            evaluation.evaluate(found.run_dir, found.split, device=on, quiet=False)
-            said = evaluation.load_predictions(found.run_dir, found.split, fingerprint, sha)
-            found.looks = found.run_dir.evaluations()
+            evaluation.evaluate(run_dir, split, device=contents.device, quiet=False)
+            predictions = evaluation.load_predictions(run_dir, split, fingerprint, sha)
+            contents.evaluations = run_dir.evaluations()
         except ConvlensError as error:
-            found.missing.append(_error_sentence(error))
-    if said is not None:
-        found.answers = said
-        found.summary = metrics.summarize(said.logits, said.labels, list(found.classes))
-    elif look is not None:
-        found.summary = {key: look.get(key) for key in SUMMARY_KEYS}
-        found.missing.append(
-            f"The numbers are of the last look at the {found.split} split; what was said to "
-            "single images was not kept."
+            contents.missing.append(_error_sentence(error))
+    if predictions is not None:
+        contents.predictions = predictions
+        contents.summary = metrics.summarize(
+            predictions.logits, predictions.labels, list(contents.classes)
+        )
+    elif latest is not None:
+        contents.summary = {key: latest.get(key) for key in SUMMARY_KEYS}
+        contents.missing.append(
+            f"The metrics are those of the last evaluation of the {split} split, whose "
+            "predictions for single images were not kept."
         )
 
 
-SUMMARY_KEYS = (
-    "n",
-    "correct",
-    "accuracy",
-    "interval95",
-    "loss",
-    "top5",
-    "ece",
-    "per_class",
-    "confusion",
-)
-
-
-def _open_data(found: ReportContents, on: str | None, audit: bool | None) -> None:
-    """The images of the split, and the audit of the data set."""
-    assert found.loaded is not None
-    assert found.recipe is not None
-    where = device.select_device(on)
+def _add_images(contents: ReportContents, audit: bool | None) -> None:
+    """Add the images of the split, and the audit of the data set."""
+    assert contents.loaded is not None
+    assert contents.recipe is not None
+    device = select_device(contents.device)
     try:
-        if found.answers is not None:
-            found.images = evaluation.load_eval_split(found.loaded, found.split, device=where)[0]
+        if contents.predictions is not None:
+            split = evaluation.load_eval_split(contents.loaded, contents.split, device=device)
+            contents.images = split.part
         if audit is None:
-            data = evaluation.load_own_data(found.loaded, where)
-            judged = 0 if found.summary is None else int(found.summary["n"])
-            audit = len(data.train) + len(data.val) + judged <= QUICK_AUDIT_IMAGES
+            data = evaluation.load_own_data(contents.loaded, device)
+            evaluated = 0 if contents.summary is None else int(contents.summary["n"])
+            audit = len(data.train) + len(data.val) + evaluated <= QUICK_AUDIT_IMAGES
         if audit:
-            found.audit = look_at(found.recipe.data)
+            contents.audit = audit_data(contents.recipe.data)
     except ConvlensError as error:
-        found.missing.append(_error_sentence(error))
-        print_status("[yellow]the images can't be had: the page is made without them[/]")
-    found.missing = list(dict.fromkeys(found.missing))
+        contents.missing.append(_error_sentence(error))
+        print_status("[yellow]the images are unavailable: the page is written without them[/]")
+    contents.missing = list(dict.fromkeys(contents.missing))
 
 
 def _error_sentence(error: ConvlensError) -> str:
-    """What an error says, without the path of the machine that it says it on."""
+    """Return the message of an error without its location, a path of this machine."""
     return f"{error.what[:1].upper()}{error.what[1:]}."

@@ -1,8 +1,13 @@
-"""From named parts to one HTML file that needs nothing else: no network, no second file.
+"""HTML of a report page: templates, number formats, thumbnails and inline SVG charts.
 
-Everything that is filled in is escaped (Jinja's autoescape is on for every template). Names of
-classes and files come from users and folders, so JSON within a script is escaped, too: a class
-called `</script>` must stay a class.
+The page is one file that loads nothing, neither from the network nor from other files. All values
+are escaped (Jinja's autoescape is on for every template). Names of classes and files come from
+users and folders, so JSON inside a script is escaped as well: a class named `</script>` must stay
+a class.
+
+Charts are inline SVG whose colors are CSS variables, so that they follow light, dark and print
+styles; matplotlib's SVG would bring its own colors and 50 kB per figure. Every chart has a text
+alternative, and the page shows its numbers in a table beside it.
 """
 
 from __future__ import annotations
@@ -29,15 +34,30 @@ from convlens.version import __version__
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-
-# A part of the page: its heading, and what draws it from what was gathered. Where there is nothing
-# to show it returns None, and the part is left out.
+Pixels = npt.NDArray[np.uint8]
+# The heading of a section, and a function that renders the section from the contents of the page.
+# It returns None if there is nothing to show, and the section is left out.
 PageSection = tuple[str, Callable[[Any], Markup | None]]
+
+THUMBNAIL_SIDE = 96  # pixels: larger images are reduced
+LOSSLESS_SIDE = 40  # pixels: images up to this size are stored without loss
+MAX_THUMBNAILS = (20, 12, 8, 4, 2, 1)  # images of one cell: the first number that fits is used
+THUMBNAIL_BUDGET_BYTES = 7 << 20  # of all thumbnails; base64 adds a third
+
+# Pixels of a chart and the margins around its axes.
+CHART_WIDTH, CHART_HEIGHT = 460, 270
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 50, 14, 14, 36
 
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A picture that is ready: PNG, WebP, JPEG or SVG bytes, what it shows, and words below it."""
+    """A finished image on the page.
+
+    Attributes:
+        content: the bytes of a PNG, WebP, JPEG or SVG file.
+        alt: the text alternative.
+        caption: the text below the image.
+    """
 
     content: bytes
     alt: str
@@ -45,39 +65,61 @@ class PageFigure:
 
     @property
     def source(self) -> str:
-        """The picture as a data URI."""
+        """The image as a data URI."""
         return data_uri(self.content, _media_type(self.content))
 
 
-def figures_of(pictures: Sequence[PageFigure], lead: str = "") -> Markup | None:
-    """A section of finished pictures, each on white paper; None if there are none."""
-    return render_page("figures.html", pictures=pictures, lead=lead) if pictures else None
+def _media_type(content: bytes) -> str:
+    if content.startswith(b"\x89PNG"):
+        return "image/png"
+    if content.startswith(b"\xff\xd8"):
+        return "image/jpeg"
+    if content[8:12] == b"WEBP":
+        return "image/webp"
+    if b"<svg" in content[:2000]:
+        return "image/svg+xml"
+    raise ValueError("a figure must be PNG, JPEG, WebP or SVG")
+
+
+def render_figures(figures: Sequence[PageFigure], lead: str = "") -> Markup | None:
+    """Render a section of finished images on a white background; None if there are none."""
+    return render_template("figures.html", figures=figures, lead=lead) if figures else None
 
 
 def compose_page(
-    title: str, head: Callable[[], Markup], sections: Mapping[str, PageSection], found: object
+    title: str,
+    render_head: Callable[[], Markup],
+    sections: Mapping[str, PageSection],
+    contents: object,
+    on_section: Callable[[], None] = lambda: None,
 ) -> str:
-    """The whole file: the head of the page, then every section that has something to show.
+    """Return the whole file: the head of the page, then every section that has something to show.
 
-    `head` is drawn last: it says, too, what the sections found missing.
+    Args:
+        render_head: called last, since the head lists what the sections found missing.
+        sections: by their id.
+        contents: passed to the sections.
+        on_section: called after each section.
     """
     parts = []
-    for name, (heading, draw) in sections.items():
-        html = draw(found)
+    for name, (heading, render) in sections.items():
+        html = render(contents)
+        on_section()
         if html is not None:
             parts.append({"id": name, "title": heading, "html": html})
-    return str(
-        render_page("page.html", title=title, head=head(), sections=parts, version=__version__)
+    page = render_template(
+        "page.html", title=title, head=render_head(), sections=parts, version=__version__
     )
+    return str(page)
 
 
-def render_page(template: str, **values: Any) -> Markup:
-    """A template with its values, all of them escaped unless they are `Markup`."""
+def render_template(template: str, **values: Any) -> Markup:
+    """Render a template; all values are escaped unless they are `Markup`."""
     return Markup(_environment().get_template(template).render(**values))
 
 
-def embed_image(content: object) -> Markup:
-    """JSON that can stand inside `<script type="application/json">`, whatever strings it holds."""
+def embed_json(content: object) -> Markup:
+    """Return JSON for `<script type="application/json">`, safe for any strings in it."""
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for letter in "<>&'":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -101,14 +143,14 @@ def _environment() -> Environment:
         "count": format_count,
         "points": format_points,
         "seconds": format_seconds,
-        "embedded": embed_image,
+        "embedded": embed_json,
     }
     environment.globals |= {"asset": _asset}
     return environment
 
 
 def _asset(name: str) -> Markup:
-    """Our own script or style, as it stands."""
+    """Return the text of a script or style sheet of the page, unescaped."""
     return Markup((resources.files("convlens.reports") / "templates" / name).read_text("utf-8"))
 
 
@@ -125,12 +167,12 @@ def format_count(value: float | None) -> str:
 
 
 def format_points(value: float) -> str:
-    """A difference of shares, e.g. `+1.3 points`."""
+    """Format a difference of shares, e.g. `+1.3 points`."""
     return f"{100 * value:+.1f} points".replace("-", "−")
 
 
 def format_seconds(value: float | None) -> str:
-    """Time as people say it."""
+    """Format a duration in seconds, minutes or hours."""
     if value is None:
         return "–"
     if value < 120:
@@ -139,102 +181,73 @@ def format_seconds(value: float | None) -> str:
     return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _media_type(content: bytes) -> str:
-    if content.startswith(b"\x89PNG"):
-        return "image/png"
-    if content.startswith(b"\xff\xd8"):
-        return "image/jpeg"
-    if content[8:12] == b"WEBP":
-        return "image/webp"
-    if b"<svg" in content[:2000]:
-        return "image/svg+xml"
-    raise ValueError("a figure is PNG, JPEG, WebP or SVG")
-
-
-# ---- thumbnails ----------------------------------------
-# Small pictures as data URIs, and how many of them a page can carry.
-
-THUMBNAIL_SIDE = 96  # pixels: larger images are reduced
-EXACT_SIDE = 40  # up to this size the pixels are kept as they are
-MAX_THUMBNAILS = (20, 12, 8, 4, 2, 1)  # images of one cell, the first that fits
-THUMBNAIL_BUDGET = 7 << 20  # bytes of all of them; base64 adds a third
-
-Pixels = npt.NDArray[np.uint8]
-
-
 def thumbnail(pixels: Pixels) -> str:
-    """uint8 `[C, H, W]`, C = 1 or 3, as a data URI: WebP, lossless where it is small.
+    """Return an image uint8 `[C, H, W]`, C = 1 or 3, as a data URI.
 
-    PNG where Pillow was built without WebP.
+    The format is WebP, lossless for small images, or PNG if Pillow was built without WebP.
     """
-    grey = pixels.shape[0] == 1
-    image = Image.fromarray(pixels[0] if grey else np.ascontiguousarray(np.moveaxis(pixels, 0, 2)))
-    exact = max(image.size) <= EXACT_SIDE
+    gray = pixels.shape[0] == 1
+    image = Image.fromarray(pixels[0] if gray else np.ascontiguousarray(np.moveaxis(pixels, 0, 2)))
+    lossless = max(image.size) <= LOSSLESS_SIDE
     if max(image.size) > THUMBNAIL_SIDE:
         image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if features.check("webp"):
-        kind = "webp"
-        image.convert("RGB").save(buffer, "WEBP", lossless=exact, quality=80, method=4)
+        media_type = "image/webp"
+        image.convert("RGB").save(buffer, "WEBP", lossless=lossless, quality=80, method=4)
     else:
-        kind = "png"
+        media_type = "image/png"
         image.save(buffer, "PNG", optimize=True)
-    return data_uri(buffer.getvalue(), f"image/{kind}")
+    return data_uri(buffer.getvalue(), media_type)
 
 
-def data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+def data_uri(content: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def cell_thumbnails(images: Split, cells: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
-    """Thumbnails of the first images of each cell, as many as the page can carry.
+    """Return thumbnails of the first images of each cell, as many as fit on the page.
 
     Args:
         cells: positions in the split by the name of their cell, in the order they are shown.
     """
-    for cap in MAX_THUMBNAILS:
-        found: dict[str, list[str]] = {}
+    for limit in MAX_THUMBNAILS:
+        sources: dict[str, list[str]] = {}
         size = 0
-        for name, where in cells.items():
-            found[name] = thumbnails(images, where[:cap])
-            size += sum(map(len, found[name]))
-            if size > THUMBNAIL_BUDGET * 4 // 3 and cap > MAX_THUMBNAILS[-1]:
+        for name, positions in cells.items():
+            sources[name] = thumbnails(images, positions[:limit])
+            size += sum(map(len, sources[name]))
+            if size > THUMBNAIL_BUDGET_BYTES * 4 // 3 and limit > MAX_THUMBNAILS[-1]:
                 break
         else:
-            return found
-    return found
+            return sources
+    return sources
 
 
-def thumbnails(images: Split, where: Sequence[int]) -> list[str]:
-    """The images of a split at these positions."""
-    if not len(where):
+def thumbnails(images: Split, positions: Sequence[int]) -> list[str]:
+    """Return thumbnails of the images of a split at these positions."""
+    if not len(positions):
         return []
-    pixels = images.rows.gather(torch.as_tensor(list(where), dtype=torch.int64)).cpu().numpy()
-    return [thumbnail(each) for each in pixels]
-
-
-# ---- drawing ----------------------------------------
-# Charts as inline SVG: colours are CSS variables, so that they follow light, dark and print.
-#
-# matplotlib's SVG would bring its own colours and 50 kB a figure. Every chart has a text that says
-# what it shows, and the page gives its numbers as a table beside it.
-
-WIDE, HIGH = 460, 270
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 14, 36
+    indices = torch.as_tensor(list(positions), dtype=torch.int64)
+    return [thumbnail(pixels) for pixels in images.rows.gather(indices).cpu().numpy()]
 
 
 @dataclass(frozen=True)
 class ChartLine:
-    """A line of a chart; `look` is a CSS class of it (`train`, `val`, `c0` to `c6`)."""
+    """A line of a chart.
+
+    Attributes:
+        css_class: its color and dashes (`train`, `val`, `c0` to `c6`).
+    """
 
     name: str
-    look: str
+    css_class: str
     values: Sequence[float]
 
 
 @dataclass(frozen=True)
 class AxisScale:
-    """From values to pixels, along one axis."""
+    """Map values to pixels along one axis."""
 
     low: float
     high: float
@@ -253,98 +266,112 @@ def line_chart(
     *,
     percent: bool = False,
     mark: float | None = None,
-    along: str = "epoch",
+    unit: str = "epoch",
 ) -> Markup:
-    """Lines over epochs; gaps where a value is not finite, a dot where it stands alone.
+    """Draw lines over epochs, with a gap for each value that is not finite.
 
     Args:
-        label: what the values are, with their unit.
-        mark: an epoch that gets a dotted line: the one whose weights were kept.
+        label: the quantity and its unit.
+        mark: an epoch to mark with a dotted line, usually the one whose weights were kept.
+        unit: of `x`.
     """
     finite = [v for line in lines for v in line.values if math.isfinite(v)]
     if not finite or not x:
         return Markup("")
-    across = _axis_scale(min(x), max(x), LEFT, WIDE - RIGHT)
+    x_scale = _axis_scale(min(x), max(x), MARGIN_LEFT, CHART_WIDTH - MARGIN_RIGHT)
     ticks = _ticks(min(finite), max(finite), 5)
-    up = _axis_scale(min(*finite, ticks[0]), max(*finite, ticks[-1]), HIGH - BOTTOM, TOP)
-    parts = [_x_axis(across, x), _y_axis(up, ticks, percent)]
+    low, high = min(*finite, ticks[0]), max(*finite, ticks[-1])
+    y_scale = _axis_scale(low, high, CHART_HEIGHT - MARGIN_BOTTOM, MARGIN_TOP)
+    parts = [_x_axis(x_scale, x), _y_axis(y_scale, ticks, percent)]
     if mark is not None and min(x) <= mark <= max(x):
-        at = across(mark)
         parts.append(
             Markup('<line class="mark" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(
-                _format_coordinate(at), TOP, HIGH - BOTTOM
+                _coordinate(x_scale(mark)), MARGIN_TOP, CHART_HEIGHT - MARGIN_BOTTOM
             )
         )
     for line in lines:
-        parts += _path(across, up, x, line)
-    parts.append(_axis_name(along))
-    ends = "; ".join(_line_end(line, percent) for line in lines)
-    look = "chart fine" if len(x) > 120 else "chart"  # dashes of a jagged line are no dashes
-    return _svg(Markup("").join(parts), f"{label} over {along}s. {ends}", look)
+        parts += _draw_line(x_scale, y_scale, x, line)
+    parts.append(_axis_name(unit))
+    ends = "; ".join(_describe_line(line, percent) for line in lines)
+    # A dense line is drawn solid, since its dashes would not be recognizable.
+    css_class = "chart fine" if len(x) > 120 else "chart"
+    return _svg(Markup("").join(parts), f"{label} over {unit}s. {ends}", css_class)
 
 
 def reliability_chart(
-    confidence: Sequence[float], right: Sequence[float], count: Sequence[int]
+    confidence: Sequence[float], accuracy: Sequence[float], count: Sequence[int]
 ) -> Markup:
-    """Bars of accuracy against the confidence of each bin, and the diagonal of honesty."""
+    """Draw the accuracy of each confidence bin as a bar, and the diagonal of perfect calibration.
+
+    Args:
+        confidence, accuracy, count: of each bin, as `metrics.reliability_bins` returns them.
+    """
     bins = len(count)
-    across = AxisScale(0, 1, LEFT, WIDE - RIGHT)
-    up = AxisScale(0, 1, HIGH - BOTTOM, TOP)
+    x_scale = AxisScale(0, 1, MARGIN_LEFT, CHART_WIDTH - MARGIN_RIGHT)
+    y_scale = AxisScale(0, 1, CHART_HEIGHT - MARGIN_BOTTOM, MARGIN_TOP)
     ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
-    parts = [_y_axis(up, ticks, True)]
-    parts += [_tick(across(tick), f"{tick:.0%}") for tick in ticks]
+    parts = [_y_axis(y_scale, ticks, True)]
+    parts += [_x_tick(x_scale(tick), f"{tick:.0%}") for tick in ticks]
     total = sum(count)
     for number in range(bins):
         if not count[number]:
             continue
-        x0, x1 = across(number / bins) + 1, across((number + 1) / bins) - 1
-        top, base = up(right[number]), up(0)
-        shade = 0.3 + 0.7 * math.sqrt(count[number] / max(count))
+        left, right = x_scale(number / bins) + 1, x_scale((number + 1) / bins) - 1
+        top, bottom = y_scale(accuracy[number]), y_scale(0)
+        opacity = 0.3 + 0.7 * math.sqrt(count[number] / max(count))
         parts.append(
             Markup(
                 '<rect class="bar" x="{}" y="{}" width="{}" height="{}" opacity="{}">'
                 "<title>{}</title></rect>"
             ).format(
-                _format_coordinate(x0),
-                _format_coordinate(top),
-                _format_coordinate(x1 - x0),
-                _format_coordinate(max(base - top, 0.5)),
-                f"{shade:.2f}",
-                f"{count[number]:,} of {total:,} images, on average {confidence[number]:.1%} sure: "
-                f"{right[number]:.1%} right",
+                _coordinate(left),
+                _coordinate(top),
+                _coordinate(right - left),
+                _coordinate(max(bottom - top, 0.5)),
+                f"{opacity:.2f}",
+                f"{count[number]:,} of {total:,} images, mean confidence "
+                f"{confidence[number]:.1%}, accuracy {accuracy[number]:.1%}",
             )
         )
         parts.append(
             Markup('<circle class="dot" cx="{}" cy="{}" r="3"/>').format(
-                _format_coordinate(across(confidence[number])), _format_coordinate(top)
+                _coordinate(x_scale(confidence[number])), _coordinate(top)
             )
         )
     parts.append(
         Markup('<line class="ideal" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(
-            _format_coordinate(across(0)),
-            _format_coordinate(up(0)),
-            _format_coordinate(across(1)),
-            _format_coordinate(up(1)),
+            _coordinate(x_scale(0)),
+            _coordinate(y_scale(0)),
+            _coordinate(x_scale(1)),
+            _coordinate(y_scale(1)),
         )
     )
-    parts.append(_axis_name("how sure the model is"))
-    worst = max((abs(c - r), c, r) for c, r, n in zip(confidence, right, count, strict=True) if n)
-    said = (
-        f"Share of right answers against confidence in {bins} bins; the largest gap is "
-        f"{100 * worst[0]:.0f} points, at {worst[1]:.0%} sure and {worst[2]:.0%} right."
+    parts.append(_axis_name("confidence"))
+    bins_by_gap = [
+        (abs(c - a), c, a) for c, a, n in zip(confidence, accuracy, count, strict=True) if n
+    ]
+    gap, worst_confidence, worst_accuracy = max(bins_by_gap)
+    description = (
+        f"Accuracy against confidence in {bins} bins; the largest gap is {100 * gap:.0f} points, "
+        f"at confidence {worst_confidence:.0%} and accuracy {worst_accuracy:.0%}."
     )
-    return _svg(Markup("").join(parts), said)
+    return _svg(Markup("").join(parts), description)
 
 
 def interval_chart(
-    low: float, high: float, at: float, floor: float | None, everything: str
+    low: float, high: float, value: float, baseline: float | None, description: str
 ) -> Markup:
-    """A share with its interval on the line from 0 to 100%; `floor` is what guessing reaches."""
+    """Draw a share with its interval on a line from 0 to 100%.
+
+    Args:
+        baseline: the share that a trivial classifier reaches.
+        description: the text alternative.
+    """
     scale = AxisScale(0, 1, 4, 296)
     tick = Markup("")
-    if floor is not None:
+    if baseline is not None:
         tick = Markup('<line class="ideal" x1="{0}" x2="{0}" y1="2" y2="22"/>').format(
-            _format_coordinate(scale(floor))
+            _coordinate(scale(baseline))
         )
     width = max(scale(high) - scale(low), 2)
     return Markup(
@@ -353,43 +380,43 @@ def interval_chart(
         '<rect class="fill" x="4" y="10" width="{}" height="4" rx="2"/>{}'
         '<rect class="span" x="{}" y="5" width="{}" height="14" rx="2"/></svg>'
     ).format(
-        everything,
-        _format_coordinate(scale(at) - 4),
+        description,
+        _coordinate(scale(value) - 4),
         tick,
-        _format_coordinate(scale(low)),
-        _format_coordinate(width),
+        _coordinate(scale(low)),
+        _coordinate(width),
     )
 
 
-def _svg(inside: Markup, said: str, look: str = "chart") -> Markup:
+def _svg(inside: Markup, description: str, css_class: str = "chart") -> Markup:
     return Markup('<svg class="{}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        look, WIDE, HIGH, said, inside
+        css_class, CHART_WIDTH, CHART_HEIGHT, description, inside
     )
 
 
 def _axis_scale(low: float, high: float, start: float, end: float) -> AxisScale:
-    if low == high:  # a single epoch, or a flat line, in the middle
+    if low == high:  # a single epoch or a flat line is drawn in the middle
         low, high = low - 0.5, high + 0.5
     return AxisScale(low, high, start, end)
 
 
-def _ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round numbers around [low, high], about `wanted` of them."""
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Return about `count` round numbers around [low, high]."""
     span = high - low or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / wanted))
-    step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= wanted)
+    power = 10.0 ** math.floor(math.log10(span / count))
+    step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, last + 1)]
 
 
 def _x_axis(scale: AxisScale, x: Sequence[float]) -> Markup:
     ticks = [t for t in _ticks(min(x), max(x), 6) if min(x) <= t <= max(x) and t == int(t)]
-    return Markup("").join(_tick(scale(t), f"{t:,.0f}") for t in ticks or [x[0]])
+    return Markup("").join(_x_tick(scale(t), f"{t:,.0f}") for t in ticks or [x[0]])
 
 
-def _tick(at: float, words: str) -> Markup:
+def _x_tick(x: float, label: str) -> Markup:
     return Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-        _format_coordinate(at), HIGH - BOTTOM + 16, words
+        _coordinate(x), CHART_HEIGHT - MARGIN_BOTTOM + 16, label
     )
 
 
@@ -398,51 +425,55 @@ def _y_axis(scale: AxisScale, ticks: Sequence[float], percent: bool) -> Markup:
     digits = max(0, -math.floor(math.log10(step * (100 if percent else 1)) + 1e-9))
     parts = []
     for tick in ticks:
-        words = f"{100 * tick:.{digits}f}%" if percent else f"{tick:,.{digits}f}"
+        label = f"{100 * tick:.{digits}f}%" if percent else f"{tick:,.{digits}f}"
         y = scale(tick)
         parts.append(
             Markup(
                 '<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>'
                 '<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
             ).format(
-                LEFT,
-                WIDE - RIGHT,
-                _format_coordinate(y),
-                _format_coordinate(y),
-                LEFT - 7,
-                _format_coordinate(y + 4),
-                words,
+                MARGIN_LEFT,
+                CHART_WIDTH - MARGIN_RIGHT,
+                _coordinate(y),
+                _coordinate(y),
+                MARGIN_LEFT - 7,
+                _coordinate(y + 4),
+                label,
             )
         )
     return Markup("").join(parts)
 
 
-def _axis_name(words: str) -> Markup:
+def _axis_name(name: str) -> Markup:
     return Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(
-        WIDE - RIGHT, HIGH - 4, words
+        CHART_WIDTH - MARGIN_RIGHT, CHART_HEIGHT - 4, name
     )
 
 
-def _path(across: AxisScale, up: AxisScale, x: Sequence[float], line: ChartLine) -> list[Markup]:
-    """The pieces between gaps as one path, and a dot for each point without neighbours."""
+def _draw_line(
+    x_scale: AxisScale, y_scale: AxisScale, x: Sequence[float], line: ChartLine
+) -> list[Markup]:
+    """Draw the segments between gaps as one path, and a dot for each point without neighbors."""
     values = np.asarray(line.values, dtype=np.float64)
-    good = np.isfinite(values)
+    finite = np.isfinite(values)
     steps, dots = [], []
-    for i in np.flatnonzero(good).tolist():
-        before = i > 0 and good[i - 1]
-        after = i + 1 < len(values) and good[i + 1]
-        px, py = _format_coordinate(across(x[i])), _format_coordinate(up(values[i]))
+    for i in np.flatnonzero(finite).tolist():
+        before = i > 0 and finite[i - 1]
+        after = i + 1 < len(values) and finite[i + 1]
+        px, py = _coordinate(x_scale(x[i])), _coordinate(y_scale(values[i]))
         if before or after:
             steps.append(f"{'L' if before else 'M'}{px} {py}")
         else:
             dots.append(
-                Markup('<circle class="{} dot" cx="{}" cy="{}" r="3.5"/>').format(line.look, px, py)
+                Markup('<circle class="{} dot" cx="{}" cy="{}" r="3.5"/>').format(
+                    line.css_class, px, py
+                )
             )
-    path = Markup('<path class="line {}" d="{}"/>').format(line.look, "".join(steps))
+    path = Markup('<path class="line {}" d="{}"/>').format(line.css_class, "".join(steps))
     return [*([path] if steps else []), *dots]
 
 
-def _line_end(line: ChartLine, percent: bool) -> str:
+def _describe_line(line: ChartLine, percent: bool) -> str:
     values = [v for v in line.values if math.isfinite(v)]
     if not values:
         return f"{line.name}: none"
@@ -450,13 +481,13 @@ def _line_end(line: ChartLine, percent: bool) -> str:
     return f"{line.name} goes from {first} to {last}"
 
 
-def _format_coordinate(value: float) -> str:
+def _coordinate(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def color_swatch(look: str) -> Markup:
-    """The piece of line that stands in a legend."""
+def color_swatch(css_class: str) -> Markup:
+    """Return the sample of a line for a legend."""
     return Markup(
         '<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true">'
         '<path class="line {}" d="M1 5L25 5"/></svg>'
-    ).format(escape(look))
+    ).format(escape(css_class))

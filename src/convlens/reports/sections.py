@@ -1,4 +1,8 @@
-"""The parts of a run's page, in their order: a function each, and the table of them."""
+"""Sections of the page of one run, in the order of the page, and the table of them.
+
+The confusion section is a table whose cells show their images, or a list if there are too many
+classes. The sections in `INSIDE_SECTIONS` look inside the network and consist of finished figures.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,6 @@ import torch
 from markupsafe import Markup
 
 from convlens import metrics, run_plots
-from convlens.device import Plan
 from convlens.engine.inference import place_model
 from convlens.errors import ConvlensError
 from convlens.interpret import attribution
@@ -27,289 +30,577 @@ from convlens.interpret.activations import (
 from convlens.interpret.inputs import InspectedModel, Picture, pick_examples
 from convlens.interpret.measure import measure
 from convlens.recipe import Recipe, load_recipe, recipe_names
-from convlens.reports import html
-from convlens.reports.contents import ReportContents
+from convlens.reports.contents import MetricsRow, ReportContents
 from convlens.reports.html import (
     ChartLine,
     PageFigure,
     PageSection,
-    figures_of,
+    cell_thumbnails,
+    color_swatch,
     format_seconds,
     format_share,
-    render_page,
+    interval_chart,
+    line_chart,
+    reliability_chart,
+    render_figures,
+    render_template,
+    thumbnails,
 )
 
-# ---- confusing ----------------------------------------
-# The confusion section: a table whose cells show their images, or a list where it is too large.
+SPLIT_WORDS = {"test": "test", "val": "validation", "train": "training"}
+OVERFITTING_POINTS = 10  # a larger gap to the training accuracy is called overfitting
+MAX_EPOCHS = 1000  # rows in the table of epochs
+MAX_GAPS = 8  # epochs that are named in the note on a loss that is not finite
+MAX_CLASSES = 40  # classes of a readable confusion table
+MAX_PAIRS = 60  # confusions that are listed if there are more classes
+MAX_MISTAKES = 24  # images in the section of the worst mistakes
 
-MAX_CLASSES = 40  # classes that still make a readable table
-MAX_PAIRS = 60  # confusions that are listed where there are more
+CORRECT_EXAMPLES = 2  # correctly classified images of different classes, beside the worst mistake
+CHANNELS_PER_LAYER = 32
+ATTRIBUTION_METHODS = ("grad-cam", "integrated-gradients")
+STAGE_MEASURES = ("probe", "picture", "rank", "dead")
+# Images that stages are measured on and that probes learn from: some seconds for a ResNet-18 at
+# 32 pixels.
+MEASURED_IMAGES, PROBE_IMAGES = 500, 1000
+# Not `look`: its finer measurements and its maps of other images must not be overwritten.
+INSIDE_FOLDER = "report"
 
-ConfusionTable = npt.NDArray[np.int64]
+ConfusionTable = npt.NDArray[np.int64]  # [K, K], rows are true classes
 
 
-def confusion_section(found: ReportContents) -> Markup | None:
-    """What each class was taken for. A cell is a button: it shows the images counted in it."""
-    if found.summary is None or not found.summary.get("confusion"):
+class Calibration(NamedTuple):
+    """Agreement of confidence and accuracy.
+
+    Attributes:
+        error: expected calibration error (ECE).
+        chance: the error that chance alone explains.
+        surplus: mean confidence minus accuracy.
+    """
+
+    error: float
+    chance: float
+    surplus: float
+
+    @property
+    def is_good(self) -> bool:
+        return self.error <= self.chance
+
+    @property
+    def label(self) -> str:
+        """A short verdict, e.g. `overconfident`."""
+        if self.is_good:
+            return "within chance"
+        # Overconfident in some bins and underconfident in others: the mean says little.
+        if abs(self.surplus) < self.error / 2:
+            return "badly calibrated"
+        return "overconfident" if self.surplus > 0 else "underconfident"
+
+
+def measure_calibration(contents: ReportContents) -> Calibration | None:
+    """Return the calibration of a run; None without predictions for single images."""
+    if contents.predictions is None or contents.summary is None:
         return None
-    table = np.asarray(found.summary["confusion"], dtype=np.int64)
-    whole = len(table) <= MAX_CLASSES
-    wanted = confusion_cells(table) if whole else confused_pairs(table)
-    shown = _pair_images(found, wanted)
-    return render_page(
+    probs = contents.predictions.probs
+    surplus = float(probs.max(axis=1).mean()) - float(contents.summary["accuracy"])
+    return Calibration(contents.summary["ece"], metrics.ece_by_chance(probs), surplus)
+
+
+def run_verdict(contents: ReportContents) -> str:
+    """Return one sentence: accuracy with n and interval, gap to training, calibration."""
+    summary = contents.summary
+    if summary is None:
+        if not contents.is_finished:
+            count = len(contents.rows)
+            epochs = "1 epoch is" if count == 1 else f"{count} epochs are"
+            return f"Not evaluated yet: training has not finished; {epochs} in its log."
+        return "Not evaluated: no images were held out of training."
+    low, high = summary["interval95"]
+    split = SPLIT_WORDS[contents.split]
+    parts = [
+        f"{summary['accuracy']:.1%} of {summary['n']:,} {split} images are classified correctly "
+        f"(95% interval {low:.1%} to {high:.1%})"
+    ]
+    majority = majority_class(contents)
+    if majority is not None and low <= majority[1]:
+        name, share = majority
+        parts.append(f"not distinguishable from always predicting {name!r} ({share:.1%})")
+    train_accuracy = contents.train_accuracy()
+    if train_accuracy is not None:
+        points = 100 * (train_accuracy[0] - summary["accuracy"])
+        parts.append(_train_gap(points, train_accuracy[0], low, high))
+    calibration = measure_calibration(contents)
+    if calibration is not None:
+        parts.append(_describe_calibration(calibration))
+    elif summary["ece"] is not None:
+        parts.append(f"calibration error {summary['ece']:.3f}")
+    return "; ".join(parts) + "."
+
+
+def majority_class(contents: ReportContents) -> tuple[str, float] | None:
+    """Return the most common class of the evaluated images, and its share."""
+    table = (contents.summary or {}).get("confusion")
+    if not table:
+        return None
+    counts = [sum(row) for row in table]
+    largest = counts.index(max(counts))
+    return contents.classes[largest], counts[largest] / sum(counts)
+
+
+def _train_gap(points: float, train_accuracy: float, low: float, high: float) -> str:
+    if low <= train_accuracy <= high:
+        return f"not distinguishable from the {train_accuracy:.1%} on training images"
+    if points > 0:
+        note = "overfitting" if points > OVERFITTING_POINTS else "some overfitting"
+        return f"{points:.1f} points below the {train_accuracy:.1%} on training images ({note})"
+    return f"{-points:.1f} points above the {train_accuracy:.1%} on training images"
+
+
+def _describe_calibration(calibration: Calibration) -> str:
+    if calibration.is_good:
+        return "its confidence agrees with its accuracy, as far as this many images can show"
+    error = f"calibration error {100 * calibration.error:.1f} points"
+    if calibration.label == "badly calibrated":
+        return f"it is badly calibrated ({error})"
+    surplus = abs(100 * calibration.surplus)
+    return f"it is {calibration.label}, by {surplus:.1f} points on average ({error})"
+
+
+def head_section(contents: ReportContents) -> Markup:
+    """Render name, verdict and the main numbers."""
+    summary = contents.summary
+    test_uses = 0
+    if contents.split == "test":
+        sha = contents.model_metadata.get("sha256")
+        test_uses = sum(
+            entry["split"] == "test" and entry["model_sha256"] == sha and bool(entry.get("own"))
+            for entry in contents.run_dir.evaluation_log()
+        )
+    baseline = bar = None
+    majority = majority_class(contents)
+    if summary is not None and majority is not None:
+        baseline = majority[1]
+        low, high = summary["interval95"]
+        description = (
+            f"accuracy {format_share(summary['accuracy'])}, "
+            f"interval {format_share(low)} to {format_share(high)}"
+        )
+        bar = interval_chart(low, high, summary["accuracy"], baseline, description)
+    return render_template(
+        "head.html",
+        contents=contents,
+        verdict=run_verdict(contents),
+        summary=summary,
+        train_accuracy=contents.train_accuracy(),
+        calibration=measure_calibration(contents),
+        test_uses=test_uses,
+        baseline=baseline,
+        bar=bar,
+        split=SPLIT_WORDS[contents.split],
+    )
+
+
+def curves_section(contents: ReportContents) -> Markup | None:
+    """Render loss and accuracy over epochs with the kept epoch marked, and their table."""
+    if not contents.rows:
+        return None
+    epochs = [row["epoch"] for row in contents.rows]
+    charts = []
+    for key, label, percent in (("loss", "Loss (nats)", False), ("accuracy", "Accuracy", True)):
+        lines = [
+            ChartLine(SPLIT_WORDS[split], split, [row[f"{split}_{key}"] for row in contents.rows])
+            for split in ("train", "val")
+        ]
+        lines = [line for line in lines if any(map(math.isfinite, line.values))]
+        svg = line_chart(epochs, lines, label, percent=percent, mark=contents.kept_epoch)
+        legend = [(color_swatch(line.css_class), line.name) for line in lines]
+        charts.append({"title": label, "svg": svg, "legend": legend})
+    return render_template(
+        "curves.html",
+        charts=charts,
+        rows=contents.rows[:MAX_EPOCHS],
+        gaps=_describe_gaps(contents.rows),
+        kept=contents.kept_epoch,
+        omitted=max(0, len(contents.rows) - MAX_EPOCHS),
+        validated=any(math.isfinite(row["val_loss"]) for row in contents.rows),
+    )
+
+
+def _describe_gaps(rows: Sequence[MetricsRow]) -> str:
+    """Return a sentence that names the epochs whose training loss is not finite; empty if none."""
+    epochs = [int(row["epoch"]) for row in rows if not math.isfinite(row["train_loss"])]
+    if not epochs:
+        return ""
+    named = ", ".join(map(str, epochs[:MAX_GAPS]))
+    if len(epochs) > MAX_GAPS:
+        named += f" and {len(epochs) - MAX_GAPS} more"
+    return f"The training loss was not finite in epoch {named}: training diverged."
+
+
+def confusion_section(contents: ReportContents) -> Markup | None:
+    """Render the predicted classes of each class; a cell is a button that shows its images."""
+    if contents.summary is None or not contents.summary.get("confusion"):
+        return None
+    table = np.asarray(contents.summary["confusion"], dtype=np.int64)
+    as_table = len(table) <= MAX_CLASSES
+    cells = confusion_cells(table) if as_table else confused_pairs(table)
+    images = _cell_images(contents, cells)
+    rows: list[list[dict[str, Any]]] = []
+    pairs: list[dict[str, Any]] = []
+    if as_table:
+        rows = [_confusion_row(table, target, images) for target in range(len(table))]
+    else:
+        pairs = [_confusion_pair(contents, table, cell, images) for cell in cells]
+    return render_template(
         "confusion.html",
-        classes=found.classes,
-        what=CALIBRATION_WORDS[found.split],
-        whole=whole,
-        rows=[_confusion_row(table, t, shown) for t in range(len(table))] if whole else [],
-        pairs=[] if whole else [_pair_row(found, table, t, s, shown) for t, s in wanted],
+        classes=contents.classes,
+        split=SPLIT_WORDS[contents.split],
+        as_table=as_table,
+        rows=rows,
+        pairs=pairs,
         confusions=int((table - np.diag(table.diagonal()) > 0).sum()),
-        content={"cells": shown, "classes": found.classes} if shown else None,
+        content={"cells": images, "classes": contents.classes} if images else None,
     )
 
 
 def confusion_cells(table: ConfusionTable) -> list[tuple[int, int]]:
-    """(truth, said) of every cell with images in it."""
-    return [(int(t), int(s)) for t, s in np.argwhere(table > 0)]
+    """Return (target, pred) of every cell with images in it."""
+    return [(int(target), int(pred)) for target, pred in np.argwhere(table > 0)]
 
 
 def confused_pairs(table: ConfusionTable) -> list[tuple[int, int]]:
-    """(truth, said) of the most frequent confusions, the most frequent first."""
+    """Return (target, pred) of the most frequent confusions, the most frequent first."""
     wrong = table - np.diag(table.diagonal())
     order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_PAIRS]
-    run_dirs = (np.unravel_index(int(i), wrong.shape) for i in order)
-    return [(int(t), int(s)) for t, s in run_dirs if wrong[t, s]]
+    cells = (np.unravel_index(int(i), wrong.shape) for i in order)
+    return [(int(target), int(pred)) for target, pred in cells if wrong[target, pred]]
 
 
-def cell_shade(count: int, total: int, right: bool) -> int:
-    """From 0 (none) to 9 (all): the share of the class; the root of it for mistakes.
+def cell_shade(count: int, total: int, correct: bool) -> int:
+    """Return the shade of a cell from 0 (none) to 9 (all) for its share of the class.
 
-    A good model's mistakes are a few per cent of a class: on one scale with the diagonal they
-    would all look white.
+    Shades of mistakes follow the square root of the share. A good model's mistakes are a few
+    percent of a class, and would all look white on the scale of the diagonal.
     """
     if not count:
         return 0
     share = count / total
-    return max(1, min(9, round(9 * (share if right else math.sqrt(share)))))
+    return max(1, min(9, round(9 * (share if correct else math.sqrt(share)))))
 
 
 def _confusion_row(
-    table: ConfusionTable, truth: int, shown: dict[str, Any]
+    table: ConfusionTable, target: int, images: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    total = int(table[truth].sum())
+    total = int(table[target].sum())
     return [
         {
-            "said": said,
-            "truth": truth,
-            "count": int(count),
-            "right": said == truth,
-            "shade": cell_shade(int(count), total, said == truth),
-            "share": count / total if total else None,
-            "key": _color_key(truth, said) if _color_key(truth, said) in shown else None,
+            "pred": pred,
+            "target": target,
+            "count": count,
+            "correct": pred == target,
+            "shade": cell_shade(count, total, pred == target),
+            "key": _key_with_images(target, pred, images),
         }
-        for said, count in enumerate(table[truth].tolist())
+        for pred, count in enumerate(table[target].tolist())
     ]
 
 
-def _pair_row(
-    found: ReportContents, table: ConfusionTable, truth: int, said: int, shown: dict[str, Any]
+def _confusion_pair(
+    contents: ReportContents,
+    table: ConfusionTable,
+    cell: tuple[int, int],
+    images: Mapping[str, Any],
 ) -> dict[str, Any]:
-    key = _color_key(truth, said)
+    target, pred = cell
     return {
-        "truth": found.classes[truth],
-        "said": found.classes[said],
-        "count": int(table[truth, said]),
-        "share": table[truth, said] / table[truth].sum(),
-        "key": key if key in shown else None,
+        "target": contents.classes[target],
+        "pred": contents.classes[pred],
+        "count": int(table[target, pred]),
+        "share": table[target, pred] / table[target].sum(),
+        "key": _key_with_images(target, pred, images),
     }
 
 
-def _color_key(truth: int, said: int) -> str:
-    return f"{truth}-{said}"
+def _cell_key(target: int, pred: int) -> str:
+    return f"{target}-{pred}"
 
 
-def _pair_images(found: ReportContents, wanted: list[tuple[int, int]]) -> dict[str, Any]:
-    """For each cell its count and, for the first images, picture, id and confidence.
+def _key_with_images(target: int, pred: int, images: Mapping[str, Any]) -> str | None:
+    key = _cell_key(target, pred)
+    return key if key in images else None
 
-    The surest mistakes come first; of right answers the least sure.
+
+def _cell_images(contents: ReportContents, cells: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return for each cell its count and, for the first images, thumbnail, id and confidence.
+
+    The most confident mistakes come first, and the least confident correct predictions.
     """
-    if found.answers is None or found.images is None:
+    if contents.predictions is None or contents.images is None:
         return {}
-    probs, labels = found.answers.probs, found.answers.labels
-    said = probs.argmax(axis=1)
-    sure = probs.max(axis=1)
-    run_dirs: dict[str, list[int]] = {}
-    for truth, guess in wanted:
-        here = np.flatnonzero((labels == truth) & (said == guess))
-        by = sure[here] if truth == guess else -sure[here]
-        run_dirs[_color_key(truth, guess)] = here[np.argsort(by, kind="stable")].tolist()
-    pictures = html.cell_thumbnails(found.images, run_dirs)
-    ids = found.images.ids
+    probs, targets = contents.predictions.probs, contents.predictions.labels
+    preds = probs.argmax(axis=1)
+    confidences = probs.max(axis=1)
+    positions: dict[str, list[int]] = {}
+    for target, pred in cells:
+        members = np.flatnonzero((targets == target) & (preds == pred))
+        order = confidences[members] if target == pred else -confidences[members]
+        ordered = members[np.argsort(order, kind="stable")]
+        positions[_cell_key(target, pred)] = ordered.tolist()
+    sources = cell_thumbnails(contents.images, positions)
+    ids = contents.images.ids
     return {
         key: {
-            "n": len(where),
+            "n": len(members),
             "images": [
-                [source, str(ids[i]), round(float(sure[i]), 4)]
-                for source, i in zip(pictures[key], where, strict=False)
+                [source, str(ids[i]), round(float(confidences[i]), 4)]
+                for source, i in zip(sources[key], members, strict=False)
             ],
         }
-        for key, where in run_dirs.items()
+        for key, members in positions.items()
     }
 
 
-# ---- insides ----------------------------------------
-# The sections of a page that look inside the network: activations, evidence, what stages know.
+def classes_section(contents: ReportContents) -> Markup | None:
+    """Render the sortable scores of each class, with its most frequent confusion."""
+    if contents.summary is None or not contents.summary.get("per_class"):
+        return None
+    table = np.asarray(contents.summary["confusion"], dtype=np.int64)
+    rows = []
+    for index, (name, scores) in enumerate(contents.summary["per_class"].items()):
+        mistakes = table[index].copy()
+        mistakes[index] = 0
+        pred = int(mistakes.argmax())
+        correct = int(table[index, index])
+        rows.append(
+            {
+                "name": name,
+                **scores,
+                "order": index,
+                "interval": metrics.wilson_interval(correct, scores["n"]) if scores["n"] else None,
+                "confused_with": (contents.classes[pred], int(mistakes[pred]))
+                if mistakes[pred]
+                else None,
+            }
+        )
+    return render_template("classes.html", rows=rows, split=SPLIT_WORDS[contents.split])
 
-CORRECT_SHOWN = (
-    2  # images that are classified correctly, of different classes; beside the worst mistake
-)
-REPORT_METHODS = ("grad-cam", "integrated-gradients")
-# So many images are measured, and learned from: some seconds for a ResNet-18 at 32 px.
-MEASURED, LEARNED = 500, 1000
-REPORT_MEASURES = ("probe", "picture", "rank", "dead")
-REPORT_CHANNELS = 32  # shown of each layer
-INSIDE_FOLDER = (
-    "report"  # not `look`, whose finer measurements and maps of other images are to stay
-)
+
+def reliability_section(contents: ReportContents) -> Markup | None:
+    """Render accuracy against confidence, as a chart and a table."""
+    calibration = measure_calibration(contents)
+    if contents.predictions is None or calibration is None:
+        return None
+    confidence, accuracy, count = (
+        array.tolist()
+        for array in metrics.reliability_bins(
+            contents.predictions.probs, contents.predictions.labels
+        )
+    )
+    bins = [
+        {"from": i / len(count), "to": (i + 1) / len(count), "n": n, "confidence": c, "accuracy": a}
+        for i, (c, a, n) in enumerate(zip(confidence, accuracy, count, strict=True))
+        if n
+    ]
+    svg = reliability_chart(confidence, accuracy, count)
+    return render_template("calibration.html", svg=svg, bins=bins, calibration=calibration)
 
 
-def activations_section(found: ReportContents) -> Sequence[PageFigure]:
-    """What the stem and each block give for some images."""
-    subject = _subject(found)
+def mistakes_section(contents: ReportContents) -> Markup | None:
+    """Render the mistakes with the lowest probability of the true class."""
+    if contents.predictions is None or contents.images is None:
+        return None
+    probs, targets = contents.predictions.probs, contents.predictions.labels
+    worst = run_plots.worst_mistake_images(probs, targets)
+    shown = worst[:MAX_MISTAKES].tolist()
+    images = []
+    for i, source in zip(shown, thumbnails(contents.images, shown), strict=True):
+        pred = int(probs[i].argmax())
+        images.append(
+            {
+                "source": source,
+                "id": str(contents.images.ids[i]),
+                "confidence": float(probs[i, pred]),
+                "pred": contents.classes[pred],
+                "target": contents.classes[targets[i]],
+            }
+        )
+    return render_template("mistakes.html", images=images, wrong=len(worst), n=len(targets))
+
+
+def activation_figures(contents: ReportContents) -> Sequence[PageFigure]:
+    """Return the activations of the stem and of each block for some images."""
+    subject = _inspected_model(contents)
     if subject is None:
         return ()
-    (names,) = check_layers([subject], ())
-    made = []
-    for picture in _chosen_pictures(found):
-        seen = compute_activity(subject, picture, names)
-        title = f"{found.name}, {picture.name}"
-        figure = activation_figure(seen, title, channels=REPORT_CHANNELS)
-        said = f"{picture.name}: {describe_prediction(seen)}"
-        blank = ", ".join(f"{n.layer} {n.blank} of {n.channels}" for n in seen.numbers())
-        made.append(
-            PageFigure(figure, f"Activations for {said}", f"{said}. Blank channels: {blank}.")
-        )
-    return made
+    (layers,) = check_layers([subject], ())
+    figures = []
+    for picture in _example_pictures(contents):
+        activity = compute_activity(subject, picture, layers)
+        title = f"{contents.name}, {picture.name}"
+        content = activation_figure(activity, title, channels=CHANNELS_PER_LAYER)
+        text = f"{picture.name}: {describe_prediction(activity)}"
+        blank = ", ".join(f"{n.layer} {n.blank} of {n.channels}" for n in activity.numbers())
+        caption = f"{text}. Blank channels: {blank}."
+        figures.append(PageFigure(content, f"Activations for {text}", caption))
+    return figures
 
 
-def attributions_section(found: ReportContents) -> Sequence[PageFigure]:
-    """Which pixels speak for what the network says."""
-    subject, pictures = _subject(found), _chosen_pictures(found)
+def attribution_figures(contents: ReportContents) -> Sequence[PageFigure]:
+    """Return the pixels that support the predictions of the network."""
+    subject, pictures = _inspected_model(contents), _example_pictures(contents)
     if subject is None or not pictures:
         return ()
-    folder = found.run_dir.plots / INSIDE_FOLDER
-    maps = attribution.attribute([subject], [pictures], REPORT_METHODS, folder=folder, quiet=True)
+    folder = contents.run_dir.plots / INSIDE_FOLDER
+    maps = attribution.attribute(
+        [subject], [pictures], ATTRIBUTION_METHODS, folder=folder, quiet=True
+    )
     layer = maps.models[0].layer
-    words = f"Grad-CAM at {layer}, and integrated gradients, for the class that was predicted."
+    caption = f"Grad-CAM at {layer} and integrated gradients, for the predicted class."
     names = ", ".join(picture.name for picture in pictures)
-    return [PageFigure(maps.figure.read_bytes(), f"Attribution maps for {names}", words)]
+    return [PageFigure(maps.figure.read_bytes(), f"Attribution maps for {names}", caption)]
 
 
-def stages_section(found: ReportContents) -> Sequence[PageFigure]:
-    """What can be read off each stage: the class, the picture, how many directions it uses."""
-    subject = _subject(found)
+def stage_figures(contents: ReportContents) -> Sequence[PageFigure]:
+    """Return measurements of each stage: linear probe, reconstruction, rank, dead channels."""
+    subject = _inspected_model(contents)
     if subject is None:
         return ()
     if not len(subject.data.val):
-        found.missing.append("The stages were not measured: the run held no validation images out.")
+        contents.missing.append("The stages were not measured: the run has no validation images.")
         return ()
     result = measure(
         [subject],
-        REPORT_MEASURES,
-        folder=found.run_dir.plots / INSIDE_FOLDER,
-        images=MEASURED,
-        learn_from=LEARNED,
+        STAGE_MEASURES,
+        folder=contents.run_dir.plots / INSIDE_FOLDER,
+        images=MEASURED_IMAGES,
+        learn_from=PROBE_IMAGES,
         quiet=True,
     )
-    words = (
-        f"On {MEASURED:,} validation images at most; probes and decoders learned on {LEARNED:,} "
-        "training images. `convlens look RUN --measure all` measures more, on more."
+    caption = (
+        f"On up to {MEASURED_IMAGES:,} validation images; probes and decoders learned from up "
+        f"to {PROBE_IMAGES:,} training images. `convlens look RUN --measure all` measures more, on "
+        "more images."
     )
     return [
-        PageFigure(path.read_bytes(), f"Measurements of the stages of {found.name}", words)
+        PageFigure(path.read_bytes(), f"Measurements of the stages of {contents.name}", caption)
         for path in result.files
         if path.name == "measures.png"
     ]
 
 
-def _subject(found: ReportContents) -> InspectedModel | None:
-    """The run as something to look into; None without its weights or images."""
-    if found.loaded is None or found.images is None or found.answers is None:
+def _inspected_model(contents: ReportContents) -> InspectedModel | None:
+    """Return the model on its device; None without its weights or images."""
+    if contents.loaded is None or contents.images is None or contents.predictions is None:
         return None
-    plan: Plan = place_model(found.loaded.model, found.device)
-    return InspectedModel(found.name, found.loaded, plan, found.run_dir)
+    plan = place_model(contents.loaded.model, contents.device)
+    return InspectedModel(contents.name, contents.loaded, plan, contents.run_dir)
 
 
-def _chosen_pictures(found: ReportContents) -> list[Picture]:
-    """Images of the judged split: right ones of the first classes, then the surest mistake."""
-    if found.answers is None or found.images is None:
+def _example_pictures(contents: ReportContents) -> list[Picture]:
+    """Return correctly classified images of the first classes, then the worst mistake."""
+    if contents.predictions is None or contents.images is None:
         return []
-    labels = found.answers.labels
-    run_dirs = pick_examples(found.answers.probs, labels, CORRECT_SHOWN)
-    pixels = found.images.rows.gather(torch.tensor(run_dirs, dtype=torch.int64))
+    targets = contents.predictions.labels
+    positions = pick_examples(contents.predictions.probs, targets, CORRECT_EXAMPLES)
+    pixels = contents.images.rows.gather(torch.tensor(positions, dtype=torch.int64))
     return [
-        Picture(f"{found.split}:{run_dir}", image, int(labels[run_dir]))
-        for run_dir, image in zip(run_dirs, pixels, strict=True)
+        Picture(f"{contents.split}:{position}", image, int(targets[position]))
+        for position, image in zip(positions, pixels, strict=True)
     ]
 
 
-# ---- origin ----------------------------------------
-# Where a run comes from: its recipe, what it ran on, and the commands that make it again.
+# Sections that look inside the network, by their id: heading, introduction, and a function that
+# returns finished figures, or none if there is nothing to show.
+INSIDE_SECTIONS: dict[str, tuple[str, str, Callable[[ReportContents], Sequence[PageFigure]]]] = {
+    "activations": ("Activations", "The output of each stage for some images.", activation_figures),
+    "attributions": (
+        "Attribution",
+        "The pixels that support the predictions.",
+        attribution_figures,
+    ),
+    "stages": ("Stages", "Measured on held-out images.", stage_figures),
+}
 
-AUTO = "auto"
+
+def inside_section(name: str) -> Callable[[ReportContents], Markup | None]:
+    """Return the section of an entry of `INSIDE_SECTIONS`; errors become notes on the page."""
+
+    def render(contents: ReportContents) -> Markup | None:
+        heading, lead, make_figures = INSIDE_SECTIONS[name]
+        try:
+            return render_figures(make_figures(contents), lead)
+        except ConvlensError as error:
+            contents.missing.append(f"{heading}: {error.what}.")
+            return None
+
+    return render
 
 
-def recipe_section(found: ReportContents) -> Markup | None:
-    """The resolved recipe, and where it differs from the published one of its name."""
-    if found.recipe is None:
+def data_section(contents: ReportContents) -> Markup | None:
+    """Render the origin of the splits, and the audit of the images."""
+    metadata = contents.metadata.get("data") or contents.model_metadata.get("data")
+    if not metadata:
         return None
-    changed = recipe_differences(found.recipe)
-    return render_page(
+    audit = contents.audit
+    return render_template(
+        "data.html",
+        data=dict(metadata),
+        audit=audit,
+        sizes=None if audit is None else [audit.width, audit.height],
+        name=contents.name,
+    )
+
+
+def recipe_section(contents: ReportContents) -> Markup | None:
+    """Render the resolved recipe, and its differences from the published one of its name."""
+    if contents.recipe is None:
+        return None
+    return render_template(
         "recipe.html",
-        recipe=found.recipe,
-        text=found.recipe.to_text(),
-        changed=changed,
-        published=found.recipe.name in recipe_names(),
+        recipe=contents.recipe,
+        text=contents.recipe.to_text(),
+        changed=recipe_differences(contents.recipe),
+        published=contents.recipe.name in recipe_names(),
     )
 
 
-def recipe_differences(mine: Recipe) -> list[tuple[str, str, str]]:
-    """`(key, here, published)` wherever a run's recipe isn't the published one of its name.
+def recipe_differences(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Return `(key, here, published)` for each key that differs from the published recipe.
 
-    What the published one leaves to `auto` is no difference.
+    Values that the published recipe leaves to `auto` do not count as differences.
     """
-    if mine.name not in recipe_names():
+    if recipe.name not in recipe_names():
         return []
-    ours, theirs = (
-        flatten_recipe(r.model_dump(mode="json")) for r in (mine, load_recipe(mine.name))
+    here, published = (
+        flatten_recipe(r.model_dump(mode="json")) for r in (recipe, load_recipe(recipe.name))
     )
-    found = []
-    for key in ours | theirs:
-        here, there = ours.get(key, "–"), theirs.get(key, "–")
-        if here != there and there != AUTO and key not in ("name", "about"):
-            found.append((key, here, there))
-    return found
+    return [
+        (key, here.get(key, "–"), published.get(key, "–"))
+        for key in here | published
+        if here.get(key, "–") != published.get(key, "–")
+        and published.get(key) != "auto"
+        and key not in ("name", "about")
+    ]
 
 
-def flatten_recipe(tree: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    """Dotted keys and their values as text; lists count as values."""
-    found: dict[str, str] = {}
+def flatten_recipe(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return dotted keys and their values as text; lists count as values."""
+    flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            found |= flatten_recipe(value, f"{above}{key}.")
+            flat |= flatten_recipe(value, f"{prefix}{key}.")
         else:
-            plain = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            found[f"{above}{key}"] = plain
-    return found
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            flat[f"{prefix}{key}"] = text
+    return flat
 
 
-def environment_section(found: ReportContents) -> Markup | None:
-    """Versions, hardware and fingerprints."""
-    facts, model_metadata = found.facts, found.model_metadata
-    hardware = dict(facts.get("hardware", {}))
-    plan = dict(facts.get("plan", {}))
+def environment_section(contents: ReportContents) -> Markup | None:
+    """Render versions, hardware and fingerprints."""
+    metadata, model_metadata = contents.metadata, contents.model_metadata
+    hardware = dict(metadata.get("hardware", {}))
+    plan = dict(metadata.get("plan", {}))
     rows = {
-        "convlens": facts.get("convlens", model_metadata.get("convlens")),
+        "convlens": metadata.get("convlens", model_metadata.get("convlens")),
         "Python": hardware.pop("python", None),
         "torch": hardware.pop("torch", None),
         "system": hardware.pop("system", None),
@@ -318,229 +609,52 @@ def environment_section(found: ReportContents) -> Markup | None:
         "precision": plan.get("precision"),
         "memory format": plan.get("memory_format"),
         "deterministic": plan.get("deterministic"),
-        "trained": facts.get("created"),
-        "training time": _training_seconds(facts.get("training_seconds")),
-        "processor time": _training_seconds(facts.get("cpu_seconds")),
-        "weights": _parameter_count(facts.get("parameters")),
-        "weights trained": _parameter_count(facts.get("trainable_parameters")),
+        "trained": metadata.get("created"),
+        "training time": _optional_seconds(metadata.get("training_seconds")),
+        "processor time": _optional_seconds(metadata.get("cpu_seconds")),
+        "weights": _optional_count(metadata.get("parameters")),
+        "weights trained": _optional_count(metadata.get("trainable_parameters")),
     }
+    data = metadata.get("data") or model_metadata.get("data") or {}
     hashes = {
-        "data (SHA-256)": (facts.get("data") or model_metadata.get("data") or {}).get(
-            "fingerprint"
-        ),
+        "data (SHA-256)": data.get("fingerprint"),
         "model file (SHA-256)": model_metadata.get("sha256"),
-        "recipe as asked for": next(iter(facts.get("digests", [])), None),
+        "recipe as requested": next(iter(metadata.get("digests", [])), None),
     }
     rows = {key: str(value) for key, value in rows.items() if value is not None}
     hashes = {key: value for key, value in hashes.items() if value}
-    return render_page("environment.html", rows=rows, hashes=hashes) if rows or hashes else None
+    return render_template("environment.html", rows=rows, hashes=hashes) if rows or hashes else None
 
 
-def reproduce_section(found: ReportContents) -> Markup | None:
-    """The commands that train the same again, test it and make this page."""
-    if found.recipe is None:
-        return None
-    name = shlex.quote(found.name)
-    version = found.facts.get("convlens", found.model_metadata.get("convlens"))
-    published = found.recipe.name in recipe_names() and not recipe_differences(found.recipe)
-    commands = [(f"pip install convlens=={version}", "the version that trained it")]
-    if published:
-        again = "trains the recipe; a finished run of it is found, not trained again"
-        commands.append((f"convlens train {shlex.quote(found.recipe.name)}", again))
-    commands.append(
-        (
-            f"convlens train recipe.yaml --name {shlex.quote(found.name + '-again')}",
-            "trains anew; recipe.yaml is the text above, also in the run's folder",
-        )
-    )
-    commands += [
-        (f"convlens evaluate {name} --split {found.split}", "the numbers of this page"),
-        (f"convlens report {name}", "this page"),
-    ]
-    return render_page("reproduce.html", commands=commands)
-
-
-def _training_seconds(value: float | None) -> str | None:
+def _optional_seconds(value: float | None) -> str | None:
     return None if value is None else format_seconds(value)
 
 
-def _parameter_count(value: int | None) -> str | None:
+def _optional_count(value: int | None) -> str | None:
     return None if value is None else f"{value:,}"
 
 
-MISTAKES_SHOWN = 24  # of the worst mistakes
-EPOCHS_SHOWN = 1000  # rows of the table of epochs, at most
-CLASSES_PER_PART = (("train", "training"), ("val", "validation"))
-
-
-def head_section(found: ReportContents) -> Markup:
-    """Name, verdict and the numbers that everybody asks for."""
-    summary = found.summary
-    trained = found.trained_accuracy()
-    looks = 0
-    if found.split == "test":
-        sha = found.model_metadata.get("sha256")
-        log = found.run_dir.evaluation_log()
-        same = [x for x in log if x["split"] == "test" and x["model_sha256"] == sha]
-        looks = len([x for x in same if x.get("own")])
-    floor = bar = None
-    common = most_common_errors(found)
-    if summary is not None and common is not None:
-        floor = common[1]
-        low, high = summary["interval95"]
-        said = f"accuracy {format_share(summary['accuracy'])}, interval {format_share(low)} to {format_share(high)}"
-        bar = html.interval_chart(low, high, summary["accuracy"], floor, said)
-    return render_page(
-        "head.html",
-        found=found,
-        verdict=verdict_section(found),
-        summary=summary,
-        trained=trained,
-        calibration=calibration(found),
-        looks=looks,
-        floor=floor,
-        bar=bar,
-        what=CALIBRATION_WORDS[found.split],
-    )
-
-
-def curves_section(found: ReportContents) -> Markup | None:
-    """Loss and accuracy over epochs, with the kept epoch marked, and the numbers as a table."""
-    if not found.rows:
+def reproduce_section(contents: ReportContents) -> Markup | None:
+    """Render the commands that repeat the training, the evaluation and this page."""
+    recipe = contents.recipe
+    if recipe is None:
         return None
-    x = [row["epoch"] for row in found.rows]
-    charts = []
-    for key, label, percent in (("loss", "Loss (nats)", False), ("accuracy", "Accuracy", True)):
-        lines = [
-            ChartLine(words, part, [row[f"{part}_{key}"] for row in found.rows])
-            for part, words in CLASSES_PER_PART
-        ]
-        lines = [line for line in lines if any(map(math.isfinite, line.values))]
-        svg = html.line_chart(x, lines, label, percent=percent, mark=found.kept_epoch)
-        legend = [(html.color_swatch(line.look), line.name) for line in lines]
-        charts.append({"title": label, "svg": svg, "legend": legend})
-    return render_page(
-        "curves.html",
-        charts=charts,
-        rows=found.rows[:EPOCHS_SHOWN],
-        gaps=gaps_section(found.rows),
-        kept=found.kept_epoch,
-        more=max(0, len(found.rows) - EPOCHS_SHOWN),
-        validated=any(math.isfinite(row["val_loss"]) for row in found.rows),
-    )
-
-
-def gaps_section(rows: Sequence[dict[str, float]]) -> str:
-    """The epochs whose training loss is not a number, in words; empty if there are none."""
-    bad = [int(row["epoch"]) for row in rows if not math.isfinite(row["train_loss"])]
-    if not bad:
-        return ""
-    listed = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" * (len(bad) > 8))
-    return f"The training loss was not a number in epoch {listed}: the training diverged there."
-
-
-def classes_section(found: ReportContents) -> Markup | None:
-    """How each class fares, sortable; with what it is most often taken for."""
-    if found.summary is None or not found.summary.get("per_class"):
-        return None
-    table = np.asarray(found.summary["confusion"], dtype=np.int64)
-    rows = []
-    for index, (name, scores) in enumerate(found.summary["per_class"].items()):
-        others = table[index].copy()
-        others[index] = 0
-        most = int(others.argmax())
-        hits = int(table[index, index])
-        rows.append(
-            {
-                "name": name,
-                **scores,
-                "order": index,
-                "interval": metrics.wilson_interval(hits, scores["n"]) if scores["n"] else None,
-                "taken": (found.classes[most], int(others[most])) if others[most] else None,
-            }
-        )
-    return render_page("classes.html", rows=rows, what=CALIBRATION_WORDS[found.split])
-
-
-def reliability_section(found: ReportContents) -> Markup | None:
-    """Whether the stated probabilities can be taken at their word."""
-    judged = calibration(found)
-    if found.answers is None or judged is None:
-        return None
-    confidence, right, count = (
-        array.tolist()
-        for array in metrics.reliability_bins(found.answers.probs, found.answers.labels)
-    )
-    bins = [
-        {"from": i / len(count), "to": (i + 1) / len(count), "n": n, "sure": c, "right": r}
-        for i, (c, r, n) in enumerate(zip(confidence, right, count, strict=True))
-        if n
+    name = shlex.quote(contents.name)
+    version = contents.metadata.get("convlens", contents.model_metadata.get("convlens"))
+    commands = [(f"pip install convlens=={version}", "the version that trained it")]
+    if recipe.name in recipe_names() and not recipe_differences(recipe):
+        note = "trains the recipe, unless a finished run of it exists"
+        commands.append((f"convlens train {shlex.quote(recipe.name)}", note))
+    repeat = shlex.quote(contents.name + "-again")
+    commands += [
+        (
+            f"convlens train recipe.yaml --name {repeat}",
+            "recipe.yaml is the recipe above, also in the run directory",
+        ),
+        (f"convlens evaluate {name} --split {contents.split}", "the numbers of this page"),
+        (f"convlens report {name}", "this page"),
     ]
-    svg = html.reliability_chart(confidence, right, count)
-    return render_page("calibration.html", svg=svg, bins=bins, judged=judged)
-
-
-def mistakes_section(found: ReportContents) -> Markup | None:
-    """The wrong answers that were least likely to the truth."""
-    if found.answers is None or found.images is None:
-        return None
-    probs, labels = found.answers.probs, found.answers.labels
-    worst = run_plots.worst_mistake_images(probs, labels)
-    shown = worst[:MISTAKES_SHOWN].tolist()
-    pictures = []
-    for i, source in zip(shown, html.thumbnails(found.images, shown), strict=True):
-        said = int(probs[i].argmax())
-        pictures.append(
-            {
-                "source": source,
-                "id": str(found.images.ids[i]),
-                "sure": float(probs[i, said]),
-                "said": found.classes[said],
-                "truth": found.classes[labels[i]],
-                "of_truth": float(probs[i, labels[i]]),
-            }
-        )
-    return render_page("mistakes.html", pictures=pictures, wrong=len(worst), n=len(labels))
-
-
-# Ways of looking inside, by name: each returns finished pictures, or none where there is nothing
-# to show. They become sections of their own.
-InsideSection = Callable[[ReportContents], Sequence[PageFigure]]
-INSIDE_SECTIONS: dict[str, tuple[str, str, InsideSection]] = {
-    "activations": ("Activations", "What each stage gives for some images.", activations_section),
-    "attributions": (
-        "Evidence",
-        "Which pixels speak for what the model says.",
-        attributions_section,
-    ),
-    "stages": ("What each stage knows", "Measured on held-out images.", stages_section),
-}
-
-
-def inside_section(name: str) -> Callable[[ReportContents], Markup | None]:
-    """The section of an entry of `LOOKS`; what can't be drawn is said and left out."""
-
-    def draw(found: ReportContents) -> Markup | None:
-        _, lead, look = INSIDE_SECTIONS[name]
-        try:
-            return figures_of(look(found), lead)
-        except ConvlensError as error:
-            found.missing.append(f"{INSIDE_SECTIONS[name][0]}: {error.what}.")
-            return None
-
-    return draw
-
-
-def data_section(found: ReportContents) -> Markup | None:
-    """Where the splits come from, and what an audit of every image found."""
-    about: dict[str, Any] = dict(found.facts.get("data") or found.model_metadata.get("data") or {})
-    if not about:
-        return None
-    report = found.audit
-    sizes = None
-    if report is not None:
-        sizes = [report.width, report.height]
-    return render_page("data.html", about=about, report=report, sizes=sizes, name=found.name)
+    return render_template("reproduce.html", commands=commands)
 
 
 SECTIONS: dict[str, PageSection] = {
@@ -549,101 +663,9 @@ SECTIONS: dict[str, PageSection] = {
     "classes": ("Classes", classes_section),
     "calibration": ("Calibration", reliability_section),
     "mistakes": ("Worst mistakes", mistakes_section),
-    **{name: (INSIDE_SECTIONS[name][0], inside_section(name)) for name in INSIDE_SECTIONS},
+    **{name: (heading, inside_section(name)) for name, (heading, _, _) in INSIDE_SECTIONS.items()},
     "data": ("Data", data_section),
     "recipe": ("Recipe", recipe_section),
     "environment": ("Environment", environment_section),
     "reproduce": ("How to reproduce", reproduce_section),
 }
-
-
-# ---- verdict ----------------------------------------
-# What a run's numbers come to, in a sentence.
-
-CALIBRATION_WORDS = {"test": "test", "val": "validation", "train": "training"}
-
-
-class Calibration(NamedTuple):
-    """`error` (ECE), the error that chance alone explains, and confidence minus accuracy."""
-
-    error: float
-    chance: float
-    surplus: float
-
-    @property
-    def good(self) -> bool:
-        return self.error <= self.chance
-
-    @property
-    def words(self) -> str:
-        """E.g. `overconfident`."""
-        if self.good:
-            return "within chance"
-        if abs(self.surplus) < self.error / 2:  # too sure here, not sure enough there
-            return "badly calibrated"
-        return "overconfident" if self.surplus > 0 else "underconfident"
-
-
-def calibration(found: ReportContents) -> Calibration | None:
-    """How confidence and accuracy agree; None without the answers to single images."""
-    if found.answers is None or found.summary is None:
-        return None
-    probs = found.answers.probs
-    surplus = float(probs.max(axis=1).mean()) - float(found.summary["accuracy"])
-    return Calibration(found.summary["ece"], metrics.ece_by_chance(probs), surplus)
-
-
-def verdict_section(found: ReportContents) -> str:
-    """One honest sentence: accuracy with n and interval, gap to training, calibration."""
-    if found.summary is None:
-        if not found.finished:
-            done = len(found.rows)
-            epochs = f"{done} epoch{'s' * (done != 1)} of training are in its log"
-            return f"Not judged yet: the training has not finished; {epochs}."
-        return "Not judged: there are no images held out of training to judge it by."
-    s = found.summary
-    low, high = s["interval95"]
-    parts = [
-        f"{s['accuracy']:.1%} of {s['n']:,} {CALIBRATION_WORDS[found.split]} images are classified correctly "
-        f"(95% interval {low:.1%} to {high:.1%})"
-    ]
-    floor = most_common_errors(found)
-    if floor is not None and low <= floor[1]:
-        parts.append(f"not distinguishable from always saying {floor[0]!r} ({floor[1]:.1%})")
-    trained = found.trained_accuracy()
-    if trained is not None:
-        parts.append(_overfit_gap(100 * (trained[0] - s["accuracy"]), trained[0], low, high))
-    judged = calibration(found)
-    if judged is None:
-        parts.append(f"calibration error {s['ece']:.3f}" if s["ece"] is not None else "")
-    elif judged.good:
-        parts.append("its confidence agrees with its accuracy, as far as so many images can tell")
-    else:
-        parts.append(_uncertainty_note(judged))
-    return "; ".join(part for part in parts if part) + "."
-
-
-def most_common_errors(found: ReportContents) -> tuple[str, float] | None:
-    """The class that most of the judged images have, and their share."""
-    table = (found.summary or {}).get("confusion")
-    if not table:
-        return None
-    counts = [sum(row) for row in table]
-    most = counts.index(max(counts))
-    return found.classes[most], counts[most] / sum(counts)
-
-
-def _overfit_gap(points: float, trained: float, low: float, high: float) -> str:
-    if low <= trained <= high:
-        return f"not distinguishable from the {trained:.1%} on training images"
-    much = "overfitting" if points > 10 else "some overfitting"
-    if points > 0:
-        return f"{points:.1f} points below the {trained:.1%} on training images ({much})"
-    return f"{-points:.1f} points above the {trained:.1%} on training images"
-
-
-def _uncertainty_note(judged: Calibration) -> str:
-    points = f"calibration error {100 * judged.error:.1f} points"
-    if judged.words == "badly calibrated":
-        return f"its probabilities are off ({points})"
-    return f"it is {judged.words}, by {abs(100 * judged.surplus):.1f} points on average ({points})"

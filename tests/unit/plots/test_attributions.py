@@ -1,4 +1,4 @@
-"""Maps over pictures: interpolation, scales and colours are what the words beside them say."""
+"""Attribution maps over images: interpolation, scales, colors and captions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from convlens.plots.attributions import (
     upsample,
 )
 
-HOSTILE = ["$x$", "a_{b}^{c}", "line\nbreak", "\udcff", "日本語", "", "W" * 200]
+HOSTILE_NAMES = ["$x$", "a_{b}^{c}", "line\nbreak", "\udcff", "日本語", "", "W" * 200]
 
 
-def drawn(
+def draw_grid(
     panels: list[AttributionPanel], names: list[tuple[str, str]]
 ) -> tuple[np.ndarray, list[str]]:
     figure = attribution_grid(names, panels)
@@ -33,12 +33,12 @@ def drawn(
     return pixels, [text.get_text() for text in figure.axes[0].texts]
 
 
-def panel(
-    maps: np.ndarray, signed: bool = False, grey: int = 100, size: int = 40
+def make_panel(
+    maps: np.ndarray, signed: bool = False, gray: int = 100, size: int = 40
 ) -> AttributionPanel:
-    pictures = np.full((len(maps), 3, size, size), grey, dtype=np.uint8)
+    images = np.full((len(maps), 3, size, size), gray, dtype=np.uint8)
     return AttributionPanel(
-        "net", pictures, [AttributionColumn("M", "", maps, signed)], [("cat", 0.5)] * len(maps)
+        "net", images, [AttributionColumn("M", "", maps, signed)], [("cat", 0.5)] * len(maps)
     )
 
 
@@ -60,35 +60,35 @@ def test_fine_maps_are_repeated_or_averaged() -> None:
     )
 
 
-def test_the_scale_ends_where_few_pixels_are_beyond() -> None:
+def test_scale_ends_at_a_high_percentile() -> None:
     values = np.zeros((32, 32))
     values[0, :10] = -3  # a percent
     values[5, 5] = 1000
     assert map_scale(values) == 3
     values[0, :10] = 0
-    assert map_scale(values) == 1000, "a single point is seen, too"
+    assert map_scale(values) == 1000, "a single pixel is visible, too"
     assert map_scale(np.zeros((4, 4))) == 0
 
 
 @pytest.mark.parametrize(("signed", "name"), [(False, "viridis"), (True, "PuOr_r")])
-def test_colours_are_the_map_s_over_the_picture_in_grey(signed: bool, name: str) -> None:
+def test_colors_are_those_of_the_map_over_the_image_in_gray(signed: bool, name: str) -> None:
     colors = matplotlib.colormaps[name]
     values = np.zeros((1, 40, 40))
     values[0, :20] = 2.0
     values[0, 30:] = -2.0 if signed else 0.0
-    pixels, words = drawn([panel(values, signed)], [("a", "cat")])
+    pixels, texts = draw_grid([make_panel(values, signed)], [("a", "cat")])
     for share in (1.0, 0.0, -1.0 if signed else 0.0):
-        place = (share + 1) / 2 if signed else share
-        expected = 0.6 * 255 * np.array(colors(place)[:3]) + 0.4 * 100
-        far = np.abs(pixels.astype(float) - expected).max(axis=2)
-        assert (far <= 1).sum() >= 10 * 3 * 40 * 3, share
-    assert ("±2" in words) == signed
-    assert ("to 2" in words) != signed
-    assert {"net", "a", "is cat", "cat 50%", "M"} <= set(words)
+        position = (share + 1) / 2 if signed else share
+        expected = 0.6 * 255 * np.array(colors(position)[:3]) + 0.4 * 100
+        distance = np.abs(pixels.astype(float) - expected).max(axis=2)
+        assert (distance <= 1).sum() >= 10 * 3 * 40 * 3, share
+    assert ("±2" in texts) == signed
+    assert ("to 2" in texts) != signed
+    assert {"net", "a", "is cat", "cat 50%", "M"} <= set(texts)
 
 
-def test_blank_maps_hostile_names_and_many_models() -> None:
-    rows = [(name, name) for name in HOSTILE]
+def test_grid_of_blank_maps_hostile_names_and_several_models() -> None:
+    rows = [(name, name) for name in HOSTILE_NAMES]
     blank = np.zeros((len(rows), 4, 4))
     panels = [
         AttributionPanel(
@@ -98,24 +98,24 @@ def test_blank_maps_hostile_names_and_many_models() -> None:
                 AttributionColumn(name, name, blank, False),
                 AttributionColumn("Two words", "", blank, True),
             ],
-            [(each, 1.0) for each in HOSTILE],
+            [(name, 1.0) for name in HOSTILE_NAMES],
         )
         for name, channels, size in (("$a$", 1, 28), ("W" * 300, 3, 224), ("c", 3, 32))
     ]
-    pixels, words = drawn(panels, rows)
-    assert "0 everywhere" in words
-    assert {"Two", "words"} <= set(words)
+    pixels, texts = draw_grid(panels, rows)
+    assert "0 everywhere" in texts
+    assert {"Two", "words"} <= set(texts)
     assert pixels.shape[1] > 7 * 112
-    assert attributions.HEAT < 1
+    assert attributions.HEATMAP_WEIGHT < 1
 
 
-def test_an_unknown_truth_is_not_written() -> None:
-    _, words = drawn([panel(np.ones((1, 3, 3)))], [("file.png", "")])
-    assert "file.png" in words
-    assert not any(word.startswith("is ") for word in words)
+def test_unknown_true_class_is_not_written() -> None:
+    _, texts = draw_grid([make_panel(np.ones((1, 3, 3)))], [("file.png", "")])
+    assert "file.png" in texts
+    assert not any(text.startswith("is ") for text in texts)
 
 
-def test_what_is_left_of_maps_and_curves_are_drawn_as_given() -> None:
+def test_sanity_figure_shows_the_given_similarities_and_curves() -> None:
     left = {
         "spearman": {"A": [(0.5, (0.4, 0.7)), (0.1, None)]},
         "ssim": {"A": [(0.6, None), (float("nan"), None)]},
@@ -125,7 +125,7 @@ def test_what_is_left_of_maps_and_curves_are_drawn_as_given() -> None:
     figure = plots.attribution_sanity(["fc", "layer1"], left, curves, "net")
     plots.save_figure(figure, Path("sanity.png"))
     first, _, deletion, insertion = figure.axes
-    lines = [list(each.get_ydata()) for each in first.lines]
+    lines = [list(line.get_ydata()) for line in first.lines]
     assert [1, 0.5, 0.1] in lines, "the means"
     assert [1, 0.4, 0.1] in lines, "the lower ends"
     assert [1, 0.7, 0.1] in lines, "the upper ends"

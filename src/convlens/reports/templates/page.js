@@ -1,27 +1,27 @@
 "use strict";
 (function () {
-  // Light and dark: the reader's system decides until the button is pressed.
+  // Light and dark: the system preference applies until the button is pressed.
   const root = document.documentElement, theme = document.getElementById("theme");
   const system = window.matchMedia("(prefers-color-scheme: dark)");
   const dark = () => (root.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
-  const label = () => { theme.textContent = dark() ? "Light" : "Dark"; theme.setAttribute("aria-label", "Use " + (dark() ? "light" : "dark") + " colours"); };
+  const label = () => { theme.textContent = dark() ? "Light" : "Dark"; theme.setAttribute("aria-label", "Use " + (dark() ? "light" : "dark") + " colors"); };
   theme.hidden = false;
   label();
   theme.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; label(); });
   system.addEventListener("change", label);
 
-  // Which section is being read.
+  // Highlight the current section in the navigation.
   const links = new Map([...document.querySelectorAll("nav a")].map((a) => [a.hash.slice(1), a]));
-  const seen = new IntersectionObserver((entries) => {
+  const observer = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
       for (const a of links.values()) a.removeAttribute("aria-current");
       links.get(entry.target.id).setAttribute("aria-current", "true");
     }
   }, { rootMargin: "-15% 0px -75% 0px" });
-  for (const section of document.querySelectorAll("main > section")) seen.observe(section);
+  for (const section of document.querySelectorAll("main > section")) observer.observe(section);
 
-  // Tables that sort; what isn't known comes last either way.
+  // Sortable tables; unknown values come last in both directions.
   for (const table of document.querySelectorAll(".sortable")) {
     for (const button of table.querySelectorAll("thead button")) {
       button.addEventListener("click", () => {
@@ -44,28 +44,28 @@
   const store = document.getElementById("cells"), shown = document.getElementById("shown");
   if (!store) return;
   const content = JSON.parse(store.textContent);
-  const make = (tag, text, name) => {
+  const make = (tag, text, className) => {
     const node = document.createElement(tag);
     if (text !== undefined) node.textContent = text;
-    if (name) node.className = name;
+    if (className) node.className = className;
     return node;
   };
   const buttons = [...document.querySelectorAll("[data-cell]")];
   const show = (button) => {
     for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
     const key = button.dataset.cell, cell = content.cells[key];
-    const [truth, said] = key.split("-").map((i) => content.classes[i]);
-    const right = key.split("-")[0] === key.split("-")[1];
+    const [target, pred] = key.split("-").map((i) => content.classes[i]);
+    const correct = key.split("-")[0] === key.split("-")[1];
     const title = make("h3");
-    title.append(make("bdi", truth), right ? ", recognised" : ", taken for ");
-    if (!right) title.append(make("bdi", said));
-    const few = cell.images.length < cell.n;
-    const order = right ? "the least sure" : "the surest";
-    const lead = few ? order + " " + cell.images.length + " of " + cell.n.toLocaleString("en") + " images"
+    title.append(make("bdi", target), correct ? ", correct" : ", predicted as ");
+    if (!correct) title.append(make("bdi", pred));
+    const partial = cell.images.length < cell.n;
+    const order = correct ? "least confident" : "most confident";
+    const lead = partial ? "the " + cell.images.length + " " + order + " of " + cell.n.toLocaleString("en") + " images"
       : cell.n + (cell.n === 1 ? " image" : " images, " + order + " first");
     const list = make("ol", undefined, "gallery");
-    for (const [source, id, sure] of cell.images) {
-      const item = make("li"), figure = make("figure"), image = make("img"), caption = make("figcaption", (100 * sure).toFixed(0) + "% sure");
+    for (const [source, id, confidence] of cell.images) {
+      const item = make("li"), figure = make("figure"), image = make("img"), caption = make("figcaption", (100 * confidence).toFixed(0) + "% confidence");
       image.src = source;
       image.alt = "Image " + id;
       const name = make("span", undefined, "id");
@@ -78,12 +78,12 @@
     }
     shown.replaceChildren(title, make("p", lead, "quiet small"), list);
     smooth(list);
-    const place = shown.getBoundingClientRect();
-    if (place.top > window.innerHeight - 160) shown.scrollIntoView({ block: "nearest" });
+    const box = shown.getBoundingClientRect();
+    if (box.top > window.innerHeight - 160) shown.scrollIntoView({ block: "nearest" });
   };
   for (const button of buttons) button.addEventListener("click", () => show(button));
 
-  // Arrow keys go from cell to cell.
+  // Arrow keys move between cells.
   const matrix = document.getElementById("matrix");
   const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
   if (matrix) matrix.addEventListener("keydown", (event) => {
@@ -100,11 +100,11 @@
     }
   });
 
-  // Small pictures are shown pixel by pixel, larger ones smoothly.
-  function smooth(inside) {
-    for (const image of inside.querySelectorAll("img")) {
-      const look = () => image.classList.toggle("large", image.naturalWidth > 64);
-      if (image.complete) look(); else image.addEventListener("load", look);
+  // Small images are shown pixel by pixel, larger ones smoothly.
+  function smooth(container) {
+    for (const image of container.querySelectorAll("img")) {
+      const update = () => image.classList.toggle("large", image.naturalWidth > 64);
+      if (image.complete) update(); else image.addEventListener("load", update);
     }
   }
 })();

@@ -1,0 +1,85 @@
+"""Figures are written reproducibly, text is cut to fit, and tiles show exact values."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from convlens import plots
+from convlens.errors import ResourceError, UsageError
+from convlens.plots import style
+from convlens.plots.style import fit_text, text_width
+from helpers.figures import HOSTILE_NAMES, make_history, make_images, make_panel, save_and_read
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_vector_figures_are_the_same_bytes_each_time(
+    kind: str, prefix: bytes, tmp_path: Path
+) -> None:
+    for draw in (
+        lambda: plots.curves(make_history(3), 2, "run"),
+        lambda: plots.activations(make_images(1)[0], [make_panel()], "run", "cat", "max: 1"),
+    ):
+        files = []
+        for number in range(2):
+            plots.save_figure(draw(), tmp_path / f"{number}.{kind}")
+            files.append((tmp_path / f"{number}.{kind}").read_bytes())
+        assert files[0] == files[1]
+        assert files[0].startswith(prefix)
+        assert b"CreationDate" not in files[0]
+        assert b"<dc:date>" not in files[0]
+    with pytest.raises(UsageError, match="unknown figure format 'gif'"):
+        plots.save_figure(plots.curves(make_history(3)), tmp_path / "plot.gif")
+
+
+def test_dpi_sets_the_size_and_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
+    figure = plots.learning_rate([1, 2], [0.1, 0.01])
+    assert save_and_read(figure, tmp_path, dpi=100).shape == (280, 520, 3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError):
+        plots.save_figure(figure, tmp_path / "file" / "plot.png")
+
+
+def test_names_are_cut_to_the_maximum_width() -> None:
+    assert fit_text("daisy", 10) == "daisy"
+    assert fit_text("$5", 10) == r"\$5"
+    assert fit_text("x" * 99, 5, before="98% ", after="!").startswith("98% x")
+    for name in HOSTILE_NAMES:
+        cut = fit_text(name, 8)
+        assert text_width(cut.replace(r"\$", "$")) <= 8
+        assert cut.replace("…", "").isprintable()
+
+
+def test_estimated_text_width_is_at_least_the_drawn_width() -> None:
+    """Otherwise names would overlap."""
+    figure = Figure(dpi=72)
+    for words in ("American_Staffordshire_terrier", "automobile", "WWWW", "0123456789", "Émeu"):
+        text = figure.text(0, 0, words, fontsize=100, family="DejaVu Sans")
+        figure.savefig(io.BytesIO())
+        drawn = text.get_window_extent().width / 100
+        assert drawn * 0.97 <= text_width(words) <= drawn * 1.25
+
+
+def test_mosaic_shows_each_value_as_a_square_of_one_color() -> None:
+    values = np.float32([[[0, 1], [2, 4]], [[4, 0], [0, 0]], [[0, 0], [0, 0]]])
+    tiles = style.map_tiles(values, (0.0, 4.0), 6)
+    assert tiles.shape == (3, 6, 6, 3)
+    colors = (np.array(matplotlib.colormaps["viridis"]([0, 64, 128, 255]))[:, :3] * 255).round()
+    for number, (y, x) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):
+        block = tiles[0, y : y + 3, x : x + 3].reshape(-1, 3)
+        np.testing.assert_allclose(block, np.broadcast_to(colors[number], block.shape), atol=2)
+    assert (style.map_tiles(values - 2, (-2.0, 2.0), 2)[0, 1, 0] > 240).all(), "0 is white"
+    mosaic = style.mosaic(tiles, 2, gap=2)
+    assert mosaic.shape == (14, 14, 3)
+    assert (mosaic[6:8] == 255).all()
+    np.testing.assert_array_equal(mosaic[8:, :6], tiles[2])
+    # Maps larger than their tile are averaged.
+    checks = np.indices((8, 8)).sum(0)[None] % 2
+    gray = style.map_tiles(checks.astype(np.float32), (0.0, 1.0), 4)
+    half = style.map_tiles(np.full((1, 4, 4), 0.5, np.float32), (0.0, 1.0), 4)
+    np.testing.assert_array_equal(gray, half)

@@ -1,0 +1,40 @@
+"""Contents of a page are gathered from the run directory and the data."""
+
+from __future__ import annotations
+
+import pytest
+
+from convlens.errors import UsageError
+from convlens.reports import contents
+from convlens.reports.contents import gather_contents
+
+
+@pytest.mark.usefixtures("runs")
+def test_small_data_sets_are_audited_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gather_contents("hostile", audit=None, device="cpu").audit is not None
+    monkeypatch.setattr(contents, "QUICK_AUDIT_IMAGES", 10)
+    assert gather_contents("hostile", audit=None, device="cpu").audit is None
+
+
+@pytest.mark.usefixtures("runs")
+def test_contents_hold_the_evaluation_and_images_of_a_run() -> None:
+    gathered = gather_contents("small", audit=False, device="cpu")
+    assert gathered.missing == []
+    assert gathered.audit is None
+    assert (gathered.split, gathered.is_finished) == ("test", True)
+    assert gathered.summary is not None
+    assert gathered.images is not None
+    assert gathered.summary["n"] == len(gathered.images.labels)
+    train_accuracy = gathered.train_accuracy()
+    assert train_accuracy is not None
+    kept = next(row for row in gathered.rows if row["epoch"] == gathered.kept_epoch)
+    assert train_accuracy[0] == kept["train_accuracy"]
+    without_images = gather_contents("small", audit=True, device="cpu", with_images=False)
+    assert without_images.images is without_images.audit is None
+    assert without_images.summary == gathered.summary
+
+
+@pytest.mark.usefixtures("runs")
+def test_unavailable_device_is_an_error() -> None:
+    with pytest.raises(UsageError):
+        gather_contents("small", audit=None, device="tpu")

@@ -1,0 +1,130 @@
+"""Sections of the page of a run: verdict, confusion, calibration, recipe."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convlens import recipe
+from convlens.evaluation import CachedPredictions
+from convlens.metrics import summarize
+from convlens.reports import sections
+from convlens.reports.contents import ReportContents, gather_contents
+from convlens.reports.html import Markup
+from convlens.reports.sections import measure_calibration, run_verdict
+from convlens.run import RunDir
+from helpers.reports import contents_of, split_of, two_class_contents
+
+
+@pytest.mark.usefixtures("runs")
+# Ids with a prefix, since the name of a section may be that of a mark (`data`).
+@pytest.mark.parametrize("name", list(sections.SECTIONS), ids="section-{}".format)
+def test_section_is_html_or_left_out(name: str) -> None:
+    """For a complete run, one with numbers only, and one without anything."""
+    render = sections.SECTIONS[name][1]
+    for contents in (
+        gather_contents("small", audit=True, device="cpu"),
+        two_class_contents(),
+        ReportContents(RunDir(Path("models/nothing"))),
+    ):
+        html = render(contents)
+        assert html is None or (isinstance(html, Markup) and html.strip())
+    if name not in sections.INSIDE_SECTIONS:
+        assert render(gather_contents("small", audit=None, device="cpu")) is not None
+
+
+def test_verdict_states_the_numbers() -> None:
+    row = {"epoch": 1.0, "train_accuracy": 0.99}
+    assert run_verdict(two_class_contents(rows=[row])) == (
+        "75.0% of 4 test images are classified correctly (95% interval 30.1% to 95.4%); "
+        "not distinguishable from always predicting 'a' (50.0%); "
+        "24.0 points below the 99.0% on training images (overfitting); its confidence agrees "
+        "with its accuracy, as far as this many images can show."
+    )
+    row["train_accuracy"] = 0.8
+    assert "not distinguishable from the 80.0% on training images" in run_verdict(
+        two_class_contents(rows=[row])
+    )
+    assert run_verdict(two_class_contents(summary=None)).startswith("Not evaluated: no images")
+
+
+@pytest.mark.parametrize(
+    ("confidence", "accuracy", "label"),
+    [(0.9, 0.6, "overconfident"), (0.6, 0.9, "underconfident"), (0.8, 0.8, "within chance")],
+)
+def test_calibration_has_a_label(confidence: float, accuracy: float, label: str) -> None:
+    logits = np.tile(np.log([confidence, 1 - confidence]), (1000, 1)).astype(np.float32)
+    labels = (np.arange(1000) >= 1000 * accuracy).astype(np.int64)
+    summary = summarize(logits, labels, ["a", "b"])
+    calibration = measure_calibration(
+        two_class_contents(predictions=CachedPredictions(logits, labels, ""), summary=summary)
+    )
+    assert calibration is not None
+    assert calibration.label == label
+    assert calibration.surplus == pytest.approx(confidence - accuracy, abs=1e-6)
+    assert calibration.error == pytest.approx(abs(confidence - accuracy), abs=1e-6)
+
+
+def test_most_frequent_confusions_come_first() -> None:
+    table = np.array([[9, 2, 0], [5, 1, 0], [0, 2, 7]])
+    assert sections.confused_pairs(table) == [(1, 0), (0, 1), (2, 1)]
+    assert sections.confusion_cells(table) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (2, 2)]
+
+
+def test_shades_follow_the_share_of_the_row() -> None:
+    assert [sections.cell_shade(n, 100, True) for n in (0, 1, 50, 100)] == [0, 1, 4, 9]
+    assert [sections.cell_shade(n, 100, False) for n in (0, 1, 25, 100)] == [0, 1, 4, 9]
+
+
+def test_many_classes_are_a_list_and_one_class_is_a_table() -> None:
+    labels = [k for k in range(110) for _ in range(2)]
+    preds = [(k + 1) % 110 for k in labels]
+    html = sections.confusion_section(contents_of("many", preds, labels, 110))
+    assert html is not None
+    assert "110 classes are too many for a readable table" in html
+    assert html.count('scope="row"') == sections.MAX_PAIRS
+    correct = sections.confusion_section(contents_of("correct", labels, labels, 110))
+    assert correct is not None
+    assert "All test images are classified correctly" in correct
+    one = sections.confusion_section(contents_of("one", [0, 0], [0, 0], 1))
+    assert one is not None
+    assert one.count("<td") == 2  # the corner and the cell
+
+
+def test_cell_shows_the_most_confident_mistakes_first() -> None:
+    logits = np.array([[1, 0], [3, 0], [0, 1], [2, 0], [4, 0]], np.float32)
+    labels = np.array([1, 1, 1, 0, 0])
+    contents = contents_of("x", [0, 0, 1, 0, 0], labels.tolist())
+    contents.predictions = CachedPredictions(logits, labels, "")
+    contents.images = split_of(torch.zeros(5, 1, 4, 4, dtype=torch.uint8))
+    shown = sections._cell_images(contents, [(1, 0), (0, 0)])
+    assert [image[1] for image in shown["1-0"]["images"]] == ["1.png", "0.png"]
+    assert [image[1] for image in shown["0-0"]["images"]] == [
+        "3.png",
+        "4.png",
+    ]  # least confident first
+    assert shown["1-0"]["images"][0][2] == pytest.approx(1 / (1 + math.exp(-3)), abs=1e-4)
+
+
+def test_changes_to_a_published_recipe_are_marked() -> None:
+    published = recipe.load_recipe("mnist")
+    assert sections.recipe_differences(published) == []
+    changed = published.replace(**{"optim.lr": 0.123, "train.epochs": 7})
+    lr, epochs = str(published.optim.lr), str(published.train.epochs)
+    assert sections.recipe_differences(changed) == [
+        ("optim.lr", "0.123", lr),
+        ("train.epochs", "7", epochs),
+    ]
+    assert sections.recipe_differences(changed.model_copy(update={"name": "mine"})) == []
+
+
+def test_run_names_in_commands_are_quoted() -> None:
+    contents = contents_of("it's; rm -rf x", [0], [0])
+    contents.recipe = recipe.load_recipe("mnist")
+    html = sections.reproduce_section(contents)
+    assert html is not None
+    assert "convlens report &#39;it&#39;&#34;&#39;&#34;&#39;s; rm -rf x&#39;" in html
