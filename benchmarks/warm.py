@@ -45,7 +45,7 @@ def warm(
     from convlens.engine import inference
     from convlens.engine.loop import TrainLoop
     from convlens.recipe import load_recipe
-    from convlens.training.setup import build_training_job
+    from convlens.training.setup import _sample_images, build_training_job
     from convlens.utils import process
 
     process.keep_freed_memory()

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from convlens import device
 from convlens.data.dataset import Data, load_data
-from convlens.engine.loop import Records
 from convlens.recipe import Recipe, load_recipe
 from convlens.run import RunDir
 from convlens.runtime import RuntimeContext
 from convlens.training.setup import TrainingJob, build_training_job
-from convlens.training.train import make_train_loop
 
 PLAN = device.Plan("cpu", "fp32", "contiguous")
 BAD_DISK = Path("/proc/self/mem")  # reading it from its beginning is a real EIO
@@ -100,17 +98,6 @@ def begin(recipe: Recipe, name: str) -> tuple[TrainingJob, RunDir]:
     if not run_dir.metadata():
         run_dir.create(job.recipe, {"digests": [recipe.digest()]})
     return job, run_dir
-
-
-def train_records(job: TrainingJob) -> Records:
-    """Run the training loop of a job; yields its records."""
-    return make_train_loop(job, job.process_group).run(
-        job.inputs.batches,
-        job.schedule,
-        epochs=job.epochs,
-        seed=job.recipe.train.seed,
-        state=job.state,
-    )
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

@@ -319,7 +319,7 @@ def test_what_needs_no_torch_does_not_import_it(command: list[str]) -> None:
 
 
 def identifiers(path: Path) -> set[str]:
-    """Every identifier of a file: variables, attributes, parameters, functions, classes, imports."""
+    """Return the names of variables, attributes, parameters, functions, classes and imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Name):

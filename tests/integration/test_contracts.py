@@ -355,7 +355,7 @@ def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
         # Large networks for 32 px, at half the size.
         **dict.fromkeys(
             ["resnet18-best", "tiny-best", "pretrain", "pretrained-best"],
-            ["data.name=digits", "data.per_class=4", "data.image_size=16"],
+            ("data.name=digits", "data.per_class=4", "data.image_size=16"),
         ),
     }.get(name, ["data.name=digits", "data.per_class=4"])
     if "data.name=digits" in few:  # testing takes most of the time

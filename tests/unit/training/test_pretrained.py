@@ -65,7 +65,7 @@ def test_a_checkpoint_of_several_processes_is_not_unpickled() -> None:
     for spec in ("ckpt", "ckpt/", "./ckpt", "ckpt.pt"):
         with pytest.raises(
             ModelFileError,
-            match="a folder of torch.distributed.checkpoint|a folder, not a weights file",
+            match=r"a folder of torch\.distributed\.checkpoint|a folder, not a weights file",
         ) as caught:
             pretrained.check_weights_available(asked(spec))
         assert "whose index is a pickle" in caught.value.what
