@@ -515,8 +515,8 @@ def top_images_figure(top: TopImages, split: Split, channels: int) -> Any:
     note = (
         f"The {per_channel} of {len(top.labels):,} {top.split} images that activate a channel "
         f"most, in decreasing order; {frame}. Channels whose peaks stand out most (in standard "
-        "deviations over the images) come first, without those that share many images with "
-        f"another; next to them their most common class.{silent}{broken}"
+        "deviations over the images) come first, those that share many images with another "
+        f"last; next to them their most common class.{silent}{broken}"
     )
     title = f"{top.run}, {top.layer}: {len(shown)} of {len(top.selectivity):,} channels"
     return plots.top_images(images, marks, names, title, note)

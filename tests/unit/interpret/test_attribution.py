@@ -25,6 +25,21 @@ from helpers.support import TINY
 CLASSES = ("cat", "dog", "cow")
 
 
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run `small`."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        convlens.train(TINY, name="small", quiet=True, test=False)
+    return folder / "models" / "small"
+
+
+@pytest.fixture
+def run(run_path: Path) -> InspectedModel:
+    return open_inspected_model(str(run_path), device="cpu")
+
+
 def subject(
     model: nn.Module, channels: int = 3, size: int = 12, name: str = "net"
 ) -> InspectedModel:
@@ -52,9 +67,7 @@ def shown(found: Attributions) -> str:
     return out.getvalue()
 
 
-def test_attribution_of_a_run_writes_maps_figure_and_arrays() -> None:
-    convlens.train(TINY, name="small", quiet=True)
-    run = open_inspected_model("small", device="cpu")
+def test_attribution_of_a_run_writes_maps_figure_and_arrays(run: InspectedModel) -> None:
     chosen = select_pictures(run, ["test:3", "class:7:2"])
     found = attribute([run], [chosen], ["all"], sanity=True, folder=Path("out"), quiet=True)
     (model,) = found.to_dict()["models"]
@@ -128,7 +141,11 @@ def test_networks_of_different_sizes_and_channels_side_by_side() -> None:
 @pytest.mark.parametrize(
     ("options", "message", "fix"),
     [
-        ({"methods": ["grad-cam", "oclusion"]}, "unknown method", "did you mean occlusion?"),
+        (
+            {"methods": ["grad-cam", "oclusion"]},
+            "unknown attribution method",
+            "did you mean occlusion?",
+        ),
         ({"layer": "stge1"}, "'stge1' .did you mean stage1", "its stages are: stage1, stage2"),
         ({"layer": "classifier"}, "layer 'classifier' is 3, not channels", "occlusion"),
         ({"target": "dgo"}, "unknown class 'dgo'", "did you mean dog?"),
@@ -179,9 +196,7 @@ def test_map_that_is_zero_everywhere_is_drawn_and_reported() -> None:
     assert "the maps are constant" in model["sanity"]["methods"]["grad-cam"]["verdict"][0]
 
 
-def test_networks_of_the_same_name_have_separate_files() -> None:
-    convlens.train(TINY, name="small", quiet=True, test=False)
-    run = open_inspected_model("small", device="cpu")
+def test_networks_of_the_same_name_have_separate_files(run: InspectedModel) -> None:
     shown_ = select_pictures(run, ["val:3"])
     found = attribute(
         [run, run], [shown_, shown_], ["grad-cam"], sanity=True, folder=Path("out"), quiet=True
