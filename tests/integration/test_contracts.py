@@ -341,23 +341,19 @@ def test_the_variants_of_a_recipe_are_valid_and_different(name: str) -> None:
 
 @published
 def test_a_recipe_trains_and_tests_on_a_few_images(name: str) -> None:
+    digits = ["data.name=digits", "data.per_class=4"]
     few = {
         "folder": ["data.name=shapes", "data.count=80", "data.image_size=16"],
         # Convolutions without padding need more than 8 px.
-        "mnist-fast": ["data.name=digits", "data.per_class=4", "data.image_size=28"],
+        "mnist-fast": [*digits, "data.image_size=28"],
         # The stem that `auto` means at 224 px.
-        "imagenet": [
-            "data.name=digits",
-            "data.per_class=4",
-            "data.image_size=32",
-            "model.stem=imagenet",
-        ],
+        "imagenet": [*digits, "data.image_size=32", "model.stem=imagenet"],
         # Large networks for 32 px, at half the size.
-        **dict.fromkeys(
-            ["resnet18-best", "tiny-best", "pretrain", "pretrained-best"],
-            ("data.name=digits", "data.per_class=4", "data.image_size=16"),
-        ),
-    }.get(name, ["data.name=digits", "data.per_class=4"])
+        "resnet18-best": [*digits, "data.image_size=16"],
+        "tiny-best": [*digits, "data.image_size=16"],
+        "pretrain": [*digits, "data.image_size=16"],
+        "pretrained-best": [*digits, "data.image_size=16"],
+    }.get(name, digits)
     if "data.name=digits" in few:  # testing takes most of the time
         few = [*few, "data.test_fraction=0.03"]
         few += ["data.val_fraction=0.03"] if recipes.load_recipe(name).data.validates else []

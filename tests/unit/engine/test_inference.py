@@ -185,7 +185,7 @@ def test_the_batch_size_follows_from_the_largest_layer(monkeypatch: pytest.Monke
 def test_out_of_memory_halves_the_batch_size_with_a_message(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    model = FirstPixel(5)
+    model = FirstPixel(max_images=5)
     logits, _ = split_logits(model, numbered(50), IDENTITY, PLAN)
     assert (logits[:, 0] * 255).round().tolist() == list(range(50))
     assert model.seen == [("contiguous", 4)] * 12 + [("contiguous", 2)]
@@ -193,7 +193,7 @@ def test_out_of_memory_halves_the_batch_size_with_a_message(
     assert "out of memory with a batch of 16; continuing with 8" in messages
     assert "out of memory with a batch of 8; continuing with 4" in messages
     with pytest.raises(ResourceError, match="not enough memory"):
-        split_logits(FirstPixel(0), numbered(3), IDENTITY, PLAN)
+        split_logits(FirstPixel(max_images=0), numbered(3), IDENTITY, PLAN)
 
 
 def test_images_on_disk_are_read_while_the_network_computes(

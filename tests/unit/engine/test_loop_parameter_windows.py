@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from convlens import optim
 from convlens.device import derive_seed
 from convlens.engine.loop import Epoch, NonFiniteLoss, Step, TrainLoop, TrainState
 from convlens.models.cnn import CNN
-from convlens.optim import GroupSchedule
 from convlens.recipe import OptimConfig
 from helpers.support import PLAN, same
 
@@ -191,54 +189,3 @@ def test_a_bad_loss_while_parts_are_frozen_leaves_everything_as_it_was() -> None
     with pytest.raises(NonFiniteLoss):
         next(records)
     same(before, dict(model.state_dict()))
-
-
-# The timetable alone
-
-
-def timetable(*windows: tuple[float, float], steps: int, schedule: str = "linear") -> Any:
-    parameters = [nn.Parameter(torch.zeros(1)) for _ in windows]
-    groups = [
-        {"params": [p], "window": w, "initial_lr": 1.0}
-        for p, w in zip(parameters, windows, strict=True)
-    ]
-    optimizer = torch.optim.SGD(groups, lr=1.0)
-    return GroupSchedule(
-        optimizer, optim.build_schedule(OptimConfig(schedule=schedule)), steps
-    ), optimizer
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 30, 1000])
-@pytest.mark.parametrize("fraction", [0.1, 0.3, 1 / 3, 0.375, 0.7, 0.999])
-def test_two_windows_that_meet_leave_no_step_out_and_share_none(
-    steps: int, fraction: float
-) -> None:
-    table, optimizer = timetable((0.0, fraction), (fraction, 1.0), steps=steps)
-    early, late = (group["params"][0] for group in optimizer.param_groups)
-    count = 0
-    for step in range(steps):
-        table.apply_windows(step)
-        assert early.requires_grad != late.requires_grad
-        assert early.requires_grad == (step < round(fraction * steps, 9))
-        count += early.requires_grad
-    assert count == math.ceil(round(fraction * steps, 9))
-
-
-def test_turns_are_told_once_and_found_again_from_anywhere() -> None:
-    table, _ = timetable((0.0, 0.4), (0.2, 1.0), (0.0, 1.0), steps=10)
-    assert [step for step in range(10) if table.apply_windows(step)] == [0, 2, 4]
-    assert table.apply_windows(1)  # back
-    assert not table.apply_windows(0)
-    assert table.apply_windows(9)
-    plain, _ = timetable((0.0, 1.0), steps=10)
-    assert not any(plain.apply_windows(step) for step in range(10))
-
-
-def test_a_window_has_the_whole_schedule() -> None:
-    table, optimizer = timetable((0.2, 0.6), (0.0, 1.0), steps=10)
-    rates = []
-    for step in range(10):
-        assert table.set_rates(step) == pytest.approx(1 - step / 10)
-        rates.append([group["lr"] for group in optimizer.param_groups])
-    assert [r[0] for r in rates] == pytest.approx([0, 0, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0])
-    assert [r[1] for r in rates] == pytest.approx([1 - i / 10 for i in range(10)])

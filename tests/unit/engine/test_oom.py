@@ -133,6 +133,7 @@ def train_to_end(
             RuntimeContext("cpu", quiet=True),
             plan=replace(job.plan, micro_batch_size=part),
         )
+    job.context = RuntimeContext("cpu")  # not quiet: the message about memory is printed
     seen = greedy(job.inputs.model, most, back=back) if most else []
     rows, kept = train.fit(job, run_dir)
     run_dir.finish(epochs=len(rows), kept=kept, seconds=0.0)

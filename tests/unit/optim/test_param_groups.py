@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from convlens import optim, recipe
+from convlens import models, optim, recipe
 from convlens.errors import UsageError
 from convlens.models.cnn import CNN
+from convlens.models.stages import freeze
 from convlens.optim.param_groups import split_parameters
 from convlens.recipe import OptimConfig
 from convlens.training.resolve import validate_recipe
@@ -281,3 +282,37 @@ def test_without_gradient_there_is_no_update_and_no_state() -> None:
         for n, p in model.named_parameters():
             assert torch.equal(before[n], p) == n.startswith("stage2."), (name, n)
             assert bool(optimizer.state[p]) != n.startswith("stage2."), (name, n)
+
+
+# The stage table
+
+
+def resnet18(trainable: str = "all") -> nn.Module:
+    torch.manual_seed(0)
+    model = models.build_model("resnet18", 4, 3, 32, {"stem": "imagenet"})
+    freeze(model, trainable)
+    return model
+
+
+def test_the_stage_table_has_trainable_parameters_rates_and_times() -> None:
+    model = resnet18("layer3+")
+    config = OptimConfig(name="sgd", lr=0.1, layer_decay=0.5, head_first=0.25)
+    rows = optim.stage_table(model, optim.build_optimizer(model, config))
+    cells = [row.cells() for row in rows]
+    assert cells == [
+        ("maxpool", "9,536", "frozen", "", ""),
+        ("layer1", "147,968", "frozen", "", ""),
+        ("layer2", "525,568", "frozen", "", ""),
+        ("layer3", "2,099,712", "2,099,712", "0.025", "25% to 100%"),
+        ("layer4", "8,393,728", "8,393,728", "0.05", "25% to 100%"),
+        ("fc", "2,052", "2,052", "0.1", "all of it"),
+    ]
+    assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_stage_with_several_rates_shows_the_lowest_and_the_highest() -> None:
+    model = resnet18()
+    groups = [{"params": "layer1.0.*", "lr": 0.3}, {"params": "layer1.1.bn1.*", "lr": 0.2}]
+    config = OptimConfig(name="sgd", lr=0.1, groups=groups)
+    row = optim.stage_table(model, optim.build_optimizer(model, config))[1]
+    assert row.cells()[3] == "0.1 to 0.3"

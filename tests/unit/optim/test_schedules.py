@@ -155,6 +155,56 @@ def test_set_lr_scales_the_initial_learning_rates() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
 
 
+# Windows of parameter groups
+
+
+def group_schedule(
+    *windows: tuple[float, float], steps: int, schedule: str = "linear"
+) -> tuple[optim.GroupSchedule, torch.optim.Optimizer]:
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in windows]
+    groups = [
+        {"params": [p], "window": w, "initial_lr": 1.0}
+        for p, w in zip(parameters, windows, strict=True)
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    factor = optim.build_schedule(OptimConfig(schedule=schedule))
+    return optim.GroupSchedule(optimizer, factor, steps), optimizer
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 30, 1000])
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 1 / 3, 0.375, 0.7, 0.999])
+def test_adjacent_windows_cover_each_step_once(steps: int, fraction: float) -> None:
+    windows, optimizer = group_schedule((0.0, fraction), (fraction, 1.0), steps=steps)
+    early, late = (group["params"][0] for group in optimizer.param_groups)
+    count = 0
+    for step in range(steps):
+        windows.apply_windows(step)
+        assert early.requires_grad != late.requires_grad
+        assert early.requires_grad == (step < round(fraction * steps, 9))
+        count += early.requires_grad
+    assert count == math.ceil(round(fraction * steps, 9))
+
+
+def test_apply_windows_reports_changes_once_for_steps_in_any_order() -> None:
+    windows, _ = group_schedule((0.0, 0.4), (0.2, 1.0), (0.0, 1.0), steps=10)
+    assert [step for step in range(10) if windows.apply_windows(step)] == [0, 2, 4]
+    assert windows.apply_windows(1)  # an earlier step
+    assert not windows.apply_windows(0)
+    assert windows.apply_windows(9)
+    without_windows, _ = group_schedule((0.0, 1.0), steps=10)
+    assert not any(without_windows.apply_windows(step) for step in range(10))
+
+
+def test_the_schedule_of_a_group_runs_over_its_window() -> None:
+    windows, optimizer = group_schedule((0.2, 0.6), (0.0, 1.0), steps=10)
+    rates = []
+    for step in range(10):
+        assert windows.set_rates(step) == pytest.approx(1 - step / 10)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert [r[0] for r in rates] == pytest.approx([0, 0, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0])
+    assert [r[1] for r in rates] == pytest.approx([1 - i / 10 for i in range(10)])
+
+
 # Averages
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
-from convlens import models, optim
+from convlens import models
 from convlens.data.loader import to_unit
 from convlens.data.transforms.random import SampleInfo
 from convlens.device import Plan, derive_seed
 from convlens.errors import ResourceError, UsageError
 from convlens.models.stages import freeze, frozen_prefix, set_train_mode
-from convlens.recipe import OptimConfig, load_recipe
+from convlens.recipe import load_recipe
 from convlens.runtime import RuntimeContext
-from convlens.training import feature_cache, resolve, train
+from convlens.training import feature_cache, train
 from convlens.training.setup import TrainingJob, build_training_job
 from helpers.support import begin, same
 
@@ -42,119 +40,7 @@ def resnet(trainable: str = "all") -> nn.Module:
     return model
 
 
-def learning(model: nn.Module) -> list[str]:
-    """Top-level children with a parameter that learns."""
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    return list(dict.fromkeys(name.partition(".")[0] for name in names))
-
-
-# Which parameters learn
-
-
-@pytest.mark.parametrize(
-    ("trainable", "children"),
-    [
-        ("all", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]),
-        ("head", ["fc"]),
-        ("stages", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]),
-        ("last:1", ["fc"]),
-        ("last:2", ["fc"]),  # avgpool has nothing to learn
-        ("last:4", ["layer3", "layer4", "fc"]),  # the report's settings
-        ("last:5", ["layer2", "layer3", "layer4", "fc"]),
-        ("last:6", ["layer1", "layer2", "layer3", "layer4", "fc"]),
-        ("last:10", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]),
-        ("layer3+", ["layer3", "layer4", "fc"]),
-        ("avgpool+", ["fc"]),
-        ("layer4,fc", ["layer4", "fc"]),
-        ("layer4, fc", ["layer4", "fc"]),
-        ("bn1", ["bn1"]),
-    ],
-)
-def test_the_words_of_trainable_mean_children(trainable: str, children: list[str]) -> None:
-    assert tuple(name for name, _ in resnet().named_children()) == RESNET
-    assert learning(resnet(trainable)) == children
-
-
-def test_a_block_inside_a_stage_can_be_the_first_that_learns() -> None:
-    model = resnet("layer4.1+")
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert names[0] == "layer4.1.conv1.weight"
-    assert names[-1] == "fc.bias"
-    assert not any(name.startswith("layer4.0") for name in names)
-
-
-@pytest.mark.parametrize(
-    ("trainable", "said"),
-    [
-        ("last:0", "10 children"),
-        ("last:11", "10 children"),
-        ("last:x", "10 children"),
-        ("layer5+", "did you mean"),
-        ("layr4,fc", "did you mean layer4"),
-        ("relu", "leaves nothing to train"),
-        ("", "no module"),
-    ],
-)
-def test_a_trainable_that_cannot_be_is_refused(trainable: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
-        resnet(trainable)
-    assert "layer4" in caught.value.fix
-
-
-def test_a_wrong_trainable_is_found_before_any_image_is_read() -> None:
-    asked = load_recipe("resnet18", ["model.trainable=layer9+", "data.name=no-such-folder"])
-    with pytest.raises(UsageError, match="layer9"):
-        resolve.validate_recipe(asked)
-
-
-# What is frozen stays as it is
-
-
-def test_frozen_norms_keep_their_statistics_and_frozen_dropout_drops_nothing() -> None:
-    model = models.build_model("resnet18", 4, 3, 32, {"stem": "half", "dropout": 0.5})
-    freeze(model, "last:4")
-    set_train_mode(model)
-    before = copy.deepcopy(model.state_dict())
-    seen: dict[str, list[torch.Tensor]] = {"layer2": [], "layer3": []}
-    for name, outputs in seen.items():
-        module = model.get_submodule(name)
-        module.register_forward_hook(lambda _, inputs, out, kept=outputs: kept.append(out.clone()))
-    for _ in range(2):
-        model(torch.ones(4, 3, 32, 32))
-    assert torch.equal(*seen["layer2"])
-    assert not torch.equal(*seen["layer3"])  # dropout
-    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
-    assert changed
-    assert {name.partition(".")[0] for name in changed} == {"layer3", "layer4"}
-
-
 # A trunk that is computed once
-
-
-def test_the_frozen_prefix_is_everything_before_the_first_layer_that_learns() -> None:
-    assert frozen_prefix(resnet("last:4")) == list(RESNET[:6])
-    assert frozen_prefix(resnet("head")) == list(RESNET[:9])
-    assert frozen_prefix(resnet("all")) == []
-    assert frozen_prefix(resnet("bn1+")) == ["conv1"]
-    inside = resnet("layer4.1+")
-    assert frozen_prefix(inside) == [*RESNET[:7], "layer4.0"]
-
-
-def test_a_dropout_right_before_the_classifier_stays_the_classifiers() -> None:
-    model = models.build_model(
-        "cnn", 4, 3, 16, {"widths": [4, 8], "dropout": 0.5, "stage_dropout": 0.5}
-    )
-    freeze(model, "head")
-    assert frozen_prefix(model) == ["stage1", "stage2", "pool"]
-    set_train_mode(model)
-    modes = {name: module.training for name, module in model.named_children()}
-    assert modes == {
-        "stage1": False,
-        "stage2": False,
-        "pool": False,
-        "dense": True,
-        "classifier": True,
-    }
 
 
 def test_trunk_and_tail_are_the_network_and_share_its_weights() -> None:
@@ -315,30 +201,3 @@ def test_activations_that_do_not_fit_are_computed_anew_each_epoch(
     assert job.inputs.cached_bytes == 0
     with pytest.raises(ResourceError, match=r"train\.views=9 needs"):
         begin(load_recipe("resnet18", few), "views")
-
-
-# The table of stages
-
-
-def test_the_table_of_stages_says_what_learns_at_which_rate_and_when() -> None:
-    model = resnet("layer3+")
-    config = OptimConfig(name="sgd", lr=0.1, layer_decay=0.5, head_first=0.25)
-    rows = optim.stage_table(model, optim.build_optimizer(model, config))
-    cells = [row.cells() for row in rows]
-    assert cells == [
-        ("maxpool", "9,536", "frozen", "", ""),
-        ("layer1", "147,968", "frozen", "", ""),
-        ("layer2", "525,568", "frozen", "", ""),
-        ("layer3", "2,099,712", "2,099,712", "0.025", "25% to 100%"),
-        ("layer4", "8,393,728", "8,393,728", "0.05", "25% to 100%"),
-        ("fc", "2,052", "2,052", "0.1", "all of it"),
-    ]
-    assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
-
-
-def test_a_stage_with_several_rates_shows_the_lowest_and_the_highest() -> None:
-    model = resnet()
-    groups = [{"params": "layer1.0.*", "lr": 0.3}, {"params": "layer1.1.bn1.*", "lr": 0.2}]
-    config = OptimConfig(name="sgd", lr=0.1, groups=groups)
-    row = optim.stage_table(model, optim.build_optimizer(model, config))[1]
-    assert row.cells()[3] == "0.1 to 0.3"
