@@ -43,7 +43,7 @@ class Slow(Pages):
         self.send_header("Content-Length", str(self.length))
         self.end_headers()
         self.wfile.write(self.head)
-        if not self.go.wait(60):
+        if not self.go.wait(300):
             return
         self.wfile.write(self.pages[self.path])
 
