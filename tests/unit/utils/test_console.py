@@ -102,12 +102,12 @@ def test_quiet_mode_of_one_thread_does_not_affect_another(
     def quiet_thread() -> None:
         with quiet_mode():
             inside.set()
-            assert spoken.wait(10)
+            assert spoken.wait(120)
             print_status("from the quiet thread")
 
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(quiet_thread)
-        assert inside.wait(10)
+        assert inside.wait(120)
         print_status("from the other thread")
         spoken.set()
         done.result()
