@@ -49,7 +49,7 @@ class SlowPages(Pages):
         self.send_header("Content-Length", str(self.length))
         self.end_headers()
         self.wfile.write(self.head)
-        if not self.resume.wait(60):
+        if not self.resume.wait(300):
             return
         self.wfile.write(self.pages[self.path])
 
