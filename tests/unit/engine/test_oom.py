@@ -33,59 +33,11 @@ from convlens.training.setup import build_training_job
 from helpers.commands import environment, weights
 from helpers.interrupted_runs import EVERYTHING, SGD, equal
 from helpers.launching import torchrun
+from helpers.memory_limits import allocate_too_much, greedy
 from helpers.nonfinite_runs import OPTIMIZERS, Run, batches
 from helpers.support import PLAN, Memory, Split, begin, images_of, pictures, same, tiny
 
 PLAIN = "model.batch_norm=false"
-
-
-def allocate_too_much() -> None:
-    """Make torch's allocator fail: no machine has 2^60 bytes."""
-    torch.empty(1 << 60, dtype=torch.uint8)
-
-
-class FailingBackward(torch.autograd.Function):
-    """The identity; the backward pass allocates too much."""
-
-    @staticmethod
-    def forward(values: Tensor) -> Tensor:
-        return values.clone()
-
-    @staticmethod
-    def setup_context(context: Any, inputs: Any, output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        allocate_too_much()
-        return gradient
-
-
-def greedy(model: nn.Module, most: int, *, back: bool = False, first: int = 0) -> list[int]:
-    """Make a network run out of memory when it trains on more than `most` images at once.
-
-    It fails after the forward pass, so norms have already updated their statistics. Returns the
-    number of images of each call.
-
-    Args:
-        back: fail in the backward pass instead.
-        first: number of calls that succeed with any number of images.
-    """
-    seen: list[int] = []
-
-    def fail(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        if not module.training:
-            return output
-        seen.append(len(output))
-        if len(output) <= most or len(seen) <= first:
-            return output
-        if back:
-            return FailingBackward.apply(output)
-        allocate_too_much()
-        return output
-
-    model.register_forward_hook(fail)
-    return seen
 
 
 # Recognizing the error
@@ -252,11 +204,9 @@ def test_one_of_several_processes_does_not_change_its_micro_batch_size() -> None
 
 
 SCRIPT = """
-import sys
-sys.path.insert(0, {folder!r})
 from convlens import cli, distributed
 from convlens.training import setup, train
-from test_oom import greedy
+from helpers.memory_limits import greedy
 
 def build_training_job(*arguments, **options):
     job = setup.build_training_job(*arguments, **options)
@@ -272,7 +222,7 @@ cli.main(["train", "tiny.yaml", "--no-test", "--device", "cpu"])
 @pytest.mark.slow
 def test_all_processes_stop_if_one_runs_out_of_memory() -> None:
     Path("tiny.yaml").write_text(tiny(PLAIN).to_text())
-    Path("script.py").write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    Path("script.py").write_text(SCRIPT)
     done = torchrun(2, "script.py")
     assert done.code != 0
     assert done.err.count("error:") == 1, done.err
