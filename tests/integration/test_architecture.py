@@ -26,7 +26,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "version"),
     1: ("utils", "metrics", "models"),
     2: ("recipe", "device", "distributed", "plots"),
-    3: ("data", "optim", "serialization"),
+    3: ("data", "optim", "serialization", "runtime"),
     4: ("engine", "run"),
     5: ("onnx_model", "prediction", "run_plots"),
     6: ("evaluation",),
