@@ -118,7 +118,7 @@ def inference(r: dict[str, Any]) -> str:
 
 def allocator(r: dict[str, Any]) -> str:
     lines = [
-        "## Keeping freed memory between steps (`device.keep_freed_memory`)",
+        "## Keeping freed memory between steps (`utils.process.keep_freed_memory`)",
         "",
         "| network | step time, kept / returned | page faults a step, returned | kept |",
         "|---|---|---|---|",
