@@ -87,7 +87,7 @@ def start(
     )
 
 
-def by_rights() -> None:
+def respect_file_permissions() -> None:
     """Make this process respect file permissions from now on, even if it runs as root."""
     libc = ctypes.CDLL(None)
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH: capabilities(7)

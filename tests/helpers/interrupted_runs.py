@@ -37,11 +37,11 @@ class Interrupting:
         self.after, self.number = -1, signal.SIGINT
         real = loop.TrainLoop.train_step
 
-        def step(*arguments: Any, **more: Any) -> Any:
+        def step(*arguments: Any, **options: Any) -> Any:
             self.after -= 1
             if self.after == 0:
                 signal.raise_signal(self.number)
-            return real(*arguments, **more)
+            return real(*arguments, **options)
 
         monkeypatch.setattr(loop.TrainLoop, "train_step", step)
 
@@ -71,8 +71,8 @@ def stop(recipe: Recipe, name: str, interrupting: Interrupting, after: int) -> R
 def equal(one: RunDir, other: RunDir) -> None:
     """Assert bit-identical weights and the same metrics except times."""
     tensors, model_metadata = serialization.read_model_file(one.model_path)
-    others, other_metadata = serialization.read_model_file(other.model_path)
-    same(tensors, others)
+    other_tensors, other_metadata = serialization.read_model_file(other.model_path)
+    same(tensors, other_tensors)
     assert model_metadata["chosen"] == other_metadata["chosen"]
     clock = ("seconds", "cpu_seconds", "data_seconds", "images_per_second")
     rows = [{k: v for k, v in row.items() if k not in clock} for row in one.metrics()]

@@ -12,7 +12,7 @@ from convlens.engine.loop import Records, TrainLoop, TrainState
 from convlens.models.cnn import CNN
 from convlens.recipe import OptimConfig
 from helpers.support import PLAN
-from helpers.train_loops import Listed, everything
+from helpers.train_loops import Listed, copy_state
 
 OPTIMIZERS = {
     "sgd": {"name": "sgd", "lr": 0.1},
@@ -73,12 +73,12 @@ class Run:
     def learned(self) -> dict[str, Tensor]:
         """Weights and optimizer state, without buffers."""
         buffers = {name for name, _ in self.model.named_buffers()}
-        tensors = everything(self.model, self.optimizer)
+        tensors = copy_state(self.model, self.optimizer)
         return {name: tensor for name, tensor in tensors.items() if name not in buffers}
 
     def state(self) -> dict[str, Tensor]:
         """Weights, buffers, optimizer state, average and progress."""
-        tensors = everything(self.model, self.optimizer)
+        tensors = copy_state(self.model, self.optimizer)
         if self.averager is not None:
             average = self.averager.state()["average"]
             tensors |= {f"average.{i}": tensor for i, tensor in enumerate(average)}

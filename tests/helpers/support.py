@@ -36,14 +36,14 @@ class Memory:
 
 
 class Streamed(Memory):
-    """The same images as if they were on disk; `asked` lists the rows that were read."""
+    """The same images as if they were on disk; `reads` lists the rows that were read."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__(images)
-        self.asked: list[list[int]] = []
+        self.reads: list[list[int]] = []
 
     def gather(self, index: Tensor) -> Tensor:
-        self.asked.append(index.tolist())
+        self.reads.append(index.tolist())
         return self.images[index].clone()
 
     def in_memory_tensor(self) -> Tensor | None:

@@ -21,7 +21,7 @@ class Listed:
         yield from self.batches[start:]
 
 
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def copy_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return a copy of weights, norm statistics, counters and optimizer state."""
     state = dict(model.state_dict())
     for index, values in optimizer.state_dict()["state"].items():

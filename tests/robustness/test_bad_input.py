@@ -20,12 +20,12 @@ from helpers.commands import (
     DIGITS,
     NET,
     Done,
-    by_rights,
     environment,
     here,
     picture,
     pictures,
     refused,
+    respect_file_permissions,
 )
 
 # Recipes, keys, values
@@ -118,7 +118,7 @@ def test_class_folders_without_read_permission_are_listed() -> None:
             capture_output=True,
             text=True,
             env=environment(),
-            preexec_fn=by_rights,
+            preexec_fn=respect_file_permissions,
         )
     finally:
         for folder in closed:

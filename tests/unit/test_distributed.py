@@ -25,9 +25,9 @@ from convlens.utils import process
 from helpers.augmentations import STRONG
 from helpers.support import PLAN, Memory, Split, Streamed, begin, pictures, tiny
 
-ONE_COLOUR = {"Cutout": {"value": 0.3}}  # for grey images, too
-EACH: list[list[tuple[str, dict[str, Any]]]] = [
-    *([(name, {**STRONG[name], **ONE_COLOUR.get(name, {})})] for name in AUGMENTS),
+GREY_ARGUMENTS = {"Cutout": {"value": 0.3}}  # for grey images, too
+AUGMENTATIONS: list[list[tuple[str, dict[str, Any]]]] = [
+    *([(name, {**STRONG[name], **GREY_ARGUMENTS.get(name, {})})] for name in AUGMENTS),
     *([(name, {})] for name in MIXES),
     [("RandomErasing", {"p": 0.5, "value": "random"})],
     # What deals the batch, what doesn't, and what mixes, behind each other.
@@ -36,7 +36,7 @@ EACH: list[list[tuple[str, dict[str, Any]]]] = [
 ]
 
 
-def of_rank(rank: int, size: int, ops: list[Any], channels: int, rows: Any) -> Batches:
+def batches_of_rank(rank: int, size: int, ops: list[Any], channels: int, rows: Any) -> Batches:
     """44 images in batches of 13, 13, 13 and 5."""
     pipeline = build_pipeline(ops, image_size=8, channels=channels, classes=44)
     return Batches(
@@ -53,7 +53,7 @@ def of_rank(rank: int, size: int, ops: list[Any], channels: int, rows: Any) -> B
 
 @pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 7, 8, 13, 64])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-def test_the_shares_are_the_batch_and_weigh_as_many_as_they_are(size: int, total: int) -> None:
+def test_shares_cover_the_batch_and_are_weighted_by_their_size(size: int, total: int) -> None:
     shares = [ProcessGroup(rank, size).share(total) for rank in range(size)]
     working = [share for share in shares if share.weight]
     rows = list(itertools.chain.from_iterable(range(s.start, s.stop) for s in working))
@@ -67,21 +67,24 @@ def test_the_shares_are_the_batch_and_weigh_as_many_as_they_are(size: int, total
     assert all((s.start, s.stop) == (0, min(2, total)) for s in shares if not s.weight)
 
 
-def test_one_process_takes_all() -> None:
+def test_a_single_process_gets_the_whole_batch() -> None:
     share = SINGLE_PROCESS.share(7)
     assert (share.start, share.stop, share.total, share.weight) == (0, 7, 7, 1.0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("ops", EACH, ids=lambda ops: "-".join(name for name, _ in ops))
-def test_several_processes_see_the_samples_that_one_does(
+@pytest.mark.parametrize("ops", AUGMENTATIONS, ids=lambda ops: "-".join(name for name, _ in ops))
+def test_several_processes_train_on_the_samples_of_a_single_process(
     ops: list[tuple[str, dict[str, Any]]], channels: int
 ) -> None:
     images = pictures(44, channels)
-    whole = list(of_rank(0, 1, ops, channels, Memory(images)).epoch(2))
+    whole = list(batches_of_rank(0, 1, ops, channels, Memory(images)).epoch(2))
     for size in (2, 3, 4):
         worlds = [ProcessGroup(rank, size) for rank in range(size)]
-        each = [list(of_rank(w.rank, size, ops, channels, Memory(images)).epoch(2)) for w in worlds]
+        each = [
+            list(batches_of_rank(w.rank, size, ops, channels, Memory(images)).epoch(2))
+            for w in worlds
+        ]
         for step, (pixels, labels) in enumerate(whole):
             for world, parts in zip(worlds, each, strict=True):
                 rows = world.share(len(labels)).rows
@@ -89,25 +92,25 @@ def test_several_processes_see_the_samples_that_one_does(
                 assert torch.equal(parts[step][1], labels[rows])
 
 
-def test_an_image_is_read_by_the_process_whose_it_is() -> None:
+def test_each_image_is_read_by_one_process_only() -> None:
     images, ops = pictures(44), [("TrivialAugmentWide", {}), ("RandomCrop", {"padding": 1})]
     read = []
     for rank in range(3):
         rows = Streamed(images)
-        list(of_rank(rank, 3, ops, 1, rows).epoch(1))
-        read.append(rows.asked)
+        list(batches_of_rank(rank, 3, ops, 1, rows).epoch(1))
+        read.append(rows.reads)
     # The last batch, of 5, is for two: the third process goes through the first one's rows.
     assert read[2][3] == read[0][3][:2]
     once = [*itertools.chain.from_iterable(itertools.chain(*read[:2], read[2][:3]))]
     assert sorted(once) == list(range(44))
     mixed = Streamed(images)
-    list(of_rank(1, 3, [("MixUp", {})], 1, mixed).epoch(1))
-    assert [len(asked) for asked in mixed.asked] == [13, 13, 13, 5]  # partners may be anywhere
+    list(batches_of_rank(1, 3, [("MixUp", {})], 1, mixed).epoch(1))
+    assert [len(rows) for rows in mixed.reads] == [13, 13, 13, 5]  # partners may be anywhere
 
 
 @pytest.mark.parametrize("images", [1, 255, 256, 257, 1000, 2048, 2049])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
-def test_parts_of_a_split_are_whole_batches(images: int, size: int) -> None:
+def test_slices_of_a_split_end_at_multiples_of_the_chunk(images: int, size: int) -> None:
     counts = rows_per_rank(images, size)
     assert sum(counts) == images
     assert len(counts) == size
@@ -118,7 +121,7 @@ def test_parts_of_a_split_are_whole_batches(images: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [Memory, Streamed])
-def test_a_part_is_a_split(rows: Any) -> None:
+def test_a_slice_behaves_like_a_split(rows: Any) -> None:
     images = pictures(10)
     part = SplitSlice(Split(rows(images), torch.arange(10)), 3, 7)
     assert part.rows.shape == (4, 1, 8, 8)
@@ -133,7 +136,7 @@ def test_a_part_is_a_split(rows: Any) -> None:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def torchrun_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As the third of four processes, the second on its machine."""
     for name, value in zip(
         process.TORCHRUN_VARIABLES, ("2", "4", "1", "2", "localhost", "1"), strict=True
@@ -142,29 +145,33 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_a_process_knows_its_rank_and_size(launched: pytest.MonkeyPatch) -> None:
+def test_rank_and_size_are_read_from_the_environment(
+    torchrun_environment: pytest.MonkeyPatch,
+) -> None:
     assert (process.global_rank(), process.world_size()) == (2, 4)
     assert (process.local_rank(), process.local_size()) == (1, 2)
-    launched.delenv("MASTER_ADDR")  # a WORLD_SIZE alone does not count
+    torchrun_environment.delenv("MASTER_ADDR")  # a WORLD_SIZE alone does not count
     assert (process.global_rank(), process.world_size()) == (0, 1)
     assert (process.local_rank(), process.local_size()) == (0, 1)
 
 
-def test_the_memory_of_a_machine_is_shared(launched: pytest.MonkeyPatch) -> None:
-    launched.setenv("CONVLENS_MEMORY", "64MB")
+def test_the_memory_of_a_machine_is_divided_among_its_processes(
+    torchrun_environment: pytest.MonkeyPatch,
+) -> None:
+    torchrun_environment.setenv("CONVLENS_MEMORY", "64MB")
     assert device.memory_budget("cpu") == 32 * 2**20
 
 
-def test_each_process_has_a_gpu_of_its_own(launched: pytest.MonkeyPatch) -> None:
+def test_each_process_uses_its_own_gpu(torchrun_environment: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
-    launched.setattr(torch.cuda, "is_available", lambda: True)
-    launched.setattr(torch.cuda, "device_count", lambda: 2)
-    launched.setattr(torch.cuda, "set_device", chosen.append)
-    launched.setattr(torch, "empty", lambda *_, **__: None)  # the GPUs are free
+    torchrun_environment.setattr(torch.cuda, "is_available", lambda: True)
+    torchrun_environment.setattr(torch.cuda, "device_count", lambda: 2)
+    torchrun_environment.setattr(torch.cuda, "set_device", chosen.append)
+    torchrun_environment.setattr(torch, "empty", lambda *_, **__: None)  # the GPUs are free
     assert device.select_device() == "cuda:1"
     assert chosen == [1]
     assert device.select_device("cpu") == "cpu"
-    launched.setattr(torch.cuda, "device_count", lambda: 1)
+    torchrun_environment.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match="2 processes on this machine, which has 1 GPUs"):
         device.select_device()
 
@@ -178,7 +185,7 @@ def test_a_batch_too_small_for_the_processes_is_refused() -> None:
         _check_batch_size(tiny("train.batch_size=7"), ProcessGroup(0, 4))
 
 
-def test_norms_over_processes_need_gpus() -> None:
+def test_sync_batch_norm_requires_gpus() -> None:
     job, _ = begin(tiny("train.sync_batch_norm=true"), "one")  # nothing to synchronise with
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in job.model.modules())
     with pytest.raises(UsageError, match="SyncBatchNorm needs GPUs"):
@@ -194,7 +201,7 @@ class NeverReached:
         return False
 
 
-def test_a_step_on_a_gpu_that_never_ends_is_given_up_after_a_stop_request(
+def test_waiting_for_a_hanging_gpu_step_ends_after_a_stop_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(distributed, "STOP_GRACE_S", 0.05)
@@ -216,9 +223,9 @@ def test_recorded_votes_stop_all_ranks_once() -> None:
     assert not group.should_stop(now=False)
 
 
-def test_a_source_of_stop_requests_does_not_change_the_group_of_others() -> None:
-    asked = SINGLE_PROCESS.with_stop_requested(lambda: True)
-    assert asked.should_stop(now=False)
+def test_a_stop_callback_applies_only_to_the_new_group() -> None:
+    group = SINGLE_PROCESS.with_stop_requested(lambda: True)
+    assert group.should_stop(now=False)
     assert not SINGLE_PROCESS.should_stop(now=True)
 
 
@@ -259,7 +266,7 @@ def test_the_first_process_of_a_machine_that_fails_decides_the_exit_code(
     assert codes == [None, 3, 3]
 
 
-def test_without_error_files_each_process_that_fails_is_the_first(
+def test_without_error_files_each_process_keeps_its_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)

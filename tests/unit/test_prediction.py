@@ -21,13 +21,13 @@ from convlens.prediction import all_probabilities, channels_first, expand_paths,
 from convlens.run import RunDir, load_model
 from helpers.commands import (
     brightness_model,
-    by_rights,
     command,
     constant_model,
     here,
     picture,
     pictures,
     refused,
+    respect_file_permissions,
 )
 
 DARK, LIGHT = (60, 50, 40), (200, 210, 190)
@@ -167,7 +167,7 @@ def test_a_folder_without_permission_is_reported(model: RunDir) -> None:
     root = pictures(Path("deep"), {"a": 2, "closed": 2})
     (root / "closed").chmod(0)
     try:
-        done = command("predict", model.path, root, before=by_rights)
+        done = command("predict", model.path, root, before=respect_file_permissions)
     finally:
         (root / "closed").chmod(0o700)
     refused(done, 3, "1 of 3 files could not be read")

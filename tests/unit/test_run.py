@@ -23,12 +23,12 @@ from helpers.support import same, tiny
 ONE, TWO = "1" * 64, "2" * 64
 
 
-def begun(place: RunDir, digest: str) -> RunDir:
-    place.create(tiny(), {"digests": [digest]})
-    return place
+def create_run(run_dir: RunDir, digest: str) -> RunDir:
+    run_dir.create(tiny(), {"digests": [digest]})
+    return run_dir
 
 
-def place(name: str, digest: str, *, plain: bool = True, fresh: bool = False) -> str:
+def run_dir_name(name: str, digest: str, *, plain: bool = True, fresh: bool = False) -> str:
     return run.find_or_create_run_dir(name, digest, plain=plain, fresh=fresh).name
 
 
@@ -36,52 +36,52 @@ def place(name: str, digest: str, *, plain: bool = True, fresh: bool = False) ->
 
 
 def test_the_same_recipe_finds_its_run_and_another_one_gets_a_new_folder() -> None:
-    assert place("mnist", ONE) == "mnist"
-    begun(run.find_or_create_run_dir("mnist", ONE, plain=True, fresh=False), ONE)
-    assert place("mnist", ONE) == "mnist"
-    assert place("mnist", TWO) == "mnist-222222"
-    begun(run.find_or_create_run_dir("mnist", TWO, plain=True, fresh=False), TWO)
-    assert place("mnist", TWO) == "mnist-222222"
-    assert place("mnist", ONE) == "mnist"
+    assert run_dir_name("mnist", ONE) == "mnist"
+    create_run(run.find_or_create_run_dir("mnist", ONE, plain=True, fresh=False), ONE)
+    assert run_dir_name("mnist", ONE) == "mnist"
+    assert run_dir_name("mnist", TWO) == "mnist-222222"
+    create_run(run.find_or_create_run_dir("mnist", TWO, plain=True, fresh=False), TWO)
+    assert run_dir_name("mnist", TWO) == "mnist-222222"
+    assert run_dir_name("mnist", ONE) == "mnist"
 
 
-def test_a_recipe_with_overrides_carries_its_hash() -> None:
-    assert place("mnist", ONE, plain=False) == "mnist-111111"
-    begun(run.find_or_create_run_dir("mnist", ONE, plain=False, fresh=False), ONE)
-    assert place("mnist", ONE, plain=False) == "mnist-111111"
-    assert place("mnist", TWO, plain=False) == "mnist-222222"
+def test_a_recipe_with_overrides_has_its_hash_in_the_name() -> None:
+    assert run_dir_name("mnist", ONE, plain=False) == "mnist-111111"
+    create_run(run.find_or_create_run_dir("mnist", ONE, plain=False, fresh=False), ONE)
+    assert run_dir_name("mnist", ONE, plain=False) == "mnist-111111"
+    assert run_dir_name("mnist", TWO, plain=False) == "mnist-222222"
     clash = "1" * 6 + "9" * 58  # the same six digits, another recipe
-    assert place("mnist", clash, plain=False) == "mnist-111111-2"
+    assert run_dir_name("mnist", clash, plain=False) == "mnist-111111-2"
 
 
-def test_fresh_always_takes_a_new_folder_and_the_newest_is_found_again() -> None:
+def test_fresh_creates_a_new_folder_and_the_newest_is_found_again() -> None:
     names = []
     for _ in range(4):
-        folder = run.find_or_create_run_dir("mnist", ONE, plain=True, fresh=True)
-        assert not folder.path.exists()
-        names.append(begun(folder, ONE).name)
+        run_dir = run.find_or_create_run_dir("mnist", ONE, plain=True, fresh=True)
+        assert not run_dir.path.exists()
+        names.append(create_run(run_dir, ONE).name)
     assert names == ["mnist", "mnist-111111", "mnist-111111-2", "mnist-111111-3"]
-    assert place("mnist", ONE) == "mnist-111111-3"
+    assert run_dir_name("mnist", ONE) == "mnist-111111-3"
 
 
-def test_anything_of_the_users_is_never_taken() -> None:
+def test_folders_and_files_of_the_user_are_never_used() -> None:
     Path("models/mine").mkdir(parents=True)
     Path("models/mine/notes.txt").write_text("mine")
-    assert place("mine", ONE) == "mine-111111"
+    assert run_dir_name("mine", ONE) == "mine-111111"
     Path("models/file").write_text("mine")
-    assert place("file", ONE) == "file-111111"
+    assert run_dir_name("file", ONE) == "file-111111"
 
 
-def test_what_a_run_that_never_began_leaves_does_not_take_the_name() -> None:
-    folder = RunDir(Path("models/mnist"))
-    with folder.lock():
+def test_leftovers_of_a_run_that_never_started_do_not_reserve_the_name() -> None:
+    run_dir = RunDir(Path("models/mnist"))
+    with run_dir.lock():
         pass
-    folder.write_split({"test": ["a"]})
-    assert place("mnist", ONE) == "mnist"
+    run_dir.write_split({"test": ["a"]})
+    assert run_dir_name("mnist", ONE) == "mnist"
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"),
+    ("name", "expected"),
     [
         ("my run", "my-run"),
         ("a/b", "a-b"),
@@ -97,13 +97,13 @@ def test_what_a_run_that_never_began_leaves_does_not_take_the_name() -> None:
         ("x.", "x"),
     ],
 )
-def test_names_are_safe_folders(name: str, folder: str) -> None:
-    assert run.safe_name(name) == folder
+def test_run_names_become_safe_folder_names(name: str, expected: str) -> None:
+    assert run.safe_name(name) == expected
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.text(max_size=60))
-def test_any_name_is_one_folder_below_models(name: str) -> None:
+def test_any_run_name_is_one_folder_below_models(name: str) -> None:
     path = run.find_or_create_run_dir(name, ONE, plain=True, fresh=False).path
     assert path.parent == Path("models")
     assert path.name not in ("", ".", "..")
@@ -115,26 +115,30 @@ def test_any_name_is_one_folder_below_models(name: str) -> None:
 # What
 
 
-def test_facts_are_added_and_kept() -> None:
-    folder = RunDir(Path("models/x"))
-    assert folder.metadata() == {}
-    assert not folder.is_finished
-    folder.create(tiny(), {"digests": [ONE], "n": 1})
-    folder.update_metadata({"n": 2, "ö": "ü"})
-    facts = folder.metadata()
-    assert (facts["n"], facts["ö"], facts["status"]) == (2, "ü", "training")
-    assert not folder.is_finished
-    folder.finish(epochs=3, kept=2, seconds=1.23456)
-    facts = folder.metadata()
-    assert (facts["epochs"], facts["kept_epoch"], facts["training_seconds"]) == (3, 2, 1.235)
-    assert not folder.is_finished  # there is no model yet
-    folder.model_path.write_bytes(b"x")
-    assert folder.is_finished
+def test_metadata_is_updated_and_kept() -> None:
+    run_dir = RunDir(Path("models/x"))
+    assert run_dir.metadata() == {}
+    assert not run_dir.is_finished
+    run_dir.create(tiny(), {"digests": [ONE], "n": 1})
+    run_dir.update_metadata({"n": 2, "ö": "ü"})
+    metadata = run_dir.metadata()
+    assert (metadata["n"], metadata["ö"], metadata["status"]) == (2, "ü", "training")
+    assert not run_dir.is_finished
+    run_dir.finish(epochs=3, kept=2, seconds=1.23456)
+    metadata = run_dir.metadata()
+    assert (metadata["epochs"], metadata["kept_epoch"], metadata["training_seconds"]) == (
+        3,
+        2,
+        1.235,
+    )
+    assert not run_dir.is_finished  # there is no model yet
+    run_dir.model_path.write_bytes(b"x")
+    assert run_dir.is_finished
 
 
-def test_the_recipe_of_a_run_trains_as_it_stands() -> None:
-    folder = begun(RunDir(Path("models/x")), ONE)
-    assert recipe.load_recipe(folder.path / "recipe.yaml") == tiny()
+def test_the_stored_recipe_equals_the_recipe() -> None:
+    run_dir = create_run(RunDir(Path("models/x")), ONE)
+    assert recipe.load_recipe(run_dir.path / "recipe.yaml") == tiny()
 
 
 def row(epoch: int, **values: float) -> dict[str, float]:
@@ -142,65 +146,65 @@ def row(epoch: int, **values: float) -> dict[str, float]:
 
 
 def test_metrics_are_read_back_with_eight_digits() -> None:
-    folder = RunDir(Path("models/x"))
-    assert folder.metrics() == []
+    run_dir = RunDir(Path("models/x"))
+    assert run_dir.metrics() == []
     values = row(1, train_loss=1 / 3, val_loss=1e-9, lr=2.0, images_per_second=123456.789)
-    folder.write_metrics([values, row(2, val_loss=float("nan"), train_loss=float("inf"))])
-    first, second = folder.metrics()
+    run_dir.write_metrics([values, row(2, val_loss=float("nan"), train_loss=float("inf"))])
+    first, second = run_dir.metrics()
     assert first == pytest.approx(values, rel=1e-7)
     assert second["val_loss"] != second["val_loss"]
     assert second["train_loss"] == float("inf")
-    text = (folder.path / "metrics.csv").read_text().splitlines()
+    text = (run_dir.path / "metrics.csv").read_text().splitlines()
     assert text[0] == ",".join(run.METRICS_COLUMNS)
     assert text[1].startswith("1,0.33333333,0.5,1e-09,0.5,2,")
 
 
-def test_the_split_is_listed_with_any_name() -> None:
-    folder = RunDir(Path("models/x"))
-    folder.write_split({"val": ['a,"b".png', "ö\n.png"], "test": ["t/1"]})
-    with (folder.path / "split.csv").open(newline="") as file:
+def test_the_split_file_supports_any_image_name() -> None:
+    run_dir = RunDir(Path("models/x"))
+    run_dir.write_split({"val": ['a,"b".png', "ö\n.png"], "test": ["t/1"]})
+    with (run_dir.path / "split.csv").open(newline="") as file:
         found = list(csv.reader(file))
     assert found == [["id", "split"], ['a,"b".png', "val"], ["ö\n.png", "val"], ["t/1", "test"]]
 
 
-def test_every_look_at_a_split_is_counted() -> None:
-    folder = RunDir(Path("models/x"))
+def test_every_evaluation_of_a_split_is_counted() -> None:
+    run_dir = RunDir(Path("models/x"))
     splits = ("test", "val", "test", "test")
-    looks = [folder.add_result({"split": split})["looks"] for split in splits]
-    assert looks == [1, 1, 2, 3]
-    assert [entry["split"] for entry in folder.evaluation_log()] == ["test", "val", "test", "test"]
-    assert all(entry["when"] for entry in folder.evaluations())
+    counts = [run_dir.add_result({"split": split})["looks"] for split in splits]
+    assert counts == [1, 1, 2, 3]
+    assert [entry["split"] for entry in run_dir.evaluation_log()] == ["test", "val", "test", "test"]
+    assert all(entry["when"] for entry in run_dir.evaluations())
 
 
 @pytest.mark.parametrize("file", ["run.json", "results.json"])
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
 def test_damaged_records_are_model_file_errors(file: str, content: bytes) -> None:
-    folder = begun(RunDir(Path("models/x")), ONE)
-    (folder.path / file).write_bytes(content)
+    run_dir = create_run(RunDir(Path("models/x")), ONE)
+    (run_dir.path / file).write_bytes(content)
     with pytest.raises(ModelFileError, match="unreadable"):
-        folder.metadata() if file == "run.json" else folder.evaluations()
+        run_dir.metadata() if file == "run.json" else run_dir.evaluations()
 
 
-def test_what_killed_processes_left_in_a_run_goes_with_its_locks() -> None:
-    place = RunDir(Path("models/x"))
-    place.create(tiny(), {"digests": []})
-    place.add_result({"split": "val", "accuracy": 1})
+def test_leftovers_of_killed_processes_are_removed_with_the_lock() -> None:
+    run_dir = RunDir(Path("models/x"))
+    run_dir.create(tiny(), {"digests": []})
+    run_dir.add_result({"split": "val", "accuracy": 1})
     names = [*run.LOCKED_FILES, "results.json", "model.onnx", "mine.csv"]
-    parts = {name: place.path / f".{name}.abcdefgh.part" for name in names}
+    parts = {name: run_dir.path / f".{name}.abcdefgh.part" for name in names}
     for path in parts.values():
         path.touch()
-    with place.lock():
-        there = {name for name, path in parts.items() if path.exists()}
-    assert there == {"results.json", "model.onnx", "mine.csv"}
-    place.add_result({"split": "val", "accuracy": 1})
-    there = {name for name, path in parts.items() if path.exists()}
-    assert there == {"model.onnx", "mine.csv"}
+    with run_dir.lock():
+        remaining = {name for name, path in parts.items() if path.exists()}
+    assert remaining == {"results.json", "model.onnx", "mine.csv"}
+    run_dir.add_result({"split": "val", "accuracy": 1})
+    remaining = {name for name, path in parts.items() if path.exists()}
+    assert remaining == {"model.onnx", "mine.csv"}
 
 
 def test_a_run_is_locked_by_one_process() -> None:
-    folder = RunDir(Path("models/x"))
-    with folder.lock(), pytest.raises(ResourceError, match="another process is using run 'x'"):  # noqa: SIM117
-        with folder.lock():
+    run_dir = RunDir(Path("models/x"))
+    with run_dir.lock(), pytest.raises(ResourceError, match="another process is using run 'x'"):  # noqa: SIM117
+        with run_dir.lock():
             pass
 
 
@@ -226,14 +230,14 @@ def model_metadata(**changes: Any) -> dict[str, Any]:
 def saved(name: str = "x", **changes: Any) -> tuple[RunDir, torch.nn.Module]:
     torch.manual_seed(0)
     model = models.build_model("cnn", 3, 1, 8, {"widths": [4]})
-    folder = RunDir(Path("models") / name)
-    folder.save_model(model.state_dict(), model_metadata(**changes))
-    return folder, model
+    run_dir = RunDir(Path("models") / name)
+    run_dir.save_model(model.state_dict(), model_metadata(**changes))
+    return run_dir, model
 
 
-def test_a_model_comes_back_with_all_it_needs() -> None:
-    folder, model = saved()
-    loaded = run.load_model(folder.model_path)
+def test_a_saved_model_is_loaded_with_its_classes_and_preprocessing() -> None:
+    run_dir, model = saved()
+    loaded = run.load_model(run_dir.model_path)
     same(dict(loaded.model.state_dict()), dict(model.state_dict()))
     assert not loaded.model.training
     assert loaded.classes == ("a", "b", "ö")
@@ -261,10 +265,10 @@ def test_a_model_comes_back_with_all_it_needs() -> None:
         {"preprocessing": {**model_metadata()["preprocessing"], "image_size": None}},
     ],
 )
-def test_weights_that_do_not_fit_their_card_are_refused(changes: dict[str, Any]) -> None:
-    folder, _ = saved(**changes)
+def test_weights_that_do_not_fit_their_metadata_are_refused(changes: dict[str, Any]) -> None:
+    run_dir, _ = saved(**changes)
     with pytest.raises(ModelFileError, match="cannot be used by this version") as caught:
-        run.load_model(folder.model_path)
+        run.load_model(run_dir.model_path)
     assert "9.9" in caught.value.fix
 
 
@@ -272,16 +276,22 @@ def test_weights_that_do_not_fit_their_card_are_refused(changes: dict[str, Any])
 
 
 def test_a_run_is_found_by_name_folder_or_file() -> None:
-    folder, _ = saved("first")
-    begun(RunDir(Path("models/second")), ONE)  # no model yet
-    for name in ("first", "models/first", folder.path, folder.model_path, folder.path.absolute()):
+    run_dir, _ = saved("first")
+    create_run(RunDir(Path("models/second")), ONE)  # no model yet
+    for name in (
+        "first",
+        "models/first",
+        run_dir.path,
+        run_dir.model_path,
+        run_dir.path.absolute(),
+    ):
         found = run.find_run(name)
-        assert found.model_path.samefile(folder.model_path)
+        assert found.model_path.samefile(run_dir.model_path)
         assert found.name == "first"
     assert run.find_run("second").name == "second"
     Path("elsewhere").mkdir()
     lone = Path("elsewhere/copy.safetensors")
-    lone.write_bytes(folder.model_path.read_bytes())
+    lone.write_bytes(run_dir.model_path.read_bytes())
     found = run.find_run(lone)
     assert (found.name, found.model_path) == ("copy", lone)
     assert run.load_model(found.model_path).classes == ("a", "b", "ö")
@@ -290,14 +300,14 @@ def test_a_run_is_found_by_name_folder_or_file() -> None:
 def test_runs_are_listed_by_name() -> None:
     assert run.list_runs() == []
     for name in ("b", "a", "c"):
-        begun(RunDir(Path("models") / name), ONE)
+        create_run(RunDir(Path("models") / name), ONE)
     Path("models/not-a-run").mkdir()
     Path("models/file").write_text("")
     assert [found.name for found in run.list_runs()] == ["a", "b", "c"]
 
 
-def test_a_name_that_is_not_there_is_a_usage_error_and_a_path_a_model_file_error() -> None:
-    begun(RunDir(Path("models/flowers")), ONE)
+def test_a_missing_name_is_a_usage_error_and_a_missing_path_a_model_file_error() -> None:
+    create_run(RunDir(Path("models/flowers")), ONE)
     with pytest.raises(UsageError, match="no run called 'flower'") as caught:
         run.find_run("flower")
     assert caught.value.fix == "did you mean flowers?"
@@ -309,13 +319,13 @@ def test_a_name_that_is_not_there_is_a_usage_error_and_a_path_a_model_file_error
 
 
 def test_results_are_plain_json() -> None:
-    folder = RunDir(Path("models/x"))
-    folder.add_result({"split": "test", "accuracy": 0.5, "name": "ö"})
-    assert "ö" in (folder.path / "results.json").read_text("utf-8")
-    assert json.loads((folder.path / "results.json").read_text("utf-8"))[0]["accuracy"] == 0.5
+    run_dir = RunDir(Path("models/x"))
+    run_dir.add_result({"split": "test", "accuracy": 0.5, "name": "ö"})
+    assert "ö" in (run_dir.path / "results.json").read_text("utf-8")
+    assert json.loads((run_dir.path / "results.json").read_text("utf-8"))[0]["accuracy"] == 0.5
 
 
-def test_looks_at_the_same_moment_are_all_counted() -> None:
+def test_concurrent_evaluations_are_all_counted() -> None:
     """Each reads the log and writes it again: without a lock the last one to write wins."""
     code = """
 import sys
@@ -323,9 +333,9 @@ from pathlib import Path
 from convlens.run import RunDir
 print("ready", flush=True)
 sys.stdin.readline()
-place = RunDir(Path("models/busy"))
+run_dir = RunDir(Path("models/busy"))
 for _ in range(15):
-    place.add_result({"split": "test", "data_fingerprint": "f", "by": sys.argv[1]})
+    run_dir.add_result({"split": "test", "data_fingerprint": "f", "by": sys.argv[1]})
 """
     writers = [
         subprocess.Popen(

@@ -27,7 +27,7 @@ TENSORS = {
     "half": torch.ones(2, dtype=torch.bfloat16),
     "last": torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)),
 }
-CARD: dict[str, Any] = {"classes": ["ä", "0" * 64, 'quo"te', "\\"], "n": 0.1, "none": None}
+METADATA: dict[str, Any] = {"classes": ["ä", "0" * 64, 'quo"te', "\\"], "n": 0.1, "none": None}
 
 
 def refused(content: bytes) -> str:
@@ -39,34 +39,34 @@ def refused(content: bytes) -> str:
 
 
 def good() -> bytes:
-    serialization.write_model_file(PATH, TENSORS, CARD)
+    serialization.write_model_file(PATH, TENSORS, METADATA)
     return PATH.read_bytes()
 
 
-def test_what_is_read_is_what_was_written() -> None:
-    digest = serialization.write_model_file(PATH, TENSORS, CARD)
+def test_tensors_and_metadata_survive_a_round_trip() -> None:
+    digest = serialization.write_model_file(PATH, TENSORS, METADATA)
     tensors, metadata = serialization.read_model_file(PATH)
     same(tensors, TENSORS)
     assert [t.dtype for t in tensors.values()] == [TENSORS[name].dtype for name in tensors]
-    assert metadata == {"format": 1, "sha256": digest, **CARD}
-    assert list(metadata) == ["format", "sha256", *CARD]
+    assert metadata == {"format": 1, "sha256": digest, **METADATA}
+    assert list(metadata) == ["format", "sha256", *METADATA]
 
 
-def test_the_hash_is_that_of_the_file_with_zeros_in_its_place() -> None:
-    digest = serialization.write_model_file(PATH, TENSORS, CARD)
+def test_the_hash_is_computed_with_zeros_in_its_place() -> None:
+    digest = serialization.write_model_file(PATH, TENSORS, METADATA)
     zeroed = PATH.read_bytes().replace(digest.encode(), b"0" * 64)
     assert hashlib.sha256(zeroed).hexdigest() == digest
-    assert serialization.write_model_file(Path("again"), TENSORS, CARD) == digest
+    assert serialization.write_model_file(Path("again"), TENSORS, METADATA) == digest
 
 
-def test_other_tools_can_read_it() -> None:
+def test_safetensors_can_read_a_model_file() -> None:
     from safetensors.torch import load_file
 
     good()
     same(load_file(PATH), TENSORS)
 
 
-def test_tensors_in_any_layout_are_written_as_they_read() -> None:
+def test_tensors_in_any_memory_layout_are_written_correctly() -> None:
     odd = {
         "channels_last": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
         "transposed": torch.randn(3, 5).t(),
@@ -76,7 +76,7 @@ def test_tensors_in_any_layout_are_written_as_they_read() -> None:
     same(serialization.read_model_file(PATH)[0], {k: v.detach() for k, v in odd.items()})
 
 
-def test_one_flipped_bit_anywhere_is_noticed() -> None:
+def test_one_flipped_bit_anywhere_is_detected() -> None:
     content = good()
     assert 500 < len(content) < 4000
     for position in range(len(content)):
@@ -85,7 +85,7 @@ def test_one_flipped_bit_anywhere_is_noticed() -> None:
         refused(bytes(changed))
 
 
-def test_one_changed_byte_anywhere_is_noticed() -> None:
+def test_one_changed_byte_anywhere_is_detected() -> None:
     content = good()
     for position in range(len(content)):
         for value in (0x22, 0xFF):  # a quote, no UTF-8
@@ -93,7 +93,7 @@ def test_one_changed_byte_anywhere_is_noticed() -> None:
                 refused(content[:position] + bytes([value]) + content[position + 1 :])
 
 
-def test_a_truncated_or_longer_file_is_noticed() -> None:
+def test_a_truncated_or_longer_file_is_detected() -> None:
     content = good()
     for part in range(64):
         refused(content[: len(content) * part // 64])
@@ -124,11 +124,11 @@ def test_pickles_are_refused_and_not_run(legacy: bool) -> None:
 
 @pytest.mark.parametrize("length", [9, 10**6, 2**31, 2**63, 2**64 - 1])
 def test_a_header_longer_than_the_file_is_refused(length: int) -> None:
-    said = refused(length.to_bytes(8, "little") + b"{}")
-    assert f"claims {length} bytes" in said
+    message = refused(length.to_bytes(8, "little") + b"{}")
+    assert f"claims {length} bytes" in message
 
 
-def test_a_file_of_another_tool_is_told_apart() -> None:
+def test_a_file_of_another_program_is_refused() -> None:
     save_file(TENSORS, PATH)
     assert "convlens did not write" in refused(PATH.read_bytes())
     save_file(TENSORS, PATH, {"format": "pt"})
@@ -143,7 +143,7 @@ def signed(metadata: Any, tensors: bytes | None = None) -> bytes:
     return content.replace(serialization.NO_HASH.encode(), digest.encode(), 1)
 
 
-def test_a_future_format_says_so() -> None:
+def test_a_newer_format_is_reported() -> None:
     zeros = serialization.NO_HASH
     assert "newer convlens (format 2" in refused(signed({"format": 2, "sha256": zeros}))
     for other in (None, "x", [1], 0, -1, {"a": 1}):
@@ -164,7 +164,7 @@ def test_a_future_format_says_so() -> None:
         {"w": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}},
     ],
 )
-def test_a_right_hash_over_a_wrong_table_is_refused(table: dict[str, Any]) -> None:
+def test_a_valid_hash_over_an_invalid_header_is_refused(table: dict[str, Any]) -> None:
     metadata = {"convlens": json.dumps({"format": 1, "sha256": serialization.NO_HASH})}
     header = json.dumps({"__metadata__": metadata, **table}).encode()
     content = len(header).to_bytes(8, "little") + header + bytes(8)
@@ -172,7 +172,7 @@ def test_a_right_hash_over_a_wrong_table_is_refused(table: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "C64", "U16"])
-def test_numbers_of_a_kind_that_is_never_written_are_refused(kind: str) -> None:
+def test_unsupported_dtypes_are_refused(kind: str) -> None:
     metadata = {"convlens": json.dumps({"format": 1, "sha256": serialization.NO_HASH})}
     size = {"C64": 1, "U16": 4}.get(kind, 8)
     table = {"w": {"dtype": kind, "shape": [size], "data_offsets": [0, 8]}}
@@ -198,11 +198,11 @@ def test_numbers_of_a_kind_that_is_never_written_are_refused(kind: str) -> None:
         ({}, False),
     ],
 )
-def test_a_later_version_is_known_by_its_number(version: Any, newer: bool) -> None:
+def test_newer_versions_are_recognized_by_their_number(version: Any, newer: bool) -> None:
     assert serialization.is_newer_version(version) == newer
 
 
-def test_words_of_a_later_version_say_whose_they_are() -> None:
+def test_unknown_keys_of_a_newer_version_name_that_version() -> None:
     recipe = tiny().model_dump(mode="json")
     assert serialization.recipe_from_metadata({"recipe": recipe}) == tiny()
     later = {**recipe, "train": {**recipe["train"], "teleport": True}}
@@ -219,26 +219,26 @@ def test_words_of_a_later_version_say_whose_they_are() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_no_numbers_are_not_saved(bad: float) -> None:
+def test_non_finite_weights_are_not_saved(bad: float) -> None:
     good()
     before = PATH.read_bytes()
     broken = {**TENSORS, "last": torch.tensor([1.0, bad])}
     with pytest.raises(serialization.NotFiniteError, match="last") as caught:
-        serialization.write_model_file(PATH, broken, CARD)
+        serialization.write_model_file(PATH, broken, METADATA)
     assert caught.value.exit_code == 6
     assert PATH.read_bytes() == before
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_weights_that_are_no_numbers_are_not_read(bad: float, dtype: torch.dtype) -> None:
+def test_non_finite_weights_are_not_loaded(bad: float, dtype: torch.dtype) -> None:
     model_metadata = {"convlens": json.dumps({"format": 1, "sha256": serialization.NO_HASH})}
     broken = {**TENSORS, "last": torch.tensor([1.0, bad], dtype=dtype)}
-    said = refused(signed(None, safetensors_save(broken, model_metadata)))
-    assert said == "weights are NaN or infinite in 1 of 5 tensors: last"
+    message = refused(signed(None, safetensors_save(broken, model_metadata)))
+    assert message == "weights are NaN or infinite in 1 of 5 tensors: last"
 
 
-def test_missing_files_and_folders() -> None:
+def test_missing_files_and_folders_are_refused() -> None:
     with pytest.raises(ModelFileError, match="no such model file"):
         serialization.read_model_file(Path("absent"))
     Path("folder").mkdir()

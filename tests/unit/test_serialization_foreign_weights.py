@@ -28,21 +28,21 @@ TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor(7)}
 PATH = Path("x.pth")
 
 
-def test_a_plain_safetensors() -> None:
+def test_a_safetensors_file_is_read() -> None:
     save_file(TENSORS, "x.safetensors", {"format": "pt"})
-    found = serialization.read_foreign_weights(Path("x.safetensors"))
-    same(found.tensors, TENSORS)
-    assert found.sha256 == hashlib.sha256(Path("x.safetensors").read_bytes()).hexdigest()
-    assert found.model_metadata == {}
+    weights = serialization.read_foreign_weights(Path("x.safetensors"))
+    same(weights.tensors, TENSORS)
+    assert weights.sha256 == hashlib.sha256(Path("x.safetensors").read_bytes()).hexdigest()
+    assert weights.model_metadata == {}
 
 
-def test_a_model_file_of_convlens_comes_with_its_card_and_its_hash_checked() -> None:
+def test_a_model_file_is_read_with_its_metadata_and_its_hash_is_checked() -> None:
     path = Path("model.safetensors")
     digest = serialization.write_model_file(path, TENSORS, {"classes": ["x", "y"]})
-    found = serialization.read_foreign_weights(path)
-    same(found.tensors, TENSORS)
-    assert found.sha256 == digest
-    assert found.model_metadata["classes"] == ["x", "y"]
+    weights = serialization.read_foreign_weights(path)
+    same(weights.tensors, TENSORS)
+    assert weights.sha256 == digest
+    assert weights.model_metadata["classes"] == ["x", "y"]
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(ModelFileError, match="hash differs"):
         serialization.read_foreign_weights(path)
@@ -50,15 +50,15 @@ def test_a_model_file_of_convlens_comes_with_its_card_and_its_hash_checked() -> 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
-def test_a_state_dict_of_torch_save(zipped: bool, suffix: str) -> None:
+def test_a_state_dict_saved_with_torch_is_read(zipped: bool, suffix: str) -> None:
     torch.save(TENSORS, f"x{suffix}", _use_new_zipfile_serialization=zipped)
-    found = serialization.read_foreign_weights(Path(f"x{suffix}"))
-    same(found.tensors, TENSORS)
-    assert found.sha256 == hashlib.sha256(Path(f"x{suffix}").read_bytes()).hexdigest()
+    weights = serialization.read_foreign_weights(Path(f"x{suffix}"))
+    same(weights.tensors, TENSORS)
+    assert weights.sha256 == hashlib.sha256(Path(f"x{suffix}").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("key", serialization.STATE_DICT_KEYS)
-def test_a_state_dict_inside_a_checkpoint(key: str) -> None:
+def test_a_state_dict_inside_a_checkpoint_is_found(key: str) -> None:
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
     torch.save({"epoch": 3, "loss": torch.tensor(0.5), key: TENSORS, "optimizer": optimizer}, PATH)
     same(serialization.read_foreign_weights(PATH).tensors, TENSORS)
@@ -66,12 +66,12 @@ def test_a_state_dict_inside_a_checkpoint(key: str) -> None:
     same(serialization.read_foreign_weights(PATH).tensors, TENSORS)
 
 
-def test_parameters_become_plain_tensors_and_numbers_beside_them_are_left() -> None:
+def test_parameters_become_tensors_and_other_values_are_ignored() -> None:
     torch.save({"w": nn.Parameter(torch.ones(2)), "version": 3, "_extra_state": None}, PATH)
-    found = serialization.read_foreign_weights(PATH).tensors
-    assert list(found) == ["w"]
-    assert type(found["w"]) is Tensor
-    assert not found["w"].requires_grad
+    weights = serialization.read_foreign_weights(PATH).tensors
+    assert list(weights) == ["w"]
+    assert type(weights["w"]) is Tensor
+    assert not weights["w"].requires_grad
 
 
 # Code
@@ -118,7 +118,7 @@ def test_code_in_a_file_is_refused_and_not_run(name: str, suffix: str) -> None:
         assert Path("executed").exists()
 
 
-def test_a_whole_network_saved_is_refused() -> None:
+def test_a_pickled_network_is_refused() -> None:
     torch.save(nn.Linear(2, 2), PATH)
     with pytest.raises(ModelFileError, match=r"nn.modules.linear.Linear, not only tensors"):
         serialization.read_foreign_weights(PATH)
@@ -135,7 +135,7 @@ def test_a_torchscript_program_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ([torch.ones(2)], "a list"),
         (torch.ones(2), "a Tensor"),
@@ -146,11 +146,11 @@ def test_a_torchscript_program_is_refused() -> None:
         ({"model": {"state_dict": {"epoch": 1}}}, "'epoch': int"),
     ],
 )
-def test_what_holds_no_named_tensors(content: Any, said: str) -> None:
+def test_files_without_named_tensors_are_refused(content: Any, message: str) -> None:
     torch.save(content, PATH)
     with pytest.raises(ModelFileError, match="no named tensors") as caught:
         serialization.read_foreign_weights(PATH)
-    assert said in caught.value.what
+    assert message in caught.value.what
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_what_holds_no_named_tensors(content: Any, said: str) -> None:
     ],
     ids=["sparse", "meta", "complex"],
 )
-def test_odd_kinds_of_tensors(tensor: Tensor) -> None:
+def test_sparse_meta_and_complex_tensors_are_refused(tensor: Tensor) -> None:
     torch.save({"fine": torch.ones(2), "odd": tensor}, PATH)
     with pytest.raises(ModelFileError, match="odd is not a dense tensor"):
         serialization.read_foreign_weights(PATH)
 
 
-def test_a_missing_and_an_empty_file() -> None:
+def test_a_missing_or_empty_file_is_refused() -> None:
     with pytest.raises(ModelFileError, match="no such file"):
         serialization.read_foreign_weights(Path("lost.pth"))
     PATH.write_bytes(b"")
@@ -177,7 +177,7 @@ def test_a_missing_and_an_empty_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "count", "said"),
+    ("kind", "count", "message"),
     [
         ("F4", 16, "dtype 'F4' is unknown"),
         ("F6_E2M3", 8, "no readable|is unknown|neither a safetensors"),
@@ -187,20 +187,20 @@ def test_a_missing_and_an_empty_file() -> None:
         ("F99", 8, "neither a safetensors nor"),
     ],
 )
-def test_a_safetensors_of_numbers_that_are_not_computed_with(
-    kind: str, count: int, said: str
+def test_safetensors_with_unsupported_dtypes_are_refused(
+    kind: str, count: int, message: str
 ) -> None:
     """Newer kinds than torch has, or than a CNN is trained in."""
     header = json.dumps({"w": {"dtype": kind, "shape": [count], "data_offsets": [0, 8]}}).encode()
     Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(ModelFileError) as caught:
         serialization.read_foreign_weights(Path("x.safetensors"))
-    assert any(words in caught.value.what for words in said.split("|")), caught.value.what
+    assert any(words in caught.value.what for words in message.split("|")), caught.value.what
     assert caught.value.fix
 
 
 @pytest.mark.parametrize("length", [2**27, 2**40, 2**64 - 1])
-def test_a_header_longer_than_the_file(length: int) -> None:
+def test_a_safetensors_header_longer_than_the_file_is_refused(length: int) -> None:
     Path("x.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"w": ' + bytes(1000))
     with pytest.raises(ModelFileError, match="neither a safetensors nor") as caught:
         serialization.read_foreign_weights(Path("x.safetensors"))
@@ -230,7 +230,7 @@ GOOD = {"zip": saved(TENSORS), "legacy": saved(TENSORS, _use_new_zipfile_seriali
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(GOOD)), st.data())
-def test_a_damaged_file_raises_nothing_else(name: str, data: st.DataObject) -> None:
+def test_a_damaged_file_raises_only_model_file_errors(name: str, data: st.DataObject) -> None:
     content = bytearray(GOOD[name])
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -250,7 +250,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked() -> None:
         serialization.read_foreign_weights(Path("bomb.pth"))
 
 
-def test_a_name_that_stands_twice_in_a_zip_is_refused() -> None:
+def test_duplicate_names_in_a_zip_are_refused() -> None:
     """Which of two `data.pkl` counts differs between readers."""
     Path("twice.pth").write_bytes(saved(TENSORS))
     with zipfile.ZipFile("twice.pth", "a") as packed:
@@ -262,7 +262,7 @@ def test_a_name_that_stands_twice_in_a_zip_is_refused() -> None:
     assert not Path("hacked").exists()
 
 
-def test_one_number_repeated_without_end_is_refused() -> None:
+def test_an_expanded_tensor_is_refused() -> None:
     torch.save({"w": torch.zeros(1).expand(1_000_000, 1_000_000)}, "wide.pth")
     assert Path("wide.pth").stat().st_size < 10_000
     with pytest.raises(ModelFileError, match="w claims 1,000,000,000,000 elements"):
@@ -270,7 +270,7 @@ def test_one_number_repeated_without_end_is_refused() -> None:
 
 
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408])
-def test_a_length_that_begins_like_a_pickle_is_none(length: int) -> None:
+def test_a_header_length_that_looks_like_a_pickle_is_read(length: int) -> None:
     """safetensors begins with the length of its header: 640 is 0x80 0x02, as a pickle does."""
     path = Path("model.safetensors")
     serialization.write_model_file(path, TENSORS, {"about": ""})

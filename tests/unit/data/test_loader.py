@@ -242,15 +242,15 @@ def test_streaming_reads_one_batch_ahead_and_no_image_twice() -> None:
     stream = batches(rows=rows).epoch(1)
     next(stream)
     next(stream)
-    assert len(rows.asked) <= 3
+    assert len(rows.reads) <= 3
     assert len(list(stream)) == 5
-    assert sorted(n for batch in rows.asked for n in batch) == list(range(50))
+    assert sorted(n for batch in rows.reads for n in batch) == list(range(50))
 
 
 def test_errors_of_the_reader_thread_are_raised() -> None:
     class Broken(Streamed):
         def gather(self, index: Tensor) -> Tensor:
-            if len(self.asked) == 2:
+            if len(self.reads) == 2:
                 raise OSError("gone")
             return super().gather(index)
 

@@ -206,13 +206,13 @@ def test_images_on_disk_are_read_while_the_network_computes(
     class Slow(FirstPixel):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             for _ in range(500):  # another thread reads
-                if len(rows.asked) > 1:
+                if len(rows.reads) > 1:
                     break
                 time.sleep(0.01)
-            chunks_read.append(len(rows.asked))
+            chunks_read.append(len(rows.reads))
             return super().forward(images)
 
     logits, _ = split_logits(Slow(), Split(rows, torch.zeros(100)), IDENTITY, PLAN)
     assert (logits[:, 0] * 255).round().tolist() == list(range(100))
-    assert [len(chunk) for chunk in rows.asked] == [32, 32, 32, 4]
+    assert [len(chunk) for chunk in rows.reads] == [32, 32, 32, 4]
     assert chunks_read[0] == 2

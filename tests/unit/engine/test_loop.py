@@ -16,7 +16,7 @@ from convlens.engine.loop import Epoch, NonFiniteLoss, Step, TrainLoop, TrainSta
 from convlens.models.cnn import CNN
 from convlens.recipe import OptimConfig
 from helpers.support import PLAN, Memory, Split, Streamed, pictures, same
-from helpers.train_loops import Listed, everything
+from helpers.train_loops import Listed, copy_state
 
 EPOCHS, SEED = 3, 11
 
@@ -46,17 +46,17 @@ def fit(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     epochs: int = EPOCHS,
-    **more: Any,
+    **options: Any,
 ) -> Iterator[Step | Epoch]:
-    state = more.pop("state", None)
+    state = options.pop("state", None)
     loop = TrainLoop(
         model,
         optimizer or optim.build_optimizer(model, config),
         nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
-        more.pop("plan", PLAN),
+        options.pop("plan", PLAN),
         clip_value=config.clip_value,
         clip_norm=config.clip_norm,
-        **more,
+        **options,
     )
     return loop.run(
         batches if batches is not None else data(),
@@ -69,10 +69,10 @@ def fit(
 
 def plain_loop(model: nn.Module, config: OptimConfig, batches: Any) -> list[float]:
     """What `TrainLoop` should be: an ordinary loop, with torch's own scheduler where it has one."""
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.name]
-    own = {"momentum": config.momentum} if config.name == "sgd" else {"betas": config.betas}
-    optimizer = kind(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True, **own
+    optimizer_class = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.name]
+    arguments = {"momentum": config.momentum} if config.name == "sgd" else {"betas": config.betas}
+    optimizer = optimizer_class(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True, **arguments
     )
     factor = optim.build_schedule(config)
     losses = []
@@ -111,7 +111,7 @@ def plain_loop(model: nn.Module, config: OptimConfig, batches: Any) -> list[floa
 @pytest.mark.parametrize("augmented", [False, True])
 def test_training_equals_a_plain_loop(options: dict[str, Any], augmented: bool) -> None:
     config = OptimConfig(**{"lr": 0.02, **options})
-    mine, theirs = network(), network()
+    model, reference = network(), network()
     batches: Any = data()
     if augmented:
         batches = Batches(
@@ -125,15 +125,15 @@ def test_training_equals_a_plain_loop(options: dict[str, Any], augmented: bool) 
                 labels,
             ),
         )
-    records = list(fit(mine, config, batches))
-    losses = plain_loop(theirs, config, batches)
-    same(dict(mine.state_dict()), dict(theirs.state_dict()))
+    records = list(fit(model, config, batches))
+    losses = plain_loop(reference, config, batches)
+    same(dict(model.state_dict()), dict(reference.state_dict()))
     steps = [r for r in records if isinstance(r, Step)]
     assert [float(s.loss) for s in steps] == losses
-    assert not torch.equal(mine.classifier.weight, network().classifier.weight)
+    assert not torch.equal(model.classifier.weight, network().classifier.weight)
 
 
-def test_records_say_what_happened() -> None:
+def test_records_contain_the_metrics_of_steps_and_epochs() -> None:
     config = OptimConfig(lr=0.02, schedule="linear")
     model = network()
     batches = data()
@@ -149,39 +149,43 @@ def test_records_say_what_happened() -> None:
     ]
     assert [s.lr for s in steps] == pytest.approx([0.02 * (1 - i / 12) for i in range(12)])
     for number, epoch in enumerate(r for r in records if isinstance(r, Epoch)):
-        its = steps[4 * number : 4 * number + 4]
-        assert (epoch.epoch, epoch.images, epoch.lr) == (number + 1, 34, its[-1].lr)
-        mean = sum(float(s.loss) * s.images for s in its) / 34
+        epoch_steps = steps[4 * number : 4 * number + 4]
+        assert (epoch.epoch, epoch.images, epoch.lr) == (number + 1, 34, epoch_steps[-1].lr)
+        mean = sum(float(s.loss) * s.images for s in epoch_steps) / 34
         assert float(epoch.loss) == pytest.approx(mean, rel=1e-6)
-        assert float(epoch.accuracy) == pytest.approx(sum(int(s.num_correct) for s in its) / 34)
+        assert float(epoch.accuracy) == pytest.approx(
+            sum(int(s.num_correct) for s in epoch_steps) / 34
+        )
     torch.manual_seed(derive_seed(SEED, 1, 0, 1))
-    right = (reference.train()(batches.batches[0][0]).argmax(1) == batches.batches[0][1]).sum()
-    assert int(steps[0].num_correct) == int(right)
+    num_correct = (
+        reference.train()(batches.batches[0][0]).argmax(1) == batches.batches[0][1]
+    ).sum()
+    assert int(steps[0].num_correct) == int(num_correct)
 
 
 @pytest.mark.parametrize("stop", range(1, 15))
-def test_a_training_left_anywhere_goes_on_to_the_same_end(stop: int) -> None:
+def test_training_interrupted_after_any_record_resumes_to_the_same_bits(stop: int) -> None:
     """The reader stops asking after `stop` records and starts again from the state."""
     config = OptimConfig(lr=0.02, schedule="one-cycle")
-    whole = network()
-    expected = list(fit(whole, config))
+    uninterrupted = network()
+    expected = list(fit(uninterrupted, config))
     model, state = network(), TrainState()
     optimizer = optim.build_optimizer(model, config)
     first = fit(model, config, optimizer=optimizer, state=state)
-    seen = [next(first) for _ in range(stop)]
+    first_records = [next(first) for _ in range(stop)]
     first.close()
-    again = list(fit(model, config, optimizer=optimizer, state=state))
-    same(dict(model.state_dict()), dict(whole.state_dict()))
-    got = [*seen, *again]
-    assert [type(r) for r in got] == [type(r) for r in expected]
-    assert [(r.epoch, float(r.loss), r.lr) for r in got] == [
+    resumed = list(fit(model, config, optimizer=optimizer, state=state))
+    same(dict(model.state_dict()), dict(uninterrupted.state_dict()))
+    records = [*first_records, *resumed]
+    assert [type(r) for r in records] == [type(r) for r in expected]
+    assert [(r.epoch, float(r.loss), r.lr) for r in records] == [
         (r.epoch, float(r.loss), r.lr) for r in expected
     ]
     assert (state.epoch, state.step) == (EPOCHS + 1, 0)
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
-def test_streamed_rows_go_on_from_anywhere_too(stop: int) -> None:
+def test_training_on_streamed_rows_resumes_to_the_same_bits(stop: int) -> None:
     def batches(rows: Any) -> Batches:
         split = Split(rows, torch.arange(30) % 3)
         return Batches(
@@ -189,8 +193,8 @@ def test_streamed_rows_go_on_from_anywhere_too(stop: int) -> None:
         )
 
     config = OptimConfig(lr=0.02)
-    whole = network()
-    list(fit(whole, config, batches(Memory(pictures(30)))))
+    uninterrupted = network()
+    list(fit(uninterrupted, config, batches(Memory(pictures(30)))))
     model, state, streamed = network(), TrainState(), batches(Streamed(pictures(30)))
     optimizer = optim.build_optimizer(model, config)
     first = fit(model, config, streamed, optimizer=optimizer, state=state)
@@ -198,7 +202,7 @@ def test_streamed_rows_go_on_from_anywhere_too(stop: int) -> None:
         next(first)
     first.close()
     list(fit(model, config, streamed, optimizer=optimizer, state=state))
-    same(dict(model.state_dict()), dict(whole.state_dict()))
+    same(dict(model.state_dict()), dict(uninterrupted.state_dict()))
 
 
 def test_dropout_depends_on_seed_epoch_and_step_only() -> None:
@@ -218,7 +222,7 @@ class Dropping(nn.Sequential):
         return kept
 
 
-def test_what_other_networks_draw_depends_on_seed_epoch_and_step_only() -> None:
+def test_functional_dropout_depends_on_seed_epoch_and_step_only() -> None:
     first, second = (Dropping(network(0.0)) for _ in range(2))
     list(fit(first, OptimConfig(lr=0.02)))
     for record in fit(second, OptimConfig(lr=0.02)):
@@ -226,7 +230,7 @@ def test_what_other_networks_draw_depends_on_seed_epoch_and_step_only() -> None:
     same(dict(first.state_dict()), dict(second.state_dict()))
 
 
-def test_the_average_is_updated_after_each_step() -> None:
+def test_the_weight_average_is_updated_after_each_step() -> None:
     model = network()
     averager = optim.EMA(model, 0.9)
     list(fit(model, OptimConfig(lr=0.02), averager=averager))
@@ -257,9 +261,7 @@ def test_bf16_and_channels_last_train() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("config", [OptimConfig(lr=0.02), OptimConfig(name="sgd", lr=0.02)])
-def test_a_loss_that_is_no_number_stops_before_the_update(
-    value: float, config: OptimConfig
-) -> None:
+def test_a_non_finite_loss_stops_before_the_update(value: float, config: OptimConfig) -> None:
     batches = data()
     images, labels = batches.batches[2]
     batches.batches[2] = (images.clone().fill_(value), labels)
@@ -269,13 +271,13 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     records = fit(model, config, batches, optimizer=optimizer, state=state, averager=averager)
     for _ in range(2):
         next(records)
-    before = everything(model, optimizer)
+    before = copy_state(model, optimizer)
     # Norm statistics and counters included: the forward pass has already moved them.
     assert any("num_batches_tracked" in key for key in before)
     assert any("optim.0" in key for key in before)
     with pytest.raises(NonFiniteLoss) as caught:
         next(records)
-    same(before, everything(model, optimizer))
+    same(before, copy_state(model, optimizer))
     assert averager.steps == 2
     assert (state.epoch, state.step) == (1, 2)
     assert "epoch 1, step 3" in caught.value.what
@@ -283,7 +285,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     assert caught.value.exit_code == 6
 
 
-def test_the_very_first_loss_can_be_no_number() -> None:
+def test_a_non_finite_first_loss_stops_before_the_update() -> None:
     batches = data()
     batches.batches[0] = (batches.batches[0][0] * float("nan"), batches.batches[0][1])
     model = network()
@@ -303,6 +305,6 @@ def test_evaluating_between_records_changes_nothing() -> None:
     same(dict(first.state_dict()), dict(second.state_dict()))
 
 
-def test_a_finished_position_gives_no_records() -> None:
+def test_a_finished_state_yields_no_records() -> None:
     model = network()
     assert list(fit(model, OptimConfig(), state=TrainState(epoch=EPOCHS + 1))) == []

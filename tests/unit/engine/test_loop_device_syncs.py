@@ -212,7 +212,7 @@ def test_no_augmentation_waits_for_the_device(name: str, monkeypatch: pytest.Mon
     assert count_records(config, monkeypatch) == 6
 
 
-def test_every_way_of_waiting_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_synchronization_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     with no_gpu_needed(monkeypatch):
         images = torch.zeros(4, 3, 8, 8, device="cuda")
         synchronizing = {

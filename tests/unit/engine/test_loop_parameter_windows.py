@@ -14,6 +14,7 @@ from convlens.engine.loop import Epoch, NonFiniteLoss, Step, TrainLoop, TrainSta
 from convlens.models.cnn import CNN
 from convlens.recipe import OptimConfig
 from helpers.support import PLAN, same
+from helpers.train_loops import Listed
 
 EPOCHS, STEPS, SEED = 3, 4, 11  # 12 steps
 HEAD_FIRST: dict[str, Any] = {"head_first": 0.3, "layer_decay": 0.5}
@@ -25,24 +26,18 @@ IN_THE_MIDDLE: dict[str, Any] = {
 }
 
 
-class Listed:
-    """Batches that are the same in each epoch."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(5)
-        self.batches = [
+def make_batches() -> Listed:
+    """Return four batches that are the same in each epoch."""
+    generator = torch.Generator().manual_seed(5)
+    return Listed(
+        [
             (
                 torch.randn(8, 1, 8, 8, generator=generator) + 1,
                 torch.randint(0, 3, (8,), generator=generator),
             )
             for _ in range(STEPS)
         ]
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def epoch(self, epoch: int, start: int = 0) -> Any:
-        yield from self.batches[start:]
+    )
 
 
 def network() -> CNN:
@@ -54,17 +49,17 @@ def fit(model: nn.Module, config: OptimConfig, **more: Any) -> Any:
     optimizer = more.pop("optimizer", None) or optim.build_optimizer(model, config)
     criterion = nn.CrossEntropyLoss()
     loop = TrainLoop(model, optimizer, criterion, PLAN, clip_norm=config.clip_norm)
-    return loop.run(Listed(), optim.build_schedule(config), epochs=EPOCHS, seed=SEED, **more)
+    return loop.run(make_batches(), optim.build_schedule(config), epochs=EPOCHS, seed=SEED, **more)
 
 
 def config_of(options: dict[str, Any]) -> OptimConfig:
-    usual = {"name": "sgd", "lr": 0.1, "schedule": "linear", "weight_decay": 0.01}
-    return OptimConfig(**{**usual, **options})
+    defaults = {"name": "sgd", "lr": 0.1, "schedule": "linear", "weight_decay": 0.01}
+    return OptimConfig(**{**defaults, **options})
 
 
-def by_hand(options: dict[str, Any]) -> dict[str, tuple[float, float, int, int]]:
+def expected_settings(options: dict[str, Any]) -> dict[str, tuple[float, float, int, int]]:
     """Rate, decay and the first step in and after the window of each parameter, written out."""
-    found = {}
+    settings = {}
     for name, _ in network().named_parameters():
         rate, decay, first, last = 0.1, 0.01, 0, 12
         if options is HEAD_FIRST and not name.startswith("classifier"):
@@ -76,8 +71,8 @@ def by_hand(options: dict[str, Any]) -> dict[str, tuple[float, float, int, int]]
             rate = 0.2
         if options is IN_THE_MIDDLE and name.startswith("stage2"):
             decay, first, last = 0.5, 3, 9
-        found[name] = (rate, decay, first, last)
-    return found
+        settings[name] = (rate, decay, first, last)
+    return settings
 
 
 def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
@@ -85,7 +80,7 @@ def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
 
     So is all that comes before the first trained layer: here the dropout before the classifier.
     """
-    plan, named = by_hand(options), dict(model.named_parameters())
+    plan, named = expected_settings(options), dict(model.named_parameters())
     optimizer = torch.optim.SGD(
         [{"params": [p], "weight_decay": plan[n][1]} for n, p in named.items()],
         lr=0.1,
@@ -100,12 +95,12 @@ def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
             if parameter.requires_grad:
                 group["lr"] = rate * (1 - (done - first) / (last - first))
         for module in model.modules():
-            own = list(module.parameters(recurse=False))
-            if own and not any(p.requires_grad for p in own):
+            parameters = list(module.parameters(recurse=False))
+            if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
         epoch, step = divmod(done, STEPS)
         torch.manual_seed(derive_seed(SEED, epoch + 1, step, 1))
-        images, labels = Listed().batches[step]
+        images, labels = make_batches().batches[step]
         nn.functional.cross_entropy(model(images), labels).backward()
         for name, parameter in named.items():
             assert (parameter.grad is None) == (not parameter.requires_grad), name
@@ -123,7 +118,7 @@ def test_training_equals_a_loop_that_freezes_by_hand(options: dict[str, Any]) ->
     same(dict(model.state_dict()), plain_loop(network(), options))
 
 
-def test_while_the_head_trains_alone_nothing_else_moves() -> None:
+def test_only_the_head_changes_while_it_trains_alone() -> None:
     """Not by weight decay and not in the norms' statistics; its own steps go on as planned."""
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -155,13 +150,13 @@ def test_while_the_head_trains_alone_nothing_else_moves() -> None:
     ],
     ids=["head-first", "muon", "middle"],
 )
-def test_a_training_left_anywhere_goes_on_to_the_same_end(
+def test_training_interrupted_after_any_record_resumes_to_the_same_bits(
     stop: int, options: dict[str, Any]
 ) -> None:
     """With a new optimiser and a network whose parameters all ask for gradients again."""
     config = config_of(options)
-    whole = network()
-    expected = list(fit(whole, config))
+    uninterrupted = network()
+    expected = list(fit(uninterrupted, config))
     first, progress = network(), TrainState()
     optimizer = optim.build_optimizer(first, config)
     records = fit(first, config, optimizer=optimizer, state=progress)
@@ -172,14 +167,14 @@ def test_a_training_left_anywhere_goes_on_to_the_same_end(
     model.load_state_dict(first.state_dict())
     again = optim.build_optimizer(model, config)
     again.load_state_dict(optimizer.state_dict())
-    rest = list(fit(model, config, optimizer=again, state=progress))
-    same(dict(model.state_dict()), dict(whole.state_dict()))
-    assert [float(r.loss) for r in rest] == [float(r.loss) for r in expected[stop:]]
+    remaining = list(fit(model, config, optimizer=again, state=progress))
+    same(dict(model.state_dict()), dict(uninterrupted.state_dict()))
+    assert [float(r.loss) for r in remaining] == [float(r.loss) for r in expected[stop:]]
 
 
-def test_a_bad_loss_while_parts_are_frozen_leaves_everything_as_it_was() -> None:
+def test_a_non_finite_loss_with_frozen_parameters_changes_nothing() -> None:
     model, config = network(), config_of(HEAD_FIRST)
-    batches = Listed()
+    batches = make_batches()
     batches.batches[2] = (batches.batches[2][0] * float("nan"), batches.batches[2][1])
     loop = TrainLoop(model, optim.build_optimizer(model, config), nn.CrossEntropyLoss(), PLAN)
     records = loop.run(batches, optim.build_schedule(config), epochs=1, seed=SEED)

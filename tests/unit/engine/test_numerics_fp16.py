@@ -18,7 +18,7 @@ from convlens.training import checkpoint
 from convlens.training.checkpoint import BestEpoch, restore_checkpoint
 from convlens.training.train import run_train_loop
 from helpers.support import PLAN, begin, same, tiny
-from helpers.train_loops import everything
+from helpers.train_loops import copy_state
 
 OPTIMIZERS = [
     {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True},
@@ -69,7 +69,7 @@ def test_a_scale_that_fits_changes_no_bit(options: dict[str, Any]) -> None:
         assert torch.equal(
             scaled.train_step(*batch(seed)).loss, reference.train_step(*batch(seed)).loss
         )
-    same(everything(scaled.model, scaled.optimizer), everything(reference_model, optimizer))
+    same(copy_state(scaled.model, scaled.optimizer), copy_state(reference_model, optimizer))
     assert scaled.scaler.get_scale() == 4 * INITIAL_LOSS_SCALE  # doubled after steps 3 and 6
 
 
@@ -79,18 +79,18 @@ def test_a_step_whose_gradients_overflow_is_skipped(options: dict[str, Any]) -> 
     loop, reference = scaled_loop(options), scaled_loop(options)
     for seed in range(4):
         if seed in (0, 2):
-            before = everything(loop.model, loop.optimizer)
+            before = copy_state(loop.model, loop.optimizer)
             scale = loop.scaler.get_scale()
             loop.criterion.factor = 1e38  # type: ignore[attr-defined]
             loop.train_step(*batch(9))
             loop.criterion.factor = 1.0  # type: ignore[attr-defined]
             assert loop.scaler.get_scale() == scale / 2
             loop._buffers.restore()  # batch norm statistics were updated, as they should be
-            after = everything(loop.model, loop.optimizer)
+            after = copy_state(loop.model, loop.optimizer)
             same(before, {key: after[key] for key in before})
         loop.train_step(*batch(seed))
         reference.train_step(*batch(seed))
-    first, second = (everything(each.model, each.optimizer) for each in (loop, reference))
+    first, second = (copy_state(each.model, each.optimizer) for each in (loop, reference))
     same(first, second)
 
 
@@ -146,7 +146,7 @@ def test_a_resumed_run_has_the_same_loss_scale() -> None:
     assert again.scaler.state_dict()["_growth_tracker"] == 4
     list(records)
     list(run_train_loop(again, again.process_group))
-    same(everything(first.model, first.optimizer), everything(again.model, again.optimizer))
+    same(copy_state(first.model, first.optimizer), copy_state(again.model, again.optimizer))
 
 
 def test_no_checkpoint_is_saved_after_a_non_finite_loss() -> None:

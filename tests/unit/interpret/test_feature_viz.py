@@ -144,8 +144,8 @@ def test_top_images_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None
             assert float(maps[image, channel, row, column]) == float(peaks[image])
         wanted = (peaks[best].mean() - peaks.mean()) / peaks.std(correction=0)
         assert found.selectivity[channel] == pytest.approx(float(wanted), rel=1e-6)
-    assert max(map(len, rows.asked)) == 7, "never more than a batch"
-    assert [i for batch in rows.asked for i in batch] == list(range(100)), "each image once"
+    assert max(map(len, rows.reads)) == 7, "never more than a batch"
+    assert [i for batch in rows.reads for i in batch] == list(range(100)), "each image once"
 
 
 def test_silent_and_broken_channels_are_not_shown_and_the_earlier_of_equal_images_wins() -> None:

@@ -27,44 +27,44 @@ from helpers.support import PLAN, begin, images_of, same, tiny
 TIMED = ("train.epochs=100", "train.memory_format=auto")  # 500 steps: worth timing
 
 
-def prepared(asked: Recipe) -> Any:
-    return build_training_job(asked, images_of(asked), RuntimeContext("cpu", quiet=True))
+def build_job(recipe: Recipe) -> Any:
+    return build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
 
 
 @pytest.fixture
 def timings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The candidates of each timing; the last of them always wins."""
-    asked: list[list[str]] = []
+    timed: list[list[str]] = []
 
     def fastest(
         candidates: Sequence[Plan], trial: Callable[[Plan], Callable[[], None]]
     ) -> tuple[Plan, list[float]]:
         for plan in candidates:
             trial(plan)()  # each can be computed
-        asked.append([str(plan) for plan in candidates])
+        timed.append([str(plan) for plan in candidates])
         return candidates[-1], [0.002] * (len(candidates) - 1) + [0.001]
 
     monkeypatch.setattr(autotune, "fastest", fastest)
-    return asked
+    return timed
 
 
-def test_what_was_timed_is_remembered_for_the_next_run_of_the_kind(
+def test_timings_are_cached_for_runs_with_the_same_steps(
     timings: list[list[str]],
 ) -> None:
-    first = prepared(tiny(*TIMED))
+    first = build_job(tiny(*TIMED))
     assert timings == [["fp32 contiguous", "fp32 channels_last"]]
     assert first.plan.memory_format == "channels_last"
     assert first.timings == {"fp32 contiguous": 2.0, "fp32 channels_last": 1.0}
-    again = prepared(tiny(*TIMED, "train.seed=3", "optim.lr=0.5"))
-    assert (again.plan, again.timings) == (first.plan, first.timings)
+    second = build_job(tiny(*TIMED, "train.seed=3", "optim.lr=0.5"))
+    assert (second.plan, second.timings) == (first.plan, first.timings)
     assert len(timings) == 1
     # A run too short for a timing of its own goes by it, too.
-    assert prepared(tiny("train.memory_format=auto")).plan == first.plan
+    assert build_job(tiny("train.memory_format=auto")).plan == first.plan
     assert len(timings) == 1
 
 
 @pytest.mark.parametrize(
-    "other",
+    "override",
     [
         "model.widths=[4, 9]",
         "train.batch_size=8",
@@ -74,52 +74,55 @@ def test_what_was_timed_is_remembered_for_the_next_run_of_the_kind(
         "data.channels=3",
     ],
 )
-def test_another_kind_of_step_is_timed_anew(other: str, timings: list[list[str]]) -> None:
-    prepared(tiny(*TIMED))
-    prepared(tiny(*TIMED, other))
+def test_a_different_training_step_is_timed_again(override: str, timings: list[list[str]]) -> None:
+    build_job(tiny(*TIMED))
+    build_job(tiny(*TIMED, override))
     assert len(timings) == 2
 
 
-def test_short_and_deterministic_runs_time_nothing(timings: list[list[str]]) -> None:
-    assert prepared(tiny("train.memory_format=auto")).plan.memory_format == "contiguous"
-    exact = prepared(tiny(*TIMED, "train.deterministic=true"))
-    assert (exact.plan, exact.timings) == (Plan("cpu", "fp32", "contiguous", True), {})
+def test_short_and_deterministic_runs_are_not_timed(timings: list[list[str]]) -> None:
+    assert build_job(tiny("train.memory_format=auto")).plan.memory_format == "contiguous"
+    deterministic = build_job(tiny(*TIMED, "train.deterministic=true"))
+    assert (deterministic.plan, deterministic.timings) == (
+        Plan("cpu", "fp32", "contiguous", True),
+        {},
+    )
     assert timings == []
 
 
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "3", '{"KEY": 3}', '{"KEY": {}}', '{"KEY": {"plan": {"x": 1}}}']
 )
-def test_a_damaged_memory_is_no_memory(
+def test_a_damaged_plan_cache_is_replaced(
     content: str, timings: list[list[str]], tmp_path: Path
 ) -> None:
-    prepared(tiny(*TIMED))
-    memory = tmp_path / "cache" / "plans.json"
-    (key,) = json.loads(memory.read_text())
-    memory.write_text(content.replace("KEY", key))
-    prepared(tiny(*TIMED))
+    build_job(tiny(*TIMED))
+    cache_file = tmp_path / "cache" / "plans.json"
+    (key,) = json.loads(cache_file.read_text())
+    cache_file.write_text(content.replace("KEY", key))
+    build_job(tiny(*TIMED))
     assert len(timings) == 2
-    assert list(json.loads(memory.read_text())) == [key]
+    assert list(json.loads(cache_file.read_text())) == [key]
 
 
-def test_the_memory_has_an_end(
+def test_the_plan_cache_is_limited_in_size(
     timings: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(autotune, "MAX_REMEMBERED", 2)
     for width in (3, 4, 5):
-        prepared(tiny(*TIMED, f"model.widths=[{width}]"))
+        build_job(tiny(*TIMED, f"model.widths=[{width}]"))
     assert len(json.loads((tmp_path / "cache" / "plans.json").read_text())) == 2
 
 
-def test_the_choice_and_its_timings_stand_in_the_run(timings: list[list[str]]) -> None:
-    asked = tiny(*TIMED, "train.patience=1", "optim.lr=1e-9")
-    place = train.train(asked, test=False, device="cpu", quiet=True)
-    facts = RunDir(place.path).metadata()
-    assert facts["plan"]["memory_format"] == "channels_last"
-    assert facts["timings"] == {"fp32 contiguous": 2.0, "fp32 channels_last": 1.0}
+def test_the_plan_and_its_timings_are_stored_in_the_run(timings: list[list[str]]) -> None:
+    recipe = tiny(*TIMED, "train.patience=1", "optim.lr=1e-9")
+    run_dir = train.train(recipe, test=False, device="cpu", quiet=True)
+    metadata = RunDir(run_dir.path).metadata()
+    assert metadata["plan"]["memory_format"] == "channels_last"
+    assert metadata["timings"] == {"fp32 contiguous": 2.0, "fp32 channels_last": 1.0}
 
 
-def test_a_frozen_trunk_is_not_part_of_what_is_timed(
+def test_a_frozen_backbone_is_not_timed(
     timings: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
@@ -130,38 +133,38 @@ def test_a_frozen_trunk_is_not_part_of_what_is_timed(
         return real(loop, images, targets)
 
     monkeypatch.setattr(TrainLoop, "train_step", step)
-    prepared(tiny(*TIMED, "model.trainable=head", "model.head=flatten"))
+    build_job(tiny(*TIMED, "model.trainable=head", "model.head=flatten"))
     assert set(seen) == {(16, 32)}  # 8 maps of 2 x 2, flattened, instead of 16 x 1 x 8 x 8
 
 
 # A batch in parts
 
 
-def test_parts_are_candidates_where_they_change_nothing(timings: list[list[str]]) -> None:
+def test_micro_batches_are_candidates_only_without_batch_norm(timings: list[list[str]]) -> None:
     options = (*TIMED, "train.batch_size=64", "train.epochs=300")
-    prepared(tiny(*options, "model.batch_norm=false"))
-    prepared(tiny(*options))
-    whole = ["fp32 contiguous", "fp32 channels_last"]
+    build_job(tiny(*options, "model.batch_norm=false"))
+    build_job(tiny(*options))
+    plans = ["fp32 contiguous", "fp32 channels_last"]
     assert timings == [
-        [plan + part for plan in whole for part in ("", " by 32", " by 16")],
-        whole,
+        [plan + part for plan in plans for part in ("", " by 32", " by 16")],
+        plans,
     ]
 
 
-def test_parts_are_the_batch_in_order() -> None:
+def test_micro_batches_are_slices_of_the_batch_in_order() -> None:
     images, labels = torch.arange(10.0), torch.arange(10)
-    whole = list(PLAN.micro_batches(images, labels))
-    assert len(whole) == 1
-    assert whole[0][0] is images
+    full_batch = list(PLAN.micro_batches(images, labels))
+    assert len(full_batch) == 1
+    assert full_batch[0][0] is images
     plan = Plan("cpu", "fp32", "contiguous", micro_batch_size=4)
     parts = list(plan.micro_batches(images, labels))
-    assert [len(few) for few, _ in parts] == [4, 4, 2]
-    assert torch.equal(torch.cat([few for few, _ in parts]), images)
-    assert torch.equal(torch.cat([few for _, few in parts]), labels)
+    assert [len(part) for part, _ in parts] == [4, 4, 2]
+    assert torch.equal(torch.cat([part for part, _ in parts]), images)
+    assert torch.equal(torch.cat([part for _, part in parts]), labels)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["classes", "probabilities"])
-def test_a_step_in_parts_is_the_step_of_the_whole(mixed: bool) -> None:
+def test_a_step_in_micro_batches_equals_a_step_on_the_full_batch(mixed: bool) -> None:
     def stepped(part: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         torch.manual_seed(0)
         model = models.build_model("cnn", 5, 1, 8, {"widths": [4], "batch_norm": False}).double()
@@ -175,17 +178,17 @@ def test_a_step_in_parts_is_the_step_of_the_whole(mixed: bool) -> None:
         result = loop.train_step(images, targets)
         return result.loss, result.num_correct, model.state_dict()
 
-    loss, right, weights = stepped(0)
+    loss, num_correct, weights = stepped(0)
     for part in (1, 4, 10):
-        its_loss, its_right, its_weights = stepped(part)
-        assert torch.equal(its_right, right)
-        torch.testing.assert_close(its_loss, loss, rtol=1e-6, atol=0)
+        part_loss, part_correct, part_weights = stepped(part)
+        assert torch.equal(part_correct, num_correct)
+        torch.testing.assert_close(part_loss, loss, rtol=1e-6, atol=0)
         for name, weight in weights.items():
-            torch.testing.assert_close(its_weights[name], weight, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(part_weights[name], weight, rtol=1e-6, atol=1e-9)
     same(weights, stepped(11)[2])
 
 
-def test_a_bad_part_leaves_no_gradient_behind() -> None:
+def test_a_non_finite_micro_batch_leaves_no_gradients() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     images = torch.ones(4, 1, 2, 2)
     images[3] = torch.nan
@@ -253,7 +256,7 @@ def test_long_runs_bound_by_the_host_use_cuda_graphs(monkeypatch: pytest.MonkeyP
     assert machine.tried == ["eager"]
 
 
-def test_long_runs_bound_by_the_device_are_compiled_where_it_pays(
+def test_long_runs_bound_by_the_device_are_compiled_if_it_saves_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for computed, expected in ((7e-3, "compiled"), (9.9e-3, "eager")):
@@ -268,7 +271,7 @@ def test_long_runs_bound_by_the_device_are_compiled_where_it_pays(
     assert machine.choose(40_000, shapes=2) == "eager"
 
 
-def test_a_mode_that_fails_or_computes_something_else_is_not_used(
+def test_a_step_mode_that_fails_or_computes_other_losses_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine = Machine(monkeypatch, eager=(0, 1e-3, 10e-3), compiled=(40.0, 1e-3, 7e-3))
@@ -315,12 +318,12 @@ def test_the_recipe_can_state_whether_to_compile() -> None:
         load_recipe("digits", ["train.compile=sometimes"])
 
 
-def test_cuda_graphs_of_earlier_versions_are_read_but_not_trained() -> None:
+def test_recipes_with_cuda_graphs_can_be_read_but_not_trained() -> None:
     """Recipes of finished runs may state them."""
-    asked = tiny("train.compile=graph")
-    assert asked.train.compile == "graph"
+    recipe = tiny("train.compile=graph")
+    assert recipe.train.compile == "graph"
     with pytest.raises(UsageError, match=r"now a part of torch\.compile") as caught:
-        begin(asked, "graph")
+        begin(recipe, "graph")
     assert "train.compile=auto or true" in caught.value.fix
 
 
@@ -342,8 +345,8 @@ def test_a_plan_is_stored_in_the_keys_of_earlier_versions() -> None:
         Plan.from_dict({**early, "unknown": 1})
 
 
-def test_compiled_steps_are_the_eager_steps() -> None:
-    ends = []
+def test_compiled_steps_equal_eager_steps() -> None:
+    final_weights = []
     for mode in ("eager", "compiled"):
         torch.manual_seed(0)
         model = models.build_model("cnn", 3, 1, 8, {"widths": [4]})
@@ -353,14 +356,14 @@ def test_compiled_steps_are_the_eager_steps() -> None:
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):
             loop.train_step(torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8) % 3)
-        ends.append(model.state_dict())
-    for name, tensor in ends[0].items():
-        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=1e-6)
+        final_weights.append(model.state_dict())
+    for name, tensor in final_weights[0].items():
+        torch.testing.assert_close(final_weights[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_steps_with_reduced_overhead_are_the_eager_steps_on_a_gpu(precision: str) -> None:
+def test_reduce_overhead_steps_equal_eager_steps_on_a_gpu(precision: str) -> None:
     """Batches of two sizes, dropout, and a group that is frozen half way."""
     from convlens import optim
     from convlens.engine.numerics import make_grad_scaler

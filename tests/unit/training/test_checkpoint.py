@@ -43,36 +43,36 @@ MUON = ("optim.name=muon", "optim.momentum=0.6", "optim.nesterov=true", "optim.l
     [(), SGD, WINDOWS, (*WINDOWS, *MUON)],
     ids=["adamw", "sgd", "windows", "windows-muon"],
 )
-def test_a_run_stopped_at_a_step_ends_as_one_that_was_not(
+def test_a_run_stopped_at_any_step_resumes_to_the_same_bits(
     after: int, options: tuple[str, ...], interrupting: Interrupting
 ) -> None:
-    asked = tiny(*EVERYTHING, *options)
-    whole = finish(asked, "whole")
-    stopped = stop(asked, "stopped", interrupting, after)
+    recipe = tiny(*EVERYTHING, *options)
+    uninterrupted = finish(recipe, "whole")
+    stopped = stop(recipe, "stopped", interrupting, after)
     assert stopped.metadata()["status"] == "training"
     assert len(stopped.metrics()) == (after - 1) // STEPS
-    equal(finish(asked, "stopped"), whole)
+    equal(finish(recipe, "stopped"), uninterrupted)
 
 
-def test_a_run_stopped_again_and_again_ends_as_one_that_was_not(
+def test_a_run_stopped_repeatedly_resumes_to_the_same_bits(
     interrupting: Interrupting,
 ) -> None:
-    asked = tiny(*EVERYTHING, *SGD, "train.keep=last")
-    whole = finish(asked, "whole")
+    recipe = tiny(*EVERYTHING, *SGD, "train.keep=last")
+    uninterrupted = finish(recipe, "whole")
     for _ in range(STEPS):
-        stop(asked, "stopped", interrupting, 2)
-    equal(finish(asked, "stopped"), whole)
+        stop(recipe, "stopped", interrupting, 2)
+    equal(finish(recipe, "stopped"), uninterrupted)
 
 
 @pytest.mark.parametrize("after", [4, 6, 7, 15])
-def test_windows_go_on_from_where_they_open_and_close(
+def test_parameter_windows_resume_at_their_boundaries(
     after: int, interrupting: Interrupting
 ) -> None:
     """Stopped right before and after a turn, and right before the network takes its average."""
-    asked = tiny(*EVERYTHING, *WINDOWS, *MUON, "data.channels=3", "train.keep=last")
-    whole = finish(asked, "whole")
-    stop(asked, "stopped", interrupting, after)
-    equal(finish(asked, "stopped"), whole)
+    recipe = tiny(*EVERYTHING, *WINDOWS, *MUON, "data.channels=3", "train.keep=last")
+    uninterrupted = finish(recipe, "whole")
+    stop(recipe, "stopped", interrupting, after)
+    equal(finish(recipe, "stopped"), uninterrupted)
 
 
 def after_an_epoch(checkpoints: CheckpointManager) -> bool:
@@ -80,37 +80,37 @@ def after_an_epoch(checkpoints: CheckpointManager) -> bool:
     return checkpoints._job.state.step == 0
 
 
-def test_a_run_killed_between_two_saves_goes_on_from_the_former(
+def test_a_run_killed_between_two_saves_resumes_from_the_earlier_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As if by SIGKILL: after the second epoch's model was written, before its state was."""
-    asked = tiny(*EVERYTHING)
-    whole = finish(asked, "whole")
-    real, saves = checkpoint.save_checkpoint, []
+    recipe = tiny(*EVERYTHING)
+    uninterrupted = finish(recipe, "whole")
+    original, saves = checkpoint.save_checkpoint, []
 
     def save(*arguments: Any) -> None:
         saves.append(1)
         if len(saves) == 2:
             raise MemoryError
-        real(*arguments)
+        original(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointManager, "should_save", property(after_an_epoch))
         patch.setattr(checkpoint, "save_checkpoint", save)
         with pytest.raises(MemoryError):
-            finish(asked, "killed")
+            finish(recipe, "killed")
     assert len(RunDir(Path("models/killed")).metrics()) == 2
-    equal(finish(asked, "killed"), whole)
+    equal(finish(recipe, "killed"), uninterrupted)
 
 
-def test_a_long_epoch_is_saved_in_its_middle(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = tiny(*EVERYTHING, "train.epochs=1")
-    whole = finish(asked, "whole")
+def test_checkpoints_are_saved_within_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(*EVERYTHING, "train.epochs=1")
+    uninterrupted = finish(recipe, "whole")
     monkeypatch.setattr(checkpoint, "SAVE_INTERVAL_S", 0.0)
-    real, saves = checkpoint.save_checkpoint, []
+    original, saves = checkpoint.save_checkpoint, []
 
-    def save(place: RunDir, job: Any, *rest: Any) -> None:
-        real(place, job, *rest)
+    def save(run_dir: RunDir, job: Any, *rest: Any) -> None:
+        original(run_dir, job, *rest)
         saves.append(job.state.step)
         if len(saves) == 3:
             raise MemoryError
@@ -118,56 +118,56 @@ def test_a_long_epoch_is_saved_in_its_middle(monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_checkpoint", save)
         with pytest.raises(MemoryError):
-            finish(asked, "killed")
+            finish(recipe, "killed")
     assert saves == [1, 2, 3]
-    equal(finish(asked, "killed"), whole)
+    equal(finish(recipe, "killed"), uninterrupted)
 
 
-def test_early_stopping_goes_on_counting(
+def test_early_stopping_keeps_its_count_after_a_resume(
     monkeypatch: pytest.MonkeyPatch, interrupting: Interrupting
 ) -> None:
     losses = {1: 0.5, 2: 0.4, 3: 0.9, 4: 0.8, 5: 0.7, 6: 0.1}
-    real = train._validate
+    original = train._validate
 
     def validate(job: Any, record: Any, flag: Any, *, seconds: float) -> dict[str, float]:
-        return {**real(job, record, flag, seconds=seconds), "val_loss": losses[record.epoch]}
+        return {**original(job, record, flag, seconds=seconds), "val_loss": losses[record.epoch]}
 
     monkeypatch.setattr(train, "_validate", validate)
-    asked = tiny("train.epochs=6", "train.patience=3")
-    whole = finish(asked, "whole")
-    assert len(whole.metrics()) == 5
-    assert whole.metadata()["kept_epoch"] == 2
-    stop(asked, "stopped", interrupting, 4 * STEPS - 2)
-    equal(finish(asked, "stopped"), whole)
+    recipe = tiny("train.epochs=6", "train.patience=3")
+    uninterrupted = finish(recipe, "whole")
+    assert len(uninterrupted.metrics()) == 5
+    assert uninterrupted.metadata()["kept_epoch"] == 2
+    stop(recipe, "stopped", interrupting, 4 * STEPS - 2)
+    equal(finish(recipe, "stopped"), uninterrupted)
 
 
-def test_sigterm_is_a_stop_that_can_be_taken_up(interrupting: Interrupting) -> None:
-    asked = tiny(*EVERYTHING)
-    whole = finish(asked, "whole")
+def test_a_run_stopped_by_sigterm_resumes_to_the_same_bits(interrupting: Interrupting) -> None:
+    recipe = tiny(*EVERYTHING)
+    uninterrupted = finish(recipe, "whole")
     interrupting.after, interrupting.number = 7, signal.SIGTERM
     with pytest.raises(Stopped, match="SIGTERM") as caught:
-        finish(asked, "stopped")
+        finish(recipe, "stopped")
     assert caught.value.exit_code == 75
-    equal(finish(asked, "stopped"), whole)
+    equal(finish(recipe, "stopped"), uninterrupted)
 
 
-def test_the_handlers_are_given_back(interrupting: Interrupting) -> None:
+def test_signal_handlers_are_restored(interrupting: Interrupting) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop(tiny(), "stopped", interrupting, 2)
     finish(tiny(), "stopped")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_the_moments_of_a_channels_last_network_lie_as_its_weights(
+def test_restored_optimizer_state_has_the_memory_format_of_the_weights(
     interrupting: Interrupting,
 ) -> None:
     """Fused kernels walk both side by side in memory."""
     from convlens.training.checkpoint import restore_checkpoint
 
-    asked = tiny(*EVERYTHING, "data.channels=3", "augment=[]")
-    stop(asked, "stopped", interrupting, 3)
-    job, place = begin(asked, "stopped")
-    restore_checkpoint(place, job, BestEpoch("val_loss"))
+    recipe = tiny(*EVERYTHING, "data.channels=3", "augment=[]")
+    stop(recipe, "stopped", interrupting, 3)
+    job, run_dir = begin(recipe, "stopped")
+    restore_checkpoint(run_dir, job, BestEpoch("val_loss"))
     moments = job.optimizer.state[job.model.get_parameter("stage1.0.weight")]
     weight = job.model.get_parameter("stage1.0.weight")
     assert weight.stride() != weight.contiguous().stride()
@@ -175,17 +175,17 @@ def test_the_moments_of_a_channels_last_network_lie_as_its_weights(
     assert moments["exp_avg"].abs().sum() > 0
 
 
-def test_everything_that_is_restored_is_what_was_saved(interrupting: Interrupting) -> None:
+def test_a_restored_job_saves_the_same_checkpoint(interrupting: Interrupting) -> None:
     from convlens.training.checkpoint import restore_checkpoint, save_checkpoint
 
-    asked = tiny(*EVERYTHING)
-    stop(asked, "stopped", interrupting, 8)
-    job, place = begin(asked, "stopped")
+    recipe = tiny(*EVERYTHING)
+    stop(recipe, "stopped", interrupting, 8)
+    job, run_dir = begin(recipe, "stopped")
     best = BestEpoch("val_loss")
-    rows = restore_checkpoint(place, job, best)
-    stored = place.state()
-    save_checkpoint(place, job, best, rows)
-    again = place.state()
+    rows = restore_checkpoint(run_dir, job, best)
+    stored = run_dir.state()
+    save_checkpoint(run_dir, job, best, rows)
+    again = run_dir.state()
     assert stored is not None
     assert again is not None
     same(stored[0], again[0])
@@ -197,7 +197,7 @@ def test_everything_that_is_restored_is_what_was_saved(interrupting: Interruptin
     assert isinstance(job.state.loss_sum, float)
 
 
-def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupting) -> None:
+def test_resuming_with_changed_images_is_refused(interrupting: Interrupting) -> None:
     import numpy as np
     from PIL import Image
 
@@ -208,33 +208,33 @@ def test_other_images_are_refused_when_a_run_is_taken_up(interrupting: Interrupt
             pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
             Image.fromarray(pixels).save(Path("photos", label, f"{number}.png"))
     tree = {**tiny().model_dump(mode="json"), "data": {"name": "photos", "image_size": 8}}
-    asked = load_recipe(tree)
+    recipe = load_recipe(tree)
     interrupting.after = 3
     with pytest.raises(KeyboardInterrupt):
-        train.train(asked, is_unmodified_recipe=True, test=False, device="cpu", quiet=True)
+        train.train(recipe, is_unmodified_recipe=True, test=False, device="cpu", quiet=True)
     changed = Path("photos/a/0.png")
     before = changed.read_bytes()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(changed)
     with pytest.raises(DataError, match="not those that run 'tiny' started with") as caught:
-        train.train(asked, is_unmodified_recipe=True, test=False, device="cpu", quiet=True)
+        train.train(recipe, is_unmodified_recipe=True, test=False, device="cpu", quiet=True)
     assert "--fresh" in caught.value.fix
     changed.write_bytes(before)
-    place = train.train(asked, is_unmodified_recipe=True, device="cpu", quiet=True)
-    assert place.is_finished
+    run_dir = train.train(recipe, is_unmodified_recipe=True, device="cpu", quiet=True)
+    assert run_dir.is_finished
     changed.unlink()
     with pytest.raises(DataError, match="changed since this model was trained"):
-        train.train(asked, is_unmodified_recipe=True, device="cpu", quiet=True)
+        train.train(recipe, is_unmodified_recipe=True, device="cpu", quiet=True)
 
 
 def test_progress_is_stored_in_the_keys_of_earlier_versions() -> None:
     """So that a run that an earlier version has saved can be resumed or extended."""
-    job, place = begin(tiny(), "keys")
+    job, run_dir = begin(tiny(), "keys")
     records = run_train_loop(job, job.process_group)
     for _ in range(2):
         next(records)
     job.state.micro_batch_size = 8
-    checkpoint.save_checkpoint(place, job, checkpoint.BestEpoch("val_loss"), [])
-    stored = place.state()
+    checkpoint.save_checkpoint(run_dir, job, checkpoint.BestEpoch("val_loss"), [])
+    stored = run_dir.state()
     assert stored is not None
     position = stored[1]["position"]
     assert set(position) == {
@@ -249,5 +249,5 @@ def test_progress_is_stored_in_the_keys_of_earlier_versions() -> None:
         "data_seconds",
     }
     again, _ = begin(tiny(), "keys")
-    checkpoint.restore_checkpoint(place, again, checkpoint.BestEpoch("val_loss"))
+    checkpoint.restore_checkpoint(run_dir, again, checkpoint.BestEpoch("val_loss"))
     assert again.state == job.state

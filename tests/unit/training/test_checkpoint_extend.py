@@ -22,37 +22,37 @@ CONSTANT = (
 )
 
 
-def train(asked: Recipe, name: str, *, extend: bool = False) -> RunDir:
+def train(recipe: Recipe, name: str, *, extend: bool = False) -> RunDir:
     return training_train.train(
-        asked, name=name, extend=extend, test=False, device="cpu", quiet=True
+        recipe, name=name, extend=extend, test=False, device="cpu", quiet=True
     )
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_at_a_constant_rate_it_ends_as_the_longer_run(keep: str) -> None:
+def test_at_a_constant_learning_rate_an_extended_run_equals_the_longer_run(keep: str) -> None:
     options = (*CONSTANT, f"train.keep={keep}")
     train(tiny(*options), "short")
     longer = tiny(*options, "train.epochs=5")
     extended = train(longer, "extended", extend=True)
-    told = extended.metadata()["extends"]
-    assert told == {"run": "short", "epochs": 3, "exact": True}
-    whole = train(longer, "whole")
-    assert differences(whole, extended) == []
+    extends = extended.metadata()["extends"]
+    assert extends == {"run": "short", "epochs": 3, "exact": True}
+    longer_run = train(longer, "whole")
+    assert differences(longer_run, extended) == []
     assert RunDir(Path("models/short")).metadata()["epochs"] == 3  # left as it was
 
 
-def test_a_schedule_goes_on_at_its_place_in_the_longer_run() -> None:
+def test_an_extended_run_continues_with_the_schedule_of_the_longer_run() -> None:
     options = ("optim.schedule=cosine", "train.keep=last")
     short = train(tiny(*options), "short")
     extended = train(tiny(*options, "train.epochs=6"), "extended", extend=True)
     assert extended.metadata()["extends"]["exact"] is False
     rates = [row["lr"] for row in extended.metrics()]
-    whole = [row["lr"] for row in train(tiny(*options, "train.epochs=6"), "whole").metrics()]
+    longer_run = [row["lr"] for row in train(tiny(*options, "train.epochs=6"), "whole").metrics()]
     assert rates[:3] == [row["lr"] for row in short.metrics()]
-    assert rates[3:] == whole[3:]
+    assert rates[3:] == longer_run[3:]
 
 
-def test_patience_counts_anew() -> None:
+def test_patience_starts_from_zero_in_an_extended_run() -> None:
     options = ("optim.lr=0.0000001", "train.patience=1", "train.monitor=val_accuracy")
     short = train(tiny(*options, "train.epochs=4"), "short")
     done = len(short.metrics())
@@ -62,7 +62,7 @@ def test_patience_counts_anew() -> None:
     assert len(extended.metrics()) > done
 
 
-def test_the_longest_is_extended_and_the_same_command_finds_it() -> None:
+def test_the_longest_run_is_extended_and_the_extended_run_is_found_again() -> None:
     train(tiny(), "three")
     train(tiny("train.epochs=4"), "four")
     extended = train(tiny("train.epochs=6"), "six", extend=True)
@@ -71,7 +71,7 @@ def test_the_longest_is_extended_and_the_same_command_finds_it() -> None:
     assert again.path == extended.path
 
 
-def test_what_cannot_be_extended_is_refused() -> None:
+def test_runs_that_cannot_be_extended_are_refused() -> None:
     with pytest.raises(UsageError, match="no finished run of this recipe with fewer than 5"):
         train(tiny("train.epochs=5"), "a", extend=True)
     short = train(tiny(), "short")
@@ -89,7 +89,7 @@ def test_what_cannot_be_extended_is_refused() -> None:
     assert not (Path("models/d") / "run.json").exists()
 
 
-def test_the_command() -> None:
+def test_the_extend_option_of_the_train_command() -> None:
     assert here("train", *DIGITS, "--no-test").code == 0
     longer = (*DIGITS[:-1], "train.epochs=3", "--no-test")
     done = here("train", *longer, "--extend", "--json")

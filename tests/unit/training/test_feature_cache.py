@@ -43,25 +43,25 @@ def resnet(trainable: str = "all") -> nn.Module:
 # A trunk that is computed once
 
 
-def test_trunk_and_tail_are_the_network_and_share_its_weights() -> None:
+def test_backbone_and_head_equal_the_network_and_share_its_weights() -> None:
     model = resnet("last:4").eval()
     images = torch.randn(6, 3, 32, 32)
     prefix = frozen_prefix(model)
     assert feature_cache.is_sequential_split(model, prefix, images)
-    rest = feature_cache.trainable_head(model, prefix).eval()
-    found = feature_cache.compute_features(
+    head = feature_cache.trainable_head(model, prefix).eval()
+    features = feature_cache.compute_features(
         model, prefix, images.split(4), torch.arange(6) % 4, PLAN
     )
-    assert found.values.shape == (6, 128, 4, 4)
-    torch.testing.assert_close(rest(found.values), model(images), rtol=1e-5, atol=1e-5)
-    assert rest.fc.weight is model.fc.weight
-    assert rest.layer4[0].bn1.running_mean is model.layer4[0].bn1.running_mean
+    assert features.values.shape == (6, 128, 4, 4)
+    torch.testing.assert_close(head(features.values), model(images), rtol=1e-5, atol=1e-5)
+    assert head.fc.weight is model.fc.weight
+    assert head.layer4[0].bn1.running_mean is model.layer4[0].bn1.running_mean
     with torch.no_grad():
         model.fc.bias += 1
-    torch.testing.assert_close(rest(found.values), model(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head(features.values), model(images), rtol=1e-5, atol=1e-5)
 
 
-def test_a_network_that_skips_over_the_boundary_is_found_out() -> None:
+def test_a_skip_connection_around_the_backbone_is_detected() -> None:
     class Skips(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -75,7 +75,7 @@ def test_a_network_that_skips_over_the_boundary_is_found_out() -> None:
     assert not feature_cache.is_sequential_split(model, ["first"], torch.randn(2, 3, 4, 4))
 
 
-def test_a_network_that_asserts_that_its_input_is_an_image_is_found_out() -> None:
+def test_a_network_that_asserts_the_shape_of_its_input_is_detected() -> None:
     class Asserts(nn.Module):  # as torchvision's vision transformers do
         def __init__(self) -> None:
             super().__init__()
@@ -107,50 +107,50 @@ FROZEN = (
 )
 
 
-def trained(name: str, *more: str) -> tuple[TrainingJob, list[dict[str, float]]]:
-    job, place = begin(load_recipe("resnet18", [*FROZEN, *more]), name)
-    rows, _ = train.fit(job, place)
+def trained(name: str, *overrides: str) -> tuple[TrainingJob, list[dict[str, float]]]:
+    job, run_dir = begin(load_recipe("resnet18", [*FROZEN, *overrides]), name)
+    rows, _ = train.fit(job, run_dir)
     return job, rows
 
 
-def test_a_cached_trunk_gives_the_same_training() -> None:
+def test_training_on_cached_features_gives_the_same_results() -> None:
     cached, cached_rows = trained("cached")
-    plain, plain_rows = trained("plain", "train.cache_trunk=false")
+    uncached, uncached_rows = trained("plain", "train.cache_trunk=false")
     assert cached.inputs.cached_bytes > 0
     assert cached.inputs.model is not cached.model
-    assert plain.inputs.cached_bytes == 0
-    assert plain.inputs.model is plain.model
+    assert uncached.inputs.cached_bytes == 0
+    assert uncached.inputs.model is uncached.model
     for name, tensor in cached.model.state_dict().items():
-        torch.testing.assert_close(tensor, plain.model.state_dict()[name], rtol=2e-4, atol=2e-5)
-    for mine, theirs in zip(cached_rows, plain_rows, strict=True):
+        torch.testing.assert_close(tensor, uncached.model.state_dict()[name], rtol=2e-4, atol=2e-5)
+    for cached_row, uncached_row in zip(cached_rows, uncached_rows, strict=True):
         for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
-    untouched = [n for n in cached.model.state_dict() if not n.startswith(("layer4", "fc"))]
+            assert cached_row[key] == pytest.approx(uncached_row[key], rel=1e-3, abs=1e-4), key
+    frozen = [n for n in cached.model.state_dict() if not n.startswith(("layer4", "fc"))]
     first = build_training_job(
         cached.recipe, cached.data, RuntimeContext("cpu", quiet=True)
     ).model.state_dict()
-    same({n: first[n] for n in untouched}, {n: cached.model.state_dict()[n] for n in untouched})
+    same({n: first[n] for n in frozen}, {n: cached.model.state_dict()[n] for n in frozen})
 
 
-def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
+def test_training_on_fixed_views_equals_a_plain_loop() -> None:
     augment = 'augment=[{"RandomCrop": {"padding": 4}}, "RandomHorizontalFlip"]'
     views, _ = trained("views", augment, "train.views=2")
     assert isinstance(views.inputs.batches, feature_cache.ViewBatches)
 
-    again = build_training_job(views.recipe, views.data, RuntimeContext("cpu", quiet=True))
-    model, rows = again.model, again.data.train.rows
-    count = len(again.data.train)
+    reference = build_training_job(views.recipe, views.data, RuntimeContext("cpu", quiet=True))
+    model, rows = reference.model, reference.data.train.rows
+    count = len(reference.data.train)
     shown = []
     for view in range(2):
         parts = []
         for chunk, index in enumerate(torch.arange(count).split(feature_cache.CHUNK_IMAGES)):
             seed = derive_seed(0, view, chunk, feature_cache.VIEW_SEED)
             generator = torch.Generator().manual_seed(seed)
-            images, labels = to_unit(rows.gather(index)), again.data.train.labels[index]
-            place = SampleInfo(index, view + 1, 0)
-            parts.append(again.augment(images, labels, place, generator)[0])
-        shown.append(again.preprocessing.normalize(torch.cat(parts), PLAN))
-    done = 0
+            images, labels = to_unit(rows.gather(index)), reference.data.train.labels[index]
+            info = SampleInfo(index, view + 1, 0)
+            parts.append(reference.augment(images, labels, info, generator)[0])
+        shown.append(reference.preprocessing.normalize(torch.cat(parts), PLAN))
+    step = 0
     total = 3 * len(views.inputs.batches)
     for epoch in (1, 2, 3):
         order = torch.randperm(
@@ -158,32 +158,32 @@ def test_fixed_views_are_trained_as_a_plain_loop_does() -> None:
         )
         set_train_mode(model)
         for part in order.split(16):
-            for group in again.optimizer.param_groups:
-                group["lr"] = 0.05 * again.schedule(done / total)
+            for group in reference.optimizer.param_groups:
+                group["lr"] = 0.05 * reference.schedule(step / total)
             logits = model(shown[(epoch - 1) % 2][part])
-            nn.functional.cross_entropy(logits, again.data.train.labels[part]).backward()
+            nn.functional.cross_entropy(logits, reference.data.train.labels[part]).backward()
             nn.utils.clip_grad_value_([p for p in model.parameters() if p.requires_grad], 0.1)
-            again.optimizer.step()
-            again.optimizer.zero_grad()
-            done += 1
-    assert done == total
+            reference.optimizer.step()
+            reference.optimizer.zero_grad()
+            step += 1
+    assert step == total
     for name, tensor in model.state_dict().items():
-        found = views.model.state_dict()[name]
-        torch.testing.assert_close(found, tensor, rtol=1e-3, atol=1e-4, msg=name)
+        trained_tensor = views.model.state_dict()[name]
+        torch.testing.assert_close(trained_tensor, tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_views_that_cannot_be_are_refused() -> None:
-    for more in (
+def test_impossible_views_are_refused() -> None:
+    for overrides in (
         [],
         ["model.trainable=all", "augment=[RandomHorizontalFlip]"],
         ["augment=[MixUp]"],
         ["augment=[RandomHorizontalFlip]", "train.cache_trunk=false"],
     ):
         with pytest.raises(UsageError, match=r"train\.views=2"):
-            begin(load_recipe("resnet18", [*FROZEN, "train.views=2", *more]), "refused")
+            begin(load_recipe("resnet18", [*FROZEN, "train.views=2", *overrides]), "refused")
 
 
-def test_views_are_refused_where_later_layers_read_past_the_trunk(
+def test_views_are_refused_if_later_layers_bypass_the_backbone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(feature_cache, "is_sequential_split", lambda *_: False)
@@ -192,12 +192,12 @@ def test_views_are_refused_where_later_layers_read_past_the_trunk(
         begin(load_recipe("resnet18", [*FROZEN, *views]), "refused")
 
 
-def test_activations_that_do_not_fit_are_computed_anew_each_epoch(
+def test_features_too_large_for_memory_are_computed_in_each_epoch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    few = [*FROZEN, "augment=[RandomHorizontalFlip]", "train.views=9"]
+    many_views = [*FROZEN, "augment=[RandomHorizontalFlip]", "train.views=9"]
     monkeypatch.setenv("CONVLENS_MEMORY", "1KB")
     job, _ = begin(load_recipe("resnet18", FROZEN), "small")
     assert job.inputs.cached_bytes == 0
     with pytest.raises(ResourceError, match=r"train\.views=9 needs"):
-        begin(load_recipe("resnet18", few), "views")
+        begin(load_recipe("resnet18", many_views), "views")

@@ -40,7 +40,7 @@ def train(*overrides: str, name: str, **options: Any) -> RunDir:
 PLAN = Plan("cpu", "fp32", "contiguous")
 
 
-def asked(spec: str, name: str = "resnet18") -> ModelConfig:
+def model_config(spec: str, name: str = "resnet18") -> ModelConfig:
     return ModelConfig(name=name, weights=spec)
 
 
@@ -54,7 +54,7 @@ def source() -> RunDir:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_checkpoint_of_several_processes_is_not_unpickled() -> None:
+def test_a_distributed_checkpoint_is_not_unpickled() -> None:
     """torch.distributed.checkpoint keeps a folder, and in it `.metadata`, a pickle."""
     from torch.distributed import checkpoint
 
@@ -67,22 +67,22 @@ def test_a_checkpoint_of_several_processes_is_not_unpickled() -> None:
             ModelFileError,
             match=r"a folder of torch\.distributed\.checkpoint|a folder, not a weights file",
         ) as caught:
-            pretrained.check_weights_available(asked(spec))
+            pretrained.check_weights_available(model_config(spec))
         assert "whose index is a pickle" in caught.value.what
         assert caught.value.where == spec
     refused(here("train", "digits", "model.weights=ckpt.pt", "--no-test"), 4, "torch.save(")
     with pytest.raises(ModelFileError, match=r"(more than|not only) tensors"):
-        pretrained.find_weights(asked("ckpt/.metadata"))
+        pretrained.find_weights(model_config("ckpt/.metadata"))
 
 
-def test_a_folder_is_no_file_of_weights(source: RunDir) -> None:
+def test_a_folder_is_refused_as_a_weights_file(source: RunDir) -> None:
     Path("mine").mkdir()
     for spec in ("mine", "mine/"):
         with pytest.raises(ModelFileError, match="a folder, not a weights file") as caught:
-            pretrained.check_weights_available(asked(spec))
+            pretrained.check_weights_available(model_config(spec))
         assert caught.value.fix == "name the file in it, or a run"
     Path("source").mkdir()  # a run's name wins
-    pretrained.check_weights_available(asked("source"))
+    pretrained.check_weights_available(model_config("source"))
 
 
 def test_a_safetensors_with_a_huge_header_is_refused() -> None:
@@ -95,7 +95,7 @@ def test_a_safetensors_with_a_huge_header_is_refused() -> None:
 # Another run
 
 
-def test_a_run_begins_with_the_weights_of_another_bit_by_bit(source: RunDir) -> None:
+def test_a_run_starts_with_exactly_the_weights_of_another(source: RunDir) -> None:
     tensors, model_metadata = serialization.read_model_file(source.model_path)
     for spec in ("source", "models/source", "models/source/model.safetensors"):
         job, _ = begin(tiny(f"model.weights={spec}"), "next")
@@ -108,7 +108,7 @@ def test_a_run_begins_with_the_weights_of_another_bit_by_bit(source: RunDir) -> 
     assert plain.preprocessing.mean != model_metadata["preprocessing"]["mean"]
 
 
-def test_a_finetuned_run_says_where_it_began(source: RunDir) -> None:
+def test_a_finetuned_run_records_its_source(source: RunDir) -> None:
     done = here(
         "train",
         "digits",
@@ -124,16 +124,16 @@ def test_a_finetuned_run_says_where_it_began(source: RunDir) -> None:
     assert done.code == 0, done.err
     assert "weights of run source" in done.err
     assert "14 tensors loaded; head of 10 classes included" in done.err
-    place = run.find_run(done.json["run"])
-    told = place.metadata()["weights"]
-    assert told == serialization.read_model_file(place.model_path)[1]["weights"]
-    assert told["origin"] == "run source"
-    assert told["sha256"] == serialization.read_model_file(source.model_path)[1]["sha256"]
-    assert (told["matched"], told["left"], told["new"], told["adapted"]) == (14, [], [], {})
+    run_dir = run.find_run(done.json["run"])
+    record = run_dir.metadata()["weights"]
+    assert record == serialization.read_model_file(run_dir.model_path)[1]["weights"]
+    assert record["origin"] == "run source"
+    assert record["sha256"] == serialization.read_model_file(source.model_path)[1]["sha256"]
+    assert (record["matched"], record["left"], record["new"], record["adapted"]) == (14, [], [], {})
     assert serialization.read_model_file(source.model_path)[1]["weights"] is None
 
 
-def test_a_head_for_other_classes_is_new_though_there_are_as_many() -> None:
+def test_the_head_is_new_if_as_many_classes_have_other_names() -> None:
     common = ["model.widths=[4,8]", "train.epochs=1", "augment=[]", "optim.ema=null", "--no-test"]
     pictures(Path("a"), {"cat": 6, "dog": 6})
     pictures(Path("b"), {"emu": 6, "owl": 6})
@@ -141,13 +141,13 @@ def test_a_head_for_other_classes_is_new_though_there_are_as_many() -> None:
     done = here("train", "b", *common, "model.weights=first", "--name", "second")
     assert done.code == 0, done.err
     assert "the head is new (2 classes; the file has other classes)" in done.err
-    told = run.find_run("second").metadata()["weights"]
-    assert told["new"] == ["classifier.weight", "classifier.bias"]
+    record = run.find_run("second").metadata()["weights"]
+    assert record["new"] == ["classifier.weight", "classifier.bias"]
 
 
-def test_a_grey_run_from_a_colour_one_has_the_averages_of_its_means() -> None:
-    told = {"mean": [0.2, 0.4, 0.9], "std": [0.1, 0.2, 0.3]}
-    grey = pretrained.pretrained_normalization(told, 1)
+def test_a_grey_run_averages_the_normalization_of_color_weights() -> None:
+    record = {"mean": [0.2, 0.4, 0.9], "std": [0.1, 0.2, 0.3]}
+    grey = pretrained.pretrained_normalization(record, 1)
     assert grey is not None
     assert grey[0] == pytest.approx([0.5])
     assert grey[1] == pytest.approx([0.2])
@@ -155,11 +155,11 @@ def test_a_grey_run_from_a_colour_one_has_the_averages_of_its_means() -> None:
         [0.5] * 3,
         [0.2] * 3,
     )
-    assert pretrained.pretrained_normalization(told, 3) == (told["mean"], told["std"])
+    assert pretrained.pretrained_normalization(record, 3) == (record["mean"], record["std"])
     assert pretrained.pretrained_normalization({"mean": None, "std": None}, 3) is None
 
 
-def test_a_damaged_run_is_not_begun_from(source: RunDir) -> None:
+def test_a_damaged_run_is_refused_as_a_source(source: RunDir) -> None:
     content = source.model_path.read_bytes()
     source.model_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ModelFileError, match="hash differs"):
@@ -174,12 +174,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("trainable", ["all", "stage2+"])
-def test_a_stopped_run_goes_on_without_its_source(
+def test_a_stopped_run_resumes_without_its_source(
     trainable: str, source: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a frozen trunk, too, whose activations are computed before the state is restored."""
-    asked = ("model.weights=source", f"model.trainable={trainable}")
-    whole = train(*asked, name="whole")
+    overrides = ("model.weights=source", f"model.trainable={trainable}")
+    uninterrupted = train(*overrides, name="whole")
     real, steps = loop.TrainLoop.train_step, iter(range(1, 100))
 
     def step(*arguments: Any, **more: Any) -> Any:
@@ -190,24 +190,24 @@ def test_a_stopped_run_goes_on_without_its_source(
     with monkeypatch.context() as patch:
         patch.setattr(loop.TrainLoop, "train_step", step)
         with pytest.raises(Stopped):
-            train(*asked, name="parts")
+            train(*overrides, name="parts")
     shutil.rmtree(source.path)
-    parts = train(*asked, name="parts")
+    resumed = train(*overrides, name="parts")
     same(
-        serialization.read_model_file(parts.model_path)[0],
-        serialization.read_model_file(whole.model_path)[0],
+        serialization.read_model_file(resumed.model_path)[0],
+        serialization.read_model_file(uninterrupted.model_path)[0],
     )
-    model_metadatas = [
-        serialization.read_model_file(place.model_path)[1] for place in (whole, parts)
+    metadata = [
+        serialization.read_model_file(run_dir.model_path)[1] for run_dir in (uninterrupted, resumed)
     ]
-    assert model_metadatas[0]["preprocessing"] == model_metadatas[1]["preprocessing"]
-    assert model_metadatas[0]["weights"] == model_metadatas[1]["weights"]
+    assert metadata[0]["preprocessing"] == metadata[1]["preprocessing"]
+    assert metadata[0]["weights"] == metadata[1]["weights"]
     # Nor does a finished one need it: to be found, loaded or tested.
-    assert train(*asked, name="parts", test=True).evaluations()[0]["n"] > 0
-    assert run.load_model(parts.model_path).classes == tuple("0123456789")
+    assert train(*overrides, name="parts", test=True).evaluations()[0]["n"] > 0
+    assert run.load_model(resumed.model_path).classes == tuple("0123456789")
 
 
-def test_a_run_that_was_killed_before_it_saved_anything_begins_anew(
+def test_a_run_killed_before_its_first_save_reads_the_source_again(
     source: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any, **__: Any) -> Any:
@@ -222,19 +222,19 @@ def test_a_run_that_was_killed_before_it_saved_anything_begins_anew(
     shutil.rmtree(source.path)
     train("train.epochs=1", "train.seed=8", "data.per_class=6", name="source")
     early = train("model.weights=source", name="early")
-    told = early.metadata()["weights"]
+    record = early.metadata()["weights"]
     assert (
-        told["sha256"]
+        record["sha256"]
         == serialization.read_model_file(source.model_path)[1]["sha256"]
         != before["sha256"]
     )
-    assert serialization.read_model_file(early.model_path)[1]["weights"] == told
+    assert serialization.read_model_file(early.model_path)[1]["weights"] == record
 
 
 # Files
 
 
-def test_a_state_dict_in_a_file_of_a_wrapped_network() -> None:
+def test_a_state_dict_of_a_wrapped_network_is_loaded() -> None:
     torch.manual_seed(3)
     net = models.build_model("cnn", 10, 1, 8, {"widths": [4, 8]})
     wrapped = torch.nn.DataParallel(torch.compile(net))  # type: ignore[arg-type]
@@ -249,7 +249,7 @@ def test_a_state_dict_in_a_file_of_a_wrapped_network() -> None:
     assert job.preprocessing == begin(tiny(), "plain")[0].preprocessing  # the data's own means
 
 
-def test_nan_and_another_architecture_leave_no_run_behind() -> None:
+def test_weights_with_nan_or_of_another_architecture_create_no_run() -> None:
     net = models.build_model("cnn", 10, 1, 8, {"widths": [4, 8]})
     with torch.no_grad():
         net.get_parameter("stage1.0.weight").fill_(float("nan"))
@@ -274,7 +274,7 @@ def test_nan_and_another_architecture_leave_no_run_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "name", "said"),
+    ("spec", "name", "message"),
     [
         ("default", "cnn", "cnn has no pretrained weights in torchvision"),
         ("IMAGENET1K_V1", "cnn", "cnn has no pretrained weights in torchvision"),
@@ -284,19 +284,19 @@ def test_nan_and_another_architecture_leave_no_run_behind() -> None:
         ("ResNet18_Weights.V9", "resnet18", "one of IMAGENET1K_V1, DEFAULT"),
     ],
 )
-def test_weights_that_a_network_has_not(spec: str, name: str, said: str) -> None:
+def test_unknown_torchvision_weights_are_refused(spec: str, name: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         validate_recipe(tiny(f"model.name={name}", f"model.weights={spec}"))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert f"model.weights={spec}" in caught.value.what
 
 
-def test_the_members_of_a_table_are_known() -> None:
+def test_torchvision_weights_are_valid_under_all_their_names() -> None:
     for spec in ("default", "DEFAULT", "IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V1"):
         validate_recipe(tiny("model.name=resnet50", f"model.weights={spec}"))
 
 
-def test_a_run_or_file_that_is_not_there_is_missed_before_images_are_read(
+def test_missing_runs_and_files_are_reported_before_images_are_read(
     source: RunDir,
 ) -> None:
     nowhere = ("train", "digits", "data.name=nowhere", "model.name=resnet18")
@@ -339,14 +339,14 @@ def offer(monkeypatch: pytest.MonkeyPatch, url: str) -> tuple[str, bytes]:
     return file, content
 
 
-def test_a_download_is_checked_kept_and_used_again(
+def test_a_download_is_verified_and_reused(
     data_root: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, type[Pages]]
 ) -> None:
     url, handler = server
     file, content = offer(monkeypatch, url)
     handler.pages[f"/{file}"] = content
-    first = pretrained.find_weights(asked("default"))
-    again = pretrained.find_weights(asked("ResNet18_Weights.IMAGENET1K_V1"))
+    first = pretrained.find_weights(model_config("default"))
+    again = pretrained.find_weights(model_config("ResNet18_Weights.IMAGENET1K_V1"))
     assert handler.requested == [f"/{file}"]
     assert (data_root / "weights" / file).read_bytes() == content
     assert {p.name for p in (data_root / "weights").iterdir()} <= {file, ".download.lock"}
@@ -357,15 +357,15 @@ def test_a_download_is_checked_kept_and_used_again(
     assert first.classes is None
 
 
-def test_weights_from_tensorflow_see_pixels_as_they_did_there(
+def test_weights_converted_from_tensorflow_get_the_same_inputs(
     data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchvision.models import GoogLeNet_Weights, googlenet
 
     torch.manual_seed(0)
-    theirs = googlenet(num_classes=7, transform_input=True, init_weights=True).eval()
+    original = googlenet(num_classes=7, transform_input=True, init_weights=True).eval()
     stream = io.BytesIO()
-    torch.save(theirs.state_dict(), stream)
+    torch.save(original.state_dict(), stream)
     content = stream.getvalue()
     file = f"googlenet-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     member = GoogLeNet_Weights.IMAGENET1K_V1
@@ -373,18 +373,18 @@ def test_weights_from_tensorflow_see_pixels_as_they_did_there(
     (data_root / "weights").mkdir(parents=True)
     (data_root / "weights" / file).write_bytes(content)
 
-    found = pretrained.find_weights(asked("default", "googlenet"))
-    ours = models.build_model("googlenet", 7, 3, 64, {}).eval()
-    pretrained.load_pretrained(found, ours, tuple("abcdefg"))
+    found = pretrained.find_weights(model_config("default", "googlenet"))
+    model = models.build_model("googlenet", 7, 3, 64, {}).eval()
+    pretrained.load_pretrained(found, model, tuple("abcdefg"))
     images = torch.rand(2, 3, 64, 64)
     transforms = member.transforms()
     with torch.no_grad():
-        its = theirs(Normalize(transforms.mean, transforms.std)(images, PLAN))
-        mine = ours(Normalize(found.mean or [], found.std or [])(images, PLAN))
-    torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+        expected = original(Normalize(transforms.mean, transforms.std)(images, PLAN))
+        outputs = model(Normalize(found.mean or [], found.std or [])(images, PLAN))
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_grey_run_from_torchvisions_weights(
+def test_torchvision_weights_are_adapted_to_grey_images(
     data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, content = offer(monkeypatch, "http://127.0.0.1:9/")
@@ -394,34 +394,34 @@ def test_a_grey_run_from_torchvisions_weights(
     job = build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
     assert job.preprocessing.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
     assert job.preprocessing.std == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
-    told = job.initial_weights
-    assert told is not None
-    assert list(told["adapted"]) == ["conv1.weight"]
-    assert told["adapted"]["conv1.weight"].startswith("64x3x7x7 -> 64x1x3x3; channels summed")
-    assert told["new"] == told["left"] == ["fc.weight", "fc.bias"]
-    json.dumps(told)
+    record = job.initial_weights
+    assert record is not None
+    assert list(record["adapted"]) == ["conv1.weight"]
+    assert record["adapted"]["conv1.weight"].startswith("64x3x7x7 -> 64x1x3x3; channels summed")
+    assert record["new"] == record["left"] == ["fc.weight", "fc.bias"]
+    json.dumps(record)
 
 
-@pytest.mark.parametrize("place", ["data/weights", "torch/hub/checkpoints"])
-def test_a_file_put_by_hand_or_by_torch_is_found(
-    place: str, data_root: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("folder", ["data/weights", "torch/hub/checkpoints"])
+def test_files_stored_by_hand_or_by_torch_are_used(
+    folder: str, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, content = offer(monkeypatch, "http://127.0.0.1:9/")
-    path = (data_root.parent if place.startswith("torch") else Path()) / place / file
+    path = (data_root.parent if folder.startswith("torch") else Path()) / folder / file
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     assert (
-        pretrained.find_weights(asked("IMAGENET1K_V1")).sha256
+        pretrained.find_weights(model_config("IMAGENET1K_V1")).sha256
         == hashlib.sha256(content).hexdigest()
     )
     path.write_bytes(content[:1000])
     with pytest.raises(ModelFileError, match="SHA-256 does not start with") as caught:
-        pretrained.find_weights(asked("IMAGENET1K_V1"))
+        pretrained.find_weights(model_config("IMAGENET1K_V1"))
     assert caught.value.where == str(path.absolute())
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said"),
+    ("failure", "message"),
     [
         ("closed", "refused"),
         ("404", "HTTP 404"),
@@ -430,32 +430,32 @@ def test_a_file_put_by_hand_or_by_torch_is_found(
         ("half", "IncompleteRead"),
     ],
 )
-def test_a_download_that_can_not_be_had_says_where_to_put_the_file(
-    trouble: str,
-    said: str,
+def test_a_failed_download_says_where_to_put_the_file(
+    failure: str,
+    message: str,
     data_root: Path,
     monkeypatch: pytest.MonkeyPatch,
     server: tuple[str, type[Pages]],
 ) -> None:
     url, handler = server
-    url = "http://127.0.0.1:9/" if trouble == "closed" else url
+    url = "http://127.0.0.1:9/" if failure == "closed" else url
     file, content = offer(monkeypatch, url)
     bad = {"html": b"<html>log in</html>", "wrong": content[:-1] + b"?", "half": content}
-    if trouble in bad:
-        handler.pages[f"/{file}"] = bad[trouble]
-    handler.truncate = trouble == "half"
-    with pytest.raises(ModelFileError, match=said) as caught:
-        pretrained.find_weights(asked("default"))
+    if failure in bad:
+        handler.pages[f"/{file}"] = bad[failure]
+    handler.truncate = failure == "half"
+    with pytest.raises(ModelFileError, match=message) as caught:
+        pretrained.find_weights(model_config("default"))
     assert f"{url}{file}" in caught.value.what
     assert str(data_root / "weights" / file) in caught.value.fix
-    left = {path.name for path in (data_root / "weights").iterdir()}
-    assert left <= {".download.lock"}
+    remaining = {path.name for path in (data_root / "weights").iterdir()}
+    assert remaining <= {".download.lock"}
 
 
 # timm
 
 
-def test_weights_through_timm() -> None:
+def test_weights_are_loaded_through_timm() -> None:
     timm = pytest.importorskip("timm")
     safetensors = pytest.importorskip("safetensors.torch")
     torch.manual_seed(0)
@@ -465,7 +465,7 @@ def test_weights_through_timm() -> None:
     config = {"num_classes": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     about = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": config}
     Path("m/config.json").write_text(json.dumps(about))
-    found = pretrained.find_weights(asked("local-dir:m"))
+    found = pretrained.find_weights(model_config("local-dir:m"))
     same(found.tensors, dict(net.state_dict()))
     assert (found.mean, found.std) == (config["mean"], config["std"])
     fitted = pretrained.load_pretrained(
@@ -473,20 +473,20 @@ def test_weights_through_timm() -> None:
     )
     assert fitted.left == fitted.new == ["fc.weight", "fc.bias"]
     with pytest.raises(ModelFileError, match="timm cannot load the weights"):
-        pretrained.find_weights(asked("timm/no_such_network"))
+        pretrained.find_weights(model_config("timm/no_such_network"))
 
 
-def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_timm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     for spec, name in [("hf-hub:timm/resnet18.a1_in1k", "resnet18"), ("default", "timm/resnet18")]:
         with pytest.raises(UsageError, match="needs timm"):
-            pretrained.check_weights_config(asked(spec, name))
+            pretrained.check_weights_config(model_config(spec, name))
 
 
 # Nothing is opened that wasn't asked for
 
 
-def test_a_check_opens_and_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validating_a_recipe_opens_and_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: Any, **__: Any) -> Any:
         raise AssertionError("opened")
 
@@ -496,35 +496,35 @@ def test_a_check_opens_and_downloads_nothing(monkeypatch: pytest.MonkeyPatch) ->
         validate_recipe(tiny("model.name=resnet18", f"model.weights={spec}"))
 
 
-def test_the_digest_knows_the_recipes_text_only(source: RunDir) -> None:
+def test_the_digest_depends_only_on_the_text_of_the_recipe(source: RunDir) -> None:
     before = tiny("model.weights=source").digest()
     source.model_path.unlink()
     assert tiny("model.weights=source").digest() == before != tiny().digest()
     assert tiny("model.weights=none").digest() == tiny().digest()
 
 
-def test_colour_weights_begin_a_grey_run_and_the_other_way_round() -> None:
+def test_color_weights_initialize_a_grey_run_and_vice_versa() -> None:
     common = ["model.widths=[4,8]", "train.epochs=1", "augment=[]", "optim.ema=null", "--no-test"]
     pictures(Path("colour"), {"cat": 6, "dog": 6})
     for n, name in enumerate(["cat", "dog"]):
         for i in range(6):
             picture(Path("grey") / name / f"{i}.png", (60 + 120 * n,), seed=10 * n + i)
-    for ours, theirs in [("colour", "grey"), ("grey", "colour")]:
-        assert here("train", theirs, *common, "--name", theirs).code == 0
-        done = here("train", ours, *common, f"model.weights={theirs}", "--name", f"{ours}2")
+    for data, base in [("colour", "grey"), ("grey", "colour")]:
+        assert here("train", base, *common, "--name", base).code == 0
+        done = here("train", data, *common, f"model.weights={base}", "--name", f"{data}2")
         assert done.code == 0, done.err
         assert "adapted stage1.0.weight" in done.err
-        loaded = run.load_model(Path(f"models/{ours}2/model.safetensors"))
-        base = run.load_model(Path(f"models/{theirs}/model.safetensors")).preprocessing
-        mean = sum(base.mean) / len(base.mean)
+        loaded = run.load_model(Path(f"models/{data}2/model.safetensors"))
+        source_mean = run.load_model(Path(f"models/{base}/model.safetensors")).preprocessing.mean
+        mean = sum(source_mean) / len(source_mean)
         assert sum(loaded.preprocessing.mean) == pytest.approx(
             mean * len(loaded.preprocessing.mean)
         )
 
 
-def test_a_recipe_of_a_finetuned_run_trains_as_it_stands(source: RunDir) -> None:
-    place = train("model.weights=source", name="next")
-    assert "weights: source" in (place.path / "recipe.yaml").read_text()
-    done = here("train", place.path / "recipe.yaml", "--no-test", "--fresh")
+def test_the_recipe_of_a_finetuned_run_can_be_trained_again(source: RunDir) -> None:
+    run_dir = train("model.weights=source", name="next")
+    assert "weights: source" in (run_dir.path / "recipe.yaml").read_text()
+    done = here("train", run_dir.path / "recipe.yaml", "--no-test", "--fresh")
     assert done.code == 0, done.err
     assert "weights of run source" in done.err

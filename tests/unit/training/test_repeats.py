@@ -56,9 +56,9 @@ def trained(*arguments: str | Path) -> Any:
 # Which runs
 
 
-def test_every_combination_is_one_run_with_a_name_of_its_own() -> None:
-    asked = resolve.resolve_variants(variants_file(), "all", overrides=["data.seed=3"])
-    plans = expand_runs(asked, repeat_splits=2, seeds=2, name="x")
+def test_each_combination_is_a_run_with_a_unique_name() -> None:
+    resolved = resolve.resolve_variants(variants_file(), "all", overrides=["data.seed=3"])
+    plans = expand_runs(resolved, repeat_splits=2, seeds=2, name="x")
     assert [p.recipe.name for p in plans] == [
         "x-slow",
         "x-slow-seed1",
@@ -84,7 +84,7 @@ def test_every_combination_is_one_run_with_a_name_of_its_own() -> None:
     assert plans[0].recipe.digest() == alone.digest()
 
 
-def test_folds_are_runs_of_recipes_that_say_so() -> None:
+def test_folds_are_runs_whose_recipes_name_the_fold() -> None:
     plans = expand_runs({None: resolve.resolve_recipe(TINY)}, seeds=2, folds=3)
     assert [p.recipe.name for p in plans] == [
         "tiny-fold0",
@@ -101,57 +101,59 @@ def test_folds_are_runs_of_recipes_that_say_so() -> None:
 # What they reached
 
 
-class Looked:
+class FakeEvaluation:
     """One look at `n` images of which `correct` are right."""
 
     def __init__(self, correct: int, n: int, loss: float = 0.5) -> None:
         self.correct, self.n, self.accuracy, self.loss = correct, n, correct / n, loss
 
 
-def summary(*cells: tuple[int, int, int | None, Looked]) -> VariantSummary:
+def summary(*cells: tuple[int, int, int | None, FakeEvaluation]) -> VariantSummary:
     """A summary of runs by split, seed and fold."""
-    place = RunDir(Path("models/x"))
+    run_dir = RunDir(Path("models/x"))
     outcomes = [
-        RunOutcome(PlannedRun(tiny(), True, None, split, seed, fold), place, place, looked)  # type: ignore[arg-type]
-        for split, seed, fold, looked in cells
+        RunOutcome(PlannedRun(tiny(), True, None, split, seed, fold), run_dir, run_dir, evaluation)  # type: ignore[arg-type]
+        for split, seed, fold, evaluation in cells
     ]
     return VariantSummary(None, outcomes)
 
 
-def test_one_run_has_an_interval_and_no_deviation() -> None:
-    one = summary((0, 0, None, Looked(90, 100)))
+def test_one_run_has_an_interval_and_no_standard_deviation() -> None:
+    one = summary((0, 0, None, FakeEvaluation(90, 100)))
     assert (one.mean, one.sd, one.parts) == (0.9, None, None)
     assert one.interval95 == wilson_interval(90, 100)
 
 
-def test_splits_and_seeds_have_a_deviation_each() -> None:
+def test_splits_and_seeds_have_separate_standard_deviations() -> None:
     # By hand: 60 70 | 80 90 %: within each split variance 50, means 65 and 85 of variance 200;
     # between splits 200 - 50 / 2 = 175. All four: mean 75, variance (225 + 25 + 25 + 225) / 3.
-    table = summary(
-        (0, 0, None, Looked(60, 100)),
-        (0, 1, None, Looked(70, 100)),
-        (1, 0, None, Looked(80, 100)),
-        (1, 1, None, Looked(90, 100)),
+    run_table = summary(
+        (0, 0, None, FakeEvaluation(60, 100)),
+        (0, 1, None, FakeEvaluation(70, 100)),
+        (1, 0, None, FakeEvaluation(80, 100)),
+        (1, 1, None, FakeEvaluation(90, 100)),
     )
-    assert table.interval95 is None
-    assert table.mean == pytest.approx(0.75)
-    assert table.sd == pytest.approx(math.sqrt(500 / 3) / 100)
-    assert table.parts == pytest.approx((math.sqrt(175) / 100, math.sqrt(50) / 100))
+    assert run_table.interval95 is None
+    assert run_table.mean == pytest.approx(0.75)
+    assert run_table.sd == pytest.approx(math.sqrt(500 / 3) / 100)
+    assert run_table.parts == pytest.approx((math.sqrt(175) / 100, math.sqrt(50) / 100))
 
 
 def test_folds_are_pooled_over_their_images() -> None:
     # Folds of unequal size: 9 of 10 and 10 of 20 are 19 of 30, not the mean of 90% and 50%.
-    one = summary((0, 0, 0, Looked(9, 10, loss=0.1)), (0, 0, 1, Looked(10, 20, loss=0.4)))
+    one = summary(
+        (0, 0, 0, FakeEvaluation(9, 10, loss=0.1)), (0, 0, 1, FakeEvaluation(10, 20, loss=0.4))
+    )
     assert one.accuracies == [19 / 30]
     assert (one.n, one.sd) == (30, None)
     assert one.interval95 == wilson_interval(19, 30)
     assert one.repeats[0].loss == pytest.approx((10 * 0.1 + 20 * 0.4) / 30)
     # Two seeds judge the same images twice: that makes no interval of 60 images.
     two = summary(
-        (0, 0, 0, Looked(9, 10)),
-        (0, 0, 1, Looked(10, 20)),
-        (0, 1, 0, Looked(9, 10)),
-        (0, 1, 1, Looked(16, 20)),
+        (0, 0, 0, FakeEvaluation(9, 10)),
+        (0, 0, 1, FakeEvaluation(10, 20)),
+        (0, 1, 0, FakeEvaluation(9, 10)),
+        (0, 1, 1, FakeEvaluation(16, 20)),
     )
     assert two.accuracies == [19 / 30, 25 / 30]
     assert two.interval95 is None
@@ -160,17 +162,23 @@ def test_folds_are_pooled_over_their_images() -> None:
 
 def test_variants_are_compared_within_splits_and_seeds() -> None:
     # By hand: gains of 2, 4 and 6 points: mean 4, sample deviation 2, whatever the seeds' own.
-    first = summary(*((0, seed, None, Looked(n, 100)) for seed, n in enumerate((50, 70, 60))))
-    other = summary(*((0, seed, None, Looked(n, 100)) for seed, n in enumerate((52, 74, 66))))
+    first = summary(
+        *((0, seed, None, FakeEvaluation(n, 100)) for seed, n in enumerate((50, 70, 60)))
+    )
+    other = summary(
+        *((0, seed, None, FakeEvaluation(n, 100)) for seed, n in enumerate((52, 74, 66)))
+    )
     assert other.over(first) == pytest.approx((0.04, 0.02))
     assert first.over(other) == pytest.approx((-0.04, 0.02))
-    assert summary((0, 0, None, Looked(9, 10))).over(summary((0, 0, None, Looked(8, 10)))) == (
+    assert summary((0, 0, None, FakeEvaluation(9, 10))).over(
+        summary((0, 0, None, FakeEvaluation(8, 10)))
+    ) == (
         pytest.approx(0.1),
         None,
     )
 
 
-def test_a_sum_with_something_unknown_is_unknown() -> None:
+def test_a_sum_with_an_unknown_term_is_unknown() -> None:
     assert sum_or_none([1.0, 2.5]) == 3.5
     assert sum_or_none([1.0, None]) is None
 
@@ -179,31 +187,36 @@ def test_a_sum_with_something_unknown_is_unknown() -> None:
 
 
 @pytest.mark.figures
-def test_seeds_side_by_side_and_one_more() -> None:
-    got = trained(*DIGITS, "--seeds", "2", "--name", "pair")
-    assert (got["name"], got["split"], got["seeds"], got["folds"]) == ("pair", "test", 2, None)
-    (only,) = got["variants"]
-    assert [entry["run"] for entry in only["runs"]] == ["pair", "pair-seed1"]
-    assert only["seeds"] == [0, 1]
-    one, two = only["accuracies"]
-    assert only["mean"] == pytest.approx((one + two) / 2)
+def test_seeds_are_summarized_and_finished_ones_are_not_trained_again() -> None:
+    result = trained(*DIGITS, "--seeds", "2", "--name", "pair")
+    assert (result["name"], result["split"], result["seeds"], result["folds"]) == (
+        "pair",
+        "test",
+        2,
+        None,
+    )
+    (variant,) = result["variants"]
+    assert [entry["run"] for entry in variant["runs"]] == ["pair", "pair-seed1"]
+    assert variant["seeds"] == [0, 1]
+    one, two = variant["accuracies"]
+    assert variant["mean"] == pytest.approx((one + two) / 2)
     # The sample deviation of two numbers is their distance over the root of two.
-    assert only["sd"] == pytest.approx(abs(one - two) / math.sqrt(2))
-    for entry in only["runs"]:
+    assert variant["sd"] == pytest.approx(abs(one - two) / math.sqrt(2))
+    for entry in variant["runs"]:
         run = Run.load(entry["run"])
         assert run.recipe.train.seed == entry["seed"]
-        (look,) = run.results
-        assert (look["accuracy"], look["loss"]) == (entry["accuracy"], entry["loss"])
-        facts = json.loads((run.path / "run.json").read_text())
-        assert entry["training_seconds"] == facts["training_seconds"] > 0
-        assert entry["cpu_seconds"] == facts["cpu_seconds"] > 0
+        (evaluation,) = run.results
+        assert (evaluation["accuracy"], evaluation["loss"]) == (entry["accuracy"], entry["loss"])
+        metadata = json.loads((run.path / "run.json").read_text())
+        assert entry["training_seconds"] == metadata["training_seconds"] > 0
+        assert entry["cpu_seconds"] == metadata["cpu_seconds"] > 0
         kept = next(row for row in run.metrics if row["epoch"] == entry["kept_epoch"])
         assert entry["val_accuracy"] == kept["val_accuracy"]
-    assert Path(got["plot"]).is_file()
-    first, second = (weights(Path("models") / entry["run"]) for entry in only["runs"])
+    assert Path(result["plot"]).is_file()
+    first, second = (weights(Path("models") / entry["run"]) for entry in variant["runs"])
     assert any(not bool((first[key] == second[key]).all()) for key in first)
     # The split of the data stays the same.
-    texts = {(Path("models") / e["run"] / "split.csv").read_text() for e in only["runs"]}
+    texts = {(Path("models") / e["run"] / "split.csv").read_text() for e in variant["runs"]}
     assert len(texts) == 1
     # Finished seeds are found, not trained again.
     runs = {p.name: (p / "model.safetensors").stat().st_mtime_ns for p in Path("models").iterdir()}
@@ -220,20 +233,20 @@ def test_seeds_side_by_side_and_one_more() -> None:
     assert all(f"{100 * accuracy:.2f}" in done.out for accuracy in (one, two, third))
 
 
-def test_seeds_begin_at_the_recipes_own() -> None:
-    asked = resolve.resolve_recipe(
+def test_seeds_start_at_the_seed_of_the_recipe() -> None:
+    resolved = resolve.resolve_recipe(
         "digits", overrides=[*DIGITS[1:], "train.seed=5", "train.epochs=1"]
     )
-    (only,) = train_many({None: asked}, test=False, quiet=True).summaries
-    assert [o.planned.seed for o in only.outcomes] == [5]
-    assert only.sd is None
+    (variant,) = train_many({None: resolved}, test=False, quiet=True).summaries
+    assert [o.planned.seed for o in variant.outcomes] == [5]
+    assert variant.sd is None
 
 
 # Settings
 
 
 @pytest.mark.figures
-def test_all_variants_in_one_command() -> None:
+def test_all_variants_are_trained_by_one_command() -> None:
     variants_file()
     done = here("train", "few.yaml", "train.epochs=1", "--variants", "all", "--json")
     assert done.code == 0, done.err
@@ -255,7 +268,7 @@ def test_all_variants_in_one_command() -> None:
 
 
 @pytest.mark.figures
-def test_a_table_of_variants_and_a_recipe_alone() -> None:
+def test_selected_variants_are_listed_in_the_given_order() -> None:
     path = variants_file()
     done = here("train", path, "--variants", "wide,slow", "--no-test")
     assert done.code == 0, done.err
@@ -275,7 +288,7 @@ def test_a_table_of_variants_and_a_recipe_alone() -> None:
     }
 
 
-def test_variants_that_can_not_be() -> None:
+def test_unknown_variants_are_refused() -> None:
     path = variants_file()
     refused(here("train", path, "--variants", "slwo"), 2, "unknown variant 'slwo'", "slow")
     refused(here("train", "digits", "--variants", "all"), 2, "'digits' has no variants")
@@ -287,23 +300,23 @@ def test_variants_that_can_not_be() -> None:
 # Splits
 
 
-def test_splits_differ_in_what_is_held_out() -> None:
+def test_repeated_splits_hold_out_different_images() -> None:
     short = [*DIGITS, "train.epochs=1", "--repeat-splits", "2", "--seeds", "2", "--no-test"]
     done = here("train", *short, "--name", "x")
     assert done.code == 0, done.err
     names = ["x", "x-seed1", "x-split1", "x-split1-seed1"]
     texts = [(Path("models") / name / "split.csv").read_text() for name in names]
     assert texts[0] == texts[1] != texts[2] == texts[3]
-    looks = [Run.load(name).results[0]["accuracy"] for name in names]
-    mean, sd = mean_sd(looks)
-    between, within = variance_components([looks[:2], looks[2:]])
+    accuracies = [Run.load(name).results[0]["accuracy"] for name in names]
+    mean, sd = mean_sd(accuracies)
+    between, within = variance_components([accuracies[:2], accuracies[2:]])
     assert sd is not None
     assert f"{100 * mean:.2f} ± {100 * sd:.2f} % (mean ± sd of 2 splits × 2 seeds)" in done.out
     assert f"sd {100 * between:.2f} points between splits, {100 * within:.2f} between" in done.out
     assert "the same images chose the epoch" in done.err
 
 
-def test_splits_of_data_that_bring_their_own_are_refused() -> None:
+def test_repeated_splits_of_data_with_fixed_splits_are_refused() -> None:
     for split in ("train", "val", "test"):
         pictures(Path("photos") / split, {"red": 3, "green": 3})
     refused(
@@ -318,21 +331,21 @@ def test_splits_of_data_that_bring_their_own_are_refused() -> None:
 
 
 @pytest.mark.figures
-def test_each_image_is_judged_out_of_its_fold_once() -> None:
+def test_each_image_is_evaluated_in_exactly_one_fold() -> None:
     done = here("train", *DIGITS, "train.epochs=1", "--folds", "2", "--name", "x")
     assert done.code == 0, done.err
-    held: list[str] = []
+    val_ids: list[str] = []
     correct = 0
     for number in range(2):
         run = Run.load(f"x-fold{number}")
         assert (run.recipe.data.folds, run.recipe.data.fold) == (2, number)
         rows = list(csv.DictReader((run.path / "split.csv").open()))
-        mine = [row["id"] for row in rows if row["split"] == "val"]
-        (look,) = run.results
-        assert (look["split"], look["n"]) == ("val", len(mine))
-        held += mine
-        correct += look["correct"]
-    assert len(held) == len(set(held)) == 1797 - 270
+        fold_ids = [row["id"] for row in rows if row["split"] == "val"]
+        (evaluation,) = run.results
+        assert (evaluation["split"], evaluation["n"]) == ("val", len(fold_ids))
+        val_ids += fold_ids
+        correct += evaluation["correct"]
+    assert len(val_ids) == len(set(val_ids)) == 1797 - 270
     low, high = wilson_interval(correct, 1527)
     assert (
         f"out-of-fold accuracy {correct / 1527:.2%} "
@@ -344,52 +357,52 @@ def test_each_image_is_judged_out_of_its_fold_once() -> None:
 # Refit
 
 
-def test_a_refit_trains_on_everything_for_the_epochs_that_were_chosen() -> None:
-    few = [*DIGITS, "data.per_class=null", "data.total_per_class=9", "train.epochs=4"]
-    done = here("train", *few, "--refit", "--name", "x", "--json")
+def test_a_refit_trains_on_all_images_for_the_chosen_number_of_epochs() -> None:
+    arguments = [*DIGITS, "data.per_class=null", "data.total_per_class=9", "train.epochs=4"]
+    done = here("train", *arguments, "--refit", "--name", "x", "--json")
     assert done.code == 0, done.err
     (entry,) = done.json["variants"][0]["runs"]
     assert (entry["run"], entry["chosen_by"]) == ("x-refit", "x")
-    chooser, refit = Run.load("x"), Run.load("x-refit")
-    assert chooser.results == []  # the test split was opened for the refit alone
-    assert [look["split"] for look in refit.results] == ["test"]
-    kept = json.loads((chooser.path / "run.json").read_text())["kept_epoch"]
+    first_run, refit = Run.load("x"), Run.load("x-refit")
+    assert first_run.results == []  # the test split was opened for the refit alone
+    assert [evaluation["split"] for evaluation in refit.results] == ["test"]
+    kept = json.loads((first_run.path / "run.json").read_text())["kept_epoch"]
     assert entry["kept_epoch"] == kept == refit.recipe.train.epochs == len(refit.metrics)
     assert (refit.recipe.data.val_fraction, refit.recipe.train.keep) == (0, "last")
-    held = list(csv.DictReader((chooser.path / "split.csv").open()))
-    still = list(csv.DictReader((refit.path / "split.csv").open()))
-    assert still == [row for row in held if row["split"] == "test"]
-    spent = [json.loads((r.path / "run.json").read_text()) for r in (chooser, refit)]
-    assert entry["training_seconds"] == pytest.approx(sum(f["training_seconds"] for f in spent))
+    first_split = list(csv.DictReader((first_run.path / "split.csv").open()))
+    refit_split = list(csv.DictReader((refit.path / "split.csv").open()))
+    assert refit_split == [row for row in first_split if row["split"] == "test"]
+    metadata = [json.loads((r.path / "run.json").read_text()) for r in (first_run, refit)]
+    assert entry["training_seconds"] == pytest.approx(sum(f["training_seconds"] for f in metadata))
     assert [
-        f["data"]["splits"]["train"][: len(words)]
-        for f, words in zip(spent, ("76 of 90", "90 images"), strict=True)
+        f["data"]["splits"]["train"][: len(prefix)]
+        for f, prefix in zip(metadata, ("76 of 90", "90 images"), strict=True)
     ] == ["76 of 90", "90 images"]
 
 
 @pytest.mark.figures
 def test_a_refit_from_python() -> None:
-    table = convlens.train_many(
+    run_table = convlens.train_many(
         variants_file(),
         {"data.per_class": None, "data.total_per_class": 9, "train.epochs": 1},
         variants=["wide"],
         refit=True,
         quiet=True,
     )
-    (run,) = table.runs
+    (run,) = run_table.runs
     assert run.name.startswith("few-wide-refit-")
     assert run.recipe.data.val_fraction == 0
-    assert [s.variant for s in table.summaries] == ["wide"]
-    assert table.plot.is_file()
-    assert repr(table) == "RunTable('few', 1 runs)"
-    assert table.to_dict()["refit"] is True
+    assert [s.variant for s in run_table.summaries] == ["wide"]
+    assert run_table.plot.is_file()
+    assert repr(run_table) == "RunTable('few', 1 runs)"
+    assert run_table.to_dict()["refit"] is True
 
 
 # What can't be
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--refit", "--folds", "3"], "--refit evaluates"),
         (["--refit", "--no-test"], "--refit leaves no validation split"),
@@ -404,26 +417,28 @@ def test_a_refit_from_python() -> None:
         (["data.total_per_class=500"], "at most data.total_per_class="),
     ],
 )
-def test_combinations_that_can_not_be_are_refused_first(arguments: list[str], said: str) -> None:
+def test_invalid_combinations_are_refused_before_training(
+    arguments: list[str], message: str
+) -> None:
     done = here("train", "digits", *arguments)
     assert done.code in (2, 3)
-    refused(done, done.code, said)
+    refused(done, done.code, message)
     assert not list(Path().glob("models/*/run.json"))
 
 
-def test_wrong_numbers_of_runs() -> None:
+def test_invalid_numbers_of_runs_are_refused() -> None:
     for option in ("--seeds=0", "--repeat-splits=0", "--folds=1"):
         assert here("train", "digits", option).code == 2
 
 
-def test_wrong_recipes_stop_before_the_first_run() -> None:
-    asked = resolve.resolve_recipe("digits", overrides=["optim.name=adamm"])
+def test_an_invalid_recipe_is_refused_before_the_first_run() -> None:
+    resolved = resolve.resolve_recipe("digits", overrides=["optim.name=adamm"])
     with pytest.raises(UsageError, match="adamm"):
-        train_many({None: asked}, seeds=2)
+        train_many({None: resolved}, seeds=2)
     assert not Path("models").exists()
 
 
-def test_the_list_of_recipes_says_how_many_variants_there_are(
+def test_the_list_of_recipes_shows_the_number_of_variants(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = variants_file()
@@ -431,6 +446,6 @@ def test_the_list_of_recipes_says_how_many_variants_there_are(
         {"few": load_recipe(path), "digits": load_recipe("digits")},
         {"few": ["a", "b"], "digits": []},
     )
-    few, digits = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert few.rstrip().endswith("; 2 variants")
+    fold_ids, digits = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert fold_ids.rstrip().endswith("; 2 variants")
     assert "variants" not in digits

@@ -13,35 +13,35 @@ from convlens.training import resolve
 from helpers.commands import pictures
 
 
-def test_a_recipes_name_wins_over_a_data_set_and_a_folder() -> None:
+def test_a_recipe_name_takes_precedence_over_a_data_set_and_a_folder() -> None:
     pictures(Path("digits"), {"a": 1, "b": 1})
-    asked = resolve.resolve_recipe("digits")
-    assert asked.is_unmodified
-    assert asked.recipe == recipe.load_recipe("digits")
+    resolved = resolve.resolve_recipe("digits")
+    assert resolved.is_unmodified
+    assert resolved.recipe == recipe.load_recipe("digits")
 
 
-def test_a_data_set_alone_means_the_recipe_folder_on_it() -> None:
-    asked = resolve.resolve_recipe("shapes", overrides=["train.epochs=3"])
-    assert not asked.is_unmodified
-    assert (asked.recipe.name, asked.recipe.data.name) == ("shapes", "shapes")
-    assert asked.recipe.train.epochs == 3
-    same = recipe.load_recipe("folder", ["data.name=shapes", "train.epochs=3"])
-    assert asked.recipe.digest() == same.digest()
+def test_a_data_set_alone_uses_the_folder_recipe() -> None:
+    resolved = resolve.resolve_recipe("shapes", overrides=["train.epochs=3"])
+    assert not resolved.is_unmodified
+    assert (resolved.recipe.name, resolved.recipe.data.name) == ("shapes", "shapes")
+    assert resolved.recipe.train.epochs == 3
+    expected = recipe.load_recipe("folder", ["data.name=shapes", "train.epochs=3"])
+    assert resolved.recipe.digest() == expected.digest()
 
 
 @pytest.mark.parametrize("name", ["photos", "photos/", "./photos", "fotos ö 📷", "it's [1] #a: b"])
-def test_a_folder_of_any_name_is_found_and_lends_its_name(name: str) -> None:
+def test_a_folder_of_any_name_is_found_and_names_the_recipe(name: str) -> None:
     folder = pictures(Path(name), {"a": 1, "b": 1})
-    asked = resolve.resolve_recipe(name)
-    assert asked.is_unmodified
-    assert asked.recipe.name == folder.name
-    assert Path(asked.recipe.data.name) == folder
-    again = Path("again.yaml")
-    again.write_text(asked.recipe.to_text(), "utf-8")
-    assert recipe.load_recipe(again) == asked.recipe
+    resolved = resolve.resolve_recipe(name)
+    assert resolved.is_unmodified
+    assert resolved.recipe.name == folder.name
+    assert Path(resolved.recipe.data.name) == folder
+    stored = Path("again.yaml")
+    stored.write_text(resolved.recipe.to_text(), "utf-8")
+    assert recipe.load_recipe(stored) == resolved.recipe
 
 
-def test_a_csv_lends_its_stem() -> None:
+def test_a_csv_file_names_the_recipe() -> None:
     Path("birds.csv").write_text("path,label\n")
     assert resolve.resolve_recipe("birds.csv").recipe.name == "birds"
 
@@ -54,24 +54,24 @@ def test_a_folder_below_the_data_folder_is_found_by_name(
     assert resolve.resolve_recipe("birds").recipe.data.name == "birds"
 
 
-def test_a_recipe_on_other_data_says_so_in_its_name() -> None:
-    asked = resolve.resolve_recipe("mnist-reg", data="digits")
-    assert asked.recipe.name == "mnist-reg-digits"
-    assert asked.recipe.data.name == "digits"
-    assert asked.is_unmodified
+def test_a_recipe_on_other_data_has_the_data_in_its_name() -> None:
+    resolved = resolve.resolve_recipe("mnist-reg", data="digits")
+    assert resolved.recipe.name == "mnist-reg-digits"
+    assert resolved.recipe.data.name == "digits"
+    assert resolved.is_unmodified
 
 
-def test_a_file_a_mapping_and_a_recipe_mean_the_same() -> None:
+def test_a_file_a_mapping_and_a_recipe_are_equivalent() -> None:
     text = recipe.recipe_text("digits")
     Path("mine.yaml").write_text(text)
-    read = resolve.resolve_recipe("mine.yaml").recipe
-    assert read.name == "mine"
-    assert read.digest() == recipe.load_recipe("digits").digest()
-    assert resolve.resolve_recipe(read).recipe == read
-    assert resolve.resolve_recipe(read.model_dump(mode="json")).recipe == read
+    loaded = resolve.resolve_recipe("mine.yaml").recipe
+    assert loaded.name == "mine"
+    assert loaded.digest() == recipe.load_recipe("digits").digest()
+    assert resolve.resolve_recipe(loaded).recipe == loaded
+    assert resolve.resolve_recipe(loaded.model_dump(mode="json")).recipe == loaded
 
 
-def test_a_word_that_is_nothing_names_near_misses_of_recipes_and_sets() -> None:
+def test_an_unknown_name_suggests_similar_recipes_and_data_sets() -> None:
     with pytest.raises(UsageError, match="'mnits' is neither") as error:
         resolve.resolve_recipe("mnits")
     assert "mnist" in error.value.fix
@@ -80,20 +80,20 @@ def test_a_word_that_is_nothing_names_near_misses_of_recipes_and_sets() -> None:
     assert "cifar10" in error.value.fix
 
 
-def test_a_missing_path_is_data_that_is_missing() -> None:
+def test_a_missing_path_is_a_data_error() -> None:
     from convlens.data.sources import find_source
 
-    asked = resolve.resolve_recipe("no/such/folder")
+    resolved = resolve.resolve_recipe("no/such/folder")
     with pytest.raises(DataError, match="no such file or folder"):
-        find_source(asked.recipe.data.name)
+        find_source(resolved.recipe.data.name)
 
 
-def test_a_data_set_twice_is_refused() -> None:
+def test_two_data_sets_are_refused() -> None:
     with pytest.raises(UsageError, match="is not a recipe, and --data"):
         resolve.resolve_recipe("shapes", data="digits")
 
 
-def test_all_wrong_keys_and_values_at_once_with_near_misses() -> None:
+def test_all_invalid_keys_and_values_are_reported_with_suggestions() -> None:
     wrong = ["optim.lrr=1", "train.epoch=3", "train.batch_size=-4"]
     with pytest.raises(UsageError) as error:
         resolve.resolve_recipe("digits", overrides=wrong)
@@ -117,15 +117,15 @@ def test_python_values_become_overrides() -> None:
         "optim.clip_norm": None,
         "augment": [{"RandomHorizontalFlip": {}}],
     }
-    got = recipe.load_recipe("digits", resolve.to_overrides(values))
-    assert (got.optim.lr, got.train.epochs, got.train.seed) == (1e-5, 3, 7)
-    assert got.model.options["widths"] == [4, 8]
-    assert got.data.name == "shapes"
-    assert got.train.deterministic
-    assert got.optim.clip_norm is None
-    assert got.augment == [{"RandomHorizontalFlip": {}}]
+    loaded = recipe.load_recipe("digits", resolve.to_overrides(values))
+    assert (loaded.optim.lr, loaded.train.epochs, loaded.train.seed) == (1e-5, 3, 7)
+    assert loaded.model.options["widths"] == [4, 8]
+    assert loaded.data.name == "shapes"
+    assert loaded.train.deterministic
+    assert loaded.optim.clip_norm is None
+    assert loaded.augment == [{"RandomHorizontalFlip": {}}]
 
 
-def test_a_python_value_that_is_no_setting_is_refused() -> None:
+def test_a_python_value_that_is_not_a_setting_is_refused() -> None:
     with pytest.raises(UsageError, match=r"optim\.lr"):
         resolve.to_overrides({"optim.lr": object()})

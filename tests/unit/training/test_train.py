@@ -57,22 +57,22 @@ class Scripted:
 
 
 def finish(*overrides: str, epochs: int) -> RunDir:
-    job, place = begin(tiny(f"train.epochs={epochs}", *overrides), "x")
-    rows, kept = training_train.fit(job, place)
-    place.finish(epochs=len(rows), kept=kept, seconds=0.0)
-    return place
+    job, run_dir = begin(tiny(f"train.epochs={epochs}", *overrides), "x")
+    rows, kept = training_train.fit(job, run_dir)
+    run_dir.finish(epochs=len(rows), kept=kept, seconds=0.0)
+    return run_dir
 
 
 @pytest.mark.parametrize("average", ["optim.ema=0.8", "optim.ema=null"])
 @pytest.mark.parametrize("monitor", ["val_loss", "val_accuracy"])
-def test_the_best_epochs_weights_are_kept(
+def test_the_weights_of_the_best_epoch_are_kept(
     monitor: str, average: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = Scripted(monkeypatch, [0.9, 0.5, 0.3, 0.3, 0.6])
-    place = finish(f"train.monitor={monitor}", average, epochs=5)
-    tensors, model_metadata = serialization.read_model_file(place.model_path)
-    same(tensors, seen.weights[3])  # equal values don't replace an earlier epoch
-    assert not all(torch.equal(tensors[k], seen.weights[5][k]) for k in tensors)
+    scripted = Scripted(monkeypatch, [0.9, 0.5, 0.3, 0.3, 0.6])
+    run_dir = finish(f"train.monitor={monitor}", average, epochs=5)
+    tensors, model_metadata = serialization.read_model_file(run_dir.model_path)
+    same(tensors, scripted.weights[3])  # equal values don't replace an earlier epoch
+    assert not all(torch.equal(tensors[k], scripted.weights[5][k]) for k in tensors)
     assert model_metadata["chosen"] == {
         "epoch": 3,
         "validated": True,
@@ -80,19 +80,19 @@ def test_the_best_epochs_weights_are_kept(
         "val_loss": 0.3,
         "val_accuracy": 0.7,
     }
-    assert place.metadata()["kept_epoch"] == 3
+    assert run_dir.metadata()["kept_epoch"] == 3
 
 
-def test_keep_last_keeps_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Scripted(monkeypatch, [0.1, 0.5, 0.9])
-    place = finish("train.keep=last", epochs=3)
-    tensors, model_metadata = serialization.read_model_file(place.model_path)
-    same(tensors, seen.weights[3])
+def test_keep_last_keeps_the_last_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted = Scripted(monkeypatch, [0.1, 0.5, 0.9])
+    run_dir = finish("train.keep=last", epochs=3)
+    tensors, model_metadata = serialization.read_model_file(run_dir.model_path)
+    same(tensors, scripted.weights[3])
     assert (model_metadata["chosen"]["epoch"], model_metadata["chosen"]["rule"]) == (
         3,
         "last epoch",
     )
-    assert place.metadata()["kept_epoch"] == 3
+    assert run_dir.metadata()["kept_epoch"] == 3
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_keep_last_keeps_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
         ([0.5, 0.4, 0.3], 1, 3, 3),
     ],
 )
-def test_early_stopping_counts_epochs_without_a_better_one(
+def test_early_stopping_counts_epochs_without_improvement(
     losses: list[float], patience: int, epochs: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = Scripted(monkeypatch, losses)
-    place = finish(f"train.patience={patience}", epochs=len(losses))
-    assert len(place.metrics()) == place.metadata()["epochs"] == epochs
-    assert place.metadata()["kept_epoch"] == kept
-    same(serialization.read_model_file(place.model_path)[0], seen.weights[kept])
+    scripted = Scripted(monkeypatch, losses)
+    run_dir = finish(f"train.patience={patience}", epochs=len(losses))
+    assert len(run_dir.metrics()) == run_dir.metadata()["epochs"] == epochs
+    assert run_dir.metadata()["kept_epoch"] == kept
+    same(serialization.read_model_file(run_dir.model_path)[0], scripted.weights[kept])
 
 
 def best_of(*values: float, monitor: str = "val_loss") -> tuple[int, int]:
@@ -121,18 +121,18 @@ def best_of(*values: float, monitor: str = "val_loss") -> tuple[int, int]:
     return best.epoch, best.stale
 
 
-def test_of_equal_accuracies_the_one_with_the_lower_loss_is_the_best() -> None:
+def test_equal_accuracies_are_ordered_by_loss() -> None:
     best = BestEpoch("val_accuracy")
     rows = [(0.5, 1.0), (0.5, 0.9), (0.5, 0.95), (0.4, 0.1), (0.5, math.nan)]
-    told = [
+    improved = [
         best.update({"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss})
         for epoch, (accuracy, loss) in enumerate(rows, 1)
     ]
-    assert told == [True, True, False, False, False]
+    assert improved == [True, True, False, False, False]
     assert (best.epoch, best.value, best.stale) == (2, 0.5, 3)
 
 
-def test_a_value_that_is_no_number_is_never_the_best_but_the_first() -> None:
+def test_a_non_finite_value_is_best_only_in_the_first_epoch() -> None:
     nan, inf = float("nan"), float("inf")
     assert best_of(nan) == (1, 0)
     assert best_of(nan, 5.0, nan) == (2, 1)
@@ -142,12 +142,12 @@ def test_a_value_that_is_no_number_is_never_the_best_but_the_first() -> None:
 
 
 @pytest.mark.parametrize("average", ["optim.ema=0.8", "optim.ema=null"])
-def test_the_numbers_of_the_kept_epoch_are_those_of_the_file(average: str) -> None:
-    place = train(average, "train.epochs=4", "optim.lr=0.05")
-    rows = place.metrics()
+def test_the_metrics_of_the_kept_epoch_match_the_model_file(average: str) -> None:
+    run_dir = train(average, "train.epochs=4", "optim.lr=0.05")
+    rows = run_dir.metrics()
     best = min(rows, key=lambda row: row["val_loss"])
-    assert place.metadata()["kept_epoch"] == best["epoch"]
-    result = evaluation.evaluate(place, "val", device="cpu", quiet=True)
+    assert run_dir.metadata()["kept_epoch"] == best["epoch"]
+    result = evaluation.evaluate(run_dir, "val", device="cpu", quiet=True)
     assert result.loss == pytest.approx(best["val_loss"], rel=1e-5)
     assert result.accuracy == pytest.approx(best["val_accuracy"], rel=1e-6)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
@@ -157,15 +157,15 @@ def test_the_numbers_of_the_kept_epoch_are_those_of_the_file(average: str) -> No
 # Runs that fail
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_weights() -> None:
+def test_a_non_finite_loss_keeps_the_last_finite_weights() -> None:
     with pytest.raises(Diverged, match="NaN or infinite") as caught:
         train("optim.lr=1e9", "optim.name=sgd", "train.batch_size=8", "model.batch_norm=false")
     assert caught.value.exit_code == 6
     assert "models/tiny" in caught.value.where
-    place = RunDir(Path("models/tiny"))
-    assert place.metadata()["status"] == "training"
-    if place.model_path.exists():
-        tensors, model_metadata = serialization.read_model_file(place.model_path)
+    run_dir = RunDir(Path("models/tiny"))
+    assert run_dir.metadata()["status"] == "training"
+    if run_dir.model_path.exists():
+        tensors, model_metadata = serialization.read_model_file(run_dir.model_path)
         assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
         assert model_metadata["chosen"]["validated"] is False
 
@@ -174,12 +174,14 @@ def test_weights_that_overflow_in_the_last_step_of_an_epoch_are_not_saved() -> N
     """The loss was finite, the update was not: no further step would notice."""
     with pytest.raises(Diverged, match="NaN or infinite, so they were not saved"):
         train("optim.lr=1e38", "optim.weight_decay=1e6", "optim.name=sgd", "train.batch_size=80")
-    place = RunDir(Path("models/tiny"))
-    assert not place.is_finished
-    assert not place.model_path.exists()
+    run_dir = RunDir(Path("models/tiny"))
+    assert not run_dir.is_finished
+    assert not run_dir.model_path.exists()
 
 
-def test_a_failed_start_does_not_take_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_to_start_does_not_reserve_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise UsageError("the network can't be built")
 
@@ -194,35 +196,35 @@ def test_a_failed_start_does_not_take_the_name(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_finished_run_is_not_trained_again() -> None:
-    place = train("train.epochs=1")
+    run_dir = train("train.epochs=1")
     before = {
         path.name: (path.stat().st_mtime_ns, path.stat().st_ino, sha256(path))
-        for path in place.path.iterdir()
+        for path in run_dir.path.iterdir()
         if path.is_file()
     }
     assert {"model.safetensors", "recipe.yaml", "run.json", "split.csv", "metrics.csv"} <= set(
         before
     )
-    again = train("train.epochs=1", test=True)
-    assert again.path == place.path
-    for name, facts in before.items():
-        path = place.path / name
-        assert (path.stat().st_mtime_ns, path.stat().st_ino, sha256(path)) == facts, name
-    assert [entry["split"] for entry in again.evaluations()] == ["test"]
+    repeated = train("train.epochs=1", test=True)
+    assert repeated.path == run_dir.path
+    for name, stat in before.items():
+        path = run_dir.path / name
+        assert (path.stat().st_mtime_ns, path.stat().st_ino, sha256(path)) == stat, name
+    assert [entry["split"] for entry in repeated.evaluations()] == ["test"]
     fresh = train("train.epochs=1", fresh=True)
-    assert fresh.path != place.path
+    assert fresh.path != run_dir.path
     same(
         serialization.read_model_file(fresh.model_path)[0],
-        serialization.read_model_file(place.model_path)[0],
+        serialization.read_model_file(run_dir.model_path)[0],
     )
-    resolved = load_recipe(place.path / "recipe.yaml")
+    resolved = load_recipe(run_dir.path / "recipe.yaml")
     found = training_train.train(
         resolved, is_unmodified_recipe=True, test=False, device="cpu", quiet=True
     )
-    assert found.path in (place.path, fresh.path)
+    assert found.path in (run_dir.path, fresh.path)
 
 
-def test_a_run_finished_by_another_process_meanwhile_is_left_alone(
+def test_a_run_finished_by_another_process_meanwhile_is_not_overwritten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both begin, one reads its images more slowly: it must not train over the other."""
@@ -235,11 +237,11 @@ def test_a_run_finished_by_another_process_meanwhile_is_left_alone(
 
     first: list[str] = []
     monkeypatch.setattr(training_train, "load_data", slow)
-    place = train("train.epochs=1")
-    assert [sha256(place.path / "run.json")] == first
+    run_dir = train("train.epochs=1")
+    assert [sha256(run_dir.path / "run.json")] == first
 
 
-def test_a_name_taken_by_another_recipe_meanwhile_is_not_trained_over(
+def test_a_name_used_by_another_recipe_meanwhile_is_not_overwritten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = training_train.load_data
@@ -280,19 +282,19 @@ with lock(Path("models/tiny/.lock"), what="x"):
     assert train("train.epochs=1").name == "tiny"
 
 
-def test_the_test_split_is_sealed_until_the_end() -> None:
+def test_training_does_not_open_the_test_split() -> None:
     unsealed = []
     data = images_of(tiny())
     object.__setattr__(data, "_test", lambda inner=data._test: unsealed.append(1) or inner())
     job = build_training_job(tiny("train.epochs=1"), data, RuntimeContext("cpu", quiet=True))
-    place = RunDir(Path("models/x"))
-    place.create(job.recipe, {"digests": []})
-    training_train.fit(job, place)
+    run_dir = RunDir(Path("models/x"))
+    run_dir.create(job.recipe, {"digests": []})
+    training_train.fit(job, run_dir)
     assert unsealed == []
-    assert place.evaluations() == []
+    assert run_dir.evaluations() == []
 
 
-def test_two_trainings_with_one_seed_are_equal_and_another_seed_is_not() -> None:
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not() -> None:
     options = ('augment=["RandomErasing"]', "model.dropout=0.2", "train.epochs=2")
     first, second = train(*options, name="a"), train(*options, name="b")
     other = train(*options, "train.seed=1", name="c")
@@ -301,13 +303,13 @@ def test_two_trainings_with_one_seed_are_equal_and_another_seed_is_not() -> None
         serialization.read_model_file(second.model_path)[0],
     )
     weights = [
-        serialization.read_model_file(place.model_path)[0]["classifier.weight"]
-        for place in (first, other)
+        serialization.read_model_file(run_dir.model_path)[0]["classifier.weight"]
+        for run_dir in (first, other)
     ]
     assert not torch.equal(*weights)
 
 
-def test_a_set_larger_than_the_budget_trains_to_the_same_bits(
+def test_images_larger_than_the_memory_budget_train_to_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = train("train.epochs=2", name="a")
@@ -327,7 +329,7 @@ def test_normalisation_is_measured_on_the_training_images_only() -> None:
     assert job.preprocessing.std == pytest.approx([pixels.std()])
 
 
-def test_the_plan_of_a_run_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_uses_its_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was chosen by timing, so another choice could end with other bits."""
     from convlens.utils.process import StopSignal
 
@@ -348,12 +350,12 @@ def test_the_plan_of_a_run_is_used_again(monkeypatch: pytest.MonkeyPatch) -> Non
     plans = []
     real = training_train.build_training_job
 
-    def preparing(*arguments: Any, **options: Any) -> Any:
+    def record_plan(*arguments: Any, **options: Any) -> Any:
         job = real(*arguments, **options)
         plans.append(job.plan)
         return job
 
-    monkeypatch.setattr(training_train, "build_training_job", preparing)
+    monkeypatch.setattr(training_train, "build_training_job", record_plan)
     train(*overrides)
     assert [plan.memory_format for plan in plans] == ["channels_last"]
 
@@ -378,7 +380,7 @@ def _stop(*_: Any) -> None:
 # Checks before any image is read
 
 
-def test_all_that_is_wrong_with_a_recipe_is_said_before_data_is_read(
+def test_all_mistakes_in_a_recipe_are_reported_before_data_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def never(*_: Any, **__: Any) -> Any:
@@ -393,8 +395,8 @@ def test_all_that_is_wrong_with_a_recipe_is_said_before_data_is_read(
 
 
 def test_a_setup_has_nothing_left_to_choose() -> None:
-    asked = load_recipe("folder", ["data.name=digits", "data.per_class=5"])
-    job = build_training_job(asked, images_of(asked), RuntimeContext("cpu", quiet=True))
+    recipe = load_recipe("folder", ["data.name=digits", "data.per_class=5"])
+    job = build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
     assert "auto" not in (job.recipe.augment, job.recipe.train.epochs)
     assert (job.recipe.data.image_size, job.recipe.data.channels) == (8, 1)
     assert job.recipe.train.epochs == 60
