@@ -52,7 +52,7 @@ def network(name: str, channels: int, size: int) -> nn.Module:
 
 
 def steps_of(
-    world: ProcessGroup, name: str, batch: int, channels: int, size: int
+    process_group: ProcessGroup, name: str, batch: int, channels: int, size: int
 ) -> Callable[[], Step]:
     """Return a training step without augmentation, as `train` runs it, on this process's rows."""
     model = network(name, channels, size)
@@ -65,14 +65,16 @@ def steps_of(
         normalize=Normalize([0.5] * channels, [0.25] * channels),
         plan=plan,
         seed=0,
-        world=world,
+        process_group=process_group,
     )
     loop = TrainLoop(
         model,
         optim.build_optimizer(model, recipe.OptimConfig(name="adam", lr=1e-4)),
         nn.CrossEntropyLoss(),
         plan,
-        data_parallel=DataParallel(world, batches.sizes) if world.size > 1 else None,
+        data_parallel=DataParallel(process_group, batches.sizes)
+        if process_group.size > 1
+        else None,
     )
     records = loop.run(batches, lambda progress: 1.0, epochs=10**6, seed=0)
 
@@ -94,27 +96,27 @@ def timed(step: Callable[[], object], steps: int, threads: int) -> float:
 
 
 def compare(
-    world: ProcessGroup, rounds: int, case: tuple[str, int, int, int, int]
+    process_group: ProcessGroup, rounds: int, case: tuple[str, int, int, int, int]
 ) -> dict[str, Any]:
     """Measure steps alone and together with the same batch; all processes call this."""
     name, batch, channels, size, steps = case
     cores = device.usable_cores()
     alone = steps_of(SINGLE_PROCESS, name, batch, channels, size)
-    together = steps_of(world, name, batch, channels, size)
+    together = steps_of(process_group, name, batch, channels, size)
     weights = sum(p.numel() for p in network(name, channels, size).parameters())
     numbers = torch.zeros(weights)
     spent: dict[str, list[float]] = {"alone": [], "one_thread": [], "together": [], "sum": []}
     for turn in range(rounds + 1):
-        world.barrier()
-        once = timed(alone, steps, cores) if world.is_main_process else 0.0
-        single = timed(alone, steps, 1) if world.is_main_process else 0.0
-        world.barrier()
-        both = timed(together, steps, max(1, cores // world.size))
-        summed = timed(lambda: world.all_reduce_(numbers), 5, 1)
+        process_group.barrier()
+        once = timed(alone, steps, cores) if process_group.is_main_process else 0.0
+        single = timed(alone, steps, 1) if process_group.is_main_process else 0.0
+        process_group.barrier()
+        both = timed(together, steps, max(1, cores // process_group.size))
+        summed = timed(lambda: process_group.all_reduce_(numbers), 5, 1)
         if turn:
             for times, seconds in zip(spent.values(), (once, single, both, summed), strict=True):
                 times.append(seconds)
-    if not world.is_main_process:
+    if not process_group.is_main_process:
         return {}
     ratios = [a / b for a, b in zip(spent["alone"], spent["together"], strict=True)]
     singles = [a / b for a, b in zip(spent["one_thread"], spent["together"], strict=True)]
@@ -144,12 +146,12 @@ def main() -> None:
         env = {**os.environ, "OMP_NUM_THREADS": threads}
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *line], env=env)
         sys.exit(done.returncode)
-    world = distributed.init_process_group()
+    process_group = distributed.init_process_group()
     process.keep_freed_memory()
-    figures = {case[0]: compare(world, options.rounds, case) for case in CASES}
-    if world.is_main_process:
+    figures = {case[0]: compare(process_group, options.rounds, case) for case in CASES}
+    if process_group.is_main_process:
         cores = device.usable_cores()
-        about = {"processes": world.size, "cores": cores, "rounds": options.rounds}
+        about = {"processes": process_group.size, "cores": cores, "rounds": options.rounds}
         print(json.dumps(record("processes", about | {"cases": figures})))
 
 

@@ -147,16 +147,16 @@ def evaluate(
     """
     lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
     inference.select_views(tta)  # report a typo before a data set is loaded
-    world = init_process_group()
-    run_dir = shared_run_dir(world, lambda: as_run_dir(run))
+    process_group = init_process_group()
+    run_dir = shared_run_dir(process_group, lambda: as_run_dir(run))
     loaded = load_model_or_onnx(run_dir.model_path)
     device = loaded.select_device(device)
     with quiet_mode(quiet):
-        with world.local_rank_zero_first():
+        with process_group.local_rank_zero_first():
             eval_split = load_eval_split(loaded, split, data=data, device=device, own_data=own_data)
-        check_same_images(world, eval_split.name, eval_split.fingerprint)
+        check_same_images(process_group, eval_split.name, eval_split.fingerprint)
         return evaluate_split(
-            run_dir, loaded, eval_split, split, device, tta=tta, world=world
+            run_dir, loaded, eval_split, split, device, tta=tta, process_group=process_group
         ).evaluation
 
 
@@ -275,19 +275,19 @@ def evaluate_split(
     *,
     tta: str | None = None,
     draw: bool = True,
-    world: ProcessGroup = SINGLE_PROCESS,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> EvaluationRun:
     """Evaluate all images of a split and log the evaluation in `results.json`.
 
     Args:
         split: name of the split: `test`, `val` or `train`.
         draw: also draw confusion, calibration and the worst mistakes.
-        world: the processes that share the images; rank 0 writes the log.
+        process_group: the processes that share the images; rank 0 writes the log.
     """
     part, name, fingerprint = eval_split
     start = time.perf_counter()
     plan, can_choose = _inference_plan(run_dir, loaded, device)
-    outputs, labels = _compute_outputs(loaded, part, split, plan, can_choose, tta, world)
+    outputs, labels = _compute_outputs(loaded, part, split, plan, can_choose, tta, process_group)
     seconds = time.perf_counter() - start
     scores, targets = outputs.logits.cpu().numpy(), labels.cpu().numpy()
     summary = metrics.summarize(scores, targets, list(loaded.classes))
@@ -306,15 +306,15 @@ def evaluate_split(
         "hardware": describe_hardware(device),
     }
     is_own = loaded.model_metadata["data"]["fingerprint"] == fingerprint
-    result["looks"] = world.broadcast(
+    result["looks"] = process_group.broadcast(
         lambda: run_dir.add_result({**result, "own": is_own})["looks"]
     )
     # Reports show the outputs of the model file, not those of an exported one.
-    if is_own and world.is_main_process and loaded.is_native:
+    if is_own and process_group.is_main_process and loaded.is_native:
         cached = CachedPredictions(scores, targets, split_hash(part, loaded.classes))
         save_predictions(run_dir, split, fingerprint, loaded.model_metadata["sha256"], cached)
     label = split if is_own else f"{split}-{safe_name(Path(name).name)}"
-    if draw and world.is_main_process:
+    if draw and process_group.is_main_process:
         run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
     return EvaluationRun(evaluation, scores, targets)
@@ -366,7 +366,7 @@ def _compute_outputs(
     plan: Plan,
     can_choose_memory_format: bool,
     tta: str | None,
-    world: ProcessGroup,
+    process_group: ProcessGroup,
 ) -> tuple[ModelOutputs, torch.Tensor]:
     """Return the logits without and with test-time augmentation, and the labels, on the device."""
 
@@ -379,11 +379,11 @@ def _compute_outputs(
             plan,
             inference.select_views(tta),
             advance=bar.advance,
-            choose_memory_format=can_choose_memory_format and world.size == 1,
+            choose_memory_format=can_choose_memory_format and process_group.size == 1,
         )[0]
 
     with progress_bar(f"evaluating {split}", int(part.labels.numel())) as bar:
-        plain, mean = distributed_map(world, part, compute)
+        plain, mean = distributed_map(process_group, part, compute)
         assert plain is not None
         synchronize(plan.device)
     return ModelOutputs(plain, mean), part.labels.to(plan.device)

@@ -37,7 +37,7 @@ def evaluate_sizes(run_dir: RunDir, pieces: int) -> list[dict[str, Any]]:
                 part = Split(rows, test_split.labels[:size], list(test_split.ids)[:size])
                 split = EvalSplit(part, name, f"{fingerprint}-{size}-{pieces}")
                 result = evaluation.evaluate_split(
-                    run_dir, loaded, split, "test", "cpu", draw=False, world=group
+                    run_dir, loaded, split, "test", "cpu", draw=False, process_group=group
                 ).evaluation
                 keys = ("n", "correct", "confusion", "near_ties", "loss", "ece")
                 results.append({key: getattr(result, key) for key in keys})

@@ -47,7 +47,7 @@ def batches_of_rank(rank: int, size: int, ops: list[Any], channels: int, rows: A
         seed=3,
         augment=pipeline,
         mixes=bool(pipeline.mixes),
-        world=ProcessGroup(rank, size),
+        process_group=ProcessGroup(rank, size),
     )
 
 
@@ -86,8 +86,8 @@ def test_several_processes_train_on_the_samples_of_a_single_process(
             for w in worlds
         ]
         for step, (pixels, labels) in enumerate(whole):
-            for world, parts in zip(worlds, each, strict=True):
-                rows = world.share(len(labels)).rows
+            for group, parts in zip(worlds, each, strict=True):
+                rows = group.share(len(labels)).rows
                 assert torch.equal(parts[step][0], pixels[rows])
                 assert torch.equal(parts[step][1], labels[rows])
 

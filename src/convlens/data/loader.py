@@ -174,7 +174,7 @@ class Batches:
         seed: Seed of order and augmentation.
         augment: `(images float32 0..1, labels, sample_info, generator) -> (images, labels)`.
         mixes: Whether `augment` mixes images, so that it needs the whole batch.
-        world: The processes that share each batch. This process yields its own rows only,
+        process_group: The processes that share each batch. This process yields its own rows only,
             augmented as they are in the whole batch.
         shards: The shards of the images, if the order depends on them (`epoch_order`).
     """
@@ -189,13 +189,13 @@ class Batches:
         seed: int,
         augment: Augment | None = None,
         mixes: bool = False,
-        world: ProcessGroup = SINGLE_PROCESS,
+        process_group: ProcessGroup = SINGLE_PROCESS,
         shards: ShardOrder | None = None,
     ) -> None:
         self.rows, self.count = split.rows, int(split.labels.numel())
         self.plan, self.seed, self.shards = plan, seed, shards
         self.augment, self.normalize, self._mixes = augment, normalize, mixes
-        self.world = world
+        self.process_group = process_group
         self.labels = split.labels.to(plan.device)
         self.sizes = _batch_sizes(self.count, batch_size)
         images = split.rows.in_memory_tensor()
@@ -223,7 +223,7 @@ class Batches:
         gathered = zip(indices, self._gathered(parts, indices), strict=True)
         for step, (index, raw) in enumerate(gathered, start):
             generator.manual_seed(derive_seed(self.seed, epoch, step))
-            generator.share = self.world.share(self.sizes[step])
+            generator.share = self.process_group.share(self.sizes[step])
             sample_info = SampleInfo(index, epoch, self.seed)
             labels = self.labels.index_select(0, index)
             images, labels = self.augment(to_unit(raw), labels, sample_info, generator)
@@ -242,9 +242,9 @@ class Batches:
         These are the rows of this process, or all rows if images are mixed.
         """
         parts: Sequence[Tensor] = order.split(self.sizes)
-        if self._mixes or self.world.size == 1:
+        if self._mixes or self.process_group.size == 1:
             return parts
-        return [part[self.world.share(len(part)).rows] for part in parts]
+        return [part[self.process_group.share(len(part)).rows] for part in parts]
 
     def _normalized(self, parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the normalized images of each part; small batches are normalized together.

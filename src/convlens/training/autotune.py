@@ -195,7 +195,7 @@ class Autotuner:
             recipe.optim.clip_norm,
             recipe.optim.clip_value,
             feature_cache.cacheable_backbone(recipe, model),
-            batches.world.size,
+            batches.process_group.size,
         )
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()

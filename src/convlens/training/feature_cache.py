@@ -252,7 +252,7 @@ def choose_train_inputs(
     plan, normalize = images.plan, images.normalize
 
     def validate(advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        return _split_logits(images.world, model, data.val, normalize, plan, advance)
+        return _split_logits(images.process_group, model, data.val, normalize, plan, advance)
 
     without_cache = TrainInputs(model, images, validate)
     if options.views:
@@ -306,7 +306,7 @@ def _cache_features(
     plan, views = images.plan, recipe.train.views or 1
     bytes_per_image = feature_bytes(model, prefix, sample, plan)
     size = bytes_per_image * (len(data.train) * views + 2 * len(data.val))
-    budget = images.world.all_reduce_min(memory_budget(plan.device))
+    budget = images.process_group.all_reduce_min(memory_budget(plan.device))
     if size > budget:
         needed = f"{size / 2**20:,.0f} MiB of features, and {budget / 2**20:,.0f} MiB are free"
         if recipe.train.views:
@@ -330,14 +330,14 @@ def _cache_features(
     head = trainable_head(model, prefix)
 
     def validate(advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        return _split_logits(images.world, head, val, identity, plan, advance)
+        return _split_logits(images.process_group, head, val, identity, plan, advance)
 
     batches = ViewBatches(batches_of_views) if views > 1 else batches_of_views[0]
     return TrainInputs(head, batches, validate, size)
 
 
 def _split_logits(
-    world: ProcessGroup,
+    process_group: ProcessGroup,
     model: nn.Module,
     split: Labelled,
     prepare: Prepare,
@@ -349,7 +349,7 @@ def _split_logits(
     def compute(part: Labelled) -> tuple[Tensor]:
         return (split_logits(model, part, prepare, plan, advance=advance)[0],)
 
-    (logits,) = distributed_map(world, split, compute)
+    (logits,) = distributed_map(process_group, split, compute)
     assert logits is not None
     return logits, split.labels.to(plan.device)
 
@@ -361,7 +361,7 @@ def _feature_batches(recipe: Recipe, features: Features, like: Batches) -> Batch
         normalize=identity,
         plan=like.plan,
         seed=recipe.train.seed,
-        world=like.world,
+        process_group=like.process_group,
     )
 
 

@@ -112,7 +112,7 @@ def build_training_job(
             seed=recipe.train.seed,
             augment=augment,
             mixes=bool(operations.mixes),
-            world=group,
+            process_group=group,
             shards=data.train.shards,
         )
 
