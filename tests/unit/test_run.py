@@ -1,4 +1,4 @@
-"""The run folder: where a recipe's run is, and what is read back from it."""
+"""Run directories: their names, their files, loading models and finding runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_dir_name(name: str, digest: str, *, plain: bool = True, fresh: bool = Fa
     return run.find_or_create_run_dir(name, digest, plain=plain, fresh=fresh).name
 
 
-# Where
+# Names
 
 
 def test_the_same_recipe_finds_its_run_and_another_one_gets_a_new_folder() -> None:
@@ -112,7 +112,7 @@ def test_any_run_name_is_one_folder_below_models(name: str) -> None:
     assert run.safe_name(path.name) == path.name
 
 
-# What
+# Files
 
 
 def test_metadata_is_updated_and_kept() -> None:
@@ -272,7 +272,7 @@ def test_weights_that_do_not_fit_their_metadata_are_refused(changes: dict[str, A
     assert "9.9" in caught.value.fix
 
 
-# Finding
+# Finding runs
 
 
 def test_a_run_is_found_by_name_folder_or_file() -> None:
@@ -326,7 +326,7 @@ def test_results_are_plain_json() -> None:
 
 
 def test_concurrent_evaluations_are_all_counted() -> None:
-    """Each reads the log and writes it again: without a lock the last one to write wins."""
+    """Each process rewrites the log, so that without a lock entries would be lost."""
     code = """
 import sys
 from pathlib import Path
@@ -347,7 +347,7 @@ for _ in range(15):
         )
         for n in range(3)
     ]
-    for writer in writers:  # all of them have their imports behind them
+    for writer in writers:  # all have finished their imports
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
     for writer in writers:
