@@ -30,7 +30,7 @@ AUGMENTATIONS: list[list[tuple[str, dict[str, Any]]]] = [
     *([(name, {**STRONG[name], **GREY_ARGUMENTS.get(name, {})})] for name in AUGMENTS),
     *([(name, {})] for name in MIXES),
     [("RandomErasing", {"p": 0.5, "value": "random"})],
-    # Operations on single images, on whole batches and mixes, one after another.
+    # Operations that need the full batch, one that does not, and mixes, in sequence.
     [("TrivialAugmentWide", {}), ("RandomCrop", {"padding": 2}), ("CutMix", {}), ("MixUp", {})],
     [("RandomCrop", {"padding": 2}), ("ColorJitter", {"hue": 0.3}), ("RandomErasing", {"p": 0.5})],
 ]
@@ -176,9 +176,8 @@ def test_each_process_uses_its_own_gpu(torchrun: None, monkeypatch: pytest.Monke
 
 
 def test_sync_batch_norm_requires_gpus() -> None:
-    job, _ = begin(
-        tiny("train.sync_batch_norm=true"), "one"
-    )  # a single process does not synchronize
+    # A single process does not need to synchronize.
+    job, _ = begin(tiny("train.sync_batch_norm=true"), "one")
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in job.model.modules())
     with pytest.raises(UsageError, match="SyncBatchNorm needs GPUs"):
         convert_sync_batchnorm(job.model, ProcessGroup(0, 2), "cpu")

@@ -146,8 +146,8 @@ def signed(metadata: Any, tensors: bytes | None = None) -> bytes:
 def test_a_newer_format_is_reported() -> None:
     zeros = serialization.NO_HASH
     assert "newer convlens (format 2" in refused(signed({"format": 2, "sha256": zeros}))
-    for other in (None, "x", [1], 0, -1, {"a": 1}):
-        assert "format" in refused(signed({"sha256": zeros, "format": other}))
+    for invalid in (None, "x", [1], 0, -1, {"a": 1}):
+        assert "format" in refused(signed({"sha256": zeros, "format": invalid}))
     PATH.write_bytes(signed({"format": 1, "sha256": zeros}))
     same(serialization.read_model_file(PATH)[0], TENSORS)
 

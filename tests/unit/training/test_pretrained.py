@@ -375,14 +375,14 @@ def test_weights_converted_from_tensorflow_get_the_same_inputs(
     (data_root / "weights").mkdir(parents=True)
     (data_root / "weights" / file).write_bytes(content)
 
-    found = pretrained.find_weights(model_config("default", "googlenet"))
+    weights = pretrained.find_weights(model_config("default", "googlenet"))
     model = models.build_model("googlenet", 7, 3, 64, {}).eval()
-    pretrained.load_pretrained(found, model, tuple("abcdefg"))
+    pretrained.load_pretrained(weights, model, tuple("abcdefg"))
     images = torch.rand(2, 3, 64, 64)
     transforms = member.transforms()
     with torch.no_grad():
         expected = original(Normalize(transforms.mean, transforms.std)(images, PLAN))
-        outputs = model(Normalize(found.mean or [], found.std or [])(images, PLAN))
+        outputs = model(Normalize(weights.mean or [], weights.std or [])(images, PLAN))
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -467,11 +467,11 @@ def test_weights_are_loaded_through_timm() -> None:
     config = {"num_classes": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     about = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": config}
     Path("m/config.json").write_text(json.dumps(about))
-    found = pretrained.find_weights(model_config("local-dir:m"))
-    same(found.tensors, dict(net.state_dict()))
-    assert (found.mean, found.std) == (config["mean"], config["std"])
+    weights = pretrained.find_weights(model_config("local-dir:m"))
+    same(weights.tensors, dict(net.state_dict()))
+    assert (weights.mean, weights.std) == (config["mean"], config["std"])
     fitted = pretrained.load_pretrained(
-        found, models.build_model("resnet18", 10, 3, 64, {"stem": "imagenet"}), ()
+        weights, models.build_model("resnet18", 10, 3, 64, {"stem": "imagenet"}), ()
     )
     assert fitted.left == fitted.new == ["fc.weight", "fc.bias"]
     with pytest.raises(ModelFileError, match="timm cannot load the weights"):

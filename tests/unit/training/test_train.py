@@ -218,10 +218,10 @@ def test_a_finished_run_is_not_trained_again() -> None:
         serialization.read_model_file(run_dir.model_path)[0],
     )
     resolved = load_recipe(run_dir.path / "recipe.yaml")
-    found = training_train.train(
+    by_resolved_recipe = training_train.train(
         resolved, is_unmodified_recipe=True, test=False, device="cpu", quiet=True
     )
-    assert found.path in (run_dir.path, fresh.path)
+    assert by_resolved_recipe.path in (run_dir.path, fresh.path)
 
 
 def test_a_run_finished_by_another_process_meanwhile_is_not_overwritten(
