@@ -1,4 +1,4 @@
-"""What each of several processes takes of a batch, without any other process there."""
+"""How data and work are divided among processes, simulated in a single process."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from convlens.utils import process
 from helpers.augmentations import STRONG
 from helpers.support import PLAN, Memory, Split, Streamed, begin, pictures, tiny
 
-GREY_ARGUMENTS = {"Cutout": {"value": 0.3}}  # for grey images, too
+GREY_ARGUMENTS = {"Cutout": {"value": 0.3}}  # also valid for grey images
 AUGMENTATIONS: list[list[tuple[str, dict[str, Any]]]] = [
     *([(name, {**STRONG[name], **GREY_ARGUMENTS.get(name, {})})] for name in AUGMENTS),
     *([(name, {})] for name in MIXES),
     [("RandomErasing", {"p": 0.5, "value": "random"})],
-    # What deals the batch, what doesn't, and what mixes, behind each other.
+    # Operations that need the full batch, one that does not, and mixes, in sequence.
     [("TrivialAugmentWide", {}), ("RandomCrop", {"padding": 2}), ("CutMix", {}), ("MixUp", {})],
     [("RandomCrop", {"padding": 2}), ("ColorJitter", {"hue": 0.3}), ("RandomErasing", {"p": 0.5})],
 ]
@@ -62,8 +62,8 @@ def test_shares_cover_the_batch_and_are_weighted_by_their_size(size: int, total:
     assert sum(s.weight for s in shares) == pytest.approx(1)
     counts = [s.stop - s.start for s in working]
     assert max(counts) - min(counts) <= 1
-    assert min(counts) >= min(2, total)  # batch norm can't train on one
-    # Those that there are no rows for keep company, and count for nothing.
+    assert min(counts) >= min(2, total)  # batch norm cannot train on one image
+    # Ranks without rows of their own repeat the first ones with weight 0.
     assert all((s.start, s.stop) == (0, min(2, total)) for s in shares if not s.weight)
 
 
@@ -99,7 +99,7 @@ def test_each_image_is_read_by_one_process_only() -> None:
         rows = Streamed(images)
         list(batches_of_rank(rank, 3, ops, 1, rows).epoch(1))
         read.append(rows.reads)
-    # The last batch, of 5, is for two: the third process goes through the first one's rows.
+    # The last batch has 5 images for two ranks; the third repeats rows of the first.
     assert read[2][3] == read[0][3][:2]
     once = [*itertools.chain.from_iterable(itertools.chain(*read[:2], read[2][:3]))]
     assert sorted(once) == list(range(44))
@@ -132,61 +132,52 @@ def test_a_slice_behaves_like_a_split(rows: Any) -> None:
     assert whole is None or torch.equal(whole, images[3:7])
 
 
-# What torchrun says
+# The environment of torchrun
 
 
 @pytest.fixture
-def torchrun_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As the third of four processes, the second on its machine."""
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of the third of four processes, which is the second on its machine."""
     for name, value in zip(
         process.TORCHRUN_VARIABLES, ("2", "4", "1", "2", "localhost", "1"), strict=True
     ):
         monkeypatch.setenv(name, value)
-    return monkeypatch
 
 
 def test_rank_and_size_are_read_from_the_environment(
-    torchrun_environment: pytest.MonkeyPatch,
+    torchrun: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (process.global_rank(), process.world_size()) == (2, 4)
     assert (process.local_rank(), process.local_size()) == (1, 2)
-    torchrun_environment.delenv("MASTER_ADDR")  # a WORLD_SIZE alone does not count
+    monkeypatch.delenv("MASTER_ADDR")  # a WORLD_SIZE alone does not count
     assert (process.global_rank(), process.world_size()) == (0, 1)
     assert (process.local_rank(), process.local_size()) == (0, 1)
 
 
 def test_the_memory_of_a_machine_is_divided_among_its_processes(
-    torchrun_environment: pytest.MonkeyPatch,
+    torchrun: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torchrun_environment.setenv("CONVLENS_MEMORY", "64MB")
+    monkeypatch.setenv("CONVLENS_MEMORY", "64MB")
     assert device.memory_budget("cpu") == 32 * 2**20
 
 
-def test_each_process_uses_its_own_gpu(torchrun_environment: pytest.MonkeyPatch) -> None:
+def test_each_process_uses_its_own_gpu(torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
-    torchrun_environment.setattr(torch.cuda, "is_available", lambda: True)
-    torchrun_environment.setattr(torch.cuda, "device_count", lambda: 2)
-    torchrun_environment.setattr(torch.cuda, "set_device", chosen.append)
-    torchrun_environment.setattr(torch, "empty", lambda *_, **__: None)  # the GPUs are free
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # the GPUs are free
     assert device.select_device() == "cuda:1"
     assert chosen == [1]
     assert device.select_device("cpu") == "cpu"
-    torchrun_environment.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match="2 processes on this machine, which has 1 GPUs"):
         device.select_device()
 
 
-def test_a_batch_too_small_for_the_processes_is_refused() -> None:
-    from convlens.training.setup import _check_batch_size
-
-    _check_batch_size(tiny("train.batch_size=8"), ProcessGroup(0, 4))
-    _check_batch_size(tiny("train.batch_size=1"), SINGLE_PROCESS)
-    with pytest.raises(UsageError, match="leaves less than two images for each"):
-        _check_batch_size(tiny("train.batch_size=7"), ProcessGroup(0, 4))
-
-
 def test_sync_batch_norm_requires_gpus() -> None:
-    job, _ = begin(tiny("train.sync_batch_norm=true"), "one")  # nothing to synchronise with
+    # A single process does not need to synchronize.
+    job, _ = begin(tiny("train.sync_batch_norm=true"), "one")
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in job.model.modules())
     with pytest.raises(UsageError, match="SyncBatchNorm needs GPUs"):
         convert_sync_batchnorm(job.model, ProcessGroup(0, 2), "cpu")
@@ -195,7 +186,7 @@ def test_sync_batch_norm_requires_gpus() -> None:
 
 
 class NeverReached:
-    """Stands for a CUDA event behind a kernel that waits for a process that has died."""
+    """A CUDA event behind a kernel that waits for a dead process."""
 
     def query(self) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""The run folder: where a recipe's run is, and what is read back from it."""
+"""Run directories: their names, their files, loading models and finding runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_dir_name(name: str, digest: str, *, plain: bool = True, fresh: bool = Fa
     return run.find_or_create_run_dir(name, digest, plain=plain, fresh=fresh).name
 
 
-# Where
+# Names
 
 
 def test_the_same_recipe_finds_its_run_and_another_one_gets_a_new_folder() -> None:
@@ -112,7 +112,7 @@ def test_any_run_name_is_one_folder_below_models(name: str) -> None:
     assert run.safe_name(path.name) == path.name
 
 
-# What
+# Files
 
 
 def test_metadata_is_updated_and_kept() -> None:
@@ -163,8 +163,8 @@ def test_the_split_file_supports_any_image_name() -> None:
     run_dir = RunDir(Path("models/x"))
     run_dir.write_split({"val": ['a,"b".png', "ö\n.png"], "test": ["t/1"]})
     with (run_dir.path / "split.csv").open(newline="") as file:
-        found = list(csv.reader(file))
-    assert found == [["id", "split"], ['a,"b".png', "val"], ["ö\n.png", "val"], ["t/1", "test"]]
+        rows = list(csv.reader(file))
+    assert rows == [["id", "split"], ['a,"b".png', "val"], ["ö\n.png", "val"], ["t/1", "test"]]
 
 
 def test_every_evaluation_of_a_split_is_counted() -> None:
@@ -272,7 +272,7 @@ def test_weights_that_do_not_fit_their_metadata_are_refused(changes: dict[str, A
     assert "9.9" in caught.value.fix
 
 
-# Finding
+# Finding runs
 
 
 def test_a_run_is_found_by_name_folder_or_file() -> None:
@@ -285,16 +285,16 @@ def test_a_run_is_found_by_name_folder_or_file() -> None:
         run_dir.model_path,
         run_dir.path.absolute(),
     ):
-        found = run.find_run(name)
-        assert found.model_path.samefile(run_dir.model_path)
-        assert found.name == "first"
+        found_run = run.find_run(name)
+        assert found_run.model_path.samefile(run_dir.model_path)
+        assert found_run.name == "first"
     assert run.find_run("second").name == "second"
     Path("elsewhere").mkdir()
     lone = Path("elsewhere/copy.safetensors")
     lone.write_bytes(run_dir.model_path.read_bytes())
-    found = run.find_run(lone)
-    assert (found.name, found.model_path) == ("copy", lone)
-    assert run.load_model(found.model_path).classes == ("a", "b", "ö")
+    found_run = run.find_run(lone)
+    assert (found_run.name, found_run.model_path) == ("copy", lone)
+    assert run.load_model(found_run.model_path).classes == ("a", "b", "ö")
 
 
 def test_runs_are_listed_by_name() -> None:
@@ -303,7 +303,7 @@ def test_runs_are_listed_by_name() -> None:
         create_run(RunDir(Path("models") / name), ONE)
     Path("models/not-a-run").mkdir()
     Path("models/file").write_text("")
-    assert [found.name for found in run.list_runs()] == ["a", "b", "c"]
+    assert [found_run.name for found_run in run.list_runs()] == ["a", "b", "c"]
 
 
 def test_a_missing_name_is_a_usage_error_and_a_missing_path_a_model_file_error() -> None:
@@ -326,7 +326,7 @@ def test_results_are_plain_json() -> None:
 
 
 def test_concurrent_evaluations_are_all_counted() -> None:
-    """Each reads the log and writes it again: without a lock the last one to write wins."""
+    """Each process rewrites the log, so that without a lock entries would be lost."""
     code = """
 import sys
 from pathlib import Path
@@ -347,7 +347,7 @@ for _ in range(15):
         )
         for n in range(3)
     ]
-    for writer in writers:  # all of them have their imports behind them
+    for writer in writers:  # all have finished their imports
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
     for writer in writers:

@@ -1,4 +1,4 @@
-"""Model files: every changed byte is noticed, nothing is unpickled, nothing else is raised."""
+"""Model files: changed bytes are detected, nothing is unpickled, other errors are not raised."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_one_flipped_bit_anywhere_is_detected() -> None:
 def test_one_changed_byte_anywhere_is_detected() -> None:
     content = good()
     for position in range(len(content)):
-        for value in (0x22, 0xFF):  # a quote, no UTF-8
+        for value in (0x22, 0xFF):  # a quote, invalid UTF-8
             if content[position] != value:
                 refused(content[:position] + bytes([value]) + content[position + 1 :])
 
@@ -136,7 +136,7 @@ def test_a_file_of_another_program_is_refused() -> None:
 
 
 def signed(metadata: Any, tensors: bytes | None = None) -> bytes:
-    """A file with a right hash around any metadata: what a hostile hand can make."""
+    """Return a file with a valid hash over arbitrary metadata, as an attacker could write it."""
     text = json.dumps(metadata)
     content = tensors or safetensors_save(TENSORS, {"convlens": text})
     digest = hashlib.sha256(content).hexdigest()
@@ -146,8 +146,8 @@ def signed(metadata: Any, tensors: bytes | None = None) -> bytes:
 def test_a_newer_format_is_reported() -> None:
     zeros = serialization.NO_HASH
     assert "newer convlens (format 2" in refused(signed({"format": 2, "sha256": zeros}))
-    for other in (None, "x", [1], 0, -1, {"a": 1}):
-        assert "format" in refused(signed({"sha256": zeros, "format": other}))
+    for invalid in (None, "x", [1], 0, -1, {"a": 1}):
+        assert "format" in refused(signed({"sha256": zeros, "format": invalid}))
     PATH.write_bytes(signed({"format": 1, "sha256": zeros}))
     same(serialization.read_model_file(PATH)[0], TENSORS)
 
@@ -181,7 +181,7 @@ def test_unsupported_dtypes_are_refused(kind: str) -> None:
     assert refused(signed(None, content)).startswith("the dtype of w is not supported (")
 
 
-# Later versions
+# Newer versions
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_unknown_keys_of_a_newer_version_name_that_version() -> None:
         serialization.recipe_from_metadata({"convlens": "99.1", "recipe": later})
     assert "unknown key 'train.teleport'" in caught.value.what
     assert (caught.value.fix, caught.value.exit_code) == ("update convlens", 4)
-    for version in ("0.0.1", None):  # no later version: somebody's mistake
+    for version in ("0.0.1", None):  # not a newer version, so a mistake in the recipe
         with pytest.raises(UsageError, match=r"unknown key 'train\.teleport'"):
             serialization.recipe_from_metadata({"convlens": version, "recipe": later})
     for broken in ({}, {"recipe": None}, {"recipe": [1]}):
@@ -248,7 +248,7 @@ def test_missing_files_and_folders_are_refused() -> None:
     assert caught.value.fix
 
 
-# Anything at all
+# Fuzzing
 
 
 def only_refused(content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Two checkpoints are kept: if the newest is corrupt, the one before is used."""
+"""Two checkpoints are kept, and the older one is used if the newest is corrupt."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage: str) -
     else:
         (reason,) = store.corrupt
         assert reason.startswith("the checkpoint of epoch 3, step 7: ")
-    # The next save keeps the good one, not the damaged one.
+    # The next save keeps the intact checkpoint, not the damaged one.
     store.save(tensors(3), counters(1, 5))
     newest = Path("state/0001-000005.safetensors")
     newest.write_bytes(b"")
@@ -111,7 +111,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage: str) -
 
 
 def unreadable(path: Path) -> None:
-    """A file that the disk doesn't give back."""
+    """Replace a file by one whose reading fails with a real EIO."""
     path.unlink()
     path.symlink_to(BAD_DISK)
     with pytest.raises(OSError, match="Input/output error"):
@@ -153,7 +153,7 @@ def test_files_not_named_like_a_checkpoint_are_ignored() -> None:
 
 
 def test_the_directory_of_an_earlier_version_is_read() -> None:
-    """It had a manifest; the checkpoints were named as they are now."""
+    """It had a manifest; the names of checkpoints were the same."""
     serialization.write_model_file(
         Path("state/0008-000000.safetensors"), tensors(8), counters(8, 0)
     )
@@ -199,7 +199,7 @@ def test_leftover_files_are_deleted_and_a_directory_is_left_alone() -> None:
 
 
 def test_a_skipped_checkpoint_is_never_used_later() -> None:
-    """It was skipped because the best weights it needs were lost; they may be there again."""
+    """It was skipped because the best weights it needs were lost, and they may reappear."""
     store = CheckpointStore(Path("state"))
     store.save(tensors(1), counters(1, 1))
     store.save(tensors(2), counters(5, 0, model_epoch=4))
@@ -260,16 +260,16 @@ def test_a_save_killed_at_any_step_leaves_an_intact_checkpoint(before: int) -> N
         assert names(folder)[-1] == "0001-000009.safetensors", moment
     save = ["fsync", "replace", "fsync"] + ["unlink"] * (before == serialization.NUM_KEPT)
     assert [moment for moment, _ in outcomes] == [f"{w} {name}" for name in save for w in MOMENTS]
-    # The rename is what commits it.
+    # The rename commits the new checkpoint.
     assert [step for _, step in outcomes] == [before] * 3 + [new] * (len(outcomes) - 3)
-    assert left_over == 3  # until the file had its name
+    assert left_over == 3  # until the rename
 
 
 MOMENTS = ("before", "after")
 
 
 @pytest.mark.parametrize("at", range(1, 7))
-def test_a_failed_write_at_any_step_leaves_an_intact_checkpoint(
+def test_a_failed_write_leaves_an_intact_checkpoint(
     at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk at each step of a save: write, fsync, rename."""
@@ -306,7 +306,7 @@ def test_a_failed_write_at_any_step_leaves_an_intact_checkpoint(
 
 
 def test_contents_are_fsynced_before_the_rename(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order that a power cut tests: contents, name, folder."""
+    """The order that survives a power cut: contents, name, folder."""
     store = CheckpointStore(Path("state"))
     calls = []
 
@@ -331,11 +331,11 @@ def test_contents_are_fsynced_before_the_rename(monkeypatch: pytest.MonkeyPatch)
     assert calls == ["folder", "contents", "name", "folder"]
 
 
-# Whole runs
+# Training runs
 
 
 def killed_after(saves: int, name: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
-    """A run that saves after each step, and dies right after that many saves."""
+    """Train a run that saves after each step until it is killed right after `saves` saves."""
     original, done = checkpoint.save_checkpoint, []
 
     def save(*arguments: Any) -> None:
@@ -352,7 +352,7 @@ def killed_after(saves: int, name: str, monkeypatch: pytest.MonkeyPatch, *option
 
 
 def full(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk with no room: a real ENOSPC of Linux's /dev/full, or one at the fsync."""
+    """Simulate a full disk: a real ENOSPC of /dev/full in write, or an injected one in fsync."""
 
     def opened(handle: int, mode: str) -> Any:
         os.close(handle)
@@ -391,7 +391,7 @@ def test_a_full_disk_loses_only_unsaved_steps(
     run_dir = RunDir(Path("models/full"))
     state = run_dir.state()
     saved = [(state[1]["position"]["epoch"], state[1]["position"]["step"])] if state else []
-    assert saved == done[-1:]  # that of the save before
+    assert saved == done[-1:]  # that of the previous save
     assert not list(run_dir.path.rglob("*.part"))
     equal(finish(tiny(*EVERYTHING), "full"), uninterrupted)
 
@@ -417,7 +417,7 @@ def test_a_run_with_a_damaged_checkpoint_resumes_to_the_same_bits(
 
 @pytest.mark.parametrize("failures", [1, 2, 3])
 def test_a_failed_save_is_retried(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the second epoch's third step, the ninth save: a disk that is away for a while."""
+    """The ninth save, in the third step of the second epoch, fails for a while."""
     uninterrupted = finish(tiny(*EVERYTHING), "whole")
     monkeypatch.setenv("CONVLENS_SAVE_SECONDS", "0")
     monkeypatch.setattr(checkpoint, "RETRY_PAUSES_S", (0, 0))

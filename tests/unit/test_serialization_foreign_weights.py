@@ -1,4 +1,4 @@
-"""Files of tensors: what is taken out of them, what is refused, and that no code in them runs."""
+"""Weights files of other programs: supported formats, refused contents, no code is run."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def test_parameters_become_tensors_and_other_values_are_ignored() -> None:
     assert not weights["w"].requires_grad
 
 
-# Code
+# Files that contain code
 
 
 class Evil:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.system, ("touch executed",))
@@ -107,12 +107,12 @@ def test_code_in_a_file_is_refused_and_not_run(name: str, suffix: str) -> None:
         serialization.read_foreign_weights(path)
     assert not Path("executed").exists()
     assert caught.value.where == str(path)
-    assert "weights_only" not in str(caught.value)  # torch's advice how to run it all the same
+    assert "weights_only" not in str(caught.value)  # advice of torch to run the code anyway
     assert "safe_globals" not in str(caught.value)
     if name in ("zip", "legacy"):
         assert "system, not only tensors" in caught.value.what
         assert "torch.save(model.state_dict()" in caught.value.fix
-    # The very same bytes, trusted, do run: the test would notice.
+    # The same bytes do run their code if they are unpickled, so the test can fail.
     if name == "pickle":
         pickle.loads(path.read_bytes())
         assert Path("executed").exists()
@@ -131,7 +131,7 @@ def test_a_torchscript_program_is_refused() -> None:
         serialization.read_foreign_weights(PATH)
 
 
-# What is no weights
+# Files without usable weights
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_missing_or_empty_file_is_refused() -> None:
 def test_safetensors_with_unsupported_dtypes_are_refused(
     kind: str, count: int, message: str
 ) -> None:
-    """Newer kinds than torch has, or than a CNN is trained in."""
+    """Dtypes that torch does not know, or in which CNNs are not trained."""
     header = json.dumps({"w": {"dtype": kind, "shape": [count], "data_offsets": [0, 8]}}).encode()
     Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(ModelFileError) as caught:
@@ -208,7 +208,7 @@ def test_a_safetensors_header_longer_than_the_file_is_refused(length: int) -> No
 
 
 def test_a_zip_in_a_zip_is_not_opened() -> None:
-    """What is inside has no `data.pkl` of its own; the inner one is never unpacked."""
+    """The outer file has no `data.pkl`, and the inner one is never unpacked."""
     Path("inner.zip").write_bytes(EVIL["zip"]())
     with zipfile.ZipFile("outer.pth", "w") as packed:
         packed.write("inner.zip", "archive/inner.zip")
@@ -220,7 +220,7 @@ def test_a_zip_in_a_zip_is_not_opened() -> None:
     Path("bomb.pth").write_bytes(saved(TENSORS))
     with zipfile.ZipFile("bomb.pth", "a") as packed:
         packed.writestr("x/bomb.zip", large.getvalue())
-    with contextlib.suppress(ModelFileError):  # as torch has it: it looks for its own names only
+    with contextlib.suppress(ModelFileError):  # torch reads only the names it expects
         same(serialization.read_foreign_weights(Path("bomb.pth")).tensors, TENSORS)
     assert not Path("executed").exists()
 
@@ -251,7 +251,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked() -> None:
 
 
 def test_duplicate_names_in_a_zip_are_refused() -> None:
-    """Which of two `data.pkl` counts differs between readers."""
+    """Programs differ in which of two `data.pkl` they read."""
     Path("twice.pth").write_bytes(saved(TENSORS))
     with zipfile.ZipFile("twice.pth", "a") as packed:
         (name,) = [each for each in packed.namelist() if each.endswith("data.pkl")]
@@ -271,7 +271,7 @@ def test_an_expanded_tensor_is_refused() -> None:
 
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408])
 def test_a_header_length_that_looks_like_a_pickle_is_read(length: int) -> None:
-    """safetensors begins with the length of its header: 640 is 0x80 0x02, as a pickle does."""
+    """A safetensors file starts with the header length; 640 is 0x80 0x02, the start of a pickle."""
     path = Path("model.safetensors")
     serialization.write_model_file(path, TENSORS, {"about": ""})
     header = int.from_bytes(path.read_bytes()[:8], "little")

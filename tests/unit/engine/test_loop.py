@@ -1,4 +1,4 @@
-"""The training loop equals a plain one bit by bit, and stops before a bad update."""
+"""The training loop equals a plain PyTorch loop bit for bit and stops before a bad update."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def fit(
 
 
 def plain_loop(model: nn.Module, config: OptimConfig, batches: Any) -> list[float]:
-    """What `TrainLoop` should be: an ordinary loop, with torch's own scheduler where it has one."""
+    """Train with a plain PyTorch loop and return the losses; the reference for `TrainLoop`."""
     optimizer_class = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.name]
     arguments = {"momentum": config.momentum} if config.name == "sgd" else {"betas": config.betas}
     optimizer = optimizer_class(
@@ -165,7 +165,7 @@ def test_records_contain_the_metrics_of_steps_and_epochs() -> None:
 
 @pytest.mark.parametrize("stop", range(1, 15))
 def test_training_interrupted_after_any_record_resumes_to_the_same_bits(stop: int) -> None:
-    """The reader stops asking after `stop` records and starts again from the state."""
+    """The iteration ends after `stop` records and is started again from the state."""
     config = OptimConfig(lr=0.02, schedule="one-cycle")
     uninterrupted = network()
     expected = list(fit(uninterrupted, config))
@@ -209,13 +209,13 @@ def test_dropout_depends_on_seed_epoch_and_step_only() -> None:
     first, second = network(0.5), network(0.5)
     list(fit(first, OptimConfig(lr=0.02)))
     for record in fit(second, OptimConfig(lr=0.02)):
-        torch.manual_seed(int(record.epoch) + 77)  # someone else draws in between
+        torch.manual_seed(int(record.epoch) + 77)  # other code uses the generator in between
         torch.rand(5)
     same(dict(first.state_dict()), dict(second.state_dict()))
 
 
 class Dropping(nn.Sequential):
-    """Drops by a function, as networks of other libraries do: no module of torch's to be seen."""
+    """Network with functional dropout, which no dropout module announces."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         kept: torch.Tensor = super().forward(nn.functional.dropout(images, 0.5, self.training))
@@ -250,13 +250,13 @@ def test_bf16_and_channels_last_train() -> None:
     before = model.state_dict()["classifier.weight"].clone()
     records = list(fit(model, OptimConfig(lr=0.02), plan=plan, epochs=2))
     epochs = [r for r in records if isinstance(r, Epoch)]
-    assert isinstance(epochs[-1].loss, float)  # summed from float32 losses, whatever the plan
+    assert isinstance(epochs[-1].loss, float)  # summed from float32 losses in any precision
     assert float(epochs[-1].loss) < float(epochs[0].loss)
     assert model.state_dict()["classifier.weight"].dtype == torch.float32
     assert not torch.equal(before, model.state_dict()["classifier.weight"])
 
 
-# Numbers that are none
+# Non-finite losses
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -272,7 +272,7 @@ def test_a_non_finite_loss_stops_before_the_update(value: float, config: OptimCo
     for _ in range(2):
         next(records)
     before = copy_state(model, optimizer)
-    # Norm statistics and counters included: the forward pass has already moved them.
+    # Including norm statistics and counters, which the forward pass has already updated.
     assert any("num_batches_tracked" in key for key in before)
     assert any("optim.0" in key for key in before)
     with pytest.raises(NonFiniteLoss) as caught:
@@ -296,7 +296,7 @@ def test_a_non_finite_first_loss_stops_before_the_update() -> None:
 
 
 def test_evaluating_between_records_changes_nothing() -> None:
-    """The reader may leave the network in eval mode after an epoch."""
+    """The caller may leave the network in eval mode after an epoch."""
     first, second = network(), network()
     list(fit(first, OptimConfig(lr=0.02)))
     for record in fit(second, OptimConfig(lr=0.02)):

@@ -124,7 +124,7 @@ def network(config: Recipe, classes: int, channels: int, size: int) -> nn.Module
 
 
 def count_records(config: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "bf16") -> int:
-    """Run two epochs of two steps; from the second step on it must not wait."""
+    """Run two epochs of two steps; fail if it synchronizes from the second step on."""
     size = config.data.image_size
     size = size if isinstance(size, int) else 32
     channels = 1 if config.data.name in GREY else 3

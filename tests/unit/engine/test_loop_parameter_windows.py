@@ -1,4 +1,4 @@
-"""Groups that train for a part of the steps: the loop equals a plain one that freezes by hand."""
+"""Parameter groups that train in a part of the steps, compared with a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def config_of(options: dict[str, Any]) -> OptimConfig:
 
 
 def expected_settings(options: dict[str, Any]) -> dict[str, tuple[float, float, int, int]]:
-    """Rate, decay and the first step in and after the window of each parameter, written out."""
+    """Return learning rate, weight decay, and window (first step, end) of each parameter."""
     settings = {}
     for name, _ in network().named_parameters():
         rate, decay, first, last = 0.1, 0.01, 0, 12
@@ -76,9 +76,9 @@ def expected_settings(options: dict[str, Any]) -> dict[str, tuple[float, float, 
 
 
 def plain_loop(model: CNN, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Training with torch alone; a layer whose parameters are all frozen is in eval mode.
+    """Train with a plain PyTorch loop in which layers with only frozen parameters are in eval mode.
 
-    So is all that comes before the first trained layer: here the dropout before the classifier.
+    So is everything before the first trained layer, here the dropout before the classifier.
     """
     plan, named = expected_settings(options), dict(model.named_parameters())
     optimizer = torch.optim.SGD(
@@ -119,7 +119,7 @@ def test_training_equals_a_loop_that_freezes_by_hand(options: dict[str, Any]) ->
 
 
 def test_only_the_head_changes_while_it_trains_alone() -> None:
-    """Not by weight decay and not in the norms' statistics; its own steps go on as planned."""
+    """Neither weight decay nor norm statistics change the rest; the schedule is unaffected."""
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = config_of({**HEAD_FIRST, "weight_decay": 0.5})
@@ -136,7 +136,7 @@ def test_only_the_head_changes_while_it_trains_alone() -> None:
             assert len(optimizer.state) == 2
         else:
             assert moved == set(before)
-    # What is told is the recipe's rate, whichever groups are open.
+    # The reported rate is that of the recipe, whichever groups are training.
     assert rates == pytest.approx([0.1 * (1 - i / 12) for i in range(12)])
 
 
@@ -153,7 +153,7 @@ def test_only_the_head_changes_while_it_trains_alone() -> None:
 def test_training_interrupted_after_any_record_resumes_to_the_same_bits(
     stop: int, options: dict[str, Any]
 ) -> None:
-    """With a new optimiser and a network whose parameters all ask for gradients again."""
+    """With a new optimizer and a network whose parameters all require gradients again."""
     config = config_of(options)
     uninterrupted = network()
     expected = list(fit(uninterrupted, config))

@@ -1,4 +1,4 @@
-"""How a run is computed: chosen by timing its own steps, remembered, and the same numbers."""
+"""The choice of a plan by timing training steps, the plan cache, micro-batches and step modes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def build_job(recipe: Recipe) -> Any:
 
 @pytest.fixture
 def timings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The candidates of each timing; the last of them always wins."""
+    """The candidate plans of each timing, of which the last is always the fastest."""
     timed: list[list[str]] = []
 
     def fastest(
         candidates: Sequence[Plan], trial: Callable[[Plan], Callable[[], None]]
     ) -> tuple[Plan, list[float]]:
         for plan in candidates:
-            trial(plan)()  # each can be computed
+            trial(plan)()  # each plan must work
         timed.append([str(plan) for plan in candidates])
         return candidates[-1], [0.002] * (len(candidates) - 1) + [0.001]
 
@@ -58,7 +58,7 @@ def test_timings_are_cached_for_runs_with_the_same_steps(
     second = build_job(tiny(*TIMED, "train.seed=3", "optim.lr=0.5"))
     assert (second.plan, second.timings) == (first.plan, first.timings)
     assert len(timings) == 1
-    # A run too short for a timing of its own goes by it, too.
+    # A run too short to be timed uses the cached plan as well.
     assert build_job(tiny("train.memory_format=auto")).plan == first.plan
     assert len(timings) == 1
 
@@ -137,7 +137,7 @@ def test_a_frozen_backbone_is_not_timed(
     assert set(seen) == {(16, 32)}  # 8 maps of 2 x 2, flattened, instead of 16 x 1 x 8 x 8
 
 
-# A batch in parts
+# Micro-batches
 
 
 def test_micro_batches_are_candidates_only_without_batch_norm(timings: list[list[str]]) -> None:
@@ -202,15 +202,16 @@ def test_a_non_finite_micro_batch_leaves_no_gradients() -> None:
     same(model.state_dict(), before)
 
 
-# Eager or compiled
+# Step modes: eager or compiled
 
 CUDA = Plan("cuda", "bf16", "channels_last")
 
 
 class Machine:
-    """Steps that take made-up seconds: once, then of the host and of the device in each step.
+    """A simulated clock for training steps.
 
-    The device computes while the host continues; synchronizing waits for it.
+    Each step mode has three durations in seconds: once (compilation), then of the host and of the
+    device in each step. The device computes while the host continues; synchronizing waits for it.
     """
 
     def __init__(
@@ -250,7 +251,7 @@ def test_long_runs_bound_by_the_host_use_cuda_graphs(monkeypatch: pytest.MonkeyP
     machine = Machine(monkeypatch, **modes)
     assert machine.choose(100_000) == "reduce-overhead"
     assert machine.tried == ["eager", "reduce-overhead", "compiled"]
-    # 1 ms per step is saved, and 40 s are spent once: it does not pay below some 60,000 steps.
+    # It saves 1 ms per step and costs 40 s once, so that it pays from some 60,000 steps.
     machine = Machine(monkeypatch, **modes)
     assert machine.choose(50_000) == "eager"
     assert machine.tried == ["eager"]
@@ -265,7 +266,7 @@ def test_long_runs_bound_by_the_device_are_compiled_if_it_saves_time(
         assert machine.tried == ["eager", "compiled"]
     machine = Machine(monkeypatch, eager=(0, 1e-3, 10e-3), compiled=(200.0, 1e-3, 7e-3))
     assert machine.choose(40_000) == "eager"
-    # 120 s are saved, and a smaller last batch is compiled once more.
+    # It saves 120 s; a smaller last batch needs a second compilation.
     machine = Machine(monkeypatch, eager=(0, 1e-3, 10e-3), compiled=(70.0, 1e-3, 7e-3))
     assert machine.choose(40_000) == "compiled"
     assert machine.choose(40_000, shapes=2) == "eager"
@@ -319,7 +320,7 @@ def test_the_recipe_can_state_whether_to_compile() -> None:
 
 
 def test_recipes_with_cuda_graphs_can_be_read_but_not_trained() -> None:
-    """Recipes of finished runs may state them."""
+    """Recipes of finished runs may contain `train.compile=graph`."""
     recipe = tiny("train.compile=graph")
     assert recipe.train.compile == "graph"
     with pytest.raises(UsageError, match=r"now a part of torch\.compile") as caught:
@@ -364,7 +365,7 @@ def test_compiled_steps_equal_eager_steps() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_reduce_overhead_steps_equal_eager_steps_on_a_gpu(precision: str) -> None:
-    """Batches of two sizes, dropout, and a group that is frozen half way."""
+    """With batches of two sizes and a parameter group that is frozen halfway."""
     from convlens import optim
     from convlens.engine.numerics import make_grad_scaler
     from convlens.recipe import OptimConfig

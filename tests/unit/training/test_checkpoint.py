@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and taken up ends with the bits of one that never stopped."""
+"""A resumed run ends with the same bits as an uninterrupted one, wherever it was stopped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from helpers.interrupted_runs import (
 from helpers.support import begin, same, tiny
 
 STEPS = 5  # in each of 3 epochs
-# The head alone for four of 15 steps; one bias stops after six; an average that pulls back.
+# Only the head trains in the first 4 of 15 steps; one bias stops after 6; Lookahead averaging.
 WINDOWS = (
     "optim.head_first=0.25",
     "optim.layer_decay=0.5",
@@ -68,7 +68,7 @@ def test_a_run_stopped_repeatedly_resumes_to_the_same_bits(
 def test_parameter_windows_resume_at_their_boundaries(
     after: int, interrupting: Interrupting
 ) -> None:
-    """Stopped right before and after a turn, and right before the network takes its average."""
+    """Stopped right before and after a boundary, and right before Lookahead updates the weights."""
     recipe = tiny(*EVERYTHING, *WINDOWS, *MUON, "data.channels=3", "train.keep=last")
     uninterrupted = finish(recipe, "whole")
     stop(recipe, "stopped", interrupting, after)
@@ -76,14 +76,14 @@ def test_parameter_windows_resume_at_their_boundaries(
 
 
 def after_an_epoch(checkpoints: CheckpointManager) -> bool:
-    """Instead of by time: due after each epoch."""
+    """Return whether an epoch has just ended; replaces the time limit of `should_save`."""
     return checkpoints._job.state.step == 0
 
 
 def test_a_run_killed_between_two_saves_resumes_from_the_earlier_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As if by SIGKILL: after the second epoch's model was written, before its state was."""
+    """As if by SIGKILL after the second epoch's model was written, but not its checkpoint."""
     recipe = tiny(*EVERYTHING)
     uninterrupted = finish(recipe, "whole")
     original, saves = checkpoint.save_checkpoint, []
@@ -161,7 +161,7 @@ def test_signal_handlers_are_restored(interrupting: Interrupting) -> None:
 def test_restored_optimizer_state_has_the_memory_format_of_the_weights(
     interrupting: Interrupting,
 ) -> None:
-    """Fused kernels walk both side by side in memory."""
+    """Fused kernels read both in memory order."""
     from convlens.training.checkpoint import restore_checkpoint
 
     recipe = tiny(*EVERYTHING, "data.channels=3", "augment=[]")
@@ -227,7 +227,7 @@ def test_resuming_with_changed_images_is_refused(interrupting: Interrupting) -> 
 
 
 def test_progress_is_stored_in_the_keys_of_earlier_versions() -> None:
-    """So that a run that an earlier version has saved can be resumed or extended."""
+    """So that runs saved by an earlier version can be resumed and extended."""
     job, run_dir = begin(tiny(), "keys")
     records = run_train_loop(job, job.process_group)
     for _ in range(2):

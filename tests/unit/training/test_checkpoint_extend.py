@@ -1,4 +1,4 @@
-"""More epochs for a finished run: the rule, held to bit by bit, and what can't be extended."""
+"""Finished runs are extended by more epochs, and some cannot be."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_at_a_constant_learning_rate_an_extended_run_equals_the_longer_run(keep:
     assert extends == {"run": "short", "epochs": 3, "exact": True}
     longer_run = train(longer, "whole")
     assert differences(longer_run, extended) == []
-    assert RunDir(Path("models/short")).metadata()["epochs"] == 3  # left as it was
+    assert RunDir(Path("models/short")).metadata()["epochs"] == 3  # unchanged
 
 
 def test_an_extended_run_continues_with_the_schedule_of_the_longer_run() -> None:
@@ -47,9 +47,9 @@ def test_an_extended_run_continues_with_the_schedule_of_the_longer_run() -> None
     extended = train(tiny(*options, "train.epochs=6"), "extended", extend=True)
     assert extended.metadata()["extends"]["exact"] is False
     rates = [row["lr"] for row in extended.metrics()]
-    longer_run = [row["lr"] for row in train(tiny(*options, "train.epochs=6"), "whole").metrics()]
+    longer_run = train(tiny(*options, "train.epochs=6"), "whole")
     assert rates[:3] == [row["lr"] for row in short.metrics()]
-    assert rates[3:] == longer_run[3:]
+    assert rates[3:] == [row["lr"] for row in longer_run.metrics()][3:]
 
 
 def test_patience_starts_from_zero_in_an_extended_run() -> None:

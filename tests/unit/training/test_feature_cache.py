@@ -1,4 +1,4 @@
-"""Fine-tuning: what is frozen, that it stays so, and that computing it once changes nothing."""
+"""Caching the features of a frozen backbone does not change the training."""
 
 from __future__ import annotations
 
@@ -38,9 +38,6 @@ def resnet(trainable: str = "all") -> nn.Module:
     model = models.build_model("resnet18", 4, 3, 32, {"stem": "imagenet"})
     freeze(model, trainable)
     return model
-
-
-# A trunk that is computed once
 
 
 def test_backbone_and_head_equal_the_network_and_share_its_weights() -> None:

@@ -1,4 +1,4 @@
-"""Pretrained weights: where they are found, what is refused, and that a run needs them once."""
+"""Pretrained weights: their sources, invalid files, and runs that are resumed without them."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def model_config(spec: str, name: str = "resnet18") -> ModelConfig:
 
 @pytest.fixture
 def source() -> RunDir:
-    """A finished run to begin others from, its batch norms and means its own."""
+    """A finished run whose weights initialize other runs; its normalization differs from theirs."""
     return train("train.epochs=1", "train.seed=7", "data.per_class=6", name="source")
 
 
-# What is no file of weights
+# Invalid files
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_distributed_checkpoint_is_not_unpickled() -> None:
-    """torch.distributed.checkpoint keeps a folder, and in it `.metadata`, a pickle."""
+    """torch.distributed.checkpoint writes a folder with a pickle named `.metadata`."""
     from torch.distributed import checkpoint
 
     checkpoint.save({"w": torch.ones(2)}, checkpoint_id="ckpt", no_dist=True)
@@ -81,7 +81,7 @@ def test_a_folder_is_refused_as_a_weights_file(source: RunDir) -> None:
         with pytest.raises(ModelFileError, match="a folder, not a weights file") as caught:
             pretrained.check_weights_available(model_config(spec))
         assert caught.value.fix == "name the file in it, or a run"
-    Path("source").mkdir()  # a run's name wins
+    Path("source").mkdir()  # the name of a run takes precedence
     pretrained.check_weights_available(model_config("source"))
 
 
@@ -92,7 +92,7 @@ def test_a_safetensors_with_a_huge_header_is_refused() -> None:
     assert run.list_runs() == []
 
 
-# Another run
+# Weights of another run
 
 
 def test_a_run_starts_with_exactly_the_weights_of_another(source: RunDir) -> None:
@@ -166,7 +166,7 @@ def test_a_damaged_run_is_refused_as_a_source(source: RunDir) -> None:
         begin(tiny("model.weights=source"), "next")
 
 
-# Only once
+# The source is needed only once
 
 
 class Killed(BaseException):
@@ -177,7 +177,7 @@ class Killed(BaseException):
 def test_a_stopped_run_resumes_without_its_source(
     trainable: str, source: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a frozen trunk, too, whose activations are computed before the state is restored."""
+    """Also with a frozen backbone, whose features are computed before the state is restored."""
     overrides = ("model.weights=source", f"model.trainable={trainable}")
     uninterrupted = train(*overrides, name="whole")
     real, steps = loop.TrainLoop.train_step, iter(range(1, 100))
@@ -202,7 +202,7 @@ def test_a_stopped_run_resumes_without_its_source(
     ]
     assert metadata[0]["preprocessing"] == metadata[1]["preprocessing"]
     assert metadata[0]["weights"] == metadata[1]["weights"]
-    # Nor does a finished one need it: to be found, loaded or tested.
+    # A finished run does not need it either.
     assert train(*overrides, name="parts", test=True).evaluations()[0]["n"] > 0
     assert run.load_model(resumed.model_path).classes == tuple("0123456789")
 
@@ -218,7 +218,7 @@ def test_a_run_killed_before_its_first_save_reads_the_source_again(
         with pytest.raises(Killed):
             train("model.weights=source", name="early")
     before = RunDir(Path("models/early")).metadata()["weights"]
-    # Meanwhile the source has become another.
+    # The source is replaced in the meantime.
     shutil.rmtree(source.path)
     train("train.epochs=1", "train.seed=8", "data.per_class=6", name="source")
     early = train("model.weights=source", name="early")
@@ -246,7 +246,9 @@ def test_a_state_dict_of_a_wrapped_network_is_loaded() -> None:
     assert (
         job.initial_weights["sha256"] == hashlib.sha256(Path("mine.pth").read_bytes()).hexdigest()
     )
-    assert job.preprocessing == begin(tiny(), "plain")[0].preprocessing  # the data's own means
+    assert (
+        job.preprocessing == begin(tiny(), "plain")[0].preprocessing
+    )  # that of the training images
 
 
 def test_weights_with_nan_or_of_another_architecture_create_no_run() -> None:
@@ -270,7 +272,7 @@ def test_weights_with_nan_or_of_another_architecture_create_no_run() -> None:
     assert not list(Path("models").glob("*/run.json"))
 
 
-# Words that can't be right, before any image is read
+# Invalid settings
 
 
 @pytest.mark.parametrize(
@@ -309,12 +311,12 @@ def test_missing_runs_and_files_are_reported_before_images_are_read(
     refused(here(*nowhere, "model.weights=source"), 4, "'source' has no weights yet", "train it")
 
 
-# torchvision's files
+# Weights of torchvision
 
 
 @pytest.fixture
 def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty data folder, and an empty cache of torch's."""
+    """An empty data folder and an empty cache of torch."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(download, "SOCKET_TIMEOUT_S", 2.0)
     return tmp_path / "no-data"
@@ -327,7 +329,7 @@ def server() -> Iterator[tuple[str, type[Pages]]]:
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, url: str) -> tuple[str, bytes]:
-    """A ResNet-18 of torchvision's under that address; its file's name and content."""
+    """Replace the URL of torchvision's ResNet-18 weights; return file name and content."""
     from torchvision.models import ResNet18_Weights, resnet18
 
     torch.manual_seed(0)
@@ -373,14 +375,14 @@ def test_weights_converted_from_tensorflow_get_the_same_inputs(
     (data_root / "weights").mkdir(parents=True)
     (data_root / "weights" / file).write_bytes(content)
 
-    found = pretrained.find_weights(model_config("default", "googlenet"))
+    weights = pretrained.find_weights(model_config("default", "googlenet"))
     model = models.build_model("googlenet", 7, 3, 64, {}).eval()
-    pretrained.load_pretrained(found, model, tuple("abcdefg"))
+    pretrained.load_pretrained(weights, model, tuple("abcdefg"))
     images = torch.rand(2, 3, 64, 64)
     transforms = member.transforms()
     with torch.no_grad():
         expected = original(Normalize(transforms.mean, transforms.std)(images, PLAN))
-        outputs = model(Normalize(found.mean or [], found.std or [])(images, PLAN))
+        outputs = model(Normalize(weights.mean or [], weights.std or [])(images, PLAN))
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -465,11 +467,11 @@ def test_weights_are_loaded_through_timm() -> None:
     config = {"num_classes": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     about = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": config}
     Path("m/config.json").write_text(json.dumps(about))
-    found = pretrained.find_weights(model_config("local-dir:m"))
-    same(found.tensors, dict(net.state_dict()))
-    assert (found.mean, found.std) == (config["mean"], config["std"])
+    weights = pretrained.find_weights(model_config("local-dir:m"))
+    same(weights.tensors, dict(net.state_dict()))
+    assert (weights.mean, weights.std) == (config["mean"], config["std"])
     fitted = pretrained.load_pretrained(
-        found, models.build_model("resnet18", 10, 3, 64, {"stem": "imagenet"}), ()
+        weights, models.build_model("resnet18", 10, 3, 64, {"stem": "imagenet"}), ()
     )
     assert fitted.left == fitted.new == ["fc.weight", "fc.bias"]
     with pytest.raises(ModelFileError, match="timm cannot load the weights"):
@@ -483,7 +485,7 @@ def test_missing_timm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
             pretrained.check_weights_config(model_config(spec, name))
 
 
-# Nothing is opened that wasn't asked for
+# Checks of recipes
 
 
 def test_validating_a_recipe_opens_and_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Settings, splits, seeds and folds: which runs they are, and the arithmetic of their table."""
+"""Repeated runs over variants, splits, seeds and folds, and their summary statistics."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def trained(*arguments: str | Path) -> Any:
     return done.json
 
 
-# Which runs
+# Planned runs
 
 
 def test_each_combination_is_a_run_with_a_unique_name() -> None:
@@ -79,7 +79,7 @@ def test_each_combination_is_a_run_with_a_unique_name() -> None:
         assert (plan.recipe.data.seed, plan.recipe.train.seed) == (plan.data_seed, plan.seed)
         assert plan.recipe.optim.lr == (0.0001 if plan.variant == "slow" else 0.012)
     assert len({p.recipe.digest() for p in plans}) == 8
-    # The first split and seed are the recipe as it stands: the run of the plain command.
+    # The first split and seed are those of the recipe, so it is the run of a single training.
     alone = load_recipe("few.yaml", ["data.seed=3"], "slow")
     assert plans[0].recipe.digest() == alone.digest()
 
@@ -98,18 +98,18 @@ def test_folds_are_runs_whose_recipes_name_the_fold() -> None:
     assert {p.recipe.data.folds for p in plans} == {3}
 
 
-# What they reached
+# Summary statistics
 
 
 class FakeEvaluation:
-    """One look at `n` images of which `correct` are right."""
+    """An evaluation of `n` images of which `correct` are classified correctly."""
 
     def __init__(self, correct: int, n: int, loss: float = 0.5) -> None:
         self.correct, self.n, self.accuracy, self.loss = correct, n, correct / n, loss
 
 
 def summary(*cells: tuple[int, int, int | None, FakeEvaluation]) -> VariantSummary:
-    """A summary of runs by split, seed and fold."""
+    """Return a summary of runs, given as (split, seed, fold, evaluation)."""
     run_dir = RunDir(Path("models/x"))
     outcomes = [
         RunOutcome(PlannedRun(tiny(), True, None, split, seed, fold), run_dir, run_dir, evaluation)  # type: ignore[arg-type]
@@ -127,16 +127,16 @@ def test_one_run_has_an_interval_and_no_standard_deviation() -> None:
 def test_splits_and_seeds_have_separate_standard_deviations() -> None:
     # By hand: 60 70 | 80 90 %: within each split variance 50, means 65 and 85 of variance 200;
     # between splits 200 - 50 / 2 = 175. All four: mean 75, variance (225 + 25 + 25 + 225) / 3.
-    run_table = summary(
+    variant = summary(
         (0, 0, None, FakeEvaluation(60, 100)),
         (0, 1, None, FakeEvaluation(70, 100)),
         (1, 0, None, FakeEvaluation(80, 100)),
         (1, 1, None, FakeEvaluation(90, 100)),
     )
-    assert run_table.interval95 is None
-    assert run_table.mean == pytest.approx(0.75)
-    assert run_table.sd == pytest.approx(math.sqrt(500 / 3) / 100)
-    assert run_table.parts == pytest.approx((math.sqrt(175) / 100, math.sqrt(50) / 100))
+    assert variant.interval95 is None
+    assert variant.mean == pytest.approx(0.75)
+    assert variant.sd == pytest.approx(math.sqrt(500 / 3) / 100)
+    assert variant.parts == pytest.approx((math.sqrt(175) / 100, math.sqrt(50) / 100))
 
 
 def test_folds_are_pooled_over_their_images() -> None:
@@ -148,7 +148,7 @@ def test_folds_are_pooled_over_their_images() -> None:
     assert (one.n, one.sd) == (30, None)
     assert one.interval95 == wilson_interval(19, 30)
     assert one.repeats[0].loss == pytest.approx((10 * 0.1 + 20 * 0.4) / 30)
-    # Two seeds judge the same images twice: that makes no interval of 60 images.
+    # Two seeds are evaluated on the same images, so there is no interval of 60 images.
     two = summary(
         (0, 0, 0, FakeEvaluation(9, 10)),
         (0, 0, 1, FakeEvaluation(10, 20)),
@@ -161,7 +161,7 @@ def test_folds_are_pooled_over_their_images() -> None:
 
 
 def test_variants_are_compared_within_splits_and_seeds() -> None:
-    # By hand: gains of 2, 4 and 6 points: mean 4, sample deviation 2, whatever the seeds' own.
+    # By hand: gains of 2, 4 and 6 points have mean 4 and sample deviation 2.
     first = summary(
         *((0, seed, None, FakeEvaluation(n, 100)) for seed, n in enumerate((50, 70, 60)))
     )
@@ -242,7 +242,7 @@ def test_seeds_start_at_the_seed_of_the_recipe() -> None:
     assert variant.sd is None
 
 
-# Settings
+# Variants
 
 
 @pytest.mark.figures
@@ -256,7 +256,7 @@ def test_all_variants_are_trained_by_one_command() -> None:
         assert entry["runs"][0]["run"].startswith(f"few-{entry['variant']}-")
         recipe = Run.load(entry["runs"][0]["run"]).recipe
         assert (recipe.optim.lr, recipe.model.options["widths"]) == (lr, widths)
-        assert recipe.train.epochs == 1  # the command line lies over the variant
+        assert recipe.train.epochs == 1  # the command line overrides the variant
         assert entry["interval95"] == entry["runs"][0]["interval95"]
         assert "variants" not in (Path(entry["runs"][0]["path"]) / "recipe.yaml").read_text()
     assert slow["parameters"] < wide["parameters"]
@@ -281,7 +281,7 @@ def test_selected_variants_are_listed_in_the_given_order() -> None:
     assert "over wide" in lines[1] + lines[0]
     assert sorted(p.name for p in Path("models").iterdir()) == ["few-slow", "few-wide"]
     assert done.out.splitlines()[-1] == "plot   plots/few-variants/curves.png"
-    # Without --variants the recipe as it stands.
+    # Without --variants only the recipe itself is trained.
     assert trained(path, "--no-test")["run"] == "few"
     assert Run.load("few").recipe.digest() not in {
         Run.load(name).recipe.digest() for name in ("few-slow", "few-wide")
@@ -398,7 +398,7 @@ def test_a_refit_from_python() -> None:
     assert run_table.to_dict()["refit"] is True
 
 
-# What can't be
+# Invalid options
 
 
 @pytest.mark.parametrize(
@@ -446,6 +446,6 @@ def test_the_list_of_recipes_shows_the_number_of_variants(
         {"few": load_recipe(path), "digits": load_recipe("digits")},
         {"few": ["a", "b"], "digits": []},
     )
-    fold_ids, digits = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert fold_ids.rstrip().endswith("; 2 variants")
+    first_line, digits = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert first_line.rstrip().endswith("; 2 variants")
     assert "variants" not in digits

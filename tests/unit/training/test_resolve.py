@@ -1,4 +1,4 @@
-"""From what was typed or passed to a recipe: names, files, data sets, overrides."""
+"""Names, files, data sets and overrides are resolved to recipes."""
 
 from __future__ import annotations
 

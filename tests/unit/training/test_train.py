@@ -1,24 +1,24 @@
-"""Training runs: which weights are kept, when they stop, what they never do."""
+"""Training runs: the weights that are kept, early stopping, failures and finished runs."""
 
 from __future__ import annotations
 
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from convlens import device, evaluation, optim, run, serialization
+from convlens import device, evaluation, optim, serialization
 from convlens.cli import main
 from convlens.errors import Diverged, ResourceError, UsageError
 from convlens.recipe import load_recipe
 from convlens.run import RunDir
 from convlens.runtime import RuntimeContext
-from convlens.training import train as training_train
+from convlens.training import autotune, train as training_train
 from convlens.training.checkpoint import BestEpoch
 from convlens.training.setup import build_training_job
 from convlens.utils.files import sha256
@@ -218,16 +218,16 @@ def test_a_finished_run_is_not_trained_again() -> None:
         serialization.read_model_file(run_dir.model_path)[0],
     )
     resolved = load_recipe(run_dir.path / "recipe.yaml")
-    found = training_train.train(
+    by_resolved_recipe = training_train.train(
         resolved, is_unmodified_recipe=True, test=False, device="cpu", quiet=True
     )
-    assert found.path in (run_dir.path, fresh.path)
+    assert by_resolved_recipe.path in (run_dir.path, fresh.path)
 
 
 def test_a_run_finished_by_another_process_meanwhile_is_not_overwritten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both begin, one reads its images more slowly: it must not train over the other."""
+    """Two processes start the same run; the slower one must not overwrite it."""
     real = training_train.load_data
 
     def slow(*arguments: Any, **options: Any) -> Any:
@@ -321,31 +321,23 @@ def test_images_larger_than_the_memory_budget_train_to_the_same_bits(
     )
 
 
-def test_normalisation_is_measured_on_the_training_images_only() -> None:
-    data = images_of(tiny())
-    job, _ = begin(tiny(), "x")
-    pixels = data.train.rows.gather(torch.arange(80)).numpy().astype(np.float64) / 255
-    assert job.preprocessing.mean == pytest.approx([pixels.mean()])
-    assert job.preprocessing.std == pytest.approx([pixels.std()])
-
-
 def test_a_resumed_run_uses_its_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was chosen by timing, so another choice could end with other bits."""
+    """It was chosen by timing, and another plan could give different bits."""
     from convlens.utils.process import StopSignal
 
     overrides = ("train.memory_format=auto", "train.epochs=2")
     monkeypatch.setattr(
-        device, "candidate_plans", lambda *_: [device.Plan("cpu", "fp32", "channels_last")]
+        autotune, "candidate_plans", lambda *_: [device.Plan("cpu", "fp32", "channels_last")]
     )
     with monkeypatch.context() as patch:
-        patch.setattr(training_train, "_stop", _stop)
+        patch.setattr(training_train, "_stop", _interrupt)
         patch.setattr(
-            training_train, "catch_stop_signals", lambda: _Raised(StopSignal(is_set=True))
+            training_train, "catch_stop_signals", lambda: nullcontext(StopSignal(is_set=True))
         )
         with pytest.raises(KeyboardInterrupt):
             train(*overrides)
     monkeypatch.setattr(
-        device, "candidate_plans", lambda *_: [device.Plan("cpu", "fp32", "contiguous")]
+        autotune, "candidate_plans", lambda *_: [device.Plan("cpu", "fp32", "contiguous")]
     )
     plans = []
     real = training_train.build_training_job
@@ -360,24 +352,11 @@ def test_a_resumed_run_uses_its_plan_again(monkeypatch: pytest.MonkeyPatch) -> N
     assert [plan.memory_format for plan in plans] == ["channels_last"]
 
 
-class _Raised:
-    """A flag that is up from the beginning, in place of a signal."""
-
-    def __init__(self, flag: Any) -> None:
-        self.flag = flag
-
-    def __enter__(self) -> Any:
-        return self.flag
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def _stop(*_: Any) -> None:
+def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-# Checks before any image is read
+# Validation
 
 
 def test_all_mistakes_in_a_recipe_are_reported_before_data_is_read(
@@ -392,12 +371,3 @@ def test_all_mistakes_in_a_recipe_are_reported_before_data_is_read(
     for word in ("model.widht", "'cosin'", "'adan'", "RandomCropp"):
         assert word in caught.value.what
     assert not Path("models").exists()
-
-
-def test_a_setup_has_nothing_left_to_choose() -> None:
-    recipe = load_recipe("folder", ["data.name=digits", "data.per_class=5"])
-    job = build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
-    assert "auto" not in (job.recipe.augment, job.recipe.train.epochs)
-    assert (job.recipe.data.image_size, job.recipe.data.channels) == (8, 1)
-    assert job.recipe.train.epochs == 60
-    assert run.safe_name(job.recipe.name) == "folder"

@@ -1,0 +1,161 @@
+"""Training jobs are built from recipes: resolved settings, networks, preprocessing, checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from convlens.distributed import SINGLE_PROCESS, ProcessGroup
+from convlens.errors import DataError, UsageError
+from convlens.recipe import load_recipe, resolve_auto
+from convlens.run import Preprocessing
+from convlens.runtime import RuntimeContext
+from convlens.training.setup import (
+    InitialState,
+    _check_batch_size,
+    _sample_images,
+    build_network,
+    build_training_job,
+)
+from helpers.support import Memory, Split, begin, images_of, pictures, same, tiny
+
+
+def initial_weights(*overrides: str) -> dict[str, Tensor]:
+    """Return the weights that a run of the tiny recipe starts with."""
+    recipe = tiny(*overrides)
+    data = images_of(recipe)
+    resolved = resolve_auto(
+        recipe, images=len(data.train), image_size=data.image_size, channels=data.channels
+    )
+    return dict(build_network(resolved, data, None)[0].state_dict())
+
+
+# Recipes
+
+
+def test_auto_values_are_resolved() -> None:
+    recipe = load_recipe("folder", ["data.name=digits", "data.per_class=5"])
+    job = build_training_job(recipe, images_of(recipe), RuntimeContext("cpu", quiet=True))
+    assert "auto" not in (job.recipe.augment, job.recipe.train.epochs)
+    assert (job.recipe.data.image_size, job.recipe.data.channels) == (8, 1)
+    assert job.recipe.train.epochs == job.epochs == 60
+
+
+def test_a_single_training_image_is_refused() -> None:
+    recipe = tiny()
+    data = images_of(recipe)
+    train = replace(data.train, labels=data.train.labels[:1])
+    with pytest.raises(DataError, match="1 training image: at least 2 are needed"):
+        build_training_job(recipe, replace(data, train=train), RuntimeContext("cpu", quiet=True))
+
+
+def test_a_batch_too_small_for_the_processes_is_refused() -> None:
+    _check_batch_size(tiny("train.batch_size=8"), ProcessGroup(0, 4))
+    _check_batch_size(tiny("train.batch_size=1"), SINGLE_PROCESS)
+    with pytest.raises(UsageError, match="leaves less than two images for each") as caught:
+        _check_batch_size(tiny("train.batch_size=7"), ProcessGroup(0, 4))
+    assert "train.batch_size=8 or more" in caught.value.fix
+
+
+# Networks
+
+
+def test_the_network_depends_on_the_seed_only() -> None:
+    first = initial_weights("train.seed=3")
+    torch.manual_seed(99)  # the state of the global generator does not matter
+    same(first, initial_weights("train.seed=3"))
+    same(first, initial_weights("train.seed=3", "data.per_class=6", "optim.lr=0.5"))
+    another = initial_weights("train.seed=4")
+    assert not torch.equal(first["stage1.0.weight"], another["stage1.0.weight"])
+
+
+def test_a_network_with_an_initial_state_needs_no_source() -> None:
+    recipe = tiny("model.weights=missing.pth")
+    weights = initial_weights("train.seed=5")
+    record = {"mean": [0.25], "std": [0.5]}
+    model, preprocessing, returned = build_network(
+        recipe, images_of(recipe), InitialState(weights, record)
+    )
+    same(dict(model.state_dict()), weights)
+    assert returned is record
+    assert (preprocessing.mean, preprocessing.std) == ([0.25], [0.5])
+
+
+def test_layers_are_frozen_as_the_recipe_says() -> None:
+    job, _ = begin(tiny("model.trainable=head"), "frozen")
+    trainable = {name for name, p in job.model.named_parameters() if p.requires_grad}
+    assert trainable == {"classifier.weight", "classifier.bias"}
+
+
+# Preprocessing
+
+
+def test_normalization_is_measured_on_the_training_images_only() -> None:
+    data = images_of(tiny())
+    job, _ = begin(tiny(), "x")
+    pixels = data.train.rows.gather(torch.arange(80)).numpy().astype(np.float64) / 255
+    assert job.preprocessing.mean == pytest.approx([pixels.mean()])
+    assert job.preprocessing.std == pytest.approx([pixels.std()])
+
+
+class Recorded(Memory):
+    """Images of one value, of which only the shape is stored; `indices` are those last read."""
+
+    def __init__(self, count: int, channels: int, size: int) -> None:
+        super().__init__(torch.zeros(1, channels, size, size, dtype=torch.uint8))
+        self.shape = (count, channels, size, size)
+        self.indices = torch.empty(0)
+
+    def gather(self, index: Tensor) -> Tensor:
+        self.indices = index
+        return self.images.expand(len(index), -1, -1, -1)
+
+
+def sample(count: int, channels: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return the sampled images and their indices."""
+    rows = Recorded(count, channels, size)
+    preprocessing = Preprocessing(size, channels, "stretch", [0.5] * channels, [0.25] * channels)
+    return _sample_images(Split(rows, torch.zeros(count)), preprocessing), rows.indices
+
+
+@pytest.mark.parametrize(
+    ("count", "channels", "size", "expected"),
+    [
+        (1, 1, 8, 1),
+        (100, 3, 8, 100),
+        (5_001, 1, 8, 5_000),
+        (60_000, 1, 28, 5_000),
+        (900, 3, 256, 85),
+    ],
+)
+def test_sampled_images_are_evenly_spaced_and_limited_in_number_and_size(
+    count: int, channels: int, size: int, expected: int
+) -> None:
+    images, indices = sample(count, channels, size)
+    assert images.shape == (expected, channels, size, size)
+    assert images.dtype == torch.float32
+    assert images.numel() * images.element_size() <= 64 * 2**20
+    assert indices[0] == 0
+    assert indices[-1] == count - 1
+    if expected > 1:
+        distances = indices.diff()
+        assert distances.min() >= 1
+        assert distances.max() - distances.min() <= 1
+
+
+def test_an_image_larger_than_the_limit_is_sampled_alone() -> None:
+    images, indices = sample(7, 3, 2_400)
+    assert math.prod(images.shape[1:]) > 1 << 24
+    assert indices.tolist() == [0]
+
+
+def test_sampled_images_are_normalized() -> None:
+    images = pictures(10)
+    preprocessing = Preprocessing(8, 1, "stretch", [0.5], [0.25])
+    sampled = _sample_images(Split(Memory(images), torch.zeros(10)), preprocessing)
+    torch.testing.assert_close(sampled, (images / 255 - 0.5) / 0.25)
