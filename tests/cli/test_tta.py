@@ -156,7 +156,7 @@ def test_the_table_shows_both_predictions_if_they_differ(sided: RunDir) -> None:
     half(Path("r.png"), "right")
     done = here("predict", sided.path, "l.png", "r.png", "--tta", "flip")
     assert done.out.splitlines() == [
-        "l.png  right 62.2%  (plain: left 100.0%)",
+        "l.png  right 62.2%  (without TTA: left 100.0%)",
         "r.png  right 62.2%",
     ]
 
@@ -192,4 +192,4 @@ def test_a_typo_is_reported_before_anything_is_read(sided: RunDir) -> None:
 def test_the_help_names_the_limits() -> None:
     for name in ("evaluate", "predict"):
         text = " ".join(here(name, "--help").out.replace("│", " ").split())
-        assert "Only for classes that a mirror image does not change" in text
+        assert "Only for classes that mirroring does not change" in text

@@ -87,7 +87,9 @@ def test_a_run_of_a_later_version_is_refused_as_such() -> None:
     refused(done, 2, "unknown key 'train.teleport'")  # same version: a wrong key
     run_dir.update_metadata({"convlens": "99.1"})
     done = here("labels", run_dir.path, "--folds", "2")
-    refused(done, 4, "written by convlens 99.1, which knows more than this one", "update convlens")
+    refused(
+        done, 4, "written by convlens 99.1, which is newer than this version", "update convlens"
+    )
     tensors, model_metadata = serialization.read_model_file(run_dir.model_path)
     model_metadata["recipe"]["train"]["teleport"] = True
     run_dir.save_model(tensors, {**model_metadata, "convlens": "99.1"})

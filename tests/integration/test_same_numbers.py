@@ -96,7 +96,7 @@ def test_any_batch_size_and_number_of_images_give_the_reference_numbers(
     logits, labels = reference_logits(small)
     monkeypatch.setattr(inference, "MAX_BATCH", batch)
     monkeypatch.setattr(inference, "FIRST_BATCH", min(16, batch))
-    found = evaluate_sizes(small._folder, 256)
+    found = evaluate_sizes(small.run_dir, 256)
     assert [each["n"] for each in found] == [*SIZES, len(labels)]
     for each in found:
         assert each["near_ties"] == 0

@@ -56,7 +56,7 @@ def test_unknown_names_inside_a_recipe_are_reported_together() -> None:
 
 
 def test_an_argument_that_is_not_an_override_is_refused() -> None:
-    refused(here("train", "digits", "fast"), 2, "'fast' is no override", "key=value")
+    refused(here("train", "digits", "fast"), 2, "'fast' is not an override", "key=value")
 
 
 def test_a_recipe_that_is_not_yaml_is_refused() -> None:
@@ -204,7 +204,7 @@ def test_unreadable_images_are_skipped_if_requested() -> None:
     done = here("train", root, *NET, "data.on_bad=skip", "data.max_bad=0.25", "--json")
     assert done.code == 0, done.err
     assert "4 unreadable images are skipped" in done.err
-    metadata = Run.load(done.json["run"])._folder.metadata()
+    metadata = Run.load(done.json["run"]).run_dir.metadata()
     assert metadata["data"]["skipped"] == {
         "cat/bomb.png": "more than 89 million pixels are refused (60000 x 60000)",
         "cat/half.png": "the file is cut short",
@@ -237,7 +237,7 @@ def leaky_folder() -> Path:
 
 def test_harmful_copies_are_reported_when_training_starts() -> None:
     root = leaky_folder()
-    message = "images that are there more than once"
+    message = "images that occur more than once"
     done = here("train", root, *NET)
     assert done.code == 0, done.err
     assert (

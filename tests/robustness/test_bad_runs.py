@@ -52,7 +52,7 @@ def flip_bit(data: bytes, fraction: float) -> bytes:
     [
         (lambda data: data[:-200], "changed or damaged"),
         (lambda data: data[: len(data) // 2], "truncated"),
-        (lambda data: b"", "no model file"),
+        (lambda data: b"", "not a model file"),
         (lambda data: flip_bit(data, 0.99), "changed or damaged"),
         (lambda data: flip_bit(data, 0.4), "damaged"),
         (lambda data: data + b"\0", "changed or damaged"),

@@ -151,7 +151,11 @@ def test_metadata_without_a_data_fingerprint_is_a_clear_error() -> None:
     run_dir = unfinished_run(*DIGITS, "--no-test", "--name", "mine")
     for wrong in ({}, [], "x", None):
         run_dir.update_metadata({"data": wrong})
-        refused(here("train", *DIGITS, "--no-test", "--name", "mine"), 4, "on which images")
+        refused(
+            here("train", *DIGITS, "--no-test", "--name", "mine"),
+            4,
+            "which images this run started with",
+        )
 
 
 # The recipe
@@ -192,7 +196,7 @@ def test_other_versions_and_hardware_are_reported_and_recorded() -> None:
         "threads 96, now ",
         "processes 2, now 1",
         "convlens 0.0.1, now ",
-        "not end with the bits",
+        "results will not be bit-identical to an uninterrupted run",
     ):
         assert text in done.err
     metadata = run_dir.metadata()

@@ -263,7 +263,7 @@ def test_hashes_that_earlier_versions_wrote_into_json_are_ignored(run: RunDir) -
 def test_an_edited_recipe_file_starts_another_run(run: RunDir) -> None:
     path = run.path / "recipe.yaml"
     replace_text(path, "epochs: 3", "epochs: 1")
-    refused(here("labels", run.path, "--folds", "2"), 4, "changed after the run had begun")
+    refused(here("labels", run.path, "--folds", "2"), 4, "changed after the run started")
     done = here("train", path, "--no-test", "--json")  # an edited recipe: a new run
     assert done.code == 0, done.err
     assert done.json["run"] != "original"
@@ -289,7 +289,12 @@ def test_the_metrics_of_an_unfinished_run_are_read_strictly(run: RunDir, text: s
     if text == "epoch\n":
         assert run.metrics() == []
     else:
-        refused(here("diagnose", "original"), 4, "log of epochs", "metrics.csv")
+        refused(
+            here("diagnose", "original"),
+            4,
+            "metrics.csv cannot be used",
+            "models/original/metrics.csv",
+        )
 
 
 def test_a_damaged_cache_is_rebuilt(run: RunDir) -> None:

@@ -497,7 +497,11 @@ def test_contradictory_options_are_refused_before_images_are_read() -> None:
 
 def test_too_many_runs_at_once_are_refused() -> None:
     for option in ("--seeds", "--repeat-splits"):
-        refused(here("train", "digits", option, "99999999"), 2, "99,999,999 runs; 10,000 at most")
+        refused(
+            here("train", "digits", option, "99999999"),
+            2,
+            "99,999,999 runs are too many for one command; the limit is 10,000",
+        )
     assert here("train", "digits", "--seeds", "9" * 30).code == 2
 
 

@@ -57,7 +57,7 @@ def test_lost_weights_are_written_again_from_the_checkpoint() -> None:
 
 
 def test_a_signal_before_training_starts_leaves_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(*_: Any) -> None:
+    def prepare(*_: Any, **options: Any) -> None:
         signal.raise_signal(signal.SIGUSR1)
 
     monkeypatch.setattr(training_train, "build_training_job", prepare)

@@ -149,7 +149,7 @@ def test_an_interrupted_download_leaves_no_files(tmp_path: Path) -> None:
             text=True,
             env=environment(CONVLENS_DATA=str(tmp_path / "sets")),
         )
-        wait_until(lambda: bool(handler.asked), process)
+        wait_until(lambda: bool(handler.requested), process)
         assert ended(process, signal.SIGTERM)[0] == 75
     left = [path for path in (tmp_path / "sets").rglob("*") if path.is_file()]
     assert [path.name for path in left if "lock" not in path.name] == []

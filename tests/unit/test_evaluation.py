@@ -197,7 +197,7 @@ def test_images_that_it_was_trained_on_are_counted() -> None:
         split_of = {row["id"]: row["split"] for row in csv.DictReader(file)}
     trained = sum(split == "train" for split in split_of.values())
     assert 0 < trained < 24
-    warning = "images are among those that the model was trained on"
+    warning = "images were also used for training"
     done = here("evaluate", "mine", "--data", root)
     assert f"{root}: {trained} of 24 {warning}" in done.err
     # By content, not by name.

@@ -209,7 +209,7 @@ def test_file_names_can_be_given_on_stdin(model: RunDir) -> None:
     for form in ("json", "table"):
         done = here("predict", model.path, "--format", form, stdin=" \n\n")
         assert done.code == 0
-        assert done.err == "nothing to predict: stdin named no files\n"
+        assert done.err == "nothing to predict: no file was named on stdin\n"
         assert done.out == ('{"predictions": []}\n' if form == "json" else "")
 
 

@@ -92,7 +92,7 @@ def test_rows_are_streamed_only_beyond_the_memory_budget(tmp_path: Path) -> None
         assert torch.equal(in_memory.train.rows.gather(index), data.train.rows.gather(index))
         assert data.fingerprint == in_memory.fingerprint
         assert data.train.shards is not None
-        assert torch.equal(data.train.shards.of, torch.arange(40) // 10)
+        assert torch.equal(data.train.shards.shard_ids, torch.arange(40) // 10)
     # Although decoded images are in the cache from the larger budget.
     assert not isinstance(streamed.train.rows, StoredRows)
 
@@ -135,13 +135,13 @@ def test_shards_are_prefetched_before_they_are_read(
     train = dataset.load_data(DataConfig(name=str(root), image_size=8), memory_budget=1000).train
     assert train.shards is not None
     prefetched: list[int] = []
-    spy = ShardOrder(train.shards.of, prefetched.extend)
+    spy = ShardOrder(train.shards.shard_ids, prefetched.extend)
     normalize = Normalize([0.5] * 3, [0.5] * 3)
     batches = Batches(train, batch_size=4, normalize=normalize, plan=PLAN, seed=1, shards=spy)
     order = epoch_order(40, 1, 1, spy)
     for step, _ in enumerate(batches.epoch(1)):
         # Including the shards of the next two batches (half a window).
-        assert set(train.shards.of[order[: 4 * (step + 3)]].tolist()) <= set(prefetched)
+        assert set(train.shards.shard_ids[order[: 4 * (step + 3)]].tolist()) <= set(prefetched)
     assert set(prefetched) == set(range(8))
 
 
