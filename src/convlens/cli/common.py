@@ -23,7 +23,7 @@ PANELS = {
     "Everyday": ("train", "predict", "evaluate", "report"),
     "Understand": ("look", "compare", "diagnose"),
     "Data": ("audit", "labels", "augment", "shard"),
-    "Hand over": ("export",),
+    "Deploy": ("export",),
     "Other": ("recipes", "info"),
 }
 NAME_COLUMN_WIDTH = 28  # maximum, of options and commands in a help page
