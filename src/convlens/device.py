@@ -203,8 +203,8 @@ def candidate_plans(
 ) -> list[Plan]:
     """Return the plans that satisfy a recipe. The first one is used if nothing is timed.
 
-    On a CPU the first is the safest one: fp32, contiguous. On a GPU with tensor cores it is the one
-    that they are made for: half precision, channels last.
+    On a CPU the first is the safest one: fp32, contiguous. On a GPU with tensor cores it is the
+    one that suits them: half precision, channels last.
 
     Args:
         precision, memory_format: of the recipe; may be `auto`.

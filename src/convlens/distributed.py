@@ -103,7 +103,7 @@ class ProcessGroup:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is rank 0, which alone writes and prints."""
+        """Whether this is rank 0, the only one that writes and prints."""
         return self.rank == 0
 
     def with_stop_requested(self, stop_requested: Callable[[], bool]) -> ProcessGroup:
@@ -151,7 +151,7 @@ class ProcessGroup:
         return rank if rank < self.size else None
 
     def barrier(self) -> None:
-        """Wait until all processes are here; on a timeout the error names the missing rank."""
+        """Wait until every rank has reached this point; a timeout error names the missing one."""
         if self.size > 1:
             # Its default timeout is not that of the group.
             timeout = datetime.timedelta(seconds=CONTROL_TIMEOUT_S)
@@ -273,7 +273,7 @@ class ProcessGroup:
         return stop
 
     def _wait_for(self, event: torch.cuda.Event) -> None:
-        """Wait for the GPU, but not for ever.
+        """Wait for the GPU for a limited time.
 
         A kernel of NCCL never ends if a peer has died. torchrun notices that and asks the other
         processes to stop; a step that is not finished `STOP_GRACE_S` later is given up.
@@ -360,7 +360,7 @@ def _rendezvous(timeout: datetime.timedelta) -> tuple[Any, int]:
 
     torchrun 2.15 starts the processes of a restart with the store of those that ended. Their
     addresses are still in it, and plain `init_method="env://"` waits for them until its timeout
-    ("connection refused"). So each attempt gets a prefix of its own. TORCHELASTIC_RESTART_COUNT
+    ("connection refused"). So each attempt gets its own prefix. TORCHELASTIC_RESTART_COUNT
     can't be that prefix: each machine counts only the failures of its own processes.
 
     Rank 0 counts the attempts in the store and publishes the newest number. Another rank may read
@@ -407,7 +407,7 @@ def _check_same_versions(group: ProcessGroup) -> None:
     other = group.first_rank_that_differs(versions)
     if other is not None:
         raise ResourceError(
-            f"process {other} of {group.size} has other versions than process 0",
+            f"process {other} of {group.size} has different versions from process 0",
             where=f"process {group.rank} on {socket.gethostname()} has {versions}",
             fix="install the same versions on all machines",
         )

@@ -262,7 +262,7 @@ def summarize(
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """Return mean and sample standard deviation (n - 1), None for a single value."""
     if not values:
-        raise DataError("there are no values to take the mean of")
+        raise DataError("there are no values to average")
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -319,7 +319,7 @@ def difference_on_images(both: int, first: int, second: int, neither: int) -> Ac
     Psychometrika 12 (2), 153-157.
 
     Args:
-        both, neither: images that both models classify correctly, that none does.
+        both, neither: images that both models classify correctly, that neither does.
         first, second: images that only the first, only the second model classifies correctly.
     """
     value = (second - first) / (both + first + second + neither)
@@ -339,7 +339,7 @@ def newcombe_interval(
     """
     n = both + first + second + neither
     if n == 0:
-        raise UsageError("there are no images to compare on")
+        raise UsageError("there are no images to compare")
     before, after = (both + first) / n, (both + second) / n
     low1, high1 = wilson_interval(both + first, n, confidence)
     low2, high2 = wilson_interval(both + second, n, confidence)

@@ -512,7 +512,7 @@ def matching_keys(key: str) -> list[str]:
 def resolve_auto(recipe: Recipe, *, images: int, image_size: int, channels: int) -> Recipe:
     """Return the recipe with every `auto` about data, augmentation and epochs replaced.
 
-    The values are written into the run's recipe, which then trains the same without any rule.
+    The values are written into the run's recipe, which then needs no rules to be trained again.
 
     Args:
         images: number of training images.

@@ -1,4 +1,4 @@
-"""The run directory: what a training leaves behind, and the only thing that later commands read.
+"""The run directory: all files of a training, and the only input of later commands.
 
 `models/<run>/` contains
 
@@ -297,7 +297,9 @@ class RunDir:
         try:
             epoch = model_epoch(self.model_path)
         except (ModelFileError, KeyError, TypeError, ValueError) as error:
-            reason = error.what if isinstance(error, ModelFileError) else "it names no epoch"
+            reason = (
+                error.what if isinstance(error, ModelFileError) else "it does not name an epoch"
+            )
             return f"the weights of epoch {needed}, the best ones, are lost: {reason}"
         return "" if epoch >= needed else f"the model file is of epoch {epoch}, not {needed}"
 
@@ -395,15 +397,15 @@ def runs_with_name(name: str) -> list[RunDir]:
     return [each for each in list_runs() if named.fullmatch(each.name)]
 
 
-def find_or_create_run_dir(name: str, digest: str, *, plain: bool, fresh: bool) -> RunDir:
+def find_or_create_run_dir(name: str, digest: str, *, plain_name: bool, fresh: bool) -> RunDir:
     """Return the run of a recipe, or a new run directory for it. Nothing is created on disk yet.
 
-    An unmodified recipe (`plain`) takes its own name. One with overrides gets six digits of its
-    hash appended, so that the same command always finds the same run. With `fresh` the directory
-    is always a new one. No run is ever overwritten.
+    With `plain_name` (an unmodified recipe) the directory is called `name`. Otherwise six digits
+    of the hash are appended, so that the same command always finds the same run. With `fresh` the
+    directory is always a new one. No run is ever overwritten.
     """
-    base = safe_name(name) if plain else f"{safe_name(name)}-{digest[:6]}"
-    candidates = [base, *([f"{base}-{digest[:6]}"] if plain else [])]
+    base = safe_name(name) if plain_name else f"{safe_name(name)}-{digest[:6]}"
+    candidates = [base, *([f"{base}-{digest[:6]}"] if plain_name else [])]
     candidates += [f"{candidates[-1]}-{number}" for number in range(2, 1000)]
     taken = [c for c in candidates if _is_name_taken(MODELS_DIR / c)]
     if not fresh:
@@ -419,7 +421,7 @@ def find_or_create_run_dir(name: str, digest: str, *, plain: bool, fresh: bool) 
 
 
 def _is_name_taken(folder: Path) -> bool:
-    """Return whether a folder holds more than a run that never started leaves behind."""
+    """Return whether a folder contains other files than those of a run that never started."""
     if not folder.is_dir():
         return folder.exists()
     leftovers = ("recipe.yaml", "split.csv", "images.csv.gz", "state")
@@ -608,7 +610,7 @@ def check_same_images(group: ProcessGroup, name: str, fingerprint: str) -> None:
     other = group.first_rank_that_differs(fingerprint)
     if other is not None:
         raise DataError(
-            f"process {other} of {group.size} has other images of {name!r} than process 0",
+            f"process {other} of {group.size} has different images of {name!r} from process 0",
             where=f"process {group.rank} on {socket.gethostname()} has {fingerprint[:12]}",
             fix="give each machine a copy of the same images, or use one shared folder",
         )

@@ -45,13 +45,13 @@ class RuntimeContext:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is rank 0, which alone writes files and prints messages."""
+        """Whether this is rank 0, the only one that writes files and prints messages."""
         return self.process_group.is_main_process
 
     def broadcast(self, fn: Callable[[], T]) -> T:
         """Run `fn` on rank 0 and broadcast its JSON-serializable result to every rank.
 
-        Decisions that all ranks must share are taken this way: no rank asks the file system for
+        Decisions that all ranks must share are made this way: no rank reads the file system by
         itself, since another rank may already have changed it.
         """
         return self.process_group.broadcast(fn)

@@ -161,7 +161,7 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             where=str(path),
             fix="update convlens",
         )
-    # A file of another program can have a valid hash and all the same an invalid table of tensors
+    # A file of another program can have a valid hash and still have an invalid table of tensors
     # or non-finite values.
     tensors = unpack_tensors(data, path)
     if bad := _non_finite(tensors):
@@ -518,7 +518,7 @@ class CheckpointStore:
                 tensors, counters = read_model_file(path)
                 if not _matches(path, counters):
                     raise ModelFileError(
-                        "its content is of another epoch or step than its name says"
+                        "its content does not match the epoch and step in its name"
                     )
                 if reason := is_usable(counters):
                     raise ModelFileError(reason)

@@ -43,7 +43,7 @@ def test_same_command_finds_the_finished_run_and_tests_it_again() -> None:
     model = Path(first["path"]) / "model.safetensors"
     before, written = metadata(first["run"]), model.stat().st_mtime_ns
     again = here("train", *DIGITS, "--json")
-    assert "is trained already" in again.err
+    assert "is already trained" in again.err
     assert "epoch" not in again.err
     second = again.json
     same = ("run", "path", "n", "correct", "loss", "model_sha256", "data_fingerprint")

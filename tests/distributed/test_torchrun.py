@@ -150,9 +150,9 @@ cli.main(["train", "pics", "data.image_size=16", "train.epochs=1", "--device", "
 @pytest.mark.parametrize(
     ("difference", "code", "message"),
     [
-        ("image", 3, "process 1 of 2 has other images of 'pics' than process 0"),
+        ("image", 3, "process 1 of 2 has different images of 'pics' from process 0"),
         ("file", 3, "1 of 16 images can't be read"),
-        ("version", 5, "process 1 of 2 has other versions than process 0"),
+        ("version", 5, "process 1 of 2 has different versions from process 0"),
     ],
 )
 def test_processes_with_different_setups_are_refused(

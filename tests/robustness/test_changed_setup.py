@@ -165,7 +165,7 @@ def test_a_different_recipe_starts_a_different_run() -> None:
     first = here("train", *DIGITS, "--no-test", "--json")
     assert first.code == 0, first.err
     again = here("train", *DIGITS, "--no-test", "--json")
-    assert "is trained already" in again.err
+    assert "is already trained" in again.err
     other = here("train", *DIGITS, "optim.lr=0.02", "--no-test", "--json")
     assert other.code == 0, other.err
     assert other.json["run"] != first.json["run"]

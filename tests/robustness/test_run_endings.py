@@ -144,7 +144,7 @@ def test_a_non_finite_gradient_is_attributed_to_its_step(
         return real(loop, *arguments)
 
     monkeypatch.setattr(TrainLoop, "train_step", step)
-    with pytest.raises(Diverged, match="its loss was finite, its gradient wasn't") as caught:
+    with pytest.raises(Diverged, match="its loss was finite, its gradient was not") as caught:
         train(tiny(), "x")
     epoch, index = divmod(calls_before - 1, 5)
     assert f"the update of epoch {epoch + 1}, step {index + 1} made" in caught.value.what

@@ -28,8 +28,8 @@ def create_run(run_dir: RunDir, digest: str) -> RunDir:
     return run_dir
 
 
-def run_dir_name(name: str, digest: str, *, plain: bool = True, fresh: bool = False) -> str:
-    return run.find_or_create_run_dir(name, digest, plain=plain, fresh=fresh).name
+def run_dir_name(name: str, digest: str, *, plain_name: bool = True, fresh: bool = False) -> str:
+    return run.find_or_create_run_dir(name, digest, plain_name=plain_name, fresh=fresh).name
 
 
 # Names
@@ -37,27 +37,27 @@ def run_dir_name(name: str, digest: str, *, plain: bool = True, fresh: bool = Fa
 
 def test_the_same_recipe_finds_its_run_and_another_one_gets_a_new_folder() -> None:
     assert run_dir_name("mnist", ONE) == "mnist"
-    create_run(run.find_or_create_run_dir("mnist", ONE, plain=True, fresh=False), ONE)
+    create_run(run.find_or_create_run_dir("mnist", ONE, plain_name=True, fresh=False), ONE)
     assert run_dir_name("mnist", ONE) == "mnist"
     assert run_dir_name("mnist", TWO) == "mnist-222222"
-    create_run(run.find_or_create_run_dir("mnist", TWO, plain=True, fresh=False), TWO)
+    create_run(run.find_or_create_run_dir("mnist", TWO, plain_name=True, fresh=False), TWO)
     assert run_dir_name("mnist", TWO) == "mnist-222222"
     assert run_dir_name("mnist", ONE) == "mnist"
 
 
 def test_a_recipe_with_overrides_has_its_hash_in_the_name() -> None:
-    assert run_dir_name("mnist", ONE, plain=False) == "mnist-111111"
-    create_run(run.find_or_create_run_dir("mnist", ONE, plain=False, fresh=False), ONE)
-    assert run_dir_name("mnist", ONE, plain=False) == "mnist-111111"
-    assert run_dir_name("mnist", TWO, plain=False) == "mnist-222222"
+    assert run_dir_name("mnist", ONE, plain_name=False) == "mnist-111111"
+    create_run(run.find_or_create_run_dir("mnist", ONE, plain_name=False, fresh=False), ONE)
+    assert run_dir_name("mnist", ONE, plain_name=False) == "mnist-111111"
+    assert run_dir_name("mnist", TWO, plain_name=False) == "mnist-222222"
     clash = "1" * 6 + "9" * 58  # the same six digits, another recipe
-    assert run_dir_name("mnist", clash, plain=False) == "mnist-111111-2"
+    assert run_dir_name("mnist", clash, plain_name=False) == "mnist-111111-2"
 
 
 def test_fresh_creates_a_new_folder_and_the_newest_is_found_again() -> None:
     names = []
     for _ in range(4):
-        run_dir = run.find_or_create_run_dir("mnist", ONE, plain=True, fresh=True)
+        run_dir = run.find_or_create_run_dir("mnist", ONE, plain_name=True, fresh=True)
         assert not run_dir.path.exists()
         names.append(create_run(run_dir, ONE).name)
     assert names == ["mnist", "mnist-111111", "mnist-111111-2", "mnist-111111-3"]
@@ -104,7 +104,7 @@ def test_run_names_become_safe_folder_names(name: str, expected: str) -> None:
 @settings(max_examples=80, deadline=None)
 @given(st.text(max_size=60))
 def test_any_run_name_is_one_folder_below_models(name: str) -> None:
-    path = run.find_or_create_run_dir(name, ONE, plain=True, fresh=False).path
+    path = run.find_or_create_run_dir(name, ONE, plain_name=True, fresh=False).path
     assert path.parent == Path("models")
     assert path.name not in ("", ".", "..")
     assert not path.name.startswith((".", "-"))

@@ -124,7 +124,8 @@ def labels(
         int, typer.Option(min=2, metavar="K", help="Number of models; each one checks one fold.")
     ] = 5,
     test: Annotated[
-        bool, typer.Option("--test", help="Also check the labels of the test set (this uses it).")
+        bool,
+        typer.Option("--test", help="Also check the labels of the test set (counts as a use)."),
     ] = False,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the runs.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train the models again.")] = False,

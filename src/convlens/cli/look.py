@@ -145,7 +145,9 @@ UntrainedOption = Annotated[
 EmbeddingOption = Annotated[
     str | None,
     typer.Option(
-        metavar="pca|tsne", help="Map of the penultimate features.", rich_help_panel=IMAGE_SETS
+        metavar="pca|tsne",
+        help="Plot a map of the penultimate features.",
+        rich_help_panel=IMAGE_SETS,
     ),
 ]
 NearestOption = Annotated[

@@ -86,7 +86,7 @@ def train(
 ) -> None:
     """Train a recipe, or the default recipe on your own images, and test the model once.
 
-    The same command again continues a stopped run, or finds the finished one.
+    Run the same command again to resume a stopped run. A finished run is not trained again.
 
     Examples:
         convlens train mnist

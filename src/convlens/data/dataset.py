@@ -126,7 +126,7 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
         else:
             views[split] = (parts[split], parts[split].all())
     size = sum(len(index) for _, index in views.values()) * conversion.image_bytes
-    resident = size <= memory_budget
+    keep_in_memory = size <= memory_budget
     listing = ImageList.of(source.classes, views)
     if listing.of_files:
         _report_copies(listing, config.name, source.name)
@@ -136,15 +136,15 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
         image_size=conversion.size,
         channels=conversion.channels,
         fit=conversion.fit,
-        train=pool.split(plan.train, resident=resident),
-        val=views["val"][0].split(views["val"][1], resident=resident),
+        train=pool.split(plan.train, keep_in_memory=keep_in_memory),
+        val=views["val"][0].split(views["val"][1], keep_in_memory=keep_in_memory),
         fingerprint=_fingerprint(source.classes, conversion, views),
         split_descriptions=describe_splits(plan, config, source, parts),
         held_out={split: list(pool.ids_of(index)) for split, index in plan.held_out.items()},
         skipped=skipped,
         notes=source.notes,
         listing=listing if listing.of_files else None,
-        _test=lambda: views["test"][0].split(views["test"][1], resident=resident),
+        _test=lambda: views["test"][0].split(views["test"][1], keep_in_memory=keep_in_memory),
     )
 
 
@@ -201,8 +201,9 @@ def load_external_data(
             )
         )
     fingerprint = _fingerprint(source.classes, conversion, {split: (loaded, loaded.all())})
-    resident = loaded.rows.shape[0] * conversion.image_bytes <= memory_budget
-    return loaded.split(loaded.all(), resident=resident), source.classes, source.name, fingerprint
+    keep_in_memory = loaded.rows.shape[0] * conversion.image_bytes <= memory_budget
+    images = loaded.split(loaded.all(), keep_in_memory=keep_in_memory)
+    return images, source.classes, source.name, fingerprint
 
 
 def data_from_arrays(

@@ -22,7 +22,7 @@ HASH_SIDE = 32  # pixels of a thumbnail
 MAX_HASH_DISTANCE = 4  # bits of 63 that may differ
 MIN_CORRELATION = 0.985  # of the thumbnails of near duplicates
 MIN_STD = 2.0  # grey levels; a thumbnail of a smaller deviation counts as plain
-MAX_PAIRS = 1_000_000  # candidates; frames of a video give more pairs than anybody can read
+MAX_PAIRS = 1_000_000  # candidates; frames of a video give more pairs than a person can read
 MAX_LISTED_GROUPS = 100  # shown one by one; all are counted
 # Widths in bits. There is one more band than bits may differ, so at least one band is equal.
 _BANDS = (13, 13, 13, 12, 12)

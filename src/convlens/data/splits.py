@@ -373,12 +373,12 @@ class LoadedPart:
         groups = self.part.groups
         return None if groups is None else [groups[i] for i in self.good[index].tolist()]
 
-    def split(self, index: IndexArray, *, resident: bool) -> Split:
-        """Return the images `index` as a split; with `resident`, they are read into memory."""
+    def split(self, index: IndexArray, *, keep_in_memory: bool) -> Split:
+        """Return the images `index` as a split, read into memory if `keep_in_memory`."""
         numbers = self.good[index]
         is_complete = len(numbers) == self.rows.shape[0]
         rows = self.rows if is_complete else self.rows.subset(as_index(numbers))
-        if resident and not isinstance(rows, ArrayRows):
+        if keep_in_memory and not isinstance(rows, ArrayRows):
             rows = in_memory(rows)
         return Split(rows, as_index(self.labels[index]), self.ids_of(index), self._shards(numbers))
 

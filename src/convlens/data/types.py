@@ -23,7 +23,7 @@ from convlens.utils.files import cannot_read
 
 IndexArray = npt.NDArray[np.int64]
 
-# System errors that a second attempt won't cure: the file is missing, forbidden, not a regular
+# System errors that a second attempt does not fix: the file is missing, forbidden, not a regular
 # file, or its name is invalid.
 PERMANENT_ERRNOS = (
     errno.ENOENT,

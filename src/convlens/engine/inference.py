@@ -80,7 +80,7 @@ def batch_logits(model: nn.Module, images: Tensor, normalize: Prepare, plan: Pla
 def batch_outputs(
     model: nn.Module, images: Tensor, normalize: Prepare, plan: Plan, views: ViewFunction | None
 ) -> ModelOutputs:
-    """As `batch_logits`, with the mean over `views` if given."""
+    """Like `batch_logits`, with the mean over `views` if given."""
     with eval_mode(model):
         inputs = normalize(images.to(plan.device), plan)
         if views is None:
@@ -91,8 +91,8 @@ def batch_outputs(
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Context in which the model is in eval mode; afterwards each module has its previous mode."""
-    # Module by module: frozen modules that were in eval mode must stay so. Of a network in eval
-    # mode nothing is set, which would cost 1% of a pass over one image.
+    # Module by module: frozen modules that were in eval mode must stay so. Nothing is
+    # set if the network is in eval mode already: that would cost 1% of a pass over one image.
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -106,8 +106,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 class Forward:
     """Run a network on any number of images; choose batch size and memory format by measuring.
 
-    The first batch is small. From the size of the largest layer in it follows the batch size: the
-    largest power of two that keeps within `MAX_ACTIVATION_BYTES`, halved whenever memory runs out.
+    The first batch is small. The size of its largest layer determines the batch size: the
+    largest power of two that stays within `MAX_ACTIVATION_BYTES`, halved whenever memory runs out.
     With `choose_memory_format`, the next batches alternate between both memory formats, and the
     faster one is used for all others: depending on network and machine, channels_last is twice as
     fast as contiguous, or half as fast. The outputs of the timed batches are used, so no image is
@@ -295,7 +295,7 @@ def split_outputs(
     advance: Callable[[int], None] = lambda count: None,
     choose_memory_format: bool = False,
 ) -> tuple[ModelOutputs, Tensor]:
-    """As `split_logits`, with the mean over `views` if given."""
+    """Like `split_logits`, with the mean over `views` if given."""
     logits, tta_logits = [], []
     total = split.rows.shape[0]
     forward = Forward(

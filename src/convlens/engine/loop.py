@@ -68,7 +68,7 @@ class TrainState:
     data_seconds: float = 0.0
 
     def assign(self, other: TrainState) -> None:
-        """Set every field to that of `other`. The object stays the same, since others hold it."""
+        """Copy every field of `other` in place, because other code refers to this object."""
         for each in fields(self):
             setattr(self, each.name, getattr(other, each.name))
 
@@ -228,7 +228,7 @@ class TrainLoop:
         return StepResult(loss, num_correct)
 
     def undo_step(self) -> None:
-        """Undo a step that failed before its update: gradients, and what the forward pass moved."""
+        """Undo a step that failed before its update: drop its gradients, restore its buffers."""
         self.optimizer.zero_grad(set_to_none=True)
         self._buffers.restore()
 
@@ -282,7 +282,7 @@ class TrainLoop:
         first = (state.epoch - 1) * steps
         lr = self._set_rates(timetable, first + max(state.step - 1, 0))  # if no step is left
         set_train_mode(self.model)
-        is_stochastic = any(_may_draw(module) for module in self.model.modules())
+        is_stochastic = any(_is_stochastic(module) for module in self.model.modules())
         rank = () if self.data_parallel is None else (self.data_parallel.rank,)
         if check is not None:
             check.start_epoch(state.step)
@@ -346,7 +346,7 @@ def _sum(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
-def _may_draw(module: nn.Module) -> bool:
+def _is_stochastic(module: nn.Module) -> bool:
     """Return whether a module may draw random numbers.
 
     Modules of other libraries count as random: they may call dropout as a function.

@@ -2,8 +2,8 @@
 
 A loss that is NaN or infinite ends the training with `NonFiniteLoss`. The weights are never
 updated with it. On a CPU the loss is read before each update. On CUDA reading it would make the
-host wait for every step, so `DeferredFiniteCheck` skips the update on the device and the host
-learns of it later.
+host wait for every step, so `DeferredFiniteCheck` skips the update on the device, and the host
+reads the result later.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class NonFiniteLoss(Diverged):
         self.epoch, self.step = self.epoch - first, steps if first else self.step - 1
         self.what = (
             f"the update of epoch {self.epoch}, step {self.step} made weights NaN or infinite: its "
-            "loss was finite, its gradient wasn't; these weights were not saved"
+            "loss was finite, its gradient was not; these weights were not saved"
         )
 
 
 class BufferSnapshot:
     """A copy of a model's buffers, to undo a forward pass.
 
-    The forward pass moves the running statistics of batch norm before the loss is known, and
+    The forward pass updates the running statistics of batch norm before the loss is known, and
     before memory may run out.
     """
 

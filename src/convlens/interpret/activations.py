@@ -324,7 +324,9 @@ def write_figure(figure: Any, path: Path) -> Path:
     """Write a figure to `path` with `.png` appended, and return the file."""
     from convlens import plots
 
-    path = path.parent / f"{path.name}.png"  # names of layers contain dots that are no suffix
+    path = (
+        path.parent / f"{path.name}.png"
+    )  # names of layers contain dots that do not start a suffix
     plots.save_figure(figure, path)
     return path
 

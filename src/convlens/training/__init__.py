@@ -1,1 +1,1 @@
-"""From a recipe to the first step: asked, checked, built, filled with weights, and timed."""
+"""Training: resolve a recipe, build the job, train it, and save and resume the run."""

@@ -51,7 +51,7 @@ MakeStep = Callable[[Plan], Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class TunedPlan:
-    """A plan, and milliseconds per step of each candidate that was timed (none: no need to)."""
+    """A plan, and milliseconds per step of each candidate that was timed (empty if none was)."""
 
     plan: Plan
     milliseconds: dict[str, float]
@@ -65,7 +65,7 @@ class TunedPlan:
 
 
 def check_device_options(recipe: Recipe, device: str) -> None:
-    """Refuse precision and compilation that the device does not have, before images are read.
+    """Refuse precision and compilation that the device does not support, before images are read.
 
     Raises:
         UsageError: what is refused.
@@ -108,7 +108,7 @@ class Autotuner:
         """Return the plan to train with, timed now or in an earlier run of the same kind.
 
         Raises:
-            UsageError: the recipe asks for something that the device does not have.
+            UsageError: the recipe requests something that the device does not support.
         """
         check_device_options(self.recipe, self.context.device)
         tuned = TunedPlan.from_dict(self.context.broadcast(lambda: self._best().to_dict()))
@@ -323,7 +323,7 @@ def choose_step_mode(
             print_status(f"the model cannot be compiled here ({mode}): {reason}")
             continue
         if not losses_agree(eager.losses, timing.losses):
-            print_status(f"the compiled model ({mode}) computes other losses and is not used")
+            print_status(f"the compiled model ({mode}) computes different losses and is not used")
             continue
         total = timing.setup * shapes + timing.step * steps
         if total < 0.95 * best_total:

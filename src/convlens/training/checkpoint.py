@@ -1,4 +1,4 @@
-"""Checkpoints: what a training writes, when it writes it, and how a run is resumed or extended.
+"""Checkpoints: write them during a training, and resume or extend a run from them.
 
 A checkpoint is written once a minute and when the training stops, not after every epoch: an epoch
 may take a tenth of a second, and flushing files to the disk would take longer. The work that a
@@ -33,7 +33,7 @@ from convlens.version import __version__
 
 SAVE_INTERVAL_S = 60.0  # the most work that a killed process loses; $CONVLENS_SAVE_SECONDS
 METRICS_INTERVAL_S = 1.0  # the most that `metrics.csv` is behind
-# Pauses before a failed save is tried again: network file systems often recover within seconds.
+# Pauses before a failed save is retried: network file systems often recover within seconds.
 RETRY_PAUSES_S = (0.5, 4.0)
 # Fields of `TrainState` that are stored by another name.
 STORED_KEYS = {"micro_batch_size": "part", "num_correct": "correct"}
@@ -377,7 +377,7 @@ def restore_checkpoint(
 
 
 def _report_corrupt(run_dir: RunDir, epoch: int, step: int) -> None:
-    """Say which checkpoints cannot be used. Their steps are repeated, with the same bits."""
+    """Print which checkpoints cannot be used. Their steps are repeated, with the same bits."""
     for reason in run_dir.corrupt_checkpoints:
         print_status(f"[bold]cannot be used[/]: {escape(reason)}")
     start = f"epoch {epoch}, step {step}" if (epoch, step) != (1, 0) else "the beginning"

@@ -1,9 +1,9 @@
-"""What the training loop reads: augmented images, or cached outputs of a frozen backbone.
+"""Inputs of the training loop: augmented images, or cached outputs of a frozen backbone.
 
 Frozen layers compute the same outputs for the same image in every epoch. `compute_features` runs
 them once over a split and keeps the outputs; `trainable_head` is the rest of the network, which is
-then trained on them. Both share the weights of the network, so that whoever holds the network sees
-it learn. An epoch costs no more than the trainable part.
+then trained on them. Both share the weights of the network, so training the head also trains the
+network. An epoch costs no more than the trainable part.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def identity(features: Tensor, plan: Plan) -> Tensor:
 
 
 class _StopForward(Exception):  # noqa: N818 (control flow)
-    """Raised by a hook to leave a forward pass with the output of a module."""
+    """Raised by a hook to end a forward pass early, with the output of a module."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def _backbone_output(model: nn.Module, last: str, images: Tensor) -> Tensor:
         return reached.values
     finally:
         hook.remove()
-    raise RuntimeError(f"{last} takes no part in the forward pass")
+    raise RuntimeError(f"{last} is not used in the forward pass")
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def _downloaded(url: str) -> Path:
                     f"the content does not match the file name: its SHA-256 does not start with "
                     f"{sha256_prefix}",
                     where=str(path.absolute()),
-                    fix="the file is incomplete or another one: delete it",
+                    fix="the file is incomplete or a different one: delete it",
                 )
             return path
     target = folders[0] / file
@@ -282,7 +282,7 @@ def _is_timm(spec: str, name: str) -> bool:
 
 
 def _timm(spec: str, name: str) -> WeightsSource:
-    """Load weights through timm, which knows its files, converts old ones and has a cache."""
+    """Load weights with timm, which finds, converts and caches its files."""
     import timm
 
     timm_name = (name if spec == "default" else spec).removeprefix("timm/")

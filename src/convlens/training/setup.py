@@ -168,7 +168,7 @@ def _check_batch_size(recipe: Recipe, group: ProcessGroup) -> None:
     if size < 2 * group.size > 2:
         raise UsageError(
             f"train.batch_size={size} is the batch of all {group.size} processes together, and "
-            "leaves less than two images for each",
+            "leaves fewer than two images for each",
             fix=f"train.batch_size={2 * group.size} or more, or fewer processes",
         )
 

@@ -78,7 +78,7 @@ def train(
 ) -> RunDir:
     """Train `recipe` in its run directory, or find the finished run of the same recipe.
 
-    Under `torchrun` every process calls this; rank 0 alone writes files and prints messages.
+    Under `torchrun` every process calls this; only rank 0 writes files and prints messages.
 
     Args:
         name: name of the run. Default: the name of the recipe, followed by six digits of its
@@ -99,7 +99,7 @@ def train(
     run_dir = shared_run_dir(
         context.process_group,
         lambda: find_or_create_run_dir(
-            name or recipe.name, recipe.digest(), plain=plain_name, fresh=fresh
+            name or recipe.name, recipe.digest(), plain_name=plain_name, fresh=fresh
         ),
     )
     if extend:
@@ -107,7 +107,7 @@ def train(
     data = None
     if context.broadcast(lambda: run_dir.is_finished):
         print_status(
-            f"[bold]{run_dir.name}[/] is trained already: {run_dir.path} (--fresh trains it again)"
+            f"[bold]{run_dir.name}[/] is already trained: {run_dir.path} (--fresh trains it again)"
         )
     else:
         validate_recipe(recipe)
@@ -325,7 +325,7 @@ def _save_diverged(
 
 
 class _ValidationInterrupted(Exception):  # noqa: N818 (control flow)
-    """Raised inside a validation to leave it."""
+    """Raised inside a validation to interrupt it."""
 
 
 def _validate(
@@ -363,7 +363,7 @@ def _validate(
 
 
 def _stop(job: TrainingJob, run_dir: RunDir, signal: StopSignal) -> None:
-    """Leave the training between two steps. Everything is saved."""
+    """End the training between two steps. Everything is saved."""
     if not run_dir.model_path.exists():
         run_dir.save_model(*model_snapshot(job, run_dir.name, None))
     state = job.state
@@ -404,7 +404,7 @@ def _finish(
 
 
 def _run_metadata(requested: Recipe, job: TrainingJob) -> dict[str, Any]:
-    """Return what `run.json` says about a run from its start."""
+    """Return the metadata that `run.json` records when a run starts."""
     data = job.data
     parameters = list(job.model.parameters())
     return {
@@ -443,7 +443,7 @@ def check_can_resume(
 
     Raises:
         ResourceError: the run has another recipe.
-        DataError: the images differ; says in what.
+        DataError: the images differ; the message lists how.
         ModelFileError: `run.json` does not say which images the run started with.
     """
     if not metadata:
@@ -467,7 +467,7 @@ def check_can_resume(
             f"the images of {data.name!r} are not those that run {run_dir.name!r} started with"
             + (f": {changed}" if changed else ""),
             where=str(run_dir.path),
-            fix="restore the files, or train on the present images with --fresh",
+            fix="restore the files, or train on the current images with --fresh",
         )
 
 

@@ -166,7 +166,7 @@ def world_size() -> int:
 
 
 def global_rank() -> int:
-    """Return the rank of this process. Rank 0 alone writes and prints."""
+    """Return the rank of this process. Only rank 0 writes and prints."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 

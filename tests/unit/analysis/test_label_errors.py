@@ -221,7 +221,7 @@ def test_judging_the_test_split_reuses_the_runs_and_keeps_a_corrected_csv(there:
     table.write_bytes(corrected)
     done = here("labels", "digits", "--data", "planted.csv", *SMALL, *FOLDS, "--test")
     assert done.code == 0, done.err
-    assert done.err.count("is trained already") == 3
+    assert done.err.count("is already trained") == 3
     assert "test set used (logged" in done.err
     assert test_access_counts() == [1, 1, 1]
     assert table.read_bytes() == corrected

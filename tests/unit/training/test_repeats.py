@@ -222,7 +222,7 @@ def test_seeds_are_summarized_and_finished_ones_are_not_trained_again() -> None:
     runs = {p.name: (p / "model.safetensors").stat().st_mtime_ns for p in Path("models").iterdir()}
     done = here("train", *DIGITS, "--seeds", "3", "--name", "pair")
     assert done.code == 0, done.err
-    assert done.err.count("is trained already") == 2
+    assert done.err.count("is already trained") == 2
     after = {p.name: (p / "model.safetensors").stat().st_mtime_ns for p in Path("models").iterdir()}
     assert {name: after[name] for name in runs} == runs
     assert set(after) - set(runs) == {"pair-seed2"}

@@ -57,7 +57,7 @@ def test_a_single_training_image_is_refused() -> None:
 def test_a_batch_too_small_for_the_processes_is_refused() -> None:
     _check_batch_size(tiny("train.batch_size=8"), ProcessGroup(0, 4))
     _check_batch_size(tiny("train.batch_size=1"), SINGLE_PROCESS)
-    with pytest.raises(UsageError, match="leaves less than two images for each") as caught:
+    with pytest.raises(UsageError, match="leaves fewer than two images for each") as caught:
         _check_batch_size(tiny("train.batch_size=7"), ProcessGroup(0, 4))
     assert "train.batch_size=8 or more" in caught.value.fix
 
