@@ -116,7 +116,9 @@ def select_device(device: str | None = None) -> str:
         UsageError: the requested device is unavailable. There is no silent fall-back to the CPU.
         ResourceError: there is a GPU, but it cannot be used now.
     """
-    if device is None or device == "auto":
+    shares_machine = process.world_size() > 1 and torch.cuda.is_available()
+    # `cuda` is the GPU of the local rank, too: trying it first would use memory of GPU 0.
+    if device is None or device == "auto" or (device == "cuda" and shares_machine):
         # A driver that is too old makes torch warn and return False here.
         if not torch.cuda.is_available():
             # Apple's only GPU cannot be shared by several processes.

@@ -58,6 +58,22 @@ def test_unavailable_device_is_an_error(requested: str) -> None:
         device.select_device(requested)
 
 
+def test_processes_that_ask_for_cuda_touch_only_the_gpu_of_their_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used = []
+    ranks = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}
+    for name, value in {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: used.append(device))
+    monkeypatch.setattr(torch, "Generator", used.append)
+    assert device.select_device("cuda") == "cuda:1"
+    assert used == [1, "cuda:1"]
+
+
 BUSY = "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be"
 OLD = (
     "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). "

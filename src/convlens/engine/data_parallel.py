@@ -129,7 +129,8 @@ def _has_unused_parameters(module: nn.Module, images: Tensor) -> bool:
     modes = [(m, m.training) for m in module.modules()]
     module.eval()  # uses no random numbers and changes no statistics
     try:
-        module(images).sum().backward()
+        # Not under autocast; cached outputs of a frozen backbone may have half precision.
+        module(images.float()).sum().backward()
         return any(p.requires_grad and p.grad is None for p in module.parameters())
     finally:
         module.zero_grad(set_to_none=True)

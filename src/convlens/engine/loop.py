@@ -260,19 +260,39 @@ class TrainLoop:
         state = TrainState() if state is None else state
         timetable = optim.GroupSchedule(self.optimizer, schedule, epochs * len(batches))
         if state.micro_batch_size:
-            self.plan = replace(self.plan, micro_batch_size=state.micro_batch_size)
+            self._use_micro_batches(state.micro_batch_size)
         while state.epoch <= epochs:
             try:
                 yield from self._run_epoch(batches, timetable, seed, state)
             except OutOfMemory as failure:  # the loop continues with the step that failed
                 self.undo_step()
+                # The check starts again with the next step: losses that are not read yet count.
+                self._raise_if_nonfinite(len(batches), timetable, state.epoch)
                 state.micro_batch_size = next_micro_batch_size(
                     self.model,
                     failure,
                     self.plan.micro_batch_size,
                     distributed=self.data_parallel is not None,
                 )
-                self.plan = replace(self.plan, micro_batch_size=state.micro_batch_size)
+                self._use_micro_batches(state.micro_batch_size)
+
+    def _use_micro_batches(self, size: int) -> None:
+        """Compute `size` images at once from now on, without CUDA graphs.
+
+        The gradient of a parameter would be memory of the graph, which the next micro-batch
+        overwrites (github.com/pytorch/pytorch/issues/169545).
+        """
+        self.plan = replace(self.plan, micro_batch_size=size)
+        if self.plan.step_mode == "reduce-overhead":
+            self.plan = replace(self.plan, step_mode="compiled")
+            self._compiled = compile_model(self.model, self.plan)
+
+    def _raise_if_nonfinite(self, steps: int, timetable: optim.GroupSchedule, epoch: int) -> None:
+        """Raise `NonFiniteLoss` if a finished step of the epoch had a loss that was not finite."""
+        check = self._deferred_check
+        if check is not None and (failed := check.wait()) is not None:
+            step = (epoch - 1) * steps + failed - 1
+            raise NonFiniteLoss(epoch, failed, timetable.lr_at(step))
 
     def _run_epoch(
         self, batches: EpochBatches, timetable: optim.GroupSchedule, seed: int, state: TrainState
@@ -303,8 +323,7 @@ class TrainLoop:
             if check is not None and (failed := check.poll()) is not None:
                 raise NonFiniteLoss(state.epoch, failed, timetable.lr_at(first + failed - 1))
             yield Step(state.epoch, state.step, steps, count, result.loss, result.num_correct, lr)
-        if check is not None and (failed := check.wait()) is not None:
-            raise NonFiniteLoss(state.epoch, failed, timetable.lr_at(first + failed - 1))
+        self._raise_if_nonfinite(steps, timetable, state.epoch)
         yield state.finish_epoch(lr)
 
     def _set_rates(self, timetable: optim.GroupSchedule, step: int) -> float:

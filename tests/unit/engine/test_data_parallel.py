@@ -95,3 +95,14 @@ def test_batch_norm_is_converted_to_sync_batch_norm() -> None:
 
     model = convert_sync_batchnorm(network("norm").cuda(), ProcessGroup(0, 2), "cuda:0")
     assert isinstance(model[0], nn.SyncBatchNorm)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unused_parameters_are_found_with_cached_outputs_of_half_precision(
+    dtype: torch.dtype,
+) -> None:
+    head = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    features = torch.zeros(2, 3, 2, 2, dtype=dtype)
+    assert not _has_unused_parameters(head, features)
+    head.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    assert _has_unused_parameters(head, features)

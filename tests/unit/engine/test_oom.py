@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from convlens import optim
 from convlens.data.loader import Normalize
 from convlens.device import Plan
-from convlens.engine import inference, oom
+from convlens.engine import inference, loop, oom
 from convlens.engine.inference import split_logits
-from convlens.engine.loop import Step, TrainLoop
+from convlens.engine.loop import NonFiniteLoss, Step, TrainLoop, TrainState
 from convlens.engine.oom import OutOfMemory, is_oom
 from convlens.errors import ResourceError
 from convlens.recipe import Recipe
@@ -139,6 +140,42 @@ def test_training_continues_in_micro_batches_from_the_step_that_failed(
     resumed.progress.micro_batch_size = 4
     list(resumed.fit(batches(8, None)))
     same(short.state(), resumed.state())
+
+
+def test_a_loss_that_was_not_finite_is_reported_if_memory_runs_out_before_it_is_read() -> None:
+    run = Run(OPTIMIZERS["adam"], 8, synchronous=False)
+    greedy(run.model, 5, first=5)
+    with pytest.raises(NonFiniteLoss) as caught:
+        list(run.fit(batches(8, 2)))
+    assert (caught.value.epoch, caught.value.step) == (1, 3)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_micro_batches_are_computed_without_cuda_graphs(
+    resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph would overwrite the gradients of one micro-batch by those of the next."""
+    modes = []
+
+    def compile_model(model: nn.Module, plan: Plan) -> nn.Module:
+        modes.append(plan.step_mode)
+        return model
+
+    monkeypatch.setattr(loop, "compile_model", compile_model)
+    run = Run(OPTIMIZERS["adam"], 2, synchronous=True)
+    training = TrainLoop(
+        run.model,
+        run.optimizer,
+        nn.CrossEntropyLoss(),
+        replace(PLAN, step_mode="reduce-overhead"),
+    )
+    state = TrainState(micro_batch_size=4 if resumed else 0)
+    if not resumed:
+        greedy(run.model, 5)
+    schedule = optim.build_schedule(run.config)
+    list(training.run(batches(2, None), schedule, epochs=1, seed=3, state=state))
+    assert modes == ["reduce-overhead", "compiled"]
+    assert training.plan == replace(PLAN, step_mode="compiled", micro_batch_size=4)
 
 
 def test_a_resumed_run_keeps_its_micro_batch_size(
