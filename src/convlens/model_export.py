@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.testing import assert_allclose
-from rich.markup import escape
 from torch import Tensor, nn
 
 from convlens import metrics
@@ -187,7 +186,7 @@ def write_checked(
     check = reference.check(form.load(content, str(target)), str(target))
     files.remove_stale_temp_files(target.parent, [target.name], alone=False)
     files.write_atomic(target, content)
-    print_status(f"{name}: {escape(check.sentence())}")
+    print_status(f"{name}: written and checked")
     shared = ("run", "source_sha256", "classes", "input", "outputs", "preprocessing")
     return Export(
         format=name,

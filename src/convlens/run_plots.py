@@ -87,7 +87,7 @@ def plot_evaluation(
             [classes[targets[i]] for i in worst],
             [classes[preds[i]] for i in worst],
             [float(probs[i].max()) for i in worst],
-            f"{title}: the worst mistakes",
+            f"{title}: worst mistakes",
         )
         _save_plot(run_dir, f"worst-{label}", figure)
 

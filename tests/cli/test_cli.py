@@ -79,6 +79,11 @@ def test_debug_option_applies_to_one_command_and_does_not_change_the_environment
     refused(here("train", "nothing-of-that-name"), 2, "neither a recipe nor a data set")
 
 
+def test_a_misspelled_folder_is_named_beside_recipes() -> None:
+    Path("flowers").mkdir()
+    refused(here("train", "flowrs"), 2, "did you mean flowers or folder?")
+
+
 def test_unexpected_system_error_has_exit_code_5(monkeypatch: pytest.MonkeyPatch) -> None:
     """An OSError that no function handles is reported without a traceback."""
     monkeypatch.setenv("CONVLENS_DEBUG", "")

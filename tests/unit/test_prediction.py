@@ -133,6 +133,12 @@ def test_one_error_names_all_patterns_and_folders_without_images(model: RunDir) 
     refused(here("predict", model.path, "*.jpg"), 3, "not found: *.jpg")
 
 
+def test_without_any_readable_file_no_others_are_mentioned(model: RunDir) -> None:
+    done = here("predict", model.path, "lost.png")
+    refused(done, 3, "1 of 1 files could not be read")
+    assert "others" not in done.err
+
+
 def test_a_missing_file_is_reported_and_the_others_are_classified(model: RunDir) -> None:
     files()
     done = here("predict", model.path, "0.png", "lost.png", "1.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -266,15 +267,20 @@ def print_look(result: Look) -> None:
                 f"{escape(made.run)} {escape(made.layer)} channel {channel}: made input "
                 f"{made.peaks[index]:.4g}{best}"
             )
+    printed: list[Path] = []
     if result.attribution is not None:
         print_attributions(result.attribution)
+        printed += [result.attribution.figure, *result.attribution.sanity_figures]
     if result.measures is not None:
         print_measurements(result.measures)
+        printed += result.measures.files
     for embedding in result.embeddings:
         print_embeddings(embedding)
+        printed.append(embedding.file)
     for neighbors in result.neighbors:
         print_neighbors(neighbors)
-    figures = [path for path in result.files if path.suffix == ".png"]
+        printed.append(neighbors.file)
+    figures = [path for path in result.files if path.suffix == ".png" and path not in printed]
     for path in figures[:FILES_LISTED]:
         out.print(escape(f"plot   {path}"))
     count = len(result.files)

@@ -169,9 +169,8 @@ def print_exports(exports: Sequence[Export]) -> None:
 def print_shards(written: WrittenShards) -> None:
     """Print the number of images and shards, and their folder."""
     images = ", ".join(f"{count:,} {split}" for split, count in written.images.items())
-    stdout_console().print(
-        f"{images} images of {escape(written.data)} in {written.shards:,} shards"
-    )
+    shards = f"{written.shards:,} shard{'s' * (written.shards != 1)}"
+    stdout_console().print(f"{images} images of {escape(written.data)} in {shards}")
     stdout_console().print(f"shards  {escape(written.folder)}")
 
 
@@ -181,7 +180,8 @@ def print_report(page: Report) -> None:
     out.print(escape(page.verdict))
     for line in page.missing:
         print_status(f"[yellow]not on the page:[/] {escape(line)}")
-    out.print(f"report  {escape(str(page.path))}  ({page.bytes / 1e6:.1f} MB)")
+    mb = max(page.bytes / 1e6, 0.1)
+    out.print(f"report  {escape(str(page.path))}  ({mb:.1f} MB)")
 
 
 def _print_duplicates(out: Console, kind: str, duplicates: Duplicates) -> None:

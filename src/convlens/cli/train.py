@@ -195,8 +195,9 @@ def predict(
     predictions = prediction.iter_predictions(loaded, files, top_k=top, tta=tta, device=device)
     failed = write(predictions, top, tta is not None)
     if failed:
+        others = "; the others were classified" if failed < len(files) else ""
         raise DataError(
-            f"{failed} of {len(files)} files could not be read; the others were classified",
+            f"{failed} of {len(files)} files could not be read{others}",
             fix="see the reason beside each file name",
         )
 

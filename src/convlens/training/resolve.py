@@ -203,12 +203,14 @@ def _dataset_run_name(data: str) -> str:
 
 def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:
     """Raise a `UsageError` with close matches for a text that does not name a data set."""
+    from convlens.data.image_folder import is_directory
     from convlens.data.sources import known_names
 
     datasets = known_names(text)
     if text in datasets:
         return
-    close = close_matches(text, list(dict.fromkeys([*recipe_names(), *datasets, *runs])))
+    folders = sorted(entry.name for entry in os.scandir() if is_directory(entry))
+    close = close_matches(text, list(dict.fromkeys([*recipe_names(), *datasets, *folders, *runs])))
     fix = did_you_mean(close) or "`convlens recipes` lists the recipes"
     what = "neither a recipe, a data set nor a run" if runs else "neither a recipe nor a data set"
     raise UsageError(f"{text!r} is {what}", fix=fix)
