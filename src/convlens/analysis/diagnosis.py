@@ -332,11 +332,11 @@ def overfitting(evidence: RunEvidence) -> Finding | None:
     if not (risen or gap >= 0.1):  # NaN is not a gap
         return None
     epoch = int(evidence.rows[best]["epoch"])
-    since = f"since epoch {epoch + 1}; " if risen else ""
-    what = f"{since}at the end, training accuracy is {100 * gap:.1f} points above "
-    what += "validation accuracy"
+    what = f"at the end, training accuracy is {100 * gap:.1f} points above validation accuracy"
     if risen:
-        what += f"; validation loss rose from {lowest:.3f} (epoch {epoch}) to {at_end:.3f}"
+        what += (
+            f"; validation loss has risen since epoch {epoch}, from {lowest:.3f} to {at_end:.3f}"
+        )
     recipe = evidence.require_recipe()
     overrides, remedies = [], []
     if not recipe.augment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,9 @@ def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:
     datasets = known_names(text)
     if text in datasets:
         return
-    folders = sorted(entry.name for entry in os.scandir() if is_directory(entry))
+    folders: list[str] = []
+    with suppress(OSError):  # the current directory may be unreadable
+        folders = sorted(entry.name for entry in os.scandir() if is_directory(entry))
     close = close_matches(text, list(dict.fromkeys([*recipe_names(), *datasets, *folders, *runs])))
     fix = did_you_mean(close) or "`convlens recipes` lists the recipes"
     what = "neither a recipe, a data set nor a run" if runs else "neither a recipe nor a data set"
