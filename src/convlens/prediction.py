@@ -24,6 +24,7 @@ from convlens.errors import DataError, UsageError
 from convlens.onnx_model import load_model_or_onnx
 from convlens.run import LoadedModel, RunLike, as_run_dir
 from convlens.utils.console import print_status, progress_bar, quiet_mode
+from convlens.utils.process import submit_task, wait_for_result
 
 # Files that a thread decodes in one task: submitting a task costs as much as decoding a small file.
 IMAGES_PER_TASK = 16
@@ -234,11 +235,11 @@ def _read_inputs(
         for start in starts:
             paths = inputs[start : start + size]
             tasks = [paths[i : i + IMAGES_PER_TASK] for i in range(0, len(paths), IMAGES_PER_TASK)]
-            waiting.append([pool.submit(_decode_files, task, loaded) for task in tasks])
+            waiting.append([submit_task(pool, _decode_files, task, loaded) for task in tasks])
             if len(waiting) > 2:
-                yield [entry for task in waiting.popleft() for entry in task.result()]
+                yield [entry for task in waiting.popleft() for entry in wait_for_result(task)]
         while waiting:
-            yield [entry for task in waiting.popleft() for entry in task.result()]
+            yield [entry for task in waiting.popleft() for entry in wait_for_result(task)]
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -278,18 +279,16 @@ def _probabilities(
 def all_probabilities(
     loaded: LoadedModel, images: np.ndarray, *, device: str | None = None
 ) -> np.ndarray:
-    """Return probabilities float64 `[N, K]` for an array of images as `predict` takes it."""
+    """Return probabilities float64 `[N, K]` for an array of images as `predict` takes it.
+
+    The memory format is that of the training: a format chosen by timing could change the last
+    digits from call to call, and scikit-learn expects equal results for an equal `random_state`.
+    """
     plan, normalize = (
         place_model(loaded.model, loaded.select_device(device)),
         loaded.preprocessing.normalize,
     )
-    forward = Forward(
-        loaded.model,
-        normalize,
-        plan,
-        total=len(images),
-        choose_memory_format=loaded.can_choose_memory_format,
-    )
+    forward = Forward(loaded.model, normalize, plan, total=len(images))
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), MAX_BATCH_IMAGES):
         pixels = _fit(images[start : start + MAX_BATCH_IMAGES], loaded)

@@ -37,6 +37,7 @@ from convlens.device import usable_cores
 from convlens.errors import DataError
 from convlens.utils.console import ProgressBar, progress_bar
 from convlens.utils.files import MemorySemaphore
+from convlens.utils.process import submit_task, wait_for_result
 
 if TYPE_CHECKING:
     from convlens.recipe import DataConfig
@@ -234,7 +235,8 @@ def inspect_images(part: Part, bar: ProgressBar) -> InspectedImages:
 def _inspect_files(files: EncodedFiles, numbers: Sequence[int]) -> Iterator[np.void | str]:
     pool = ThreadPoolExecutor(min(usable_cores(), _MAX_THREADS))
     try:
-        yield from pool.map(lambda number: _inspect_file(files, number), numbers)
+        for task in [submit_task(pool, _inspect_file, files, number) for number in numbers]:
+            yield wait_for_result(task)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -55,6 +55,7 @@ from convlens.utils.files import (
     remove_stale_temp_files,
     verify_checksum,
 )
+from convlens.utils.process import submit_task, wait_for_result
 
 Shape = tuple[int, int, int, int]
 Checksums = npt.NDArray[np.uint32]
@@ -576,10 +577,10 @@ def _map_in_order(
     pool = ThreadPoolExecutor(threads)
     try:
         for start in starts:
-            pending.append(pool.submit(function, start))
+            pending.append(submit_task(pool, function, start))
             if len(pending) > 2 * threads:
-                yield pending.popleft().result()
+                yield wait_for_result(pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield wait_for_result(pending.popleft())
     finally:
         pool.shutdown(cancel_futures=True)

@@ -35,6 +35,7 @@ from convlens.device import MEMORY_FORMATS, Plan, select_device, synchronize
 from convlens.engine import oom
 from convlens.errors import lookup
 from convlens.utils.console import print_status
+from convlens.utils.process import submit_task, wait_for_result
 
 # Largest total size of input and output of a network's largest layer in a batch, in bytes (a few
 # other tensors of that size exist at the same time), and largest number of images. On a CPU, small
@@ -328,11 +329,11 @@ def _read_chunks(rows: RowReader) -> Iterator[Tensor]:
     chunks = torch.arange(count).split(chunk_size)
     with ThreadPoolExecutor(max_workers=1) as reader:
         # In a copy of this thread's context, which holds the verbosity.
-        pending = reader.submit(copy_context().run, rows.gather, chunks[0])
+        pending = submit_task(reader, copy_context().run, rows.gather, chunks[0])
         for following in [*chunks[1:], None]:
-            images = pending.result()
+            images = wait_for_result(pending)
             if following is not None:
-                pending = reader.submit(copy_context().run, rows.gather, following)
+                pending = submit_task(reader, copy_context().run, rows.gather, following)
             yield images
 
 

@@ -17,10 +17,11 @@ import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 # SIGHUP: the terminal was closed. SIGUSR1: many schedulers can be set to send it first.
 STOP_SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1")
@@ -53,7 +54,11 @@ CUBLAS_WORKSPACE = ":4096:8"
 
 GC_THRESHOLD = 50_000  # new objects before a garbage collection; Python's default is 700 to 2,000
 
+SIGNAL_SECONDS = 0.1  # how long a signal waits for a thread pool
+
 Handlers = dict[signal.Signals, Any]
+T = TypeVar("T")
+Parameters = ParamSpec("Parameters")
 
 
 class Terminated(BaseException):
@@ -77,6 +82,45 @@ def raise_on_signals() -> Iterator[None]:
 
     with _handle_signals(STOP_SIGNALS, raise_terminated):
         yield
+
+
+@contextlib.contextmanager
+def defer_signals() -> Iterator[None]:
+    """Deliver SIGINT and `STOP_SIGNALS` that arrive in the block when it ends.
+
+    An exception that a signal handler raises between two instructions of `threading` can leave a
+    lock acquired, and the threads that need it never end.
+    """
+    received: list[signal.Signals] = []
+
+    def record(number: signal.Signals, previous: Handlers) -> None:
+        received.append(number)
+
+    try:
+        with _handle_signals(("SIGINT", *STOP_SIGNALS), record):
+            yield
+    finally:
+        for number in received:
+            signal.raise_signal(number)
+
+
+def submit_task(
+    pool: Executor,
+    function: Callable[Parameters, T],
+    *args: Parameters.args,
+    **kwargs: Parameters.kwargs,
+) -> Future[T]:
+    """Submit a call to a thread pool; a signal is delivered afterwards (`defer_signals`)."""
+    with defer_signals():
+        return pool.submit(function, *args, **kwargs)
+
+
+def wait_for_result(future: Future[T]) -> T:
+    """Wait for a call of a thread pool; a signal is delivered within 0.1 s or after it."""
+    while True:
+        with defer_signals():
+            if wait([future], timeout=SIGNAL_SECONDS).done:
+                return future.result()
 
 
 @dataclass

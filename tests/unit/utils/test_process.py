@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,31 @@ cli.run()
     environment = {key: value for key, value in os.environ.items() if key not in left_out}
     done = subprocess.run([sys.executable, "-c", program], check=False, env=environment)
     assert done.returncode == 7
+
+
+def test_a_signal_is_delivered_after_a_call_of_a_thread_pool() -> None:
+    """An exception inside `threading` would leave a lock acquired, and the threads never end."""
+    received: list[str] = []
+
+    def terminate() -> None:
+        with process.raise_on_signals(), process.defer_signals():
+            signal.raise_signal(signal.SIGTERM)
+            received.append("the rest of the block runs")
+
+    with pytest.raises(process.Terminated, match="SIGTERM"):
+        terminate()
+    assert received == ["the rest of the block runs"]
+    with pytest.raises(KeyboardInterrupt), process.defer_signals():
+        signal.raise_signal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        release = threading.Event()
+        task = process.submit_task(pool, release.wait)
+        timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGTERM])
+        timer.start()
+        with pytest.raises(process.Terminated), process.raise_on_signals():
+            process.wait_for_result(task)  # although the task does not end
+        release.set()
+        assert process.wait_for_result(task)
+        failing = process.submit_task(pool, int, "x")
+        with pytest.raises(ValueError, match="invalid literal"):
+            process.wait_for_result(failing)
