@@ -63,7 +63,7 @@ def test_a_script_trains_once_and_then_only_does_inference(tmp_path: Path) -> No
     assert (Path("plots") / folder.name / "curves.png").exists()
     written = (folder / "model.safetensors").stat().st_mtime_ns
     again = run("resnet_tiny.py", *SMALL, picture(tmp_path / "one.png", (200,)))
-    assert "trained already" in again
+    assert "already trained" in again
     assert "one.png: " in again
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
