@@ -27,7 +27,7 @@ import torch
 
 from convlens import recipe
 from convlens.data.dataset import load_data
-from convlens.run import RunDir
+from convlens.run import METRICS_COLUMNS, RunDir
 from convlens.training.checkpoint import SAVE_INTERVAL_S, CheckpointManager, model_snapshot
 from convlens.training.setup import build_training_job
 
@@ -40,17 +40,6 @@ NETWORKS: dict[str, dict[str, object]] = {
     "resnet18, adamw": {"model": {"name": "resnet18"}},
     "resnet50, sgd": {"model": {"name": "resnet50"}, "optim": {"name": "sgd"}},
 }
-ROW = (
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "lr",
-    "seconds",
-    "cpu_seconds",
-    "data_seconds",
-    "images_per_second",
-)
 
 
 def measured(changes: dict[str, object], folder: Path, repeats: int) -> dict[str, float]:
@@ -65,7 +54,7 @@ def measured(changes: dict[str, object], folder: Path, repeats: int) -> dict[str
     checkpoints = CheckpointManager(job, run_dir)
     state, both = Spent(), Spent()
     for epoch in range(1, repeats + 2):
-        row = {"epoch": float(epoch), **dict.fromkeys(ROW, 1.0)}
+        row = {"epoch": float(epoch), **dict.fromkeys(METRICS_COLUMNS[1:], 1.0)}
         for better, spent in ((False, state), (True, both)):
             if better:
                 checkpoints._pending = model_snapshot(job, run_dir.name, row)

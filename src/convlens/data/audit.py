@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from convlens.data import duplicates
-from convlens.data.cache import ArrayRows
+from convlens.data.cache import ArrayRows, map_in_order
 from convlens.data.decode import (
     MAX_PIXELS,
     Pixels,
@@ -33,11 +33,9 @@ from convlens.data.duplicates import Duplicates
 from convlens.data.sources import REMARKS, find_source
 from convlens.data.splits import LoadedPart, describe_splits, make_splits
 from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
-from convlens.device import usable_cores
 from convlens.errors import DataError
 from convlens.utils.console import ProgressBar, progress_bar
 from convlens.utils.files import MemorySemaphore
-from convlens.utils.process import submit_task, wait_for_result
 
 if TYPE_CHECKING:
     from convlens.recipe import DataConfig
@@ -47,7 +45,6 @@ MIN_CLASS_IMAGES = 10  # training images; a class with fewer is noted
 MAX_CLASS_RATIO = 10  # of the largest class to the smallest; from here on it is noted
 _MAX_SHEET_IMAGES = 96
 _SHEET_ROW = 8  # images of one class
-_MAX_THREADS = 32
 _CHUNK = 512  # images
 # Pixels of images at their own size that all threads hold at once.
 _FULL_SIZE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
@@ -220,7 +217,7 @@ def inspect_images(part: Part, bar: ProgressBar) -> InspectedImages:
     for start in range(0, len(part.labels), _CHUNK):
         index = np.arange(start, min(start + _CHUNK, len(part.labels)))
         if isinstance(part.images, EncodedFiles):
-            inspected = _inspect_files(part.images, index.tolist())
+            inspected = map_in_order(partial(_inspect_file, part.images), index.tolist())
             for i, facts_or_reason in zip(index, inspected, strict=True):
                 if isinstance(facts_or_reason, str):
                     result.bad[int(i)] = facts_or_reason
@@ -230,15 +227,6 @@ def inspect_images(part: Part, bar: ProgressBar) -> InspectedImages:
             result.facts[index] = facts_of(part.images[index])
         bar.advance(len(index))
     return result
-
-
-def _inspect_files(files: EncodedFiles, numbers: Sequence[int]) -> Iterator[np.void | str]:
-    pool = ThreadPoolExecutor(min(usable_cores(), _MAX_THREADS))
-    try:
-        for task in [submit_task(pool, _inspect_file, files, number) for number in numbers]:
-            yield wait_for_result(task)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _inspect_file(files: EncodedFiles, number: int) -> np.void | str:

@@ -27,12 +27,12 @@ import shutil
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,7 @@ from convlens.utils.files import (
 from convlens.utils.process import submit_task, wait_for_result
 
 Shape = tuple[int, int, int, int]
+T = TypeVar("T")
 Checksums = npt.NDArray[np.uint32]
 
 _MAGIC = b"convlns2"
@@ -559,25 +560,23 @@ def _decode_all(
         return start, pixels
 
     with progress_bar("decoding images", len(files)) as bar:
-        for start, pixels in _map_in_order(decode_chunk, range(0, len(files), _DECODE_CHUNK)):
+        for start, pixels in map_in_order(decode_chunk, range(0, len(files), _DECODE_CHUNK)):
             sink(start, pixels)
             bar.advance(len(pixels))
     return digests, dict(sorted(bad.items()))
 
 
-def _map_in_order(
-    function: Callable[[int], tuple[int, Pixels]], starts: Sequence[int]
-) -> Iterator[tuple[int, Pixels]]:
-    """Map `function` over `starts` in threads, in order.
+def map_in_order(function: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """Map `function` over `numbers` in threads, in order.
 
     Unlike `Executor.map`, the number of pending results is limited, which bounds the memory.
     """
     threads = min(usable_cores(), _MAX_THREADS)
-    pending = collections.deque[Future[tuple[int, Pixels]]]()
+    pending = collections.deque[Future[T]]()
     pool = ThreadPoolExecutor(threads)
     try:
-        for start in starts:
-            pending.append(submit_task(pool, function, start))
+        for number in numbers:
+            pending.append(submit_task(pool, function, number))
             if len(pending) > 2 * threads:
                 yield wait_for_result(pending.popleft())
         while pending:
