@@ -29,7 +29,7 @@ from convlens import evaluation
 from convlens.data import audit, duplicates
 from convlens.data.dataset import Data, Split, load_data
 from convlens.data.decode import UnreadableImage, decode, fit_arrays
-from convlens.data.image_folder import escape_csv_formula
+from convlens.data.image_list import escape_csv_formula
 from convlens.data.sources import find_source
 from convlens.data.types import DataSource, EncodedFiles, FilePaths, Part
 from convlens.device import memory_budget, preserve_torch_settings, select_device

@@ -17,13 +17,9 @@ import numpy.typing as npt
 from convlens.data import download
 from convlens.data.cache import FixedSizeRecords
 from convlens.data.decode import Pixels
-from convlens.data.image_folder import (
-    is_directory,
-    printable,
-    read_csv,
-    read_folder,
-    split_from_name,
-)
+from convlens.data.image_folder import is_directory, read_folder
+from convlens.data.image_list import read_csv
+from convlens.data.layout import printable, split_from_name
 from convlens.data.types import DataSource, ImageSource, NumberedStrings, Part
 from convlens.data.webdataset import holds_shards, is_pattern, read_shards
 from convlens.errors import DataError, UsageError, close_matches, did_you_mean

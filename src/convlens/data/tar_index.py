@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from convlens.data.cache import Reader, cache_folder
 from convlens.data.decode import EXTENSIONS, MAX_BYTES, UnreadableImage
-from convlens.data.image_folder import normalize_name, printable
+from convlens.data.layout import normalize_name, printable
 from convlens.data.types import EncodedFiles, IndexArray, PackedStrings, modification_times
 from convlens.device import available_memory, max_open_files
 from convlens.errors import DataError, ResourceError

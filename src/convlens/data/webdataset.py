@@ -18,16 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from convlens.data.image_folder import (
+from convlens.data.image_folder import ScanEntry, is_directory, is_regular_file, scan_entries
+from convlens.data.layout import (
     SPLITS,
     Problem,
-    ScanEntry,
-    is_directory,
-    is_regular_file,
     normalize_name,
     printable,
     raise_problems,
-    scan_entries,
     split_from_name,
 )
 from convlens.data.loader import WINDOW_IMAGES

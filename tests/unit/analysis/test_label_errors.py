@@ -16,7 +16,7 @@ from PIL import Image
 import convlens
 from convlens import Run
 from convlens.cli.analyze import print_label_report
-from convlens.data.image_folder import read_csv
+from convlens.data.image_list import read_csv
 from convlens.data.sources import find_source
 from convlens.data.types import FilePaths
 from convlens.run import RunDir

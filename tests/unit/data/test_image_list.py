@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from convlens.data.image_folder import escape_csv_formula, unescape_csv_formula
+from convlens.data.image_list import escape_csv_formula, unescape_csv_formula
 from convlens.data.sources import find_source
 from convlens.errors import DataError, UsageError
 from helpers.datasets import write_image

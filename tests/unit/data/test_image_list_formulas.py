@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from convlens.data.image_folder import escape_csv_formula, unescape_csv_formula
+from convlens.data.image_list import escape_csv_formula, unescape_csv_formula
 
 FORMULAS = ["=cmd|' calc'!A0", "+1", "-two", "@me", "'=x", "''=1"]
 TEXTS = ["a,b", 'say "x"', "new\nline", "'quoted", "", "plain", "007", "'"]
