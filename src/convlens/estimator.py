@@ -102,6 +102,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             run_dir = RunDir(Path(folder) / "run", Path(folder) / "plots")
             context = RuntimeContext(select_device(self.device), quiet=not self.verbose)
             prepare(recipe.train.deterministic, context.device)
+            data.print_interpretation()
             job = build_training_job(recipe, data, context)
             with run_dir.lock():
                 train.fit(job, run_dir)

@@ -233,6 +233,7 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
             fix="evaluate with --data to use all images as they are now, or train again with "
             "--fresh",
         )
+    data.print_notes()
     return data
 
 

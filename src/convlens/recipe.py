@@ -62,6 +62,9 @@ class DataConfig(Section):
             these, and the remaining images are not used.
         on_bad: `skip` leaves out unreadable images, up to the share `max_bad` of all images and of
             the images of each class.
+        duplicates: what is done about images that are equal, byte for byte. `drop` keeps one of
+            each, and none where their labels differ. `group` keeps an image and its copies in one
+            split, where splits are drawn.
     """
 
     name: str = "digits"
@@ -79,6 +82,7 @@ class DataConfig(Section):
     count: Annotated[int, Field(gt=0, le=10_000_000)] | None = None
     on_bad: Literal["stop", "skip"] = "stop"
     max_bad: Fraction = 0.1
+    duplicates: Literal["keep", "drop", "group"] = "keep"
 
     @property
     def validates(self) -> bool:

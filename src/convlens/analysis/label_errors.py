@@ -34,13 +34,13 @@ from convlens.data.sources import find_source
 from convlens.data.types import DataSource, EncodedFiles, FilePaths, Part
 from convlens.device import memory_budget, preserve_torch_settings, select_device
 from convlens.engine.inference import place_model, probabilities, split_logits
-from convlens.errors import DataError, UsageError
+from convlens.errors import UsageError
 from convlens.recipe import DataConfig, Recipe
 from convlens.run import PLOTS_DIR, LoadedModel, RunDir, RunHandle, as_run_dir, load_model
 from convlens.training import resolve
 from convlens.training.repeats import train_many
 from convlens.utils import files
-from convlens.utils.console import print_status, progress_bar, quiet_mode
+from convlens.utils.console import message_scope, print_status, progress_bar, quiet_mode
 
 DEFAULT_FOLDS = 5
 TOP_CLASSES = 3  # classes of an image that are listed with their probabilities
@@ -166,6 +166,7 @@ class LabelReport:
         }
 
 
+@message_scope()
 @preserve_torch_settings()
 def find_label_errors(
     what: str | Path | Mapping[str, Any] | Recipe | RunDir | RunHandle,
@@ -184,7 +185,8 @@ def find_label_errors(
     Args:
         what, overrides, data, name, fresh, device, quiet: as in `convlens.train`. `what` may also
             be a run, whose recipe is used.
-        folds: number of models; each judges the images of the fold that it did not train on.
+        folds: number of models; each judges the images of the fold that it did not train on. The
+            only image of a class is not judged.
         test: also judge the images of the test split, by the mean over all models. This is logged
             as a use of the test set in the run of each fold.
 
@@ -193,7 +195,7 @@ def find_label_errors(
         and of a CSV to correct.
 
     Raises:
-        DataError: a class has fewer images than folds, or training refuses the data set.
+        DataError: training refuses the data set.
         UsageError: `what` is not a recipe, a data set or a run.
 
     Example:
@@ -243,28 +245,10 @@ def _output_folder(run_name: str, resolved: resolve.ResolvedRecipe, name: str | 
 
 
 def _load_data(config: DataConfig, folds: int, device: str) -> Data:
-    """Load the data with the splits of the first fold.
-
-    Raises:
-        DataError: a class has fewer images than there are folds.
-    """
+    """Load the data with the splits of the first fold."""
     first = config.model_copy(update={"folds": folds, "fold": 0, "per_class": None})
     with quiet_mode():
-        data = load_data(first, memory_budget=memory_budget(device))
-    labels = np.concatenate([split.labels.numpy() for split in (data.train, data.val)])
-    counts = np.bincount(labels, minlength=len(data.classes))
-    small = [(name, int(n)) for name, n in zip(data.classes, counts, strict=True) if n < folds]
-    if small:
-        listed = ", ".join(f"{name} ({n})" for name, n in small[:5])
-        least = min(n for _, n in small)
-        fewer_folds = f"--folds {least}, or " if least > 1 else ""
-        raise DataError(
-            f"{len(small)} of {len(data.classes)} classes have fewer images outside the test split "
-            f"than the {folds} folds: {listed}{' ...' if len(small) > 5 else ''}",
-            where=data.name,
-            fix=f"{fewer_folds}add images to these classes or leave them out",
-        )
-    return data
+        return load_data(first, memory_budget=memory_budget(device))
 
 
 FoldModel = tuple[RunDir, LoadedModel]

@@ -21,6 +21,7 @@ import torch
 
 from convlens.data import duplicates
 from convlens.data.cache import ArrayRows, map_in_order
+from convlens.data.dataset import probe_images, resolve_conversion, sizes_of
 from convlens.data.decode import (
     MAX_PIXELS,
     Pixels,
@@ -30,8 +31,16 @@ from convlens.data.decode import (
     probe_image,
 )
 from convlens.data.duplicates import Duplicates
+from convlens.data.layout import list_examples
 from convlens.data.sources import REMARKS, find_source
-from convlens.data.splits import LoadedPart, describe_splits, make_splits
+from convlens.data.splits import (
+    LoadedPart,
+    apply_duplicates,
+    describe_origins,
+    describe_splits,
+    make_splits,
+)
+from convlens.data.summary import DatasetSummary
 from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
 from convlens.errors import DataError
 from convlens.utils.console import ProgressBar, progress_bar
@@ -67,6 +76,7 @@ FILE_FACTS = np.dtype(
         ("alpha", np.bool_),
         ("frames", np.bool_),
         ("digest", np.uint8, 32),  # SHA-256 of size and pixels as RGB
+        ("file", np.uint8, 32),  # SHA-256 of the file; of images that are no files, as `digest`
         ("thumb", np.uint8, (duplicates.HASH_SIDE, duplicates.HASH_SIDE)),
         ("mean", np.float64, 3),  # of each RGB channel, 0..1
         ("square", np.float64, 3),  # mean of the squares
@@ -89,6 +99,7 @@ class Audit:
     """The result of `audit`; `to_dict` is what `--json` prints."""
 
     name: str
+    summary: str  # how the data set was interpreted, in one line
     images: int  # number of readable images; all facts are about these
     counts: dict[str, dict[str, int]]  # class -> split -> number of images
     how: dict[str, str]  # split -> where its images come from, in words
@@ -155,8 +166,8 @@ def audit(config: DataConfig) -> Audit:
     total = sum(len(part.labels) for part in source.parts.values())
     with progress_bar("inspecting images", total) as bar:
         inspected = {name: inspect_images(part, bar) for name, part in source.parts.items()}
-    split_of, how, problems = _assign_splits(config, source, inspected)
-    images = _join_parts(source, inspected, split_of)
+    assigned = _assign_splits(config, source, inspected)
+    images = _join_parts(source, assigned)
     facts = images.facts
     counts = _count_by_class(images)
     mean, std, channels = _channel_stats(images)
@@ -164,9 +175,10 @@ def audit(config: DataConfig) -> Audit:
     columns = (images.ids, images.splits.tolist(), [source.classes[c] for c in images.labels])
     return Audit(
         name=source.name,
+        summary=_summarize(config, source, counts, assigned.origins),
         images=len(facts),
         counts=counts,
-        how=how,
+        how=assigned.descriptions,
         width=_min_median_max(facts["width"]),
         height=_min_median_max(facts["height"]),
         sizes=len(np.unique(np.stack([facts["width"], facts["height"]]), axis=1).T),
@@ -185,9 +197,10 @@ def audit(config: DataConfig) -> Audit:
         ],
         duplicates=Duplicates.of(duplicates.exact_duplicates(facts["digest"]), *columns),
         near_duplicates=Duplicates.of(near.tolist(), *columns, complete=complete),
-        problems=problems,
+        problems=assigned.problems,
         notes=[
             *source.notes,
+            *assigned.notes,
             *REMARKS.get(source.name, ()),
             *_class_notes(source.classes, counts),
             *_file_notes(facts),
@@ -204,11 +217,6 @@ class InspectedImages:
     part: Part
     facts: FileFacts  # [N]; zeros for unreadable images
     bad: dict[int, str] = field(default_factory=dict)  # unreadable image -> reason
-
-    @property
-    def good(self) -> IndexArray:
-        """Numbers of the readable images."""
-        return np.delete(np.arange(len(self.facts), dtype=np.int64), list(self.bad))
 
 
 def inspect_images(part: Part, bar: ProgressBar) -> InspectedImages:
@@ -242,6 +250,7 @@ def _inspect_file(files: EncodedFiles, number: int) -> np.void | str:
         return error.reason
     for name in _HEADER_FACTS:
         facts[name] = getattr(header, name)
+    facts["file"] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
     record: np.void = facts[0]
     return record
 
@@ -259,13 +268,14 @@ def facts_of(images: Pixels) -> FileFacts:
     facts["mean"] = flat.mean(axis=2) / 255
     squares = np.einsum("ncp,ncp->nc", flat, flat, dtype=np.float64, casting="unsafe")
     facts["square"] = squares / (height * width * 255**2)
-    facts["thumb"] = fit_arrays(images, size=duplicates.HASH_SIDE, channels=1, fit="stretch")[:, 0]
+    facts["thumb"] = duplicates.grey_thumbnails(images)
     size = f"{height} x {width}".encode()
     for row, image in zip(facts, images, strict=True):
         content = image if channels == 3 else np.repeat(image, 3, axis=0)
         digest = hashlib.sha256(size)
         digest.update(np.ascontiguousarray(content).data)
         row["digest"] = np.frombuffer(digest.digest(), np.uint8)
+    facts["file"] = facts["digest"]
     return facts
 
 
@@ -281,49 +291,118 @@ class _JoinedImages:
     numbers: IndexArray  # number of each image in its part
 
 
-def _join_parts(
-    source: DataSource,
-    inspected: dict[str, InspectedImages],
-    split_of: dict[str, npt.NDArray[np.str_]],
-) -> _JoinedImages:
-    good = {name: each.good for name, each in inspected.items()}
+def _join_parts(source: DataSource, assigned: _AssignedSplits) -> _JoinedImages:
+    parts = assigned.images
     return _JoinedImages(
         source.classes,
-        np.concatenate([each.facts[good[name]] for name, each in inspected.items()]),
-        [each.part.ids[i] for name, each in inspected.items() for i in good[name].tolist()],
-        np.concatenate([each.part.labels[good[name]] for name, each in inspected.items()]),
-        np.concatenate([split_of[name] for name in inspected]),
-        np.concatenate([good[name] for name in inspected]),
+        np.concatenate([each.inspected.facts[each.numbers] for each in parts]),
+        [each.inspected.part.ids[i] for each in parts for i in each.numbers.tolist()],
+        np.concatenate([each.inspected.part.labels[each.numbers] for each in parts]),
+        np.concatenate([each.splits for each in parts]),
+        np.concatenate([each.numbers for each in parts]),
     )
+
+
+@dataclass(frozen=True)
+class _SplitImages:
+    """Images of one part of the source: their numbers in the part, and the split of each."""
+
+    inspected: InspectedImages
+    numbers: IndexArray
+    splits: npt.NDArray[np.str_]
+
+
+@dataclass(frozen=True)
+class _AssignedSplits:
+    """The splits that training would use.
+
+    Attributes:
+        images: The images that are used, by part.
+        descriptions: Split -> where its images come from.
+        origins: The same in a few words.
+        problems: Reasons why training will refuse the set. If there are any, the source's own
+            splits are used.
+        notes: On the splits.
+    """
+
+    images: Sequence[_SplitImages]
+    descriptions: dict[str, str]
+    origins: dict[str, str]
+    problems: list[str]
+    notes: Sequence[str] = ()
 
 
 def _assign_splits(
     config: DataConfig, source: DataSource, inspected: dict[str, InspectedImages]
-) -> tuple[dict[str, npt.NDArray[np.str_]], dict[str, str], list[str]]:
-    """Assign the readable images to splits as training would.
+) -> _AssignedSplits:
+    """Assign the readable images to splits as training would."""
+    no_rows = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
+    parts = {
+        name: LoadedPart(each.part, no_rows, "", each.bad, each.facts["file"])
+        for name, each in inspected.items()
+    }
 
-    Returns:
-        The split of each image of each part, where each split comes from, and the problems that
-        training would report. If there are problems, the source's own splits are used.
-    """
-    split_of = {name: np.full(len(each.good), name, "U5") for name, each in inspected.items()}
-    fallback = dict.fromkeys(split_of, "the source's own; nothing could be held out")
-    train = inspected["train"]
-    n_readable = np.bincount(train.part.labels[train.good], minlength=len(source.classes))
+    def images_of(
+        parts: dict[str, LoadedPart], held_out: dict[str, IndexArray]
+    ) -> list[_SplitImages]:
+        images = []
+        for name, part in parts.items():
+            splits = np.full(len(part.good), name, "U5")
+            if name == "train":
+                for split, index in held_out.items():
+                    splits[index] = split
+            images.append(_SplitImages(inspected[name], part.good, splits))
+        return images
+
+    def without_plan(problem: str) -> _AssignedSplits:
+        descriptions = dict.fromkeys(parts, "the source's own; nothing could be held out")
+        return _AssignedSplits(images_of(parts, {}), descriptions, {}, [problem])
+
+    n_readable = np.bincount(parts["train"].labels, minlength=len(source.classes))
     empty = [source.classes[c] for c in np.flatnonzero(n_readable == 0)]
     if empty:
-        return split_of, fallback, [f"no readable training image in: {', '.join(empty)}"]
-    no_rows = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
-    parts = {name: LoadedPart(e.part, no_rows, "", e.bad) for name, e in inspected.items()}
+        return without_plan(f"no readable training image in: {list_examples(empty)}")
     # Images that a recipe leaves out to train on few are a part of the set all the same.
     full_config = config.model_copy(update={"per_class": None, "total_per_class": None})
     try:
-        plan = make_splits(full_config, source, parts)
+        used, copy_notes = apply_duplicates(full_config, source, parts)
+        plan = make_splits(full_config, source, used)
     except DataError as error:
-        return split_of, fallback, [error.what]
-    for split, index in plan.held_out.items():
-        split_of["train"][index] = split
-    return split_of, describe_splits(plan, full_config, source, parts), []
+        return without_plan(error.what)
+    return _AssignedSplits(
+        images_of(used, plan.held_out),
+        describe_splits(plan, full_config, source, used),
+        describe_origins(plan, full_config, used["train"]),
+        [],
+        [*plan.notes, *copy_notes],
+    )
+
+
+def _summarize(
+    config: DataConfig,
+    source: DataSource,
+    counts: dict[str, dict[str, int]],
+    origins: dict[str, str],
+) -> str:
+    """Return how training would interpret the set, in one line."""
+    facts = probe_images(source.parts["train"])
+    conversion = resolve_conversion(config, source.parts["train"], facts)
+    by_split = {
+        split: sum(of.get(split, 0) for of in counts.values())
+        for split in SPLIT_NAMES
+        if any(split in of for of in counts.values())
+    }
+    summary = DatasetSummary(
+        classes=source.classes,
+        counts=np.array([sum(of.values()) for of in counts.values()], np.int64),
+        splits=by_split,
+        origins=origins,
+        channels=conversion.channels,
+        image_size=conversion.size,
+        fit=conversion.fit,
+        sizes=sizes_of(facts),
+    )
+    return str(summary)
 
 
 def _count_by_class(images: _JoinedImages) -> dict[str, dict[str, int]]:
@@ -373,7 +452,7 @@ def _class_notes(classes: Sequence[str], counts: dict[str, dict[str, int]]) -> l
     casefolded = Counter(name.casefold() for name in classes)
     same = [name for name in classes if casefolded[name.casefold()] > 1]
     if same:
-        notes.append(f"class names that differ only in case: {', '.join(same)}")
+        notes.append(f"class names that differ only in case: {list_examples(same)}")
     train = {name: splits.get("train", 0) for name, splits in counts.items()}
     small = [f"{name} ({n})" for name, n in train.items() if n < MIN_CLASS_IMAGES]
     if small:

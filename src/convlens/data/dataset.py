@@ -30,21 +30,26 @@ from rich.markup import escape
 
 from convlens.data import duplicates
 from convlens.data.cache import ArrayRows, Conversion, as_index
-from convlens.data.decode import UnreadableImage, probe_image
+from convlens.data.decode import ImageFacts, UnreadableImage, probe_image
 from convlens.data.duplicates import Duplicates
 from convlens.data.sources import find_source
 from convlens.data.splits import (
     LoadedPart,
     Split,
+    apply_duplicates,
+    classes_of_one,
+    describe_origins,
     describe_splits,
     hold_out,
     load_part,
     make_splits,
     parts_of,
+    single_image_notes,
 )
+from convlens.data.summary import DatasetSummary
 from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
-from convlens.errors import DataError, UsageError
-from convlens.utils.console import print_status
+from convlens.errors import ConvlensError, DataError, UsageError
+from convlens.utils.console import is_first_time, print_once, print_status
 from convlens.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -58,6 +63,8 @@ MAX_PROBED_IMAGES = 200  # headers that are read to choose the image size
 MAX_SAMPLED_IMAGES = 100_000  # images that the channel statistics are computed from
 IMAGES_FILE = "images.csv.gz"
 IMAGES_COLUMNS = ("id", "class", "split", "sha256")
+MAX_IMAGES_COMPARED = 20_000  # image files among which training looks for similar ones
+_THUMBS_PER_STEP = 1024
 _MAX_LISTED_CHANGES = 3
 _MAX_LISTED_ERRORS = 10
 _ALLOWED_UNREADABLE = 1  # images of a split, or of a class of it, whatever `data.max_bad` is
@@ -80,13 +87,56 @@ class Data:
     split_descriptions: dict[str, str]  # split -> where its images come from, in one sentence
     held_out: dict[str, list[str]]  # split -> ids held out of the source's training images
     skipped: dict[str, str]  # id of an unreadable image, left out by data.on_bad=skip -> reason
-    notes: tuple[str, ...]  # about the source, for people
+    summary: DatasetSummary
+    notes: tuple[str, ...]  # about the source and its splits, for people
     listing: ImageList | None  # the image files; None for built-in sets
     _test: Callable[[], Split] = field(repr=False)
 
     def unseal_test(self) -> Split:
         """Return the test split. Only `evaluation` may call this."""
         return self._test()
+
+    def print_notes(self) -> None:
+        """Print the notes, once per command."""
+        _print_notes(self.name, self.notes)
+
+    def print_interpretation(self) -> None:
+        """Print how the data set was interpreted and what is odd about it, once per command."""
+        print_once(f"[bold]{escape(self.name)}[/]: {escape(str(self.summary))}")
+        self.print_notes()
+
+    def print_similar_images(self) -> None:
+        """Print how many similar image files are in different splits, once per command.
+
+        This reads the pixels of the test split as well, but no model sees them.
+        """
+        if self.listing is None or not is_first_time(f"similar images of {self.name}"):
+            return
+        if self.listing.count > MAX_IMAGES_COMPARED:
+            print_status(
+                escape(
+                    f"{self.name}: `convlens audit {self.name}` looks for similar images in "
+                    f"different splits; for {self.listing.count:,} files that takes a while"
+                )
+            )
+            return
+        pairs = self.listing.similar_across_splits()
+        if pairs.groups:
+            unit = "pair" if pairs.groups == 1 else "pairs"
+            example = pairs.listed[0]
+            images = [
+                f"{i} ({split})" for i, split in zip(example.ids, example.splits, strict=True)
+            ]
+            remedy = ""
+            if self.held_out:
+                remedy = "data.group=REGEX (of a CSV: COLUMN) keeps related images in one split; "
+            print_status(
+                escape(
+                    f"{self.name}: {pairs.groups:,} {unit} of similar images in different splits, "
+                    f"e.g. {' and '.join(images)}; the test accuracy may be too high "
+                    f"({remedy}`convlens audit {self.name}` lists them)"
+                )
+            )
 
 
 def load_data(config: DataConfig, *, memory_budget: int) -> Data:
@@ -106,9 +156,16 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
     """
     image_size = None if config.image_size == "auto" else int(config.image_size)
     source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
-    for note in source.notes:
-        print_status(escape(f"{source.name}: {note}"))
-    conversion = _resolve_conversion(config, source.parts["train"])
+    try:
+        return _load_source(config, source, memory_budget)
+    except ConvlensError:
+        _print_notes(source.name, source.notes)  # they may explain the error
+        raise
+
+
+def _load_source(config: DataConfig, source: DataSource, memory_budget: int) -> Data:
+    facts = probe_images(source.parts["train"])
+    conversion = resolve_conversion(config, source.parts["train"], facts)
     parts = {
         name: load_part(part, conversion, memory_budget)
         for name, part in parts_of(config, source).items()
@@ -117,6 +174,7 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
         hint = f"`convlens audit {config.name}` lists all"
         _refuse_unreadable(parts, f"{hint}; replace them, or set data.on_bad=skip")
     skipped = _skip_unreadable(parts, source, config)
+    parts, copy_notes = apply_duplicates(config, source, parts)
     plan = make_splits(config, source, parts)
     pool = parts["train"]
     views = {"train": (pool, plan.train)}
@@ -128,8 +186,19 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
     size = sum(len(index) for _, index in views.values()) * conversion.image_bytes
     keep_in_memory = size <= memory_budget
     listing = ImageList.of(source.classes, views)
+    notes = [*source.notes, *_skip_notes(skipped), *plan.notes, *copy_notes]
     if listing.of_files:
-        _report_copies(listing, config.name, source.name)
+        notes += _copy_notes(listing, config)
+    summary = DatasetSummary(
+        classes=source.classes,
+        counts=count_classes(views, len(source.classes)),
+        splits={split: len(views[split][1]) for split in ("train", "val", "test")},
+        origins=describe_origins(plan, config, pool),
+        channels=conversion.channels,
+        image_size=conversion.size,
+        fit=conversion.fit,
+        sizes=sizes_of(facts),
+    )
     return Data(
         name=source.name,
         classes=source.classes,
@@ -142,7 +211,8 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
         split_descriptions=describe_splits(plan, config, source, parts),
         held_out={split: list(pool.ids_of(index)) for split, index in plan.held_out.items()},
         skipped=skipped,
-        notes=source.notes,
+        summary=summary,
+        notes=tuple(notes),
         listing=listing if listing.of_files else None,
         _test=lambda: views["test"][0].split(views["test"][1], keep_in_memory=keep_in_memory),
     )
@@ -180,8 +250,7 @@ def load_external_data(
         DataError: The set has no such part, or images can't be read; otherwise as `load_data`.
     """
     source = find_source(name, image_size=image_size, tested=tested)
-    for note in source.notes:
-        print_status(escape(f"{source.name}: {note}"))
+    _print_notes(source.name, source.notes)
     only_part = next(iter(source.parts.values())) if len(source.parts) == 1 else None
     part = only_part or source.parts.get(split)
     if part is None:
@@ -227,7 +296,7 @@ def data_from_arrays(
         seed: Seed of the random choice.
         fit: How the images were made square; images to predict are made square in the same way.
     """
-    kept, held = hold_out(labels, val_fraction, seed, names=classes)
+    kept, held = hold_out(labels, val_fraction, seed)
     pixels = torch.from_numpy(images)
 
     def split(index: np.ndarray) -> Split:
@@ -241,6 +310,16 @@ def data_from_arrays(
     digest.update(images.data)
     digest.update(labels.tobytes())
     total = len(labels)
+    summary = DatasetSummary(
+        classes=classes,
+        counts=np.bincount(labels, minlength=len(classes)),
+        splits={"train": len(kept), "val": len(held)},
+        origins={"val": "held out, stratified"} if len(held) else {},
+        channels=images.shape[1],
+        image_size=images.shape[2],
+        fit=fit,
+        sizes=np.empty((0, 2), np.int64),
+    )
     return Data(
         name="arrays",
         classes=tuple(classes),
@@ -256,7 +335,8 @@ def data_from_arrays(
         },
         held_out={"val": [f"array/{i}" for i in held.tolist()]},
         skipped={},
-        notes=(),
+        summary=summary,
+        notes=single_image_notes(classes, classes_of_one(labels)) if len(held) else (),
         listing=None,
         _test=refuse_test,
     )
@@ -285,26 +365,42 @@ def channel_stats(split: Split) -> tuple[list[float], list[float]]:
     return mean, [max(math.sqrt(v) / pixels, 1.0) / 255 for v in scaled_variance]
 
 
-def _resolve_conversion(config: DataConfig, train: Part) -> Conversion:
-    """Return the recipe's size and channels, with `auto` replaced by values from the images."""
-    if not isinstance(train.images, EncodedFiles):
-        native_channels, native_size = int(train.images.shape[1]), int(train.images.shape[2])
-    else:
-        native_channels, native_size = _suggest_shape(train.images)
-    size = native_size if config.image_size == "auto" else int(config.image_size)
-    channels = native_channels if config.channels == "auto" else int(config.channels)
-    return Conversion(size, channels, config.fit)
-
-
-def _suggest_shape(files: EncodedFiles) -> tuple[int, int]:
-    """Return channels and size for image files, from the headers of up to 200 of them."""
-    facts = []
+def probe_images(train: Part) -> list[ImageFacts]:
+    """Read the headers of up to 200 evenly spaced image files; none of images that are no files."""
+    files, facts = train.images, list[ImageFacts]()
+    if not isinstance(files, EncodedFiles):
+        return facts
     numbers = np.linspace(0, len(files) - 1, MAX_PROBED_IMAGES).round().astype(int)
     for i in np.unique(numbers).tolist():
         try:
             facts.append(probe_image(files.read(i), files.name(i)))
         except UnreadableImage:
             continue  # decoding will list all unreadable files with their reasons
+    return facts
+
+
+def sizes_of(facts: Sequence[ImageFacts]) -> IndexArray:
+    """Return width and height of each image, `[n, 2]`."""
+    return np.array([(each.width, each.height) for each in facts], np.int64).reshape(-1, 2)
+
+
+def resolve_conversion(config: DataConfig, train: Part, facts: Sequence[ImageFacts]) -> Conversion:
+    """Return the recipe's size and channels, with `auto` replaced by values from the images.
+
+    Args:
+        facts: The result of `probe_images`.
+    """
+    if not isinstance(train.images, EncodedFiles):
+        native_channels, native_size = int(train.images.shape[1]), int(train.images.shape[2])
+    else:
+        native_channels, native_size = _suggest_shape(facts)
+    size = native_size if config.image_size == "auto" else int(config.image_size)
+    channels = native_channels if config.channels == "auto" else int(config.channels)
+    return Conversion(size, channels, config.fit)
+
+
+def _suggest_shape(facts: Sequence[ImageFacts]) -> tuple[int, int]:
+    """Return channels and size for image files."""
     if not facts:
         return 3, 32
     short_side = statistics.median(min(f.width, f.height) for f in facts)
@@ -312,18 +408,20 @@ def _suggest_shape(files: EncodedFiles) -> tuple[int, int]:
     return (1 if all(f.grey for f in facts) else 3), size
 
 
-def _report_copies(listing: ImageList, requested_name: str, name: str) -> None:
-    """Print how many groups of equal files are in several splits or under several labels."""
+def _copy_notes(listing: ImageList, config: DataConfig) -> list[str]:
+    """Return how many groups of equal files are in several splits or under several labels."""
     copies = listing.copies()
     counts = {"in more than one split": copies.across_splits, "under two labels": copies.two_labels}
     problems = ", ".join(f"{count:,} {where}" for where, count in counts.items() if count)
-    if problems:
-        print_status(
-            escape(
-                f"{name}: images that occur more than once: {problems} "
-                f"(`convlens audit {requested_name}` lists them)"
-            )
-        )
+    if not problems:
+        return []
+    remedy = "data.duplicates=drop leaves copies out"
+    if copies.across_splits and config.duplicates != "group":
+        remedy += ", data.duplicates=group keeps them in one split"
+    return [
+        f"images that occur more than once: {problems} "
+        f"(`convlens audit {config.name}` lists them; {remedy})"
+    ]
 
 
 def _unreadable(parts: dict[str, LoadedPart]) -> dict[str, str]:
@@ -374,10 +472,23 @@ def _skip_unreadable(
             fix=f"`convlens audit {config.name}` lists the reasons; replace the files, or raise "
             "data.max_bad",
         )
-    skipped = _unreadable(parts)
-    if skipped:
-        print_status(escape(f"{source.name}: {len(skipped)} unreadable images are skipped"))
-    return skipped
+    return _unreadable(parts)
+
+
+def _skip_notes(skipped: Mapping[str, str]) -> list[str]:
+    return [f"{len(skipped)} unreadable images are skipped"] if skipped else []
+
+
+def _print_notes(name: str, notes: Sequence[str]) -> None:
+    for note in notes:
+        print_once(escape(f"{name}: {note}"))
+
+
+def count_classes(views: Mapping[str, tuple[LoadedPart, IndexArray]], n_classes: int) -> IndexArray:
+    """Return the number of images of each class over all splits, `[K]`."""
+    counts = [np.bincount(part.labels[i], minlength=n_classes) for part, i in views.values()]
+    total: IndexArray = np.sum(counts, axis=0)
+    return total
 
 
 def _fingerprint(
@@ -450,6 +561,35 @@ class ImageList:
                 labels.append(self.classes[part.part.labels[number]])
         groups = duplicates.exact_duplicates(np.concatenate(digests))
         return Duplicates.of(groups, ids, splits, labels)
+
+    @property
+    def count(self) -> int:
+        """Number of images that are used."""
+        return sum(len(index) for _, index in self.views.values())
+
+    def similar_across_splits(self) -> Duplicates:
+        """Return the pairs of images in different splits that look the same but are not equal.
+
+        The images are compared as they are given to the network.
+        """
+        thumbs, digests = [], []
+        ids, splits, labels = list[str](), list[str](), list[str]()
+        for name, (part, index) in self.views.items():
+            assert part.digests is not None
+            numbers = part.good[index]
+            for start in range(0, len(numbers), _THUMBS_PER_STEP):
+                images = part.rows.gather(as_index(numbers[start : start + _THUMBS_PER_STEP]))
+                thumbs.append(duplicates.grey_thumbnails(images.numpy()))
+            digests.append(part.digests[numbers])
+            ids += part.ids_of(index)
+            splits += [name] * len(index)
+            labels += [self.classes[label] for label in part.labels[index]]
+        pairs, complete = duplicates.near_duplicates(
+            np.concatenate(thumbs), np.concatenate(digests)
+        )
+        in_split = np.array(splits)
+        across = pairs[in_split[pairs[:, 0]] != in_split[pairs[:, 1]]]
+        return Duplicates.of(across.tolist(), ids, splits, labels, complete=complete)
 
     def write(self, folder: Path) -> None:
         """Write the list into the run directory `folder`."""

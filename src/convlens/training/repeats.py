@@ -23,7 +23,7 @@ from convlens.recipe import Recipe
 from convlens.run import RunDir
 from convlens.training.resolve import ResolvedRecipe, validate_recipe
 from convlens.training.train import train
-from convlens.utils.console import print_status, quiet_mode
+from convlens.utils.console import message_scope, print_status, quiet_mode
 
 MAX_RUNS = 10_000  # runs of one command
 
@@ -70,6 +70,7 @@ def expand_runs(
     return plans
 
 
+@message_scope()
 def train_many(
     recipes: Mapping[str | None, ResolvedRecipe],
     *,

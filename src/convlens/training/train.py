@@ -52,13 +52,27 @@ from convlens.training.pretrained import check_weights_available
 from convlens.training.resolve import validate_recipe
 from convlens.training.setup import TrainingJob, build_training_job
 from convlens.utils import files
-from convlens.utils.console import print_status, print_table, progress_display
+from convlens.utils.console import (
+    format_duration,
+    is_first_time,
+    print_status,
+    print_table,
+    progress_display,
+)
 from convlens.utils.process import StopSignal, catch_stop_signals
 from convlens.version import __version__
 
 # Disk space per parameter: 4 bytes in the model file, and 8 (with one moment of the optimizer) in
 # each of two checkpoints.
 MIN_BYTES_PER_PARAMETER = 20
+# Short names of the augmentations that `auto` chooses.
+AUGMENT_NAMES = {
+    "RandomHorizontalFlip": "flip",
+    "RandomCrop": "crop",
+    "RandomResizedCrop": "crop",
+    "ColorJitter": "jitter",
+    "RandomAffine": "rotate and shift",
+}
 # The facts about the hardware that the last digits of a training depend on.
 BIT_RELEVANT_HARDWARE = ("device", "gpu", "cpu", "cpu_capability", "threads", "torch")
 
@@ -120,6 +134,7 @@ def train(
         check_device_options(recipe, context.device)
         prepare(recipe.train.deterministic, context.device)
         data = _load_data(recipe, context)
+        data.print_interpretation()
         with run_dir.lock():
             metadata = context.broadcast(run_dir.metadata)
             check_can_resume(run_dir, metadata, recipe, data)
@@ -160,6 +175,7 @@ def _build_job(
         initial_state=initial_state,
     )
     if not metadata:
+        data.print_similar_images()
         parameters = sum(parameter.numel() for parameter in job.model.parameters())
         files.warn_if_low_disk(run_dir.path, MIN_BYTES_PER_PARAMETER * parameters)
         run_dir.write_split(data.held_out)
@@ -167,6 +183,9 @@ def _build_job(
             data.listing.write(run_dir.path)
         # Last: from here on the directory is a run.
         run_dir.create(job.recipe, _run_metadata(recipe, job))
+        choices = describe_choices(recipe, job)
+        if choices and is_first_time(choices):
+            print_status(choices)
     elif initial_state is None and job.initial_weights:
         # Interrupted before its first checkpoint: the run starts from the pretrained weights
         # again, whose file may have changed since.
@@ -189,6 +208,30 @@ def _stored_plan(metadata: Mapping[str, Any], device: str) -> Plan | None:
     stored = metadata.get("plan") or {}
     same_kind = str(stored.get("device")).partition(":")[0] == device.partition(":")[0]
     return Plan.from_dict({**stored, "device": device}) if same_kind else None
+
+
+def describe_choices(requested: Recipe, job: TrainingJob) -> str:
+    """Return what `auto` chose and about how long the training takes; empty without either."""
+    recipe, chosen = job.recipe, list[str]()
+    is_built_in = job.data.listing is None  # its images have one size
+    if requested.data.image_size == "auto" and not is_built_in:
+        chosen.append(f"{recipe.data.image_size} px")
+    if requested.train.epochs == "auto":
+        chosen.append(f"{job.epochs} epochs")
+    if requested.augment == "auto":
+        names = [AUGMENT_NAMES.get(name, name) for name, _ in recipe.operations]
+        chosen.append(f"augment {' + '.join(names)}" if names else "no augmentation")
+    if job.timings:
+        chosen.append(f"{job.plan.precision} {job.plan.memory_format}")
+    seconds = job.expected_seconds
+    if not chosen and seconds is None:
+        return ""
+    head = f"auto: {', '.join(chosen)}" if chosen else f"{job.epochs} epochs"
+    time = ""
+    if seconds is not None:
+        limit = "at most " * (recipe.train.patience is not None)
+        time = f"; {limit}about {format_duration(seconds)} on this machine"
+    return f"{head}, batch {recipe.train.batch_size}{time}"
 
 
 def _print_stages(job: TrainingJob) -> None:
@@ -220,7 +263,14 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
     last_step = replace(state)  # the state after the last step of an epoch, before validation
     with (
         catch_stop_signals() as signal,
-        progress_display(job.epochs, steps, steps_done, shown=not job.context.quiet) as display,
+        progress_display(
+            job.epochs,
+            steps,
+            steps_done,
+            shown=not job.context.quiet,
+            validation_work=job.validation_work,
+            expected_s=job.expected_seconds,
+        ) as display,
         job.process_group.annotate_errors(lambda: f"epoch {state.epoch}, after step {state.step}"),
     ):
         process_group = job.process_group.with_stop_requested(lambda: signal.is_set)

@@ -339,9 +339,26 @@ def test_a_run_can_be_given_instead_of_its_recipe() -> None:
     refused(here("labels", "on", "--folds", "2"), 2, "nor a run", "did you mean one?")
 
 
+def test_classes_with_fewer_images_than_folds_are_judged_and_single_images_are_not() -> None:
+    pictures(Path("set"), {"red": 12, "blue": 12, "green": 3, "grey": 1})
+    done = here("labels", "set", *NET, "data.image_size=8", "--folds", "5", "--json")
+    assert done.code == 0, done.err
+    assert done.err.count("set: 1 class has a single image, which stays in training: grey") == 1
+    rows = read_rows(Path(done.json["table"]))
+    assert {row["label"] for row in rows} == {"red", "blue", "green", "grey"}
+    judged = [row for row in rows if row["score"]]
+    labels = [row["label"] for row in judged]
+    assert labels.count("grey") == 0
+    assert (
+        labels.count("green")
+        + sum(row["split"] == "test" and row["label"] == "green" for row in rows)
+        == 3
+    )
+    assert done.json["images"] == len(judged)
+
+
 def test_invalid_input_is_refused() -> None:
     pictures(Path("set"), {"red": 10, "blue": 10, "green": 4})
-    refused(here("labels", "set", *NET), 3, "green (3)", "--folds 3")
     refused(here("labels", "set", *NET, "--folds", "50"), 3, "only 20 images")
     refused(here("labels", "digts"), 2, "did you mean digits?")
     refused(here("labels", "models/none"), 3, "models/none")

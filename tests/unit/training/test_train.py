@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from convlens import device, evaluation, optim, serialization
 from convlens.cli import main
+from convlens.device import Plan
 from convlens.errors import Diverged, ResourceError, UsageError
 from convlens.recipe import load_recipe
 from convlens.run import RunDir
@@ -22,6 +24,7 @@ from convlens.training import autotune, train as training_train
 from convlens.training.checkpoint import BestEpoch
 from convlens.training.setup import build_training_job
 from convlens.utils.files import sha256
+from helpers.commands import pictures as class_folders
 from helpers.support import begin, images_of, same, tiny
 
 
@@ -371,3 +374,27 @@ def test_all_mistakes_in_a_recipe_are_reported_before_data_is_read(
     for word in ("model.widht", "'cosin'", "'adan'", "RandomCropp"):
         assert word in caught.value.what
     assert not Path("models").exists()
+
+
+def test_what_auto_chose_and_how_long_it_takes() -> None:
+    class_folders(Path("photos"), {"red": 30, "green": 30}, size=64)
+    requested = load_recipe("folder", ["data.name=photos", "train.batch_size=10"])
+    job = build_training_job(requested, images_of(requested), RuntimeContext("cpu", quiet=True))
+    assert len(job.data.train) == 42
+    chosen = "auto: 64 px, 60 epochs, augment flip + crop + jitter"
+    job.timings, job.step_seconds = {}, None
+    assert training_train.describe_choices(requested, job) == f"{chosen}, batch 10"
+    # 60 epochs of 5 steps and 9 validation images, which cost a third of 0.9 steps.
+    job.timings, job.step_seconds = {"bf16 channels_last": 1.0}, 1.0
+    job.plan = Plan("cpu", "bf16", "channels_last")
+    assert job.expected_seconds == pytest.approx(60 * (5 + 0.3))
+    timed = f"{chosen}, bf16 channels_last, batch 10"
+    assert (
+        training_train.describe_choices(requested, job) == f"{timed}; about 5 min on this machine"
+    )
+    # Nothing is said about the time where a step is not what was timed.
+    job.inputs = replace(job.inputs, cached_bytes=100)
+    assert training_train.describe_choices(requested, job) == timed
+    fixed = job.recipe
+    job.timings = {}
+    assert training_train.describe_choices(fixed, job) == ""
