@@ -139,7 +139,7 @@ def test_class_folders_without_read_permission_are_listed() -> None:
 
 def test_classes_of_a_single_image_only_are_refused() -> None:
     root = pictures(Path("photos"), {"cat": 1, "dog": 1})
-    refused(here("train", root), 3, "every class has a single image", "at least two")
+    refused(here("train", root), 3, "every class has a single image", "at least 3 images")
 
 
 def test_a_folder_without_class_folders_is_refused() -> None:

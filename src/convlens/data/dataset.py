@@ -29,7 +29,7 @@ import torch
 from rich.markup import escape
 
 from convlens.data import duplicates
-from convlens.data.cache import ArrayRows, Conversion, as_index
+from convlens.data.cache import ArrayRows, Conversion, DecodedRows, as_index
 from convlens.data.decode import ImageFacts, UnreadableImage, probe_image
 from convlens.data.duplicates import Duplicates
 from convlens.data.sources import find_source
@@ -112,7 +112,7 @@ class Data:
         """
         if self.listing is None or not is_first_time(f"similar images of {self.name}"):
             return
-        if self.listing.count > MAX_IMAGES_COMPARED:
+        if not self.listing.is_quick_to_compare:
             print_status(
                 escape(
                     f"{self.name}: `convlens audit {self.name}` looks for similar images in "
@@ -566,6 +566,12 @@ class ImageList:
     def count(self) -> int:
         """Number of images that are used."""
         return sum(len(index) for _, index in self.views.values())
+
+    @property
+    def is_quick_to_compare(self) -> bool:
+        """Whether `similar_across_splits` takes seconds: few images, decoded already."""
+        decodes_again = any(isinstance(part.rows, DecodedRows) for part in self.parts)
+        return self.count <= MAX_IMAGES_COMPARED and not decodes_again
 
     def similar_across_splits(self) -> Duplicates:
         """Return the pairs of images in different splits that look the same but are not equal.

@@ -64,7 +64,7 @@ def hold_out(
         Two sorted, disjoint index arrays: the images that are kept and those held out.
 
     Raises:
-        DataError: Every class has a single image, or no group can be held out.
+        DataError: No class has more than `keep` images, or no group can be held out.
     """
     all_images = np.arange(len(labels), dtype=np.int64)
     if fraction <= 0 or not len(labels):
@@ -201,10 +201,11 @@ def _hold_images(
 ) -> npt.NDArray[np.bool_]:
     """Return which images are held out, bool `[N]`; the numbers by the largest remainder method."""
     counts = np.bincount(labels)
-    if counts.max() < 2:
+    if counts.max() <= keep:
+        most = "a single image" if counts.max() == 1 else f"at most {counts.max()} images"
         raise DataError(
-            f"every class has a single image, but {fraction:.0%} must be held out",
-            fix="give the classes at least two images (better: dozens)",
+            f"every class has {most}, but {fraction:.0%} must be held out",
+            fix=f"give the classes at least {keep + 1} images (better: dozens)",
         )
     quota = counts * fraction
     limit = np.maximum(counts - keep, 0)

@@ -140,6 +140,8 @@ def train(
             check_can_resume(run_dir, metadata, recipe, data)
             # Another process may have finished the run while this one was loading the images.
             if not context.broadcast(lambda: run_dir.is_finished):
+                if not metadata:
+                    data.print_similar_images()
                 job = _build_job(recipe, data, run_dir, metadata, context)
                 rows, kept_epoch = fit(job, run_dir)
                 _finish(job, run_dir, rows, kept_epoch)
@@ -175,7 +177,6 @@ def _build_job(
         initial_state=initial_state,
     )
     if not metadata:
-        data.print_similar_images()
         parameters = sum(parameter.numel() for parameter in job.model.parameters())
         files.warn_if_low_disk(run_dir.path, MIN_BYTES_PER_PARAMETER * parameters)
         run_dir.write_split(data.held_out)

@@ -79,6 +79,9 @@ def test_only_image_of_a_class_is_never_held_out() -> None:
         assert shares(labels, held) == [3, 0, 3, 0]
     with pytest.raises(DataError, match="every class has a single image, but 20% must be held out"):
         hold_out(labels_of(1, 1, 1), 0.2, 0)
+    with pytest.raises(DataError, match="every class has at most 2 images") as caught:
+        hold_out(labels_of(2, 1, 2), 0.2, 0, keep=2)
+    assert caught.value.fix == "give the classes at least 3 images (better: dozens)"
 
 
 def test_only_group_of_a_class_is_never_held_out() -> None:
