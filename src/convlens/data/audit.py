@@ -21,7 +21,7 @@ import torch
 
 from convlens.data import duplicates
 from convlens.data.cache import ArrayRows, map_in_order
-from convlens.data.dataset import probe_images, resolve_conversion, sizes_of
+from convlens.data.dataset import kept_area, probe_images, resolve_conversion
 from convlens.data.decode import (
     MAX_PIXELS,
     Pixels,
@@ -400,7 +400,7 @@ def _summarize(
         channels=conversion.channels,
         image_size=conversion.size,
         fit=conversion.fit,
-        sizes=sizes_of(facts),
+        kept_area=kept_area(facts, conversion.fit),
     )
     return str(summary)
 

@@ -46,7 +46,7 @@ from convlens.data.splits import (
     parts_of,
     single_image_notes,
 )
-from convlens.data.summary import DatasetSummary
+from convlens.data.summary import DatasetSummary, area_of_crop
 from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
 from convlens.errors import ConvlensError, DataError, UsageError
 from convlens.utils.console import is_first_time, print_once, print_status
@@ -197,7 +197,7 @@ def _load_source(config: DataConfig, source: DataSource, memory_budget: int) -> 
         channels=conversion.channels,
         image_size=conversion.size,
         fit=conversion.fit,
-        sizes=sizes_of(facts),
+        kept_area=kept_area(facts, conversion.fit),
     )
     return Data(
         name=source.name,
@@ -318,7 +318,6 @@ def data_from_arrays(
         channels=images.shape[1],
         image_size=images.shape[2],
         fit=fit,
-        sizes=np.empty((0, 2), np.int64),
     )
     return Data(
         name="arrays",
@@ -379,9 +378,12 @@ def probe_images(train: Part) -> list[ImageFacts]:
     return facts
 
 
-def sizes_of(facts: Sequence[ImageFacts]) -> IndexArray:
-    """Return width and height of each image, `[n, 2]`."""
-    return np.array([(each.width, each.height) for each in facts], np.int64).reshape(-1, 2)
+def kept_area(facts: Sequence[ImageFacts], fit: str) -> float | None:
+    """Return the share of the area of image files that `fit` keeps; None without files."""
+    if not facts:
+        return None
+    sizes = np.array([(each.width, each.height) for each in facts], np.int64)
+    return area_of_crop(sizes) if fit == "crop" else 1.0
 
 
 def resolve_conversion(config: DataConfig, train: Part, facts: Sequence[ImageFacts]) -> Conversion:

@@ -32,8 +32,8 @@ class DatasetSummary:
         channels: Of the converted images.
         image_size: Of the converted images, in pixels.
         fit: `crop`, `pad` or `stretch`.
-        sizes: Width and height of some images before conversion, `[n, 2]`; empty if the images
-            have one size, as in built-in sets.
+        kept_area: Share of the area of the images that the fit keeps; None if all images have one
+            size and are square, as in built-in sets.
     """
 
     classes: Sequence[str]
@@ -43,7 +43,7 @@ class DatasetSummary:
     channels: int
     image_size: int
     fit: str
-    sizes: IndexArray
+    kept_area: float | None = None
 
     def __str__(self) -> str:
         channels = f"{self.channels} channel{'s' * (self.channels > 1)}"
@@ -51,7 +51,7 @@ class DatasetSummary:
             describe_classes(self.classes, self.counts),
             describe_split_sizes(self.splits, self.origins),
             channels,
-            f"{self.image_size} px{describe_fit(self.sizes, self.fit)}",
+            f"{self.image_size} px{describe_fit(self.fit, self.kept_area)}",
         )
         return " · ".join(parts)
 
@@ -83,20 +83,19 @@ def describe_split_sizes(splits: Mapping[str, int], origins: Mapping[str, str]) 
     return " · ".join(described)
 
 
-def describe_fit(sizes: IndexArray, fit: str) -> str:
-    """Return how images that are not square are made square; empty if they are square."""
-    kept = kept_area(sizes)
-    if kept > 1 - _MIN_LOST_AREA:
+def describe_fit(fit: str, kept_area: float | None) -> str:
+    """Return how images are made square; empty if they are square and are not padded."""
+    if kept_area is None or (fit == "crop" and kept_area > 1 - _MIN_LOST_AREA):
         return ""
     texts = {
-        "crop": f", crop keeps {kept:.0%} of the area",
+        "crop": f", crop keeps {kept_area:.0%} of the area",
         "pad": ", padded to squares",
         "stretch": ", stretched to squares",
     }
-    return texts.get(fit, "")
+    return texts[fit]
 
 
-def kept_area(sizes: IndexArray) -> float:
+def area_of_crop(sizes: IndexArray) -> float:
     """Return the share of the area that the largest centered square keeps, averaged over images.
 
     Args:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from convlens.data import dataset
 from convlens.data.cache import ArrayRows, IndexedRows
 from convlens.data.dataset import Data, Split, channel_stats, load_data, load_external_data
 from convlens.errors import DataError
 from convlens.recipe import DataConfig
+from convlens.utils.console import quiet_mode
 from helpers.paths import REPOSITORY
 
 PLENTY = 1 << 30
@@ -312,6 +314,37 @@ def test_similar_images_in_different_splits_are_counted(tmp_path: Path) -> None:
         ("train/a/9.png", "test/a/8.png"),
     }
     assert similar.groups == similar.across_splits == 2
+
+
+def test_similar_images_are_reported_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    for c in "ab":
+        (tmp_path / "x" / c).mkdir(parents=True)
+        for i in range(20):
+            small = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            image = Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC)
+            for k, side in enumerate((64, 60)):
+                image.resize((side, side)).save(tmp_path / "x" / c / f"{i}-{k}.png")
+    data = load_data(DataConfig(name=str(tmp_path / "x")), memory_budget=PLENTY)
+    split_of = {i: name for name, ids in ids_of(data).items() for i in ids}
+    pairs = [(f"{c}/{i}-0.png", f"{c}/{i}-1.png") for c in "ab" for i in range(20)]
+    divided = [pair for pair in pairs if split_of[pair[0]] != split_of[pair[1]]]
+    data.print_similar_images()
+    shown = capsys.readouterr().err
+    assert f"{len(divided)} pairs of similar images in different splits, e.g. " in shown
+    assert any(
+        f"{a} ({split_of[a]})" in shown and f"{b} ({split_of[b]})" in shown for a, b in divided
+    )
+    assert "data.group=REGEX (of a CSV: COLUMN) keeps related images in one split" in shown
+    monkeypatch.setattr(dataset, "MAX_IMAGES_COMPARED", 79)
+    data.print_similar_images()
+    assert "audit" in capsys.readouterr().err
+    with quiet_mode():  # neither computed nor printed
+        monkeypatch.setattr(dataset.ImageList, "similar_across_splits", None)
+        data.print_similar_images()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture

@@ -7,13 +7,11 @@ import pytest
 
 from convlens.data.summary import (
     DatasetSummary,
+    area_of_crop,
     describe_classes,
     describe_fit,
     describe_split_sizes,
-    kept_area,
 )
-
-SQUARE = np.empty((0, 2), np.int64)
 
 
 def test_a_summary_in_one_line() -> None:
@@ -25,7 +23,7 @@ def test_a_summary_in_one_line() -> None:
         channels=3,
         image_size=160,
         fit="crop",
-        sizes=np.array([[512, 384], [384, 512]]),
+        kept_area=0.75,
     )
     assert str(summary) == (
         "2 classes: cardboard 403, glass 2,124 · train 1,769 · val 379 · test 379 "
@@ -68,17 +66,17 @@ def test_neighboring_splits_share_their_origin() -> None:
     assert describe_split_sizes({"train": 4}, {}) == "train 4"
 
 
-def test_kept_area_is_averaged_over_images() -> None:
+def test_area_of_the_crop_is_averaged_over_images() -> None:
     # 1/2 of the first image, all of the second, 1/4 of the third.
-    assert kept_area(np.array([[100, 200], [7, 7], [400, 100]])) == pytest.approx(1.75 / 3)
-    assert kept_area(SQUARE) == 1.0
+    sizes = np.array([[100, 200], [7, 7], [400, 100]])
+    assert area_of_crop(sizes) == pytest.approx(1.75 / 3)
+    assert area_of_crop(np.empty((0, 2), np.int64)) == 1.0
 
 
 def test_the_fit_is_described_unless_images_are_square() -> None:
-    wide = np.array([[1000, 50]])
-    assert describe_fit(wide, "crop") == ", crop keeps 5% of the area"
-    assert describe_fit(wide, "pad") == ", padded to squares"
-    assert describe_fit(wide, "stretch") == ", stretched to squares"
+    assert describe_fit("crop", 0.05) == ", crop keeps 5% of the area"
+    assert describe_fit("pad", 1.0) == ", padded to squares"
+    assert describe_fit("stretch", 1.0) == ", stretched to squares"
+    assert describe_fit("crop", 1.0) == ""
     for fit in ("crop", "pad", "stretch"):
-        assert describe_fit(np.array([[64, 64], [8, 8]]), fit) == ""
-        assert describe_fit(SQUARE, fit) == ""
+        assert describe_fit(fit, None) == ""
