@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -327,8 +327,8 @@ class _AssignedSplits:
 
     images: Sequence[_SplitImages]
     descriptions: dict[str, str]
-    origins: dict[str, str]
-    problems: list[str]
+    origins: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
     notes: Sequence[str] = ()
 
 
@@ -342,40 +342,43 @@ def _assign_splits(
         for name, each in inspected.items()
     }
 
-    def images_of(
-        parts: dict[str, LoadedPart], held_out: dict[str, IndexArray]
-    ) -> list[_SplitImages]:
-        images = []
-        for name, part in parts.items():
-            splits = np.full(len(part.good), name, "U5")
-            if name == "train":
-                for split, index in held_out.items():
-                    splits[index] = split
-            images.append(_SplitImages(inspected[name], part.good, splits))
-        return images
-
-    def without_plan(problem: str) -> _AssignedSplits:
-        descriptions = dict.fromkeys(parts, "the source's own; nothing could be held out")
-        return _AssignedSplits(images_of(parts, {}), descriptions, {}, [problem])
-
+    unsplit = _AssignedSplits(
+        _split_images(inspected, parts, {}),
+        dict.fromkeys(parts, "the source's own; nothing could be held out"),
+    )
     n_readable = np.bincount(parts["train"].labels, minlength=len(source.classes))
     empty = [source.classes[c] for c in np.flatnonzero(n_readable == 0)]
     if empty:
-        return without_plan(f"no readable training image in: {list_examples(empty)}")
+        problem = f"no readable training image in: {list_examples(empty)}"
+        return replace(unsplit, problems=[problem])
     # Images that a recipe leaves out to train on few are a part of the set all the same.
     full_config = config.model_copy(update={"per_class": None, "total_per_class": None})
     try:
         used, copy_notes = apply_duplicates(full_config, source, parts)
         plan = make_splits(full_config, source, used)
     except DataError as error:
-        return without_plan(error.what)
+        return replace(unsplit, problems=[error.what])
     return _AssignedSplits(
-        images_of(used, plan.held_out),
+        _split_images(inspected, used, plan.held_out),
         describe_splits(plan, full_config, source, used),
         describe_origins(plan, full_config, used["train"]),
-        [],
-        [*plan.notes, *copy_notes],
+        notes=[*plan.notes, *copy_notes],
     )
+
+
+def _split_images(
+    inspected: dict[str, InspectedImages],
+    parts: dict[str, LoadedPart],
+    held_out: dict[str, IndexArray],
+) -> list[_SplitImages]:
+    images = []
+    for name, part in parts.items():
+        splits = np.full(len(part.good), name, "U5")
+        if name == "train":
+            for split, index in held_out.items():
+                splits[index] = split
+        images.append(_SplitImages(inspected[name], part.good, splits))
+    return images
 
 
 def _summarize(
@@ -387,15 +390,11 @@ def _summarize(
     """Return how training would interpret the set, in one line."""
     facts = probe_images(source.parts["train"])
     conversion = resolve_conversion(config, source.parts["train"], facts)
-    by_split = {
-        split: sum(of.get(split, 0) for of in counts.values())
-        for split in SPLIT_NAMES
-        if any(split in of for of in counts.values())
-    }
+    splits = next(iter(counts.values()))
     summary = DatasetSummary(
         classes=source.classes,
         counts=np.array([sum(of.values()) for of in counts.values()], np.int64),
-        splits=by_split,
+        splits={split: sum(of[split] for of in counts.values()) for split in splits},
         origins=origins,
         channels=conversion.channels,
         image_size=conversion.size,

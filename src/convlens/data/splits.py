@@ -454,9 +454,9 @@ def apply_duplicates(
     owners = [(name, number) for name in order for number in parts[name].good.tolist()]
     copies, conflicting = duplicates.copies_to_drop(digests, labels)
     dropped: dict[str, list[int]] = {name: [] for name in order}
-    for position in [i for group in copies for i in group[1:]] + [
-        i for g in conflicting for i in g
-    ]:
+    positions = [i for group in copies for i in group[1:]]
+    positions += [i for group in conflicting for i in group]
+    for position in positions:
         name, number = owners[position]
         dropped[name].append(number)
     kept = {name: replace(part, dropped=sorted(dropped[name])) for name, part in parts.items()}

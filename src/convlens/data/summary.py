@@ -53,7 +53,7 @@ class DatasetSummary:
             channels,
             f"{self.image_size} px{describe_fit(self.fit, self.kept_area)}",
         )
-        return " · ".join(parts)
+        return " · ".join(filter(None, parts))
 
 
 def describe_classes(classes: Sequence[str], counts: IndexArray) -> str:
