@@ -338,7 +338,8 @@ def test_similar_images_are_reported_with_a_remedy(
         f"{a} ({split_of[a]})" in shown and f"{b} ({split_of[b]})" in shown for a, b in divided
     )
     assert "data.group=REGEX (of a CSV: COLUMN) keeps related images in one split" in shown
-    monkeypatch.setattr(dataset, "MAX_IMAGES_COMPARED", 79)
+    assert data.image_size == 48
+    monkeypatch.setattr(dataset, "MAX_PIXELS_COMPARED", 80 * 48 * 48 - 1)
     data.print_similar_images()
     assert "audit" in capsys.readouterr().err
     with quiet_mode():  # neither computed nor printed
