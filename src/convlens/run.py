@@ -85,13 +85,24 @@ METRICS_COLUMNS = (
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the input of the network. Stored in the model file."""
+    """How an image becomes the input of the network. Stored in the model file.
+
+    Attributes:
+        value_range: pixel values of 16-bit, 32-bit and float images that become 0 and 255; None:
+            the images are 8-bit.
+    """
 
     image_size: int
     channels: int
     fit: str
     mean: list[float]
     std: list[float]
+    value_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.value_range is not None:  # a list where it was read from JSON
+            low, high = self.value_range
+            object.__setattr__(self, "value_range", (float(low), float(high)))
 
     @property
     def normalize(self) -> Prepare:

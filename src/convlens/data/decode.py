@@ -236,6 +236,26 @@ def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> 
     return out
 
 
+def scale_to_uint8(values: npt.NDArray[np.generic], value_range: tuple[float, float]) -> Pixels:
+    """Map values linearly so that `value_range` becomes 0..255, rounded; values outside are clipped.
+
+    Args:
+        values: Finite numbers, of any shape.
+        value_range: The values that become 0 and 255.
+
+    Raises:
+        UsageError: The range is empty.
+    """
+    low, high = value_range
+    if not low < high:
+        raise UsageError(f"the range [{low:g}, {high:g}] is empty", fix="give [low, high]")
+    # 64-bit floats hold all 32-bit integers exactly. In place: the images may be large.
+    scaled = np.subtract(values, low, dtype=np.float64)
+    scaled *= 255 / (high - low)
+    np.clip(scaled, 0, 255, out=scaled)
+    return np.rint(scaled, out=scaled).astype(np.uint8)
+
+
 def probe_image(source: Path | str | bytes, name: str = "") -> ImageFacts:
     """Read the header of an image; the pixels are not decoded.
 
