@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from convlens import metrics
 from convlens.data.dataset import Split, load_external_data
-from convlens.data.decode import fit_arrays
 from convlens.data.loader import scale_and_shift
 from convlens.data.sources import DrawnShapes, find_source
 from convlens.device import memory_budget, preserve_torch_settings
@@ -308,8 +307,7 @@ def sample_images(run_dir: RunDir, loaded: LoadedModel, data: str | None) -> tup
         )
         pre = loaded.preprocessing
         shapes = DrawnShapes(MAX_IMAGES, pre.image_size)[np.arange(MAX_IMAGES)]
-        fitted = fit_arrays(shapes, size=pre.image_size, channels=pre.channels, fit=pre.fit)
-        return torch.from_numpy(fitted), "synthetic images"
+        return torch.from_numpy(pre.conversion.array(shapes)), "synthetic images"
     if len(own_data.val):
         return _evenly_spaced(own_data.val), f"validation images of {own_data.name!r}"
     source = f"training images of {own_data.name!r} (it has no validation split)"
@@ -327,9 +325,7 @@ def _load_external_split(loaded: LoadedModel, data: str) -> tuple[Split, str]:
     split, _, name, _ = load_external_data(
         data,
         next(name for name in ("val", "train", *parts) if name in parts),
-        image_size=pre.image_size,
-        channels=pre.channels,
-        fit=pre.fit,
+        conversion=pre.conversion,
         memory_budget=memory_budget("cpu"),
         tested=True,
     )
@@ -406,7 +402,7 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
         "Nothing else: scaling and normalization are inside.",
         "outputs": f"{OUTPUTS[0]} and {OUTPUTS[1]} (their softmax): float32 "
         f"[N, {len(loaded.classes)}], in the order of `classes`",
-        "preprocessing": asdict(pre),
+        "preprocessing": pre.to_dict(),
         "at_once": reference.max_batch_size,
         "proof": reference.conditions(),
         # Needed by `evaluate`.
