@@ -311,7 +311,8 @@ def value_range_of(values: Sequence[npt.NDArray[np.generic]]) -> tuple[float, fl
     joined = np.concatenate([each.astype(np.float64) for each in values])
     low, high = np.percentile(joined, RANGE_PERCENTILES)
     if all(each.dtype.kind in "iu" for each in values):
-        low, high = np.floor(low), np.ceil(high)
+        # Rounded first: interpolation may add 1e-13.
+        low, high = np.floor(np.round(low, 6)), np.ceil(np.round(high, 6))
     if not low < high:
         low, high = joined.min(), joined.max()
     if not low < high:  # one single value
@@ -331,7 +332,7 @@ def range_warnings(
     low, high = np.percentile(joined, (5, 95))
     central = joined[(joined >= low) & (joined <= high)]
     levels = len(np.unique(scale_to_uint8(central, value_range)))
-    if levels >= MIN_CENTRAL_LEVELS or len(np.unique(central)) <= 2 * levels:
+    if levels >= MIN_CENTRAL_LEVELS or len(np.unique(central)) == levels:
         return []
     return [
         f"warning: 90% of the pixels, {low:.6g} to {high:.6g}, fall into {levels} of 256 levels: "

@@ -352,7 +352,8 @@ def scale_to_uint8(values: npt.NDArray[np.generic], value_range: tuple[float, fl
         raise UsageError(f"the range [{low:g}, {high:g}] is empty", fix="give [low, high]")
     # 64-bit floats hold all 32-bit integers exactly. In place: the images may be large.
     scaled = np.subtract(values, low, dtype=np.float64)
-    scaled *= 255 / (high - low)
+    scaled *= 255
+    scaled /= high - low
     np.clip(scaled, 0, 255, out=scaled)
     levels: Pixels = np.rint(scaled, out=scaled).astype(np.uint8)
     return levels

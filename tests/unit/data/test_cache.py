@@ -18,7 +18,6 @@ from PIL import Image
 from convlens.data import cache, types
 from convlens.data.cache import (
     ArrayRows,
-    Conversion,
     DecodedRows,
     FixedSizeRecords,
     IndexedRows,
@@ -27,6 +26,7 @@ from convlens.data.cache import (
     decode_images,
     in_memory,
 )
+from convlens.data.decode import Conversion
 from convlens.data.types import FilePaths
 from convlens.errors import DataError, ResourceError
 from helpers.support import BAD_DISK
