@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from convlens import metrics
 from convlens.data.dataset import Split, load_external_data
+from convlens.data.decode import ALPHA
 from convlens.data.loader import scale_and_shift
 from convlens.data.sources import DrawnShapes, find_source
 from convlens.device import memory_budget, preserve_torch_settings
@@ -417,8 +418,15 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
 def _describe_decoding(pre: Preprocessing) -> str:
     """Describe in words how `convlens.data.decode` prepares an image file for the network."""
     color, fit = COLOR_DESCRIPTIONS[pre.channels], FIT_DESCRIPTIONS[pre.fit]
+    transparent = f"transparent parts {pre.background}"
+    if pre.background == ALPHA:
+        transparent = "of transparent images the alpha channel"
+    deep = ""
+    if pre.value_range is not None:
+        low, high = pre.value_range
+        deep = f"values of more than 8 bits from {low:g} to {high:g} scaled to 0 to 255, "
     return (
-        f"Each image: decoded, turned upright by its EXIF, {color}, transparent parts white, "
+        f"Each image: decoded, turned upright by its EXIF, {deep}{color}, {transparent}, "
         f"{fit.format(size=pre.image_size)}."
     )
 

@@ -571,8 +571,11 @@ def resolve_auto(
         background: of the loaded data.
     """
     changes: dict[str, Any] = {"data.image_size": image_size, "data.channels": channels}
-    changes |= {"data.fit": fit, "data.background": background}
-    if value_range is not None:
+    if recipe.data.fit == "auto":
+        changes["data.fit"] = fit
+    if recipe.data.background == "auto":
+        changes["data.background"] = background
+    if recipe.data.range == "auto" and value_range is not None:
         changes["data.range"] = list(value_range)
     if recipe.augment == "auto":
         changes["augment"] = default_augmentation(image_size, channels)

@@ -371,6 +371,8 @@ def load_model(path: Path) -> LoadedModel:
     tensors, model_metadata = serialization.read_model_file(path)
     try:
         preprocessing = Preprocessing(**model_metadata["preprocessing"])
+        if not preprocessing.conversion.is_valid:
+            raise ValueError("impossible preprocessing")
         classes = tuple(model_metadata["classes"])
         name, options = model_metadata["model"]["name"], model_metadata["model"]["options"]
         shape = preprocessing.channels, preprocessing.image_size

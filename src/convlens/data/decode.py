@@ -16,6 +16,7 @@ does not report.
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import stat
@@ -77,6 +78,7 @@ _COEFFICIENT_SHARE = 6 / 16
 
 _GREY = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
+_BACKGROUND = re.compile("alpha|white|black|grey|#[0-9a-fA-F]{6}")
 _DEEP_COLOR = re.compile("(RGBA?;16)([LBN])")  # Pillow's name of the encoding, with the byte order
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -156,6 +158,14 @@ class Conversion:
             value = getattr(self, field.name)
             text += f", {field.name}={value!r}" if value != field.default else ""
         return f"Conversion({text})"
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether images can be converted with these values, which may come from a file."""
+        low, high = self.value_range or (0, 1)
+        is_number = isinstance(self.max_pixels, int) and -math.inf < low < high < math.inf
+        is_color = isinstance(self.background, str) and _BACKGROUND.fullmatch(self.background)
+        return self.fit in FITS and is_number and bool(is_color)
 
     @property
     def image_bytes(self) -> int:
@@ -596,11 +606,13 @@ def _with_encoding(tile: Any, encoding: str) -> Any:
 
 def _scale_deep(values: npt.NDArray[np.generic], value_range: tuple[float, float]) -> Image.Image:
     """Convert the values of a deep image to 8 bits. A fourth channel, alpha, keeps its range."""
-    if values.ndim == 3 and values.shape[2] == 4:
-        scaled = scale_to_uint8(values[..., :3], value_range)
-        alpha = (values[..., 3:].astype(np.uint16) >> 8).astype(np.uint8)
-        return Image.fromarray(np.concatenate([scaled, alpha], axis=2))
-    return Image.fromarray(scale_to_uint8(values, value_range))
+    if values.ndim == 2:
+        return Image.fromarray(scale_to_uint8(values, value_range))
+    # One channel at a time, as floats need much memory.
+    channels = [scale_to_uint8(values[..., c], value_range) for c in range(3)]
+    if values.shape[2] == 4:
+        channels.append((values[..., 3].astype(np.uint16) >> np.uint16(8)).astype(np.uint8))
+    return Image.fromarray(np.stack(channels, axis=2))
 
 
 def _to_eight_bit(
