@@ -8,17 +8,18 @@ for, and `describe_splits` says in words what was done.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from convlens.data import cache, duplicates
-from convlens.data.cache import ArrayRows, Conversion, ConvertedRows, ImageRows, as_index, in_memory
-from convlens.data.decode import Pixels
+from convlens.data.cache import ArrayRows, ConvertedRows, ImageRows, as_index, in_memory
+from convlens.data.decode import Conversion, Pixels
 from convlens.data.layout import list_examples
 from convlens.data.loader import ShardOrder
 from convlens.data.types import (
@@ -648,6 +649,18 @@ def single_image_notes(
     have = "class has" if len(single) == 1 else "classes have"
     names = list_examples([classes[c] for c in single])
     return (f"{len(single)} {have} a single {unit}, which stays in training: {names}",)
+
+
+def assumed_train_numbers(
+    config: DataConfig, source: DataSource, parts: Mapping[str, Part]
+) -> IndexArray:
+    """Return the numbers of the training images in their part if all images are readable.
+
+    Nothing is decoded. The arguments are as for `make_splits`, but the parts are not loaded.
+    """
+    no_rows = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
+    assumed = {name: LoadedPart(part, no_rows, "", {}) for name, part in parts.items()}
+    return make_splits(config, source, assumed).train
 
 
 def _hold_out_validation(

@@ -93,14 +93,3 @@ def describe_fit(fit: str, kept_area: float | None) -> str:
         "stretch": ", stretched to squares",
     }
     return texts[fit]
-
-
-def area_of_crop(sizes: IndexArray) -> float:
-    """Return the share of the area that the largest centered square keeps, averaged over images.
-
-    Args:
-        sizes: Width and height of each image, `[n, 2]`. Without images the share is 1.
-    """
-    if not len(sizes):
-        return 1.0
-    return float((sizes.min(axis=1) / sizes.max(axis=1)).mean())

@@ -7,7 +7,6 @@ import pytest
 
 from convlens.data.summary import (
     DatasetSummary,
-    area_of_crop,
     describe_classes,
     describe_fit,
     describe_split_sizes,
@@ -64,13 +63,6 @@ def test_neighboring_splits_share_their_origin() -> None:
         "train 10 · val 3 (fold 0 of 5, stratified) · test 1,000 (given by the data set)"
     )
     assert describe_split_sizes({"train": 4}, {}) == "train 4"
-
-
-def test_area_of_the_crop_is_averaged_over_images() -> None:
-    # 1/2 of the first image, all of the second, 1/4 of the third.
-    sizes = np.array([[100, 200], [7, 7], [400, 100]])
-    assert area_of_crop(sizes) == pytest.approx(1.75 / 3)
-    assert area_of_crop(np.empty((0, 2), np.int64)) == 1.0
 
 
 def test_the_fit_is_described_unless_images_are_square() -> None:
