@@ -210,6 +210,7 @@ def load_eval_split(
             memory_budget=memory_budget(device),
             tested=True,
             run=loaded.folder,
+            model_classes=loaded.classes,
         )
     labels = _match_classes(part.labels, classes, loaded.classes, name)
     return EvalSplit(replace(part, labels=labels), name, fingerprint)
@@ -222,7 +223,7 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
         DataError: the images changed or moved since training.
     """
     recipe = serialization.recipe_from_metadata(loaded.model_metadata)
-    data = load_data(recipe.data, memory_budget=memory_budget(device))
+    data = load_data(recipe.data, memory_budget=memory_budget(device), known_classes=loaded.classes)
     if data.fingerprint != loaded.model_metadata["data"]["fingerprint"]:
         changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
         raise DataError(

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from convlens.errors import UsageError, close_matches, did_you_mean_suffix, lookup
 from convlens.utils import yaml
@@ -51,6 +51,15 @@ class DataConfig(Section):
     """The data set, its image size and its splits.
 
     Attributes:
+        layout: how a folder is read whose folders are named like splits, but could be classes.
+        class_level: whether folders inside class folders are parts of these (`top`) or are the
+            classes themselves (`leaf`). `auto` stops if both are possible.
+        classes: the classes to use; empty for all. They keep the order of the set.
+        without: classes to leave out.
+        min_images: classes with fewer training images in the set are left out.
+        group: a column of a CSV file, or a regular expression that is searched for in the path of
+            each image below the folder: its first group, or the whole match. Images with equal
+            values stay in one split.
         val_fraction: share of the images that is held out for validation. With 0 there is no
             validation split: all images outside the test split are used for training, including
             the source's own validation images, and the last epoch is kept (`keep: last`).
@@ -70,6 +79,11 @@ class DataConfig(Section):
     channels: Literal[1, 3, "auto"] = "auto"
     val_fraction: Fraction = 0.15
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    layout: Literal["auto", "classes", "splits"] = "auto"
+    class_level: Literal["auto", "top", "leaf"] = "auto"
+    classes: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    min_images: Positive | None = None
     group: str | None = None
     per_class: Positive | None = None
     total_per_class: Positive | None = None
@@ -79,6 +93,15 @@ class DataConfig(Section):
     count: Annotated[int, Field(gt=0, le=10_000_000)] | None = None
     on_bad: Literal["stop", "skip"] = "stop"
     max_bad: Fraction = 0.1
+
+    @field_validator("classes", "without", mode="before")
+    @classmethod
+    def _to_class_names(cls, value: Any) -> Any:
+        """Accept a single name without brackets, and names such as 12, a number in YAML."""
+        names = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(name, bool) for name in names):
+            raise ValueError("yes, no, on, off, true and false need quotes: ['yes', 'no']")
+        return tuple(str(name) if isinstance(name, int) else name for name in names)
 
     @property
     def validates(self) -> bool:

@@ -32,7 +32,8 @@ from convlens.data import duplicates
 from convlens.data.cache import ArrayRows, Conversion, as_index
 from convlens.data.decode import UnreadableImage, probe_image
 from convlens.data.duplicates import Duplicates
-from convlens.data.sources import find_source
+from convlens.data.folder_layout import LayoutOptions
+from convlens.data.sources import find_configured_source, find_source
 from convlens.data.splits import (
     LoadedPart,
     Split,
@@ -89,7 +90,7 @@ class Data:
         return self._test()
 
 
-def load_data(config: DataConfig, *, memory_budget: int) -> Data:
+def load_data(config: DataConfig, *, memory_budget: int, known_classes: Sequence[str] = ()) -> Data:
     """Load the data of a recipe: find, decode and check the images, and split them.
 
     Validation and test splits that the source does not have are held out of its training images,
@@ -98,14 +99,15 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
     Args:
         config: The data section of a recipe.
         memory_budget: In bytes. Larger sets are read from disk when they are needed.
+        known_classes: Classes of a model that was trained on the data. They settle how folders
+            are read that could be classes or splits.
 
     Raises:
         DataError: Images can't be read (the error lists them, unless data.on_bad=skip), classes
             are too small to split, or the source is missing or malformed.
         UsageError: Unknown name, or keys that do not apply to this source.
     """
-    image_size = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
+    source = find_configured_source(config, known_classes=known_classes)
     for note in source.notes:
         print_status(escape(f"{source.name}: {note}"))
     conversion = _resolve_conversion(config, source.parts["train"])
@@ -158,6 +160,7 @@ def load_external_data(
     memory_budget: int,
     tested: bool = False,
     run: Path | None = None,
+    model_classes: Sequence[str] | None = None,
 ) -> tuple[Split, tuple[str, ...], str, str]:
     """Load a data set for a trained model, converted to the model's input.
 
@@ -172,6 +175,8 @@ def load_external_data(
         memory_budget: In bytes.
         tested: As for `find_source`.
         run: Run directory of the model. A message says how many of the images it was trained on.
+        model_classes: Classes of the model. They settle how folders are read that could be
+            classes or splits.
 
     Returns:
         `(split, classes, name, fingerprint)` of the set.
@@ -179,7 +184,8 @@ def load_external_data(
     Raises:
         DataError: The set has no such part, or images can't be read; otherwise as `load_data`.
     """
-    source = find_source(name, image_size=image_size, tested=tested)
+    layout = LayoutOptions(known_classes=tuple(model_classes or ()))
+    source = find_source(name, image_size=image_size, layout=layout, tested=tested)
     for note in source.notes:
         print_status(escape(f"{source.name}: {note}"))
     only_part = next(iter(source.parts.values())) if len(source.parts) == 1 else None
