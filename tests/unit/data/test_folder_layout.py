@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -224,7 +223,7 @@ def test_folders_as_people_have_them_are_read_and_explained(tmp_path: Path, name
     assert list(said) == notes
 
 
-PLACES = {"a/airfield": 2, "a/alcove": 1, "b/beach/indoor": 2, "b/beach/outdoor": 1}
+SCENES = {"a/airfield": 2, "a/alcove": 1, "b/beach/indoor": 2, "b/beach/outdoor": 1}
 
 
 @pytest.mark.parametrize(
@@ -252,7 +251,7 @@ PLACES = {"a/airfield": 2, "a/alcove": 1, "b/beach/indoor": 2, "b/beach/outdoor"
             ["data.layout=classes"],
         ),
         (
-            PLACES,
+            SCENES,
             "class folders that hold only folders: a, b",
             [
                 "data.class_level=top (2 classes: a, b)",
@@ -290,9 +289,9 @@ def test_keys_choose_between_two_readings(tmp_path: Path) -> None:
     assert read(trains, "classes")[0] == {"train": {"car": 1, "plane": 1, "train": 3}}
     with pytest.raises(DataError, match=r"data.layout=splits, but no folder .*: a, b"):
         read(write_files(tmp_path / "ab", {"a": 1, "b": 1}), "splits")
-    places = write_files(tmp_path / "places", PLACES)
-    assert read(places, level="top")[0] == {"train": {"a": 3, "b": 3}}
-    assert read(places, level="leaf")[0] == {
+    scenes = write_files(tmp_path / "scenes", SCENES)
+    assert read(scenes, level="top")[0] == {"train": {"a": 3, "b": 3}}
+    assert read(scenes, level="leaf")[0] == {
         "train": {"a/airfield": 2, "a/alcove": 1, "b/beach/indoor": 2, "b/beach/outdoor": 1}
     }
     languages = write_files(tmp_path / "languages", {".net": 1, "java": 1, "c#": 1})
@@ -314,9 +313,9 @@ def test_the_classes_of_a_model_settle_what_is_ambiguous(tmp_path: Path) -> None
     # A folder of a split stays one, although there is a class of that name.
     splits = write_files(tmp_path / "s", {"train/car": 1, "train/train": 2})
     assert read(splits, known=("car", "train"), tested=True)[0] == {"train": {"car": 1, "train": 2}}
-    places = write_files(tmp_path / "places", PLACES)
-    assert set(read(places, known=("a", "b", "c"), tested=True)[0]["train"]) == {"a", "b"}
-    leaves = read(places, known=("a/airfield", "x"), tested=True)[0]["train"]
+    scenes = write_files(tmp_path / "scenes", SCENES)
+    assert set(read(scenes, known=("a", "b", "c"), tested=True)[0]["train"]) == {"a", "b"}
+    leaves = read(scenes, known=("a/airfield", "x"), tested=True)[0]["train"]
     assert len(leaves) == 4
 
 
@@ -401,11 +400,11 @@ def layouts(draw: st.DrawFn) -> tuple[dict[str, int], Counts]:
 
 @settings(max_examples=80, deadline=None)
 @given(layouts())
-def test_any_usual_layout_is_read_as_it_is_meant(case: tuple[dict[str, int], Counts]) -> None:
+def test_any_usual_layout_is_read_as_it_is_meant(
+    tmp_path_factory: pytest.TempPathFactory, case: tuple[dict[str, int], Counts]
+) -> None:
     counts, expected = case
-    with tempfile.TemporaryDirectory() as folder:
-        found, _ = read(write_files(Path(folder) / "x", counts))
-    assert found == expected
+    assert read(write_files(tmp_path_factory.mktemp("x") / "x", counts))[0] == expected
 
 
 FOLDERS = (
@@ -416,13 +415,15 @@ PATHS = st.lists(st.sampled_from(FOLDERS.split(",")), min_size=1, max_size=3).ma
 
 @settings(max_examples=80, deadline=None)
 @given(st.dictionaries(PATHS, st.integers(0, 2), max_size=8))
-def test_no_class_is_silently_named_like_a_split(counts: dict[str, int]) -> None:
+def test_no_class_is_silently_named_like_a_split(
+    tmp_path_factory: pytest.TempPathFactory, counts: dict[str, int]
+) -> None:
     """For any nest of folders there is an error, or a note names each class that is so called."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            found, notes = read(write_files(Path(folder) / "x", counts))
-        except DataError:
-            return
+    root = write_files(tmp_path_factory.mktemp("x") / "x", counts)
+    try:
+        found, notes = read(root)
+    except DataError:
+        return
     names = {name for classes in found.values() for name in classes}
     named_like_splits = sorted(name for name in names if split_from_name(name))
     if named_like_splits:

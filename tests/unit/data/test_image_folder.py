@@ -11,6 +11,7 @@ import pytest
 
 from convlens.data import scan
 from convlens.data.folder_layout import LayoutOptions
+from convlens.data.layout import ClassChoice
 from convlens.data.sources import find_source
 from convlens.errors import DataError
 from helpers.datasets import write_class_folders, write_image
@@ -134,6 +135,49 @@ def test_a_set_for_evaluation_must_have_images(tmp_path: Path, counts: dict[str,
     root.mkdir()
     with pytest.raises(DataError, match=r"no class folders|no images in any class"):
         find_source(str(write_class_folders(root, counts)), tested=True)
+
+
+def test_files_are_images_by_their_contents_and_others_are_named(tmp_path: Path) -> None:
+    root = write_class_folders(tmp_path / "x", {"a": 2, "b": 1})
+    content = (root / "a" / "0.png").read_bytes()
+    (root / "a" / "000").write_bytes(content)
+    (root / "b" / "renamed.heic").write_bytes(content)
+    for name in ("1.heic", "2.HEIC", "3.heic", "notes.txt"):
+        (root / "b" / name).write_bytes(b"x")
+    source = find_source(str(root))
+    ids = ["a/0.png", "a/000", "a/1.png", "b/0.png", "b/renamed.heic"]
+    assert list(source.parts["train"].ids) == ids
+    assert source.notes == (
+        "3 .heic files are not supported: convert them to JPEG or PNG",
+        "ignored 1 file that is not an image: 1 .txt",
+        "classes that lose most of their files: b (4 of 6)",
+    )
+
+
+def test_a_set_of_other_formats_names_them(tmp_path: Path) -> None:
+    root = write_class_folders(tmp_path / "x", {"a": 0, "b": 0})
+    for name in ("a/1.HEIC", "b/1.heic", "b/2.heic"):
+        (root / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no images in any .*3 \.heic files .*: a, b") as caught:
+        find_source(str(root))
+    assert "convert" in caught.value.fix
+
+
+def test_classes_that_are_left_out_are_not_checked(tmp_path: Path) -> None:
+    counts = {"train/a": 1, "train/b": 1, "train/empty": 0, "val/a": 1, "val/odd": 1}
+    root = write_class_folders(tmp_path / "x", counts)
+    with pytest.raises(
+        DataError, match=r"without images: empty; classes in val .* 'odd'"
+    ) as caught:
+        find_source(str(root))
+    assert "data.without=[odd]" in caught.value.fix
+    source = find_source(str(root), choice=ClassChoice(without=("empty", "odd")))
+    assert source.classes == ("a", "b")
+    source = find_source(str(root), choice=ClassChoice(only=("b", "a")))
+    assert source.parts["val"].labels.tolist() == [0]
+    with pytest.raises(DataError, match="only one class folder: a") as caught:
+        find_source(str(root), choice=ClassChoice(only=("a",)))
+    assert caught.value.fix == "choose more classes"
 
 
 def test_link_cycles_are_skipped_and_special_files_counted(tmp_path: Path) -> None:

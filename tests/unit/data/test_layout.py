@@ -27,7 +27,7 @@ from convlens.recipe import load_recipe
     ("names", "split"),
     [
         (
-            "train Training train_set training_set trainset trainSet TRAINset train-data Train_data",
+            "train Training train_set training_set trainset trainSet TRAINset Train_data",
             "train",
         ),
         ("train1 train2014 training.images trainImgs train_split the_train_set train_v2", "train"),
