@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from convlens.data.file_types import sniff_format
+from convlens.data.file_types import unsupported_format
 from convlens.errors import DataError, UsageError
 from convlens.utils.files import MemorySemaphore
 
@@ -425,7 +425,7 @@ def _reason(error: Exception, content: bytes = b"") -> str:
         return "no permission to read it"
     if isinstance(error, UnidentifiedImageError):
         head = content[:256]
-        kind = sniff_format(head)
+        kind = unsupported_format(head)
         if kind:
             return f"it is {kind}, which is not supported: convert it to JPEG or PNG"
         if head.lstrip()[:1] == b"<":

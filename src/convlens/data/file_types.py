@@ -52,6 +52,12 @@ def sniff_format(head: bytes) -> str:
     return next((name for name, signature in _SIGNATURES if signature.match(head)), "")
 
 
+def unsupported_format(head: bytes) -> str:
+    """Return the format of a file that can't be decoded; "" if it can, or if it is unknown."""
+    kind = sniff_format(head)
+    return "" if kind in _SUPPORTED else kind
+
+
 def extension(name: str) -> str:
     """Return the extension of a file name in lower case, with its dot; "" if it has none."""
     return os.path.splitext(name)[1].lower()

@@ -94,11 +94,13 @@ class Layout:
         splits: split -> its classes.
         notes: sentences for people.
         parents: folders that hold class folders; images directly inside belong to no class.
+        left_out: folders that are not read because `data.without` names them.
     """
 
     splits: dict[str, list[ClassFolder]]
     notes: list[str] = field(default_factory=list)
     parents: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 def find_layout(
@@ -197,9 +199,15 @@ class _LayoutFinder:
         return printable(os.path.relpath(folder.path, self._root).replace(os.sep, "/"))
 
     def _folders(self, folder: Folder) -> list[Folder]:
-        """Return the folders inside, with the hidden ones that `data.classes` names."""
+        """Return the folders inside that may be read: hidden ones if `data.classes` names them."""
         hidden = [f for f in folder.hidden_subfolders if class_name(f) in self._choice.only]
         return sorted([*folder.subfolders, *hidden], key=lambda inner: inner.name)
+
+    def _without_left_out(self, folders: Sequence[Folder]) -> list[Folder]:
+        """Return the folders that `data.without` does not name, and remember the others."""
+        left_out = [f for f in folders if class_name(f) in self._choice.without]
+        self._layout.left_out += map(class_name, left_out)
+        return [folder for folder in folders if folder not in left_out]
 
     def _is_used(self, folder: Folder) -> bool:
         """Return whether the recipe doesn't leave out the class of this folder."""
@@ -211,7 +219,7 @@ class _LayoutFinder:
         """Return the folder to read: `top`, or the one inside if it holds nothing else."""
         outer = top
         for _ in range(MAX_WRAPPERS):
-            folders = self._folders(top)
+            folders = self._without_left_out(self._folders(top))
             if match_split_names([folder.name for folder in folders]):
                 break
             # Two are enough to decide; a search in many folders without images would take long.
@@ -238,7 +246,7 @@ class _LayoutFinder:
             DataError: the folders could be splits or classes.
         """
         layout = self._options.layout
-        considered = [f for f in folders if class_name(f) not in self._choice.without]
+        considered = self._without_left_out(folders)
         names = {class_name(folder) for folder in considered}
         are_chosen = bool(self._choice.only) and names.issuperset(self._choice.only)
         if layout == "classes" or (layout == "auto" and are_chosen):
@@ -304,9 +312,11 @@ class _LayoutFinder:
         beside = sorted(class_name(folder) for folder in others)
         if inside:
             readings.append(f"data.layout=splits (train has {_count_classes(inside)})")
+        left_out = list_override("data.without", map(class_name, named))
         if len(beside) > 1:
-            left_out = list_override("data.without", map(class_name, named))
             readings.append(f"{left_out} ({_count_classes(beside)})")
+        elif not others[0].has_images:
+            readings.append(f"{left_out} (what is inside {beside[0]})")
         shown = [printable(folder.name) for folder in named]
         return DataError(
             f"these folders could be splits or classes: {list_examples(shown)}",
@@ -497,7 +507,10 @@ class _LayoutFinder:
         ]
         if not nested:
             return "top"
-        inside = [frozenset(inner.name.casefold() for inner in f.subfolders) for f in nested]
+        inside = [
+            frozenset(inner.name.casefold() for inner in f.subfolders if inner.holds_images)
+            for f in nested
+        ]
         is_wrapped = all(len(names) == 1 for names in inside) and (
             len(set(inside)) == 1 or all(is_neutral_name(*names) for names in inside)
         )

@@ -83,7 +83,8 @@ def read_folder(
     choice = choice or ClassChoice()
     layout = find_layout(root, options or LayoutOptions(), choice, tested=tested)
     all_names = sorted({folder.name for found in layout.splits.values() for folder in found})
-    used = set(choice.keep(all_names, name))
+    known_names = list(dict.fromkeys([*all_names, *layout.left_out]))
+    used = set(choice.keep(known_names, name))
     scanner = Scanner(root)
     scans = {
         split: _scan(scanner, [folder for folder in folders if folder.name in used])
@@ -189,7 +190,7 @@ def _find_problems(
         return problems
     problems += [
         # Those are left out, like all classes with fewer images.
-        *([] if choice.min_images else [_empty_classes([n for n in names if n not in filled])]),
+        *([] if choice.min_images else [_empty_classes(names, scans["train"])]),
         _single_class(names, choice),
         *(_unknown_classes(split, scans[split], names) for split in SPLITS[1:] if split in scans),
     ]
@@ -215,9 +216,15 @@ def _no_images(names: Sequence[str], scans: Sequence[_Scan]) -> Problem:
     return Problem(f"no images in any class folder{found}", names, fix)
 
 
-def _empty_classes(empty: Sequence[str]) -> Problem:
+def _empty_classes(names: Sequence[str], scan: _Scan) -> Problem:
+    """Return the problem that classes have no images, with the other files that they have."""
+    empty = [name for name in names if not scan.files.get(name)]
+    items = []
+    for name in empty:
+        ignored = [f"{count} {suffix or 'other'}" for suffix, count in scan.ignored[name].items()]
+        items.append(f"{name} ({list_examples(ignored)})" if ignored else name)
     fix = f"add images to them, or leave them out: {list_override('data.without', empty)}"
-    return Problem("class folders without images", empty, fix)
+    return Problem("class folders without images", items, fix)
 
 
 def _single_class(names: Sequence[str], choice: ClassChoice) -> Problem:

@@ -17,6 +17,7 @@ SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
+    "trn": "train",
     "val": "val",
     "valid": "val",
     "validate": "val",
@@ -29,6 +30,7 @@ SPLIT_WORDS = {
     "heldout": "val",
     "test": "test",
     "testing": "test",
+    "tst": "test",
 }
 _NEUTRAL_WORD = re.compile(
     r"(data)?sets?|data|splits?|part|subset|samples?|folder|dir|files|the|v|new|final|full|small|mini"

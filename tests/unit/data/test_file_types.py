@@ -9,7 +9,12 @@ import pytest
 from PIL import Image, features
 
 from convlens.data.decode import EXTENSIONS
-from convlens.data.file_types import describe_ignored, holds_image, sniff_format
+from convlens.data.file_types import (
+    describe_ignored,
+    holds_image,
+    sniff_format,
+    unsupported_format,
+)
 
 # What iPhones and cameras write: size, box type, major brand.
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
@@ -28,6 +33,7 @@ def test_formats_that_pillow_writes_are_recognized(tmp_path: Path, kind: str) ->
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow can't write AVIF")
     assert sniff_format(encoded(kind)) == kind
+    assert unsupported_format(encoded(kind)) == ""
     for name in ("0001", "photo.unknown"):
         (tmp_path / name).write_bytes(encoded(kind))
         assert holds_image(str(tmp_path / name))
@@ -46,7 +52,7 @@ def test_formats_that_pillow_writes_are_recognized(tmp_path: Path, kind: str) ->
     ],
 )
 def test_other_contents_are_not_images(tmp_path: Path, head: bytes, kind: str) -> None:
-    assert sniff_format(head) == kind
+    assert sniff_format(head) == unsupported_format(head) == kind
     (tmp_path / "file").write_bytes(head)
     assert not holds_image(str(tmp_path / "file"))
 

@@ -194,6 +194,12 @@ READINGS: dict[str, tuple[dict[str, int], list[str], Counts, list[str]]] = {
             "parts of them, unless data.class_level=leaf"
         ],
     ),
+    "images and masks": (
+        {"cat/images": 1, "dog/images": 1},
+        ["cat/annotations/0.xml", "dog/annotations/0.xml"],
+        {"train": {"cat": 1, "dog": 1}},
+        ["ignored 2 files that are not images: 2 .xml"],
+    ),
     "the same folders within all classes": (
         {"good/a": 1, "good/b": 1, "bad/a": 1, "bad/b": 1},
         [],
@@ -243,6 +249,11 @@ SCENES = {"a/airfield": 2, "a/alcove": 1, "b/beach/indoor": 2, "b/beach/outdoor"
                 "data.without=[train] (2 classes: car, plane)",
             ],
         ),
+        (
+            {"pets/train/cat": 1, "pets/train/dog": 1, "test": 1},
+            "could be splits or classes: test",
+            ["data.without=[test] (what is inside pets)"],
+        ),
         ({"valid": 2, "invalid": 2}, "splits or classes: valid", ["data.layout=classes"]),
         ({"train_val/a": 1, "train_val/b": 1, "test/a": 1}, "splits or classes: test", ["rename"]),
         (
@@ -287,6 +298,9 @@ def test_keys_choose_between_two_readings(tmp_path: Path) -> None:
     )
     assert read(trains, "splits")[0] == {"train": {"diesel": 2, "steam": 1}}
     assert read(trains, "classes")[0] == {"train": {"car": 1, "plane": 1, "train": 3}}
+    nested = {"pets/train/cat": 1, "pets/train/dog": 1, "test": 1}
+    nested_pets = write_files(tmp_path / "nested", nested)
+    assert read(nested_pets, without=("test",))[0] == {"train": {"cat": 1, "dog": 1}}
     with pytest.raises(DataError, match=r"data.layout=splits, but no folder .*: a, b"):
         read(write_files(tmp_path / "ab", {"a": 1, "b": 1}), "splits")
     scenes = write_files(tmp_path / "scenes", SCENES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -141,6 +142,11 @@ def test_files_are_images_by_their_contents_and_others_are_named(tmp_path: Path)
     root = write_class_folders(tmp_path / "x", {"a": 2, "b": 1})
     content = (root / "a" / "0.png").read_bytes()
     (root / "a" / "000").write_bytes(content)
+    (root / "c").mkdir()
+    (root / "c" / "1.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"class folders without images: c \(1 .heic\)"):
+        find_source(str(root))
+    shutil.rmtree(root / "c")
     (root / "b" / "renamed.heic").write_bytes(content)
     for name in ("1.heic", "2.HEIC", "3.heic", "notes.txt"):
         (root / "b" / name).write_bytes(b"x")
