@@ -63,6 +63,16 @@ def extension(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
+def is_text_or_archive(suffix: str) -> bool:
+    """Return whether files with this extension hold no image, such as lists and annotations."""
+    return _TEXT_AND_ARCHIVES.fullmatch(suffix) is not None
+
+
+def needs_conversion(suffix: str) -> bool:
+    """Return whether files with this extension hold images in a format that is not supported."""
+    return any(extensions.fullmatch(suffix) for extensions, _ in _UNUSABLE)
+
+
 def holds_image(path: str) -> bool:
     """Return whether a file without the extension of an image holds one that can be decoded.
 
@@ -70,12 +80,11 @@ def holds_image(path: str) -> bool:
         OSError: the file can't be read.
     """
     suffix = extension(path)
-    if _TEXT_AND_ARCHIVES.fullmatch(suffix):
+    if is_text_or_archive(suffix):
         return False
     with open(path, "rb") as file:
         kind = sniff_format(file.read(HEAD_BYTES))
-    has_other_format = any(extensions.fullmatch(suffix) for extensions, _ in _UNUSABLE)
-    return kind in (_UNMISTAKABLE if has_other_format else _SUPPORTED)
+    return kind in (_UNMISTAKABLE if needs_conversion(suffix) else _SUPPORTED)
 
 
 def describe_ignored(counts: Mapping[str, int]) -> list[str]:

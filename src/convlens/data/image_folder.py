@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convlens.data.file_types import describe_ignored
+from convlens.data.file_types import describe_ignored, is_text_or_archive, needs_conversion
 from convlens.data.folder_layout import ClassFolder, Layout, LayoutOptions, find_layout
 from convlens.data.layout import (
     LAYOUT_HELP,
@@ -90,12 +90,10 @@ def read_folder(
         split: _scan(scanner, [folder for folder in folders if folder.name in used])
         for split, folders in layout.splits.items()
     }
-    special, num_outside = _find_outside(root, layout)
+    outside, num_outside = _find_outside(root, layout)
+    special_paths = outside.union(*(scan.special_files for scan in scans.values()))
     prefix = len(os.path.join(root, ""))
-    special = sorted(
-        {printable(path[prefix:]) for scan in scans.values() for path in scan.special_files}
-        | {printable(path[prefix:]) for path in special}
-    )
+    special = sorted(printable(path[prefix:]) for path in special_paths)
     judged = list(scans.values()) if tested else [scans["train"]]
     names = tuple(sorted({name for scan in judged for name in scan.files}))
     if classes and set(classes) == set(names):
@@ -136,13 +134,13 @@ def _scan(scanner: Scanner, folders: Sequence[ClassFolder]) -> _Scan:
     return scan
 
 
-def _find_outside(root: Path, layout: Layout) -> tuple[list[str], int]:
+def _find_outside(root: Path, layout: Layout) -> tuple[set[str], int]:
     """Return the special files, and count the images, that are in no class folder."""
-    special, num_images = [], 0
+    special, num_images = set[str](), 0
     for folder in dict.fromkeys([str(root), *layout.parents]):
         for entry in scan_entries(folder):
             if is_special_file(entry):
-                special.append(entry.path)
+                special.add(entry.path)
             elif folder in layout.parents and not is_directory(entry):
                 num_images += is_image(entry)
     return special, num_images
@@ -157,11 +155,11 @@ def _describe_ignored_files(scans: Iterable[_Scan]) -> list[str]:
             ignored[name] = ignored.get(name, Counter()) + counts
             num_images[name] += len(scan.files[name])
     notes = describe_ignored(sum(ignored.values(), Counter[str]()))
-    mostly = [
-        f"{name} ({counts.total()} of {counts.total() + num_images[name]})"
-        for name, counts in ignored.items()
-        if counts.total() > num_images[name]
-    ]
+    mostly = []
+    for name, counts in ignored.items():
+        lost = sum(count for suffix, count in counts.items() if not is_text_or_archive(suffix))
+        if lost > num_images[name]:
+            mostly.append(f"{name} ({lost} of {lost + num_images[name]})")
     if mostly:
         notes.append(f"classes that lose most of their files: {list_examples(mostly)}")
     return notes
@@ -212,7 +210,7 @@ def _no_images(names: Sequence[str], scans: Sequence[_Scan]) -> Problem:
     """Return the problem that there are no images, with the kinds of files that there are."""
     ignored = sum((counts for scan in scans for counts in scan.ignored.values()), Counter[str]())
     found = "".join(f" ({sentence})" for sentence in describe_ignored(ignored))
-    fix = "convert the files to JPEG or PNG" if found else LAYOUT_HELP
+    fix = "convert the files to JPEG or PNG" if any(map(needs_conversion, ignored)) else LAYOUT_HELP
     return Problem(f"no images in any class folder{found}", names, fix)
 
 

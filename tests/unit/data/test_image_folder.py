@@ -156,7 +156,7 @@ def test_files_are_images_by_their_contents_and_others_are_named(tmp_path: Path)
     assert source.notes == (
         "3 .heic files are not supported: convert them to JPEG or PNG",
         "ignored 1 file that is not an image: 1 .txt",
-        "classes that lose most of their files: b (4 of 6)",
+        "classes that lose most of their files: b (3 of 5)",
     )
 
 
