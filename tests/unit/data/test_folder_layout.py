@@ -386,27 +386,32 @@ def layouts(draw: st.DrawFn) -> tuple[dict[str, int], Counts]:
     names = draw(
         st.lists(st.sampled_from(CLASS_NAMES.split(",")), min_size=2, max_size=4, unique=True)
     )
-    splits = draw(st.sampled_from([(), ("train",), ("train", "val"), ("train", "test")]))
-    if draw(st.booleans()):
-        splits = splits and ("train", "val", "test")
-    prefix = draw(st.sampled_from(PREFIXES)) if len(splits) > 1 else ""
+    splits = draw(
+        st.sampled_from([("train",), ("train", "val"), ("train", "test"), ("train", "val", "test")])
+    )
+    # Splits above the classes; beside them, as if training images had no folder; or inside them.
+    shape = draw(st.sampled_from(["plain", "above", "above", "beside", "inside"]))
+    prefix = ""
+    if len(splits) > 1 and shape != "beside":
+        prefix = draw(st.sampled_from(PREFIXES))
     suffix, case = draw(st.sampled_from(SUFFIXES)), draw(st.sampled_from(CASES))
+    words = {s: prefix + case(draw(st.sampled_from(SPLIT_NAMES[s]))) + suffix for s in splits}
     wrapper = draw(st.sampled_from(["", "", "images/", "pets-main/", "a/a/"]))
     is_doubled = draw(st.booleans())
     counts: dict[str, int] = {}
     expected: Counts = {}
-    for split in splits or ("train",):
-        folder = ""
-        if splits:
-            word = prefix + case(draw(st.sampled_from(SPLIT_NAMES[split]))) + suffix
-            folder = f"{word}/{word}/" if is_doubled else f"{word}/"
+    for split in ("train",) if shape == "plain" else splits:
+        word = f"{words[split]}/{words[split]}" if is_doubled else words[split]
         for name in names if split == "train" else names[: draw(st.integers(1, len(names)))]:
-            count = draw(st.integers(1, 2))
-            counts[f"{wrapper}{folder}{name}"] = count
-            expected.setdefault(split, {})[name] = count
-    for junk in draw(
-        st.lists(st.sampled_from(["__MACOSX", ".git", ".ipynb_checkpoints", "@eaDir"]))
-    ):
+            folder = f"{word}/{name}"
+            if shape == "plain" or (shape == "beside" and split == "train"):
+                folder = name
+            elif shape == "inside":
+                folder = f"{name}/{words[split]}"
+            expected.setdefault(split, {})[name] = counts[wrapper + folder] = draw(
+                st.integers(1, 2)
+            )
+    for junk in draw(st.lists(st.sampled_from(["__MACOSX", ".git", "@eaDir"]), max_size=2)):
         parent = draw(st.sampled_from(sorted(counts)))
         counts[f"{junk}/x"] = counts[f"{parent}/{junk}"] = 1
     return counts, expected
