@@ -207,6 +207,7 @@ def load_eval_split(
             memory_budget=memory_budget(device),
             tested=True,
             run=loaded.folder,
+            model_classes=loaded.classes,
         )
     labels = _match_classes(part.labels, classes, loaded.classes, name)
     return EvalSplit(replace(part, labels=labels), name, fingerprint)
@@ -219,8 +220,12 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
         DataError: the images changed or moved since training.
     """
     recipe = serialization.recipe_from_metadata(loaded.model_metadata)
-    conversion = loaded.preprocessing.conversion
-    data = load_data(recipe.data, memory_budget=memory_budget(device), conversion=conversion)
+    data = load_data(
+        recipe.data,
+        memory_budget=memory_budget(device),
+        conversion=loaded.preprocessing.conversion,
+        known_classes=loaded.classes,
+    )
     if data.fingerprint != loaded.model_metadata["data"]["fingerprint"]:
         changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
         raise DataError(

@@ -15,8 +15,8 @@ import torch
 from rich.markup import escape
 
 from convlens.data.decode import UnreadableImage
-from convlens.data.image_folder import Scanner
 from convlens.data.layout import printable
+from convlens.data.scan import Scanner
 from convlens.data.types import is_image_name
 from convlens.device import preserve_torch_settings, usable_cores
 from convlens.engine import inference

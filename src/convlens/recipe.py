@@ -51,6 +51,15 @@ class DataConfig(Section):
     """The data set, its image size and its splits.
 
     Attributes:
+        layout: how a folder is read whose folders are named like splits, but could be classes.
+        class_level: whether folders inside class folders are parts of these (`top`) or are the
+            classes themselves (`leaf`). `auto` stops if both are possible.
+        classes: the classes to use; empty for all. They keep the order of the set.
+        without: classes to leave out.
+        min_images: classes with fewer training images in the set are left out.
+        group: a column of a CSV file, or a regular expression that is searched for in the path of
+            each image below the folder: its first group, or the whole match. Images with equal
+            values stay in one split.
         fit: how images become square. `crop` keeps the center, `pad` adds black borders, `stretch`
             distorts. `auto` crops, or pads where the typical image is longer than 1.5:1.
         range: `[low, high]`, the values of 16-bit, 32-bit and float images that become 0 and 255.
@@ -87,6 +96,11 @@ class DataConfig(Section):
     max_pixels: Positive | None = None
     val_fraction: Fraction = 0.15
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    layout: Literal["auto", "classes", "splits"] = "auto"
+    class_level: Literal["auto", "top", "leaf"] = "auto"
+    classes: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    min_images: Positive | None = None
     group: str | None = None
     per_class: Positive | None = None
     total_per_class: Positive | None = None
@@ -104,6 +118,15 @@ class DataConfig(Section):
         if value != "auto" and not value[0] < value[1]:
             raise ValueError("the first number must be smaller than the second")
         return value
+
+    @field_validator("classes", "without", mode="before")
+    @classmethod
+    def _to_class_names(cls, value: Any) -> Any:
+        """Accept a single name without brackets, and names such as 12, a number in YAML."""
+        names = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(name, bool) for name in names):
+            raise ValueError("yes, no, on, off, true and false need quotes: ['yes', 'no']")
+        return tuple(str(name) if isinstance(name, int) else name for name in names)
 
     @property
     def validates(self) -> bool:

@@ -118,7 +118,7 @@ def test_names_that_contain_markup_are_printed_verbatim() -> None:
     (root / "[i]y" / "notes.txt").write_text("")
     done = here("train", root, *NET, "--name", "odd")
     assert done.code == 0, done.err
-    assert "[red]set: 1 files that are not images were ignored" in done.err
+    assert "[red]set: ignored 1 file that is not an image: 1 .txt" in done.err
     table = here("evaluate", "odd").out
     assert "[b]x" in table
     assert "[i]y" in table

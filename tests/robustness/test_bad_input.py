@@ -89,7 +89,7 @@ def test_empty_class_folders_are_listed() -> None:
     root = pictures(Path("photos"), {"cat": 3, "dog": 3})
     (root / "emu").mkdir()
     (root / "owl").mkdir()
-    refused(here("train", root), 3, "class folders without images: emu, owl", "delete")
+    refused(here("train", root), 3, "without images: emu, owl", "data.without=[emu,owl]")
 
 
 def test_a_single_class_is_refused() -> None:

@@ -70,6 +70,30 @@ def test_digest_depends_only_on_values_that_affect_the_result() -> None:
     assert len({r.digest() for r in (first, *changed)}) == 4
 
 
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("data.without=cat", ("cat",)),
+        ("data.without=[cat, new folder]", ("cat", "new folder")),
+        ("data.without=[3, '007']", ("3", "007")),
+    ],
+)
+def test_classes_are_lists_of_names_or_a_single_name(override: str, names: tuple[str, ...]) -> None:
+    loaded = recipe.load_recipe("digits", [override])
+    assert loaded.data.without == names
+    assert recipe.load_recipe(written(loaded.to_text(), "classes.yaml")).data.without == names
+    assert loaded.digest() != recipe.load_recipe("digits").digest()
+
+
+def test_class_names_that_yaml_reads_as_booleans_need_quotes() -> None:
+    with pytest.raises(UsageError, match="need quotes"):
+        recipe.load_recipe("digits", ["data.classes=[yes, no]"])
+    assert recipe.load_recipe("digits", ["data.classes=['yes', 'no']"]).data.classes == (
+        "yes",
+        "no",
+    )
+
+
 def test_recipe_is_immutable() -> None:
     loaded = recipe.load_recipe("digits")
     with pytest.raises(ValueError, match="frozen"):

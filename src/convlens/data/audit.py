@@ -34,7 +34,7 @@ from convlens.data.decode import (
 )
 from convlens.data.duplicates import Duplicates
 from convlens.data.layout import list_examples
-from convlens.data.sources import REMARKS, find_source
+from convlens.data.sources import REMARKS, find_configured_source
 from convlens.data.splits import (
     LoadedPart,
     apply_duplicates,
@@ -168,8 +168,7 @@ def audit(config: DataConfig) -> Audit:
         DataError: The source is malformed (no classes, an invalid CSV, ...).
         UsageError: Unknown name.
     """
-    image_size = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
+    source = find_configured_source(config)
     total = sum(len(part.labels) for part in source.parts.values())
     choice = choose_conversion(
         config, source.parts["train"].images, partial(_train_numbers, config, source)

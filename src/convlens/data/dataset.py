@@ -33,7 +33,8 @@ from convlens.data.cache import ArrayRows, DecodedRows, as_index
 from convlens.data.conversion import choose_conversion
 from convlens.data.decode import Conversion
 from convlens.data.duplicates import Duplicates
-from convlens.data.sources import find_source
+from convlens.data.folder_layout import LayoutOptions
+from convlens.data.sources import find_configured_source, find_source
 from convlens.data.splits import (
     LoadedPart,
     Split,
@@ -152,7 +153,11 @@ class Data:
 
 
 def load_data(
-    config: DataConfig, *, memory_budget: int, conversion: Conversion | None = None
+    config: DataConfig,
+    *,
+    memory_budget: int,
+    conversion: Conversion | None = None,
+    known_classes: Sequence[str] = (),
 ) -> Data:
     """Load the data of a recipe: find, decode and check the images, and split them.
 
@@ -163,14 +168,15 @@ def load_data(
         config: The data section of a recipe.
         memory_budget: In bytes. Larger sets are read from disk when they are needed.
         conversion: That of the run whose images these are. By default, it is chosen for the images.
+        known_classes: Classes of a model that was trained on the data. They settle how folders
+            are read that could be classes or splits.
 
     Raises:
         DataError: Images can't be read (the error lists them, unless data.on_bad=skip), classes
             are too small to split, or the source is missing or malformed.
         UsageError: Unknown name, or keys that do not apply to this source.
     """
-    image_size = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
+    source = find_configured_source(config, known_classes=known_classes)
     try:
         return _load_source(config, source, memory_budget, conversion)
     except ConvlensError:
@@ -255,6 +261,7 @@ def load_external_data(
     memory_budget: int,
     tested: bool = False,
     run: Path | None = None,
+    model_classes: Sequence[str] | None = None,
 ) -> tuple[Split, tuple[str, ...], str, str]:
     """Load a data set for a trained model, converted to the model's input.
 
@@ -267,6 +274,8 @@ def load_external_data(
         memory_budget: In bytes.
         tested: As for `find_source`.
         run: Run directory of the model. A message says how many of the images it was trained on.
+        model_classes: Classes of the model. They settle how folders are read that could be
+            classes or splits.
 
     Returns:
         `(split, classes, name, fingerprint)` of the set.
@@ -274,7 +283,8 @@ def load_external_data(
     Raises:
         DataError: The set has no such part, or images can't be read; otherwise as `load_data`.
     """
-    source = find_source(name, image_size=conversion.size, tested=tested)
+    layout = LayoutOptions(known_classes=tuple(model_classes or ()))
+    source = find_source(name, image_size=conversion.size, layout=layout, tested=tested)
     _print_notes(source.name, source.notes)
     only_part = next(iter(source.parts.values())) if len(source.parts) == 1 else None
     part = only_part or source.parts.get(split)

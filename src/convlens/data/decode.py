@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 
+from convlens.data.file_types import unsupported_format
 from convlens.errors import DataError, UsageError
 from convlens.utils.files import MemorySemaphore
 
@@ -702,6 +703,9 @@ def _reason(error: Exception, content: bytes = b"") -> str:
         return "no permission to read it"
     if isinstance(error, UnidentifiedImageError):
         head = content[:256]
+        kind = unsupported_format(head)
+        if kind:
+            return f"it is {kind}, which is not supported: convert it to JPEG or PNG"
         if head.lstrip()[:1] == b"<":
             return "it is a web page or XML, not an image"
         readable = head and all(byte in b"\t\r\n\f" or byte >= 32 for byte in head)

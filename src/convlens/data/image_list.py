@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,14 +163,15 @@ def _parse_rows(
             where=str(path),
             fix=COLUMNS_HELP,
         )
-    if group is not None and group not in columns:
+    # Anything else but a plain name is a regular expression for the paths: see `find_source`.
+    if group is not None and group not in columns and re.fullmatch(r"[\w ]+", group):
         suggestion = did_you_mean(close_matches(group, columns)[:1])
         raise UsageError(
             f"no column {group!r} for data.group",
             where=str(path),
             fix=suggestion or f"columns: {', '.join(columns)}",
         )
-    group_column = columns.index(group) if group is not None else None
+    group_column = columns.index(group) if group in columns else None
     folder = os.path.dirname(os.path.abspath(path))
     rows = []
     for line, cells in lines:

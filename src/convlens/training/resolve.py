@@ -204,7 +204,7 @@ def _dataset_run_name(data: str) -> str:
 
 def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:
     """Raise a `UsageError` with close matches for a text that does not name a data set."""
-    from convlens.data.image_folder import is_directory
+    from convlens.data.scan import is_directory
     from convlens.data.sources import known_names
 
     datasets = known_names(text)

@@ -52,8 +52,12 @@ class Encoded(EncodedFiles):
     def stat_digest(self) -> str:
         return ""
 
+    def subset(self, index: np.ndarray) -> EncodedFiles:
+        return Encoded([self.contents[i] for i in index.tolist()])
+
     def concat(self, other: EncodedFiles) -> EncodedFiles:
-        raise NotImplementedError
+        assert isinstance(other, Encoded)
+        return Encoded([*self.contents, *other.contents])
 
     def numbers(self) -> np.ndarray:
         return np.arange(len(self))

@@ -352,6 +352,10 @@ def test_unreadable_files_have_a_reason(tmp_path: Path) -> None:
     assert "web page" in reason(path)
     path.write_bytes(bytes(range(256)))
     assert "known format" in reason(path)
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert reason(path) == "it is HEIC, which is not supported: convert it to JPEG or PNG"
+    path.write_bytes(b"BM" + bytes(30))  # the first bytes of a format that is supported
+    assert "not supported" not in reason(path)
     intact = encoded(Image.fromarray(rgb(64, 64)), "PNG")
     path.write_bytes(intact[: len(intact) // 2])
     assert "cut short" in reason(path)
