@@ -30,7 +30,7 @@ from convlens.data.decode import (
     probe_image,
 )
 from convlens.data.duplicates import Duplicates
-from convlens.data.sources import REMARKS, find_source
+from convlens.data.sources import REMARKS, find_configured_source
 from convlens.data.splits import LoadedPart, describe_splits, make_splits
 from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
 from convlens.errors import DataError
@@ -150,8 +150,7 @@ def audit(config: DataConfig) -> Audit:
         DataError: The source is malformed (no classes, an invalid CSV, ...).
         UsageError: Unknown name.
     """
-    image_size = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
+    source = find_configured_source(config)
     total = sum(len(part.labels) for part in source.parts.values())
     with progress_bar("inspecting images", total) as bar:
         inspected = {name: inspect_images(part, bar) for name, part in source.parts.items()}

@@ -19,7 +19,7 @@ import math
 import statistics
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +30,11 @@ from rich.markup import escape
 
 from convlens.data import duplicates
 from convlens.data.cache import ArrayRows, Conversion, as_index
+from convlens.data.class_names import match_class_names
 from convlens.data.decode import UnreadableImage, probe_image
 from convlens.data.duplicates import Duplicates
-from convlens.data.sources import find_source
+from convlens.data.layout import list_examples
+from convlens.data.sources import find_configured_source, find_source
 from convlens.data.splits import (
     LoadedPart,
     Split,
@@ -104,8 +106,7 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
             are too small to split, or the source is missing or malformed.
         UsageError: Unknown name, or keys that do not apply to this source.
     """
-    image_size = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
+    source = find_configured_source(config)
     for note in source.notes:
         print_status(escape(f"{source.name}: {note}"))
     conversion = _resolve_conversion(config, source.parts["train"])
@@ -149,7 +150,7 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
 
 
 def load_external_data(
-    name: str,
+    data: str | DataConfig,
     split: str,
     *,
     image_size: int,
@@ -158,13 +159,14 @@ def load_external_data(
     memory_budget: int,
     tested: bool = False,
     run: Path | None = None,
+    model_classes: Sequence[str] | None = None,
 ) -> tuple[Split, tuple[str, ...], str, str]:
     """Load a data set for a trained model, converted to the model's input.
 
     Nothing is held out. If the set has several parts, the part `split` is used, else all of it.
 
     Args:
-        name: Name or path of the set.
+        data: Name or path of the set, or a data section with the keys that say how to read it.
         split: Name of the part.
         image_size: Height and width in pixels.
         channels: 1 or 3.
@@ -172,14 +174,23 @@ def load_external_data(
         memory_budget: In bytes.
         tested: As for `find_source`.
         run: Run directory of the model. A message says how many of the images it was trained on.
+        model_classes: Classes of the model. Those of the set are matched with them, before any
+            image is read, and returned under the model's names.
 
     Returns:
         `(split, classes, name, fingerprint)` of the set.
 
     Raises:
-        DataError: The set has no such part, or images can't be read; otherwise as `load_data`.
+        DataError: The set has no such part, the model does not know a class, or images can't be
+            read; otherwise as `load_data`.
     """
-    source = find_source(name, image_size=image_size, tested=tested)
+    if isinstance(data, str):
+        name, source = data, find_source(data, image_size=image_size, tested=tested)
+    else:
+        config = data.model_copy(update={"image_size": image_size})
+        name, source = config.name, find_configured_source(config, tested=tested)
+    if model_classes is not None:
+        source = _match_classes(source, model_classes)
     for note in source.notes:
         print_status(escape(f"{source.name}: {note}"))
     only_part = next(iter(source.parts.values())) if len(source.parts) == 1 else None
@@ -204,6 +215,17 @@ def load_external_data(
     keep_in_memory = loaded.rows.shape[0] * conversion.image_bytes <= memory_budget
     images = loaded.split(loaded.all(), keep_in_memory=keep_in_memory)
     return images, source.classes, source.name, fingerprint
+
+
+def _match_classes(source: DataSource, model_classes: Sequence[str]) -> DataSource:
+    """Return the source with the model's names of its classes, and a note if they differ."""
+    matches = match_class_names(source.classes, model_classes, source.name)
+    changed = [f"{name} is {match}" for name, match in matches.items() if name != match]
+    if not changed:
+        return source
+    note = f"classes matched with those of the model: {list_examples(changed)}"
+    classes = tuple(matches[name] for name in source.classes)
+    return replace(source, classes=classes, notes=(*source.notes, note))
 
 
 def data_from_arrays(

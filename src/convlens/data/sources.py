@@ -1,4 +1,4 @@
-"""Find a data set by name or path: built-in sets, image folders, CSV files and shards.
+"""Find a data set by name or path: built-in sets, image folders, lists of images and shards.
 
 To add a built-in set, write a function that returns its `DataSource` and add a line to `SOURCES`;
 files to download are listed in `download.py`.
@@ -8,21 +8,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from convlens.data import download
 from convlens.data.cache import FixedSizeRecords
+from convlens.data.class_names import rename_classes
 from convlens.data.decode import Pixels
 from convlens.data.image_folder import is_directory, read_folder
-from convlens.data.image_list import read_csv
+from convlens.data.image_list import (
+    LIST_SUFFIXES,
+    compare_lists_with_folders,
+    has_class_folders,
+    has_lists,
+    read_list,
+    read_list_folder,
+)
 from convlens.data.layout import printable, split_from_name
+from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions
 from convlens.data.types import DataSource, ImageSource, NumberedStrings, Part
 from convlens.data.webdataset import holds_shards, is_pattern, read_shards
 from convlens.errors import DataError, UsageError, close_matches, did_you_mean
+
+if TYPE_CHECKING:
+    from convlens.recipe import DataConfig
 
 _DIGITS = tuple("0123456789")
 _CLASSES = {
@@ -96,6 +110,7 @@ def find_source(
     count: int | None = None,
     image_size: int | None = None,
     group: str | None = None,
+    options: ListOptions = DEFAULT_OPTIONS,
     tested: bool = False,
 ) -> DataSource:
     """Return the data set called `name`: a built-in set, a path, or a folder under `data/`.
@@ -105,7 +120,8 @@ def find_source(
             `$CONVLENS_DATA`.
         count: number of images to generate; only for `shapes`.
         image_size: size of the generated `shapes`.
-        group: CSV column; images with equal values stay in one split.
+        group: column of a list; images with equal values stay in one split.
+        options: how to read a list of images. Classes of other sources are renamed, too.
         tested: the set is only used to evaluate a model: `train` may be missing, there may be a
             single class, and a class may have no images or no training images.
 
@@ -118,40 +134,83 @@ def find_source(
             "data.count applies only to the generated set `shapes`", where=f"data.name={name}"
         )
     path = None if name in SOURCES else _find_path(name)
-    if group is not None and (path is None or path.is_dir()):
-        raise UsageError("data.group applies only to CSV files", where=f"data.name={name}")
+    options = replace(options, group=group)
+    if path is not None and path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+        return read_list(path, name, options, tested=tested)
+    if path is not None and path.is_dir() and not holds_shards(path) and has_lists(path):
+        return _read_folder_with_lists(path, name, options, tested)
+    for key, value in asdict(options).items():
+        if value is not None and key != "rename":
+            raise UsageError(
+                f"data.{key} applies only to CSV files and other lists of images",
+                where=f"data.name={name}",
+            )
     if name == "shapes":
-        return _shapes(count or 2000, image_size or 32)
-    if name in SOURCES:
-        return SOURCES[name]()
-    if path is None:
-        if is_pattern(name):
-            return read_shards(_expand_user(name), name, tested=tested)
+        source = _shapes(count or 2000, image_size or 32)
+    elif name in SOURCES:
+        source = SOURCES[name]()
+    elif path is not None:
+        source = _read_path(path, name, tested)
+    elif is_pattern(name):
+        source = read_shards(_expand_user(name), name, tested=tested)
+    else:
         raise _unknown_name(name)
-    if path.is_dir():
-        read = read_shards if holds_shards(path) else read_folder
-        return read(path, name, tested=tested)
-    suffix = path.suffix.lower()
-    if suffix in FILE_READERS:
-        return FILE_READERS[suffix](path, name, group, tested)
-    is_archive = path.suffix in (".zip", ".gz", ".tgz", ".xz")
-    raise DataError(
-        "this file is not a CSV or a tar",
-        where=str(path),
-        fix="unpack it and name the folder" if is_archive else "name a folder or a CSV",
+    return rename_classes(source, options.rename) if options.rename else source
+
+
+def find_configured_source(config: DataConfig, *, tested: bool = False) -> DataSource:
+    """Return the data set that the data section of a recipe describes; see `find_source`."""
+    return find_source(
+        config.name,
+        count=config.count,
+        image_size=None if config.image_size == "auto" else int(config.image_size),
+        group=config.group,
+        options=ListOptions(
+            path_column=config.path_column,
+            label_column=config.label_column,
+            split_column=config.split_column,
+            images=config.images,
+            rename=config.rename,
+        ),
+        tested=tested,
     )
 
 
-def _read_tar(path: Path, name: str, group: str | None, tested: bool) -> DataSource:
-    return read_shards(path, name, tested=tested)
+def _read_path(path: Path, name: str, tested: bool) -> DataSource:
+    """Read a folder or a file that is not a list."""
+    if path.is_dir():
+        read = read_shards if holds_shards(path) else read_folder
+        return read(path, name, tested=tested)
+    if path.suffix.lower() == ".tar":
+        return read_shards(path, name, tested=tested)
+    fix = f"name a folder or a list of images ({', '.join(LIST_SUFFIXES)})"
+    if path.suffix.lower() in (".zip", ".gz", ".tgz", ".xz", ".7z", ".rar"):
+        fix = "unpack it and name the folder"
+    elif path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        fix = "save it as CSV (UTF-8) and name that file"
+    raise DataError("this file is not a CSV or a tar", where=str(path), fix=fix)
 
 
-# How a single file is read, by its suffix.
-FILE_READERS: dict[str, Callable[[Path, str, str | None, bool], DataSource]] = {
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".tar": _read_tar,
-}
+def _read_folder_with_lists(
+    path: Path, name: str, options: ListOptions, tested: bool
+) -> DataSource:
+    """Read a folder that contains files that may be lists of its images.
+
+    Class folders have priority if the lists agree with them.
+    """
+    if has_class_folders(path) and replace(options, rename=None) == DEFAULT_OPTIONS:
+        notes = compare_lists_with_folders(path, name)
+        source = read_folder(path, name, tested=tested)
+        source = replace(source, notes=(*source.notes, *notes))
+        return rename_classes(source, options.rename) if options.rename else source
+    try:
+        source_of_list = read_list_folder(path, name, options, tested=tested)
+    except DataError as list_error:
+        try:
+            return read_folder(path, name, tested=tested)
+        except DataError:
+            raise list_error from None
+    return source_of_list or read_folder(path, name, tested=tested)
 
 
 def data_roots() -> list[Path]:
@@ -182,7 +241,7 @@ def known_names(name: str = "") -> list[str]:
 
 def _looks_like_path(name: str) -> bool:
     """Return whether `name` is a path or written like one; then it is not a misspelled name."""
-    path_syntax = "/" in name or os.sep in name or name.lower().endswith((".csv", ".tsv", ".tar"))
+    path_syntax = "/" in name or os.sep in name or name.lower().endswith((*LIST_SUFFIXES, ".tar"))
     return path_syntax or _find_path(name) is not None
 
 

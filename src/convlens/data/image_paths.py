@@ -1,0 +1,430 @@
+"""Find the files that a list of images names.
+
+The paths of a list are often not those on this disk: another system wrote them, extensions are
+missing, or the images were moved. `PathFinder` tries the usual explanations, each folder being
+read once, and says which of them it used (`Resolution.notes`) or why files are missing
+(`Resolution.hints`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePosixPath
+from urllib.parse import unquote
+
+from convlens.data.class_names import strip_invisible
+from convlens.data.image_folder import JUNK_FOLDERS, is_directory, is_regular_file
+from convlens.data.layout import list_examples
+from convlens.data.types import is_image_name
+
+MAX_FOLDERS = 2000  # folders that are searched for the images of a list
+MAX_DEPTH = 4  # levels below the list that are searched
+MAX_COMPARISONS = 5_000_000  # paths x folders; more would take too long
+NUM_PROBES = 20  # paths that decide which folders are searched for all
+MAX_SHARE_SAMPLE = 2000  # values that decide whether a column contains paths
+
+_WINDOWS_DRIVE = re.compile(r"[A-Za-z]:/")
+
+
+@dataclass
+class Resolution:
+    """Where the files of a list are.
+
+    Attributes:
+        files: the absolute path of each file, or None.
+        notes: what was changed to find them.
+        hints: why files were not found, and the key that helps.
+        fix: the most useful of these keys with its value, or empty.
+    """
+
+    files: list[str | None]
+    notes: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+    fix: str = ""
+
+
+class PathFinder:
+    """Finds the files of one list.
+
+    Args:
+        folder: the folder of the list; its paths are relative to it.
+        images: another folder that they may be relative to (`data.images`).
+    """
+
+    def __init__(self, folder: str, images: str | None = None) -> None:
+        self._folder = folder
+        self._bases = [folder] if images is None else [images, folder]
+        self._listings = _Listings()
+
+    def is_file(self, path: str) -> bool:
+        """Return whether `path` is a file as it is written."""
+        return any(self._listings.exact(base, path) for base in self._bases)
+
+    def share(self, paths: Sequence[str]) -> float:
+        """Return the share of the non-empty `paths` that are files, of a sample of many."""
+        values = [path for path in dict.fromkeys(paths) if path]
+        step = -(-len(values) // MAX_SHARE_SAMPLE) or 1
+        sample = values[::step]
+        return sum(file is not None for file in self.resolve(sample).files) / max(1, len(sample))
+
+    def resolve(self, paths: Sequence[str]) -> Resolution:
+        """Find the files of all paths. Files as they are written have priority."""
+        files: dict[str, str | None] = dict.fromkeys(paths)
+        repairs: Counter[str] = Counter()
+        hints: list[str] = []
+        for path in files:
+            file = next(filter(None, (self._listings.exact(b, path) for b in self._bases)), None)
+            files[path] = file or self._find_similar(path, repairs, hints)
+        result = Resolution([], hints=hints)
+        self._find_moved(files, result)
+        self._find_in_other_folder(files, result)
+        missing = [path for path, file in files.items() if file is None and path]
+        if missing:
+            self._explain(missing, result)
+        total = len(files)
+        changed = [f"{count:,} of {total:,} {repair}" for repair, count in repairs.items()]
+        result.notes[:0] = [f"paths repaired: {', '.join(changed)}"] if changed else []
+        result.files = [files[path] for path in paths]
+        return result
+
+    def _find_similar(self, path: str, repairs: Counter[str], hints: list[str]) -> str | None:
+        """Return the file that is meant by a path in another notation, without its extension, or
+        in another case."""
+        cleaned, changes = _clean(path)
+        for base in self._bases:
+            file = self._listings.exact(base, cleaned)
+            if file is None:
+                matches, change = self._listings.similar(base, cleaned)
+                if len(matches) > 1:
+                    names = ", ".join(os.path.basename(match) for match in matches[:3])
+                    _add_once(hints, f"several files may be meant by {path}: {names}")
+                    return None
+                file = matches[0] if matches else None
+                changes = [*changes, change] if matches else changes
+            if file is not None:
+                repairs.update(changes)
+                return file
+        return None
+
+    def _find_moved(self, files: dict[str, str | None], result: Resolution) -> None:
+        """Find files whose first folders have other names here, e.g. those of another machine."""
+        missing = {p: _clean(p)[0] for p, file in files.items() if file is None and p}
+        for is_absolute in (True, False):
+            paths = {p: c for p, c in missing.items() if _is_absolute(c) == is_absolute}
+            parts = {p: _parts(c) for p, c in paths.items()}
+            common = _common_folders(parts.values())
+            best: dict[str, str] = {}
+            num_dropped = 0
+            for count in range(0 if is_absolute else 1, len(common) + 1):
+                tails = {p: "/".join(components[count:]) for p, components in parts.items()}
+                found = {p: file for p, t in tails.items() if (file := self._find_any(t))}
+                if len(found) > len(best):
+                    best, num_dropped = found, count
+                if len(best) == len(paths):
+                    break
+            if best:
+                files.update(best)
+                prefix = ("/" if is_absolute else "") + "/".join(common[:num_dropped])
+                result.notes.append(
+                    f"{len(best):,} of {len(files):,} paths begin with {prefix}, which is not "
+                    "here: the rest of each path was found"
+                )
+
+    def _find_any(self, path: str) -> str | None:
+        for base in self._bases:
+            if file := self._listings.exact(base, path):
+                return file
+            matches, _ = self._listings.similar(base, path)
+            if len(matches) == 1:
+                return matches[0]
+        return None
+
+    def _find_in_other_folder(self, files: dict[str, str | None], result: Resolution) -> None:
+        """Find files that are relative to a folder beside the list.
+
+        They count if all that are missing are in the same folder, or each in exactly one.
+        """
+        missing = [path for path, file in files.items() if file is None and path]
+        if not missing:
+            return
+        texts = {path: _clean(path)[0] for path in missing}
+        probes = missing[:: max(1, len(missing) // NUM_PROBES)][:NUM_PROBES]
+        for folders in (self._folders_below(), self._folders_beside()):
+            hits = [f for f in folders if any(self._find_in(f, texts[path]) for path in probes)]
+            if not hits or len(hits) * len(missing) > MAX_COMPARISONS:
+                continue
+            found = {
+                f: {p: file for p in missing if (file := self._find_in(f, texts[p]))} for f in hits
+            }
+            complete = [f for f in hits if len(found[f]) == len(missing)]
+            if len(complete) > 1:
+                names = [self._relative(f) for f in complete]
+                result.hints.append(f"they are in each of the folders {list_examples(names)}")
+                result.fix = " or ".join(f"data.images={name}" for name in names[:3])
+                return
+            if complete:
+                files.update(found[complete[0]])
+                result.notes.append(
+                    f"{len(missing):,} of {len(files):,} paths are relative to "
+                    f"{self._relative(complete[0])}"
+                )
+                return
+            num_folders = Counter(path for matches in found.values() for path in matches)
+            if all(num_folders[path] == 1 for path in missing):
+                for matches in found.values():
+                    files.update(matches)
+                names = [self._relative(f) for f in hits]
+                result.notes.append(
+                    f"{len(missing):,} of {len(files):,} files were found by name in "
+                    f"{len(names)} folders: {list_examples(names)}"
+                )
+                return
+            largest = max(hits, key=lambda f: len(found[f]))
+            example = next(iter(found[largest]))
+            name = self._relative(largest)
+            result.hints.append(
+                f"{name}/{example} is there, as are {len(found[largest]):,} of {len(missing):,}: "
+                f"data.images={name}"
+            )
+            result.fix = f"data.images={name}"
+
+    def _find_in(self, folder: str, path: str) -> str | None:
+        if _is_absolute(path):
+            return None
+        if file := self._listings.exact(folder, path):
+            return file
+        matches, _ = self._listings.similar(folder, path)
+        return matches[0] if len(matches) == 1 else None
+
+    def _folders_below(self) -> list[str]:
+        """Return the folders below those that paths are relative to, breadth first."""
+        folders: list[str] = []
+        for base in self._bases:
+            folders += self._listings.tree(base, MAX_DEPTH)
+        return list(dict.fromkeys(folders))
+
+    def _folders_beside(self) -> list[str]:
+        """Return the folder above the list and those below it, but not those below the list."""
+        parent = os.path.dirname(self._folder)
+        if parent == self._folder:
+            return []
+        below = set(self._folders_below())
+        folders = [parent, *self._listings.tree(parent, 2)]
+        return [f for f in folders if f not in below and f not in self._bases]
+
+    def _relative(self, folder: str) -> str:
+        return os.path.relpath(folder, self._folder).replace(os.sep, "/")
+
+    def _explain(self, missing: Sequence[str], result: Resolution) -> None:
+        """Add the reasons why files are missing."""
+        total = len(missing)
+        kinds = {
+            "have a backslash": [path for path in missing if "\\" in path],
+            "are absolute": [path for path in missing if _is_absolute(_clean(path)[0])],
+            "have no extension": [path for path in missing if not PurePosixPath(path).suffix],
+        }
+        for kind, paths in kinds.items():
+            if paths:
+                result.hints.append(f"{len(paths):,} of {total:,} {kind}")
+        for path in missing[:NUM_PROBES]:
+            stem, extension = os.path.splitext(_clean(path)[0])
+            for base in self._bases if extension else ():
+                matches, _ = self._listings.similar(base, stem)
+                if matches:
+                    result.hints.append(
+                        f"{os.path.basename(matches[0])} is there instead of {path}"
+                    )
+                    return
+
+
+def _clean(path: str) -> tuple[str, list[str]]:
+    """Return a path in the notation of this system, and what was changed."""
+    changes = []
+    text = strip_invisible(path)
+    if text != path:
+        changes.append("without invisible characters")
+    if "?d=" in text:  # Label Studio's address of a local file
+        text = unquote(text.partition("?d=")[2])
+        changes.append("from an address of Label Studio")
+    elif text[:5].lower() == "file:":
+        text = unquote(re.sub(r"^//(localhost(?=/))?", "", text[5:]))
+        text = text[1:] if _WINDOWS_DRIVE.match(text[1:]) else text
+        changes.append("from a file:// address")
+    if "\\" in text:
+        text = text.replace("\\", "/")
+        changes.append("with / for \\")
+    if text.startswith("~"):
+        text = os.path.expanduser(text)
+        changes.append("with the home folder for ~")
+    return text, changes
+
+
+def _is_absolute(path: str) -> bool:
+    return path.startswith("/") or _WINDOWS_DRIVE.match(path) is not None
+
+
+def _parts(path: str) -> list[str]:
+    """Return folders and name of a path with slashes, without root, drive and `.`."""
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+def _common_folders(paths: Iterable[Sequence[str]]) -> list[str]:
+    """Return the folders that all paths (as parts) begin with."""
+    folders: list[str] | None = None
+    for parts in paths:
+        parents = parts[:-1]
+        if folders is None:
+            folders = list(parents)
+        else:
+            pairs = zip(folders, parents, strict=False)
+            length = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+            folders = folders[: min(len(folders), len(parents)) if length is None else length]
+    return folders or []
+
+
+def _fold(name: str) -> str:
+    """Return the same text for names that differ in case or in their Unicode form only."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _add_once(hints: list[str], hint: str) -> None:
+    """Add a hint, of which one example is enough."""
+    if not hints:
+        hints.append(hint)
+
+
+class _Listing:
+    """Names of the files and folders in a folder."""
+
+    def __init__(self, files: set[str], folders: set[str]) -> None:
+        self.files, self.folders = files, folders
+
+    @cached_property
+    def folded_files(self) -> dict[str, list[str]]:
+        return _group_by(self.files, _fold)
+
+    @cached_property
+    def folded_folders(self) -> dict[str, list[str]]:
+        return _group_by(self.folders, _fold)
+
+    @cached_property
+    def by_stem(self) -> dict[str, list[str]]:
+        return _group_by(filter(is_image_name, self.files), lambda name: os.path.splitext(name)[0])
+
+    @cached_property
+    def by_folded_stem(self) -> dict[str, list[str]]:
+        names = filter(is_image_name, self.files)
+        return _group_by(names, lambda name: _fold(os.path.splitext(name)[0]))
+
+
+def _group_by(names: Iterable[str], key) -> dict[str, list[str]]:  # type: ignore[no-untyped-def]
+    groups = defaultdict(list)
+    for name in sorted(names):
+        groups[key(name)].append(name)
+    return dict(groups)
+
+
+class _Listings:
+    """Looks up files in the listings of their folders, each of which is read once.
+
+    A list of a million images would otherwise ask the system for each of them several times.
+    """
+
+    def __init__(self) -> None:
+        self._listings: dict[str, _Listing | None] = {}
+        self._real_folders: dict[tuple[str, str], str | None] = {}
+
+    def of(self, folder: str) -> _Listing | None:
+        """Return the names in a folder: none if it does not exist; None if it can't be listed."""
+        if folder not in self._listings:
+            self._listings[folder] = _list_folder(folder)
+        return self._listings[folder]
+
+    def exact(self, base: str, path: str) -> str | None:
+        """Return the absolute path of the file `path` below `base`."""
+        if not path or "\0" in path:
+            return None
+        full = os.path.normpath(os.path.join(base, path))
+        folder, name = os.path.split(full)
+        listing = self.of(folder)
+        exists = os.path.isfile(full) if listing is None else name in listing.files
+        return full if exists else None
+
+    def similar(self, base: str, path: str) -> tuple[list[str], str]:
+        """Return files whose path differs in extension or case, and the difference.
+
+        Several are returned if it is not clear which one is meant.
+        """
+        if not path or "\0" in path:
+            return [], ""
+        folder, name = os.path.split(os.path.normpath(os.path.join(base, path)))
+        listing = self.of(folder)
+        if listing is not None and name in listing.by_stem:
+            return [
+                os.path.join(folder, match) for match in listing.by_stem[name]
+            ], "with extension"
+        real_folder = self._real_folder(base, os.path.dirname(path))
+        listing = None if real_folder is None else self.of(real_folder)
+        if real_folder is None or listing is None:
+            return [], ""
+        for names, change in (
+            (listing.folded_files, "in another case"),
+            (listing.by_folded_stem, "with extension and in another case"),
+        ):
+            if matches := names.get(_fold(name)):
+                return [os.path.join(real_folder, match) for match in matches], change
+        return [], ""
+
+    def _real_folder(self, base: str, path: str) -> str | None:
+        """Return the folder `path` below `base` as it is written on the disk; None if unclear."""
+        key = (base, path)
+        if key not in self._real_folders:
+            folder: str | None = os.path.normpath(os.path.join(base, path))
+            assert folder is not None
+            if not os.path.isdir(folder):
+                parent, name = os.path.split(path.rstrip("/"))
+                above = self._real_folder(base, parent) if name else None
+                listing = None if above is None else self.of(above)
+                matches = [] if listing is None else listing.folded_folders.get(_fold(name), [])
+                folder = os.path.join(above or "", matches[0]) if len(matches) == 1 else None
+            self._real_folders[key] = folder
+        return self._real_folders[key]
+
+    def tree(self, top: str, depth: int) -> list[str]:
+        """Return up to `MAX_FOLDERS` folders below `top`, breadth first."""
+        folders: list[str] = []
+        level = [top]
+        for _ in range(depth):
+            level = [
+                os.path.join(folder, name)
+                for folder in level
+                if (listing := self.of(folder)) is not None
+                for name in sorted(listing.folders)
+                if not name.startswith(".") and name not in JUNK_FOLDERS
+            ]
+            folders += level
+            if len(folders) > MAX_FOLDERS:
+                return folders[:MAX_FOLDERS]
+        return folders
+
+
+def _list_folder(folder: str) -> _Listing | None:
+    try:
+        with os.scandir(folder) as entries:
+            files, folders = set(), set()
+            for entry in entries:
+                if is_regular_file(entry):
+                    files.add(entry.name)
+                elif is_directory(entry):
+                    folders.add(entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return _Listing(set(), set())
+    except (OSError, ValueError):  # a folder that may be entered but not listed
+        return None
+    return _Listing(files, folders)
