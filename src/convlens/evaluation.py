@@ -204,7 +204,7 @@ def load_eval_split(
     else:
         pre = loaded.preprocessing
         part, classes, name, fingerprint = load_external_data(
-            str(data) if isinstance(data, Path) else data,
+            data.name if isinstance(data, DataConfig) else str(data),
             split,
             image_size=pre.image_size,
             channels=pre.channels,
@@ -213,6 +213,7 @@ def load_eval_split(
             tested=True,
             run=loaded.folder,
             model_classes=loaded.classes,
+            config=data if isinstance(data, DataConfig) else None,
         )
     positions = torch.tensor([loaded.classes.index(label) for label in classes])
     labels = positions[part.labels]

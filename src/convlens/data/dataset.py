@@ -34,7 +34,7 @@ from convlens.data.class_names import match_class_names
 from convlens.data.decode import UnreadableImage, probe_image
 from convlens.data.duplicates import Duplicates
 from convlens.data.layout import list_examples
-from convlens.data.sources import find_configured_source, find_source
+from convlens.data.sources import configured_source, find_source
 from convlens.data.splits import (
     LoadedPart,
     Split,
@@ -106,7 +106,7 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
             are too small to split, or the source is missing or malformed.
         UsageError: Unknown name, or keys that do not apply to this source.
     """
-    source = find_configured_source(config)
+    source = configured_source(config)
     for note in source.notes:
         print_status(escape(f"{source.name}: {note}"))
     conversion = _resolve_conversion(config, source.parts["train"])
@@ -150,7 +150,7 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
 
 
 def load_external_data(
-    data: str | DataConfig,
+    name: str,
     split: str,
     *,
     image_size: int,
@@ -160,13 +160,14 @@ def load_external_data(
     tested: bool = False,
     run: Path | None = None,
     model_classes: Sequence[str] | None = None,
+    config: DataConfig | None = None,
 ) -> tuple[Split, tuple[str, ...], str, str]:
     """Load a data set for a trained model, converted to the model's input.
 
     Nothing is held out. If the set has several parts, the part `split` is used, else all of it.
 
     Args:
-        data: Name or path of the set, or a data section with the keys that say how to read it.
+        name: Name or path of the set.
         split: Name of the part.
         image_size: Height and width in pixels.
         channels: 1 or 3.
@@ -176,6 +177,7 @@ def load_external_data(
         run: Run directory of the model. A message says how many of the images it was trained on.
         model_classes: Classes of the model. Those of the set are matched with them, before any
             image is read, and returned under the model's names.
+        config: A data section with the keys that say how to read the set.
 
     Returns:
         `(split, classes, name, fingerprint)` of the set.
@@ -184,11 +186,11 @@ def load_external_data(
         DataError: The set has no such part, the model does not know a class, or images can't be
             read; otherwise as `load_data`.
     """
-    if isinstance(data, str):
-        name, source = data, find_source(data, image_size=image_size, tested=tested)
+    if config is None:
+        source = find_source(name, image_size=image_size, tested=tested)
     else:
-        config = data.model_copy(update={"image_size": image_size})
-        name, source = config.name, find_configured_source(config, tested=tested)
+        keys = config.model_copy(update={"name": name, "image_size": image_size})
+        source = configured_source(keys, tested=tested)
     if model_classes is not None:
         source = _match_classes(source, model_classes)
     for note in source.notes:

@@ -7,7 +7,6 @@ files. Here they become rows, which are checked together, and a `DataSource`.
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from convlens.data.class_names import (
     similar_class_names,
     strip_invisible,
 )
-from convlens.data.image_folder import JUNK_FOLDERS, is_regular_file, scan_entries
 from convlens.data.image_paths import PathFinder
 from convlens.data.layout import (
     SPLITS,
@@ -45,11 +43,9 @@ from convlens.errors import DataError, UsageError
 LIST_SUFFIXES = tuple(TABLE_READERS)
 COLUMNS_HELP = "the first line names the columns: path,label[,split][,a group column]"
 _FORMULA_STARTS = ("=", "+", "-", "@")
-# Text files that are not lists of labeled images although they may look like one.
-_OTHER_FILES = re.compile(r"readme|licen[sc]e|requirements|submission|^(classes|labels)\.txt$")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ListRow:
     """One image of a list.
 
@@ -73,13 +69,21 @@ class ListRow:
 
 
 @dataclass
-class _Rows:
-    """The rows of one or more lists, what was noticed, and what is wrong so far."""
+class ListContent:
+    """The rows of one or more lists before they are checked.
+
+    Attributes:
+        rows: the images.
+        short_lines: lines that lack cells.
+        notes: how the lists were read.
+        hints: why files were not found.
+        fix: what helps against missing files.
+    """
 
     rows: list[ListRow] = field(default_factory=list)
     short_lines: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    hints: list[str] = field(default_factory=list)  # why files were not found
+    hints: list[str] = field(default_factory=list)
     fix: str = ""
 
 
@@ -107,12 +111,18 @@ _ROW_CHECKS: list[tuple[str, Callable[[ListRow], bool], Callable[[ListRow], str]
     ),
 ]
 
+_TWO_LABELS = "files with two labels"
+_MULTI_LABEL_HELP = (
+    "give each image one label; convlens trains single-label classifiers, so a multi-label set, "
+    "with several lines for each image, can't be used"
+)
+
 # Checks for contradictions between rows: message, key, the value that all rows of a key share, and
 # how the message names the key.
 _CONSISTENCY_CHECKS: list[
     tuple[str, Callable[[ListRow], str | None], Callable[[ListRow], Hashable], Callable[[str], str]]
 ] = [
-    ("files with two labels", lambda row: row.file, lambda row: row.label, os.path.basename),
+    (_TWO_LABELS, lambda row: row.file, lambda row: row.label, os.path.basename),
     ("files in two splits", lambda row: row.file, lambda row: row.split, os.path.basename),
     ("files in two groups", lambda row: row.file, lambda row: row.group, os.path.basename),
     ("groups in two splits", lambda row: row.group, lambda row: row.split, str),
@@ -135,182 +145,27 @@ def read_list(
         DataError: lists everything that is wrong.
         UsageError: the file lacks a column that `options` names.
     """
-    content = _read_rows(path, options)
-    siblings = [sibling.name for sibling in _lists_of_other_splits(path)]
-    if siblings and {row.split for row in content.rows} == {"train"}:
-        content.notes.append(
-            f"{list_examples(siblings)} beside it is not read: name the folder to read all of them"
-        )
-    return _make_source(content, path, name, options, tested, [row.path for row in content.rows])
-
-
-def read_list_folder(
-    folder: Path, name: str, options: ListOptions = DEFAULT_OPTIONS, *, tested: bool = False
-) -> DataSource | None:
-    """Read a folder by the lists in it or in its folders of splits; None if there is none.
-
-    Args:
-        folder: contains one list, or lists named after splits (`train.csv`, `test.csv`), or
-            folders named after splits with one list in each.
-        name, options, tested: as for `read_list`.
-
-    Raises:
-        DataError: it is not clear which list to read, or a list is wrong.
-    """
-    lists, unusable = _find_lists(folder, options)
-    if not lists:
-        if unusable:
-            raise DataError(
-                f"{list_examples([_relative(path, folder) for path in unusable])} in this folder "
-                f"can't be read as a list of images: {next(iter(unusable.values())).what}",
-                where=str(folder),
-                fix=next(iter(unusable.values())).fix,
-            )
-        return None
-    names = {path: _relative(path, folder) for path in lists}
-    by_split: dict[str, list[Path]] = {}
-    for path in lists:
-        by_split.setdefault(_split_of_list(path, folder) or "", []).append(path)
-    if len(lists) > 1 and ("" in by_split or any(len(paths) > 1 for paths in by_split.values())):
-        raise DataError(
-            f"several lists of images in this folder: {list_examples(list(names.values()))}",
-            where=str(folder),
-            fix=f"name one of them: {os.path.join(name, next(iter(names.values())))}",
-        )
-    content = _Rows()
-    content.notes.append(f"read from {list_examples(list(names.values()))}")
-    for path, rows in lists.items():
-        _extend(content, rows, names[path], _split_of_list(path, folder), len(lists) > 1)
-    for path, error in unusable.items():
-        content.notes.append(f"{_relative(path, folder)} is not used: {error.what}")
-    ids = [_relative(Path(row.file or row.path), folder) for row in content.rows]
-    return _make_source(content, folder, name, options, tested, ids)
-
-
-def has_lists(folder: Path) -> bool:
-    """Return whether `read_list_folder` has files to try."""
-    return bool(_candidates(folder))
-
-
-def has_class_folders(folder: Path) -> bool:
-    """Return whether there are several folders in `folder`, or in a folder of a split."""
-    folders = [path for path in sorted(folder.iterdir()) if _is_class_folder(path)]
-    split_folders = [path for path in folders if split_from_name(path.name)]
-    if split_folders:
-        inside = [sum(map(_is_class_folder, path.iterdir())) for path in split_folders]
-        return max(inside) > 1
-    return len(folders) > 1
-
-
-def _is_class_folder(path: Path) -> bool:
-    return not path.name.startswith(".") and path.name not in JUNK_FOLDERS and path.is_dir()
-
-
-def compare_lists_with_folders(folder: Path, name: str) -> list[str]:
-    """Check that lists beside class folders give the same classes, and return notes about them.
-
-    Raises:
-        DataError: a list gives the images other classes.
-    """
-    notes = []
-    for path, content in _find_lists(folder, DEFAULT_OPTIONS)[0].items():
-        pairs = set()
-        for row in content.rows:
-            parts = Path(_relative(Path(row.file or row.path), folder)).parts
-            is_split = len(parts) > 2 and split_from_name(parts[0]) is not None
-            pairs.add((row.label, parts[1] if is_split else parts[0]))
-        labels, folders = {label for label, _ in pairs}, {class_name for _, class_name in pairs}
-        listed = _relative(path, folder)
-        if not len(labels) == len(folders) == len(pairs):
-            raise DataError(
-                f"two readings: {listed} has the classes {list_examples(sorted(labels))}; its "
-                f"images are in the folders {list_examples(sorted(folders))}",
-                where=str(folder),
-                fix=f"to use the list, name it: {os.path.join(name, listed)}; to use the folders "
-                "as classes, move the list out",
-            )
-        notes.append(
-            f"{listed} has the same classes as the folders and is not read; to use it, name it: "
-            f"{os.path.join(name, listed)}"
-        )
-    return notes
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """Return the files that may be lists, in `folder` and in its folders of splits."""
-    folders = [folder, *(path for path in sorted(folder.iterdir()) if _is_split_folder(path))]
-    return [
-        Path(entry.path)
-        for parent in folders
-        for entry in sorted(scan_entries(parent), key=lambda entry: entry.name)
-        if entry.name.lower().endswith(LIST_SUFFIXES)
-        and not _OTHER_FILES.search(entry.name.lower())
-        and is_regular_file(entry)
-    ]
-
-
-def _is_split_folder(path: Path) -> bool:
-    return split_from_name(path.name) is not None and path.is_dir()
-
-
-def _find_lists(
-    folder: Path, options: ListOptions
-) -> tuple[dict[Path, _Rows], dict[Path, DataError]]:
-    """Return the lists that can be read, and the errors of those that only look like lists."""
-    lists, unusable = dict[Path, _Rows](), dict[Path, DataError]()
-    for path in _candidates(folder):
-        try:
-            content = _read_rows(path, options)
-        except DataError as error:
-            unusable[path] = error
-            continue
-        if any(row.file is not None for row in content.rows):
-            lists[path] = content
-        else:
-            missing = list_examples([row.path for row in content.rows])
-            unusable[path] = DataError(f"none of its files exists: {missing}", fix=content.fix)
-    return lists, unusable
-
-
-def _split_of_list(path: Path, folder: Path) -> str | None:
-    """Return the split that the name of a list, or of its folder, stands for."""
-    return split_from_name(path.stem) or (
-        split_from_name(path.parent.name) if path.parent != folder else None
-    )
-
-
-def _lists_of_other_splits(path: Path) -> list[Path]:
+    content = read_rows(path, options)
     split = split_from_name(path.stem)
-    if split is None:
-        return []
-    return [
-        sibling
+    siblings = [
+        sibling.name
         for sibling in sorted(path.parent.glob(f"*{path.suffix}"))
         if split_from_name(sibling.stem) not in (None, split)
     ]
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path, folder).replace(os.sep, "/")
-
-
-def _extend(content: _Rows, other: _Rows, name: str, split: str | None, several: bool) -> None:
-    """Add the rows of a list; its split is that of its name, unless it has a column for it."""
-    prefix = f"{name}: " if several else ""
-    for row in other.rows:
-        row_split = split if split is not None and not row.split_cell else row.split
-        line = f"{row.line} of {name}" if several else row.line
-        content.rows.append(
-            ListRow(line, row.path, row.file, row.label, row.split_cell, row_split, row.group)
+    if split is not None and siblings and {row.split for row in content.rows} == {"train"}:
+        content.notes.append(
+            f"not read: {list_examples(siblings)}; to read all splits, name the folder"
         )
-    content.short_lines += [f"{line} of {name}" if several else line for line in other.short_lines]
-    content.notes += [prefix + note for note in other.notes]
-    content.hints += other.hints
-    content.fix = content.fix or other.fix
+    return make_source(content, path, name, tested, [row.path for row in content.rows])
 
 
-def _read_rows(path: Path, options: ListOptions) -> _Rows:
-    """Return the rows of a list, before they are checked."""
+def read_rows(path: Path, options: ListOptions) -> ListContent:
+    """Return the rows of a list, before they are checked.
+
+    Raises:
+        DataError: the file is not a list of images.
+        UsageError: a column or folder that `options` names does not exist.
+    """
     table = read_table(path, is_known_column)
     if not table.lines:
         raise DataError("this file lists no images", where=str(path), fix=COLUMNS_HELP)
@@ -323,7 +178,7 @@ def _read_rows(path: Path, options: ListOptions) -> _Rows:
         raise DataError("this file lists no images", where=str(path), fix=COLUMNS_HELP)
     resolution = finder.resolve(cells.paths)
     labels = [strip_invisible(unescape_csv_formula(label)) for label in cells.labels]
-    content = _Rows(
+    content = ListContent(
         short_lines=[str(line) for line in cells.short_lines],
         notes=[*cells.notes, *resolution.notes],
         hints=resolution.hints,
@@ -372,15 +227,22 @@ def _images_folder(folder: str, images: str | None) -> str | None:
     )
 
 
-def _make_source(
-    content: _Rows,
+def make_source(
+    content: ListContent,
     where: Path,
     name: str,
-    options: ListOptions,
     tested: bool,
     ids: Sequence[str],
 ) -> DataSource:
-    """Check all rows together and return them as a data source."""
+    """Check all rows together and return them as a data source.
+
+    Args:
+        where: the list or its folder, for messages.
+        ids: name of the image of each row.
+
+    Raises:
+        DataError: lists everything that is wrong.
+    """
     rows = content.rows
     names = _check_rows(content, where, tested)
     notes = list(content.notes)
@@ -411,7 +273,7 @@ def _make_source(
     return DataSource(name, names, parts, tuple(notes))
 
 
-def _check_rows(content: _Rows, where: Path, tested: bool) -> tuple[str, ...]:
+def _check_rows(content: ListContent, where: Path, tested: bool) -> tuple[str, ...]:
     """Return the sorted class names.
 
     Raises:
@@ -431,13 +293,16 @@ def _check_rows(content: _Rows, where: Path, tested: bool) -> tuple[str, ...]:
         problems[-1] = Problem(missing.message, [shown])
     for message, key, value, describe_key in _CONSISTENCY_CHECKS:
         keys = _keys_with_two_values((key(row), value(row)) for row in rows)
-        problems.append(Problem(message, sorted(set(map(describe_key, keys)))))
+        fix = _MULTI_LABEL_HELP if message == _TWO_LABELS and len(keys) > 1 else ""
+        problems.append(Problem(message, sorted(set(map(describe_key, keys))), fix))
     judged = SPLITS if tested else ("train",)
     names = tuple(sorted({row.label for row in rows if row.split in judged}))
     problems += _find_class_problems(rows, names, 1 if tested else 2)
     fix = "fix these lines and run the same command again"
     if missing.items:
         fix = content.fix or f"{fix}, or name the folder of the images: data.images=FOLDER"
+    elif {"0", "1"} <= {row.split_cell for row in rows if row.split is None} <= set("012"):
+        fix = "name this column `partition` if 0, 1, 2 mean train, val, test, as in CelebA"
     raise_problems(problems, where, fix)
     return names
 

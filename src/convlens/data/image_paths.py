@@ -113,16 +113,22 @@ class PathFinder:
         return None
 
     def _find_moved(self, files: dict[str, str | None], result: Resolution) -> None:
-        """Find files whose first folders have other names here, e.g. those of another machine."""
-        missing = {p: _clean(p)[0] for p, file in files.items() if file is None and p}
+        """Find files whose first folders have other names here, e.g. those of another machine.
+
+        If some files are where the list says, the others are missing: a file of the same name in
+        another folder is another image.
+        """
+        cleaned = {path: _clean(path)[0] for path in files if path}
         for is_absolute in (True, False):
-            paths = {p: c for p, c in missing.items() if _is_absolute(c) == is_absolute}
-            parts = {p: _parts(c) for p, c in paths.items()}
+            paths = [path for path, text in cleaned.items() if _is_absolute(text) == is_absolute]
+            if any(files[path] for path in paths):
+                continue
+            parts = {path: _parts(cleaned[path]) for path in paths}
             common = _common_folders(parts.values())
             best: dict[str, str] = {}
             num_dropped = 0
             for count in range(0 if is_absolute else 1, len(common) + 1):
-                tails = {p: "/".join(components[count:]) for p, components in parts.items()}
+                tails = {path: "/".join(names[count:]) for path, names in parts.items()}
                 found = {p: file for p, t in tails.items() if (file := self._find_any(t))}
                 if len(found) > len(best):
                     best, num_dropped = found, count
@@ -130,77 +136,72 @@ class PathFinder:
                     break
             if best:
                 files.update(best)
-                prefix = ("/" if is_absolute else "") + "/".join(common[:num_dropped])
+                prefix = "/".join(common[:num_dropped])
+                prefix = f"/{prefix}" if next(iter(best)).startswith("/") else prefix
                 result.notes.append(
                     f"{len(best):,} of {len(files):,} paths begin with {prefix}, which is not "
                     "here: the rest of each path was found"
                 )
 
     def _find_any(self, path: str) -> str | None:
-        for base in self._bases:
-            if file := self._listings.exact(base, path):
-                return file
-            matches, _ = self._listings.similar(base, path)
-            if len(matches) == 1:
-                return matches[0]
-        return None
+        return next(filter(None, (self._find_in(base, [path]) for base in self._bases)), None)
 
     def _find_in_other_folder(self, files: dict[str, str | None], result: Resolution) -> None:
-        """Find files that are relative to a folder beside the list.
+        """Find files that are in a folder beside the list, if no file is where the list says.
 
-        They count if all that are missing are in the same folder, or each in exactly one.
+        They count if all are in the same folder, or each in exactly one.
         """
         missing = [path for path, file in files.items() if file is None and path]
         if not missing:
             return
-        texts = {path: _clean(path)[0] for path in missing}
+        texts = _texts_without_common_folders(missing)
         probes = missing[:: max(1, len(missing) // NUM_PROBES)][:NUM_PROBES]
-        for folders in (self._folders_below(), self._folders_beside()):
-            hits = [f for f in folders if any(self._find_in(f, texts[path]) for path in probes)]
-            if not hits or len(hits) * len(missing) > MAX_COMPARISONS:
-                continue
-            found = {
-                f: {p: file for p in missing if (file := self._find_in(f, texts[p]))} for f in hits
-            }
-            complete = [f for f in hits if len(found[f]) == len(missing)]
-            if len(complete) > 1:
-                names = [self._relative(f) for f in complete]
-                result.hints.append(f"they are in each of the folders {list_examples(names)}")
-                result.fix = " or ".join(f"data.images={name}" for name in names[:3])
-                return
-            if complete:
-                files.update(found[complete[0]])
-                result.notes.append(
-                    f"{len(missing):,} of {len(files):,} paths are relative to "
-                    f"{self._relative(complete[0])}"
-                )
-                return
-            num_folders = Counter(path for matches in found.values() for path in matches)
-            if all(num_folders[path] == 1 for path in missing):
-                for matches in found.values():
-                    files.update(matches)
-                names = [self._relative(f) for f in hits]
-                result.notes.append(
-                    f"{len(missing):,} of {len(files):,} files were found by name in "
-                    f"{len(names)} folders: {list_examples(names)}"
-                )
-                return
-            largest = max(hits, key=lambda f: len(found[f]))
-            example = next(iter(found[largest]))
-            name = self._relative(largest)
-            result.hints.append(
-                f"{name}/{example} is there, as are {len(found[largest]):,} of {len(missing):,}: "
-                f"data.images={name}"
+        folders = self._folders_below() or self._folders_beside()
+        hits = [f for f in folders if any(self._find_in(f, texts[path]) for path in probes)]
+        if not hits or len(hits) * len(missing) > MAX_COMPARISONS:
+            return
+        found = {
+            folder: {p: file for p in missing if (file := self._find_in(folder, texts[p]))}
+            for folder in hits
+        }
+        complete = [folder for folder in hits if len(found[folder]) == len(missing)]
+        num_folders = Counter(path for matches in found.values() for path in matches)
+        are_all_missing = not any(files.values())
+        if are_all_missing and len(complete) == 1:
+            files.update(found[complete[0]])
+            result.notes.append(
+                f"{len(missing):,} files were found in {self._relative(complete[0])}"
             )
-            result.fix = f"data.images={name}"
+        elif are_all_missing and all(num_folders[path] == 1 for path in missing):
+            for matches in found.values():
+                files.update(matches)
+            names = [self._relative(folder) for folder in hits]
+            result.notes.append(
+                f"{len(missing):,} files were found by name in {len(names)} folders: "
+                f"{list_examples(names)}"
+            )
+        elif len(complete) > 1:
+            names = [self._relative(folder) for folder in complete]
+            result.hints.append(f"they are in each of the folders {list_examples(names)}")
+            result.fix = " or ".join(f"data.images={name}" for name in names[:3])
+        else:
+            largest = max(hits, key=lambda folder: len(found[folder]))
+            name, count = self._relative(largest), len(found[largest])
+            example = self._relative(next(iter(found[largest].values())))
+            result.hints.append(
+                f"{example} is there, like {count:,} of {len(missing):,}: data.images={name}"
+            )
+            result.fix = f"data.images={name}" if are_all_missing else ""
 
-    def _find_in(self, folder: str, path: str) -> str | None:
-        if _is_absolute(path):
-            return None
-        if file := self._listings.exact(folder, path):
-            return file
-        matches, _ = self._listings.similar(folder, path)
-        return matches[0] if len(matches) == 1 else None
+    def _find_in(self, folder: str, texts: Sequence[str]) -> str | None:
+        """Return the file that one of `texts` means below `folder`."""
+        for text in texts:
+            if file := self._listings.exact(folder, text):
+                return file
+            matches, _ = self._listings.similar(folder, text)
+            if len(matches) == 1:
+                return matches[0]
+        return None
 
     def _folders_below(self) -> list[str]:
         """Return the folders below those that paths are relative to, breadth first."""
@@ -210,13 +211,16 @@ class PathFinder:
         return list(dict.fromkeys(folders))
 
     def _folders_beside(self) -> list[str]:
-        """Return the folder above the list and those below it, but not those below the list."""
+        """Return the folder above that of the list, and those below it.
+
+        A folder of lists, such as `annotations/`, often lies beside that of the images.
+        """
         parent = os.path.dirname(self._folder)
-        if parent == self._folder:
+        listing = self._listings.of(self._folder)
+        if parent == self._folder or listing is None or listing.by_stem:
             return []
-        below = set(self._folders_below())
         folders = [parent, *self._listings.tree(parent, 2)]
-        return [f for f in folders if f not in below and f not in self._bases]
+        return [folder for folder in folders if folder not in self._bases]
 
     def _relative(self, folder: str) -> str:
         return os.path.relpath(folder, self._folder).replace(os.sep, "/")
@@ -272,6 +276,17 @@ def _is_absolute(path: str) -> bool:
 def _parts(path: str) -> list[str]:
     """Return folders and name of a path with slashes, without root, drive and `.`."""
     return [part for part in path.split("/") if part not in ("", ".")]
+
+
+def _texts_without_common_folders(paths: Sequence[str]) -> dict[str, list[str]]:
+    """Return each path as it is, if it is relative, and without the folders that all share."""
+    cleaned = {path: _clean(path)[0] for path in paths}
+    parts = {path: _parts(text) for path, text in cleaned.items()}
+    num_common = len(_common_folders(parts.values()))
+    return {
+        path: [*([] if _is_absolute(text) else [text]), "/".join(parts[path][num_common:])]
+        for path, text in cleaned.items()
+    }
 
 
 def _common_folders(paths: Iterable[Sequence[str]]) -> list[str]:

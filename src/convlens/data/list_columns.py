@@ -7,6 +7,7 @@ that contradict each other are an error that names the key to choose with (`List
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -370,7 +371,8 @@ def _holds_pixels(cells: Sequence[str]) -> bool:
 def _similar_column(columns: _Columns, known: Sequence[str]) -> str:
     """Return the name of an unused column that is spelled like a known one, or empty."""
     for column, name in enumerate(columns.names):
-        if column not in columns.used and close_matches(fold_column(name), known):
+        is_similar = difflib.get_close_matches(fold_column(name), known, n=1, cutoff=0.7)
+        if column not in columns.used and is_similar:
             return name
     return ""
 

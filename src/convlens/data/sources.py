@@ -21,16 +21,10 @@ from convlens.data.cache import FixedSizeRecords
 from convlens.data.class_names import rename_classes
 from convlens.data.decode import Pixels
 from convlens.data.image_folder import is_directory, read_folder
-from convlens.data.image_list import (
-    LIST_SUFFIXES,
-    compare_lists_with_folders,
-    has_class_folders,
-    has_lists,
-    read_list,
-    read_list_folder,
-)
+from convlens.data.image_list import LIST_SUFFIXES, read_list
 from convlens.data.layout import printable, split_from_name
 from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions
+from convlens.data.list_folder import find_lists, read_listed_folder
 from convlens.data.types import DataSource, ImageSource, NumberedStrings, Part
 from convlens.data.webdataset import holds_shards, is_pattern, read_shards
 from convlens.errors import DataError, UsageError, close_matches, did_you_mean
@@ -137,8 +131,8 @@ def find_source(
     options = replace(options, group=group)
     if path is not None and path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         return read_list(path, name, options, tested=tested)
-    if path is not None and path.is_dir() and not holds_shards(path) and has_lists(path):
-        return _read_folder_with_lists(path, name, options, tested)
+    if path is not None and path.is_dir() and not holds_shards(path) and find_lists(path):
+        return read_listed_folder(path, name, options, tested=tested)
     for key, value in asdict(options).items():
         if value is not None and key != "rename":
             raise UsageError(
@@ -158,7 +152,7 @@ def find_source(
     return rename_classes(source, options.rename) if options.rename else source
 
 
-def find_configured_source(config: DataConfig, *, tested: bool = False) -> DataSource:
+def configured_source(config: DataConfig, *, tested: bool = False) -> DataSource:
     """Return the data set that the data section of a recipe describes; see `find_source`."""
     return find_source(
         config.name,
@@ -189,28 +183,6 @@ def _read_path(path: Path, name: str, tested: bool) -> DataSource:
     elif path.suffix.lower() in (".xlsx", ".xls", ".ods"):
         fix = "save it as CSV (UTF-8) and name that file"
     raise DataError("this file is not a CSV or a tar", where=str(path), fix=fix)
-
-
-def _read_folder_with_lists(
-    path: Path, name: str, options: ListOptions, tested: bool
-) -> DataSource:
-    """Read a folder that contains files that may be lists of its images.
-
-    Class folders have priority if the lists agree with them.
-    """
-    if has_class_folders(path) and replace(options, rename=None) == DEFAULT_OPTIONS:
-        notes = compare_lists_with_folders(path, name)
-        source = read_folder(path, name, tested=tested)
-        source = replace(source, notes=(*source.notes, *notes))
-        return rename_classes(source, options.rename) if options.rename else source
-    try:
-        source_of_list = read_list_folder(path, name, options, tested=tested)
-    except DataError as list_error:
-        try:
-            return read_folder(path, name, tested=tested)
-        except DataError:
-            raise list_error from None
-    return source_of_list or read_folder(path, name, tested=tested)
 
 
 def data_roots() -> list[Path]:
