@@ -393,6 +393,8 @@ class _Listings:
             (listing.by_folded_stem, "with extension and in another case"),
         ):
             if matches := names.get(_fold(name)):
+                if unicodedata.normalize("NFC", matches[0]) == unicodedata.normalize("NFC", name):
+                    change = "in another Unicode form"
                 return [os.path.join(real_folder, match) for match in matches], change
         return [], ""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -443,8 +444,9 @@ def _refuse_several_labels(labels: Sequence[str], columns: _Columns) -> None:
     for separator in "|;,":
         joined = {label for label in distinct if separator in label.strip(separator)}
         parts = {part.strip() for label in joined for part in label.split(separator)}
-        # A name with a comma is not a list of labels, unless its parts are labels themselves.
-        if len(joined) > 1 and parts <= distinct | parts and len(parts & distinct) > len(parts) / 2:
+        uses = Counter(part.strip() for label in distinct for part in label.split(separator))
+        # A name with a comma is not a list of labels, unless its parts occur in other labels.
+        if joined and sum(uses[part] > 1 for part in parts) > len(parts) / 2:
             several |= joined
     if several:
         count = sum(label in several for label in labels)
@@ -521,6 +523,7 @@ def _one_hot_labels(columns: _Columns, binary: Sequence[int], paths: Sequence[st
 class _SplitReading:
     """One way to read the splits of a table."""
 
+    columns: Sequence[int]
     name: str
     cells: list[str]
     splits: list[str | None]
@@ -540,8 +543,7 @@ def _find_splits(
         is_flag = fold_column(columns.names[column]) in FLAG_COLUMNS
         reading = _read_flags(columns, [column]) if is_flag else None
         reading = reading or _read_split_column(columns, column)
-        columns.notes += [reading.note] if reading.note else []
-        return reading.cells, reading.splits
+        return _use_splits([reading], columns)
     readings = _split_readings(columns)
     if not readings:
         return nothing
@@ -556,8 +558,16 @@ def _find_splits(
                 )
                 + f", or data.split_column={NONE}",
             )
-    columns.notes += [first.note] if first.note else []
-    return first.cells, first.splits
+    return _use_splits(readings, columns)
+
+
+def _use_splits(
+    readings: Sequence[_SplitReading], columns: _Columns
+) -> tuple[list[str], list[str | None]]:
+    """Return the splits of the first of equal readings; the columns of all are used up."""
+    columns.used.update(column for reading in readings for column in reading.columns)
+    columns.notes += [readings[0].note] if readings[0].note else []
+    return readings[0].cells, readings[0].splits
 
 
 def _split_readings(columns: _Columns) -> list[_SplitReading]:
@@ -593,13 +603,15 @@ def _read_split_column(columns: _Columns, column: int) -> _SplitReading:
     values = {cell for cell in cells if cell}
     if fold_column(name) == "partition" and values == set(_CELEBA):
         note = f"splits are those of {name}: 0 is train, 1 is val, 2 is test, as in CelebA"
-        return _SplitReading(name, cells, [_CELEBA.get(cell, "train") for cell in cells], note)
+        return _SplitReading(
+            [column], name, cells, [_CELEBA.get(cell, "train") for cell in cells], note
+        )
     read = {cell: _FER2013.get(fold_column(cell)) or split_from_name(cell) for cell in values}
     read[""] = "train"
     pairs = [f"{c} is {s}" for c, s in sorted(read.items()) if c and s and c.casefold() != s]
     note = f"splits are those of {name}" + (f": {list_examples(pairs)}" if pairs else "")
     note = note if pairs or fold_column(name) != "split" else ""
-    return _SplitReading(name, cells, [read[cell] for cell in cells], note)
+    return _SplitReading([column], name, cells, [read[cell] for cell in cells], note)
 
 
 def _read_flags(columns: _Columns, flags: Sequence[int]) -> _SplitReading | None:
@@ -621,7 +633,7 @@ def _read_flags(columns: _Columns, flags: Sequence[int]) -> _SplitReading | None
         splits.append((names.pop() if names else rest) if len(names) < 2 else None)
     pairs = ", ".join(f"{columns.names[c]} is {split_of[c]}" for c in flags)
     note = f"splits are those of columns: {pairs}, other lines are {rest}"
-    return _SplitReading(columns.names[flags[0]], cells, splits, note)
+    return _SplitReading(flags, columns.names[flags[0]], cells, splits, note)
 
 
 def _describe_splits(reading: _SplitReading) -> str:
