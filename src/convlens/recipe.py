@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from convlens.errors import UsageError, close_matches, did_you_mean_suffix, lookup
 from convlens.utils import yaml
@@ -34,8 +34,6 @@ ERRORS_SHOWN = 3  # errors of a recipe in one message
 
 RENAMED_KEYS = {"settings": "variants"}  # old top-level keys, for the hint in the error
 
-# Names that YAML reads as numbers are text: {12: "00012"}.
-Names = dict[Annotated[str, BeforeValidator(str)], Annotated[str, BeforeValidator(str)]]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Operations = list[tuple[str, dict[str, Any]]]
@@ -65,7 +63,8 @@ class DataConfig(Section):
         path_column, label_column, split_column: columns of a list of images, if they are not found
             by their names; `split_column: none` reads no column as the split.
         images: the folder that the paths of a list are relative to.
-        rename: new names of classes, `{old: new}`; classes with the same name become one.
+        rename: new names of classes, `{"old": "new"}`, both in quotes if they are numbers; classes
+            with the same name become one.
         on_bad: `skip` leaves out unreadable images, up to the share `max_bad` of all images and of
             the images of each class.
     """
@@ -81,7 +80,7 @@ class DataConfig(Section):
     label_column: str | None = None
     split_column: str | None = None
     images: str | None = None
-    rename: Names | None = None
+    rename: dict[str, str] | None = None
     per_class: Positive | None = None
     total_per_class: Positive | None = None
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None

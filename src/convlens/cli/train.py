@@ -156,7 +156,8 @@ def evaluate(
     if overrides:
         if data is None:
             raise UsageError(
-                "keys of a recipe say how to read the data set of --data", fix="add --data"
+                f"{overrides[0]}: these keys say how to read the data set of --data",
+                fix="add --data DATA",
             )
         config = resolve.resolve_data_config(data, overrides)
     result = evaluation.evaluate(run_dir, split, data=config, tta=tta, device=device, quiet=False)
