@@ -279,7 +279,7 @@ def interpret_table(
     split_cells, splits = _find_splits(columns, options)
     if label_column is None:
         labels = _labels_without_column(columns, columns.cells[path_column])
-    _note_folds(columns)
+    _note_folds(columns, splits is not None and "test" in splits)
     return ListCells(
         lines=[number for number, _ in lines],
         short_lines=short,
@@ -642,10 +642,14 @@ def _describe_splits(reading: _SplitReading) -> str:
     return f"{reading.name} ({parts})"
 
 
-def _note_folds(columns: _Columns) -> None:
+def _note_folds(columns: _Columns, has_test: bool) -> None:
+    """Offer a column of folds to `--folds`, as groups."""
     for column in columns.find(FOLD_COLUMNS):
+        name = columns.names[column]
         count = len({cell for cell in columns.cells[column] if cell})
-        columns.notes.append(
-            f"{columns.names[column]} has {count:,} values and is not read as a split: "
-            f"--folds {max(2, count)} draws folds"
-        )
+        note = f"{name} has {count:,} values and is not read as a split"
+        folds = count if has_test else count - 1
+        if folds > 1:
+            held_out = "" if has_test else ", one of which is held out for testing"
+            note += f": --folds {folds} data.group={_quote(name)} trains on these folds{held_out}"
+        columns.notes.append(note)

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from convlens.data.dataset import load_data
 from convlens.data.image_list import escape_csv_formula, unescape_csv_formula
 from convlens.data.list_columns import ListOptions
 from convlens.data.sources import find_source
 from convlens.data.types import DataSource
 from convlens.errors import DataError, UsageError
+from convlens.recipe import DataConfig
 from helpers.datasets import write_image
 
 
@@ -231,6 +233,26 @@ HEADERS = (
     ("file_name", "class_id", "Partition"),
     ("IMG", "Species", "usage"),
 )
+
+
+def test_a_column_of_folds_can_be_the_folds_of_a_training(images: Path) -> None:
+    """As the note says: the groups of `data.group` are the folds, and one is the test split."""
+    for number in range(20):
+        write_image(images / f"{number}.png", number)
+    rows = "".join(f"{i}.png,{'ab'[i % 2]},{i // 2 % 5}\n" for i in range(20))
+    name = write_csv(images / "folds.csv", f"path,label,fold\n{rows}")
+    assert "--folds 4 data.group=fold" in find_source(name).notes[0]
+    source = find_source(name, group="fold")
+    assert not source.notes
+    config = DataConfig(name=name, group="fold", folds=4, image_size=8)
+    folds = [load_data(replace_fold(config, fold), memory_budget=1 << 30) for fold in range(4)]
+    held_out = [{int(image[:-4]) // 2 % 5 for image in data.val.ids} for data in folds]
+    assert [len(fold) for fold in held_out] == [1, 1, 1, 1]
+    assert len(set.union(*held_out)) == 4
+
+
+def replace_fold(config: DataConfig, fold: int) -> DataConfig:
+    return config.model_copy(update={"fold": fold})
 
 
 @settings(max_examples=60, deadline=None)

@@ -194,7 +194,12 @@ def test_classes_may_have_the_names_of_splits() -> None:
 def test_a_column_of_folds_is_not_a_split() -> None:
     cells = interpret("path,label,kfold", lines(["a", "b"], ["0", "1", "2"]))
     assert cells.splits is None
-    assert "kfold has 3 values and is not read as a split: --folds 3" in cells.notes[0]
+    assert cells.notes == (
+        "kfold has 3 values and is not read as a split: --folds 2 data.group=kfold trains on these "
+        "folds, one of which is held out for testing",
+    )
+    cells = interpret("path,label,split,fold", lines(["a", "b"], ["train", "test"], ["0", "1"]))
+    assert cells.notes[0].endswith("--folds 2 data.group=fold trains on these folds")
 
 
 @pytest.mark.parametrize(
