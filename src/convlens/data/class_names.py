@@ -16,7 +16,37 @@ from convlens.errors import DataError, UsageError, close_matches, closest_match,
 # are letters' neighbors in some scripts and are removed at the ends only.
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u2060\ufeff]|^[\u200c\u200d\\s]+|[\u200c\u200d\\s]+$")
 # Cyrillic and Greek letters that look like Latin ones.
-_LOOK_ALIKES = str.maketrans("аеорсухіјѕԁһѵԛԝвкмнтαοριντυχκ", "aeopcyxijsdhvqwbkmhtaopivtuxk")
+_LOOK_ALIKES = {
+    "а": "a",
+    "е": "e",
+    "о": "o",
+    "р": "p",
+    "с": "c",
+    "у": "y",
+    "х": "x",
+    "і": "i",
+    "ј": "j",
+    "ѕ": "s",
+    "ԁ": "d",
+    "һ": "h",
+    "ѵ": "v",
+    "ԛ": "q",
+    "ԝ": "w",
+    "в": "b",
+    "к": "k",
+    "м": "m",
+    "н": "h",
+    "т": "t",
+    "α": "a",
+    "ο": "o",
+    "ρ": "p",
+    "ι": "i",
+    "ν": "v",
+    "τ": "t",
+    "υ": "u",
+    "χ": "x",
+    "κ": "k",
+}
 _NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
 MAX_LISTED_NAMES = 8
 
@@ -34,7 +64,8 @@ def fold_class_name(name: str) -> str:
 
 def _skeleton(name: str) -> str:
     """Return the same text for names that look alike, or differ in case and blanks only."""
-    folded = fold_class_name(unicodedata.normalize("NFKC", name)).translate(_LOOK_ALIKES)
+    folded = fold_class_name(unicodedata.normalize("NFKC", name))
+    folded = "".join(_LOOK_ALIKES.get(letter, letter) for letter in folded)
     return re.sub(r"[\s_-]+", "", folded) or folded
 
 

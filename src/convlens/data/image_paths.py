@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -158,24 +158,23 @@ class PathFinder:
         probes = missing[:: max(1, len(missing) // NUM_PROBES)][:NUM_PROBES]
         folders = self._folders_below() or self._folders_beside()
         hits = [f for f in folders if any(self._find_in(f, texts[path]) for path in probes)]
-        if not hits or len(hits) * len(missing) > MAX_COMPARISONS:
+        hits = hits[: max(1, MAX_COMPARISONS // len(missing))]
+        if not hits:
             return
         found = {
             folder: {p: file for p in missing if (file := self._find_in(folder, texts[p]))}
             for folder in hits
         }
         complete = [folder for folder in hits if len(found[folder]) == len(missing)]
-        num_folders = Counter(path for matches in found.values() for path in matches)
         are_all_missing = not any(files.values())
         if are_all_missing and len(complete) == 1:
             files.update(found[complete[0]])
             result.notes.append(
                 f"{len(missing):,} files were found in {self._relative(complete[0])}"
             )
-        elif are_all_missing and all(num_folders[path] == 1 for path in missing):
-            for matches in found.values():
-                files.update(matches)
-            names = [self._relative(folder) for folder in hits]
+        elif are_all_missing and (by_name := self._find_by_name(folders, texts)):
+            files.update(by_name)
+            names = sorted({self._relative(os.path.dirname(file)) for file in by_name.values()})
             result.notes.append(
                 f"{len(missing):,} files were found by name in {len(names)} folders: "
                 f"{list_examples(names)}"
@@ -192,6 +191,23 @@ class PathFinder:
                 f"{example} is there, like {count:,} of {len(missing):,}: data.images={name}"
             )
             result.fix = f"data.images={name}" if are_all_missing else ""
+
+    def _find_by_name(
+        self, folders: Sequence[str], texts: Mapping[str, Sequence[str]]
+    ) -> dict[str, str]:
+        """Return the file of each path by its name, if each occurs in exactly one of `folders`."""
+        paths_of: dict[str, list[str]] = defaultdict(list)
+        for folder in folders:
+            listing = self._listings.of(folder)
+            for name in () if listing is None else filter(is_image_name, listing.files):
+                for key in (name, os.path.splitext(name)[0]):
+                    paths_of[key].append(os.path.join(folder, name))
+        found = {}
+        for path, (*_, text) in texts.items():
+            if len(paths_of.get(text, ())) != 1:
+                return {}
+            found[path] = paths_of[text][0]
+        return found
 
     def _find_in(self, folder: str, texts: Sequence[str]) -> str | None:
         """Return the file that one of `texts` means below `folder`."""
@@ -338,7 +354,7 @@ class _Listing:
         return _group_by(names, lambda name: _fold(os.path.splitext(name)[0]))
 
 
-def _group_by(names: Iterable[str], key) -> dict[str, list[str]]:  # type: ignore[no-untyped-def]
+def _group_by(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
     groups = defaultdict(list)
     for name in sorted(names):
         groups[key(name)].append(name)
@@ -353,6 +369,7 @@ class _Listings:
 
     def __init__(self) -> None:
         self._listings: dict[str, _Listing | None] = {}
+        self._folders: dict[tuple[str, str], str] = {}  # normalized, by base and path
         self._real_folders: dict[tuple[str, str], str | None] = {}
 
     def of(self, folder: str) -> _Listing | None:
@@ -365,9 +382,12 @@ class _Listings:
         """Return the absolute path of the file `path` below `base`."""
         if not path or "\0" in path:
             return None
-        full = os.path.normpath(os.path.join(base, path))
-        folder, name = os.path.split(full)
+        parent, name = os.path.split(path)
+        if (base, parent) not in self._folders:
+            self._folders[base, parent] = os.path.normpath(os.path.join(base, parent))
+        folder = self._folders[base, parent]
         listing = self.of(folder)
+        full = os.path.join(folder, name)
         exists = os.path.isfile(full) if listing is None else name in listing.files
         return full if exists else None
 
