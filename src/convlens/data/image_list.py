@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +156,8 @@ def read_list(
         content.notes.append(
             f"not read: {list_examples(siblings)}; to read all splits, name the folder"
         )
-    return make_source(content, path, name, tested, [row.path for row in content.rows])
+    ids = [row.path for row in content.rows]
+    return make_source(content, path, name, ids, tested=tested, rename=options.rename)
 
 
 def read_rows(path: Path, options: ListOptions) -> ListContent:
@@ -193,22 +194,18 @@ def read_rows(path: Path, options: ListOptions) -> ListContent:
         content.notes.append(
             f"invisible characters were removed from the labels {list_examples(sorted(changed))}"
         )
-    rename = options.rename or {}
     for i, line in enumerate(cells.lines):
-        label = normalize_name(labels[i])
         content.rows.append(
             ListRow(
                 str(line),
                 cells.paths[i],
                 resolution.files[i],
-                rename.get(label, label),
+                normalize_name(labels[i]),
                 cells.split_cells[i],
                 "train" if cells.splits is None else cells.splits[i],
                 None if cells.groups is None else cells.groups[i],
             )
         )
-    if options.rename:
-        check_renamed(options.rename, dict.fromkeys(map(normalize_name, labels)))
     return content
 
 
@@ -231,18 +228,27 @@ def make_source(
     content: ListContent,
     where: Path,
     name: str,
-    tested: bool,
     ids: Sequence[str],
+    *,
+    tested: bool,
+    rename: Mapping[str, str] | None = None,
 ) -> DataSource:
     """Check all rows together and return them as a data source.
 
     Args:
         where: the list or its folder, for messages.
         ids: name of the image of each row.
+        tested: as in `sources.find_source`.
+        rename: new names of classes.
 
     Raises:
         DataError: lists everything that is wrong.
+        UsageError: `rename` names a class that does not exist.
     """
+    if rename:
+        check_renamed(rename, sorted({row.label for row in content.rows}))
+        renamed = [replace(row, label=rename.get(row.label, row.label)) for row in content.rows]
+        content = replace(content, rows=renamed)
     rows = content.rows
     names = _check_rows(content, where, tested)
     notes = list(content.notes)

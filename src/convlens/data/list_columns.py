@@ -122,6 +122,7 @@ FLAG_COLUMNS = {
 }
 FOLD_COLUMNS = ("fold", "folds", "kfold", "cvfold", "foldid", "foldnumber", "foldidx")
 MIN_SHARE = 0.95  # of the cells of an ambiguous column that are files
+MAX_UNIQUE_LABELS = 10  # lines of a list whose labels may all differ
 NONE = "none"  # value of data.split_column: no column is read as the split
 
 _FER2013 = {"publictest": "val", "privatetest": "test"}  # the competition's validation and test
@@ -313,10 +314,12 @@ def _split_header(
     # Not a column of line numbers, if there is another one.
     cells = {i: [line[i] for _, line in table.lines if len(line) > i] for i in others}
     others.sort(key=lambda i: not _may_be_classes(cells[i]))
-    if others:
+    if others and (_may_be_classes(cells[others[0]]) or len(table.lines) <= MAX_UNIQUE_LABELS):
         header[others[0]] = "label"
     positions = " and ".join(
-        f"column {header.index(name) + 1} is the {name}" for name in ("path", "label")[: len(first)]
+        f"column {header.index(name) + 1} is the {name}"
+        for name in ("path", "label")
+        if name in header
     )
     return header, table.lines, [f"the first line is an image, not a header: {positions}"]
 
@@ -473,8 +476,8 @@ def _multi_label(lines: str, examples: Sequence[str], columns: _Columns) -> Data
 def _labels_without_column(columns: _Columns, paths: Sequence[str]) -> list[str]:
     """Return the labels of a table without a label column.
 
-    They are in columns of zeros and ones, one for each class, or if there are no other columns,
-    they are the folders of the images.
+    They are in columns of zeros and ones, one for each class, or if there are no other columns but
+    identifiers, they are the folders of the images.
     """
     ignored = {*columns.used, *columns.find(FOLD_COLUMNS)}
     rest = [i for i in range(len(columns.names)) if i not in ignored]
@@ -482,7 +485,8 @@ def _labels_without_column(columns: _Columns, paths: Sequence[str]) -> list[str]
     if len(binary) > 1:
         return _one_hot_labels(columns, binary, paths)
     folders = [re.split(r"[/\\]", path)[-2:-1] for path in paths]
-    if not rest and all(folders) and len({folder for (folder,) in folders}) > 1:
+    are_identifiers = not any(_may_be_classes(columns.cells[i]) for i in rest)
+    if are_identifiers and all(folders) and len({folder for (folder,) in folders}) > 1:
         columns.notes.append("there is no column of labels: they are the folders of the images")
         return [folder for (folder,) in folders]
     fix = "the first line names the columns: path,label[,split][,a group column]"

@@ -26,7 +26,7 @@ from convlens.data.image_list import LIST_SUFFIXES, ListContent, make_source, re
 from convlens.data.layout import SPLITS, Problem, list_examples, raise_problems, split_from_name
 from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions
 from convlens.data.types import DataSource, FilePaths, Part, is_image_name
-from convlens.errors import DataError
+from convlens.errors import ConvlensError, DataError, UsageError
 
 # Text files that are not lists of labeled images although they may look like one.
 _OTHER_FILES = re.compile(r"readme|licen[sc]e|requirements|submission|^(classes|labels)\.txt$")
@@ -66,6 +66,7 @@ def read_listed_folder(
     """
     root = _unwrap(root)
     lists, errors = _read_lists(root, options)
+    # Keys about a list are given, so there has to be one.
     has_options = replace(options, rename=None) != DEFAULT_OPTIONS
     if _has_class_folders(root) and not has_options:
         split_lists = _lists_of_split_folders(root, lists)
@@ -76,12 +77,14 @@ def read_listed_folder(
             source = read_folder(root, name, tested=tested)
             source = replace(source, notes=(*source.notes, *notes))
         return rename_classes(source, options.rename) if options.rename else source
+    if not lists and has_options:
+        raise next(iter(errors.values()))
     if not lists:
         return _read_folder_or_explain(root, name, errors, tested)
     content, ids = _join_lists(root, name, lists)
     for path, error in errors.items():
         content.notes.append(f"{_relative(path, root)} is not used: {error.what}")
-    return make_source(content, root, name, tested, ids)
+    return make_source(content, root, name, ids, tested=tested, rename=options.rename)
 
 
 def _unwrap(folder: Path) -> Path:
@@ -119,13 +122,13 @@ def _filled_folders(folder: Path) -> list[Path]:
 
 def _read_lists(
     root: Path, options: ListOptions
-) -> tuple[dict[Path, ListContent], dict[Path, DataError]]:
+) -> tuple[dict[Path, ListContent], dict[Path, ConvlensError]]:
     """Return the lists that can be read, and the errors of files that only look like lists."""
-    lists, errors = dict[Path, ListContent](), dict[Path, DataError]()
+    lists, errors = dict[Path, ListContent](), dict[Path, ConvlensError]()
     for path in find_lists(root):
         try:
             content = read_rows(path, options)
-        except DataError as error:
+        except (DataError, UsageError) as error:
             errors[path] = error
             continue
         if any(row.file is not None for row in content.rows):
@@ -137,7 +140,7 @@ def _read_lists(
 
 
 def _read_folder_or_explain(
-    root: Path, name: str, errors: Mapping[Path, DataError], tested: bool
+    root: Path, name: str, errors: Mapping[Path, ConvlensError], tested: bool
 ) -> DataSource:
     """Read class folders; if there are none, name the file that may be a list, too."""
     try:

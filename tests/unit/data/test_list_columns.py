@@ -259,6 +259,13 @@ def test_a_list_of_paths_has_its_labels_in_the_folders() -> None:
     assert "they are the folders of the images" in cells.notes[0]
 
 
+def test_a_list_of_numbered_paths_has_its_labels_in_the_folders() -> None:
+    """`images.txt` of CUB-200-2011."""
+    cells = interpret(None, [f"{i},{'cat' if i % 2 else 'dog'}/{i}.png" for i in range(1, 21)])
+    assert cells.labels == ["cat", "dog"] * 10
+    assert cells.paths[0] == "cat/1.png"
+
+
 def test_a_csv_of_pixels_is_named() -> None:
     with pytest.raises(DataError, match="pixels holds pixels, not a file"):
         interpret("emotion,pixels", [f"{i},{' '.join(['70'] * 100)}" for i in range(3)])

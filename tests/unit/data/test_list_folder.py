@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from convlens.data.list_columns import ListOptions
 from convlens.data.list_folder import find_lists
 from convlens.data.sources import find_source
 from convlens.data.types import DataSource
-from convlens.errors import DataError
+from convlens.errors import DataError, UsageError
 from helpers.datasets import write_class_folders, write_image
 
 NAMES = ["cat_0", "cat_1", "dog_0", "dog_1"]
@@ -131,6 +132,21 @@ def test_a_list_with_other_classes_than_the_folders_is_ambiguous(root: Path) -> 
     assert "folders left, right" in caught.value.what
     assert str(root / "labels.csv") in caught.value.fix
     assert find_source(str(root / "labels.csv")).classes == ("a", "b")
+
+
+def test_keys_choose_the_list_and_rename_the_classes_of_all_lists(root: Path) -> None:
+    write_class_folders(root, {"left": 2, "right": 2})
+    (root / "labels.csv").write_text("path,sort\nleft/0.png,Cat\nleft/1.png,dog\nright/0.png,cat\n")
+    (root / "notes.csv").write_text("day,weather\n1,rain\n")
+    options = ListOptions(label_column="sort", rename={"Cat": "cat"})
+    source = find_source(str(root), options=options)
+    assert (source.classes, counts(source)) == (("cat", "dog"), {"train": 3})
+    assert "notes.csv is not used: no column 'path'" in source.notes[-1]
+    # Without keys for the list the folders are the classes, which can be renamed as well.
+    source = find_source(str(root), options=ListOptions(rename={"left": "L"}))
+    assert source.classes == ("L", "right")
+    with pytest.raises(UsageError, match="no column 'kid' for"):
+        find_source(str(root), options=ListOptions(label_column="kid"))
 
 
 def test_two_lists_are_ambiguous(root: Path) -> None:
