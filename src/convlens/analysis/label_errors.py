@@ -30,7 +30,7 @@ from convlens.data import audit, duplicates
 from convlens.data.dataset import Data, Split, load_data
 from convlens.data.decode import UnreadableImage, decode, fit_arrays
 from convlens.data.image_list import escape_csv_formula
-from convlens.data.sources import configured_source
+from convlens.data.sources import find_configured_source
 from convlens.data.types import DataSource, EncodedFiles, FilePaths, Part
 from convlens.device import memory_budget, preserve_torch_settings, select_device
 from convlens.engine.inference import place_model, probabilities, split_logits
@@ -516,7 +516,7 @@ def write_review(report: LabelReport, config: DataConfig, data: Data, folder: Pa
         config: source of the images.
         data: the data set, with its held-out test images and unreadable files.
     """
-    source = configured_source(config)
+    source = find_configured_source(config)
     trainable = isinstance(source.parts["train"].images, FilePaths)
     text = _review_csv(report, source, config.group, data)
     path = _unused_csv_path(folder, text)

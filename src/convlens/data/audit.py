@@ -30,7 +30,7 @@ from convlens.data.decode import (
     probe_image,
 )
 from convlens.data.duplicates import Duplicates
-from convlens.data.sources import REMARKS, configured_source
+from convlens.data.sources import REMARKS, find_configured_source
 from convlens.data.splits import LoadedPart, describe_splits, make_splits
 from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
 from convlens.errors import DataError
@@ -150,7 +150,7 @@ def audit(config: DataConfig) -> Audit:
         DataError: The source is malformed (no classes, an invalid CSV, ...).
         UsageError: Unknown name.
     """
-    source = configured_source(config)
+    source = find_configured_source(config)
     total = sum(len(part.labels) for part in source.parts.values())
     with progress_bar("inspecting images", total) as bar:
         inspected = {name: inspect_images(part, bar) for name, part in source.parts.items()}

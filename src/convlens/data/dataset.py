@@ -34,7 +34,7 @@ from convlens.data.class_names import match_class_names
 from convlens.data.decode import UnreadableImage, probe_image
 from convlens.data.duplicates import Duplicates
 from convlens.data.layout import list_examples
-from convlens.data.sources import configured_source, find_source
+from convlens.data.sources import find_configured_source, find_source
 from convlens.data.splits import (
     LoadedPart,
     Split,
@@ -106,7 +106,7 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
             are too small to split, or the source is missing or malformed.
         UsageError: Unknown name, or keys that do not apply to this source.
     """
-    source = configured_source(config)
+    source = find_configured_source(config)
     for note in source.notes:
         print_status(escape(f"{source.name}: {note}"))
     conversion = _resolve_conversion(config, source.parts["train"])
@@ -190,7 +190,7 @@ def load_external_data(
         source = find_source(name, image_size=image_size, tested=tested)
     else:
         keys = config.model_copy(update={"name": name, "image_size": image_size})
-        source = configured_source(keys, tested=tested)
+        source = find_configured_source(keys, tested=tested)
     if model_classes is not None:
         source = _match_classes(source, model_classes)
     for note in source.notes:

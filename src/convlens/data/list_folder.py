@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +52,12 @@ def find_lists(folder: Path) -> list[Path]:
 
 
 def read_listed_folder(
-    root: Path, name: str, options: ListOptions = DEFAULT_OPTIONS, *, tested: bool = False
+    root: Path,
+    name: str,
+    options: ListOptions = DEFAULT_OPTIONS,
+    *,
+    read_class_folders: Callable[..., DataSource] = read_folder,
+    tested: bool = False,
 ) -> DataSource:
     """Read a folder in which there are files that may be lists (`find_lists`).
 
@@ -60,6 +65,7 @@ def read_listed_folder(
         root: contains class folders, or one list, or lists named after splits, or folders named
             after splits with a list in each.
         name, options, tested: as for `read_list`.
+        read_class_folders: reads class folders, with the arguments of `read_folder`.
 
     Raises:
         DataError: it is not clear what to read, or a list is wrong.
@@ -71,16 +77,19 @@ def read_listed_folder(
     if _has_class_folders(root) and not has_options:
         split_lists = _lists_of_split_folders(root, lists)
         if split_lists:
-            source = _read_folders_and_lists(root, name, split_lists, tested)
+            source = _read_folders_and_lists(root, name, split_lists, read_class_folders, tested)
         else:
             notes = _compare_with_folders(root, name, lists)
-            source = read_folder(root, name, tested=tested)
+            source = read_class_folders(root, name, tested=tested)
             source = replace(source, notes=(*source.notes, *notes))
         return rename_classes(source, options.rename) if options.rename else source
     if not lists and has_options:
         raise next(iter(errors.values()))
     if not lists:
-        return _read_folder_or_explain(root, name, errors, tested)
+        try:
+            return read_class_folders(root, name, tested=tested)
+        except DataError as error:
+            raise _explain_unusable(error, root, errors) from error
     content, ids = _join_lists(root, name, lists)
     for path, error in errors.items():
         content.notes.append(f"{_relative(path, root)} is not used: {error.what}")
@@ -139,20 +148,17 @@ def _read_lists(
     return lists, errors
 
 
-def _read_folder_or_explain(
-    root: Path, name: str, errors: Mapping[Path, ConvlensError], tested: bool
-) -> DataSource:
-    """Read class folders; if there are none, name the file that may be a list, too."""
-    try:
-        return read_folder(root, name, tested=tested)
-    except DataError as error:
-        path, list_error = next(iter(errors.items()))
-        raise DataError(
-            f"{error.what}; {_relative(path, root)} can't be read as a list of images: "
-            f"{list_error.what}",
-            where=error.where,
-            fix=list_error.fix or error.fix,
-        ) from list_error
+def _explain_unusable(
+    error: DataError, root: Path, errors: Mapping[Path, ConvlensError]
+) -> DataError:
+    """Return the error of a folder without class folders that names the file that may be a list."""
+    path, list_error = next(iter(errors.items()))
+    return DataError(
+        f"{error.what}; {_relative(path, root)} can't be read as a list of images: "
+        f"{list_error.what}",
+        where=error.where,
+        fix=list_error.fix or error.fix,
+    )
 
 
 def _join_lists(
@@ -212,14 +218,18 @@ def _lists_of_split_folders(
 
 
 def _read_folders_and_lists(
-    root: Path, name: str, lists: Mapping[str, tuple[Path, ListContent]], tested: bool
+    root: Path,
+    name: str,
+    lists: Mapping[str, tuple[Path, ListContent]],
+    read_class_folders: Callable[..., DataSource],
+    tested: bool,
 ) -> DataSource:
     """Read splits with class folders, and the other splits by their lists."""
     folders = {split_from_name(f.name): f for f in _subfolders(root) if len(_filled_folders(f)) > 1}
     if "train" not in folders and not tested:
         raise DataError("no train folder with class folders", where=str(root))
     sources = {
-        split: read_folder(folders[split], name, tested=split != "train")
+        split: read_class_folders(folders[split], name, tested=split != "train")
         for split in SPLITS
         if split in folders
     }

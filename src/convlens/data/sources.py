@@ -104,7 +104,7 @@ def find_source(
     count: int | None = None,
     image_size: int | None = None,
     group: str | None = None,
-    options: ListOptions = DEFAULT_OPTIONS,
+    lists: ListOptions = DEFAULT_OPTIONS,
     tested: bool = False,
 ) -> DataSource:
     """Return the data set called `name`: a built-in set, a path, or a folder under `data/`.
@@ -115,7 +115,7 @@ def find_source(
         count: number of images to generate; only for `shapes`.
         image_size: size of the generated `shapes`.
         group: column of a list; images with equal values stay in one split.
-        options: how to read a list of images. Classes of other sources are renamed, too.
+        lists: how to read a list of images. Classes of other sources are renamed, too.
         tested: the set is only used to evaluate a model: `train` may be missing, there may be a
             single class, and a class may have no images or no training images.
 
@@ -128,12 +128,12 @@ def find_source(
             "data.count applies only to the generated set `shapes`", where=f"data.name={name}"
         )
     path = None if name in SOURCES else _find_path(name)
-    options = replace(options, group=group)
+    lists = replace(lists, group=group)
     if path is not None and path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
-        return read_list(path, name, options, tested=tested)
+        return read_list(path, name, lists, tested=tested)
     if path is not None and path.is_dir() and not holds_shards(path) and find_lists(path):
-        return read_listed_folder(path, name, options, tested=tested)
-    for key, value in asdict(options).items():
+        return read_listed_folder(path, name, lists, tested=tested)
+    for key, value in asdict(lists).items():
         if value is not None and key != "rename":
             raise UsageError(
                 f"data.{key} applies only to CSV files and other lists of images",
@@ -149,17 +149,17 @@ def find_source(
         source = read_shards(_expand_user(name), name, tested=tested)
     else:
         raise _unknown_name(name)
-    return rename_classes(source, options.rename) if options.rename else source
+    return rename_classes(source, lists.rename) if lists.rename else source
 
 
-def configured_source(config: DataConfig, *, tested: bool = False) -> DataSource:
+def find_configured_source(config: DataConfig, *, tested: bool = False) -> DataSource:
     """Return the data set that the data section of a recipe describes; see `find_source`."""
     return find_source(
         config.name,
         count=config.count,
         image_size=None if config.image_size == "auto" else int(config.image_size),
         group=config.group,
-        options=ListOptions(
+        lists=ListOptions(
             path_column=config.path_column,
             label_column=config.label_column,
             split_column=config.split_column,

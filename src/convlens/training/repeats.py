@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from convlens import distributed, evaluation, metrics, run, run_plots
-from convlens.data.sources import configured_source
+from convlens.data.sources import find_configured_source
 from convlens.data.splits import is_drawn_split
 from convlens.errors import UsageError
 from convlens.evaluation import Evaluation
@@ -206,7 +206,7 @@ def _check_plan(
             )
     data = plans[0].recipe.data
     if repeat_splits > 1:
-        source = configured_source(data)
+        source = find_configured_source(data)
         if not is_drawn_split(data, source):
             raise UsageError(
                 f"--repeat-splits {repeat_splits} would repeat the same split: {data.name!r} comes "

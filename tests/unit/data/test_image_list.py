@@ -122,7 +122,7 @@ def read_rows_of(root: Path, header: str, row: str, **options: str) -> DataSourc
     """Read a CSV with a row for each image: a format of `name`, `label` and `i`."""
     rows = [row.format(name=n, label=n[:3], i=i) for i, n in enumerate(NAMES)]
     name = write_csv(root / "a.csv", "\n".join([header, *rows]))
-    return find_source(name, options=ListOptions(**options))  # type: ignore[arg-type]
+    return find_source(name, lists=ListOptions(**options))  # type: ignore[arg-type]
 
 
 def test_images_of_another_folder_are_found_or_named(images: Path) -> None:
@@ -182,7 +182,7 @@ def test_labels_that_look_alike_are_named(images: Path) -> None:
         "(2, 1 images); data.rename merges them",
     )
     renamed = ListOptions(rename={"c\u0430t": "dog"})
-    assert find_source(str(images / "a.csv"), options=renamed).classes == ("cat", "dog")
+    assert find_source(str(images / "a.csv"), lists=renamed).classes == ("cat", "dog")
 
 
 def test_a_renamed_class_fits_the_training_classes(images: Path) -> None:
@@ -193,10 +193,10 @@ def test_a_renamed_class_fits_the_training_classes(images: Path) -> None:
     name = write_csv(images / "a.csv", text)
     with pytest.raises(DataError, match="classes in val that train lacks: Cat"):
         find_source(name)
-    source = find_source(name, options=ListOptions(rename={"Cat": "cat"}))
+    source = find_source(name, lists=ListOptions(rename={"Cat": "cat"}))
     assert source.parts["val"].labels.tolist() == [0, 1]
     with pytest.raises(UsageError, match=r"data.rename: no class 'Dog'"):
-        find_source(name, options=ListOptions(rename={"Dog": "dog"}))
+        find_source(name, lists=ListOptions(rename={"Dog": "dog"}))
 
 
 def test_splits_with_numbers_name_the_column_that_means_them(images: Path) -> None:

@@ -139,14 +139,14 @@ def test_keys_choose_the_list_and_rename_the_classes_of_all_lists(root: Path) ->
     (root / "labels.csv").write_text("path,sort\nleft/0.png,Cat\nleft/1.png,dog\nright/0.png,cat\n")
     (root / "notes.csv").write_text("day,weather\n1,rain\n")
     options = ListOptions(label_column="sort", rename={"Cat": "cat"})
-    source = find_source(str(root), options=options)
+    source = find_source(str(root), lists=options)
     assert (source.classes, counts(source)) == (("cat", "dog"), {"train": 3})
     assert "notes.csv is not used: no column 'path'" in source.notes[-1]
     # Without keys for the list the folders are the classes, which can be renamed as well.
-    source = find_source(str(root), options=ListOptions(rename={"left": "L"}))
+    source = find_source(str(root), lists=ListOptions(rename={"left": "L"}))
     assert source.classes == ("L", "right")
     with pytest.raises(UsageError, match="no column 'kid' for"):
-        find_source(str(root), options=ListOptions(label_column="kid"))
+        find_source(str(root), lists=ListOptions(label_column="kid"))
 
 
 def test_two_lists_are_ambiguous(root: Path) -> None:
