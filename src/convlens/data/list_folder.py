@@ -91,8 +91,8 @@ def read_listed_folder(
         except DataError as error:
             raise _explain_unusable(error, root, errors) from error
     content, ids = _join_lists(root, name, lists)
-    for path, error in errors.items():
-        content.notes.append(f"{_relative(path, root)} is not used: {error.what}")
+    for path, list_error in errors.items():
+        content.notes.append(f"{_relative(path, root)} is not used: {list_error.what}")
     return make_source(content, root, name, ids, tested=tested, rename=options.rename)
 
 
