@@ -35,8 +35,9 @@ from convlens.distributed import SINGLE_PROCESS, ProcessGroup, init_process_grou
 from convlens.engine import inference
 from convlens.engine.data_parallel import distributed_map
 from convlens.engine.inference import ModelOutputs, place_model, split_outputs
-from convlens.errors import DataError, ModelFileError, closest_match, lookup
+from convlens.errors import DataError, ModelFileError, lookup
 from convlens.onnx_model import load_model_or_onnx
+from convlens.recipe import DataConfig
 from convlens.run import (
     LoadedModel,
     RunDir,
@@ -117,7 +118,7 @@ def evaluate(
     run: RunLike,
     split: str = "test",
     *,
-    data: str | Path | None = None,
+    data: str | Path | DataConfig | None = None,
     tta: str | None = None,
     device: str | None = None,
     quiet: bool = True,
@@ -131,7 +132,8 @@ def evaluate(
         run: a run by name, folder or model file, or a `Run`.
         split: `test`, `val` or `train`. Of another data set, the part of that name if it has
             parts, otherwise all images.
-        data: another data set, whose classes are matched by name.
+        data: another data set, or a data section of a recipe with the keys to read it. Its classes
+            are matched by name; case and leading zeros do not matter.
         tta: test-time augmentation, `flip` or `flip+shifts`. Its metrics are reported in addition
             to those without it. Only for classes that a mirror image does not change.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
@@ -183,7 +185,7 @@ def load_eval_split(
     loaded: LoadedModel,
     split: str,
     *,
-    data: str | Path | None = None,
+    data: str | Path | DataConfig | None = None,
     device: str,
     own_data: Data | None = None,
 ) -> EvalSplit:
@@ -201,15 +203,17 @@ def load_eval_split(
         name, fingerprint = own_data.name, own_data.fingerprint
     else:
         part, classes, name, fingerprint = load_external_data(
-            str(data),
+            data.name if isinstance(data, DataConfig) else str(data),
             split,
             conversion=loaded.preprocessing.conversion,
             memory_budget=memory_budget(device),
             tested=True,
             run=loaded.folder,
             model_classes=loaded.classes,
+            config=data if isinstance(data, DataConfig) else None,
         )
-    labels = _match_classes(part.labels, classes, loaded.classes, name)
+    positions = torch.tensor([loaded.classes.index(label) for label in classes])
+    labels = positions[part.labels]
     return EvalSplit(replace(part, labels=labels), name, fingerprint)
 
 
@@ -250,24 +254,6 @@ def _own_split(data: Data, split: str) -> Split:
             fix="use its test split (--split test), or another data set (--data)",
         )
     return data.val if split == "val" else data.train
-
-
-def _match_classes(
-    labels: torch.Tensor, data_classes: Sequence[str], model_classes: Sequence[str], name: str
-) -> torch.Tensor:
-    """Return the labels in the model's order of classes, matched by name and never by position."""
-    unknown = [label for label in data_classes if label not in model_classes]
-    if unknown:
-        near = {label: closest_match(label, model_classes) for label in unknown[:8]}
-        shown = (f"{label} (it has {match})" if match else label for label, match in near.items())
-        raise DataError(
-            f"the model doesn't know {len(unknown)} of the classes: {', '.join(shown)}",
-            where=name,
-            fix=f"its classes are: {', '.join(model_classes[:12])}"
-            f"{' ...' if len(model_classes) > 12 else ''}",
-        )
-    positions = [model_classes.index(label) for label in data_classes]
-    return torch.tensor(positions, dtype=torch.int64)[labels]
 
 
 def evaluate_split(

@@ -78,6 +78,11 @@ class DataConfig(Section):
         total_per_class: number of training and validation images of each class together, so all
             images that a model is trained on or selected by. `val_fraction` is then a share of
             these, and the remaining images are not used.
+        path_column, label_column, split_column: columns of a list of images, if they are not found
+            by their names; `split_column: none` reads no column as the split.
+        images: the folder that the paths of a list are relative to.
+        rename: new names of classes, `{"old": "new"}`, both in quotes if they are numbers; classes
+            with the same name become one.
         on_bad: `skip` leaves out unreadable images, up to the share `max_bad` of all images and of
             the images of each class.
         duplicates: what is done about images that are equal, byte for byte. `drop` keeps one of
@@ -102,6 +107,11 @@ class DataConfig(Section):
     without: tuple[str, ...] = ()
     min_images: Positive | None = None
     group: str | None = None
+    path_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+    images: str | None = None
+    rename: dict[str, str] | None = None
     per_class: Positive | None = None
     total_per_class: Positive | None = None
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None

@@ -18,7 +18,7 @@ import io
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +30,12 @@ from rich.markup import escape
 
 from convlens.data import duplicates
 from convlens.data.cache import ArrayRows, DecodedRows, as_index
+from convlens.data.class_names import match_class_names
 from convlens.data.conversion import choose_conversion
 from convlens.data.decode import Conversion
 from convlens.data.duplicates import Duplicates
 from convlens.data.folder_layout import LayoutOptions
+from convlens.data.layout import list_examples
 from convlens.data.sources import find_configured_source, find_source
 from convlens.data.splits import (
     LoadedPart,
@@ -262,6 +264,7 @@ def load_external_data(
     tested: bool = False,
     run: Path | None = None,
     model_classes: Sequence[str] | None = None,
+    config: DataConfig | None = None,
 ) -> tuple[Split, tuple[str, ...], str, str]:
     """Load a data set for a trained model, converted to the model's input.
 
@@ -274,17 +277,27 @@ def load_external_data(
         memory_budget: In bytes.
         tested: As for `find_source`.
         run: Run directory of the model. A message says how many of the images it was trained on.
-        model_classes: Classes of the model. They settle how folders are read that could be
-            classes or splits.
+        model_classes: Classes of the model. Those of the set are matched with them, before any
+            image is read, and returned under the model's names. They also settle how folders are
+            read that could be classes or splits.
+        config: A data section with the keys that say how to read the set.
 
     Returns:
         `(split, classes, name, fingerprint)` of the set.
 
     Raises:
-        DataError: The set has no such part, or images can't be read; otherwise as `load_data`.
+        DataError: The set has no such part, the model does not know a class, or images can't be
+            read; otherwise as `load_data`.
     """
-    layout = LayoutOptions(known_classes=tuple(model_classes or ()))
-    source = find_source(name, image_size=conversion.size, layout=layout, tested=tested)
+    known_classes = tuple(model_classes or ())
+    if config is None:
+        layout = LayoutOptions(known_classes=known_classes)
+        source = find_source(name, image_size=conversion.size, layout=layout, tested=tested)
+    else:
+        keys = config.model_copy(update={"name": name, "image_size": conversion.size})
+        source = find_configured_source(keys, tested=tested, known_classes=known_classes)
+    if model_classes is not None:
+        source = _match_classes(source, model_classes)
     _print_notes(source.name, source.notes)
     only_part = next(iter(source.parts.values())) if len(source.parts) == 1 else None
     part = only_part or source.parts.get(split)
@@ -307,6 +320,17 @@ def load_external_data(
     keep_in_memory = loaded.rows.shape[0] * conversion.image_bytes <= memory_budget
     images = loaded.split(loaded.all(), keep_in_memory=keep_in_memory)
     return images, source.classes, source.name, fingerprint
+
+
+def _match_classes(source: DataSource, model_classes: Sequence[str]) -> DataSource:
+    """Return the source with the model's names of its classes, and a note if they differ."""
+    matches = match_class_names(source.classes, model_classes, source.name)
+    changed = [f"{name} is {match}" for name, match in matches.items() if name != match]
+    if not changed:
+        return source
+    note = f"classes matched with those of the model: {list_examples(changed)}"
+    classes = tuple(matches[name] for name in source.classes)
+    return replace(source, classes=classes, notes=(*source.notes, note))
 
 
 def data_from_arrays(

@@ -1,4 +1,4 @@
-"""Find a data set by name or path: built-in sets, image folders, CSV files and shards.
+"""Find a data set by name or path: built-in sets, image folders, lists of images and shards.
 
 To add a built-in set, write a function that returns its `DataSource` and add a line to `SOURCES`;
 files to download are listed in `download.py`.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,14 @@ import numpy.typing as npt
 
 from convlens.data import download
 from convlens.data.cache import FixedSizeRecords
+from convlens.data.class_names import rename_classes
 from convlens.data.decode import Pixels
 from convlens.data.folder_layout import LayoutOptions
 from convlens.data.image_folder import read_folder
-from convlens.data.image_list import read_csv
+from convlens.data.image_list import LIST_SUFFIXES, read_list
 from convlens.data.layout import ClassChoice, list_examples, printable, split_from_name
+from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions
+from convlens.data.list_folder import find_lists, read_listed_folder
 from convlens.data.scan import is_directory
 from convlens.data.types import DataSource, EncodedFiles, ImageSource, NumberedStrings, Part
 from convlens.data.webdataset import holds_shards, is_pattern, read_shards
@@ -109,6 +113,13 @@ def find_configured_source(
         group=config.group,
         layout=LayoutOptions(config.layout, config.class_level, tuple(known_classes)),
         choice=ClassChoice(config.classes, config.without, config.min_images or 0),
+        lists=ListOptions(
+            path_column=config.path_column,
+            label_column=config.label_column,
+            split_column=config.split_column,
+            images=config.images,
+            rename=config.rename,
+        ),
         tested=tested,
     )
 
@@ -121,6 +132,7 @@ def find_source(
     group: str | None = None,
     layout: LayoutOptions | None = None,
     choice: ClassChoice | None = None,
+    lists: ListOptions = DEFAULT_OPTIONS,
     tested: bool = False,
 ) -> DataSource:
     """Return the data set called `name`: a built-in set, a path, or a folder under `data/`.
@@ -134,6 +146,7 @@ def find_source(
             images with equal values stay in one split.
         layout: how a folder is read that has several readings.
         choice: the classes to use; by default all.
+        lists: how to read a list of images. Classes of other sources are renamed, too.
         tested: the set is only used to evaluate a model: `train` may be missing, there may be a
             single class, and a class may have no images or no training images.
 
@@ -147,17 +160,36 @@ def find_source(
         )
     choice = choice or ClassChoice()
     path = None if name in SOURCES else _find_path(name)
-    if path is not None and path.is_dir() and not holds_shards(path):
-        # The classes are chosen before the folder is checked: others may be empty, for example.
-        source = read_folder(path, name, options=layout, choice=choice, tested=tested)
-    else:
-        if name == "shapes":
-            source = _shapes(count or 2000, image_size or 32)
-        elif name in SOURCES:
-            source = SOURCES[name]()
-        else:
-            source = _read_path(path, name, group, tested)
+    lists = replace(lists, group=group)
+    is_list = path is not None and path.is_file() and path.suffix.lower() in LIST_SUFFIXES
+    is_folder = path is not None and path.is_dir() and not holds_shards(path)
+    if path is not None and is_list:
+        source = read_list(path, name, lists, tested=tested)
         source = source.with_classes(choice.keep(source.classes, name))
+    elif path is not None and is_folder and find_lists(path):
+        source = read_listed_folder(
+            path,
+            name,
+            lists,
+            read_class_folders=partial(read_folder, options=layout, choice=choice),
+            choice=choice,
+            tested=tested,
+        )
+    else:
+        _refuse_list_options(lists, name)
+        if path is not None and is_folder:
+            # The classes are chosen before the folder is checked: others may be empty, for example.
+            source = read_folder(path, name, options=layout, choice=choice, tested=tested)
+        else:
+            if name == "shapes":
+                source = _shapes(count or 2000, image_size or 32)
+            elif name in SOURCES:
+                source = SOURCES[name]()
+            else:
+                source = _read_path(path, name, tested)
+            source = source.with_classes(choice.keep(source.classes, name))
+        if lists.rename:
+            source = rename_classes(source, lists.rename)
     if choice.min_images:
         source = _without_small_classes(source, choice.min_images)
     if choice != ClassChoice() and len(source.classes) < 2 and not tested:
@@ -171,23 +203,30 @@ def find_source(
     return source
 
 
-def _read_path(path: Path | None, name: str, group: str | None, tested: bool) -> DataSource:
-    """Read shards or a file."""
+def _refuse_list_options(lists: ListOptions, name: str) -> None:
+    """Refuse keys that say how to read a list; the others apply to every data set."""
+    for key, value in asdict(replace(lists, rename=None, group=None)).items():
+        if value is not None:
+            raise UsageError(
+                f"data.{key} applies only to CSV files and other lists of images",
+                where=f"data.name={name}",
+            )
+
+
+def _read_path(path: Path | None, name: str, tested: bool) -> DataSource:
+    """Read shards, or a file that is not a list."""
     if path is None:
         if is_pattern(name):
             return read_shards(_expand_user(name), name, tested=tested)
         raise _unknown_name(name)
-    if path.is_dir():
+    if path.is_dir() or path.suffix.lower() == ".tar":
         return read_shards(path, name, tested=tested)
-    suffix = path.suffix.lower()
-    if suffix in FILE_READERS:
-        return FILE_READERS[suffix](path, name, group, tested)
-    is_archive = path.suffix in (".zip", ".gz", ".tgz", ".xz")
-    raise DataError(
-        "this file is not a CSV or a tar",
-        where=str(path),
-        fix="unpack it and name the folder" if is_archive else "name a folder or a CSV",
-    )
+    fix = f"name a folder or a list of images ({', '.join(LIST_SUFFIXES)})"
+    if path.suffix.lower() in (".zip", ".gz", ".tgz", ".xz", ".7z", ".rar"):
+        fix = "unpack it and name the folder"
+    elif path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        fix = "save it as CSV (UTF-8) and name that file"
+    raise DataError("this file is not a CSV or a tar", where=str(path), fix=fix)
 
 
 def _without_small_classes(source: DataSource, min_images: int) -> DataSource:
@@ -268,18 +307,6 @@ def _group_by_pattern(source: DataSource, pattern: str) -> DataSource:
     return DataSource(source.name, source.classes, parts, tuple(notes))
 
 
-def _read_tar(path: Path, name: str, group: str | None, tested: bool) -> DataSource:
-    return read_shards(path, name, tested=tested)
-
-
-# How a single file is read, by its suffix.
-FILE_READERS: dict[str, Callable[[Path, str, str | None, bool], DataSource]] = {
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".tar": _read_tar,
-}
-
-
 def data_roots() -> list[Path]:
     """Return the folders that contain data sets: `$CONVLENS_DATA`, then `data/`.
 
@@ -308,7 +335,7 @@ def known_names(name: str = "") -> list[str]:
 
 def _looks_like_path(name: str) -> bool:
     """Return whether `name` is a path or written like one; then it is not a misspelled name."""
-    path_syntax = "/" in name or os.sep in name or name.lower().endswith((".csv", ".tsv", ".tar"))
+    path_syntax = "/" in name or os.sep in name or name.lower().endswith((*LIST_SUFFIXES, ".tar"))
     return path_syntax or _find_path(name) is not None
 
 

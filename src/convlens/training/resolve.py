@@ -198,7 +198,16 @@ def _data_override(data: str | Path | None) -> list[str]:
 def _dataset_run_name(data: str) -> str:
     """Return the name of runs on a data set: the name of its folder, or of its file."""
     path = Path(data)
-    is_file = path.suffix.lower() in (".csv", ".tar")
+    is_file = path.suffix.lower() in (
+        ".csv",
+        ".txt",
+        ".lst",
+        ".json",
+        ".jsonl",
+        ".ndjson",
+        ".parquet",
+        ".tar",
+    )
     return path.stem if is_file else os.path.basename(os.path.realpath(data))
 
 

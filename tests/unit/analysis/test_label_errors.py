@@ -16,7 +16,7 @@ from PIL import Image
 import convlens
 from convlens import Run
 from convlens.cli.analyze import print_label_report
-from convlens.data.image_list import read_csv
+from convlens.data.image_list import read_list
 from convlens.data.sources import find_source
 from convlens.data.types import FilePaths
 from convlens.run import RunDir
@@ -193,7 +193,7 @@ def test_a_corrected_csv_can_be_trained_on(there: Planted) -> None:
     fixed = there.folder / "copies" / "fixed.csv"
     fixed.parent.mkdir(exist_ok=True)
     write_csv(fixed, [list(rows[0]), *(list(row.values()) for row in rows)])
-    source = read_csv(fixed, "fixed")
+    source = read_list(fixed, "fixed")
     for split, part in source.parts.items():
         for path, label in zip(part.images, part.labels, strict=True):
             given = next(row for row in rows if row["path"] == path)
@@ -268,7 +268,7 @@ def test_hostile_file_names_are_read_back_from_the_csv() -> None:
     assert "names are not valid text" in done.err
     cells = [cell for row in read_rows(done.json["table"]) for cell in row.values()]
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
-    source = read_csv(Path(done.json["table"]), "odd")
+    source = read_list(Path(done.json["table"]), "odd")
     assert source.classes == tuple(sorted(HOSTILE))
     back = {
         (path, source.classes[label])
