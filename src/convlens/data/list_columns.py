@@ -221,7 +221,7 @@ class _Columns:
         return f"{self.names[column]} ({count}: {list_examples(values)})"
 
 
-def is_pattern(group: str) -> bool:
+def is_path_pattern(group: str) -> bool:
     """Return whether `data.group` can be a regular expression for paths instead of a column."""
     return re.fullmatch(r"[\w ]+", group) is None
 
@@ -268,7 +268,7 @@ def interpret_table(
     )
     groups = None
     if options.group is not None and not (
-        options.group not in columns.names and is_pattern(options.group)
+        options.group not in columns.names and is_path_pattern(options.group)
     ):
         group_column = columns.requested(options.group, "data.group")
         groups = [cells[group_column] for _, cells in lines]

@@ -25,7 +25,7 @@ from convlens.data.layout import (
     raise_problems,
     split_from_name,
 )
-from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions, is_pattern
+from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions, is_path_pattern
 from convlens.data.scan import JUNK_FOLDERS, is_directory, is_regular_file, scan_entries
 from convlens.data.types import DataSource, FilePaths, Part, is_image_name
 from convlens.errors import ConvlensError, DataError, UsageError
@@ -77,7 +77,7 @@ def read_listed_folder(
     root = _unwrap(root)
     lists, errors = _read_lists(root, options)
     # Keys about a list are given, so there has to be one.
-    column_of_group = None if options.group and is_pattern(options.group) else options.group
+    column_of_group = None if options.group and is_path_pattern(options.group) else options.group
     has_options = replace(options, rename=None, group=column_of_group) != DEFAULT_OPTIONS
     if _has_class_folders(root) and not has_options:
         split_lists = _lists_of_split_folders(root, lists)
@@ -92,9 +92,12 @@ def read_listed_folder(
         raise next(iter(errors.values()))
     if not lists:
         try:
-            return read_class_folders(root, name, tested=tested)
+            source = read_class_folders(root, name, tested=tested)
         except DataError as error:
             raise _explain_unusable(error, root, errors) from error
+        unused = [f"{_relative(path, root)} is not used: {e.what}" for path, e in errors.items()]
+        source = replace(source, notes=(*source.notes, *unused))
+        return rename_classes(source, options.rename) if options.rename else source
     content, ids = _join_lists(root, name, lists)
     for path, list_error in errors.items():
         content.notes.append(f"{_relative(path, root)} is not used: {list_error.what}")

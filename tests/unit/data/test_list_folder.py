@@ -163,6 +163,9 @@ def test_two_lists_are_ambiguous(root: Path) -> None:
 def test_a_file_that_only_looks_like_a_list_is_named(root: Path) -> None:
     write_images(root / "img")
     write_list(root / "a.csv", "path,when", lambda name: f"img/{name}.png,{NAMES.index(name)}")
+    # The names of the files tell the classes.
+    assert "a.csv is not used: no column 'label' among: path, when" in read(root).notes
+    (root / "img" / "cat_0.png").rename(root / "img" / "1.png")
     with pytest.raises(
         DataError, match=r"a.csv can't be read as a list of images: no column 'label'"
     ):
