@@ -71,7 +71,8 @@ def read_folder(
         name: name of the data set.
         classes: canonical order of the classes; used if the folder has exactly these.
         options: readings that the recipe chooses; by default none.
-        choice: the classes to use, by default all; `min_images` is not applied here.
+        choice: the classes that will be used, by default all. Others are neither scanned nor
+            checked: they are classes without images, which `find_source` leaves out.
         tested: as in `sources.find_source`.
 
     Raises:
@@ -103,6 +104,9 @@ def read_folder(
         layout.notes.append(f"classes named like splits: {list_examples(named_like_splits)}")
     raise_problems(_find_problems(scans, names, root, special, choice, tested), root)
 
+    not_used = [name for name in known_names if name not in used]
+    if not_used:
+        names = tuple(sorted([*names, *not_used]))
     notes, parts = layout.notes, {}
     for split, scan in scans.items():
         paths = [path for name in names for path in scan.files.get(name, ())]

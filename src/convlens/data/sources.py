@@ -147,17 +147,15 @@ def find_source(
         )
     choice = choice or ClassChoice()
     path = None if name in SOURCES else _find_path(name)
-    if path is not None and path.is_dir() and not holds_shards(path):
-        # The classes are chosen before the folder is checked: others may be empty, for example.
+    if name == "shapes":
+        source = _shapes(count or 2000, image_size or 32)
+    elif name in SOURCES:
+        source = SOURCES[name]()
+    elif path is not None and path.is_dir() and not holds_shards(path):
         source = read_folder(path, name, options=layout, choice=choice, tested=tested)
     else:
-        if name == "shapes":
-            source = _shapes(count or 2000, image_size or 32)
-        elif name in SOURCES:
-            source = SOURCES[name]()
-        else:
-            source = _read_path(path, name, group, tested)
-        source = source.with_classes(choice.keep(source.classes, name))
+        source = _read_path(path, name, group, tested)
+    source = source.with_classes(choice.keep(source.classes, name))
     if choice.min_images:
         source = _without_small_classes(source, choice.min_images)
     if choice != ClassChoice() and len(source.classes) < 2 and not tested:
