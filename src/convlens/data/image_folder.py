@@ -77,7 +77,7 @@ def read_folder(
 
     Raises:
         DataError: lists everything that is wrong.
-        UsageError: `choice` names classes that do not exist.
+        UsageError: besides, `choice` names classes that do not exist.
     """
     root = Path(os.path.abspath(root))
     scan_entries(root)  # raises if it is not readable
@@ -85,7 +85,7 @@ def read_folder(
     layout = find_layout(root, options or LayoutOptions(), choice, tested=tested)
     all_names = sorted({folder.name for found in layout.splits.values() for folder in found})
     known_names = list(dict.fromkeys([*all_names, *layout.left_out]))
-    used = set(choice.keep(known_names, name))
+    used = set(choice.keep(known_names))
     scanner = Scanner(root)
     scans = {
         split: _scan(scanner, [folder for folder in folders if folder.name in used])
@@ -102,7 +102,10 @@ def read_folder(
     named_like_splits = [name for name in names if split_from_name(name)]
     if named_like_splits:
         layout.notes.append(f"classes named like splits: {list_examples(named_like_splits)}")
-    raise_problems(_find_problems(scans, names, root, special, choice, tested), root)
+    problems = _find_problems(scans, names, root, special, choice, tested)
+    if any(problem.items for problem in problems):
+        choice.check(known_names, name)  # a misspelled class may be the cause
+    raise_problems(problems, root)
 
     not_used = [name for name in known_names if name not in used]
     if not_used:

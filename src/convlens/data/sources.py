@@ -155,7 +155,8 @@ def find_source(
         source = read_folder(path, name, options=layout, choice=choice, tested=tested)
     else:
         source = _read_path(path, name, group, tested)
-    source = source.with_classes(choice.keep(source.classes, name))
+    choice.check(source.classes, name)
+    source = source.with_classes(choice.keep(source.classes))
     if choice.min_images:
         source = _without_small_classes(source, choice.min_images)
     if choice != ClassChoice() and len(source.classes) < 2 and not tested:
