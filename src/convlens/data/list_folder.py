@@ -19,7 +19,6 @@ from convlens.data.image_folder import read_folder
 from convlens.data.image_list import LIST_SUFFIXES, ListContent, make_source, read_rows
 from convlens.data.layout import (
     SPLITS,
-    ClassChoice,
     Problem,
     list_examples,
     raise_problems,
@@ -59,7 +58,6 @@ def read_listed_folder(
     options: ListOptions = DEFAULT_OPTIONS,
     *,
     read_class_folders: Callable[..., DataSource] = read_folder,
-    choice: ClassChoice | None = None,
     tested: bool = False,
 ) -> DataSource:
     """Read a folder in which there are files that may be lists (`find_lists`).
@@ -69,7 +67,6 @@ def read_listed_folder(
             after splits with a list in each.
         name, options, tested: as for `read_list`.
         read_class_folders: reads class folders, with the arguments of `read_folder`.
-        choice: the classes to use of lists; by default all.
 
     Raises:
         DataError: it is not clear what to read, or a list is wrong.
@@ -101,8 +98,7 @@ def read_listed_folder(
     content, ids = _join_lists(root, name, lists)
     for path, list_error in errors.items():
         content.notes.append(f"{_relative(path, root)} is not used: {list_error.what}")
-    source = make_source(content, root, name, ids, tested=tested, rename=options.rename)
-    return source.with_classes(choice.keep(source.classes, name)) if choice else source
+    return make_source(content, root, name, ids, tested=tested, rename=options.rename)
 
 
 def _unwrap(folder: Path) -> Path:
