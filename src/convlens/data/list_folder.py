@@ -87,12 +87,13 @@ def read_listed_folder(
         raise next(iter(errors.values()))
     if not lists:
         try:
-            return read_class_folders(root, name, tested=tested)
+            source = read_class_folders(root, name, tested=tested)
         except DataError as error:
             raise _explain_unusable(error, root, errors) from error
+        source = replace(source, notes=(*source.notes, *_describe_unused(errors, root)))
+        return rename_classes(source, options.rename) if options.rename else source
     content, ids = _join_lists(root, name, lists)
-    for path, list_error in errors.items():
-        content.notes.append(f"{_relative(path, root)} is not used: {list_error.what}")
+    content.notes += _describe_unused(errors, root)
     return make_source(content, root, name, ids, tested=tested, rename=options.rename)
 
 
@@ -148,6 +149,10 @@ def _read_lists(
     return lists, errors
 
 
+def _describe_unused(errors: Mapping[Path, ConvlensError], root: Path) -> list[str]:
+    return [f"{_relative(path, root)} is not used: {error.what}" for path, error in errors.items()]
+
+
 def _explain_unusable(
     error: DataError, root: Path, errors: Mapping[Path, ConvlensError]
 ) -> DataError:
@@ -157,7 +162,7 @@ def _explain_unusable(
         f"{error.what}; {_relative(path, root)} can't be read as a list of images: "
         f"{list_error.what}",
         where=error.where,
-        fix=list_error.fix or error.fix,
+        fix=f"for {_relative(path, root)}: {list_error.fix}" if list_error.fix else error.fix,
     )
 
 
