@@ -30,6 +30,7 @@ from convlens.errors import ConvlensError, DataError, UsageError
 
 # Text files that are not lists of labeled images although they may look like one.
 _OTHER_FILES = re.compile(r"readme|licen[sc]e|requirements|submission|^(classes|labels)\.txt$")
+MAX_LISTS = 20  # in a folder
 MAX_WRAPPERS = 4  # folders with a single folder inside that are entered one after the other
 
 
@@ -41,14 +42,25 @@ def find_lists(folder: Path) -> list[Path]:
     """
     folder = _unwrap(folder)
     split_folders = [path for path in _subfolders(folder) if split_from_name(path.name)]
-    return [
+    return [path for parent in (folder, *split_folders) for path in _candidates(parent)]
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Return the files in `folder` that may be lists, but not those that belong to single images.
+
+    Those have the name of their image (`1.jpg`, `1.txt`), or there are many of them.
+    """
+    entries = sorted(scan_entries(folder), key=lambda entry: entry.name)
+    images = {os.path.splitext(entry.name)[0] for entry in entries if is_image_name(entry.name)}
+    candidates = [
         Path(entry.path)
-        for parent in (folder, *split_folders)
-        for entry in sorted(scan_entries(parent), key=lambda entry: entry.name)
+        for entry in entries
         if entry.name.lower().endswith(LIST_SUFFIXES)
         and not _OTHER_FILES.search(entry.name.lower())
+        and os.path.splitext(entry.name)[0] not in images
         and is_regular_file(entry)
     ]
+    return candidates if len(candidates) <= MAX_LISTS else []
 
 
 def read_listed_folder(

@@ -200,3 +200,8 @@ def test_only_files_that_may_be_lists_are_candidates(root: Path) -> None:
     (root / "train" / "e.json").touch()
     (root / "other" / "f.csv").touch()
     assert [path.name for path in find_lists(root)] == ["a.csv", "b.TXT", "e.json"]
+    # A text for each image is not a list, nor is each of many.
+    (root / "d.txt").touch()
+    for number in range(30):
+        (root / "train" / f"{number}.json").touch()
+    assert [path.name for path in find_lists(root)] == ["a.csv", "b.TXT"]
