@@ -48,6 +48,7 @@ class TrainingJob:
         initial_weights: the record of the pretrained weights it starts with
             (`pretrained.weights_record`); None if the network starts from scratch.
         step_seconds: time of a step of the plan, if it was timed.
+        found_range: the value range was found on the training images, not requested.
     """
 
     recipe: Recipe
@@ -66,6 +67,7 @@ class TrainingJob:
     scaler: torch.amp.GradScaler | None = None
     initial_weights: dict[str, Any] | None = None
     step_seconds: float | None = None
+    found_range: bool = False
     state: TrainState = field(default_factory=TrainState)
 
     @property
@@ -166,6 +168,7 @@ def build_training_job(
         scaler=make_grad_scaler(tuned.plan.device) if tuned.plan.precision == "fp16" else None,
         initial_weights=weights_record,
         step_seconds=tuned.step_seconds,
+        found_range=requested.data.range == "auto" and data.conversion.value_range is not None,
     )
 
 
