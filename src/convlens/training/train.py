@@ -59,6 +59,7 @@ from convlens.utils.console import (
     print_status,
     print_table,
     progress_display,
+    quiet_mode,
 )
 from convlens.utils.process import StopSignal, catch_stop_signals
 from convlens.version import __version__
@@ -139,13 +140,14 @@ def train(
         check_device_options(recipe, context.device)
         prepare(recipe.train.deterministic, context.device)
         data = _load_data(recipe, run_dir, context)
-        data.print_interpretation()
+        with quiet_mode(quiet):
+            data.print_interpretation()
         with run_dir.lock():
             metadata = context.broadcast(run_dir.metadata)
             check_can_resume(run_dir, metadata, recipe, data)
             # Another process may have finished the run while this one was loading the images.
             if not context.broadcast(lambda: run_dir.is_finished):
-                if not metadata:
+                if not metadata and not quiet:
                     data.print_similar_images()
                 job = _build_job(recipe, data, run_dir, metadata, context)
                 rows, kept_epoch = fit(job, run_dir)
@@ -207,7 +209,7 @@ def _build_job(
         # Last: from here on the directory is a run.
         run_dir.create(job.recipe, _run_metadata(recipe, job))
         choices = describe_choices(recipe, job)
-        if choices and is_first_time(choices):
+        if choices and not context.quiet and is_first_time(choices):
             print_status(choices)
     elif initial_state is None and job.initial_weights:
         # Interrupted before its first checkpoint: the run starts from the pretrained weights
