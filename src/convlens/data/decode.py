@@ -64,6 +64,7 @@ TOO_LARGE = f"more than {MAX_PIXELS // 10**6} million pixels are refused"
 MAX_BYTES = 1 << 29
 # Pixels of the large images that all threads decode at once; a pixel takes up to 16 bytes.
 _DECODE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
+_LOAD_LOCK = MemorySemaphore(1, free=0)  # for one PIL image of the caller at a time
 
 _GREY = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
@@ -86,6 +87,13 @@ _STUFFED_BYTE, _RESTART, _END, _SCAN, _RESTART_INTERVAL = 0x00, 0xD0, 0xD9, 0xDA
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 # Headers that define a restart interval or arithmetic coding.
 _UNUSUAL_HEADERS = (b"\xff\xdd\0\4", b"\xff\xc9\0")
+# The first bytes of the usual formats.
+_SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|P[1-6]\s|"
+    rb"II\*\0|MM\0\*|\0\0\0\x0cjP  |\0\0\0.ftypavi[fs]",
+    re.DOTALL,
+)
+_PROBED_BYTES = 1 << 20  # enough for the header of an image
 _SCAN_CHUNK = 1 << 20  # bytes that are searched for markers at once; bounds the memory
 _MAX_SEGMENTS = 1000  # no camera writes as many; files with more are not checked
 _LOOKAHEAD = b"\0" * 16  # the decoder reads up to 8 bytes ahead
@@ -133,8 +141,11 @@ def read_bytes(path: Path | str) -> bytes:
         handle = os.open(name, flags)
     except IsADirectoryError:
         raise UnreadableImage(name, "it is a folder") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UnreadableImage(name, _reason(error)) from error
+    except ValueError as error:  # including UnicodeEncodeError
+        what = "a null byte" if "\0" in name else "characters that this system can't represent"
+        raise UnreadableImage(name, f"its name contains {what}") from error
     try:
         status = os.fstat(handle)
         if stat.S_ISDIR(status.st_mode):
@@ -191,12 +202,45 @@ def decode(
                 image.draft(None, (2 * width, 2 * height))
             with _DECODE_MEMORY.acquire(image.width * image.height):
                 image.load()
-                converted = _to_eight_bit(_to_upright(image), image.format or "", channels)
-                return _to_array(_resize(converted, size, fit))
+                return _convert(_to_upright(image), image.format or "", size, channels, fit)
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files.
         raise UnreadableImage(name or "(bytes)", _reason(error, source)) from error
+
+
+def decode_pil(
+    image: Image.Image, *, size: int | None, channels: int, fit: str, name: str = ""
+) -> Pixels:
+    """Apply the conversions of `decode` to a PIL image, which stays as it is.
+
+    The result equals, pixel for pixel, saving the image to a lossless file together with its EXIF
+    data, and decoding that.
+
+    Args:
+        image: An image of any mode.
+        size, channels, fit: As for `decode`.
+        name: Name of the image in errors.
+
+    Raises:
+        UnreadableImage: The image was opened lazily and is damaged, or it is too large.
+        UsageError: An argument is invalid.
+    """
+    _check_arguments(size, channels, fit)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(name or "(image)", f"{TOO_LARGE} ({width} x {height})")
+    try:
+        with _DECODE_MEMORY.acquire(width * height):
+            # Pillow loads pixels and EXIF data when they are first used, which is not thread-safe.
+            with _LOAD_LOCK.acquire(1):
+                image.load()
+                upright = _to_upright(image)
+            return _convert(upright, image.format or "", size, channels, fit)
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `decode`
+        raise UnreadableImage(name or "(image)", _reason(error)) from error
 
 
 def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> Pixels:
@@ -205,7 +249,7 @@ def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> 
     The result equals, pixel for pixel, writing each image to a lossless file and decoding that.
 
     Args:
-        images: uint8 `[N, C, H, W]` with 1 or 3 channels.
+        images: uint8 `[N, C, H, W]` with 1 (grey), 3 (RGB) or 4 channels (RGBA).
         size, channels, fit: As for `decode`.
 
     Returns:
@@ -216,10 +260,17 @@ def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> 
         UsageError: Another argument is invalid.
     """
     _check_arguments(size, channels, fit)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3, 4):
         raise DataError(
-            f"images must be uint8 [N, 1 or 3, H, W], not {images.dtype} {list(images.shape)}"
+            f"images must be uint8 [N, 1, 3 or 4, H, W], not {images.dtype} {list(images.shape)}"
         )
+    if images.shape[1] == 4:
+        height, width = (size, size) if size is not None else images.shape[2:]
+        opaque = np.empty((len(images), channels, height, width), np.uint8)
+        for row, image in zip(opaque, images, strict=True):
+            rgba = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+            row[...] = _convert(rgba, "", size, channels, fit)
+        return opaque
     if images.shape[1] == 1 and channels == 3:
         images = np.repeat(images, 3, axis=1)
     elif images.shape[1] == 3 and channels == 1:
@@ -237,7 +288,7 @@ def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> 
 
 
 def scale_to_uint8(values: npt.NDArray[np.generic], value_range: tuple[float, float]) -> Pixels:
-    """Map values linearly so that `value_range` becomes 0..255, rounded; values outside are clipped.
+    """Map values so that `value_range` becomes 0..255, rounded; values outside are clipped.
 
     Args:
         values: Finite numbers, of any shape.
@@ -254,6 +305,24 @@ def scale_to_uint8(values: npt.NDArray[np.generic], value_range: tuple[float, fl
     scaled *= 255 / (high - low)
     np.clip(scaled, 0, 255, out=scaled)
     return np.rint(scaled, out=scaled).astype(np.uint8)
+
+
+def has_second_image(content: bytes) -> bool:
+    """Return whether another image follows the first one, as in concatenated files.
+
+    A second image inside a file is not one: the thumbnail of a camera, or an image that the first
+    one refers to (multi-picture JPEG). Without it, the first image would be incomplete, or its
+    header has such a reference.
+    """
+    for match in _SIGNATURE.finditer(content, 1):
+        start = match.start()
+        try:
+            probe_image(content[start : start + _PROBED_BYTES])
+            decode(content[:start], size=1, channels=1, fit="stretch")
+        except UnreadableImage:
+            continue
+        return b"MPF\0" not in content[:start]
+    return False
 
 
 def probe_image(source: Path | str | bytes, name: str = "") -> ImageFacts:
@@ -329,6 +398,13 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
                 raise UnreadableImage(name or "(bytes)", f"{TOO_LARGE} ({width} x {height})")
         return image
     raise UnidentifiedImageError
+
+
+def _convert(
+    image: Image.Image, file_format: str, size: int | None, channels: int, fit: str
+) -> Pixels:
+    """Return the pixels of a loaded, upright image."""
+    return _to_array(_resize(_to_eight_bit(image, file_format, channels), size, fit))
 
 
 def _orientation(image: Image.Image) -> int:
