@@ -95,7 +95,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """Context in which the model is in eval mode; afterwards each module has its previous mode."""
     # Module by module: frozen modules that were in eval mode must stay so. Nothing is
     # set if the network is in eval mode already: that would cost 1% of a pass over one image.
-    training = [module for module in model.modules() if module.training]
+    modules = [model]
+    for module in modules:  # `model.modules()` takes ten times as long
+        modules += filter(None, module._modules.values())
+    training = [module for module in modules if module.training]
     if training:
         model.eval()
     try:

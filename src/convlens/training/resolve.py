@@ -177,7 +177,10 @@ def _name_or_path(what: object) -> str:
         UsageError: it is something else, such as an array of images.
     """
     if isinstance(what, str | os.PathLike):
-        return str(os.fspath(what))
+        text = str(os.fspath(what))
+        if "\0" in text:
+            raise UsageError(f"{text!r} contains a null byte", fix="check the name")
+        return text
     raise UsageError(
         f"an object of type {type(what).__name__!r} is neither a recipe nor a data set",
         fix="for images in memory use convlens.ImageClassifier().fit(images, labels); otherwise "

@@ -116,6 +116,16 @@ def test_images_in_memory_are_refused_with_what_to_use(images: Any) -> None:
         assert "one folder per class" in error.value.fix
 
 
+def test_a_null_byte_in_a_name_is_refused() -> None:
+    for call in (
+        lambda: resolve.resolve_recipe("a\0*.tar"),
+        lambda: resolve.resolve_recipe("digits", data="a\0b"),
+        lambda: resolve.resolve_recipe_or_run("a\0b"),
+    ):
+        with pytest.raises(UsageError, match="null byte"):
+            call()
+
+
 def test_overrides_are_a_mapping_a_list_or_one_text() -> None:
     texts = ["train.epochs=1"]
     for given in ({"train.epochs": 1}, texts, tuple(texts), texts[0]):
