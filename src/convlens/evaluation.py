@@ -229,13 +229,10 @@ def load_eval_split(
         part, classes = _own_split(own_data, split), own_data.classes
         name, fingerprint = own_data.name, own_data.fingerprint
     else:
-        pre = loaded.preprocessing
         part, classes, name, fingerprint = load_external_data(
             str(data),
             split,
-            image_size=pre.image_size,
-            channels=pre.channels,
-            fit=pre.fit,
+            conversion=loaded.preprocessing.conversion,
             memory_budget=memory_budget(device),
             tested=True,
             run=loaded.folder,
@@ -251,7 +248,8 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
         DataError: the images changed or moved since training.
     """
     recipe = serialization.recipe_from_metadata(loaded.model_metadata)
-    data = load_data(recipe.data, memory_budget=memory_budget(device))
+    conversion = loaded.preprocessing.conversion
+    data = load_data(recipe.data, memory_budget=memory_budget(device), conversion=conversion)
     if data.fingerprint != loaded.model_metadata["data"]["fingerprint"]:
         changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
         raise DataError(

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convlens.data.arrays import ValueRange, check_range, to_uint8
-from convlens.data.decode import Pixels, UnreadableImage, decode, decode_pil, fit_arrays
+from convlens.data.decode import Conversion, Pixels, UnreadableImage
 from convlens.data.input_images import (
     ImageLike,
     InputBatch,
@@ -266,10 +266,11 @@ class ImageTransform:
             )
         value_range = check_range(range)
         (source,) = sources
+        conversion = self.preprocessing.conversion
         pixels = (
-            _fit_batch(source.images, self.preprocessing, value_range)[0]
+            _fit_batch(source.images, conversion, value_range)[0]
             if isinstance(source, InputBatch)
-            else _read_image(source, self.preprocessing, value_range)
+            else _read_image(source, conversion, value_range)
         )
         batch = torch.from_numpy(np.ascontiguousarray(pixels))[None]
         tensor: Tensor = self.preprocessing.normalize(batch, Plan("cpu", "fp32", "contiguous"))[0]
@@ -345,7 +346,7 @@ def _iter_predictions(
     with contextlib.ExitStack() as stack:
         if not quiet:  # a bar that is not shown takes longer than a small network
             bar = stack.enter_context(progress_bar("predicting", count_images(inputs)))
-        for batch in _read_inputs(inputs, loaded.preprocessing, value_range):
+        for batch in _read_inputs(inputs, loaded.preprocessing.conversion, value_range):
             readable = [image for _, image, _ in batch if image is not None]
             # Not around the loop: the caller's code runs between two predictions.
             with settings():
@@ -379,22 +380,24 @@ ReadTask = list[InputImage] | InputBatch
 
 
 def _read_inputs(
-    inputs: Inputs, pre: Preprocessing, value_range: ValueRange | None
+    inputs: Inputs, conversion: Conversion, value_range: ValueRange | None
 ) -> Iterator[list[InputEntry]]:
     """Yield the images in batches; the next files are decoded while the caller uses a batch."""
-    fitting = MAX_BATCH_BYTES // (pre.channels * pre.image_size**2)
+    fitting = MAX_BATCH_BYTES // conversion.image_bytes
     # A multiple of the task size.
     fitting = max(IMAGES_PER_TASK, fitting // IMAGES_PER_TASK * IMAGES_PER_TASK)
     size = min(MAX_BATCH_IMAGES, fitting)
     if len(inputs) <= IMAGES_PER_TASK and count_images(inputs) <= size:  # not worth any threads
         tasks = _split_tasks(inputs, size)
-        yield [entry for task in tasks for entry in _read_task(task, pre, value_range)]
+        yield [entry for task in tasks for entry in _read_task(task, conversion, value_range)]
         return
     pool = ThreadPoolExecutor(max_workers=usable_cores())
     waiting: deque[list[Future[list[InputEntry]]]] = deque()
     try:
         for batch in _group_tasks(_split_tasks(inputs, size), size):
-            waiting.append([submit_task(pool, _read_task, t, pre, value_range) for t in batch])
+            waiting.append(
+                [submit_task(pool, _read_task, t, conversion, value_range) for t in batch]
+            )
             if len(waiting) > 2:
                 yield [entry for task in waiting.popleft() for entry in wait_for_result(task)]
         while waiting:
@@ -434,21 +437,23 @@ def _group_tasks(tasks: Iterable[ReadTask], size: int) -> Iterator[list[ReadTask
 
 
 def _read_task(
-    task: ReadTask, pre: Preprocessing, value_range: ValueRange | None
+    task: ReadTask, conversion: Conversion, value_range: ValueRange | None
 ) -> list[InputEntry]:
     if isinstance(task, InputBatch):
-        images = _fit_batch(task.images, pre, value_range)
+        images = _fit_batch(task.images, conversion, value_range)
         return [(str(number), image, None) for number, image in enumerate(images, task.first)]
     entries: list[InputEntry] = []
     for each in task:
         try:
-            entries.append((each.name, _read_image(each, pre, value_range), None))
+            entries.append((each.name, _read_image(each, conversion, value_range), None))
         except UnreadableImage as error:
             entries.append((each.name, None, error.reason))
     return entries
 
 
-def _read_image(image: InputImage, pre: Preprocessing, value_range: ValueRange | None) -> Pixels:
+def _read_image(
+    image: InputImage, conversion: Conversion, value_range: ValueRange | None
+) -> Pixels:
     """Return an image as uint8 `[C, H, W]` of the model's size.
 
     Raises:
@@ -456,23 +461,25 @@ def _read_image(image: InputImage, pre: Preprocessing, value_range: ValueRange |
         UsageError: the range of an array's values is not known.
     """
     name, source = image.name, image.source
-    options: dict[str, Any] = {"size": pre.image_size, "channels": pre.channels, "fit": pre.fit}
     if isinstance(source, np.ndarray):
-        pixels: Pixels = _fit_batch(source[None], pre, value_range, where=f"image {name}")[0]
+        pixels: Pixels = _fit_batch(source[None], conversion, value_range, where=f"image {name}")[0]
         return pixels
     if source == b"":
         raise UnreadableImage(name, "it is empty (0 bytes)")
     if isinstance(source, Image.Image):
-        return decode_pil(source, **options, name=name)
-    return decode(source, **options, name=name)
+        return conversion.pil(source, name)
+    return conversion.file(source, name)
 
 
 def _fit_batch(
-    images: npt.NDArray[Any], pre: Preprocessing, value_range: ValueRange | None, where: str = ""
+    images: npt.NDArray[Any],
+    conversion: Conversion,
+    value_range: ValueRange | None,
+    where: str = "",
 ) -> Pixels:
-    pixels = to_uint8(images, value_range=value_range, stored_range=pre.value_range, where=where)
-    fitted: Pixels = fit_arrays(pixels, size=pre.image_size, channels=pre.channels, fit=pre.fit)
-    return fitted
+    stored_range = conversion.value_range
+    pixels = to_uint8(images, value_range=value_range, stored_range=stored_range, where=where)
+    return conversion.array(pixels)
 
 
 def _probabilities(
@@ -504,6 +511,6 @@ def all_probabilities(
     forward = Forward(loaded.model, pre.normalize, plan, total=len(images))
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), MAX_BATCH_IMAGES):
-        pixels = _fit_batch(images[start : start + MAX_BATCH_IMAGES], pre, None)
+        pixels = _fit_batch(images[start : start + MAX_BATCH_IMAGES], pre.conversion, None)
         parts.append(_probabilities(list(pixels), loaded, forward)[0])
     return np.concatenate(parts)

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from convlens.errors import UsageError, close_matches, did_you_mean_suffix, lookup
 from convlens.utils import yaml
@@ -51,6 +51,15 @@ class DataConfig(Section):
     """The data set, its image size and its splits.
 
     Attributes:
+        fit: how images become square. `crop` keeps the center, `pad` adds black borders, `stretch`
+            distorts. `auto` crops, or pads where the typical image is longer than 1.5:1.
+        range: `[low, high]`, the values of 16-bit, 32-bit and float images that become 0 and 255.
+            `auto`: the 0.1 and 99.9 percentile of the training images. 8-bit images need none.
+        background: the color behind transparent images: `white`, `black`, `grey` or `#rrggbb`; or
+            `alpha`, which shows the alpha channel as a grey image. `auto` is white, and `alpha`
+            where all images are transparent and white would hide their only color.
+        max_pixels: larger images are refused; by default 89 million. A JPEG is decoded at a
+            reduced scale instead.
         val_fraction: share of the images that is held out for validation. With 0 there is no
             validation split: all images outside the test split are used for training, including
             the source's own validation images, and the last epoch is kept (`keep: last`).
@@ -66,8 +75,13 @@ class DataConfig(Section):
 
     name: str = "digits"
     image_size: Annotated[int, Field(ge=8, le=1024)] | Literal["auto"] = "auto"
-    fit: Literal["crop", "pad", "stretch"] = "crop"
+    fit: Literal["auto", "crop", "pad", "stretch"] = "auto"
     channels: Literal[1, 3, "auto"] = "auto"
+    range: tuple[float, float] | Literal["auto"] = "auto"
+    background: Annotated[str, Field(pattern="^(auto|alpha|white|black|grey|#[0-9a-fA-F]{6})$")] = (
+        "auto"
+    )
+    max_pixels: Positive | None = None
     val_fraction: Fraction = 0.15
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     group: str | None = None
@@ -79,6 +93,13 @@ class DataConfig(Section):
     count: Annotated[int, Field(gt=0, le=10_000_000)] | None = None
     on_bad: Literal["stop", "skip"] = "stop"
     max_bad: Fraction = 0.1
+
+    @field_validator("range")
+    @classmethod
+    def _check_range(cls, value: Any) -> Any:
+        if value != "auto" and not value[0] < value[1]:
+            raise ValueError("the first number must be smaller than the second")
+        return value
 
     @property
     def validates(self) -> bool:
@@ -228,8 +249,22 @@ class Recipe(Section):
 
         Defaults are left out, so that a key added by a later version does not change the digest.
         """
-        content = self.model_dump(mode="json", exclude={"name", "about"}, exclude_defaults=True)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _hash(self._content())
+
+    def earlier_digest(self) -> str | None:
+        """Return the digest of earlier versions if theirs was another one.
+
+        They cropped by default and left `data.fit: crop` out. A run with this digest has this
+        recipe if it crops its images.
+        """
+        if self.data.fit != "crop":
+            return None
+        content = self._content()
+        del content["data"]["fit"]
+        return _hash({key: value for key, value in content.items() if value or key != "data"})
+
+    def _content(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"name", "about"}, exclude_defaults=True)
 
     def to_text(self) -> str:
         """Return the recipe as YAML; `load_recipe` reads an equal recipe from a file with it."""
@@ -241,6 +276,10 @@ class Recipe(Section):
         for key, value in changes.items():
             _set_key(tree, key, value)
         return _check_tree(tree, where=self.name)
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def recipe_names() -> list[str]:
@@ -509,7 +548,16 @@ def matching_keys(key: str) -> list[str]:
     return same or close_matches(key, choices)
 
 
-def resolve_auto(recipe: Recipe, *, images: int, image_size: int, channels: int) -> Recipe:
+def resolve_auto(
+    recipe: Recipe,
+    *,
+    images: int,
+    image_size: int,
+    channels: int,
+    fit: str = "crop",
+    value_range: tuple[float, float] | None = None,
+    background: str = "white",
+) -> Recipe:
     """Return the recipe with every `auto` about data, augmentation and epochs replaced.
 
     The values are written into the run's recipe, which then needs no rules to be trained again.
@@ -518,8 +566,17 @@ def resolve_auto(recipe: Recipe, *, images: int, image_size: int, channels: int)
         images: number of training images.
         image_size: of the loaded data, in pixels.
         channels: of the loaded data, 1 or 3.
+        fit: of the loaded data.
+        value_range: of the loaded data; None: `data.range` has no effect on them and is kept.
+        background: of the loaded data.
     """
     changes: dict[str, Any] = {"data.image_size": image_size, "data.channels": channels}
+    if recipe.data.fit == "auto":
+        changes["data.fit"] = fit
+    if recipe.data.background == "auto":
+        changes["data.background"] = background
+    if recipe.data.range == "auto" and value_range is not None:
+        changes["data.range"] = list(value_range)
     if recipe.augment == "auto":
         changes["augment"] = default_augmentation(image_size, channels)
     if recipe.train.epochs == "auto":

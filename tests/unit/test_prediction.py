@@ -79,7 +79,7 @@ def test_predictions_agree_with_the_evaluation_of_the_same_images(model: RunDir)
     root = pictures(Path("two"), {"dark": 9, "light": 8}, colors={"dark": DARK, "light": LIGHT})
     loaded = load_model(model.model_path)
     split, classes, *_ = load_external_data(
-        str(root), "test", image_size=8, channels=3, fit="stretch", memory_budget=1 << 30
+        str(root), "test", conversion=loaded.preprocessing.conversion, memory_budget=1 << 30
     )
     plan = Plan("cpu", "fp32", "contiguous")
     logits, labels = split_logits(loaded.model, split, loaded.preprocessing.normalize, plan)
@@ -321,6 +321,11 @@ def test_a_range_in_the_model_applies_to_arrays(model: RunDir) -> None:
     loaded.preprocessing = replace(loaded.preprocessing, value_range=(-510.0, 510.0))
     predictor = Predictor(loaded)
     values = pixels.astype(np.float32) * 4 - 510
+    Image.fromarray(values).save("deep.tif")
+    (by_file,) = predictor.predict("deep.tif")
+    assert by_file.top == expected.top
+    assert predictor.predict(Image.open("deep.tif"))[0].top == expected.top
+    assert predictor.predict(Image.fromarray(values)) == [expected]
     assert predictor.predict(values) == [expected]
     assert predictor.predict(pixels) == [expected]  # 8 bits are kept
     assert predictor.predict(values * 2, range=(-1020, 1020)) == [expected]
@@ -334,6 +339,22 @@ def test_transparent_parts_become_those_of_a_file(model: RunDir) -> None:
         assert Run(model).predict(form, top_k=2)[0].top == expected
     # Fully transparent black is white, as in files.
     assert Run(model).predict(np.zeros((9, 9, 4), np.uint8))[0].label == "light"
+
+
+def test_transparent_parts_become_the_background_of_the_model(model: RunDir) -> None:
+    loaded = load_model(model.model_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 9, 4), np.uint8)
+    Image.fromarray(pixels).save("clear.png")
+    tops = []
+    for background in ("white", "#102030", "alpha"):
+        loaded.preprocessing = replace(loaded.preprocessing, background=background)
+        by_file, *others = Predictor(loaded).predict(
+            ["clear.png", Image.fromarray(pixels), pixels, pixels[None]], top_k=2
+        )
+        for each in others:
+            assert dict(each.top) == pytest.approx(dict(by_file.top), abs=1e-6)
+        tops.append(by_file.top)
+    assert len(set(tops)) == 3
 
 
 def test_pil_images_are_turned_as_their_files_are(model: RunDir) -> None:

@@ -28,7 +28,7 @@ import torch
 from convlens import evaluation
 from convlens.data import audit, duplicates
 from convlens.data.dataset import Data, Split, load_data
-from convlens.data.decode import UnreadableImage, decode, fit_arrays
+from convlens.data.decode import Conversion, UnreadableImage, fit_arrays
 from convlens.data.image_list import escape_csv_formula
 from convlens.data.sources import find_source
 from convlens.data.types import DataSource, EncodedFiles, FilePaths, Part
@@ -522,7 +522,7 @@ def write_review(report: LabelReport, config: DataConfig, data: Data, folder: Pa
     text = _review_csv(report, source, config.group, data)
     path = _unused_csv_path(folder, text)
     files.write_atomic(path, text)
-    sheets = _draw_sheets(report, source, data.channels, folder)
+    sheets = _draw_sheets(report, source, data.conversion, folder)
     return replace(report, sheets=sheets, table=path, trainable=trainable)
 
 
@@ -608,7 +608,7 @@ def _unused_csv_path(folder: Path, text: str) -> Path:
 
 
 def _draw_sheets(
-    report: LabelReport, source: DataSource, channels: int, folder: Path
+    report: LabelReport, source: DataSource, conversion: Conversion, folder: Path
 ) -> list[Path]:
     """Draw `review.png`, `review-2.png`, ... with `IMAGES_PER_SHEET` images each."""
     from convlens import plots
@@ -626,7 +626,7 @@ def _draw_sheets(
             title += f", page {number} of {len(pages)}"
         title += " (above: given label, below: suggested)"
         figure = plots.label_review(
-            _thumbnails(page, source, channels),
+            _thumbnails(page, source, conversion),
             [suspect.label for suspect in page],
             [suspect.suggested for suspect in page],
             [suspect.top[0][1] for suspect in page],
@@ -639,7 +639,9 @@ def _draw_sheets(
     return paths
 
 
-def _thumbnails(suspects: Sequence[JudgedImage], source: DataSource, channels: int) -> np.ndarray:
+def _thumbnails(
+    suspects: Sequence[JudgedImage], source: DataSource, conversion: Conversion
+) -> np.ndarray:
     """Return uint8 `[n, C, S, S]` from the source: the network's input may be very small."""
     wanted = {suspect.id for suspect in suspects}
     located = {
@@ -648,14 +650,15 @@ def _thumbnails(suspects: Sequence[JudgedImage], source: DataSource, channels: i
         for number, identity in enumerate(part.ids)
         if identity in wanted
     }
-    return np.stack([_thumbnail(*located[suspect.id], channels) for suspect in suspects])
+    return np.stack([_thumbnail(*located[suspect.id], conversion) for suspect in suspects])
 
 
-def _thumbnail(part: Part, number: int, channels: int) -> np.ndarray:
+def _thumbnail(part: Part, number: int, conversion: Conversion) -> np.ndarray:
+    channels = conversion.channels
     if isinstance(part.images, EncodedFiles):
         try:
             content, name = part.images.read(number), part.images.name(number)
-            return decode(content, size=THUMBNAIL_SIDE, channels=channels, fit="pad", name=name)
+            return replace(conversion, size=THUMBNAIL_SIDE, fit="pad").file(content, name)
         except UnreadableImage:  # deleted or changed in the meantime
             return np.full((channels, THUMBNAIL_SIDE, THUMBNAIL_SIDE), 255, np.uint8)
     pixels = part.images[np.array([number])]

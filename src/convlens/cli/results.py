@@ -142,7 +142,8 @@ def print_audit(report: Audit, sheet: Path) -> None:
     deviations = " ".join(f"{std:.4f}" for std in report.std)
     out.print(f"{'channels':<10} mean {means}, deviation {deviations} (training images, 0..1)")
     for note in report.notes:
-        out.print(f"{'note':<10} {escape(note)}")
+        is_warning = note.startswith("warning:")
+        out.print(escape(note) if is_warning else f"{'note':<10} {escape(note)}")
     for problem in report.problems:
         out.print(f"[red]{'problem':<10}[/] {escape(problem)}")
     for bad in report.unreadable:

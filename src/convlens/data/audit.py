@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,11 @@ import torch
 
 from convlens.data import duplicates
 from convlens.data.cache import ArrayRows, map_in_order
+from convlens.data.conversion import choose_conversion, level_warnings
 from convlens.data.decode import (
+    ALPHA,
     MAX_PIXELS,
+    Conversion,
     Pixels,
     UnreadableImage,
     decode,
@@ -31,7 +34,13 @@ from convlens.data.decode import (
 )
 from convlens.data.duplicates import Duplicates
 from convlens.data.sources import REMARKS, find_source
-from convlens.data.splits import LoadedPart, describe_splits, make_splits
+from convlens.data.splits import (
+    LoadedPart,
+    assumed_train_numbers,
+    describe_splits,
+    make_splits,
+    parts_of,
+)
 from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
 from convlens.errors import DataError
 from convlens.utils.console import ProgressBar, progress_bar
@@ -52,7 +61,7 @@ _FULL_SIZE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
 _HEADER_FACTS = ("mode", "grey", "turned", "alpha", "frames")
 _HEADER_NOTES = {
     "turned": "{} are turned upright, as their EXIF says",
-    "alpha": "{} have transparency, which becomes white",
+    "alpha": "{} have transparency, which becomes {background}",
     "frames": "{} have more than one frame: only the first is used",
 }
 
@@ -70,6 +79,8 @@ FILE_FACTS = np.dtype(
         ("thumb", np.uint8, (duplicates.HASH_SIDE, duplicates.HASH_SIDE)),
         ("mean", np.float64, 3),  # of each RGB channel, 0..1
         ("square", np.float64, 3),  # mean of the squares
+        ("low", np.uint8, 3),  # smallest and largest value of each channel
+        ("high", np.uint8, 3),
     ]
 )
 FileFacts = npt.NDArray[np.void]
@@ -110,6 +121,7 @@ class Audit:
     notes: list[str]  # other observations
     _train: Part = field(repr=False)
     _sheet_numbers: list[int] = field(repr=False)  # training images in the contact sheet
+    _conversion: Conversion = field(repr=False)  # that of a training, at another size
 
     def to_dict(self) -> dict[str, Any]:
         """Return the public fields as plain values for JSON."""
@@ -130,10 +142,10 @@ class Audit:
             size = min(side, max(images.shape[2:]))
             pixels = images[np.array(self._sheet_numbers, np.int64)]
             return fit_arrays(pixels, size=size, channels=channels, fit="pad"), titles
+        shown = replace(self._conversion, size=side, channels=channels, fit="pad")
         out = np.zeros((len(titles), channels, side, side), np.uint8)
         for position, i in enumerate(self._sheet_numbers):
-            content, name = images.read(i), images.name(i)
-            out[position] = decode(content, size=side, channels=channels, fit="pad", name=name)
+            out[position] = shown.file(images.read(i), images.name(i))
         return out, titles
 
 
@@ -153,13 +165,21 @@ def audit(config: DataConfig) -> Audit:
     image_size = None if config.image_size == "auto" else int(config.image_size)
     source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
     total = sum(len(part.labels) for part in source.parts.values())
+    choice = choose_conversion(
+        config, source.parts["train"].images, partial(_train_numbers, config, source)
+    )
+    conversion = choice.conversion
     with progress_bar("inspecting images", total) as bar:
-        inspected = {name: inspect_images(part, bar) for name, part in source.parts.items()}
+        inspected = {
+            name: inspect_images(part, bar, conversion) for name, part in source.parts.items()
+        }
     split_of, how, problems = _assign_splits(config, source, inspected)
     images = _join_parts(source, inspected, split_of)
     facts = images.facts
     counts = _count_by_class(images)
     mean, std, channels = _channel_stats(images)
+    train = facts[images.splits == "train"]
+    warnings = level_warnings(train["low"], train["high"], map(bytes, train["digest"]))
     near, complete = duplicates.near_duplicates(facts["thumb"], facts["digest"])
     columns = (images.ids, images.splits.tolist(), [source.classes[c] for c in images.labels])
     return Audit(
@@ -187,14 +207,25 @@ def audit(config: DataConfig) -> Audit:
         near_duplicates=Duplicates.of(near.tolist(), *columns, complete=complete),
         problems=problems,
         notes=[
+            *warnings,
             *source.notes,
+            *choice.notes,
             *REMARKS.get(source.name, ()),
             *_class_notes(source.classes, counts),
-            *_file_notes(facts),
+            *_file_notes(facts, conversion.background),
         ],
         _train=source.parts["train"],
         _sheet_numbers=_choose_sheet_images(images),
+        _conversion=conversion,
     )
+
+
+def _train_numbers(config: DataConfig, source: DataSource) -> IndexArray:
+    """Return the numbers of the training images as far as they are known before decoding."""
+    try:
+        return assumed_train_numbers(config, source, parts_of(config, source))
+    except DataError:  # reported as a problem, once the readable images are known
+        return np.arange(len(source.parts["train"].labels), dtype=np.int64)
 
 
 @dataclass
@@ -211,13 +242,15 @@ class InspectedImages:
         return np.delete(np.arange(len(self.facts), dtype=np.int64), list(self.bad))
 
 
-def inspect_images(part: Part, bar: ProgressBar) -> InspectedImages:
-    """Decode all images of a part and collect their facts."""
+def inspect_images(part: Part, bar: ProgressBar, conversion: Conversion) -> InspectedImages:
+    """Decode all images of a part at their own size and collect their facts."""
     result = InspectedImages(part, np.zeros(len(part.labels), FILE_FACTS))
     for start in range(0, len(part.labels), _CHUNK):
         index = np.arange(start, min(start + _CHUNK, len(part.labels)))
         if isinstance(part.images, EncodedFiles):
-            inspected = map_in_order(partial(_inspect_file, part.images), index.tolist())
+            inspected = map_in_order(
+                partial(_inspect_file, part.images, conversion), index.tolist()
+            )
             for i, facts_or_reason in zip(index, inspected, strict=True):
                 if isinstance(facts_or_reason, str):
                     result.bad[int(i)] = facts_or_reason
@@ -229,19 +262,30 @@ def inspect_images(part: Part, bar: ProgressBar) -> InspectedImages:
     return result
 
 
-def _inspect_file(files: EncodedFiles, number: int) -> np.void | str:
+def _inspect_file(files: EncodedFiles, conversion: Conversion, number: int) -> np.void | str:
     """Return the facts of one file, or the reason why it is unreadable."""
     try:
         content, path = files.read(number), files.name(number)
-        header = probe_image(content, path)
+        header = probe_image(content, path, max_pixels=conversion.max_pixels)
         # Acquired before the semaphore of `decode`; the reverse order could deadlock.
         with _FULL_SIZE_MEMORY.acquire(header.width * header.height):
-            pixels = decode(content, size=None, channels=3, fit="crop", name=path)
+            pixels = decode(
+                content,
+                size=None,
+                channels=3,
+                fit="crop",
+                value_range=conversion.value_range,
+                background=conversion.background,
+                max_pixels=conversion.max_pixels,
+                name=path,
+            )
             facts = facts_of(pixels[None])
     except UnreadableImage as error:
         return error.reason
     for name in _HEADER_FACTS:
         facts[name] = getattr(header, name)
+    facts["width"], facts["height"] = header.width, header.height  # of a reduced JPEG, too
+    facts["grey"] |= header.alpha and conversion.background == ALPHA
     record: np.void = facts[0]
     return record
 
@@ -259,6 +303,8 @@ def facts_of(images: Pixels) -> FileFacts:
     facts["mean"] = flat.mean(axis=2) / 255
     squares = np.einsum("ncp,ncp->nc", flat, flat, dtype=np.float64, casting="unsafe")
     facts["square"] = squares / (height * width * 255**2)
+    low, high = flat.min(axis=2), flat.max(axis=2)
+    facts["low"], facts["high"] = low, high  # one channel fills all three
     facts["thumb"] = fit_arrays(images, size=duplicates.HASH_SIDE, channels=1, fit="stretch")[:, 0]
     size = f"{height} x {width}".encode()
     for row, image in zip(facts, images, strict=True):
@@ -393,7 +439,7 @@ def _number_key(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
-def _file_notes(facts: FileFacts) -> list[str]:
+def _file_notes(facts: FileFacts, background: str) -> list[str]:
     """Return notes on properties of the files that decoding changes."""
     notes = []
     grey = int(facts["grey"].sum())
@@ -401,7 +447,9 @@ def _file_notes(facts: FileFacts) -> list[str]:
         notes.append(f"grey and color mixed: {grey} of {len(facts)} images are grey")
     for name, note in _HEADER_NOTES.items():
         if count := int(facts[name].sum()):
-            notes.append(note.format(f"{count:,} of {len(facts):,} images"))
+            images = f"{count:,} of {len(facts):,} images"
+            shown = "a grey image" if background == ALPHA else background
+            notes.append(note.format(images, background=shown))
     return notes
 
 

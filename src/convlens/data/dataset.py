@@ -16,10 +16,10 @@ import gzip
 import hashlib
 import io
 import math
-import statistics
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,20 +29,22 @@ import torch
 from rich.markup import escape
 
 from convlens.data import duplicates
-from convlens.data.cache import ArrayRows, Conversion, as_index
-from convlens.data.decode import UnreadableImage, probe_image
+from convlens.data.cache import ArrayRows, as_index
+from convlens.data.conversion import choose_conversion
+from convlens.data.decode import Conversion
 from convlens.data.duplicates import Duplicates
 from convlens.data.sources import find_source
 from convlens.data.splits import (
     LoadedPart,
     Split,
+    assumed_train_numbers,
     describe_splits,
     hold_out,
     load_part,
     make_splits,
     parts_of,
 )
-from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
+from convlens.data.types import DataSource, IndexArray, Part
 from convlens.errors import DataError, UsageError
 from convlens.utils.console import print_status
 from convlens.utils.files import write_atomic
@@ -53,8 +55,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "Split", "channel_stats", "load_data", "load_external_data"]
 
-STANDARD_SIZES = (16, 28, 32, 48, 64, 96, 128)  # the choices of an automatic image size
-MAX_PROBED_IMAGES = 200  # headers that are read to choose the image size
 MAX_SAMPLED_IMAGES = 100_000  # images that the channel statistics are computed from
 IMAGES_FILE = "images.csv.gz"
 IMAGES_COLUMNS = ("id", "class", "split", "sha256")
@@ -71,9 +71,7 @@ class Data:
 
     name: str
     classes: tuple[str, ...]
-    image_size: int
-    channels: int
-    fit: str
+    conversion: Conversion
     train: Split
     val: Split
     fingerprint: str  # SHA-256 over classes, conversion, and ids, labels, contents of all splits
@@ -83,13 +81,28 @@ class Data:
     notes: tuple[str, ...]  # about the source, for people
     listing: ImageList | None  # the image files; None for built-in sets
     _test: Callable[[], Split] = field(repr=False)
+    kept_area: float = 1.0  # mean share of the area of the images that the conversion keeps
+
+    @property
+    def image_size(self) -> int:
+        return self.conversion.size
+
+    @property
+    def channels(self) -> int:
+        return self.conversion.channels
+
+    @property
+    def fit(self) -> str:
+        return self.conversion.fit
 
     def unseal_test(self) -> Split:
         """Return the test split. Only `evaluation` may call this."""
         return self._test()
 
 
-def load_data(config: DataConfig, *, memory_budget: int) -> Data:
+def load_data(
+    config: DataConfig, *, memory_budget: int, conversion: Conversion | None = None
+) -> Data:
     """Load the data of a recipe: find, decode and check the images, and split them.
 
     Validation and test splits that the source does not have are held out of its training images,
@@ -98,6 +111,7 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
     Args:
         config: The data section of a recipe.
         memory_budget: In bytes. Larger sets are read from disk when they are needed.
+        conversion: That of the run whose images these are. By default, it is chosen for the images.
 
     Raises:
         DataError: Images can't be read (the error lists them, unless data.on_bad=skip), classes
@@ -108,16 +122,25 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
     source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
     for note in source.notes:
         print_status(escape(f"{source.name}: {note}"))
-    conversion = _resolve_conversion(config, source.parts["train"])
-    parts = {
-        name: load_part(part, conversion, memory_budget)
-        for name, part in parts_of(config, source).items()
-    }
+    native = source.parts["train"].images
+    needed = parts_of(config, source)
+    assumed = partial(assumed_train_numbers, config, source, needed)
+    choice = choose_conversion(config, native, assumed, known=conversion)
+    parts = _load_parts(needed, choice.conversion, memory_budget)
     if config.on_bad == "stop":
         hint = f"`convlens audit {config.name}` lists all"
         _refuse_unreadable(parts, f"{hint}; replace them, or set data.on_bad=skip")
     skipped = _skip_unreadable(parts, source, config)
     plan = make_splits(config, source, parts)
+    numbers = parts["train"].good[plan.train]
+    if choice.sample and not np.array_equal(numbers, assumed()):
+        # Unreadable images have changed the split, which is known only now. The conversion must
+        # not depend on held-out images.
+        choice = choose_conversion(config, native, lambda: numbers)
+        parts = _load_parts(needed, choice.conversion, memory_budget)
+    for note in choice.notes:
+        print_status(escape(note if note.startswith("warning:") else f"{source.name}: {note}"))
+    conversion = choice.conversion
     pool = parts["train"]
     views = {"train": (pool, plan.train)}
     for split in ("val", "test"):
@@ -133,28 +156,31 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
     return Data(
         name=source.name,
         classes=source.classes,
-        image_size=conversion.size,
-        channels=conversion.channels,
-        fit=conversion.fit,
+        conversion=conversion,
         train=pool.split(plan.train, keep_in_memory=keep_in_memory),
         val=views["val"][0].split(views["val"][1], keep_in_memory=keep_in_memory),
         fingerprint=_fingerprint(source.classes, conversion, views),
         split_descriptions=describe_splits(plan, config, source, parts),
         held_out={split: list(pool.ids_of(index)) for split, index in plan.held_out.items()},
         skipped=skipped,
-        notes=source.notes,
+        notes=(*source.notes, *choice.notes),
         listing=listing if listing.of_files else None,
         _test=lambda: views["test"][0].split(views["test"][1], keep_in_memory=keep_in_memory),
+        kept_area=choice.kept_area,
     )
+
+
+def _load_parts(
+    parts: Mapping[str, Part], conversion: Conversion, memory_budget: int
+) -> dict[str, LoadedPart]:
+    return {name: load_part(part, conversion, memory_budget) for name, part in parts.items()}
 
 
 def load_external_data(
     name: str,
     split: str,
     *,
-    image_size: int,
-    channels: int,
-    fit: str,
+    conversion: Conversion,
     memory_budget: int,
     tested: bool = False,
     run: Path | None = None,
@@ -166,9 +192,7 @@ def load_external_data(
     Args:
         name: Name or path of the set.
         split: Name of the part.
-        image_size: Height and width in pixels.
-        channels: 1 or 3.
-        fit: `crop`, `pad` or `stretch`.
+        conversion: That of the model.
         memory_budget: In bytes.
         tested: As for `find_source`.
         run: Run directory of the model. A message says how many of the images it was trained on.
@@ -179,7 +203,7 @@ def load_external_data(
     Raises:
         DataError: The set has no such part, or images can't be read; otherwise as `load_data`.
     """
-    source = find_source(name, image_size=image_size, tested=tested)
+    source = find_source(name, image_size=conversion.size, tested=tested)
     for note in source.notes:
         print_status(escape(f"{source.name}: {note}"))
     only_part = next(iter(source.parts.values())) if len(source.parts) == 1 else None
@@ -187,7 +211,6 @@ def load_external_data(
     if part is None:
         fix = f"it has: {', '.join(source.parts)}"
         raise DataError(f"{source.name!r} has no {split} images", where=name, fix=fix)
-    conversion = Conversion(image_size, channels, fit)
     loaded = load_part(part, conversion, memory_budget)
     # `audit` needs a set with at least two classes.
     hint = f" (`convlens audit {name}` lists all)" if len(source.classes) > 1 else ""
@@ -244,9 +267,7 @@ def data_from_arrays(
     return Data(
         name="arrays",
         classes=tuple(classes),
-        image_size=images.shape[2],
-        channels=images.shape[1],
-        fit=fit,
+        conversion=Conversion(images.shape[2], images.shape[1], fit),
         train=split(kept),
         val=split(held),
         fingerprint=digest.hexdigest(),
@@ -283,33 +304,6 @@ def channel_stats(split: Split) -> tuple[list[float], list[float]]:
     # Python integers don't overflow: n * sum(x^2) - sum(x)^2 without cancellation.
     scaled_variance = [int(q) * pixels - int(s) ** 2 for s, q in zip(sums, squares, strict=True)]
     return mean, [max(math.sqrt(v) / pixels, 1.0) / 255 for v in scaled_variance]
-
-
-def _resolve_conversion(config: DataConfig, train: Part) -> Conversion:
-    """Return the recipe's size and channels, with `auto` replaced by values from the images."""
-    if not isinstance(train.images, EncodedFiles):
-        native_channels, native_size = int(train.images.shape[1]), int(train.images.shape[2])
-    else:
-        native_channels, native_size = _suggest_shape(train.images)
-    size = native_size if config.image_size == "auto" else int(config.image_size)
-    channels = native_channels if config.channels == "auto" else int(config.channels)
-    return Conversion(size, channels, config.fit)
-
-
-def _suggest_shape(files: EncodedFiles) -> tuple[int, int]:
-    """Return channels and size for image files, from the headers of up to 200 of them."""
-    facts = []
-    numbers = np.linspace(0, len(files) - 1, MAX_PROBED_IMAGES).round().astype(int)
-    for i in np.unique(numbers).tolist():
-        try:
-            facts.append(probe_image(files.read(i), files.name(i)))
-        except UnreadableImage:
-            continue  # decoding will list all unreadable files with their reasons
-    if not facts:
-        return 3, 32
-    short_side = statistics.median(min(f.width, f.height) for f in facts)
-    size = max((s for s in STANDARD_SIZES if s <= short_side), default=STANDARD_SIZES[0])
-    return (1 if all(f.grey for f in facts) else 3), size
 
 
 def _report_copies(listing: ImageList, requested_name: str, name: str) -> None:

@@ -8,17 +8,18 @@ for, and `describe_splits` says in words what was done.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from convlens.data import cache
-from convlens.data.cache import ArrayRows, Conversion, ConvertedRows, ImageRows, as_index, in_memory
-from convlens.data.decode import Pixels
+from convlens.data.cache import ArrayRows, ConvertedRows, ImageRows, as_index, in_memory
+from convlens.data.decode import Conversion, Pixels
 from convlens.data.loader import ShardOrder
 from convlens.data.types import (
     DataSource,
@@ -522,6 +523,18 @@ def make_splits(config: DataConfig, source: DataSource, parts: dict[str, LoadedP
         )
         train = train[chosen]
     return SplitPlan(train, held_out, test_pool_size, selected_size, after_val_size)
+
+
+def assumed_train_numbers(
+    config: DataConfig, source: DataSource, parts: Mapping[str, Part]
+) -> IndexArray:
+    """Return the numbers of the training images in their part if all images are readable.
+
+    Nothing is decoded. The arguments are as for `make_splits`, but the parts are not loaded.
+    """
+    no_rows = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
+    assumed = {name: LoadedPart(part, no_rows, "", {}) for name, part in parts.items()}
+    return make_splits(config, source, assumed).train
 
 
 def _hold_out_validation(

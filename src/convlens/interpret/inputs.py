@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from convlens import evaluation, models, run
 from convlens.data.dataset import Data, Split, load_external_data
-from convlens.data.decode import EXTENSIONS, UnreadableImage, decode, fit_arrays
+from convlens.data.decode import EXTENSIONS, UnreadableImage
 from convlens.data.input_images import expand_paths
 from convlens.device import Plan, derive_seed, memory_budget, preserve_torch_settings
 from convlens.engine.inference import batch_logits, place_model, split_logits
@@ -275,11 +275,11 @@ def select_pictures(subject: InspectedModel, arguments: Sequence[str]) -> list[P
 
 
 def _pictures_from_files(subject: InspectedModel, text: str) -> list[Picture]:
-    pre = subject.loaded.preprocessing
+    conversion = subject.loaded.preprocessing.conversion
     pictures = []
     for path in expand_paths([text]):
         try:
-            pixels = decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+            pixels = conversion.file(path)
         except UnreadableImage as error:
             raise DataError(
                 f"can't be read as an image: {error.reason}", where=path, fix="name another file"
@@ -518,10 +518,7 @@ def _convert(picture: Picture, source: InspectedModel, subject: InspectedModel) 
     label = subject.classes.index(name) if name in subject.classes else None
     pixels = picture.pixels
     if (new.image_size, new.channels) != (old.image_size, old.channels):
-        array = fit_arrays(
-            pixels[None].numpy(), size=new.image_size, channels=new.channels, fit=new.fit
-        )
-        pixels = torch.from_numpy(array)[0]
+        pixels = torch.from_numpy(new.conversion.array(pixels[None].numpy()))[0]
     return Picture(picture.name, pixels, label, picture.id)
 
 
@@ -617,13 +614,10 @@ def _external_split(
     subject: InspectedModel, data: str | Path, name: str
 ) -> tuple[Split, tuple[str, ...], str]:
     """Return a split of another data set, its classes and the data set's name."""
-    pre = subject.loaded.preprocessing
     split, classes, data_name, _ = load_external_data(
         str(data),
         name,
-        image_size=pre.image_size,
-        channels=pre.channels,
-        fit=pre.fit,
+        conversion=subject.loaded.preprocessing.conversion,
         memory_budget=memory_budget(subject.plan.device),
     )
     return split, classes, data_name

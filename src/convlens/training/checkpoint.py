@@ -204,7 +204,7 @@ def model_snapshot(job: TrainingJob, run_name: str, row: dict[str, float] | None
         "run": run_name,
         "model": {"name": recipe.model.name, "options": recipe.model.options},
         "classes": list(data.classes),
-        "preprocessing": asdict(job.preprocessing),
+        "preprocessing": job.preprocessing.to_dict(),
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "chosen": chosen,
         "recipe": recipe.model_dump(mode="json"),
@@ -464,11 +464,12 @@ def _find_shorter_run(requested: Recipe) -> RunDir:
             candidate_epochs = int(candidate.recipe().train.epochs)
         except ConvlensError:
             continue  # damaged or edited
-        digests = {
-            requested.replace(**{"train.epochs": each}).digest()
-            for each in (candidate_epochs, "auto")
-        }
-        is_same_recipe = digests & set(candidate.metadata().get("digests", []))
+        same_length = [
+            requested.replace(**{"train.epochs": each}) for each in (candidate_epochs, "auto")
+        ]
+        is_same_recipe = any(
+            candidate.has_digest(recipe.digest(), recipe.earlier_digest()) for recipe in same_length
+        )
         if is_same_recipe and longest_epochs < candidate_epochs < epochs:
             longest, longest_epochs = candidate, candidate_epochs
     if longest is None:

@@ -152,8 +152,15 @@ def _resolve_recipe(requested: Recipe, data: Data) -> Recipe:
         raise DataError(
             f"{images} training image{'s' * (images != 1)}: at least 2 are needed", where=data.name
         )
+    conversion = data.conversion
     recipe = resolve_auto(
-        requested, images=images, image_size=data.image_size, channels=data.channels
+        requested,
+        images=images,
+        image_size=conversion.size,
+        channels=conversion.channels,
+        fit=conversion.fit,
+        value_range=conversion.value_range,
+        background=conversion.background,
     )
     config = recipe.model
     if requested.data.image_size == "auto":  # `validate_recipe` could not know the size
@@ -232,7 +239,7 @@ def _preprocessing(data: Data, record: dict[str, Any] | None) -> Preprocessing:
     """
     known = pretrained.pretrained_normalization(record, data.channels) if record else None
     mean, std = known or channel_stats(data.train)
-    return Preprocessing(data.image_size, data.channels, data.fit, mean, std)
+    return Preprocessing.of(data.conversion, mean, std)
 
 
 def _sample_images(split: Split, preprocessing: Preprocessing, device: str = "cpu") -> Tensor:

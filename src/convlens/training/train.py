@@ -17,6 +17,7 @@ from typing import Any
 from rich.markup import escape
 
 from convlens import evaluation, optim, run_plots
+from convlens.data.conversion import pixel_warnings, recorded_conversion
 from convlens.data.dataset import Data, load_data
 from convlens.device import (
     Plan,
@@ -30,8 +31,8 @@ from convlens.distributed import ProcessGroup
 from convlens.engine.data_parallel import DataParallel
 from convlens.engine.inference import loss_and_accuracy
 from convlens.engine.loop import Epoch, NonFiniteLoss, Records, Step, TrainLoop
-from convlens.errors import DataError, ModelFileError, ResourceError, Stopped
-from convlens.recipe import Recipe
+from convlens.errors import ConvlensError, DataError, ModelFileError, ResourceError, Stopped
+from convlens.recipe import DataConfig, Recipe
 from convlens.run import (
     RunDir,
     check_same_images,
@@ -99,7 +100,11 @@ def train(
     run_dir = shared_run_dir(
         context.process_group,
         lambda: find_or_create_run_dir(
-            name or recipe.name, recipe.digest(), plain_name=plain_name, fresh=fresh
+            name or recipe.name,
+            recipe.digest(),
+            plain_name=plain_name,
+            fresh=fresh,
+            earlier_digest=recipe.earlier_digest(),
         ),
     )
     if extend:
@@ -119,7 +124,7 @@ def train(
             check_weights_available(recipe.model)
         check_device_options(recipe, context.device)
         prepare(recipe.train.deterministic, context.device)
-        data = _load_data(recipe, context)
+        data = _load_data(recipe, run_dir, context)
         with run_dir.lock():
             metadata = context.broadcast(run_dir.metadata)
             check_can_resume(run_dir, metadata, recipe, data)
@@ -133,12 +138,29 @@ def train(
     return run_dir
 
 
-def _load_data(recipe: Recipe, context: RuntimeContext) -> Data:
-    """Load the data set on every rank; one rank per machine decodes first and fills the cache."""
+def _load_data(recipe: Recipe, run_dir: RunDir, context: RuntimeContext) -> Data:
+    """Load the data set on every rank; one rank per machine decodes first and fills the cache.
+
+    The images of an interrupted run are converted as at its start.
+    """
+    recorded = context.broadcast(lambda: _resolved_data(run_dir))
+    conversion = recorded_conversion(DataConfig(**recorded)) if recorded else None
     with context.process_group.local_rank_zero_first():
-        data = load_data(recipe.data, memory_budget=context.memory_budget)
+        data = load_data(recipe.data, memory_budget=context.memory_budget, conversion=conversion)
+    for warning in pixel_warnings(data.train.rows):
+        print_status(escape(warning))
     check_same_images(context.process_group, data.name, data.fingerprint)
     return data
+
+
+def _resolved_data(run_dir: RunDir) -> dict[str, Any]:
+    """Return the data section of the resolved recipe of a run; empty if it is unknown."""
+    if not run_dir.metadata():
+        return {}
+    try:
+        return run_dir.recipe().data.model_dump(mode="json")
+    except ConvlensError:  # damaged or edited; `check_can_resume` compares the images
+        return {}
 
 
 def _build_job(
@@ -448,7 +470,8 @@ def check_can_resume(
     """
     if not metadata:
         return
-    if recipe.digest() not in metadata.get("digests", []):
+    digests = metadata.get("digests", [])
+    if recipe.digest() not in digests and recipe.earlier_digest() not in digests:
         raise ResourceError(
             f"another process has just taken the name {run_dir.name!r} for another recipe",
             where=str(run_dir.path),

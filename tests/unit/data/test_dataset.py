@@ -13,6 +13,7 @@ from PIL import Image
 
 from convlens.data.cache import ArrayRows, IndexedRows
 from convlens.data.dataset import Split, channel_stats, load_data, load_external_data
+from convlens.data.decode import Conversion
 from convlens.errors import DataError
 from convlens.recipe import DataConfig
 from helpers.paths import REPOSITORY
@@ -271,7 +272,7 @@ def test_channel_stats_of_many_images_are_sampled_evenly() -> None:
 def test_external_data_is_converted_to_the_models_input(tmp_path: Path) -> None:
     counts = {"train/a": 5, "train/b": 5, "test/a": 2, "test/b": 1}
     name = folder(tmp_path / "x", counts)
-    options = {"image_size": 12, "channels": 1, "fit": "pad", "memory_budget": PLENTY}
+    options = {"conversion": Conversion(12, 1, "pad"), "memory_budget": PLENTY}
     split, classes, data_name, fingerprint = load_external_data(name, "test", **options)  # type: ignore[arg-type]
     assert split.rows.shape == (3, 1, 12, 12)
     assert classes == ("a", "b")

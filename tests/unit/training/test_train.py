@@ -9,14 +9,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from convlens import device, evaluation, optim, serialization
 from convlens.cli import main
+from convlens.data.dataset import load_data
+from convlens.data.decode import Conversion
 from convlens.errors import Diverged, ResourceError, UsageError
+from convlens.prediction import predict
 from convlens.recipe import load_recipe
-from convlens.run import RunDir
+from convlens.run import RunDir, load_model
 from convlens.runtime import RuntimeContext
 from convlens.training import autotune, train as training_train
 from convlens.training.checkpoint import BestEpoch
@@ -319,6 +324,68 @@ def test_images_larger_than_the_memory_budget_train_to_the_same_bits(
         serialization.read_model_file(first.model_path)[0],
         serialization.read_model_file(second.model_path)[0],
     )
+
+
+def sensor_images(root: Path) -> Path:
+    """Write two classes of 12-bit images that 8 of 16 bits do not tell apart."""
+    random = np.random.default_rng(0)
+    for name, value in (("cold", 2000), ("warm", 2040)):
+        (root / name).mkdir(parents=True)
+        for number in range(20):
+            values = value + random.integers(-9, 10, (16, 16))
+            Image.fromarray(values.astype(np.uint16)).save(root / name / f"{number}.png")
+    return root
+
+
+def test_the_value_range_is_found_recorded_and_used_to_predict(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = sensor_images(Path("set"))
+    overrides = (f"data={{name: {folder}}}", "train.epochs=20", "train.batch_size=8")
+    run_dir = train(*overrides, quiet=False)
+    low, high = run_dir.recipe().data.range
+    assert 1991 <= low <= 1995
+    assert 2045 <= high <= 2049
+    loaded = load_model(run_dir.model_path)
+    assert loaded.preprocessing.value_range == (low, high)
+    messages = capsys.readouterr().err
+    assert "set: values of more than 8 bits" in messages
+    assert "warning:" not in messages
+    assert evaluation.evaluate(run_dir, "test", device="cpu").accuracy == 1
+    predicted = predict(run_dir, [folder / "cold" / "1.png", folder / "warm" / "1.png"])
+    assert [each.label for each in predicted] == ["cold", "warm"]
+
+
+def test_an_interrupted_run_of_an_earlier_version_keeps_its_conversion() -> None:
+    """Its recipe.yaml has no range: 65,535 became 255, and every image was cropped."""
+    folder = sensor_images(Path("set"))
+    requested = tiny(f"data={{name: {folder}}}", "train.epochs=1")
+    old = Conversion(16, 1, "crop")
+    data = load_data(requested.data, memory_budget=1 << 30, conversion=old)
+    job = build_training_job(requested, data, RuntimeContext("cpu", quiet=True))
+    run_dir = RunDir(Path("models/tiny"))
+    run_dir.create(
+        job.recipe,
+        {"digests": [requested.digest()], "data": {"name": "x", "fingerprint": data.fingerprint}},
+    )
+    path = run_dir.path / "recipe.yaml"
+    kept = [
+        line
+        for line in path.read_text().splitlines()
+        if line.strip().split(":")[0] not in ("range", "background", "max_pixels")
+    ]
+    path.write_text("\n".join(kept) + "\n")
+    digest = load_recipe(path).earlier_digest()
+    run_dir.update_metadata({"digests": [requested.digest(), digest]})
+    assert train(f"data={{name: {folder}}}", "train.epochs=1").path == run_dir.path
+    assert load_model(run_dir.model_path).preprocessing.conversion == old
+
+
+def test_constant_images_get_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sensor_images(Path("set"))
+    train(f"data={{name: {folder}, range: [0, 65535]}}", "train.epochs=1", quiet=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("warning: 28 of 28 training images are") for line in lines)
 
 
 def test_a_resumed_run_uses_its_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
