@@ -291,6 +291,10 @@ class RunTable:
     def __repr__(self) -> str:
         return f"RunTable({self._table.name!r}, {len(self._table.outcomes)} runs)"
 
+    def _repr_html_(self) -> str:
+        """Return the figure of the curves for notebooks."""
+        return notebook.paragraph(repr(self)) + notebook.embed_figures([self.plot])
+
     @property
     def runs(self) -> list[Run]:
         """All evaluated runs, in the order of variants, splits, seeds and folds."""

@@ -272,7 +272,7 @@ class ImageTransform:
             if isinstance(source, InputBatch)
             else _read_image(source, conversion, value_range)
         )
-        batch = torch.from_numpy(np.ascontiguousarray(pixels))[None]
+        batch = torch.from_numpy(np.array(pixels))[None]  # writable: torch warns of other arrays
         tensor: Tensor = self.preprocessing.normalize(batch, Plan("cpu", "fp32", "contiguous"))[0]
         return tensor
 
@@ -342,10 +342,9 @@ def _iter_predictions(
         settings: returns the context of a forward pass, with the settings of torch.
     """
     k = min(max(top_k, 1), len(loaded.classes))
-    bar = None
-    with contextlib.ExitStack() as stack:
-        if not quiet:  # a bar that is not shown takes longer than a small network
-            bar = stack.enter_context(progress_bar("predicting", count_images(inputs)))
+    # A bar that is not shown takes longer than a small network.
+    shown = contextlib.nullcontext() if quiet else progress_bar("predicting", count_images(inputs))
+    with shown as bar:
         for batch in _read_inputs(inputs, loaded.preprocessing.conversion, value_range):
             readable = [image for _, image, _ in batch if image is not None]
             # Not around the loop: the caller's code runs between two predictions.
@@ -489,8 +488,9 @@ def _probabilities(
     if not len(images):
         none = np.empty((0, len(loaded.classes)))
         return none, none
-    # Joining a single array or tensor would take as long as a small layer.
-    batch = images[0][None] if len(images) == 1 else np.stack(images)
+    # Joining a single array or tensor would take as long as a small layer. The copy is writable;
+    # torch warns of other arrays.
+    batch = images[0][None].copy() if len(images) == 1 else np.stack(images)
     outputs = list(forward.outputs(torch.from_numpy(batch)))
     logits = [each.logits for each in outputs]
     plain = probabilities(logits[0] if len(logits) == 1 else torch.cat(logits))

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -312,6 +313,20 @@ def test_grey_images_of_every_type_have_the_prediction_of_their_file(model: RunD
     assert run.predict(deep // 257 * 16, range=(0, 4080), top_k=2)[0].top == expected.top
     with pytest.raises(UsageError, match="range of uint16 images"):
         run.predict(deep)
+
+
+def test_views_and_read_only_arrays_are_used_without_warnings(model: RunDir) -> None:
+    run = Run(model)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    (expected,) = run.predict(pixels.copy())
+    expected_tensor = run.transform(pixels)
+    pixels.flags.writeable = False
+    for view in (pixels, pixels[::-1][::-1], np.asfortranarray(pixels), pixels[None].data):
+        array = np.asarray(view)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert run.predict(array) == [expected]
+            assert torch.equal(run.transform(np.squeeze(array)), expected_tensor)
 
 
 def test_a_range_in_the_model_applies_to_arrays(model: RunDir) -> None:

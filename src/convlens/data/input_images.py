@@ -207,9 +207,11 @@ def expand_paths(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
 
 def _expand_path(path: str, missing: list[str]) -> list[str]:
     """Return the files that a path stands for; add it to `missing` if there are none."""
+    if os.path.isfile(path):
+        return [path]
     if os.path.isdir(path):
         return _images_in_folders([path], missing)
-    if os.path.exists(path) or not glob.has_magic(path):
+    if os.path.exists(path) or not glob.has_magic(path):  # a pipe, or a file that is missing
         return [path]
     # Everything below a folder, `photos/**`, is the folder.
     base = re.sub(r"([/\\]\*\*)+[/\\]?$", "", path)
