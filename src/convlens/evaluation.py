@@ -47,15 +47,16 @@ from convlens.run import (
     safe_name,
     shared_run_dir,
 )
-from convlens.utils import files
+from convlens.utils import files, notebook
 from convlens.utils.console import progress_bar, quiet_mode
 
 SPLIT_NAMES = ("test", "val", "train")
 TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")
+MAX_CLASSES_SHOWN = 40  # in a notebook
 MAX_CACHED_BYTES = 1 << 26  # logits of 10,000 images of 1,000 classes have 40 MB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Metrics of a model on one split.
 
@@ -95,6 +96,30 @@ class Evaluation:
     convlens: str
     hardware: dict[str, Any]
 
+    def __repr__(self) -> str:
+        low, high = self.interval95
+        return (
+            f"Evaluation({self.run!r}, {self.split!r}, accuracy {self.accuracy:.2%} "
+            f"({low:.2%} to {high:.2%}), n = {self.n:,})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a sentence and a table of the classes for notebooks."""
+        low, high = self.interval95
+        summary = (
+            f"{self.run}: {self.split} accuracy {self.accuracy:.2%} (95% interval {low:.2%} to "
+            f"{high:.2%}, n = {self.n:,}), loss {self.loss:.4f}, calibration error {self.ece:.3f}"
+        )
+        keys = ("precision", "recall", "f1")
+        rows = [
+            (name, f"{score['n']:,}", *(_percent(score[key]) for key in keys))
+            for name, score in list(self.per_class.items())[:MAX_CLASSES_SHOWN]
+        ]
+        hidden = len(self.per_class) - len(rows)
+        more = notebook.paragraph(f"and {hidden} more classes") if hidden else ""
+        table = notebook.table(("class", "n", "precision", "recall", "F1"), rows)
+        return notebook.paragraph(summary) + table + more
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -111,6 +136,10 @@ class Evaluation:
             f"{tta['ece']:.3f}; {tta['gained']:,} images gained, {tta['lost']:,} lost "
             f"(McNemar's exact {p})"
         )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 @preserve_torch_settings()
@@ -306,7 +335,9 @@ def evaluate_split(
     label = split if is_own else f"{split}-{safe_name(Path(name).name)}"
     if draw and process_group.is_main_process:
         run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes)
-    evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
+    fields = {key: result[key] for key in Evaluation.__dataclass_fields__}
+    low, high = result["interval95"]
+    evaluation = Evaluation(**{**fields, "interval95": (low, high)})
     return EvaluationRun(evaluation, scores, targets)
 
 

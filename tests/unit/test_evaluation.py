@@ -93,6 +93,22 @@ def test_metrics_computed_by_hand(model: RunDir) -> None:
     assert got["per_class"]["green"] == green_scores
 
 
+def test_an_evaluation_is_short_and_shows_a_table_in_notebooks(model: RunDir) -> None:
+    root = pictures(Path("two"), {"blue": 3, "red": 5})
+    result = Run(model).evaluate("test", data=root)
+    assert isinstance(result.interval95, tuple)
+    low, high = result.interval95
+    assert (low, high) == pytest.approx(wilson_interval(result.correct, 8))
+    assert repr(result) == (
+        f"Evaluation({model.name!r}, 'test', accuracy {result.accuracy:.2%} "
+        f"({low:.2%} to {high:.2%}), n = 8)"
+    )
+    page = result._repr_html_()
+    assert "n = 8" in page
+    assert "<td>blue</td><td>3</td>" in page
+    assert "<td>red</td><td>5</td>" in page
+
+
 def test_more_than_five_classes_have_a_top5_accuracy(tmp_path: Path) -> None:
     names = [f"c{n}" for n in range(6)]
     run_dir = constant_model(tmp_path / "six", [5.0, 4.0, 3.0, 2.0, 1.0, 0.0], names)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
     from convlens.training.repeats import RunOutcome, RunResults, VariantSummary
 
 Row = dict[str, str]
+PREDICT_EXAMPLE = "name images, e.g. convlens predict digits a.png new/; or pipe one, or names"
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 # Columns of the table of runs that a narrow terminal leaves out, the least important first.
 OPTIONAL_COLUMNS = ("CPU s", "weights", "trained", "95% interval", "s", "epoch")
@@ -171,7 +172,10 @@ def predict(
     run: RunArgument,
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATH]...", help="Files, folders, globs, or - for stdin."),
+        typer.Argument(
+            metavar="[PATH]...",
+            help="Files, folders, globs, or - for stdin: one image, or names, one per line.",
+        ),
     ] = None,
     top: Annotated[
         int, typer.Option("--top", "-k", min=1, metavar="K", help="Number of classes to show.")
@@ -190,29 +194,46 @@ def predict(
         convlens predict digits new/ -k 3 --format csv
         convlens predict models/digits/model.onnx a.png
         find . -name '*.png' | convlens predict digits -
+        curl -s https://example.org/a.png | convlens predict digits -
     """
+    from convlens.errors import DataError, UsageError, lookup
+
+    if not paths and sys.stdin is not None and sys.stdin.isatty():
+        raise UsageError("no image was named", fix=PREDICT_EXAMPLE)
     from convlens import onnx_model, prediction
     from convlens.cli.results import WRITERS
+    from convlens.data.input_images import collect_inputs, inputs_from_stdin
     from convlens.engine import inference
-    from convlens.errors import DataError, lookup
     from convlens.run import find_run
 
     write = lookup(WRITERS, "json" if as_json else output, "format")
     inference.select_views(tta)  # report a typo before anything is read or written
     loaded = onnx_model.load_model_or_onnx(find_run(run).model_path)
-    paths = paths or ["-"]
-    from_stdin = [line.strip() for line in sys.stdin if line.strip()] if "-" in paths else []
-    files = prediction.expand_paths([*(path for path in paths if path != "-"), *from_stdin])
-    if not files:
-        print_status("nothing to predict: no file was named on stdin")
-    predictions = prediction.iter_predictions(loaded, files, top_k=top, tta=tta, device=device)
+    named = [path for path in paths or () if path != "-"]
+    from_stdin = inputs_from_stdin(_read_stdin()) if not paths or "-" in paths else []
+    inputs = collect_inputs([*named, *from_stdin])
+    if not inputs:
+        raise UsageError("no image was named: standard input is empty", fix=PREDICT_EXAMPLE)
+    predictions = prediction.iter_predictions(loaded, inputs, top_k=top, tta=tta, device=device)
     failed = write(predictions, top, tta is not None)
     if failed:
-        others = "; the others were classified" if failed < len(files) else ""
+        others = "; the others were classified" if failed < len(inputs) else ""
         raise DataError(
-            f"{failed} of {len(files)} files could not be read{others}",
+            f"{failed} of {len(inputs)} files could not be read{others}",
             fix="see the reason beside each file name",
         )
+
+
+def _read_stdin() -> bytes:
+    """Return what standard input holds, up to a little more than the largest image."""
+    from convlens.data.decode import MAX_BYTES
+
+    if sys.stdin is None:  # a program without a console on Windows
+        return b""
+    if hasattr(sys.stdin, "buffer"):
+        content: bytes = sys.stdin.buffer.read(MAX_BYTES + 1)
+        return content
+    return sys.stdin.read().encode("utf-8", "surrogateescape")  # replaced by text in memory
 
 
 @app.command(cls=Command)

@@ -22,9 +22,10 @@ import torch
 from rich.markup import escape
 from torch import Tensor, nn
 
-from convlens import evaluation, models, prediction, run
+from convlens import evaluation, models, run
 from convlens.data.dataset import Data, Split, load_external_data
 from convlens.data.decode import EXTENSIONS, UnreadableImage
+from convlens.data.input_images import expand_paths
 from convlens.device import Plan, derive_seed, memory_budget, preserve_torch_settings
 from convlens.engine.inference import batch_logits, place_model, split_logits
 from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError, lookup
@@ -276,7 +277,7 @@ def select_pictures(subject: InspectedModel, arguments: Sequence[str]) -> list[P
 def _pictures_from_files(subject: InspectedModel, text: str) -> list[Picture]:
     conversion = subject.loaded.preprocessing.conversion
     pictures = []
-    for path in prediction.expand_paths([text]):
+    for path in expand_paths([text]):
         try:
             pixels = conversion.file(path)
         except UnreadableImage as error:

@@ -13,7 +13,13 @@ from torch import nn
 from convlens.data.loader import Normalize
 from convlens.device import MEMORY_FORMATS
 from convlens.engine import inference
-from convlens.engine.inference import batch_logits, loss_and_accuracy, probabilities, split_logits
+from convlens.engine.inference import (
+    Forward,
+    batch_logits,
+    loss_and_accuracy,
+    probabilities,
+    split_logits,
+)
 from convlens.errors import ResourceError
 from convlens.models.cnn import CNN
 from helpers.support import PLAN, Memory, Split, Streamed, pictures
@@ -180,6 +186,25 @@ def test_the_batch_size_follows_from_the_largest_layer(monkeypatch: pytest.Monke
         assert sum(counts) == 200
         assert torch.allclose(found, expected, atol=1e-5)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_measured_batch_size_gives_the_same_batches_and_attaches_no_hooks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Flatten(), nn.Linear(192, 2))
+    images = pictures(200)
+    for limit, batch in ((1536 * 64, 64), (1536 * 64 - 1, 32), (100, 1)):
+        monkeypatch.setitem(inference.MAX_ACTIVATION_BYTES, "cpu", limit)
+        expected = list(Forward(model, NORMALIZE, PLAN, total=200).outputs(images))
+        size = inference.measure_batch_size(model, images[:1], NORMALIZE, PLAN)
+        assert size == batch
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "register_forward_hook", None)
+            forward = Forward(model, NORMALIZE, PLAN, total=200, batch_size=size)
+            outputs = list(forward.outputs(images))
+        assert [len(each.logits) for each in outputs] == [len(each.logits) for each in expected]
+        for each, other in zip(outputs, expected, strict=True):
+            assert torch.equal(each.logits, other.logits)
 
 
 def test_out_of_memory_halves_the_batch_size_with_a_message(

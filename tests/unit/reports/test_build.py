@@ -14,6 +14,7 @@ from convlens.data import dataset
 from convlens.errors import ModelFileError, UsageError
 from convlens.reports.build import Report
 from convlens.run import RunDir
+from convlens.utils import notebook
 from helpers.commands import constant_model, here, refused
 from helpers.reports import HOSTILE_CLASSES, Page
 
@@ -46,6 +47,13 @@ def test_second_page_has_the_same_bytes_and_does_not_evaluate_again(small_report
     log = Path("models/small/results.json").read_bytes()
     assert convlens.report("small", output="again.html").path.read_bytes() == first
     assert Path("models/small/results.json").read_bytes() == log
+
+
+def test_report_is_short_and_links_to_the_page_in_notebooks(small_report: Report) -> None:
+    assert repr(small_report).startswith(f"Report('{small_report.path}', ")
+    shown = small_report._repr_html_()
+    assert notebook.link(small_report.path) in shown
+    assert notebook.paragraph(small_report.verdict) in shown
 
 
 def test_page_loads_nothing_from_elsewhere(small_report: Report) -> None:
