@@ -146,6 +146,15 @@ def test_a_grid_search_accepts_numpy_numbers() -> None:
     assert search.predict(X).shape == (90,)
 
 
+def test_options_for_unequal_classes_are_overrides() -> None:
+    rare = np.r_[0:30, 30:34, 60:90]
+    unequal = {**TINY, "optim.class_weights": {"four": 5, "two": 0.5}, "data.balance": "sqrt"}
+    got = small(overrides=unequal, epochs=2).fit(X[rare], Y[rare])
+    assert {"val_macro_f1", "val_balanced_accuracy"} <= set(got.history_[0])
+    with pytest.raises(UsageError, match="does not have: eight"):
+        small(overrides={**TINY, "optim.class_weights": {"eight": 5}}, epochs=2).fit(X, Y)
+
+
 def test_a_fitted_classifier_can_be_stored(fitted: ImageClassifier, tmp_path: Path) -> None:
     joblib.dump(fitted, tmp_path / "model.joblib")
     for copy in (joblib.load(tmp_path / "model.joblib"), pickle.loads(pickle.dumps(fitted))):

@@ -38,7 +38,11 @@ if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
 Row = dict[str, str]
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 # Columns of the table of runs that a narrow terminal leaves out, the least important first.
-OPTIONAL_COLUMNS = ("CPU s", "weights", "trained", "95% interval", "s", "epoch")
+CLASS_MEANS_COLUMNS = ("macro F1 %", "balanced %")
+OPTIONAL_COLUMNS = (
+    *("CPU s", "weights", "trained", "95% interval", "s", "epoch"),
+    *reversed(CLASS_MEANS_COLUMNS),
+)
 
 
 @app.command(cls=Command)
@@ -412,6 +416,7 @@ def _summary_sentence(result: RunResults, summary: VariantSummary, repeats: str)
 
 def _variant_rows(result: RunResults) -> list[Row]:
     """Return a row for each variant, with its gain over the first one."""
+    from convlens.metrics import mean_sd
     from convlens.training.repeats import trainable_parameters
 
     rows = []
@@ -422,6 +427,10 @@ def _variant_rows(result: RunResults) -> list[Row]:
         if summary.interval95 is not None:
             accuracy += f" ({_interval(summary.interval95)})"
         row = {"variant": summary.variant or "", f"{SPLIT_NAMES[result.split]} %": accuracy}
+        for name, values in zip(
+            CLASS_MEANS_COLUMNS, zip(*summary.class_means, strict=True), strict=True
+        ):
+            row[name] = _mean_sd(*mean_sd(values))
         gain, sd = result.gains()[number]
         row[f"over {first}"] = _mean_sd(gain, sd, sign="+") if number else "-"
         if result.split == "test":
@@ -452,6 +461,8 @@ def _run_rows(result: RunResults) -> list[Row]:
         row |= {name: str(cells[name]) for name, several in has_column.items() if several}
         row[f"{SPLIT_NAMES[result.split]} %"] = _percent(evaluation.accuracy)
         row["95% interval"] = _interval(evaluation.interval95)
+        class_means = (evaluation.macro_f1, evaluation.balanced_accuracy)
+        row |= zip(CLASS_MEANS_COLUMNS, map(_percent, class_means), strict=True)
         if result.split == "test":
             val_accuracy = outcome.val_accuracy
             row["validation %"] = "-" if val_accuracy is None else _percent(val_accuracy)

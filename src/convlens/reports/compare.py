@@ -182,10 +182,14 @@ def _run_facts(contents: ReportContents) -> dict[str, str]:
     train_accuracy, calibration = contents.train_accuracy(), measure_calibration(contents)
     model_path = contents.run_dir.model_path
     split = accuracy = interval = loss = calibration_error = "–"
+    class_means = dict.fromkeys(("macro_f1", "balanced_accuracy"), "–")
     if summary is not None:
         split = f"{summary['n']:,} {SPLIT_WORDS[contents.split]} images"
         accuracy = format_share(summary["accuracy"], 2)
         interval = " to ".join(format_share(end, 2) for end in summary["interval95"])
+        for key in class_means:
+            if summary.get(key) is not None:  # not in results of earlier versions
+                class_means[key] = format_share(summary[key], 2)
         loss = format_number(summary["loss"], 3)
         calibration_error = format_number(summary["ece"], 3)
     if calibration is not None:
@@ -195,6 +199,8 @@ def _run_facts(contents: ReportContents) -> dict[str, str]:
         "evaluated on": split,
         "accuracy": accuracy,
         "95% interval": interval,
+        "macro F1": class_means["macro_f1"],
+        "balanced accuracy": class_means["balanced_accuracy"],
         "loss": loss,
         "calibration error": calibration_error,
         "training accuracy": "–" if train_accuracy is None else format_share(train_accuracy[0], 2),

@@ -28,11 +28,12 @@ from convlens.device import (
 )
 from convlens.distributed import ProcessGroup
 from convlens.engine.data_parallel import DataParallel
-from convlens.engine.inference import loss_and_accuracy
+from convlens.engine.inference import validation_metrics
 from convlens.engine.loop import Epoch, NonFiniteLoss, Records, Step, TrainLoop
 from convlens.errors import DataError, ModelFileError, ResourceError, Stopped
 from convlens.recipe import Recipe
 from convlens.run import (
+    VALIDATION_COLUMNS,
     RunDir,
     check_same_images,
     find_or_create_run_dir,
@@ -220,7 +221,13 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
     last_step = replace(state)  # the state after the last step of an epoch, before validation
     with (
         catch_stop_signals() as signal,
-        progress_display(job.epochs, steps, steps_done, shown=not job.context.quiet) as display,
+        progress_display(
+            job.epochs,
+            steps,
+            steps_done,
+            monitor=job.recipe.train.monitor,
+            shown=not job.context.quiet,
+        ) as display,
         job.process_group.annotate_errors(lambda: f"epoch {state.epoch}, after step {state.step}"),
     ):
         process_group = job.process_group.with_stop_requested(lambda: signal.is_set)
@@ -342,20 +349,19 @@ def _validate(
         if signal.is_set and job.process_group.size == 1:
             raise _ValidationInterrupted
 
-    val_loss = val_accuracy = math.nan
+    validation = dict.fromkeys(VALIDATION_COLUMNS, math.nan)
     if job.recipe.data.validates:
         try:
             with optim.averaged_weights(job.averager):
                 logits, targets = job.inputs.validate(check_signal)
         except _ValidationInterrupted:
             return None
-        val_loss, val_accuracy = loss_and_accuracy(logits, targets)
+        validation = validation_metrics(logits, targets)
     return {
         "epoch": record.epoch,
         "train_loss": float(record.loss),
         "train_accuracy": float(record.accuracy),
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
+        **validation,
         "lr": record.lr,
         "seconds": seconds,
         "images_per_second": record.images / seconds,

@@ -228,9 +228,9 @@ class ProgressDisplay:
         interval_s: time between two updates of the numbers beside the bar.
     """
 
-    def __init__(self, bar: ProgressBar, epochs: int) -> None:
+    def __init__(self, bar: ProgressBar, epochs: int, monitor: str = "val_loss") -> None:
         self.interval_s = DISPLAY_INTERVAL_S
-        self._bar, self._epochs = bar, epochs
+        self._bar, self._epochs, self._monitor = bar, epochs, monitor
         self._pending_steps, self._pending_images = 0, 0  # since the last update of the bar
         self._updated = time.perf_counter()
         self._requested: tuple[StepRecord, ScalarReader] | None = None
@@ -273,6 +273,9 @@ class ProgressDisplay:
             validation = (
                 f"validation loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}  "
             )
+            if self._monitor not in ("val_loss", "val_accuracy"):
+                name = self._monitor.removeprefix("val_").replace("_", " ").replace("f1", "F1")
+                validation += f"{name} {row[self._monitor]:.2%}  "
         star = " *" if best == row["epoch"] else ""
         print_status(
             f"epoch {row['epoch']:>3.0f}/{self._epochs}  "
@@ -283,12 +286,16 @@ class ProgressDisplay:
 
 @contextlib.contextmanager
 def progress_display(
-    epochs: int, steps: int, done: int, *, shown: bool
+    epochs: int, steps: int, done: int, *, monitor: str = "val_loss", shown: bool
 ) -> Iterator[ProgressDisplay]:
-    """Show the progress of a training of `epochs` times `steps` steps, `done` of which are done."""
+    """Show the progress of a training of `epochs` times `steps` steps, `done` of which are done.
+
+    Args:
+        monitor: the metric that selects the best epoch; shown for each epoch.
+    """
     with quiet_mode(not shown), progress_bar("training", epochs * steps, shown=shown) as bar:
         bar.advance(done)
-        yield ProgressDisplay(bar, epochs)
+        yield ProgressDisplay(bar, epochs, monitor)
 
 
 @contextlib.contextmanager
