@@ -204,11 +204,11 @@ def bootstrap_class_means(
     """Return macro F1 and balanced accuracy of resampled images, `[models, 2, draws]`.
 
     The bootstrap is stratified: the images of each class are drawn with replacement from this
-    class, so that none disappears. A class whose images are all classified in the same way has no
-    spread, so with few images the intervals are too narrow. Different predictions are resampled together, which makes
-    their differences paired. Instead of images, the counts of equal combinations of label and
-    predictions are drawn, from a multinomial distribution. Efron and Tibshirani 1993, An
-    Introduction to the Bootstrap.
+    class, so that none disappears. Different predictions are resampled together, which makes their
+    differences paired. Instead of images, the counts of equal combinations of label and
+    predictions are drawn, from a multinomial distribution. A class whose images are all classified
+    in the same way has no spread, so intervals from few images are too narrow. Efron and
+    Tibshirani 1993, An Introduction to the Bootstrap.
 
     Args:
         predictions: of one or several models for the same images.

@@ -158,7 +158,7 @@ class ClassBalance:
 
     Both the number of images of each class and the number of times that an image of a class is
     drawn differ from their expectation by less than 1 (systematic sampling), where independent
-    draws would miss some images of a rare class in an epoch.
+    draws would repeat some images of a class and miss others.
 
     Args:
         labels: class indices of the images, int64 `[N]`.
