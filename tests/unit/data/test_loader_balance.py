@@ -18,7 +18,7 @@ from convlens.data.loader import (
 )
 from convlens.distributed import ProcessGroup
 from convlens.recipe import Balance
-from helpers.support import PLAN, Memory, Split, pictures
+from helpers.support import PLAN, Memory, Split, Streamed, pictures
 
 PLAIN = Normalize([0.0], [1.0])
 COUNTS = [30, 3, 12]
@@ -106,9 +106,11 @@ def test_windows_of_shards_keep_the_drawn_images(monkeypatch: pytest.MonkeyPatch
 # Batches
 
 
-def batches(balance: Balance, group: ProcessGroup | None = None) -> Batches:
+def batches(
+    balance: Balance, group: ProcessGroup | None = None, rows: Memory | None = None
+) -> Batches:
     return Batches(
-        Split(Memory(pictures(45)), LABELS),
+        Split(rows or Memory(pictures(45)), LABELS),
         batch_size=8,
         normalize=PLAIN,
         plan=PLAN,
@@ -141,6 +143,13 @@ def test_batches_have_the_drawn_images_and_resume_at_any_step() -> None:
     assert torch.bincount(drawn).tolist() == [15, 15, 15]
     for start in range(7):
         assert indices(batches("full"), 4, start) == found[start:]
+
+
+def test_images_read_one_batch_ahead_are_the_same() -> None:
+    """Also an image that occurs several times in one batch."""
+    streamed = batches("full", rows=Streamed(pictures(45)))
+    assert indices(streamed, 4) == indices(batches("full"), 4)
+    assert any(len(set(batch)) < len(batch) for batch in indices(streamed, 4))
 
 
 @pytest.mark.parametrize("size", [2, 3])
