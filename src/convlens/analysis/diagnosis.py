@@ -590,7 +590,9 @@ def imbalance(evidence: RunEvidence) -> Finding | None:
     common_count = _pool([c for name, c in by_class.items() if name not in rare])
     if rare_count.n and common_count.n:
         numbers["recall"] = {name: c.share for name, c in by_class.items()}
-        numbers["recall_interval95"] = {name: list(c.interval95) for name, c in by_class.items()}
+        numbers["recall_interval95"] = {
+            name: [round(end, 4) for end in c.interval95] for name, c in by_class.items()
+        }
         recalls = [f"{name} {by_class[name].text}" for name in rare if name in by_class]
         what += (
             f"; recall on validation images: {', '.join(recalls[:5])}{' ...' * (len(recalls) > 5)};"
