@@ -70,12 +70,16 @@ CASES = {
         {
             "data.image_size": 32,
             "model.widths": [32, 64, 128],
-            "train.epochs": 15,
+            "train.epochs": 10,
             "train.batch_size": 64,
         },
     ),
     "trashnet": Case(
-        "trashnet", None, 10, 445, {"data.image_size": 64, "train.epochs": 40, "augment": "auto"}
+        "trashnet",
+        None,
+        10,
+        445,
+        {"data.image_size": 64, "model.widths": [16, 32, 64, 128], "train.epochs": 30},
     ),
 }
 QUICK = {"data.image_size": 16, "model.widths": [8, 16], "train.epochs": 2}
