@@ -46,6 +46,8 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             images). Needed only if the shape can be read in two ways.
         val_fraction: share of `X` that is held out; 0 trains on all images, which needs
             `train.keep=last` among the overrides.
+        class_weight: `"balanced"` or `{label: weight}`; the weights are scaled to a mean of 1 over
+            the training images (`optim.class_weights`).
         random_state: seed of weights, order, augmentation and the held-out part.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         verbose: show the progress.
@@ -64,6 +66,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         image_shape: tuple[int, ...] | None = None,
         channels: str | None = None,
         val_fraction: float = 0.15,
+        class_weight: Mapping[Any, float] | str | None = None,
         random_state: int = 0,
         device: str | None = None,
         verbose: bool = False,
@@ -74,6 +77,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.image_shape = image_shape
         self.channels = channels
         self.val_fraction = val_fraction
+        self.class_weight = class_weight
         self.random_state = random_state
         self.device = device
         self.verbose = verbose
@@ -136,6 +140,15 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         values |= {"data.channels": int(images.shape[1]), "data.val_fraction": self.val_fraction}
         if self.epochs is not None:
             values["train.epochs"] = self.epochs
+        if isinstance(self.class_weight, Mapping):
+            weights = {str(label): weight for label, weight in self.class_weight.items()}
+            values["optim.class_weights"] = weights
+        elif self.class_weight is not None:
+            if self.class_weight != "balanced":
+                raise UsageError(
+                    f"class_weight={self.class_weight!r} is not 'balanced' or a dictionary"
+                )
+            values["optim.class_weights"] = "auto"
         return resolve.to_overrides(values)
 
     def _images(self, X: npt.ArrayLike) -> npt.NDArray[np.uint8]:  # noqa: N803

@@ -51,7 +51,15 @@ from convlens.utils import files, notebook
 from convlens.utils.console import progress_bar, quiet_mode
 
 SPLIT_NAMES = ("test", "val", "train")
-TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")
+TTA_KEYS = (
+    "accuracy",
+    "interval95",
+    "correct",
+    "macro_f1",
+    "balanced_accuracy",
+    "loss",
+    "ece",
+)
 MAX_CLASSES_SHOWN = 40  # in a notebook
 MAX_CACHED_BYTES = 1 << 26  # logits of 10,000 images of 1,000 classes have 40 MB
 
@@ -62,14 +70,17 @@ class Evaluation:
 
     Attributes:
         interval95: Wilson's interval of the accuracy.
+        macro_f1, balanced_accuracy: mean F1 and mean recall of the classes
+            (`metrics.class_means`), with 95% intervals by a seeded, stratified bootstrap.
         near_ties: number of images whose two likeliest classes are so close that another device,
             batch size or file format may decide otherwise; `correct` and `confusion` can differ by
             at most these.
         loss: mean cross-entropy in nats.
         ece: expected calibration error.
         tta: None, or the metrics with test-time augmentation: `views` (their name), `accuracy`,
-            `interval95`, `correct`, `loss`, `ece`, the numbers of images `gained` and `lost`, and
-            `p` of McNemar's exact test. All other attributes are without it.
+            `interval95`, `correct`, `macro_f1`, `balanced_accuracy`, `loss`, `ece`, the numbers of
+            images `gained` and `lost`, and `p` of McNemar's exact test. All other attributes are
+            without it.
         looks: how often this split has been evaluated, this time included.
         images_per_second: speed of the whole pass, test-time augmentation included.
     """
@@ -81,6 +92,10 @@ class Evaluation:
     correct: int
     accuracy: float
     interval95: tuple[float, float]
+    macro_f1: float
+    macro_f1_interval95: tuple[float, float]
+    balanced_accuracy: float
+    balanced_accuracy_interval95: tuple[float, float]
     near_ties: int
     loss: float
     ece: float
@@ -315,6 +330,7 @@ def evaluate_split(
         "split": split,
         "data": name,
         **summary,
+        **metrics.class_means_intervals(targets, scores.argmax(1), len(loaded.classes)),
         "top5": summary.get("top5"),
         "classes": list(loaded.classes),
         "tta": _tta_metrics(tta, outputs, targets, loaded.classes),
@@ -350,11 +366,23 @@ def sentence(result: Mapping[str, Any]) -> str:
     line = (
         f"{result['split']} accuracy [bold]{result['accuracy']:.2%}[/] "
         f"(95% interval {low:.2%} to {high:.2%}, n = {result['n']:,}), "
+        f"{_class_means_text(result)}"
         f"loss {result['loss']:.4f}, calibration error {result['ece']:.3f}"
     )
     if result["split"] == "test" and result.get("own"):
         line += f"; test set used {times(result['looks'])}"
     return line
+
+
+def _class_means_text(result: Mapping[str, Any]) -> str:
+    """Return macro F1 and balanced accuracy with their intervals; empty for older results."""
+    if "macro_f1" not in result:
+        return ""
+    parts = []
+    for key, words in (("macro_f1", "macro F1"), ("balanced_accuracy", "balanced accuracy")):
+        low, high = result[f"{key}_interval95"]
+        parts.append(f"{words} {result[key]:.2%} ({low:.2%} to {high:.2%}), ")
+    return "".join(parts)
 
 
 def times(count: int) -> str:

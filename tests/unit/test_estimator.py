@@ -157,6 +157,35 @@ def test_a_grid_search_accepts_numpy_numbers() -> None:
     assert search.predict(X).shape == (90,)
 
 
+def test_class_weight_is_that_of_the_recipe() -> None:
+    rare = np.r_[0:30, 30:34, 60:90]
+    numbers = np.repeat([2, 4, 7], 30)  # labels that are not text
+    fitted = {}
+    for name, parameters in {
+        "balanced": {"class_weight": "balanced"},
+        "auto": {"overrides": {**TINY, "optim.class_weights": "auto"}},
+        "by label": {"class_weight": {2: 1.0, np.int64(4): 9, 7: 1.0}},
+        "none": {},
+    }.items():
+        made = small(epochs=2, **parameters).fit(X[rare], numbers[rare])
+        fitted[name] = made.predict_proba(X)
+    np.testing.assert_array_equal(fitted["balanced"], fitted["auto"])
+    rare_class = {name: probs[:, 1].mean() for name, probs in fitted.items()}
+    assert rare_class["none"] < rare_class["balanced"]
+    assert rare_class["none"] < rare_class["by label"]
+    with pytest.raises(UsageError, match="class_weight='equal' is not 'balanced'"):
+        small(class_weight="equal").fit(X, Y)
+
+
+def test_options_for_unequal_classes_are_overrides() -> None:
+    rare = np.r_[0:30, 30:34, 60:90]
+    unequal = {**TINY, "optim.class_weights": {"four": 5, "two": 0.5}, "data.balance": "sqrt"}
+    got = small(overrides=unequal, epochs=2).fit(X[rare], Y[rare])
+    assert {"val_macro_f1", "val_balanced_accuracy"} <= set(got.history_[0])
+    with pytest.raises(UsageError, match="does not have: eight"):
+        small(overrides={**TINY, "optim.class_weights": {"eight": 5}}, epochs=2).fit(X, Y)
+
+
 def test_a_fitted_classifier_can_be_stored(fitted: ImageClassifier, tmp_path: Path) -> None:
     joblib.dump(fitted, tmp_path / "model.joblib")
     for copy in (joblib.load(tmp_path / "model.joblib"), pickle.loads(pickle.dumps(fitted))):

@@ -44,6 +44,10 @@ KEYS = {
     "convlens",
     "hardware",
     "near_ties",
+    "macro_f1",
+    "macro_f1_interval95",
+    "balanced_accuracy",
+    "balanced_accuracy_interval95",
 }
 
 
@@ -91,6 +95,13 @@ def test_metrics_computed_by_hand(model: RunDir) -> None:
     f1 = 2 * 0.3 * 1 / 1.3
     green_scores = {"n": 3, "precision": 0.3, "recall": 1.0, "f1": pytest.approx(f1)}
     assert got["per_class"]["green"] == green_scores
+    assert got["macro_f1"] == pytest.approx(f1 / 3)
+    assert got["balanced_accuracy"] == pytest.approx(1 / 3)
+    # All predictions are equal, so all resamples are.
+    assert got["macro_f1_interval95"] == pytest.approx([f1 / 3] * 2)
+    assert got["balanced_accuracy_interval95"] == pytest.approx([1 / 3] * 2)
+    printed = here("evaluate", model.path, "--data", root).out
+    assert "macro F1 15.38% (15.38% to 15.38%), balanced accuracy 33.33%" in printed
 
 
 def test_an_evaluation_is_short_and_shows_a_table_in_notebooks(model: RunDir) -> None:

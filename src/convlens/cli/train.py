@@ -40,7 +40,17 @@ Row = dict[str, str]
 PREDICT_EXAMPLE = "name images, e.g. convlens predict digits a.png new/; or pipe one, or names"
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 # Columns of the table of runs that a narrow terminal leaves out, the least important first.
-OPTIONAL_COLUMNS = ("CPU s", "weights", "trained", "95% interval", "s", "epoch")
+OPTIONAL_COLUMNS = (
+    "CPU s",
+    "weights",
+    "trained",
+    "95% interval",
+    "s",
+    "epoch",
+    "balanced %",
+    "macro F1 %",
+)
+CLASS_MEANS_COLUMNS = ("macro F1 %", "balanced %")
 
 
 @app.command(cls=Command)
@@ -446,6 +456,7 @@ def _summary_sentence(result: RunResults, summary: VariantSummary, repeats: str)
 
 def _variant_rows(result: RunResults) -> list[Row]:
     """Return a row for each variant, with its gain over the first one."""
+    from convlens.metrics import mean_sd
     from convlens.training.repeats import trainable_parameters
 
     rows = []
@@ -456,6 +467,10 @@ def _variant_rows(result: RunResults) -> list[Row]:
         if summary.interval95 is not None:
             accuracy += f" ({_interval(summary.interval95)})"
         row = {"variant": summary.variant or "", f"{SPLIT_NAMES[result.split]} %": accuracy}
+        for name, values in zip(
+            CLASS_MEANS_COLUMNS, zip(*summary.class_means, strict=True), strict=True
+        ):
+            row[name] = _mean_sd(*mean_sd(values))
         gain, sd = result.gains()[number]
         row[f"over {first}"] = _mean_sd(gain, sd, sign="+") if number else "-"
         if result.split == "test":
@@ -486,6 +501,8 @@ def _run_rows(result: RunResults) -> list[Row]:
         row |= {name: str(cells[name]) for name, several in has_column.items() if several}
         row[f"{SPLIT_NAMES[result.split]} %"] = _percent(evaluation.accuracy)
         row["95% interval"] = _interval(evaluation.interval95)
+        class_means = (evaluation.macro_f1, evaluation.balanced_accuracy)
+        row |= zip(CLASS_MEANS_COLUMNS, map(_percent, class_means), strict=True)
         if result.split == "test":
             val_accuracy = outcome.val_accuracy
             row["validation %"] = "-" if val_accuracy is None else _percent(val_accuracy)

@@ -375,10 +375,20 @@ def flops(model: nn.Module, shape: tuple[int, int, int], device: str) -> int:
 
 
 @torch.inference_mode()
-def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return mean cross entropy (in nats, without label smoothing) and accuracy."""
-    loss = nn.functional.cross_entropy(logits, labels)
-    return float(loss), float((logits.argmax(1) == labels).float().mean())
+def validation_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the metrics of a validation by their names in `metrics.csv`.
+
+    The loss is the mean cross-entropy, in nats, without label smoothing and class weights.
+    """
+    loss, preds = nn.functional.cross_entropy(logits, labels), logits.argmax(1)
+    table = metrics.confusion_matrix(labels.cpu().numpy(), preds.cpu().numpy(), logits.shape[1])
+    macro_f1, balanced_accuracy = metrics.class_means(table)
+    return {
+        "val_loss": float(loss),
+        "val_accuracy": float((preds == labels).float().mean()),
+        "val_macro_f1": macro_f1,
+        "val_balanced_accuracy": balanced_accuracy,
+    }
 
 
 def probabilities(logits: Tensor) -> np.ndarray:

@@ -301,6 +301,7 @@ def validate_recipe(recipe: Recipe) -> None:
     checks: list[Callable[[], object]] = [
         lambda: splits.check_split_config(recipe.data),
         lambda: _check_selection(recipe),
+        lambda: _check_loss(recipe),
         check_model,
         lambda: pretrained.check_weights_config(config),
         lambda: pipeline.build_pipeline(recipe.operations),
@@ -317,6 +318,17 @@ def validate_recipe(recipe: Recipe) -> None:
     if errors:
         fix = "; ".join(error.fix for error in errors if error.fix)
         raise UsageError("; ".join(error.what for error in errors), where=recipe.name, fix=fix)
+
+
+def _check_loss(recipe: Recipe) -> None:
+    """Refuse an exponent of the focal loss if the loss is another one."""
+    gamma = recipe.optim.focal_gamma
+    default = type(recipe.optim).model_fields["focal_gamma"].default
+    if recipe.optim.loss != "focal" and gamma != default:
+        raise UsageError(
+            f"optim.focal_gamma={gamma:g} has no effect with optim.loss={recipe.optim.loss}",
+            fix="set optim.loss=focal, or leave out optim.focal_gamma",
+        )
 
 
 def _check_selection(recipe: Recipe) -> None:

@@ -29,11 +29,12 @@ from convlens.device import (
 )
 from convlens.distributed import ProcessGroup
 from convlens.engine.data_parallel import DataParallel
-from convlens.engine.inference import loss_and_accuracy
+from convlens.engine.inference import validation_metrics
 from convlens.engine.loop import Epoch, NonFiniteLoss, Records, Step, TrainLoop
 from convlens.errors import ConvlensError, DataError, ModelFileError, ResourceError, Stopped
 from convlens.recipe import DataConfig, Recipe
 from convlens.run import (
+    VALIDATION_COLUMNS,
     RunDir,
     check_same_images,
     find_or_create_run_dir,
@@ -292,6 +293,7 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
             job.epochs,
             steps,
             steps_done,
+            monitor=job.recipe.train.monitor,
             shown=not job.context.quiet,
             validation_work=job.validation_work,
             expected_s=job.expected_seconds,
@@ -417,20 +419,19 @@ def _validate(
         if signal.is_set and job.process_group.size == 1:
             raise _ValidationInterrupted
 
-    val_loss = val_accuracy = math.nan
+    validation = dict.fromkeys(VALIDATION_COLUMNS, math.nan)
     if job.recipe.data.validates:
         try:
             with optim.averaged_weights(job.averager):
                 logits, targets = job.inputs.validate(check_signal)
         except _ValidationInterrupted:
             return None
-        val_loss, val_accuracy = loss_and_accuracy(logits, targets)
+        validation = validation_metrics(logits, targets)
     return {
         "epoch": record.epoch,
         "train_loss": float(record.loss),
         "train_accuracy": float(record.accuracy),
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
+        **validation,
         "lr": record.lr,
         "seconds": seconds,
         "images_per_second": record.images / seconds,

@@ -16,9 +16,9 @@ from convlens.engine import inference
 from convlens.engine.inference import (
     Forward,
     batch_logits,
-    loss_and_accuracy,
     probabilities,
     split_logits,
+    validation_metrics,
 )
 from convlens.errors import ResourceError
 from convlens.models.cnn import CNN
@@ -83,12 +83,15 @@ def test_every_image_counts_once_and_in_order(count: int) -> None:
     assert sum(counts) == 2 * count
 
 
-def test_loss_and_accuracy_by_hand() -> None:
+def test_validation_metrics_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [0.0, math.log(4)]])
-    loss, accuracy = loss_and_accuracy(logits, torch.tensor([0, 1, 1]))
+    found = validation_metrics(logits, torch.tensor([0, 1, 1]))
     expected = -(math.log(1 / 2) + math.log(1 / 4) + math.log(4 / 5)) / 3
-    assert loss == pytest.approx(expected, rel=1e-6)
-    assert accuracy == pytest.approx(2 / 3)
+    assert found["val_loss"] == pytest.approx(expected, rel=1e-6)
+    assert found["val_accuracy"] == pytest.approx(2 / 3)
+    # Predicted 0, 0, 1 for 0, 1, 1: recalls 1 and 1/2, F1 2/3 and 2/3.
+    assert found["val_balanced_accuracy"] == pytest.approx(3 / 4)
+    assert found["val_macro_f1"] == pytest.approx(2 / 3)
 
 
 def test_probabilities_are_float64_and_add_up_to_one_for_huge_logits() -> None:

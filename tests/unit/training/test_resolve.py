@@ -165,3 +165,11 @@ def test_python_values_become_overrides() -> None:
 def test_a_python_value_that_is_not_a_setting_is_refused() -> None:
     with pytest.raises(UsageError, match=r"optim\.lr"):
         resolve.to_overrides({"optim.lr": object()})
+
+
+def test_an_exponent_without_the_focal_loss_is_refused() -> None:
+    resolve.validate_recipe(recipe.load_recipe("digits"))
+    focal = ["optim.loss=focal", "optim.focal_gamma=1.5"]
+    resolve.validate_recipe(recipe.load_recipe("digits", focal))
+    with pytest.raises(UsageError, match=r"optim\.focal_gamma=1\.5 has no effect"):
+        resolve.validate_recipe(recipe.load_recipe("digits", focal[1:]))

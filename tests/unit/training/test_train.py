@@ -24,7 +24,7 @@ from convlens.device import Plan
 from convlens.errors import Diverged, ResourceError, UsageError
 from convlens.prediction import predict
 from convlens.recipe import load_recipe
-from convlens.run import RunDir, load_model
+from convlens.run import VALIDATION_COLUMNS, RunDir, load_model
 from convlens.runtime import RuntimeContext
 from convlens.training import autotune, train as training_train
 from convlens.training.checkpoint import BestEpoch
@@ -60,7 +60,8 @@ class Scripted:
                 self.weights[record.epoch] = {k: v.clone() for k, v in state.items()}
             row = real(job, record, flag, seconds=seconds)
             loss = losses[record.epoch - 1]
-            return {**row, "val_loss": loss, "val_accuracy": 1 - loss}
+            higher_is_better = dict.fromkeys(VALIDATION_COLUMNS, 1 - loss)
+            return {**row, **higher_is_better, "val_loss": loss}
 
         monkeypatch.setattr(training_train, "_validate", validate)
 
@@ -73,7 +74,7 @@ def finish(*overrides: str, epochs: int) -> RunDir:
 
 
 @pytest.mark.parametrize("average", ["optim.ema=0.8", "optim.ema=null"])
-@pytest.mark.parametrize("monitor", ["val_loss", "val_accuracy"])
+@pytest.mark.parametrize("monitor", VALIDATION_COLUMNS)
 def test_the_weights_of_the_best_epoch_are_kept(
     monitor: str, average: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,8 @@ def test_the_weights_of_the_best_epoch_are_kept(
         "rule": f"best {monitor}",
         "val_loss": 0.3,
         "val_accuracy": 0.7,
+        "val_macro_f1": 0.7,
+        "val_balanced_accuracy": 0.7,
     }
     assert run_dir.metadata()["kept_epoch"] == 3
 
@@ -159,6 +162,8 @@ def test_the_metrics_of_the_kept_epoch_match_the_model_file(average: str) -> Non
     result = evaluation.evaluate(run_dir, "val", device="cpu", quiet=True)
     assert result.loss == pytest.approx(best["val_loss"], rel=1e-5)
     assert result.accuracy == pytest.approx(best["val_accuracy"], rel=1e-6)
+    assert result.macro_f1 == pytest.approx(best["val_macro_f1"], rel=1e-6)
+    assert result.balanced_accuracy == pytest.approx(best["val_balanced_accuracy"], rel=1e-6)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
 
