@@ -353,9 +353,7 @@ def test_ten_thousand_images_get_the_same_classes() -> None:
     split, *_ = load_external_data(
         "mnist",
         "test",
-        image_size=pre.image_size,
-        channels=pre.channels,
-        fit=pre.fit,
+        conversion=pre.conversion,
         memory_budget=1 << 30,
     )
     images = split.rows.gather(torch.arange(10_000))

@@ -219,6 +219,16 @@ def without_seeds(recipe: Recipe) -> str:
     return recipe.replace(**neutral).digest()
 
 
+def _comparable_recipe(model_metadata: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a model; a value range that was found is `auto` again.
+
+    It depends on the training images, which `data.seed` selects.
+    """
+    recipe = serialization.recipe_from_metadata(model_metadata)
+    found = model_metadata["data"].get("range") == "auto"
+    return recipe.replace(**{"data.range": "auto"}) if found else recipe
+
+
 def group_by_recipe(candidates: Sequence[Candidate]) -> list[Group]:
     """Group runs whose recipes differ only in `train.seed` and `data.seed`.
 
@@ -437,7 +447,7 @@ class _OpenedRun:
 
     @property
     def recipe_digest(self) -> str:
-        return without_seeds(serialization.recipe_from_metadata(self.loaded.model_metadata))
+        return without_seeds(_comparable_recipe(self.loaded.model_metadata))
 
     @property
     def input_format(self) -> str:
@@ -519,7 +529,7 @@ def _evaluate_run(run: _OpenedRun, split: str, device: str) -> Candidate:
     shape = (pre.channels, pre.image_size, pre.image_size)
     return Candidate(
         name=run_dir.name,
-        recipe=serialization.recipe_from_metadata(loaded.model_metadata),
+        recipe=_comparable_recipe(loaded.model_metadata),
         evaluation=result.evaluation,
         images=run.images,
         correct=result.scores.argmax(1) == result.labels,

@@ -567,10 +567,11 @@ def _convert(
 
 def _too_large(name: str, image_size: tuple[int, int], max_pixels: int) -> UnreadableImage:
     width, height = image_size
+    limit = f"{max_pixels // 10**6} million" if max_pixels >= 10**6 else f"{max_pixels:,}"
     return UnreadableImage(
         name or "(bytes)",
-        f"more than {max_pixels / 1e6:.3g} million pixels are refused ({width} x {height}); "
-        f"data.max_pixels={width * height} accepts it",
+        f"more than {limit} pixels are refused ({width} x {height}); data.max_pixels raises the "
+        "limit",
     )
 
 
@@ -595,7 +596,7 @@ def _prepare(
     if image.format == "PNG":
         check_png(content)
     elif image.format in ("JPEG", "MPO"):
-        one_scan = check_jpeg(image, content)
+        one_scan = check_jpeg(image, content) and not image.info.get("progressive")
     width, height = image.size
     if size is not None:
         # Twice the target size leaves enough detail for an antialiased resize.

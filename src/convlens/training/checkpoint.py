@@ -205,7 +205,11 @@ def model_snapshot(job: TrainingJob, run_name: str, row: dict[str, float] | None
         "model": {"name": recipe.model.name, "options": recipe.model.options},
         "classes": list(data.classes),
         "preprocessing": job.preprocessing.to_dict(),
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            **({"range": "auto"} if job.found_range else {}),
+        },
         "chosen": chosen,
         "recipe": recipe.model_dump(mode="json"),
         "weights": job.initial_weights,

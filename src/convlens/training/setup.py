@@ -45,6 +45,7 @@ class TrainingJob:
         scaler: loss scaling, where the plan is fp16.
         initial_weights: the record of the pretrained weights it starts with
             (`pretrained.weights_record`); None if the network starts from scratch.
+        found_range: the value range was found on the training images, not requested.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class TrainingJob:
     preprocessing: Preprocessing
     scaler: torch.amp.GradScaler | None = None
     initial_weights: dict[str, Any] | None = None
+    found_range: bool = False
     state: TrainState = field(default_factory=TrainState)
 
     @property
@@ -142,6 +144,7 @@ def build_training_job(
         preprocessing=preprocessing,
         scaler=make_grad_scaler(tuned.plan.device) if tuned.plan.precision == "fp16" else None,
         initial_weights=weights_record,
+        found_range=requested.data.range == "auto" and data.conversion.value_range is not None,
     )
 
 

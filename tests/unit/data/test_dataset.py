@@ -297,7 +297,7 @@ def test_mnist_has_its_known_sizes_and_statistics(monkeypatch: pytest.MonkeyPatc
     assert data.val.rows.shape == (9_000, 1, 28, 28)
     assert np.bincount(test.labels)[:3].tolist() == [980, 1135, 1032]
     train, _, _, _ = load_external_data(
-        "mnist", "train", image_size=28, channels=1, fit="crop", memory_budget=PLENTY
+        "mnist", "train", conversion=Conversion(28, 1, "crop"), memory_budget=PLENTY
     )
     mean, std = channel_stats(train)  # the well-known 0.1307 and 0.3081
     assert (round(mean[0], 3), round(std[0], 3)) == (0.131, 0.308)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from convlens import device, evaluation, optim, serialization
+from convlens.analysis.compare import compare
 from convlens.cli import main
 from convlens.data.dataset import load_data
 from convlens.data.decode import Conversion
@@ -332,7 +333,7 @@ def sensor_images(root: Path) -> Path:
     for name, value in (("cold", 2000), ("warm", 2040)):
         (root / name).mkdir(parents=True)
         for number in range(20):
-            values = value + random.integers(-9, 10, (16, 16))
+            values = value + random.normal(0, 4, (16, 16)).round()
             Image.fromarray(values.astype(np.uint16)).save(root / name / f"{number}.png")
     return root
 
@@ -344,8 +345,8 @@ def test_the_value_range_is_found_recorded_and_used_to_predict(
     overrides = (f"data={{name: {folder}}}", "train.epochs=20", "train.batch_size=8")
     run_dir = train(*overrides, quiet=False)
     low, high = run_dir.recipe().data.range
-    assert 1991 <= low <= 1995
-    assert 2045 <= high <= 2049
+    assert 1980 < low < 1994
+    assert 2046 < high < 2060
     loaded = load_model(run_dir.model_path)
     assert loaded.preprocessing.value_range == (low, high)
     messages = capsys.readouterr().err
@@ -354,6 +355,16 @@ def test_the_value_range_is_found_recorded_and_used_to_predict(
     assert evaluation.evaluate(run_dir, "test", device="cpu").accuracy == 1
     predicted = predict(run_dir, [folder / "cold" / "1.png", folder / "warm" / "1.png"])
     assert [each.label for each in predicted] == ["cold", "warm"]
+
+
+def test_runs_whose_ranges_were_found_are_seeds_of_one_recipe() -> None:
+    overrides = (f"data={{name: {sensor_images(Path('set'))}}}", "train.epochs=1")
+    runs = [train(*overrides, f"data.seed={seed}", name=f"seed{seed}") for seed in (0, 1)]
+    runs.append(train(*overrides, "data.range=[1900, 2100]", name="given"))
+    ranges = {load_model(run_dir.model_path).preprocessing.value_range for run_dir in runs}
+    assert len(ranges) == 3
+    groups = compare(runs, device="cpu").groups
+    assert [len(group.members) for group in groups] == [2, 1]
 
 
 def test_an_interrupted_run_of_an_earlier_version_keeps_its_conversion() -> None:
