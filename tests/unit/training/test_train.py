@@ -371,7 +371,7 @@ def test_runs_whose_ranges_were_found_are_seeds_of_one_recipe() -> None:
     runs.append(train(*overrides, "data.range=[1900, 2100]", name="given"))
     ranges = {load_model(run_dir.model_path).preprocessing.value_range for run_dir in runs}
     assert len(ranges) == 3
-    groups = compare(runs, device="cpu").groups
+    groups = compare(*runs, device="cpu").groups
     assert [len(group.members) for group in groups] == [2, 1]
 
 
