@@ -93,12 +93,23 @@ class Run(RunHandle):
         *,
         data: str | Path | None = None,
         tta: str | None = None,
+        min_accuracy: float | None = None,
+        confidence: float = 0.95,
+        prediction_set: float | None = None,
         device: str | None = None,
         quiet: bool = True,
     ) -> Evaluation:
         """Evaluate the model; see `convlens.evaluate`."""
         return evaluation.evaluate(
-            self.run_dir, split, data=data, tta=tta, device=device, quiet=quiet
+            self.run_dir,
+            split,
+            data=data,
+            tta=tta,
+            min_accuracy=min_accuracy,
+            confidence=confidence,
+            prediction_set=prediction_set,
+            device=device,
+            quiet=quiet,
         )
 
     def predict(
@@ -107,12 +118,23 @@ class Run(RunHandle):
         *,
         top_k: int = 1,
         tta: str | None = None,
+        min_accuracy: float | None = None,
+        confidence: float = 0.95,
+        prediction_set: float | None = None,
         device: str | None = None,
         quiet: bool = True,
     ) -> list[Prediction]:
         """Classify images; see `convlens.predict`."""
         return prediction.predict(
-            self.run_dir, inputs, top_k=top_k, tta=tta, device=device, quiet=quiet
+            self.run_dir,
+            inputs,
+            top_k=top_k,
+            tta=tta,
+            min_accuracy=min_accuracy,
+            confidence=confidence,
+            prediction_set=prediction_set,
+            device=device,
+            quiet=quiet,
         )
 
     def export(

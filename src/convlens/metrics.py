@@ -45,9 +45,13 @@ class AccuracyDifference(NamedTuple):
     p: float | None
 
 
-def softmax(logits: npt.ArrayLike) -> Floats:
-    """Return probabilities [N, K] in float64; logits may have any finite size."""
-    shifted = _shift_to_zero(_check_logits(logits))
+def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """Return probabilities [N, K] in float64; logits may have any finite size.
+
+    Args:
+        temperature: the logits are divided by it first (`uncertainty.temperature`).
+    """
+    shifted = _shift_to_zero(_check_logits(logits), temperature)
     np.exp(shifted, out=shifted)
     shifted /= shifted.sum(axis=1, keepdims=True)
     return shifted
@@ -83,16 +87,19 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     return low, high
 
 
-def cross_entropy(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+def cross_entropy(logits: npt.ArrayLike, labels: npt.ArrayLike, temperature: float = 1.0) -> float:
     """Return the mean of -log p(label), in nats."""
-    return float(np.mean(_losses_and_confidences(*_check_outputs(logits, labels))[0]))
+    matrix, targets = _check_outputs(logits, labels)
+    return float(np.mean(_losses_and_confidences(matrix, targets, temperature)[0]))
 
 
-def _losses_and_confidences(logits: npt.NDArray[Any], targets: Ints) -> tuple[Floats, Floats]:
+def _losses_and_confidences(
+    logits: npt.NDArray[Any], targets: Ints, temperature: float = 1.0
+) -> tuple[Floats, Floats]:
     """Return -log p(label), in nats, and the highest probability of each image."""
     losses, confidences = np.empty(len(targets)), np.empty(len(targets))
     for rows in _chunks(logits):
-        shifted = _shift_to_zero(logits[rows])
+        shifted = _shift_to_zero(logits[rows], temperature)
         target_logits = shifted[np.arange(len(shifted)), targets[rows]]
         sums = np.exp(shifted, out=shifted).sum(axis=1)
         losses[rows] = np.log(sums) - target_logits
@@ -231,9 +238,16 @@ def ece_by_chance(
 
 
 def summarize(
-    logits: npt.ArrayLike, labels: npt.ArrayLike, classes: Sequence[str]
+    logits: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    classes: Sequence[str],
+    temperature: float = 1.0,
 ) -> dict[str, Any]:
-    """Return all metrics of an evaluation of a labeled split, ready for JSON."""
+    """Return all metrics of an evaluation of a labeled split, ready for JSON.
+
+    The loss is that of the network, without the temperature, so that it can be compared with the
+    losses of its training. `ece` is that of the probabilities with it, `ece_uncalibrated` without.
+    """
     matrix, targets = _check_outputs(logits, labels)
     count = len(classes)
     if matrix.shape[1] != count:
@@ -253,7 +267,11 @@ def summarize(
     if count > 5:
         summary["top5"] = top_k(matrix, targets, 5)
     binned = _bin_confidences(confidences, preds == targets, CALIBRATION_BINS)
-    summary["ece"] = _calibration_error(*binned)
+    summary["ece"] = summary["ece_uncalibrated"] = _calibration_error(*binned)
+    if temperature != 1:
+        confidences = _losses_and_confidences(matrix, targets, temperature)[1]
+        binned = _bin_confidences(confidences, preds == targets, CALIBRATION_BINS)
+        summary["ece"] = _calibration_error(*binned)
     summary["per_class"] = dict(zip(classes, per_class(table), strict=True))
     summary["confusion"] = table.tolist()
     return summary
@@ -422,10 +440,12 @@ def _chunks(matrix: npt.NDArray[Any]) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
-def _shift_to_zero(matrix: npt.NDArray[Any]) -> Floats:
+def _shift_to_zero(matrix: npt.NDArray[Any], temperature: float = 1.0) -> Floats:
     """Return a float64 copy whose rows have the maximum 0, so that `exp` can't overflow."""
     shifted = matrix.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
+    if temperature != 1:
+        shifted /= temperature
     return shifted
 
 

@@ -28,6 +28,7 @@ from convlens.device import Plan, num_threads
 from convlens.errors import ModelFileError, UsageError
 from convlens.run import LoadedModel, Preprocessing, load_model
 from convlens.serialization import NO_HASH, digest_around
+from convlens.uncertainty.calibration import ModelCalibration
 from convlens.utils.files import cannot_read
 
 ONNX_SUFFIX = ".onnx"
@@ -115,6 +116,12 @@ def onnx_model(content: bytes, path: Path) -> ExportedModel:
         ):
             raise TypeError("recipe or data fingerprint of another type")
         max_batch_size = max(1, min(256, int(metadata["at_once"])))
+        # Files of earlier versions have none.
+        calibration = (
+            ModelCalibration.from_metadata(_parse_json(metadata, "calibration", dict))
+            if "calibration" in metadata
+            else ModelCalibration()
+        )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
         newer = serialization.is_newer_version(metadata.get("convlens"))
@@ -125,7 +132,7 @@ def onnx_model(content: bytes, path: Path) -> ExportedModel:
         ) from error
     image = (pre.channels, pre.image_size, pre.image_size)
     model = OnnxNetwork(content, str(path), image, len(classes), max_batch_size)
-    return ExportedModel(model.eval(), classes, pre, model_metadata, path.parent)
+    return ExportedModel(model.eval(), classes, pre, model_metadata, path.parent, calibration)
 
 
 def _parse_json(metadata: dict[str, str], key: str, kind: type) -> Any:
@@ -263,7 +270,8 @@ def list_messages(message: Any) -> Iterator[Any]:
 class OnnxNetwork(nn.Module):
     """A verified ONNX file as a module: pixels 0..255 `[B, C, S, S]` to logits float32 `[B, K]`.
 
-    Runs on the CPU with as many threads as torch.
+    The logits are those of the graph: the network's, divided by the temperature. Runs on the CPU
+    with as many threads as torch.
 
     Args:
         data: the file's bytes, which `verify` has accepted.

@@ -7,8 +7,9 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from convlens.engine.inference import Forward, place_model, probabilities
 from convlens.errors import DataError, UsageError
 from convlens.onnx_model import load_model_or_onnx
 from convlens.run import LoadedModel, RunLike, as_run_dir
+from convlens.uncertainty.promises import Promises
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 from convlens.utils.process import submit_task, wait_for_result
 
@@ -41,20 +43,30 @@ class Prediction:
         top: classes with their probabilities, the most probable first; empty after an error.
         error: the reason why the file could not be read.
         tta_top: as `top`, with test-time augmentation. `label`, `prob` and `top` are without it.
+        unsure: whether the confidence is too low for `min_accuracy`; then `label` and `prob` are
+            None.
+        prediction_set: classes of the set with the requested coverage, the most probable first;
+            None if none was requested.
+        unlike: whether the image is unlike the training images; None if the model cannot tell.
+        unlike_score: how far its score is above the threshold; `unlike` if positive.
     """
 
     filename: str
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
     tta_top: tuple[tuple[str, float], ...] = ()
+    unsure: bool = False
+    prediction_set: tuple[str, ...] | None = None
+    unlike: bool | None = None
+    unlike_score: float | None = None
 
     @property
     def label(self) -> str | None:
-        return self.top[0][0] if self.top else None
+        return self.top[0][0] if self.top and not self.unsure else None
 
     @property
     def prob(self) -> float | None:
-        return self.top[0][1] if self.top else None
+        return self.top[0][1] if self.top and not self.unsure else None
 
     @property
     def tta_label(self) -> str | None:
@@ -71,6 +83,9 @@ def predict(
     *,
     top_k: int = 1,
     tta: str | None = None,
+    min_accuracy: float | None = None,
+    confidence: float = 0.95,
+    prediction_set: float | None = None,
     device: str | None = None,
     quiet: bool = True,
 ) -> list[Prediction]:
@@ -84,11 +99,17 @@ def predict(
         top_k: number of classes to return for each image.
         tta: test-time augmentation, `flip` or `flip+shifts`. Its predictions are returned in
             addition to those without it. Only for classes that a mirror image does not change.
+        min_accuracy: answer only images of such confidence that this share of the answers is
+            correct; the others are `unsure`. For images like those of the validation split.
+        confidence: the probability that this promise holds.
+        prediction_set: also return sets of classes that contain the true one for this share of
+            images like those of the validation split.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress.
 
     Raises:
-        UsageError: unknown run or views, or an array that does not hold images.
+        UsageError: unknown run or views, an array that does not hold images, or too few validation
+            images for a promise.
         DataError: a pattern or folder without images.
 
     A file that cannot be read gives a `Prediction` with `error` set.
@@ -100,7 +121,12 @@ def predict(
     if isinstance(inputs, str | Path):
         inputs = [inputs]
     images = inputs if isinstance(inputs, np.ndarray) else expand_paths(inputs)
-    return list(iter_predictions(loaded, images, top_k=top_k, tta=tta, device=device, quiet=quiet))
+    promises = Promises.of(loaded.calibration, min_accuracy, confidence, prediction_set)
+    return list(
+        iter_predictions(
+            loaded, images, top_k=top_k, tta=tta, promises=promises, device=device, quiet=quiet
+        )
+    )
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[str]:
@@ -156,6 +182,7 @@ def iter_predictions(
     *,
     top_k: int = 1,
     tta: str | None = None,
+    promises: Promises | None = None,
     device: str | None = None,
     quiet: bool = False,
 ) -> Iterator[Prediction]:
@@ -165,6 +192,7 @@ def iter_predictions(
         loaded: the model.
         inputs: paths of files, as `expand_paths` returns them, or an array of images.
         top_k, tta, device, quiet: as in `predict`.
+        promises: thresholds for answers and sets of this model.
 
     Raises:
         UsageError: unknown views, or an array that does not hold images.
@@ -179,6 +207,7 @@ def iter_predictions(
         views=views,
         total=len(inputs),
         choose_memory_format=loaded.can_choose_memory_format,
+        with_features=_uses_features(loaded),
     )
     k = min(max(top_k, 1), len(loaded.classes))
     if views is not None:
@@ -191,14 +220,67 @@ def iter_predictions(
             readable = [image for _, image, _ in batch if image is not None]
             # Not around the loop: the caller's code runs between two predictions.
             with preserve_torch_settings(plan.device):
-                probs, tta_probs = _probabilities(readable, loaded, forward)
-            top, tta_top = _top_classes(probs, k, loaded), _top_classes(tta_probs, k, loaded)
+                outputs = _run_network(readable, loaded, forward)
+            answers = iter(_answers(outputs, k, loaded, promises or Promises()))
             for filename, image, error in batch:
                 if image is None:
                     yield Prediction(filename, error=error)
                 else:
-                    yield Prediction(filename, next(top), tta_top=next(tta_top, ()))
+                    yield replace(next(answers), filename=filename)
             bar.advance(len(batch))
+
+
+def _uses_features(loaded: LoadedModel) -> bool:
+    detector = loaded.calibration.detector
+    return detector is not None and detector.uses_features
+
+
+def _answers(
+    outputs: BatchOutputs, k: int, loaded: LoadedModel, promises: Promises
+) -> Iterator[Prediction]:
+    """Yield the prediction for each row of a batch, without its file name."""
+    probs = outputs.probs
+    top, tta_top = _top_classes(probs, k, loaded), _top_classes(outputs.tta_probs, k, loaded)
+    unsure = promises.unsure(probs).tolist()
+    sets = _set_classes(probs, loaded, promises)
+    scores = _outlier_scores(outputs, loaded)
+    for row in range(len(probs)):
+        score = None if scores is None else float(scores[row])
+        yield Prediction(
+            "",
+            next(top),
+            tta_top=next(tta_top, ()),
+            unsure=unsure[row],
+            prediction_set=None if sets is None else sets[row],
+            unlike=None if score is None else score > 0,
+            unlike_score=score,
+        )
+
+
+def _set_classes(
+    probs: np.ndarray, loaded: LoadedModel, promises: Promises
+) -> list[tuple[str, ...]] | None:
+    """Return the classes in the set of each row, the most probable first; None if not requested."""
+    if promises.coverage is None:
+        return None
+    inside, order = promises.sets(probs), np.argsort(-probs, axis=1, kind="stable")
+    return [
+        tuple(loaded.classes[i] for i in ranked if inside[row, i])
+        for row, ranked in enumerate(order.tolist())
+    ]
+
+
+def _outlier_scores(outputs: BatchOutputs, loaded: LoadedModel) -> np.ndarray | None:
+    """Return how far the score of each row is above the threshold; None if there is none."""
+    calibration = loaded.calibration
+    if calibration.detector is None or not len(outputs.logits):
+        return None
+    logits = outputs.logits.astype(np.float64) / calibration.temperature
+    scored = calibration.detector.scores(logits, outputs.features)
+    if scored is None:
+        return None
+    scores, threshold = scored
+    return np.asarray(scores - threshold)
 
 
 def _top_classes(
@@ -263,17 +345,32 @@ def _fit(images: np.ndarray, loaded: LoadedModel) -> np.ndarray:
     return fit_arrays(pixels, size=pre.image_size, channels=pre.channels, fit=pre.fit)
 
 
-def _probabilities(
+class BatchOutputs(NamedTuple):
+    """Outputs for some images: logits `[N, K]`, probabilities without and with TTA, features."""
+
+    logits: np.ndarray
+    probs: np.ndarray
+    tta_probs: np.ndarray  # no rows if it is not used
+    features: np.ndarray | None
+
+
+def _run_network(
     images: Sequence[np.ndarray], loaded: LoadedModel, forward: Forward
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return probabilities `[N, K]` without and with test-time augmentation (unused: no rows)."""
+) -> BatchOutputs:
     empty = np.empty((0, len(loaded.classes)))
     if not len(images):
-        return empty, empty
+        return BatchOutputs(empty, empty, empty, None)
     outputs = list(forward.outputs(torch.from_numpy(np.stack(images))))
-    plain = probabilities(torch.cat([each.logits for each in outputs]))
+    temperature = loaded.calibration.temperature
+    logits = torch.cat([each.logits for each in outputs]).cpu()
     augmented = [each.tta_logits for each in outputs if each.tta_logits is not None]
-    return plain, probabilities(torch.cat(augmented)) if augmented else empty
+    features = [each.features for each in outputs if each.features is not None]
+    return BatchOutputs(
+        logits.numpy(),
+        probabilities(logits, temperature),
+        probabilities(torch.cat(augmented), temperature) if augmented else empty,
+        torch.cat(features).cpu().numpy() if features else None,
+    )
 
 
 @preserve_torch_settings()
@@ -293,7 +390,7 @@ def all_probabilities(
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), MAX_BATCH_IMAGES):
         pixels = _fit(images[start : start + MAX_BATCH_IMAGES], loaded)
-        parts.append(_probabilities(list(pixels), loaded, forward)[0])
+        parts.append(_run_network(list(pixels), loaded, forward).probs)
     return np.concatenate(parts)
 
 

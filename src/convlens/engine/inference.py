@@ -34,6 +34,7 @@ from convlens.data.loader import Labelled, Prepare, RowReader
 from convlens.device import MEMORY_FORMATS, Plan, select_device, synchronize
 from convlens.engine import oom
 from convlens.errors import lookup
+from convlens.models import model_parts
 from convlens.utils.console import print_status
 from convlens.utils.process import submit_task, wait_for_result
 
@@ -59,10 +60,17 @@ ViewFunction = Callable[[Tensor], Iterator[tuple[float, Tensor]]]
 
 
 class ModelOutputs(NamedTuple):
-    """Logits float32 `[N, classes]` of the images, and their mean over all views (TTA) if any."""
+    """Outputs of a network for a batch.
+
+    Attributes:
+        logits: of the images, float32 `[N, classes]`.
+        tta_logits: their mean over all views (TTA), if any.
+        features: outputs of the penultimate layer for the images, float32 `[N, D]`, if requested.
+    """
 
     logits: Tensor
     tta_logits: Tensor | None
+    features: Tensor | None = None
 
 
 def place_model(model: nn.Module, device: str | None) -> Plan:
@@ -79,14 +87,48 @@ def batch_logits(model: nn.Module, images: Tensor, normalize: Prepare, plan: Pla
 
 @torch.inference_mode()
 def batch_outputs(
-    model: nn.Module, images: Tensor, normalize: Prepare, plan: Plan, views: ViewFunction | None
+    model: nn.Module,
+    images: Tensor,
+    normalize: Prepare,
+    plan: Plan,
+    views: ViewFunction | None,
+    *,
+    with_features: bool = False,
 ) -> ModelOutputs:
-    """Like `batch_logits`, with the mean over `views` if given."""
-    with eval_mode(model):
+    """Like `batch_logits`, with the mean over `views` if given, and with the features."""
+    with eval_mode(model), _record_head_inputs(model, with_features) as features:
         inputs = normalize(images.to(plan.device), plan)
         if views is None:
-            return ModelOutputs(model(inputs).float(), None)
-        return ModelOutputs(*average_views(model, inputs, views))
+            logits, mean = model(inputs).float(), None
+        else:
+            logits, mean = average_views(model, inputs, views)
+    # The first pass is that of the images themselves.
+    return ModelOutputs(logits, mean, features[0] if features else None)
+
+
+def has_penultimate_layer(model: nn.Module) -> bool:
+    """Return whether the features of a network, the input of its head, can be read."""
+    head = model_parts(model).head
+    return bool(head) and head in dict(model.named_modules())
+
+
+@contextmanager
+def _record_head_inputs(model: nn.Module, enabled: bool) -> Iterator[list[Tensor]]:
+    """Record the inputs of the head in each pass, float32 `[B, D]`; maps are averaged."""
+    recorded: list[Tensor] = []
+    if not enabled:
+        yield recorded
+        return
+
+    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].float()
+        recorded.append(values.flatten(2).mean(2) if values.ndim > 2 else values)
+
+    handle = model.get_submodule(model_parts(model).head).register_forward_pre_hook(record)
+    try:
+        yield recorded
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -119,6 +161,7 @@ class Forward:
         plan: device and precision; its memory format is the one to start with.
         total: approximate number of images; with few images, timing formats doesn't pay.
         choose_memory_format: whether the memory format of `model` may be changed. It stays changed.
+        with_features: also return the outputs of the penultimate layer, from the same pass.
     """
 
     def __init__(
@@ -130,8 +173,10 @@ class Forward:
         views: ViewFunction | None = None,
         total: int,
         choose_memory_format: bool = False,
+        with_features: bool = False,
     ) -> None:
         self._model, self._normalize, self.plan, self._views = model, normalize, plan, views
+        self._with_features = with_features
         self.batch_size: int | None = None  # None before the first batch
         self._trial_size = min(TRIAL_BATCH, total // 64) if choose_memory_format else 0
         self._trial: _FormatTrial | None = None  # while memory formats are being timed
@@ -165,7 +210,17 @@ class Forward:
             return self._run_first(images)
         if self._trial is not None:
             return self._run_trial(self._trial, images)
-        return batch_outputs(self._model, images, self._normalize, self.plan, self._views)
+        return self._forward(images)
+
+    def _forward(self, images: Tensor) -> ModelOutputs:
+        return batch_outputs(
+            self._model,
+            images,
+            self._normalize,
+            self.plan,
+            self._views,
+            with_features=self._with_features,
+        )
 
     def _run_first(self, images: Tensor) -> ModelOutputs:
         """Run the first batch; choose the batch size, and whether to time memory formats."""
@@ -192,7 +247,7 @@ class Forward:
         """Return the outputs, and the seconds per image."""
         synchronize(self.plan.device)
         start = time.perf_counter()
-        outputs = batch_outputs(self._model, images, self._normalize, self.plan, self._views)
+        outputs = self._forward(images)
         synchronize(self.plan.device)
         return outputs, (time.perf_counter() - start) / len(images)
 
@@ -295,9 +350,10 @@ def split_outputs(
     *,
     advance: Callable[[int], None] = lambda count: None,
     choose_memory_format: bool = False,
+    with_features: bool = False,
 ) -> tuple[ModelOutputs, Tensor]:
-    """Like `split_logits`, with the mean over `views` if given."""
-    logits, tta_logits = [], []
+    """Like `split_logits`, with the mean over `views` if given, and with the features."""
+    logits, tta_logits, features = [], [], []
     total = split.rows.shape[0]
     forward = Forward(
         model,
@@ -306,15 +362,19 @@ def split_outputs(
         views=views,
         total=total,
         choose_memory_format=choose_memory_format,
+        with_features=with_features,
     )
     for images in _read_chunks(split.rows):
         for outputs in forward.outputs(images):
             logits.append(outputs.logits)
             if outputs.tta_logits is not None:
                 tta_logits.append(outputs.tta_logits)
+            if outputs.features is not None:
+                features.append(outputs.features)
             advance(len(outputs.logits))
     mean = torch.cat(tta_logits) if tta_logits else None
-    return ModelOutputs(torch.cat(logits), mean), split.labels.to(plan.device)
+    joined = torch.cat(features) if features else None
+    return ModelOutputs(torch.cat(logits), mean, joined), split.labels.to(plan.device)
 
 
 def _read_chunks(rows: RowReader) -> Iterator[Tensor]:
@@ -357,13 +417,16 @@ def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     return float(loss), float((logits.argmax(1) == labels).float().mean())
 
 
-def probabilities(logits: Tensor) -> np.ndarray:
+def probabilities(logits: Tensor, temperature: float = 1.0) -> np.ndarray:
     """Return the softmax of logits `[N, K]` as float64 numpy array; rows add up to 1.
+
+    Args:
+        temperature: of the model (`ModelCalibration`).
 
     Raises:
         ModelFileError: logits that are not finite, which only the weights can cause.
     """
-    return metrics.softmax(logits.cpu().numpy())
+    return metrics.softmax(logits.cpu().numpy(), temperature)
 
 
 def flip_views(images: Tensor) -> Iterator[tuple[float, Tensor]]:

@@ -27,6 +27,7 @@ SUMMARY_KEYS = (
     "loss",
     "top5",
     "ece",
+    "ece_uncalibrated",
     "per_class",
     "confusion",
 )
@@ -172,7 +173,10 @@ def _add_evaluation(contents: ReportContents) -> None:
     if predictions is not None:
         contents.predictions = predictions
         contents.summary = metrics.summarize(
-            predictions.logits, predictions.labels, list(contents.classes)
+            predictions.logits,
+            predictions.labels,
+            list(contents.classes),
+            predictions.temperature,
         )
     elif latest is not None:
         contents.summary = {key: latest.get(key) for key in SUMMARY_KEYS}
