@@ -147,8 +147,8 @@ class Evaluation:
             return ""
         r, (low, high) = self.sets, self.sets["interval95"]
         return (
-            f"prediction sets for {as_percent(r['coverage'])} coverage: {r['covered']:.2%} contain the "
-            f"class (95% interval {low:.2%} to {high:.2%}), {r['mean_size']:.2f} classes on "
+            f"prediction sets for {as_percent(r['coverage'])} coverage: {r['covered']:.2%} contain "
+            f"the class (95% interval {low:.2%} to {high:.2%}), {r['mean_size']:.2f} classes on "
             f"average, {r['single']:.1%} a single one"
         )
 
