@@ -17,7 +17,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -416,8 +416,8 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
         "preprocessing": asdict(pre),
         "at_once": reference.max_batch_size,
         "proof": reference.conditions(),
-        # The temperature is in the graph.
-        "calibration": replace(loaded.calibration, temperature=1.0).to_metadata(),
+        # The graph divides by its temperature already.
+        "calibration": loaded.calibration.to_metadata(),
         # Needed by `evaluate`.
         "card": {
             key: loaded.model_metadata[key]

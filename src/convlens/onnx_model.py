@@ -131,7 +131,9 @@ def onnx_model(content: bytes, path: Path) -> ExportedModel:
             fix="update convlens: a newer one wrote it" if newer else EXPORT_AGAIN,
         ) from error
     image = (pre.channels, pre.image_size, pre.image_size)
-    model = OnnxNetwork(content, str(path), image, len(classes), max_batch_size)
+    model = OnnxNetwork(
+        content, str(path), image, len(classes), max_batch_size, calibration.temperature
+    )
     return ExportedModel(model.eval(), classes, pre, model_metadata, path.parent, calibration)
 
 
@@ -270,14 +272,15 @@ def list_messages(message: Any) -> Iterator[Any]:
 class OnnxNetwork(nn.Module):
     """A verified ONNX file as a module: pixels 0..255 `[B, C, S, S]` to logits float32 `[B, K]`.
 
-    The logits are those of the graph: the network's, divided by the temperature. Runs on the CPU
-    with as many threads as torch.
+    Runs on the CPU with as many threads as torch. The graph divides the logits by the temperature;
+    this module multiplies them again, so that they are those of the original network.
 
     Args:
         data: the file's bytes, which `verify` has accepted.
         image: `(C, S, S)` according to the metadata.
         classes: the number of classes according to the metadata.
         max_batch_size: larger batches are split.
+        temperature: by which the graph divides the logits.
 
     Raises:
         ModelFileError: onnxruntime cannot run it, or inputs or outputs do not match the metadata.
@@ -291,9 +294,11 @@ class OnnxNetwork(nn.Module):
         image: tuple[int, int, int],
         classes: int,
         max_batch_size: int,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.where, self.max_batch_size = where, max_batch_size
+        self.temperature = temperature
         runtime = require("onnxruntime")
         runtime.disable_telemetry_events()
         options = runtime.SessionOptions()
@@ -324,7 +329,7 @@ class OnnxNetwork(nn.Module):
             )
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and probabilities of uint8 images, in one batch."""
+        """Return logits and probabilities, the outputs of the graph, for one batch of images."""
         try:
             logits, probs = self.session.run(
                 list(OUTPUTS), {INPUT: np.ascontiguousarray(images.numpy())}
@@ -335,7 +340,8 @@ class OnnxNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         parts = images.to(device="cpu", dtype=torch.uint8).split(self.max_batch_size)
-        return torch.cat([self.outputs(part)[0] for part in parts]).to(images.device)
+        logits = torch.cat([self.outputs(part)[0] for part in parts]).to(images.device)
+        return logits * self.temperature if self.temperature != 1 else logits
 
 
 def _signature(values: list[Any]) -> list[tuple[str, str, list[Any]]]:
