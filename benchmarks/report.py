@@ -22,6 +22,7 @@ from tables.speed import (
     time_to_99,
 )
 from tables.trust import chaos, saving
+from tables.unknown import unknown_images
 from tables.words import where
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,6 +54,7 @@ SECTIONS = {
     "chaos": chaos,
     "looking": looking,
     "attribution": attribution,
+    "unknown-images": unknown_images,
 }
 
 

@@ -384,7 +384,7 @@ def test_command_abstains_and_prints_sets(model: RunDir) -> None:
     first, second = done.out.splitlines()
     assert first.startswith("a.png  light 97.9%")
     assert first.endswith("{light}")
-    assert second.startswith("b.png  unsure (light 51.")
+    assert second.startswith("b.png  unsure (light 52.0%")
     assert second.endswith("{light, dark}")
     done = here("predict", model.path, "a.png", "b.png", *options, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(done.out)))

@@ -70,7 +70,7 @@ def calibrate_model(job: TrainingJob, run_dir: RunDir) -> None:
         classes=len(loaded.classes),
     )
     run_dir.add_calibration(calibration)
-    print_status(describe(calibration))
+    print_status(describe_calibration(calibration))
 
 
 def num_candidates(recipe: Recipe) -> int:
@@ -82,7 +82,7 @@ def num_candidates(recipe: Recipe) -> int:
     return int(recipe.train.epochs) if chooses else 1
 
 
-def describe(calibration: ModelCalibration) -> str:
+def describe_calibration(calibration: ModelCalibration) -> str:
     """Return what was stored, in one line."""
     if calibration.temperature == 1:
         parts = ["no temperature (none differs from 1 on these validation images)"]

@@ -137,7 +137,7 @@ class ModelCalibration:
             "max_risk": 1 - min_accuracy,
             "delta": 1 - confidence,
         }
-        needed = selective.min_images(**limits, candidates=reserved.candidates)
+        needed = selective.min_images_for_accuracy(**limits, candidates=reserved.candidates)
         if len(reserved) < needed:
             epochs = reserved.candidates
             chosen = f", because they also chose among {epochs} epochs" if epochs > 1 else ""
@@ -164,8 +164,8 @@ class ModelCalibration:
         if threshold is None:
             raise UsageError(
                 f"prediction sets with {as_percent(coverage)} coverage need at least "
-                f"{conformal.min_images(coverage):,} reserved validation images; this model has "
-                f"{len(reserved):,}",
+                f"{conformal.min_images_for_coverage(coverage):,} reserved validation images; this "
+                f"model has {len(reserved):,}",
                 fix="ask for less coverage (--prediction-set), or hold out more "
                 "(data.val_fraction)",
             )

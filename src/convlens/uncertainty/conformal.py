@@ -21,7 +21,7 @@ def conformal_rank(n: int, coverage: float) -> int:
     return math.ceil(round((n + 1) * coverage, 9))  # 0.55 * 100 is 55.00000000000001
 
 
-def min_images(coverage: float) -> int:
+def min_images_for_coverage(coverage: float) -> int:
     """Return the fewest calibration images for a coverage below 1."""
     n = max(1, math.floor(coverage / (1 - coverage)) - 1)
     while conformal_rank(n, coverage) > n:

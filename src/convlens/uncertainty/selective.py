@@ -41,7 +41,7 @@ def binomial_upper_bound(errors: int, n: int, delta: float) -> float:
     return 1.0 if errors >= n else float(betaincinv(errors + 1, n - errors, 1 - delta))
 
 
-def min_images(*, max_risk: float, delta: float, candidates: int = 1) -> int:
+def min_images_for_accuracy(*, max_risk: float, delta: float, candidates: int = 1) -> int:
     """Return the fewest images with which `find_threshold` can keep a promise, all of them correct.
 
     With n images and no mistake the bound is 1 - delta^(1 / n).
@@ -104,7 +104,7 @@ def _plan_search(n: int, max_risk: float, delta: float) -> tuple[int, int]:
     smaller share of `delta`, so that fewer positions are worth trying.
     """
     for tests in range(1, max(2, n.bit_length() + 1)):
-        positions = max(0, n - min_images(max_risk=max_risk, delta=delta / tests) + 1)
+        positions = max(0, n - min_images_for_accuracy(max_risk=max_risk, delta=delta / tests) + 1)
         if math.ceil(math.log2(positions + 1)) <= tests:
             return tests, positions
     raise AssertionError("n.bit_length() tests are enough for n positions")

@@ -131,6 +131,7 @@ def test_run_names_in_commands_are_quoted() -> None:
     assert "convlens report &#39;it&#39;&#34;&#39;&#34;&#39;s; rm -rf x&#39;" in html
 
 
+@pytest.mark.figures
 def test_trust_section_states_promises_and_limits() -> None:
     random = np.random.default_rng(0)
     logits = np.stack([np.zeros(400), np.full(400, 2.0)], axis=1).astype(np.float32)
@@ -154,7 +155,7 @@ def test_trust_section_states_promises_and_limits() -> None:
         assert f"{number:.3f}" in html
     right = float(labels.mean())
     assert f"100.0% are answered, {right:.1%} of them correctly" in html
-    assert "needs at least 436 reserved validation images" in html  # log(0.05 / 4) / log(0.99)
+    assert "needs at least 437 reserved validation images" in html  # log(0.05 / 4) / log(0.99)
     assert f"{right:.1%} of the sets contain the class" in html
     assert "allow for a choice among 4 epochs" in html
     assert "farther than 0.250 from the k-th nearest of 50 training images (k = 3)" in html

@@ -13,7 +13,7 @@ from convlens import metrics
 from convlens.uncertainty.conformal import (
     conformal_rank,
     conformal_threshold,
-    min_images,
+    min_images_for_coverage,
     prediction_sets,
 )
 
@@ -34,7 +34,7 @@ def test_rank_is_exact(n: int, thousandths: int) -> None:
 
 @pytest.mark.parametrize(("coverage", "n"), [(0.9, 9), (0.95, 19), (0.5, 1), (0.995, 199)])
 def test_fewest_images(coverage: float, n: int) -> None:
-    assert min_images(coverage) == n
+    assert min_images_for_coverage(coverage) == n
     probs = np.linspace(0.1, 0.9, n)
     assert conformal_threshold(probs, coverage) == pytest.approx(probs[0])
     assert conformal_threshold(probs[:-1], coverage) is None

@@ -12,7 +12,7 @@ from convlens.uncertainty.selective import (
     AnswerThreshold,
     binomial_upper_bound,
     find_threshold,
-    min_images,
+    min_images_for_accuracy,
     risk_coverage_curve,
 )
 
@@ -46,7 +46,7 @@ def test_bounds_known_by_hand() -> None:
 )
 def test_fewest_images(max_risk: float, delta: float, candidates: int, n: int) -> None:
     options = {"max_risk": max_risk, "delta": delta, "candidates": candidates}
-    assert min_images(**options) == n  # type: ignore[arg-type]
+    assert min_images_for_accuracy(**options) == n  # type: ignore[arg-type]
 
     def answered(images: int) -> AnswerThreshold | None:
         confidences, correct = np.linspace(0.5, 1, images), np.ones(images, bool)
@@ -78,7 +78,7 @@ def test_every_threshold_is_supported_by_its_own_counts(
     confidences = random.integers(0, 20, n) / 20  # with ties
     correct = random.random(n) < confidences
     found = find_threshold(confidences, correct, max_risk=max_risk, delta=delta)
-    if n < min_images(max_risk=max_risk, delta=delta):
+    if n < min_images_for_accuracy(max_risk=max_risk, delta=delta):
         assert found is None
     if found is not None:
         chosen = confidences >= found.threshold
