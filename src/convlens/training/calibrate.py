@@ -6,6 +6,7 @@ killed before or during this step computes it again, with the same bits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,8 @@ from convlens.training.setup import TrainingJob
 from convlens.uncertainty import outliers
 from convlens.uncertainty.calibration import ModelCalibration, ValidationOutputs, fit_calibration
 from convlens.utils.console import print_status, progress_bar
+
+LATE_SHARE = 0.1  # of the epochs: those that get half of a promise's delta
 
 
 class _Selection:
@@ -66,20 +69,26 @@ def calibrate_model(job: TrainingJob, run_dir: RunDir) -> None:
     calibration = fit_calibration(
         _validation_outputs(job, loaded),
         seed=recipe.train.seed,
-        candidates=num_candidates(recipe),
+        candidates=num_candidates(recipe, int(loaded.model_metadata["chosen"]["epoch"])),
         classes=len(loaded.classes),
     )
     run_dir.add_calibration(calibration)
     print_status(describe_calibration(calibration))
 
 
-def num_candidates(recipe: Recipe) -> int:
-    """Return among how many sets of weights the validation split chooses.
+def num_candidates(recipe: Recipe, kept_epoch: int) -> int:
+    """Return by what a promise divides its delta, because validation images chose the epoch.
 
-    Patience chooses, too, even if the last weights are kept.
+    A union bound over all epochs. Half of delta is shared by the last tenth of the epochs, which
+    are kept most often, and half by the others; the shares do not depend on the training. Patience
+    chooses, too, even if the last weights are kept.
     """
+    epochs = int(recipe.train.epochs)
     chooses = recipe.train.keep == "best" or recipe.train.patience is not None
-    return int(recipe.train.epochs) if chooses else 1
+    if not chooses or epochs == 1:
+        return 1
+    late = math.ceil(epochs * LATE_SHARE)
+    return 2 * late if kept_epoch > epochs - late else 2 * (epochs - late)
 
 
 def describe_calibration(calibration: ModelCalibration) -> str:

@@ -6,8 +6,8 @@ The validation split is divided into two halves, stratified by class and seeded:
 - the *reserved half* gives nothing but promises: its outputs are stored, from which the threshold
   of `--min-accuracy` and the sets of `--prediction-set` are computed.
 
-The whole split has also chosen the epoch. Promises of accuracy cover that by a union bound over the
-epochs (`candidates`); the coverage of prediction sets does not.
+The whole split has also chosen the epoch. Promises of accuracy allow for that by a union bound over
+the epochs (`candidates`); the coverage of prediction sets does not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ReservedOutputs:
         confidences: the highest probability of each image, `[n]`.
         label_probs: the probability of its true class, `[n]`.
         correct: whether it is classified correctly, `[n]`.
-        candidates: number of epochs among which the validation split chose.
+        candidates: a promise divides its delta by this, since these images also chose the epoch.
     """
 
     confidences: Floats
@@ -139,14 +139,14 @@ class ModelCalibration:
         }
         needed = selective.min_images_for_accuracy(**limits, candidates=reserved.candidates)
         if len(reserved) < needed:
-            epochs = reserved.candidates
-            chosen = f", because they also chose among {epochs} epochs" if epochs > 1 else ""
+            chose_epoch = reserved.candidates > 1
+            chosen = ", because they also chose the epoch" if chose_epoch else ""
             raise UsageError(
                 f"a promise of {as_percent(min_accuracy)} accuracy with {as_percent(confidence)} "
                 f"confidence needs at least {needed:,} reserved validation images{chosen}; this "
                 f"model has {len(reserved):,}",
                 fix="promise less (--min-accuracy), hold out more (data.val_fraction)"
-                + (", or train with train.keep=last, for which fewer are enough" * (epochs > 1)),
+                + (", or train with train.keep=last, for which fewer are enough" * chose_epoch),
             )
         return selective.find_threshold(
             reserved.confidences, reserved.correct, **limits, candidates=reserved.candidates
@@ -273,7 +273,7 @@ def fit_calibration(
     Args:
         outputs: of the weights that are kept.
         seed: of the halves.
-        candidates: number of epochs among which the validation split chose.
+        candidates: as in `ReservedOutputs`.
         classes: number of classes.
     """
     is_reserved = reserved_half(outputs.labels, seed)

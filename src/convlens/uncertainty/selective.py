@@ -69,8 +69,8 @@ def find_threshold(
         correct: whether each is classified correctly, `[n]`.
         max_risk: between 0 and 1.
         delta: between 0 and 1.
-        candidates: number of models among which these images, too, have chosen this one. `delta`
-            is divided by it, so the promise holds whichever of them was chosen.
+        candidates: `delta` is divided by it. With the number of models among which these images,
+            too, have chosen this one, the promise holds whichever of them was chosen.
 
     Returns:
         None if no tried threshold keeps the promise.

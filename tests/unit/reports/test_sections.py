@@ -157,7 +157,7 @@ def test_trust_section_states_promises_and_limits() -> None:
     assert f"100.0% are answered, {right:.1%} of them correctly" in html
     assert "needs at least 437 reserved validation images" in html  # log(0.05 / 4) / log(0.99)
     assert f"{right:.1%} of the sets contain the class" in html
-    assert "allow for a choice among 4 epochs" in html
+    assert "the promises of accuracy allow for that" in html
     assert "farther than 0.250 from the k-th nearest of 50 training images (k = 3)" in html
     assert "about 5% of ordinary images" in html
     assert (contents.run_dir.plots / "risk-coverage-test.png").exists()

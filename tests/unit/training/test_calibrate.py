@@ -46,7 +46,7 @@ def test_stored_outputs_are_those_of_the_weights_in_the_file() -> None:
     loaded = load_model(run_dir.model_path)
     calibration, reserved = loaded.calibration, loaded.calibration.reserved
     assert reserved is not None
-    assert reserved.candidates == 2
+    assert reserved.candidates == 2  # of 2 epochs
     data = images_of(tiny(*LARGER))
     labels = data.val.labels.numpy()
     half = reserved_half(labels, 0)
@@ -119,17 +119,30 @@ def test_an_extended_run_calibrates_its_own_weights() -> None:
     first, second = (load_model(run.model_path).calibration for run in (extended, scratch))
     assert first.to_metadata() == second.to_metadata()
     assert first.reserved is not None
-    assert first.reserved.candidates == 5
+    assert first.reserved.candidates in (2, 8)  # of 5 epochs: the last one, or one of the others
+
+
+def test_the_shares_of_all_epochs_add_up_to_at_most_one() -> None:
+    for epochs in (1, 2, 3, 10, 11, 60):
+        recipe = tiny(f"train.epochs={epochs}")
+        shares = [1 / num_candidates(recipe, epoch) for epoch in range(1, epochs + 1)]
+        assert sum(shares) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
-    ("options", "candidates"),
-    [((), 3), (("train.keep=last",), 1), (("train.keep=last", "train.patience=2"), 3)],
+    ("options", "epoch", "candidates"),
+    [
+        ((), 60, 12),  # among the last 6 of 60 epochs
+        ((), 55, 12),
+        ((), 54, 108),
+        (("train.keep=last",), 60, 1),
+        (("train.keep=last", "train.patience=2"), 20, 108),
+    ],
 )
-def test_candidates_are_the_epochs_among_which_validation_chooses(
-    options: tuple[str, ...], candidates: int
+def test_candidates_depend_on_what_validation_chose(
+    options: tuple[str, ...], epoch: int, candidates: int
 ) -> None:
-    assert num_candidates(tiny(*options)) == candidates
+    assert num_candidates(tiny("train.epochs=60", *options), epoch) == candidates
 
 
 def test_only_rank_0_computes_and_writes() -> None:

@@ -54,7 +54,7 @@ def test_a_promise_that_no_threshold_keeps_leaves_all_unsure() -> None:
 def test_promises_that_need_more_images_say_how_many() -> None:
     with pytest.raises(UsageError, match=r"at least 59 reserved .* this model has 58"):
         Promises.of(calibration(58), 0.95, 0.95, None)
-    with pytest.raises(UsageError, match=r"at least 104 .* chose among 10 epochs") as raised:
+    with pytest.raises(UsageError, match=r"at least 104 .* chose the epoch") as raised:
         Promises.of(calibration(103, candidates=10), 0.95, 0.95, None)
     assert "train.keep=last" in raised.value.fix
     with pytest.raises(UsageError, match=r"99% coverage need at least 99 .* this model has 98"):
