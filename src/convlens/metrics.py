@@ -98,7 +98,7 @@ def _losses_and_confidences(
 ) -> tuple[Floats, Floats]:
     """Return -log p(label), in nats, and the highest probability of each image."""
     losses, confidences = np.empty(len(targets)), np.empty(len(targets))
-    for rows in _chunks(logits):
+    for rows in row_chunks(logits):
         shifted = _shift_to_zero(logits[rows], temperature)
         target_logits = shifted[np.arange(len(shifted)), targets[rows]]
         sums = np.exp(shifted, out=shifted).sum(axis=1)
@@ -117,7 +117,7 @@ def top_k(logits: npt.ArrayLike, labels: npt.ArrayLike, k: int) -> float:
     if not 1 <= k <= matrix.shape[1]:
         raise UsageError(f"k must be between 1 and {matrix.shape[1]} classes, got {k}")
     is_hit = np.empty(len(targets), np.bool_)
-    for rows in _chunks(matrix):
+    for rows in row_chunks(matrix):
         chunk, classes = matrix[rows], targets[rows][:, None]
         target_logits = np.take_along_axis(chunk, classes, axis=1)
         is_tied_before = (chunk == target_logits) & (np.arange(matrix.shape[1]) < classes)
@@ -134,7 +134,7 @@ def near_ties(logits: npt.ArrayLike, within: float = NEAR_TIE) -> int:
     if matrix.shape[1] < 2:
         return 0
     count = 0
-    for rows in _chunks(matrix):
+    for rows in row_chunks(matrix):
         second, first = np.partition(matrix[rows], -2, axis=1)[:, -2:].T.astype(np.float64)
         count += int(np.sum(first - second < within))
     return count
@@ -434,7 +434,7 @@ def holm_adjust(values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _chunks(matrix: npt.NDArray[Any]) -> Iterator[slice]:
+def row_chunks(matrix: npt.NDArray[Any]) -> Iterator[slice]:
     """Yield slices of rows: in float64, 50,000 images of 1,000 classes would take 400 MB."""
     step = max(1, _CHUNK_LOGITS // matrix.shape[1])
     return (slice(start, start + step) for start in range(0, len(matrix), step))

@@ -275,8 +275,7 @@ def _outlier_scores(outputs: BatchOutputs, loaded: LoadedModel) -> np.ndarray | 
     calibration = loaded.calibration
     if calibration.detector is None or not len(outputs.logits):
         return None
-    logits = outputs.logits.astype(np.float64) / calibration.temperature
-    scored = calibration.detector.scores(logits, outputs.features)
+    scored = calibration.detector.scores(outputs.logits, calibration.temperature, outputs.features)
     if scored is None:
         return None
     scores, threshold = scored

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from convlens.data.loader import Labelled
@@ -73,7 +74,7 @@ def calibrate_model(job: TrainingJob, run_dir: RunDir) -> None:
         classes=len(loaded.classes),
     )
     run_dir.add_calibration(calibration)
-    print_status(describe_calibration(calibration))
+    print_status(f"[bold]{escape(run_dir.name)}[/]: {describe_calibration(calibration)}")
 
 
 def num_candidates(recipe: Recipe, kept_epoch: int) -> int:
@@ -103,7 +104,7 @@ def describe_calibration(calibration: ModelCalibration) -> str:
     if detector is not None and detector.reference is not None:
         vectors, size = len(detector.reference), detector.reference.nbytes / 1e6
         parts.append(f"features of {vectors:,} training images ({size:.1f} MB)")
-    return f"stored in the model file: {', '.join(parts)}"
+    return f"the model file has {', '.join(parts)}"
 
 
 def _validation_outputs(job: TrainingJob, loaded: LoadedModel) -> ValidationOutputs:

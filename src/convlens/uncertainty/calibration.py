@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,13 +54,12 @@ class ReservedOutputs:
     ) -> ReservedOutputs:
         """Compute them from logits `[n, K]` and labels `[n]`."""
         matrix, targets = np.asarray(logits), np.asarray(labels)
-        probs = metrics.softmax(matrix, temperature)
-        return cls(
-            probs.max(axis=1),
-            probs[np.arange(len(targets)), targets],
-            matrix.argmax(axis=1) == targets,
-            candidates,
-        )
+        confidences, label_probs = np.empty(len(targets)), np.empty(len(targets))
+        for rows in metrics.row_chunks(matrix):
+            probs = metrics.softmax(matrix[rows], temperature)
+            confidences[rows] = probs.max(axis=1)
+            label_probs[rows] = np.take_along_axis(probs, targets[rows, None], axis=1)[:, 0]
+        return cls(confidences, label_probs, matrix.argmax(axis=1) == targets, candidates)
 
     def __len__(self) -> int:
         return len(self.correct)
@@ -82,25 +82,31 @@ class OutlierDetector:
     neighbors: int = 1
     reference: npt.NDArray[np.float16] | None = None
 
+    @cached_property
+    def _unit_reference(self) -> npt.NDArray[np.float32] | None:
+        # In half precision the lengths are not exactly 1 any more.
+        return None if self.reference is None else outliers.l2_normalize(self.reference)
+
     @property
     def uses_features(self) -> bool:
         return self.reference is not None and self.distance_threshold is not None
 
     def scores(
-        self, logits: npt.ArrayLike, features: npt.ArrayLike | None
+        self, logits: npt.ArrayLike, temperature: float, features: npt.ArrayLike | None
     ) -> tuple[Floats, float] | None:
         """Return the score of each image and the threshold; None without a threshold.
 
         Args:
-            logits: divided by the temperature, `[N, K]`.
+            logits: `[N, K]`.
+            temperature: of the model; the energy is that of the logits divided by it.
             features: of the penultimate layer `[N, D]`; the energy is used without them.
         """
-        threshold = self.distance_threshold
-        if features is not None and self.reference is not None and threshold is not None:
-            return outliers.neighbor_distances(features, self.reference, self.neighbors), threshold
+        threshold, reference = self.distance_threshold, self._unit_reference
+        if features is not None and reference is not None and threshold is not None:
+            return outliers.neighbor_distances(features, reference, self.neighbors), threshold
         if self.energy_threshold is None:
             return None
-        return outliers.energy(logits), self.energy_threshold
+        return outliers.energy(logits, temperature), self.energy_threshold
 
 
 @dataclass(frozen=True)
@@ -280,13 +286,14 @@ def fit_calibration(
     fitting = ~is_reserved
     logits, labels = outputs.logits[fitting], outputs.labels[fitting]
     temperature = fit_temperature(logits, labels) or 1.0
-    energies = outliers.energy(logits.astype(np.float64) / temperature)
+    energies = outliers.energy(logits, temperature)
     detector = OutlierDetector(outliers.outlier_threshold(energies))
     if outputs.features is not None and outputs.reference is not None:
         # Rounded first: the distances must be those of the stored vectors.
         reference = outliers.l2_normalize(outputs.reference).astype(np.float16)
         k = outliers.num_neighbors(len(reference), classes)
-        distances = outliers.neighbor_distances(outputs.features[fitting], reference, k)
+        unit = outliers.l2_normalize(reference)
+        distances = outliers.neighbor_distances(outputs.features[fitting], unit, k)
         threshold = outliers.outlier_threshold(distances)
         detector = OutlierDetector(detector.energy_threshold, threshold, k, reference)
     reserved = ReservedOutputs.of(

@@ -14,6 +14,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from convlens import metrics
+
 Floats = npt.NDArray[np.float64]
 Float32s = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -62,18 +64,26 @@ def l2_normalize(features: npt.ArrayLike) -> Float32s:
 def neighbor_distances(features: npt.ArrayLike, reference: npt.ArrayLike, k: int) -> Floats:
     """Return the distance of each vector `[N, D]` to its k-th nearest in `reference` `[M, D]`.
 
-    Both are normalized to length 1 first. For these, the squared distance is 2 - 2 cos.
+    The squared distance of vectors of length 1 is 2 - 2 cos.
+
+    Args:
+        features: of any length; they are normalized first.
+        reference: from `l2_normalize`.
     """
-    cosines = l2_normalize(features) @ l2_normalize(reference).T
+    cosines = l2_normalize(features) @ np.asarray(reference, dtype=np.float32).T
     nearest = np.partition(cosines, -k, axis=1)[:, -k].astype(np.float64)
     return np.asarray(np.sqrt(np.maximum(2 - 2 * nearest, 0)))
 
 
-def energy(logits: npt.ArrayLike) -> Floats:
-    """Return -log sum exp(logits) of each row of `[N, K]`."""
-    matrix = np.asarray(logits, dtype=np.float64)
-    largest = matrix.max(axis=1)
-    return np.asarray(-largest - np.log(np.exp(matrix - largest[:, None]).sum(axis=1)))
+def energy(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """Return -log sum exp(logits / temperature) of each row of `[N, K]`."""
+    matrix = np.asarray(logits)
+    energies = np.empty(len(matrix))
+    for rows in metrics.row_chunks(matrix):
+        scaled = matrix[rows].astype(np.float64) / temperature
+        largest = scaled.max(axis=1)
+        energies[rows] = -largest - np.log(np.exp(scaled - largest[:, None]).sum(axis=1))
+    return energies
 
 
 def outlier_threshold(scores: npt.ArrayLike, share: float = ORDINARY_SHARE) -> float | None:

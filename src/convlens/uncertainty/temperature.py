@@ -18,14 +18,14 @@ MIN_IMAGES = 20  # with fewer, the fitted temperature is mostly noise
 # 95% quantile of chi-squared with one degree of freedom: twice the gain of log-likelihood by which
 # a temperature must beat 1 (likelihood-ratio test; Wilks 1938).
 MIN_LIKELIHOOD_RATIO = 3.841
-# A minimum this close to a bound (as a ratio) is the bound, not a minimum.
-BOUND_TOLERANCE = 1.01
+BISECTIONS = 40  # of a range of 400:1, so that the temperature has 11 digits
 
 
 def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float | None:
     """Return the temperature that minimizes the negative log-likelihood (NLL) of the labels.
 
-    The NLL is a convex function of 1 / T, so there is a single minimum. There is none between the
+    The NLL is a convex function of 1 / T, so its slope is 0 at a single point, which is found by
+    bisection (importing SciPy would take longer than some trainings). There is none between the
     bounds if all images are classified correctly (the NLL falls until T = 0) or if the logits say
     nothing about the labels (it falls until T is infinite).
 
@@ -41,18 +41,30 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float | Non
     has_mistakes = bool((matrix.argmax(axis=1) != targets).any()) if len(targets) else False
     if len(targets) < MIN_IMAGES or not has_mistakes:
         return None
-    from scipy.optimize import minimize_scalar
-
-    def nll(log_t: float) -> float:
-        return metrics.cross_entropy(matrix, targets, math.exp(log_t))
-
-    result = minimize_scalar(
-        nll,
-        bounds=(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)),
-        method="bounded",
-        options={"xatol": 1e-6},
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    if _slope(matrix, targets, low) >= 0 or _slope(matrix, targets, high) <= 0:
+        return None
+    for _ in range(BISECTIONS):
+        middle = math.sqrt(low * high)
+        if _slope(matrix, targets, middle) > 0:
+            high = middle
+        else:
+            low = middle
+    temperature = 1 / math.sqrt(low * high)
+    gain = metrics.cross_entropy(matrix, targets) - metrics.cross_entropy(
+        matrix, targets, temperature
     )
-    temperature = math.exp(result.x)
-    low, high = MIN_TEMPERATURE * BOUND_TOLERANCE, MAX_TEMPERATURE / BOUND_TOLERANCE
-    differs = 2 * len(targets) * (nll(0.0) - result.fun) > MIN_LIKELIHOOD_RATIO
-    return temperature if differs and low < temperature < high else None
+    return temperature if 2 * len(targets) * gain > MIN_LIKELIHOOD_RATIO else None
+
+
+def _slope(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.int64], scale: float) -> float:
+    """Return the derivative of the NLL of `scale * logits`, which increases with the scale.
+
+    It is the mean logit under the model's probabilities minus the logit of the true class.
+    """
+    total = 0.0
+    for rows in metrics.row_chunks(logits):
+        matrix, targets = logits[rows].astype(np.float64), labels[rows]
+        total += float((metrics.softmax(matrix, 1 / scale) * matrix).sum())
+        total -= float(matrix[np.arange(len(targets)), targets].sum())
+    return total / len(labels)

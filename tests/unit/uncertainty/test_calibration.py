@@ -91,10 +91,10 @@ def test_fitted_numbers_are_those_of_their_half() -> None:
     np.testing.assert_allclose(fitted.reserved.label_probs, probs[np.arange(200), labels])
     assert fitted.reserved.correct.tolist() == (probs.argmax(axis=1) == labels).tolist()
     assert fitted.detector is not None
-    logits = given_outputs.logits[~reserved] / np.float64(fitted.temperature)
+    logits, temperature = given_outputs.logits[~reserved], fitted.temperature
     for features in (None, given_outputs.features):
         chosen = None if features is None else features[~reserved]
-        scored = fitted.detector.scores(logits, chosen)
+        scored = fitted.detector.scores(logits, temperature, chosen)
         assert scored is not None
         scores, threshold = scored
         assert int((scores <= threshold).sum()) == 191  # ceil(201 * 0.95)
@@ -103,7 +103,7 @@ def test_fitted_numbers_are_those_of_their_half() -> None:
 def test_features_far_from_the_training_images_are_above_the_threshold() -> None:
     fitted = fit_calibration(outputs(), seed=0, candidates=1, classes=3)
     assert fitted.detector is not None
-    scored = fitted.detector.scores(np.zeros((2, 3)), np.array([[1.0, 0, 0], [-1, -1, -1]]))
+    scored = fitted.detector.scores(np.zeros((2, 3)), 1.0, np.array([[1.0, 0, 0], [-1, -1, -1]]))
     assert scored is not None
     assert (scored[0] > scored[1]).tolist() == [False, True]
 
@@ -113,7 +113,7 @@ def test_few_images_give_no_thresholds() -> None:
     fitted = fit_calibration(few, seed=0, candidates=1, classes=3)
     assert fitted.temperature == 1
     assert fitted.detector is not None
-    assert fitted.detector.scores(few.logits, few.features) is None
+    assert fitted.detector.scores(few.logits, 1.0, few.features) is None
 
 
 def test_metadata_round_trips_through_json() -> None:
@@ -130,7 +130,7 @@ def test_metadata_round_trips_through_json() -> None:
         assert (before.dtype, before.tolist()) == (after.dtype, after.tolist())
     nothing = ModelCalibration.from_metadata({})
     assert nothing == ModelCalibration()
-    assert OutlierDetector(None).scores(np.zeros((1, 2)), None) is None
+    assert OutlierDetector(None).scores(np.zeros((1, 2)), 1.0, None) is None
 
 
 @pytest.mark.parametrize("temperature", [0, -1, float("inf"), float("nan"), "x"])
