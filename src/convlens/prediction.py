@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -218,15 +218,16 @@ def iter_predictions(
     with progress_bar("predicting", len(inputs), shown=not quiet) as bar:
         for batch in _read_inputs(inputs, loaded):
             readable = [image for _, image, _ in batch if image is not None]
+            names = [name for name, image, _ in batch if image is not None]
             # Not around the loop: the caller's code runs between two predictions.
             with preserve_torch_settings(plan.device):
                 outputs = _run_network(readable, loaded, forward)
-            answers = iter(_answers(outputs, k, loaded, promises or Promises()))
+            answers = _answers(outputs, names, k, loaded, promises or Promises())
             for filename, image, error in batch:
                 if image is None:
                     yield Prediction(filename, error=error)
                 else:
-                    yield replace(next(answers), filename=filename)
+                    yield next(answers)
             bar.advance(len(batch))
 
 
@@ -236,18 +237,22 @@ def _uses_features(loaded: LoadedModel) -> bool:
 
 
 def _answers(
-    outputs: BatchOutputs, k: int, loaded: LoadedModel, promises: Promises
+    outputs: BatchOutputs,
+    names: Sequence[str],
+    k: int,
+    loaded: LoadedModel,
+    promises: Promises,
 ) -> Iterator[Prediction]:
-    """Yield the prediction for each row of a batch, without its file name."""
+    """Yield the prediction for each row of a batch; `names` are the file names."""
     probs = outputs.probs
     top, tta_top = _top_classes(probs, k, loaded), _top_classes(outputs.tta_probs, k, loaded)
     unsure = promises.unsure(probs).tolist()
     sets = _set_classes(probs, loaded, promises)
     scores = _outlier_scores(outputs, loaded)
-    for row in range(len(probs)):
+    for row, name in enumerate(names):
         score = None if scores is None else float(scores[row])
         yield Prediction(
-            "",
+            name,
             next(top),
             tta_top=next(tta_top, ()),
             unsure=unsure[row],
