@@ -1,17 +1,20 @@
 """Evaluation of models, and the only code that reads the test split.
 
 Every evaluation of a split is logged in the run's `results.json` with a running count, so that
-repeated use of a test set is visible. The logits are cached in the run, because reports and
-comparisons show single images: evaluating again for each of them would take minutes and would
-inflate the test access count.
+repeated use of a test set is visible. A use of the test split is a completed command that shows its
+images, labels or predictions, or numbers computed from them, whether they are computed or cached.
+So the log is written last (`log_evaluation`, `log_test_use`): a command that fails costs no use.
+The logits are cached in the run, because reports show single images, and evaluating again would
+take minutes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,10 +23,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.markup import escape
 
 from convlens import metrics, run_plots, serialization
-from convlens.data.dataset import Data, Split, load_data, load_external_data
+from convlens.data.dataset import (
+    ALL_IMAGES,
+    Data,
+    Split,
+    load_data,
+    load_external_data,
+    may_hold_images_of_run,
+)
+from convlens.data.layout import split_from_name
 from convlens.data.loader import Labelled
+from convlens.data.sources import canonical_name, data_path, find_source, is_available
 from convlens.device import (
     Plan,
     describe_hardware,
@@ -35,7 +48,7 @@ from convlens.distributed import SINGLE_PROCESS, ProcessGroup, init_process_grou
 from convlens.engine import inference
 from convlens.engine.data_parallel import distributed_map
 from convlens.engine.inference import ModelOutputs, place_model, split_outputs
-from convlens.errors import DataError, ModelFileError, closest_match, lookup
+from convlens.errors import ConvlensError, DataError, ModelFileError, closest_match, lookup
 from convlens.onnx_model import load_model_or_onnx
 from convlens.run import (
     LoadedModel,
@@ -47,11 +60,13 @@ from convlens.run import (
     shared_run_dir,
 )
 from convlens.utils import files
-from convlens.utils.console import progress_bar, quiet_mode
+from convlens.utils.console import print_status, progress_bar, quiet_mode
 
 SPLIT_NAMES = ("test", "val", "train")
 TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")
 MAX_CACHED_BYTES = 1 << 26  # logits of 10,000 images of 1,000 classes have 40 MB
+MAX_TRAIN_IMAGES = 2000  # training images whose accuracy is compared with that of the test split
+TRAIN_SAMPLE = "train-sample"  # name of their cached predictions
 
 
 @dataclass(frozen=True)
@@ -68,8 +83,11 @@ class Evaluation:
         tta: None, or the metrics with test-time augmentation: `views` (their name), `accuracy`,
             `interval95`, `correct`, `loss`, `ece`, the numbers of images `gained` and `lost`, and
             `p` of McNemar's exact test. All other attributes are without it.
-        looks: how often this split has been evaluated, this time included.
+        looks: how often this split has been evaluated, this time included; for the test split, how
+            often it has been used.
         images_per_second: speed of the whole pass, test-time augmentation included.
+        own: whether this is a split of the run itself, and not of another data set.
+        trained_on: number of images of another data set that the run was trained on.
     """
 
     run: str
@@ -93,6 +111,8 @@ class Evaluation:
     model_sha256: str
     convlens: str
     hardware: dict[str, Any]
+    own: bool = True
+    trained_on: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,7 +135,7 @@ class Evaluation:
 @preserve_torch_settings()
 def evaluate(
     run: RunLike,
-    split: str = "test",
+    split: str | None = None,
     *,
     data: str | Path | None = None,
     tta: str | None = None,
@@ -129,9 +149,10 @@ def evaluate(
 
     Args:
         run: a run by name, folder or model file, or a `Run`.
-        split: `test`, `val` or `train`. Of another data set, the part of that name if it has
-            parts, otherwise all images.
-        data: another data set, whose classes are matched by name.
+        split: `test` (by default), `val` or `train`. Of another data set without splits all images
+            are evaluated.
+        data: another data set, whose classes are matched by name. If it holds exactly the images
+            that the run was trained on, which may have moved, the run's own split is evaluated.
         tta: test-time augmentation, `flip` or `flip+shifts`. Its metrics are reported in addition
             to those without it. Only for classes that a mirror image does not change.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
@@ -140,12 +161,13 @@ def evaluate(
 
     Raises:
         UsageError: unknown run, split or views.
-        DataError: the images changed since training, or a class that the model does not know.
+        DataError: the images changed or moved since training, a class that the model does not
+            know, or a split that the other data set does not have.
 
     Example:
         >>> convlens.evaluate("digits", "val").accuracy
     """
-    lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
+    split = None if split is None else check_split(split)
     inference.select_views(tta)  # report a typo before a data set is loaded
     process_group = init_process_group()
     run_dir = shared_run_dir(process_group, lambda: as_run_dir(run))
@@ -155,17 +177,41 @@ def evaluate(
         with process_group.local_rank_zero_first():
             eval_split = load_eval_split(loaded, split, data=data, device=device, own_data=own_data)
         check_same_images(process_group, eval_split.name, eval_split.fingerprint)
-        return evaluate_split(
-            run_dir, loaded, eval_split, split, device, tta=tta, process_group=process_group
-        ).evaluation
+        result = evaluate_split(
+            run_dir, loaded, eval_split, device, tta=tta, process_group=process_group
+        )
+        return log_evaluation(run_dir, result.evaluation, process_group)
+
+
+def check_split(name: str) -> str:
+    """Return `test`, `val` or `train` for any of their spellings, such as `validation`.
+
+    Raises:
+        UsageError: another name; close matches are named.
+    """
+    split = split_from_name(name)
+    return split or lookup({each: each for each in SPLIT_NAMES}, name, "split")
 
 
 class EvalSplit(NamedTuple):
-    """A split with labels in a model's order of classes, and its data set."""
+    """A split with labels in a model's order of classes, and its data set.
+
+    Attributes:
+        name, fingerprint: of the data set.
+        split: `test`, `val` or `train`, or `all` for a data set without splits.
+        own: whether it is a split of the run itself.
+        in_order: whether images and order are those of the own split, so that predictions can be
+            cached.
+        trained_on: number of images of another data set that the run was trained on.
+    """
 
     part: Split
     name: str
     fingerprint: str
+    split: str = "test"
+    own: bool = True
+    in_order: bool = True
+    trained_on: int = 0
 
 
 class EvaluationRun(NamedTuple):
@@ -181,7 +227,7 @@ class EvaluationRun(NamedTuple):
 
 def load_eval_split(
     loaded: LoadedModel,
-    split: str,
+    split: str | None = None,
     *,
     data: str | Path | None = None,
     device: str,
@@ -190,29 +236,52 @@ def load_eval_split(
     """Load a split of the model's own data or of another data set.
 
     Args:
+        split: by default `test`, or all images of another data set without splits.
         own_data: the result of `load_own_data`, if the caller has it already.
 
     Raises:
         UsageError, DataError: as by `evaluate`.
     """
-    if data is None:
-        own_data = own_data or load_own_data(loaded, device)
-        part, classes = _own_split(own_data, split), own_data.classes
-        name, fingerprint = own_data.name, own_data.fingerprint
-    else:
-        pre = loaded.preprocessing
-        part, classes, name, fingerprint = load_external_data(
-            str(data),
-            split,
-            image_size=pre.image_size,
-            channels=pre.channels,
-            fit=pre.fit,
-            memory_budget=memory_budget(device),
-            tested=True,
-            run=loaded.folder,
+    if data is not None:
+        own_data = recognize_own_data(loaded, str(data), device)
+        if own_data is None:
+            return _external_split(loaded, str(data), split, device)
+        print_status(
+            f"{escape(str(data))} holds the images that this model was trained and tested on: "
+            f"using only its own {split or 'test'} split"
         )
-    labels = _match_classes(part.labels, classes, loaded.classes, name)
-    return EvalSplit(replace(part, labels=labels), name, fingerprint)
+    own_data, split = own_data or load_own_data(loaded, device), split or "test"
+    part = _own_split(own_data, split)
+    labels = _match_classes(part.labels, own_data.classes, loaded.classes, own_data.name)
+    part = replace(part, labels=labels)
+    return EvalSplit(part, own_data.name, own_data.fingerprint, split)
+
+
+def _external_split(loaded: LoadedModel, data: str, split: str | None, device: str) -> EvalSplit:
+    pre = loaded.preprocessing
+    external = load_external_data(
+        data,
+        split,
+        image_size=pre.image_size,
+        channels=pre.channels,
+        fit=pre.fit,
+        memory_budget=memory_budget(device),
+        tested=True,
+        run=loaded.folder,
+    )
+    part = external.images
+    labels = _match_classes(part.labels, external.classes, loaded.classes, external.name)
+    own = external.is_own_split
+    return EvalSplit(
+        replace(part, labels=labels),
+        external.name,
+        # The images of the run's own split count as that, wherever they are.
+        loaded.model_metadata["data"]["fingerprint"] if own else external.fingerprint,
+        external.split,
+        own=own,
+        in_order=False,
+        trained_on=external.trained_on,
+    )
 
 
 def load_own_data(loaded: LoadedModel, device: str) -> Data:
@@ -221,18 +290,77 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
     Raises:
         DataError: the images changed or moved since training.
     """
-    recipe = serialization.recipe_from_metadata(loaded.model_metadata)
-    data = load_data(recipe.data, memory_budget=memory_budget(device))
-    if data.fingerprint != loaded.model_metadata["data"]["fingerprint"]:
-        changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
-        raise DataError(
-            f"the images of {data.name!r} changed since this model was trained on them"
-            + (f" ({changed})" if changed else "")
-            + ", so its test images may be among those it was trained on",
-            where=data.name,
-            fix="evaluate with --data to use all images as they are now, or train again with "
-            "--fresh",
+    config = serialization.recipe_from_metadata(loaded.model_metadata).data
+    names = [name for name in _own_data_names(loaded, config.name) if is_available(name)]
+    if not names:
+        raise _missing_data(loaded, config.name)
+    candidates = []
+    for name in names:
+        data = load_data(
+            config.model_copy(update={"name": name}), memory_budget=memory_budget(device)
         )
+        if data.fingerprint == loaded.model_metadata["data"]["fingerprint"]:
+            return data
+        candidates.append(data)
+    data = candidates[0]
+    changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
+    raise DataError(
+        f"the images of {data.name!r} changed since this model was trained on them"
+        + (f" ({changed})" if changed else "")
+        + ", so its test images may be among those it was trained on",
+        where=data.name,
+        fix="evaluate with --data to use all images as they are now, or train again with --fresh",
+    )
+
+
+def _own_data_names(loaded: LoadedModel, name: str) -> list[str]:
+    """Return where the data of a model may be: its name in the recipe, then the recorded path."""
+    path = None
+    if loaded.folder is not None:
+        with suppress(ModelFileError):  # a damaged run.json does not affect the model file
+            path = RunDir(loaded.folder).metadata().get("data", {}).get("path")
+    return list(dict.fromkeys([name, *([canonical_name(path)] if path else [])]))
+
+
+def _missing_data(loaded: LoadedModel, name: str) -> DataError:
+    run = loaded.folder.name if loaded.folder is not None else "RUN"
+    paths = [os.path.abspath(each) for each in _own_data_names(loaded, name)]
+    return DataError(
+        f"the data set {name!r} that {run!r} was trained on does not exist any more",
+        where=f"it was at {paths[-1]}",
+        fix=f"move it back, or name its new place once: `convlens evaluate {run} --data NEWPLACE` "
+        "(if the images are the same, all commands find them there from then on)",
+    )
+
+
+def recognize_own_data(loaded: LoadedModel, name: str, device: str) -> Data | None:
+    """Return the data that the model was trained on if `name` holds exactly its images, else None.
+
+    They may have moved or been renamed. A new place is recorded in the run, so that later commands
+    find it.
+
+    Raises:
+        UsageError, DataError: there is no such data set.
+    """
+    config = serialization.recipe_from_metadata(loaded.model_metadata).data
+    if canonical_name(name) != config.name:
+        source = find_source(name, image_size=loaded.preprocessing.image_size, tested=True)
+        if set(source.classes) != set(loaded.classes):
+            return None
+        if loaded.folder is not None and not may_hold_images_of_run(loaded.folder, source):
+            return None
+    here = config.model_copy(update={"name": canonical_name(name)})
+    try:
+        data = load_data(here, memory_budget=memory_budget(device))
+    except ConvlensError:
+        return None  # e.g. the keys of the recipe do not apply to it: it is another data set
+    if data.fingerprint != loaded.model_metadata["data"]["fingerprint"]:
+        return None
+    path = data_path(name)
+    is_known = any(map(is_available, _own_data_names(loaded, config.name)))
+    has_moved = path is not None and not is_known
+    if has_moved and loaded.folder is not None and init_process_group().is_main_process:
+        RunDir(loaded.folder).record_data_path(str(path))
     return data
 
 
@@ -270,21 +398,19 @@ def evaluate_split(
     run_dir: RunDir,
     loaded: LoadedModel,
     eval_split: EvalSplit,
-    split: str,
     device: str,
     *,
     tta: str | None = None,
     draw: bool = True,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> EvaluationRun:
-    """Evaluate all images of a split and log the evaluation in `results.json`.
+    """Evaluate all images of a split. The caller logs the result (`log_evaluation`).
 
     Args:
-        split: name of the split: `test`, `val` or `train`.
         draw: also draw confusion, calibration and the worst mistakes.
-        process_group: the processes that share the images; rank 0 writes the log.
+        process_group: the processes that share the images.
     """
-    part, name, fingerprint = eval_split
+    part, name, fingerprint, split, own = eval_split[:5]
     start = time.perf_counter()
     plan, can_choose = _inference_plan(run_dir, loaded, device)
     outputs, labels = _compute_outputs(loaded, part, split, plan, can_choose, tta, process_group)
@@ -304,31 +430,77 @@ def evaluate_split(
         "model_sha256": loaded.model_metadata["sha256"],
         "convlens": loaded.model_metadata["convlens"],
         "hardware": describe_hardware(device),
+        "looks": 0,  # until it is logged
+        "own": own,
+        "trained_on": eval_split.trained_on,
     }
-    is_own = loaded.model_metadata["data"]["fingerprint"] == fingerprint
-    result["looks"] = process_group.broadcast(
-        lambda: run_dir.add_result({**result, "own": is_own})["looks"]
-    )
     # Reports show the outputs of the model file, not those of an exported one.
-    if is_own and process_group.is_main_process and loaded.is_native:
+    is_cached = own and eval_split.in_order and loaded.is_native
+    if is_cached and process_group.is_main_process:
         cached = CachedPredictions(scores, targets, split_hash(part, loaded.classes))
         save_predictions(run_dir, split, fingerprint, loaded.model_metadata["sha256"], cached)
-    label = split if is_own else f"{split}-{safe_name(Path(name).name)}"
+    label = split if own else f"{split}-{safe_name(Path(name).name)}"
     if draw and process_group.is_main_process:
         run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
     return EvaluationRun(evaluation, scores, targets)
 
 
+def log_evaluation(
+    run_dir: RunDir, evaluation: Evaluation, process_group: ProcessGroup = SINGLE_PROCESS
+) -> Evaluation:
+    """Log an evaluation in `results.json`; return it with the number of uses of its split.
+
+    It is the last thing that a command does, since a command that fails costs no use.
+    """
+    result = asdict(evaluation)
+    del result["looks"]
+    looks = process_group.broadcast(lambda: run_dir.add_result(result)["looks"])
+    return replace(evaluation, looks=looks)
+
+
+def log_test_use(run_dir: RunDir, loaded: LoadedModel, n: int, command: str) -> int:
+    """Log a use of the run's own test split by a command that does not evaluate it.
+
+    Args:
+        n: number of test images.
+        command: such as `look`.
+
+    Returns:
+        The number of uses so far, this one included.
+    """
+    metadata = loaded.model_metadata
+    entry = run_dir.add_result(
+        {
+            "run": run_dir.name,
+            "split": "test",
+            "data": metadata["data"].get("name", ""),
+            "own": True,
+            "n": n,
+            "by": command,
+            "data_fingerprint": metadata["data"]["fingerprint"],
+            "model_sha256": metadata["sha256"],
+        }
+    )
+    return int(entry["looks"])
+
+
 def sentence(result: Mapping[str, Any]) -> str:
     """Describe a result, an entry of `results.json` or `Evaluation.to_dict()`, in one line.
 
-    For the run's own test split (`own`) it includes how often that was used.
+    For the run's own test split (`own`) it includes how often that was used; for another data set,
+    its name, and how many of its images the run was trained on.
     """
     low, high = result["interval95"]
+    own = result.get("own", True)
+    of = "" if result["split"] == ALL_IMAGES else f"{result['split']} "
+    on = "" if own else f"on {escape(str(result['data']))} "
+    copies = ""
+    if result.get("trained_on"):
+        copies = f"{result['trained_on']:,} of {result['n']:,} were training images; "
     line = (
-        f"{result['split']} accuracy [bold]{result['accuracy']:.2%}[/] "
-        f"(95% interval {low:.2%} to {high:.2%}, n = {result['n']:,}), "
+        f"{of}accuracy {on}[bold]{result['accuracy']:.2%}[/] "
+        f"({copies}95% interval {low:.2%} to {high:.2%}, n = {result['n']:,}), "
         f"loss {result['loss']:.4f}, calibration error {result['ece']:.3f}"
     )
     if result["split"] == "test" and result.get("own"):
@@ -406,12 +578,14 @@ class CachedPredictions(NamedTuple):
     """Logits float32 `[N, K]` and labels int64 `[N]` of a split, in the model's order of classes.
 
     `images` is the `split_hash` of the split. Two models with equal hashes were evaluated on the
-    same images, whatever their image size and training data.
+    same images, whatever their image size and training data. `total` is the number of images that
+    a sample was drawn from; 0 for a complete split.
     """
 
     logits: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     images: str
+    total: int = 0
 
     @property
     def probs(self) -> metrics.Floats:
@@ -439,6 +613,7 @@ def save_predictions(
         "images": predictions.images,
         "data_fingerprint": fingerprint,
         "model_sha256": model_sha256,
+        **({"total": predictions.total} if predictions.total else {}),
     }
     tensors = {
         "logits": torch.from_numpy(np.ascontiguousarray(predictions.logits, dtype=np.float32)),
@@ -461,10 +636,74 @@ def load_predictions(
         if (metadata["data_fingerprint"], metadata["model_sha256"]) != (fingerprint, model_sha256):
             return None
         return CachedPredictions(
-            tensors["logits"].numpy(), tensors["labels"].numpy(), metadata["images"]
+            tensors["logits"].numpy(),
+            tensors["labels"].numpy(),
+            metadata["images"],
+            int(metadata.get("total", 0)),
         )
     except (ModelFileError, KeyError):  # damaged or of another version: they are computed again
         return None
+
+
+class TrainAccuracy(NamedTuple):
+    """Accuracy on training images with the final weights and without augmentation.
+
+    Attributes:
+        correct, n: of the images that were evaluated.
+        total: number of all training images.
+    """
+
+    correct: int
+    n: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.correct / self.n
+
+
+def measure_train_accuracy(
+    run_dir: RunDir,
+    loaded: LoadedModel,
+    device: str,
+    *,
+    own_data: Callable[[], Data],
+) -> TrainAccuracy:
+    """Return the accuracy on up to 2,000 training images, always the same ones.
+
+    The predictions are cached in the run.
+
+    Args:
+        own_data: returns the result of `load_own_data`; only called if nothing is cached.
+
+    Raises:
+        DataError: the images changed or moved since training.
+    """
+    fingerprint = loaded.model_metadata["data"]["fingerprint"]
+    sha256 = loaded.model_metadata["sha256"]
+    predictions = load_predictions(run_dir, TRAIN_SAMPLE, fingerprint, sha256)
+    if predictions is None:
+        data = own_data()
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+        index = order[:MAX_TRAIN_IMAGES].sort().values
+        sample = Split(
+            data.train.rows.subset(index),
+            data.train.labels[index],
+            [data.train.ids[i] for i in index.tolist()],
+        )
+        plan, can_choose = _inference_plan(run_dir, loaded, device)
+        outputs, labels = _compute_outputs(
+            loaded, sample, "train", plan, can_choose, None, SINGLE_PROCESS
+        )
+        predictions = CachedPredictions(
+            outputs.logits.cpu().numpy(),
+            labels.cpu().numpy(),
+            split_hash(sample, loaded.classes),
+            total=len(data.train),
+        )
+        save_predictions(run_dir, TRAIN_SAMPLE, fingerprint, sha256, predictions)
+    correct = int((predictions.logits.argmax(axis=1) == predictions.labels).sum())
+    return TrainAccuracy(correct, len(predictions.labels), predictions.total)
 
 
 def split_hash(split: Split, classes: Sequence[str]) -> str:

@@ -54,11 +54,11 @@ def resolve_recipe(
     if isinstance(what, Recipe):
         what = what.model_dump(mode="json")
     if isinstance(what, Mapping):
-        named = load_recipe(what, [*_data_override(data), *overrides], variant)
+        named = _load_recipe(what, [*_data_override(data), *overrides], variant)
         return ResolvedRecipe(named, is_unmodified=not overrides)
     text = os.fspath(what)
     if _is_recipe(text):
-        named = load_recipe(text, [*_data_override(data), *overrides], variant)
+        named = _load_recipe(text, [*_data_override(data), *overrides], variant)
         if data is None:
             return ResolvedRecipe(named, is_unmodified=not overrides)
         run_name = f"{named.name}-{_dataset_run_name(str(data))}"
@@ -71,7 +71,7 @@ def resolve_recipe(
             f"{text!r} is not a recipe, and --data already names the data",
             fix=f"recipes: {', '.join(recipe_names())}",
         )
-    folder = load_recipe("folder", [*_data_override(text), *overrides], variant)
+    folder = _load_recipe("folder", [*_data_override(text), *overrides], variant)
     return ResolvedRecipe(
         folder.model_copy(update={"name": _dataset_run_name(text)}), is_unmodified=not overrides
     )
@@ -167,7 +167,47 @@ def recipe_for_dataset(recipe: str, data: str, overrides: Sequence[str] = ()) ->
     """Return a recipe (a name or a YAML file) on a data set; overrides are of its data section."""
     keys = [key if key.startswith("data.") else f"data.{key}" for key in overrides]
     _check_data_name(data)
-    return load_recipe(recipe, [*_data_override(data), *keys])
+    return _load_recipe(recipe, [*_data_override(data), *keys])
+
+
+def _load_recipe(
+    what: str | Mapping[str, Any], overrides: Sequence[str], variant: str | None = None
+) -> Recipe:
+    """Load a recipe with the canonical name of its data set."""
+    from convlens.data.sources import canonical_name
+
+    recipe = load_recipe(what, overrides, variant)
+    data = recipe.data.model_copy(update={"name": canonical_name(recipe.data.name)})
+    return recipe.model_copy(update={"data": data})
+
+
+def is_run_of(recipe: Recipe, metadata: Mapping[str, Any]) -> bool:
+    """Return whether `run.json` is that of a run of this recipe.
+
+    The data set counts as the same under any spelling of its name, such as those that earlier
+    versions recorded, and where it was found after it had moved.
+
+    Args:
+        metadata: the content of `run.json`; empty for a folder that is not a run.
+    """
+    from convlens.data.sources import is_same_data
+
+    digests = metadata.get("digests", [])
+    if recipe.digest() in digests:
+        return True
+    data = metadata.get("data", {})
+    recorded, path = data.get("name"), data.get("path")
+    if recorded is None or not any(
+        each is not None and is_same_data(each, recipe.data.name) for each in (recorded, path)
+    ):
+        return False
+    return digest_with_data(recipe, recorded) in digests
+
+
+def digest_with_data(recipe: Recipe, name: str) -> str:
+    """Return the digest of a recipe with another spelling of the name of its data set."""
+    data = recipe.data.model_copy(update={"name": name})
+    return recipe.model_copy(update={"data": data}).digest()
 
 
 def to_overrides(values: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ it displays progress, validates after each epoch, saves checkpoints and stops.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from rich.markup import escape
 
 from convlens import evaluation, optim, run_plots
 from convlens.data.dataset import Data, load_data
+from convlens.data.sources import data_path, is_available, is_same_data
 from convlens.device import (
     Plan,
     describe_hardware,
@@ -36,6 +38,8 @@ from convlens.run import (
     RunDir,
     check_same_images,
     find_or_create_run_dir,
+    list_runs,
+    runs_with_name,
     shared_run_dir,
 )
 from convlens.runtime import RuntimeContext
@@ -48,8 +52,8 @@ from convlens.training.checkpoint import (
     model_snapshot,
 )
 from convlens.training.feature_cache import TimedBatches
-from convlens.training.pretrained import check_weights_available
-from convlens.training.resolve import validate_recipe
+from convlens.training.pretrained import check_weights_available, run_of_weights
+from convlens.training.resolve import digest_with_data, is_run_of, validate_recipe
 from convlens.training.setup import TrainingJob, build_training_job
 from convlens.utils import files
 from convlens.utils.console import print_status, print_table, progress_display
@@ -98,9 +102,7 @@ def train(
     plain_name = is_unmodified_recipe or name is not None
     run_dir = shared_run_dir(
         context.process_group,
-        lambda: find_or_create_run_dir(
-            name or recipe.name, recipe.digest(), plain_name=plain_name, fresh=fresh
-        ),
+        lambda: _find_run_dir(recipe, name, context, plain_name=plain_name, fresh=fresh),
     )
     if extend:
         context.broadcast(lambda: extend_run(run_dir, recipe))
@@ -131,6 +133,55 @@ def train(
     if test:
         evaluation.evaluate(run_dir, "test", device=device, quiet=quiet, own_data=data)
     return run_dir
+
+
+def _find_run_dir(
+    recipe: Recipe, name: str | None, context: RuntimeContext, *, plain_name: bool, fresh: bool
+) -> RunDir:
+    """Return the run of a recipe, also if its data set has moved since; else a new directory."""
+    run_dir = find_or_create_run_dir(
+        name or recipe.name,
+        recipe.digest(),
+        plain_name=plain_name,
+        fresh=fresh,
+        is_run_of=partial(is_run_of, recipe),
+    )
+    if fresh or run_dir.metadata():
+        return run_dir
+    return _find_run_of_moved_data(recipe, name, context) or run_dir
+
+
+def _find_run_of_moved_data(
+    recipe: Recipe, name: str | None, context: RuntimeContext
+) -> RunDir | None:
+    """Return the run of this recipe on the same images, which had another name; None without one.
+
+    The images are compared by their fingerprint. They are loaded only if there is a run of the
+    same recipe whose data set does not exist any more. A copy of a data set gets runs of its own.
+    """
+    candidates = []
+    for run_dir in runs_with_name(name) if name is not None else list_runs():
+        with contextlib.suppress(ModelFileError):  # a damaged run.json of another run
+            metadata = run_dir.metadata()
+            original = metadata.get("data", {})
+            known = [original[key] for key in ("name", "path") if original.get(key)]
+            is_gone = known and not any(map(is_available, known))
+            digests = metadata.get("digests", [])
+            if is_gone and digest_with_data(recipe, original["name"]) in digests:
+                candidates.append((run_dir, original))
+    path = data_path(recipe.data.name)
+    if not candidates or path is None:
+        return None
+    fingerprint = load_data(recipe.data, memory_budget=context.memory_budget).fingerprint
+    for run_dir, original in candidates:
+        if original.get("fingerprint") == fingerprint:
+            run_dir.record_data_path(path)
+            print_status(
+                f"{escape(recipe.data.name)} holds the images of run [bold]"
+                f"{escape(run_dir.name)}[/], which were at {escape(original['name'])}"
+            )
+            return run_dir
+    return None
 
 
 def _load_data(recipe: Recipe, context: RuntimeContext) -> Data:
@@ -165,6 +216,8 @@ def _build_job(
         run_dir.write_split(data.held_out)
         if data.listing is not None and context.is_main_process:
             data.listing.write(run_dir.path)
+        if context.is_main_process:
+            _inherit_test_uses(run_dir, recipe, data)
         # Last: from here on the directory is a run.
         run_dir.create(job.recipe, _run_metadata(recipe, job))
     elif initial_state is None and job.initial_weights:
@@ -174,6 +227,17 @@ def _build_job(
     report_setup_changes(run_dir, metadata, _environment(job))
     _print_stages(job)
     return job
+
+
+def _inherit_test_uses(run_dir: RunDir, recipe: Recipe, data: Data) -> None:
+    """Count the uses of the test split by the run that a new run starts from on the same data."""
+    source = run_of_weights(recipe.model)
+    if source is None:
+        return
+    original = source.metadata().get("data", {})
+    names = [original[key] for key in ("name", "path") if original.get(key)]
+    if any(is_same_data(name, recipe.data.name) for name in names):
+        run_dir.inherit_test_uses(source, data.fingerprint)
 
 
 def _clean_stale_files(run_dir: RunDir, metadata: Mapping[str, Any]) -> None:
@@ -407,6 +471,7 @@ def _run_metadata(requested: Recipe, job: TrainingJob) -> dict[str, Any]:
     """Return the metadata that `run.json` records when a run starts."""
     data = job.data
     parameters = list(job.model.parameters())
+    path = data_path(requested.data.name)
     return {
         # The recipe as requested and as resolved: the commands of both mean this run.
         "digests": [requested.digest(), job.recipe.digest()],
@@ -416,6 +481,7 @@ def _run_metadata(requested: Recipe, job: TrainingJob) -> dict[str, Any]:
             "classes": list(data.classes),
             "splits": data.split_descriptions,
             "skipped": data.skipped,
+            **({} if path is None else {"path": path}),
         },
         "weights": job.initial_weights,
         "plan": job.plan.to_dict(),
@@ -448,7 +514,7 @@ def check_can_resume(
     """
     if not metadata:
         return
-    if recipe.digest() not in metadata.get("digests", []):
+    if not is_run_of(recipe, metadata):
         raise ResourceError(
             f"another process has just taken the name {run_dir.name!r} for another recipe",
             where=str(run_dir.path),

@@ -221,7 +221,7 @@ def test_a_run_without_weights_or_images_is_refused(runs: None) -> None:
         )
         assert done.code == 0, done.err
     shutil.move(root, "moved")
-    refused(compare("a", "b"), 2, "unknown data 'photos'")
+    refused(compare("a", "b"), 3, "the data set 'photos' that 'a' was trained on")
     assert compare("a", "b", "--data", "moved").code == 0
 
 

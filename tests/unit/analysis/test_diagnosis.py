@@ -227,7 +227,7 @@ def test_a_bare_model_file_and_missing_images_leave_rules_undecided(runs: None) 
     pictures(Path("photos"), dict.fromkeys(COLORS, 8))
     assert here("train", "photos", *SMALL, "--name", "mine").code == 0
     shutil.move("photos", "moved")
-    assert "unknown data 'photos'" in diagnose("mine").untold["dead layers"]
+    assert "the data set 'photos' that" in diagnose("mine").untold["dead layers"]
 
 
 def test_an_unknown_run_is_refused(runs: None) -> None:
