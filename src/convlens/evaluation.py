@@ -36,7 +36,13 @@ from convlens.data.dataset import (
 )
 from convlens.data.layout import split_from_name
 from convlens.data.loader import Labelled
-from convlens.data.sources import canonical_name, data_path, find_source, is_available
+from convlens.data.sources import (
+    SOURCES,
+    canonical_name,
+    data_path,
+    find_source,
+    is_available,
+)
 from convlens.device import (
     Plan,
     describe_hardware,
@@ -232,18 +238,20 @@ def load_eval_split(
     data: str | Path | None = None,
     device: str,
     own_data: Data | None = None,
+    recognize: bool = True,
 ) -> EvalSplit:
     """Load a split of the model's own data or of another data set.
 
     Args:
         split: by default `test`, or all images of another data set without splits.
         own_data: the result of `load_own_data`, if the caller has it already.
+        recognize: use only the own split of a data set that holds the images of the run.
 
     Raises:
         UsageError, DataError: as by `evaluate`.
     """
     if data is not None:
-        own_data = recognize_own_data(loaded, str(data), device)
+        own_data = recognize_own_data(loaded, str(data), device) if recognize else None
         if own_data is None:
             return _external_split(loaded, str(data), split, device)
         print_status(
@@ -337,12 +345,14 @@ def recognize_own_data(loaded: LoadedModel, name: str, device: str) -> Data | No
     """Return the data that the model was trained on if `name` holds exactly its images, else None.
 
     They may have moved or been renamed. A new place is recorded in the run, so that later commands
-    find it.
+    find it. Built-in sets cannot move: their names always mean the whole set.
 
     Raises:
         UsageError, DataError: there is no such data set.
     """
     config = serialization.recipe_from_metadata(loaded.model_metadata).data
+    if name in SOURCES:
+        return None
     if canonical_name(name) != config.name:
         source = find_source(name, image_size=loaded.preprocessing.image_size, tested=True)
         if set(source.classes) != set(loaded.classes):

@@ -13,6 +13,7 @@ import pytest
 
 import convlens
 from convlens import Run
+from convlens.analysis import compare as analysis_compare
 from convlens.evaluation import Evaluation, sentence
 from convlens.run import RunDir
 from helpers.commands import COLORS, constant_model, here, pictures, refused
@@ -70,7 +71,6 @@ def test_every_command_finds_the_new_place_afterwards(run: RunDir) -> None:
         ["evaluate", "moved"],
         ["look", "moved", "test:0"],
         ["diagnose", "moved"],
-        ["export", "moved", "--to", "torch"],
     ):
         done = here(*command)
         assert done.code == 0, done.err
@@ -79,7 +79,7 @@ def test_every_command_finds_the_new_place_afterwards(run: RunDir) -> None:
     assert report.missing == []
     # A set of other images at the old place does not hide the one that moved.
     pictures(Path("plain"), dict.fromkeys(COLORS, 4), first=90)
-    assert here("evaluate", "moved", "--json").json["looks"] == 5
+    assert here("evaluate", "moved", "--json").json["looks"] == 6
 
 
 def test_look_and_compare_take_the_new_place(run: RunDir) -> None:
@@ -144,13 +144,28 @@ def test_splits_of_another_data_set_are_chosen_by_any_spelling(tmp_path: Path) -
     refused(here("evaluate", run_dir.path, "--data", "parts"), 3, "no test images", "train, val")
 
 
+def test_runs_with_other_test_images_are_compared_on_the_whole_set(run: RunDir) -> None:
+    done = here("train", "new/place", *NET, "data.seed=1", "--name", "other", "--no-test")
+    assert done.code == 0, done.err
+    compared = convlens.compare("moved", "other", data="new/place")
+    assert (compared.split, compared.groups[0].members[0].evaluation.n) == ("all", 24)
+    assert [len(run.evaluation_log()), len(RunDir(Path("models/other")).evaluation_log())] == [2, 1]
+    assert not run.evaluation_log()[-1]["own"]
+
+
+def test_built_in_sets_are_evaluated_as_a_whole() -> None:
+    done = here("train", "digits", "data.per_class=8", *NET, "--no-test", "--name", "small")
+    assert done.code == 0, done.err
+    got = here("evaluate", "small", "--data", "digits", "--json").json
+    assert (got["split"], got["n"], got["own"]) == ("all", 1797, False)
+    refused(here("evaluate", "small", "--data", "digits", "--split", "val"), 3, "has no splits")
+
+
 def test_a_comparison_that_fails_uses_no_test_split(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(run.path, "models/twin")
-    from convlens.analysis import compare
-
-    monkeypatch.setattr(compare, "_plot", lambda *_: 1 / 0)
+    monkeypatch.setattr(analysis_compare, "_plot", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convlens.compare("moved", "twin", data="new/place")
     assert len(run.evaluation_log()) == 1

@@ -137,6 +137,7 @@ class InspectedModel:
             name: of the split; None means `test`, or all images of a data set without splits.
         """
         data = None if self.recognizes(data) else data
+        name = name or "test" if data is None else name
         key = name, None if data is None else str(data)
         if key not in self._splits:
             own = self.data if data is None else None

@@ -68,7 +68,7 @@ def test_the_verdict_on_two_models_agrees_with_a_computation_by_hand(
 ) -> None:
     done = compare(greens.path, reds.path, "--data", images, "--json")
     got = done.json
-    assert (got["split"], got["data"]) == ("test", "set")
+    assert (got["split"], got["data"]) == ("all", "set")
     (verdict,) = got["verdicts"]
     assert verdict["details"] == {
         "n": 10,
