@@ -115,8 +115,19 @@ def resolve_recipe_or_run(
         recipe = serialization.recipe_from_metadata(model_metadata)
     run_name = run_dir.name if data is None else f"{run_dir.name}-{_dataset_run_name(str(data))}"
     return resolve_recipe(
-        recipe.model_copy(update={"name": run_name}), data=data, overrides=overrides
+        recipe.model_copy(update={"name": run_name}),
+        data=data or _moved_to(recipe, run_dir.metadata()),
+        overrides=overrides,
     )
+
+
+def _moved_to(recipe: Recipe, metadata: Mapping[str, Any]) -> str | None:
+    """Return where the data set of a run is now; None if it is at its old place, or unknown."""
+    from convlens.data.sources import is_available
+
+    path: str | None = metadata.get("data", {}).get("path")
+    is_gone = path is not None and not is_available(recipe.data.name)
+    return path if is_gone else None
 
 
 def _is_data(text: str) -> bool:
