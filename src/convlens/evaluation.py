@@ -62,6 +62,7 @@ from convlens.run import (
     RunLike,
     as_run_dir,
     check_same_images,
+    recorded_data_names,
     safe_name,
     shared_run_dir,
 )
@@ -323,11 +324,11 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
 
 def _own_data_names(loaded: LoadedModel, name: str) -> list[str]:
     """Return where the data of a model may be: its name in the recipe, then the recorded path."""
-    path = None
+    recorded: list[str] = []
     if loaded.folder is not None:
         with suppress(ModelFileError):  # a damaged run.json does not affect the model file
-            path = RunDir(loaded.folder).metadata().get("data", {}).get("path")
-    return list(dict.fromkeys([name, *([canonical_name(path)] if path else [])]))
+            recorded = recorded_data_names(RunDir(loaded.folder).metadata())
+    return list(dict.fromkeys(map(canonical_name, [name, *recorded])))
 
 
 def _missing_data(loaded: LoadedModel, name: str) -> DataError:

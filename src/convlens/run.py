@@ -422,6 +422,18 @@ def list_runs(models_folder: Path | None = None) -> list[RunDir]:
     return [RunDir(p) for p in sorted(folder.iterdir()) if (p / "run.json").is_file()]
 
 
+def recorded_data_names(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the name of the data set of a run and the path where it was last found, if recorded.
+
+    Args:
+        metadata: the content of `run.json`.
+    """
+    data = metadata.get("data")
+    if not isinstance(data, Mapping):  # edited by hand
+        return []
+    return [data[key] for key in ("name", "path") if isinstance(data.get(key), str)]
+
+
 def runs_with_name(name: str) -> list[RunDir]:
     """Return the runs whose names `find_or_create_run_dir` derived from `name`."""
     named = re.compile(re.escape(safe_name(name)) + r"(-[0-9a-f]{6})?(-[0-9]+)?")

@@ -124,10 +124,10 @@ def resolve_recipe_or_run(
 def _moved_to(recipe: Recipe, metadata: Mapping[str, Any]) -> str | None:
     """Return where the data set of a run is now; None if it is at its old place, or unknown."""
     from convlens.data.sources import is_available
+    from convlens.run import recorded_data_names
 
-    path: str | None = metadata.get("data", {}).get("path")
-    is_gone = path is not None and not is_available(recipe.data.name)
-    return path if is_gone else None
+    names = [recipe.data.name, *recorded_data_names(metadata)]
+    return None if is_available(names[0]) else next(filter(is_available, names), None)
 
 
 def _is_data(text: str) -> bool:
@@ -202,17 +202,14 @@ def is_run_of(recipe: Recipe, metadata: Mapping[str, Any]) -> bool:
         metadata: the content of `run.json`; empty for a folder that is not a run.
     """
     from convlens.data.sources import is_same_data
+    from convlens.run import recorded_data_names
 
     digests = metadata.get("digests", [])
     if recipe.digest() in digests:
         return True
-    data = metadata.get("data", {})
-    recorded, path = data.get("name"), data.get("path")
-    if recorded is None or not any(
-        each is not None and is_same_data(each, recipe.data.name) for each in (recorded, path)
-    ):
-        return False
-    return digest_with_data(recipe, recorded) in digests
+    names = recorded_data_names(metadata)
+    is_same = any(is_same_data(name, recipe.data.name) for name in names)
+    return is_same and digest_with_data(recipe, names[0]) in digests
 
 
 def digest_with_data(recipe: Recipe, name: str) -> str:

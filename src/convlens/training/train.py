@@ -39,6 +39,7 @@ from convlens.run import (
     check_same_images,
     find_or_create_run_dir,
     list_runs,
+    recorded_data_names,
     runs_with_name,
     shared_run_dir,
 )
@@ -163,12 +164,10 @@ def _find_run_of_moved_data(
     for run_dir in runs_with_name(name) if name is not None else list_runs():
         with contextlib.suppress(ModelFileError):  # a damaged run.json of another run
             metadata = run_dir.metadata()
-            original = metadata.get("data", {})
-            known = [original[key] for key in ("name", "path") if original.get(key)]
-            is_gone = known and not any(map(is_available, known))
-            digests = metadata.get("digests", [])
-            if is_gone and digest_with_data(recipe, original["name"]) in digests:
-                candidates.append((run_dir, original))
+            names, digests = recorded_data_names(metadata), metadata.get("digests", [])
+            is_gone = names and not any(map(is_available, names))
+            if is_gone and digest_with_data(recipe, names[0]) in digests:
+                candidates.append((run_dir, metadata["data"]))
     path = data_path(recipe.data.name)
     if not candidates or path is None:
         return None
@@ -234,8 +233,7 @@ def _inherit_test_uses(run_dir: RunDir, recipe: Recipe, data: Data) -> None:
     source = run_of_weights(recipe.model)
     if source is None:
         return
-    original = source.metadata().get("data", {})
-    names = [original[key] for key in ("name", "path") if original.get(key)]
+    names = recorded_data_names(source.metadata())
     if any(is_same_data(name, recipe.data.name) for name in names):
         run_dir.inherit_test_uses(source, data.fingerprint)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from convlens.data.sources import (
     SHAPES,
@@ -211,6 +212,23 @@ def test_links_to_themselves_are_ignored(data_root: Path) -> None:
     assert find_source("kmnist").classes == ("a", "b")
     with pytest.raises(UsageError, match="unknown data"):
         find_source("ring")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from(["./", ".//", "sub/../", "sub//.././", "link/../"]), max_size=4),
+    st.sampled_from(["", "/", "//", "/.", "/a/.."]),
+    st.booleans(),
+)
+def test_detours_do_not_change_the_canonical_name(
+    detours: list[str], end: str, is_absolute: bool
+) -> None:
+    for folder in ("flowers/a", "sub"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    if not Path("link").is_symlink():
+        Path("link").symlink_to("sub")
+    start = f"{Path.cwd()}/" if is_absolute else ""
+    assert canonical_name("".join([start, *detours, "flowers", end])) == "flowers"
 
 
 def test_every_spelling_of_a_path_has_one_canonical_name(
