@@ -450,7 +450,8 @@ def evaluate_split(
     if is_cached and process_group.is_main_process:
         cached = CachedPredictions(scores, targets, split_hash(part, loaded.classes))
         save_predictions(run_dir, split, fingerprint, loaded.model_metadata["sha256"], cached)
-    label = split if own else f"{split}-{safe_name(Path(name).name)}"
+    of = "test" if split == ALL_IMAGES else split  # in names of files: they are tested
+    label = split if own else f"{of}-{safe_name(Path(name).name)}"
     if draw and process_group.is_main_process:
         run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes)
     evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})

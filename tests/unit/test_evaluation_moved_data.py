@@ -16,6 +16,7 @@ from convlens import Run
 from convlens.analysis import compare as analysis_compare
 from convlens.evaluation import Evaluation, sentence
 from convlens.run import RunDir
+from convlens.training.resolve import resolve_recipe_or_run
 from helpers.commands import COLORS, constant_model, here, pictures, refused
 
 NET = ("model.widths=[4]", "train.epochs=1", "augment=[]", "data.image_size=8")
@@ -77,6 +78,7 @@ def test_every_command_finds_the_new_place_afterwards(run: RunDir) -> None:
         assert "does not exist" not in done.err + done.out, command
     report = convlens.report("moved")
     assert report.missing == []
+    assert resolve_recipe_or_run("moved").recipe.data.name == "new/place"  # of `labels`
     # A set of other images at the old place does not hide the one that moved.
     pictures(Path("plain"), dict.fromkeys(COLORS, 4), first=90)
     assert here("evaluate", "moved", "--json").json["looks"] == 6
@@ -142,6 +144,22 @@ def test_splits_of_another_data_set_are_chosen_by_any_spelling(tmp_path: Path) -
     assert evaluate("training", data="parts").n == 12
     shutil.rmtree("parts/test")
     refused(here("evaluate", run_dir.path, "--data", "parts"), 3, "no test images", "train, val")
+
+
+def test_exactly_the_test_images_are_a_use_of_the_test_split_in_any_set(run: RunDir) -> None:
+    for image, split in split_of(run).items():
+        for root in ("parts/" + (split if split == "test" else "train"), "only-" + split):
+            Path(root, image).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path("new/place", image), Path(root, image))
+    before = run.evaluations()[-1]
+    for uses, data in enumerate(("only-test", "parts"), 2):
+        done = here("evaluate", "moved", "--data", data, "--json")
+        assert "these are exactly the test images of this run" in done.err
+        got = done.json
+        assert (got["own"], got["looks"], got["split"]) == (True, uses, "test")
+        assert got["confusion"] == before["confusion"]
+    got = here("evaluate", "moved", "--data", "only-val", "--json").json
+    assert (got["own"], got["split"], got["looks"]) == (False, "all", 1)
 
 
 def test_runs_with_other_test_images_are_compared_on_the_whole_set(run: RunDir) -> None:

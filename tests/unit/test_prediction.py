@@ -71,7 +71,7 @@ def test_predictions_agree_with_the_evaluation_of_the_same_images(model: RunDir)
     root = pictures(Path("two"), {"dark": 9, "light": 8}, colors={"dark": DARK, "light": LIGHT})
     loaded = load_model(model.model_path)
     split, classes, *_ = load_external_data(
-        str(root), "test", image_size=8, channels=3, fit="stretch", memory_budget=1 << 30
+        str(root), image_size=8, channels=3, fit="stretch", memory_budget=1 << 30
     )
     plan = Plan("cpu", "fp32", "contiguous")
     logits, labels = split_logits(loaded.model, split, loaded.preprocessing.normalize, plan)
@@ -86,7 +86,7 @@ def test_predictions_agree_with_the_evaluation_of_the_same_images(model: RunDir)
         each.label == classes[label]
         for each, label in zip(predictions, labels.tolist(), strict=True)
     )
-    assert Run(model).evaluate("test", data=root).correct == right
+    assert Run(model).evaluate(data=root).correct == right
 
 
 def test_a_prediction_does_not_depend_on_the_batch(

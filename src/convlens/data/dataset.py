@@ -219,31 +219,50 @@ def load_external_data(
     # `audit` needs a set with at least two classes.
     hint = f" (`convlens audit {name}` lists all)" if len(source.classes) > 1 else ""
     _refuse_unreadable({chosen: loaded}, f"replace them, or move them out of the set{hint}")
-    index, label, trained_on = loaded.all(), chosen if has_splits else ALL_IMAGES, 0
-    if split is not None and not has_splits:
-        index, label = _images_of_run(run, loaded, source, split), split
+    index, label = loaded.all(), chosen if has_splits else ALL_IMAGES
+    own_index = _own_split_among(run, loaded, source, split, has_splits=has_splits)
+    trained_on = 0
+    if own_index is not None:
+        index, label = own_index, split or "test"
     elif run is not None:
         trained_on = training_copies(run, loaded)
-        _describe_overlap(run, loaded, source, trained_on, has_splits)
+        _describe_overlap(run, loaded, source, trained_on, has_splits=has_splits)
     fingerprint = _fingerprint(source.classes, conversion, {label: (loaded, index)})
-    keep_in_memory = len(index) * conversion.image_bytes <= memory_budget
-    images = loaded.split(index, keep_in_memory=keep_in_memory)
-    is_own = split is not None and not has_splits
-    return ExternalData(images, source.classes, source.name, fingerprint, label, trained_on, is_own)
+    return ExternalData(
+        loaded.split(index, keep_in_memory=len(index) * conversion.image_bytes <= memory_budget),
+        source.classes,
+        source.name,
+        fingerprint,
+        label,
+        trained_on,
+        own_index is not None,
+    )
 
 
-def _images_of_run(
-    run: Path | None, loaded: LoadedPart, source: DataSource, split: str
-) -> IndexArray:
-    """Return the indices of all images of a split of a run, in a data set without splits.
+def _own_split_among(
+    run: Path | None, loaded: LoadedPart, source: DataSource, split: str | None, *, has_splits: bool
+) -> IndexArray | None:
+    """Return the indices of the images of a split of the run itself; None if all are to be used.
+
+    These are the images of the requested split, in a data set without splits; or all images, if
+    they are exactly those of the run's test split.
 
     Raises:
-        DataError: some of them, or all, are not in the data set.
+        DataError: a split is requested, but not all of its images are in the data set.
     """
+    is_chosen = split is not None and not has_splits
     found, total = np.empty(0, np.int64), 0
-    if run is not None:
-        found, total = find_split_of_run(run, loaded, source, split)
-    if total and len(found) == total:
+    if run is not None and (is_chosen or split in (None, "test")):
+        found, total = find_split_of_run(run, loaded, source, split or "test")
+    is_complete = total > 0 and len(found) == total
+    if is_complete and total == len(loaded.good):
+        print_status(
+            escape(f"{source.name}: these are exactly the {split or 'test'} images of this run")
+        )
+        return loaded.all()
+    if not is_chosen:
+        return None
+    if is_complete:
         return found
     some = f", and {len(found):,} of the {total:,} {split} images of the run are in it" * bool(
         total
@@ -256,7 +275,7 @@ def _images_of_run(
 
 
 def _describe_overlap(
-    run: Path, loaded: LoadedPart, source: DataSource, trained_on: int, has_splits: bool
+    run: Path, loaded: LoadedPart, source: DataSource, trained_on: int, *, has_splits: bool
 ) -> None:
     """Print how many images the run was trained on, and whether its test images are among them."""
     if not trained_on:

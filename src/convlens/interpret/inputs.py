@@ -131,7 +131,7 @@ class InspectedModel:
     def split(self, name: str | None, data: str | Path | None = None) -> Split:
         """Return a split of the run's data or of another data set, labels in the model's order.
 
-        `log_test_uses` records that the run's test split was opened.
+        `log_test_use` records that the run's test split was opened.
 
         Args:
             name: of the split; None means `test`, or all images of a data set without splits.
