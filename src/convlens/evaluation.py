@@ -54,7 +54,15 @@ from convlens.distributed import SINGLE_PROCESS, ProcessGroup, init_process_grou
 from convlens.engine import inference
 from convlens.engine.data_parallel import distributed_map
 from convlens.engine.inference import ModelOutputs, place_model, split_outputs
-from convlens.errors import ConvlensError, DataError, ModelFileError, closest_match, lookup
+from convlens.errors import (
+    ConvlensError,
+    DataError,
+    ModelFileError,
+    UsageError,
+    close_matches,
+    closest_match,
+    did_you_mean,
+)
 from convlens.onnx_model import load_model_or_onnx
 from convlens.run import (
     LoadedModel,
@@ -197,7 +205,12 @@ def check_split(name: str) -> str:
         UsageError: another name; close matches are named.
     """
     split = split_from_name(name)
-    return split or lookup({each: each for each in SPLIT_NAMES}, name, "split")
+    if split is not None:
+        return split
+    close = close_matches(name, (*SPLIT_NAMES, "testing", "validation", "training"))
+    meant = dict.fromkeys(str(split_from_name(each)) for each in close)
+    fix = did_you_mean(meant) or f"choose from: {', '.join(SPLIT_NAMES)}"
+    raise UsageError(f"unknown split {name!r}", fix=fix)
 
 
 class EvalSplit(NamedTuple):

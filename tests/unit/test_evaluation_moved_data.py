@@ -142,6 +142,7 @@ def test_splits_of_another_data_set_are_chosen_by_any_spelling(tmp_path: Path) -
     assert (got.split, got.n, got.own) == ("val", 6, False)
     assert "val accuracy on parts " in sentence(got.to_dict())
     assert evaluate("training", data="parts").n == 12
+    refused(here("evaluate", run_dir.path, "--split", "vlaidation"), 2, "did you mean val?")
     shutil.rmtree("parts/test")
     refused(here("evaluate", run_dir.path, "--data", "parts"), 3, "no test images", "train, val")
 

@@ -158,14 +158,19 @@ def _find_run_of_moved_data(
     """Return the run of this recipe on the same images, which had another name; None without one.
 
     The images are compared by their fingerprint. They are loaded only if there is a run of the
-    same recipe whose data set does not exist any more. A copy of a data set gets runs of its own.
+    same recipe whose data set does not exist any more, neither at its old place nor where it was
+    found since. A copy of a data set gets runs of its own.
     """
     candidates = []
     for run_dir in runs_with_name(name) if name is not None else list_runs():
         with contextlib.suppress(ModelFileError):  # a damaged run.json of another run
             metadata = run_dir.metadata()
             names, digests = recorded_data_names(metadata), metadata.get("digests", [])
-            is_gone = names and not any(map(is_available, names))
+            if not names or is_available(names[0]):
+                continue
+            if is_run_of(recipe, metadata):
+                return run_dir
+            is_gone = not any(map(is_available, names))
             if is_gone and digest_with_data(recipe, names[0]) in digests:
                 candidates.append((run_dir, metadata["data"]))
     path = data_path(recipe.data.name)

@@ -81,6 +81,17 @@ def test_a_finished_run_whose_data_moved_is_found_by_the_images(name: str | None
     assert longer.metadata()["extends"]["run"] == first.name
 
 
+def test_a_named_run_is_found_by_its_images_before_and_after_they_were_recognized() -> None:
+    pictures(Path("before"), dict.fromkeys(COLORS, 8))
+    first = train("before", name="mine")
+    shutil.move("before", "after")
+    assert train("after").path == first.path
+    assert train("./after").path == first.path
+    assert train("after", "train.seed=1").path != first.path
+    shutil.copytree("after", "copy")
+    assert train("copy").path != first.path
+
+
 def test_an_unfinished_run_whose_data_moved_is_resumed() -> None:
     pictures(Path("before"), dict.fromkeys(COLORS, 8))
     first = train("before")
