@@ -45,12 +45,13 @@ def convert(folder: Path, count: int | None = None) -> None:
     import torch
 
     from convlens.data.dataset import load_external_data
+    from convlens.data.decode import Conversion
 
     target = folder / "cifar10"
     target.mkdir(parents=True)
     for name in ("train", "test"):
         part, classes, *_ = load_external_data(
-            "cifar10", name, image_size=32, channels=3, fit="crop", memory_budget=1 << 31
+            "cifar10", name, conversion=Conversion(32, 3, "crop"), memory_budget=1 << 31
         )
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:count]
         images = part.rows.gather(order).permute(0, 2, 3, 1).contiguous()

@@ -55,9 +55,7 @@ def warm(
     test, *_ = load_external_data(
         recipe.data.name,
         "test",
-        image_size=data.image_size,
-        channels=data.channels,
-        fit=data.fit,
+        conversion=data.conversion,
         memory_budget=1 << 31,
     )
     images = test.rows.in_memory_tensor()

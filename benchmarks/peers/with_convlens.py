@@ -10,6 +10,7 @@ import torch
 from convlens import device, recipe
 from convlens.data.cache import ArrayRows
 from convlens.data.dataset import Data, Split
+from convlens.data.decode import Conversion
 from convlens.engine import loop
 from convlens.runtime import RuntimeContext
 from convlens.training.setup import build_training_job
@@ -61,9 +62,7 @@ def _data(row: Row) -> Data:
     return Data(
         name="peers",
         classes=tuple("0123456789"),
-        image_size=pixels.shape[2],
-        channels=row.channels,
-        fit="crop",
+        conversion=Conversion(pixels.shape[2], row.channels, "crop"),
         train=split,
         val=nothing,
         fingerprint="",

@@ -18,7 +18,7 @@ from convlens.errors import UsageError
 from convlens.evaluation import Evaluation
 from convlens.model_export import Export
 from convlens.prediction import Prediction
-from convlens.recipe import Recipe, load_recipe, recipe_names
+from convlens.recipe import DataConfig, Recipe, load_recipe, recipe_names
 from convlens.run import RunDir, RunHandle, RunLike, find_run, run_reference
 from convlens.training import repeats, resolve, train as training_train
 from convlens.training.repeats import RunResults, VariantSummary
@@ -91,7 +91,7 @@ class Run(RunHandle):
         self,
         split: str | None = None,
         *,
-        data: str | Path | None = None,
+        data: str | Path | DataConfig | None = None,
         tta: str | None = None,
         device: str | None = None,
         quiet: bool = True,

@@ -13,6 +13,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
+from convlens.data.conversion import resolve_fit
 from convlens.data.dataset import data_from_arrays
 from convlens.data.decode import fit_arrays
 from convlens.device import prepare, preserve_rng, preserve_torch_settings, select_device
@@ -86,22 +87,24 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         recipe = resolve.resolve_recipe(self.recipe, overrides=self._overrides(images)).recipe
         validate_recipe(recipe)
         side = images.shape[2]
+        fit = resolve_fit(recipe.data.fit, [images.shape[2:]])
         if images.shape[3] != side or recipe.data.image_size not in ("auto", side):
             size = recipe.data.image_size
             side = max(images.shape[2:]) if size == "auto" else int(size)
-            images = fit_arrays(images, size=side, channels=images.shape[1], fit=recipe.data.fit)
+            images = fit_arrays(images, size=side, channels=images.shape[1], fit=fit)
         data = data_from_arrays(
             images,
             labels.astype(np.int64),
             [str(name) for name in self.classes_],
             val_fraction=self.val_fraction,
             seed=self.random_state,
-            fit=recipe.data.fit,
+            fit=fit,
         )
         with quiet_mode(not self.verbose), tempfile.TemporaryDirectory() as folder:
             run_dir = RunDir(Path(folder) / "run", Path(folder) / "plots")
             context = RuntimeContext(select_device(self.device), quiet=not self.verbose)
             prepare(recipe.train.deterministic, context.device)
+            data.print_interpretation()
             job = build_training_job(recipe, data, context)
             with run_dir.lock():
                 train.fit(job, run_dir)

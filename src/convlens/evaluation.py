@@ -40,7 +40,7 @@ from convlens.data.sources import (
     SOURCES,
     canonical_name,
     data_path,
-    find_source,
+    find_configured_source,
     is_available,
 )
 from convlens.device import (
@@ -60,10 +60,10 @@ from convlens.errors import (
     ModelFileError,
     UsageError,
     close_matches,
-    closest_match,
     did_you_mean,
 )
 from convlens.onnx_model import load_model_or_onnx
+from convlens.recipe import DataConfig
 from convlens.run import (
     LoadedModel,
     RunDir,
@@ -152,7 +152,7 @@ def evaluate(
     run: RunLike,
     split: str | None = None,
     *,
-    data: str | Path | None = None,
+    data: str | Path | DataConfig | None = None,
     tta: str | None = None,
     device: str | None = None,
     quiet: bool = True,
@@ -166,8 +166,10 @@ def evaluate(
         run: a run by name, folder or model file, or a `Run`.
         split: `test` (by default), `val` or `train`. Of another data set without splits all images
             are evaluated.
-        data: another data set, whose classes are matched by name. If it holds exactly the images
-            that the run was trained on, which may have moved, the run's own split is evaluated.
+        data: another data set, or a data section of a recipe with the keys to read it. Its classes
+            are matched by name; case and leading zeros do not matter. If it holds exactly the
+            images that the run was trained on, which may have moved, the run's own split is
+            evaluated.
         tta: test-time augmentation, `flip` or `flip+shifts`. Its metrics are reported in addition
             to those without it. Only for classes that a mirror image does not change.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
@@ -249,7 +251,7 @@ def load_eval_split(
     loaded: LoadedModel,
     split: str | None = None,
     *,
-    data: str | Path | None = None,
+    data: str | Path | DataConfig | None = None,
     device: str,
     own_data: Data | None = None,
     recognize: bool = True,
@@ -265,37 +267,41 @@ def load_eval_split(
         UsageError, DataError: as by `evaluate`.
     """
     if data is not None:
-        own_data = recognize_own_data(loaded, str(data), device) if recognize else None
+        # The keys of a data section say how to read another set.
+        if recognize and not isinstance(data, DataConfig):
+            own_data = recognize_own_data(loaded, str(data), device)
         if own_data is None:
-            return _external_split(loaded, str(data), split, device)
+            return _external_split(loaded, data, split, device)
         print_status(
             f"{escape(str(data))} holds the images that this model was trained and tested on: "
             f"using only its own {split or 'test'} split"
         )
     own_data, split = own_data or load_own_data(loaded, device), split or "test"
-    part = _own_split(own_data, split)
-    labels = _match_classes(part.labels, own_data.classes, loaded.classes, own_data.name)
-    part = replace(part, labels=labels)
+    part = _in_model_order(_own_split(own_data, split), own_data.classes, loaded)
     return EvalSplit(part, own_data.name, own_data.fingerprint, split)
 
 
-def _external_split(loaded: LoadedModel, data: str, split: str | None, device: str) -> EvalSplit:
-    pre = loaded.preprocessing
+def _in_model_order(part: Split, classes: Sequence[str], loaded: LoadedModel) -> Split:
+    positions = torch.tensor([loaded.classes.index(label) for label in classes])
+    return replace(part, labels=positions[part.labels])
+
+
+def _external_split(
+    loaded: LoadedModel, data: str | Path | DataConfig, split: str | None, device: str
+) -> EvalSplit:
     external = load_external_data(
-        data,
+        data.name if isinstance(data, DataConfig) else str(data),
         split,
-        image_size=pre.image_size,
-        channels=pre.channels,
-        fit=pre.fit,
+        conversion=loaded.preprocessing.conversion,
         memory_budget=memory_budget(device),
         tested=True,
         run=loaded.folder,
+        model_classes=loaded.classes,
+        config=data if isinstance(data, DataConfig) else None,
     )
-    part = external.images
-    labels = _match_classes(part.labels, external.classes, loaded.classes, external.name)
     own = external.is_own_split
     return EvalSplit(
-        replace(part, labels=labels),
+        _in_model_order(external.images, external.classes, loaded),
         external.name,
         # The images of the run's own split count as that, wherever they are.
         loaded.model_metadata["data"]["fingerprint"] if own else external.fingerprint,
@@ -318,10 +324,9 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
         raise _missing_data(loaded, config.name)
     candidates = []
     for name in names:
-        data = load_data(
-            config.model_copy(update={"name": name}), memory_budget=memory_budget(device)
-        )
+        data = _load_as_trained(loaded, config.model_copy(update={"name": name}), device)
         if data.fingerprint == loaded.model_metadata["data"]["fingerprint"]:
+            data.print_notes()
             return data
         candidates.append(data)
     data = candidates[0]
@@ -332,6 +337,16 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
         + ", so its test images may be among those it was trained on",
         where=data.name,
         fix="evaluate with --data to use all images as they are now, or train again with --fresh",
+    )
+
+
+def _load_as_trained(loaded: LoadedModel, config: DataConfig, device: str) -> Data:
+    """Load a data set with the conversion and the classes of a model."""
+    return load_data(
+        config,
+        memory_budget=memory_budget(device),
+        conversion=loaded.preprocessing.conversion,
+        known_classes=loaded.classes,
     )
 
 
@@ -360,26 +375,23 @@ def recognize_own_data(loaded: LoadedModel, name: str, device: str) -> Data | No
 
     They may have moved or been renamed. A new place is recorded in the run, so that later commands
     find it. Built-in sets cannot move: their names always mean the whole set.
-
-    Raises:
-        UsageError, DataError: there is no such data set.
     """
     config = serialization.recipe_from_metadata(loaded.model_metadata).data
     if name in SOURCES:
         return None
-    if canonical_name(name) != config.name:
-        source = find_source(name, image_size=loaded.preprocessing.image_size, tested=True)
+    here = config.model_copy(update={"name": canonical_name(name)})
+    try:
+        source = find_configured_source(here, known_classes=loaded.classes)
         if set(source.classes) != set(loaded.classes):
             return None
         if loaded.folder is not None and not may_hold_images_of_run(loaded.folder, source):
             return None
-    here = config.model_copy(update={"name": canonical_name(name)})
-    try:
-        data = load_data(here, memory_budget=memory_budget(device))
+        data = _load_as_trained(loaded, here, device)
     except ConvlensError:
         return None  # e.g. the keys of the recipe do not apply to it: it is another data set
     if data.fingerprint != loaded.model_metadata["data"]["fingerprint"]:
         return None
+    data.print_notes()
     path = data_path(name)
     is_known = any(map(is_available, _own_data_names(loaded, config.name)))
     has_moved = path is not None and not is_known
@@ -398,24 +410,6 @@ def _own_split(data: Data, split: str) -> Split:
             fix="use its test split (--split test), or another data set (--data)",
         )
     return data.val if split == "val" else data.train
-
-
-def _match_classes(
-    labels: torch.Tensor, data_classes: Sequence[str], model_classes: Sequence[str], name: str
-) -> torch.Tensor:
-    """Return the labels in the model's order of classes, matched by name and never by position."""
-    unknown = [label for label in data_classes if label not in model_classes]
-    if unknown:
-        near = {label: closest_match(label, model_classes) for label in unknown[:8]}
-        shown = (f"{label} (it has {match})" if match else label for label, match in near.items())
-        raise DataError(
-            f"the model doesn't know {len(unknown)} of the classes: {', '.join(shown)}",
-            where=name,
-            fix=f"its classes are: {', '.join(model_classes[:12])}"
-            f"{' ...' if len(model_classes) > 12 else ''}",
-        )
-    positions = [model_classes.index(label) for label in data_classes]
-    return torch.tensor(positions, dtype=torch.int64)[labels]
 
 
 def evaluate_split(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from convlens import metrics
 from convlens.data.dataset import Split, load_external_data
-from convlens.data.decode import fit_arrays
+from convlens.data.decode import ALPHA
 from convlens.data.loader import scale_and_shift
 from convlens.data.sources import DrawnShapes, find_source
 from convlens.device import memory_budget, preserve_torch_settings
@@ -308,8 +308,7 @@ def sample_images(run_dir: RunDir, loaded: LoadedModel, data: str | None) -> tup
         )
         pre = loaded.preprocessing
         shapes = DrawnShapes(MAX_IMAGES, pre.image_size)[np.arange(MAX_IMAGES)]
-        fitted = fit_arrays(shapes, size=pre.image_size, channels=pre.channels, fit=pre.fit)
-        return torch.from_numpy(fitted), "synthetic images"
+        return torch.from_numpy(pre.conversion.array(shapes)), "synthetic images"
     if len(own_data.val):
         return _evenly_spaced(own_data.val), f"validation images of {own_data.name!r}"
     source = f"training images of {own_data.name!r} (it has no validation split)"
@@ -328,9 +327,7 @@ def _load_external_split(loaded: LoadedModel, data: str) -> tuple[Split, str]:
     external = load_external_data(
         data,
         None if list(parts) == ["train"] else split,  # a set without splits
-        image_size=pre.image_size,
-        channels=pre.channels,
-        fit=pre.fit,
+        conversion=pre.conversion,
         memory_budget=memory_budget("cpu"),
         tested=True,
     )
@@ -407,7 +404,7 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
         "Nothing else: scaling and normalization are inside.",
         "outputs": f"{OUTPUTS[0]} and {OUTPUTS[1]} (their softmax): float32 "
         f"[N, {len(loaded.classes)}], in the order of `classes`",
-        "preprocessing": asdict(pre),
+        "preprocessing": pre.to_dict(),
         "at_once": reference.max_batch_size,
         "proof": reference.conditions(),
         # Needed by `evaluate`.
@@ -422,8 +419,15 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
 def _describe_decoding(pre: Preprocessing) -> str:
     """Describe in words how `convlens.data.decode` prepares an image file for the network."""
     color, fit = COLOR_DESCRIPTIONS[pre.channels], FIT_DESCRIPTIONS[pre.fit]
+    transparent = f"transparent parts {pre.background}"
+    if pre.background == ALPHA:
+        transparent = "of transparent images the alpha channel"
+    deep = ""
+    if pre.value_range is not None:
+        low, high = pre.value_range
+        deep = f"values of more than 8 bits from {low:g} to {high:g} scaled to 0 to 255, "
     return (
-        f"Each image: decoded, turned upright by its EXIF, {color}, transparent parts white, "
+        f"Each image: decoded, turned upright by its EXIF, {deep}{color}, {transparent}, "
         f"{fit.format(size=pre.image_size)}."
     )
 

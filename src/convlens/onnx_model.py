@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from convlens import serialization
-from convlens.data.decode import FITS
 from convlens.data.loader import Prepare
 from convlens.device import Plan, num_threads
 from convlens.errors import ModelFileError, UsageError
@@ -104,7 +103,7 @@ def onnx_model(content: bytes, path: Path) -> ExportedModel:
             isinstance(pre.image_size, int)
             and pre.image_size > 0
             and pre.channels in (1, 3)
-            and pre.fit in FITS
+            and pre.conversion.is_valid
         )
         if not valid or not classes or len(set(classes)) != len(classes):
             raise ValueError("impossible classes or preprocessing")

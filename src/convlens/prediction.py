@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from rich.markup import escape
 
-from convlens.data.decode import UnreadableImage, decode, fit_arrays
-from convlens.data.image_folder import Scanner
+from convlens.data.decode import UnreadableImage
 from convlens.data.layout import printable
+from convlens.data.scan import Scanner
 from convlens.data.types import is_image_name
 from convlens.device import preserve_torch_settings, usable_cores
 from convlens.engine import inference
@@ -246,21 +246,18 @@ def _read_inputs(
 
 
 def _decode_files(paths: Sequence[str | Path], loaded: LoadedModel) -> list[InputEntry]:
-    pre = loaded.preprocessing
+    conversion = loaded.preprocessing.conversion
     entries: list[InputEntry] = []
     for path in paths:
         try:
-            image = decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
-            entries.append((str(path), image, None))
+            entries.append((str(path), conversion.file(path), None))
         except UnreadableImage as error:
             entries.append((str(path), None, error.reason))
     return entries
 
 
 def _fit(images: np.ndarray, loaded: LoadedModel) -> np.ndarray:
-    pre = loaded.preprocessing
-    pixels = channels_first(images)
-    return fit_arrays(pixels, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+    return loaded.preprocessing.conversion.array(channels_first(images))
 
 
 def _probabilities(

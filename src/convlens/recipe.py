@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from convlens.errors import UsageError, close_matches, did_you_mean_suffix, lookup
 from convlens.utils import yaml
@@ -51,6 +51,24 @@ class DataConfig(Section):
     """The data set, its image size and its splits.
 
     Attributes:
+        layout: how a folder is read whose folders are named like splits, but could be classes.
+        class_level: whether folders inside class folders are parts of these (`top`) or are the
+            classes themselves (`leaf`). `auto` stops if both are possible.
+        classes: the classes to use; empty for all. They keep the order of the set.
+        without: classes to leave out.
+        min_images: classes with fewer training images in the set are left out.
+        group: a column of a CSV file, or a regular expression that is searched for in the path of
+            each image below the folder: its first group, or the whole match. Images with equal
+            values stay in one split.
+        fit: how images become square. `crop` keeps the center, `pad` adds black borders, `stretch`
+            distorts. `auto` crops, or pads where the typical image is longer than 1.5:1.
+        range: `[low, high]`, the values of 16-bit, 32-bit and float images that become 0 and 255.
+            `auto`: the 0.1 and 99.9 percentile of the training images. 8-bit images need none.
+        background: the color behind transparent images: `white`, `black`, `grey` or `#rrggbb`; or
+            `alpha`, which shows the alpha channel as a grey image. `auto` is white, and `alpha`
+            where all images are transparent and white would hide their only color.
+        max_pixels: larger images are refused; by default 89 million. A JPEG is decoded at a
+            reduced scale instead.
         val_fraction: share of the images that is held out for validation. With 0 there is no
             validation split: all images outside the test split are used for training, including
             the source's own validation images, and the last epoch is kept (`keep: last`).
@@ -60,17 +78,40 @@ class DataConfig(Section):
         total_per_class: number of training and validation images of each class together, so all
             images that a model is trained on or selected by. `val_fraction` is then a share of
             these, and the remaining images are not used.
+        path_column, label_column, split_column: columns of a list of images, if they are not found
+            by their names; `split_column: none` reads no column as the split.
+        images: the folder that the paths of a list are relative to.
+        rename: new names of classes, `{"old": "new"}`, both in quotes if they are numbers; classes
+            with the same name become one.
         on_bad: `skip` leaves out unreadable images, up to the share `max_bad` of all images and of
             the images of each class.
+        duplicates: what is done about images that are equal, byte for byte. `drop` keeps one of
+            each, and none where their labels differ. `group` keeps an image and its copies in one
+            split, where splits are drawn.
     """
 
     name: str = "digits"
     image_size: Annotated[int, Field(ge=8, le=1024)] | Literal["auto"] = "auto"
-    fit: Literal["crop", "pad", "stretch"] = "crop"
+    fit: Literal["auto", "crop", "pad", "stretch"] = "auto"
     channels: Literal[1, 3, "auto"] = "auto"
+    range: tuple[float, float] | Literal["auto"] = "auto"
+    background: Annotated[str, Field(pattern="^(auto|alpha|white|black|grey|#[0-9a-fA-F]{6})$")] = (
+        "auto"
+    )
+    max_pixels: Positive | None = None
     val_fraction: Fraction = 0.15
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    layout: Literal["auto", "classes", "splits"] = "auto"
+    class_level: Literal["auto", "top", "leaf"] = "auto"
+    classes: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    min_images: Positive | None = None
     group: str | None = None
+    path_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+    images: str | None = None
+    rename: dict[str, str] | None = None
     per_class: Positive | None = None
     total_per_class: Positive | None = None
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None
@@ -79,6 +120,23 @@ class DataConfig(Section):
     count: Annotated[int, Field(gt=0, le=10_000_000)] | None = None
     on_bad: Literal["stop", "skip"] = "stop"
     max_bad: Fraction = 0.1
+    duplicates: Literal["keep", "drop", "group"] = "keep"
+
+    @field_validator("range")
+    @classmethod
+    def _check_range(cls, value: Any) -> Any:
+        if value != "auto" and not value[0] < value[1]:
+            raise ValueError("the first number must be smaller than the second")
+        return value
+
+    @field_validator("classes", "without", mode="before")
+    @classmethod
+    def _to_class_names(cls, value: Any) -> Any:
+        """Accept a single name without brackets, and names such as 12, a number in YAML."""
+        names = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(name, bool) for name in names):
+            raise ValueError("yes, no, on, off, true and false need quotes: ['yes', 'no']")
+        return tuple(str(name) if isinstance(name, int) else name for name in names)
 
     @property
     def validates(self) -> bool:
@@ -228,8 +286,22 @@ class Recipe(Section):
 
         Defaults are left out, so that a key added by a later version does not change the digest.
         """
-        content = self.model_dump(mode="json", exclude={"name", "about"}, exclude_defaults=True)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _hash(self._content())
+
+    def earlier_digest(self) -> str | None:
+        """Return the digest of earlier versions if theirs was another one.
+
+        They cropped by default and left `data.fit: crop` out. A run with this digest has this
+        recipe if it crops its images.
+        """
+        if self.data.fit != "crop":
+            return None
+        content = self._content()
+        del content["data"]["fit"]
+        return _hash({key: value for key, value in content.items() if value or key != "data"})
+
+    def _content(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"name", "about"}, exclude_defaults=True)
 
     def to_text(self) -> str:
         """Return the recipe as YAML; `load_recipe` reads an equal recipe from a file with it."""
@@ -241,6 +313,10 @@ class Recipe(Section):
         for key, value in changes.items():
             _set_key(tree, key, value)
         return _check_tree(tree, where=self.name)
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def recipe_names() -> list[str]:
@@ -509,7 +585,16 @@ def matching_keys(key: str) -> list[str]:
     return same or close_matches(key, choices)
 
 
-def resolve_auto(recipe: Recipe, *, images: int, image_size: int, channels: int) -> Recipe:
+def resolve_auto(
+    recipe: Recipe,
+    *,
+    images: int,
+    image_size: int,
+    channels: int,
+    fit: str = "crop",
+    value_range: tuple[float, float] | None = None,
+    background: str = "white",
+) -> Recipe:
     """Return the recipe with every `auto` about data, augmentation and epochs replaced.
 
     The values are written into the run's recipe, which then needs no rules to be trained again.
@@ -518,8 +603,17 @@ def resolve_auto(recipe: Recipe, *, images: int, image_size: int, channels: int)
         images: number of training images.
         image_size: of the loaded data, in pixels.
         channels: of the loaded data, 1 or 3.
+        fit: of the loaded data.
+        value_range: of the loaded data; None: `data.range` has no effect on them and is kept.
+        background: of the loaded data.
     """
     changes: dict[str, Any] = {"data.image_size": image_size, "data.channels": channels}
+    if recipe.data.fit == "auto":
+        changes["data.fit"] = fit
+    if recipe.data.background == "auto":
+        changes["data.background"] = background
+    if recipe.data.range == "auto" and value_range is not None:
+        changes["data.range"] = list(value_range)
     if recipe.augment == "auto":
         changes["augment"] = default_augmentation(image_size, channels)
     if recipe.train.epochs == "auto":

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import datetime
 import io
 import json
@@ -36,10 +37,12 @@ import torch
 from torch import Tensor, nn
 
 from convlens import models, serialization
+from convlens.data.decode import MAX_PIXELS, Conversion
 from convlens.data.loader import Normalize, Prepare
 from convlens.device import select_device
 from convlens.distributed import ProcessGroup
 from convlens.errors import (
+    ConvlensError,
     DataError,
     ModelFileError,
     ResourceError,
@@ -85,17 +88,60 @@ METRICS_COLUMNS = (
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the input of the network. Stored in the model file."""
+    """How an image becomes the input of the network. Stored in the model file.
+
+    Attributes:
+        fit, value_range, background, max_pixels: as for `data.decode.decode`.
+    """
 
     image_size: int
     channels: int
     fit: str
     mean: list[float]
     std: list[float]
+    value_range: tuple[float, float] | None = None
+    background: str = "white"
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.value_range is not None:  # a list where it was read from JSON
+            low, high = self.value_range
+            object.__setattr__(self, "value_range", (float(low), float(high)))
+
+    @classmethod
+    def of(cls, conversion: Conversion, mean: list[float], std: list[float]) -> Preprocessing:
+        """Return the preprocessing that converts images and then normalizes them."""
+        values = vars(conversion).copy()
+        return cls(image_size=values.pop("size"), mean=mean, std=std, **values)
+
+    @property
+    def conversion(self) -> Conversion:
+        """How an image file becomes pixels."""
+        return Conversion(
+            self.image_size,
+            self.channels,
+            self.fit,
+            self.value_range,
+            self.background,
+            self.max_pixels,
+        )
 
     @property
     def normalize(self) -> Prepare:
         return Normalize(self.mean, self.std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for a model file. Later keys are left out where they are the default.
+
+        So the files of ordinary sets keep their content, and earlier versions can read them.
+        """
+        later = ("value_range", "background", "max_pixels")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in later or value != defaults[name]
+        }
 
 
 @dataclass
@@ -209,13 +255,24 @@ class RunDir:
         metadata = self.metadata()
         with serialization.explain_newer_version(metadata.get("convlens")):
             recipe = load_recipe(self.path / "recipe.yaml")
-        if recipe.digest() not in metadata.get("digests", [recipe.digest()]):
+        known = metadata.get("digests", [recipe.digest()])
+        if recipe.digest() not in known and recipe.earlier_digest() not in known:
             raise ModelFileError(
                 "recipe.yaml was changed after the run started: it is not the recipe of this run",
                 where=str(self.path / "recipe.yaml"),
                 fix="restore it; `convlens train` on this file trains another run",
             )
         return recipe
+
+    def has_digest(self, digest: str, earlier_digest: str | None = None) -> bool:
+        """Return whether this is a run of the recipe with these digests (`Recipe.digest`)."""
+        digests = self.metadata().get("digests", [])
+        if digest in digests or earlier_digest not in digests:
+            return digest in digests
+        try:
+            return load_recipe(self.path / "recipe.yaml").data.fit == "crop"
+        except ConvlensError:  # damaged or edited
+            return False
 
     # -- model ----------------------------------------------------------------------------
 
@@ -345,13 +402,15 @@ def load_model(path: Path) -> LoadedModel:
     tensors, model_metadata = serialization.read_model_file(path)
     try:
         preprocessing = Preprocessing(**model_metadata["preprocessing"])
+        if not preprocessing.conversion.is_valid:
+            raise ValueError("impossible preprocessing")
         classes = tuple(model_metadata["classes"])
         name, options = model_metadata["model"]["name"], model_metadata["model"]["options"]
         shape = preprocessing.channels, preprocessing.image_size
         with torch.random.fork_rng(devices=[]):  # the random initial weights are replaced
             model = models.build_model(name, len(classes), *shape, options)
         models.load_weights(model, tensors)
-    except (KeyError, TypeError, RuntimeError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, UsageError) as error:
         reason, version = " ".join(str(error).split())[:160], model_metadata.get("convlens", "?")
         update = "update: " if serialization.is_newer_version(version) else ""
         raise ModelFileError(
@@ -446,7 +505,7 @@ def find_or_create_run_dir(
     *,
     plain_name: bool,
     fresh: bool,
-    is_run_of: Callable[[Mapping[str, Any]], bool] | None = None,
+    is_run_of: Callable[[RunDir], bool] | None = None,
 ) -> RunDir:
     """Return the run of a recipe, or a new run directory for it. Nothing is created on disk yet.
 
@@ -455,13 +514,11 @@ def find_or_create_run_dir(
     directory is always a new one. No run is ever overwritten.
 
     Args:
-        is_run_of: whether the metadata of a run are those of a run of the recipe; by default, if
-            they list its digest.
+        is_run_of: whether a run is one of the recipe; by default, if it has its digest.
     """
 
     def is_same(run_dir: RunDir) -> bool:
-        metadata = run_dir.metadata()
-        return digest in metadata.get("digests", []) if is_run_of is None else is_run_of(metadata)
+        return run_dir.has_digest(digest) if is_run_of is None else is_run_of(run_dir)
 
     base = safe_name(name) if plain_name else f"{safe_name(name)}-{digest[:6]}"
     candidates = [base, *([f"{base}-{digest[:6]}"] if plain_name else [])]

@@ -117,6 +117,7 @@ def plot_augmented_sheet(recipe: Recipe) -> Path:
             fix="`convlens recipes NAME` shows what a recipe does, under augment",
         )
     data = load_data(recipe.data, memory_budget=memory_budget("cpu"))
+    data.print_notes()
     size, channels = data.image_size, data.channels
     count = int(data.train.labels.numel())
     resolved = resolve_auto(recipe, images=count, image_size=size, channels=channels)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from convlens import recipe
+from convlens.cli.results import _print_duplicates, stdout_console
+from convlens.data.duplicates import DuplicateGroup, Duplicates
 from helpers.commands import DIGITS, NET, here, pictures
 
 
@@ -58,6 +61,47 @@ def test_no_line_is_printed_twice() -> None:
         assert len(accuracies) == len({line[:40] for line in accuracies}), arguments
 
 
+def test_no_line_names_all_of_many_equal_images(capsys: pytest.CaptureFixture[str]) -> None:
+    """Complaints were about a line of 57,000 characters."""
+    ids = tuple(f"a/{i:04}.png" for i in range(2000))
+    group = DuplicateGroup(ids, ("train",) * 2000, ("a",) * 2000)
+    _print_duplicates(stdout_console(), "identical images", Duplicates(1, 0, 0, (group,)))
+    assert capsys.readouterr().out.splitlines()[1].strip() == (
+        "a/0000.png (train, a) = a/0001.png (train, a) = a/0002.png (train, a) = "
+        "a/0003.png (train, a) and 1,996 more"
+    )
+
+
+def leaky_set() -> Path:
+    """A set with an image in two splits, in which two images look alike across splits."""
+    root = Path("photos")
+    for first, split in enumerate(("train", "test")):
+        pictures(root / split, {"red": 6, "green": 6}, first=10 * first)
+    shutil.copy(root / "train" / "red" / "000.png", root / "test" / "red" / "same.png")
+    return root
+
+
+def test_notes_on_the_data_are_printed_once_by_each_command() -> None:
+    root = leaky_set()
+    copies = "photos: images that occur more than once: 1 in more than one split"
+    summary = "photos: 2 classes: green 12, red 13 · train "
+    runs: list[list[str | Path]] = [
+        ["train", root, *NET, "--seeds", "2", "--name", "one"],
+        ["train", root, *NET, "--folds", "2", "--name", "two"],
+        ["labels", root, *NET, "--folds", "3"],
+    ]
+    for arguments in runs:
+        done = here(*arguments)
+        assert done.code == 0, done.err
+        assert done.err.count(copies) == 1, arguments
+        assert done.err.count(summary) == 1, arguments
+    done = here("report", "one-seed1")
+    assert done.code == 0, done.err
+    assert done.err.count(copies) == 1
+    audited = here("audit", root).out.splitlines()
+    assert audited[0].startswith(summary)
+
+
 def test_recipes_lists_and_prints_every_recipe() -> None:
     table = here("recipes").out
     for name in recipe.recipe_names():
@@ -74,7 +118,7 @@ def test_names_that_contain_markup_are_printed_verbatim() -> None:
     (root / "[i]y" / "notes.txt").write_text("")
     done = here("train", root, *NET, "--name", "odd")
     assert done.code == 0, done.err
-    assert "[red]set: 1 files that are not images were ignored" in done.err
+    assert "[red]set: ignored 1 file that is not an image: 1 .txt" in done.err
     table = here("evaluate", "odd").out
     assert "[b]x" in table
     assert "[i]y" in table

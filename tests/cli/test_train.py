@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from convlens import Run, recipe
+from convlens.run import RunDir
 from helpers.commands import (
     COLORS,
     DIGITS,
@@ -245,3 +246,45 @@ def test_augment_draws_a_batch_or_reports_an_invalid_augmentation() -> None:
     refused(here("augment", "bad.yaml", "digits"), 2, "size=0 should be", "Cutout takes")
     Path("big.yaml").write_text("base: folder\naugment: [{Cutout: {size: 9}}]\n")
     refused(here("augment", "big.yaml", "digits"), 2, "at most the image size 8")
+
+
+def test_folders_with_two_readings_stop_until_the_recipe_chooses() -> None:
+    colors = dict(zip(("car", "plane", "train"), COLORS.values(), strict=True))
+    root = pictures(Path("vehicles"), dict.fromkeys(colors, 8), colors=colors)
+    for command in ("train", "audit"):
+        refused(
+            here(command, root),
+            3,
+            "these folders could be splits or classes: train",
+            "data.layout=classes (3 classes: car, plane, train)",
+            "data.without=[train] (2 classes: car, plane)",
+        )
+    done = here("train", root, *NET, "data.layout=classes", "data.without=[plane]", "--json")
+    assert done.code == 0, done.err
+    assert "vehicles: classes named like splits: train" in done.err
+    run = Run(RunDir(Path("models") / done.json["run"]))
+    assert run.classes == ("car", "train")
+    # The classes of the model settle how its own images and those of another set are read.
+    pictures(Path("more"), {"car": 2, "train": 3}, colors=colors)
+    assert here("evaluate", done.json["run"], "--data", "more", "--json").json["n"] == 5
+    assert here("evaluate", done.json["run"], "--split", "train", "--json").code == 0
+
+
+def test_groups_and_small_classes_of_folders_are_stated() -> None:
+    root = Path("signs")
+    for name, tracks in (("stop", 6), ("yield", 6), ("rare", 1)):
+        for number in range(2 * tracks):
+            file = root / name / f"{number // 2:03}_{number % 2}.png"
+            picture(file, COLORS["red" if name == "stop" else "blue"], seed=number)
+    keys = ["data.group=^(.*)_", "data.min_images=3"]
+    done = here("train", root, *NET, *keys, "--json")
+    assert done.code == 0, done.err
+    assert "1 of 3 classes have fewer than 3 training images and are left out: rare (2)" in done.err
+    splits: dict[str, set[str]] = {}
+    for row in csv.DictReader((Path("models") / done.json["run"] / "split.csv").open()):
+        splits.setdefault(row["split"], set()).add(row["id"].rpartition("_")[0])
+    assert set(splits) == {"val", "test"}
+    assert not splits["val"] & splits["test"]  # a track is never divided
+    assert all(
+        "stop" in image or "yield" in image for images in splits.values() for image in images
+    )

@@ -18,7 +18,8 @@ import torch
 
 from convlens import evaluation, serialization
 from convlens.data import cache, dataset, tar_index
-from convlens.data.cache import Conversion, image_checksums
+from convlens.data.cache import image_checksums
+from convlens.data.decode import Conversion
 from convlens.data.types import FilePaths
 from convlens.device import Plan
 from convlens.run import RunDir, load_model

@@ -176,9 +176,13 @@ def test_invalid_arguments_are_refused(
         small(**parameters).fit(images, labels)
 
 
-def test_a_class_with_one_image_is_refused() -> None:
-    with pytest.raises(ConvlensError, match="a single image"):
-        small().fit(X, np.array(["once", *Y[1:]]))
+def test_a_class_with_one_image_is_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
+    got = small(epochs=1, verbose=True).fit(X, np.array(["once", *Y[1:]]))
+    assert got.predict_proba(X).shape == (90, 4)
+    shown = capsys.readouterr().err
+    assert "arrays: 1 class has a single image, which stays in training: once" in shown
+    with pytest.raises(ConvlensError, match="every class has a single image"):
+        small().fit(X[:3], np.array(["a", "b", "c"]))
 
 
 def test_a_column_of_labels_gives_a_warning() -> None:

@@ -127,10 +127,36 @@ def test_a_class_the_model_does_not_know_is_refused(model: RunDir) -> None:
     root = pictures(Path("more"), {"green": 1, "pink": 1, "red": 1})
     done = here("evaluate", model.path, "--data", root)
     refused(done, 3, "doesn't know 1 of the classes: pink", "blue, green, red")
-    pictures(Path("case"), {"Green": 1, "red": 1})
+    pictures(Path("case"), {"Green": 1, "green": 1})
     done = here("evaluate", model.path, "--data", "case")
-    refused(done, 3, "doesn't know 1 of the classes: Green (it has green)")
+    refused(done, 3, "doesn't know 1 of the classes: Green (it has green)", "data.rename={")
     assert not Run(model).results
+
+
+def test_unknown_classes_are_refused_before_images_are_read(model: RunDir) -> None:
+    root = pictures(Path("more"), {"green": 1, "pink": 1})
+    (root / "green" / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match="doesn't know 1 of the classes: pink"):
+        Run(model).evaluate(data=root)
+
+
+def test_classes_that_differ_in_form_are_matched_or_renamed(tmp_path: Path) -> None:
+    run_dir = constant_model(tmp_path / "signs", [0.0, 2.0, 1.0], ("00002", "00012", "Stop"))
+    root = pictures(Path("set"), {"red": 3})
+    rows = [f"red/{path.name},{label}" for path, label in zip(
+        sorted((root / "red").iterdir()), ("12", "2", "STOP"), strict=True)]  # fmt: skip
+    Path("signs.csv").write_text("\n".join(["Filename;ClassId", *rows]).replace(",", ";"))
+    done = here("evaluate", run_dir.path, "--data", "signs.csv", "data.images=set", "--json")
+    assert done.code == 0, done.err
+    assert done.json["confusion"] == [[0, 1, 0], [0, 1, 0], [0, 1, 0]]
+    assert "matched with those of the model: 12 is 00012, 2 is 00002, STOP is Stop" in done.err
+    Path("signs.csv").write_text(Path("signs.csv").read_text().replace("STOP", "halt"))
+    command = ("evaluate", run_dir.path, "--data", "signs.csv", "images=set")
+    refused(here(*command), 3, "doesn't know 1 of the classes: halt")
+    done = here(*command, 'data.rename={"halt": "Stop", "12": "00012"}', "--json")
+    assert done.code == 0, done.err
+    assert done.json["confusion"] == [[0, 1, 0], [0, 1, 0], [0, 1, 0]]
+    refused(here("evaluate", run_dir.path, "images=set"), 2, "add --data")
 
 
 @pytest.mark.parametrize("form", ["folder", "test", "csv", "shards"])

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,15 @@ print(json.dumps([
         assert facts["input"].startswith("images: uint8 [N, 1, 8, 8], 0 to 255, any N. Each image:")
         assert facts["proof"]["source"] == "validation images of 'digits'"
         assert facts["proof"]["tolerance"] < 1e-2
+
+
+def test_the_conversion_of_images_is_described(small: Path) -> None:
+    loaded = load_model(small / "model.safetensors")
+    sensor = replace(loaded.preprocessing, value_range=(100.0, 4095.0), background="alpha")
+    text = model_export._describe_decoding(sensor)
+    assert "values of more than 8 bits from 100 to 4095 scaled to 0 to 255" in text
+    assert "the alpha channel" in text
+    assert "transparent parts white" in model_export._describe_decoding(loaded.preprocessing)
 
 
 def _plain(text: str) -> Any:
@@ -343,9 +353,7 @@ def test_ten_thousand_images_get_the_same_classes() -> None:
     split, *_ = load_external_data(
         "mnist",
         "test",
-        image_size=pre.image_size,
-        channels=pre.channels,
-        fit=pre.fit,
+        conversion=pre.conversion,
         memory_budget=1 << 30,
     )
     images = split.rows.gather(torch.arange(10_000))

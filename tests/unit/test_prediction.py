@@ -13,7 +13,7 @@ from PIL import Image
 
 from convlens import Run
 from convlens.data.dataset import load_external_data
-from convlens.data.decode import decode
+from convlens.data.decode import Conversion, decode
 from convlens.device import Plan
 from convlens.engine.inference import split_logits
 from convlens.errors import DataError, UsageError
@@ -71,7 +71,7 @@ def test_predictions_agree_with_the_evaluation_of_the_same_images(model: RunDir)
     root = pictures(Path("two"), {"dark": 9, "light": 8}, colors={"dark": DARK, "light": LIGHT})
     loaded = load_model(model.model_path)
     split, classes, *_ = load_external_data(
-        str(root), image_size=8, channels=3, fit="stretch", memory_budget=1 << 30
+        str(root), conversion=Conversion(8, 3, "stretch"), memory_budget=1 << 30
     )
     plan = Plan("cpu", "fp32", "contiguous")
     logits, labels = split_logits(loaded.model, split, loaded.preprocessing.normalize, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,30 @@ def test_digest_depends_only_on_values_that_affect_the_result() -> None:
         recipe.load_recipe("digits", [o]) for o in ("optim.lr=0.1", "train.seed=1", "augment=[]")
     ]
     assert len({r.digest() for r in (first, *changed)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("data.without=cat", ("cat",)),
+        ("data.without=[cat, new folder]", ("cat", "new folder")),
+        ("data.without=[3, '007']", ("3", "007")),
+    ],
+)
+def test_classes_are_lists_of_names_or_a_single_name(override: str, names: tuple[str, ...]) -> None:
+    loaded = recipe.load_recipe("digits", [override])
+    assert loaded.data.without == names
+    assert recipe.load_recipe(written(loaded.to_text(), "classes.yaml")).data.without == names
+    assert loaded.digest() != recipe.load_recipe("digits").digest()
+
+
+def test_class_names_that_yaml_reads_as_booleans_need_quotes() -> None:
+    with pytest.raises(UsageError, match="need quotes"):
+        recipe.load_recipe("digits", ["data.classes=[yes, no]"])
+    assert recipe.load_recipe("digits", ["data.classes=['yes', 'no']"]).data.classes == (
+        "yes",
+        "no",
+    )
 
 
 def test_recipe_is_immutable() -> None:
@@ -498,6 +523,44 @@ def test_loading_a_recipe_does_not_import_torch() -> None:
         check=True,
     )
     assert run.stdout.strip() == "False"
+
+
+# The conversion of images
+
+
+def test_digests_of_earlier_versions_had_crop_as_the_default() -> None:
+    default, cropped = (recipe.load_recipe("folder", o) for o in ([], ["data.fit=crop"]))
+    assert default.earlier_digest() is None
+    assert cropped.earlier_digest() == default.digest() != cropped.digest()
+    padded = recipe.load_recipe("folder", ["data.fit=pad"])
+    assert padded.earlier_digest() is None
+    only_fit = recipe.load_recipe({"data": {"fit": "crop"}})
+    assert only_fit.earlier_digest() == recipe.load_recipe({}).digest()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.range=[5, 5]", "must be smaller"),
+        ("data.range=[1, 2, 3]", "data.range"),
+        ("data.range=[0, .inf]", "finite"),
+        ("data.background=orange", "data.background"),
+        ("data.max_pixels=0", "data.max_pixels"),
+    ],
+)
+def test_invalid_conversions_are_refused(override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        recipe.load_recipe("folder", [override])
+
+
+def test_the_conversion_is_recorded_where_the_recipe_says_auto() -> None:
+    loaded = recipe.load_recipe("folder", ["data.background=black"])
+    resolved = recipe.resolve_auto(
+        loaded, images=10, image_size=64, channels=3, fit="pad", value_range=(1.5, 9)
+    )
+    data = resolved.data
+    assert (data.fit, data.range, data.background) == ("pad", (1.5, 9.0), "black")
+    assert recipe.load_recipe(resolved.model_dump(mode="json")).digest() == resolved.digest()
 
 
 # `auto`

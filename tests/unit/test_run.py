@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from convlens import models, recipe, run
+from convlens.data.decode import Conversion
 from convlens.errors import ModelFileError, ResourceError, UsageError
-from convlens.run import RunDir
+from convlens.run import Preprocessing, RunDir
 from helpers.commands import environment
 from helpers.support import same, tiny
 
@@ -263,6 +264,12 @@ def test_a_saved_model_is_loaded_with_its_classes_and_preprocessing() -> None:
         {"preprocessing": {**model_metadata()["preprocessing"], "extra": 1}},
         {"preprocessing": {**model_metadata()["preprocessing"], "channels": "x"}},
         {"preprocessing": {**model_metadata()["preprocessing"], "image_size": None}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "fit": "squash"}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "value_range": [5]}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "value_range": [5, 5]}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "value_range": ["a", "b"]}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "background": "no color"}},
+        {"preprocessing": {**model_metadata()["preprocessing"], "max_pixels": None}},
     ],
 )
 def test_weights_that_do_not_fit_their_metadata_are_refused(changes: dict[str, Any]) -> None:
@@ -270,6 +277,47 @@ def test_weights_that_do_not_fit_their_metadata_are_refused(changes: dict[str, A
     with pytest.raises(ModelFileError, match="cannot be used by this version") as caught:
         run.load_model(run_dir.model_path)
     assert "9.9" in caught.value.fix
+
+
+def test_the_conversion_of_images_is_part_of_the_model_file() -> None:
+    conversion = Conversion(8, 1, "pad", (29_490.0, 29_750.5), "alpha", 10**9)
+    preprocessing = Preprocessing.of(conversion, [0.1], [0.2])
+    run_dir, _ = saved(preprocessing=preprocessing.to_dict())
+    assert run.load_model(run_dir.model_path).preprocessing == preprocessing
+    assert preprocessing.conversion == conversion
+    # Model files of 8-bit sets are those of earlier versions.
+    ordinary = Preprocessing.of(Conversion(8, 1, "crop"), [0.1], [0.2])
+    assert ordinary.to_dict() == model_metadata()["preprocessing"]
+
+
+def test_runs_that_crop_are_found_by_the_digest_of_earlier_versions() -> None:
+    """The default of `data.fit` was `crop`, and defaults are left out of digests."""
+    for fit, is_found in (("crop", True), ("pad", False)):
+        run_dir = RunDir(Path("models") / fit)
+        run_dir.create(tiny(f"data.fit={fit}"), {"digests": [ONE]})
+        assert run_dir.has_digest(TWO, ONE) is is_found
+        assert run_dir.has_digest(ONE)
+        assert not run_dir.has_digest(TWO)
+    recipe_file = Path("models/crop/recipe.yaml")
+    found = run.find_or_create_run_dir(
+        "crop",
+        TWO,
+        plain_name=True,
+        fresh=False,
+        is_run_of=lambda each: each.has_digest(TWO, ONE),
+    )
+    assert found.name == "crop"
+    recipe_file.write_text("data: {fit: crop}\nunknown: 1\n")
+    assert not RunDir(Path("models/crop")).has_digest(TWO, ONE)
+
+
+def test_the_recipe_of_a_run_of_an_earlier_version_is_accepted() -> None:
+    run_dir = RunDir(Path("models/old"))
+    run_dir.create(tiny("data.fit=crop"), {"digests": [tiny().digest()]})
+    assert run_dir.recipe().data.fit == "crop"
+    run_dir.create(tiny("data.fit=pad"), {"digests": [tiny().digest()]})
+    with pytest.raises(ModelFileError, match="was changed"):
+        run_dir.recipe()
 
 
 # Finding runs

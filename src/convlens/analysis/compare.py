@@ -460,7 +460,11 @@ class _OpenedRun:
     def input_format(self) -> str:
         """How the model sees images, e.g. `32 px, 3 channels, crop`."""
         pre = self.loaded.preprocessing
-        return f"{pre.image_size} px, {pre.channels} channels, {pre.fit}"
+        text = f"{pre.image_size} px, {pre.channels} channels, {pre.fit}"
+        if pre.value_range is not None:
+            low, high = pre.value_range
+            text += f", values {low:g} to {high:g}"
+        return text if pre.background == "white" else f"{text}, background {pre.background}"
 
 
 def _open_images(

@@ -407,23 +407,43 @@ def underfitting(evidence: RunEvidence) -> Finding | None:
     recipe = evidence.require_recipe()
     epochs = len(evidence.rows) or 10
     overrides = [f"train.epochs={2 * epochs}"]
+    numbers = {
+        "train_accuracy": train_accuracy,
+        "val_accuracy": None if math.isnan(val_accuracy) else val_accuracy,
+    }
+    what = f"training accuracy is only {train_accuracy:.1%} ({how})"
+    remedy = "train longer, with a larger network or less regularization"
     if recipe.model.options.get("dropout"):
         overrides.append("model.dropout=0")
     if recipe.model.name == "cnn":
         widths = recipe.model.options.get("widths", [32, 64, 128])
         overrides.append(f"model.widths={[2 * width for width in widths]}".replace(" ", ""))
+    if recipe.augment:
+        remedy = "train longer, with a larger network, less augmentation or less regularization"
+        overrides.append("augment=[]")
+        augmented = _augmented_accuracy(evidence)
+        if augmented is not None and augmented < val_accuracy:
+            # Even the augmented images are not learned: the network has nothing to overfit.
+            what += f", on augmented images {augmented:.1%}; validation accuracy {val_accuracy:.1%}"
+            remedy = f"train without augmentation: {epochs} epochs are too few for it"
+            numbers["train_accuracy_augmented"] = augmented
+            overrides = ["augment=[]"]
     return Finding(
         "underfitting",
-        f"training accuracy is only {train_accuracy:.1%} ({how})",
-        {
-            "train_accuracy": train_accuracy,
-            "val_accuracy": None if math.isnan(val_accuracy) else val_accuracy,
-        },
+        what,
+        numbers,
         "training accuracy below 80%, and validation accuracy less than 10 points below it",
-        "train longer, with a larger network or less regularization; "
-        "if that does not help, check the labels",
+        f"{remedy}; if that does not help, check the labels",
         overrides,
     )
+
+
+def _augmented_accuracy(evidence: RunEvidence) -> float | None:
+    """Return the accuracy on augmented training images at the end; None if it is unknown."""
+    with contextlib.suppress(InsufficientEvidence):
+        accuracy = _at_end(evidence.column("train_accuracy", LAST_EPOCHS))
+        return None if math.isnan(accuracy) else accuracy
+    return None
 
 
 def rate_too_high(evidence: RunEvidence) -> Finding | None:

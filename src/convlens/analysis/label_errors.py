@@ -28,19 +28,19 @@ import torch
 from convlens import evaluation
 from convlens.data import audit, duplicates
 from convlens.data.dataset import Data, Split, load_data
-from convlens.data.decode import UnreadableImage, decode, fit_arrays
+from convlens.data.decode import Conversion, UnreadableImage, fit_arrays
 from convlens.data.image_list import escape_csv_formula
-from convlens.data.sources import find_source
+from convlens.data.sources import find_configured_source
 from convlens.data.types import DataSource, EncodedFiles, FilePaths, Part
 from convlens.device import memory_budget, preserve_torch_settings, select_device
 from convlens.engine.inference import place_model, probabilities, split_logits
-from convlens.errors import DataError, UsageError
+from convlens.errors import UsageError
 from convlens.recipe import DataConfig, Recipe
 from convlens.run import PLOTS_DIR, LoadedModel, RunDir, RunHandle, as_run_dir, load_model
 from convlens.training import resolve
 from convlens.training.repeats import train_many
 from convlens.utils import files
-from convlens.utils.console import print_status, progress_bar, quiet_mode
+from convlens.utils.console import message_scope, print_status, progress_bar, quiet_mode
 
 DEFAULT_FOLDS = 5
 TOP_CLASSES = 3  # classes of an image that are listed with their probabilities
@@ -166,6 +166,7 @@ class LabelReport:
         }
 
 
+@message_scope()
 @preserve_torch_settings()
 def find_label_errors(
     what: str | Path | Mapping[str, Any] | Recipe | RunDir | RunHandle,
@@ -184,7 +185,8 @@ def find_label_errors(
     Args:
         what, overrides, data, name, fresh, device, quiet: as in `convlens.train`. `what` may also
             be a run, whose recipe is used.
-        folds: number of models; each judges the images of the fold that it did not train on.
+        folds: number of models; each judges the images of the fold that it did not train on. The
+            only image of a class is not judged.
         test: also judge the images of the test split, by the mean over all models. This is logged
             as a use of the test set in the run of each fold.
 
@@ -193,7 +195,7 @@ def find_label_errors(
         and of a CSV to correct.
 
     Raises:
-        DataError: a class has fewer images than folds, or training refuses the data set.
+        DataError: training refuses the data set.
         UsageError: `what` is not a recipe, a data set or a run.
 
     Example:
@@ -248,28 +250,10 @@ def _output_folder(run_name: str, resolved: resolve.ResolvedRecipe, name: str | 
 
 
 def _load_data(config: DataConfig, folds: int, device: str) -> Data:
-    """Load the data with the splits of the first fold.
-
-    Raises:
-        DataError: a class has fewer images than there are folds.
-    """
+    """Load the data with the splits of the first fold."""
     first = config.model_copy(update={"folds": folds, "fold": 0, "per_class": None})
     with quiet_mode():
-        data = load_data(first, memory_budget=memory_budget(device))
-    labels = np.concatenate([split.labels.numpy() for split in (data.train, data.val)])
-    counts = np.bincount(labels, minlength=len(data.classes))
-    small = [(name, int(n)) for name, n in zip(data.classes, counts, strict=True) if n < folds]
-    if small:
-        listed = ", ".join(f"{name} ({n})" for name, n in small[:5])
-        least = min(n for _, n in small)
-        fewer_folds = f"--folds {least}, or " if least > 1 else ""
-        raise DataError(
-            f"{len(small)} of {len(data.classes)} classes have fewer images outside the test split "
-            f"than the {folds} folds: {listed}{' ...' if len(small) > 5 else ''}",
-            where=data.name,
-            fix=f"{fewer_folds}add images to these classes or leave them out",
-        )
-    return data
+        return load_data(first, memory_budget=memory_budget(device))
 
 
 FoldModel = tuple[RunDir, LoadedModel]
@@ -518,13 +502,12 @@ def write_review(report: LabelReport, config: DataConfig, data: Data, folder: Pa
         config: source of the images.
         data: the data set, with its held-out test images and unreadable files.
     """
-    size = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=size, group=config.group)
+    source = find_configured_source(config)
     trainable = isinstance(source.parts["train"].images, FilePaths)
     text = _review_csv(report, source, config.group, data)
     path = _unused_csv_path(folder, text)
     files.write_atomic(path, text)
-    sheets = _draw_sheets(report, source, data.channels, folder)
+    sheets = _draw_sheets(report, source, data.conversion, folder)
     return replace(report, sheets=sheets, table=path, trainable=trainable)
 
 
@@ -610,7 +593,7 @@ def _unused_csv_path(folder: Path, text: str) -> Path:
 
 
 def _draw_sheets(
-    report: LabelReport, source: DataSource, channels: int, folder: Path
+    report: LabelReport, source: DataSource, conversion: Conversion, folder: Path
 ) -> list[Path]:
     """Draw `review.png`, `review-2.png`, ... with `IMAGES_PER_SHEET` images each."""
     from convlens import plots
@@ -628,7 +611,7 @@ def _draw_sheets(
             title += f", page {number} of {len(pages)}"
         title += " (above: given label, below: suggested)"
         figure = plots.label_review(
-            _thumbnails(page, source, channels),
+            _thumbnails(page, source, conversion),
             [suspect.label for suspect in page],
             [suspect.suggested for suspect in page],
             [suspect.top[0][1] for suspect in page],
@@ -641,7 +624,9 @@ def _draw_sheets(
     return paths
 
 
-def _thumbnails(suspects: Sequence[JudgedImage], source: DataSource, channels: int) -> np.ndarray:
+def _thumbnails(
+    suspects: Sequence[JudgedImage], source: DataSource, conversion: Conversion
+) -> np.ndarray:
     """Return uint8 `[n, C, S, S]` from the source: the network's input may be very small."""
     wanted = {suspect.id for suspect in suspects}
     located = {
@@ -650,14 +635,15 @@ def _thumbnails(suspects: Sequence[JudgedImage], source: DataSource, channels: i
         for number, identity in enumerate(part.ids)
         if identity in wanted
     }
-    return np.stack([_thumbnail(*located[suspect.id], channels) for suspect in suspects])
+    return np.stack([_thumbnail(*located[suspect.id], conversion) for suspect in suspects])
 
 
-def _thumbnail(part: Part, number: int, channels: int) -> np.ndarray:
+def _thumbnail(part: Part, number: int, conversion: Conversion) -> np.ndarray:
+    channels = conversion.channels
     if isinstance(part.images, EncodedFiles):
         try:
             content, name = part.images.read(number), part.images.name(number)
-            return decode(content, size=THUMBNAIL_SIDE, channels=channels, fit="pad", name=name)
+            return replace(conversion, size=THUMBNAIL_SIDE, fit="pad").file(content, name)
         except UnreadableImage:  # deleted or changed in the meantime
             return np.full((channels, THUMBNAIL_SIDE, THUMBNAIL_SIDE), 255, np.uint8)
     pixels = part.images[np.array([number])]

@@ -24,7 +24,7 @@ from convlens.cli import analyze, info, look, train
 from convlens.cli.common import Figures, app
 from convlens.errors import ConvlensError, Diverged, ResourceError, Stopped, UsageError
 from convlens.utils import options, process
-from convlens.utils.console import console, status_handler
+from convlens.utils.console import console, message_scope, status_handler
 from convlens.utils.process import Terminated, raise_on_signals
 from convlens.version import __version__
 
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     before = options.update()
     try:
-        with raise_on_signals(), status_handler():
+        with raise_on_signals(), status_handler(), message_scope():
             app(args=arguments)
     except Terminated as signalled:
         _fail(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))

@@ -202,7 +202,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DATA_HELP = "Built-in name, folder, CSV file, or the name of a folder under data/."
+DATA_HELP = "Built-in name, folder, CSV file or other list, or the name of a folder under data/."
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DeviceOption = Annotated[

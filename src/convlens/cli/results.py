@@ -29,7 +29,8 @@ if TYPE_CHECKING:  # these import torch, which `convlens recipes` must not wait 
     from convlens.run import RunDir
 
 CLASSES_SHOWN = 40
-DUPLICATES_SHOWN = 8
+DUPLICATES_SHOWN = 8  # groups
+COPIES_SHOWN = 4  # images of a group
 FILE_COLUMNS = 200  # width of tables that are not printed on a terminal
 
 
@@ -117,6 +118,7 @@ def print_recipes(recipes: Mapping[str, Recipe], variants: Mapping[str, Sequence
 def print_audit(report: Audit, sheet: Path) -> None:
     """Print counts, sizes and problems of a data set."""
     out = stdout_console()
+    out.print(f"[bold]{escape(report.name)}[/]: {escape(report.summary)}")
     splits = list(report.how)
     table = make_table("class", *splits)
     for name, counts in list(report.counts.items())[:CLASSES_SHOWN]:
@@ -138,7 +140,8 @@ def print_audit(report: Audit, sheet: Path) -> None:
     deviations = " ".join(f"{std:.4f}" for std in report.std)
     out.print(f"{'channels':<10} mean {means}, deviation {deviations} (training images, 0..1)")
     for note in report.notes:
-        out.print(f"{'note':<10} {escape(note)}")
+        is_warning = note.startswith("warning:")
+        out.print(escape(note) if is_warning else f"{'note':<10} {escape(note)}")
     for problem in report.problems:
         out.print(f"[red]{'problem':<10}[/] {escape(problem)}")
     for bad in report.unreadable:
@@ -191,9 +194,11 @@ def _print_duplicates(out: Console, kind: str, duplicates: Duplicates) -> None:
         "labels"
     )
     for group in duplicates.listed[:DUPLICATES_SHOWN]:
-        images = zip(group.ids, group.splits, group.labels, strict=True)
-        names = " = ".join(f"{escape(i)} ({split}, {escape(c)})" for i, split, c in images)
-        out.print(f"           {names}")
+        images = list(zip(group.ids, group.splits, group.labels, strict=True))
+        shown = images[:COPIES_SHOWN]
+        names = " = ".join(f"{escape(i)} ({split}, {escape(c)})" for i, split, c in shown)
+        more = f" and {len(images) - len(shown):,} more" if len(images) > len(shown) else ""
+        out.print(f"           {names}{more}")
     hidden = duplicates.groups - DUPLICATES_SHOWN
     if hidden > 0:
         out.print(f"           ... and {hidden:,} more (--json lists the worst 100)")

@@ -33,6 +33,7 @@ from convlens.utils.console import print_status
 
 if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
     from convlens.data.audit import Audit
+    from convlens.recipe import DataConfig
     from convlens.training.repeats import RunOutcome, RunResults, VariantSummary
 
 Row = dict[str, str]
@@ -127,6 +128,7 @@ def train(
 @app.command(cls=Command)
 def evaluate(
     run: RunArgument,
+    overrides: OverridesArgument = None,
     split: Split = None,
     data: DataOption = None,
     tta: TtaOption = None,
@@ -148,13 +150,24 @@ def evaluate(
         convlens evaluate digits --split val
         convlens evaluate digits --tta flip
         convlens evaluate digits --data more-digits/
+        convlens evaluate flowers --data new.csv data.images=photos
     """
     from convlens import evaluation
     from convlens.cli.results import print_evaluation
+    from convlens.errors import UsageError
     from convlens.run import find_run
+    from convlens.training import resolve
 
     run_dir = find_run(run)
-    result = evaluation.evaluate(run_dir, split, data=data, tta=tta, device=device, quiet=False)
+    config: DataConfig | str | None = data
+    if overrides:
+        if data is None:
+            raise UsageError(
+                f"{overrides[0]}: these keys say how to read the data set of --data",
+                fix="add --data DATA",
+            )
+        config = resolve.resolve_data_config(data, overrides)
+    result = evaluation.evaluate(run_dir, split, data=config, tta=tta, device=device, quiet=False)
     if not as_json:
         print_evaluation(result, run_dir)
     print_json(as_json, result.to_dict())

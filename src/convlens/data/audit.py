@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,11 @@ import torch
 
 from convlens.data import duplicates
 from convlens.data.cache import ArrayRows, map_in_order
+from convlens.data.conversion import ConversionChoice, choose_conversion, level_warnings
 from convlens.data.decode import (
+    ALPHA,
     MAX_PIXELS,
+    Conversion,
     Pixels,
     UnreadableImage,
     decode,
@@ -30,8 +33,18 @@ from convlens.data.decode import (
     probe_image,
 )
 from convlens.data.duplicates import Duplicates
-from convlens.data.sources import REMARKS, find_source
-from convlens.data.splits import LoadedPart, describe_splits, make_splits
+from convlens.data.layout import list_examples
+from convlens.data.sources import REMARKS, find_configured_source
+from convlens.data.splits import (
+    LoadedPart,
+    apply_duplicates,
+    assumed_train_numbers,
+    describe_origins,
+    describe_splits,
+    make_splits,
+    parts_of,
+)
+from convlens.data.summary import DatasetSummary
 from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
 from convlens.errors import DataError
 from convlens.utils.console import ProgressBar, progress_bar
@@ -52,7 +65,7 @@ _FULL_SIZE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
 _HEADER_FACTS = ("mode", "grey", "turned", "alpha", "frames")
 _HEADER_NOTES = {
     "turned": "{} are turned upright, as their EXIF says",
-    "alpha": "{} have transparency, which becomes white",
+    "alpha": "{} have transparency, which becomes {background}",
     "frames": "{} have more than one frame: only the first is used",
 }
 
@@ -67,9 +80,12 @@ FILE_FACTS = np.dtype(
         ("alpha", np.bool_),
         ("frames", np.bool_),
         ("digest", np.uint8, 32),  # SHA-256 of size and pixels as RGB
+        ("file", np.uint8, 32),  # SHA-256 of the file; of images that are no files, as `digest`
         ("thumb", np.uint8, (duplicates.HASH_SIDE, duplicates.HASH_SIDE)),
         ("mean", np.float64, 3),  # of each RGB channel, 0..1
         ("square", np.float64, 3),  # mean of the squares
+        ("low", np.uint8, 3),  # smallest and largest value of each channel
+        ("high", np.uint8, 3),
     ]
 )
 FileFacts = npt.NDArray[np.void]
@@ -89,6 +105,7 @@ class Audit:
     """The result of `audit`; `to_dict` is what `--json` prints."""
 
     name: str
+    summary: str  # how the data set was interpreted, in one line
     images: int  # number of readable images; all facts are about these
     counts: dict[str, dict[str, int]]  # class -> split -> number of images
     how: dict[str, str]  # split -> where its images come from, in words
@@ -110,6 +127,7 @@ class Audit:
     notes: list[str]  # other observations
     _train: Part = field(repr=False)
     _sheet_numbers: list[int] = field(repr=False)  # training images in the contact sheet
+    _conversion: Conversion = field(repr=False)  # that of a training, at another size
 
     def to_dict(self) -> dict[str, Any]:
         """Return the public fields as plain values for JSON."""
@@ -130,10 +148,10 @@ class Audit:
             size = min(side, max(images.shape[2:]))
             pixels = images[np.array(self._sheet_numbers, np.int64)]
             return fit_arrays(pixels, size=size, channels=channels, fit="pad"), titles
+        shown = replace(self._conversion, size=side, channels=channels, fit="pad")
         out = np.zeros((len(titles), channels, side, side), np.uint8)
         for position, i in enumerate(self._sheet_numbers):
-            content, name = images.read(i), images.name(i)
-            out[position] = decode(content, size=side, channels=channels, fit="pad", name=name)
+            out[position] = shown.file(images.read(i), images.name(i))
         return out, titles
 
 
@@ -150,23 +168,31 @@ def audit(config: DataConfig) -> Audit:
         DataError: The source is malformed (no classes, an invalid CSV, ...).
         UsageError: Unknown name.
     """
-    image_size = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
+    source = find_configured_source(config)
     total = sum(len(part.labels) for part in source.parts.values())
+    choice = choose_conversion(
+        config, source.parts["train"].images, partial(_train_numbers, config, source)
+    )
+    conversion = choice.conversion
     with progress_bar("inspecting images", total) as bar:
-        inspected = {name: inspect_images(part, bar) for name, part in source.parts.items()}
-    split_of, how, problems = _assign_splits(config, source, inspected)
-    images = _join_parts(source, inspected, split_of)
+        inspected = {
+            name: inspect_images(part, bar, conversion) for name, part in source.parts.items()
+        }
+    assigned = _assign_splits(config, source, inspected)
+    images = _join_parts(source, assigned)
     facts = images.facts
     counts = _count_by_class(images)
     mean, std, channels = _channel_stats(images)
+    train = facts[images.splits == "train"]
+    warnings = level_warnings(train["low"], train["high"], map(bytes, train["digest"]))
     near, complete = duplicates.near_duplicates(facts["thumb"], facts["digest"])
     columns = (images.ids, images.splits.tolist(), [source.classes[c] for c in images.labels])
     return Audit(
         name=source.name,
+        summary=_summarize(choice, source, counts, assigned.origins),
         images=len(facts),
         counts=counts,
-        how=how,
+        how=assigned.descriptions,
         width=_min_median_max(facts["width"]),
         height=_min_median_max(facts["height"]),
         sizes=len(np.unique(np.stack([facts["width"], facts["height"]]), axis=1).T),
@@ -185,16 +211,28 @@ def audit(config: DataConfig) -> Audit:
         ],
         duplicates=Duplicates.of(duplicates.exact_duplicates(facts["digest"]), *columns),
         near_duplicates=Duplicates.of(near.tolist(), *columns, complete=complete),
-        problems=problems,
+        problems=assigned.problems,
         notes=[
+            *warnings,
             *source.notes,
+            *assigned.notes,
+            *choice.notes,
             *REMARKS.get(source.name, ()),
             *_class_notes(source.classes, counts),
-            *_file_notes(facts),
+            *_file_notes(facts, conversion.background),
         ],
         _train=source.parts["train"],
         _sheet_numbers=_choose_sheet_images(images),
+        _conversion=conversion,
     )
+
+
+def _train_numbers(config: DataConfig, source: DataSource) -> IndexArray:
+    """Return the numbers of the training images as far as they are known before decoding."""
+    try:
+        return assumed_train_numbers(config, source, parts_of(config, source))
+    except DataError:  # reported as a problem, once the readable images are known
+        return np.arange(len(source.parts["train"].labels), dtype=np.int64)
 
 
 @dataclass
@@ -205,19 +243,16 @@ class InspectedImages:
     facts: FileFacts  # [N]; zeros for unreadable images
     bad: dict[int, str] = field(default_factory=dict)  # unreadable image -> reason
 
-    @property
-    def good(self) -> IndexArray:
-        """Numbers of the readable images."""
-        return np.delete(np.arange(len(self.facts), dtype=np.int64), list(self.bad))
 
-
-def inspect_images(part: Part, bar: ProgressBar) -> InspectedImages:
-    """Decode all images of a part and collect their facts."""
+def inspect_images(part: Part, bar: ProgressBar, conversion: Conversion) -> InspectedImages:
+    """Decode all images of a part at their own size and collect their facts."""
     result = InspectedImages(part, np.zeros(len(part.labels), FILE_FACTS))
     for start in range(0, len(part.labels), _CHUNK):
         index = np.arange(start, min(start + _CHUNK, len(part.labels)))
         if isinstance(part.images, EncodedFiles):
-            inspected = map_in_order(partial(_inspect_file, part.images), index.tolist())
+            inspected = map_in_order(
+                partial(_inspect_file, part.images, conversion), index.tolist()
+            )
             for i, facts_or_reason in zip(index, inspected, strict=True):
                 if isinstance(facts_or_reason, str):
                     result.bad[int(i)] = facts_or_reason
@@ -229,19 +264,31 @@ def inspect_images(part: Part, bar: ProgressBar) -> InspectedImages:
     return result
 
 
-def _inspect_file(files: EncodedFiles, number: int) -> np.void | str:
+def _inspect_file(files: EncodedFiles, conversion: Conversion, number: int) -> np.void | str:
     """Return the facts of one file, or the reason why it is unreadable."""
     try:
         content, path = files.read(number), files.name(number)
-        header = probe_image(content, path)
+        header = probe_image(content, path, max_pixels=conversion.max_pixels)
         # Acquired before the semaphore of `decode`; the reverse order could deadlock.
         with _FULL_SIZE_MEMORY.acquire(header.width * header.height):
-            pixels = decode(content, size=None, channels=3, fit="crop", name=path)
+            pixels = decode(
+                content,
+                size=None,
+                channels=3,
+                fit="crop",
+                value_range=conversion.value_range,
+                background=conversion.background,
+                max_pixels=conversion.max_pixels,
+                name=path,
+            )
             facts = facts_of(pixels[None])
     except UnreadableImage as error:
         return error.reason
     for name in _HEADER_FACTS:
         facts[name] = getattr(header, name)
+    facts["file"] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+    facts["width"], facts["height"] = header.width, header.height  # of a reduced JPEG, too
+    facts["grey"] |= header.alpha and conversion.background == ALPHA
     record: np.void = facts[0]
     return record
 
@@ -259,13 +306,16 @@ def facts_of(images: Pixels) -> FileFacts:
     facts["mean"] = flat.mean(axis=2) / 255
     squares = np.einsum("ncp,ncp->nc", flat, flat, dtype=np.float64, casting="unsafe")
     facts["square"] = squares / (height * width * 255**2)
-    facts["thumb"] = fit_arrays(images, size=duplicates.HASH_SIDE, channels=1, fit="stretch")[:, 0]
+    low, high = flat.min(axis=2), flat.max(axis=2)
+    facts["low"], facts["high"] = low, high  # one channel fills all three
+    facts["thumb"] = duplicates.grey_thumbnails(images)
     size = f"{height} x {width}".encode()
     for row, image in zip(facts, images, strict=True):
         content = image if channels == 3 else np.repeat(image, 3, axis=0)
         digest = hashlib.sha256(size)
         digest.update(np.ascontiguousarray(content).data)
         row["digest"] = np.frombuffer(digest.digest(), np.uint8)
+    facts["file"] = facts["digest"]
     return facts
 
 
@@ -281,49 +331,118 @@ class _JoinedImages:
     numbers: IndexArray  # number of each image in its part
 
 
-def _join_parts(
-    source: DataSource,
-    inspected: dict[str, InspectedImages],
-    split_of: dict[str, npt.NDArray[np.str_]],
-) -> _JoinedImages:
-    good = {name: each.good for name, each in inspected.items()}
+def _join_parts(source: DataSource, assigned: _AssignedSplits) -> _JoinedImages:
+    parts = assigned.images
     return _JoinedImages(
         source.classes,
-        np.concatenate([each.facts[good[name]] for name, each in inspected.items()]),
-        [each.part.ids[i] for name, each in inspected.items() for i in good[name].tolist()],
-        np.concatenate([each.part.labels[good[name]] for name, each in inspected.items()]),
-        np.concatenate([split_of[name] for name in inspected]),
-        np.concatenate([good[name] for name in inspected]),
+        np.concatenate([each.inspected.facts[each.numbers] for each in parts]),
+        [each.inspected.part.ids[i] for each in parts for i in each.numbers.tolist()],
+        np.concatenate([each.inspected.part.labels[each.numbers] for each in parts]),
+        np.concatenate([each.splits for each in parts]),
+        np.concatenate([each.numbers for each in parts]),
     )
+
+
+@dataclass(frozen=True)
+class _SplitImages:
+    """Images of one part of the source: their numbers in the part, and the split of each."""
+
+    inspected: InspectedImages
+    numbers: IndexArray
+    splits: npt.NDArray[np.str_]
+
+
+@dataclass(frozen=True)
+class _AssignedSplits:
+    """The splits that training would use.
+
+    Attributes:
+        images: The images that are used, by part.
+        descriptions: Split -> where its images come from.
+        origins: The same in a few words.
+        problems: Reasons why training will refuse the set. If there are any, the source's own
+            splits are used.
+        notes: On the splits.
+    """
+
+    images: Sequence[_SplitImages]
+    descriptions: dict[str, str]
+    origins: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: Sequence[str] = ()
 
 
 def _assign_splits(
     config: DataConfig, source: DataSource, inspected: dict[str, InspectedImages]
-) -> tuple[dict[str, npt.NDArray[np.str_]], dict[str, str], list[str]]:
-    """Assign the readable images to splits as training would.
+) -> _AssignedSplits:
+    """Assign the readable images to splits as training would."""
+    no_rows = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
+    parts = {
+        name: LoadedPart(each.part, no_rows, "", each.bad, each.facts["file"])
+        for name, each in inspected.items()
+    }
 
-    Returns:
-        The split of each image of each part, where each split comes from, and the problems that
-        training would report. If there are problems, the source's own splits are used.
-    """
-    split_of = {name: np.full(len(each.good), name, "U5") for name, each in inspected.items()}
-    fallback = dict.fromkeys(split_of, "the source's own; nothing could be held out")
-    train = inspected["train"]
-    n_readable = np.bincount(train.part.labels[train.good], minlength=len(source.classes))
+    unsplit = _AssignedSplits(
+        _split_images(inspected, parts, {}),
+        dict.fromkeys(parts, "the source's own; nothing could be held out"),
+    )
+    n_readable = np.bincount(parts["train"].labels, minlength=len(source.classes))
     empty = [source.classes[c] for c in np.flatnonzero(n_readable == 0)]
     if empty:
-        return split_of, fallback, [f"no readable training image in: {', '.join(empty)}"]
-    no_rows = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
-    parts = {name: LoadedPart(e.part, no_rows, "", e.bad) for name, e in inspected.items()}
+        problem = f"no readable training image in: {list_examples(empty)}"
+        return replace(unsplit, problems=[problem])
     # Images that a recipe leaves out to train on few are a part of the set all the same.
     full_config = config.model_copy(update={"per_class": None, "total_per_class": None})
     try:
-        plan = make_splits(full_config, source, parts)
+        used, copy_notes = apply_duplicates(full_config, source, parts)
+        plan = make_splits(full_config, source, used)
     except DataError as error:
-        return split_of, fallback, [error.what]
-    for split, index in plan.held_out.items():
-        split_of["train"][index] = split
-    return split_of, describe_splits(plan, full_config, source, parts), []
+        return replace(unsplit, problems=[error.what])
+    return _AssignedSplits(
+        _split_images(inspected, used, plan.held_out),
+        describe_splits(plan, full_config, source, used),
+        describe_origins(plan, full_config, used["train"]),
+        notes=[*plan.notes, *copy_notes],
+    )
+
+
+def _split_images(
+    inspected: dict[str, InspectedImages],
+    parts: dict[str, LoadedPart],
+    held_out: dict[str, IndexArray],
+) -> list[_SplitImages]:
+    images = []
+    for name, part in parts.items():
+        splits = np.full(len(part.good), name, "U5")
+        if name == "train":
+            for split, index in held_out.items():
+                splits[index] = split
+        images.append(_SplitImages(inspected[name], part.good, splits))
+    return images
+
+
+def _summarize(
+    choice: ConversionChoice,
+    source: DataSource,
+    counts: dict[str, dict[str, int]],
+    origins: dict[str, str],
+) -> str:
+    """Return how training would interpret the set, in one line."""
+    conversion = choice.conversion
+    splits = next(iter(counts.values()))
+    summary = DatasetSummary(
+        classes=source.classes,
+        counts=np.array([sum(of.values()) for of in counts.values()], np.int64),
+        splits={split: sum(of[split] for of in counts.values()) for split in splits},
+        origins=origins,
+        channels=conversion.channels,
+        image_size=conversion.size,
+        fit=conversion.fit,
+        kept_area=choice.kept_area
+        if isinstance(source.parts["train"].images, EncodedFiles)
+        else None,
+    )
+    return str(summary)
 
 
 def _count_by_class(images: _JoinedImages) -> dict[str, dict[str, int]]:
@@ -373,7 +492,7 @@ def _class_notes(classes: Sequence[str], counts: dict[str, dict[str, int]]) -> l
     casefolded = Counter(name.casefold() for name in classes)
     same = [name for name in classes if casefolded[name.casefold()] > 1]
     if same:
-        notes.append(f"class names that differ only in case: {', '.join(same)}")
+        notes.append(f"class names that differ only in case: {list_examples(same)}")
     train = {name: splits.get("train", 0) for name, splits in counts.items()}
     small = [f"{name} ({n})" for name, n in train.items() if n < MIN_CLASS_IMAGES]
     if small:
@@ -393,7 +512,7 @@ def _number_key(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
-def _file_notes(facts: FileFacts) -> list[str]:
+def _file_notes(facts: FileFacts, background: str) -> list[str]:
     """Return notes on properties of the files that decoding changes."""
     notes = []
     grey = int(facts["grey"].sum())
@@ -401,7 +520,9 @@ def _file_notes(facts: FileFacts) -> list[str]:
         notes.append(f"grey and color mixed: {grey} of {len(facts)} images are grey")
     for name, note in _HEADER_NOTES.items():
         if count := int(facts[name].sum()):
-            notes.append(note.format(f"{count:,} of {len(facts):,} images"))
+            images = f"{count:,} of {len(facts):,} images"
+            shown = "a grey image" if background == ALPHA else background
+            notes.append(note.format(images, background=shown))
     return notes
 
 

@@ -40,7 +40,7 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from convlens.data.decode import VERSION, Pixels, UnreadableImage, decode, fit_arrays
+from convlens.data.decode import VERSION, Conversion, Pixels, UnreadableImage
 from convlens.data.loader import RowReader
 from convlens.data.types import EncodedFiles, ImageSource, IndexArray, raise_if_transient
 from convlens.device import usable_cores
@@ -67,34 +67,6 @@ _SHA256_BYTES, _CRC32_BYTES = 32, 4  # of each image
 _DECODE_CHUNK = 32  # images
 _MIN_FREE_BYTES = 64 << 20  # left on the disk by a new store
 _MAX_THREADS = 32
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """The shape to which every image of a set is converted: `[channels, size, size]`.
-
-    Args:
-        size: Height and width in pixels.
-        channels: 1 or 3.
-        fit: `crop`, `pad` or `stretch`, as for `decode`.
-    """
-
-    size: int
-    channels: int
-    fit: str
-
-    @property
-    def image_bytes(self) -> int:
-        """Size of one converted image in bytes."""
-        return self.channels * self.size * self.size
-
-    def file(self, content: bytes, path: str) -> Pixels:
-        """Decode and convert one image file, given its bytes."""
-        return decode(content, size=self.size, channels=self.channels, fit=self.fit, name=path)
-
-    def array(self, images: Pixels) -> Pixels:
-        """Convert images, uint8 `[N, C, H, W]`."""
-        return fit_arrays(images, size=self.size, channels=self.channels, fit=self.fit)
 
 
 class ImageRows(RowReader, Protocol):

@@ -17,10 +17,10 @@ import hashlib
 import io
 import itertools
 import math
-import statistics
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,22 +30,32 @@ import torch
 from rich.markup import escape
 
 from convlens.data import duplicates
-from convlens.data.cache import ArrayRows, Conversion, as_index
-from convlens.data.decode import UnreadableImage, probe_image
+from convlens.data.cache import ArrayRows, DecodedRows, as_index
+from convlens.data.class_names import match_class_names
+from convlens.data.conversion import choose_conversion
+from convlens.data.decode import Conversion
 from convlens.data.duplicates import Duplicates
-from convlens.data.sources import find_source
+from convlens.data.folder_layout import LayoutOptions
+from convlens.data.layout import list_examples
+from convlens.data.sources import find_configured_source, find_source
 from convlens.data.splits import (
     LoadedPart,
     Split,
+    apply_duplicates,
+    assumed_train_numbers,
+    classes_of_one,
+    describe_origins,
     describe_splits,
     hold_out,
     load_part,
     make_splits,
     parts_of,
+    single_image_notes,
 )
+from convlens.data.summary import DatasetSummary
 from convlens.data.types import DataSource, EncodedFiles, IndexArray, Part
-from convlens.errors import DataError, UsageError
-from convlens.utils.console import print_status
+from convlens.errors import ConvlensError, DataError, UsageError
+from convlens.utils.console import is_first_time, print_once, print_status
 from convlens.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -54,11 +64,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "Split", "channel_stats", "load_data", "load_external_data"]
 
-STANDARD_SIZES = (16, 28, 32, 48, 64, 96, 128)  # the choices of an automatic image size
-MAX_PROBED_IMAGES = 200  # headers that are read to choose the image size
 MAX_SAMPLED_IMAGES = 100_000  # images that the channel statistics are computed from
 IMAGES_FILE = "images.csv.gz"
 IMAGES_COLUMNS = ("id", "class", "split", "sha256")
+# Of decoded image files among which training looks for similar ones: 20,000 of 128 px, which take
+# 12 s on one core.
+MAX_PIXELS_COMPARED = 20_000 * 128 * 128
+_THUMBS_PER_STEP = 1024
 _MAX_LISTED_CHANGES = 3
 _MAX_LISTED_ERRORS = 10
 _ALLOWED_UNREADABLE = 1  # images of a split, or of a class of it, whatever `data.max_bad` is
@@ -72,25 +84,84 @@ class Data:
 
     name: str
     classes: tuple[str, ...]
-    image_size: int
-    channels: int
-    fit: str
+    conversion: Conversion
     train: Split
     val: Split
     fingerprint: str  # SHA-256 over classes, conversion, and ids, labels, contents of all splits
     split_descriptions: dict[str, str]  # split -> where its images come from, in one sentence
     held_out: dict[str, list[str]]  # split -> ids held out of the source's training images
     skipped: dict[str, str]  # id of an unreadable image, left out by data.on_bad=skip -> reason
-    notes: tuple[str, ...]  # about the source, for people
+    summary: DatasetSummary
+    notes: tuple[str, ...]  # about the source and its splits, for people
     listing: ImageList | None  # the image files; None for built-in sets
     _test: Callable[[], Split] = field(repr=False)
+
+    @property
+    def image_size(self) -> int:
+        return self.conversion.size
+
+    @property
+    def channels(self) -> int:
+        return self.conversion.channels
+
+    @property
+    def fit(self) -> str:
+        return self.conversion.fit
 
     def unseal_test(self) -> Split:
         """Return the test split. Only `evaluation` may call this."""
         return self._test()
 
+    def print_notes(self) -> None:
+        """Print the notes, once per command."""
+        _print_notes(self.name, self.notes)
 
-def load_data(config: DataConfig, *, memory_budget: int) -> Data:
+    def print_interpretation(self) -> None:
+        """Print how the data set was interpreted and what is odd about it, once per command."""
+        print_once(f"[bold]{escape(self.name)}[/]: {escape(str(self.summary))}")
+        self.print_notes()
+
+    def print_similar_images(self) -> None:
+        """Print how many similar image files are in different splits, once per command.
+
+        This reads the pixels of the test split as well, but no model sees them.
+        """
+        if self.listing is None or not is_first_time(f"similar images of {self.name}"):
+            return
+        if not self.listing.is_quick_to_compare:
+            print_status(
+                escape(
+                    f"{self.name}: `convlens audit {self.name}` looks for similar images in "
+                    f"different splits; for {self.listing.count:,} files that takes a while"
+                )
+            )
+            return
+        pairs = self.listing.similar_across_splits()
+        if pairs.groups:
+            unit = "pair" if pairs.groups == 1 else "pairs"
+            example = pairs.listed[0]
+            images = [
+                f"{i} ({split})" for i, split in zip(example.ids, example.splits, strict=True)
+            ]
+            remedy = ""
+            if self.held_out:
+                remedy = "data.group=REGEX (of a CSV: COLUMN) keeps related images in one split; "
+            print_status(
+                escape(
+                    f"{self.name}: {pairs.groups:,} {unit} of similar images in different splits, "
+                    f"e.g. {' and '.join(images)}; the test accuracy may be too high "
+                    f"({remedy}`convlens audit {self.name}` lists them)"
+                )
+            )
+
+
+def load_data(
+    config: DataConfig,
+    *,
+    memory_budget: int,
+    conversion: Conversion | None = None,
+    known_classes: Sequence[str] = (),
+) -> Data:
     """Load the data of a recipe: find, decode and check the images, and split them.
 
     Validation and test splits that the source does not have are held out of its training images,
@@ -99,26 +170,46 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
     Args:
         config: The data section of a recipe.
         memory_budget: In bytes. Larger sets are read from disk when they are needed.
+        conversion: That of the run whose images these are. By default, it is chosen for the images.
+        known_classes: Classes of a model that was trained on the data. They settle how folders
+            are read that could be classes or splits.
 
     Raises:
         DataError: Images can't be read (the error lists them, unless data.on_bad=skip), classes
             are too small to split, or the source is missing or malformed.
         UsageError: Unknown name, or keys that do not apply to this source.
     """
-    image_size = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=image_size, group=config.group)
-    for note in source.notes:
-        print_status(escape(f"{source.name}: {note}"))
-    conversion = _resolve_conversion(config, source.parts["train"])
-    parts = {
-        name: load_part(part, conversion, memory_budget)
-        for name, part in parts_of(config, source).items()
-    }
+    source = find_configured_source(config, known_classes=known_classes)
+    try:
+        return _load_source(config, source, memory_budget, conversion)
+    except ConvlensError:
+        _print_notes(source.name, source.notes)  # they may explain the error
+        raise
+
+
+def _load_source(
+    config: DataConfig, source: DataSource, memory_budget: int, known: Conversion | None
+) -> Data:
+    native = source.parts["train"].images
+    needed = parts_of(config, source)
+    assumed = partial(assumed_train_numbers, config, source, needed)
+    choice = choose_conversion(config, native, assumed, known=known)
+    parts = _load_parts(needed, choice.conversion, memory_budget)
     if config.on_bad == "stop":
         hint = f"`convlens audit {config.name}` lists all"
         _refuse_unreadable(parts, f"{hint}; replace them, or set data.on_bad=skip")
     skipped = _skip_unreadable(parts, source, config)
+    parts, copy_notes = apply_duplicates(config, source, parts)
     plan = make_splits(config, source, parts)
+    numbers = parts["train"].good[plan.train]
+    if choice.sample and not np.array_equal(numbers, assumed()):
+        # Unreadable images have changed the split, which is known only now. The conversion must
+        # not depend on held-out images.
+        choice = choose_conversion(config, native, lambda: numbers)
+        parts, _ = apply_duplicates(
+            config, source, _load_parts(needed, choice.conversion, memory_budget)
+        )
+    conversion = choice.conversion
     pool = parts["train"]
     views = {"train": (pool, plan.train)}
     for split in ("val", "test"):
@@ -129,24 +220,40 @@ def load_data(config: DataConfig, *, memory_budget: int) -> Data:
     size = sum(len(index) for _, index in views.values()) * conversion.image_bytes
     keep_in_memory = size <= memory_budget
     listing = ImageList.of(source.classes, views)
+    notes = [*source.notes, *choice.notes, *_skip_notes(skipped), *plan.notes, *copy_notes]
     if listing.of_files:
-        _report_copies(listing, config.name, source.name)
+        notes += _copy_notes(listing, config)
+    summary = DatasetSummary(
+        classes=source.classes,
+        counts=count_classes(views, len(source.classes)),
+        splits={split: len(views[split][1]) for split in ("train", "val", "test")},
+        origins=describe_origins(plan, config, pool),
+        channels=conversion.channels,
+        image_size=conversion.size,
+        fit=conversion.fit,
+        kept_area=choice.kept_area if isinstance(native, EncodedFiles) else None,
+    )
     return Data(
         name=source.name,
         classes=source.classes,
-        image_size=conversion.size,
-        channels=conversion.channels,
-        fit=conversion.fit,
+        conversion=conversion,
         train=pool.split(plan.train, keep_in_memory=keep_in_memory),
         val=views["val"][0].split(views["val"][1], keep_in_memory=keep_in_memory),
         fingerprint=_fingerprint(source.classes, conversion, views),
         split_descriptions=describe_splits(plan, config, source, parts),
         held_out={split: list(pool.ids_of(index)) for split, index in plan.held_out.items()},
         skipped=skipped,
-        notes=source.notes,
+        summary=summary,
+        notes=tuple(notes),
         listing=listing if listing.of_files else None,
         _test=lambda: views["test"][0].split(views["test"][1], keep_in_memory=keep_in_memory),
     )
+
+
+def _load_parts(
+    parts: Mapping[str, Part], conversion: Conversion, memory_budget: int
+) -> dict[str, LoadedPart]:
+    return {name: load_part(part, conversion, memory_budget) for name, part in parts.items()}
 
 
 ALL_IMAGES = "all"  # what the images of a data set without splits are called
@@ -176,12 +283,12 @@ def load_external_data(
     name: str,
     split: str | None = None,
     *,
-    image_size: int,
-    channels: int,
-    fit: str,
+    conversion: Conversion,
     memory_budget: int,
     tested: bool = False,
     run: Path | None = None,
+    model_classes: Sequence[str] | None = None,
+    config: DataConfig | None = None,
 ) -> ExternalData:
     """Load a data set for a trained model, converted to the model's input.
 
@@ -192,20 +299,30 @@ def load_external_data(
         split: A split of the set; by default `test`. Of a set without splits it can only be a
             split of the run: then exactly the images of that split are used, if the set has all
             of them.
-        image_size: Height and width in pixels.
-        channels: 1 or 3.
-        fit: `crop`, `pad` or `stretch`.
+        conversion: That of the model.
         memory_budget: In bytes.
         tested: As for `find_source`.
         run: Run directory of the model. Messages say how many of the images it was trained on, and
             whether all images of its test split are there.
+        model_classes: Classes of the model. Those of the set are matched with them, before any
+            image is read, and returned under the model's names. They also settle how folders are
+            read that could be classes or splits.
+        config: A data section with the keys that say how to read the set.
 
     Raises:
-        DataError: The set has no such split, or images can't be read; otherwise as `load_data`.
+        DataError: The set has no such split, the model does not know a class, or images can't be
+            read; otherwise as `load_data`.
     """
-    source = find_source(name, image_size=image_size, tested=tested)
-    for note in source.notes:
-        print_status(escape(f"{source.name}: {note}"))
+    known_classes = tuple(model_classes or ())
+    if config is None:
+        layout = LayoutOptions(known_classes=known_classes)
+        source = find_source(name, image_size=conversion.size, layout=layout, tested=tested)
+    else:
+        keys = config.model_copy(update={"name": name, "image_size": conversion.size})
+        source = find_configured_source(keys, tested=tested, known_classes=known_classes)
+    if model_classes is not None:
+        source = _match_classes(source, model_classes)
+    _print_notes(source.name, source.notes)
     has_splits = list(source.parts) != ["train"]
     chosen = (split or "test") if has_splits else "train"
     if chosen not in source.parts:
@@ -214,7 +331,6 @@ def load_external_data(
             where=name,
             fix=f"it has: {', '.join(source.parts)} (--split chooses one of them)",
         )
-    conversion = Conversion(image_size, channels, fit)
     loaded = load_part(source.parts[chosen], conversion, memory_budget)
     # `audit` needs a set with at least two classes.
     hint = f" (`convlens audit {name}` lists all)" if len(source.classes) > 1 else ""
@@ -296,6 +412,17 @@ def _describe_overlap(
         )
 
 
+def _match_classes(source: DataSource, model_classes: Sequence[str]) -> DataSource:
+    """Return the source with the model's names of its classes, and a note if they differ."""
+    matches = match_class_names(source.classes, model_classes, source.name)
+    changed = [f"{name} is {match}" for name, match in matches.items() if name != match]
+    if not changed:
+        return source
+    note = f"classes matched with those of the model: {list_examples(changed)}"
+    classes = tuple(matches[name] for name in source.classes)
+    return replace(source, classes=classes, notes=(*source.notes, note))
+
+
 def data_from_arrays(
     images: np.ndarray,
     labels: np.ndarray,
@@ -317,7 +444,7 @@ def data_from_arrays(
         seed: Seed of the random choice.
         fit: How the images were made square; images to predict are made square in the same way.
     """
-    kept, held = hold_out(labels, val_fraction, seed, names=classes)
+    kept, held = hold_out(labels, val_fraction, seed)
     pixels = torch.from_numpy(images)
 
     def split(index: np.ndarray) -> Split:
@@ -331,12 +458,19 @@ def data_from_arrays(
     digest.update(images.data)
     digest.update(labels.tobytes())
     total = len(labels)
+    summary = DatasetSummary(
+        classes=classes,
+        counts=np.bincount(labels, minlength=len(classes)),
+        splits={"train": len(kept), "val": len(held)},
+        origins={"val": "held out, stratified"} if len(held) else {},
+        channels=images.shape[1],
+        image_size=images.shape[2],
+        fit=fit,
+    )
     return Data(
         name="arrays",
         classes=tuple(classes),
-        image_size=images.shape[2],
-        channels=images.shape[1],
-        fit=fit,
+        conversion=Conversion(images.shape[2], images.shape[1], fit),
         train=split(kept),
         val=split(held),
         fingerprint=digest.hexdigest(),
@@ -346,7 +480,8 @@ def data_from_arrays(
         },
         held_out={"val": [f"array/{i}" for i in held.tolist()]},
         skipped={},
-        notes=(),
+        summary=summary,
+        notes=single_image_notes(classes, classes_of_one(labels)) if len(held) else (),
         listing=None,
         _test=refuse_test,
     )
@@ -375,45 +510,20 @@ def channel_stats(split: Split) -> tuple[list[float], list[float]]:
     return mean, [max(math.sqrt(v) / pixels, 1.0) / 255 for v in scaled_variance]
 
 
-def _resolve_conversion(config: DataConfig, train: Part) -> Conversion:
-    """Return the recipe's size and channels, with `auto` replaced by values from the images."""
-    if not isinstance(train.images, EncodedFiles):
-        native_channels, native_size = int(train.images.shape[1]), int(train.images.shape[2])
-    else:
-        native_channels, native_size = _suggest_shape(train.images)
-    size = native_size if config.image_size == "auto" else int(config.image_size)
-    channels = native_channels if config.channels == "auto" else int(config.channels)
-    return Conversion(size, channels, config.fit)
-
-
-def _suggest_shape(files: EncodedFiles) -> tuple[int, int]:
-    """Return channels and size for image files, from the headers of up to 200 of them."""
-    facts = []
-    numbers = np.linspace(0, len(files) - 1, MAX_PROBED_IMAGES).round().astype(int)
-    for i in np.unique(numbers).tolist():
-        try:
-            facts.append(probe_image(files.read(i), files.name(i)))
-        except UnreadableImage:
-            continue  # decoding will list all unreadable files with their reasons
-    if not facts:
-        return 3, 32
-    short_side = statistics.median(min(f.width, f.height) for f in facts)
-    size = max((s for s in STANDARD_SIZES if s <= short_side), default=STANDARD_SIZES[0])
-    return (1 if all(f.grey for f in facts) else 3), size
-
-
-def _report_copies(listing: ImageList, requested_name: str, name: str) -> None:
-    """Print how many groups of equal files are in several splits or under several labels."""
+def _copy_notes(listing: ImageList, config: DataConfig) -> list[str]:
+    """Return how many groups of equal files are in several splits or under several labels."""
     copies = listing.copies()
     counts = {"in more than one split": copies.across_splits, "under two labels": copies.two_labels}
     problems = ", ".join(f"{count:,} {where}" for where, count in counts.items() if count)
-    if problems:
-        print_status(
-            escape(
-                f"{name}: images that occur more than once: {problems} "
-                f"(`convlens audit {requested_name}` lists them)"
-            )
-        )
+    if not problems:
+        return []
+    remedy = "data.duplicates=drop leaves copies out"
+    if copies.across_splits and config.duplicates != "group":
+        remedy += ", data.duplicates=group keeps them in one split"
+    return [
+        f"images that occur more than once: {problems} "
+        f"(`convlens audit {config.name}` lists them; {remedy})"
+    ]
 
 
 def _unreadable(parts: dict[str, LoadedPart]) -> dict[str, str]:
@@ -464,10 +574,23 @@ def _skip_unreadable(
             fix=f"`convlens audit {config.name}` lists the reasons; replace the files, or raise "
             "data.max_bad",
         )
-    skipped = _unreadable(parts)
-    if skipped:
-        print_status(escape(f"{source.name}: {len(skipped)} unreadable images are skipped"))
-    return skipped
+    return _unreadable(parts)
+
+
+def _skip_notes(skipped: Mapping[str, str]) -> list[str]:
+    return [f"{len(skipped)} unreadable images are skipped"] if skipped else []
+
+
+def _print_notes(name: str, notes: Sequence[str]) -> None:
+    for note in notes:
+        print_once(escape(note if note.startswith("warning:") else f"{name}: {note}"))
+
+
+def count_classes(views: Mapping[str, tuple[LoadedPart, IndexArray]], n_classes: int) -> IndexArray:
+    """Return the number of images of each class over all splits, `[K]`."""
+    counts = [np.bincount(part.labels[i], minlength=n_classes) for part, i in views.values()]
+    total: IndexArray = np.sum(counts, axis=0)
+    return total
 
 
 def _fingerprint(
@@ -540,6 +663,42 @@ class ImageList:
                 labels.append(self.classes[part.part.labels[number]])
         groups = duplicates.exact_duplicates(np.concatenate(digests))
         return Duplicates.of(groups, ids, splits, labels)
+
+    @property
+    def count(self) -> int:
+        """Number of images that are used."""
+        return sum(len(index) for _, index in self.views.values())
+
+    @property
+    def is_quick_to_compare(self) -> bool:
+        """Whether `similar_across_splits` takes seconds: few pixels, decoded already."""
+        decodes_again = any(isinstance(part.rows, DecodedRows) for part in self.parts)
+        height, width = self.parts[0].rows.shape[2:]
+        return self.count * height * width <= MAX_PIXELS_COMPARED and not decodes_again
+
+    def similar_across_splits(self) -> Duplicates:
+        """Return the pairs of images in different splits that look the same but are not equal.
+
+        The images are compared as they are given to the network.
+        """
+        thumbs, digests = [], []
+        ids, splits, labels = list[str](), list[str](), list[str]()
+        for name, (part, index) in self.views.items():
+            assert part.digests is not None
+            numbers = part.good[index]
+            for start in range(0, len(numbers), _THUMBS_PER_STEP):
+                images = part.rows.gather(as_index(numbers[start : start + _THUMBS_PER_STEP]))
+                thumbs.append(duplicates.grey_thumbnails(images.numpy()))
+            digests.append(part.digests[numbers])
+            ids += part.ids_of(index)
+            splits += [name] * len(index)
+            labels += [self.classes[label] for label in part.labels[index]]
+        pairs, complete = duplicates.near_duplicates(
+            np.concatenate(thumbs), np.concatenate(digests)
+        )
+        in_split = np.array(splits)
+        across = pairs[in_split[pairs[:, 0]] != in_split[pairs[:, 1]]]
+        return Duplicates.of(across.tolist(), ids, splits, labels, complete=complete)
 
     def write(self, folder: Path) -> None:
         """Write the list into the run directory `folder`."""

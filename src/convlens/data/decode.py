@@ -5,6 +5,10 @@ orientation, convert to 8-bit grey or RGB, resize (antialiased, bilinear), crop 
 setting is changed, so any number of threads may decode at the same time; the pixels of large
 images that are decoded at once are limited to bound the memory.
 
+Deep images (more than 8 bits per value: 16-bit and 32-bit integers, floats) are converted with the
+value range of their set, which `data.conversion` finds. Without a range each is converted by its
+type and its own values, as earlier versions did.
+
 Truncated or damaged files are refused. `check_png` and `check_jpeg` find the damage that Pillow
 does not report.
 """
@@ -12,18 +16,22 @@ does not report.
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import stat
 import struct
+import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 
+from convlens.data.file_types import unsupported_format
 from convlens.errors import DataError, UsageError
 from convlens.utils.files import MemorySemaphore
 
@@ -60,13 +68,19 @@ EXTENSIONS = frozenset(
 FITS = ("crop", "pad", "stretch")
 
 MAX_PIXELS = 89_478_485  # Pillow's default limit
-TOO_LARGE = f"more than {MAX_PIXELS // 10**6} million pixels are refused"
 MAX_BYTES = 1 << 29
+NOT_FINITE = "it holds values that are not finite (NaN or infinity)"
+ALPHA = "alpha"  # a background: the alpha channel itself is the (grey) image
 # Pixels of the large images that all threads decode at once; a pixel takes up to 16 bytes.
 _DECODE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
+_MAX_DRAFT = 8  # JPEG can be decoded at 1/2, 1/4 and 1/8 of its size
+# A JPEG in several scans keeps its coefficients, up to 6 bytes per pixel, whatever its scale.
+_COEFFICIENT_SHARE = 6 / 16
 
 _GREY = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
+_BACKGROUND = re.compile("alpha|white|black|grey|#[0-9a-fA-F]{6}")
+_DEEP_COLOR = re.compile("(RGBA?;16)([LBN])")  # Pillow's name of the encoding, with the byte order
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -114,8 +128,58 @@ class ImageFacts:
     mode: str  # Pillow's name
     grey: bool
     turned: bool  # its EXIF orientation is not upright
-    alpha: bool  # has an alpha channel or a transparent color; both become white
+    alpha: bool  # has an alpha channel or a transparent color
     frames: bool  # has several frames; only the first one is used
+    deep: bool  # has more than 8 bits per value
+
+
+@dataclass(frozen=True, repr=False)
+class Conversion:
+    """How every image of a set is converted to uint8 `[channels, size, size]`.
+
+    Args:
+        size: Height and width in pixels.
+        channels: 1 or 3.
+        fit: `crop`, `pad` or `stretch`, as for `decode`.
+        value_range, background, max_pixels: As for `decode`.
+    """
+
+    size: int
+    channels: int
+    fit: str
+    value_range: tuple[float, float] | None = None
+    background: str = "white"
+    max_pixels: int = MAX_PIXELS
+
+    def __repr__(self) -> str:
+        # Part of cache keys and fingerprints. Later fields are left out where they have their
+        # default, so that those of earlier versions stay valid.
+        text = f"size={self.size!r}, channels={self.channels!r}, fit={self.fit!r}"
+        for field in fields(self)[3:]:
+            value = getattr(self, field.name)
+            text += f", {field.name}={value!r}" if value != field.default else ""
+        return f"Conversion({text})"
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether images can be converted with these values, which may come from a file."""
+        low, high = self.value_range or (0, 1)
+        is_number = isinstance(self.max_pixels, int) and -math.inf < low < high < math.inf
+        is_color = isinstance(self.background, str) and _BACKGROUND.fullmatch(self.background)
+        return self.fit in FITS and is_number and bool(is_color)
+
+    @property
+    def image_bytes(self) -> int:
+        """Size of one converted image in bytes."""
+        return self.channels * self.size * self.size
+
+    def file(self, source: Path | str | bytes, name: str = "") -> Pixels:
+        """Decode and convert one image file, given its path or its bytes and a name."""
+        return decode(source, name=name, **vars(self))
+
+    def array(self, images: Pixels) -> Pixels:
+        """Convert images, uint8 `[N, C, H, W]`."""
+        return fit_arrays(images, size=self.size, channels=self.channels, fit=self.fit)
 
 
 def read_bytes(path: Path | str) -> bytes:
@@ -154,23 +218,38 @@ def read_bytes(path: Path | str) -> bytes:
 
 
 def decode(
-    source: Path | str | bytes, *, size: int | None, channels: int, fit: str, name: str = ""
+    source: Path | str | bytes,
+    *,
+    size: int | None,
+    channels: int,
+    fit: str,
+    value_range: tuple[float, float] | None = None,
+    background: str = "white",
+    max_pixels: int = MAX_PIXELS,
+    name: str = "",
 ) -> Pixels:
     """Decode one image file.
 
     Args:
         source: A path, or the bytes of a file.
         size: Side of the result in pixels; None keeps the size of the image.
-        channels: 1 (ITU-R 601 grey) or 3 (RGB). Transparent parts become white.
+        channels: 1 (ITU-R 601 grey) or 3 (RGB).
         fit: `crop` (short side to `size`, center kept), `pad` (long side to `size`, black
             borders) or `stretch`.
+        value_range: Values of deep images that become 0 and 255; values outside are clipped.
+            None: 65,535 becomes 255 in 16-bit images, and 32-bit images are scaled by their own
+            values.
+        background: The color behind transparent parts (`white`, `black`, `grey` or `#rrggbb`); or
+            `alpha`: images with an alpha channel become that channel, as grey.
+        max_pixels: Larger images are refused. JPEG files are decoded at a reduced scale instead,
+            where the result is small enough.
         name: Name of `source` in errors if it is bytes.
 
     Returns:
         uint8 `[C, size, size]`, or `[C, H, W]` if `size` is None.
 
     Raises:
-        UnreadableImage: Not an image, damaged, or more than 89 megapixels.
+        UnreadableImage: Not an image, damaged, or too large.
         UsageError: An argument is invalid, or Pillow is set to accept truncated images.
     """
     _check_arguments(size, channels, fit)
@@ -179,23 +258,56 @@ def decode(
         name = os.fspath(source)
         source = read_bytes(source)
     try:
-        with _open(source, name) as image:
-            if image.format == "PNG":
-                check_png(source)
-            elif image.format in ("JPEG", "MPO"):
-                check_jpeg(image, source)
-            if size is not None:
-                # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. Twice the target size leaves
-                # enough detail for an antialiased resize.
-                width, height = _resized_size(image.size, size, fit)
-                image.draft(None, (2 * width, 2 * height))
-            with _DECODE_MEMORY.acquire(image.width * image.height):
+        with _open(source, name, max_pixels) as image:
+            pixels = _prepare(image, source, name, size, fit, max_pixels)
+            with _DECODE_MEMORY.acquire(pixels):
+                values = None if value_range is None else _read_deep(image, source, max_pixels)
                 image.load()
-                converted = _to_eight_bit(_to_upright(image), image.format or "", channels)
+                # After loading: Pillow turns TIFF upright when it loads, and drops the tag.
+                orientation = _orientation(image)
+                if value_range is not None and values is not None:
+                    upright = _to_upright(_scale_deep(values, value_range), orientation)
+                else:
+                    upright = _to_upright(image, orientation)
+                converted = _to_eight_bit(upright, image.format or "", channels, background)
                 return _to_array(_resize(converted, size, fit))
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files.
+        raise UnreadableImage(name or "(bytes)", _reason(error, source)) from error
+
+
+def read_values(
+    source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS, name: str = ""
+) -> npt.NDArray[np.generic]:
+    """Return the values of an image as they are stored, before they are converted to 8 bits.
+
+    Args:
+        source, max_pixels, name: As for `decode`.
+
+    Returns:
+        `[H, W]`, or `[H, W, 3 or 4]` for color; not turned upright. Deep images have their own
+        data type, others are uint8.
+
+    Raises:
+        UnreadableImage: As `decode`; also if a float is not finite.
+    """
+    check_pillow()
+    if not isinstance(source, bytes):
+        name = os.fspath(source)
+        source = read_bytes(source)
+    try:
+        with _open(source, name, max_pixels) as image:
+            pixels = _prepare(image, source, name, None, "crop", max_pixels)
+            with _DECODE_MEMORY.acquire(pixels):
+                values = _read_deep(image, source, max_pixels)
+                if values is not None:
+                    return values
+                has_alpha = _has_alpha(image)
+                return np.array(image.convert("RGBA" if has_alpha else "RGB"))
+    except (UnreadableImage, MemoryError):
+        raise
+    except Exception as error:  # as in `decode`
         raise UnreadableImage(name or "(bytes)", _reason(error, source)) from error
 
 
@@ -236,21 +348,46 @@ def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> 
     return out
 
 
-def probe_image(source: Path | str | bytes, name: str = "") -> ImageFacts:
+def scale_to_uint8(values: npt.NDArray[np.generic], value_range: tuple[float, float]) -> Pixels:
+    """Map values linearly so that `value_range` becomes 0..255; round them to whole levels.
+
+    Args:
+        values: Finite numbers, of any shape. Values outside the range are clipped.
+        value_range: The values that become 0 and 255.
+
+    Raises:
+        UsageError: The range is empty.
+    """
+    low, high = value_range
+    if not low < high:
+        raise UsageError(f"the range [{low:g}, {high:g}] is empty", fix="give [low, high]")
+    # 64-bit floats hold all 32-bit integers exactly. In place: the images may be large.
+    scaled = np.subtract(values, low, dtype=np.float64)
+    scaled *= 255
+    scaled /= high - low
+    np.clip(scaled, 0, 255, out=scaled)
+    levels: Pixels = np.rint(scaled, out=scaled).astype(np.uint8)
+    return levels
+
+
+def probe_image(
+    source: Path | str | bytes, name: str = "", *, max_pixels: int = MAX_PIXELS
+) -> ImageFacts:
     """Read the header of an image; the pixels are not decoded.
 
     Args:
         source: A path, or the bytes of a file.
         name: Name of `source` in errors if it is bytes.
+        max_pixels: As for `decode`.
 
     Raises:
-        UnreadableImage: The header is not that of an image, or declares more than 89 megapixels.
+        UnreadableImage: The header is not that of an image, or declares too many pixels.
     """
     if not isinstance(source, bytes):
         name = os.fspath(source)
         source = read_bytes(source)
     try:
-        with _open(source, name) as image:
+        with _open(source, name, max_pixels) as image:
             width, height = image.size
             # The EXIF of a PNG may follow the pixels; reading it would decode all of them.
             has_exif = image.format != "PNG" or "exif" in image.info
@@ -265,6 +402,7 @@ def probe_image(source: Path | str | bytes, name: str = "") -> ImageFacts:
                 turned=orientation in _UPRIGHT,
                 alpha=_has_alpha(image),
                 frames=_has_frames(image),
+                deep=_is_deep(image),
             )
     except (UnreadableImage, MemoryError):
         raise
@@ -281,11 +419,13 @@ def _check_arguments(size: int | None, channels: int, fit: str) -> None:
         raise UsageError(f"image size must be at least 1, not {size!r}")
 
 
-def _open(content: bytes, name: str) -> ImageFile.ImageFile:
-    """Read the header of an image as `Image.open` does, with a fixed limit of its pixels.
+def _open(content: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
+    """Read the header of an image as `Image.open` does, with a limit of its pixels.
 
     Pillow's own limit is a setting of the whole process, and up to twice that limit Pillow only
     warns. Turning this warning into an error would need another setting of the whole process.
+
+    The pixels of a JPEG are limited at the smallest scale that it can be decoded at.
     """
     file = io.BytesIO(content)
     Image.preinit()
@@ -304,11 +444,61 @@ def _open(content: bytes, name: str) -> ImageFile.ImageFile:
             image = factory(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):  # another format
             continue
+        scale = _MAX_DRAFT if kind == "JPEG" else 1
         for width, height in (image.size, getattr(image, "_tile_size", image.size)):
-            if width * height > MAX_PIXELS:
-                raise UnreadableImage(name or "(bytes)", f"{TOO_LARGE} ({width} x {height})")
+            if width * height > max_pixels * scale**2:
+                raise _too_large(name, image.size, max_pixels)
         return image
     raise UnidentifiedImageError
+
+
+def _too_large(name: str, image_size: tuple[int, int], max_pixels: int) -> UnreadableImage:
+    width, height = image_size
+    return UnreadableImage(
+        name or "(bytes)",
+        f"more than {max_pixels / 1e6:.3g} million pixels are refused ({width} x {height}); "
+        f"data.max_pixels={width * height} accepts it",
+    )
+
+
+def _prepare(
+    image: ImageFile.ImageFile,
+    content: bytes,
+    name: str,
+    size: int | None,
+    fit: str,
+    max_pixels: int,
+) -> int:
+    """Check that an opened image is complete, and reduce the scale of a JPEG.
+
+    Returns:
+        The number of pixels that decoding keeps in memory.
+
+    Raises:
+        UnreadableImage: They are more than `max_pixels`.
+    """
+    full_size = image.size
+    one_scan = True
+    if image.format == "PNG":
+        check_png(content)
+    elif image.format in ("JPEG", "MPO"):
+        one_scan = check_jpeg(image, content)
+    width, height = image.size
+    if size is not None:
+        # Twice the target size leaves enough detail for an antialiased resize.
+        width, height = (2 * side for side in _resized_size(image.size, size, fit))
+    scale = 1
+    while image.width * image.height > max_pixels * scale**2:
+        scale *= 2
+    if scale > 1:
+        width, height = min(width, image.width // scale), min(height, image.height // scale)
+    image.draft(None, (width, height))  # chooses the scale of a JPEG; other formats keep their size
+    pixels = image.width * image.height
+    if not one_scan:
+        pixels = max(pixels, round(full_size[0] * full_size[1] * _COEFFICIENT_SHARE))
+    if pixels > max_pixels:
+        raise _too_large(name, full_size, max_pixels)
+    return pixels
 
 
 def _orientation(image: Image.Image) -> int:
@@ -318,9 +508,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_upright(image: Image.Image) -> Image.Image:
-    # After loading: Pillow turns TIFF upright when it loads the pixels, and drops the tag.
-    transpose = _UPRIGHT.get(_orientation(image))
+def _to_upright(image: Image.Image, orientation: int) -> Image.Image:
+    transpose = _UPRIGHT.get(orientation)
     return image if transpose is None else image.transpose(transpose)
 
 
@@ -342,7 +531,94 @@ def _is_grey(image: Image.Image) -> bool:
     return palette[0::3] == palette[1::3] == palette[2::3]
 
 
-def _to_eight_bit(image: Image.Image, file_format: str, channels: int) -> Image.Image:
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I") or _deep_color_encoding(image) != ""
+
+
+def _deep_color_encoding(image: Image.Image) -> str:
+    """Return Pillow's name of the encoding of 16-bit color; empty for other images.
+
+    It is known only before the pixels are loaded.
+    """
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else None
+    encoding = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    found = isinstance(encoding, str) and _DEEP_COLOR.fullmatch(encoding)
+    return str(encoding) if found else ""
+
+
+def _read_deep(
+    image: ImageFile.ImageFile, content: bytes, max_pixels: int
+) -> npt.NDArray[np.generic] | None:
+    """Return the values of a deep image, `[H, W]` or `[H, W, 3 or 4]`; None for 8-bit images.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    if not _is_deep(image):
+        return None
+    encoding = _deep_color_encoding(image)
+    if encoding:
+        return _read_deep_color(image, encoding, content, max_pixels)
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    maximum = _pgm_maximum(image)
+    image.load()
+    values = np.asarray(image)
+    if maximum is not None:  # Pillow has scaled the values to 0..65535
+        values = np.rint(values * (maximum / 65535)).astype(np.uint16)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(NOT_FINITE)
+    is_unsigned = tags.get(258) == (32,) and tags.get(339, (1,)) == (1,)
+    # Pillow reads unsigned integers of 32 bits as signed ones.
+    return values.view(np.uint32) if image.mode == "I" and is_unsigned else values
+
+
+def _pgm_maximum(image: ImageFile.ImageFile) -> int | None:
+    """Return the maximum that the header of a deep PGM gives; None where it is 65,535."""
+    if image.format != "PPM" or image.mode != "I":
+        return None
+    arguments = image.tile[0].args
+    return int(arguments[1]) if isinstance(arguments, tuple) else None
+
+
+def _read_deep_color(
+    image: ImageFile.ImageFile, encoding: str, content: bytes, max_pixels: int
+) -> npt.NDArray[np.uint16]:
+    """Return 16-bit color. Pillow keeps the upper byte of each value and drops the lower one.
+
+    So the file is decoded twice: read in the other byte order, the lower byte is the upper one.
+    """
+    kind, order = encoding.split(";16")
+    order = sys.byteorder[0].upper() if order == "N" else order
+    swapped = f"{kind};16{'B' if order == 'L' else 'L'}"
+    with _open(content, "", max_pixels) as again:
+        again.tile = [_with_encoding(tile, swapped) for tile in again.tile]
+        lower = np.asarray(again.convert(kind), dtype=np.uint16)
+    image.load()
+    upper: npt.NDArray[np.uint16] = np.asarray(image, dtype=np.uint16) << np.uint16(8)
+    return upper | lower
+
+
+def _with_encoding(tile: Any, encoding: str) -> Any:
+    arguments = tile.args
+    changed = (encoding, *arguments[1:]) if isinstance(arguments, tuple) else encoding
+    return tile._replace(args=changed)
+
+
+def _scale_deep(values: npt.NDArray[np.generic], value_range: tuple[float, float]) -> Image.Image:
+    """Convert the values of a deep image to 8 bits. A fourth channel, alpha, keeps its range."""
+    if values.ndim == 2:
+        return Image.fromarray(scale_to_uint8(values, value_range))
+    # One channel at a time, as floats need much memory.
+    channels = [scale_to_uint8(values[..., c], value_range) for c in range(3)]
+    if values.shape[2] == 4:
+        channels.append((values[..., 3].astype(np.uint16) >> np.uint16(8)).astype(np.uint8))
+    return Image.fromarray(np.stack(channels, axis=2))
+
+
+def _to_eight_bit(
+    image: Image.Image, file_format: str, channels: int, background: str
+) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = _scale_16_bit(np.asarray(image))
     elif image.mode in ("I", "F"):
@@ -350,9 +626,12 @@ def _to_eight_bit(image: Image.Image, file_format: str, channels: int) -> Image.
         image = _scale_32_bit(np.asarray(image), holds_16_bit=holds_16_bit)
     if _has_alpha(image):
         image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, "white")
-        background.alpha_composite(image)
-        image = background.convert("RGB")
+        if background == ALPHA:
+            image = image.getchannel("A")
+        else:
+            opaque = Image.new("RGBA", image.size, ImageColor.getrgb(background))
+            opaque.alpha_composite(image)
+            image = opaque.convert("RGB")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     mode = "L" if channels == 1 else "RGB"
@@ -371,7 +650,7 @@ def _scale_32_bit(values: npt.NDArray[np.generic], *, holds_16_bit: bool) -> Ima
     """
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("it holds values that are not finite (NaN or infinity)")
+        raise ValueError(NOT_FINITE)
     if holds_16_bit or (low >= 0 and 255 < high <= 65535 and values.dtype.kind == "i"):
         return _scale_16_bit(np.clip(values.astype(np.int64), 0, 65535))
     scaled = values.astype(np.float64)
@@ -424,12 +703,15 @@ def _reason(error: Exception, content: bytes = b"") -> str:
         return "no permission to read it"
     if isinstance(error, UnidentifiedImageError):
         head = content[:256]
+        kind = unsupported_format(head)
+        if kind:
+            return f"it is {kind}, which is not supported: convert it to JPEG or PNG"
         if head.lstrip()[:1] == b"<":
             return "it is a web page or XML, not an image"
         readable = head and all(byte in b"\t\r\n\f" or byte >= 32 for byte in head)
         return "it is text, not an image" if readable else "not an image in a known format"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return TOO_LARGE
+        return "it has too many pixels"
     if isinstance(error, EOFError) or "truncat" in text.lower():
         return "the file is cut short"
     if isinstance(error, OSError) and error.strerror:
@@ -475,7 +757,7 @@ def check_png(content: bytes) -> None:
         start += 12 + length
 
 
-def check_jpeg(image: ImageFile.ImageFile, content: bytes) -> None:
+def check_jpeg(image: ImageFile.ImageFile, content: bytes) -> bool:
     """Prepare an opened JPEG so that decoding it fails if a part of it is missing.
 
     libjpeg fills missing data with grey and only warns; Pillow drops its warnings. It does so only
@@ -485,6 +767,9 @@ def check_jpeg(image: ImageFile.ImageFile, content: bytes) -> None:
     Args:
         image: The opened image.
         content: The bytes of its file.
+
+    Returns:
+        Whether all data are in one scan, so that they can be decoded row by row.
 
     Raises:
         EOFError: Scans are missing.
@@ -505,6 +790,7 @@ def check_jpeg(image: ImageFile.ImageFile, content: bytes) -> None:
         stream.seek(end)
         stream.truncate()
         stream.write(_LOOKAHEAD)
+    return end is not None
 
 
 def _walk_segments(content: bytes) -> int | None:

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from convlens.data.decode import Pixels, fit_arrays
+
 Thumbs = npt.NDArray[np.uint8]  # [N, HASH_SIDE, HASH_SIDE], grey
 Hashes = npt.NDArray[np.uint64]
 Pairs = npt.NDArray[np.int64]  # [P, 2], the smaller index first
+Indices = npt.NDArray[np.int64]  # [N]
 
 HASH_SIDE = 32  # pixels of a thumbnail
 MAX_HASH_DISTANCE = 4  # bits of 63 that may differ
@@ -95,6 +98,52 @@ def exact_duplicates(digests: npt.NDArray[np.uint8]) -> list[list[int]]:
     order = np.argsort(group, kind="stable")
     ends = np.cumsum(counts)
     return sorted(order[ends[g] - counts[g] : ends[g]].tolist() for g in np.flatnonzero(counts > 1))
+
+
+def copies_to_drop(
+    digests: npt.NDArray[np.uint8], labels: Indices
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Find the images that a set without copies does without.
+
+    Returns:
+        The groups of equal images with one label, of which all but the first are dropped, and the
+        groups under several labels, of which all are dropped: at least one label is wrong, and
+        which one is unknown.
+    """
+    same_label, conflicting = list[list[int]](), list[list[int]]()
+    for group in exact_duplicates(digests):
+        is_conflict = len(np.unique(labels[group])) > 1
+        (conflicting if is_conflict else same_label).append(group)
+    return same_label, conflicting
+
+
+def groups_with_copies(
+    digests: npt.NDArray[np.uint8], groups: Sequence[str] | None
+) -> tuple[list[str] | None, int]:
+    """Join groups of images that hold copies of each other.
+
+    Args:
+        digests: Digest of each image, uint8 `[N, bytes]`.
+        groups: Group of each image; None if every image is on its own.
+
+    Returns:
+        The group of each image and the number of groups of copies. Without copies the groups are
+        returned as they are.
+    """
+    copies = exact_duplicates(digests)
+    if not copies:
+        return None if groups is None else list(groups), 0
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    group = np.arange(len(digests))
+    if groups is not None:
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+    first = np.array([group[each[0]] for each in copies for _ in each[1:]])
+    others = np.array([group[number] for each in copies for number in each[1:]])
+    edges = coo_matrix((np.ones(len(first), np.bool_), (first, others)), shape=(len(group),) * 2)
+    _, joined = connected_components(edges, directed=False)
+    return [str(number) for number in joined[group].tolist()], len(copies)
 
 
 def is_plain(thumbs: Thumbs) -> npt.NDArray[np.bool_]:
@@ -179,6 +228,11 @@ def correlation(thumbs: Thumbs, pairs: Pairs) -> npt.NDArray[np.float32]:
         centered /= np.maximum(np.linalg.norm(centered, axis=2, keepdims=True), 1e-6)
         out[start : start + _CHUNK] = (centered[:, 0] * centered[:, 1]).sum(axis=1)
     return out
+
+
+def grey_thumbnails(images: Pixels) -> Thumbs:
+    """Return grey thumbnails of uint8 images `[N, C, H, W]`."""
+    return fit_arrays(images, size=HASH_SIDE, channels=1, fit="stretch")[:, 0]
 
 
 def near_duplicates(thumbs: Thumbs, digests: npt.NDArray[np.uint8]) -> tuple[Pairs, bool]:

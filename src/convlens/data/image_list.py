@@ -1,58 +1,94 @@
-"""A CSV file that lists images with their classes."""
+"""Lists of images with their classes: a CSV, a text file, JSON or parquet, or a folder with these.
+
+`table_files` reads the cells, `list_columns` finds out what they mean, `image_paths` finds the
+files. Here they become rows, which are checked together, and a `DataSource`.
+"""
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from convlens.data.class_names import (
+    check_renamed,
+    describe_similar,
+    similar_class_names,
+    strip_invisible,
+)
+from convlens.data.image_paths import PathFinder
 from convlens.data.layout import (
     SPLITS,
     Problem,
+    list_examples,
     normalize_name,
     printable,
     raise_problems,
     split_from_name,
 )
+from convlens.data.list_columns import (
+    DEFAULT_OPTIONS,
+    ListOptions,
+    interpret_table,
+    is_known_column,
+)
+from convlens.data.table_files import TABLE_READERS, read_table
 from convlens.data.types import DataSource, FilePaths, Part, is_image_name
-from convlens.errors import DataError, UsageError, close_matches, did_you_mean
+from convlens.errors import DataError, UsageError
 
+LIST_SUFFIXES = tuple(TABLE_READERS)
 COLUMNS_HELP = "the first line names the columns: path,label[,split][,a group column]"
-PATH_COLUMNS = ("path", "file", "filename", "filepath", "image")
-LABEL_COLUMNS = ("label", "class", "category", "target")
-SPLIT_COLUMNS = ("split", "subset", "set")
 _FORMULA_STARTS = ("=", "+", "-", "@")
 
 
-@dataclass(frozen=True)
-class CsvRow:
-    """One image of a CSV file.
+@dataclass(frozen=True, slots=True)
+class ListRow:
+    """One image of a list.
 
     Attributes:
-        line: number of its line.
+        line: number of its line, with the name of the list if there are several.
         path: its path as written.
-        file: its absolute path.
+        file: its absolute path; None if there is no such file.
         label: class name, empty if the cell is empty.
         split_cell: its split as written.
         split: `train`, `val` or `test`; None if the cell has another value.
         group: value of the group column; None without one.
     """
 
-    line: int
+    line: str
     path: str
-    file: str
+    file: str | None
     label: str
     split_cell: str
     split: str | None
     group: str | None
 
 
+@dataclass
+class ListContent:
+    """The rows of one or more lists before they are checked.
+
+    Attributes:
+        rows: the images.
+        short_lines: lines that lack cells.
+        notes: how the lists were read.
+        hints: why files were not found.
+        fix: what helps against missing files.
+    """
+
+    rows: list[ListRow] = field(default_factory=list)
+    short_lines: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+    fix: str = ""
+
+
 # Checks of single rows: message, whether a row fails, and how the message names it.
-_ROW_CHECKS: list[tuple[str, Callable[[CsvRow], bool], Callable[[CsvRow], str]]] = [
+_ROW_CHECKS: list[tuple[str, Callable[[ListRow], bool], Callable[[ListRow], str]]] = [
     (
         "lines without a label",
         lambda row: not row.label,
@@ -64,136 +100,223 @@ _ROW_CHECKS: list[tuple[str, Callable[[CsvRow], bool], Callable[[CsvRow], str]]]
         lambda row: row.split_cell,
     ),
     (
-        "files that do not exist",
-        lambda row: not os.path.isfile(row.file),
+        "files without the extension of an image",
+        lambda row: row.file is not None and not _may_be_image(row.file),
         lambda row: row.path,
     ),
     (
-        "files without the extension of an image",
-        lambda row: not is_image_name(os.path.basename(row.path)) and os.path.isfile(row.file),
-        lambda row: row.path,
+        "files that do not exist",
+        lambda row: row.file is None,
+        lambda row: row.path or f"no path in line {row.line}",
     ),
 ]
+
+_TWO_LABELS = "files with two labels"
+_MULTI_LABEL_HELP = (
+    "give each image one label; convlens trains single-label classifiers, so a multi-label set, "
+    "with several lines for each image, can't be used"
+)
 
 # Checks for contradictions between rows: message, key, the value that all rows of a key share, and
 # how the message names the key.
 _CONSISTENCY_CHECKS: list[
-    tuple[str, Callable[[CsvRow], str | None], Callable[[CsvRow], Hashable], Callable[[str], str]]
+    tuple[str, Callable[[ListRow], str | None], Callable[[ListRow], Hashable], Callable[[str], str]]
 ] = [
-    ("files with two labels", lambda row: row.file, lambda row: row.label, os.path.basename),
+    (_TWO_LABELS, lambda row: row.file, lambda row: row.label, os.path.basename),
     ("files in two splits", lambda row: row.file, lambda row: row.split, os.path.basename),
+    ("files in two groups", lambda row: row.file, lambda row: row.group, os.path.basename),
     ("groups in two splits", lambda row: row.group, lambda row: row.split, str),
 ]
 
 
-def read_csv(path: Path, name: str, group: str | None = None, tested: bool = False) -> DataSource:
-    """Read a CSV file (comma, semicolon or tab; with a header) that lists images.
+def read_list(
+    path: Path, name: str, options: ListOptions = DEFAULT_OPTIONS, *, tested: bool = False
+) -> DataSource:
+    """Read a file that lists images: one of `LIST_SUFFIXES`.
 
     Args:
-        path: the CSV file, with columns `path` and `label` and optionally `split` (empty cells mean
-            train). Paths are relative to the file. Labels may be written by `escape_csv_formula`.
+        path: the list. Its columns are found by their names (`list_columns`). Empty cells of the
+            split mean training. Labels may be written by `escape_csv_formula`.
         name: name of the data set.
-        group: a column; images with equal values stay in one split.
+        options: how to read the list.
         tested: as in `sources.find_source`.
 
     Raises:
         DataError: lists everything that is wrong.
-        UsageError: the file has no column `group`.
+        UsageError: the file lacks a column that `options` names.
     """
-    columns, lines = _read_lines(path)
-    rows = _parse_rows(lines, columns, path, group)
-    short = [f"line {line}" for line, cells in lines if len(cells) < len(columns)]
-    problems = [Problem("lines with missing cells", short)]
-    for message, fails, describe in _ROW_CHECKS:
-        failing = dict.fromkeys(describe(row) for row in rows if fails(row))
-        problems.append(Problem(message, list(failing)))
-    for message, key, value, describe_key in _CONSISTENCY_CHECKS:
-        keys = _keys_with_two_values((key(row), value(row)) for row in rows)
-        problems.append(Problem(message, sorted(set(map(describe_key, keys)))))
-    judged = SPLITS if tested else ("train",)
-    names = tuple(sorted({row.label for row in rows if row.split in judged}))
-    problems += _find_class_problems(rows, names, 1 if tested else 2)
-    raise_problems(problems, path, "fix these lines and run the same command again")
+    content = read_rows(path, options)
+    split = split_from_name(path.stem)
+    siblings = [
+        sibling.name
+        for sibling in sorted(path.parent.glob(f"*{path.suffix}"))
+        if split_from_name(sibling.stem) not in (None, split)
+    ]
+    if split is not None and siblings and {row.split for row in content.rows} == {"train"}:
+        content.notes.append(
+            f"not read: {list_examples(siblings)}; to read all splits, name the folder"
+        )
+    ids = [row.path for row in content.rows]
+    return make_source(content, path, name, ids, tested=tested, rename=options.rename)
 
+
+def read_rows(path: Path, options: ListOptions) -> ListContent:
+    """Return the rows of a list, before they are checked.
+
+    Raises:
+        DataError: the file is not a list of images.
+        UsageError: a column or folder that `options` names does not exist.
+    """
+    table = read_table(path, is_known_column)
+    if not table.lines:
+        raise DataError("this file lists no images", where=str(path), fix=COLUMNS_HELP)
+    folder = os.path.dirname(os.path.abspath(path))
+    finder = PathFinder(folder, _images_folder(folder, options.images))
+    cells = interpret_table(
+        table, str(path), options, share_of_files=finder.share, is_file=finder.is_file
+    )
+    if not cells.lines and not cells.short_lines:
+        raise DataError("this file lists no images", where=str(path), fix=COLUMNS_HELP)
+    resolution = finder.resolve(cells.paths)
+    labels = [strip_invisible(unescape_csv_formula(label)) for label in cells.labels]
+    content = ListContent(
+        short_lines=[str(line) for line in cells.short_lines],
+        notes=[*cells.notes, *resolution.notes],
+        hints=resolution.hints,
+        fix=resolution.fix,
+    )
+    changed = {
+        label
+        for label, cell in zip(labels, cells.labels, strict=True)
+        if label != unescape_csv_formula(cell).strip()
+    }
+    if changed:
+        content.notes.append(
+            f"invisible characters were removed from the labels {list_examples(sorted(changed))}"
+        )
+    for i, line in enumerate(cells.lines):
+        content.rows.append(
+            ListRow(
+                str(line),
+                cells.paths[i],
+                resolution.files[i],
+                normalize_name(labels[i]),
+                cells.split_cells[i],
+                "train" if cells.splits is None else cells.splits[i],
+                None if cells.groups is None else cells.groups[i],
+            )
+        )
+    return content
+
+
+def _images_folder(folder: str, images: str | None) -> str | None:
+    """Return the folder of `data.images`, relative to the list or to the current folder."""
+    if images is None:
+        return None
+    candidates = [os.path.join(folder, images), os.path.abspath(os.path.expanduser(images))]
+    for candidate in candidates:
+        if os.path.isdir(candidate):
+            return os.path.normpath(candidate)
+    raise UsageError(
+        f"data.images={images}: no such folder",
+        where=folder,
+        fix="write it relative to the folder of the list, or to the current folder",
+    )
+
+
+def make_source(
+    content: ListContent,
+    where: Path,
+    name: str,
+    ids: Sequence[str],
+    *,
+    tested: bool,
+    rename: Mapping[str, str] | None = None,
+) -> DataSource:
+    """Check all rows together and return them as a data source.
+
+    Args:
+        where: the list or its folder, for messages.
+        ids: name of the image of each row.
+        tested: as in `sources.find_source`.
+        rename: new names of classes.
+
+    Raises:
+        DataError: lists everything that is wrong.
+        UsageError: `rename` names a class that does not exist.
+    """
+    if rename:
+        check_renamed(rename, sorted({row.label for row in content.rows}))
+        renamed = [replace(row, label=rename.get(row.label, row.label)) for row in content.rows]
+        content = replace(content, rows=renamed)
+    rows = content.rows
+    names = _check_rows(content, where, tested)
+    notes = list(content.notes)
+    first = {row.file: number for number, row in reversed(list(enumerate(rows)))}
+    used = [number for number, row in enumerate(rows) if first[row.file] == number]
+    if len(used) < len(rows):
+        notes.append(
+            f"{len(rows) - len(used):,} lines that repeat a file with the same label count once"
+        )
+    counts = Counter(rows[number].label for number in used)
+    for group in similar_class_names(names):
+        images = ", ".join(f"{counts[label]:,}" for label in group)
+        notes.append(
+            f"classes that look like the same one: {describe_similar(group)} ({images} images); "
+            "data.rename merges them"
+        )
     number_of = {name: number for number, name in enumerate(names)}
     parts = {}
     for split in SPLITS:
-        members = [row for row in rows if row.split == split]
+        members = [number for number in used if rows[number].split == split]
         if members:
             parts[split] = Part(
-                FilePaths([row.file for row in members]),
-                np.array([number_of[row.label] for row in members], np.int64),
-                [printable(row.path) for row in members],
-                [row.group for row in members if row.group is not None] or None,
+                FilePaths([rows[number].file or "" for number in members]),
+                np.array([number_of[rows[number].label] for number in members], np.int64),
+                [printable(ids[number]) for number in members],
+                [g for number in members if (g := rows[number].group) is not None] or None,
             )
-    return DataSource(name, names, parts)
+    return DataSource(name, names, parts, tuple(notes))
 
 
-def _read_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the column names, and number and cells of each further line that is not blank."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-            file.seek(0)
-            reader = csv.reader(file, delimiter=max(",;\t", key=header.count))
-            lines = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "this CSV is not UTF-8 text", where=str(path), fix="save it as UTF-8"
-        ) from error
-    except (OSError, csv.Error) as error:
-        raise DataError(f"can't read this CSV: {error}", where=str(path)) from error
-    if len(lines) < 2:
-        raise DataError("this CSV lists no images", where=str(path), fix=COLUMNS_HELP)
-    return [cell.strip() for cell in lines[0][1]], lines[1:]
+def _check_rows(content: ListContent, where: Path, tested: bool) -> tuple[str, ...]:
+    """Return the sorted class names.
+
+    Raises:
+        DataError: lists everything that is wrong.
+    """
+    rows = content.rows
+    problems = [
+        Problem("lines with missing cells", [f"line {line}" for line in content.short_lines])
+    ]
+    for message, fails, describe in _ROW_CHECKS:
+        failing = dict.fromkeys(describe(row) for row in rows if fails(row))
+        problems.append(Problem(message, list(failing)))
+    missing = problems[-1]
+    if missing.items and content.hints:
+        hints = "; ".join(dict.fromkeys(content.hints))
+        shown = f"{list_examples(missing.items)} ({hints})"
+        problems[-1] = Problem(missing.message, [shown])
+    for message, key, value, describe_key in _CONSISTENCY_CHECKS:
+        keys = _keys_with_two_values((key(row), value(row)) for row in rows)
+        fix = _MULTI_LABEL_HELP if message == _TWO_LABELS and len(keys) > 1 else ""
+        problems.append(Problem(message, sorted(set(map(describe_key, keys))), fix))
+    judged = SPLITS if tested else ("train",)
+    names = tuple(sorted({row.label for row in rows if row.split in judged}))
+    problems += _find_class_problems(rows, names, 1 if tested else 2)
+    fix = "fix these lines and run the same command again"
+    if missing.items:
+        fix = content.fix or f"{fix}, or name the folder of the images: data.images=FOLDER"
+    elif {"0", "1"} <= {row.split_cell for row in rows if row.split is None} <= set("012"):
+        fix = "name this column `partition` if 0, 1, 2 mean train, val, test, as in CelebA"
+    raise_problems(problems, where, fix)
+    return names
 
 
-def _parse_rows(
-    lines: Sequence[tuple[int, list[str]]], columns: list[str], path: Path, group: str | None
-) -> list[CsvRow]:
-    """Return the lines that have all cells as rows."""
-    path_column = _find_column(columns, PATH_COLUMNS)
-    label_column = _find_column(columns, LABEL_COLUMNS)
-    split_column = _find_column(columns, SPLIT_COLUMNS)
-    if path_column is None or label_column is None:
-        missing = "path" if path_column is None else "label"
-        raise DataError(
-            f"no column {missing!r} among: {', '.join(columns)}",
-            where=str(path),
-            fix=COLUMNS_HELP,
-        )
-    if group is not None and group not in columns:
-        suggestion = did_you_mean(close_matches(group, columns)[:1])
-        raise UsageError(
-            f"no column {group!r} for data.group",
-            where=str(path),
-            fix=suggestion or f"columns: {', '.join(columns)}",
-        )
-    group_column = columns.index(group) if group is not None else None
-    folder = os.path.dirname(os.path.abspath(path))
-    rows = []
-    for line, cells in lines:
-        if len(cells) < len(columns):
-            continue
-        image_path = cells[path_column].strip()
-        split_cell = "" if split_column is None else cells[split_column]
-        rows.append(
-            CsvRow(
-                line,
-                image_path,
-                os.path.normpath(os.path.join(folder, image_path)),
-                normalize_name(unescape_csv_formula(cells[label_column].strip())),
-                split_cell,
-                split_from_name(split_cell) if split_cell.strip() else "train",
-                None if group_column is None else cells[group_column],
-            )
-        )
-    return rows
-
-
-def _find_column(columns: Sequence[str], names: Sequence[str]) -> int | None:
-    folded = [column.casefold() for column in columns]
-    return next((folded.index(name) for name in names if name in folded), None)
+def _may_be_image(file: str) -> bool:
+    """Return whether a file has the extension of an image, or none: then its content decides."""
+    name = os.path.basename(file)
+    return is_image_name(name) or not os.path.splitext(name)[1]
 
 
 def _keys_with_two_values(pairs: Iterable[tuple[str | None, Hashable]]) -> set[str]:
@@ -206,7 +329,7 @@ def _keys_with_two_values(pairs: Iterable[tuple[str | None, Hashable]]) -> set[s
 
 
 def _find_class_problems(
-    rows: Sequence[CsvRow], names: Sequence[str], min_classes: int
+    rows: Sequence[ListRow], names: Sequence[str], min_classes: int
 ) -> list[Problem]:
     splits = sorted({row.split or "?" for row in rows})
     problems = [

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convlens.errors import DataError
+from convlens.errors import DataError, UsageError, closest_match, did_you_mean
 
 SPLITS = ("train", "val", "test")
-SPLIT_SPELLINGS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "eval", "evaluation", "dev"),
-    "test": ("test", "testing"),
+# Words for the splits. A name may also have the neutral words, digits and separators:
+# `training_set`, `Test1`, `valImages`.
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "trn": "train",
+    "val": "val",
+    "valid": "val",
+    "validate": "val",
+    "validation": "val",
+    "eval": "val",
+    "evaluation": "val",
+    "dev": "val",
+    "development": "val",
+    "holdout": "val",
+    "heldout": "val",
+    "test": "test",
+    "testing": "test",
+    "tst": "test",
 }
-_SPLIT_OF = {name: split for split, spellings in SPLIT_SPELLINGS.items() for name in spellings}
+_NEUTRAL_WORD = re.compile(
+    r"(data)?sets?|data|splits?|part|subset|samples?|folder|dir|files|the|v|new|final|full|small|mini"
+    r"|original|raw|resized|cropped|processed"
+    r"|images?|imgs?|pictures?|photos?"
+)
+_UNLABELED_WORD = re.compile(r"pred(ict(ions?)?|s)?|unlabell?ed|submissions?|inference")
 LAYOUT_HELP = "make one folder per class, each with its images: FOLDER/<class>/*.jpg"
 MAX_EXAMPLES = 5  # items that a message lists before it counts the others
 
@@ -55,14 +77,164 @@ def list_examples(items: Sequence[str]) -> str:
     return ", ".join(items[:MAX_EXAMPLES]) + (f" and {more} more" if more > 0 else "")
 
 
+@dataclass(frozen=True)
+class SplitName:
+    """A name with the word for a split.
+
+    Attributes:
+        split: `train`, `val` or `test`.
+        rest: the other words, in order: `("seg",)` for `seg_train`; empty for `train_set1`.
+        is_holdout: the word is `holdout`, which is a test split beside a validation split.
+    """
+
+    split: str
+    rest: tuple[str, ...] = ()
+    is_holdout: bool = False
+
+
+def parse_split_name(name: str) -> SplitName | None:
+    """Find the word for a split in a name; None if there is none, or there are several.
+
+    A name with other words (`seg_train`, but also `train station`) is the name of a split only
+    among others that support it; see `match_split_names`.
+    """
+    words = [word for word in split_words(name) if not _NEUTRAL_WORD.fullmatch(word)]
+    found = [word for word in words if word in SPLIT_WORDS]
+    if len({SPLIT_WORDS[word] for word in found}) != 1:
+        return None
+    rest = tuple(word for word in words if word not in SPLIT_WORDS)
+    return SplitName(SPLIT_WORDS[found[0]], rest, found[0] in ("holdout", "heldout"))
+
+
+def split_words(name: str) -> list[str]:
+    """Return the words of a name in lower case, divided at separators, digits and camel case.
+
+    The neutral words are also cut off the end of a word for a split: `trainset` is `train set`.
+    """
+    words = list[str]()
+    for word in re.findall(r"[^\W\d_]+", name):
+        # `TRAINset` has no camel case; `seg` and `Train` in `segTrain` are words.
+        whole = _cut_neutral_word(word.casefold())
+        humps = re.findall(r"[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[A-Z][^\W\d_A-Z]*", word)
+        words += whole if whole[0] in SPLIT_WORDS else map(str.casefold, humps)
+    text = re.sub(r"\bh(o|e)ld out\b", r"h\1ldout", " ".join(words))
+    return [part for word in text.split() for part in _cut_neutral_word(word)]
+
+
+def _cut_neutral_word(word: str) -> list[str]:
+    for split in SPLIT_WORDS:
+        if word.startswith(split) and _NEUTRAL_WORD.fullmatch(word, len(split)):
+            return [split, word[len(split) :]]
+    return [word]
+
+
 def split_from_name(name: str) -> str | None:
-    """Return `train`, `val` or `test` for any of their usual spellings, else None."""
-    return _SPLIT_OF.get(name.strip().casefold())
+    """Return `train`, `val` or `test` for any of their usual spellings, else None.
+
+    Names with other words count only among others: see `match_split_names`.
+    """
+    parsed = parse_split_name(name)
+    return parsed.split if parsed and not parsed.rest else None
+
+
+def match_split_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the split of each name that stands for one, judged by all names together.
+
+    - A name of nothing but a word for a split (`train`, `Training_set`, `test1`) stands for it.
+    - Otherwise, names with other words stand for splits if the same words occur with two splits:
+      `seg_train` and `seg_test`, but not `train station` and `test tube`; or if there is only one
+      name.
+    - `holdout` is the validation split, or the test split if another name is the former.
+    """
+    names = list(names)
+    parsed = {name: found for name in names if (found := parse_split_name(name))}
+    splits_of_rest: dict[tuple[str, ...], set[str]] = {}
+    for found in parsed.values():
+        splits_of_rest.setdefault(found.rest, set()).add(found.split)
+    is_only_name = len(set(names)) == 1
+    matched = {
+        name: found
+        for name, found in parsed.items()
+        if not found.rest or len(splits_of_rest[found.rest]) > 1 or is_only_name
+    }
+    exact = {name: found for name, found in matched.items() if not found.rest}
+    matched = exact or matched
+    plain = {found.split for found in matched.values() if not found.is_holdout}
+    holdout = "test" if "val" in plain and "test" not in plain else "val"
+    return {name: holdout if found.is_holdout else found.split for name, found in matched.items()}
+
+
+def is_neutral_name(name: str) -> bool:
+    """Return whether a name says nothing about what is inside, like `images` or `data`."""
+    return all(map(_NEUTRAL_WORD.fullmatch, split_words(name)))
+
+
+def is_unlabeled_name(name: str) -> bool:
+    """Return whether a name is that of images to predict, like `seg_pred`."""
+    return any(map(_UNLABELED_WORD.fullmatch, split_words(name)))
 
 
 def normalize_name(name: str) -> str:
     """Return a class name in composed Unicode (NFC), without surrounding blanks."""
     return unicodedata.normalize("NFC", name).strip()
+
+
+@dataclass(frozen=True)
+class ClassChoice:
+    """Which classes of a data set are used: the keys `data.classes`, `without` and `min_images`.
+
+    Attributes:
+        only: the classes to use; empty for all.
+        without: classes to leave out.
+        min_images: a class with fewer training images is left out.
+    """
+
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    min_images: int = 0
+
+    def keep(self, names: Sequence[str], where: str) -> list[str]:
+        """Return the names that `only` and `without` keep, in their order.
+
+        Args:
+            names: all classes of the set.
+            where: name of the set, for the error.
+
+        Raises:
+            UsageError: a class that is chosen or left out does not exist.
+        """
+        only, without = self._resolve(self.only, names), self._resolve(self.without, names)
+        problems, similar = [], list[str]()
+        for key, resolved in (("data.classes", only), ("data.without", without)):
+            unknown = [name for name in resolved if name not in names]
+            if unknown:
+                problems.append(f"{key} names classes that do not exist: {list_examples(unknown)}")
+                similar += [closest_match(name, names) for name in unknown]
+        if problems:
+            question = did_you_mean(dict.fromkeys(filter(None, similar)))
+            raise UsageError(
+                "; ".join(problems),
+                where=where,
+                fix=question or f"the classes are: {list_examples(names)}",
+            )
+        return [name for name in names if (name in only or not only) and name not in without]
+
+    @staticmethod
+    def _resolve(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
+        """Return the chosen classes by their exact names; YAML reads `00012` as the number 12."""
+        resolved = []
+        for name in map(normalize_name, chosen):
+            equal = [n for n in names if name.isdecimal() and n.isdecimal() and int(n) == int(name)]
+            resolved.append(equal[0] if name not in names and len(equal) == 1 else name)
+        return resolved
+
+
+def list_override(key: str, names: Iterable[str]) -> str:
+    """Return the override that sets a key to names, quoted for YAML and for a shell if needed."""
+    is_plain = re.compile(r"(?!(yes|no|on|off|true|false|null|y|n)$)[^\W\d][\w.-]*", re.IGNORECASE)
+    texts = [n if is_plain.fullmatch(n) else json.dumps(n, ensure_ascii=False) for n in names]
+    override = f"{key}=[{','.join(texts)}]"
+    return f"'{override}'" if '"' in override else override
 
 
 def printable(text: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from convlens.data.decode import FORMATS, UnreadableImage
-from convlens.data.sources import find_source
+from convlens.data.sources import find_configured_source
 from convlens.data.types import DataSource, EncodedFiles, Part
 from convlens.errors import UsageError
 from convlens.utils.console import progress_bar
@@ -51,8 +51,7 @@ def export_shards(config: DataConfig, target: str | Path) -> WrittenShards:
 
     Raises the errors of `find_source` and `write_shards`.
     """
-    size = None if config.image_size == "auto" else int(config.image_size)
-    source = find_source(config.name, count=config.count, image_size=size, group=config.group)
+    source = find_configured_source(config)
     paths = write_shards(source, Path(target))
     images = {split: len(part.labels) for split, part in source.parts.items()}
     return WrittenShards(source.name, str(target), len(paths), images)

@@ -1,4 +1,4 @@
-"""Find a data set by name or path: built-in sets, image folders, CSV files and shards.
+"""Find a data set by name or path: built-in sets, image folders, lists of images and shards.
 
 To add a built-in set, write a function that returns its `DataSource` and add a line to `SOURCES`;
 files to download are listed in `download.py`.
@@ -7,22 +7,34 @@ files to download are listed in `download.py`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from convlens.data import download
 from convlens.data.cache import FixedSizeRecords
+from convlens.data.class_names import rename_classes
 from convlens.data.decode import Pixels
-from convlens.data.image_folder import is_directory, read_folder
-from convlens.data.image_list import read_csv
-from convlens.data.layout import printable, split_from_name
-from convlens.data.types import DataSource, ImageSource, NumberedStrings, Part
+from convlens.data.folder_layout import LayoutOptions
+from convlens.data.image_folder import read_folder
+from convlens.data.image_list import LIST_SUFFIXES, read_list
+from convlens.data.layout import ClassChoice, list_examples, printable, split_from_name
+from convlens.data.list_columns import DEFAULT_OPTIONS, ListOptions
+from convlens.data.list_folder import find_lists, read_listed_folder
+from convlens.data.scan import is_directory
+from convlens.data.types import DataSource, EncodedFiles, ImageSource, NumberedStrings, Part
 from convlens.data.webdataset import holds_shards, is_pattern, read_shards
 from convlens.errors import DataError, UsageError, close_matches, did_you_mean
+
+if TYPE_CHECKING:
+    from convlens.recipe import DataConfig
 
 _DIGITS = tuple("0123456789")
 _CLASSES = {
@@ -90,12 +102,37 @@ REMARKS = {"cifar10": (f"3.3% {_TWINS}",), "cifar100": (f"10% {_TWINS}",)}
 Plane = npt.NDArray[np.float32]
 
 
+def find_configured_source(
+    config: DataConfig, *, tested: bool = False, known_classes: Sequence[str] = ()
+) -> DataSource:
+    """Return the data set that the data section of a recipe describes; see `find_source`."""
+    return find_source(
+        config.name,
+        count=config.count,
+        image_size=None if config.image_size == "auto" else int(config.image_size),
+        group=config.group,
+        layout=LayoutOptions(config.layout, config.class_level, tuple(known_classes)),
+        choice=ClassChoice(config.classes, config.without, config.min_images or 0),
+        lists=ListOptions(
+            path_column=config.path_column,
+            label_column=config.label_column,
+            split_column=config.split_column,
+            images=config.images,
+            rename=config.rename,
+        ),
+        tested=tested,
+    )
+
+
 def find_source(
     name: str,
     *,
     count: int | None = None,
     image_size: int | None = None,
     group: str | None = None,
+    layout: LayoutOptions | None = None,
+    choice: ClassChoice | None = None,
+    lists: ListOptions = DEFAULT_OPTIONS,
     tested: bool = False,
 ) -> DataSource:
     """Return the data set called `name`: a built-in set, a path, or a folder under `data/`.
@@ -105,7 +142,11 @@ def find_source(
             `$CONVLENS_DATA`.
         count: number of images to generate; only for `shapes`.
         image_size: size of the generated `shapes`.
-        group: CSV column; images with equal values stay in one split.
+        group: a CSV column, or a regular expression for the ids of images (`_group_by_pattern`);
+            images with equal values stay in one split.
+        layout: how a folder is read that has several readings.
+        choice: the classes to use; by default all.
+        lists: how to read a list of images. Classes of other sources are renamed, too.
         tested: the set is only used to evaluate a model: `train` may be missing, there may be a
             single class, and a class may have no images or no training images.
 
@@ -117,41 +158,153 @@ def find_source(
         raise UsageError(
             "data.count applies only to the generated set `shapes`", where=f"data.name={name}"
         )
+    choice = choice or ClassChoice()
     path = None if name in SOURCES else _find_path(name)
-    if group is not None and (path is None or path.is_dir()):
-        raise UsageError("data.group applies only to CSV files", where=f"data.name={name}")
-    if name == "shapes":
-        return _shapes(count or 2000, image_size or 32)
-    if name in SOURCES:
-        return SOURCES[name]()
+    lists = replace(lists, group=group)
+    is_list = path is not None and path.is_file() and path.suffix.lower() in LIST_SUFFIXES
+    is_folder = path is not None and path.is_dir() and not holds_shards(path)
+    if path is not None and is_list:
+        source = read_list(path, name, lists, tested=tested)
+        source = source.with_classes(choice.keep(source.classes, name))
+    elif path is not None and is_folder and find_lists(path):
+        source = read_listed_folder(
+            path,
+            name,
+            lists,
+            read_class_folders=partial(read_folder, options=layout, choice=choice),
+            choice=choice,
+            tested=tested,
+        )
+    else:
+        _refuse_list_options(lists, name)
+        if path is not None and is_folder:
+            # The classes are chosen before the folder is checked: others may be empty, for example.
+            source = read_folder(path, name, options=layout, choice=choice, tested=tested)
+        else:
+            if name == "shapes":
+                source = _shapes(count or 2000, image_size or 32)
+            elif name in SOURCES:
+                source = SOURCES[name]()
+            else:
+                source = _read_path(path, name, tested)
+            source = source.with_classes(choice.keep(source.classes, name))
+        if lists.rename:
+            source = rename_classes(source, lists.rename)
+    if choice.min_images:
+        source = _without_small_classes(source, choice.min_images)
+    if choice != ClassChoice() and len(source.classes) < 2 and not tested:
+        raise DataError(
+            f"{len(source.classes)} classes are left: {list_examples(source.classes) or 'none'}",
+            where=f"data.name={name}",
+            fix="change data.classes, data.without or data.min_images",
+        )
+    if group is not None and all(part.groups is None for part in source.parts.values()):
+        source = _group_by_pattern(source, group)
+    return source
+
+
+def _refuse_list_options(lists: ListOptions, name: str) -> None:
+    """Refuse keys that say how to read a list; the others apply to every data set."""
+    for key, value in asdict(replace(lists, rename=None, group=None)).items():
+        if value is not None:
+            raise UsageError(
+                f"data.{key} applies only to CSV files and other lists of images",
+                where=f"data.name={name}",
+            )
+
+
+def _read_path(path: Path | None, name: str, tested: bool) -> DataSource:
+    """Read shards, or a file that is not a list."""
     if path is None:
         if is_pattern(name):
             return read_shards(_expand_user(name), name, tested=tested)
         raise _unknown_name(name)
-    if path.is_dir():
-        read = read_shards if holds_shards(path) else read_folder
-        return read(path, name, tested=tested)
-    suffix = path.suffix.lower()
-    if suffix in FILE_READERS:
-        return FILE_READERS[suffix](path, name, group, tested)
-    is_archive = path.suffix in (".zip", ".gz", ".tgz", ".xz")
-    raise DataError(
-        "this file is not a CSV or a tar",
-        where=str(path),
-        fix="unpack it and name the folder" if is_archive else "name a folder or a CSV",
+    if path.is_dir() or path.suffix.lower() == ".tar":
+        return read_shards(path, name, tested=tested)
+    fix = f"name a folder or a list of images ({', '.join(LIST_SUFFIXES)})"
+    if path.suffix.lower() in (".zip", ".gz", ".tgz", ".xz", ".7z", ".rar"):
+        fix = "unpack it and name the folder"
+    elif path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        fix = "save it as CSV (UTF-8) and name that file"
+    raise DataError("this file is not a CSV or a tar", where=str(path), fix=fix)
+
+
+def _without_small_classes(source: DataSource, min_images: int) -> DataSource:
+    """Leave out classes with fewer than `min_images` training images."""
+    counts = dict.fromkeys(source.classes, 0)
+    if "train" in source.parts:
+        bincount = np.bincount(source.parts["train"].labels, minlength=len(source.classes))
+        counts = dict(zip(source.classes, bincount.tolist(), strict=True))
+    small = [f"{name} ({count})" for name, count in counts.items() if count < min_images]
+    if not small:
+        return source
+    kept = source.with_classes([name for name, count in counts.items() if count >= min_images])
+    note = (
+        f"{len(small)} of {len(counts)} classes have fewer than {min_images} training images and "
+        f"are left out: {list_examples(small)}"
     )
+    return replace(kept, notes=(*kept.notes, note))
 
 
-def _read_tar(path: Path, name: str, group: str | None, tested: bool) -> DataSource:
-    return read_shards(path, name, tested=tested)
+def _group_by_pattern(source: DataSource, pattern: str) -> DataSource:
+    """Group images by what a regular expression finds in their ids.
 
+    Args:
+        source: image files of a folder, a CSV file or shards. Their ids are paths relative to the
+            set, with `/` on every system.
+        pattern: its first group is the group of an image, or the whole match if it has none.
 
-# How a single file is read, by its suffix.
-FILE_READERS: dict[str, Callable[[Path, str, str | None, bool], DataSource]] = {
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".tar": _read_tar,
-}
+    Raises:
+        UsageError: the pattern is invalid, or the images are not files.
+        DataError: the pattern does not match all ids.
+    """
+    where = f"data.group={pattern}"
+    if not all(isinstance(part.images, EncodedFiles) for part in source.parts.values()):
+        raise UsageError("data.group applies only to image files", where=f"data.name={source.name}")
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            f"data.group is not a valid regular expression: {error}",
+            where=where,
+            fix="for example data.group='^(.*)_[0-9]+': the part in parentheses is the group",
+        ) from error
+    parts, unmatched, total = {}, list[str](), 0
+    splits_of_group: dict[str, set[str]] = {}
+    for split, part in source.parts.items():
+        groups = []
+        for image_id in part.ids:
+            match = compiled.search(image_id.replace(os.sep, "/"))
+            group = match and match[1 if compiled.groups else 0]
+            if group is None:
+                unmatched.append(image_id)
+            else:
+                groups.append(group)
+                splits_of_group.setdefault(group, set()).add(split)
+        total += len(part.ids)
+        parts[split] = replace(part, groups=groups)
+    if len(unmatched) == total:
+        raise UsageError(
+            "data.group is not a column, and as a regular expression it matches no path like "
+            f"{unmatched[0]}",
+            where=where,
+            fix="for example data.group='^(.*)_[0-9]+': the part in parentheses is the group",
+        )
+    if unmatched:
+        raise DataError(
+            f"data.group matches {total - len(unmatched):,} of {total:,} images, but not: "
+            f"{list_examples(unmatched)}",
+            where=where,
+            fix="it is searched for in the path of each image below the folder, as shown here",
+        )
+    notes = list(source.notes)
+    shared = sorted(group for group, splits in splits_of_group.items() if len(splits) > 1)
+    if shared:
+        notes.append(
+            f"{len(shared):,} groups are in more than one of the set's own splits: "
+            f"{list_examples(shared)}"
+        )
+    return DataSource(source.name, source.classes, parts, tuple(notes))
 
 
 def data_roots() -> list[Path]:
@@ -252,7 +405,7 @@ def _resolve_parents(path: str) -> str:
 
 def _looks_like_path(name: str) -> bool:
     """Return whether `name` is a path or written like one; then it is not a misspelled name."""
-    path_syntax = "/" in name or os.sep in name or name.lower().endswith((".csv", ".tsv", ".tar"))
+    path_syntax = "/" in name or os.sep in name or name.lower().endswith((*LIST_SUFFIXES, ".tar"))
     return path_syntax or _find_path(name) is not None
 
 

@@ -8,17 +8,19 @@ for, and `describe_splits` says in words what was done.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from convlens.data import cache
-from convlens.data.cache import ArrayRows, Conversion, ConvertedRows, ImageRows, as_index, in_memory
-from convlens.data.decode import Pixels
+from convlens.data import cache, duplicates
+from convlens.data.cache import ArrayRows, ConvertedRows, ImageRows, as_index, in_memory
+from convlens.data.decode import Conversion, Pixels
+from convlens.data.layout import list_examples
 from convlens.data.loader import ShardOrder
 from convlens.data.types import (
     DataSource,
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from convlens.recipe import DataConfig
 
 
+IN_NO_FOLD = -1  # trained on by the models of all folds
+
+
 def hold_out(
     labels: IndexArray,
     fraction: float,
@@ -41,12 +46,12 @@ def hold_out(
     groups: Sequence[str] | None = None,
     *,
     keep: int = 1,
-    names: Sequence[str] | None = None,
 ) -> tuple[IndexArray, IndexArray]:
     """Hold out a fraction of the images of every class.
 
     The numbers are rounded by the largest remainder method (ties go to the lower class). The same
-    seed always gives the same result. If `fraction` > 0, at least one image is held out.
+    seed always gives the same result. If `fraction` > 0, at least one image is held out, but never
+    the only image (or group) of a class.
 
     Args:
         labels: int64 `[N]`.
@@ -55,22 +60,21 @@ def hold_out(
         groups: The group of each image. A group is never divided, which makes the shares
             approximate.
         keep: Number of images (or groups) that each class keeps at least, however small it is.
-        names: Class names for errors.
 
     Returns:
         Two sorted, disjoint index arrays: the images that are kept and those held out.
 
     Raises:
-        DataError: A class has a single image (or group), so it can't be in both parts.
+        DataError: No class has more than `keep` images, or no group can be held out.
     """
     all_images = np.arange(len(labels), dtype=np.int64)
     if fraction <= 0 or not len(labels):
         return all_images, all_images[:0]
     random = np.random.default_rng(seed)
     if groups is None:
-        held = _hold_images(labels, fraction, random, keep, names)
+        held = _hold_images(labels, fraction, random, keep)
     else:
-        held = _hold_groups(labels, fraction, random, groups, keep, names)
+        held = _hold_groups(labels, fraction, random, groups, keep)
     return all_images[~held], all_images[held]
 
 
@@ -86,7 +90,8 @@ def fold_numbers(
 
     Without groups the sizes of the folds differ by at most one image, in each class and in total.
     A group is never divided: the groups are assigned by size, the largest first, each to the fold
-    that has the fewest images of its classes.
+    that has the fewest images of its classes. The only image (or group) of a class is in no fold,
+    so every model trains on it.
 
     Args:
         labels: int64 `[N]`.
@@ -96,28 +101,38 @@ def fold_numbers(
         names: Class names for errors.
 
     Returns:
-        The fold of each image, int64 `[N]`, from 0 to `folds` - 1.
+        The fold of each image, int64 `[N]`, from 0 to `folds` - 1; `IN_NO_FOLD` for the only image
+        (or group) of a class.
 
     Raises:
         DataError: All images of a class would be in one fold, or there are fewer images (or
-            groups) than folds.
+            groups) to divide than folds.
     """
     random = np.random.default_rng(seed)
-    unit = "image" if groups is None else "group"
-    units = len(labels if groups is None else set(groups))
-    if units < folds:
-        raise DataError(
-            f"data.folds={folds}, but there are only {units} {unit}s",
-            fix=f"at most data.folds={units}",
-        )
     if groups is not None:
         return _assign_groups(labels, folds, random, groups, names)
-    _refuse_single(np.bincount(labels), unit, 1 / folds, names)
+    fold = np.full(len(labels), IN_NO_FOLD, np.int64)
+    divided = np.flatnonzero(np.bincount(labels)[labels] > 1)
+    _check_folds(folds, len(divided), "image", is_complete=len(divided) == len(labels))
     # Round robin over all images in the order of their classes, so that each class continues with
     # the fold after that of the last image of the class before it.
-    fold = np.empty(len(labels), np.int64)
-    fold[np.lexsort((random.random(len(labels)), labels))] = np.arange(len(labels)) % folds
+    order = np.lexsort((random.random(len(divided)), labels[divided]))
+    fold[divided[order]] = np.arange(len(divided)) % folds
     return fold
+
+
+def _check_folds(folds: int, units: int, unit: str, *, is_complete: bool) -> None:
+    """Refuse more folds than images (or groups).
+
+    Args:
+        is_complete: Whether these are all images, and none is the only one of its class.
+    """
+    if units < folds:
+        rest = "" if is_complete else f" besides the only {unit} of a class"
+        raise DataError(
+            f"data.folds={folds}, but there are only {units} {unit}s{rest}",
+            fix=f"at most data.folds={units}" if units > 1 else f"add {unit}s to the classes",
+        )
 
 
 def take_per_class(
@@ -171,16 +186,12 @@ def _ranks(labels: IndexArray, random: np.random.Generator) -> IndexArray:
     return ranks
 
 
-def _refuse_single(
-    counts: IndexArray, unit: str, fraction: float, names: Sequence[str] | None
-) -> None:
-    single = [int(c) for c in np.flatnonzero(counts == 1)]
-    if single:
-        raise DataError(
-            f"{len(single)} of {np.count_nonzero(counts)} classes have a single {unit}, but "
-            f"{fraction:.0%} must be held out: {_listed(single, counts, names)}",
-            fix=f"give every class at least two {unit}s (better: dozens), or leave it out",
-        )
+def classes_of_one(labels: IndexArray, groups: Sequence[str] | None = None) -> list[int]:
+    """Return the classes with a single image (or group). It is never held out."""
+    if not len(labels):
+        return []
+    units = labels if groups is None else _grouped(labels, groups)[2]
+    return np.flatnonzero(np.bincount(units) == 1).tolist()
 
 
 def _hold_images(
@@ -188,11 +199,15 @@ def _hold_images(
     fraction: float,
     random: np.random.Generator,
     keep: int,
-    names: Sequence[str] | None,
 ) -> npt.NDArray[np.bool_]:
     """Return which images are held out, bool `[N]`; the numbers by the largest remainder method."""
     counts = np.bincount(labels)
-    _refuse_single(counts, "image", fraction, names)
+    if counts.max() <= keep:
+        most = "a single image" if counts.max() == 1 else f"at most {counts.max()} images"
+        raise DataError(
+            f"every class has {most}, but {fraction:.0%} must be held out",
+            fix=f"give the classes at least {keep + 1} images (better: dozens)",
+        )
     quota = counts * fraction
     limit = np.maximum(counts - keep, 0)
     n_held = np.minimum(np.floor(quota + 1e-9).astype(np.int64), limit)
@@ -215,7 +230,6 @@ def _hold_groups(
     random: np.random.Generator,
     groups: Sequence[str],
     keep: int,
-    names: Sequence[str] | None,
 ) -> npt.NDArray[np.bool_]:
     """Return which images are held out, bool `[N]`.
 
@@ -225,7 +239,6 @@ def _hold_groups(
     n_classes = int(labels.max()) + 1
     group, starts, pair_class, pair_counts = _grouped(labels, groups)
     n_kept = np.bincount(pair_class, minlength=n_classes)  # groups of each class
-    _refuse_single(n_kept, "group", fraction, names)
     counts = np.bincount(labels, minlength=n_classes)
     quota = counts * fraction
     weight = 1 / np.maximum(counts, 1)
@@ -265,12 +278,17 @@ def _assign_groups(
 ) -> IndexArray:
     n_classes = int(labels.max()) + 1
     group, starts, pair_class, pair_counts = _grouped(labels, groups)
-    _refuse_single(np.bincount(pair_class, minlength=n_classes), "group", 1 / folds, names)
+    has_one_group = np.bincount(pair_class, minlength=n_classes) == 1
+    is_only_group = np.logical_or.reduceat(has_one_group[pair_class], starts[:-1])
+    divided = len(is_only_group) - int(is_only_group.sum())
+    _check_folds(folds, divided, "group", is_complete=not is_only_group.any())
     counts = np.bincount(labels, minlength=n_classes)
     weight = 1 / np.maximum(counts, 1)
     fold_counts = np.zeros((folds, n_classes))
-    fold = np.zeros(len(starts) - 1, np.int64)
+    fold = np.full(len(starts) - 1, IN_NO_FOLD, np.int64)
     for g in _large_first(group, random):
+        if is_only_group[g]:
+            continue
         rows = slice(starts[g], starts[g + 1])
         c, n = pair_class[rows], pair_counts[rows]
         # The increase of the sum of squared class shares, up to a factor and a constant.
@@ -344,10 +362,12 @@ class LoadedPart:
         content: SHA-256 over the readable images.
         bad: Number of each unreadable image -> reason.
         digests: SHA-256 of each file, uint8 `[N, 32]`; None if the images are not files.
+        dropped: Numbers of images that are left out by `data.duplicates=drop`.
 
     Attributes:
-        good: Numbers of the readable images. The indices of other methods refer to these.
-        labels: Labels of the readable images.
+        good: Numbers of the images that are readable and not dropped. The indices of other methods
+            refer to these.
+        labels: Labels of the images `good`.
     """
 
     part: Part
@@ -355,9 +375,11 @@ class LoadedPart:
     content: str
     bad: dict[int, str]
     digests: Pixels | None = None
+    dropped: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        good = np.delete(np.arange(len(self.part.labels), dtype=np.int64), list(self.bad))
+        left_out = [*self.bad, *self.dropped]
+        good = np.delete(np.arange(len(self.part.labels), dtype=np.int64), left_out)
         self.good: IndexArray = good
         self.labels: IndexArray = self.part.labels[good]
 
@@ -406,6 +428,93 @@ def _content_hash(images: ImageSource) -> str:
         index = np.arange(start, min(start + 1024, images.shape[0]))
         digest.update(images[index].data)
     return digest.hexdigest()
+
+
+def apply_duplicates(
+    config: DataConfig, source: DataSource, parts: dict[str, LoadedPart]
+) -> tuple[dict[str, LoadedPart], list[str]]:
+    """Drop copies of images, or make each image and its copies a group, as the recipe says.
+
+    Copies are files that are equal byte for byte, or equal pixels in built-in sets. Of copies in
+    several parts `drop` keeps the one in `test`, or else in `val`, so that results on a split that
+    comes with the data set stay comparable.
+
+    Returns:
+        The parts, and notes for people.
+
+    Raises:
+        DataError: A class has no training image left.
+    """
+    if config.duplicates == "keep":
+        return parts, []
+    if config.duplicates == "group":
+        return _group_copies(parts)
+    order = [name for name in ("test", "val", "train") if name in parts]
+    digests = np.concatenate([_good_digests(parts[name]) for name in order])
+    labels = np.concatenate([parts[name].labels for name in order])
+    owners = [(name, number) for name in order for number in parts[name].good.tolist()]
+    copies, conflicting = duplicates.copies_to_drop(digests, labels)
+    dropped: dict[str, list[int]] = {name: [] for name in order}
+    positions = [i for group in copies for i in group[1:]]
+    positions += [i for group in conflicting for i in group]
+    for position in positions:
+        name, number = owners[position]
+        dropped[name].append(number)
+    kept = {name: replace(part, dropped=sorted(dropped[name])) for name, part in parts.items()}
+    before, after = (
+        np.bincount(of["train"].labels, minlength=len(source.classes)) for of in (parts, kept)
+    )
+    empty = [source.classes[c] for c in np.flatnonzero((before > 0) & (after == 0))]
+    if empty:
+        raise DataError(
+            f"data.duplicates=drop leaves no training image of: {list_examples(empty)}",
+            where=source.name,
+            fix=f"`convlens audit {config.name}` lists the copies; correct the labels, or set "
+            "data.duplicates=keep",
+        )
+    notes = []
+    if copies:
+        count = sum(len(group) - 1 for group in copies)
+        copy = "copy of another image is" if count == 1 else "copies of other images are"
+        notes.append(f"{count:,} {copy} left out (data.duplicates=drop)")
+    if conflicting:
+        count = sum(len(group) for group in conflicting)
+        name, number = owners[conflicting[0][0]]
+        notes.append(
+            f"{count:,} equal images under different labels are all left out "
+            f"(data.duplicates=drop), e.g. {parts[name].part.ids[number]}"
+        )
+    return kept, notes
+
+
+def _group_copies(parts: dict[str, LoadedPart]) -> tuple[dict[str, LoadedPart], list[str]]:
+    """Make each training image and its copies a group. The other parts are splits already."""
+    train = parts["train"]
+    in_groups = train.groups_of(train.all())
+    joined, count = duplicates.groups_with_copies(_good_digests(train), in_groups)
+    if joined is None or not count:
+        return parts, []
+    groups = [""] * len(train.part.labels)
+    for number, group in zip(train.good.tolist(), joined, strict=True):
+        groups[number] = group
+    grouped = replace(train, part=replace(train.part, groups=groups))
+    unit = "group" if count == 1 else "groups"
+    note = f"{count:,} {unit} of equal images, each kept in one split (data.duplicates=group)"
+    return {**parts, "train": grouped}, [note]
+
+
+def _good_digests(part: LoadedPart) -> Pixels:
+    """Return the digest of each image `part.good`: of its file, or of its pixels."""
+    if part.digests is not None:
+        return part.digests[part.good]
+    images = part.part.images
+    assert not isinstance(images, EncodedFiles)
+    digests = [
+        hashlib.sha256(np.ascontiguousarray(image).data).digest()
+        for start in range(0, len(part.good), 1024)
+        for image in images[part.good[start : start + 1024]]
+    ]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
 
 
 def check_split_config(config: DataConfig) -> None:
@@ -471,6 +580,7 @@ class SplitPlan:
         selected_size: Number of images left by `data.total_per_class`; without it, all readable
             images. The share of validation images refers to it.
         after_val_size: Number of images left after validation images were held out.
+        notes: For people.
     """
 
     train: IndexArray
@@ -478,6 +588,7 @@ class SplitPlan:
     test_pool_size: int
     selected_size: int
     after_val_size: int
+    notes: tuple[str, ...] = ()
 
 
 def make_splits(config: DataConfig, source: DataSource, parts: dict[str, LoadedPart]) -> SplitPlan:
@@ -504,7 +615,7 @@ def make_splits(config: DataConfig, source: DataSource, parts: dict[str, LoadedP
         test_pool_size = int(from_train_part.sum())
         keep = 1 if "val" in source.parts else 2
         kept, held_out["test"] = _hold_out_of(
-            pool, train[from_train_part], config.test_fraction, config, source, keep
+            pool, train[from_train_part], config.test_fraction, config, keep
         )
         train = np.sort(np.concatenate([kept, train[~from_train_part]]))
     selected_size = len(pool.good)
@@ -521,7 +632,35 @@ def make_splits(config: DataConfig, source: DataSource, parts: dict[str, LoadedP
             pool.labels[train], config.per_class, config.seed, names=source.classes
         )
         train = train[chosen]
-    return SplitPlan(train, held_out, test_pool_size, selected_size, after_val_size)
+    notes: tuple[str, ...] = ()
+    if any(map(len, held_out.values())):
+        groups = pool.groups_of(pool.all())
+        unit = "image" if config.group is None else "group"
+        notes = single_image_notes(source.classes, classes_of_one(pool.labels, groups), unit)
+    return SplitPlan(train, held_out, test_pool_size, selected_size, after_val_size, notes)
+
+
+def single_image_notes(
+    classes: Sequence[str], single: Sequence[int], unit: str = "image"
+) -> tuple[str, ...]:
+    """Return a note on the classes whose only image (or group) was not held out."""
+    if not single:
+        return ()
+    have = "class has" if len(single) == 1 else "classes have"
+    names = list_examples([classes[c] for c in single])
+    return (f"{len(single)} {have} a single {unit}, which stays in training: {names}",)
+
+
+def assumed_train_numbers(
+    config: DataConfig, source: DataSource, parts: Mapping[str, Part]
+) -> IndexArray:
+    """Return the numbers of the training images in their part if all images are readable.
+
+    Nothing is decoded. The arguments are as for `make_splits`, but the parts are not loaded.
+    """
+    no_rows = ArrayRows(torch.empty(0, 1, 1, 1, dtype=torch.uint8))
+    assumed = {name: LoadedPart(part, no_rows, "", {}) for name, part in parts.items()}
+    return make_splits(config, source, assumed).train
 
 
 def _hold_out_validation(
@@ -539,7 +678,7 @@ def _hold_out_validation(
     if config.val_fraction == 0:
         return available, available[:0]
     share = config.val_fraction * selected_size / len(available)
-    return _hold_out_of(pool, available, share, config, source, keep=1)
+    return _hold_out_of(pool, available, share, config, keep=1)
 
 
 def _hold_out_of(
@@ -547,7 +686,6 @@ def _hold_out_of(
     available: IndexArray,
     share: float,
     config: DataConfig,
-    source: DataSource,
     keep: int,
 ) -> tuple[IndexArray, IndexArray]:
     """Apply `hold_out` to the images `available` of `pool`."""
@@ -557,9 +695,45 @@ def _hold_out_of(
         config.seed,
         pool.groups_of(available),
         keep=keep,
-        names=source.classes,
     )
     return available[kept], available[held]
+
+
+def _describe_kind(config: DataConfig, pool: LoadedPart) -> str:
+    """Return how images were drawn from `pool`: stratified, or in groups."""
+    if pool.part.groups is None:
+        return "stratified"
+    if config.group is None:
+        return "copies kept together"
+    copies = " and copies" if config.duplicates == "group" else ""
+    return f"groups by {config.group!r}{copies} kept together"
+
+
+def describe_origins(plan: SplitPlan, config: DataConfig, pool: LoadedPart) -> dict[str, str]:
+    """Describe in a few words for each split how it came about; `train` may have no entry.
+
+    Args:
+        plan: The result of `make_splits`.
+        pool: The loaded training part.
+    """
+    kind = _describe_kind(config, pool)
+    origins = {}
+    for split in ("val", "test"):
+        if split not in plan.held_out:
+            origins[split] = "given by the data set"
+        elif split == "val" and config.folds is not None:
+            origins[split] = f"fold {config.fold} of {config.folds}, {kind}"
+        elif split == "val" and config.val_fraction == 0:
+            origins[split] = "data.val_fraction=0"
+        else:
+            origins[split] = f"held out, {kind}"
+    if config.per_class is not None:
+        origins["train"] = f"{config.per_class} of each class"
+    elif config.total_per_class is not None:
+        origins["train"] = f"with val {config.total_per_class} of each class"
+    elif not plan.held_out:
+        origins["train"] = "given by the data set"
+    return origins
 
 
 def describe_splits(
@@ -575,9 +749,7 @@ def describe_splits(
         for split, part in parts.items()
     }
     pool, held = parts["train"], plan.held_out
-    kind = "stratified"
-    if pool.part.groups is not None:
-        kind = f"groups by {config.group!r} kept together"
+    kind = _describe_kind(config, pool)
     available = f"{len(pool.good):,} training images"
     if "val" in source.parts and "val" not in parts:
         available += ", including the source's own validation images"

@@ -165,6 +165,16 @@ class TarMembers(EncodedFiles):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
+    def subset(self, index: IndexArray) -> EncodedFiles:
+        return TarMembers(
+            self._paths,
+            self._times,
+            self._shard[index],
+            self._offset[index],
+            self._size[index],
+            mixed=self.mixed,
+        )
+
     def concat(self, other: EncodedFiles) -> EncodedFiles:
         assert isinstance(other, TarMembers)
         return TarMembers(

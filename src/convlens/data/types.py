@@ -11,8 +11,8 @@ import errno
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,6 +77,10 @@ class EncodedFiles(ABC):
         """Return a digest of names, sizes and times; it differs after every change of a file."""
 
     @abstractmethod
+    def subset(self, index: IndexArray) -> EncodedFiles:
+        """Return the images at the positions `index`."""
+
+    @abstractmethod
     def concat(self, other: EncodedFiles) -> EncodedFiles:
         """Return these files followed by those of `other`, which must be of the same class."""
 
@@ -87,6 +91,17 @@ class EncodedFiles(ABC):
     def prefetch(self, shard_ids: Sequence[int]) -> None:
         """Announce that images of these shards will be needed soon. Returns immediately."""
         return
+
+
+class SelectedImages:
+    """The images of an `ImageSource` at the positions `index`; nothing is copied."""
+
+    def __init__(self, images: ImageSource, index: IndexArray) -> None:
+        self._images, self._index = images, index
+        self.shape: tuple[int, ...] = (len(index), *images.shape[1:])
+
+    def __getitem__(self, index: npt.NDArray[np.int64], /) -> Pixels:
+        return self._images[self._index[index]]
 
 
 class FilePaths(EncodedFiles, Sequence[str]):
@@ -111,6 +126,9 @@ class FilePaths(EncodedFiles, Sequence[str]):
         digest = hashlib.sha256("\0".join(self._paths).encode("utf-8", "surrogateescape"))
         digest.update(modification_times(self._paths).tobytes())
         return digest.hexdigest()
+
+    def subset(self, index: IndexArray) -> EncodedFiles:
+        return FilePaths([self._paths[i] for i in index.tolist()])
 
     def concat(self, other: EncodedFiles) -> EncodedFiles:
         assert isinstance(other, FilePaths)
@@ -166,6 +184,16 @@ class Part:
     ids: Sequence[str]
     groups: list[str] | None = None
 
+    def subset(self, index: IndexArray) -> Part:
+        """Return the images at the positions `index`; no image is read."""
+        images: ImageSource | EncodedFiles
+        if isinstance(self.images, EncodedFiles):
+            images = self.images.subset(index)
+        else:
+            images = SelectedImages(self.images, index)
+        groups = self.groups and [self.groups[i] for i in index.tolist()]
+        return Part(images, self.labels[index], IndexedStrings(self.ids, index), groups)
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -175,6 +203,26 @@ class DataSource:
     classes: tuple[str, ...]
     parts: dict[str, Part]
     notes: tuple[str, ...] = field(default=())
+
+    def with_classes(self, names: Collection[str]) -> DataSource:
+        """Return the data set with these of its classes only, in its own order.
+
+        Labels are numbered again. A part without images of these classes is dropped, with a note.
+        """
+        classes = tuple(name for name in self.classes if name in names)
+        if classes == self.classes:
+            return self
+        number_of = {name: number for number, name in enumerate(classes)}
+        new_label = np.array([number_of.get(name, -1) for name in self.classes], np.int64)
+        parts, notes = {}, list(self.notes)
+        for split, part in self.parts.items():
+            labels = new_label[part.labels]
+            if (labels >= 0).any():
+                chosen = part.subset(np.flatnonzero(labels >= 0))
+                parts[split] = replace(chosen, labels=labels[labels >= 0])
+            else:
+                notes.append(f"{split}: no images of the chosen classes, so it is not used")
+        return DataSource(self.name, classes, parts, tuple(notes))
 
 
 class StringSequence(Sequence[str]):

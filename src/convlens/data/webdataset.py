@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from convlens.data.image_folder import ScanEntry, is_directory, is_regular_file, scan_entries
 from convlens.data.layout import (
     SPLITS,
     Problem,
@@ -28,6 +27,7 @@ from convlens.data.layout import (
     split_from_name,
 )
 from convlens.data.loader import WINDOW_IMAGES
+from convlens.data.scan import ScanEntry, is_directory, is_regular_file, scan_entries
 from convlens.data.tar_index import TarIndex, TarMembers, tar_index
 from convlens.data.types import DataSource, IndexArray, PackedStrings, Part, is_image_name
 from convlens.errors import DataError, UsageError

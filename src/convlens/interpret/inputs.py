@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from convlens import evaluation, models, prediction, run
 from convlens.data.dataset import Data, Split, load_external_data
-from convlens.data.decode import EXTENSIONS, UnreadableImage, decode, fit_arrays
+from convlens.data.decode import EXTENSIONS, UnreadableImage
 from convlens.data.layout import split_from_name
 from convlens.data.sources import find_source
 from convlens.device import Plan, derive_seed, memory_budget, preserve_torch_settings
@@ -303,11 +303,11 @@ def select_pictures(
 
 
 def _pictures_from_files(subject: InspectedModel, text: str) -> list[Picture]:
-    pre = subject.loaded.preprocessing
+    conversion = subject.loaded.preprocessing.conversion
     pictures = []
     for path in prediction.expand_paths([text]):
         try:
-            pixels = decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+            pixels = conversion.file(path)
         except UnreadableImage as error:
             raise DataError(
                 f"can't be read as an image: {error.reason}", where=path, fix="name another file"
@@ -468,8 +468,8 @@ def open_look_inputs(
     Raises:
         UsageError, ModelFileError, DataError: arguments that can't be opened or found.
     """
-    model_arguments = [text for text in arguments if not is_image(text)]
-    image_arguments = [text for text in arguments if is_image(text)]
+    model_arguments = [text for text in arguments if not is_image_argument(text)]
+    image_arguments = [text for text in arguments if is_image_argument(text)]
     if not model_arguments:
         images = ", ".join(image_arguments[:3])
         raise UsageError(
@@ -518,7 +518,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def is_image(text: str) -> bool:
+def is_image_argument(text: str) -> bool:
     """Return whether an argument names images rather than a run's folder or a model file."""
     path = Path(text)
     if is_split_position(text):
@@ -596,10 +596,7 @@ def _convert(picture: Picture, source: InspectedModel, subject: InspectedModel) 
     label = subject.classes.index(name) if name in subject.classes else None
     pixels = picture.pixels
     if (new.image_size, new.channels) != (old.image_size, old.channels):
-        array = fit_arrays(
-            pixels[None].numpy(), size=new.image_size, channels=new.channels, fit=new.fit
-        )
-        pixels = torch.from_numpy(array)[0]
+        pixels = torch.from_numpy(new.conversion.array(pixels[None].numpy()))[0]
     return Picture(picture.name, pixels, label, picture.id)
 
 
@@ -713,13 +710,10 @@ def _external_split(
     subject: InspectedModel, data: str | Path, name: str | None
 ) -> tuple[Split, tuple[str, ...], str]:
     """Return a split of another data set, its classes and the data set's name."""
-    pre = subject.loaded.preprocessing
     split, classes, data_name, *_ = load_external_data(
         str(data),
         name,
-        image_size=pre.image_size,
-        channels=pre.channels,
-        fit=pre.fit,
+        conversion=subject.loaded.preprocessing.conversion,
         memory_budget=memory_budget(subject.plan.device),
     )
     return split, classes, data_name

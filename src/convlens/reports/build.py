@@ -19,7 +19,7 @@ from convlens.reports.contents import ReportContents, gather_contents
 from convlens.reports.html import PageSection, compose_page
 from convlens.run import PLOTS_DIR, RunLike, find_run, run_reference, safe_name
 from convlens.utils import files
-from convlens.utils.console import print_status, progress_bar, quiet_mode
+from convlens.utils.console import message_scope, print_status, progress_bar, quiet_mode
 
 MAX_FOLDER_NAME = 120  # characters of the joined names of runs
 
@@ -45,6 +45,7 @@ class Report:
         return {**asdict(self), "path": str(self.path)}
 
 
+@message_scope()
 @preserve_torch_settings()
 def report(
     *runs: RunLike,

@@ -59,6 +59,12 @@ class TunedPlan:
     def to_dict(self) -> dict[str, Any]:
         return {"plan": self.plan.to_dict(), "milliseconds": self.milliseconds}
 
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds per step of the plan; None if it was not timed, e.g. because it is compiled."""
+        milliseconds = self.milliseconds.get(str(self.plan))
+        return None if milliseconds is None else milliseconds / 1000
+
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> TunedPlan:
         return cls(Plan.from_dict(stored["plan"]), dict(stored["milliseconds"]))

@@ -205,7 +205,7 @@ def model_snapshot(job: TrainingJob, run_name: str, row: dict[str, float] | None
         "run": run_name,
         "model": {"name": recipe.model.name, "options": recipe.model.options},
         "classes": list(data.classes),
-        "preprocessing": asdict(job.preprocessing),
+        "preprocessing": job.preprocessing.to_dict(),
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "chosen": chosen,
         "recipe": recipe.model_dump(mode="json"),
@@ -467,9 +467,8 @@ def _find_shorter_run(requested: Recipe) -> RunDir:
             candidate_epochs = int(candidate.recipe().train.epochs)
         except ConvlensError:
             continue  # damaged or edited
-        metadata = candidate.metadata()
         is_same_recipe = any(
-            is_run_of(requested.replace(**{"train.epochs": each}), metadata)
+            is_run_of(requested.replace(**{"train.epochs": each}), candidate)
             for each in (candidate_epochs, "auto")
         )
         if is_same_recipe and longest_epochs < candidate_epochs < epochs:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from convlens import distributed, evaluation, metrics, run, run_plots
-from convlens.data.sources import find_source
+from convlens.data.sources import find_configured_source
 from convlens.data.splits import is_drawn_split
 from convlens.errors import UsageError
 from convlens.evaluation import Evaluation
@@ -23,7 +23,7 @@ from convlens.recipe import Recipe
 from convlens.run import RunDir
 from convlens.training.resolve import ResolvedRecipe, validate_recipe
 from convlens.training.train import train
-from convlens.utils.console import print_status, quiet_mode
+from convlens.utils.console import message_scope, print_status, quiet_mode
 
 MAX_RUNS = 10_000  # runs of one command
 
@@ -70,6 +70,7 @@ def expand_runs(
     return plans
 
 
+@message_scope()
 def train_many(
     recipes: Mapping[str | None, ResolvedRecipe],
     *,
@@ -207,8 +208,7 @@ def _check_plan(
             )
     data = plans[0].recipe.data
     if repeat_splits > 1:
-        size = None if data.image_size == "auto" else int(data.image_size)
-        source = find_source(data.name, count=data.count, image_size=size, group=data.group)
+        source = find_configured_source(data)
         if not is_drawn_split(data, source):
             raise UsageError(
                 f"--repeat-splits {repeat_splits} would repeat the same split: {data.name!r} comes "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,6 +19,9 @@ from convlens.errors import UsageError, close_matches, did_you_mean
 from convlens.models import stages
 from convlens.recipe import DataConfig, Recipe, is_recipe_file, load_recipe, recipe_names, variants
 from convlens.training import pretrained
+
+if TYPE_CHECKING:
+    from convlens.run import RunDir
 
 
 @dataclass(frozen=True)
@@ -192,30 +195,27 @@ def _load_recipe(
     return recipe.model_copy(update={"data": data})
 
 
-def is_run_of(recipe: Recipe, metadata: Mapping[str, Any]) -> bool:
-    """Return whether `run.json` is that of a run of this recipe.
+def is_run_of(recipe: Recipe, run_dir: RunDir) -> bool:
+    """Return whether a run directory is that of a run of this recipe.
 
     The data set counts as the same under any spelling of its name, such as those that earlier
     versions recorded, and where it was found after it had moved.
-
-    Args:
-        metadata: the content of `run.json`; empty for a folder that is not a run.
     """
     from convlens.data.sources import is_same_data
     from convlens.run import recorded_data_names
 
-    digests = metadata.get("digests", [])
-    if recipe.digest() in digests:
+    if run_dir.has_digest(recipe.digest(), recipe.earlier_digest()):
         return True
-    names = recorded_data_names(metadata)
-    is_same = any(is_same_data(name, recipe.data.name) for name in names)
-    return is_same and digest_with_data(recipe, names[0]) in digests
+    names = recorded_data_names(run_dir.metadata())
+    if not any(is_same_data(name, recipe.data.name) for name in names):
+        return False
+    before = with_data_name(recipe, names[0])
+    return run_dir.has_digest(before.digest(), before.earlier_digest())
 
 
-def digest_with_data(recipe: Recipe, name: str) -> str:
-    """Return the digest of a recipe with another spelling of the name of its data set."""
-    data = recipe.data.model_copy(update={"name": name})
-    return recipe.model_copy(update={"data": data}).digest()
+def with_data_name(recipe: Recipe, name: str) -> Recipe:
+    """Return a recipe with another spelling of the name of its data set."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": name})})
 
 
 def to_overrides(values: Mapping[str, Any]) -> list[str]:
@@ -246,13 +246,22 @@ def _data_override(data: str | Path | None) -> list[str]:
 def _dataset_run_name(data: str) -> str:
     """Return the name of runs on a data set: the name of its folder, or of its file."""
     path = Path(data)
-    is_file = path.suffix.lower() in (".csv", ".tar")
+    is_file = path.suffix.lower() in (
+        ".csv",
+        ".txt",
+        ".lst",
+        ".json",
+        ".jsonl",
+        ".ndjson",
+        ".parquet",
+        ".tar",
+    )
     return path.stem if is_file else os.path.basename(os.path.realpath(data))
 
 
 def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:
     """Raise a `UsageError` with close matches for a text that does not name a data set."""
-    from convlens.data.image_folder import is_directory
+    from convlens.data.scan import is_directory
     from convlens.data.sources import known_names
 
     datasets = known_names(text)

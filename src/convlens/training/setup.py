@@ -32,6 +32,8 @@ from convlens.training import feature_cache, pretrained
 from convlens.training.autotune import Autotuner, TunedPlan
 from convlens.utils.console import print_status
 
+VALIDATION_COST = 1 / 3  # of a training step on as many images: it has no backward pass
+
 
 @dataclass
 class TrainingJob:
@@ -45,6 +47,7 @@ class TrainingJob:
         scaler: loss scaling, where the plan is fp16.
         initial_weights: the record of the pretrained weights it starts with
             (`pretrained.weights_record`); None if the network starts from scratch.
+        step_seconds: time of a step of the plan, if it was timed.
     """
 
     recipe: Recipe
@@ -62,11 +65,31 @@ class TrainingJob:
     preprocessing: Preprocessing
     scaler: torch.amp.GradScaler | None = None
     initial_weights: dict[str, Any] | None = None
+    step_seconds: float | None = None
     state: TrainState = field(default_factory=TrainState)
 
     @property
     def epochs(self) -> int:
         return int(self.recipe.train.epochs)
+
+    @property
+    def validation_work(self) -> float:
+        """The time of one validation, in training steps."""
+        return VALIDATION_COST * len(self.data.val) / self.recipe.train.batch_size
+
+    @property
+    def expected_seconds(self) -> float | None:
+        """An estimate of the time of the training, from timed steps; None if it is unknown."""
+        # Other things count as well: the share of a batch, cached features, reading from disk.
+        is_unlike_timed = (
+            self.process_group.size > 1
+            or self.inputs.cached_bytes > 0
+            or self.data.train.rows.in_memory_tensor() is None
+        )
+        if self.step_seconds is None or is_unlike_timed:
+            return None
+        steps = len(self.inputs.batches) + self.validation_work
+        return self.epochs * steps * self.step_seconds
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -142,6 +165,7 @@ def build_training_job(
         preprocessing=preprocessing,
         scaler=make_grad_scaler(tuned.plan.device) if tuned.plan.precision == "fp16" else None,
         initial_weights=weights_record,
+        step_seconds=tuned.step_seconds,
     )
 
 
@@ -152,8 +176,15 @@ def _resolve_recipe(requested: Recipe, data: Data) -> Recipe:
         raise DataError(
             f"{images} training image{'s' * (images != 1)}: at least 2 are needed", where=data.name
         )
+    conversion = data.conversion
     recipe = resolve_auto(
-        requested, images=images, image_size=data.image_size, channels=data.channels
+        requested,
+        images=images,
+        image_size=conversion.size,
+        channels=conversion.channels,
+        fit=conversion.fit,
+        value_range=conversion.value_range,
+        background=conversion.background,
     )
     config = recipe.model
     if requested.data.image_size == "auto":  # `validate_recipe` could not know the size
@@ -232,7 +263,7 @@ def _preprocessing(data: Data, record: dict[str, Any] | None) -> Preprocessing:
     """
     known = pretrained.pretrained_normalization(record, data.channels) if record else None
     mean, std = known or channel_stats(data.train)
-    return Preprocessing(data.image_size, data.channels, data.fit, mean, std)
+    return Preprocessing.of(data.conversion, mean, std)
 
 
 def _sample_images(split: Split, preprocessing: Preprocessing, device: str = "cpu") -> Tensor:

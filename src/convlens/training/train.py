@@ -8,7 +8,6 @@ it displays progress, validates after each epoch, saves checkpoints and stops.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +17,9 @@ from typing import Any
 from rich.markup import escape
 
 from convlens import evaluation, optim, run_plots
+from convlens.data.conversion import pixel_warnings, recorded_conversion
 from convlens.data.dataset import Data, load_data
+from convlens.data.decode import Conversion
 from convlens.data.sources import data_path, is_available, is_same_data
 from convlens.device import (
     Plan,
@@ -32,8 +33,8 @@ from convlens.distributed import ProcessGroup
 from convlens.engine.data_parallel import DataParallel
 from convlens.engine.inference import loss_and_accuracy
 from convlens.engine.loop import Epoch, NonFiniteLoss, Records, Step, TrainLoop
-from convlens.errors import DataError, ModelFileError, ResourceError, Stopped
-from convlens.recipe import Recipe
+from convlens.errors import ConvlensError, DataError, ModelFileError, ResourceError, Stopped
+from convlens.recipe import DataConfig, Recipe
 from convlens.run import (
     RunDir,
     check_same_images,
@@ -54,16 +55,30 @@ from convlens.training.checkpoint import (
 )
 from convlens.training.feature_cache import TimedBatches
 from convlens.training.pretrained import check_weights_available, run_of_weights
-from convlens.training.resolve import digest_with_data, is_run_of, validate_recipe
+from convlens.training.resolve import is_run_of, validate_recipe, with_data_name
 from convlens.training.setup import TrainingJob, build_training_job
 from convlens.utils import files
-from convlens.utils.console import print_status, print_table, progress_display
+from convlens.utils.console import (
+    format_duration,
+    is_first_time,
+    print_status,
+    print_table,
+    progress_display,
+)
 from convlens.utils.process import StopSignal, catch_stop_signals
 from convlens.version import __version__
 
 # Disk space per parameter: 4 bytes in the model file, and 8 (with one moment of the optimizer) in
 # each of two checkpoints.
 MIN_BYTES_PER_PARAMETER = 20
+# Short names of the augmentations that `auto` chooses.
+AUGMENT_NAMES = {
+    "RandomHorizontalFlip": "flip",
+    "RandomCrop": "crop",
+    "RandomResizedCrop": "crop",
+    "ColorJitter": "jitter",
+    "RandomAffine": "rotate and shift",
+}
 # The facts about the hardware that the last digits of a training depend on.
 BIT_RELEVANT_HARDWARE = ("device", "gpu", "cpu", "cpu_capability", "threads", "torch")
 
@@ -122,12 +137,15 @@ def train(
             check_weights_available(recipe.model)
         check_device_options(recipe, context.device)
         prepare(recipe.train.deterministic, context.device)
-        data = _load_data(recipe, context)
+        data = _load_data(recipe, run_dir, context)
+        data.print_interpretation()
         with run_dir.lock():
             metadata = context.broadcast(run_dir.metadata)
             check_can_resume(run_dir, metadata, recipe, data)
             # Another process may have finished the run while this one was loading the images.
             if not context.broadcast(lambda: run_dir.is_finished):
+                if not metadata:
+                    data.print_similar_images()
                 job = _build_job(recipe, data, run_dir, metadata, context)
                 rows, kept_epoch = fit(job, run_dir)
                 _finish(job, run_dir, rows, kept_epoch)
@@ -161,39 +179,63 @@ def _find_run_of_moved_data(
     same recipe whose data set does not exist any more, neither at its old place nor where it was
     found since. A copy of a data set gets runs of its own.
     """
-    candidates = []
-    for run_dir in runs_with_name(name) if name is not None else list_runs():
-        with contextlib.suppress(ModelFileError):  # a damaged run.json of another run
-            metadata = run_dir.metadata()
-            names, digests = recorded_data_names(metadata), metadata.get("digests", [])
-            if not names or is_available(names[0]):
-                continue
-            if is_run_of(recipe, metadata):
-                return run_dir
-            is_gone = not any(map(is_available, names))
-            if is_gone and digest_with_data(recipe, names[0]) in digests:
-                candidates.append((run_dir, metadata["data"]))
     path = data_path(recipe.data.name)
-    if not candidates or path is None:
-        return None
-    fingerprint = load_data(recipe.data, memory_budget=context.memory_budget).fingerprint
-    for run_dir, original in candidates:
-        if original.get("fingerprint") == fingerprint:
+    for run_dir in runs_with_name(name) if name is not None else list_runs():
+        try:
+            metadata = run_dir.metadata()
+        except ModelFileError:  # a damaged run.json of another run
+            continue
+        names = recorded_data_names(metadata)
+        if path is None or not names or is_available(names[0]):
+            continue
+        if is_run_of(recipe, run_dir):
+            return run_dir
+        before = with_data_name(recipe, names[0])
+        is_gone = not any(map(is_available, names))
+        if not is_gone or not run_dir.has_digest(before.digest(), before.earlier_digest()):
+            continue
+        data = load_data(
+            recipe.data,
+            memory_budget=context.memory_budget,
+            conversion=_recorded_conversion(_resolved_data(run_dir)),
+        )
+        if data.fingerprint == metadata["data"].get("fingerprint"):
             run_dir.record_data_path(path)
             print_status(
                 f"{escape(recipe.data.name)} holds the images of run [bold]"
-                f"{escape(run_dir.name)}[/], which were at {escape(original['name'])}"
+                f"{escape(run_dir.name)}[/], which were at {escape(names[0])}"
             )
             return run_dir
     return None
 
 
-def _load_data(recipe: Recipe, context: RuntimeContext) -> Data:
-    """Load the data set on every rank; one rank per machine decodes first and fills the cache."""
+def _load_data(recipe: Recipe, run_dir: RunDir, context: RuntimeContext) -> Data:
+    """Load the data set on every rank; one rank per machine decodes first and fills the cache.
+
+    The images of an interrupted run are converted as at its start.
+    """
+    conversion = _recorded_conversion(context.broadcast(lambda: _resolved_data(run_dir)))
     with context.process_group.local_rank_zero_first():
-        data = load_data(recipe.data, memory_budget=context.memory_budget)
+        data = load_data(recipe.data, memory_budget=context.memory_budget, conversion=conversion)
+    for warning in pixel_warnings(data.train.rows):
+        print_status(escape(warning))
     check_same_images(context.process_group, data.name, data.fingerprint)
     return data
+
+
+def _recorded_conversion(recorded: Mapping[str, Any]) -> Conversion | None:
+    """Return the conversion of a run from its resolved data section; None if that is empty."""
+    return recorded_conversion(DataConfig(**recorded)) if recorded else None
+
+
+def _resolved_data(run_dir: RunDir) -> dict[str, Any]:
+    """Return the data section of the resolved recipe of a run; empty if it is unknown."""
+    if not run_dir.metadata():
+        return {}
+    try:
+        return run_dir.recipe().data.model_dump(mode="json")
+    except ConvlensError:  # damaged or edited; `check_can_resume` compares the images
+        return {}
 
 
 def _build_job(
@@ -224,6 +266,9 @@ def _build_job(
             _inherit_test_uses(run_dir, recipe, data)
         # Last: from here on the directory is a run.
         run_dir.create(job.recipe, _run_metadata(recipe, job))
+        choices = describe_choices(recipe, job)
+        if choices and is_first_time(choices):
+            print_status(choices)
     elif initial_state is None and job.initial_weights:
         # Interrupted before its first checkpoint: the run starts from the pretrained weights
         # again, whose file may have changed since.
@@ -258,6 +303,30 @@ def _stored_plan(metadata: Mapping[str, Any], device: str) -> Plan | None:
     return Plan.from_dict({**stored, "device": device}) if same_kind else None
 
 
+def describe_choices(requested: Recipe, job: TrainingJob) -> str:
+    """Return what `auto` chose and about how long the training takes; empty without either."""
+    recipe, chosen = job.recipe, list[str]()
+    is_built_in = job.data.listing is None  # its images have one size
+    if requested.data.image_size == "auto" and not is_built_in:
+        chosen.append(f"{recipe.data.image_size} px")
+    if requested.train.epochs == "auto":
+        chosen.append(f"{job.epochs} epochs")
+    if requested.augment == "auto":
+        names = [AUGMENT_NAMES.get(name, name) for name, _ in recipe.operations]
+        chosen.append(f"augment {' + '.join(names)}" if names else "no augmentation")
+    if job.timings:
+        chosen.append(f"{job.plan.precision} {job.plan.memory_format}")
+    seconds = job.expected_seconds
+    if not chosen and seconds is None:
+        return ""
+    head = f"auto: {', '.join(chosen)}" if chosen else f"{job.epochs} epochs"
+    time = ""
+    if seconds is not None:
+        limit = "at most " * (recipe.train.patience is not None)
+        time = f"; {limit}about {format_duration(seconds)} on this machine"
+    return f"{head}, batch {recipe.train.batch_size}{time}"
+
+
 def _print_stages(job: TrainingJob) -> None:
     """Print a table of the stages, unless all of them are trained at the same rate."""
     rows = optim.stage_table(job.model, job.optimizer)
@@ -287,7 +356,14 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
     last_step = replace(state)  # the state after the last step of an epoch, before validation
     with (
         catch_stop_signals() as signal,
-        progress_display(job.epochs, steps, steps_done, shown=not job.context.quiet) as display,
+        progress_display(
+            job.epochs,
+            steps,
+            steps_done,
+            shown=not job.context.quiet,
+            validation_work=job.validation_work,
+            expected_s=job.expected_seconds,
+        ) as display,
         job.process_group.annotate_errors(lambda: f"epoch {state.epoch}, after step {state.step}"),
     ):
         process_group = job.process_group.with_stop_requested(lambda: signal.is_set)
@@ -517,7 +593,9 @@ def check_can_resume(
     """
     if not metadata:
         return
-    if not is_run_of(recipe, metadata):
+    digests = metadata.get("digests", [])
+    is_known = recipe.digest() in digests or recipe.earlier_digest() in digests
+    if not is_known and not is_run_of(recipe, run_dir):
         raise ResourceError(
             f"another process has just taken the name {run_dir.name!r} for another recipe",
             where=str(run_dir.path),

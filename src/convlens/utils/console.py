@@ -21,6 +21,7 @@ import functools
 import io
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,9 +37,16 @@ if TYPE_CHECKING:
 LOGGER = "convlens"
 DISPLAY_INTERVAL_S = 0.2  # between two updates of the numbers beside the progress bar
 LOG_WIDTH = 200  # columns of a table in a log file
+# Time and number of steps from which the rest of a training is estimated, and what an earlier
+# estimate must be wrong by to be corrected.
+ESTIMATE_AFTER_S, ESTIMATE_AFTER_STEPS = 10.0, 5
+MIN_CORRECTION = 1.5
+MIN_REMAINING_S = 60.0  # not worth a message below
 WIDE_TERMINAL = 100  # columns from which the progress bar also shows the elapsed time
 
 _quiet: ContextVar[bool] = ContextVar("convlens_quiet", default=False)
+# Keys of the messages that `print_once` has printed within `message_scope`; None outside of it.
+_printed: ContextVar[set[str] | None] = ContextVar("convlens_printed", default=None)
 
 
 class ProgressBar(Protocol):
@@ -129,6 +137,44 @@ def print_status(message: str) -> None:
     from rich.text import Text
 
     _log(Text.from_markup(message, emoji=False).plain, message)
+
+
+def print_once(message: str) -> None:
+    """Log a status message, unless it was logged within the same `message_scope`.
+
+    Messages that differ only in numbers count as equal: the folds of a data set have the same
+    problems with other counts.
+    """
+    if is_first_time(re.sub(r"[0-9][0-9,.]*", "0", message)):
+        print_status(message)
+
+
+def is_first_time(key: str) -> bool:
+    """Return whether `key` is new within `message_scope`, and remember it.
+
+    Always true outside of a scope. Never true if messages are dropped anyway.
+    """
+    if is_quiet():
+        return False
+    printed = _printed.get()
+    if printed is None:
+        return True
+    is_new = key not in printed
+    printed.add(key)
+    return is_new
+
+
+@contextlib.contextmanager
+def message_scope() -> Iterator[None]:
+    """Make `print_once` print each message once within the block; blocks may be nested."""
+    if _printed.get() is not None:
+        yield
+        return
+    token = _printed.set(set())
+    try:
+        yield
+    finally:
+        _printed.reset(token)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -224,13 +270,31 @@ def progress_bar(description: str, total: int, *, shown: bool = True) -> Iterato
 class ProgressDisplay:
     """The live view of a training: one progress bar, and one line for each epoch.
 
+    Args:
+        work: steps that are left, with validations counted in steps.
+        validation_work: one validation, in steps.
+        expected_s: an estimate of the time that is left, made before the first step.
+
     Attributes:
         interval_s: time between two updates of the numbers beside the bar.
     """
 
-    def __init__(self, bar: ProgressBar, epochs: int) -> None:
+    def __init__(
+        self,
+        bar: ProgressBar,
+        epochs: int,
+        *,
+        work: float = 0.0,
+        validation_work: float = 0.0,
+        expected_s: float | None = None,
+    ) -> None:
         self.interval_s = DISPLAY_INTERVAL_S
         self._bar, self._epochs = bar, epochs
+        self._work, self._validation_work = work, validation_work
+        self._expected_s = expected_s
+        self._timed_from: float | None = None  # the end of the first step, which warms up
+        self._timed_steps, self._timed_work = 0, 0.0
+        self._is_estimated = work <= 0
         self._pending_steps, self._pending_images = 0, 0  # since the last update of the bar
         self._updated = time.perf_counter()
         self._requested: tuple[StepRecord, ScalarReader] | None = None
@@ -241,6 +305,8 @@ class ProgressDisplay:
         self._pending_steps += 1
         self._pending_images += record.images
         now = time.perf_counter()
+        if not self._is_estimated:
+            self._estimate(now)
         if now - self._updated < self.interval_s:
             return
         self._requested = self._requested or (record, record.numbers())
@@ -258,6 +324,27 @@ class ProgressDisplay:
         self._pending_steps, self._pending_images = 0, 0
         self._updated, self._requested = now, None
 
+    def _estimate(self, now: float) -> None:
+        """Print how much time is left, once, if it is not as expected."""
+        self._work -= 1
+        if self._timed_from is None:
+            self._timed_from = now
+            return
+        self._timed_steps += 1
+        self._timed_work += 1
+        seconds = now - self._timed_from
+        if seconds < ESTIMATE_AFTER_S or self._timed_steps < ESTIMATE_AFTER_STEPS:
+            return
+        self._is_estimated = True
+        remaining = seconds / self._timed_work * self._work
+        expected = self._expected_s
+        is_as_expected = (
+            expected is not None
+            and expected / MIN_CORRECTION < remaining < MIN_CORRECTION * expected
+        )
+        if remaining >= MIN_REMAINING_S and not is_as_expected:
+            print_status(f"about {format_duration(remaining)} left, by the first steps")
+
     def epoch(self, row: Mapping[str, float], best: int) -> None:
         """Print a line with the results of an epoch; the best epoch so far has a star.
 
@@ -267,6 +354,8 @@ class ProgressDisplay:
         """
         self._bar.advance(self._pending_steps)
         self._pending_steps = 0
+        self._work -= self._validation_work
+        self._timed_work += self._validation_work
         validation = ""
         if not math.isnan(row["val_accuracy"]):
             self._val_text = f"  validation {row['val_accuracy']:.2%}"
@@ -283,12 +372,37 @@ class ProgressDisplay:
 
 @contextlib.contextmanager
 def progress_display(
-    epochs: int, steps: int, done: int, *, shown: bool
+    epochs: int,
+    steps: int,
+    done: int,
+    *,
+    shown: bool,
+    validation_work: float = 0.0,
+    expected_s: float | None = None,
 ) -> Iterator[ProgressDisplay]:
-    """Show the progress of a training of `epochs` times `steps` steps, `done` of which are done."""
+    """Show the progress of a training of `epochs` times `steps` steps, `done` of which are done.
+
+    Args:
+        validation_work: the time of one validation, in steps.
+        expected_s: an estimate of the time of the training.
+    """
     with quiet_mode(not shown), progress_bar("training", epochs * steps, shown=shown) as bar:
         bar.advance(done)
-        yield ProgressDisplay(bar, epochs)
+        work = epochs * steps - done + validation_work * (epochs - done // steps)
+        yield ProgressDisplay(
+            bar, epochs, work=work, validation_work=validation_work, expected_s=expected_s
+        )
+
+
+def format_duration(seconds: float) -> str:
+    """Return a rounded duration, e.g. `40 s`, `8 min` or `2 h 10 min`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(10 * round(seconds / 600), 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
 @contextlib.contextmanager

@@ -117,6 +117,35 @@ def test_faults_are_not_confused(runs: None) -> None:
     assert "learning rate too high" not in rules_by_run["stopped too early"]
 
 
+@pytest.mark.parametrize(
+    ("augment", "augmented", "overrides"),
+    [
+        (["RandomHorizontalFlip"], 0.55, ["augment=[]"]),
+        (["RandomHorizontalFlip"], 0.65, ["train.epochs=12", "model.widths=[16,32]", "augment=[]"]),
+        ([], 0.55, ["train.epochs=12", "model.widths=[16,32]"]),
+    ],
+)
+def test_augmentation_that_costs_accuracy_is_named(
+    augment: list[str], augmented: float, overrides: list[str]
+) -> None:
+    rows = [
+        {"epoch": n, "train_accuracy": augmented, "train_loss": 1.0, "val_loss": 1 / n}
+        for n in range(1, 7)
+    ]
+    evidence = RunEvidence(
+        recipe=load_recipe({**PLAIN, "augment": augment}),
+        rows=[{**row, "val_accuracy": 0.6, "lr": 0.001} for row in rows],
+        train_correct=CorrectCount(62, 100),
+        val_correct=CorrectCount(60, 100),
+    )
+    finding = RULES["underfitting"](evidence)
+    assert finding is not None
+    assert finding.overrides == overrides
+    assert ("on augmented images 55.0%; validation accuracy 60.0%" in finding.what) == (
+        overrides == ["augment=[]"]
+    )
+
+
 def test_the_evidence_of_overfitting_is_in_the_curves(runs: None) -> None:
     (finding,) = diagnose("overfitting").findings
     rows = RunDir(Path("models/overfitting")).metrics()

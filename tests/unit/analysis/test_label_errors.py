@@ -16,7 +16,7 @@ from PIL import Image
 import convlens
 from convlens import Run
 from convlens.cli.analyze import print_label_report
-from convlens.data.image_list import read_csv
+from convlens.data.image_list import read_list
 from convlens.data.sources import find_source
 from convlens.data.types import FilePaths
 from convlens.run import RunDir
@@ -193,7 +193,7 @@ def test_a_corrected_csv_can_be_trained_on(there: Planted) -> None:
     fixed = there.folder / "copies" / "fixed.csv"
     fixed.parent.mkdir(exist_ok=True)
     write_csv(fixed, [list(rows[0]), *(list(row.values()) for row in rows)])
-    source = read_csv(fixed, "fixed")
+    source = read_list(fixed, "fixed")
     for split, part in source.parts.items():
         for path, label in zip(part.images, part.labels, strict=True):
             given = next(row for row in rows if row["path"] == path)
@@ -268,7 +268,7 @@ def test_hostile_file_names_are_read_back_from_the_csv() -> None:
     assert "names are not valid text" in done.err
     cells = [cell for row in read_rows(done.json["table"]) for cell in row.values()]
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
-    source = read_csv(Path(done.json["table"]), "odd")
+    source = read_list(Path(done.json["table"]), "odd")
     assert source.classes == tuple(sorted(HOSTILE))
     back = {
         (path, source.classes[label])
@@ -339,9 +339,26 @@ def test_a_run_can_be_given_instead_of_its_recipe() -> None:
     refused(here("labels", "on", "--folds", "2"), 2, "nor a run", "did you mean one?")
 
 
+def test_classes_with_fewer_images_than_folds_are_judged_and_single_images_are_not() -> None:
+    pictures(Path("set"), {"red": 12, "blue": 12, "green": 3, "grey": 1})
+    done = here("labels", "set", *NET, "data.image_size=8", "--folds", "5", "--json")
+    assert done.code == 0, done.err
+    assert done.err.count("set: 1 class has a single image, which stays in training: grey") == 1
+    rows = read_rows(Path(done.json["table"]))
+    assert {row["label"] for row in rows} == {"red", "blue", "green", "grey"}
+    judged = [row for row in rows if row["score"]]
+    labels = [row["label"] for row in judged]
+    assert labels.count("grey") == 0
+    assert (
+        labels.count("green")
+        + sum(row["split"] == "test" and row["label"] == "green" for row in rows)
+        == 3
+    )
+    assert done.json["images"] == len(judged)
+
+
 def test_invalid_input_is_refused() -> None:
     pictures(Path("set"), {"red": 10, "blue": 10, "green": 4})
-    refused(here("labels", "set", *NET), 3, "green (3)", "--folds 3")
     refused(here("labels", "set", *NET, "--folds", "50"), 3, "only 20 images")
     refused(here("labels", "digts"), 2, "did you mean digits?")
     refused(here("labels", "models/none"), 3, "models/none")

@@ -145,11 +145,35 @@ def test_set_without_any_readable_file_is_described(root: Path) -> None:
 
 
 def test_set_that_training_refuses_is_described(root: Path) -> None:
+    report = audit_of(folder(root, {"a": 1, "b": 1}))
+    assert report.images == 2
+    assert report.counts == {"a": {"train": 1}, "b": {"train": 1}}
+    assert report.problems == ["every class has a single image, but 15% must be held out"]
+
+
+def test_a_class_of_a_single_image_is_noted(root: Path) -> None:
     report = audit_of(folder(root, {"a": 5, "b": 1}))
-    assert report.images == 6
-    assert report.counts == {"a": {"train": 5}, "b": {"train": 1}}
-    assert len(report.problems) == 1
-    assert "b (1)" in report.problems[0]
+    assert report.problems == []
+    assert report.notes[0] == "1 class has a single image, which stays in training: b"
+    assert report.counts["b"] == {"train": 1, "val": 0, "test": 0}
+    assert report.summary == (
+        "2 classes: a 5, b 1 · train 4 · val 1 · test 1 (held out, stratified) · 3 channels · "
+        "28 px, crop keeps 75% of the area"
+    )
+
+
+def test_copies_are_dropped_or_grouped_as_in_training(root: Path) -> None:
+    folder(root, {"a": 20, "b": 13})
+    (root / "a" / "copy.png").write_bytes((root / "a" / "3.png").read_bytes())
+    for duplicates, images in (("drop", 33), ("group", 34)):
+        report = audit_of(root, duplicates=duplicates)
+        config = DataConfig(name=str(root), duplicates=duplicates)  # type: ignore[arg-type]
+        loaded = dataset.load_data(config, memory_budget=1 << 30)
+        assert report.images == images
+        assert report.summary == str(loaded.summary)
+        assert report.how == loaded.split_descriptions
+        assert report.duplicates.across_splits == 0
+        assert "data.duplicates=" in report.notes[0]
 
 
 def test_folder_without_classes_is_an_error(root: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from PIL import Image
 from convlens.data import cache, types
 from convlens.data.cache import (
     ArrayRows,
-    Conversion,
     DecodedRows,
     FixedSizeRecords,
     IndexedRows,
@@ -27,6 +27,7 @@ from convlens.data.cache import (
     decode_images,
     in_memory,
 )
+from convlens.data.decode import Conversion
 from convlens.data.types import FilePaths
 from convlens.errors import DataError, ResourceError
 from helpers.support import BAD_DISK
@@ -93,6 +94,8 @@ def test_cache_key_changes_with_every_input(tmp_path: Path, store: Path) -> None
     keys.add(cache._key(paths, Conversion(9, 1, "crop")))
     keys.add(cache._key(paths, Conversion(8, 3, "crop")))
     keys.add(cache._key(paths, Conversion(8, 1, "pad")))
+    keys.add(cache._key(paths, Conversion(8, 1, "crop", value_range=(0, 9))))
+    keys.add(cache._key(paths, Conversion(8, 1, "crop", background="alpha")))
     # Same size and, by force, the same modification time: the change time differs.
     before = os.stat(paths[0])
     time.sleep(0.02)
@@ -100,7 +103,12 @@ def test_cache_key_changes_with_every_input(tmp_path: Path, store: Path) -> None
     Path(paths[0]).write_bytes(bytes(content))
     os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns))
     keys.add(cache._key(paths, GREY8))
-    assert len(keys) == 7
+    assert len(keys) == 9
+    # Stores of 8-bit sets keep the names that earlier versions gave them.
+    of_earlier_versions = (
+        f"(2, Conversion(size=8, channels=1, fit='crop'), {paths.stat_digest()!r})"
+    )
+    assert cache._key(paths, GREY8) == sha256(of_earlier_versions.encode()).hexdigest()[:40]
 
 
 def test_content_hash_does_not_depend_on_the_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from convlens.data import dataset
 from convlens.data.cache import ArrayRows, IndexedRows
-from convlens.data.dataset import Split, channel_stats, load_data, load_external_data
+from convlens.data.dataset import Data, Split, channel_stats, load_data, load_external_data
+from convlens.data.decode import Conversion
 from convlens.errors import DataError
 from convlens.recipe import DataConfig
+from convlens.utils.console import quiet_mode
 from helpers.paths import REPOSITORY
 
 PLENTY = 1 << 30
@@ -110,9 +114,24 @@ def test_per_class_is_taken_after_the_split(tmp_path: Path) -> None:
         load_data(DataConfig(name=name, per_class=15), memory_budget=PLENTY)
 
 
-def test_classes_too_small_to_split(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"single image.*b \(1\)"):
-        load_data(DataConfig(name=folder(tmp_path / "x", {"a": 9, "b": 1})), memory_budget=PLENTY)
+@pytest.mark.parametrize("layout", ["", "train/"])
+def test_a_class_of_a_single_image_stays_in_training(tmp_path: Path, layout: str) -> None:
+    counts = {f"{layout}a": 9, f"{layout}b": 1}
+    if layout:
+        counts |= {"test/a": 2, "test/b": 1}
+    name = folder(tmp_path / "x", counts)
+    note = "1 class has a single image, which stays in training: b"
+    for values in ({}, {"folds": 3, "fold": 0}, {"folds": 3, "fold": 2}):
+        data = load_data(DataConfig(name=name, **values), memory_budget=PLENTY)  # type: ignore[arg-type]
+        assert data.notes == (note,)
+        assert data.train.labels.tolist().count(1) == 1
+        assert set(data.val.labels.tolist()) == {0}
+    # Without a validation split nothing is drawn from a set with its own test split.
+    bare = load_data(DataConfig(name=name, val_fraction=0), memory_budget=PLENTY)
+    assert bare.notes == (() if layout else (note,))
+
+
+def test_classes_of_two_images(tmp_path: Path) -> None:
     two = load_data(DataConfig(name=folder(tmp_path / "y", {"a": 9, "b": 2})), memory_budget=PLENTY)
     assert 1 in two.train.labels.tolist()
 
@@ -148,6 +167,186 @@ def test_automatic_channels(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20), "red").save(Path(name) / "a" / "0000.png")
     assert load_data(DataConfig(name=name), memory_budget=PLENTY).channels == 3
     assert load_data(DataConfig(name=name, channels=1), memory_budget=PLENTY).channels == 1
+
+
+def test_summary_says_how_the_set_was_interpreted(tmp_path: Path) -> None:
+    name = folder(tmp_path / "x", {"a": 40, "b": 20})
+    assert str(load_data(DataConfig(name=name), memory_budget=PLENTY).summary) == (
+        "2 classes: a 40, b 20 · train 42 · val 9 · test 9 (held out, stratified) · 3 channels · "
+        "16 px, crop keeps 90% of the area"
+    )
+    config = DataConfig(name=name, folds=3, fold=1, fit="pad", channels=1)
+    assert str(load_data(config, memory_budget=PLENTY).summary) == (
+        "2 classes: a 40, b 20 · train 34 · val 17 (fold 1 of 3, stratified) · "
+        "test 9 (held out, stratified) · 1 channel · 16 px, padded to squares"
+    )
+    counts = {"train/a": 20, "train/b": 20, "val/a": 3, "test/b": 4}
+    given = folder(tmp_path / "y", counts, (16, 16))
+    assert str(load_data(DataConfig(name=given), memory_budget=PLENTY).summary) == (
+        "2 classes: a 23, b 24 · train 40 · val 3 · test 4 (given by the data set) · 3 channels · "
+        "16 px"
+    )
+    bare = DataConfig(name="digits", val_fraction=0)
+    assert str(load_data(bare, memory_budget=PLENTY).summary).endswith(
+        "train 1,527 · val 0 (data.val_fraction=0) · test 270 (held out, stratified) · 1 channel · "
+        "8 px"
+    )
+
+
+def with_copies(root: Path) -> str:
+    """Write a folder with a copy in its class, and a copy of another image in another class."""
+    folder(root, {"a": 20, "b": 20})
+    shutil.copy(root / "a" / "0003.png", root / "a" / "copy.png")
+    shutil.copy(root / "a" / "0004.png", root / "b" / "wrong.png")
+    return str(root)
+
+
+def ids_of(data: Data) -> dict[str, list[str]]:
+    splits = {"train": data.train, "val": data.val, "test": data.unseal_test()}
+    return {name: list(split.ids) for name, split in splits.items()}
+
+
+def test_copies_are_dropped(tmp_path: Path) -> None:
+    name = with_copies(tmp_path / "x")
+    data = load_data(DataConfig(name=name, duplicates="drop"), memory_budget=PLENTY)
+    used = {i for ids in ids_of(data).values() for i in ids}
+    everywhere = {f"{c}/{i:04}.png" for c in "ab" for i in range(20)}
+    assert used == everywhere - {"a/0004.png"}
+    assert data.notes == (
+        "1 copy of another image is left out (data.duplicates=drop)",
+        "2 equal images under different labels are all left out (data.duplicates=drop), "
+        "e.g. a/0004.png",
+    )
+    # The images keep their labels and pixels.
+    for image, label, image_id in zip(
+        everything(data.train), data.train.labels, data.train.ids, strict=True
+    ):
+        assert image[:, 8, 8].tolist() == [label, int(image_id[2:6]), 0]
+    keep = load_data(DataConfig(name=name), memory_budget=PLENTY)
+    assert sum(map(len, ids_of(keep).values())) == 42
+    assert data.fingerprint != keep.fingerprint
+
+
+def test_a_copy_in_a_given_test_split_is_kept(tmp_path: Path) -> None:
+    root = tmp_path / "x"
+    folder(root / "train", {"a": 20, "b": 20})
+    (root / "test" / "a").mkdir(parents=True)
+    for copy in ("train/a/again.png", "test/a/1.png", "test/a/2.png"):
+        shutil.copy(root / "train" / "a" / "0007.png", root / copy)
+    data = load_data(DataConfig(name=str(root), duplicates="drop"), memory_budget=PLENTY)
+    ids = ids_of(data)
+    assert ids["test"] == ["test/a/1.png"]
+    assert not {"train/a/0007.png", "train/a/again.png"} & {*ids["train"], *ids["val"]}
+    assert data.notes[0] == "3 copies of other images are left out (data.duplicates=drop)"
+    group = load_data(DataConfig(name=str(root), duplicates="group"), memory_budget=PLENTY)
+    assert len(ids_of(group)["test"]) == 2  # a given split is not changed
+    assert group.notes[1].startswith("images that occur more than once: 1 in more than one split")
+
+
+def test_a_class_of_which_all_images_are_dropped_is_refused(tmp_path: Path) -> None:
+    name = with_copies(tmp_path / "x")
+    for path in sorted((tmp_path / "x" / "b").iterdir())[:-1]:
+        path.unlink()
+    with pytest.raises(DataError, match="drop leaves no training image of: b"):
+        load_data(DataConfig(name=name, duplicates="drop"), memory_budget=PLENTY)
+
+
+def test_copies_are_kept_in_one_split(tmp_path: Path) -> None:
+    name = with_copies(tmp_path / "x")
+    pairs = [{"a/0003.png", "a/copy.png"}, {"a/0004.png", "b/wrong.png"}]
+    divided = 0
+    for seed in range(8):
+        keep = load_data(DataConfig(name=name, seed=seed), memory_budget=PLENTY)
+        group = load_data(
+            DataConfig(name=name, seed=seed, duplicates="group"), memory_budget=PLENTY
+        )
+        divided += any(
+            pair & set(ids) and pair - set(ids) for pair in pairs for ids in ids_of(keep).values()
+        )
+        for ids in ids_of(group).values():
+            assert all(not pair & set(ids) or pair <= set(ids) for pair in pairs)
+        assert {len(ids) for ids in ids_of(group).values()} <= {5, 6, 7, 29, 30, 31}
+        assert (
+            group.notes[0]
+            == "2 groups of equal images, each kept in one split (data.duplicates=group)"
+        )
+        assert "copies kept together" in group.split_descriptions["val"]
+        assert group.summary.origins["val"] == "held out, copies kept together"
+    assert divided  # the test would notice a split that ignores copies
+
+
+def test_duplicates_of_a_set_without_copies_change_nothing(tmp_path: Path) -> None:
+    name = folder(tmp_path / "x", {"a": 30, "b": 20})
+    keep, drop, group = (
+        load_data(DataConfig(name=name, duplicates=how), memory_budget=PLENTY)  # type: ignore[arg-type]
+        for how in ("keep", "drop", "group")
+    )
+    assert keep.fingerprint == drop.fingerprint == group.fingerprint
+    assert keep.notes == drop.notes == group.notes == ()
+
+
+def test_equal_pixels_of_built_in_sets_are_copies() -> None:
+    keep = load_data(DataConfig(name="digits"), memory_budget=PLENTY)
+    drop = load_data(DataConfig(name="digits", duplicates="drop"), memory_budget=PLENTY)
+    images = torch.cat([everything(s) for s in (keep.train, keep.val, keep.unseal_test())])
+    distinct = {image.numpy().tobytes() for image in images}
+    assert sum(map(len, ids_of(drop).values())) == len(distinct)
+
+
+def test_similar_images_in_different_splits_are_counted(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2), ("test", 2)):
+        for c in "ab":
+            (tmp_path / "x" / split / c).mkdir(parents=True)
+            for i in range(count):
+                small = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+                image = Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC)
+                image.save(tmp_path / "x" / split / c / f"{i}.png")
+    root = tmp_path / "x"
+    for side, copy in ((50, "test/a/8"), (40, "train/a/9")):
+        Image.open(root / "train/a/0.png").resize((side, side)).save(root / f"{copy}.png")
+    shutil.copy(root / "train/b/1.png", root / "test/b/equal.png")  # reported as a copy
+    listing = load_data(DataConfig(name=str(root)), memory_budget=PLENTY).listing
+    assert listing is not None
+    assert listing.count == 23
+    similar = listing.similar_across_splits()
+    assert {group.ids for group in similar.listed} == {
+        ("train/a/0.png", "test/a/8.png"),
+        ("train/a/9.png", "test/a/8.png"),
+    }
+    assert similar.groups == similar.across_splits == 2
+
+
+def test_similar_images_are_reported_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    for c in "ab":
+        (tmp_path / "x" / c).mkdir(parents=True)
+        for i in range(20):
+            small = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            image = Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC)
+            for k, side in enumerate((64, 60)):
+                image.resize((side, side)).save(tmp_path / "x" / c / f"{i}-{k}.png")
+    data = load_data(DataConfig(name=str(tmp_path / "x")), memory_budget=PLENTY)
+    split_of = {i: name for name, ids in ids_of(data).items() for i in ids}
+    pairs = [(f"{c}/{i}-0.png", f"{c}/{i}-1.png") for c in "ab" for i in range(20)]
+    divided = [pair for pair in pairs if split_of[pair[0]] != split_of[pair[1]]]
+    data.print_similar_images()
+    shown = capsys.readouterr().err
+    assert f"{len(divided)} pairs of similar images in different splits, e.g. " in shown
+    assert any(
+        f"{a} ({split_of[a]})" in shown and f"{b} ({split_of[b]})" in shown for a, b in divided
+    )
+    assert "data.group=REGEX (of a CSV: COLUMN) keeps related images in one split" in shown
+    assert data.image_size == 48
+    monkeypatch.setattr(dataset, "MAX_PIXELS_COMPARED", 80 * 48 * 48 - 1)
+    data.print_similar_images()
+    assert "audit" in capsys.readouterr().err
+    with quiet_mode():  # neither computed nor printed
+        monkeypatch.setattr(dataset.ImageList, "similar_across_splits", None)
+        data.print_similar_images()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture
@@ -271,7 +470,7 @@ def test_channel_stats_of_many_images_are_sampled_evenly() -> None:
 def test_external_data_is_converted_to_the_models_input(tmp_path: Path) -> None:
     counts = {"train/a": 5, "train/b": 5, "test/a": 2, "test/b": 1}
     name = folder(tmp_path / "x", counts)
-    options = {"image_size": 12, "channels": 1, "fit": "pad", "memory_budget": PLENTY}
+    options = {"conversion": Conversion(12, 1, "pad"), "memory_budget": PLENTY}
     split, classes, data_name, fingerprint, chosen, *_ = load_external_data(name, **options)  # type: ignore[arg-type]
     assert chosen == "test"
     assert split.rows.shape == (3, 1, 12, 12)
@@ -302,7 +501,7 @@ def test_mnist_has_its_known_sizes_and_statistics(monkeypatch: pytest.MonkeyPatc
     assert data.val.rows.shape == (9_000, 1, 28, 28)
     assert np.bincount(test.labels)[:3].tolist() == [980, 1135, 1032]
     train, *_ = load_external_data(
-        "mnist", "train", image_size=28, channels=1, fit="crop", memory_budget=PLENTY
+        "mnist", "train", conversion=Conversion(28, 1, "crop"), memory_budget=PLENTY
     )
     mean, std = channel_stats(train)  # the well-known 0.1307 and 0.3081
     assert (round(mean[0], 3), round(std[0], 3)) == (0.131, 0.308)

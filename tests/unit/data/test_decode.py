@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens.data.decode import MAX_PIXELS, UnreadableImage, decode, fit_arrays, probe_image
+from convlens.data.decode import (
+    MAX_PIXELS,
+    UnreadableImage,
+    decode,
+    fit_arrays,
+    probe_image,
+    read_values,
+    scale_to_uint8,
+)
 from convlens.errors import UsageError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -90,6 +98,130 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
 def test_32_bit_images_by_their_range(values: np.ndarray, expected: list[int]) -> None:
     content = encoded(Image.fromarray(values), "TIFF")
     np.testing.assert_array_equal(plain(content, 1)[0, 0], expected)
+
+
+def png_16_bit(values: np.ndarray) -> bytes:
+    """Return a PNG of 16-bit color, uint16 `[H, W, 3 or 4]`, which Pillow can't write."""
+    height, width, channels = values.shape
+    color_type = {3: 2, 4: 6}[channels]
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
+
+
+def tiff(values: np.ndarray, byte_order: str) -> bytes:
+    """Return an uncompressed TIFF of unsigned integers, `[H, W]` or `[H, W, 3]`."""
+    height, width = values.shape[:2]
+    channels = values.shape[2] if values.ndim == 3 else 1
+    bits = 8 * values.dtype.itemsize
+    data = values.astype(values.dtype.newbyteorder(byte_order)).tobytes()
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, bits) if channels == 1 else (258, 3, 3, 8 + len(data)),
+        (259, 3, 1, 1),  # not compressed
+        (262, 3, 1, 1 if channels == 1 else 2),  # black is zero, or RGB
+        (273, 4, 1, 8),
+        (277, 3, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, 1, len(data)),
+    ]
+    data += struct.pack(f"{byte_order}4H", bits, bits, bits, 0)
+    directory = struct.pack(f"{byte_order}H", len(tags))
+    for tag, kind, count, value in tags:
+        is_short = kind == 3 and count == 1
+        directory += struct.pack(f"{byte_order}HHI", tag, kind, count)
+        directory += struct.pack(
+            f"{byte_order}HH" if is_short else f"{byte_order}I", value, *[0] * is_short
+        )
+    mark = b"II*\0" if byte_order == "<" else b"MM\0*"
+    return mark + struct.pack(f"{byte_order}I", 8 + len(data)) + data + directory + b"\0" * 4
+
+
+def deep_cases() -> dict[str, tuple[bytes, np.ndarray]]:
+    random = np.random.default_rng(0)
+    color = random.integers(0, 65_536, (5, 7, 4)).astype(np.uint16)
+    grey, signed = color[..., 0], color[..., 0].astype(np.int32) - 40_000
+    large = color[..., 0].astype(np.uint32) * 60_000
+    real = random.normal(size=(5, 7)).astype(np.float32)
+    pgm = b"P5 7 5 4095\n" + (grey % 4096).astype(">u2").tobytes()
+    return {
+        "PNG grey": (encoded(Image.fromarray(grey), "PNG"), grey),
+        "PNG RGB": (png_16_bit(color[..., :3]), color[..., :3]),
+        "PNG RGBA": (png_16_bit(color), color),
+        "TIFF RGB": (tiff(color[..., :3], "<"), color[..., :3]),
+        "TIFF RGB, big endian": (tiff(color[..., :3], ">"), color[..., :3]),
+        "TIFF grey, big endian": (tiff(grey, ">"), grey),
+        "TIFF LZW": (encoded(Image.fromarray(grey), "TIFF", compression="tiff_lzw"), grey),
+        "TIFF uint32": (tiff(large, "<"), large),
+        "TIFF int32": (encoded(Image.fromarray(signed), "TIFF"), signed),
+        "TIFF float": (encoded(Image.fromarray(real), "TIFF"), real),
+        "PFM": (encoded(Image.fromarray(real), "PPM"), real),
+        "PGM": (encoded(Image.fromarray(grey.astype(np.int32)), "PPM"), grey),
+        "PGM of 12 bits": (pgm, grey % 4096),
+    }
+
+
+@pytest.mark.parametrize("case", deep_cases())
+def test_all_bits_of_deep_images_are_read_and_scaled(case: str) -> None:
+    content, values = deep_cases()[case]
+    np.testing.assert_array_equal(read_values(content), values)
+    assert probe_image(content).deep
+    low, high = float(values[..., :3].min()), float(values.max()) * 0.9  # the largest are clipped
+    got = decode(content, size=None, channels=3, fit="crop", value_range=(low, high))
+    colors = values[..., :3] if values.ndim == 3 else np.repeat(values[..., None], 3, axis=2)
+    scaled = np.clip((colors.astype(np.float64) - low) * 255 / (high - low), 0, 255)
+    expected = np.rint(scaled)
+    if values.ndim == 3 and values.shape[2] == 4:  # on white
+        opacity = values[..., 3:] // 256 / 255
+        np.testing.assert_allclose(
+            got.transpose(1, 2, 0), expected * opacity + 255 * (1 - opacity), atol=1
+        )
+    else:
+        np.testing.assert_array_equal(got.transpose(1, 2, 0), expected)
+
+
+def test_eight_bit_images_ignore_the_value_range() -> None:
+    for image, kind in ((Image.fromarray(rgb()), "PNG"), (Image.fromarray(RAMP), "TIFF")):
+        content = encoded(image, kind)
+        assert not probe_image(content).deep
+        ranged = decode(content, size=None, channels=3, fit="crop", value_range=(10, 20))
+        np.testing.assert_array_equal(ranged, plain(content))
+        assert read_values(content).dtype == np.uint8
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_deep_images_are_turned_upright(kind: str) -> None:
+    values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 1000
+    image = Image.fromarray(values)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    content = encoded(image, kind, exif=exif)
+    got = decode(content, size=None, channels=1, fit="crop", value_range=(0, 5000))[0]
+    np.testing.assert_array_equal(got, np.rot90(values // 1000 * 51, -1))
+
+
+def test_scaling_by_hand() -> None:
+    values = np.array([-1, 0, 1, 2, 3, 4, 5], np.int32)
+    assert scale_to_uint8(values, (0, 4)).tolist() == [0, 0, 64, 128, 191, 255, 255]
+    assert scale_to_uint8(np.array([29_500, 29_740], np.uint16), (29_490, 29_745)).tolist() == [
+        10,
+        250,
+    ]
+    assert scale_to_uint8(np.array([0.1, 0.2], np.float32), (-0.4, 0.6)).tolist() == [128, 153]
+    with pytest.raises(UsageError, match="empty"):
+        scale_to_uint8(values, (3, 3))
 
 
 def test_not_a_number_is_unreadable() -> None:
@@ -220,6 +352,10 @@ def test_unreadable_files_have_a_reason(tmp_path: Path) -> None:
     assert "web page" in reason(path)
     path.write_bytes(bytes(range(256)))
     assert "known format" in reason(path)
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert reason(path) == "it is HEIC, which is not supported: convert it to JPEG or PNG"
+    path.write_bytes(b"BM" + bytes(30))  # the first bytes of a format that is supported
+    assert "not supported" not in reason(path)
     intact = encoded(Image.fromarray(rgb(64, 64)), "PNG")
     path.write_bytes(intact[: len(intact) // 2])
     assert "cut short" in reason(path)
@@ -279,6 +415,50 @@ def test_decompression_bombs_are_refused_before_decoding(tmp_path: Path, side: i
     assert "million" in reason(path)
     with pytest.raises(UnreadableImage, match="million"):
         probe_image(path)
+
+
+def limited(content: bytes, max_pixels: int, size: int | None = 8) -> np.ndarray:
+    return decode(content, size=size, channels=3, fit="crop", max_pixels=max_pixels)
+
+
+def test_the_limit_of_pixels_can_be_changed() -> None:
+    content = encoded(Image.fromarray(rgb(30, 40)), "PNG")
+    with pytest.raises(UnreadableImage, match=r"\(40 x 30\); data.max_pixels=1200 accepts it"):
+        limited(content, 1199)
+    with pytest.raises(UnreadableImage, match=r"data\.max_pixels=1200"):
+        probe_image(content, max_pixels=1199)
+    assert limited(content, 1200, size=None).shape == (3, 30, 40)
+    assert probe_image(content, max_pixels=1200).width == 40
+    large = bomb(9_460, 9_460)  # above the limit of Pillow itself, which is not changed
+    with pytest.raises(UnreadableImage, match=r"cut short|damaged"):
+        limited(large, 9_460**2)
+
+
+def test_large_jpeg_files_are_decoded_at_a_reduced_scale() -> None:
+    smooth = Image.fromarray(rgb(10, 15)).resize((240, 160), Image.Resampling.BICUBIC)
+    content = encoded(smooth, "JPEG", quality=95)
+    exact = decode(content, size=16, channels=3, fit="crop")
+    for max_pixels in (240 * 160, 120 * 80, 60 * 40):
+        reduced = limited(content, max_pixels, size=16)
+        assert np.abs(reduced.astype(int) - exact).mean() < 4
+    assert limited(content, 60 * 40, size=None).shape == (3, 40, 60)
+    assert probe_image(content, max_pixels=60 * 40).width == 240
+    with pytest.raises(UnreadableImage, match="240 x 160"):
+        limited(content, 29 * 20)  # 1/8 is the smallest scale
+    # Long images keep more pixels than two sides of the result.
+    long = encoded(smooth.resize((800, 32)), "JPEG")
+    assert limited(long, 80 * 32, size=16).shape == (3, 16, 16)
+    # All coefficients of several scans are kept in memory: 6 bytes for each pixel of the file.
+    progressive = encoded(smooth, "JPEG", quality=95, progressive=True)
+    with pytest.raises(UnreadableImage, match="240 x 160"):
+        limited(progressive, 60 * 40)
+    assert limited(progressive, 240 * 160 * 6 // 16).shape == (3, 8, 8)
+
+
+def test_a_phone_photograph_of_90_megapixels_is_accepted() -> None:
+    content = encoded(Image.new("L", (10_000, 9_000), 77), "JPEG")
+    assert MAX_PIXELS < 10_000 * 9_000
+    assert (decode(content, size=64, channels=1, fit="crop") == 77).all()
 
 
 def test_other_formats_are_refused() -> None:

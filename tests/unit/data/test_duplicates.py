@@ -16,6 +16,28 @@ def test_equal_digests_are_grouped() -> None:
     assert duplicates.exact_duplicates(digests[:2]) == []
 
 
+def test_copies_under_one_label_and_under_several_are_told_apart() -> None:
+    digests = np.array([[1], [2], [1], [3], [2], [1], [4]], np.uint8)
+    labels = np.array([0, 0, 0, 1, 1, 0, 1])
+    assert duplicates.copies_to_drop(digests, labels) == ([[0, 2, 5]], [[1, 4]])
+    assert duplicates.copies_to_drop(digests[:2], labels[:2]) == ([], [])
+
+
+def test_copies_join_groups() -> None:
+    digests = np.array([[1], [2], [1], [3], [2], [4]], np.uint8)
+    alone, count = duplicates.groups_with_copies(digests, None)
+    assert count == 2
+    assert alone is not None
+    assert [alone.index(group) for group in alone] == [0, 1, 0, 3, 1, 5]
+    # Images 0 and 2 join x and y, images 1 and 4 join x and z; w stays alone.
+    joined, count = duplicates.groups_with_copies(digests, list("xxywzz"))
+    assert count == 2
+    assert joined is not None
+    assert [joined.index(group) for group in joined] == [0, 0, 0, 3, 0, 0]
+    assert duplicates.groups_with_copies(digests[[0, 1, 3]], None) == (None, 0)
+    assert duplicates.groups_with_copies(digests[[0, 1]], list("ab")) == (["a", "b"], 0)
+
+
 def test_groups_across_splits_come_first_then_those_of_two_labels() -> None:
     columns = (list("abcdef"), ["train"] * 5 + ["test"], ["x", "x", "x", "y", "z", "z"])
     result = Duplicates.of([[0, 1], [2, 3], [4, 5]], *columns)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
-from convlens.data import image_folder
+from convlens.data import scan
+from convlens.data.folder_layout import LayoutOptions
+from convlens.data.layout import ClassChoice
 from convlens.data.sources import find_source
 from convlens.errors import DataError
 from helpers.datasets import write_class_folders, write_image
@@ -30,8 +33,9 @@ def test_classes_are_the_folders_below_the_root(tmp_path: Path) -> None:
     assert part.labels.tolist() == [0, 1, 2, 2, 2, 3, 3, 3]
     assert list(part.ids[2:5]) == ["cat/0.png", "cat/1.png", f"cat/deeper{os.sep}x.JPG"]
     assert part.images[0] == str(root / "10" / "0.png")
-    assert "2 files that are not images were ignored" in source.notes
-    assert "1 images outside the class folders were ignored" in source.notes
+    assert "1 .mp4 file is not supported: save frames of the videos as JPEG or PNG" in source.notes
+    assert "ignored 1 file that is not an image: 1 .txt" in source.notes
+    assert "ignored 1 image outside the class folders" in source.notes
 
 
 @pytest.mark.parametrize("train", ["train", "Training"])
@@ -49,9 +53,13 @@ def test_splits_are_recognized_in_all_spellings(
     assert any("extra" in note for note in source.notes)
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    source = find_source(str(write_class_folders(tmp_path / "x", {"train": 2, "bus": 2})))
+def test_a_class_may_be_called_train_if_the_recipe_says_so(tmp_path: Path) -> None:
+    root = str(write_class_folders(tmp_path / "x", {"train": 2, "bus": 2}))
+    with pytest.raises(DataError, match="could be splits or classes: train"):
+        find_source(root)
+    source = find_source(root, layout=LayoutOptions("classes"))
     assert source.classes == ("bus", "train")
+    assert source.notes == ("classes named like splits: train",)
 
 
 def test_classes_match_by_name_in_any_unicode_form(tmp_path: Path) -> None:
@@ -130,10 +138,52 @@ def test_a_set_for_evaluation_must_have_images(tmp_path: Path, counts: dict[str,
         find_source(str(write_class_folders(root, counts)), tested=True)
 
 
-def test_classes_one_level_deeper_are_suggested(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
-        find_source(str(write_class_folders(tmp_path / "x", {"flowers/a": 1, "flowers/b": 1})))
-    assert str(tmp_path / "x" / "flowers") in caught.value.fix
+def test_files_are_images_by_their_contents_and_others_are_named(tmp_path: Path) -> None:
+    root = write_class_folders(tmp_path / "x", {"a": 2, "b": 1})
+    content = (root / "a" / "0.png").read_bytes()
+    (root / "a" / "000").write_bytes(content)
+    (root / "c").mkdir()
+    (root / "c" / "1.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"class folders without images: c \(1 .heic\)"):
+        find_source(str(root))
+    shutil.rmtree(root / "c")
+    (root / "b" / "renamed.heic").write_bytes(content)
+    for name in ("1.heic", "2.HEIC", "3.heic", "notes.txt"):
+        (root / "b" / name).write_bytes(b"x")
+    source = find_source(str(root))
+    ids = ["a/0.png", "a/000", "a/1.png", "b/0.png", "b/renamed.heic"]
+    assert list(source.parts["train"].ids) == ids
+    assert source.notes == (
+        "3 .heic files are not supported: convert them to JPEG or PNG",
+        "ignored 1 file that is not an image: 1 .txt",
+        "classes that lose most of their files: b (3 of 5)",
+    )
+
+
+def test_a_set_of_other_formats_names_them(tmp_path: Path) -> None:
+    root = write_class_folders(tmp_path / "x", {"a": 0, "b": 0})
+    for name in ("a/1.HEIC", "b/1.heic", "b/2.heic"):
+        (root / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no images in any .*3 \.heic files .*: a, b") as caught:
+        find_source(str(root))
+    assert "convert" in caught.value.fix
+
+
+def test_classes_that_are_left_out_are_not_checked(tmp_path: Path) -> None:
+    counts = {"train/a": 1, "train/b": 1, "train/empty": 0, "val/a": 1, "val/odd": 1}
+    root = write_class_folders(tmp_path / "x", counts)
+    with pytest.raises(
+        DataError, match=r"without images: empty; classes in val .* 'odd'"
+    ) as caught:
+        find_source(str(root))
+    assert "data.without=[odd]" in caught.value.fix
+    source = find_source(str(root), choice=ClassChoice(without=("empty", "odd")))
+    assert source.classes == ("a", "b")
+    source = find_source(str(root), choice=ClassChoice(only=("b", "a")))
+    assert source.parts["val"].labels.tolist() == [0]
+    with pytest.raises(DataError, match="only one class folder: a") as caught:
+        find_source(str(root), choice=ClassChoice(only=("a",)))
+    assert caught.value.fix == "choose more classes"
 
 
 def test_link_cycles_are_skipped_and_special_files_counted(tmp_path: Path) -> None:
@@ -186,7 +236,7 @@ def test_a_long_scan_reports_its_progress(
     root = write_class_folders(tmp_path / "x", {"a": 2, "b": 2})
     find_source(str(root))
     assert not capsys.readouterr().err
-    monkeypatch.setattr(image_folder, "NOTICE_AFTER_S", 0.0)
+    monkeypatch.setattr(scan, "NOTICE_AFTER_S", 0.0)
     find_source(str(root))
     notices = capsys.readouterr().err.splitlines()
     assert notices == [f"{root}: looking for images, {n} files so far" for n in (2, 4)]

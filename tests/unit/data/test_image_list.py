@@ -1,14 +1,19 @@
-"""CSV files that list images: columns, splits, groups, and everything that can be wrong."""
+"""Lists of images: their rows, splits and groups, and everything that can be wrong."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
+from convlens.data.dataset import load_data
 from convlens.data.image_list import escape_csv_formula, unescape_csv_formula
+from convlens.data.list_columns import ListOptions
 from convlens.data.sources import find_source
+from convlens.data.types import DataSource
 from convlens.errors import DataError, UsageError
+from convlens.recipe import DataConfig
 from helpers.datasets import write_image
 
 
@@ -100,6 +105,188 @@ def test_files_that_are_not_a_list_of_images_are_reported(
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(DataError, match=message):
         find_source(str(tmp_path / "a.csv"))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Six images in `img/`: `cat_0.png` to `dog_2.png`."""
+    for number, name in enumerate(NAMES):
+        write_image(tmp_path / "set" / "img" / name, number)
+    return tmp_path / "set"
+
+
+NAMES = [f"{label}_{i}.png" for label in ("cat", "dog") for i in range(3)]
+
+
+def read_rows_of(root: Path, header: str, row: str, **options: str) -> DataSource:
+    """Read a CSV with a row for each image: a format of `name`, `label` and `i`."""
+    rows = [row.format(name=n, label=n[:3], i=i) for i, n in enumerate(NAMES)]
+    name = write_csv(root / "a.csv", "\n".join([header, *rows]))
+    return find_source(name, lists=ListOptions(**options))  # type: ignore[arg-type]
+
+
+def test_images_of_another_folder_are_found_or_named(images: Path) -> None:
+    source = read_rows_of(images, "file_name,label", "{name},{label}")
+    assert source.parts["train"].images[0] == str(images / "img" / "cat_0.png")
+    assert list(source.parts["train"].ids) == NAMES
+    assert source.notes == ("6 files were found in img",)
+    (images / "img" / "dog_2.png").unlink()
+    with pytest.raises(DataError) as caught:
+        read_rows_of(images, "file_name,label", "{name},{label}")
+    assert "img/cat_0.png is there, like 5 of 6: data.images=img" in caught.value.what
+    assert caught.value.fix == "data.images=img"
+    with pytest.raises(DataError, match=r"files that do not exist: dog_2.png"):
+        read_rows_of(images, "file_name,label", "{name},{label}", images="img")
+
+
+def test_the_folder_of_images_is_relative_to_the_list_or_absolute(images: Path) -> None:
+    for folder in ("img", str(images / "img")):
+        source = read_rows_of(images, "name,label", "{name},{label}", images=folder)
+        assert source.parts["train"].images[5] == str(images / "img" / "dog_2.png")
+    with pytest.raises(UsageError, match=r"data.images=imgs: no such folder"):
+        read_rows_of(images, "name,label", "{name},{label}", images="imgs")
+
+
+def test_the_cause_of_missing_files_is_named(images: Path) -> None:
+    with pytest.raises(DataError, match="6 of 6 have a backslash") as caught:
+        read_rows_of(images, "path,label", "gone\\{name}x,{label}")
+    assert "data.images=FOLDER" in caught.value.fix
+
+
+def test_a_moved_labels_csv_is_read(images: Path) -> None:
+    """`convlens labels` writes absolute paths."""
+    source = read_rows_of(images, "path,label,split", "/home/me/flowers/img/{name},{label},train")
+    assert source.parts["train"].images[0] == str(images / "img" / "cat_0.png")
+    assert "paths begin with /home/me/flowers, which is not here" in source.notes[0]
+
+
+def test_equal_lines_count_once(images: Path) -> None:
+    source = read_rows_of(images, "path,label", "img/{name},{label}\n./img/{name},{label}")
+    assert list(source.parts["train"].ids) == [f"img/{name}" for name in NAMES]
+    assert source.notes == ("6 lines that repeat a file with the same label count once",)
+
+
+def test_files_with_several_labels_are_refused_as_a_multi_label_set(images: Path) -> None:
+    with pytest.raises(DataError, match=r"files with two labels: cat_0.png") as caught:
+        read_rows_of(images, "path,label", "img/{name},{label}\nimg/{name},animal")
+    assert "convlens trains single-label classifiers" in caught.value.fix
+
+
+def test_labels_that_look_alike_are_named(images: Path) -> None:
+    text = "path,label\nimg/cat_0.png,cat\nimg/cat_1.png,c\u0430t\nimg/cat_2.png,cat\u200b\n"
+    source = find_source(write_csv(images / "a.csv", text))
+    assert source.classes == ("cat", "c\u0430t")
+    assert source.notes == (
+        "invisible characters were removed from the labels cat",
+        "classes that look like the same one: 'cat' and 'c\u0430t' (with Cyrillic letters) "
+        "(2, 1 images); data.rename merges them",
+    )
+    renamed = ListOptions(rename={"c\u0430t": "dog"})
+    assert find_source(str(images / "a.csv"), lists=renamed).classes == ("cat", "dog")
+
+
+def test_a_renamed_class_fits_the_training_classes(images: Path) -> None:
+    text = "path,label,split\n" + "".join(
+        f"img/{n},{n[:3].title() if i == 2 else n[:3]},{'val' if i % 3 == 2 else 'train'}\n"
+        for i, n in enumerate(NAMES)
+    )
+    name = write_csv(images / "a.csv", text)
+    with pytest.raises(DataError, match="classes in val that train lacks: Cat"):
+        find_source(name)
+    source = find_source(name, lists=ListOptions(rename={"Cat": "cat"}))
+    assert source.parts["val"].labels.tolist() == [0, 1]
+    with pytest.raises(UsageError, match=r"data.rename: no class 'Dog'"):
+        find_source(name, lists=ListOptions(rename={"Dog": "dog"}))
+
+
+def test_splits_with_numbers_name_the_column_that_means_them(images: Path) -> None:
+    with pytest.raises(DataError, match="splits that are not train, val or test: 0, 1") as caught:
+        read_rows_of(images, "path,label,split", "img/{name},{label},{i}")
+    assert "fix these lines" in caught.value.fix
+    text = "path,label,split\n" + "".join(f"img/{n},{n[:3]},{i % 3}\n" for i, n in enumerate(NAMES))
+    with pytest.raises(DataError) as caught:
+        find_source(write_csv(images / "a.csv", text))
+    assert "name this column `partition`" in caught.value.fix
+
+
+def test_a_file_without_extension_is_judged_by_its_content(images: Path) -> None:
+    (images / "img" / "cat_0.png").rename(images / "img" / "cat_0")
+    text = "path,label\nimg/cat_0,cat\nimg/dog_0.png,dog\n"
+    source = find_source(write_csv(images / "a.csv", text))
+    assert list(source.parts["train"].ids) == ["img/cat_0", "img/dog_0.png"]
+
+
+PATH_FORMS = (
+    "img/{0}.png",
+    "img\\{0}.png",
+    "IMG/{0}.PNG",
+    "./img/{0}",
+    "{0}",
+    "data/img/{0}.png",
+    "/old/set/img/{0}.png",
+    "C:\\old set\\img\\{0}.png",
+)
+HEADERS = (
+    ("path", "label", "split"),
+    ("Image Path", "Class Name", "Subset"),
+    ("ID", "breed", "x"),
+    ("file_name", "class_id", "Partition"),
+    ("IMG", "Species", "usage"),
+)
+
+
+def test_a_column_of_folds_can_be_the_folds_of_a_training(images: Path) -> None:
+    """As the note says: the groups of `data.group` are the folds, and one is the test split."""
+    for number in range(20):
+        write_image(images / f"{number}.png", number)
+    rows = "".join(f"{i}.png,{'ab'[i % 2]},{i // 2 % 5}\n" for i in range(20))
+    name = write_csv(images / "folds.csv", f"path,label,fold\n{rows}")
+    assert "--folds 4 data.group=fold" in find_source(name).notes[0]
+    source = find_source(name, group="fold")
+    assert not source.notes
+    config = DataConfig(name=name, group="fold", folds=4, image_size=8)
+    folds = [load_data(replace_fold(config, fold), memory_budget=1 << 30) for fold in range(4)]
+    held_out = [{int(image[:-4]) // 2 % 5 for image in data.val.ids} for data in folds]
+    assert [len(fold) for fold in held_out] == [1, 1, 1, 1]
+    assert len(set.union(*held_out)) == 4
+
+
+def replace_fold(config: DataConfig, fold: int) -> DataConfig:
+    return config.model_copy(update={"fold": fold})
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_every_spelling_of_a_list_gives_the_same_images(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Delimiter x quotes x encoding x line ends x header x form of the paths, with splits."""
+    root = tmp_path_factory.mktemp("lists")
+    for number, name in enumerate(NAMES):
+        write_image(root / "img" / name, number)
+    path_form = data.draw(st.sampled_from([*PATH_FORMS, f"file://{root}/img/{{0}}.png"]))
+    header = data.draw(st.sampled_from(HEADERS))
+    delimiter = data.draw(st.sampled_from([",", ";", "\t", "|"]))
+    quote = data.draw(st.sampled_from(["", '"']))
+    line_end = data.draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    encoding = data.draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+    prefix = data.draw(
+        st.sampled_from(["", f"sep={delimiter}{line_end}", f"# a comment{line_end}"])
+    )
+    splits = data.draw(
+        st.sampled_from(
+            [("train", "val", "test"), ("Training", "Valid", "TEST"), ("", "dev", "testing")]
+        )
+    )
+    rows = [(path_form.format(name[:-4]), name[:3], splits[i % 3]) for i, name in enumerate(NAMES)]
+    lines = [delimiter.join(f"{quote}{cell}{quote}" for cell in row) for row in (header, *rows)]
+    (root / "a.csv").write_bytes((prefix + line_end.join(lines) + line_end).encode(encoding))
+    source = find_source(str(root / "a.csv"))
+    assert source.classes == ("cat", "dog")
+    for number, split in enumerate(("train", "val", "test")):
+        part = source.parts[split]
+        assert list(part.images) == [str(root / "img" / name) for name in NAMES[number::3]]  # type: ignore[call-overload]
+        assert part.labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,27 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from convlens.data.layout import ClassChoice
+from convlens.data.shard_writer import write_shards
 from convlens.data.sources import (
     SHAPES,
     SOURCES,
     canonical_name,
+    find_configured_source,
     find_source,
     is_same_data,
     known_names,
 )
+from convlens.data.types import DataSource
 from convlens.errors import DataError, UsageError
-from helpers.datasets import all_pixels, cifar10_files, write_class_folders, write_idx_files
+from convlens.recipe import load_recipe
+from helpers.datasets import (
+    all_pixels,
+    cifar10_files,
+    write_class_folders,
+    write_idx_files,
+    write_image,
+)
 
 pytestmark = pytest.mark.usefixtures("data_root")
 
@@ -198,6 +209,111 @@ def test_options_that_do_not_apply_are_usage_errors(data_root: Path) -> None:
     for name in ("digits", "pets"):
         with pytest.raises(UsageError, match=r"data\.group"):
             find_source(name, group="patient")
+
+
+def bincount(source: DataSource) -> dict[str, dict[str, int]]:
+    """Return the number of images by split and class."""
+    return {
+        split: {
+            name: int((part.labels == number).sum()) for number, name in enumerate(source.classes)
+        }
+        for split, part in source.parts.items()
+    }
+
+
+def test_classes_of_every_kind_of_source_can_be_chosen(data_root: Path) -> None:
+    digits = find_source("digits", choice=ClassChoice(only=("8", "3", "1"), without=("8",)))
+    assert bincount(digits) == {"train": {"1": 182, "3": 183}}
+    pets = write_class_folders(data_root / "pets", {"cat": 3, "dog": 2, "emu": 1, "new folder": 0})
+    write_image(pets / "emu" / "0.png", 77)
+    choice = ClassChoice(without=("dog", "new folder"))
+    expected = {"train": {"cat": 3, "emu": 1}}
+    source = find_source("pets", choice=choice)
+    assert bincount(source) == expected
+    all_pets = find_source("pets", choice=ClassChoice(without=("new folder",)))
+    rows = [f"pets/{image},{image.split('/')[0]}" for image in all_pets.parts["train"].ids]
+    table = data_root / "pets.csv"
+    table.write_text("\n".join(["path,label", *rows]))
+    write_shards(all_pets, data_root / "tars")
+    choice = ClassChoice(without=("dog",))
+    for name in (str(table), "tars"):
+        source = find_source(name, choice=choice)
+        assert bincount(source) == expected
+        images = source.parts["train"].images
+        emu = source.parts["train"].labels.tolist().index(1)  # shards are shuffled
+        assert images.read(emu) == (pets / "emu" / "0.png").read_bytes()  # type: ignore[union-attr]
+    for name in ("digits", "pets", str(table), "tars"):
+        with pytest.raises(UsageError, match="without names classes that do not exist: 33"):
+            find_source(name, choice=ClassChoice(without=("33",)))
+
+
+def test_small_classes_are_left_out_with_a_note(data_root: Path) -> None:
+    counts = {"train/a": 4, "train/b": 3, "train/c": 1, "train/d": 0, "test/a": 1, "test/c": 9}
+    write_class_folders(data_root / "pets", counts)
+    source = find_source("pets", choice=ClassChoice(min_images=3))
+    assert bincount(source) == {"train": {"a": 4, "b": 3}, "test": {"a": 1, "b": 0}}
+    assert source.notes == (
+        "2 of 4 classes have fewer than 3 training images and are left out: c (1), d (0)",
+    )
+    with pytest.raises(DataError, match="1 classes are left: a") as caught:
+        find_source("pets", choice=ClassChoice(min_images=4))
+    assert "data.min_images" in caught.value.fix
+    with pytest.raises(DataError, match="class folders without images: d") as caught:
+        find_source("pets")
+    assert caught.value.fix == "add images to them, or leave them out: data.without=[d]"
+
+
+def test_images_are_grouped_by_a_regular_expression(data_root: Path) -> None:
+    # As in GTSRB: class/track_number, with 30 pictures of each track.
+    for name in (
+        "00000/00000_00000",
+        "00000/00000_00001",
+        "00000/00001_00000",
+        "00001/00000_00000",
+    ):
+        write_image(data_root / "signs" / f"{name}.ppm")
+    tracks = ["00000/00000", "00000/00000", "00000/00001", "00001/00000"]
+    for pattern in ("^(.*)_", r"^\d+/\d+(?=_)"):  # the first group, or the whole match
+        assert find_source("signs", group=pattern).parts["train"].groups == tracks
+    with pytest.raises(DataError, match="matches 3 of 4 images, but not: 00001/00000_00000"):
+        find_source("signs", group="^00000/(.*)_")
+    with pytest.raises(UsageError, match="matches no path like 00000/00000_00000"):
+        find_source("signs", group="person(.*)_")
+    with pytest.raises(UsageError, match="not a valid regular expression: missing"):
+        find_source("signs", group="(")
+    with pytest.raises(UsageError, match="applies only to image files"):
+        find_source("digits", group="(.*)")
+
+
+def test_groups_across_the_own_splits_of_a_set_are_noted(data_root: Path) -> None:
+    for name in ("train/a/p1_0", "train/b/p2_0", "test/a/p1_7"):
+        write_image(data_root / "x" / f"{name}.png")
+    source = find_source("x", group=r"(p\d)_")
+    assert source.parts["test"].groups == ["p1"]
+    assert source.notes == ("1 groups are in more than one of the set's own splits: p1",)
+
+
+def test_the_group_of_a_csv_is_a_column_or_a_regular_expression(data_root: Path) -> None:
+    for name in ("a1_0", "a1_1", "b1_0"):
+        write_image(data_root / f"{name}.png")
+    path = data_root / "list.csv"
+    path.write_text("path,label,a (b)\na1_0.png,a,x\na1_1.png,a,y\nb1_0.png,b,z\n")
+    assert find_source(str(path), group="a (b)").parts["train"].groups == ["x", "y", "z"]
+    assert find_source(str(path), group="^(.*)_").parts["train"].groups == ["a1", "a1", "b1"]
+    with pytest.raises(UsageError, match=r"no column 'patient' for data\.group"):
+        find_source(str(path), group="patient")
+
+
+def test_the_keys_of_a_recipe_reach_the_source(data_root: Path) -> None:
+    write_class_folders(data_root / "x", {"cat/a": 3, "cat/b": 1, "dog/a": 2, "test/c": 3})
+    keys = ["layout=classes", "class_level=leaf", "without=test/c", "min_images=2", "group='(.)/'"]
+    config = load_recipe("folder", ["data.name=x", *(f"data.{key}" for key in keys)]).data
+    source = find_configured_source(config)
+    assert bincount(source) == {"train": {"cat/a": 3, "dog/a": 2}}
+    assert source.parts["train"].groups == ["t", "t", "t", "g", "g"]
+    shapes = load_recipe("folder", ["data.name=shapes", "data.count=20", "data.image_size=24"])
+    images = find_configured_source(shapes.data).parts["train"].images
+    assert images.shape == (20, 3, 24, 24)  # type: ignore[union-attr]
 
 
 def test_links_to_themselves_are_ignored(data_root: Path) -> None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
-from convlens.data.splits import fold_numbers, hold_out, take_per_class
+from convlens.data.splits import (
+    IN_NO_FOLD,
+    classes_of_one,
+    fold_numbers,
+    hold_out,
+    take_per_class,
+)
 from convlens.errors import DataError
 
 
@@ -60,9 +70,42 @@ def test_fraction_of_zero_holds_out_nothing() -> None:
     assert len(held) == 0
 
 
-def test_class_of_a_single_image_is_refused_by_name() -> None:
-    with pytest.raises(DataError, match=r"1 of 2 classes .* single image.*cat \(1\)"):
-        hold_out(labels_of(5, 1), 0.2, 0, names=["dog", "cat"])
+def test_only_image_of_a_class_is_never_held_out() -> None:
+    labels = labels_of(5, 1, 4, 1)
+    assert classes_of_one(labels) == [1, 3]
+    for seed in range(20):
+        held = hold_out(labels, 0.5, seed)[1]
+        # round(5.5) = 6 of 11; quotas 2.5 and 2: the classes that can give the rest, in turn.
+        assert shares(labels, held) == [3, 0, 3, 0]
+    with pytest.raises(DataError, match="every class has a single image, but 20% must be held out"):
+        hold_out(labels_of(1, 1, 1), 0.2, 0)
+    with pytest.raises(DataError, match="every class has at most 2 images") as caught:
+        hold_out(labels_of(2, 1, 2), 0.2, 0, keep=2)
+    assert caught.value.fix == "give the classes at least 3 images (better: dozens)"
+
+
+def test_only_group_of_a_class_is_never_held_out() -> None:
+    labels, groups = labels_of(3, 4), list("aaabbcc")
+    assert classes_of_one(labels, groups) == [0]
+    assert classes_of_one(labels) == []
+    for seed in range(20):
+        held = hold_out(labels, 0.3, seed, groups)[1]
+        assert shares(labels, held) == [0, 2]
+
+
+def test_splits_are_those_of_earlier_versions() -> None:
+    """The hashes were made before classes of a single image were allowed."""
+    labels = np.random.default_rng(7).integers(0, 7, 500)
+    groups = [f"g{g}" for g in np.random.default_rng(8).integers(0, 90, 500)]
+    indices = {
+        "ef996f44fc3104c7": hold_out(labels, 0.15, 3)[1],
+        "a6b150663363f6ab": hold_out(labels, 0.15, 3, groups)[1],
+        "77c7f7bc29a36174": hold_out(labels, 0.3, 1, groups, keep=2)[1],
+        "617c0e9025c733db": fold_numbers(labels, 5, 2),
+        "002c5b24e5efe349": fold_numbers(labels, 5, 2, groups),
+    }
+    for digest, index in indices.items():
+        assert hashlib.sha256(index.tobytes()).hexdigest()[:16] == digest
 
 
 def test_holding_out_twice_leaves_images_of_each_class() -> None:
@@ -100,11 +143,6 @@ def test_groups_larger_than_the_share_still_give_a_split() -> None:
     kept, held = hold_out(labels, 0.01, 0, list("aaaabbbbcccc"))
     assert len(held) == 4
     assert len(kept) == 8
-
-
-def test_class_in_a_single_group_is_refused() -> None:
-    with pytest.raises(DataError, match="single group"):
-        hold_out(labels_of(3, 4), 0.3, 0, list("aaabbcc"))
 
 
 def test_groups_that_cannot_be_held_out_are_refused() -> None:
@@ -165,15 +203,64 @@ def test_folds_keep_groups_together() -> None:
 def test_impossible_folds_are_refused() -> None:
     with pytest.raises(DataError, match=r"data\.folds=6, but there are only 5 images"):
         fold_numbers(labels_of(3, 2), 6, 0)
-    with pytest.raises(DataError, match=r"single image.*cat \(1\)"):
-        fold_numbers(labels_of(5, 1), 3, 0, names=["dog", "cat"])
-    with pytest.raises(DataError, match="only 3 groups"):
+    with pytest.raises(DataError, match="only 5 images besides the only image of a class"):
+        fold_numbers(labels_of(5, 1), 6, 0)
+    with pytest.raises(DataError, match=r"only 4 groups\n"):
+        fold_numbers(labels_of(4, 4), 5, 0, list("aabbccdd"))
+    with pytest.raises(DataError, match="only 2 groups besides the only group of a class"):
         fold_numbers(labels_of(3, 4), 4, 0, list("aaabbcc"))
-    with pytest.raises(DataError, match="single group"):
-        fold_numbers(labels_of(3, 4), 2, 0, list("aaabbcc"))
+    with pytest.raises(DataError, match="only 0 images besides") as caught:
+        fold_numbers(labels_of(1, 1), 2, 0)
+    assert caught.value.fix == "add images to the classes"
     # Each class has two groups of the three, so two folds of them put both of one class together.
     with pytest.raises(DataError, match=r"class 0 \(2\)|class 1 \(2\)|class 2 \(2\)"):
         fold_numbers(np.array([0, 0, 1, 1, 2, 2]), 2, 0, ["a", "b", "b", "c", "c", "a"])
+
+
+def test_only_image_or_group_of_a_class_is_in_no_fold() -> None:
+    # Class 0 is assigned to folds 0 1 2 0, class 2 continues with 1 2.
+    labels = labels_of(4, 1, 2)
+    fold = fold_numbers(labels, 3, 0)
+    assert fold[labels == 1].tolist() == [IN_NO_FOLD]
+    assert [shares(labels, np.flatnonzero(fold == k)) for k in range(3)] == [
+        [2, 0, 0],
+        [1, 0, 1],
+        [1, 0, 1],
+    ]
+    # Group a is the only one of class 0; it also has an image of class 1.
+    labels = np.array([0, 0, 1, 1, 1, 1, 1])
+    fold = fold_numbers(labels, 2, 0, list("aaabbcc"))
+    assert fold[:3].tolist() == [IN_NO_FOLD] * 3
+    assert sorted(fold[3:].tolist()) == [0, 0, 1, 1]
+    assert fold[3] == fold[4]
+
+
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=6).filter(lambda c: max(c) > 1),
+    fraction=st.floats(0.01, 0.9),
+    seed=st.integers(0, 9),
+    folds=st.integers(2, 4),
+    n_groups=st.none() | st.integers(1, 12),
+)
+def test_every_class_keeps_an_image_to_train_on(
+    counts: list[int], fraction: float, seed: int, folds: int, n_groups: int | None
+) -> None:
+    labels = np.random.default_rng(seed).permutation(labels_of(*counts))
+    groups = None
+    if n_groups is not None:
+        groups = [f"{g}" for g in np.random.default_rng(seed).integers(0, n_groups, len(labels))]
+    refusals = () if groups is None else (DataError,)  # e.g. all images are in one group
+    with contextlib.suppress(*refusals):
+        kept, held = hold_out(labels, fraction, seed, groups)
+        assert set(labels[kept]) == set(labels)
+        assert 0 < len(held) == len(labels) - len(kept)
+        if groups is not None:
+            assert not {groups[i] for i in kept} & {groups[i] for i in held}
+    with contextlib.suppress(DataError):  # fewer images or groups than folds
+        fold = fold_numbers(labels, folds, seed, groups)
+        for k in range(folds):
+            assert set(labels[fold != k]) == set(labels)
+            assert (fold == k).any()
 
 
 def test_hold_out_of_many_images_and_classes() -> None:

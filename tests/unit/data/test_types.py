@@ -11,10 +11,12 @@ import pytest
 
 from convlens.data.decode import UnreadableImage
 from convlens.data.types import (
+    DataSource,
     FilePaths,
     IndexedStrings,
     NumberedStrings,
     PackedStrings,
+    Part,
     is_image_name,
     modification_times,
     raise_if_transient,
@@ -35,6 +37,44 @@ def test_file_paths_read_and_concatenate(tmp_path: Path) -> None:
     assert [both.read(i) for i in range(len(both))] == [b"\0", b"\1", b"\0"]
     assert both.name(2) == files[0]
     assert both.shard_ids() is None
+
+
+def test_a_subset_of_file_paths_has_these_files(tmp_path: Path) -> None:
+    files = write_files(tmp_path, 3)
+    some = files.subset(np.array([2, 0]))
+    assert [some.read(i) for i in range(len(some))] == [b"\2", b"\0"]
+
+
+def make_source() -> DataSource:
+    """Six images, whose pixels are their numbers, of three classes and two patients."""
+    pixels = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1)
+    labels = np.array([2, 0, 1, 2, 1, 0])
+    train = Part(pixels, labels, [f"x/{i}" for i in range(6)], ["p", "q", "p", "q", "p", "q"])
+    test = Part(pixels[:2], labels[:2], NumberedStrings("test", 2))
+    return DataSource("x", ("ant", "bee", "cow"), {"train": train, "test": test}, ("old",))
+
+
+def test_classes_are_left_out_with_their_images_in_every_part() -> None:
+    source = make_source().with_classes(["cow", "ant"])  # in any order
+    assert source.classes == ("ant", "cow")
+    train, test = source.parts["train"], source.parts["test"]
+    assert train.labels.tolist() == [1, 0, 1, 0]
+    assert train.ids == ["x/0", "x/1", "x/3", "x/5"]
+    assert train.groups == ["p", "q", "q", "q"]
+    assert train.images.shape == (4, 1, 1, 1)  # type: ignore[union-attr]
+    pixels = train.images[np.array([3, 0])]  # type: ignore[index]
+    assert pixels[:, 0, 0, 0].tolist() == [5, 0]
+    assert (test.labels.tolist(), test.ids, test.groups) == ([1, 0], ["test/0", "test/1"], None)
+    assert source.notes == ("old",)
+
+
+def test_a_part_without_images_of_the_chosen_classes_is_dropped() -> None:
+    source = make_source().with_classes(["bee"])
+    assert list(source.parts) == ["train"]
+    assert source.parts["train"].ids == ["x/2", "x/4"]
+    assert source.notes == ("old", "test: no images of the chosen classes, so it is not used")
+    same = make_source()
+    assert same.with_classes(same.classes) is same
 
 
 def test_the_digest_of_file_paths_changes_with_a_file(tmp_path: Path) -> None:

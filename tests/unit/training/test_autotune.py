@@ -55,6 +55,7 @@ def test_timings_are_cached_for_runs_with_the_same_steps(
     assert timings == [["fp32 contiguous", "fp32 channels_last"]]
     assert first.plan.memory_format == "channels_last"
     assert first.timings == {"fp32 contiguous": 2.0, "fp32 channels_last": 1.0}
+    assert first.step_seconds == 0.001
     second = build_job(tiny(*TIMED, "train.seed=3", "optim.lr=0.5"))
     assert (second.plan, second.timings) == (first.plan, first.timings)
     assert len(timings) == 1

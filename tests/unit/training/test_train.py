@@ -6,22 +6,30 @@ import math
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from convlens import device, evaluation, optim, serialization
 from convlens.cli import main
+from convlens.data.dataset import load_data
+from convlens.data.decode import Conversion
+from convlens.device import Plan
 from convlens.errors import Diverged, ResourceError, UsageError
+from convlens.prediction import predict
 from convlens.recipe import load_recipe
-from convlens.run import RunDir
+from convlens.run import RunDir, load_model
 from convlens.runtime import RuntimeContext
 from convlens.training import autotune, train as training_train
 from convlens.training.checkpoint import BestEpoch
 from convlens.training.setup import build_training_job
 from convlens.utils.files import sha256
+from helpers.commands import pictures as class_folders
 from helpers.support import begin, images_of, same, tiny
 
 
@@ -321,6 +329,68 @@ def test_images_larger_than_the_memory_budget_train_to_the_same_bits(
     )
 
 
+def sensor_images(root: Path) -> Path:
+    """Write two classes of 12-bit images that 8 of 16 bits do not tell apart."""
+    random = np.random.default_rng(0)
+    for name, value in (("cold", 2000), ("warm", 2040)):
+        (root / name).mkdir(parents=True)
+        for number in range(20):
+            values = value + random.integers(-9, 10, (16, 16))
+            Image.fromarray(values.astype(np.uint16)).save(root / name / f"{number}.png")
+    return root
+
+
+def test_the_value_range_is_found_recorded_and_used_to_predict(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = sensor_images(Path("set"))
+    overrides = (f"data={{name: {folder}}}", "train.epochs=20", "train.batch_size=8")
+    run_dir = train(*overrides, quiet=False)
+    low, high = run_dir.recipe().data.range
+    assert 1991 <= low <= 1995
+    assert 2045 <= high <= 2049
+    loaded = load_model(run_dir.model_path)
+    assert loaded.preprocessing.value_range == (low, high)
+    messages = capsys.readouterr().err
+    assert "set: values of more than 8 bits" in messages
+    assert "warning:" not in messages
+    assert evaluation.evaluate(run_dir, "test", device="cpu").accuracy == 1
+    predicted = predict(run_dir, [folder / "cold" / "1.png", folder / "warm" / "1.png"])
+    assert [each.label for each in predicted] == ["cold", "warm"]
+
+
+def test_an_interrupted_run_of_an_earlier_version_keeps_its_conversion() -> None:
+    """Its recipe.yaml has no range: 65,535 became 255, and every image was cropped."""
+    folder = sensor_images(Path("set"))
+    requested = tiny(f"data={{name: {folder}}}", "train.epochs=1")
+    old = Conversion(16, 1, "crop")
+    data = load_data(requested.data, memory_budget=1 << 30, conversion=old)
+    job = build_training_job(requested, data, RuntimeContext("cpu", quiet=True))
+    run_dir = RunDir(Path("models/tiny"))
+    run_dir.create(
+        job.recipe,
+        {"digests": [requested.digest()], "data": {"name": "x", "fingerprint": data.fingerprint}},
+    )
+    path = run_dir.path / "recipe.yaml"
+    kept = [
+        line
+        for line in path.read_text().splitlines()
+        if line.strip().split(":")[0] not in ("range", "background", "max_pixels")
+    ]
+    path.write_text("\n".join(kept) + "\n")
+    digest = load_recipe(path).earlier_digest()
+    run_dir.update_metadata({"digests": [requested.digest(), digest]})
+    assert train(f"data={{name: {folder}}}", "train.epochs=1").path == run_dir.path
+    assert load_model(run_dir.model_path).preprocessing.conversion == old
+
+
+def test_constant_images_get_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sensor_images(Path("set"))
+    train(f"data={{name: {folder}, range: [0, 65535]}}", "train.epochs=1", quiet=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("warning: 28 of 28 training images are") for line in lines)
+
+
 def test_a_resumed_run_uses_its_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was chosen by timing, and another plan could give different bits."""
     from convlens.utils.process import StopSignal
@@ -371,3 +441,27 @@ def test_all_mistakes_in_a_recipe_are_reported_before_data_is_read(
     for word in ("model.widht", "'cosin'", "'adan'", "RandomCropp"):
         assert word in caught.value.what
     assert not Path("models").exists()
+
+
+def test_what_auto_chose_and_how_long_it_takes() -> None:
+    class_folders(Path("photos"), {"red": 30, "green": 30}, size=64)
+    requested = load_recipe("folder", ["data.name=photos", "train.batch_size=10"])
+    job = build_training_job(requested, images_of(requested), RuntimeContext("cpu", quiet=True))
+    assert len(job.data.train) == 42
+    chosen = "auto: 64 px, 60 epochs, augment flip + crop + jitter"
+    job.timings, job.step_seconds = {}, None
+    assert training_train.describe_choices(requested, job) == f"{chosen}, batch 10"
+    # 60 epochs of 5 steps and 9 validation images, which cost a third of 0.9 steps.
+    job.timings, job.step_seconds = {"bf16 channels_last": 1.0}, 1.0
+    job.plan = Plan("cpu", "bf16", "channels_last")
+    assert job.expected_seconds == pytest.approx(60 * (5 + 0.3))
+    timed = f"{chosen}, bf16 channels_last, batch 10"
+    assert (
+        training_train.describe_choices(requested, job) == f"{timed}; about 5 min on this machine"
+    )
+    # Nothing is said about the time where a step is not what was timed.
+    job.inputs = replace(job.inputs, cached_bytes=100)
+    assert training_train.describe_choices(requested, job) == timed
+    fixed = job.recipe
+    job.timings = {}
+    assert training_train.describe_choices(fixed, job) == ""

@@ -72,9 +72,7 @@ def test_a_finished_run_whose_data_moved_is_found_by_the_images(name: str | None
     assert train("after", name=name).path == first.path
     assert first.metadata()["data"]["path"] == os.path.abspath("after")
     # From now on without comparing images.
-    assert resolve.is_run_of(
-        resolve.resolve_recipe("after", overrides=SMALL).recipe, first.metadata()
-    )
+    assert resolve.is_run_of(resolve.resolve_recipe("after", overrides=SMALL).recipe, first)
     done = here("evaluate", first.name, "--json")
     assert done.json["data"] == "after"
     longer = train("after", "train.epochs=2", extend=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,10 @@ import pytest
 from convlens.utils import console
 from convlens.utils.console import (
     ProgressDisplay,
+    format_duration,
+    is_first_time,
+    message_scope,
+    print_once,
     print_status,
     print_table,
     progress_bar,
@@ -159,6 +164,90 @@ class RecordingBar:
 
     def advance(self, amount: int = 1, text: str | None = None) -> None:
         self.moves.append((amount, text))
+
+
+def test_a_message_is_printed_once_within_a_scope(capsys: pytest.CaptureFixture[str]) -> None:
+    def print_notes() -> None:
+        with message_scope():  # nested: the outer block counts
+            print_once("x: 12 copies in 1,204 images")
+            print_once("x: 9 copies in 87 images")
+            print_once("y: 9 copies in 87 images")
+
+    with message_scope():
+        with quiet_mode():
+            print_notes()  # what nobody has seen does not count
+        print_notes()
+        print_notes()
+        assert not is_first_time("y: 0 copies in 0 images")
+        assert is_first_time("z")
+        assert not is_first_time("z")
+    assert capsys.readouterr().err.splitlines() == [
+        "x: 12 copies in 1,204 images",
+        "y: 9 copies in 87 images",
+    ]
+    print_once("x: 1 copies in 1 images")
+    print_once("x: 1 copies in 1 images")
+    assert capsys.readouterr().err == "x: 1 copies in 1 images\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "1 s"),
+        (42.4, "42 s"),
+        (89.4, "89 s"),
+        (91, "2 min"),
+        (484, "8 min"),
+        (5300, "88 min"),
+        (7740, "2 h 10 min"),
+        (86_000, "23 h 50 min"),
+        (10_800, "3 h"),
+    ],
+)
+def test_durations_are_rounded(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("expected_s", "shown"),
+    [
+        (None, ["about 18 min left, by the first steps"]),
+        (2000.0, ["about 18 min left, by the first steps"]),
+        (1100.0, []),
+    ],
+)
+def test_the_time_left_is_estimated_by_the_first_steps(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    expected_s: float | None,
+    shown: list[str],
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now)
+    # 5 epochs of 100 steps and a validation that takes as long as 10.
+    display = ProgressDisplay(
+        RecordingBar(), 5, work=550.0, validation_work=10.0, expected_s=expected_s
+    )
+    display.interval_s = math.inf
+    now += 30.0  # the first step warms up
+    for _ in range(20):
+        display.step(DelayedStep())
+        now += 2.0
+    # Known after 5 more steps of 2 s: 550 - 6 are left, which take 1,088 s.
+    assert capsys.readouterr().err.splitlines() == shown
+
+
+def test_short_trainings_are_not_estimated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now)
+    display = ProgressDisplay(RecordingBar(), 1, work=30.0)
+    display.interval_s = math.inf
+    for _ in range(30):
+        display.step(DelayedStep())
+        now += 2.0
+    assert capsys.readouterr().err == ""  # 24 steps of 2 s
 
 
 def test_progress_display_shows_numbers_when_they_have_arrived() -> None:

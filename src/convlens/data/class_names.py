@@ -1,0 +1,162 @@
+"""Names of classes that people write in several forms: `Cat` and `cat`, `12` and `00012`."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from convlens.data.types import DataSource, Part
+from convlens.errors import DataError, UsageError, close_matches, closest_match, did_you_mean
+
+# Zero-width space, word joiner, byte order mark, direction marks. The joiners U+200C and U+200D
+# are letters' neighbors in some scripts and are removed at the ends only.
+_INVISIBLE = re.compile("[\u200b\u200e\u200f\u2060\ufeff]|^[\u200c\u200d\\s]+|[\u200c\u200d\\s]+$")
+# Cyrillic and Greek letters that look like Latin ones.
+_LOOK_ALIKES = {
+    "а": "a",
+    "е": "e",
+    "о": "o",
+    "р": "p",
+    "с": "c",
+    "у": "y",
+    "х": "x",
+    "і": "i",
+    "ј": "j",
+    "ѕ": "s",
+    "ԁ": "d",
+    "һ": "h",
+    "ѵ": "v",
+    "ԛ": "q",
+    "ԝ": "w",
+    "в": "b",
+    "к": "k",
+    "м": "m",
+    "н": "h",
+    "т": "t",
+    "α": "a",
+    "ο": "o",
+    "ρ": "p",
+    "ι": "i",
+    "ν": "v",
+    "τ": "t",
+    "υ": "u",
+    "χ": "x",
+    "κ": "k",
+}
+_NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
+MAX_LISTED_NAMES = 8
+
+
+def strip_invisible(name: str) -> str:
+    """Return `name` without zero-width characters and surrounding blanks."""
+    return name.strip() if name.isascii() else _INVISIBLE.sub("", name)
+
+
+def fold_class_name(name: str) -> str:
+    """Return the same text for names that differ in case, leading zeros or `.0` only."""
+    folded = unicodedata.normalize("NFC", name).strip().casefold()
+    return str(int(folded.partition(".")[0])) if _NUMBER.fullmatch(folded) else folded
+
+
+def _skeleton(name: str) -> str:
+    """Return the same text for names that look alike, or differ in case and blanks only."""
+    folded = fold_class_name(unicodedata.normalize("NFKC", name))
+    folded = "".join(_LOOK_ALIKES.get(letter, letter) for letter in folded)
+    return re.sub(r"[\s_-]+", "", folded) or folded
+
+
+def similar_class_names(names: Iterable[str]) -> list[list[str]]:
+    """Return groups of names that look like the same one."""
+    groups = defaultdict(list)
+    for name in names:
+        groups[_skeleton(name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def describe_similar(group: Sequence[str]) -> str:
+    """Name the classes of a group, with the letters that only look like Latin ones."""
+    return " and ".join(f"{name!r}{_describe_letters(name)}" for name in group)
+
+
+def _describe_letters(name: str) -> str:
+    scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in name}
+    others = sorted(script for script in scripts if script in ("CYRILLIC", "GREEK"))
+    return f" (with {' and '.join(map(str.capitalize, others))} letters)" if others else ""
+
+
+def match_class_names(names: Sequence[str], known: Sequence[str], where: str) -> dict[str, str]:
+    """Match the classes of a data set with those of a model.
+
+    Equal names are the same class. Others match if they differ only in case or leading zeros, and
+    only one to one.
+
+    Args:
+        names: classes of the data set.
+        known: classes of the model.
+        where: name of the data set, for the error.
+
+    Returns:
+        The model's name of each class.
+
+    Raises:
+        DataError: the model does not know a class.
+    """
+    known_set, by_form = set(known), defaultdict(list)
+    for name in known:
+        by_form[fold_class_name(name)].append(name)
+    matches = {}
+    for name in names:
+        candidates = [name] if name in known_set else by_form[fold_class_name(name)]
+        if len(candidates) == 1:
+            matches[name] = candidates[0]
+    num_names = Counter(matches.values())
+    # Two names for one class of the model: none of the two is certain, unless it is equal.
+    matches = {n: m for n, m in matches.items() if n == m or num_names[m] == 1}
+    unknown = [name for name in names if name not in matches]
+    if unknown:
+        near = {name: closest_match(name, known) for name in unknown[:MAX_LISTED_NAMES]}
+        shown = (f"{name} (it has {match})" if match else name for name, match in near.items())
+        example = next(((n, m) for n, m in near.items() if m), (unknown[0], known[0]))
+        more = " ..." if len(known) > 12 else ""
+        raise DataError(
+            f"the model doesn't know {len(unknown)} of the classes: {', '.join(shown)}",
+            where=where,
+            fix=f"its classes are: {', '.join(known[:12])}{more}; to say which is meant: "
+            f"{format_rename(*example)}",
+        )
+    return matches
+
+
+def format_rename(name: str, new_name: str) -> str:
+    """Return the override that renames a class."""
+    return f'\'data.rename={{"{name}": "{new_name}"}}\''
+
+
+def check_renamed(rename: Mapping[str, str], classes: Iterable[str]) -> None:
+    """Raise a `UsageError` if `rename` (`data.rename`) names a class that does not exist."""
+    classes = list(classes)
+    unknown = [name for name in rename if name not in classes]
+    if unknown:
+        close = did_you_mean(close_matches(unknown[0], classes))
+        raise UsageError(
+            f"data.rename: no class {unknown[0]!r}",
+            fix=close or f"the classes are: {', '.join(classes[:12])}",
+        )
+
+
+def rename_classes(source: DataSource, rename: Mapping[str, str]) -> DataSource:
+    """Return the source with other names of its classes; those with equal names are merged."""
+    check_renamed(rename, source.classes)
+    names = [rename.get(name, name) for name in source.classes]
+    in_order = list(source.classes) == sorted(source.classes)
+    classes = sorted(set(names)) if in_order else list(dict.fromkeys(names))
+    new_label = np.array([classes.index(name) for name in names], np.int64)
+    parts = {
+        split: Part(part.images, new_label[part.labels], part.ids, part.groups)
+        for split, part in source.parts.items()
+    }
+    return DataSource(source.name, tuple(classes), parts, source.notes)

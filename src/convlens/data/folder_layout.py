@@ -1,0 +1,572 @@
+"""How a folder of images is divided into splits and classes.
+
+`find_layout` reads a folder by the names and contents of the folders inside. A reading that is not
+the plain one (`FOLDER/<class>/*`, `FOLDER/{train,val,test}/<class>/*`) is stated in a note. If two
+readings are possible, the error names both and the key of the recipe that chooses.
+
+    FOLDER/images/{train,val}/<class>/*     one folder inside the other: entered
+    seg_train/seg_train/<class>/*           the same within a split
+    <class>/*, test/<class>/*               a split beside the classes it is about
+    <class>/{train,test}/*                  splits within classes
+    a/airfield/*, b/beach/indoor/*          class folders with folders only: `data.class_level`
+    train/cat.0.jpg, train/dog.0.jpg        labels in the names of the files
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from convlens.data.file_types import describe_ignored, extension
+from convlens.data.layout import (
+    LAYOUT_HELP,
+    MAX_EXAMPLES,
+    SPLITS,
+    ClassChoice,
+    Problem,
+    is_neutral_name,
+    is_unlabeled_name,
+    list_examples,
+    list_override,
+    match_split_names,
+    normalize_name,
+    printable,
+    raise_problems,
+    split_from_name,
+)
+from convlens.data.scan import MAX_DEPTH, Folder, is_image
+from convlens.errors import DataError
+
+MAX_WRAPPERS = 8  # folders with a single folder inside that are entered one after the other
+MIN_CLASS_FILES = 2  # files of each class that is read from the names of files
+# `cat.0`, `american_bulldog_12`, `dog (3)`: words, a separator, a number.
+_LABELED_NAME = re.compile(r"([^\W\d_]+(?:[ ._-][^\W\d_]+)*)[ ._(-]+\d+\)?")
+# Words that cameras and programs put before the number of an image.
+_CAMERA_WORD = re.compile(
+    r"(img|dsc[nf]?|pict?|pxl|image|photo|picture|frame|scan|file|sample|screen ?shot|untitled"
+    r"|bild|vid(eo)?|mvi|gopr|dji|snapshot|download|unnamed|train|val|test|x|y|copy)s?"
+)
+_LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class LayoutOptions:
+    """The keys `data.layout` and `data.class_level` of a recipe.
+
+    Attributes:
+        layout: `auto`, `classes` or `splits`.
+        class_level: `auto`, `top` or `leaf`.
+        known_classes: classes of a model. If the folder has these, what is `auto` is settled.
+    """
+
+    layout: str = "auto"
+    class_level: str = "auto"
+    known_classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """The images of one class in one split.
+
+    Attributes:
+        name: the class.
+        path: the folder.
+        files: paths of its images, if their names tell the class; None for all images in `path`.
+        recursive: folders inside count, too.
+    """
+
+    name: str
+    path: str
+    files: tuple[str, ...] | None = None
+    recursive: bool = True
+
+
+@dataclass
+class Layout:
+    """The classes of each split, and notes about the reading.
+
+    Attributes:
+        splits: split -> its classes.
+        notes: sentences for people.
+        parents: folders that hold class folders; images directly inside belong to no class.
+        left_out: folders that are not read because `data.without` names them.
+    """
+
+    splits: dict[str, list[ClassFolder]]
+    notes: list[str] = field(default_factory=list)
+    parents: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def find_layout(
+    root: Path, options: LayoutOptions, choice: ClassChoice, *, tested: bool = False
+) -> Layout:
+    """Find the splits of a folder and the classes of each split.
+
+    Args:
+        root: the folder.
+        options: readings that the recipe chooses.
+        choice: classes that are chosen or left out by name. They settle what is ambiguous: a
+            folder that is left out is not taken for a split.
+        tested: as in `sources.find_source`.
+
+    Raises:
+        DataError: there are no classes, or two readings are possible.
+    """
+    return _LayoutFinder(root, options, choice, tested).find()
+
+
+def class_name(folder: Folder) -> str:
+    """Return the class that a folder is named after."""
+    return normalize_name(printable(folder.name))
+
+
+def group_by_label(names: Iterable[str]) -> dict[str, list[str]] | None:
+    """Return file names by the label in front of their number (`cat.0.jpg`, `dog_12.jpg`).
+
+    Returns:
+        None if a name has no such label, or only the word of a camera or a program (`IMG_1.jpg`).
+    """
+    files: dict[str, list[str]] = {}
+    for name in names:
+        match = _LABELED_NAME.fullmatch(os.path.splitext(name)[0])
+        if match is None or _CAMERA_WORD.fullmatch(match[1].casefold()):
+            return None
+        files.setdefault(normalize_name(match[1]), []).append(name)
+    return files
+
+
+def labels_from_names(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return file names by label if these are certainly the classes, else nothing.
+
+    There must be at least two labels with two files each, and no labels that differ only in case.
+    """
+    files = group_by_label(names) or {}
+    is_complete = len(files) > 1 and min(map(len, files.values())) >= MIN_CLASS_FILES
+    is_unique = len({label.casefold() for label in files}) == len(files)
+    return files if is_complete and is_unique else {}
+
+
+def _image_names(folder: Folder) -> list[str]:
+    return [entry.name for entry in folder.files() if is_image(entry)]
+
+
+def _count_classes(names: Sequence[str]) -> str:
+    return f"{len(names)} classes: {list_examples(names)}"
+
+
+@dataclass
+class _Body:
+    """The folder that holds the class folders of a split, or its images."""
+
+    folder: Folder
+    classes: list[Folder]
+
+
+class _LayoutFinder:
+    """Collects the notes while it goes through a folder from the top down."""
+
+    def __init__(
+        self, root: Path, options: LayoutOptions, choice: ClassChoice, tested: bool
+    ) -> None:
+        self._root, self._options, self._choice, self._tested = root, options, choice, tested
+        self._layout = Layout({})
+
+    def find(self) -> Layout:
+        top = self._enter_wrappers(Folder(str(self._root)))
+        folders = self._folders(top)
+        split_of = self._match_splits(folders)
+        is_auto = (self._options.layout, self._options.class_level) == ("auto", "auto")
+        splits = {} if split_of or not is_auto else self._splits_inside_classes(folders)
+        if not splits:
+            bodies = {"train": _Body(top, folders)}
+            if split_of:
+                bodies = self._split_bodies(top, folders, split_of)
+            splits = self._classes_of(bodies)
+        self._layout.splits = {split: splits[split] for split in SPLITS if split in splits}
+        return self._layout
+
+    def _note(self, sentence: str) -> None:
+        self._layout.notes.append(sentence)
+
+    def _shown(self, folder: Folder) -> str:
+        """Return the path of a folder below the root, for messages."""
+        return printable(os.path.relpath(folder.path, self._root).replace(os.sep, "/"))
+
+    def _folders(self, folder: Folder) -> list[Folder]:
+        """Return the folders inside that may be read: hidden ones if `data.classes` names them."""
+        hidden = [f for f in folder.hidden_subfolders if class_name(f) in self._choice.only]
+        return sorted([*folder.subfolders, *hidden], key=lambda inner: inner.name)
+
+    def _without_left_out(self, folders: Sequence[Folder]) -> list[Folder]:
+        """Return the folders that `data.without` does not name, and remember the others."""
+        left_out = [f for f in folders if class_name(f) in self._choice.without]
+        self._layout.left_out += map(class_name, left_out)
+        return [folder for folder in folders if folder not in left_out]
+
+    def _is_used(self, folder: Folder) -> bool:
+        """Return whether the recipe doesn't leave out the class of this folder."""
+        name = class_name(folder)
+        only = self._choice.only
+        return name not in self._choice.without and (name in only or not only)
+
+    def _enter_wrappers(self, top: Folder) -> Folder:
+        """Return the folder to read: `top`, or the one inside if it holds nothing else."""
+        outer = top
+        for _ in range(MAX_WRAPPERS):
+            folders = self._without_left_out(self._folders(top))
+            if match_split_names([folder.name for folder in folders]):
+                break
+            # Two are enough to decide; a search in many folders without images would take long.
+            filled = list(itertools.islice((f for f in folders if f.holds_images), 2))
+            if len(filled) != 1:
+                break
+            inner = filled[0]
+            # A folder of images is a class, unless their names tell several classes.
+            is_class = inner.has_images and (
+                self._tested or inner.subfolders or not labels_from_names(_image_names(inner))
+            )
+            has_classes = inner.has_images or len(inner.subfolders) > 1
+            if is_class or not (has_classes or len(folders) == 1):
+                break  # the other folders are empty classes
+            top = inner
+        if top is not outer:
+            self._note(f"read from {self._shown(top)}, the only folder with images")
+        return top
+
+    def _match_splits(self, folders: Sequence[Folder]) -> dict[str, str]:
+        """Return the split of each folder that stands for one; empty if all are classes.
+
+        Raises:
+            DataError: the folders could be splits or classes.
+        """
+        layout = self._options.layout
+        considered = self._without_left_out(folders)
+        names = {class_name(folder) for folder in considered}
+        are_chosen = bool(self._choice.only) and names.issuperset(self._choice.only)
+        if layout == "classes" or (layout == "auto" and are_chosen):
+            return {}
+        split_of = match_split_names([folder.name for folder in considered])
+        if layout == "splits":
+            if not split_of:
+                raise DataError(
+                    f"data.layout=splits, but no folder is named like a split: "
+                    f"{list_examples([printable(folder.name) for folder in considered])}",
+                    where=str(self._root),
+                    fix="name them train, val and test",
+                )
+            return split_of
+        if not split_of:
+            return {}
+        named = [folder for folder in considered if folder.name in split_of]
+        others = [
+            folder
+            for folder in considered
+            if folder not in named and not is_unlabeled_name(folder.name) and folder.holds_images
+        ]
+        names = set(map(class_name, [*named, *others]))
+        if len(names) > 1 and names.issubset(self._options.known_classes):
+            return {}
+        if others and not self._are_splits(named, others, split_of):
+            raise self._ambiguous_splits(named, others, split_of)
+        return split_of
+
+    def _are_splits(
+        self, named: Sequence[Folder], others: Sequence[Folder], split_of: dict[str, str]
+    ) -> bool:
+        """Return whether the folders `named` like splits are splits, although there are others."""
+        class_names = {folder: self._names_inside(folder) for folder in named}
+        train = {n for f in named if split_of[f.name] == "train" for n in class_names[f]}
+        num_splits = len({split_of[folder.name] for folder in named})
+        if num_splits > 1 and (train or (self._tested and any(class_names.values()))):
+            return True
+        if train:
+            return all((self._names_inside(f) | {class_name(f)}) & train for f in others)
+        return self._are_beside_their_classes(class_names.values(), others)
+
+    def _names_inside(self, folder: Folder) -> set[str]:
+        """Return the names of the class folders in the folder of a split."""
+        return {class_name(inner) for inner in self._folders(self._enter_split(folder))}
+
+    @staticmethod
+    def _are_beside_their_classes(
+        class_names: Iterable[set[str]], others: Sequence[Folder]
+    ) -> bool:
+        """Return whether val and test hold the same class folders as lie beside them."""
+        filled = [names for names in class_names if names]
+        beside = {class_name(other) for other in others}
+        return bool(filled) and all(names <= beside for names in filled)
+
+    def _ambiguous_splits(
+        self, named: Sequence[Folder], others: Sequence[Folder], split_of: dict[str, str]
+    ) -> DataError:
+        everything = sorted(class_name(folder) for folder in [*named, *others])
+        readings = [f"rename them or set data.layout=classes ({_count_classes(everything)})"]
+        train = [folder for folder in named if split_of[folder.name] == "train"]
+        inside = sorted(name for folder in train for name in self._names_inside(folder))
+        beside = sorted(class_name(folder) for folder in others)
+        if inside:
+            readings.append(f"data.layout=splits (train has {_count_classes(inside)})")
+        left_out = list_override("data.without", map(class_name, named))
+        if len(beside) > 1:
+            readings.append(f"{left_out} ({_count_classes(beside)})")
+        elif not others[0].has_images:
+            readings.append(f"{left_out} (what is inside {beside[0]})")
+        shown = [printable(folder.name) for folder in named]
+        return DataError(
+            f"these folders could be splits or classes: {list_examples(shown)}",
+            where=str(self._root),
+            fix=" or ".join(readings),
+        )
+
+    def _split_bodies(
+        self, top: Folder, folders: Sequence[Folder], split_of: dict[str, str]
+    ) -> dict[str, _Body]:
+        """Return the body of each split, and note which folders are not used."""
+        named = [folder for folder in folders if folder.name in split_of]
+        others = [folder for folder in folders if folder not in named]
+        bodies: dict[str, _Body] = {}
+        origin: dict[str, Folder] = {}
+        unlabeled, problems = [], []
+        for folder in sorted(named, key=lambda f: SPLITS.index(split_of[f.name])):
+            split = split_of[folder.name]
+            train = self._class_names(bodies["train"]) if "train" in bodies else set()
+            inner = self._enter_split(folder, train)
+            body = _Body(inner, self._folders(inner))
+            if split != "train" and not self._is_labeled(body, train):
+                unlabeled.append(folder)
+            elif split in bodies:
+                names = [printable(origin[split].name), printable(folder.name)]
+                fix = "give each split one folder, or set data.layout=classes if these are classes"
+                problems.append(Problem(f"two {split} folders", names, fix))
+            else:
+                bodies[split], origin[split] = body, folder
+        class_names = map(self._class_names, bodies.values())
+        if "train" not in bodies and self._are_beside_their_classes(class_names, others):
+            bodies["train"], others = _Body(top, others), []
+        if "train" not in bodies and not self._tested:
+            problems.append(Problem("no train folder beside", [printable(f.name) for f in named]))
+        raise_problems(problems, self._root)
+        self._note_splits(top, bodies)
+        self._note_unused(top, others, unlabeled)
+        return bodies
+
+    def _class_names(self, body: _Body) -> set[str]:
+        if body.classes:
+            return {class_name(folder) for folder in body.classes}
+        return set(labels_from_names(_image_names(body.folder)))
+
+    def _enter_split(self, folder: Folder, train: Collection[str] = ()) -> Folder:
+        """Return the folder that holds the classes: archives are often unpacked as `test/test/*`.
+
+        Args:
+            folder: the folder of a split.
+            train: the training classes; their folders are not entered.
+        """
+        for _ in range(MAX_WRAPPERS):
+            folders = self._folders(folder)
+            if len(folders) != 1 or folder.has_images or class_name(folders[0]) in train:
+                break
+            inner = folders[0]
+            is_same = inner.name == folder.name or (
+                split_from_name(inner.name) is not None
+                and split_from_name(inner.name) == split_from_name(folder.name)
+            )
+            if not is_same and (inner.has_images or not inner.subfolders):
+                break
+            folder = inner
+        return folder
+
+    def _is_labeled(self, body: _Body, train: Collection[str]) -> bool:
+        """Return whether the classes of validation or test images are known."""
+        if body.classes:
+            # One folder like `images`, which is not a class, holds the images themselves.
+            first = body.classes[0]
+            is_wrapper = len(body.classes) == 1 and is_neutral_name(first.name)
+            return not (is_wrapper and train and class_name(first) not in train)
+        names = _image_names(body.folder)
+        labels = group_by_label(names) if train else labels_from_names(names)
+        return bool(labels) and (not train or all(label in train for label in labels or ()))
+
+    def _note_splits(self, top: Folder, bodies: dict[str, _Body]) -> None:
+        """State which folder is which split, unless each has the name of its split."""
+        shown = {
+            split: "the other folders" if body.folder is top else self._shown(body.folder)
+            for split, body in bodies.items()
+        }
+        if any(os.path.relpath(b.folder.path, top.path) != split for split, b in bodies.items()):
+            pairs = [f"{split} is {shown[split]}" for split in SPLITS if split in shown]
+            self._note(f"splits: {', '.join(pairs)}")
+
+    def _note_unused(
+        self, top: Folder, others: Sequence[Folder], unlabeled: Sequence[Folder]
+    ) -> None:
+        """State which folders are not used, and which lists may have the classes of their images.
+
+        Args:
+            top: the folder that holds them.
+            others: folders that are not splits.
+            unlabeled: validation and test images without class folders.
+        """
+        ignored = []
+        for folder in sorted([*others, *unlabeled], key=lambda f: f.name):
+            inner = self._enter_split(folder)
+            while len(inner.subfolders) == 1 and not inner.has_images:
+                inner = inner.subfolders[0]
+            count = len(_image_names(inner))
+            if not count or (folder in others and not is_unlabeled_name(folder.name)):
+                ignored.append(printable(folder.name))
+                continue
+            stem, searched = folder.name.casefold(), [folder, inner][: 1 if inner is folder else 2]
+            files = [file.name for each in searched for file in each.files()]
+            files += [file.name for file in top.files() if stem in file.name.casefold()]
+            lists = [printable(name) for name in files if extension(name) in _LIST_EXTENSIONS]
+            images = "image" if count == 1 else "images"
+            self._note(
+                f"{self._shown(inner)} is not used: {count:,} {images} without class folders"
+                + (f" (lists that are not read: {list_examples(lists)})" if lists else "")
+            )
+        if ignored:
+            self._note(f"ignored folders: {list_examples(ignored)}")
+
+    def _splits_inside_classes(self, folders: Sequence[Folder]) -> dict[str, list[ClassFolder]]:
+        """Return the classes of each split if all class folders hold splits: `cat/{train,test}`."""
+        splits: dict[str, list[ClassFolder]] = {}
+        for folder in filter(self._is_used, folders):
+            split_of = match_split_names([inner.name for inner in folder.subfolders])
+            if folder.has_images or len(split_of) != len(folder.subfolders) or not split_of:
+                return {}
+            for inner in folder.subfolders:
+                entry = ClassFolder(class_name(folder), inner.path)
+                splits.setdefault(split_of[inner.name], []).append(entry)
+        if len(splits.get("train", ())) < 2:
+            return {}
+        self._note("each class folder holds its own splits")
+        return splits
+
+    def _classes_of(self, bodies: dict[str, _Body]) -> dict[str, list[ClassFolder]]:
+        """Return the classes of each split: its folders, those further down, or labels in names."""
+        fallback = next(iter(bodies.values()), _Body(Folder(str(self._root)), []))
+        main = bodies.get("train", fallback)
+        if not self._class_names(main):
+            raise self._no_classes(main)
+        level = self._class_level(main.classes)
+        splits = {}
+        for split, body in bodies.items():
+            if not body.classes:
+                splits[split] = _labeled_files(body.folder)
+                continue
+            self._layout.parents.append(body.folder.path)
+            self._note_hidden(body)
+            if level == "leaf":
+                splits[split] = list(_leaf_folders(body))
+            else:
+                splits[split] = [ClassFolder(class_name(f), f.path) for f in body.classes]
+        if not main.classes:
+            example = printable(_image_names(main.folder)[0])
+            names = list_examples(sorted(self._class_names(main)))
+            self._note(f"classes are read from the names of the files ({example}): {names}")
+        return splits
+
+    def _no_classes(self, body: _Body) -> DataError:
+        """Return the error about a folder that has neither class folders nor labels in names."""
+        images = _image_names(body.folder)
+        files = [file.name for file in body.folder.files() if file.name not in images]
+        lists = [name for name in files if extension(name) in _LIST_EXTENSIONS]
+        what = f"no class folders in: {printable(body.folder.name)}"
+        if split_from_name(body.folder.name):
+            what = f"splits without class folders inside: {self._shown(body.folder)}"
+        if images:
+            examples = list_examples([printable(name) for name in images[:2]])
+            what += f"; {len(images):,} images whose names do not tell a class ({examples})"
+        if files:
+            what += "; " + "; ".join(describe_ignored(Counter(map(extension, files))))
+        fix = LAYOUT_HELP
+        if lists:
+            fix = f"if {printable(lists[0])} lists the images with their classes, name that file"
+        return DataError(what, where=str(self._root), fix=fix)
+
+    def _class_level(self, folders: Sequence[Folder]) -> str:
+        """Return whether the class folders are these (`top`) or the folders further down (`leaf`).
+
+        Raises:
+            DataError: both are possible.
+        """
+        if self._options.class_level != "auto":
+            return self._options.class_level
+        used = list(filter(self._is_used, folders))
+        nested = [
+            folder
+            for folder in used
+            if not folder.has_images and any(inner.holds_images for inner in folder.subfolders)
+        ]
+        if not nested:
+            return "top"
+        inside = [
+            frozenset(inner.name.casefold() for inner in f.subfolders if inner.holds_images)
+            for f in nested
+        ]
+        is_wrapped = all(len(names) == 1 for names in inside) and (
+            len(set(inside)) == 1 or all(is_neutral_name(*names) for names in inside)
+        )
+        if is_wrapped:  # `cat/images/*`
+            return "top"
+        names = [class_name(folder) for folder in nested]
+        if self._options.known_classes:
+            return "top" if set(names) & set(self._options.known_classes) else "leaf"
+        subfolders = sorted({printable(f.name) for folder in nested for f in folder.subfolders})
+        have_own_images = sum(folder.has_images for folder in used)
+        if have_own_images >= len(nested) or (len(set(inside)) == 1 and len(nested) > 1):
+            self._note(
+                f"class folders that hold only folders: {list_examples(names)}; the folders inside "
+                f"({list_examples(subfolders)}) are parts of them, unless data.class_level=leaf"
+            )
+            return "top"
+        leaves = [leaf.name for leaf in _leaf_folders(_Body(_parent(used[0]), used))]
+        raise DataError(
+            f"class folders that hold only folders: {list_examples(names)}",
+            where=str(self._root),
+            fix=f"data.class_level=top ({_count_classes([class_name(f) for f in used])}) or "
+            f"data.class_level=leaf ({_count_classes(leaves)})",
+        )
+
+    def _note_hidden(self, body: _Body) -> None:
+        """State which hidden folders beside the class folders have images."""
+        names = [class_name(folder) for folder in body.classes]
+        for folder in body.folder.hidden_subfolders:
+            name, count = class_name(folder), len(_image_names(folder))
+            if count and folder not in body.classes and name not in self._choice.without:
+                example = list_override("data.classes", sorted([name, *names[:MAX_EXAMPLES]]))
+                self._note(
+                    f"hidden folder {name} is not used ({count:,} images); name it in data.classes "
+                    f"to use it, e.g. {example}"
+                )
+
+
+def _labeled_files(folder: Folder) -> list[ClassFolder]:
+    """Return the classes that the names of the files in a folder tell."""
+    labels = group_by_label(_image_names(folder)) or {}
+    return [
+        ClassFolder(label, folder.path, tuple(os.path.join(folder.path, name) for name in names))
+        for label, names in sorted(labels.items())
+    ]
+
+
+def _leaf_folders(body: _Body) -> Iterator[ClassFolder]:
+    """Yield each folder that holds images as a class, named by its path: `b/beach/indoor`."""
+    level = body.classes
+    for _ in range(MAX_DEPTH):
+        for folder in level:
+            if folder.has_images:
+                path = os.path.relpath(folder.path, body.folder.path).replace(os.sep, "/")
+                yield ClassFolder(normalize_name(printable(path)), folder.path, recursive=False)
+        level = [inner for folder in level for inner in folder.subfolders]
+
+
+def _parent(folder: Folder) -> Folder:
+    return Folder(os.path.dirname(folder.path))

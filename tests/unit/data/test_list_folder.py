@@ -1,0 +1,204 @@
+"""Folders that are read by the lists in them, if there is only one reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from convlens.data.list_columns import ListOptions
+from convlens.data.list_folder import find_lists
+from convlens.data.sources import find_source
+from convlens.data.types import DataSource
+from convlens.errors import DataError, UsageError
+from helpers.datasets import write_class_folders, write_image
+
+NAMES = ["cat_0", "cat_1", "dog_0", "dog_1"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    return folder
+
+
+def write_images(folder: Path, names: list[str] = NAMES) -> Path:
+    for number, name in enumerate(names):
+        write_image(folder / f"{name}.png", number)
+    return folder
+
+
+def write_list(
+    path: Path,
+    header: str = "file_name,label",
+    row: Callable[[str], str] = lambda name: f"{name}.png,{name[:3]}",
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(filter(None, [header, *map(row, NAMES)])) + "\n")
+
+
+def read(root: Path) -> DataSource:
+    return find_source(str(root))
+
+
+def counts(source: DataSource) -> dict[str, int]:
+    return {split: len(part.labels) for split, part in source.parts.items()}
+
+
+@pytest.mark.parametrize("images", [".", "images", "flowers/images"])
+@pytest.mark.parametrize("name", ["metadata.csv", "labels.csv", "list.txt"])
+def test_a_folder_without_class_folders_is_read_by_its_list(
+    root: Path, images: str, name: str
+) -> None:
+    write_images(root / images)
+    folder = root / "flowers" if images.startswith("flowers") else root
+    write_list(folder / name, row=lambda name: f"{name}.png{',' if 'csv' else ' '}{name[:3]}")
+    (folder / "README.txt").write_text("Images of cats and dogs\n")
+    source = read(root)
+    assert source.classes == ("cat", "dog")
+    assert counts(source) == {"train": 4}
+    assert source.notes[0] == f"read from {name}"
+    assert [Path(path).name for path in source.parts["train"].ids] == [f"{n}.png" for n in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "row"),
+    [
+        ("metadata.csv", "file_name,label", lambda n: f"{n}.png,{n[:3]}"),
+        ("_classes.csv", "filename, cat, dog", lambda n: f"{n}.png, {+('c' in n)}, {+('d' in n)}"),
+        ("metadata.jsonl", "", lambda n: f'{{"file_name": "{n}.png", "label": "{n[:3]}"}}'),
+        ("labels.txt", "", lambda n: f"{n}.png {n[:3]}"),
+    ],
+)
+def test_each_folder_of_a_split_may_have_its_list(
+    root: Path, name: str, header: str, row: Callable[[str], str]
+) -> None:
+    name = "list.txt" if name == "labels.txt" else name
+    for folder in ("train", "valid", "test"):
+        write_images(root / folder)
+        write_list(root / folder / name, header, row)
+    source = read(root)
+    assert source.classes == ("cat", "dog")
+    assert counts(source) == {"train": 4, "val": 4, "test": 4}
+    assert list(source.parts["val"].ids) == [f"valid/{n}.png" for n in NAMES]
+    assert source.parts["test"].labels.tolist() == [0, 0, 1, 1]
+
+
+def test_lists_named_after_splits_are_the_splits(root: Path) -> None:
+    write_images(root / "img")
+    for split, names in (("train", NAMES[::2]), ("val", NAMES[1:2]), ("test", NAMES[3:])):
+        rows = "".join(f"img/{name}.png,{name[:3]}\n" for name in names)
+        (root / f"{split}.csv").write_text(f"path,label\n{rows}")
+    assert counts(read(root)) == {"train": 2, "val": 1, "test": 1}
+    alone = find_source(str(root / "train.csv"))
+    assert counts(alone) == {"train": 2}
+    assert "not read: test.csv, val.csv; to read all splits, name the folder" in alone.notes
+
+
+def test_competitions_have_lists_without_labels(root: Path) -> None:
+    write_images(root / "train")
+    write_images(root / "test", ["7", "8"])
+    write_list(root / "train.csv", "id,breed", lambda name: f"{name},{name[:3]}")
+    (root / "test.csv").write_text("id\n7\n8\n")
+    (root / "sample_submission.csv").write_text("id,breed\n7,cat\n8,cat\n")
+    source = read(root)
+    assert counts(source) == {"train": 4}
+    assert source.notes[-1].startswith("test.csv is not used: no column 'label' among: id")
+
+
+def test_folders_of_classes_have_priority_over_a_list_that_agrees(root: Path) -> None:
+    write_class_folders(root, {"n01": 2, "n02": 2})
+    rows = "".join(
+        f"{c}/{i}.png,{label}\n" for c, label in (("n01", "cat"), ("n02", "dog")) for i in (0, 1)
+    )
+    (root / "labels.csv").write_text(f"path,label\n{rows}")
+    source = read(root)
+    assert source.classes == ("n01", "n02")
+    assert "labels.csv is not read, since the folders give the same classes" in source.notes[-1]
+    # Predictions of a model give some images another one of these classes.
+    (root / "labels.csv").write_text("path,label\nn01/0.png,n01\nn02/0.png,n01\n")
+    assert "for 1 of 2 images another one" in read(root).notes[-1]
+
+
+def test_a_list_with_other_classes_than_the_folders_is_ambiguous(root: Path) -> None:
+    write_class_folders(root, {"left": 2, "right": 2})
+    (root / "labels.csv").write_text(
+        "path,label\nleft/0.png,a\nleft/1.png,b\nright/0.png,a\nright/1.png,b\n"
+    )
+    with pytest.raises(DataError, match=r"two readings: labels.csv has the classes a, b") as caught:
+        read(root)
+    assert "folders left, right" in caught.value.what
+    assert str(root / "labels.csv") in caught.value.fix
+    assert find_source(str(root / "labels.csv")).classes == ("a", "b")
+
+
+def test_keys_choose_the_list_and_rename_the_classes_of_all_lists(root: Path) -> None:
+    write_class_folders(root, {"left": 2, "right": 2})
+    (root / "labels.csv").write_text("path,sort\nleft/0.png,Cat\nleft/1.png,dog\nright/0.png,cat\n")
+    (root / "notes.csv").write_text("day,weather\n1,rain\n")
+    options = ListOptions(label_column="sort", rename={"Cat": "cat"})
+    source = find_source(str(root), lists=options)
+    assert (source.classes, counts(source)) == (("cat", "dog"), {"train": 3})
+    assert "notes.csv is not used: no column 'path'" in source.notes[-1]
+    # Without keys for the list the folders are the classes, which can be renamed as well.
+    source = find_source(str(root), lists=ListOptions(rename={"left": "L"}))
+    assert source.classes == ("L", "right")
+    with pytest.raises(UsageError, match="no column 'kid' for"):
+        find_source(str(root), lists=ListOptions(label_column="kid"))
+
+
+def test_two_lists_are_ambiguous(root: Path) -> None:
+    write_images(root)
+    write_list(root / "a.csv")
+    write_list(root / "b.csv")
+    with pytest.raises(
+        DataError, match=r"several lists of images in this folder: a.csv, b.csv"
+    ) as e:
+        read(root)
+    assert e.value.fix == f"name one of them: {root / 'a.csv'}"
+
+
+def test_a_file_that_only_looks_like_a_list_is_named(root: Path) -> None:
+    write_images(root / "img")
+    write_list(root / "a.csv", "path,when", lambda name: f"img/{name}.png,{NAMES.index(name)}")
+    # The names of the files tell the classes.
+    assert "a.csv is not used: no column 'label' among: path, when" in read(root).notes
+    (root / "img" / "cat_0.png").rename(root / "img" / "1.png")
+    with pytest.raises(
+        DataError, match=r"a.csv can't be read as a list of images: no column 'label'"
+    ):
+        read(root)
+
+
+def test_a_split_without_class_folders_is_read_by_its_list(root: Path) -> None:
+    """Tiny ImageNet's layout."""
+    for name in ("n01", "n02"):
+        write_images(root / "train" / name / "images", [f"{name}_0", f"{name}_1"])
+    write_images(root / "val" / "images", ["val_0", "val_1", "val_2"])
+    write_images(root / "test" / "images", ["test_0"])
+    annotations = "".join(f"val_{i}.png\tn0{2 - i % 2}\t0\t0\t62\t62\n" for i in range(3))
+    (root / "val" / "val_annotations.txt").write_text(annotations)
+    (root / "words.txt").write_text("n01\tcat, true cat\nn02\tdog\n")
+    source = read(root)
+    assert source.classes == ("n01", "n02")
+    assert counts(source) == {"train": 4, "val": 3}
+    assert source.parts["val"].labels.tolist() == [1, 0, 1]
+    assert source.parts["val"].ids[0] == "val/images/val_0.png"
+    assert source.parts["train"].ids[0] == "train/n01/images/n01_0.png"
+    # ImageNet's list of numbers does not fit folders with names.
+    (root / "val" / "val_annotations.txt").unlink()
+    (root / "val.txt").write_text("".join(f"val_{i}.png {i % 2}\n" for i in range(3)))
+    with pytest.raises(DataError, match="classes in val that train lacks: 0, 1"):
+        read(root)
+
+
+def test_only_files_that_may_be_lists_are_candidates(root: Path) -> None:
+    for name in ("a.csv", "b.TXT", "README.md", "readme.txt", "classes.txt", ".c.csv", "d.png"):
+        (root / name).touch()
+    (root / "train").mkdir()
+    (root / "other").mkdir()
+    (root / "train" / "e.json").touch()
+    (root / "other" / "f.csv").touch()
+    assert [path.name for path in find_lists(root)] == ["a.csv", "b.TXT", "e.json"]
