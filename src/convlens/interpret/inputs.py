@@ -468,8 +468,8 @@ def open_look_inputs(
     Raises:
         UsageError, ModelFileError, DataError: arguments that can't be opened or found.
     """
-    model_arguments = [text for text in arguments if not is_image(text)]
-    image_arguments = [text for text in arguments if is_image(text)]
+    model_arguments = [text for text in arguments if not is_image_argument(text)]
+    image_arguments = [text for text in arguments if is_image_argument(text)]
     if not model_arguments:
         images = ", ".join(image_arguments[:3])
         raise UsageError(
@@ -518,7 +518,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def is_image(text: str) -> bool:
+def is_image_argument(text: str) -> bool:
     """Return whether an argument names images rather than a run's folder or a model file."""
     path = Path(text)
     if is_split_position(text):

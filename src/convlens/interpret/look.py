@@ -26,7 +26,7 @@ from convlens.interpret.inputs import (
     LookInputs,
     check_external_split,
     file_names,
-    is_image,
+    is_image_argument,
     is_split_position,
 )
 from convlens.interpret.measure import Measurements, measure, select_measures
@@ -123,7 +123,9 @@ class LookOptions:
                 "--split: no effect without --measure, --embedding, --top-images or --dream",
                 fix="add one of them; to show an image of a split, name it, e.g. val:17",
             )
-        from_data = self.uses_split or (self.needs_images and not any(map(is_image, images)))
+        from_data = self.uses_split or (
+            self.needs_images and not any(map(is_image_argument, images))
+        )
         if self.data is not None and not (from_data or any(map(is_split_position, images))):
             raise UsageError(
                 "--data: no effect, because no image is taken from it",

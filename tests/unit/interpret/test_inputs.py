@@ -16,7 +16,7 @@ from convlens.interpret.inputs import (
     InspectedModel,
     _check_position_kind,
     draw_sample,
-    is_image,
+    is_image_argument,
     is_split_position,
     open_inspected_model,
     select_pictures,
@@ -184,6 +184,6 @@ def test_arguments_are_classified_as_networks_or_images() -> None:
     Path("class:cat").write_text("")
     runs = ["x", "models/x", "resnet18:none", "timm/resnet18", "unknown", "a.safetensors"]
     for text in runs:
-        assert not is_image(text), text
+        assert not is_image_argument(text), text
     for text in ("photos", "photos/*.png", "none.png", "test:1", "worst:3", "class:cat:3"):
-        assert is_image(text), text
+        assert is_image_argument(text), text
