@@ -3,6 +3,9 @@
 - predict: time of `predict` on files, relative to decoding the same files with as many threads
   plus the bare forward pass for as many images; and the time of the whole command on all files,
   including its start and the CSV.
+- single: time of one image with an opened model (`Run.open`), relative to decoding its file,
+  normalization and the bare forward pass; and the time of `convlens.predict`, which loads the
+  model.
 - evaluate: time of a pass over a resident split, relative to the bare forward pass on the same
   images, normalized and batched in advance in the best of several batch sizes and memory formats.
   The pass includes timing both formats; `loop` is the pass with a known format.
@@ -48,12 +51,17 @@ from convlens.utils import process
 MIN_PAIRED_S = 40.0  # minimum seconds of measuring a ratio
 DISTINCT_FILES = 500  # the other files are copies
 CLASSES = tuple("0123456789")
+CALLS = 20  # of one image in a measurement
 # Recipe of the network, image size, channels; PASSES: also number of images and batch sizes.
 Case = tuple[str, int, int]
 FILES: dict[str, tuple[str, Case]] = {
     "28 px PNG, mnist": ("png", ("mnist", 28, 1)),
     "28 px PNG, mnist-fast": ("png", ("mnist-fast", 28, 1)),
     "224 px JPEG to 64 px, folder": ("jpg", ("folder", 64, 3)),
+}
+SINGLE: dict[str, Case] = {
+    "one image of 8 px, digits": ("digits", 8, 1),
+    "one image of 32 px, ResNet-18": ("resnet18", 32, 3),
 }
 PASSES: dict[str, tuple[Case, int, Sequence[int]]] = {
     "mnist, 28 px": (("mnist", 28, 1), 10_000, (64, 256, 1024, 4096)),
@@ -176,6 +184,39 @@ def predict_case(kind: str, case: Case, paths: list[str], rounds: int) -> dict[s
     }
 
 
+def single_case(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
+    """Measure an opened model on one file."""
+    model = loaded(case)
+    pre = model.preprocessing
+    path = str(folder / f"{case[1]}.png")
+    pixels = pixels_of(case, 1)[0].numpy()
+    Image.fromarray(pixels[0] if case[2] == 1 else pixels.transpose(1, 2, 0)).save(path)
+    run_dir = RunDir(folder / case[0])
+    run_dir.save_model(model.model.state_dict(), model.model_metadata)
+    opened, plan = prediction.Predictor(model, "cpu"), Plan("cpu", "fp32", "contiguous")
+
+    @torch.inference_mode()
+    def lower_bound() -> None:
+        for _ in range(CALLS):
+            image = decode(path, size=pre.image_size, channels=pre.channels, fit=pre.fit)
+            model.model(pre.normalize(torch.from_numpy(image)[None], plan))
+
+    def ours() -> None:
+        for _ in range(CALLS):
+            opened.predict(path)
+
+    found = ratio(ours, lower_bound, rounds)
+    loading = [
+        seconds_of(lambda: prediction.predict(run_dir, path, device="cpu")) for _ in range(rounds)
+    ]
+    return {
+        **found,
+        "milliseconds": round(1e3 * found["seconds"] / CALLS, 3),
+        "least_milliseconds": round(1e3 * found["least_seconds"] / CALLS, 3),
+        "loading_milliseconds": round(1e3 * statistics.median(loading), 1),
+    }
+
+
 def pixels_of(case: Case, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (count, case[2], case[1], case[1])
@@ -235,7 +276,7 @@ def evaluate_case(case: Case, count: int, sizes: Sequence[int], rounds: int) -> 
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    selected = arguments.only or [*FILES, *PASSES]
+    selected = arguments.only or [*FILES, *SINGLE, *PASSES]
     photographs = sorted(Path(arguments.data, "flowers").rglob("*.jpg"))[::7]
     with tempfile.TemporaryDirectory() as folder:
         written: dict[str, list[str]] = {}
@@ -246,6 +287,9 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, A
                     written[kind] = write_files(target, kind, arguments.files, photographs)
                 found = predict_case(kind, case, written[kind], arguments.rounds)
                 yield "predict", name, {"photographs": bool(photographs), **found}
+        for name, case in SINGLE.items():
+            if name in selected:
+                yield "single", name, single_case(case, Path(folder), arguments.rounds)
     for name, (case, count, sizes) in PASSES.items():
         if name in selected:
             yield "evaluate", name, evaluate_case(case, count, sizes, arguments.rounds)
@@ -260,7 +304,8 @@ def main() -> None:
     arguments = parser.parse_args()
     process.keep_freed_memory()
     device.prepare(deterministic=False)
-    figures: dict[str, Any] = {"rounds": arguments.rounds, "predict": {}, "evaluate": {}}
+    figures: dict[str, Any] = {"rounds": arguments.rounds}
+    figures |= {"predict": {}, "single": {}, "evaluate": {}}
     for group, name, found in cases(arguments):
         figures[group][name] = found
         sys.stderr.write(f"{group} {name}: {json.dumps(found)}\n")

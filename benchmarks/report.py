@@ -22,6 +22,7 @@ from tables.speed import (
     time_to_99,
 )
 from tables.trust import chaos, saving
+from tables.unequal import unequal_classes
 from tables.words import where
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,6 +54,7 @@ SECTIONS = {
     "chaos": chaos,
     "looking": looking,
     "attribution": attribution,
+    "unequal-classes": unequal_classes,
 }
 
 

@@ -95,6 +95,22 @@ def inference(r: dict[str, Any]) -> str:
             f"| {name} | **{case['ratio']:.2f}** | {low:.2f}-{high:.2f} | {share:.0%} | "
             f"{case['files']:,} | {case['command_seconds']:.1f} | {case['decode_seconds']:.1f} |"
         )
+    if "single" in r:  # results of earlier versions lack it
+        lines += [
+            "",
+            "One image with an opened model (`Run.open`) over decoding its file, normalization and "
+            "the bare forward pass; and with `convlens.predict`, which loads the model.",
+            "",
+            "| image, network | opened / needed | quartiles | ms | needed ms | loading, too, ms |",
+            "|---|---|---|---|---|---|",
+        ]
+    for name, case in r.get("single", {}).items():
+        low, _, high = case["quartiles"]
+        lines.append(
+            f"| {name} | **{case['ratio']:.2f}** | {low:.2f}-{high:.2f} | "
+            f"{case['milliseconds']:.2f} | {case['least_milliseconds']:.2f} | "
+            f"{case['loading_milliseconds']:.0f} |"
+        )
     lines += [
         "",
         "The loop of `evaluate` over the bare forward pass on the same images, which are there "

@@ -7,26 +7,35 @@ directly.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from torch import nn
 
-from convlens import evaluation, model_export, onnx_model, prediction, serialization
+from convlens import evaluation, model_export, onnx_model, serialization
+from convlens.data.arrays import ValueRange
+from convlens.data.input_images import ImageLike
 from convlens.errors import UsageError
 from convlens.evaluation import Evaluation
 from convlens.model_export import Export
-from convlens.prediction import Prediction
+from convlens.prediction import ImageTransform, Prediction, Predictor
 from convlens.recipe import DataConfig, Recipe, load_recipe, recipe_names
-from convlens.run import RunDir, RunHandle, RunLike, find_run, run_reference
+from convlens.run import LoadedModel, RunDir, RunHandle, RunLike, find_run, run_reference
 from convlens.training import repeats, resolve, train as training_train
 from convlens.training.repeats import RunResults, VariantSummary
+from convlens.utils import notebook
 from convlens.utils.console import print_status, quiet_mode
 
 if TYPE_CHECKING:
+    from convlens.analysis.diagnosis import Diagnosis
     from convlens.interpret.look import Look
     from convlens.interpret.measure import Measurements
+    from convlens.reports.build import Report
+
+# Modification time, size and inode of a model file: they change when it is written again.
+FileState = tuple[int, int, int]
 
 
 class Run(RunHandle):
@@ -39,10 +48,19 @@ class Run(RunHandle):
         >>> run = convlens.train("digits")
         >>> run.evaluate("test").accuracy
         >>> run.predict(["seven.png"])[0].label
+        >>> run.open().predict(image)[0].label  # keeps the network in memory
     """
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
+        # Kept for the next call, until the model file changes.
+        self._lock = threading.Lock()
+        self._predictors: dict[tuple[FileState, str | None], Predictor] = {}
+        self._models: dict[FileState, LoadedModel] = {}
+
+    def __reduce__(self) -> tuple[type[Run], tuple[RunDir]]:
+        """Copies, also in other processes, open the model themselves."""
+        return type(self), (self.run_dir,)
 
     @classmethod
     def load(cls, name: str | Path) -> Run:
@@ -57,6 +75,22 @@ class Run(RunHandle):
     def __repr__(self) -> str:
         return f"Run({self.name!r}, {self.run_dir.metadata().get('status', 'a model file')})"
 
+    def _repr_html_(self) -> str:
+        """Return the evaluations and the learning curves for notebooks."""
+        rows = [
+            (
+                each["split"],
+                str(each["data"]),
+                f"{each['accuracy']:.2%}",
+                "{:.2%} to {:.2%}".format(*each["interval95"]),
+                f"{each['n']:,}",
+            )
+            for each in self.results
+        ]
+        table = notebook.table(("split", "data", "accuracy", "95% interval", "n"), rows)
+        curves = notebook.embed_figures([self.run_dir.plots / "curves.png"])
+        return notebook.paragraph(repr(self)) + (table if rows else "") + curves
+
     @property
     def name(self) -> str:
         return self.run_dir.name
@@ -69,13 +103,12 @@ class Run(RunHandle):
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe, which reproduces the training."""
-        loaded = onnx_model.load_model_or_onnx(self.run_dir.model_path)
-        return serialization.recipe_from_metadata(loaded.model_metadata)
+        return serialization.recipe_from_metadata(self._loaded().model_metadata)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names in the order of the model's outputs."""
-        return onnx_model.load_model_or_onnx(self.run_dir.model_path).classes
+        return self._loaded().classes
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -86,6 +119,55 @@ class Run(RunHandle):
     def results(self) -> list[dict[str, Any]]:
         """All evaluations of splits so far, oldest first."""
         return self.run_dir.evaluations()
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, in eval mode, on the CPU. `transform` makes its inputs.
+
+        It is a copy of its own: changing it does not change later predictions.
+        """
+        return self._loaded().model
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The preprocessing: an image (path, PIL image, array) to a float tensor `[C, H, W]`."""
+        return ImageTransform(self._loaded().preprocessing)
+
+    def open(self, device: str | None = None) -> Predictor:
+        """Return the model, kept in memory, to classify images one by one.
+
+        Args:
+            device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
+
+        Example:
+            >>> model = run.open()
+            >>> for image in camera:
+            ...     print(model.predict(image)[0].label)
+        """
+        return Predictor(onnx_model.load_model_or_onnx(self.run_dir.model_path), device)
+
+    def _loaded(self) -> LoadedModel:
+        """Return the content of the model file, which is read again if it has changed."""
+        state = self._file_state()
+        with self._lock:
+            if state not in self._models:
+                self._models = {state: onnx_model.load_model_or_onnx(self.run_dir.model_path)}
+            return self._models[state]
+
+    def _predictor(self, device: str | None) -> Predictor:
+        """Return the model that `predict` keeps; it is opened again if its file has changed."""
+        key = self._file_state(), device
+        with self._lock:
+            if key not in self._predictors:
+                self._predictors = {key: self.open(device)}
+            return self._predictors[key]
+
+    def _file_state(self) -> FileState:
+        try:
+            status = self.run_dir.model_path.stat()
+        except OSError:
+            return (0, 0, 0)  # opening the file says why
+        return status.st_mtime_ns, status.st_size, status.st_ino
 
     def evaluate(
         self,
@@ -103,16 +185,21 @@ class Run(RunHandle):
 
     def predict(
         self,
-        inputs: str | Path | Iterable[str | Path] | np.ndarray,
+        inputs: ImageLike | Iterable[ImageLike],
         *,
         top_k: int = 1,
         tta: str | None = None,
+        channels: str | None = None,
+        range: ValueRange | None = None,
         device: str | None = None,
         quiet: bool = True,
     ) -> list[Prediction]:
-        """Classify images; see `convlens.predict`."""
-        return prediction.predict(
-            self.run_dir, inputs, top_k=top_k, tta=tta, device=device, quiet=quiet
+        """Classify images; see `convlens.predict`.
+
+        The model is loaded by the first call and kept for the next ones, as `open` does.
+        """
+        return self._predictor(device).predict(
+            inputs, top_k=top_k, tta=tta, channels=channels, range=range, quiet=quiet
         )
 
     def export(
@@ -126,10 +213,26 @@ class Run(RunHandle):
         """Write the model as files for other programs; see `convlens.export`."""
         return model_export.export(self.run_dir, to, output=output, data=data, quiet=quiet)
 
+    def look(self, images: str | Path | Sequence[str | Path] = (), **options: Any) -> Look:
+        """Draw what the layers of the network compute for images; see `convlens.look`."""
+        return look(self, images, **options)
+
+    def report(self, **options: Any) -> Report:
+        """Write an HTML page about the run; see `convlens.report`."""
+        from convlens.reports import build
+
+        return build.report(self, **options)
+
+    def diagnose(self, **options: Any) -> Diagnosis:
+        """Diagnose overfitting, learning rate, dead layers and more; see `convlens.diagnose`."""
+        from convlens.analysis import diagnosis
+
+        return diagnosis.diagnose(self, **options)
+
 
 def train(
     what: str | Path | Mapping[str, Any] | Recipe,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
+    overrides: Mapping[str, Any] | Sequence[str] | str = (),
     *,
     data: str | Path | None = None,
     name: str | None = None,
@@ -146,7 +249,7 @@ def train(
     Args:
         what: a recipe's name, a YAML file, a `Recipe` or mapping, or a data set: a built-in
             name, a folder of class folders, a CSV.
-        overrides: dotted keys, `{"optim.lr": 0.1}` or `["optim.lr=0.1"]`.
+        overrides: dotted keys, `{"optim.lr": 0.1}`, `["optim.lr=0.1"]` or `"optim.lr=0.1"`.
         data: train the recipe on this data set instead of its own.
         name: name of the run; by default that of the recipe.
         fresh: train from scratch as a new run.
@@ -158,7 +261,7 @@ def train(
     Raises:
         ConvlensError: a problem the user can fix; the message says where and how.
     """
-    resolved = resolve.resolve_recipe(what, data=data, overrides=_override_texts(overrides))
+    resolved = resolve.resolve_recipe(what, data=data, overrides=resolve.override_texts(overrides))
     run_dir = training_train.train(
         resolved.recipe,
         name=name,
@@ -188,6 +291,10 @@ class RunTable:
     def __repr__(self) -> str:
         return f"RunTable({self._table.name!r}, {len(self._table.outcomes)} runs)"
 
+    def _repr_html_(self) -> str:
+        """Return the figure of the curves for notebooks."""
+        return notebook.paragraph(repr(self)) + notebook.embed_figures([self.plot])
+
     @property
     def runs(self) -> list[Run]:
         """All evaluated runs, in the order of variants, splits, seeds and folds."""
@@ -210,7 +317,7 @@ class RunTable:
 
 def train_many(
     what: str | Path | Mapping[str, Any] | Recipe,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
+    overrides: Mapping[str, Any] | Sequence[str] | str = (),
     *,
     variants: str | Sequence[str] | None = None,
     repeat_splits: int = 1,
@@ -239,7 +346,7 @@ def train_many(
         ConvlensError: a problem the user can fix; the message says where and how.
     """
     resolved = resolve.resolve_variants(
-        what, variants, data=data, overrides=_override_texts(overrides)
+        what, variants, data=data, overrides=resolve.override_texts(overrides)
     )
     table = repeats.train_many(
         resolved,
@@ -254,10 +361,6 @@ def train_many(
         quiet=quiet,
     )
     return RunTable(table)
-
-
-def _override_texts(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
-    return resolve.to_overrides(overrides) if isinstance(overrides, Mapping) else overrides
 
 
 def recipes() -> dict[str, Recipe]:
@@ -352,7 +455,13 @@ def measure(
 
 
 def _as_list(value: Any) -> list[Any]:
-    return [value] if isinstance(value, str | Path | RunDir | RunHandle) else list(value)
+    if isinstance(value, str | Path | RunDir | RunHandle):
+        return [value]
+    if isinstance(value, Iterable):
+        return list(value)
+    raise UsageError(
+        f"an object of type {type(value).__name__!r} is not a name", fix="give names or paths"
+    )
 
 
 def _references(runs: RunLike | Sequence[RunLike]) -> list[str]:

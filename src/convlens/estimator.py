@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +14,13 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
+from convlens.data.arrays import SEVERAL_IMAGES, as_array, to_nchw, to_uint8
 from convlens.data.conversion import resolve_fit
 from convlens.data.dataset import data_from_arrays
 from convlens.data.decode import fit_arrays
 from convlens.device import prepare, preserve_rng, preserve_torch_settings, select_device
 from convlens.errors import UsageError
-from convlens.prediction import all_probabilities, channels_first
+from convlens.prediction import all_probabilities
 from convlens.run import LoadedModel, RunDir, load_model
 from convlens.runtime import RuntimeContext
 from convlens.training import resolve, train
@@ -30,8 +32,9 @@ from convlens.utils.console import quiet_mode
 class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A convolutional classifier with scikit-learn's `fit`, `predict` and `predict_proba`.
 
-    `X` is an array of images: `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` with 1 or 3
-    channels, uint8, or floats in 0..1; or flattened rows `[N, D]` together with `image_shape`.
+    `X` is an array or tensor of images: `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` with 1, 3 or
+    4 channels (RGBA, put onto white), uint8, or floats in 0..1; or flattened rows `[N, D]` together
+    with `image_shape`. For image files, use `convlens.train`.
     `fit` holds out a stratified part of its images to choose the best epoch.
 
     Args:
@@ -39,8 +42,12 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         overrides: dotted keys, e.g. `{"optim.lr": 0.01}`.
         epochs: shorthand for `train.epochs`.
         image_shape: shape of one image if `X` has flattened rows.
+        channels: which axis of an image holds the channels, `first`, `last` or `none` (grey
+            images). Needed only if the shape can be read in two ways.
         val_fraction: share of `X` that is held out; 0 trains on all images, which needs
             `train.keep=last` among the overrides.
+        class_weight: `"balanced"` or `{label: weight}`; the weights are scaled to a mean of 1 over
+            the training images (`optim.class_weights`).
         random_state: seed of weights, order, augmentation and the held-out part.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         verbose: show the progress.
@@ -57,7 +64,9 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         overrides: Mapping[str, Any] | None = None,
         epochs: int | None = None,
         image_shape: tuple[int, ...] | None = None,
+        channels: str | None = None,
         val_fraction: float = 0.15,
+        class_weight: Mapping[Any, float] | str | None = None,
         random_state: int = 0,
         device: str | None = None,
         verbose: bool = False,
@@ -66,7 +75,9 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.overrides = overrides
         self.epochs = epochs
         self.image_shape = image_shape
+        self.channels = channels
         self.val_fraction = val_fraction
+        self.class_weight = class_weight
         self.random_state = random_state
         self.device = device
         self.verbose = verbose
@@ -129,10 +140,19 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         values |= {"data.channels": int(images.shape[1]), "data.val_fraction": self.val_fraction}
         if self.epochs is not None:
             values["train.epochs"] = self.epochs
+        if isinstance(self.class_weight, Mapping):
+            weights = {str(label): weight for label, weight in self.class_weight.items()}
+            values["optim.class_weights"] = weights
+        elif self.class_weight is not None:
+            if self.class_weight != "balanced":
+                raise UsageError(
+                    f"class_weight={self.class_weight!r} is not 'balanced' or a dictionary"
+                )
+            values["optim.class_weights"] = "auto"
         return resolve.to_overrides(values)
 
     def _images(self, X: npt.ArrayLike) -> npt.NDArray[np.uint8]:  # noqa: N803
-        array = np.asarray(X)
+        array = _as_numbers(X)
         if array.ndim == 2:
             if self.image_shape is None:
                 raise UsageError(
@@ -144,4 +164,27 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     f"image_shape={self.image_shape}"
                 )
             array = array.reshape(len(array), *self.image_shape)
-        return channels_first(array)
+        array = to_nchw(array, channels=self.channels, layouts=SEVERAL_IMAGES, where="X")
+        images = to_uint8(array, accepts_range=False, where="X")
+        if images.shape[1] == 4:
+            images = fit_arrays(images, size=None, channels=3, fit="crop")
+        return images
+
+
+def _as_numbers(X: npt.ArrayLike) -> npt.NDArray[Any]:  # noqa: N803
+    """Return `X` as an array of numbers.
+
+    Raises:
+        UsageError: it holds file names, or images of different sizes.
+    """
+    array = as_array(X)
+    if array.dtype.kind in "US" or (
+        array.dtype == object and isinstance(array.flat[0], os.PathLike)
+    ):
+        raise UsageError(
+            "X holds names of files, not images",
+            where="X",
+            fix="train on files with convlens.train(FOLDER), or on a CSV file with the columns "
+            "path,label",
+        )
+    return array

@@ -74,30 +74,42 @@ from convlens.run import (
     safe_name,
     shared_run_dir,
 )
-from convlens.utils import files
+from convlens.utils import files, notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 
 SPLIT_NAMES = ("test", "val", "train")
-TTA_KEYS = ("accuracy", "interval95", "correct", "loss", "ece")
+TTA_KEYS = (
+    "accuracy",
+    "interval95",
+    "correct",
+    "macro_f1",
+    "balanced_accuracy",
+    "loss",
+    "ece",
+)
+MAX_CLASSES_SHOWN = 40  # in a notebook
 MAX_CACHED_BYTES = 1 << 26  # logits of 10,000 images of 1,000 classes have 40 MB
 MAX_TRAIN_IMAGES = 2000  # training images whose accuracy is compared with that of the test split
 TRAIN_SAMPLE = "train-sample"  # name of their cached predictions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Metrics of a model on one split.
 
     Attributes:
         interval95: Wilson's interval of the accuracy.
+        macro_f1, balanced_accuracy: mean F1 and mean recall of the classes
+            (`metrics.class_means`), with 95% intervals by a seeded, stratified bootstrap.
         near_ties: number of images whose two likeliest classes are so close that another device,
             batch size or file format may decide otherwise; `correct` and `confusion` can differ by
             at most these.
         loss: mean cross-entropy in nats.
         ece: expected calibration error.
         tta: None, or the metrics with test-time augmentation: `views` (their name), `accuracy`,
-            `interval95`, `correct`, `loss`, `ece`, the numbers of images `gained` and `lost`, and
-            `p` of McNemar's exact test. All other attributes are without it.
+            `interval95`, `correct`, `macro_f1`, `balanced_accuracy`, `loss`, `ece`, the numbers of
+            images `gained` and `lost`, and `p` of McNemar's exact test. All other attributes are
+            without it.
         looks: how often this split has been evaluated, this time included; for the test split, how
             often it has been used.
         images_per_second: speed of the whole pass, test-time augmentation included.
@@ -112,6 +124,10 @@ class Evaluation:
     correct: int
     accuracy: float
     interval95: tuple[float, float]
+    macro_f1: float
+    macro_f1_interval95: tuple[float, float]
+    balanced_accuracy: float
+    balanced_accuracy_interval95: tuple[float, float]
     near_ties: int
     loss: float
     ece: float
@@ -129,6 +145,30 @@ class Evaluation:
     own: bool = True
     trained_on: int = 0
 
+    def __repr__(self) -> str:
+        low, high = self.interval95
+        return (
+            f"Evaluation({self.run!r}, {self.split!r}, accuracy {self.accuracy:.2%} "
+            f"({low:.2%} to {high:.2%}), n = {self.n:,})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a sentence and a table of the classes for notebooks."""
+        low, high = self.interval95
+        summary = (
+            f"{self.run}: {_accuracy_name(vars(self))} {self.accuracy:.2%} "
+            f"(95% interval {low:.2%} to {high:.2%}, n = {self.n:,}), loss {self.loss:.4f}, calibration error {self.ece:.3f}"
+        )
+        keys = ("precision", "recall", "f1")
+        rows = [
+            (name, f"{score['n']:,}", *(_percent(score[key]) for key in keys))
+            for name, score in list(self.per_class.items())[:MAX_CLASSES_SHOWN]
+        ]
+        hidden = len(self.per_class) - len(rows)
+        more = notebook.paragraph(f"and {hidden} more classes") if hidden else ""
+        table = notebook.table(("class", "n", "precision", "recall", "F1"), rows)
+        return notebook.paragraph(summary) + table + more
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -145,6 +185,10 @@ class Evaluation:
             f"{tta['ece']:.3f}; {tta['gained']:,} images gained, {tta['lost']:,} lost "
             f"(McNemar's exact {p})"
         )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 @preserve_torch_settings()
@@ -440,6 +484,7 @@ def evaluate_split(
         "split": split,
         "data": name,
         **summary,
+        **metrics.class_means_intervals(targets, scores.argmax(1), len(loaded.classes)),
         "top5": summary.get("top5"),
         "classes": list(loaded.classes),
         "tta": _tta_metrics(tta, outputs, targets, loaded.classes),
@@ -461,7 +506,9 @@ def evaluate_split(
     label = split if own else f"{of}-{safe_name(Path(name).name)}"
     if draw and process_group.is_main_process:
         run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes)
-    evaluation = Evaluation(**{key: result[key] for key in Evaluation.__dataclass_fields__})
+    fields = {key: result[key] for key in Evaluation.__dataclass_fields__}
+    low, high = result["interval95"]
+    evaluation = Evaluation(**{**fields, "interval95": (low, high)})
     return EvaluationRun(evaluation, scores, targets)
 
 
@@ -511,20 +558,36 @@ def sentence(result: Mapping[str, Any]) -> str:
     its name, and how many of its images the run was trained on.
     """
     low, high = result["interval95"]
-    own = result.get("own", True)
-    of = "" if result["split"] == ALL_IMAGES else f"{result['split']} "
-    on = "" if own else f"on {escape(str(result['data']))} "
     copies = ""
     if result.get("trained_on"):
         copies = f"{result['trained_on']:,} of {result['n']:,} were training images; "
     line = (
-        f"{of}accuracy {on}[bold]{result['accuracy']:.2%}[/] "
+        f"{escape(_accuracy_name(result))} [bold]{result['accuracy']:.2%}[/] "
         f"({copies}95% interval {low:.2%} to {high:.2%}, n = {result['n']:,}), "
+        f"{_class_means_text(result)}"
         f"loss {result['loss']:.4f}, calibration error {result['ece']:.3f}"
     )
     if result["split"] == "test" and result.get("own"):
         line += f"; test set used {times(result['looks'])}"
     return line
+
+
+def _accuracy_name(result: Mapping[str, Any]) -> str:
+    """Return e.g. `test accuracy`, or `accuracy on NAME` for a data set without splits."""
+    of = "" if result["split"] == ALL_IMAGES else f"{result['split']} "
+    on = "" if result.get("own", True) else f" on {result['data']}"
+    return f"{of}accuracy{on}"
+
+
+def _class_means_text(result: Mapping[str, Any]) -> str:
+    """Return macro F1 and balanced accuracy with their intervals; empty for older results."""
+    if "macro_f1" not in result:
+        return ""
+    parts = []
+    for key, words in (("macro_f1", "macro F1"), ("balanced_accuracy", "balanced accuracy")):
+        low, high = result[f"{key}_interval95"]
+        parts.append(f"{words} {result[key]:.2%} ({low:.2%} to {high:.2%}), ")
+    return "".join(parts)
 
 
 def times(count: int) -> str:

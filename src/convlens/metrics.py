@@ -22,6 +22,7 @@ from convlens.errors import DataError, ModelFileError, UsageError
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 CALIBRATION_BINS = 15
+BOOTSTRAP_DRAWS = 2000
 # Two logits that are closer than this are a near tie. Results of float32 on another device, or in
 # batches of another size, differ by less.
 NEAR_TIE = 1e-4
@@ -35,6 +36,13 @@ class ClassScores(TypedDict):
     precision: float | None
     recall: float | None
     f1: float | None
+
+
+class ClassMeans(NamedTuple):
+    """Two metrics that count rare classes as much as common ones."""
+
+    macro_f1: float
+    balanced_accuracy: float
 
 
 class AccuracyDifference(NamedTuple):
@@ -163,6 +171,94 @@ def per_class(matrix: npt.ArrayLike) -> list[ClassScores]:
     return scores
 
 
+def class_means(matrix: npt.ArrayLike) -> ClassMeans:
+    """Return macro F1 and balanced accuracy of a confusion matrix, as scikit-learn defines them.
+
+    Balanced accuracy is the mean recall of the classes with images. Macro F1 is the mean F1 of the
+    classes with images or predictions: a class without images that was predicted has an F1 of 0.
+    """
+    counts = np.asarray(matrix, dtype=np.int64)
+    if not counts.sum():
+        raise _no_images()
+    f1, recall = _class_means(counts.diagonal(), counts.sum(axis=0), counts.sum(axis=1))
+    return ClassMeans(float(f1), float(recall))
+
+
+def _class_means(
+    correct: npt.NDArray[Any], predicted: npt.NDArray[Any], support: npt.NDArray[Any]
+) -> tuple[Floats, Floats]:
+    """Return macro F1 and balanced accuracy for counts of each class, `[..., K]`."""
+    total = predicted + support
+    f1 = 2 * correct / np.maximum(total, 1)
+    recall = correct / np.maximum(support, 1)
+    return f1.sum(-1) / (total > 0).sum(-1), recall.sum(-1) / (support > 0).sum(-1)
+
+
+def bootstrap_class_means(
+    labels: npt.ArrayLike,
+    *predictions: npt.ArrayLike,
+    classes: int,
+    draws: int = BOOTSTRAP_DRAWS,
+    seed: int = 0,
+) -> Floats:
+    """Return macro F1 and balanced accuracy of resampled images, `[models, 2, draws]`.
+
+    The bootstrap is stratified: the images of each class are drawn with replacement from this
+    class, so that none disappears. Different predictions are resampled together, which makes their
+    differences paired. Instead of images, the counts of equal combinations of label and
+    predictions are drawn, from a multinomial distribution. A class whose images are all classified
+    in the same way has no spread, so intervals from few images are too narrow. Efron and
+    Tibshirani 1993, An Introduction to the Bootstrap.
+
+    Args:
+        predictions: of one or several models for the same images.
+    """
+    targets = _check_indices(labels, classes)
+    preds = np.stack([_check_indices(each, classes) for each in predictions], axis=1)
+    _check_same_length(targets, preds)
+    random = np.random.default_rng(seed)
+    support = np.bincount(targets, minlength=classes)
+    correct = np.zeros((len(predictions), draws, classes), np.int32)
+    predicted = np.zeros_like(correct)
+    for label in np.flatnonzero(support):
+        pairs, counts = np.unique(preds[targets == label], axis=0, return_counts=True)
+        drawn = random.multinomial(support[label], counts / support[label], size=draws)
+        for model, column in enumerate(pairs.T):
+            for pred in np.unique(column):
+                number = drawn[:, column == pred].sum(axis=1)
+                predicted[model, :, pred] += number
+                if pred == label:
+                    correct[model, :, label] = number
+    # One model after the other: with 1,000 classes, each of the arrays has 8 MB.
+    by_model = zip(correct, predicted, strict=True)
+    return np.array([_class_means(*counts_of_model, support) for counts_of_model in by_model])
+
+
+def percentile_interval(values: npt.ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval between two percentiles of bootstrap values, (low, high)."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.asarray(values), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def class_means_difference(
+    labels: npt.ArrayLike, before: npt.ArrayLike, after: npt.ArrayLike, classes: int
+) -> dict[str, AccuracyDifference]:
+    """Return the differences of macro F1 and balanced accuracy on the same images.
+
+    The intervals are percentiles of paired bootstrap draws (`bootstrap_class_means`); there are no
+    p values.
+    """
+    values = [class_means(confusion_matrix(labels, each, classes)) for each in (before, after)]
+    first, second = bootstrap_class_means(labels, before, after, classes=classes)
+    return {
+        name: AccuracyDifference(
+            getattr(values[1], name) - getattr(values[0], name), percentile_interval(draws), None
+        )
+        for name, draws in zip(ClassMeans._fields, second - first, strict=True)
+    }
+
+
 def reliability_bins(
     probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = CALIBRATION_BINS
 ) -> tuple[Floats, Floats, Ints]:
@@ -230,6 +326,17 @@ def ece_by_chance(
     return float(np.quantile(errors, 0.95))
 
 
+def class_means_intervals(
+    labels: npt.ArrayLike, predictions: npt.ArrayLike, classes: int
+) -> dict[str, list[float]]:
+    """Return 95% bootstrap intervals as `macro_f1_interval95`, `balanced_accuracy_interval95`."""
+    (draws,) = bootstrap_class_means(labels, predictions, classes=classes)
+    return {
+        f"{name}_interval95": list(percentile_interval(values))
+        for name, values in zip(ClassMeans._fields, draws, strict=True)
+    }
+
+
 def summarize(
     logits: npt.ArrayLike, labels: npt.ArrayLike, classes: Sequence[str]
 ) -> dict[str, Any]:
@@ -247,6 +354,7 @@ def summarize(
         "correct": correct,
         "accuracy": correct / n,
         "interval95": list(wilson_interval(correct, n)),
+        **class_means(table)._asdict(),
         "near_ties": near_ties(matrix),
         "loss": float(np.mean(losses)),
     }
@@ -374,6 +482,18 @@ def newcombe_independent_interval(
         value - math.hypot(second - second_low, first_high - first),
         value + math.hypot(second_high - second, first - first_low),
     )
+
+
+def two_proportions_p(first: int, first_n: int, second: int, second_n: int) -> float:
+    """Return the two-sided p value of Fisher's exact test for two independent proportions.
+
+    Args:
+        first, second: successes of `first_n` and `second_n`.
+    """
+    from scipy.stats import fisher_exact
+
+    table = [[first, first_n - first], [second, second_n - second]]
+    return float(fisher_exact(table).pvalue)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> AccuracyDifference:

@@ -1,29 +1,42 @@
-"""Classification of image files and arrays with a trained model, in batches."""
+"""Classification of images with a trained model, in batches: files, arrays, PIL images, streams.
+
+`predict` loads a model for one call. `Predictor` keeps it in memory for many calls.
+"""
 
 from __future__ import annotations
 
-import glob
-import os
+import contextlib
+import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from rich.markup import escape
+from PIL import Image
+from torch import Tensor, nn
 
-from convlens.data.decode import UnreadableImage
-from convlens.data.layout import printable
-from convlens.data.scan import Scanner
-from convlens.data.types import is_image_name
-from convlens.device import preserve_torch_settings, usable_cores
+from convlens.data.arrays import ValueRange, check_range, to_uint8
+from convlens.data.decode import Conversion, Pixels, UnreadableImage
+from convlens.data.input_images import (
+    ImageLike,
+    InputBatch,
+    InputImage,
+    Inputs,
+    collect_inputs,
+    count_images,
+)
+from convlens.device import Plan, preserve_torch_settings, usable_cores
 from convlens.engine import inference
 from convlens.engine.inference import Forward, place_model, probabilities
-from convlens.errors import DataError, UsageError
+from convlens.errors import UsageError
 from convlens.onnx_model import load_model_or_onnx
-from convlens.run import LoadedModel, RunLike, as_run_dir
+from convlens.run import LoadedModel, Preprocessing, RunLike, as_run_dir
+from convlens.utils import notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 from convlens.utils.process import submit_task, wait_for_result
 
@@ -32,12 +45,12 @@ IMAGES_PER_TASK = 16
 MAX_BATCH_IMAGES, MAX_BATCH_BYTES = 256, 1 << 23  # two batches are read ahead
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """The most probable classes of one image, or the reason why it could not be read.
 
     Attributes:
-        filename: path of the file, or the number of the image in the array.
+        filename: path of the file; for an image in memory, its number among all images.
         top: classes with their probabilities, the most probable first; empty after an error.
         error: the reason why the file could not be read.
         tta_top: as `top`, with test-time augmentation. `label`, `prob` and `top` are without it.
@@ -64,98 +77,213 @@ class Prediction:
     def tta_prob(self) -> float | None:
         return self.tta_top[0][1] if self.tta_top else None
 
+    def __repr__(self) -> str:
+        result = "unreadable: " + self.error if self.error else f"{self.label!r}, {self.prob:.3f}"
+        return f"Prediction({self.filename!r}, {result})"
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        if self.error is not None:
+            return notebook.paragraph(f"{self.filename}: unreadable: {self.error}")
+        rows = [(label, f"{prob:.1%}") for label, prob in self.top]
+        return notebook.table((self.filename, "probability"), rows)
+
 
 def predict(
     run: RunLike,
-    inputs: str | Path | Iterable[str | Path] | np.ndarray,
+    inputs: ImageLike | Iterable[ImageLike],
     *,
     top_k: int = 1,
     tta: str | None = None,
+    channels: str | None = None,
+    range: ValueRange | None = None,
     device: str | None = None,
     quiet: bool = True,
 ) -> list[Prediction]:
     """Classify images; return one `Prediction` for each, in the order given.
 
+    The model is loaded for this call. To classify images one by one, use `Run.open`.
+
     Args:
         run: a run by name, folder or model file (also an exported ONNX file), or a `Run`.
-        inputs: image files, folders and glob patterns, or an array of images: uint8 `[N, H, W]`,
-            `[N, H, W, C]` or `[N, C, H, W]`, or floats in 0..1. All of them go through the
-            decoding and the preprocessing of the training.
+        inputs: one of these, or an iterable of them, which is read completely first:
+
+            - a path, a folder (all images inside) or a glob pattern;
+            - the content of an image file as `bytes`, or an open binary file, which is read from
+              its start;
+            - a PIL image;
+            - an array or tensor: one image `[H, W]`, `[H, W, C]` or `[C, H, W]`, or a batch
+              `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, with 1, 3 (RGB) or 4 channels (RGBA).
+              In a list, three axes are one image.
+
+            All of them go through the decoding and the preprocessing of the training.
         top_k: number of classes to return for each image.
         tta: test-time augmentation, `flip` or `flip+shifts`. Its predictions are returned in
             addition to those without it. Only for classes that a mirror image does not change.
+        channels: which axis of an array's images holds the channels: `first`, `last`, or `none`
+            for grey images. Needed if a shape can be read in two ways, e.g. `(3, 64, 64)`: one
+            color image, or three grey ones.
+        range: the values of arrays that become black and white, e.g. `(0, 4095)`. Not needed for
+            uint8, booleans, floats in 0..1, or if the model was trained on such values.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress.
 
     Raises:
-        UsageError: unknown run or views, or an array that does not hold images.
+        UsageError: unknown run or views, something that is not an image, an image without pixels,
+            or an array that can be read in two ways.
         DataError: a pattern or folder without images.
 
-    A file that cannot be read gives a `Prediction` with `error` set.
+    A file or stream that cannot be decoded gives a `Prediction` with `error` set.
 
     Example:
         >>> convlens.predict("digits", ["seven.png", "more/"])[0].label
     """
+    sources = collect_inputs(inputs, channels=channels)
     loaded = load_model_or_onnx(as_run_dir(run).model_path)
-    if isinstance(inputs, str | Path):
-        inputs = [inputs]
-    images = inputs if isinstance(inputs, np.ndarray) else expand_paths(inputs)
-    return list(iter_predictions(loaded, images, top_k=top_k, tta=tta, device=device, quiet=quiet))
-
-
-def expand_paths(paths: Iterable[str | Path]) -> list[str]:
-    """Return files for files, folders (all images inside, sorted) and glob patterns, in order.
-
-    Files that do not exist and folders that cannot be opened are returned as well: reading them
-    gives a `Prediction` with the reason.
-
-    Raises:
-        DataError: names all patterns without a match and all folders without images.
-    """
-    expanded: list[str] = []
-    missing: list[str] = []
-    for given in paths:
-        if not isinstance(given, str | os.PathLike):
-            raise UsageError(
-                f"a {type(given).__name__} is not a path",
-                fix="give paths, or one array of images [N, H, W, C]",
-            )
-        path = os.fspath(given)
-        if os.path.isdir(path):
-            inside = _images_in_folder(path)
-            expanded += inside
-            if not inside:
-                missing.append(f"{path} (a folder without images)")
-        elif os.path.exists(path) or not glob.has_magic(path):
-            expanded.append(path)
-        else:
-            matches = sorted(glob.glob(path, recursive=True))
-            expanded += matches
-            if not matches:
-                missing.append(path)
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise DataError(
-            f"not found: {', '.join(missing[:5])}{more}", fix="give image files, folders or globs"
+    return list(
+        iter_predictions(
+            loaded, sources, top_k=top_k, tta=tta, value_range=range, device=device, quiet=quiet
         )
-    return expanded
+    )
 
 
-def _images_in_folder(folder: str) -> list[str]:
-    below = Scanner(folder).find_images(folder)
-    odd = [path for path in below.special_files if is_image_name(os.path.basename(path))]
-    links = len(below.special_files) - len(odd)
-    if links:
-        print_status(escape(f"{printable(folder)}: skipped {links} broken links"))
-    return sorted([*below.images, *odd, *below.unreadable_folders])
+class Predictor:
+    """A model that is kept in memory to classify images; `Run.open` returns it. Thread-safe.
+
+    Args:
+        loaded: the model.
+        device: where it computes; by default the fastest one.
+
+    Example:
+        >>> model = convlens.Run.load("digits").open()
+        >>> model.predict(image)[0].label
+    """
+
+    def __init__(self, loaded: LoadedModel, device: str | None = None) -> None:
+        self._loaded = loaded
+        self.transform = ImageTransform(loaded.preprocessing)
+        pre = loaded.preprocessing
+        blank = torch.zeros(1, pre.channels, pre.image_size, pre.image_size, dtype=torch.uint8)
+        self._normalize = pre.normalize
+        with preserve_torch_settings():
+            self._threads = torch.get_num_threads()
+            self._plan = place_model(loaded.model, loaded.select_device(device))
+        # Measured once: `Forward` would attach hooks, which other threads would see.
+        with preserve_torch_settings(self._plan.device):
+            self._batch_size = inference.measure_batch_size(
+                loaded.model, blank, self._normalize, self._plan
+            )
+
+    def __repr__(self) -> str:
+        return f"Predictor({len(self.classes)} classes, {self.device})"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names in the order of the model's outputs."""
+        return self._loaded.classes
+
+    @property
+    def device(self) -> str:
+        return self._plan.device
+
+    @property
+    def module(self) -> nn.Module:
+        """The network on its device; it must not be changed."""
+        return self._loaded.model
+
+    def predict(
+        self,
+        inputs: ImageLike | Iterable[ImageLike],
+        *,
+        top_k: int = 1,
+        tta: str | None = None,
+        channels: str | None = None,
+        range: ValueRange | None = None,
+        quiet: bool = True,
+    ) -> list[Prediction]:
+        """Classify images; arguments, result and errors are those of `convlens.predict`."""
+        sources = collect_inputs(inputs, channels=channels)
+        total = count_images(sources)
+        is_trial = self._loaded.can_choose_memory_format and total >= inference.MIN_TRIAL_IMAGES
+        forward = Forward(
+            # A copy, since the memory format changes and other threads may be using the model.
+            copy.deepcopy(self.module) if is_trial else self.module,
+            self._normalize,
+            self._plan,
+            views=inference.select_views(tta),
+            total=total,
+            batch_size=None if is_trial else self._batch_size,
+            choose_memory_format=is_trial,
+        )
+        return list(
+            _iter_predictions(
+                self._loaded,
+                sources,
+                forward,
+                check_range(range),
+                top_k=top_k,
+                quiet=quiet,
+                settings=self._settings,
+            )
+        )
+
+    def _settings(self) -> AbstractContextManager[None]:
+        """Return the context of a forward pass."""
+        # Counting the cores takes a tenth of the time of a small network.
+        if self.device == "cpu" and torch.get_num_threads() <= self._threads:
+            return contextlib.nullcontext()
+        return preserve_torch_settings(self.device)
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """The preprocessing of a model as a function, e.g. for data sets of torchvision.
+
+    Example:
+        >>> run.module(run.transform("seven.png")[None]).softmax(1)
+    """
+
+    preprocessing: Preprocessing
+
+    def __call__(
+        self, image: ImageLike, *, channels: str | None = None, range: ValueRange | None = None
+    ) -> Tensor:
+        """Return an image as a normalized float32 tensor `[C, H, W]`.
+
+        Args:
+            image: one image, as `convlens.predict` takes it.
+            channels, range: as for `convlens.predict`.
+
+        Raises:
+            UnreadableImage: the file or stream cannot be decoded.
+            UsageError: not an image, or several.
+        """
+        sources = collect_inputs([image], channels=channels)
+        if count_images(sources) != 1:
+            raise UsageError(
+                f"a transform takes one image, not {count_images(sources)}",
+                fix="call it for each image",
+            )
+        value_range = check_range(range)
+        (source,) = sources
+        conversion = self.preprocessing.conversion
+        pixels = (
+            _fit_batch(source.images, conversion, value_range)[0]
+            if isinstance(source, InputBatch)
+            else _read_image(source, conversion, value_range)
+        )
+        batch = torch.from_numpy(np.array(pixels))[None]  # writable: torch warns of other arrays
+        tensor: Tensor = self.preprocessing.normalize(batch, Plan("cpu", "fp32", "contiguous"))[0]
+        return tensor
 
 
 def iter_predictions(
     loaded: LoadedModel,
-    inputs: Sequence[str | Path] | np.ndarray,
+    inputs: Sequence[str] | Inputs,
     *,
     top_k: int = 1,
     tta: str | None = None,
+    value_range: ValueRange | None = None,
     device: str | None = None,
     quiet: bool = False,
 ) -> Iterator[Prediction]:
@@ -163,13 +291,15 @@ def iter_predictions(
 
     Args:
         loaded: the model.
-        inputs: paths of files, as `expand_paths` returns them, or an array of images.
+        inputs: as `collect_inputs` returns them; or paths of files.
+        value_range: the `range` of `predict`.
         top_k, tta, device, quiet: as in `predict`.
 
     Raises:
         UsageError: unknown views, or an array that does not hold images.
     """
     views = inference.select_views(tta)
+    sources = [InputImage(each, each) if isinstance(each, str) else each for each in inputs]
     with preserve_torch_settings():
         plan = place_model(loaded.model, loaded.select_device(device))
     forward = Forward(
@@ -177,20 +307,48 @@ def iter_predictions(
         loaded.preprocessing.normalize,
         plan,
         views=views,
-        total=len(inputs),
+        total=count_images(sources),
         choose_memory_format=loaded.can_choose_memory_format,
     )
-    k = min(max(top_k, 1), len(loaded.classes))
     if views is not None:
         with quiet_mode(quiet):
             print_status(
                 f"tta columns are the mean over the views of {tta!r}; label and prob are without it"
             )
-    with progress_bar("predicting", len(inputs), shown=not quiet) as bar:
-        for batch in _read_inputs(inputs, loaded):
+    yield from _iter_predictions(
+        loaded,
+        sources,
+        forward,
+        check_range(value_range),
+        top_k=top_k,
+        quiet=quiet,
+        settings=lambda: preserve_torch_settings(plan.device),
+    )
+
+
+def _iter_predictions(
+    loaded: LoadedModel,
+    inputs: Inputs,
+    forward: Forward,
+    value_range: ValueRange | None,
+    *,
+    top_k: int,
+    quiet: bool,
+    settings: Callable[[], AbstractContextManager[None]],
+) -> Iterator[Prediction]:
+    """Yield the predictions for collected inputs.
+
+    Args:
+        settings: returns the context of a forward pass, with the settings of torch.
+    """
+    k = min(max(top_k, 1), len(loaded.classes))
+    # A bar that is not shown takes longer than a small network.
+    shown = contextlib.nullcontext() if quiet else progress_bar("predicting", count_images(inputs))
+    with shown as bar:
+        for batch in _read_inputs(inputs, loaded.preprocessing.conversion, value_range):
             readable = [image for _, image, _ in batch if image is not None]
             # Not around the loop: the caller's code runs between two predictions.
-            with preserve_torch_settings(plan.device):
+            with settings():
                 probs, tta_probs = _probabilities(readable, loaded, forward)
             top, tta_top = _top_classes(probs, k, loaded), _top_classes(tta_probs, k, loaded)
             for filename, image, error in batch:
@@ -198,45 +356,47 @@ def iter_predictions(
                     yield Prediction(filename, error=error)
                 else:
                     yield Prediction(filename, next(top), tta_top=next(tta_top, ()))
-            bar.advance(len(batch))
+            if bar is not None:
+                bar.advance(len(batch))
 
 
 def _top_classes(
-    probs: np.ndarray, k: int, loaded: LoadedModel
+    probs: npt.NDArray[np.float64], k: int, loaded: LoadedModel
 ) -> Iterator[tuple[tuple[str, float], ...]]:
     """Yield the `k` most probable classes of each row."""
+    if not len(probs):
+        return
     order = np.argsort(-probs, axis=1, kind="stable")[:, :k]
-    best = np.take_along_axis(probs, order, axis=1)
+    best = probs[np.arange(len(probs))[:, None], order]  # faster than `take_along_axis`
     for classes, row in zip(order.tolist(), best.tolist(), strict=True):
         yield tuple((loaded.classes[i], prob) for i, prob in zip(classes, row, strict=True))
 
 
 # Name, image or None, and the reason why there is no image.
-InputEntry = tuple[str, np.ndarray | None, str | None]
+InputEntry = tuple[str, Pixels | None, str | None]
+# What a thread reads at once.
+ReadTask = list[InputImage] | InputBatch
 
 
 def _read_inputs(
-    inputs: Sequence[str | Path] | np.ndarray, loaded: LoadedModel
+    inputs: Inputs, conversion: Conversion, value_range: ValueRange | None
 ) -> Iterator[list[InputEntry]]:
     """Yield the images in batches; the next files are decoded while the caller uses a batch."""
-    pre = loaded.preprocessing
-    fitting = MAX_BATCH_BYTES // (pre.channels * pre.image_size**2)
+    fitting = MAX_BATCH_BYTES // conversion.image_bytes
     # A multiple of the task size.
     fitting = max(IMAGES_PER_TASK, fitting // IMAGES_PER_TASK * IMAGES_PER_TASK)
     size = min(MAX_BATCH_IMAGES, fitting)
-    starts = range(0, len(inputs), size)
-    if isinstance(inputs, np.ndarray):
-        for start in starts:
-            images = _fit(inputs[start : start + size], loaded)
-            yield [(str(number), image, None) for number, image in enumerate(images, start)]
+    if len(inputs) <= IMAGES_PER_TASK and count_images(inputs) <= size:  # not worth any threads
+        tasks = _split_tasks(inputs, size)
+        yield [entry for task in tasks for entry in _read_task(task, conversion, value_range)]
         return
     pool = ThreadPoolExecutor(max_workers=usable_cores())
     waiting: deque[list[Future[list[InputEntry]]]] = deque()
     try:
-        for start in starts:
-            paths = inputs[start : start + size]
-            tasks = [paths[i : i + IMAGES_PER_TASK] for i in range(0, len(paths), IMAGES_PER_TASK)]
-            waiting.append([submit_task(pool, _decode_files, task, loaded) for task in tasks])
+        for batch in _group_tasks(_split_tasks(inputs, size), size):
+            waiting.append(
+                [submit_task(pool, _read_task, t, conversion, value_range) for t in batch]
+            )
             if len(waiting) > 2:
                 yield [entry for task in waiting.popleft() for entry in wait_for_result(task)]
         while waiting:
@@ -245,95 +405,112 @@ def _read_inputs(
         pool.shutdown(cancel_futures=True)
 
 
-def _decode_files(paths: Sequence[str | Path], loaded: LoadedModel) -> list[InputEntry]:
-    conversion = loaded.preprocessing.conversion
+def _split_tasks(inputs: Inputs, size: int) -> Iterator[ReadTask]:
+    """Split the inputs into tasks of at most `size` images."""
+    images: list[InputImage] = []
+    for each in inputs:
+        if isinstance(each, InputImage):
+            images.append(each)
+        if images and (isinstance(each, InputBatch) or len(images) == IMAGES_PER_TASK):
+            yield images
+            images = []
+        if isinstance(each, InputBatch):
+            for start in range(0, len(each.images), size):
+                yield InputBatch(each.first + start, each.images[start : start + size])
+    if images:
+        yield images
+
+
+def _group_tasks(tasks: Iterable[ReadTask], size: int) -> Iterator[list[ReadTask]]:
+    """Group tasks into batches of about `size` images."""
+    batch: list[ReadTask] = []
+    count = 0
+    for task in tasks:
+        batch.append(task)
+        count += len(task.images) if isinstance(task, InputBatch) else len(task)
+        if count >= size:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
+
+
+def _read_task(
+    task: ReadTask, conversion: Conversion, value_range: ValueRange | None
+) -> list[InputEntry]:
+    if isinstance(task, InputBatch):
+        images = _fit_batch(task.images, conversion, value_range)
+        return [(str(number), image, None) for number, image in enumerate(images, task.first)]
     entries: list[InputEntry] = []
-    for path in paths:
+    for each in task:
         try:
-            entries.append((str(path), conversion.file(path), None))
+            entries.append((each.name, _read_image(each, conversion, value_range), None))
         except UnreadableImage as error:
-            entries.append((str(path), None, error.reason))
+            entries.append((each.name, None, error.reason))
     return entries
 
 
-def _fit(images: np.ndarray, loaded: LoadedModel) -> np.ndarray:
-    return loaded.preprocessing.conversion.array(channels_first(images))
+def _read_image(
+    image: InputImage, conversion: Conversion, value_range: ValueRange | None
+) -> Pixels:
+    """Return an image as uint8 `[C, H, W]` of the model's size.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+        UsageError: the range of an array's values is not known.
+    """
+    name, source = image.name, image.source
+    if isinstance(source, np.ndarray):
+        pixels: Pixels = _fit_batch(source[None], conversion, value_range, where=f"image {name}")[0]
+        return pixels
+    if source == b"":
+        raise UnreadableImage(name, "it is empty (0 bytes)")
+    if isinstance(source, Image.Image):
+        return conversion.pil(source, name)
+    return conversion.file(source, name)
+
+
+def _fit_batch(
+    images: npt.NDArray[Any],
+    conversion: Conversion,
+    value_range: ValueRange | None,
+    where: str = "",
+) -> Pixels:
+    stored_range = conversion.value_range
+    pixels = to_uint8(images, value_range=value_range, stored_range=stored_range, where=where)
+    return conversion.array(pixels)
 
 
 def _probabilities(
-    images: Sequence[np.ndarray], loaded: LoadedModel, forward: Forward
-) -> tuple[np.ndarray, np.ndarray]:
+    images: Sequence[Pixels], loaded: LoadedModel, forward: Forward
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return probabilities `[N, K]` without and with test-time augmentation (unused: no rows)."""
-    empty = np.empty((0, len(loaded.classes)))
     if not len(images):
-        return empty, empty
-    outputs = list(forward.outputs(torch.from_numpy(np.stack(images))))
-    plain = probabilities(torch.cat([each.logits for each in outputs]))
+        none = np.empty((0, len(loaded.classes)))
+        return none, none
+    # Joining a single array or tensor would take as long as a small layer. The copy is writable;
+    # torch warns of other arrays.
+    batch = images[0][None].copy() if len(images) == 1 else np.stack(images)
+    outputs = list(forward.outputs(torch.from_numpy(batch)))
+    logits = [each.logits for each in outputs]
+    plain = probabilities(logits[0] if len(logits) == 1 else torch.cat(logits))
     augmented = [each.tta_logits for each in outputs if each.tta_logits is not None]
-    return plain, probabilities(torch.cat(augmented)) if augmented else empty
+    return plain, probabilities(torch.cat(augmented)) if augmented else plain[:0]
 
 
 @preserve_torch_settings()
 def all_probabilities(
-    loaded: LoadedModel, images: np.ndarray, *, device: str | None = None
-) -> np.ndarray:
-    """Return probabilities float64 `[N, K]` for an array of images as `predict` takes it.
+    loaded: LoadedModel, images: Pixels, *, device: str | None = None
+) -> npt.NDArray[np.float64]:
+    """Return probabilities `[N, K]` of uint8 images `[N, C, H, W]`.
 
     The memory format is that of the training: a format chosen by timing could change the last
     digits from call to call, and scikit-learn expects equal results for an equal `random_state`.
     """
-    plan, normalize = (
-        place_model(loaded.model, loaded.select_device(device)),
-        loaded.preprocessing.normalize,
-    )
-    forward = Forward(loaded.model, normalize, plan, total=len(images))
+    plan, pre = place_model(loaded.model, loaded.select_device(device)), loaded.preprocessing
+    forward = Forward(loaded.model, pre.normalize, plan, total=len(images))
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), MAX_BATCH_IMAGES):
-        pixels = _fit(images[start : start + MAX_BATCH_IMAGES], loaded)
+        pixels = _fit_batch(images[start : start + MAX_BATCH_IMAGES], pre.conversion, None)
         parts.append(_probabilities(list(pixels), loaded, forward)[0])
     return np.concatenate(parts)
-
-
-def channels_first(images: np.ndarray) -> np.ndarray:
-    """Convert images to uint8 `[N, C, H, W]`.
-
-    Args:
-        images: `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` with 1 or 3 channels: integers in
-            0..255, floats in 0..1 (scaled to 0..255 and rounded), or booleans.
-
-    Raises:
-        UsageError: another shape, not numbers, or values outside the range of their type.
-    """
-    array = _to_nchw(np.asarray(images))
-    if array.dtype == bool:
-        array = array * np.uint8(255)
-    elif array.dtype.kind not in "uif":
-        raise UsageError(f"images must be numbers, not {array.dtype}")
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    if not np.isfinite(array).all() or (array.size and (array.min() < 0 or array.max() > 255)):
-        raise UsageError("image values must be finite and within 0..1 (float) or 0..255 (integer)")
-    if np.issubdtype(array.dtype, np.floating):
-        if array.size and array.max() > 1:
-            raise UsageError("float images hold values above 1", fix="scale them to 0..1")
-        array = np.rint(array * 255)
-    return np.ascontiguousarray(array.astype(np.uint8))
-
-
-def _to_nchw(array: np.ndarray) -> np.ndarray:
-    shape = array.shape
-    if array.ndim == 3:
-        if shape[2] in (1, 3):  # images are not 1 or 3 pixels wide
-            raise UsageError(
-                f"an array {shape} looks like one image [H, W, C], not like several",
-                fix="give images[None]",
-            )
-        array = array[:, None]
-    elif array.ndim == 4 and shape[1] not in (1, 3) and shape[3] in (1, 3):
-        array = np.moveaxis(array, 3, 1)
-    if array.ndim != 4 or array.shape[1] not in (1, 3):
-        raise UsageError(
-            f"images of shape {shape} can't be used",
-            fix="give [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels",
-        )
-    return array

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import resources
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from convlens.errors import UsageError, close_matches, did_you_mean_suffix, lookup
 from convlens.utils import yaml
@@ -39,6 +41,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Operations = list[tuple[str, dict[str, Any]]]
 Source = str | Path | Mapping[str, Any]
 Variants = dict[str, dict[str, Any]]
+Balance = Literal["none", "sqrt", "full"]
 
 
 class Section(BaseModel):
@@ -83,6 +86,9 @@ class DataConfig(Section):
         images: the folder that the paths of a list are relative to.
         rename: new names of classes, `{"old": "new"}`, both in quotes if they are numbers; classes
             with the same name become one.
+        balance: how often an epoch draws the images of each class. `none` draws each image once;
+            `sqrt` draws classes in proportion to the square root of their number of images, and
+            `full` equally often. The number of images per epoch does not change.
         on_bad: `skip` leaves out unreadable images, up to the share `max_bad` of all images and of
             the images of each class.
         duplicates: what is done about images that are equal, byte for byte. `drop` keeps one of
@@ -116,6 +122,7 @@ class DataConfig(Section):
     total_per_class: Positive | None = None
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None
     fold: Annotated[int, Field(ge=0)] = 0
+    balance: Balance = "none"
     seed: Annotated[int, Field(ge=0)] = 0
     count: Annotated[int, Field(gt=0, le=10_000_000)] | None = None
     on_bad: Literal["stop", "skip"] = "stop"
@@ -197,7 +204,16 @@ class LookaheadConfig(Section):
 
 
 class OptimConfig(Section):
-    """The optimizer, its schedule, and regularization."""
+    """The optimizer, its schedule, the loss, and regularization.
+
+    Attributes:
+        loss: `focal` multiplies the cross-entropy of an image by (1 - p)^focal_gamma, where p is
+            the probability of its class, so that images that are already classified well count
+            less (Lin et al. 2017).
+        class_weights: factors of the loss by class. `auto` makes all classes count equally in an
+            epoch: n / (K n_c). Or `{name: weight}`, 1 for other classes. All are scaled to a mean
+            of 1 over the training images.
+    """
 
     name: str = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -218,20 +234,43 @@ class OptimConfig(Section):
     final: Fraction = 0.0  # at the end of linear and cosine, as a fraction of lr
     step_size: Annotated[float, Field(gt=0, le=1)] = 1 / 3
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: Annotated[float, Field(gt=0, le=10)] = 2.0
+    class_weights: str | dict[str, float] = "none"
     label_smoothing: Fraction = 0.0
     clip_value: Annotated[float, Field(gt=0)] | None = None
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     lookahead: LookaheadConfig | None = None
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _check_class_weights(cls, value: Any) -> Any:
+        if value in ("none", "auto"):
+            return value
+        weights = value.values() if isinstance(value, Mapping) else ()
+        if not weights or not all(type(w) in (int, float) and 0 < w < math.inf for w in weights):
+            raise PydanticCustomError(
+                "class_weights", "not none, auto or {class: weight} with weights above 0"
+            )
+        return value
+
 
 class TrainConfig(Section):
-    """Number of epochs, batch size, choice of weights, and how steps are computed."""
+    """Number of epochs, batch size, choice of weights, and how steps are computed.
+
+    Attributes:
+        monitor: the metric of the validation split by which the best epoch is selected. For
+            unequal classes use `val_macro_f1` or `val_balanced_accuracy`, which count rare classes
+            as much as common ones.
+    """
 
     epochs: Annotated[int, Field(gt=0, le=1_000_000)] | Literal["auto"] = "auto"
     batch_size: Annotated[int, Field(gt=0, le=10_000_000)] = 64
     patience: Positive | None = None
-    monitor: Literal["val_loss", "val_accuracy"] = "val_loss"
+    monitor: Literal["val_loss", "val_accuracy", "val_macro_f1", "val_balanced_accuracy"] = (
+        "val_loss"
+    )
     keep: Literal["best", "last"] = "best"
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -503,6 +542,7 @@ def _check_tree(
         problems: errors that are already known, to be reported together with those found here.
         lines: returns the line of each key in the file, for the messages.
     """
+    tree = _with_class_names_as_text(tree)
     invalid = list(yaml.find_invalid(tree))
     if invalid:
         raise UsageError("; ".join(invalid[:ERRORS_SHOWN]), where=where)
@@ -526,6 +566,16 @@ def _check_tree(
             fix="`convlens recipes NAME --json` prints every key of a recipe with its value",
         )
     return recipe
+
+
+def _with_class_names_as_text(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree with class names like `0` as text: YAML reads `{0: 2}` as a number."""
+    options = tree.get("optim")
+    weights = options.get("class_weights") if isinstance(options, Mapping) else None
+    if not isinstance(options, Mapping) or not isinstance(weights, Mapping):
+        return tree
+    named = {str(name): weight for name, weight in weights.items()}
+    return {**tree, "optim": {**options, "class_weights": named}}
 
 
 def _lines(source: Source, overridden: Collection[str]) -> dict[str, int]:

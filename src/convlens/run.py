@@ -72,12 +72,12 @@ LOCKED_FILES = (
 RESULTS_FILES = ("results.json",)
 # Earlier versions stored a hash of each JSON object under these keys.
 _RETIRED_KEYS = ("format", "sha256")
+VALIDATION_COLUMNS = ("val_loss", "val_accuracy", "val_macro_f1", "val_balanced_accuracy")
 METRICS_COLUMNS = (
     "epoch",
     "train_loss",
     "train_accuracy",
-    "val_loss",
-    "val_accuracy",
+    *VALIDATION_COLUMNS,
     "lr",
     "seconds",
     "cpu_seconds",

@@ -71,6 +71,8 @@ def test_metrics_without_tta_stay_bit_identical(name: str) -> None:
         "gained",
         "lost",
         "p",
+        "macro_f1",
+        "balanced_accuracy",
     }
     assert tta["views"] == name
     assert tta["correct"] == plain["correct"] + tta["gained"] - tta["lost"]

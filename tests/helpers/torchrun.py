@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convlens.run import RunDir
+from convlens.run import VALIDATION_COLUMNS, RunDir
 from helpers.commands import weights
 from helpers.launching import wait_until
 from helpers.paths import HELPERS
@@ -49,6 +49,16 @@ KINDS: dict[str, tuple[str, ...]] = {
         "augment=[{RandomCrop: {padding: 1}}]",
         "train.views=2",
     ),
+    "unequal": (
+        *PLAIN,
+        "train.batch_size=13",
+        "augment=[{MixUp: {}}]",
+        "data.balance=sqrt",
+        "optim.class_weights={0: 5, 7: 0.2}",
+        "optim.loss=focal",
+        "optim.label_smoothing=0.1",
+        "train.monitor=val_macro_f1",
+    ),
     "norms": ("optim.name=sgd", "optim.lr=0.05", "train.epochs=1", "train.batch_size=128"),
 }
 
@@ -71,7 +81,7 @@ def close(name: str, size: int, rtol: float = 2e-4, atol: float = 2e-5) -> None:
     rows, other_rows = RunDir(one).metrics(), RunDir(other).metrics()
     assert len(rows) == 3
     for row, other_row in zip(rows, other_rows, strict=True):
-        for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr"):
+        for key in ("train_loss", "train_accuracy", *VALIDATION_COLUMNS, "lr"):
             assert other_row[key] == pytest.approx(row[key], rel=1e-3, abs=1e-4), key
 
 

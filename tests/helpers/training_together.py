@@ -14,6 +14,7 @@ from convlens import distributed, optim
 from convlens.distributed import ProcessGroup
 from convlens.engine.data_parallel import DataParallel
 from convlens.engine.loop import Step, TrainLoop, TrainState
+from convlens.engine.losses import ClassificationLoss
 from convlens.models.cnn import CNN
 from convlens.recipe import OptimConfig
 from helpers.support import PLAN
@@ -77,6 +78,7 @@ def train(
     *,
     stop: int = 0,
     micro_batch_size: int = 0,
+    criterion: nn.Module | None = None,
     **config: Any,
 ) -> Result:
     """Return weights and losses after `steps` steps; the training is resumed after `stop` steps."""
@@ -89,7 +91,7 @@ def train(
         loop = TrainLoop(
             model,
             optimizer,
-            nn.CrossEntropyLoss(),
+            criterion or nn.CrossEntropyLoss(),
             plan,
             clip_norm=options.clip_norm,
             data_parallel=DataParallel(group, SIZES) if group.size > 1 else None,
@@ -106,12 +108,18 @@ def train(
     return {"weights": dict(model.state_dict()), "losses": losses}
 
 
+# Unequal weights: a mean over the weights of each process would not be that of the batch.
+WEIGHTED = ClassificationLoss((0.1, 1.0, 5.0), gamma=2.0, label_smoothing=0.1)
+
+
 def results(group: ProcessGroup) -> dict[str, Result]:
     return {
         "one step": train(group, "plain", 1),
         "three epochs": train(group, "plain", 12, clip_norm=0.5, groups=WINDOWS),
         "adamw": train(group, "plain", 12, name="adamw", lr=0.003),
         "micro-batches": train(group, "plain", 12, micro_batch_size=2),
+        "weighted": train(group, "plain", 12, micro_batch_size=2, criterion=WEIGHTED),
+        "weighted step": train(group, "plain", 1, criterion=WEIGHTED),
         "unused": train(group, "unused", 4),
         "norm": train(group, "norm", 1),
         "dropout": train(group, "dropout", 12),

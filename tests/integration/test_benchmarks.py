@@ -124,3 +124,64 @@ def test_the_table_names_the_peers_that_were_faster() -> None:
     assert "**Not won**: Fast on Net (0.80)." in text
     assert "not in every round: Near on Net (1.01)." in text
     assert sys.modules["tables.peers"].__file__ == str(BENCHMARKS / "tables" / "peers.py")
+
+
+def test_long_tailed_sets_follow_the_exponential_profile(tmp_path: Path) -> None:
+    from unequal_classes import Case, class_sizes, select_images
+
+    # 5000 * 50^(-i / 9), Cao et al. 2019.
+    sizes = class_sizes(10, 5000, 50)
+    assert sizes == [5000, 3237, 2096, 1357, 879, 569, 368, 239, 154, 100]
+    for name, count in {"a": 20, "b": 32, "c": 24}.items():
+        for number in range(count):
+            path = tmp_path / "set" / name / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    case = Case("set", None, 4, 24, {})
+    first, second = (select_images(case, tmp_path, seed, 24, None) for seed in (0, 1))
+    counts = [sum(row[1:] == (name, "train") for row in first) for name in "bca"]
+    assert counts == [24, 12, 6]  # the largest class keeps the most images
+    tests = [{path for path, _, split in rows if split == "test"} for rows in (first, second)]
+    assert tests[0] == tests[1]
+    assert len(tests[0]) == 8 + 6 + 5  # a quarter of each class
+    assert first != second
+    train = {path for path, _, split in first if split == "train"}
+    assert not train & tests[0]
+    assert first == select_images(case, tmp_path, 0, 24, None)
+
+
+def test_the_gains_for_unequal_classes_are_paired_by_seed() -> None:
+    from tables.unequal import unequal_classes
+    from unequal_classes import METRICS, summarize
+
+    def run(value: float) -> dict[str, Any]:
+        scores = dict.fromkeys(METRICS, value)
+        return {**scores, "recall": {"a": value, "b": 0.9}, "cpu_seconds": 60.0, "n": 100}
+
+    runs = {"nothing": [run(0.5), run(0.7)], "balance": [run(0.61), run(0.79)]}
+    summary = summarize(runs)
+    means = summary["balance"]["macro_f1"]
+    assert means["mean"] == pytest.approx(0.7)
+    assert means["gain"] == pytest.approx(0.1)  # 0.11 and 0.09
+    half = 12.7062 * 0.01  # t(0.975, 1) times the standard error
+    assert means["gain_interval95"] == pytest.approx((0.1 - half, 0.1 + half), abs=1e-5)
+    result = {
+        "recipe": "folder",
+        "seeds": 2,
+        "cases": {"set": {"counts": {"a": 9, "b": 90}, "runs": runs, "summary": summary}},
+        "command": "c",
+        "date": "2026-11-30",
+        "hardware": {
+            "cpu": "CPU",
+            "cpu_capability": "AVX2",
+            "threads": 2,
+            "python": "3.11",
+            "torch": "2",
+        },
+        "torchvision": "0",
+        "load_average": 0.0,
+    }
+    text = unequal_classes(json.loads(json.dumps(result)))
+    assert "90 to 9 training and validation images of a class, 99 in total; 100 test images" in text
+    assert "| `nothing` | 60.00 ± 14.14 |" in text
+    assert "70.00 ± 12.73 (+10.00, -2.71 to +22.71) | 70.0 | 60 |" in text

@@ -206,7 +206,7 @@ def test_all_inputs_get_the_normalization_of_training(digits: Run) -> None:
     # Floats are expected to be in 0..1.
     assert [answer.prob for answer in digits.predict(pixels / 255.0)] == plain
     scaled_twice = pixels.astype(np.float64)
-    with pytest.raises(convlens.ConvlensError, match="hold values above 1"):
+    with pytest.raises(convlens.ConvlensError, match="range of float64 images"):
         digits.predict(scaled_twice)  # 0..255 as floats
     assert files_calling("Normalize") == {"run.py"}
     content = (digits.path / "model.safetensors").read_bytes()

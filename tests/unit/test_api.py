@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,37 @@ def test_quiet_training_prints_nothing_and_returns_the_run(
     assert repr(made) == f"Run({made.name!r}, finished)"
     # The same overrides as a list find the same run.
     assert convlens.train(*DIGITS[:1], DIGITS[1:], test=False, quiet=True).name == made.name
+
+
+def test_one_override_can_be_a_text() -> None:
+    made = convlens.train(TINY, "train.epochs=1", test=False, quiet=True)
+    assert made.recipe.train.epochs == 1
+    with pytest.raises(UsageError, match=r"unknown key 'train\.epoch'"):
+        convlens.train("digits", "train.epoch=1")
+
+
+def test_arrays_are_refused_with_what_to_use() -> None:
+    images, labels = np.zeros((3, 8, 8)), np.zeros(3)
+    for arguments in ((images,), (images, labels), ([images],), ("digits", labels)):
+        for function in (convlens.train, convlens.train_many, convlens.find_label_errors):
+            with pytest.raises(UsageError) as error:
+                function(*arguments)  # type: ignore[operator]
+            assert "convlens.ImageClassifier().fit(images, labels)" in error.value.fix
+    for wrong in (3, None):
+        with pytest.raises(UsageError, match="is not a name"):
+            convlens.look(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.figures
+def test_runs_and_looks_show_their_figures_in_notebooks() -> None:
+    made = convlens.train(TINY, "train.epochs=1", quiet=True)
+    page = made._repr_html_()
+    assert "<td>test</td>" in page
+    content = (made.run_dir.plots / "curves.png").read_bytes()
+    assert base64.b64encode(content).decode() in page
+    seen = made.look(picture(Path("a.png"), (100,)))
+    assert repr(seen) == f"Look({made.name}: {len(seen.files)} files in 'plots/{made.name}/look')"
+    assert seen._repr_html_().count("data:image/png;base64,") >= 1
 
 
 def test_a_mapping_or_a_recipe_can_be_trained() -> None:
@@ -156,5 +188,7 @@ def test_the_exported_functions_are_those_of_the_core() -> None:
 def test_the_functions_that_read_a_run_accept_run_objects(run: Run) -> None:
     assert convlens.diagnose(run).status == convlens.diagnose(run.path).status == "finished"
     assert convlens.report(run, audit=False).runs == ["mine"]
+    assert run.diagnose() == convlens.diagnose(run)
+    assert run.report(audit=False) == convlens.report(run, audit=False)
     (exported,) = convlens.export(run, "torch", output="model.pt2")
     assert exported.run == "mine"

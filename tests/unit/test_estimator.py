@@ -9,6 +9,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone, is_classifier
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
@@ -86,6 +87,7 @@ def test_every_array_format_gives_the_same_model() -> None:
         (pixels[:, None], {}),
         (pixels / 255, {}),
         (pixels.tolist(), {}),
+        (torch.tensor(pixels), {}),
         (pixels.reshape(90, 64), {"image_shape": (8, 8)}),
         (pixels.reshape(90, 64), {"image_shape": (8, 8, 1)}),
     ]:
@@ -105,6 +107,15 @@ def test_color_images_and_integer_labels() -> None:
     assert got.predict(images).dtype == labels.dtype
     assert got.score(images, labels) == 1.0
     assert got.model_.preprocessing.channels == 3
+
+
+def test_transparent_images_are_put_onto_white() -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (24, 8, 8, 4), dtype=np.uint8)
+    opaque = fit_arrays(images.transpose(0, 3, 1, 2), size=None, channels=3, fit="crop")
+    labels = np.tile([0, 1], 12)
+    by_rgba, by_rgb = (small(epochs=1).fit(each, labels) for each in (images, opaque))
+    np.testing.assert_array_equal(by_rgba.predict_proba(images), by_rgb.predict_proba(opaque))
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
@@ -146,6 +157,35 @@ def test_a_grid_search_accepts_numpy_numbers() -> None:
     assert search.predict(X).shape == (90,)
 
 
+def test_class_weight_is_that_of_the_recipe() -> None:
+    rare = np.r_[0:30, 30:34, 60:90]
+    numbers = np.repeat([2, 4, 7], 30)  # labels that are not text
+    fitted = {}
+    for name, parameters in {
+        "balanced": {"class_weight": "balanced"},
+        "auto": {"overrides": {**TINY, "optim.class_weights": "auto"}},
+        "by label": {"class_weight": {2: 1.0, np.int64(4): 9, 7: 1.0}},
+        "none": {},
+    }.items():
+        made = small(epochs=2, **parameters).fit(X[rare], numbers[rare])
+        fitted[name] = made.predict_proba(X)
+    np.testing.assert_array_equal(fitted["balanced"], fitted["auto"])
+    rare_class = {name: probs[:, 1].mean() for name, probs in fitted.items()}
+    assert rare_class["none"] < rare_class["balanced"]
+    assert rare_class["none"] < rare_class["by label"]
+    with pytest.raises(UsageError, match="class_weight='equal' is not 'balanced'"):
+        small(class_weight="equal").fit(X, Y)
+
+
+def test_options_for_unequal_classes_are_overrides() -> None:
+    rare = np.r_[0:30, 30:34, 60:90]
+    unequal = {**TINY, "optim.class_weights": {"four": 5, "two": 0.5}, "data.balance": "sqrt"}
+    got = small(overrides=unequal, epochs=2).fit(X[rare], Y[rare])
+    assert {"val_macro_f1", "val_balanced_accuracy"} <= set(got.history_[0])
+    with pytest.raises(UsageError, match="does not have: eight"):
+        small(overrides={**TINY, "optim.class_weights": {"eight": 5}}, epochs=2).fit(X, Y)
+
+
 def test_a_fitted_classifier_can_be_stored(fitted: ImageClassifier, tmp_path: Path) -> None:
     joblib.dump(fitted, tmp_path / "model.joblib")
     for copy in (joblib.load(tmp_path / "model.joblib"), pickle.loads(pickle.dumps(fitted))):
@@ -158,7 +198,12 @@ def test_a_fitted_classifier_can_be_stored(fitted: ImageClassifier, tmp_path: Pa
     [
         (X, Y[:-1], {}, "labels"),
         (X, np.full(90, "one"), {}, "2 classes"),
-        (X * 16, Y, {}, "above 1"),
+        (X * 16, Y, {}, r"range of float64 images[\s\S]*where: X[\s\S]*divide them by 16"),
+        (["a.png", "b.png"], Y[:2], {}, r"names of files[\s\S]*convlens.train\(FOLDER\)"),
+        ([Path("a.png")] * 90, Y, {}, "names of files"),
+        (X[:, :3, :3], Y, {"channels": "first"}, "does not hold images"),
+        (np.zeros((90, 3, 8, 3)), Y, {}, "can be"),
+        (np.zeros((90, 0, 8)), Y, {}, "without pixels"),
         (np.full_like(X, np.nan), Y, {}, "finite"),
         (X[..., None].repeat(2, 3), Y, {}, "shape"),
         (X, np.linspace(0, 1, 90), {}, "continuous|Unknown label"),

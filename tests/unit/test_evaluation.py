@@ -46,6 +46,10 @@ KEYS = {
     "near_ties",
     "own",
     "trained_on",
+    "macro_f1",
+    "macro_f1_interval95",
+    "balanced_accuracy",
+    "balanced_accuracy_interval95",
 }
 
 
@@ -93,6 +97,29 @@ def test_metrics_computed_by_hand(model: RunDir) -> None:
     f1 = 2 * 0.3 * 1 / 1.3
     green_scores = {"n": 3, "precision": 0.3, "recall": 1.0, "f1": pytest.approx(f1)}
     assert got["per_class"]["green"] == green_scores
+    assert got["macro_f1"] == pytest.approx(f1 / 3)
+    assert got["balanced_accuracy"] == pytest.approx(1 / 3)
+    # All predictions are equal, so all resamples are.
+    assert got["macro_f1_interval95"] == pytest.approx([f1 / 3] * 2)
+    assert got["balanced_accuracy_interval95"] == pytest.approx([1 / 3] * 2)
+    printed = here("evaluate", model.path, "--data", root).out
+    assert "macro F1 15.38% (15.38% to 15.38%), balanced accuracy 33.33%" in printed
+
+
+def test_an_evaluation_is_short_and_shows_a_table_in_notebooks(model: RunDir) -> None:
+    root = pictures(Path("two"), {"blue": 3, "red": 5})
+    result = Run(model).evaluate(data=root)
+    assert isinstance(result.interval95, tuple)
+    low, high = result.interval95
+    assert (low, high) == pytest.approx(wilson_interval(result.correct, 8))
+    assert repr(result) == (
+        f"Evaluation({model.name!r}, 'test', accuracy {result.accuracy:.2%} "
+        f"({low:.2%} to {high:.2%}), n = 8)"
+    )
+    page = result._repr_html_()
+    assert "n = 8" in page
+    assert "<td>blue</td><td>3</td>" in page
+    assert "<td>red</td><td>5</td>" in page
 
 
 def test_more_than_five_classes_have_a_top5_accuracy(tmp_path: Path) -> None:

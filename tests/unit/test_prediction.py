@@ -5,19 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import os
+import pickle
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from convlens import Run
+from convlens import Run, predict
 from convlens.data.dataset import load_external_data
-from convlens.data.decode import Conversion, decode
+from convlens.data.decode import UnreadableImage, decode
+from convlens.data.input_images import collect_inputs
 from convlens.device import Plan
 from convlens.engine.inference import split_logits
-from convlens.errors import DataError, UsageError
-from convlens.prediction import all_probabilities, channels_first, expand_paths, iter_predictions
+from convlens.errors import UsageError
+from convlens.prediction import Prediction, Predictor, all_probabilities, iter_predictions
 from convlens.run import RunDir, load_model
 from helpers.commands import (
     brightness_model,
@@ -28,6 +36,7 @@ from helpers.commands import (
     pictures,
     refused,
     respect_file_permissions,
+    sided_model,
 )
 
 DARK, LIGHT = (60, 50, 40), (200, 210, 190)
@@ -71,7 +80,7 @@ def test_predictions_agree_with_the_evaluation_of_the_same_images(model: RunDir)
     root = pictures(Path("two"), {"dark": 9, "light": 8}, colors={"dark": DARK, "light": LIGHT})
     loaded = load_model(model.model_path)
     split, classes, *_ = load_external_data(
-        str(root), conversion=Conversion(8, 3, "stretch"), memory_budget=1 << 30
+        str(root), conversion=loaded.preprocessing.conversion, memory_budget=1 << 30
     )
     plan = Plan("cpu", "fp32", "contiguous")
     logits, labels = split_logits(loaded.model, split, loaded.preprocessing.normalize, plan)
@@ -93,43 +102,17 @@ def test_a_prediction_does_not_depend_on_the_batch(
     model: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_model(model.model_path)
-    images = np.random.default_rng(0).integers(0, 256, (21, 8, 8, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (21, 3, 8, 8), dtype=np.uint8)
     together = all_probabilities(loaded, images)
     alone = np.concatenate([all_probabilities(loaded, images[i : i + 1]) for i in range(21)])
     np.testing.assert_allclose(alone, together, atol=1e-6)
     monkeypatch.setattr("convlens.prediction.MAX_BATCH_IMAGES", 4)
     np.testing.assert_allclose(all_probabilities(loaded, images), together, atol=1e-6)
-    probs = [each.prob for each in iter_predictions(loaded, images)]
+    probs = [each.prob for each in iter_predictions(loaded, collect_inputs(images))]
     assert probs == pytest.approx(together.max(1), abs=1e-6)
 
 
-def test_files_folders_and_globs_keep_the_given_order() -> None:
-    inside = pictures(Path("deep"), {"b": 1, "a": 2})
-    (inside / "notes.txt").write_text("no image")
-    (inside / ".hidden.png").write_bytes(b"")
-    odd = picture(Path("[x].png"), DARK)
-    given = ["2.png", "deep", "[x].png", "?.png"]
-    two, one = picture(Path("2.png"), DARK), picture(Path("1.png"), DARK)
-    listed = ["deep/a/000.png", "deep/a/001.png", "deep/b/000.png"]
-    assert expand_paths(given) == [str(two), *listed, str(odd), str(one), str(two)]
-    assert expand_paths(["deep/**/*.png"]) == listed
-
-
-def test_hidden_files_and_junk_folders_are_ignored() -> None:
-    root = pictures(Path("deep"), {"a": 1, "a/b": 1})
-    pictures(root, {"a/.ipynb_checkpoints": 1, "__MACOSX/a": 1, ".trash": 1, "b/@eaDir": 1})
-    assert expand_paths(["deep"]) == ["deep/a/000.png", "deep/a/b/000.png"]
-    assert expand_paths(["deep/.trash"]) == ["deep/.trash/000.png"]  # requested explicitly
-
-
-def test_one_error_names_all_patterns_and_folders_without_images(model: RunDir) -> None:
-    Path("empty").mkdir()
-    pictures(Path("junk"), {".hidden": 1})
-    with pytest.raises(DataError) as error:
-        expand_paths([*files(), "*.jpg", "empty", "junk"])
-    assert error.value.what == (
-        "not found: *.jpg, empty (a folder without images), junk (a folder without images)"
-    )
+def test_a_pattern_without_a_match_is_an_error(model: RunDir) -> None:
     refused(here("predict", model.path, "*.jpg"), 3, "not found: *.jpg")
 
 
@@ -212,11 +195,14 @@ def test_file_names_can_be_given_on_stdin(model: RunDir) -> None:
     for given in ([], ["-"]):
         predictions = here("predict", model.path, *given, "--json", stdin=text).json["predictions"]
         assert [each["filename"] for each in predictions] == ["1.png", "0.png"]
+
+
+@pytest.mark.parametrize("given", [[], ["-"]])
+def test_an_empty_stdin_is_a_usage_error(model: RunDir, given: list[str]) -> None:
     for form in ("json", "table"):
-        done = here("predict", model.path, "--format", form, stdin=" \n\n")
-        assert done.code == 0
-        assert done.err == "nothing to predict: no file was named on stdin\n"
-        assert done.out == ('{"predictions": []}\n' if form == "json" else "")
+        done = here("predict", model.path, *given, "--format", form, stdin=" \n\n")
+        refused(done, 2, "no image was named: standard input is empty", "convlens predict digits")
+        assert done.out == ""
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
@@ -257,49 +243,295 @@ def test_top_k_is_limited_to_the_number_of_classes(model: RunDir) -> None:
 @pytest.mark.parametrize(
     "images",
     [
-        np.zeros((4, 4), np.uint8),
-        np.zeros((2, 4, 4, 2), np.uint8),
-        np.zeros((9, 12, 3), np.uint8),  # one color image, not nine gray ones
-        np.full((2, 4, 4), 16.0),
-        np.full((2, 4, 4), np.nan),
-        np.full((2, 4, 4), 256),
-        np.full((2, 4, 4), -1),
-        np.full((2, 4, 4), "a"),
-        np.full((2, 4, 4), None),
+        np.zeros((2, 5, 6, 2), np.uint8),
+        np.full((2, 5, 6), 16.0),
+        np.full((2, 5, 6), np.nan),
+        np.full((2, 5, 6), 256),
+        np.full((2, 5, 6), -1),
+        np.full((2, 5, 6), "a"),
+        np.full((2, 5, 6), None),
+        np.zeros((1, 0, 30, 3), np.uint8),
+        [np.zeros((8, 9, 3)), np.full((8, 9, 3), 2.0)],
     ],
-    ids=["2d", "channels", "one", "range", "nan", "over", "under", "text", "object"],
+    ids=["channels", "range", "nan", "over", "under", "text", "object", "pixels", "list"],
 )
-def test_arrays_that_do_not_hold_images_are_refused(model: RunDir, images: np.ndarray) -> None:
+def test_arrays_that_do_not_hold_images_are_refused(model: RunDir, images: Any) -> None:
     with pytest.raises(UsageError):
         Run(model).predict(images)
 
 
-def test_arrays_are_converted_to_uint8_nchw() -> None:
-    gray = np.random.default_rng(0).integers(0, 256, (5, 6, 6), dtype=np.uint8)
-    np.testing.assert_array_equal(channels_first(gray), gray[:, None])
-    np.testing.assert_array_equal(channels_first(gray[..., None]), gray[:, None])
-    np.testing.assert_array_equal(channels_first(gray / 255), gray[:, None])
-    np.testing.assert_array_equal(channels_first(gray.astype(np.int64)), gray[:, None])
-    np.testing.assert_array_equal(channels_first(gray > 127), (gray > 127)[:, None] * 255)
-    assert channels_first(gray).dtype == np.uint8
+def in_memory(path: Path) -> dict[str, Any]:
+    """Return every form of one file."""
+    pixels = np.asarray(Image.open(path))
+    opaque = np.full(pixels.shape[:2], 255, np.uint8)
+    return {
+        "text": str(path),
+        "bytes": path.read_bytes(),
+        "BytesIO": io.BytesIO(path.read_bytes()),
+        "PIL": Image.open(path),
+        "PIL, RGBA": Image.open(path).convert("RGBA"),
+        "[H, W, 3]": pixels,
+        "[H, W, 4]": np.dstack([pixels, opaque]),
+        "[1, H, W, 3]": pixels[None],
+        "[1, 3, H, W]": np.moveaxis(pixels, 2, 0)[None],
+        "[1, H, W, 4]": np.dstack([pixels, opaque])[None],
+        "floats": pixels / 255,
+        "float32": (pixels / 255).astype(np.float32),
+        "int64": pixels.astype(np.int64),
+        "tensor": torch.tensor(pixels),
+        "tensor, channels first": torch.tensor(pixels).movedim(2, 0)[None],
+    }
 
 
-def test_a_list_of_arrays_is_refused_clearly(model: RunDir) -> None:
-    with pytest.raises(UsageError, match="ndarray is not a path"):
-        Run(model).predict([np.zeros((8, 8), np.uint8)])  # type: ignore[list-item]
+@pytest.mark.parametrize("size", [8, 13])
+def test_every_form_of_an_image_has_the_prediction_of_its_file(model: RunDir, size: int) -> None:
+    """`size` equals that of the model, or does not."""
+    run = Run(model)
+    path = picture(Path("a.png"), (70, 160, 150), size=size)
+    (expected,) = run.predict(path, top_k=2)
+    forms = in_memory(path)
+    for name, form in forms.items():
+        (prediction,) = run.predict(form, top_k=2)
+        assert prediction.top == expected.top, name
+    together = run.predict(list(in_memory(path).values()), top_k=2)
+    for name, each in zip(forms, together, strict=True):
+        # A batch changes the last digits of a network's outputs.
+        assert dict(each.top) == pytest.approx(dict(expected.top), abs=1e-6), name
+
+
+def test_grey_images_of_every_type_have_the_prediction_of_their_file(model: RunDir) -> None:
+    run = Run(model)
+    path = picture(Path("grey.png"), (140,), size=11)
+    pixels = np.asarray(Image.open(path))
+    deep = pixels.astype(np.uint16) * 257
+    Image.fromarray(deep).save("deep.png")
+    (expected,) = run.predict(path, top_k=2)
+    assert run.predict("deep.png", top_k=2)[0].top == expected.top
+    for form in (pixels, pixels[None], pixels[..., None], pixels[None, :, :, None]):
+        assert run.predict(form, top_k=2)[0].top == expected.top
+    assert run.predict(deep, range=(0, 65535), top_k=2)[0].top == expected.top
+    assert run.predict(deep // 257 * 16, range=(0, 4080), top_k=2)[0].top == expected.top
+    with pytest.raises(UsageError, match="range of uint16 images"):
+        run.predict(deep)
+
+
+def test_views_and_read_only_arrays_are_used_without_warnings(model: RunDir) -> None:
+    run = Run(model)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    (expected,) = run.predict(pixels.copy())
+    expected_tensor = run.transform(pixels)
+    pixels.flags.writeable = False
+    for view in (pixels, pixels[::-1][::-1], np.asfortranarray(pixels), pixels[None].data):
+        array = np.asarray(view)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert run.predict(array) == [expected]
+            assert torch.equal(run.transform(np.squeeze(array)), expected_tensor)
+
+
+def test_a_range_in_the_model_applies_to_arrays(model: RunDir) -> None:
+    loaded = load_model(model.model_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9), np.uint8)
+    (expected,) = Predictor(loaded).predict(pixels)
+    loaded.preprocessing = replace(loaded.preprocessing, value_range=(-510.0, 510.0))
+    predictor = Predictor(loaded)
+    values = pixels.astype(np.float32) * 4 - 510
+    Image.fromarray(values).save("deep.tif")
+    (by_file,) = predictor.predict("deep.tif")
+    assert by_file.top == expected.top
+    assert predictor.predict(Image.open("deep.tif"))[0].top == expected.top
+    assert predictor.predict(Image.fromarray(values)) == [expected]
+    assert predictor.predict(values) == [expected]
+    assert predictor.predict(pixels) == [expected]  # 8 bits are kept
+    assert predictor.predict(values * 2, range=(-1020, 1020)) == [expected]
+
+
+def test_transparent_parts_become_those_of_a_file(model: RunDir) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 9, 4), np.uint8)
+    Image.fromarray(pixels).save("clear.png")
+    expected = Run(model).predict("clear.png", top_k=2)[0].top
+    for form in (pixels, pixels[None], np.moveaxis(pixels, 2, 0)[None], pixels / 255):
+        assert Run(model).predict(form, top_k=2)[0].top == expected
+    # Fully transparent black is white, as in files.
+    assert Run(model).predict(np.zeros((9, 9, 4), np.uint8))[0].label == "light"
+
+
+def test_transparent_parts_become_the_background_of_the_model(model: RunDir) -> None:
+    loaded = load_model(model.model_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 9, 4), np.uint8)
+    Image.fromarray(pixels).save("clear.png")
+    tops = []
+    for background in ("white", "#102030", "alpha"):
+        loaded.preprocessing = replace(loaded.preprocessing, background=background)
+        by_file, *others = Predictor(loaded).predict(
+            ["clear.png", Image.fromarray(pixels), pixels, pixels[None]], top_k=2
+        )
+        for each in others:
+            assert dict(each.top) == pytest.approx(dict(by_file.top), abs=1e-6)
+        tops.append(by_file.top)
+    assert len(set(tops)) == 3
+
+
+def test_pil_images_are_turned_as_their_files_are(model: RunDir) -> None:
+    sided = sided_model(Path("models/sided"))
+    left = np.zeros((8, 8, 3), np.uint8)
+    left[:, :4] = 255
+    image = Image.fromarray(left)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    image.save("turned.png", exif=exif)
+    by_file = Run(sided).predict(["turned.png", left])
+    assert [each.label for each in by_file] == ["right", "left"]
+    opened = Image.open("turned.png")
+    assert Run(sided).predict(opened)[0].label == "right"
+    assert opened.size == image.size  # the caller's image stays as it is
+    assert np.array_equal(np.asarray(opened), left)
+
+
+def test_images_of_different_sizes_and_forms_keep_their_order(model: RunDir) -> None:
+    paths = files()
+    light = np.full((5, 7, 3), 220, np.uint8)
+    dark_batch = np.zeros((40, 9, 8, 3), np.uint8)
+    inputs = [
+        paths[0],
+        light,
+        dark_batch,
+        light[None],
+        paths[1].read_bytes(),
+        Image.new("L", (3, 2)),
+    ]
+    predictions = Run(model).predict(iter(inputs * 3))
+    labels = ["dark", "light", *["dark"] * 40, "light", "light", "dark"]
+    assert [each.label for each in predictions] == labels * 3
+    assert [each.filename for each in predictions[:4]] == ["0.png", "1", "2", "3"]
+    assert predictions[-1].filename == str(3 * 45 - 1)
+
+
+def test_streams_that_cannot_be_decoded_are_reported_like_files(model: RunDir) -> None:
+    content = picture(Path("a.png"), LIGHT).read_bytes()
+    torn = Image.open(io.BytesIO(content[: len(content) // 2]))
+    predictions = Run(model).predict([b"", b"text", content[:-20], content, torn])
+    errors = [each.error for each in predictions]
+    assert errors[:4] == [
+        "it is empty (0 bytes)",
+        "it is text, not an image",
+        "the file is cut short",
+        None,
+    ]
+    assert errors[4] == "the file is cut short"
+    assert predictions[3].label == "light"
+
+
+def test_an_opened_model_gives_the_predictions_of_the_run(model: RunDir) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (150, 9, 8, 3), np.uint8)
+    opened = Run(model).open("cpu")
+    expected = predict(model, images, top_k=2, tta="flip", device="cpu")
+    for count in (1, 20, 150):  # fewer than a batch, and enough to time memory formats
+        got = opened.predict(images[:count], top_k=2, tta="flip")
+        for each, other in zip(got, expected[:count], strict=True):
+            assert dict(each.top) == pytest.approx(dict(other.top), abs=1e-6)
+            assert dict(each.tta_top) == pytest.approx(dict(other.tta_top), abs=1e-6)
+    assert opened.predict([]) == []
+    assert (opened.classes, opened.device) == (("dark", "light"), "cpu")
+    assert not opened.module.training
+
+
+def test_an_opened_model_reads_its_file_once(
+    model: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Run(model).open("cpu")
+    model.model_path.unlink()
+    assert opened.predict(np.full((8, 9, 3), 220, np.uint8))[0].label == "light"
+
+
+def test_threads_share_an_opened_model(model: RunDir) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (9, 8, 3), np.uint8) for _ in range(8)]
+    shared = Image.open(picture(Path("a.png"), LIGHT))  # loaded by the first thread that needs it
+    opened = Run(model).open("cpu")
+    expected = [opened.predict([image, shared], top_k=2) for image in images]
+    shared = Image.open("a.png")
+    barrier = threading.Barrier(8)
+
+    def classify(number: int) -> list[list[Prediction]]:
+        barrier.wait()
+        return [opened.predict([images[number], shared], top_k=2) for _ in range(10)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, results in enumerate(pool.map(classify, range(8))):
+            assert results == [expected[number]] * 10
+
+
+def test_the_transform_makes_the_inputs_of_the_module(model: RunDir) -> None:
+    run = Run(model)
+    path = picture(Path("a.png"), (70, 160, 150), size=13)
+    for image in (
+        path,
+        str(path),
+        path.read_bytes(),
+        Image.open(path),
+        np.asarray(Image.open(path)),
+    ):
+        tensor = run.transform(image)
+        assert (tensor.dtype, tuple(tensor.shape)) == (torch.float32, (3, 8, 8))
+        with torch.no_grad():
+            probs = run.module(tensor[None]).softmax(1)[0].tolist()
+        (prediction,) = run.predict(image, top_k=2)
+        expected = [dict(prediction.top)[name] for name in run.classes]
+        assert probs == pytest.approx(expected, abs=1e-6)
+    assert not run.module.training
+
+
+def test_the_transform_takes_one_image(model: RunDir) -> None:
+    transform = pickle.loads(pickle.dumps(Run(model).transform))  # for workers of a DataLoader
+    assert transform(np.zeros((3, 8, 9), np.uint8)).shape == (3, 8, 8)  # a color image
+    assert float(transform(np.full((8, 9), 16), range=(0, 16)).min()) == 1.0
+    files()
+    for several in (np.zeros((2, 8, 9, 3)), "?.png"):
+        with pytest.raises(UsageError, match="takes one image, not"):
+            transform(several)
+    with pytest.raises(UnreadableImage):
+        transform("lost.png")
+
+
+def test_a_run_keeps_its_model_until_the_file_changes(tmp_path: Path) -> None:
+    classes = ["one", "two"]
+    run = Run(constant_model(tmp_path / "models" / "kept", [1.0, 0.0], classes))
+    image = np.zeros((8, 9, 3), np.uint8)
+    assert run.predict(image)[0].label == "one"
+    module = run.module
+    assert run.module is module
+    with torch.no_grad():
+        module.get_parameter("classifier.bias").copy_(torch.tensor([0.0, 9.0]))
+    assert run.predict(image)[0].label == "one"  # the module is a copy of its own
+    constant_model(tmp_path / "models" / "kept", [0.0, 1.0], classes)
+    assert run.predict(image)[0].label == "two"
+    assert run.module is not module
+    copied = pickle.loads(pickle.dumps(run))
+    assert copied.predict(image)[0].label == "two"
+
+
+def test_predictions_are_short_and_show_a_table_in_notebooks(tmp_path: Path) -> None:
+    run = Run(constant_model(tmp_path / "models" / "odd", [1.0, 0.0], ["<b>", "dog"]))
+    good, bad = run.predict([np.zeros((8, 9, 3), np.uint8), "lost.png"], top_k=2)
+    assert repr(good) == "Prediction('0', '<b>', 0.731)"
+    assert repr(bad) == "Prediction('lost.png', unreadable: there is no such file)"
+    assert "<td>&lt;b&gt;</td><td>73.1%</td>" in good._repr_html_()
+    assert "there is no such file" in bad._repr_html_()
 
 
 def test_images_of_an_array_are_numbered_across_batches(model: RunDir) -> None:
     pre = load_model(model.model_path).preprocessing
     images = np.zeros((300, pre.image_size, pre.image_size), np.uint8)  # three batches
     loaded = load_model(model.model_path)
-    predictions = list(iter_predictions(loaded, images, device="cpu", quiet=True))
+    predictions = list(iter_predictions(loaded, collect_inputs(images), device="cpu", quiet=True))
     assert [each.filename for each in predictions] == [str(i) for i in range(300)]
 
 
 def test_an_empty_array_has_no_predictions(model: RunDir) -> None:
     assert Run(model).predict(np.zeros((0, 8, 8, 3), np.uint8)) == []
-    assert all_probabilities(load_model(model.model_path), np.zeros((0, 8, 8, 3))).shape == (0, 2)
+    none = np.zeros((0, 3, 8, 8), np.uint8)
+    assert all_probabilities(load_model(model.model_path), none).shape == (0, 2)
 
 
 def test_a_gray_file_is_converted_to_the_channels_of_the_model(model: RunDir) -> None:

@@ -94,6 +94,34 @@ def test_class_names_that_yaml_reads_as_booleans_need_quotes() -> None:
     )
 
 
+def test_options_for_unequal_classes_do_not_change_other_digests() -> None:
+    plain = recipe.load_recipe("digits")
+    # Of an earlier version, which had none of these keys.
+    assert plain.digest() == "07b42fb251d0b123bd49d22059431e10906d2f6b198fd766c3ba21432cded8c6"
+    unused = ["optim.class_weights=none", "data.balance=none", "optim.loss=cross_entropy"]
+    assert recipe.load_recipe("digits", unused).digest() == plain.digest()
+    used = {
+        recipe.load_recipe("digits", [text]).digest()
+        for text in ("optim.class_weights=auto", "data.balance=sqrt", "optim.loss=focal")
+    }
+    assert len({plain.digest(), *used}) == 4
+
+
+def test_class_weights_are_read_by_name() -> None:
+    weighted = recipe.load_recipe("digits", ["optim.class_weights={0: 2, seven: 1.5, 'a.b': 3}"])
+    assert weighted.optim.class_weights == {"0": 2.0, "seven": 1.5, "a.b": 3.0}
+    assert recipe.load_recipe(written(weighted.to_text())) == weighted
+    assert weighted.replace(**{"train.seed": 1}).optim == weighted.optim
+
+
+@pytest.mark.parametrize(
+    "value", ["5", "full", "[1, 2]", "{}", "{a: 0}", "{a: -1}", "{a: b}", "{a: true}", "{a: .inf}"]
+)
+def test_invalid_class_weights_are_refused(value: str) -> None:
+    message = refused(f"optim.class_weights={value}")
+    assert message.count("class_weights") == 1
+
+
 def test_recipe_is_immutable() -> None:
     loaded = recipe.load_recipe("digits")
     with pytest.raises(ValueError, match="frozen"):

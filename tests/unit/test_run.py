@@ -157,7 +157,7 @@ def test_metrics_are_read_back_with_eight_digits() -> None:
     assert second["train_loss"] == float("inf")
     text = (run_dir.path / "metrics.csv").read_text().splitlines()
     assert text[0] == ",".join(run.METRICS_COLUMNS)
-    assert text[1].startswith("1,0.33333333,0.5,1e-09,0.5,2,")
+    assert text[1].startswith("1,0.33333333,0.5,1e-09,0.5,0.5,0.5,2,")
 
 
 def test_the_split_file_supports_any_image_name() -> None:

@@ -47,6 +47,7 @@ from convlens.run import (
 from convlens.utils.console import print_status, quiet_mode
 
 ALPHA = 0.05  # level of significance
+CLASS_MEANS = {"macro_f1": "macro F1", "balanced_accuracy": "balanced accuracy"}
 MAX_NAMED_RUNS = 3  # in the name of the folder of plots
 
 
@@ -56,7 +57,8 @@ class Candidate:
 
     Attributes:
         images: fingerprint of the images and labels that it was evaluated on.
-        correct: bool `[N]`, in the order of these images.
+        labels, preds: int64 `[N]`, in the order of these images and of the classes of
+            `evaluation`.
         flops: floating-point operations for one image; a multiply-add counts as two.
         metadata: content of `run.json`; empty for a bare model file.
         epochs: rows of `metrics.csv`; none for a bare model file.
@@ -66,12 +68,18 @@ class Candidate:
     recipe: Recipe
     evaluation: Evaluation
     images: str
-    correct: np.ndarray
+    labels: np.ndarray
+    preds: np.ndarray
     parameters: int
     flops: int
     file_bytes: int
     metadata: Mapping[str, Any] = field(repr=False)
     epochs: Sequence[Mapping[str, float]] = field(repr=False)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Which images are classified correctly, bool `[N]`."""
+        return np.asarray(self.preds == self.labels)
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -91,11 +99,13 @@ class Candidate:
         return images / sum(row["seconds"] for row in rows) if rows else None
 
     def to_dict(self) -> dict[str, Any]:
-        keys = ("n", "correct", "accuracy", "loss", "ece", "looks", "images_per_second")
+        keys = ("n", "correct", "accuracy", *CLASS_MEANS, "loss", "ece", "looks")
+        intervals = ("interval95", *(f"{key}_interval95" for key in CLASS_MEANS))
         return {
             "run": self.name,
             **{key: getattr(self.evaluation, key) for key in keys},
-            "interval95": list(self.evaluation.interval95),
+            **{key: list(getattr(self.evaluation, key)) for key in intervals},
+            "images_per_second": self.evaluation.images_per_second,
             "data_seed": self.seeds[0],
             "seed": self.seeds[1],
             "parameters": self.parameters,
@@ -116,7 +126,11 @@ class Group:
 
     @cached_property
     def accuracies(self) -> list[float]:
-        return [member.evaluation.accuracy for member in self.members]
+        return self.values("accuracy")
+
+    def values(self, metric: str) -> list[float]:
+        """Return a metric of each run."""
+        return [float(getattr(member.evaluation, metric)) for member in self.members]
 
     @property
     def interval95(self) -> tuple[float, float] | None:
@@ -135,6 +149,7 @@ class Group:
             "accuracy": mean,
             "sd": sd,
             "interval95": list(self.interval95) if self.interval95 else None,
+            **{metric: metrics.mean_sd(self.values(metric))[0] for metric in CLASS_MEANS},
             "runs": [member.to_dict() for member in self.members],
         }
 
@@ -152,6 +167,9 @@ class Verdict:
             numbers of seeds.
         p_holm: `p` corrected for the number of verdicts (Holm); it decides.
         why: the reason if nothing was tested.
+        class_means: differences of macro F1 and balanced accuracy by the name of the metric: for
+            `images` with intervals of a paired bootstrap, for seeds by the same t-test. Their p
+            values are not corrected.
     """
 
     name: str
@@ -163,6 +181,7 @@ class Verdict:
     details: Mapping[str, int]
     p_holm: float | None = None
     why: str = ""
+    class_means: Mapping[str, metrics.AccuracyDifference] = field(default_factory=dict)
 
     @property
     def differs(self) -> bool | None:
@@ -192,6 +211,16 @@ class Verdict:
             f"(95% interval {_format_interval(interval)}), {test}"
         )
 
+    @property
+    def class_means_sentence(self) -> str:
+        """Differences of macro F1 and balanced accuracy; empty if nothing was tested."""
+        parts = [
+            f"{CLASS_MEANS[metric]} {100 * each.value:+.2f} points "
+            f"(95% interval {_format_interval(each.interval95)})"
+            for metric, each in self.class_means.items()
+        ]
+        return f"{self.name} against {self.reference}: {', '.join(parts)}" if parts else ""
+
     def _test_details(self) -> str:
         corrected = ""
         if self.p is not None and self.p_holm != self.p:
@@ -211,6 +240,14 @@ class Verdict:
         content = asdict(self)
         if self.interval95:
             content["interval95"] = list(self.interval95)
+        content["class_means"] = {
+            metric: {
+                "difference": each.value,
+                "interval95": list(each.interval95) if each.interval95 else None,
+                "p": each.p,
+            }
+            for metric, each in self.class_means.items()
+        }
         return {**content, "differs": self.differs, "sentence": self.sentence}
 
 
@@ -218,6 +255,16 @@ def without_seeds(recipe: Recipe) -> str:
     """Return the digest of a recipe without its seeds and its memory format (chosen by timing)."""
     neutral = {"train.seed": 0, "data.seed": 0, "train.memory_format": "auto"}
     return recipe.replace(**neutral).digest()
+
+
+def _comparable_recipe(model_metadata: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a model; a value range that was found is `auto` again.
+
+    It depends on the training images, which `data.seed` selects.
+    """
+    recipe = serialization.recipe_from_metadata(model_metadata)
+    found = model_metadata["data"].get("range") == "auto"
+    return recipe.replace(**{"data.range": "auto"}) if found else recipe
 
 
 def group_by_recipe(candidates: Sequence[Candidate]) -> list[Group]:
@@ -270,16 +317,21 @@ def _compare_group(reference: Group, group: Group, same_images: bool) -> Verdict
         return _compare_on_images(reference_by_seed[shared], by_seed[shared])
     same_seeds = by_seed.keys() == reference_by_seed.keys()
     if same_seeds and len(by_seed) == len(group.members) == len(reference.members):
-        before = [reference_by_seed[seeds].evaluation.accuracy for seeds in by_seed]
-        after = [member.evaluation.accuracy for member in by_seed.values()]
-        difference = metrics.paired_difference(before, after)
-        test, details = "seeds", {"seeds": len(after)}
+        test, details = "seeds", {"seeds": len(by_seed)}
+        test_means = metrics.paired_difference
+        reference = Group(reference.name, [reference_by_seed[seeds] for seeds in by_seed])
     else:
-        difference = metrics.welch_difference(reference.accuracies, group.accuracies)
-        test = "means"
+        test, test_means = "means", metrics.welch_difference
         details = {"seeds": len(group.members), "reference_seeds": len(reference.members)}
+    difference, *class_means = (
+        test_means(reference.values(metric), group.values(metric))
+        for metric in ("accuracy", *CLASS_MEANS)
+    )
     why = "" if difference.p is not None else "there is no variation between seeds"
-    return Verdict(group.name, reference.name, test, *difference, details, why=why)
+    differences = dict(zip(CLASS_MEANS, class_means, strict=True))
+    return Verdict(
+        group.name, reference.name, test, *difference, details, why=why, class_means=differences
+    )
 
 
 def _untested(name: str, reference: str, gain: float) -> Verdict:
@@ -302,7 +354,15 @@ def _compare_on_images(reference: Candidate, candidate: Candidate) -> Verdict:
         "only_reference": only_reference,
         "neither": neither,
     }
-    return Verdict(candidate.name, reference.name, "images", *difference, details)
+    names = reference.evaluation.classes
+    # The same classes may be in another order.
+    order = np.array([names.index(name) for name in candidate.evaluation.classes])
+    class_means = metrics.class_means_difference(
+        reference.labels, reference.preds, order[candidate.preds], len(names)
+    )
+    return Verdict(
+        candidate.name, reference.name, "images", *difference, details, class_means=class_means
+    )
 
 
 def _format_p(value: float) -> str:
@@ -454,7 +514,7 @@ class _OpenedRun:
 
     @property
     def recipe_digest(self) -> str:
-        return without_seeds(serialization.recipe_from_metadata(self.loaded.model_metadata))
+        return without_seeds(_comparable_recipe(self.loaded.model_metadata))
 
     @property
     def input_format(self) -> str:
@@ -543,10 +603,11 @@ def _evaluate_run(run: _OpenedRun, device: str) -> Candidate:
     shape = (pre.channels, pre.image_size, pre.image_size)
     return Candidate(
         name=run_dir.name,
-        recipe=serialization.recipe_from_metadata(loaded.model_metadata),
+        recipe=_comparable_recipe(loaded.model_metadata),
         evaluation=result.evaluation,
         images=run.images,
-        correct=result.scores.argmax(1) == result.labels,
+        labels=result.labels,
+        preds=result.scores.argmax(1),
         parameters=sum(p.numel() for p in loaded.model.parameters()),
         flops=inference.flops(loaded.model, shape, device),
         file_bytes=run_dir.model_path.stat().st_size,

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +63,7 @@ class InsufficientEvidence(Exception):  # noqa: N818 - not an error
     """A rule lacks the evidence it needs; the message says which."""
 
 
-@dataclass(frozen=True)
-class CorrectCount:
+class CorrectCount(NamedTuple):
     """`correct` of `n` images."""
 
     correct: int
@@ -73,6 +72,17 @@ class CorrectCount:
     @property
     def share(self) -> float:
         return self.correct / self.n
+
+    @property
+    def interval95(self) -> tuple[float, float]:
+        """Wilson's interval of the share."""
+        return metrics.wilson_interval(self.correct, self.n)
+
+    @property
+    def text(self) -> str:
+        """Share, interval and number of images, e.g. `60.0% (31.3% to 83.2%, n = 10)`."""
+        low, high = self.interval95
+        return f"{self.share:.1%} ({low:.1%} to {high:.1%}, n = {self.n:,})"
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,8 @@ class RunEvidence:
         rows: rows of `metrics.csv`.
         diverged: epoch, step and learning rate at which the loss became NaN or infinite.
         counts: number of training images by class.
-        val_by_class: correct validation images by class.
+        val_by_class: correct validation images by class, without classes that have none; among
+            some hundred images, and among as many of the rare classes.
         train_correct, val_correct: correct images among some hundred training and validation
             images, in eval mode and without augmentation.
         dead: by stage, the number of dead channels and of all channels.
@@ -123,6 +134,15 @@ class RunEvidence:
             no_split = "it has no validation split" if name.startswith("val_") else ""
             raise InsufficientEvidence(no_split or f"its metrics.csv has no {name}")
         return values
+
+    @property
+    def loss_of_guessing(self) -> float:
+        """The training loss of equal probabilities for all classes."""
+        classes = max(self.classes, 2)
+        loss = math.log(classes)
+        if self.recipe is not None and self.recipe.optim.loss == "focal":
+            loss *= (1 - 1 / classes) ** self.recipe.optim.focal_gamma
+        return loss
 
     def require_recipe(self) -> Recipe:
         if self.recipe is None:
@@ -231,19 +251,21 @@ def _measure(run_dir: RunDir, device: str) -> dict[str, Any]:
     splits = {"train": data.train, "val": data.val}
     samples = {name: _sample(split) for name, split in splits.items() if len(split)}
     stats, dead = {}, {}
+    rare = [data.classes.index(name) for name in _rare_classes(evidence["counts"])]
+    if rare and "val" in samples:
+        samples["rare"] = _sample(data.val, classes=rare)
+    by_class = dict[str, CorrectCount]()
     total = sum(len(labels) for _, labels in samples.values())
     with progress_bar("evaluating images", total) as bar:
         for name, (pixels, labels) in samples.items():
             correct, dead[name] = _run_network(loaded, pixels, labels, device, bar.advance)
-            evidence[f"{name}_correct"] = CorrectCount(int(correct.sum()), len(labels))
-            stats[name] = _image_stats(pixels)
-            if name == "val":
-                evidence["val_by_class"] = {
-                    class_name: CorrectCount(
-                        int(correct[labels == i].sum()), int((labels == i).sum())
-                    )
-                    for i, class_name in enumerate(data.classes)
-                }
+            if name != "train":
+                by_class |= _count_by_class(correct, labels, data.classes)
+            if name != "rare":
+                evidence[f"{name}_correct"] = CorrectCount(int(correct.sum()), len(labels))
+                stats[name] = _image_stats(pixels)
+    if by_class:
+        evidence["val_by_class"] = by_class
     evidence["dead"] = dead.get("val", dead["train"])
     if "val" in stats:
         evidence["image_stats"] = (stats["train"], stats["val"])
@@ -252,9 +274,20 @@ def _measure(run_dir: RunDir, device: str) -> dict[str, Any]:
     return evidence
 
 
-def _sample(split: Split) -> tuple[Tensor, Tensor]:
-    """Draw images and labels from a split, always the same ones."""
+def _count_by_class(
+    correct: Tensor, labels: Tensor, classes: Sequence[str]
+) -> dict[str, CorrectCount]:
+    return {
+        classes[i]: CorrectCount(int(correct[labels == i].sum()), int((labels == i).sum()))
+        for i in labels.unique().tolist()
+    }
+
+
+def _sample(split: Split, classes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Draw images and labels from a split, always the same ones; of `classes` only, if given."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    if classes is not None:
+        order = order[torch.isin(split.labels[order], torch.tensor(classes, dtype=torch.int64))]
     index = order[:MAX_IMAGES].sort().values
     return split.rows.gather(index), split.labels[index]
 
@@ -448,7 +481,7 @@ def _augmented_accuracy(evidence: RunEvidence) -> float | None:
 
 def rate_too_high(evidence: RunEvidence) -> Finding | None:
     """The loss became NaN, jumps up, ends above its minimum, or fluctuates above chance level."""
-    chance = math.log(max(evidence.classes, 2))
+    chance = evidence.loss_of_guessing
     signs, numbers = [], dict[str, Any]()
     if evidence.diverged is not None and not evidence.finished:
         epoch, step = int(evidence.diverged["epoch"]), int(evidence.diverged["step"])
@@ -517,7 +550,7 @@ def rate_too_low(evidence: RunEvidence) -> Finding | None:
     loss = evidence.column("train_loss", 5)
     if not np.isfinite(loss).all():
         return None
-    chance, largest = math.log(max(evidence.classes, 2)), float(_changes(loss).max())
+    chance, largest = evidence.loss_of_guessing, float(_changes(loss).max())
     alive = all(dead < 0.25 * channels for dead, channels in (evidence.dead or {}).values())
     slow = _trend(loss) <= -0.8 and largest < 0.02
     still = alive and float(np.ptp(loss)) < 0.02 * chance
@@ -574,38 +607,81 @@ def stopped_early(evidence: RunEvidence) -> Finding | None:
 
 
 def imbalance(evidence: RunEvidence) -> Finding | None:
-    """Some classes have at most a third of the training images of the largest class."""
+    """Some classes have at most a third of the training images of the largest class.
+
+    What it costs is measured on validation images. The options against it are only named if the
+    rare classes are recognized worse than the others, beyond chance.
+    """
     if evidence.counts is None:
         raise InsufficientEvidence(evidence.unmeasured)
     counts = {name: n for name, n in evidence.counts.items() if n}
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if counts[most] < 3 * counts[least]:
         return None
-    rare = [name for name, n in counts.items() if 3 * n <= counts[most]]
+    rare = sorted(_rare_classes(counts), key=counts.__getitem__)
     numbers: dict[str, Any] = {"counts": dict(evidence.counts)}
     what = f"{counts[most]:,} training images of {most}, {counts[least]:,} of {least}"
-    if evidence.val_by_class is not None:
-        by_class = evidence.val_by_class
-        rare_accuracy = _pooled_accuracy([by_class[name] for name in rare])
-        common_accuracy = _pooled_accuracy([c for name, c in by_class.items() if name not in rare])
-        numbers["val_accuracy"] = {name: c.share for name, c in by_class.items() if c.n}
-        if rare_accuracy is not None and common_accuracy is not None:
-            what += f"; validation accuracy is {rare_accuracy:.1%} for the rare classes, "
-            what += f"{common_accuracy:.1%} for the others"
+    remedy, overrides = _remedies_of_imbalance(evidence.require_recipe())
+    by_class = evidence.val_by_class or {}
+    rare_count = _pool([c for name, c in by_class.items() if name in rare])
+    common_count = _pool([c for name, c in by_class.items() if name not in rare])
+    if rare_count.n and common_count.n:
+        numbers["recall"] = {name: c.share for name, c in by_class.items()}
+        numbers["recall_interval95"] = {
+            name: [round(end, 4) for end in c.interval95] for name, c in by_class.items()
+        }
+        recalls = [f"{name} {by_class[name].text}" for name in rare if name in by_class]
+        what += (
+            f"; recall on validation images: {', '.join(recalls[:5])}{' ...' * (len(recalls) > 5)};"
+            f" rare classes together {rare_count.text}, the others {common_count.text}"
+        )
+        difference = metrics.two_proportions_p(*rare_count, *common_count)
+        if rare_count.share >= common_count.share or difference >= 0.05:
+            remedy = (
+                "nothing yet: the rare classes are not recognized worse than the others, as far "
+                f"as {rare_count.n:,} images can show; judge by macro F1 and balanced accuracy"
+            )
+            overrides = []
+    else:
+        what += "; what this costs cannot be told without validation images of the rare classes"
     return Finding(
         "class imbalance",
         what,
         numbers,
-        "the largest class has 3 times the training images of the smallest, or more",
-        f"more images of {', '.join(rare[:5])}; or the same number of each class, and judge by "
-        "the accuracy of each class",
-        [f"data.per_class={counts[least]}"],
+        "the largest class has 3 times the training images of the smallest, or more; remedies if "
+        "the rare classes have a lower recall (Fisher's exact test, p < 0.05) or it is unknown",
+        remedy,
+        overrides,
     )
 
 
-def _pooled_accuracy(counts: Sequence[CorrectCount]) -> float | None:
-    n = sum(count.n for count in counts)
-    return sum(count.correct for count in counts) / n if n else None
+def _rare_classes(counts: Mapping[str, int]) -> list[str]:
+    """Return the classes with at most a third of the training images of the largest class."""
+    most = max(counts.values())
+    return [name for name, n in counts.items() if n and 3 * n <= most]
+
+
+def _remedies_of_imbalance(recipe: Recipe) -> tuple[str, list[str]]:
+    """Return the options against unequal classes that the recipe does not use yet."""
+    options = {
+        "optim.class_weights=auto": recipe.optim.class_weights == "none",
+        "data.balance=sqrt": recipe.data.balance == "none",
+    }
+    unused = [text for text, is_unused in options.items() if is_unused]
+    if not unused:
+        return "more images of the rare classes", []
+    monitor = [] if "macro" in recipe.train.monitor else ["train.monitor=val_macro_f1"]
+    others = "".join(f", or {text} in its place" for text in unused[1:])
+    remedy = (
+        f"try {unused[0]}{others}; `convlens compare` shows the change of macro F1 and balanced "
+        "accuracy with intervals (overall accuracy may fall); or more images of the rare classes"
+    )
+    return remedy, [unused[0], *(monitor if recipe.data.validates else [])]
+
+
+def _pool(counts: Iterable[CorrectCount]) -> CorrectCount:
+    known = list(counts)
+    return CorrectCount(sum(c.correct for c in known), sum(c.n for c in known))
 
 
 def dead_channels(evidence: RunEvidence) -> Finding | None:

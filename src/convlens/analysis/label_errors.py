@@ -170,7 +170,7 @@ class LabelReport:
 @preserve_torch_settings()
 def find_label_errors(
     what: str | Path | Mapping[str, Any] | Recipe | RunDir | RunHandle,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
+    overrides: Mapping[str, Any] | Sequence[str] | str = (),
     *,
     data: str | Path | None = None,
     folds: int = DEFAULT_FOLDS,
@@ -204,7 +204,7 @@ def find_label_errors(
     if isinstance(what, RunDir | RunHandle):
         run_dir = as_run_dir(what)
         what = run_dir.model_path if run_dir.model_path.is_file() else run_dir.path
-    texts = resolve.to_overrides(overrides) if isinstance(overrides, Mapping) else overrides
+    texts = resolve.override_texts(overrides)
     resolved = resolve.resolve_recipe_or_run(what, data=data, overrides=texts)
     if folds < 2:
         raise UsageError(

@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
 COMPARISON_COLUMNS = (
     "run",
     "accuracy %",
+    "macro F1 %",
+    "balanced %",
     "loss",
     "ECE",
     "weights",
@@ -215,6 +217,8 @@ def print_comparison(result: Comparison) -> None:
     for verdict in result.verdicts:
         style = "bold" if verdict.differs else "not bold"
         out.print(f"[{style}]{escape(verdict.sentence)}[/]")
+        if verdict.class_means:
+            out.print(escape(verdict.class_means_sentence))
     for note in result.notes:
         print_status(f"[dim]{escape(note)}[/]")
     for path in result.plots:
@@ -234,6 +238,8 @@ def _comparison_cells(group: Group) -> list[str]:
     seconds = group.mean_of("training_seconds")
     return [
         accuracy,
+        _format_number(group, "macro_f1", "{:.2f}", 0.01),
+        _format_number(group, "balanced_accuracy", "{:.2f}", 0.01),
         _format_number(group, "loss", "{:.4f}"),
         _format_number(group, "ece", "{:.3f}"),
         _format_number(group, "parameters", "{:,.0f}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import io
 import json
 import math
 import sys
@@ -261,9 +262,19 @@ def split_commas(text: str | None) -> list[str]:
     return [each.strip() for each in (text or "").split(",") if each.strip()]
 
 
+def write_utf8() -> None:
+    """Make stdout UTF-8 if it is a file or a pipe, whatever the locale; a terminal keeps its own.
+
+    Otherwise a class name that the locale cannot represent would be an escape such as \\u732b.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8", errors=sys.stdout.errors)
+
+
 def print_json(as_json: bool, content: Any) -> None:
     """Print `content` as one JSON object on stdout if `as_json`; NaN and infinity become null."""
     if as_json:
+        write_utf8()
         text = json.dumps(_nan_to_none(content), ensure_ascii=False, allow_nan=False)
         sys.stdout.write(text + "\n")
 

@@ -15,6 +15,7 @@ from rich.control import strip_control_codes
 from rich.markup import escape
 from rich.table import Table
 
+from convlens.cli.common import write_utf8
 from convlens.utils.console import print_status
 
 if TYPE_CHECKING:  # these import torch, which `convlens recipes` must not wait for
@@ -235,6 +236,7 @@ def _write_table(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
 
 
 def _write_csv(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
+    write_utf8()
     writer = csv.writer(sys.stdout, lineterminator="\n")
     ranks = ["", *range(2, top + 1)]
     names = [f"{kind}{rank}" for rank in ranks for kind in ("label", "prob")]
@@ -257,6 +259,7 @@ def _csv_cells(classes: Sequence[tuple[str, float]], top: int) -> list[str]:
 
 
 def _write_json(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
+    write_utf8()
     entries: list[dict[str, Any]] = []
     for prediction in predictions:
         entry: dict[str, Any] = {"filename": prediction.filename}

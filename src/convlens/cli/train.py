@@ -37,9 +37,20 @@ if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
     from convlens.training.repeats import RunOutcome, RunResults, VariantSummary
 
 Row = dict[str, str]
+PREDICT_EXAMPLE = "name images, e.g. convlens predict digits a.png new/; or pipe one, or names"
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 # Columns of the table of runs that a narrow terminal leaves out, the least important first.
-OPTIONAL_COLUMNS = ("CPU s", "weights", "trained", "95% interval", "s", "epoch")
+OPTIONAL_COLUMNS = (
+    "CPU s",
+    "weights",
+    "trained",
+    "95% interval",
+    "s",
+    "epoch",
+    "balanced %",
+    "macro F1 %",
+)
+CLASS_MEANS_COLUMNS = ("macro F1 %", "balanced %")
 
 
 @app.command(cls=Command)
@@ -178,7 +189,10 @@ def predict(
     run: RunArgument,
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATH]...", help="Files, folders, globs, or - for stdin."),
+        typer.Argument(
+            metavar="[PATH]...",
+            help="Files, folders, globs, or - for stdin: one image, or names, one per line.",
+        ),
     ] = None,
     top: Annotated[
         int, typer.Option("--top", "-k", min=1, metavar="K", help="Number of classes to show.")
@@ -197,29 +211,46 @@ def predict(
         convlens predict digits new/ -k 3 --format csv
         convlens predict models/digits/model.onnx a.png
         find . -name '*.png' | convlens predict digits -
+        curl -s https://example.org/a.png | convlens predict digits -
     """
+    from convlens.errors import DataError, UsageError, lookup
+
+    if not paths and sys.stdin is not None and sys.stdin.isatty():
+        raise UsageError("no image was named", fix=PREDICT_EXAMPLE)
     from convlens import onnx_model, prediction
     from convlens.cli.results import WRITERS
+    from convlens.data.input_images import collect_inputs, inputs_from_stdin
     from convlens.engine import inference
-    from convlens.errors import DataError, lookup
     from convlens.run import find_run
 
     write = lookup(WRITERS, "json" if as_json else output, "format")
     inference.select_views(tta)  # report a typo before anything is read or written
     loaded = onnx_model.load_model_or_onnx(find_run(run).model_path)
-    paths = paths or ["-"]
-    from_stdin = [line.strip() for line in sys.stdin if line.strip()] if "-" in paths else []
-    files = prediction.expand_paths([*(path for path in paths if path != "-"), *from_stdin])
-    if not files:
-        print_status("nothing to predict: no file was named on stdin")
-    predictions = prediction.iter_predictions(loaded, files, top_k=top, tta=tta, device=device)
+    named = [path for path in paths or () if path != "-"]
+    from_stdin = inputs_from_stdin(_read_stdin()) if not paths or "-" in paths else []
+    inputs = collect_inputs([*named, *from_stdin])
+    if not inputs:
+        raise UsageError("no image was named: standard input is empty", fix=PREDICT_EXAMPLE)
+    predictions = prediction.iter_predictions(loaded, inputs, top_k=top, tta=tta, device=device)
     failed = write(predictions, top, tta is not None)
     if failed:
-        others = "; the others were classified" if failed < len(files) else ""
+        others = "; the others were classified" if failed < len(inputs) else ""
         raise DataError(
-            f"{failed} of {len(files)} files could not be read{others}",
+            f"{failed} of {len(inputs)} files could not be read{others}",
             fix="see the reason beside each file name",
         )
+
+
+def _read_stdin() -> bytes:
+    """Return what standard input holds, up to a little more than the largest image."""
+    from convlens.data.decode import MAX_BYTES
+
+    if sys.stdin is None:  # a program without a console on Windows
+        return b""
+    if hasattr(sys.stdin, "buffer"):
+        content: bytes = sys.stdin.buffer.read(MAX_BYTES + 1)
+        return content
+    return sys.stdin.read().encode("utf-8", "surrogateescape")  # replaced by text in memory
 
 
 @app.command(cls=Command)
@@ -432,6 +463,7 @@ def _summary_sentence(result: RunResults, summary: VariantSummary, repeats: str)
 
 def _variant_rows(result: RunResults) -> list[Row]:
     """Return a row for each variant, with its gain over the first one."""
+    from convlens.metrics import mean_sd
     from convlens.training.repeats import trainable_parameters
 
     rows = []
@@ -442,6 +474,10 @@ def _variant_rows(result: RunResults) -> list[Row]:
         if summary.interval95 is not None:
             accuracy += f" ({_interval(summary.interval95)})"
         row = {"variant": summary.variant or "", f"{SPLIT_NAMES[result.split]} %": accuracy}
+        for name, values in zip(
+            CLASS_MEANS_COLUMNS, zip(*summary.class_means, strict=True), strict=True
+        ):
+            row[name] = _mean_sd(*mean_sd(values))
         gain, sd = result.gains()[number]
         row[f"over {first}"] = _mean_sd(gain, sd, sign="+") if number else "-"
         if result.split == "test":
@@ -472,6 +508,8 @@ def _run_rows(result: RunResults) -> list[Row]:
         row |= {name: str(cells[name]) for name, several in has_column.items() if several}
         row[f"{SPLIT_NAMES[result.split]} %"] = _percent(evaluation.accuracy)
         row["95% interval"] = _interval(evaluation.interval95)
+        class_means = (evaluation.macro_f1, evaluation.balanced_accuracy)
+        row |= zip(CLASS_MEANS_COLUMNS, map(_percent, class_means), strict=True)
         if result.split == "test":
             val_accuracy = outcome.val_accuracy
             row["validation %"] = "-" if val_accuracy is None else _percent(val_accuracy)

@@ -53,6 +53,7 @@ MIN_CONTRAST = 64  # levels between a color and white
 # images should span the second number of the 256 levels; 90% of the pixels of deep images should
 # fall into more levels than the third.
 NEARLY_CONSTANT, MIN_SPAN, MIN_CENTRAL_LEVELS = 4, 32, 8
+SUSPICIOUS_SHARE = 0.25  # of the images, that are constant or identical
 MAX_CHECKED_IMAGES = 256  # decoded training images that are checked
 
 
@@ -369,10 +370,10 @@ def level_warnings(low: Pixels, high: Pixels, keys: Iterable[Hashable]) -> list[
         return []
     fix = "see data.range, data.background and data.fit"
     constant = int(((high - low).max(1) < NEARLY_CONSTANT).sum())
-    if constant > n / 2:
+    if constant > SUSPICIOUS_SHARE * n:
         return [
             f"warning: {constant:,} of {n:,} training images are (nearly) constant once they are "
-            f"decoded, so nothing tells them apart; {fix}"
+            f"decoded, so little tells them apart; {fix}"
         ]
     warnings = []
     # A few unusual images do not count.
@@ -384,7 +385,7 @@ def level_warnings(low: Pixels, high: Pixels, keys: Iterable[Hashable]) -> list[
             f"{brightest:.0f}) once they are decoded: finer differences are lost; {fix}"
         )
     identical = Counter(keys).most_common(1)[0][1]
-    if n > 2 and identical > n / 2:
+    if identical > max(2, SUSPICIOUS_SHARE * n):
         warnings.append(
             f"warning: {identical:,} of {n:,} training images are identical once they are decoded; "
             f"{fix}"

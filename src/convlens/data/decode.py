@@ -73,6 +73,7 @@ NOT_FINITE = "it holds values that are not finite (NaN or infinity)"
 ALPHA = "alpha"  # a background: the alpha channel itself is the (grey) image
 # Pixels of the large images that all threads decode at once; a pixel takes up to 16 bytes.
 _DECODE_MEMORY = MemorySemaphore(2 * MAX_PIXELS, free=1 << 22)
+_LOAD_LOCK = MemorySemaphore(1, free=0)  # for one PIL image of the caller at a time
 _MAX_DRAFT = 8  # JPEG can be decoded at 1/2, 1/4 and 1/8 of its size
 # A JPEG in several scans keeps its coefficients, up to 6 bytes per pixel, whatever its scale.
 _COEFFICIENT_SHARE = 6 / 16
@@ -100,6 +101,13 @@ _STUFFED_BYTE, _RESTART, _END, _SCAN, _RESTART_INTERVAL = 0x00, 0xD0, 0xD9, 0xDA
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 # Headers that define a restart interval or arithmetic coding.
 _UNUSUAL_HEADERS = (b"\xff\xdd\0\4", b"\xff\xc9\0")
+# The first bytes of the usual formats.
+_SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|P[1-6]\s|"
+    rb"II\*\0|MM\0\*|\0\0\0\x0cjP  |\0\0\0.ftypavi[fs]",
+    re.DOTALL,
+)
+_PROBED_BYTES = 1 << 20  # enough for the header of an image
 _SCAN_CHUNK = 1 << 20  # bytes that are searched for markers at once; bounds the memory
 _MAX_SEGMENTS = 1000  # no camera writes as many; files with more are not checked
 _LOOKAHEAD = b"\0" * 16  # the decoder reads up to 8 bytes ahead
@@ -178,8 +186,18 @@ class Conversion:
         return decode(source, name=name, **vars(self))
 
     def array(self, images: Pixels) -> Pixels:
-        """Convert images, uint8 `[N, C, H, W]`."""
-        return fit_arrays(images, size=self.size, channels=self.channels, fit=self.fit)
+        """Convert images, uint8 `[N, C, H, W]` with 1, 3 or 4 channels."""
+        return fit_arrays(
+            images,
+            size=self.size,
+            channels=self.channels,
+            fit=self.fit,
+            background=self.background,
+        )
+
+    def pil(self, image: Image.Image, name: str = "") -> Pixels:
+        """Convert a PIL image."""
+        return decode_pil(image, name=name, **vars(self))
 
 
 def read_bytes(path: Path | str) -> bytes:
@@ -197,8 +215,11 @@ def read_bytes(path: Path | str) -> bytes:
         handle = os.open(name, flags)
     except IsADirectoryError:
         raise UnreadableImage(name, "it is a folder") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UnreadableImage(name, _reason(error)) from error
+    except ValueError as error:  # including UnicodeEncodeError
+        what = "a null byte" if "\0" in name else "characters that this system can't represent"
+        raise UnreadableImage(name, f"its name contains {what}") from error
     try:
         status = os.fstat(handle)
         if stat.S_ISDIR(status.st_mode):
@@ -269,12 +290,65 @@ def decode(
                     upright = _to_upright(_scale_deep(values, value_range), orientation)
                 else:
                     upright = _to_upright(image, orientation)
-                converted = _to_eight_bit(upright, image.format or "", channels, background)
-                return _to_array(_resize(converted, size, fit))
+                return _convert(upright, image.format or "", size, channels, fit, background)
     except (UnreadableImage, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files.
         raise UnreadableImage(name or "(bytes)", _reason(error, source)) from error
+
+
+def decode_pil(
+    image: Image.Image,
+    *,
+    size: int | None,
+    channels: int,
+    fit: str,
+    value_range: tuple[float, float] | None = None,
+    background: str = "white",
+    max_pixels: int = MAX_PIXELS,
+    name: str = "",
+) -> Pixels:
+    """Apply the conversions of `decode` to a PIL image, which stays as it is.
+
+    The result equals, pixel for pixel, saving the image to a lossless file together with its EXIF
+    data, and decoding that.
+
+    Args:
+        image: An image of any mode.
+        size, channels, fit, value_range, background, max_pixels: As for `decode`.
+        name: Name of the image in errors.
+
+    Raises:
+        UnreadableImage: The image was opened lazily and is damaged, or it is too large, or Pillow
+            drops a part of its values.
+        UsageError: An argument is invalid.
+    """
+    _check_arguments(size, channels, fit)
+    name = name or "(image)"
+    if image.width * image.height > max_pixels:
+        raise _too_large(name, image.size, max_pixels)
+    if value_range is not None and _deep_color_encoding(image):
+        raise UnreadableImage(
+            name, "Pillow keeps 8 of its 16 bits per color; use the path or the bytes of the file"
+        )
+    try:
+        with _DECODE_MEMORY.acquire(image.width * image.height):
+            # Pillow loads pixels and EXIF data when they are first used, which is not thread-safe.
+            with _LOAD_LOCK.acquire(1):
+                values = None
+                if value_range is not None and _is_deep(image):
+                    values = _read_deep_grey(image)
+                image.load()
+                orientation = _orientation(image)
+            if value_range is not None and values is not None:
+                upright = _to_upright(_scale_deep(values, value_range), orientation)
+            else:
+                upright = _to_upright(image, orientation)
+            return _convert(upright, image.format or "", size, channels, fit, background)
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `decode`
+        raise UnreadableImage(name, _reason(error)) from error
 
 
 def read_values(
@@ -311,14 +385,16 @@ def read_values(
         raise UnreadableImage(name or "(bytes)", _reason(error, source)) from error
 
 
-def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> Pixels:
+def fit_arrays(
+    images: Pixels, *, size: int | None, channels: int, fit: str, background: str = "white"
+) -> Pixels:
     """Apply the conversions of `decode` to images in memory.
 
     The result equals, pixel for pixel, writing each image to a lossless file and decoding that.
 
     Args:
-        images: uint8 `[N, C, H, W]` with 1 or 3 channels.
-        size, channels, fit: As for `decode`.
+        images: uint8 `[N, C, H, W]` with 1 (grey), 3 (RGB) or 4 channels (RGBA).
+        size, channels, fit, background: As for `decode`.
 
     Returns:
         uint8 `[N, channels, size, size]`, or `[N, channels, H, W]` if `size` is None.
@@ -328,10 +404,17 @@ def fit_arrays(images: Pixels, *, size: int | None, channels: int, fit: str) -> 
         UsageError: Another argument is invalid.
     """
     _check_arguments(size, channels, fit)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3, 4):
         raise DataError(
-            f"images must be uint8 [N, 1 or 3, H, W], not {images.dtype} {list(images.shape)}"
+            f"images must be uint8 [N, 1, 3 or 4, H, W], not {images.dtype} {list(images.shape)}"
         )
+    if images.shape[1] == 4:
+        height, width = (size, size) if size is not None else images.shape[2:]
+        opaque = np.empty((len(images), channels, height, width), np.uint8)
+        for row, image in zip(opaque, images, strict=True):
+            rgba = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+            row[...] = _convert(rgba, "", size, channels, fit, background)
+        return opaque
     if images.shape[1] == 1 and channels == 3:
         images = np.repeat(images, 3, axis=1)
     elif images.shape[1] == 3 and channels == 1:
@@ -368,6 +451,24 @@ def scale_to_uint8(values: npt.NDArray[np.generic], value_range: tuple[float, fl
     np.clip(scaled, 0, 255, out=scaled)
     levels: Pixels = np.rint(scaled, out=scaled).astype(np.uint8)
     return levels
+
+
+def has_second_image(content: bytes) -> bool:
+    """Return whether another image follows the first one, as in concatenated files.
+
+    A second image inside a file is not one: the thumbnail of a camera, or an image that the first
+    one refers to (multi-picture JPEG). Without it, the first image would be incomplete, or its
+    header has such a reference.
+    """
+    for match in _SIGNATURE.finditer(content, 1):
+        start = match.start()
+        try:
+            probe_image(content[start : start + _PROBED_BYTES])
+            decode(content[:start], size=1, channels=1, fit="stretch")
+        except UnreadableImage:
+            continue
+        return b"MPF\0" not in content[:start]
+    return False
 
 
 def probe_image(
@@ -452,12 +553,26 @@ def _open(content: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
     raise UnidentifiedImageError
 
 
+def _convert(
+    image: Image.Image,
+    file_format: str,
+    size: int | None,
+    channels: int,
+    fit: str,
+    background: str,
+) -> Pixels:
+    """Return the pixels of a loaded, upright image."""
+    eight_bit = _to_eight_bit(image, file_format, channels, background)
+    return _to_array(_resize(eight_bit, size, fit))
+
+
 def _too_large(name: str, image_size: tuple[int, int], max_pixels: int) -> UnreadableImage:
     width, height = image_size
+    limit = f"{max_pixels // 10**6} million" if max_pixels >= 10**6 else f"{max_pixels:,}"
     return UnreadableImage(
         name or "(bytes)",
-        f"more than {max_pixels / 1e6:.3g} million pixels are refused ({width} x {height}); "
-        f"data.max_pixels={width * height} accepts it",
+        f"more than {limit} pixels are refused ({width} x {height}); data.max_pixels raises the "
+        "limit",
     )
 
 
@@ -482,7 +597,7 @@ def _prepare(
     if image.format == "PNG":
         check_png(content)
     elif image.format in ("JPEG", "MPO"):
-        one_scan = check_jpeg(image, content)
+        one_scan = check_jpeg(image, content) and not image.info.get("progressive")
     width, height = image.size
     if size is not None:
         # Twice the target size leaves enough detail for an antialiased resize.
@@ -560,6 +675,15 @@ def _read_deep(
     encoding = _deep_color_encoding(image)
     if encoding:
         return _read_deep_color(image, encoding, content, max_pixels)
+    return _read_deep_grey(image)
+
+
+def _read_deep_grey(image: Image.Image) -> npt.NDArray[np.generic]:
+    """Return the values of a deep grey image, `[H, W]`.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
     tags = getattr(image, "tag_v2", {})  # of TIFF
     maximum = _pgm_maximum(image)
     image.load()
@@ -573,11 +697,15 @@ def _read_deep(
     return values.view(np.uint32) if image.mode == "I" and is_unsigned else values
 
 
-def _pgm_maximum(image: ImageFile.ImageFile) -> int | None:
-    """Return the maximum that the header of a deep PGM gives; None where it is 65,535."""
-    if image.format != "PPM" or image.mode != "I":
+def _pgm_maximum(image: Image.Image) -> int | None:
+    """Return the maximum that the header of a deep PGM gives; None where it is 65,535.
+
+    It is known only before the pixels are loaded.
+    """
+    tiles = getattr(image, "tile", None)
+    if image.format != "PPM" or image.mode != "I" or not tiles:
         return None
-    arguments = image.tile[0].args
+    arguments = tiles[0].args
     return int(arguments[1]) if isinstance(arguments, tuple) else None
 
 

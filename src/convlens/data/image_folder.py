@@ -71,12 +71,13 @@ def read_folder(
         name: name of the data set.
         classes: canonical order of the classes; used if the folder has exactly these.
         options: readings that the recipe chooses; by default none.
-        choice: the classes to use, by default all; `min_images` is not applied here.
+        choice: the classes that will be used, by default all. Others are neither scanned nor
+            checked: they are classes without images, which `find_source` leaves out.
         tested: as in `sources.find_source`.
 
     Raises:
         DataError: lists everything that is wrong.
-        UsageError: `choice` names classes that do not exist.
+        UsageError: besides, `choice` names classes that do not exist.
     """
     root = Path(os.path.abspath(root))
     scan_entries(root)  # raises if it is not readable
@@ -84,7 +85,7 @@ def read_folder(
     layout = find_layout(root, options or LayoutOptions(), choice, tested=tested)
     all_names = sorted({folder.name for found in layout.splits.values() for folder in found})
     known_names = list(dict.fromkeys([*all_names, *layout.left_out]))
-    used = set(choice.keep(known_names, name))
+    used = set(choice.keep(known_names))
     scanner = Scanner(root)
     scans = {
         split: _scan(scanner, [folder for folder in folders if folder.name in used])
@@ -101,8 +102,14 @@ def read_folder(
     named_like_splits = [name for name in names if split_from_name(name)]
     if named_like_splits:
         layout.notes.append(f"classes named like splits: {list_examples(named_like_splits)}")
-    raise_problems(_find_problems(scans, names, root, special, choice, tested), root)
+    problems = _find_problems(scans, names, root, special, choice, tested)
+    if any(problem.items for problem in problems):
+        choice.check(known_names, name)  # a misspelled class may be the cause
+    raise_problems(problems, root)
 
+    not_used = [name for name in known_names if name not in used]
+    if not_used:
+        names = tuple(sorted([*names, *not_used]))
     notes, parts = layout.notes, {}
     for split, scan in scans.items():
         paths = [path for name in names for path in scan.files.get(name, ())]

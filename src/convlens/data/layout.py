@@ -193,15 +193,20 @@ class ClassChoice:
     without: tuple[str, ...] = ()
     min_images: int = 0
 
-    def keep(self, names: Sequence[str], where: str) -> list[str]:
-        """Return the names that `only` and `without` keep, in their order.
+    def keep(self, names: Sequence[str]) -> list[str]:
+        """Return those of `names` that `only` and `without` keep, in their order."""
+        only, without = self._resolve(self.only, names), self._resolve(self.without, names)
+        return [name for name in names if (name in only or not only) and name not in without]
+
+    def check(self, names: Sequence[str], where: str) -> None:
+        """Check that the classes exist that are chosen or left out.
 
         Args:
             names: all classes of the set.
             where: name of the set, for the error.
 
         Raises:
-            UsageError: a class that is chosen or left out does not exist.
+            UsageError: at least one does not exist; suggests similar ones.
         """
         only, without = self._resolve(self.only, names), self._resolve(self.without, names)
         problems, similar = [], list[str]()
@@ -217,7 +222,6 @@ class ClassChoice:
                 where=where,
                 fix=question or f"the classes are: {list_examples(names)}",
             )
-        return [name for name in names if (name in only or not only) and name not in without]
 
     @staticmethod
     def _resolve(chosen: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -19,7 +19,6 @@ from convlens.data.image_folder import read_folder
 from convlens.data.image_list import LIST_SUFFIXES, ListContent, make_source, read_rows
 from convlens.data.layout import (
     SPLITS,
-    ClassChoice,
     Problem,
     list_examples,
     raise_problems,
@@ -32,6 +31,7 @@ from convlens.errors import ConvlensError, DataError, UsageError
 
 # Text files that are not lists of labeled images although they may look like one.
 _OTHER_FILES = re.compile(r"readme|licen[sc]e|requirements|submission|^(classes|labels)\.txt$")
+MAX_LISTS = 20  # in a folder
 MAX_WRAPPERS = 4  # folders with a single folder inside that are entered one after the other
 
 
@@ -43,14 +43,25 @@ def find_lists(folder: Path) -> list[Path]:
     """
     folder = _unwrap(folder)
     split_folders = [path for path in _subfolders(folder) if split_from_name(path.name)]
-    return [
+    return [path for parent in (folder, *split_folders) for path in _candidates(parent)]
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Return the files in `folder` that may be lists, but not those that belong to single images.
+
+    Those have the name of their image (`1.jpg`, `1.txt`), or there are many of them.
+    """
+    entries = sorted(scan_entries(folder), key=lambda entry: entry.name)
+    images = {os.path.splitext(entry.name)[0] for entry in entries if is_image_name(entry.name)}
+    candidates = [
         Path(entry.path)
-        for parent in (folder, *split_folders)
-        for entry in sorted(scan_entries(parent), key=lambda entry: entry.name)
+        for entry in entries
         if entry.name.lower().endswith(LIST_SUFFIXES)
         and not _OTHER_FILES.search(entry.name.lower())
+        and os.path.splitext(entry.name)[0] not in images
         and is_regular_file(entry)
     ]
+    return candidates if len(candidates) <= MAX_LISTS else []
 
 
 def read_listed_folder(
@@ -59,7 +70,6 @@ def read_listed_folder(
     options: ListOptions = DEFAULT_OPTIONS,
     *,
     read_class_folders: Callable[..., DataSource] = read_folder,
-    choice: ClassChoice | None = None,
     tested: bool = False,
 ) -> DataSource:
     """Read a folder in which there are files that may be lists (`find_lists`).
@@ -69,7 +79,6 @@ def read_listed_folder(
             after splits with a list in each.
         name, options, tested: as for `read_list`.
         read_class_folders: reads class folders, with the arguments of `read_folder`.
-        choice: the classes to use of lists; by default all.
 
     Raises:
         DataError: it is not clear what to read, or a list is wrong.
@@ -95,14 +104,11 @@ def read_listed_folder(
             source = read_class_folders(root, name, tested=tested)
         except DataError as error:
             raise _explain_unusable(error, root, errors) from error
-        unused = [f"{_relative(path, root)} is not used: {e.what}" for path, e in errors.items()]
-        source = replace(source, notes=(*source.notes, *unused))
+        source = replace(source, notes=(*source.notes, *_describe_unused(errors, root)))
         return rename_classes(source, options.rename) if options.rename else source
     content, ids = _join_lists(root, name, lists)
-    for path, list_error in errors.items():
-        content.notes.append(f"{_relative(path, root)} is not used: {list_error.what}")
-    source = make_source(content, root, name, ids, tested=tested, rename=options.rename)
-    return source.with_classes(choice.keep(source.classes, name)) if choice else source
+    content.notes += _describe_unused(errors, root)
+    return make_source(content, root, name, ids, tested=tested, rename=options.rename)
 
 
 def _unwrap(folder: Path) -> Path:
@@ -157,6 +163,10 @@ def _read_lists(
     return lists, errors
 
 
+def _describe_unused(errors: Mapping[Path, ConvlensError], root: Path) -> list[str]:
+    return [f"{_relative(path, root)} is not used: {error.what}" for path, error in errors.items()]
+
+
 def _explain_unusable(
     error: DataError, root: Path, errors: Mapping[Path, ConvlensError]
 ) -> DataError:
@@ -166,7 +176,7 @@ def _explain_unusable(
         f"{error.what}; {_relative(path, root)} can't be read as a list of images: "
         f"{list_error.what}",
         where=error.where,
-        fix=list_error.fix or error.fix,
+        fix=f"for {_relative(path, root)}: {list_error.fix}" if list_error.fix else error.fix,
     )
 
 

@@ -5,7 +5,7 @@ is read one batch ahead in a background thread, so that memory is bounded by a f
 the size of the set.
 
 The order of an epoch depends on the seed, the epoch and, for shards, on where the images are
-stored (`epoch_order`).
+stored (`epoch_order`). With `ClassBalance` it contains images of rare classes several times.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from convlens.data.transforms.random import SampleInfo, SharedGenerator
 from convlens.device import Plan, derive_seed, to_device_async
 from convlens.distributed import SINGLE_PROCESS, ProcessGroup
+from convlens.recipe import Balance
 
 # (images float32 0..1, labels int64 [B], sample info, generator) -> images, and labels or
 # class probabilities
@@ -137,8 +138,67 @@ class ShardOrder:
             self.prefetch(self.shard_ids[torch.cat(list(parts))].unique().tolist())
 
 
-def epoch_order(count: int, seed: int, epoch: int, shards: ShardOrder | None = None) -> Tensor:
-    """Return a permutation of `range(count)`, int64 `[count]` on the CPU.
+# Exponent of the number of images of a class, to which its frequency in an epoch is proportional.
+BALANCE_EXPONENTS: dict[Balance, float] = {"none": 1.0, "sqrt": 0.5, "full": 0.0}
+
+
+def class_frequencies(counts: Tensor, balance: Balance) -> Tensor:
+    """Return the expected share of each class in an epoch, float64 `[K]`.
+
+    Args:
+        counts: number of training images of each class, int64 `[K]`.
+    """
+    # 0 to the power of 0 is 1: a class without images cannot be drawn.
+    scaled = torch.where(counts > 0, counts.double() ** BALANCE_EXPONENTS[balance], 0.0)
+    return scaled / scaled.sum()
+
+
+class ClassBalance:
+    """Draw the images of an epoch so that classes have other frequencies than in the data set.
+
+    Both the number of images of each class and the number of times that an image of a class is
+    drawn differ from their expectation by less than 1 (systematic sampling), where independent
+    draws would repeat some images of a class and miss others.
+
+    Args:
+        labels: class indices of the images, int64 `[N]`.
+    """
+
+    def __init__(self, labels: Tensor, balance: Balance) -> None:
+        self.labels = labels.cpu()
+        self.counts = torch.bincount(self.labels)
+        self.frequencies = class_frequencies(self.counts, balance)
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """Return the numbers of N images in a random order, int64 `[N]`."""
+        n = len(self.labels)
+        # Boundaries of the classes on [0, N], rounded with one random offset for all of them.
+        bounds = self.frequencies.cumsum(0) * n
+        bounds[-1] = n
+        offset = torch.rand((), generator=generator, dtype=torch.float64)
+        bounds = (bounds + offset).floor().long()
+        times = bounds.diff(prepend=bounds.new_zeros(1))
+        # The images of each class in a random order, class by class.
+        shuffled = torch.randperm(n, generator=generator)
+        by_class = shuffled[torch.argsort(self.labels[shuffled], stable=True)]
+        # They are taken in this order, from the beginning again after the last one.
+        starts, drawn_class = self.counts.cumsum(0) - self.counts, torch.arange(len(times))
+        drawn_class = drawn_class.repeat_interleave(times)
+        position = torch.arange(n) - (bounds - times)[drawn_class]
+        drawn = by_class[starts[drawn_class] + position % self.counts[drawn_class]]
+        return drawn[torch.randperm(n, generator=generator)]
+
+
+def epoch_order(
+    count: int,
+    seed: int,
+    epoch: int,
+    shards: ShardOrder | None = None,
+    balance: ClassBalance | None = None,
+) -> Tensor:
+    """Return the images of an epoch in order, int64 `[count]` on the CPU.
+
+    This is a permutation of `range(count)`, or the images that `balance` draws.
 
     With `shards`, the shards come in a random order, and only the images of as many shards as hold
     `WINDOW_IMAGES` images are shuffled together, so that few shards are read at a time. A set that
@@ -146,7 +206,10 @@ def epoch_order(count: int, seed: int, epoch: int, shards: ShardOrder | None = N
     """
     # Always drawn on the CPU, so that every device sees the same order.
     generator = torch.Generator("cpu").manual_seed(derive_seed(seed, epoch))
-    order = torch.randperm(count, generator=generator)
+    if balance is None:
+        order = torch.randperm(count, generator=generator)
+    else:
+        order = balance.draw(generator)
     if shards is None or count <= WINDOW_IMAGES:
         return order
     sizes = torch.bincount(shards.shard_ids)
@@ -177,6 +240,7 @@ class Batches:
         process_group: The processes that share each batch. This process yields its own rows only,
             augmented as they are in the whole batch.
         shards: The shards of the images, if the order depends on them (`epoch_order`).
+        balance: How often an epoch draws the images of each class (`DataConfig`).
     """
 
     def __init__(
@@ -191,11 +255,13 @@ class Batches:
         mixes: bool = False,
         process_group: ProcessGroup = SINGLE_PROCESS,
         shards: ShardOrder | None = None,
+        balance: Balance = "none",
     ) -> None:
         self.rows, self.count = split.rows, int(split.labels.numel())
         self.plan, self.seed, self.shards = plan, seed, shards
         self.augment, self.normalize, self._mixes = augment, normalize, mixes
         self.process_group = process_group
+        self.balance = None if balance == "none" else ClassBalance(split.labels, balance)
         self.labels = split.labels.to(plan.device)
         self.sizes = _batch_sizes(self.count, batch_size)
         images = split.rows.in_memory_tensor()
@@ -210,7 +276,7 @@ class Batches:
         Images are float32 `[B, C, H, W]` and labels int64 `[B]`, both on the device. If the
         augmentation mixes images, labels are class probabilities, float32 `[B, K]`.
         """
-        order = epoch_order(self.count, self.seed, epoch, self.shards)
+        order = self._epoch_order(epoch)
         parts = self._split_order(order)[start:]
         indices = self._split_order(to_device_async(order, self.plan.device))[start:]
         if self.augment is None:
@@ -233,8 +299,11 @@ class Batches:
 
     def sample_indices(self, epoch: int, step: int) -> list[int]:
         """Return the numbers of the images in batch `step` of an epoch, over all processes."""
-        order = epoch_order(self.count, self.seed, epoch, self.shards)
+        order = self._epoch_order(epoch)
         return [int(number) for number in order.split(self.sizes)[step]]
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        return epoch_order(self.count, self.seed, epoch, self.shards, self.balance)
 
     def _split_order(self, order: Tensor) -> Sequence[Tensor]:
         """Split an order into the image numbers to read for each batch.

@@ -161,35 +161,30 @@ def find_source(
     choice = choice or ClassChoice()
     path = None if name in SOURCES else _find_path(name)
     lists = replace(lists, group=group)
-    is_list = path is not None and path.is_file() and path.suffix.lower() in LIST_SUFFIXES
-    is_folder = path is not None and path.is_dir() and not holds_shards(path)
-    if path is not None and is_list:
+    # Classes that are not chosen are not scanned: they may be empty, for example.
+    read_class_folders = partial(
+        read_folder, options=layout, choice=None if lists.rename else choice
+    )
+    if path is not None and path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         source = read_list(path, name, lists, tested=tested)
-        source = source.with_classes(choice.keep(source.classes, name))
-    elif path is not None and is_folder and find_lists(path):
+    elif path is not None and path.is_dir() and not holds_shards(path) and find_lists(path):
         source = read_listed_folder(
-            path,
-            name,
-            lists,
-            read_class_folders=partial(read_folder, options=layout, choice=choice),
-            choice=choice,
-            tested=tested,
+            path, name, lists, read_class_folders=read_class_folders, tested=tested
         )
     else:
         _refuse_list_options(lists, name)
-        if path is not None and is_folder:
-            # The classes are chosen before the folder is checked: others may be empty, for example.
-            source = read_folder(path, name, options=layout, choice=choice, tested=tested)
+        if name == "shapes":
+            source = _shapes(count or 2000, image_size or 32)
+        elif name in SOURCES:
+            source = SOURCES[name]()
+        elif path is not None and path.is_dir() and not holds_shards(path):
+            source = read_class_folders(path, name, tested=tested)
         else:
-            if name == "shapes":
-                source = _shapes(count or 2000, image_size or 32)
-            elif name in SOURCES:
-                source = SOURCES[name]()
-            else:
-                source = _read_path(path, name, tested)
-            source = source.with_classes(choice.keep(source.classes, name))
+            source = _read_path(path, name, tested)
         if lists.rename:
             source = rename_classes(source, lists.rename)
+    choice.check(source.classes, name)
+    source = source.with_classes(choice.keep(source.classes))
     if choice.min_images:
         source = _without_small_classes(source, choice.min_images)
     if choice != ClassChoice() and len(source.classes) < 2 and not tested:

@@ -47,6 +47,7 @@ MAX_BATCH = 4096
 FIRST_BATCH = 16  # images in the first batch, which determines the size of the others
 TRIAL_ROUNDS = 3  # batches on which each memory format is timed
 TRIAL_BATCH = 32  # images in such a batch
+MIN_TRIAL_IMAGES = 64  # formats are timed only for at least as many images
 MIN_TRIAL_S = 0.001  # formats are timed only if such a batch takes at least this long
 CLEAR_RATIO = 1.3  # a format that is faster by this factor is chosen after two rounds
 # Images that are not in memory are read in chunks of at most this size.
@@ -94,7 +95,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """Context in which the model is in eval mode; afterwards each module has its previous mode."""
     # Module by module: frozen modules that were in eval mode must stay so. Nothing is
     # set if the network is in eval mode already: that would cost 1% of a pass over one image.
-    training = [module for module in model.modules() if module.training]
+    modules = [model]
+    for module in modules:  # `model.modules()` takes ten times as long
+        modules += filter(None, module._modules.values())
+    training = [module for module in modules if module.training]
     if training:
         model.eval()
     try:
@@ -118,6 +122,8 @@ class Forward:
         normalize: converts images as read into inputs of the network.
         plan: device and precision; its memory format is the one to start with.
         total: approximate number of images; with few images, timing formats doesn't pay.
+        batch_size: size of the batches after the first one if `measure_batch_size` has determined
+            it; then nothing is measured, and memory formats are not timed.
         choose_memory_format: whether the memory format of `model` may be changed. It stays changed.
     """
 
@@ -129,11 +135,14 @@ class Forward:
         *,
         views: ViewFunction | None = None,
         total: int,
+        batch_size: int | None = None,
         choose_memory_format: bool = False,
     ) -> None:
         self._model, self._normalize, self.plan, self._views = model, normalize, plan, views
         self.batch_size: int | None = None  # None before the first batch
-        self._trial_size = min(TRIAL_BATCH, total // 64) if choose_memory_format else 0
+        self._measured_batch_size = batch_size
+        trial_size = min(TRIAL_BATCH, total // MIN_TRIAL_IMAGES)
+        self._trial_size = trial_size if choose_memory_format else 0
         self._trial: _FormatTrial | None = None  # while memory formats are being timed
 
     def outputs(self, images: Tensor) -> Iterator[ModelOutputs]:
@@ -169,12 +178,12 @@ class Forward:
 
     def _run_first(self, images: Tensor) -> ModelOutputs:
         """Run the first batch; choose the batch size, and whether to time memory formats."""
+        if self._measured_batch_size is not None:
+            self.batch_size = self._measured_batch_size
+            return batch_outputs(self._model, images, self._normalize, self.plan, self._views)
         with _record_layer_sizes(self._model) as sizes:
             outputs, seconds = self._time(images)
-        device_type = torch.device(self.plan.device).type
-        max_bytes = MAX_ACTIVATION_BYTES.get(device_type, MAX_ACTIVATION_BYTES["cpu"])
-        max_images = max_bytes * len(images) // max(sizes)
-        self.batch_size = min(MAX_BATCH, 1 << max(0, max_images.bit_length() - 1))
+        self.batch_size = _largest_batch(max(sizes), len(images), self.plan)
         if seconds * self._trial_size >= MIN_TRIAL_S:
             self._trial = _FormatTrial(self.plan.memory_format)
         return outputs
@@ -207,6 +216,21 @@ class Forward:
         if self.plan.device.startswith("cuda"):
             torch.cuda.empty_cache()
         print_status(f"out of memory with a batch of {failed}; continuing with {self.batch_size}")
+
+
+def measure_batch_size(model: nn.Module, image: Tensor, normalize: Prepare, plan: Plan) -> int:
+    """Return the batch size that `Forward` chooses, from a pass over `image`, `[1, C, H, W]`."""
+    with _record_layer_sizes(model) as sizes:
+        batch_outputs(model, image, normalize, plan, None)
+    return _largest_batch(max(sizes), len(image), plan)
+
+
+def _largest_batch(layer_bytes: int, count: int, plan: Plan) -> int:
+    """Return the batch size, given the size of the largest layer for `count` images."""
+    device_type = torch.device(plan.device).type
+    max_bytes = MAX_ACTIVATION_BYTES.get(device_type, MAX_ACTIVATION_BYTES["cpu"])
+    max_images = max_bytes * count // layer_bytes
+    return min(MAX_BATCH, 1 << max(0, max_images.bit_length() - 1))
 
 
 class _FormatTrial:
@@ -351,10 +375,20 @@ def flops(model: nn.Module, shape: tuple[int, int, int], device: str) -> int:
 
 
 @torch.inference_mode()
-def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return mean cross entropy (in nats, without label smoothing) and accuracy."""
-    loss = nn.functional.cross_entropy(logits, labels)
-    return float(loss), float((logits.argmax(1) == labels).float().mean())
+def validation_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the metrics of a validation by their names in `metrics.csv`.
+
+    The loss is the mean cross-entropy, in nats, without label smoothing and class weights.
+    """
+    loss, preds = nn.functional.cross_entropy(logits, labels), logits.argmax(1)
+    table = metrics.confusion_matrix(labels.cpu().numpy(), preds.cpu().numpy(), logits.shape[1])
+    macro_f1, balanced_accuracy = metrics.class_means(table)
+    return {
+        "val_loss": float(loss),
+        "val_accuracy": float((preds == labels).float().mean()),
+        "val_macro_f1": macro_f1,
+        "val_balanced_accuracy": balanced_accuracy,
+    }
 
 
 def probabilities(logits: Tensor) -> np.ndarray:

@@ -22,9 +22,10 @@ import torch
 from rich.markup import escape
 from torch import Tensor, nn
 
-from convlens import evaluation, models, prediction, run
+from convlens import evaluation, models, run
 from convlens.data.dataset import Data, Split, load_external_data
 from convlens.data.decode import EXTENSIONS, UnreadableImage
+from convlens.data.input_images import expand_paths
 from convlens.data.layout import split_from_name
 from convlens.data.sources import find_source
 from convlens.device import Plan, derive_seed, memory_budget, preserve_torch_settings
@@ -305,7 +306,7 @@ def select_pictures(
 def _pictures_from_files(subject: InspectedModel, text: str) -> list[Picture]:
     conversion = subject.loaded.preprocessing.conversion
     pictures = []
-    for path in prediction.expand_paths([text]):
+    for path in expand_paths([text]):
         try:
             pixels = conversion.file(path)
         except UnreadableImage as error:

@@ -30,6 +30,7 @@ from convlens.interpret.inputs import (
     is_split_position,
 )
 from convlens.interpret.measure import Measurements, measure, select_measures
+from convlens.utils import notebook
 from convlens.utils.console import print_status
 
 KERNEL_ROWS = 48  # channels of a deeper layer whose kernels are shown, one row each
@@ -157,7 +158,7 @@ class LookOptions:
         )
 
 
-@dataclass
+@dataclass(repr=False)
 class Look:
     """The result of `look`.
 
@@ -186,6 +187,14 @@ class Look:
     neighbors: list[embedding.NeighborReport] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     rows: int = TOP_IMAGE_ROWS
+
+    def __repr__(self) -> str:
+        folder, count = str(self.opened.folder), len(self.files)
+        return f"Look({', '.join(self.opened.names)}: {count} files in {folder!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the figures for notebooks."""
+        return notebook.paragraph(repr(self)) + notebook.embed_figures(self.files)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the output of `convlens look --json`."""

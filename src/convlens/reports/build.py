@@ -18,13 +18,13 @@ from convlens.reports import compare, sections
 from convlens.reports.contents import ReportContents, gather_contents
 from convlens.reports.html import PageSection, compose_page
 from convlens.run import PLOTS_DIR, RunLike, find_run, run_reference, safe_name
-from convlens.utils import files
+from convlens.utils import files, notebook
 from convlens.utils.console import message_scope, print_status, progress_bar, quiet_mode
 
 MAX_FOLDER_NAME = 120  # characters of the joined names of runs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """A page that was written.
 
@@ -40,6 +40,13 @@ class Report:
     split: str
     verdict: str
     missing: list[str]
+
+    def __repr__(self) -> str:
+        return f"Report({str(self.path)!r}, {self.bytes / 1e6:.1f} MB)"
+
+    def _repr_html_(self) -> str:
+        """Return the verdict and a link to the page for notebooks."""
+        return notebook.paragraph(self.verdict) + notebook.link(self.path)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path)}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from convlens.metrics import difference_on_images, holm_adjust
+from convlens.metrics import (
+    AccuracyDifference,
+    class_means_difference,
+    difference_on_images,
+    holm_adjust,
+)
 from convlens.reports.contents import ReportContents
 from convlens.reports.html import (
     ChartLine,
@@ -37,6 +42,7 @@ class PairedDifference(NamedTuple):
         interval: its 95% interval (Newcombe's).
         gained, lost: the number of images that only the other run, or only the first, gets right.
         p: of McNemar's exact test, corrected for the number of comparisons (Holm).
+        class_means: differences of macro F1 and balanced accuracy, with bootstrap intervals.
     """
 
     name: str
@@ -45,6 +51,7 @@ class PairedDifference(NamedTuple):
     gained: int
     lost: int
     p: float
+    class_means: Mapping[str, AccuracyDifference]
 
     @property
     def relation(self) -> str:
@@ -110,23 +117,31 @@ def compare_with_first(
     first: ReportContents, others: Sequence[ReportContents]
 ) -> list[PairedDifference]:
     """Compare each other run with the first; runs without cached predictions are left out."""
-    counts, tests = [], []
+    counts, tests, class_means = [], [], []
     for other in others:
         if first.predictions is None or other.predictions is None:
             continue
         targets = first.predictions.labels
-        first_correct = first.predictions.logits.argmax(axis=1) == targets
-        other_correct = other.predictions.logits.argmax(axis=1) == targets
+        first_preds = first.predictions.logits.argmax(axis=1)
+        other_preds = other.predictions.logits.argmax(axis=1)
+        first_correct, other_correct = first_preds == targets, other_preds == targets
         lost = int((first_correct & ~other_correct).sum())
         gained = int((other_correct & ~first_correct).sum())
         both = int((first_correct & other_correct).sum())
         neither = int((~first_correct & ~other_correct).sum())
         counts.append((other.name, gained, lost))
+        class_means.append(
+            class_means_difference(targets, first_preds, other_preds, len(first.classes))
+        )
         tests.append(difference_on_images(both, lost, gained, neither))
     corrected = holm_adjust([test.p for test in tests])
     return [
-        PairedDifference(name, test.value, test.interval95 or (test.value,) * 2, gained, lost, p)
-        for (name, gained, lost), test, p in zip(counts, tests, corrected, strict=True)
+        PairedDifference(
+            name, test.value, test.interval95 or (test.value,) * 2, gained, lost, p, means
+        )
+        for (name, gained, lost), test, p, means in zip(
+            counts, tests, corrected, class_means, strict=True
+        )
         if p is not None
     ]
 
@@ -182,10 +197,14 @@ def _run_facts(contents: ReportContents) -> dict[str, str]:
     train_accuracy, calibration = contents.train_accuracy, measure_calibration(contents)
     model_path = contents.run_dir.model_path
     split = accuracy = interval = loss = calibration_error = "–"
+    class_means = dict.fromkeys(("macro_f1", "balanced_accuracy"), "–")
     if summary is not None:
         split = f"{summary['n']:,} {SPLIT_WORDS[contents.split]} images"
         accuracy = format_share(summary["accuracy"], 2)
         interval = " to ".join(format_share(end, 2) for end in summary["interval95"])
+        for key in class_means:
+            if summary.get(key) is not None:  # not in results of earlier versions
+                class_means[key] = format_share(summary[key], 2)
         loss = format_number(summary["loss"], 3)
         calibration_error = format_number(summary["ece"], 3)
     if calibration is not None:
@@ -195,6 +214,8 @@ def _run_facts(contents: ReportContents) -> dict[str, str]:
         "evaluated on": split,
         "accuracy": accuracy,
         "95% interval": interval,
+        "macro F1": class_means["macro_f1"],
+        "balanced accuracy": class_means["balanced_accuracy"],
         "loss": loss,
         "calibration error": calibration_error,
         "training accuracy": "–"

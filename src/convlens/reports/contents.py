@@ -23,6 +23,10 @@ SUMMARY_KEYS = (
     "correct",
     "accuracy",
     "interval95",
+    "macro_f1",
+    "macro_f1_interval95",
+    "balanced_accuracy",
+    "balanced_accuracy_interval95",
     "loss",
     "top5",
     "ece",
@@ -180,6 +184,9 @@ def _add_evaluation(contents: ReportContents) -> None:
         contents.predictions = predictions
         contents.summary = metrics.summarize(
             predictions.logits, predictions.labels, list(contents.classes)
+        )
+        contents.summary |= metrics.class_means_intervals(
+            predictions.labels, predictions.logits.argmax(1), len(contents.classes)
         )
     elif latest is not None:
         contents.summary = {key: latest.get(key) for key in SUMMARY_KEYS}

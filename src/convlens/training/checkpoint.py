@@ -25,7 +25,7 @@ from convlens.engine import oom
 from convlens.engine.loop import TrainState
 from convlens.errors import ConvlensError, ModelFileError, ResourceError, UsageError
 from convlens.recipe import Recipe
-from convlens.run import RunDir, check_same_checkpoint
+from convlens.run import VALIDATION_COLUMNS, RunDir, check_same_checkpoint
 from convlens.training.resolve import is_run_of
 from convlens.training.setup import InitialState, TrainingJob
 from convlens.utils import files
@@ -199,14 +199,18 @@ def model_snapshot(job: TrainingJob, run_name: str, row: dict[str, float] | None
         keep = recipe.train.keep
         chosen["rule"] = "last epoch" if keep == "last" else f"best {recipe.train.monitor}"
         if validated:
-            chosen |= {key: row[key] for key in ("val_loss", "val_accuracy")}
+            chosen |= {key: row[key] for key in VALIDATION_COLUMNS}
     model_metadata = {
         "convlens": __version__,
         "run": run_name,
         "model": {"name": recipe.model.name, "options": recipe.model.options},
         "classes": list(data.classes),
         "preprocessing": job.preprocessing.to_dict(),
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            **({"range": "auto"} if job.found_range else {}),
+        },
         "chosen": chosen,
         "recipe": recipe.model_dump(mode="json"),
         "weights": job.initial_weights,
@@ -242,10 +246,10 @@ class BestEpoch:
     """The epoch whose weights are kept, selected by one metric on the validation split.
 
     Of equal values the earliest epoch is kept. With few images equal accuracies are common, so
-    that for `val_accuracy` the lower validation loss decides between them.
+    that the lower validation loss decides between them.
 
     Attributes:
-        monitor: `val_loss` (lower is better) or `val_accuracy` (higher is better).
+        monitor: `val_loss` (lower is better), or another validation metric (higher is better).
         stale: epochs since the best one.
     """
 
@@ -371,7 +375,7 @@ def restore_checkpoint(
         setattr(best, key, value)
     check_same_checkpoint(job.process_group, [epoch, step], run_dir)
     # Earlier versions did not measure these.
-    new_columns = ("cpu_seconds", "data_seconds")
+    new_columns = ("cpu_seconds", "data_seconds", *VALIDATION_COLUMNS)
     return [
         {**row, **{key: row.get(key, math.nan) for key in new_columns}} for row in counters["rows"]
     ]

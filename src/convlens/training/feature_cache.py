@@ -362,6 +362,7 @@ def _feature_batches(recipe: Recipe, features: Features, like: Batches) -> Batch
         plan=like.plan,
         seed=recipe.train.seed,
         process_group=like.process_group,
+        balance=recipe.data.balance,
     )
 
 

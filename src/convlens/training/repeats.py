@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from convlens import distributed, evaluation, metrics, run, run_plots
 from convlens.data.sources import find_configured_source
 from convlens.data.splits import is_drawn_split
@@ -305,6 +307,8 @@ class RunOutcome:
             "interval95": list(self.evaluation.interval95),
             "n": self.evaluation.n,
             "correct": self.evaluation.correct,
+            "macro_f1": self.evaluation.macro_f1,
+            "balanced_accuracy": self.evaluation.balanced_accuracy,
             "loss": self.evaluation.loss,
             "val_accuracy": self.val_accuracy,
             "kept_epoch": kept,
@@ -337,6 +341,11 @@ class RepeatResult:
     @property
     def accuracy(self) -> float:
         return self.correct / self.n
+
+    @property
+    def class_means(self) -> metrics.ClassMeans:
+        """Macro F1 and balanced accuracy, from the sum of the confusion matrices."""
+        return metrics.class_means(np.sum([o.evaluation.confusion for o in self.outcomes], axis=0))
 
     @property
     def loss(self) -> float:
@@ -405,6 +414,11 @@ class VariantSummary:
         known = [value for value in values if value is not None]
         return metrics.mean_sd(known) if len(known) == len(values) else None
 
+    @property
+    def class_means(self) -> list[metrics.ClassMeans]:
+        """Macro F1 and balanced accuracy, one pair per split and seed."""
+        return [repeat.class_means for repeat in self.repeats]
+
     def over(self, other: VariantSummary) -> tuple[float, float | None]:
         """Return mean and standard deviation of the difference in accuracy to `other`.
 
@@ -433,6 +447,8 @@ class VariantSummary:
             "interval95": list(self.interval95) if self.interval95 else None,
             "n": self.n,
             "accuracies": self.accuracies,
+            "macro_f1": [means.macro_f1 for means in self.class_means],
+            "balanced_accuracy": [means.balanced_accuracy for means in self.class_means],
             "losses": [repeat.loss for repeat in repeats],
             "data_seeds": [o.planned.data_seed for o in firsts],
             "seeds": [o.planned.seed for o in firsts],

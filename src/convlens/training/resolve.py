@@ -59,7 +59,7 @@ def resolve_recipe(
     if isinstance(what, Mapping):
         named = _load_recipe(what, [*_data_override(data), *overrides], variant)
         return ResolvedRecipe(named, is_unmodified=not overrides)
-    text = os.fspath(what)
+    text = _name_or_path(what)
     if _is_recipe(text):
         named = _load_recipe(text, [*_data_override(data), *overrides], variant)
         if data is None:
@@ -95,9 +95,9 @@ def resolve_recipe_or_run(
         UsageError: none of these; close matches are named.
         ModelFileError: the run cannot be read.
     """
-    if not isinstance(what, str | os.PathLike):
+    if isinstance(what, Mapping | Recipe):
         return resolve_recipe(what, data=data, overrides=overrides)
-    text = os.fspath(what)
+    text = _name_or_path(what)
     path = Path(text)
     run_files = (path / "run.json", path / "model.safetensors")
     is_run_path = path.suffix == ".safetensors" or any(map(os.path.isfile, run_files))
@@ -159,7 +159,7 @@ def resolve_variants(
         return {None: resolve_recipe(what, data=data, overrides=overrides)}
     names = [name.strip() for name in wanted.split(",")] if isinstance(wanted, str) else wanted
     if list(names) == ["all"] and not isinstance(what, Recipe):
-        given = what if isinstance(what, Mapping) or _is_recipe(os.fspath(what)) else "folder"
+        given = what if isinstance(what, Mapping) or _is_recipe(_name_or_path(what)) else "folder"
         names = list(variants(given)) or names  # without variants `load_recipe` raises
     return {n: resolve_recipe(what, data=data, overrides=overrides, variant=n) for n in names}
 
@@ -218,6 +218,47 @@ def with_data_name(recipe: Recipe, name: str) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": name})})
 
 
+def _name_or_path(what: object) -> str:
+    """Return a name or path as text.
+
+    Raises:
+        UsageError: it is something else, such as an array of images.
+    """
+    if isinstance(what, str | os.PathLike):
+        text = str(os.fspath(what))
+        if "\0" in text:
+            raise UsageError(f"{text!r} contains a null byte", fix="check the name")
+        return text
+    raise UsageError(
+        f"an object of type {type(what).__name__!r} is neither a recipe nor a data set",
+        fix="for images in memory use convlens.ImageClassifier().fit(images, labels); otherwise "
+        "name a folder with one folder per class, or a CSV file with the columns path,label",
+    )
+
+
+def override_texts(overrides: Mapping[str, Any] | Sequence[str] | str) -> list[str]:
+    """Return overrides of the Python API as `key=value` texts.
+
+    Args:
+        overrides: a mapping `{"optim.lr": 0.1}`, a list `["optim.lr=0.1"]`, or one such text.
+
+    Raises:
+        UsageError: something else, such as labels.
+    """
+    if isinstance(overrides, Mapping):
+        return to_overrides(overrides)
+    is_list = isinstance(overrides, list | tuple)
+    texts: list[Any] = list(overrides) if is_list else [overrides]
+    wrong = [type(each).__name__ for each in texts if not isinstance(each, str)]
+    if wrong:
+        raise UsageError(
+            f"overrides must be texts like 'optim.lr=0.1', not {wrong[0]!r}",
+            fix='give {"optim.lr": 0.1} or ["optim.lr=0.1"]; for images and labels in memory use '
+            "convlens.ImageClassifier().fit(images, labels)",
+        )
+    return texts
+
+
 def to_overrides(values: Mapping[str, Any]) -> list[str]:
     """Return Python values, e.g. `{"optim.lr": 0.1}`, as `key=value` texts."""
     texts = []
@@ -240,7 +281,7 @@ def _to_plain(value: Any) -> Any:
 
 
 def _data_override(data: str | Path | None) -> list[str]:
-    return [] if data is None else to_overrides({"data.name": os.fspath(data)})
+    return [] if data is None else to_overrides({"data.name": _name_or_path(data)})
 
 
 def _dataset_run_name(data: str) -> str:
@@ -308,6 +349,7 @@ def validate_recipe(recipe: Recipe) -> None:
     checks: list[Callable[[], object]] = [
         lambda: splits.check_split_config(recipe.data),
         lambda: _check_selection(recipe),
+        lambda: _check_loss(recipe),
         check_model,
         lambda: pretrained.check_weights_config(config),
         lambda: pipeline.build_pipeline(recipe.operations),
@@ -324,6 +366,17 @@ def validate_recipe(recipe: Recipe) -> None:
     if errors:
         fix = "; ".join(error.fix for error in errors if error.fix)
         raise UsageError("; ".join(error.what for error in errors), where=recipe.name, fix=fix)
+
+
+def _check_loss(recipe: Recipe) -> None:
+    """Refuse an exponent of the focal loss if the loss is another one."""
+    gamma = recipe.optim.focal_gamma
+    default = type(recipe.optim).model_fields["focal_gamma"].default
+    if recipe.optim.loss != "focal" and gamma != default:
+        raise UsageError(
+            f"optim.focal_gamma={gamma:g} has no effect with optim.loss={recipe.optim.loss}",
+            fix="set optim.loss=focal, or leave out optim.focal_gamma",
+        )
 
 
 def _check_selection(recipe: Recipe) -> None:

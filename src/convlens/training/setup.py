@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from convlens import models, optim
 from convlens.data.dataset import Data, Split, channel_stats
-from convlens.data.loader import Batches
+from convlens.data.loader import Batches, class_frequencies
 from convlens.data.transforms import pipeline
 from convlens.device import Plan, derive_seed
 from convlens.distributed import ProcessGroup
 from convlens.engine.data_parallel import convert_sync_batchnorm
 from convlens.engine.loop import Criterion, TrainState
+from convlens.engine.losses import ClassificationLoss, balanced_weights, normalized_weights
 from convlens.engine.numerics import make_grad_scaler
-from convlens.errors import DataError, UsageError
+from convlens.errors import DataError, UsageError, closest_match, did_you_mean
 from convlens.models import stages
 from convlens.recipe import Recipe, resolve_auto
 from convlens.run import Preprocessing
@@ -48,6 +49,7 @@ class TrainingJob:
         initial_weights: the record of the pretrained weights it starts with
             (`pretrained.weights_record`); None if the network starts from scratch.
         step_seconds: time of a step of the plan, if it was timed.
+        found_range: the value range was found on the training images, not requested.
     """
 
     recipe: Recipe
@@ -66,6 +68,7 @@ class TrainingJob:
     scaler: torch.amp.GradScaler | None = None
     initial_weights: dict[str, Any] | None = None
     step_seconds: float | None = None
+    found_range: bool = False
     state: TrainState = field(default_factory=TrainState)
 
     @property
@@ -124,7 +127,7 @@ def build_training_job(
         recipe, data, initial_state, context.device
     )
     group.broadcast_tensors_(list(model.state_dict().values()))
-    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
+    criterion = build_criterion(recipe, data).to(context.device)
 
     def make_batches(plan: Plan) -> Batches:
         return Batches(
@@ -137,6 +140,7 @@ def build_training_job(
             mixes=bool(operations.mixes),
             process_group=group,
             shards=data.train.shards,
+            balance=recipe.data.balance,
         )
 
     if plan is None:
@@ -166,6 +170,7 @@ def build_training_job(
         scaler=make_grad_scaler(tuned.plan.device) if tuned.plan.precision == "fp16" else None,
         initial_weights=weights_record,
         step_seconds=tuned.step_seconds,
+        found_range=requested.data.range == "auto" and data.conversion.value_range is not None,
     )
 
 
@@ -192,6 +197,53 @@ def _resolve_recipe(requested: Recipe, data: Data) -> Recipe:
             config.name, data.channels, data.image_size, config.options, recipe.train.batch_size
         )
     return recipe
+
+
+def build_criterion(recipe: Recipe, data: Data) -> nn.Module:
+    """Return the loss that a recipe describes; class weights are those of the training split.
+
+    Raises:
+        UsageError: `optim.class_weights` names a class that the data set does not have.
+    """
+    options = recipe.optim
+    if options.loss == "cross_entropy" and options.class_weights == "none":
+        return nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+    weights = _class_weights(recipe, data) if options.class_weights != "none" else None
+    return ClassificationLoss(
+        weights,
+        gamma=options.focal_gamma if options.loss == "focal" else 0.0,
+        label_smoothing=options.label_smoothing,
+    )
+
+
+def _class_weights(recipe: Recipe, data: Data) -> list[float]:
+    """Return the requested class weights with a mean of 1 over the images of an epoch.
+
+    With `data.balance` these are other images than those of the training split: `auto` corrects
+    what the sampling leaves.
+    """
+    requested = recipe.optim.class_weights
+    counts = torch.bincount(data.train.labels.cpu(), minlength=len(data.classes))
+    frequencies = class_frequencies(counts, recipe.data.balance).tolist()
+    if isinstance(requested, str):
+        weights = balanced_weights(frequencies)
+    else:
+        unknown = [name for name in requested if name not in data.classes]
+        if unknown:
+            close = [match for name in unknown if (match := closest_match(name, data.classes))]
+            raise UsageError(
+                f"optim.class_weights names classes that {data.name!r} does not have: "
+                f"{', '.join(unknown[:6])}",
+                fix=did_you_mean(close) or f"its classes are: {', '.join(data.classes[:12])}",
+            )
+        weights = [requested.get(name, 1.0) for name in data.classes]
+        weights = normalized_weights(weights, frequencies)
+    low, high = (pick(range(len(weights)), key=weights.__getitem__) for pick in (min, max))
+    print_status(
+        f"class weights from {weights[low]:.2f} ({escape(data.classes[low])}) to "
+        f"{weights[high]:.2f} ({escape(data.classes[high])})"
+    )
+    return weights
 
 
 def _check_batch_size(recipe: Recipe, group: ProcessGroup) -> None:

@@ -31,11 +31,12 @@ from convlens.device import (
 )
 from convlens.distributed import ProcessGroup
 from convlens.engine.data_parallel import DataParallel
-from convlens.engine.inference import loss_and_accuracy
+from convlens.engine.inference import validation_metrics
 from convlens.engine.loop import Epoch, NonFiniteLoss, Records, Step, TrainLoop
 from convlens.errors import ConvlensError, DataError, ModelFileError, ResourceError, Stopped
 from convlens.recipe import DataConfig, Recipe
 from convlens.run import (
+    VALIDATION_COLUMNS,
     RunDir,
     check_same_images,
     find_or_create_run_dir,
@@ -64,6 +65,7 @@ from convlens.utils.console import (
     print_status,
     print_table,
     progress_display,
+    quiet_mode,
 )
 from convlens.utils.process import StopSignal, catch_stop_signals
 from convlens.version import __version__
@@ -138,13 +140,14 @@ def train(
         check_device_options(recipe, context.device)
         prepare(recipe.train.deterministic, context.device)
         data = _load_data(recipe, run_dir, context)
-        data.print_interpretation()
+        with quiet_mode(quiet):
+            data.print_interpretation()
         with run_dir.lock():
             metadata = context.broadcast(run_dir.metadata)
             check_can_resume(run_dir, metadata, recipe, data)
             # Another process may have finished the run while this one was loading the images.
             if not context.broadcast(lambda: run_dir.is_finished):
-                if not metadata:
+                if not metadata and not quiet:
                     data.print_similar_images()
                 job = _build_job(recipe, data, run_dir, metadata, context)
                 rows, kept_epoch = fit(job, run_dir)
@@ -267,7 +270,7 @@ def _build_job(
         # Last: from here on the directory is a run.
         run_dir.create(job.recipe, _run_metadata(recipe, job))
         choices = describe_choices(recipe, job)
-        if choices and is_first_time(choices):
+        if choices and not context.quiet and is_first_time(choices):
             print_status(choices)
     elif initial_state is None and job.initial_weights:
         # Interrupted before its first checkpoint: the run starts from the pretrained weights
@@ -360,6 +363,7 @@ def fit(job: TrainingJob, run_dir: RunDir) -> tuple[list[dict[str, float]], int]
             job.epochs,
             steps,
             steps_done,
+            monitor=job.recipe.train.monitor,
             shown=not job.context.quiet,
             validation_work=job.validation_work,
             expected_s=job.expected_seconds,
@@ -485,20 +489,19 @@ def _validate(
         if signal.is_set and job.process_group.size == 1:
             raise _ValidationInterrupted
 
-    val_loss = val_accuracy = math.nan
+    validation = dict.fromkeys(VALIDATION_COLUMNS, math.nan)
     if job.recipe.data.validates:
         try:
             with optim.averaged_weights(job.averager):
                 logits, targets = job.inputs.validate(check_signal)
         except _ValidationInterrupted:
             return None
-        val_loss, val_accuracy = loss_and_accuracy(logits, targets)
+        validation = validation_metrics(logits, targets)
     return {
         "epoch": record.epoch,
         "train_loss": float(record.loss),
         "train_accuracy": float(record.accuracy),
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
+        **validation,
         "lr": record.lr,
         "seconds": seconds,
         "images_per_second": record.images / seconds,

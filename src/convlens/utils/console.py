@@ -283,13 +283,14 @@ class ProgressDisplay:
         self,
         bar: ProgressBar,
         epochs: int,
+        monitor: str = "val_loss",
         *,
         work: float = 0.0,
         validation_work: float = 0.0,
         expected_s: float | None = None,
     ) -> None:
         self.interval_s = DISPLAY_INTERVAL_S
-        self._bar, self._epochs = bar, epochs
+        self._bar, self._epochs, self._monitor = bar, epochs, monitor
         self._work, self._validation_work = work, validation_work
         self._expected_s = expected_s
         self._timed_from: float | None = None  # the end of the first step, which warms up
@@ -362,6 +363,9 @@ class ProgressDisplay:
             validation = (
                 f"validation loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}  "
             )
+            if self._monitor not in ("val_loss", "val_accuracy"):
+                name = self._monitor.removeprefix("val_").replace("_", " ").replace("f1", "F1")
+                validation += f"{name} {row[self._monitor]:.2%}  "
         star = " *" if best == row["epoch"] else ""
         print_status(
             f"epoch {row['epoch']:>3.0f}/{self._epochs}  "
@@ -376,6 +380,7 @@ def progress_display(
     steps: int,
     done: int,
     *,
+    monitor: str = "val_loss",
     shown: bool,
     validation_work: float = 0.0,
     expected_s: float | None = None,
@@ -383,6 +388,7 @@ def progress_display(
     """Show the progress of a training of `epochs` times `steps` steps, `done` of which are done.
 
     Args:
+        monitor: the metric that selects the best epoch; shown for each epoch.
         validation_work: the time of one validation, in steps.
         expected_s: an estimate of the time of the training.
     """
@@ -390,7 +396,12 @@ def progress_display(
         bar.advance(done)
         work = epochs * steps - done + validation_work * (epochs - done // steps)
         yield ProgressDisplay(
-            bar, epochs, work=work, validation_work=validation_work, expected_s=expected_s
+            bar,
+            epochs,
+            monitor,
+            work=work,
+            validation_work=validation_work,
+            expected_s=expected_s,
         )
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_rel
 
 import convlens
 from convlens.errors import UsageError
@@ -82,6 +83,15 @@ def test_the_verdict_on_two_models_agrees_with_a_computation_by_hand(
     assert verdict["difference"] == pytest.approx(0.2)
     assert verdict["interval95"] == list(newcombe_interval(0, 3, 5, 2))
     assert verdict["differs"] is False
+    # Recalls 0, 1, 0 and 0, 0, 1; F1 of green 2 * 3 / 13, of red 2 * 5 / 15, of the others 0. The
+    # models always predict the same, so there is nothing to resample.
+    means = verdict["class_means"]
+    assert means["balanced_accuracy"]["difference"] == pytest.approx(0)
+    assert means["balanced_accuracy"]["interval95"] == pytest.approx([0, 0])
+    gain = (10 / 15 - 6 / 13) / 3
+    assert means["macro_f1"]["difference"] == pytest.approx(gain)
+    assert means["macro_f1"]["interval95"] == pytest.approx([gain, gain])
+    assert [group["macro_f1"] for group in got["groups"]] == pytest.approx([2 / 13, 2 / 9])
     assert verdict["sentence"].startswith(
         "reds and greens are not distinguishable: +20.00 points for reds (95% interval "
     )
@@ -105,6 +115,12 @@ def test_a_clear_difference_is_reported(tmp_path: Path) -> None:
     # 24 correct images against 12: p = 2 / 2^12
     assert verdict.p == pytest.approx(2**-11)
     low, high = newcombe_interval(12, 12, 0, 0)
+    # 12 of 12 images of each class: no resample of them differs.
+    assert verdict.class_means["balanced_accuracy"][:2] == (-0.5, (-0.5, -0.5))
+    assert verdict.class_means_sentence == (
+        "guesses against knows: macro F1 -66.67 points (95% interval -66.67 to -66.67), "
+        "balanced accuracy -50.00 points (95% interval -50.00 to -50.00)"
+    )
     assert verdict.sentence == (
         "knows is more accurate than guesses by 50.00 points (95% interval "
         f"{-100 * high:.2f} to {-100 * low:.2f}), p = 0.00049 (McNemar's exact test on 24 images: "
@@ -126,6 +142,11 @@ def test_runs_that_differ_only_in_seeds_form_a_group(runs: None) -> None:
     gains = [after - before for before, after in zip(*values, strict=True)]
     assert verdict["difference"] == pytest.approx(sum(gains) / 2)
     assert got["groups"][0]["sd"] == pytest.approx(abs(values[0][0] - values[0][1]) / 2**0.5)
+    for metric, means in verdict["class_means"].items():
+        values = [[run[metric] for run in group["runs"]] for group in got["groups"]]
+        expected = ttest_rel(values[1], values[0])
+        assert means["p"] == pytest.approx(expected.pvalue)
+        assert means["interval95"] == pytest.approx(list(expected.confidence_interval(0.95)))
     assert {Path(p).name for p in got["plots"]} == {"curves.png", "differences.png"}
     for run in got["groups"][0]["runs"]:
         facts = json.loads(Path(f"models/{run['run']}/run.json").read_text())
@@ -161,7 +182,17 @@ def test_p_values_are_corrected_for_the_number_of_comparisons(
 def test_the_command_prints_a_table(runs: None) -> None:
     done = compare("small", "wide")
     assert done.code == 0, done.err
-    for text in ("accuracy %", "ECE", "MFLOPs", "trained s", "images/s", "curves.png"):
+    for text in (
+        "accuracy %",
+        "macro F1 %",
+        "balanced %",
+        "wide against small: macro F1",
+        "ECE",
+        "MFLOPs",
+        "trained s",
+        "images/s",
+        "curves.png",
+    ):
         assert text in done.out
     assert done.out.count("McNemar's exact test on 270 images") == 1
     assert "compare several seeds" in done.err

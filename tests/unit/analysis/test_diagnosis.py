@@ -19,11 +19,15 @@ from convlens.analysis.diagnosis import (
     RULES,
     CorrectCount,
     Diagnosis,
+    Finding,
     InsufficientEvidence,
     RunEvidence,
     count_dead_channels,
+    imbalance,
 )
+from convlens.engine.losses import ClassificationLoss
 from convlens.errors import Diverged
+from convlens.metrics import wilson_interval
 from convlens.recipe import load_recipe
 from convlens.run import RunDir
 from helpers.commands import COLORS, here, pictures, refused
@@ -203,11 +207,67 @@ def test_class_imbalance_is_found() -> None:
     findings = {finding.rule: finding for finding in diagnose("rare").findings}
     finding = findings["class imbalance"]
     counts = finding.evidence["counts"]
-    assert finding.overrides == [f"data.per_class={min(counts.values())}"]
     assert finding.what.startswith(
         f"{counts['blue']} training images of blue, {counts['green']} of"
     )
-    assert set(finding.evidence["val_accuracy"]) == set(COLORS)
+    assert set(finding.evidence["recall"]) == set(COLORS)
+    assert not any("per_class" in text for text in [finding.do, *finding.overrides])
+
+
+def imbalance_of(rare: tuple[int, int], common: tuple[int, int], *overrides: str) -> Finding | None:
+    """Return the finding for 90 images of `blue` and 30 of `red`, given their correct counts."""
+    evidence = RunEvidence(
+        recipe=load_recipe(PLAIN, overrides),
+        counts={"blue": 90, "red": 30},
+        val_by_class={"blue": CorrectCount(*common), "red": CorrectCount(*rare)},
+    )
+    return imbalance(evidence)
+
+
+def test_remedies_of_class_imbalance_depend_on_the_measured_recall() -> None:
+    finding = imbalance_of((4, 10), (38, 40))
+    assert finding is not None
+    low, high = wilson_interval(4, 10)
+    assert f"red 40.0% ({low:.1%} to {high:.1%}, n = 10)" in finding.what
+    assert finding.evidence["recall_interval95"]["red"] == pytest.approx([low, high], abs=5e-5)
+    assert finding.overrides == ["optim.class_weights=auto", "train.monitor=val_macro_f1"]
+    assert "data.balance=sqrt" in finding.do
+    assert "convlens compare" in finding.do
+    for rare in ((8, 10), (10, 10)):  # 80% of 10 against 95% of 40: p = 0.18
+        finding = imbalance_of(rare, (38, 40))
+        assert finding is not None
+        assert finding.do.startswith("nothing yet: the rare classes are not recognized worse")
+        assert finding.overrides == []
+
+
+def test_remedies_in_use_are_not_recommended_again() -> None:
+    finding = imbalance_of((1, 10), (40, 40), "optim.class_weights=auto")
+    assert finding is not None
+    assert finding.overrides == ["data.balance=sqrt", "train.monitor=val_macro_f1"]
+    assert "class_weights" not in finding.do
+    both = ("optim.class_weights=auto", "data.balance=full", "train.monitor=val_macro_f1")
+    finding = imbalance_of((1, 10), (40, 40), *both)
+    assert finding is not None
+    assert (finding.do, finding.overrides) == ("more images of the rare classes", [])
+
+
+def test_imbalance_without_validation_images_of_rare_classes_is_undecided_in_words() -> None:
+    evidence = RunEvidence(
+        recipe=load_recipe(PLAIN),
+        counts={"blue": 90, "red": 30},
+        val_by_class={"blue": CorrectCount(38, 40)},
+    )
+    finding = imbalance(evidence)
+    assert finding is not None
+    assert "cannot be told without validation images" in finding.what
+    assert finding.overrides[0] == "optim.class_weights=auto"
+
+
+def test_the_loss_of_guessing_is_that_of_the_focal_loss() -> None:
+    evidence = RunEvidence(recipe=load_recipe(PLAIN, ["optim.loss=focal"]), classes=10)
+    logits, labels = torch.zeros(1, 10), torch.tensor([3])
+    expected = ClassificationLoss(gamma=2.0)(logits, labels)
+    assert evidence.loss_of_guessing == pytest.approx(float(expected))
 
 
 def test_validation_images_of_another_brightness_are_found() -> None:

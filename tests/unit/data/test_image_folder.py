@@ -14,7 +14,7 @@ from convlens.data import scan
 from convlens.data.folder_layout import LayoutOptions
 from convlens.data.layout import ClassChoice
 from convlens.data.sources import find_source
-from convlens.errors import DataError
+from convlens.errors import DataError, UsageError
 from helpers.datasets import write_class_folders, write_image
 
 
@@ -177,6 +177,8 @@ def test_classes_that_are_left_out_are_not_checked(tmp_path: Path) -> None:
     ) as caught:
         find_source(str(root))
     assert "data.without=[odd]" in caught.value.fix
+    with pytest.raises(UsageError, match="without names classes that do not exist: empti"):
+        find_source(str(root), choice=ClassChoice(without=("empti", "odd")))
     source = find_source(str(root), choice=ClassChoice(without=("empty", "odd")))
     assert source.classes == ("a", "b")
     source = find_source(str(root), choice=ClassChoice(only=("b", "a")))

@@ -90,19 +90,20 @@ NAMES = ("00012", "bird", "cat", "new folder")
 def test_classes_are_chosen_by_name(
     only: tuple[str, ...], without: tuple[str, ...], kept: tuple[str, ...]
 ) -> None:
-    assert tuple(ClassChoice(only, without).keep(NAMES, "x")) == kept
+    assert tuple(ClassChoice(only, without).keep(NAMES)) == kept
 
 
 def test_unknown_classes_are_errors_with_near_misses() -> None:
+    ClassChoice(("cat", "12"), ("bird",)).check(NAMES, "x")
     with pytest.raises(UsageError) as caught:
-        ClassChoice(("birt", "cat"), ("Cat", "zebra")).keep(NAMES, "x")
+        ClassChoice(("birt", "cat"), ("Cat", "zebra")).check(NAMES, "x")
     assert caught.value.what == (
         "data.classes names classes that do not exist: birt; "
         "data.without names classes that do not exist: Cat, zebra"
     )
     assert caught.value.fix == "did you mean bird or cat?"
     with pytest.raises(UsageError) as caught:
-        ClassChoice(("zzz",)).keep(NAMES, "x")
+        ClassChoice(("zzz",)).check(NAMES, "x")
     assert caught.value.fix == "the classes are: 00012, bird, cat, new folder"
 
 

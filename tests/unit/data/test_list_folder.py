@@ -161,15 +161,13 @@ def test_two_lists_are_ambiguous(root: Path) -> None:
 
 
 def test_a_file_that_only_looks_like_a_list_is_named(root: Path) -> None:
-    write_images(root / "img")
-    write_list(root / "a.csv", "path,when", lambda name: f"img/{name}.png,{NAMES.index(name)}")
-    # The names of the files tell the classes.
-    assert "a.csv is not used: no column 'label' among: path, when" in read(root).notes
-    (root / "img" / "cat_0.png").rename(root / "img" / "1.png")
+    write_images(root / "img", ["1", "2", "3", "4"])
+    (root / "a.csv").write_text("path,when\nimg/1.png,1\nimg/2.png,2\nimg/3.png,3\n")
     with pytest.raises(
         DataError, match=r"a.csv can't be read as a list of images: no column 'label'"
-    ):
+    ) as caught:
         read(root)
+    assert caught.value.fix.startswith("for a.csv: the first line names the columns")
 
 
 def test_a_split_without_class_folders_is_read_by_its_list(root: Path) -> None:
@@ -202,3 +200,8 @@ def test_only_files_that_may_be_lists_are_candidates(root: Path) -> None:
     (root / "train" / "e.json").touch()
     (root / "other" / "f.csv").touch()
     assert [path.name for path in find_lists(root)] == ["a.csv", "b.TXT", "e.json"]
+    # A text for each image is not a list, nor is each of many.
+    (root / "d.txt").touch()
+    for number in range(30):
+        (root / "train" / f"{number}.json").touch()
+    assert [path.name for path in find_lists(root)] == ["a.csv", "b.TXT"]

@@ -13,7 +13,13 @@ from torch import nn
 from convlens.data.loader import Normalize
 from convlens.device import MEMORY_FORMATS
 from convlens.engine import inference
-from convlens.engine.inference import batch_logits, loss_and_accuracy, probabilities, split_logits
+from convlens.engine.inference import (
+    Forward,
+    batch_logits,
+    probabilities,
+    split_logits,
+    validation_metrics,
+)
 from convlens.errors import ResourceError
 from convlens.models.cnn import CNN
 from helpers.support import PLAN, Memory, Split, Streamed, pictures
@@ -77,12 +83,15 @@ def test_every_image_counts_once_and_in_order(count: int) -> None:
     assert sum(counts) == 2 * count
 
 
-def test_loss_and_accuracy_by_hand() -> None:
+def test_validation_metrics_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [0.0, math.log(4)]])
-    loss, accuracy = loss_and_accuracy(logits, torch.tensor([0, 1, 1]))
+    found = validation_metrics(logits, torch.tensor([0, 1, 1]))
     expected = -(math.log(1 / 2) + math.log(1 / 4) + math.log(4 / 5)) / 3
-    assert loss == pytest.approx(expected, rel=1e-6)
-    assert accuracy == pytest.approx(2 / 3)
+    assert found["val_loss"] == pytest.approx(expected, rel=1e-6)
+    assert found["val_accuracy"] == pytest.approx(2 / 3)
+    # Predicted 0, 0, 1 for 0, 1, 1: recalls 1 and 1/2, F1 2/3 and 2/3.
+    assert found["val_balanced_accuracy"] == pytest.approx(3 / 4)
+    assert found["val_macro_f1"] == pytest.approx(2 / 3)
 
 
 def test_probabilities_are_float64_and_add_up_to_one_for_huge_logits() -> None:
@@ -180,6 +189,25 @@ def test_the_batch_size_follows_from_the_largest_layer(monkeypatch: pytest.Monke
         assert sum(counts) == 200
         assert torch.allclose(found, expected, atol=1e-5)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_measured_batch_size_gives_the_same_batches_and_attaches_no_hooks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Flatten(), nn.Linear(192, 2))
+    images = pictures(200)
+    for limit, batch in ((1536 * 64, 64), (1536 * 64 - 1, 32), (100, 1)):
+        monkeypatch.setitem(inference.MAX_ACTIVATION_BYTES, "cpu", limit)
+        expected = list(Forward(model, NORMALIZE, PLAN, total=200).outputs(images))
+        size = inference.measure_batch_size(model, images[:1], NORMALIZE, PLAN)
+        assert size == batch
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "register_forward_hook", None)
+            forward = Forward(model, NORMALIZE, PLAN, total=200, batch_size=size)
+            outputs = list(forward.outputs(images))
+        assert [len(each.logits) for each in outputs] == [len(each.logits) for each in expected]
+        for each, other in zip(outputs, expected, strict=True):
+            assert torch.equal(each.logits, other.logits)
 
 
 def test_out_of_memory_halves_the_batch_size_with_a_message(

@@ -25,6 +25,7 @@ from convlens.data.loader import Batches, Normalize
 from convlens.data.transforms import auto_augment, color, geometry, mixup, pipeline, random
 from convlens.device import Plan
 from convlens.engine import loop as engine_loop, numerics
+from convlens.engine.losses import ClassificationLoss
 from convlens.engine.numerics import make_grad_scaler
 from convlens.models import stages
 from convlens.recipe import Recipe
@@ -123,6 +124,16 @@ def network(config: Recipe, classes: int, channels: int, size: int) -> nn.Module
     return model
 
 
+def make_criterion(config: Recipe) -> nn.Module:
+    """Build the loss of a recipe; with class weights, 2 for the first class."""
+    options = config.optim
+    if options.loss == "cross_entropy":
+        return nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+    return ClassificationLoss(
+        [2.0, *[1.0] * 9], gamma=options.focal_gamma, label_smoothing=options.label_smoothing
+    )
+
+
 def count_records(config: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str = "bf16") -> int:
     """Run two epochs of two steps; fail if it synchronizes from the second step on."""
     size = config.data.image_size
@@ -143,6 +154,8 @@ def count_records(config: Recipe, monkeypatch: pytest.MonkeyPatch, precision: st
         operations = pipeline.build_pipeline(
             config.operations, image_size=size, channels=channels, classes=10
         )
+        with torch.device("cuda"):
+            criterion = make_criterion(config)
         optimizer = optim.build_optimizer(model, config.optim)
         scaler = make_grad_scaler("cuda") if precision == "fp16" else None
         feed = Batches(
@@ -156,7 +169,7 @@ def count_records(config: Recipe, monkeypatch: pytest.MonkeyPatch, precision: st
         loop = engine_loop.TrainLoop(
             model,
             optimizer,
-            nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
+            criterion,
             plan,
             clip_value=config.optim.clip_value,
             clip_norm=config.optim.clip_norm,
@@ -203,6 +216,17 @@ def test_no_optimizer_waits_for_the_device(
     changes = ["optim.clip_norm=1", "optim.clip_value=0.1", f"optim.name={name}", "optim.ema=0.9"]
     config = recipe.load_recipe("mnist", [*changes, "optim.lr=0.01", "model.dropout=0.2"])
     assert count_records(config, monkeypatch, precision) == 6
+
+
+WEIGHTED = ["optim.loss=focal", "optim.label_smoothing=0.1"]
+
+
+@pytest.mark.parametrize("augment", [[], [{"MixUp": {}}]], ids=["hard", "soft"])
+def test_the_weighted_focal_loss_does_not_wait_for_the_device(
+    augment: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe.load_recipe("mnist", WEIGHTED).replace(augment=augment)
+    assert count_records(config, monkeypatch) == 6
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
@@ -273,7 +297,7 @@ def count_records_on_gpu(config: Recipe, plan: Plan) -> int:
     loop = engine_loop.TrainLoop(
         model,
         optimizer,
-        nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
+        make_criterion(config).to("cuda"),
         plan,
         clip_value=config.optim.clip_value,
         clip_norm=config.optim.clip_norm,
@@ -316,6 +340,14 @@ def test_no_recipe_waits_for_a_real_device(name: str) -> None:
 def test_no_optimizer_waits_for_a_real_device(name: str, precision: str) -> None:
     changes = [f"optim.name={name}", "optim.clip_norm=1", "optim.clip_value=0.1", "optim.ema=0.9"]
     config = recipe.load_recipe("mnist", [*changes, "optim.lr=0.001", "model.dropout=0.2"])
+    assert count_records_on_gpu(config, Plan("cuda", precision, "channels_last")) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_weighted_focal_loss_does_not_wait_for_a_real_device(precision: str) -> None:
+    config = recipe.load_recipe("mnist", [*WEIGHTED, "optim.lr=0.001"])
+    config = config.replace(augment=[{"MixUp": {}}])
     assert count_records_on_gpu(config, Plan("cuda", precision, "channels_last")) == 5
 
 

@@ -16,6 +16,7 @@ from convlens.data import dataset
 from convlens.errors import ModelFileError, ResourceError, UsageError
 from convlens.reports.build import Report
 from convlens.run import RunDir
+from convlens.utils import notebook
 from helpers.commands import constant_model, here, refused
 from helpers.reports import HOSTILE_CLASSES, Page
 
@@ -70,6 +71,13 @@ def test_a_page_that_cannot_be_written_is_not_a_use_of_the_test_split() -> None:
     convlens.report("small")
     log = RunDir(Path("models/small")).evaluation_log()
     assert [(e["split"], e["looks"]) for e in log] == [("test", 1), ("test", 2)]
+
+
+def test_report_is_short_and_links_to_the_page_in_notebooks(small_report: Report) -> None:
+    assert repr(small_report).startswith(f"Report('{small_report.path}', ")
+    shown = small_report._repr_html_()
+    assert notebook.link(small_report.path) in shown
+    assert notebook.paragraph(small_report.verdict) in shown
 
 
 def test_page_loads_nothing_from_elsewhere(small_report: Report) -> None:

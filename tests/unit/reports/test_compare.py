@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from convlens.metrics import newcombe_interval
+from convlens.metrics import class_means_difference, newcombe_interval
 from convlens.reports import compare
 from convlens.reports.contents import ReportContents, gather_contents
 from convlens.reports.html import Markup
@@ -40,6 +40,16 @@ def test_differences_are_counted_image_by_image() -> None:
     assert difference.p == pytest.approx(
         2 * (1 + 4) / 2**4
     )  # of four fair coins, three or more alike
+    # The recall of the only class with images: 9/10 and 7/10.
+    means = difference.class_means["balanced_accuracy"]
+    assert means.value == pytest.approx(-0.2)
+    assert (
+        means
+        == class_means_difference(labels, [0] * 9 + [1], [1] * 3 + [0] * 7, 2)["balanced_accuracy"]
+    )
+    html = compare.compare_paired(comparison)
+    assert html is not None
+    assert "balanced accuracy" in html
     assert comparison.verdict == (
         "first: 90.0% of 10 test images; not distinguishable from other (McNemar's exact test)."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,42 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_bits(
     assert stopped.metadata()["status"] == "training"
     assert len(stopped.metrics()) == (after - 1) // STEPS
     equal(finish(recipe, "stopped"), uninterrupted)
+
+
+@pytest.mark.parametrize("after", [3, STEPS + 1])
+def test_a_run_with_options_for_unequal_classes_resumes_to_the_same_bits(
+    after: int, interrupting: Interrupting
+) -> None:
+    recipe = tiny(
+        *EVERYTHING,
+        "data.balance=full",
+        "optim.class_weights={0: 5, 1: 0.5}",
+        "optim.loss=focal",
+        "train.monitor=val_macro_f1",
+    )
+    uninterrupted = finish(recipe, "whole")
+    stop(recipe, "stopped", interrupting, after)
+    equal(finish(recipe, "stopped"), uninterrupted)
+
+
+def test_checkpoints_without_the_newer_columns_resume(interrupting: Interrupting) -> None:
+    """Earlier versions had neither macro F1 nor balanced accuracy; such epochs have NaN."""
+    recipe = tiny()
+    whole = finish(recipe, "whole")
+    run_dir = stop(recipe, "stopped", interrupting, 2 * STEPS)
+    state = run_dir.state()
+    assert state is not None
+    tensors, counters = state
+    new = ("val_macro_f1", "val_balanced_accuracy")
+    rows = [{k: v for k, v in row.items() if k not in new} for row in counters["rows"]]
+    assert len(rows) == 1
+    assert len(rows[0]) < len(counters["rows"][0])
+    run_dir.save_state(tensors, {**counters, "rows": rows})
+    resumed = finish(recipe, "stopped")
+    assert [math.isnan(row["val_macro_f1"]) for row in resumed.metrics()] == [True, False, False]
+    for old, row in zip(whole.metrics(), resumed.metrics(), strict=True):
+        assert old["val_loss"] == row["val_loss"]
+        assert old["val_macro_f1"] == row["val_macro_f1"] or row["epoch"] == 1
 
 
 def test_a_run_stopped_repeatedly_resumes_to_the_same_bits(

@@ -110,9 +110,18 @@ def trained(name: str, *overrides: str) -> tuple[TrainingJob, list[dict[str, flo
     return job, rows
 
 
-def test_training_on_cached_features_gives_the_same_results() -> None:
-    cached, cached_rows = trained("cached")
-    uncached, uncached_rows = trained("plain", "train.cache_trunk=false")
+UNEQUAL = (
+    "data.balance=full",
+    "optim.class_weights={circle: 3}",
+    "optim.loss=focal",
+    "train.epochs=2",
+)
+
+
+@pytest.mark.parametrize("options", [(), UNEQUAL], ids=["", "unequal"])
+def test_training_on_cached_features_gives_the_same_results(options: tuple[str, ...]) -> None:
+    cached, cached_rows = trained("cached", *options)
+    uncached, uncached_rows = trained("plain", "train.cache_trunk=false", *options)
     assert cached.inputs.cached_bytes > 0
     assert cached.inputs.model is not cached.model
     assert uncached.inputs.cached_bytes == 0

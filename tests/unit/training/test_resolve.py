@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,41 @@ def test_all_invalid_keys_and_values_are_reported_with_suggestions() -> None:
         assert text in error.value.what
 
 
+@pytest.mark.parametrize("images", [np.zeros((3, 8, 8)), [1, 2], None, 3, b"digits"])
+def test_images_in_memory_are_refused_with_what_to_use(images: Any) -> None:
+    for call in (
+        lambda: resolve.resolve_recipe(images),
+        lambda: resolve.resolve_recipe_or_run(images),
+        lambda: resolve.resolve_variants(images, "all"),
+        lambda: resolve.resolve_recipe("digits", data=images if images is not None else 3),
+    ):
+        with pytest.raises(UsageError, match="neither a recipe nor a data set") as error:
+            call()
+        assert "convlens.ImageClassifier().fit(images, labels)" in error.value.fix
+        assert "one folder per class" in error.value.fix
+
+
+def test_a_null_byte_in_a_name_is_refused() -> None:
+    for call in (
+        lambda: resolve.resolve_recipe("a\0*.tar"),
+        lambda: resolve.resolve_recipe("digits", data="a\0b"),
+        lambda: resolve.resolve_recipe_or_run("a\0b"),
+    ):
+        with pytest.raises(UsageError, match="null byte"):
+            call()
+
+
+def test_overrides_are_a_mapping_a_list_or_one_text() -> None:
+    texts = ["train.epochs=1"]
+    for given in ({"train.epochs": 1}, texts, tuple(texts), texts[0]):
+        assert resolve.override_texts(given) == texts
+    assert resolve.override_texts(()) == []
+    for wrong in (np.array([0, 1]), [0, 1], None, ["a=1", 2]):
+        with pytest.raises(UsageError, match="overrides must be texts") as error:
+            resolve.override_texts(wrong)  # type: ignore[arg-type]
+        assert "ImageClassifier" in error.value.fix
+
+
 def test_data_overrides_need_no_section() -> None:
     config = resolve.resolve_data_config("shapes", ["count=40", "data.image_size=16"])
     assert (config.name, config.count, config.image_size) == ("shapes", 40, 16)
@@ -129,3 +165,11 @@ def test_python_values_become_overrides() -> None:
 def test_a_python_value_that_is_not_a_setting_is_refused() -> None:
     with pytest.raises(UsageError, match=r"optim\.lr"):
         resolve.to_overrides({"optim.lr": object()})
+
+
+def test_an_exponent_without_the_focal_loss_is_refused() -> None:
+    resolve.validate_recipe(recipe.load_recipe("digits"))
+    focal = ["optim.loss=focal", "optim.focal_gamma=1.5"]
+    resolve.validate_recipe(recipe.load_recipe("digits", focal))
+    with pytest.raises(UsageError, match=r"optim\.focal_gamma=1\.5 has no effect"):
+        resolve.validate_recipe(recipe.load_recipe("digits", focal[1:]))

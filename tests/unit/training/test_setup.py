@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from convlens.data.dataset import Data
 from convlens.distributed import SINGLE_PROCESS, ProcessGroup
+from convlens.engine.losses import ClassificationLoss
 from convlens.errors import DataError, UsageError
-from convlens.recipe import load_recipe, resolve_auto
+from convlens.recipe import Recipe, load_recipe, resolve_auto
 from convlens.run import Preprocessing
 from convlens.runtime import RuntimeContext
 from convlens.training.setup import (
     InitialState,
     _check_batch_size,
     _sample_images,
+    build_criterion,
     build_network,
     build_training_job,
 )
@@ -36,6 +39,65 @@ def initial_weights(*overrides: str) -> dict[str, Tensor]:
 
 
 # Recipes
+
+
+def unequal(*overrides: str) -> tuple[Recipe, Data]:
+    """Return a recipe and 80 digits; six labels of `8` were changed to 0, 1, ..., 5."""
+    recipe = tiny(*overrides)
+    data = images_of(tiny())
+    labels = data.train.labels.clone()
+    rare = (labels == 8).nonzero().flatten()[:6]
+    labels[rare] = torch.arange(6)
+    return recipe, replace(data, train=replace(data.train, labels=labels))
+
+
+def test_automatic_class_weights_by_hand() -> None:
+    recipe, data = unequal("optim.class_weights=auto")
+    counts = [9, 9, 9, 9, 9, 9, 8, 8, 2, 8]
+    assert torch.bincount(data.train.labels).tolist() == counts
+    loss = build_criterion(recipe, data)
+    assert loss.weights.tolist() == pytest.approx([80 / (10 * n) for n in counts])
+    # n / (K n_c) of the images that an epoch draws.
+    roots = [math.sqrt(n) for n in counts]
+    loss = build_criterion(recipe.replace(**{"data.balance": "sqrt"}), data)
+    assert loss.weights.tolist() == pytest.approx([sum(roots) / (10 * root) for root in roots])
+    loss = build_criterion(recipe.replace(**{"data.balance": "full"}), data)
+    assert loss.weights.tolist() == pytest.approx([1.0] * 10)
+
+
+def test_named_class_weights_have_a_mean_of_one_over_the_training_images() -> None:
+    recipe, data = unequal("optim.class_weights={8: 4, '0': 0.5}")
+    loss = build_criterion(recipe, data)
+    mean = (9 * 0.5 + 2 * 4 + 69) / 80
+    assert loss.weights.tolist() == pytest.approx([0.5 / mean, *[1 / mean] * 7, 4 / mean, 1 / mean])
+
+
+def test_the_validation_and_test_images_do_not_change_the_class_weights() -> None:
+    recipe, data = unequal("optim.class_weights=auto")
+    expected = build_criterion(recipe, data).weights
+    val = replace(data.val, labels=torch.zeros_like(data.val.labels))
+    sealed = replace(data, val=val, _test=lambda: pytest.fail("the test split was opened"))
+    assert torch.equal(build_criterion(recipe, sealed).weights, expected)
+
+
+def test_unknown_classes_of_weights_are_refused_with_close_matches() -> None:
+    recipe, data = unequal("optim.class_weights={glas: 2}")
+    named = replace(data, classes=("glass", *map(str, range(9))))
+    with pytest.raises(UsageError, match="classes that 'digits' does not have: glas") as caught:
+        build_criterion(recipe, named)
+    assert caught.value.fix == "did you mean glass?"
+    with pytest.raises(UsageError) as caught:
+        build_criterion(recipe, data)
+    assert caught.value.fix.startswith("its classes are: 0, 1, 2")
+
+
+def test_recipes_without_the_options_keep_the_loss_of_torch() -> None:
+    loss = build_criterion(*unequal("optim.label_smoothing=0.1"))
+    assert type(loss) is torch.nn.CrossEntropyLoss
+    assert loss.label_smoothing == 0.1
+    focal = build_criterion(*unequal("optim.loss=focal", "optim.focal_gamma=1.5"))
+    assert isinstance(focal, ClassificationLoss)
+    assert (focal.gamma, focal.weights) == (1.5, None)
 
 
 def test_auto_values_are_resolved() -> None:

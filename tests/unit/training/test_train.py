@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from convlens import device, evaluation, optim, serialization
+from convlens.analysis.compare import compare
 from convlens.cli import main
 from convlens.data.dataset import load_data
 from convlens.data.decode import Conversion
@@ -23,7 +24,7 @@ from convlens.device import Plan
 from convlens.errors import Diverged, ResourceError, UsageError
 from convlens.prediction import predict
 from convlens.recipe import load_recipe
-from convlens.run import RunDir, load_model
+from convlens.run import VALIDATION_COLUMNS, RunDir, load_model
 from convlens.runtime import RuntimeContext
 from convlens.training import autotune, train as training_train
 from convlens.training.checkpoint import BestEpoch
@@ -59,7 +60,8 @@ class Scripted:
                 self.weights[record.epoch] = {k: v.clone() for k, v in state.items()}
             row = real(job, record, flag, seconds=seconds)
             loss = losses[record.epoch - 1]
-            return {**row, "val_loss": loss, "val_accuracy": 1 - loss}
+            higher_is_better = dict.fromkeys(VALIDATION_COLUMNS, 1 - loss)
+            return {**row, **higher_is_better, "val_loss": loss}
 
         monkeypatch.setattr(training_train, "_validate", validate)
 
@@ -72,7 +74,7 @@ def finish(*overrides: str, epochs: int) -> RunDir:
 
 
 @pytest.mark.parametrize("average", ["optim.ema=0.8", "optim.ema=null"])
-@pytest.mark.parametrize("monitor", ["val_loss", "val_accuracy"])
+@pytest.mark.parametrize("monitor", VALIDATION_COLUMNS)
 def test_the_weights_of_the_best_epoch_are_kept(
     monitor: str, average: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +89,8 @@ def test_the_weights_of_the_best_epoch_are_kept(
         "rule": f"best {monitor}",
         "val_loss": 0.3,
         "val_accuracy": 0.7,
+        "val_macro_f1": 0.7,
+        "val_balanced_accuracy": 0.7,
     }
     assert run_dir.metadata()["kept_epoch"] == 3
 
@@ -158,6 +162,8 @@ def test_the_metrics_of_the_kept_epoch_match_the_model_file(average: str) -> Non
     result = evaluation.evaluate(run_dir, "val", device="cpu", quiet=True)
     assert result.loss == pytest.approx(best["val_loss"], rel=1e-5)
     assert result.accuracy == pytest.approx(best["val_accuracy"], rel=1e-6)
+    assert result.macro_f1 == pytest.approx(best["val_macro_f1"], rel=1e-6)
+    assert result.balanced_accuracy == pytest.approx(best["val_balanced_accuracy"], rel=1e-6)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
 
@@ -335,7 +341,7 @@ def sensor_images(root: Path) -> Path:
     for name, value in (("cold", 2000), ("warm", 2040)):
         (root / name).mkdir(parents=True)
         for number in range(20):
-            values = value + random.integers(-9, 10, (16, 16))
+            values = value + random.normal(0, 4, (16, 16)).round()
             Image.fromarray(values.astype(np.uint16)).save(root / name / f"{number}.png")
     return root
 
@@ -347,8 +353,8 @@ def test_the_value_range_is_found_recorded_and_used_to_predict(
     overrides = (f"data={{name: {folder}}}", "train.epochs=20", "train.batch_size=8")
     run_dir = train(*overrides, quiet=False)
     low, high = run_dir.recipe().data.range
-    assert 1991 <= low <= 1995
-    assert 2045 <= high <= 2049
+    assert 1980 < low < 1994
+    assert 2046 < high < 2060
     loaded = load_model(run_dir.model_path)
     assert loaded.preprocessing.value_range == (low, high)
     messages = capsys.readouterr().err
@@ -357,6 +363,16 @@ def test_the_value_range_is_found_recorded_and_used_to_predict(
     assert evaluation.evaluate(run_dir, "test", device="cpu").accuracy == 1
     predicted = predict(run_dir, [folder / "cold" / "1.png", folder / "warm" / "1.png"])
     assert [each.label for each in predicted] == ["cold", "warm"]
+
+
+def test_runs_whose_ranges_were_found_are_seeds_of_one_recipe() -> None:
+    overrides = (f"data={{name: {sensor_images(Path('set'))}}}", "train.epochs=1")
+    runs = [train(*overrides, f"data.seed={seed}", name=f"seed{seed}") for seed in (0, 1)]
+    runs.append(train(*overrides, "data.range=[1900, 2100]", name="given"))
+    ranges = {load_model(run_dir.model_path).preprocessing.value_range for run_dir in runs}
+    assert len(ranges) == 3
+    groups = compare(*runs, device="cpu").groups
+    assert [len(group.members) for group in groups] == [2, 1]
 
 
 def test_an_interrupted_run_of_an_earlier_version_keeps_its_conversion() -> None:
