@@ -157,7 +157,8 @@ class Evaluation:
         low, high = self.interval95
         summary = (
             f"{self.run}: {_accuracy_name(vars(self))} {self.accuracy:.2%} "
-            f"(95% interval {low:.2%} to {high:.2%}, n = {self.n:,}), loss {self.loss:.4f}, calibration error {self.ece:.3f}"
+            f"(95% interval {low:.2%} to {high:.2%}, n = {self.n:,}), loss {self.loss:.4f}, "
+            f"calibration error {self.ece:.3f}"
         )
         keys = ("precision", "recall", "f1")
         rows = [

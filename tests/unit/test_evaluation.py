@@ -113,7 +113,7 @@ def test_an_evaluation_is_short_and_shows_a_table_in_notebooks(model: RunDir) ->
     low, high = result.interval95
     assert (low, high) == pytest.approx(wilson_interval(result.correct, 8))
     assert repr(result) == (
-        f"Evaluation({model.name!r}, 'test', accuracy {result.accuracy:.2%} "
+        f"Evaluation({model.name!r}, 'all', accuracy {result.accuracy:.2%} "
         f"({low:.2%} to {high:.2%}), n = 8)"
     )
     page = result._repr_html_()
