@@ -23,6 +23,7 @@ from tables.speed import (
 )
 from tables.trust import chaos, saving
 from tables.unequal import unequal_classes
+from tables.unknown import unknown_images
 from tables.words import where
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,6 +56,7 @@ SECTIONS = {
     "looking": looking,
     "attribution": attribution,
     "unequal-classes": unequal_classes,
+    "unknown-images": unknown_images,
 }
 
 

@@ -334,6 +334,8 @@ def differences(one: RunDir, other: RunDir) -> list[str]:
     found += _tensor_differences("the model", weights, other_weights)
     if model["chosen"] != other_model["chosen"]:
         found.append(f"the chosen epoch: {other_model['chosen']} for {model['chosen']}")
+    if model.get("calibration") != other_model.get("calibration"):
+        found.append("the calibration")
     state, other_state = (run.state() for run in runs)
     if state is None or other_state is None:
         found.append("no final state")

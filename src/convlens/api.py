@@ -175,12 +175,23 @@ class Run(RunHandle):
         *,
         data: str | Path | DataConfig | None = None,
         tta: str | None = None,
+        min_accuracy: float | None = None,
+        confidence: float = 0.95,
+        prediction_set: float | None = None,
         device: str | None = None,
         quiet: bool = True,
     ) -> Evaluation:
         """Evaluate the model; see `convlens.evaluate`."""
         return evaluation.evaluate(
-            self.run_dir, split, data=data, tta=tta, device=device, quiet=quiet
+            self.run_dir,
+            split,
+            data=data,
+            tta=tta,
+            min_accuracy=min_accuracy,
+            confidence=confidence,
+            prediction_set=prediction_set,
+            device=device,
+            quiet=quiet,
         )
 
     def predict(
@@ -189,6 +200,9 @@ class Run(RunHandle):
         *,
         top_k: int = 1,
         tta: str | None = None,
+        min_accuracy: float | None = None,
+        confidence: float = 0.95,
+        prediction_set: float | None = None,
         channels: str | None = None,
         range: ValueRange | None = None,
         device: str | None = None,
@@ -199,7 +213,15 @@ class Run(RunHandle):
         The model is loaded by the first call and kept for the next ones, as `open` does.
         """
         return self._predictor(device).predict(
-            inputs, top_k=top_k, tta=tta, channels=channels, range=range, quiet=quiet
+            inputs,
+            top_k=top_k,
+            tta=tta,
+            min_accuracy=min_accuracy,
+            confidence=confidence,
+            prediction_set=prediction_set,
+            channels=channels,
+            range=range,
+            quiet=quiet,
         )
 
     def export(

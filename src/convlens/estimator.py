@@ -24,6 +24,7 @@ from convlens.prediction import all_probabilities
 from convlens.run import LoadedModel, RunDir, load_model
 from convlens.runtime import RuntimeContext
 from convlens.training import resolve, train
+from convlens.training.calibrate import calibrate_model
 from convlens.training.resolve import validate_recipe
 from convlens.training.setup import build_training_job
 from convlens.utils.console import quiet_mode
@@ -119,6 +120,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             job = build_training_job(recipe, data, context)
             with run_dir.lock():
                 train.fit(job, run_dir)
+                calibrate_model(job, run_dir)
             self.model_: LoadedModel = load_model(run_dir.model_path)
             self.history_ = run_dir.metrics()
         self.n_features_in_ = int(np.prod(images.shape[1:]))

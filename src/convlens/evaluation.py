@@ -74,6 +74,8 @@ from convlens.run import (
     safe_name,
     shared_run_dir,
 )
+from convlens.uncertainty.calibration import as_percent
+from convlens.uncertainty.promises import Promises
 from convlens.utils import files, notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 
@@ -104,12 +106,20 @@ class Evaluation:
         near_ties: number of images whose two likeliest classes are so close that another device,
             batch size or file format may decide otherwise; `correct` and `confusion` can differ by
             at most these.
-        loss: mean cross-entropy in nats.
+        loss: mean cross-entropy in nats, of the network without the temperature.
         ece: expected calibration error.
+        ece_uncalibrated: the same without the temperature.
+        temperature: the logits are divided by it for all probabilities; 1 if none was fitted.
         tta: None, or the metrics with test-time augmentation: `views` (their name), `accuracy`,
             `interval95`, `correct`, `macro_f1`, `balanced_accuracy`, `loss`, `ece`, the numbers of
             images `gained` and `lost`, and `p` of McNemar's exact test. All other attributes are
             without it.
+        selective: None, or what `min_accuracy` gives on this split: the promise (`min_accuracy`,
+            `confidence`), the `threshold` (None if every image is unsure), the number of images
+            `answered`, `coverage`, `correct`, `accuracy` of the answers and its `interval95`.
+        sets: None, or what `prediction_set` gives on this split: the requested `coverage`, the
+            lowest probability in a set (`threshold`), the share `covered` of sets with the true
+            class and its `interval95`, the `mean_size` and the share of `single` classes.
         looks: how often this split has been evaluated, this time included; for the test split, how
             often it has been used.
         images_per_second: speed of the whole pass, test-time augmentation included.
@@ -131,11 +141,15 @@ class Evaluation:
     near_ties: int
     loss: float
     ece: float
+    ece_uncalibrated: float
+    temperature: float
     top5: float | None
     per_class: dict[str, dict[str, Any]]
     confusion: list[list[int]]
     classes: list[str]
     tta: dict[str, Any] | None
+    selective: dict[str, Any] | None
+    sets: dict[str, Any] | None
     looks: int
     images_per_second: float
     data_fingerprint: str
@@ -187,6 +201,33 @@ class Evaluation:
             f"(McNemar's exact {p})"
         )
 
+    def selective_sentence(self) -> str:
+        """Say what share of the images is answered, and how well; empty without `min_accuracy`."""
+        if self.selective is None:
+            return ""
+        r = self.selective
+        accuracy, confidence = as_percent(r["min_accuracy"]), as_percent(r["confidence"])
+        promise = f"at least {accuracy} accuracy with {confidence} confidence"
+        if not r["answered"]:
+            return f"for {promise} no image is answered: all {self.n:,} are unsure"
+        low, high = r["interval95"]
+        return (
+            f"for {promise}, {r['answered']:,} of {self.n:,} images are answered "
+            f"({r['coverage']:.1%}), {r['accuracy']:.2%} of them correctly (95% interval "
+            f"{low:.2%} to {high:.2%})"
+        )
+
+    def sets_sentence(self) -> str:
+        """Say how often prediction sets contain the class; empty without `prediction_set`."""
+        if self.sets is None:
+            return ""
+        r, (low, high) = self.sets, self.sets["interval95"]
+        return (
+            f"prediction sets for {as_percent(r['coverage'])} coverage: {r['covered']:.2%} contain "
+            f"the class (95% interval {low:.2%} to {high:.2%}), {r['mean_size']:.2f} classes on "
+            f"average, {r['single']:.1%} a single one"
+        )
+
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
@@ -199,6 +240,9 @@ def evaluate(
     *,
     data: str | Path | DataConfig | None = None,
     tta: str | None = None,
+    min_accuracy: float | None = None,
+    confidence: float = 0.95,
+    prediction_set: float | None = None,
     device: str | None = None,
     quiet: bool = True,
     own_data: Data | None = None,
@@ -217,12 +261,14 @@ def evaluate(
             evaluated.
         tta: test-time augmentation, `flip` or `flip+shifts`. Its metrics are reported in addition
             to those without it. Only for classes that a mirror image does not change.
+        min_accuracy, confidence, prediction_set: as in `predict`; what they give on this split is
+            reported in addition.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
         quiet: show no progress and no warnings.
         own_data: the data set of the run, if the caller has loaded it already.
 
     Raises:
-        UsageError: unknown run, split or views.
+        UsageError: unknown run, split or views, or too few validation images for a promise.
         DataError: the images changed or moved since training, a class that the model does not
             know, or a split that the other data set does not have.
 
@@ -235,12 +281,20 @@ def evaluate(
     run_dir = shared_run_dir(process_group, lambda: as_run_dir(run))
     loaded = load_model_or_onnx(run_dir.model_path)
     device = loaded.select_device(device)
+    # Before an image is read: a promise that cannot be made costs no use of the test split.
+    promises = Promises.of(loaded.calibration, min_accuracy, confidence, prediction_set)
     with quiet_mode(quiet):
         with process_group.local_rank_zero_first():
             eval_split = load_eval_split(loaded, split, data=data, device=device, own_data=own_data)
         check_same_images(process_group, eval_split.name, eval_split.fingerprint)
         result = evaluate_split(
-            run_dir, loaded, eval_split, device, tta=tta, process_group=process_group
+            run_dir,
+            loaded,
+            eval_split,
+            device,
+            tta=tta,
+            promises=promises,
+            process_group=process_group,
         )
         return log_evaluation(run_dir, result.evaluation, process_group)
 
@@ -464,12 +518,14 @@ def evaluate_split(
     device: str,
     *,
     tta: str | None = None,
+    promises: Promises | None = None,
     draw: bool = True,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> EvaluationRun:
     """Evaluate all images of a split. The caller logs the result (`log_evaluation`).
 
     Args:
+        promises: thresholds whose effect on this split is reported.
         draw: also draw confusion, calibration and the worst mistakes.
         process_group: the processes that share the images.
     """
@@ -479,7 +535,8 @@ def evaluate_split(
     outputs, labels = _compute_outputs(loaded, part, split, plan, can_choose, tta, process_group)
     seconds = time.perf_counter() - start
     scores, targets = outputs.logits.cpu().numpy(), labels.cpu().numpy()
-    summary = metrics.summarize(scores, targets, list(loaded.classes))
+    temperature = loaded.calibration.temperature
+    summary = metrics.summarize(scores, targets, list(loaded.classes), temperature)
     result: dict[str, Any] = {
         "run": run_dir.name,
         "split": split,
@@ -488,7 +545,9 @@ def evaluate_split(
         **metrics.class_means_intervals(targets, scores.argmax(1), len(loaded.classes)),
         "top5": summary.get("top5"),
         "classes": list(loaded.classes),
-        "tta": _tta_metrics(tta, outputs, targets, loaded.classes),
+        "temperature": temperature,
+        "tta": _tta_metrics(tta, outputs, targets, loaded.classes, temperature),
+        **(promises or Promises()).measure(scores, temperature, targets),
         "images_per_second": round(len(targets) / seconds, 1),
         "data_fingerprint": fingerprint,
         "model_sha256": loaded.model_metadata["sha256"],
@@ -501,12 +560,13 @@ def evaluate_split(
     # Reports show the outputs of the model file, not those of an exported one.
     is_cached = own and eval_split.in_order and loaded.is_native
     if is_cached and process_group.is_main_process:
-        cached = CachedPredictions(scores, targets, split_hash(part, loaded.classes))
+        images = split_hash(part, loaded.classes)
+        cached = CachedPredictions(scores, targets, images, temperature)
         save_predictions(run_dir, split, fingerprint, loaded.model_metadata["sha256"], cached)
     of = "test" if split == ALL_IMAGES else split  # in names of files: they are tested
     label = split if own else f"{of}-{safe_name(Path(name).name)}"
     if draw and process_group.is_main_process:
-        run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes)
+        run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes, temperature)
     fields = {key: result[key] for key in Evaluation.__dataclass_fields__}
     low, high = result["interval95"]
     evaluation = Evaluation(**{**fields, "interval95": (low, high)})
@@ -562,11 +622,15 @@ def sentence(result: Mapping[str, Any]) -> str:
     copies = ""
     if result.get("trained_on"):
         copies = f"{result['trained_on']:,} of {result['n']:,} were training images; "
+    # Earlier versions had no temperature.
+    before = result.get("ece_uncalibrated", result["ece"])
+    changed = f"{before:.3f}" != f"{result['ece']:.3f}"
+    uncalibrated = f" ({before:.3f} before calibration)" if changed else ""
     line = (
         f"{escape(_accuracy_name(result))} [bold]{result['accuracy']:.2%}[/] "
         f"({copies}95% interval {low:.2%} to {high:.2%}, n = {result['n']:,}), "
         f"{_class_means_text(result)}"
-        f"loss {result['loss']:.4f}, calibration error {result['ece']:.3f}"
+        f"loss {result['loss']:.4f}, calibration error {result['ece']:.3f}{uncalibrated}"
     )
     if result["split"] == "test" and result.get("own"):
         line += f"; test set used {times(result['looks'])}"
@@ -638,20 +702,24 @@ def _compute_outputs(
         )[0]
 
     with progress_bar(f"evaluating {split}", int(part.labels.numel())) as bar:
-        plain, mean = distributed_map(process_group, part, compute)
+        plain, mean, _ = distributed_map(process_group, part, compute)
         assert plain is not None
         synchronize(plan.device)
     return ModelOutputs(plain, mean), part.labels.to(plan.device)
 
 
 def _tta_metrics(
-    tta: str | None, outputs: ModelOutputs, targets: np.ndarray, classes: Sequence[str]
+    tta: str | None,
+    outputs: ModelOutputs,
+    targets: np.ndarray,
+    classes: Sequence[str],
+    temperature: float,
 ) -> dict[str, Any] | None:
     """Return the metrics with test-time augmentation, compared with the predictions without it."""
     if outputs.tta_logits is None:
         return None
     plain, mean = outputs.logits.cpu().numpy(), outputs.tta_logits.cpu().numpy()
-    summary = metrics.summarize(mean, targets, classes)
+    summary = metrics.summarize(mean, targets, classes, temperature)
     gained, lost, p = metrics.paired_counts(targets, plain.argmax(1), mean.argmax(1))
     shared = {key: summary[key] for key in TTA_KEYS}
     return {"views": tta, **shared, "gained": gained, "lost": lost, "p": p}
@@ -661,19 +729,21 @@ class CachedPredictions(NamedTuple):
     """Logits float32 `[N, K]` and labels int64 `[N]` of a split, in the model's order of classes.
 
     `images` is the `split_hash` of the split. Two models with equal hashes were evaluated on the
-    same images, whatever their image size and training data. `total` is the number of images that
-    a sample was drawn from; 0 for a complete split.
+    same images, whatever their image size and training data. `temperature` is that of the model;
+    the logits are those of the network. `total` is the number of images that a sample was drawn
+    from; 0 for a complete split.
     """
 
     logits: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     images: str
+    temperature: float = 1.0
     total: int = 0
 
     @property
     def probs(self) -> metrics.Floats:
-        """Probabilities `[N, K]`."""
-        return metrics.softmax(self.logits)
+        """Probabilities `[N, K]`, with the temperature."""
+        return metrics.softmax(self.logits, self.temperature)
 
 
 def save_predictions(
@@ -694,6 +764,7 @@ def save_predictions(
     metadata = {
         "split": split,
         "images": predictions.images,
+        "temperature": predictions.temperature,
         "data_fingerprint": fingerprint,
         "model_sha256": model_sha256,
         **({"total": predictions.total} if predictions.total else {}),
@@ -722,6 +793,7 @@ def load_predictions(
             tensors["logits"].numpy(),
             tensors["labels"].numpy(),
             metadata["images"],
+            float(metadata.get("temperature", 1.0)),
             int(metadata.get("total", 0)),
         )
     except (ModelFileError, KeyError):  # damaged or of another version: they are computed again

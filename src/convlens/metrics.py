@@ -53,9 +53,13 @@ class AccuracyDifference(NamedTuple):
     p: float | None
 
 
-def softmax(logits: npt.ArrayLike) -> Floats:
-    """Return probabilities [N, K] in float64; logits may have any finite size."""
-    shifted = _shift_to_zero(_check_logits(logits))
+def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """Return probabilities [N, K] in float64; logits may have any finite size.
+
+    Args:
+        temperature: the logits are divided by it first (`uncertainty.temperature`).
+    """
+    shifted = _shift_to_zero(_check_logits(logits), temperature)
     np.exp(shifted, out=shifted)
     shifted /= shifted.sum(axis=1, keepdims=True)
     return shifted
@@ -91,16 +95,19 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     return low, high
 
 
-def cross_entropy(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+def cross_entropy(logits: npt.ArrayLike, labels: npt.ArrayLike, temperature: float = 1.0) -> float:
     """Return the mean of -log p(label), in nats."""
-    return float(np.mean(_losses_and_confidences(*_check_outputs(logits, labels))[0]))
+    matrix, targets = _check_outputs(logits, labels)
+    return float(np.mean(_losses_and_confidences(matrix, targets, temperature)[0]))
 
 
-def _losses_and_confidences(logits: npt.NDArray[Any], targets: Ints) -> tuple[Floats, Floats]:
+def _losses_and_confidences(
+    logits: npt.NDArray[Any], targets: Ints, temperature: float = 1.0
+) -> tuple[Floats, Floats]:
     """Return -log p(label), in nats, and the highest probability of each image."""
     losses, confidences = np.empty(len(targets)), np.empty(len(targets))
-    for rows in _chunks(logits):
-        shifted = _shift_to_zero(logits[rows])
+    for rows in row_chunks(logits):
+        shifted = _shift_to_zero(logits[rows], temperature)
         target_logits = shifted[np.arange(len(shifted)), targets[rows]]
         sums = np.exp(shifted, out=shifted).sum(axis=1)
         losses[rows] = np.log(sums) - target_logits
@@ -118,7 +125,7 @@ def top_k(logits: npt.ArrayLike, labels: npt.ArrayLike, k: int) -> float:
     if not 1 <= k <= matrix.shape[1]:
         raise UsageError(f"k must be between 1 and {matrix.shape[1]} classes, got {k}")
     is_hit = np.empty(len(targets), np.bool_)
-    for rows in _chunks(matrix):
+    for rows in row_chunks(matrix):
         chunk, classes = matrix[rows], targets[rows][:, None]
         target_logits = np.take_along_axis(chunk, classes, axis=1)
         is_tied_before = (chunk == target_logits) & (np.arange(matrix.shape[1]) < classes)
@@ -135,7 +142,7 @@ def near_ties(logits: npt.ArrayLike, within: float = NEAR_TIE) -> int:
     if matrix.shape[1] < 2:
         return 0
     count = 0
-    for rows in _chunks(matrix):
+    for rows in row_chunks(matrix):
         second, first = np.partition(matrix[rows], -2, axis=1)[:, -2:].T.astype(np.float64)
         count += int(np.sum(first - second < within))
     return count
@@ -338,9 +345,16 @@ def class_means_intervals(
 
 
 def summarize(
-    logits: npt.ArrayLike, labels: npt.ArrayLike, classes: Sequence[str]
+    logits: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    classes: Sequence[str],
+    temperature: float = 1.0,
 ) -> dict[str, Any]:
-    """Return all metrics of an evaluation of a labeled split, ready for JSON."""
+    """Return all metrics of an evaluation of a labeled split, ready for JSON.
+
+    The loss is that of the network, without the temperature, so that it can be compared with the
+    losses of its training. `ece` is that of the probabilities with it, `ece_uncalibrated` without.
+    """
     matrix, targets = _check_outputs(logits, labels)
     count = len(classes)
     if matrix.shape[1] != count:
@@ -361,7 +375,11 @@ def summarize(
     if count > 5:
         summary["top5"] = top_k(matrix, targets, 5)
     binned = _bin_confidences(confidences, preds == targets, CALIBRATION_BINS)
-    summary["ece"] = _calibration_error(*binned)
+    summary["ece"] = summary["ece_uncalibrated"] = _calibration_error(*binned)
+    if temperature != 1:
+        confidences = _losses_and_confidences(matrix, targets, temperature)[1]
+        binned = _bin_confidences(confidences, preds == targets, CALIBRATION_BINS)
+        summary["ece"] = _calibration_error(*binned)
     summary["per_class"] = dict(zip(classes, per_class(table), strict=True))
     summary["confusion"] = table.tolist()
     return summary
@@ -554,16 +572,18 @@ def holm_adjust(values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _chunks(matrix: npt.NDArray[Any]) -> Iterator[slice]:
+def row_chunks(matrix: npt.NDArray[Any]) -> Iterator[slice]:
     """Yield slices of rows: in float64, 50,000 images of 1,000 classes would take 400 MB."""
     step = max(1, _CHUNK_LOGITS // matrix.shape[1])
     return (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
-def _shift_to_zero(matrix: npt.NDArray[Any]) -> Floats:
+def _shift_to_zero(matrix: npt.NDArray[Any], temperature: float = 1.0) -> Floats:
     """Return a float64 copy whose rows have the maximum 0, so that `exp` can't overflow."""
     shifted = matrix.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
+    if temperature != 1:
+        shifted /= temperature
     return shifted
 
 

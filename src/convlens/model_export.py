@@ -217,7 +217,9 @@ class ReferenceOutputs:
         plan = place_model(loaded.model, "cpu")
         forward = Forward(loaded.model, loaded.preprocessing.normalize, plan, total=len(images))
         outputs = [each.logits for each in forward.outputs(images)]
-        self.logits = torch.cat(outputs).numpy().astype(np.float64)
+        # As in the exported graph.
+        temperature = loaded.calibration.temperature
+        self.logits = torch.cat(outputs).numpy().astype(np.float64) / temperature
         self.probs = metrics.softmax(self.logits)
         self.largest = float(np.abs(self.logits).max())
         self.tolerance = LOGIT_TOLERANCE * max(1.0, self.largest)
@@ -355,14 +357,18 @@ class Format(NamedTuple):
 class Exportable(nn.Module):
     """A network with its normalization, for uint8 pixels as the decoder returns them.
 
-    Maps uint8 `[N, C, S, S]` to logits and probabilities, float32 `[N, K]`.
+    Maps uint8 `[N, C, S, S]` to calibrated logits, i.e. those of the network divided by the
+    temperature, and to probabilities, their softmax; float32 `[N, K]`.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self, model: nn.Module, mean: list[float], std: list[float], temperature: float = 1.0
+    ) -> None:
         super().__init__()
+        self.temperature = temperature
         self.model = copy.deepcopy(model).requires_grad_(False)
         scale, shift = scale_and_shift(mean, std, 255.0, "cpu")
         self.register_buffer("scale", scale)
@@ -371,6 +377,8 @@ class Exportable(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         logits = self.model(images.float() * self.scale + self.shift)
+        if self.temperature != 1:
+            logits = logits / self.temperature
         return dict(zip(OUTPUTS, (logits, logits.softmax(1)), strict=True))
 
 
@@ -381,7 +389,7 @@ def capture(loaded: LoadedModel) -> Any:
         ModelFileError: torch cannot capture this network.
     """
     pre = loaded.preprocessing
-    model = Exportable(loaded.model.cpu(), pre.mean, pre.std)
+    model = Exportable(loaded.model.cpu(), pre.mean, pre.std, loaded.calibration.temperature)
     images = torch.zeros(2, pre.channels, pre.image_size, pre.image_size, dtype=torch.uint8)
     shapes = {"images": {0: torch.export.Dim("N", min=1)}}
     with _translating("torch.export"):
@@ -402,11 +410,12 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
         "classes": list(loaded.classes),
         "input": f"{INPUT}: uint8 {shape}, 0 to 255, any N. {_describe_decoding(pre)} "
         "Nothing else: scaling and normalization are inside.",
-        "outputs": f"{OUTPUTS[0]} and {OUTPUTS[1]} (their softmax): float32 "
-        f"[N, {len(loaded.classes)}], in the order of `classes`",
+        "outputs": _describe_outputs(loaded),
         "preprocessing": pre.to_dict(),
         "at_once": reference.max_batch_size,
         "proof": reference.conditions(),
+        # The graph divides by its temperature already.
+        "calibration": loaded.calibration.to_metadata(),
         # Needed by `evaluate`.
         "card": {
             key: loaded.model_metadata[key]
@@ -414,6 +423,15 @@ def describe(loaded: LoadedModel, reference: ReferenceOutputs) -> dict[str, Any]
             if key in loaded.model_metadata
         },
     }
+
+
+def _describe_outputs(loaded: LoadedModel) -> str:
+    temperature = loaded.calibration.temperature
+    calibrated = f" (divided by the temperature {temperature:.4g})" if temperature != 1 else ""
+    return (
+        f"{OUTPUTS[0]}{calibrated} and {OUTPUTS[1]} (their softmax): float32 "
+        f"[N, {len(loaded.classes)}], in the order of `classes`"
+    )
 
 
 def _describe_decoding(pre: Preprocessing) -> str:

@@ -27,6 +27,7 @@ from convlens.device import Plan, num_threads
 from convlens.errors import ModelFileError, UsageError
 from convlens.run import LoadedModel, Preprocessing, load_model
 from convlens.serialization import NO_HASH, digest_around
+from convlens.uncertainty.calibration import ModelCalibration
 from convlens.utils.files import cannot_read
 
 ONNX_SUFFIX = ".onnx"
@@ -114,6 +115,12 @@ def onnx_model(content: bytes, path: Path) -> ExportedModel:
         ):
             raise TypeError("recipe or data fingerprint of another type")
         max_batch_size = max(1, min(256, int(metadata["at_once"])))
+        # Files of earlier versions have none.
+        calibration = (
+            ModelCalibration.from_metadata(_parse_json(metadata, "calibration", dict))
+            if "calibration" in metadata
+            else ModelCalibration()
+        )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
         newer = serialization.is_newer_version(metadata.get("convlens"))
@@ -123,8 +130,10 @@ def onnx_model(content: bytes, path: Path) -> ExportedModel:
             fix="update convlens: a newer one wrote it" if newer else EXPORT_AGAIN,
         ) from error
     image = (pre.channels, pre.image_size, pre.image_size)
-    model = OnnxNetwork(content, str(path), image, len(classes), max_batch_size)
-    return ExportedModel(model.eval(), classes, pre, model_metadata, path.parent)
+    model = OnnxNetwork(
+        content, str(path), image, len(classes), max_batch_size, calibration.temperature
+    )
+    return ExportedModel(model.eval(), classes, pre, model_metadata, path.parent, calibration)
 
 
 def _parse_json(metadata: dict[str, str], key: str, kind: type) -> Any:
@@ -262,13 +271,15 @@ def list_messages(message: Any) -> Iterator[Any]:
 class OnnxNetwork(nn.Module):
     """A verified ONNX file as a module: pixels 0..255 `[B, C, S, S]` to logits float32 `[B, K]`.
 
-    Runs on the CPU with as many threads as torch.
+    Runs on the CPU with as many threads as torch. The graph divides the logits by the temperature;
+    this module multiplies them again, so that they are those of the original network.
 
     Args:
         data: the file's bytes, which `verify` has accepted.
         image: `(C, S, S)` according to the metadata.
         classes: the number of classes according to the metadata.
         max_batch_size: larger batches are split.
+        temperature: by which the graph divides the logits.
 
     Raises:
         ModelFileError: onnxruntime cannot run it, or inputs or outputs do not match the metadata.
@@ -282,9 +293,11 @@ class OnnxNetwork(nn.Module):
         image: tuple[int, int, int],
         classes: int,
         max_batch_size: int,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.where, self.max_batch_size = where, max_batch_size
+        self.temperature = temperature
         runtime = require("onnxruntime")
         runtime.disable_telemetry_events()
         options = runtime.SessionOptions()
@@ -315,7 +328,7 @@ class OnnxNetwork(nn.Module):
             )
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and probabilities of uint8 images, in one batch."""
+        """Return logits and probabilities, the outputs of the graph, for one batch of images."""
         try:
             logits, probs = self.session.run(
                 list(OUTPUTS), {INPUT: np.ascontiguousarray(images.numpy())}
@@ -326,7 +339,8 @@ class OnnxNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         parts = images.to(device="cpu", dtype=torch.uint8).split(self.max_batch_size)
-        return torch.cat([self.outputs(part)[0] for part in parts]).to(images.device)
+        logits = torch.cat([self.outputs(part)[0] for part in parts]).to(images.device)
+        return logits * self.temperature if self.temperature != 1 else logits
 
 
 def _signature(values: list[Any]) -> list[tuple[str, str, list[Any]]]:

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ from convlens.engine.inference import Forward, place_model, probabilities
 from convlens.errors import UsageError
 from convlens.onnx_model import load_model_or_onnx
 from convlens.run import LoadedModel, Preprocessing, RunLike, as_run_dir
+from convlens.uncertainty.promises import Promises
 from convlens.utils import notebook
 from convlens.utils.console import print_status, progress_bar, quiet_mode
 from convlens.utils.process import submit_task, wait_for_result
@@ -54,20 +55,30 @@ class Prediction:
         top: classes with their probabilities, the most probable first; empty after an error.
         error: the reason why the file could not be read.
         tta_top: as `top`, with test-time augmentation. `label`, `prob` and `top` are without it.
+        unsure: whether the confidence is too low for `min_accuracy`; then `label` and `prob` are
+            None.
+        prediction_set: classes of the set with the requested coverage, the most probable first;
+            None if none was requested.
+        unlike: whether the image is unlike the training images; None if the model cannot tell.
+        unlike_score: how far its score is above the threshold; `unlike` if positive.
     """
 
     filename: str
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
     tta_top: tuple[tuple[str, float], ...] = ()
+    unsure: bool = False
+    prediction_set: tuple[str, ...] | None = None
+    unlike: bool | None = None
+    unlike_score: float | None = None
 
     @property
     def label(self) -> str | None:
-        return self.top[0][0] if self.top else None
+        return self.top[0][0] if self.top and not self.unsure else None
 
     @property
     def prob(self) -> float | None:
-        return self.top[0][1] if self.top else None
+        return self.top[0][1] if self.top and not self.unsure else None
 
     @property
     def tta_label(self) -> str | None:
@@ -95,6 +106,9 @@ def predict(
     *,
     top_k: int = 1,
     tta: str | None = None,
+    min_accuracy: float | None = None,
+    confidence: float = 0.95,
+    prediction_set: float | None = None,
     channels: str | None = None,
     range: ValueRange | None = None,
     device: str | None = None,
@@ -120,6 +134,11 @@ def predict(
         top_k: number of classes to return for each image.
         tta: test-time augmentation, `flip` or `flip+shifts`. Its predictions are returned in
             addition to those without it. Only for classes that a mirror image does not change.
+        min_accuracy: answer only images of such confidence that this share of the answers is
+            correct; the others are `unsure`. For images like those of the validation split.
+        confidence: the probability that this promise holds.
+        prediction_set: also return sets of classes that contain the true one for this share of
+            images like those of the validation split.
         channels: which axis of an array's images holds the channels: `first`, `last`, or `none`
             for grey images. Needed if a shape can be read in two ways, e.g. `(3, 64, 64)`: one
             color image, or three grey ones.
@@ -130,7 +149,7 @@ def predict(
 
     Raises:
         UsageError: unknown run or views, something that is not an image, an image without pixels,
-            or an array that can be read in two ways.
+            an array that can be read in two ways, or too few validation images for a promise.
         DataError: a pattern or folder without images.
 
     A file or stream that cannot be decoded gives a `Prediction` with `error` set.
@@ -140,9 +159,17 @@ def predict(
     """
     sources = collect_inputs(inputs, channels=channels)
     loaded = load_model_or_onnx(as_run_dir(run).model_path)
+    promises = Promises.of(loaded.calibration, min_accuracy, confidence, prediction_set)
     return list(
         iter_predictions(
-            loaded, sources, top_k=top_k, tta=tta, value_range=range, device=device, quiet=quiet
+            loaded,
+            sources,
+            top_k=top_k,
+            tta=tta,
+            promises=promises,
+            value_range=range,
+            device=device,
+            quiet=quiet,
         )
     )
 
@@ -168,6 +195,8 @@ class Predictor:
         with preserve_torch_settings():
             self._threads = torch.get_num_threads()
             self._plan = place_model(loaded.model, loaded.select_device(device))
+        if _uses_features(loaded):
+            inference.prepare_head_inputs(loaded.model)
         # Measured once: `Forward` would attach hooks, which other threads would see.
         with preserve_torch_settings(self._plan.device):
             self._batch_size = inference.measure_batch_size(
@@ -197,6 +226,9 @@ class Predictor:
         *,
         top_k: int = 1,
         tta: str | None = None,
+        min_accuracy: float | None = None,
+        confidence: float = 0.95,
+        prediction_set: float | None = None,
         channels: str | None = None,
         range: ValueRange | None = None,
         quiet: bool = True,
@@ -204,6 +236,8 @@ class Predictor:
         """Classify images; arguments, result and errors are those of `convlens.predict`."""
         sources = collect_inputs(inputs, channels=channels)
         total = count_images(sources)
+        calibration = self._loaded.calibration
+        promises = Promises.of(calibration, min_accuracy, confidence, prediction_set)
         is_trial = self._loaded.can_choose_memory_format and total >= inference.MIN_TRIAL_IMAGES
         forward = Forward(
             # A copy, since the memory format changes and other threads may be using the model.
@@ -214,6 +248,7 @@ class Predictor:
             total=total,
             batch_size=None if is_trial else self._batch_size,
             choose_memory_format=is_trial,
+            with_features=_uses_features(self._loaded),
         )
         return list(
             _iter_predictions(
@@ -221,6 +256,7 @@ class Predictor:
                 sources,
                 forward,
                 check_range(range),
+                promises,
                 top_k=top_k,
                 quiet=quiet,
                 settings=self._settings,
@@ -283,6 +319,7 @@ def iter_predictions(
     *,
     top_k: int = 1,
     tta: str | None = None,
+    promises: Promises | None = None,
     value_range: ValueRange | None = None,
     device: str | None = None,
     quiet: bool = False,
@@ -294,6 +331,7 @@ def iter_predictions(
         inputs: as `collect_inputs` returns them; or paths of files.
         value_range: the `range` of `predict`.
         top_k, tta, device, quiet: as in `predict`.
+        promises: thresholds for answers and sets of this model.
 
     Raises:
         UsageError: unknown views, or an array that does not hold images.
@@ -309,6 +347,7 @@ def iter_predictions(
         views=views,
         total=count_images(sources),
         choose_memory_format=loaded.can_choose_memory_format,
+        with_features=_uses_features(loaded),
     )
     if views is not None:
         with quiet_mode(quiet):
@@ -320,6 +359,7 @@ def iter_predictions(
         sources,
         forward,
         check_range(value_range),
+        promises or Promises(),
         top_k=top_k,
         quiet=quiet,
         settings=lambda: preserve_torch_settings(plan.device),
@@ -331,6 +371,7 @@ def _iter_predictions(
     inputs: Inputs,
     forward: Forward,
     value_range: ValueRange | None,
+    promises: Promises,
     *,
     top_k: int,
     quiet: bool,
@@ -349,15 +390,67 @@ def _iter_predictions(
             readable = [image for _, image, _ in batch if image is not None]
             # Not around the loop: the caller's code runs between two predictions.
             with settings():
-                probs, tta_probs = _probabilities(readable, loaded, forward)
-            top, tta_top = _top_classes(probs, k, loaded), _top_classes(tta_probs, k, loaded)
+                outputs = _run_network(readable, loaded, forward)
+            answers = iter(_answers(outputs, k, loaded, promises))
             for filename, image, error in batch:
                 if image is None:
                     yield Prediction(filename, error=error)
                 else:
-                    yield Prediction(filename, next(top), tta_top=next(tta_top, ()))
+                    yield replace(next(answers), filename=filename)
             if bar is not None:
                 bar.advance(len(batch))
+
+
+def _uses_features(loaded: LoadedModel) -> bool:
+    detector = loaded.calibration.detector
+    return detector is not None and detector.uses_features
+
+
+def _answers(
+    outputs: BatchOutputs, k: int, loaded: LoadedModel, promises: Promises
+) -> Iterator[Prediction]:
+    """Yield the prediction for each row of a batch, without its file name."""
+    probs = outputs.probs
+    top, tta_top = _top_classes(probs, k, loaded), _top_classes(outputs.tta_probs, k, loaded)
+    unsure = promises.unsure(probs).tolist()
+    sets = _set_classes(probs, loaded, promises)
+    scores = _outlier_scores(outputs, loaded)
+    for row in range(len(probs)):
+        score = None if scores is None else float(scores[row])
+        yield Prediction(
+            "",
+            next(top),
+            tta_top=next(tta_top, ()),
+            unsure=unsure[row],
+            prediction_set=None if sets is None else sets[row],
+            unlike=None if score is None else score > 0,
+            unlike_score=score,
+        )
+
+
+def _set_classes(
+    probs: np.ndarray, loaded: LoadedModel, promises: Promises
+) -> list[tuple[str, ...]] | None:
+    """Return the classes in the set of each row, the most probable first; None if not requested."""
+    if promises.coverage is None:
+        return None
+    inside, order = promises.sets(probs), np.argsort(-probs, axis=1, kind="stable")
+    return [
+        tuple(loaded.classes[i] for i in ranked if inside[row, i])
+        for row, ranked in enumerate(order.tolist())
+    ]
+
+
+def _outlier_scores(outputs: BatchOutputs, loaded: LoadedModel) -> np.ndarray | None:
+    """Return how far the score of each row is above the threshold; None if there is none."""
+    calibration = loaded.calibration
+    if calibration.detector is None or not len(outputs.logits):
+        return None
+    scored = calibration.detector.scores(outputs.logits, calibration.temperature, outputs.features)
+    if scored is None:
+        return None
+    scores, threshold = scored
+    return np.asarray(scores - threshold)
 
 
 def _top_classes(
@@ -481,21 +574,38 @@ def _fit_batch(
     return conversion.array(pixels)
 
 
-def _probabilities(
-    images: Sequence[Pixels], loaded: LoadedModel, forward: Forward
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return probabilities `[N, K]` without and with test-time augmentation (unused: no rows)."""
+class BatchOutputs(NamedTuple):
+    """Outputs for some images: logits `[N, K]`, probabilities without and with TTA, features."""
+
+    logits: npt.NDArray[np.float32]
+    probs: npt.NDArray[np.float64]
+    tta_probs: npt.NDArray[np.float64]  # no rows if it is not used
+    features: npt.NDArray[np.float32] | None
+
+
+def _run_network(images: Sequence[Pixels], loaded: LoadedModel, forward: Forward) -> BatchOutputs:
     if not len(images):
         none = np.empty((0, len(loaded.classes)))
-        return none, none
+        return BatchOutputs(none.astype(np.float32), none, none, None)
     # Joining a single array or tensor would take as long as a small layer. The copy is writable;
     # torch warns of other arrays.
     batch = images[0][None].copy() if len(images) == 1 else np.stack(images)
     outputs = list(forward.outputs(torch.from_numpy(batch)))
-    logits = [each.logits for each in outputs]
-    plain = probabilities(logits[0] if len(logits) == 1 else torch.cat(logits))
+    temperature = loaded.calibration.temperature
+    logits = _join([each.logits for each in outputs])
+    probs = probabilities(logits, temperature)
     augmented = [each.tta_logits for each in outputs if each.tta_logits is not None]
-    return plain, probabilities(torch.cat(augmented)) if augmented else plain[:0]
+    features = [each.features for each in outputs if each.features is not None]
+    return BatchOutputs(
+        logits.numpy(),
+        probs,
+        probabilities(_join(augmented), temperature) if augmented else probs[:0],
+        _join(features).numpy() if features else None,
+    )
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))).cpu()
 
 
 @preserve_torch_settings()
@@ -512,5 +622,5 @@ def all_probabilities(
     parts = [np.empty((0, len(loaded.classes)))]
     for start in range(0, len(images), MAX_BATCH_IMAGES):
         pixels = _fit_batch(images[start : start + MAX_BATCH_IMAGES], pre.conversion, None)
-        parts.append(_probabilities(list(pixels), loaded, forward)[0])
+        parts.append(_run_network(list(pixels), loaded, forward).probs)
     return np.concatenate(parts)

@@ -284,6 +284,10 @@ class TrainConfig(Section):
     cache_trunk: bool = True
     views: Annotated[int, Field(gt=0, le=1000)] | None = None
     deterministic: bool = False
+    # After the last epoch, the temperature, outputs for a half of the validation images, and
+    # features of up to 2,000 training images are stored in the model file; `without_features`:
+    # all but the features, the largest part.
+    calibrate: bool | Literal["without_features"] = True
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -29,7 +29,7 @@ import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,7 @@ from convlens.errors import (
 )
 from convlens.recipe import Recipe, load_recipe
 from convlens.serialization import CheckpointStore
+from convlens.uncertainty.calibration import ModelCalibration
 from convlens.utils import files
 
 MODELS_DIR = Path("models")
@@ -152,6 +153,7 @@ class LoadedModel:
         model: in eval mode.
         classes: names, in the order of the outputs.
         folder: of the model file; the other files of its run may be there.
+        calibration: temperature, held-out outputs and features that the file stores.
     """
 
     model: nn.Module
@@ -159,6 +161,7 @@ class LoadedModel:
     preprocessing: Preprocessing
     model_metadata: dict[str, Any]
     folder: Path | None = None
+    calibration: ModelCalibration = field(default_factory=ModelCalibration)
 
     @property
     def can_choose_memory_format(self) -> bool:
@@ -280,6 +283,14 @@ class RunDir:
         """Write a state dict with its metadata; return the SHA-256 of the file."""
         return serialization.write_model_file(self.model_path, weights, model_metadata)
 
+    def add_calibration(self, calibration: ModelCalibration) -> None:
+        """Write the model file again with what was fitted to its outputs; the weights stay."""
+        tensors, model_metadata = serialization.read_model_file(self.model_path)
+        reference = calibration.detector.reference if calibration.detector else None
+        if reference is not None:
+            tensors[serialization.REFERENCE_FEATURES] = torch.from_numpy(reference)
+        self.save_model(tensors, {**model_metadata, "calibration": calibration.to_metadata()})
+
     # -- log ------------------------------------------------------------------------------
 
     def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
@@ -399,7 +410,8 @@ def load_model(path: Path) -> LoadedModel:
         ModelFileError: the file is damaged or not written by convlens, or its weights do not fit
             the network it names.
     """
-    tensors, model_metadata = serialization.read_model_file(path)
+    tensors, model_metadata = serialization.read_all_tensors(path)
+    features = tensors.pop(serialization.REFERENCE_FEATURES, None)
     try:
         preprocessing = Preprocessing(**model_metadata["preprocessing"])
         if not preprocessing.conversion.is_valid:
@@ -410,6 +422,9 @@ def load_model(path: Path) -> LoadedModel:
         with torch.random.fork_rng(devices=[]):  # the random initial weights are replaced
             model = models.build_model(name, len(classes), *shape, options)
         models.load_weights(model, tensors)
+        calibration = ModelCalibration.from_metadata(
+            model_metadata.get("calibration", {}), None if features is None else features.numpy()
+        )
     except (KeyError, TypeError, ValueError, RuntimeError, UsageError) as error:
         reason, version = " ".join(str(error).split())[:160], model_metadata.get("convlens", "?")
         update = "update: " if serialization.is_newer_version(version) else ""
@@ -418,7 +433,8 @@ def load_model(path: Path) -> LoadedModel:
             where=str(path),
             fix=f"{update}it was written by convlens {version}",
         ) from error
-    return LoadedModel(model.eval(), classes, preprocessing, model_metadata, Path(path).parent)
+    folder = Path(path).parent
+    return LoadedModel(model.eval(), classes, preprocessing, model_metadata, folder, calibration)
 
 
 def find_run(name: str | Path, models_folder: Path | None = None) -> RunDir:
@@ -696,6 +712,8 @@ class ReadOnlyRunDir(RunDir):
 
     def save_model(self, weights: Mapping[str, Tensor], model_metadata: Mapping[str, Any]) -> str:
         return ""
+
+    def add_calibration(self, calibration: ModelCalibration) -> None: ...
 
     def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None: ...
 

@@ -59,21 +59,27 @@ def plot_training(
 
 
 def plot_evaluation(
-    run_dir: RunDir, label: str, split: Split, logits: np.ndarray, classes: Sequence[str]
+    run_dir: RunDir,
+    label: str,
+    split: Split,
+    logits: np.ndarray,
+    classes: Sequence[str],
+    temperature: float = 1.0,
 ) -> None:
     """Draw confusion, calibration and the worst mistakes of one evaluation of a split.
 
     Args:
         label: part of the file names, e.g. `test`.
         logits: `[N, K]` in the order of `split`, whose labels are in the model's order.
+        temperature: the logits are divided by it for the probabilities.
     """
     if figures_disabled():
         return
     from convlens import plots
 
     targets = split.labels.numpy()
-    probs = metrics.softmax(logits)
-    preds = probs.argmax(1)
+    probs = metrics.softmax(logits, temperature)
+    preds = logits.argmax(1)
     title = f"{run_dir.name}, {label}"
     table = metrics.confusion_matrix(targets, preds, len(classes))
     _save_plot(run_dir, f"confusion-{label}", plots.confusion(table, classes, title))
@@ -90,6 +96,21 @@ def plot_evaluation(
             f"{title}: worst mistakes",
         )
         _save_plot(run_dir, f"worst-{label}", figure)
+
+
+def plot_risk_coverage(run_dir: RunDir, label: str, coverage: np.ndarray, risk: np.ndarray) -> None:
+    """Draw the error rate among the most confident images of a split.
+
+    Args:
+        label: part of the file name, e.g. `test`.
+        coverage, risk: as `uncertainty.selective.risk_coverage_curve` returns them.
+    """
+    if figures_disabled():
+        return
+    from convlens import plots
+
+    figure = plots.risk_coverage(coverage, risk, f"{run_dir.name}, {label}")
+    _save_plot(run_dir, f"risk-coverage-{label}", figure)
 
 
 def plot_data_sheet(report: Audit) -> Path:

@@ -34,6 +34,9 @@ from convlens.version import __version__
 
 METADATA_KEY = "convlens"
 MODEL_FORMAT = 1
+# Tensors in a model file that are not weights: vectors for `uncertainty.outliers`.
+AUXILIARY_PREFIX = "convlens."
+REFERENCE_FEATURES = f"{AUXILIARY_PREFIX}reference_features"
 NO_HASH = "0" * 64
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of safetensors itself
 # The names of dtypes in safetensors (github.com/huggingface/safetensors, README, "Format").
@@ -121,7 +124,17 @@ def _file_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the metadata of a file written by `write_model_file`.
+    """Return the weights and the metadata of a file written by `write_model_file`.
+
+    Tensors that are not weights are left out; see `read_all_tensors`, also for the errors.
+    """
+    tensors, metadata = read_all_tensors(path)
+    weights = {k: v for k, v in tensors.items() if not k.startswith(AUXILIARY_PREFIX)}
+    return weights, metadata
+
+
+def read_all_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all tensors and the metadata of a file written by `write_model_file`.
 
     Raises:
         ModelFileError: the file is missing, truncated, changed in any byte, of another format, has

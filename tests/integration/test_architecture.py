@@ -24,7 +24,7 @@ ROOT = Path(convlens.__file__).parent
 # A module imports only from its own level or lower ones. A package counts as one entry.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors", "version"),
-    1: ("utils", "metrics", "models"),
+    1: ("utils", "metrics", "models", "uncertainty"),
     2: ("recipe", "device", "distributed", "plots"),
     3: ("data", "optim", "serialization", "runtime"),
     4: ("engine", "run"),

@@ -267,6 +267,7 @@ DRAWN: dict[str, Callable[..., Figure]] = {
     "learning_rate": lambda draw: draw(HISTORY["epoch"], HISTORY["lr"], "x"),
     "confusion": lambda draw: draw(np.eye(3, dtype=np.int64), ["a", "b", "c"], "x"),
     "reliability": lambda draw: draw([0.5, 0.9], [0.4, 1.0], [3, 4], 0.1),
+    "risk_coverage": lambda draw: draw([0.5, 1.0], [0.0, 0.1], "x"),
     "accuracy_bars": lambda draw: draw(["a", "b"], [0.5, 0.6], [(0.4, 0.6), (0.5, 0.7)]),
     "contact_sheet": lambda draw: draw(SHEET, ["a", "b", "c"], "x"),
     "augmented_batch": lambda draw: draw(SHEET, SHEET, "x"),

@@ -177,12 +177,15 @@ def compare_all_interfaces(run: Run, data: Data) -> None:
 
     preds = {interface: rows.argmax(1) for interface, rows in probs.items()}
     ranked = np.sort(np.log(np.maximum(probs["all"], 1e-300)), axis=1)
-    near = ranked[:, -1] - ranked[:, -2] < NEAR_TIE
+    # Probabilities are those of the logits divided by the temperature, the loss is without it.
+    temperature = own["temperature"]
+    near = temperature * (ranked[:, -1] - ranked[:, -2]) < NEAR_TIE
     assert int(near.sum()) == own["near_ties"] == by_files["near_ties"]
     for interface, rows in probs.items():
         assert not (preds[interface] != preds["all"])[~near].any(), interface
         np.testing.assert_allclose(rows, probs["all"], rtol=0, atol=1e-5, err_msg=interface)
-        loss = -float(np.log(rows[np.arange(len(labels)), labels]).mean())
+        logits = temperature * np.log(np.maximum(rows, 1e-300))
+        loss = metrics.cross_entropy(logits, labels)
         for result in (own, by_files, python):
             assert loss == pytest.approx(result["loss"], abs=1e-6), interface
             table = metrics.confusion_matrix(labels, preds[interface], k)

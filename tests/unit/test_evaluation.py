@@ -18,6 +18,7 @@ from convlens.errors import DataError, ModelFileError, UsageError
 from convlens.metrics import wilson_interval
 from convlens.recipe import load_recipe
 from convlens.run import RunDir
+from convlens.uncertainty.calibration import ModelCalibration, ReservedOutputs
 from helpers.commands import COLORS, DIGITS, Done, constant_model, here, picture, pictures, refused
 from helpers.shards import tar
 
@@ -32,6 +33,10 @@ KEYS = {
     "interval95",
     "loss",
     "ece",
+    "ece_uncalibrated",
+    "temperature",
+    "selective",
+    "sets",
     "top5",
     "per_class",
     "confusion",
@@ -421,3 +426,48 @@ def test_python_raises_the_same(small: Path) -> None:
 def test_an_invalid_memory_budget_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVLENS_MEMORY", "lots")
     refused(evaluate("small"), 2, "CONVLENS_MEMORY", "64MB")
+
+
+def test_temperature_changes_the_calibration_error_but_not_accuracy_and_loss(
+    model: RunDir,
+) -> None:
+    root = pictures(Path("set"), {"blue": 2, "green": 3, "red": 5})
+    before = Run(model).evaluate(data=root)
+    model.add_calibration(ModelCalibration(temperature=4.0))
+    after = Run(model).evaluate(data=root)
+    for key in ("correct", "confusion", "loss", "near_ties", "per_class"):
+        assert getattr(before, key) == getattr(after, key), key
+    # Every image gets softmax(0, 2, 1), or softmax(0, 0.5, 0.25).
+    green = math.exp(2) / (1 + math.exp(2) + math.exp(1))
+    cooler = math.exp(0.5) / (1 + math.exp(0.5) + math.exp(0.25))
+    assert (before.temperature, after.temperature) == (1, 4)
+    assert before.ece == before.ece_uncalibrated == pytest.approx(green - 0.3, abs=1e-6)
+    assert after.ece_uncalibrated == before.ece
+    assert after.ece == pytest.approx(cooler - 0.3, abs=1e-6)
+    out = here("evaluate", model.path, "--data", root).out
+    assert f"calibration error {after.ece:.3f} ({before.ece:.3f} before calibration)" in out
+
+
+def test_promises_are_measured_on_the_split(model: RunDir) -> None:
+    root = pictures(Path("set"), {"blue": 2, "green": 3, "red": 5})
+    options = ("--min-accuracy", "80%", "--prediction-set", "50%")
+    refused(
+        here("evaluate", model.path, "--data", root, *options), 2, "needs held-out images", "80%"
+    )
+    assert model.evaluation_log() == []  # a promise that cannot be made uses no split
+    # The confidence of this model, 0.665, is that of its reserved images.
+    confidences = np.full(40, 0.6)
+    reserved = ReservedOutputs(confidences, confidences, np.ones(40, bool), candidates=1)
+    model.add_calibration(ModelCalibration(reserved=reserved))
+    done = here("evaluate", model.path, "--data", root, *options, "--json")
+    selective, sets = done.json["selective"], done.json["sets"]
+    assert selective["threshold"] == 0.6
+    assert (selective["answered"], selective["correct"]) == (10, 3)
+    assert (selective["coverage"], selective["accuracy"]) == (1, 0.3)
+    # Sets of classes of at least 0.6: `green` only, which 3 of 10 images are.
+    assert sets["covered"] == 0.3
+    assert (sets["mean_size"], sets["single"]) == (1, 1)
+    out = here("evaluate", model.path, "--data", root, *options).out
+    assert "for at least 80% accuracy with 95% confidence, 10 of 10 images are answered" in out
+    assert "prediction sets for 50% coverage: 30.00% contain the class" in out
+    assert here("evaluate", model.path, "--data", root, "--json").json["selective"] is None

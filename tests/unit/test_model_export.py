@@ -23,7 +23,8 @@ from convlens.data.dataset import load_data, load_external_data
 from convlens.data.decode import decode
 from convlens.model_export import FORMATS, MAX_IMAGES, ReferenceOutputs
 from convlens.recipe import load_recipe
-from convlens.run import LoadedModel, Preprocessing, load_model
+from convlens.run import LoadedModel, Preprocessing, RunDir, load_model
+from convlens.uncertainty.calibration import ModelCalibration, OutlierDetector, ReservedOutputs
 from helpers.commands import (
     DIGITS,
     command,
@@ -262,6 +263,13 @@ def close(first: Any, second: Any) -> None:
         assert first == second
 
 
+def _without_unlike(predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in entry.items() if not key.startswith("unlike")}
+        for entry in predictions
+    ]
+
+
 def test_predict_with_the_onnx_file_equals_predict_with_the_run(small: Path) -> None:
     photographs()
     Path("in/broken.png").write_bytes(b"GIF89a, cut short")
@@ -269,7 +277,10 @@ def test_predict_with_the_onnx_file_equals_predict_with_the_run(small: Path) -> 
     ours, theirs = (here("predict", what, *arguments) for what in (small, small / "model.onnx"))
     assert ours.code == theirs.code == 3  # one file can't be read
     assert len(ours.json["predictions"]) == 44
-    close(ours.json, theirs.json)
+    # Only the run has features: the scores of unknown images differ.
+    for entry in (*ours.json["predictions"], *theirs.json["predictions"]):
+        assert ("error" in entry) != ("unlike" in entry)
+    close(*(_without_unlike(done.json["predictions"]) for done in (ours, theirs)))
     for style in ("csv", "table"):
         lines = [
             here("predict", what, "in/00.png", "in/broken.png", "--format", style).out.splitlines()
@@ -431,3 +442,50 @@ def test_every_network_can_be_exported(network: str) -> None:
     for node in onnx.load("net.onnx").graph.node:
         assert node.op_type not in ("Dropout",)
         assert not [a for a in node.attribute if a.name == "training_mode" and a.i]
+
+
+def test_the_graph_is_calibrated_and_its_file_keeps_the_promises(small: Path) -> None:
+    run_dir, temperature = RunDir(small), 3.0
+    native = load_model(run_dir.model_path).calibration
+    uncalibrated = by_hand(small, validation(small))
+    confidences = np.linspace(0.5, 1, 80)
+    reserved = ReservedOutputs(confidences, confidences, confidences > 0.6, candidates=1)
+    detector = OutlierDetector(-2.0, 0.5, 1, np.ones((2, 32), np.float16))
+    run_dir.add_calibration(ModelCalibration(temperature, 80, reserved, detector))
+    done = here("export", "small", "--to", "onnx,torch", "--json")
+    assert done.code == 0, done.err
+    assert "divided by the temperature 3" in done.json["exports"][0]["outputs"]
+    images = validation(small)
+    logits, probs = session(small / "model.onnx").run(None, {"images": images.numpy()})
+    np.testing.assert_allclose(logits, uncalibrated / temperature, atol=1e-4)
+    program = torch.export.load(small / "model.pt2").module()
+    np.testing.assert_allclose(program(images)["logits"].numpy(), logits, atol=1e-4)
+    assert (logits.argmax(1) == uncalibrated.argmax(1)).all()
+    ours, theirs = (
+        convlens.predict(path, images.numpy(), top_k=10, min_accuracy=0.9, prediction_set=0.9)
+        for path in (small, small / "model.onnx")
+    )
+    names = list("0123456789")
+    for prediction, other, row in zip(ours, theirs, probs, strict=True):
+        assert (prediction.label, prediction.unsure) == (other.label, other.unsure)
+        assert prediction.prediction_set == other.prediction_set
+        expected = dict(prediction.top)
+        assert [dict(other.top)[name] for name in names] == pytest.approx(row, abs=1e-5)
+        assert [expected[name] for name in names] == pytest.approx(row, abs=1e-5)
+    # Without features the energy decides: of the logits divided by the temperature.
+    energies = -np.log(np.exp(uncalibrated / temperature).sum(1))
+    assert [each.unlike_score for each in theirs] == pytest.approx(energies + 2, abs=1e-4)
+    first, second = (
+        here("evaluate", path, "--split", "val", "--json").json
+        for path in (small, small / "model.onnx")
+    )
+    for key in ("loss", "ece", "ece_uncalibrated", "temperature"):
+        assert first[key] == pytest.approx(second[key], abs=1e-5), key
+    assert native.reserved is not None
+
+
+def test_a_model_without_a_temperature_has_the_graph_of_earlier_versions(small: Path) -> None:
+    RunDir(small).add_calibration(ModelCalibration())
+    assert here("export", "small", "--to", "onnx").code == 0
+    operators = [node.op_type for node in onnx.load(small / "model.onnx").graph.node]
+    assert operators[-2:] == ["Gemm", "Softmax"]

@@ -27,6 +27,7 @@ from convlens.engine.inference import split_logits
 from convlens.errors import UsageError
 from convlens.prediction import Prediction, Predictor, all_probabilities, iter_predictions
 from convlens.run import RunDir, load_model
+from convlens.uncertainty.calibration import ModelCalibration, OutlierDetector, ReservedOutputs
 from helpers.commands import (
     brightness_model,
     command,
@@ -538,3 +539,156 @@ def test_a_gray_file_is_converted_to_the_channels_of_the_model(model: RunDir) ->
     path = picture(Path("grey.png"), (200,))
     assert Image.open(path).mode == "L"
     assert Run(model).predict(path)[0].label == "light"
+
+
+# Calibration, abstaining, sets and unlike images. The brightness model's logits are
+# (0, 8 * (mean - 0.5)), and its penultimate feature is the mean brightness.
+
+
+def grays(*brightness: int) -> np.ndarray:
+    return np.stack([np.full((8, 8, 3), value, np.uint8) for value in brightness])
+
+
+def probability(brightness: int, temperature: float = 1.0) -> float:
+    """Return the probability of `light`."""
+    return float(1 / (1 + np.exp(-8 * (brightness / 255 - 0.5) / temperature)))
+
+
+def calibrated(
+    model: RunDir, *, temperature: float = 1.0, detector: OutlierDetector | None = None
+) -> RunDir:
+    """Add 100 reserved images: confidences 0.50 to 0.995, those below 0.6 wrong."""
+    confidences = 0.5 + np.arange(100) / 200
+    correct = confidences >= 0.6
+    reserved = ReservedOutputs(
+        confidences, np.where(correct, confidences, 1 - confidences), correct, candidates=1
+    )
+    model.add_calibration(ModelCalibration(temperature, 100, reserved, detector))
+    return model
+
+
+def test_temperature_changes_probabilities_but_no_label(model: RunDir) -> None:
+    images = grays(10, 100, 140, 250)
+    before = Run(model).predict(images, top_k=2)
+    after = Run(calibrated(model, temperature=4.0)).predict(images, top_k=2)
+    for value, one, other in zip((10, 100, 140, 250), before, after, strict=True):
+        assert one.label == other.label
+        assert dict(one.top)["light"] == pytest.approx(probability(value), abs=1e-6)
+        assert dict(other.top)["light"] == pytest.approx(probability(value, 4), abs=1e-6)
+    probs = all_probabilities(load_model(model.model_path), images)
+    assert probs[:, 1].tolist() == [dict(each.top)["light"] for each in after]
+
+
+def test_files_without_a_calibration_predict_as_before(model: RunDir) -> None:
+    (prediction,) = Run(model).predict(grays(250))
+    assert (prediction.unlike, prediction.unlike_score) == (None, None)
+    picture(Path("a.png"), LIGHT)
+    done = here("predict", model.path, "a.png", "--format", "csv")
+    assert done.out.splitlines()[0] == "filename,label,prob,error"
+    assert set(here("predict", model.path, "a.png", "--json").json["predictions"][0]) == {
+        "filename",
+        "label",
+        "prob",
+        "top",
+    }
+
+
+def test_unsure_images_have_no_label(model: RunDir) -> None:
+    run = Run(calibrated(model))
+    # 80 of 100 reserved images are correct and above 0.6; with fewer answers none is wrong.
+    sure, unsure = run.predict(grays(250, 130), min_accuracy=0.9)
+    assert (sure.label, sure.unsure) == ("light", False)
+    assert (unsure.label, unsure.prob, unsure.unsure) == (None, None, True)
+    assert unsure.top[0][0] == "light"
+    assert not any(each.unsure for each in run.predict(grays(250, 130)))
+    # 90% confidence after 100 correct ones is less than 99.9%.
+    with pytest.raises(UsageError, match="this model has 100"):
+        run.predict(grays(250), min_accuracy=0.999)
+
+
+def test_command_abstains_and_prints_sets(model: RunDir) -> None:
+    calibrated(model)
+    for name, value in (("a.png", 250), ("b.png", 130)):
+        Image.fromarray(grays(value)[0]).save(name)
+    options = ("--min-accuracy", "90%", "--prediction-set", "0.95")
+    done = here("predict", model.path, "a.png", "b.png", *options)
+    first, second = done.out.splitlines()
+    assert first.startswith("a.png  light 97.9%")
+    assert first.endswith("{light}")
+    assert second.startswith("b.png  unsure (light 52.0%")
+    assert second.endswith("{light, dark}")
+    done = here("predict", model.path, "a.png", "b.png", *options, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    assert [row["label"] for row in rows] == ["light", ""]
+    assert [row["prob"] for row in rows] == [f"{probability(250):.6f}", ""]
+    assert [row["unsure"] for row in rows] == ["0", "1"]
+    assert [row["prediction_set"] for row in rows] == ["light", "light|dark"]
+    listed = here("predict", model.path, "a.png", "b.png", *options, "--json").json["predictions"]
+    assert [entry["label"] for entry in listed] == ["light", None]
+    assert [entry["unsure"] for entry in listed] == [False, True]
+    assert [entry["prediction_set"] for entry in listed] == [["light"], ["light", "dark"]]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--min-accuracy", "150%", "not between 0% and 100%"),
+        ("--min-accuracy", "often", "--min-accuracy often: not between"),
+        ("--prediction-set", "99.9%", "need at least 999 reserved validation images"),
+        ("--min-accuracy", "99.9%", "needs at least 2,995 reserved validation images"),
+    ],
+)
+def test_impossible_promises_are_refused(
+    option: str, value: str, message: str, model: RunDir
+) -> None:
+    calibrated(model)
+    picture(Path("a.png"), LIGHT)
+    refused(here("predict", model.path, "a.png", option, value), 2, message)
+
+
+def test_images_unlike_the_training_images_are_marked(model: RunDir) -> None:
+    """The feature is one positive number, whose direction is always the same: energy decides."""
+    reference = np.ones((3, 1), np.float16)
+    by_energy = OutlierDetector(-1.0)
+    scores = [
+        each.unlike_score
+        for each in Run(calibrated(model, detector=by_energy)).predict(grays(250, 20))
+    ]
+    # The energy of logits (0, x) is -log(1 + exp(x)).
+    expected = [1 - np.log1p(np.exp(8 * (value / 255 - 0.5))) for value in (250, 20)]
+    assert scores == pytest.approx(expected, abs=1e-5)
+    by_features = OutlierDetector(-1.0, 0.5, 2, reference)
+    found = Run(calibrated(model, detector=by_features)).predict(grays(250, 0))
+    # Black has the feature 0, which has no direction: a distance of sqrt(2).
+    assert [each.unlike for each in found] == [False, True]
+    assert found[0].unlike_score == pytest.approx(-0.5, abs=1e-3)
+    assert found[1].unlike_score == pytest.approx(np.sqrt(2) - 0.5)
+    Image.fromarray(grays(0)[0]).save("a.png")
+    done = here("predict", model.path, "a.png", "lost.png", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    assert [row["unlike"] for row in rows] == ["1", ""]
+    assert "(unlike the training images)" in here("predict", model.path, "a.png").out
+    entry = here("predict", model.path, "a.png", "--json").json["predictions"][0]
+    assert entry["unlike"] is True
+    assert entry["unlike_score"] > 0
+
+
+def test_features_come_from_the_same_forward_pass(
+    model: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    real = torch.nn.Module.__call__
+
+    def counting(module: torch.nn.Module, *arguments: object, **options: object) -> object:
+        if type(module).__name__ == "CNN":
+            passes.append(module)
+        return real(module, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", counting)
+    reference = np.ones((3, 1), np.float16)
+    calibrated(model, detector=OutlierDetector(-1.0, 0.5, 2, reference))
+    found = Run(model).predict(grays(250, 0))
+    assert len(passes) == 1
+    with_views = Run(model).predict(grays(250, 0), tta="flip")
+    assert len(passes) == 3
+    assert [each.unlike_score for each in with_views] == [each.unlike_score for each in found]

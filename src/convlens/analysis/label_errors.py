@@ -371,7 +371,10 @@ def _predict_images(
     part: Split, split: str, models: Sequence[FoldModel], device: str | None
 ) -> _SplitPredictions:
     """Predict the images of a split by the mean over the probabilities of the models."""
-    probs = [probabilities(_logits(part, split, *model, device)) for model in models]
+    probs = [
+        probabilities(_logits(part, split, run_dir, model, device), model.calibration.temperature)
+        for run_dir, model in models
+    ]
     facts = np.zeros(len(part), audit.FILE_FACTS)
     with progress_bar("looking for copies", len(part)) as bar:
         for index in torch.arange(len(part)).split(IMAGES_PER_CHUNK):

@@ -225,6 +225,24 @@ TtaOption = Annotated[
         "(shifts of 1 pixel in 32). Only for classes that mirroring does not change.",
     ),
 ]
+MinAccuracyOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Answer only where this accuracy, e.g. 95%, is promised for images like those of the "
+        "validation split; otherwise 'unsure'.",
+    ),
+]
+ConfidenceOption = Annotated[
+    str, typer.Option(metavar="SHARE", help="Probability that the promise holds.")
+]
+PredictionSetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Sets of classes that contain the true one for this share of images, e.g. 90%.",
+    ),
+]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="Name or folder of a run, or a model file.")
 ]
@@ -255,6 +273,20 @@ Figures = Annotated[
         callback=_set_figures,
     ),
 ]
+
+
+def parse_share(option: str, text: str | None) -> float | None:
+    """Return a share that is given as `95%` or `0.95`; None for None."""
+    if text is None:
+        return None
+    number = text.strip()
+    try:
+        share = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise UsageError(f"{option} {text}: not between 0% and 100%", fix=f"e.g. {option} 95%")
+    return share
 
 
 def split_commas(text: str | None) -> list[str]:

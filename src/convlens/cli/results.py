@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,9 @@ def print_evaluation(result: Evaluation, run_dir: RunDir) -> None:
     out.print(evaluation.sentence(result.to_dict()))
     if result.tta is not None:
         out.print(result.tta_sentence())
+    for line in (result.selective_sentence(), result.sets_sentence()):
+        if line:
+            out.print(line)
     _print_plots_folder(out, run_dir)
 
 
@@ -205,7 +209,18 @@ def _print_duplicates(out: Console, kind: str, duplicates: Duplicates) -> None:
         out.print(f"           ... and {hidden:,} more (--json lists the worst 100)")
 
 
-def _write_table(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
+@dataclass(frozen=True)
+class PredictionColumns:
+    """What `predict` prints for each image: `top` classes, and what was requested beside them."""
+
+    top: int
+    tta: bool = False
+    unsure: bool = False
+    sets: bool = False
+    unlike: bool = False
+
+
+def _write_table(predictions: Iterable[Prediction], columns: PredictionColumns) -> int:
     out, failed = stdout_console(), 0
     # For a file rich is not used: it takes longer to print a line than to decode a small image.
     terminal = out.is_terminal
@@ -226,28 +241,43 @@ def _write_table(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
             continue
         classes = "  ".join(
             f"{text(label)} {prob:.1%}"
-            for label, prob in (prediction.tta_top if tta else prediction.top)
+            for label, prob in (prediction.tta_top if columns.tta else prediction.top)
         )
-        without_tta = ""
-        if tta and prediction.tta_label != prediction.label:
-            without_tta = f"  (without TTA: {text(str(prediction.label))} {prediction.prob:.1%})"
-        write(f"{name}  {bold}{classes}{end}{without_tta}")
+        if prediction.unsure:
+            classes = f"unsure ({classes})"
+        notes = ""
+        if columns.tta and prediction.tta_label != prediction.label and not prediction.unsure:
+            notes += f"  (without TTA: {text(str(prediction.label))} {prediction.prob:.1%})"
+        if prediction.prediction_set is not None:
+            notes += f"  {{{', '.join(map(text, prediction.prediction_set))}}}"
+        if prediction.unlike:
+            notes += "  (unlike the training images)"
+        write(f"{name}  {bold}{classes}{end}{notes}")
     return failed
 
 
-def _write_csv(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
+def _write_csv(predictions: Iterable[Prediction], columns: PredictionColumns) -> int:
     write_utf8()
     writer = csv.writer(sys.stdout, lineterminator="\n")
+    top = columns.top
     ranks = ["", *range(2, top + 1)]
     names = [f"{kind}{rank}" for rank in ranks for kind in ("label", "prob")]
-    tta_names = [f"tta_{name}" for name in names] if tta else []
-    writer.writerow(["filename", *names, *tta_names, "error"])
+    tta_names = [f"tta_{name}" for name in names] if columns.tta else []
+    flags = [name for name in ("unsure", "unlike") if getattr(columns, name)]
+    extra = [*flags, *(["prediction_set"] if columns.sets else [])]
+    writer.writerow(["filename", *names, *tta_names, *extra, "error"])
     failed = 0
     for prediction in predictions:
         failed += prediction.error is not None
-        cells = _csv_cells(prediction.top, top)
-        if tta:
-            cells += _csv_cells(prediction.tta_top, top)
+        # The cells of an unsure prediction are empty, so that nobody reads them as an answer.
+        cells = _csv_cells(() if prediction.unsure else prediction.top, top)
+        if columns.tta:
+            cells += _csv_cells(() if prediction.unsure else prediction.tta_top, top)
+        for flag in flags:
+            value = getattr(prediction, flag)
+            cells.append("" if value is None or prediction.error else str(int(value)))
+        if columns.sets:
+            cells.append("|".join(prediction.prediction_set or ()))
         writer.writerow([prediction.filename, *cells, prediction.error or ""])
     return failed
 
@@ -258,7 +288,7 @@ def _csv_cells(classes: Sequence[tuple[str, float]], top: int) -> list[str]:
     return cells + [""] * (2 * top - len(cells))
 
 
-def _write_json(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
+def _write_json(predictions: Iterable[Prediction], columns: PredictionColumns) -> int:
     write_utf8()
     entries: list[dict[str, Any]] = []
     for prediction in predictions:
@@ -268,19 +298,25 @@ def _write_json(predictions: Iterable[Prediction], top: int, tta: bool) -> int:
         else:
             entry |= {"label": prediction.label, "prob": prediction.prob}
             entry["top"] = [{"label": label, "prob": prob} for label, prob in prediction.top]
-            if tta:
+            if columns.tta:
                 entry |= {"tta_label": prediction.tta_label, "tta_prob": prediction.tta_prob}
                 entry["tta_top"] = [
                     {"label": label, "prob": prob} for label, prob in prediction.tta_top
                 ]
+            if columns.unsure:
+                entry["unsure"] = prediction.unsure
+            if columns.unlike:
+                entry |= {"unlike": prediction.unlike, "unlike_score": prediction.unlike_score}
+            if columns.sets:
+                entry["prediction_set"] = list(prediction.prediction_set or ())
         entries.append(entry)
     sys.stdout.write(json.dumps({"predictions": entries}, ensure_ascii=False) + "\n")
     return sum("error" in entry for entry in entries)
 
 
-# Output formats of `predict`. A writer gets an iterable of predictions, the number of classes to
-# print and whether test-time augmentation was used. It returns the number of unreadable files.
-WRITERS: dict[str, Callable[[Iterable[Prediction], int, bool], int]] = {
+# Output formats of `predict`. A writer gets an iterable of predictions and what to print of each.
+# It returns the number of unreadable files.
+WRITERS: dict[str, Callable[[Iterable[Prediction], PredictionColumns], int]] = {
     "table": _write_table,
     "csv": _write_csv,
     "json": _write_json,

@@ -5,6 +5,7 @@ Also the table of several runs (variants, splits, seeds, folds) that `train` pri
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,15 +17,19 @@ from rich.table import Table as RichTable
 from convlens.cli.common import (
     DATA_HELP,
     Command,
+    ConfidenceOption,
     DataOption,
     DeviceOption,
     Figures,
     JsonOption,
+    MinAccuracyOption,
     OverridesArgument,
+    PredictionSetOption,
     RunArgument,
     Split,
     TtaOption,
     app,
+    parse_share,
     print_json,
     split_commas,
 )
@@ -143,6 +148,9 @@ def evaluate(
     split: Split = None,
     data: DataOption = None,
     tta: TtaOption = None,
+    min_accuracy: MinAccuracyOption = None,
+    confidence: ConfidenceOption = "95%",
+    prediction_set: PredictionSetOption = None,
     device: DeviceOption = None,
     figures: Figures = None,
     as_json: JsonOption = False,
@@ -162,6 +170,7 @@ def evaluate(
         convlens evaluate digits --tta flip
         convlens evaluate digits --data more-digits/
         convlens evaluate flowers --data new.csv data.images=photos
+        convlens evaluate digits --min-accuracy 95% --prediction-set 90%
     """
     from convlens import evaluation
     from convlens.cli.results import print_evaluation
@@ -178,7 +187,17 @@ def evaluate(
                 fix="add --data DATA",
             )
         config = resolve.resolve_data_config(data, overrides)
-    result = evaluation.evaluate(run_dir, split, data=config, tta=tta, device=device, quiet=False)
+    result = evaluation.evaluate(
+        run_dir,
+        split,
+        data=config,
+        tta=tta,
+        min_accuracy=parse_share("--min-accuracy", min_accuracy),
+        confidence=parse_share("--confidence", confidence) or 0.95,
+        prediction_set=parse_share("--prediction-set", prediction_set),
+        device=device,
+        quiet=False,
+    )
     if not as_json:
         print_evaluation(result, run_dir)
     print_json(as_json, result.to_dict())
@@ -201,6 +220,9 @@ def predict(
         str, typer.Option("--format", "-f", metavar="table|csv|json", help="Output format.")
     ] = "table",
     tta: TtaOption = None,
+    min_accuracy: MinAccuracyOption = None,
+    confidence: ConfidenceOption = "95%",
+    prediction_set: PredictionSetOption = None,
     device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
 ) -> None:
@@ -210,6 +232,7 @@ def predict(
         convlens predict digits a.png b.png
         convlens predict digits new/ -k 3 --format csv
         convlens predict models/digits/model.onnx a.png
+        convlens predict digits new/ --min-accuracy 95%
         find . -name '*.png' | convlens predict digits -
         curl -s https://example.org/a.png | convlens predict digits -
     """
@@ -218,10 +241,11 @@ def predict(
     if not paths and sys.stdin is not None and sys.stdin.isatty():
         raise UsageError("no image was named", fix=PREDICT_EXAMPLE)
     from convlens import onnx_model, prediction
-    from convlens.cli.results import WRITERS
+    from convlens.cli.results import WRITERS, PredictionColumns
     from convlens.data.input_images import collect_inputs, inputs_from_stdin
     from convlens.engine import inference
     from convlens.run import find_run
+    from convlens.uncertainty.promises import Promises
 
     write = lookup(WRITERS, "json" if as_json else output, "format")
     inference.select_views(tta)  # report a typo before anything is read or written
@@ -231,8 +255,25 @@ def predict(
     inputs = collect_inputs([*named, *from_stdin])
     if not inputs:
         raise UsageError("no image was named: standard input is empty", fix=PREDICT_EXAMPLE)
-    predictions = prediction.iter_predictions(loaded, inputs, top_k=top, tta=tta, device=device)
-    failed = write(predictions, top, tta is not None)
+    promises = Promises.of(
+        loaded.calibration,
+        parse_share("--min-accuracy", min_accuracy),
+        parse_share("--confidence", confidence) or 0.95,
+        parse_share("--prediction-set", prediction_set),
+    )
+    if promises.answer_from == math.inf:
+        print_status("no confidence keeps this promise on the held-out images: all are unsure")
+    predictions = prediction.iter_predictions(
+        loaded, inputs, top_k=top, tta=tta, promises=promises, device=device
+    )
+    columns = PredictionColumns(
+        top,
+        tta=tta is not None,
+        unsure=promises.min_accuracy is not None,
+        sets=promises.coverage is not None,
+        unlike=loaded.calibration.detector is not None,
+    )
+    failed = write(predictions, columns)
     if failed:
         others = "; the others were classified" if failed < len(inputs) else ""
         raise DataError(

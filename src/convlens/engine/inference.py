@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from convlens.data.loader import Labelled, Prepare, RowReader
 from convlens.device import MEMORY_FORMATS, Plan, select_device, synchronize
 from convlens.engine import oom
 from convlens.errors import lookup
+from convlens.models import model_parts
 from convlens.utils.console import print_status
 from convlens.utils.process import submit_task, wait_for_result
 
@@ -59,11 +60,22 @@ MAX_CHUNK_IMAGES = 4096
 ViewFunction = Callable[[Tensor], Iterator[tuple[float, Tensor]]]
 
 
+# The list that inputs of the head are recorded in, in this thread; None: they are not recorded.
+_head_inputs: ContextVar[list[Tensor] | None] = ContextVar("convlens_head_inputs", default=None)
+
+
 class ModelOutputs(NamedTuple):
-    """Logits float32 `[N, classes]` of the images, and their mean over all views (TTA) if any."""
+    """Outputs of a network for a batch.
+
+    Attributes:
+        logits: of the images, float32 `[N, classes]`.
+        tta_logits: their mean over all views (TTA), if any.
+        features: outputs of the penultimate layer for the images, float32 `[N, D]`, if requested.
+    """
 
     logits: Tensor
     tta_logits: Tensor | None
+    features: Tensor | None = None
 
 
 def place_model(model: nn.Module, device: str | None) -> Plan:
@@ -80,14 +92,64 @@ def batch_logits(model: nn.Module, images: Tensor, normalize: Prepare, plan: Pla
 
 @torch.inference_mode()
 def batch_outputs(
-    model: nn.Module, images: Tensor, normalize: Prepare, plan: Plan, views: ViewFunction | None
+    model: nn.Module,
+    images: Tensor,
+    normalize: Prepare,
+    plan: Plan,
+    views: ViewFunction | None,
+    *,
+    with_features: bool = False,
 ) -> ModelOutputs:
-    """Like `batch_logits`, with the mean over `views` if given."""
-    with eval_mode(model):
+    """Like `batch_logits`, with the mean over `views` if given, and with the features."""
+    with eval_mode(model), _record_head_inputs(model, with_features) as features:
         inputs = normalize(images.to(plan.device), plan)
         if views is None:
-            return ModelOutputs(model(inputs).float(), None)
-        return ModelOutputs(*average_views(model, inputs, views))
+            logits, mean = model(inputs).float(), None
+        else:
+            logits, mean = average_views(model, inputs, views)
+    # The first pass is that of the images themselves.
+    return ModelOutputs(logits, mean, features[0] if features else None)
+
+
+def has_penultimate_layer(model: nn.Module) -> bool:
+    """Return whether the features of a network, the input of its head, can be read."""
+    head = model_parts(model).head
+    return bool(head) and head in dict(model.named_modules())
+
+
+@contextmanager
+def _record_head_inputs(model: nn.Module, enabled: bool) -> Iterator[list[Tensor]]:
+    """Record the inputs of the head in each pass, float32 `[B, D]`; maps are averaged."""
+    if not enabled:
+        yield []
+        return
+    recorded: list[Tensor] = []
+    head = model.get_submodule(model_parts(model).head)
+    is_hooked = _append_head_input in head._forward_pre_hooks.values()
+    handle = None if is_hooked else head.register_forward_pre_hook(_append_head_input)
+    token = _head_inputs.set(recorded)
+    try:
+        yield recorded
+    finally:
+        _head_inputs.reset(token)
+        if handle is not None:
+            handle.remove()
+
+
+def prepare_head_inputs(model: nn.Module) -> None:
+    """Attach the hook that records features for good.
+
+    Threads that share a model need this: a hook that one thread attaches or removes changes a
+    dictionary that another may be reading. Each thread records only its own passes.
+    """
+    model.get_submodule(model_parts(model).head).register_forward_pre_hook(_append_head_input)
+
+
+def _append_head_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    recorded = _head_inputs.get()
+    if recorded is not None:
+        values = inputs[0].float()
+        recorded.append(values.flatten(2).mean(2) if values.ndim > 2 else values)
 
 
 @contextmanager
@@ -125,6 +187,7 @@ class Forward:
         batch_size: size of the batches after the first one if `measure_batch_size` has determined
             it; then nothing is measured, and memory formats are not timed.
         choose_memory_format: whether the memory format of `model` may be changed. It stays changed.
+        with_features: also return the outputs of the penultimate layer, from the same pass.
     """
 
     def __init__(
@@ -137,8 +200,10 @@ class Forward:
         total: int,
         batch_size: int | None = None,
         choose_memory_format: bool = False,
+        with_features: bool = False,
     ) -> None:
         self._model, self._normalize, self.plan, self._views = model, normalize, plan, views
+        self._with_features = with_features
         self.batch_size: int | None = None  # None before the first batch
         self._measured_batch_size = batch_size
         trial_size = min(TRIAL_BATCH, total // MIN_TRIAL_IMAGES)
@@ -174,7 +239,17 @@ class Forward:
             return self._run_first(images)
         if self._trial is not None:
             return self._run_trial(self._trial, images)
-        return batch_outputs(self._model, images, self._normalize, self.plan, self._views)
+        return self._forward(images)
+
+    def _forward(self, images: Tensor) -> ModelOutputs:
+        return batch_outputs(
+            self._model,
+            images,
+            self._normalize,
+            self.plan,
+            self._views,
+            with_features=self._with_features,
+        )
 
     def _run_first(self, images: Tensor) -> ModelOutputs:
         """Run the first batch; choose the batch size, and whether to time memory formats."""
@@ -201,7 +276,7 @@ class Forward:
         """Return the outputs, and the seconds per image."""
         synchronize(self.plan.device)
         start = time.perf_counter()
-        outputs = batch_outputs(self._model, images, self._normalize, self.plan, self._views)
+        outputs = self._forward(images)
         synchronize(self.plan.device)
         return outputs, (time.perf_counter() - start) / len(images)
 
@@ -319,9 +394,10 @@ def split_outputs(
     *,
     advance: Callable[[int], None] = lambda count: None,
     choose_memory_format: bool = False,
+    with_features: bool = False,
 ) -> tuple[ModelOutputs, Tensor]:
-    """Like `split_logits`, with the mean over `views` if given."""
-    logits, tta_logits = [], []
+    """Like `split_logits`, with the mean over `views` if given, and with the features."""
+    logits, tta_logits, features = [], [], []
     total = split.rows.shape[0]
     forward = Forward(
         model,
@@ -330,15 +406,19 @@ def split_outputs(
         views=views,
         total=total,
         choose_memory_format=choose_memory_format,
+        with_features=with_features,
     )
     for images in _read_chunks(split.rows):
         for outputs in forward.outputs(images):
             logits.append(outputs.logits)
             if outputs.tta_logits is not None:
                 tta_logits.append(outputs.tta_logits)
+            if outputs.features is not None:
+                features.append(outputs.features)
             advance(len(outputs.logits))
     mean = torch.cat(tta_logits) if tta_logits else None
-    return ModelOutputs(torch.cat(logits), mean), split.labels.to(plan.device)
+    joined = torch.cat(features) if features else None
+    return ModelOutputs(torch.cat(logits), mean, joined), split.labels.to(plan.device)
 
 
 def _read_chunks(rows: RowReader) -> Iterator[Tensor]:
@@ -391,13 +471,16 @@ def validation_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def probabilities(logits: Tensor) -> np.ndarray:
+def probabilities(logits: Tensor, temperature: float = 1.0) -> np.ndarray:
     """Return the softmax of logits `[N, K]` as float64 numpy array; rows add up to 1.
+
+    Args:
+        temperature: of the model (`ModelCalibration`).
 
     Raises:
         ModelFileError: logits that are not finite, which only the weights can cause.
     """
-    return metrics.softmax(logits.cpu().numpy())
+    return metrics.softmax(logits.cpu().numpy(), temperature)
 
 
 def flip_views(images: Tensor) -> Iterator[tuple[float, Tensor]]:

@@ -56,6 +56,7 @@ class Activity:
         picture: the image.
         maps: float32 `[C, h, w]` by layer.
         logits: float32 `[K]`.
+        temperature: of the model; the probability is that of the logits divided by it.
     """
 
     run: str
@@ -63,13 +64,14 @@ class Activity:
     picture: Picture
     maps: dict[str, Maps]
     logits: npt.NDArray[np.float32]
+    temperature: float = 1.0
 
     @property
     def prediction(self) -> tuple[str | None, float | None]:
         """The most probable class and its probability; None if the logits are not finite."""
         if not np.isfinite(self.logits).all():
             return None, None
-        probs = metrics.softmax(self.logits[None])[0]
+        probs = metrics.softmax(self.logits[None], self.temperature)[0]
         return self.classes[int(probs.argmax())], float(probs.max())
 
     @property
@@ -94,7 +96,14 @@ def compute_activity(subject: InspectedModel, picture: Picture, names: Sequence[
         logits = subject.model(subject.prepared(picture.pixels[None])).float()
     maps = features.as_maps(outputs, names)
     arrays = {name: value[0].cpu().numpy() for name, value in maps.items()}
-    return Activity(subject.name, subject.classes, picture, arrays, logits[0].cpu().numpy())
+    return Activity(
+        subject.name,
+        subject.classes,
+        picture,
+        arrays,
+        logits[0].cpu().numpy(),
+        subject.loaded.calibration.temperature,
+    )
 
 
 def check_layers(subjects: Sequence[InspectedModel], names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -185,7 +185,7 @@ def _prepare(
     with _naming_subject(subject):
         layers = features.find_layers(subject.model, [] if layer is None else [layer])
         logits, shapes = _forward(subject, images, layers)
-        probs = inference.probabilities(logits)
+        probs = inference.probabilities(logits, subject.loaded.calibration.temperature)
         cam_layer = None
         if any(method.layered for method in table.values()):
             cam_layer = attribution_methods.choose_cam_layer(shapes, layer)

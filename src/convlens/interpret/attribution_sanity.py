@@ -63,12 +63,12 @@ class MeanWithInterval:
         return f"{self.value:.2f} ({self.interval95[0]:.2f} to {self.interval95[1]:.2f})"
 
     def is_below(self, limit: float) -> bool:
-        """Return whether the whole interval (or the mean without one) is below a limit."""
-        return (self.value if self.interval95 is None else self.interval95[1]) < limit
+        """Return whether the whole interval is below a limit; False without an interval."""
+        return self.interval95 is not None and self.interval95[1] < limit
 
     def is_above(self, limit: float) -> bool:
-        """Return whether the whole interval (or the mean without one) is above a limit."""
-        return (self.value if self.interval95 is None else self.interval95[0]) > limit
+        """Return whether the whole interval is above a limit; False without an interval."""
+        return self.interval95 is not None and self.interval95[0] > limit
 
 
 def mean_with_interval(values: Sequence[float] | Floats) -> MeanWithInterval:
@@ -302,8 +302,8 @@ class MethodChecks:
             )
         if not remaining.is_below(MAX_RANDOM_CORRELATION):
             return (
-                f"{self.title}: {remaining.n} images are too few to tell whether it depends on the "
-                f"weights ({correlation})"
+                f"{self.title}: whether it depends on the weights can't be told from "
+                f"{_count_images(remaining)} ({correlation})"
             )
         ignored = list(
             itertools.takewhile(
@@ -319,6 +319,13 @@ class MethodChecks:
         )
 
     def _conclude_perturbation(self) -> str:
+        gains = ", ".join(f"{name} {self.gains[name]}" for name in CURVES)
+        least = min((self.gains[name] for name in CURVES), key=lambda gain: gain.n)
+        if least.interval95 is None:
+            return (
+                f"{self.title}: whether the marked pixels matter more than random ones can't be "
+                f"told from {_count_images(least)} (gain in area: {gains})"
+            )
         better = [name for name in CURVES if self.gains[name].is_above(0)]
         worse = [name for name in CURVES if self.gains[name].is_below(0)]
         if len(better) == 2:
@@ -331,7 +338,6 @@ class MethodChecks:
             conclusion = (
                 "the marked pixels are not distinguishable from random ones on these images"
             )
-        gains = ", ".join(f"{name} {self.gains[name]}" for name in CURVES)
         return f"{self.title}: {conclusion} (gain in area: {gains})"
 
     def to_dict(self) -> dict[str, Any]:
@@ -363,6 +369,14 @@ class SanityReport:
                 "curves": {name: values.tolist() for name, values in self.random_curves.items()},
             },
         }
+
+
+def _count_images(mean: MeanWithInterval) -> str:
+    """Return the number of images, and how many an interval needs if they are too few for one."""
+    images = f"{mean.n} image{'s' * (mean.n != 1)}"
+    if mean.interval95 is None:
+        images += f"; {MIN_IMAGES_FOR_INTERVAL} or more give an interval"
+    return images
 
 
 def _means_to_dict(means: Mapping[str, MeanWithInterval]) -> dict[str, Any]:

@@ -380,7 +380,7 @@ def worst_images(subject: InspectedModel, split: Split) -> Tensor:
     """Return the indices of misclassified images, int64, by rising probability of their class."""
     normalize = subject.loaded.preprocessing.normalize
     logits, labels = split_logits(subject.model, split, normalize, subject.plan)
-    probs = logits.double().softmax(1).cpu().numpy()
+    probs = (logits.double() / subject.loaded.calibration.temperature).softmax(1).cpu().numpy()
     return torch.from_numpy(worst_mistake_images(probs, labels.cpu().numpy()))
 
 
@@ -402,7 +402,8 @@ def example_pictures(subject: InspectedModel, data: str | Path | None = None) ->
             for batch in pixels.split(EXAMPLE_BATCH)
         ]
     ).cpu()
-    probs = logits.double().softmax(1).nan_to_num(0).numpy()
+    scaled = logits.double() / subject.loaded.calibration.temperature
+    probs = scaled.softmax(1).nan_to_num(0).numpy()
     examples = pick_examples(probs, labels.numpy(), EXAMPLES)
     print_status(
         f"no images given: of {len(index):,} {split_name} images, showing one that {subject.name} "

@@ -230,6 +230,27 @@ def reliability(
 
 
 @use_style
+def risk_coverage(coverage: npt.ArrayLike, risk: npt.ArrayLike, title: str = "") -> Figure:
+    """The error rate among the most confident images, over the share of images that they are.
+
+    Args:
+        coverage, risk: as `uncertainty.selective.risk_coverage_curve` returns them.
+    """
+    shares, risks = np.asarray(coverage, dtype=np.float64), np.asarray(risk, dtype=np.float64)
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(shares, risks, color=BLUE, linewidth=1.5)
+    if len(risks):
+        axes.axhline(risks[-1], color=GRAY, linestyle=":", linewidth=1)
+    axes.set(xlim=(0, 1), xlabel="coverage (most confident images first)", ylabel="error rate")
+    axes.set_ylim(bottom=0, top=max(0.01, 1.1 * float(risks.max(initial=0))))
+    axes.set_title(title)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+@use_style
 def accuracy_bars(
     names: Sequence[str],
     accuracies: Sequence[float | None],

@@ -30,6 +30,7 @@ SUMMARY_KEYS = (
     "loss",
     "top5",
     "ece",
+    "ece_uncalibrated",
     "per_class",
     "confusion",
 )
@@ -183,7 +184,10 @@ def _add_evaluation(contents: ReportContents) -> None:
     if predictions is not None:
         contents.predictions = predictions
         contents.summary = metrics.summarize(
-            predictions.logits, predictions.labels, list(contents.classes)
+            predictions.logits,
+            predictions.labels,
+            list(contents.classes),
+            predictions.temperature,
         )
         contents.summary |= metrics.class_means_intervals(
             predictions.labels, predictions.logits.argmax(1), len(contents.classes)

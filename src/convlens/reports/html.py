@@ -267,6 +267,7 @@ def line_chart(
     percent: bool = False,
     mark: float | None = None,
     unit: str = "epoch",
+    over: str | None = None,
 ) -> Markup:
     """Draw lines over epochs, with a gap for each value that is not finite.
 
@@ -274,6 +275,7 @@ def line_chart(
         label: the quantity and its unit.
         mark: an epoch to mark with a dotted line, usually the one whose weights were kept.
         unit: of `x`.
+        over: `x` in the description; by default the plural of `unit`.
     """
     finite = [v for line in lines for v in line.values if math.isfinite(v)]
     if not finite or not x:
@@ -295,7 +297,8 @@ def line_chart(
     ends = "; ".join(_describe_line(line, percent) for line in lines)
     # A dense line is drawn solid, since its dashes would not be recognizable.
     css_class = "chart fine" if len(x) > 120 else "chart"
-    return _svg(Markup("").join(parts), f"{label} over {unit}s. {ends}", css_class)
+    description = f"{label} over {over or f'{unit}s'}. {ends}"
+    return _svg(Markup("").join(parts), description, css_class)
 
 
 def reliability_chart(

@@ -19,8 +19,8 @@ from markupsafe import Markup
 
 from convlens import metrics, run_plots
 from convlens.engine.inference import place_model
-from convlens.errors import ConvlensError
-from convlens.evaluation import TrainAccuracy
+from convlens.errors import ConvlensError, UsageError
+from convlens.evaluation import CachedPredictions, TrainAccuracy
 from convlens.interpret import attribution
 from convlens.interpret.activations import (
     activation_figure,
@@ -47,6 +47,10 @@ from convlens.reports.html import (
     render_template,
     thumbnails,
 )
+from convlens.uncertainty import selective
+from convlens.uncertainty.calibration import ModelCalibration, as_percent
+from convlens.uncertainty.outliers import ORDINARY_SHARE
+from convlens.uncertainty.promises import Promises
 
 SPLIT_WORDS = {"test": "test", "val": "validation", "train": "training"}
 OVERFITTING_POINTS = 10  # a larger gap to the training accuracy is called overfitting
@@ -55,6 +59,10 @@ MAX_GAPS = 8  # epochs that are named in the note on a loss that is not finite
 MAX_CLASSES = 40  # classes of a readable confusion table
 MAX_PAIRS = 60  # confusions that are listed if there are more classes
 MAX_MISTAKES = 24  # images in the section of the worst mistakes
+MAX_CURVE_POINTS = 200  # of the curve of risk over coverage
+PROMISED_ACCURACIES = (0.9, 0.95, 0.99)
+PROMISED_COVERAGES = (0.9, 0.95)
+PROMISE_CONFIDENCE = 0.95
 
 CORRECT_EXAMPLES = 2  # correctly classified images of different classes, beside the worst mistake
 CHANNELS_PER_LAYER = 32
@@ -401,6 +409,120 @@ def reliability_section(contents: ReportContents) -> Markup | None:
     return render_template("calibration.html", svg=svg, bins=bins, calibration=calibration)
 
 
+def trust_section(contents: ReportContents) -> Markup | None:
+    """Render the effect of the temperature, risk over coverage, promises, and unknown images."""
+    predictions, summary = contents.predictions, contents.summary
+    if predictions is None or summary is None:
+        return None
+    calibration = ModelCalibration()
+    if contents.loaded is not None:
+        calibration = contents.loaded.calibration
+    preds = predictions.logits.argmax(axis=1)
+    coverage, risk = selective.risk_coverage_curve(
+        predictions.probs.max(axis=1), preds == predictions.labels
+    )
+    run_plots.plot_risk_coverage(contents.run_dir, contents.split, coverage, risk)
+    shown = np.unique(np.linspace(0, len(risk) - 1, MAX_CURVE_POINTS).round().astype(int))
+    svg = line_chart(
+        (100 * coverage[shown]).tolist(),
+        [ChartLine("error rate", "val", risk[shown].tolist())],
+        "Error rate",
+        percent=True,
+        unit="% answered",
+        over="the share of answered images",
+    )
+    reserved = calibration.reserved
+    return render_template(
+        "trust.html",
+        split=SPLIT_WORDS[contents.split],
+        temperature=calibration.temperature,
+        num_fitting=calibration.num_fitting,
+        no_temperature="none was fitted"
+        if reserved is None
+        else "none differs from 1 on the validation images, or it was not fitted",
+        ece_before=summary.get("ece_uncalibrated", summary["ece"]),
+        ece_after=summary["ece"],
+        svg=svg,
+        answers=[] if reserved is None else _answer_promises(calibration, predictions),
+        sets=[] if reserved is None else _set_promises(calibration, predictions),
+        num_reserved=0 if reserved is None else len(reserved),
+        candidates=1 if reserved is None else reserved.candidates,
+        outliers=_describe_outliers(calibration),
+    )
+
+
+def _answer_promises(
+    calibration: ModelCalibration, predictions: CachedPredictions
+) -> list[dict[str, str]]:
+    """Return what promises of accuracy give on the evaluated images, as rows of a table."""
+    rows = []
+    for share in PROMISED_ACCURACIES:
+        try:
+            promises = Promises.of(calibration, share, PROMISE_CONFIDENCE, None)
+        except UsageError as error:
+            measured = f"{error.what}."
+        else:
+            result = _measure_promises(promises, predictions)["selective"]
+            low, high = result["interval95"]
+            measured = "every image is unsure"
+            if result["answered"]:
+                measured = (
+                    f"{result['coverage']:.1%} are answered, {result['accuracy']:.1%} of them "
+                    f"correctly (95% interval {low:.1%} to {high:.1%})"
+                )
+        promise = f"accuracy {as_percent(share)}, confidence {as_percent(PROMISE_CONFIDENCE)}"
+        rows.append({"promise": promise, "measured": measured})
+    return rows
+
+
+def _set_promises(
+    calibration: ModelCalibration, predictions: CachedPredictions
+) -> list[dict[str, str]]:
+    """Return what prediction sets give on the evaluated images, as rows of a table."""
+    rows = []
+    for share in PROMISED_COVERAGES:
+        try:
+            promises = Promises.of(calibration, None, PROMISE_CONFIDENCE, share)
+        except UsageError as error:
+            measured = f"{error.what}."
+        else:
+            result = _measure_promises(promises, predictions)["sets"]
+            low, high = result["interval95"]
+            measured = (
+                f"{result['covered']:.1%} of the sets contain the class (95% interval {low:.1%} to "
+                f"{high:.1%}); {result['mean_size']:.2f} classes on average"
+            )
+        rows.append({"promise": f"prediction sets, {as_percent(share)}", "measured": measured})
+    return rows
+
+
+def _measure_promises(promises: Promises, predictions: CachedPredictions) -> dict[str, Any]:
+    return promises.measure(predictions.logits, predictions.temperature, predictions.labels)
+
+
+def _describe_outliers(calibration: ModelCalibration) -> str:
+    """Say how unknown images are found, and where that fails; empty if they are not."""
+    detector = calibration.detector
+    if detector is None:
+        return ""
+    if detector.uses_features and detector.reference is not None:
+        rule = (
+            f"whose features are farther than {detector.distance_threshold:.3f} from the k-th "
+            f"nearest of {len(detector.reference):,} training images (k = {detector.neighbors})"
+        )
+    elif detector.energy_threshold is not None:
+        rule = f"whose energy is above {detector.energy_threshold:.2f}"
+    else:
+        return "There are too few validation images for a threshold for unknown images."
+    return (
+        f"predict marks images as unlike the training images {rule}. By construction it marks "
+        f"about {1 - ORDINARY_SHARE:.0%} of ordinary images, too. It notices images that look "
+        "different to the network, and misses many others: an unknown kind of object that "
+        "resembles a known class is often not marked. An image without the mark is not proven to "
+        "be of a known class."
+    )
+
+
 def mistakes_section(contents: ReportContents) -> Markup | None:
     """Render the mistakes with the lowest probability of the true class."""
     if contents.predictions is None or contents.images is None:
@@ -659,6 +781,7 @@ SECTIONS: dict[str, PageSection] = {
     "confusion": ("Confusion", confusion_section),
     "classes": ("Classes", classes_section),
     "calibration": ("Calibration", reliability_section),
+    "trust": ("How far can a single answer be trusted", trust_section),
     "mistakes": ("Worst mistakes", mistakes_section),
     **{name: (heading, inside_section(name)) for name, (heading, _, _) in INSIDE_SECTIONS.items()},
     "data": ("Data", data_section),

@@ -442,7 +442,11 @@ def extend_run(run_dir: RunDir, requested: Recipe) -> None:
                 files.write_atomic(run_dir.path / name, (source.path / name).read_bytes())
         # After the files that may be overwritten (`find_or_create_run_dir`): a directory with a
         # model file counts as taken.
-        run_dir.save_model(weights, {**model_metadata, "run": run_dir.name})
+        # Without its calibration: the longer training makes its own at its end.
+        run_dir.save_model(
+            weights,
+            {k: v for k, v in model_metadata.items() if k != "calibration"} | {"run": run_dir.name},
+        )
         metadata = {k: v for k, v in source.metadata().items() if k not in END_KEYS}
         metadata["digests"] = [requested.digest(), recipe.digest()]
         metadata["extends"] = {"run": source.name, "epochs": epochs_done, "exact": exact}

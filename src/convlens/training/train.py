@@ -47,6 +47,7 @@ from convlens.run import (
 )
 from convlens.runtime import RuntimeContext
 from convlens.training.autotune import check_device_options
+from convlens.training.calibrate import calibrate_model
 from convlens.training.checkpoint import (
     CheckpointManager,
     EpochClock,
@@ -533,10 +534,11 @@ def _stop(job: TrainingJob, run_dir: RunDir, signal: StopSignal) -> None:
 def _finish(
     job: TrainingJob, run_dir: RunDir, rows: list[dict[str, float]], kept_epoch: int
 ) -> None:
-    """Draw the plots of the training and mark the run as finished."""
+    """Calibrate the model, draw the plots of the training and mark the run as finished."""
+    calibrate_model(job, run_dir)
     if job.context.is_main_process:
         run_plots.plot_training(run_dir, rows, kept_epoch, job.data, job.augment)
-    # Last: a run that is killed before this resumes at its end and draws its plots.
+    # Last: a run that is killed before this resumes at its end, calibrates and draws its plots.
     run_dir.finish(
         epochs=len(rows),
         kept=kept_epoch,

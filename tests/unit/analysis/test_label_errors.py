@@ -150,7 +150,7 @@ def test_a_clean_data_set_has_few_suspects(capsys: pytest.CaptureFixture[str]) -
     assert [row["score"] != "" for row in rows].count(True) == 600
     refused(here("train", str(report.table)), 3, "no column 'path'")
     print_label_report(replace(report, accuracy=0.5))
-    assert ("their own mistakes" in capsys.readouterr().out) == bool(report.suspects)
+    assert ("mistakes of the models" in capsys.readouterr().out) == bool(report.suspects)
     print_label_report(report)
     assert f"{len(report.suspects)} of 600 labels are suspected" in capsys.readouterr().out
 

@@ -196,4 +196,23 @@ def test_conclusions_name_the_ignored_stages_and_uncertain_results() -> None:
     assert "but hardly on those of fc to layer2 (0.80" in words((0.9, 0.1), (0.8, 0.1), (0, 0.1))
     assert words((0.9, 0.1), (0.3, 0.4), (0, 0.1)).endswith("those of fc (0.90 (0.80 to 1.00))")
     assert words((0.4, 0.2), (0.3, 0.4), (0.1, 0.1)).endswith("weights 0.10 (0.00 to 0.20))")
-    assert "5 images are too few to tell" in words((0.4, 0.2), (0.3, 0.4), (0.4, 0.2))
+    assert "can't be told from 5 images (" in words((0.4, 0.2), (0.3, 0.4), (0.4, 0.2))
+
+
+def test_verdicts_without_an_interval_can_not_be_told() -> None:
+    few = attribution_sanity.mean_with_interval([-0.02, -0.03, -0.01])
+    assert (few.n, few.interval95) == (3, None)
+    assert not few.is_below(0)
+    assert not few.is_above(-1)
+    gains = dict.fromkeys(attribution_sanity.CURVES, few)
+    checks = attribution_sanity.MethodChecks("M", {"fc": few}, {"fc": few}, gains, gains, {})
+    weights, pixels = checks.sentences()
+    needed = "can't be told from 3 images; 5 or more give an interval"
+    assert weights == (
+        f"M: whether it depends on the weights {needed} "
+        "(rank correlation with random weights -0.02)"
+    )
+    assert pixels == (
+        f"M: whether the marked pixels matter more than random ones {needed} "
+        "(gain in area: deletion -0.02, insertion -0.02)"
+    )

@@ -52,7 +52,8 @@ def test_images_are_selected_by_split_class_and_mistake(run: InspectedModel) -> 
     assert others[-1].name == "train:0"
     # The worst mistakes, by a loop.
     with torch.inference_mode():
-        probs = run.model(run.prepared(test.rows.gather(torch.arange(len(test))))).softmax(1)
+        logits = run.model(run.prepared(test.rows.gather(torch.arange(len(test)))))
+        probs = (logits / run.loaded.calibration.temperature).softmax(1)
     wrong = [
         (float(row[label]), i)
         for i, (row, label) in enumerate(zip(probs, test.labels.tolist(), strict=True))

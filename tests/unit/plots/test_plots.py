@@ -49,6 +49,7 @@ def make_every_plot() -> dict[str, Figure]:
         "learning_rate": plots.learning_rate([1, 2], [0.1, 0.01]),
         "confusion": plots.confusion([[3, 1], [0, 2]], ["cat", "dog"], "test"),
         "reliability": plots.reliability([math.nan, 0.8], [math.nan, 0.7], [0, 10], 0.1),
+        "risk_coverage": plots.risk_coverage([0.5, 1], [0, 0.2], "run"),
         "accuracy_bars": plots.accuracy_bars(["a", "b"], share, [(0.8, 0.95), (0.4, 0.6)]),
         "contact_sheet": plots.contact_sheet(make_images(3), ["a", "b", "c"], "sheet"),
         "augmented_batch": plots.augmented_batch(make_images(3), make_images(3, seed=1)),

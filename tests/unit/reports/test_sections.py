@@ -16,7 +16,8 @@ from convlens.reports import sections
 from convlens.reports.contents import ReportContents, gather_contents
 from convlens.reports.html import Markup
 from convlens.reports.sections import measure_calibration, run_verdict
-from convlens.run import RunDir
+from convlens.run import LoadedModel, RunDir
+from convlens.uncertainty.calibration import ModelCalibration, OutlierDetector, ReservedOutputs
 from helpers.reports import contents_of, split_of, two_class_contents
 
 
@@ -141,3 +142,42 @@ def test_run_names_in_commands_are_quoted() -> None:
     html = sections.reproduce_section(contents)
     assert html is not None
     assert "convlens report &#39;it&#39;&#34;&#39;&#34;&#39;s; rm -rf x&#39;" in html
+
+
+@pytest.mark.figures
+def test_trust_section_states_promises_and_limits() -> None:
+    random = np.random.default_rng(0)
+    logits = np.stack([np.zeros(400), np.full(400, 2.0)], axis=1).astype(np.float32)
+    labels = (random.random(400) < 0.9).astype(np.int64)
+    calibration = ModelCalibration(
+        0.5,
+        100,
+        ReservedOutputs(np.full(200, 0.9), np.full(200, 0.9), np.ones(200, bool), candidates=4),
+        OutlierDetector(None, 0.25, 3, np.ones((50, 2), np.float16)),
+    )
+    loaded = LoadedModel(torch.nn.Identity(), ("a", "b"), None, {}, None, calibration)  # type: ignore[arg-type]
+    contents = two_class_contents(
+        predictions=CachedPredictions(logits, labels, "", 0.5),
+        summary=summarize(logits, labels, ["a", "b"], 0.5),
+        loaded=loaded,
+    )
+    html = sections.trust_section(contents)
+    assert html is not None
+    assert contents.summary is not None
+    for number in (contents.summary["ece_uncalibrated"], contents.summary["ece"]):
+        assert f"{number:.3f}" in html
+    right = float(labels.mean())
+    assert f"100.0% are answered, {right:.1%} of them correctly" in html
+    assert "needs at least 437 reserved validation images" in html  # log(0.05 / 4) / log(0.99)
+    assert f"{right:.1%} of the sets contain the class" in html
+    assert "the promises of accuracy allow for that" in html
+    assert "farther than 0.250 from the k-th nearest of 50 training images (k = 3)" in html
+    assert "about 5% of ordinary images" in html
+    assert (contents.run_dir.plots / "risk-coverage-test.png").exists()
+
+
+def test_trust_section_of_an_earlier_version_promises_nothing() -> None:
+    html = sections.trust_section(two_class_contents())
+    assert html is not None
+    assert "it can promise nothing about single images" in html
+    assert "No temperature is applied" in html
