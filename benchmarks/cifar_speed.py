@@ -50,7 +50,7 @@ def convert(folder: Path, count: int | None = None) -> None:
     target = folder / "cifar10"
     target.mkdir(parents=True)
     for name in ("train", "test"):
-        part, classes, _, _ = load_external_data(
+        part, classes, *_ = load_external_data(
             "cifar10", name, conversion=Conversion(32, 3, "crop"), memory_budget=1 << 31
         )
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:count]

@@ -52,7 +52,7 @@ def warm(
     device.prepare(deterministic=False)
     recipe = load_recipe(name, ["train.compile=false", *changes])
     data = load_data(recipe.data, memory_budget=device.memory_budget(on))
-    test, _, _, _ = load_external_data(
+    test, *_ = load_external_data(
         recipe.data.name,
         "test",
         conversion=data.conversion,

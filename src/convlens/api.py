@@ -171,7 +171,7 @@ class Run(RunHandle):
 
     def evaluate(
         self,
-        split: str = "test",
+        split: str | None = None,
         *,
         data: str | Path | DataConfig | None = None,
         tta: str | None = None,
@@ -427,12 +427,14 @@ def look(
     except TypeError as error:
         known = ", ".join(interpret_look.LookOptions.__dataclass_fields__)
         raise UsageError(f"look: {error}", fix=f"its options are {known}") from error
-    look_options.check()
+    names = [str(image) for image in _as_list(images)]
+    look_options.check(names)
     with quiet_mode(quiet):
         opened = inputs.open_look_inputs(
-            [*_references(runs), *map(str, _as_list(images))],
+            [*_references(runs), *names],
             device=device,
             examples=look_options.needs_images,
+            data=look_options.data,
         )
         return interpret_look.look(opened, look_options)
 
@@ -467,7 +469,11 @@ def measure(
     interpret_measure.select_measures(names)
     models = [open_inspected_model(text, device=device) for text in _references(runs)]
     target = figures_folder(models) if folder is None else Path(folder)
-    return interpret_measure.measure(models, names, folder=target, quiet=quiet, **options)
+    result = interpret_measure.measure(models, names, folder=target, quiet=quiet, **options)
+    with quiet_mode(quiet):
+        for model in models:
+            model.log_test_use("measure")
+    return result
 
 
 def _as_list(value: Any) -> list[Any]:

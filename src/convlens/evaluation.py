@@ -1,17 +1,20 @@
 """Evaluation of models, and the only code that reads the test split.
 
 Every evaluation of a split is logged in the run's `results.json` with a running count, so that
-repeated use of a test set is visible. The logits are cached in the run, because reports and
-comparisons show single images: evaluating again for each of them would take minutes and would
-inflate the test access count.
+repeated use of a test set is visible. A use of the test split is a completed command that shows its
+images, labels or predictions, or numbers computed from them, whether they are computed or cached.
+So the log is written last (`log_evaluation`, `log_test_use`): a command that fails costs no use.
+The logits are cached in the run, because reports show single images, and evaluating again would
+take minutes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,10 +23,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.markup import escape
 
 from convlens import metrics, run_plots, serialization
-from convlens.data.dataset import Data, Split, load_data, load_external_data
+from convlens.data.dataset import (
+    ALL_IMAGES,
+    Data,
+    Split,
+    load_data,
+    load_external_data,
+    may_hold_images_of_run,
+)
+from convlens.data.layout import split_from_name
 from convlens.data.loader import Labelled
+from convlens.data.sources import (
+    SOURCES,
+    canonical_name,
+    data_path,
+    find_configured_source,
+    is_available,
+)
 from convlens.device import (
     Plan,
     describe_hardware,
@@ -35,7 +54,14 @@ from convlens.distributed import SINGLE_PROCESS, ProcessGroup, init_process_grou
 from convlens.engine import inference
 from convlens.engine.data_parallel import distributed_map
 from convlens.engine.inference import ModelOutputs, place_model, split_outputs
-from convlens.errors import DataError, ModelFileError, lookup
+from convlens.errors import (
+    ConvlensError,
+    DataError,
+    ModelFileError,
+    UsageError,
+    close_matches,
+    did_you_mean,
+)
 from convlens.onnx_model import load_model_or_onnx
 from convlens.recipe import DataConfig
 from convlens.run import (
@@ -44,13 +70,14 @@ from convlens.run import (
     RunLike,
     as_run_dir,
     check_same_images,
+    recorded_data_names,
     safe_name,
     shared_run_dir,
 )
 from convlens.uncertainty.calibration import as_percent
 from convlens.uncertainty.promises import Promises
 from convlens.utils import files, notebook
-from convlens.utils.console import progress_bar, quiet_mode
+from convlens.utils.console import print_status, progress_bar, quiet_mode
 
 SPLIT_NAMES = ("test", "val", "train")
 TTA_KEYS = (
@@ -64,6 +91,8 @@ TTA_KEYS = (
 )
 MAX_CLASSES_SHOWN = 40  # in a notebook
 MAX_CACHED_BYTES = 1 << 26  # logits of 10,000 images of 1,000 classes have 40 MB
+MAX_TRAIN_IMAGES = 2000  # training images whose accuracy is compared with that of the test split
+TRAIN_SAMPLE = "train-sample"  # name of their cached predictions
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,8 +120,11 @@ class Evaluation:
         sets: None, or what `prediction_set` gives on this split: the requested `coverage`, the
             lowest probability in a set (`threshold`), the share `covered` of sets with the true
             class and its `interval95`, the `mean_size` and the share of `single` classes.
-        looks: how often this split has been evaluated, this time included.
+        looks: how often this split has been evaluated, this time included; for the test split, how
+            often it has been used.
         images_per_second: speed of the whole pass, test-time augmentation included.
+        own: whether this is a split of the run itself, and not of another data set.
+        trained_on: number of images of another data set that the run was trained on.
     """
 
     run: str
@@ -124,6 +156,8 @@ class Evaluation:
     model_sha256: str
     convlens: str
     hardware: dict[str, Any]
+    own: bool = True
+    trained_on: int = 0
 
     def __repr__(self) -> str:
         low, high = self.interval95
@@ -136,8 +170,9 @@ class Evaluation:
         """Return a sentence and a table of the classes for notebooks."""
         low, high = self.interval95
         summary = (
-            f"{self.run}: {self.split} accuracy {self.accuracy:.2%} (95% interval {low:.2%} to "
-            f"{high:.2%}, n = {self.n:,}), loss {self.loss:.4f}, calibration error {self.ece:.3f}"
+            f"{self.run}: {_accuracy_name(vars(self))} {self.accuracy:.2%} "
+            f"(95% interval {low:.2%} to {high:.2%}, n = {self.n:,}), loss {self.loss:.4f}, "
+            f"calibration error {self.ece:.3f}"
         )
         keys = ("precision", "recall", "f1")
         rows = [
@@ -201,7 +236,7 @@ def _percent(value: float | None) -> str:
 @preserve_torch_settings()
 def evaluate(
     run: RunLike,
-    split: str = "test",
+    split: str | None = None,
     *,
     data: str | Path | DataConfig | None = None,
     tta: str | None = None,
@@ -218,10 +253,12 @@ def evaluate(
 
     Args:
         run: a run by name, folder or model file, or a `Run`.
-        split: `test`, `val` or `train`. Of another data set, the part of that name if it has
-            parts, otherwise all images.
+        split: `test` (by default), `val` or `train`. Of another data set without splits all images
+            are evaluated.
         data: another data set, or a data section of a recipe with the keys to read it. Its classes
-            are matched by name; case and leading zeros do not matter.
+            are matched by name; case and leading zeros do not matter. If it holds exactly the
+            images that the run was trained on, which may have moved, the run's own split is
+            evaluated.
         tta: test-time augmentation, `flip` or `flip+shifts`. Its metrics are reported in addition
             to those without it. Only for classes that a mirror image does not change.
         min_accuracy, confidence, prediction_set: as in `predict`; what they give on this split is
@@ -232,12 +269,13 @@ def evaluate(
 
     Raises:
         UsageError: unknown run, split or views, or too few validation images for a promise.
-        DataError: the images changed since training, or a class that the model does not know.
+        DataError: the images changed or moved since training, a class that the model does not
+            know, or a split that the other data set does not have.
 
     Example:
         >>> convlens.evaluate("digits", "val").accuracy
     """
-    lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
+    split = None if split is None else check_split(split)
     inference.select_views(tta)  # report a typo before a data set is loaded
     process_group = init_process_group()
     run_dir = shared_run_dir(process_group, lambda: as_run_dir(run))
@@ -249,24 +287,52 @@ def evaluate(
         with process_group.local_rank_zero_first():
             eval_split = load_eval_split(loaded, split, data=data, device=device, own_data=own_data)
         check_same_images(process_group, eval_split.name, eval_split.fingerprint)
-        return evaluate_split(
+        result = evaluate_split(
             run_dir,
             loaded,
             eval_split,
-            split,
             device,
             tta=tta,
             promises=promises,
             process_group=process_group,
-        ).evaluation
+        )
+        return log_evaluation(run_dir, result.evaluation, process_group)
+
+
+def check_split(name: str) -> str:
+    """Return `test`, `val` or `train` for any of their spellings, such as `validation`.
+
+    Raises:
+        UsageError: another name; close matches are named.
+    """
+    split = split_from_name(name)
+    if split is not None:
+        return split
+    close = close_matches(name, (*SPLIT_NAMES, "testing", "validation", "training"))
+    meant = dict.fromkeys(str(split_from_name(each)) for each in close)
+    fix = did_you_mean(meant) or f"choose from: {', '.join(SPLIT_NAMES)}"
+    raise UsageError(f"unknown split {name!r}", fix=fix)
 
 
 class EvalSplit(NamedTuple):
-    """A split with labels in a model's order of classes, and its data set."""
+    """A split with labels in a model's order of classes, and its data set.
+
+    Attributes:
+        name, fingerprint: of the data set.
+        split: `test`, `val` or `train`, or `all` for a data set without splits.
+        own: whether it is a split of the run itself.
+        in_order: whether images and order are those of the own split, so that predictions can be
+            cached.
+        trained_on: number of images of another data set that the run was trained on.
+    """
 
     part: Split
     name: str
     fingerprint: str
+    split: str = "test"
+    own: bool = True
+    in_order: bool = True
+    trained_on: int = 0
 
 
 class EvaluationRun(NamedTuple):
@@ -282,38 +348,67 @@ class EvaluationRun(NamedTuple):
 
 def load_eval_split(
     loaded: LoadedModel,
-    split: str,
+    split: str | None = None,
     *,
     data: str | Path | DataConfig | None = None,
     device: str,
     own_data: Data | None = None,
+    recognize: bool = True,
 ) -> EvalSplit:
     """Load a split of the model's own data or of another data set.
 
     Args:
+        split: by default `test`, or all images of another data set without splits.
         own_data: the result of `load_own_data`, if the caller has it already.
+        recognize: use only the own split of a data set that holds the images of the run.
 
     Raises:
         UsageError, DataError: as by `evaluate`.
     """
-    if data is None:
-        own_data = own_data or load_own_data(loaded, device)
-        part, classes = _own_split(own_data, split), own_data.classes
-        name, fingerprint = own_data.name, own_data.fingerprint
-    else:
-        part, classes, name, fingerprint = load_external_data(
-            data.name if isinstance(data, DataConfig) else str(data),
-            split,
-            conversion=loaded.preprocessing.conversion,
-            memory_budget=memory_budget(device),
-            tested=True,
-            run=loaded.folder,
-            model_classes=loaded.classes,
-            config=data if isinstance(data, DataConfig) else None,
+    if data is not None:
+        # The keys of a data section say how to read another set.
+        if recognize and not isinstance(data, DataConfig):
+            own_data = recognize_own_data(loaded, str(data), device)
+        if own_data is None:
+            return _external_split(loaded, data, split, device)
+        print_status(
+            f"{escape(str(data))} holds the images that this model was trained and tested on: "
+            f"using only its own {split or 'test'} split"
         )
+    own_data, split = own_data or load_own_data(loaded, device), split or "test"
+    part = _in_model_order(_own_split(own_data, split), own_data.classes, loaded)
+    return EvalSplit(part, own_data.name, own_data.fingerprint, split)
+
+
+def _in_model_order(part: Split, classes: Sequence[str], loaded: LoadedModel) -> Split:
     positions = torch.tensor([loaded.classes.index(label) for label in classes])
-    labels = positions[part.labels]
-    return EvalSplit(replace(part, labels=labels), name, fingerprint)
+    return replace(part, labels=positions[part.labels])
+
+
+def _external_split(
+    loaded: LoadedModel, data: str | Path | DataConfig, split: str | None, device: str
+) -> EvalSplit:
+    external = load_external_data(
+        data.name if isinstance(data, DataConfig) else str(data),
+        split,
+        conversion=loaded.preprocessing.conversion,
+        memory_budget=memory_budget(device),
+        tested=True,
+        run=loaded.folder,
+        model_classes=loaded.classes,
+        config=data if isinstance(data, DataConfig) else None,
+    )
+    own = external.is_own_split
+    return EvalSplit(
+        _in_model_order(external.images, external.classes, loaded),
+        external.name,
+        # The images of the run's own split count as that, wherever they are.
+        loaded.model_metadata["data"]["fingerprint"] if own else external.fingerprint,
+        external.split,
+        own=own,
+        in_order=False,
+        trained_on=external.trained_on,
+    )
 
 
 def load_own_data(loaded: LoadedModel, device: str) -> Data:
@@ -322,24 +417,85 @@ def load_own_data(loaded: LoadedModel, device: str) -> Data:
     Raises:
         DataError: the images changed or moved since training.
     """
-    recipe = serialization.recipe_from_metadata(loaded.model_metadata)
-    data = load_data(
-        recipe.data,
+    config = serialization.recipe_from_metadata(loaded.model_metadata).data
+    names = [name for name in _own_data_names(loaded, config.name) if is_available(name)]
+    if not names:
+        raise _missing_data(loaded, config.name)
+    candidates = []
+    for name in names:
+        data = _load_as_trained(loaded, config.model_copy(update={"name": name}), device)
+        if data.fingerprint == loaded.model_metadata["data"]["fingerprint"]:
+            data.print_notes()
+            return data
+        candidates.append(data)
+    data = candidates[0]
+    changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
+    raise DataError(
+        f"the images of {data.name!r} changed since this model was trained on them"
+        + (f" ({changed})" if changed else "")
+        + ", so its test images may be among those it was trained on",
+        where=data.name,
+        fix="evaluate with --data to use all images as they are now, or train again with --fresh",
+    )
+
+
+def _load_as_trained(loaded: LoadedModel, config: DataConfig, device: str) -> Data:
+    """Load a data set with the conversion and the classes of a model."""
+    return load_data(
+        config,
         memory_budget=memory_budget(device),
         conversion=loaded.preprocessing.conversion,
         known_classes=loaded.classes,
     )
+
+
+def _own_data_names(loaded: LoadedModel, name: str) -> list[str]:
+    """Return where the data of a model may be: its name in the recipe, then the recorded path."""
+    recorded: list[str] = []
+    if loaded.folder is not None:
+        with suppress(ModelFileError):  # a damaged run.json does not affect the model file
+            recorded = recorded_data_names(RunDir(loaded.folder).metadata())
+    return list(dict.fromkeys(map(canonical_name, [name, *recorded])))
+
+
+def _missing_data(loaded: LoadedModel, name: str) -> DataError:
+    run = loaded.folder.name if loaded.folder is not None else "RUN"
+    paths = [os.path.abspath(each) for each in _own_data_names(loaded, name)]
+    return DataError(
+        f"the data set {name!r} that {run!r} was trained on does not exist any more",
+        where=f"it was at {paths[-1]}",
+        fix=f"move it back, or name its new place once: `convlens evaluate {run} --data NEWPLACE` "
+        "(if the images are the same, all commands find them there from then on)",
+    )
+
+
+def recognize_own_data(loaded: LoadedModel, name: str, device: str) -> Data | None:
+    """Return the data that the model was trained on if `name` holds exactly its images, else None.
+
+    They may have moved or been renamed. A new place is recorded in the run, so that later commands
+    find it. Built-in sets cannot move: their names always mean the whole set.
+    """
+    config = serialization.recipe_from_metadata(loaded.model_metadata).data
+    if name in SOURCES:
+        return None
+    here = config.model_copy(update={"name": canonical_name(name)})
+    try:
+        source = find_configured_source(here, known_classes=loaded.classes)
+        if set(source.classes) != set(loaded.classes):
+            return None
+        if loaded.folder is not None and not may_hold_images_of_run(loaded.folder, source):
+            return None
+        data = _load_as_trained(loaded, here, device)
+    except ConvlensError:
+        return None  # e.g. the keys of the recipe do not apply to it: it is another data set
     if data.fingerprint != loaded.model_metadata["data"]["fingerprint"]:
-        changed = data.listing.changed(loaded.folder) if data.listing and loaded.folder else ""
-        raise DataError(
-            f"the images of {data.name!r} changed since this model was trained on them"
-            + (f" ({changed})" if changed else "")
-            + ", so its test images may be among those it was trained on",
-            where=data.name,
-            fix="evaluate with --data to use all images as they are now, or train again with "
-            "--fresh",
-        )
+        return None
     data.print_notes()
+    path = data_path(name)
+    is_known = any(map(is_available, _own_data_names(loaded, config.name)))
+    has_moved = path is not None and not is_known
+    if has_moved and loaded.folder is not None and init_process_group().is_main_process:
+        RunDir(loaded.folder).record_data_path(str(path))
     return data
 
 
@@ -359,7 +515,6 @@ def evaluate_split(
     run_dir: RunDir,
     loaded: LoadedModel,
     eval_split: EvalSplit,
-    split: str,
     device: str,
     *,
     tta: str | None = None,
@@ -367,15 +522,14 @@ def evaluate_split(
     draw: bool = True,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> EvaluationRun:
-    """Evaluate all images of a split and log the evaluation in `results.json`.
+    """Evaluate all images of a split. The caller logs the result (`log_evaluation`).
 
     Args:
-        split: name of the split: `test`, `val` or `train`.
         promises: thresholds whose effect on this split is reported.
         draw: also draw confusion, calibration and the worst mistakes.
-        process_group: the processes that share the images; rank 0 writes the log.
+        process_group: the processes that share the images.
     """
-    part, name, fingerprint = eval_split
+    part, name, fingerprint, split, own = eval_split[:5]
     start = time.perf_counter()
     plan, can_choose = _inference_plan(run_dir, loaded, device)
     outputs, labels = _compute_outputs(loaded, part, split, plan, can_choose, tta, process_group)
@@ -399,17 +553,18 @@ def evaluate_split(
         "model_sha256": loaded.model_metadata["sha256"],
         "convlens": loaded.model_metadata["convlens"],
         "hardware": describe_hardware(device),
+        "looks": 0,  # until it is logged
+        "own": own,
+        "trained_on": eval_split.trained_on,
     }
-    is_own = loaded.model_metadata["data"]["fingerprint"] == fingerprint
-    result["looks"] = process_group.broadcast(
-        lambda: run_dir.add_result({**result, "own": is_own})["looks"]
-    )
     # Reports show the outputs of the model file, not those of an exported one.
-    if is_own and process_group.is_main_process and loaded.is_native:
+    is_cached = own and eval_split.in_order and loaded.is_native
+    if is_cached and process_group.is_main_process:
         images = split_hash(part, loaded.classes)
         cached = CachedPredictions(scores, targets, images, temperature)
         save_predictions(run_dir, split, fingerprint, loaded.model_metadata["sha256"], cached)
-    label = split if is_own else f"{split}-{safe_name(Path(name).name)}"
+    of = "test" if split == ALL_IMAGES else split  # in names of files: they are tested
+    label = split if own else f"{of}-{safe_name(Path(name).name)}"
     if draw and process_group.is_main_process:
         run_plots.plot_evaluation(run_dir, label, part, scores, loaded.classes, temperature)
     fields = {key: result[key] for key in Evaluation.__dataclass_fields__}
@@ -418,25 +573,75 @@ def evaluate_split(
     return EvaluationRun(evaluation, scores, targets)
 
 
+def log_evaluation(
+    run_dir: RunDir, evaluation: Evaluation, process_group: ProcessGroup = SINGLE_PROCESS
+) -> Evaluation:
+    """Log an evaluation in `results.json`; return it with the number of uses of its split.
+
+    It is the last thing that a command does, since a command that fails costs no use.
+    """
+    result = asdict(evaluation)
+    del result["looks"]
+    looks = process_group.broadcast(lambda: run_dir.add_result(result)["looks"])
+    return replace(evaluation, looks=looks)
+
+
+def log_test_use(run_dir: RunDir, loaded: LoadedModel, n: int, command: str) -> int:
+    """Log a use of the run's own test split by a command that does not evaluate it.
+
+    Args:
+        n: number of test images.
+        command: such as `look`.
+
+    Returns:
+        The number of uses so far, this one included.
+    """
+    metadata = loaded.model_metadata
+    entry = run_dir.add_result(
+        {
+            "run": run_dir.name,
+            "split": "test",
+            "data": metadata["data"].get("name", ""),
+            "own": True,
+            "n": n,
+            "by": command,
+            "data_fingerprint": metadata["data"]["fingerprint"],
+            "model_sha256": metadata["sha256"],
+        }
+    )
+    return int(entry["looks"])
+
+
 def sentence(result: Mapping[str, Any]) -> str:
     """Describe a result, an entry of `results.json` or `Evaluation.to_dict()`, in one line.
 
-    For the run's own test split (`own`) it includes how often that was used.
+    For the run's own test split (`own`) it includes how often that was used; for another data set,
+    its name, and how many of its images the run was trained on.
     """
     low, high = result["interval95"]
+    copies = ""
+    if result.get("trained_on"):
+        copies = f"{result['trained_on']:,} of {result['n']:,} were training images; "
     # Earlier versions had no temperature.
     before = result.get("ece_uncalibrated", result["ece"])
     changed = f"{before:.3f}" != f"{result['ece']:.3f}"
     uncalibrated = f" ({before:.3f} before calibration)" if changed else ""
     line = (
-        f"{result['split']} accuracy [bold]{result['accuracy']:.2%}[/] "
-        f"(95% interval {low:.2%} to {high:.2%}, n = {result['n']:,}), "
+        f"{escape(_accuracy_name(result))} [bold]{result['accuracy']:.2%}[/] "
+        f"({copies}95% interval {low:.2%} to {high:.2%}, n = {result['n']:,}), "
         f"{_class_means_text(result)}"
         f"loss {result['loss']:.4f}, calibration error {result['ece']:.3f}{uncalibrated}"
     )
     if result["split"] == "test" and result.get("own"):
         line += f"; test set used {times(result['looks'])}"
     return line
+
+
+def _accuracy_name(result: Mapping[str, Any]) -> str:
+    """Return e.g. `test accuracy`, or `accuracy on NAME` for a data set without splits."""
+    of = "" if result["split"] == ALL_IMAGES else f"{result['split']} "
+    on = "" if result.get("own", True) else f" on {result['data']}"
+    return f"{of}accuracy{on}"
 
 
 def _class_means_text(result: Mapping[str, Any]) -> str:
@@ -525,13 +730,15 @@ class CachedPredictions(NamedTuple):
 
     `images` is the `split_hash` of the split. Two models with equal hashes were evaluated on the
     same images, whatever their image size and training data. `temperature` is that of the model;
-    the logits are those of the network.
+    the logits are those of the network. `total` is the number of images that a sample was drawn
+    from; 0 for a complete split.
     """
 
     logits: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     images: str
     temperature: float = 1.0
+    total: int = 0
 
     @property
     def probs(self) -> metrics.Floats:
@@ -560,6 +767,7 @@ def save_predictions(
         "temperature": predictions.temperature,
         "data_fingerprint": fingerprint,
         "model_sha256": model_sha256,
+        **({"total": predictions.total} if predictions.total else {}),
     }
     tensors = {
         "logits": torch.from_numpy(np.ascontiguousarray(predictions.logits, dtype=np.float32)),
@@ -586,9 +794,71 @@ def load_predictions(
             tensors["labels"].numpy(),
             metadata["images"],
             float(metadata.get("temperature", 1.0)),
+            int(metadata.get("total", 0)),
         )
     except (ModelFileError, KeyError):  # damaged or of another version: they are computed again
         return None
+
+
+class TrainAccuracy(NamedTuple):
+    """Accuracy on training images with the final weights and without augmentation.
+
+    Attributes:
+        correct, n: of the images that were evaluated.
+        total: number of all training images.
+    """
+
+    correct: int
+    n: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.correct / self.n
+
+
+def measure_train_accuracy(
+    run_dir: RunDir,
+    loaded: LoadedModel,
+    device: str,
+    *,
+    own_data: Callable[[], Data],
+) -> TrainAccuracy:
+    """Return the accuracy on up to 2,000 training images, always the same ones.
+
+    The predictions are cached in the run.
+
+    Args:
+        own_data: returns the result of `load_own_data`; only called if nothing is cached.
+
+    Raises:
+        DataError: the images changed or moved since training.
+    """
+    fingerprint = loaded.model_metadata["data"]["fingerprint"]
+    sha256 = loaded.model_metadata["sha256"]
+    predictions = load_predictions(run_dir, TRAIN_SAMPLE, fingerprint, sha256)
+    if predictions is None:
+        data = own_data()
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+        index = order[:MAX_TRAIN_IMAGES].sort().values
+        sample = Split(
+            data.train.rows.subset(index),
+            data.train.labels[index],
+            [data.train.ids[i] for i in index.tolist()],
+        )
+        plan, can_choose = _inference_plan(run_dir, loaded, device)
+        outputs, labels = _compute_outputs(
+            loaded, sample, "train", plan, can_choose, None, SINGLE_PROCESS
+        )
+        predictions = CachedPredictions(
+            outputs.logits.cpu().numpy(),
+            labels.cpu().numpy(),
+            split_hash(sample, loaded.classes),
+            total=len(data.train),
+        )
+        save_predictions(run_dir, TRAIN_SAMPLE, fingerprint, sha256, predictions)
+    correct = int((predictions.logits.argmax(axis=1) == predictions.labels).sum())
+    return TrainAccuracy(correct, len(predictions.labels), predictions.total)
 
 
 def split_hash(split: Split, classes: Sequence[str]) -> str:

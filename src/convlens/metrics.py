@@ -484,6 +484,24 @@ def newcombe_interval(
     )
 
 
+def newcombe_independent_interval(
+    first_correct: int, first_n: int, second_correct: int, second_n: int
+) -> tuple[float, float]:
+    """Return the interval of the difference of two proportions of different images.
+
+    Newcombe's method 10 for independent samples, second minus first, from the Wilson intervals of
+    both. Newcombe 1998, Statistics in Medicine 17 (8), 873-890.
+    """
+    first, second = first_correct / first_n, second_correct / second_n
+    first_low, first_high = wilson_interval(first_correct, first_n)
+    second_low, second_high = wilson_interval(second_correct, second_n)
+    value = second - first
+    return (
+        value - math.hypot(second - second_low, first_high - first),
+        value + math.hypot(second_high - second, first - first_low),
+    )
+
+
 def two_proportions_p(first: int, first_n: int, second: int, second_n: int) -> float:
     """Return the two-sided p value of Fisher's exact test for two independent proportions.
 

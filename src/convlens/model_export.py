@@ -325,14 +325,15 @@ def _load_external_split(loaded: LoadedModel, data: str) -> tuple[Split, str]:
     """
     pre = loaded.preprocessing
     parts = find_source(data, image_size=pre.image_size, tested=True).parts
-    split, _, name, _ = load_external_data(
+    split = next(name for name in ("val", "train", *parts) if name in parts)
+    external = load_external_data(
         data,
-        next(name for name in ("val", "train", *parts) if name in parts),
+        None if list(parts) == ["train"] else split,  # a set without splits
         conversion=pre.conversion,
         memory_budget=memory_budget("cpu"),
         tested=True,
     )
-    return split, name
+    return external.images, external.name
 
 
 def _evenly_spaced(split: Split) -> Tensor:

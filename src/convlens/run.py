@@ -201,6 +201,17 @@ class RunDir:
         """Add keys to `run.json`, or replace them."""
         files.write_atomic(self.path / "run.json", to_json({**self.metadata(), **changes}))
 
+    def record_data_path(self, path: str) -> None:
+        """Record where a data set that moved is now; nothing for a bare model file.
+
+        The path is only a hint: the fingerprint decides whether the images are those of the run.
+        So a run that is being trained, or that cannot be written, stays as it is.
+        """
+        with contextlib.suppress(ResourceError, OSError), self.lock():
+            metadata = self.metadata()
+            if metadata:
+                self.update_metadata({"data": {**metadata.get("data", {}), "path": path}})
+
     def finish(
         self, *, epochs: int, kept: int, seconds: float, cpu_seconds: float = math.nan
     ) -> None:
@@ -316,6 +327,26 @@ class RunDir:
             entry = {"when": _now(), "looks": uses, **result}
             files.write_atomic(self.path / "results.json", to_json([*log, entry]))
         return entry
+
+    def inherit_test_uses(self, source: RunDir, fingerprint: str) -> None:
+        """Log the uses of the test split of the run that this new run continues.
+
+        Args:
+            source: the other run; the test images of both are the same.
+            fingerprint: of the data of this run. It differs from that of the source if the image
+                size does.
+        """
+        for entry in source.evaluation_log():
+            if entry.get("split") == "test" and entry.get("own"):
+                self.add_result(
+                    {
+                        **{key: entry[key] for key in ("when", "run", "n") if key in entry},
+                        "split": "test",
+                        "own": True,
+                        "by": f"{source.name}, which this run continues",
+                        "data_fingerprint": fingerprint,
+                    }
+                )
 
     def evaluation_log(self) -> list[dict[str, Any]]:
         """Return every logged use of a split, oldest first.
@@ -466,6 +497,18 @@ def list_runs(models_folder: Path | None = None) -> list[RunDir]:
     return [RunDir(p) for p in sorted(folder.iterdir()) if (p / "run.json").is_file()]
 
 
+def recorded_data_names(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the name of the data set of a run and the path where it was last found, if recorded.
+
+    Args:
+        metadata: the content of `run.json`.
+    """
+    data = metadata.get("data")
+    if not isinstance(data, Mapping):  # edited by hand
+        return []
+    return [data[key] for key in ("name", "path") if isinstance(data.get(key), str)]
+
+
 def runs_with_name(name: str) -> list[RunDir]:
     """Return the runs whose names `find_or_create_run_dir` derived from `name`."""
     named = re.compile(re.escape(safe_name(name)) + r"(-[0-9a-f]{6})?(-[0-9]+)?")
@@ -478,26 +521,33 @@ def find_or_create_run_dir(
     *,
     plain_name: bool,
     fresh: bool,
-    earlier_digest: str | None = None,
+    is_run_of: Callable[[RunDir], bool] | None = None,
 ) -> RunDir:
     """Return the run of a recipe, or a new run directory for it. Nothing is created on disk yet.
 
     With `plain_name` (an unmodified recipe) the directory is called `name`. Otherwise six digits
     of the hash are appended, so that the same command always finds the same run. With `fresh` the
     directory is always a new one. No run is ever overwritten.
+
+    Args:
+        is_run_of: whether a run is one of the recipe; by default, if it has its digest.
     """
+
+    def is_same(run_dir: RunDir) -> bool:
+        return run_dir.has_digest(digest) if is_run_of is None else is_run_of(run_dir)
+
     base = safe_name(name) if plain_name else f"{safe_name(name)}-{digest[:6]}"
     candidates = [base, *([f"{base}-{digest[:6]}"] if plain_name else [])]
     candidates += [f"{candidates[-1]}-{number}" for number in range(2, 1000)]
     taken = [c for c in candidates if _is_name_taken(MODELS_DIR / c)]
     if not fresh:
         for candidate in reversed(taken):  # the newest of several identical ones
-            if RunDir(MODELS_DIR / candidate).has_digest(digest, earlier_digest):
+            if is_same(RunDir(MODELS_DIR / candidate)):
                 return RunDir(MODELS_DIR / candidate)
         # The recipe.yaml of a run has no `auto` left, so its hash differs from that in the run's
         # name. An override may also repeat what the recipe says anyway.
         for other in reversed(runs_with_name(name)):
-            if other.has_digest(digest, earlier_digest):
+            if is_same(other):
                 return other
     return RunDir(MODELS_DIR / next(c for c in candidates if c not in taken))
 
@@ -652,6 +702,8 @@ class ReadOnlyRunDir(RunDir):
     def create(self, recipe: Recipe, metadata: Mapping[str, Any]) -> None: ...
 
     def update_metadata(self, changes: Mapping[str, Any]) -> None: ...
+
+    def record_data_path(self, path: str) -> None: ...
 
     def finish(self, **changes: Any) -> None: ...
 

@@ -194,7 +194,9 @@ def test_test_split_is_used_only_on_request_and_each_use_is_logged() -> None:
         (["one", "--embedding", "umap"], 2, "unknown embedding 'umap'"),
         (["one", "--split", "tst"], 2, "did you mean test"),
         (["one", "--split", "val"], 2, "--split: no effect without --measure"),
-        (["one", "--data", "digits"], 2, "--data: no effect without --measure"),
+        (["one", "cat.png", "--data", "digits"], 2, "--data: no effect, because no image"),
+        (["one", "wors:5"], 2, "did you mean worst:5?"),
+        (["one", "class:3:1", "class:tre:1"], 2, "unknown class 'tre'"),
         (["one", "val:0", "--attribution", "grad-cam", "--class", "cat"], 2, "'cat'"),
     ],
 )
@@ -203,6 +205,7 @@ def test_invalid_arguments_are_refused(arguments: list[str], code: int, message:
     picture(Path("cat.png"), (1, 2, 3))
     Path("broken.png").write_bytes(b"nothing")
     refused(here("look", *arguments), code, message)
+    assert RunDir(Path("models/one")).evaluation_log() == []  # a command that fails costs no use
 
 
 def test_missing_data_is_refused_before_anything_is_drawn() -> None:

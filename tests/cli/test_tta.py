@@ -101,7 +101,7 @@ def test_the_text_output_has_both_accuracies_and_their_difference(sided: RunDir)
     done = here("evaluate", sided.path, "--data", halves(left=3, right=5), "--tta", "flip")
     assert done.code == 0, done.err
     plain, augmented = [line for line in done.out.splitlines() if "95% interval" in line]
-    assert plain.startswith("test accuracy 100.00%")
+    assert plain.startswith("accuracy on set 100.00%")
     assert augmented.startswith("with test-time augmentation (flip) 62.50%: -37.50 points")
     assert augmented.endswith("0 images gained, 3 lost (McNemar's exact p = 0.2500)")
     assert "95% interval" not in done.err

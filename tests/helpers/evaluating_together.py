@@ -27,7 +27,7 @@ def evaluate_sizes(run_dir: RunDir, pieces: int) -> list[dict[str, Any]]:
     run_dir = run.shared_run_dir(group, lambda: run_dir)
     device.prepare(False)
     loaded = run.load_model(run_dir.model_path)
-    test_split, name, fingerprint = evaluation.load_eval_split(loaded, "test", device="cpu")
+    test_split, name, fingerprint, *_ = evaluation.load_eval_split(loaded, "test", device="cpu")
     results = []
     default, data_parallel.EVAL_CHUNK = data_parallel.EVAL_CHUNK, pieces
     try:
@@ -35,9 +35,9 @@ def evaluate_sizes(run_dir: RunDir, pieces: int) -> list[dict[str, Any]]:
             for size in (*SIZES, len(test_split)):
                 rows = data_parallel.SplitSlice(test_split, 0, size)
                 part = Split(rows, test_split.labels[:size], list(test_split.ids)[:size])
-                split = EvalSplit(part, name, f"{fingerprint}-{size}-{pieces}")
+                split = EvalSplit(part, name, f"{fingerprint}-{size}-{pieces}", in_order=False)
                 result = evaluation.evaluate_split(
-                    run_dir, loaded, split, "test", "cpu", draw=False, process_group=group
+                    run_dir, loaded, split, "cpu", draw=False, process_group=group
                 ).evaluation
                 keys = ("n", "correct", "confusion", "near_ties", "loss", "ece")
                 results.append({key: getattr(result, key) for key in keys})

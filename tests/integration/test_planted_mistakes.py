@@ -243,7 +243,7 @@ def test_images_are_rotated_as_exif_says(tmp_path: Path) -> None:
     assert answers[0].prob == answers[1].prob
     # Training and evaluation use the same decoder.
     split, *_ = load_external_data(
-        str(root), "train", conversion=Conversion(8, 3, "stretch"), memory_budget=1 << 30
+        str(root), conversion=Conversion(8, 3, "stretch"), memory_budget=1 << 30
     )
     assert torch.equal(*split.rows.gather(torch.arange(2)).unbind())
 
@@ -294,7 +294,7 @@ def test_red_and_blue_are_never_exchanged(tmp_path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8 + number, 8), color).save(path)
     split, classes, *_ = load_external_data(
-        "pure", "train", conversion=Conversion(8, 3, "stretch"), memory_budget=1 << 30
+        "pure", conversion=Conversion(8, 3, "stretch"), memory_budget=1 << 30
     )
     seen = split.rows.gather(torch.arange(16)).float().mean((2, 3))
     for label, color in zip(split.labels.tolist(), seen.tolist(), strict=True):
@@ -328,9 +328,7 @@ def test_all_inputs_are_resized_as_in_training(fit: str) -> None:
         path = Path("set") / name / "0.png"
         path.parent.mkdir(parents=True)
         Image.fromarray(image).save(path)
-    split, *_ = load_external_data(
-        "set", "train", conversion=Conversion(8, 1, fit), memory_budget=1 << 30
-    )
+    split, *_ = load_external_data("set", conversion=Conversion(8, 1, fit), memory_budget=1 << 30)
     trained_on = split.rows.gather(torch.tensor([1]))[0].numpy()
     predicted_on = decode(Path("set/board/0.png"), size=8, channels=1, fit=fit)
     as_array = fit_arrays(board[None, None], size=8, channels=1, fit=fit)[0]

@@ -49,6 +49,8 @@ KEYS = {
     "convlens",
     "hardware",
     "near_ties",
+    "own",
+    "trained_on",
     "macro_f1",
     "macro_f1_interval95",
     "balanced_accuracy",
@@ -111,12 +113,12 @@ def test_metrics_computed_by_hand(model: RunDir) -> None:
 
 def test_an_evaluation_is_short_and_shows_a_table_in_notebooks(model: RunDir) -> None:
     root = pictures(Path("two"), {"blue": 3, "red": 5})
-    result = Run(model).evaluate("test", data=root)
+    result = Run(model).evaluate(data=root)
     assert isinstance(result.interval95, tuple)
     low, high = result.interval95
     assert (low, high) == pytest.approx(wilson_interval(result.correct, 8))
     assert repr(result) == (
-        f"Evaluation({model.name!r}, 'test', accuracy {result.accuracy:.2%} "
+        f"Evaluation({model.name!r}, 'all', accuracy {result.accuracy:.2%} "
         f"({low:.2%} to {high:.2%}), n = 8)"
     )
     page = result._repr_html_()
@@ -146,7 +148,8 @@ def test_classes_without_images_have_no_scores(model: RunDir) -> None:
     root = pictures(Path("some"), {"green": 3, "red": 1})
     done = here("evaluate", model.path, "--data", root)
     assert done.code == 0
-    assert "0 samples" in done.out
+    (blue,) = [line.split() for line in done.out.splitlines() if "blue" in line]
+    assert blue == ["blue", "0", "-", "-", "-"]
     got = Run(model).evaluate(data=root)
     assert got.per_class["blue"] == {"n": 0, "precision": None, "recall": None, "f1": None}
     assert (got.correct, got.n) == (3, 4)
@@ -217,7 +220,6 @@ def test_a_data_set_with_a_single_class_can_be_evaluated(model: RunDir, form: st
     assert tuple(got.interval95) == wilson_interval(3, 3)
     done = here("evaluate", model.path, "--data", data)
     assert done.code == 0, done.err
-    assert "0 samples" in done.out
     reasons = {"folder": "class folders without images: blue", "test": "no train folder"}
     refused(here("train", data), 3, reasons.get(form, "only one class: green"))
 
@@ -256,8 +258,12 @@ def test_images_that_it_was_trained_on_are_counted() -> None:
     trained = sum(split == "train" for split in split_of.values())
     assert 0 < trained < 24
     warning = "images were also used for training"
+    pictures(root, {"red": 1}, first=400)
     done = here("evaluate", "mine", "--data", root)
-    assert f"{root}: {trained} of 24 {warning}" in done.err
+    assert f"{root}: {trained} of 25 {warning}" in done.err
+    assert f"({trained} of 25 were training images; 95% interval" in done.out
+    assert here("evaluate", "mine", "--data", root, "--json").json["trained_on"] == trained
+    (root / "red" / "400.png").unlink()
     # By content, not by name.
     pictures(Path("new"), {"red": 5}, first=500)
     known = next(name for name, split in split_of.items() if split == "train")
@@ -384,7 +390,13 @@ def test_images_that_changed_since_training_are_refused() -> None:
 
 def test_a_folder_that_is_gone_is_named() -> None:
     shutil.move(own_run(), "moved")
-    refused(here("evaluate", "mine"), 2, "unknown data 'photos'")
+    refused(
+        here("evaluate", "mine"),
+        3,
+        "the data set 'photos' that 'mine' was trained on does not exist any more",
+        f"it was at {Path('photos').absolute()}",
+        "`convlens evaluate mine --data NEWPLACE`",
+    )
 
 
 def evaluate(*arguments: str | Path) -> Done:

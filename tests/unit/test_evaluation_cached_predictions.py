@@ -83,5 +83,5 @@ def test_evaluate_stores_the_predictions() -> None:
     logits, labels = inference.split_logits(inspected.model, split, normalize, inspected.plan)
     assert np.array_equal(cached.logits, logits.numpy())
     assert np.array_equal(cached.labels, labels.numpy())
-    run.evaluate("test", data="digits")  # another data set
+    run.evaluate(data="digits")  # another data set
     assert len(list((run.path / "answers").iterdir())) == 1

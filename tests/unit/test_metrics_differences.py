@@ -11,6 +11,7 @@ from convlens.errors import UsageError
 from convlens.metrics import (
     difference_on_images,
     holm_adjust,
+    newcombe_independent_interval,
     newcombe_interval,
     paired_counts,
     paired_difference,
@@ -143,3 +144,20 @@ def test_holm_adjustment_by_hand() -> None:
     assert holm_adjust([0.6, 0.5]) == [1.0, 1.0]
     assert holm_adjust([None, 0.02, 0.01]) == [None, 0.02, 0.02]
     assert holm_adjust([]) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        # Newcombe 1998, Statistics in Medicine 17, 873-890, table II, method 10
+        ((48, 80, 56, 70), 0.0524, 0.3339),
+        ((3, 10, 9, 10), 0.1705, 0.8090),
+    ],
+)
+def test_independent_newcombe_intervals_equal_published_ones(
+    counts: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    assert newcombe_independent_interval(*counts) == pytest.approx((low, high), abs=5e-5)
+    first, first_n, second, second_n = counts
+    turned = newcombe_independent_interval(second, second_n, first, first_n)
+    assert turned == pytest.approx((-high, -low), abs=5e-5)

@@ -81,7 +81,7 @@ def test_predictions_agree_with_the_evaluation_of_the_same_images(model: RunDir)
     root = pictures(Path("two"), {"dark": 9, "light": 8}, colors={"dark": DARK, "light": LIGHT})
     loaded = load_model(model.model_path)
     split, classes, *_ = load_external_data(
-        str(root), "test", conversion=loaded.preprocessing.conversion, memory_budget=1 << 30
+        str(root), conversion=loaded.preprocessing.conversion, memory_budget=1 << 30
     )
     plan = Plan("cpu", "fp32", "contiguous")
     logits, labels = split_logits(loaded.model, split, loaded.preprocessing.normalize, plan)
@@ -96,7 +96,7 @@ def test_predictions_agree_with_the_evaluation_of_the_same_images(model: RunDir)
         each.label == classes[label]
         for each, label in zip(predictions, labels.tolist(), strict=True)
     )
-    assert Run(model).evaluate("test", data=root).correct == right
+    assert Run(model).evaluate(data=root).correct == right
 
 
 def test_a_prediction_does_not_depend_on_the_batch(

@@ -300,7 +300,11 @@ def test_runs_that_crop_are_found_by_the_digest_of_earlier_versions() -> None:
         assert not run_dir.has_digest(TWO)
     recipe_file = Path("models/crop/recipe.yaml")
     found = run.find_or_create_run_dir(
-        "crop", TWO, plain_name=True, fresh=False, earlier_digest=ONE
+        "crop",
+        TWO,
+        plain_name=True,
+        fresh=False,
+        is_run_of=lambda each: each.has_digest(TWO, ONE),
     )
     assert found.name == "crop"
     recipe_file.write_text("data: {fit: crop}\nunknown: 1\n")

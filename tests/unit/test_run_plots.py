@@ -79,7 +79,7 @@ def test_training_and_evaluation_write_their_plots() -> None:
     before = (Path("plots/mine/confusion-test.png")).read_bytes()
     Run.load("mine").evaluate("val")
     folder = pictures(Path("other/gray digits"), {"3": 2, "7": 3})
-    Run.load("mine").evaluate("test", data=folder)
+    Run.load("mine").evaluate(data=folder)
     added = set(read_sizes(Path("plots/mine"))) - set(sizes)
     assert {"confusion-val.png", "reliability-val.png"} <= added
     assert {"confusion-test-gray-digits.png", "reliability-test-gray-digits.png"} <= added
@@ -132,7 +132,7 @@ def test_model_without_mistakes_has_no_figure_of_mistakes(tmp_path: Path) -> Non
             ]
         )
     )
-    evaluation = Run(model).evaluate("test", data="list.csv")
+    evaluation = Run(model).evaluate(data="list.csv")
     assert evaluation.accuracy == 1.0
     assert set(read_sizes(Path("plots/sure"))) == {
         "confusion-test-list.csv.png",

@@ -23,13 +23,14 @@ from torch import nn
 from convlens import metrics, run_plots, serialization
 from convlens.device import preserve_torch_settings, select_device
 from convlens.engine import inference
-from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError, lookup
+from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError
 from convlens.evaluation import (
-    SPLIT_NAMES,
     EvalSplit,
     Evaluation,
+    check_split,
     evaluate_split,
     load_eval_split,
+    log_evaluation,
     split_hash,
 )
 from convlens.recipe import Recipe
@@ -407,7 +408,7 @@ class Comparison:
 @preserve_torch_settings()
 def compare(
     *runs: RunLike,
-    split: str = "test",
+    split: str | None = None,
     data: str | Path | None = None,
     force: bool = False,
     device: str | None = None,
@@ -418,7 +419,8 @@ def compare(
     Args:
         runs: at least two runs by name, folder or model file, or as `Run`. Runs that differ only
             in their seeds form one group.
-        split: `test`, `val` or `train`. It is logged as an evaluation of each run.
+        split: `test` (by default), `val` or `train`. It is logged as an evaluation of each run. Of
+            another data set without splits all images are used.
         data: evaluate all runs on another data set.
         force: continue if images or classes differ; then nothing is tested.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; by default the fastest one.
@@ -432,12 +434,16 @@ def compare(
     Example:
         >>> convlens.compare("resnet18", "resnet18-noaug").verdicts[0].sentence
     """
-    lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
+    split = None if split is None else check_split(split)
     run_dirs = _open_runs(runs)
     device = select_device(device)
     with quiet_mode(quiet):
         opened = _open_images(run_dirs, split, data, device)
         mismatch = _find_mismatch(opened)
+        if mismatch and data is not None and any(run.eval_split.own for run in opened):
+            # Their own test splits of this data set differ: compare them on all of it.
+            opened = _open_images(run_dirs, split, data, device, recognize=False)
+            mismatch = _find_mismatch(opened)
         if mismatch and not force:
             raise DataError(
                 mismatch,
@@ -445,12 +451,23 @@ def compare(
                 fix="evaluate all of them on one data set with --data, or use --force to compare "
                 "without a test",
             )
-        candidates = [_evaluate_run(run, split, device) for run in opened]
+        candidates = [_evaluate_run(run, device) for run in opened]
+    split = opened[0].eval_split.split
     groups = group_by_recipe(candidates)
     verdicts = compare_groups(groups, same_images=not mismatch)
     notes = [*_limits(opened, mismatch, split), *_interpretation(candidates, verdicts)]
     data_name = " and ".join(dict.fromkeys(run.eval_split.name for run in opened))
     plots = _plot(data_name, groups, verdicts)
+    # Last, for all runs: a comparison that fails uses no test split.
+    logged = {
+        id(candidate): replace(
+            candidate, evaluation=log_evaluation(run.run_dir, candidate.evaluation)
+        )
+        for run, candidate in zip(opened, candidates, strict=True)
+    }
+    groups = [
+        replace(group, members=[logged[id(each)] for each in group.members]) for group in groups
+    ]
     return Comparison(split, data_name, groups, verdicts, notes, plots)
 
 
@@ -511,7 +528,12 @@ class _OpenedRun:
 
 
 def _open_images(
-    run_dirs: Sequence[RunDir], split: str, data: str | Path | None, device: str
+    run_dirs: Sequence[RunDir],
+    split: str | None,
+    data: str | Path | None,
+    device: str,
+    *,
+    recognize: bool = True,
 ) -> list[_OpenedRun]:
     """Load the images of each run, once where several runs share them, and fingerprint them."""
     splits: dict[str, EvalSplit] = {}
@@ -522,7 +544,9 @@ def _open_images(
         config = serialization.recipe_from_metadata(metadata).data.model_dump(mode="json")
         key = json.dumps([config, metadata["data"], metadata["classes"], metadata["preprocessing"]])
         if key not in splits:
-            splits[key] = load_eval_split(loaded, split, data=data, device=device)
+            splits[key] = load_eval_split(
+                loaded, split, data=data, device=device, recognize=recognize
+            )
         opened.append(_OpenedRun(run_dir, replace(loaded, model=nn.Identity()), splits[key]))
     same_format = len({run.input_format for run in opened}) == 1
     fingerprints: dict[int, str] = {}
@@ -570,11 +594,11 @@ def _find_mismatch(opened: Sequence[_OpenedRun]) -> str:
     return ""
 
 
-def _evaluate_run(run: _OpenedRun, split: str, device: str) -> Candidate:
+def _evaluate_run(run: _OpenedRun, device: str) -> Candidate:
     run_dir = run.run_dir
     loaded = load_model(run_dir.model_path)
     print_status(f"evaluating [bold]{escape(run_dir.name)}[/]")
-    result = evaluate_split(run_dir, loaded, run.eval_split, split, device, draw=False)
+    result = evaluate_split(run_dir, loaded, run.eval_split, device, draw=False)
     pre = loaded.preprocessing
     shape = (pre.channels, pre.image_size, pre.image_size)
     return Candidate(
@@ -607,7 +631,7 @@ def _limits(opened: Sequence[_OpenedRun], mismatch: str, split: str) -> list[str
     unfinished = [n for n, each in metadata.items() if each and each.get("status") != "finished"]
     if unfinished:
         notes.append(f"training not finished: {', '.join(unfinished)}")
-    if split != "test":
+    if split != "test" and opened[0].eval_split.own:
         why = "were used to choose the epoch" if split == "val" else "were used for training"
         notes.append(f"the {split} images {why}: the accuracies are optimistic")
     return notes

@@ -351,8 +351,7 @@ def _at_end(values: Floats) -> float:
 def overfitting(evidence: RunEvidence) -> Finding | None:
     """Validation loss rose well above its minimum while training loss continued to fall."""
     loss, train = evidence.column("val_loss", 4), evidence.column("train_loss", 4)
-    val_accuracy = _at_end(evidence.column("val_accuracy"))
-    train_accuracy = _at_end(evidence.column("train_accuracy"))
+    train_accuracy, val_accuracy, when, by_chance = _compared_accuracies(evidence)
     best = int(np.nanargmin(loss))
     at_end, lowest = _at_end(loss), float(loss[best])
     gap = train_accuracy - val_accuracy
@@ -362,10 +361,10 @@ def overfitting(evidence: RunEvidence) -> Finding | None:
         and at_end - lowest >= 0.02
         and _at_end(train) < train[best]
     )
-    if not (risen or gap >= 0.1):  # NaN is not a gap
+    if not (risen or (gap >= 0.1 and not by_chance)):  # NaN is not a gap
         return None
     epoch = int(evidence.rows[best]["epoch"])
-    what = f"at the end, training accuracy is {100 * gap:.1f} points above validation accuracy"
+    what = f"{when}, training accuracy is {100 * gap:.1f} points above validation accuracy"
     if risen:
         what += (
             f"; validation loss has risen since epoch {epoch}, from {lowest:.3f} to {at_end:.3f}"
@@ -393,10 +392,28 @@ def overfitting(evidence: RunEvidence) -> Finding | None:
             "gap": gap,
         },
         "validation loss at the end 10% (and 0.02) above its minimum at least 2 epochs before, or "
-        "10 points between training and validation accuracy",
+        "10 points between training and validation accuracy, beyond chance",
         f"{', '.join(remedies) or 'a smaller network'}; more training images help most",
         overrides or ["train.patience=5"],
     )
+
+
+def _compared_accuracies(evidence: RunEvidence) -> tuple[float, float, str, bool]:
+    """Return training and validation accuracy for the rule on overfitting.
+
+    They are those of the final weights without augmentation, if they were measured: the running
+    accuracy on augmented images is too low, which would hide overfitting.
+
+    Returns:
+        Both accuracies, how they were measured, and whether chance may explain their difference
+        (the 95% interval includes 0; never of the running accuracies, whose n is unknown).
+    """
+    train, val = evidence.train_correct, evidence.val_correct
+    if train is not None and val is not None:
+        interval = metrics.newcombe_independent_interval(val.correct, val.n, train.correct, train.n)
+        return train.share, val.share, "without augmentation", interval[0] <= 0
+    train_accuracy = _at_end(evidence.column("train_accuracy"))
+    return train_accuracy, _at_end(evidence.column("val_accuracy")), "at the end", False
 
 
 def underfitting(evidence: RunEvidence) -> Finding | None:

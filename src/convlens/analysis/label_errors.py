@@ -234,7 +234,12 @@ def find_label_errors(
         run_dirs = [outcome.run_dir for outcome in table.outcomes]
         report = _judge(table.name, recipe, run_dirs, test, device)
         folder = _output_folder(table.name, resolved, name)
-        return write_review(report, recipe.data, all_data, folder)
+        report = write_review(report, recipe.data, all_data, folder)
+        if test:  # last: a command that fails costs no use of the test split
+            for run_dir in run_dirs:
+                evaluation.evaluate(run_dir, "test", device=device)
+            print_status("test set used (logged in the run of each fold)")
+        return report
 
 
 def _output_folder(run_name: str, resolved: resolve.ResolvedRecipe, name: str | None) -> Path:
@@ -273,9 +278,6 @@ def _judge(
     classes = models[0][1].classes
     splits = [_predict_out_of_fold(models, device)]
     if test:
-        for run_dir in run_dirs:  # logs the use of the test split in each run
-            evaluation.evaluate(run_dir, "test", device=device)
-        print_status("test set used (logged in the run of each fold)")
         splits.append(_predict_test_split(models, device))
     # Separately, because single models judge training images, but all models the test images.
     issues = [find_issues(split.labels, split.probs) for split in splits]

@@ -62,7 +62,7 @@ def compare(
         list[str],
         typer.Argument(metavar="RUN RUN...", help="Names or folders of runs, or model files."),
     ],
-    split: Split = "test",
+    split: Split = None,
     data: DataOption = None,
     force: Annotated[
         bool,
@@ -77,8 +77,8 @@ def compare(
 ) -> None:
     """Compare runs with the first one: a table, and a significance test for each.
 
-    Runs that differ only in their seeds form one group. A comparison on the test set counts as a
-    use of it.
+    Runs that differ only in their seeds form one group. A comparison on the test set is one use of
+    it for each run.
 
     Examples:
         convlens compare resnet18 resnet18-noaug
@@ -181,7 +181,8 @@ def report(
 ) -> None:
     """Write an HTML page about a run, or one that compares several runs.
 
-    The page is a single file. It shows the test set only if the run has used it before.
+    The page is a single file. It shows the test set only if the run has used it before; then each
+    page is one more use.
 
     Examples:
         convlens report resnet18
@@ -208,8 +209,9 @@ def print_comparison(result: Comparison) -> None:
     out.print(table)
     n = sorted({member.evaluation.n for group in result.groups for member in group.members})
     counts = " or ".join(f"{count:,}" for count in n)
+    images = "all images" if result.split == "all" else f"{result.split} split"
     out.print(
-        f"{result.split} split of {escape(result.data)}, {counts} images; MFLOPs for one image (a "
+        f"{images} of {escape(result.data)}, {counts} images; MFLOPs for one image (a "
         "multiply-add counts as two); images/s of inference on this machine"
     )
     for verdict in result.verdicts:

@@ -210,7 +210,13 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 or mps; by default the fastest one."),
 ]
-Split = Annotated[str, typer.Option(metavar="test|val|train", help="Split to evaluate.")]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="test|val|train",
+        help="Split to evaluate; by default test, or all images of DATA if it has no splits.",
+    ),
+]
 TtaOption = Annotated[
     str | None,
     typer.Option(

@@ -164,7 +164,8 @@ SplitOption = Annotated[
     str | None,
     typer.Option(
         metavar="test|val|train",
-        help="Split to read images from; by default val. A use of test is logged.",
+        help="Split to read images from; by default val. A command that shows test images or "
+        "numbers from them is one use of the test set, which is logged.",
         rich_help_panel=IMAGE_SETS,
     ),
 ]
@@ -172,7 +173,7 @@ DataOption = Annotated[
     str | None,
     typer.Option(
         metavar="DATA",
-        help="Another data set instead of the run's own.",
+        help="Another data set instead of the run's own, or its new place if it has moved.",
         rich_help_panel=IMAGE_SETS,
     ),
 ]
@@ -233,8 +234,8 @@ def look(
         data=data,
         seed=seed,
     )
-    options.check()
-    opened = inputs.open_look_inputs(names, device=device, examples=options.needs_images)
+    options.check(names)
+    opened = inputs.open_look_inputs(names, device=device, examples=options.needs_images, data=data)
     result = interpret_look.look(opened, options)
     if not as_json:
         print_look(result)

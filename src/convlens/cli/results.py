@@ -69,13 +69,10 @@ def print_run_summary(run_dir: RunDir) -> None:
     print_status(f"next: [bold]convlens predict {run_dir.name} IMAGE...[/]")
 
 
-def print_evaluation(result: Evaluation, run_dir: RunDir, *, own: bool) -> None:
+def print_evaluation(result: Evaluation, run_dir: RunDir) -> None:
     """Print a table with a row for each class, then the accuracy.
 
     Many classes are sorted by F1, the worst first.
-
-    Args:
-        own: whether the split belongs to the run, and not to another data set.
     """
     from convlens import evaluation
 
@@ -86,14 +83,14 @@ def print_evaluation(result: Evaluation, run_dir: RunDir, *, own: bool) -> None:
     for name, score in scores[:CLASSES_SHOWN]:
         table.add_row(
             escape(name),
-            f"{score['n']:,}" if score["n"] else "0 samples",
+            f"{score['n']:,}",
             *(_percent(score[key]) for key in ("precision", "recall", "f1")),
         )
     out = stdout_console()
     out.print(table)
     if len(scores) > CLASSES_SHOWN:
         out.print(f"({CLASSES_SHOWN} of {len(scores)} classes, the worst; --json lists all)")
-    out.print(evaluation.sentence({**result.to_dict(), "own": own}))
+    out.print(evaluation.sentence(result.to_dict()))
     if result.tta is not None:
         out.print(result.tta_sentence())
     for line in (result.selective_sentence(), result.sets_sentence()):

@@ -148,7 +148,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="How to read DATA, e.g. data.images=photos"),
     ] = None,
-    split: Split = "test",
+    split: Split = None,
     data: DataOption = None,
     tta: TtaOption = None,
     min_accuracy: MinAccuracyOption = None,
@@ -159,6 +159,13 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a trained model on one of its splits or on another data set.
+
+    Each completed command that shows images, labels or predictions of a run's test split, or
+    numbers computed from them, is one use of it; a command that fails costs none. results.json
+    logs the uses. A run that extends another one, or starts from its weights, inherits its uses.
+
+    DATA with exactly the images of the run, which may have moved, is recognized: the run's own
+    split is evaluated.
 
     Examples:
         convlens evaluate digits
@@ -195,7 +202,7 @@ def evaluate(
         quiet=False,
     )
     if not as_json:
-        print_evaluation(result, run_dir, own=data is None)
+        print_evaluation(result, run_dir)
     print_json(as_json, result.to_dict())
 
 

@@ -15,13 +15,14 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -255,9 +256,32 @@ def _load_parts(
     return {name: load_part(part, conversion, memory_budget) for name, part in parts.items()}
 
 
+ALL_IMAGES = "all"  # what the images of a data set without splits are called
+
+
+class ExternalData(NamedTuple):
+    """Images of another data set than the one a model was trained on.
+
+    Attributes:
+        images: converted to the model's input.
+        classes: of the data set.
+        split: the chosen split of the data set, or `all` if it has no splits.
+        trained_on: number of these images that the run was trained on, too (equal files).
+        is_own_split: whether these are the images of the split `split` of the run itself.
+    """
+
+    images: Split
+    classes: tuple[str, ...]
+    name: str
+    fingerprint: str
+    split: str
+    trained_on: int = 0
+    is_own_split: bool = False
+
+
 def load_external_data(
     name: str,
-    split: str,
+    split: str | None = None,
     *,
     conversion: Conversion,
     memory_budget: int,
@@ -265,28 +289,28 @@ def load_external_data(
     run: Path | None = None,
     model_classes: Sequence[str] | None = None,
     config: DataConfig | None = None,
-) -> tuple[Split, tuple[str, ...], str, str]:
+) -> ExternalData:
     """Load a data set for a trained model, converted to the model's input.
 
-    Nothing is held out. If the set has several parts, the part `split` is used, else all of it.
+    Nothing is held out. Of a set without splits all images are used.
 
     Args:
         name: Name or path of the set.
-        split: Name of the part.
+        split: A split of the set; by default `test`. Of a set without splits it can only be a
+            split of the run: then exactly the images of that split are used, if the set has all
+            of them.
         conversion: That of the model.
         memory_budget: In bytes.
         tested: As for `find_source`.
-        run: Run directory of the model. A message says how many of the images it was trained on.
+        run: Run directory of the model. Messages say how many of the images it was trained on, and
+            whether all images of its test split are there.
         model_classes: Classes of the model. Those of the set are matched with them, before any
             image is read, and returned under the model's names. They also settle how folders are
             read that could be classes or splits.
         config: A data section with the keys that say how to read the set.
 
-    Returns:
-        `(split, classes, name, fingerprint)` of the set.
-
     Raises:
-        DataError: The set has no such part, the model does not know a class, or images can't be
+        DataError: The set has no such split, the model does not know a class, or images can't be
             read; otherwise as `load_data`.
     """
     known_classes = tuple(model_classes or ())
@@ -299,27 +323,93 @@ def load_external_data(
     if model_classes is not None:
         source = _match_classes(source, model_classes)
     _print_notes(source.name, source.notes)
-    only_part = next(iter(source.parts.values())) if len(source.parts) == 1 else None
-    part = only_part or source.parts.get(split)
-    if part is None:
-        fix = f"it has: {', '.join(source.parts)}"
-        raise DataError(f"{source.name!r} has no {split} images", where=name, fix=fix)
-    loaded = load_part(part, conversion, memory_budget)
+    has_splits = list(source.parts) != ["train"]
+    chosen = (split or "test") if has_splits else "train"
+    if chosen not in source.parts:
+        raise DataError(
+            f"{source.name!r} has no {chosen} images",
+            where=name,
+            fix=f"it has: {', '.join(source.parts)} (--split chooses one of them)",
+        )
+    loaded = load_part(source.parts[chosen], conversion, memory_budget)
     # `audit` needs a set with at least two classes.
     hint = f" (`convlens audit {name}` lists all)" if len(source.classes) > 1 else ""
-    _refuse_unreadable({split: loaded}, f"replace them, or move them out of the set{hint}")
-    copies = training_copies(run, loaded) if run is not None else 0
-    if copies:
+    _refuse_unreadable({chosen: loaded}, f"replace them, or move them out of the set{hint}")
+    index, label = loaded.all(), chosen if has_splits else ALL_IMAGES
+    own_index = _own_split_among(run, loaded, source, split, has_splits=has_splits)
+    trained_on = 0
+    if own_index is not None:
+        index, label = own_index, split or "test"
+    elif run is not None:
+        trained_on = training_copies(run, loaded)
+        _describe_overlap(run, loaded, source, trained_on, has_splits=has_splits)
+    fingerprint = _fingerprint(source.classes, conversion, {label: (loaded, index)})
+    return ExternalData(
+        loaded.split(index, keep_in_memory=len(index) * conversion.image_bytes <= memory_budget),
+        source.classes,
+        source.name,
+        fingerprint,
+        label,
+        trained_on,
+        own_index is not None,
+    )
+
+
+def _own_split_among(
+    run: Path | None, loaded: LoadedPart, source: DataSource, split: str | None, *, has_splits: bool
+) -> IndexArray | None:
+    """Return the indices of the images of a split of the run itself; None if all are to be used.
+
+    These are the images of the requested split, in a data set without splits; or all images, if
+    they are exactly those of the run's test split.
+
+    Raises:
+        DataError: a split is requested, but not all of its images are in the data set.
+    """
+    is_chosen = split is not None and not has_splits
+    found, total = np.empty(0, np.int64), 0
+    if run is not None and (is_chosen or split in (None, "test")):
+        found, total = find_split_of_run(run, loaded, source, split or "test")
+    is_complete = total > 0 and len(found) == total
+    if is_complete and total == len(loaded.good):
+        print_status(
+            escape(f"{source.name}: these are exactly the {split or 'test'} images of this run")
+        )
+        return loaded.all()
+    if not is_chosen:
+        return None
+    if is_complete:
+        return found
+    some = f", and {len(found):,} of the {total:,} {split} images of the run are in it" * bool(
+        total
+    )
+    raise DataError(
+        f"{source.name!r} has no splits, so --split {split} does not apply to it{some}",
+        where=source.name,
+        fix=f"leave out --split to use all {len(loaded.good):,} images",
+    )
+
+
+def _describe_overlap(
+    run: Path, loaded: LoadedPart, source: DataSource, trained_on: int, *, has_splits: bool
+) -> None:
+    """Print how many images the run was trained on, and whether its test images are among them."""
+    if not trained_on:
+        return
+    print_status(
+        escape(
+            f"{source.name}: {trained_on:,} of {len(loaded.good):,} images were also used for "
+            "training (the same files); this accuracy is optimistic"
+        )
+    )
+    found, total = find_split_of_run(run, loaded, source, "test")
+    if total and len(found) == total and not has_splits:
         print_status(
             escape(
-                f"{source.name}: {copies:,} of {len(loaded.good):,} images were also used for "
-                "training (the same files); this accuracy is optimistic"
+                f"{source.name}: the {total:,} test images of this run are in it, too; "
+                "--split test evaluates only these"
             )
         )
-    fingerprint = _fingerprint(source.classes, conversion, {split: (loaded, loaded.all())})
-    keep_in_memory = loaded.rows.shape[0] * conversion.image_bytes <= memory_budget
-    images = loaded.split(loaded.all(), keep_in_memory=keep_in_memory)
-    return images, source.classes, source.name, fingerprint
 
 
 def _match_classes(source: DataSource, model_classes: Sequence[str]) -> DataSource:
@@ -676,6 +766,41 @@ def training_copies(folder: Path, part: LoadedPart) -> int:
         return 0
     prefixes = _digest_prefixes(part, part.good).view(">u8")  # the byte order of hex digits
     return int(np.isin(prefixes, train_prefixes).sum())
+
+
+def find_split_of_run(
+    folder: Path, part: LoadedPart, source: DataSource, split: str
+) -> tuple[IndexArray, int]:
+    """Find the images of a split of a run among other files, by content and class.
+
+    Args:
+        folder: The run directory.
+        part: The files, of `source`.
+
+    Returns:
+        The indices of those that were found, in the order of the run's list, and the number of
+        images of the split; no images if it is unknown.
+    """
+    records = _read_image_list(folder / IMAGES_FILE) if part.digests is not None else None
+    wanted = [(label, digest) for _, label, of, digest in records or () if of == split]
+    if not wanted or part.digests is None:
+        return np.empty(0, np.int64), 0
+    available: dict[tuple[str, str], list[int]] = {}
+    for index in reversed(part.all().tolist()):
+        digest = part.digests[part.good[index], :8].tobytes().hex()
+        label = source.classes[part.labels[index]]
+        available.setdefault((label, digest), []).append(index)
+    found = [available[key].pop() for key in wanted if available.get(key)]
+    return np.array(found, np.int64), len(wanted)
+
+
+def may_hold_images_of_run(folder: Path, source: DataSource) -> bool:
+    """Return whether a source has exactly the images of a run, by their ids; True if unknown."""
+    records = _read_image_list(folder / IMAGES_FILE)
+    if records is None:
+        return True
+    ids = itertools.chain.from_iterable(part.ids for part in source.parts.values())
+    return sorted(ids) == sorted(image for image, _, _, _ in records)
 
 
 def _read_image_list(path: Path) -> list[ImageRecord] | None:

@@ -328,6 +328,76 @@ def known_names(name: str = "") -> list[str]:
     return [*SOURCES, *folders, *([name] if is_new_path else [])]
 
 
+def is_available(name: str) -> bool:
+    """Return whether `find_source` would find something under this name now."""
+    return name in SOURCES or is_pattern(name) or _find_path(name) is not None
+
+
+def data_path(name: str) -> str | None:
+    """Return the absolute path that a name stands for; None for built-in and unknown names."""
+    path = None if name in SOURCES else _find_path(name)
+    return None if path is None else os.path.abspath(path)
+
+
+def canonical_name(name: str) -> str:
+    """Return the spelling of a data set's name that recipes, and so the names of runs, use.
+
+    `flowers`, `flowers/`, `./flowers`, `sub/../flowers` and the absolute path are one set. A path
+    inside the current folder is written relative to it, or to a data root if that is shorter; any
+    other path is absolute. Built-in names and names of nothing stay as they are. A link keeps its
+    own name, which `is_same_data` compares with that of its target.
+    """
+    path = None if name in SOURCES else _find_path(name)
+    try:
+        if path is None:
+            return _tidy_path(_expand_user(name)) if is_pattern(name) else name
+        tidy = _tidy_path(path)
+        below_roots = [each for root in data_roots() if (each := _below(path, root)) is not None]
+    except OSError:  # the current folder was deleted
+        return name
+    spellings = sorted(
+        [tidy, *below_roots], key=lambda text: (os.path.isabs(text), text.count("/"))
+    )
+    # `./digits` must not become the built-in set, nor `./~x` the folder of a user.
+    for spelling in (*spellings, os.path.join(".", tidy)):
+        found = None if spelling in SOURCES else _find_path(spelling)
+        if found is not None and os.path.samefile(found, path):
+            return spelling
+    return name
+
+
+def is_same_data(one: str, other: str) -> bool:
+    """Return whether two names stand for the same built-in set, folder or file, links followed."""
+    if canonical_name(one) == canonical_name(other):
+        return True
+    paths = [data_path(name) for name in (one, other)]
+    return None not in paths and os.path.samefile(*map(str, paths))
+
+
+def _tidy_path(path: Path) -> str:
+    """Return a path relative to the current folder if it is inside, else as an absolute path."""
+    absolute = os.path.abspath(path)
+    if os.path.exists(path) and not os.path.samefile(path, absolute):
+        absolute = os.path.realpath(path)  # in `link/..` the dots belong to the target of the link
+    inside = _below(Path(absolute), Path.cwd())
+    return _resolve_parents(absolute) if inside is None else inside
+
+
+def _below(path: Path, folder: Path) -> str | None:
+    """Return `path` relative to `folder`; None if it is not inside."""
+    absolute, base = os.path.abspath(path), os.path.abspath(folder)
+    for inner, outer in ((absolute, base), (_resolve_parents(absolute), os.path.realpath(base))):
+        if Path(inner).is_relative_to(outer):
+            return os.path.relpath(inner, outer)
+    return None
+
+
+def _resolve_parents(path: str) -> str:
+    """Return a path with links resolved, except that of its last part."""
+    folder, last = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), last)
+
+
 def _looks_like_path(name: str) -> bool:
     """Return whether `name` is a path or written like one; then it is not a misspelled name."""
     path_syntax = "/" in name or os.sep in name or name.lower().endswith((*LIST_SUFFIXES, ".tar"))

@@ -26,10 +26,19 @@ from convlens import evaluation, models, run
 from convlens.data.dataset import Data, Split, load_external_data
 from convlens.data.decode import EXTENSIONS, UnreadableImage
 from convlens.data.input_images import expand_paths
+from convlens.data.layout import split_from_name
+from convlens.data.sources import find_source
 from convlens.device import Plan, derive_seed, memory_budget, preserve_torch_settings
 from convlens.engine.inference import batch_logits, place_model, split_logits
-from convlens.errors import ConvlensError, DataError, ModelFileError, UsageError, lookup
-from convlens.evaluation import SPLIT_NAMES
+from convlens.errors import (
+    ConvlensError,
+    DataError,
+    ModelFileError,
+    UsageError,
+    close_matches,
+    did_you_mean,
+    lookup,
+)
 from convlens.models import zoo
 from convlens.recipe import ModelConfig
 from convlens.run import LoadedModel, Preprocessing, RunDir
@@ -44,7 +53,8 @@ EXAMPLES = 3  # classes of which a correctly classified example is chosen
 EXAMPLE_BATCH = 128
 MAX_FOLDER_NAME = 120  # characters
 HELD_OUT_INTERVAL = 5  # one image in five is held out if a data set has no separate split
-_SPLIT_POSITION = re.compile(r"(train|val|test|worst|class):(.+)")
+_SPLIT_POSITION = re.compile(r"(\w+):(.+)")
+POSITION_KINDS = ("train", "val", "test", "worst", "class")  # as in `test:17`
 
 
 class Picture(NamedTuple):
@@ -78,7 +88,9 @@ class InspectedModel:
     loaded: LoadedModel
     plan: Plan
     run_dir: RunDir | None = None
-    _splits: dict[tuple[str, str | None], Split] = field(default_factory=dict, repr=False)
+    _splits: dict[tuple[str | None, str | None], Split] = field(default_factory=dict, repr=False)
+    _recognized: dict[str, bool] = field(default_factory=dict, repr=False)
+    _test_images: int = field(default=0, repr=False)  # of the own test split, if it was opened
 
     @property
     def model(self) -> nn.Module:
@@ -101,57 +113,60 @@ class InspectedModel:
                 f"{self.name} is not a convlens run and has no images of its own",
                 fix="name image files, or a data set with --data",
             )
-        try:
-            return evaluation.load_own_data(self.loaded, self.plan.device)
-        except UsageError as error:
-            raise DataError(
-                f"the images of {self.name} can't be found: {error.what}",
-                fix="move them back to where they were during training, or name image files",
-            ) from error
+        return evaluation.load_own_data(self.loaded, self.plan.device)
 
-    def split(self, name: str, data: str | Path | None = None) -> Split:
+    def recognizes(self, data: str | Path | None) -> bool:
+        """Return whether `data` holds exactly the images of the run, which may have moved."""
+        if data is None or self.run_dir is None:
+            return False
+        if str(data) not in self._recognized:
+            own = evaluation.recognize_own_data(self.loaded, str(data), self.plan.device)
+            self._recognized[str(data)] = own is not None
+            if own is not None:
+                self.data = own
+                print_status(
+                    f"{escape(str(data))} holds the images of {escape(self.name)}: using its splits"
+                )
+        return self._recognized[str(data)]
+
+    def split(self, name: str | None, data: str | Path | None = None) -> Split:
         """Return a split of the run's data or of another data set, labels in the model's order.
 
-        The first use of the run's test split is recorded in its evaluation log.
+        `log_test_use` records that the run's test split was opened.
+
+        Args:
+            name: of the split; None means `test`, or all images of a data set without splits.
         """
+        data = None if self.recognizes(data) else data
+        name = name or "test" if data is None else name
         key = name, None if data is None else str(data)
         if key not in self._splits:
             own = self.data if data is None else None
-            on = self.plan.device
+            device = self.plan.device
             loaded = evaluation.load_eval_split(
-                self.loaded, name, data=data, device=on, own_data=own
+                self.loaded, name, data=data, device=device, own_data=own
             )
             self._splits[key] = loaded.part
-            if own is not None and name == "test":
-                self._log_test_access(loaded)
+            if loaded.own and loaded.split == "test":
+                self._test_images = len(loaded.part)
         return self._splits[key]
 
-    def _log_test_access(self, test: evaluation.EvalSplit) -> None:
-        assert self.run_dir is not None
-        entry = self.run_dir.add_result(
-            {
-                "run": self.run_dir.name,
-                "split": "test",
-                "data": test.name,
-                "own": True,
-                "n": len(test.part),
-                "by": "look",
-                "data_fingerprint": test.fingerprint,
-                "model_sha256": self.loaded.model_metadata["sha256"],
-            }
-        )
-        print_status(
-            f"{escape(self.name)}: test set used {evaluation.times(entry['looks'])} (logged)"
-        )
+    def log_test_use(self, command: str) -> None:
+        """Record that a command showed something of the run's test split, if it opened it."""
+        if self.run_dir is None or not self._test_images:
+            return
+        uses = evaluation.log_test_use(self.run_dir, self.loaded, self._test_images, command)
+        self._test_images = 0
+        print_status(f"{escape(self.name)}: test set used {evaluation.times(uses)} (logged)")
 
-    def default_split(self, data: str | Path | None = None) -> str:
+    def default_split(self, data: str | Path | None = None) -> str | None:
         """Return the split to use if none is requested: validation, so that the test stays sealed.
 
-        Training images if the run has no validation images. Of another data set `test`, which is
-        all of it if it has no splits.
+        Training images if the run has no validation images. Of another data set None: its test
+        split, or all of it if it has no splits.
         """
-        if data is not None:
-            return "test"
+        if data is not None and not self.recognizes(data):
+            return None
         return "val" if len(self.data.val) else "train"
 
     def reference_split(
@@ -163,8 +178,10 @@ class InspectedModel:
             name: the requested split; by default that of `default_split`.
             data: another data set than the run's own.
         """
-        name = name or self.default_split(data)
-        return self.split(name, data), name if data is None else Path(str(data)).name
+        split = self.split(name or self.default_split(data), data)
+        if data is not None and not self.recognizes(data):
+            return split, Path(str(data)).name
+        return split, name or str(self.default_split())
 
     def prepared(self, pixels: Tensor) -> Tensor:
         """Return uint8 `[N, C, S, S]` as normalized float32 input on the model's device."""
@@ -244,25 +261,37 @@ def share_data(subjects: Sequence[InspectedModel]) -> None:
 
 def is_split_position(text: str) -> bool:
     """Return whether `text` means images of a split (`test:17`, `worst:5`, ...), not a file."""
-    return _SPLIT_POSITION.fullmatch(text) is not None and not os.path.exists(text)
+    match = _SPLIT_POSITION.fullmatch(text)
+    return match is not None and _position_kind(match[1]) != "" and not os.path.exists(text)
 
 
-def select_pictures(subject: InspectedModel, arguments: Sequence[str]) -> list[Picture]:
+def _position_kind(word: str) -> str:
+    """Return the entry of `POSITION_KINDS` that a word means (`validation` is `val`), or ""."""
+    return word if word in POSITION_KINDS else split_from_name(word) or ""
+
+
+def select_pictures(
+    subject: InspectedModel, arguments: Sequence[str], data: str | Path | None = None
+) -> list[Picture]:
     """Return the images that the arguments name, in their order.
 
     Each argument is a file, folder or glob; `train:N`, `val:N` or `test:N` (image number N of the
     split); `worst:N` (the N worst mistakes on the test split); or `class:NAME:N` (the first N
     images of a class in the test split).
 
+    Args:
+        data: another data set than the run's own; `worst` and `class` mean all of its images if
+            it has no splits.
+
     Raises:
         UsageError: an unknown number or class, with close matches; no images at all.
         DataError: files that do not exist or can't be read.
     """
+    positions = [_parse_position(subject, text) for text in arguments]
     pictures: list[Picture] = []
-    for text in arguments:
-        match = _SPLIT_POSITION.fullmatch(text) if is_split_position(text) else None
-        if match:
-            pictures += _pictures_from_split(subject, match[1], match[2])
+    for text, position in zip(arguments, positions, strict=True):
+        if position is not None:
+            pictures += _pictures_from_split(subject, position, data)
         else:
             pictures += _pictures_from_files(subject, text)
     if not pictures:
@@ -289,8 +318,25 @@ def _pictures_from_files(subject: InspectedModel, text: str) -> list[Picture]:
     return pictures
 
 
-def _pictures_from_split(subject: InspectedModel, kind: str, value: str) -> list[Picture]:
-    # All checks come before a split is loaded, because loading the test split is logged.
+class _SplitPosition(NamedTuple):
+    """The parts of `test:17`, `worst:5` or `class:cat:3`; `target` is the class of the last."""
+
+    text: str
+    kind: str
+    number: int
+    target: int = -1
+
+
+def _parse_position(subject: InspectedModel, text: str) -> _SplitPosition | None:
+    """Return the parts of a position in a split; None for a file.
+
+    Raises:
+        UsageError: an invalid number or an unknown class. No images are needed to find this out.
+    """
+    match = _SPLIT_POSITION.fullmatch(text)
+    if match is None or not is_split_position(text):
+        return None
+    kind, value = _position_kind(match[1]), match[2]
     label, _, number = value.rpartition(":") if kind == "class" else ("", "", value)
     if kind == "class" and not (label and number.isdecimal()):
         raise UsageError(
@@ -302,22 +348,30 @@ def _pictures_from_split(subject: InspectedModel, kind: str, value: str) -> list
         )
     class_index = {name: index for index, name in enumerate(subject.classes)}
     target = lookup(class_index, label, "class") if kind == "class" else -1
-    count = int(number)
-    split_name = "test" if kind in ("worst", "class") else kind
-    split = subject.split(split_name)
+    return _SplitPosition(text, kind, int(number), target)
+
+
+def _pictures_from_split(
+    subject: InspectedModel, position: _SplitPosition, data: str | Path | None
+) -> list[Picture]:
+    _, kind, number, target = position
+    split_name = None if kind in ("worst", "class") else kind
+    split = subject.split(split_name, data)
     if kind == "worst":
-        indices = worst_images(subject, split)[:count]
+        indices = worst_images(subject, split)[:number]
     elif kind == "class":
-        indices = (split.labels == target).nonzero()[:count, 0]
-    elif count >= len(split):
+        indices = (split.labels == target).nonzero()[:number, 0]
+    elif number >= len(split):
         raise UsageError(
-            f"{kind}:{count} does not exist", fix=f"the split has images 0 to {len(split) - 1:,}"
+            f"{position.text} does not exist",
+            fix=f"the split has images 0 to {len(split) - 1:,}",
         )
     else:
-        indices = torch.tensor([count])
+        indices = torch.tensor([number])
+    of = split_name or ("test" if data is None or subject.recognizes(data) else Path(data).name)
     pixels, labels = split.rows.gather(indices), split.labels[indices].tolist()
     return [
-        Picture(f"{split_name}:{i}", image, label, str(split.ids[i]))
+        Picture(f"{of}:{i}", image, label, str(split.ids[i]))
         for i, image, label in zip(indices.tolist(), pixels, labels, strict=True)
     ]
 
@@ -330,15 +384,14 @@ def worst_images(subject: InspectedModel, split: Split) -> Tensor:
     return torch.from_numpy(worst_mistake_images(probs, labels.cpu().numpy()))
 
 
-def example_pictures(subject: InspectedModel) -> list[Picture]:
+def example_pictures(subject: InspectedModel, data: str | Path | None = None) -> list[Picture]:
     """Return images that represent a network: three correct ones and a mistake.
 
-    Among 512 images spread evenly over the validation split (training images if there is none):
-    for each of the first three classes that have one, the first correctly classified image; and
-    the mistake with the lowest probability of its class.
+    Among 512 images spread evenly over the validation split (training images if there is none) or
+    another data set: for each of the first three classes that have one, the first correctly
+    classified image; and the mistake with the lowest probability of its class.
     """
-    split_name = subject.default_split()
-    split = subject.split(split_name)
+    split, split_name = subject.reference_split(data=data)
     count = min(EXAMPLE_CANDIDATES, len(split))
     index = torch.linspace(0, len(split) - 1, count).round().long()
     pixels, labels = split.rows.gather(index), split.labels[index]
@@ -397,7 +450,11 @@ class LookInputs:
 
 @preserve_torch_settings()
 def open_look_inputs(
-    arguments: Sequence[str], *, device: str | None = None, examples: bool = True
+    arguments: Sequence[str],
+    *,
+    device: str | None = None,
+    examples: bool = True,
+    data: str | Path | None = None,
 ) -> LookInputs:
     """Open the networks among the arguments and the images that the other arguments name.
 
@@ -408,12 +465,13 @@ def open_look_inputs(
         arguments: networks and images, in any order.
         device: where to put the networks; by default the best device.
         examples: if no image is named, use those of `example_pictures`.
+        data: the data set of `test:17`, `worst:5` and so on, if it is not the run's own.
 
     Raises:
         UsageError, ModelFileError, DataError: arguments that can't be opened or found.
     """
-    model_arguments = [text for text in arguments if not _is_image(text)]
-    image_arguments = [text for text in arguments if _is_image(text)]
+    model_arguments = [text for text in arguments if not is_image_argument(text)]
+    image_arguments = [text for text in arguments if is_image_argument(text)]
     if not model_arguments:
         images = ", ".join(image_arguments[:3])
         raise UsageError(
@@ -422,11 +480,12 @@ def open_look_inputs(
         )
     subjects = []
     for text in model_arguments:
+        _check_position_kind(text)
         _check_has_weights(text)
         subjects.append(open_inspected_model(text, device=device))
     return LookInputs(
         subjects,
-        _pictures_for_all(subjects, image_arguments, examples),
+        _pictures_for_all(subjects, image_arguments, examples, data),
         figures_folder(subjects),
         unique_names([subject.name for subject in subjects]),
         unique_names([run.safe_name(subject.name) for subject in subjects]),
@@ -461,7 +520,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def _is_image(text: str) -> bool:
+def is_image_argument(text: str) -> bool:
     """Return whether an argument names images rather than a run's folder or a model file."""
     path = Path(text)
     if is_split_position(text):
@@ -480,6 +539,21 @@ def _is_run(folder: Path) -> bool:
     )
 
 
+def _check_position_kind(text: str) -> None:
+    """Refuse a misspelled position in a split, such as `wors:5`, with what it may mean."""
+    match = _SPLIT_POSITION.fullmatch(text)
+    if match is None or not match[2].rpartition(":")[2].isdecimal():
+        return
+    if match[1] in zoo.zoo_names() or _is_run(run.MODELS_DIR / text):
+        return
+    close = close_matches(match[1], POSITION_KINDS)
+    if close:
+        raise UsageError(
+            f"{text!r} is neither a run nor an image of a split",
+            fix=did_you_mean([f"{kind}:{match[2]}" for kind in close]),
+        )
+
+
 def _check_has_weights(text: str) -> None:
     for folder in (run.MODELS_DIR / text, Path(text)):
         if _is_run(folder) and not (folder / "model.safetensors").is_file():
@@ -491,15 +565,20 @@ def _check_has_weights(text: str) -> None:
 
 
 def _pictures_for_all(
-    subjects: Sequence[InspectedModel], arguments: Sequence[str], examples: bool
+    subjects: Sequence[InspectedModel],
+    arguments: Sequence[str],
+    examples: bool,
+    data: str | Path | None,
 ) -> list[tuple[Picture, ...]]:
     """Return the images that the arguments name, as each network takes them."""
     # Images of a split come from the first network that has its own data.
     source = next((subject for subject in subjects if subject.run_dir), subjects[0])
     pictures: list[tuple[Picture, ...]] = []
+    for text in arguments:  # a mistake in the last one is found before a split is loaded
+        _parse_position(source, text)
     for text in arguments:
         if is_split_position(text):
-            selected = select_pictures(source, [text])
+            selected = select_pictures(source, [text], data)
             pictures += [tuple(_convert(each, source, s) for s in subjects) for each in selected]
         else:
             pictures += zip(*(select_pictures(s, [text]) for s in subjects), strict=True)
@@ -507,7 +586,7 @@ def _pictures_for_all(
     ids = [row[0].id for row in pictures]
     pictures = [row for i, row in enumerate(pictures) if ids[i] is None or ids[i] not in ids[:i]]
     if not arguments and examples:
-        selected = example_pictures(source)
+        selected = example_pictures(source, data)
         pictures += [tuple(_convert(each, source, s) for s in subjects) for each in selected]
     return pictures
 
@@ -580,26 +659,24 @@ def draw_sample(
         max_images: at most so many images.
         seed: of the random selection.
         training: draw training images instead, disjoint from those drawn without `training`.
-            Where the split is not separate from the training images (`train`, `val` of another
-            data set, splits that it does not have), it is a fifth of them, and the other four
-            fifths remain for training.
+            Where the split is not separate from the training images (`train`, and splits that
+            another data set does not have), it is a fifth of them, and the other four fifths
+            remain for training.
 
     Raises:
         UsageError: an unknown split; neither a run nor `data`.
         DataError: no images in the split, or images that have changed or moved.
     """
-    lookup(dict.fromkeys(SPLIT_NAMES), split, "split")
+    split = evaluation.check_split(split)
     source = "train" if training else split
-    if data is None:
+    if data is None or subject.recognizes(data):
         is_separate = split != "train"
         images, classes, name = subject.split(source), subject.classes, subject.data.name
     else:
-        images, classes, name = _external_split(subject, data, "train")
-        is_separate = False
-        if split == "test":
-            test, _, _ = _external_split(subject, data, "test")
-            is_separate = not _is_same_split(test, images)
-            images = test if is_separate and not training else images
+        splits = _splits_of(subject, data)
+        is_separate = split in splits and split != "train" and "train" in splits
+        part = source if is_separate else "train" if "train" in splits else None
+        images, classes, name = _external_split(subject, data, part)
     generator = torch.Generator().manual_seed(derive_seed(seed, len(images)))
     order = torch.randperm(len(images), generator=generator)
     if not is_separate:
@@ -611,18 +688,34 @@ def draw_sample(
     return Sample(images, order[:max_images].sort().values, classes, name)
 
 
+def check_external_split(subject: InspectedModel, split: str, data: str | Path) -> None:
+    """Check that another data set has the requested split.
+
+    Raises:
+        DataError: it does not.
+    """
+    splits = () if subject.recognizes(data) else _splits_of(subject, data)
+    if subject.recognizes(data) or split in splits:
+        return
+    has = f"it has: {', '.join(splits)}" if splits else "leave out --split to use all of its images"
+    raise DataError(f"--split {split} does not apply to {str(data)!r}", fix=has)
+
+
+def _splits_of(subject: InspectedModel, data: str | Path) -> tuple[str, ...]:
+    """Return the splits of another data set; none if it is not split."""
+    size = subject.loaded.preprocessing.image_size
+    parts = tuple(find_source(str(data), image_size=size).parts)
+    return () if parts == ("train",) else parts
+
+
 def _external_split(
-    subject: InspectedModel, data: str | Path, name: str
+    subject: InspectedModel, data: str | Path, name: str | None
 ) -> tuple[Split, tuple[str, ...], str]:
     """Return a split of another data set, its classes and the data set's name."""
-    split, classes, data_name, _ = load_external_data(
+    split, classes, data_name, *_ = load_external_data(
         str(data),
         name,
         conversion=subject.loaded.preprocessing.conversion,
         memory_budget=memory_budget(subject.plan.device),
     )
     return split, classes, data_name
-
-
-def _is_same_split(one: Split, other: Split) -> bool:
-    return len(one) == len(other) and one.ids[0] == other.ids[0]

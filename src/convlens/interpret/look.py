@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from convlens.device import preserve_torch_settings
 from convlens.errors import UsageError, lookup
+from convlens.evaluation import check_split
 from convlens.interpret import activations, attribution, attribution_methods, embedding, feature_viz
 from convlens.interpret.activations import (
     CHANNELS_SHOWN,
@@ -20,7 +21,14 @@ from convlens.interpret.activations import (
     write_arrays,
     write_figure,
 )
-from convlens.interpret.inputs import InspectedModel, LookInputs, file_names
+from convlens.interpret.inputs import (
+    InspectedModel,
+    LookInputs,
+    check_external_split,
+    file_names,
+    is_image_argument,
+    is_split_position,
+)
 from convlens.interpret.measure import Measurements, measure, select_measures
 from convlens.utils import notebook
 from convlens.utils.console import print_status
@@ -74,15 +82,18 @@ class LookOptions:
     data: str | Path | None = None
     seed: int = 0
 
-    def check(self) -> None:
+    def check(self, images: Sequence[str] = ()) -> None:
         """Check the options before anything is opened.
+
+        Args:
+            images: the arguments that name images, or that may do so.
 
         Raises:
             UsageError: unknown names, or options that would have no effect.
         """
         lookup(dict.fromkeys(activations.ORDERS), self.order, "order")
         if self.split is not None:
-            lookup(dict.fromkeys(("test", "val", "train")), self.split, "split")
+            check_split(self.split)
         for text in self.dream:
             feature_viz.parse_dream(text)
         if self.attribution:
@@ -92,9 +103,9 @@ class LookOptions:
         select_measures(self.measures)
         if self.channels is not None and self.channels < 1:
             raise UsageError(f"--channels {self.channels}: must be at least 1")
-        self._check_effect()
+        self._check_effect(images)
 
-    def _check_effect(self) -> None:
+    def _check_effect(self, images: Sequence[str]) -> None:
         attribution_options = {
             "--class": self.target,
             "--cam-layer": self.cam_layer,
@@ -108,11 +119,19 @@ class LookOptions:
             )
         if self.untrained and not self.measure:
             raise UsageError("--untrained: no effect without --measure", fix="add --measure NAME")
-        if (self.split is not None or self.data is not None) and not self.uses_split:
-            name = "--split" if self.split is not None else "--data"
+        if self.split is not None and not self.uses_split:
             raise UsageError(
-                f"{name}: no effect without --measure, --embedding, --top-images or --dream",
+                "--split: no effect without --measure, --embedding, --top-images or --dream",
                 fix="add one of them; to show an image of a split, name it, e.g. val:17",
+            )
+        from_data = self.uses_split or (
+            self.needs_images and not any(map(is_image_argument, images))
+        )
+        if self.data is not None and not (from_data or any(map(is_split_position, images))):
+            raise UsageError(
+                "--data: no effect, because no image is taken from it",
+                fix="name images of it (test:17, worst:5, class:NAME:3), or add --measure, "
+                "--embedding, --top-images or --dream",
             )
 
     @property
@@ -212,6 +231,10 @@ def look(opened: LookInputs, options: LookOptions) -> Look:
         DataError: images that have changed, moved or can't be read.
     """
     result = Look(opened, rows=options.channels or TOP_IMAGE_ROWS)
+    if options.split is not None:
+        options = replace(options, split=check_split(options.split))
+        if options.data is not None:
+            check_external_split(opened.subjects[0], str(options.split), options.data)
     if options.nearest or (options.embedding and options.data is None):
         for subject in opened.subjects:
             subject.data  # noqa: B018 (fail before anything is drawn if a network has no data)
@@ -251,6 +274,8 @@ def look(opened: LookInputs, options: LookOptions) -> Look:
         result.files += result.measures.files
     for number, subject in enumerate(opened.subjects):
         _draw_features(result, number, subject, options)
+    for subject in opened.subjects:  # last: a command that fails costs no use of the test split
+        subject.log_test_use("look")
     return result
 
 
@@ -350,7 +375,7 @@ def _draw_features(
             subject,
             method,
             folder=folder,
-            split=options.split or subject.default_split(options.data),
+            split=options.split or subject.default_split(options.data) or "test",
             data=options.data,
             seed=options.seed,
         )

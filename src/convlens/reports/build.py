@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from rich.markup import escape
 
+from convlens import evaluation
 from convlens.device import preserve_torch_settings
 from convlens.errors import UsageError
 from convlens.reports import compare, sections
@@ -17,7 +19,7 @@ from convlens.reports.contents import ReportContents, gather_contents
 from convlens.reports.html import PageSection, compose_page
 from convlens.run import PLOTS_DIR, RunLike, find_run, run_reference, safe_name
 from convlens.utils import files, notebook
-from convlens.utils.console import message_scope, progress_bar, quiet_mode
+from convlens.utils.console import message_scope, print_status, progress_bar, quiet_mode
 
 MAX_FOLDER_NAME = 120  # characters of the joined names of runs
 
@@ -95,8 +97,18 @@ def report(
             text = _compose(title, head, compare.COMPARE_SECTIONS, comparison)
     path = Path(output) if output is not None else _output_path(reports)
     files.write_atomic(path, text)
+    with quiet_mode(quiet):
+        for contents in reports:  # last: a page that is not written is not a use of the test split
+            _log_test_use(contents)
     missing = list(dict.fromkeys(line for contents in reports for line in contents.missing))
     return Report(path, len(text), [c.name for c in reports], split, verdict, missing)
+
+
+def _log_test_use(contents: ReportContents) -> None:
+    if contents.shows_test_split and contents.loaded and contents.summary:
+        n = int(contents.summary["n"])
+        uses = evaluation.log_test_use(contents.run_dir, contents.loaded, n, "report")
+        print_status(f"{escape(contents.name)}: test set used {evaluation.times(uses)} (logged)")
 
 
 def _compose(

@@ -194,7 +194,7 @@ def _run_facts(contents: ReportContents) -> dict[str, str]:
     metadata, summary = contents.metadata, contents.summary
     evaluations = (e for e in reversed(contents.evaluations) if e["split"] == contents.split)
     latest: dict[str, Any] = next(evaluations, {})
-    train_accuracy, calibration = contents.train_accuracy(), measure_calibration(contents)
+    train_accuracy, calibration = contents.train_accuracy, measure_calibration(contents)
     model_path = contents.run_dir.model_path
     split = accuracy = interval = loss = calibration_error = "–"
     class_means = dict.fromkeys(("macro_f1", "balanced_accuracy"), "–")
@@ -218,7 +218,9 @@ def _run_facts(contents: ReportContents) -> dict[str, str]:
         "balanced accuracy": class_means["balanced_accuracy"],
         "loss": loss,
         "calibration error": calibration_error,
-        "training accuracy": "–" if train_accuracy is None else format_share(train_accuracy[0], 2),
+        "training accuracy": "–"
+        if train_accuracy is None
+        else format_share(train_accuracy.share, 2),
         "network": "–" if contents.recipe is None else contents.recipe.model.name,
         "weights": format_count(metadata.get("parameters")),
         "epoch kept": epoch,

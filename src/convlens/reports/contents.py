@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from convlens import evaluation, metrics, run, serialization
 from convlens.data.audit import Audit, audit as audit_data
-from convlens.data.dataset import Split
+from convlens.data.dataset import Data, Split
 from convlens.device import select_device
 from convlens.errors import ConvlensError, ModelFileError, UsageError
-from convlens.evaluation import CachedPredictions
+from convlens.evaluation import CachedPredictions, TrainAccuracy
 from convlens.recipe import Recipe
 from convlens.run import LoadedModel, RunDir
 from convlens.utils.console import print_status
@@ -52,6 +51,8 @@ class ReportContents:
         summary: the metrics on that split, as from `metrics.summarize`.
         predictions: the logits and labels of that split.
         images: its images.
+        own_data: the data set of the run, once it was loaded.
+        train_accuracy: on training images with the final weights, without augmentation.
         audit: of the whole data set.
         missing: sentences about everything that is unavailable.
     """
@@ -66,6 +67,8 @@ class ReportContents:
     summary: dict[str, Any] | None = None
     predictions: CachedPredictions | None = None
     images: Split | None = None
+    own_data: Data | None = None
+    train_accuracy: TrainAccuracy | None = None
     audit: Audit | None = None
     device: str | None = None
     missing: list[str] = field(default_factory=list)
@@ -95,19 +98,21 @@ class ReportContents:
         epoch = self.metadata.get("kept_epoch")
         return None if epoch is None else int(epoch)
 
-    def train_accuracy(self) -> tuple[float, str] | None:
-        """Return the accuracy on the training images, and how it was measured."""
-        sha = self.model_metadata.get("sha256")
-        for entry in reversed(self.evaluations):
-            if entry["split"] == "train" and entry.get("own") and entry["model_sha256"] == sha:
-                return float(entry["accuracy"]), "measured on all training images"
-        epoch = self.kept_epoch if self.kept_epoch is not None else len(self.rows)
-        for row in self.rows:
-            if row["epoch"] == epoch and math.isfinite(row["train_accuracy"]):
-                augmented = self.recipe is not None and self.recipe.augment
-                images = "augmented images" if augmented else "images"
-                return row["train_accuracy"], f"measured on {images} during training"
-        return None
+    def test_uses(self) -> int:
+        """Return how often the test split of the run has been used, this page included."""
+        fingerprint = self.model_metadata.get("data", {}).get("fingerprint")
+        logged = sum(
+            entry["split"] == "test"
+            and bool(entry.get("own"))
+            and entry.get("data_fingerprint") == fingerprint
+            for entry in self.run_dir.evaluation_log()
+        )
+        return int(logged) + self.shows_test_split
+
+    @property
+    def shows_test_split(self) -> bool:
+        """Whether the page shows something of the test split, which is a use of it."""
+        return self.split == "test" and self.summary is not None and self.loaded is not None
 
 
 def gather_contents(
@@ -116,8 +121,9 @@ def gather_contents(
     """Gather everything about a run that its page shows.
 
     The test split is used only if it was evaluated before with exactly these weights. If the
-    predictions of that evaluation were not kept, the model is tested once more, which is logged
-    like every evaluation. A run whose test split is sealed is evaluated on its validation split.
+    predictions of that evaluation were not kept, they are computed again; either way
+    `ReportContents.shows_test_split` says that the page is a use of the test split, which the
+    caller logs. A run whose test split is sealed is evaluated on its validation split.
 
     Args:
         audit: whether to inspect every image of the data set; by default only small sets.
@@ -143,6 +149,7 @@ def gather_contents(
         )
         return contents
     _add_evaluation(contents)
+    _add_train_accuracy(contents)
     if with_images:
         _add_images(contents, audit)
     return contents
@@ -169,7 +176,7 @@ def _add_evaluation(contents: ReportContents) -> None:
     predictions = evaluation.load_predictions(run_dir, split, fingerprint, sha)
     if predictions is None:
         try:
-            evaluation.evaluate(run_dir, split, device=contents.device, quiet=False)
+            _evaluate(contents)
             predictions = evaluation.load_predictions(run_dir, split, fingerprint, sha)
             contents.evaluations = run_dir.evaluations()
         except ConvlensError as error:
@@ -193,6 +200,56 @@ def _add_evaluation(contents: ReportContents) -> None:
         )
 
 
+def _evaluate(contents: ReportContents) -> None:
+    """Evaluate the split, which caches its predictions.
+
+    Only an evaluation of the validation split is logged here: the page as a whole is one use of
+    the test split.
+    """
+    assert contents.loaded is not None
+    if contents.split != "test":
+        evaluation.evaluate(contents.run_dir, contents.split, device=contents.device, quiet=False)
+        return
+    device = select_device(contents.device)
+    split = evaluation.load_eval_split(
+        contents.loaded, contents.split, device=device, own_data=_load_own_data(contents)
+    )
+    evaluation.evaluate_split(contents.run_dir, contents.loaded, split, device)
+
+
+def _load_own_data(contents: ReportContents) -> Data:
+    """Return the data set of the run, loaded only once.
+
+    Raises:
+        DataError: the images have changed or moved.
+    """
+    assert contents.loaded is not None
+    if contents.own_data is None:
+        device = select_device(contents.device)
+        contents.own_data = evaluation.load_own_data(contents.loaded, device)
+    return contents.own_data
+
+
+def _add_train_accuracy(contents: ReportContents) -> None:
+    """Add the accuracy on training images: the logged one, or that of some of them."""
+    assert contents.loaded is not None
+    sha = contents.model_metadata["sha256"]
+    for entry in reversed(contents.evaluations):
+        if entry["split"] == "train" and entry.get("own") and entry["model_sha256"] == sha:
+            n = int(entry["n"])
+            contents.train_accuracy = TrainAccuracy(int(entry["correct"]), n, n)
+            return
+    try:
+        contents.train_accuracy = evaluation.measure_train_accuracy(
+            contents.run_dir,
+            contents.loaded,
+            select_device(contents.device),
+            own_data=lambda: _load_own_data(contents),
+        )
+    except ConvlensError as error:
+        contents.missing.append(_error_sentence(error))
+
+
 def _add_images(contents: ReportContents, audit: bool | None) -> None:
     """Add the images of the split, and the audit of the data set."""
     assert contents.loaded is not None
@@ -200,14 +257,17 @@ def _add_images(contents: ReportContents, audit: bool | None) -> None:
     device = select_device(contents.device)
     try:
         if contents.predictions is not None:
-            split = evaluation.load_eval_split(contents.loaded, contents.split, device=device)
+            split = evaluation.load_eval_split(
+                contents.loaded, contents.split, device=device, own_data=_load_own_data(contents)
+            )
             contents.images = split.part
         if audit is None:
-            data = evaluation.load_own_data(contents.loaded, device)
+            data = _load_own_data(contents)
             evaluated = 0 if contents.summary is None else int(contents.summary["n"])
             audit = len(data.train) + len(data.val) + evaluated <= QUICK_AUDIT_IMAGES
         if audit:
-            contents.audit = audit_data(contents.recipe.data)
+            found = {"name": _load_own_data(contents).name}  # the data set may have moved
+            contents.audit = audit_data(contents.recipe.data.model_copy(update=found))
     except ConvlensError as error:
         contents.missing.append(_error_sentence(error))
         print_status("[yellow]the images are unavailable: the page is written without them[/]")

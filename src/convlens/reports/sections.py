@@ -20,7 +20,7 @@ from markupsafe import Markup
 from convlens import metrics, run_plots
 from convlens.engine.inference import place_model
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation import CachedPredictions
+from convlens.evaluation import CachedPredictions, TrainAccuracy
 from convlens.interpret import attribution
 from convlens.interpret.activations import (
     activation_figure,
@@ -133,10 +133,8 @@ def run_verdict(contents: ReportContents) -> str:
     if majority is not None and low <= majority[1]:
         name, share = majority
         parts.append(f"not distinguishable from always predicting {name!r} ({share:.1%})")
-    train_accuracy = contents.train_accuracy()
-    if train_accuracy is not None:
-        points = 100 * (train_accuracy[0] - summary["accuracy"])
-        parts.append(_train_gap(points, train_accuracy[0], low, high))
+    if contents.train_accuracy is not None:
+        parts.append(_train_gap(contents.train_accuracy, summary["correct"], summary["n"]))
     calibration = measure_calibration(contents)
     if calibration is not None:
         parts.append(_describe_calibration(calibration))
@@ -155,13 +153,18 @@ def majority_class(contents: ReportContents) -> tuple[str, float] | None:
     return contents.classes[largest], counts[largest] / sum(counts)
 
 
-def _train_gap(points: float, train_accuracy: float, low: float, high: float) -> str:
-    if low <= train_accuracy <= high:
-        return f"not distinguishable from the {train_accuracy:.1%} on training images"
+def _train_gap(train: TrainAccuracy, correct: int, n: int) -> str:
+    """Compare the accuracy with that on training images, by the interval of the difference."""
+    low, high = metrics.newcombe_independent_interval(correct, n, train.correct, train.n)
+    count = f"{train.n:,} " * (train.n < train.total)
+    training = f"the {train.share:.1%} on {count}training images without augmentation"
+    points = 100 * (train.share - correct / n)
+    if low <= 0 <= high:
+        return f"not distinguishable from {training}"
     if points > 0:
         note = "overfitting" if points > OVERFITTING_POINTS else "some overfitting"
-        return f"{points:.1f} points below the {train_accuracy:.1%} on training images ({note})"
-    return f"{-points:.1f} points above the {train_accuracy:.1%} on training images"
+        return f"{points:.1f} points below {training} ({note})"
+    return f"{-points:.1f} points above {training}"
 
 
 def _describe_calibration(calibration: Calibration) -> str:
@@ -177,13 +180,6 @@ def _describe_calibration(calibration: Calibration) -> str:
 def head_section(contents: ReportContents) -> Markup:
     """Render name, verdict and the main numbers."""
     summary = contents.summary
-    test_uses = 0
-    if contents.split == "test":
-        sha = contents.model_metadata.get("sha256")
-        test_uses = sum(
-            entry["split"] == "test" and entry["model_sha256"] == sha and bool(entry.get("own"))
-            for entry in contents.run_dir.evaluation_log()
-        )
     baseline = bar = None
     majority = majority_class(contents)
     if summary is not None and majority is not None:
@@ -199,9 +195,9 @@ def head_section(contents: ReportContents) -> Markup:
         contents=contents,
         verdict=run_verdict(contents),
         summary=summary,
-        train_accuracy=contents.train_accuracy(),
+        train_accuracy=contents.train_accuracy,
         calibration=measure_calibration(contents),
-        test_uses=test_uses,
+        test_uses=contents.test_uses(),
         baseline=baseline,
         bar=bar,
         split=SPLIT_WORDS[contents.split],

@@ -26,6 +26,7 @@ from convlens.engine.loop import TrainState
 from convlens.errors import ConvlensError, ModelFileError, ResourceError, UsageError
 from convlens.recipe import Recipe
 from convlens.run import VALIDATION_COLUMNS, RunDir, check_same_checkpoint
+from convlens.training.resolve import is_run_of
 from convlens.training.setup import InitialState, TrainingJob
 from convlens.utils import files
 from convlens.utils.console import print_status
@@ -406,7 +407,8 @@ def extend_run(run_dir: RunDir, requested: Recipe) -> None:
     does not: a schedule continues at its position in the longer training (cosine after 30 of 60
     epochs is at half the initial rate, although it had reached 0), and patience is reset.
 
-    Does nothing if the run exists already. The finished run is not changed.
+    Does nothing if the run exists already. The finished run is not changed; the uses of its test
+    split so far count for the new run, too.
 
     Raises:
         UsageError: there is no finished run of this recipe with fewer epochs.
@@ -448,6 +450,7 @@ def extend_run(run_dir: RunDir, requested: Recipe) -> None:
         metadata = {k: v for k, v in source.metadata().items() if k not in END_KEYS}
         metadata["digests"] = [requested.digest(), recipe.digest()]
         metadata["extends"] = {"run": source.name, "epochs": epochs_done, "exact": exact}
+        run_dir.inherit_test_uses(source, model_metadata["data"]["fingerprint"])
         run_dir.create(recipe, metadata)
     whole = f"{recipe.train.epochs} epochs from scratch"
     rule = (
@@ -472,11 +475,9 @@ def _find_shorter_run(requested: Recipe) -> RunDir:
             candidate_epochs = int(candidate.recipe().train.epochs)
         except ConvlensError:
             continue  # damaged or edited
-        same_length = [
-            requested.replace(**{"train.epochs": each}) for each in (candidate_epochs, "auto")
-        ]
         is_same_recipe = any(
-            candidate.has_digest(recipe.digest(), recipe.earlier_digest()) for recipe in same_length
+            is_run_of(requested.replace(**{"train.epochs": each}), candidate)
+            for each in (candidate_epochs, "auto")
         )
         if is_same_recipe and longest_epochs < candidate_epochs < epochs:
             longest, longest_epochs = candidate, candidate_epochs

@@ -25,6 +25,7 @@ from convlens.data.sources import data_roots
 from convlens.errors import ModelFileError, UsageError, close_matches, did_you_mean
 from convlens.models.adapt import FittedWeights, fit_weights
 from convlens.recipe import ModelConfig
+from convlens.run import RunDir
 from convlens.utils.files import cannot_write, interprocess_lock, sha256
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -82,6 +83,16 @@ def check_weights_available(config: ModelConfig) -> None:
     timm = _is_timm(spec, config.name)
     if not (timm or spec in ("none", "default") or _MEMBER.fullmatch(spec)):
         _locate(spec, config.name)
+
+
+def run_of_weights(config: ModelConfig) -> RunDir | None:
+    """Return the run that initial weights come from; None for weights of another origin."""
+    spec = config.weights
+    is_library = _is_timm(spec, config.name) or _MEMBER.fullmatch(spec)
+    if spec in ("none", "default") or is_library:
+        return None
+    run_dir = run.find_run(_locate(spec, config.name)[0])
+    return run_dir if run_dir.metadata() else None
 
 
 def find_weights(config: ModelConfig) -> WeightsSource:

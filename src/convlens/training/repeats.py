@@ -111,13 +111,13 @@ def train_many(
             print_status(f"[bold]{planned.recipe.name}[/], {number} of {len(plans)}")
             run_dir = epoch_selection_run = _train(planned, planned.recipe, fresh, device, quiet)
             if refit:
-                refit_recipe = refit_on_all(planned.recipe.name, epoch_selection_run)
+                refit_recipe = refit_on_all(planned.recipe, epoch_selection_run)
                 run_dir = _train(planned, refit_recipe, fresh, device, quiet)
             result = evaluation.evaluate(
                 run_dir, "test" if test else "val", device=device, quiet=quiet
             )
             if len(plans) > 1:  # the result of a single run is the last line of the table
-                print_status(evaluation.sentence({**result.to_dict(), "own": True}))
+                print_status(evaluation.sentence(result.to_dict()))
             outcomes.append(RunOutcome(planned, run_dir, epoch_selection_run, result))
     first = next(iter(recipes.values()))
     repeated = {
@@ -148,10 +148,11 @@ def train_many(
     return results
 
 
-def refit_on_all(name: str, epoch_selection_run: RunDir) -> Recipe:
+def refit_on_all(planned: Recipe, epoch_selection_run: RunDir) -> Recipe:
     """Return the recipe that trains on training and validation images for the selected epochs."""
     changed = epoch_selection_run.recipe().replace(
         **{
+            "data.name": planned.data.name,  # the data set may have moved since that run
             "data.val_fraction": 0,
             "data.folds": None,
             "data.fold": 0,
@@ -160,7 +161,7 @@ def refit_on_all(name: str, epoch_selection_run: RunDir) -> Recipe:
             "train.keep": "last",
         }
     )
-    return changed.model_copy(update={"name": f"{name}-refit"})
+    return changed.model_copy(update={"name": f"{planned.name}-refit"})
 
 
 def _train(

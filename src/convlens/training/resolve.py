@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,6 +19,9 @@ from convlens.errors import UsageError, close_matches, did_you_mean
 from convlens.models import stages
 from convlens.recipe import DataConfig, Recipe, is_recipe_file, load_recipe, recipe_names, variants
 from convlens.training import pretrained
+
+if TYPE_CHECKING:
+    from convlens.run import RunDir
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,11 @@ def resolve_recipe(
     if isinstance(what, Recipe):
         what = what.model_dump(mode="json")
     if isinstance(what, Mapping):
-        named = load_recipe(what, [*_data_override(data), *overrides], variant)
+        named = _load_recipe(what, [*_data_override(data), *overrides], variant)
         return ResolvedRecipe(named, is_unmodified=not overrides)
     text = _name_or_path(what)
     if _is_recipe(text):
-        named = load_recipe(text, [*_data_override(data), *overrides], variant)
+        named = _load_recipe(text, [*_data_override(data), *overrides], variant)
         if data is None:
             return ResolvedRecipe(named, is_unmodified=not overrides)
         run_name = f"{named.name}-{_dataset_run_name(str(data))}"
@@ -71,7 +74,7 @@ def resolve_recipe(
             f"{text!r} is not a recipe, and --data already names the data",
             fix=f"recipes: {', '.join(recipe_names())}",
         )
-    folder = load_recipe("folder", [*_data_override(text), *overrides], variant)
+    folder = _load_recipe("folder", [*_data_override(text), *overrides], variant)
     return ResolvedRecipe(
         folder.model_copy(update={"name": _dataset_run_name(text)}), is_unmodified=not overrides
     )
@@ -115,8 +118,19 @@ def resolve_recipe_or_run(
         recipe = serialization.recipe_from_metadata(model_metadata)
     run_name = run_dir.name if data is None else f"{run_dir.name}-{_dataset_run_name(str(data))}"
     return resolve_recipe(
-        recipe.model_copy(update={"name": run_name}), data=data, overrides=overrides
+        recipe.model_copy(update={"name": run_name}),
+        data=data or _moved_to(recipe, run_dir.metadata()),
+        overrides=overrides,
     )
+
+
+def _moved_to(recipe: Recipe, metadata: Mapping[str, Any]) -> str | None:
+    """Return where the data set of a run is now; None if it is at its old place, or unknown."""
+    from convlens.data.sources import is_available
+    from convlens.run import recorded_data_names
+
+    names = [recipe.data.name, *recorded_data_names(metadata)]
+    return None if is_available(names[0]) else next(filter(is_available, names), None)
 
 
 def _is_data(text: str) -> bool:
@@ -167,7 +181,41 @@ def recipe_for_dataset(recipe: str, data: str, overrides: Sequence[str] = ()) ->
     """Return a recipe (a name or a YAML file) on a data set; overrides are of its data section."""
     keys = [key if key.startswith("data.") else f"data.{key}" for key in overrides]
     _check_data_name(data)
-    return load_recipe(recipe, [*_data_override(data), *keys])
+    return _load_recipe(recipe, [*_data_override(data), *keys])
+
+
+def _load_recipe(
+    what: str | Mapping[str, Any], overrides: Sequence[str], variant: str | None = None
+) -> Recipe:
+    """Load a recipe with the canonical name of its data set."""
+    from convlens.data.sources import canonical_name
+
+    recipe = load_recipe(what, overrides, variant)
+    data = recipe.data.model_copy(update={"name": canonical_name(recipe.data.name)})
+    return recipe.model_copy(update={"data": data})
+
+
+def is_run_of(recipe: Recipe, run_dir: RunDir) -> bool:
+    """Return whether a run directory is that of a run of this recipe.
+
+    The data set counts as the same under any spelling of its name, such as those that earlier
+    versions recorded, and where it was found after it had moved.
+    """
+    from convlens.data.sources import is_same_data
+    from convlens.run import recorded_data_names
+
+    if run_dir.has_digest(recipe.digest(), recipe.earlier_digest()):
+        return True
+    names = recorded_data_names(run_dir.metadata())
+    if not any(is_same_data(name, recipe.data.name) for name in names):
+        return False
+    before = with_data_name(recipe, names[0])
+    return run_dir.has_digest(before.digest(), before.earlier_digest())
+
+
+def with_data_name(recipe: Recipe, name: str) -> Recipe:
+    """Return a recipe with another spelling of the name of its data set."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": name})})
 
 
 def _name_or_path(what: object) -> str:

@@ -19,6 +19,8 @@ from rich.markup import escape
 from convlens import evaluation, optim, run_plots
 from convlens.data.conversion import pixel_warnings, recorded_conversion
 from convlens.data.dataset import Data, load_data
+from convlens.data.decode import Conversion
+from convlens.data.sources import data_path, is_available, is_same_data
 from convlens.device import (
     Plan,
     describe_hardware,
@@ -38,6 +40,9 @@ from convlens.run import (
     RunDir,
     check_same_images,
     find_or_create_run_dir,
+    list_runs,
+    recorded_data_names,
+    runs_with_name,
     shared_run_dir,
 )
 from convlens.runtime import RuntimeContext
@@ -51,8 +56,8 @@ from convlens.training.checkpoint import (
     model_snapshot,
 )
 from convlens.training.feature_cache import TimedBatches
-from convlens.training.pretrained import check_weights_available
-from convlens.training.resolve import validate_recipe
+from convlens.training.pretrained import check_weights_available, run_of_weights
+from convlens.training.resolve import is_run_of, validate_recipe, with_data_name
 from convlens.training.setup import TrainingJob, build_training_job
 from convlens.utils import files
 from convlens.utils.console import (
@@ -116,13 +121,7 @@ def train(
     plain_name = is_unmodified_recipe or name is not None
     run_dir = shared_run_dir(
         context.process_group,
-        lambda: find_or_create_run_dir(
-            name or recipe.name,
-            recipe.digest(),
-            plain_name=plain_name,
-            fresh=fresh,
-            earlier_digest=recipe.earlier_digest(),
-        ),
+        lambda: _find_run_dir(recipe, name, context, plain_name=plain_name, fresh=fresh),
     )
     if extend:
         context.broadcast(lambda: extend_run(run_dir, recipe))
@@ -159,19 +158,78 @@ def train(
     return run_dir
 
 
+def _find_run_dir(
+    recipe: Recipe, name: str | None, context: RuntimeContext, *, plain_name: bool, fresh: bool
+) -> RunDir:
+    """Return the run of a recipe, also if its data set has moved since; else a new directory."""
+    run_dir = find_or_create_run_dir(
+        name or recipe.name,
+        recipe.digest(),
+        plain_name=plain_name,
+        fresh=fresh,
+        is_run_of=partial(is_run_of, recipe),
+    )
+    if fresh or run_dir.metadata():
+        return run_dir
+    return _find_run_of_moved_data(recipe, name, context) or run_dir
+
+
+def _find_run_of_moved_data(
+    recipe: Recipe, name: str | None, context: RuntimeContext
+) -> RunDir | None:
+    """Return the run of this recipe on the same images, which had another name; None without one.
+
+    The images are compared by their fingerprint. They are loaded only if there is a run of the
+    same recipe whose data set does not exist any more, neither at its old place nor where it was
+    found since. A copy of a data set gets runs of its own.
+    """
+    path = data_path(recipe.data.name)
+    for run_dir in runs_with_name(name) if name is not None else list_runs():
+        try:
+            metadata = run_dir.metadata()
+        except ModelFileError:  # a damaged run.json of another run
+            continue
+        names = recorded_data_names(metadata)
+        if path is None or not names or is_available(names[0]):
+            continue
+        if is_run_of(recipe, run_dir):
+            return run_dir
+        before = with_data_name(recipe, names[0])
+        is_gone = not any(map(is_available, names))
+        if not is_gone or not run_dir.has_digest(before.digest(), before.earlier_digest()):
+            continue
+        data = load_data(
+            recipe.data,
+            memory_budget=context.memory_budget,
+            conversion=_recorded_conversion(_resolved_data(run_dir)),
+        )
+        if data.fingerprint == metadata["data"].get("fingerprint"):
+            run_dir.record_data_path(path)
+            print_status(
+                f"{escape(recipe.data.name)} holds the images of run [bold]"
+                f"{escape(run_dir.name)}[/], which were at {escape(names[0])}"
+            )
+            return run_dir
+    return None
+
+
 def _load_data(recipe: Recipe, run_dir: RunDir, context: RuntimeContext) -> Data:
     """Load the data set on every rank; one rank per machine decodes first and fills the cache.
 
     The images of an interrupted run are converted as at its start.
     """
-    recorded = context.broadcast(lambda: _resolved_data(run_dir))
-    conversion = recorded_conversion(DataConfig(**recorded)) if recorded else None
+    conversion = _recorded_conversion(context.broadcast(lambda: _resolved_data(run_dir)))
     with context.process_group.local_rank_zero_first():
         data = load_data(recipe.data, memory_budget=context.memory_budget, conversion=conversion)
     for warning in pixel_warnings(data.train.rows):
         print_status(escape(warning))
     check_same_images(context.process_group, data.name, data.fingerprint)
     return data
+
+
+def _recorded_conversion(recorded: Mapping[str, Any]) -> Conversion | None:
+    """Return the conversion of a run from its resolved data section; None if that is empty."""
+    return recorded_conversion(DataConfig(**recorded)) if recorded else None
 
 
 def _resolved_data(run_dir: RunDir) -> dict[str, Any]:
@@ -208,6 +266,8 @@ def _build_job(
         run_dir.write_split(data.held_out)
         if data.listing is not None and context.is_main_process:
             data.listing.write(run_dir.path)
+        if context.is_main_process:
+            _inherit_test_uses(run_dir, recipe, data)
         # Last: from here on the directory is a run.
         run_dir.create(job.recipe, _run_metadata(recipe, job))
         choices = describe_choices(recipe, job)
@@ -220,6 +280,16 @@ def _build_job(
     report_setup_changes(run_dir, metadata, _environment(job))
     _print_stages(job)
     return job
+
+
+def _inherit_test_uses(run_dir: RunDir, recipe: Recipe, data: Data) -> None:
+    """Count the uses of the test split by the run that a new run starts from on the same data."""
+    source = run_of_weights(recipe.model)
+    if source is None:
+        return
+    names = recorded_data_names(source.metadata())
+    if any(is_same_data(name, recipe.data.name) for name in names):
+        run_dir.inherit_test_uses(source, data.fingerprint)
 
 
 def _clean_stale_files(run_dir: RunDir, metadata: Mapping[str, Any]) -> None:
@@ -486,6 +556,7 @@ def _run_metadata(requested: Recipe, job: TrainingJob) -> dict[str, Any]:
     """Return the metadata that `run.json` records when a run starts."""
     data = job.data
     parameters = list(job.model.parameters())
+    path = data_path(requested.data.name)
     return {
         # The recipe as requested and as resolved: the commands of both mean this run.
         "digests": [requested.digest(), job.recipe.digest()],
@@ -495,6 +566,7 @@ def _run_metadata(requested: Recipe, job: TrainingJob) -> dict[str, Any]:
             "classes": list(data.classes),
             "splits": data.split_descriptions,
             "skipped": data.skipped,
+            **({} if path is None else {"path": path}),
         },
         "weights": job.initial_weights,
         "plan": job.plan.to_dict(),
@@ -528,7 +600,8 @@ def check_can_resume(
     if not metadata:
         return
     digests = metadata.get("digests", [])
-    if recipe.digest() not in digests and recipe.earlier_digest() not in digests:
+    is_known = recipe.digest() in digests or recipe.earlier_digest() in digests
+    if not is_known and not is_run_of(recipe, run_dir):
         raise ResourceError(
             f"another process has just taken the name {run_dir.name!r} for another recipe",
             where=str(run_dir.path),

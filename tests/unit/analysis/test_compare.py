@@ -69,7 +69,7 @@ def test_the_verdict_on_two_models_agrees_with_a_computation_by_hand(
 ) -> None:
     done = compare(greens.path, reds.path, "--data", images, "--json")
     got = done.json
-    assert (got["split"], got["data"]) == ("test", "set")
+    assert (got["split"], got["data"]) == ("all", "set")
     (verdict,) = got["verdicts"]
     assert verdict["details"] == {
         "n": 10,
@@ -252,7 +252,7 @@ def test_a_run_without_weights_or_images_is_refused(runs: None) -> None:
         )
         assert done.code == 0, done.err
     shutil.move(root, "moved")
-    refused(compare("a", "b"), 2, "unknown data 'photos'")
+    refused(compare("a", "b"), 3, "the data set 'photos' that 'a' was trained on")
     assert compare("a", "b", "--data", "moved").code == 0
 
 

@@ -316,7 +316,7 @@ def test_a_bare_model_file_and_missing_images_leave_rules_undecided(runs: None) 
     pictures(Path("photos"), dict.fromkeys(COLORS, 8))
     assert here("train", "photos", *SMALL, "--name", "mine").code == 0
     shutil.move("photos", "moved")
-    assert "unknown data 'photos'" in diagnose("mine").untold["dead layers"]
+    assert "the data set 'photos' that" in diagnose("mine").untold["dead layers"]
 
 
 def test_an_unknown_run_is_refused(runs: None) -> None:
@@ -354,6 +354,29 @@ def results(evidence: RunEvidence) -> dict[str, str]:
         except InsufficientEvidence:
             by_rule[name] = "undecided"
     return by_rule
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "what"),
+    [
+        ((500, 512), (400, 512), "without augmentation, training accuracy is 19.5 points above"),
+        ((500, 512), (470, 512), "healthy"),
+        ((500, 512), (7, 8), "healthy"),  # 10 points, but of 8 images
+        (None, None, "healthy"),
+    ],
+)
+def test_overfitting_is_judged_on_training_images_without_augmentation(
+    train: tuple[int, int] | None, val: tuple[int, int] | None, what: str
+) -> None:
+    """The running accuracy on augmented images equals that on validation images."""
+    evidence = RunEvidence(
+        recipe=load_recipe(PLAIN),
+        classes=10,
+        rows=metrics_rows(train_accuracy=[0.78] * 6, val_accuracy=[0.78] * 6),
+        train_correct=None if train is None else CorrectCount(*train),
+        val_correct=None if val is None else CorrectCount(*val),
+    )
+    assert what in results(evidence)["overfitting"]
 
 
 def test_without_evidence_all_rules_are_undecided() -> None:

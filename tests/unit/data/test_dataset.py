@@ -471,7 +471,8 @@ def test_external_data_is_converted_to_the_models_input(tmp_path: Path) -> None:
     counts = {"train/a": 5, "train/b": 5, "test/a": 2, "test/b": 1}
     name = folder(tmp_path / "x", counts)
     options = {"conversion": Conversion(12, 1, "pad"), "memory_budget": PLENTY}
-    split, classes, data_name, fingerprint = load_external_data(name, "test", **options)  # type: ignore[arg-type]
+    split, classes, data_name, fingerprint, chosen, *_ = load_external_data(name, **options)  # type: ignore[arg-type]
+    assert chosen == "test"
     assert split.rows.shape == (3, 1, 12, 12)
     assert classes == ("a", "b")
     assert split.labels.tolist() == [0, 0, 1]
@@ -479,7 +480,12 @@ def test_external_data_is_converted_to_the_models_input(tmp_path: Path) -> None:
     assert len(fingerprint) == 64
     with pytest.raises(DataError, match="no val images"):
         load_external_data(name, "val", **options)  # type: ignore[arg-type]
-    assert len(load_external_data("digits", "test", **options)[0].ids) == 1797  # type: ignore[arg-type]
+    digits = load_external_data("digits", **options)  # type: ignore[arg-type]
+    assert (digits.split, len(digits.images)) == ("all", 1797)
+    for split in ("test", "val", "train"):
+        with pytest.raises(DataError, match=f"--split {split} does not apply") as error:
+            load_external_data("digits", split, **options)  # type: ignore[arg-type]
+        assert error.value.fix == "leave out --split to use all 1,797 images"
 
 
 REAL = REPOSITORY / "data"
@@ -494,7 +500,7 @@ def test_mnist_has_its_known_sizes_and_statistics(monkeypatch: pytest.MonkeyPatc
     assert data.train.rows.shape == (51_000, 1, 28, 28)
     assert data.val.rows.shape == (9_000, 1, 28, 28)
     assert np.bincount(test.labels)[:3].tolist() == [980, 1135, 1032]
-    train, _, _, _ = load_external_data(
+    train, *_ = load_external_data(
         "mnist", "train", conversion=Conversion(28, 1, "crop"), memory_budget=PLENTY
     )
     mean, std = channel_stats(train)  # the well-known 0.1307 and 0.3081

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from convlens.data.layout import ClassChoice
 from convlens.data.shard_writer import write_shards
 from convlens.data.sources import (
     SHAPES,
     SOURCES,
+    canonical_name,
     find_configured_source,
     find_source,
+    is_same_data,
     known_names,
 )
 from convlens.data.types import DataSource
@@ -332,3 +335,57 @@ def test_links_to_themselves_are_ignored(data_root: Path) -> None:
     assert find_source("kmnist").classes == ("a", "b")
     with pytest.raises(UsageError, match="unknown data"):
         find_source("ring")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from(["./", ".//", "sub/../", "sub//.././", "link/../"]), max_size=4),
+    st.sampled_from(["", "/", "//", "/.", "/a/.."]),
+    st.booleans(),
+)
+def test_detours_do_not_change_the_canonical_name(
+    detours: list[str], end: str, is_absolute: bool
+) -> None:
+    for folder in ("flowers/a", "sub"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    if not Path("link").is_symlink():
+        Path("link").symlink_to("sub")
+    start = f"{Path.cwd()}/" if is_absolute else ""
+    assert canonical_name("".join([start, *detours, "flowers", end])) == "flowers"
+
+
+def test_every_spelling_of_a_path_has_one_canonical_name(
+    data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Path.cwd()
+    for folder in ("flowers", "sub/birds", "digits", "~x"):
+        write_class_folders(Path(folder), {"a": 1, "b": 1})
+    write_class_folders(data_root / "plants", {"a": 1, "b": 1})
+    write_class_folders(data_root / "flowers", {"a": 1, "b": 1})
+    Path("list.csv").write_text("path,label\n")
+    Path("link").symlink_to("sub")
+    Path("../elsewhere").mkdir()
+    monkeypatch.setenv("HOME", str(work))
+    same = {
+        "flowers": ["flowers/", "./flowers", "sub/../flowers", "link/../flowers", "~/flowers"],
+        "sub/birds": ["./sub//birds/", str(work / "sub/birds")],
+        "list.csv": ["./list.csv", str(work / "list.csv")],
+        "plants": [str(data_root / "plants"), f"{data_root}/./plants/"],
+        "./digits": ["digits/", str(work / "digits")],
+        "~x": ["./~x", str(work / "~x")],
+        str(data_root / "flowers"): [f"{data_root}/flowers/"],
+        str(work.parent / "elsewhere"): ["../elsewhere", "../elsewhere/"],
+        ".": ["./", str(work)],
+        "set-{0..3}.tar": ["./set-{0..3}.tar", str(work / "set-{0..3}.tar")],
+    }
+    for canonical, spellings in same.items():
+        for spelling in (canonical, *spellings):
+            assert canonical_name(spelling) == canonical, spelling
+            assert is_same_data(spelling, canonical)
+    for unchanged in ("digits", "mnist", "no/such/folder/", "unknwn", "", "a\0b"):
+        assert canonical_name(unchanged) == unchanged
+    # A link has its own name, but is the same set; equal names in two folders are not.
+    assert canonical_name("link/birds") == "link/birds"
+    assert is_same_data("link/birds", "sub/birds")
+    assert not is_same_data("flowers", str(data_root / "flowers"))
+    assert not is_same_data("digits", "./digits")

@@ -14,8 +14,10 @@ import convlens
 from convlens.errors import DataError, UsageError
 from convlens.interpret.inputs import (
     InspectedModel,
-    _is_image,
+    _check_position_kind,
     draw_sample,
+    is_image_argument,
+    is_split_position,
     open_inspected_model,
     select_pictures,
     worst_images,
@@ -70,7 +72,7 @@ def test_worst_images_of_a_perfect_network_are_refused(run: InspectedModel) -> N
         select_pictures(run, ["worst:2"])
 
 
-def test_first_use_of_the_test_split_is_logged_for_each_opened_network(run: InspectedModel) -> None:
+def test_a_command_that_opened_the_test_split_logs_one_use(run: InspectedModel) -> None:
     assert run.run_dir is not None
     before = len(run.run_dir.evaluation_log())
 
@@ -79,11 +81,37 @@ def test_first_use_of_the_test_split_is_logged_for_each_opened_network(run: Insp
         return len(run.run_dir.evaluation_log()) - before
 
     select_pictures(run, ["val:0", "train:0"])
+    run.log_test_use("look")
     assert logged() == 0
     select_pictures(run, ["test:1", "worst:1"])
+    assert logged() == 0  # the command may still fail
+    run.log_test_use("look")
+    run.log_test_use("look")
     assert logged() == 1
-    select_pictures(open_inspected_model("small", device="cpu"), ["class:3:1"])
+    again = open_inspected_model("small", device="cpu")
+    select_pictures(again, ["class:3:1"])
+    again.log_test_use("look")
     assert logged() == 2
+
+
+def test_positions_in_a_split_are_checked_before_the_split_is_loaded(
+    run: InspectedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InspectedModel, "split", None)
+    with pytest.raises(UsageError, match="unknown class 'tre'"):
+        select_pictures(run, ["class:3:2", "class:tre:2"])
+
+
+def test_misspelled_positions_name_what_they_may_mean() -> None:
+    for text, meant in (("wors:5", "worst:5"), ("clas:3:1", "class:3:1"), ("tset:1", "test:1")):
+        with pytest.raises(UsageError, match="nor an image of a split") as caught:
+            _check_position_kind(text)
+        assert meant in caught.value.fix
+    for text in ("resnet18:none", "resnt18:default", "small", "worst:5"):
+        if not is_split_position(text):
+            _check_position_kind(text)
+    assert is_split_position("validation:3")
+    assert not is_split_position("other:3")
 
 
 def test_files_are_decoded_as_in_training(run: InspectedModel) -> None:
@@ -157,6 +185,6 @@ def test_arguments_are_classified_as_networks_or_images() -> None:
     Path("class:cat").write_text("")
     runs = ["x", "models/x", "resnet18:none", "timm/resnet18", "unknown", "a.safetensors"]
     for text in runs:
-        assert not _is_image(text), text
+        assert not is_image_argument(text), text
     for text in ("photos", "photos/*.png", "none.png", "test:1", "worst:3", "class:cat:3"):
-        assert _is_image(text), text
+        assert is_image_argument(text), text

@@ -228,7 +228,7 @@ def test_run_whose_data_moved_still_shows_files() -> None:
     (image,) = here("look", "mine", "elsewhere/red/0.png", "--json").json["images"]
     assert image["runs"]["mine"]["label"] in ("blue", "red")
     for images in (["test:0"], []):
-        refused(here("look", "mine", *images), 3, "the images of mine can't be found")
+        refused(here("look", "mine", *images), 3, "'mine' was trained on does not exist")
 
 
 def test_layer_of_4096_channels_in_a_network_without_convolutions() -> None:

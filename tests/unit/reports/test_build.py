@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import convlens
+from convlens import evaluation
 from convlens.data import dataset
-from convlens.errors import ModelFileError, UsageError
+from convlens.errors import ModelFileError, ResourceError, UsageError
 from convlens.reports.build import Report
 from convlens.run import RunDir
 from convlens.utils import notebook
@@ -38,15 +40,37 @@ def test_page_states_the_numbers_of_evaluate() -> None:
         target, pred = map(int, key.split("-"))
         assert cell["n"] == evaluated.confusion[target][pred]
         assert 1 <= len(cell["images"]) <= cell["n"]
-    assert "Test set used 2 times" in page.text
+    assert "Test set used 3 times" in page.text  # by train, evaluate and this page
 
 
 @pytest.mark.usefixtures("runs")
-def test_second_page_has_the_same_bytes_and_does_not_evaluate_again(small_report: Report) -> None:
-    first = small_report.path.read_bytes()
-    log = Path("models/small/results.json").read_bytes()
-    assert convlens.report("small", output="again.html").path.read_bytes() == first
-    assert Path("models/small/results.json").read_bytes() == log
+def test_second_page_differs_only_in_the_number_of_uses(
+    small_report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each page is one use of the test split, but nothing is evaluated again."""
+    shutil.copytree(small_report.path.parents[2] / "models", "models", dirs_exist_ok=True)
+    monkeypatch.setattr(evaluation, "evaluate_split", None)
+    first = small_report.path.read_text("utf-8")
+    again = convlens.report("small", output="again.html").path.read_text("utf-8")
+    assert "Test set used 2 times" in first
+    assert again == first.replace("Test set used 2 times", "Test set used 3 times")
+    log = RunDir(Path("models/small")).evaluation_log()
+    assert [(e["split"], e["looks"], e.get("by")) for e in log] == [
+        ("test", 1, None),
+        ("test", 2, "report"),
+        ("test", 3, "report"),
+    ]
+
+
+@pytest.mark.usefixtures("runs", "without_inside")
+def test_a_page_that_cannot_be_written_is_not_a_use_of_the_test_split() -> None:
+    Path("file").write_text("")
+    with pytest.raises(ResourceError):
+        convlens.report("small", output="file/page.html")
+    Path("models/small/answers").rename("models/small/gone")  # evaluated again, but one use
+    convlens.report("small")
+    log = RunDir(Path("models/small")).evaluation_log()
+    assert [(e["split"], e["looks"]) for e in log] == [("test", 1), ("test", 2)]
 
 
 def test_report_is_short_and_links_to_the_page_in_notebooks(small_report: Report) -> None:
@@ -127,7 +151,7 @@ def test_run_whose_images_are_gone_still_has_a_page(trained: Path) -> None:
     finally:
         (trained / "elsewhere").rename(trained / "images")
     page = Page(report.path)
-    assert any("no such file or folder" in line.lower() for line in report.missing)
+    assert any("does not exist any more" in line for line in report.missing)
     assert "Confusion" in page.text
     assert "Calibration" in page.text
     assert page.json == ""

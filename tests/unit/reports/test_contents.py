@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import convlens
 from convlens.errors import UsageError
 from convlens.reports import contents
 from convlens.reports.contents import gather_contents
@@ -25,10 +26,10 @@ def test_contents_hold_the_evaluation_and_images_of_a_run() -> None:
     assert gathered.summary is not None
     assert gathered.images is not None
     assert gathered.summary["n"] == len(gathered.images.labels)
-    train_accuracy = gathered.train_accuracy()
-    assert train_accuracy is not None
-    kept = next(row for row in gathered.rows if row["epoch"] == gathered.kept_epoch)
-    assert train_accuracy[0] == kept["train_accuracy"]
+    assert gathered.train_accuracy is not None
+    assert gathered.train_accuracy.n == gathered.train_accuracy.total == 80
+    evaluated = convlens.evaluate("small", "train", device="cpu")
+    assert gathered.train_accuracy.correct == evaluated.correct
     without_images = gather_contents("small", audit=True, device="cpu", with_images=False)
     assert without_images.images is without_images.audit is None
     assert without_images.summary == gathered.summary

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from convlens import recipe
-from convlens.evaluation import CachedPredictions
+from convlens.evaluation import CachedPredictions, TrainAccuracy
 from convlens.metrics import summarize
 from convlens.reports import sections
 from convlens.reports.contents import ReportContents, gather_contents
@@ -39,17 +39,30 @@ def test_section_is_html_or_left_out(name: str) -> None:
 
 
 def test_verdict_states_the_numbers() -> None:
-    row = {"epoch": 1.0, "train_accuracy": 0.99}
-    assert run_verdict(two_class_contents(rows=[row])) == (
+    rows = [{"epoch": 1.0, "train_accuracy": 0.1}]  # on augmented images: not compared with
+    train = TrainAccuracy(correct=999, n=1000, total=1000)
+    assert run_verdict(two_class_contents(rows=rows, train_accuracy=train)) == (
         "75.0% of 4 test images are classified correctly (95% interval 30.1% to 95.4%); "
         "not distinguishable from always predicting 'a' (50.0%); "
-        "24.0 points below the 99.0% on training images (overfitting); its confidence agrees "
-        "with its accuracy, as far as this many images can show."
+        "24.9 points below the 99.9% on training images without augmentation (overfitting); its "
+        "confidence agrees with its accuracy, as far as this many images can show."
     )
-    row["train_accuracy"] = 0.8
-    assert "not distinguishable from the 80.0% on training images" in run_verdict(
-        two_class_contents(rows=[row])
+    train = TrainAccuracy(correct=1600, n=2000, total=50_000)
+    assert (
+        "not distinguishable from the 80.0% on 2,000 training images without augmentation"
+        in run_verdict(two_class_contents(rows=rows, train_accuracy=train))
     )
+    assert "training images" not in run_verdict(two_class_contents(rows=rows))
+
+
+def test_gap_to_the_training_accuracy_follows_the_interval_of_the_difference() -> None:
+    """231 of 379 against 1,184 of 1,769: z = 2.2, p = 0.03."""
+    assert sections._train_gap(TrainAccuracy(1184, 1769, 1769), 231, 379) == (
+        "6.0 points below the 66.9% on training images without augmentation (some overfitting)"
+    )
+    # The same shares of fewer training images.
+    assert sections._train_gap(TrainAccuracy(67, 100, 100), 231, 379).startswith("not disting")
+    assert "above the 60.0%" in sections._train_gap(TrainAccuracy(600, 1000, 1000), 380, 400)
     assert run_verdict(two_class_contents(summary=None)).startswith("Not evaluated: no images")
 
 
