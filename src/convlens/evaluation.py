@@ -651,7 +651,9 @@ def _class_means_text(result: Mapping[str, Any]) -> str:
     parts = []
     for key, words in (("macro_f1", "macro F1"), ("balanced_accuracy", "balanced accuracy")):
         low, high = result[f"{key}_interval95"]
-        parts.append(f"{words} {result[key]:.2%} ({low:.2%} to {high:.2%}), ")
+        # The bootstrap gives no interval if every class is classified in one way only.
+        interval = f" ({low:.2%} to {high:.2%})" if low < high else ""
+        parts.append(f"{words} {result[key]:.2%}{interval}, ")
     return "".join(parts)
 
 
