@@ -192,7 +192,7 @@ def test_test_split_is_used_only_on_request_and_each_use_is_logged() -> None:
         (["one", "--untrained"], 2, "add --measure"),
         (["one", "--measure", "prob"], 2, "did you mean probe"),
         (["one", "--embedding", "umap"], 2, "unknown embedding 'umap'"),
-        (["one", "--split", "tst"], 2, "did you mean test"),
+        (["one", "--split", "tets"], 2, "did you mean test"),
         (["one", "--split", "val"], 2, "--split: no effect without --measure"),
         (["one", "cat.png", "--data", "digits"], 2, "--data: no effect, because no image"),
         (["one", "wors:5"], 2, "did you mean worst:5?"),

@@ -367,7 +367,9 @@ def pil_images() -> list[tuple[Image.Image, str]]:
     ]
 
 
-@pytest.mark.parametrize(("image", "kind"), pil_images(), ids=lambda value: str(value)[-40:])
+@pytest.mark.parametrize(
+    ("image", "kind"), pil_images(), ids=lambda value: getattr(value, "mode", value)
+)
 @pytest.mark.parametrize(
     "options",
     [{}, {"value_range": (-50.0, 30_000.0)}, {"value_range": (0.1, 0.9), "background": "#102030"}],
