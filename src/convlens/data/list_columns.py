@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from convlens.data.class_names import strip_invisible
-from convlens.data.layout import list_examples, split_from_name
+from convlens.data.layout import list_examples, match_split_names
 from convlens.data.table_files import Line, Table
 from convlens.data.types import is_image_name
 from convlens.errors import DataError, UsageError, close_matches, did_you_mean
@@ -617,7 +617,8 @@ def _read_split_column(columns: _Columns, column: int) -> _SplitReading:
         return _SplitReading(
             [column], name, cells, [_CELEBA.get(cell, "train") for cell in cells], note
         )
-    read = {cell: _FER2013.get(fold_column(cell)) or split_from_name(cell) for cell in values}
+    split_of = match_split_names(sorted(values))
+    read = {cell: _FER2013.get(fold_column(cell)) or split_of.get(cell) for cell in values}
     read[""] = "train"
     pairs = [f"{c} is {s}" for c, s in sorted(read.items()) if c and s and c.casefold() != s]
     note = f"splits are those of {name}" + (f": {list_examples(pairs)}" if pairs else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from convlens.data.layout import (
     SPLITS,
     Problem,
     list_examples,
+    match_split_names,
     raise_problems,
     split_from_name,
 )
@@ -189,7 +190,7 @@ def _join_lists(
         DataError: there are several lists, but not one for each split.
     """
     names = {path: _relative(path, root) for path in lists}
-    split_of = {path: _split_of_list(path, root) for path in lists}
+    split_of = _splits_of_lists(lists, root)
     if len(lists) > 1 and (None in split_of.values() or len(set(split_of.values())) < len(lists)):
         raise DataError(
             f"several lists of images in this folder: {list_examples(list(names.values()))}",
@@ -211,11 +212,14 @@ def _join_lists(
     return joined, [_relative(Path(row.file or row.path), root) for row in joined.rows]
 
 
-def _split_of_list(path: Path, root: Path) -> str | None:
-    """Return the split that the name of a list, or of its folder, stands for."""
-    return split_from_name(path.stem) or (
-        split_from_name(path.parent.name) if path.parent != root else None
-    )
+def _splits_of_lists(paths: Iterable[Path], root: Path) -> dict[Path, str | None]:
+    """Return the split that the name of each list, or of its folder, stands for."""
+    by_name = match_split_names([path.stem for path in paths])
+    return {
+        path: by_name.get(path.stem)
+        or (split_from_name(path.parent.name) if path.parent != root else None)
+        for path in paths
+    }
 
 
 def _lists_of_split_folders(
@@ -248,7 +252,8 @@ def _read_folders_and_lists(
     if "train" not in folders and not tested:
         raise DataError("no train folder with class folders", where=str(root))
     sources = {
-        split: read_class_folders(folders[split], name, tested=split != "train")
+        # Classes of the lists are chosen afterwards, so those of the folders are, too.
+        split: read_class_folders(folders[split], name, choice=None, tested=split != "train")
         for split in SPLITS
         if split in folders
     }
@@ -309,7 +314,7 @@ def _compare_with_folders(root: Path, name: str, lists: Mapping[Path, ListConten
                 f"in the folders {list_examples(folders)}",
                 where=str(root),
                 fix=f"for the list, name it: {os.path.join(name, listed)}; for the folders as "
-                "classes, move the list out",
+                "classes, data.layout=classes",
             )
     return notes
 

@@ -167,7 +167,13 @@ def find_source(
     )
     if path is not None and path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         source = read_list(path, name, lists, tested=tested)
-    elif path is not None and path.is_dir() and not holds_shards(path) and find_lists(path):
+    elif (
+        path is not None
+        and path.is_dir()
+        and not holds_shards(path)
+        and (layout is None or layout.layout == "auto")
+        and find_lists(path)
+    ):
         source = read_listed_folder(
             path, name, lists, read_class_folders=read_class_folders, tested=tested
         )

@@ -135,6 +135,7 @@ def test_columns_that_disagree_stop_with_both_readings() -> None:
         ("partition", THREE, "splits are those of partition"),
         ("partition", ["0", "1", "2"], "0 is train, 1 is val, 2 is test, as in CelebA"),
         ("something", THREE, "splits are those of something"),
+        ("part", ["fold_train", "fold_val", "fold_test"], "fold_val is val"),
     ],
 )
 def test_splits_are_read(name: str, values: list[str], note: str | None) -> None:

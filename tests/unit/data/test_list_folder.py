@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from convlens.data.folder_layout import LayoutOptions
+from convlens.data.layout import ClassChoice
 from convlens.data.list_columns import ListOptions
 from convlens.data.list_folder import find_lists
 from convlens.data.sources import find_source
@@ -97,6 +99,14 @@ def test_lists_named_after_splits_are_the_splits(root: Path) -> None:
     assert "not read: test.csv, val.csv; to read all splits, name the folder" in alone.notes
 
 
+def test_lists_named_alike_are_the_splits(root: Path) -> None:
+    write_images(root / "img")
+    write_list(root / "birds_train.csv")
+    (root / "birds_test.csv").write_text("file_name,label\ncat_1.png,cat\n")
+    (root / "birds_train.csv").write_text("file_name,label\ncat_0.png,cat\ndog_0.png,dog\n")
+    assert counts(read(root)) == {"train": 2, "test": 1}
+
+
 def test_competitions_have_lists_without_labels(root: Path) -> None:
     write_images(root / "train")
     write_images(root / "test", ["7", "8"])
@@ -117,6 +127,12 @@ def test_folders_of_classes_have_priority_over_a_list_that_agrees(root: Path) ->
     source = read(root)
     assert source.classes == ("n01", "n02")
     assert "labels.csv is not read, since the folders give the same classes" in source.notes[-1]
+    options = LayoutOptions(layout="classes")
+    assert not find_source(str(root), layout=options).notes
+    (root / "empty").mkdir()
+    source = find_source(str(root), choice=ClassChoice(without=("empty",)))
+    assert source.classes == ("n01", "n02")
+    (root / "empty").rmdir()
     # Predictions of a model give some images another one of these classes.
     (root / "labels.csv").write_text("path,label\nn01/0.png,n01\nn02/0.png,n01\n")
     assert "for 1 of 2 images another one" in read(root).notes[-1]
@@ -132,6 +148,8 @@ def test_a_list_with_other_classes_than_the_folders_is_ambiguous(root: Path) -> 
     assert "folders left, right" in caught.value.what
     assert str(root / "labels.csv") in caught.value.fix
     assert find_source(str(root / "labels.csv")).classes == ("a", "b")
+    options = LayoutOptions(layout="classes")
+    assert find_source(str(root), layout=options).classes == ("left", "right")
 
 
 def test_keys_choose_the_list_and_rename_the_classes_of_all_lists(root: Path) -> None:
@@ -185,6 +203,8 @@ def test_a_split_without_class_folders_is_read_by_its_list(root: Path) -> None:
     assert source.parts["val"].labels.tolist() == [1, 0, 1]
     assert source.parts["val"].ids[0] == "val/images/val_0.png"
     assert source.parts["train"].ids[0] == "train/n01/images/n01_0.png"
+    source = find_source(str(root), choice=ClassChoice(without=("n01",)), tested=True)
+    assert (source.classes, counts(source)) == (("n02",), {"train": 2, "val": 2})
     # ImageNet's list of numbers does not fit folders with names.
     (root / "val" / "val_annotations.txt").unlink()
     (root / "val.txt").write_text("".join(f"val_{i}.png {i % 2}\n" for i in range(3)))
