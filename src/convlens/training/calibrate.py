@@ -74,7 +74,8 @@ def calibrate_model(job: TrainingJob, run_dir: RunDir) -> None:
         classes=len(loaded.classes),
     )
     run_dir.add_calibration(calibration)
-    print_status(f"[bold]{escape(run_dir.name)}[/]: {describe_calibration(calibration)}")
+    if not job.context.quiet:
+        print_status(f"[bold]{escape(run_dir.name)}[/]: {describe_calibration(calibration)}")
 
 
 def num_candidates(recipe: Recipe, kept_epoch: int) -> int:
@@ -102,8 +103,8 @@ def describe_calibration(calibration: ModelCalibration) -> str:
     if reserved is not None:
         parts.append(f"{len(reserved):,} validation images reserved for promises")
     if detector is not None and detector.reference is not None:
-        vectors, size = len(detector.reference), detector.reference.nbytes / 1e6
-        parts.append(f"features of {vectors:,} training images ({size:.1f} MB)")
+        vectors, kilobytes = len(detector.reference), detector.reference.nbytes / 1000
+        parts.append(f"features of {vectors:,} training images ({kilobytes:,.0f} kB)")
     return f"the model file has {', '.join(parts)}"
 
 

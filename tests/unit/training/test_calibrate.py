@@ -15,7 +15,7 @@ from convlens.distributed import ProcessGroup
 from convlens.recipe import Recipe
 from convlens.run import RunDir, load_model
 from convlens.training import train
-from convlens.training.calibrate import calibrate_model, num_candidates
+from convlens.training.calibrate import calibrate_model, describe_calibration, num_candidates
 from convlens.uncertainty.calibration import ModelCalibration, reserved_half
 from helpers.commands import here, weights
 from helpers.support import begin, images_of, same, tiny
@@ -173,3 +173,15 @@ def test_the_estimator_returns_calibrated_probabilities() -> None:
     after = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(estimator.predict_proba(images), after, atol=1e-9)
     assert estimator.model_.calibration.reserved is not None
+
+
+def test_what_is_stored_is_stated_with_its_size() -> None:
+    calibration = load_model(trained(tiny(*LARGER), "run").model_path).calibration
+    assert calibration.reserved is not None
+    reserved = len(calibration.reserved)
+    stated = describe_calibration(replace(calibration, temperature=1.5))
+    assert stated == (
+        f"the model file has temperature 1.500, {reserved} validation images reserved for "
+        "promises, features of 240 training images (4 kB)"
+    )
+    assert "no temperature" in describe_calibration(ModelCalibration())
