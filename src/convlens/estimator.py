@@ -127,7 +127,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def predict_proba(self, X: npt.ArrayLike) -> npt.NDArray[np.float64]:  # noqa: N803
-        """Return probabilities `[N, K]`, with columns in the order of `classes_`."""
+        """Return calibrated probabilities `[N, K]`, with columns in the order of `classes_`."""
         check_is_fitted(self, "model_")
         return all_probabilities(self.model_, self._images(X), device=self.device)
 

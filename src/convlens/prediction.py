@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -388,15 +388,16 @@ def _iter_predictions(
     with shown as bar:
         for batch in _read_inputs(inputs, loaded.preprocessing.conversion, value_range):
             readable = [image for _, image, _ in batch if image is not None]
+            names = [name for name, image, _ in batch if image is not None]
             # Not around the loop: the caller's code runs between two predictions.
             with settings():
                 outputs = _run_network(readable, loaded, forward)
-            answers = iter(_answers(outputs, k, loaded, promises))
+            answers = _answers(outputs, names, k, loaded, promises)
             for filename, image, error in batch:
                 if image is None:
                     yield Prediction(filename, error=error)
                 else:
-                    yield replace(next(answers), filename=filename)
+                    yield next(answers)
             if bar is not None:
                 bar.advance(len(batch))
 
@@ -407,18 +408,22 @@ def _uses_features(loaded: LoadedModel) -> bool:
 
 
 def _answers(
-    outputs: BatchOutputs, k: int, loaded: LoadedModel, promises: Promises
+    outputs: BatchOutputs,
+    names: Sequence[str],
+    k: int,
+    loaded: LoadedModel,
+    promises: Promises,
 ) -> Iterator[Prediction]:
-    """Yield the prediction for each row of a batch, without its file name."""
+    """Yield the prediction for each row of a batch; `names` are the file names."""
     probs = outputs.probs
     top, tta_top = _top_classes(probs, k, loaded), _top_classes(outputs.tta_probs, k, loaded)
     unsure = promises.unsure(probs).tolist()
     sets = _set_classes(probs, loaded, promises)
     scores = _outlier_scores(outputs, loaded)
-    for row in range(len(probs)):
+    for row, name in enumerate(names):
         score = None if scores is None else float(scores[row])
         yield Prediction(
-            "",
+            name,
             next(top),
             tta_top=next(tta_top, ()),
             unsure=unsure[row],

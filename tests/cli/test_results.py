@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from convlens import recipe
 from convlens.cli.results import _print_duplicates, stdout_console
@@ -123,3 +125,18 @@ def test_names_that_contain_markup_are_printed_verbatim() -> None:
     assert "[b]x" in table
     assert "[i]y" in table
     assert "[b]x" in here("audit", root).out
+
+
+def test_audit_warns_about_images_that_decoding_makes_constant() -> None:
+    for number in range(8):
+        for name, value in (("a", 2000), ("b", 2080)):
+            path = Path("set") / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stripes = np.where(np.arange(8) % 2, 2040 + number, value).astype(np.uint16)
+            Image.fromarray(np.tile(stripes, (8, 1))).save(path)
+    done = here("audit", "set")
+    assert "values of more than 8 bits: 2000 to 2080 become 0 to 255" in done.out
+    assert "warning: " not in done.out.partition("warning    ")[0]
+    done = here("audit", "set", "data.range=[0, 65535]")
+    lines = done.out.splitlines()
+    assert any(line.startswith("warning: 12 of 12 training images are (nearly)") for line in lines)

@@ -185,3 +185,39 @@ def test_the_gains_for_unequal_classes_are_paired_by_seed() -> None:
     assert "90 to 9 training and validation images of a class, 99 in total; 100 test images" in text
     assert "| `nothing` | 60.00 ± 14.14 |" in text
     assert "70.00 ± 12.73 (+10.00, -2.71 to +22.71) | 70.0 | 60 |" in text
+
+
+def test_unknown_images_are_compared_by_hand() -> None:
+    from tables.unknown import unknown_images
+    from unknown_images import choose, compare
+
+    known = {"neighbors": np.arange(20.0) - 18.5, "confidence": np.arange(20.0)}
+    unknown = {"neighbors": np.array([0.6, 5, -30, 2]), "confidence": np.full(4, 9.5)}
+    result = compare(known, unknown)
+    # 0.6 is above 19 + 1 of the 20 known scores, -30 above none.
+    assert result["neighbors"]["auroc"] == pytest.approx((20 + 20 + 0 + 20) / 80)
+    # 95% of the known scores are below -0.45; only -30 is as well.
+    assert result["neighbors"]["fpr95"] == 0.25
+    assert result["neighbors"]["marked"] == 0.75
+    assert result["confidence"] == {"auroc": 0.5, "fpr95": 1.0}
+    labels = np.repeat([0, 1, 2], [5, 2, 9])
+    chosen = choose(labels, 3, seed=0)
+    assert np.bincount(labels[chosen]).tolist() == [3, 2, 3]
+    draw = {
+        "unknown": ["a"],
+        "accuracy": 0.9,
+        "known_marked": {"neighbors": 0.05},
+        "groups": {"classes left out": {**result, "energy": {"auroc": 0.6, "fpr95": 0.9}}},
+    }
+    recorded = {
+        "sets": {"digits": {"draws": [draw, draw]}},
+        "command": "x",
+        "date": "x",
+        "hardware": dict.fromkeys(("cpu", "cpu_capability", "threads", "python", "torch"), "x"),
+        "torchvision": "x",
+        "load_average": 0.0,
+    }
+    table = unknown_images(recorded)
+    assert "| digits without 1 class, 2 draws | 90.0 ± 0.00% | classes left out |" in table
+    assert "| nearest neighbors | **75.0 ± 0.00%** | 25.0 ± 0.00% | 75.0 ± 0.00% | 5.0" in table
+    assert "| confidence | **50.0 ± 0.00%** | 100.0 ± 0.00% | – | – |" in table

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from convlens import evaluation, models, optim, plots, recipe as recipes, serialization
-from convlens.cli.results import WRITERS
+from convlens.cli.results import WRITERS, PredictionColumns
 from convlens.data import download
 from convlens.data.sources import SOURCES, find_source
 from convlens.data.transforms.pipeline import AUGMENTS, MIXES
@@ -427,20 +427,20 @@ PREDICTIONS = [
 def test_a_writer_writes_every_prediction_and_counts_the_failures(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert WRITERS[name](iter(PREDICTIONS), 2, False) == 1
+    assert WRITERS[name](iter(PREDICTIONS), PredictionColumns(2)) == 1
     written = capsys.readouterr()
     assert written.err == ""
     for prediction in PREDICTIONS:
         assert prediction.filename in written.out.replace("\\u00fc", "ü")
     assert "dog [bold]" in written.out
     assert "cut short" in written.out
-    assert WRITERS[name](iter(PREDICTIONS[:1]), 1, False) == 0
+    assert WRITERS[name](iter(PREDICTIONS[:1]), PredictionColumns(1)) == 0
 
 
 def test_csv_and_json_output_can_be_parsed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    WRITERS["csv"](iter(PREDICTIONS), 2, False)
+    WRITERS["csv"](iter(PREDICTIONS), PredictionColumns(2))
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["filename"] for row in rows] == [prediction.filename for prediction in PREDICTIONS]
     assert (rows[0]["label"], float(rows[0]["prob"]), rows[0]["label2"]) == (
@@ -449,7 +449,7 @@ def test_csv_and_json_output_can_be_parsed(
         "dog [bold]",
     )
     assert (rows[1]["label"], rows[1]["error"]) == ("", "cut short")
-    WRITERS["json"](iter(PREDICTIONS), 2, False)
+    WRITERS["json"](iter(PREDICTIONS), PredictionColumns(2))
     content = json.loads(capsys.readouterr().out)
     assert content["predictions"][2]["top"][1] == {"label": "cat", "prob": 0.5}
     assert content["predictions"][1]["error"] == "cut short"

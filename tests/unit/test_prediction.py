@@ -575,7 +575,7 @@ def test_temperature_changes_probabilities_but_no_label(model: RunDir) -> None:
         assert one.label == other.label
         assert dict(one.top)["light"] == pytest.approx(probability(value), abs=1e-6)
         assert dict(other.top)["light"] == pytest.approx(probability(value, 4), abs=1e-6)
-    probs = all_probabilities(load_model(model.model_path), images)
+    probs = all_probabilities(load_model(model.model_path), np.moveaxis(images, 3, 1))
     assert probs[:, 1].tolist() == [dict(each.top)["light"] for each in after]
 
 
@@ -687,8 +687,11 @@ def test_features_come_from_the_same_forward_pass(
     monkeypatch.setattr(torch.nn.Module, "__call__", counting)
     reference = np.ones((3, 1), np.float16)
     calibrated(model, detector=OutlierDetector(-1.0, 0.5, 2, reference))
-    found = Run(model).predict(grays(250, 0))
+    run = Run(model)
+    run.predict(grays(250))  # opens the model, which measures the batch size
+    passes.clear()
+    found = run.predict(grays(250, 0))
     assert len(passes) == 1
-    with_views = Run(model).predict(grays(250, 0), tta="flip")
+    with_views = run.predict(grays(250, 0), tta="flip")
     assert len(passes) == 3
     assert [each.unlike_score for each in with_views] == [each.unlike_score for each in found]

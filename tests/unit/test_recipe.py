@@ -614,3 +614,24 @@ def test_default_augmentation_does_not_mirror_gray_images() -> None:
         ["RandomHorizontalFlip", "RandomCrop"],
         ["RandomHorizontalFlip", "RandomResizedCrop", "ColorJitter"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "names"),
+    [
+        ("19", 1000, ["RandomHorizontalFlip"]),  # `auto` would be 60
+        ("20", 1000, ["RandomHorizontalFlip", "RandomResizedCrop", "ColorJitter"]),
+        ("2", 100_000, ["RandomHorizontalFlip"]),  # `auto` would be 8
+        ("3", 100_000, ["RandomHorizontalFlip", "RandomResizedCrop", "ColorJitter"]),
+        ("auto", 1000, ["RandomHorizontalFlip", "RandomResizedCrop", "ColorJitter"]),
+        ("auto", 100_000, ["RandomHorizontalFlip", "RandomResizedCrop", "ColorJitter"]),
+    ],
+)
+def test_short_trainings_are_augmented_lightly(epochs: str, images: int, names: list[str]) -> None:
+    loaded = recipe.load_recipe("folder", [f"train.epochs={epochs}"])
+    resolved = recipe.resolve_auto(loaded, images=images, image_size=64, channels=3)
+    assert [name for name, _ in resolved.operations] == names
+    # Small and gray images are augmented mildly in any case.
+    for size, channels, count in ((32, 3, 2), (64, 1, 1)):
+        small = recipe.resolve_auto(loaded, images=images, image_size=size, channels=channels)
+        assert len(small.operations) == count

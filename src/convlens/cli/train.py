@@ -144,7 +144,10 @@ def train(
 @app.command(cls=Command)
 def evaluate(
     run: RunArgument,
-    overrides: OverridesArgument = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="How to read DATA, e.g. data.images=photos"),
+    ] = None,
     split: Split = None,
     data: DataOption = None,
     tta: TtaOption = None,

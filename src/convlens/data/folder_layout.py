@@ -39,7 +39,7 @@ from convlens.data.layout import (
     raise_problems,
     split_from_name,
 )
-from convlens.data.scan import MAX_DEPTH, Folder, is_image
+from convlens.data.scan import MAX_DEPTH, Folder, Scanner, is_image
 from convlens.errors import DataError
 
 MAX_WRAPPERS = 8  # folders with a single folder inside that are entered one after the other
@@ -539,7 +539,8 @@ class _LayoutFinder:
         """State which hidden folders beside the class folders have images."""
         names = [class_name(folder) for folder in body.classes]
         for folder in body.folder.hidden_subfolders:
-            name, count = class_name(folder), len(_image_names(folder))
+            name = class_name(folder)
+            count = len(Scanner(folder.path).find_images(folder.path).images)
             if count and folder not in body.classes and name not in self._choice.without:
                 example = list_override("data.classes", sorted([name, *names[:MAX_EXAMPLES]]))
                 self._note(

@@ -255,7 +255,7 @@ class Forward:
         """Run the first batch; choose the batch size, and whether to time memory formats."""
         if self._measured_batch_size is not None:
             self.batch_size = self._measured_batch_size
-            return batch_outputs(self._model, images, self._normalize, self.plan, self._views)
+            return self._forward(images)
         with _record_layer_sizes(self._model) as sizes:
             outputs, seconds = self._time(images)
         self.batch_size = _largest_batch(max(sizes), len(images), self.plan)

@@ -535,7 +535,8 @@ def _finish(
     job: TrainingJob, run_dir: RunDir, rows: list[dict[str, float]], kept_epoch: int
 ) -> None:
     """Calibrate the model, draw the plots of the training and mark the run as finished."""
-    calibrate_model(job, run_dir)
+    with quiet_mode(job.context.quiet):
+        calibrate_model(job, run_dir)
     if job.context.is_main_process:
         run_plots.plot_training(run_dir, rows, kept_epoch, job.data, job.augment)
     # Last: a run that is killed before this resumes at its end, calibrates and draws its plots.

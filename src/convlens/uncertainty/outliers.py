@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from convlens import metrics
 
@@ -71,7 +72,8 @@ def neighbor_distances(features: npt.ArrayLike, reference: npt.ArrayLike, k: int
         reference: from `l2_normalize`.
     """
     cosines = l2_normalize(features) @ np.asarray(reference, dtype=np.float32).T
-    nearest = np.partition(cosines, -k, axis=1)[:, -k].astype(np.float64)
+    # (`np.partition` takes more than twice as long.)
+    nearest = torch.from_numpy(cosines).topk(k, dim=1).values[:, -1].numpy().astype(np.float64)
     return np.asarray(np.sqrt(np.maximum(2 - 2 * nearest, 0)))
 
 

@@ -210,7 +210,7 @@ READINGS: dict[str, tuple[dict[str, int], list[str], Counts, list[str]]] = {
         ],
     ),
     "hidden class": (
-        {".net": 4, "java": 2, "c#": 2, ".thumbnails": 2, ".cache": 1},
+        {".net/a": 1, ".net": 3, "java": 2, "c#": 2, ".thumbnails": 2, ".cache": 1, ".x": 0},
         [],
         {"train": {"c#": 2, "java": 2}},
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from convlens.data.image_list import escape_csv_formula, unescape_csv_formula
 from convlens.data.list_columns import ListOptions
 from convlens.data.sources import find_source
 from convlens.data.types import DataSource
-from convlens.errors import DataError, UsageError
+from convlens.errors import ConvlensError, DataError, UsageError
 from convlens.recipe import DataConfig
 from helpers.datasets import write_image
 
@@ -214,6 +215,56 @@ def test_a_file_without_extension_is_judged_by_its_content(images: Path) -> None
     text = "path,label\nimg/cat_0,cat\nimg/dog_0.png,dog\n"
     source = find_source(write_csv(images / "a.csv", text))
     assert list(source.parts["train"].ids) == ["img/cat_0", "img/dog_0.png"]
+
+
+WORDS = [
+    "path",
+    "label",
+    "id",
+    "split",
+    "is_valid",
+    "fold",
+    "cat_0",
+    "img/cat_0.png",
+    "..",
+    "~",
+    "0",
+]
+WORDS += [
+    "1",
+    "train",
+    "test",
+    "cat|dog",
+    "C:\\x",
+    "file:///x",
+    "\0",
+    "\ufeff",
+    "#",
+    "",
+    "sep=;",
+    "[1, 2]",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(WORDS) | st.text(max_size=4), min_size=1, max_size=30),
+    separators=st.lists(st.sampled_from([",", ";", "\n", " ", "\t", '"', "{", ":"]), min_size=3),
+    suffix=st.sampled_from([".csv", ".txt", ".json", ".jsonl"]),
+)
+def test_any_file_is_read_or_refused_with_a_reason(
+    tmp_path_factory: pytest.TempPathFactory, words: list[str], separators: list[str], suffix: str
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "any"
+    if not root.is_dir():
+        write_image(root / "img" / "cat_0.png")
+    text = "".join(w + separators[i % len(separators)] for i, w in enumerate(words))
+    path = root / f"a{suffix}"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    for name in (path, root):
+        with suppress(ConvlensError):  # any other exception is a fault
+            assert find_source(str(name), tested=True).classes
+    path.unlink()
 
 
 PATH_FORMS = (

@@ -311,6 +311,13 @@ def test_the_keys_of_a_recipe_reach_the_source(data_root: Path) -> None:
     source = find_configured_source(config)
     assert bincount(source) == {"train": {"cat/a": 3, "dog/a": 2}}
     assert source.parts["train"].groups == ["t", "t", "t", "g", "g"]
+    # A run of an earlier version has no such keys: the classes of its model choose the reading.
+    write_class_folders(data_root / "vehicles", {"car": 1, "train": 2})
+    config = load_recipe("folder", ["data.name=vehicles"]).data
+    with pytest.raises(DataError, match="could be splits or classes: train"):
+        find_configured_source(config)
+    source = find_configured_source(config, known_classes=("car", "train"))
+    assert bincount(source) == {"train": {"car": 1, "train": 2}}
     shapes = load_recipe("folder", ["data.name=shapes", "data.count=20", "data.image_size=24"])
     images = find_configured_source(shapes.data).parts["train"].images
     assert images.shape == (20, 3, 24, 24)  # type: ignore[union-attr]
