@@ -42,7 +42,9 @@ if TYPE_CHECKING:  # these import torch, which `--help` must not wait for
     from convlens.training.repeats import RunOutcome, RunResults, VariantSummary
 
 Row = dict[str, str]
-PREDICT_EXAMPLE = "name images, e.g. convlens predict digits a.png new/; or pipe one, or names"
+PREDICT_EXAMPLE = (
+    "name files or folders: convlens predict digits a.png new/; or pipe an image or names"
+)
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 # Columns of the table of runs that a narrow terminal leaves out, the least important first.
 OPTIONAL_COLUMNS = (
