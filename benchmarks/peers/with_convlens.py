@@ -5,12 +5,14 @@ As for the peers, progress bar, validation and saving are excluded.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from convlens import device, recipe
 from convlens.data.cache import ArrayRows
 from convlens.data.dataset import Data, Split
 from convlens.data.decode import Conversion
+from convlens.data.summary import DatasetSummary
 from convlens.engine import loop
 from convlens.runtime import RuntimeContext
 from convlens.training.setup import build_training_job
@@ -59,16 +61,22 @@ def _data(row: Row) -> Data:
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
     split = Split(ArrayRows(pixels), torch.from_numpy(labels), [str(i) for i in range(len(labels))])
     nothing = Split(ArrayRows(pixels[:0]), split.labels[:0], [])
+    classes = tuple("0123456789")
+    conversion = Conversion(pixels.shape[2], row.channels, "crop")
+    counts = np.bincount(labels, minlength=len(classes))
     return Data(
         name="peers",
-        classes=tuple("0123456789"),
-        conversion=Conversion(pixels.shape[2], row.channels, "crop"),
+        classes=classes,
+        conversion=conversion,
         train=split,
         val=nothing,
         fingerprint="",
         split_descriptions={},
         held_out={},
-        skipped=[],
+        skipped={},
+        summary=DatasetSummary(
+            classes, counts, {"train": len(labels)}, {}, row.channels, conversion.size, "crop"
+        ),
         notes=(),
         listing=None,
         _test=lambda: nothing,

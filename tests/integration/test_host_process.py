@@ -117,7 +117,10 @@ def test_the_api_leaves_the_host_process_unchanged(tmp_path: Path) -> None:
     done = program()
     assert done["changed"] == {}
     assert done["threads"] == 1
-    assert done["errors"] == [None, "more than 89 million pixels are refused (11000 x 11000)"]
+    assert done["errors"] == [
+        None,
+        "more than 89 million pixels are refused (11000 x 11000); data.max_pixels raises the limit",
+    ]
 
 
 def program() -> dict[str, Any]:

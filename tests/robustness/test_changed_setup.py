@@ -216,7 +216,7 @@ def test_class_folders_without_images_are_listed_whatever_else_they_contain() ->
         (root / name).mkdir()
         (root / name / junk).write_bytes(b"x")
     pictures(root / "d", {".ipynb_checkpoints": 1, "__MACOSX": 1})
-    refused(here("train", root), 3, "class folders without images: a, b, c, d")
+    refused(here("train", root), 3, "class folders without images: a, b, c (1 .txt), d")
 
 
 def test_numeric_class_names_keep_their_order_in_the_model() -> None:

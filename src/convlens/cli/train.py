@@ -255,6 +255,7 @@ def predict(
     write = lookup(WRITERS, "json" if as_json else output, "format")
     inference.select_views(tta)  # report a typo before anything is read or written
     loaded = onnx_model.load_model_or_onnx(find_run(run).model_path)
+    loaded.select_device(device)  # likewise
     named = [path for path in paths or () if path != "-"]
     from_stdin = inputs_from_stdin(_read_stdin()) if not paths or "-" in paths else []
     inputs = collect_inputs([*named, *from_stdin])
