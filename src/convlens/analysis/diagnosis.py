@@ -252,7 +252,7 @@ def _measure(run_dir: RunDir, device: str) -> dict[str, Any]:
     samples = {name: _sample(split) for name, split in splits.items() if len(split)}
     stats, dead = {}, {}
     rare = [data.classes.index(name) for name in _rare_classes(evidence["counts"])]
-    if rare and "val" in samples:
+    if set(rare) & set(data.val.labels.tolist()):  # validation may lack the rare classes
         samples["rare"] = _sample(data.val, classes=rare)
     by_class = dict[str, CorrectCount]()
     total = sum(len(labels) for _, labels in samples.values())

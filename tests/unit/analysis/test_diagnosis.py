@@ -214,6 +214,13 @@ def test_class_imbalance_is_found() -> None:
     assert not any("per_class" in text for text in [finding.do, *finding.overrides])
 
 
+def test_rare_classes_may_lack_validation_images() -> None:
+    pictures(Path("photos"), {"blue": 60, "green": 3, "red": 60})
+    assert here("train", "photos", *SMALL, "--name", "rare").code == 0
+    findings = {finding.rule: finding for finding in diagnose("rare").findings}
+    assert "cannot be told without validation images" in findings["class imbalance"].what
+
+
 def imbalance_of(rare: tuple[int, int], common: tuple[int, int], *overrides: str) -> Finding | None:
     """Return the finding for 90 images of `blue` and 30 of `red`, given their correct counts."""
     evidence = RunEvidence(
