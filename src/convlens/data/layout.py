@@ -32,6 +32,9 @@ SPLIT_WORDS = {
     "testing": "test",
     "tst": "test",
 }
+# Validation, or testing beside another validation split: Food-11 has `training`, `validation`
+# and `evaluation`.
+_MAYBE_TEST_WORDS = frozenset({"holdout", "heldout", "eval", "evaluation"})
 _NEUTRAL_WORD = re.compile(
     r"(data)?sets?|data|splits?|part|subset|samples?|folder|dir|files|the|v|new|final|full|small|mini"
     r"|original|raw|resized|cropped|processed"
@@ -84,12 +87,13 @@ class SplitName:
     Attributes:
         split: `train`, `val` or `test`.
         rest: the other words, in order: `("seg",)` for `seg_train`; empty for `train_set1`.
-        is_holdout: the word is `holdout`, which is a test split beside a validation split.
+        may_be_test: the word is `holdout` or `evaluation`, which is a test split beside a
+            validation split.
     """
 
     split: str
     rest: tuple[str, ...] = ()
-    is_holdout: bool = False
+    may_be_test: bool = False
 
 
 def parse_split_name(name: str) -> SplitName | None:
@@ -103,7 +107,7 @@ def parse_split_name(name: str) -> SplitName | None:
     if len({SPLIT_WORDS[word] for word in found}) != 1:
         return None
     rest = tuple(word for word in words if word not in SPLIT_WORDS)
-    return SplitName(SPLIT_WORDS[found[0]], rest, found[0] in ("holdout", "heldout"))
+    return SplitName(SPLIT_WORDS[found[0]], rest, found[0] in _MAYBE_TEST_WORDS)
 
 
 def split_words(name: str) -> list[str]:
@@ -144,7 +148,8 @@ def match_split_names(names: Iterable[str]) -> dict[str, str]:
     - Otherwise, names with other words stand for splits if the same words occur with two splits:
       `seg_train` and `seg_test`, but not `train station` and `test tube`; or if there is only one
       name.
-    - `holdout` is the validation split, or the test split if another name is the former.
+    - `holdout` and `evaluation` are the validation split, or the test split if another name is the
+      former.
     """
     names = list(names)
     parsed = {name: found for name in names if (found := parse_split_name(name))}
@@ -159,9 +164,9 @@ def match_split_names(names: Iterable[str]) -> dict[str, str]:
     }
     exact = {name: found for name, found in matched.items() if not found.rest}
     matched = exact or matched
-    plain = {found.split for found in matched.values() if not found.is_holdout}
-    holdout = "test" if "val" in plain and "test" not in plain else "val"
-    return {name: holdout if found.is_holdout else found.split for name, found in matched.items()}
+    plain = {found.split for found in matched.values() if not found.may_be_test}
+    held_out = "test" if "val" in plain and "test" not in plain else "val"
+    return {name: held_out if found.may_be_test else found.split for name, found in matched.items()}
 
 
 def is_neutral_name(name: str) -> bool:

@@ -60,6 +60,12 @@ def test_spellings_of_splits(names: str, split: str | None) -> None:
         (["train", "holdout"], {"train": "train", "holdout": "val"}),
         (["train", "valid", "hold out"], {"train": "train", "valid": "val", "hold out": "test"}),
         (["train", "test", "holdout"], {"train": "train", "test": "test", "holdout": "val"}),
+        (
+            ["training", "validation", "evaluation"],
+            {"training": "train", "validation": "val", "evaluation": "test"},
+        ),
+        (["dev", "eval"], {"dev": "val", "eval": "test"}),
+        (["train", "eval", "test"], {"train": "train", "eval": "val", "test": "test"}),
         (["cats", "dogs"], {}),
         ([], {}),
     ],
