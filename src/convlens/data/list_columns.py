@@ -15,7 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from convlens.data.class_names import strip_invisible
-from convlens.data.layout import list_examples, match_split_names
+from convlens.data.layout import (
+    list_examples,
+    match_split_names,
+    parse_split_name,
+    split_words,
+)
 from convlens.data.table_files import Line, Table
 from convlens.data.types import is_image_name
 from convlens.errors import DataError, UsageError, close_matches, did_you_mean
@@ -52,6 +57,9 @@ MAYBE_PATH_COLUMNS = (
     "picture",
     "photo",
     "fileid",
+    "isicid",
+    "idcode",
+    "fname",
     "id",
     "ids",
     "uid",
@@ -284,7 +292,7 @@ def interpret_table(
         columns.used.add(label_column)
         labels = columns.cells[label_column]
         _refuse_several_labels(labels, columns)
-    split_cells, splits = _find_splits(columns, options)
+    split_cells, splits = _find_splits(columns, options, has_labels=label_column is not None)
     if label_column is None:
         labels = _labels_without_column(columns, columns.cells[path_column])
     _note_folds(columns, splits is not None and "test" in splits)
@@ -318,9 +326,9 @@ def _split_header(
     header = [f"column {number}" for number in range(1, len(first) + 1)]
     header[paths[0]] = "path"
     others = [i for i in range(len(first)) if i != paths[0]]
-    # Not a column of line numbers, if there is another one.
+    # Not a column of line numbers or splits, if there is another one.
     cells = {i: [line[i] for _, line in table.lines if len(line) > i] for i in others}
-    others.sort(key=lambda i: not _may_be_classes(cells[i]))
+    others.sort(key=lambda i: (not _may_be_classes(cells[i]), _are_splits(cells[i])))
     if others and (_may_be_classes(cells[others[0]]) or len(table.lines) <= MAX_UNIQUE_LABELS):
         header[others[0]] = "label"
     positions = " and ".join(
@@ -329,6 +337,13 @@ def _split_header(
         if name in header
     )
     return header, table.lines, [f"the first line is an image, not a header: {positions}"]
+
+
+def _are_splits(cells: Sequence[str]) -> bool:
+    """Return whether all cells are names of splits, and of more than one."""
+    values = {cell.strip() for cell in cells}
+    split_of = match_split_names(sorted(values))
+    return split_of.keys() == values and len(set(split_of.values())) > 1
 
 
 def _base_name(path: str) -> str:
@@ -542,7 +557,7 @@ class _SplitReading:
 
 
 def _find_splits(
-    columns: _Columns, options: ListOptions
+    columns: _Columns, options: ListOptions, *, has_labels: bool
 ) -> tuple[list[str], list[str | None] | None]:
     """Return the split of each line as written and as read; `[""]` and None without splits."""
     nothing = [""] * len(columns.cells[0]), None
@@ -551,11 +566,11 @@ def _find_splits(
         if is_none:
             return nothing
         column = columns.requested(options.split_column, "data.split_column")
-        is_flag = fold_column(columns.names[column]) in FLAG_COLUMNS
+        is_flag = _flag_split(columns.names[column]) is not None
         reading = _read_flags(columns, [column]) if is_flag else None
         reading = reading or _read_split_column(columns, column)
         return _use_splits([reading], columns)
-    readings = _split_readings(columns)
+    readings = _split_readings(columns, has_labels)
     if not readings:
         return nothing
     first = readings[0]
@@ -581,9 +596,16 @@ def _use_splits(
     return readings[0].cells, readings[0].splits
 
 
-def _split_readings(columns: _Columns) -> list[_SplitReading]:
+def _split_readings(columns: _Columns, has_labels: bool) -> list[_SplitReading]:
     """Return the readings of all columns that hold splits."""
     readings = []
+    flags = columns.find(FLAG_COLUMNS)
+    if has_labels:  # otherwise `train` may be a class with a column of zeros and ones
+        flags += [
+            column
+            for column, name in enumerate(columns.names)
+            if _flag_split(name) and column not in (*flags, *columns.used)
+        ]
     for column in columns.find(SPLIT_COLUMNS):
         reading = _read_split_column(columns, column)
         if any(cell and split for cell, split in zip(reading.cells, reading.splits, strict=True)):
@@ -595,8 +617,8 @@ def _split_readings(columns: _Columns) -> list[_SplitReading]:
                 f"not read as a split: {columns.describe(column)} (data.split_column="
                 f"{_quote(columns.names[column])} reads it)"
             )
-    if flags := _read_flags(columns, columns.find(FLAG_COLUMNS)):
-        readings.append(flags)
+    if reading_of_flags := _read_flags(columns, flags):
+        readings.append(reading_of_flags)
     named = {*columns.find((*SPLIT_COLUMNS, *FLAG_COLUMNS, *FOLD_COLUMNS)), *columns.used}
     for column in range(len(columns.names)):
         if column in named:
@@ -626,6 +648,18 @@ def _read_split_column(columns: _Columns, column: int) -> _SplitReading:
     return _SplitReading([column], name, cells, [read[cell] for cell in cells], note)
 
 
+def _flag_split(name: str) -> str | None:
+    """Return the split that a column of flags marks: `is_valid`, `is_training_image`, `test`.
+
+    Other names with `valid` are no flags: they often say that an image is in order.
+    """
+    if (split := FLAG_COLUMNS.get(fold_column(name))) is not None:
+        return split
+    parsed = parse_split_name(name)
+    is_flag = parsed and parsed.rest in ((), ("is",)) and "valid" not in split_words(name)
+    return parsed.split if parsed and is_flag else None
+
+
 def _read_flags(columns: _Columns, flags: Sequence[int]) -> _SplitReading | None:
     """Read columns such as `is_valid` and `is_test`, together; None if there is none.
 
@@ -634,7 +668,7 @@ def _read_flags(columns: _Columns, flags: Sequence[int]) -> _SplitReading | None
     flags = [c for c in flags if {v.casefold() for v in columns.cells[c]} <= _TRUE | _FALSE]
     if not flags:
         return None
-    split_of = {column: FLAG_COLUMNS[fold_column(columns.names[column])] for column in flags}
+    split_of = {column: _flag_split(columns.names[column]) for column in flags}
     unused = [split for split in ("train", "test", "val") if split not in split_of.values()]
     rest = unused[0] if unused else None
     cells, splits = list[str](), list[str | None]()

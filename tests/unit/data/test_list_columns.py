@@ -37,6 +37,7 @@ def lines(*columns: list[str]) -> list[str]:
     "header",
     ["path,label", "File Name,CLASS", "file_name,class-name", "filepath,breed", "image_id,label",
      "id,species", "name,label", "Image Path,ClassId", "img,target", "image,diagnosis",
+     "isic_id,target", "id_code,diagnosis", "fname,label",
      "FILENAME,y", "relative_path,category", "\ufeffpath,choice", "imageID,dx"],
 )  # fmt: skip
 def test_usual_names_are_recognized(header: str) -> None:
@@ -155,12 +156,23 @@ def test_splits_are_read(name: str, values: list[str], note: str | None) -> None
         ("is_train", (["yes", "no"],), ["train", "test"] * 3),
         ("is_train,is_test", (["1", "0", "0"], ["0", "1", "0"]), ["train", "test", "val"] * 2),
         ("is_valid,is_test", (["1", "0"], ["1", "0"]), [None, "train"] * 3),
+        ("is_training_image", (["1", "0"],), ["train", "test"] * 3),
+        ("train", (["1", "0"],), ["train", "test"] * 3),
+        ("train,val,test", (["1", "0", "0"], ["0", "1", "0"], ["0", "0", "1"]), THREE * 2),
+        # An image that is in order, and a number, are no flags.
+        ("valid,test", (["1", "0"], ["7", "9"]), None),
+        ("is_valid_image", (["1", "0"],), None),
     ],
 )
 def test_flags_are_read(
-    header: str, columns: tuple[list[str], ...], expected: list[str | None]
+    header: str, columns: tuple[list[str], ...], expected: list[str | None] | None
 ) -> None:
     assert interpret(f"path,label,{header}", lines(["cat", "dog"], *columns)).splits == expected
+
+
+def test_a_class_may_be_called_train_in_columns_of_zeros_and_ones() -> None:
+    cells = interpret("path,car,train", lines(["1", "0"], ["0", "1"]))
+    assert (cells.labels, cells.splits) == (["car", "train"] * 3, None)
 
 
 def test_other_values_are_not_splits() -> None:
@@ -223,6 +235,16 @@ def test_a_file_without_header_is_read_by_position(
     assert (cells.paths, cells.labels) == (paths, labels)
     assert cells.lines[0] == 1
     assert cells.notes[0].startswith("the first line is an image, not a header: column ")
+
+
+def test_splits_in_a_file_without_header_are_not_the_labels() -> None:
+    names = ["TRAIN", "VALIDATION", "TEST"]
+    rows = [f"{names[i % 3]},{i}.png,{'cat' if i % 2 else 'dog'}" for i in range(1, 7)]
+    cells = interpret(None, rows)
+    assert (cells.labels, cells.splits) == (["cat", "dog"] * 3, ["val", "test", "train"] * 2)
+    # Without another column they are the labels.
+    cells = interpret(None, [f"{i}.png,{names[i % 2]}" for i in range(1, 7)])
+    assert (cells.labels, cells.splits) == (["VALIDATION", "TRAIN"] * 3, None)
 
 
 def test_columns_of_zeros_and_ones_are_classes() -> None:
