@@ -356,6 +356,7 @@ _settings = _TorchSettings()
 def preserve_torch_settings(device: str | None = None) -> Iterator[None]:
     """Use `num_threads` threads within the block, and restore the caller's settings after it.
 
+    Gradients are computed within the block even if the caller has turned them off.
     Restores the number of threads, cuDNN's benchmark mode, deterministic algorithms and the
     current CUDA device. All of them belong to the process: other threads that compute meanwhile
     see the changes.
@@ -368,7 +369,8 @@ def preserve_torch_settings(device: str | None = None) -> Iterator[None]:
         limit_threads()
         if device is not None and device.startswith("cuda:"):
             torch.cuda.set_device(device)
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         _settings.leave()
 

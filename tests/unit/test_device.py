@@ -305,6 +305,17 @@ def test_last_of_overlapping_calls_restores_the_settings(
     assert torch_settings() == own_settings
 
 
+def test_gradients_that_the_caller_turned_off_are_computed_within() -> None:
+    for turn_off in (torch.no_grad, torch.inference_mode):
+        with turn_off():
+            with device.preserve_torch_settings():
+                weight = torch.ones(1, requires_grad=True)
+                (2 * weight).sum().backward()
+                assert weight.grad is not None
+                assert weight.grad.item() == 2
+            assert not torch.is_grad_enabled()
+
+
 def test_random_generators_are_restored() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3).tolist()
