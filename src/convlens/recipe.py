@@ -414,7 +414,10 @@ def load_recipe(
             problems.append(f"{override!r} is not an override: write key=value, e.g. optim.lr=0.1")
             continue
         try:
-            _set_key(tree, key.strip(), yaml.parse_yaml(value, where=shorten(override)))
+            # A color such as `#ffffff` would be a comment in YAML.
+            is_color = value.lstrip().startswith("#")
+            parsed = value if is_color else yaml.parse_yaml(value, where=shorten(override))
+            _set_key(tree, key.strip(), parsed)
         except UsageError as error:
             problems.append(f"{error.where}: {error.what}" if error.where else error.what)
     overridden = {text.partition("=")[0].strip() for text in overrides}

@@ -582,6 +582,8 @@ def test_invalid_conversions_are_refused(override: str, message: str) -> None:
 
 
 def test_the_conversion_is_recorded_where_the_recipe_says_auto() -> None:
+    color = recipe.load_recipe("folder", ["data.background=#00ff7f"])  # no comment, as in YAML
+    assert color.data.background == "#00ff7f"
     loaded = recipe.load_recipe("folder", ["data.background=black"])
     resolved = recipe.resolve_auto(
         loaded, images=10, image_size=64, channels=3, fit="pad", value_range=(1.5, 9)
