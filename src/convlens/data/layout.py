@@ -220,6 +220,10 @@ class ClassChoice:
             if unknown:
                 problems.append(f"{key} names classes that do not exist: {list_examples(unknown)}")
                 similar += [closest_match(name, names) for name in unknown]
+                for name in unknown:
+                    parts = [normalize_name(part) for part in name.split(",")]
+                    if set(parts) <= set(names):  # a list without brackets
+                        similar = [list_override(key, parts)]
         if problems:
             question = did_you_mean(dict.fromkeys(filter(None, similar)))
             raise UsageError(

@@ -111,6 +111,9 @@ def test_unknown_classes_are_errors_with_near_misses() -> None:
     with pytest.raises(UsageError) as caught:
         ClassChoice(("zzz",)).check(NAMES, "x")
     assert caught.value.fix == "the classes are: 00012, bird, cat, new folder"
+    with pytest.raises(UsageError) as caught:
+        ClassChoice(("cat, bird",)).check(NAMES, "x")
+    assert caught.value.fix == "did you mean data.classes=[cat,bird]?"
 
 
 @pytest.mark.parametrize(
