@@ -7,6 +7,7 @@ directly.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -427,7 +428,7 @@ def look(
     except TypeError as error:
         known = ", ".join(interpret_look.LookOptions.__dataclass_fields__)
         raise UsageError(f"look: {error}", fix=f"its options are {known}") from error
-    names = [str(image) for image in _as_list(images)]
+    names = [_image_name(image) for image in _as_list(images)]
     look_options.check(names)
     with quiet_mode(quiet):
         opened = inputs.open_look_inputs(
@@ -483,6 +484,15 @@ def _as_list(value: Any) -> list[Any]:
         return list(value)
     raise UsageError(
         f"an object of type {type(value).__name__!r} is not a name", fix="give names or paths"
+    )
+
+
+def _image_name(image: Any) -> str:
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    raise UsageError(
+        f"an object of type {type(image).__name__!r} is not the name of an image",
+        fix="give names or paths; save an image in memory to a file first",
     )
 
 

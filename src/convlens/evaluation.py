@@ -276,6 +276,12 @@ def evaluate(
         >>> convlens.evaluate("digits", "val").accuracy
     """
     split = None if split is None else check_split(split)
+    if not isinstance(data, str | os.PathLike | DataConfig | None):
+        raise UsageError(
+            f"an object of type {type(data).__name__!r} is not a data set",
+            fix="name a folder, a list of images or a data set; `predict` classifies images in "
+            "memory",
+        )
     inference.select_views(tta)  # report a typo before a data set is loaded
     process_group = init_process_group()
     run_dir = shared_run_dir(process_group, lambda: as_run_dir(run))
@@ -305,6 +311,11 @@ def check_split(name: str) -> str:
     Raises:
         UsageError: another name; close matches are named.
     """
+    if not isinstance(name, str):
+        raise UsageError(
+            f"an object of type {type(name).__name__!r} is not the name of a split",
+            fix=f"choose from: {', '.join(SPLIT_NAMES)}; `predict` classifies images in memory",
+        )
     split = split_from_name(name)
     if split is not None:
         return split

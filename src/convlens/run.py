@@ -444,6 +444,11 @@ def find_run(name: str | Path, models_folder: Path | None = None) -> RunDir:
         UsageError: there is no run of that name; close matches are named.
         ModelFileError: the path does not exist.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise UsageError(
+            f"an object of type {type(name).__name__!r} is not a run",
+            fix="give the name, folder or model file of a run, or a Run",
+        )
     path = Path(name)
     folder = models_folder or MODELS_DIR
     if os.path.isfile(path):  # (`Path.is_file` raises for names that are too long)

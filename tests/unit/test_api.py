@@ -77,6 +77,15 @@ def test_arrays_are_refused_with_what_to_use() -> None:
     for wrong in (3, None):
         with pytest.raises(UsageError, match="is not a name"):
             convlens.look(wrong)  # type: ignore[arg-type]
+    for call in (convlens.evaluate, convlens.report, convlens.diagnose):
+        with pytest.raises(UsageError, match="an object of type 'ndarray' is not a run"):
+            call(images)  # type: ignore[operator]
+    with pytest.raises(UsageError, match="is not the name of a split"):
+        convlens.evaluate("digits", labels)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="an object of type 'ndarray' is not a data set"):
+        convlens.evaluate("digits", data=images)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="is not the name of an image"):
+        convlens.look("digits", [images])  # type: ignore[list-item]
 
 
 @pytest.mark.figures
