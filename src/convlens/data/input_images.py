@@ -19,6 +19,7 @@ from torch import Tensor
 
 from convlens.data.arrays import LAYOUTS, as_array, is_array, to_nchw
 from convlens.data.decode import MAX_BYTES, UnreadableImage, has_second_image, probe_image
+from convlens.data.file_types import unsupported_format
 from convlens.data.layout import printable
 from convlens.data.scan import Scanner
 from convlens.data.types import is_image_name
@@ -298,9 +299,9 @@ def inputs_from_stdin(content: bytes) -> list[InputImage] | list[str]:
         if names is not None:
             return names
         if isinstance(error.__cause__, UnidentifiedImageError):
-            raise DataError(
-                "neither an image nor a list of file names", where=where, fix=fix
-            ) from error
+            is_known = unsupported_format(content[:256])
+            what = error.reason if is_known else "neither an image nor a list of file names"
+            raise DataError(what, where=where, fix=fix) from error
         return [InputImage("-", content)]  # an image that is damaged or too large
 
 

@@ -281,3 +281,9 @@ def test_other_bytes_on_stdin_are_refused(content: bytes) -> None:
     with pytest.raises(DataError, match="neither an image nor a list of file names") as error:
         inputs_from_stdin(content)
     assert str(error.value).replace("\n", "").isprintable()
+
+
+def test_other_formats_on_stdin_are_named() -> None:
+    heic = b"\0\0\0\x18ftypheic" + bytes(8) + b"mif1heic"
+    with pytest.raises(DataError, match="it is HEIC, which is not supported: convert it to JPEG"):
+        inputs_from_stdin(heic)
