@@ -521,11 +521,15 @@ class _LayoutFinder:
             return "top" if set(names) & set(self._options.known_classes) else "leaf"
         subfolders = sorted({printable(f.name) for folder in nested for f in folder.subfolders})
         have_own_images = sum(folder.has_images for folder in used)
-        if have_own_images >= len(nested) or (len(set(inside)) == 1 and len(nested) > 1):
-            self._note(
+        have_same_folders = len(set(inside)) == 1 and len(nested) > 1
+        if have_own_images >= len(nested) or have_same_folders:
+            note = (
                 f"class folders that hold only folders: {list_examples(names)}; the folders inside "
                 f"({list_examples(subfolders)}) are parts of them, unless data.class_level=leaf"
             )
+            if have_same_folders and not have_own_images:  # `fold1` and `fold2`
+                note += "; if they are splits, rename them train, val and test"
+            self._note(note)
             return "top"
         leaves = [leaf.name for leaf in _leaf_folders(_Body(_parent(used[0]), used))]
         raise DataError(

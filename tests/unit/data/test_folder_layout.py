@@ -206,7 +206,8 @@ READINGS: dict[str, tuple[dict[str, int], list[str], Counts, list[str]]] = {
         {"train": {"bad": 2, "good": 2}},
         [
             "class folders that hold only folders: bad, good; the folders inside (a, b) are "
-            "parts of them, unless data.class_level=leaf"
+            "parts of them, unless data.class_level=leaf; if they are splits, rename them train, "
+            "val and test"
         ],
     ),
     "hidden class": (
