@@ -161,6 +161,8 @@ def find_source(
         )
     choice = choice or ClassChoice()
     path = None if name in SOURCES else _find_path(name)
+    if path is None and name not in SOURCES and not is_pattern(name):
+        raise _unknown_name(name)
     _refuse_downloaded_set(path)
     lists = replace(lists, group=group)
     # Classes that are not chosen are not scanned: they may be empty, for example.
@@ -233,11 +235,9 @@ def _refuse_list_options(lists: ListOptions, name: str) -> None:
 
 
 def _read_path(path: Path | None, name: str, tested: bool) -> DataSource:
-    """Read shards, or a file that is not a list."""
+    """Read shards, or a file that is not a list; without a path, `name` is a pattern of shards."""
     if path is None:
-        if is_pattern(name):
-            return read_shards(_expand_user(name), name, tested=tested)
-        raise _unknown_name(name)
+        return read_shards(_expand_user(name), name, tested=tested)
     if path.is_dir() or path.suffix.lower() == ".tar":
         return read_shards(path, name, tested=tested)
     fix = f"name a folder or a list of images ({', '.join(LIST_SUFFIXES)})"
