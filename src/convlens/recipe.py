@@ -644,7 +644,8 @@ def _key_of_error(error: Any) -> str:
     # Further parts are members of a union, which mean nothing to the user, or positions in a list.
     # The positions within a member are left out, so that the key is the same for all members.
     in_union = len(loc) > 2 and isinstance(loc[2], str) and loc[2] not in NESTED
-    if not (in_union or error["type"] == "missing"):
+    is_missing_item = error["type"] == "missing" and isinstance(loc[-1], int)
+    if not (in_union or is_missing_item):
         parts += tuple(part for part in loc[2:] if isinstance(part, int) or part in NESTED)
     return ".".join(map(str, parts))
 
@@ -684,7 +685,8 @@ def _expected_values(error: Any) -> list[str]:
         return re.split(r", | or ", limits["expected"].replace("'", ""))
     if kind == "string_pattern_mismatch":  # the only key with a pattern is `data.background`
         return ["auto", "alpha", "white", "black", "grey", "#rrggbb"]
-    if kind in ("missing", "tuple_type", "too_long"):
+    is_missing_item = kind == "missing" and isinstance(error["loc"][-1], int)
+    if is_missing_item or kind in ("tuple_type", "too_long"):  # all tuples of a recipe are pairs
         return ["two numbers in brackets"]
     words = {
         "int": ["a whole number"],
