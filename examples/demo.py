@@ -8,8 +8,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import convlens
+from convlens.cli import exit_on_errors
 
 
+@exit_on_errors()
 def main() -> None:
     """Train (or find the finished run), test, and classify a few image files."""
     run = convlens.train("digits")

@@ -9,6 +9,8 @@ weights: `convlens train pretrain --no-test`, then `model.weights=pretrain`.
 from common import arguments
 
 import convlens
+from convlens.cli import exit_on_errors
+from convlens.errors import UsageError
 
 REPORTED = {
     "last4-adam": "78.29%",
@@ -17,7 +19,11 @@ REPORTED = {
     "last5-adam": "88.27%",
 }
 
-table = convlens.train_many("resnet18-pretrained", arguments()[0], variants="all")
-for row in table.summaries:
-    print(f"{row.variant:<18} test {row.mean:.2%}; the report: {REPORTED[row.variant]}")
-print(f"plot {table.plot}")
+with exit_on_errors():
+    changes, others = arguments()
+    if others:
+        raise UsageError(f"{others[0]!r} is not an override", fix="write KEY=VALUE")
+    table = convlens.train_many("resnet18-pretrained", changes, variants="all")
+    for row in table.summaries:
+        print(f"{row.variant:<18} test {row.mean:.2%}; the report: {REPORTED[row.variant]}")
+    print(f"plot {table.plot}")

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import convlens
+from convlens.cli import exit_on_errors
+from convlens.errors import UsageError
 
 MODELS = {
     "the pretrained": ("resnet18-pretrained-last5-adam", "resnet_18_pre.py"),
@@ -27,30 +29,31 @@ def trained(recipe: str) -> str | None:
     return newest.parent.name if newest else None
 
 
-def existing_runs(arguments: list[str]) -> list[str]:
-    return [each for each in arguments if (Path("models") / each).is_dir()]
-
-
-arguments = sys.argv[1:]
-runs = existing_runs(arguments)
-if not runs:
+def find_runs(arguments: list[str]) -> list[str]:
+    """Return the named runs, or else the latest run of each of the three recipes."""
+    named = [each for each in arguments if (Path("models") / each).is_dir()]
+    if named:
+        return named
     latest = {title: trained(recipe) for title, (recipe, _) in MODELS.items()}
     missing = [f"{title} ({MODELS[title][1]})" for title, run in latest.items() if run is None]
     if missing:
-        sys.exit(f"not trained yet: {', '.join(missing)}; or name runs that are")
-    runs = [run for run in latest.values() if run]
+        ignored = f" ({', '.join(arguments)}: not a run in models/)" if arguments else ""
+        raise UsageError(
+            f"not trained yet: {', '.join(missing)}{ignored}",
+            fix="run these scripts, or name runs that are in models/",
+        )
     for title, run in latest.items():
         print(f"{title}: {run}")
-images = [each for each in arguments if each not in runs]
+    return [run for run in latest.values() if run]
 
-try:
-    look = convlens.look(runs, images)
-except convlens.ConvlensError as error:
-    sys.exit(str(error))
-for seen in look.seen:
-    answers = [f"{one.run}: {one.prediction[0]} {one.prediction[1]:.1%}" for one in seen]
-    print(f"{seen[0].picture.name}  {'; '.join(answers)}")
-for layers in zip(*(one.numbers() for one in look.seen[0]), strict=False):
-    blank = "; ".join(f"{layer.blank} of {layer.channels} blank" for layer in layers)
-    print(f"{layers[0].layer:<10} {blank}")
-print(f"plots {look.opened.folder}")
+
+with exit_on_errors():
+    runs = find_runs(sys.argv[1:])
+    look = convlens.look(runs, [each for each in sys.argv[1:] if each not in runs])
+    for seen in look.seen:
+        answers = [f"{one.run}: {one.prediction[0]} {one.prediction[1]:.1%}" for one in seen]
+        print(f"{seen[0].picture.name}  {'; '.join(answers)}")
+    for layers in zip(*(one.numbers() for one in look.seen[0]), strict=False):
+        blank = "; ".join(f"{layer.blank} of {layer.channels} blank" for layer in layers)
+        print(f"{layers[0].layer:<10} {blank}")
+    print(f"plots {look.opened.folder}")

@@ -76,9 +76,23 @@ class Stopped(ConvlensError):  # noqa: N818 - a requested stop is not an error
     exit_code = 75
 
 
+MIN_SIMILARITY = 0.6  # of a suggestion; at 0.5, `f_onemix` would be suggested for `nix`
+
+
 def close_matches(name: str, choices: Iterable[str]) -> list[str]:
-    """Return up to three of `choices` that are similar to `name`, best first."""
-    return difflib.get_close_matches(name, list(choices), n=3, cutoff=0.5)
+    """Return up to three of `choices` that are similar to `name`, best first.
+
+    Choices that differ only in case and punctuation (`Cifar-100`, `cifar100`) exclude the others.
+    """
+    choices = list(choices)
+    letters = _letters(name)
+    same = [choice for choice in choices if letters and _letters(choice) == letters]
+    return same[:3] or difflib.get_close_matches(name, choices, n=3, cutoff=MIN_SIMILARITY)
+
+
+def _letters(name: str) -> str:
+    """Return the letters and digits of a name without their case."""
+    return "".join(filter(str.isalnum, name)).casefold()
 
 
 def closest_match(name: str, choices: Iterable[str]) -> str:

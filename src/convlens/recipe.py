@@ -12,6 +12,7 @@ to the recipe: `load_recipe(..., variant="slow")` returns an ordinary recipe.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -38,6 +39,26 @@ SHORT_TRAINING = 1 / 3
 ERRORS_SHOWN = 3  # errors of a recipe in one message
 
 RENAMED_KEYS = {"settings": "variants"}  # old top-level keys, for the hint in the error
+# What other tools call a key, in letters and digits only, for the hint in the error. These are not
+# aliases.
+OTHER_NAMES = {
+    "model.name": ("model", "arch", "architecture", "net", "network", "backbone", "modelname"),
+    "model.weights": ("pretrained",),
+    "optim.name": ("optimizer", "optimiser", "opt"),
+    "optim.lr": ("learningrate", "lrate", "lr0"),
+    "optim.schedule": ("scheduler", "lrscheduler", "lrschedule"),
+    "optim.weight_decay": ("wd",),
+    "optim.loss": ("criterion", "lossfunction", "lossfn"),
+    "train.epochs": ("numepochs", "nepochs", "maxepochs"),
+    "train.batch_size": ("batch", "bs"),
+    "train.patience": ("earlystopping",),
+    "train.precision": ("amp", "mixedprecision", "fp16", "bf16"),
+    "data.name": ("dataset", "datasetname"),
+    "data.image_size": ("imgsz", "imgsize", "size", "resize", "resolution", "inputsize"),
+    "data.val_fraction": ("valsplit", "validationsplit", "valsize"),
+    "data.test_fraction": ("testsplit", "testsize"),
+    "augment": ("augmentation", "augmentations", "transform", "transforms"),
+}
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -562,11 +583,12 @@ def _check_tree(
     try:
         recipe = Recipe.model_validate(prepared)
     except ValidationError as error:
-        by_key, line_of = dict[str, str](), lines()
-        for key, message in map(_describe_error, error.errors()):
+        errors, line_of = dict[str, list[Any]](), lines()
+        for each in error.errors():  # a union reports once per member
+            errors.setdefault(_key_of_error(each), []).append(each)
+        for key, of_key in errors.items():
             line = f" (line {line_of[key]})" if key in line_of else ""
-            by_key.setdefault(key, message + line)  # a union reports once per member
-        messages += by_key.values()
+            messages.append(_describe_errors(key, of_key) + line)
     if messages or recipe is None:
         hidden = len(messages) - ERRORS_SHOWN
         more = f" (and {hidden} more)" if hidden > 0 else ""
@@ -616,18 +638,87 @@ def _normalize_operations(value: Any, problems: list[str]) -> Any:
     return operations
 
 
-def _describe_error(error: Any) -> tuple[str, str]:
-    """Return the key of an error of pydantic and a message that names it."""
-    path = ".".join(str(part) for part in error["loc"])
+def _key_of_error(error: Any) -> str:
+    """Return the dotted key that an error of pydantic is about."""
+    loc = error["loc"]
     if error["type"] == "extra_forbidden":
-        return path, _unknown_key(path).what
-    first = str(error["loc"][0])
-    parts = error["loc"][: 2 if first in SECTIONS else 1]
+        return ".".join(map(str, loc))
+    parts = loc[: 2 if str(loc[0]) in SECTIONS else 1]
     # Further parts are members of a union, which mean nothing to the user, or positions in a list.
-    parts += tuple(part for part in error["loc"][2:] if isinstance(part, int) or part in NESTED)
-    key = ".".join(map(str, parts))
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return key, f"{key}={shorten(error['input'])}: {message}"
+    # The positions within a member are left out, so that the key is the same for all members.
+    in_union = len(loc) > 2 and isinstance(loc[2], str) and loc[2] not in NESTED
+    is_missing_item = error["type"] == "missing" and isinstance(loc[-1], int)
+    if not (in_union or is_missing_item):
+        parts += tuple(part for part in loc[2:] if isinstance(part, int) or part in NESTED)
+    return ".".join(map(str, parts))
+
+
+def _describe_errors(key: str, errors: Sequence[Any]) -> str:
+    """Return a message about a key: what was received, and what it may be instead.
+
+    Args:
+        errors: those of pydantic. A key with several types, such as a number or `auto`, has one
+            for each type.
+    """
+    if errors[0]["type"] == "extra_forbidden":
+        return _unknown_key(key).what
+    value = errors[-1]["input"]  # of a union: the whole value; the first error may be about a part
+    received = f"{key}={shorten(value)}"
+    if key in SECTIONS:
+        if isinstance(value, str) and "name" in SECTIONS[key].model_fields:
+            return f"{received}: {key} is a section (did you mean {key}.name={value}?)"
+        return f"{received}: {key} is a section; write {key}.KEY=VALUE"
+    hint = _hint_about_number(key, value, [error["type"] for error in errors])
+    if hint:
+        return f"{received}: {hint}"
+    expected = [_expected_values(error) for error in errors]
+    if all(expected):
+        *others, last = dict.fromkeys(itertools.chain.from_iterable(expected))
+        alternatives = f"{', '.join(others)} or {last}" if others else last
+        return f"{received}: must be {alternatives}"
+    message = errors[0]["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^\w+ should ", "must ", message)
+    return f"{received}: {message[0].lower()}{message[1:]}"
+
+
+def _expected_values(error: Any) -> list[str]:
+    """Return in words what a value may be; empty for an error that only pydantic describes."""
+    kind, limits = error["type"], error.get("ctx", {})
+    if kind == "literal_error":
+        return re.split(r", | or ", limits["expected"].replace("'", ""))
+    if kind == "string_pattern_mismatch":  # the only key with a pattern is `data.background`
+        return ["auto", "alpha", "white", "black", "grey", "#rrggbb"]
+    is_missing_item = kind == "missing" and isinstance(error["loc"][-1], int)
+    if is_missing_item or kind in ("tuple_type", "too_long"):  # all tuples of a recipe are pairs
+        return ["two numbers in brackets"]
+    words = {
+        "int": ["a whole number"],
+        "float": ["a number"],
+        "bool": ["true", "false"],
+        "string_type": ["text"],
+        "list_type": ["a list in brackets"],
+        "dict_type": ["a mapping {key: value}"],
+        "model_type": ["a mapping {key: value}"],
+        "finite_number": ["a finite number"],
+        "greater_than": [f"greater than {limits.get('gt', 0):g}"],
+        "greater_than_equal": [f"at least {limits.get('ge', 0):g}"],
+        "less_than": [f"less than {limits.get('lt', 0):g}"],
+        "less_than_equal": [f"at most {limits.get('le', 0):g}"],
+    }
+    return words.get(kind) or words.get(kind.partition("_")[0], [])
+
+
+def _hint_about_number(key: str, value: Any, kinds: Sequence[str]) -> str:
+    """Return how to write a number that was written in another way (`224,224`, `0,1`, `20%`)."""
+    if any(kind.startswith("int_") for kind in kinds):
+        pair = re.fullmatch(r"\W*(\d+)(\s*[,;x×]\s*\d+)+\W*", str(value))
+        return f"write one number: {key}={pair[1]}" if pair else ""
+    if any(kind.startswith("float_") for kind in kinds) and isinstance(value, str):
+        if re.fullmatch(r"\d+,\d+", value):
+            return f"write a point: {key}={value.replace(',', '.')}"
+        if percent := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value):
+            return f"write a fraction: {key}={float(percent[1]) / 100:g}"
+    return ""
 
 
 def _unknown_key(key: str) -> UsageError:
@@ -637,12 +728,26 @@ def _unknown_key(key: str) -> UsageError:
 
 def matching_keys(key: str) -> list[str]:
     """Return the keys of a recipe that are similar to `key`, best first."""
+    # The most common mistakes are the right key in the wrong section, and the word of another tool.
+    named = keys_named(key.rpartition(".")[2])
+    if named:
+        return named
+    choices = _all_keys()
+    last_parts = close_matches(key, {choice.rpartition(".")[2]: None for choice in choices})
+    same = [choice for part in last_parts for choice in choices if choice.endswith(f".{part}")]
+    return close_matches(key, choices) or same[:3]
+
+
+def keys_named(name: str) -> list[str]:
+    """Return the keys of a recipe whose last part is `name`, or that other tools call `name`."""
+    same = [key for key in _all_keys() if key.rpartition(".")[2] == name]
+    letters = "".join(filter(str.isalnum, name)).casefold()
+    return same or [key for key, names in OTHER_NAMES.items() if letters in names]
+
+
+def _all_keys() -> list[str]:
     dotted = [f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields]
-    choices = ["about", "augment", *dotted]
-    # The most common mistake is the right key in the wrong section.
-    last = key.rpartition(".")[2]
-    same = [choice for choice in choices if choice.rpartition(".")[2] == last]
-    return same or close_matches(key, choices)
+    return ["about", "augment", *dotted]
 
 
 def resolve_auto(

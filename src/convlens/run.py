@@ -248,6 +248,14 @@ class RunDir:
         """Return the lock that a process holds while it trains the run."""
         return files.lock(self.path / ".lock", what=f"run {self.name!r}", owned=LOCKED_FILES)
 
+    def remove_if_empty(self) -> None:
+        """Remove the directory if it holds nothing but the lock, as after a start that failed."""
+        with contextlib.suppress(OSError):
+            if [entry.name for entry in self.path.iterdir()] == [".lock"]:
+                (self.path / ".lock").unlink()
+                self.path.rmdir()
+                self.path.parent.rmdir()  # fails if there are other runs
+
     def recipe(self) -> Recipe:
         """Return the resolved recipe that the run trains.
 

@@ -79,9 +79,9 @@ def test_debug_option_applies_to_one_command_and_does_not_change_the_environment
     refused(here("train", "nothing-of-that-name"), 2, "neither a recipe nor a data set")
 
 
-def test_a_misspelled_folder_is_named_beside_recipes() -> None:
+def test_a_misspelled_folder_is_named() -> None:
     Path("flowers").mkdir()
-    refused(here("train", "flowrs"), 2, "did you mean flowers or folder?")
+    refused(here("train", "flowrs"), 2, "did you mean flowers?")
 
 
 def test_unexpected_system_error_has_exit_code_5(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from convlens.cli.common import PANELS, print_json, split_commas
-from helpers.commands import here
+from convlens.cli.common import OTHER_NAMES, PANELS, print_json, split_commas
+from helpers.commands import here, refused
 
 
 def test_help_lists_the_commands_in_panels_in_this_order() -> None:
@@ -50,6 +50,12 @@ def test_help_has_one_example_per_line_and_no_type_tags(
         ("train digits --batch-size=8", ["train.batch_size=VALUE;"]),
         ("train digits --seed 3", ["data.seed=VALUE or train.seed=VALUE;"]),
         ("train digits --nmae x", ["no such option: --nmae (did you mean --name?)", "train -h"]),
+        ("train digits --model resnet18", ["this is a recipe key", "model.name=VALUE;"]),
+        ("train digits --arch resnet18", ["model.name=VALUE;"]),
+        ("train digits --img-size 32", ["data.image_size=VALUE;"]),
+        ("train digits --optimizer sgd", ["optim.name=VALUE;"]),
+        ("train digits --dataset mnist", ["no such option: --dataset (did you mean --data?)"]),
+        ("train digits --gpu 0", ["no such option: --gpu (did you mean --device?)"]),
         ("evaluate x --epochs 3", ["no such option: --epochs\n", "evaluate -h` lists the opt"]),
         ("train digits --seeds many", ["invalid value for '--seeds': ", "train -h"]),
         ("train digits --name", ["'--name' requires an argument", "COMMAND -h"]),
@@ -73,6 +79,30 @@ def test_usage_errors_have_the_form_of_all_errors(typed: str, parts: list[str]) 
     for part in parts:
         assert " ".join(part.split()) in message, done.err
     assert len(done.err.splitlines()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("command", "typed"),
+    [
+        ("train", "fit finetune"),
+        ("evaluate", "test val validate eval Test"),
+        ("predict", "infer inference classify"),
+        ("audit or diagnose", "check"),
+        ("look", "visualize explain"),
+        ("export", "convert"),
+    ],
+)
+def test_verbs_of_other_tools_are_explained(command: str, typed: str) -> None:
+    for verb in typed.split():
+        refused(here(verb, "mine"), 2, f"no such command {verb!r} (did you mean {command}?)")
+
+
+def test_suggested_commands_exist() -> None:
+    names = {name for panel in PANELS.values() for name in panel}
+    for old, suggested in OTHER_NAMES.items():
+        if not old.startswith("-"):
+            assert set(suggested) <= names
+            assert old not in names
 
 
 def test_json_replaces_nan_and_infinity_by_null(capsys: pytest.CaptureFixture[str]) -> None:

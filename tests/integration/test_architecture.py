@@ -69,6 +69,7 @@ CALLS_AT_IMPORT = {
     "np.dtype",
     "datetime.timedelta",
     "ContextVar",
+    "TruncatedImagesRefused",  # data.decode: counts the threads that decode
     "MemorySemaphore",  # data.locks: bounds the memory of all threads together
     "typer.Typer",
     "typer.Option",

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import environment, picture
+from convlens.data.download import DownloadError
+from helpers.commands import Done, environment, picture, refused
 from helpers.paths import REPOSITORY
 from helpers.support import TINY
 
@@ -46,13 +47,60 @@ def run_in_subprocess(script: str, *arguments: str | Path) -> str:
 def run(script: str, *arguments: str | Path) -> str:
     """Run a script in this process, which has imported torch already; return its output."""
     output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        run_quietly(script, *arguments)
+    return output.getvalue()
+
+
+def run_quietly(script: str, *arguments: str | Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
         patch.delitem(sys.modules, "common", raising=False)
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-    return output.getvalue()
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+
+
+def failed(script: str, *arguments: str | Path) -> Done:
+    """Run a script that fails in this process."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
+        run_quietly(script, *arguments)
+    assert isinstance(end.value.code, int)
+    return Done(end.value.code, "", errors.getvalue())
+
+
+@pytest.mark.parametrize(
+    "script", ["mnist.py", "mnist_reg.py", "resnet_18.py", "resnet_18_pre.py", "resnet_tiny.py"]
+)
+def test_mistakes_are_reported_as_by_the_command_line(script: str) -> None:
+    refused(failed(script, "train.epoch=3"), 2, "did you mean train.epochs")
+    refused(failed(script, "--epochs", "3"), 2, "no such option: --epochs", "[KEY=VALUE ...]")
+    code, what = (2, "is not an override") if "pre" in script else (3, "no such file: gone.png")
+    refused(failed(script, *SMALL, "gone.png"), code, what)
+    assert not Path("models").exists()
+
+
+def test_failed_download_of_weights_leaves_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(url: str, *_: object, **__: object) -> None:
+        raise DownloadError("no network")
+
+    monkeypatch.setattr("convlens.training.pretrained.fetch", fetch)
+    refused(failed("resnet_18_pre.py", *SMALL), 4, "weights cannot be downloaded", "no network")
+    assert not Path("models").exists()
+
+
+def test_unreadable_image_has_the_exit_code_of_predict(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    good = picture(tmp_path / "good.png", (200,))
+    done = failed("resnet_tiny.py", *SMALL, tmp_path / "broken.png", good)
+    refused(done, 3, "1 of 2 files could not be read")
+
+
+def test_the_demo_reports_errors_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("models").write_text("a file where the folder should be")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(REPOSITORY / "examples" / "demo.py"), run_name="__main__")
+    assert end.value.code == 5
 
 
 def test_a_script_trains_once_and_then_only_does_inference(tmp_path: Path) -> None:
@@ -85,9 +133,8 @@ def test_the_visualization_script_shows_three_models_side_by_side() -> None:
     models = Path("models")
     shutil.copytree(models / "resnet18-tiny-0a1b2c", models / "resnet18-pretrained-last5-adam")
 
-    with pytest.raises(SystemExit, match="not trained yet: the raw") as error:
-        run("visualize_resnet.py")
-    assert error.value.code == "not trained yet: the raw (resnet_18.py); or name runs that are"
+    done = failed("visualize_resnet.py", "resnet18-nope")
+    refused(done, 2, "not trained yet: the raw (resnet_18.py)", "resnet18-nope: not a run")
     shutil.copytree(models / "resnet18-tiny-0a1b2c", models / "resnet18")
     output = run("visualize_resnet.py", "test:3")
     assert "the augmented: resnet18-tiny-0a1b2c" in output

@@ -68,6 +68,7 @@ torch.set_num_threads(2)
 torch.backends.cudnn.benchmark = True
 torch.manual_seed(5)
 signal.signal(signal.SIGTERM, lambda *_: None)
+PIL.ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 changed, before = {}, state()
 def compare(call):

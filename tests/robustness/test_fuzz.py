@@ -448,7 +448,7 @@ def test_wrong_keys_of_a_file_are_reported_with_line_numbers() -> None:
         assert part in caught.value.what
     with pytest.raises(UsageError) as caught:  # an override has no line number
         recipe.load_recipe(written(text), ["train.epochs=-2"])
-    assert "train.epochs=-2: input should be greater than 0;" in caught.value.what
+    assert "train.epochs=-2: must be greater than 0 or auto;" in caught.value.what
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,19 @@ def test_similar_names_are_sorted_by_similarity() -> None:
     assert len(close_matches("a", ["a1", "a2", "a3", "a4"])) == 3
 
 
+def test_unrelated_names_are_not_suggested() -> None:
+    assert close_matches("nix", ["f_onemix", "phoenix-2"]) == []
+    assert close_matches("FashionMNIST", ["mnist", "svhn"]) == []
+
+
+@pytest.mark.parametrize("typed", ["Cifar-100", "CIFAR100", "cifar_100"])
+def test_a_name_that_differs_only_in_case_and_punctuation_is_the_only_suggestion(
+    typed: str,
+) -> None:
+    assert close_matches(typed, ["cifar10", "cifar100", "cifar10-cpu"]) == ["cifar100"]
+    assert close_matches("--", ["++", "cifar100"]) == []
+
+
 def test_mistyped_name_is_reported_with_a_suggestion() -> None:
     with pytest.raises(UsageError) as caught:
         lookup(TABLE, "Cosine", "schedule")

@@ -212,6 +212,60 @@ def test_unknown_keys_are_reported_once_with_suggestions(override: str, hint: st
     assert hint in message
 
 
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("optimizer=sgd", "optim.name"),
+        ("train.learning_rate=1", "optim.lr"),
+        ("imgsz=64", "data.image_size"),
+        ("batchsize=8", "train.batch_size"),
+        ("epoch=8", "train.epochs"),
+    ],
+)
+def test_words_of_other_tools_are_explained(override: str, hint: str) -> None:
+    key = override.partition("=")[0]
+    assert refused(override).startswith(f"unknown key {key!r} (did you mean {hint}?)")
+
+
+def test_names_of_other_tools_belong_to_keys_and_are_no_keys() -> None:
+    keys = recipe._all_keys()
+    for key, names in recipe.OTHER_NAMES.items():
+        assert key in keys
+        assert not {each.rpartition(".")[2].replace("_", "") for each in keys} & set(names)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=resnet18", "model is a section (did you mean model.name=resnet18?)"),
+        ("data=mnist", "data is a section (did you mean data.name=mnist?)"),
+        ("train=5", "train is a section; write train.KEY=VALUE"),
+        ("data.image_size=224,224", "write one number: data.image_size=224"),
+        ("data.image_size=[224, 320]", "write one number: data.image_size=224"),
+        ("data.image_size=32x32", "write one number: data.image_size=32"),
+        ("data.image_size=abc", "data.image_size='abc': must be a whole number or auto"),
+        ("data.image_size=4", "data.image_size=4: must be at least 8 or auto"),
+        ("train.batch_size=1.5", "train.batch_size=1.5: must be a whole number"),
+        ("optim.lr=fast", "optim.lr='fast': must be a number"),
+        ("optim.lr=0", "optim.lr=0: must be greater than 0"),
+        ("optim.lr=0,1", "write a point: optim.lr=0.1"),
+        ("data.val_fraction=20%", "write a fraction: data.val_fraction=0.2"),
+        ("optim.nesterov=maybe", "must be true or false"),
+        ("data.fit=squeeze", "data.fit='squeeze': must be auto, crop, pad or stretch"),
+        ("data.range=[1]", "data.range=[1]: must be two numbers in brackets or auto"),
+        ("optim.betas=0.9", "must be two numbers in brackets"),
+        ("optim.betas=[0.9, 2]", "optim.betas.1=2: must be less than 1"),
+        ("data.background=pink", "must be auto, alpha, white, black, grey or #rrggbb"),
+        ("optim.groups=[{params: head, lr: x}]", "optim.groups.0.lr='x': must be a number"),
+        ("model.weights=''", "model.weights='': must have at least 1 character"),
+    ],
+)
+def test_invalid_values_are_explained_in_words(override: str, message: str) -> None:
+    text = refused(override)
+    assert message in text
+    assert "input" not in text.lower()
+
+
 def test_all_errors_are_reported_at_once() -> None:
     message = refused("data.nam=x", "optim.lr=nan", "train.epochs=-1")
     assert "data.nam" in message

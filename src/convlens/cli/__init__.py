@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -28,7 +29,7 @@ from convlens.utils.console import console, message_scope, status_handler
 from convlens.utils.process import Terminated, raise_on_signals
 from convlens.version import __version__
 
-__all__ = ["analyze", "app", "info", "look", "main", "run", "train"]
+__all__ = ["analyze", "app", "exit_on_errors", "info", "look", "main", "run", "train"]
 
 DISTRIBUTED_COMMANDS = ("train", "evaluate")  # commands that support torchrun
 MAX_MESSAGE_CHARS = 200  # of the message of another library
@@ -109,10 +110,29 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     elif isinstance(sys.stdout, io.TextIOWrapper):
         # File names need not be valid Unicode: invalid bytes are printed as \udcff, also in JSON.
         sys.stdout.reconfigure(errors="backslashreplace")
+    with exit_on_errors():
+        app(args=arguments)
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def exit_on_errors() -> Iterator[None]:
+    """Report the errors of a program as the command line does: a message and its exit code.
+
+    Use it as a context manager or as a decorator in scripts that call convlens:
+
+        @exit_on_errors()
+        def main() -> None:
+            convlens.train("digits")
+
+    Raises:
+        SystemExit: after an error that the user can fix. Bugs keep their traceback, and with
+            `--debug` or `CONVLENS_DEBUG` all errors do.
+    """
     before = options.update()
     try:
         with raise_on_signals(), status_handler(), message_scope():
-            app(args=arguments)
+            yield
     except Terminated as signalled:
         _fail(Stopped(f"asked to stop ({signalled})", fix="run the same command again"))
     except (ConvlensError, MemoryError, RuntimeError, OSError) as raised:
@@ -122,7 +142,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(error)
     finally:
         options.reset(before)
-    sys.exit(0)
 
 
 def _fail(error: ConvlensError) -> NoReturn:

@@ -28,12 +28,46 @@ PANELS = {
     "Other": ("recipes", "info"),
 }
 NAME_COLUMN_WIDTH = 28  # maximum, of options and commands in a help page
-# Old names, for the suggestion in the error message. They are not aliases.
-RENAMED = {
+# Old names and those of other tools, for the suggestion in the error message. They are not aliases.
+OTHER_NAMES = {
     "data": ("audit", "augment", "shard"),
     "doctor": ("diagnose",),
+    "fit": ("train",),
+    "finetune": ("train",),
+    "fine-tune": ("train",),
+    "run": ("train",),
+    "resume": ("train",),
+    "test": ("evaluate",),
+    "val": ("evaluate",),
+    "validate": ("evaluate",),
+    "eval": ("evaluate",),
+    "score": ("evaluate",),
+    "benchmark": ("evaluate",),
+    "infer": ("predict",),
+    "inference": ("predict",),
+    "classify": ("predict",),
+    "detect": ("predict",),
+    "check": ("audit", "diagnose"),
+    "inspect": ("audit", "diagnose"),
+    "verify": ("audit", "diagnose"),
+    "show": ("look",),
+    "visualize": ("look",),
+    "visualise": ("look",),
+    "explain": ("look",),
+    "plot": ("look",),
+    "convert": ("export",),
+    "list": ("recipes",),
+    "ls": ("recipes",),
+    "models": ("recipes",),
+    "version": ("info",),
+    "env": ("info",),
     "--settings": ("--variants",),
     "--splits": ("--repeat-splits",),
+    "--dataset": ("--data",),
+    "--gpu": ("--device",),
+    "--gpus": ("--device",),
+    "--cuda": ("--device",),
+    "--accelerator": ("--device",),
 }
 
 
@@ -62,7 +96,9 @@ class CommandGroup(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
         if name not in self.commands and not name.startswith("-"):
-            close = RENAMED.get(name) or difflib.get_close_matches(name, self.commands)
+            close = OTHER_NAMES.get(name.casefold()) or difflib.get_close_matches(
+                name, self.commands
+            )
             raise UsageError(
                 f"no such command {name!r}{did_you_mean_suffix(close)}",
                 fix="`convlens -h` lists the commands",
@@ -170,7 +206,7 @@ def translate_usage_errors() -> Iterator[None]:
                 parameter.name == "overrides" for parameter in error.ctx.command.params
             )
             keys = _recipe_keys(option) if has_overrides else []
-            if keys:
+            if keys and not _renamed_options(error):
                 what = f"no such option: {option}; this is a recipe key"
                 fix = " or ".join(f"{key}=VALUE" for key in keys) + f"; {fix}"
             elif type(error).__name__ == "NoSuchOption":
@@ -180,17 +216,20 @@ def translate_usage_errors() -> Iterator[None]:
 
 def _close_options(error: Any) -> Sequence[str]:
     """Return the options that a mistyped or renamed option may mean."""
+    return _renamed_options(error) or error.possibilities or ()
+
+
+def _renamed_options(error: Any) -> list[str]:
+    """Return the options of this command that an old name, or one of another tool, stands for."""
     known = {name for each in error.ctx.command.params for name in each.opts} if error.ctx else ()
-    renamed = [name for name in RENAMED.get(error.option_name, ()) if name in known]
-    return renamed or error.possibilities or ()
+    return [name for name in OTHER_NAMES.get(error.option_name, ()) if name in known]
 
 
 def _recipe_keys(option: str) -> list[str]:
-    """Return the recipe keys whose last part is the name of an option such as `--batch-size`."""
-    from convlens.recipe import matching_keys  # imports pydantic, which takes time
+    """Return the recipe keys that an option such as `--batch-size` or `--model` may mean."""
+    from convlens.recipe import keys_named  # imports pydantic, which takes time
 
-    name = option.strip("-").replace("-", "_")
-    return [key for key in matching_keys(name) if key.rpartition(".")[2] == name]
+    return keys_named(option.strip("-").replace("-", "_"))
 
 
 app = typer.Typer(

@@ -22,6 +22,7 @@ import re
 import stat
 import struct
 import sys
+import threading
 import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -271,15 +272,14 @@ def decode(
 
     Raises:
         UnreadableImage: Not an image, damaged, or too large.
-        UsageError: An argument is invalid, or Pillow is set to accept truncated images.
+        UsageError: An argument is invalid.
     """
     _check_arguments(size, channels, fit)
-    check_pillow()
     if not isinstance(source, bytes):
         name = os.fspath(source)
         source = read_bytes(source)
     try:
-        with _open(source, name, max_pixels) as image:
+        with _TRUNCATED_IMAGES_REFUSED, _open(source, name, max_pixels) as image:
             pixels = _prepare(image, source, name, size, fit, max_pixels)
             with _DECODE_MEMORY.acquire(pixels):
                 values = None if value_range is None else _read_deep(image, source, max_pixels)
@@ -366,12 +366,11 @@ def read_values(
     Raises:
         UnreadableImage: As `decode`; also if a float is not finite.
     """
-    check_pillow()
     if not isinstance(source, bytes):
         name = os.fspath(source)
         source = read_bytes(source)
     try:
-        with _open(source, name, max_pixels) as image:
+        with _TRUNCATED_IMAGES_REFUSED, _open(source, name, max_pixels) as image:
             pixels = _prepare(image, source, name, None, "crop", max_pixels)
             with _DECODE_MEMORY.acquire(pixels):
                 values = _read_deep(image, source, max_pixels)
@@ -488,7 +487,7 @@ def probe_image(
         name = os.fspath(source)
         source = read_bytes(source)
     try:
-        with _open(source, name, max_pixels) as image:
+        with _TRUNCATED_IMAGES_REFUSED, _open(source, name, max_pixels) as image:
             width, height = image.size
             # The EXIF of a PNG may follow the pixels; reading it would decode all of them.
             has_exif = image.format != "PNG" or "exif" in image.info
@@ -847,18 +846,34 @@ def _reason(error: Exception, content: bytes = b"") -> str:
     return f"damaged ({text or type(error).__name__})"
 
 
-def check_pillow() -> None:
-    """Refuse to decode if the calling program has set Pillow to accept truncated images.
+class TruncatedImagesRefused:
+    """A context in which Pillow refuses truncated images, whatever the calling program has set.
 
-    Raises:
-        UsageError: `LOAD_TRUNCATED_IMAGES` is set.
+    Notebooks often set `ImageFile.LOAD_TRUNCATED_IMAGES`, with which a file that is cut short would
+    be a gray image. The setting is a global variable of Pillow and comes back when the last thread
+    leaves the context.
     """
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise UsageError(
-            "this program has set Pillow to accept truncated images",
-            where="PIL.ImageFile.LOAD_TRUNCATED_IMAGES",
-            fix="set it to False",
-        )
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._setting = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._setting = ImageFile.LOAD_TRUNCATED_IMAGES
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._setting
+
+
+_TRUNCATED_IMAGES_REFUSED = TruncatedImagesRefused()
 
 
 def check_png(content: bytes) -> None:

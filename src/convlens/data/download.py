@@ -32,6 +32,7 @@ MAX_MEMBER_BYTES = 1 << 30  # of one unpacked file; the largest one has 221 MB
 MAX_ARCHIVE_BYTES = 4 << 30  # of all unpacked members, wanted or not; STL-10 has 3.1 GB
 SOCKET_TIMEOUT_S = 20.0  # to connect, and between two packets
 CHUNK_BYTES = 1 << 18
+PICKLES = {"data_batch_1", "batches.meta", "meta"}  # files of CIFAR for Python
 
 
 class DownloadError(Exception):
@@ -185,6 +186,32 @@ def ensure_downloaded(name: str, roots: Sequence[Path]) -> Path:
         if not _missing_archives(target, dataset):
             return target
     return _download_missing(name, dataset, roots)
+
+
+def find_downloaded_set(folder: Path) -> tuple[str, Path] | None:
+    """Return the built-in set whose files `folder` holds, as torchvision arranges them.
+
+    Args:
+        folder: the data root with the files, or a folder between the root and the files, such as
+            `data/MNIST` for `data/MNIST/raw`.
+
+    Returns:
+        The name of the set and its data root; None if the folder holds none.
+    """
+    names = [part.casefold() for part in folder.absolute().parts]
+    for name, dataset in DOWNLOADS.items():
+        members = {member for archive in dataset.archives for member in archive.members}
+        files = members | {archive.file for archive in dataset.archives} | PICKLES
+        for relative in filter(None, (dataset.folder, dataset.pickle_folder)):
+            parts = relative.split("/")
+            for depth in range(len(parts) + 1):
+                above = [part.casefold() for part in parts[:depth]]
+                if names[len(names) - depth :] != above:
+                    continue
+                found = folder.joinpath(*parts[depth:])
+                if found.is_dir() and any((found / file).is_file() for file in files):
+                    return name, folder.absolute().parents[depth - 1] if depth else folder
+    return None
 
 
 def _missing_archives(folder: Path, dataset: DownloadSet) -> list[Archive]:

@@ -90,6 +90,7 @@ SHAPES = (
     "star",
     "triangle",
 )
+WEIGHTS_FOLDER = "weights"  # below a data root: downloaded weights, which are no data set
 SHAPES_PER_BATCH = 256  # images that are drawn at once
 SHAPES_SEED = 20240
 
@@ -160,6 +161,9 @@ def find_source(
         )
     choice = choice or ClassChoice()
     path = None if name in SOURCES else _find_path(name)
+    if path is None and name not in SOURCES and not is_pattern(name):
+        raise _unknown_name(name)
+    _refuse_downloaded_set(path)
     lists = replace(lists, group=group)
     # Classes that are not chosen are not scanned: they may be empty, for example.
     read_class_folders = partial(
@@ -204,6 +208,22 @@ def find_source(
     return source
 
 
+def _refuse_downloaded_set(path: Path | None) -> None:
+    """Refuse a folder with the files of a built-in set, which has a name of its own."""
+    found = download.find_downloaded_set(path) if path is not None and path.is_dir() else None
+    if found is None:
+        return
+    name, root = found
+    fix = f"the data set is called {name}, e.g. `convlens train {name}`"
+    if not any(os.path.abspath(root) == os.path.abspath(each) for each in data_roots()):
+        fix += f"; it is searched for in {' and '.join(map(str, data_roots()))} ($CONVLENS_DATA)"
+    raise DataError(
+        f"this folder holds torchvision's files of {name}, not image files",
+        where=str(path),
+        fix=fix,
+    )
+
+
 def _refuse_list_options(lists: ListOptions, name: str) -> None:
     """Refuse keys that say how to read a list; the others apply to every data set."""
     for key, value in asdict(replace(lists, rename=None, group=None)).items():
@@ -215,11 +235,9 @@ def _refuse_list_options(lists: ListOptions, name: str) -> None:
 
 
 def _read_path(path: Path | None, name: str, tested: bool) -> DataSource:
-    """Read shards, or a file that is not a list."""
+    """Read shards, or a file that is not a list; without a path, `name` is a pattern of shards."""
     if path is None:
-        if is_pattern(name):
-            return read_shards(_expand_user(name), name, tested=tested)
-        raise _unknown_name(name)
+        return read_shards(_expand_user(name), name, tested=tested)
     if path.is_dir() or path.suffix.lower() == ".tar":
         return read_shards(path, name, tested=tested)
     fix = f"name a folder or a list of images ({', '.join(LIST_SUFFIXES)})"
@@ -320,18 +338,32 @@ def data_roots() -> list[Path]:
 def known_names(name: str = "") -> list[str]:
     """Return the names that `find_source` accepts.
 
-    These are the built-in sets, the folders under `data/`, and `name` itself if it is a path.
+    These are the built-in sets, the folders under `data/` that may hold images, and `name` itself
+    if it is a path.
     """
     subfolders = {
         entry.name
         for root in data_roots()
         if root.is_dir()
         for entry in os.scandir(root)
-        if is_directory(entry)
+        if is_directory(entry) and _may_hold_images(Path(entry))
     }
     folders = sorted(f for f in subfolders if not f.startswith(".") and f not in SOURCES)
     is_new_path = _looks_like_path(name) and name not in folders
     return [*SOURCES, *folders, *([name] if is_new_path else [])]
+
+
+def _may_hold_images(folder: Path) -> bool:
+    """Return whether a folder may be a data set: neither empty nor one of our downloads.
+
+    A failed download leaves a folder with nothing but a lock.
+    """
+    if folder.name == WEIGHTS_FOLDER or download.find_downloaded_set(folder) is not None:
+        return False
+    try:
+        return any(not entry.name.startswith(".") for entry in os.scandir(folder))
+    except OSError:  # not readable: its own error is better than that of an unknown name
+        return True
 
 
 def is_available(name: str) -> bool:

@@ -50,6 +50,8 @@ MODELS: dict[str, str] = {
     "resnet50": "resnet.ResNet50",
     "wrn": "resnet.WRN",
 }
+# Keys of the section `model` that every network has, for suggestions.
+COMMON_KEYS = ("name", "weights", "trainable")
 # Image sizes to suggest where a network refuses the requested one. Every network accepts 224.
 SUGGESTED_IMAGE_SIZES = (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 288, 320, 384)
 # What a network may raise for unsuitable options or images.
@@ -75,7 +77,8 @@ def build_model(
     if unknown:
         problems = []
         for key in unknown:
-            close = [f"model.{match}" for match in close_matches(key, known)[:1]]
+            choices = [*known, *COMMON_KEYS]
+            close = [f"model.{match}" for match in close_matches(key, choices)[:1]]
             problems.append(f"unknown key 'model.{key}'{did_you_mean_suffix(close)}")
         fix = f"options of model {name}: {', '.join(known) or 'none'}"
         raise UsageError("; ".join(problems), fix=fix)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,10 +28,13 @@ import numpy.typing as npt
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
+from rich.markup import escape
 
 from convlens.errors import UsageError
 from convlens.utils import options
+from convlens.utils.console import is_first_time, print_status
 from convlens.utils.files import write_atomic
 
 P = ParamSpec("P")
@@ -76,6 +80,10 @@ FALLBACK_FONTS = (
     "Noto Emoji",
     "Arial Unicode MS",
 )
+MISSING_LETTER = r"Glyph (\d+) .*missing from"  # matplotlib's warning
+# Fonts that draw a box for every letter there is.
+PLACEHOLDER_FONTS = re.compile(r"last ?resort|adobe blank|fallback", re.IGNORECASE)
+MAX_LETTERS_SHOWN = 12
 # Metadata by file format. matplotlib's own (version, date) would make equal figures differ.
 FORMATS: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
@@ -137,11 +145,35 @@ def encode_png(figure: Figure, kind: str = "png", dpi: int = DPI) -> bytes:
     """Return a figure as the bytes of a PNG, SVG or PDF; the same figure gives the same bytes."""
     if kind not in FORMATS:
         raise UsageError(f"unknown figure format {kind!r}", fix=f"use one of {', '.join(FORMATS)}")
+    content, missing = _draw(figure, kind, dpi)
+    if not missing:
+        return content
+    found = _fonts_with(missing)
+    if found:
+        families = [*_font_families(), *found]
+        for text in figure.findobj(Text):
+            text.set_fontfamily(families)
+        content, missing = _draw(figure, kind, dpi)
+    if missing:
+        letters = "".join(map(chr, sorted(missing)))
+        if is_first_time("letters without a font"):
+            print_status(
+                f"note: no installed font has {escape(letters[:MAX_LETTERS_SHOWN])}; figures show "
+                "placeholders, and the HTML page the right names (install e.g. Noto Sans CJK)"
+            )
+    return content
+
+
+def _draw(figure: Figure, kind: str, dpi: int) -> tuple[bytes, frozenset[int]]:
+    """Return a figure as a file, and the code points of the letters that none of its fonts has."""
     buffer = io.BytesIO()
     # matplotlib creates ticks only while it draws, so the style has to be active here as well.
-    with _style_context(), matplotlib.rc_context(VECTOR_STYLE), warnings.catch_warnings():
-        # A class name in a script that no font covers is drawn as boxes, without a warning.
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+    with (
+        _style_context(),
+        matplotlib.rc_context(VECTOR_STYLE),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.filterwarnings("always", message=MISSING_LETTER)
         FigureCanvasAgg(figure)
         layout = figure.get_layout_engine()
         if layout is not None and kind == "png":
@@ -153,7 +185,36 @@ def encode_png(figure: Figure, kind: str = "png", dpi: int = DPI) -> bytes:
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=FORMATS[kind], **png_options)
         if layout is not None:
             figure.set_layout_engine(layout)  # another format needs a layout of its own
-    return buffer.getvalue()
+    letters = set[int]()
+    for warning in caught:
+        match = re.match(MISSING_LETTER, str(warning.message))
+        if match:
+            letters.add(int(match[1]))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return buffer.getvalue(), frozenset(letters)
+
+
+@functools.cache
+def _fonts_with(letters: frozenset[int]) -> tuple[str, ...]:
+    """Return names of installed fonts that together have as many of the letters as possible."""
+    found, missing = list[str](), set(letters)
+    for entry in font_manager.fontManager.ttflist:
+        if PLACEHOLDER_FONTS.search(entry.name):
+            continue
+        try:
+            font = font_manager.get_font(entry.fname)
+        except (OSError, RuntimeError):  # damaged, or a font of colored bitmaps
+            continue
+        has = missing.intersection(font.get_charmap()) if font.scalable else set[int]()
+        if has:
+            found.append(entry.name)
+            missing -= has
+        if not missing:
+            break
+    return tuple(found)
 
 
 def text_width(text: str) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from convlens import run, serialization
 from convlens.data.download import DownloadError, fetch
-from convlens.data.sources import data_roots
+from convlens.data.sources import WEIGHTS_FOLDER, data_roots
 from convlens.errors import ModelFileError, UsageError, close_matches, did_you_mean
 from convlens.models.adapt import FittedWeights, fit_weights
 from convlens.recipe import ModelConfig
@@ -255,7 +255,7 @@ def _downloaded(url: str) -> Path:
     file = url.rpartition("/")[2]
     match = re.search(r"-([0-9a-f]{8,})\.", file)
     sha256_prefix = match[1] if match else ""
-    folders = [root / "weights" for root in data_roots()]
+    folders = [root / WEIGHTS_FOLDER for root in data_roots()]
     for folder in (*folders, Path(torch.hub.get_dir()) / "checkpoints"):
         path = folder / file
         if path.is_file():

@@ -180,7 +180,7 @@ def resolve_data_config(name: str, overrides: Sequence[str] = ()) -> DataConfig:
 def recipe_for_dataset(recipe: str, data: str, overrides: Sequence[str] = ()) -> Recipe:
     """Return a recipe (a name or a YAML file) on a data set; overrides are of its data section."""
     keys = [key if key.startswith("data.") else f"data.{key}" for key in overrides]
-    _check_data_name(data)
+    _check_data_name(data, or_recipe=False)
     return _load_recipe(recipe, [*_data_override(data), *keys])
 
 
@@ -300,8 +300,13 @@ def _dataset_run_name(data: str) -> str:
     return path.stem if is_file else os.path.basename(os.path.realpath(data))
 
 
-def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:
-    """Raise a `UsageError` with close matches for a text that does not name a data set."""
+def _check_data_name(text: str, runs: Sequence[str] = (), *, or_recipe: bool = True) -> None:
+    """Raise a `UsageError` with close matches for a text that does not name a data set.
+
+    Args:
+        runs: names of runs, where a run may be named as well.
+        or_recipe: whether a recipe may be named as well.
+    """
     from convlens.data.scan import is_directory
     from convlens.data.sources import known_names
 
@@ -311,7 +316,11 @@ def _check_data_name(text: str, runs: Sequence[str] = ()) -> None:
     folders: list[str] = []
     with suppress(OSError):  # the current directory may be unreadable
         folders = sorted(entry.name for entry in os.scandir() if is_directory(entry))
-    close = close_matches(text, list(dict.fromkeys([*recipe_names(), *datasets, *folders, *runs])))
+    recipes = recipe_names() if or_recipe else []
+    close = close_matches(text, list(dict.fromkeys([*recipes, *datasets, *folders, *runs])))
+    if not or_recipe:
+        fix = did_you_mean(close) or f"choose from: {', '.join(datasets)}"
+        raise UsageError(f"unknown data {text!r}", fix=f"{fix} (or name a folder or CSV)")
     fix = did_you_mean(close) or "`convlens recipes` lists the recipes"
     what = "neither a recipe, a data set nor a run" if runs else "neither a recipe nor a data set"
     raise UsageError(f"{text!r} is {what}", fix=fix)

@@ -8,8 +8,9 @@ it displays progress, validates after each epoch, saves checkpoints and stops.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -143,7 +144,7 @@ def train(
         data = _load_data(recipe, run_dir, context)
         with quiet_mode(quiet):
             data.print_interpretation()
-        with run_dir.lock():
+        with _lock(run_dir, context):
             metadata = context.broadcast(run_dir.metadata)
             check_can_resume(run_dir, metadata, recipe, data)
             # Another process may have finished the run while this one was loading the images.
@@ -156,6 +157,18 @@ def train(
     if test:
         evaluation.evaluate(run_dir, "test", device=device, quiet=quiet, own_data=data)
     return run_dir
+
+
+@contextlib.contextmanager
+def _lock(run_dir: RunDir, context: RuntimeContext) -> Iterator[None]:
+    """Hold the lock of a run; if its training never starts, no empty directory is left."""
+    try:
+        with run_dir.lock():
+            yield
+    except ConvlensError:
+        if context.is_main_process:
+            run_dir.remove_if_empty()
+        raise
 
 
 def _find_run_dir(

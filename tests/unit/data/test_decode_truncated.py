@@ -15,8 +15,7 @@ from PIL import Image, ImageFile
 
 from conftest import DATA
 from convlens.data import decode as data_decode
-from convlens.data.decode import UnreadableImage, decode
-from convlens.errors import UsageError
+from convlens.data.decode import TruncatedImagesRefused, UnreadableImage, decode
 from convlens.utils.files import MemorySemaphore
 
 END = b"\xff\xd9"
@@ -201,15 +200,31 @@ def test_endless_segments_are_refused_quickly() -> None:
 # Settings of the calling program
 
 
-def test_setting_of_pillow_to_accept_truncated_images_is_refused(
+def test_truncated_images_are_refused_whatever_the_program_has_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     content = jpeg(photo())
+    expected = pixels(content)
+    stream = io.BytesIO()
+    Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(stream, "BMP")
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    for damaged in (content, content[: len(content) // 2]):
-        with pytest.raises(UsageError, match="accept truncated images") as caught:
-            pixels(damaged)
-        assert caught.value.where == "PIL.ImageFile.LOAD_TRUNCATED_IMAGES"
+    assert (pixels(content) == expected).all()
+    assert (pixels(stream.getvalue()) == 200).all()
+    for damaged in (content, stream.getvalue()):
+        assert not accepted(damaged[: len(damaged) // 2])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_setting_of_pillow_comes_back_after_the_last_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    refused = TruncatedImagesRefused()
+    with refused:
+        with refused:
+            assert not ImageFile.LOAD_TRUNCATED_IMAGES
+        assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 # Memory

@@ -22,6 +22,7 @@ from convlens.data.sources import (
 from convlens.data.types import DataSource
 from convlens.errors import DataError, UsageError
 from convlens.recipe import load_recipe
+from helpers.commands import constant_model, here, refused
 from helpers.datasets import (
     all_pixels,
     cifar10_files,
@@ -389,3 +390,78 @@ def test_every_spelling_of_a_path_has_one_canonical_name(
     assert is_same_data("link/birds", "sub/birds")
     assert not is_same_data("flowers", str(data_root / "flowers"))
     assert not is_same_data("digits", "./digits")
+
+
+# What people type
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("MNIST", "mnist"),
+        ("CIFAR10", "cifar10"),
+        ("Cifar-100", "cifar100"),
+        ("FashionMNIST", "fashion-mnist"),
+        ("fashion_mnist", "fashion-mnist"),
+    ],
+)
+def test_names_of_torchvision_are_explained(typed: str, name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_source(typed)
+    assert caught.value.fix.startswith(f"did you mean {name}?")
+    refused(here("train", typed), 2, f"did you mean {name}?")
+    refused(here("audit", typed), 2, f"unknown data {typed!r}", f"did you mean {name}?")
+
+
+@pytest.mark.parametrize(
+    ("file", "folders", "name"),
+    [
+        ("MNIST/raw/train-images-idx3-ubyte", ["MNIST", "data/MNIST/raw", "./data"], "mnist"),
+        ("FashionMNIST/raw/t10k-labels-idx1-ubyte.gz", ["FashionMNIST"], "fashion-mnist"),
+        ("cifar-10-batches-py/data_batch_1", ["data/cifar-10-batches-py"], "cifar10"),
+        ("cifar-100-python/meta", ["cifar-100-python"], "cifar100"),
+        ("stl10_binary/train_X.bin", ["stl10_binary"], "stl10"),
+    ],
+)
+def test_folders_with_the_files_of_torchvision_are_named(
+    file: str, folders: list[str], name: str
+) -> None:
+    path = Path("data") / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+    for folder in folders:
+        with pytest.raises(DataError, match=f"torchvision's files of {name}") as caught:
+            find_source(folder)
+        assert caught.value.fix == f"the data set is called {name}, e.g. `convlens train {name}`"
+    assert known_names() == list(SOURCES)
+    Path("data").rename("elsewhere")
+    with pytest.raises(DataError, match=f"files of {name}") as caught:
+        find_source(f"elsewhere/{file.split('/', maxsplit=1)[0]}")
+    assert "it is searched for in " in caught.value.fix
+
+
+def test_folders_without_images_are_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("weights", "flowers", "empty"):
+        Path("sets", folder).mkdir(parents=True)
+        Path("sets", folder, ".download.lock").touch()
+    Path("sets/flowers/rose").mkdir()
+    Path("sets/weights/resnet18.pth").touch()
+    monkeypatch.setenv("CONVLENS_DATA", "sets")
+    assert known_names() == [*SOURCES, "flowers"]
+    with pytest.raises(UsageError, match="unknown data 'weigths'") as caught:
+        find_source("weigths")
+    assert "weights" not in caught.value.fix
+
+
+def test_missing_data_has_the_same_exit_code_in_every_command() -> None:
+    constant_model(Path("models/m"), [0, 1], ["a", "b"])
+    for name, code in (("nothing", 2), ("nothing/", 3), ("./nothing", 3), ("nothing.csv", 3)):
+        for typed in (
+            f"train {name}",
+            f"audit {name}",
+            f"evaluate m --data {name}",
+            f"evaluate m --data {name} data.images=x",
+            f"export m --data {name}",
+            f"shard {name} out",
+        ):
+            refused(here(*typed.split()), code, "nothing")

@@ -138,6 +138,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     [
         ({"width": [4]}, "unknown key 'model.width' (did you mean model.widths?)"),
         ({"dropuot": 0.1, "x": 1}, "unknown key 'model.x'"),
+        ({"nam": "cnn"}, "unknown key 'model.nam' (did you mean model.name?)"),
         ({"pool": "maxx"}, "unknown model.pool 'maxx'"),
         ({"head": "mean"}, "unknown model.head 'mean'"),
         ({"activation": "rilu"}, "unknown model.activation 'rilu'"),

@@ -10,6 +10,7 @@ from convlens import models
 from convlens.errors import ResourceError, UsageError
 from convlens.models import MODELS, zoo
 from convlens.models.cnn import CNN
+from convlens.recipe import ModelConfig
 
 # Names and options
 
@@ -106,3 +107,7 @@ def test_a_batch_of_one_image_is_refused_if_a_norm_gets_a_single_value() -> None
     assert "train.batch_size=2" in caught.value.fix
     models.try_out("mobilenet_v3_small", 3, 224, {}, batch_size=1)  # its norms get 7 x 7 pixels
     models.try_out("cnn", 3, 8, {"batch_norm": False}, batch_size=1)
+
+
+def test_keys_that_every_model_has_are_those_of_the_recipe() -> None:
+    assert tuple(ModelConfig.model_fields) == models.COMMON_KEYS

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from convlens import plots
 from convlens.errors import ResourceError, UsageError
 from convlens.plots import style
 from convlens.plots.style import fit_text, text_width
+from convlens.utils.console import message_scope
 from helpers.figures import HOSTILE_NAMES, make_history, make_images, make_panel, save_and_read
 
 
@@ -83,3 +87,46 @@ def test_mosaic_shows_each_value_as_a_square_of_one_color() -> None:
     gray = style.map_tiles(checks.astype(np.float32), (0.0, 1.0), 4)
     half = style.map_tiles(np.full((1, 4, 4), 0.5, np.float32), (0.0, 1.0), 4)
     np.testing.assert_array_equal(gray, half)
+
+
+# Letters that the fonts do not have
+
+
+def test_a_font_with_the_missing_letters_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`STIXGeneral` comes with matplotlib and has letters that `DejaVu Sans` lacks."""
+    fonts = {
+        name: font_manager.get_font(font_manager.findfont(name)).get_charmap()
+        for name in ("DejaVu Sans", "STIXGeneral")
+    }
+    letter = chr(min(set(fonts["STIXGeneral"]) - set(fonts["DejaVu Sans"])))
+    monkeypatch.setattr(style, "_font_families", lambda: ("DejaVu Sans",))
+    figure = Figure()
+    text = figure.text(0.1, 0.5, f"class {letter}")
+    style.encode_png(figure)
+    assert "DejaVu Sans" in text.get_fontfamily()
+    assert len(text.get_fontfamily()) > 1
+    assert "no installed font" not in capsys.readouterr().err
+
+
+def test_one_line_says_that_figures_show_placeholders(capsys: pytest.CaptureFixture[str]) -> None:
+    unassigned = "\U0010fffd"  # for private use; no font has it
+    with message_scope():
+        for _ in range(2):
+            figure = Figure()
+            axes = figure.add_subplot()
+            axes.set_xticks([0, 1], [f"cat {unassigned}", "dog"])
+            assert style.encode_png(figure).startswith(b"\x89PNG")
+    err = " ".join(capsys.readouterr().err.split())
+    assert err.count("note: no installed font has") == 1
+    assert "the HTML page the right names" in err
+
+
+def test_placeholder_fonts_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [entry for entry in font_manager.fontManager.ttflist if entry.name == "DejaVu Sans"]
+    manager = SimpleNamespace(ttflist=[replace(entries[0], name="Last Resort"), entries[0]])
+    monkeypatch.setattr(font_manager, "fontManager", manager)
+    style._fonts_with.cache_clear()
+    assert style._fonts_with(frozenset({ord("a")})) == ("DejaVu Sans",)
+    style._fonts_with.cache_clear()
