@@ -237,8 +237,8 @@ def test_remedies_of_class_imbalance_depend_on_the_measured_recall() -> None:
     low, high = wilson_interval(4, 10)
     assert f"red 40.0% ({low:.1%} to {high:.1%}, n = 10)" in finding.what
     assert finding.evidence["recall_interval95"]["red"] == pytest.approx([low, high], abs=5e-5)
-    assert finding.overrides == ["optim.class_weights=auto", "train.monitor=val_macro_f1"]
-    assert "data.balance=sqrt" in finding.do
+    assert finding.overrides == ["data.balance=full", "train.monitor=val_macro_f1"]
+    assert "optim.class_weights=auto" in finding.do
     assert "convlens compare" in finding.do
     for rare in ((8, 10), (10, 10)):  # 80% of 10 against 95% of 40: p = 0.18
         finding = imbalance_of(rare, (38, 40))
@@ -250,7 +250,7 @@ def test_remedies_of_class_imbalance_depend_on_the_measured_recall() -> None:
 def test_remedies_in_use_are_not_recommended_again() -> None:
     finding = imbalance_of((1, 10), (40, 40), "optim.class_weights=auto")
     assert finding is not None
-    assert finding.overrides == ["data.balance=sqrt", "train.monitor=val_macro_f1"]
+    assert finding.overrides == ["data.balance=full", "train.monitor=val_macro_f1"]
     assert "class_weights" not in finding.do
     both = ("optim.class_weights=auto", "data.balance=full", "train.monitor=val_macro_f1")
     finding = imbalance_of((1, 10), (40, 40), *both)
@@ -267,7 +267,7 @@ def test_imbalance_without_validation_images_of_rare_classes_is_undecided_in_wor
     finding = imbalance(evidence)
     assert finding is not None
     assert "cannot be told without validation images" in finding.what
-    assert finding.overrides[0] == "optim.class_weights=auto"
+    assert finding.overrides[0] == "data.balance=full"
 
 
 def test_the_loss_of_guessing_is_that_of_the_focal_loss() -> None:
