@@ -240,7 +240,7 @@ def test_augment_draws_a_batch_or_reports_an_invalid_augmentation() -> None:
         "augmented_batch": "plots/augmented-digits-digits.png",
     }
     refused(here("augment", "digts", "digits"), 2, "unknown recipe 'digts'", "digits?")
-    refused(here("augment", "digits", "digist"), 2, "'digist' is neither", "mean digits")
+    refused(here("augment", "digits", "digist"), 2, "unknown data 'digist'", "mean digits")
     refused(here("augment", "mnist", "digits"), 2, "'mnist' augments nothing")
     Path("bad.yaml").write_text("base: folder\naugment: [{Cutout: {size: 0}}]\n")
     refused(here("augment", "bad.yaml", "digits"), 2, "size=0 should be", "Cutout takes")
