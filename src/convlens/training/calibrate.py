@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import torch
 from rich.markup import escape
-from torch import Tensor
 
-from convlens.data.loader import Labelled
+from convlens.data.cache import IndexedRows
+from convlens.data.splits import Split
+from convlens.data.types import IndexedStrings
 from convlens.engine.inference import (
     ModelOutputs,
     has_penultimate_layer,
@@ -28,31 +29,6 @@ from convlens.uncertainty.calibration import ModelCalibration, ValidationOutputs
 from convlens.utils.console import print_status, progress_bar
 
 LATE_SHARE = 0.1  # of the epochs: those that get half of a promise's delta
-
-
-class _Selection:
-    """Some images of a split, in the given order."""
-
-    def __init__(self, split: Labelled, indices: Tensor) -> None:
-        self._split, self._indices = split, indices
-
-    @property
-    def rows(self) -> _Selection:
-        return self
-
-    @property
-    def labels(self) -> Tensor:
-        return self._split.labels[self._indices]
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (len(self._indices), *self._split.rows.shape[1:])
-
-    def gather(self, index: Tensor) -> Tensor:
-        return self._split.rows.gather(self._indices[index])
-
-    def in_memory_tensor(self) -> Tensor | None:
-        return None
 
 
 def calibrate_model(job: TrainingJob, run_dir: RunDir) -> None:
@@ -119,7 +95,7 @@ def _validation_outputs(job: TrainingJob, loaded: LoadedModel) -> ValidationOutp
     total = len(data.val) + outliers.MAX_VECTORS * with_features
     with progress_bar("calibrating", total, shown=not job.context.quiet) as bar:
 
-        def run(split: Labelled) -> ModelOutputs:
+        def run(split: Split) -> ModelOutputs:
             return split_outputs(
                 loaded.model,
                 split,
@@ -136,7 +112,9 @@ def _validation_outputs(job: TrainingJob, loaded: LoadedModel) -> ValidationOutp
             count = outliers.max_vectors(outputs.features.shape[1])
             seed = recipe.train.seed
             chosen = outliers.choose_reference(data.train.labels.numpy(), count, seed)
-            reference = run(_Selection(data.train, torch.from_numpy(chosen))).features
+            index = torch.from_numpy(chosen)
+            rows, ids = IndexedRows(data.train.rows, index), IndexedStrings(data.train.ids, chosen)
+            reference = run(Split(rows, data.train.labels[index], ids)).features
     return ValidationOutputs(
         outputs.logits.cpu().numpy(),
         data.val.labels.numpy(),
