@@ -165,30 +165,16 @@ def find_source(
         raise _unknown_name(name)
     _refuse_downloaded_set(path)
     lists = replace(lists, group=group)
-    # Classes that are not chosen are not scanned: they may be empty, for example.
-    read_class_folders = partial(
-        read_folder, options=layout, choice=None if lists.rename else choice
-    )
     if path is not None and path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         source = read_list(path, name, lists, tested=tested)
-    elif (
-        path is not None
-        and path.is_dir()
-        and not holds_shards(path)
-        and (layout is None or layout.layout == "auto")
-        and find_lists(path)
-    ):
-        source = read_listed_folder(
-            path, name, lists, read_class_folders=read_class_folders, tested=tested
-        )
+    elif path is not None and path.is_dir() and not holds_shards(path):
+        source = _read_folder(path, name, lists, layout, choice, tested=tested)
     else:
         _refuse_list_options(lists, name)
         if name == "shapes":
             source = _shapes(count or 2000, image_size or 32)
         elif name in SOURCES:
             source = SOURCES[name]()
-        elif path is not None and path.is_dir() and not holds_shards(path):
-            source = read_class_folders(path, name, tested=tested)
         else:
             source = _read_path(path, name, tested)
         if lists.rename:
@@ -222,6 +208,30 @@ def _refuse_downloaded_set(path: Path | None) -> None:
         where=str(path),
         fix=fix,
     )
+
+
+def _read_folder(
+    path: Path,
+    name: str,
+    lists: ListOptions,
+    layout: LayoutOptions | None,
+    choice: ClassChoice,
+    *,
+    tested: bool,
+) -> DataSource:
+    """Read a folder of images by its class folders and the lists in it."""
+    # Classes that are not chosen are not scanned: they may be empty, for example.
+    read_class_folders = partial(
+        read_folder, options=layout, choice=None if lists.rename else choice
+    )
+    may_have_lists = layout is None or layout.layout == "auto"
+    if may_have_lists and find_lists(path):
+        return read_listed_folder(
+            path, name, lists, read_class_folders=read_class_folders, tested=tested
+        )
+    _refuse_list_options(lists, name)
+    source = read_class_folders(path, name, tested=tested)
+    return rename_classes(source, lists.rename) if lists.rename else source
 
 
 def _refuse_list_options(lists: ListOptions, name: str) -> None:
