@@ -432,6 +432,24 @@ def trust_section(contents: ReportContents) -> Markup | None:
         over="the share of answered images",
     )
     reserved = calibration.reserved
+    answers, sets = list[dict[str, str]](), list[dict[str, str]]()
+    if reserved is not None:
+        confidence = as_percent(PROMISE_CONFIDENCE)
+        answers = [
+            _promise_row(
+                f"accuracy {as_percent(share)}, confidence {confidence}",
+                calibration,
+                predictions,
+                accuracy=share,
+            )
+            for share in PROMISED_ACCURACIES
+        ]
+        sets = [
+            _promise_row(
+                f"prediction sets, {as_percent(share)}", calibration, predictions, coverage=share
+            )
+            for share in PROMISED_COVERAGES
+        ]
     return render_template(
         "trust.html",
         split=SPLIT_WORDS[contents.split],
@@ -443,61 +461,49 @@ def trust_section(contents: ReportContents) -> Markup | None:
         ece_before=summary.get("ece_uncalibrated", summary["ece"]),
         ece_after=summary["ece"],
         svg=svg,
-        answers=[] if reserved is None else _answer_promises(calibration, predictions),
-        sets=[] if reserved is None else _set_promises(calibration, predictions),
+        answers=answers,
+        sets=sets,
         num_reserved=0 if reserved is None else len(reserved),
         candidates=1 if reserved is None else reserved.candidates,
         outliers=_describe_outliers(calibration),
     )
 
 
-def _answer_promises(
-    calibration: ModelCalibration, predictions: CachedPredictions
-) -> list[dict[str, str]]:
-    """Return what promises of accuracy give on the evaluated images, as rows of a table."""
-    rows = []
-    for share in PROMISED_ACCURACIES:
-        try:
-            promises = Promises.of(calibration, share, PROMISE_CONFIDENCE, None)
-        except UsageError as error:
-            measured = f"{error.what}."
-        else:
-            result = _measure_promises(promises, predictions)["selective"]
-            low, high = result["interval95"]
-            measured = "every image is unsure"
-            if result["answered"]:
-                measured = (
-                    f"{result['coverage']:.1%} are answered, {result['accuracy']:.1%} of them "
-                    f"correctly (95% interval {low:.1%} to {high:.1%})"
-                )
-        promise = f"accuracy {as_percent(share)}, confidence {as_percent(PROMISE_CONFIDENCE)}"
-        rows.append({"promise": promise, "measured": measured})
-    return rows
+def _promise_row(
+    name: str,
+    calibration: ModelCalibration,
+    predictions: CachedPredictions,
+    *,
+    accuracy: float | None = None,
+    coverage: float | None = None,
+) -> dict[str, str]:
+    """Return what a promise gives on the evaluated images, as a row of a table."""
+    try:
+        promises = Promises.of(calibration, accuracy, PROMISE_CONFIDENCE, coverage)
+    except UsageError as error:
+        return {"promise": name, "measured": f"{error.what}."}
+    result = promises.measure(predictions.logits, predictions.temperature, predictions.labels)
+    if accuracy is not None:
+        return {"promise": name, "measured": _describe_answers(result["selective"])}
+    return {"promise": name, "measured": _describe_sets(result["sets"])}
 
 
-def _set_promises(
-    calibration: ModelCalibration, predictions: CachedPredictions
-) -> list[dict[str, str]]:
-    """Return what prediction sets give on the evaluated images, as rows of a table."""
-    rows = []
-    for share in PROMISED_COVERAGES:
-        try:
-            promises = Promises.of(calibration, None, PROMISE_CONFIDENCE, share)
-        except UsageError as error:
-            measured = f"{error.what}."
-        else:
-            result = _measure_promises(promises, predictions)["sets"]
-            low, high = result["interval95"]
-            measured = (
-                f"{result['covered']:.1%} of the sets contain the class (95% interval {low:.1%} to "
-                f"{high:.1%}); {result['mean_size']:.2f} classes on average"
-            )
-        rows.append({"promise": f"prediction sets, {as_percent(share)}", "measured": measured})
-    return rows
+def _describe_answers(result: Mapping[str, Any]) -> str:
+    if not result["answered"]:
+        return "every image is unsure"
+    low, high = result["interval95"]
+    return (
+        f"{result['coverage']:.1%} are answered, {result['accuracy']:.1%} of them correctly "
+        f"(95% interval {low:.1%} to {high:.1%})"
+    )
 
 
-def _measure_promises(promises: Promises, predictions: CachedPredictions) -> dict[str, Any]:
-    return promises.measure(predictions.logits, predictions.temperature, predictions.labels)
+def _describe_sets(result: Mapping[str, Any]) -> str:
+    low, high = result["interval95"]
+    return (
+        f"{result['covered']:.1%} of the sets contain the class (95% interval {low:.1%} to "
+        f"{high:.1%}); {result['mean_size']:.2f} classes on average"
+    )
 
 
 def _describe_outliers(calibration: ModelCalibration) -> str:
