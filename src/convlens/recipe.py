@@ -179,10 +179,14 @@ class ModelConfig(Section):
     """The network. Any other keys are options of the model family, which checks them.
 
     Attributes:
+        name: a family of `MODELS`, a network of torchvision, or `timm/NAME`. `auto`: the network
+            of the pretrained weights that the training starts with (`training.transfer`).
         weights: initial weights: `none`, `default` or a member of torchvision's weights enum
             (`IMAGENET1K_V1`), an id of timm (`hf-hub:...`), a file (.safetensors, .pt, .pth, .bin),
-            or a run. A run that has started does not need their source again.
-        trainable: `all`, `head`, `stages`, `last:K`, `NAME+`, or names (`models.stages`).
+            or a run. A run that has started does not need their source again. `auto`: pretrained
+            weights that are on this machine, or none; nothing is downloaded.
+        trainable: `all`, `head`, `stages`, `last:K`, `NAME+`, or names (`models.stages`). `auto`:
+            `all` from scratch, and without the first stages from pretrained weights.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -231,6 +235,7 @@ class OptimConfig(Section):
     """The optimizer, its schedule, the loss, and regularization.
 
     Attributes:
+        lr, layer_decay: `auto`: values for a training from scratch or from pretrained weights.
         loss: `focal` multiplies the cross-entropy of an image by (1 - p)^focal_gamma, where p is
             the probability of its class, so that images that are already classified well count
             less (Lin et al. 2017).
@@ -240,7 +245,7 @@ class OptimConfig(Section):
     """
 
     name: str = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = 1e-3
     aux_lr: Annotated[float, Field(gt=0)] | None = None  # muon: rate for all but filters; null: lr
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay_bias_and_norm: bool = True
@@ -250,7 +255,8 @@ class OptimConfig(Section):
     muon_iterations: Annotated[int, Field(ge=1, le=10)] = 3
     muon_normalise: bool = True
     groups: list[GroupConfig] = []
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # ratio of rates of adjacent stages
+    # Ratio of the learning rates of adjacent stages.
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 1.0
     head_first: Fraction = 0.0  # share of the steps in which only the head is trained
     schedule: str = "constant"
     warmup: Fraction = 0.0

@@ -508,7 +508,7 @@ def rate_too_high(evidence: RunEvidence) -> Finding | None:
         "guessing) in 10% of the epochs (at least 2); an end 20% (and as much) above the minimum; "
         "changes of 2% or more, but never below 98% of the loss of guessing",
         "a lower rate, warm-up, or gradient clipping",
-        [f"optim.lr={recipe.optim.lr / 10:.3g}", "optim.clip_norm=1"],
+        [f"optim.lr={float(recipe.optim.lr) / 10:.3g}", "optim.clip_norm=1"],
     )
 
 
@@ -574,7 +574,7 @@ def rate_too_low(evidence: RunEvidence) -> Finding | None:
         "by less than 2% in every epoch, or changing by less than 2% of that of guessing in "
         "total, without dead layers",
         "a higher rate",
-        [f"optim.lr={recipe.optim.lr * 10:.3g}"],
+        [f"optim.lr={float(recipe.optim.lr) * 10:.3g}"],
     )
 
 
@@ -694,7 +694,7 @@ def dead_channels(evidence: RunEvidence) -> Finding | None:
     if not bad:
         return None
     recipe = evidence.require_recipe()
-    overrides = [f"optim.lr={recipe.optim.lr / 3:.3g}", "optim.warmup=0.1"]
+    overrides = [f"optim.lr={float(recipe.optim.lr) / 3:.3g}", "optim.warmup=0.1"]
     if recipe.model.name == "cnn" and recipe.model.options.get("batch_norm") is False:
         overrides.append("model.batch_norm=true")
     listed = ", ".join(

@@ -58,17 +58,37 @@ MAX_CHECKED_IMAGES = 256  # decoded training images that are checked
 
 
 @dataclass(frozen=True)
+class NativeImages:
+    """What the images of a set are like before they are converted.
+
+    Attributes:
+        side: Typical side in pixels: the median of the shorter sides or, for elongated images that
+            are padded automatically, of the square root of the area.
+        channels: 1 if all images are grey, otherwise 3.
+    """
+
+    side: int
+    channels: int
+
+
+# Returns the image size for a set whose recipe leaves it open; None for the default.
+ChooseSize = Callable[[NativeImages], int | None]
+
+
+@dataclass(frozen=True)
 class ConversionChoice:
     """A conversion and what people should know about it.
 
     Attributes:
         conversion: The conversion.
+        native: What the images are like before it.
         kept_area: Mean share of the area of the images that it keeps.
         notes: What was found in the pixels and how it is handled. Warnings begin with `warning:`.
         sample: Numbers of the images whose pixels it depends on.
     """
 
     conversion: Conversion
+    native: NativeImages
     kept_area: float
     notes: tuple[str, ...] = ()
     sample: tuple[int, ...] = ()
@@ -80,6 +100,7 @@ def choose_conversion(
     train_numbers: Callable[[], IndexArray],
     *,
     known: Conversion | None = None,
+    choose_size: ChooseSize | None = None,
 ) -> ConversionChoice:
     """Return the conversion of a recipe, with `auto` replaced by what fits the images.
 
@@ -89,18 +110,24 @@ def choose_conversion(
         train_numbers: Returns the numbers of the training split; those beyond `images` are not
             used. Called only where pixels must be read.
         known: The conversion, if it was chosen before.
+        choose_size: Chooses the image size if `data.image_size` is `auto`. By default it is that
+            of the images, or the largest standard size that is not above their typical side.
     """
     if not isinstance(images, EncodedFiles):
         _, channels, height, width = images.shape
-        conversion = known or _resolve(config, [(width, height)], channels, height)
-        return ConversionChoice(conversion, kept_area([(width, height)], conversion.fit))
+        native, size = NativeImages(height, channels), [(width, height)]
+        conversion = known or _resolve(config, size, native, height, choose_size)
+        return ConversionChoice(conversion, native, kept_area(size, conversion.fit))
     headers = _probe(images, config.max_pixels or MAX_PIXELS)
     sizes = [(header.width, header.height) for header in headers] or [(32, 32)]
-    if known is not None:
-        return ConversionChoice(known, kept_area(sizes, known.fit))
     shows_alpha = config.background == ALPHA
     is_grey = [header.grey or (shows_alpha and header.alpha) for header in headers]
-    conversion = _resolve(config, sizes, 1 if is_grey and all(is_grey) else 3, None)
+    channels = 1 if is_grey and all(is_grey) else 3
+    native = NativeImages(_typical_side(config, sizes), channels)
+    if known is not None:
+        return ConversionChoice(known, native, kept_area(sizes, known.fit))
+    default_size = max((s for s in STANDARD_SIZES if s <= native.side), default=STANDARD_SIZES[0])
+    conversion = _resolve(config, sizes, native, default_size, choose_size)
     pixels = _Pixels(images, train_numbers, config.seed, conversion.max_pixels)
     notes = _fit_notes(config.fit, conversion.fit, sizes)
     is_deep = [header.deep for header in headers]
@@ -126,7 +153,7 @@ def choose_conversion(
                 "(data.background=white uses the colors)"
             )
     area = kept_area(sizes, conversion.fit)
-    return ConversionChoice(conversion, area, tuple(notes), pixels.sample)
+    return ConversionChoice(conversion, native, area, tuple(notes), pixels.sample)
 
 
 def kept_area(sizes: Sequence[tuple[int, int]], fit: str) -> float:
@@ -160,7 +187,8 @@ def recorded_conversion(config: DataConfig) -> Conversion | None:
     """
     if "auto" in (config.image_size, config.channels, config.fit):
         return None
-    return _resolve(config, [], int(config.channels), int(config.image_size))
+    native = NativeImages(int(config.image_size), int(config.channels))
+    return _resolve(config, [], native, native.side)
 
 
 def resolve_fit(fit: str, sizes: Sequence[tuple[int, int]]) -> str:
@@ -171,28 +199,28 @@ def resolve_fit(fit: str, sizes: Sequence[tuple[int, int]]) -> str:
     return "pad" if ratio > MAX_CROP_RATIO else "crop"
 
 
+def _typical_side(config: DataConfig, sizes: Sequence[tuple[int, int]]) -> int:
+    # An elongated image that is padded automatically keeps about its number of pixels.
+    by_area = config.fit == "auto" and resolve_fit(config.fit, sizes) == "pad"
+    return int(statistics.median((w * h) ** 0.5 if by_area else min(w, h) for w, h in sizes))
+
+
 def _resolve(
     config: DataConfig,
     sizes: Sequence[tuple[int, int]],
-    native_channels: int,
-    native_size: int | None,
+    native: NativeImages,
+    default_size: int,
+    choose_size: ChooseSize | None = None,
 ) -> Conversion:
-    """Return the conversion as far as the sizes of the images determine it.
-
-    Args:
-        native_size: Size of images that are all alike; None: a standard size is chosen.
-    """
-    fit = resolve_fit(config.fit, sizes)
-    if native_size is None:
-        # An elongated image that is padded automatically keeps about its number of pixels.
-        by_area = config.fit == "auto" and fit == "pad"
-        sides = [(w * h) ** 0.5 if by_area else min(w, h) for w, h in sizes]
-        typical = statistics.median(sides)
-        native_size = max((s for s in STANDARD_SIZES if s <= typical), default=STANDARD_SIZES[0])
+    """Return the conversion as far as the sizes of the images determine it."""
+    if config.image_size == "auto":
+        size = (choose_size and choose_size(native)) or default_size
+    else:
+        size = config.image_size
     return Conversion(
-        size=native_size if config.image_size == "auto" else int(config.image_size),
-        channels=native_channels if config.channels == "auto" else int(config.channels),
-        fit=fit,
+        size=size,
+        channels=native.channels if config.channels == "auto" else int(config.channels),
+        fit=resolve_fit(config.fit, sizes),
         value_range=None if config.range == "auto" else config.range,
         background="white" if config.background == "auto" else config.background,
         max_pixels=config.max_pixels or MAX_PIXELS,

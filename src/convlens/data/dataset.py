@@ -32,7 +32,7 @@ from rich.markup import escape
 from convlens.data import duplicates
 from convlens.data.cache import ArrayRows, DecodedRows, as_index
 from convlens.data.class_names import match_class_names
-from convlens.data.conversion import choose_conversion
+from convlens.data.conversion import ChooseSize, NativeImages, choose_conversion
 from convlens.data.decode import Conversion
 from convlens.data.duplicates import Duplicates
 from convlens.data.folder_layout import LayoutOptions
@@ -85,6 +85,7 @@ class Data:
     name: str
     classes: tuple[str, ...]
     conversion: Conversion
+    native: NativeImages
     train: Split
     val: Split
     fingerprint: str  # SHA-256 over classes, conversion, and ids, labels, contents of all splits
@@ -161,6 +162,7 @@ def load_data(
     memory_budget: int,
     conversion: Conversion | None = None,
     known_classes: Sequence[str] = (),
+    choose_size: ChooseSize | None = None,
 ) -> Data:
     """Load the data of a recipe: find, decode and check the images, and split them.
 
@@ -173,6 +175,7 @@ def load_data(
         conversion: That of the run whose images these are. By default, it is chosen for the images.
         known_classes: Classes of a model that was trained on the data. They settle how folders
             are read that could be classes or splits.
+        choose_size: As for `choose_conversion`.
 
     Raises:
         DataError: Images can't be read (the error lists them, unless data.on_bad=skip), classes
@@ -181,19 +184,23 @@ def load_data(
     """
     source = find_configured_source(config, known_classes=known_classes)
     try:
-        return _load_source(config, source, memory_budget, conversion)
+        return _load_source(config, source, memory_budget, conversion, choose_size)
     except ConvlensError:
         _print_notes(source.name, source.notes)  # they may explain the error
         raise
 
 
 def _load_source(
-    config: DataConfig, source: DataSource, memory_budget: int, known: Conversion | None
+    config: DataConfig,
+    source: DataSource,
+    memory_budget: int,
+    known: Conversion | None,
+    choose_size: ChooseSize | None,
 ) -> Data:
     native = source.parts["train"].images
     needed = parts_of(config, source)
     assumed = partial(assumed_train_numbers, config, source, needed)
-    choice = choose_conversion(config, native, assumed, known=known)
+    choice = choose_conversion(config, native, assumed, known=known, choose_size=choose_size)
     parts = _load_parts(needed, choice.conversion, memory_budget)
     if config.on_bad == "stop":
         hint = f"`convlens audit {config.name}` lists all"
@@ -205,7 +212,7 @@ def _load_source(
     if choice.sample and not np.array_equal(numbers, assumed()):
         # Unreadable images have changed the split, which is known only now. The conversion must
         # not depend on held-out images.
-        choice = choose_conversion(config, native, lambda: numbers)
+        choice = choose_conversion(config, native, lambda: numbers, choose_size=choose_size)
         parts, _ = apply_duplicates(
             config, source, _load_parts(needed, choice.conversion, memory_budget)
         )
@@ -237,6 +244,7 @@ def _load_source(
         name=source.name,
         classes=source.classes,
         conversion=conversion,
+        native=choice.native,
         train=pool.split(plan.train, keep_in_memory=keep_in_memory),
         val=views["val"][0].split(views["val"][1], keep_in_memory=keep_in_memory),
         fingerprint=_fingerprint(source.classes, conversion, views),
@@ -471,6 +479,7 @@ def data_from_arrays(
         name="arrays",
         classes=tuple(classes),
         conversion=Conversion(images.shape[2], images.shape[1], fit),
+        native=NativeImages(images.shape[2], images.shape[1]),
         train=split(kept),
         val=split(held),
         fingerprint=digest.hexdigest(),

@@ -52,14 +52,14 @@ __all__ = [
 def _adam(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
     # Adam's weight decay is L2 regularization (Kingma & Ba 2015); AdamW decouples it.
     if _is_on_cpu(groups):
-        return LeanAdam(groups, lr=config.lr, betas=config.betas)
-    return optimizers.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
+        return LeanAdam(groups, lr=float(config.lr), betas=config.betas)
+    return optimizers.Adam(groups, lr=float(config.lr), betas=config.betas, fused=True)
 
 
 def _adamw(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
     if _is_on_cpu(groups):
-        return LeanAdam(groups, lr=config.lr, betas=config.betas, decoupled_weight_decay=True)
-    return optimizers.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        return LeanAdam(groups, lr=float(config.lr), betas=config.betas, decoupled_weight_decay=True)
+    return optimizers.AdamW(groups, lr=float(config.lr), betas=config.betas, fused=True)
 
 
 def _is_on_cpu(groups: list[ParameterGroup]) -> bool:
@@ -70,13 +70,13 @@ def _sgd(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.Optim
     # Weight decay is L2 regularization, so each step shrinks weights by lr * weight_decay. For a
     # decay that doesn't depend on the learning rate, as in Page's and Jordan's CIFAR-10 records,
     # give the group weight_decay = decay / lr.
-    return optimizers.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    return optimizers.SGD(groups, lr=float(config.lr), momentum=config.momentum, fused=True)
 
 
 def _muon(groups: list[ParameterGroup], config: OptimConfig) -> torch.optim.Optimizer:
     return Muon(
         groups,
-        lr=config.lr,
+        lr=float(config.lr),
         momentum=config.momentum,
         iterations=config.muon_iterations,
         normalize=config.muon_normalise,

@@ -85,7 +85,7 @@ def split_parameters(model: nn.Module, config: OptimConfig) -> list[ParameterGro
             config,
             entries.get(name),
             is_head=is_below(name, head),
-            scale=config.layer_decay ** depths.get(name, 0),
+            scale=float(config.layer_decay) ** depths.get(name, 0),
         )
         members.setdefault(options, []).append((name, parameter))
     problems += unmatched
@@ -170,7 +170,7 @@ def _resolve_options(
         muon = parameter.ndim == 4 and not is_head if entry.muon is None else entry.muon
     lr, weight_decay = entry.lr, entry.weight_decay
     if lr is None:
-        lr = config.lr if muon in (None, True) or config.aux_lr is None else config.aux_lr
+        lr = float(config.lr) if muon in (None, True) or config.aux_lr is None else config.aux_lr
     if weight_decay is None:
         exempt = parameter.ndim <= 1 and not config.decay_bias_and_norm
         weight_decay = 0.0 if exempt else config.weight_decay
