@@ -48,7 +48,7 @@ def collect_info() -> dict[str, dict[str, Any]]:
     import torch
 
     from convlens import run
-    from convlens.data import cache, sources
+    from convlens.data import cache, download
     from convlens.device import (
         available_memory,
         cpu_flags,
@@ -102,7 +102,7 @@ def collect_info() -> dict[str, dict[str, Any]]:
         "folders": {
             "cache": str(cache_folder.absolute()),
             "cache_size": folder_size(cache_folder),
-            "data": [str(root.absolute()) for root in sources.data_roots()],
+            "data": [str(root.absolute()) for root in download.data_roots()],
             "models": str(run.MODELS_DIR.absolute()),
             "plots": str(run.PLOTS_DIR.absolute()),
         },

@@ -33,6 +33,7 @@ MAX_ARCHIVE_BYTES = 4 << 30  # of all unpacked members, wanted or not; STL-10 ha
 SOCKET_TIMEOUT_S = 20.0  # to connect, and between two packets
 CHUNK_BYTES = 1 << 18
 PICKLES = {"data_batch_1", "batches.meta", "meta"}  # files of CIFAR for Python
+WEIGHTS_FOLDER = "weights"  # below a data root: downloaded weights, which are no data set
 
 
 class DownloadError(Exception):
@@ -158,6 +159,15 @@ DOWNLOADS: dict[str, DownloadSet] = {
         ),
     ),
 }
+
+
+def data_roots() -> list[Path]:
+    """Return the folders that contain data sets: `$CONVLENS_DATA`, then `data/`.
+
+    Downloads go to the first one.
+    """
+    configured = os.environ.get("CONVLENS_DATA")
+    return ([Path(configured)] if configured else []) + [Path("data")]
 
 
 def ensure_downloaded(name: str, roots: Sequence[Path]) -> Path:

@@ -22,6 +22,7 @@ from convlens.data import download
 from convlens.data.cache import FixedSizeRecords
 from convlens.data.class_names import rename_classes
 from convlens.data.decode import Pixels
+from convlens.data.download import WEIGHTS_FOLDER, data_roots
 from convlens.data.folder_layout import LayoutOptions
 from convlens.data.image_folder import read_folder
 from convlens.data.image_list import LIST_SUFFIXES, read_list
@@ -90,7 +91,6 @@ SHAPES = (
     "star",
     "triangle",
 )
-WEIGHTS_FOLDER = "weights"  # below a data root: downloaded weights, which are no data set
 SHAPES_PER_BATCH = 256  # images that are drawn at once
 SHAPES_SEED = 20240
 
@@ -334,15 +334,6 @@ def _group_by_pattern(source: DataSource, pattern: str) -> DataSource:
             f"{list_examples(shared)}"
         )
     return DataSource(source.name, source.classes, parts, tuple(notes))
-
-
-def data_roots() -> list[Path]:
-    """Return the folders that contain data sets: `$CONVLENS_DATA`, then `data/`.
-
-    Downloads go to the first one.
-    """
-    configured = os.environ.get("CONVLENS_DATA")
-    return ([Path(configured)] if configured else []) + [Path("data")]
 
 
 def known_names(name: str = "") -> list[str]:

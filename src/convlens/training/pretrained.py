@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from convlens import run, serialization
 from convlens.data.download import DownloadError, fetch
-from convlens.data.sources import WEIGHTS_FOLDER, data_roots
 from convlens.errors import ModelFileError, UsageError, close_matches, did_you_mean
 from convlens.models.adapt import FittedWeights, fit_weights
 from convlens.recipe import ModelConfig
 from convlens.run import RunDir
+from convlens.training.backbones import weights_folders
 from convlens.utils.files import cannot_write, interprocess_lock, sha256
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -255,8 +255,8 @@ def _downloaded(url: str) -> Path:
     file = url.rpartition("/")[2]
     match = re.search(r"-([0-9a-f]{8,})\.", file)
     sha256_prefix = match[1] if match else ""
-    folders = [root / WEIGHTS_FOLDER for root in data_roots()]
-    for folder in (*folders, Path(torch.hub.get_dir()) / "checkpoints"):
+    folders = weights_folders()
+    for folder in folders:
         path = folder / file
         if path.is_file():
             if not sha256(path).startswith(sha256_prefix):
