@@ -75,7 +75,8 @@ PASSES: dict[str, tuple[Case, int, Sequence[int]]] = {
 def loaded(case: Case) -> LoadedModel:
     """Return the initialized network of a recipe as if it were loaded from a model file."""
     name, size, channels = case
-    net = recipe.load_recipe(name).model
+    from_scratch = ["model.name=cnn", "model.weights=none"] if name == "folder" else []
+    net = choose_start(recipe.load_recipe(name, from_scratch), None, []).recipe.model
     torch.manual_seed(0)
     model = models.build_model(net.name, len(CLASSES), channels, size, net.options).eval()
     pre = Preprocessing(size, channels, "crop", [0.5] * channels, [0.25] * channels)

@@ -118,7 +118,7 @@ def trained(model: nn.Module, loaded: dataset.Data, batch: int) -> tuple[float, 
         plan=plan,
         seed=0,
     )
-    config = load_recipe("folder").optim
+    config = load_recipe("folder", ["optim.lr=0.003", "optim.layer_decay=1"]).optim
     loop = TrainLoop(model, optim.build_optimizer(model, config), nn.CrossEntropyLoss(), plan)
     records = loop.run(batches, optim.build_schedule(config), epochs=10**6, seed=0)
     if len(loaded.train) < batch:

@@ -69,6 +69,8 @@ CASES = {
         5000,
         {
             "data.image_size": 32,
+            "model.name": "cnn",
+            "model.weights": "none",
             "model.widths": [32, 64, 128],
             "train.epochs": 10,
             "train.batch_size": 64,
@@ -79,7 +81,13 @@ CASES = {
         None,
         10,
         445,
-        {"data.image_size": 64, "model.widths": [16, 32, 64, 128], "train.epochs": 30},
+        {
+            "data.image_size": 64,
+            "model.name": "cnn",
+            "model.weights": "none",
+            "model.widths": [16, 32, 64, 128],
+            "train.epochs": 30,
+        },
     ),
 }
 QUICK = {"data.image_size": 16, "model.widths": [8, 16], "train.epochs": 2}

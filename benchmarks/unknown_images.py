@@ -69,7 +69,13 @@ class Benchmark:
 BENCHMARKS = {
     "digits": Benchmark("digits", {}, 8, 2, 5, None, ("cifar10", "noise")),
     "trashnet": Benchmark(
-        "folder", {"train.epochs": 40}, 64, 1, 6, None, ("flowers", "cifar10", "noise")
+        "folder",
+        {"train.epochs": 40, "model.name": "cnn", "model.weights": "none"},
+        64,
+        1,
+        6,
+        None,
+        ("flowers", "cifar10", "noise"),
     ),
     "cifar10": Benchmark("cifar10-cpu", {}, 32, 4, 3, 2000, ("mnist", "trashnet", "noise")),
 }

@@ -29,7 +29,7 @@ from convlens.models import stages
 from convlens.recipe import Recipe, resolve_auto
 from convlens.run import Preprocessing
 from convlens.runtime import RuntimeContext
-from convlens.training import feature_cache, pretrained
+from convlens.training import feature_cache, pretrained, transfer
 from convlens.training.autotune import Autotuner, TunedPlan
 from convlens.utils.console import print_status
 
@@ -50,6 +50,7 @@ class TrainingJob:
             (`pretrained.weights_record`); None if the network starts from scratch.
         step_seconds: time of a step of the plan, if it was timed.
         found_range: the value range was found on the training images, not requested.
+        start_reason: which network and weights `auto` chose and why; empty if it chose nothing.
     """
 
     recipe: Recipe
@@ -69,6 +70,7 @@ class TrainingJob:
     initial_weights: dict[str, Any] | None = None
     step_seconds: float | None = None
     found_range: bool = False
+    start_reason: str = ""
     state: TrainState = field(default_factory=TrainState)
 
     @property
@@ -113,8 +115,10 @@ def build_training_job(
         plan: the plan of an interrupted run, to be used again. Default: the fastest one.
         initial_state: what an interrupted run saved of its pretrained weights.
     """
-    recipe = _resolve_recipe(requested, data)
     group = context.process_group
+    backbones = context.broadcast(transfer.backbone_names)
+    start = transfer.choose_start(requested, data.native, backbones)
+    recipe = _resolve_recipe(start.recipe, data)
     operations = pipeline.build_pipeline(
         recipe.operations,
         image_size=data.image_size,
@@ -171,6 +175,7 @@ def build_training_job(
         initial_weights=weights_record,
         step_seconds=tuned.step_seconds,
         found_range=requested.data.range == "auto" and data.conversion.value_range is not None,
+        start_reason=start.reason,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from rich.markup import escape
 
 from convlens import evaluation, optim, run_plots
-from convlens.data.conversion import pixel_warnings, recorded_conversion
+from convlens.data.conversion import ChooseSize, pixel_warnings, recorded_conversion
 from convlens.data.dataset import Data, load_data
 from convlens.data.decode import Conversion
 from convlens.data.sources import data_path, is_available, is_same_data
@@ -47,6 +47,7 @@ from convlens.run import (
     shared_run_dir,
 )
 from convlens.runtime import RuntimeContext
+from convlens.training import transfer
 from convlens.training.autotune import check_device_options
 from convlens.training.calibrate import calibrate_model
 from convlens.training.checkpoint import (
@@ -132,21 +133,27 @@ def train(
             f"[bold]{run_dir.name}[/] is already trained: {run_dir.path} (--fresh trains it again)"
         )
     else:
-        validate_recipe(recipe)
+        requested, recorded = recipe, context.broadcast(lambda: _recorded_recipe(run_dir))
+        if recorded:  # what was chosen when the run started holds, whatever is installed now
+            recipe = transfer.with_recorded_choices(requested, Recipe.model_validate(recorded))
+        backbones = context.broadcast(transfer.backbone_names)
+        likely = transfer.choose_start(recipe, None, backbones).recipe
+        validate_recipe(likely)
         if fresh:
             print_status(
                 f"[bold]{run_dir.name}[/] is new; without --fresh the same command continues it"
             )
         if not context.broadcast(run_dir.metadata):
-            check_weights_available(recipe.model)
+            check_weights_available(likely.model)
         check_device_options(recipe, context.device)
         prepare(recipe.train.deterministic, context.device)
-        data = _load_data(recipe, run_dir, context)
+        choose_size = partial(transfer.choose_image_size, recipe, backbones)
+        data = _load_data(recipe, recorded, context, choose_size)
         with quiet_mode(quiet):
             data.print_interpretation()
         with _lock(run_dir, context):
             metadata = context.broadcast(run_dir.metadata)
-            check_can_resume(run_dir, metadata, recipe, data)
+            check_can_resume(run_dir, metadata, requested, data)
             # Another process may have finished the run while this one was loading the images.
             if not context.broadcast(lambda: run_dir.is_finished):
                 if not metadata and not quiet:
@@ -214,7 +221,7 @@ def _find_run_of_moved_data(
         data = load_data(
             recipe.data,
             memory_budget=context.memory_budget,
-            conversion=_recorded_conversion(_resolved_data(run_dir)),
+            conversion=_recorded_conversion(_recorded_recipe(run_dir)),
         )
         if data.fingerprint == metadata["data"].get("fingerprint"):
             run_dir.record_data_path(path)
@@ -226,14 +233,23 @@ def _find_run_of_moved_data(
     return None
 
 
-def _load_data(recipe: Recipe, run_dir: RunDir, context: RuntimeContext) -> Data:
+def _load_data(
+    recipe: Recipe, recorded: Mapping[str, Any], context: RuntimeContext, choose_size: ChooseSize
+) -> Data:
     """Load the data set on every rank; one rank per machine decodes first and fills the cache.
 
-    The images of an interrupted run are converted as at its start.
+    Args:
+        recorded: The resolved recipe of an interrupted run, whose images are converted as at its
+            start; empty for a new run.
+        choose_size: Chooses the image size of a new run if the recipe leaves it open.
     """
-    conversion = _recorded_conversion(context.broadcast(lambda: _resolved_data(run_dir)))
     with context.process_group.local_rank_zero_first():
-        data = load_data(recipe.data, memory_budget=context.memory_budget, conversion=conversion)
+        data = load_data(
+            recipe.data,
+            memory_budget=context.memory_budget,
+            conversion=_recorded_conversion(recorded),
+            choose_size=choose_size,
+        )
     for warning in pixel_warnings(data.train.rows):
         print_status(escape(warning))
     check_same_images(context.process_group, data.name, data.fingerprint)
@@ -241,16 +257,16 @@ def _load_data(recipe: Recipe, run_dir: RunDir, context: RuntimeContext) -> Data
 
 
 def _recorded_conversion(recorded: Mapping[str, Any]) -> Conversion | None:
-    """Return the conversion of a run from its resolved data section; None if that is empty."""
-    return recorded_conversion(DataConfig(**recorded)) if recorded else None
+    """Return the conversion of a run from its resolved recipe; None if that is empty."""
+    return recorded_conversion(DataConfig(**recorded["data"])) if recorded else None
 
 
-def _resolved_data(run_dir: RunDir) -> dict[str, Any]:
-    """Return the data section of the resolved recipe of a run; empty if it is unknown."""
+def _recorded_recipe(run_dir: RunDir) -> dict[str, Any]:
+    """Return the resolved recipe of a run; empty if the run is new or its recipe is damaged."""
     if not run_dir.metadata():
         return {}
     try:
-        return run_dir.recipe().data.model_dump(mode="json")
+        return run_dir.recipe().model_dump(mode="json")
     except ConvlensError:  # damaged or edited; `check_can_resume` compares the images
         return {}
 
@@ -280,9 +296,11 @@ def _build_job(
         if data.listing is not None and context.is_main_process:
             data.listing.write(run_dir.path)
         if context.is_main_process:
-            _inherit_test_uses(run_dir, recipe, data)
+            _inherit_test_uses(run_dir, job.recipe, data)
         # Last: from here on the directory is a run.
         run_dir.create(job.recipe, _run_metadata(recipe, job))
+        if job.start_reason and not context.quiet and is_first_time(job.start_reason):
+            print_status(escape(job.start_reason))
         choices = describe_choices(recipe, job)
         if choices and not context.quiet and is_first_time(choices):
             print_status(choices)
