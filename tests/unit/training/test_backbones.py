@@ -148,6 +148,11 @@ def test_the_table_of_packages_agrees_with_the_networks_of_timm(
     assert config.input_size == (3, package.image_size, package.image_size)
 
 
+def test_versions_of_packages_are_found_without_importing_them() -> None:
+    assert backbones.installed_version("torch") == torch.__version__.partition("+")[0]
+    assert backbones.installed_version("not-a-package-of-that-name") is None
+
+
 def test_the_list_of_installed_backbones_imports_neither_torch_nor_timm() -> None:
     code = (
         "import sys; from convlens.training import backbones; backbones.installed_backbones();"
