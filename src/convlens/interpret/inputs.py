@@ -47,6 +47,7 @@ from convlens.training import pretrained
 from convlens.utils.console import print_status
 
 LIBRARY_IMAGE_SIZE = 224  # pixels: input size of a network of a library
+LIBRARY_CLASSES = 1000  # outputs of a network of a library, unless its weights have others
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 EXAMPLE_CANDIDATES = 512  # images among which examples are chosen
 EXAMPLES = 3  # classes of which a correctly classified example is chosen
@@ -205,7 +206,7 @@ def open_inspected_model(text: str, *, device: str | None = None) -> InspectedMo
     try:
         run_dir = run.find_run(text)
     except ConvlensError:
-        if name not in zoo.zoo_names() and not name.startswith(zoo.TIMM):
+        if name not in zoo.zoo_names() and zoo.timm_name(name) is None:
             raise
         loaded = _load_library_model(ModelConfig(name=name, weights=weights or "default"))
         return InspectedModel(text, loaded, place_model(loaded.model, device))
@@ -218,28 +219,37 @@ def _load_library_model(config: ModelConfig) -> LoadedModel:
     models.model_options(config.name)
     options = {"stem": "imagenet"} if config.name.startswith("resnet") else {}
     options = options if config.name in models.MODELS else {}
-    if config.weights == "none":
-        count, mean, std, source = 1000, None, None, None
-    else:
+
+    def build(outputs: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            return models.build_model(config.name, outputs, 3, LIBRARY_IMAGE_SIZE, options)
+
+    model, mean, std, classes = build(LIBRARY_CLASSES), None, None, None
+    if config.weights != "none":
         pretrained.check_weights_config(config)
         source = pretrained.find_weights(config)
-        mean, std = source.mean, source.std
-        count = len(source.classes) if source.classes else _count_outputs(source.tensors)
-    classes = source.classes if source and source.classes else tuple(map(str, range(count)))
-    with torch.random.fork_rng(devices=[]):
-        model = models.build_model(config.name, count, 3, LIBRARY_IMAGE_SIZE, options)
-    if source is not None:
+        mean, std, classes = source.mean, source.std, source.classes
+        outputs = _count_outputs(source.tensors, models.model_parts(model).head)
+        if outputs not in (None, LIBRARY_CLASSES):
+            model = build(outputs)
+        classes = classes or tuple(map(str, range(outputs or LIBRARY_CLASSES)))
         pretrained.load_pretrained(source, model, classes)
     preprocessing = Preprocessing(
         LIBRARY_IMAGE_SIZE, 3, "crop", mean or IMAGENET_MEAN, std or IMAGENET_STD
     )
     model_metadata = {"model": {"name": config.name, "options": options}}
+    classes = classes or tuple(map(str, range(LIBRARY_CLASSES)))
     return LoadedModel(model.eval(), classes, preprocessing, model_metadata)
 
 
-def _count_outputs(tensors: dict[str, Tensor]) -> int:
-    """Return the number of outputs of the last matrix or 1 x 1 convolution of a state dict."""
-    return [value.shape[0] for value in tensors.values() if value.ndim >= 2][-1]
+def _count_outputs(tensors: dict[str, Tensor], head: str) -> int | None:
+    """Return the number of outputs of the layer `head` in a state dict; None if it has none.
+
+    Wrappers put a prefix in front of the name.
+    """
+    end = f".{head}.weight"
+    weights = [tensor for name, tensor in tensors.items() if f".{name}".endswith(end)]
+    return weights[-1].shape[0] if weights else None
 
 
 def share_data(subjects: Sequence[InspectedModel]) -> None:

@@ -20,6 +20,8 @@ from convlens.errors import UsageError, close_matches, did_you_mean
 from convlens.models.stages import last_layer, name_parts
 
 TIMM = "timm/"
+# Networks of timm that need no prefix: pip packages have weights for them (`training.backbones`).
+TIMM_BY_NAME = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
 # Numeric arguments of torchvision's builders, by module. Arguments that a builder sets itself
 # (Swin's stochastic depth) can't be passed.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -50,6 +52,13 @@ def zoo_names() -> list[str]:
     return cast(list[str], torchvision_models.list_models(module=torchvision_models))
 
 
+def timm_name(name: str) -> str | None:
+    """Return the name that a network of timm has there; None for other networks."""
+    if name in TIMM_BY_NAME:
+        return name
+    return name.removeprefix(TIMM) if name.startswith(TIMM) else None
+
+
 def zoo_options(name: str, families: Iterable[str]) -> dict[str, Any]:
     """Return the options of a torchvision or timm network; None stands for the library's default.
 
@@ -59,16 +68,16 @@ def zoo_options(name: str, families: Iterable[str]) -> dict[str, Any]:
     Raises:
         UsageError: unknown network, with near misses; or timm is not installed.
     """
-    if name.startswith(TIMM):
-        timm, timm_name = _import_timm(), name.removeprefix(TIMM)
-        if not timm.is_model(timm_name):
-            close = close_matches(timm_name.partition(".")[0], timm.list_models())
+    if (its_name := timm_name(name)) is not None:
+        timm = _import_timm()
+        if not timm.is_model(its_name):
+            close = close_matches(its_name.partition(".")[0], timm.list_models())
             fix = did_you_mean(TIMM + match for match in close) or "see timm.list_models()"
-            raise UsageError(f"timm has no network {timm_name!r}", fix=fix)
+            raise UsageError(f"timm has no network {its_name!r}", fix=fix)
         return dict.fromkeys(TIMM_OPTIONS)
     torchvision_names = zoo_names()
     if name not in torchvision_names:
-        close = close_matches(name, dict.fromkeys([*families, *torchvision_names]))
+        close = close_matches(name, dict.fromkeys([*families, *TIMM_BY_NAME, *torchvision_names]))
         choices = f"choose from: {', '.join(families)}, a name in torchvision, or timm/NAME"
         raise UsageError(f"unknown model {name!r}", fix=did_you_mean(close) or choices)
     return dict.fromkeys(OPTIONS.get(_torchvision_module(name), ()))
@@ -79,7 +88,7 @@ def build_zoo_model(
 ) -> nn.Module:
     """Build a torchvision or timm network without pretrained weights; see `zoo_options`."""
     given = {key: value for key, value in options.items() if value is not None}
-    build = _build_timm if name.startswith(TIMM) else _build_torchvision
+    build = _build_torchvision if timm_name(name) is None else _build_timm
     model, head = build(name, classes, channels, image_size, given)
     if not isinstance(model.get_submodule(head), nn.Linear | nn.Conv2d):
         raise UsageError(
@@ -115,13 +124,13 @@ def _build_timm(
     name: str, classes: int, channels: int, image_size: int, options: Mapping[str, float]
 ) -> tuple[nn.Module, str]:
     """Return the network and the name of its head."""
-    timm, timm_name = _import_timm(), name.removeprefix(TIMM)
-    config = timm.models.get_pretrained_cfg(timm_name)
+    timm, its_name = _import_timm(), timm_name(name) or name
+    config = timm.models.get_pretrained_cfg(its_name)
     # Only networks whose weights depend on the image size accept it.
     has_fixed_size = config is not None and config.fixed_input_size
     extra = {"img_size": image_size} if has_fixed_size else {}
     model: nn.Module = timm.create_model(
-        timm_name, num_classes=classes, in_chans=channels, **extra, **options
+        its_name, num_classes=classes, in_chans=channels, **extra, **options
     )
     classifier = model.get_classifier()  # type: ignore[operator]
     heads = [key for key, module in model.named_modules() if module is classifier]

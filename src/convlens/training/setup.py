@@ -307,7 +307,8 @@ def _load_pretrained(
         return initial_state.weights
     source = pretrained.find_weights(recipe.model)
     fitted = pretrained.load_pretrained(source, model, data.classes)
-    print_status(f"weights of [bold]{escape(source.origin)}[/]")
+    licence = f"; licence: {source.licence}" if source.licence else ""
+    print_status(f"weights of [bold]{escape(source.origin)}[/]{escape(licence)}")
     for line in fitted.lines():
         print_status(f"  {escape(line)}")
     return pretrained.weights_record(source, fitted)

@@ -22,8 +22,9 @@ from convlens.interpret.inputs import (
     select_pictures,
     worst_images,
 )
+from convlens.models import build_model
 from helpers.commands import picture
-from helpers.support import TINY
+from helpers.support import TINY, same
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,16 @@ def test_network_of_torchvision_is_opened_without_a_run() -> None:
         subject.split("test")
     with pytest.raises(UsageError, match="no run called 'squeezenet9'"):
         open_inspected_model("squeezenet9", device="cpu")
+
+
+def test_a_network_of_a_library_has_as_many_outputs_as_its_weights() -> None:
+    """The order of tensors in a file is no order of layers."""
+    network = build_model("squeezenet1_1", 7, 3, 224, {})
+    tensors = dict(sorted(network.state_dict().items(), reverse=True))
+    torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, "seven.pth")
+    subject = open_inspected_model("squeezenet1_1:seven.pth", device="cpu")
+    assert subject.classes == tuple("0123456")
+    same(dict(subject.model.state_dict()), dict(network.state_dict()))
 
 
 def test_samples_are_seeded_and_disjoint_from_training_samples(run: InspectedModel) -> None:

