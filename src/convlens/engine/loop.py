@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from convlens import optim
 from convlens.device import AsyncScalars, Plan, derive_seed, seed_generators
 from convlens.engine.data_parallel import DataParallel
+from convlens.engine.depthwise import depthwise_gradients
 from convlens.engine.numerics import (
     BufferSnapshot,
     DeferredFiniteCheck,
@@ -168,6 +169,7 @@ class TrainLoop:
         self.averager, self.data_parallel = averager, data_parallel
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         self._compiled = compile_model(model, plan)
+        self._gradients = depthwise_gradients(model, plan)
         self._parameters = list(model.parameters())
         self._buffers = BufferSnapshot(model)
         if check_loss_synchronously is None:
@@ -200,7 +202,7 @@ class TrainLoop:
         for number, (x, y) in enumerate(micro_batches, 1):
             is_last = number == len(micro_batches)
             with catch_oom(len(x)), ddp.gradient_sync(is_last) if ddp else nullcontext():
-                with self.plan.autocast():
+                with self.plan.autocast(), self._gradients:
                     logits = forward(x)
                 # Half precision is for the network: a loss in it would have three digits.
                 loss = self.criterion(logits.float(), y)
