@@ -202,7 +202,7 @@ def _other_torchvision_entries() -> Iterator[WeightsEntry]:
             if (network, member.name) in listed:
                 continue
             facts = member.meta
-            accuracies = next(iter(facts.get("_metrics", {}).values()), {})
+            accuracies: dict[str, float] = next(iter(facts.get("_metrics", {}).values()), {})
             yield _downloadable(
                 kind="torchvision",
                 name=f"{network}:{member.name}",
