@@ -83,7 +83,8 @@ Kind = Literal["none", "package", "timm", "torchvision", "file"]
 def weights_kind(config: ModelConfig) -> Kind:
     """Return what `model.weights` names; `file` also stands for a run.
 
-    `default` of a network with a package means that package if it is installed.
+    `default` of a network with a package means that package if it is installed. Names of packages
+    come before names of runs; `models/lite0` is a run of that name.
     """
     spec = config.weights
     if spec == "none":
