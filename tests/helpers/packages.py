@@ -30,9 +30,7 @@ class SameConv(nn.Conv2d):
         ):
             total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
             padding += [total // 2, total - total // 2]
-        return F.conv2d(
-            F.pad(images, padding), self.weight, stride=self.stride, groups=self.groups
-        )
+        return F.conv2d(F.pad(images, padding), self.weight, stride=self.stride, groups=self.groups)
 
 
 class ReferenceBlock(nn.Module):

@@ -69,7 +69,7 @@ def zoo_options(name: str, families: Iterable[str]) -> dict[str, Any]:
         UsageError: unknown network, with near misses; or timm is not installed.
     """
     if (its_name := timm_name(name)) is not None:
-        timm = _import_timm()
+        timm = import_timm()
         if not timm.is_model(its_name):
             close = close_matches(its_name.partition(".")[0], timm.list_models())
             fix = did_you_mean(TIMM + match for match in close) or "see timm.list_models()"
@@ -124,7 +124,7 @@ def _build_timm(
     name: str, classes: int, channels: int, image_size: int, options: Mapping[str, float]
 ) -> tuple[nn.Module, str]:
     """Return the network and the name of its head."""
-    timm, its_name = _import_timm(), timm_name(name) or name
+    timm, its_name = import_timm(), timm_name(name) or name
     config = timm.models.get_pretrained_cfg(its_name)
     # Only networks whose weights depend on the image size accept it.
     has_fixed_size = config is not None and config.fixed_input_size
@@ -165,7 +165,12 @@ def _torchvision_module(name: str) -> str:
     return str(builder.__module__.rpartition(".")[2])
 
 
-def _import_timm() -> ModuleType:
+def import_timm() -> ModuleType:
+    """Import timm, which is optional.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
         return import_module("timm")
     except ModuleNotFoundError as error:

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from convlens import run, serialization
 from convlens.data.download import DownloadError, fetch
-from convlens.errors import ModelFileError, UsageError, close_matches, did_you_mean
+from convlens.errors import (
+    ConvlensError,
+    ModelFileError,
+    UsageError,
+    close_matches,
+    did_you_mean,
+)
 from convlens.models import zoo
 from convlens.models.adapt import FittedWeights, fit_weights
 from convlens.recipe import ModelConfig
@@ -77,7 +83,8 @@ Kind = Literal["none", "package", "timm", "torchvision", "file"]
 def weights_kind(config: ModelConfig) -> Kind:
     """Return what `model.weights` names; `file` also stands for a run.
 
-    `default` of a network with a package means that package if it is installed.
+    `default` of a network with a package means that package if it is installed. Names of packages
+    come before names of runs; `models/lite0` is a run of that name.
     """
     spec = config.weights
     if spec == "none":
@@ -379,8 +386,7 @@ def _timm(spec: str, name: str) -> WeightsSource:
 
     `NAME.TAG.safetensors` in a folder of weights is used instead of a download.
     """
-    import timm
-
+    timm = zoo.import_timm()
     its_name = (zoo.timm_name(name) or name) if spec == "default" else spec.removeprefix("timm/")
     try:
         path = _timm_file(its_name)
@@ -390,7 +396,7 @@ def _timm(spec: str, name: str) -> WeightsSource:
         else:
             tensors = serialization.read_foreign_weights(path).tensors
             config = timm.models.get_pretrained_cfg(its_name).to_dict()
-    except ModelFileError:
+    except ConvlensError:
         raise
     # The hub, the HTTP client and timm itself each raise their own types.
     except Exception as error:
@@ -413,13 +419,11 @@ def _timm(spec: str, name: str) -> WeightsSource:
 
 def _timm_file(its_name: str) -> Path | None:
     """Return the file of timm's weights in a folder of weights; None if there is none."""
-    import timm
-
     if ":" in its_name:  # a repository or a folder
         return None
     architecture, _, tag = its_name.partition(".")
     if not tag:
-        config = timm.models.get_pretrained_cfg(its_name)
+        config = zoo.import_timm().models.get_pretrained_cfg(its_name)
         tag = config.tag if config is not None else ""
     return downloaded_file(f"{architecture}.{tag}.safetensors")
 

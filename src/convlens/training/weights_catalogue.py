@@ -46,7 +46,7 @@ class TimmWeights:
 TIMM_WEIGHTS = (
     TimmWeights("efficientnet_b0.ra_in1k", 5_288_548, 77.698, "apache-2.0"),
     TimmWeights("resnet18.a1_in1k", 11_689_512, 71.504, "apache-2.0"),
-    TimmWeights("convnext_nano.in12k_ft_in1k", 15_593_800, 82.306, "apache-2.0"),
+    TimmWeights("convnext_nano.in12k_ft_in1k", 15_593_560, 82.306, "apache-2.0"),
 )
 
 
@@ -202,7 +202,7 @@ def _other_torchvision_entries() -> Iterator[WeightsEntry]:
             if (network, member.name) in listed:
                 continue
             facts = member.meta
-            accuracies = next(iter(facts.get("_metrics", {}).values()), {})
+            accuracies: dict[str, float] = next(iter(facts.get("_metrics", {}).values()), {})
             yield _downloadable(
                 kind="torchvision",
                 name=f"{network}:{member.name}",

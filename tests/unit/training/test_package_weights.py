@@ -274,9 +274,7 @@ def test_a_damaged_copy_is_converted_again(
     metadata = {"source": current().sha256, "conversion": package_weights.CONVERSION}
     if damage == "flipped":
         middle = len(content) // 2
-        path.write_bytes(
-            content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        )
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     elif damage == "older conversion":
         serialization.write_model_file(path, {"w": torch.ones(1)}, metadata | {"conversion": 0})
     elif damage == "other source":

@@ -594,14 +594,15 @@ def test_a_stopped_run_continues_without_the_package(
     uninstall_packages(monkeypatch)
     path.unlink()
     resumed = train(*overrides, name="lite")
-    assert resumed.finished
+    assert resumed.is_finished
     assert resumed.metadata()["weights"]["origin"].startswith(f"package {LITE0.name}")
 
 
 def test_an_image_size_that_does_not_fit_is_named_with_one_that_does() -> None:
-    with pytest.raises(UsageError, match="model vit_b_16 can't take images of 30 px") as caught:
-        validate_recipe(tiny("model.name=vit_b_16", "model.weights=default", "data.image_size=30"))
-    assert "data.image_size=32 works" in caught.value.fix
+    settings = ("model.name=squeezenet1_1", "model.weights=default", "data.image_size=8")
+    with pytest.raises(UsageError, match="squeezenet1_1 can't take images of 8 px") as caught:
+        validate_recipe(tiny(*settings))
+    assert "data.image_size=24 works" in caught.value.fix
 
 
 # timm
