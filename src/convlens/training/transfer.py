@@ -192,7 +192,7 @@ def choose_image_size(
 def with_recorded_choices(requested: Recipe, recorded: Recipe) -> Recipe:
     """Return the requested recipe with every `auto` replaced by the choice that a run recorded."""
     values, chosen = requested.model_dump(mode="json"), recorded.model_dump(mode="json")
-    if requested.model.name == "auto":
+    if has_open_start(requested):  # with the options of the network that was chosen
         values["model"] = chosen["model"]
     for section in ("data", "model", "optim", "train"):
         for key, value in values[section].items():

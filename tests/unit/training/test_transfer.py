@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from convlens.data.conversion import NativeImages
 from convlens.errors import UsageError
@@ -146,6 +146,7 @@ VALUES = {
 }
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.sets(st.sampled_from(AUTO_KEYS)), st.integers(8, 4000), st.sampled_from([1, 3]))
 def test_a_continued_run_keeps_its_choices(given_keys: set[str], side: int, channels: int) -> None:
     """What was chosen when a run started holds, whatever the machine offers later."""
