@@ -215,6 +215,7 @@ def _find_run_of_moved_data(
             recipe.data,
             memory_budget=context.memory_budget,
             conversion=_recorded_conversion(_resolved_data(run_dir)),
+            known_classes=_recorded_classes(metadata),
         )
         if data.fingerprint == metadata["data"].get("fingerprint"):
             run_dir.record_data_path(path)
@@ -229,11 +230,17 @@ def _find_run_of_moved_data(
 def _load_data(recipe: Recipe, run_dir: RunDir, context: RuntimeContext) -> Data:
     """Load the data set on every rank; one rank per machine decodes first and fills the cache.
 
-    The images of an interrupted run are converted as at its start.
+    The images of an interrupted run are converted, and its classes are ordered, as at its start.
     """
     conversion = _recorded_conversion(context.broadcast(lambda: _resolved_data(run_dir)))
+    classes = context.broadcast(lambda: _recorded_classes(run_dir.metadata()))
     with context.process_group.local_rank_zero_first():
-        data = load_data(recipe.data, memory_budget=context.memory_budget, conversion=conversion)
+        data = load_data(
+            recipe.data,
+            memory_budget=context.memory_budget,
+            conversion=conversion,
+            known_classes=classes,
+        )
     for warning in pixel_warnings(data.train.rows):
         print_status(escape(warning))
     check_same_images(context.process_group, data.name, data.fingerprint)
@@ -243,6 +250,12 @@ def _load_data(recipe: Recipe, run_dir: RunDir, context: RuntimeContext) -> Data
 def _recorded_conversion(recorded: Mapping[str, Any]) -> Conversion | None:
     """Return the conversion of a run from its resolved data section; None if that is empty."""
     return recorded_conversion(DataConfig(**recorded)) if recorded else None
+
+
+def _recorded_classes(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the classes of a run in the order of its network; empty if they are unknown."""
+    data = metadata.get("data")
+    return list(data.get("classes", ())) if isinstance(data, Mapping) else []
 
 
 def _resolved_data(run_dir: RunDir) -> dict[str, Any]:

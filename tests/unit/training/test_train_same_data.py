@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from convlens import evaluation
+from convlens.data import image_list
 from convlens.errors import DataError
 from convlens.run import RunDir, list_runs
 from convlens.training import resolve, train as training_train
@@ -141,3 +143,21 @@ def test_a_moved_data_set_that_nobody_named_is_an_error() -> None:
     shutil.move("before", "after")
     with pytest.raises(DataError, match="no such file or folder"):
         train("./before")
+
+
+def test_a_run_of_an_earlier_version_keeps_the_order_of_its_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Classes that are numbers were sorted by name, and drawn splits depend on the order."""
+    pictures(Path("numbers"), {"2": 8, "10": 8, "9": 8})
+    paths = sorted(Path("numbers").glob("*/*"))
+    Path("list.csv").write_text("path,label\n" + "".join(f"{p},{p.parent.name}\n" for p in paths))
+    with monkeypatch.context() as patch:
+        patch.setattr(image_list, "sort_classes", lambda names: tuple(sorted(names)))
+        old = train("list.csv", name="old")
+    assert old.metadata()["data"]["classes"] == ["10", "2", "9"]
+    extended = train("list.csv", "train.epochs=2", name="long", extend=True)
+    assert extended.metadata()["data"]["classes"] == ["10", "2", "9"]
+    new = train("list.csv", "train.epochs=2", name="new")
+    assert new.metadata()["data"]["classes"] == ["2", "9", "10"]
+    assert evaluation.evaluate(old, "val", device="cpu", quiet=True).classes == ["10", "2", "9"]
