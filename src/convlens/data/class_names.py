@@ -91,7 +91,7 @@ def _skeleton(name: str) -> str:
 
 
 def is_missing_label(label: str) -> bool:
-    """Return whether a label is empty, or a word that programs write for a missing value (`nan`)."""
+    """Return whether a label is empty, or what programs write for a missing value (`nan`)."""
     return label in _MISSING
 
 

@@ -523,7 +523,8 @@ class _LayoutFinder:
             return
         if not all(is_neutral_name(folder.name) for folder in images):
             return
-        readings = [f"data.layout=classes ({_count_classes(names)})"]
+        are_filled = all(folder.holds_images for folder in folders)
+        readings = [f"data.layout=classes ({_count_classes(names)})"] if are_filled else []
         inside = sorted(self._class_names(_Body(images[0], self._folders(images[0]))))
         if len(images) == 1 and len(inside) > 1:
             without = list_override("data.without", names[: len(annotations)])
@@ -554,12 +555,15 @@ class _LayoutFinder:
     def _lists_below(self, folder: Folder) -> list[str]:
         """Return the paths below the root of text files that may list images, but not one each."""
         found = list[str]()
-        for searched in [folder, *folder.subfolders[:MAX_SEARCHED_FOLDERS]]:
+        searched_folders = [folder, *folder.subfolders[:MAX_SEARCHED_FOLDERS]]
+        images = {os.path.splitext(n)[0] for each in searched_folders for n in _image_names(each)}
+        for searched in searched_folders:
             files = [
                 file
                 for file in searched.files()
                 if extension(file.name) in _LIST_EXTENSIONS
                 and not OTHER_TEXT_FILES.search(file.name.lower())
+                and os.path.splitext(file.name)[0] not in images
             ]
             if len(files) <= MAX_SEARCHED_LISTS:
                 found += [self._shown(Folder(file.path)) for file in files]

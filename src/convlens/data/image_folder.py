@@ -15,6 +15,7 @@ from convlens.data.file_types import describe_ignored, is_text_or_archive, needs
 from convlens.data.folder_layout import ClassFolder, Layout, LayoutOptions, find_layout
 from convlens.data.layout import (
     LAYOUT_HELP,
+    LIST_HELP,
     SPLITS,
     ClassChoice,
     Problem,
@@ -278,7 +279,8 @@ def _empty_classes(names: Sequence[str], scans: Mapping[str, _Scan]) -> Problem:
 
 
 def _single_class(names: Sequence[str], choice: ClassChoice) -> Problem:
-    fix = "choose more classes" if choice.only or choice.without else ""
+    fix = f"{LAYOUT_HELP}, or {LIST_HELP}"
+    fix = "choose more classes" if choice.only or choice.without else fix
     return Problem("only one class folder", names if len(names) == 1 else [], fix)
 
 

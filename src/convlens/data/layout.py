@@ -41,12 +41,13 @@ _MAYBE_TEST_WORDS = frozenset({"holdout", "heldout", "eval", "evaluation"})
 _NEUTRAL_WORD = re.compile(
     r"(data)?sets?|data|splits?|part|subset|samples?|folder|dir|files|the|v|new|final|full|small|mini"
     r"|original|raw|resized|cropped|processed"
-    r"|images?|imgs?|pictures?|photos?"
+    r"|images?|imgs?|pictures?|photos?|jpe?gs?|pngs?"
 )
 _ANNOTATION_WORD = re.compile(
     r"annot(ation)?s?|labels?|lists?|masks?|trimaps?|segmentations?|ground|truth|gt|box(es)?|bbox(es)?"
     r"|meta(data)?|xmls?|jsons?|csvs?"
 )
+_HOLD_OUT = re.compile(r"h[oe]ld[ _.-]?out", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+")
 # A word in camel case, or several letters of the same case.
 _HUMP = re.compile(r"[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[A-Z][^\W\d_A-Z]*")
@@ -141,13 +142,13 @@ def split_words(name: str) -> list[str]:
     The neutral words are also cut off the end of a word for a split: `trainset` is `train set`.
     """
     words = list[str]()
+    name = _HOLD_OUT.sub(lambda match: match[0][:4].casefold() + "out", name)
     for word in _WORD.findall(name):
         # `TRAINset` has no camel case; `seg` and `Train` in `segTrain` are words.
         whole = _cut_neutral_word(word.casefold())
         humps = _HUMP.findall(word)
         words += whole if whole[0] in SPLIT_WORDS else map(str.casefold, humps)
-    text = re.sub(r"\bh(o|e)ld out(\w*)", r"h\1ldout\2", " ".join(words))
-    text = re.sub(r"\btrain (and )?val\b", "trainval", text)
+    text = re.sub(r"\btrain (and )?val\b", "trainval", " ".join(words))
     return [part for word in text.split() for part in _cut_neutral_word(word)]
 
 
@@ -206,6 +207,8 @@ def is_neutral_name(name: str) -> bool:
 def is_annotation_name(name: str) -> bool:
     """Return whether a name is that of annotations beside images, such as `labels` or `gt_test`."""
     words = [word for word in split_words(name) if word not in SPLIT_WORDS]
+    if "segmentation" in words:  # `SegmentationClass` and `SegmentationObject` of Pascal VOC
+        words = [word for word in words if word not in ("class", "object")]
     has_word = any(map(_ANNOTATION_WORD.fullmatch, words))
     return has_word and all(
         _ANNOTATION_WORD.fullmatch(word) or _NEUTRAL_WORD.fullmatch(word) for word in words
@@ -233,7 +236,7 @@ def normalize_name(name: str) -> str:
 
 
 def group_by_label(names: Iterable[str]) -> dict[str, list[str]] | None:
-    """Return file names by the label in front of their number (`cat.0.jpg`, `dog_1.jpg`, `3_7.jpg`).
+    """Return file names by the label in front of their number: `cat.0.jpg`, `dog_1.jpg`, `3_7.jpg`.
 
     Returns:
         None if a name has no such label, or only the word of a camera or a program (`IMG_1.jpg`);

@@ -55,8 +55,9 @@ MAX_LISTS = 20  # in a folder
 def find_lists(folder: Path) -> list[Path]:
     """Return the files that may be lists of images in `folder`.
 
-    Folders of splits and of annotations inside are searched, too. If there is nothing but one
-    folder in `folder`, as archives are often unpacked, it is searched instead.
+    Folders of splits and of annotations inside are searched, too, or else those without images. If
+    there is nothing but one folder in `folder`, as archives are often unpacked, it is searched
+    instead.
     """
     folder = _unwrap(folder)
     subfolders = _subfolders(folder)
@@ -67,6 +68,9 @@ def find_lists(folder: Path) -> list[Path]:
             found += _candidates(path)
         elif is_annotation_name(path.name) or _LIST_FOLDERS.fullmatch(path.name.lower()):
             found += _candidates(path, image_folders)
+    if not found and len(subfolders) <= MAX_LISTS:  # a folder with another name
+        without_images = [path for path in subfolders if not Folder(str(path)).holds_images]
+        found = [file for path in without_images for file in _candidates(path, image_folders)]
     return found
 
 
@@ -144,7 +148,7 @@ def read_listed_folder(
             pairs = _label_pairs(rows, root)
             if not _is_one_to_one(pairs):
                 raise _two_readings(path, pairs, root, name)
-    content, ids = _join_lists(root, name, lists)
+    content, ids = _join_lists(root, name, lists, tested=tested)
     content.notes += _describe_unused(errors, root)
     return make_source(
         content, root, name, ids, tested=tested, rename=options.rename, known_classes=known_classes
@@ -237,12 +241,12 @@ def _explain_unusable(
 
 
 def _join_lists(
-    root: Path, name: str, lists: Mapping[Path, ListContent]
+    root: Path, name: str, lists: Mapping[Path, ListContent], *, tested: bool
 ) -> tuple[ListContent, list[str]]:
     """Return the rows of all lists, and the path of each image below `root`.
 
     Raises:
-        DataError: there are several lists, but not one for each split.
+        DataError: there are several lists, but not one for each split; or none for training.
     """
     all_names = {path: _relative(path, root) for path in lists}
     split_of = _splits_of_lists(lists, root)
@@ -255,6 +259,15 @@ def _join_lists(
             where=str(root),
             fix=f"name one of them: {os.path.join(name, next(iter(names.values())))}",
         )
+    if not tested and splits and "train" not in splits and None not in splits:
+        # Named alone, a list has no split but that in its columns.
+        raise DataError(
+            f"there is no list of training images, only {list_examples(list(names.values()))}",
+            where=str(root),
+            fix=f"to train on these images, name the list: "
+            f"{os.path.join(name, next(iter(names.values())))}",
+        )
+
     joined = ListContent(notes=[f"read from {list_examples(list(names.values()))}"])
     repeated = [shown for path, shown in all_names.items() if path not in lists]
     if repeated:

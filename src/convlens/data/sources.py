@@ -421,7 +421,8 @@ def canonical_name(name: str) -> str:
     path = None if name in SOURCES else _find_path(name)
     try:
         if path is None:
-            return _tidy_path(_to_path(name)) if is_pattern(name) else name
+            is_local = is_pattern(name) and not is_url(name)
+            return _tidy_path(_to_path(name)) if is_local else name
         tidy = _tidy_path(path)
         below_roots = [each for root in data_roots() if (each := _below(path, root)) is not None]
     except OSError:  # the current folder was deleted

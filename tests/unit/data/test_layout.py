@@ -44,7 +44,7 @@ from convlens.recipe import load_recipe
             "val valid DEV validate validation val_set validset eval evaluation holdout hold-out",
             "val",
         ),
-        ("hold_out HoldOut hold-outset held-out dev1 development", "val"),
+        ("hold_out HoldOut hold-outset HOLD-OUTset held-out dev1 development", "val"),
         ("test testing test_set test1 Test_data testImages TEST_IMAGES_2", "test"),
         (
             "cats trainers valley contest testament pretrained devil evaluate_me train_test 1 _",

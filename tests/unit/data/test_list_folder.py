@@ -368,3 +368,22 @@ def test_a_list_of_annotations_with_other_classes_is_not_taken_for_the_classes(r
         read(root)
     options = LayoutOptions(layout="classes")
     assert find_source(str(root), layout=options).classes == ("cat", "dog")
+
+
+def test_a_list_in_a_folder_of_any_name_is_found_if_there_is_no_other(root: Path) -> None:
+    write_images(root / "pics")
+    write_list(root / "docs" / "list.csv")
+    assert counts(read(root)) == {"train": 4}
+    # A list elsewhere has priority.
+    write_list(root / "labels.csv")
+    assert find_lists(root) == [root / "labels.csv"]
+
+
+def test_a_folder_with_a_list_of_test_images_only_says_so(root: Path) -> None:
+    write_images(root)
+    write_list(root / "val.csv")
+    with pytest.raises(DataError, match=r"no list of training images, only val\.csv") as caught:
+        read(root)
+    assert caught.value.fix.endswith(str(root / "val.csv"))
+    assert counts(find_source(str(root / "val.csv"))) == {"train": 4}
+    assert counts(find_source(str(root), tested=True)) == {"val": 4}

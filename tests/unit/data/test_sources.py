@@ -301,7 +301,7 @@ def test_small_classes_are_left_out_with_a_note(data_root: Path) -> None:
     with pytest.raises(DataError, match="1 classes are left: a") as caught:
         find_source("pets", choice=ClassChoice(min_images=4))
     assert "data.min_images" in caught.value.fix
-    with pytest.raises(DataError, match="class folders without images: d") as caught:
+    with pytest.raises(DataError, match="class folders in train without images: d") as caught:
         find_source("pets")
     assert caught.value.fix == "add images to them, or leave them out: data.without=[d]"
 
