@@ -154,12 +154,11 @@ class _LayoutFinder:
     def find(self) -> Layout:
         top = self._enter_wrappers(Folder(str(self._root)))
         folders = self._folders(top)
-        split_of = self._match_splits(folders)
+        splits = self._classes_with_splits(top, folders)
+        split_of = {} if splits else self._match_splits(folders)
         is_auto = (self._options.layout, self._options.class_level) == ("auto", "auto")
-        if split_of:
-            splits = self._classes_with_splits(top, folders, split_of)
-        else:
-            splits = self._splits_inside_classes(folders) if is_auto else {}
+        if not splits and not split_of and is_auto:
+            splits = self._splits_inside_classes(folders)
         if not splits:
             bodies = {"train": _Body(top, folders)}
             if split_of:
@@ -452,28 +451,34 @@ class _LayoutFinder:
         return splits
 
     def _classes_with_splits(
-        self, top: Folder, folders: Sequence[Folder], split_of: dict[str, str]
+        self, top: Folder, folders: Sequence[Folder]
     ) -> dict[str, list[ClassFolder]]:
         """Return the classes of each split if folders are named after both: `cats_train`, `testB`.
 
         They must hold images only, and each class must have training images.
         """
-        named = [folder for folder in folders if folder.name in split_of]
-        beside = [f for f in self._without_left_out(folders) if f not in named and f.holds_images]
+        considered = self._without_left_out(folders)
+        if not any(parse_split_name(folder.name) for folder in considered):
+            return {}
+        considered = [f for f in considered if parse_split_name(f.name) or f.holds_images]
+        folder_names = set(map(class_name, considered))
+        are_chosen = bool(self._choice.only) and folder_names.issuperset(self._choice.only)
+        are_known = folder_names <= set(self._options.known_classes)
+        parsed = {folder: parse_split_name(folder.name) for folder in considered}
+        if self._options.layout == "classes" or are_chosen or are_known or None in parsed.values():
+            return {}
         names: dict[str, str] = {}  # classes by their names in lower case
         splits: dict[str, list[ClassFolder]] = {}
-        for folder in named:
-            parsed = parse_split_name(folder.name)
-            if parsed is None or not parsed.rest or folder.subfolders or not folder.has_images:
+        for folder, found in parsed.items():
+            if found is None or not found.rest or folder.subfolders or not folder.has_images:
                 return {}
             name = name_without_split(class_name(folder))
             entry = ClassFolder(names.setdefault(name.casefold(), name), folder.path)
-            splits.setdefault(split_of[folder.name], []).append(entry)
-        train = {entry.name for entry in splits.get("train", ())}
-        is_complete = train == set(names.values()) and len(train) > 1
-        num_classes = [len({entry.name for entry in found}) for found in splits.values()]
-        is_unique = num_classes == list(map(len, splits.values()))
-        if beside or not is_complete or not is_unique:
+            splits.setdefault(found.split, []).append(entry)
+        classes = {split: {entry.name for entry in entries} for split, entries in splits.items()}
+        is_unique = all(len(classes[split]) == len(splits[split]) for split in splits)
+        is_complete = len(names) > 1 and classes.get("train") == set(names.values())
+        if len(splits) < 2 or not is_unique or not is_complete:
             return {}
         split = max(splits, key=SPLITS.index)
         example = splits[split][0]

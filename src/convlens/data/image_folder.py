@@ -227,7 +227,7 @@ def _find_problems(
     names = sorted({name for scan in judged for name in scan.files})
     filled = {name for scan in judged for name, paths in scan.files.items() if paths}
     if not filled:
-        return [_no_images(names, judged), special_files]
+        return [_no_images(names, scans, judged), special_files]
     duplicates = [name for scan in scans.values() for name in scan.duplicates]
     problems = [Problem("class folders whose names differ only in their Unicode form", duplicates)]
     if tested:
@@ -252,10 +252,16 @@ def _unreadable_folders(scans: Mapping[str, _Scan]) -> Problem:
     return Problem("folders that can't be read", folders, "change their permissions or remove them")
 
 
-def _no_images(names: Sequence[str], scans: Sequence[_Scan]) -> Problem:
+def _no_images(
+    names: Sequence[str], scans: Mapping[str, _Scan], judged: Sequence[_Scan]
+) -> Problem:
     """Return the problem that there are no images, with the kinds of files that there are."""
-    ignored = sum((counts for scan in scans for counts in scan.ignored.values()), Counter[str]())
+    ignored = sum((counts for scan in judged for counts in scan.ignored.values()), Counter[str]())
     found = "".join(f" ({sentence})" for sentence in describe_ignored(ignored))
+    others = {split: sum(map(len, scan.files.values())) for split, scan in scans.items()}
+    if any(others.values()):
+        counts = ", ".join(f"{split} has {count:,}" for split, count in others.items() if count)
+        found = f" of train{found} ({counts})"
     fix = "convert the files to JPEG or PNG" if any(map(needs_conversion, ignored)) else LAYOUT_HELP
     return Problem(f"no images in any class folder{found}", names, fix)
 

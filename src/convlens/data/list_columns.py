@@ -336,9 +336,9 @@ def _split_header(
     is_header = any(name in first for name in requested if name is not None)
     paths = [i for i, cell in enumerate(first) if is_file(cell) or is_image_name(_base_name(cell))]
     if not paths and not is_header and not any(map(is_known_column, first)):
-        # `Abyssinian_100 1 1 1`: a path without its extension, and numbers.
-        are_numbers = all(map(_INTEGER.fullmatch, first[1:]))
-        paths = [0] if are_numbers and share_of_files(first[:1]) else []
+        # `Abyssinian_100 1 1 1`: a path without its extension.
+        has_number = any(map(str.isdecimal, first[0]))
+        paths = [0] if has_number and share_of_files(first[:1]) else []
     if is_header or not paths:
         return first, table.lines[1:], []
     # The first line names an image, so it is data.

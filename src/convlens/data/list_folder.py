@@ -69,7 +69,11 @@ def find_lists(folder: Path) -> list[Path]:
         elif is_annotation_name(path.name) or _LIST_FOLDERS.fullmatch(path.name.lower()):
             found += _candidates(path, image_folders)
     if not found and len(subfolders) <= MAX_LISTS:  # a folder with another name
-        without_images = [path for path in subfolders if not Folder(str(path)).holds_images]
+        without_images = [
+            path
+            for path in subfolders
+            if os.access(path, os.R_OK | os.X_OK) and not Folder(str(path)).holds_images
+        ]
         found = [file for path in without_images for file in _candidates(path, image_folders)]
     return found
 

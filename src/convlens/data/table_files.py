@@ -283,13 +283,13 @@ def _records_from_label_studio(records: Sequence[Record]) -> list[Record] | None
                         choice
                         for annotation in record["annotations"]
                         for result in annotation["result"]
-                        for choice in result["value"]["choices"]
+                        for choice in result["value"].get("choices", ())
                     }
                 ),
             }
             for record in records
         ]
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         return None
 
 

@@ -181,6 +181,12 @@ READINGS: dict[str, tuple[dict[str, int], list[str], Counts, list[str]]] = {
         {"train": {"Class1": 2, "class2": 1}, "test": {"Class1": 1}},
         ["folders are named after classes and splits: Class1_test is Class1 in test"],
     ),
+    "a class without test images": (
+        {"cats_train": 3, "dogs_train": 2, "cats_test": 1, "empty": 0},
+        [],
+        {"train": PETS, "test": {"cats": 1}},
+        ["folders are named after classes and splits: cats_test is cats in test"],
+    ),
     "CycleGAN": (
         {"trainA": 3, "trainB": 2, "testA": 1, "testB": 1},
         [],

@@ -108,6 +108,10 @@ def test_classes_match_by_name_in_any_unicode_form(tmp_path: Path) -> None:
                 "in val .* 'cow'",
             ],
         ),
+        (
+            {"train/a": 0, "train/b": 0, "val/a": 2},
+            [r"any class folder of train \(val has 2\): a, b"],
+        ),
         ({"train/a": 1, "train/b": 1, "training/a": 1}, ["two train folders: train, training"]),
         ({"test/a": 1, "val/a": 1}, ["no train folder"]),
         ({"train": 2, "test": 2}, ["splits without class folders"]),

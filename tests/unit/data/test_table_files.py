@@ -138,6 +138,11 @@ LABEL_STUDIO = [
             ["path", "split"],
             [["cat/1.png", "train"], ["dog/2.png", "val"]],
         ),
+        (
+            [{"data": {"image": "a.png"}, "annotations": [{"result": [{"value": {"x": 1}}]}]}],
+            ["image", "choice"],
+            [["a.png", ""]],
+        ),
         (LABEL_STUDIO, ["image", "choice"], [["/data/upload/1/x-a.png", "cat"], ["b.png", ""]]),
     ],
     ids=[
@@ -153,6 +158,7 @@ LABEL_STUDIO = [
         "record of each path",
         "documents by split",
         "paths by split",
+        "boxes of Label Studio",
         "Label Studio",
     ],
 )
