@@ -286,6 +286,9 @@ def _data_override(data: str | Path | None) -> list[str]:
 
 def _dataset_run_name(data: str) -> str:
     """Return the name of runs on a data set: the name of its folder, or of its file."""
+    from convlens.data.image_paths import is_file_url, path_of_file_url
+
+    data = path_of_file_url(data) if is_file_url(data) else data
     path = Path(data)
     is_file = path.suffix.lower() in (
         ".csv",

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -34,6 +35,7 @@ def test_every_spelling_of_a_folder_finds_its_run(monkeypatch: pytest.MonkeyPatc
     first = train("plain")
     for name in ("plain/", "./plain", "sub/../plain", os.path.abspath("plain"), "link", "~/plain"):
         assert train(name).path == first.path, name
+    assert train("file://" + quote(os.path.abspath("plain"))).path == first.path
     # The current folder by another name.
     Path("../other-name").symlink_to(os.getcwd())
     monkeypatch.chdir("../other-name")
@@ -161,3 +163,10 @@ def test_a_run_of_an_earlier_version_keeps_the_order_of_its_classes(
     new = train("list.csv", "train.epochs=2", name="new")
     assert new.metadata()["data"]["classes"] == ["2", "9", "10"]
     assert evaluation.evaluate(old, "val", device="cpu", quiet=True).classes == ["10", "2", "9"]
+
+
+def test_a_run_on_a_file_address_is_called_like_its_folder() -> None:
+    pictures(Path("my plants"), dict.fromkeys(COLORS, 8))
+    address = "file://" + quote(os.path.abspath("my plants"))
+    recipe = resolve.resolve_recipe(address, overrides=SMALL).recipe
+    assert (recipe.name, recipe.data.name) == ("my plants", "my plants")
