@@ -39,6 +39,7 @@ from convlens.recipe import DataConfig, Recipe
 from convlens.run import (
     VALIDATION_COLUMNS,
     RunDir,
+    check_run_name,
     check_same_images,
     find_or_create_run_dir,
     list_runs,
@@ -116,6 +117,7 @@ def train(
         ConvlensError: a problem the user can fix.
         KeyboardInterrupt: after Ctrl-C, with everything saved.
     """
+    check_run_name(name)
     context = RuntimeContext.create(device, quiet=quiet)
     # A restart by torchrun resumes the run that its first attempt created.
     fresh = fresh and not context.process_group.restarted
